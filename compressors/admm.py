@@ -1,0 +1,172 @@
+"""ADMM for compression constraints: minimise the task loss of W subject to W lying in a set C of compressed matrices.
+
+Split as ``loss(W) + indicator_C(Z)`` with ``W = Z`` and scaled dual U (Boyd et al. 2011, section 3.1.1):
+
+    W-step   optimizer steps on  loss(W) + (rho/2) * ||W - Z + U||**2
+    Z-step   Z <- projection of (W + U) onto C
+    U-step   U <- U + damping * (W - Z)
+
+Two deviations from the textbook, both because W moves little between dual updates when it is a pretrained network:
+
+* ``rho`` is scale-free: the penalty's gradient is a chosen multiple of the task gradient's norm, since under Adam only
+  that ratio acts. It is added after gradient clipping, so that clipping never trades task for penalty.
+* the dual step is damped. Undamped, ``W + U`` doubles a dropped weight at every update, so masks flip back and forth and
+  the residual does not fall.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from compressors.fake_quant import QuantLinear
+from compressors.project import PROJECTIONS
+from nxm_export.errors import PlanError
+from nxm_export.plan import WeightSpec
+
+# name -> (constraint set, weights fake-quantized in the forward pass)
+ADMM_MODES: dict[str, tuple[str, bool]] = {
+    "mask": ("mask", True),
+    "joint": ("joint", False),
+    "joint-ste": ("joint", True),
+}
+
+
+@dataclass(frozen=True)
+class DualUpdate:
+    """What one dual update did. `residual` is ||W - Z|| / ||W||, `flips` the share of weights whose support changed."""
+
+    residual: float
+    flips: float
+
+
+class _Constraint(nn.Module):
+    """One weight's copy Z inside the constraint set and its scaled dual U, both (out, in)."""
+
+    z: Tensor
+    u: Tensor
+
+    def __init__(self, weight: nn.Parameter, spec: WeightSpec, z: Tensor) -> None:
+        super().__init__()
+        self._weight = [weight]  # a list, so that the parameter is not registered a second time
+        self.spec = spec
+        self.register_buffer("z", z)
+        self.register_buffer("u", torch.zeros_like(z))
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self._weight[0]
+
+    @property
+    def grad(self) -> Tensor:
+        if self.weight.grad is None:
+            self.weight.grad = torch.zeros_like(self.weight)
+        return self.weight.grad
+
+
+class Admm(nn.Module):
+    """Z and U of every constrained weight (buffers, so that checkpoints hold them), the penalty, the dual update.
+
+    `damping` is the dual step: 1 is the textbook's. With `warm_dual` U starts at W - Z, as in the authors' code.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, tuple[nn.Parameter, WeightSpec]],
+        project: Callable[[Tensor, WeightSpec], Tensor],
+        damping: float = 0.5,
+        *,
+        warm_dual: bool = False,
+    ) -> None:
+        super().__init__()
+        self.project, self.damping = project, damping
+        self.constraints = nn.ModuleDict()
+        for name, (weight, spec) in weights.items():
+            constraint = _Constraint(weight, spec, project(weight.detach(), spec))
+            if warm_dual:
+                constraint.u.copy_(weight.detach() - constraint.z)
+            self.constraints[name.replace(".", "/")] = constraint  # module names hold no dots
+
+    @classmethod
+    def of(cls, layers: Mapping[str, QuantLinear], mode: str, damping: float, *, warm_dual: bool = False) -> Admm:
+        """ADMM over prepared layers in one of `ADMM_MODES`; sets whether the layers quantize weights going forward."""
+        if mode not in ADMM_MODES:
+            raise PlanError(f"unknown ADMM mode {mode!r}; choose one of {', '.join(ADMM_MODES)}")
+        projection, straight_through = ADMM_MODES[mode]
+        for layer in layers.values():
+            layer.quantize_weight = straight_through and layer.spec.weight_bits is not None
+        constrained = {
+            name: (cast(nn.Parameter, layer.weight), layer.spec)
+            for name, layer in layers.items()
+            if layer.spec.pattern or projection == "joint"
+        }
+        return cls(constrained, PROJECTIONS[projection], damping, warm_dual=warm_dual)
+
+    def _all(self) -> list[_Constraint]:
+        return list(self.constraints.values())  # type: ignore[arg-type]  # only constraints are put in
+
+    @torch.no_grad()
+    def add_penalty(self, strength: float) -> None:
+        """Add ``rho * (W - Z + U)`` to the gradients, with rho such that its norm is `strength` times theirs.
+
+        No value leaves the device: rho stays a tensor.
+        """
+        gaps = [(constraint.weight - constraint.z).add_(constraint.u) for constraint in self._all()]
+        if not gaps:
+            return
+        task = torch.stack([constraint.grad.norm() for constraint in self._all()]).norm()
+        penalty = torch.stack([gap.norm() for gap in gaps]).norm()
+        rho = strength * task / penalty.clamp(min=1e-12)
+        for constraint, gap in zip(self._all(), gaps, strict=True):
+            constraint.grad.add_(gap.mul_(rho))
+
+    @torch.no_grad()
+    def add_fixed_penalty(self, rho: float) -> None:
+        """Add ``rho * (W - Z + U)`` with a constant rho, the textbook's penalty."""
+        for constraint in self._all():
+            constraint.grad.add_(constraint.weight - constraint.z + constraint.u, alpha=rho)
+
+    @torch.no_grad()
+    def dual_update(self) -> DualUpdate:
+        """Z- and U-step of every weight."""
+        gaps, norms, flips, elements = [], [], [], 0
+        for constraint in self._all():
+            weight = constraint.weight.detach()
+            z = self.project(weight + constraint.u, constraint.spec)
+            flips.append(((z != 0) != (constraint.z != 0)).sum())
+            difference = weight - z
+            constraint.u.add_(difference, alpha=self.damping)
+            constraint.z.copy_(z)
+            gaps.append(difference.norm())
+            norms.append(weight.norm())
+            elements += z.numel()
+        if not gaps:
+            return DualUpdate(0.0, 0.0)
+        residual = torch.stack(gaps).norm() / torch.stack(norms).norm().clamp(min=1e-30)
+        return DualUpdate(float(residual), float(torch.stack(flips).sum()) / elements)
+
+    @torch.no_grad()
+    def residual(self) -> float:
+        """||W - projection(W)|| / ||W||: what hardening would take away now."""
+        gaps = [(c.weight.detach() - self.project(c.weight.detach(), c.spec)).norm() for c in self._all()]
+        norms = [c.weight.detach().norm() for c in self._all()]
+        return float(torch.stack(gaps).norm() / torch.stack(norms).norm().clamp(min=1e-30)) if gaps else 0.0
+
+    @contextmanager
+    def projected(self) -> Iterator[None]:
+        """Inside the block, every weight is its own projection (with U = 0): the model as hardening now would make it."""
+        saved = [constraint.weight.detach().clone() for constraint in self._all()]
+        try:
+            with torch.no_grad():
+                for constraint in self._all():
+                    constraint.weight.copy_(self.project(constraint.weight, constraint.spec))
+            yield
+        finally:
+            with torch.no_grad():
+                for constraint, weight in zip(self._all(), saved, strict=True):
+                    constraint.weight.copy_(weight)

@@ -1,0 +1,34 @@
+"""Distillation: the dense model, frozen, as teacher of the compressed one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def logits_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) of the class distributions, times T**2 (Hinton et al. 2015); (batch, classes)."""
+    target = (teacher.float() / temperature).log_softmax(dim=-1)
+    found = (student.float() / temperature).log_softmax(dim=-1)
+    return functional.kl_div(found, target, log_target=True, reduction="batchmean") * temperature**2
+
+
+def score_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error of regression scores (batch, scores)."""
+    return functional.mse_loss(student.float(), teacher.float())
+
+
+def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor) -> Tensor:
+    """Mean squared error of hidden states (batch, sequence, features) over real tokens, averaged over layers.
+
+    Normalised by the teacher's mean square, so that the weight of this loss does not depend on the model's scale.
+    """
+    tokens = attention_mask.bool()
+    total = torch.zeros((), device=attention_mask.device)
+    for found, target in zip(student, teacher, strict=True):
+        wanted = target[tokens].float()
+        total = total + functional.mse_loss(found[tokens].float(), wanted) / wanted.square().mean().clamp(min=1e-12)
+    return total / len(student)

@@ -1,0 +1,380 @@
+"""Fake quantization with learned step sizes, and the pair `prepare` / `bake` that puts it into a model and takes it out.
+
+Codes are ``k = clip(round(x / s), qmin, qmax)``, rounding half to even. The straight-through derivative of ``s * k``
+is 1 for x inside the range and 0 outside; for the step it is ``k - x/s`` inside and ``k`` outside (LSQ: Esser et al.,
+"Learned Step Size Quantization", ICLR 2020). Steps are learned as logarithms, so that they stay positive.
+
+A `QuantLinear` multiplies integer codes and applies both scales to the product,
+``y = (codes(x) @ codes(W).T) * s_x * s_w + b``: the codes are exact in bfloat16, where ``code * scale`` is not, so a
+mixed-precision forward pass sees the same integers as the exported engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compressors.observers import HistogramObserver
+from compressors.project import mse_scale, nm_mask
+from nxm_export.errors import ArtifactError, PlanError
+from nxm_export.families import Family
+from nxm_export.plan import CompressionPlan, WeightSpec
+
+ACTIVATION_QMIN, ACTIVATION_QMAX = -128, 127
+SOFTMAX_SCALE = 1.0 / 127.0  # probabilities lie in [0, 1], so the scale needs no calibration
+
+
+class _Codes(torch.autograd.Function):
+    """Integer codes of `x` for step `scale`, in `dtype`.
+
+    `mask` (or None) zeroes gradients. It need not touch the codes: a masked weight is 0 when its mask is fixed, has no
+    gradient from then on, and so stays 0, which `require_invariants` asserts.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, qmin: int, qmax: int, mask: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        codes = torch.div(x.float(), scale).round_().clamp_(qmin, qmax)
+        ctx.save_for_backward(x, scale, mask)
+        ctx.range = (qmin, qmax)
+        return codes.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_codes: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, mask = ctx.saved_tensors
+        qmin, qmax = ctx.range
+        inside = (x >= qmin * scale).logical_and_(x <= qmax * scale)
+        if mask is not None:
+            inside.logical_and_(mask)
+        grad_x = (grad_codes.float() / scale).mul_(inside)
+        grad_scale = None
+        if ctx.needs_input_grad[1]:  # d(codes)/d(scale) = -x / scale**2 inside the range
+            if scale.numel() == 1:
+                moment = torch.dot(grad_x.flatten(), x.float().flatten()).reshape(scale.shape)
+            else:
+                moment = torch.linalg.vecdot(grad_x, x.float(), dim=-1).unsqueeze(-1)
+            grad_scale = -moment / scale
+        return grad_x.to(x.dtype), grad_scale, None, None, None, None
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+
+
+def _learned(log_scale: Tensor, elements: int, qmax: int) -> Tensor:
+    """exp(log_scale), with the gradient damped by LSQ's 1/sqrt(elements * qmax)."""
+    damping = 1.0 / math.sqrt(elements * qmax)
+    damped = log_scale * damping
+    return (damped + (log_scale - damped).detach()).exp()
+
+
+class ActivationQuantizer(nn.Module):
+    """Static per-tensor symmetric INT8 quantizer with a learned step; may be shared by several readers of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(1))
+        self.readers = 1
+        self.observer: HistogramObserver | None = None
+        self.token_mask: Tensor | None = None  # (batch, sequence) bool while calibrating
+        self._cached: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+        self._reads = 0
+
+    @property
+    def scale(self) -> Tensor:
+        """The step as it will be deployed, float32 (1,)."""
+        return self.log_scale.detach().float().exp()
+
+    def set_scale(self, scale: float) -> None:
+        """Set the step, for example from calibration."""
+        with torch.no_grad():
+            self.log_scale.fill_(math.log(scale))
+
+    def observe(self, x: Tensor) -> None:
+        """Count the values of `x` (batch, sequence, features) that are not padding."""
+        assert self.observer is not None
+        self.observer.observe(x if self.token_mask is None else x[self.token_mask])
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes, step) of `x`; computed once for all readers of the same tensor."""
+        if self._cached is not None and self._cached[0] is x:
+            result = self._cached[1]
+        else:
+            scale = _learned(self.log_scale, x.numel(), ACTIVATION_QMAX)
+            result = (_Codes.apply(x, scale, ACTIVATION_QMIN, ACTIVATION_QMAX, None, _compute_dtype(x)), scale)
+            self._cached, self._reads = (x, result), 0
+        self._reads += 1
+        if self._reads >= self.readers:
+            self._cached = None
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize and dequantize."""
+        if self.observer is not None:
+            self.observe(x)
+            return x
+        codes, scale = self.codes(x)
+        return codes.float() * scale
+
+
+class QuantLinear(nn.Linear):
+    """A linear layer under a `WeightSpec`: mask, weight codes and activation quantizers, all trainable through.
+
+    `mask` is None until the layer is hardened; from then on it is fixed and nothing can revive a masked weight.
+    `quantize_weight` is off in those ADMM modes that leave the weight in float.
+    """
+
+    mask: Tensor | None
+
+    def __init__(self, linear: nn.Linear, spec: WeightSpec, name: str) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.spec, self.name = spec, name
+        self.quantize_weight = spec.weight_bits is not None
+        self.register_buffer("mask", None)
+        if spec.weight_bits:
+            self.log_scale = nn.Parameter(torch.zeros(self.out_features, 1, device=self.weight.device))
+            self.reset_scale()
+        self.input_quantizer: ActivationQuantizer | None = None
+        self._shared_input: list[ActivationQuantizer] = []  # a list, so that nn.Module does not register it twice
+        self.output_quantizer = ActivationQuantizer() if spec.output_bits else None
+
+    @property
+    def reads(self) -> ActivationQuantizer | None:
+        """The quantizer of the tensor that this layer reads, its own or a shared one."""
+        return self._shared_input[0] if self._shared_input else self.input_quantizer
+
+    def share_input(self, quantizer: ActivationQuantizer) -> None:
+        """Read through a quantizer that another layer owns."""
+        self._shared_input = [quantizer]
+        quantizer.readers += 1
+
+    @property
+    def weight_scale(self) -> Tensor:
+        """Deployed weight step per output channel, float32 (out, 1)."""
+        return self.log_scale.detach().float().exp()
+
+    @torch.no_grad()
+    def reset_scale(self) -> None:
+        """Set the weight steps to those of least squared error for the weight as it is."""
+        assert self.spec.qmax is not None
+        self.log_scale.copy_(mse_scale(self.weight.float(), self.spec.qmax).log())
+
+    @torch.no_grad()
+    def harden(self, scores: Tensor | None = None) -> None:
+        """Fix the mask (the N highest `scores`, by default |W|, of each group), zero the rest, and refit the steps."""
+        if self.spec.pattern:
+            self.mask = nm_mask(self.weight.abs() if scores is None else scores, self.spec.pattern)
+            self.weight.mul_(self.mask)
+        if self.spec.weight_bits:
+            self.quantize_weight = True
+            self.reset_scale()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (..., out) of x (..., in)."""
+        quantizer = self.reads
+        if quantizer is not None and quantizer.observer is not None:
+            quantizer.observe(x)
+            quantizer = None
+        y = self._product(x, quantizer)
+        return y if self.output_quantizer is None else self.output_quantizer(y)
+
+    def _product(self, x: Tensor, quantizer: ActivationQuantizer | None) -> Tensor:
+        if quantizer is None:
+            return functional.linear(x, self._float_weight(), self.bias)
+        codes, scale = quantizer.codes(x)
+        if self.quantize_weight:
+            assert self.spec.qmax is not None
+            step = _learned(self.log_scale, self.in_features, self.spec.qmax)  # (out, 1)
+            weight = _Codes.apply(self.weight, step, -self.spec.qmax, self.spec.qmax, self.mask, codes.dtype)
+            scale = scale * step.squeeze(-1)
+        else:
+            weight = self._float_weight()
+        y = functional.linear(codes, weight) * scale
+        return y if self.bias is None else y + self.bias
+
+    def _float_weight(self) -> Tensor:
+        return self.weight if self.mask is None else self.weight * self.mask
+
+    @torch.no_grad()
+    def baked(self) -> tuple[Tensor, Tensor | None]:
+        """(float32 weight exactly on its pattern and grid, scales (out,) or None)."""
+        weight = self.weight.float()
+        if self.mask is not None:
+            weight = weight * self.mask
+        if not self.spec.weight_bits:
+            return weight, None
+        assert self.spec.qmax is not None
+        scale = self.weight_scale
+        codes = torch.div(weight, scale).round_().clamp_(-self.spec.qmax, self.spec.qmax)
+        return codes * scale, scale.squeeze(-1)
+
+
+def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
+    """The prepared layers of a model by weight name, in model order."""
+    return {module.name: module for module in model.modules() if isinstance(module, QuantLinear)}
+
+
+def activation_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
+    """Every activation quantizer of a prepared model, each once."""
+    return [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
+
+
+def prepare(model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, Any]) -> None:
+    """Put the plan's quantizers into `model`, in place; `bake` takes them out again.
+
+    Query, key and value read one tensor, so those of them that are quantized share one input quantizer.
+    """
+    plan.require_fits(family.model_type, family.weights(config))
+    family.require_placement(plan)
+    if plan.attention == "int8":
+        _require_int8_attention(plan, family)
+    layers: dict[str, QuantLinear] = {}
+    for name, spec in plan.weights.items():
+        if spec.is_dense:
+            continue
+        path = name.removesuffix(".weight")
+        layer = QuantLinear(model.get_submodule(path), spec, name)  # type: ignore[arg-type]  # families name linears
+        _replace(model, path, layer)
+        layers[name] = layer
+    for block in family.blocks(config):
+        first: QuantLinear | None = None
+        for role in ("query", "key", "value"):
+            layer_ = layers.get(f"{family.linear(block, role)}.weight")
+            if layer_ is None or not layer_.spec.input_bits:
+                continue
+            if first is None:
+                first, layer_.input_quantizer = layer_, ActivationQuantizer()
+            else:
+                assert first.input_quantizer is not None
+                layer_.share_input(first.input_quantizer)
+        for role in ("attention_output", "ffn_up", "ffn_down"):
+            layer_ = layers.get(f"{family.linear(block, role)}.weight")
+            if layer_ is not None and layer_.spec.input_bits:
+                layer_.input_quantizer = ActivationQuantizer()
+    device = next(model.parameters()).device
+    model.to(device)
+    if plan.attention == "int8":
+        use_int8_attention(model)
+
+
+@torch.no_grad()
+def bake(model: nn.Module) -> dict[str, np.ndarray]:
+    """Replace prepared layers by plain ones with baked weights, in place; returns the scales as saved on disk."""
+    scales: dict[str, np.ndarray] = {}
+    for name, layer in quant_linears(model).items():
+        path = name.removesuffix(".weight")
+        weight, scale = layer.baked()
+        if scale is not None:
+            scales[f"{name}_scale"] = scale.cpu().numpy()
+        for kind, quantizer in (("input_scale", layer.reads), ("output_scale", layer.output_quantizer)):
+            if quantizer is not None:
+                scales[f"{path}.{kind}"] = quantizer.scale.cpu().numpy().reshape(())
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight)
+        if layer.bias is not None:
+            plain.bias = layer.bias
+        _replace(model, path, plain)
+    return scales
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    percentile: float,
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Set every activation step from the `percentile` of |x| over `batches`, padding excluded, in constant memory."""
+    quantizers = activation_quantizers(model)
+    device = next(model.parameters()).device
+    with _observing(quantizers), torch.no_grad():
+        for batch in batches:
+            inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+            for quantizer in quantizers:
+                quantizer.token_mask = inputs["attention_mask"].bool()
+            model(**inputs)
+            advance()
+        scales = [
+            quantizer.observer.scale(ACTIVATION_QMAX, percentile) for quantizer in quantizers if quantizer.observer
+        ]
+    for quantizer, scale in zip(quantizers, scales, strict=True):
+        quantizer.set_scale(scale)
+
+
+@contextmanager
+def _observing(quantizers: list[ActivationQuantizer]) -> Iterator[None]:
+    for quantizer in quantizers:
+        quantizer.observer = HistogramObserver()
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.observer = quantizer.token_mask = None
+
+
+def require_invariants(model: nn.Module) -> None:
+    """Raise `ArtifactError` if a hardened layer keeps a weight outside its mask or more than N of M."""
+    for name, layer in quant_linears(model).items():
+        if layer.mask is None or layer.spec.pattern is None:
+            continue
+        revived = int((layer.weight.detach()[~layer.mask] != 0).sum())
+        kept = layer.mask.reshape(-1, layer.spec.pattern.m).sum(dim=-1)
+        if revived or bool((kept != layer.spec.pattern.n).any()):
+            raise ArtifactError(
+                f"{name}: {revived} masked weights came back to life, or its mask is not {layer.spec.pattern}; this is a bug"
+            )
+
+
+def _require_int8_attention(plan: CompressionPlan, family: Family) -> None:
+    for name, spec in plan.weights.items():
+        if family.role(name) in ("query", "key", "value") and not spec.output_bits:
+            raise PlanError(
+                f"{name}: attention int8 needs output_bits 8 on every query, key and value; this one has none"
+            )
+
+
+def use_int8_attention(model: nn.Module) -> None:
+    """Route attention through quantized probabilities; query, key and value are quantized at their layers' outputs."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register("nxm_int8", _int8_attention)
+    AttentionMaskInterface.register("nxm_int8", eager_mask)
+    model.set_attn_implementation("nxm_int8")  # type: ignore[operator]
+
+
+def _int8_attention(
+    module: nn.Module,
+    query: Tensor,  # (batch, heads, sequence, head)
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = scores.softmax(dim=-1)
+    scale = torch.tensor([SOFTMAX_SCALE], device=query.device)
+    codes = _Codes.apply(probabilities, scale, ACTIVATION_QMIN, ACTIVATION_QMAX, None, _compute_dtype(query))
+    probabilities = functional.dropout(codes * scale.to(codes.dtype), dropout, module.training)
+    context = torch.matmul(probabilities, value.to(probabilities.dtype)).transpose(1, 2).contiguous()
+    return context, probabilities
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

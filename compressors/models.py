@@ -1,0 +1,167 @@
+"""Hugging Face models in: from a directory or the hub, safetensors only, never with remote code."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nxm_export.checkpoint import read_config, require_safetensors
+from nxm_export.errors import ArtifactError, DataError
+from nxm_export.families import Family, Task, family_of
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on this disk. `revision` is the commit it was fetched at, None for a local directory."""
+
+    path: Path
+    config: Mapping[str, Any]
+    family: Family
+    revision: str | None = None
+
+    def head_fits(self, task: Task) -> bool:
+        """True when the checkpoint already has this task's head, so that no dense fine-tuning is needed."""
+        kind = task.auto_class.removeprefix("AutoModel")
+        architecture = (self.config.get("architectures") or [""])[0]
+        if not architecture.endswith(kind):
+            return False
+        single = len(self.config.get("id2label") or {0: "", 1: ""}) == 1
+        return single == (task.name == "regression")
+
+    def classes(self) -> list[str]:
+        """Class names of the checkpoint's head, by index."""
+        labels = self.config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+        return [str(labels[key]) for key in sorted(labels, key=int)]
+
+
+def resolve(model: str | Path, revision: str | None = None) -> Source:
+    """Find a model directory, or fetch a hub id; raises `ArtifactError` with the way out."""
+    path = Path(model)
+    if path.is_dir():
+        if revision:
+            raise ArtifactError(f"{model} is a local directory, and --revision is for hub models; drop one of them")
+        config = read_config(path)
+        return Source(path, config, family_of(config, source=str(path / "config.json")))
+    if path.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1:
+        raise ArtifactError(f"{model}: no such directory")
+    path, commit = _fetch(str(model), revision)
+    config = read_config(path)
+    return Source(path, config, family_of(config, source=str(model)), commit)
+
+
+def _fetch(name: str, revision: str | None) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except GatedRepoError as error:
+        raise ArtifactError(
+            f"{name} is gated: accept its terms on the hub, then log in with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ArtifactError(f"{name} has no revision {revision!r}") from error
+    except RepositoryNotFoundError as error:
+        raise ArtifactError(
+            f"{name}: no such directory here, and no such model on the hub (or it is private: `hf auth login`)"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ArtifactError(
+            f"{name}: no such directory, and the hub cannot be reached; download the model elsewhere and give its directory"
+        ) from error
+    except Exception as error:  # the hub client raises many kinds of network errors
+        raise ArtifactError(f"{name}: no such directory, and fetching it from the hub failed ({error})") from error
+    require_safetensors(path)
+    return path, path.name  # the snapshot directory is named by its commit
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The model's fast tokenizer; raises `ArtifactError` when it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+    except Exception as error:  # tokenizers raise many kinds for damaged files
+        raise ArtifactError(f"{source.path}: its tokenizer cannot be loaded ({error})") from error
+    if not tokenizer.is_fast:
+        raise ArtifactError(f"{source.path}: it has no fast tokenizer (tokenizer.json), which engines need")
+    return tokenizer
+
+
+def max_length(source: Source, tokenizer: Any, asked: int | None = None) -> int:
+    """Longest input in tokens: what was asked, else what tokenizer and positions allow; beyond positions is refused."""
+    limit = source.family.max_positions(source.config)
+    if asked is not None:
+        if not 2 <= asked <= limit:
+            raise DataError(f"max length {asked} is outside 2..{limit}, the positions of {source.path}")
+        return asked
+    return min(limit, int(tokenizer.model_max_length))
+
+
+def load_model(source: Source, task: Task, *, classes: Sequence[str] | None = None) -> Any:
+    """The task model in float32. With `classes` the head is new; without, it is the checkpoint's own."""
+    import transformers
+
+    # On CPU the backward pass of fused attention is slower than plain matrix products at the lengths of sentences.
+    attention = "sdpa" if torch.cuda.is_available() else "eager"
+
+    auto = getattr(transformers, task.auto_class)
+    labels: dict[str, Any] = {}
+    if classes is not None:
+        names = dict(enumerate(classes))
+        labels = {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+    with quiet():
+        try:
+            return auto.from_pretrained(
+                source.path,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                ignore_mismatched_sizes=classes is not None,
+                **labels,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ArtifactError(f"{source.path}: transformers cannot load it ({error})") from error
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":
+                raise
+            raise ArtifactError(
+                f"{source.path}: its weights cannot be read ({error}); the file is truncated or damaged"
+            ) from error
+
+
+class quiet(warnings.catch_warnings):  # noqa: N801  (reads as a function)
+    """Silence the progress bars and load reports of transformers: new heads are expected here."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging as hub_logging
+
+        super().__enter__()
+        warnings.simplefilter("ignore")
+        self._level = hub_logging.get_verbosity()
+        self._bars = hub_logging.is_progress_bar_enabled()
+        hub_logging.set_verbosity(logging.CRITICAL)
+        hub_logging.disable_progress_bar()
+
+    def __exit__(self, *details: Any) -> None:
+        from transformers.utils import logging as hub_logging
+
+        hub_logging.set_verbosity(self._level)
+        if self._bars:
+            hub_logging.enable_progress_bar()
+        super().__exit__(*details)

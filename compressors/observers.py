@@ -1,0 +1,54 @@
+"""Calibration: streaming statistics of activations, in constant memory, to static per-tensor scales.
+
+An observer keeps a histogram of |x| whose range doubles when a larger value comes, so its memory does not depend on how
+many samples it sees. Padding is excluded: pad positions hold values that no real input produces.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nxm_export.errors import DataError
+
+BINS = 4096
+
+
+class HistogramObserver:
+    """Histogram of |x|, on the device of the first tensor it sees."""
+
+    def __init__(self) -> None:
+        self.counts: Tensor | None = None  # (BINS,) float64
+        self.limit = 0.0  # upper edge of the last bin
+        self.largest = 0.0
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Add the values of `x`, any shape; empty tensors count nothing."""
+        magnitude = x.detach().abs().flatten().float()
+        if magnitude.numel() == 0:
+            return
+        largest = float(magnitude.max())
+        if largest != largest or largest == float("inf"):
+            raise DataError("calibration saw a NaN or infinite activation; the model is broken before compression")
+        self.largest = max(self.largest, largest)
+        if self.counts is None:
+            self.limit = largest if largest > 0 else 1.0
+            self.counts = torch.zeros(BINS, dtype=torch.float64, device=x.device)
+        while largest > self.limit:  # double the range: two old bins become one
+            folded = self.counts.reshape(-1, 2).sum(dim=1)
+            self.counts = torch.cat([folded, torch.zeros_like(folded)])
+            self.limit *= 2
+        self.counts += torch.histc(magnitude, bins=BINS, min=0.0, max=self.limit).double()
+
+    def percentile(self, q: float) -> float:
+        """The value that `q` percent of the observed |x| do not exceed (upper edge of its bin)."""
+        if self.counts is None:
+            raise DataError("calibration saw no activation; give at least one sample that is not padding")
+        total = self.counts.cumsum(0)
+        bin_ = int(torch.searchsorted(total, total[-1] * (q / 100.0)))
+        return min((min(bin_, BINS - 1) + 1) * self.limit / BINS, self.largest) or self.limit / BINS
+
+    def scale(self, qmax: int, q: float = 99.99) -> float:
+        """Static symmetric scale: the `q`-th percentile of |x| maps to `qmax`."""
+        return self.percentile(q) / qmax

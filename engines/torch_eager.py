@@ -1,0 +1,123 @@
+"""The reference: a compressed checkpoint run by PyTorch, with its scales applied from the files alone.
+
+It shares nothing with the training code. Activation quantizers are hooks that call `torch.fake_quantize_per_tensor_affine`
+with the saved scales, weights are the baked ones, and attention is written out here. So a mistake in training, baking or
+export shows as a difference instead of repeating itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines.base import Closing, require_feeds
+from nxm_export.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint, read_config
+from nxm_export.errors import EngineUnavailable
+from nxm_export.families import FAMILIES, task_named
+from nxm_export.plan import CompressionPlan
+
+NAME = "torch_eager"
+
+
+def load(
+    checkpoint: str | Path,
+    *,
+    task: str,
+    plan: CompressionPlan | None = None,
+    scale_dtype: str = "float32",
+    jitter: float = 0.0,
+) -> TorchEngine:
+    """Load a checkpoint directory, compressed or dense, as an engine.
+
+    `plan` is the plan as exported (an export may drop output quantizers), by default the checkpoint's; scales are rounded
+    to `scale_dtype` as the exporter rounds them to the graph's dtype, then used in float32. `jitter` perturbs what every
+    linear layer reads by a random relative error of that size: the same network under another rounding of its sums,
+    which tells how far two correct implementations may differ.
+    """
+    return TorchEngine(Path(checkpoint), task, plan, scale_dtype, jitter)
+
+
+class TorchEngine(Closing):
+    """A checkpoint in float32 on the CPU. See `engines.base.Engine`."""
+
+    def __init__(self, path: Path, task: str, plan: CompressionPlan | None, scale_dtype: str, jitter: float) -> None:
+        try:
+            import torch
+            import transformers
+        except ImportError as error:
+            raise EngineUnavailable(
+                "the PyTorch reference needs torch and transformers; pip install 'nxm-export[train]'"
+            ) from error
+        kind = task_named(task)
+        auto = getattr(transformers, kind.auto_class)
+        self._torch = torch
+        self._model = auto.from_pretrained(
+            path, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self.inputs = FAMILIES[read_config(path)["model_type"]].inputs
+        self.outputs = tuple(kind.outputs)
+        if jitter:
+            self._perturb(jitter, FAMILIES[read_config(path)["model_type"]].weights(read_config(path)))
+        if (path / PLAN_FILE).is_file():
+            checkpoint = open_checkpoint(path)
+            self._quantize(checkpoint, plan or checkpoint.plan, scale_dtype)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name."""
+        require_feeds(self, feeds)
+        with self._torch.inference_mode():
+            outputs = self._model(**{name: self._torch.from_numpy(array) for name, array in feeds.items()})
+        return {name: outputs[name].float().numpy().copy() for name in self.outputs}
+
+    def _perturb(self, size: float, weights: Iterable[str]) -> None:
+        torch, noise = self._torch, self._torch.Generator().manual_seed(0)
+        for name in weights:  # registered before the quantizers, so what they round is what is perturbed
+            self._model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
+                lambda _, args: (args[0] * (1 + size * (2 * torch.rand(args[0].shape, generator=noise) - 1)), *args[1:])
+            )
+
+    def _quantize(self, checkpoint: Checkpoint, plan: CompressionPlan, scale_dtype: str) -> None:
+        torch = self._torch
+        dtype = getattr(torch, scale_dtype)
+
+        def rounded(scale: Any) -> Any:
+            return torch.as_tensor(scale, dtype=torch.float32).to(dtype).float()
+
+        def fake_quantize(x: Any, scale: float) -> Any:
+            return torch.fake_quantize_per_tensor_affine(x, scale, 0, -128, 127)
+
+        for name, spec in plan.weights.items():
+            linear = self._model.get_submodule(name.removesuffix(".weight"))
+            if spec.weight_bits and dtype != torch.float32:
+                codes = torch.from_numpy(checkpoint.codes(name)).float()
+                linear.weight.data = codes * rounded(checkpoint.weight_scale(name))[:, None]
+            if spec.input_bits:
+                scale = float(rounded(checkpoint.input_scale(name)))
+                linear.register_forward_pre_hook(
+                    lambda _, args, scale=scale: (fake_quantize(args[0], scale), *args[1:])
+                )
+            if spec.output_bits:
+                scale = float(rounded(checkpoint.output_scale(name)))
+                linear.register_forward_hook(lambda _, args, output, scale=scale: fake_quantize(output, scale))
+        if plan.attention == "int8":
+            self._quantize_attention(float(rounded(1.0 / 127.0)), fake_quantize)
+
+    def _quantize_attention(self, scale: float, fake_quantize: Any) -> None:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import eager_mask
+
+        def attention(
+            module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **_: Any
+        ) -> Any:
+            scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+            if attention_mask is not None:
+                scores = scores + attention_mask
+            probabilities = fake_quantize(scores.softmax(-1), scale)
+            return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+
+        AttentionInterface.register("nxm_reference_int8", attention)
+        AttentionMaskInterface.register("nxm_reference_int8", eager_mask)
+        self._model.set_attn_implementation("nxm_reference_int8")

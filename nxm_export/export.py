@@ -1,0 +1,324 @@
+"""A checkpoint directory becomes ``model.onnx``: trace, restore meaning by name, put in the quantizers, tidy, verify.
+
+Targets (`TARGETS`): ``cpu`` is a float32 graph, ``trt`` a float16 (or bfloat16) one at opset 21 for strongly typed
+TensorRT. Both hold symmetric INT8 pairs with zero point 0. A directory without a plan gives the float graph: the
+baseline that a compressed engine is compared with.
+
+The attention mask is one finite additive constant, made from the mask input inside the graph: -inf or the smallest float
+turns into NaN in half precision as soon as a row is all padding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nxm_export.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint, read_config
+from nxm_export.errors import ExportError
+from nxm_export.families import ROLES, Family, Task, family_of, task_named
+from nxm_export.plan import CompressionPlan
+from nxm_export.run_dir import atomic_dir
+from nxm_export.spec import TOKENIZER_FILE, IOSpec
+
+MASKED = -1e4  # added to the attention scores of padding: finite in float16, and exp() of it is 0
+SOFTMAX_SCALE = 1.0 / 127.0
+METADATA = "nxm."  # prefix of our entries in the ONNX metadata
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a graph is made for: float dtype of the graph, opset, and which output quantizers stay."""
+
+    name: str
+    dtype: str
+    opset: int
+    placement: str
+
+
+TARGETS = {
+    "cpu": Target("cpu", "float32", 21, "inputs"),
+    "trt": Target("trt", "float16", 21, "inputs-outputs"),
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export made. `scale_rounding` is the largest relative change of a scale by the graph's float dtype."""
+
+    path: Path
+    bytes: int
+    nodes: int
+    scale_rounding: float
+    report: Any  # nxm_export.verify.GraphReport
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    target: str = "cpu",
+    task: str | None = None,
+    dtype: str | None = None,
+    placement: str | None = None,
+) -> Exported:
+    """Write ``model.onnx``, ``verify.json``, ``spec.json`` and the tokenizer to `out`, from a checkpoint directory.
+
+    `dtype` (float32, float16, bfloat16) and `placement` (inputs, inputs-outputs) override the target's; a placement can
+    only drop quantizers that the plan trained, never add some. Raises `ExportError`, `ArtifactError`, `PlanError`.
+    """
+    from nxm_export.verify import verify
+
+    path, out = Path(checkpoint), Path(out)
+    chosen = target_named(target)
+    dtype, placement = dtype or chosen.dtype, placement or chosen.placement
+    compressed = open_checkpoint(path) if (path / PLAN_FILE).is_file() else None
+    if compressed is not None:
+        compressed.require_valid()
+    config = read_config(path)
+    family, kind = family_of(config, source=str(path)), task_named(task or task_of(config))
+    plan = compressed.plan.at_placement(placement) if compressed else None
+    model = _trace(path, kind, family, dtype, chosen.opset)
+    rounding = _quantize(model, compressed, plan, family, dtype) if compressed and plan else 0.0
+    _tidy(model)
+    _name_axes(model, family, kind)
+    model.metadata_props.update(_metadata(config, kind, chosen, dtype, placement, plan))
+    with atomic_dir(out) as scratch:
+        _save(model, scratch / "model.onnx")
+        report = verify(scratch / "model.onnx", plan=plan)
+        (scratch / "verify.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        report.require()
+        IOSpec.of(path, config, family, kind).save(scratch)
+        if (path / TOKENIZER_FILE).is_file():
+            shutil.copyfile(path / TOKENIZER_FILE, scratch / TOKENIZER_FILE)
+    file = out / "model.onnx"
+    return Exported(file, file.stat().st_size, len(model.graph), rounding, report)
+
+
+def target_named(name: str) -> Target:
+    """The target of this name, or `ExportError` with the list."""
+    if name not in TARGETS:
+        raise ExportError(f"unknown target {name!r}; choose one of {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def task_of(config: Mapping[str, Any]) -> str:
+    """The task that a checkpoint's head serves, from its ``config.json``."""
+    architecture = (config.get("architectures") or [""])[0]
+    if architecture.endswith("ForSequenceClassification"):
+        return "regression" if len(config.get("id2label") or {0: "", 1: ""}) == 1 else "classification"
+    raise ExportError(
+        f"the checkpoint's head is {architecture or 'unknown'}; give --task, or fine-tune a supported head first"
+    )
+
+
+def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> Any:
+    """The float graph, not yet optimized, its initializers under the parameters' own names."""
+    import torch
+    import transformers
+
+    floats = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype not in floats:
+        raise ExportError(f"unknown dtype {dtype!r}; choose one of {', '.join(floats)}")
+
+    class Traced(torch.nn.Module):
+        """The model with the inputs and outputs of an engine."""
+
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            inputs = dict(zip(family.inputs, tensors, strict=True))
+            mask = inputs["attention_mask"][:, None, None, :].to(floats[dtype])
+            inputs["attention_mask"] = (1.0 - mask) * MASKED
+            outputs = self.model(**inputs)
+            return tuple(outputs[name].float() for name in task.outputs)
+
+    with _silence():
+        model = getattr(transformers, task.auto_class).from_pretrained(
+            path, use_safetensors=True, trust_remote_code=False, dtype=floats[dtype], attn_implementation="eager"
+        )
+        batch, sequence = (
+            torch.export.Dim("batch"),
+            torch.export.Dim("sequence", max=family.max_positions(model.config.to_dict())),
+        )
+        examples = tuple(
+            torch.ones(2, 7, dtype=torch.long) for _ in family.inputs
+        )  # one object twice would be traced as one input
+        program = torch.onnx.export(
+            Traced(model.eval()),
+            examples,
+            input_names=list(family.inputs),
+            output_names=list(task.outputs),
+            dynamic_shapes=(({0: batch, 1: sequence},) * len(family.inputs),),
+            opset_version=opset,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None
+    return _renamed(program.model)
+
+
+def _renamed(model: Any) -> Any:
+    """Drop the wrapper's ``model.`` from initializer names, so that they are the checkpoint's."""
+    for name in list(model.graph.initializers):
+        if name.startswith("model."):
+            value = model.graph.initializers.pop(name)
+            value.name = name.removeprefix("model.")
+            model.graph.register_initializer(value)
+    return model
+
+
+def _quantize(model: Any, checkpoint: Checkpoint, plan: CompressionPlan, family: Family, dtype: str) -> float:
+    """Put the plan into the graph; returns the largest relative change of a scale by rounding to `dtype`."""
+    from nxm_export.qdq import fold_weight_qdq, insert_activation_qdq, linears_of, require_scale
+
+    rounding = 0.0
+
+    def rounded(scale: np.ndarray | float, name: str) -> np.ndarray:
+        nonlocal rounding
+        exact = np.asarray(scale, np.float32)
+        result = exact.astype(_numpy_dtype(dtype))
+        require_scale(result, name)
+        rounding = max(rounding, float((np.abs(result.astype(np.float32) - exact) / exact).max()))
+        return result
+
+    pending_outputs = []
+    for block in family.blocks(checkpoint.config):
+        inputs: dict[int, Any] = {}  # one pair per tensor, however many layers read it
+        for role in ROLES:
+            name = f"{family.linear(block, role)}.weight"
+            spec, path = plan.weights[name], name.removesuffix(".weight")
+            if spec.weight_bits is None:
+                continue
+            _require_same_weight(model.graph.initializers[name], checkpoint, name)
+            for linear in linears_of(model.graph, name):
+                linear.product.name = path
+                fold_weight_qdq(
+                    model.graph, linear, name, checkpoint.codes(name), rounded(checkpoint.weight_scale(name), name)
+                )
+                if id(linear.x) not in inputs:
+                    scale = rounded(checkpoint.input_scale(name), f"{path}.input")
+                    inputs[id(linear.x)] = insert_activation_qdq(
+                        model.graph, linear.x, scale, f"{path}.input", [linear.product]
+                    )
+                else:
+                    linear.product.replace_input_with(0, inputs[id(linear.x)])
+                if spec.output_bits:
+                    pending_outputs.append((linear, name, path))
+    for linear, name, path in pending_outputs:
+        insert_activation_qdq(
+            model.graph, linear.output, rounded(checkpoint.output_scale(name), f"{path}.output"), f"{path}.output"
+        )
+    if plan.attention == "int8":
+        _quantize_probabilities(model.graph, rounded(SOFTMAX_SCALE, "softmax"))
+    return rounding
+
+
+def _quantize_probabilities(graph: Any, scale: np.ndarray) -> None:
+    from nxm_export.qdq import insert_activation_qdq
+
+    for number, node in enumerate([node for node in graph if node.op_type == "Softmax"]):
+        insert_activation_qdq(graph, node.outputs[0], scale, f"attention.{number}.probabilities")
+
+
+def _require_same_weight(initializer: Any, checkpoint: Checkpoint, name: str) -> None:
+    """The traced weight is the checkpoint's, bit for bit (in float32 graphs; half precision is rounded by the cast)."""
+    traced = initializer.const_value.numpy()
+    if traced.dtype == np.float32 and not np.array_equal(traced, checkpoint.weight(name)):
+        raise ExportError(
+            f"{name}: the traced graph holds other values than the checkpoint; this is a bug, please report it with the model"
+        )
+
+
+def _tidy(model: Any) -> None:
+    """Fold constants, merge equal subexpressions, drop what nothing reads. Q/DQ pairs are left alone by the folder."""
+    import onnx_ir.passes.common as passes
+    import onnxscript.optimizer
+
+    with _silence():
+        onnxscript.optimizer.optimize(model)
+        for tidy in (
+            passes.CommonSubexpressionEliminationPass(),
+            passes.RemoveUnusedNodesPass(),
+            passes.LiftConstantsToInitializersPass(),
+            passes.DeduplicateInitializersPass(),
+            passes.RemoveUnusedOpsetsPass(),
+            passes.ClearMetadataAndDocStringPass(),
+            passes.TopologicalSortPass(),
+        ):
+            tidy(model)
+
+
+def _name_axes(model: Any, family: Family, task: Task) -> None:
+    """Two inputs that share an axis get it renamed by the exporter: say again what every axis is."""
+    import onnx_ir as ir
+
+    for value in model.graph.inputs:
+        value.shape = ir.Shape(["batch", "sequence"])
+    for value, axes in zip(model.graph.outputs, task.outputs.values(), strict=True):
+        traced = value.shape if value.shape is not None else axes
+        value.shape = ir.Shape([axis if axis in ("batch", "sequence") else traced[i] for i, axis in enumerate(axes)])
+
+
+def _metadata(
+    config: Mapping[str, Any], task: Task, target: Target, dtype: str, placement: str, plan: CompressionPlan | None
+) -> dict[str, str]:
+    labels = config.get("id2label") or {}
+    facts = {
+        "schema": "nxm-onnx/1",
+        "model_type": config["model_type"],
+        "task": task.name,
+        "target": target.name,
+        "dtype": dtype,
+        "placement": placement if plan else "float",
+        "labels": json.dumps([labels[key] for key in sorted(labels, key=int)]),
+    }
+    if plan:
+        facts["plan"] = plan.to_json()
+    return {METADATA + key: value for key, value in facts.items()}
+
+
+def _save(model: Any, file: Path) -> None:
+    """One file where protobuf allows it (2 GB), else weights beside it."""
+    import onnx_ir as ir
+
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    ir.save(model, file, external_data=f"{file.name}.data" if size > 1_800_000_000 else None)
+
+
+def _numpy_dtype(dtype: str) -> np.dtype:
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
+
+
+@contextlib.contextmanager
+def _silence() -> Any:
+    """The exporter prints and warns about things that are none of the user's business."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "transformers")]
+    levels = [logger.level for logger in loggers]
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,190 @@
+"""What this project knows about model families and tasks: one entry each, and everything else follows from it.
+
+A family says which matrices of a Hugging Face checkpoint are compressible, under which names, which of them read the
+same tensor, and which inputs the model takes. A task says which head it has, how its outputs are shaped and how it is
+scored. Both are read from ``config.json`` alone, so that a host without torch can use them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from nxm_export.errors import ArtifactError, PlanError
+from nxm_export.plan import PLACEMENTS, CompressionPlan, WeightSpec, some
+
+ROLES = ("query", "key", "value", "attention_output", "ffn_up", "ffn_down")
+# Where an output quantizer sits behind a linear layer. The FFN's first matrix has none of its own: what it writes goes
+# through GELU, and the quantizer behind GELU is the input quantizer of the second matrix.
+OUTPUT_ROLES = ("query", "key", "value", "attention_output", "ffn_down")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One Hugging Face ``model_type``.
+
+    `base` is the encoder's attribute in a task model, `block` the module path of encoder block ``i`` inside it, `linears`
+    the six compressible linear layers of a block by role. The `*_key` fields name the sizes in ``config.json``.
+    """
+
+    model_type: str
+    base: str
+    block: str
+    linears: Mapping[str, str]
+    inputs: tuple[str, ...]
+    layers_key: str = "num_hidden_layers"
+    hidden_key: str = "hidden_size"
+    intermediate_key: str = "intermediate_size"
+    heads_key: str = "num_attention_heads"
+    reserved_positions: int = 0  # RoBERTa counts positions from padding_idx + 1
+
+    def blocks(self, config: Mapping[str, Any]) -> list[str]:
+        """Module paths of the encoder blocks, first to last."""
+        return [f"{self.base}.{self.block.format(i=i)}" for i in range(int(config[self.layers_key]))]
+
+    def linear(self, block: str, role: str) -> str:
+        """Module path of one linear layer of a block."""
+        return f"{block}.{self.linears[role]}"
+
+    def weights(self, config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+        """Every compressible parameter name with its shape (out, in), in the order in which the model runs them."""
+        hidden, wide = int(config[self.hidden_key]), int(config[self.intermediate_key])
+        shapes = {"ffn_up": (wide, hidden), "ffn_down": (hidden, wide)}
+        return {
+            f"{self.linear(block, role)}.weight": shapes.get(role, (hidden, hidden))
+            for block in self.blocks(config)
+            for role in ROLES
+        }
+
+    def role(self, weight: str) -> str:
+        """The role of a weight of this family, such as ``ffn_up``."""
+        for role, path in self.linears.items():
+            if weight.endswith(f".{path}.weight"):
+                return role
+        raise PlanError(f"{weight} is not a compressible weight of the {self.model_type} family")
+
+    def uniform_plan(
+        self,
+        config: Mapping[str, Any],
+        spec: WeightSpec,
+        *,
+        placement: str = "inputs-outputs",
+        keep_dense: Iterable[str] = (),
+        attention: str = "float",
+    ) -> CompressionPlan:
+        """The same pattern and bits for every weight but those that a `keep_dense` glob matches.
+
+        A glob that hits nothing is a `PlanError`, and so is a pattern that a weight's input size does not allow.
+        """
+        shapes = self.weights(config)
+        weights = {name: self.placed(name, spec, placement) for name in shapes}
+        for glob in keep_dense:
+            hits = [name for name in shapes if fnmatchcase(name, glob)]
+            if not hits:
+                raise PlanError(
+                    f"keep-dense rule {glob!r} matches none of the {len(shapes)} weights, such as {some(shapes)}"
+                )
+            weights.update(dict.fromkeys(hits, WeightSpec()))
+        return CompressionPlan(self.model_type, weights, shapes, attention)
+
+    def placed(self, weight: str, spec: WeightSpec, placement: str) -> WeightSpec:
+        """`spec` with the output quantizer that `placement` gives this weight's role."""
+        if placement not in PLACEMENTS:
+            raise PlanError(f"unknown placement {placement!r}; choose one of {', '.join(PLACEMENTS)}")
+        outputs = placement == "inputs-outputs" and spec.weight_bits and self.role(weight) in OUTPUT_ROLES
+        return replace(spec, output_bits=8 if outputs else None)
+
+    def require_placement(self, plan: CompressionPlan) -> None:
+        """Raise `PlanError` when a plan puts an output quantizer where this family has no place for one."""
+        for name, spec in plan.weights.items():
+            if spec.output_bits and self.role(name) not in OUTPUT_ROLES:
+                raise PlanError(
+                    f"{name}: no output quantizer belongs between this layer and GELU; drop its output_bits"
+                )
+
+    def heads(self, config: Mapping[str, Any]) -> int:
+        """Number of attention heads."""
+        return int(config[self.heads_key])
+
+    def max_positions(self, config: Mapping[str, Any]) -> int:
+        """Longest sequence, in tokens, that the position embeddings allow."""
+        return int(config["max_position_embeddings"]) - self.reserved_positions
+
+
+_BERT_LINEARS = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "attention_output": "attention.output.dense",
+    "ffn_up": "intermediate.dense",
+    "ffn_down": "output.dense",
+}
+_DISTILBERT_LINEARS = {
+    "query": "attention.q_lin",
+    "key": "attention.k_lin",
+    "value": "attention.v_lin",
+    "attention_output": "attention.out_lin",
+    "ffn_up": "ffn.lin1",
+    "ffn_down": "ffn.lin2",
+}
+_WITH_TYPES = ("input_ids", "attention_mask", "token_type_ids")
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("bert", "bert", "encoder.layer.{i}", _BERT_LINEARS, _WITH_TYPES),
+        Family("roberta", "roberta", "encoder.layer.{i}", _BERT_LINEARS, _WITH_TYPES[:2], reserved_positions=2),
+        Family(
+            "distilbert",
+            "distilbert",
+            "transformer.layer.{i}",
+            _DISTILBERT_LINEARS,
+            _WITH_TYPES[:2],
+            layers_key="n_layers",
+            hidden_key="dim",
+            intermediate_key="hidden_dim",
+            heads_key="n_heads",
+        ),
+        Family("electra", "electra", "encoder.layer.{i}", _BERT_LINEARS, _WITH_TYPES),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of head. `auto_class` is the transformers class, `outputs` the graph outputs with their axes."""
+
+    name: str
+    auto_class: str
+    metric: str
+    outputs: Mapping[str, tuple[str, ...]]
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("classification", "AutoModelForSequenceClassification", "accuracy", {"logits": ("batch", "classes")}),
+        Task("regression", "AutoModelForSequenceClassification", "pearson", {"logits": ("batch", "scores")}),
+    )
+}
+
+
+def family_of(config: Mapping[str, Any], *, source: str = "config.json") -> Family:
+    """The family of a ``config.json``; families that are not supported are refused with the list of those that are."""
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise ArtifactError(
+            f"{source}: model_type {model_type!r} is not supported; supported families: {', '.join(FAMILIES)}"
+        )
+    if config.get("is_decoder") or config.get("add_cross_attention"):
+        raise ArtifactError(f"{source}: decoders are not supported; only encoders of: {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def task_named(name: str) -> Task:
+    """The task of this name, or `PlanError` with the list."""
+    if name not in TASKS:
+        raise PlanError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
+    return TASKS[name]

@@ -1,0 +1,63 @@
+"""What this machine can build and run, for ``nxm doctor``: nothing is imported that is not asked about."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+
+def report() -> dict[str, Any]:
+    """Facts about Python, CPU, memory, GPU and driver, and per capability whether it works or what to install."""
+    from engines.passport import cpu_device
+
+    cpu = cpu_device()
+    return {
+        "nxm-export": _version("nxm-export") or "source tree",
+        "python": platform.python_version(),
+        "system": cpu["system"],
+        "cpu": f"{cpu.get('name', 'unknown')}, {len(os.sched_getaffinity(0))} cores",
+        "integer instructions": cpu.get("features") or "none known: INT8 may be slower than FP32 here",
+        "gpu": _gpu(),
+        "compress": _needs(("torch", "transformers", "accelerate", "scikit-learn"), "train"),
+        "export": _needs(("torch", "transformers", "onnx", "onnxscript", "onnx-ir"), "export"),
+        "backend ort": _needs(("onnxruntime", "onnx", "onnx-ir"), "ort"),
+        "backend trt_rtx": _needs(("tensorrt-rtx-cu13", "polygraphy"), "trt-rtx") + _rtx_note(),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _needs(distributions: tuple[str, ...], extra: str) -> str:
+    missing = [name for name in distributions if _version(name) is None]
+    if missing:
+        return f"missing {', '.join(missing)}: pip install 'nxm-export[{extra}]'"
+    return "ready: " + ", ".join(f"{name} {_version(name)}" for name in distributions)
+
+
+def _gpu() -> str:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "no NVIDIA driver found (nvidia-smi is not there)"
+    query = ["--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader"]
+    found = subprocess.run([tool, *query], capture_output=True, text=True, timeout=30, check=False)
+    return "; ".join(found.stdout.strip().splitlines()) or f"nvidia-smi failed: {found.stderr.strip()[:200]}"
+
+
+def _rtx_note() -> str:
+    if find_spec("tensorrt_rtx") is None:
+        return ""
+    return (
+        " (builds here)"
+        if shutil.which("nvidia-smi") is None
+        else " (builds and runs on compute capability 8.6, 8.9 and 12.x)"
+    )

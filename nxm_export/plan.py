@@ -1,0 +1,322 @@
+"""The compression plan: which pattern and how many bits every weight matrix gets, and what that costs in bits.
+
+The plan is the contract between all stages. Search writes it, training obeys it, the exporter folds it into the graph,
+and the engine report is judged by it. On disk it is ``nxm_plan.json``; rules and globs are resolved when it is written,
+so that a reader never has to guess what a plan covers.
+
+Counting (``COUNTINGS``), in bits for a matrix of ``n`` weights and ``o`` output channels at ``b`` bits a weight:
+
+``values``  only the kept values, ``n * N/M * b``: no positions, no scales. It flatters, and is how papers count.
+``packed``  kept values, ``ceil(log2 C(M, N))`` bits per group for their positions, and one 32-bit scale per output
+            channel of a quantized matrix: what ``nxm pack`` writes.
+``hw``      what a sparse tensor core reads: 2:4 storage with 2 bits per kept value, for 2:4 and the patterns that imply
+            it, plus the scales. Other patterns are dense to the hardware and cost ``n * b``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from nxm_export.errors import PlanError
+
+SCHEMA = "nxm-plan/1"
+COUNTINGS = ("hw", "packed", "values")
+PLACEMENTS = ("inputs", "inputs-outputs")
+SCALE_BITS = 32
+DENSE_BITS = 16  # an unquantized weight is deployed in 16 bit
+REFERENCE_BITS = 32  # ratios are against the FP32 checkpoint, as in the literature
+
+
+@dataclass(frozen=True, order=True)
+class NMPattern:
+    """At most `n` non-zeros in every `m` consecutive weights along the input axis (K).
+
+    `n` counts what is *kept*: 1:4 is 75 % sparse.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise PlanError(f"N:M pattern needs 0 < N < M, got {self}; leave `pattern` out for a dense weight")
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @classmethod
+    def parse(cls, text: str) -> NMPattern:
+        """``"2:4"`` -> ``NMPattern(2, 4)``; anything else is a `PlanError`."""
+        n, separator, m = text.partition(":")
+        if not separator or not n.isdecimal() or not m.isdecimal():
+            raise PlanError(f"not an N:M pattern: {text!r}; write N kept of every M, as in 2:4")
+        return cls(int(n), int(m))
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that is kept."""
+        return self.n / self.m
+
+    @property
+    def index_bits(self) -> int:
+        """Bits that name one group's support: ``ceil(log2 C(M, N))``; 3 for 2:4."""
+        return math.ceil(math.log2(math.comb(self.m, self.n)))
+
+    @property
+    def implies_2_4(self) -> bool:
+        """True when every matrix of this pattern is also 2:4, which is all that sparse tensor cores read."""
+        span = math.lcm(self.m, 4)
+        for start in range(0, span, 4):
+            groups = {position // self.m for position in range(start, start + 4)}
+            overlap = [sum(position // self.m == group for position in range(start, start + 4)) for group in groups]
+            if sum(min(self.n, size) for size in overlap) > 2:
+                return False
+        return True
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """What happens to one weight matrix.
+
+    `pattern=None` is dense, `weight_bits=None` is unquantized (deployed in 16 bit). `input_bits` and `output_bits` are
+    the static per-tensor activation quantizers before and after the matrix product: 8 or None. A weight in the plan with
+    all four None is an explicit "leave it in 16 bit".
+    """
+
+    pattern: NMPattern | None = None
+    weight_bits: int | None = None
+    input_bits: int | None = None
+    output_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight_bits is not None and not 2 <= self.weight_bits <= 8:
+            raise PlanError(
+                f"weight_bits must be 2 to 8, or left out for an unquantized weight; got {self.weight_bits}"
+            )
+        for field in ("input_bits", "output_bits"):
+            if getattr(self, field) not in (None, 8):
+                raise PlanError(f"{field} must be 8, or left out for a float activation; got {getattr(self, field)}")
+        if self.weight_bits is not None and self.input_bits is None:
+            raise PlanError(
+                "a quantized weight needs a quantized input: integer kernels take both; set input_bits to 8"
+            )
+        if self.weight_bits is None and (self.input_bits or self.output_bits):
+            raise PlanError(
+                "activation quantizers need a quantized weight; set weight_bits or drop input_bits/output_bits"
+            )
+
+    def __str__(self) -> str:
+        """Short name as in tables: ``2:4+W8``, ``W4``, ``2:4``, ``dense``."""
+        parts = [str(self.pattern) if self.pattern else "", f"W{self.weight_bits}" if self.weight_bits else ""]
+        return "+".join(part for part in parts if part) or "dense"
+
+    @classmethod
+    def parse(cls, text: str, *, output_bits: int | None = None) -> WeightSpec:
+        """Read a menu entry: ``2:4+W8``, ``W4``, ``2:4`` or ``dense``; quantized entries get an INT8 input."""
+        pattern, bits = None, None
+        for part in [] if text.strip().lower() == "dense" else text.split("+"):
+            part = part.strip()
+            if ":" in part and pattern is None:
+                pattern = NMPattern.parse(part)
+            elif part[:1] in ("W", "w") and part[1:].isdecimal() and bits is None:
+                bits = int(part[1:])
+            else:
+                raise PlanError(f"not a weight option: {text!r}; write 2:4+W8, W4, 2:4 or dense")
+        return cls(pattern, bits, 8 if bits else None, output_bits if bits else None)
+
+    @property
+    def is_dense(self) -> bool:
+        """True when the weight is left alone."""
+        return self.pattern is None and self.weight_bits is None
+
+    @property
+    def qmax(self) -> int | None:
+        """Largest integer code of the weight; the range is narrow, ``[-qmax, qmax]``."""
+        return None if self.weight_bits is None else 2 ** (self.weight_bits - 1) - 1
+
+    def stored_bits(self, shape: tuple[int, int], counting: str = "hw") -> int:
+        """Bits that a matrix of ``shape`` (out, in) takes by one of `COUNTINGS`; see the module text."""
+        if counting not in COUNTINGS:
+            raise PlanError(f"unknown counting {counting!r}; choose one of {', '.join(COUNTINGS)}")
+        out, in_ = shape
+        bits = self.weight_bits or DENSE_BITS
+        scales = out * SCALE_BITS if self.weight_bits and counting != "values" else 0
+        if self.pattern is None:
+            return out * in_ * bits + scales
+        if in_ % self.pattern.m:
+            raise PlanError(
+                f"{self.pattern} needs in_features divisible by {self.pattern.m}, got a weight of {out}x{in_}"
+            )
+        groups = out * in_ // self.pattern.m
+        if counting == "values":
+            return groups * self.pattern.n * bits
+        if counting == "packed":
+            return groups * (self.pattern.n * bits + self.pattern.index_bits) + scales
+        if self.pattern.implies_2_4:
+            return out * in_ * (bits + 2) // 2 + scales  # half of the values, two index bits each
+        return out * in_ * bits + scales
+
+    def engine_bits(self, shape: tuple[int, int], *, sparse: bool) -> int:
+        """Bits of the same matrix inside an INT8 engine: 2 to 8 bit codes all run as INT8, sparse or dense."""
+        deployed = self if self.weight_bits is None else replace(self, weight_bits=8)
+        if not sparse or self.pattern is None or not self.pattern.implies_2_4:
+            deployed = replace(deployed, pattern=None)
+        return deployed.stored_bits(shape, "hw")
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """Every compressible weight of one model, by parameter name, with its spec; dense ones are listed too.
+
+    `shapes` are (out, in). `attention` says how the two products inside attention run: ``float``, or ``int8`` (both of
+    them with softmax in between quantized at 1/127: TensorRT fuses all or nothing).
+    """
+
+    model_type: str
+    weights: Mapping[str, WeightSpec]
+    shapes: Mapping[str, tuple[int, int]]
+    attention: str = "float"
+
+    def __post_init__(self) -> None:
+        if self.attention not in ("float", "int8"):
+            raise PlanError(f"attention must be float or int8, got {self.attention!r}")
+        if not self.weights:
+            raise PlanError("a plan names at least one weight; this one names none")
+        if set(self.weights) != set(self.shapes):
+            raise PlanError(f"plan weights and shapes differ: {some(set(self.weights) ^ set(self.shapes))}")
+        for name, spec in self.weights.items():
+            if spec.pattern and self.shapes[name][1] % spec.pattern.m:
+                out, in_ = self.shapes[name]
+                raise PlanError(
+                    f"{name}: {spec.pattern} needs in_features divisible by {spec.pattern.m}, but the weight is "
+                    f"{out}x{in_}. Keep it dense (--keep-dense '{name}') or choose another pattern."
+                )
+
+    def require_fits(self, model_type: str, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise `PlanError` unless this plan names exactly the weights of that model, with their shapes."""
+        if self.model_type != model_type:
+            raise PlanError(
+                f"the plan is for a {self.model_type} model, this model is {model_type}; search or write a new plan"
+            )
+        if dict(self.shapes) != dict(shapes):
+            wrong = [name for name in {**self.shapes, **shapes} if self.shapes.get(name) != shapes.get(name)]
+            raise PlanError(
+                f"the plan is for another model: {len(wrong)} weights differ in name or shape, such as {some(wrong)} "
+                f"(plan {self.shapes.get(wrong[0])}, model {shapes.get(wrong[0])}); search or write a new plan"
+            )
+
+    def at_placement(self, placement: str) -> CompressionPlan:
+        """The plan that a graph of this placement holds: ``inputs`` drops the output quantizers, ``inputs-outputs`` keeps them.
+
+        Raises `PlanError` for a placement that this plan was not trained for: quantizers can be dropped, never added.
+        """
+        if placement == "inputs":
+            if self.attention == "int8":
+                raise PlanError(
+                    "placement inputs drops the output quantizers that int8 attention is made of; keep inputs-outputs"
+                )
+            return replace(self, weights={name: replace(spec, output_bits=None) for name, spec in self.weights.items()})
+        if placement != "inputs-outputs":
+            raise PlanError(f"unknown placement {placement!r}; choose one of {', '.join(PLACEMENTS)}")
+        quantized = [spec for spec in self.weights.values() if spec.weight_bits]
+        if quantized and not any(spec.output_bits for spec in quantized):
+            raise PlanError(
+                "this plan trained no output quantizers; use placement inputs, or compress again with inputs-outputs"
+            )
+        return self
+
+    @property
+    def pattern_counts(self) -> dict[str, int]:
+        """How many matrices have each option, as in ``{"2:4+W8": 36}``."""
+        counts: dict[str, int] = {}
+        for spec in self.weights.values():
+            counts[str(spec)] = counts.get(str(spec), 0) + 1
+        return counts
+
+    def stored_bits(self, counting: str = "hw") -> int:
+        """Bits of all matrices of the plan together."""
+        return sum(spec.stored_bits(self.shapes[name], counting) for name, spec in self.weights.items())
+
+    def compression(self, counting: str = "hw") -> float:
+        """1 - compressed/FP32 over the planned matrices (the encoder's matrix weights; no embeddings, biases or norms)."""
+        elements = sum(out * in_ for out, in_ in self.shapes.values())
+        return 1.0 - self.stored_bits(counting) / (elements * REFERENCE_BITS)
+
+    def engine_bytes(self, *, sparse: bool) -> int:
+        """Bytes of the planned matrices inside an INT8 engine, with or without sparse storage."""
+        return sum(spec.engine_bits(self.shapes[name], sparse=sparse) for name, spec in self.weights.items()) // 8
+
+    def to_json(self) -> str:
+        """The text of ``nxm_plan.json``."""
+        weights = {}
+        for name, spec in self.weights.items():
+            fields = {key: value for key, value in asdict(spec).items() if value is not None and key != "pattern"}
+            if spec.pattern:
+                fields = {"pattern": str(spec.pattern), **fields}
+            weights[name] = {"shape": list(self.shapes[name]), **fields}
+        head = {"schema": SCHEMA, "model_type": self.model_type, "attention": self.attention, "weights": weights}
+        return json.dumps(head, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str = "plan") -> CompressionPlan:
+        """Read ``nxm_plan.json``; `source` names the file in errors. Unknown schemas and fields are refused."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise PlanError(
+                f"{source}: not JSON ({error}); write it again with `nxm compress` or `nxm search`"
+            ) from error
+        require_schema(data, SCHEMA, source)
+        unknown = set(data) - {"schema", "model_type", "attention", "weights"}
+        if unknown:
+            raise PlanError(
+                f"{source}: unknown fields {some(unknown)}; it was written by a newer nxm-export: update, or plan again"
+            )
+        try:
+            weights = {name: _spec_from_json(name, entry, source) for name, entry in data["weights"].items()}
+            shapes = {name: _shape_from_json(name, entry, source) for name, entry in data["weights"].items()}
+            return cls(data["model_type"], weights, shapes, data["attention"])
+        except (KeyError, AttributeError, TypeError) as error:
+            raise PlanError(
+                f"{source}: malformed plan ({error!r}); write it again with `nxm compress` or `nxm search`"
+            ) from error
+
+
+def require_schema(data: Any, schema: str, source: str, error: type[Exception] = PlanError) -> None:
+    """Refuse JSON that is not of exactly this `schema`, and say the way out."""
+    found = data.get("schema") if isinstance(data, dict) else None
+    if found == schema:
+        return
+    if isinstance(found, str) and found.partition("/")[0] == schema.partition("/")[0]:
+        raise error(
+            f"{source}: schema {found} is not the {schema} that this version reads; use the nxm-export that wrote it, or write it again"
+        )
+    raise error(f"{source}: not a {schema} file (schema is {found!r}); check the path")
+
+
+def _spec_from_json(name: str, entry: dict[str, Any], source: str) -> WeightSpec:
+    unknown = set(entry) - {"shape", "pattern", "weight_bits", "input_bits", "output_bits"}
+    if unknown:
+        raise PlanError(f"{source}: {name}: unknown fields {some(unknown)}")
+    pattern = NMPattern.parse(entry["pattern"]) if entry.get("pattern") else None
+    try:
+        return WeightSpec(pattern, entry.get("weight_bits"), entry.get("input_bits"), entry.get("output_bits"))
+    except PlanError as error:
+        raise PlanError(f"{source}: {name}: {error}") from error
+
+
+def _shape_from_json(name: str, entry: dict[str, Any], source: str) -> tuple[int, int]:
+    shape = entry["shape"]
+    if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise PlanError(f"{source}: {name}: shape must be two positive integers (out, in), got {shape}")
+    return shape[0], shape[1]
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few names, for a message."""
+    shown = sorted(names)
+    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")

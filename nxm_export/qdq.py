@@ -1,0 +1,152 @@
+"""Quantize/dequantize pairs in an ONNX graph: the reference arithmetic, and the two edits that put pairs in.
+
+A weight becomes an INT8 initializer and a DequantizeLinear with one scale per output channel; an activation becomes a
+QuantizeLinear and DequantizeLinear with one static scale and zero point 0. Both edits find their place by parameter name
+in a graph that still has its parameters under their own names (`linears_of`), never by shape or order: query, key and
+value have equal shapes, and a swap would be silent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from nxm_export.errors import ExportError
+
+INT8 = (-128, 127)
+
+
+def quantize(x: np.ndarray, scale: np.ndarray | float, qmin: int = INT8[0], qmax: int = INT8[1]) -> np.ndarray:
+    """``clip(round_half_even(x / scale), qmin, qmax)`` as int8, in the dtype of `x`: ONNX QuantizeLinear, zero point 0."""
+    return np.clip(np.rint(x / np.asarray(scale, x.dtype)), qmin, qmax).astype(np.int8)
+
+
+def dequantize(codes: np.ndarray, scale: np.ndarray | float, dtype: np.dtype | type = np.float32) -> np.ndarray:
+    """``codes * scale``: ONNX DequantizeLinear, zero point 0."""
+    return codes.astype(dtype) * np.asarray(scale, dtype)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer in a graph: ``output = x @ weight.T (+ bias)``.
+
+    `product` is its MatMul (or Gemm), `x` what it reads, `output` the value behind the bias.
+    """
+
+    product: ir.Node
+    x: ir.Value
+    output: ir.Value
+
+
+def linears_of(graph: ir.Graph, parameter: str) -> list[Linear]:
+    """Every linear layer that multiplies by the transpose of initializer `parameter` (out, in); shared weights have several.
+
+    Raises `ExportError` when the parameter is missing or used in any other way.
+    """
+    if parameter not in graph.initializers:
+        raise ExportError(
+            f"the exported graph has no initializer {parameter}; this transformers version names its modules differently"
+        )
+    found = []
+    for transpose in graph.initializers[parameter].consumers():
+        if transpose.op_type != "Transpose" or list(transpose.attributes["perm"].as_ints()) != [1, 0]:
+            raise ExportError(
+                f"{parameter} feeds {transpose.op_type} node {transpose.name!r}; expected Transpose and MatMul"
+            )
+        for product in transpose.outputs[0].consumers():
+            if product.op_type != "MatMul" or product.inputs[1] is not transpose.outputs[0]:
+                raise ExportError(
+                    f"{parameter} feeds {product.op_type} node {product.name!r}; expected the right side of a MatMul"
+                )
+            x = product.inputs[0]
+            assert x is not None
+            found.append(Linear(product, x, _behind_bias(product.outputs[0])))
+    if not found:
+        raise ExportError(f"{parameter} is not multiplied by anything in the exported graph")
+    return found
+
+
+def _behind_bias(value: ir.Value) -> ir.Value:
+    users = value.consumers()
+    if len(users) == 1 and users[0].op_type == "Add":
+        other = next((v for v in users[0].inputs if v is not value), None)
+        if other is not None and other.is_initializer() and other.shape is not None and len(other.shape) == 1:
+            return users[0].outputs[0]
+    return value
+
+
+def fold_weight_qdq(graph: ir.Graph, linear: Linear, name: str, codes: np.ndarray, scale: np.ndarray) -> None:
+    """Replace the weight of `linear` by INT8 `codes` (out, in) and a DequantizeLinear per output channel.
+
+    The initializer is stored as the MatMul reads it, (K, N) = (in, out), so the channel axis is 1. `scale` (out,) has the
+    graph's float dtype. Layers that share a weight share the initializer.
+    """
+    dequantized = graph.initializers.get(f"{name}_quantized")
+    if dequantized is not None:
+        linear.product.replace_input_with(1, dequantized.consumers()[0].outputs[0])
+        return
+    stored = _initializer(graph, f"{name}_quantized", np.ascontiguousarray(codes.T))
+    scales = _initializer(graph, f"{name}_scale", scale)
+    zero = _initializer(graph, f"{name}_zero_point", np.zeros(scale.shape, np.int8))
+    node = ir.node("DequantizeLinear", [stored, scales, zero], attributes={"axis": 1}, name=f"{name}_dequantize")
+    node.outputs[0].name = f"{name}_dequantized"
+    node.outputs[0].type, node.outputs[0].shape = scales.type, stored.shape
+    graph.insert_before(linear.product, node)
+    linear.product.replace_input_with(1, node.outputs[0])
+
+
+def insert_activation_qdq(
+    graph: ir.Graph, value: ir.Value, scale: np.ndarray, name: str, users: list[ir.Node] | None = None
+) -> ir.Value:
+    """Put a QuantizeLinear/DequantizeLinear pair on `value`, for all its readers or only for `users`; returns the new value.
+
+    `scale` is a 0-d array in the graph's float dtype; a scale that is not positive, or subnormal in that dtype, raises.
+    """
+    require_scale(scale, name)
+    readers = list(value.consumers()) if users is None else users
+    scale_value = _initializer(graph, f"{name}_scale", scale)
+    zero = _initializer(graph, f"{name}_zero_point", np.zeros((), np.int8))
+    quantized = ir.node("QuantizeLinear", [value, scale_value, zero], name=f"{name}_quantize")
+    restored = ir.node("DequantizeLinear", [quantized.outputs[0], scale_value, zero], name=f"{name}_dequantize")
+    quantized.outputs[0].name, restored.outputs[0].name = f"{name}_quantized", f"{name}_dequantized"
+    quantized.outputs[0].type, restored.outputs[0].type = ir.TensorType(ir.DataType.INT8), value.type
+    quantized.outputs[0].shape = restored.outputs[0].shape = value.shape
+    producer = value.producer()
+    if producer is None:
+        graph.insert_before(readers[0], [quantized, restored])
+    else:
+        graph.insert_after(producer, [quantized, restored])
+    for reader in readers:
+        for i, read in enumerate(reader.inputs):
+            if read is value:
+                reader.replace_input_with(i, restored.outputs[0])
+    return restored.outputs[0]
+
+
+def require_scale(scale: np.ndarray, name: str) -> None:
+    """Raise `ExportError` unless every scale is positive, finite and normal in its own dtype."""
+    smallest = _smallest_normal(scale.dtype)
+    values = scale.astype(np.float64)
+    if not (np.isfinite(values).all() and (values >= smallest).all()):
+        bad = values[~(np.isfinite(values) & (values >= smallest))].flat[0]
+        raise ExportError(
+            f"{name}: scale {bad:.3g} is not a normal {scale.dtype} number (smallest {smallest:.3g}); "
+            "export with --dtype bfloat16 or float32, or compress again with fewer bits for this weight"
+        )
+
+
+def _smallest_normal(dtype: np.dtype) -> float:
+    import ml_dtypes
+
+    return float(ml_dtypes.finfo(dtype).smallest_normal)
+
+
+def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    if name in graph.initializers:
+        return graph.initializers[name]
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+    graph.register_initializer(value)
+    return value

@@ -6,12 +6,11 @@ Split as ``loss(W) + indicator_C(Z)`` with ``W = Z`` and scaled dual U (Boyd et 
     Z-step   Z <- projection of (W + U) onto C
     U-step   U <- U + damping * (W - Z)
 
-Two deviations from the textbook, both because W moves little between dual updates when it is a pretrained network:
-
-* ``rho`` is scale-free: the penalty's gradient is a chosen multiple of the task gradient's norm, since under Adam only
-  that ratio acts. It is added after gradient clipping, so that clipping never trades task for penalty.
-* the dual step is damped. Undamped, ``W + U`` doubles a dropped weight at every update, so masks flip back and forth and
-  the residual does not fall.
+``rho`` is scale-free: after every dual update it is chosen so that the penalty's gradient, were U zero, would be a given
+multiple of the task gradient; that ratio is what acts under Adam. It never falls, and whenever it rises U is divided by
+the same factor, because the dual variable is ``rho * U`` (section 3.4.1). Without that rescaling U keeps the weight of
+a time when the penalty was weak, ``W + U`` doubles dropped weights, and masks flip back and forth without end.
+The penalty is added after gradient clipping, so that clipping never trades task for penalty.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class _Constraint(nn.Module):
         super().__init__()
         self._weight = [weight]  # a list, so that the parameter is not registered a second time
         self.spec = spec
-        self.register_buffer("z", z)
+        self.register_buffer("z", z.clone())
         self.register_buffer("u", torch.zeros_like(z))
 
     @property
@@ -75,6 +74,8 @@ class Admm(nn.Module):
     `damping` is the dual step: 1 is the textbook's. With `warm_dual` U starts at W - Z, as in the authors' code.
     """
 
+    rho: Tensor
+
     def __init__(
         self,
         weights: Mapping[str, tuple[nn.Parameter, WeightSpec]],
@@ -85,6 +86,7 @@ class Admm(nn.Module):
     ) -> None:
         super().__init__()
         self.project, self.damping = project, damping
+        self.register_buffer("rho", torch.zeros((), dtype=torch.float64))
         self.constraints = nn.ModuleDict()
         for name, (weight, spec) in weights.items():
             constraint = _Constraint(weight, spec, project(weight.detach(), spec))
@@ -111,25 +113,33 @@ class Admm(nn.Module):
         return list(self.constraints.values())  # type: ignore[arg-type]  # only constraints are put in
 
     @torch.no_grad()
-    def add_penalty(self, strength: float) -> None:
-        """Add ``rho * (W - Z + U)`` to the gradients, with rho such that its norm is `strength` times theirs.
+    def set_strength(self, strength: float) -> None:
+        """Raise rho so that ``rho * ||W - Z||`` is `strength` times the norm of the gradients now in place.
 
-        No value leaves the device: rho stays a tensor.
+        rho never falls, and U is rescaled by what it rises.
         """
-        gaps = [(constraint.weight - constraint.z).add_(constraint.u) for constraint in self._all()]
-        if not gaps:
+        constraints = self._all()
+        if not constraints:
             return
-        task = torch.stack([constraint.grad.norm() for constraint in self._all()]).norm()
-        penalty = torch.stack([gap.norm() for gap in gaps]).norm()
-        rho = strength * task / penalty.clamp(min=1e-12)
-        for constraint, gap in zip(self._all(), gaps, strict=True):
-            constraint.grad.add_(gap.mul_(rho))
+        task = torch.stack([constraint.grad.norm() for constraint in constraints]).norm()
+        gap = torch.stack([(constraint.weight - constraint.z).norm() for constraint in constraints]).norm()
+        self.set_rho(max(float(self.rho), float(strength * task.clamp(min=1e-9) / gap.clamp(min=1e-9))))
 
     @torch.no_grad()
-    def add_fixed_penalty(self, rho: float) -> None:
-        """Add ``rho * (W - Z + U)`` with a constant rho, the textbook's penalty."""
+    def set_rho(self, rho: float) -> None:
+        """Set rho and rescale U, so that the dual variable ``rho * U`` stays what it is."""
+        if float(self.rho) and rho:
+            for constraint in self._all():
+                constraint.u.mul_(float(self.rho) / rho)
+        self.rho.fill_(rho)
+
+    @torch.no_grad()
+    def add_penalty(self) -> None:
+        """Add ``rho * (W - Z + U)`` to the gradients."""
+        rho = float(self.rho)
         for constraint in self._all():
-            constraint.grad.add_(constraint.weight - constraint.z + constraint.u, alpha=rho)
+            grad = constraint.grad  # three passes in place: no allocation as large as a weight
+            grad.add_(constraint.weight, alpha=rho).sub_(constraint.z, alpha=rho).add_(constraint.u, alpha=rho)
 
     @torch.no_grad()
     def dual_update(self) -> DualUpdate:

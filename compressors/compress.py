@@ -391,7 +391,7 @@ class _Schedule(Protocol):
 
 
 class _Ramp:
-    """Evenly spaced dual updates; the penalty grows geometrically from the first to the second strength."""
+    """Evenly spaced dual updates; after each, rho for a strength that grows geometrically from first to last."""
 
     def __init__(self, steps: int, settings: Settings) -> None:
         self.steps, (self.first, self.last) = steps, settings.strength
@@ -399,7 +399,9 @@ class _Ramp:
         self.dual_steps = {round((i + 1) * steps / updates) for i in range(updates)}
 
     def penalize(self, admm: Admm, step: int) -> None:
-        admm.add_penalty(self.first * (self.last / self.first) ** (step / self.steps))
+        if step == 1 or step - 1 in self.dual_steps:
+            admm.set_strength(self.first * (self.last / self.first) ** (step / self.steps))
+        admm.add_penalty()
 
     def updates_at(self, step: int) -> bool:
         return step in self.dual_steps
@@ -414,7 +416,9 @@ class _PaperSchedule:
         self.epoch_steps = epoch_steps
 
     def penalize(self, admm: Admm, step: int) -> None:
-        admm.add_fixed_penalty(self.rho)
+        if step == 1:
+            admm.set_rho(self.rho)
+        admm.add_penalty()
 
     def updates_at(self, step: int) -> bool:
         return step % self.epoch_steps == 0

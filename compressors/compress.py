@@ -26,6 +26,7 @@ from transformers import TrainerCallback, set_seed
 
 from compressors.admm import Admm
 from compressors.fake_quant import QuantLinear, bake, calibrate, prepare, quant_linears, require_invariants
+from compressors.memory import keep_freed_memory
 from compressors.models import Source, load_model, load_tokenizer, max_length, quiet, resolve
 from compressors.train import LOG_FILE, JsonLog, Losses, Phase, Progress, collate, mean_loss, predict, run_phase
 from nxm_export.checkpoint import open_checkpoint, save_plan
@@ -159,7 +160,7 @@ def finetune(
 
     Returns the metrics: name, value, 95 % interval, dev samples, training steps.
     """
-    _set_threads(settings)
+    _prepare_process(settings)
     source, kind = resolve(model, revision), task_named(task)
     tokenizer = load_tokenizer(source)
     data = read_data(source, kind, train, dev, settings, columns, tokenizer, train_limit)
@@ -211,7 +212,7 @@ def compress(
     from `work_dir`. Returns the metrics: compressed and dense values on the same dev samples, with intervals, the final
     residual, mask hash and step counts.
     """
-    _set_threads(settings)
+    _prepare_process(settings)
     source, kind = resolve(model), task_named(task)
     if not source.head_fits(kind):
         raise DataError(
@@ -478,7 +479,8 @@ def _save_every(steps: int) -> int:
     return max(1, math.ceil(steps / 10))
 
 
-def _set_threads(settings: Settings) -> None:
+def _prepare_process(settings: Settings) -> None:
+    keep_freed_memory()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
 

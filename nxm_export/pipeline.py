@@ -24,7 +24,7 @@ from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.families import task_named
 from nxm_export.plan import COUNTINGS, CompressionPlan, WeightSpec
 from nxm_export.run_dir import RunDir, atomic_dir
-from nxm_export.spec import load_spec
+from nxm_export.spec import TOKENIZER_FILE, load_spec
 
 if TYPE_CHECKING:
     from compressors.compress import Settings
@@ -87,7 +87,7 @@ def run(request: Request, out: str | Path, *, progress: Progress = lambda what, 
         lambda scratch: (scratch / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8"),
         options=summary,
     )
-    return summary
+    return read_summary(out)
 
 
 def read_summary(root: str | Path) -> dict[str, Any]:
@@ -194,7 +194,15 @@ def bench_engines(
             loaded[path.name if len({other.name for other in paths}) == len(paths) else str(path)] = (
                 stack.enter_context(runtime.load(path, **options))
             )
-        return bench(loaded, shapes, rounds=rounds)
+        return bench(loaded, shapes, rounds=rounds, vocabulary=_vocabulary(paths))
+
+
+def _vocabulary(engines: Sequence[Path]) -> int:
+    """Token ids below this exist in every engine; 1000 is enough to time one, and few models have less."""
+    from nxm_export.data import load_tokenizer
+
+    known = [load_tokenizer(path).get_vocab_size() for path in engines if (path / TOKENIZER_FILE).is_file()]
+    return min([1000, *known])
 
 
 def _train(directory: RunDir, request: Request, plan: CompressionPlan, model: Path, progress: Progress) -> None:

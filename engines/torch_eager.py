@@ -7,7 +7,8 @@ export shows as a difference instead of repeating itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,10 @@ class TorchEngine(Closing):
         kind = task_named(task)
         auto = getattr(transformers, kind.auto_class)
         self._torch = torch
-        self._model = auto.from_pretrained(
-            path, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
+        with _no_bars():
+            self._model = auto.from_pretrained(
+                path, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, attn_implementation="eager"
+            ).eval()
         self.inputs = FAMILIES[read_config(path)["model_type"]].inputs
         self.outputs = tuple(kind.outputs)
         if jitter:
@@ -121,3 +123,17 @@ class TorchEngine(Closing):
         AttentionInterface.register("nxm_reference_int8", attention)
         AttentionMaskInterface.register("nxm_reference_int8", eager_mask)
         self._model.set_attn_implementation("nxm_reference_int8")
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Loading a model is no progress worth a bar: this happens twice per comparison."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

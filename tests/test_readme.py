@@ -1,0 +1,104 @@
+"""Every command and every line of Python in the README runs, in its order, on a tiny model; its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from nxm_export.cli import main
+from tests.conftest import ROOT
+from tools.readme_table import BEGIN, END, table
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> Path:
+    """A directory with what the README calls ``my-model``, ``train.tsv`` and ``dev.tsv``."""
+    made = tiny_checkpoint("bert").parent
+    home = tmp_path_factory.mktemp("readme")
+    shutil.copytree(made / "dense", home / "my-model")
+    for name in ("train.tsv", "dev.tsv"):
+        shutil.copyfile(made / name, home / name)
+    return home
+
+
+@pytest.fixture(scope="module")
+def commands_have_run(desk: Path) -> Path:
+    """Runs the shell blocks: plain commands of `nxm`, in this process, so that torch is imported once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(desk)
+        for line in "".join(blocks("sh")).splitlines():
+            program, *arguments = shlex.split(line, comments=True)
+            assert program == "nxm", f"only nxm is expected here: {line}"
+            result = CliRunner().invoke(main, arguments)
+            assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
+            assert result.stdout.strip(), f"{line} printed nothing"
+    return desk
+
+
+def test_the_commands_leave_what_they_promise(commands_have_run: Path) -> None:
+    made = {str(path.relative_to(commands_have_run)) for path in commands_have_run.rglob("*")}
+    assert made >= {
+        "runs/mine/summary/summary.json",
+        "checkpoint/nxm_plan.json",
+        "graph/model.onnx",
+        "engine/passport.json",
+    }
+
+
+def test_the_python_of_the_readme_runs(commands_have_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(commands_have_run)
+    stages = commands_have_run / "runs" / "mine" / "manifest.json"
+    before = stages.read_text()
+    namespace: dict[str, object] = {}
+    for number, block in enumerate(blocks("python")):
+        assert len([line for line in block.splitlines() if line.strip()]) <= 5
+        exec(compile(block, f"README.md, Python block {number + 1}", "exec"), namespace)
+    assert stages.read_text() == before, "the same request from Python finds every stage up to date"
+    assert namespace["logits"].shape == (1, 2)  # type: ignore[attr-defined]
+
+
+def test_every_command_is_shown(commands_have_run: Path) -> None:
+    shown = {shlex.split(line, comments=True)[1] for line in "".join(blocks("sh")).splitlines()}
+    assert shown == main.commands.keys() - {"completion"}
+
+
+def test_the_result_table_has_the_rows_that_its_tool_prints(commands_have_run: Path) -> None:
+    def subjects(text: str) -> list[str]:
+        return [re.sub(r"\d+|, [^,|]*$", "", row.split("|")[1]).strip() for row in text.strip().splitlines()]
+
+    written = README.partition(BEGIN)[2].partition(END)[0]
+    assert subjects(written) == subjects(table(commands_have_run / "runs" / "mine"))
+
+
+def test_the_two_commands_are_targets_of_the_makefile() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^    make (\w+)$", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    assert re.findall(r"^    make (\w+)$", README, re.MULTILINE) == ["demo", "test"]
+
+
+@pytest.mark.parametrize(
+    "document", sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+)
+def test_links_between_documents_lead_somewhere(document: str) -> None:
+    file = ROOT / document
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", file.read_text(encoding="utf-8")):
+        if not target.startswith(("https://", "mailto:")):
+            assert (file.parent / target).exists(), f"{document} links to {target}"
+
+
+def test_the_entry_point_is_installed() -> None:
+    assert (Path(sys.executable).parent / "nxm").is_file(), "pip install -e . puts nxm beside python"

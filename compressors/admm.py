@@ -167,6 +167,13 @@ class Admm(nn.Module):
         norms = [c.weight.detach().norm() for c in self._all()]
         return float(torch.stack(gaps).norm() / torch.stack(norms).norm().clamp(min=1e-30)) if gaps else 0.0
 
+    @torch.no_grad()
+    def mean_gap(self) -> float:
+        """Mean |W - Z| over the weights that the projection changes: how far a dropped weight has to travel."""
+        gaps = [(c.weight.detach() - c.z).abs() for c in self._all()]
+        moved = sum(int((gap > 0).sum()) for gap in gaps)
+        return float(sum(gap.sum() for gap in gaps)) / max(moved, 1)
+
     @contextmanager
     def projected(self) -> Iterator[None]:
         """Inside the block, every weight is its own projection (with U = 0): the model as hardening now would make it."""

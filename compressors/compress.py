@@ -48,6 +48,7 @@ from nxm_export.metrics import interval, metric_named
 from nxm_export.plan import CompressionPlan
 from nxm_export.run_dir import atomic_dir
 
+MAX_DUAL_UPDATES = 20
 RECIPES = ("nxm", "magnitude", "paper")
 PAPER_DIFFERENCES = (
     "as the authors: dual update per epoch, undamped, constant penalty, no distillation, no training after projection, embeddings, norms and head frozen",
@@ -72,7 +73,7 @@ class Settings:
     recipe: str = "nxm"
     admm: str = "mask"
     admm_share: float = 0.4
-    dual_updates: int = 8
+    dual_updates: int | None = None
     damping: float = 0.5
     strength: tuple[float, float] = (0.3, 5.0)
     residual_gate: float = 0.1
@@ -308,7 +309,9 @@ class _Job:
         admm = Admm.of(layers, settings.admm, 1.0 if paper else settings.damping, warm_dual=paper)
         steps = self.steps if paper else max(1, round(self.steps * settings.admm_share))
         schedule: _Schedule = (
-            _PaperSchedule(_steps(self.train, 1.0, settings.batch_size)) if paper else _Ramp(steps, settings)
+            _PaperSchedule(_steps(self.train, 1.0, settings.batch_size))
+            if paper
+            else _Ramp(admm, steps, settings, settings.dual_updates)
         )
         done = 0
         for name, count in (("admm", steps), ("admm-more-1", self.steps // 10), ("admm-more-2", self.steps // 10)):
@@ -327,7 +330,7 @@ class _Job:
             )
             self._run(student, phase, teacher, admm, watch)
             done += count
-            schedule = _Ramp(max(1, count), replace(settings, strength=(settings.strength[1],) * 2, dual_updates=2))
+            schedule = _Ramp(admm, max(1, count), replace(settings, strength=(settings.strength[1],) * 2), 1)
         residual = admm.residual()
         return {
             "admm": settings.admm,
@@ -392,11 +395,18 @@ class _Schedule(Protocol):
 
 
 class _Ramp:
-    """Evenly spaced dual updates; after each, rho for a strength that grows geometrically from first to last."""
+    """Evenly spaced dual updates; after each, rho for a strength that grows geometrically from first to last.
 
-    def __init__(self, steps: int, settings: Settings) -> None:
+    Under Adam a weight moves by at most the learning rate a step, whatever pulls it. Where the number of updates is not
+    set, they are spaced so that between two of them a weight can travel the distance that a dropped one has to go:
+    updating the dual more often only piles up U before W has followed, and the mask flips back and forth.
+    """
+
+    def __init__(self, admm: Admm, steps: int, settings: Settings, updates: int | None) -> None:
         self.steps, (self.first, self.last) = steps, settings.strength
-        updates = min(settings.dual_updates, steps)
+        if updates is None:
+            updates = round(steps * settings.learning_rate / max(admm.mean_gap(), 1e-12))
+        updates = max(1, min(updates, steps, MAX_DUAL_UPDATES))
         self.dual_steps = {round((i + 1) * steps / updates) for i in range(updates)}
 
     def penalize(self, admm: Admm, step: int) -> None:

@@ -101,7 +101,9 @@ def test_masked_weights_stay_zero_through_any_training() -> None:
         for step in range(30):
             if step == 10:
                 layer.harden()  # momentum of ten dense steps is still in the optimizer ...
-                optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05, weight_decay=0.1)  # ... so a phase starts anew
+                optimizer = torch.optim.AdamW(
+                    layer.parameters(), lr=0.05, weight_decay=0.1
+                )  # ... so a phase starts anew
             optimizer.zero_grad()
             layer(randn(9, 16, seed=step)).square().sum().backward()
             optimizer.step()

@@ -242,11 +242,11 @@ class QuantLinear(nn.Linear):
         if self.mask is not None:
             weight = weight * self.mask
         if not self.spec.weight_bits:
-            return weight, None
+            return weight.half().float() + 0.0, None  # deployed in 16 bit, and stored so; never -0.0
         assert self.spec.qmax is not None
         scale = self.weight_scale
         codes = torch.div(weight, scale).round_().clamp_(-self.spec.qmax, self.spec.qmax)
-        return codes * scale, scale.squeeze(-1)
+        return codes.add_(0.0) * scale, scale.squeeze(-1)  # + 0.0 turns -0.0 into 0.0: a code has no sign of zero
 
 
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
@@ -298,8 +298,15 @@ def prepare(model: nn.Module, plan: CompressionPlan, family: Family, config: Map
 
 
 @torch.no_grad()
-def bake(model: nn.Module) -> dict[str, np.ndarray]:
-    """Replace prepared layers by plain ones with baked weights, in place; returns the scales as saved on disk."""
+def bake(model: nn.Module, plan: CompressionPlan) -> dict[str, np.ndarray]:
+    """Replace prepared layers by plain ones with baked weights, in place; returns the scales as saved on disk.
+
+    Planned weights that are not quantized are rounded to float16 values: that is how they are counted and deployed.
+    """
+    for name, spec in plan.weights.items():
+        if spec.is_dense:
+            weight = model.get_parameter(name)
+            weight.copy_(weight.half())
     scales: dict[str, np.ndarray] = {}
     for name, layer in quant_linears(model).items():
         path = name.removesuffix(".weight")

@@ -84,6 +84,10 @@ class Checkpoint:
                 require_pattern(weight, spec.pattern, name, f"{self.path}")
             if spec.qmax is not None:
                 self._require_grid(name, weight, spec.qmax)
+            elif not np.array_equal(weight.astype(np.float16).astype(np.float32), weight):
+                raise ArtifactError(
+                    f"{self.path}: {name} is planned in 16 bit and holds values that float16 cannot; compress again"
+                )
             for bits, kind in ((spec.input_bits, "input_scale"), (spec.output_bits, "output_scale")):
                 if bits:
                     scale = float(self._scale(f"{name.removesuffix('.weight')}.{kind}"))

@@ -452,7 +452,7 @@ def _spec(pattern: str, bits: str) -> WeightSpec:
 
 
 def _request(model: str, options: dict[str, Any], **changes: Any) -> Any:
-    from compressors.compress import Settings
+    from compressors.settings import Settings
     from nxm_export.pipeline import Request
 
     settings = {

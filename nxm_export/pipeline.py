@@ -27,7 +27,7 @@ from nxm_export.run_dir import RunDir, atomic_dir
 from nxm_export.spec import TOKENIZER_FILE, load_spec
 
 if TYPE_CHECKING:
-    from compressors.compress import Settings
+    from compressors.settings import Settings
 
 Progress = Callable[[str, int, int], None]
 SHAPES = ((1, 32), (8, 64))  # (batch, sequence) that a run times

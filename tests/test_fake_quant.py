@@ -189,8 +189,9 @@ def test_query_key_and_value_share_one_quantizer_that_runs_once() -> None:
 def test_prepare_and_bake_undo_each_other() -> None:
     model = Block()
     before = copy.deepcopy(model.state_dict())
-    prepare(model, FAMILY.uniform_plan(CONFIG, WeightSpec(None, 8, 8)), FAMILY, CONFIG)
-    scales = bake(model)
+    plan = FAMILY.uniform_plan(CONFIG, WeightSpec(None, 8, 8))
+    prepare(model, plan, FAMILY, CONFIG)
+    scales = bake(model, plan)
     assert set(model.state_dict()) == set(before)
     assert all(type(module) is not QuantLinear for module in model.modules())
     for name, tensor in model.state_dict().items():

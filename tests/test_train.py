@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from compressors.compress import Settings, compress, finetune
+from compressors.compress import compress, finetune
 from compressors.models import resolve
+from compressors.settings import Settings
 from compressors.train import schedule
 from nxm_export.checkpoint import open_checkpoint
 from nxm_export.errors import DataError, PlanError
@@ -168,7 +169,8 @@ def test_baked_weights_load_with_plain_transformers(prepared: Path, tmp_path: Pa
 
 SCRIPT = """
 import json, sys
-from compressors.compress import Settings, compress
+from compressors.compress import compress
+from compressors.settings import Settings
 from compressors.models import resolve
 from nxm_export.plan import WeightSpec
 

@@ -144,8 +144,9 @@ def compress_tiny(
     ``out/encoder`` is the model it started from, ``out/train.tsv`` and ``out/dev.tsv`` its data. `settings` are more fields
     of `compressors.compress.Settings`.
     """
-    from compressors.compress import Settings, compress, finetune
+    from compressors.compress import compress, finetune
     from compressors.models import resolve
+    from compressors.settings import Settings
     from nxm_export.plan import WeightSpec
 
     encoder = write_model(family, out / "encoder")

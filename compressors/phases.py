@@ -1,0 +1,270 @@
+"""The phases of one compression run: calibrate -> ADMM -> harden (hard projection) -> masked QAT.
+
+Each phase is a `compressors.train.run_phase`; what ADMM adds to it (penalty, dual updates) is a callback here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import nn
+from transformers import TrainerCallback, set_seed
+
+from compressors.admm import Admm
+from compressors.fake_quant import QuantLinear, calibrate, prepare, quant_linears, require_invariants
+from compressors.models import Source, load_model
+from compressors.settings import Settings
+from compressors.task_data import TaskData
+from compressors.train import LOG_FILE, JsonLog, Losses, Phase, Progress, collate, mean_loss, run_phase
+from nxm_export.data import sorted_batches
+from nxm_export.plan import CompressionPlan
+
+MAX_DUAL_UPDATES = 20
+
+
+class Job:
+    """One compression run: holds what the phases share."""
+
+    def __init__(
+        self,
+        source: Source,
+        data: TaskData,
+        plan: CompressionPlan,
+        settings: Settings,
+        work_dir: Path,
+        progress: Progress,
+    ) -> None:
+        self.source, self.data, self.plan = source, data, plan
+        self.settings, self.work_dir, self.progress = settings, work_dir, progress
+        # A slice of train that no phase trains on: it tells what hardening would cost, and dev is never asked.
+        order = np.random.default_rng(settings.seed).permutation(len(data.train))
+        count = min(256, len(data.train) // 20)
+        self.held_out = [data.train[i] for i in sorted(order[:count])]
+        self.train = [data.train[i] for i in sorted(order[count:])]
+        self.steps = settings.steps or steps_of(self.train, settings.epochs, settings.batch_size)
+
+    def run(self) -> tuple[nn.Module, dict[str, Any]]:
+        """Calibrate, ADMM, harden, masked QAT; returns the trained student (not yet baked) and facts for the metrics."""
+        settings = self.settings
+        set_seed(settings.seed)
+        student = load_model(self.source, self.data.task)
+        teacher = (
+            load_model(self.source, self.data.task).requires_grad_(False)
+            if settings.distill and settings.recipe != "paper"
+            else None
+        )
+        _without_dropout(student)
+        prepare(student, self.plan, self.source.family, self.source.config)
+        self._freeze(student)
+        self._calibrate(student)
+        layers = quant_linears(student)
+        facts: dict[str, Any] = {
+            "recipe": settings.recipe,
+            "steps": self.steps,
+            "train_samples": len(self.train),
+            "held_out_samples": len(self.held_out),
+        }
+        if settings.recipe != "magnitude":
+            facts |= self._admm(student, layers, teacher)
+        for layer in layers.values():
+            layer.harden()
+        qat_steps = 0 if settings.recipe == "paper" else self.steps - facts.get("admm_steps", 0)
+        if qat_steps > 0:
+            phase = Phase("qat", qat_steps, settings.learning_rate, settings.batch_size, losses=self._losses(teacher))
+            self._run(student, phase, teacher)
+        require_invariants(student)
+        return student, facts | {"qat_steps": qat_steps, "mask_hash": mask_hash(layers)}
+
+    def _admm(self, student: nn.Module, layers: Mapping[str, QuantLinear], teacher: nn.Module | None) -> dict[str, Any]:
+        """The ADMM phase; goes on, up to twice a tenth of all steps, while the residual is above the gate."""
+        settings = self.settings
+        paper = settings.recipe == "paper"
+        admm = Admm.of(layers, settings.admm, 1.0 if paper else settings.damping, warm_dual=paper)
+        steps = self.steps if paper else max(1, round(self.steps * settings.admm_share))
+        schedule: _Schedule = (
+            _PaperSchedule(steps_of(self.train, 1.0, settings.batch_size))
+            if paper
+            else _Ramp(admm, steps, settings, settings.dual_updates)
+        )
+        done = 0
+        for name, count in (("admm", steps), ("admm-more-1", self.steps // 10), ("admm-more-2", self.steps // 10)):
+            if name != "admm" and (paper or count < 1 or admm.residual() <= settings.residual_gate):
+                break
+            phase = Phase(
+                name,
+                count,
+                settings.learning_rate,
+                settings.batch_size,
+                losses=self._losses(teacher),
+                scheduler="linear" if paper else "constant_with_warmup",
+            )
+            watch = _AdmmCallback(
+                admm, schedule, JsonLog(self.work_dir / LOG_FILE, name), lambda: self._projected_loss(student, admm)
+            )
+            self._run(student, phase, teacher, admm, watch)
+            done += count
+            schedule = _Ramp(admm, max(1, count), replace(settings, strength=(settings.strength[1],) * 2), 1)
+        residual = admm.residual()
+        return {
+            "admm": settings.admm,
+            "admm_steps": done,
+            "residual": residual,
+            "residual_gate_passed": residual <= settings.residual_gate,
+        }
+
+    def _run(
+        self,
+        student: nn.Module,
+        phase: Phase,
+        teacher: nn.Module | None,
+        admm: Admm | None = None,
+        *callbacks: TrainerCallback,
+    ) -> None:
+        run_phase(
+            student, self.train, self.data.pad_id, phase, work_dir=self.work_dir, seed=self.settings.seed, precision=self.settings.precision,
+            teacher=teacher, admm=admm, callbacks=callbacks, progress=self.progress, save_every=save_every(phase.steps),
+        )  # fmt: skip
+        require_invariants(student)
+
+    def _losses(self, teacher: nn.Module | None) -> Losses:
+        return self.settings.losses if teacher is not None else Losses()
+
+    def _projected_loss(self, student: nn.Module, admm: Admm) -> float | None:
+        if not self.held_out:
+            return None
+        with admm.projected():
+            return mean_loss(student, self.held_out, self.data.pad_id)
+
+    def _freeze(self, student: nn.Module) -> None:
+        if self.settings.recipe == "paper":
+            compressed = {id(p) for layer in quant_linears(student).values() for p in layer.parameters()}
+            for parameter in student.parameters():
+                parameter.requires_grad_(id(parameter) in compressed)
+        elif self.settings.freeze_embeddings:
+            freeze_embeddings(student)
+
+    def _calibrate(self, student: nn.Module) -> None:
+        pick = np.random.default_rng(self.settings.seed).permutation(len(self.train))[
+            : self.settings.calibration_samples
+        ]
+        samples = [self.train[i] for i in sorted(pick)]
+        batches = sorted_batches(samples, 32)
+        done = iter(range(1, len(batches) + 1))
+        student.eval()
+        calibrate(
+            student,
+            (collate([samples[i] for i in batch], self.data.pad_id) for batch in batches),
+            self.settings.percentile,
+            lambda: self.progress("calibrate", next(done), len(batches)),
+        )
+
+
+class _Schedule(Protocol):
+    """When ADMM updates its dual, and how hard it pulls at a step (counted from 1)."""
+
+    def penalize(self, admm: Admm, step: int) -> None: ...
+
+    def updates_at(self, step: int) -> bool: ...
+
+
+class _Ramp:
+    """Evenly spaced dual updates; after each, rho for a strength that grows geometrically from first to last.
+
+    Under Adam a weight moves by at most the learning rate a step, whatever pulls it. Where the number of updates is not
+    set, they are spaced so that between two of them a weight can travel the distance that a dropped one has to go:
+    updating the dual more often only piles up U before W has followed, and the mask flips back and forth.
+    """
+
+    def __init__(self, admm: Admm, steps: int, settings: Settings, updates: int | None) -> None:
+        self.steps, (self.first, self.last) = steps, settings.strength
+        if updates is None:
+            updates = round(steps * settings.learning_rate / max(admm.mean_gap(), 1e-12))
+        updates = max(1, min(updates, steps, MAX_DUAL_UPDATES))
+        self.dual_steps = {round((i + 1) * steps / updates) for i in range(updates)}
+
+    def penalize(self, admm: Admm, step: int) -> None:
+        if step == 1 or step - 1 in self.dual_steps:
+            admm.set_strength(self.first * (self.last / self.first) ** (step / self.steps))
+        admm.add_penalty()
+
+    def updates_at(self, step: int) -> bool:
+        return step in self.dual_steps
+
+
+class _PaperSchedule:
+    """The authors': a constant penalty and one dual update at the end of every epoch."""
+
+    rho = 4e-3  # the middle of their grid
+
+    def __init__(self, epoch_steps: int) -> None:
+        self.epoch_steps = epoch_steps
+
+    def penalize(self, admm: Admm, step: int) -> None:
+        if step == 1:
+            admm.set_rho(self.rho)
+        admm.add_penalty()
+
+    def updates_at(self, step: int) -> bool:
+        return step % self.epoch_steps == 0
+
+
+class _AdmmCallback(TrainerCallback):
+    """The penalty before every optimizer step (the Trainer has clipped by then), and the dual updates after some."""
+
+    def __init__(
+        self, admm: Admm, schedule: _Schedule, log: JsonLog, projected_loss: Callable[[], float | None]
+    ) -> None:
+        self.admm, self.schedule, self.log, self.projected_loss = admm, schedule, log, projected_loss
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Add the penalty to the clipped task gradient."""
+        self.schedule.penalize(self.admm, state.global_step + 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Update the dual where the schedule says so, and log what it did."""
+        if not self.schedule.updates_at(state.global_step):
+            return
+        update = self.admm.dual_update()
+        loss = self.projected_loss()
+        if state.is_world_process_zero:
+            self.log.write(state.global_step, residual=update.residual, flips=update.flips, projected_loss=loss)
+
+
+def mask_hash(layers: Mapping[str, QuantLinear]) -> str:
+    """sha256 over all masks, in model order."""
+    digest = hashlib.sha256()
+    for name, layer in layers.items():
+        if layer.mask is not None:
+            digest.update(name.encode())
+            digest.update(np.packbits(layer.mask.cpu().numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def freeze_embeddings(model: nn.Module) -> None:
+    """Stop training of every embedding table."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.requires_grad_(False)
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Quantization is regularisation enough, and distillation wants a student without noise of its own."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def steps_of(samples: Sequence[Any], epochs: float, batch_size: int) -> int:
+    """Optimizer steps of a number of epochs."""
+    return max(1, math.ceil(epochs * len(samples) / batch_size))
+
+
+def save_every(steps: int) -> int:
+    """Steps between training checkpoints: a tenth of a phase is the most that a kill can cost."""
+    return max(1, math.ceil(steps / 10))

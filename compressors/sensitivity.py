@@ -1,0 +1,343 @@
+"""How much each (weight, option) hurts on its own: the table that the search decides from.
+
+Two measures, both with the weight compressed one-shot (second-order pruning, steps of least squared error) and its input
+quantized, everything else dense:
+
+``kl``      divergence of the model's outputs from the dense model's on calibration samples;
+``fisher``  ``sum_o f_o (w_o - z_o)^T E[x x^T] (w_o - z_o)`` with f_o the mean squared gradient of the loss at output o:
+            the second-order estimate of the loss, without a forward pass per entry.
+
+Memory does not depend on the number of samples: statistics are streamed, and for each encoder block the samples pass in
+chunks through the blocks before it once, and through the rest once per entry. Finished blocks are kept in the table's file,
+so an interrupted table goes on where it was.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compressors.fake_quant import ACTIVATION_QMAX, ACTIVATION_QMIN
+from compressors.obs import prune
+from compressors.observers import HistogramObserver
+from compressors.project import mse_scale
+from nxm_export.errors import ArtifactError, DataError
+from nxm_export.families import Family
+from nxm_export.plan import WeightSpec
+
+Batches = Sequence[Mapping[str, Tensor]]
+COLUMNS = ("weight", "option", "kl", "fisher")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table."""
+
+    weight: str
+    option: str
+    kl: float
+    fisher: float
+
+
+@dataclass
+class Statistics:
+    """What one pass over the calibration samples tells about a weight's layer.
+
+    `moments` is ``E[x x^T]`` (in, in), `fisher` the mean squared gradient per output channel (out,), `input_scale` the
+    static INT8 scale of what it reads. Layers that read one tensor share `moments`.
+    """
+
+    moments: Tensor
+    fisher: Tensor
+    input_scale: float
+
+
+class Probe:
+    """A dense model whose planned layers can be compressed one-shot and put back."""
+
+    def __init__(self, model: nn.Module, family: Family, config: Mapping[str, Any]) -> None:
+        self.model, self.family = model.eval(), family
+        self.weights = list(family.weights(config))
+        self.blocks = family.blocks(config)
+        self.device = next(model.parameters()).device
+        # A model that runs a block more than once (shared layers) has no prefix that its weights leave alone.
+        self.repeats = len(self.blocks) != int(config[family.layers_key])
+
+    def layer(self, weight: str) -> nn.Linear:
+        """The linear layer of a weight."""
+        found = self.model.get_submodule(weight.removesuffix(".weight"))
+        assert isinstance(found, nn.Linear)
+        return found
+
+    def statistics(self, batches: Batches, percentile: float) -> dict[str, Statistics]:
+        """Stream the calibration samples (with labels) through the dense model once, forward and backward."""
+        sums = _Sums(self)
+        with sums.watching():
+            for batch in batches:
+                inputs = {key: value.to(self.device) for key, value in batch.items()}
+                sums.tokens = inputs["attention_mask"].bool()
+                self.model.zero_grad(set_to_none=True)
+                loss = self.model(**inputs).loss
+                loss.backward()
+                if not bool(torch.isfinite(loss)):
+                    raise DataError(
+                        "the dense model's loss is no number on a calibration sample; check the model and its labels"
+                    )
+        self.model.zero_grad(set_to_none=True)
+        return sums.statistics(percentile)
+
+    @contextmanager
+    def installed(self, weights: Mapping[str, tuple[Tensor, float | None]]) -> Iterator[None]:
+        """Inside the block, the given weights are in the model, and layers with a scale quantize their input."""
+        with ExitStack() as stack:
+            for name, (value, scale) in weights.items():
+                layer = self.layer(name)
+                stack.callback(setattr, layer.weight, "data", layer.weight.data)
+                layer.weight.data = value.to(layer.weight.dtype)
+                if scale is not None:
+                    handle = layer.register_forward_pre_hook(
+                        lambda _, args, scale=scale: (_quantized(args[0], scale), *args[1:])
+                    )
+                    stack.callback(handle.remove)
+            yield
+
+    @torch.no_grad()
+    def outputs(self, batch: Mapping[str, Tensor], start: int = 0, hidden: Tensor | None = None) -> Tensor:
+        """The model's first output for a batch, from block `start` on if the hidden state before it is given."""
+        inputs = {key: value.to(self.device) for key, value in batch.items() if key != "labels"}
+        with self._starting_at(start, hidden):
+            found = self.model(**inputs)
+        return found.logits.float()
+
+    @torch.no_grad()
+    def hidden_before(self, batch: Mapping[str, Tensor], block: int) -> Tensor:
+        """The hidden state (batch, sequence, features) that encoder block `block` reads."""
+        kept: list[Tensor] = []
+        handle = self.model.get_submodule(self.blocks[block]).register_forward_pre_hook(
+            lambda _, args: kept.append(args[0])
+        )
+        try:
+            self.outputs(batch)
+        finally:
+            handle.remove()
+        return kept[0]
+
+    @contextmanager
+    def _starting_at(self, start: int, hidden: Tensor | None) -> Iterator[None]:
+        """Skip the blocks before `start`: they pass on what they get, and block `start` reads `hidden` instead."""
+        if hidden is None:
+            yield
+            return
+        with ExitStack() as stack:
+            for path in self.blocks[:start]:
+                block = self.model.get_submodule(path)
+                stack.callback(block.__dict__.pop, "forward")
+                block.forward = _pass_on  # type: ignore[method-assign]
+            first = self.model.get_submodule(self.blocks[start])
+            stack.callback(first.register_forward_pre_hook(lambda _, args: (hidden, *args[1:])).remove)
+            yield
+
+
+class OneShot:
+    """Every (weight, option) compressed without training, made when asked for and kept in as few bytes as it needs."""
+
+    def __init__(self, probe: Probe, statistics: Mapping[str, Statistics]) -> None:
+        self.probe, self.statistics = probe, statistics
+        self._kept: dict[tuple[str, WeightSpec], tuple[Tensor, Tensor | None]] = {}
+
+    @torch.no_grad()
+    def __call__(self, weight: str, option: WeightSpec) -> tuple[Tensor, float | None]:
+        """(weight (out, in) float32, input scale or None): pruned with compensation, then rounded to its grid."""
+        bare = replace(option, output_bits=None)
+        if (weight, bare) not in self._kept:
+            self._kept[weight, bare] = self._make(weight, bare)
+        values, scale = self._kept[weight, bare]
+        value = values.float() if scale is None else values.float() * scale
+        return value, self.statistics[weight].input_scale if option.input_bits else None
+
+    def _make(self, weight: str, option: WeightSpec) -> tuple[Tensor, Tensor | None]:
+        w = self.probe.layer(weight).weight.detach().float()
+        if option.pattern:
+            w = prune(w, self.statistics[weight].moments, option.pattern)
+        if option.qmax is None:
+            return w.half(), None
+        scale = mse_scale(w, option.qmax)
+        return torch.round(w / scale).clamp_(-option.qmax, option.qmax).to(torch.int8), scale
+
+
+class _Sums:
+    """Streaming sums of a statistics pass."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+        self.tokens: Tensor | None = None
+        self.count = 0
+        self.moments: dict[str, Tensor] = {}
+        self.fisher: dict[str, Tensor] = {}
+        self.observers: dict[str, HistogramObserver] = {}
+        self.leader = {weight: self._leader(weight) for weight in probe.weights}
+
+    def _leader(self, weight: str) -> str:
+        """Key and value read what query reads: its statistics serve them."""
+        family = self.probe.family
+        role = family.role(weight)
+        if role in ("key", "value"):
+            return weight.replace(family.linears[role], family.linears["query"])
+        return weight
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for weight in self.probe.weights:
+                layer = self.probe.layer(weight)
+                stack.callback(layer.register_full_backward_hook(self._backward(weight)).remove)
+                if self.leader[weight] == weight:
+                    stack.callback(layer.register_forward_pre_hook(self._forward(weight)).remove)
+            yield
+
+    def _forward(self, weight: str) -> Callable[..., None]:
+        observer = self.observers[weight] = HistogramObserver()
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach()[self.tokens].float()  # (tokens, in)
+            observer.observe(x)
+            self.moments[weight] = x.T @ x + self.moments.get(weight, torch.zeros((), device=x.device))
+            if weight == self.probe.weights[0]:
+                self.count += len(x)
+
+        return hook
+
+    def _backward(self, weight: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, grads: tuple[Tensor, ...]) -> None:
+            g = grads[0].detach()[self.tokens].float()  # (tokens, out)
+            self.fisher[weight] = g.square().sum(dim=0) + self.fisher.get(weight, torch.zeros((), device=g.device))
+
+        return hook
+
+    def statistics(self, percentile: float) -> dict[str, Statistics]:
+        if not self.count:
+            raise DataError("the calibration set is empty; give at least one sample that is not padding")
+        return {
+            weight: Statistics(
+                self.moments[leader] / self.count,
+                self.fisher[weight] / self.count,
+                self.observers[leader].scale(ACTIVATION_QMAX, percentile),
+            )
+            for weight, leader in self.leader.items()
+        }
+
+
+def divergence(wanted: Tensor, found: Tensor) -> float:
+    """Summed KL(wanted || found) of class logits (..., classes); squared error of scores where there is one output."""
+    if wanted.shape[-1] == 1:
+        return float((wanted - found).square().sum())
+    target = wanted.log_softmax(dim=-1)
+    return float(functional.kl_div(found.log_softmax(dim=-1), target, log_target=True, reduction="sum"))
+
+
+def measure(
+    probe: Probe,
+    batches: Batches,
+    one_shot: OneShot,
+    menu: Sequence[WeightSpec],
+    file: Path,
+    *,
+    blocks: Iterable[int] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Entry]:
+    """Fill the table for the given encoder blocks (all by default), block by block, into `file` (CSV); resumes from it.
+
+    Options that a weight's size does not allow have no row.
+    """
+    table = read_table(file) if file.is_file() else []
+    finished = {entry.weight for entry in table}
+    chosen = list(range(len(probe.blocks)) if blocks is None else blocks)
+    samples = sum(len(batch["input_ids"]) for batch in batches)
+    if not samples:
+        raise DataError("the calibration set is empty")
+    for number, block in enumerate(chosen):
+        weights = [weight for weight in probe.weights if weight.startswith(f"{probe.blocks[block]}.")]
+        if not set(weights) <= finished:
+            table = [entry for entry in table if entry.weight not in weights]
+            table += _measure_block(probe, batches, one_shot, menu, block, weights, samples)
+            write_table(file, table)
+        progress(number + 1, len(chosen))
+    return table
+
+
+def _measure_block(
+    probe: Probe,
+    batches: Batches,
+    one_shot: OneShot,
+    menu: Sequence[WeightSpec],
+    block: int,
+    weights: Sequence[str],
+    samples: int,
+) -> list[Entry]:
+    candidates = {
+        (weight, str(option)): one_shot(weight, option)
+        for weight in weights
+        for option in menu
+        if not option.pattern or probe.layer(weight).in_features % option.pattern.m == 0
+    }
+    totals = dict.fromkeys(candidates, 0.0)
+    start = 0 if probe.repeats else block
+    for batch in batches:
+        hidden = None if start == 0 else probe.hidden_before(batch, start)
+        wanted = probe.outputs(batch, start, hidden)
+        for key, candidate in candidates.items():
+            with probe.installed({key[0]: candidate}):
+                totals[key] += divergence(wanted, probe.outputs(batch, start, hidden))
+    entries = []
+    for (weight, option_name), (z, _) in candidates.items():
+        difference = (probe.layer(weight).weight.detach().float() - z).double()
+        found = one_shot.statistics[weight]
+        per_output = ((difference @ found.moments.double()) * difference).sum(dim=1)  # (out,)
+        fisher = float((per_output * found.fisher.double()).sum())
+        kl = totals[weight, option_name] / samples
+        if not (math.isfinite(kl) and math.isfinite(fisher)):
+            raise DataError(
+                f"{weight} under {option_name}: sensitivity is {kl if not math.isfinite(kl) else fisher}; the model overflows on the calibration samples"
+            )
+        entries.append(Entry(weight, option_name, kl, fisher))
+    return entries
+
+
+def write_table(file: Path, table: Iterable[Entry]) -> None:
+    """Write the table as CSV, old or new, never half."""
+    scratch = file.with_name(f".{file.name}.partial")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with scratch.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(COLUMNS)
+        writer.writerows([entry.weight, entry.option, repr(entry.kl), repr(entry.fisher)] for entry in table)
+    scratch.replace(file)
+
+
+def read_table(file: Path) -> list[Entry]:
+    """Read a table; raises `ArtifactError` when it is none."""
+    try:
+        with file.open(encoding="utf-8", newline="") as stream:
+            reader = csv.DictReader(stream)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise ValueError(f"columns {reader.fieldnames}")
+            return [Entry(row["weight"], row["option"], float(row["kl"]), float(row["fisher"])) for row in reader]
+    except (OSError, ValueError, TypeError) as error:
+        raise ArtifactError(f"{file}: not a sensitivity table ({error}); delete it to measure again") from error
+
+
+def _quantized(x: Tensor, scale: float) -> Tensor:
+    return torch.round(x / scale).clamp_(ACTIVATION_QMIN, ACTIVATION_QMAX) * scale
+
+
+def _pass_on(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden

@@ -1,0 +1,66 @@
+"""How a model is fine-tuned and compressed: recipe, phases, steps, learning rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from compressors.memory import keep_freed_memory
+from compressors.train import Losses
+from nxm_export.errors import DataError, PlanError
+
+# ``nxm`` is ours; ``magnitude`` fixes the mask by magnitude at the start and spends all steps on masked QAT, with the same
+# teacher, steps and learning rates; ``paper`` follows what is known of the authors' recipe.
+RECIPES = ("nxm", "magnitude", "paper")
+PAPER_DIFFERENCES = (
+    "as the authors: one dual update per epoch, undamped; a constant penalty; no distillation; no training after projection; "
+    "embeddings, norms and head frozen",
+    "not as the authors: static per-tensor activations (theirs: dynamic per token); one weight scale per channel (theirs: "
+    "per 32 rows); narrow weight range; exactly N kept per group; the penalty is added after clipping (theirs: before)",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and how fast to train. Steps win over epochs where both are given."""
+
+    dense_epochs: float = 3.0
+    dense_steps: int | None = None
+    dense_learning_rate: float = 5e-5
+    dense_freeze_embeddings: bool = False
+    epochs: float = 6.0
+    steps: int | None = None
+    learning_rate: float = 1e-4
+    batch_size: int = 32
+    max_length: int | None = None
+    recipe: str = "nxm"
+    admm: str = "mask"
+    admm_share: float = 0.4
+    dual_updates: int | None = None
+    damping: float = 0.5
+    strength: tuple[float, float] = (0.3, 5.0)
+    residual_gate: float = 0.1
+    distill: bool = True
+    losses: Losses = Losses(task=0.5, logits=1.0, hidden=1.0)
+    calibration_samples: int = 512
+    percentile: float = 99.99
+    freeze_embeddings: bool = True
+    precision: str = "auto"
+    seed: int = 0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise PlanError(f"unknown recipe {self.recipe!r}; choose one of {', '.join(RECIPES)}")
+        if self.batch_size < 1 or self.calibration_samples < 1:
+            raise DataError("batch size and calibration samples must be at least 1")
+        if not 0 < self.percentile <= 100:
+            raise DataError(f"the calibration percentile must be in (0, 100], got {self.percentile}")
+
+
+def prepare_process(settings: Settings) -> None:
+    """Set up this process for training: allocator and threads."""
+    keep_freed_memory()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)

@@ -1,0 +1,212 @@
+"""The compressed checkpoint in one file, at the size that the plan promises, and back again bit by bit.
+
+A planned weight is stored as
+
+    <name>.values   its codes, `weight_bits` each, of the kept positions only (float16 for an unquantized weight)
+    <name>.index    for N:M, which of the C(M, N) supports each group has: ceil(log2 C(M, N)) bits a group
+    <name>_scale    float32 per output channel
+
+Everything else of the model (embeddings, biases, norms, head) is stored as it is, and the directory's other files (config,
+plan, tokenizer) travel in the header. The payload is ``plan.stored_bits("packed")`` for the planned weights plus the rest,
+to within the byte that each tensor is rounded up to. A support of fewer than N non-zeros is filled up with zeros.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nxm_export.checkpoint import SCALES_FILE, WEIGHTS_FILE, Checkpoint, open_checkpoint
+from nxm_export.errors import ArtifactError
+from nxm_export.plan import CompressionPlan, NMPattern, WeightSpec, require_schema
+from nxm_export.run_dir import atomic_dir
+
+SCHEMA = "nxm-packed/1"
+
+
+def pack(checkpoint: str | Path, out: str | Path) -> dict[str, int]:
+    """Write a checkpoint directory as one packed file; returns ``file_bytes``, ``payload_bytes``, ``formula_bytes``."""
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    opened, out = open_checkpoint(checkpoint), Path(out)
+    opened.require_valid()
+    source = opened.path / WEIGHTS_FILE
+    if not source.is_file():
+        raise ArtifactError(f"{opened.path} has no {WEIGHTS_FILE}; sharded models are not packed: save it in one file")
+    tensors: dict[str, np.ndarray] = {f"scale/{name}": np.atleast_1d(scale) for name, scale in opened.scales.items()}
+    with safe_open(source, framework="numpy") as weights:
+        weights_metadata = weights.metadata() or {}
+        for name in weights.keys():  # noqa: SIM118  (safe_open is no mapping)
+            if name in opened.plan.weights:
+                tensors |= _pack_weight(opened, name)
+            else:
+                tensors[f"plain/{name}"] = weights.get_tensor(name)
+    metadata = {
+        "schema": SCHEMA,
+        "weights_metadata": json.dumps(weights_metadata),
+        "scale_shapes": json.dumps({name: list(scale.shape) for name, scale in opened.scales.items()}),
+        **{f"file/{file.name}": file.read_text(encoding="utf-8") for file in _companions(opened.path)},
+    }
+    scratch = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, scratch, metadata)
+        scratch.replace(out)
+    except OSError as error:
+        raise ArtifactError(
+            f"{out}: cannot be written ({error.strerror or error}); free the space or choose another place"
+        ) from error
+    finally:
+        scratch.unlink(missing_ok=True)
+    return {
+        "file_bytes": out.stat().st_size,
+        "payload_bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "formula_bytes": formula_bytes(opened),
+    }
+
+
+def unpack(file: str | Path, out: str | Path) -> Path:
+    """Write the directory that `pack` read, every tensor bit-equal; raises `ArtifactError` for a file that is none of ours."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.numpy import save_file
+
+    file, out = Path(file), Path(out)
+    if not file.is_file():
+        raise ArtifactError(f"{file}: no such file")
+    if out.exists():
+        raise ArtifactError(f"{out} exists; choose a directory that does not")
+    try:
+        with safe_open(file, framework="numpy") as packed:
+            metadata = packed.metadata() or {}
+            require_schema(metadata, SCHEMA, str(file), ArtifactError)
+            tensors = {name: packed.get_tensor(name) for name in packed.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{file}: cannot be read ({error}); it is truncated or not a packed checkpoint") from error
+    plan = CompressionPlan.from_json(metadata.get("file/nxm_plan.json", ""), source=f"{file} (nxm_plan.json)")
+    shapes: Mapping[str, Any] = json.loads(metadata["scale_shapes"])
+    scales = {name: tensors[f"scale/{name}"].reshape(shape) for name, shape in shapes.items()}
+    weights = {name.removeprefix("plain/"): tensor for name, tensor in tensors.items() if name.startswith("plain/")}
+    for name in plan.weights:
+        weights[name] = _unpack_weight(tensors, plan, name, scales.get(f"{name}_scale"), file)
+    with atomic_dir(out) as scratch:
+        save_file(weights, scratch / WEIGHTS_FILE, json.loads(metadata["weights_metadata"]))
+        save_file(scales, scratch / SCALES_FILE)
+        for key, text in metadata.items():
+            if key.startswith("file/"):
+                (scratch / Path(key).name).write_text(text, encoding="utf-8")
+        open_checkpoint(scratch).require_valid()
+    return out
+
+
+def formula_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the whole model by the ``packed`` counting: the planned weights by formula, everything else as stored."""
+    from safetensors import safe_open
+
+    rest = 0
+    with safe_open(checkpoint.path / WEIGHTS_FILE, framework="numpy") as weights:
+        for name in weights.keys():  # noqa: SIM118
+            if name not in checkpoint.plan.weights:
+                rest += weights.get_tensor(name).nbytes
+    activations = sum(scale.nbytes for name, scale in checkpoint.scales.items() if not name.endswith("weight_scale"))
+    return rest + activations + -(-checkpoint.plan.stored_bits("packed") // 8)
+
+
+def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
+    """Unsigned `values` below ``2**bits``, as a bit string of `bits` each, in bytes; the lowest bit of a value first."""
+    flat = np.ascontiguousarray(values, np.uint16 if bits > 8 else np.uint8).reshape(-1)
+    if bits == 8:
+        return flat
+    planes = ((flat[:, None] >> np.arange(bits, dtype=flat.dtype)) & 1).astype(np.uint8)  # (values, bits)
+    return np.packbits(planes.reshape(-1), bitorder="little")
+
+
+def unpack_bits(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The first `count` values of `pack_bits`, as uint16."""
+    if bits == 8:
+        return packed[:count].astype(np.uint16)
+    planes = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
+    return (planes.astype(np.uint16) << np.arange(bits, dtype=np.uint16)).sum(axis=1, dtype=np.uint16)
+
+
+@lru_cache
+def supports(pattern: NMPattern) -> np.ndarray:
+    """Every support of a group as kept positions (C(M, N), N), in lexicographic order: the meaning of an index."""
+    return np.array(list(itertools.combinations(range(pattern.m), pattern.n)), np.int64)
+
+
+def support_index(kept: np.ndarray, pattern: NMPattern) -> np.ndarray:
+    """Index of each group's support; `kept` is boolean (groups, M) with exactly N true."""
+    weights = 1 << np.arange(pattern.m, dtype=np.int64)
+    codes = (1 << supports(pattern)).sum(axis=1)  # each support as a bit mask
+    order = np.argsort(codes)
+    return order[np.searchsorted(codes[order], kept @ weights)]
+
+
+def exact_support(values: np.ndarray, pattern: NMPattern) -> np.ndarray:
+    """Boolean (groups, M) with exactly N true: all non-zeros of `values` (groups, M), filled up from the left."""
+    rank = np.argsort(values == 0, axis=1, kind="stable").argsort(axis=1, kind="stable")
+    return rank < pattern.n
+
+
+def _pack_weight(checkpoint: Checkpoint, name: str) -> dict[str, np.ndarray]:
+    spec = checkpoint.plan.weights[name]
+    if spec.weight_bits is None:
+        values = checkpoint.weight(name).astype(np.float16)
+    else:
+        assert spec.qmax is not None
+        values = (checkpoint.codes(name).astype(np.int16) + spec.qmax).astype(np.uint8)  # 0 .. 2 * qmax
+    if spec.pattern is None:
+        return {f"{name}.values": _stored(values, spec)}
+    groups = values.reshape(-1, spec.pattern.m)
+    zero = 0 if spec.qmax is None else spec.qmax
+    kept = exact_support(groups.astype(np.float32) - zero, spec.pattern)
+    index = support_index(kept, spec.pattern)
+    return {
+        f"{name}.values": _stored(groups[kept], spec),
+        f"{name}.index": pack_bits(index, spec.pattern.index_bits),
+    }
+
+
+def _stored(values: np.ndarray, spec: WeightSpec) -> np.ndarray:
+    return values.reshape(-1) if spec.weight_bits is None else pack_bits(values, spec.weight_bits)
+
+
+def _unpack_weight(
+    tensors: Mapping[str, np.ndarray], plan: CompressionPlan, name: str, scale: np.ndarray | None, file: Path
+) -> np.ndarray:
+    spec, (out, in_) = plan.weights[name], plan.shapes[name]
+    count = out * in_ if spec.pattern is None else out * in_ // spec.pattern.m * spec.pattern.n
+    try:
+        stored = tensors[f"{name}.values"]
+        values = stored if spec.weight_bits is None else unpack_bits(stored, spec.weight_bits, count)
+        if spec.pattern is not None:
+            groups = out * in_ // spec.pattern.m
+            index = unpack_bits(tensors[f"{name}.index"], spec.pattern.index_bits, groups)
+            dense = np.full((groups, spec.pattern.m), spec.qmax or 0, values.dtype)
+            np.put_along_axis(dense, supports(spec.pattern)[index], values.reshape(groups, spec.pattern.n), axis=1)
+            values = dense
+    except (KeyError, ValueError, IndexError) as error:
+        raise ArtifactError(f"{file}: {name} is missing or has the wrong size; the file is damaged") from error
+    values = values.reshape(out, in_)
+    if spec.qmax is None:
+        return values.astype(np.float32)
+    if scale is None:
+        raise ArtifactError(f"{file}: {name}_scale is missing; the file is damaged")
+    return (values.astype(np.int16) - spec.qmax).astype(np.float32) * scale[:, None]
+
+
+def _companions(directory: Path) -> list[Path]:
+    """The text files that make the directory a model: everything but the two tensor files and hidden ones."""
+    return sorted(
+        file
+        for file in directory.iterdir()
+        if file.is_file() and file.suffix != ".safetensors" and not file.name.startswith(".")
+    )

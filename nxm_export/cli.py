@@ -18,8 +18,8 @@ import click
 from nxm_export import __version__
 from nxm_export.errors import NxmError, PlanError
 from nxm_export.families import TASKS
-from nxm_export.plan import PLACEMENTS, NMPattern, WeightSpec
-from nxm_export.terminal import print_summary, print_table, progress_bars
+from nxm_export.plan import COUNTINGS, PLACEMENTS, NMPattern, WeightSpec
+from nxm_export.terminal import print_search, print_summary, print_table, progress_bars
 
 
 class _Group(click.Group):
@@ -211,6 +211,73 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **option
     with progress_bars(enabled=not json) as progress:
         metrics = compress_model(_request(model, options), out, plan_file=plan_file, progress=progress)
     _print(metrics, json, lambda result: print_table(str(out), ("what", "value"), list(result.items())))
+
+
+@main.command()
+@click.argument("model")
+@click.option("--task", type=click.Choice(list(TASKS)), default="classification", show_default=True)
+@click.option("--train", required=True, metavar="FILE", help="Training data; the search never reads dev data.")
+@click.option("--text")
+@click.option("--text-pair")
+@click.option("--label")
+@click.option(
+    "--menu", default="2:4+W4,W4,2:4+W8,W8,dense", show_default=True, help="Options per weight, separated by commas."
+)
+@click.option("--compression", type=float, help="1 - compressed/FP32 of the weights.  [default: 0.875]")
+@click.option("--bytes", "bytes_", type=click.IntRange(min=1), help="Budget in bytes instead of --compression.")
+@click.option(
+    "--count", type=click.Choice(COUNTINGS), default="hw", show_default=True, help="How the budget is counted."
+)
+@click.option("--method", type=click.Choice(["nxm", "paper"]), default="nxm", show_default=True)
+@click.option("--placement", type=click.Choice(PLACEMENTS), default="inputs-outputs", show_default=True)
+@click.option("--samples", type=click.IntRange(min=1), default=256, show_default=True, help="Calibration samples.")
+@click.option(
+    "--held-out", type=click.IntRange(min=1), default=256, show_default=True, help="Samples of train that judge."
+)
+@click.option("--swaps", type=click.IntRange(min=0), default=40, show_default=True)
+@click.option(
+    "--halving", default="", metavar="STEPS,...", help="Optimizer steps of each round of short runs.  [default: none]"
+)
+@click.option("--finalists", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--pareto", default="", metavar="C,...", help="Further compressions to report from the same table.")
+@click.option("--latency-table", type=click.Path(path_type=Path), help="JSON: {role: {option: milliseconds}}.")
+@click.option("--latency-ms", type=float, help="Limit on the sum of the table's milliseconds.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of plan.json and the evidence.")
+@_json_option
+def search(model: str, task: str, train: str, out: Path, json: bool, **options: Any) -> None:
+    """Search a different (pattern, bits) per weight of MODEL, which must have its task head, under a budget."""
+    from nxm_export.pipeline import search_plan
+
+    with progress_bars(enabled=not json) as progress:
+        found = search_plan(model, task, train, out, options, progress)
+    _print(found, json, print_search)
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The packed file.")
+@_json_option
+def pack(checkpoint: Path, out: Path, json: bool) -> None:
+    """Write CHECKPOINT as one file at its true size: packed bits, N:M indices, scales."""
+    from nxm_export.packed import pack as pack_checkpoint
+
+    _print(
+        pack_checkpoint(checkpoint, out),
+        json,
+        lambda sizes: print_table(str(out), ("what", "bytes"), list(sizes.items())),
+    )
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the checkpoint.")
+def unpack(file: Path, out: Path) -> None:
+    """Write a packed FILE back as the checkpoint directory it was, bit by bit."""
+    from nxm_export.packed import unpack as unpack_file
+
+    click.echo(unpack_file(file, out))
 
 
 @main.command()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nxm_export.data import Columns
-from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
+from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable, PlanError
 from nxm_export.families import task_named
 from nxm_export.plan import COUNTINGS, CompressionPlan, WeightSpec
 from nxm_export.run_dir import RunDir, atomic_dir
@@ -128,6 +128,56 @@ def compress_model(
             finetune(source.path, out=dense, settings=request.settings, **common)
         model = dense
     return compress(model, plan=plan, out=out, settings=request.settings, **common)
+
+
+def search_plan(
+    model: str, task: str, train: str, out: Path, options: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
+    """Search a plan; `options` are those of ``nxm search``. Returns what ``search.json`` holds."""
+    from compressors.search import search
+    from compressors.selection import SearchSettings
+    from compressors.settings import Settings
+    from nxm_export.data import Columns
+
+    latencies = options["latency_table"]
+    if latencies is not None:
+        try:
+            latencies = json.loads(latencies.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArtifactError(
+                f"{latencies}: not a readable latency table ({error}); it is JSON, {{role: {{option: ms}}}}"
+            ) from error
+    compression = options["compression"] if options["compression"] or options["bytes_"] else 0.875
+    settings = SearchSettings(
+        menu=tuple(option.strip() for option in options["menu"].split(",")),
+        counting=options["count"],
+        compression=compression,
+        bytes=options["bytes_"],
+        latencies=latencies or {},
+        **{
+            key: options[key]
+            for key in ("method", "samples", "held_out", "swaps", "finalists", "placement", "seed", "latency_ms")
+        },
+    )
+    return search(
+        model,
+        task=task,
+        train=train,
+        out=out,
+        settings=settings,
+        training=Settings(seed=options["seed"], threads=options["threads"]),
+        halving_steps=[int(steps) for steps in _numbers(options["halving"])],
+        pareto=_numbers(options["pareto"]),
+        columns=Columns(options["text"], options["text_pair"], options["label"]),
+        progress=progress,
+    )
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise PlanError(f"{text!r} is not a list of numbers separated by commas") from error
 
 
 def build_engine(onnx: str | Path, out: str | Path, name: str = "ort", threads: int | None = None) -> dict[str, Any]:

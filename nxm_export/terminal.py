@@ -77,6 +77,27 @@ def _text(cell: Any) -> str:
     return escape("" if cell is None else str(cell))
 
 
+def print_search(found: Mapping[str, Any]) -> None:
+    """The finalists of a search, its Pareto front and its cost."""
+    columns = ("plan", "divergence one-shot", "hw", "packed", "values", "options")
+    for title, rows in (("finalists", found["finalists"]), ("at other compressions", found["pareto"])):
+        if rows:
+            print_table(
+                title,
+                columns,
+                [
+                    (
+                        row["origin"],
+                        row["joint"],
+                        *(f"{row[counting]:.2%}" for counting in columns[2:5]),
+                        row["options"],
+                    )
+                    for row in rows
+                ],
+            )
+    print_table("seconds", ("step", "seconds"), list(found["seconds"].items()))
+
+
 def print_summary(summary: Mapping[str, Any]) -> None:
     """The final table of a run, from its summary."""
     low, high = summary["difference_interval"]

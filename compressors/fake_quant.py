@@ -305,8 +305,8 @@ def bake(model: nn.Module, plan: CompressionPlan) -> dict[str, np.ndarray]:
     """
     for name, spec in plan.weights.items():
         if spec.is_dense:
-            weight = model.get_parameter(name)
-            weight.copy_(weight.half())
+            parameter = model.get_parameter(name)
+            parameter.copy_(parameter.half())
     scales: dict[str, np.ndarray] = {}
     for name, layer in quant_linears(model).items():
         path = name.removesuffix(".weight")

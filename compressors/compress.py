@@ -85,6 +85,7 @@ class Settings:
     precision: str = "auto"
     seed: int = 0
     threads: int | None = None
+    gelu: str | None = None  # erf or tanh; None keeps the model's own
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
@@ -274,7 +275,7 @@ class _Job:
         """Calibrate, ADMM, harden, masked QAT; returns the trained student (not yet baked) and facts for the metrics."""
         settings = self.settings
         set_seed(settings.seed)
-        student = load_model(self.source, self.data.task)
+        student = load_model(self.source, self.data.task, gelu=settings.gelu)
         teacher = (
             load_model(self.source, self.data.task).requires_grad_(False)
             if settings.distill and settings.recipe != "paper"

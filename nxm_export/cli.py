@@ -18,7 +18,7 @@ import click
 from nxm_export import __version__
 from nxm_export.errors import NxmError, PlanError
 from nxm_export.families import TASKS
-from nxm_export.plan import PLACEMENTS, NMPattern, WeightSpec
+from nxm_export.plan import GRAPH_PLACEMENTS, PLACEMENTS, NMPattern, WeightSpec
 from nxm_export.terminal import print_summary, print_table, progress_bars
 
 
@@ -76,7 +76,14 @@ _PLAN_OPTIONS = _options(
         type=click.Choice(PLACEMENTS),
         default="inputs-outputs",
         show_default=True,
-        help="Activation quantizers.",
+        help="Activation quantizers: before the products; behind them, too; the softmax as well; the FFN's only.",
+    ),
+    click.option(
+        "--residual",
+        type=click.Choice(["float", "int8"]),
+        default="float",
+        show_default=True,
+        help="What goes around the layers.",
     ),
     click.option("--keep-dense", multiple=True, metavar="GLOB", help="Leave matching weights dense; may be repeated."),
 )
@@ -124,6 +131,9 @@ _TRAINING_OPTIONS = _options(
         "--max-length", type=click.IntRange(min=2), help="Longest input in tokens.  [default: what the model allows]"
     ),
     click.option("--distill/--no-distill", default=True, show_default=True, help="Learn from the dense model."),
+    click.option(
+        "--gelu", type=click.Choice(["erf", "tanh"]), help="Train and export this GELU.  [default: the model's own]"
+    ),
     click.option("--train-embeddings", is_flag=True, help="Train embedding tables during compression, too."),
     click.option(
         "--precision",
@@ -215,21 +225,43 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **option
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--target", default="cpu", show_default=True, help="cpu (FP32 graph) or trt (FP16 graph, opset 21).")
+@click.option(
+    "--target",
+    default="cpu",
+    show_default=True,
+    help="cpu (FP32 graph), trt (FP16 graph, opset 21) or trt8 (FP32 graph, opset 17, for TensorRT 8.6).",
+)
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the graph.  [default: the target's]"
 )
-@click.option("--placement", type=click.Choice(PLACEMENTS), help="[default: inputs for cpu, inputs-outputs for trt]")
+@click.option(
+    "--placement",
+    type=click.Choice(GRAPH_PLACEMENTS),
+    help="[default: inputs for cpu, all that was trained for trt, trt8]",
+)
+@click.option(
+    "--lowering",
+    type=click.Choice(["matmul", "gemm", "conv1x1"]),
+    default="matmul",
+    show_default=True,
+    help="Of linear layers.",
+)
+@click.option(
+    "--islands",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Of LayerNorm and softmax.  [default: the graph's]",
+)
+@click.option(
+    "--max-length", type=click.IntRange(min=2), help="Longest input in tokens.  [default: what the model allows]"
+)
 @click.option("--task", type=click.Choice(list(TASKS)), help="[default: what the checkpoint's head says]")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the graph.")
 @_json_option
-def export(
-    checkpoint: Path, target: str, dtype: str | None, placement: str | None, task: str | None, out: Path, json: bool
-) -> None:
+def export(checkpoint: Path, out: Path, json: bool, **options: Any) -> None:
     """Write CHECKPOINT as a Q/DQ ONNX graph (a float graph, for a checkpoint without plan)."""
     from nxm_export.export import export as export_graph
 
-    done = export_graph(checkpoint, out, target=target, dtype=dtype, placement=placement, task=task)
+    done = export_graph(checkpoint, out, **options)
     result = {
         "path": str(done.path),
         "bytes": done.bytes,
@@ -459,7 +491,7 @@ def _request(model: str, options: dict[str, Any], **changes: Any) -> Any:
         key: options[key]
         for key in (
             "recipe", "admm", "epochs", "steps", "dense_epochs", "dense_steps", "learning_rate", "dense_learning_rate", "batch_size",
-            "max_length", "distill", "precision", "seed", "threads",
+            "max_length", "distill", "precision", "seed", "threads", "gelu",
         )
     }  # fmt: skip
     placement = options["placement"] if options["weight_bits"] != "none" else "inputs"
@@ -474,6 +506,7 @@ def _request(model: str, options: dict[str, Any], **changes: Any) -> Any:
         ),
         columns=_columns(options["text"], options["text_pair"], options["label"]),
         placement=placement,
+        residual=options["residual"] if options["weight_bits"] != "none" else "float",
         keep_dense=options["keep_dense"],
         revision=options["revision"],
         train_limit=options["train_limit"],

@@ -60,6 +60,7 @@ class Request:
     settings: Settings
     columns: Columns = Columns()
     placement: str = "inputs-outputs"
+    residual: str = "float"
     keep_dense: Sequence[str] = ()
     revision: str | None = None
     train_limit: int | None = None
@@ -71,9 +72,7 @@ def run(request: Request, out: str | Path, *, progress: Progress = lambda what, 
 
     directory = RunDir(out)
     source = resolve(request.model, request.revision)
-    plan = source.family.uniform_plan(
-        source.config, request.spec, placement=request.placement, keep_dense=request.keep_dense
-    )
+    plan = _uniform_plan(request, source)
     _train(directory, request, plan, source.path, progress)
     graphs = _export(directory, request, plan, progress)
     engines, missing = _build(directory, graphs, progress)
@@ -88,6 +87,17 @@ def run(request: Request, out: str | Path, *, progress: Progress = lambda what, 
         options=summary,
     )
     return read_summary(out)
+
+
+def _uniform_plan(request: Request, source: Any) -> CompressionPlan:
+    plan: CompressionPlan = source.family.uniform_plan(
+        source.config,
+        request.spec,
+        placement=request.placement,
+        keep_dense=request.keep_dense,
+        residual=request.residual,
+    )
+    return plan
 
 
 def read_summary(root: str | Path) -> dict[str, Any]:
@@ -115,9 +125,7 @@ def compress_model(
             raise ArtifactError(f"{plan_file}: no such plan file")
         plan = CompressionPlan.from_json(plan_file.read_text(encoding="utf-8"), source=str(plan_file))
     else:
-        plan = source.family.uniform_plan(
-            source.config, request.spec, placement=request.placement, keep_dense=request.keep_dense
-        )
+        plan = _uniform_plan(request, source)
     common: dict[str, Any] = {
         "task": request.task, "train": request.train, "dev": request.dev, "columns": request.columns, "train_limit": request.train_limit,
         "progress": progress,
@@ -265,9 +273,9 @@ def _export(directory: RunDir, request: Request, plan: CompressionPlan, progress
 
     made = []
     for number, (name, (source, target, placement)) in enumerate(_GRAPHS.items()):
-        if placement == "inputs-outputs" and request.placement == "inputs":
+        if placement == "inputs-outputs" and plan.placement in ("float", "inputs"):
             continue
-        placed = placement or (request.placement if source == "checkpoint" else None)
+        placed = placement or (plan.placement if source == "checkpoint" else None)
         progress("export", number, len(_GRAPHS))
         directory.stage(
             f"export {name}",

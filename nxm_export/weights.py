@@ -100,6 +100,13 @@ class GraphWeight:
         return next((pattern for pattern in _DETECTED if self.follows(pattern)), None)
 
 
+def parameter_of(name: str) -> str:
+    """The checkpoint's parameter that a constant of one of our graphs holds; other names are left as they are."""
+    for suffix in ("_quantized", "_dense", "_image"):
+        name = name.removesuffix(suffix)
+    return name
+
+
 def load_graph(file: str | Path) -> ir.Model:
     """Read an ONNX file; raises `ArtifactError` when it is missing, truncated or not ONNX."""
     file = Path(file)

@@ -563,30 +563,29 @@ def _show_facts(title: str, facts: dict[str, Any]) -> None:
     rest = [(key, value) for key, value in facts.items() if key not in ("weights", "advice", "passport", "schema")]
     print_table(title, ("what", "value"), rest)
     if "weights" in facts:
-        columns = (
-            "weight",
-            "K x N",
-            "planned",
-            "floats",
-            "INT8 along K",
-            "eligible",
-            "runs sparse",
-            "kernel",
-            "saved ms",
-            "why not",
-        )
-        rows = [
+        columns = ("weight", "K x N", "planned", "float > INT8", "eligible", "sparse", "kernel", "saved ms", "why not")
+        table: list[Any] = [
             (
-                row["name"], f"{row['k']}x{row['n']} {row['form']}", row["planned"] or "-", row["pattern_float"] or "dense",
-                row["pattern_int8"] or "dense", _known(row["eligible"]), _known(row["chosen"]), row["kernel"] or "-",
-                "-" if row["saved_ms"] is None else f"{row['saved_ms']:.4f}", row["detail"],
+                row["name"].removesuffix(".weight"),
+                f"{row['k']}x{row['n']} {row['form']}",
+                row["planned"] or "-",
+                f"{row['pattern_float'] or 'dense'} > {row['pattern_int8'] or 'dense'}",
+                _known(row["eligible"]),
+                _known(row["chosen"]),
+                row["kernel"] or "-",
+                "-" if row["saved_ms"] is None else f"{row['saved_ms']:.4f}",
+                row["reason"] or "-",
             )
             for row in facts["weights"]
-        ]  # fmt: skip
-        print_table("weights", columns, rows)
+        ]
+        print_table("weights", columns, table)
+        for reason, detail in {row["reason"]: row["detail"] for row in facts["weights"] if row["reason"]}.items():
+            click.echo(f"{reason}: {detail}")
     if facts.get("advice"):
-        rows = [(entry["name"], "yes" if entry["one_fix_away"] else "no", entry["advice"]) for entry in facts["advice"]]
-        print_table("advice", ("weight", "one fix away", "what to do"), rows)
+        table = [
+            (entry["name"], "yes" if entry["one_fix_away"] else "no", entry["advice"]) for entry in facts["advice"]
+        ]
+        print_table("advice", ("weight", "one fix away", "what to do"), table)
 
 
 def _known(value: bool | None) -> str:

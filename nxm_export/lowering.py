@@ -70,6 +70,8 @@ class Lowering:
             for i, read in enumerate(user.inputs):
                 if read is linear.output:
                     user.replace_input_with(i, restored.outputs[0])
+        add = linear.output.producer()
+        graph.remove([add, product] if add is not None and add is not product else [product], safe=True)
         return Linear(lowered, x, y)
 
     def _take_bias(self, linear: Linear) -> list[ir.Value]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -103,3 +103,26 @@ def compressed(
     torch.save(logits, out / "fake_quant_logits.pt")
     open_checkpoint(out).require_valid()
     return out
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _traced_once() -> Iterator[None]:
+    """Tracing takes seconds, and graphs of one model differ only in what is done to the trace: keep and copy it."""
+    import hashlib
+
+    from nxm_export import export
+
+    trace, kept = export._trace, {}
+
+    def traced(path, task, family, dtype, opset):
+        digest = hashlib.sha256(
+            (path / "model.safetensors").read_bytes() + (path / "config.json").read_bytes()
+        ).hexdigest()
+        key = (digest, task.name, dtype, opset)
+        if key not in kept:
+            kept[key] = trace(path, task, family, dtype, opset)
+        return kept[key].clone()
+
+    export._trace = traced
+    yield
+    export._trace = trace

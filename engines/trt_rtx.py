@@ -7,6 +7,7 @@ log prints the layers) and cannot prove sparsity: that column of the report says
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +34,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     """Write an engine directory with ``model.engine`` and ``build.log``.
 
     Raises `EngineUnavailable` without TensorRT-RTX, `ExportError` for a graph that it would refuse or degrade, `EngineError`
-    for everything that the builder refuses, and for INT8 convolutions: it would run them in float.
+    for everything that the builder refuses, and for INT8 convolutions that it built in float.
     """
     from nxm_export.verify import verify
     from nxm_export.weights import load_graph
@@ -42,7 +43,6 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     _require_installed()
     model = load_graph(onnx)
     verify(onnx).require()
-    _require_no_convolutions(model, onnx)
     if options.build_route is not None:
         raise EngineError("TensorRT-RTX has no build routes; leave --build-route out, or build with --backend trt")
     profiles = list(options.profiles) or [default_profile(_max_length(onnx.parent))]
@@ -62,6 +62,8 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         "inspect": False,  # deserializing needs a GPU
     }
     build_in_child(request, out / LOG_FILE, options.progress)
+    counts = _count(out / LOG_FILE, model)
+    _require_integer_convolutions(model, counts["float_products"], onnx)
     copy_companions(onnx.parent, out)
     targets = ", ".join(f"{major}.{minor}" for major, minor in COMPUTE_CAPABILITIES)
     device = {"gpu": "none", "compute_capability": targets}
@@ -118,15 +120,15 @@ def _count(log: Path, model: Any) -> dict[str, Any]:
     }
 
 
-def _require_no_convolutions(model: Any, onnx: Path) -> None:
+def _require_integer_convolutions(model: Any, float_products: Sequence[str], onnx: Path) -> None:
+    """TensorRT-RTX dequantizes both sides of most INT8 convolutions and multiplies floats: that is not what was asked for."""
     from nxm_export.weights import graph_weights
 
-    found = [
-        weight.node.name for weight in graph_weights(model) if weight.node.op_type == "Conv" and weight.is_quantized
-    ]
+    convolutions = {weight.node.name for weight in graph_weights(model) if weight.node.op_type == "Conv"}
+    found = sorted(convolutions & set(float_products))
     if found:
         raise EngineError(
-            f"{onnx}: {len(found)} INT8 layers are convolutions, such as {found[0]}, and TensorRT-RTX runs INT8 convolutions in float. "
+            f"{onnx}: TensorRT-RTX runs {len(found)} INT8 convolutions in float, such as {found[0]}. "
             "Export with --lowering matmul, or build with --backend trt"
         )
 

@@ -50,7 +50,7 @@ REASONS = {
 _PRODUCT_KINDS = ("gemm", "correlation", "caskconvolution", "caskgemmconvolution", "caskgemmmatrixmultiply", "mha", "matrixmultiply", "convolution", "fc")  # fmt: skip
 _LAYER = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\](?:, Constants: \[(?P<constants>.*?)\])?"
-    r", Outputs: \[(?P<outputs>.*?)\](?:, \w+: [^,\[]*?)*?, TacticName: (?P<tactic>.*?), StreamId: \d+, Metadata: ?(?P<metadata>.*)$"
+    r", Outputs: \[(?P<outputs>.*?)\](?:, \w+: [^,\[\]{}]*?)*?, TacticName: (?P<tactic>.*?), StreamId: \d+, Metadata: ?(?P<metadata>.*)$"
 )
 _DATATYPE = re.compile(r"(?:Format/)?Datatype: (\w+)")
 _ONNX = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
@@ -297,7 +297,7 @@ def _with_evidence(
                 detail="the build log says sparse, and the engine names a dense kernel",
             )  # fmt: skip
         seen = any(layer.saw_sparse_weights for layer in products)
-        if obstacle and not listed:
+        if obstacle:  # that the builder lists the weights as 2:4 gives it no kernel
             return replace(row, eligible=eligible, chosen=False)
         if min(fact.k, fact.n) < SMALL:
             return replace(row, eligible=eligible, chosen=False, reason="size")

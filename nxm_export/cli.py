@@ -572,7 +572,7 @@ def _show_facts(title: str, facts: dict[str, Any]) -> None:
                 f"{row['pattern_float'] or 'dense'} > {row['pattern_int8'] or 'dense'}",
                 _known(row["eligible"]),
                 _known(row["chosen"]),
-                row["kernel"] or "-",
+                (row["kernel"] or "-").split("_tilesize")[0],
                 "-" if row["saved_ms"] is None else f"{row['saved_ms']:.4f}",
                 row["reason"] or "-",
             )

@@ -108,24 +108,17 @@ def _is_constant(value: ir.Value | None) -> bool:
 
 def _output(node: ir.Node) -> tuple[str, str]:
     """(dtype behind bias and activation, which activation): int8 when quantizers read all that leaves."""
-    inside = {id(node.outputs[0])}
-    region: list[ir.Node] = []
-    ends: list[ir.Node] = []
-    frontier = [node.outputs[0]]
-    while frontier:
-        value = frontier.pop()
-        for user in value.consumers():
-            own = [
-                read for read in user.inputs if read is not None and id(read) not in inside and not _is_constant(read)
-            ]
-            if user in region or user in ends:
-                continue
-            if user.op_type in _ELEMENTWISE and (user.op_type == "Reshape" or not own):
+    region, inside = [], [node.outputs[0]]
+    grown = True
+    while grown:  # a decomposed GELU reads the product twice: go on until nothing more belongs to it
+        grown = False
+        for user in [user for value in inside for user in value.consumers()]:
+            known = [read in inside or read is None or _is_constant(read) for read in user.inputs]
+            if user not in region and user.op_type in _ELEMENTWISE and (user.op_type == "Reshape" or all(known)):
                 region.append(user)
-                inside |= {id(output) for output in user.outputs}
-                frontier += user.outputs
-            else:
-                ends.append(user)
+                inside += user.outputs
+                grown = True
+    ends = [user for value in inside for user in value.consumers() if user not in region]
     used = {user.op_type for user in region}
     epilogue = "none"
     if "Relu" in used:

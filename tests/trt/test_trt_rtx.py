@@ -67,20 +67,48 @@ def test_the_report_says_that_no_gpu_chose_kernels_and_the_gate_fails_closed(
         inspect_path(tmp_path)
 
 
-def test_convolutions_are_refused_with_the_reason_and_would_indeed_run_in_float(
-    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    graph = export(checkpoints("bert", "inputs-outputs"), tmp_path / "graph", target="trt", lowering="conv1x1")
+def test_convolutions_that_run_in_float_are_refused_with_the_reason(tmp_path: Path) -> None:
+    """The usual 1x1 lowering moves channels in front of the tokens; TensorRT-RTX then multiplies floats."""
+    text = """
+      <ir_version: 10, opset_import: ["" : 21]>
+      agraph (float16[2, 16, 64] x) => (float16[2, 64, 16, 1] y) <int64[1] three = {3}> {
+        channels = Transpose<perm = [0, 2, 1]>(x)
+        image = Unsqueeze(channels, three)
+        q = QuantizeLinear(image, s, z)
+        dq = DequantizeLinear(q, s, z)
+        wd = DequantizeLinear<axis = 0>(w, ws, wz)
+        y = Conv(dq, wd)
+      }"""
+    model = onnx.parser.parse_model(text)
+    model.graph.node[-1].name = "the_convolution"
+    constants = _constants((64, 64, 1, 1))
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
+    onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(
-        EngineError, match=r"6 INT8 layers are convolutions.*runs INT8 convolutions in float.*--lowering matmul"
+        EngineError, match=r"runs 1 INT8 convolutions in float, such as the_convolution\. .*--lowering matmul"
     ):
-        trt_rtx.build(graph.path, tmp_path)
-    monkeypatch.setattr(trt_rtx, "_require_no_convolutions", lambda *_: None)
-    passport = trt_rtx.build(graph.path, tmp_path, BuildOptions(profiles=[PROFILES["batch 1"]]))
-    assert passport.options["integer_products"] == 0, "if this fails, TensorRT-RTX has learnt it: lift the refusal"
+        trt_rtx.build(tmp_path / "model.onnx", tmp_path)
 
 
-def _linear(tmp_path: Path, *, zero: int = 0, axis: int = 1, scales: int = 64) -> Path:
+def test_our_own_convolutions_keep_rows_and_run_on_integers(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """With one token per image no data moves, and TensorRT-RTX 1.7.1 multiplies integers."""
+    graph = export(checkpoints("bert", "inputs-outputs"), tmp_path / "graph", target="trt", lowering="conv1x1")
+    passport = trt_rtx.build(graph.path, tmp_path, BuildOptions(profiles=[PROFILES["dynamic"]]))
+    assert passport.options["integer_products"] == 6
+    products = [layer for layer in layers_of(tmp_path) if layer.kind == "correlation"]
+    assert {layer.inputs for layer in products} == {("Int8",)}
+    assert all("Int8" in layer.constants for layer in products), "the weights, too"
+
+
+def _constants(shape: tuple[int, ...], zero: int = 0, scales: int = 64) -> dict[str, np.ndarray]:
+    return {
+        "s": np.array(0.02, np.float16), "z": np.array(zero, np.int8),
+        "w": np.random.default_rng(0).integers(-127, 128, size=shape).astype(np.int8),
+        "ws": np.full(scales, 0.01, np.float16), "wz": np.zeros(scales, np.int8),
+    }  # fmt: skip
+
+
+def _linear(tmp_path: Path, *, zero: int = 0, axis: int = 1) -> Path:
     """x -> Q/DQ -> MatMul(DQ(INT8 weight)) as ONNX text, with one number to break."""
     text = f"""
       <ir_version: 10, opset_import: ["" : 21]>
@@ -93,11 +121,7 @@ def _linear(tmp_path: Path, *, zero: int = 0, axis: int = 1, scales: int = 64) -
       }}"""
     model = onnx.parser.parse_model(text)
     model.graph.node[3].name = "the_product"
-    codes = np.random.default_rng(0).integers(-127, 128, size=(64, 64)).astype(np.int8)
-    constants = {
-        "s": np.array(0.02, np.float16), "z": np.array(zero, np.int8), "w": codes,
-        "ws": np.full(scales, 0.01, np.float16), "wz": np.zeros(scales, np.int8),
-    }  # fmt: skip
+    constants = _constants((64, 64), zero)
     model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
     file = tmp_path / "model.onnx"
     onnx.save(model, file)

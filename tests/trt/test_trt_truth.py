@@ -94,7 +94,8 @@ def test_lists_of_several_subgraphs_are_joined() -> None:
 
 def test_layer_lines_of_tensorrt_10_give_kernel_types_and_onnx_names() -> None:
     gemm, norm = parse_layers(lines("layers-10.txt"))
-    assert (gemm.kind, gemm.inputs, gemm.onnx[0]) == ("gemm", ("Half",), "/encoder/layers.0/pos_ff/output/MatMul")
+    assert (gemm.kind, gemm.inputs, gemm.outputs) == ("gemm", ("Half",), ("Half",))
+    assert gemm.onnx[0] == "/encoder/layers.0/pos_ff/output/MatMul"
     assert gemm.is_product
     assert not gemm.is_integer_product
     assert not norm.is_product

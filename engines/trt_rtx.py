@@ -121,10 +121,13 @@ def _count(log: Path, model: Any) -> dict[str, Any]:
 
 
 def _require_integer_convolutions(model: Any, float_products: Sequence[str], onnx: Path) -> None:
-    """TensorRT-RTX dequantizes both sides of most INT8 convolutions and multiplies floats: that is not what was asked for."""
+    """Refuse INT8 convolutions that the builder dequantized and multiplies in float: that is not what was asked for.
+
+    Which ones it does that to is read from the layers it built, not guessed.
+    """
     from nxm_export.weights import graph_weights
 
-    convolutions = {weight.node.name for weight in graph_weights(model) if weight.node.op_type == "Conv"}
+    convolutions = {weight.node.name or "" for weight in graph_weights(model) if weight.node.op_type == "Conv"}
     found = sorted(convolutions & set(float_products))
     if found:
         raise EngineError(

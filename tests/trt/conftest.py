@@ -14,7 +14,7 @@ Checkpoints = Callable[..., Path]
 def tiny_config(family: str, gelu: str = "gelu", hidden: int = 128, layers: int = 1, positions: int = 64):
     import transformers
 
-    common = {"vocab_size": 64, "num_labels": 3, "pad_token_id": 0}
+    common = {"vocab_size": 1024, "num_labels": 3, "pad_token_id": 0}
     if family == "distilbert":
         return transformers.DistilBertConfig(
             dim=hidden, hidden_dim=4 * hidden, n_layers=layers, n_heads=2, max_position_embeddings=positions, activation=gelu,

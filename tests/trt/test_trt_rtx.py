@@ -14,6 +14,7 @@ from nxm_export.errors import ArtifactError, EngineError, ExportError, ParityErr
 from nxm_export.export import export
 from nxm_export.families import FAMILIES
 from nxm_export.plan import PLACEMENTS
+from nxm_export.weights import load_graph
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'nxm-export[trt-rtx]'")
 pytest.importorskip("polygraphy", reason="polygraphy is not installed: pip install 'nxm-export[trt-rtx]'")
@@ -67,27 +68,17 @@ def test_the_report_says_that_no_gpu_chose_kernels_and_the_gate_fails_closed(
         inspect_path(tmp_path)
 
 
-def test_convolutions_that_run_in_float_are_refused_with_the_reason(tmp_path: Path) -> None:
-    """The usual 1x1 lowering moves channels in front of the tokens; TensorRT-RTX then multiplies floats."""
-    text = """
-      <ir_version: 10, opset_import: ["" : 21]>
-      agraph (float16[2, 16, 64] x) => (float16[2, 64, 16, 1] y) <int64[1] three = {3}> {
-        channels = Transpose<perm = [0, 2, 1]>(x)
-        image = Unsqueeze(channels, three)
-        q = QuantizeLinear(image, s, z)
-        dq = DequantizeLinear(q, s, z)
-        wd = DequantizeLinear<axis = 0>(w, ws, wz)
-        y = Conv(dq, wd)
-      }"""
-    model = onnx.parser.parse_model(text)
-    model.graph.node[-1].name = "the_convolution"
-    constants = _constants((64, 64, 1, 1))
-    model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
-    onnx.save(model, tmp_path / "model.onnx")
+def test_convolutions_that_the_builder_put_into_float_are_refused_with_the_reason(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    graph = export(checkpoints("bert", "inputs-outputs"), tmp_path / "graph", target="trt", lowering="conv1x1")
+    model = load_graph(graph.path)
+    built_in_float = ["bert.encoder.layer.0.attention.self.key", "some.matmul"]
     with pytest.raises(
-        EngineError, match=r"runs 1 INT8 convolutions in float, such as the_convolution\. .*--lowering matmul"
+        EngineError, match=r"runs 1 INT8 convolutions in float, such as bert\.encoder.*--lowering matmul"
     ):
-        trt_rtx.build(tmp_path / "model.onnx", tmp_path)
+        trt_rtx._require_integer_convolutions(model, built_in_float, graph.path)
+    trt_rtx._require_integer_convolutions(model, ["some.matmul"], graph.path)
 
 
 def test_our_own_convolutions_keep_rows_and_run_on_integers(checkpoints: Checkpoints, tmp_path: Path) -> None:

@@ -280,3 +280,26 @@ def test_without_tensorrt_it_says_what_to_install(checkpoint: Path, tmp_path: Pa
     )
     assert "TensorRT is not installed; pip install 'nxm-export[trt]'" in text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("version", "only", "row"),
+    [
+        ("8.6", "inputs-tanh-matmul", "| tiny-inputs-tanh-matmul | 1 / 6 | 33.3% | 5 float-output |"),
+        ("11.4", "attention-tanh-matmul", "| tiny-attention-tanh-matmul | 6 / 6 | 100.0% | - |"),
+    ],
+)
+def test_the_evidence_tool_runs_to_its_page(driver: Path, tmp_path: Path, version: str, only: str, row: str) -> None:
+    command = [sys.executable, ROOT / "tools" / "gpu_evidence.py", "--models", "tiny", "--shapes", "1x8,4x32"]
+    command += ["--rounds", "3", "--only", only, "--out", tmp_path / "docs", "--work", tmp_path / "work"]
+    env = environment(driver, version)
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (page,) = (tmp_path / "docs").glob("*.md")
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("# Fake A100, TensorRT ")
+    for line in (row, "| 4x32 | ", "## Verdicts", "Not measured here."):
+        assert line in text, text
+    assert "error:" not in text
+    again = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "tiny" not in again.stderr, "what is done is not done again"

@@ -8,7 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import Checkpoints, feeds_for
+from trt_models import Checkpoints, feeds_for
 
 from engines import torch_eager
 from nxm_export.errors import ExportError, PlanError

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
-from conftest import Checkpoints
+from trt_models import Checkpoints
 
 from engines.base import BuildOptions, Profile
 from engines.truth import parse_layers

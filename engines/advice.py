@@ -34,7 +34,7 @@ _ADVICE = {
 
 
 def advise(facts: Sequence[MatrixFacts], report: TruthReport) -> list[dict[str, Any]]:
-    """One entry per matrix that could run sparse: name, what to do, and whether that is all it takes."""
+    """One entry per matrix that could run sparse: name, what to do, whether that is all it takes, or whether it is ready."""
     found: list[dict[str, Any]] = []
 
     def fixed(fact: MatrixFacts, reason: str) -> bool:
@@ -54,12 +54,19 @@ def advise(facts: Sequence[MatrixFacts], report: TruthReport) -> list[dict[str, 
                 if near
                 else f"prune it 2:4 along K and fine-tune: {fact.broken_groups} of {fact.groups} groups keep more than two"
             )
-            found.append({"name": row.name, "advice": text, "one_fix_away": near and fixed(fact, "pattern")})
+            found.append(
+                {"name": row.name, "advice": text, "one_fix_away": near and fixed(fact, "pattern"), "ready": False}
+            )
         elif row.reason in _ADVICE:
             text = _ADVICE[row.reason]
             if row.reason == "no-engine" and not fact.integer_weight:
                 text = "2:4 along K, in float: quantize weight, input and output to INT8, or build it as sparse FP16"
             found.append(
-                {"name": row.name, "advice": text, "one_fix_away": row.reason in _FIXED and fixed(fact, row.reason)}
+                {
+                    "name": row.name,
+                    "advice": text,
+                    "one_fix_away": row.reason in _FIXED and fixed(fact, row.reason),
+                    "ready": row.reason == "no-engine" and fact.integer_weight,
+                }
             )
     return found

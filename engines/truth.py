@@ -499,7 +499,8 @@ def read_evidence(directory: Path, running: Iterable[str] | None = None) -> Evid
     if (directory / MEASURED_FILE).is_file():
         measured = _read_json(directory / MEASURED_FILE)
     seen = measured.get("kernels") if running is None else list(running)
-    return Evidence(layers, log, measured.get("layer_ms", {}), None if seen is None else frozenset(seen))
+    times = {_PROFILE.sub("", name): ms for name, ms in measured.get("layer_ms", {}).items()}
+    return Evidence(layers, log, times, None if seen is None else frozenset(seen))
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -583,7 +583,8 @@ def _show_facts(title: str, facts: dict[str, Any]) -> None:
             click.echo(f"{reason}: {detail}")
     if facts.get("advice"):
         table = [
-            (entry["name"], "yes" if entry["one_fix_away"] else "no", entry["advice"]) for entry in facts["advice"]
+            (entry["name"], "ready" if entry["ready"] else "yes" if entry["one_fix_away"] else "no", entry["advice"])
+            for entry in facts["advice"]
         ]
         print_table("advice", ("weight", "one fix away", "what to do"), table)
 

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from compressors.observers import HistogramObserver
 from compressors.project import mse_scale, nm_mask
-from nxm_export.errors import ArtifactError, PlanError
+from nxm_export.errors import ArtifactError
 from nxm_export.families import Family
 from nxm_export.plan import CompressionPlan, WeightSpec
 
@@ -167,6 +167,7 @@ class QuantLinear(nn.Linear):
         self.input_quantizer: ActivationQuantizer | None = None
         self._shared_input: list[ActivationQuantizer] = []  # a list, so that nn.Module does not register it twice
         self.output_quantizer = ActivationQuantizer() if spec.output_bits else None
+        self.residual_hooks: list[Any] = []  # handles of hooks outside this layer that use its input quantizer
 
     @property
     def reads(self) -> ActivationQuantizer | None:
@@ -266,8 +267,6 @@ def prepare(model: nn.Module, plan: CompressionPlan, family: Family, config: Map
     """
     plan.require_fits(family.model_type, family.weights(config))
     family.require_placement(plan)
-    if plan.attention == "int8":
-        _require_int8_attention(plan, family)
     layers: dict[str, QuantLinear] = {}
     for name, spec in plan.weights.items():
         if spec.is_dense:
@@ -291,10 +290,34 @@ def prepare(model: nn.Module, plan: CompressionPlan, family: Family, config: Map
             layer_ = layers.get(f"{family.linear(block, role)}.weight")
             if layer_ is not None and layer_.spec.input_bits:
                 layer_.input_quantizer = ActivationQuantizer()
+        if plan.residual == "int8":
+            _quantize_residuals(model, block, family, first, layers.get(f"{family.linear(block, 'ffn_up')}.weight"))
     device = next(model.parameters()).device
     model.to(device)
     if plan.attention == "int8":
         use_int8_attention(model)
+
+
+def _quantize_residuals(
+    model: nn.Module, block: str, family: Family, attention: QuantLinear | None, ffn: QuantLinear | None
+) -> None:
+    """Quantize what a block and its FFN read for all readers; quantizing again inside the layers then changes nothing."""
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        assert attention is not None
+        assert attention.input_quantizer is not None
+        return attention.input_quantizer(args[0]), *args[1:]
+
+    def behind(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        assert ffn is not None
+        assert ffn.input_quantizer is not None
+        return ffn.input_quantizer(output)  # type: ignore[no-any-return]  # a module's call is untyped
+
+    if attention is not None:
+        attention.residual_hooks.append(model.get_submodule(block).register_forward_pre_hook(before))
+    if ffn is not None and ffn.input_quantizer is not None:
+        norm = model.get_submodule(f"{block}.{family.attention_norm}")
+        ffn.residual_hooks.append(norm.register_forward_hook(behind))
 
 
 @torch.no_grad()
@@ -310,6 +333,8 @@ def bake(model: nn.Module, plan: CompressionPlan) -> dict[str, np.ndarray]:
     scales: dict[str, np.ndarray] = {}
     for name, layer in quant_linears(model).items():
         path = name.removesuffix(".weight")
+        for hook in layer.residual_hooks:
+            hook.remove()
         weight, scale = layer.baked()
         if scale is not None:
             scales[f"{name}_scale"] = scale.cpu().numpy()
@@ -368,14 +393,6 @@ def require_invariants(model: nn.Module) -> None:
         if revived or bool((kept != layer.spec.pattern.n).any()):
             raise ArtifactError(
                 f"{name}: {revived} masked weights came back to life, or its mask is not {layer.spec.pattern}; this is a bug"
-            )
-
-
-def _require_int8_attention(plan: CompressionPlan, family: Family) -> None:
-    for name, spec in plan.weights.items():
-        if family.role(name) in ("query", "key", "value") and not spec.output_bits:
-            raise PlanError(
-                f"{name}: attention int8 needs output_bits 8 on every query, key and value; this one has none"
             )
 
 

@@ -13,7 +13,7 @@ import torch
 
 from nxm_export.checkpoint import read_config, require_safetensors
 from nxm_export.errors import ArtifactError, DataError
-from nxm_export.families import Family, Task, family_of
+from nxm_export.families import GELUS, Family, Task, family_of
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
@@ -112,18 +112,25 @@ def max_length(source: Source, tokenizer: Any, asked: int | None = None) -> int:
     return min(limit, int(tokenizer.model_max_length))
 
 
-def load_model(source: Source, task: Task, *, classes: Sequence[str] | None = None) -> Any:
-    """The task model in float32. With `classes` the head is new; without, it is the checkpoint's own."""
+def load_model(source: Source, task: Task, *, classes: Sequence[str] | None = None, gelu: str | None = None) -> Any:
+    """The task model in float32. With `classes` the head is new; without, it is the checkpoint's own.
+
+    `gelu` (erf or tanh) replaces the model's own GELU, and ``config.json`` says so when the model is saved.
+    """
     import transformers
 
     # On CPU the backward pass of fused attention is slower than plain matrix products at the lengths of sentences.
     attention = "sdpa" if torch.cuda.is_available() else "eager"
 
     auto = getattr(transformers, task.auto_class)
-    labels: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
+    if gelu is not None:
+        if gelu not in GELUS or source.family.gelu(source.config) is None:
+            raise DataError(f"--gelu {gelu}: choose {' or '.join(GELUS)}, for a model whose activation is a GELU")
+        changes[source.family.activation_key] = GELUS[gelu]
     if classes is not None:
         names = dict(enumerate(classes))
-        labels = {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+        changes |= {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
     with quiet():
         try:
             return auto.from_pretrained(
@@ -133,7 +140,7 @@ def load_model(source: Source, task: Task, *, classes: Sequence[str] | None = No
                 dtype=torch.float32,
                 attn_implementation=attention,
                 ignore_mismatched_sizes=classes is not None,
-                **labels,
+                **changes,
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"{source.path}: transformers cannot load it ({error})") from error

@@ -53,7 +53,7 @@ class Job:
         """Calibrate, ADMM, harden, masked QAT; returns the trained student (not yet baked) and facts for the metrics."""
         settings = self.settings
         set_seed(settings.seed)
-        student = load_model(self.source, self.data.task)
+        student = load_model(self.source, self.data.task, gelu=settings.gelu)
         teacher = (
             load_model(self.source, self.data.task).requires_grad_(False)
             if settings.distill and settings.recipe != "paper"

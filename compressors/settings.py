@@ -49,6 +49,7 @@ class Settings:
     precision: str = "auto"
     seed: int = 0
     threads: int | None = None
+    gelu: str | None = None  # erf or tanh; None keeps the model's own
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +24,7 @@ import numpy as np
 from nxm_export.errors import EngineError
 from nxm_export.spec import SPEC_FILE, TOKENIZER_FILE, load_spec
 
-BACKENDS = {"ort": "engines.ort", "trt_rtx": "engines.trt_rtx"}
+BACKENDS = {"ort": "engines.ort", "trt": "engines.trt", "trt_rtx": "engines.trt_rtx"}
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,25 @@ class Profile:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a build may be told. `threads` is for CPU backends, `profiles` and `sparse` for TensorRT."""
+    """What a build may be told. `threads` is for CPU backends, the rest for TensorRT.
+
+    `profiles` default to one for everything; `sparse` allows sparse kernels; `level` is the builder's optimization level
+    (0 to 5, None = TensorRT's own); `workspace_bytes` limits scratch memory; `build_route` is passed on where the builder
+    lists its options as public. `timing_cache` is read and extended: a damaged or foreign one is an error with
+    `require_timing_cache`, else a new one is begun; without one, ``timing.cache`` beside the engine is new.
+    `twin` names the engine's part in a comparison (see `nxm build --twins`).
+    """
 
     threads: int | None = None
     profiles: Sequence[Profile] = ()
     sparse: bool = True
+    level: int | None = None
+    workspace_bytes: int | None = None
+    build_route: str | None = None
+    timing_cache: Path | None = None
+    require_timing_cache: bool = False
+    twin: str | None = None
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None
 
 
 class Engine(Protocol):
@@ -56,9 +71,14 @@ class Engine(Protocol):
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    clock: str
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name, float32, for int64 inputs (batch, sequence) by name."""
+        ...
+
+    def timer(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], float]:
+        """A function that runs `feeds` once and returns the milliseconds it took, by the clock that `clock` names."""
         ...
 
     def close(self) -> None:
@@ -73,7 +93,23 @@ class Engine(Protocol):
 
 
 class Closing:
-    """The context manager half of `Engine`."""
+    """The context manager half of `Engine`, and timing by the wall clock."""
+
+    clock = "wall clock"
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name."""
+        raise NotImplementedError
+
+    def timer(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], float]:
+        """A function that runs `feeds` once and returns the milliseconds between call and result."""
+
+        def once() -> float:
+            began = time.perf_counter()
+            self.run(feeds)
+            return (time.perf_counter() - began) * 1e3
+
+        return once
 
     def close(self) -> None:
         """Free what the engine holds."""

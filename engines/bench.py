@@ -2,12 +2,15 @@
 
 Every round times every engine once at every shape, in an order that rotates, so that slow spells hit all of them alike.
 Medians are reported with the interval of the middle half, and ratios are medians of paired ratios with a bootstrap
-interval.
+interval. GPU engines are timed by CUDA events around the engine alone, with the inputs on the device; CPU engines by the
+wall clock. The report names the clock, and two clocks are never compared.
+
+With the twins of `nxm build --twins` among the engines the report ends in a verdict: from which batch x sequence on 2:4
+pays on this GPU, if it does.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,6 +33,7 @@ class Timing:
     median: float
     quartiles: tuple[float, float]
     rounds: int
+    clock: str = "wall clock"
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,12 @@ class Ratio:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """All timings, and all ratios against the first engine."""
+    """All timings, all ratios against the first engine (the dense INT8 twin, where there is one), and the verdict."""
 
     timings: list[Timing]
     ratios: list[Ratio]
+    verdict: str | None = None
+    unmeasured: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The form of ``bench/*.json`` and ``--json``."""
@@ -71,30 +77,63 @@ def bench(
     if not engines or not shapes or rounds < 1:
         raise EngineError("a bench needs at least one engine, one shape and one round")
     names = list(engines)
+    if len({engine.clock for engine in engines.values()}) > 1:
+        raise EngineError("engines on the CPU and on the GPU are timed by different clocks; time them in two runs")
     timings: list[Timing] = []
     ratios: list[Ratio] = []
     for batch, sequence in shapes:
-        feeds = {name: _feeds(engine, batch, sequence, vocabulary, seed) for name, engine in engines.items()}
+        timers = {}
         for name, engine in engines.items():
+            timers[name] = engine.timer(feeds_for(engine, batch, sequence, vocabulary, seed))
             for _ in range(WARMUP):
-                engine.run(feeds[name])
+                timers[name]()
         taken: dict[str, list[float]] = {name: [] for name in names}
         for number in range(rounds):
             start = number % len(names)
             for name in names[start:] + names[:start]:
-                began = time.perf_counter()
-                engines[name].run(feeds[name])
-                taken[name].append((time.perf_counter() - began) * 1e3)
+                taken[name].append(timers[name]())
         for name in names:
             low, middle, high = np.percentile(taken[name], [25, 50, 75])
-            timings.append(Timing(name, batch, sequence, float(middle), (float(low), float(high)), rounds))
+            clock = engines[name].clock
+            timings.append(Timing(name, batch, sequence, float(middle), (float(low), float(high)), rounds, clock))
             if name != names[0]:
                 speedup, bounds = _paired(np.array(taken[names[0]]), np.array(taken[name]), seed)
                 ratios.append(Ratio(name, names[0], batch, sequence, speedup, bounds))
     return BenchReport(timings, ratios)
 
 
-def _feeds(engine: Engine, batch: int, sequence: int, vocabulary: int, seed: int) -> dict[str, np.ndarray]:
+def sparse_verdict(report: BenchReport, sparse: str, dense: str, sparse_share: float | None, gpu: str) -> str:
+    """What the timings say about 2:4 on this GPU: `sparse` and `dense` are the names of the INT8 twins.
+
+    2:4 pays at a shape when the 95 % interval of its speed-up over the dense twin lies above 1. It pays from N tokens on
+    when it does at every measured shape of at least N tokens. Without a proven sparse kernel nothing is ascribed to 2:4.
+    """
+    ratios = [ratio for ratio in report.ratios if ratio.name == sparse and ratio.reference == dense]
+    if not ratios:
+        return "no verdict: the INT8 twins were not timed against each other"
+    if not sparse_share:
+        known = "no sparse kernel is proven to run" if sparse_share == 0 else "nothing was planned sparse"
+        return f"do not use 2:4 here: {known} on {gpu}, so any difference between the twins is noise"
+    by_tokens = sorted(ratios, key=lambda ratio: (ratio.batch * ratio.sequence, ratio.speedup))
+    losing = [ratio for ratio in by_tokens if ratio.interval[0] <= 1.0]
+    best = max(by_tokens, key=lambda ratio: ratio.speedup)
+    if not losing:
+        first = by_tokens[0]
+        return f"2:4 pays from batch x sequence >= {first.batch * first.sequence} on {gpu}, the smallest shape measured; best {_at(best)}"
+    beyond = [ratio for ratio in by_tokens if ratio.batch * ratio.sequence > max(r.batch * r.sequence for r in losing)]
+    if not beyond:
+        return f"do not use 2:4 here: on {gpu} it does not pay at the largest shapes; best {_at(best)}"
+    first = beyond[0]
+    return f"2:4 pays from batch x sequence >= {first.batch * first.sequence} on {gpu}; best {_at(best)}"
+
+
+def _at(ratio: Ratio) -> str:
+    low, high = ratio.interval
+    return f"{ratio.speedup:.2f}x ({low:.2f} to {high:.2f}) at {ratio.batch}x{ratio.sequence}"
+
+
+def feeds_for(engine: Engine, batch: int, sequence: int, vocabulary: int, seed: int) -> dict[str, np.ndarray]:
+    """Random token ids below `vocabulary`, no padding, for every input of `engine`."""
     ids = np.random.default_rng(seed).integers(5, max(6, vocabulary), size=(batch, sequence))
     values = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
     return {name: values[name] for name in engine.inputs}

@@ -103,7 +103,18 @@ class EnginePassport:
 
     def rebuild_command(self) -> str:
         """A command that builds this engine again from its graph."""
-        return f"nxm build model.onnx --backend {self.backend} --out ENGINE_DIR"
+        parts = ["nxm", "build", "model.onnx", "--backend", self.backend]
+        for profile in self.profiles:
+            shapes = (profile[key] for key in ("minimum", "optimum", "maximum"))
+            parts += ["--profile", ",".join("x".join(map(str, shape)) for shape in shapes)]
+        if self.options.get("sparse") is False:
+            parts.append("--no-sparse")
+        for option, key in (("--level", "level"), ("--workspace", "workspace_bytes"), ("--threads", "threads")):
+            if self.options.get(key) is not None:
+                parts += [option, str(self.options[key] // 2**20 if key == "workspace_bytes" else self.options[key])]
+        if self.options.get("build_route"):
+            parts += ["--build-route", f"'{self.options['build_route']}'"]
+        return " ".join([*parts, "--out", "ENGINE_DIR"])
 
 
 def load_passport(directory: str | Path) -> EnginePassport:

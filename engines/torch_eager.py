@@ -104,8 +104,28 @@ class TorchEngine(Closing):
             if spec.output_bits:
                 scale = float(rounded(checkpoint.output_scale(name)))
                 linear.register_forward_hook(lambda _, args, output, scale=scale: fake_quantize(output, scale))
+        if plan.residual == "int8":
+            self._quantize_residuals(
+                checkpoint, plan, lambda x, name: fake_quantize(x, float(rounded(checkpoint.input_scale(name))))
+            )
         if plan.attention == "int8":
             self._quantize_attention(float(rounded(1.0 / 127.0)), fake_quantize)
+
+    def _quantize_residuals(self, checkpoint: Checkpoint, plan: CompressionPlan, fake_quantize: Any) -> None:
+        """Everything that reads a block's or an FFN's quantized input reads the quantized value."""
+        family = checkpoint.family
+        for block in family.blocks(checkpoint.config):
+            readers = [f"{family.linear(block, role)}.weight" for role in ("query", "key", "value")]
+            quantized = [name for name in readers if plan.weights[name].input_bits]
+            if quantized:
+                self._model.get_submodule(block).register_forward_pre_hook(
+                    lambda _, args, name=quantized[0]: (fake_quantize(args[0], name), *args[1:])
+                )
+            wide = f"{family.linear(block, 'ffn_up')}.weight"
+            if plan.weights[wide].input_bits:
+                self._model.get_submodule(f"{block}.{family.attention_norm}").register_forward_hook(
+                    lambda _, args, output, name=wide: fake_quantize(output, name)
+                )
 
     def _quantize_attention(self, scale: float, fake_quantize: Any) -> None:
         from transformers import AttentionInterface, AttentionMaskInterface

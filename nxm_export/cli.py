@@ -18,7 +18,7 @@ import click
 from nxm_export import __version__
 from nxm_export.errors import NxmError, PlanError
 from nxm_export.families import TASKS
-from nxm_export.plan import COUNTINGS, PLACEMENTS, NMPattern, WeightSpec
+from nxm_export.plan import COUNTINGS, GRAPH_PLACEMENTS, PLACEMENTS, NMPattern, WeightSpec
 from nxm_export.terminal import print_search, print_summary, print_table, progress_bars
 
 
@@ -76,7 +76,14 @@ _PLAN_OPTIONS = _options(
         type=click.Choice(PLACEMENTS),
         default="inputs-outputs",
         show_default=True,
-        help="Activation quantizers.",
+        help="Activation quantizers: before the products; behind them, too; the softmax as well; the FFN's only.",
+    ),
+    click.option(
+        "--residual",
+        type=click.Choice(["float", "int8"]),
+        default="float",
+        show_default=True,
+        help="What goes around the layers.",
     ),
     click.option("--keep-dense", multiple=True, metavar="GLOB", help="Leave matching weights dense; may be repeated."),
 )
@@ -124,6 +131,9 @@ _TRAINING_OPTIONS = _options(
         "--max-length", type=click.IntRange(min=2), help="Longest input in tokens.  [default: what the model allows]"
     ),
     click.option("--distill/--no-distill", default=True, show_default=True, help="Learn from the dense model."),
+    click.option(
+        "--gelu", type=click.Choice(["erf", "tanh"]), help="Train and export this GELU.  [default: the model's own]"
+    ),
     click.option("--train-embeddings", is_flag=True, help="Train embedding tables during compression, too."),
     click.option(
         "--precision",
@@ -282,21 +292,43 @@ def unpack(file: Path, out: Path) -> None:
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--target", default="cpu", show_default=True, help="cpu (FP32 graph) or trt (FP16 graph, opset 21).")
+@click.option(
+    "--target",
+    default="cpu",
+    show_default=True,
+    help="cpu (FP32 graph), trt (FP16 graph, opset 21) or trt8 (FP32 graph, opset 17, for TensorRT 8.6).",
+)
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the graph.  [default: the target's]"
 )
-@click.option("--placement", type=click.Choice(PLACEMENTS), help="[default: inputs for cpu, inputs-outputs for trt]")
+@click.option(
+    "--placement",
+    type=click.Choice(GRAPH_PLACEMENTS),
+    help="[default: inputs for cpu, all that was trained for trt, trt8]",
+)
+@click.option(
+    "--lowering",
+    type=click.Choice(["matmul", "gemm", "conv1x1"]),
+    default="matmul",
+    show_default=True,
+    help="Of linear layers.",
+)
+@click.option(
+    "--islands",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Of LayerNorm and softmax.  [default: the graph's]",
+)
+@click.option(
+    "--max-length", type=click.IntRange(min=2), help="Longest input in tokens.  [default: what the model allows]"
+)
 @click.option("--task", type=click.Choice(list(TASKS)), help="[default: what the checkpoint's head says]")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the graph.")
 @_json_option
-def export(
-    checkpoint: Path, target: str, dtype: str | None, placement: str | None, task: str | None, out: Path, json: bool
-) -> None:
+def export(checkpoint: Path, out: Path, json: bool, **options: Any) -> None:
     """Write CHECKPOINT as a Q/DQ ONNX graph (a float graph, for a checkpoint without plan)."""
     from nxm_export.export import export as export_graph
 
-    done = export_graph(checkpoint, out, target=target, dtype=dtype, placement=placement, task=task)
+    done = export_graph(checkpoint, out, **options)
     result = {
         "path": str(done.path),
         "bytes": done.bytes,
@@ -347,27 +379,101 @@ def verify(onnx: Path, pattern: str | None, json: bool) -> None:
 
 
 @main.command()
-@click.argument("onnx", type=click.Path(path_type=Path))
-@click.option("--backend", default="ort", show_default=True, help="ort or trt_rtx.")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--backend", default="ort", show_default=True, help="ort, trt or trt_rtx.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Engine directory.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of an ort engine.  [default: all cores]")
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    metavar="SHAPES",
+    help="Shapes to tune for: 8x128, or 1x1,8x128,32x512 as minimum, optimum, maximum; may be repeated.",
+)
+@click.option("--lengths", metavar="FILE", help="Choose the profiles from the token lengths of this data file.")
+@click.option(
+    "--max-profiles",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="At most this many, with --lengths.",
+)
+@click.option("--sparse/--no-sparse", default=True, show_default=True, help="Let the builder use 2:4 kernels.")
+@click.option("--level", type=click.IntRange(0, 5), help="Builder optimization level.  [default: TensorRT's]")
+@click.option(
+    "--workspace", type=click.IntRange(min=1), metavar="MIB", help="Limit of scratch memory.  [default: TensorRT's]"
+)
+@click.option(
+    "--timing-cache", type=click.Path(path_type=Path), help="Read this timing cache, too.  [default: the engine's own]"
+)
+@click.option(
+    "--build-route", metavar="OPTIONS", help="Passed to TensorRT 11.1 and later, if it lists each option as public."
+)
+@click.option(
+    "--twins", is_flag=True, help="SOURCE is a checkpoint: build its FP16, dense INT8 and sparse INT8 engines."
+)
+@click.option(
+    "--lowering",
+    type=click.Choice(["matmul", "gemm", "conv1x1"]),
+    default="matmul",
+    help="Of linear layers, with --twins.",
+)
+@click.option("--target", help="Graph target, with --twins.  [default: trt; trt8 for TensorRT 8.6]")
 @_json_option
-def build(onnx: Path, backend: str, out: Path, threads: int | None, json: bool) -> None:
-    """Build an engine directory from an ONNX graph."""
+def build(source: Path, backend: str, out: Path, json: bool, **options: Any) -> None:
+    """Build an engine directory from an ONNX graph (or, with --twins, three from a checkpoint)."""
+    from engines.base import BuildOptions
+    from engines.profiles import parse_profile
     from nxm_export.pipeline import build_engine
 
-    result = build_engine(onnx, out, backend, threads)
+    if options["lengths"] and options["profiles"]:
+        raise click.UsageError("--lengths and --profile are two ways to say the same; give one of them")
+    cache = options["timing_cache"]
+    if cache is not None and not cache.is_file():
+        raise click.BadParameter(f"{cache}: no such file", param_hint="--timing-cache")
+    with progress_bars(enabled=not json) as progress:
+        settings = BuildOptions(
+            threads=options["threads"],
+            profiles=[parse_profile(text) for text in options["profiles"]],
+            sparse=options["sparse"],
+            level=options["level"],
+            workspace_bytes=options["workspace"] * 2**20 if options["workspace"] else None,
+            build_route=options["build_route"],
+            timing_cache=cache,
+            require_timing_cache=cache is not None,
+            progress=progress,
+        )
+        result = build_engine(
+            source, out, backend, settings, lengths=options["lengths"], profiles=options["max_profiles"], twins=options["twins"],
+            export_options={"target": options["target"] or "trt", "lowering": options["lowering"]},
+        )  # fmt: skip
     _print(result, json, lambda facts: print_table(str(out), ("what", "value"), list(facts.items())))
 
 
 @main.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--twin", type=click.Path(path_type=Path), help="The dense twin's engine directory: what sparsity saves.")
+@click.option(
+    "--kernels", type=click.Path(path_type=Path), help="Names of kernels that ran, one a line, from any profiler."
+)
+@click.option("--measure", is_flag=True, help="Time every layer now (needs the GPU).")
+@click.option(
+    "--require-sparse",
+    metavar="SHARE",
+    help="Exit 3 unless this share (60%) of the planned-sparse weights provably runs sparse.",
+)
 @_json_option
-def inspect(path: Path, json: bool) -> None:
-    """Print the facts of an ONNX graph or an engine directory."""
-    from nxm_export.pipeline import inspect_path
+def inspect(
+    path: Path, twin: Path | None, kernels: Path | None, measure: bool, require_sparse: str | None, json: bool
+) -> None:
+    """Print the facts of an ONNX graph, an engine directory or a run; for TensorRT, which weights run sparse and why not."""
+    from nxm_export import pipeline
 
-    _print(inspect_path(path), json, lambda facts: print_table(str(path), ("what", "value"), list(facts.items())))
+    share = None if require_sparse is None else _share(require_sparse)
+    result = pipeline.inspect_path(path, twin=twin, kernels=kernels, measure=measure)
+    _print(result, json, lambda facts: _show_facts(str(path), facts))
+    if share is not None:
+        pipeline.require_sparse(path, share, twin=twin, kernels=kernels)
 
 
 @main.command()
@@ -461,17 +567,39 @@ def bench(engines: tuple[Path, ...], shapes: tuple[str, ...], rounds: int, threa
                 )
             )
         print_table("latency, milliseconds", ("engine", "batch x sequence", "median", "middle half", "speed"), rows)
+        click.echo(f"clock: {report.timings[0].clock}")
+        for missing in report.unmeasured:
+            click.echo(f"not measured: {missing}")
+        if report.verdict:
+            click.echo(f"verdict: {report.verdict}")
 
     _print(report.to_dict(), json, show_rows)
 
 
 @main.command()
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--backend", type=click.Choice(["trt", "trt_rtx"]), default="trt", show_default=True, help="Judge FILE for it."
+)
+@click.option("--version", "trt_version", default="11.4", show_default=True, help="Its version.")
+@click.option(
+    "--gpu",
+    default="8.9",
+    show_default=True,
+    metavar="CAPABILITY",
+    help="Compute capability, as 8.0 (A100), 8.9 (L4), 9.0 (H100).",
+)
 @_json_option
-def doctor(json: bool) -> None:
-    """Say what this machine can build and run, and what to install for the rest."""
-    from nxm_export.machine import report
+def doctor(file: Path | None, backend: str, trt_version: str, gpu: str, json: bool) -> None:
+    """Say what this machine can build and run; with FILE (any ONNX), which of its matrices can run sparse, and what to fix."""
+    if file is None:
+        from nxm_export.machine import report
 
-    _print(report(), json, lambda facts: print_table("this machine", ("what", "found"), list(facts.items())))
+        _print(report(), json, lambda facts: print_table("this machine", ("what", "found"), list(facts.items())))
+        return
+    from nxm_export.pipeline import doctor_file
+
+    _print(doctor_file(file, backend, trt_version, gpu), json, lambda facts: _show_facts(str(file), facts))
 
 
 @main.command()
@@ -490,6 +618,57 @@ def _print(result: Any, json: bool, show_result: Callable[[Any], None]) -> None:
         click.echo(json_.dumps(result, indent=1, default=str))
     else:
         show_result(result)
+
+
+def _show_facts(title: str, facts: dict[str, Any]) -> None:
+    """Facts as tables: one for the weights, one for advice, one for the rest."""
+    engines = facts.get("engines")
+    if isinstance(engines, dict):
+        for name, engine in engines.items():
+            _show_facts(f"{title}: {name}", engine)
+        return
+    rest = [(key, value) for key, value in facts.items() if key not in ("weights", "advice", "passport", "schema")]
+    print_table(title, ("what", "value"), rest)
+    if "weights" in facts:
+        columns = ("weight", "K x N", "planned", "float > INT8", "eligible", "sparse", "kernel", "saved ms", "why not")
+        table: list[Any] = [
+            (
+                row["name"].removesuffix(".weight"),
+                f"{row['k']}x{row['n']} {row['form']}",
+                row["planned"] or "-",
+                f"{row['pattern_float'] or 'dense'} > {row['pattern_int8'] or 'dense'}",
+                _known(row["eligible"]),
+                _known(row["chosen"]),
+                (row["kernel"] or "-").split("_tilesize")[0],
+                "-" if row["saved_ms"] is None else f"{row['saved_ms']:.4f}",
+                row["reason"] or "-",
+            )
+            for row in facts["weights"]
+        ]
+        print_table("weights", columns, table)
+        for reason, detail in {row["reason"]: row["detail"] for row in facts["weights"] if row["reason"]}.items():
+            click.echo(f"{reason}: {detail}")
+    if facts.get("advice"):
+        table = [
+            (entry["name"], "ready" if entry["ready"] else "yes" if entry["one_fix_away"] else "no", entry["advice"])
+            for entry in facts["advice"]
+        ]
+        print_table("advice", ("weight", "one fix away", "what to do"), table)
+
+
+def _known(value: bool | None) -> str:
+    return "unknown" if value is None else "yes" if value else "no"
+
+
+def _share(text: str) -> float:
+    number = text.strip().removesuffix("%")
+    try:
+        value = float(number) / (100.0 if "%" in text else 1.0)
+    except ValueError:
+        value = -1.0
+    if not 0.0 < value <= 1.0:
+        raise click.BadParameter(f"{text!r} is not a share; write 60% or 0.6", param_hint="--require-sparse")
+    return value
 
 
 def _columns(text: str | None, pair: str | None, label: str | None) -> Any:
@@ -526,7 +705,7 @@ def _request(model: str, options: dict[str, Any], **changes: Any) -> Any:
         key: options[key]
         for key in (
             "recipe", "admm", "epochs", "steps", "dense_epochs", "dense_steps", "learning_rate", "dense_learning_rate", "batch_size",
-            "max_length", "distill", "precision", "seed", "threads",
+            "max_length", "distill", "precision", "seed", "threads", "gelu",
         )
     }  # fmt: skip
     placement = options["placement"] if options["weight_bits"] != "none" else "inputs"
@@ -541,6 +720,7 @@ def _request(model: str, options: dict[str, Any], **changes: Any) -> Any:
         ),
         columns=_columns(options["text"], options["text_pair"], options["label"]),
         placement=placement,
+        residual=options["residual"] if options["weight_bits"] != "none" else "float",
         keep_dense=options["keep_dense"],
         revision=options["revision"],
         train_limit=options["train_limit"],

@@ -27,7 +27,11 @@ def estimate(request: Request) -> dict[str, Any]:
 
     source = resolve(request.model, request.revision)
     plan = source.family.uniform_plan(
-        source.config, request.spec, placement=request.placement, keep_dense=request.keep_dense
+        source.config,
+        request.spec,
+        placement=request.placement,
+        keep_dense=request.keep_dense,
+        residual=request.residual,
     )
     train, dev = load_raw(request.train, "train", request.columns), load_raw(request.dev, "dev", request.columns)
     settings, count = request.settings, min(len(train.texts), request.train_limit or len(train.texts))

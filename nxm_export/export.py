@@ -1,8 +1,9 @@
 """A checkpoint directory becomes ``model.onnx``: trace, restore meaning by name, put in the quantizers, tidy, verify.
 
 Targets (`TARGETS`): ``cpu`` is a float32 graph, ``trt`` a float16 (or bfloat16) one at opset 21 for strongly typed
-TensorRT. Both hold symmetric INT8 pairs with zero point 0. A directory without a plan gives the float graph: the
-baseline that a compressed engine is compared with.
+TensorRT (10 and later, and RTX), ``trt8`` a float32 one at opset 17 for the weakly typed TensorRT 8.6, whose parser takes
+weights in float with their own QuantizeLinear. All hold symmetric INT8 pairs with zero point 0. A directory without a plan
+gives the float graph: the baseline that a compressed engine is compared with.
 
 The attention mask is one finite additive constant, made from the mask input inside the graph: -inf or the smallest float
 turns into NaN in half precision as soon as a row is all padding.
@@ -17,9 +18,9 @@ import logging
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,24 +31,32 @@ from nxm_export.plan import CompressionPlan
 from nxm_export.run_dir import atomic_dir
 from nxm_export.spec import TOKENIZER_FILE, IOSpec
 
+if TYPE_CHECKING:
+    from nxm_export.lowering import Lowering
+
 MASKED = -1e4  # added to the attention scores of padding: finite in float16, and exp() of it is 0
 SOFTMAX_SCALE = 1.0 / 127.0
+INT8_ATTENTION_TOKENS = 512  # TensorRT has no fused INT8 attention beyond (NVIDIA/TensorRT issue 3724)
+ISLANDS = ("LayerNormalization", "Softmax")
 METADATA = "nxm."  # prefix of our entries in the ONNX metadata
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a graph is made for: float dtype of the graph, opset, and which output quantizers stay."""
+    """What a graph is made for: float dtype of the graph, opset, how weights are stored, and which quantizers stay (None:
+    all that were trained)."""
 
     name: str
     dtype: str
     opset: int
-    placement: str
+    placement: str | None
+    stored: str = "int8"
 
 
 TARGETS = {
     "cpu": Target("cpu", "float32", 21, "inputs"),
-    "trt": Target("trt", "float16", 21, "inputs-outputs"),
+    "trt": Target("trt", "float16", 21, None),
+    "trt8": Target("trt8", "float32", 17, None, stored="float"),
 }
 
 
@@ -70,38 +79,88 @@ def export(
     task: str | None = None,
     dtype: str | None = None,
     placement: str | None = None,
+    lowering: str = "matmul",
+    islands: str | None = None,
+    max_length: int | None = None,
 ) -> Exported:
     """Write ``model.onnx``, ``verify.json``, ``spec.json`` and the tokenizer to `out`, from a checkpoint directory.
 
-    `dtype` (float32, float16, bfloat16) and `placement` (inputs, inputs-outputs) override the target's; a placement can
-    only drop quantizers that the plan trained, never add some. Raises `ExportError`, `ArtifactError`, `PlanError`.
+    `dtype` (float32, float16, bfloat16) and `placement` (one of `GRAPH_PLACEMENTS`) override the target's; a placement can
+    only drop quantizers that the plan trained, never add some. `lowering` is one of `LOWERINGS`. `islands` computes
+    LayerNorm and softmax in another float dtype than the graph's. `max_length` (tokens) lowers the longest input that the
+    graph is meant for; INT8 attention, where trained, is exported up to 512 tokens and runs in float above.
+    Raises `ExportError`, `ArtifactError`, `PlanError`.
     """
+    from nxm_export.lowering import Lowering
     from nxm_export.verify import verify
 
     path, out = Path(checkpoint), Path(out)
     chosen = target_named(target)
-    dtype, placement = dtype or chosen.dtype, placement or chosen.placement
+    dtype = dtype or chosen.dtype
     compressed = open_checkpoint(path) if (path / PLAN_FILE).is_file() else None
     if compressed is not None:
         compressed.require_valid()
     config = read_config(path)
     family, kind = family_of(config, source=str(path)), task_named(task or task_of(config))
-    plan = compressed.plan.at_placement(placement) if compressed else None
-    model = _trace(path, kind, family, dtype, chosen.opset)
-    rounding = _quantize(model, compressed, plan, family, dtype) if compressed and plan else 0.0
+    spec = _with_length(IOSpec.of(path, config, family, kind), max_length)
+    plan = _placed(compressed.plan, chosen, placement, spec.max_length) if compressed else None
+    _require_islands(islands, dtype, chosen)
+    model = _trace(path, kind, family, dtype, max(chosen.opset, 18))
+    rounding = 0.0
+    if compressed and plan:
+        rounding = _quantize(model, compressed, plan, family, dtype, Lowering(model.graph, lowering), chosen.stored)
+    elif lowering != "matmul":
+        raise ExportError(f"lowering {lowering} is for compressed checkpoints; {path} has no {PLAN_FILE}")
     _tidy(model)
+    if islands:
+        _float_islands(model, islands, dtype)
+    if chosen.opset < 18:
+        _lower_opset(model, chosen.opset)
     _name_axes(model, family, kind)
-    model.metadata_props.update(_metadata(config, kind, chosen, dtype, placement, plan))
+    facts = {"lowering": lowering, "islands": islands or dtype, "gelu": family.gelu(config) or "none"}
+    model.metadata_props.update(_metadata(config, kind, chosen, dtype, plan, facts))
     with atomic_dir(out) as scratch:
         _save(model, scratch / "model.onnx")
         report = verify(scratch / "model.onnx", plan=plan)
         (scratch / "verify.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
         report.require()
-        IOSpec.of(path, config, family, kind).save(scratch)
+        spec.save(scratch)
         if (path / TOKENIZER_FILE).is_file():
             shutil.copyfile(path / TOKENIZER_FILE, scratch / TOKENIZER_FILE)
     file = out / "model.onnx"
     return Exported(file, file.stat().st_size, len(model.graph), rounding, report)
+
+
+def _with_length(spec: IOSpec, max_length: int | None) -> IOSpec:
+    if max_length is None:
+        return spec
+    if not 2 <= max_length <= spec.max_length:
+        raise ExportError(f"max length {max_length} is outside 2..{spec.max_length}, what model and tokenizer allow")
+    return replace(spec, max_length=max_length)
+
+
+def _placed(plan: CompressionPlan, target: Target, placement: str | None, max_length: int) -> CompressionPlan:
+    """The plan as the graph holds it; INT8 attention falls back to float beyond 512 tokens unless it was asked for."""
+    chosen = placement or target.placement or plan.placement
+    if chosen == "attention" and max_length > INT8_ATTENTION_TOKENS:
+        if placement is not None:
+            raise ExportError(
+                f"INT8 attention is for at most {INT8_ATTENTION_TOKENS} tokens, and this graph takes {max_length}; "
+                f"lower it (--max-length {INT8_ATTENTION_TOKENS}) or use --placement inputs-outputs"
+            )
+        chosen = "inputs-outputs"
+    return plan.at_placement(chosen)
+
+
+def _require_islands(islands: str | None, dtype: str, target: Target) -> None:
+    if islands is None:
+        return
+    if islands not in ("float32", "float16", "bfloat16") or islands == dtype:
+        raise ExportError(f"islands must be a float dtype other than the graph's {dtype}, got {islands!r}")
+    if target.opset < 18:
+        raise ExportError(
+            f"target {target.name} is weakly typed: its builder chooses the dtype of LayerNorm and softmax itself"
+        )
 
 
 def target_named(name: str) -> Target:
@@ -180,9 +239,18 @@ def _renamed(model: Any) -> Any:
     return model
 
 
-def _quantize(model: Any, checkpoint: Checkpoint, plan: CompressionPlan, family: Family, dtype: str) -> float:
+def _quantize(
+    model: Any,
+    checkpoint: Checkpoint,
+    plan: CompressionPlan,
+    family: Family,
+    dtype: str,
+    lower: Lowering,
+    stored: str,
+) -> float:
     """Put the plan into the graph; returns the largest relative change of a scale by rounding to `dtype`."""
-    from nxm_export.qdq import fold_weight_qdq, insert_activation_qdq, linears_of, require_scale
+    from nxm_export.lowering import cancel_reshapes
+    from nxm_export.qdq import fold_weight_qdq, insert_activation_qdq, linears_of, name_float_weight, require_scale
 
     rounding = 0.0
 
@@ -196,25 +264,36 @@ def _quantize(model: Any, checkpoint: Checkpoint, plan: CompressionPlan, family:
 
     pending_outputs = []
     for block in family.blocks(checkpoint.config):
+        names = {role: f"{family.linear(block, role)}.weight" for role in ROLES}
+        _require_shared_scale(checkpoint, plan, names)
+        if plan.residual == "int8":  # before the lowering: the residual reads the same pair
+            for role in ("query", "key", "value", "ffn_up"):
+                if not plan.weights[names[role]].input_bits:
+                    continue
+                path = names[role].removesuffix(".weight")
+                for linear in linears_of(model.graph, names[role]):
+                    if not _is_dequantized(linear.x):
+                        scale = rounded(checkpoint.input_scale(names[role]), f"{path}.input")
+                        insert_activation_qdq(model.graph, linear.x, scale, f"{path}.input")
         inputs: dict[int, Any] = {}  # one pair per tensor, however many layers read it
-        for role in ROLES:
-            name = f"{family.linear(block, role)}.weight"
+        for name in (name for name in names.values() if not plan.weights[name].is_dense):
             spec, path = plan.weights[name], name.removesuffix(".weight")
-            if spec.weight_bits is None:
-                continue
             _require_same_weight(model.graph.initializers[name], checkpoint, name)
             for linear in linears_of(model.graph, name):
                 linear.product.name = path
-                fold_weight_qdq(
-                    model.graph, linear, name, checkpoint.codes(name), rounded(checkpoint.weight_scale(name), name)
-                )
-                if id(linear.x) not in inputs:
+                linear = lower(linear, name)
+                if spec.weight_bits is None:
+                    name_float_weight(model.graph, linear, name)
+                    continue
+                scale = rounded(checkpoint.weight_scale(name), name)
+                fold_weight_qdq(model.graph, linear, name, checkpoint.codes(name), scale, stored=stored)
+                if id(linear.x) in inputs:
+                    linear.product.replace_input_with(0, inputs[id(linear.x)])
+                elif not _is_dequantized(linear.x):
                     scale = rounded(checkpoint.input_scale(name), f"{path}.input")
                     inputs[id(linear.x)] = insert_activation_qdq(
                         model.graph, linear.x, scale, f"{path}.input", [linear.product]
                     )
-                else:
-                    linear.product.replace_input_with(0, inputs[id(linear.x)])
                 if spec.output_bits:
                     pending_outputs.append((linear, name, path))
     for linear, name, path in pending_outputs:
@@ -223,7 +302,26 @@ def _quantize(model: Any, checkpoint: Checkpoint, plan: CompressionPlan, family:
         )
     if plan.attention == "int8":
         _quantize_probabilities(model.graph, rounded(SOFTMAX_SCALE, "softmax"))
+    cancel_reshapes(model.graph)
     return rounding
+
+
+def _require_shared_scale(checkpoint: Checkpoint, plan: CompressionPlan, names: Mapping[str, str]) -> None:
+    """Query, key and value read one tensor through one pair, so they have one scale."""
+    readers = [names[role] for role in ("query", "key", "value") if plan.weights[names[role]].input_bits]
+    if len({checkpoint.input_scale(name) for name in readers}) > 1:
+        raise ExportError(
+            f"{', '.join(readers)} read the same tensor and have different input scales; give them one "
+            "(`nxm compress` does), since they share one quantizer"
+        )
+
+
+def _is_dequantized(value: Any) -> bool:
+    """True behind a pair, also when it was only reshaped since."""
+    producer = value.producer()
+    while producer is not None and producer.op_type == "Reshape":
+        producer = producer.inputs[0].producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
 
 
 def _quantize_probabilities(graph: Any, scale: np.ndarray) -> None:
@@ -261,6 +359,55 @@ def _tidy(model: Any) -> None:
             tidy(model)
 
 
+def _float_islands(model: Any, islands: str, dtype: str) -> None:
+    """Compute LayerNorm and softmax in dtype `islands`, with casts around them; parameters are stored in it."""
+    import onnx_ir as ir
+
+    from nxm_export.qdq import add_initializer
+
+    inner, outer = (ir.DataType.from_numpy(_numpy_dtype(name)) for name in (islands, dtype))
+    graph = model.graph
+    for node in [node for node in graph if node.op_type in ISLANDS]:
+        for i, value in enumerate(node.inputs):
+            if value.const_value is not None:
+                array = value.const_value.numpy().astype(_numpy_dtype(islands))
+                node.replace_input_with(i, add_initializer(graph, f"{value.name}_{islands}", array))
+            else:
+                cast = ir.node("Cast", [value], attributes={"to": int(inner)})
+                cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(inner), value.shape
+                graph.insert_before(node, cast)
+                node.replace_input_with(i, cast.outputs[0])
+        output = node.outputs[0]
+        users = list(output.consumers())
+        back = ir.node("Cast", [output], attributes={"to": int(outer)})
+        back.outputs[0].type, back.outputs[0].shape = ir.TensorType(outer), output.shape
+        output.type = ir.TensorType(inner)
+        graph.insert_after(node, back)
+        for user in users:
+            for i, read in enumerate(user.inputs):
+                if read is output:
+                    user.replace_input_with(i, back.outputs[0])
+
+
+def _lower_opset(model: Any, opset: int) -> None:
+    """Say an older opset, where every operator of the graph meant the same in it; else `ExportError`."""
+    import onnx.defs
+
+    now = model.opset_imports[""]
+    for node in model.graph:
+        try:
+            old = onnx.defs.get_schema(node.op_type, opset, "").since_version
+        except onnx.defs.SchemaError:
+            old = None
+        if old != onnx.defs.get_schema(node.op_type, now, "").since_version:
+            raise ExportError(
+                f"{node.op_type} means another thing in opset {opset} than in {now}, so this model cannot be written for it; "
+                "use another target"
+            )
+    model.opset_imports[""] = opset
+    model.ir_version = 8  # of the onnx release that brought opset 17: readers of that time refuse newer ones
+
+
 def _name_axes(model: Any, family: Family, task: Task) -> None:
     """Two inputs that share an axis get it renamed by the exporter: say again what every axis is."""
     import onnx_ir as ir
@@ -273,16 +420,22 @@ def _name_axes(model: Any, family: Family, task: Task) -> None:
 
 
 def _metadata(
-    config: Mapping[str, Any], task: Task, target: Target, dtype: str, placement: str, plan: CompressionPlan | None
+    config: Mapping[str, Any],
+    task: Task,
+    target: Target,
+    dtype: str,
+    plan: CompressionPlan | None,
+    facts: Mapping[str, str],
 ) -> dict[str, str]:
     labels = config.get("id2label") or {}
     facts = {
+        **facts,
         "schema": "nxm-onnx/1",
         "model_type": config["model_type"],
         "task": task.name,
         "target": target.name,
         "dtype": dtype,
-        "placement": placement if plan else "float",
+        "placement": plan.placement if plan else "float",
         "labels": json.dumps([labels[key] for key in sorted(labels, key=int)]),
     }
     if plan:

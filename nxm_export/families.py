@@ -16,6 +16,9 @@ from nxm_export.errors import ArtifactError, PlanError
 from nxm_export.plan import PLACEMENTS, CompressionPlan, WeightSpec, some
 
 ROLES = ("query", "key", "value", "attention_output", "ffn_up", "ffn_down")
+# GELU by its exact form (the error function) or by tanh: what ``config.json`` calls them, and other names for the same.
+GELUS = {"erf": "gelu", "tanh": "gelu_pytorch_tanh"}
+_TANH_GELUS = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh")
 # Where an output quantizer sits behind a linear layer. The FFN's first matrix has none of its own: what it writes goes
 # through GELU, and the quantizer behind GELU is the input quantizer of the second matrix.
 OUTPUT_ROLES = ("query", "key", "value", "attention_output", "ffn_down")
@@ -38,6 +41,10 @@ class Family:
     hidden_key: str = "hidden_size"
     intermediate_key: str = "intermediate_size"
     heads_key: str = "num_attention_heads"
+    activation_key: str = "hidden_act"
+    attention_norm: str = (
+        "attention.output.LayerNorm"  # what it writes is read by the FFN and by the residual around it
+    )
     reserved_positions: int = 0  # RoBERTa counts positions from padding_idx + 1
 
     def blocks(self, config: Mapping[str, Any]) -> list[str]:
@@ -72,11 +79,12 @@ class Family:
         *,
         placement: str = "inputs-outputs",
         keep_dense: Iterable[str] = (),
-        attention: str = "float",
+        residual: str = "float",
     ) -> CompressionPlan:
         """The same pattern and bits for every weight but those that a `keep_dense` glob matches.
 
-        A glob that hits nothing is a `PlanError`, and so is a pattern that a weight's input size does not allow.
+        `placement` is one of `PLACEMENTS`; ``ffn-only`` leaves attention's matrices their pattern and 16 bit. A glob that
+        hits nothing is a `PlanError`, and so is a pattern that a weight's input size does not allow.
         """
         shapes = self.weights(config)
         weights = {name: self.placed(name, spec, placement) for name in shapes}
@@ -87,22 +95,42 @@ class Family:
                     f"keep-dense rule {glob!r} matches none of the {len(shapes)} weights, such as {some(shapes)}"
                 )
             weights.update(dict.fromkeys(hits, WeightSpec()))
-        return CompressionPlan(self.model_type, weights, shapes, attention)
+        attention = "int8" if placement == "attention" and spec.weight_bits else "float"
+        plan = CompressionPlan(self.model_type, weights, shapes, attention, residual)
+        self.require_placement(plan)
+        return plan
 
     def placed(self, weight: str, spec: WeightSpec, placement: str) -> WeightSpec:
-        """`spec` with the output quantizer that `placement` gives this weight's role."""
+        """`spec` with the quantizers that `placement` gives this weight's role."""
         if placement not in PLACEMENTS:
             raise PlanError(f"unknown placement {placement!r}; choose one of {', '.join(PLACEMENTS)}")
-        outputs = placement == "inputs-outputs" and spec.weight_bits and self.role(weight) in OUTPUT_ROLES
+        role = self.role(weight)
+        if placement == "ffn-only" and role not in ("ffn_up", "ffn_down"):
+            return WeightSpec(spec.pattern)
+        outputs = placement != "inputs" and spec.weight_bits and role in OUTPUT_ROLES
         return replace(spec, output_bits=8 if outputs else None)
 
     def require_placement(self, plan: CompressionPlan) -> None:
-        """Raise `PlanError` when a plan puts an output quantizer where this family has no place for one."""
+        """Raise `PlanError` when a plan puts a quantizer where this family has no place for one, or leaves half of
+        attention in float."""
         for name, spec in plan.weights.items():
-            if spec.output_bits and self.role(name) not in OUTPUT_ROLES:
+            role = self.role(name)
+            if spec.output_bits and role not in OUTPUT_ROLES:
                 raise PlanError(
                     f"{name}: no output quantizer belongs between this layer and GELU; drop its output_bits"
                 )
+            if plan.attention == "int8" and role in ("query", "key", "value") and not spec.output_bits:
+                raise PlanError(
+                    f"{name}: attention int8 needs output_bits 8 on every query, key and value; this one has none. "
+                    "Quantize it, or plan attention float"
+                )
+        if plan.residual == "int8" and not any(spec.input_bits for spec in plan.weights.values()):
+            raise PlanError("residual int8 shares the quantizers of the layers' inputs, and this plan has none")
+
+    def gelu(self, config: Mapping[str, Any]) -> str | None:
+        """Which GELU the FFN has, ``erf`` or ``tanh``; None for another activation."""
+        name = str(config.get(self.activation_key, "gelu"))
+        return "tanh" if name in _TANH_GELUS else "erf" if name in ("gelu", "gelu_python") else None
 
     def heads(self, config: Mapping[str, Any]) -> int:
         """Number of attention heads."""
@@ -146,6 +174,8 @@ FAMILIES: dict[str, Family] = {
             hidden_key="dim",
             intermediate_key="hidden_dim",
             heads_key="n_heads",
+            activation_key="activation",
+            attention_norm="sa_layer_norm",
         ),
         Family("electra", "electra", "encoder.layer.{i}", _BERT_LINEARS, _WITH_TYPES),
     )

@@ -41,6 +41,7 @@ def report() -> dict[str, Any]:
         "compress": _needs(("torch", "transformers", "accelerate", "scikit-learn"), "train"),
         "export": _needs(("torch", "transformers", "onnx", "onnxscript", "onnx-ir"), "export"),
         "backend ort": _needs(("onnxruntime", "onnx", "onnx-ir"), "ort"),
+        "backend trt": _trt(),
         "backend trt_rtx": _needs(("tensorrt-rtx-cu13", "polygraphy"), "trt-rtx") + _rtx_note(),
     }
 
@@ -66,6 +67,17 @@ def _gpu() -> str:
     query = ["--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader"]
     found = subprocess.run([tool, *query], capture_output=True, text=True, timeout=30, check=False)
     return "; ".join(found.stdout.strip().splitlines()) or f"nvidia-smi failed: {found.stderr.strip()[:200]}"
+
+
+def _trt() -> str:
+    """TensorRT comes under many distribution names and from system packages, so it is found by its module."""
+    if find_spec("tensorrt") is None:
+        return "missing TensorRT: docs/tensorrt.md says which one fits your driver"
+    if find_spec("polygraphy") is None:
+        return "TensorRT is here; to build, pip install 'nxm-export[trt]'"
+    if shutil.which("nvidia-smi") is None:
+        return "installed, and neither builds nor runs without an NVIDIA GPU"
+    return "ready"
 
 
 def _rtx_note() -> str:

@@ -13,7 +13,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,11 +23,12 @@ from nxm_export.data import Columns
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable, PlanError
 from nxm_export.families import task_named
 from nxm_export.plan import COUNTINGS, CompressionPlan, WeightSpec
-from nxm_export.run_dir import RunDir, atomic_dir
+from nxm_export.run_dir import RunDir, atomic_dir, write_atomic
 from nxm_export.spec import TOKENIZER_FILE, load_spec
 
 if TYPE_CHECKING:
     from compressors.settings import Settings
+    from engines.base import BuildOptions
 
 Progress = Callable[[str, int, int], None]
 SHAPES = ((1, 32), (8, 64))  # (batch, sequence) that a run times
@@ -60,6 +61,7 @@ class Request:
     settings: Settings
     columns: Columns = Columns()
     placement: str = "inputs-outputs"
+    residual: str = "float"
     keep_dense: Sequence[str] = ()
     revision: str | None = None
     train_limit: int | None = None
@@ -71,9 +73,7 @@ def run(request: Request, out: str | Path, *, progress: Progress = lambda what, 
 
     directory = RunDir(out)
     source = resolve(request.model, request.revision)
-    plan = source.family.uniform_plan(
-        source.config, request.spec, placement=request.placement, keep_dense=request.keep_dense
-    )
+    plan = _uniform_plan(request, source)
     _train(directory, request, plan, source.path, progress)
     graphs = _export(directory, request, plan, progress)
     engines, missing = _build(directory, graphs, progress)
@@ -88,6 +88,17 @@ def run(request: Request, out: str | Path, *, progress: Progress = lambda what, 
         options=summary,
     )
     return read_summary(out)
+
+
+def _uniform_plan(request: Request, source: Any) -> CompressionPlan:
+    plan: CompressionPlan = source.family.uniform_plan(
+        source.config,
+        request.spec,
+        placement=request.placement,
+        keep_dense=request.keep_dense,
+        residual=request.residual,
+    )
+    return plan
 
 
 def read_summary(root: str | Path) -> dict[str, Any]:
@@ -115,9 +126,7 @@ def compress_model(
             raise ArtifactError(f"{plan_file}: no such plan file")
         plan = CompressionPlan.from_json(plan_file.read_text(encoding="utf-8"), source=str(plan_file))
     else:
-        plan = source.family.uniform_plan(
-            source.config, request.spec, placement=request.placement, keep_dense=request.keep_dense
-        )
+        plan = _uniform_plan(request, source)
     common: dict[str, Any] = {
         "task": request.task, "train": request.train, "dev": request.dev, "columns": request.columns, "train_limit": request.train_limit,
         "progress": progress,
@@ -180,25 +189,93 @@ def _numbers(text: str) -> list[float]:
         raise PlanError(f"{text!r} is not a list of numbers separated by commas") from error
 
 
-def build_engine(onnx: str | Path, out: str | Path, name: str = "ort", threads: int | None = None) -> dict[str, Any]:
-    """Build an engine directory from an ONNX file; returns the facts of its passport."""
-    from engines.base import BuildOptions, backend
+def build_engine(
+    source: str | Path,
+    out: str | Path,
+    name: str = "ort",
+    options: BuildOptions | None = None,
+    *,
+    lengths: str | None = None,
+    profiles: int = 3,
+    columns: Columns = Columns(),
+    twins: bool = False,
+    export_options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Build an engine directory from an ONNX file, or, with `twins`, three of them from a checkpoint directory.
 
-    runtime = backend(name)
-    with atomic_dir(Path(out)) as scratch:
-        passport = runtime.build(onnx, scratch, BuildOptions(threads=threads))
+    With `lengths` (a data file) the optimization profiles, at most `profiles`, come from its token lengths. Returns the
+    facts of the passport, or of the twins.
+    """
+    from engines.base import BuildOptions, backend
+    from engines.trt_builder import CACHE_FILE
+    from nxm_export.twins import build_twins
+
+    source, out, options = Path(source), Path(out), options or BuildOptions()
+    if options.timing_cache is None and (out / CACHE_FILE).is_file():  # of the engine that is built anew
+        options = replace(options, timing_cache=out / CACHE_FILE)
+    if lengths is not None:
+        options = replace(options, profiles=_profiles(source if twins else source.parent, lengths, profiles, columns))
+    if twins:
+        return build_twins(source, out, name, options, dict(export_options or {}))
+    with atomic_dir(out) as scratch:
+        passport = backend(name).build(source, scratch, options)
     return asdict(passport)
 
 
-def inspect_path(path: str | Path) -> dict[str, Any]:
-    """Facts of an engine directory or an ONNX file."""
-    from engines.base import backend
-    from engines.passport import load_passport
+def _profiles(directory: Path, data: str, count: int, columns: Columns) -> list[Any]:
+    """Optimization profiles from the token lengths of a data file, by the tokenizer of a graph or checkpoint directory."""
+    from engines.profiles import profiles_from_lengths
+    from nxm_export.data import load_raw, load_tokenizer
+    from nxm_export.families import family_of
+    from nxm_export.spec import SPEC_FILE
+
+    if (directory / SPEC_FILE).is_file():
+        limit = load_spec(directory).max_length
+    else:
+        from nxm_export.checkpoint import read_config
+
+        config = read_config(directory)
+        limit = family_of(config, source=str(directory)).max_positions(config)
+    raw = load_raw(data, "train", columns)
+    tokenizer = load_tokenizer(directory)
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(limit)
+    rows: Any = raw.texts if raw.pairs is None else list(zip(raw.texts, raw.pairs, strict=True))
+    return profiles_from_lengths([len(found.ids) for found in tokenizer.encode_batch(rows)], limit, count=count)
+
+
+def inspect_path(
+    path: str | Path, *, twin: Path | None = None, kernels: Path | None = None, measure: bool = False
+) -> dict[str, Any]:
+    """Facts of an ONNX file, an engine directory, a twins directory or a run; TensorRT engines with their truth report.
+
+    `twin` is the dense engine's directory, for the time that sparsity saves; `kernels` a text file with one name of a
+    kernel that ran per line (any profiler's list); `measure` times every layer here and now, which needs the GPU.
+    """
+    from engines.passport import PASSPORT_FILE, load_passport
+    from nxm_export.run_dir import MANIFEST
+    from nxm_export.twins import is_twins, twin_directories
 
     path = Path(path)
+    if (path / MANIFEST).is_file():
+        found = sorted(file.parent for file in (path / "engines").glob(f"*/{PASSPORT_FILE}"))
+        return {"run": str(path), "engines": {engine.name: inspect_path(engine) for engine in found}}
+    if is_twins(path):
+        dense, sparse, other = twin_directories(path)
+        if measure:
+            measure_layers(dense)
+            measure_layers(other)
+        return inspect_path(sparse, twin=dense, kernels=kernels, measure=measure)
     if path.is_dir():
+        from engines.base import backend
+
         passport = load_passport(path)
-        return {**backend(passport.backend).inspect(path), "passport": asdict(passport)}
+        if passport.backend not in ("trt", "trt_rtx"):
+            return {**backend(passport.backend).inspect(path), "passport": asdict(passport)}
+        if measure:
+            measure_layers(path)
+        facts = backend(passport.backend).inspect(path)
+        return {**facts, **_truth(path, twin, kernels).to_dict(), "passport": asdict(passport)}
     from nxm_export.weights import load_graph
 
     model = load_graph(path)
@@ -212,6 +289,64 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
         "outputs": {value.name: f"{value.dtype} {value.shape}" for value in model.graph.outputs},
         "operators": dict(sorted(counts.items())),
         **metadata,
+    }
+
+
+def require_sparse(path: Path, share: float, *, twin: Path | None = None, kernels: Path | None = None) -> None:
+    """The gate: `ParityError` unless `share` of the planned-sparse weights provably run sparse in the engine at `path`."""
+    from engines.passport import load_passport
+    from nxm_export.twins import is_twins, twin_directories
+
+    if is_twins(path):
+        path = twin_directories(path)[1]
+    if not path.is_dir() or load_passport(path).backend not in ("trt", "trt_rtx"):
+        raise EngineError(
+            f"{path}: only TensorRT engines run sparse kernels; give an engine directory of --backend trt"
+        )
+    _truth(path, twin, kernels).require_sparse(share)
+
+
+def _truth(path: Path, twin: Path | None, kernels: Path | None) -> Any:
+    from engines.truth import read_truth
+
+    running = None
+    if kernels is not None:
+        if not kernels.is_file():
+            raise ArtifactError(f"{kernels}: no such file; give a text file with one kernel name per line")
+        running = [line.strip() for line in kernels.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return read_truth(path, twin, running)
+
+
+def measure_layers(directory: Path, rounds: int = 20) -> None:
+    """Time every layer of an engine at its first profile's best shape, and write ``measured.json`` beside it."""
+    from engines.base import backend
+    from engines.bench import feeds_for
+    from engines.passport import load_passport
+    from engines.truth import MEASURED_FILE
+
+    passport = load_passport(directory)
+    with backend(passport.backend).load(directory) as engine:
+        batch, sequence = engine.profiles[0].optimum
+        times = engine.layer_times(feeds_for(engine, batch, sequence, 1000, 0), rounds)
+    facts = {"engine_sha256": passport.engine_sha256, "shape": [batch, sequence], "rounds": rounds, "layer_ms": times}
+    write_atomic(directory / MEASURED_FILE, json.dumps(facts, indent=1) + "\n")
+
+
+def doctor_file(file: Path, backend_name: str, version: str, compute_capability: str) -> dict[str, Any]:
+    """Any ONNX file's rows, judged for a TensorRT version and GPU without building, and advice per matrix."""
+    from engines.advice import advise
+    from engines.truth import judge
+    from nxm_export.sparsity import matrix_facts
+    from nxm_export.verify import verify
+    from nxm_export.weights import load_graph
+
+    facts = matrix_facts(load_graph(file), str(file))
+    report = judge(facts, None, backend=backend_name, version=version, compute_capability=compute_capability)
+    return {
+        "file": str(file),
+        **report.to_dict(),
+        "advice": advise(facts, report),
+        "problems": verify(file).problems,
     }
 
 
@@ -230,21 +365,41 @@ def bench_engines(
     rounds: int = 30,
     threads: int | None = None,
 ) -> Any:
-    """Time engine directories against each other; returns a `BenchReport`."""
-    from engines.base import backend
-    from engines.bench import bench
-    from engines.passport import load_passport
+    """Time engine directories (a twins directory stands for its three) against each other; returns a `BenchReport`.
 
-    paths = [Path(engine) for engine in engines]
+    Engines that this machine cannot run are named in the report with the reason, unless none is left.
+    """
+    from engines.base import backend
+    from engines.bench import bench, sparse_verdict
+    from engines.passport import load_passport
+    from nxm_export.twins import DENSE, SPARSE, is_twins, twin_directories
+
+    given = [Path(path) for path in engines]
+    paths = [part for path in given for part in (twin_directories(path) if is_twins(path) else [path])]
+    passports = {path: load_passport(path) for path in paths}
+    unmeasured: dict[str, str] = {}
     with ExitStack() as stack:
         loaded = {}
+        names = {}
         for path in paths:
-            runtime = backend(load_passport(path).backend)
+            name = path.name if len({other.name for other in paths}) == len(paths) else str(path)
+            runtime = backend(passports[path].backend)
             options = {"threads": threads} if threads and runtime.NAME == "ort" else {}
-            loaded[path.name if len({other.name for other in paths}) == len(paths) else str(path)] = (
-                stack.enter_context(runtime.load(path, **options))
-            )
-        return bench(loaded, shapes, rounds=rounds, vocabulary=_vocabulary(paths))
+            try:
+                loaded[name] = stack.enter_context(runtime.load(path, **options))
+                names[passports[path].options.get("twin")] = (name, path)
+            except EngineUnavailable as error:
+                unmeasured[name] = str(error)
+        if not loaded:
+            raise EngineUnavailable(f"nothing could be timed here: {'; '.join(dict.fromkeys(unmeasured.values()))}")
+        report = bench(loaded, shapes, rounds=rounds, vocabulary=_vocabulary(paths))
+    verdict = None
+    if DENSE in names and SPARSE in names:
+        (dense, _), (sparse, path) = names[DENSE], names[SPARSE]
+        gpu = passports[path].device.get("gpu", "this GPU")
+        verdict = sparse_verdict(report, sparse, dense, _truth(path, None, None).sparse_share, gpu)
+    missing = tuple(f"{name}: {why}" for name, why in unmeasured.items())
+    return replace(report, verdict=verdict, unmeasured=missing)
 
 
 def _vocabulary(engines: Sequence[Path]) -> int:
@@ -315,9 +470,9 @@ def _export(directory: RunDir, request: Request, plan: CompressionPlan, progress
 
     made = []
     for number, (name, (source, target, placement)) in enumerate(_GRAPHS.items()):
-        if placement == "inputs-outputs" and request.placement == "inputs":
+        if placement == "inputs-outputs" and plan.placement in ("float", "inputs"):
             continue
-        placed = placement or (request.placement if source == "checkpoint" else None)
+        placed = placement or (plan.placement if source == "checkpoint" else None)
         progress("export", number, len(_GRAPHS))
         directory.stage(
             f"export {name}",

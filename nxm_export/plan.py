@@ -25,7 +25,10 @@ from nxm_export.errors import PlanError
 
 SCHEMA = "nxm-plan/1"
 COUNTINGS = ("hw", "packed", "values")
-PLACEMENTS = ("inputs", "inputs-outputs")
+# What training may place: pairs before each product; behind it, too; the softmax as well; the FFN's products only.
+PLACEMENTS = ("inputs", "inputs-outputs", "attention", "ffn-only")
+# What a graph may keep of it, from nothing to everything that was trained.
+GRAPH_PLACEMENTS = ("float", "inputs", "inputs-outputs", "attention")
 SCALE_BITS = 32
 DENSE_BITS = 16  # an unquantized weight is deployed in 16 bit
 REFERENCE_BITS = 32  # ratios are against the FP32 checkpoint, as in the literature
@@ -173,17 +176,21 @@ class CompressionPlan:
     """Every compressible weight of one model, by parameter name, with its spec; dense ones are listed too.
 
     `shapes` are (out, in). `attention` says how the two products inside attention run: ``float``, or ``int8`` (both of
-    them with softmax in between quantized at 1/127: TensorRT fuses all or nothing).
+    them with softmax in between quantized at 1/127: TensorRT fuses all or nothing). `residual` says what goes around the
+    layers: ``float``, or ``int8``: where query, key and value, or the FFN's first matrix, read a quantized tensor, everything
+    that reads that tensor reads its quantized value, so that the residual connection can travel as INT8, too.
     """
 
     model_type: str
     weights: Mapping[str, WeightSpec]
     shapes: Mapping[str, tuple[int, int]]
     attention: str = "float"
+    residual: str = "float"
 
     def __post_init__(self) -> None:
-        if self.attention not in ("float", "int8"):
-            raise PlanError(f"attention must be float or int8, got {self.attention!r}")
+        for field in ("attention", "residual"):
+            if getattr(self, field) not in ("float", "int8"):
+                raise PlanError(f"{field} must be float or int8, got {getattr(self, field)!r}")
         if not self.weights:
             raise PlanError("a plan names at least one weight; this one names none")
         if set(self.weights) != set(self.shapes):
@@ -209,25 +216,42 @@ class CompressionPlan:
                 f"(plan {self.shapes.get(wrong[0])}, model {shapes.get(wrong[0])}); search or write a new plan"
             )
 
-    def at_placement(self, placement: str) -> CompressionPlan:
-        """The plan that a graph of this placement holds: ``inputs`` drops the output quantizers, ``inputs-outputs`` keeps them.
+    @property
+    def placement(self) -> str:
+        """The fullest of `GRAPH_PLACEMENTS` that this plan trained."""
+        if self.attention == "int8":
+            return "attention"
+        if any(spec.output_bits for spec in self.weights.values()):
+            return "inputs-outputs"
+        return "inputs" if any(spec.weight_bits for spec in self.weights.values()) else "float"
 
+    def at_placement(self, placement: str) -> CompressionPlan:
+        """The plan that a graph of this placement (one of `GRAPH_PLACEMENTS`) holds; each drops what the next one keeps.
+
+        ``float`` keeps the baked weights and no quantizer, ``inputs`` the pairs before the products, ``inputs-outputs``
+        also those behind them (and on the residual, where it is planned), ``attention`` also those on the softmax.
         Raises `PlanError` for a placement that this plan was not trained for: quantizers can be dropped, never added.
         """
-        if placement == "inputs":
-            if self.attention == "int8":
-                raise PlanError(
-                    "placement inputs drops the output quantizers that int8 attention is made of; keep inputs-outputs"
-                )
-            return replace(self, weights={name: replace(spec, output_bits=None) for name, spec in self.weights.items()})
-        if placement != "inputs-outputs":
-            raise PlanError(f"unknown placement {placement!r}; choose one of {', '.join(PLACEMENTS)}")
+        if placement not in GRAPH_PLACEMENTS:
+            raise PlanError(f"unknown placement {placement!r}; choose one of {', '.join(GRAPH_PLACEMENTS)}")
+        if placement == "float":
+            floats = {name: WeightSpec(spec.pattern) for name, spec in self.weights.items()}
+            return replace(self, weights=floats, attention="float", residual="float")
         quantized = [spec for spec in self.weights.values() if spec.weight_bits]
+        if placement == "inputs":
+            inputs = {name: replace(spec, output_bits=None) for name, spec in self.weights.items()}
+            return replace(self, weights=inputs, attention="float", residual="float")
+        if placement == "attention":
+            if self.attention != "int8":
+                raise PlanError(
+                    f"this plan trained attention in float; use placement {self.placement}, or compress again with attention"
+                )
+            return self
         if quantized and not any(spec.output_bits for spec in quantized):
             raise PlanError(
                 "this plan trained no output quantizers; use placement inputs, or compress again with inputs-outputs"
             )
-        return self
+        return replace(self, attention="float")
 
     @property
     def pattern_counts(self) -> dict[str, int]:
@@ -258,7 +282,10 @@ class CompressionPlan:
             if spec.pattern:
                 fields = {"pattern": str(spec.pattern), **fields}
             weights[name] = {"shape": list(self.shapes[name]), **fields}
-        head = {"schema": SCHEMA, "model_type": self.model_type, "attention": self.attention, "weights": weights}
+        head: dict[str, Any] = {"schema": SCHEMA, "model_type": self.model_type, "attention": self.attention}
+        if self.residual != "float":
+            head["residual"] = self.residual
+        head["weights"] = weights
         return json.dumps(head, indent=1) + "\n"
 
     @classmethod
@@ -271,7 +298,7 @@ class CompressionPlan:
                 f"{source}: not JSON ({error}); write it again with `nxm compress` or `nxm search`"
             ) from error
         require_schema(data, SCHEMA, source)
-        unknown = set(data) - {"schema", "model_type", "attention", "weights"}
+        unknown = set(data) - {"schema", "model_type", "attention", "residual", "weights"}
         if unknown:
             raise PlanError(
                 f"{source}: unknown fields {some(unknown)}; it was written by a newer nxm-export: update, or plan again"
@@ -279,7 +306,7 @@ class CompressionPlan:
         try:
             weights = {name: _spec_from_json(name, entry, source) for name, entry in data["weights"].items()}
             shapes = {name: _shape_from_json(name, entry, source) for name, entry in data["weights"].items()}
-            return cls(data["model_type"], weights, shapes, data["attention"])
+            return cls(data["model_type"], weights, shapes, data["attention"], data.get("residual", "float"))
         except (KeyError, AttributeError, TypeError) as error:
             raise PlanError(
                 f"{source}: malformed plan ({error!r}); write it again with `nxm compress` or `nxm search`"

@@ -8,6 +8,7 @@ value have equal shapes, and a swap would be silent.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,24 +78,59 @@ def _behind_bias(value: ir.Value) -> ir.Value:
     return value
 
 
-def fold_weight_qdq(graph: ir.Graph, linear: Linear, name: str, codes: np.ndarray, scale: np.ndarray) -> None:
+# How each product reads its weight: from codes (out, in) to the stored tensor, and the axis of the output channels.
+_WEIGHT_LAYOUTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int]] = {
+    "MatMul": (lambda codes: np.ascontiguousarray(codes.T), 1),
+    "Gemm": (lambda codes: codes, 0),
+    "Conv": (lambda codes: codes[:, :, None, None], 0),
+}
+
+
+def fold_weight_qdq(
+    graph: ir.Graph, linear: Linear, name: str, codes: np.ndarray, scale: np.ndarray, *, stored: str = "int8"
+) -> None:
     """Replace the weight of `linear` by INT8 `codes` (out, in) and a DequantizeLinear per output channel.
 
-    The initializer is stored as the MatMul reads it, (K, N) = (in, out), so the channel axis is 1. `scale` (out,) has the
-    graph's float dtype. Layers that share a weight share the initializer.
+    The initializer is stored as the product reads it: (in, out) for a MatMul, (out, in) for a Gemm, (out, in, 1, 1) for a
+    convolution. `scale` (out,) has the graph's float dtype. With `stored="float"` the initializer holds ``code * scale``
+    and a QuantizeLinear stands in front, for parsers that take no INT8 constants. Layers that share a weight share it.
     """
-    dequantized = graph.initializers.get(f"{name}_quantized")
+    dequantized = graph.initializers.get(f"{name}_zero_point")
     if dequantized is not None:
-        linear.product.replace_input_with(1, dequantized.consumers()[0].outputs[0])
+        linear.product.replace_input_with(1, dequantized.consumers()[-1].outputs[0])
         return
-    stored = _initializer(graph, f"{name}_quantized", np.ascontiguousarray(codes.T))
-    scales = _initializer(graph, f"{name}_scale", scale)
-    zero = _initializer(graph, f"{name}_zero_point", np.zeros(scale.shape, np.int8))
-    node = ir.node("DequantizeLinear", [stored, scales, zero], attributes={"axis": 1}, name=f"{name}_dequantize")
+    layout, axis = _WEIGHT_LAYOUTS[linear.product.op_type]
+    scales = add_initializer(graph, f"{name}_scale", scale)
+    zero = add_initializer(graph, f"{name}_zero_point", np.zeros(scale.shape, np.int8))
+    nodes = []
+    if stored == "int8":
+        constant = add_initializer(graph, f"{name}_quantized", layout(codes))
+    else:
+        source = add_initializer(graph, f"{name}_dense", layout(codes.astype(scale.dtype) * scale[:, None]))
+        quantize_node = ir.node(
+            "QuantizeLinear", [source, scales, zero], attributes={"axis": axis}, name=f"{name}_quantize"
+        )
+        constant = quantize_node.outputs[0]
+        constant.name, constant.type, constant.shape = (
+            f"{name}_quantized",
+            ir.TensorType(ir.DataType.INT8),
+            source.shape,
+        )
+        nodes.append(quantize_node)
+    node = ir.node("DequantizeLinear", [constant, scales, zero], attributes={"axis": axis}, name=f"{name}_dequantize")
     node.outputs[0].name = f"{name}_dequantized"
-    node.outputs[0].type, node.outputs[0].shape = scales.type, stored.shape
-    graph.insert_before(linear.product, node)
+    node.outputs[0].type, node.outputs[0].shape = scales.type, constant.shape
+    graph.insert_before(linear.product, [*nodes, node])
     linear.product.replace_input_with(1, node.outputs[0])
+
+
+def name_float_weight(graph: ir.Graph, linear: Linear, name: str) -> None:
+    """Give a MatMul its float weight transposed under a name of its own, before constant folding makes up another."""
+    if linear.product.op_type != "MatMul":
+        return
+    tensor = graph.initializers[name].const_value
+    assert tensor is not None
+    linear.product.replace_input_with(1, add_initializer(graph, f"{name}_dense", tensor.numpy().T.copy()))
 
 
 def insert_activation_qdq(
@@ -106,8 +142,8 @@ def insert_activation_qdq(
     """
     require_scale(scale, name)
     readers = list(value.consumers()) if users is None else users
-    scale_value = _initializer(graph, f"{name}_scale", scale)
-    zero = _initializer(graph, f"{name}_zero_point", np.zeros((), np.int8))
+    scale_value = add_initializer(graph, f"{name}_scale", scale)
+    zero = add_initializer(graph, f"{name}_zero_point", np.zeros((), np.int8))
     quantized = ir.node("QuantizeLinear", [value, scale_value, zero], name=f"{name}_quantize")
     restored = ir.node("DequantizeLinear", [quantized.outputs[0], scale_value, zero], name=f"{name}_dequantize")
     quantized.outputs[0].name, restored.outputs[0].name = f"{name}_quantized", f"{name}_dequantized"
@@ -143,7 +179,8 @@ def _smallest_normal(dtype: np.dtype) -> float:
     return float(ml_dtypes.finfo(dtype).smallest_normal)
 
 
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """A constant of the graph under this name; the one that is there already, if there is one."""
     if name in graph.initializers:
         return graph.initializers[name]
     tensor = ir.tensor(array, name=name)

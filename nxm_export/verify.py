@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from nxm_export.errors import ExportError
 from nxm_export.plan import CompressionPlan, NMPattern
-from nxm_export.weights import GraphWeight, graph_weights, load_graph
+from nxm_export.weights import GraphWeight, graph_weights, load_graph, parameter_of
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def embedded_plan(model: ir.Model, source: str) -> CompressionPlan | None:
 
 
 def _check_weight(weight: GraphWeight, plan: CompressionPlan | None, pattern: NMPattern | None) -> WeightReport:
-    name = weight.name.removesuffix("_quantized")
+    name = parameter_of(weight.name)
     spec = plan.weights.get(name) if plan else None
     wanted = spec.pattern if spec else pattern if weight.is_quantized else None
     problems = []

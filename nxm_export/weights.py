@@ -100,6 +100,13 @@ class GraphWeight:
         return next((pattern for pattern in _DETECTED if self.follows(pattern)), None)
 
 
+def parameter_of(name: str) -> str:
+    """The checkpoint's parameter that a constant of one of our graphs holds; other names are left as they are."""
+    for suffix in ("_quantized", "_dense", "_image"):
+        name = name.removesuffix(suffix)
+    return name
+
+
 def load_graph(file: str | Path) -> ir.Model:
     """Read an ONNX file; raises `ArtifactError` when it is missing, truncated or not ONNX."""
     file = Path(file)
@@ -116,16 +123,19 @@ def load_graph(file: str | Path) -> ir.Model:
         ) from error
 
 
-def graph_weights(model: ir.Model) -> Iterator[GraphWeight]:
-    """Every product with a constant weight, in graph order; products of two activations are skipped."""
+def graph_weights(model: ir.Model, *, integers: bool = True) -> Iterator[GraphWeight]:
+    """Every product with a constant weight, in graph order; products of two activations are skipped.
+
+    With `integers=False` a QuantizeLinear on a constant is looked through: the matrix holds the floats in front of it.
+    """
     for node in model.graph.all_nodes() if hasattr(model.graph, "all_nodes") else model.graph:
         if node.op_type not in _WEIGHT_INPUT:
             continue
         index = _WEIGHT_INPUT[node.op_type]
-        found = _constant_behind(node.inputs[index] if index < len(node.inputs) else None)
+        found = _constant_behind(node.inputs[index] if index < len(node.inputs) else None, integers)
         left = False
         if found is None and node.op_type == "MatMul":
-            found, left = _constant_behind(node.inputs[0]), True
+            found, left = _constant_behind(node.inputs[0], integers), True
         if found is None or found.array.ndim < 2:
             continue
         weight = _as_matrix(node, found, left)
@@ -146,7 +156,7 @@ class _Found:
     zero_point: np.ndarray | None = None
 
 
-def _constant_behind(value: ir.Value | None) -> _Found | None:
+def _constant_behind(value: ir.Value | None, integers: bool) -> _Found | None:
     if value is None:
         return None
     if value.const_value is not None:
@@ -173,11 +183,11 @@ def _constant_behind(value: ir.Value | None) -> _Found | None:
         "Cast",
     ):
         return None
-    found = _constant_behind(node.inputs[0])
+    found = _constant_behind(node.inputs[0], integers)
     if found is None:
         return None
     if node.op_type in ("DequantizeLinear", "QuantizeLinear"):
-        return _with_scale(found, node)
+        return _with_scale(found, node, integers)
     if node.op_type == "Transpose":
         perm = (
             list(node.attributes["perm"].as_ints())
@@ -190,7 +200,7 @@ def _constant_behind(value: ir.Value | None) -> _Found | None:
     return found
 
 
-def _with_scale(found: _Found, node: ir.Node) -> _Found | None:
+def _with_scale(found: _Found, node: ir.Node, integers: bool) -> _Found | None:
     scale = _constant(node.inputs[1])
     if scale is None:
         return None
@@ -200,7 +210,7 @@ def _with_scale(found: _Found, node: ir.Node) -> _Found | None:
     found.scale = scale
     zero = node.inputs[2] if len(node.inputs) > 2 else None
     found.zero_point = None if zero is None else _constant(zero)
-    if node.op_type == "QuantizeLinear":
+    if node.op_type == "QuantizeLinear" and integers:
         shaped = scale
         if scale.size > 1:
             shaped = scale.reshape([-1 if i == axis % found.array.ndim else 1 for i in range(found.array.ndim)])

@@ -16,9 +16,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("nxm_export", "compressors", "engines")
-CONTRACT = ("errors", "plan", "families", "checkpoint", "run_dir", "spec", "data", "metrics")
-EXPORTER = ("weights", "qdq", "verify", "export")
-APPLICATION = ("__init__", "__main__", "cli", "terminal", "pipeline", "estimate", "machine", "demo")
+CONTRACT = ("errors", "plan", "families", "checkpoint", "run_dir", "spec", "data", "metrics", "sparsity_facts")
+EXPORTER = ("weights", "qdq", "lowering", "verify", "sparsity", "export")
+APPLICATION = ("__init__", "__main__", "cli", "terminal", "pipeline", "twins", "estimate", "machine", "demo")
 
 
 @dataclass(frozen=True)

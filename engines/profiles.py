@@ -1,0 +1,104 @@
+"""Optimization profiles: the ranges of shapes that a TensorRT engine is tuned for, by default or from the user's lengths.
+
+Every sequence is padded to the profile that holds it, at worst to that profile's maximum; few profiles waste work on
+padding, many waste memory and build time. Given a histogram of lengths, `choose_buckets` finds the boundaries that waste
+least, exactly, by dynamic programming over the multiples of `STEP`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from engines.base import Profile
+from nxm_export.errors import EngineError
+
+STEP = 16  # tokens; INT8 kernels work on tiles of 16 or 32 rows
+MAX_BATCH, BEST_BATCH = 32, 8
+
+
+def default_profile(max_length: int, batch: int = MAX_BATCH) -> Profile:
+    """One profile for everything: any batch up to `batch`, tuned for 8 sequences of up to 128 tokens."""
+    return Profile((1, 1), (min(BEST_BATCH, batch), min(128, max_length)), (batch, max_length))
+
+
+def choose_buckets(lengths: Iterable[int], count: int, max_length: int) -> list[int]:
+    """At most `count` rising boundaries (multiples of `STEP`, the last one holds the longest) that minimise the sum over
+    samples of boundary minus length."""
+    histogram = Counter(lengths)
+    if not histogram or count < 1:
+        raise EngineError("choosing profiles needs at least one length and one profile")
+    if min(histogram) < 1 or max(histogram) > max_length:
+        raise EngineError(
+            f"lengths run from {min(histogram)} to {max(histogram)} tokens, and the model takes 1 to {max_length}; truncate them"
+        )
+    edges = sorted({min(max_length, -(-length // STEP) * STEP) for length in histogram})
+    at = [sum(n for length, n in histogram.items() if length <= edge) for edge in edges]  # samples up to each edge
+    infinity = float("inf")
+    # cost[j] after b buckets: the least padded tokens when edge j closes the last of b buckets
+    cost = [at[j] * edges[j] for j in range(len(edges))]
+    cuts: list[list[int]] = [[-1] * len(edges)]
+    best: list[float] = list(map(float, cost))
+    total, chosen = best[-1], 0
+    for _ in range(1, min(count, len(edges))):
+        row, cut = [infinity] * len(edges), [-1] * len(edges)
+        for j in range(len(edges)):
+            for i in range(j):
+                tokens = best[i] + (at[j] - at[i]) * edges[j]
+                if tokens < row[j]:
+                    row[j], cut[j] = tokens, i
+        best = row
+        cuts.append(cut)
+        if best[-1] < total:
+            total, chosen = best[-1], len(cuts) - 1
+    picked, j = [], len(edges) - 1
+    for level in range(chosen, -1, -1):
+        picked.append(edges[j])
+        j = cuts[level][j]
+    return picked[::-1]
+
+
+def profiles_from_lengths(
+    lengths: Sequence[int], max_length: int, *, count: int = 3, batch: int = MAX_BATCH
+) -> list[Profile]:
+    """One profile per bucket of the histogram, each for any shape up to the bucket's boundary and tuned for a full one.
+
+    A last profile holds everything up to `max_length` where the data's longest is shorter, so that no input is refused.
+    """
+    buckets = choose_buckets(lengths, count, max_length)
+    if buckets[-1] < max_length:
+        buckets.append(max_length)
+    return [Profile((1, 1), (batch, edge), (batch, edge)) for edge in buckets]
+
+
+def parse_profile(text: str) -> Profile:
+    """``8x128`` (that shape alone is best, everything below runs), or ``1x1,8x128,32x512`` as minimum, optimum, maximum."""
+    try:
+        shapes = [tuple(int(size) for size in part.lower().split("x")) for part in text.split(",")]
+    except ValueError:
+        shapes = []
+    pairs = [(shape[0], shape[1]) for shape in shapes if len(shape) == 2]
+    if len(pairs) != len(shapes) or len(pairs) not in (1, 3):
+        raise EngineError(
+            f"not a profile: {text!r}; write batch x sequence as 8x128, or minimum, optimum, maximum as 1x1,8x128,32x512"
+        )
+    return Profile(*pairs) if len(pairs) == 3 else Profile((1, 1), pairs[0], pairs[0])
+
+
+def require_positions(profiles: Sequence[Profile], max_length: int) -> None:
+    """Raise `EngineError` for a profile that is longer than what the model takes."""
+    for profile in profiles:
+        if profile.maximum[1] > max_length:
+            raise EngineError(
+                f"a profile goes to {profile.maximum[1]} tokens, and the model takes at most {max_length}; lower its maximum"
+            )
+
+
+def pick(profiles: Sequence[Profile], batch: int, sequence: int) -> int | None:
+    """Index of the smallest profile that holds the shape, None when none does."""
+    fits = [
+        (profile.maximum[0] * profile.maximum[1], index)
+        for index, profile in enumerate(profiles)
+        if profile.minimum[0] <= batch <= profile.maximum[0] and profile.minimum[1] <= sequence <= profile.maximum[1]
+    ]
+    return min(fits)[1] if fits else None

@@ -16,19 +16,22 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nxm_export.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint, read_config
+from nxm_export.checkpoint import PLAN_FILE, Checkpoint, load_task_model, open_checkpoint, read_config, read_tensor
 from nxm_export.errors import ExportError
-from nxm_export.families import ROLES, Family, Task, family_of, task_named
+from nxm_export.families import ROLES, Family, Task, family_of, labels_of, task_named, task_of
 from nxm_export.plan import CompressionPlan
-from nxm_export.run_dir import atomic_dir
+from nxm_export.run_dir import atomic_dir, json_text, require_replaceable
 from nxm_export.spec import TOKENIZER_FILE, IOSpec
+
+if TYPE_CHECKING:
+    from nxm_export.verify import GraphReport
 
 MASKED = -1e4  # added to the attention scores of padding: finite in float16, and exp() of it is 0
 SOFTMAX_SCALE = 1.0 / 127.0
@@ -37,7 +40,7 @@ METADATA = "nxm."  # prefix of our entries in the ONNX metadata
 
 @dataclass(frozen=True)
 class Target:
-    """What a graph is made for: float dtype of the graph, opset, and which output quantizers stay."""
+    """What a graph is made for: float dtype of the graph, opset, and which quantizers stay, of those that were trained."""
 
     name: str
     dtype: str
@@ -59,7 +62,7 @@ class Exported:
     bytes: int
     nodes: int
     scale_rounding: float
-    report: Any  # nxm_export.verify.GraphReport
+    report: GraphReport
 
 
 def export(
@@ -74,34 +77,40 @@ def export(
     """Write ``model.onnx``, ``verify.json``, ``spec.json`` and the tokenizer to `out`, from a checkpoint directory.
 
     `dtype` (float32, float16, bfloat16) and `placement` (inputs, inputs-outputs) override the target's; a placement can
-    only drop quantizers that the plan trained, never add some. Raises `ExportError`, `ArtifactError`, `PlanError`.
+    only drop quantizers that the plan trained, never add some. Left out, it is the target's where the plan allows that,
+    else the plan's own. Raises `ExportError`, `ArtifactError`, `PlanError`; a graph that breaks its plan is never written.
     """
     from nxm_export.verify import verify
+    from nxm_export.weights import save_graph
 
     path, out = Path(checkpoint), Path(out)
+    require_replaceable(out)
     chosen = target_named(target)
-    dtype, placement = dtype or chosen.dtype, placement or chosen.placement
+    dtype = dtype or chosen.dtype
+    config = read_config(path)
+    family, kind = family_of(config, source=str(path)), task_named(task or _task_of(path, config))
     compressed = open_checkpoint(path) if (path / PLAN_FILE).is_file() else None
     if compressed is not None:
         compressed.require_valid()
-    config = read_config(path)
-    family, kind = family_of(config, source=str(path)), task_named(task or task_of(config))
-    plan = compressed.plan.at_placement(placement) if compressed else None
+    plan = _placed(compressed.plan, placement, chosen) if compressed else None
     model = _trace(path, kind, family, dtype, chosen.opset)
+    _require_same_weights(model, path, family.weights(config), dtype)
     rounding = _quantize(model, compressed, plan, family, dtype) if compressed and plan else 0.0
+    _name_float_weights(model, [n for n in family.weights(config) if not (plan and plan.weights[n].weight_bits)])
     _tidy(model)
     _name_axes(model, family, kind)
-    model.metadata_props.update(_metadata(config, kind, chosen, dtype, placement, plan))
+    model.metadata_props.update(_metadata(config, kind, chosen, dtype, plan))
     with atomic_dir(out) as scratch:
-        _save(model, scratch / "model.onnx")
-        report = verify(scratch / "model.onnx", plan=plan)
-        (scratch / "verify.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        save_graph(model, scratch / "model.onnx")
+        report = replace(verify(scratch / "model.onnx", plan=plan), file="model.onnx")
         report.require()
+        (scratch / "verify.json").write_text(json_text(report.to_dict()), encoding="utf-8")
         IOSpec.of(path, config, family, kind).save(scratch)
         if (path / TOKENIZER_FILE).is_file():
             shutil.copyfile(path / TOKENIZER_FILE, scratch / TOKENIZER_FILE)
     file = out / "model.onnx"
-    return Exported(file, file.stat().st_size, len(model.graph), rounding, report)
+    size = sum(part.stat().st_size for part in out.glob("model.onnx*"))
+    return Exported(file, size, len(model.graph), rounding, report)
 
 
 def target_named(name: str) -> Target:
@@ -111,20 +120,25 @@ def target_named(name: str) -> Target:
     return TARGETS[name]
 
 
-def task_of(config: Mapping[str, Any]) -> str:
+def _task_of(path: Path, config: Mapping[str, Any]) -> str:
     """The task that a checkpoint's head serves, from its ``config.json``."""
-    architecture = (config.get("architectures") or [""])[0]
-    if architecture.endswith("ForSequenceClassification"):
-        return "regression" if len(config.get("id2label") or {0: "", 1: ""}) == 1 else "classification"
-    raise ExportError(
-        f"the checkpoint's head is {architecture or 'unknown'}; give --task, or fine-tune a supported head first"
-    )
+    task = task_of(config)
+    if task is None:
+        raise ExportError(f"{path}: it has no head of a supported kind; fine-tune it first (`nxm compress` does)")
+    return task
+
+
+def _placed(plan: CompressionPlan, placement: str | None, target: Target) -> CompressionPlan:
+    """The plan at the placement asked for, or at the target's, where the plan has quantizers for it."""
+    if placement is None:
+        allowed = plan.placement if plan.placement == "inputs" or plan.attention == "int8" else target.placement
+        return plan.at_placement(allowed)
+    return plan.at_placement(placement)
 
 
 def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> Any:
     """The float graph, not yet optimized, its initializers under the parameters' own names."""
     import torch
-    import transformers
 
     floats = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in floats:
@@ -144,10 +158,8 @@ def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> An
             outputs = self.model(**inputs)
             return tuple(outputs[name].float() for name in task.outputs)
 
+    model = load_task_model(path, task, dtype=dtype)
     with _silence():
-        model = getattr(transformers, task.auto_class).from_pretrained(
-            path, use_safetensors=True, trust_remote_code=False, dtype=floats[dtype], attn_implementation="eager"
-        )
         batch, sequence = (
             torch.export.Dim("batch"),
             torch.export.Dim("sequence", max=family.max_positions(model.config.to_dict())),
@@ -156,7 +168,7 @@ def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> An
             torch.ones(2, 7, dtype=torch.long) for _ in family.inputs
         )  # one object twice would be traced as one input
         program = torch.onnx.export(
-            Traced(model.eval()),
+            Traced(model),
             examples,
             input_names=list(family.inputs),
             output_names=list(task.outputs),
@@ -189,7 +201,8 @@ def _quantize(model: Any, checkpoint: Checkpoint, plan: CompressionPlan, family:
     def rounded(scale: np.ndarray | float, name: str) -> np.ndarray:
         nonlocal rounding
         exact = np.asarray(scale, np.float32)
-        result = exact.astype(_numpy_dtype(dtype))
+        with np.errstate(over="ignore"):  # an infinite scale is refused by name below
+            result = exact.astype(_numpy_dtype(dtype))
         require_scale(result, name)
         rounding = max(rounding, float((np.abs(result.astype(np.float32) - exact) / exact).max()))
         return result
@@ -202,7 +215,6 @@ def _quantize(model: Any, checkpoint: Checkpoint, plan: CompressionPlan, family:
             spec, path = plan.weights[name], name.removesuffix(".weight")
             if spec.weight_bits is None:
                 continue
-            _require_same_weight(model.graph.initializers[name], checkpoint, name)
             for linear in linears_of(model.graph, name):
                 linear.product.name = path
                 fold_weight_qdq(
@@ -222,24 +234,43 @@ def _quantize(model: Any, checkpoint: Checkpoint, plan: CompressionPlan, family:
             model.graph, linear.output, rounded(checkpoint.output_scale(name), f"{path}.output"), f"{path}.output"
         )
     if plan.attention == "int8":
-        _quantize_probabilities(model.graph, rounded(SOFTMAX_SCALE, "softmax"))
+        blocks = len(family.blocks(checkpoint.config))
+        _quantize_probabilities(model.graph, rounded(SOFTMAX_SCALE, "softmax"), blocks)
     return rounding
 
 
-def _quantize_probabilities(graph: Any, scale: np.ndarray) -> None:
+def _name_float_weights(model: Any, names: Iterable[str]) -> None:
+    """Give the matrices that stay in float, and their products, the checkpoint's names."""
+    from nxm_export.qdq import fold_float_weight, linears_of
+
+    for name in names:
+        for linear in linears_of(model.graph, name):
+            linear.product.name = name.removesuffix(".weight")
+        fold_float_weight(model.graph, name)
+
+
+def _quantize_probabilities(graph: Any, scale: np.ndarray, blocks: int) -> None:
     from nxm_export.qdq import insert_activation_qdq
 
-    for number, node in enumerate([node for node in graph if node.op_type == "Softmax"]):
+    nodes = [node for node in graph if node.op_type == "Softmax"]
+    if len(nodes) != blocks:
+        raise ExportError(
+            f"the exported graph has {len(nodes)} Softmax nodes for {blocks} encoder blocks; "
+            "this transformers version computes attention differently: export with float attention"
+        )
+    for number, node in enumerate(nodes):
         insert_activation_qdq(graph, node.outputs[0], scale, f"attention.{number}.probabilities")
 
 
-def _require_same_weight(initializer: Any, checkpoint: Checkpoint, name: str) -> None:
-    """The traced weight is the checkpoint's, bit for bit (in float32 graphs; half precision is rounded by the cast)."""
-    traced = initializer.const_value.numpy()
-    if traced.dtype == np.float32 and not np.array_equal(traced, checkpoint.weight(name)):
-        raise ExportError(
-            f"{name}: the traced graph holds other values than the checkpoint; this is a bug, please report it with the model"
-        )
+def _require_same_weights(model: Any, path: Path, names: Iterable[str], dtype: str) -> None:
+    """The traced weights are the checkpoint's, bit for bit, rounded to the dtype of the graph."""
+    for name in names:
+        traced = model.graph.initializers.get(name)
+        wanted = read_tensor(path, name).astype(_numpy_dtype(dtype))
+        if traced is not None and not np.array_equal(traced.const_value.numpy(), wanted):
+            raise ExportError(
+                f"{name}: the traced graph holds other values than the checkpoint; this is a bug, please report it with the model"
+            )
 
 
 def _tidy(model: Any) -> None:
@@ -273,29 +304,20 @@ def _name_axes(model: Any, family: Family, task: Task) -> None:
 
 
 def _metadata(
-    config: Mapping[str, Any], task: Task, target: Target, dtype: str, placement: str, plan: CompressionPlan | None
+    config: Mapping[str, Any], task: Task, target: Target, dtype: str, plan: CompressionPlan | None
 ) -> dict[str, str]:
-    labels = config.get("id2label") or {}
     facts = {
         "schema": "nxm-onnx/1",
         "model_type": config["model_type"],
         "task": task.name,
         "target": target.name,
         "dtype": dtype,
-        "placement": placement if plan else "float",
-        "labels": json.dumps([labels[key] for key in sorted(labels, key=int)]),
+        "placement": plan.placement if plan else "float",
+        "labels": json.dumps(labels_of(config)),
     }
     if plan:
         facts["plan"] = plan.to_json()
     return {METADATA + key: value for key, value in facts.items()}
-
-
-def _save(model: Any, file: Path) -> None:
-    """One file where protobuf allows it (2 GB), else weights beside it."""
-    import onnx_ir as ir
-
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    ir.save(model, file, external_data=f"{file.name}.data" if size > 1_800_000_000 else None)
 
 
 def _numpy_dtype(dtype: str) -> np.dtype:
@@ -305,7 +327,7 @@ def _numpy_dtype(dtype: str) -> np.dtype:
 
 
 @contextlib.contextmanager
-def _silence() -> Any:
+def _silence() -> Iterator[None]:
     """The exporter prints and warns about things that are none of the user's business."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "transformers")]
     levels = [logger.level for logger in loggers]

@@ -51,7 +51,8 @@ def linears_of(graph: ir.Graph, parameter: str) -> list[Linear]:
         )
     found = []
     for transpose in graph.initializers[parameter].consumers():
-        if transpose.op_type != "Transpose" or list(transpose.attributes["perm"].as_ints()) != [1, 0]:
+        perm = transpose.attributes.get("perm")
+        if transpose.op_type != "Transpose" or perm is None or list(perm.as_ints()) != [1, 0]:
             raise ExportError(
                 f"{parameter} feeds {transpose.op_type} node {transpose.name!r}; expected Transpose and MatMul"
             )
@@ -75,6 +76,23 @@ def _behind_bias(value: ir.Value) -> ir.Value:
         if other is not None and other.is_initializer() and other.shape is not None and len(other.shape) == 1:
             return users[0].outputs[0]
     return value
+
+
+def fold_float_weight(graph: ir.Graph, name: str) -> None:
+    """Store an unquantized weight as its products read it, (K, N), under the parameter's own name, without a Transpose.
+
+    The exporter's constant folding would store the same values under a name that says nothing. To be called after
+    `linears_of`, which makes sure that the parameter is used in no other way.
+    """
+    parameter = graph.initializers[name]
+    assert parameter.const_value is not None
+    for transpose in list(parameter.consumers()):
+        for product in list(transpose.outputs[0].consumers()):
+            product.replace_input_with(1, parameter)
+        graph.remove(transpose, safe=True)
+    array = np.ascontiguousarray(parameter.const_value.numpy().T)
+    parameter.const_value = ir.tensor(array, dtype=parameter.const_value.dtype, name=name)
+    parameter.shape = ir.Shape(array.shape)
 
 
 def fold_weight_qdq(graph: ir.Graph, linear: Linear, name: str, codes: np.ndarray, scale: np.ndarray) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 @dataclass(frozen=True)
 class IOSpec:
     """Inputs are int64 (batch, sequence), outputs float32 with the axes given; `labels` name the last axis of the first
-    output. `max_length` is in tokens; token ids are below `vocab_size`, where it is known."""
+    output. `max_length` is in tokens. `limits` bound an input's values from above (exclusive), for inputs that have a table
+    or a meaning behind them: a runtime does not check what it looks up."""
 
     model_type: str
     task: str
@@ -34,7 +35,7 @@ class IOSpec:
     labels: tuple[str, ...]
     max_length: int
     pad_id: int
-    vocab_size: int | None = None
+    limits: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, directory: Path, config: Mapping[str, Any], family: Family, task: Task) -> IOSpec:
@@ -46,7 +47,11 @@ class IOSpec:
             asked = settings.get("model_max_length") if isinstance(settings, dict) else None
             if isinstance(asked, (int, float)) and asked >= 1:  # transformers writes 1e30 for "no limit"
                 limit = min(limit, int(asked))
-        size = config.get("vocab_size")
+        limits = {
+            "input_ids": config.get("vocab_size"),
+            "attention_mask": 2,
+            "token_type_ids": config.get("type_vocab_size"),
+        }
         return cls(
             config["model_type"],
             task.name,
@@ -55,7 +60,7 @@ class IOSpec:
             labels_of(config),
             limit,
             int(config.get("pad_token_id") or 0),
-            size if type(size) is int else None,
+            {name: int(limit) for name, limit in limits.items() if limit and name in family.inputs},
         )
 
     def save(self, directory: Path) -> None:
@@ -80,7 +85,7 @@ def load_spec(directory: str | Path) -> IOSpec:
             tuple(str(label) for label in data["labels"]),
             int(data["max_length"]),
             int(data["pad_id"]),
-            data.get("vocab_size"),
+            {name: int(limit) for name, limit in data.get("limits", {}).items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{file}: malformed ({error!r}); export or build again") from error

@@ -7,6 +7,7 @@ says what to do, 2 wrong usage, 3 a gate failed. Heavy imports stand inside the 
 from __future__ import annotations
 
 import json as json_
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,16 @@ class _Group(click.Group):
         except NxmError as error:
             click.echo(f"nxm: {error}", err=True)
             ctx.exit(error.exit_code)
+        except ModuleNotFoundError as error:
+            from nxm_export.machine import extra_of
+
+            extra = extra_of(error.name)
+            if extra is None:
+                raise
+            click.echo(
+                f"nxm: this needs {error.name}, which is not installed; pip install 'nxm-export[{extra}]'", err=True
+            )
+            ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("nxm: interrupted; run the same command again to go on from here", err=True)
             ctx.exit(130)
@@ -39,6 +50,7 @@ class _Group(click.Group):
 @click.version_option(__version__, prog_name="nxm")
 def main() -> None:
     """Compress BERT-family encoders to N:M sparsity and low-bit integers; export, build, prove and run them."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub client is imported, which is later
 
 
 def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:

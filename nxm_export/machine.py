@@ -10,6 +10,21 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
+# The smallest extra that brings a module of somebody else's.
+_EXTRAS = {
+    "train": ("torch", "transformers", "accelerate", "sklearn", "scipy", "huggingface_hub"),
+    "export": ("onnxscript",),
+    "ort": ("onnx", "onnx_ir", "onnxruntime", "ml_dtypes"),
+    "trt-rtx": ("tensorrt_rtx", "polygraphy"),
+    "parquet": ("pyarrow",),
+}
+
+
+def extra_of(module: str | None) -> str | None:
+    """The extra to install for a module that is missing, None for one that no extra brings."""
+    top = (module or "").partition(".")[0]
+    return next((extra for extra, modules in _EXTRAS.items() if top in modules), None)
+
 
 def report() -> dict[str, Any]:
     """Facts about Python, CPU, memory, GPU and driver, and per capability whether it works or what to install."""

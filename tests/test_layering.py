@@ -1,0 +1,171 @@
+"""Who may import whom, read from the source. The picture is in docs/concepts.md.
+
+An import is *eager* when importing the module runs it, *lazy* when it stands inside a function. Imports under
+``if TYPE_CHECKING`` run never, and count only against the direction between layers.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("nxm_export", "compressors", "engines")
+CONTRACT = ("errors", "plan", "families", "checkpoint", "run_dir", "spec", "data", "metrics")
+EXPORTER = ("weights", "qdq", "verify", "export")
+APPLICATION = ("__init__", "__main__", "cli", "terminal", "pipeline", "estimate", "machine", "demo")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement of a module: what it names, and when it runs (``eager``, ``lazy`` or ``typing``)."""
+
+    target: str
+    when: str
+    line: int
+
+
+def module_name(file: Path) -> str:
+    name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def layer(module: str) -> str:
+    package, _, rest = module.partition(".")
+    if package != "nxm_export":
+        return package if package in PACKAGES else "third party"
+    rest = rest or "__init__"
+    for name, members in (("contract", CONTRACT), ("exporter", EXPORTER), ("application", APPLICATION)):
+        if rest in members:
+            return name
+    raise AssertionError(f"{module} is in no layer: name it in tests/test_layering.py and docs/concepts.md")
+
+
+def imports(file: Path) -> Iterator[Import]:
+    yield from _walk(ast.parse(file.read_text(encoding="utf-8")), "eager")
+
+
+def _walk(node: ast.AST, when: str) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        inner = when
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            inner = "lazy"
+        elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            inner = "typing"
+        elif isinstance(child, ast.If) and "__main__" in ast.dump(child.test):
+            inner = "lazy"
+        if isinstance(child, ast.Import):
+            yield from (Import(alias.name, when, child.lineno) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "imports name their module in full"
+            yield from _targets(child, when)
+        yield from _walk(child, inner)
+
+
+def _targets(node: ast.ImportFrom, when: str) -> Iterator[Import]:
+    """``from package import module`` names the module, ``from module import thing`` the module, too."""
+    module = node.module or ""
+    for alias in node.names:
+        below = ROOT.joinpath(*module.split("."), alias.name).with_suffix(".py")
+        yield Import(f"{module}.{alias.name}" if below.is_file() else module, when, node.lineno)
+
+
+MODULES = {
+    module_name(file): list(imports(file)) for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))
+}
+
+# layer -> {layer it may import: how}; "lazy" allows imports inside functions only
+ALLOWED = {
+    "contract": {"contract": "eager"},
+    "exporter": {"contract": "eager", "exporter": "eager"},
+    "compressors": {"contract": "eager", "compressors": "eager"},
+    "engines": {"contract": "eager", "engines": "eager", "exporter": "lazy"},
+    "application": {
+        "application": "eager",
+        "contract": "eager",
+        "exporter": "lazy",
+        "compressors": "lazy",
+        "engines": "lazy",
+    },
+}
+# What importing a module of this layer may load besides the standard library.
+EAGER_THIRD_PARTY = {
+    "contract": {"numpy"},
+    "engines": {"numpy"},
+    "application": {"click"},
+    "exporter": {"numpy", "onnx_ir"},
+    "compressors": {"numpy", "safetensors", "torch", "transformers"},
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_the_layers_below_it(module: str) -> None:
+    allowed = ALLOWED[layer(module)]
+    for found in MODULES[module]:
+        if layer(found.target) == "third party" or found.when == "typing":
+            continue
+        how = allowed.get(layer(found.target))
+        assert how is not None, f"{module}:{found.line} imports {found.target}: {layer(found.target)} is not below it"
+        assert how == "eager" or found.when == "lazy", (
+            f"{module}:{found.line} imports {found.target} at import time; move it into the function that needs it"
+        )
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_importing_a_module_loads_only_the_libraries_of_its_layer(module: str) -> None:
+    for found in MODULES[module]:
+        top = found.target.partition(".")[0]
+        if found.when != "eager" or top in sys.stdlib_module_names or top in PACKAGES:
+            continue
+        assert top in EAGER_THIRD_PARTY[layer(module)], f"{module}:{found.line} imports {top} at import time"
+
+
+def test_compressors_and_engines_do_not_know_each_other() -> None:
+    for module, found in MODULES.items():
+        other = {"compressors": "engines", "engines": "compressors"}.get(layer(module))
+        assert other not in {layer(i.target) for i in found}, f"{module} imports {other}, for typing or otherwise"
+
+
+def test_nothing_imports_the_command_line_or_the_tools() -> None:
+    for module, found in MODULES.items():
+        targets = {i.target for i in found}
+        assert module == "nxm_export.__main__" or "nxm_export.cli" not in targets, module
+        assert not {target for target in targets if target.partition(".")[0] in ("tools", "tests")}, module
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {
+        module: {i.target for i in found if i.target in MODULES and i.when != "typing"}
+        for module, found in MODULES.items()
+    }
+    remaining = dict(graph)
+    while remaining:
+        free = [module for module, needs in remaining.items() if not needs & remaining.keys()]
+        assert free, f"a circle among {sorted(remaining)}"
+        remaining = {module: needs for module, needs in remaining.items() if module not in free}
+
+
+def test_the_check_for_circles_sees_lazy_imports_and_submodules(tmp_path: Path) -> None:
+    source = (
+        "import os.path\nfrom nxm_export import plan\ndef f():\n    import torch\nif TYPE_CHECKING:\n    import onnx\n"
+    )
+    file = tmp_path / "sample.py"
+    file.write_text(source)
+    assert [(i.target, i.when) for i in imports(file)] == [
+        ("os.path", "eager"),
+        ("nxm_export.plan", "eager"),
+        ("torch", "lazy"),
+        ("onnx", "typing"),
+    ]
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if layer(name) in ("contract", "engines")])
+def test_contract_and_engines_keep_the_syntax_of_python_3_10(module: str) -> None:
+    file = ROOT.joinpath(*module.split("."))
+    file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+    ast.parse(file.read_text(encoding="utf-8"), feature_version=(3, 10))

@@ -1,0 +1,117 @@
+"""The wheel: what is in it, and that it works in an environment that has nothing but it and its core dependencies."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.test_layering import PACKAGES
+from tests.test_light_imports import LIGHT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a command outside the source tree, as a user would: without our PYTHONPATH, with the network of this machine."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, env=environment, **options
+    )  # type: ignore[call-overload]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    built = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", out, ROOT)
+    assert built.returncode == 0, built.stderr
+    (file,) = out.glob("*.whl")
+    return file
+
+
+@pytest.fixture(scope="module")
+def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ``bin`` directory of an environment with the wheel and its core dependencies."""
+    home = tmp_path_factory.mktemp("clean")
+    run(sys.executable, "-m", "venv", home / "venv")
+    bin_ = home / "venv" / "bin"
+    pip = (bin_ / "python", "-m", "pip", "--quiet", "--disable-pip-version-check")
+    fetched = run(*pip, "install", *PROJECT["dependencies"])
+    if fetched.returncode:
+        pytest.skip(f"the core dependencies cannot be installed here: {fetched.stderr.strip().splitlines()[-1:]}")
+    installed = run(*pip, "install", "--no-index", wheel)  # all that it needs is there already
+    assert installed.returncode == 0, installed.stderr
+    return bin_
+
+
+def test_the_wheel_ships_exactly_the_three_packages(wheel: Path) -> None:
+    tree = {
+        str(file.relative_to(ROOT))
+        for package in PACKAGES
+        for file in (ROOT / package).rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        shipped = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert shipped == tree
+    assert {f"{package}/py.typed" for package in PACKAGES} <= shipped
+    assert {Path(name).suffix for name in shipped} == {".py", ".typed"}, "only sources and type markers"
+
+
+def test_the_wheel_carries_licence_notice_and_entry_point(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        text = {name.partition(".dist-info/")[2]: archive.read(name).decode() for name in archive.namelist()}
+    assert "Apache License" in text["licenses/LICENSE"]
+    assert "rotten_tomatoes" in text["licenses/NOTICE"]
+    assert "nxm = nxm_export.cli:main" in text["entry_points.txt"]
+    assert "Requires-Python: >=3.11" in text["METADATA"]
+
+
+def test_nxm_answers_in_a_clean_environment(clean: Path, tmp_path: Path) -> None:
+    helped = run(clean / "nxm", "--help", cwd=tmp_path)
+    assert helped.returncode == 0, helped.stderr
+    assert "compress" in helped.stdout
+    version = run(clean / "nxm", "--version", cwd=tmp_path)
+    assert version.stdout.startswith("nxm, version ")
+
+
+def test_doctor_says_what_to_install_in_a_clean_environment(clean: Path, tmp_path: Path) -> None:
+    done = run(clean / "nxm", "doctor", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    for what, extra in (
+        ("compress", "train"),
+        ("export", "export"),
+        ("backend ort", "ort"),
+        ("backend trt_rtx", "trt-rtx"),
+    ):
+        assert f"nxm-export[{extra}]" in facts[what]
+        assert extra in PROJECT["optional-dependencies"]
+
+
+def test_contract_and_engines_import_from_the_wheel_without_torch(clean: Path, tmp_path: Path) -> None:
+    code = f"import sys, {', '.join(LIGHT)}; assert 'torch' not in sys.modules; print(engines.base.__file__)"
+    done = run(clean / "python", "-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert str(clean.parent) in done.stdout, "the wheel's own files are what was imported"
+
+
+def test_a_command_that_needs_an_extra_says_which(clean: Path, tmp_path: Path) -> None:
+    done = run(clean / "nxm", "compress", "model", "--train", "a.tsv", "--dev", "b.tsv", "--out", "c", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "nxm-export[train]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_optional_import_of_the_tests_is_in_the_dev_extra() -> None:
+    extras = PROJECT["optional-dependencies"]
+    assert extras["dev"][0] == "nxm-export[all]"
+    named = set(extras["all"][0].removeprefix("nxm-export[").removesuffix("]").split(","))
+    assert named == extras.keys() - {"all", "dev"}, "`all` names every extra"

@@ -19,14 +19,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nxm_export.data import Columns
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.families import task_named
 from nxm_export.plan import COUNTINGS, CompressionPlan, WeightSpec
 from nxm_export.run_dir import RunDir, atomic_dir
+from nxm_export.spec import load_spec
 
 if TYPE_CHECKING:
     from compressors.compress import Settings
-    from nxm_export.data import Columns
 
 Progress = Callable[[str, int, int], None]
 SHAPES = ((1, 32), (8, 64))  # (batch, sequence) that a run times
@@ -57,7 +58,7 @@ class Request:
     dev: str
     spec: WeightSpec
     settings: Settings
-    columns: Columns
+    columns: Columns = Columns()
     placement: str = "inputs-outputs"
     keep_dense: Sequence[str] = ()
     revision: str | None = None
@@ -98,13 +99,17 @@ def read_summary(root: str | Path) -> dict[str, Any]:
 
 
 def compress_model(
-    request: Request, out: Path, *, plan_file: Path | None = None, progress: Progress = lambda what, done, total: None
+    request: Request,
+    out: str | Path,
+    *,
+    plan_file: Path | None = None,
+    progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Fine-tune where the model has no head for the task, then compress it to the checkpoint directory `out`."""
     from compressors.compress import compress, finetune
     from compressors.models import resolve
 
-    source = resolve(request.model, request.revision)
+    source, out = resolve(request.model, request.revision), Path(out)
     if plan_file is not None:
         if not plan_file.is_file():
             raise ArtifactError(f"{plan_file}: no such plan file")
@@ -125,21 +130,22 @@ def compress_model(
     return compress(model, plan=plan, out=out, settings=request.settings, **common)
 
 
-def build_engine(onnx: Path, out: Path, name: str, threads: int | None = None) -> dict[str, Any]:
+def build_engine(onnx: str | Path, out: str | Path, name: str = "ort", threads: int | None = None) -> dict[str, Any]:
     """Build an engine directory from an ONNX file; returns the facts of its passport."""
     from engines.base import BuildOptions, backend
 
     runtime = backend(name)
-    with atomic_dir(out) as scratch:
+    with atomic_dir(Path(out)) as scratch:
         passport = runtime.build(onnx, scratch, BuildOptions(threads=threads))
     return asdict(passport)
 
 
-def inspect_path(path: Path) -> dict[str, Any]:
+def inspect_path(path: str | Path) -> dict[str, Any]:
     """Facts of an engine directory or an ONNX file."""
     from engines.base import backend
     from engines.passport import load_passport
 
+    path = Path(path)
     if path.is_dir():
         passport = load_passport(path)
         return {**backend(passport.backend).inspect(path), "passport": asdict(passport)}
@@ -159,25 +165,33 @@ def inspect_path(path: Path) -> dict[str, Any]:
     }
 
 
-def compare_engines(checkpoint: Path, engines: Sequence[Path], data: str, columns: Columns) -> list[Any]:
+def compare_engines(
+    checkpoint: str | Path, engines: Sequence[str | Path], data: str, columns: Columns = Columns()
+) -> list[Any]:
     """Compare each engine directory with the checkpoint on a labelled data file; one `ParityReport` each."""
     from engines.parity import compare
 
-    return [compare(checkpoint, engine, _features(engine, data, columns)) for engine in engines]
+    return [compare(checkpoint, engine, _features(Path(engine), data, columns)) for engine in engines]
 
 
-def bench_engines(engines: Sequence[Path], shapes: Sequence[tuple[int, int]], rounds: int, threads: int | None) -> Any:
+def bench_engines(
+    engines: Sequence[str | Path],
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    rounds: int = 30,
+    threads: int | None = None,
+) -> Any:
     """Time engine directories against each other; returns a `BenchReport`."""
     from engines.base import backend
     from engines.bench import bench
     from engines.passport import load_passport
 
+    paths = [Path(engine) for engine in engines]
     with ExitStack() as stack:
         loaded = {}
-        for path in engines:
+        for path in paths:
             runtime = backend(load_passport(path).backend)
             options = {"threads": threads} if threads and runtime.NAME == "ort" else {}
-            loaded[path.name if len({engine.name for engine in engines}) == len(engines) else str(path)] = (
+            loaded[path.name if len({other.name for other in paths}) == len(paths) else str(path)] = (
                 stack.enter_context(runtime.load(path, **options))
             )
         return bench(loaded, shapes, rounds=rounds)
@@ -289,7 +303,6 @@ def _build(directory: RunDir, graphs: Sequence[str], progress: Progress) -> tupl
 def _features(directory: Path, data: str, columns: Columns) -> list[Any]:
     """A labelled data file in tokens, by the tokenizer and labels of a graph or engine directory."""
     from nxm_export.data import encode, load_raw, load_tokenizer, with_classes, with_scores
-    from nxm_export.spec import load_spec
 
     spec = load_spec(directory)
     raw = load_raw(data, "dev", columns)
@@ -331,6 +344,8 @@ def _compare(
 
 def _bench(directory: RunDir, engines: Sequence[str], progress: Progress) -> None:
     names = [name for name in engines if _ENGINES[name][1] == "ort"]
+    limit = load_spec(directory.path("onnx", "cpu")).max_length
+    shapes = list(dict.fromkeys((batch, min(sequence, limit)) for batch, sequence in SHAPES))
 
     def work(scratch: Path) -> None:
         progress("bench", 0, 1)
@@ -342,7 +357,7 @@ def _bench(directory: RunDir, engines: Sequence[str], progress: Progress) -> Non
             "bench",
             *(str(directory.path("engines", name)) for name in names),
         ]
-        command += [f"--shape={batch}x{sequence}" for batch, sequence in SHAPES] + [f"--rounds={ROUNDS}", "--json"]
+        command += [f"--shape={batch}x{sequence}" for batch, sequence in shapes] + [f"--rounds={ROUNDS}", "--json"]
         child = subprocess.run(command, capture_output=True, text=True, check=False)
         if child.returncode:
             raise EngineError(f"timing the engines failed: {child.stderr.strip()}")
@@ -350,7 +365,7 @@ def _bench(directory: RunDir, engines: Sequence[str], progress: Progress) -> Non
         progress("bench", 1, 1)
 
     inputs = {name: directory.path("engines", name, "passport.json") for name in names}
-    directory.stage("bench", "bench", work, inputs=inputs, options={"shapes": SHAPES, "rounds": ROUNDS})
+    directory.stage("bench", "bench", work, inputs=inputs, options={"shapes": shapes, "rounds": ROUNDS})
 
 
 def _summary(

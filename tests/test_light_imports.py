@@ -101,9 +101,19 @@ def numpy_on_310(tmp_path_factory: pytest.TempPathFactory) -> str:
         pytest.skip("no Python 3.10 on this machine (python3.10 on PATH, or one of pyenv's)")
     home = tmp_path_factory.mktemp("python310")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # pip needs the network
-    subprocess.run([interpreter, "-m", "venv", str(home)], check=True, env=environment)
+    subprocess.run([interpreter, "-m", "venv", "--without-pip", str(home)], check=True, env=environment)
     made = str(home / "bin" / "python")
-    install = [made, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "numpy"]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        made,
+        "--disable-pip-version-check",
+        "install",
+        "--quiet",
+        "numpy",
+    ]
     done = subprocess.run(install, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         pytest.skip(f"numpy for Python 3.10 cannot be installed here: {done.stderr.strip().splitlines()[-1:]}")

@@ -40,9 +40,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ``bin`` directory of an environment with the wheel and its core dependencies."""
     home = tmp_path_factory.mktemp("clean")
-    run(sys.executable, "-m", "venv", home / "venv")
+    run(sys.executable, "-m", "venv", "--without-pip", home / "venv")
     bin_ = home / "venv" / "bin"
-    pip = (bin_ / "python", "-m", "pip", "--quiet", "--disable-pip-version-check")
+    pip = (sys.executable, "-m", "pip", "--python", bin_ / "python", "--quiet", "--disable-pip-version-check")
     fetched = run(*pip, "install", *PROJECT["dependencies"])
     if fetched.returncode:
         pytest.skip(f"the core dependencies cannot be installed here: {fetched.stderr.strip().splitlines()[-1:]}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nxm_export.errors import EngineError
-from nxm_export.spec import SPEC_FILE, TOKENIZER_FILE
+from nxm_export.spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec
 
 BACKENDS = {"ort": "engines.ort", "trt_rtx": "engines.trt_rtx"}
 
@@ -106,6 +107,23 @@ def backend(name: str) -> Any:
     return importlib.import_module(BACKENDS[name])
 
 
+def module_command(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module of this project in a process of its own, from where this process has it.
+
+    ``python -m`` would look in the working directory first, and a run directory has folders named like packages.
+    """
+    root = str(Path(__file__).parent.parent)
+    code = (
+        f"import runpy, sys; sys.path[0] = {root!r}; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    )
+    return [sys.executable, "-c", code, *arguments]
+
+
+def spec_of(directory: Path) -> IOSpec | None:
+    """The spec of an engine directory, or None for an engine that was built from an ONNX file without one."""
+    return load_spec(directory) if (directory / SPEC_FILE).is_file() else None
+
+
 def copy_companions(source: Path, out: Path) -> None:
     """Copy what makes an engine directory self-contained from the graph's directory; an ONNX file alone has none."""
     for name in (SPEC_FILE, TOKENIZER_FILE):
@@ -123,6 +141,17 @@ def require_feeds(engine: Engine, feeds: Mapping[str, np.ndarray]) -> None:
     wrong = [name for name, array in feeds.items() if array.dtype != np.int64]
     if wrong:
         raise EngineError(f"inputs must be int64; {', '.join(wrong)} is {feeds[wrong[0]].dtype}")
+
+
+def require_within(spec: IOSpec | None, feeds: Mapping[str, np.ndarray]) -> None:
+    """Raise `EngineError` for sequences and values beyond what the model has positions and rows for, where that is known."""
+    if spec is None:
+        return
+    require_length(spec.max_length, feeds)
+    for name, array in feeds.items():
+        limit = spec.limits.get(name)
+        if limit is not None and (array.min() < 0 or array.max() >= limit):
+            raise EngineError(f"{name} holds {array.min()} to {array.max()}, and the model takes 0 to {limit - 1}")
 
 
 def require_length(limit: int, feeds: Mapping[str, np.ndarray]) -> None:

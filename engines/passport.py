@@ -20,7 +20,7 @@ from typing import Any
 from engines.base import Binding, Profile
 from nxm_export.errors import ArtifactError
 from nxm_export.plan import COUNTINGS, CompressionPlan, require_schema
-from nxm_export.run_dir import file_hash, installed_versions
+from nxm_export.run_dir import file_hash, installed_versions, read_json
 
 SCHEMA = "nxm-passport/1"
 PASSPORT_FILE = "passport.json"
@@ -150,16 +150,19 @@ def load_passport(directory: str | Path) -> EnginePassport:
         raise ArtifactError(
             f"{directory} has no {PASSPORT_FILE}: it is not an engine directory; make one with `nxm build`"
         )
+    data = read_json(file, "build the engine again")
+    require_schema(data, SCHEMA, str(file), ArtifactError)
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        require_schema(data, SCHEMA, str(file), ArtifactError)
-        data.pop("schema")
-        passport = EnginePassport(**data)
-        if passport.engine != Path(passport.engine).name:
-            raise ArtifactError(f"{file}: names an engine outside its directory ({passport.engine!r}); do not use it")
-        return passport
-    except (ValueError, TypeError) as error:
+        passport = EnginePassport(**{key: value for key, value in data.items() if key != "schema"})
+    except TypeError as error:
         raise ArtifactError(f"{file}: malformed passport ({error}); build the engine again") from error
+    texts = (passport.backend, passport.engine, passport.engine_sha256)
+    maps = (passport.requires, passport.graph, passport.plan, passport.options, passport.bindings)
+    if not all(isinstance(text, str) and text for text in texts) or not all(isinstance(m, dict) for m in maps):
+        raise ArtifactError(f"{file}: malformed passport (a field has another type); build the engine again")
+    if passport.engine != Path(passport.engine).name:
+        raise ArtifactError(f"{file}: names an engine outside its directory ({passport.engine!r}); do not use it")
+    return passport
 
 
 def plan_summary(plan: CompressionPlan | None) -> dict[str, Any]:

@@ -17,7 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from engines.base import Binding, BuildOptions, Closing, Profile, copy_companions, require_feeds
+from engines.base import (
+    Binding,
+    BuildOptions,
+    Closing,
+    Profile,
+    copy_companions,
+    module_command,
+    require_feeds,
+    require_within,
+    spec_of,
+)
 from engines.passport import EnginePassport, load_passport
 from engines.truth import integer_products, parse_layers
 from nxm_export.errors import EngineError, EngineUnavailable
@@ -34,10 +44,10 @@ _SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 
 def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -> EnginePassport:
     """Write an engine directory with ``model.engine`` and ``build.log``. Raises `EngineError`, `EngineUnavailable`."""
+    _require_installed()
     from nxm_export.weights import load_graph
 
     onnx = Path(onnx)
-    _require_installed()
     model = load_graph(onnx)
     profiles = tuple(options.profiles) or (_default_profile(onnx.parent),)
     request = {
@@ -49,7 +59,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     }
     with (out / LOG_FILE).open("w", encoding="utf-8") as log:
         child = subprocess.run(
-            [sys.executable, "-m", "engines.trt_rtx", json.dumps(request)],
+            module_command("engines.trt_rtx", json.dumps(request)),
             env={**os.environ, _SWITCH: "1"},
             stdout=log,
             stderr=log,
@@ -100,8 +110,8 @@ class RtxEngine(Closing):
         from polygraphy.logger import G_LOGGER
 
         G_LOGGER.module_severity = G_LOGGER.CRITICAL
-        spec = load_spec(directory)
-        self.directory, self.inputs, self.outputs = directory, spec.inputs, tuple(spec.outputs)
+        self._spec = load_spec(directory)
+        self.directory, self.inputs, self.outputs = directory, self._spec.inputs, tuple(self._spec.outputs)
         _require_gpu()
         try:
             self._runner: Any = TrtRunner(EngineFromBytes(BytesFromPath(str(directory / ENGINE_FILE))))
@@ -111,7 +121,10 @@ class RtxEngine(Closing):
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name."""
+        if self._runner is None:
+            raise EngineError(f"{self.directory}: this engine was closed")
         require_feeds(self, feeds)
+        require_within(self._spec, feeds)
         try:
             outputs = self._runner.infer(dict(feeds))
         except Exception as error:
@@ -150,7 +163,8 @@ def _count(log: Path, model: Any) -> dict[str, Any]:
 
 
 def _default_profile(directory: Path) -> Profile:
-    limit = load_spec(directory).max_length if (directory / "spec.json").is_file() else 512
+    spec = spec_of(directory)
+    limit = spec.max_length if spec else 512
     return Profile((1, 1), (8, min(128, limit)), (32, limit))
 
 
@@ -163,7 +177,7 @@ def _facts() -> dict[str, str]:
 def _require_installed() -> None:
     from importlib.util import find_spec
 
-    missing = [name for name in ("tensorrt_rtx", "polygraphy") if find_spec(name) is None]
+    missing = [name for name in ("tensorrt_rtx", "polygraphy", "onnx_ir") if find_spec(name) is None]
     if missing:
         raise EngineUnavailable(f"{' and '.join(missing)} is not installed; pip install 'nxm-export[trt-rtx]'")
 
@@ -187,7 +201,7 @@ def _require_gpu() -> None:
 def _last_error(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     errors = [line.strip() for line in lines if line.startswith("[E]") or "Error" in line]
-    return f"{errors[-1] if errors else 'no error text'} (log: {log})"
+    return " | ".join(dict.fromkeys(errors[-3:] or lines[-3:])) or "it said nothing"
 
 
 def _child(request: Mapping[str, Any]) -> None:

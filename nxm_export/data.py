@@ -172,8 +172,14 @@ def load_tokenizer(directory: Path) -> Any:
 def encode(tokenizer: Any, examples: Examples, max_length: int, inputs: Sequence[str]) -> list[Features]:
     """Token features per example, not padded: those of `inputs`, and ``labels``.
 
-    `tokenizer` is a `tokenizers.Tokenizer`: training and serving go through the same code.
+    `tokenizer` is a `tokenizers.Tokenizer`: training and serving go through the same code. Raises `DataError` when
+    `max_length` tokens have no room for text.
     """
+    special = tokenizer.num_special_tokens_to_add(examples.pairs is not None)
+    if max_length <= special:  # the tokenizer would then not truncate at all
+        raise DataError(
+            f"max length {max_length} leaves no room for text beside {special} special tokens; raise --max-length"
+        )
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
     rows: Any = examples.texts if examples.pairs is None else list(zip(examples.texts, examples.pairs, strict=True))

@@ -188,6 +188,8 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
     from safetensors import SafetensorError, safe_open
 
     file = _shard_of(path, name)
+    with contextlib.suppress(ImportError):
+        import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
     try:
         with safe_open(file, framework="numpy") as tensors:
             tensor: np.ndarray = tensors.get_tensor(name)

@@ -49,7 +49,13 @@ OWN_DIRECTORIES = (
 )
 _DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 # Libraries that write files themselves turn the system's error into their own; its text stays.
-_DISK_TEXTS = ("No space left on device", "File too large", "Disk quota exceeded", "failed writing file")
+_DISK_TEXTS = (
+    "No space left on device",
+    "File too large",
+    "Disk quota exceeded",
+    "failed writing file",  # torch.save, which says no more than that
+    "inline_container.cc",
+)
 
 
 class RunDir:
@@ -82,6 +88,8 @@ class RunDir:
         with _exclusive(
             self.root, f"{self.root} is in use by another nxm process; wait for it, or choose another --out"
         ):
+            for leftover in self.root.glob(f".{MANIFEST}.*.partial"):  # of a process that was killed
+                leftover.unlink(missing_ok=True)
             self.manifest = _read_manifest(self._manifest_file)  # another process may have been here in between
             self._locked = True
             try:
@@ -243,8 +251,12 @@ def _disk_errors(target: Path) -> Iterator[None]:
         if not is_disk_error(error):
             raise
         file = getattr(error, "filename", None) or target
-        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+        reason = getattr(error, "strerror", None) or f"the disk is full, or the file too large: {_first_line(error)}"
         raise ArtifactError(f"{file}: cannot be written ({reason}); free the space or choose another place") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def is_disk_error(error: BaseException) -> bool:

@@ -19,8 +19,12 @@ INT8 = (-128, 127)
 
 
 def quantize(x: np.ndarray, scale: np.ndarray | float, qmin: int = INT8[0], qmax: int = INT8[1]) -> np.ndarray:
-    """``clip(round_half_even(x / scale), qmin, qmax)`` as int8, in the dtype of `x`: ONNX QuantizeLinear, zero point 0."""
-    return np.clip(np.rint(x / np.asarray(scale, x.dtype)), qmin, qmax).astype(np.int8)
+    """``clip(round_half_even(x / scale), qmin, qmax)`` as int8: ONNX QuantizeLinear with zero point 0.
+
+    Half precision is divided in float32, as runtimes do; its own rounding of the quotient would make ties of its own.
+    """
+    kind = np.promote_types(x.dtype, np.float32)
+    return np.clip(np.rint(x.astype(kind) / np.asarray(scale).astype(kind)), qmin, qmax).astype(np.int8)
 
 
 def dequantize(codes: np.ndarray, scale: np.ndarray | float, dtype: np.dtype | type = np.float32) -> np.ndarray:

@@ -93,7 +93,7 @@ class GraphWeight:
             return self.matrix != 0
         if zero.size == 1:
             return self.matrix != zero.reshape(())
-        if self.scale_axis == "N" and zero.size == self.n:
+        if self.scale_axis in ("N", None) and zero.size == self.n:  # MatMulInteger has zero points and no scales
             return self.matrix != zero.reshape(1, -1)
         if self.scale_axis == "K" and zero.size == self.k:
             return self.matrix != zero.reshape(-1, 1)

@@ -5,6 +5,8 @@ Written with numpy alone, so that exporter and engines are tested on files that 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +26,24 @@ def write_checkpoint(
     spec: str = "2:4+W8",
     placement: str = "inputs-outputs",
     attention: str = "float",
-    keep_dense: tuple[str, ...] = (),
+    specs: Mapping[str, str] | None = None,
     layers: int = 1,
     classes: tuple[str, ...] = ("0", "1"),
     seed: int = 0,
 ) -> Path:
-    """Write a tiny compressed checkpoint of `family` to `out` and return it; `spec` is a menu entry such as ``2:4+W8``."""
+    """Write a tiny compressed checkpoint of `family` to `out` and return it.
+
+    `spec` is a menu entry such as ``2:4+W8``; `specs` are others, for the weights that a glob matches.
+    """
     from safetensors.numpy import load_file, save_file
 
     tiny.write_model(family, out, head=task, classes=classes, layers=layers, seed=seed)
     config = read_config(out)
     kind = FAMILIES[family]
-    plan = kind.uniform_plan(
-        config, WeightSpec.parse(spec), placement=placement, keep_dense=keep_dense, attention=attention
-    )
+    shapes = kind.weights(config)
+    chosen = {name: next((s for glob, s in (specs or {}).items() if fnmatchcase(name, glob)), spec) for name in shapes}
+    weights = {name: kind.placed(name, WeightSpec.parse(entry), placement) for name, entry in chosen.items()}
+    plan = CompressionPlan(family, weights, shapes, attention)
     tensors, scales = load_file(out / "model.safetensors"), {}
     for name, weight_spec in plan.weights.items():
         tensors[name], scale = baked(tensors[name], weight_spec)

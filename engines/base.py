@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nxm_export.errors import EngineError
-from nxm_export.spec import SPEC_FILE, TOKENIZER_FILE, load_spec
+from nxm_export.spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec
 
 BACKENDS = {"ort": "engines.ort", "trt": "engines.trt", "trt_rtx": "engines.trt_rtx"}
 
@@ -41,6 +42,18 @@ class Profile:
                 raise EngineError(
                     f"profile sizes must rise from 1: minimum {self.minimum}, optimum {self.optimum}, maximum {self.maximum}"
                 )
+
+
+@dataclass(frozen=True)
+class Binding:
+    """An input or output as the engine file itself has it: NumPy's name of its type, and -1 where a size is free.
+
+    `Engine.run` hides the type (int64 in, float32 out); whoever feeds the file by other means must not.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -130,6 +143,23 @@ def backend(name: str) -> Any:
     return importlib.import_module(BACKENDS[name])
 
 
+def module_command(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module of this project in a process of its own, from where this process has it.
+
+    ``python -m`` would look in the working directory first, and a run directory has folders named like packages.
+    """
+    root = str(Path(__file__).parent.parent)
+    code = (
+        f"import runpy, sys; sys.path[0] = {root!r}; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    )
+    return [sys.executable, "-c", code, *arguments]
+
+
+def spec_of(directory: Path) -> IOSpec | None:
+    """The spec of an engine directory, or None for an engine that was built from an ONNX file without one."""
+    return load_spec(directory) if (directory / SPEC_FILE).is_file() else None
+
+
 def copy_companions(source: Path, out: Path) -> None:
     """Copy what makes an engine directory self-contained from the graph's directory; an ONNX file alone has none."""
     for name in (SPEC_FILE, TOKENIZER_FILE):
@@ -149,9 +179,19 @@ def require_feeds(engine: Engine, feeds: Mapping[str, np.ndarray]) -> None:
         raise EngineError(f"inputs must be int64; {', '.join(wrong)} is {feeds[wrong[0]].dtype}")
 
 
-def require_length(directory: Path, feeds: Mapping[str, np.ndarray]) -> None:
-    """Raise `EngineError` for sequences longer than the model's positions."""
-    limit = load_spec(directory).max_length
+def require_within(spec: IOSpec | None, feeds: Mapping[str, np.ndarray]) -> None:
+    """Raise `EngineError` for sequences and values beyond what the model has positions and rows for, where that is known."""
+    if spec is None:
+        return
+    require_length(spec.max_length, feeds)
+    for name, array in feeds.items():
+        limit = spec.limits.get(name)
+        if limit is not None and (array.min() < 0 or array.max() >= limit):
+            raise EngineError(f"{name} holds {array.min()} to {array.max()}, and the model takes 0 to {limit - 1}")
+
+
+def require_length(limit: int, feeds: Mapping[str, np.ndarray]) -> None:
+    """Raise `EngineError` for sequences longer than `limit`, the model's positions."""
     length = next(iter(feeds.values())).shape[1]
     if length > limit:
         raise EngineError(f"a sequence of {length} tokens is longer than the model's {limit}; truncate it")

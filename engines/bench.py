@@ -1,6 +1,6 @@
 """Latency of engines against each other, interleaved in one run: the only comparison that a noisy machine allows.
 
-Every round times every engine once at every shape, in an order that rotates, so that slow spells hit all of them alike.
+Shape by shape, every round times every engine once, in an order that rotates, so that slow spells hit all of them alike.
 Medians are reported with the interval of the middle half, and ratios are medians of paired ratios with a bootstrap
 interval. GPU engines are timed by CUDA events around the engine alone, with the inputs on the device; CPU engines by the
 wall clock. The report names the clock, and two clocks are never compared.
@@ -21,6 +21,7 @@ from engines.base import Engine
 from nxm_export.errors import EngineError
 
 WARMUP = 3
+VOCABULARY = 1000  # token ids are drawn below; no encoder's table is smaller, but for tests
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,13 @@ def bench(
     shapes: Sequence[tuple[int, int]],
     *,
     rounds: int = 30,
-    vocabulary: int = 1000,
+    vocabulary: int = VOCABULARY,
     seed: int = 0,
 ) -> BenchReport:
     """Time `engines` at `shapes` (batch, sequence) with random token ids below `vocabulary` and no padding.
 
-    The first engine is the reference of the ratios. Raises `EngineError` for no engines, shapes or rounds.
+    The first engine is the reference of the ratios. Raises `EngineError` for no engines, shapes or rounds, and for an
+    engine with inputs of unknown meaning.
     """
     if not engines or not shapes or rounds < 1:
         raise EngineError("a bench needs at least one engine, one shape and one round")
@@ -134,7 +136,12 @@ def _at(ratio: Ratio) -> str:
 
 def feeds_for(engine: Engine, batch: int, sequence: int, vocabulary: int, seed: int) -> dict[str, np.ndarray]:
     """Random token ids below `vocabulary`, no padding, for every input of `engine`."""
-    ids = np.random.default_rng(seed).integers(5, max(6, vocabulary), size=(batch, sequence))
+    ids = np.random.default_rng(seed).integers(min(5, vocabulary - 1), vocabulary, size=(batch, sequence))
+    unknown = set(engine.inputs) - {"input_ids", "attention_mask", "token_type_ids"}
+    if unknown:
+        raise EngineError(
+            f"cannot make up values for the inputs {', '.join(sorted(unknown))}; only token inputs are timed"
+        )
     values = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
     return {name: values[name] for name in engine.inputs}
 

@@ -9,33 +9,44 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engines.base import BuildOptions, Closing, copy_companions, require_feeds, require_length
+from engines.base import (
+    Binding,
+    BuildOptions,
+    Closing,
+    copy_companions,
+    require_feeds,
+    require_within,
+    spec_of,
+)
 from engines.passport import EnginePassport, cpu_device, load_passport
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
-from nxm_export.spec import load_spec
 
 NAME = "ort"
 ENGINE_FILE = "model.onnx"
 
 
 def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -> EnginePassport:
-    """Write an engine directory: the rewritten graph, its passport and companions. Raises `EngineError`."""
-    from nxm_export.weights import load_graph
+    """Write an engine directory: the rewritten graph, its passport and companions.
 
+    Raises `EngineError`, `EngineUnavailable`, and `ArtifactError` for a file that is no ONNX graph.
+    """
     _runtime()
+    from nxm_export.weights import load_graph, save_graph
+
     onnx = Path(onnx)
     model = load_graph(onnx)
     rewritten = unsigned_activations(model)
-    import onnx_ir as ir
-
-    ir.save(model, out / ENGINE_FILE)
+    save_graph(model, out / ENGINE_FILE)
+    if (out / f"{ENGINE_FILE}.data").exists():
+        raise EngineError(f"{onnx}: more than 2 GB do not fit into one ONNX file, which an engine directory has to be")
     copy_companions(onnx.parent, out)
-    _session(out / ENGINE_FILE, options.threads)  # refuses here what it would refuse on every start
+    session = _session(out / ENGINE_FILE, options.threads)  # refuses here what it would refuse on every start
     return EnginePassport.issue(
         NAME,
         out / ENGINE_FILE,
@@ -44,23 +55,27 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         requires={},  # ONNX files run on any machine and version
         options={"threads": options.threads, "unsigned_activations": rewritten},
         graph=model.metadata_props,
+        bindings={
+            "inputs": [asdict(_binding(value)) for value in session.get_inputs()],
+            "outputs": [asdict(_binding(value)) for value in session.get_outputs()],
+        },
     )
 
 
 def load(directory: str | Path, *, threads: int | None = None) -> OrtEngine:
-    """Load an engine directory; `threads` overrides what it was built with (None there means all physical cores)."""
+    """Load an engine directory; `threads` overrides what it was built with (None there means all cores of this process)."""
     directory = Path(directory)
     passport = load_passport(directory)
-    passport.require_here(directory, {})
-    return OrtEngine(directory, threads or passport.options.get("threads"))
+    return OrtEngine(directory, passport.read_engine(directory, {}), threads or passport.options.get("threads"))
 
 
 class OrtEngine(Closing):
     """A session on an engine directory. See `engines.base.Engine`."""
 
-    def __init__(self, directory: Path, threads: int | None) -> None:
+    def __init__(self, directory: Path, model: bytes, threads: int | None) -> None:
         self.directory = directory
-        self._session: Any = _session(directory / ENGINE_FILE, threads)
+        self._spec = spec_of(directory)
+        self._session: Any = _session(directory / ENGINE_FILE, threads, model=model)
         self.inputs = tuple(value.name for value in self._session.get_inputs())
         self.outputs = tuple(value.name for value in self._session.get_outputs())
 
@@ -69,11 +84,12 @@ class OrtEngine(Closing):
         if self._session is None:
             raise EngineError(f"{self.directory}: this engine was closed")
         require_feeds(self, feeds)
-        require_length(self.directory, feeds)
+        require_within(self._spec, feeds)
         try:
-            return dict(zip(self.outputs, self._session.run(None, dict(feeds)), strict=True))
+            outputs = self._session.run(None, dict(feeds))
         except Exception as error:  # onnxruntime raises its own types, which are no stable API
             raise EngineError(f"{self.directory}: ONNX Runtime failed: {error}") from error
+        return {name: array.astype(np.float32, copy=False) for name, array in zip(self.outputs, outputs, strict=True)}
 
     def close(self) -> None:
         """Drop the session."""
@@ -85,7 +101,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
     import tempfile
 
     directory = Path(directory)
-    passport = load_passport(directory)
+    passport, spec = load_passport(directory), spec_of(directory)
     passport.require_here(directory, {})
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "optimized.onnx"
@@ -103,40 +119,45 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         "backend": NAME,
         "integer_products": integer,
         "operators": dict(sorted(counts.items())),
-        "spec": load_spec(directory).task,
+        "task": spec.task if spec else None,
     }
 
 
 def unsigned_activations(model: Any) -> int:
     """Rewrite every INT8 activation pair with zero point 0 to UINT8 with zero point 128, in place; returns the pairs.
 
-    Exact: codes move by 128 and so does the zero point. Pairs on weights stay signed.
+    Exact: codes move by 128 and so does the zero point. Pairs on weights stay signed, and so do codes that anything but a
+    DequantizeLinear reads.
     """
     import onnx_ir as ir
 
-    zero = ir.Value(name="nxm_zero_point_u8", const_value=ir.tensor(np.array(128, np.uint8), name="nxm_zero_point_u8"))
-    zero.dtype, zero.shape = ir.DataType.UINT8, ir.Shape([])
+    tensor = ir.tensor(np.array(128, np.uint8), name="nxm_zero_point_u8")
+    zero = ir.Value(name=tensor.name, const_value=tensor, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape([]))
     count = 0
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         if node.op_type != "QuantizeLinear" or node.inputs[0].const_value is not None:
             continue
-        old = (
-            ir.convenience.get_const_tensor(node.inputs[2])
-            if len(node.inputs) > 2 and node.inputs[2] is not None
-            else None
-        )
-        if old is None or old.dtype != ir.DataType.INT8 or np.any(old.numpy()):
+        codes, readers = node.outputs[0], node.outputs[0].consumers()
+        if codes.is_graph_output() or any(user.op_type != "DequantizeLinear" for user in readers):
             continue
-        readers = [user for user in node.outputs[0].consumers() if user.op_type == "DequantizeLinear"]
-        if len(readers) != len(node.outputs[0].consumers()):
+        if not all(_is_signed_zero(half) for half in (node, *readers)):
             continue
-        for pair_half in (node, *readers):
-            pair_half.replace_input_with(2, zero)
-        node.outputs[0].dtype = ir.DataType.UINT8
+        for half in (node, *readers):
+            half.replace_input_with(2, zero)
+        node.attributes.pop("output_dtype", None)
+        codes.dtype = ir.DataType.UINT8
         count += 1
     if count:
         model.graph.register_initializer(zero)
     return count
+
+
+def _is_signed_zero(node: Any) -> bool:
+    """True when a QuantizeLinear or DequantizeLinear states one zero point, INT8 and 0."""
+    import onnx_ir as ir
+
+    zero = ir.convenience.get_const_tensor(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
+    return zero is not None and zero.dtype == ir.DataType.INT8 and zero.size == 1 and not np.any(zero.numpy())
 
 
 def _runtime() -> Any:
@@ -147,7 +168,15 @@ def _runtime() -> Any:
     return onnxruntime
 
 
-def _session(file: Path, threads: int | None, optimized: Path | None = None) -> Any:
+def _binding(value: Any) -> Binding:
+    """A session's input or output; sizes with a name are free."""
+    element = value.type.removeprefix("tensor(").removesuffix(")")
+    shape = tuple(size if isinstance(size, int) else -1 for size in value.shape)
+    return Binding(value.name, {"float": "float32", "double": "float64"}.get(element, element), shape)
+
+
+def _session(file: Path, threads: int | None, optimized: Path | None = None, model: bytes | None = None) -> Any:
+    """A session on `file`, or on the bytes `model` that were read from it."""
     runtime = _runtime()
     if not file.is_file():
         raise ArtifactError(f"{file}: no such engine")
@@ -158,6 +187,6 @@ def _session(file: Path, threads: int | None, optimized: Path | None = None) -> 
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     try:
-        return runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        return runtime.InferenceSession(model or str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own types, which are no stable API
         raise EngineError(f"{file}: ONNX Runtime cannot load it: {error}") from error

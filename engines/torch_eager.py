@@ -1,8 +1,12 @@
 """The reference: a compressed checkpoint run by PyTorch, with its scales applied from the files alone.
 
-It shares nothing with the training code. Activation quantizers are hooks that call `torch.fake_quantize_per_tensor_affine`
-with the saved scales, weights are the baked ones, and attention is written out here. So a mistake in training, baking or
-export shows as a difference instead of repeating itself.
+It shares nothing with the training code. Activation quantizers are hooks with the saved scales, weights are the baked
+ones, and attention is written out here. So a mistake in training, baking or export shows as a difference instead of
+repeating itself.
+
+Two arithmetics: float32 with `torch.fake_quantize_per_tensor_affine` (which multiplies by 1/scale, so that some values
+fall to another side than under ONNX's division), and, with `exact`, float64 with the division as ONNX writes it. Their
+difference is what rounding alone does to this network, and `engines.parity` measures engines by it.
 """
 
 from __future__ import annotations
@@ -14,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from engines.base import Closing, require_feeds
-from nxm_export.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint, read_config
-from nxm_export.errors import EngineUnavailable
-from nxm_export.families import FAMILIES, task_named
+from engines.base import Closing, require_feeds, require_within
+from nxm_export.checkpoint import PLAN_FILE, Checkpoint, load_task_model, open_checkpoint, read_config
+from nxm_export.errors import EngineError, EngineUnavailable
+from nxm_export.families import family_of, task_named
 from nxm_export.plan import CompressionPlan
+from nxm_export.spec import IOSpec
 
 NAME = "torch_eager"
 
@@ -29,53 +34,75 @@ def load(
     task: str,
     plan: CompressionPlan | None = None,
     scale_dtype: str = "float32",
+    exact: bool = False,
     jitter: float = 0.0,
+    nudge: bool = False,
 ) -> TorchEngine:
     """Load a checkpoint directory, compressed or dense, as an engine.
 
     `plan` is the plan as exported (an export may drop output quantizers), by default the checkpoint's; scales are rounded
-    to `scale_dtype` as the exporter rounds them to the graph's dtype, then used in float32. `jitter` perturbs what every
-    linear layer reads by a random relative error of that size: the same network under another rounding of its sums,
-    which tells how far two correct implementations may differ.
+    to `scale_dtype` as the exporter rounds them to the graph's dtype. `exact` computes in float64. `jitter` perturbs what
+    every linear layer reads by a random relative error of that size, as a shorter float type would. `nudge` moves one
+    random code of every sample's first token by one step in every quantized tensor: the least that a quantizer can err.
+    Raises `ArtifactError` for a checkpoint that is damaged or breaks its plan, and `ExportError` for one whose head is not
+    that of `task`.
     """
-    return TorchEngine(Path(checkpoint), task, plan, scale_dtype, jitter)
+    return TorchEngine(Path(checkpoint), task, plan, scale_dtype=scale_dtype, exact=exact, jitter=jitter, nudge=nudge)
 
 
 class TorchEngine(Closing):
-    """A checkpoint in float32 on the CPU. See `engines.base.Engine`."""
+    """A checkpoint on the CPU. See `engines.base.Engine`."""
 
-    def __init__(self, path: Path, task: str, plan: CompressionPlan | None, scale_dtype: str, jitter: float) -> None:
+    def __init__(
+        self,
+        path: Path,
+        task: str,
+        plan: CompressionPlan | None,
+        *,
+        scale_dtype: str,
+        exact: bool,
+        jitter: float,
+        nudge: bool,
+    ) -> None:
         try:
             import torch
-            import transformers
+            import transformers  # noqa: F401  (asked for here, used below)
         except ImportError as error:
             raise EngineUnavailable(
                 "the PyTorch reference needs torch and transformers; pip install 'nxm-export[train]'"
             ) from error
-        kind = task_named(task)
-        auto = getattr(transformers, kind.auto_class)
-        self._torch = torch
-        with _no_bars():
-            self._model = auto.from_pretrained(
-                path, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, attn_implementation="eager"
-            ).eval()
-        self.inputs = FAMILIES[read_config(path)["model_type"]].inputs
-        self.outputs = tuple(kind.outputs)
+        kind, config = task_named(task), read_config(path)
+        family = family_of(config, source=str(path))
+        self._torch, self._exact, self._nudge = torch, exact, nudge
+        self._noise = torch.Generator().manual_seed(0)
+        self._model: Any = load_task_model(path, kind)
+        self._spec = IOSpec.of(path, config, family, kind)
+        self.inputs, self.outputs = self._spec.inputs, tuple(self._spec.outputs)
         if jitter:
-            self._perturb(jitter, FAMILIES[read_config(path)["model_type"]].weights(read_config(path)))
+            self._perturb(jitter, family.weights(config))
+        if exact:
+            self._model.double()
         if (path / PLAN_FILE).is_file():
             checkpoint = open_checkpoint(path)
+            checkpoint.require_valid()
             self._quantize(checkpoint, plan or checkpoint.plan, scale_dtype)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name."""
+        if self._model is None:
+            raise EngineError("this reference was closed")
         require_feeds(self, feeds)
+        require_within(self._spec, feeds)
         with self._torch.inference_mode():
             outputs = self._model(**{name: self._torch.from_numpy(array) for name, array in feeds.items()})
         return {name: outputs[name].float().numpy().copy() for name in self.outputs}
 
+    def close(self) -> None:
+        """Drop the model."""
+        self._model = None
+
     def _perturb(self, size: float, weights: Iterable[str]) -> None:
-        torch, noise = self._torch, self._torch.Generator().manual_seed(0)
+        torch, noise = self._torch, self._noise
         for name in weights:  # registered before the quantizers, so what they round is what is perturbed
             self._model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
                 lambda _, args: (args[0] * (1 + size * (2 * torch.rand(args[0].shape, generator=noise) - 1)), *args[1:])
@@ -88,28 +115,25 @@ class TorchEngine(Closing):
         def rounded(scale: Any) -> Any:
             return torch.as_tensor(scale, dtype=torch.float32).to(dtype).float()
 
-        def fake_quantize(x: Any, scale: float) -> Any:
-            return torch.fake_quantize_per_tensor_affine(x, scale, 0, -128, 127)
-
         for name, spec in plan.weights.items():
             linear = self._model.get_submodule(name.removesuffix(".weight"))
-            if spec.weight_bits and dtype != torch.float32:
-                codes = torch.from_numpy(checkpoint.codes(name)).float()
-                linear.weight.data = codes * rounded(checkpoint.weight_scale(name))[:, None]
+            if spec.weight_bits and (self._exact or dtype != torch.float32):
+                codes = torch.from_numpy(checkpoint.codes(name)).to(linear.weight.dtype)
+                linear.weight.data = codes * rounded(checkpoint.weight_scale(name)).to(codes.dtype)[:, None]
             if spec.input_bits:
                 scale = float(rounded(checkpoint.input_scale(name)))
                 linear.register_forward_pre_hook(
-                    lambda _, args, scale=scale: (fake_quantize(args[0], scale), *args[1:])
+                    lambda _, args, scale=scale: (self._fake_quantize(args[0], scale), *args[1:])
                 )
             if spec.output_bits:
                 scale = float(rounded(checkpoint.output_scale(name)))
-                linear.register_forward_hook(lambda _, args, output, scale=scale: fake_quantize(output, scale))
+                linear.register_forward_hook(lambda _, args, output, scale=scale: self._fake_quantize(output, scale))
         if plan.residual == "int8":
             self._quantize_residuals(
-                checkpoint, plan, lambda x, name: fake_quantize(x, float(rounded(checkpoint.input_scale(name))))
+                checkpoint, plan, lambda x, name: self._fake_quantize(x, float(rounded(checkpoint.input_scale(name))))
             )
         if plan.attention == "int8":
-            self._quantize_attention(float(rounded(1.0 / 127.0)), fake_quantize)
+            self._quantize_attention(float(rounded(1.0 / 127.0)))
 
     def _quantize_residuals(self, checkpoint: Checkpoint, plan: CompressionPlan, fake_quantize: Any) -> None:
         """Everything that reads a block's or an FFN's quantized input reads the quantized value."""
@@ -127,7 +151,18 @@ class TorchEngine(Closing):
                     lambda _, args, output, name=wide: fake_quantize(output, name)
                 )
 
-    def _quantize_attention(self, scale: float, fake_quantize: Any) -> None:
+    def _fake_quantize(self, x: Any, scale: float) -> Any:
+        torch = self._torch
+        if self._exact:
+            y = torch.round(x / scale).clamp(-128, 127) * scale  # half to even, as ONNX rounds
+        else:
+            y = torch.fake_quantize_per_tensor_affine(x, scale, 0, -128, 127)
+        if self._nudge and y.dim() == 3:  # (batch, sequence, features)
+            channel = torch.randint(y.shape[-1], (len(y), 1), generator=self._noise)
+            y[:, 0].scatter_add_(1, channel, torch.full((len(y), 1), scale, dtype=y.dtype))
+        return y
+
+    def _quantize_attention(self, scale: float) -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import eager_mask
 
@@ -137,7 +172,7 @@ class TorchEngine(Closing):
             scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
             if attention_mask is not None:
                 scores = scores + attention_mask
-            probabilities = fake_quantize(scores.softmax(-1), scale)
+            probabilities = self._fake_quantize(scores.softmax(-1), scale)
             return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
 
         AttentionInterface.register("nxm_reference_int8", attention)

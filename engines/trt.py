@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from engines.base import BuildOptions, copy_companions
+from engines.base import BuildOptions, copy_companions, spec_of
 from engines.cuda import device_facts
 from engines.passport import EnginePassport, load_passport
 from engines.profiles import default_profile, require_positions
@@ -27,7 +27,6 @@ from engines.trt_builder import (
 from engines.trt_runtime import TensorRTEngine
 from engines.truth import write_truth
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
-from nxm_export.spec import load_spec
 
 NAME = "trt"
 ENGINE_FILE = "model.engine"
@@ -85,6 +84,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         options=recorded,
         profiles=request["profiles"],
         graph=model.metadata_props,
+        bindings=found["bindings"],
     )
 
 
@@ -93,8 +93,8 @@ def load(directory: str | Path) -> TensorRTEngine:
     directory = Path(directory)
     passport = load_passport(directory)
     trt = _runtime()
-    passport.require_here(directory, _facts(trt, device_facts()))
-    return TensorRTEngine(trt, directory / ENGINE_FILE, f"rebuild it: {passport.rebuild_command()}")
+    engine = passport.read_engine(directory, _facts(trt, device_facts()))
+    return TensorRTEngine(trt, directory / ENGINE_FILE, engine, f"rebuild it: {passport.rebuild_command()}")
 
 
 def inspect(directory: str | Path) -> dict[str, Any]:
@@ -119,7 +119,8 @@ def _facts(trt: Any, device: Mapping[str, str]) -> dict[str, str]:
 
 
 def _max_length(directory: Path) -> int:
-    return load_spec(directory).max_length if (directory / "spec.json").is_file() else 512
+    spec = spec_of(directory)
+    return spec.max_length if spec else 512
 
 
 def _require_typing(model: Any, version: str, onnx: Path) -> None:

@@ -17,9 +17,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from engines.base import Binding, module_command
 from nxm_export.errors import EngineError
 from nxm_export.run_dir import file_hash
 
@@ -39,7 +41,7 @@ def build_in_child(request: Mapping[str, Any], log: Path, progress: Callable[[st
     environment = {**os.environ, SWITCH: "1" if request["module"] == "tensorrt_rtx" else "0"}
     with log.open("w", encoding="utf-8") as stream, os.fdopen(reading, encoding="utf-8") as reports:
         child = subprocess.Popen(
-            [sys.executable, "-m", "engines.trt_builder", json.dumps({**request, "report": writing})],
+            module_command("engines.trt_builder", json.dumps({**request, "report": writing})),
             env=environment,
             stdout=stream,
             stderr=stream,
@@ -138,7 +140,8 @@ def run_build(request: Mapping[str, Any], report: Callable[..., None]) -> None:
         loaded, config=config, save_timing_cache=None if rtx else str(Path(request["directory"]) / CACHE_FILE)
     )()
     SaveBytes(lambda: bytes(engine), request["engine"])()
-    report(facts={"tensorrt": trt.__version__, "strongly_typed": strongly_typed, "cache_refused": refusals})
+    facts = {"tensorrt": trt.__version__, "strongly_typed": strongly_typed, "cache_refused": refusals}
+    report(facts={**facts, "bindings": _bindings(network)})
     if request["inspect"]:
         (Path(request["directory"]) / LAYERS_FILE).write_text(
             json.dumps({"profiles": _inspect(trt, bytes(engine), request["profiles"])}, indent=1) + "\n",
@@ -162,6 +165,20 @@ def _parse(trt: Any, onnx: str, strongly_typed: bool) -> tuple[Any, Any, Any]:
         name = names[node] if 0 <= node < len(names) else "the graph"
         texts.append(f"{name}: {error.desc()}")
     raise _Refused(f"TensorRT cannot parse it: {'; '.join(texts) or 'no reason given'}")
+
+
+def _bindings(network: Any) -> dict[str, list[dict[str, Any]]]:
+    """A network's inputs and outputs, as the passport has them."""
+    names = {"float": "float32", "half": "float16", "bf16": "bfloat16"}
+
+    def binding(tensor: Any) -> dict[str, Any]:
+        dtype = tensor.dtype.name.lower()
+        return asdict(Binding(tensor.name, names.get(dtype, dtype), tuple(tensor.shape)))
+
+    return {
+        "inputs": [binding(network.get_input(i)) for i in range(network.num_inputs)],
+        "outputs": [binding(network.get_output(i)) for i in range(network.num_outputs)],
+    }
 
 
 def _node_names(onnx: str) -> list[str]:

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from engines.base import BuildOptions, copy_companions
+from engines.base import BuildOptions, copy_companions, spec_of
 from engines.cuda import device_facts
 from engines.passport import EnginePassport, load_passport
 from engines.profiles import default_profile, require_positions
@@ -21,7 +21,6 @@ from engines.trt_builder import LOG_FILE, build_in_child
 from engines.trt_runtime import TensorRTEngine
 from engines.truth import integer_products, parse_layers, read_truth, write_truth
 from nxm_export.errors import EngineError, EngineUnavailable
-from nxm_export.spec import load_spec
 
 NAME = "trt_rtx"
 ENGINE_FILE = "model.engine"
@@ -36,11 +35,11 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     Raises `EngineUnavailable` without TensorRT-RTX, `ExportError` for a graph that it would refuse or degrade, `EngineError`
     for everything that the builder refuses, and for INT8 convolutions that it built in float.
     """
+    _require_installed()
     from nxm_export.verify import verify
     from nxm_export.weights import load_graph
 
     onnx = Path(onnx)
-    _require_installed()
     model = load_graph(onnx)
     verify(onnx).require()
     if options.build_route is not None:
@@ -61,7 +60,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         "compute_capabilities": [list(capability) for capability in COMPUTE_CAPABILITIES],
         "inspect": False,  # deserializing needs a GPU
     }
-    build_in_child(request, out / LOG_FILE, options.progress)
+    found = build_in_child(request, out / LOG_FILE, options.progress)
     counts = _count(out / LOG_FILE, model)
     _require_integer_convolutions(model, counts["float_products"], onnx)
     copy_companions(onnx.parent, out)
@@ -74,10 +73,10 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         onnx,
         device={"kind": "gpu", "compute_capabilities": targets},
         requires=_facts(),
-        options={"sparse": options.sparse, "level": options.level, "twin": options.twin}
-        | _count(out / LOG_FILE, model),
+        options={"sparse": options.sparse, "level": options.level, "twin": options.twin} | counts,
         profiles=request["profiles"],
         graph=model.metadata_props,
+        bindings=found["bindings"],
     )
 
 
@@ -86,7 +85,7 @@ def load(directory: str | Path) -> TensorRTEngine:
     directory = Path(directory)
     passport = load_passport(directory)
     _require_installed()
-    passport.require_here(directory, _facts())
+    engine = passport.read_engine(directory, _facts())
     capability = device_facts()["compute_capability"]
     built = passport.device["compute_capabilities"]
     if capability not in built.split(", "):
@@ -94,7 +93,7 @@ def load(directory: str | Path) -> TensorRTEngine:
             f"{directory}: built for compute capability {built}, and this GPU has {capability}; TensorRT-RTX runs on RTX GPUs only"
         )
     trt = importlib.import_module(MODULE)
-    return TensorRTEngine(trt, directory / ENGINE_FILE, f"rebuild it: {passport.rebuild_command()}")
+    return TensorRTEngine(trt, directory / ENGINE_FILE, engine, f"rebuild it: {passport.rebuild_command()}")
 
 
 def inspect(directory: str | Path) -> dict[str, Any]:
@@ -137,7 +136,8 @@ def _require_integer_convolutions(model: Any, float_products: Sequence[str], onn
 
 
 def _max_length(directory: Path) -> int:
-    return load_spec(directory).max_length if (directory / "spec.json").is_file() else 512
+    spec = spec_of(directory)
+    return spec.max_length if spec else 512
 
 
 def _facts() -> dict[str, str]:
@@ -147,6 +147,6 @@ def _facts() -> dict[str, str]:
 def _require_installed() -> None:
     from importlib.util import find_spec
 
-    missing = [name for name in (MODULE, "polygraphy") if find_spec(name) is None]
+    missing = [name for name in (MODULE, "polygraphy", "onnx_ir") if find_spec(name) is None]
     if missing:
         raise EngineUnavailable(f"{' and '.join(missing)} is not installed; pip install 'nxm-export[trt-rtx]'")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.base import Closing, Profile, require_feeds
+from engines.base import Closing, Profile, require_feeds, require_within, spec_of
 from engines.cuda import Device
 from engines.profiles import pick
 from nxm_export.errors import EngineError
@@ -30,17 +30,18 @@ _NUMPY = {
 class TensorRTEngine(Closing):
     """A deserialized engine on the first GPU. See `engines.base.Engine`.
 
-    Batches beyond the largest profile run in slices; sequences beyond it are refused. Device buffers grow and are kept.
+    `engine` are the bytes of `file`, as they were hashed. Batches beyond the largest profile run in slices; sequences beyond it are refused. Device buffers grow and are kept.
     """
 
     clock = "CUDA events"
 
-    def __init__(self, trt: Any, file: Path, rebuild: str) -> None:
+    def __init__(self, trt: Any, file: Path, engine: bytes, rebuild: str) -> None:
         self._trt, self.file, self._rebuild = trt, file, rebuild
+        self._spec = spec_of(file.parent)
         self._messages: list[str] = []
         self._device: Device | None = Device()
         self._runtime = trt.Runtime(_logger(trt, self._messages))
-        self._engine: Any = self._runtime.deserialize_cuda_engine(file.read_bytes())
+        self._engine: Any = self._runtime.deserialize_cuda_engine(engine)
         if self._engine is None:
             self._device.close()
             raise EngineError(
@@ -58,6 +59,7 @@ class TensorRTEngine(Closing):
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name, float32."""
         require_feeds(self, feeds)
+        require_within(self._spec, feeds)
         batch, sequence = next(iter(feeds.values())).shape
         largest = max((p.maximum[0] for p in self.profiles if p.minimum[1] <= sequence <= p.maximum[1]), default=batch)
         parts = [

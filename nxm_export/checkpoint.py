@@ -14,7 +14,10 @@ Everything here needs numpy and safetensors only; safetensors is imported when a
 
 from __future__ import annotations
 
-import json
+import contextlib
+import logging
+import shlex
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +25,16 @@ from typing import Any
 
 import numpy as np
 
-from nxm_export.errors import ArtifactError
-from nxm_export.families import Family, family_of
+from nxm_export.errors import ArtifactError, ExportError
+from nxm_export.families import Family, Task, family_of, task_of
 from nxm_export.plan import CompressionPlan, NMPattern
+from nxm_export.run_dir import read_json
 
 PLAN_FILE = "nxm_plan.json"
 SCALES_FILE = "nxm_scales.safetensors"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.ckpt", "pytorch_model.pt")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,17 @@ class Checkpoint:
 
     def input_scale(self, name: str) -> float:
         """Scale of the tensor that the linear layer of weight `name` reads."""
-        return float(self._scale(f"{name.removesuffix('.weight')}.input_scale"))
+        return self._activation_scale(name, "input_scale")
 
     def output_scale(self, name: str) -> float:
         """Scale of the tensor that the linear layer of weight `name` writes."""
-        return float(self._scale(f"{name.removesuffix('.weight')}.output_scale"))
+        return self._activation_scale(name, "output_scale")
+
+    def _activation_scale(self, name: str, kind: str) -> float:
+        scale = self._scale(f"{name.removesuffix('.weight')}.{kind}")
+        if scale.size != 1 or not np.isfinite(scale).all() or not (scale > 0).all():
+            raise ArtifactError(f"{self.path}: {name}: {kind} must be one positive number, got {scale}; compress again")
+        return float(scale.reshape(()))
 
     def _scale(self, key: str) -> np.ndarray:
         if key not in self.scales:
@@ -88,11 +98,22 @@ class Checkpoint:
                 raise ArtifactError(
                     f"{self.path}: {name} is planned in 16 bit and holds values that float16 cannot; compress again"
                 )
-            for bits, kind in ((spec.input_bits, "input_scale"), (spec.output_bits, "output_scale")):
-                if bits:
-                    scale = float(self._scale(f"{name.removesuffix('.weight')}.{kind}"))
-                    if not np.isfinite(scale) or scale <= 0:
-                        raise ArtifactError(f"{self.path}: {name}: {kind} must be positive, got {scale}")
+            if spec.input_bits:
+                self.input_scale(name)
+            if spec.output_bits:
+                self.output_scale(name)
+        self._require_shared_inputs()
+
+    def _require_shared_inputs(self) -> None:
+        """Query, key and value read one tensor, and it is quantized once."""
+        for block in self.family.blocks(self.config):
+            names = [f"{self.family.linear(block, role)}.weight" for role in ("query", "key", "value")]
+            scales = {name: self.input_scale(name) for name in names if self.plan.weights[name].input_bits}
+            if len(set(scales.values())) > 1:
+                raise ArtifactError(
+                    f"{self.path}: {', '.join(scales)} read the same tensor with different input scales "
+                    f"({', '.join(f'{scale:.6g}' for scale in scales.values())}); make them equal, or compress again"
+                )
 
     def _require_grid(self, name: str, weight: np.ndarray, qmax: int) -> None:
         scale = self.weight_scale(name)
@@ -120,7 +141,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise ArtifactError(
             f"{path} has no {PLAN_FILE}: it is a plain model, not a compressed checkpoint; run `nxm compress` on it first"
         )
-    plan = CompressionPlan.from_json(plan_file.read_text(encoding="utf-8"), source=str(plan_file))
+    plan = CompressionPlan.load(plan_file)
     plan.require_fits(family.model_type, family.weights(config))
     family.require_placement(plan)
     return Checkpoint(path, config, family, plan, _load(path / SCALES_FILE))
@@ -141,10 +162,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not (path / "config.json").is_file():
         raise ArtifactError(f"{path} has no config.json: not a Hugging Face model directory")
     require_safetensors(path)
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"{path / 'config.json'}: not JSON ({error})") from error
+    config = read_json(path / "config.json", "restore it from the model")
     if not isinstance(config, dict):
         raise ArtifactError(f"{path / 'config.json'}: not a JSON object")
     return config
@@ -154,28 +172,89 @@ def require_safetensors(path: Path) -> None:
     """Refuse a directory whose weights exist only as pickles: unpickling runs code of whoever wrote it."""
     if (path / WEIGHTS_FILE).is_file() or (path / INDEX_FILE).is_file():
         return
-    pickles = [name for name in PICKLES if (path / name).is_file()]
+    pickles = sorted(file for pattern in PICKLES for file in path.glob(pattern) if file.is_file())
     if pickles:
+        weights = [file for file in pickles if file.name.startswith("pytorch_model")] or pickles[:1]
+        files = ", ".join(repr(str(file)) for file in weights)
+        script = (
+            f"import torch, safetensors.torch as s; s.save_file({{k: v.clone() for f in [{files}] for k, v in "
+            f"torch.load(f, weights_only=True).items()}}, {str(path / WEIGHTS_FILE)!r}, {{'format': 'pt'}})"
+        )
         raise ArtifactError(
-            f"{path / pickles[0]} is a pickle, and loading a pickle runs code of whoever wrote it. If you trust it, convert it once: "
-            f"python -c \"import torch, safetensors.torch as s; s.save_file({{k: v.clone() for k, v in torch.load('{path / pickles[0]}', "
-            f"weights_only=True).items()}}, '{path / WEIGHTS_FILE}', {{'format': 'pt'}})\""
+            f"{pickles[0]} is a pickle, and loading a pickle runs code of whoever wrote it. If you trust it, convert it once: "
+            f"python -c {shlex.quote(script)}"
         )
     raise ArtifactError(f"{path} has no {WEIGHTS_FILE}: no weights to load")
 
 
 def read_tensor(path: Path, name: str) -> np.ndarray:
-    """One tensor of a (possibly sharded) safetensors model, as numpy."""
+    """One tensor of a (possibly sharded) safetensors model, as float32 numpy."""
     from safetensors import SafetensorError, safe_open
 
     file = _shard_of(path, name)
+    with contextlib.suppress(ImportError):
+        import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
     try:
         with safe_open(file, framework="numpy") as tensors:
-            return tensors.get_tensor(name)
-    except SafetensorError as error:
+            tensor: np.ndarray = tensors.get_tensor(name)
+    except (SafetensorError, OSError, TypeError) as error:  # TypeError: a dtype that numpy does not have
         raise ArtifactError(
             f"{file}: {name} cannot be read ({error}); the file is truncated or from another model"
         ) from error
+    return tensor.astype(np.float32, copy=False)
+
+
+def load_task_model(path: Path, task: Task, *, dtype: str = "float32") -> Any:
+    """The transformers model of a directory on the CPU, in eval mode, with the head of `task` and all of its weights.
+
+    Where a weight is missing, transformers would go on with random numbers; this raises `ArtifactError`, and
+    `ExportError` where the head is not that of `task`. Attention is the plain kind, whose arithmetic the plan describes.
+    """
+    config = read_config(path)
+    if task_of(config) != task.name:
+        raise ExportError(
+            f"{path}: its head is {task_of(config) or 'none of a supported kind'}, not {task.name}; fine-tune it for this task first"
+        )
+    import torch
+    import transformers
+
+    with _quiet_transformers():
+        try:
+            model, report = getattr(transformers, task.auto_class).from_pretrained(
+                path,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                dtype=getattr(torch, dtype),
+                attn_implementation="eager",
+                output_loading_info=True,
+            )
+        except Exception as error:  # transformers and safetensors raise many kinds for damaged or foreign files
+            raise ArtifactError(f"{path}: transformers cannot load it ({error})") from error
+    lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if lacking:
+        raise ArtifactError(
+            f"{path}: {len(lacking)} weights are missing or of another shape, such as {lacking[0]}; the file is truncated or from another model"
+        )
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars, load reports or warnings: what matters of them becomes an error."""
+    from transformers.utils import logging as transformers_logging
+
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _shard_of(path: Path, name: str) -> Path:
@@ -185,9 +264,12 @@ def _shard_of(path: Path, name: str) -> Path:
     if not index.is_file():
         raise ArtifactError(f"{path} has no {WEIGHTS_FILE}: no weights to load")
     try:
-        return path / json.loads(index.read_text(encoding="utf-8"))["weight_map"][name]
-    except (ValueError, KeyError) as error:
+        shard = str(read_json(index, "restore it from the model")["weight_map"][name])
+    except (KeyError, TypeError) as error:
         raise ArtifactError(f"{index}: {name} is not in the weight map") from error
+    if Path(shard).name != shard:
+        raise ArtifactError(f"{index}: the weight map points out of the directory ({shard})")
+    return path / shard
 
 
 def _load(file: Path) -> dict[str, np.ndarray]:
@@ -198,7 +280,7 @@ def _load(file: Path) -> dict[str, np.ndarray]:
         raise ArtifactError(f"{file} is missing: the checkpoint has a plan and no scales; compress again")
     try:
         return load_file(file)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, TypeError) as error:
         raise ArtifactError(f"{file}: cannot be read ({error}); the file is truncated or not safetensors") from error
 
 

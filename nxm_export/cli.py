@@ -6,20 +6,31 @@ says what to do, 2 wrong usage, 3 a gate failed. Heavy imports stand inside the 
 
 from __future__ import annotations
 
-import json as json_
+import math
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from nxm_export import __version__
 from nxm_export.errors import NxmError, PlanError
 from nxm_export.families import TASKS
 from nxm_export.plan import COUNTINGS, GRAPH_PLACEMENTS, PLACEMENTS, NMPattern, WeightSpec
-from nxm_export.terminal import print_search, print_summary, print_table, progress_bars
+from nxm_export.run_dir import json_text
+from nxm_export.terminal import (
+    print_estimate,
+    print_facts,
+    print_search,
+    print_summary,
+    print_table,
+    progress_bars,
+)
 
 
 class _Group(click.Group):
@@ -51,6 +62,23 @@ class _Group(click.Group):
 def main() -> None:
     """Compress BERT-family encoders to N:M sparsity and low-bit integers; export, build, prove and run them."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub client is imported, which is later
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what matters of its warnings is an error of ours
+
+
+class _Positive(click.ParamType):
+    """A finite number above 0."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number, or wrong usage."""
+        try:
+            number = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number", param, ctx)
+        if not (math.isfinite(number) and number > 0):
+            self.fail(f"{value} is not a positive number", param, ctx)
+        return number
 
 
 def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,12 +135,12 @@ _TRAINING_OPTIONS = _options(
         help="ADMM's constraint set.",
     ),
     click.option(
-        "--epochs", type=float, default=6.0, show_default=True, help="Epochs of compression, all phases together."
+        "--epochs", type=_Positive(), default=6.0, show_default=True, help="Epochs of compression, all phases together."
     ),
     click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of compression; wins over --epochs."),
     click.option(
         "--dense-epochs",
-        type=float,
+        type=_Positive(),
         default=3.0,
         show_default=True,
         help="Epochs of dense fine-tuning, where it is needed.",
@@ -122,8 +150,8 @@ _TRAINING_OPTIONS = _options(
         type=click.IntRange(min=1),
         help="Optimizer steps of dense fine-tuning; wins over --dense-epochs.",
     ),
-    click.option("--learning-rate", type=float, default=1e-4, show_default=True, help="Of compression."),
-    click.option("--dense-learning-rate", type=float, default=5e-5, show_default=True),
+    click.option("--learning-rate", type=_Positive(), default=1e-4, show_default=True, help="Of compression."),
+    click.option("--dense-learning-rate", type=_Positive(), default=5e-5, show_default=True),
     click.option(
         "--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Samples per optimizer step."
     ),
@@ -142,7 +170,7 @@ _TRAINING_OPTIONS = _options(
         show_default=True,
         help="Of training.",
     ),
-    click.option("--seed", type=int, default=0, show_default=True),
+    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads of training.  [default: all cores]"),
 )
 
@@ -157,39 +185,35 @@ _TRAINING_OPTIONS = _options(
 @click.option("--dry-run", is_flag=True, help="Say what would be done, how long it takes and how large it gets.")
 @_json_option
 def run(demo: bool, model: str | None, out: Path | None, dry_run: bool, json: bool, **options: Any) -> None:
-    """Compress, export, build, compare and time a model, into one run directory; up-to-date stages are skipped."""
+    """Compress, export, build, compare and time a model, into one run directory; up-to-date stages are skipped.
+
+    Exits with 3 when an engine differs from its checkpoint.
+    """
+    from nxm_export.pipeline import require_passed
     from nxm_export.pipeline import run as run_all
 
-    if demo:
+    given = {
+        name
+        for name, option in (("--model", model), ("--train", options["train"]), ("--dev", options["dev"]))
+        if option
+    }
+    if demo and given:
+        raise click.UsageError(f"--demo brings its own model and data; drop {', '.join(sorted(given))}")
+    missing = sorted({"--model", "--train", "--dev"} - given) + (["--out"] if out is None else [])
+    if not demo and missing:
+        raise click.UsageError(f"missing {', '.join(missing)} (or use --demo)")
+    with TemporaryDirectory() if demo and dry_run else nullcontext(None) as scratch:  # a dry run writes nothing
         out = out or Path("runs/demo")
-        request = _demo_request(out, options)
-    else:
-        missing = [
-            name
-            for name, value in (
-                ("--model", model),
-                ("--train", options["train"]),
-                ("--dev", options["dev"]),
-                ("--out", out),
-            )
-            if not value
-        ]
-        if missing:
-            raise click.UsageError(f"missing {', '.join(missing)} (or use --demo)")
-        request = _request(str(model), options)
-    assert out is not None
-    if dry_run:
-        from nxm_export.estimate import estimate
+        request = _demo_request(out, options, scratch) if demo else _request(str(model), options)
+        if dry_run:
+            from nxm_export.estimate import estimate
 
-        _print(
-            estimate(request),
-            json,
-            lambda result: print_table("what `nxm run` would do", ("stage", "estimate"), list(result.items())),
-        )
-        return
+            _print(estimate(request), json, print_estimate)
+            return
     with progress_bars(enabled=not json) as progress:
         summary = run_all(request, out, progress=progress)
     _print(summary, json, print_summary)
+    require_passed(summary)
 
 
 @main.command()
@@ -218,9 +242,10 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **option
 
     if not options["train"] or not options["dev"]:
         raise click.UsageError("missing --train or --dev")
+    request = _request(model, options)
     with progress_bars(enabled=not json) as progress:
-        metrics = compress_model(_request(model, options), out, plan_file=plan_file, progress=progress)
-    _print(metrics, json, lambda result: print_table(str(out), ("what", "value"), list(result.items())))
+        metrics = compress_model(request, out, plan_file=plan_file, progress=progress)
+    _print({**metrics, "path": str(out)}, json, lambda result: print_facts("compressed", result))
 
 
 @main.command()
@@ -336,7 +361,7 @@ def export(checkpoint: Path, out: Path, json: bool, **options: Any) -> None:
         "scale_rounding": done.scale_rounding,
         "verified": done.report.passed,
     }
-    _print(result, json, lambda facts: print_table("exported", ("what", "value"), list(facts.items())))
+    _print(result, json, lambda facts: print_facts("exported", facts))
 
 
 @main.command()
@@ -347,30 +372,32 @@ def verify(onnx: Path, pattern: str | None, json: bool) -> None:
     """Check any ONNX file by itself: N:M along K on the stored integers, scales, zero points, Q/DQ pairs. Exit 3 on problems."""
     from nxm_export.verify import verify as verify_graph
 
-    report = verify_graph(onnx, pattern=NMPattern.parse(pattern) if pattern else None)
+    report = verify_graph(onnx, pattern=_pattern(pattern) if pattern else None)
 
     def show_rows(_: Any) -> None:
-        columns = ("weight", "op", "K", "N", "stored", "scales", "zeros", "N:M found", "planned", "problems")
+        columns = ("weight", "op", "K x N", "stored", "scales", "zeros", "N:M", "planned")
         rows = [
             (
-                w.name,
-                w.op,
-                w.k,
-                w.n,
-                w.stored,
-                w.scale_axis,
-                f"{w.zeros:.1%}",
-                w.pattern or "dense",
-                w.planned,
-                "; ".join(w.problems),
+                weight.name.removesuffix(".weight"),
+                weight.op,
+                f"{weight.k}x{weight.n}",
+                weight.stored,
+                f"per {weight.scale_axis}" if weight.scale_axis else "none",
+                f"{weight.zeros:.1%}",
+                weight.pattern or "dense",
+                weight.planned or "",
             )
-            for w in report.weights
+            for weight in report.weights
         ]
         print_table(str(onnx), columns, rows)
-        for problem in report.problems:
+        found = [
+            f"{weight.name}: {problem}" for weight in report.weights for problem in weight.problems
+        ] + report.problems
+        for problem in found:
             click.echo(f"problem: {problem}")
         click.echo(
-            f"{len(report.weights)} weights, {report.quantize_nodes} Q and {report.dequantize_nodes} DQ nodes: {'ok' if report.passed else 'PROBLEMS'}"
+            f"{len(report.weights)} weights, {report.quantize_nodes} Q and {report.dequantize_nodes} DQ nodes: "
+            f"{f'{len(found)} problems' if found else 'no problem found'}"
         )
 
     _print(report.to_dict(), json, show_rows)
@@ -426,6 +453,8 @@ def build(source: Path, backend: str, out: Path, json: bool, **options: Any) -> 
     from engines.profiles import parse_profile
     from nxm_export.pipeline import build_engine
 
+    if options["threads"] and backend != "ort":
+        raise click.UsageError(f"--threads is for ort engines; {backend} has no use for it")
     if options["lengths"] and options["profiles"]:
         raise click.UsageError("--lengths and --profile are two ways to say the same; give one of them")
     cache = options["timing_cache"]
@@ -447,7 +476,7 @@ def build(source: Path, backend: str, out: Path, json: bool, **options: Any) -> 
             source, out, backend, settings, lengths=options["lengths"], profiles=options["max_profiles"], twins=options["twins"],
             export_options={"target": options["target"] or "trt", "lowering": options["lowering"]},
         )  # fmt: skip
-    _print(result, json, lambda facts: print_table(str(out), ("what", "value"), list(facts.items())))
+    _print({**result, "path": str(out)}, json, lambda facts: print_facts("built", facts))
 
 
 @main.command()
@@ -499,31 +528,30 @@ def compare(
     reports = compare_engines(checkpoint, engines, data, _columns(text, text_pair, label))
 
     def show_rows(_: Any) -> None:
-        columns = (
-            "engine",
-            "output",
-            "max |diff| (tolerated)",
-            "mean |diff| (tolerated)",
-            "equal argmax",
-            "metric: engine / checkpoint",
-            "verdict",
-        )
-        rows = [
-            (
-                report.engine,
-                output.output,
-                f"{output.max_abs:.4g} ({output.max_tolerance:.4g})",
-                f"{output.mean_abs:.4g} ({output.mean_tolerance:.4g})",
-                f"{output.agreement:.2%}",
-                f"{report.metric} {report.engine_value:.4f} / {report.reference_value:.4f}",
-                "pass" if output.passed else "FAIL",
-            )
-            for report in reports
-            for output in report.outputs
-        ]
-        print_table(f"parity on {reports[0].samples} samples", columns, rows)
-        for reason in dict.fromkeys(report.reason for report in reports):
-            click.echo(f"tolerance: {reason}")
+        for report in reports:
+            low, high = report.engine_interval
+            metric = f"{report.engine_value:.4f} ({low:.4f} to {high:.4f})"
+            for output in report.outputs:
+                rows = [
+                    ("largest |difference|", f"{output.max_abs:.4g}", f"at most {output.max_tolerance:.4g}"),
+                    ("mean |difference|", f"{output.mean_abs:.4g}", f"at most {output.mean_tolerance:.4g}"),
+                    ("equal samples", f"{output.quiet:.1%}", f"at least {output.quiet_required:.1%}"),
+                    ("cosine", f"{output.cosine:.8f}", ""),
+                    ("equal argmax", f"{output.agreement:.2%}", ""),
+                    ("classes changed beyond the tolerance", output.unexcused_flips, "none"),
+                    ("worst sample", output.worst_sample, ""),
+                    (
+                        f"{report.metric} of the engine, 95 % interval",
+                        metric,
+                        f"checkpoint {report.reference_value:.4f}",
+                    ),
+                    ("verdict", "pass" if output.passed else "FAIL", ""),
+                ]
+                title = (
+                    f"{report.engine}: {output.output} of {report.samples} samples against the checkpoint in PyTorch"
+                )
+                print_table(title, ("what", "found", "required"), rows)
+            click.echo(f"tolerance: {report.reason}")
 
     _print([report.to_dict() for report in reports], json, show_rows)
     for report in reports:
@@ -595,7 +623,7 @@ def doctor(file: Path | None, backend: str, trt_version: str, gpu: str, json: bo
     if file is None:
         from nxm_export.machine import report
 
-        _print(report(), json, lambda facts: print_table("this machine", ("what", "found"), list(facts.items())))
+        _print(report(), json, lambda facts: print_facts("this machine", facts))
         return
     from nxm_export.pipeline import doctor_file
 
@@ -615,7 +643,7 @@ def completion(shell: str) -> None:
 
 def _print(result: Any, json: bool, show_result: Callable[[Any], None]) -> None:
     if json:
-        click.echo(json_.dumps(result, indent=1, default=str))
+        click.echo(json_text(result), nl=False)
     else:
         show_result(result)
 
@@ -684,16 +712,25 @@ def _shape(text: str) -> tuple[int, int]:
     return int(batch), int(sequence)
 
 
+def _pattern(text: str) -> NMPattern:
+    try:
+        return NMPattern.parse(text)
+    except PlanError as error:
+        raise click.BadParameter(str(error), param_hint="--pattern") from error
+
+
 def _spec(pattern: str, bits: str) -> WeightSpec:
-    if bits != "none" and not bits.isdecimal():
-        raise click.BadParameter(f"{bits!r} is not a number of bits, nor 'none'", param_hint="--weight-bits")
+    if bits != "none" and not (bits.isascii() and bits.isdecimal() and 2 <= int(bits) <= 8):
+        raise click.BadParameter(
+            f"{bits!r} is neither a number of bits from 2 to 8 nor 'none'", param_hint="--weight-bits"
+        )
     found = WeightSpec(
-        None if pattern == "none" else NMPattern.parse(pattern),
+        None if pattern == "none" else _pattern(pattern),
         None if bits == "none" else int(bits),
         None if bits == "none" else 8,
     )
     if found.is_dense:
-        raise PlanError("--pattern none and --weight-bits none leave nothing to compress")
+        raise click.UsageError("--pattern none and --weight-bits none leave nothing to compress")
     return found
 
 
@@ -727,13 +764,23 @@ def _request(model: str, options: dict[str, Any], **changes: Any) -> Any:
     )
 
 
-def _demo_request(out: Path, options: dict[str, Any]) -> Any:
+def _demo_request(out: Path, options: dict[str, Any], scratch: str | None) -> Any:
+    """The demo's request; its data go into the run, or into `scratch`. Options that were given win over the demo's own."""
     from nxm_export import demo
     from nxm_export.run_dir import RunDir
 
-    model = demo.model_directory()
-    RunDir(out).stage("data", "data", demo.write_data)
-    settings = {**demo.STEPS, "max_length": demo.MAX_LENGTH, "dense_freeze_embeddings": True}
-    return _request(
-        str(model), options, train=str(out / "data" / "train.tsv"), dev=str(out / "data" / "dev.tsv"), settings=settings
-    )
+    model, data = demo.model_directory(), Path(scratch or out / "data")
+    if scratch:
+        demo.write_data(data)
+    else:
+        RunDir(out).stage("data", "data", demo.write_data)
+    context = click.get_current_context()
+    defaults = {**demo.STEPS, "max_length": demo.MAX_LENGTH}
+    same = {"steps": ("steps", "epochs"), "dense_steps": ("dense_steps", "dense_epochs"), "max_length": ("max_length",)}
+    chosen = {
+        name: value
+        for name, value in defaults.items()
+        if all(context.get_parameter_source(option) is not ParameterSource.COMMANDLINE for option in same[name])
+    }
+    settings = {**chosen, "dense_freeze_embeddings": True}
+    return _request(str(model), options, train=str(data / "train.tsv"), dev=str(data / "dev.tsv"), settings=settings)

@@ -1,7 +1,9 @@
 """Task data: local TSV, CSV, JSON-lines or Parquet files, or a GLUE task from the hub, to token batches.
 
 A file is read once into `Examples` (texts and labels, in file order), with every complaint naming the file and line.
-TSV is read as GLUE writes it: no quoting, a tab always separates. CSV follows the usual quoting rules.
+TSV is read as GLUE writes it: no quoting, a tab always separates. CSV follows the usual quoting rules. Files are UTF-8,
+with or without a byte order mark, with Unix or Windows line ends. A label counts without the spaces around it, and a
+whole number is the same class however it is written (1 and 1.0).
 """
 
 from __future__ import annotations
@@ -21,8 +23,19 @@ from nxm_export.errors import ArtifactError, DataError
 
 Features = Mapping[str, Any]  # token lists by input name, and "labels"
 
-TEXT_COLUMNS = ("sentence", "sentence1", "text", "question", "premise")
-PAIR_COLUMNS = ("sentence2", "text2", "hypothesis")
+# The usual columns of text and second text, in order of preference: GLUE's own, then what else is common.
+TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (
+    ("sentence1", "sentence2"),
+    ("question", "sentence"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("text1", "text2"),
+    ("text", "text2"),
+    ("sentence", "sentence2"),
+    ("sentence", None),
+    ("text", None),
+    ("sentence1", None),
+)
 LABEL_COLUMNS = ("label", "labels", "score")
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
 FORMATS = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
@@ -91,28 +104,18 @@ def load_raw(source: str, split: str, columns: Columns = Columns()) -> RawExampl
     if not rows:
         raise DataError(f"{path}: no examples in it; the file is empty or has only a header")
     names = list(rows[0][1])
-    text = _column(columns.text, TEXT_COLUMNS, names, path, "text") or ""
-    pair = _column(columns.pair, PAIR_COLUMNS, names, path, None)
-    label = _column(columns.label, LABEL_COLUMNS, names, path, "label") or ""
-    texts, pairs, labels, places = [], [], [], []
-    for place, row in rows:
-        for column in filter(None, (text, pair, label)):
-            if row.get(column) is None:
-                raise DataError(
-                    f"{place}: column {column!r} is missing in this row; every row needs {text!r} and {label!r}"
-                )
-        texts.append(str(row[text]))
-        pairs.append(str(row[pair]) if pair else "")
-        labels.append(str(row[label]))
-        places.append(place)
-    return RawExamples(texts, pairs if any(pairs) else None, labels, places, str(path))
+    text, pair = _text_columns(columns, names, path)
+    label = _label_column(columns.label, names, path)
+    texts = [_text(row, text, place) for place, row in rows]
+    pairs = [_text(row, pair, place) for place, row in rows] if pair else None
+    labels = [_label(row, label, place) for place, row in rows]
+    # GLUE's single-sentence files as some mirrors write them have an empty second column.
+    return RawExamples(texts, pairs if pairs and any(pairs) else None, labels, [place for place, _ in rows], str(path))
 
 
 def class_names(train: RawExamples) -> list[str]:
     """The class labels of a training file, sorted (numerically when all are integers); at least two."""
-    found = sorted(
-        set(train.labels), key=lambda label: (0, int(label), "") if label.lstrip("-").isdecimal() else (1, 0, label)
-    )
+    found = sorted(set(train.labels), key=lambda label: (0, int(label), label) if _is_integer(label) else (1, 0, label))
     if len(found) < 2:
         raise DataError(
             f"{train.source}: only one class, {found[0]!r}; a classifier needs at least two. Is --label the right column?"
@@ -169,8 +172,14 @@ def load_tokenizer(directory: Path) -> Any:
 def encode(tokenizer: Any, examples: Examples, max_length: int, inputs: Sequence[str]) -> list[Features]:
     """Token features per example, not padded: those of `inputs`, and ``labels``.
 
-    `tokenizer` is a `tokenizers.Tokenizer`: training and serving go through the same code.
+    `tokenizer` is a `tokenizers.Tokenizer`: training and serving go through the same code. Raises `DataError` when
+    `max_length` tokens have no room for text.
     """
+    special = tokenizer.num_special_tokens_to_add(examples.pairs is not None)
+    if max_length <= special:  # the tokenizer would then not truncate at all
+        raise DataError(
+            f"max length {max_length} leaves no room for text beside {special} special tokens; raise --max-length"
+        )
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
     rows: Any = examples.texts if examples.pairs is None else list(zip(examples.texts, examples.pairs, strict=True))
@@ -208,37 +217,63 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if suffix == ".parquet":
             yield from _parquet_rows(path)
             return
-        with path.open(encoding="utf-8", newline="") as stream:
+        # Lines end at \n, as editors count them; a \r before it belongs to the line end.
+        with path.open(encoding="utf-8-sig", newline="" if suffix == ".csv" else "\n") as stream:
             if suffix in (".jsonl", ".json"):
                 yield from _json_rows(path, stream)
             elif suffix == ".tsv":
-                yield from _table_rows(path, csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
+                yield from _table_rows(path, _tsv_lines(stream))
             elif suffix == ".csv":
-                yield from _table_rows(path, csv.reader(stream, strict=True))
+                yield from _table_rows(path, _csv_lines(path, stream))
             else:
                 raise DataError(f"{path}: unknown format {suffix or 'without suffix'}; use {', '.join(FORMATS)}")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte {error.start}); convert it, for example with iconv") from error
+        raise DataError(f"{_undecodable(path)}: not UTF-8; convert the file, for example with iconv") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _table_rows(path: Path, reader: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def _undecodable(path: Path) -> str:
+    """``file:line`` of the first line that is not UTF-8."""
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return f"{path}:{number}"
+    return str(path)
+
+
+def _tsv_lines(stream: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    for number, line in enumerate(stream, start=1):
+        yield number, line.rstrip("\r\n").split("\t") if line.rstrip("\r\n") else []
+
+
+def _csv_lines(path: Path, stream: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(stream, strict=True)
     try:
-        header = next(reader, None)
-        if not header:
-            raise DataError(f"{path}: empty file; the first line must name the columns")
-        header = [name.lstrip("\ufeff").strip() for name in header]
         for row in reader:
-            if not row:
-                continue
-            if len(row) != len(header):
-                raise DataError(
-                    f"{path}:{reader.line_num}: {len(row)} columns where the header has {len(header)} ({', '.join(header)})"
-                )
-            yield f"{path}:{reader.line_num}", dict(zip(header, row, strict=True))
+            yield reader.line_num, row
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: malformed line ({error})") from error
+
+
+def _table_rows(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    _, first = next(lines, (0, []))
+    header = [name.strip() for name in first]
+    if not any(header):
+        raise DataError(f"{path}: empty file, or an empty first line; the first line must name the columns")
+    twice = {name for name in header if header.count(name) > 1}
+    if twice:
+        raise DataError(f"{path}:1: column {min(twice)!r} is named twice; give every column a name of its own")
+    for number, row in lines:
+        if not row:
+            continue
+        if len(row) != len(header):
+            raise DataError(
+                f"{path}:{number}: {len(row)} columns where the header has {len(header)} ({', '.join(header)})"
+            )
+        yield f"{path}:{number}", dict(zip(header, row, strict=True))
 
 
 def _json_rows(path: Path, stream: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -247,7 +282,7 @@ def _json_rows(path: Path, stream: Iterable[str]) -> Iterator[tuple[str, dict[st
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: not JSON ({error}); one object a line") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number}: not a JSON object; one object a line")
@@ -269,19 +304,76 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path}: row {number}", row
 
 
-def _column(asked: str | None, usual: Sequence[str], names: list[str], path: Path, needed: str | None) -> str | None:
+def _text_columns(asked: Columns, names: list[str], path: Path) -> tuple[str, str | None]:
+    """The columns of text and second text: as asked, else the first usual ones that are all there."""
+    for column in filter(None, (asked.text, asked.pair)):
+        _require_column(column, names, path)
+    if asked.text:
+        usual = next((second for first, second in TEXT_COLUMNS if first == asked.text and second in names), None)
+        return asked.text, asked.pair or usual
+    for first, second in TEXT_COLUMNS:
+        if first in names and (second is None or second in names):
+            return first, asked.pair or second
+    usual_names = ", ".join(dict.fromkeys(first for first, _ in TEXT_COLUMNS))
+    raise DataError(
+        f"{path}: none of the usual text columns ({usual_names}) among {', '.join(names)}; name it with --text"
+    )
+
+
+def _label_column(asked: str | None, names: list[str], path: Path) -> str:
     if asked is not None:
-        if asked not in names:
-            raise DataError(f"{path}: no column {asked!r}; it has {', '.join(names)}")
+        _require_column(asked, names, path)
         return asked
-    for name in usual:
+    for name in LABEL_COLUMNS:
         if name in names:
             return name
-    if needed:
+    raise DataError(
+        f"{path}: none of the usual label columns ({', '.join(LABEL_COLUMNS)}) among {', '.join(names)}; name it with --label"
+    )
+
+
+def _require_column(name: str, names: list[str], path: Path) -> None:
+    if name not in names:
+        raise DataError(f"{path}: no column {name!r}; it has {', '.join(names)}")
+
+
+def _text(row: Mapping[str, Any], column: str, place: str) -> str:
+    value = _value(row, column, place)
+    if not isinstance(value, str):
+        raise DataError(f"{place}: column {column!r} holds {value!r}, which is no text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
         raise DataError(
-            f"{path}: none of the usual {needed} columns ({', '.join(usual)}) among {', '.join(names)}; name it with --{needed}"
-        )
-    return None
+            f"{place}: column {column!r} holds half a surrogate pair, which is no text; fix the row"
+        ) from error
+    return value
+
+
+def _label(row: Mapping[str, Any], column: str, place: str) -> str:
+    """The label as text; whole numbers without the point that some tools write."""
+    value = _value(row, column, place)
+    if not isinstance(value, (str, int, float)):
+        raise DataError(f"{place}: label {value!r} is neither a name nor a number")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value).strip()
+    if text.endswith(".0") and _is_integer(text[:-2]):
+        text = text[:-2]
+    if not text or text.lower() == "nan":
+        raise DataError(f"{place}: the label is missing ({value!r}); fix the row or remove it")
+    return text
+
+
+def _value(row: Mapping[str, Any], column: str, place: str) -> Any:
+    if row.get(column) is None:
+        raise DataError(f"{place}: column {column!r} is missing in this row; every row needs it")
+    return row[column]
+
+
+def _is_integer(text: str) -> bool:
+    digits = text.removeprefix("-")
+    return digits.isascii() and digits.isdecimal()
 
 
 def _glue_file(task: str, split: str) -> Path:

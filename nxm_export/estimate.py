@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nxm_export.data import load_raw
+from nxm_export.data import class_names, load_raw, with_scores
 from nxm_export.plan import COUNTINGS
 
 if TYPE_CHECKING:
@@ -17,11 +16,17 @@ if TYPE_CHECKING:
 # fake quantization, and a forward pass of the teacher.
 _COMPRESS_FACTOR = 1.9
 _WORDS_TO_TOKENS = 1.35  # of English under a BERT vocabulary
+_GRAPHS = 4  # exported, built and compared
+_SECONDS_PER_GRAPH = 12.0  # tracing, mostly
+_PASSES = 4  # over the held-out data for every compared engine: itself and the reference, which runs in float64
 
 
 def estimate(request: Request) -> dict[str, Any]:
-    """Steps, seconds and bytes by stage. Data is read and the plan made, so that their mistakes show here; nothing is
-    written. Seconds come from a matrix product timed on this machine and are good to a factor of two."""
+    """Samples, steps, seconds and bytes by stage; nothing is written.
+
+    Data is read and the plan made, so that their mistakes show here. Seconds come from a matrix product timed on this
+    machine and are good to a factor of two.
+    """
     from compressors.models import resolve
     from nxm_export.families import task_named
 
@@ -34,13 +39,22 @@ def estimate(request: Request) -> dict[str, Any]:
         residual=request.residual,
     )
     train, dev = load_raw(request.train, "train", request.columns), load_raw(request.dev, "dev", request.columns)
+    fits = source.head_fits(task_named(request.task))
+    if request.task == "regression":
+        with_scores(train), with_scores(dev)
+    elif not fits:
+        class_names(train)
     settings, count = request.settings, min(len(train.texts), request.train_limit or len(train.texts))
-    words = sum(len(text.split()) for text in train.texts[:2000]) / min(2000, len(train.texts))
+    texts = (
+        [" ".join(pair) for pair in zip(train.texts, train.pairs or train.texts, strict=True)]
+        if train.pairs
+        else train.texts
+    )
+    words = sum(len(text.split()) for text in texts[:2000]) / min(2000, len(texts))
     tokens = min(settings.max_length or 512, words * _WORDS_TO_TOKENS + 2)
     elements = sum(out * in_ for out, in_ in plan.shapes.values())
-    speed = _flops()
-    step = settings.batch_size * tokens * elements * 6 / speed
-    fits = source.head_fits(task_named(request.task))
+    flops_per_sample, speed = tokens * elements * 2, _flops()
+    step = settings.batch_size * flops_per_sample * 3 / speed  # forward once, backward twice
     dense_steps = 0 if fits else settings.dense_steps or round(settings.dense_epochs * count / settings.batch_size)
     steps = settings.steps or round(settings.epochs * count / settings.batch_size)
     weights = _weight_bytes(source.path)
@@ -48,15 +62,18 @@ def estimate(request: Request) -> dict[str, Any]:
         plan.shapes[name][0] * plan.shapes[name][1] * 3 for name, spec in plan.weights.items() if spec.weight_bits
     )
     return {
-        "training samples": count,
-        "held-out samples": len(dev.texts),
-        "plan": json.dumps(plan.pattern_counts),
-        "compression": ", ".join(f"{counting} {plan.compression(counting):.2%}" for counting in COUNTINGS),
-        "dense fine-tuning": f"{dense_steps} steps, about {_minutes(dense_steps * step)}",
-        "compression training": f"{steps} steps, about {_minutes(steps * step * _COMPRESS_FACTOR)}",
-        "export, build, compare, time": "about 1 to 3 minutes",
-        "dense model and checkpoint": f"{2 * weights / 1e6:.0f} MB",
-        "INT8 graph": f"about {(weights - saved) / 1e6:.0f} MB (FP32 {weights / 1e6:.0f} MB)",
+        "train_samples": count,
+        "dev_samples": len(dev.texts),
+        "plan": plan.pattern_counts,
+        "compression": {counting: plan.compression(counting) for counting in COUNTINGS},
+        "dense_steps": dense_steps,
+        "dense_seconds": round(dense_steps * step, 1),
+        "steps": steps,
+        "seconds": round(steps * step * _COMPRESS_FACTOR, 1),
+        "other_seconds": round(_GRAPHS * (_SECONDS_PER_GRAPH + _PASSES * len(dev.texts) * flops_per_sample / speed), 1),
+        "checkpoint_bytes": 2 * weights,
+        "fp32_onnx_bytes": weights,
+        "onnx_bytes": weights - saved,
     }
 
 
@@ -79,7 +96,3 @@ def _flops() -> float:
         products += 1
     # Small layers, attention, norms and the optimizer keep training at about a quarter of a large product's speed.
     return 0.25 * products * 2 * 768**3 / (time.perf_counter() - began)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.0f} seconds"

@@ -1,9 +1,9 @@
 """A checkpoint directory becomes ``model.onnx``: trace, restore meaning by name, put in the quantizers, tidy, verify.
 
-Targets (`TARGETS`): ``cpu`` is a float32 graph, ``trt`` a float16 (or bfloat16) one at opset 21 for strongly typed
-TensorRT (10 and later, and RTX), ``trt8`` a float32 one at opset 17 for the weakly typed TensorRT 8.6, whose parser takes
-weights in float with their own QuantizeLinear. All hold symmetric INT8 pairs with zero point 0. A directory without a plan
-gives the float graph: the baseline that a compressed engine is compared with.
+Targets (`TARGETS`): ``cpu`` is a float32 graph at opset 20, ``trt`` a float16 (or bfloat16) one at opset 21 for strongly
+typed TensorRT (10 and later, and RTX), ``trt8`` a float32 one at opset 17 for the weakly typed TensorRT 8.6, whose parser
+takes weights in float with their own QuantizeLinear. All hold symmetric INT8 pairs with zero point 0. A directory without a
+plan gives the float graph: the baseline that a compressed engine is compared with.
 
 The attention mask is one finite additive constant, made from the mask input inside the graph: -inf or the smallest float
 turns into NaN in half precision as soon as a row is all padding.
@@ -17,22 +17,23 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nxm_export.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint, read_config
+from nxm_export.checkpoint import PLAN_FILE, Checkpoint, load_task_model, open_checkpoint, read_config, read_tensor
 from nxm_export.errors import ExportError
-from nxm_export.families import ROLES, Family, Task, family_of, task_named
-from nxm_export.plan import CompressionPlan
-from nxm_export.run_dir import atomic_dir
+from nxm_export.families import ROLES, Family, Task, family_of, labels_of, task_named, task_of
+from nxm_export.plan import CompressionPlan, WeightSpec
+from nxm_export.run_dir import atomic_dir, json_text, require_replaceable
 from nxm_export.spec import TOKENIZER_FILE, IOSpec
 
 if TYPE_CHECKING:
     from nxm_export.lowering import Lowering
+    from nxm_export.verify import GraphReport
 
 MASKED = -1e4  # added to the attention scores of padding: finite in float16, and exp() of it is 0
 SOFTMAX_SCALE = 1.0 / 127.0
@@ -54,7 +55,9 @@ class Target:
 
 
 TARGETS = {
-    "cpu": Target("cpu", "float32", 21, "inputs"),
+    # At opset 21 ONNX Runtime 1.32 cannot load the plain file: it moves pairs through reshapes with output_dtype INT8, then
+    # makes their zero points UINT8. Below 20 there is no Gelu.
+    "cpu": Target("cpu", "float32", 20, "inputs"),
     "trt": Target("trt", "float16", 21, None),
     "trt8": Target("trt8", "float32", 17, None, stored="float"),
 }
@@ -68,7 +71,7 @@ class Exported:
     bytes: int
     nodes: int
     scale_rounding: float
-    report: Any  # nxm_export.verify.GraphReport
+    report: GraphReport
 
 
 def export(
@@ -89,28 +92,34 @@ def export(
     only drop quantizers that the plan trained, never add some. `lowering` is one of `LOWERINGS`. `islands` computes
     LayerNorm and softmax in another float dtype than the graph's. `max_length` (tokens) lowers the longest input that the
     graph is meant for; INT8 attention, where trained, is exported up to 512 tokens and runs in float above.
-    Raises `ExportError`, `ArtifactError`, `PlanError`.
+    Raises `ExportError`, `ArtifactError`, `PlanError`; a graph that breaks its plan is never written.
     """
     from nxm_export.lowering import Lowering
     from nxm_export.verify import verify
+    from nxm_export.weights import save_graph
 
     path, out = Path(checkpoint), Path(out)
+    require_replaceable(out)
     chosen = target_named(target)
     dtype = dtype or chosen.dtype
+    config = read_config(path)
+    family, kind = family_of(config, source=str(path)), task_named(task or _task_of(path, config))
     compressed = open_checkpoint(path) if (path / PLAN_FILE).is_file() else None
     if compressed is not None:
         compressed.require_valid()
-    config = read_config(path)
-    family, kind = family_of(config, source=str(path)), task_named(task or task_of(config))
     spec = _with_length(IOSpec.of(path, config, family, kind), max_length)
     plan = _placed(compressed.plan, chosen, placement, spec.max_length) if compressed else None
     _require_islands(islands, dtype, chosen)
+    if lowering != "matmul" and not plan:
+        raise ExportError(f"lowering {lowering} is for compressed checkpoints; {path} has no {PLAN_FILE}")
     model = _trace(path, kind, family, dtype, max(chosen.opset, 18))
+    matrices = family.weights(config)
+    _require_same_weights(model, path, matrices, dtype)
     rounding = 0.0
     if compressed and plan:
         rounding = _quantize(model, compressed, plan, family, dtype, Lowering(model.graph, lowering), chosen.stored)
-    elif lowering != "matmul":
-        raise ExportError(f"lowering {lowering} is for compressed checkpoints; {path} has no {PLAN_FILE}")
+    rewritten = [name for name in matrices if plan and not _is_plain(plan.weights[name], lowering)]
+    _name_float_weights(model, [name for name in matrices if name not in rewritten])
     _tidy(model)
     if islands:
         _float_islands(model, islands, dtype)
@@ -120,15 +129,16 @@ def export(
     facts = {"lowering": lowering, "islands": islands or dtype, "gelu": family.gelu(config) or "none"}
     model.metadata_props.update(_metadata(config, kind, chosen, dtype, plan, facts))
     with atomic_dir(out) as scratch:
-        _save(model, scratch / "model.onnx")
-        report = verify(scratch / "model.onnx", plan=plan)
-        (scratch / "verify.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+        save_graph(model, scratch / "model.onnx")
+        report = replace(verify(scratch / "model.onnx", plan=plan), file="model.onnx")
         report.require()
+        (scratch / "verify.json").write_text(json_text(report.to_dict()), encoding="utf-8")
         spec.save(scratch)
         if (path / TOKENIZER_FILE).is_file():
             shutil.copyfile(path / TOKENIZER_FILE, scratch / TOKENIZER_FILE)
     file = out / "model.onnx"
-    return Exported(file, file.stat().st_size, len(model.graph), rounding, report)
+    size = sum(part.stat().st_size for part in out.glob("model.onnx*"))
+    return Exported(file, size, len(model.graph), rounding, report)
 
 
 def _with_length(spec: IOSpec, max_length: int | None) -> IOSpec:
@@ -170,20 +180,17 @@ def target_named(name: str) -> Target:
     return TARGETS[name]
 
 
-def task_of(config: Mapping[str, Any]) -> str:
+def _task_of(path: Path, config: Mapping[str, Any]) -> str:
     """The task that a checkpoint's head serves, from its ``config.json``."""
-    architecture = (config.get("architectures") or [""])[0]
-    if architecture.endswith("ForSequenceClassification"):
-        return "regression" if len(config.get("id2label") or {0: "", 1: ""}) == 1 else "classification"
-    raise ExportError(
-        f"the checkpoint's head is {architecture or 'unknown'}; give --task, or fine-tune a supported head first"
-    )
+    task = task_of(config)
+    if task is None:
+        raise ExportError(f"{path}: it has no head of a supported kind; fine-tune it first (`nxm compress` does)")
+    return task
 
 
 def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> Any:
     """The float graph, not yet optimized, its initializers under the parameters' own names."""
     import torch
-    import transformers
 
     floats = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in floats:
@@ -203,10 +210,8 @@ def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> An
             outputs = self.model(**inputs)
             return tuple(outputs[name].float() for name in task.outputs)
 
+    model = load_task_model(path, task, dtype=dtype)
     with _silence():
-        model = getattr(transformers, task.auto_class).from_pretrained(
-            path, use_safetensors=True, trust_remote_code=False, dtype=floats[dtype], attn_implementation="eager"
-        )
         batch, sequence = (
             torch.export.Dim("batch"),
             torch.export.Dim("sequence", max=family.max_positions(model.config.to_dict())),
@@ -215,7 +220,7 @@ def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> An
             torch.ones(2, 7, dtype=torch.long) for _ in family.inputs
         )  # one object twice would be traced as one input
         program = torch.onnx.export(
-            Traced(model.eval()),
+            Traced(model),
             examples,
             input_names=list(family.inputs),
             output_names=list(task.outputs),
@@ -250,14 +255,15 @@ def _quantize(
 ) -> float:
     """Put the plan into the graph; returns the largest relative change of a scale by rounding to `dtype`."""
     from nxm_export.lowering import cancel_reshapes
-    from nxm_export.qdq import fold_weight_qdq, insert_activation_qdq, linears_of, name_float_weight, require_scale
+    from nxm_export.qdq import fold_weight_qdq, insert_activation_qdq, linears_of, require_scale
 
     rounding = 0.0
 
     def rounded(scale: np.ndarray | float, name: str) -> np.ndarray:
         nonlocal rounding
         exact = np.asarray(scale, np.float32)
-        result = exact.astype(_numpy_dtype(dtype))
+        with np.errstate(over="ignore"):  # an infinite scale is refused by name below
+            result = exact.astype(_numpy_dtype(dtype))
         require_scale(result, name)
         rounding = max(rounding, float((np.abs(result.astype(np.float32) - exact) / exact).max()))
         return result
@@ -265,7 +271,6 @@ def _quantize(
     pending_outputs = []
     for block in family.blocks(checkpoint.config):
         names = {role: f"{family.linear(block, role)}.weight" for role in ROLES}
-        _require_shared_scale(checkpoint, plan, names)
         if plan.residual == "int8":  # before the lowering: the residual reads the same pair
             for role in ("query", "key", "value", "ffn_up"):
                 if not plan.weights[names[role]].input_bits:
@@ -278,12 +283,10 @@ def _quantize(
         inputs: dict[int, Any] = {}  # one pair per tensor, however many layers read it
         for name in (name for name in names.values() if not plan.weights[name].is_dense):
             spec, path = plan.weights[name], name.removesuffix(".weight")
-            _require_same_weight(model.graph.initializers[name], checkpoint, name)
             for linear in linears_of(model.graph, name):
                 linear.product.name = path
                 linear = lower(linear, name)
                 if spec.weight_bits is None:
-                    name_float_weight(model.graph, linear, name)
                     continue
                 scale = rounded(checkpoint.weight_scale(name), name)
                 fold_weight_qdq(model.graph, linear, name, checkpoint.codes(name), scale, stored=stored)
@@ -301,19 +304,9 @@ def _quantize(
             model.graph, linear.output, rounded(checkpoint.output_scale(name), f"{path}.output"), f"{path}.output"
         )
     if plan.attention == "int8":
-        _quantize_probabilities(model.graph, rounded(SOFTMAX_SCALE, "softmax"))
+        _quantize_probabilities(model.graph, rounded(SOFTMAX_SCALE, "softmax"), len(family.blocks(checkpoint.config)))
     cancel_reshapes(model.graph)
     return rounding
-
-
-def _require_shared_scale(checkpoint: Checkpoint, plan: CompressionPlan, names: Mapping[str, str]) -> None:
-    """Query, key and value read one tensor through one pair, so they have one scale."""
-    readers = [names[role] for role in ("query", "key", "value") if plan.weights[names[role]].input_bits]
-    if len({checkpoint.input_scale(name) for name in readers}) > 1:
-        raise ExportError(
-            f"{', '.join(readers)} read the same tensor and have different input scales; give them one "
-            "(`nxm compress` does), since they share one quantizer"
-        )
 
 
 def _is_dequantized(value: Any) -> bool:
@@ -324,20 +317,43 @@ def _is_dequantized(value: Any) -> bool:
     return producer is not None and producer.op_type == "DequantizeLinear"
 
 
-def _quantize_probabilities(graph: Any, scale: np.ndarray) -> None:
+def _is_plain(spec: WeightSpec, lowering: str) -> bool:
+    """True for a weight that is in the graph as it was traced: neither quantized nor lowered."""
+    return spec.weight_bits is None and (spec.is_dense or lowering == "matmul")
+
+
+def _name_float_weights(model: Any, names: Iterable[str]) -> None:
+    """Give the matrices that stay in float, and their products, the checkpoint's names."""
+    from nxm_export.qdq import fold_float_weight, linears_of
+
+    for name in names:
+        for linear in linears_of(model.graph, name):
+            linear.product.name = name.removesuffix(".weight")
+        fold_float_weight(model.graph, name)
+
+
+def _quantize_probabilities(graph: Any, scale: np.ndarray, blocks: int) -> None:
     from nxm_export.qdq import insert_activation_qdq
 
-    for number, node in enumerate([node for node in graph if node.op_type == "Softmax"]):
+    nodes = [node for node in graph if node.op_type == "Softmax"]
+    if len(nodes) != blocks:
+        raise ExportError(
+            f"the exported graph has {len(nodes)} Softmax nodes for {blocks} encoder blocks; "
+            "this transformers version computes attention differently: export with float attention"
+        )
+    for number, node in enumerate(nodes):
         insert_activation_qdq(graph, node.outputs[0], scale, f"attention.{number}.probabilities")
 
 
-def _require_same_weight(initializer: Any, checkpoint: Checkpoint, name: str) -> None:
-    """The traced weight is the checkpoint's, bit for bit (in float32 graphs; half precision is rounded by the cast)."""
-    traced = initializer.const_value.numpy()
-    if traced.dtype == np.float32 and not np.array_equal(traced, checkpoint.weight(name)):
-        raise ExportError(
-            f"{name}: the traced graph holds other values than the checkpoint; this is a bug, please report it with the model"
-        )
+def _require_same_weights(model: Any, path: Path, names: Iterable[str], dtype: str) -> None:
+    """The traced weights are the checkpoint's, bit for bit, rounded to the dtype of the graph."""
+    for name in names:
+        traced = model.graph.initializers.get(name)
+        wanted = read_tensor(path, name).astype(_numpy_dtype(dtype))
+        if traced is not None and not np.array_equal(traced.const_value.numpy(), wanted):
+            raise ExportError(
+                f"{name}: the traced graph holds other values than the checkpoint; this is a bug, please report it with the model"
+            )
 
 
 def _tidy(model: Any) -> None:
@@ -427,7 +443,6 @@ def _metadata(
     plan: CompressionPlan | None,
     facts: Mapping[str, str],
 ) -> dict[str, str]:
-    labels = config.get("id2label") or {}
     facts = {
         **facts,
         "schema": "nxm-onnx/1",
@@ -436,19 +451,11 @@ def _metadata(
         "target": target.name,
         "dtype": dtype,
         "placement": plan.placement if plan else "float",
-        "labels": json.dumps([labels[key] for key in sorted(labels, key=int)]),
+        "labels": json.dumps(labels_of(config)),
     }
     if plan:
         facts["plan"] = plan.to_json()
     return {METADATA + key: value for key, value in facts.items()}
-
-
-def _save(model: Any, file: Path) -> None:
-    """One file where protobuf allows it (2 GB), else weights beside it."""
-    import onnx_ir as ir
-
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    ir.save(model, file, external_data=f"{file.name}.data" if size > 1_800_000_000 else None)
 
 
 def _numpy_dtype(dtype: str) -> np.dtype:
@@ -458,7 +465,7 @@ def _numpy_dtype(dtype: str) -> np.dtype:
 
 
 @contextlib.contextmanager
-def _silence() -> Any:
+def _silence() -> Iterator[None]:
     """The exporter prints and warns about things that are none of the user's business."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "transformers")]
     levels = [logger.level for logger in loggers]

@@ -45,11 +45,11 @@ class Family:
     attention_norm: str = (
         "attention.output.LayerNorm"  # what it writes is read by the FFN and by the residual around it
     )
-    reserved_positions: int = 0  # RoBERTa counts positions from padding_idx + 1
+    positions_after_padding: bool = False  # RoBERTa counts positions from pad_token_id + 1
 
     def blocks(self, config: Mapping[str, Any]) -> list[str]:
         """Module paths of the encoder blocks, first to last."""
-        return [f"{self.base}.{self.block.format(i=i)}" for i in range(int(config[self.layers_key]))]
+        return [f"{self.base}.{self.block.format(i=i)}" for i in range(size_of(config, self.layers_key))]
 
     def linear(self, block: str, role: str) -> str:
         """Module path of one linear layer of a block."""
@@ -57,7 +57,7 @@ class Family:
 
     def weights(self, config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
         """Every compressible parameter name with its shape (out, in), in the order in which the model runs them."""
-        hidden, wide = int(config[self.hidden_key]), int(config[self.intermediate_key])
+        hidden, wide = size_of(config, self.hidden_key), size_of(config, self.intermediate_key)
         shapes = {"ffn_up": (wide, hidden), "ffn_down": (hidden, wide)}
         return {
             f"{self.linear(block, role)}.weight": shapes.get(role, (hidden, hidden))
@@ -119,7 +119,7 @@ class Family:
                 raise PlanError(
                     f"{name}: no output quantizer belongs between this layer and GELU; drop its output_bits"
                 )
-            if plan.attention == "int8" and role in ("query", "key", "value") and not spec.output_bits:
+            if plan.attention == "int8" and role in OUTPUT_ROLES[:3] and not spec.output_bits:
                 raise PlanError(
                     f"{name}: attention int8 needs output_bits 8 on every query, key and value; this one has none. "
                     "Quantize it, or plan attention float"
@@ -134,11 +134,12 @@ class Family:
 
     def heads(self, config: Mapping[str, Any]) -> int:
         """Number of attention heads."""
-        return int(config[self.heads_key])
+        return size_of(config, self.heads_key)
 
     def max_positions(self, config: Mapping[str, Any]) -> int:
         """Longest sequence, in tokens, that the position embeddings allow."""
-        return int(config["max_position_embeddings"]) - self.reserved_positions
+        reserved = int(config.get("pad_token_id") or 0) + 1 if self.positions_after_padding else 0
+        return size_of(config, "max_position_embeddings") - reserved
 
 
 _BERT_LINEARS = {
@@ -163,7 +164,7 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family("bert", "bert", "encoder.layer.{i}", _BERT_LINEARS, _WITH_TYPES),
-        Family("roberta", "roberta", "encoder.layer.{i}", _BERT_LINEARS, _WITH_TYPES[:2], reserved_positions=2),
+        Family("roberta", "roberta", "encoder.layer.{i}", _BERT_LINEARS, _WITH_TYPES[:2], positions_after_padding=True),
         Family(
             "distilbert",
             "distilbert",
@@ -204,13 +205,44 @@ TASKS: dict[str, Task] = {
 def family_of(config: Mapping[str, Any], *, source: str = "config.json") -> Family:
     """The family of a ``config.json``; families that are not supported are refused with the list of those that are."""
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ArtifactError(
             f"{source}: model_type {model_type!r} is not supported; supported families: {', '.join(FAMILIES)}"
         )
     if config.get("is_decoder") or config.get("add_cross_attention"):
         raise ArtifactError(f"{source}: decoders are not supported; only encoders of: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
+
+
+def labels_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Class names of the head that a ``config.json`` describes, by index.
+
+    transformers leaves ``id2label`` out for two classes without names of their own. Raises `ArtifactError` when the field
+    is no map from 0, 1, 2, ... to names.
+    """
+    names = config.get("id2label")
+    if names is None:
+        return ("LABEL_0", "LABEL_1")
+    if not isinstance(names, Mapping) or {str(key) for key in names} != {str(i) for i in range(len(names))}:
+        raise ArtifactError(f"config.json: id2label must map 0, 1, 2, ... to class names, got {names!r}")
+    by_index = {str(key): str(name) for key, name in names.items()}
+    return tuple(by_index[str(i)] for i in range(len(by_index)))
+
+
+def task_of(config: Mapping[str, Any]) -> str | None:
+    """The task that the head in a ``config.json`` serves, or None when it has no head of a supported kind."""
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not str((architectures or [""])[0]).endswith("ForSequenceClassification"):
+        return None
+    return "regression" if len(labels_of(config)) == 1 else "classification"
+
+
+def size_of(config: Mapping[str, Any], key: str) -> int:
+    """A size in ``config.json``; `ArtifactError` when it is missing or no positive integer."""
+    value = config.get(key)
+    if type(value) is not int or value < 1:
+        raise ArtifactError(f"config.json: {key} must be a positive integer, got {value!r}; is the file complete?")
+    return value
 
 
 def task_named(name: str) -> Task:

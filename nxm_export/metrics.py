@@ -6,7 +6,7 @@ imported when a metric is computed. Intervals are percentile bootstraps over sam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -42,7 +42,7 @@ def pearson(logits: np.ndarray, labels: np.ndarray) -> float:
     from scipy.stats import pearsonr
 
     scores = logits.reshape(len(labels), -1)[:, 0]
-    return float(pearsonr(scores, labels).statistic) if np.ptp(scores) > 0 and np.ptp(labels) > 0 else 0.0
+    return 0.0 if _constant(scores) or _constant(labels) else float(pearsonr(scores, labels).statistic)
 
 
 def spearman(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -50,7 +50,11 @@ def spearman(logits: np.ndarray, labels: np.ndarray) -> float:
     from scipy.stats import spearmanr
 
     scores = logits.reshape(len(labels), -1)[:, 0]
-    return float(spearmanr(scores, labels).statistic) if np.ptp(scores) > 0 and np.ptp(labels) > 0 else 0.0
+    return 0.0 if _constant(scores) or _constant(labels) else float(spearmanr(scores, labels).statistic)
+
+
+def _constant(values: np.ndarray) -> bool:
+    return bool(np.ptp(values) == 0)  # not so with NaN, which then shows in the correlation
 
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
@@ -88,8 +92,10 @@ def paired_interval(
     )
 
 
-def _resamples(samples: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, samples, size=(RESAMPLES, samples))
+def _resamples(samples: int, seed: int) -> Iterator[np.ndarray]:
+    """Index arrays, one at a time: all of them together would take gigabytes for a large dev set."""
+    generator = np.random.default_rng(seed)
+    return (generator.integers(0, samples, size=samples) for _ in range(RESAMPLES))
 
 
 def _percentiles(values: list[float]) -> tuple[float, float]:

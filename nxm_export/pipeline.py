@@ -4,27 +4,29 @@
 
     RUN/dense  ->  RUN/checkpoint  ->  RUN/onnx/*  ->  RUN/engines/*  ->  RUN/compare/*, RUN/bench  ->  RUN/summary
 
-A stage whose inputs, options and outputs are unchanged is skipped (see `nxm_export.run_dir`).
+A stage whose inputs, options and outputs are unchanged is skipped (see `nxm_export.run_dir`). Every number of the summary is
+read back from the file of the stage that measured it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nxm_export.data import Columns
-from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable, PlanError
+from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable, ParityError, PlanError
 from nxm_export.families import task_named
-from nxm_export.plan import COUNTINGS, CompressionPlan, WeightSpec
-from nxm_export.run_dir import RunDir, atomic_dir, write_atomic
-from nxm_export.spec import TOKENIZER_FILE, load_spec
+from nxm_export.plan import COUNTINGS, CompressionPlan, WeightSpec, require_schema
+from nxm_export.run_dir import RunDir, atomic_dir, json_text, read_json, require_replaceable, write_atomic
+from nxm_export.spec import load_spec
 
 if TYPE_CHECKING:
     from compressors.settings import Settings
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 SHAPES = ((1, 32), (8, 64))  # (batch, sequence) that a run times
 ROUNDS = 20
+SUMMARY_SCHEMA = "nxm-summary/1"
 # graph directory -> (source, target, placement); the dense model's float graph is what INT8 is compared with
 _GRAPHS = {
     "dense": ("dense", "cpu", None),
@@ -40,13 +43,14 @@ _GRAPHS = {
     "cpu-outputs": ("checkpoint", "cpu", "inputs-outputs"),
     "trt": ("checkpoint", "trt", None),
 }
-# engine directory -> (graph, backend)
+# engine directory -> (graph, backend); {} is int8, or sparse where a plan leaves all weights in float
 _ENGINES = {
     "ort-cpu-fp32": ("dense", "ort"),
-    "ort-cpu-int8": ("cpu", "ort"),
-    "ort-cpu-int8-outputs": ("cpu-outputs", "ort"),
-    "trt_rtx-fp16-int8": ("trt", "trt_rtx"),
+    "ort-cpu-{}": ("cpu", "ort"),
+    "ort-cpu-{}-outputs": ("cpu-outputs", "ort"),
+    "trt_rtx-fp16-{}": ("trt", "trt_rtx"),
 }
+_NEEDED = ("torch", "transformers", "accelerate", "sklearn", "scipy", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -68,26 +72,34 @@ class Request:
 
 
 def run(request: Request, out: str | Path, *, progress: Progress = lambda what, done, total: None) -> dict[str, Any]:
-    """Run all stages into the run directory `out` and return the summary (also in ``summary/summary.json``)."""
+    """Run all stages into the run directory `out` and return the summary (also in ``summary/summary.json``).
+
+    What failed on the way (an engine that differs from its checkpoint, one that cannot be built) is in the summary;
+    `require_passed` raises for it.
+    """
+    lacking = [name for name in _NEEDED if find_spec(name) is None]
+    if lacking:  # said before hours of training, not after
+        raise EngineUnavailable(f"`nxm run` needs {', '.join(lacking)}; pip install 'nxm-export[all]'")
     from compressors.models import resolve
 
     directory = RunDir(out)
-    source = resolve(request.model, request.revision)
-    plan = _uniform_plan(request, source)
-    _train(directory, request, plan, source.path, progress)
-    graphs = _export(directory, request, plan, progress)
-    engines, missing = _build(directory, graphs, progress)
-    features = _features(directory.path("onnx", "cpu"), request.dev, request.columns)
-    _compare(directory, engines, features, missing, progress)
-    _bench(directory, engines, progress)
-    summary = _summary(directory, plan, engines, missing)
-    directory.stage(
-        "summary",
-        "summary",
-        lambda scratch: (scratch / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8"),
-        options=summary,
-    )
-    return read_summary(out)
+    with directory.lock():
+        source = resolve(request.model, request.revision)
+        plan = _uniform_plan(request, source)
+        _train(directory, request, plan, source.path, progress)
+        graphs = _export(directory, request, plan, progress)
+        engines, missing, failed = _build(directory, graphs, plan, progress)
+        features = _features(directory.path("onnx", "cpu"), request.dev, request.columns)
+        _compare(directory, engines, features, missing, progress)
+        _bench(directory, engines, progress)
+        summary = _summary(directory, plan, graphs, engines, missing, failed)
+        directory.stage(
+            "summary",
+            "summary",
+            lambda scratch: (scratch / "summary.json").write_text(json_text(summary), encoding="utf-8"),
+            options=summary,
+        )
+    return _at(summary, directory.root)
 
 
 def _uniform_plan(request: Request, source: Any) -> CompressionPlan:
@@ -103,40 +115,63 @@ def _uniform_plan(request: Request, source: Any) -> CompressionPlan:
 
 def read_summary(root: str | Path) -> dict[str, Any]:
     """The summary of a finished run; raises `ArtifactError` for a directory that is no run or not finished."""
-    file = RunDir.open(root).path("summary", "summary.json")
+    directory = RunDir.open(root)
+    file = directory.path("summary", "summary.json")
     if not file.is_file():
         raise ArtifactError(f"{root}: this run has no summary yet; run the same `nxm run` again to finish it")
-    return dict(json.loads(file.read_text(encoding="utf-8")))
+    summary = read_json(file, "run the same `nxm run` again")
+    require_schema(summary, SUMMARY_SCHEMA, str(file), ArtifactError)
+    return _at(summary, directory.root)
+
+
+def require_passed(summary: Mapping[str, Any]) -> None:
+    """Raise `ParityError` for an engine that differs from its checkpoint, `EngineError` for one that could not be built."""
+    differing = [name for name, report in summary["parity"].items() if not report["passed"]]
+    if differing:
+        raise ParityError(
+            f"parity failed for {', '.join(differing)}: see {summary['artifacts'][f'parity {differing[0]}']}"
+        )
+    for name, why in summary["failed"].items():
+        raise EngineError(f"{name} could not be built: {why}")
+
+
+def _at(summary: dict[str, Any], root: Path) -> dict[str, Any]:
+    """The summary with its artifacts' paths, which are stored relative to the run, from where the run lies now."""
+    return {**summary, "artifacts": {name: str(root / path) for name, path in summary["artifacts"].items()}}
 
 
 def compress_model(
     request: Request,
     out: str | Path,
     *,
-    plan_file: Path | None = None,
+    plan_file: str | Path | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Fine-tune where the model has no head for the task, then compress it to the checkpoint directory `out`."""
-    from compressors.compress import compress, finetune
+    """Fine-tune where the model has no head for the task, then compress it to the checkpoint directory `out`.
+
+    The dense model is kept in the run directory ``<out>-dense``, and is made again when anything that it depends on changed.
+    """
+    out = Path(out)
+    require_replaceable(out)
+    from compressors.compress import compress
     from compressors.models import resolve
 
     source, out = resolve(request.model, request.revision), Path(out)
     if plan_file is not None:
-        if not plan_file.is_file():
-            raise ArtifactError(f"{plan_file}: no such plan file")
-        plan = CompressionPlan.from_json(plan_file.read_text(encoding="utf-8"), source=str(plan_file))
+        plan = CompressionPlan.load(plan_file)
+        plan.require_fits(source.family.model_type, source.family.weights(source.config))
     else:
         plan = _uniform_plan(request, source)
-    common: dict[str, Any] = {
-        "task": request.task, "train": request.train, "dev": request.dev, "columns": request.columns, "train_limit": request.train_limit,
-        "progress": progress,
-    }  # fmt: skip
-    model, dense = source.path, out.with_name(f"{out.name}-dense")
+    model = source.path
     if not source.head_fits(task_named(request.task)):
-        if not (dense / "metrics.json").is_file():
-            finetune(source.path, out=dense, settings=request.settings, **common)
-        model = dense
-    return compress(model, plan=plan, out=out, settings=request.settings, **common)
+        directory = RunDir(out.with_name(f"{out.name}-dense"))
+        with directory.lock():
+            _finetune(directory, request, source.path, progress)
+        model = directory.path("dense")
+        request = replace(
+            request, settings=replace(request.settings, max_length=None)
+        )  # the dense model keeps its length
+    return compress(model, plan=plan, out=out, settings=request.settings, **_data_options(request, progress))
 
 
 def search_plan(
@@ -280,7 +315,7 @@ def inspect_path(
 
     model = load_graph(path)
     counts: dict[str, int] = {}
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
     metadata = {key: value for key, value in model.metadata_props.items() if key != "nxm.plan"}
     return {
@@ -376,13 +411,16 @@ def bench_engines(
 
     given = [Path(path) for path in engines]
     paths = [part for path in given for part in (twin_directories(path) if is_twins(path) else [path])]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise EngineError("the same engine is given twice; copy its directory to time it against itself")
+    named = len({path.resolve().name for path in paths}) == len(paths)
     passports = {path: load_passport(path) for path in paths}
     unmeasured: dict[str, str] = {}
     with ExitStack() as stack:
         loaded = {}
         names = {}
         for path in paths:
-            name = path.name if len({other.name for other in paths}) == len(paths) else str(path)
+            name = path.resolve().name if named else str(path)
             runtime = backend(passports[path].backend)
             options = {"threads": threads} if threads and runtime.NAME == "ort" else {}
             try:
@@ -403,44 +441,79 @@ def bench_engines(
 
 
 def _vocabulary(engines: Sequence[Path]) -> int:
-    """Token ids below this exist in every engine; 1000 is enough to time one, and few models have less."""
-    from nxm_export.data import load_tokenizer
+    """Token ids below this exist in every engine."""
+    from engines.base import spec_of
+    from engines.bench import VOCABULARY
 
-    known = [load_tokenizer(path).get_vocab_size() for path in engines if (path / TOKENIZER_FILE).is_file()]
-    return min([1000, *known])
+    specs = [spec_of(path) for path in engines]
+    return min([VOCABULARY, *(spec.limits["input_ids"] for spec in specs if spec and "input_ids" in spec.limits)])
 
 
 def _train(directory: RunDir, request: Request, plan: CompressionPlan, model: Path, progress: Progress) -> None:
     """Dense fine-tuning and compression. What they have done lies in ``work/`` until they are complete."""
-    from compressors.compress import compress, finetune
+    from compressors.compress import compress
 
-    data = {"train": Path(request.train), "dev": Path(request.dev)}
-    data = {label: path for label, path in data.items() if path.is_file()}  # a GLUE name is no file
-    common: dict[str, Any] = {
-        "task": request.task, "train": request.train, "dev": request.dev, "columns": request.columns, "train_limit": request.train_limit,
-        "progress": progress,
-    }  # fmt: skip
-    dense_settings, settings = (
-        request.settings,
-        replace(request.settings, max_length=None),
-    )  # the dense model keeps its length
-    directory.stage(
-        "dense",
-        "dense",
-        lambda scratch: _into(scratch, finetune, request.model, settings=dense_settings, revision=request.revision, work_dir=directory.path("work", "dense"), **common),
-        inputs={"model": model, **data},
-        options={"task": request.task, "settings": _dense_options(dense_settings), "train_limit": request.train_limit, "columns": asdict(request.columns)},
-        seed=request.settings.seed,
-    )  # fmt: skip
+    _finetune(directory, request, model, progress)
+    settings = replace(request.settings, max_length=None)  # the dense model keeps its length
+    files, names = _data(request)
     directory.stage(
         "compress",
         "checkpoint",
-        lambda scratch: _into(scratch, compress, directory.path("dense"), plan=plan, settings=settings, work_dir=directory.path("work", "compress"), **common),
-        inputs={"dense": directory.path("dense"), **data},
-        options={"plan": json.loads(plan.to_json()), "settings": asdict(settings), "train_limit": request.train_limit, "columns": asdict(request.columns)},
+        lambda scratch: _into(
+            scratch,
+            compress,
+            directory.path("dense"),
+            plan=plan,
+            settings=settings,
+            work_dir=directory.path("work", "compress"),
+            **_data_options(request, progress),
+        ),
+        inputs={"dense": directory.path("dense"), **files},
+        options={**names, "plan": json.loads(plan.to_json()), "settings": asdict(settings)},
         seed=request.settings.seed,
-    )  # fmt: skip
+    )
     shutil.rmtree(directory.path("work"), ignore_errors=True)
+
+
+def _finetune(directory: RunDir, request: Request, model: Path, progress: Progress) -> None:
+    from compressors.compress import finetune
+
+    files, names = _data(request)
+    directory.stage(
+        "dense",
+        "dense",
+        lambda scratch: _into(
+            scratch,
+            finetune,
+            request.model,
+            settings=request.settings,
+            revision=request.revision,
+            work_dir=directory.path("work", "dense"),
+            **_data_options(request, progress),
+        ),
+        inputs={"model": model, **files},
+        options={**names, "task": request.task, "settings": _dense_options(request.settings)},
+        seed=request.settings.seed,
+    )
+
+
+def _data(request: Request) -> tuple[dict[str, Path], dict[str, Any]]:
+    """What the data of a stage is: files, which are hashed, and options, among them the names of data that is no file."""
+    sources = {"train": request.train, "dev": request.dev}
+    files = {label: Path(source) for label, source in sources.items() if Path(source).is_file()}
+    names = {label: source for label, source in sources.items() if label not in files}
+    return files, {**names, "train_limit": request.train_limit, "columns": asdict(request.columns)}
+
+
+def _data_options(request: Request, progress: Progress) -> dict[str, Any]:
+    return {
+        "task": request.task,
+        "train": request.train,
+        "dev": request.dev,
+        "columns": request.columns,
+        "train_limit": request.train_limit,
+        "progress": progress,
+    }
 
 
 def _dense_options(settings: Settings) -> dict[str, Any]:
@@ -488,14 +561,20 @@ def _export(directory: RunDir, request: Request, plan: CompressionPlan, progress
     return made
 
 
-def _build(directory: RunDir, graphs: Sequence[str], progress: Progress) -> tuple[list[str], dict[str, str]]:
-    """Engine directories made, and for those that cannot be made here, why."""
+def _build(
+    directory: RunDir, graphs: Sequence[str], plan: CompressionPlan, progress: Progress
+) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """The graph of every engine directory made; for those that cannot be made here, why; for those that failed, why."""
     from engines.base import backend
 
-    made, missing = [], {}
-    for number, (name, (graph, runtime)) in enumerate(_ENGINES.items()):
+    kind = _kind(plan)
+    made: dict[str, str] = {}
+    missing: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    for number, (template, (graph, runtime)) in enumerate(_ENGINES.items()):
         if graph not in graphs:
             continue
+        name = template.format(kind)
         progress("build", number, len(_ENGINES))
         onnx = directory.path("onnx", graph, "model.onnx")
         try:
@@ -506,11 +585,19 @@ def _build(directory: RunDir, graphs: Sequence[str], progress: Progress) -> tupl
                 inputs={"onnx": directory.path("onnx", graph)},
                 options={"backend": runtime},
             )
-            made.append(name)
+            made[name] = graph
         except EngineUnavailable as error:
             missing[name] = str(error)
+        except EngineError as error:
+            if runtime == "ort":  # without which there is nothing to show
+                raise
+            failed[name] = str(error)
     progress("build", len(_ENGINES), len(_ENGINES))
-    return made, missing
+    return made, missing, failed
+
+
+def _kind(plan: CompressionPlan) -> str:
+    return "int8" if any(spec.weight_bits for spec in plan.weights.values()) else "sparse"
 
 
 def _features(directory: Path, data: str, columns: Columns) -> list[Any]:
@@ -528,13 +615,13 @@ def _features(directory: Path, data: str, columns: Columns) -> list[Any]:
 
 
 def _compare(
-    directory: RunDir, engines: Sequence[str], features: list[Any], missing: dict[str, str], progress: Progress
+    directory: RunDir, engines: Mapping[str, str], features: list[Any], missing: dict[str, str], progress: Progress
 ) -> None:
     from engines.parity import OUTPUTS_FILE, PARITY_FILE, compare
 
-    for number, name in enumerate(engines):
+    samples = hashlib.sha256(json.dumps(features).encode()).hexdigest()
+    for number, (name, graph) in enumerate(engines.items()):
         progress("compare", number, len(engines))
-        graph, _ = _ENGINES[name]
         source, engine = _GRAPHS[graph][0], directory.path("engines", name)
 
         def work(scratch: Path, source: str = source, engine: Path = engine) -> None:
@@ -548,30 +635,26 @@ def _compare(
                 f"compare/{name}",
                 work,
                 inputs={source: directory.path(source), "passport": engine / "passport.json"},
-                options={"samples": len(features)},
+                options={"samples": samples},
             )
         except EngineUnavailable as error:
             missing[name] = f"built, not run: {error}"
     progress("compare", len(engines), len(engines))
 
 
-def _bench(directory: RunDir, engines: Sequence[str], progress: Progress) -> None:
-    names = [name for name in engines if _ENGINES[name][1] == "ort"]
+def _bench(directory: RunDir, engines: Mapping[str, str], progress: Progress) -> None:
+    from engines.base import module_command
+
+    names = [name for name in engines if name.startswith("ort-")]
     limit = load_spec(directory.path("onnx", "cpu")).max_length
     shapes = list(dict.fromkeys((batch, min(sequence, limit)) for batch, sequence in SHAPES))
 
     def work(scratch: Path) -> None:
         progress("bench", 0, 1)
         # In a process of its own: the thread pool that training left behind would slow the engines down.
-        command = [
-            sys.executable,
-            "-m",
-            "nxm_export",
-            "bench",
-            *(str(directory.path("engines", name)) for name in names),
-        ]
-        command += [f"--shape={batch}x{sequence}" for batch, sequence in shapes] + [f"--rounds={ROUNDS}", "--json"]
-        child = subprocess.run(command, capture_output=True, text=True, check=False)
+        arguments = ["bench", *(str(directory.path("engines", name)) for name in names), f"--rounds={ROUNDS}", "--json"]
+        arguments += [f"--shape={batch}x{sequence}" for batch, sequence in shapes]
+        child = subprocess.run(module_command("nxm_export", *arguments), capture_output=True, text=True, check=False)
         if child.returncode:
             raise EngineError(f"timing the engines failed: {child.stderr.strip()}")
         (scratch / "latency.json").write_text(child.stdout, encoding="utf-8")
@@ -582,30 +665,42 @@ def _bench(directory: RunDir, engines: Sequence[str], progress: Progress) -> Non
 
 
 def _summary(
-    directory: RunDir, plan: CompressionPlan, engines: Sequence[str], missing: dict[str, str]
+    directory: RunDir,
+    plan: CompressionPlan,
+    graphs: Sequence[str],
+    engines: Mapping[str, str],
+    missing: Mapping[str, str],
+    failed: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The numbers of the run, every one read back from the file that a stage wrote."""
+    """The numbers of the run, every one read back from the file that a stage wrote; paths are relative to the run."""
     import numpy as np
 
     from nxm_export.metrics import paired_interval
 
     def read(*parts: str) -> dict[str, Any]:
-        return dict(json.loads(directory.path(*parts).read_text(encoding="utf-8")))
+        return dict(read_json(directory.path(*parts), "run the same `nxm run` again"))
 
-    dense, compressed = read("dense", "metrics.json"), read("checkpoint", "metrics.json")
-    reports = {name: read("compare", name, "parity.json") for name in engines if name not in missing}
-    outputs = {
-        name: np.load(directory.path("compare", name, "outputs.npz")) for name in ("ort-cpu-fp32", "ort-cpu-int8")
-    }
-    labels = outputs["ort-cpu-int8"]["labels"]
-    logits = [outputs[name]["logits"] for name in ("ort-cpu-int8", "ort-cpu-fp32")]
-    rtx = directory.path("engines", "trt_rtx-fp16-int8", "passport.json")
+    dense, compressed, latency = (
+        read("dense", "metrics.json"),
+        read("checkpoint", "metrics.json"),
+        read("bench", "latency.json"),
+    )
+    compared = [name for name in engines if name not in missing]
+    reports = {name: read("compare", name, "parity.json") for name in compared}
+    main, reference = f"ort-cpu-{_kind(plan)}", "ort-cpu-fp32"
+    outputs = {name: np.load(directory.path("compare", name, "outputs.npz")) for name in (main, reference)}
+    labels = outputs[main]["labels"]
+    first = reports[main]["outputs"][0]["output"]
+    rtx = next((name for name in engines if name.startswith("trt_rtx")), None)
     return {
+        "schema": SUMMARY_SCHEMA,
         "metric": dense["metric"],
         "dev_samples": dense["dev_samples"],
         "dense": dense["value"],
-        "compressed": reports["ort-cpu-int8"]["engine_value"],
-        "difference_interval": paired_interval(dense["metric"], logits[0], logits[1], labels),
+        "compressed": reports[main]["engine_value"],
+        "difference_interval": paired_interval(
+            dense["metric"], outputs[main][first], outputs[reference][first], labels
+        ),
         "checkpoint": compressed["value"],
         "compression": {counting: plan.compression(counting) for counting in COUNTINGS},
         "plan": plan.pattern_counts,
@@ -624,27 +719,22 @@ def _summary(
                 "seq": timing["sequence"],
                 "median": timing["median"],
             }
-            for timing in read("bench", "latency.json")["timings"]
+            for timing in latency["timings"]
         },
-        "speedup": read("bench", "latency.json")["ratios"],
-        "onnx_bytes": {
-            name: directory.path("onnx", name, "model.onnx").stat().st_size
-            for name in _GRAPHS
-            if directory.path("onnx", name).is_dir()
-        },
-        "trt_rtx": json.loads(rtx.read_text(encoding="utf-8"))["options"] if rtx.is_file() else None,
-        "missing": missing,
+        "speedup": latency["ratios"],
+        "onnx_bytes": {name: directory.path("onnx", name, "model.onnx").stat().st_size for name in graphs},
+        "trt_rtx": read("engines", rtx, "passport.json")["options"] if rtx else None,
+        "missing": dict(missing),
+        "failed": dict(failed),
         "training": {
             key: compressed.get(key)
             for key in ("recipe", "admm_steps", "qat_steps", "residual", "residual_gate_passed", "mask_hash")
         },
         "artifacts": {
-            "checkpoint": str(directory.path("checkpoint")),
-            **{
-                f"onnx {name}": str(directory.path("onnx", name, "model.onnx"))
-                for name in _GRAPHS
-                if directory.path("onnx", name).is_dir()
-            },
-            **{f"engine {name}": str(directory.path("engines", name)) for name in engines},
+            "dense": "dense",
+            "checkpoint": "checkpoint",
+            **{f"onnx {name}": f"onnx/{name}/model.onnx" for name in graphs},
+            **{f"engine {name}": f"engines/{name}" for name in engines},
+            **{f"parity {name}": f"compare/{name}/parity.json" for name in compared},
         },
     }

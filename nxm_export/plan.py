@@ -10,7 +10,8 @@ Counting (``COUNTINGS``), in bits for a matrix of ``n`` weights and ``o`` output
 ``packed``  kept values, ``ceil(log2 C(M, N))`` bits per group for their positions, and one 32-bit scale per output
             channel of a quantized matrix: what ``nxm pack`` writes.
 ``hw``      what a sparse tensor core reads: 2:4 storage with 2 bits per kept value, for 2:4 and the patterns that imply
-            it, plus the scales. Other patterns are dense to the hardware and cost ``n * b``.
+            it, plus the scales. Other patterns are dense to the hardware and cost ``n * b``. Rows are padded to whole
+            groups of 4, which costs something only where K is not divisible by 4.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from nxm_export.errors import PlanError
@@ -45,7 +47,7 @@ class NMPattern:
     m: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.n < self.m:
+        if type(self.n) is not int or type(self.m) is not int or not 0 < self.n < self.m:
             raise PlanError(f"N:M pattern needs 0 < N < M, got {self}; leave `pattern` out for a dense weight")
 
     def __str__(self) -> str:
@@ -55,7 +57,7 @@ class NMPattern:
     def parse(cls, text: str) -> NMPattern:
         """``"2:4"`` -> ``NMPattern(2, 4)``; anything else is a `PlanError`."""
         n, separator, m = text.partition(":")
-        if not separator or not n.isdecimal() or not m.isdecimal():
+        if not separator or not (n.isascii() and n.isdecimal() and m.isascii() and m.isdecimal()):
             raise PlanError(f"not an N:M pattern: {text!r}; write N kept of every M, as in 2:4")
         return cls(int(n), int(m))
 
@@ -67,7 +69,7 @@ class NMPattern:
     @property
     def index_bits(self) -> int:
         """Bits that name one group's support: ``ceil(log2 C(M, N))``; 3 for 2:4."""
-        return math.ceil(math.log2(math.comb(self.m, self.n)))
+        return (math.comb(self.m, self.n) - 1).bit_length()  # in integers: log2 rounds for wide groups
 
     @property
     def implies_2_4(self) -> bool:
@@ -96,13 +98,14 @@ class WeightSpec:
     output_bits: int | None = None
 
     def __post_init__(self) -> None:
-        if self.weight_bits is not None and not 2 <= self.weight_bits <= 8:
+        if self.weight_bits is not None and (type(self.weight_bits) is not int or not 2 <= self.weight_bits <= 8):
             raise PlanError(
-                f"weight_bits must be 2 to 8, or left out for an unquantized weight; got {self.weight_bits}"
+                f"weight_bits must be 2 to 8, or left out for an unquantized weight; got {self.weight_bits!r}"
             )
         for field in ("input_bits", "output_bits"):
-            if getattr(self, field) not in (None, 8):
-                raise PlanError(f"{field} must be 8, or left out for a float activation; got {getattr(self, field)}")
+            bits = getattr(self, field)
+            if bits is not None and (type(bits) is not int or bits != 8):
+                raise PlanError(f"{field} must be 8, or left out for a float activation; got {bits!r}")
         if self.weight_bits is not None and self.input_bits is None:
             raise PlanError(
                 "a quantized weight needs a quantized input: integer kernels take both; set input_bits to 8"
@@ -160,7 +163,7 @@ class WeightSpec:
         if counting == "packed":
             return groups * (self.pattern.n * bits + self.pattern.index_bits) + scales
         if self.pattern.implies_2_4:
-            return out * in_ * (bits + 2) // 2 + scales  # half of the values, two index bits each
+            return out * math.ceil(in_ / 4) * 2 * (bits + 2) + scales  # two of four values, two index bits each
         return out * in_ * bits + scales
 
     def engine_bits(self, shape: tuple[int, int], *, sparse: bool) -> int:
@@ -278,10 +281,13 @@ class CompressionPlan:
         """The text of ``nxm_plan.json``."""
         weights = {}
         for name, spec in self.weights.items():
-            fields = {key: value for key, value in asdict(spec).items() if value is not None and key != "pattern"}
-            if spec.pattern:
-                fields = {"pattern": str(spec.pattern), **fields}
-            weights[name] = {"shape": list(self.shapes[name]), **fields}
+            fields = {
+                "pattern": str(spec.pattern) if spec.pattern else None,
+                "weight_bits": spec.weight_bits,
+                "input_bits": spec.input_bits,
+                "output_bits": spec.output_bits,
+            }
+            weights[name] = {"shape": list(self.shapes[name]), **{k: v for k, v in fields.items() if v is not None}}
         head: dict[str, Any] = {"schema": SCHEMA, "model_type": self.model_type, "attention": self.attention}
         if self.residual != "float":
             head["residual"] = self.residual
@@ -290,13 +296,8 @@ class CompressionPlan:
 
     @classmethod
     def from_json(cls, text: str, *, source: str = "plan") -> CompressionPlan:
-        """Read ``nxm_plan.json``; `source` names the file in errors. Unknown schemas and fields are refused."""
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise PlanError(
-                f"{source}: not JSON ({error}); write it again with `nxm compress` or `nxm search`"
-            ) from error
+        """Read the text of ``nxm_plan.json``; `source` names the file in errors. Unknown schemas and fields are refused."""
+        data = parse_json(text, source, "write it again with `nxm compress` or `nxm search`", PlanError)
         require_schema(data, SCHEMA, source)
         unknown = set(data) - {"schema", "model_type", "attention", "residual", "weights"}
         if unknown:
@@ -306,11 +307,43 @@ class CompressionPlan:
         try:
             weights = {name: _spec_from_json(name, entry, source) for name, entry in data["weights"].items()}
             shapes = {name: _shape_from_json(name, entry, source) for name, entry in data["weights"].items()}
-            return cls(data["model_type"], weights, shapes, data["attention"], data.get("residual", "float"))
+            model_type, attention = data["model_type"], data["attention"]
+            residual = data.get("residual", "float")
         except (KeyError, AttributeError, TypeError) as error:
             raise PlanError(
                 f"{source}: malformed plan ({error!r}); write it again with `nxm compress` or `nxm search`"
             ) from error
+        try:
+            return cls(model_type, weights, shapes, attention, residual)
+        except PlanError as error:
+            raise PlanError(f"{source}: {error}") from error
+
+    @classmethod
+    def load(cls, file: str | Path) -> CompressionPlan:
+        """Read a plan file; raises `PlanError` when it is missing, unreadable or no plan of this schema."""
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+        except OSError as error:
+            raise PlanError(f"{file}: cannot be read ({error.strerror}); check the path") from error
+        except UnicodeDecodeError as error:
+            raise PlanError(f"{file}: not a plan file (it is not UTF-8 text)") from error
+        return cls.from_json(text, source=str(file))
+
+
+def parse_json(text: str, source: str, way_out: str, error: type[Exception]) -> Any:
+    """The value of a JSON text; one that cannot be parsed, or names a key twice, is an `error` with `source` and `way_out`."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as reason:
+        raise error(f"{source}: not valid JSON ({reason}); {way_out}") from reason
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return found
 
 
 def require_schema(data: Any, schema: str, source: str, error: type[Exception] = PlanError) -> None:
@@ -329,8 +362,8 @@ def _spec_from_json(name: str, entry: dict[str, Any], source: str) -> WeightSpec
     unknown = set(entry) - {"shape", "pattern", "weight_bits", "input_bits", "output_bits"}
     if unknown:
         raise PlanError(f"{source}: {name}: unknown fields {some(unknown)}")
-    pattern = NMPattern.parse(entry["pattern"]) if entry.get("pattern") else None
     try:
+        pattern = NMPattern.parse(entry["pattern"]) if entry.get("pattern") is not None else None
         return WeightSpec(pattern, entry.get("weight_bits"), entry.get("input_bits"), entry.get("output_bits"))
     except PlanError as error:
         raise PlanError(f"{source}: {name}: {error}") from error
@@ -338,7 +371,7 @@ def _spec_from_json(name: str, entry: dict[str, Any], source: str) -> WeightSpec
 
 def _shape_from_json(name: str, entry: dict[str, Any], source: str) -> tuple[int, int]:
     shape = entry["shape"]
-    if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
+    if not isinstance(shape, list) or len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
         raise PlanError(f"{source}: {name}: shape must be two positive integers (out, in), got {shape}")
     return shape[0], shape[1]
 

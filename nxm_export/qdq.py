@@ -20,8 +20,12 @@ INT8 = (-128, 127)
 
 
 def quantize(x: np.ndarray, scale: np.ndarray | float, qmin: int = INT8[0], qmax: int = INT8[1]) -> np.ndarray:
-    """``clip(round_half_even(x / scale), qmin, qmax)`` as int8, in the dtype of `x`: ONNX QuantizeLinear, zero point 0."""
-    return np.clip(np.rint(x / np.asarray(scale, x.dtype)), qmin, qmax).astype(np.int8)
+    """``clip(round_half_even(x / scale), qmin, qmax)`` as int8: ONNX QuantizeLinear with zero point 0.
+
+    Half precision is divided in float32, as runtimes do; its own rounding of the quotient would make ties of its own.
+    """
+    kind = np.promote_types(x.dtype, np.float32)
+    return np.clip(np.rint(x.astype(kind) / np.asarray(scale).astype(kind)), qmin, qmax).astype(np.int8)
 
 
 def dequantize(codes: np.ndarray, scale: np.ndarray | float, dtype: np.dtype | type = np.float32) -> np.ndarray:
@@ -52,7 +56,8 @@ def linears_of(graph: ir.Graph, parameter: str) -> list[Linear]:
         )
     found = []
     for transpose in graph.initializers[parameter].consumers():
-        if transpose.op_type != "Transpose" or list(transpose.attributes["perm"].as_ints()) != [1, 0]:
+        perm = transpose.attributes.get("perm")
+        if transpose.op_type != "Transpose" or perm is None or list(perm.as_ints()) != [1, 0]:
             raise ExportError(
                 f"{parameter} feeds {transpose.op_type} node {transpose.name!r}; expected Transpose and MatMul"
             )
@@ -76,6 +81,23 @@ def _behind_bias(value: ir.Value) -> ir.Value:
         if other is not None and other.is_initializer() and other.shape is not None and len(other.shape) == 1:
             return users[0].outputs[0]
     return value
+
+
+def fold_float_weight(graph: ir.Graph, name: str) -> None:
+    """Store an unquantized weight as its products read it, (K, N), under the parameter's own name, without a Transpose.
+
+    The exporter's constant folding would store the same values under a name that says nothing. To be called after
+    `linears_of`, which makes sure that the parameter is used in no other way.
+    """
+    parameter = graph.initializers[name]
+    assert parameter.const_value is not None
+    for transpose in list(parameter.consumers()):
+        for product in list(transpose.outputs[0].consumers()):
+            product.replace_input_with(1, parameter)
+        graph.remove(transpose, safe=True)
+    array = np.ascontiguousarray(parameter.const_value.numpy().T)
+    parameter.const_value = ir.tensor(array, dtype=parameter.const_value.dtype, name=name)
+    parameter.shape = ir.Shape(array.shape)
 
 
 # How each product reads its weight: from codes (out, in) to the stored tensor, and the axis of the output channels.
@@ -122,15 +144,6 @@ def fold_weight_qdq(
     node.outputs[0].type, node.outputs[0].shape = scales.type, constant.shape
     graph.insert_before(linear.product, [*nodes, node])
     linear.product.replace_input_with(1, node.outputs[0])
-
-
-def name_float_weight(graph: ir.Graph, linear: Linear, name: str) -> None:
-    """Give a MatMul its float weight transposed under a name of its own, before constant folding makes up another."""
-    if linear.product.op_type != "MatMul":
-        return
-    tensor = graph.initializers[name].const_value
-    assert tensor is not None
-    linear.product.replace_input_with(1, add_initializer(graph, f"{name}_dense", tensor.numpy().T.copy()))
 
 
 def insert_activation_qdq(

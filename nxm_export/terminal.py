@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 Progress = Callable[[str, int, int], None]
+_NUMBER = re.compile(r"[+-]?\d[\d.e+-]*%?|")
 
 
 @contextmanager
@@ -56,25 +59,73 @@ def _plain(what: str, done: int, total: int) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """One table on stdout; the first column is left-aligned, numbers right."""
+    """One table on stdout, as wide as the terminal (120 columns in a pipe, unless COLUMNS says otherwise).
+
+    Columns of numbers are aligned to the right, the others to the left.
+    """
+    from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        numeric = bool(rows) and all(_NUMBER.fullmatch(_text(row[number])) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*[_text(cell) for cell in row])
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
+        table.add_row(*[escape(_text(cell)) for cell in row])
+    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 120
+    Console(width=width, highlight=False).print(table)
+
+
+def print_facts(title: str, facts: Mapping[str, Any]) -> None:
+    """Names and values; nested values are written as ``a.b``."""
+    print_table(title, ("what", "value"), list(_flat(facts)))
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, (list, tuple)):
+            yield f"{prefix}{key}", ", ".join(_text(item) for item in value)
+        else:
+            yield f"{prefix}{key}", _text(value)
 
 
 def _text(cell: Any) -> str:
-    from rich.markup import escape
-
     if isinstance(cell, float):
         return f"{cell:.4g}"
-    return escape("" if cell is None else str(cell))
+    return "" if cell is None else str(cell)
+
+
+def print_estimate(estimate: Mapping[str, Any]) -> None:
+    """What a run would do, from `nxm_export.estimate.estimate`."""
+    rows = [
+        ("training samples", str(estimate["train_samples"])),
+        ("held-out samples", str(estimate["dev_samples"])),
+        ("plan", _counts(estimate["plan"])),
+        ("compression", ", ".join(f"{counting} {value:.2%}" for counting, value in estimate["compression"].items())),
+        ("dense fine-tuning", _steps(estimate["dense_steps"], estimate["dense_seconds"])),
+        ("compression training", _steps(estimate["steps"], estimate["seconds"])),
+        ("export, build, compare, time", f"about {_duration(estimate['other_seconds'])}"),
+        ("dense model and checkpoint", f"about {estimate['checkpoint_bytes'] / 1e6:.0f} MB"),
+        ("FP32 graph", f"about {estimate['fp32_onnx_bytes'] / 1e6:.0f} MB"),
+        ("compressed graph", f"about {estimate['onnx_bytes'] / 1e6:.0f} MB"),
+    ]
+    print_table("what `nxm run` would do", ("stage", "estimate"), rows)
+
+
+def _steps(steps: int, seconds: float) -> str:
+    return f"{steps} steps, about {_duration(seconds)}" if steps else "none: the model has a head for this task"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+
+
+def _counts(plan: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} x {name}" for name, count in plan.items())
 
 
 def print_search(found: Mapping[str, Any]) -> None:
@@ -99,22 +150,19 @@ def print_search(found: Mapping[str, Any]) -> None:
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
-    """The final table of a run, from its summary."""
+    """The final tables of a run, from its summary."""
     low, high = summary["difference_interval"]
+    metric = summary["metric"]
     print_table(
-        f"accuracy on {summary['dev_samples']} held-out samples ({summary['metric']})",
-        ("model", summary["metric"], "note"),
+        f"{metric} on {summary['dev_samples']} held-out samples",
+        ("model", metric, "note"),
         [
-            ("dense, FP32", summary["dense"], ""),
+            ("dense, FP32", f"{summary['dense']:.4f}", ""),
+            ("compressed, PyTorch", f"{summary['checkpoint']:.4f}", _counts(summary["plan"])),
             (
-                "compressed checkpoint, PyTorch",
-                summary["checkpoint"],
-                ", ".join(f"{count} x {name}" for name, count in summary["plan"].items()),
-            ),
-            (
-                "compressed, INT8 engine",
-                summary["compressed"],
-                f"difference to dense: 95 % interval {low:+.4f} to {high:+.4f}",
+                "compressed, ONNX Runtime",
+                f"{summary['compressed']:.4f}",
+                f"difference to dense: {low:+.4f} to {high:+.4f} (95 %)",
             ),
         ],
     )
@@ -133,13 +181,13 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     )
     print_table(
         "parity: engine against its own checkpoint in PyTorch, same samples",
-        ("engine", "equal argmax", "max |difference|", summary["metric"], "verdict"),
+        ("engine", "equal argmax", "max |diff|", metric, "verdict"),
         [
             (
                 name,
                 f"{report['agreement']:.2%}",
-                report["max_abs"],
-                report["value"],
+                "NaN" if report["max_abs"] is None else f"{report['max_abs']:.2g}",
+                f"{report['value']:.4f}",
                 "pass" if report["passed"] else "FAIL",
             )
             for name, report in summary["parity"].items()
@@ -148,32 +196,31 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     speedups = {(ratio["name"], ratio["batch"], ratio["sequence"]): ratio for ratio in summary["speedup"]}
     rows = []
     for name, timing in summary["latency_ms"].items():
-        ratio = speedups.get((name.rpartition(" ")[0], timing["batch"], timing["seq"]))
+        engine, _, shape = name.rpartition(" ")
+        ratio = speedups.get((engine, timing["batch"], timing["seq"]))
         note = (
             f"{ratio['speedup']:.2f}x ({ratio['interval'][0]:.2f} to {ratio['interval'][1]:.2f})"
             if ratio
             else "reference"
         )
-        rows.append((name, timing["median"], note))
+        rows.append((engine, shape, f"{timing['median']:.2f}", note))
     print_table(
-        "latency on this CPU, interleaved", ("engine, batch x sequence", "median ms", "speed against FP32"), rows
+        "latency on this CPU, interleaved", ("engine", "batch x seq", "median ms", "speed against FP32 (95 %)"), rows
     )
     print_table("TensorRT-RTX", ("what", "found"), _rtx_rows(summary))
-    print_table("where everything lies", ("what", "path"), list(summary["artifacts"].items()))
+    root = os.path.commonpath(summary["artifacts"].values())
+    paths = [(name, os.path.relpath(path, root)) for name, path in summary["artifacts"].items()]
+    print_table(f"where everything lies, in {root}", ("what", "path"), paths)
 
 
 def _rtx_rows(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    rtx = summary.get("trt_rtx")
+    rtx, absent = summary.get("trt_rtx"), {**summary["missing"], **summary["failed"]}
+    why = [reason for name, reason in absent.items() if name.startswith("trt_rtx")]
     if not rtx:
-        return [
-            (
-                "engine",
-                next((why for name, why in summary["missing"].items() if name.startswith("trt_rtx")), "not built"),
-            )
-        ]
+        return [("engine", why[0] if why else "not built")]
     return [
-        ("engine", "built ahead of time"),
+        ("engine", "built ahead of time, without a GPU"),
         ("INT8 matrix products", f"{rtx['integer_products']} of {rtx['planned_products']} planned"),
         ("2:4 kernels", rtx["sparse_kernels"]),
-        *[("run here", why) for name, why in summary["missing"].items() if name.startswith("trt_rtx")],
+        *[("run here", reason) for reason in why],
     ]

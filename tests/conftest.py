@@ -52,3 +52,51 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_graph(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> Callable[..., Path]:
+    """``tiny_graph(family, placement)``: the graph directory of a trained tiny checkpoint, made once a session; read it only."""
+    made: dict[tuple[str, ...], Path] = {}
+    traced: dict[str, Any] = {}
+
+    def make(family: str = "bert", placement: str = "inputs-outputs", target: str = "cpu") -> Path:
+        from nxm_export import export as exporter
+
+        key, trace = (family, placement, target), exporter._trace
+
+        def trace_once(*arguments: Any) -> Any:
+            """Tracing takes nearly all the time of an export, and two placements of a checkpoint have one trace."""
+            if str(arguments) not in traced:
+                traced[str(arguments)] = trace(*arguments)
+            return traced[str(arguments)].clone()
+
+        if key not in made:
+            out = tmp_path_factory.mktemp("graph") / "-".join(key)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(exporter, "_trace", trace_once)
+                made[key] = exporter.export(
+                    tiny_checkpoint(family), out, target=target, placement=placement
+                ).path.parent
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tmp_path_factory: pytest.TempPathFactory, tiny_graph: Callable[..., Path]) -> Callable[..., Path]:
+    """``tiny_engine(backend, family, placement)``: an engine directory of a trained tiny model, made once; read it only."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def make(backend: str = "ort", family: str = "bert", placement: str = "inputs-outputs") -> Path:
+        from nxm_export.pipeline import build_engine
+
+        key = (backend, family, placement)
+        if key not in made:
+            target = "cpu" if backend == "ort" else "trt"
+            out = tmp_path_factory.mktemp("engine") / "-".join(key)
+            build_engine(tiny_graph(family, placement, target) / "model.onnx", out, backend)
+            made[key] = out
+        return made[key]
+
+    return make

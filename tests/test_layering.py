@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("nxm_export", "compressors", "engines")
 CONTRACT = ("errors", "plan", "families", "checkpoint", "run_dir", "spec", "data", "metrics", "sparsity_facts")
-EXPORTER = ("weights", "qdq", "lowering", "verify", "sparsity", "export")
+EXPORTER = ("weights", "qdq", "lowering", "verify", "sparsity", "export", "packed")
 APPLICATION = ("__init__", "__main__", "cli", "terminal", "pipeline", "twins", "estimate", "machine", "demo")
 
 

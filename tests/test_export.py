@@ -19,7 +19,7 @@ from engines import torch_eager
 from nxm_export import export as exporter
 from nxm_export.checkpoint import Checkpoint, open_checkpoint
 from nxm_export.errors import ArtifactError, ExportError, NxmError, PlanError
-from nxm_export.export import SOFTMAX_SCALE, TARGETS, export
+from nxm_export.export import SOFTMAX_SCALE, TARGETS, Exported, export
 from nxm_export.families import FAMILIES, TASKS
 from nxm_export.spec import load_spec
 from nxm_export.verify import embedded_plan, verify
@@ -35,6 +35,7 @@ class Made:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.found: dict[str, tuple[Path, Path]] = {}
+        self.done: dict[Path, Exported] = {}  # by graph directory
 
     def __call__(self, family: str, *, options: dict[str, Any] | None = None, **checkpoint: Any) -> tuple[Path, Path]:
         """(checkpoint directory, graph directory)"""
@@ -42,7 +43,7 @@ class Made:
         if key not in self.found:
             path, graph = (self.root / f"{kind}-{len(self.found)}" for kind in ("checkpoint", "graph"))
             baked.write_checkpoint(family, path, **checkpoint)
-            self.found[key] = (path, export(path, graph, **(options or {})).path.parent)
+            self.found[key], self.done[graph] = (path, graph), export(path, graph, **(options or {}))
         return self.found[key]
 
 
@@ -224,10 +225,9 @@ class TestTensorRtTarget:
             codes = constant(model.graph.initializers[f"{name}_quantized"])
             np.testing.assert_array_equal(codes, checkpoint.codes(name).T)
 
-    def test_the_rounding_of_scales_is_measured(self, tmp_path: Path) -> None:
-        path = baked.write_checkpoint("bert", tmp_path / "checkpoint")
-        done = export(path, tmp_path / "graph", target="trt")
-        checkpoint = open_checkpoint(path)
+    def test_the_rounding_of_scales_is_measured(self, made: Made) -> None:
+        path, graph = made("bert", options={"target": "trt", "dtype": "float16"})
+        checkpoint, done = open_checkpoint(path), made.done[graph]
         scales = np.concatenate([np.atleast_1d(scale) for scale in checkpoint.scales.values()])
         worst = np.max(np.abs(scales.astype(np.float16).astype(np.float32) - scales) / scales)
         assert done.scale_rounding == pytest.approx(float(worst))

@@ -26,6 +26,8 @@ from nxm_export.spec import load_spec
 from tests import baked, onnx_text, tiny
 
 RUNTIMES = [*BACKENDS, "torch_eager"]
+# A tiny model plans 2 blocks of 6 products. Where outputs are quantized, ONNX Runtime multiplies query by key on integers too.
+QUERY_KEY = 2
 
 
 def open_engine(name: str, tiny_engine: Callable[..., Path], tiny_checkpoint: Callable[..., Path]) -> Engine:
@@ -129,6 +131,8 @@ class TestDirectory:
     ) -> None:
         passport = load_passport(directory)
         files = {path.name for path in directory.iterdir()} - {"build.log"}
+        if passport.backend != "ort":
+            files.remove("weights.json")  # the truth report's facts of every weight
         assert files == {passport.engine, "passport.json", "spec.json", "tokenizer.json"}
         graph = tiny_graph("bert", "inputs-outputs", "cpu" if passport.backend == "ort" else "trt") / "model.onnx"
         assert passport.onnx_sha256 == file_hash(graph)
@@ -143,7 +147,7 @@ class TestDirectory:
         name = load_passport(directory).backend
         facts = backend(name).inspect(directory)
         assert facts["backend"] == name
-        assert facts["integer_products"] == 12  # all that are planned: 2 blocks of 6
+        assert facts["integer_products"] == 12 + (QUERY_KEY if name == "ort" else 0)
 
     def test_it_works_when_copied_alone(self, copy: Path) -> None:
         load_tokenizer(copy)
@@ -268,7 +272,8 @@ def test_tensorrt_rtx_builds_every_family_with_all_products_in_int8(
 @pytest.mark.parametrize("placement", ["inputs", "inputs-outputs"])
 def test_onnx_runtime_fuses_every_linear_layer(family: str, placement: str, tiny_engine: Callable[..., Path]) -> None:
     facts = backend("ort").inspect(tiny_engine("ort", family, placement))
-    assert facts["integer_products"] == 12, facts["operators"]
+    wanted = 12 + (QUERY_KEY if placement == "inputs-outputs" else 0)
+    assert facts["integer_products"] == wanted, facts["operators"]
     kind = "QLinearMatMul" if placement == "inputs-outputs" else "MatMulIntegerToFloat"
     assert facts["operators"].get(kind, 0) >= 8, facts[
         "operators"
@@ -308,10 +313,11 @@ class TestForeign:
         self, tmp_path: Path, name: str, text: str, message: str
     ) -> None:
         file = onnx_text.save(text, tmp_path / "broken.onnx")
-        with pytest.raises((EngineError, ArtifactError), match=message) as caught:
+        with pytest.raises((EngineError, ArtifactError)) as caught:
             build_engine(file, tmp_path / "engine", name)
         if isinstance(caught.value, EngineUnavailable):
             pytest.skip(str(caught.value))
+        assert message in str(caught.value)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.onnx"]
 
 

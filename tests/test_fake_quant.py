@@ -1,6 +1,7 @@
 """Fake quantization against integer arithmetic and against autograd of its definition."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -233,6 +234,6 @@ def test_calibration_says_what_is_wrong() -> None:
 
 
 def test_int8_attention_needs_quantized_queries_keys_and_values() -> None:
-    plan = FAMILY.uniform_plan(CONFIG, W4, placement="inputs", attention="int8")
+    plan = replace(FAMILY.uniform_plan(CONFIG, W4, placement="inputs"), attention="int8")
     with pytest.raises(PlanError, match="needs output_bits 8 on every query, key and value"):
         prepare(Block(), plan, FAMILY, CONFIG)

@@ -177,7 +177,7 @@ def one_shot(variant: Variant, directory: Path) -> Path:
     calibrate(model, [batch], 99.99)
     for layer in quant_linears(model).values():
         layer.harden()
-    scales = bake(model)
+    scales = bake(model, plan)
     with atomic_dir(out) as scratch:
         model.save_pretrained(scratch)
         save_plan(scratch, plan, scales)

@@ -71,7 +71,7 @@ def compressed(
         layer.harden()
     with torch.inference_mode():
         logits = model(**batch).logits
-    scales = bake(model)
+    scales = bake(model, plan)
     model.save_pretrained(out)
     save_plan(out, plan, scales)
     torch.save(logits, out / "fake_quant_logits.pt")

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nxm_export.errors import EngineError
-from nxm_export.spec import SPEC_FILE, TOKENIZER_FILE, load_spec
+from nxm_export.spec import SPEC_FILE, TOKENIZER_FILE
 
 BACKENDS = {"ort": "engines.ort", "trt_rtx": "engines.trt_rtx"}
 
@@ -40,6 +40,18 @@ class Profile:
                 raise EngineError(
                     f"profile sizes must rise from 1: minimum {self.minimum}, optimum {self.optimum}, maximum {self.maximum}"
                 )
+
+
+@dataclass(frozen=True)
+class Binding:
+    """An input or output as the engine file itself has it: NumPy's name of its type, and -1 where a size is free.
+
+    `Engine.run` hides the type (int64 in, float32 out); whoever feeds the file by other means must not.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -113,9 +125,8 @@ def require_feeds(engine: Engine, feeds: Mapping[str, np.ndarray]) -> None:
         raise EngineError(f"inputs must be int64; {', '.join(wrong)} is {feeds[wrong[0]].dtype}")
 
 
-def require_length(directory: Path, feeds: Mapping[str, np.ndarray]) -> None:
-    """Raise `EngineError` for sequences longer than the model's positions."""
-    limit = load_spec(directory).max_length
+def require_length(limit: int, feeds: Mapping[str, np.ndarray]) -> None:
+    """Raise `EngineError` for sequences longer than `limit`, the model's positions."""
     length = next(iter(feeds.values())).shape[1]
     if length > limit:
         raise EngineError(f"a sequence of {length} tokens is longer than the model's {limit}; truncate it")

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engines.base import BuildOptions, Closing, copy_companions, require_feeds, require_length
+from engines.base import Binding, BuildOptions, Closing, copy_companions, require_feeds, require_length
 from engines.passport import EnginePassport, cpu_device, load_passport
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.spec import load_spec
@@ -35,7 +36,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
 
     ir.save(model, out / ENGINE_FILE)
     copy_companions(onnx.parent, out)
-    _session(out / ENGINE_FILE, options.threads)  # refuses here what it would refuse on every start
+    session = _session(out / ENGINE_FILE, options.threads)  # refuses here what it would refuse on every start
     return EnginePassport.issue(
         NAME,
         out / ENGINE_FILE,
@@ -44,6 +45,10 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         requires={},  # ONNX files run on any machine and version
         options={"threads": options.threads, "unsigned_activations": rewritten},
         graph=model.metadata_props,
+        bindings={
+            "inputs": [asdict(_binding(value)) for value in session.get_inputs()],
+            "outputs": [asdict(_binding(value)) for value in session.get_outputs()],
+        },
     )
 
 
@@ -51,16 +56,16 @@ def load(directory: str | Path, *, threads: int | None = None) -> OrtEngine:
     """Load an engine directory; `threads` overrides what it was built with (None there means all physical cores)."""
     directory = Path(directory)
     passport = load_passport(directory)
-    passport.require_here(directory, {})
-    return OrtEngine(directory, threads or passport.options.get("threads"))
+    return OrtEngine(directory, passport.read_engine(directory, {}), threads or passport.options.get("threads"))
 
 
 class OrtEngine(Closing):
     """A session on an engine directory. See `engines.base.Engine`."""
 
-    def __init__(self, directory: Path, threads: int | None) -> None:
+    def __init__(self, directory: Path, model: bytes, threads: int | None) -> None:
         self.directory = directory
-        self._session: Any = _session(directory / ENGINE_FILE, threads)
+        self._max_length = load_spec(directory).max_length
+        self._session: Any = _session(directory / ENGINE_FILE, threads, model=model)
         self.inputs = tuple(value.name for value in self._session.get_inputs())
         self.outputs = tuple(value.name for value in self._session.get_outputs())
 
@@ -69,7 +74,7 @@ class OrtEngine(Closing):
         if self._session is None:
             raise EngineError(f"{self.directory}: this engine was closed")
         require_feeds(self, feeds)
-        require_length(self.directory, feeds)
+        require_length(self._max_length, feeds)
         try:
             return dict(zip(self.outputs, self._session.run(None, dict(feeds)), strict=True))
         except Exception as error:  # onnxruntime raises its own types, which are no stable API
@@ -147,7 +152,15 @@ def _runtime() -> Any:
     return onnxruntime
 
 
-def _session(file: Path, threads: int | None, optimized: Path | None = None) -> Any:
+def _binding(value: Any) -> Binding:
+    """A session's input or output; sizes with a name are free."""
+    element = value.type.removeprefix("tensor(").removesuffix(")")
+    shape = tuple(size if isinstance(size, int) else -1 for size in value.shape)
+    return Binding(value.name, {"float": "float32", "double": "float64"}.get(element, element), shape)
+
+
+def _session(file: Path, threads: int | None, optimized: Path | None = None, model: bytes | None = None) -> Any:
+    """A session on `file`, or on the bytes `model` that were read from it."""
     runtime = _runtime()
     if not file.is_file():
         raise ArtifactError(f"{file}: no such engine")
@@ -158,6 +171,6 @@ def _session(file: Path, threads: int | None, optimized: Path | None = None) -> 
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     try:
-        return runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        return runtime.InferenceSession(model or str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own types, which are no stable API
         raise EngineError(f"{file}: ONNX Runtime cannot load it: {error}") from error

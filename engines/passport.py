@@ -7,15 +7,17 @@ an engine are files beside it that name its hash.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engines.base import Binding, Profile
 from nxm_export.errors import ArtifactError
 from nxm_export.plan import COUNTINGS, CompressionPlan, require_schema
 from nxm_export.run_dir import file_hash, installed_versions
@@ -26,7 +28,8 @@ PASSPORT_FILE = "passport.json"
 
 @dataclass(frozen=True)
 class EnginePassport:
-    """See the module text. `requires` are facts of the machine that must be equal where the engine is loaded."""
+    """See the module text. `requires` are facts of the machine that must be equal where the engine is loaded; `bindings`
+    hold the engine file's own ``inputs`` and ``outputs`` (see `engines.base.Binding`)."""
 
     backend: str
     engine: str
@@ -41,6 +44,7 @@ class EnginePassport:
     options: Mapping[str, Any]
     command: Sequence[str]
     created: str
+    bindings: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
     @classmethod
     def issue(
@@ -54,6 +58,7 @@ class EnginePassport:
         options: Mapping[str, Any],
         profiles: Sequence[Mapping[str, Any]] = (),
         graph: Mapping[str, str] | None = None,
+        bindings: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     ) -> EnginePassport:
         """Make the passport of a freshly built engine file and write it beside the engine.
 
@@ -75,6 +80,7 @@ class EnginePassport:
             dict(options),
             [Path(sys.argv[0]).name, *sys.argv[1:]],
             time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            dict(bindings or {}),
         )
         text = json.dumps({"schema": SCHEMA, **asdict(passport)}, indent=1)
         (engine.parent / PASSPORT_FILE).write_text(text + "\n", encoding="utf-8")
@@ -101,6 +107,37 @@ class EnginePassport:
                 f"{file} was built for {built}, and this machine has {here}; rebuild it here: {self.rebuild_command()}"
             )
 
+    def read_engine(self, directory: Path, facts: Mapping[str, str]) -> bytes:
+        """The engine file's bytes, hashed as they are returned: a file that is swapped after the check cannot be loaded.
+
+        Checks what `require_here` checks, and that no link leads out of the directory. Raises `ArtifactError`.
+        """
+        file = directory / self.engine
+        if directory.resolve() not in file.resolve().parents:
+            raise ArtifactError(f"{file} leads out of its directory, to {file.resolve()}; copy the engine itself there")
+        self.require_here(directory, facts)
+        data = file.read_bytes()
+        if hashlib.sha256(data).hexdigest() != self.engine_sha256:
+            raise ArtifactError(f"{file} changed while it was read; load it again when it is written")
+        return data
+
+    def shape_profiles(self) -> tuple[Profile, ...]:
+        """The shapes that the engine was built for; none means any shape that the model takes."""
+        try:
+            return tuple(Profile(tuple(p["minimum"]), tuple(p["optimum"]), tuple(p["maximum"])) for p in self.profiles)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"the passport's profiles are malformed ({error!r}); build the engine again") from error
+
+    def tensors(self, kind: str) -> tuple[Binding, ...]:
+        """The engine file's own ``inputs`` or ``outputs``; raises `ArtifactError` where the passport does not have them."""
+        try:
+            found = tuple(Binding(b["name"], b["dtype"], tuple(map(int, b["shape"]))) for b in self.bindings[kind])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"the passport does not say what the engine's {kind} are; build it again") from error
+        if not found:
+            raise ArtifactError(f"the passport names no {kind} of the engine; build it again")
+        return found
+
     def rebuild_command(self) -> str:
         """A command that builds this engine again from its graph."""
         return f"nxm build model.onnx --backend {self.backend} --out ENGINE_DIR"
@@ -117,7 +154,10 @@ def load_passport(directory: str | Path) -> EnginePassport:
         data = json.loads(file.read_text(encoding="utf-8"))
         require_schema(data, SCHEMA, str(file), ArtifactError)
         data.pop("schema")
-        return EnginePassport(**data)
+        passport = EnginePassport(**data)
+        if passport.engine != Path(passport.engine).name:
+            raise ArtifactError(f"{file}: names an engine outside its directory ({passport.engine!r}); do not use it")
+        return passport
     except (ValueError, TypeError) as error:
         raise ArtifactError(f"{file}: malformed passport ({error}); build the engine again") from error
 

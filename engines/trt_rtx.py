@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.base import BuildOptions, Closing, Profile, copy_companions, require_feeds
+from engines.base import Binding, BuildOptions, Closing, Profile, copy_companions, require_feeds
 from engines.passport import EnginePassport, load_passport
 from engines.truth import integer_products, parse_layers
 from nxm_export.errors import EngineError, EngineUnavailable
@@ -28,6 +28,7 @@ ENGINE_FILE = "model.engine"
 LOG_FILE = "build.log"
 PACKAGE = "tensorrt-rtx-cu13"
 COMPUTE_CAPABILITIES = ((8, 6), (8, 9), (12, 0))  # Ampere, Ada and Blackwell RTX
+_BINDINGS_FILE = "bindings.json"  # how the child tells what the network takes and gives; goes into the passport
 _SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 
 
@@ -42,6 +43,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     request = {
         "onnx": str(onnx),
         "engine": str(out / ENGINE_FILE),
+        "bindings": str(out / _BINDINGS_FILE),
         "profiles": [asdict(p) for p in profiles],
         "sparse": options.sparse,
     }
@@ -55,6 +57,8 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         )
     if child.returncode or not (out / ENGINE_FILE).is_file():
         raise EngineError(f"{onnx}: TensorRT-RTX could not build it: {_last_error(out / LOG_FILE)}")
+    bindings = json.loads((out / _BINDINGS_FILE).read_text(encoding="utf-8"))
+    (out / _BINDINGS_FILE).unlink()
     copy_companions(onnx.parent, out)
     facts = _facts()
     return EnginePassport.issue(
@@ -69,6 +73,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         options={"sparse": options.sparse} | _count(out / LOG_FILE, model),
         profiles=request["profiles"],  # type: ignore[arg-type]
         graph=model.metadata_props,
+        bindings=bindings,
     )
 
 
@@ -207,6 +212,17 @@ def _child(request: Mapping[str, Any]) -> None:
         profiles=profiles, sparse_weights=request["sparse"], compute_capabilities=list(COMPUTE_CAPABILITIES)
     )
     SaveBytes(EngineBytesFromNetwork(loaded, config=config), request["engine"])()
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    outputs = [network.get_output(i) for i in range(network.num_outputs)]
+    bindings = {"inputs": [_binding(t) for t in inputs], "outputs": [_binding(t) for t in outputs]}
+    Path(request["bindings"]).write_text(json.dumps(bindings), encoding="utf-8")
+
+
+def _binding(tensor: Any) -> dict[str, Any]:
+    """A network's input or output as a `Binding`: networks are strongly typed, so the engine has the same types."""
+    names = {"float": "float32", "half": "float16", "bf16": "bfloat16"}
+    dtype = tensor.dtype.name.lower()
+    return asdict(Binding(tensor.name, names.get(dtype, dtype), tuple(tensor.shape)))
 
 
 if __name__ == "__main__":

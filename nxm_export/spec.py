@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ TOKENIZER_FILE = "tokenizer.json"
 @dataclass(frozen=True)
 class IOSpec:
     """Inputs are int64 (batch, sequence), outputs float32 with the axes given; `labels` name the last axis of the first
-    output where there are classes. `max_length` is in tokens."""
+    output where there are classes. `max_length` is in tokens. `limits` bound an input's values from above (exclusive), for
+    inputs that have a table or a meaning behind them: a runtime does not check what it looks up."""
 
     model_type: str
     task: str
@@ -32,6 +33,7 @@ class IOSpec:
     labels: tuple[str, ...]
     max_length: int
     pad_id: int
+    limits: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, directory: Path, config: Mapping[str, Any], family: Family, task: Task) -> IOSpec:
@@ -44,6 +46,11 @@ class IOSpec:
             limit = min(
                 limit, int(json.loads(tokenizer_config.read_text(encoding="utf-8")).get("model_max_length", limit))
             )
+        limits = {
+            "input_ids": config.get("vocab_size"),
+            "attention_mask": 2,
+            "token_type_ids": config.get("type_vocab_size"),
+        }
         return cls(
             config["model_type"],
             task.name,
@@ -52,6 +59,7 @@ class IOSpec:
             labels,
             limit,
             int(config.get("pad_token_id") or 0),
+            {name: int(limit) for name, limit in limits.items() if limit and name in family.inputs},
         )
 
     def save(self, directory: Path) -> None:
@@ -76,6 +84,7 @@ def load_spec(directory: str | Path) -> IOSpec:
             tuple(data["labels"]),
             int(data["max_length"]),
             int(data["pad_id"]),
+            {name: int(limit) for name, limit in data.get("limits", {}).items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{file}: malformed ({error!r}); export or build again") from error

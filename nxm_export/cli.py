@@ -387,6 +387,81 @@ def bench(engines: tuple[Path, ...], shapes: tuple[str, ...], rounds: int, threa
 
 
 @main.command()
+@click.argument("engines", metavar="[NAME[:VERSION]=]ENGINE_DIR...", nargs=-1, required=True)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--allow-remote", is_flag=True, help="Listen beyond this machine. There is no authentication.")
+@click.option("--text", is_flag=True, help="Serve NAME_text, too: sentences in, class names out.")
+@click.option(
+    "--instances", type=click.IntRange(min=1), help="Copies of each engine.  [default: CPU cores; 1 on a GPU]"
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of each copy.  [default: cores / instances]")
+@click.option("--max-batch", type=click.IntRange(min=1), default=32, show_default=True, help="Rows of a batch.")
+@click.option("--max-delay-ms", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Wait for company.")
+@click.option(
+    "--buckets", metavar="N,N,...", help="Lengths that requests are padded to.  [default: steps of an eighth]"
+)
+@click.option("--max-queue", type=click.IntRange(min=1), default=512, show_default=True, help="Rows that may wait.")
+@click.option("--timeout-ms", type=click.FloatRange(min=1), default=10000.0, show_default=True, help="Deadline.")
+@click.option("--max-body-mb", type=click.FloatRange(min=0.001), default=4.0, show_default=True)
+@click.option("--max-connections", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option(
+    "--gate",
+    type=click.Choice(["not-failed", "passed", "off"]),
+    default="not-failed",
+    show_default=True,
+    help="Which parity.json an engine must have.",
+)
+@click.option(
+    "--expect-sha256", multiple=True, metavar="HEX", help="Serve only engines of these hashes; may be repeated."
+)
+@click.option(
+    "--watch-seconds",
+    type=click.FloatRange(min=0),
+    default=2.0,
+    show_default=True,
+    help="Look for changed engines; 0 never.",
+)
+@click.option(
+    "--drain-seconds", type=click.FloatRange(min=0), default=30.0, show_default=True, help="How long SIGTERM may take."
+)
+@click.option("--access-log", is_flag=True, help="Log every inference request.")
+def serve(engines: tuple[str, ...], **options: Any) -> None:
+    """Serve ENGINE_DIRs over HTTP (Open Inference Protocol v2: tritonclient and KServe clients work) until SIGTERM."""
+    from engines.serving.app import RequestLimits
+    from engines.serving.batching import Limits
+    from engines.serving.connection import ConnectionLimits
+    from engines.serving.model import ModelOptions
+    from engines.serving.repository import Source
+    from engines.serving.server import ServerOptions
+    from engines.serving.server import serve as serve_engines
+
+    serve_engines(
+        [Source.parse(text) for text in engines],
+        ModelOptions(
+            instances=options["instances"],
+            threads=options["threads"],
+            max_batch=options["max_batch"],
+            lengths=_lengths(options["buckets"]),
+            limits=Limits(options["max_queue"], options["max_delay_ms"] / 1e3),
+            text=options["text"],
+            gate=options["gate"],
+            expect_sha256=frozenset(digest.lower() for digest in options["expect_sha256"]),
+        ),
+        ServerOptions(
+            host=options["host"],
+            port=options["port"],
+            allow_remote=options["allow_remote"],
+            drain=options["drain_seconds"],
+            watch=options["watch_seconds"],
+            access_log=options["access_log"],
+            requests=RequestLimits(int(options["max_body_mb"] * 2**20), options["timeout_ms"] / 1e3),
+            connections=ConnectionLimits(options["max_connections"]),
+        ),
+    )
+
+
+@main.command()
 @_json_option
 def doctor(json: bool) -> None:
     """Say what this machine can build and run, and what to install for the rest."""
@@ -424,6 +499,15 @@ def _shape(text: str) -> tuple[int, int]:
     if not separator or not batch.isdecimal() or not sequence.isdecimal() or not int(batch) or not int(sequence):
         raise click.BadParameter(f"{text!r} is not a shape; write batch x sequence, as in 8x128", param_hint="--shape")
     return int(batch), int(sequence)
+
+
+def _lengths(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise click.BadParameter(f"{text!r} are no lengths; write them as in 32,64,128", param_hint="--buckets")
+    return tuple(int(part) for part in parts)
 
 
 def _spec(pattern: str, bits: str) -> WeightSpec:

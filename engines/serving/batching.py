@@ -179,9 +179,10 @@ def run_batch(
 ) -> tuple[int, int]:
     """Run `batch` as one rectangle and give every ticket its own rows; returns (rows of requests, tokens computed)."""
     rows = sum(ticket.rows for ticket in batch)
+    length = bucket.length if bucket.fixed else max(ticket.length for ticket in batch)
     feeds = {}
     for name, pad in pads.items():
-        array = np.full((max(rows, bucket.least), bucket.length), pad, np.int64)
+        array = np.full((max(rows, bucket.least), length), pad, np.int64)
         start = 0
         for ticket in batch:
             array[start : start + ticket.rows, : ticket.length] = ticket.feeds[name]
@@ -199,4 +200,4 @@ def run_batch(
             axis = sequence_axes.get(name)
             ticket.outputs[name] = part if axis is None else part.take(range(ticket.length), axis=axis)
         start += ticket.rows
-    return rows, max(rows, bucket.least) * bucket.length
+    return rows, max(rows, bucket.least) * length

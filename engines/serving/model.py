@@ -136,9 +136,9 @@ class Model:
 
     def require_range(self, name: str, array: np.ndarray) -> None:
         """Raise `RequestRefused` (400) for values that the model has no row or no meaning for."""
-        limit = self.spec.limits.get(name)
-        if int(array.min()) < 0 or (limit is not None and int(array.max()) >= limit):
-            most = "" if limit is None else f" to {limit - 1}"
+        limit = self.spec.limits.get(name, 2**63)
+        if array.view(np.uint64).max() >= limit:  # a negative number is a huge one without its sign
+            most = f" to {limit - 1}" if name in self.spec.limits else ""
             raise RequestRefused(400, f"values of {name} must be from 0{most}, got {array.min()} to {array.max()}")
 
     def _warm_up(self) -> dict[str, tuple[int, ...]]:

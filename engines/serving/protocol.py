@@ -27,6 +27,7 @@ SIZES = {"INT64": 8, "FP32": 4}  # bytes an element; BYTES elements vary
 _DTYPES: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
 _JSON_TYPES: dict[str, set[type]] = {"INT64": {int}, "FP32": {int, float}, "BYTES": {str}}
 _MAX_DIMENSION = 2**31 - 1
+_NOTHING: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -60,21 +61,25 @@ def parse_infer(
     """The request in `body`, which must fit the model's `inputs` and `outputs`; raises `RequestRefused` (400)."""
     head, raw = _split(body, header_length)
     request = _json(head)
-    _check(isinstance(request, dict), "the request must be a JSON object")
-    parameters = _member(request, "parameters", dict, {})
-    given = _member(request, "inputs", list, None)
-    _check(bool(given), "the request has no inputs")
+    if type(request) is not dict:
+        raise RequestRefused(400, "the request must be a JSON object")
+    parameters = _member(request, "parameters", dict, _NOTHING)
     expected = {spec.name: spec for spec in inputs}
     tensors: dict[str, np.ndarray] = {}
-    for entry in given:
-        _check(isinstance(entry, dict), "every input must be a JSON object")
+    for entry in _member(request, "inputs", list, None):
+        if type(entry) is not dict:
+            raise RequestRefused(400, "every input must be a JSON object")
         name = _member(entry, "name", str, None)
-        _check(name in expected, f"unexpected input {name!r:.80}; the model takes {', '.join(expected)}")
-        _check(name not in tensors, f"input {name!r} is given twice")
+        if name not in expected:
+            raise RequestRefused(400, f"unexpected input {name!r:.80}; the model takes {', '.join(expected)}")
+        if name in tensors:
+            raise RequestRefused(400, f"input {name!r} is given twice")
         tensors[name], raw = _tensor(entry, expected[name], raw)
     missing = [name for name, spec in expected.items() if name not in tensors and not spec.optional]
-    _check(not missing, f"missing input {', '.join(missing)}; the model takes {', '.join(expected)}")
-    _check(not raw, f"{len(raw)} bytes follow the last binary tensor")
+    if missing:
+        raise RequestRefused(400, f"missing input {', '.join(missing)}; the model takes {', '.join(expected)}")
+    if raw:
+        raise RequestRefused(400, f"{len(raw)} bytes follow the last binary tensor")
     return InferRequest(
         _member(request, "id", str, None, required=False),
         tensors,
@@ -157,66 +162,68 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_consta
 def _member(where: Mapping[str, Any], key: str, kind: type, default: Any, *, required: bool = True) -> Any:
     """A member of a JSON object, of the type `kind`; `default` None means that it must be there where `required`."""
     value = where.get(key, default)
-    if value is None and not required:
-        return None
+    if type(value) is kind or (value is None and not required):
+        return value
     words: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
-    _check(isinstance(value, kind), f"{key!r} must be {words[kind]}")
-    return value
+    raise RequestRefused(400, f"{key!r} must be {words[kind]}")
 
 
 def _tensor(entry: Mapping[str, Any], spec: TensorSpec, raw: memoryview) -> tuple[np.ndarray, memoryview]:
     """The tensor of an input entry, and what is left of the binary part."""
-    datatype = _member(entry, "datatype", str, None)
-    _check(
-        datatype == spec.datatype, f"input {spec.name!r} has datatype {datatype!r:.40}; the model takes {spec.datatype}"
-    )
-    shape = _shape(entry, spec)
-    count = math.prod(shape)
-    parameters = _member(entry, "parameters", dict, {})
-    _check("shared_memory_region" not in parameters, "shared memory is not offered; send the tensor")
+    datatype = entry.get("datatype")
+    if datatype != spec.datatype:
+        raise RequestRefused(400, f"input {spec.name!r} has datatype {datatype!r:.40}; the model takes {spec.datatype}")
+    shape = _shape(entry.get("shape"), spec)
+    parameters = _member(entry, "parameters", dict, _NOTHING)
+    if "shared_memory_region" in parameters:
+        raise RequestRefused(400, "shared memory is not offered; send the tensor")
     size = parameters.get("binary_data_size")
     if size is None:
-        _check("data" in entry, f"input {spec.name!r} has no data")
-        return _from_json(entry["data"], spec, shape, count), raw
-    _check("data" not in entry, f"input {spec.name!r} has data and a binary_data_size; send one of them")
-    _check(
-        type(size) is int and 0 <= size <= len(raw), f"binary_data_size of {spec.name!r} is not within the body's bytes"
-    )
+        if "data" not in entry:
+            raise RequestRefused(400, f"input {spec.name!r} has no data")
+        return _from_json(entry["data"], spec, shape), raw
+    if "data" in entry:
+        raise RequestRefused(400, f"input {spec.name!r} has data and a binary_data_size; send one of them")
+    if type(size) is not int or not 0 <= size <= len(raw):
+        raise RequestRefused(400, f"binary_data_size of {spec.name!r} is not within the body's bytes")
     blob, rest = raw[:size], raw[size:]
     if spec.datatype == "BYTES":
-        return _unpack(blob, spec, shape, count), rest
-    _check(
-        size == count * SIZES[spec.datatype],
-        f"input {spec.name!r} of shape {list(shape)} takes {count * SIZES[spec.datatype]} bytes, binary_data_size is {size}",
-    )
+        return _unpack(blob, spec, shape), rest
+    needed = math.prod(shape) * SIZES[spec.datatype]
+    if size != needed:
+        raise RequestRefused(
+            400, f"input {spec.name!r} of shape {shape!s:.80} takes {needed} bytes, binary_data_size is {size}"
+        )
     return np.frombuffer(blob, _DTYPES[spec.datatype]).reshape(shape), rest
 
 
-def _shape(entry: Mapping[str, Any], spec: TensorSpec) -> tuple[int, ...]:
-    shape = _member(entry, "shape", list, None)
-    _check(
-        all(type(size) is int and 1 <= size <= _MAX_DIMENSION for size in shape),
-        f"the shape of {spec.name!r} must be a list of whole numbers from 1",
-    )
-    fits = len(shape) == len(spec.shape) and all(
-        want in (-1, size) for size, want in zip(shape, spec.shape, strict=True)
-    )
-    _check(fits, f"input {spec.name!r} has shape {shape!s:.80}; the model takes {list(spec.shape)}, where -1 is free")
+def _shape(shape: Any, spec: TensorSpec) -> tuple[int, ...]:
+    if type(shape) is not list or len(shape) != len(spec.shape):
+        wanted = f"the model takes {list(spec.shape)}, where -1 is free"
+        raise RequestRefused(400, f"input {spec.name!r} has shape {shape!s:.80}; {wanted}")
+    for size, want in zip(shape, spec.shape, strict=True):
+        if type(size) is not int or not 1 <= size <= _MAX_DIMENSION or want not in (-1, size):
+            wanted = f"the model takes {list(spec.shape)}, where -1 is any whole number from 1"
+            raise RequestRefused(400, f"input {spec.name!r} has shape {shape!s:.80}; {wanted}")
     return tuple(shape)
 
 
-def _from_json(data: Any, spec: TensorSpec, shape: tuple[int, ...], count: int) -> np.ndarray:
+def _from_json(data: Any, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
     """Nested or flat JSON data as an array; numbers must be of the datatype already, nothing is rounded."""
-    _check(isinstance(data, list), f"the data of {spec.name!r} must be a list")
+    if type(data) is not list:
+        raise RequestRefused(400, f"the data of {spec.name!r} must be a list")
     if data and type(data[0]) is list:
         for depth in range(1, len(shape)):
             regular = len(data) == math.prod(shape[:depth]) and all(type(item) is list for item in data)
-            _check(regular, f"the data of {spec.name!r} is not nested as its shape {list(shape)} says")
-            widths = set(map(len, data))
-            _check(len(widths) == 1, f"the data of {spec.name!r} is ragged; its shape says {list(shape)}")
+            if not regular or len(set(map(len, data))) != 1:
+                raise RequestRefused(400, f"the data of {spec.name!r} is not nested as its shape {list(shape)} says")
             data = list(chain.from_iterable(data))
-    _check(len(data) == count, f"the data of {spec.name!r} has {len(data)} elements; its shape says {count}")
-    _check(set(map(type, data)) <= _JSON_TYPES[spec.datatype], f"the data of {spec.name!r} is not {spec.datatype}")
+    if len(data) != math.prod(shape):
+        raise RequestRefused(
+            400, f"the data of {spec.name!r} has {len(data)} elements; its shape {list(shape)} says otherwise"
+        )
+    if not set(map(type, data)) <= _JSON_TYPES[spec.datatype]:
+        raise RequestRefused(400, f"the data of {spec.name!r} is not {spec.datatype}")
     try:
         if spec.datatype == "BYTES":
             return _objects([item.encode("utf-8") for item in data], shape)
@@ -227,8 +234,9 @@ def _from_json(data: Any, spec: TensorSpec, shape: tuple[int, ...], count: int) 
         raise RequestRefused(400, f"a number of {spec.name!r} does not fit {spec.datatype}") from None
 
 
-def _unpack(blob: memoryview, spec: TensorSpec, shape: tuple[int, ...], count: int) -> np.ndarray:
-    """BYTES elements, each behind its length. `count` may be absurd, so it is compared with what there is first."""
+def _unpack(blob: memoryview, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
+    """BYTES elements, each behind its length. Their number may be absurd, so it is compared with what there is first."""
+    count = math.prod(shape)
     _check(
         count * 4 <= len(blob), f"input {spec.name!r} says {count} elements, and its {len(blob)} bytes cannot hold them"
     )

@@ -154,6 +154,7 @@ def _server(service: Service, options: ServerOptions) -> Any:
         access_log=False,
         server_header=False,
         date_header=False,
+        proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=max(1, round(options.drain)),
         backlog=_BACKLOG,

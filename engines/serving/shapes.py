@@ -1,9 +1,10 @@
 """Length buckets: the few sequence lengths that a server runs, so that requests of about one length share a batch.
 
 A batch is a rectangle, and padding is computed like text: in a batch of mixed lengths the short ones pay for the long
-ones. TensorRT moreover prefers few different shapes. So a request is padded to the next bucket, and only requests of one
-bucket are batched. Steps grow with the length, which bounds the padding at about an eighth of a sequence above 64 tokens.
-An engine that was built for profiles gets only buckets that one of them has room for.
+ones. So only requests of one bucket are batched, and buckets grow with the length, which bounds the padding at about an
+eighth of a sequence. An engine that was built for profiles gets only buckets that one of them has room for, and every batch
+is padded to its bucket: TensorRT prefers few different shapes. An engine without profiles takes any shape, so its batches
+are as long as their longest request.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from nxm_export.errors import RequestRefused, ServeError
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sequences of up to `length` tokens, run as batches of `least` to `most` rows."""
+    """Sequences of up to `length` tokens (`fixed`: padded to just that), run as batches of `least` to `most` rows."""
 
     length: int
     least: int
     most: int
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,15 @@ def plan_buckets(
         fitting = [p for p in profiles if p.minimum[1] <= length <= p.maximum[1] and p.minimum[0] <= max_batch]
         if fitting:
             best = max(fitting, key=lambda p: p.maximum[0])
-            found.append(Bucket(length, best.minimum[0], min(max_batch, best.maximum[0])))
+            found.append(Bucket(length, best.minimum[0], min(max_batch, best.maximum[0]), fixed=True))
     if not found:
         raise ServeError(f"no profile of the engine takes batches of {max_batch} rows or less; raise --max-batch")
     return Buckets(tuple(found))
 
 
 def usual_lengths(longest: int) -> list[int]:
-    """8, 16, 24 ... 64, 80, 96 ... 128, 160 ... 256, 320 ...: steps of 8 up to 64 tokens, doubling with every octave."""
-    lengths, length, step = [], 0, 8
+    """4, 8, 12 ... 32, 40, 48 ... 64, 80, 96 ... 128, 160 ...: steps of 4 up to 32 tokens, doubling with every octave."""
+    lengths, length, step = [], 0, 4
     while length < longest:
         length = min(length + step, longest)
         lengths.append(length)

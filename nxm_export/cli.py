@@ -462,6 +462,43 @@ def serve(engines: tuple[str, ...], **options: Any) -> None:
 
 
 @main.command()
+@click.argument("engines", metavar="[NAME=]ENGINE_DIR...", nargs=-1, required=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Model repository to write.")
+@click.option("--text", is_flag=True, help="Add NAME_text: sentences in, class names out.")
+@click.option("--text-pair", is_flag=True, help="The same for models of two sentences.")
+@click.option("--kind", type=click.Choice(["cpu", "gpu"]), help="Where instances run.  [default: as built]")
+@click.option("--instances", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of an ONNX Runtime instance.")
+@click.option("--max-batch", type=click.IntRange(min=1), default=32, show_default=True, help="Rows of a batch.")
+@click.option("--image", help="Triton container.  [default: the release that the tests run]")
+@click.option(
+    "--container-tensorrt", metavar="X.Y.Z", help="TensorRT in that container; refuse engines that need another."
+)
+@_json_option
+def triton(engines: tuple[str, ...], out: Path, json: bool, **options: Any) -> None:
+    """Write a Triton model repository from ENGINE_DIRs; several of one NAME are one model for several GPUs."""
+    from engines.serving.repository import Source
+    from engines.triton import TritonOptions, export_repository
+    from engines.triton.deploy import DEFAULT_IMAGE
+
+    manifest = export_repository(
+        [Source.parse(text) for text in engines],
+        out,
+        TritonOptions(
+            text=options["text"] or options["text_pair"],
+            pair=options["text_pair"],
+            kind=options["kind"],
+            instances=options["instances"],
+            threads=options["threads"],
+            max_batch=options["max_batch"],
+            image=options["image"] or DEFAULT_IMAGE,
+            tensorrt=options["container_tensorrt"],
+        ),
+    )
+    _print(manifest, json, lambda facts: print_table(str(out), ("file", "sha256"), list(facts["files"].items())))
+
+
+@main.command()
 @_json_option
 def doctor(json: bool) -> None:
     """Say what this machine can build and run, and what to install for the rest."""

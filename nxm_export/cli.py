@@ -396,7 +396,12 @@ def bench(engines: tuple[Path, ...], shapes: tuple[str, ...], rounds: int, threa
     "--instances", type=click.IntRange(min=1), help="Copies of each engine.  [default: CPU cores; 1 on a GPU]"
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of each copy.  [default: cores / instances]")
-@click.option("--max-batch", type=click.IntRange(min=1), default=32, show_default=True, help="Rows of a batch.")
+@click.option("--max-batch", type=click.IntRange(min=1), default=32, show_default=True, help="Rows of a request.")
+@click.option(
+    "--merge",
+    type=click.IntRange(min=1),
+    help="Rows of different requests in a batch.  [default: 4 on a CPU, else --max-batch]",
+)
 @click.option("--max-delay-ms", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Wait for company.")
 @click.option(
     "--buckets", metavar="N,N,...", help="Lengths that requests are padded to.  [default: steps of an eighth]"
@@ -429,7 +434,6 @@ def bench(engines: tuple[Path, ...], shapes: tuple[str, ...], rounds: int, threa
 def serve(engines: tuple[str, ...], **options: Any) -> None:
     """Serve ENGINE_DIRs over HTTP (Open Inference Protocol v2: tritonclient and KServe clients work) until SIGTERM."""
     from engines.serving.app import RequestLimits
-    from engines.serving.batching import Limits
     from engines.serving.connection import ConnectionLimits
     from engines.serving.model import ModelOptions
     from engines.serving.repository import Source
@@ -443,7 +447,9 @@ def serve(engines: tuple[str, ...], **options: Any) -> None:
             threads=options["threads"],
             max_batch=options["max_batch"],
             lengths=_lengths(options["buckets"]),
-            limits=Limits(options["max_queue"], options["max_delay_ms"] / 1e3),
+            merge=options["merge"],
+            max_queue=options["max_queue"],
+            max_delay=options["max_delay_ms"] / 1e3,
             text=options["text"],
             gate=options["gate"],
             expect_sha256=frozenset(digest.lower() for digest in options["expect_sha256"]),

@@ -52,10 +52,12 @@ class Ticket:
 
 @dataclass(frozen=True)
 class Limits:
-    """`max_rows` waiting at most; `max_delay` seconds that a batch which is not full waits for more."""
+    """`max_rows` waiting at most; `max_delay` seconds that a batch which is not full waits for more; `merge` rows of
+    different requests in a batch at most (a larger request runs alone)."""
 
     max_rows: int = 512
     max_delay: float = 0.0
+    merge: int = 32
 
 
 class BatchQueue:
@@ -104,13 +106,15 @@ class BatchQueue:
                 oldest, index = min(heads)
                 bucket, queue = self._buckets.buckets[index], self._waiting[index]
                 rest = oldest + self._limits.max_delay - time.monotonic()
-                if rest <= 0 or self._closed or sum(ticket.rows for ticket in queue) >= bucket.most:
-                    return bucket, self._cut(queue, bucket.most)
+                most = min(bucket.most, self._limits.merge)
+                if rest <= 0 or self._closed or sum(ticket.rows for ticket in queue) >= most:
+                    return bucket, self._cut(queue, most)
                 self._condition.wait(rest)
 
     def _cut(self, queue: deque[Ticket], most: int) -> list[Ticket]:
-        batch, rows = [], 0
-        while queue and rows + queue[0].rows <= most:
+        batch: list[Ticket] = []
+        rows = 0
+        while queue and (not batch or rows + queue[0].rows <= most):
             ticket = queue.popleft()
             rows += ticket.rows
             batch.append(ticket)

@@ -31,18 +31,22 @@ from nxm_export.spec import load_spec
 
 GATES = ("not-failed", "passed", "off")
 TEXT_SUFFIX = "_text"
+CPU_MERGE = 4  # short sentences keep a core busy: beyond this a batch gains almost nothing and its first request waits
 
 
 @dataclass(frozen=True)
 class ModelOptions:
     """How engines are served. None lets the engine decide: `instances` and `threads` from the cores, `lengths` from its
-    profiles. `expect_sha256` not empty means that every engine's hash must be among them."""
+    profiles, `merge` (rows that different requests make a batch of) from its device. `expect_sha256` not empty means that
+    every engine's hash must be among them."""
 
     instances: int | None = None
     threads: int | None = None
     max_batch: int = 32
+    merge: int | None = None
     lengths: tuple[int, ...] | None = None
-    limits: Limits = Limits()
+    max_queue: int = 512
+    max_delay: float = 0.0
     text: bool = False
     gate: str = "not-failed"
     expect_sha256: frozenset[str] = frozenset()
@@ -93,7 +97,8 @@ class Model:
         self.passport = passport
         self.spec = load_spec(directory)
         self.buckets = plan_buckets(self.spec.max_length, options.max_batch, passport.shape_profiles(), options.lengths)
-        self.queue = BatchQueue(self.buckets, options.limits)
+        merge = options.merge or (CPU_MERGE if passport.device.get("kind") == "cpu" else options.max_batch)
+        self.queue = BatchQueue(self.buckets, Limits(options.max_queue, options.max_delay, merge))
         self.users = 0  # requests between look-up and answer; counted on the event loop alone
         self._engines = engines
         self._threads: list[threading.Thread] = []

@@ -46,7 +46,8 @@ class TritonPythonModel:
             for i, name in enumerate(self.inputs)
         }
         try:
-            found = dict(zip([o.name for o in self.session.get_outputs()], self.session.run(None, feeds)))
+            names = [value.name for value in self.session.get_outputs()]
+            found = dict(zip(names, self.session.run(None, feeds), strict=True))
         except Exception as error:
             return [backend.InferenceResponse([], backend.TritonError(str(error))) for _ in requests]
         ends = np.cumsum(sizes)[:-1]

@@ -7,12 +7,13 @@ first client comes, and the shapes of the outputs are known, not guessed.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ import numpy as np
 from engines.base import Engine, backend
 from engines.parity import PARITY_FILE
 from engines.passport import EnginePassport, load_passport
-from engines.serving.batching import BatchQueue, Deliver, Limits, Observer, Ticket, run_batch, run_worker
+from engines.serving.batching import BatchQueue, Deliver, Limits, Observer, run_worker
 from engines.serving.protocol import InferRequest, TensorSpec
-from engines.serving.shapes import plan_buckets
+from engines.serving.shapes import Bucket, plan_buckets
 from engines.serving.text import INPUTS as TEXT_INPUTS
 from engines.serving.text import LABEL, TextFace
-from nxm_export.errors import ParityError, RequestRefused, ServeError
+from nxm_export.errors import NxmError, ParityError, RequestRefused, ServeError
 from nxm_export.spec import load_spec
 
 GATES = ("not-failed", "passed", "off")
@@ -97,7 +98,7 @@ class Model:
         self.passport = passport
         self.spec = load_spec(directory)
         self.buckets = plan_buckets(self.spec.max_length, options.max_batch, passport.shape_profiles(), options.lengths)
-        merge = options.merge or (CPU_MERGE if passport.device.get("kind") == "cpu" else options.max_batch)
+        merge = options.max_batch if options.merge is None else options.merge
         self.queue = BatchQueue(self.buckets, Limits(options.max_queue, options.max_delay, merge))
         self.users = 0  # requests between look-up and answer; counted on the event loop alone
         self._engines = engines
@@ -151,13 +152,8 @@ class Model:
         shapes = {}
         for engine in self._engines:
             for bucket in self.buckets.buckets:
-                sizes = {1, bucket.most} if bucket is self.buckets.longest else {1}
-                for rows in sizes:
-                    feeds = {name: np.zeros((rows, bucket.length), np.int64) for name in engine.inputs}
-                    feeds["attention_mask"][:] = 1
-                    ticket = Ticket(feeds, deadline=float("inf"))
-                    run_batch(engine, bucket, [ticket], self._pads, self._sequence_axes)
-                    for name, array in ticket.outputs.items():
+                for rows in {1, bucket.most} if bucket is self.buckets.longest else {1}:
+                    for name, array in self._try(engine, bucket, rows).items():
                         axes = self.spec.outputs.get(name, ())
                         if len(axes) != array.ndim:
                             raise ServeError(
@@ -167,7 +163,24 @@ class Model:
                             -1 if axis in ("batch", "sequence") else size
                             for axis, size in zip(axes, array.shape, strict=True)
                         )
+        missing = set(self.spec.outputs) - set(shapes)
+        if missing:
+            raise ServeError(f"{self.directory}: spec.json names outputs that the engine does not have: {missing}")
         return shapes
+
+    def _try(self, engine: Engine, bucket: Bucket, rows: int) -> dict[str, np.ndarray]:
+        """Outputs for rows of padding with full attention, as the engine gives them."""
+        shape = (max(rows, bucket.least), bucket.length)
+        feeds = {name: np.full(shape, pad, np.int64) for name, pad in self._pads.items()}
+        feeds["attention_mask"][:] = 1
+        try:
+            return engine.run(feeds)
+        except NxmError:
+            raise
+        except Exception as error:  # a runtime raises what it likes, and this is where it meets the engine first
+            raise ServeError(
+                f"{self.directory}: the engine fails at batch {shape[0]} and length {shape[1]}: {error}"
+            ) from error
 
 
 def open_model(name: str, version: str, directory: Path, options: ModelOptions) -> Model:
@@ -183,11 +196,13 @@ def open_model(name: str, version: str, directory: Path, options: ModelOptions) 
             "serve the right directory, or expect this one with --expect-sha256"
         )
     require_gate(directory, passport, options.gate)
-    on_cpu = passport.device.get("kind") == "cpu"
+    load: Callable[..., Engine] = backend(passport.backend).load
+    on_cpu = "threads" in inspect.signature(load).parameters
     cores = len(os.sched_getaffinity(0))
     instances = options.instances or (cores if on_cpu else 1)
     load_options: dict[str, Any] = {"threads": options.threads or max(1, cores // instances)} if on_cpu else {}
-    load: Callable[..., Engine] = backend(passport.backend).load
+    if on_cpu and options.merge is None:
+        options = replace(options, merge=CPU_MERGE)
     with ExitStack() as stack:
         engines = [stack.enter_context(load(directory, **load_options)) for _ in range(instances)]
         model = Model(name, version, directory, passport, engines, options)

@@ -1,7 +1,8 @@
 """A small engine whose arithmetic is exact, so that padding and batching must not change a single bit.
 
 ``logits[b, c] = sum over s of mask[b, s] * (TABLE[ids[b, s], c] + types[b, s])``, with whole numbers in TABLE: float32
-adds them exactly in any order, and padding adds zeros.
+adds them exactly in any order, and padding adds zeros. With `work`, a product of two matrices of that size, all zeros
+but known to be so only when it runs, is added: an engine that takes its time.
 """
 
 from __future__ import annotations
@@ -35,8 +36,18 @@ exact (int64[batch, sequence] input_ids, int64[batch, sequence] attention_mask, 
     mask = Cast <to: int = 1> (attention_mask)
     mask_3d = Unsqueeze (mask, last)
     masked = Mul (summed, mask_3d)
-    logits = ReduceSum <keepdims: int = 0> (masked, along)
+    exact_logits = ReduceSum <keepdims: int = 0> (masked, along)
+    WORK
 }
+"""
+_NO_WORK = "logits = Identity (exact_logits)"
+_WORK = """
+    largest = ReduceMax <keepdims: int = 0> (mask)
+    same = Sub (largest, largest)
+    square = Expand (same, work_shape)
+    product = MatMul (square, square)
+    nothing = ReduceMax <keepdims: int = 0> (product)
+    logits = Add (exact_logits, nothing)
 """
 
 
@@ -60,12 +71,14 @@ def feeds_of(lengths: Sequence[int], seed: int = 0) -> dict[str, np.ndarray]:
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": random.integers(0, 2, shape) * mask}
 
 
-def write_graph(out: Path, seed: int = 0) -> Path:
+def write_graph(out: Path, seed: int = 0, work: int = 0) -> Path:
     """A graph directory with its companions; returns the ONNX file."""
     import onnx
 
     out.mkdir(parents=True)
-    graph = onnx.parser.parse_model(GRAPH)
+    graph = onnx.parser.parse_model(GRAPH.replace("WORK", _WORK if work else _NO_WORK))
+    if work:
+        graph.graph.initializer.append(onnx.numpy_helper.from_array(np.array([work, work]), "work_shape"))
     graph.graph.initializer.append(onnx.numpy_helper.from_array(table(seed), "table"))
     onnx.checker.check_model(graph)
     onnx.save(graph, out / "model.onnx")
@@ -91,9 +104,9 @@ def tokenizer():  # type: ignore[no-untyped-def]
     return made
 
 
-def build(out: Path, seed: int = 0, parity: bool | None = None) -> Path:
+def build(out: Path, seed: int = 0, parity: bool | None = None, work: int = 0) -> Path:
     """An engine directory, with a parity report that says `parity` unless that is None."""
-    onnx = write_graph(out.with_name(f"{out.name}-graph"), seed)
+    onnx = write_graph(out.with_name(f"{out.name}-graph"), seed, work)
     out.mkdir()
     passport = ort.build(onnx, out, BuildOptions(threads=1))
     if parity is not None:

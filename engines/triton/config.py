@@ -92,7 +92,9 @@ def text_configs(
             "model_name": name,
             "model_version": -1,
             "input_map": [{"key": b.name, "value": f"tokens_{b.name}"} for b in inputs],
-            "output_map": [{"key": b.name, "value": b.name} for b in outputs],
+            "output_map": [
+                {"key": b.name, "value": f"engine_{b.name}" if labels and b is first else b.name} for b in outputs
+            ],
         },
     ]
     found = {
@@ -101,14 +103,17 @@ def text_configs(
         }
     }  # fmt: skip
     if labels:
+        # The logits pass through this model: an ensemble does not compute an output of its own that nobody asks for,
+        # and would then wait for it when only the label is wanted (seen on Triton 2.51).
+        passed = {**_tensor(first), "name": f"engine_{first.name}"}
         steps.append({
             "model_name": names["labels"],
             "model_version": -1,
-            "input_map": [{"key": first.name, "value": first.name}],
-            "output_map": [{"key": "label", "value": "label"}],
+            "input_map": [{"key": passed["name"], "value": passed["name"]}],
+            "output_map": [{"key": name, "value": name} for name in (first.name, "label")],
         })  # fmt: skip
         found[names["labels"]] = {
-            "name": names["labels"], **python, "input": [_tensor(first)], "output": [_text("label")], **workers,
+            "name": names["labels"], **python, "input": [passed], "output": [_tensor(first), _text("label")], **workers,
         }  # fmt: skip
     found[names["text"]] = {
         "name": names["text"],

@@ -1,4 +1,7 @@
-"""The last step of a text ensemble, run by Triton's Python backend: logits (batch, classes) to class names (batch, 1)."""
+"""The last step of a text ensemble, run by Triton's Python backend: logits (batch, classes) to class names (batch, 1).
+
+The logits are passed on, see `engines.triton.config.text_configs`.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ class TritonPythonModel:
 
         responses = []
         for request in requests:
-            logits = backend.get_input_tensor_by_name(request, self.output).as_numpy()
+            logits = backend.get_input_tensor_by_name(request, f"engine_{self.output}").as_numpy()
             names = np.array([[self.labels[i].encode("utf-8")] for i in logits.argmax(axis=-1)], object)
-            responses.append(backend.InferenceResponse([backend.Tensor("label", names)]))
+            responses.append(
+                backend.InferenceResponse([backend.Tensor("label", names), backend.Tensor(self.output, logits)])
+            )
         return responses

@@ -346,7 +346,7 @@ def compare(
 
 
 @main.command()
-@click.argument("engines", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("engines", type=click.Path(path_type=Path), nargs=-1)
 @click.option(
     "--shape",
     "shapes",
@@ -355,14 +355,39 @@ def compare(
     show_default=True,
     help="batch x sequence; may be repeated.",
 )
-@click.option("--rounds", type=click.IntRange(min=1), default=30, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), help="[default: 30; 3 with --serve]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: as built]")
+@click.option("--serve", "urls", multiple=True, metavar="URL", help="Load running servers instead; may be repeated.")
+@click.option("--model", help="With --serve: the model's name there.")
+@click.option(
+    "--data", metavar="FILE", help="With --serve: sentences to send, as tokens of ENGINES' tokenizer, else as text."
+)
+@click.option(
+    "--clients", default="1,8,32", show_default=True, metavar="N,N,...", help="With --serve: clients at once."
+)
+@click.option(
+    "--seconds", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="With --serve: of a round."
+)
+@click.option(
+    "--encoding",
+    type=click.Choice(["binary", "json"]),
+    default="binary",
+    show_default=True,
+    help="With --serve: of tokens.",
+)
 @_json_option
-def bench(engines: tuple[Path, ...], shapes: tuple[str, ...], rounds: int, threads: int | None, json: bool) -> None:
-    """Time ENGINES interleaved; speed-ups are against the first."""
+def bench(
+    engines: tuple[Path, ...], shapes: tuple[str, ...], rounds: int, threads: int | None, json: bool, **load: Any
+) -> None:
+    """Time ENGINES interleaved (speed-ups are against the first), or load running servers with --serve."""
+    if load["urls"]:
+        _bench_servers(engines, rounds or 3, json, **load)
+        return
+    if not engines:
+        raise click.UsageError("missing ENGINES (or --serve URL)")
     from nxm_export.pipeline import bench_engines
 
-    report = bench_engines(engines, [_shape(text) for text in shapes], rounds, threads)
+    report = bench_engines(engines, [_shape(text) for text in shapes], rounds or 30, threads)
 
     def show_rows(_: Any) -> None:
         speed = {(ratio.name, ratio.batch, ratio.sequence): ratio for ratio in report.ratios}
@@ -411,6 +436,13 @@ def bench(engines: tuple[Path, ...], shapes: tuple[str, ...], rounds: int, threa
 @click.option("--max-body-mb", type=click.FloatRange(min=0.001), default=4.0, show_default=True)
 @click.option("--max-connections", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option(
+    "--read-timeout-ms",
+    type=click.FloatRange(min=1),
+    default=10000.0,
+    show_default=True,
+    help="For a request to arrive.",
+)
+@click.option(
     "--gate",
     type=click.Choice(["not-failed", "passed", "off"]),
     default="not-failed",
@@ -446,7 +478,7 @@ def serve(engines: tuple[str, ...], **options: Any) -> None:
             instances=options["instances"],
             threads=options["threads"],
             max_batch=options["max_batch"],
-            lengths=_lengths(options["buckets"]),
+            lengths=_numbers(options["buckets"], "--buckets", "lengths") if options["buckets"] else None,
             merge=options["merge"],
             max_queue=options["max_queue"],
             max_delay=options["max_delay_ms"] / 1e3,
@@ -462,7 +494,7 @@ def serve(engines: tuple[str, ...], **options: Any) -> None:
             watch=options["watch_seconds"],
             access_log=options["access_log"],
             requests=RequestLimits(int(options["max_body_mb"] * 2**20), options["timeout_ms"] / 1e3),
-            connections=ConnectionLimits(options["max_connections"]),
+            connections=ConnectionLimits(options["max_connections"], options["read_timeout_ms"] / 1e3),
         ),
     )
 
@@ -544,13 +576,37 @@ def _shape(text: str) -> tuple[int, int]:
     return int(batch), int(sequence)
 
 
-def _lengths(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
+def _numbers(text: str, option: str, what: str) -> tuple[int, ...]:
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) for part in parts):
-        raise click.BadParameter(f"{text!r} are no lengths; write them as in 32,64,128", param_hint="--buckets")
+        raise click.BadParameter(f"{text!r} are no {what}; write them as in 8,16,32", param_hint=option)
     return tuple(int(part) for part in parts)
+
+
+def _bench_servers(
+    engines: tuple[Path, ...], rounds: int, json: bool, *, urls: tuple[str, ...], model: str | None, data: str | None,
+    clients: str, seconds: float, encoding: str,
+) -> None:  # fmt: skip
+    from nxm_export.pipeline import load_servers
+
+    if not model or not data or len(engines) > 1:
+        raise click.UsageError("--serve needs --model and --data, and at most one engine directory (for its tokenizer)")
+    numbers = _numbers(clients, "--clients", "numbers of clients")
+    report = load_servers(urls, model, data, engines[0] if engines else None, numbers, seconds, rounds, encoding)
+    columns = ("server", "clients", "answers a second", "lowest to highest", "p50 ms", "p99 ms", "errors")
+    rows = [
+        (
+            found.name,
+            found.clients,
+            f"{found.throughput:.1f}",
+            f"{found.throughput_range[0]:.1f} to {found.throughput_range[1]:.1f}",
+            f"{found.p50:.2f}",
+            f"{found.p99:.2f}",
+            ", ".join(f"{count} x {kind}" for kind, count in found.errors.items()) or "none",
+        )
+        for found in report.results
+    ]
+    _print(report.to_dict(), json, lambda _: print_table(f"load on {model}, medians of {rounds} rounds", columns, rows))
 
 
 def _spec(pattern: str, bits: str) -> WeightSpec:

@@ -70,6 +70,7 @@ class Service:
         self._access_log = access_log
         self._observations: dict[Model, Observation] = {}
         self._tokenizing = ThreadPoolExecutor(1, "tokenize")
+        self._loading = ThreadPoolExecutor(1, "load")
         self._prefix = os.urandom(4).hex()
         self._numbers = itertools.count(1)
         self.metrics.ready.set_function(lambda: float(self.ready))
@@ -277,17 +278,19 @@ class Service:
             self._started = False
             watching.cancel()
             self._tokenizing.shutdown()
-            await asyncio.to_thread(self.repository.close)
+            await loop.run_in_executor(self._loading, self.repository.close)
+            self._loading.shutdown()
 
     async def _reload_changed(self, begin: Callable[[Model], None]) -> None:
         """Look at the engine directories every `watch` seconds (never, at 0), load what changed, close what is unused."""
+        loop = asyncio.get_running_loop()
         while self._watch:
             await asyncio.sleep(self._watch)
             for key in self.repository.changed():
                 old = self.repository.current(key)
                 facts = {"model": old.name, "version": old.version, "directory": str(old.directory)}
                 try:
-                    model = await asyncio.to_thread(self.repository.claim(key))
+                    model = await loop.run_in_executor(self._loading, self.repository.claim(key))
                 except NxmError as error:
                     self.metrics.reloaded(old, "refused")
                     log.error(
@@ -305,7 +308,7 @@ class Service:
             for model in [model for model in self.repository.retired if not model.users]:
                 self.repository.retired.remove(model)
                 self._observations.pop(model)
-                await asyncio.to_thread(model.close)
+                await loop.run_in_executor(self._loading, model.close)
 
 
 def _finish(batch: Sequence[Ticket]) -> None:

@@ -34,7 +34,9 @@ def protocol_class(service: Service, limits: ConnectionLimits) -> type[asyncio.P
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             service.metrics.connections.set(len(self.connections))
-            self._head: int | None = 0  # bytes of the head read so far; None outside of it
+            self._arriving = False  # a request has begun and is not yet whole
+            self._in_head = False
+            self._head = self._chunk = 0  # bytes of the head so far, and of the last read
             self._timer = self.loop.call_later(limits.read_timeout, self._too_slow)
             if len(self.connections) > limits.connections:
                 self._refuse(503, f"{limits.connections} connections are open already; try again later")
@@ -45,25 +47,27 @@ def protocol_class(service: Service, limits: ConnectionLimits) -> type[asyncio.P
             service.metrics.connections.set(len(self.connections))
 
         def data_received(self, data: bytes) -> None:
-            if self._head is not None:
-                self._head += len(data)
+            self._chunk = len(data)
+            self._head += len(data)
             super().data_received(data)
-            if self._head is not None and self._head > limits.head:
+            if self._in_head and self._head > limits.head:
                 self._refuse(431, f"the request's headers are larger than {limits.head} bytes")
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
-            self._head = 0
+            self._arriving = self._in_head = True
+            self._head = self._chunk
             self._timer.cancel()
             self._timer = self.loop.call_later(limits.read_timeout, self._too_slow)
 
         def on_headers_complete(self) -> None:
-            self._head = None
+            self._in_head = False
             super().on_headers_complete()
             if service.draining:
                 self.cycle.keep_alive = False
 
         def on_message_complete(self) -> None:
+            self._arriving = False
             self._timer.cancel()
             super().on_message_complete()
 
@@ -78,12 +82,10 @@ def protocol_class(service: Service, limits: ConnectionLimits) -> type[asyncio.P
             self._refuse(400, "this is not HTTP")
 
         def _too_slow(self) -> None:
-            if self._head == 0 and self.cycle is None:
-                self.transport.close()  # nothing was asked, so nothing is answered
-            elif self.cycle is not None and self.cycle.response_started:
-                self.transport.close()
-            else:
+            if self._arriving and (self._in_head or not self.cycle.response_started):
                 self._refuse(408, f"the request did not arrive within {limits.read_timeout:g} seconds")
+            else:
+                self.transport.close()  # nothing was asked, or it is answered already
 
         def _refuse(self, status: int, message: str) -> None:
             if self.transport.is_closing():

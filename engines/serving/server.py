@@ -1,20 +1,22 @@
 """Start, run and stop a server: bind, load, warm up, listen; on SIGTERM finish what was begun.
 
 The socket is bound before the engines are loaded, so a taken port fails in a moment, and listens only after they are warm,
-so nobody is kept waiting by a server that is not ready. Stopping refuses nothing that has arrived: the connections that
-the kernel accepted are taken over, every request on an open connection is answered, and only then the engines go.
+so nobody is kept waiting by a server that is not ready. Stopping loses nothing that has arrived: connections that the
+kernel accepted are taken over, every request on an open connection is answered, and only then the engines go.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import ipaddress
 import json
 import logging
 import os
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +32,8 @@ from nxm_export.errors import EngineUnavailable, ServeError
 log = logging.getLogger("nxm.serve")
 _KEEP_ALIVE = 75  # seconds; longer than what clients and balancers keep idle connections for
 _BACKLOG = 1024
+_SO_ATTACH_FILTER = 26  # asm-generic/socket.h; not in Python's socket module
+_TAKE_OVER = 0.05  # seconds
 
 
 @dataclass(frozen=True)
@@ -128,22 +132,10 @@ def _server(service: Service, options: ServerOptions) -> Any:
             self.should_exit = True
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            loop = asyncio.get_running_loop()
-            kept = [listener.dup() for listener in sockets or []]
-            for server in self.servers:
-                server.close()
-            for listener in kept:  # connections that the kernel has accepted and nobody has taken yet
-                with contextlib.suppress(BlockingIOError):
-                    while True:
-                        connection, _ = listener.accept()
-                        connection.setblocking(False)
-                        await loop.connect_accepted_socket(self._protocol, connection)
-                listener.close()
+            for listener in sockets or []:
+                _turn_away(listener)
+            await asyncio.sleep(_TAKE_OVER)  # in which the loop accepts what the kernel had accepted before
             await super().shutdown(sockets)
-
-        def _protocol(self) -> asyncio.Protocol:
-            kind: Any = self.config.http_protocol_class
-            return kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
     config = uvicorn.Config(
         service.application(),
@@ -160,6 +152,19 @@ def _server(service: Service, options: ServerOptions) -> Any:
         backlog=_BACKLOG,
     )
     return Server(config)
+
+
+def _turn_away(listener: socket.socket) -> None:
+    """Let no new connection in, and keep those that wait to be accepted.
+
+    Closing a listening socket resets the connections in its queue, whose clients may have sent their request already. So a
+    packet filter that drops everything is put on it first (Linux; elsewhere the few in the queue are lost). A client that
+    comes now is refused once the socket is closed, before it has sent anything.
+    """
+    drop_all = struct.pack("HBBI", 0x06, 0, 0, 0)  # BPF: return 0 bytes of the packet
+    program = ctypes.create_string_buffer(drop_all)
+    with contextlib.suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(program)))
 
 
 def _host(listener: socket.socket) -> str:

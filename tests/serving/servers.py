@@ -72,7 +72,7 @@ def nxm_serve(log: Path, *arguments: str) -> Iterator[Running]:
     """`nxm serve` with these arguments, on a free port."""
     port = free_port()
     command = [sys.executable, "-m", "nxm_export", "serve", "--port", str(port), *arguments]
-    with _started(command, dict(os.environ), port, log) as running:
+    with started(command, dict(os.environ), port, log) as running:
         yield running
 
 
@@ -86,7 +86,7 @@ def triton(repository: Path, log: Path, venv: Path) -> Iterator[Running]:
         "--exit-timeout-secs=5", *(f"--{kind}-address=127.0.0.1" for kind in ports), *(f"--{kind}-port={port}" for kind, port in ports.items()),
     ]  # fmt: skip
     # The stub looks for packages in its working directory first, and where that is not enough, in PYTHONPATH.
-    with _started(command, environment, ports["http"], log, cwd=_site(venv), grpc_port=ports["grpc"]) as running:
+    with started(command, environment, ports["http"], log, cwd=_site(venv), grpc_port=ports["grpc"]) as running:
         yield running
 
 
@@ -130,7 +130,7 @@ def _triton_parts(venv: Path, scratch: Path) -> tuple[Path, dict[str, str], Path
 
 
 @contextlib.contextmanager
-def _started(
+def started(
     command: Sequence[str],
     environment: dict[str, str],
     port: int,

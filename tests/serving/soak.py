@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from engines.load import exchange
-from tests.serving.http import connect, read, request, send
+from tests.serving.rawhttp import connect, read, request, send
 from tests.serving.servers import Running
 
 ABORTS = 0.05  # share of requests whose client goes away

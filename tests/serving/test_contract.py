@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.serving.exact_engine import LABELS, MAX_LENGTH, VOCABULARY, expected, feeds_of, tokenizer
-from tests.serving.http import Answer, send
+from tests.serving.rawhttp import Answer, send
 from tests.serving.servers import Running, triton_venv
 
 client_http = pytest.importorskip("tritonclient.http", reason="tritonclient is not installed; pip install -e '.[dev]'")

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from tests.serving.exact_engine import MAX_LENGTH, VOCABULARY, expected, feeds_of
-from tests.serving.http import connect, read, request, send
+from tests.serving.rawhttp import connect, read, request, send
 from tests.serving.servers import Running
 
 INFER, TEXT = "/v2/models/exact/infer", "/v2/models/exact_text/infer"

@@ -22,7 +22,7 @@ from engines.serving.app import OPENAPI_FILE
 from nxm_export.cli import main
 from tests.serving import exact_engine
 from tests.serving.exact_engine import expected, feeds_of
-from tests.serving.http import Answer, connect, read, request, send
+from tests.serving.rawhttp import Answer, connect, read, request, send
 from tests.serving.servers import Running, free_port, nxm_serve
 
 INFER = "/v2/models/exact/infer"

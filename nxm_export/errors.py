@@ -11,10 +11,13 @@
     │   └── EngineUnavailable    the runtime or its hardware is not on this machine
     ├── ParityError          two backends that should agree do not: a failed gate
     └── ServeError           a server that cannot start or go on
+        └── RequestRefused       a request that a server answers with an error status
 
 A message says what is wrong (with names and numbers), where, and what to do about it. Anything else that escapes from
 this project is a bug and keeps its traceback.
 """
+
+from __future__ import annotations
 
 
 class NxmError(Exception):
@@ -55,3 +58,12 @@ class ParityError(NxmError):
 
 class ServeError(NxmError):
     """A server that cannot start or go on."""
+
+
+class RequestRefused(ServeError):
+    """A request that a server answers with the HTTP `status` and this message, and `retry_after` seconds where it may help."""
+
+    def __init__(self, status: int, message: str, *, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after = retry_after

@@ -449,6 +449,37 @@ def _vocabulary(engines: Sequence[Path]) -> int:
     return min([VOCABULARY, *(spec.limits["input_ids"] for spec in specs if spec and "input_ids" in spec.limits)])
 
 
+def load_servers(
+    urls: Sequence[str],
+    model: str,
+    data: str,
+    engine: Path | None,
+    clients: Sequence[int],
+    seconds: float,
+    rounds: int,
+    encoding: str,
+) -> Any:
+    """Load running servers with the sentences of a data file; returns a `LoadReport`.
+
+    With an `engine` directory they are sent as tokens of its tokenizer, else as text, in an order that is shuffled once.
+    """
+    import random
+
+    from engines.load import measure, text_target, token_target
+    from nxm_export.data import Columns, load_raw
+    from nxm_export.spec import load_spec
+
+    if engine is None:
+        raw = load_raw(data, "dev", Columns())
+        texts = random.Random(0).sample(raw.texts, len(raw.texts))
+        targets = [text_target(url, url, model, texts) for url in urls]
+    else:
+        features = _features(engine, data, Columns())
+        features = random.Random(0).sample(features, len(features))
+        targets = [token_target(url, url, model, features, load_spec(engine), encoding=encoding) for url in urls]
+    return measure(targets, clients, seconds=seconds, rounds=rounds)
+
+
 def _train(directory: RunDir, request: Request, plan: CompressionPlan, model: Path, progress: Progress) -> None:
     """Dense fine-tuning and compression. What they have done lies in ``work/`` until they are complete."""
     from compressors.compress import compress

@@ -199,7 +199,7 @@ class TestTampering:
         data = bytearray(file.read_bytes())
         data[min(int(at * len(data)), len(data) - 1)] ^= 1
         file.write_bytes(data)
-        with pytest.raises(ArtifactError, match="is not the engine of its passport .* build it again"):
+        with pytest.raises(ArtifactError, match=r"is not the engine of its passport .* build it again"):
             self.load(copy)
 
     def test_another_models_engine_is_found(self, copy: Path, tiny_engine: Callable[..., Path]) -> None:

@@ -1,0 +1,338 @@
+"""The HTTP face: routes of the Open Inference Protocol, errors as JSON, request ids, deadlines, disconnects.
+
+An answer is a result or ``{"error": "..."}`` with a status: 400 for a malformed request, 404 for an unknown model, 413 for
+a body that is too large, 503 with Retry-After when the queue is full, 504 when the deadline passed, 500 with a request id
+(and nothing else; the log has the rest) for a failure of ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engines.serving.batching import Ticket
+from engines.serving.metrics import Metrics, Observation
+from engines.serving.model import Endpoint, Model
+from engines.serving.protocol import HEADER_LENGTH, InferRequest, parse_infer, parse_json, render_infer
+from engines.serving.repository import Repository
+from engines.serving.text import text_size
+from nxm_export import __version__
+from nxm_export.errors import NxmError, RequestRefused
+
+log = logging.getLogger("nxm.serve")
+OPENAPI_FILE = Path(__file__).with_name("openapi.json")
+EXTENSIONS = ("binary_tensor_data", "model_repository", "schedule_policy")
+INLINE_TEXT = 4096  # bytes that are tokenized on the event loop (well under a millisecond); more goes to a thread
+_DRAINED = 16  # a body of up to this many times the limit is read and dropped, so that the client gets to read its 413
+_REASONS = {
+    400: "malformed",
+    404: "unknown_model",
+    413: "too_large",
+    415: "malformed",
+    503: "queue_full",
+    504: "deadline",
+}
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}\Z")
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """`max_body` in bytes; `timeout` in seconds, of a request that sets none and the longest that one may set."""
+
+    max_body: int = 4 << 20
+    timeout: float = 10.0
+
+
+class _Disconnected(Exception):
+    """The client went away; nobody reads the answer."""
+
+
+class Service:
+    """A repository behind HTTP, with what lives as long as the event loop. `application` is the ASGI application."""
+
+    def __init__(self, repository: Repository, limits: RequestLimits, *, watch: float, access_log: bool) -> None:
+        self.repository = repository
+        self.metrics = Metrics()
+        self.limits = limits
+        self.draining = False
+        self._started = False
+        self._watch = watch
+        self._access_log = access_log
+        self._observations: dict[Model, Observation] = {}
+        self._tokenizing = ThreadPoolExecutor(1, "tokenize")
+        self._loading = ThreadPoolExecutor(1, "load")
+        self._prefix = os.urandom(4).hex()
+        self._numbers = itertools.count(1)
+        self.metrics.ready.set_function(lambda: float(self.ready))
+
+    @property
+    def ready(self) -> bool:
+        """True while requests are welcome."""
+        return self._started and not self.draining
+
+    def application(self) -> Any:
+        """The Starlette application."""
+        from starlette.applications import Starlette
+        from starlette.exceptions import HTTPException
+        from starlette.responses import FileResponse, JSONResponse, Response
+        from starlette.routing import Route
+
+        def found(request: Any) -> Endpoint:
+            return self.repository.find(request.path_params["model"], request.path_params.get("version"))
+
+        async def infer(request: Any) -> Any:
+            return await self._answer(request)
+
+        async def metadata(request: Any) -> Any:
+            return JSONResponse(self._metadata(found(request)))
+
+        async def model_ready(request: Any) -> Any:
+            found(request)
+            return Response(status_code=200 if self.ready else 503)
+
+        async def server_ready(_: Any) -> Any:
+            return Response(status_code=200 if self.ready else 503)
+
+        async def live(_: Any) -> Any:
+            return Response()
+
+        async def server(_: Any) -> Any:
+            return JSONResponse({"name": "nxm-export", "version": __version__, "extensions": EXTENSIONS})
+
+        async def index(request: Any) -> Any:
+            return JSONResponse(self._index(await self._body(request)))
+
+        async def metrics(_: Any) -> Any:
+            text, kind = self.metrics.text()
+            return Response(text, headers={"content-type": kind})
+
+        async def openapi(_: Any) -> Any:
+            return FileResponse(OPENAPI_FILE, media_type="application/json")
+
+        async def refused(_: Any, error: Any) -> Any:
+            return JSONResponse({"error": str(error)}, error.status, _headers(error))
+
+        async def http_error(_: Any, error: Any) -> Any:
+            text = {404: "no such path; see /openapi.json", 405: "this path does not take this method"}
+            return JSONResponse({"error": text.get(error.status_code, error.detail)}, error.status_code, error.headers)
+
+        both = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
+        routes = [
+            *(Route(f"{path}/infer", infer, methods=["POST"]) for path in both),
+            *(Route(f"{path}/ready", model_ready) for path in both),
+            *(Route(path, metadata) for path in both),
+            Route("/v2/health/live", live),
+            Route("/v2/health/ready", server_ready),
+            Route("/v2", server),
+            Route("/v2/repository/index", index, methods=["POST"]),
+            Route("/metrics", metrics),
+            Route("/openapi.json", openapi),
+        ]
+        handlers: Any = {RequestRefused: refused, HTTPException: http_error}
+        application = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+        application.router.redirect_slashes = False  # a redirect would be neither a result nor an error
+        return application
+
+    async def _answer(self, request: Any) -> Any:
+        """An inference request's response; errors become JSON here, so that each is counted and has its request id."""
+        from starlette.responses import JSONResponse, Response
+
+        began = time.monotonic()
+        id_ = request.headers.get("x-request-id", "")
+        if not _REQUEST_ID.match(id_):
+            id_ = f"{self._prefix}-{next(self._numbers)}"
+        model: Model | None = None
+        status, reason = 200, ""
+        try:
+            body = await self._body(request)
+            endpoint = self.repository.find(request.path_params["model"], request.path_params.get("version"))
+            model = endpoint.model
+            model.users += 1
+            try:
+                headers, content = await self._infer(endpoint, request, body, began)
+            finally:
+                model.users -= 1
+            self._observations[model].answer(time.monotonic() - began)
+            response = Response(content)
+            response.raw_headers += [*headers, (b"x-request-id", id_.encode("ascii"))]
+        except RequestRefused as error:
+            status, reason = error.status, str(error)
+            self.metrics.rejected(model, _REASONS[status])
+            self.metrics.answered(model, status)
+            response = JSONResponse({"error": reason}, status, {"x-request-id": id_, **_headers(error)})
+        except _Disconnected:
+            status, reason = 499, "the client went away"
+            self.metrics.rejected(model, "disconnected")
+            response = Response(status_code=499)
+        except Exception as error:  # ours or the engine's: the log says what, the client learns only where to look
+            status, reason = 500, f"{type(error).__name__}: {error}"
+            log.error("request failed", extra={"facts": {"request": id_}}, exc_info=error)
+            self.metrics.rejected(model, "failed")
+            self.metrics.answered(model, status)
+            response = JSONResponse({"error": f"internal error; the log has request {id_}"}, 500, {"x-request-id": id_})
+        if self._access_log:
+            name = request.path_params["model"] if model is None else f"{model.name}:{model.version}"
+            facts = {"request": id_, "model": name, "status": status, "ms": round(1e3 * (time.monotonic() - began), 3)}
+            log.info("request", extra={"facts": facts | ({"reason": reason} if reason else {})})
+        return response
+
+    async def _infer(
+        self, endpoint: Endpoint, request: Any, body: bytes, began: float
+    ) -> tuple[list[tuple[bytes, bytes]], bytes]:
+        model = endpoint.model
+        asked = parse_infer(body, request.headers.get(HEADER_LENGTH), endpoint.inputs, endpoint.outputs)
+        loop = asyncio.get_running_loop()
+        if endpoint.face is not None and text_size(asked.tensors) > INLINE_TEXT:
+            feeds = await loop.run_in_executor(self._tokenizing, endpoint.feeds, asked)
+        else:
+            feeds = endpoint.feeds(asked)
+        timeout = min(asked.timeout or self.limits.timeout, self.limits.timeout)
+        done: asyncio.Future[None] = loop.create_future()
+        ticket = Ticket(feeds, began + timeout, done)
+        model.queue.submit(ticket)
+        timer = loop.call_at(loop.time() + ticket.deadline - time.monotonic(), _expire, done, timeout)
+        watcher = loop.create_task(_watch(request.receive, done))
+        try:
+            await done
+        except BaseException:
+            model.queue.cancel(ticket)
+            raise
+        finally:
+            timer.cancel()
+            watcher.cancel()
+        if ticket.error is not None:
+            raise ticket.error
+        return _render(endpoint, asked, ticket)
+
+    async def _body(self, request: Any) -> bytes:
+        """The whole body; raises `RequestRefused`: 413 beyond the limit, 415 for a compressed one."""
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise RequestRefused(415, "compressed requests are not taken; send it plain")
+        limit = self.limits.max_body
+        declared = request.headers.get("content-length", "0")
+        if declared.isdecimal() and int(declared) > _DRAINED * limit:
+            raise RequestRefused(413, f"the body is larger than {limit} bytes")
+        chunks, size, more = [], 0, True
+        while more:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise _Disconnected
+            more = message.get("more_body", False)
+            size += len(message["body"])
+            if size <= limit:
+                chunks.append(message["body"])
+            else:
+                chunks.clear()
+            if size > _DRAINED * limit:
+                break
+        if size > limit:
+            raise RequestRefused(413, f"the body is larger than {limit} bytes")
+        return b"".join(chunks)
+
+    def _metadata(self, endpoint: Endpoint) -> dict[str, Any]:
+        """The model metadata of the protocol, with the hash of the engine that answers."""
+        return {
+            "name": endpoint.name,
+            "versions": self.repository.versions(endpoint.name),
+            "platform": endpoint.model.platform,
+            "inputs": [spec.to_dict() for spec in endpoint.inputs],
+            "outputs": [spec.to_dict() for spec in endpoint.outputs],
+            "parameters": {"engine_sha256": endpoint.model.passport.engine_sha256},
+        }
+
+    def _index(self, body: bytes) -> list[dict[str, Any]]:
+        asked = parse_json(body) if body.strip() else {}
+        if not isinstance(asked, dict) or not isinstance(asked.get("ready", False), bool):
+            raise RequestRefused(400, 'the body must be empty or a JSON object like {"ready": true}')
+        return self.repository.index()
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _: Any) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+
+        def deliver(batch: Sequence[Ticket]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is gone when a drain was forced
+                loop.call_soon_threadsafe(_finish, batch)
+
+        def begin(model: Model) -> None:
+            self._observations[model] = self.metrics.watch(model)
+            model.start(deliver, self._observations[model])
+
+        for model in self.repository.models:
+            begin(model)
+        watching = loop.create_task(self._reload_changed(begin))
+        self._started = True
+        try:
+            yield
+        finally:
+            self._started = False
+            watching.cancel()
+            self._tokenizing.shutdown()
+            await loop.run_in_executor(self._loading, self.repository.close)
+            self._loading.shutdown()
+
+    async def _reload_changed(self, begin: Callable[[Model], None]) -> None:
+        """Look at the engine directories every `watch` seconds (never, at 0), load what changed, close what is unused."""
+        loop = asyncio.get_running_loop()
+        while self._watch:
+            await asyncio.sleep(self._watch)
+            for key in self.repository.changed():
+                old = self.repository.current(key)
+                facts = {"model": old.name, "version": old.version, "directory": str(old.directory)}
+                try:
+                    model = await loop.run_in_executor(self._loading, self.repository.claim(key))
+                except NxmError as error:
+                    self.metrics.reloaded(old, "refused")
+                    log.error(
+                        "reload refused; the old engine goes on", extra={"facts": {**facts, "reason": str(error)}}
+                    )
+                    continue
+                except Exception as error:  # a runtime's own; the watch must go on
+                    self.metrics.reloaded(old, "refused")
+                    log.error("reload failed; the old engine goes on", extra={"facts": facts}, exc_info=error)
+                    continue
+                begin(model)
+                self.repository.replace(key, model)
+                self.metrics.reloaded(model, "done")
+                log.info("reloaded", extra={"facts": {**facts, "sha256": model.passport.engine_sha256}})
+            for model in [model for model in self.repository.retired if not model.users]:
+                self.repository.retired.remove(model)
+                self._observations.pop(model)
+                await loop.run_in_executor(self._loading, model.close)
+
+
+def _finish(batch: Sequence[Ticket]) -> None:
+    for ticket in batch:
+        if not ticket.tag.done():
+            ticket.tag.set_result(None)
+
+
+def _expire(done: asyncio.Future[None], timeout: float) -> None:
+    if not done.done():
+        done.set_exception(RequestRefused(504, f"no result within {timeout:g} seconds"))
+
+
+async def _watch(receive: Callable[[], Any], done: asyncio.Future[None]) -> None:
+    """End the wait when the client goes away: what it asked for must not take an engine's time."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    if not done.done():
+        done.set_exception(_Disconnected())
+
+
+def _render(endpoint: Endpoint, asked: InferRequest, ticket: Ticket) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    return render_infer(endpoint.name, endpoint.model.version, asked, endpoint.results(ticket.outputs))
+
+
+def _headers(error: RequestRefused) -> dict[str, str]:
+    return {} if error.retry_after is None else {"retry-after": str(error.retry_after)}

@@ -1,0 +1,207 @@
+"""Dynamic batching with no delay: whatever queued while the engine was busy runs together.
+
+One queue per engine, split by length bucket; one thread per loaded engine context takes the bucket whose head has waited
+longest, and as many of its requests as fit. An idle engine never waits for company (unless `max_delay` says so), and a
+busy one makes larger batches the more requests wait. The queue is bounded in rows; what does not fit is refused at once.
+
+Threads, not tasks: runtimes release the interpreter lock while they compute. Results are handed over by `deliver`, which
+the server sets to something that wakes its event loop.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from engines.base import Engine
+from engines.serving.shapes import Bucket, Buckets
+from nxm_export.errors import RequestRefused
+
+Deliver = Callable[[Sequence["Ticket"]], None]
+
+
+class Observer(Protocol):
+    """What is told about the work done; see `engines.serving.metrics`."""
+
+    def batch(self, rows: int, padding: float, seconds: float, waits: Sequence[float]) -> None:
+        """`rows` of requests ran in `seconds`; `padding` is the share of its tokens that was padding."""
+        ...
+
+
+class Ticket:
+    """A request in the queue: feeds (rows, length) by input name, then its outputs or its error. `tag` is the caller's."""
+
+    __slots__ = ("bucket", "deadline", "enqueued", "error", "feeds", "length", "outputs", "rows", "tag")
+
+    def __init__(self, feeds: Mapping[str, np.ndarray], deadline: float, tag: Any = None) -> None:
+        self.feeds = feeds
+        self.rows, self.length = next(iter(feeds.values())).shape
+        self.deadline = deadline  # on the clock of `time.monotonic`
+        self.tag = tag
+        self.bucket = 0
+        self.enqueued = 0.0
+        self.outputs: dict[str, np.ndarray] = {}
+        self.error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`max_rows` waiting at most; `max_delay` seconds that a batch which is not full waits for more; `merge` rows of
+    different requests in a batch at most (a larger request runs alone)."""
+
+    max_rows: int = 512
+    max_delay: float = 0.0
+    merge: int = 32
+
+
+class BatchQueue:
+    """Requests waiting for one engine. `submit` and `cancel` never block; `take` blocks the engine's threads."""
+
+    def __init__(self, buckets: Buckets, limits: Limits) -> None:
+        self._buckets = buckets
+        self._limits = limits
+        self._waiting: list[deque[Ticket]] = [deque() for _ in buckets.buckets]
+        self._condition = threading.Condition()
+        self._closed = False
+        self.rows = 0
+
+    def submit(self, ticket: Ticket) -> None:
+        """Queue a request; raises `RequestRefused`: 400 when it can never run, 503 when the queue is full."""
+        ticket.bucket = self._buckets.index(ticket.rows, ticket.length)
+        with self._condition:
+            if self._closed:
+                raise RequestRefused(503, "the model is being unloaded", retry_after=1)
+            if self.rows + ticket.rows > self._limits.max_rows:
+                raise RequestRefused(503, f"{self.rows} rows are waiting already; try again later", retry_after=1)
+            ticket.enqueued = time.monotonic()
+            self._waiting[ticket.bucket].append(ticket)
+            self.rows += ticket.rows
+            self._condition.notify()
+
+    def cancel(self, ticket: Ticket) -> bool:
+        """Take a request back; False when an engine has it already."""
+        with self._condition:
+            try:
+                self._waiting[ticket.bucket].remove(ticket)
+            except ValueError:
+                return False
+            self.rows -= ticket.rows
+            return True
+
+    def take(self) -> tuple[Bucket, list[Ticket]] | None:
+        """The next batch, never empty; blocks. None once the queue is closed and empty."""
+        with self._condition:
+            while True:
+                while not self.rows:
+                    if self._closed:
+                        return None
+                    self._condition.wait()
+                heads = [(queue[0].enqueued, i) for i, queue in enumerate(self._waiting) if queue]
+                oldest, index = min(heads)
+                bucket, queue = self._buckets.buckets[index], self._waiting[index]
+                rest = oldest + self._limits.max_delay - time.monotonic()
+                most = min(bucket.most, self._limits.merge)
+                if rest <= 0 or self._closed or sum(ticket.rows for ticket in queue) >= most:
+                    return bucket, self._cut(queue, most)
+                self._condition.wait(rest)
+
+    def _cut(self, queue: deque[Ticket], most: int) -> list[Ticket]:
+        batch: list[Ticket] = []
+        rows = 0
+        while queue and (not batch or rows + queue[0].rows <= most):
+            ticket = queue.popleft()
+            rows += ticket.rows
+            batch.append(ticket)
+        self.rows -= rows
+        return batch
+
+    def close(self) -> None:
+        """Refuse new requests; the waiting ones still run."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify_all()
+
+
+def run_worker(
+    engine: Engine,
+    queue: BatchQueue,
+    deliver: Deliver,
+    observer: Observer,
+    pads: Mapping[str, int],
+    sequence_axes: Mapping[str, int],
+) -> None:
+    """Run batches until the queue is closed and empty; the body of an engine's thread.
+
+    `pads` hold the padding value of each input, `sequence_axes` the axis of an output that runs along the sequence. A
+    request that cannot run is answered with its error and takes no other down: a failed batch is run again one by one.
+    """
+    while (found := queue.take()) is not None:
+        bucket, batch = found
+        now = time.monotonic()
+        late = [ticket for ticket in batch if ticket.deadline < now]
+        for ticket in late:
+            ticket.error = RequestRefused(504, "the deadline passed while the request was waiting")
+        batch = [ticket for ticket in batch if ticket.deadline >= now]
+        if late:
+            deliver(late)
+        if not batch:
+            continue
+        try:
+            rows, tokens = run_batch(engine, bucket, batch, pads, sequence_axes)
+        except Exception:  # an engine may raise anything; nothing may end this thread
+            rows, tokens = _one_by_one(engine, bucket, batch, pads, sequence_axes)
+        padding = 1.0 - sum(ticket.rows * ticket.length for ticket in batch) / tokens if tokens else 0.0
+        observer.batch(rows, padding, time.monotonic() - now, [now - ticket.enqueued for ticket in batch])
+        deliver(batch)
+
+
+def _one_by_one(
+    engine: Engine, bucket: Bucket, batch: Sequence[Ticket], *options: Mapping[str, int]
+) -> tuple[int, int]:
+    rows = tokens = 0
+    for ticket in batch:
+        try:
+            ran = run_batch(engine, bucket, [ticket], *options)
+            rows, tokens = rows + ran[0], tokens + ran[1]
+        except Exception as error:
+            ticket.error = error
+    return rows, tokens
+
+
+def run_batch(
+    engine: Engine,
+    bucket: Bucket,
+    batch: Sequence[Ticket],
+    pads: Mapping[str, int],
+    sequence_axes: Mapping[str, int],
+) -> tuple[int, int]:
+    """Run `batch` as one rectangle and give every ticket its own rows; returns (rows of requests, tokens computed)."""
+    rows = sum(ticket.rows for ticket in batch)
+    length = bucket.length if bucket.fixed else max(ticket.length for ticket in batch)
+    feeds = {}
+    for name, pad in pads.items():
+        array = np.full((max(rows, bucket.least), length), pad, np.int64)
+        start = 0
+        for ticket in batch:
+            array[start : start + ticket.rows, : ticket.length] = ticket.feeds[name]
+            start += ticket.rows
+        array[rows:] = array[0]  # rows that only fill the engine's least batch: a copy of a real one stays finite
+        feeds[name] = array
+    outputs = engine.run(feeds)
+    for name, array in outputs.items():
+        if len(array) < rows or not np.isfinite(array[:rows]).all():
+            raise ArithmeticError(f"output {name} of shape {array.shape} is not finite or has too few rows for {rows}")
+    start = 0
+    for ticket in batch:
+        for name, array in outputs.items():
+            part = array[start : start + ticket.rows]
+            axis = sequence_axes.get(name)
+            ticket.outputs[name] = part if axis is None else part.take(range(ticket.length), axis=axis)
+        start += ticket.rows
+    return rows, max(rows, bucket.least) * length

@@ -1,0 +1,102 @@
+"""Limits of one connection: how many there may be, how long a request may take to arrive, how large its head may be.
+
+uvicorn closes idle connections between requests, and waits without end for one that never finishes its request, or never
+begins it. This protocol class adds the missing timer, and answers in JSON what is refused before it reaches a route.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engines.serving.app import Service
+
+_GRACE = 0.5  # seconds that an idle connection may still begin a request in, when the server stops
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """`connections` at once; `read_timeout` seconds for a request to arrive whole; `head` bytes of request line and headers."""
+
+    connections: int = 512
+    read_timeout: float = 10.0
+    head: int = 32 << 10
+
+
+def protocol_class(service: Service, limits: ConnectionLimits) -> type[asyncio.Protocol]:
+    """uvicorn's HTTP protocol with these limits; counts the connections in the service's metrics."""
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+    class Guarded(HttpToolsProtocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            service.metrics.connections.set(len(self.connections))
+            self._arriving = False  # a request has begun and is not yet whole
+            self._in_head = False
+            self._head = self._chunk = 0  # bytes of the head so far, and of the last read
+            self._timer = self.loop.call_later(limits.read_timeout, self._too_slow)
+            if len(self.connections) > limits.connections:
+                self._refuse(503, f"{limits.connections} connections are open already; try again later")
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._timer.cancel()
+            super().connection_lost(exc)
+            service.metrics.connections.set(len(self.connections))
+
+        def data_received(self, data: bytes) -> None:
+            self._chunk = len(data)
+            self._head += len(data)
+            super().data_received(data)
+            if self._in_head and self._head > limits.head:
+                self._refuse(431, f"the request's headers are larger than {limits.head} bytes")
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self._arriving = self._in_head = True
+            self._head = self._chunk
+            self._timer.cancel()
+            self._timer = self.loop.call_later(limits.read_timeout, self._too_slow)
+
+        def on_headers_complete(self) -> None:
+            self._in_head = False
+            super().on_headers_complete()
+            if service.draining:
+                self.cycle.keep_alive = False
+
+        def on_message_complete(self) -> None:
+            self._arriving = False
+            self._timer.cancel()
+            super().on_message_complete()
+
+        def shutdown(self) -> None:
+            """Called when the server stops: what is under way ends, and what is just arriving is answered, too."""
+            if self.cycle is None or self.cycle.response_complete:
+                self.loop.call_later(_GRACE, super().shutdown)
+            else:
+                super().shutdown()
+
+        def send_400_response(self, msg: str) -> None:
+            self._refuse(400, "this is not HTTP")
+
+        def _too_slow(self) -> None:
+            if self._arriving and (self._in_head or not self.cycle.response_started):
+                self._refuse(408, f"the request did not arrive within {limits.read_timeout:g} seconds")
+            else:
+                self.transport.close()  # nothing was asked, or it is answered already
+
+        def _refuse(self, status: int, message: str) -> None:
+            if self.transport.is_closing():
+                return
+            words = {400: "Bad Request", 408: "Request Timeout", 431: "Headers Too Large", 503: "Service Unavailable"}
+            body = json.dumps({"error": message}).encode("ascii")
+            head = (
+                f"HTTP/1.1 {status} {words[status]}\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\nconnection: close\r\nretry-after: 1\r\n\r\n"
+            )
+            self.transport.write(head.encode("ascii") + body)
+            self.transport.close()
+
+    return Guarded

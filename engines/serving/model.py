@@ -1,0 +1,234 @@
+"""One engine directory behind one queue: checked, loaded, warmed up, and described in the protocol's words.
+
+Nothing is served that was not checked: the passport's hash and machine, the hash that the caller expects, and the parity
+gate. Warm-up runs every length bucket once and the largest batch once, so what would not fit the memory fails before the
+first client comes, and the shapes of the outputs are known, not guessed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines.base import Engine, backend
+from engines.parity import PARITY_FILE
+from engines.passport import EnginePassport, load_passport
+from engines.serving.batching import BatchQueue, Deliver, Limits, Observer, run_worker
+from engines.serving.protocol import InferRequest, TensorSpec
+from engines.serving.shapes import Bucket, plan_buckets
+from engines.serving.text import INPUTS as TEXT_INPUTS
+from engines.serving.text import LABEL, TextFace
+from nxm_export.errors import NxmError, ParityError, RequestRefused, ServeError
+from nxm_export.spec import load_spec
+
+GATES = ("not-failed", "passed", "off")
+TEXT_SUFFIX = "_text"
+CPU_MERGE = 4  # short sentences keep a core busy: beyond this a batch gains almost nothing and its first request waits
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How engines are served. None lets the engine decide: `instances` and `threads` from the cores, `lengths` from its
+    profiles, `merge` (rows that different requests make a batch of) from its device. `expect_sha256` not empty means that
+    every engine's hash must be among them."""
+
+    instances: int | None = None
+    threads: int | None = None
+    max_batch: int = 32
+    merge: int | None = None
+    lengths: tuple[int, ...] | None = None
+    max_queue: int = 512
+    max_delay: float = 0.0
+    text: bool = False
+    gate: str = "not-failed"
+    expect_sha256: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A model name of the protocol: the engine itself, or its text face."""
+
+    name: str
+    model: Model
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    face: TextFace | None = None
+
+    def feeds(self, request: InferRequest) -> dict[str, np.ndarray]:
+        """The engine's feeds, all of one shape (rows, length) and within the model's tables."""
+        if self.face is not None:
+            return self.face.tokens(request.tensors)
+        shapes = {array.shape for array in request.tensors.values()}
+        if len(shapes) != 1:
+            raise RequestRefused(400, f"all inputs must have one shape (batch, sequence), got {sorted(shapes)}")
+        for name, array in request.tensors.items():
+            self.model.require_range(name, array)
+        return dict(request.tensors)
+
+    def results(self, outputs: Mapping[str, np.ndarray]) -> dict[str, tuple[str, np.ndarray]]:
+        """(datatype, array) of every output by name."""
+        found = {name: ("FP32", array) for name, array in outputs.items()}
+        if self.face is not None and any(spec.name == LABEL for spec in self.outputs):
+            found[LABEL] = ("BYTES", self.face.labels(outputs))
+        return found
+
+
+class Model:
+    """A loaded engine directory. Make one with `open_model`; `start` before use, `close` after."""
+
+    def __init__(
+        self,
+        name: str,
+        version: str,
+        directory: Path,
+        passport: EnginePassport,
+        engines: list[Engine],
+        options: ModelOptions,
+    ) -> None:
+        self.name, self.version, self.directory = name, version, directory
+        self.passport = passport
+        self.spec = load_spec(directory)
+        self.buckets = plan_buckets(self.spec.max_length, options.max_batch, passport.shape_profiles(), options.lengths)
+        merge = options.max_batch if options.merge is None else options.merge
+        self.queue = BatchQueue(self.buckets, Limits(options.max_queue, options.max_delay, merge))
+        self.users = 0  # requests between look-up and answer; counted on the event loop alone
+        self._engines = engines
+        self._threads: list[threading.Thread] = []
+        self._pads = {name: self.spec.pad_id if name == "input_ids" else 0 for name in engines[0].inputs}
+        self._sequence_axes = {
+            name: axes.index("sequence") for name, axes in self.spec.outputs.items() if "sequence" in axes
+        }
+        shapes = self._warm_up()
+        inputs = tuple(TensorSpec(name, "INT64", (-1, -1)) for name in engines[0].inputs)
+        outputs = tuple(TensorSpec(name, "FP32", shapes[name]) for name in self.spec.outputs)
+        self.endpoints = [Endpoint(name, self, inputs, outputs)]
+        if options.text:
+            face = TextFace(directory, self.spec)
+            self.endpoints.append(Endpoint(name + TEXT_SUFFIX, self, TEXT_INPUTS, (*outputs, *face.outputs), face))
+
+    @property
+    def platform(self) -> str:
+        """The metadata's platform: Triton's words where it has one."""
+        return {"ort": "onnxruntime_onnx", "trt": "tensorrt_plan"}.get(self.passport.backend, self.passport.backend)
+
+    def start(self, deliver: Deliver, observer: Observer) -> None:
+        """Start one thread per engine context."""
+        for number, engine in enumerate(self._engines):
+            thread = threading.Thread(
+                target=run_worker,
+                args=(engine, self.queue, deliver, observer, self._pads, self._sequence_axes),
+                name=f"{self.name}:{self.version}/{number}",
+                daemon=True,
+            )
+            thread.start()
+            self._threads.append(thread)
+
+    def close(self) -> None:
+        """Answer what is queued, end the threads and free the engines."""
+        self.queue.close()
+        for thread in self._threads:
+            thread.join()
+        for engine in self._engines:
+            engine.close()
+
+    def require_range(self, name: str, array: np.ndarray) -> None:
+        """Raise `RequestRefused` (400) for values that the model has no row or no meaning for."""
+        limit = self.spec.limits.get(name, 2**63)
+        if array.view(np.uint64).max() >= limit:  # a negative number is a huge one without its sign
+            most = f" to {limit - 1}" if name in self.spec.limits else ""
+            raise RequestRefused(400, f"values of {name} must be from 0{most}, got {array.min()} to {array.max()}")
+
+    def _warm_up(self) -> dict[str, tuple[int, ...]]:
+        """Run every bucket on every engine; returns the outputs' shapes with -1 where they depend on the input."""
+        shapes = {}
+        for engine in self._engines:
+            for bucket in self.buckets.buckets:
+                for rows in {1, bucket.most} if bucket is self.buckets.longest else {1}:
+                    for name, array in self._try(engine, bucket, rows).items():
+                        axes = self.spec.outputs.get(name, ())
+                        if len(axes) != array.ndim:
+                            raise ServeError(
+                                f"{self.directory}: output {name} has shape {array.shape}, and spec.json says {axes}"
+                            )
+                        shapes[name] = tuple(
+                            -1 if axis in ("batch", "sequence") else size
+                            for axis, size in zip(axes, array.shape, strict=True)
+                        )
+        missing = set(self.spec.outputs) - set(shapes)
+        if missing:
+            raise ServeError(f"{self.directory}: spec.json names outputs that the engine does not have: {missing}")
+        return shapes
+
+    def _try(self, engine: Engine, bucket: Bucket, rows: int) -> dict[str, np.ndarray]:
+        """Outputs for rows of padding with full attention, as the engine gives them."""
+        shape = (max(rows, bucket.least), bucket.length)
+        feeds = {name: np.full(shape, pad, np.int64) for name, pad in self._pads.items()}
+        feeds["attention_mask"][:] = 1
+        try:
+            return engine.run(feeds)
+        except NxmError:
+            raise
+        except Exception as error:  # a runtime raises what it likes, and this is where it meets the engine first
+            raise ServeError(
+                f"{self.directory}: the engine fails at batch {shape[0]} and length {shape[1]}: {error}"
+            ) from error
+
+
+def open_model(name: str, version: str, directory: Path, options: ModelOptions) -> Model:
+    """Check an engine directory, load it `options.instances` times and warm it up.
+
+    Raises `ArtifactError` for a passport that does not fit the file or the machine, `ServeError` for a hash that was not
+    expected, `ParityError` for a failed gate, `EngineUnavailable` where it cannot run.
+    """
+    passport = load_passport(directory)
+    if options.expect_sha256 and passport.engine_sha256 not in options.expect_sha256:
+        raise ServeError(
+            f"{directory}: the engine's sha256 is {passport.engine_sha256}, which is not among those expected; "
+            "serve the right directory, or expect this one with --expect-sha256"
+        )
+    require_gate(directory, passport, options.gate)
+    load: Callable[..., Engine] = backend(passport.backend).load
+    on_cpu = "threads" in inspect.signature(load).parameters
+    cores = len(os.sched_getaffinity(0))
+    instances = options.instances or (cores if on_cpu else 1)
+    load_options: dict[str, Any] = {"threads": options.threads or max(1, cores // instances)} if on_cpu else {}
+    if on_cpu and options.merge is None:
+        options = replace(options, merge=CPU_MERGE)
+    with ExitStack() as stack:
+        engines = [stack.enter_context(load(directory, **load_options)) for _ in range(instances)]
+        model = Model(name, version, directory, passport, engines, options)
+        stack.pop_all()  # from here on `Model.close` frees them
+    return model
+
+
+def gate_state(directory: Path, passport: EnginePassport) -> str:
+    """``passed``, ``failed`` or ``unchecked``: what the parity report beside an engine says about this very file."""
+    try:
+        report = json.loads((directory / PARITY_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "unchecked"
+    except (OSError, ValueError):
+        return "failed"  # a report that cannot be read vouches for nothing
+    if not isinstance(report, dict) or report.get("engine_sha256") != passport.engine_sha256:
+        return "unchecked"
+    return "passed" if report.get("passed") is True else "failed"
+
+
+def require_gate(directory: Path, passport: EnginePassport, gate: str) -> None:
+    """Raise `ParityError` unless the engine's parity is good enough for `gate` (one of `GATES`)."""
+    state = gate_state(directory, passport)
+    if gate == "off" or state == "passed" or (state == "unchecked" and gate == "not-failed"):
+        return
+    found = "failed" if state == "failed" else "was never checked for this engine file"
+    raise ParityError(
+        f"{directory}: parity with its checkpoint {found} ({PARITY_FILE}); run `nxm compare`, or serve it anyway with --gate off"
+    )

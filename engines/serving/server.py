@@ -1,0 +1,206 @@
+"""Start, run and stop a server: bind, load, warm up, listen; on SIGTERM finish what was begun.
+
+The socket is bound before the engines are loaded, so a taken port fails in a moment, and listens only after they are warm,
+so nobody is kept waiting by a server that is not ready. Stopping loses nothing that has arrived: connections that the
+kernel accepted are taken over, every request on an open connection is answered, and only then the engines go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import ipaddress
+import json
+import logging
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engines.serving.app import RequestLimits, Service
+from engines.serving.connection import ConnectionLimits, protocol_class
+from engines.serving.model import GATES, ModelOptions, gate_state
+from engines.serving.repository import Repository, Source
+from nxm_export.errors import EngineUnavailable, ServeError
+
+log = logging.getLogger("nxm.serve")
+_KEEP_ALIVE = 75  # seconds; longer than what clients and balancers keep idle connections for
+_BACKLOG = 1024
+_SO_ATTACH_FILTER = 26  # asm-generic/socket.h; not in Python's socket module
+_TAKE_OVER = 0.05  # seconds
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Where and how a server listens. `drain` is how many seconds a stop waits for what is under way, `watch` how often
+    engine directories are looked at (0: never)."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    allow_remote: bool = False
+    drain: float = 30.0
+    watch: float = 2.0
+    access_log: bool = False
+    requests: RequestLimits = RequestLimits()
+    connections: ConnectionLimits = ConnectionLimits()
+
+
+def serve(
+    sources: Sequence[Source], models: ModelOptions = ModelOptions(), options: ServerOptions = ServerOptions()
+) -> None:
+    """Serve engine directories until SIGTERM or SIGINT; the one call behind ``nxm serve``.
+
+    Raises before it listens: `ServeError` for an address that is taken or not local without `allow_remote`, and what
+    `engines.serving.model.open_model` raises for an engine that is refused.
+    """
+    _require_installed()
+    if models.gate not in GATES:
+        raise ServeError(f"unknown gate {models.gate!r}; choose one of {', '.join(GATES)}")
+    _configure_log()
+    listener = _bind(options)
+    try:
+        repository = Repository(sources, models)
+        began = time.monotonic()
+        repository.open()
+        for model in repository.models:
+            log.info("loaded", extra={"facts": {
+                "model": model.name, "version": model.version, "directory": str(model.directory),
+                "backend": model.passport.backend, "sha256": model.passport.engine_sha256,
+                "parity": gate_state(model.directory, model.passport),
+                "lengths": [bucket.length for bucket in model.buckets.buckets],
+                "rows": model.buckets.longest.most,
+            }})  # fmt: skip
+        service = Service(repository, options.requests, watch=options.watch, access_log=options.access_log)
+        server = _server(service, options)
+        url = f"http://{_host(listener)}:{listener.getsockname()[1]}"
+        log.info("listening", extra={"facts": {"url": url, "seconds": round(time.monotonic() - began, 3)}})
+        server.run(sockets=[listener])
+    finally:
+        listener.close()
+
+
+def _bind(options: ServerOptions) -> socket.socket:
+    local = options.host == "localhost"
+    with contextlib.suppress(ValueError):
+        local = ipaddress.ip_address(options.host).is_loopback
+    if not local:
+        if not options.allow_remote:
+            raise ServeError(
+                f"{options.host} is not this machine alone, and this server has no authentication; "
+                "put a proxy before it, or say --allow-remote"
+            )
+        log.warning("no authentication: everybody who reaches this address may use and load it", extra={
+            "facts": {"host": options.host}
+        })  # fmt: skip
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ServeError(f"{options.host}: not an address of this machine ({error})") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ServeError(
+            f"{options.host}:{options.port} cannot be bound ({error.strerror}); choose another --port (0 takes a free one)"
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+def _server(service: Service, options: ServerOptions) -> Any:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """uvicorn's server with a stop that loses nothing."""
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if service.draining and sig == signal.SIGINT:
+                self.force_exit = True
+            if not service.draining:
+                log.info("draining", extra={"facts": {"signal": signal.Signals(sig).name}})
+            service.draining = True
+            self.should_exit = True
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            for listener in sockets or []:
+                _turn_away(listener)
+            await asyncio.sleep(_TAKE_OVER)  # in which the loop accepts what the kernel had accepted before
+            await super().shutdown(sockets)
+
+    config = uvicorn.Config(
+        service.application(),
+        http=protocol_class(service, options.connections),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_graceful_shutdown=max(1, round(options.drain)),
+        backlog=_BACKLOG,
+    )
+    return Server(config)
+
+
+def _turn_away(listener: socket.socket) -> None:
+    """Let no new connection in, and keep those that wait to be accepted.
+
+    Closing a listening socket resets the connections in its queue, whose clients may have sent their request already. So a
+    packet filter that drops everything is put on it first (Linux; elsewhere the few in the queue are lost). A client that
+    comes now is refused once the socket is closed, before it has sent anything.
+    """
+    drop_all = struct.pack("HBBI", 0x06, 0, 0, 0)  # BPF: return 0 bytes of the packet
+    program = ctypes.create_string_buffer(drop_all)
+    with contextlib.suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(program)))
+
+
+def _host(listener: socket.socket) -> str:
+    host = str(listener.getsockname()[0])
+    return f"[{host}]" if ":" in host else host
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, event, and the facts of a record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **getattr(record, "facts", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def _configure_log() -> None:
+    """JSON lines on stderr, of this package and of uvicorn's warnings."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines())
+    for name, level in (("nxm.serve", logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+
+
+def _require_installed() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("uvicorn", "starlette", "httptools", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        raise EngineUnavailable(f"serving needs {', '.join(missing)}; pip install 'nxm-export[serve]'")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its own threads would compete with the engine's

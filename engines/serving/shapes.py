@@ -1,0 +1,89 @@
+"""Length buckets: the few sequence lengths that a server runs, so that requests of about one length share a batch.
+
+A batch is a rectangle, and padding is computed like text: in a batch of mixed lengths the short ones pay for the long
+ones. So only requests of one bucket are batched, and buckets grow with the length, which bounds the padding at about an
+eighth of a sequence. An engine that was built for profiles gets only buckets that one of them has room for, and every batch
+is padded to its bucket: TensorRT prefers few different shapes. An engine without profiles takes any shape, so its batches
+are as long as their longest request.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engines.base import Profile
+from nxm_export.errors import RequestRefused, ServeError
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sequences of up to `length` tokens (`fixed`: padded to just that), run as batches of `least` to `most` rows."""
+
+    length: int
+    least: int
+    most: int
+    fixed: bool = False
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The buckets of an engine, by rising length."""
+
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def longest(self) -> Bucket:
+        """The bucket of the longest sequences."""
+        return self.buckets[-1]
+
+    def index(self, rows: int, length: int) -> int:
+        """Index of the first bucket for a request of this shape; raises `RequestRefused` (400) when none has room."""
+        if length > self.longest.length:
+            raise RequestRefused(
+                400, f"a sequence of {length} tokens is longer than the {self.longest.length} that this engine takes"
+            )
+        first = bisect_left(self.buckets, length, key=lambda bucket: bucket.length)
+        for i in range(first, len(self.buckets)):
+            if rows <= self.buckets[i].most:
+                return i
+        most = max(bucket.most for bucket in self.buckets[first:])
+        raise RequestRefused(400, f"a batch of {rows} rows is larger than the {most} that are served; split it")
+
+
+def plan_buckets(
+    max_length: int, max_batch: int, profiles: Sequence[Profile], lengths: Sequence[int] | None = None
+) -> Buckets:
+    """The buckets of an engine: of `lengths` (by default `usual_lengths`), those that its `profiles` have room for.
+
+    The longest length that fits is always a bucket, so nothing that the engine can run is refused. Raises `ServeError`
+    when `lengths` are no lengths of this engine.
+    """
+    longest = min(max_length, max((p.maximum[1] for p in profiles), default=max_length))
+    wanted = sorted({*(usual_lengths(longest) if lengths is None else lengths), longest})
+    if wanted[0] < 1 or wanted[-1] > longest:
+        raise ServeError(f"--buckets must be lengths from 1 to {longest}, the longest that this engine takes")
+    found = []
+    for length in wanted:
+        if not profiles:
+            found.append(Bucket(length, 1, max_batch))
+            continue
+        fitting = [p for p in profiles if p.minimum[1] <= length <= p.maximum[1] and p.minimum[0] <= max_batch]
+        if fitting:
+            best = max(fitting, key=lambda p: p.maximum[0])
+            found.append(Bucket(length, best.minimum[0], min(max_batch, best.maximum[0]), fixed=True))
+    if not found:
+        raise ServeError(f"no profile of the engine takes batches of {max_batch} rows or less; raise --max-batch")
+    return Buckets(tuple(found))
+
+
+def usual_lengths(longest: int) -> list[int]:
+    """4, 8, 12 ... 32, 40, 48 ... 64, 80, 96 ... 128, 160 ...: steps of 4 up to 32 tokens, doubling with every octave."""
+    lengths, length, step = [], 0, 4
+    while length < longest:
+        length = min(length + step, longest)
+        lengths.append(length)
+        if length >= 8 * step:
+            step *= 2
+    return lengths

@@ -1,0 +1,169 @@
+"""A model's ``config.pbtxt``, out of the engine file's own bindings and profiles.
+
+Everything is written out, so that the server need not guess (``--disable-auto-complete-config`` works): types as the
+*engine* has them, which an old TensorRT may have changed from the graph's, dims without the batch, one execution context a
+profile, a warm-up a profile. Dynamic batching has no delay, like `engines.serving`: what queued while the model was busy
+runs together. There is no queue policy: any of its fields turns off the scheduler's prefetching, and then a lone request
+can wait for half a second (measured on Triton 2.51; docs/serving.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engines.base import Binding, Profile
+from engines.passport import EnginePassport
+from engines.triton.pbtxt import Word, dump
+from nxm_export.errors import ServeError
+from nxm_export.spec import IOSpec
+
+BACKENDS = {
+    "ort": ("onnxruntime", "onnxruntime_onnx", "model.onnx"),
+    "trt": ("tensorrt", "tensorrt_plan", "model.plan"),
+}
+_TYPES = {
+    "bool": "TYPE_BOOL", "int8": "TYPE_INT8", "uint8": "TYPE_UINT8", "int32": "TYPE_INT32", "int64": "TYPE_INT64",
+    "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "float32": "TYPE_FP32", "float64": "TYPE_FP64",
+}  # fmt: skip
+KINDS = {"cpu": "KIND_CPU", "gpu": "KIND_GPU"}
+
+
+def engine_config(
+    name: str,
+    passport: EnginePassport,
+    spec: IOSpec,
+    *,
+    kind: str,
+    instances: int,
+    max_batch: int,
+    threads: int | None,
+    files: Mapping[str, str],
+) -> str:
+    """The configuration of an engine; `files` are the model files of one version by compute capability, "" for any."""
+    backend, platform, default = BACKENDS[passport.backend]
+    profiles = passport.shape_profiles()
+    inputs, outputs = passport.tensors("inputs"), passport.tensors("outputs")
+    if any(binding.shape[:1] != (-1,) for binding in (*inputs, *outputs)):
+        raise ServeError(f"{name}: the engine has a fixed batch; build it with a profile whose batch is free")
+    rows = min(max_batch, max((p.maximum[0] for p in profiles), default=max_batch))
+    by_capability = {capability: file for capability, file in files.items() if capability}
+    group: dict[str, Any] = {"kind": Word(KINDS[kind]), "count": instances}
+    if profiles and passport.backend == "trt":
+        group["profile"] = [str(i) for i in range(len(profiles))]
+    return _header(name, passport) + dump(
+        {
+            "name": name,
+            "backend": backend,
+            "platform": platform,
+            "max_batch_size": rows,
+            "default_model_filename": files.get("", next(iter(by_capability.values()), default)),
+            "cc_model_filenames": [{"key": cc, "value": file} for cc, file in by_capability.items()],
+            "input": [_tensor(binding) for binding in inputs],
+            "output": [_tensor(binding) for binding in outputs],
+            "version_policy": {"latest": {"num_versions": 1}},
+            "dynamic_batching": {"max_queue_delay_microseconds": 0},
+            "instance_group": [group],
+            "parameters": _threads(threads) if passport.backend == "ort" else [],
+            "model_warmup": [_warm_up(rows, profile, inputs) for profile in profiles or (_any_shape(spec),)],
+        }
+    )
+
+
+def text_configs(
+    name: str, passport: EnginePassport, spec: IOSpec, *, max_batch: int, pair: bool, labels: bool
+) -> dict[str, str]:
+    """Configurations of the text face: a tokenizer, an ensemble, and a model that names classes, by model name."""
+    inputs, outputs = passport.tensors("inputs"), passport.tensors("outputs")
+    texts = [_text(key) for key in (("text", "text_pair") if pair else ("text",))]
+    batch = min(max_batch, max((p.maximum[0] for p in passport.shape_profiles()), default=max_batch))
+    python = {"backend": "python", "max_batch_size": batch}
+    workers = {"instance_group": [{"kind": Word("KIND_CPU"), "count": 1}]}
+    names = {"tokenizer": f"{name}_tokenizer", "labels": f"{name}_labels", "text": f"{name}_text"}
+    first = outputs[0]
+    steps = [
+        {
+            "model_name": names["tokenizer"],
+            "model_version": -1,
+            "input_map": [{"key": t["name"], "value": t["name"]} for t in texts],
+            "output_map": [{"key": b.name, "value": f"tokens_{b.name}"} for b in inputs],
+        },
+        {
+            "model_name": name,
+            "model_version": -1,
+            "input_map": [{"key": b.name, "value": f"tokens_{b.name}"} for b in inputs],
+            "output_map": [
+                {"key": b.name, "value": f"engine_{b.name}" if labels and b is first else b.name} for b in outputs
+            ],
+        },
+    ]
+    found = {
+        names["tokenizer"]: {
+            "name": names["tokenizer"], **python, "input": texts, "output": [_tensor(b) for b in inputs], **workers,
+        }
+    }  # fmt: skip
+    if labels:
+        # The logits pass through this model: an ensemble does not compute an output of its own that nobody asks for,
+        # and would then wait for it when only the label is wanted (seen on Triton 2.51).
+        passed = {**_tensor(first), "name": f"engine_{first.name}"}
+        steps.append({
+            "model_name": names["labels"],
+            "model_version": -1,
+            "input_map": [{"key": passed["name"], "value": passed["name"]}],
+            "output_map": [{"key": name, "value": name} for name in (first.name, "label")],
+        })  # fmt: skip
+        found[names["labels"]] = {
+            "name": names["labels"], **python, "input": [passed], "output": [_tensor(first), _text("label")], **workers,
+        }  # fmt: skip
+    found[names["text"]] = {
+        "name": names["text"],
+        "platform": "ensemble",
+        "max_batch_size": batch,
+        "input": texts,
+        "output": [*(_tensor(b) for b in outputs), *([_text("label")] if labels else [])],
+        "ensemble_scheduling": {"step": steps},
+    }
+    return {key: dump(message) for key, message in found.items()}
+
+
+def _header(name: str, passport: EnginePassport) -> str:
+    version = passport.requires.get("tensorrt")
+    built = f"TensorRT {version}, {passport.device.get('gpu', 'GPU')}" if version else passport.backend
+    return f"# {name}: engine sha256 {passport.engine_sha256}\n# built with {built}; written by `nxm triton`\n"
+
+
+def _tensor(binding: Binding) -> dict[str, Any]:
+    if binding.dtype not in _TYPES:
+        raise ServeError(f"{binding.name}: Triton has no type for {binding.dtype}")
+    return {"name": binding.name, "data_type": Word(_TYPES[binding.dtype]), "dims": list(binding.shape[1:])}
+
+
+def _text(name: str) -> dict[str, Any]:
+    return {"name": name, "data_type": Word("TYPE_STRING"), "dims": [1]}
+
+
+def _threads(threads: int | None) -> list[dict[str, Any]]:
+    """Parameters of Triton's onnxruntime backend; without them every instance starts a thread per core."""
+    if threads is None:
+        return []
+    return [{"key": "intra_op_thread_count", "value": {"string_value": str(threads)}}]
+
+
+def _any_shape(spec: IOSpec) -> Profile:
+    middle = min(32, spec.max_length)
+    return Profile((1, 1), (1, middle), (1, spec.max_length))
+
+
+def _warm_up(rows: int, profile: Profile, inputs: Sequence[Binding]) -> dict[str, Any]:
+    batch, length = min(rows, profile.optimum[0]), profile.optimum[1]
+    return {
+        "name": f"batch {batch} length {length}",
+        "batch_size": batch,
+        "inputs": [
+            {
+                "key": binding.name,
+                "value": {"data_type": Word(_TYPES[binding.dtype]), "dims": [length], "zero_data": True},
+            }
+            for binding in inputs
+        ],
+    }

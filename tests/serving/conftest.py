@@ -1,0 +1,56 @@
+"""Engines and servers that the serving tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engines.serving.repository import Source
+from engines.triton import TritonOptions, export_repository
+from tests.serving import exact_engine
+from tests.serving.servers import CannotStart, Running, nxm_serve, triton, triton_venv
+
+for needed in ("onnx", "onnxruntime", "starlette", "uvicorn", "httptools", "prometheus_client"):
+    pytest.importorskip(needed, reason=f"{needed} is not installed; pip install -e '.[dev]'")
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine directory whose arithmetic is exact; read it only."""
+    return exact_engine.build(tmp_path_factory.mktemp("engine") / "exact", parity=True)
+
+
+@pytest.fixture(scope="session")
+def slow_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, at about a tenth of a second a batch."""
+    return exact_engine.build(tmp_path_factory.mktemp("engine") / "slow", work=1100)
+
+
+@pytest.fixture(scope="session")
+def ours(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """`nxm serve` with the exact engine as ``exact``, and its text face."""
+    with nxm_serve(tmp_path_factory.mktemp("ours") / "log", f"exact={engine}", "--text", "--access-log") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def triton_repository(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `nxm triton --text` writes of the exact engine."""
+    out = tmp_path_factory.mktemp("triton") / "repository"
+    export_repository([Source("exact", "1", engine)], out, TritonOptions(text=True, threads=1))
+    return out
+
+
+@pytest.fixture(scope="session")
+def real_triton(triton_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The real Triton server on that repository, with doubles of its backends; skips where there is none."""
+    venv = triton_venv()
+    if isinstance(venv, str):
+        pytest.skip(venv)
+    try:
+        with triton(triton_repository, tmp_path_factory.mktemp("triton-log") / "log", venv) as running:
+            yield running
+    except CannotStart as error:
+        pytest.fail(f"Triton refused the generated repository: {error}")

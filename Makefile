@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip
 INSTALL := $(PIP) install --quiet --disable-pip-version-check $(PIP_ARGS)
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test static check clean
+.PHONY: help setup demo test test-slow static check clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -37,6 +37,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
 
 static: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" tools/check --static

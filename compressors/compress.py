@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 from torch import nn
 from transformers import set_seed
 
@@ -30,6 +31,8 @@ from nxm_export.metrics import interval, metric_named
 from nxm_export.plan import CompressionPlan
 from nxm_export.run_dir import atomic_dir
 
+OUTPUTS_FILE = "dev_outputs.safetensors"  # logits and labels of every dev sample: paired statistics need both
+
 
 def finetune(
     model: str | Path,
@@ -43,10 +46,12 @@ def finetune(
     revision: str | None = None,
     train_limit: int | None = None,
     work_dir: Path | None = None,
+    further: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Fine-tune a dense task model and save it to `out` with ``metrics.json``; a model whose head fits is kept as it is.
 
+    With `further` a model whose head fits is trained on. What the model says on dev goes to `OUTPUTS_FILE`.
     Returns the metrics: name, value, 95 % interval, dev samples, training steps.
     """
     prepare_process(settings)
@@ -56,7 +61,11 @@ def finetune(
     fits = source.head_fits(kind)
     set_seed(settings.seed)
     network = load_model(source, kind, classes=None if fits else data.classes or ["score"])
-    steps = 0 if fits else settings.dense_steps or steps_of(data.train, settings.dense_epochs, settings.batch_size)
+    steps = (
+        0
+        if fits and not further
+        else settings.dense_steps or steps_of(data.train, settings.dense_epochs, settings.batch_size)
+    )
     out = Path(out)
     work_dir = work_dir or out.with_name(f".{out.name}.work")
     if steps:
@@ -74,9 +83,11 @@ def finetune(
             progress=progress,
             save_every=save_every(steps),
         )
-    metrics = evaluate(network, data, progress) | {"steps": steps, "revision": source.revision}
+    logits, found = _outputs(network, data, progress)
+    metrics = found | {"steps": steps, "revision": source.revision}
     with atomic_dir(out) as scratch:
         _save_model(network, tokenizer, scratch, metrics, work_dir)
+        _save_outputs(scratch, logits, data)
     shutil.rmtree(work_dir, ignore_errors=True)
     return metrics
 
@@ -114,10 +125,12 @@ def compress(
     work_dir = work_dir or out.with_name(f".{out.name}.work")
     job = Job(source, data, plan, settings, work_dir, progress)
     student, facts = job.run()
-    metrics = facts | evaluate(student, data, progress)  # with activation quantizers, so before baking
+    logits, found = _outputs(student, data, progress)  # with activation quantizers, so before baking
+    metrics = facts | found
     scales = bake(student, plan)
     with atomic_dir(out) as scratch:
         _save_model(student, tokenizer, scratch, metrics, work_dir)
+        _save_outputs(scratch, logits, data)
         save_plan(scratch, plan, scales)
         open_checkpoint(scratch).require_valid()
     shutil.rmtree(work_dir, ignore_errors=True)
@@ -126,15 +139,25 @@ def compress(
 
 def evaluate(model: nn.Module, data: TaskData, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """The task metric on all dev samples, with its 95 % bootstrap interval."""
+    return _outputs(model, data, progress)[1]
+
+
+def _outputs(model: nn.Module, data: TaskData, progress: Progress) -> tuple[np.ndarray, dict[str, Any]]:
+    """Logits (samples, classes) of all dev samples, and what `evaluate` returns."""
     logits = predict(model, data.dev, data.pad_id, progress=lambda done, total: progress("evaluate", done, total))
     labels = np.array([sample["labels"] for sample in data.dev])
     value = metric_named(data.task.metric)(logits, labels)
-    return {
+    return logits, {
         "metric": data.task.metric,
         "value": value,
         "interval": interval(data.task.metric, logits, labels),
         "dev_samples": len(labels),
     }
+
+
+def _save_outputs(directory: Path, logits: np.ndarray, data: TaskData) -> None:
+    labels = np.array([sample["labels"] for sample in data.dev])
+    save_file({"logits": logits, "labels": labels}, directory / OUTPUTS_FILE)
 
 
 def _save_model(model: nn.Module, tokenizer: Any, directory: Path, metrics: Mapping[str, Any], work_dir: Path) -> None:

@@ -65,6 +65,24 @@ class _Codes(torch.autograd.Function):
         return grad.to(ctx.saved_tensors[0].dtype), grad_scale, None, None, None, None
 
 
+class _FollowedMask(torch.autograd.Function):
+    """``weight * mask`` whose gradient reaches masked weights, too, and pulls them to 0: ``g + decay * (1 - mask) * weight``.
+
+    SR-STE: Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021, eq. 9.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
+        ctx.save_for_backward(weight, mask)
+        ctx.decay = decay
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, mask = ctx.saved_tensors
+        return grad + ctx.decay * (weight * ~mask), None, None
+
+
 class _Rescale(torch.autograd.Function):
     """``product * scale + bias`` for an integer product (..., out) and vectors (out,); one pass, and float32 out."""
 
@@ -148,7 +166,8 @@ class QuantLinear(nn.Linear):
     """A linear layer under a `WeightSpec`: mask, weight codes and activation quantizers, all trainable through.
 
     `mask` is None until the layer is hardened; from then on it is fixed and nothing can revive a masked weight.
-    `quantize_weight` is off in those ADMM modes that leave the weight in float.
+    `quantize_weight` is off in those ADMM modes that leave the weight in float. While `follow_decay` is set (SR-STE) and
+    the mask is not fixed, every forward pass uses the magnitude mask of the weight as it is.
     """
 
     mask: Tensor | None
@@ -161,6 +180,7 @@ class QuantLinear(nn.Linear):
         self.quantize_weight = spec.weight_bits is not None
         self.register_buffer("mask", None)
         self._gate: Tensor | None = None
+        self.follow_decay: float | None = None
         if spec.weight_bits:
             self.log_scale = nn.Parameter(torch.zeros(self.out_features, 1, device=self.weight.device))
             self.reset_scale()
@@ -218,7 +238,7 @@ class QuantLinear(nn.Linear):
             assert self.spec.qmax is not None
             step = _learned(self.log_scale, self.in_features, self.spec.qmax)  # (out, 1)
             gate = self._mask_as(codes.dtype)
-            weight = _Codes.apply(self.weight, step, -self.spec.qmax, self.spec.qmax, gate, codes.dtype)
+            weight = _Codes.apply(self._followed(), step, -self.spec.qmax, self.spec.qmax, gate, codes.dtype)
             scale = scale * step.squeeze(-1)
         else:
             weight = self._float_weight()
@@ -226,7 +246,15 @@ class QuantLinear(nn.Linear):
 
     def _float_weight(self) -> Tensor:
         gate = self._mask_as(self.weight.dtype)
-        return self.weight if gate is None else self.weight * gate
+        return self._followed() if gate is None else self.weight * gate
+
+    def _followed(self) -> Tensor:
+        """The weight, under its own magnitude mask while SR-STE looks for one."""
+        if self.follow_decay is None or self.mask is not None or self.spec.pattern is None:
+            return self.weight
+        return _FollowedMask.apply(
+            self.weight, nm_mask(self.weight.detach().abs(), self.spec.pattern), self.follow_decay
+        )
 
     def _mask_as(self, dtype: torch.dtype) -> Tensor | None:
         """The mask as 0 and 1 in `dtype`: products with boolean tensors are slow. Rebuilt when mask or device change."""

@@ -1,6 +1,7 @@
 """The phases of one compression run: calibrate -> ADMM -> harden (hard projection) -> masked QAT.
 
-Each phase is a `compressors.train.run_phase`; what ADMM adds to it (penalty, dual updates) is a callback here.
+Each phase is a `compressors.train.run_phase`; what ADMM adds to it (penalty, dual updates) is a callback here. The other
+recipes (`compressors.settings.RECIPES`) leave phases out, or put SR-STE in the place of ADMM.
 """
 
 from __future__ import annotations
@@ -70,11 +71,18 @@ class Job:
             "train_samples": len(self.train),
             "held_out_samples": len(self.held_out),
         }
-        if settings.recipe != "magnitude":
+        before = 0  # steps of the phase that looks for the masks
+        if settings.recipe in ("nxm", "paper"):
             facts |= self._admm(student, layers, teacher)
+            before = facts["admm_steps"]
+        elif settings.recipe == "sr-ste":
+            before = facts["sr_ste_steps"] = self._sr_ste(student, layers, teacher)
         for layer in layers.values():
             layer.harden()
-        qat_steps = 0 if settings.recipe == "paper" else self.steps - facts.get("admm_steps", 0)
+        qat_steps = 0 if settings.recipe in ("paper", "one-shot") else self.steps - before
+        if settings.recipe == "one-shot":
+            facts["steps"] = 0
+            self._calibrate(student)  # again: nothing else will fit the ranges to the weights as they are now
         if qat_steps > 0:
             phase = Phase("qat", qat_steps, settings.learning_rate, settings.batch_size, losses=self._losses(teacher))
             self._run(student, phase, teacher)
@@ -117,6 +125,23 @@ class Job:
             "residual": residual,
             "residual_gate_passed": residual <= settings.residual_gate,
         }
+
+    def _sr_ste(self, student: nn.Module, layers: Mapping[str, QuantLinear], teacher: nn.Module | None) -> int:
+        """Train with masks that follow the weights; returns the steps."""
+        settings = self.settings
+        steps = max(1, round(self.steps * settings.sr_ste_share))
+        for layer in layers.values():
+            layer.follow_decay = settings.sr_ste_decay
+        phase = Phase(
+            "sr-ste",
+            steps,
+            settings.learning_rate,
+            settings.batch_size,
+            losses=self._losses(teacher),
+            scheduler="constant_with_warmup",
+        )
+        self._run(student, phase, teacher)
+        return steps
 
     def _run(
         self,

@@ -11,8 +11,10 @@ from compressors.train import Losses
 from nxm_export.errors import DataError, PlanError
 
 # ``nxm`` is ours; ``magnitude`` fixes the mask by magnitude at the start and spends all steps on masked QAT, with the same
-# teacher, steps and learning rates; ``paper`` follows what is known of the authors' recipe.
-RECIPES = ("nxm", "magnitude", "paper")
+# teacher, steps and learning rates; ``sr-ste`` lets the mask follow the weight through most of them (Zhou et al. 2021,
+# arXiv 2102.04010), then fixes it; ``one-shot`` is magnitude and calibration alone, no training; ``paper`` follows what is
+# known of the authors' recipe.
+RECIPES = ("nxm", "magnitude", "sr-ste", "one-shot", "paper")
 PAPER_DIFFERENCES = (
     "as the authors: one dual update per epoch, undamped; a constant penalty; no distillation; no training after projection; "
     "embeddings, norms and head frozen",
@@ -41,6 +43,8 @@ class Settings:
     damping: float = 0.5
     strength: tuple[float, float] = (0.3, 5.0)
     residual_gate: float = 0.1
+    sr_ste_share: float = 0.8  # of all steps; the mask is fixed for the rest
+    sr_ste_decay: float = 2e-4  # the regulariser's weight, as in the authors' experiments
     distill: bool = True
     losses: Losses = Losses(task=0.5, logits=1.0, hidden=1.0)
     calibration_samples: int = 512
@@ -56,6 +60,8 @@ class Settings:
             raise PlanError(f"unknown recipe {self.recipe!r}; choose one of {', '.join(RECIPES)}")
         if self.batch_size < 1 or self.calibration_samples < 1:
             raise DataError("batch size and calibration samples must be at least 1")
+        if not 0 < self.sr_ste_share <= 1 or self.sr_ste_decay < 0:
+            raise DataError("sr-ste needs a share of the steps in (0, 1] and a decay of at least 0")
         if not 0 < self.percentile <= 100:
             raise DataError(f"the calibration percentile must be in (0, 100], got {self.percentile}")
 

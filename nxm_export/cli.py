@@ -126,7 +126,12 @@ _DATA_OPTIONS = _options(
     click.option("--revision", help="Branch, tag or commit of a hub model."),
 )
 _TRAINING_OPTIONS = _options(
-    click.option("--recipe", type=click.Choice(["nxm", "magnitude", "paper"]), default="nxm", show_default=True),
+    click.option(
+        "--recipe",
+        type=click.Choice(["nxm", "magnitude", "sr-ste", "one-shot", "paper"]),
+        default="nxm",
+        show_default=True,
+    ),
     click.option(
         "--admm",
         type=click.Choice(["mask", "joint", "joint-ste"]),

@@ -20,6 +20,7 @@ from compressors.fake_quant import (
     require_invariants,
 )
 from compressors.observers import HistogramObserver
+from compressors.project import nm_mask
 from nxm_export.errors import ArtifactError, DataError, PlanError
 from nxm_export.families import FAMILIES
 from nxm_export.plan import NMPattern, WeightSpec
@@ -112,6 +113,23 @@ def test_masked_weights_stay_zero_through_any_training() -> None:
                 require_invariants(layer)
         assert layer.mask is not None
         assert (layer.weight.detach()[layer.mask] != 0).all()
+
+
+def test_sr_ste_follows_the_weight_and_its_gradient_is_the_definition() -> None:
+    layer = quantized_layer(WeightSpec(NMPattern(2, 4)), bias=False)
+    layer.follow_decay = 0.5
+    x, upstream = randn(3, 16, seed=1), randn(3, 12, seed=2)
+    mask = nm_mask(layer.weight.detach().abs(), NMPattern(2, 4))
+    output = layer(x)
+    torch.testing.assert_close(output, x @ (layer.weight * mask).T)
+    (output * upstream).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, upstream.T @ x + 0.5 * layer.weight.detach() * ~mask)
+    with torch.no_grad():  # the smallest of the first group becomes its largest, and is in at the next pass
+        layer.weight[0, int(layer.weight[0, :4].abs().argmin())] = 9.0
+    torch.testing.assert_close(layer(x)[:, 0], x @ (layer.weight * nm_mask(layer.weight.abs(), NMPattern(2, 4)))[0])
+    layer.harden()
+    layer(x).sum().backward()
+    require_invariants(layer)
 
 
 def test_a_revived_weight_is_noticed() -> None:

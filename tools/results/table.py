@@ -1,0 +1,325 @@
+"""Render ``docs/results.md`` from the records: protocol, one section per task, placements. Rows that lose stay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nxm_export.run_dir import write_atomic
+from tools.results import plots, store
+from tools.results.rows import position, row_named
+from tools.results.statistics import Difference, Retention, TaskStatistics, deviation, overall
+
+GAP = "–"
+PROTOCOL = """\
+# Results
+
+Made by `python -m tools.results render` from the records in [`results/`](../results), one JSON file per task, row and
+seed; `python -m tools.results run` measures rows that are missing. Every record holds the prediction for every dev
+sentence, so every number below can be made again without training.
+
+**Protocol.** One dense model per task and seed is fine-tuned first; every compressed row of that seed starts from it and,
+where the recipe distils, has it as teacher, with the same steps, learning rate and data order. What is chosen (the dense
+learning rate and epochs, searched plans) is chosen on slices held out of *train*; what hardening costs is watched on
+another such slice. The dev set is read once per row and seed, for the number in the table. Scores are times 100.
+
+**Intervals** are 95 % percentile bootstraps ({resamples} resamples) over dev sentences and, where a row has several seeds,
+over seeds; differences are paired: both rows on the same sentences and seeds. With one seed an interval says nothing
+about other seeds. *sd* is the standard deviation over seeds. *Retention* is the ratio of mean scores to the dense row.
+
+**Compression** is 1 - bits/32 over the encoder's matrices, embeddings not included: `values` counts kept values alone,
+`packed` the smallest lossless file (index and scales included), `hw` what sparse tensor cores read. *Stored* bytes and
+*engine* bytes differ: weights of fewer than 8 bits run as INT8, so a W4 model's engine is no smaller than a W8 one's.
+"""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The text of ``docs/results.md`` and the pictures that were drawn."""
+
+    text: str
+    images: list[Path]
+
+
+def render(results: Path, document: Path) -> Rendered:
+    """Write `document` and, where matplotlib is installed, pictures to ``img`` beside it."""
+    from nxm_export.metrics import RESAMPLES
+
+    statistics = [TaskStatistics(task, store.read(results, task)) for task in store.tasks_with_results(results)]
+    parts = [PROTOCOL.format(resamples=RESAMPLES)]
+    images: list[Path] = []
+    glue = [found for found in statistics if found.task.glue]
+    if len(glue) > 1:
+        parts.append(_overall(glue))
+    for found in statistics:
+        drawn = _draw(found, results, document.parent / "img")
+        images += drawn
+        parts.append(_section(found, results, drawn))
+    if (results / "placements.json").is_file():
+        parts.append(_placements(json.loads((results / "placements.json").read_text(encoding="utf-8"))))
+    text = "\n".join(parts)
+    document.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(document, text)
+    return Rendered(text, images)
+
+
+def _section(found: TaskStatistics, results: Path, images: Sequence[Path]) -> str:
+    some = found.records[next(iter(found.records))]
+    parts = [
+        f"## {found.task.title}\n",
+        f"{len(some.labels)} dev sentences; score: {found.task.metric_title}; model: {some.facts['model']}.\n",
+        _scores(found),
+        _differences(found),
+        _sizes(found),
+        _costs(found),
+        _plans(found),
+        _grid(results / found.task.name / "dense-grid.json"),
+        *(f"![{image.stem}](img/{image.name})\n" for image in images),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _scores(found: TaskStatistics) -> str:
+    extra = found.task.metrics if len(found.task.metrics) > 1 else ()
+    head = ["row", "mean", "95 % interval", "sd", "per seed", *extra, "retention, %"]
+    lines = []
+    for row in found.rows:
+        scores = found.scores(row)
+        lines.append(
+            [
+                f"{row_named(row).title} (`{row}`)" + ("†" if _other_teacher(found, row) else ""),
+                _points(float(np.mean(scores))),
+                _span(found.interval(row)),
+                _points(deviation(scores)),
+                ", ".join(f"{_points(score)} ({seed})" for seed, score in zip(found.seeds(row), scores, strict=True)),
+                *(_points(float(np.mean(found.metric(row, name)))) for name in extra),
+                GAP if row == "dense" else _retention(found.retention(row)),
+            ]
+        )
+    note = (
+        "\n† started from another dense model of the same seed than the dense row's (trained again elsewhere).\n"
+        if any(_other_teacher(found, row) for row in found.rows)
+        else ""
+    )
+    return "### Scores\n\nPer seed: score (seed).\n\n" + _table(head, lines) + note
+
+
+def _differences(found: TaskStatistics) -> str:
+    lines = []
+    for row in found.rows:
+        baseline = row_named(row).baseline
+        against_dense = found.difference(row, "dense")
+        against_magnitude = found.difference(row, baseline) if baseline in found.rows and baseline else None
+        if against_dense or against_magnitude:
+            name = f" (`{baseline}`)" if against_magnitude else ""
+            lines.append([f"`{row}`", _difference(against_dense), _difference(against_magnitude) + name])
+    if not lines:
+        return ""
+    return (
+        "### Paired differences\n\nPoints, with the 95 % interval and the number of seeds that both rows have. An interval that holds 0 says "
+        "that these sentences and seeds do not tell the rows apart.\n\n"
+        + _table(["row", "minus dense", "minus fixed magnitude mask"], lines)
+    )
+
+
+def _sizes(found: TaskStatistics) -> str:
+    lines = []
+    for row in found.rows:
+        facts = [found.records[row, seed].facts for seed in found.seeds(row)]
+        if "compression" in facts[0]:
+            shares = [
+                f"{100 * float(np.mean([fact['compression'][counting] for fact in facts])):.2f}"
+                for counting in ("values", "packed", "hw")
+            ]
+            sizes = [
+                f"{float(np.mean([fact['bytes'][key] for fact in facts])) / 1e6:.2f}"
+                for key in ("fp32", "packed", "engine_sparse", "engine_dense", "file")
+            ]
+            lines.append([f"`{row}`", *shares, *sizes])
+    if not lines:
+        return ""
+    head = [
+        "row",
+        "`values` %",
+        "`packed` %",
+        "`hw` %",
+        "FP32 MB",
+        "stored MB",
+        "engine MB, 2:4 storage",
+        "engine MB, dense",
+        "packed file MB",
+    ]
+    return (
+        "### Compression\n\nMB of the encoder's matrices; the packed file, written by `nxm pack`, holds the whole model, embeddings in FP32 included.\n\n"
+        + _table(head, lines)
+    )
+
+
+def _costs(found: TaskStatistics) -> str:
+    machines: dict[str, None] = {}
+    lines = []
+    for row in found.rows:
+        facts = [found.records[row, seed].facts for seed in found.seeds(row)]
+        search = [sum(fact["search"]["seconds"].values()) for fact in facts if "search" in fact]
+        for fact in facts:
+            machines[_machine(fact["machine"])] = None
+        lines.append(
+            [
+                f"`{row}`",
+                _mean([fact["epochs"] for fact in facts], ".1f"),
+                _mean([fact["steps"] for fact in facts], ".0f"),
+                f"{facts[0]['samples']['train']}",
+                _rate(facts[0]),
+                _mean([fact["seconds"] for fact in facts], ".0f"),
+                _mean(search, ".0f") if search else GAP,
+                str(sum(fact["dev_reads"] for fact in facts)),
+            ]
+        )
+    head = ["row", "epochs", "steps", "trained on", "learning rate", "seconds", "search seconds", "dev read, times"]
+    return (
+        "### Cost\n\nMeans over seeds; seconds are of the row alone, the dense model not included. A search that finds the table of an earlier one "
+        f"of the same seed reads it. Machine: {'; '.join(machines)}.\n\n" + _table(head, lines)
+    )
+
+
+def _plans(found: TaskStatistics) -> str:
+    lines = []
+    for row in found.rows:
+        for seed in found.seeds(row):
+            facts = found.records[row, seed].facts
+            if "search" in facts:
+                counts = ", ".join(f"{count} x {option}" for option, count in sorted(facts["plan"]["options"].items()))
+                lines.append([f"`{row}`", str(seed), counts, str(facts["search"]["best"]["origin"])])
+    if not lines:
+        return ""
+    return "### Searched plans\n\nThe option of every weight is in the record.\n\n" + _table(
+        ["row", "seed", "weights x option", "found by"], lines
+    )
+
+
+def _grid(file: Path) -> str:
+    if not file.is_file():
+        return ""
+    grid = json.loads(file.read_text(encoding="utf-8"))
+    lines = [
+        [f"{entry['learning_rate']:g}", f"{entry['epochs']:g}", _points(entry["score"]), f"{entry['seconds']:.0f}"]
+        for entry in grid["tried"]
+    ]
+    return (
+        f"### Dense grid\n\nScores on {grid['held_out']} sentences held out of train, seed 0; the best one is what every dense row uses.\n\n"
+        + _table(["learning rate", "epochs", "score", "seconds"], lines)
+    )
+
+
+def _overall(glue: Sequence[TaskStatistics]) -> str:
+    lines = []
+    rows = sorted({row for found in glue for row in found.rows if row != "dense"}, key=position)
+    for row in rows:
+        result = overall(glue, row)
+        if result is not None:
+            named = [found.task.title for found in glue if row in found.rows]
+            lines.append([f"`{row}`", ", ".join(named), _retention(result[0]), f"{100 * result[1]:.2f}"])
+    head = ["row", "tasks", "ratio of mean scores, %", "mean of ratios, %"]
+    return "## GLUE tasks together\n\n" + _table(head, lines)
+
+
+def _placements(data: dict[str, Any]) -> str:
+    lines = [
+        [
+            entry["engine"],
+            _points(entry["score"]),
+            GAP if entry["agreement"] is None else f"{100 * entry['agreement']:.2f}",
+            *(f"{timing['median']:.2f}{_speedup(timing)}" for timing in entry["latency"]),
+        ]
+        for entry in data["engines"]
+    ]
+    shapes = [f"ms at {timing['batch']}x{timing['sequence']}" for timing in data["engines"][0]["latency"]]
+    return (
+        "## Quantizer placement on ONNX Runtime\n\nThe same checkpoint exported with quantizers before the products alone (`inputs`, the default of "
+        "the `cpu` target) and also behind them (`inputs-outputs`, as trained). "
+        f"{data['task']}, {data['samples']} dev sentences; {_machine(data['machine'])}; {data['rounds']} interleaved rounds, median and speed-up "
+        "against FP32 with its 95 % interval.\n\n"
+        + _table(["engine", f"{data['metric']}", "same class as its checkpoint in PyTorch, %", *shapes], lines)
+    )
+
+
+def _draw(found: TaskStatistics, results: Path, directory: Path) -> list[Path]:
+    """Pictures of a task; those already there when matplotlib is not installed."""
+    curve = directory / f"{found.task.name}-compression.svg"
+    tables = sorted((results / found.task.name).glob("sensitivity-s*.csv"))
+    heat = directory / f"{found.task.name}-sensitivity.svg"
+    if find_spec("matplotlib") is None:
+        return [file for file in (curve, heat) if file.is_file()]
+    drawn = [curve] if plots.accuracy_against_compression(found, "hw", curve) else []
+    if tables:
+        plots.sensitivity_map(tables[0], heat)
+        drawn.append(heat)
+    return drawn
+
+
+def _other_teacher(found: TaskStatistics, row: str) -> bool:
+    """True if a seed of the row started from another dense model than the dense row of that seed."""
+    return any(
+        ("dense", seed) in found.records
+        and found.records[row, seed].facts.get("teacher_sha256", "")
+        not in ("", found.records["dense", seed].facts.get("weights_sha256"))
+        for seed in found.seeds(row)
+    )
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "".join(f"{line}\n" for line in _table_lines(head, lines))
+
+
+def _table_lines(head: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield f"|---|{'---:|' * (len(head) - 1)}"
+    for line in lines:
+        yield f"| {' | '.join(line)} |"
+
+
+def _points(value: float | None) -> str:
+    return GAP if value is None else f"{100 * value:.2f}"
+
+
+def _span(bounds: Sequence[float]) -> str:
+    return f"{100 * bounds[0]:.2f} to {100 * bounds[1]:.2f}"
+
+
+def _retention(found: Retention | None) -> str:
+    return GAP if found is None else f"{100 * found.value:.2f} ({_span(found.interval)})"
+
+
+def _difference(found: Difference | None) -> str:
+    if found is None:
+        return GAP
+    low, high = found.interval
+    return f"{100 * found.value:+.2f} ({100 * low:+.2f} to {100 * high:+.2f}; {len(found.seeds)})"
+
+
+def _mean(values: Sequence[float], form: str) -> str:
+    return format(float(np.mean(values)), form)
+
+
+def _rate(facts: dict[str, Any] | Any) -> str:
+    settings = facts["settings"]
+    rate = settings.get("learning_rate", settings.get("dense_learning_rate"))
+    return f"{rate:g}" if facts["steps"] else GAP
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    parts = [machine["cpu"], machine["features"], machine.get("gpu"), f"{machine['threads']} threads"]
+    return ", ".join(part for part in parts if part)
+
+
+def _speedup(timing: dict[str, Any]) -> str:
+    if timing["speedup"] is None:
+        return ""
+    low, high = timing["interval"]
+    return f" ({timing['speedup']:.2f}x, {low:.2f} to {high:.2f})"

@@ -1,0 +1,127 @@
+"""The tasks that are measured, and their data brought into one form: ``sentence1, sentence2, label`` in two TSV files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nxm_export.data import Columns, RawExamples, load_raw
+from nxm_export.demo import MAX_LENGTH, write_data
+from nxm_export.errors import DataError
+from nxm_export.run_dir import atomic_dir
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: its metrics (their mean is its score, as in GLUE) and the columns of its files as GLUE ships them."""
+
+    name: str
+    title: str
+    metrics: tuple[str, ...]
+    glue: bool = True
+    max_length: int = 128
+    columns: Mapping[str, str] | None = None
+
+    @property
+    def metric_title(self) -> str:
+        """What the score is, in words."""
+        return " and ".join({"mcc": "MCC", "f1": "F1"}.get(name, name) for name in self.metrics)
+
+
+_MRPC = {"text": "#1 String", "pair": "#2 String", "label": "Quality"}
+TASKS = {
+    task.name: task
+    for task in (
+        Task("rotten_tomatoes", "rotten tomatoes", ("accuracy",), glue=False, max_length=MAX_LENGTH),
+        Task("cola", "CoLA", ("mcc",)),
+        Task("mrpc", "MRPC", ("f1", "accuracy"), columns=_MRPC),
+        Task("rte", "RTE", ("accuracy",)),
+        Task("sst2", "SST-2", ("accuracy",)),
+    )
+}
+
+
+def task_named(name: str) -> Task:
+    """The task of this name, or `DataError` with the list."""
+    if name not in TASKS:
+        raise DataError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """Training and dev file of a task in the common form, and the sha256 over both."""
+
+    train: Path
+    dev: Path
+    digest: str
+
+
+def prepare(task: Task, data: Path | None, out: Path) -> TaskFiles:
+    """Write ``train.tsv`` and ``dev.tsv`` of `task` to `out`, from a GLUE directory `data` or from the demo's package."""
+    if task.glue and data is None:
+        raise DataError(f"{task.title} needs --data: a directory with GLUE's train.tsv and dev.tsv")
+    if not task.glue and data is not None:
+        raise DataError(f"{task.title} comes out of a package; --data is for GLUE tasks")
+    with atomic_dir(out) as scratch:
+        if data is None:
+            write_data(scratch)
+        for split in ("train", "dev"):
+            raw = _read(task, (scratch if data is None else data) / f"{split}.tsv", split)
+            _write(raw, scratch / f"{split}.tsv")
+    return files(out)
+
+
+def files(out: Path) -> TaskFiles:
+    """The files that `prepare` wrote to `out`."""
+    digest = hashlib.sha256()
+    for split in ("train", "dev"):
+        digest.update((out / f"{split}.tsv").read_bytes())
+    return TaskFiles(out / "train.tsv", out / "dev.tsv", digest.hexdigest())
+
+
+def cut(whole: Path, out: Path, held_out: int, seed: int) -> TaskFiles:
+    """Cut a training file into ``train.tsv`` and a held-out slice, ``dev.tsv``: what settings are chosen on."""
+    header, *lines = whole.read_text(encoding="utf-8").split("\n")[:-1]
+    if held_out < 2 or held_out > len(lines) // 2:
+        raise DataError(f"cannot hold out {held_out} of {len(lines)} training sentences; set --held-out")
+    import numpy as np
+
+    order = np.random.default_rng(seed).permutation(len(lines))
+    with atomic_dir(out) as scratch:
+        for split, picked in (("dev", order[:held_out]), ("train", order[held_out:])):
+            text = "\n".join([header, *(lines[i] for i in sorted(picked))]) + "\n"
+            (scratch / f"{split}.tsv").write_text(text, encoding="utf-8")
+    return files(out)
+
+
+def _read(task: Task, file: Path, split: str) -> RawExamples:
+    """One file, as GLUE ships it or with a header of the usual column names."""
+    if not file.is_file():
+        raise DataError(f"{file}: no such file; --data is a directory with train.tsv and dev.tsv")
+    if task.name == "cola" and (found := _headless_cola(file)) is not None:
+        return found
+    first = file.open(encoding="utf-8-sig").readline().rstrip("\r\n").split("\t")
+    if task.columns is not None and set(task.columns.values()) <= set(first):
+        return load_raw(str(file), split, Columns(**task.columns))
+    return load_raw(str(file), split)
+
+
+def _headless_cola(file: Path) -> RawExamples | None:
+    """CoLA as its authors ship it: source, label, the original's mark, sentence; no header. None for any other file."""
+    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").split("\n") if line]
+    if not rows or len(rows[0]) != 4 or rows[0][1] not in ("0", "1"):
+        return None
+    for number, row in enumerate(rows, start=1):
+        if len(row) != 4:
+            raise DataError(f"{file}:{number}: {len(row)} columns where CoLA has 4")
+    places = [f"{file}:{number}" for number in range(1, len(rows) + 1)]
+    return RawExamples([row[3].rstrip("\r") for row in rows], None, [row[1] for row in rows], places, str(file))
+
+
+def _write(raw: RawExamples, file: Path) -> None:
+    pairs = raw.pairs if raw.pairs is not None else [""] * len(raw.texts)
+    lines = ["\t".join((text, pair, label)) for text, pair, label in zip(raw.texts, pairs, raw.labels, strict=True)]
+    file.write_text("\n".join(["sentence1\tsentence2\tlabel", *lines]) + "\n", encoding="utf-8")

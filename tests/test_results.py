@@ -1,0 +1,334 @@
+"""The measuring tool: runs only what is missing, keeps predictions, and renders what they say."""
+
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nxm_export.errors import ArtifactError, DataError, PlanError
+from nxm_export.metrics import interval, mcc, paired_interval
+from tests import tiny
+from tools.results import store, tasks
+from tools.results.__main__ import main
+from tools.results.rows import STANDARD, row_named, rows_named
+from tools.results.statistics import TaskStatistics, overall
+from tools.results.table import render
+
+FAST = [
+    "--max-length", "48", "--dense-steps", "30", "--steps", "4", "--batch-size", "16", "--learning-rate", "1e-3", "--precision", "fp32",
+    "--dense-learning-rates", "3e-3", "--search-samples", "32", "--search-held-out", "32", "--threads", "1",
+]  # fmt: skip
+ROWS = "dense,dense-longer,one-shot-2:4+W4,magnitude-2:4+W4,nxm-2:4+W4,searched-packed-87.5"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny pretrained encoder and GLUE files, measured once."""
+    out = tmp_path_factory.mktemp("results")
+    tiny.write_model("bert", out / "encoder")
+    tiny.write_data(out / "glue")
+    assert measure(out, ROWS) == 0
+    return out
+
+
+def measure(place: Path, rows: str, *more: str, seeds: str = "0") -> int:
+    paths = ["--data", str(place / "glue"), "--model", str(place / "encoder")]
+    where = ["--work", str(place / "work"), "--results", str(place / "results")]
+    return main(["run", "--task", "cola", "--rows", rows, "--seeds", seeds, *paths, *where, *FAST, *more])
+
+
+def records(place: Path) -> dict[str, dict[str, Any]]:
+    return {file.name: json.loads(file.read_text()) for file in (place / "results" / "cola").glob("*-s0.json")}
+
+
+def test_every_row_is_measured_from_one_dense_model(place: Path) -> None:
+    found = records(place)
+    assert set(found) == {f"{row_named(name).slug}-s0.json" for name in ROWS.split(",")}
+    teacher = found["dense-s0.json"]["weights_sha256"]
+    assert {facts["teacher_sha256"] for name, facts in found.items() if name != "dense-s0.json"} == {teacher}
+    ours, oneshot = found["nxm-2of4+W4-s0.json"], found["one-shot-2of4+W4-s0.json"]
+    assert (ours["steps"], oneshot["steps"], found["dense-longer-s0.json"]["steps"]) == (4, 0, 4)
+    assert (
+        ours["bytes"]["packed"] < ours["bytes"]["engine_sparse"] < ours["bytes"]["engine_dense"] < ours["bytes"]["fp32"]
+    )
+    assert ours["compression"]["values"] == 1 - 4 / 2 / 32
+    assert ours["dev_reads"] == 1
+    assert set(ours["plan"]["weights"].values()) == {"2:4+W4"}
+    searched = found["searched-packed-87.5-s0.json"]
+    assert searched["compression"]["packed"] >= 0.875
+    assert (place / "results" / "cola" / "sensitivity-s0.csv").is_file()
+
+
+def test_a_record_holds_what_its_predictions_say_and_no_path(place: Path) -> None:
+    labels = store.decode(json.loads((place / "results" / "cola" / "labels.json").read_text())["labels"])
+    lines = (place / "glue" / "dev.tsv").read_text().splitlines()[1:]
+    assert labels.tolist() == [int(line.split("\t")[1]) for line in lines]
+    for name, facts in records(place).items():
+        assert facts["metrics"]["mcc"]["value"] == mcc(store.one_hot(facts["predictions"], 2), labels), name
+        assert str(place) not in json.dumps(facts), name
+    checkpoint = json.loads((place / "work" / "cola" / "s0" / "nxm-2of4+W4" / "metrics.json").read_text())
+    predictions = store.decode(records(place)["nxm-2of4+W4-s0.json"]["predictions"])
+    assert checkpoint["value"] == float((predictions == labels).mean())
+
+
+def test_nothing_is_measured_twice_and_a_deleted_record_is_measured_again(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {file: file.stat().st_mtime_ns for file in (place / "results" / "cola").iterdir()}
+    assert measure(place, ROWS) == 0
+    assert "0 measured, 6 were there" in capsys.readouterr().err
+    assert {file: file.stat().st_mtime_ns for file in (place / "results" / "cola").iterdir()} == files
+    gone = place / "results" / "cola" / "magnitude-2of4+W4-s0.json"
+    before = json.loads(gone.read_text())
+    gone.unlink()
+    assert measure(place, ROWS) == 0
+    changed = {file for file in files if file.stat().st_mtime_ns != files[file]}
+    assert changed == {gone}
+    assert json.loads(gone.read_text())["predictions"] == before["predictions"]
+    assert json.loads(gone.read_text())["mask_sha256"] == before["mask_sha256"]
+
+
+def test_other_settings_are_told_and_do_not_replace_a_record_or_the_dense_model(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert measure(place, "nxm-2:4+W4", "--learning-rate", "2e-3") == 0
+    assert "measured with another learning_rate" in capsys.readouterr().err
+    assert measure(place, "nxm-2:4+W8", "--dense-steps", "31") == 1
+    assert "was trained with other settings" in capsys.readouterr().err
+    (place / "other").mkdir()
+    for split in ("train", "dev"):
+        (place / "other" / f"{split}.tsv").write_text((place / "glue" / f"{split}.tsv").read_text())
+    dev = (place / "other" / "dev.tsv").read_text()
+    (place / "other" / "dev.tsv").write_text(dev.replace("\t1\n", "\t0\n", 1))
+    assert measure(place, "dense", "--data", str(place / "other"), "--work", str(place / "work2"), seeds="7") == 1
+    assert "the dev set is another one" in capsys.readouterr().err
+
+
+def test_the_dense_grid_is_decided_on_held_out_training_sentences(place: Path, tmp_path: Path) -> None:
+    options = ["--dense-learning-rates", "1e-6,3e-3", "--held-out", "40", "--results", str(tmp_path / "results")]
+    assert measure(place, "dense", *options, "--work", str(tmp_path / "work")) == 0
+    grid = json.loads((tmp_path / "results" / "cola" / "dense-grid.json").read_text())
+    scores = {entry["learning_rate"]: entry["score"] for entry in grid["tried"]}
+    assert scores[3e-3] > scores[1e-6]
+    dense = json.loads((tmp_path / "results" / "cola" / "dense-s0.json").read_text())
+    assert dense["settings"]["dense_learning_rate"] == 3e-3
+    train = set((tmp_path / "work" / "cola" / "data" / "train.tsv").read_text().splitlines())
+    held_out = (tmp_path / "work" / "cola" / "grid" / "data" / "dev.tsv").read_text().splitlines()
+    assert len(held_out) == 41
+    assert set(held_out) <= train
+
+
+def test_render_makes_a_document_from_real_records(place: Path) -> None:
+    rendered = render(place / "results", place / "docs" / "results.md")
+    for name in ROWS.split(","):
+        assert f"`{name}`" in rendered.text
+    assert "### Searched plans" in rendered.text
+    assert str(place) not in rendered.text
+    assert render(place / "results", place / "docs" / "results.md").text == rendered.text
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed (extra: dev)")
+def test_pictures_are_drawn_and_the_same_each_time(place: Path) -> None:
+    images = render(place / "results", place / "docs" / "results.md").images
+    assert [image.name for image in images] == ["cola-compression.svg", "cola-sensitivity.svg"]
+    first = [image.read_bytes() for image in images]
+    render(place / "results", place / "docs" / "results.md")
+    assert [image.read_bytes() for image in images] == first
+
+
+def test_placements_are_compared_and_timed(place: Path) -> None:
+    seed = place / "work" / "cola" / "s0"
+    checkpoint = [
+        "--checkpoint",
+        str(seed / "nxm-2of4+W4"),
+        "--dense",
+        str(seed / "dense"),
+        "--shapes",
+        "1x8",
+        "--rounds",
+        "3",
+    ]
+    where = ["--work", str(place / "work"), "--results", str(place / "results"), "--threads", "1"]
+    assert main(["placements", "--task", "cola", "--data", str(place / "glue"), *checkpoint, *where]) == 0
+    facts = json.loads((place / "results" / "placements.json").read_text())
+    assert [entry["engine"] for entry in facts["engines"]] == [
+        "dense, FP32", "compressed, INT8, inputs-outputs", "compressed, INT8, inputs",
+    ]  # fmt: skip
+    assert all(entry["samples"] == tiny.DEV_SAMPLES and entry["latency"][0]["median"] > 0 for entry in facts["engines"])
+    assert facts["engines"][0]["score"] == pytest.approx(records(place)["dense-s0.json"]["metrics"]["mcc"]["value"])
+    text = render(place / "results", place / "docs" / "results.md").text
+    assert "compressed, INT8, inputs-outputs" in text
+    assert str(place) not in text
+
+
+Write = Callable[..., None]
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> tuple[Path, Write]:
+    """A results directory, and a function that puts a record with given predictions into it."""
+
+    def write(task: str, row: str, seed: int, labels: str, predictions: str, **more: Any) -> None:
+        named = tasks.task_named(task)
+        facts = {
+            "model": "a model", "settings": {"dense_learning_rate": 1e-4}, "samples": {"train": 100, "dev": len(labels)}, "steps": 10,
+            "epochs": 1.0, "seconds": 5.0, "dev_reads": 1, "machine": {"cpu": "a CPU", "features": "", "threads": 2}, "classes": 2,
+            "labels_sha256": store.digest(labels), "predictions": predictions, **more,
+        }  # fmt: skip
+        store.write(tmp_path, named, row_named(row), seed, facts, labels)
+
+    return tmp_path, write
+
+
+def flipped(labels: str, *positions: int) -> str:
+    return "".join(str(1 - int(label)) if i in positions else label for i, label in enumerate(labels))
+
+
+LABELS = "0110101101" * 4
+
+
+def test_the_numbers_of_a_fixed_set_of_records(kept: tuple[Path, Write]) -> None:
+    results, write = kept
+    for seed, dense, ours in ((0, (1, 2), (1, 2, 3, 4)), (1, (5, 6), (5, 6, 7, 8, 9, 10))):
+        write("rte", "dense", seed, LABELS, flipped(LABELS, *dense), weights_sha256=f"w{seed}")
+        compressed = {
+            "recipe": "nxm",
+            "compression": {"values": 0.9375, "packed": 0.90, "hw": 0.9},
+            "teacher_sha256": "w0",
+        }
+        sizes = {
+            "fp32": 8_000_000,
+            "packed": 800_000,
+            "engine_sparse": 1_250_000,
+            "engine_dense": 2_000_000,
+            "file": 3_000_000,
+        }
+        write("rte", "nxm-2:4+W4", seed, LABELS, flipped(LABELS, *ours), **compressed, bytes=sizes)
+    text = render(results, results / "docs" / "results.md").text
+    scores = next(line for line in text.splitlines() if "(`nxm-2:4+W4`)" in line)
+    # 36 and 34 of 40 right: 90 and 85, mean 87.5, sd 5/sqrt(2); dense 95 both; 87.5/95 = 92.105 %
+    assert "| 87.50 |" in scores
+    assert "| 3.54 | 90.00 (0), 85.00 (1) |" in scores
+    assert "92.11 (" in scores
+    assert "†" in scores  # seed 1 came from another dense model
+    assert "| 93.75 | 90.00 | 90.00 | 8.00 | 0.80 | 1.25 | 2.00 | 3.00 |" in text
+    difference = next(line for line in text.splitlines() if line.startswith("| `nxm-2:4+W4` | -7.50 ("))
+    assert "; 2) | –" in difference
+
+
+def test_intervals_of_one_seed_are_those_of_the_product(kept: tuple[Path, Write]) -> None:
+    results, write = kept
+    rng = np.random.default_rng(0)
+    labels = "".join(rng.choice(list("01"), 120))
+    for row in ("dense", "magnitude-2:4+W8", "nxm-2:4+W8"):
+        write("cola", row, 0, labels, flipped(labels, *rng.choice(120, 20, replace=False)))
+    task = tasks.task_named("cola")
+    loaded = {record.row: record for record in store.read(results, task)}
+    found = TaskStatistics(task, list(loaded.values()))
+    ours, truth = loaded["nxm-2:4+W8"].logits, store.decode(labels)
+    for reference in ("dense", "magnitude-2:4+W8"):
+        difference = found.difference("nxm-2:4+W8", reference)
+        assert difference is not None
+        assert difference.interval == paired_interval("mcc", ours, loaded[reference].logits, truth)
+    assert found.interval("nxm-2:4+W8") == interval("mcc", ours, truth)
+    assert found.difference("dense", "dense") is None
+
+
+def test_several_seeds_widen_an_interval_when_they_disagree(kept: tuple[Path, Write]) -> None:
+    results, write = kept
+    for seed, wrong in ((0, 0), (1, 20)):
+        write("rte", "dense", seed, LABELS, flipped(LABELS, *range(wrong)))
+    task = tasks.task_named("rte")
+    low, high = TaskStatistics(task, store.read(results, task)).interval("dense")
+    assert low < 0.6  # both draws the bad seed: 50 % right
+    assert high == 1.0  # both draws the good one
+
+
+def test_retention_over_tasks_is_the_ratio_of_means_with_the_mean_of_ratios_beside(kept: tuple[Path, Write]) -> None:
+    results, write = kept
+    for name, dense, ours in (("rte", 10, 12), ("sst2", 4, 10)):  # wrong of 40
+        write(name, "dense", 0, LABELS, flipped(LABELS, *range(dense)))
+        write(name, "dense-longer", 0, LABELS, flipped(LABELS, *range(ours)))
+    both = [TaskStatistics(task, store.read(results, task)) for task in store.tasks_with_results(results)]
+    found = overall(both, "dense-longer")
+    assert found is not None
+    assert found[0].value == pytest.approx((28 + 30) / (30 + 36))
+    assert found[1] == pytest.approx((28 / 30 + 30 / 36) / 2)
+    assert found[0].interval[0] < found[0].value < found[0].interval[1]
+    assert "## GLUE tasks together" in render(results, results / "docs" / "results.md").text
+
+
+def test_the_score_of_mrpc_is_the_mean_of_f1_and_accuracy(kept: tuple[Path, Write]) -> None:
+    results, write = kept
+    write("mrpc", "dense", 0, "1100", "1000")
+    task = tasks.task_named("mrpc")
+    found = TaskStatistics(task, store.read(results, task))
+    assert found.score("dense", 0) == pytest.approx((2 / 3 + 3 / 4) / 2)
+
+
+def test_damaged_records_are_refused(kept: tuple[Path, Write]) -> None:
+    results, write = kept
+    write("rte", "dense", 0, LABELS, LABELS)
+    file, task = results / "rte" / "dense-s0.json", tasks.task_named("rte")
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps(facts | {"predictions": "01"}))
+    with pytest.raises(ArtifactError, match="other dev sentences"):
+        store.read(results, task)
+    file.write_text("{")
+    with pytest.raises(ArtifactError, match="not readable"):
+        store.read(results, task)
+    labels = results / "rte" / "labels.json"
+    labels.write_text(labels.read_text().replace(LABELS, flipped(LABELS, 0)))
+    with pytest.raises(ArtifactError, match="sha256"):
+        store.read_labels(results, task)
+
+
+@pytest.mark.parametrize(
+    ("task", "lines", "sentence", "pair", "labels"),
+    [
+        ("cola", ["gj04\t1\t\tThe \"car\" honked.", "gj04\t0\t*\tHim left."], 'The "car" honked.', "", ["1", "0"]),
+        ("cola", ["sentence1\tsentence2\tlabel", "He left.\t\t1", "Him left.\t\t0"], "He left.", "", ["1", "0"]),
+        ("sst2", ["sentence\tlabel", "fine film \t1", "dull \t0"], "fine film ", "", ["1", "0"]),
+        ("rte", ["index\tsentence1\tsentence2\tlabel", "0\tA b.\tC.\tentailment", "1\tD.\tE.\tnot_entailment"], "A b.", "C.",
+         ["entailment", "not_entailment"]),
+        ("mrpc", ["\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String", "1\t7\t8\tA b.\t\"C.", "0\t7\t9\tD.\tE."], "A b.", '"C.',
+         ["1", "0"]),
+    ],
+    ids=["CoLA as shipped", "CoLA with a header", "SST-2", "RTE", "MRPC"],
+)  # fmt: skip
+def test_glue_files_are_read_as_shipped(
+    tmp_path: Path, task: str, lines: list[str], sentence: str, pair: str, labels: list[str]
+) -> None:
+    (tmp_path / "glue").mkdir()
+    for split in ("train", "dev"):
+        (tmp_path / "glue" / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    files = tasks.prepare(tasks.task_named(task), tmp_path / "glue", tmp_path / "out")
+    rows = [line.split("\t") for line in files.dev.read_text(encoding="utf-8").splitlines()]
+    assert rows[0] == ["sentence1", "sentence2", "label"]
+    assert rows[1][:2] == [sentence, pair]
+    assert [row[2] for row in rows[1:]] == labels
+
+
+def test_bad_requests_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(PlanError, match="unknown row 'best'"):
+        row_named("best")
+    with pytest.raises(PlanError, match="row 'nxm-5:4'"):
+        row_named("nxm-5:4")
+    with pytest.raises(DataError, match="--data"):
+        tasks.prepare(tasks.task_named("cola"), None, tmp_path / "out")
+    with pytest.raises(DataError, match="no such file"):
+        tasks.prepare(tasks.task_named("cola"), tmp_path, tmp_path / "out")
+    assert main(["run", "--task", "cola", "--rows", "dense", "--seeds", "x", "--data", str(tmp_path)]) == 1
+    assert "--seeds 'x'" in capsys.readouterr().err
+    assert main(["run", "--task", "chess", "--rows", "dense"]) == 2
+
+
+def test_all_is_every_standard_row_once() -> None:
+    assert [row.name for row in rows_named("all,dense")] == list(STANDARD)
+    assert row_named("searched-hw-87.5").search == ("nxm", "hw", 0.875)
+    assert row_named("paper-search-hw-87.5").search == ("paper", "hw", 0.875)
+    assert (row_named("paper-2:4+W4").recipe, row_named("sr-ste-1:4+W4").option) == ("paper", "1:4+W4")

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from nxm_export.errors import ArtifactError, DataError, PlanError
-from nxm_export.metrics import interval, mcc, paired_interval
+from nxm_export.metrics import interval, mcc, metric_named, paired_interval
 from tests import tiny
 from tools.results import store, tasks
 from tools.results.__main__ import main
+from tools.results.bootstrap import resampled
 from tools.results.rows import STANDARD, row_named, rows_named
 from tools.results.statistics import TaskStatistics, overall
 from tools.results.table import render
@@ -233,9 +234,25 @@ def test_intervals_of_one_seed_are_those_of_the_product(kept: tuple[Path, Write]
     for reference in ("dense", "magnitude-2:4+W8"):
         difference = found.difference("nxm-2:4+W8", reference)
         assert difference is not None
-        assert difference.interval == paired_interval("mcc", ours, loaded[reference].logits, truth)
-    assert found.interval("nxm-2:4+W8") == interval("mcc", ours, truth)
+        # The last digits come from another order of additions.
+        wanted = paired_interval("mcc", ours, loaded[reference].logits, truth)
+        assert difference.interval == pytest.approx(wanted, abs=1e-12)
+    assert found.interval("nxm-2:4+W8") == pytest.approx(interval("mcc", ours, truth), abs=1e-12)
     assert found.difference("dense", "dense") is None
+
+
+@pytest.mark.parametrize(("metric", "classes"), [("accuracy", 2), ("accuracy", 3), ("f1", 2), ("mcc", 2), ("mcc", 3)])
+def test_resampled_metrics_are_those_of_scikit_learn(metric: str, classes: int) -> None:
+    rng = np.random.default_rng(0)
+    predictions, labels = (
+        rng.integers(0, classes, 12),
+        rng.integers(0, classes, 12),
+    )  # few: some resamples are one class
+    found, draws = resampled(metric, predictions, labels, classes), np.random.default_rng(0)
+    for number in range(200):
+        pick = draws.integers(0, 12, size=12)
+        wanted = metric_named(metric)(np.eye(classes)[predictions[pick]], labels[pick])
+        assert found[number] == pytest.approx(wanted, abs=1e-12)  # rounding of a few additions
 
 
 def test_several_seeds_widen_an_interval_when_they_disagree(kept: tuple[Path, Write]) -> None:

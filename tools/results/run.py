@@ -25,13 +25,15 @@ from compressors.search import TABLE_FILE, search
 from compressors.selection import SearchSettings
 from compressors.settings import Settings
 from nxm_export.errors import ArtifactError, DataError
-from nxm_export.metrics import interval, metric_named
+from nxm_export.metrics import metric_named
 from nxm_export.packed import pack
 from nxm_export.plan import COUNTINGS, CompressionPlan, WeightSpec
 from nxm_export.run_dir import file_hash, write_atomic
 from nxm_export.terminal import Progress
 from tools.results import store, tasks
+from tools.results.bootstrap import resampled
 from tools.results.rows import Row
+from tools.results.statistics import percentiles
 
 GRID_SCHEMA = "nxm-result-grid/1"
 DENSE_KEYS = ("dense_epochs", "dense_steps", "dense_learning_rate", "dense_freeze_embeddings")
@@ -252,7 +254,10 @@ class Measure:
             "data_sha256": self.files.digest,
             "settings": _json(settings),
             "metrics": {
-                name: {"value": metric_named(name)(logits, wanted), "interval": interval(name, logits, wanted)}
+                name: {
+                    "value": metric_named(name)(logits, wanted),
+                    "interval": percentiles(resampled(name, store.decode(predictions), wanted, classes)),
+                }
                 for name in self.task.metrics
             },
             "samples": {"train": trained, "dev": len(labels)},

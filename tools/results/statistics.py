@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nxm_export.metrics import RESAMPLES, metric_named
+from tools.results.bootstrap import resampled
 from tools.results.store import Record
 from tools.results.tasks import Task
 
@@ -77,8 +78,8 @@ class TaskStatistics:
         if not common or row == reference:
             return None
         value = np.mean([self.score(row, seed) - self.score(reference, seed) for seed in common])
-        resampled = self.resampled(row, common) - self.resampled(reference, common)
-        return Difference(float(value), percentiles(resampled), tuple(common))
+        drawn = self.resampled(row, common) - self.resampled(reference, common)
+        return Difference(float(value), percentiles(drawn), tuple(common))
 
     def retention(self, row: str, reference: str = "dense") -> Retention | None:
         """Ratio of mean scores to the dense row; None without a common seed."""
@@ -87,8 +88,9 @@ class TaskStatistics:
             return None
         ours = np.mean([self.score(row, seed) for seed in common])
         theirs = np.mean([self.score(reference, seed) for seed in common])
-        resampled = self.resampled(row, common) / self.resampled(reference, common)
-        return Retention(float(ours / theirs), percentiles(resampled))
+        with np.errstate(divide="ignore", invalid="ignore"):  # a dense model that scores 0 retains nothing
+            drawn = self.resampled(row, common) / self.resampled(reference, common)
+            return Retention(float(ours / theirs), percentiles(drawn))
 
     def resampled(self, row: str, seeds: Sequence[int]) -> np.ndarray:
         """Mean score over resampled `seeds` on resampled sentences, (RESAMPLES,); the same draws for every row."""
@@ -99,14 +101,8 @@ class TaskStatistics:
     def _resampled_scores(self, row: str, seed: int) -> np.ndarray:
         key = (row, seed)
         if key not in self._resampled:
-            record, generator = self.records[key], np.random.default_rng(0)
-            samples = len(record.labels)
-            metrics = [metric_named(name) for name in self.task.metrics]
-            scores = np.empty(RESAMPLES)
-            for number in range(RESAMPLES):
-                pick = generator.integers(0, samples, size=samples)
-                logits, labels = record.logits[pick], record.labels[pick]
-                scores[number] = np.mean([metric(logits, labels) for metric in metrics])
+            record = self.records[key]
+            scores = np.mean([resampled(name, *_classes(record)) for name in self.task.metrics], axis=0)
             self._resampled[key] = scores
         return self._resampled[key]
 
@@ -139,6 +135,11 @@ def percentiles(values: np.ndarray) -> Interval:
     """The middle 95 %."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
+
+
+def _classes(record: Record) -> tuple[np.ndarray, np.ndarray, int]:
+    """(predictions, labels, number of classes)."""
+    return record.logits.argmax(axis=-1), record.labels, record.logits.shape[-1]
 
 
 def _metrics(task: Task, record: Record) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The measuring tool: runs only what is missing, keeps predictions, and renders what they say."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,17 @@ FAST = [
     "--dense-learning-rates", "3e-3", "--search-samples", "32", "--search-held-out", "32", "--threads", "1",
 ]  # fmt: skip
 ROWS = "dense,dense-longer,one-shot-2:4+W4,magnitude-2:4+W4,nxm-2:4+W4,searched-packed-87.5"
+
+
+DRAWS = 100  # resamples in these tests: scikit-learn needs a millisecond for each
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_resamples() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("nxm_export.metrics", "tools.results.bootstrap", "tools.results.statistics"):
+            patch.setattr(f"{module}.RESAMPLES", DRAWS)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +189,9 @@ def kept(tmp_path: Path) -> tuple[Path, Write]:
         facts = {
             "model": "a model", "settings": {"dense_learning_rate": 1e-4}, "samples": {"train": 100, "dev": len(labels)}, "steps": 10,
             "epochs": 1.0, "seconds": 5.0, "dev_reads": 1, "machine": {"cpu": "a CPU", "features": "", "threads": 2}, "classes": 2,
-            "labels_sha256": store.digest(labels), "predictions": predictions, **more,
+            "labels_sha256": store.digest(labels), "predictions": predictions,
         }  # fmt: skip
+        facts |= more
         store.write(tmp_path, named, row_named(row), seed, facts, labels)
 
     return tmp_path, write
@@ -249,7 +261,7 @@ def test_resampled_metrics_are_those_of_scikit_learn(metric: str, classes: int) 
         rng.integers(0, classes, 12),
     )  # few: some resamples are one class
     found, draws = resampled(metric, predictions, labels, classes), np.random.default_rng(0)
-    for number in range(200):
+    for number in range(DRAWS):
         pick = draws.integers(0, 12, size=12)
         wanted = metric_named(metric)(np.eye(classes)[predictions[pick]], labels[pick])
         assert found[number] == pytest.approx(wanted, abs=1e-12)  # rounding of a few additions
@@ -275,8 +287,34 @@ def test_retention_over_tasks_is_the_ratio_of_means_with_the_mean_of_ratios_besi
     assert found is not None
     assert found[0].value == pytest.approx((28 + 30) / (30 + 36))
     assert found[1] == pytest.approx((28 / 30 + 30 / 36) / 2)
+    assert found[0].interval is not None
     assert found[0].interval[0] < found[0].value < found[0].interval[1]
     assert "## GLUE tasks together" in render(results, results / "docs" / "results.md").text
+
+
+def test_no_retention_of_a_dense_model_that_knows_nothing(kept: tuple[Path, Write]) -> None:
+    results, write = kept
+    write("cola", "dense", 0, LABELS, "1" * 40)  # MCC 0
+    write("cola", "dense-longer", 0, LABELS, LABELS)
+    task = tasks.task_named("cola")
+    assert TaskStatistics(task, store.read(results, task)).retention("dense-longer") is None
+    write("cola", "dense", 0, LABELS, flipped(LABELS, *range(17)))  # little above 0, and below in some resamples
+    found = TaskStatistics(task, store.read(results, task)).retention("dense-longer")
+    assert found is not None
+    assert found.value > 1
+    assert found.interval is None
+
+
+def test_records_with_other_settings_are_named(kept: tuple[Path, Write]) -> None:
+    results, write = kept
+    compressed = {"recipe": "nxm", "compression": {"values": 0.9, "packed": 0.9, "hw": 0.9}}
+    compressed["bytes"] = dict.fromkeys(("fp32", "packed", "engine_sparse", "engine_dense", "file"), 1)
+    for row, epochs in (("nxm-2:4+W4", 6.0), ("magnitude-2:4+W4", 6.0), ("sr-ste-2:4+W4", 9.0)):
+        settings = {"learning_rate": 1e-4, "epochs": epochs, "recipe": row.partition("-")[0]}
+        write("rte", row, 0, LABELS, LABELS, **compressed, **{"settings": settings})
+    text = render(results, results / "docs" / "results.md").text
+    assert "`sr-ste-2:4+W4`, seed 0, was measured with other settings: epochs 9.0 (usual 6.0)." in text
+    assert text.count("was measured with other settings") == 1
 
 
 def test_the_score_of_mrpc_is_the_mean_of_f1_and_accuracy(kept: tuple[Path, Write]) -> None:

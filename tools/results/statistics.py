@@ -32,10 +32,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Retention:
-    """Ratio of the mean score of a row to the dense row's, over the seeds that both have, with the 95 % interval."""
+    """Ratio of the mean score of a row to the dense row's, over the seeds that both have, with the 95 % interval.
+
+    The interval is None where a resample leaves the dense row at 0 or below (MCC can): a ratio to that means nothing.
+    """
 
     value: float
-    interval: Interval
+    interval: Interval | None
 
 
 class TaskStatistics:
@@ -82,15 +85,14 @@ class TaskStatistics:
         return Difference(float(value), percentiles(drawn), tuple(common))
 
     def retention(self, row: str, reference: str = "dense") -> Retention | None:
-        """Ratio of mean scores to the dense row; None without a common seed."""
+        """Ratio of mean scores to the dense row; None without a common seed, or where the dense row scores 0 or less."""
         common = [seed for seed in self.seeds(row) if (reference, seed) in self.records]
         if not common:
             return None
-        ours = np.mean([self.score(row, seed) for seed in common])
-        theirs = np.mean([self.score(reference, seed) for seed in common])
-        with np.errstate(divide="ignore", invalid="ignore"):  # a dense model that scores 0 retains nothing
-            drawn = self.resampled(row, common) / self.resampled(reference, common)
-            return Retention(float(ours / theirs), percentiles(drawn))
+        ours = [self.score(row, seed) for seed in common]
+        theirs = [self.score(reference, seed) for seed in common]
+        drawn = self.resampled(row, common), self.resampled(reference, common)
+        return _ratio(float(np.mean(ours)), float(np.mean(theirs)), *drawn)
 
     def resampled(self, row: str, seeds: Sequence[int]) -> np.ndarray:
         """Mean score over resampled `seeds` on resampled sentences, (RESAMPLES,); the same draws for every row."""
@@ -117,13 +119,20 @@ def overall(tasks: Sequence[TaskStatistics], row: str) -> tuple[Retention, float
         common = [seed for seed in task.seeds(row) if ("dense", seed) in task.records]
         means = [float(np.mean([task.score(name, seed) for seed in common])) for name in (row, "dense")]
         pairs.append((means, task.resampled(row, common), task.resampled("dense", common)))
-    value = sum(means[0] for means, _, _ in pairs) / sum(means[1] for means, _, _ in pairs)
     # Tasks are independent, but their resamples come from one generator: each is put in an order of its own.
     orders = [np.random.default_rng(100 + number).permutation(RESAMPLES) for number in range(len(pairs))]
-    ours = sum(found[order] for (_, found, _), order in zip(pairs, orders, strict=True))
-    theirs = sum(found[order] for (_, _, found), order in zip(pairs, orders, strict=True))
+    ours = np.sum([found[order] for (_, found, _), order in zip(pairs, orders, strict=True)], axis=0)
+    theirs = np.sum([found[order] for (_, _, found), order in zip(pairs, orders, strict=True)], axis=0)
+    both = _ratio(sum(means[0] for means, _, _ in pairs), sum(means[1] for means, _, _ in pairs), ours, theirs)
     ratios = [means[0] / means[1] for means, _, _ in pairs]
-    return Retention(value, percentiles(np.asarray(ours / theirs))), float(np.mean(ratios))
+    return None if both is None else (both, float(np.mean(ratios)))
+
+
+def _ratio(ours: float, theirs: float, drawn: np.ndarray, drawn_theirs: np.ndarray) -> Retention | None:
+    """Retention from the two means and their resamples."""
+    if theirs <= 0:
+        return None
+    return Retention(ours / theirs, percentiles(drawn / drawn_theirs) if (drawn_theirs > 0).all() else None)
 
 
 def deviation(values: Sequence[float]) -> float | None:

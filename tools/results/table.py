@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -27,7 +28,8 @@ sentence, so every number below can be made again without training.
 **Protocol.** One dense model per task and seed is fine-tuned first; every compressed row of that seed starts from it and,
 where the recipe distils, has it as teacher, with the same steps, learning rate and data order. What is chosen (the dense
 learning rate and epochs, searched plans) is chosen on slices held out of *train*; what hardening costs is watched on
-another such slice. The dev set is read once per row and seed, for the number in the table. Scores are times 100.
+another such slice. The dev set is read once per row and seed, for the number in the table, and once per engine where
+engines are compared. Records with other settings than most are named below their table. Scores are times 100.
 
 **Intervals** are 95 % percentile bootstraps ({resamples} resamples) over dev sentences and, where a row has several seeds,
 over seeds; differences are paired: both rows on the same sentences and seeds. With one seed an interval says nothing
@@ -107,7 +109,7 @@ def _scores(found: TaskStatistics) -> str:
         if any(_other_teacher(found, row) for row in found.rows)
         else ""
     )
-    return "### Scores\n\nPer seed: score (seed).\n\n" + _table(head, lines) + note
+    return "### Scores\n\nPer seed: score (seed).\n\n" + _table(head, lines) + note + _other_settings(found)
 
 
 def _differences(found: TaskStatistics) -> str:
@@ -273,6 +275,27 @@ def _other_teacher(found: TaskStatistics, row: str) -> bool:
     )
 
 
+def _other_settings(found: TaskStatistics) -> str:
+    """One line per record that was measured with other settings than most compressed ones, recipe and seed aside."""
+    shared = {}
+    for key, record in found.records.items():
+        if "compression" in record.facts:
+            settings = {
+                name: value for name, value in record.facts["settings"].items() if name not in ("recipe", "seed")
+            }
+            shared[key] = {name: json.dumps(value) for name, value in settings.items()}
+    names = sorted({name for settings in shared.values() for name in settings})
+    usual = {name: Counter(settings.get(name) for settings in shared.values()).most_common(1)[0][0] for name in names}
+    lines = []
+    for (row, seed), settings in shared.items():
+        differ = [
+            f"{name} {settings.get(name)} (usual {usual[name]})" for name in names if settings.get(name) != usual[name]
+        ]
+        if differ:
+            lines.append(f"\n`{row}`, seed {seed}, was measured with other settings: {', '.join(differ)}.\n")
+    return "".join(lines)
+
+
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "".join(f"{line}\n" for line in _table_lines(head, lines))
 
@@ -293,7 +316,9 @@ def _span(bounds: Sequence[float]) -> str:
 
 
 def _retention(found: Retention | None) -> str:
-    return GAP if found is None else f"{100 * found.value:.2f} ({_span(found.interval)})"
+    if found is None:
+        return GAP
+    return f"{100 * found.value:.2f} ({_span(found.interval) if found.interval else 'undefined'})"
 
 
 def _difference(found: Difference | None) -> str:

@@ -31,8 +31,6 @@ from nxm_export.metrics import interval, metric_named
 from nxm_export.plan import CompressionPlan
 from nxm_export.run_dir import atomic_dir
 
-OUTPUTS_FILE = "dev_outputs.safetensors"  # logits and labels of every dev sample: paired statistics need both
-
 
 def finetune(
     model: str | Path,
@@ -47,11 +45,13 @@ def finetune(
     train_limit: int | None = None,
     work_dir: Path | None = None,
     further: bool = False,
+    outputs: Path | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Fine-tune a dense task model and save it to `out` with ``metrics.json``; a model whose head fits is kept as it is.
 
-    With `further` a model whose head fits is trained on. What the model says on dev goes to `OUTPUTS_FILE`.
+    With `further` a model whose head fits is trained on. `outputs` is a file to keep what the model says on dev in:
+    ``logits`` and ``labels`` as safetensors.
     Returns the metrics: name, value, 95 % interval, dev samples, training steps.
     """
     prepare_process(settings)
@@ -85,9 +85,10 @@ def finetune(
         )
     logits, found = _outputs(network, data, progress)
     metrics = found | {"steps": steps, "revision": source.revision}
+    if outputs is not None:
+        _save_outputs(outputs, logits, data)
     with atomic_dir(out) as scratch:
         _save_model(network, tokenizer, scratch, metrics, work_dir)
-        _save_outputs(scratch, logits, data)
     shutil.rmtree(work_dir, ignore_errors=True)
     return metrics
 
@@ -104,12 +105,13 @@ def compress(
     columns: Columns = Columns(),
     train_limit: int | None = None,
     work_dir: Path | None = None,
+    outputs: Path | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Compress a dense task model under `plan` and save the checkpoint to `out` with ``metrics.json``.
 
     `model` is a directory whose head fits the task (see `finetune`); it is also the teacher. Interrupted work resumes
-    from `work_dir`. Returns the metrics: compressed and dense values on the same dev samples, with intervals, the final
+    from `work_dir`. `outputs` is as in `finetune`. Returns the metrics: compressed and dense values on the same dev samples, with intervals, the final
     residual, mask hash and step counts.
     """
     prepare_process(settings)
@@ -127,10 +129,11 @@ def compress(
     student, facts = job.run()
     logits, found = _outputs(student, data, progress)  # with activation quantizers, so before baking
     metrics = facts | found
+    if outputs is not None:
+        _save_outputs(outputs, logits, data)
     scales = bake(student, plan)
     with atomic_dir(out) as scratch:
         _save_model(student, tokenizer, scratch, metrics, work_dir)
-        _save_outputs(scratch, logits, data)
         save_plan(scratch, plan, scales)
         open_checkpoint(scratch).require_valid()
     shutil.rmtree(work_dir, ignore_errors=True)
@@ -155,9 +158,9 @@ def _outputs(model: nn.Module, data: TaskData, progress: Progress) -> tuple[np.n
     }
 
 
-def _save_outputs(directory: Path, logits: np.ndarray, data: TaskData) -> None:
+def _save_outputs(file: Path, logits: np.ndarray, data: TaskData) -> None:
     labels = np.array([sample["labels"] for sample in data.dev])
-    save_file({"logits": logits, "labels": labels}, directory / OUTPUTS_FILE)
+    save_file({"logits": logits, "labels": labels}, file)
 
 
 def _save_model(model: nn.Module, tokenizer: Any, directory: Path, metrics: Mapping[str, Any], work_dir: Path) -> None:

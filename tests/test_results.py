@@ -311,7 +311,7 @@ def test_records_with_other_settings_are_named(kept: tuple[Path, Write]) -> None
     compressed["bytes"] = dict.fromkeys(("fp32", "packed", "engine_sparse", "engine_dense", "file"), 1)
     for row, epochs in (("nxm-2:4+W4", 6.0), ("magnitude-2:4+W4", 6.0), ("sr-ste-2:4+W4", 9.0)):
         settings = {"learning_rate": 1e-4, "epochs": epochs, "recipe": row.partition("-")[0]}
-        write("rte", row, 0, LABELS, LABELS, **compressed, **{"settings": settings})
+        write("rte", row, 0, LABELS, LABELS, **compressed, settings=settings)
     text = render(results, results / "docs" / "results.md").text
     assert "`sr-ste-2:4+W4`, seed 0, was measured with other settings: epochs 9.0 (usual 6.0)." in text
     assert text.count("was measured with other settings") == 1

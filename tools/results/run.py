@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from compressors.compress import OUTPUTS_FILE, compress, finetune
+from compressors.compress import compress, finetune
 from compressors.models import resolve
 from compressors.search import TABLE_FILE, search
 from compressors.selection import SearchSettings
@@ -92,7 +92,7 @@ class Measure:
         )
         out = self._directory(seed) / row.slug
         with self._timed(out, seed) as (clock, progress):
-            finetune(teacher.path, out=out, settings=longer, further=True, progress=progress, **self._data())
+            finetune(teacher.path, out=out, settings=longer, further=True, progress=progress, **self._data(out))
         facts, labels = self._facts(out, _part(longer, DENSE_KEYS + SHARED_KEYS), clock.seconds)
         self._drop(out)
         return facts | {"teacher_sha256": teacher.sha256}, labels
@@ -102,7 +102,9 @@ class Measure:
         plan, search_facts = self._plan(row, seed, teacher.path)
         out = self._directory(seed) / row.slug
         with self._timed(out, seed) as (clock, progress):
-            metrics = compress(teacher.path, plan=plan, out=out, settings=settings, progress=progress, **self._data())
+            metrics = compress(
+                teacher.path, plan=plan, out=out, settings=settings, progress=progress, **self._data(out)
+            )
         facts, labels = self._facts(out, _compress_part(settings), clock.seconds)
         keys = (
             "admm",
@@ -183,7 +185,7 @@ class Measure:
         note = out.with_name("dense.json")
         if not (out / "metrics.json").is_file() or not note.is_file():
             with self._timed(out, seed) as (clock, progress):
-                finetune(self.protocol.model, out=out, settings=settings, progress=progress, **self._data())
+                finetune(self.protocol.model, out=out, settings=settings, progress=progress, **self._data(out))
             write_atomic(note, json.dumps(made_by | {"seconds": clock.seconds}, indent=1) + "\n")
         known = json.loads(note.read_text(encoding="utf-8"))
         if {key: known[key] for key in made_by} != made_by:
@@ -228,6 +230,7 @@ class Measure:
                     dev=str(slices.dev),
                     out=out,
                     settings=settings,
+                    outputs=_outputs_file(out),
                     progress=progress,
                 )
             predictions, labels, classes = _outputs(out)
@@ -298,8 +301,9 @@ class Measure:
             yield clock, both
         clock.stop()
 
-    def _data(self) -> dict[str, Any]:
-        return {"task": "classification", "train": str(self.files.train), "dev": str(self.files.dev)}
+    def _data(self, out: Path) -> dict[str, Any]:
+        files = {"train": str(self.files.train), "dev": str(self.files.dev), "outputs": _outputs_file(out)}
+        return {"task": "classification", **files}
 
     def _directory(self, seed: int) -> Path:
         return self.work / f"s{seed}"
@@ -374,13 +378,18 @@ def machine() -> dict[str, Any]:
     }
 
 
+def _outputs_file(directory: Path) -> Path:
+    """Where what a model says on dev is kept: beside its directory."""
+    return directory.with_name(f"{directory.name}.outputs.safetensors")
+
+
 def _outputs(directory: Path) -> tuple[str, str, int]:
     """(predictions, labels, classes) of a finished checkpoint."""
     from safetensors.numpy import load_file
 
-    file = directory / OUTPUTS_FILE
+    file = _outputs_file(directory)
     if not file.is_file():
-        raise DataError(f"{file} is missing: the checkpoint is of an older version; remove {directory}")
+        raise DataError(f"{file} is missing: what {directory} says on dev is not known; remove both")
     arrays = load_file(file)
     return store.encode(arrays["logits"].argmax(axis=-1)), store.encode(arrays["labels"]), arrays["logits"].shape[-1]
 

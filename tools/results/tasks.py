@@ -65,7 +65,7 @@ def prepare(task: Task, data: Path | None, out: Path) -> TaskFiles:
         raise DataError(f"{task.title} needs --data: a directory with GLUE's train.tsv and dev.tsv")
     if not task.glue and data is not None:
         raise DataError(f"{task.title} comes out of a package; --data is for GLUE tasks")
-    with atomic_dir(out) as scratch:
+    with atomic_dir(out, replace_any=True) as scratch:
         if data is None:
             write_data(scratch)
         for split in ("train", "dev"):
@@ -90,7 +90,7 @@ def cut(whole: Path, out: Path, held_out: int, seed: int) -> TaskFiles:
     import numpy as np
 
     order = np.random.default_rng(seed).permutation(len(lines))
-    with atomic_dir(out) as scratch:
+    with atomic_dir(out, replace_any=True) as scratch:
         for split, picked in (("dev", order[:held_out]), ("train", order[held_out:])):
             text = "\n".join([header, *(lines[i] for i in sorted(picked))]) + "\n"
             (scratch / f"{split}.tsv").write_text(text, encoding="utf-8")

@@ -143,7 +143,7 @@ def test_render_makes_a_document_from_real_records(place: Path) -> None:
     assert render(place / "results", place / "docs" / "results.md").text == rendered.text
 
 
-@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed (extra: dev)")
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed (extra: report)")
 def test_pictures_are_drawn_and_the_same_each_time(place: Path) -> None:
     images = render(place / "results", place / "docs" / "results.md").images
     assert [image.name for image in images] == ["cola-compression.svg", "cola-sensitivity.svg"]

@@ -133,7 +133,7 @@ def render(results: Path, document: Path) -> None:
     rendered = write(results, document)
     click.echo(f"{document}, {len(rendered.images)} pictures")
     if find_spec("matplotlib") is None:
-        click.echo("matplotlib is not installed: pictures are as they were; pip install matplotlib", err=True)
+        click.echo("matplotlib is not installed: pictures are as they were; pip install 'nxm-export[report]'", err=True)
 
 
 def _numbers(text: str, option: str) -> list[float]:

@@ -152,6 +152,7 @@ def test_pictures_are_drawn_and_the_same_each_time(place: Path) -> None:
     assert [image.read_bytes() for image in images] == first
 
 
+@pytest.mark.slow
 def test_placements_are_compared_and_timed(place: Path) -> None:
     seed = place / "work" / "cola" / "s0"
     checkpoint = [

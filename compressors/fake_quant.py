@@ -68,7 +68,7 @@ class _Codes(torch.autograd.Function):
 class _FollowedMask(torch.autograd.Function):
     """``weight * mask`` whose gradient reaches masked weights, too, and pulls them to 0: ``g + decay * (1 - mask) * weight``.
 
-    SR-STE: Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021, eq. 9.
+    SR-STE: Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021.
     """
 
     @staticmethod

@@ -16,9 +16,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("nxm_export", "compressors", "engines")
-CONTRACT = ("errors", "plan", "families", "checkpoint", "run_dir", "spec", "data", "metrics", "sparsity_facts")
+CONTRACT = (
+    "__init__",
+    "errors",
+    "plan",
+    "families",
+    "checkpoint",
+    "run_dir",
+    "spec",
+    "data",
+    "metrics",
+    "sparsity_facts",
+)
 EXPORTER = ("weights", "qdq", "lowering", "verify", "sparsity", "export", "packed")
-APPLICATION = ("__init__", "__main__", "cli", "terminal", "pipeline", "twins", "estimate", "machine", "demo")
+APPLICATION = ("__main__", "cli", "terminal", "pipeline", "twins", "estimate", "machine", "demo")
 
 
 @dataclass(frozen=True)

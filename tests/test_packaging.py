@@ -63,7 +63,7 @@ def test_the_wheel_ships_exactly_the_three_packages(wheel: Path) -> None:
     assert shipped == tree
     assert {f"{package}/py.typed" for package in PACKAGES} <= shipped
     other = {name for name in shipped if Path(name).suffix not in (".py", ".typed")}
-    assert other == {"engines/sparse_kernels.json"}, "sources, type markers, and the table of kernels"
+    assert other == {"engines/sparse_kernels.json", "engines/serving/openapi.json"}, "and what the code reads beside it"
 
 
 def test_the_wheel_carries_licence_notice_and_entry_point(wheel: Path) -> None:

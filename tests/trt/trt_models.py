@@ -60,6 +60,7 @@ def compressed(
             torch.nn.init.normal_(parameter, std=0.08)
         elif name.endswith(".bias"):
             torch.nn.init.normal_(parameter, std=0.1)
+        parameter.data = parameter.data.half().float()  # what baking does to the weights that a plan keeps in 16 bit
     facts = config.to_dict()
     plan = family.uniform_plan(
         facts, WeightSpec.parse(spec), placement=placement, residual=residual, keep_dense=keep_dense

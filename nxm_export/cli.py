@@ -282,6 +282,16 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **option
 @click.option("--pareto", default="", metavar="C,...", help="Further compressions to report from the same table.")
 @click.option("--latency-table", type=click.Path(path_type=Path), help="JSON: {role: {option: milliseconds}}.")
 @click.option("--latency-ms", type=float, help="Limit on the sum of the table's milliseconds.")
+@click.option(
+    "--max-length", type=click.IntRange(min=2), help="Longest input in tokens.  [default: what the model allows]"
+)
+@click.option(
+    "--epochs",
+    type=float,
+    default=6.0,
+    show_default=True,
+    help="Of the compression run that the cost is compared with.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of plan.json and the evidence.")
@@ -797,6 +807,8 @@ def completion(shell: str) -> None:
 
 
 def _print(result: Any, json: bool, show_result: Callable[[Any], None]) -> None:
+    if int(os.environ.get("RANK", "0")):
+        return  # under torchrun the first process prints
     if json:
         click.echo(json_text(result), nl=False)
     else:

@@ -16,7 +16,7 @@ _NUMBER = re.compile(r"[+-]?\d[\d.e+-]*%?|")
 @contextmanager
 def progress_bars(*, enabled: bool = True) -> Iterator[Progress]:
     """A progress callback that draws one bar per kind of work on stderr; without a terminal, a line per finished kind."""
-    if not enabled:
+    if not enabled or int(os.environ.get("RANK", "0")):  # under torchrun the first process reports
         yield lambda what, done, total: None
         return
     if not sys.stderr.isatty():
@@ -141,12 +141,18 @@ def print_search(found: Mapping[str, Any]) -> None:
                         row["origin"],
                         row["joint"],
                         *(f"{row[counting]:.2%}" for counting in columns[2:5]),
-                        row["options"],
+                        ", ".join(f"{count} x {name}" for name, count in row["options"].items()),
                     )
                     for row in rows
                 ],
             )
-    print_table("seconds", ("step", "seconds"), list(found["seconds"].items()))
+    cost = found["cost"]
+    full = cost["full_run"]
+    print_table(
+        f"cost: {cost['share_of_full_run']:.1%} of a compression run of {full['steps']} steps, about {full['estimated_seconds']:.0f} s",
+        ("step", "seconds"),
+        list(cost["seconds"].items()),
+    )
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:

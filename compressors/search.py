@@ -32,9 +32,10 @@ from compressors.train import Progress, Student, collate, wants_bf16
 from nxm_export.data import Columns, Features, sorted_batches
 from nxm_export.errors import DataError
 from nxm_export.families import task_named
-from nxm_export.run_dir import atomic_dir, file_hash, write_atomic
+from nxm_export.run_dir import atomic_dir, file_hash, json_text, require_replaceable, write_atomic
 
 TABLE_FILE = "sensitivity.csv"
+_MARKS = {"plan.json", "search.json"}  # that make a directory one of a search
 _REQUEST_FILE = "request.sha256"
 _TIMED_STEPS = 3
 
@@ -62,8 +63,14 @@ def search(
     if not source.head_fits(kind):
         raise DataError(f"{model} has no {task} head; fine-tune it first (`nxm run` and `nxm compress` do)")
     out = Path(out)
+    replace_any = _MARKS <= {file.name for file in out.glob("*")}  # an earlier search
+    if not replace_any:
+        require_replaceable(out)
     work_dir = work_dir or out.with_name(f".{out.name}.work")
     data = read_task_data(source, kind, train, None, training, columns, load_tokenizer(source))
+    full_steps = training.steps or steps_of(data.train, training.epochs, training.batch_size)
+    blocks = len(source.family.blocks(source.config))
+    settings = settings.sized(blocks, len(data.train), full_steps * training.batch_size)
     held_out, rest = _cut(data.train, settings)
     data = replace(data, train=rest, dev=held_out)
     _claim(work_dir, _request_hash(source, data, settings, training))
@@ -99,39 +106,40 @@ def search(
         finalists = [finalists[i] for i in order[: max(1, len(order) // 2)]]
         seconds[f"short runs of {steps} steps"] = round(time.monotonic() - started, 3)
         rounds.append({"steps": steps, "scores": ranking})
-    full = steps_of(rest, training.epochs, training.batch_size) if training.steps is None else training.steps
-    full_seconds = full * _step_seconds(source, data, dense, finalists[0], training)
+    full_seconds = full_steps * _step_seconds(source, data, dense, finalists[0], training)
     seconds["all"] = round(time.monotonic() - began, 3)
     cost = {
         "seconds": seconds,
-        "full_run": {"steps": full, "estimated_seconds": round(full_seconds, 1)},
+        "full_run": {"steps": full_steps, "estimated_seconds": round(full_seconds, 1)},
         "share_of_full_run": round(seconds["all"] / full_seconds, 4),
     }
     facts = _facts(selection, finalists, rounds, settings) | {"cost": cost}
     if not distributed.rank():  # only the first process writes
-        _write(out, selection, finalists, selector.table, facts)
+        with atomic_dir(out, replace_any=replace_any) as scratch:
+            _write(scratch, selection, finalists, selector.table, facts)
         shutil.rmtree(work_dir, ignore_errors=True)
     distributed.wait()
     return facts
 
 
 def _write(
-    out: Path, selection: Selection, finalists: Sequence[Trial], table: Sequence[Entry], facts: Mapping[str, Any]
+    directory: Path, selection: Selection, finalists: Sequence[Trial], table: Sequence[Entry], facts: Mapping[str, Any]
 ) -> None:
-    with atomic_dir(out) as scratch:
-        (scratch / "plan.json").write_text(finalists[0].plan.to_json(), encoding="utf-8")
-        for i, trial in enumerate(finalists):
-            (scratch / f"finalist-{i + 1}.json").write_text(trial.plan.to_json(), encoding="utf-8")
-        for i, trial in enumerate(selection.front):
-            (scratch / f"pareto-{i + 1}.json").write_text(trial.plan.to_json(), encoding="utf-8")
-        write_trials(scratch / "trials.csv", selection.trials)
-        if table:
-            write_table(scratch / TABLE_FILE, table)
-        (scratch / "search.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (directory / "plan.json").write_text(finalists[0].plan.to_json(), encoding="utf-8")
+    for i, trial in enumerate(finalists):
+        (directory / f"finalist-{i + 1}.json").write_text(trial.plan.to_json(), encoding="utf-8")
+    for i, trial in enumerate(selection.front):
+        (directory / f"pareto-{i + 1}.json").write_text(trial.plan.to_json(), encoding="utf-8")
+    write_trials(directory / "trials.csv", selection.trials)
+    if table:
+        write_table(directory / TABLE_FILE, table)
+    (directory / "search.json").write_text(json_text(facts), encoding="utf-8")
 
 
 def _cut(features: Sequence[Features], settings: SearchSettings) -> tuple[list[Features], list[Features]]:
     """(held-out slice, rest in random order); with the same seed, the slice begins with what `compress` holds out."""
+    assert settings.samples is not None
+    assert settings.held_out is not None
     if len(features) < settings.samples + settings.held_out:
         raise DataError(
             f"{len(features)} training samples are too few for {settings.samples} calibration and {settings.held_out} held-out samples; "
@@ -205,7 +213,7 @@ def _step_seconds(source: Source, data: TaskData, dense: nn.Module, trial: Trial
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        float(loss)  # waits for the device
+        loss.item()  # waits for the device
         times.append(time.perf_counter() - began)
     return float(np.median(times))
 

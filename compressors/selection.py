@@ -18,7 +18,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,17 @@ from torch import Tensor
 from compressors import knapsack
 from compressors.sensitivity import Batches, Entry, OneShot, Probe, divergence, measure
 from nxm_export.errors import DataError, PlanError
+from nxm_export.families import ROLES
 from nxm_export.metrics import metric_named
 from nxm_export.plan import COUNTINGS, REFERENCE_BITS, CompressionPlan, WeightSpec
 
 DEFAULT_MENU = ("2:4+W4", "W4", "2:4+W8", "W8", "dense")
 METHODS = ("nxm", "paper")
+MIN_SAMPLES, MAX_SAMPLES = 8, 256  # calibration samples, and as many again to judge
+COST_SHARE = 0.1  # of a compression run
+_TRAINING_PASSES = (
+    4  # a training sample costs about as much as four forward passes, three of the student and one of the teacher
+)
 MIXES = 11  # weights of the two sensitivities that candidates are made for
 Progress = Callable[[str, int, int], None]
 
@@ -44,7 +50,8 @@ class SearchSettings:
     The budget is `compression` (1 - compressed/FP32 over the planned weights) by `counting`, or `bytes` by the same
     counting. `latency_ms`, with `latencies`, adds a second constraint: milliseconds per (role, option). `pareto` are
     further compressions to report from the same table, `halving` the optimizer steps of each round of short runs, after
-    which the better half of the finalists stays.
+    which the better half of the finalists stays. `samples` to calibrate on and samples to be held out and judge are chosen
+    so that the search takes about `COST_SHARE` of a compression run, where they are not given (see `passes`).
     """
 
     menu: tuple[str, ...] = DEFAULT_MENU
@@ -52,8 +59,8 @@ class SearchSettings:
     compression: float | None = 0.875
     bytes: int | None = None
     method: str = "nxm"
-    samples: int = 256
-    held_out: int = 256
+    samples: int | None = None
+    held_out: int | None = None
     swaps: int = 40
     finalists: int = 4
     halving: tuple[int, ...] = ()
@@ -75,14 +82,36 @@ class SearchSettings:
         for compression in (*self.pareto, *([] if self.compression is None else [self.compression])):
             if not 0 < compression < 1:
                 raise PlanError(f"compression is a share between 0 and 1, as in 0.875; got {compression}")
-        if self.samples < 8 or self.held_out < 8:
-            raise DataError("the search needs at least 8 calibration and 8 held-out samples")
+        for count in (self.samples, self.held_out):
+            if count is not None and count < MIN_SAMPLES:
+                raise DataError(
+                    f"the search needs at least {MIN_SAMPLES} calibration and {MIN_SAMPLES} held-out samples, got {count}"
+                )
         if any(steps < 1 for steps in self.halving):
             raise PlanError("a round of short runs (--halving) has at least 1 step")
         if (self.latency_ms is None) == bool(self.latencies):
             raise PlanError("a latency limit and a latency table go together (--latency-ms, --latency-table)")
         if self.pareto and self.method == "paper":
             raise PlanError("the paper's search has no table to take further compressions from; drop --pareto")
+
+    def passes(self, blocks: int) -> float:
+        """Forward passes per calibration and held-out sample that the search takes, for a model of that many blocks."""
+        quantized = sum(option.strip().lower() != "dense" for option in self.menu)
+        table = len(ROLES) * quantized * (blocks + 1) / 2 + blocks  # an entry of block b runs the blocks from b on
+        joint = MIXES + 2 * 3 + self.swaps
+        return table + joint * (1 + len(self.pareto) / 2)
+
+    def sized(self, blocks: int, available: int, trained: int) -> SearchSettings:
+        """These settings with both numbers of samples, for `available` samples and a run that trains on `trained` in all.
+
+        The paper's enumeration costs what it costs, and gets as many samples as allowed.
+        """
+        count = MAX_SAMPLES
+        if self.method == "nxm":
+            count = min(count, int(COST_SHARE * trained * _TRAINING_PASSES / self.passes(blocks)))
+        count = max(4 * MIN_SAMPLES, count)
+        count = min(count, max(MIN_SAMPLES, available // 4))
+        return replace(self, samples=self.samples or count, held_out=self.held_out or count)
 
 
 Choice = tuple[int, ...]  # index into the menu, per weight in model order

@@ -129,17 +129,17 @@ class Probe:
         return found.logits.float()
 
     @torch.no_grad()
-    def hidden_before(self, batch: Mapping[str, Tensor], block: int) -> Tensor:
-        """The hidden state (batch, sequence, features) that encoder block `block` reads."""
+    def hidden_before(self, batch: Mapping[str, Tensor], block: int) -> tuple[Tensor, Tensor]:
+        """(hidden state (batch, sequence, features) that encoder block `block` reads, the model's first output)."""
         kept: list[Tensor] = []
         handle = self.model.get_submodule(self.blocks[block]).register_forward_pre_hook(
             lambda _, args: kept.append(args[0])
         )
         try:
-            self.outputs(batch)
+            outputs = self.outputs(batch)
         finally:
             handle.remove()
-        return kept[0]
+        return kept[0], outputs
 
     @contextmanager
     def _starting_at(self, start: int, hidden: Tensor | None) -> Iterator[None]:
@@ -316,8 +316,7 @@ def _measure_block(probe: Probe, batches: Batches, one_shot: OneShot, options: O
     totals = dict.fromkeys(candidates, 0.0)
     start = 0 if probe.repeats else block
     for batch in batches:
-        hidden = None if start == 0 else probe.hidden_before(batch, start)
-        wanted = probe.outputs(batch, start, hidden)
+        hidden, wanted = probe.hidden_before(batch, start) if start else (None, probe.outputs(batch))
         for key, candidate in candidates.items():
             with probe.installed({key[0]: candidate}):
                 totals[key] += divergence(wanted, probe.outputs(batch, start, hidden))

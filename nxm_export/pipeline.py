@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nxm_export.data import Columns
-from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable, ParityError, PlanError
+from nxm_export.errors import ArtifactError, DataError, EngineError, EngineUnavailable, ParityError, PlanError
 from nxm_export.families import task_named
 from nxm_export.plan import COUNTINGS, CompressionPlan, WeightSpec, require_schema
 from nxm_export.run_dir import RunDir, atomic_dir, json_text, read_json, require_replaceable, write_atomic
@@ -154,6 +154,7 @@ def compress_model(
     out = Path(out)
     require_replaceable(out)
     from compressors.compress import compress
+    from compressors.distributed import world_size
     from compressors.models import resolve
 
     source, out = resolve(request.model, request.revision), Path(out)
@@ -164,6 +165,11 @@ def compress_model(
         plan = _uniform_plan(request, source)
     model = source.path
     if not source.head_fits(task_named(request.task)):
+        if world_size() > 1:
+            raise DataError(
+                f"{request.model} has no {request.task} head; fine-tune it in one process first: under torchrun `nxm compress` takes "
+                "the dense task model"
+            )
         directory = RunDir(out.with_name(f"{out.name}-dense"))
         with directory.lock():
             _finetune(directory, request, source.path, progress)

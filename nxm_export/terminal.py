@@ -141,7 +141,7 @@ def print_search(found: Mapping[str, Any]) -> None:
                         row["origin"],
                         row["joint"],
                         *(f"{row[counting]:.2%}" for counting in columns[2:5]),
-                        ", ".join(f"{count} x {name}" for name, count in row["options"].items()),
+                        _counts(row["options"]),
                     )
                     for row in rows
                 ],

@@ -63,7 +63,7 @@ def search(
     if not source.head_fits(kind):
         raise DataError(f"{model} has no {task} head; fine-tune it first (`nxm run` and `nxm compress` do)")
     out = Path(out)
-    replace_any = _MARKS <= {file.name for file in out.glob("*")}  # an earlier search
+    replace_any = {file.name for file in out.glob("*")} >= _MARKS  # an earlier search
     if not replace_any:
         require_replaceable(out)
     work_dir = work_dir or out.with_name(f".{out.name}.work")
@@ -73,7 +73,7 @@ def search(
     settings = settings.sized(blocks, len(data.train), full_steps * training.batch_size)
     held_out, rest = _cut(data.train, settings)
     data = replace(data, train=rest, dev=held_out)
-    _claim(work_dir, _request_hash(source, data, settings, training))
+    resumed = _claim(work_dir, _request_hash(source, data, settings, training))
     dense = load_model(source, kind).to(distributed.device())
     probe = Probe(dense, source.family, source.config)
     batches = [_batches(part, data.pad_id, settings.batch_size) for part in (rest[: settings.samples], held_out)]
@@ -111,7 +111,8 @@ def search(
     cost = {
         "seconds": seconds,
         "full_run": {"steps": full_steps, "estimated_seconds": round(full_seconds, 1)},
-        "share_of_full_run": round(seconds["all"] / full_seconds, 4),
+        "resumed": resumed,  # from an interrupted search, whose seconds are not counted
+        "share_of_full_run": None if resumed else round(seconds["all"] / full_seconds, 4),
     }
     facts = _facts(selection, finalists, rounds, settings) | {"cost": cost}
     if not distributed.rank():  # only the first process writes
@@ -160,14 +161,16 @@ def _request_hash(source: Source, data: TaskData, settings: SearchSettings, trai
     return digest.hexdigest()
 
 
-def _claim(work_dir: Path, request: str) -> None:
-    """Make `work_dir` this request's; what an interrupted run of another request left there is removed."""
+def _claim(work_dir: Path, request: str) -> bool:
+    """Make `work_dir` this request's, and say whether it was; what another request left there is removed."""
     file = work_dir / _REQUEST_FILE
-    if not distributed.rank() and (not file.is_file() or file.read_text(encoding="utf-8") != request):
+    same = distributed.agreed(file.is_file() and file.read_text(encoding="utf-8") == request)
+    if not same and not distributed.rank():
         shutil.rmtree(work_dir, ignore_errors=True)
         work_dir.mkdir(parents=True)
         write_atomic(file, request)
     distributed.wait()
+    return same
 
 
 def _batches(features: Sequence[Features], pad_id: int, batch_size: int) -> Batches:

@@ -148,11 +148,10 @@ def print_search(found: Mapping[str, Any]) -> None:
             )
     cost = found["cost"]
     full = cost["full_run"]
-    print_table(
-        f"cost: {cost['share_of_full_run']:.1%} of a compression run of {full['steps']} steps, about {full['estimated_seconds']:.0f} s",
-        ("step", "seconds"),
-        list(cost["seconds"].items()),
-    )
+    print_table("cost", ("step", "seconds"), list(cost["seconds"].items()))
+    share = "an unknown part (resumed)" if cost["resumed"] else f"{cost['share_of_full_run']:.1%}"
+    steps, seconds = full["steps"], full["estimated_seconds"]
+    print(f"that is {share} of a compression run of {steps} steps, which takes about {seconds:.0f} seconds here")
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:

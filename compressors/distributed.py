@@ -7,6 +7,7 @@ the first process writes files.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -31,6 +32,9 @@ def start() -> None:
     if world_size() > 1:
         from accelerate import PartialState  # type: ignore[import-untyped]
 
+        # Transformers passes this on under its old name; synchronising ADMM's buffers at every step would cost more than
+        # the gradients do, and every process computes the same ones.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated", category=FutureWarning)
         PartialState(cpu=not torch.cuda.is_available())
 
 

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from torch import nn
 from transformers import set_seed
 
+from compressors import distributed
 from compressors.fake_quant import bake
 from compressors.models import load_model, load_tokenizer, quiet, resolve
 from compressors.phases import Job, freeze_embeddings, save_every, steps_of
@@ -85,11 +86,15 @@ def finetune(
         )
     logits, found = _outputs(network, data, progress)
     metrics = found | {"steps": steps, "revision": source.revision}
-    if outputs is not None:
+    if outputs is not None and not distributed.rank():
         _save_outputs(outputs, logits, data)
+    if distributed.rank():  # only the first process writes
+        distributed.wait()
+        return metrics
     with atomic_dir(out) as scratch:
         _save_model(network, tokenizer, scratch, metrics, work_dir)
     shutil.rmtree(work_dir, ignore_errors=True)
+    distributed.wait()
     return metrics
 
 
@@ -129,14 +134,18 @@ def compress(
     student, facts = job.run()
     logits, found = _outputs(student, data, progress)  # with activation quantizers, so before baking
     metrics = facts | found
-    if outputs is not None:
+    if outputs is not None and not distributed.rank():
         _save_outputs(outputs, logits, data)
     scales = bake(student, plan)
+    if distributed.rank():  # only the first process writes
+        distributed.wait()
+        return metrics
     with atomic_dir(out) as scratch:
         _save_model(student, tokenizer, scratch, metrics, work_dir)
         save_plan(scratch, plan, scales)
         open_checkpoint(scratch).require_valid()
     shutil.rmtree(work_dir, ignore_errors=True)
+    distributed.wait()
     return metrics
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from compressors.distributed import summed, world_size
+
 
 def logits_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) of the class distributions, times T**2 (Hinton et al. 2015); (batch, classes)."""
@@ -24,11 +26,13 @@ def score_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor) -> Tensor:
     """Mean squared error of hidden states (batch, sequence, features) over real tokens, averaged over layers.
 
-    Normalised by the teacher's mean square, so that the weight of this loss does not depend on the model's scale.
+    Normalised by the teacher's mean square, so that the weight of this loss does not depend on the model's scale. Under
+    ``torchrun`` the mean of all processes' losses is the loss of the whole batch, whichever process has the long sentences.
     """
     tokens = attention_mask.bool()
+    wanted = [target[tokens].float() for target in teacher]  # (tokens, features)
+    energies = summed(torch.stack([target.square().sum() for target in wanted])).clamp(min=1e-12)
     total = torch.zeros((), device=attention_mask.device)
-    for found, target in zip(student, teacher, strict=True):
-        wanted = target[tokens].float()
-        total = total + functional.mse_loss(found[tokens].float(), wanted) / wanted.square().mean().clamp(min=1e-12)
-    return total / len(student)
+    for found, target, energy in zip(student, wanted, energies, strict=True):
+        total = total + functional.mse_loss(found[tokens].float(), target, reduction="sum") / energy
+    return total * world_size() / len(student)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compressors.distributed import world_size
 from compressors.observers import HistogramObserver
 from compressors.project import mse_scale, nm_mask
 from nxm_export.errors import ArtifactError
@@ -145,7 +146,7 @@ class ActivationQuantizer(nn.Module):
         if self._cached is not None and self._cached[0] is x:
             result = self._cached[1]
         else:
-            scale = _learned(self.log_scale, x.numel(), ACTIVATION_QMAX)
+            scale = _learned(self.log_scale, x.numel() * world_size(), ACTIVATION_QMAX)  # of the whole batch
             result = (_Codes.apply(x, scale, ACTIVATION_QMIN, ACTIVATION_QMAX, None, _compute_dtype(x)), scale)
             self._cached, self._reads = (x, result), 0
         self._reads += 1

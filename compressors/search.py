@@ -7,30 +7,37 @@ runs, half of them staying after each round: what does best one-shot is not alwa
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from compressors import distributed
+from compressors.fake_quant import prepare
 from compressors.models import Source, load_model, load_tokenizer, resolve
-from compressors.phases import Job
+from compressors.phases import Job, freeze_embeddings, steps_of
 from compressors.selection import SearchSettings, Selection, Selector, Trial, write_trials
-from compressors.sensitivity import Batches, Probe, divergence
+from compressors.sensitivity import Batches, Entry, Probe, divergence, write_table
 from compressors.settings import Settings, prepare_process
 from compressors.task_data import TaskData, read_task_data
-from compressors.train import Progress, collate
+from compressors.train import Progress, Student, collate, wants_bf16
 from nxm_export.data import Columns, Features, sorted_batches
 from nxm_export.errors import DataError
 from nxm_export.families import task_named
-from nxm_export.run_dir import atomic_dir
+from nxm_export.run_dir import atomic_dir, file_hash, json_text, require_replaceable, write_atomic
 
 TABLE_FILE = "sensitivity.csv"
+_MARKS = {"plan.json", "search.json"}  # that make a directory one of a search
+_REQUEST_FILE = "request.sha256"
+_TIMED_STEPS = 3
 
 
 def search(
@@ -41,69 +48,99 @@ def search(
     out: str | Path,
     settings: SearchSettings = SearchSettings(),
     training: Settings = Settings(),
-    halving_steps: Sequence[int] = (),
-    pareto: Sequence[float] = (),
     columns: Columns = Columns(),
     work_dir: Path | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Search a plan for a dense task model and write ``plan.json``, ``trials.csv``, ``sensitivity.csv``, ``search.json``.
+    """Search a plan for a dense task model and write ``plan.json`` and its evidence to the directory `out`.
 
-    `halving_steps` are the optimizer steps of each round of short runs (empty: none); after a round the better half
-    stays. `pareto` are further compressions to report from the same table. Returns what ``search.json`` holds.
+    `training` is how the plan is going to be trained: short runs use it, and the cost is compared with it. Interrupted
+    work resumes from `work_dir` where model, data and settings are the same. Returns what ``search.json`` holds.
     """
+    began = time.monotonic()
     prepare_process(training)
     source, kind = resolve(model), task_named(task)
     if not source.head_fits(kind):
         raise DataError(f"{model} has no {task} head; fine-tune it first (`nxm run` and `nxm compress` do)")
     out = Path(out)
+    replace_any = {file.name for file in out.glob("*")} >= _MARKS  # an earlier search
+    if not replace_any:
+        require_replaceable(out)
     work_dir = work_dir or out.with_name(f".{out.name}.work")
-    work_dir.mkdir(parents=True, exist_ok=True)
     data = read_task_data(source, kind, train, None, training, columns, load_tokenizer(source))
+    full_steps = training.steps or steps_of(data.train, training.epochs, training.batch_size)
+    blocks = len(source.family.blocks(source.config))
+    settings = settings.sized(blocks, len(data.train), full_steps * training.batch_size)
     held_out, rest = _cut(data.train, settings)
     data = replace(data, train=rest, dev=held_out)
-    probe = Probe(load_model(source, kind), source.family, source.config)
+    resumed = _claim(work_dir, _request_hash(source, data, settings, training))
+    dense = load_model(source, kind).to(distributed.device())
+    probe = Probe(dense, source.family, source.config)
     batches = [_batches(part, data.pad_id, settings.batch_size) for part in (rest[: settings.samples], held_out)]
     selector = Selector(probe, source.config, settings, batches[0], batches[1], progress)
     if settings.method == "paper":
-        labels = [batch["labels"].numpy() for batch in batches[1]]
-        selection = selector.paper(kind.metric, labels)
+        selection = selector.paper(kind.metric, [batch["labels"].numpy() for batch in batches[1]])
     else:
-        selection = selector.run(work_dir / TABLE_FILE)
-    front = selector.pareto(pareto) if settings.method == "nxm" else []
+        selection = selector.run(work_dir)
+    selection = distributed.agreed(selection)
+    seconds = dict(selection.seconds)
     finalists, rounds = selection.finalists, []
-    for number, steps in enumerate(halving_steps):
-        began = time.monotonic()
-        scores = [
-            _short_run(source, data, trial, training, steps, work_dir / f"round{number}-{i}", progress)
-            for i, trial in enumerate(finalists)
-        ]
-        order = np.argsort(scores)
-        rounds.append(
-            {
-                "steps": steps,
-                "seconds": round(time.monotonic() - began, 1),
-                "scores": {finalists[i].origin: scores[i] for i in order},
-            }
+    for number, steps in enumerate(settings.halving):
+        started = time.monotonic()
+        scores = distributed.agreed(
+            [
+                _short_run(
+                    source,
+                    data,
+                    dense,
+                    trial,
+                    replace(training, steps=steps),
+                    work_dir / f"round{number}-{i}",
+                    progress,
+                )
+                for i, trial in enumerate(finalists)
+            ]
         )
+        order = np.argsort(scores, kind="stable")
+        ranking = {finalists[i].origin: scores[i] for i in order}
         finalists = [finalists[i] for i in order[: max(1, len(order) // 2)]]
-    facts = _facts(selection, finalists, front, rounds, settings)
-    with atomic_dir(out) as scratch:
-        (scratch / "plan.json").write_text(finalists[0].plan.to_json(), encoding="utf-8")
-        for i, trial in enumerate(finalists):
-            (scratch / f"finalist-{i + 1}.json").write_text(trial.plan.to_json(), encoding="utf-8")
-        write_trials(scratch / "trials.csv", selection.trials)
-        if front:
-            write_trials(scratch / "pareto.csv", front)
-        if (work_dir / TABLE_FILE).is_file():
-            (scratch / TABLE_FILE).write_bytes((work_dir / TABLE_FILE).read_bytes())
-        (scratch / "search.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(work_dir, ignore_errors=True)
+        seconds[f"short runs of {steps} steps"] = round(time.monotonic() - started, 3)
+        rounds.append({"steps": steps, "scores": ranking})
+    full_seconds = full_steps * _step_seconds(source, data, dense, finalists[0], training)
+    seconds["all"] = round(time.monotonic() - began, 3)
+    cost = {
+        "seconds": seconds,
+        "full_run": {"steps": full_steps, "estimated_seconds": round(full_seconds, 1)},
+        "resumed": resumed,  # from an interrupted search, whose seconds are not counted
+        "share_of_full_run": None if resumed else round(seconds["all"] / full_seconds, 4),
+    }
+    facts = _facts(selection, finalists, rounds, settings) | {"cost": cost}
+    if not distributed.rank():  # only the first process writes
+        with atomic_dir(out, replace_any=replace_any) as scratch:
+            _write(scratch, selection, finalists, selector.table, facts)
+        shutil.rmtree(work_dir, ignore_errors=True)
+    distributed.wait()
     return facts
 
 
+def _write(
+    directory: Path, selection: Selection, finalists: Sequence[Trial], table: Sequence[Entry], facts: Mapping[str, Any]
+) -> None:
+    (directory / "plan.json").write_text(finalists[0].plan.to_json(), encoding="utf-8")
+    for i, trial in enumerate(finalists):
+        (directory / f"finalist-{i + 1}.json").write_text(trial.plan.to_json(), encoding="utf-8")
+    for i, trial in enumerate(selection.front):
+        (directory / f"pareto-{i + 1}.json").write_text(trial.plan.to_json(), encoding="utf-8")
+    write_trials(directory / "trials.csv", selection.trials)
+    if table:
+        write_table(directory / TABLE_FILE, table)
+    (directory / "search.json").write_text(json_text(facts), encoding="utf-8")
+
+
 def _cut(features: Sequence[Features], settings: SearchSettings) -> tuple[list[Features], list[Features]]:
-    """(held-out slice, rest in random order): the same slice that `compress` keeps from training with the same seed."""
+    """(held-out slice, rest in random order); with the same seed, the slice begins with what `compress` holds out."""
+    assert settings.samples is not None
+    assert settings.held_out is not None
     if len(features) < settings.samples + settings.held_out:
         raise DataError(
             f"{len(features)} training samples are too few for {settings.samples} calibration and {settings.held_out} held-out samples; "
@@ -113,32 +150,79 @@ def _cut(features: Sequence[Features], settings: SearchSettings) -> tuple[list[F
     return [features[i] for i in order[: settings.held_out]], [features[i] for i in order[settings.held_out :]]
 
 
+def _request_hash(source: Source, data: TaskData, settings: SearchSettings, training: Settings) -> str:
+    """sha256 of all that finished work depends on."""
+    digest = hashlib.sha256()
+    for file in sorted([*source.path.glob("*.safetensors"), source.path / "config.json"]):
+        digest.update(file_hash(file).encode())
+    digest.update(json.dumps([asdict(settings), asdict(training)], sort_keys=True).encode())
+    for sample in [*data.dev, *data.train]:
+        digest.update(repr(sorted(sample.items())).encode())
+    return digest.hexdigest()
+
+
+def _claim(work_dir: Path, request: str) -> bool:
+    """Make `work_dir` this request's, and say whether it was; what another request left there is removed."""
+    file = work_dir / _REQUEST_FILE
+    same = distributed.agreed(file.is_file() and file.read_text(encoding="utf-8") == request)
+    if not same and not distributed.rank():
+        shutil.rmtree(work_dir, ignore_errors=True)
+        work_dir.mkdir(parents=True)
+        write_atomic(file, request)
+    distributed.wait()
+    return same
+
+
 def _batches(features: Sequence[Features], pad_id: int, batch_size: int) -> Batches:
     return [collate([features[i] for i in batch], pad_id) for batch in sorted_batches(features, batch_size)]
 
 
 def _short_run(
-    source: Source, data: TaskData, trial: Trial, training: Settings, steps: int, work_dir: Path, progress: Progress
+    source: Source,
+    data: TaskData,
+    dense: nn.Module,
+    trial: Trial,
+    training: Settings,
+    work_dir: Path,
+    progress: Progress,
 ) -> float:
-    """Divergence from the dense model on the held-out slice after a compression run of `steps`."""
-    job = Job(source, replace(data, dev=[]), trial.plan, replace(training, steps=steps), work_dir, progress)
-    student, _ = job.run()
+    """Divergence from the dense model on the held-out slice after a compression run."""
+    student, _ = Job(source, replace(data, dev=[]), trial.plan, training, work_dir, progress).run()
     student.eval()
-    dense = load_model(source, data.task).eval()
-    total = 0.0
+    device, total = next(student.parameters()).device, 0.0
     with torch.no_grad():
         for batch in _batches(data.dev, data.pad_id, 64):
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
             total += divergence(dense(**inputs).logits, student(**inputs).logits)
     return total / len(data.dev)
 
 
+def _step_seconds(source: Source, data: TaskData, dense: nn.Module, trial: Trial, training: Settings) -> float:
+    """Seconds of one optimizer step of a compression run under this plan, timed over a few steps on this process's part."""
+    model = load_model(source, data.task)
+    prepare(model, trial.plan, source.family, source.config)
+    if training.freeze_embeddings:
+        freeze_embeddings(model)
+    student = Student(model, training.losses, dense if training.distill else None, None).to(distributed.device())
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], fused=True)
+    size = max(1, training.batch_size // distributed.world_size())
+    times = []
+    for start in range(_TIMED_STEPS):
+        samples = [data.train[(start * size + i) % len(data.train)] for i in range(size)]
+        batch = {key: value.to(distributed.device()) for key, value in collate(samples, data.pad_id).items()}
+        began = time.perf_counter()
+        with torch.autocast(distributed.device().type, torch.bfloat16, enabled=wants_bf16(training.precision)):
+            loss = student(**batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for the device
+        times.append(time.perf_counter() - began)
+    return float(np.median(times))
+
+
 def _facts(
-    selection: Selection,
-    finalists: Sequence[Trial],
-    front: Sequence[Trial],
-    rounds: Sequence[Mapping[str, Any]],
-    settings: SearchSettings,
+    selection: Selection, finalists: Sequence[Trial], rounds: Sequence[Mapping[str, Any]], settings: SearchSettings
 ) -> dict[str, Any]:
     return {
         "schema": "nxm-search/1",
@@ -151,10 +235,11 @@ def _facts(
         },
         "best": finalists[0].row(),
         "finalists": [trial.row() for trial in finalists],
-        "pareto": [trial.row() for trial in front],
+        "pareto": [
+            {"asked": asked, **trial.row()} for asked, trial in zip(settings.pareto, selection.front, strict=True)
+        ],
         "rounds": list(rounds),
-        "trials": len(selection.trials),
+        "plans_evaluated": selection.evaluated,
         "samples": {"calibration": settings.samples, "held_out": settings.held_out},
-        "seconds": selection.seconds,
         "seed": settings.seed,
     }

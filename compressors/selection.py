@@ -13,11 +13,12 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,19 @@ import numpy as np
 from torch import Tensor
 
 from compressors import knapsack
-from compressors.project import PROJECTIONS
 from compressors.sensitivity import Batches, Entry, OneShot, Probe, divergence, measure
 from nxm_export.errors import DataError, PlanError
+from nxm_export.families import ROLES
 from nxm_export.metrics import metric_named
 from nxm_export.plan import COUNTINGS, REFERENCE_BITS, CompressionPlan, WeightSpec
 
 DEFAULT_MENU = ("2:4+W4", "W4", "2:4+W8", "W8", "dense")
 METHODS = ("nxm", "paper")
+MIN_SAMPLES, MAX_SAMPLES = 8, 256  # calibration samples, and as many again to judge
+COST_SHARE = 0.08  # of a compression run: a tenth, with room for reading data and for noise
+_TRAINING_PASSES = (
+    4  # a training sample costs about as much as four forward passes, three of the student and one of the teacher
+)
 MIXES = 11  # weights of the two sensitivities that candidates are made for
 Progress = Callable[[str, int, int], None]
 
@@ -42,7 +48,10 @@ class SearchSettings:
     """What to search for, and how long.
 
     The budget is `compression` (1 - compressed/FP32 over the planned weights) by `counting`, or `bytes` by the same
-    counting. `latency_ms`, with `latencies`, adds a second constraint: milliseconds per (role, option).
+    counting. `latency_ms`, with `latencies`, adds a second constraint: milliseconds per (role, option). `pareto` are
+    further compressions to report from the same table, `halving` the optimizer steps of each round of short runs, after
+    which the better half of the finalists stays. `samples` to calibrate on and samples to be held out and judge are chosen
+    so that the search takes about `COST_SHARE` of a compression run, where they are not given (see `passes`).
     """
 
     menu: tuple[str, ...] = DEFAULT_MENU
@@ -50,14 +59,15 @@ class SearchSettings:
     compression: float | None = 0.875
     bytes: int | None = None
     method: str = "nxm"
-    samples: int = 256
-    held_out: int = 256
+    samples: int | None = None
+    held_out: int | None = None
     swaps: int = 40
     finalists: int = 4
+    halving: tuple[int, ...] = ()
+    pareto: tuple[float, ...] = ()
     batch_size: int = 32
     percentile: float = 99.99
     placement: str = "inputs-outputs"
-    attention: str = "float"
     seed: int = 0
     latency_ms: float | None = None
     latencies: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -69,12 +79,39 @@ class SearchSettings:
             raise PlanError(f"unknown counting {self.counting!r}; choose one of {', '.join(COUNTINGS)}")
         if (self.compression is None) == (self.bytes is None):
             raise PlanError("give either a compression or a number of bytes")
-        if self.compression is not None and not 0 < self.compression < 1:
-            raise PlanError(f"compression is a share between 0 and 1, as in 0.875; got {self.compression}")
-        if self.samples < 8 or self.held_out < 8:
-            raise DataError("the search needs at least 8 calibration and 8 held-out samples")
-        if self.latency_ms is not None and not self.latencies:
-            raise PlanError("a latency limit needs a latency table (--latency-table)")
+        for compression in (*self.pareto, *([] if self.compression is None else [self.compression])):
+            if not 0 < compression < 1:
+                raise PlanError(f"compression is a share between 0 and 1, as in 0.875; got {compression}")
+        for count in (self.samples, self.held_out):
+            if count is not None and count < MIN_SAMPLES:
+                raise DataError(
+                    f"the search needs at least {MIN_SAMPLES} calibration and {MIN_SAMPLES} held-out samples, got {count}"
+                )
+        if any(steps < 1 for steps in self.halving):
+            raise PlanError("a round of short runs (--halving) has at least 1 step")
+        if (self.latency_ms is None) == bool(self.latencies):
+            raise PlanError("a latency limit and a latency table go together (--latency-ms, --latency-table)")
+        if self.pareto and self.method == "paper":
+            raise PlanError("the paper's search has no table to take further compressions from; drop --pareto")
+
+    def passes(self, blocks: int) -> float:
+        """Forward passes per calibration and held-out sample that the search takes, for a model of that many blocks."""
+        quantized = sum(option.strip().lower() != "dense" for option in self.menu)
+        table = len(ROLES) * quantized * (blocks + 1) / 2 + blocks  # an entry of block b runs the blocks from b on
+        joint = MIXES + 2 * 3 + self.swaps
+        return table + joint * (1 + len(self.pareto) / 2)
+
+    def sized(self, blocks: int, available: int, trained: int) -> SearchSettings:
+        """These settings with both numbers of samples, for `available` samples and a run that trains on `trained` in all.
+
+        The paper's enumeration costs what it costs, and gets as many samples as allowed.
+        """
+        count = MAX_SAMPLES
+        if self.method == "nxm":
+            count = min(count, int(COST_SHARE * trained * _TRAINING_PASSES / self.passes(blocks)))
+        count = max(4 * MIN_SAMPLES, count)
+        count = min(count, max(MIN_SAMPLES, available // 4))
+        return replace(self, samples=self.samples or count, held_out=self.held_out or count)
 
 
 Choice = tuple[int, ...]  # index into the menu, per weight in model order
@@ -86,32 +123,30 @@ class Trial:
 
     origin: str
     plan: CompressionPlan
+    choice: Choice
     predicted: float
     joint: float
 
     def row(self) -> dict[str, Any]:
-        """As in ``trials.csv``."""
+        """As in ``search.json``."""
         counted = {counting: round(self.plan.compression(counting), 6) for counting in COUNTINGS}
-        options = json.dumps(self.plan.pattern_counts)
+        options = self.plan.pattern_counts
         return {"origin": self.origin, "predicted": self.predicted, "joint": self.joint, **counted, "options": options}
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Finalists (best first), every trial, and the seconds of each step."""
+    """Finalists and trials (best first), the front at further compressions, and what it took."""
 
     finalists: list[Trial]
     trials: list[Trial]
+    front: list[Trial]
+    evaluated: int  # plans run on the held-out slice
     seconds: dict[str, float]
-
-    @property
-    def plan(self) -> CompressionPlan:
-        """The plan that does best one-shot."""
-        return self.finalists[0].plan
 
 
 class Selector:
-    """Chooses over one dense model: statistics, then `measure_table`, `candidates`, `swaps`; or `paper`."""
+    """Chooses over one dense model: statistics, then `run` (or its steps `measure_table`, `candidates`, `swaps`), or `paper`."""
 
     def __init__(
         self,
@@ -126,21 +161,32 @@ class Selector:
         self.calibration, self.held_out = calibration, held_out
         self.shapes = self.family.weights(config)
         self.names = list(self.shapes)
-        self.menu = [WeightSpec.parse(text) for text in settings.menu]
+        self.menu = [WeightSpec.parse(text) for text in dict.fromkeys(settings.menu)]
+        self.options = [[self._placed(name, option) for option in self.menu] for name in self.names]
+        self._require_menu()
         self.costs = [
-            [_bits(option, shape, settings.counting) for option in self.menu] for shape in self.shapes.values()
+            [
+                _IMPOSSIBLE if spec is None else spec.stored_bits(self.shapes[name], settings.counting)
+                for spec in options
+            ]
+            for name, options in zip(self.names, self.options, strict=True)
         ]
-        self.budget = self._budget()
+        self.latency = self._latencies()
+        self.budget = self._budget(settings.compression, settings.bytes)
+        for compression in settings.pareto:
+            self._budget(compression)
         self.seconds: dict[str, float] = {}
         with self._timed("statistics"):
-            self.one_shot = OneShot(probe, probe.statistics(calibration, settings.percentile))
+            self.statistics = probe.statistics(calibration, settings.percentile)
+            self.one_shot = OneShot(probe, self.statistics, by_magnitude=settings.method == "paper")
             self.wanted = [probe.outputs(batch) for batch in held_out]
-        self.losses: dict[str, list[list[float]]] = {}
+        self.table: list[Entry] = []
+        self.losses: dict[str, np.ndarray] = {}  # by measure, (weights, options)
 
-    def run(self, table: Path) -> Selection:
-        """Table (kept in the CSV file `table`), knapsack, joint check, swaps."""
+    def run(self, directory: Path) -> Selection:
+        """Table (finished parts of which are kept in `directory`), knapsack, joint check, swaps, front."""
         with self._timed("table"):
-            self.measure_table(table)
+            self.measure_table(directory)
         with self._timed("knapsack"):
             candidates = self.candidates(self.budget)
         with self._timed("joint check"):
@@ -148,139 +194,156 @@ class Selector:
             for number, (origin, choice) in enumerate(candidates.items()):
                 trials.append(self.trial(origin, choice))
                 self.progress("joint check", number + 1, len(candidates))
-            trials += self.swaps(min(trials, key=lambda trial: trial.joint))
-        return self._result(trials)
+            trials += self.swaps(_best(trials))
+        front, others = list[Trial](), list[Trial]()
+        if self.settings.pareto:
+            with self._timed("pareto"):
+                front, others = self.pareto(self.settings.pareto, trials)
+        ranked, finalists = sorted(trials, key=lambda trial: trial.joint), list[Trial]()
+        for trial in ranked:
+            if all(trial.plan != other.plan for other in finalists):  # placement may make one plan of two choices
+                finalists.append(trial)
+        evaluated = len(trials) + len(others)
+        return Selection(finalists[: self.settings.finalists], ranked, front, evaluated, self.seconds)
 
-    def measure_table(self, file: Path) -> None:
+    def measure_table(self, directory: Path) -> None:
         """Fill the sensitivity table and read the losses off it, each measure scaled to mean 1."""
-        done = measure(
+        wanted = {
+            name: list(dict.fromkeys(spec for spec in options if spec is not None and not spec.is_dense))
+            for name, options in zip(self.names, self.options, strict=True)
+        }
+        table = self.table = measure(
             self.probe,
             self.calibration,
             self.one_shot,
-            [option for option in self.menu if not option.is_dense],
-            file,
+            wanted,
+            directory,
             progress=lambda part, total: self.progress("sensitivity", part, total),
         )
-        rows = {(entry.weight, entry.option): entry for entry in done}
+        rows = {(entry.weight, entry.option): entry for entry in table}
         for kind in ("kl", "fisher"):
-            values = [max(0.0, getattr(entry, kind)) for entry in done]
-            mean = float(np.mean(values)) or 1.0
-            self.losses[kind] = [
-                [0.0 if option.is_dense else _loss(rows.get((name, str(option))), kind, mean) for option in self.menu]
-                for name in self.names
-            ]
+            mean = float(np.mean([getattr(entry, kind) for entry in table] or [1.0])) or 1.0
+            self.losses[kind] = np.array(
+                [
+                    [
+                        np.inf
+                        if spec is None
+                        else 0.0
+                        if spec.is_dense
+                        else getattr(rows[name, str(spec)], kind) / mean
+                        for spec in options
+                    ]
+                    for name, options in zip(self.names, self.options, strict=True)
+                ]
+            )
 
     def candidates(self, budget: int) -> dict[str, Choice]:
         """Distinct choices within a budget of bits: the knapsack at several mixes, free, tied by role and tied by layer."""
         found: dict[str, Choice] = {}
-        for tie, groups in self._ties().items():
+        for tie, groups in self.ties().items():
             for mix in np.linspace(0.0, 1.0, MIXES if tie == "free" else 3):
                 choice = self._solve(float(mix), groups, budget)
                 if choice is not None and choice not in found.values():
                     found[f"{tie}, {mix:.1f} fisher"] = choice
         if not found:
+            least = self._least_latency(self.ties()["free"], budget)
             raise PlanError(
-                f"no choice of options fits {budget // 8} bytes and {self.settings.latency_ms} ms together; "
-                "raise the latency limit or lower the compression"
+                f"no choice of options fits {budget // 8} bytes and {self.settings.latency_ms} ms together; within the bytes "
+                f"the least is {self._milliseconds(least):.4g} ms: raise the latency limit or lower the compression"
             )
         return found
 
-    def pareto(self, compressions: Sequence[float]) -> list[Trial]:
-        """The best choice, jointly checked, at each of several compressions, all from the one table."""
-        front = []
-        for compression in compressions:
-            choices = self.candidates(self._bits_of(compression))
-            trials = [self.trial(f"{compression:.4f}: {origin}", choice) for origin, choice in choices.items()]
-            front.append(min(trials, key=lambda trial: trial.joint))
-        return front
+    def pareto(self, compressions: Sequence[float], trials: Sequence[Trial]) -> tuple[list[Trial], list[Trial]]:
+        """(best trial at each of several compressions, every trial that this took), all from the one table.
+
+        A plan also serves every lower compression than its own, and so do `trials`: the front never crosses itself.
+        """
+        new: list[Trial] = []
+        for number, compression in enumerate(compressions):
+            choices = self.candidates(self._budget(compression))
+            new += [self.trial(f"{compression:.4f}: {origin}", choice) for origin, choice in choices.items()]
+            self.progress("pareto", number + 1, len(compressions))
+        front = [
+            _best([trial for trial in [*new, *trials] if self._cost(trial.choice) <= self._budget(compression)])
+            for compression in compressions
+        ]
+        return front, new
 
     def swaps(self, best: Trial) -> list[Trial]:
-        """Hill climbing: two weights change options within the budget, kept if that is jointly better."""
+        """Hill climbing: two weights change options within the constraints, kept if that is jointly better."""
         rng = random.Random(self.settings.seed)
-        choice = self._choice_of(best.plan)
-        seen, trials = {choice}, []
+        seen, trials = {best.choice}, []
         for number in range(self.settings.swaps):
             self.progress("swaps", number + 1, self.settings.swaps)
-            moves = [move for move in (self._random_move(choice, rng) for _ in range(200)) if move and move not in seen]
+            moves = [self._random_move(best.choice, rng) for _ in range(200)]
+            moves = [move for move in moves if move not in seen and self.fits(move, self.budget)]
             if not moves:
                 break
             move = min(moves, key=self._predicted)
             seen.add(move)
             trial = self.trial(f"swap {number + 1}", move)
             trials.append(trial)
-            if trial.joint < best.joint:
-                best, choice = trial, move
+            best = _best([best, trial])
         return trials
 
-    def paper(self, metric: str, labels: Sequence[np.ndarray], top: int = 5) -> Selection:
+    def paper(self, metric: str, labels: Sequence[np.ndarray]) -> Selection:
         """The authors' search: options tied by role, every combination in the budget scored one-shot by `metric`.
 
         As theirs, weights are projected by magnitude; unlike theirs, the score is on a slice of train, and ties of the
         metric go to the smaller divergence.
         """
-        roles = self._ties()["by role"]
-        projected = [[self._by_magnitude(name, option) for option in self.menu] for name in self.names]
-        feasible = [
-            choice
-            for options in itertools.product(range(len(self.menu)), repeat=len(roles))
-            if self._cost(choice := self._spread(options, roles)) <= self.budget
-        ]
+        roles = self.ties()["by role"]
+        tied = itertools.product(range(len(self.menu)), repeat=len(roles))
+        choices = [self._spread(options, roles) for options in tied]
+        feasible = [choice for choice in choices if self.fits(choice, self.budget)]
         if not feasible:
-            raise PlanError(self._infeasible())
+            raise PlanError(
+                f"no choice of options by role fits {self.budget // 8} bytes and {self.settings.latency_ms} ms together"
+            )
         scored = []
+        samples = sum(len(found) for found in labels)
         with self._timed("enumeration"):
             for number, choice in enumerate(feasible):
-                installed = {
-                    name: projected[i][option]
-                    for i, (name, option) in enumerate(zip(self.names, choice, strict=True))
-                    if not self.menu[option].is_dense
-                }
-                score, loss = self._score(installed, metric, labels)
-                scored.append((-score, loss, choice))
+                outputs = self._outputs(choice)
+                loss = sum(divergence(wanted, found) for wanted, found in zip(self.wanted, outputs, strict=True))
+                score = metric_named(metric)(
+                    np.concatenate([found.cpu().numpy() for found in outputs]), np.concatenate(labels)
+                )
+                scored.append((-score, loss / samples, choice))
                 self.progress("enumeration", number + 1, len(feasible))
-        best = sorted(scored)[:top]
         trials = [
-            Trial(f"paper, {metric} {-score:.4f}", self.plan_of(choice), -score, loss) for score, loss, choice in best
+            Trial(f"paper {place + 1}, {metric} {-score:.4f}", self.plan_of(choice), choice, -score, loss)
+            for place, (score, loss, choice) in enumerate(sorted(scored)[: self.settings.finalists])
         ]
-        return Selection(trials, trials, self.seconds)
+        return Selection(trials, trials, [], len(feasible), self.seconds)
 
     def trial(self, origin: str, choice: Choice) -> Trial:
         """Evaluate a choice jointly on the held-out slice: mean divergence from the dense model, one-shot."""
-        weights = {
-            name: self.one_shot(name, self.menu[option])
-            for name, option in zip(self.names, choice, strict=True)
-            if not self.menu[option].is_dense
-        }
-        with self.probe.installed(weights):
-            total = sum(
-                divergence(wanted, self.probe.outputs(batch))
-                for wanted, batch in zip(self.wanted, self.held_out, strict=True)
-            )
+        total = sum(divergence(wanted, found) for wanted, found in zip(self.wanted, self._outputs(choice), strict=True))
         samples = sum(len(batch["input_ids"]) for batch in self.held_out)
-        return Trial(origin, self.plan_of(choice), self._predicted(choice), total / samples)
+        return Trial(origin, self.plan_of(choice), choice, self._predicted(choice), total / samples)
+
+    def _outputs(self, choice: Choice) -> list[Tensor]:
+        """Logits of every held-out batch, with all weights compressed one-shot as chosen."""
+        weights = {name: self.one_shot(name, spec) for name, spec in self._specs(choice).items() if not spec.is_dense}
+        with self.probe.installed(weights):
+            return [self.probe.outputs(batch) for batch in self.held_out]
+
+    def _specs(self, choice: Choice) -> dict[str, WeightSpec]:
+        specs = {}
+        for name, options, option in zip(self.names, self.options, choice, strict=True):
+            spec = options[option]
+            assert spec is not None, f"{name} does not allow {self.menu[option]}"
+            specs[name] = spec
+        return specs
 
     def plan_of(self, choice: Choice) -> CompressionPlan:
         """The plan of a choice, with the output quantizers of the placement."""
-        specs = {
-            name: self.family.placed(name, self.menu[option], self.settings.placement)
-            for name, option in zip(self.names, choice, strict=True)
-        }
-        return CompressionPlan(self.family.model_type, specs, self.shapes, self.settings.attention)
+        attention = "int8" if self.settings.placement == "attention" else "float"
+        return CompressionPlan(self.family.model_type, self._specs(choice), self.shapes, attention)
 
-    def _choice_of(self, plan: CompressionPlan) -> Choice:
-        names = [str(option) for option in self.menu]
-        return tuple(names.index(str(plan.weights[name])) for name in self.names)
-
-    def _result(self, trials: list[Trial]) -> Selection:
-        ranked = sorted(trials, key=lambda trial: trial.joint)
-        finalists: list[Trial] = []
-        for trial in ranked:
-            if all(trial.plan != other.plan for other in finalists):
-                finalists.append(trial)
-        return Selection(finalists[: self.settings.finalists], trials, self.seconds)
-
-    def _ties(self) -> dict[str, list[list[int]]]:
-        """Groups of weights (by index) that must take the same option."""
+    def ties(self) -> dict[str, list[list[int]]]:
+        """Groups of weights (by index) that must take the same option: none, those of one role, those of one layer."""
         by_role: dict[str, list[int]] = {}
         by_layer: dict[str, list[int]] = {}
         for i, name in enumerate(self.names):
@@ -293,66 +356,89 @@ class Selector:
             "by layer": list(by_layer.values()),
         }
 
+    def fits(self, choice: Choice, budget: int) -> bool:
+        """Whether a choice keeps to a budget of bits and to the latency limit."""
+        limit = self.settings.latency_ms
+        return self._cost(choice) <= budget and (limit is None or self._milliseconds(choice) <= limit)
+
     def _solve(self, mix: float, groups: list[list[int]], budget: int) -> Choice | None:
-        """Knapsack over groups; with a latency limit, the smallest weight on latency that keeps to it. None if nothing fits."""
-        losses = np.array(self.losses["kl"]) * (1 - mix) + np.array(self.losses["fisher"]) * mix
-        latency = self._latencies()
+        """Knapsack over groups; with a latency limit, at about the lowest price of a millisecond that keeps to it.
 
-        def solve(price: float) -> Choice:
-            priced = losses + price * latency
-            chosen = knapsack.choose(
-                [[float(sum(priced[i][o] for i in group)) for o in range(len(self.menu))] for group in groups],
-                [[sum(self.costs[i][o] for i in group) for o in range(len(self.menu))] for group in groups],
-                budget,
-            )
-            return self._spread(chosen, groups)
-
-        def fits(choice: Choice) -> bool:
-            limit = self.settings.latency_ms
-            return limit is None or sum(latency[i][o] for i, o in enumerate(choice)) <= limit
-
-        choice = solve(0.0)
-        if fits(choice):
+        None where nothing within the budget does. A price finds the best choice only of those on the convex hull of loss
+        against latency; the joint check and the swaps go on from there.
+        """
+        possible = np.array([[spec is not None for spec in options] for options in self.options])
+        losses = np.full(possible.shape, np.inf)
+        losses[possible] = (1 - mix) * self.losses["kl"][possible] + mix * self.losses["fisher"][possible]
+        choice = self._cheapest(losses, groups, budget)
+        if choice is None or self.fits(choice, budget):
             return choice
-        low, high = 0.0, 1e3 * float(losses[np.isfinite(losses)].max()) / max(float(latency.max()), 1e-12)
-        best = solve(high)
-        if not fits(best):
+        least = self._least_latency(groups, budget)
+        if not self.fits(least, budget):
             return None
-        for _ in range(40):
-            middle = (low + high) / 2
-            choice = solve(middle)
-            low, high, best = (low, middle, choice) if fits(choice) else (middle, high, best)
-        return best
+        low, high = 0.0, float(losses[possible].max()) / max(float(self.latency[possible].max()), 1e-12)
+        best = None
+        for _ in range(60):  # double the price until it is high enough, then close in
+            price = high if best is None else (low + high) / 2
+            choice = self._cheapest(losses + price * self.latency, groups, budget)
+            assert choice is not None
+            if self.fits(choice, budget):
+                best, high = choice, price
+            elif best is None:
+                low, high = high, 2 * high
+            else:
+                low = price
+        return best or least
+
+    def _cheapest(self, prices: np.ndarray, groups: list[list[int]], budget: int) -> Choice | None:
+        """The choice of least total price (weights, options) within the budget; None where nothing fits it."""
+        costs = [[sum(self.costs[i][o] for i in group) for o in range(len(self.menu))] for group in groups]
+        if sum(min(options) for options in costs) > budget:
+            return None
+        grouped = [[float(sum(prices[i][o] for i in group)) for o in range(len(self.menu))] for group in groups]
+        return self._spread(knapsack.choose(grouped, costs, budget), groups)
+
+    def _least_latency(self, groups: list[list[int]], budget: int) -> Choice:
+        choice = self._cheapest(self.latency, groups, budget)
+        assert choice is not None
+        return choice
 
     def _latencies(self) -> np.ndarray:
         """Milliseconds (weights, options) from the table by role and option; zero without a limit."""
+        found = np.zeros((len(self.names), len(self.menu)))
         if self.settings.latency_ms is None:
-            return np.zeros((len(self.names), len(self.menu)))
-        found = np.empty((len(self.names), len(self.menu)))
+            return found
         for i, name in enumerate(self.names):
-            for o, option in enumerate(self.menu):
-                role = self.family.role(name)
+            role = self.family.role(name)
+            for o, spec in enumerate(self.options[i]):
+                if spec is None:
+                    continue
                 try:
-                    found[i, o] = self.settings.latencies[role][str(option)]
-                except KeyError as error:
+                    found[i, o] = float(self.settings.latencies[role][str(spec)])
+                except (KeyError, TypeError, ValueError) as error:
                     raise PlanError(
-                        f"the latency table has no entry for {role} under {option}; measure it, or drop the option from the menu"
+                        f"the latency table has no number for {role} under {spec}; measure it, or drop the option from the menu"
                     ) from error
+                if not 0 <= found[i, o] < np.inf:
+                    raise PlanError(
+                        f"the latency table says {found[i, o]} ms for {role} under {spec}; measure it again"
+                    )
         return found
 
-    def _random_move(self, choice: Choice, rng: random.Random) -> Choice | None:
-        first, second = rng.sample(range(len(choice)), 2)
+    def _random_move(self, choice: Choice, rng: random.Random) -> Choice:
         moved = list(choice)
-        moved[first], moved[second] = rng.randrange(len(self.menu)), rng.randrange(len(self.menu))
-        move = tuple(moved)
-        allowed = all(np.isfinite(self.losses["kl"][i][move[i]]) for i in (first, second))
-        return move if move != choice and allowed and self._cost(move) <= self.budget else None
+        for i in rng.sample(range(len(choice)), 2):
+            moved[i] = rng.choice([o for o, spec in enumerate(self.options[i]) if spec is not None])
+        return tuple(moved)
 
     def _predicted(self, choice: Choice) -> float:
         return float(sum(self.losses["kl"][i][o] + self.losses["fisher"][i][o] for i, o in enumerate(choice))) / 2
 
     def _cost(self, choice: Choice) -> int:
         return sum(self.costs[i][o] for i, o in enumerate(choice))
+
+    def _milliseconds(self, choice: Choice) -> float:
+        return float(sum(self.latency[i][o] for i, o in enumerate(choice)))
 
     @staticmethod
     def _spread(options: Sequence[int], groups: Sequence[Sequence[int]]) -> Choice:
@@ -362,56 +448,41 @@ class Selector:
                 spread[i] = option
         return tuple(spread)
 
-    def _budget(self) -> int:
-        for i, name in enumerate(self.names):
-            if all(cost >= _IMPOSSIBLE for cost in self.costs[i]):
+    def _placed(self, name: str, option: WeightSpec) -> WeightSpec | None:
+        """What a menu option means for a weight, with the quantizers of the placement; None where it is not allowed."""
+        if option.pattern and self.shapes[name][1] % option.pattern.m:
+            return None
+        placed = self.family.placed(name, option, self.settings.placement)
+        inside_attention = self.family.role(name) in ("query", "key", "value")
+        if self.settings.placement == "attention" and inside_attention and not placed.output_bits:
+            return None  # INT8 attention needs all three of them quantized
+        return placed
+
+    def _require_menu(self) -> None:
+        for name, options in zip(self.names, self.options, strict=True):
+            if not any(options):
                 out, in_ = self.shapes[name]
                 raise PlanError(
-                    f"{name} ({out}x{in_}) allows no option of the menu {', '.join(self.settings.menu)}; add 'dense' or another pattern"
+                    f"{name} ({out}x{in_}) allows no option of the menu {', '.join(self.settings.menu)}; add dense, W8 or another "
+                    "pattern"
                 )
         for o, option in enumerate(self.menu):
-            if all(costs[o] >= _IMPOSSIBLE for costs in self.costs):
+            if not any(options[o] for options in self.options):
                 raise PlanError(f"no weight of this model allows the menu option {option}; drop it")
-        budget = (
-            self.settings.bytes * 8
-            if self.settings.bytes is not None
-            else self._bits_of(self.settings.compression or 0.0)
-        )
-        if sum(min(options) for options in self.costs) > budget:
-            raise PlanError(self._infeasible())
-        return budget
 
-    def _bits_of(self, compression: float) -> int:
-        return int((1 - compression) * sum(out * in_ for out, in_ in self.shapes.values()) * REFERENCE_BITS)
-
-    def _infeasible(self) -> str:
-        least = sum(min(options) for options in self.costs)
+    def _budget(self, compression: float | None, bytes_: int | None = None) -> int:
+        """Bits within a compression or a number of bytes; raises `PlanError` with the nearest that the menu reaches."""
         total = sum(out * in_ for out, in_ in self.shapes.values()) * REFERENCE_BITS
-        wanted = (
-            f"{self.settings.bytes} bytes"
-            if self.settings.bytes is not None
-            else f"compression {self.settings.compression:.4f}"
-        )
-        return (
-            f"{wanted} by counting {self.settings.counting} is out of reach of the menu {', '.join(self.settings.menu)}; "
-            f"the nearest feasible is compression {1 - least / total:.4f} ({-(-least // 8)} bytes)"
-        )
-
-    def _by_magnitude(self, name: str, option: WeightSpec) -> tuple[Tensor, float | None]:
-        weight = self.probe.layer(name).weight.detach().float()
-        scale = self.one_shot.statistics[name].input_scale if option.input_bits else None
-        return PROJECTIONS["joint"](weight, option), scale
-
-    def _score(
-        self, installed: Mapping[str, tuple[Tensor, float | None]], metric: str, labels: Sequence[np.ndarray]
-    ) -> tuple[float, float]:
-        found, loss = [], 0.0
-        with self.probe.installed(installed):
-            for wanted, batch in zip(self.wanted, self.held_out, strict=True):
-                outputs = self.probe.outputs(batch)
-                loss += divergence(wanted, outputs)
-                found.append(outputs.cpu().numpy())
-        return metric_named(metric)(np.concatenate(found), np.concatenate(labels)), loss
+        budget = bytes_ * 8 if bytes_ is not None else math.floor((1 - (compression or 0.0)) * total)
+        least = sum(min(options) for options in self.costs)
+        if least > budget:
+            wanted = f"compression {compression}" if bytes_ is None else f"{bytes_} bytes"
+            nearest = math.floor((1 - least / total) * 1e4) / 1e4  # rounded down, so that asking for it works
+            raise PlanError(
+                f"{wanted} by counting {self.settings.counting} is out of reach of the menu {', '.join(self.settings.menu)}; "
+                f"the nearest feasible is compression {nearest:.4f} ({-(-least // 8)} bytes)"
+            )
+        return budget
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:
@@ -420,23 +491,16 @@ class Selector:
         self.seconds[step] = round(time.monotonic() - began, 3)
 
 
-_IMPOSSIBLE = 2**60  # cost of an option that a weight's size does not allow: no budget reaches it
+_IMPOSSIBLE = 2**60  # cost of an option that a weight does not allow: no budget reaches it
 
 
-def _bits(option: WeightSpec, shape: tuple[int, int], counting: str) -> int:
-    if option.pattern and shape[1] % option.pattern.m:
-        return _IMPOSSIBLE
-    return option.stored_bits(shape, counting)
-
-
-def _loss(entry: Entry | None, kind: str, mean: float) -> float:
-    """Scaled sensitivity; an impossible option has no entry and costs everything. Noise below zero counts as zero."""
-    return float("inf") if entry is None else max(0.0, getattr(entry, kind)) / mean
+def _best(trials: Sequence[Trial]) -> Trial:
+    return min(trials, key=lambda trial: trial.joint)
 
 
 def write_trials(file: Path, trials: Sequence[Trial]) -> None:
-    """Write ``trials.csv``, best first."""
-    rows = [trial.row() for trial in sorted(trials, key=lambda trial: trial.joint)]
+    """Write trials as CSV, in their order."""
+    rows = [{**trial.row(), "options": json.dumps(trial.plan.pattern_counts)} for trial in trials]
     with file.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()

@@ -8,8 +8,8 @@ quantized, everything else dense:
             the second-order estimate of the loss, without a forward pass per entry.
 
 Memory does not depend on the number of samples: statistics are streamed, and for each encoder block the samples pass in
-chunks through the blocks before it once, and through the rest once per entry. Finished blocks are kept in the table's file,
-so an interrupted table goes on where it was.
+chunks through the blocks before it once, and through the rest once per entry. Finished blocks are kept on disk, so an
+interrupted table goes on where it was. Under ``torchrun`` each process measures some of the blocks.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compressors import distributed
 from compressors.fake_quant import ACTIVATION_QMAX, ACTIVATION_QMIN
 from compressors.obs import prune
 from compressors.observers import HistogramObserver
-from compressors.project import mse_scale
+from compressors.project import mse_scale, project_nm
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.families import Family
-from nxm_export.plan import WeightSpec
+from nxm_export.plan import NMPattern, WeightSpec
 
 Batches = Sequence[Mapping[str, Tensor]]
 COLUMNS = ("weight", "option", "kl", "fisher")
+Options = Mapping[str, Sequence[WeightSpec]]  # what to measure, by weight
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Entry:
 class Statistics:
     """What one pass over the calibration samples tells about a weight's layer.
 
-    `moments` is ``E[x x^T]`` (in, in), `fisher` the mean squared gradient per output channel (out,), `input_scale` the
-    static INT8 scale of what it reads. Layers that read one tensor share `moments`.
+    `moments` is ``E[x x^T]`` (in, in) over real tokens, `fisher` the mean squared gradient of a sample's loss per output
+    channel (out,), `input_scale` the static INT8 scale of what it reads. Layers that read one tensor share `moments`.
     """
 
     moments: Tensor
@@ -79,7 +81,13 @@ class Probe:
         return found
 
     def statistics(self, batches: Batches, percentile: float) -> dict[str, Statistics]:
-        """Stream the calibration samples (with labels) through the dense model once, forward and backward."""
+        """Stream the calibration samples (with labels) through the dense model once, forward and backward.
+
+        Raises `DataError` for a model that is broken already: it names the weight that is, or that reads what is no number.
+        """
+        for weight in self.weights:
+            if not bool(torch.isfinite(self.layer(weight).weight).all()):
+                raise DataError(f"{weight} holds NaN or infinite values; the model is broken before compression")
         sums = _Sums(self)
         with sums.watching():
             for batch in batches:
@@ -87,11 +95,13 @@ class Probe:
                 sums.tokens = inputs["attention_mask"].bool()
                 self.model.zero_grad(set_to_none=True)
                 loss = self.model(**inputs).loss
-                loss.backward()
                 if not bool(torch.isfinite(loss)):
                     raise DataError(
                         "the dense model's loss is no number on a calibration sample; check the model and its labels"
                     )
+                (
+                    loss * len(inputs["input_ids"])
+                ).backward()  # a sum over samples: each gets the gradient of its own loss
         self.model.zero_grad(set_to_none=True)
         return sums.statistics(percentile)
 
@@ -119,17 +129,17 @@ class Probe:
         return found.logits.float()
 
     @torch.no_grad()
-    def hidden_before(self, batch: Mapping[str, Tensor], block: int) -> Tensor:
-        """The hidden state (batch, sequence, features) that encoder block `block` reads."""
+    def hidden_before(self, batch: Mapping[str, Tensor], block: int) -> tuple[Tensor, Tensor]:
+        """(hidden state (batch, sequence, features) that encoder block `block` reads, the model's first output)."""
         kept: list[Tensor] = []
         handle = self.model.get_submodule(self.blocks[block]).register_forward_pre_hook(
             lambda _, args: kept.append(args[0])
         )
         try:
-            self.outputs(batch)
+            outputs = self.outputs(batch)
         finally:
             handle.remove()
-        return kept[0]
+        return kept[0], outputs
 
     @contextmanager
     def _starting_at(self, start: int, hidden: Tensor | None) -> Iterator[None]:
@@ -148,15 +158,19 @@ class Probe:
 
 
 class OneShot:
-    """Every (weight, option) compressed without training, made when asked for and kept in as few bytes as it needs."""
+    """Every (weight, option) compressed without training, made when asked for and kept in as few bytes as it needs.
 
-    def __init__(self, probe: Probe, statistics: Mapping[str, Statistics]) -> None:
-        self.probe, self.statistics = probe, statistics
+    Patterns come from second-order pruning, or with `by_magnitude` from the largest weights alone.
+    """
+
+    def __init__(self, probe: Probe, statistics: Mapping[str, Statistics], *, by_magnitude: bool = False) -> None:
+        self.probe, self.statistics, self.by_magnitude = probe, statistics, by_magnitude
+        self._pruned: tuple[tuple[str, NMPattern], Tensor] | None = None
         self._kept: dict[tuple[str, WeightSpec], tuple[Tensor, Tensor | None]] = {}
 
     @torch.no_grad()
     def __call__(self, weight: str, option: WeightSpec) -> tuple[Tensor, float | None]:
-        """(weight (out, in) float32, input scale or None): pruned with compensation, then rounded to its grid."""
+        """(weight (out, in) float32, input scale or None): pruned, then rounded to the grid of least squared error."""
         bare = replace(option, output_bits=None)
         if (weight, bare) not in self._kept:
             self._kept[weight, bare] = self._make(weight, bare)
@@ -167,11 +181,19 @@ class OneShot:
     def _make(self, weight: str, option: WeightSpec) -> tuple[Tensor, Tensor | None]:
         w = self.probe.layer(weight).weight.detach().float()
         if option.pattern:
-            w = prune(w, self.statistics[weight].moments, option.pattern)
+            w = self._prune(weight, w, option.pattern)
         if option.qmax is None:
             return w.half(), None
         scale = mse_scale(w, option.qmax)
         return torch.round(w / scale).clamp_(-option.qmax, option.qmax).to(torch.int8), scale
+
+    def _prune(self, weight: str, w: Tensor, pattern: NMPattern) -> Tensor:
+        """The weight under a pattern; the last one stays, as options of one pattern differ in bits only."""
+        if self._pruned is None or self._pruned[0] != (weight, pattern):
+            moments = self.statistics[weight].moments
+            found = project_nm(w, pattern) if self.by_magnitude else prune(w, moments, pattern)
+            self._pruned = ((weight, pattern), found)
+        return self._pruned[1]
 
 
 class _Sums:
@@ -209,7 +231,10 @@ class _Sums:
 
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach()[self.tokens].float()  # (tokens, in)
-            observer.observe(x)
+            try:
+                observer.observe(x)
+            except DataError as error:
+                raise DataError(f"{weight}: {error}") from error
             self.moments[weight] = x.T @ x + self.moments.get(weight, torch.zeros((), device=x.device))
             if weight == self.probe.weights[0]:
                 self.count += len(x)
@@ -238,6 +263,7 @@ class _Sums:
 
 def divergence(wanted: Tensor, found: Tensor) -> float:
     """Summed KL(wanted || found) of class logits (..., classes); squared error of scores where there is one output."""
+    wanted, found = wanted.double(), found.double()  # in float32 small divergences come out negative
     if wanted.shape[-1] == 1:
         return float((wanted - found).square().sum())
     target = wanted.log_softmax(dim=-1)
@@ -248,55 +274,53 @@ def measure(
     probe: Probe,
     batches: Batches,
     one_shot: OneShot,
-    menu: Sequence[WeightSpec],
-    file: Path,
+    options: Options,
+    directory: Path,
     *,
-    blocks: Iterable[int] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Entry]:
-    """Fill the table for the given encoder blocks (all by default), block by block, into `file` (CSV); resumes from it.
+    """The table of all weights and their options, in that order.
 
-    Options that a weight's size does not allow have no row.
+    Every process adds what it measures, block by block, to a file of its own in `directory`, which is to belong to this
+    model, these samples and these options; what the files hold already is not measured again.
     """
-    table = read_table(file) if file.is_file() else []
-    finished = {entry.weight for entry in table}
-    chosen = list(range(len(probe.blocks)) if blocks is None else blocks)
-    samples = sum(len(batch["input_ids"]) for batch in batches)
-    if not samples:
+    if not any(len(batch["input_ids"]) for batch in batches):
         raise DataError("the calibration set is empty")
-    for number, block in enumerate(chosen):
+    earlier = {file: read_table(file) for file in sorted(directory.glob(_part_name("*")))}
+    distributed.wait()  # everyone has read the parts before anyone goes on writing one
+    found = {(entry.weight, entry.option): entry for part in earlier.values() for entry in part}
+    missing = []
+    for block in range(len(probe.blocks)):
         weights = [weight for weight in probe.weights if weight.startswith(f"{probe.blocks[block]}.")]
-        if not set(weights) <= finished:
-            table = [entry for entry in table if entry.weight not in weights]
-            table += _measure_block(probe, batches, one_shot, menu, block, weights, samples)
-            write_table(file, table)
-        progress(number + 1, len(chosen))
-    return table
+        if any((weight, str(option)) not in found for weight in weights for option in options[weight]):
+            missing.append((block, weights))
+    own_file = directory / _part_name(str(distributed.rank()))
+    own, new = list(earlier.get(own_file, [])), list[Entry]()
+    done = len(probe.blocks) - len(missing)
+    for number, (block, weights) in enumerate(missing[distributed.rank() :: distributed.world_size()]):
+        new += _measure_block(probe, batches, one_shot, {weight: options[weight] for weight in weights}, block)
+        write_table(own_file, own + new)
+        progress(min(done + (number + 1) * distributed.world_size(), len(probe.blocks)), len(probe.blocks))
+    found |= {(entry.weight, entry.option): entry for entry in distributed.gathered(new)}
+    return [found[weight, str(option)] for weight in probe.weights for option in options[weight]]
 
 
-def _measure_block(
-    probe: Probe,
-    batches: Batches,
-    one_shot: OneShot,
-    menu: Sequence[WeightSpec],
-    block: int,
-    weights: Sequence[str],
-    samples: int,
-) -> list[Entry]:
+def _part_name(rank: str) -> str:
+    return f"sensitivity-{rank}.csv"
+
+
+def _measure_block(probe: Probe, batches: Batches, one_shot: OneShot, options: Options, block: int) -> list[Entry]:
     candidates = {
-        (weight, str(option)): one_shot(weight, option)
-        for weight in weights
-        for option in menu
-        if not option.pattern or probe.layer(weight).in_features % option.pattern.m == 0
+        (weight, str(option)): one_shot(weight, option) for weight, menu in options.items() for option in menu
     }
     totals = dict.fromkeys(candidates, 0.0)
     start = 0 if probe.repeats else block
     for batch in batches:
-        hidden = None if start == 0 else probe.hidden_before(batch, start)
-        wanted = probe.outputs(batch, start, hidden)
+        hidden, wanted = probe.hidden_before(batch, start) if start else (None, probe.outputs(batch))
         for key, candidate in candidates.items():
             with probe.installed({key[0]: candidate}):
                 totals[key] += divergence(wanted, probe.outputs(batch, start, hidden))
+    samples = sum(len(batch["input_ids"]) for batch in batches)
     entries = []
     for (weight, option_name), (z, _) in candidates.items():
         difference = (probe.layer(weight).weight.detach().float() - z).double()
@@ -306,7 +330,8 @@ def _measure_block(
         kl = totals[weight, option_name] / samples
         if not (math.isfinite(kl) and math.isfinite(fisher)):
             raise DataError(
-                f"{weight} under {option_name}: sensitivity is {kl if not math.isfinite(kl) else fisher}; the model overflows on the calibration samples"
+                f"{weight} under {option_name}: its sensitivity is {kl if not math.isfinite(kl) else fisher}; the model overflows on "
+                "the calibration samples: leave the option out of the menu, or check the model"
             )
         entries.append(Entry(weight, option_name, kl, fisher))
     return entries

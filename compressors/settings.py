@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from compressors import distributed
 from compressors.memory import keep_freed_memory
 from compressors.train import Losses
 from nxm_export.errors import DataError, PlanError
@@ -67,7 +68,8 @@ class Settings:
 
 
 def prepare_process(settings: Settings) -> None:
-    """Set up this process for training: allocator and threads."""
+    """Set up this process for training: allocator, threads, and the other processes of ``torchrun``."""
     keep_freed_memory()
+    distributed.start()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)

@@ -28,11 +28,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from compressors.admm import Admm
 from compressors.distill import hidden_loss, logits_loss, score_loss
+from compressors.distributed import world_size
+from compressors.fake_quant import quant_linears
 from nxm_export.data import Features, pad, sorted_batches
 from nxm_export.errors import DataError
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 LOG_FILE = "train_log.jsonl"
+_PAD_TO = "pad_to"  # of a sample: the length of its whole batch, of which this process may have a part
 COMPLETE = "nxm_complete"  # marks a training checkpoint that was written to its end
 
 
@@ -108,6 +111,16 @@ def schedule(features: Sequence[Features], steps: int, batch_size: int, seed: in
     return order[: steps * batch_size]
 
 
+def _in_batches(features: Sequence[Features], order: Sequence[int], batch_size: int) -> list[dict[str, Any]]:
+    """The samples in their order, each with the length of the longest in its batch, to which every process pads its part."""
+    samples = []
+    for start in range(0, len(order), batch_size):
+        batch = [features[i] for i in order[start : start + batch_size]]
+        longest = max(len(sample["input_ids"]) for sample in batch)
+        samples += [{**sample, _PAD_TO: longest} for sample in batch]
+    return samples
+
+
 def run_phase(
     model: nn.Module,
     features: Sequence[Features],
@@ -136,6 +149,10 @@ def run_phase(
         return
     resume = _newest_complete(directory)
     arguments = training_arguments(phase, directory, seed, precision, save_every)
+    # Steps of weights that the forward pass leaves in float have no gradient, and DDP wants to be told.
+    arguments.ddp_find_unused_parameters = any(
+        layer.spec.weight_bits and not layer.quantize_weight for layer in quant_linears(model).values()
+    )
     student.to(arguments.device)
     if teacher is not None:
         teacher.eval().to(arguments.device)
@@ -144,7 +161,7 @@ def run_phase(
     trainer = Trainer(
         model=student,
         args=arguments,
-        train_dataset=[dict(features[i]) for i in order],  # type: ignore[arg-type]  # any sequence will do
+        train_dataset=_in_batches(features, order, phase.batch_size),  # type: ignore[arg-type]  # any sequence will do
         data_collator=lambda samples: collate(samples, pad_id),
         optimizers=(_optimizer(student, phase), None),  # type: ignore[arg-type]  # the schedule is the Trainer's
         callbacks=[log, _ProgressCallback(phase, progress), *callbacks, _CompleteCallback()],
@@ -163,9 +180,7 @@ def training_arguments(
     phase: Phase, directory: Path, seed: int, precision: str, save_every: int | None
 ) -> TrainingArguments:
     """Arguments of a phase for this machine; `batch_size` is divided over the processes of ``torchrun``."""
-    import os
-
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = world_size()
     if phase.batch_size % world:
         raise DataError(f"batch size {phase.batch_size} is not divisible by {world} processes")
     cpu = not torch.cuda.is_available()
@@ -209,7 +224,9 @@ def wants_bf16(precision: str) -> bool:
 
 def collate(samples: Sequence[Features], pad_id: int) -> dict[str, Tensor]:
     """Pad samples to the longest of the batch; labels become int64 classes or float32 scores."""
-    batch = {name: torch.from_numpy(array) for name, array in pad(samples, pad_id).items()}
+    longest = samples[0].get(_PAD_TO)
+    samples = [{name: value for name, value in sample.items() if name != _PAD_TO} for sample in samples]
+    batch = {name: torch.from_numpy(array) for name, array in pad(samples, pad_id, longest).items()}
     if "labels" in samples[0]:
         labels = torch.tensor([sample["labels"] for sample in samples])
         batch["labels"] = labels.float() if labels.is_floating_point() else labels

@@ -61,6 +61,9 @@ class _Group(click.Group):
 @click.version_option(__version__, prog_name="nxm")
 def main() -> None:
     """Compress BERT-family encoders to N:M sparsity and low-bit integers; export, build, prove and run them."""
+    command = click.get_current_context().invoked_subcommand
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command not in ("compress", "search"):
+        raise click.UsageError(f"nxm {command} is no work for torchrun; only nxm compress and nxm search are")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub client is imported, which is later
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what matters of its warnings is an error of ours
 
@@ -270,10 +273,12 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **option
 )
 @click.option("--method", type=click.Choice(["nxm", "paper"]), default="nxm", show_default=True)
 @click.option("--placement", type=click.Choice(PLACEMENTS), default="inputs-outputs", show_default=True)
-@click.option("--samples", type=click.IntRange(min=1), default=256, show_default=True, help="Calibration samples.")
 @click.option(
-    "--held-out", type=click.IntRange(min=1), default=256, show_default=True, help="Samples of train that judge."
+    "--samples",
+    type=click.IntRange(min=1),
+    help="Calibration samples.  [default: 32 to 256, for a tenth of a compression run's time]",
 )
+@click.option("--held-out", type=click.IntRange(min=1), help="Samples of train that judge.  [default: as many]")
 @click.option("--swaps", type=click.IntRange(min=0), default=40, show_default=True)
 @click.option(
     "--halving", default="", metavar="STEPS,...", help="Optimizer steps of each round of short runs.  [default: none]"
@@ -282,6 +287,16 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **option
 @click.option("--pareto", default="", metavar="C,...", help="Further compressions to report from the same table.")
 @click.option("--latency-table", type=click.Path(path_type=Path), help="JSON: {role: {option: milliseconds}}.")
 @click.option("--latency-ms", type=float, help="Limit on the sum of the table's milliseconds.")
+@click.option(
+    "--max-length", type=click.IntRange(min=2), help="Longest input in tokens.  [default: what the model allows]"
+)
+@click.option(
+    "--epochs",
+    type=float,
+    default=6.0,
+    show_default=True,
+    help="Of the compression run that the cost is compared with.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of plan.json and the evidence.")
@@ -797,6 +812,8 @@ def completion(shell: str) -> None:
 
 
 def _print(result: Any, json: bool, show_result: Callable[[Any], None]) -> None:
+    if int(os.environ.get("RANK", "0")):
+        return  # under torchrun the first process prints
     if json:
         click.echo(json_text(result), nl=False)
     else:

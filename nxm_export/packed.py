@@ -7,12 +7,13 @@ A planned weight is stored as
     <name>_scale    float32 per output channel
 
 Everything else of the model (embeddings, biases, norms, head) is stored as it is, and the directory's other files (config,
-plan, tokenizer) travel in the header. The payload is ``plan.stored_bits("packed")`` for the planned weights plus the rest,
+plan, tokenizer) travel in the header; further safetensors files are not part of the model and stay behind. The payload is ``plan.stored_bits("packed")`` for the planned weights plus the rest,
 to within the byte that each tensor is rounded up to. A support of fewer than N non-zeros is filled up with zeros.
 """
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import os
@@ -53,7 +54,7 @@ def pack(checkpoint: str | Path, out: str | Path) -> dict[str, int]:
         "schema": SCHEMA,
         "weights_metadata": json.dumps(weights_metadata),
         "scale_shapes": json.dumps({name: list(scale.shape) for name, scale in opened.scales.items()}),
-        **{f"file/{file.name}": file.read_text(encoding="utf-8") for file in _companions(opened.path)},
+        **dict(_as_text(file) for file in _companions(opened.path)),
     }
     scratch = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
@@ -100,8 +101,10 @@ def unpack(file: str | Path, out: str | Path) -> Path:
         save_file(weights, scratch / WEIGHTS_FILE, json.loads(metadata["weights_metadata"]))
         save_file(scales, scratch / SCALES_FILE)
         for key, text in metadata.items():
-            if key.startswith("file/"):
-                (scratch / Path(key).name).write_text(text, encoding="utf-8")
+            kind, separator, name = key.partition("/")
+            if separator and kind in ("file", "bytes"):
+                content = text.encode() if kind == "file" else base64.b64decode(text)
+                (scratch / Path(name).name).write_bytes(content)
         open_checkpoint(scratch).require_valid()
     return out
 
@@ -157,9 +160,14 @@ def exact_support(values: np.ndarray, pattern: NMPattern) -> np.ndarray:
 
 
 def _pack_weight(checkpoint: Checkpoint, name: str) -> dict[str, np.ndarray]:
-    spec = checkpoint.plan.weights[name]
+    spec, weight = checkpoint.plan.weights[name], checkpoint.weight(name)
+    if not spec.is_dense and np.signbit(weight[weight == 0]).any():
+        raise ArtifactError(
+            f"{checkpoint.path}: {name} holds negative zeros, which a code has no sign for: it would not come back bit by bit; "
+            "compress again, or add 0.0 to the weight"
+        )
     if spec.weight_bits is None:
-        values = checkpoint.weight(name).astype(np.float16)
+        values = weight.astype(np.float16)
     else:
         assert spec.qmax is not None
         values = (checkpoint.codes(name).astype(np.int16) + spec.qmax).astype(np.uint8)  # 0 .. 2 * qmax
@@ -203,8 +211,17 @@ def _unpack_weight(
     return (values.astype(np.int16) - spec.qmax).astype(np.float32) * scale[:, None]
 
 
+def _as_text(file: Path) -> tuple[str, str]:
+    """(key, text) of a file in the header: as it is, or in base64 where it is no text."""
+    content = file.read_bytes()
+    try:
+        return f"file/{file.name}", content.decode()
+    except UnicodeDecodeError:
+        return f"bytes/{file.name}", base64.b64encode(content).decode()
+
+
 def _companions(directory: Path) -> list[Path]:
-    """The text files that make the directory a model: everything but the two tensor files and hidden ones."""
+    """The files that make the directory a model: everything but tensor files and hidden ones."""
     return sorted(
         file
         for file in directory.iterdir()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nxm_export.data import Columns
-from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable, ParityError, PlanError
+from nxm_export.errors import ArtifactError, DataError, EngineError, EngineUnavailable, ParityError, PlanError
 from nxm_export.families import task_named
 from nxm_export.plan import COUNTINGS, CompressionPlan, WeightSpec, require_schema
 from nxm_export.run_dir import RunDir, atomic_dir, json_text, read_json, require_replaceable, write_atomic
@@ -154,6 +154,7 @@ def compress_model(
     out = Path(out)
     require_replaceable(out)
     from compressors.compress import compress
+    from compressors.distributed import world_size
     from compressors.models import resolve
 
     source, out = resolve(request.model, request.revision), Path(out)
@@ -164,6 +165,11 @@ def compress_model(
         plan = _uniform_plan(request, source)
     model = source.path
     if not source.head_fits(task_named(request.task)):
+        if world_size() > 1:
+            raise DataError(
+                f"{request.model} has no {request.task} head; fine-tune it in one process first: under torchrun `nxm compress` takes "
+                "the dense task model"
+            )
         directory = RunDir(out.with_name(f"{out.name}-dense"))
         with directory.lock():
             _finetune(directory, request, source.path, progress)
@@ -181,17 +187,20 @@ def search_plan(
     from compressors.search import search
     from compressors.selection import SearchSettings
     from compressors.settings import Settings
-    from nxm_export.data import Columns
 
     latencies = options["latency_table"]
     if latencies is not None:
         try:
             latencies = json.loads(latencies.read_text(encoding="utf-8"))
+            if not isinstance(latencies, dict) or not latencies:
+                raise ValueError("no table of roles")
         except (OSError, ValueError) as error:
             raise ArtifactError(
                 f"{latencies}: not a readable latency table ({error}); it is JSON, {{role: {{option: ms}}}}"
             ) from error
-    compression = options["compression"] if options["compression"] or options["bytes_"] else 0.875
+    compression = options["compression"]
+    if compression is None and options["bytes_"] is None:
+        compression = 0.875
     settings = SearchSettings(
         menu=tuple(option.strip() for option in options["menu"].split(",")),
         counting=options["count"],
@@ -202,6 +211,8 @@ def search_plan(
             key: options[key]
             for key in ("method", "samples", "held_out", "swaps", "finalists", "placement", "seed", "latency_ms")
         },
+        halving=tuple(_numbers(options["halving"], int)),
+        pareto=tuple(_numbers(options["pareto"], float)),
     )
     return search(
         model,
@@ -209,19 +220,20 @@ def search_plan(
         train=train,
         out=out,
         settings=settings,
-        training=Settings(seed=options["seed"], threads=options["threads"]),
-        halving_steps=[int(steps) for steps in _numbers(options["halving"])],
-        pareto=_numbers(options["pareto"]),
+        training=Settings(
+            seed=options["seed"], threads=options["threads"], max_length=options["max_length"], epochs=options["epochs"]
+        ),
         columns=Columns(options["text"], options["text_pair"], options["label"]),
         progress=progress,
     )
 
 
-def _numbers(text: str) -> list[float]:
+def _numbers(text: str, kind: Callable[[str], Any]) -> list[Any]:
     try:
-        return [float(part) for part in text.split(",") if part.strip()]
+        return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
-        raise PlanError(f"{text!r} is not a list of numbers separated by commas") from error
+        what = "whole numbers" if kind is int else "numbers"
+        raise PlanError(f"{text!r} is not a list of {what} separated by commas") from error
 
 
 def build_engine(

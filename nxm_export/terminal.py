@@ -16,7 +16,7 @@ _NUMBER = re.compile(r"[+-]?\d[\d.e+-]*%?|")
 @contextmanager
 def progress_bars(*, enabled: bool = True) -> Iterator[Progress]:
     """A progress callback that draws one bar per kind of work on stderr; without a terminal, a line per finished kind."""
-    if not enabled:
+    if not enabled or int(os.environ.get("RANK", "0")):  # under torchrun the first process reports
         yield lambda what, done, total: None
         return
     if not sys.stderr.isatty():
@@ -141,12 +141,17 @@ def print_search(found: Mapping[str, Any]) -> None:
                         row["origin"],
                         row["joint"],
                         *(f"{row[counting]:.2%}" for counting in columns[2:5]),
-                        row["options"],
+                        _counts(row["options"]),
                     )
                     for row in rows
                 ],
             )
-    print_table("seconds", ("step", "seconds"), list(found["seconds"].items()))
+    cost = found["cost"]
+    full = cost["full_run"]
+    print_table("cost", ("step", "seconds"), list(cost["seconds"].items()))
+    share = "an unknown part (resumed)" if cost["resumed"] else f"{cost['share_of_full_run']:.1%}"
+    steps, seconds = full["steps"], full["estimated_seconds"]
+    print(f"that is {share} of a compression run of {steps} steps, which takes about {seconds:.0f} seconds here")
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:

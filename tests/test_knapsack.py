@@ -55,3 +55,10 @@ def test_a_budget_of_many_units_is_still_feasible(problem: tuple[list[list[float
         return
     chosen = knapsack.choose(losses, huge, wide)
     assert sum(huge[i][o] for i, o in enumerate(chosen)) <= wide
+
+
+def test_an_option_that_no_budget_reaches_is_never_taken() -> None:
+    losses = [[0.0, 5.0], [float("inf"), 1.0]]
+    assert knapsack.choose(losses, [[2**60, 3], [2**60, 4]], 7) == [1, 1]
+    with pytest.raises(PlanError, match="needs 7"):
+        knapsack.choose(losses, [[2**60, 3], [2**60, 4]], 6)

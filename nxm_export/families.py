@@ -84,7 +84,7 @@ class Family:
         """The same pattern and bits for every weight but those that a `keep_dense` glob matches.
 
         `placement` is one of `PLACEMENTS`; ``ffn-only`` leaves attention's matrices their pattern and 16 bit. A glob that
-        hits nothing is a `PlanError`, and so is a pattern that a weight's input size does not allow.
+        hits nothing is a `PlanError`; so are a plan without a weight to compress and a pattern that an input size does not allow.
         """
         shapes = self.weights(config)
         weights = {name: self.placed(name, spec, placement) for name in shapes}
@@ -95,6 +95,10 @@ class Family:
                     f"keep-dense rule {glob!r} matches none of the {len(shapes)} weights, such as {some(shapes)}"
                 )
             weights.update(dict.fromkeys(hits, WeightSpec()))
+        if all(chosen.is_dense for chosen in weights.values()):
+            raise PlanError(
+                "the plan leaves every weight dense, so there is nothing to compress; keep fewer of them dense"
+            )
         attention = "int8" if placement == "attention" and spec.weight_bits else "float"
         plan = CompressionPlan(self.model_type, weights, shapes, attention, residual)
         self.require_placement(plan)

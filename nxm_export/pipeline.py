@@ -99,7 +99,7 @@ def run(request: Request, out: str | Path, *, progress: Progress = lambda what, 
             lambda scratch: (scratch / "summary.json").write_text(json_text(summary), encoding="utf-8"),
             options=summary,
         )
-    return _at(summary, directory.root)
+    return read_summary(directory.root)  # as JSON gives it back: what run returns is what show reads
 
 
 def _uniform_plan(request: Request, source: Any) -> CompressionPlan:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
@@ -173,7 +174,7 @@ BAD_DATA: dict[str, tuple[list[str], str]] = {
     "no rows": (["sentence\tlabel"], "no rows|empty|no samples"),
     "one class": (["sentence\tlabel", *["good film\t1"] * 40], "one class"),
     "another column": (["words\tlabel", "good film\t1", "bad film\t0"], "column"),
-    "a row too short": (["sentence\tlabel", "good film\t1", "bad film"], "line 3"),
+    "a row too short": (["sentence\tlabel", "good film\t1", "bad film"], r"bad\.tsv:3"),
 }
 
 
@@ -194,13 +195,13 @@ def test_a_dev_label_outside_the_classes_is_named(desk: Desk, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--pattern=3:7"], "divid|multiple"),
+        (["--pattern=3:7"], "divisible by 7"),
         (["--pattern=4:2"], "4:2"),
         (["--weight-bits=9"], "9"),
-        (["--keep-dense=*", "--steps=2"], "no weight|nothing|every"),
+        (["--keep-dense=*", "--steps=2"], "nothing to compress"),
         (["--model=nobody/nothing"], "nobody/nothing"),
         (["--train=/nowhere/train.tsv"], "/nowhere/train.tsv"),
-        (["--dense-learning-rate=1e30"], "NaN|finite|diverge"),
+        (["--dense-learning-rate=1e30"], "loss is nan at step"),
     ],
 )
 def test_what_cannot_work_is_refused_in_words(desk: Desk, tmp_path: Path, more: list[str], message: str) -> None:
@@ -233,7 +234,7 @@ def test_an_engine_of_another_checkpoint_fails_the_gate(
     shutil.copytree(finished[0] / "engines" / "ort-cpu-int8", engine)
     scales = load_file(checkpoint / "nxm_scales.safetensors")
     name = "bert.encoder.layer.1.output.dense.input_scale"
-    scales[name] = scales[name] * 2
+    scales[name] = np.asarray(scales[name] * 2)
     save_file(scales, checkpoint / "nxm_scales.safetensors")
     result = desk.nxm("compare", str(checkpoint), str(engine), f"--data={desk.dev}")
     assert result.exit_code == 3, result.output

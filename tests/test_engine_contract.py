@@ -24,6 +24,7 @@ from nxm_export.pipeline import build_engine
 from nxm_export.run_dir import file_hash
 from nxm_export.spec import load_spec
 from tests import baked, onnx_text, tiny
+from tests.variants import variants
 
 RUNTIMES = [*BACKENDS, "torch_eager"]
 # A tiny model plans 2 blocks of 6 products. Where outputs are quantized, ONNX Runtime multiplies query by key on integers too.
@@ -252,7 +253,7 @@ class TestTampering:
             self.load(copy)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", variants(FAMILIES, ("bert",)))
 def test_tensorrt_rtx_builds_every_family_with_all_products_in_int8(
     family: str, tiny_engine: Callable[..., Path]
 ) -> None:
@@ -268,7 +269,7 @@ def test_tensorrt_rtx_builds_every_family_with_all_products_in_int8(
     assert passport.profiles[0]["maximum"] == [32, tiny.POSITIONS]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", variants(FAMILIES, ("bert",)))
 @pytest.mark.parametrize("placement", ["inputs", "inputs-outputs"])
 def test_onnx_runtime_fuses_every_linear_layer(family: str, placement: str, tiny_engine: Callable[..., Path]) -> None:
     facts = backend("ort").inspect(tiny_engine("ort", family, placement))

@@ -25,6 +25,7 @@ from nxm_export.spec import load_spec
 from nxm_export.verify import embedded_plan, verify
 from nxm_export.weights import graph_weights, load_graph
 from tests import baked, onnx_text, tiny
+from tests.variants import variants
 
 PAIRS = list(itertools.product(FAMILIES, TASKS))  # a new family or task is exported and compared here by itself
 
@@ -74,7 +75,9 @@ def constant(value: ir.Value | None) -> np.ndarray:
     return value.const_value.numpy()
 
 
-@pytest.mark.parametrize(("family", "task"), PAIRS)
+@pytest.mark.parametrize(
+    ("family", "task"), variants(PAIRS, lambda pair: pair[1] == "classification" or pair[0] == "bert")
+)
 class TestEveryFamilyAndTask:
     def test_the_graph_holds_the_checkpoints_codes_and_scales(self, exported: tuple[Checkpoint, Path]) -> None:
         checkpoint, graph = exported

@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 
 from nxm_export.cli import main
 from tests import tiny
+from tests.variants import variants
 
 OPTIONS = ["--dense-steps=40", "--steps=24", "--batch-size=16", "--learning-rate=1e-3", "--dense-learning-rate=3e-3"]
 
@@ -125,7 +126,7 @@ def test_other_options_are_worked_out_again_from_the_stage_that_they_touch(
     assert after["checkpoint/model.safetensors"] != before["checkpoint/model.safetensors"]
 
 
-@pytest.mark.parametrize("mark", ["qat", "dense"])
+@pytest.mark.parametrize("mark", variants(["qat", "dense"], ("qat",)))
 def test_killed_and_run_again_it_ends_as_if_nothing_had_happened(
     desk: Desk, finished: tuple[Path, dict[str, Any], str], tmp_path: Path, mark: str
 ) -> None:

@@ -66,6 +66,7 @@ def two(desk: Path) -> list[dict[str, Any]]:
     return list(json.loads((desk / "two" / "processes.json").read_text()))
 
 
+@pytest.mark.slow
 def test_both_processes_hold_the_same_state_after_every_dual_update_and_at_the_end(two: list[dict[str, Any]]) -> None:
     first, second = two
     assert first["states"] == second["states"]
@@ -73,6 +74,7 @@ def test_both_processes_hold_the_same_state_after_every_dual_update_and_at_the_e
     assert first["metrics"] == second["metrics"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sensitivity.csv", "trials.csv", "plan.json"])
 def test_the_search_finds_the_same_to_the_last_bit(
     desk: Path, one: dict[str, Any], two: list[dict[str, Any]], name: str
@@ -80,6 +82,7 @@ def test_the_search_finds_the_same_to_the_last_bit(
     assert (desk / "two" / "found" / name).read_bytes() == (desk / "one" / "found" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_first_gradient_is_that_of_the_whole_batch(
     desk: Path, one: dict[str, Any], two: list[dict[str, Any]]
 ) -> None:
@@ -98,6 +101,7 @@ def test_the_first_gradient_is_that_of_the_whole_batch(
         assert error < 1e-3 * norm, "quantizer steps: sums over all tokens that cancel nearly"
 
 
+@pytest.mark.slow
 def test_plan_and_masks_are_those_of_one_process(desk: Path, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     alone, both = open_checkpoint(desk / "one" / "checkpoint"), open_checkpoint(desk / "two" / "checkpoint")
     both.require_valid()
@@ -107,6 +111,7 @@ def test_plan_and_masks_are_those_of_one_process(desk: Path, one: dict[str, Any]
     assert two[0]["metrics"]["residual"] == pytest.approx(one["metrics"]["residual"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_only_the_first_process_leaves_files(desk: Path, one: dict[str, Any], two: list[dict[str, Any]]) -> None:
     def files(root: Path) -> set[str]:
         own = ("gradients-", "processes.json")  # of the job

@@ -17,6 +17,7 @@ from nxm_export.families import FAMILIES
 from nxm_export.plan import GRAPH_PLACEMENTS, PLACEMENTS, CompressionPlan, WeightSpec
 from nxm_export.sparsity import matrix_facts
 from nxm_export.weights import load_graph
+from tests.variants import variants
 
 # Float32 sums in another order differ by a few units in the last place (1e-7 at logits of about 1); a code that moved by one
 # step would change them by 1e-3 or more, and the inputs here are chosen by seed so that none lies that close to a boundary.
@@ -42,7 +43,7 @@ def nodes(file: Path) -> list[str]:
     return [node.op_type for node in onnx.load(file).graph.node]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", variants(FAMILIES, ("bert",)))
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_every_preset_of_every_family_means_the_same_in_pytorch_and_onnx(
     checkpoints: Checkpoints, tmp_path: Path, family: str, placement: str
@@ -78,7 +79,7 @@ def test_the_gelu_that_was_trained_is_the_one_in_the_graph(checkpoints: Checkpoi
     require_same(run_onnx(done.path), torch.load(checkpoint / "fake_quant_logits.pt").numpy())
 
 
-@pytest.mark.parametrize("lowering", ["matmul", "gemm", "conv1x1"])
+@pytest.mark.parametrize("lowering", variants(["matmul", "gemm", "conv1x1"], ("matmul", "conv1x1")))
 def test_target_trt8_is_opset_17_with_float_weights_behind_their_own_quantizers(
     checkpoints: Checkpoints, tmp_path: Path, lowering: str
 ) -> None:

@@ -16,6 +16,7 @@ import pytest
 from trt_models import Checkpoints
 
 from nxm_export.export import export
+from tests.variants import variants
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parents[1]
@@ -53,7 +54,7 @@ def checkpoint(checkpoints: Checkpoints) -> Path:
     return checkpoints("bert", "attention", residual="int8", hidden=256)
 
 
-@pytest.fixture(scope="session", params=VERSIONS)
+@pytest.fixture(scope="session", params=variants(VERSIONS, ("8.6", "11.4")))
 def engine(request: pytest.FixtureRequest, driver: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
     """(version, directory) of an engine with two profiles, built by the fake of that version."""
     target, lowering = VERSIONS[request.param]
@@ -282,6 +283,7 @@ def test_without_tensorrt_it_says_what_to_install(checkpoint: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_evidence_tool_runs_to_its_page(driver: Path, tmp_path: Path) -> None:
     version, only = "8.6", "inputs-tanh-matmul"
     row = "| tiny-inputs-tanh-matmul | 1 / 6 | 33.3% | 5 float-output |"

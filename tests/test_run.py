@@ -109,6 +109,7 @@ def test_a_moved_run_shows_its_table_from_where_it_lies(
     assert summary["compressed"] == finished[1]["compressed"]
 
 
+@pytest.mark.slow
 def test_other_options_are_worked_out_again_from_the_stage_that_they_touch(
     desk: Desk, finished: tuple[Path, dict[str, Any], str], tmp_path: Path
 ) -> None:

@@ -261,6 +261,7 @@ def test_measured_blocks_are_not_measured_again(
     assert [(entry.weight, entry.option) for entry in part] == list(table)
 
 
+@pytest.mark.slow
 def test_bert_large_shapes_need_nothing_else(tmp_path: Path) -> None:
     found = probed(tmp_path, hidden=1024, intermediate=4096, layers=1)
     batches = found.batches(0, 8)

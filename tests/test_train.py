@@ -263,6 +263,7 @@ def test_settings_refuse_nonsense() -> None:
         Settings(batch_size=0)
 
 
+@pytest.mark.slow
 def test_saving_takes_place_often_enough_to_matter(prepared: Path, tmp_path: Path) -> None:
     """A tenth of a phase is the most that a kill can cost."""
     child = start(prepared, tmp_path / "out")

@@ -144,9 +144,6 @@ class Measure:
         method, counting, compression = row.search
         out = self._directory(seed) / f"{row.slug}.search"
         if not (out / "search.json").is_file():
-            scratch = out.with_name(f".{out.name}.work")
-            if method == "nxm":
-                self._reuse_table(scratch, seed)
             chosen = replace(self.protocol.search, method=method, counting=counting, compression=compression, seed=seed)
             with self.bars() as progress:
                 search(
@@ -156,22 +153,15 @@ class Measure:
                     out=out,
                     settings=chosen,
                     training=self._settings(row, seed),
-                    work_dir=scratch,
                     progress=progress,
                 )
         if (out / TABLE_FILE).is_file():
             (self.results / self.task.name).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(out / TABLE_FILE, self.results / self.task.name / f"sensitivity-s{seed}.csv")
         found = json.loads((out / "search.json").read_text(encoding="utf-8"))
-        facts = {key: found[key] for key in ("method", "budget", "best", "trials", "samples", "seconds")}
+        facts = {key: found[key] for key in ("method", "budget", "best", "samples", "cost")}
         plan = CompressionPlan.from_json((out / "plan.json").read_text(encoding="utf-8"), source=str(out / "plan.json"))
         return plan, {"search": facts}
-
-    def _reuse_table(self, scratch: Path, seed: int) -> None:
-        """Give a search the sensitivity table that an earlier one of the same seed and dense model has measured."""
-        for table in sorted(self._directory(seed).glob(f"searched-*.search/{TABLE_FILE}")):
-            scratch.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(table, scratch / TABLE_FILE)
 
     def _teacher(self, seed: int) -> Teacher:
         """The dense model of a seed, trained if it is not there; every row of the seed starts from it."""

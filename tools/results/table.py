@@ -168,7 +168,7 @@ def _costs(found: TaskStatistics) -> str:
     lines = []
     for row in found.rows:
         facts = [found.records[row, seed].facts for seed in found.seeds(row)]
-        search = [sum(fact["search"]["seconds"].values()) for fact in facts if "search" in fact]
+        search = [fact["search"]["cost"]["seconds"]["all"] for fact in facts if "search" in fact]
         for fact in facts:
             machines[_machine(fact["machine"])] = None
         lines.append(
@@ -185,8 +185,8 @@ def _costs(found: TaskStatistics) -> str:
         )
     head = ["row", "epochs", "steps", "trained on", "learning rate", "seconds", "search seconds", "dev read, times"]
     return (
-        "### Cost\n\nMeans over seeds; seconds are of the row alone, the dense model not included. A search that finds the table of an earlier one "
-        f"of the same seed reads it. Machine: {'; '.join(machines)}.\n\n" + _table(head, lines)
+        "### Cost\n\nMeans over seeds; seconds are of the row alone, the dense model not included. "
+        f"Machine: {'; '.join(machines)}.\n\n" + _table(head, lines)
     )
 
 

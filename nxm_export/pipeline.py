@@ -15,25 +15,23 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nxm_export.data import Columns
+from nxm_export.engine_work import SHAPES, features_of
 from nxm_export.errors import ArtifactError, DataError, EngineError, EngineUnavailable, ParityError, PlanError
 from nxm_export.families import task_named
 from nxm_export.plan import COUNTINGS, CompressionPlan, WeightSpec, require_schema
-from nxm_export.run_dir import RunDir, atomic_dir, json_text, read_json, require_replaceable, write_atomic
+from nxm_export.run_dir import RunDir, json_text, read_json, require_replaceable
 from nxm_export.spec import load_spec
 
 if TYPE_CHECKING:
     from compressors.settings import Settings
-    from engines.base import BuildOptions
 
 Progress = Callable[[str, int, int], None]
-SHAPES = ((1, 32), (8, 64))  # (batch, sequence) that a run times
 ROUNDS = 20
 SUMMARY_SCHEMA = "nxm-summary/1"
 # graph directory -> (source, target, placement); the dense model's float graph is what INT8 is compared with
@@ -89,7 +87,7 @@ def run(request: Request, out: str | Path, *, progress: Progress = lambda what, 
         _train(directory, request, plan, source.path, progress)
         graphs = _export(directory, request, plan, progress)
         engines, missing, failed = _build(directory, graphs, plan, progress)
-        features = _features(directory.path("onnx", "cpu"), request.dev, request.columns)
+        features = features_of(directory.path("onnx", "cpu"), request.dev, request.columns)
         _compare(directory, engines, features, missing, progress)
         _bench(directory, engines, progress)
         summary = _summary(directory, plan, graphs, engines, missing, failed)
@@ -234,262 +232,6 @@ def _numbers(text: str, kind: Callable[[str], Any]) -> list[Any]:
     except ValueError as error:
         what = "whole numbers" if kind is int else "numbers"
         raise PlanError(f"{text!r} is not a list of {what} separated by commas") from error
-
-
-def build_engine(
-    source: str | Path,
-    out: str | Path,
-    name: str = "ort",
-    options: BuildOptions | None = None,
-    *,
-    lengths: str | None = None,
-    profiles: int = 3,
-    columns: Columns = Columns(),
-    twins: bool = False,
-    export_options: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Build an engine directory from an ONNX file, or, with `twins`, three of them from a checkpoint directory.
-
-    With `lengths` (a data file) the optimization profiles, at most `profiles`, come from its token lengths. Returns the
-    facts of the passport, or of the twins.
-    """
-    from engines.base import BuildOptions, backend
-    from engines.trt_builder import CACHE_FILE
-    from nxm_export.twins import build_twins
-
-    source, out, options = Path(source), Path(out), options or BuildOptions()
-    if options.timing_cache is None and (out / CACHE_FILE).is_file():  # of the engine that is built anew
-        options = replace(options, timing_cache=out / CACHE_FILE)
-    if lengths is not None:
-        options = replace(options, profiles=_profiles(source if twins else source.parent, lengths, profiles, columns))
-    if twins:
-        return build_twins(source, out, name, options, dict(export_options or {}))
-    with atomic_dir(out) as scratch:
-        passport = backend(name).build(source, scratch, options)
-    return asdict(passport)
-
-
-def _profiles(directory: Path, data: str, count: int, columns: Columns) -> list[Any]:
-    """Optimization profiles from the token lengths of a data file, by the tokenizer of a graph or checkpoint directory."""
-    from engines.profiles import profiles_from_lengths
-    from nxm_export.data import load_raw, load_tokenizer
-    from nxm_export.families import family_of
-    from nxm_export.spec import SPEC_FILE
-
-    if (directory / SPEC_FILE).is_file():
-        limit = load_spec(directory).max_length
-    else:
-        from nxm_export.checkpoint import read_config
-
-        config = read_config(directory)
-        limit = family_of(config, source=str(directory)).max_positions(config)
-    raw = load_raw(data, "train", columns)
-    tokenizer = load_tokenizer(directory)
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(limit)
-    rows: Any = raw.texts if raw.pairs is None else list(zip(raw.texts, raw.pairs, strict=True))
-    return profiles_from_lengths([len(found.ids) for found in tokenizer.encode_batch(rows)], limit, count=count)
-
-
-def inspect_path(
-    path: str | Path, *, twin: Path | None = None, kernels: Path | None = None, measure: bool = False
-) -> dict[str, Any]:
-    """Facts of an ONNX file, an engine directory, a twins directory or a run; TensorRT engines with their truth report.
-
-    `twin` is the dense engine's directory, for the time that sparsity saves; `kernels` a text file with one name of a
-    kernel that ran per line (any profiler's list); `measure` times every layer here and now, which needs the GPU.
-    """
-    from engines.passport import PASSPORT_FILE, load_passport
-    from nxm_export.run_dir import MANIFEST
-    from nxm_export.twins import is_twins, twin_directories
-
-    path = Path(path)
-    if (path / MANIFEST).is_file():
-        found = sorted(file.parent for file in (path / "engines").glob(f"*/{PASSPORT_FILE}"))
-        return {"run": str(path), "engines": {engine.name: inspect_path(engine) for engine in found}}
-    if is_twins(path):
-        dense, sparse, other = twin_directories(path)
-        if measure:
-            measure_layers(dense)
-            measure_layers(other)
-        return inspect_path(sparse, twin=dense, kernels=kernels, measure=measure)
-    if path.is_dir():
-        from engines.base import backend
-
-        passport = load_passport(path)
-        if passport.backend not in ("trt", "trt_rtx"):
-            return {**backend(passport.backend).inspect(path), "passport": asdict(passport)}
-        if measure:
-            measure_layers(path)
-        facts = backend(passport.backend).inspect(path)
-        return {**facts, **_truth(path, twin, kernels).to_dict(), "passport": asdict(passport)}
-    from nxm_export.weights import load_graph
-
-    model = load_graph(path)
-    counts: dict[str, int] = {}
-    for node in model.graph.all_nodes():
-        counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    metadata = {key: value for key, value in model.metadata_props.items() if key != "nxm.plan"}
-    return {
-        "opset": model.opset_imports.get(""),
-        "inputs": {value.name: f"{value.dtype} {value.shape}" for value in model.graph.inputs},
-        "outputs": {value.name: f"{value.dtype} {value.shape}" for value in model.graph.outputs},
-        "operators": dict(sorted(counts.items())),
-        **metadata,
-    }
-
-
-def require_sparse(path: Path, share: float, *, twin: Path | None = None, kernels: Path | None = None) -> None:
-    """The gate: `ParityError` unless `share` of the planned-sparse weights provably run sparse in the engine at `path`."""
-    from engines.passport import load_passport
-    from nxm_export.twins import is_twins, twin_directories
-
-    if is_twins(path):
-        path = twin_directories(path)[1]
-    if not path.is_dir() or load_passport(path).backend not in ("trt", "trt_rtx"):
-        raise EngineError(
-            f"{path}: only TensorRT engines run sparse kernels; give an engine directory of --backend trt"
-        )
-    _truth(path, twin, kernels).require_sparse(share)
-
-
-def _truth(path: Path, twin: Path | None, kernels: Path | None) -> Any:
-    from engines.truth import read_truth
-
-    running = None
-    if kernels is not None:
-        if not kernels.is_file():
-            raise ArtifactError(f"{kernels}: no such file; give a text file with one kernel name per line")
-        running = [line.strip() for line in kernels.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return read_truth(path, twin, running)
-
-
-def measure_layers(directory: Path, rounds: int = 20) -> None:
-    """Time every layer of an engine at its first profile's best shape, and write ``measured.json`` beside it."""
-    from engines.base import backend
-    from engines.bench import feeds_for
-    from engines.passport import load_passport
-    from engines.truth import MEASURED_FILE
-
-    passport = load_passport(directory)
-    with backend(passport.backend).load(directory) as engine:
-        batch, sequence = engine.profiles[0].optimum
-        times = engine.layer_times(feeds_for(engine, batch, sequence, 1000, 0), rounds)
-    facts = {"engine_sha256": passport.engine_sha256, "shape": [batch, sequence], "rounds": rounds, "layer_ms": times}
-    write_atomic(directory / MEASURED_FILE, json.dumps(facts, indent=1) + "\n")
-
-
-def doctor_file(file: Path, backend_name: str, version: str, compute_capability: str) -> dict[str, Any]:
-    """Any ONNX file's rows, judged for a TensorRT version and GPU without building, and advice per matrix."""
-    from engines.advice import advise
-    from engines.truth import judge
-    from nxm_export.sparsity import matrix_facts
-    from nxm_export.verify import verify
-    from nxm_export.weights import load_graph
-
-    facts = matrix_facts(load_graph(file), str(file))
-    report = judge(facts, None, backend=backend_name, version=version, compute_capability=compute_capability)
-    return {
-        "file": str(file),
-        **report.to_dict(),
-        "advice": advise(facts, report),
-        "problems": verify(file).problems,
-    }
-
-
-def compare_engines(
-    checkpoint: str | Path, engines: Sequence[str | Path], data: str, columns: Columns = Columns()
-) -> list[Any]:
-    """Compare each engine directory with the checkpoint on a labelled data file; one `ParityReport` each."""
-    from engines.parity import compare
-
-    return [compare(checkpoint, engine, _features(Path(engine), data, columns)) for engine in engines]
-
-
-def bench_engines(
-    engines: Sequence[str | Path],
-    shapes: Sequence[tuple[int, int]] = SHAPES,
-    rounds: int = 30,
-    threads: int | None = None,
-) -> Any:
-    """Time engine directories (a twins directory stands for its three) against each other; returns a `BenchReport`.
-
-    Engines that this machine cannot run are named in the report with the reason, unless none is left.
-    """
-    from engines.base import backend
-    from engines.bench import bench, sparse_verdict
-    from engines.passport import load_passport
-    from nxm_export.twins import DENSE, SPARSE, is_twins, twin_directories
-
-    given = [Path(path) for path in engines]
-    paths = [part for path in given for part in (twin_directories(path) if is_twins(path) else [path])]
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise EngineError("the same engine is given twice; copy its directory to time it against itself")
-    named = len({path.resolve().name for path in paths}) == len(paths)
-    passports = {path: load_passport(path) for path in paths}
-    unmeasured: dict[str, str] = {}
-    with ExitStack() as stack:
-        loaded = {}
-        names = {}
-        for path in paths:
-            name = path.resolve().name if named else str(path)
-            runtime = backend(passports[path].backend)
-            options = {"threads": threads} if threads and runtime.NAME == "ort" else {}
-            try:
-                loaded[name] = stack.enter_context(runtime.load(path, **options))
-                names[passports[path].options.get("twin")] = (name, path)
-            except EngineUnavailable as error:
-                unmeasured[name] = str(error)
-        if not loaded:
-            raise EngineUnavailable(f"nothing could be timed here: {'; '.join(dict.fromkeys(unmeasured.values()))}")
-        report = bench(loaded, shapes, rounds=rounds, vocabulary=_vocabulary(paths))
-    verdict = None
-    if DENSE in names and SPARSE in names:
-        (dense, _), (sparse, path) = names[DENSE], names[SPARSE]
-        gpu = passports[path].device.get("gpu", "this GPU")
-        verdict = sparse_verdict(report, sparse, dense, _truth(path, None, None).sparse_share, gpu)
-    missing = tuple(f"{name}: {why}" for name, why in unmeasured.items())
-    return replace(report, verdict=verdict, unmeasured=missing)
-
-
-def _vocabulary(engines: Sequence[Path]) -> int:
-    """Token ids below this exist in every engine."""
-    from engines.base import spec_of
-    from engines.bench import VOCABULARY
-
-    specs = [spec_of(path) for path in engines]
-    return min([VOCABULARY, *(spec.limits["input_ids"] for spec in specs if spec and "input_ids" in spec.limits)])
-
-
-def load_servers(
-    urls: Sequence[str],
-    model: str,
-    data: str,
-    engine: Path | None,
-    clients: Sequence[int],
-    seconds: float,
-    rounds: int,
-    encoding: str,
-) -> Any:
-    """Load running servers with the sentences of a data file; returns a `LoadReport`.
-
-    With an `engine` directory they are sent as tokens of its tokenizer, else as text, in an order that is shuffled once.
-    """
-    import random
-
-    from engines.load import measure, text_target, token_target
-    from nxm_export.data import Columns, load_raw
-    from nxm_export.spec import load_spec
-
-    if engine is None:
-        raw = load_raw(data, "dev", Columns())
-        texts = random.Random(0).sample(raw.texts, len(raw.texts))
-        targets = [text_target(url, url, model, texts) for url in urls]
-    else:
-        features = _features(engine, data, Columns())
-        features = random.Random(0).sample(features, len(features))
-        targets = [token_target(url, url, model, features, load_spec(engine), encoding=encoding) for url in urls]
-    return measure(targets, clients, seconds=seconds, rounds=rounds)
 
 
 def _train(directory: RunDir, request: Request, plan: CompressionPlan, model: Path, progress: Progress) -> None:
@@ -641,20 +383,6 @@ def _build(
 
 def _kind(plan: CompressionPlan) -> str:
     return "int8" if any(spec.weight_bits for spec in plan.weights.values()) else "sparse"
-
-
-def _features(directory: Path, data: str, columns: Columns) -> list[Any]:
-    """A labelled data file in tokens, by the tokenizer and labels of a graph or engine directory."""
-    from nxm_export.data import encode, load_raw, load_tokenizer, with_classes, with_scores
-
-    spec = load_spec(directory)
-    raw = load_raw(data, "dev", columns)
-    if spec.task == "classification":
-        names = spec.labels if set(raw.labels) <= set(spec.labels) else [str(i) for i in range(len(spec.labels))]
-        examples = with_classes(raw, names)
-    else:
-        examples = with_scores(raw)
-    return encode(load_tokenizer(directory), examples, spec.max_length, spec.inputs)
 
 
 def _compare(

@@ -89,7 +89,7 @@ def tiny_engine(tmp_path_factory: pytest.TempPathFactory, tiny_graph: Callable[.
     made: dict[tuple[str, ...], Path] = {}
 
     def make(backend: str = "ort", family: str = "bert", placement: str = "inputs-outputs") -> Path:
-        from nxm_export.pipeline import build_engine
+        from nxm_export.engine_work import build_engine
 
         key = (backend, family, placement)
         if key not in made:

@@ -18,9 +18,9 @@ from engines import torch_eager
 from engines.base import BACKENDS, BuildOptions, Engine, Profile, backend, module_command
 from engines.passport import load_passport
 from nxm_export.data import load_tokenizer
+from nxm_export.engine_work import build_engine
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.families import FAMILIES
-from nxm_export.pipeline import build_engine
 from nxm_export.run_dir import file_hash
 from nxm_export.spec import load_spec
 from tests import baked, onnx_text, tiny

@@ -29,7 +29,18 @@ CONTRACT = (
     "sparsity_facts",
 )
 EXPORTER = ("weights", "qdq", "lowering", "verify", "sparsity", "export", "packed")
-APPLICATION = ("__main__", "cli", "terminal", "pipeline", "twins", "estimate", "machine", "demo")
+APPLICATION = (
+    "__main__",
+    "cli",
+    "terminal",
+    "pipeline",
+    "engine_work",
+    "inspection",
+    "twins",
+    "estimate",
+    "machine",
+    "demo",
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ def layer(module: str) -> str:
     if package != "nxm_export":
         return package if package in PACKAGES else "third party"
     rest = rest or "__init__"
+    rest = "cli" if rest.startswith("cli.") else rest
     for name, members in (("contract", CONTRACT), ("exporter", EXPORTER), ("application", APPLICATION)):
         if rest in members:
             return name

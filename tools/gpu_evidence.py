@@ -108,8 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(variant: Variant, shapes: Sequence[tuple[int, int]], options: Any, weakly_typed: bool) -> dict[str, Any]:
     """Build the twins of one variant, then count, compare and time. An error is a result, too."""
     from engines.base import BuildOptions, Profile
+    from nxm_export.engine_work import bench_engines
     from nxm_export.errors import NxmError
-    from nxm_export.pipeline import bench_engines, inspect_path, measure_layers
+    from nxm_export.inspection import inspect_path, measure_layers
     from nxm_export.twins import build_twins, twin_directories
 
     work = options.work / "build" / variant.name
@@ -209,8 +210,9 @@ def force(work: Path, settings: Any) -> dict[str, Any]:
     """No sparse kernel ran: does one exist? Ask the builder to take sparse ones only, where it lists that as public."""
     from dataclasses import replace
 
+    from nxm_export.engine_work import build_engine
     from nxm_export.errors import NxmError
-    from nxm_export.pipeline import build_engine, inspect_path
+    from nxm_export.inspection import inspect_path
 
     out = work.with_name(f"{work.name}-must")
     try:

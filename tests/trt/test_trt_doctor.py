@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from foreign import pruned_model
 
-from nxm_export.pipeline import doctor_file
+from nxm_export.inspection import doctor_file
 from nxm_export.sparsity import matrix_facts
 from nxm_export.weights import load_graph
 

@@ -54,7 +54,7 @@ def test_every_planned_product_runs_on_integers_and_attention_is_fused_as_planne
 def test_the_report_says_that_no_gpu_chose_kernels_and_the_gate_fails_closed(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
-    from nxm_export.pipeline import inspect_path, require_sparse
+    from nxm_export.inspection import inspect_path, require_sparse
 
     graph = export(checkpoints("bert", "inputs-outputs"), tmp_path / "graph", target="trt")
     trt_rtx.build(graph.path, tmp_path)

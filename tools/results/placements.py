@@ -11,10 +11,10 @@ import numpy as np
 
 from engines.base import backend
 from engines.parity import OUTPUTS_FILE
+from nxm_export.engine_work import bench_engines, compare_engines
 from nxm_export.errors import ArtifactError
 from nxm_export.export import export
 from nxm_export.metrics import metric_named
-from nxm_export.pipeline import bench_engines, compare_engines
 from nxm_export.run_dir import write_atomic
 from nxm_export.terminal import Progress
 from tools.results.run import machine, versions

@@ -1,0 +1,307 @@
+"""Commands on engines: build, inspect, compare, bench, doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nxm_export.cli.group import main
+from nxm_export.cli.options import (
+    columns_of,
+    json_option,
+    numbers_of,
+    shape_of,
+)
+from nxm_export.cli.output import show_facts, show_result
+from nxm_export.terminal import print_facts, print_table, progress_bars
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--backend", default="ort", show_default=True, help="ort, trt or trt_rtx.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Engine directory.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of an ort engine.  [default: all cores]")
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    metavar="SHAPES",
+    help="Shapes to tune for: 8x128, or 1x1,8x128,32x512 as minimum, optimum, maximum; may be repeated.",
+)
+@click.option("--lengths", metavar="FILE", help="Choose the profiles from the token lengths of this data file.")
+@click.option(
+    "--max-profiles",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="At most this many, with --lengths.",
+)
+@click.option("--sparse/--no-sparse", default=True, show_default=True, help="Let the builder use 2:4 kernels.")
+@click.option("--level", type=click.IntRange(0, 5), help="Builder optimization level.  [default: TensorRT's]")
+@click.option(
+    "--workspace", type=click.IntRange(min=1), metavar="MIB", help="Limit of scratch memory.  [default: TensorRT's]"
+)
+@click.option(
+    "--timing-cache", type=click.Path(path_type=Path), help="Read this timing cache, too.  [default: the engine's own]"
+)
+@click.option(
+    "--build-route", metavar="OPTIONS", help="Passed to TensorRT 11.1 and later, if it lists each option as public."
+)
+@click.option(
+    "--twins", is_flag=True, help="SOURCE is a checkpoint: build its FP16, dense INT8 and sparse INT8 engines."
+)
+@click.option(
+    "--lowering",
+    type=click.Choice(["matmul", "gemm", "conv1x1"]),
+    default="matmul",
+    help="Of linear layers, with --twins.",
+)
+@click.option("--target", help="Graph target, with --twins.  [default: trt; trt8 for TensorRT 8.6]")
+@json_option
+def build(source: Path, backend: str, out: Path, json: bool, **options: Any) -> None:
+    """Build an engine directory from an ONNX graph (or, with --twins, three from a checkpoint)."""
+    from engines.base import BuildOptions
+    from engines.profiles import parse_profile
+    from nxm_export.engine_work import build_engine
+
+    if options["threads"] and backend != "ort":
+        raise click.UsageError(f"--threads is for ort engines; {backend} has no use for it")
+    if options["lengths"] and options["profiles"]:
+        raise click.UsageError("--lengths and --profile are two ways to say the same; give one of them")
+    cache = options["timing_cache"]
+    if cache is not None and not cache.is_file():
+        raise click.BadParameter(f"{cache}: no such file", param_hint="--timing-cache")
+    with progress_bars(enabled=not json) as progress:
+        settings = BuildOptions(
+            threads=options["threads"],
+            profiles=[parse_profile(text) for text in options["profiles"]],
+            sparse=options["sparse"],
+            level=options["level"],
+            workspace_bytes=options["workspace"] * 2**20 if options["workspace"] else None,
+            build_route=options["build_route"],
+            timing_cache=cache,
+            require_timing_cache=cache is not None,
+            progress=progress,
+        )
+        result = build_engine(
+            source, out, backend, settings, lengths=options["lengths"], profiles=options["max_profiles"], twins=options["twins"],
+            export_options={"target": options["target"] or "trt", "lowering": options["lowering"]},
+        )  # fmt: skip
+    show_result({**result, "path": str(out)}, json, lambda facts: print_facts("built", facts))
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--twin", type=click.Path(path_type=Path), help="The dense twin's engine directory: what sparsity saves.")
+@click.option(
+    "--kernels", type=click.Path(path_type=Path), help="Names of kernels that ran, one a line, from any profiler."
+)
+@click.option("--measure", is_flag=True, help="Time every layer now (needs the GPU).")
+@click.option(
+    "--require-sparse",
+    metavar="SHARE",
+    help="Exit 3 unless this share (60%) of the planned-sparse weights provably runs sparse.",
+)
+@json_option
+def inspect(
+    path: Path, twin: Path | None, kernels: Path | None, measure: bool, require_sparse: str | None, json: bool
+) -> None:
+    """Print the facts of an ONNX graph, an engine directory or a run; for TensorRT, which weights run sparse and why not."""
+    from nxm_export import inspection
+
+    share = None if require_sparse is None else _share(require_sparse)
+    result = inspection.inspect_path(path, twin=twin, kernels=kernels, measure=measure)
+    show_result(result, json, lambda facts: show_facts(str(path), facts))
+    if share is not None:
+        inspection.require_sparse(path, share, twin=twin, kernels=kernels)
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("engines", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--data", required=True, metavar="FILE", help="Labelled samples to compare on.")
+@click.option("--text")
+@click.option("--text-pair")
+@click.option("--label")
+@json_option
+def compare(
+    checkpoint: Path,
+    engines: tuple[Path, ...],
+    data: str,
+    text: str | None,
+    text_pair: str | None,
+    label: str | None,
+    json: bool,
+) -> None:
+    """Compare ENGINES with the CHECKPOINT they were made from, on real samples. Exit 3 when one differs."""
+    from nxm_export.engine_work import compare_engines
+
+    reports = compare_engines(checkpoint, engines, data, columns_of(text, text_pair, label))
+
+    def show_rows(_: Any) -> None:
+        for report in reports:
+            low, high = report.engine_interval
+            metric = f"{report.engine_value:.4f} ({low:.4f} to {high:.4f})"
+            for output in report.outputs:
+                rows = [
+                    ("largest |difference|", f"{output.max_abs:.4g}", f"at most {output.max_tolerance:.4g}"),
+                    ("mean |difference|", f"{output.mean_abs:.4g}", f"at most {output.mean_tolerance:.4g}"),
+                    ("equal samples", f"{output.quiet:.1%}", f"at least {output.quiet_required:.1%}"),
+                    ("cosine", f"{output.cosine:.8f}", ""),
+                    ("equal argmax", f"{output.agreement:.2%}", ""),
+                    ("classes changed beyond the tolerance", output.unexcused_flips, "none"),
+                    ("worst sample", output.worst_sample, ""),
+                    (
+                        f"{report.metric} of the engine, 95 % interval",
+                        metric,
+                        f"checkpoint {report.reference_value:.4f}",
+                    ),
+                    ("verdict", "pass" if output.passed else "FAIL", ""),
+                ]
+                title = (
+                    f"{report.engine}: {output.output} of {report.samples} samples against the checkpoint in PyTorch"
+                )
+                print_table(title, ("what", "found", "required"), rows)
+            click.echo(f"tolerance: {report.reason}")
+
+    show_result([report.to_dict() for report in reports], json, show_rows)
+    for report in reports:
+        report.require()
+
+
+@main.command()
+@click.argument("engines", type=click.Path(path_type=Path), nargs=-1)
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    default=("1x32", "8x64"),
+    show_default=True,
+    help="batch x sequence; may be repeated.",
+)
+@click.option("--rounds", type=click.IntRange(min=1), help="[default: 30; 3 with --serve]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: as built]")
+@click.option("--serve", "urls", multiple=True, metavar="URL", help="Load running servers instead; may be repeated.")
+@click.option("--model", help="With --serve: the model's name there.")
+@click.option(
+    "--data", metavar="FILE", help="With --serve: sentences to send, as tokens of ENGINES' tokenizer, else as text."
+)
+@click.option(
+    "--clients", default="1,8,32", show_default=True, metavar="N,N,...", help="With --serve: clients at once."
+)
+@click.option(
+    "--seconds", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="With --serve: of a round."
+)
+@click.option(
+    "--encoding",
+    type=click.Choice(["binary", "json"]),
+    default="binary",
+    show_default=True,
+    help="With --serve: of tokens.",
+)
+@json_option
+def bench(
+    engines: tuple[Path, ...], shapes: tuple[str, ...], rounds: int, threads: int | None, json: bool, **load: Any
+) -> None:
+    """Time ENGINES interleaved (speed-ups are against the first), or load running servers with --serve."""
+    if load["urls"]:
+        _bench_servers(engines, rounds or 3, json, **load)
+        return
+    if not engines:
+        raise click.UsageError("missing ENGINES (or --serve URL)")
+    from nxm_export.engine_work import bench_engines
+
+    report = bench_engines(engines, [shape_of(text) for text in shapes], rounds or 30, threads)
+
+    def show_rows(_: Any) -> None:
+        speed = {(ratio.name, ratio.batch, ratio.sequence): ratio for ratio in report.ratios}
+        rows = []
+        for timing in report.timings:
+            ratio = speed.get((timing.name, timing.batch, timing.sequence))
+            note = (
+                f"{ratio.speedup:.2f}x ({ratio.interval[0]:.2f} to {ratio.interval[1]:.2f})" if ratio else "reference"
+            )
+            rows.append(
+                (
+                    timing.name,
+                    f"{timing.batch}x{timing.sequence}",
+                    timing.median,
+                    f"{timing.quartiles[0]:.3g} to {timing.quartiles[1]:.3g}",
+                    note,
+                )
+            )
+        print_table("latency, milliseconds", ("engine", "batch x sequence", "median", "middle half", "speed"), rows)
+        click.echo(f"clock: {report.timings[0].clock}")
+        for missing in report.unmeasured:
+            click.echo(f"not measured: {missing}")
+        if report.verdict:
+            click.echo(f"verdict: {report.verdict}")
+
+    show_result(report.to_dict(), json, show_rows)
+
+
+def _bench_servers(
+    engines: tuple[Path, ...], rounds: int, json: bool, *, urls: tuple[str, ...], model: str | None, data: str | None,
+    clients: str, seconds: float, encoding: str,
+) -> None:  # fmt: skip
+    from nxm_export.engine_work import load_servers
+
+    if not model or not data or len(engines) > 1:
+        raise click.UsageError("--serve needs --model and --data, and at most one engine directory (for its tokenizer)")
+    numbers = numbers_of(clients, "--clients", "numbers of clients")
+    report = load_servers(urls, model, data, engines[0] if engines else None, numbers, seconds, rounds, encoding)
+    columns = ("server", "clients", "answers a second", "lowest to highest", "p50 ms", "p99 ms", "errors")
+    rows = [
+        (
+            found.name,
+            found.clients,
+            f"{found.throughput:.1f}",
+            f"{found.throughput_range[0]:.1f} to {found.throughput_range[1]:.1f}",
+            f"{found.p50:.2f}",
+            f"{found.p99:.2f}",
+            ", ".join(f"{count} x {kind}" for kind, count in found.errors.items()) or "none",
+        )
+        for found in report.results
+    ]
+    show_result(
+        report.to_dict(), json, lambda _: print_table(f"load on {model}, medians of {rounds} rounds", columns, rows)
+    )
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--backend", type=click.Choice(["trt", "trt_rtx"]), default="trt", show_default=True, help="Judge FILE for it."
+)
+@click.option("--version", "trt_version", default="11.4", show_default=True, help="Its version.")
+@click.option(
+    "--gpu",
+    default="8.9",
+    show_default=True,
+    metavar="CAPABILITY",
+    help="Compute capability, as 8.0 (A100), 8.9 (L4), 9.0 (H100).",
+)
+@json_option
+def doctor(file: Path | None, backend: str, trt_version: str, gpu: str, json: bool) -> None:
+    """Say what this machine can build and run; with FILE (any ONNX), which of its matrices can run sparse, and what to fix."""
+    if file is None:
+        from nxm_export.machine import report
+
+        show_result(report(), json, lambda facts: print_facts("this machine", facts))
+        return
+    from nxm_export.inspection import doctor_file
+
+    show_result(doctor_file(file, backend, trt_version, gpu), json, lambda facts: show_facts(str(file), facts))
+
+
+def _share(text: str) -> float:
+    number = text.strip().removesuffix("%")
+    try:
+        value = float(number) / (100.0 if "%" in text else 1.0)
+    except ValueError:
+        value = -1.0
+    if not 0.0 < value <= 1.0:
+        raise click.BadParameter(f"{text!r} is not a share; write 60% or 0.6", param_hint="--require-sparse")
+    return value

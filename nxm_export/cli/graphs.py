@@ -1,0 +1,109 @@
+"""Commands on graphs: export, verify."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nxm_export.cli.group import main
+from nxm_export.cli.options import (
+    json_option,
+    pattern_of,
+)
+from nxm_export.cli.output import show_result
+from nxm_export.families import TASKS
+from nxm_export.plan import GRAPH_PLACEMENTS
+from nxm_export.terminal import print_facts, print_table
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--target",
+    default="cpu",
+    show_default=True,
+    help="cpu (FP32 graph), trt (FP16 graph, opset 21) or trt8 (FP32 graph, opset 17, for TensorRT 8.6).",
+)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the graph.  [default: the target's]"
+)
+@click.option(
+    "--placement",
+    type=click.Choice(GRAPH_PLACEMENTS),
+    help="[default: inputs for cpu, all that was trained for trt, trt8]",
+)
+@click.option(
+    "--lowering",
+    type=click.Choice(["matmul", "gemm", "conv1x1"]),
+    default="matmul",
+    show_default=True,
+    help="Of linear layers.",
+)
+@click.option(
+    "--islands",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Of LayerNorm and softmax.  [default: the graph's]",
+)
+@click.option(
+    "--max-length", type=click.IntRange(min=2), help="Longest input in tokens.  [default: what the model allows]"
+)
+@click.option("--task", type=click.Choice(list(TASKS)), help="[default: what the checkpoint's head says]")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the graph.")
+@json_option
+def export(checkpoint: Path, out: Path, json: bool, **options: Any) -> None:
+    """Write CHECKPOINT as a Q/DQ ONNX graph (a float graph, for a checkpoint without plan)."""
+    from nxm_export.export import export as export_graph
+
+    done = export_graph(checkpoint, out, **options)
+    result = {
+        "path": str(done.path),
+        "bytes": done.bytes,
+        "nodes": done.nodes,
+        "scale_rounding": done.scale_rounding,
+        "verified": done.report.passed,
+    }
+    show_result(result, json, lambda facts: print_facts("exported", facts))
+
+
+@main.command()
+@click.argument("onnx", type=click.Path(path_type=Path))
+@click.option("--pattern", help="Require this N:M of every quantized weight (files of ours carry their plan).")
+@json_option
+def verify(onnx: Path, pattern: str | None, json: bool) -> None:
+    """Check any ONNX file by itself: N:M along K on the stored integers, scales, zero points, Q/DQ pairs. Exit 3 on problems."""
+    from nxm_export.verify import verify as verify_graph
+
+    report = verify_graph(onnx, pattern=pattern_of(pattern) if pattern else None)
+
+    def show_rows(_: Any) -> None:
+        columns = ("weight", "op", "K x N", "stored", "scales", "zeros", "N:M", "planned")
+        rows = [
+            (
+                weight.name.removesuffix(".weight"),
+                weight.op,
+                f"{weight.k}x{weight.n}",
+                weight.stored,
+                f"per {weight.scale_axis}" if weight.scale_axis else "none",
+                f"{weight.zeros:.1%}",
+                weight.pattern or "dense",
+                weight.planned or "",
+            )
+            for weight in report.weights
+        ]
+        print_table(str(onnx), columns, rows)
+        found = [
+            f"{weight.name}: {problem}" for weight in report.weights for problem in weight.problems
+        ] + report.problems
+        for problem in found:
+            click.echo(f"problem: {problem}")
+        click.echo(
+            f"{len(report.weights)} weights, {report.quantize_nodes} Q and {report.dequantize_nodes} DQ nodes: "
+            f"{f'{len(found)} problems' if found else 'no problem found'}"
+        )
+
+    show_result(report.to_dict(), json, show_rows)
+    if not report.passed:
+        sys.exit(3)

@@ -1,0 +1,57 @@
+"""The group that all commands hang on: exit codes, and one line for every error of ours."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from nxm_export import __version__
+from nxm_export.errors import NxmError
+
+
+class _Group(click.Group):
+    """Turns our errors into one line and an exit code; anything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except NxmError as error:
+            click.echo(f"nxm: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except ModuleNotFoundError as error:
+            from nxm_export.machine import extra_of
+
+            extra = extra_of(error.name)
+            if extra is None:
+                raise
+            click.echo(
+                f"nxm: this needs {error.name}, which is not installed; pip install 'nxm-export[{extra}]'", err=True
+            )
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("nxm: interrupted; run the same command again to go on from here", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="nxm")
+def main() -> None:
+    """Compress BERT-family encoders to N:M sparsity and low-bit integers; export, build, prove and run them."""
+    command = click.get_current_context().invoked_subcommand
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command not in ("compress", "search"):
+        raise click.UsageError(f"nxm {command} is no work for torchrun; only nxm compress and nxm search are")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub client is imported, which is later
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what matters of its warnings is an error of ours
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of SHELL; put it where that shell looks, or eval it."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(main, {}, "nxm", "_NXM_COMPLETE").source())

@@ -1,0 +1,184 @@
+"""What is done with engine directories: build them, compare them with their checkpoint, time them, load their servers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nxm_export.data import Columns
+from nxm_export.errors import EngineError, EngineUnavailable
+from nxm_export.inspection import truth_of
+from nxm_export.run_dir import atomic_dir
+from nxm_export.spec import load_spec
+
+if TYPE_CHECKING:
+    from engines.base import BuildOptions
+
+SHAPES = ((1, 32), (8, 64))  # (batch, sequence) that are timed unless others are given
+
+
+def build_engine(
+    source: str | Path,
+    out: str | Path,
+    name: str = "ort",
+    options: BuildOptions | None = None,
+    *,
+    lengths: str | None = None,
+    profiles: int = 3,
+    columns: Columns = Columns(),
+    twins: bool = False,
+    export_options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Build an engine directory from an ONNX file, or, with `twins`, three of them from a checkpoint directory.
+
+    With `lengths` (a data file) the optimization profiles, at most `profiles`, come from its token lengths. Returns the
+    facts of the passport, or of the twins.
+    """
+    from engines.base import BuildOptions, backend
+    from engines.trt_builder import CACHE_FILE
+    from nxm_export.twins import build_twins
+
+    source, out, options = Path(source), Path(out), options or BuildOptions()
+    if options.timing_cache is None and (out / CACHE_FILE).is_file():  # of the engine that is built anew
+        options = replace(options, timing_cache=out / CACHE_FILE)
+    if lengths is not None:
+        options = replace(options, profiles=_profiles(source if twins else source.parent, lengths, profiles, columns))
+    if twins:
+        return build_twins(source, out, name, options, dict(export_options or {}))
+    with atomic_dir(out) as scratch:
+        passport = backend(name).build(source, scratch, options)
+    return asdict(passport)
+
+
+def _profiles(directory: Path, data: str, count: int, columns: Columns) -> list[Any]:
+    """Optimization profiles from the token lengths of a data file, by the tokenizer of a graph or checkpoint directory."""
+    from engines.profiles import profiles_from_lengths
+    from nxm_export.data import load_raw, load_tokenizer
+    from nxm_export.families import family_of
+    from nxm_export.spec import SPEC_FILE
+
+    if (directory / SPEC_FILE).is_file():
+        limit = load_spec(directory).max_length
+    else:
+        from nxm_export.checkpoint import read_config
+
+        config = read_config(directory)
+        limit = family_of(config, source=str(directory)).max_positions(config)
+    raw = load_raw(data, "train", columns)
+    tokenizer = load_tokenizer(directory)
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(limit)
+    rows: Any = raw.texts if raw.pairs is None else list(zip(raw.texts, raw.pairs, strict=True))
+    return profiles_from_lengths([len(found.ids) for found in tokenizer.encode_batch(rows)], limit, count=count)
+
+
+def compare_engines(
+    checkpoint: str | Path, engines: Sequence[str | Path], data: str, columns: Columns = Columns()
+) -> list[Any]:
+    """Compare each engine directory with the checkpoint on a labelled data file; one `ParityReport` each."""
+    from engines.parity import compare
+
+    return [compare(checkpoint, engine, features_of(Path(engine), data, columns)) for engine in engines]
+
+
+def bench_engines(
+    engines: Sequence[str | Path],
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    rounds: int = 30,
+    threads: int | None = None,
+) -> Any:
+    """Time engine directories (a twins directory stands for its three) against each other; returns a `BenchReport`.
+
+    Engines that this machine cannot run are named in the report with the reason, unless none is left.
+    """
+    from engines.base import backend
+    from engines.bench import bench, sparse_verdict
+    from engines.passport import load_passport
+    from nxm_export.twins import DENSE, SPARSE, is_twins, twin_directories
+
+    given = [Path(path) for path in engines]
+    paths = [part for path in given for part in (twin_directories(path) if is_twins(path) else [path])]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise EngineError("the same engine is given twice; copy its directory to time it against itself")
+    named = len({path.resolve().name for path in paths}) == len(paths)
+    passports = {path: load_passport(path) for path in paths}
+    unmeasured: dict[str, str] = {}
+    with ExitStack() as stack:
+        loaded = {}
+        names = {}
+        for path in paths:
+            name = path.resolve().name if named else str(path)
+            runtime = backend(passports[path].backend)
+            options = {"threads": threads} if threads and runtime.NAME == "ort" else {}
+            try:
+                loaded[name] = stack.enter_context(runtime.load(path, **options))
+                names[passports[path].options.get("twin")] = (name, path)
+            except EngineUnavailable as error:
+                unmeasured[name] = str(error)
+        if not loaded:
+            raise EngineUnavailable(f"nothing could be timed here: {'; '.join(dict.fromkeys(unmeasured.values()))}")
+        report = bench(loaded, shapes, rounds=rounds, vocabulary=_vocabulary(paths))
+    verdict = None
+    if DENSE in names and SPARSE in names:
+        (dense, _), (sparse, path) = names[DENSE], names[SPARSE]
+        gpu = passports[path].device.get("gpu", "this GPU")
+        verdict = sparse_verdict(report, sparse, dense, truth_of(path, None, None).sparse_share, gpu)
+    missing = tuple(f"{name}: {why}" for name, why in unmeasured.items())
+    return replace(report, verdict=verdict, unmeasured=missing)
+
+
+def _vocabulary(engines: Sequence[Path]) -> int:
+    """Token ids below this exist in every engine."""
+    from engines.base import spec_of
+    from engines.bench import VOCABULARY
+
+    specs = [spec_of(path) for path in engines]
+    return min([VOCABULARY, *(spec.limits["input_ids"] for spec in specs if spec and "input_ids" in spec.limits)])
+
+
+def load_servers(
+    urls: Sequence[str],
+    model: str,
+    data: str,
+    engine: Path | None,
+    clients: Sequence[int],
+    seconds: float,
+    rounds: int,
+    encoding: str,
+) -> Any:
+    """Load running servers with the sentences of a data file; returns a `LoadReport`.
+
+    With an `engine` directory they are sent as tokens of its tokenizer, else as text, in an order that is shuffled once.
+    """
+    import random
+
+    from engines.load import measure, text_target, token_target
+    from nxm_export.data import Columns, load_raw
+    from nxm_export.spec import load_spec
+
+    if engine is None:
+        raw = load_raw(data, "dev", Columns())
+        texts = random.Random(0).sample(raw.texts, len(raw.texts))
+        targets = [text_target(url, url, model, texts) for url in urls]
+    else:
+        features = features_of(engine, data, Columns())
+        features = random.Random(0).sample(features, len(features))
+        targets = [token_target(url, url, model, features, load_spec(engine), encoding=encoding) for url in urls]
+    return measure(targets, clients, seconds=seconds, rounds=rounds)
+
+
+def features_of(directory: Path, data: str, columns: Columns) -> list[Any]:
+    """A labelled data file in tokens, by the tokenizer and labels of a graph or engine directory."""
+    from nxm_export.data import encode, load_raw, load_tokenizer, with_classes, with_scores
+
+    spec = load_spec(directory)
+    raw = load_raw(data, "dev", columns)
+    if spec.task == "classification":
+        names = spec.labels if set(raw.labels) <= set(spec.labels) else [str(i) for i in range(len(spec.labels))]
+        examples = with_classes(raw, names)
+    else:
+        examples = with_scores(raw)
+    return encode(load_tokenizer(directory), examples, spec.max_length, spec.inputs)

@@ -800,6 +800,33 @@ def doctor(file: Path | None, backend: str, trt_version: str, gpu: str, json: bo
     _print(doctor_file(file, backend, trt_version, gpu), json, lambda facts: _show_facts(str(file), facts))
 
 
+@main.command("report")
+@click.argument("run_directory", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="The page.  [default: RUN_DIRECTORY/report.html]")
+@click.option(
+    "--search", type=click.Path(path_type=Path), help="An `nxm search` to show, too.  [default: the run's own]"
+)
+@_json_option
+def report_page(run_directory: Path, out: Path | None, search: Path | None, json: bool) -> None:
+    """Write one HTML page of a run, finished or not: verdicts, plots, every matrix, provenance; needs no network to read."""
+    from nxm_export.report import report
+
+    path = report(run_directory, out, search=search)
+    _print({"path": str(path), "bytes": path.stat().st_size}, json, lambda facts: click.echo(facts["path"]))
+
+
+@main.command()
+@click.argument("source", metavar="ENGINE_DIR|RUN", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The model card, as in README.md.")
+@_json_option
+def card(source: Path, out: Path, json: bool) -> None:
+    """Write a Hugging Face model card of an engine directory or a run, every number from its files."""
+    from nxm_export.report import card as write_card
+
+    path = write_card(source, out)
+    _print({"path": str(path), "bytes": path.stat().st_size}, json, lambda facts: click.echo(facts["path"]))
+
+
 @main.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("nxm_export", "compressors", "engines")
+# The package itself holds its version, and nothing else.
 CONTRACT = (
     "__init__",
     "errors",
@@ -29,6 +30,7 @@ CONTRACT = (
     "sparsity_facts",
 )
 EXPORTER = ("weights", "qdq", "lowering", "verify", "sparsity", "export", "packed")
+REPORT = ("numbers", "facts", "verdicts", "plots", "page", "card")
 APPLICATION = ("__main__", "cli", "terminal", "pipeline", "twins", "estimate", "machine", "demo")
 
 
@@ -51,6 +53,8 @@ def layer(module: str) -> str:
     if package != "nxm_export":
         return package if package in PACKAGES else "third party"
     rest = rest or "__init__"
+    if rest == "report" or rest.removeprefix("report.") in REPORT:
+        return "report"
     for name, members in (("contract", CONTRACT), ("exporter", EXPORTER), ("application", APPLICATION)):
         if rest in members:
             return name
@@ -96,7 +100,9 @@ ALLOWED = {
     "exporter": {"contract": "eager", "exporter": "eager"},
     "compressors": {"contract": "eager", "compressors": "eager"},
     "engines": {"contract": "eager", "engines": "eager", "exporter": "lazy"},
+    "report": {"contract": "eager", "report": "eager", "engines": "lazy"},
     "application": {
+        "report": "lazy",
         "application": "eager",
         "contract": "eager",
         "exporter": "lazy",
@@ -109,6 +115,7 @@ EAGER_THIRD_PARTY = {
     "contract": {"numpy"},
     "engines": {"numpy"},
     "application": {"click"},
+    "report": {"numpy", "jinja2", "markupsafe", "matplotlib"},
     "exporter": {"numpy", "onnx_ir"},
     "compressors": {"numpy", "safetensors", "torch", "transformers"},
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 
 from nxm_export.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint, read_config, read_tensor
 from nxm_export.errors import ArtifactError, NxmError
-from nxm_export.families import ROLES, family_of
+from nxm_export.families import ROLES
 from nxm_export.plan import CompressionPlan, NMPattern, WeightSpec, parse_json
 from nxm_export.report.numbers import Figure, Source, pointer
 from nxm_export.run_dir import MANIFEST, RunDir, file_hash
@@ -243,8 +243,8 @@ def read_run(root: str | Path, search: str | Path | None = None) -> Run:
     files = Files(root, recorded)
     checkpoint = _checkpoint(files)
     plan = checkpoint.plan if checkpoint else None
-    graphs = tuple(_graphs(files))
-    engines = tuple(_engines(files))
+    graphs = tuple(_graphs(files, stages))
+    engines = tuple(_engines(files, stages))
     summary = files.json(SUMMARY)
     compressed, dense = files.json("checkpoint/metrics.json"), files.json("dense/metrics.json")
     if not (graphs or engines or compressed or dense or summary):
@@ -262,9 +262,7 @@ def read_run(root: str | Path, search: str | Path | None = None) -> Run:
         graphs=graphs,
         engines=engines,
         benches=tuple(filter(None, (files.json(file) for file in _below(root, "bench", "*.json")))),
-        logs={
-            stage: rows for stage in ("dense", "checkpoint") if (rows := files.lines(f"{stage}/train_log.jsonl"))
-        },
+        logs={stage: rows for stage in ("dense", "checkpoint") if (rows := files.lines(f"{stage}/train_log.jsonl"))},
         matrices=tuple(_matrices(root, checkpoint, graphs, searched)),
         sample=_sample(checkpoint, files),
         search=searched,
@@ -274,6 +272,39 @@ def read_run(root: str | Path, search: str | Path | None = None) -> Run:
     )
     doubts = (*files.doubts, *_contradictions(run))
     return replace(run, missing=tuple(_missing(run, search)), doubts=doubts)
+
+
+def read_engine_directory(directory: Path) -> Run:
+    """A run that has nothing but one engine: its passport, what lies beside it, and its input spec.
+
+    Raises `ArtifactError` when `directory` has no passport of this version.
+    """
+    files = Files(directory, {})
+    engine = read_engine(files, directory.resolve().name, "", [""])
+    if engine.passport is None:
+        reason = files.doubts[0] if files.doubts else f"it has no {PASSPORT} and no {MANIFEST}"
+        raise ArtifactError(f"{directory} is neither an engine directory nor a run: {reason}")
+    graph = engine.passport.data.get("graph")
+    return Run(
+        root=directory,
+        stages={},
+        summary=None,
+        dense=None,
+        compressed=None,
+        config=graph if isinstance(graph, dict) else {},
+        spec=files.json("spec.json"),
+        plan=None,
+        graphs=(),
+        engines=(engine,),
+        benches=(),
+        logs={},
+        matrices=(),
+        sample=None,
+        search=None,
+        files=files.hashes,
+        missing=(),
+        doubts=tuple(files.doubts),
+    )
 
 
 def _below(root: Path, directory: str, pattern: str) -> list[str]:
@@ -300,18 +331,24 @@ def _checkpoint(files: Files) -> Checkpoint | None:
         return None
 
 
-def _graphs(files: Files) -> Iterator[Graph]:
-    for file in _below(files.root, "onnx", "*/model.onnx"):
-        name = file.split("/")[1]
-        yield Graph(name, files.size(file), files.json(f"onnx/{name}/verify.json"))
+def _in_order(names: list[str], stages: Iterable[str], verb: str) -> list[str]:
+    """Names in the order in which the stages ``verb NAME`` ran, others behind."""
+    order = [stage.removeprefix(f"{verb} ") for stage in stages if stage.startswith(f"{verb} ")]
+    return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
 
 
-def _engines(files: Files) -> Iterator[Engine]:
+def _graphs(files: Files, stages: Iterable[str]) -> Iterator[Graph]:
+    names = [file.split("/")[1] for file in _below(files.root, "onnx", "*/model.onnx")]
+    for name in _in_order(names, stages, "export"):
+        yield Graph(name, files.size(f"onnx/{name}/model.onnx"), files.json(f"onnx/{name}/verify.json"))
+
+
+def _engines(files: Files, stages: Iterable[str]) -> Iterator[Engine]:
     """Engine directories at any depth (twins are three in one), and comparisons whose engine is gone."""
     made = [file.removesuffix(f"/{PASSPORT}") for file in _below(files.root, "engines", f"**/{PASSPORT}")]
     names = [directory.removeprefix("engines/") for directory in made]
     compared = [file.split("/")[1] for file in _below(files.root, "compare", "*/parity.json")]
-    for name in dict.fromkeys([*names, *compared]):
+    for name in _in_order(list(dict.fromkeys([*names, *compared])), stages, "build"):
         yield read_engine(files, name, f"engines/{name}", [f"compare/{name}", f"engines/{name}"])
 
 
@@ -356,9 +393,7 @@ def _blocks(source: Source | None) -> Iterator[BlockError]:
                 yield BlockError(str(name), error, source.at(key, number, "max_tolerance"))
 
 
-def _truth(
-    files: Files, directory: str, passport: Source | None
-) -> tuple[tuple[Mapping[str, Any], ...], float | None]:
+def _truth(files: Files, directory: str, passport: Source | None) -> tuple[tuple[Mapping[str, Any], ...], float | None]:
     if passport is None or passport.data.get("backend") not in _TRT:
         return (), None
     from engines.truth import read_truth
@@ -406,9 +441,7 @@ def _matrices(
     }
     verified = {graph.name: _rows_of(graph) for graph in graphs}
     for name, spec in checkpoint.plan.weights.items():
-        found = {
-            graph: rows[name] for graph, rows in verified.items() if name in rows and rows[name].get("planned")
-        }
+        found = {graph: rows[name] for graph, rows in verified.items() if name in rows and rows[name].get("planned")}
         block, role = places.get(name, (None, None))
         yield Matrix(
             name,
@@ -418,7 +451,11 @@ def _matrices(
             spec,
             {graph: str(row.get("stored")) for graph, row in found.items()},
             {graph: row.get("pattern") for graph, row in found.items()},
-            {graph: Figure(row["zeros"], *row["place"]) for graph, row in found.items() if isinstance(row.get("zeros"), float)},
+            {
+                graph: Figure(row["zeros"], *row["place"])
+                for graph, row in found.items()
+                if isinstance(row.get("zeros"), float)
+            },
             tuple(dict.fromkeys(str(problem) for row in found.values() for problem in row.get("problems", []))),
             None if search is None else search.sensitivity.get((name, str(spec))),
             None if search is not None and search.sensitivity else _projection(root / "dense", name, spec),
@@ -485,7 +522,7 @@ def _sample(checkpoint: Checkpoint | None, files: Files) -> Sample | None:
 
 def _contradictions(run: Run) -> Iterator[str]:
     """Numbers of the summary that the files behind it no longer say."""
-    pairs = [
+    pairs: list[tuple[tuple[str, ...], Figure | None]] = [
         (("dense",), run.dense.at("value") if run.dense else None),
         (("checkpoint",), run.compressed.at("value") if run.compressed else None),
     ]
@@ -523,10 +560,10 @@ def _missing(run: Run, search: str | Path | None) -> Iterator[Gap]:
     for what, found, why in stages:
         if not found:
             yield Gap(what, why, again)
-    for kind, why in (("missing", "not run here"), ("failed", "could not be built")):
+    for kind, why in (("missing", ""), ("failed", "could not be built: ")):
         engines = run.summary.data.get(kind) if run.summary else None
         for name, reason in (engines if isinstance(engines, dict) else {}).items():
-            yield Gap(f"engine {name}", f"{why}: {reason}")
+            yield Gap(f"engine {name}", f"{why}{reason}")
     if search is None and run.search is None:
         yield Gap(
             "the trade-off of other plans, and the measured sensitivity of every matrix",

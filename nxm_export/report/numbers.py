@@ -49,6 +49,8 @@ class Shown:
         value = self.figure.value
         if value is None:
             return "NaN" if self.kind == "error" else "none"
+        if isinstance(value, bool):
+            return "yes" if value else "no"
         try:
             return FORMATS[self.kind](value)
         except (TypeError, ValueError):

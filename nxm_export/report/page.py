@@ -18,9 +18,10 @@ from nxm_export import __version__
 from nxm_export.errors import PlanError
 from nxm_export.plan import COUNTINGS, NMPattern
 from nxm_export.report.facts import Matrix, Run
-from nxm_export.report.numbers import Figure, Shown, Source
+from nxm_export.report.numbers import Figure, Shown, Source, pointer
 from nxm_export.report.plots import Picture
 from nxm_export.report.verdicts import (
+    COUNTED,
     Piece,
     compressed_value,
     compression,
@@ -31,11 +32,6 @@ from nxm_export.report.verdicts import (
     verdicts,
 )
 
-COUNTED = {
-    "hw": "2:4 as tensor cores store it, index and scales included",
-    "packed": "smallest lossless file, index and scales included",
-    "values": "kept values alone, as papers count",
-}
 _KNOWN_PARITY = {
     "schema", "passed", "engine", "engine_sha256", "backend", "samples", "outputs", "metric", "reference_value",
     "reference_interval", "engine_value", "engine_interval", "reason",
@@ -86,38 +82,45 @@ def render(run: Run, pictures: Mapping[str, Picture]) -> str:
     style = files("nxm_export.report").joinpath("page.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     # The drawings are this package's own output, in which matplotlib and ElementTree have escaped what users wrote.
-    drawn = {key: Markup(picture.svg) for key, picture in pictures.items()}  # noqa: S704
-    return environment().get_template("page.html.j2").render(
-        run=run,
-        style=Markup(style),  # noqa: S704
-        policy=f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'",
-        verdicts=verdicts(run),
-        pictures=pictures,
-        drawn=drawn,
-        subject=_subject(run),
-        labels=_labels(run),
-        version=__version__,
-        tables={
-            "accuracy": _accuracy(run),
-            "compression": _compression(run),
-            "files": _sizes(run),
-            "latency": _latency(run),
-            "training": _training(run),
-            "matrices": _matrices(run),
-            "stages": _stages(run),
-            "versions": _versions(run),
-            "engines": _engines(run),
-            "hashes": Table(
-                "Files that this page was made from",
-                ("file", "sha256"),
-                [(Code(file), Code(digest)) for file, digest in sorted(run.files.items())],
+    drawn = {key: Markup(picture.svg) for key, picture in pictures.items()}
+    return (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            run=run,
+            style=Markup(style),
+            policy=f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'",
+            verdicts=verdicts(run),
+            pictures=pictures,
+            drawn=drawn,
+            subject=_subject(run),
+            labels=_labels(run),
+            version=__version__,
+            tables={
+                "accuracy": _accuracy(run),
+                "compression": _compression(run),
+                "files": _sizes(run),
+                "latency": _latency(run),
+                "training": _training(run),
+                "matrices": _matrices(run),
+                "stages": _stages(run),
+                "versions": _versions(run),
+                "engines": _engines(run),
+                "reasons": _reasons(run),
+                "hashes": Table(
+                    "Files that this page was made from",
+                    ("file", "sha256"),
+                    [(Code(file), Code(digest)) for file, digest in sorted(run.files.items())],
+                ),
+            },
+            parity=[table for table in _parity(run) if table.rows],
+            reasons=dict.fromkeys(
+                str(engine.parity.data["reason"])
+                for engine in run.engines
+                if engine.parity and engine.parity.data.get("reason")
             ),
-        },
-        parity=[table for table in _parity(run) if table.rows],
-        reasons=dict.fromkeys(
-            str(engine.parity.data["reason"]) for engine in run.engines if engine.parity and engine.parity.data.get("reason")
-        ),
-        bench_notes=list(_bench_notes(run)),
+            bench_notes=list(_bench_notes(run)),
+        )
     )
 
 
@@ -160,7 +163,14 @@ def _accuracy(run: Run) -> Table:
             if low and high
             else ""
         )
-        rows.append((f"compressed, engine {engine.name if engine else ''}", value.shown("score"), between(parity, "engine_interval"), note))
+        rows.append(
+            (
+                f"compressed, engine {engine.name if engine else ''}",
+                value.shown("score"),
+                between(parity, "engine_interval"),
+                note,
+            )
+        )
     samples = run.figure("dev_samples") or (run.dense.at("dev_samples") if run.dense else None)
     on = f" on {samples.value} held-out samples" if samples else ""
     return Table(f"{metric(run)}{on}", ("model", f"#{metric(run)}", "#95 % interval", "note"), rows)
@@ -172,7 +182,9 @@ def _compression(run: Run) -> Table:
         for counting in COUNTINGS
         if (figure := compression(run, counting))
     ]
-    return Table("Compression of the encoder's matrices, against FP32", ("counting", "#compression", "what is counted"), rows)
+    return Table(
+        "Compression of the encoder's matrices, against FP32", ("counting", "#compression", "what is counted"), rows
+    )
 
 
 def _sizes(run: Run) -> Table:
@@ -186,7 +198,9 @@ def _sizes(run: Run) -> Table:
     if run.plan:
         for label, sparse in (("dense kernels", False), ("2:4 kernels", True)):
             size = Figure(run.plan.engine_bytes(sparse=sparse), "checkpoint/nxm_plan.json")
-            rows.append((f"planned matrices in an INT8 engine, {label}", "computed from the plan", size.shown("megabytes")))
+            rows.append(
+                (f"planned matrices in an INT8 engine, {label}", "computed from the plan", size.shown("megabytes"))
+            )
     return Table("Bytes of files and engines", ("what", "kind", "#MB"), rows)
 
 
@@ -197,17 +211,34 @@ def _latency(run: Run) -> Table:
         timings = bench.data.get("timings")
         for number, row in enumerate(timings if isinstance(timings, list) else []):
             name, batch, sequence = (row.get(key) for key in ("name", "batch", "sequence"))
-            median = run.figure("latency_ms", f"{name} {batch}x{sequence}", "median") or bench.at("timings", number, "median")
+            median = run.figure("latency_ms", f"{name} {batch}x{sequence}", "median") or bench.at(
+                "timings", number, "median"
+            )
             ratio = speed.get((name, batch, sequence))
             note: Cell = "reference"
             if ratio:
-                note = (ratio["speedup"].shown("ratio"), "x (", ratio["low"].shown("ratio"), " to ", ratio["high"].shown("ratio"), ")")
-            middle = (bench.at("timings", number, "quartiles", side) for side in (0, 1))
+                note = (
+                    ratio["speedup"].shown("ratio"),
+                    "x (",
+                    ratio["low"].shown("ratio"),
+                    " to ",
+                    ratio["high"].shown("ratio"),
+                    ")",
+                )
+            low, high = (bench.at("timings", number, "quartiles", side) for side in (0, 1))
             rows.append(
-                (Code(str(name)), f"{batch}x{sequence}", _or_dash(median, "milliseconds"), _pair(*middle, "milliseconds"), note)
+                (
+                    Code(str(name)),
+                    f"{batch}x{sequence}",
+                    _or_dash(median, "milliseconds"),
+                    _pair(low, high, "milliseconds"),
+                    note,
+                )
             )
     return Table(
-        "Latency, engines interleaved", ("engine", "batch x tokens", "#median ms", "#middle half, ms", "#speed against the first (95 %)"), rows
+        "Latency, engines interleaved",
+        ("engine", "batch x tokens", "#median ms", "#middle half, ms", "#speed against the first (95 %)"),
+        rows,
     )
 
 
@@ -229,8 +260,17 @@ def _parity(run: Run) -> Iterator[Table]:
         for number in range(len(outputs.value) if isinstance(outputs.value, list) else 0):
             first = number == 0
 
-            def at(key: str, kind: str, number: int = number, report: Source = report, first: bool = first, name: str = engine.name) -> Cell:
-                return _or_dash((run.figure("parity", name, key) if first else None) or report.at("outputs", number, key), kind)
+            def at(
+                key: str,
+                kind: str,
+                number: int = number,
+                report: Source = report,
+                first: bool = first,
+                name: str = engine.name,
+            ) -> Cell:
+                return _or_dash(
+                    (run.figure("parity", name, key) if first else None) or report.at("outputs", number, key), kind
+                )
 
             value = run.figure("parity", engine.name, "value") or report.at("engine_value")
             passed = report.at("outputs", number, "passed")
@@ -264,7 +304,9 @@ def _parity(run: Run) -> Iterator[Table]:
 def _extra(report: Source) -> Iterator[tuple[Cell, Cell]]:
     """What a comparison says beyond what the tables above have: probes, gates, other backends; named by path."""
     for keys in _leaves(report.data, ()):
-        known = keys[0] in _KNOWN_PARITY and not (keys[0] == "outputs" and len(keys) > 2 and keys[2] not in _KNOWN_OUTPUT)
+        known = keys[0] in _KNOWN_PARITY and not (
+            keys[0] == "outputs" and len(keys) > 2 and keys[2] not in _KNOWN_OUTPUT
+        )
         figure = report.at(*keys)
         if not known and keys[0] not in ("blocks", "layers") and figure is not None:
             yield Code(".".join(map(str, keys))), figure.shown("general")
@@ -338,9 +380,20 @@ def _sparse_along_k(matrix: Matrix) -> str:
 def _kernel(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "unknown"
-    kernel = str(row.get("kernel") or "").split("_tilesize")[0]
-    word = {True: "sparse", False: "dense", None: "unknown"}[row.get("chosen")]
-    return ": ".join(part for part in (word, kernel or str(row.get("reason") or "")) if part)
+    kernel, reason = str(row.get("kernel") or "").split("_tilesize")[0], row.get("reason")
+    if row.get("chosen") is True:
+        return f"sparse: {kernel}" if kernel else "sparse"
+    word = "unknown" if row.get("chosen") is None else f"dense: {kernel}" if kernel else "dense"
+    return f"{word} ({reason})" if reason else word
+
+
+def _reasons(run: Run) -> Table:
+    """What the reasons in the kernel columns mean."""
+    from engines.truth import REASONS
+
+    used = {str(row["reason"]) for engine in run.engines for row in engine.truth if row.get("reason")}
+    rows = [(Code(reason), REASONS.get(reason, "")) for reason in sorted(used)]
+    return Table("Why a matrix is not known to run sparse", ("reason", "means"), rows)
 
 
 def _stages(run: Run) -> Table:
@@ -352,19 +405,13 @@ def _stages(run: Run) -> Table:
         rows.append(
             (
                 Code(name),
-                Shown(Figure(record.get("seconds"), "manifest.json", _stage_pointer(name, "seconds")), "general"),
+                Shown(Figure(record.get("seconds"), "manifest.json", pointer("stages", name, "seconds")), "general"),
                 "-" if record.get("seed") is None else str(record["seed"]),
                 Code(shlex.join(map(str, command)) if isinstance(command, list) else "not recorded"),
                 Code(", ".join(hashes) or "none"),
             )
         )
     return Table("Stages of the run", ("stage", "#seconds", "#seed", "command", "inputs, sha256"), rows)
-
-
-def _stage_pointer(*keys: str) -> str:
-    from nxm_export.report.numbers import pointer
-
-    return pointer("stages", *keys)
 
 
 def _versions(run: Run) -> Table:
@@ -374,7 +421,12 @@ def _versions(run: Run) -> Table:
         for package, version in (versions if isinstance(versions, dict) else {}).items():
             found.setdefault(str(package), {}).setdefault(str(version), []).append(stage)
     rows = [
-        (Code(package), versions.popitem()[0] if len(versions) == 1 else "; ".join(f"{v} in {', '.join(s)}" for v, s in versions.items()))
+        (
+            Code(package),
+            versions.popitem()[0]
+            if len(versions) == 1
+            else "; ".join(f"{v} in {', '.join(s)}" for v, s in versions.items()),
+        )
         for package, versions in found.items()
     ]
     return Table("Versions", ("package", "version"), rows)

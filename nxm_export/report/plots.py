@@ -17,9 +17,9 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, TwoSlopeNorm, to_rgb
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap, TwoSlopeNorm, to_rgb
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from nxm_export.families import ROLES
 from nxm_export.report.facts import Matrix, Run
@@ -30,7 +30,7 @@ from nxm_export.report.verdicts import compressed_value, compression, dense_valu
 INK, MUTED, LINE = "#010101", "#020202", "#030303"
 SERIES = ("#0a0101", "#0a0202", "#0a0303", "#0a0404", "#0a0505", "#0a0606")
 _CLASSES = {INK: "ink", MUTED: "muted", LINE: "line", **{color: f"s{i + 1}" for i, color in enumerate(SERIES)}}
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "nxm-report",
     "text.parse_math": False,  # names come from users, and may hold dollar signs
@@ -54,11 +54,17 @@ _STYLE = {
     "ytick.labelcolor": INK,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
     "legend.frameon": False,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
 }
+# Signed codes, with a step at zero: the smallest must not look like the empty cells beside them, on white or on black.
+_SIGNED = LinearSegmentedColormap.from_list(
+    "signed", [(0.0, "#8c2d04"), (0.4999, "#fdbe85"), (0.5, "#9ecae1"), (1.0, "#08519c")]
+)
 WIDTH = 5.4  # inches; a page shows a picture between 0.9 and 1.6 times as large
 
 
@@ -88,7 +94,10 @@ def _tradeoff(run: Run) -> Picture | None:
     name, front = metric(run), _front(run)
     canvas = Canvas(figsize=(WIDTH, 4.6 if front else 2.9), layout="constrained")
     panels = canvas.subplots(2 if front else 1, 1, squeeze=False)[:, 0]
-    points = [("dense, FP32", 0.0, dense, _interval(run, False)), (_plan_text(run), hw.value, compressed, _interval(run, True))]
+    points = [
+        ("dense, FP32", 0.0, dense, _interval(run, False)),
+        (_plan_text(run), hw.value, compressed, _interval(run, True)),
+    ]
     for number, (label, x, value, bounds) in enumerate(points):
         if bounds:
             panels[0].vlines(x * 100, bounds[0], bounds[1], color=SERIES[number], linewidth=1.6)
@@ -100,9 +109,7 @@ def _tradeoff(run: Run) -> Picture | None:
     panels[0].set(ylabel=f"{name}, 95 % interval", xlim=(-6, 108))
     panels[0].margins(y=0.25)
     panels[0].legend(loc="lower left", ncols=2, handletextpad=0.3)
-    said = "; ".join(
-        f"{label}: {value.shown('score').text} at {x:.2%} compression" for label, x, value, _ in points
-    )
+    said = "; ".join(f"{label}: {value.shown('score').text} at {x:.2%} compression" for label, x, value, _ in points)
     if front:
         _draw_front(panels[1], run, front)
         said += f"; below, {len(front)} plans of the search, by divergence from the dense model without training"
@@ -125,7 +132,10 @@ def _front(run: Run) -> list[tuple[float, float, bool]]:
 
 
 def _draw_front(axes: Axes, run: Run, front: Sequence[tuple[float, float, bool]]) -> None:
-    for pareto, color, marker, label in ((False, SERIES[2], ".", "tried"), (True, SERIES[3], "D", "best at a compression")):
+    for pareto, color, marker, label in (
+        (False, SERIES[2], ".", "tried"),
+        (True, SERIES[3], "D", "best at a compression"),
+    ):
         rows = [(x, y) for x, y, is_pareto in front if is_pareto is pareto]
         if rows:
             axes.plot([x * 100 for x, _ in rows], [y for _, y in rows], marker, color=color, label=label, markersize=5)
@@ -136,8 +146,16 @@ def _draw_front(axes: Axes, run: Run, front: Sequence[tuple[float, float, bool]]
         axes.plot([row["hw"] * 100], [row["joint"]], "*", color=SERIES[1], markersize=11, label=chosen)
     axes.set(ylabel="divergence, one-shot")
     if all(y > 0 for _, y, _ in front):
-        axes.set_yscale("log")
+        _logarithmic(axes, "y")
     axes.legend(loc="best", handletextpad=0.3)
+
+
+def _logarithmic(axes: Axes, which: str) -> None:
+    """A logarithmic axis with plain labels: matplotlib's own are formulas."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}" if value < 1e-3 else f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _interval(run: Run, compressed: bool) -> tuple[float, float] | None:
@@ -174,8 +192,10 @@ def _sensitivity(run: Run) -> Picture | None:
     canvas, axes = _map_axes(blocks)
     positive = table[np.isfinite(table) & (table > 0)]
     spread = len(positive) > 1 and positive.max() / positive.min() > 50
-    norm: Any = mpl.colors.LogNorm(positive.min(), positive.max()) if spread else mpl.colors.Normalize(0, np.nanmax(table) or 1)
-    colors = mpl.colormaps["viridis"]
+    norm: Any = (
+        mpl.colors.LogNorm(positive.min(), positive.max()) if spread else mpl.colors.Normalize(0, np.nanmax(table) or 1)
+    )
+    colors = ListedColormap(mpl.colormaps["YlGnBu"](np.linspace(0, 0.75, 256)))  # its dark end drowns the grid
     axes.pcolormesh(np.ma.masked_invalid(table), cmap=colors, norm=norm, edgecolor="none")
     for row, column in np.argwhere(np.isfinite(table)):
         ink = _contrast(colors(float(norm(table[row, column]))))
@@ -200,9 +220,14 @@ def _plan_map(run: Run) -> Picture | None:
         return None
     blocks, cells = grid
     options = list(dict.fromkeys(str(matrix.spec) for matrix in cells.values()))
-    palette = [f"#{shade}" for shade in ("9ecae1", "fdd0a2", "c7e9c0", "dadaeb", "fcbba1", "d9d9d9", "ffffb3", "ccebc5")]
+    palette = [
+        f"#{shade}" for shade in ("9ecae1", "fdd0a2", "c7e9c0", "dadaeb", "fcbba1", "d9d9d9", "ffffb3", "ccebc5")
+    ]
     table = np.array(
-        [[options.index(str(cells[block, role].spec)) if (block, role) in cells else np.nan for role in ROLES] for block in blocks],
+        [
+            [options.index(str(cells[block, role].spec)) if (block, role) in cells else np.nan for role in ROLES]
+            for block in blocks
+        ],
         dtype=float,
     )
     canvas, axes = _map_axes(blocks)
@@ -244,14 +269,23 @@ def _sample(run: Run) -> Picture | None:
     above, below = canvas.subplots(2, 1)
     largest = float(np.abs(values).max()) or 1.0
     picture = above.imshow(
-        np.ma.masked_equal(values, 0), cmap="RdBu", norm=TwoSlopeNorm(0, -largest, largest), interpolation="none", aspect="equal"
+        np.ma.masked_equal(values, 0),
+        cmap=_SIGNED,
+        norm=TwoSlopeNorm(0, -largest, largest),
+        interpolation="none",
+        aspect="equal",
     )
-    bar = canvas.colorbar(picture, ax=above, shrink=0.85, pad=0.015)
+    bar = canvas.colorbar(picture, ax=[above, below], shrink=0.5, pad=0.015)
     bar.outline.set_visible(False)  # type: ignore[operator]
     what = "integer codes" if spec.weight_bits else "values"
     above.set_title(f"stored {what}; empty is zero")
     below.imshow(
-        np.where(values != 0, 1.0, np.nan), cmap=ListedColormap(["#3b7dbd"]), vmin=0.5, vmax=1.5, interpolation="none", aspect="equal"
+        np.where(values != 0, 1.0, np.nan),
+        cmap=ListedColormap(["#3b7dbd"]),
+        vmin=0.5,
+        vmax=1.5,
+        interpolation="none",
+        aspect="equal",
     )
     below.set_title(f"what is kept{f'; lines every {spec.pattern.m} along K' if spec.pattern else ''}")
     for axes in (above, below):
@@ -324,16 +358,29 @@ def _parity(run: Run) -> Picture | None:
             found, allowed = output[f"{kind}_abs"], output[f"{kind}_tolerance"]
             axes.hlines(at + shift, found, allowed, color=LINE, linewidth=1)
             axes.plot([found], [at + shift], "o", color=color, markersize=5, label=f"{kind} error" if at == 0 else None)
-            axes.plot([allowed], [at + shift], "|", color=color, markersize=10, markeredgewidth=2, label=f"{kind} tolerated" if at == 0 else None)
+            axes.plot(
+                [allowed],
+                [at + shift],
+                "|",
+                color=color,
+                markersize=10,
+                markeredgewidth=2,
+                label=f"{kind}, tolerated" if at == 0 else None,
+            )
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
-    axes.set(xscale="log", xlabel="|engine - checkpoint|, logarithmic")
+    _logarithmic(axes, "x")
+    axes.set(xlabel="|engine - checkpoint|, logarithmic")
     axes.invert_yaxis()
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, handletextpad=0.2, columnspacing=1)
+    canvas.legend(loc="outside upper left", ncols=4, handletextpad=0.2, columnspacing=1)
     said = "Largest and mean error of every output against its tolerance: " + "; ".join(
         f"{label} {output['max_abs']:.2g} of {output['max_tolerance']:.2g}" for label, output in rows
     )
     return _picture(
-        "parity", "Parity error and tolerance by output", said, "A dot left of its bar of the same colour is within the tolerance.", canvas
+        "parity",
+        "Parity error and tolerance by output",
+        said,
+        "A dot left of its bar of the same colour is within the tolerance.",
+        canvas,
     )
 
 
@@ -351,17 +398,24 @@ def _blocks(run: Run) -> Picture | None:
     longest = max((blocks for _, blocks in engines), key=len)
     for number, (engine, blocks) in enumerate(engines):
         color = SERIES[number % len(SERIES)]
-        axes.plot(range(len(blocks)), [b.max_abs.value for b in blocks], "o-", color=color, label=engine.name, markersize=4)
-        tolerances = [(i, b.tolerance.value) for i, b in enumerate(blocks) if b.tolerance and _positive(b.tolerance.value)]
+        axes.plot(
+            range(len(blocks)), [b.max_abs.value for b in blocks], "o-", color=color, label=engine.name, markersize=4
+        )
+        tolerances = [
+            (i, b.tolerance.value) for i, b in enumerate(blocks) if b.tolerance and _positive(b.tolerance.value)
+        ]
         if tolerances:
             axes.plot(*zip(*tolerances, strict=True), "_", color=color, markersize=10, markeredgewidth=1.5)
     axes.set_xticks(range(len(longest)), [b.block for b in longest], rotation=30, ha="right")
-    axes.set(yscale="log", ylabel="largest |difference|")
+    _logarithmic(axes, "y")
+    axes.set(ylabel="largest |difference|")
     axes.legend(loc="best")
     said = "Largest difference behind each block: " + "; ".join(
         f"{engine.name} {b.block} {b.max_abs.shown('error').text}" for engine, blocks in engines for b in blocks
     )
-    return _picture("blocks", "Parity error by block", said, "Where two backends part; a dash is what is tolerated there.", canvas)
+    return _picture(
+        "blocks", "Parity error by block", said, "Where two backends part; a dash is what is tolerated there.", canvas
+    )
 
 
 def _curves(run: Run) -> Picture | None:
@@ -390,21 +444,34 @@ def _curves(run: Run) -> Picture | None:
         x, y = [at for at, _ in points], [value * (100 if key == "flips" else 1) for _, value in points]
         axes.plot(x, y, "-" if key == "loss" else "o-", color=SERIES[number], linewidth=1.1, markersize=3.5)
         axes.set_ylabel(labels[key])
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * max(y) or 1)
         for at, _ in phases[1:]:
             axes.axvline(at, color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
-    for at, name in phases:
+    for at, name in _apart(phases, end):
         panels[0].annotate(
             name, (at, 1), xycoords=("data", "axes fraction"), xytext=(3, 3), textcoords="offset points", color=INK
         )
     panels[-1].set_xlabel("optimizer steps, all phases in a row")
     panels[-1].set_xlim(0, end)
     said = f"Curves over {end:.0f} steps in the phases {', '.join(name for _, name in phases)}. " + "; ".join(
-        f"{labels[key]} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for key, points in drawn.items() if key != "flips"
+        f"{labels[key]} from {points[0][1]:.3g} to {points[-1][1]:.3g}"
+        for key, points in drawn.items()
+        if key != "flips"
     )
     caption = "The loss of each phase is a sum of its own terms, so levels of two phases do not compare. The residual is how far "
     caption += "the weights are from their projection, flips the share of mask entries that changed at a dual update."
     return _picture("curves", "Training", said, caption, canvas)
+
+
+def _apart(phases: Sequence[tuple[float, str]], end: float) -> list[tuple[float, str]]:
+    """The phases whose names fit side by side, long ones first; each is (first step, name)."""
+    until = [*(at for at, _ in phases[1:]), end]
+    chosen: list[tuple[float, str]] = []
+    for (at, name), _ in sorted(zip(phases, until, strict=True), key=lambda item: item[0][0] - item[1]):
+        width = 0.018 * end  # of a character
+        if all(at + width * len(name) < other or other + width * len(text) < at for other, text in chosen):
+            chosen.append((at, name))
+    return chosen
 
 
 def _picture(key: str, title: str, description: str, caption: str, canvas: Canvas) -> Picture:

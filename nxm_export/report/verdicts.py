@@ -14,6 +14,11 @@ from nxm_export.report.numbers import Figure, Shown
 
 GOOD, BAD, OPEN, ABSENT = "good", "bad", "open", "absent"
 Piece = str | Shown
+COUNTED = {
+    "hw": "2:4 as tensor cores store it, index and scales included",
+    "packed": "smallest lossless file, index and scales included",
+    "values": "kept values alone, as papers count",
+}
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,9 @@ def compressed_value(run: Run) -> Figure | None:
 
 def metric(run: Run) -> str:
     """The metric's name."""
-    found = run.figure("metric") or next(
-        (source.at("metric") for source in (run.dense, run.compressed) if source is not None), None
-    )
+    engine = main_engine(run)
+    sources = (run.dense, run.compressed, engine.parity if engine else None)
+    found = run.figure("metric") or next((source.at("metric") for source in sources if source is not None), None)
     return str(found.value) if found else "metric"
 
 
@@ -73,7 +78,9 @@ def _accuracy(run: Run) -> Verdict:
     title, name = "Accuracy kept", metric(run)
     dense, compressed = dense_value(run), compressed_value(run)
     if dense is None or compressed is None:
-        return Verdict("accuracy", title, ABSENT, "not measured", note="The dense or the compressed model is not there yet.")
+        return Verdict(
+            "accuracy", title, ABSENT, "not measured", note="The dense or the compressed model is not there yet."
+        )
     rows = [Row("dense", (dense.shown("score"),)), Row("compressed", (compressed.shown("score"),))]
     low, high = run.figure("difference_interval", 0), run.figure("difference_interval", 1)
     samples = run.figure("dev_samples") or (run.dense.at("dev_samples") if run.dense else None)
@@ -98,11 +105,12 @@ def _accuracy(run: Run) -> Verdict:
 
 def compression(run: Run, counting: str) -> Figure | None:
     """1 - compressed/FP32 of the planned matrices by a counting."""
-    if run.plan is None:
-        return run.figure("compression", counting)
-    return run.figure("compression", counting) or Figure(
-        run.plan.compression(counting), "checkpoint/nxm_plan.json"
-    )
+    if found := run.figure("compression", counting):
+        return found
+    if run.plan is not None:
+        return Figure(run.plan.compression(counting), "checkpoint/nxm_plan.json")
+    engine = main_engine(run)
+    return engine.passport.at("plan", "compression", counting) if engine and engine.passport else None
 
 
 def _size(run: Run) -> Verdict:
@@ -123,13 +131,15 @@ def _size(run: Run) -> Verdict:
     note = "Shares are of the planned matrices against FP32; embeddings, biases and norms are not counted. An engine keeps "
     note += "every code in 8 bits, and zeros too, unless a 2:4 kernel runs."
     lead: tuple[Piece, ...] = (hw.shown("share"), " of the matrices' bits saved")
-    return Verdict("size", title, GOOD if hw.value > 0 else BAD, "smaller" if hw.value > 0 else "larger", tuple(rows), note, lead)
+    return Verdict(
+        "size", title, GOOD if hw.value > 0 else BAD, "smaller" if hw.value > 0 else "larger", tuple(rows), note, lead
+    )
 
 
 def ratios(run: Run, engine: str | None = None) -> list[Mapping[str, Figure]]:
     """The speed-ups of a run with their places, those of one `engine` or all."""
     sources = [(run.summary, ("speedup",))] if run.summary else [(bench, ("ratios",)) for bench in run.benches]
-    found = []
+    found: list[Mapping[str, Figure]] = []
     for source, keys in sources:
         listed = source.at(*keys)
         for number in range(len(listed.value) if listed and isinstance(listed.value, list) else 0):
@@ -167,9 +177,15 @@ def _speed(run: Run) -> Verdict:
     else:
         state, word = OPEN, "not everywhere"
     slowest = min(found, key=lambda row: float(row["speedup"].value))
-    lead = (slowest["speedup"].shown("ratio"), f"x against {slowest['reference'].value}, at the least")
+    shape = f"{slowest['batch'].value}x{slowest['sequence'].value}"
+    lead = (
+        slowest["speedup"].shown("ratio"),
+        f"x at {shape}" + (f", the least of {len(found)} shapes" if found[1:] else ""),
+    )
     device = engine.passport.data.get("device", {}).get("name") if engine.passport else None
-    note = f"{engine.name}, 95 % intervals of paired rounds" + (f", on {device}." if device else ".")
+    note = f"{engine.name} against {slowest['reference'].value}, 95 % intervals of paired rounds" + (
+        f", on {device}." if device else "."
+    )
     return Verdict("speed", title, state, word, rows, note, lead)
 
 
@@ -197,11 +213,15 @@ def _sparse(run: Run) -> Verdict:
         unknown = [row for row in wanted if row.get("chosen") is None]
         proved = proved or bool(run_sparse)
         text = f"{len(run_sparse)} of {len(wanted)} proved" if wanted else "unknown"
-        rows.append(Row(f"runs on sparse kernels, {engine.name}", (text + (f", {len(unknown)} unknown" if unknown else ""),)))
+        rows.append(
+            Row(f"runs on sparse kernels, {engine.name}", (text + (f", {len(unknown)} unknown" if unknown else ""),))
+        )
     if any(e.passport and e.passport.data.get("backend") == "ort" for e in run.engines):
         rows.append(Row("runs on sparse kernels, ONNX Runtime", ("none: it has no such kernels",)))
     if checked and len(stored) < len(checked):
-        return Verdict("sparse", title, BAD, "pattern broken", tuple(rows), "A stored matrix breaks the pattern of its plan.")
+        return Verdict(
+            "sparse", title, BAD, "pattern broken", tuple(rows), "A stored matrix breaks the pattern of its plan."
+        )
     stored_word = (f"{len(stored)} of {len(planned)} stored N:M",)
     if proved:
         return Verdict("sparse", title, GOOD, "stored and run", tuple(rows), "", stored_word)

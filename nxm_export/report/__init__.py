@@ -1,7 +1,7 @@
 """What people look at: one HTML page of a run, and a model card, both made from the files that the stages wrote.
 
 `nxm report` and `nxm card`. Nothing is measured here and no number is typed: facts are read (`facts`), judged in words
-(`verdicts`), drawn (`plots`) and put into templates (`page`, `card`). A run may be unfinished; what is missing is said.
+(`verdicts`), drawn (`plots`) and put into templates (`page`, `hub_card`). A run may be unfinished; what is missing is said.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def card(source: str | Path, out: str | Path) -> Path:
 
     Raises `ArtifactError` when `source` is neither; needs jinja2 (``nxm-export[report]``).
     """
-    from nxm_export.report.card import render
+    from nxm_export.report.hub_card import render
 
     return _write(Path(out), render(Path(source)))
 

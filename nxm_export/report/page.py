@@ -94,6 +94,7 @@ def render(run: Run, pictures: Mapping[str, Picture]) -> str:
             pictures=pictures,
             drawn=drawn,
             subject=_subject(run),
+            counts=_counts(run),
             labels=_labels(run),
             version=__version__,
             tables={
@@ -128,6 +129,15 @@ def _subject(run: Run) -> str:
     kind = run.config.get("model_type")
     task = run.spec.data.get("task") if run.spec else None
     return ", ".join(str(part) for part in (kind, task) if part)
+
+
+def _counts(run: Run) -> list[tuple[str, Shown]]:
+    """Options of the plan and how many matrices have each."""
+    counts = run.plan.pattern_counts if run.plan else {}
+    return [
+        (name, (run.figure("plan", name) or Figure(count, "checkpoint/nxm_plan.json")).shown("general"))
+        for name, count in counts.items()
+    ]
 
 
 def _labels(run: Run) -> list[str]:

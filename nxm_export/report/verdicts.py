@@ -212,6 +212,10 @@ def _sparse(run: Run) -> Verdict:
         run_sparse = [row for row in wanted if row.get("chosen") is True]
         unknown = [row for row in wanted if row.get("chosen") is None]
         proved = proved or bool(run_sparse)
+        integer, products = (_option(run, engine, key) for key in ("integer_products", "planned_products"))
+        if integer and products:
+            pieces = (integer.shown("general"), " of ", products.shown("general"), " planned")
+            rows.append(Row(f"INT8 matrix products, {engine.name}", pieces))
         text = f"{len(run_sparse)} of {len(wanted)} proved" if wanted else "unknown"
         rows.append(
             Row(f"runs on sparse kernels, {engine.name}", (text + (f", {len(unknown)} unknown" if unknown else ""),))
@@ -227,6 +231,12 @@ def _sparse(run: Run) -> Verdict:
         return Verdict("sparse", title, GOOD, "stored and run", tuple(rows), "", stored_word)
     note = "Whether a 2:4 kernel runs is only known on the GPU. Until an engine proves it, it is called unknown."
     return Verdict("sparse", title, OPEN, "stored; running unknown", tuple(rows), note, stored_word)
+
+
+def _option(run: Run, engine: Engine, key: str) -> Figure | None:
+    """A fact of a TensorRT build: the summary has those of the RTX engine, every passport its own."""
+    summed = run.figure("trt_rtx", key) if engine.name.startswith("trt_rtx") else None
+    return summed or (engine.passport.at("options", key) if engine.passport else None)
 
 
 def _parity(run: Run) -> Verdict:

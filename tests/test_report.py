@@ -30,8 +30,8 @@ from nxm_export.cli import main
 from nxm_export.errors import ArtifactError
 from nxm_export.plan import CompressionPlan, WeightSpec
 from nxm_export.report import card, report
-from nxm_export.report.hub_card import markdown
 from nxm_export.report.facts import projection_error, read_run
+from nxm_export.report.hub_card import markdown
 from nxm_export.report.verdicts import verdicts
 from nxm_export.run_dir import RunDir
 from tests import tiny
@@ -387,6 +387,7 @@ def test_accuracy_is_judged_by_the_paired_interval(copied: Path, interval: list[
     [
         ([1.2, 1.4], [1.1, 1.3], "faster"),
         ([1.2, 1.4], [0.9, 1.3], "not everywhere"),
+        ([0.9, 1.1], [0.8, 0.9], "not told apart"),
         ([0.6, 0.7], [0.8, 0.9], "slower"),
     ],
 )

@@ -103,7 +103,7 @@ def _tradeoff(run: Run) -> Picture | None:
             panels[0].vlines(x * 100, bounds[0], bounds[1], color=SERIES[number], linewidth=1.6)
         panels[0].plot([x * 100], [value.value], "os"[number], color=SERIES[number], markersize=7, label=label)
         panels[0].annotate(
-            value.shown("score").text, (x * 100, value.value), xytext=(9, -3), textcoords="offset points", color=INK
+            value.shown("score").text, (x * 100, value.value), xytext=(8, 5), textcoords="offset points", color=INK
         )
     panels[0].axhline(dense.value, color=SERIES[0], linewidth=0.8, linestyle=(0, (4, 3)))
     panels[0].set(ylabel=f"{name}, 95 % interval", xlim=(-6, 108))
@@ -116,6 +116,8 @@ def _tradeoff(run: Run) -> Picture | None:
     panels[-1].set_xlabel("compression of the encoder's matrices against FP32 (hw), %")
     caption = "The dense model and the plan of this run. Bars are 95 % intervals of each model by itself; the paired interval "
     caption += "of the difference is tighter and stands in the table."
+    if front:
+        caption += " Below, the plans of the search, compressed one-shot: it ranks them, and says nothing of accuracy."
     return _picture("tradeoff", f"{name.capitalize()} against compression", said, caption, canvas)
 
 
@@ -144,6 +146,9 @@ def _draw_front(axes: Axes, run: Run, front: Sequence[tuple[float, float, bool]]
     if isinstance(row.get("hw"), float) and isinstance(row.get("joint"), float):
         chosen = "chosen, and this run's plan" if run.search and run.search.planned else "chosen by the search"
         axes.plot([row["hw"] * 100], [row["joint"]], "*", color=SERIES[1], markersize=11, label=chosen)
+    hw = compression(run, "hw")
+    if hw is not None and not (run.search and run.search.planned):
+        axes.axvline(hw.value * 100, color=SERIES[1], linewidth=0.9, linestyle=(0, (4, 3)), label="this run's plan")
     axes.set(ylabel="divergence, one-shot")
     if all(y > 0 for _, y, _ in front):
         _logarithmic(axes, "y")

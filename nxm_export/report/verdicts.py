@@ -125,9 +125,14 @@ def _size(run: Run) -> Verdict:
         Row("kept values alone, as papers count", (values.shown("share"), " saved")),
     ]
     if run.plan is not None:
-        for label, sparse in (("in an INT8 engine, dense kernels", False), ("in an INT8 engine, 2:4 kernels", True)):
+        for label, sparse in (
+            ("matrices in an INT8 engine, dense", False),
+            ("matrices in an INT8 engine, 2:4 kernels", True),
+        ):
             size = Figure(run.plan.engine_bytes(sparse=sparse), "checkpoint/nxm_plan.json")
             rows.append(Row(label, (size.shown("megabytes"), " MB")))
+    if (engine := main_engine(run)) and engine.bytes:
+        rows.append(Row(f"engine file {engine.name}, all of it", (engine.bytes.shown("megabytes"), " MB")))
     note = "Shares are of the planned matrices against FP32; embeddings, biases and norms are not counted. An engine keeps "
     note += "every code in 8 bits, and zeros too, unless a 2:4 kernel runs."
     lead: tuple[Piece, ...] = (hw.shown("share"), " of the matrices' bits saved")
@@ -174,8 +179,10 @@ def _speed(run: Run) -> Verdict:
         state, word = GOOD, "faster"
     elif all(row["high"].value < 1 for row in found):
         state, word = BAD, "slower"
-    else:
+    elif any(row["low"].value > 1 for row in found):
         state, word = OPEN, "not everywhere"
+    else:
+        state, word = OPEN, "not told apart"
     slowest = min(found, key=lambda row: float(row["speedup"].value))
     shape = f"{slowest['batch'].value}x{slowest['sequence'].value}"
     lead = (

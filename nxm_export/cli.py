@@ -816,15 +816,15 @@ def report_page(run_directory: Path, out: Path | None, search: Path | None, json
 
 
 @main.command()
-@click.argument("source", metavar="ENGINE_DIR|RUN", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The model card, as in README.md.")
 @_json_option
-def card(source: Path, out: Path, json: bool) -> None:
-    """Write a Hugging Face model card of an engine directory or a run, every number from its files."""
+def card(path: Path, out: Path, json: bool) -> None:
+    """Write a Hugging Face model card of an engine directory or a run at PATH, every number from its files."""
     from nxm_export.report import card as write_card
 
-    path = write_card(source, out)
-    _print({"path": str(path), "bytes": path.stat().st_size}, json, lambda facts: click.echo(facts["path"]))
+    written = write_card(path, out)
+    _print({"path": str(written), "bytes": written.stat().st_size}, json, lambda facts: click.echo(facts["path"]))
 
 
 @main.command()

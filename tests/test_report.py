@@ -114,9 +114,18 @@ def searched(finished: Path) -> Path:
     from compressors.selection import SearchSettings
 
     out = finished.parent / "searched"
-    settings = SearchSettings(menu=("2:4+W8", "W8", "dense"), compression=0.8, samples=32, held_out=32, swaps=1, finalists=2)  # fmt: skip
-    train = str(finished.parent / "train.tsv")
-    search(finished / "dense", task="classification", train=train, out=out, settings=settings, pareto=[0.7, 0.75])
+    settings = SearchSettings(
+        menu=("2:4+W8", "W8", "dense"),
+        compression=0.8,
+        samples=32,
+        held_out=32,
+        swaps=1,
+        finalists=2,
+        pareto=(0.7, 0.75),
+    )
+    search(
+        finished / "dense", task="classification", train=str(finished.parent / "train.tsv"), out=out, settings=settings
+    )
     return out
 
 

@@ -114,11 +114,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Search:
-    """A directory of `nxm search`; `trials` and `front` are rows of its CSV files, `planned` whether the run uses its plan."""
+    """A directory of `nxm search`; `trials` are the rows of its CSV file, `front` its best plans at
+    other compressions, `planned` whether the run uses its plan."""
 
     source: Source
-    trials: tuple[Mapping[str, str], ...]
-    front: tuple[Mapping[str, str], ...]
+    trials: tuple[Mapping[str, Any], ...]
+    front: tuple[Mapping[str, Any], ...]
     sensitivity: Mapping[tuple[str, str], float]
     planned: bool
 
@@ -426,7 +427,9 @@ def _search(root: Path, given: str | Path | None, plan: CompressionPlan | None) 
             sensitivity[row["weight"], row["option"]] = float(row["kl"])
         except (KeyError, TypeError, ValueError):
             continue  # of an interrupted or foreign table
-    return Search(source, files.rows("trials.csv"), files.rows("pareto.csv"), sensitivity, same)
+    front = source.data.get("pareto")
+    rows = tuple(row for row in front if isinstance(row, dict)) if isinstance(front, list) else ()
+    return Search(source, files.rows("trials.csv"), rows, sensitivity, same)
 
 
 def _matrices(

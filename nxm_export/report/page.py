@@ -401,7 +401,9 @@ def _reasons(run: Run) -> Table:
     """What the reasons in the kernel columns mean."""
     from engines.truth import REASONS
 
-    used = {str(row["reason"]) for engine in run.engines for row in engine.truth if row.get("reason")}
+    planned = {matrix.name for matrix in run.matrices}
+    rows_of = [row for engine in run.engines for row in engine.truth if row.get("name") in planned]
+    used = {str(row["reason"]) for row in rows_of if row.get("reason")}
     rows = [(Code(reason), REASONS.get(reason, "")) for reason in sorted(used)]
     return Table("Why a matrix is not known to run sparse", ("reason", "means"), rows)
 

@@ -30,7 +30,7 @@ CONTRACT = (
     "sparsity_facts",
 )
 EXPORTER = ("weights", "qdq", "lowering", "verify", "sparsity", "export", "packed")
-REPORT = ("numbers", "facts", "verdicts", "plots", "page", "hub_card")
+REPORT = ("numbers", "shapes", "facts", "verdicts", "plots", "page", "hub_card")
 APPLICATION = ("__main__", "cli", "terminal", "pipeline", "twins", "estimate", "machine", "demo")
 
 

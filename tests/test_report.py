@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from itertools import combinations, pairwise
@@ -32,6 +33,7 @@ from nxm_export.plan import CompressionPlan, WeightSpec
 from nxm_export.report import card, report
 from nxm_export.report.facts import projection_error, read_run
 from nxm_export.report.hub_card import markdown
+from nxm_export.report.page import render
 from nxm_export.report.verdicts import verdicts
 from nxm_export.run_dir import RunDir
 from tests import tiny
@@ -138,6 +140,12 @@ def page(finished: Path, searched: Path) -> Page:
 def copied(finished: Path, tmp_path: Path) -> Path:
     """A copy of the run that a test may damage."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def bare(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the run for tests that put back what they change."""
+    return Path(shutil.copytree(finished, tmp_path_factory.mktemp("bare") / "run"))
 
 
 def follow(data: Any, pointer: str) -> Any:
@@ -366,6 +374,38 @@ def test_a_damaged_file_is_told_and_the_rest_shown(copied: Path, damage: bytes) 
     assert run.summary is None
     assert any(doubt.startswith("summary/summary.json") for doubt in run.doubts)
     assert Page(report(copied).read_text(encoding="utf-8")).all("figure")
+
+
+@pytest.mark.parametrize("value", [None, "x", [], {"a": 1}, -3, True], ids=str)
+@pytest.mark.parametrize(
+    ("file", "place"),
+    [
+        ("summary/summary.json", ["compression", "hw"]),
+        ("summary/summary.json", ["speedup", 0, "interval"]),
+        ("compare/ort-cpu-int8/parity.json", ["outputs"]),
+        ("bench/latency.json", ["timings", 1, "quartiles"]),
+        ("engines/ort-cpu-int8/passport.json", ["device"]),
+        ("onnx/cpu/verify.json", ["weights", 0]),
+        ("checkpoint/metrics.json", ["value"]),
+        ("onnx/dense/spec.json", ["labels"]),
+        ("manifest.json", ["stages", "dense"]),
+    ],
+    ids=str,
+)
+def test_a_field_of_another_type_is_told_and_never_a_traceback(
+    bare: Path, file: str, place: list[Any], value: Any
+) -> None:
+    path = bare / file
+    whole = path.read_text(encoding="utf-8")
+    data = json.loads(whole)
+    holder = follow(data, "".join(f"/{key}" for key in place[:-1]))
+    holder[place[-1]] = value
+    path.write_text(json.dumps(data), encoding="utf-8")
+    try:
+        with suppress(ArtifactError) if file == "manifest.json" else nullcontext():
+            assert render(read_run(bare), {}).endswith("</html>")
+    finally:
+        path.write_text(whole, encoding="utf-8")
 
 
 def rewritten(copied: Path, change: Callable[[dict[str, Any]], None]) -> dict[str, str]:

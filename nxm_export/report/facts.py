@@ -22,6 +22,7 @@ from nxm_export.errors import ArtifactError, NxmError
 from nxm_export.families import ROLES
 from nxm_export.plan import CompressionPlan, NMPattern, WeightSpec, parse_json
 from nxm_export.report.numbers import Figure, Source, pointer
+from nxm_export.report.shapes import SHAPES, misfit
 from nxm_export.run_dir import MANIFEST, RunDir, file_hash
 
 SUMMARY = "summary/summary.json"
@@ -188,8 +189,8 @@ class Files:
             self.doubts.append(f"{file} cannot be read ({error}); make it again")
             return None
 
-    def json(self, file: str) -> Source | None:
-        """A JSON object of the schema that its name asks for, None where it is missing or something else."""
+    def json(self, file: str, kind: str | None = None) -> Source | None:
+        """A JSON object of the schema that its name, or the name `kind`, asks for; None where it is missing or not that."""
         text = self.text(file)
         if text is None:
             return None
@@ -198,12 +199,15 @@ class Files:
         except ArtifactError as error:
             self.doubts.append(str(error))
             return None
-        name = Path(file).name
+        name = kind or Path(file).name
         schema = data.get("schema") if isinstance(data, dict) else None
         family = str(schema).partition("/")[0]
         if not isinstance(data, dict) or schema != _SCHEMAS.get(name, schema) or family != _FAMILIES.get(name, family):
             wanted = _SCHEMAS.get(name) or _FAMILIES.get(name) or "a JSON object"
             self.doubts.append(f"{file} is of schema {schema!r}, not {wanted}: it is not shown; make it again")
+            return None
+        if wrong := misfit(data, SHAPES.get(name, {})):
+            self.doubts.append(f"{file} is malformed at {wrong}: it is not shown; make it again")
             return None
         return Source(file, data)
 
@@ -237,6 +241,8 @@ def read_run(root: str | Path, search: str | Path | None = None) -> Run:
     """
     directory = RunDir.open(root)
     root, stages = directory.root, directory.manifest["stages"]
+    if wrong := misfit(directory.manifest, SHAPES[MANIFEST]):
+        raise ArtifactError(f"{root / MANIFEST}: malformed at {wrong}; restore it, or start a new run directory")
     recorded: dict[str, str] = {}
     for record in stages.values():
         outputs = record.get("outputs")
@@ -262,7 +268,7 @@ def read_run(root: str | Path, search: str | Path | None = None) -> Run:
         plan=plan,
         graphs=graphs,
         engines=engines,
-        benches=tuple(filter(None, (files.json(file) for file in _below(root, "bench", "*.json")))),
+        benches=tuple(filter(None, (files.json(file, "latency.json") for file in _below(root, "bench", "*.json")))),
         logs={stage: rows for stage in ("dense", "checkpoint") if (rows := files.lines(f"{stage}/train_log.jsonl"))},
         matrices=tuple(_matrices(root, checkpoint, graphs, searched)),
         sample=_sample(checkpoint, files),

@@ -17,6 +17,7 @@ _EXTRAS = {
     "ort": ("onnx", "onnx_ir", "onnxruntime", "ml_dtypes"),
     "trt-rtx": ("tensorrt_rtx", "polygraphy"),
     "parquet": ("pyarrow",),
+    "report": ("jinja2", "markupsafe", "matplotlib"),
 }
 
 

@@ -55,26 +55,45 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
 
 @pytest.fixture(scope="session")
-def tiny_graph(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> Callable[..., Path]:
-    """``tiny_graph(family, placement)``: the graph directory of a trained tiny checkpoint, made once a session; read it only."""
-    made: dict[tuple[str, ...], Path] = {}
+def traced_once() -> Callable[[pytest.MonkeyPatch], None]:
+    """``traced_once(patch)``: let exports take a trace that was made before, while the patch lasts.
+
+    Tracing takes nearly all the time of an export, and two placements of a checkpoint have one trace.
+    """
     traced: dict[str, Any] = {}
 
-    def make(family: str = "bert", placement: str = "inputs-outputs", target: str = "cpu") -> Path:
+    def install(patch: pytest.MonkeyPatch) -> None:
         from nxm_export import export as exporter
 
-        key, trace = (family, placement, target), exporter._trace
+        trace = exporter._trace
 
-        def trace_once(*arguments: Any) -> Any:
-            """Tracing takes nearly all the time of an export, and two placements of a checkpoint have one trace."""
+        def once(*arguments: Any) -> Any:
             if str(arguments) not in traced:
                 traced[str(arguments)] = trace(*arguments)
             return traced[str(arguments)].clone()
 
+        patch.setattr(exporter, "_trace", once)
+
+    return install
+
+
+@pytest.fixture(scope="session")
+def tiny_graph(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_checkpoint: Callable[..., Path],
+    traced_once: Callable[[pytest.MonkeyPatch], None],
+) -> Callable[..., Path]:
+    """``tiny_graph(family, placement)``: the graph directory of a trained tiny checkpoint, made once a session; read it only."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def make(family: str = "bert", placement: str = "inputs-outputs", target: str = "cpu") -> Path:
+        from nxm_export import export as exporter
+
+        key = (family, placement, target)
         if key not in made:
             out = tmp_path_factory.mktemp("graph") / "-".join(key)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(exporter, "_trace", trace_once)
+                traced_once(patch)
                 made[key] = exporter.export(
                     tiny_checkpoint(family), out, target=target, placement=placement
                 ).path.parent

@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("nxm_export", "compressors", "engines")
+# The package itself holds its version, and nothing else.
 CONTRACT = (
     "__init__",
     "errors",
@@ -29,6 +30,7 @@ CONTRACT = (
     "sparsity_facts",
 )
 EXPORTER = ("weights", "qdq", "lowering", "verify", "sparsity", "export", "packed")
+REPORT = ("numbers", "shapes", "facts", "verdicts", "plots", "page", "hub_card")
 APPLICATION = (
     "__main__",
     "cli",
@@ -63,6 +65,8 @@ def layer(module: str) -> str:
         return package if package in PACKAGES else "third party"
     rest = rest or "__init__"
     rest = "cli" if rest.startswith("cli.") else rest
+    if rest == "report" or rest.removeprefix("report.") in REPORT:
+        return "report"
     for name, members in (("contract", CONTRACT), ("exporter", EXPORTER), ("application", APPLICATION)):
         if rest in members:
             return name
@@ -108,7 +112,9 @@ ALLOWED = {
     "exporter": {"contract": "eager", "exporter": "eager"},
     "compressors": {"contract": "eager", "compressors": "eager"},
     "engines": {"contract": "eager", "engines": "eager", "exporter": "lazy"},
+    "report": {"contract": "eager", "report": "eager", "engines": "lazy"},
     "application": {
+        "report": "lazy",
         "application": "eager",
         "contract": "eager",
         "exporter": "lazy",
@@ -121,6 +127,7 @@ EAGER_THIRD_PARTY = {
     "contract": {"numpy"},
     "engines": {"numpy"},
     "application": {"click"},
+    "report": {"numpy", "jinja2", "markupsafe", "matplotlib"},
     "exporter": {"numpy", "onnx_ir"},
     "compressors": {"numpy", "safetensors", "torch", "transformers"},
 }

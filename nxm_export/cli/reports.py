@@ -1,0 +1,38 @@
+"""Commands that write about a run for people: report, card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nxm_export.cli.group import main
+from nxm_export.cli.options import json_option
+from nxm_export.cli.output import show_result
+
+
+@main.command("report")
+@click.argument("run_directory", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="The page.  [default: RUN_DIRECTORY/report.html]")
+@click.option(
+    "--search", type=click.Path(path_type=Path), help="An `nxm search` to show, too.  [default: the run's own]"
+)
+@json_option
+def report_page(run_directory: Path, out: Path | None, search: Path | None, json: bool) -> None:
+    """Write one HTML page of a run, finished or not: verdicts, plots, every matrix, provenance; needs no network to read."""
+    from nxm_export.report import report
+
+    path = report(run_directory, out, search=search)
+    show_result({"path": str(path), "bytes": path.stat().st_size}, json, lambda facts: click.echo(facts["path"]))
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The model card, as in README.md.")
+@json_option
+def card(path: Path, out: Path, json: bool) -> None:
+    """Write a Hugging Face model card of an engine directory or a run at PATH, every number from its files."""
+    from nxm_export.report import card as write_card
+
+    written = write_card(path, out)
+    show_result({"path": str(written), "bytes": written.stat().st_size}, json, lambda facts: click.echo(facts["path"]))

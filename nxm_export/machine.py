@@ -16,6 +16,7 @@ _EXTRAS = {
     "export": ("onnxscript",),
     "ort": ("onnx", "onnx_ir", "onnxruntime", "ml_dtypes"),
     "trt-rtx": ("tensorrt_rtx", "polygraphy"),
+    "serve": ("starlette", "uvicorn", "httptools", "prometheus_client"),
     "parquet": ("pyarrow",),
     "report": ("jinja2", "markupsafe", "matplotlib"),
 }
@@ -44,6 +45,7 @@ def report() -> dict[str, Any]:
         "backend ort": _needs(("onnxruntime", "onnx", "onnx-ir"), "ort"),
         "backend trt": _trt(),
         "backend trt_rtx": _needs(("tensorrt-rtx-cu13", "polygraphy"), "trt-rtx") + _rtx_note(),
+        "serve": _needs(("starlette", "uvicorn", "httptools", "prometheus-client"), "serve"),
     }
 
 

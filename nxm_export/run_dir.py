@@ -46,6 +46,7 @@ OWN_DIRECTORIES = (
     ("config.json", "metrics.json"),  # a fine-tuned dense model
     ("model.onnx", "spec.json"),  # a graph
     ("passport.json",),  # an engine
+    ("manifest.json", "check_manifest.py"),  # a model repository for Triton
 )
 _DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 # Libraries that write files themselves turn the system's error into their own; its text stays.

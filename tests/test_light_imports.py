@@ -16,7 +16,8 @@ from nxm_export.cli import main
 from tests.test_layering import MODULES, layer
 
 LIGHT = sorted(name for name in MODULES if layer(name) in ("contract", "engines"))
-HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt_rtx", "polygraphy", "rich")
+HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt_rtx", "polygraphy", "rich",
+         "starlette", "uvicorn", "prometheus_client", "tokenizers")  # fmt: skip
 
 # Refuses every module that is not in the standard library, numpy or ours, then imports the light ones.
 _ONLY_NUMPY = f"""
@@ -75,7 +76,8 @@ def test_help_of_a_command_says_what_it_does_and_what_it_takes(command: str) -> 
     assert result.exit_code == 0
     assert result.output.startswith("Usage: ")
     for parameter in main.commands[command].params:
-        shown = parameter.opts[0] if parameter.param_type_name == "option" else str(parameter.name).upper()
+        option = parameter.param_type_name == "option"
+        shown = parameter.opts[0] if option else parameter.metavar or str(parameter.name).upper()
         assert shown in result.output
     summary = main.commands[command].get_short_help_str(limit=200)
     assert summary.endswith(".")

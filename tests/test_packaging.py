@@ -94,6 +94,7 @@ def test_doctor_says_what_to_install_in_a_clean_environment(clean: Path, tmp_pat
         ("export", "export"),
         ("backend ort", "ort"),
         ("backend trt_rtx", "trt-rtx"),
+        ("serve", "serve"),
     ):
         assert f"nxm-export[{extra}]" in facts[what]
         assert extra in PROJECT["optional-dependencies"]
@@ -106,10 +107,15 @@ def test_contract_and_engines_import_from_the_wheel_without_torch(clean: Path, t
     assert str(clean.parent) in done.stdout, "the wheel's own files are what was imported"
 
 
-def test_a_command_that_needs_an_extra_says_which(clean: Path, tmp_path: Path) -> None:
-    done = run(clean / "nxm", "compress", "model", "--train", "a.tsv", "--dev", "b.tsv", "--out", "c", cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [("compress model --train a.tsv --dev b.tsv --out c", "train"), ("serve engine", "serve")],
+    ids=["compress", "serve"],
+)
+def test_a_command_that_needs_an_extra_says_which(clean: Path, tmp_path: Path, command: str, extra: str) -> None:
+    done = run(clean / "nxm", *command.split(), cwd=tmp_path)
     assert done.returncode == 1
-    assert "nxm-export[train]" in done.stderr
+    assert f"nxm-export[{extra}]" in done.stderr
     assert "Traceback" not in done.stderr
 
 

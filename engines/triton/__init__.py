@@ -32,6 +32,7 @@ from nxm_export.spec import TOKENIZER_FILE, IOSpec, load_spec
 
 SCHEMA = "nxm-triton/1"
 VERSION = "1"
+CHECK = "check_manifest.py"
 _HERE = Path(__file__).parent
 
 
@@ -60,17 +61,20 @@ class _Group:
     spec: IOSpec
 
 
-def export_repository(sources: Sequence[Source], out: Path, options: TritonOptions = TritonOptions()) -> dict[str, Any]:
+def export_repository(
+    sources: Sequence[Source], out: Path | str, options: TritonOptions = TritonOptions()
+) -> dict[str, Any]:
     """Write the repository `out` and return its manifest; `sources` of one name are one model for several GPUs.
 
     An existing `out` is replaced if it is a repository of ours. Raises `ServeError` for engines that Triton cannot load,
     `ArtifactError` for damaged ones.
     """
+    out = Path(out)
     groups = [_group(name, sources) for name in dict.fromkeys(source.name for source in sources)]
     if not groups:
         raise ServeError("nothing to hand over: give at least one engine directory")
-    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ArtifactError(f"{out} exists and is no repository of ours (no {MANIFEST}); choose another --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / CHECK).is_file():  # an engine directory, for example
+        raise ArtifactError(f"{out} exists and is no repository of ours (no {CHECK}); choose another --out")
     tensorrt = _tensorrt(groups, options)
     with atomic_dir(out) as scratch:
         for group in groups:
@@ -85,7 +89,7 @@ def export_repository(sources: Sequence[Source], out: Path, options: TritonOptio
             "files": file_hashes(scratch),
         }
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        shutil.copyfile(_HERE / "check_manifest.py", scratch / "check_manifest.py")
+        shutil.copyfile(_HERE / CHECK, scratch / CHECK)
         tag = f"{groups[0].name.lower()}:{file_hash(scratch / MANIFEST)[:12]}"
         for name, text in deployment_files(
             groups[0].name, tag, models, options.image, text=options.text, gpu=gpu

@@ -4,6 +4,7 @@
 opens; a C library with sockets of its own would pass, and none of those in use here has any.
 """
 
+import ipaddress
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -32,11 +33,19 @@ def _guarded(original: Callable[..., Any], position: int) -> Callable[..., Any]:
 
 def _guarded_lookup(original: Callable[..., Any]) -> Callable[..., Any]:
     def look_up(host: Any, *arguments: Any, **options: Any) -> Any:
-        if host is not None:
+        if host is not None and not _is_address(host):  # an address is not looked up anywhere; a server binds to one
             _require_local(host)
         return original(host, *arguments, **options)
 
     return look_up
+
+
+def _is_address(host: Any) -> bool:
+    try:
+        ipaddress.ip_address(host.decode() if isinstance(host, bytes) else str(host))
+    except ValueError:
+        return False
+    return True
 
 
 def _require_local(host: Any) -> None:

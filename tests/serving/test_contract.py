@@ -22,10 +22,13 @@ from tests.serving.servers import Running, triton_venv
 client_http = pytest.importorskip("tritonclient.http", reason="tritonclient is not installed; pip install -e '.[dev]'")
 errors = pytest.importorskip("tritonclient.utils")
 
-SERVERS = ("ours", "real_triton")
+SERVERS = (
+    pytest.param("ours", id="nxm-serve"),
+    pytest.param("real_triton", id="triton-core-with-backend-double", marks=pytest.mark.slow),
+)
 
 
-@pytest.fixture(params=SERVERS, ids=["nxm-serve", "triton-core-with-backend-double"])
+@pytest.fixture(params=SERVERS)
 def server(request: pytest.FixtureRequest) -> Running:
     return request.getfixturevalue(request.param)
 
@@ -224,6 +227,7 @@ def test_many_clients_at_once_get_each_their_own_answer(server: Running) -> None
         assert all(pool.map(ask, range(16)))
 
 
+@pytest.mark.slow
 def test_both_servers_give_equal_logits_and_labels_on_random_sentences(ours: Running, real_triton: Running) -> None:
     random = np.random.default_rng(0)
     texts = [" ".join(random.choice(VOCABULARY[4:], size)) for size in random.integers(1, 60, 100)]
@@ -249,6 +253,7 @@ print(json.dumps(client.infer("exact", inputs).as_numpy("logits").tolist()))
 """
 
 
+@pytest.mark.slow
 def test_triton_answers_grpc_with_the_same_logits(real_triton: Running) -> None:
     """`nxm serve` has no gRPC; who needs it moves to Triton. The client is the venv's: it pins an older protobuf."""
     venv = triton_venv()

@@ -325,7 +325,7 @@ class ClosedLoop(threading.Thread):
                 connection = None
 
 
-@pytest.mark.parametrize("repetition", range(3))
+@pytest.mark.parametrize("repetition", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_sigterm_in_mid_load_loses_no_request_and_exits_with_0(engine: Path, tmp_path: Path, repetition: int) -> None:
     with nxm_serve(tmp_path / "log", f"exact={engine}") as server:
         clients = [ClosedLoop(server, i) for i in range(16)]

@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.serving.exact_engine import MAX_LENGTH, expected, feeds_of
 from tests.serving.servers import nxm_serve
 from tests.serving.soak import reloads_done, soak
 
 
+@pytest.mark.slow
 def test_a_soaked_server_loses_nothing_and_keeps_its_size(engine: Path, tmp_path: Path) -> None:
     served = Path(shutil.copytree(engine, tmp_path / "served"))
     feeds = [feeds_of([n, 1 + n // 2], n) for n in range(1, MAX_LENGTH + 1)]

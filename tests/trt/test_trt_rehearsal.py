@@ -12,10 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from trt_models import Checkpoints
+from trt_models import Checkpoints, feeds_for
 
 from nxm_export.export import export
+from tests.serving.rawhttp import send
+from tests.serving.servers import free_port, started
 from tests.variants import variants
 
 TESTS = Path(__file__).parent
@@ -150,6 +153,64 @@ except EngineError as error:
     assert "no profile holds batch 1 x sequence 49" in first
     assert "--profile 1x1,2x16,4x32 --profile 1x1,4x48,4x48" in first, "the command that rebuilds it, as it was built"
     assert "this engine was closed" in second
+
+
+@pytest.mark.parametrize("engine", ["8.6", "11.4"], indirect=True)
+def test_an_engine_is_served_by_its_profiles_with_the_logits_it_gives_alone(
+    engine, driver: Path, tmp_path: Path
+) -> None:
+    version, directory = engine
+    env, port = environment(driver, version), free_port()
+    env["PYTHONPATH"] += os.pathsep + str(TESTS)
+    shapes = ((1, 4), (2, 16), (4, 64))  # lengths that are buckets, so that the server pads none
+    script = """
+import json, sys
+from engines import trt
+from trt_models import feeds_for
+with trt.load(sys.argv[1]) as engine:
+    print(json.dumps([engine.run(feeds_for(engine.inputs, *shape))["logits"].tolist() for shape in json.loads(sys.argv[2])]))
+"""
+    alone = subprocess.run(
+        [sys.executable, "-c", script, directory, json.dumps(shapes)],
+        env=env, cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    command = [sys.executable, "-m", "nxm_export", "serve", f"m={directory}", "--port", str(port)]
+    with started(command, env, port, tmp_path / "log"):
+        metadata = send(port, "GET", "/v2/models/m").json()
+        names = [entry["name"] for entry in metadata["inputs"]]
+        assert metadata["platform"] == "tensorrt_plan"
+
+        def ask(rows: int, length: int):
+            inputs = [
+                {"name": name, "datatype": "INT64", "shape": [rows, length], "data": array.ravel().tolist()}
+                for name, array in feeds_for(names, rows, length).items()
+            ]
+            return send(port, "POST", "/v2/models/m/infer", json.dumps({"inputs": inputs}).encode())
+
+        for shape, wanted in zip(shapes, json.loads(alone.stdout), strict=True):
+            (output,) = ask(*shape).json()["outputs"]
+            # float sums in another order may move a quantizer's input over the edge of a step
+            assert np.abs(np.reshape(output["data"], output["shape"]) - wanted).max() < 0.05
+        for rows, length, complaint in ((1, 65, "longer than the 64"), (5, 64, "larger than the 4")):
+            refused = ask(rows, length)
+            assert (refused.status, complaint in refused.json()["error"]) == (400, True)
+
+
+@pytest.mark.parametrize("engine", ["8.6", "11.4"], indirect=True)
+def test_a_triton_configuration_has_the_profiles_and_types_of_the_plan_itself(
+    engine, driver: Path, tmp_path: Path
+) -> None:
+    version, directory = engine
+    nxm(environment(driver, version), "triton", f"m={directory}", "--out", tmp_path / "repository")
+    config = (tmp_path / "repository" / "m" / "config.pbtxt").read_text()
+    assert 'profile: [ "0", "1" ]' in config
+    assert ("TYPE_INT32" in config) == (version == "8.6"), "TensorRT 8.6 has no int64: its engines take int32"
+    assert 'key: "8.0"' in config
+    assert (tmp_path / "repository" / "m" / "1" / "model_sm80.plan").read_bytes() == (
+        directory / "model.engine"
+    ).read_bytes()
+    manifest = json.loads((tmp_path / "repository" / "manifest.json").read_text())
+    assert manifest["tensorrt"].startswith(version)
 
 
 @pytest.mark.parametrize("engine", ["11.4"], indirect=True)

@@ -46,7 +46,7 @@ def engine_config(
     inputs, outputs = passport.tensors("inputs"), passport.tensors("outputs")
     if any(binding.shape[:1] != (-1,) for binding in (*inputs, *outputs)):
         raise ServeError(f"{name}: the engine has a fixed batch; build it with a profile whose batch is free")
-    rows = min(max_batch, max((p.maximum[0] for p in profiles), default=max_batch))
+    rows = batch_size(name, profiles, max_batch)
     by_capability = {capability: file for capability, file in files.items() if capability}
     group: dict[str, Any] = {"kind": Word(KINDS[kind]), "count": instances}
     if profiles and passport.backend == "trt":
@@ -70,13 +70,34 @@ def engine_config(
     )
 
 
+def batch_size(name: str, profiles: Sequence[Profile], max_batch: int) -> int:
+    """The most rows, up to `max_batch`, of which every number fits a profile at every length that the engine takes.
+
+    Triton has one limit for all lengths, and its batcher makes batches of any size up to it. Raises `ServeError` when not
+    even a single row always fits: unlike `engines.serving`, Triton does not fill batches up.
+    """
+    found = max_batch
+    for length in range(1, max((p.maximum[1] for p in profiles), default=0) + 1):
+        fitting = [p for p in profiles if p.minimum[1] <= length <= p.maximum[1]]
+        rows = 0
+        while rows < found and any(p.minimum[0] <= rows + 1 <= p.maximum[0] for p in fitting):
+            rows += 1
+        if fitting and not rows:
+            raise ServeError(
+                f"{name}: no profile takes a single row of {length} tokens, and Triton may send one; "
+                "build the engine with profiles that begin at batch 1"
+            )
+        found = rows if fitting else found
+    return found
+
+
 def text_configs(
     name: str, passport: EnginePassport, spec: IOSpec, *, max_batch: int, pair: bool, labels: bool
 ) -> dict[str, str]:
     """Configurations of the text face: a tokenizer, an ensemble, and a model that names classes, by model name."""
     inputs, outputs = passport.tensors("inputs"), passport.tensors("outputs")
     texts = [_text(key) for key in (("text", "text_pair") if pair else ("text",))]
-    batch = min(max_batch, max((p.maximum[0] for p in passport.shape_profiles()), default=max_batch))
+    batch = batch_size(name, passport.shape_profiles(), max_batch)
     python = {"backend": "python", "max_batch_size": batch}
     workers = {"instance_group": [{"kind": Word("KIND_CPU"), "count": 1}]}
     names = {"tokenizer": f"{name}_tokenizer", "labels": f"{name}_labels", "text": f"{name}_text"}

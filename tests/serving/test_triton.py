@@ -18,10 +18,13 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from engines.base import Profile
 from engines.passport import PASSPORT_FILE
+from engines.profiles import pick
 from engines.serving.repository import Source
 from engines.triton import TritonOptions, export_repository
 from engines.triton.check_manifest import problems, version_text
+from engines.triton.config import batch_size
 from engines.triton.pbtxt import Word, dump
 from nxm_export.cli import main
 from nxm_export.errors import ArtifactError, ServeError
@@ -101,7 +104,7 @@ def test_the_configuration_of_plans_says_everything_that_the_passport_knows(
         "name": "planned",
         "backend": "tensorrt",
         "platform": "tensorrt_plan",
-        "max_batch_size": 8,
+        "max_batch_size": 4,  # what the profile of the long sequences has room for
         "default_model_filename": "model_sm80.plan",
         "cc_model_filenames": {"8.0": "model_sm80.plan", "9.0": "model_sm90.plan"},
         "input": [{"name": name, "data_type": "TYPE_INT32", "dims": ["-1"]} for name in ("input_ids", "attention_mask", "token_type_ids")],
@@ -114,6 +117,33 @@ def test_the_configuration_of_plans_says_everything_that_the_passport_knows(
             for batch, length in ((4, 16), (2, 48))
         ],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shapes", "most"),
+    [
+        ([], 16),
+        ([((1, 1), (32, 64))], 16),
+        ([((1, 1), (8, 32)), ((1, 33), (4, 64))], 4),  # 8 rows of 40 tokens would fit nowhere
+        ([((1, 1), (8, 64)), ((1, 33), (4, 64))], 8),
+        ([((1, 1), (2, 64)), ((3, 1), (8, 64))], 8),
+        ([((1, 1), (2, 64)), ((4, 1), (8, 64))], 2),  # 3 rows would fit nowhere
+        ([((1, 1), (8, 32)), ((1, 48), (6, 64))], 6),  # lengths between profiles are nobody's
+    ],
+)
+def test_every_batch_that_triton_may_make_fits_a_profile(
+    shapes: list[tuple[tuple[int, int], tuple[int, int]]], most: int
+) -> None:
+    profiles = [Profile(low, high, high) for low, high in shapes]
+    assert batch_size("m", profiles, 16) == most
+    for length in {size for low, high in shapes for size in range(low[1], high[1] + 1)}:
+        for rows in range(1, most + 1):
+            assert pick(profiles, rows, length) is not None
+
+
+def test_an_engine_that_takes_no_single_row_is_not_handed_over() -> None:
+    with pytest.raises(ServeError, match="single row of 1 tokens"):
+        batch_size("m", [Profile((2, 1), (8, 64), (8, 64))], 16)
 
 
 def test_the_text_face_is_an_ensemble_of_tokenizer_engine_and_labels(engine: Path, tmp_path: Path) -> None:

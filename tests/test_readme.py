@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
 import shutil
@@ -14,6 +16,8 @@ from click.testing import CliRunner
 
 from nxm_export.cli import main
 from tests.conftest import ROOT
+from tests.serving.rawhttp import send
+from tests.serving.servers import free_port, started
 from tools.readme_table import BEGIN, END, table
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,6 +38,22 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[...
     return home
 
 
+def serves_until_stopped(arguments: list[str], desk: Path) -> None:
+    """Runs a server of the README as a child process, on another port; asks once; SIGTERM must end it well."""
+    port = free_port()
+    command = [sys.executable, *(argument.replace("8000", str(port)) for argument in arguments)]
+    assert command[1:] != arguments, "the README names the port"
+    with started(command, dict(os.environ), port, desk / "serve.log", cwd=desk) as server:
+        inputs = [
+            {"name": entry["name"], "datatype": entry["datatype"], "shape": [1, 4], "data": [1, 1, 1, 1]}
+            for entry in send(port, "GET", "/v2/models/engine").json()["inputs"]
+        ]
+        answer = send(port, "POST", "/v2/models/engine/infer", json.dumps({"inputs": inputs}).encode())
+        assert answer.status == 200, answer.body
+        assert answer.json()["outputs"][0]["shape"] == [1, 2]
+        assert server.stop() == 0
+
+
 @pytest.fixture(scope="module")
 def commands_have_run(desk: Path) -> Path:
     """Runs the shell blocks: plain commands of `nxm`, in this process, so that torch is imported once."""
@@ -42,6 +62,9 @@ def commands_have_run(desk: Path) -> Path:
         for line in "".join(blocks("sh")).splitlines():
             program, *arguments = shlex.split(line, comments=True)
             assert program == "nxm", f"only nxm is expected here: {line}"
+            if arguments[0] == "serve":
+                serves_until_stopped(["-m", "nxm_export", *arguments], desk)
+                continue
             result = CliRunner().invoke(main, arguments)
             assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
             assert result.stdout.strip(), f"{line} printed nothing"
@@ -55,6 +78,7 @@ def test_the_commands_leave_what_they_promise(commands_have_run: Path) -> None:
         "checkpoint/nxm_plan.json",
         "graph/model.onnx",
         "engine/passport.json",
+        "triton-repository/engine_text/config.pbtxt",
     }
 
 
@@ -65,6 +89,9 @@ def test_the_python_of_the_readme_runs(commands_have_run: Path, monkeypatch: pyt
     namespace: dict[str, object] = {}
     for number, block in enumerate(blocks("python")):
         assert len([line for line in block.splitlines() if line.strip()]) <= 5
+        if "serve(" in block:
+            serves_until_stopped(["-c", block], commands_have_run)
+            continue
         exec(compile(block, f"README.md, Python block {number + 1}", "exec"), namespace)
     assert stages.read_text() == before, "the same request from Python finds every stage up to date"
     assert namespace["logits"].shape == (1, 2)  # type: ignore[attr-defined]

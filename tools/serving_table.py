@@ -40,6 +40,7 @@ DOCUMENT = ROOT / "docs" / "serving.md"
 BEGIN, END = "<!-- tools/serving_table.py: begin -->", "<!-- tools/serving_table.py: end -->"
 CLIENTS = (1, 8, 32)
 DOUBLE = "Triton 2.51 core + Python ORT double"
+PADDED = f"{DOUBLE}, clients pad to 8"
 
 
 @dataclass
@@ -100,9 +101,13 @@ def measure(engine: Path, data: str, seconds: float, rounds: int, scratch: Path,
 
     binary = [name for name in servers if name.startswith(("nxm", "Triton"))]
     texts = [name for name in ("nxm serve", DOUBLE) if name in servers]
+    tokens = {n: token_target(n, servers[n].url, "m", features, spec) for n in binary}
+    if DOUBLE in servers:  # Triton merges requests of equal shape only: what a client that knows it would send
+        tokens[PADDED] = token_target(PADDED, servers[DOUBLE].url, "m", features, spec, multiple=8)
+        servers[PADDED] = servers[DOUBLE]
     groups = {
-        "Tokens, binary tensors": {n: token_target(n, servers[n].url, "m", features, spec) for n in binary},
-        "Tokens, JSON": {n: token_target(n, servers[n].url, "m", features, spec, encoding="json") for n in servers if "no batching" not in n},
+        "Tokens, binary tensors": tokens,
+        "Tokens, JSON": {n: token_target(n, servers[n].url, "m", features, spec, encoding="json") for n in servers if n != PADDED and "no batching" not in n},
         "Sentences (tokenized by the server), JSON": {n: text_target(n, servers[n].url, "m_text", examples.texts) for n in texts},
     }  # fmt: skip
     found: dict[tuple[str, str, int], Samples] = {}
@@ -254,9 +259,26 @@ def _document(
                     f"| {name} | {clients} | {_middle(s.throughput, 0)} | {_middle(s.p50, 1)} | {_middle(s.p99, 1)} "
                     f"| {np.median(s.cpu_ms):.2f} | {s.errors} |"
                 )
+    lines += ["", *_against(found, groups)]
     lines += ["", "Protocol overhead: what a request with binary tensors takes beyond a bare loop that runs the same engine on the same samples, one client, median: "]  # fmt: skip
     lines[-1] += ", ".join(f"{name} {extra:.2f} ms" for name, extra in overhead.items()) + "."
     return "\n".join(lines)
+
+
+def _against(found: dict[tuple[str, str, int], Samples], groups: dict[str, dict[str, Target]]) -> list[str]:
+    """`nxm serve` against every other server, round by round: the median of the ratios of one round."""
+    lines = ["**`nxm serve` against the others**, median of the ratios within a round, lowest to highest", ""]
+    lines += ["| requests | against | clients | throughput | p99 |", "|---|---|---|---|---|"]
+    for group, targets in groups.items():
+        for name in (name for name in targets if name != "nxm serve"):
+            for clients in CLIENTS:
+                ours, other = found[group, "nxm serve", clients], found[group, name, clients]
+                ratios = [
+                    [mine / theirs for mine, theirs in zip(getattr(ours, what), getattr(other, what), strict=True)]
+                    for what in ("throughput", "p99")
+                ]
+                lines.append(f"| {group} | {name} | {clients} | {_middle(ratios[0], 2)} | {_middle(ratios[1], 2)} |")
+    return lines
 
 
 def _middle(values: list[float], digits: int) -> str:

@@ -7,12 +7,13 @@ first client comes, and the shapes of the outputs are known, not guessed.
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import json
 import os
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,7 @@ class Model:
             thread.join()
         for engine in self._engines:
             engine.close()
+        _return_freed_memory()
 
     def require_range(self, name: str, array: np.ndarray) -> None:
         """Raise `RequestRefused` (400) for values that the model has no row or no meaning for."""
@@ -208,6 +210,12 @@ def open_model(name: str, version: str, directory: Path, options: ModelOptions) 
         model = Model(name, version, directory, passport, engines, options)
         stack.pop_all()  # from here on `Model.close` frees them
     return model
+
+
+def _return_freed_memory() -> None:
+    """Let the C library hand back what a runtime freed: glibc keeps it, and every reload would leave some more behind."""
+    with suppress(OSError, AttributeError):  # no glibc here
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def gate_state(directory: Path, passport: EnginePassport) -> str:

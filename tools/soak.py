@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--reload-every", type=float, default=20.0)
     parser.add_argument("--tolerance", type=float, default=0.5)
     options = parser.parse_args()
     texts = load_raw(options.data, "dev").texts
@@ -48,7 +49,7 @@ def main() -> None:
                 lambda i, logits: bool(np.abs(logits[0] - wanted[i]).max() <= options.tolerance),
                 seconds=options.seconds,
                 clients=options.clients,
-                reload_every=10.0,
+                reload_every=options.reload_every,
             )
             reloads = reloads_done(server)
             status = server.stop()

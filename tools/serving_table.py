@@ -65,7 +65,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         tables = measure(options.engine, options.data, options.seconds, options.rounds, scratch, stack)
-    print(tables)
+    print(tables, flush=True)
     if not options.print:
         text = DOCUMENT.read_text(encoding="utf-8")
         head, rest = text.split(BEGIN)
@@ -135,10 +135,13 @@ def sample(target: Target, server: Running, clients: int, seconds: float, into: 
     found = run_round(target, clients, seconds)
     used = cpu_seconds(server.process.pid) - before
     into.throughput.append(len(found.latencies) / found.seconds)
-    into.p50.append(float(np.percentile(found.latencies, 50)) * 1e3)
-    into.p99.append(float(np.percentile(found.latencies, 99)) * 1e3)
-    into.cpu_ms.append(used / len(found.latencies) * 1e3)
+    latencies = found.latencies if len(found.latencies) else np.array([np.nan])  # a round may bring errors alone
+    into.p50.append(float(np.percentile(latencies, 50)) * 1e3)
+    into.p99.append(float(np.percentile(latencies, 99)) * 1e3)
+    into.cpu_ms.append(used / len(found.latencies) * 1e3 if len(found.latencies) else float("nan"))
     into.errors += sum(found.errors.values())
+    if found.errors:
+        print(f"{target.name}, {clients} clients: {dict(found.errors)}", file=sys.stderr, flush=True)
 
 
 def protocol_overhead(
@@ -248,7 +251,8 @@ def _document(
     lines = [
         f"Measured {time.strftime('%Y-%m-%d')} on {cores} cores ({cpu_device().get('name')}), engine {passport.engine_sha256[:12]}, {packages}. "
         f"{len(lengths)} sentences, {np.mean(lengths):.1f} tokens on average (95 % have at most {np.percentile(lengths, 95):.0f}); medians of "
-        f"{rounds} interleaved rounds of {seconds:g} s, lowest to highest in brackets. Clients run on the same cores.",
+        f"{rounds} interleaved rounds of {seconds:g} s, lowest to highest in brackets. Clients run on the same cores. "
+        f"Load average of the machine at the end: {os.getloadavg()[1]:.1f}, of which this measurement is about 2.",
     ]
     for group, targets in groups.items():
         lines += ["", f"**{group}**", "", "| server | clients | answers / s | p50 ms | p99 ms | server CPU ms / answer | errors |", "|---|---|---|---|---|---|---|"]  # fmt: skip
@@ -274,7 +278,10 @@ def _against(found: dict[tuple[str, str, int], Samples], groups: dict[str, dict[
             for clients in CLIENTS:
                 ours, other = found[group, "nxm serve", clients], found[group, name, clients]
                 ratios = [
-                    [mine / theirs for mine, theirs in zip(getattr(ours, what), getattr(other, what), strict=True)]
+                    [
+                        mine / theirs if theirs else float("nan")
+                        for mine, theirs in zip(getattr(ours, what), getattr(other, what), strict=True)
+                    ]
                     for what in ("throughput", "p99")
                 ]
                 lines.append(f"| {group} | {name} | {clients} | {_middle(ratios[0], 2)} | {_middle(ratios[1], 2)} |")

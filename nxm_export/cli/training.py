@@ -233,12 +233,14 @@ def _demo_request(out: Path, options: dict[str, Any], scratch: str | None) -> An
     else:
         RunDir(out).stage("data", "data", demo.write_data)
     context = click.get_current_context()
-    defaults = {**demo.STEPS, "max_length": demo.MAX_LENGTH}
-    same = {"steps": ("steps", "epochs"), "dense_steps": ("dense_steps", "dense_epochs"), "max_length": ("max_length",)}
+    same = {"steps": ("steps", "epochs"), "dense_steps": ("dense_steps", "dense_epochs")}
     chosen = {
         name: value
-        for name, value in defaults.items()
-        if all(context.get_parameter_source(option) is not ParameterSource.COMMANDLINE for option in same[name])
+        for name, value in demo.SETTINGS.items()
+        if all(
+            context.get_parameter_source(option) is not ParameterSource.COMMANDLINE
+            for option in same.get(name, (name,))
+        )
     }
     settings = {**chosen, "dense_freeze_embeddings": True}
     return _request(str(model), options, train=str(data / "train.tsv"), dev=str(data / "dev.tsv"), settings=settings)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nxm_export.data import Columns, RawExamples, load_raw
-from nxm_export.demo import MAX_LENGTH, write_data
+from nxm_export.demo import SETTINGS, write_data
 from nxm_export.errors import DataError
 from nxm_export.run_dir import atomic_dir
 
@@ -34,7 +34,7 @@ _MRPC = {"text": "#1 String", "pair": "#2 String", "label": "Quality"}
 TASKS = {
     task.name: task
     for task in (
-        Task("rotten_tomatoes", "rotten tomatoes", ("accuracy",), glue=False, max_length=MAX_LENGTH),
+        Task("rotten_tomatoes", "rotten tomatoes", ("accuracy",), glue=False, max_length=int(SETTINGS["max_length"])),
         Task("cola", "CoLA", ("mcc",)),
         Task("mrpc", "MRPC", ("f1", "accuracy"), columns=_MRPC),
         Task("rte", "RTE", ("accuracy",)),

@@ -98,19 +98,10 @@ class OrtEngine(Closing):
 
 def inspect(directory: str | Path) -> dict[str, Any]:
     """Facts of an engine directory: the fused operators that ONNX Runtime makes of the graph, by type."""
-    import tempfile
-
     directory = Path(directory)
     passport, spec = load_passport(directory), spec_of(directory)
     passport.require_here(directory, {})
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "optimized.onnx"
-        _session(directory / ENGINE_FILE, passport.options.get("threads"), optimized=file)
-        from nxm_export.weights import load_graph
-
-        counts: dict[str, int] = {}
-        for node in load_graph(file).graph:
-            counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    counts = operators(directory / ENGINE_FILE, passport.options.get("threads"))
     integer = sum(
         counts.get(op, 0)
         for op in ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulInteger")
@@ -121,6 +112,21 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         "operators": dict(sorted(counts.items())),
         "task": spec.task if spec else None,
     }
+
+
+def operators(file: Path, threads: int | None = None) -> dict[str, int]:
+    """How many operators of each type ONNX Runtime runs for an ONNX file, after its optimizations."""
+    import tempfile
+
+    from nxm_export.weights import load_graph
+
+    counts: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        optimized = Path(scratch) / "optimized.onnx"
+        _session(file, threads, optimized=optimized)
+        for node in load_graph(optimized).graph:
+            counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return counts
 
 
 def unsigned_activations(model: Any) -> int:

@@ -11,7 +11,10 @@ An engine passes when its largest error is within a small multiple of the larges
 multiple of the noise's, and when, where codes rarely move (float32), it leaves about as many samples exactly alone as the
 noise does. The last is the sharp one: an engine that is wrong anywhere, be it one scale of one channel, moves *every*
 sample, while rounding leaves most of them alone. In half precision every sample moves by rounding alone; there, mistakes
-smaller than a quantizer's own error (one missing pair) do not show in outputs, and only `nxm verify` finds them.
+smaller than a quantizer's own error (one missing pair) do not show in outputs, and only `nxm verify` and the comparison
+block by block (`engines.bisect`) find them.
+
+That tolerance always holds. Beside it stand the probes (`engines.probes`) and the gates that the user sets (`engines.gates`).
 """
 
 from __future__ import annotations
@@ -25,56 +28,44 @@ from typing import Any
 import numpy as np
 
 from engines import torch_eager
+from engines.agreement import Pair, pair_of
 from engines.base import Engine, backend
-from engines.passport import EnginePassport, load_passport, plan_summary
-from nxm_export.checkpoint import PLAN_FILE, open_checkpoint
+from engines.gates import Gate, GateResult, check_gate
+from engines.matching import plan_of, require_alike, require_from, require_outputs
+from engines.passport import EnginePassport, load_passport
+from engines.probes import Expected, Probe, finite_probe, probe, probe_samples
+from engines.tolerance import (
+    JITTER,
+    MAX_FACTOR,
+    MEAN_FACTOR,
+    QUIET_FACTOR,
+    OutputParity,
+    compare_output,
+    floor,
+    largest,
+    max_tolerance,
+)
 from nxm_export.data import Features, pad, sorted_batches
 from nxm_export.errors import ArtifactError, DataError, ParityError
 from nxm_export.families import TASKS
-from nxm_export.metrics import interval, metric_named
+from nxm_export.metrics import interval, metric_named, paired_interval
 from nxm_export.run_dir import json_text, write_atomic
 from nxm_export.spec import IOSpec, load_spec
 
 SCHEMA = "nxm-parity/1"
 PARITY_FILE = "parity.json"
 OUTPUTS_FILE = "outputs.npz"  # what the engine gave for every sample, and the labels: paired statistics need both
-# How the reference is made to round as the engine's float type does: float32 it computes in itself; of the shorter types,
-# half a unit in the last place at the input of every linear layer. (Sixteen times more changes nothing: all codes that
-# can move already do.)
-JITTER = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-MAX_FACTOR = 3.0  # several codes may move in one sample
-MEAN_FACTOR = 2.0  # noise and engine are two draws of a random quantity, from different implementations
-QUIET = 1e-4  # of the largest output: float32 sums stay below, a code that moves does not
-QUIET_FACTOR = 4.0  # an engine may move codes in more samples than the noise run does, but not in nearly all
-QUIET_SAMPLES = 20  # fewer are no statistics: were 20 expected, chance alone would leave under 5 once in 60,000 runs
 NOISE_SAMPLES, STEP_SAMPLES = 256, 64
-
-
-@dataclass(frozen=True)
-class OutputParity:
-    """One output of an engine against the reference.
-
-    `agreement` is the share of equal argmax (1.0 without classes), `quiet` the share of samples that are equal to within
-    float32 rounding. A changed class is excused only where the reference's own margin is within the tolerance.
-    """
-
-    output: str
-    max_abs: float
-    mean_abs: float
-    cosine: float
-    agreement: float
-    worst_sample: int
-    max_tolerance: float
-    mean_tolerance: float
-    unexcused_flips: int
-    passed: bool
-    quiet: float
-    quiet_required: float
+PROBE_COPIES = 4  # of a probe's sample: its tolerance is measured on as many draws
 
 
 @dataclass(frozen=True)
 class ParityReport:
-    """An engine against its checkpoint, on `samples` samples; `metric` values are of both, with 95 % intervals."""
+    """An engine against its checkpoint, on `samples` samples; `metric` values are of both, with 95 % intervals.
+
+    `difference` is engine - checkpoint in the metric's own unit; its interval resamples both together, so that it speaks of
+    the difference and not of the samples.
+    """
 
     engine: str
     engine_sha256: str
@@ -87,11 +78,20 @@ class ParityReport:
     engine_value: float
     engine_interval: tuple[float, float]
     reason: str
+    difference: float
+    difference_interval: tuple[float, float]
+    probes: list[Probe]
+    gates: list[GateResult]
+    pairs: list[Pair]
 
     @property
     def passed(self) -> bool:
-        """True when every output is within its tolerance."""
-        return all(output.passed for output in self.outputs)
+        """True when every output is within its tolerance, and no probe and no gate failed."""
+        return (
+            all(output.passed for output in self.outputs)
+            and not any(row.passed is False for row in self.probes)
+            and all(gate.passed for gate in self.gates)
+        )
 
     def require(self) -> None:
         """Raise `ParityError` unless `passed`."""
@@ -101,8 +101,16 @@ class ParityReport:
                     f"{self.engine}: {output.output} differs from the checkpoint: max {output.max_abs:.4g} (tolerated {output.max_tolerance:.4g}), "
                     f"mean {output.mean_abs:.4g} (tolerated {output.mean_tolerance:.4g}), {output.quiet:.1%} of the samples equal "
                     f"(required {output.quiet_required:.1%}), {output.unexcused_flips} classes changed beyond the tolerance, "
-                    f"worst at sample {output.worst_sample}. Verify the graph, and build the engine again from a new export"
+                    f"worst at sample {output.worst_sample}. `nxm compare --bisect` names the block; verify the graph, and build "
+                    "the engine again from a new export"
                 )
+        for row in self.probes:
+            if row.passed is False:
+                numbers = "" if row.found is None else f" (found {row.found:.4g}, tolerated {row.tolerated:.4g})"
+                raise ParityError(f"{self.engine}: the probe {row.name!r} failed: {row.reason}{numbers}")
+        for gate in self.gates:
+            if not gate.passed:
+                raise ParityError(f"{self.engine}: the gate {gate.gate} failed: {gate.reason}")
 
     def to_dict(self) -> dict[str, Any]:
         """The form of ``parity.json`` and ``--json``."""
@@ -110,69 +118,160 @@ class ParityReport:
 
 
 def compare(
-    checkpoint: str | Path, engine: str | Path, features: Sequence[Features], *, batch_size: int = 32
+    checkpoint: str | Path,
+    engine: str | Path,
+    features: Sequence[Features],
+    *,
+    gates: Sequence[Gate] = (),
+    batch_size: int = 32,
 ) -> ParityReport:
-    """Run a checkpoint and an engine directory made from it on the same samples; writes ``parity.json`` and
-    ``outputs.npz`` beside the engine.
+    """`compare_all` of one engine."""
+    return compare_all(checkpoint, [engine], features, gates=gates, batch_size=batch_size)[0]
 
-    `features` are token features with ``labels`` (see `nxm_export.data.encode`). Raises `EngineUnavailable` when the
-    engine cannot run here, `DataError` for data that does not fit, `ArtifactError` for an engine of another checkpoint.
+
+def compare_all(
+    checkpoint: str | Path,
+    engines: Sequence[str | Path],
+    features: Sequence[Features],
+    *,
+    gates: Sequence[Gate] = (),
+    batch_size: int = 32,
+) -> list[ParityReport]:
+    """Run a checkpoint and engine directories made from it on the same samples; writes ``parity.json`` and
+    ``outputs.npz`` beside every engine.
+
+    `features` are token features with ``labels`` (see `nxm_export.data.encode`). Raises `EngineUnavailable` when an
+    engine cannot run here, `DataError` for data that does not fit, `ArtifactError` for engines of another checkpoint and
+    for engines that cannot be compared with each other; then nothing is written.
     """
-    checkpoint, directory = Path(checkpoint), Path(engine)
-    passport, spec = load_passport(directory), load_spec(directory)
+    checkpoint = Path(checkpoint)
     if not features:
         raise DataError("no samples to compare on")
-    dtype = passport.graph.get("dtype", "float32")
-    options = {"task": spec.task, "scale_dtype": dtype, "plan": _plan_of(checkpoint, directory, passport)}
-    with backend(passport.backend).load(directory) as loaded:
-        found = run_all(loaded, features, spec, batch_size)
-    with torch_eager.load(checkpoint, **options, exact=True) as reference:
+    parts = [open_part(checkpoint, Path(engine)) for engine in engines]
+    require_alike([(part.directory, part.spec) for part in parts])
+    classless = [name for name, axes in parts[0].spec.outputs.items() if axes[-1] != "classes"]
+    if classless and any(gate.quantity == "flips" for gate in gates):
+        raise DataError(f"a gate on flips needs classes, and {', '.join(classless)} has none; use drop or max_abs")
+    measured: dict[str, _Measured] = {}  # engines of one dtype and placement share the reference
+    found: list[tuple[dict[str, np.ndarray], list[Probe]]] = []
+    for part in parts:
+        if part.key not in measured:
+            measured[part.key] = _measure(checkpoint, part, features, batch_size)
+        found.append(_run(part, measured[part.key], features, batch_size))
+    reports = []
+    for part, (outputs, probes) in zip(parts, found, strict=True):
+        others = [
+            (other, theirs)
+            for other, (theirs, _) in zip(parts, found, strict=True)
+            if other.directory != part.directory
+        ]
+        reports.append(_report(part, measured[part.key], outputs, probes, others, features, gates))
+    labels = np.array([sample["labels"] for sample in features])
+    for part, (outputs, _), report in zip(parts, found, reports, strict=True):
+        write_atomic(part.directory / PARITY_FILE, json_text(report.to_dict()))
+        packed = io.BytesIO()
+        np.savez(packed, **{**outputs, "labels": labels})  # type: ignore[arg-type]
+        write_atomic(part.directory / OUTPUTS_FILE, packed.getvalue())
+    return reports
+
+
+@dataclass(frozen=True)
+class Part:
+    """An engine directory that belongs to the checkpoint it is compared with; `plan` is that of its graph, None for dense."""
+
+    directory: Path
+    passport: EnginePassport
+    spec: IOSpec
+    plan: Any
+
+    @property
+    def dtype(self) -> str:
+        """Float dtype of its graph."""
+        return self.passport.graph.get("dtype", "float32")
+
+    @property
+    def key(self) -> str:
+        """Engines with the same key have the same reference."""
+        return f"{self.dtype} {self.passport.graph['placement']} {self.spec.max_length}"
+
+    @property
+    def reference(self) -> dict[str, Any]:
+        """Options of `torch_eager.load` for its reference."""
+        return {"task": self.spec.task, "scale_dtype": self.dtype, "plan": self.plan}
+
+
+def open_part(checkpoint: Path, directory: Path) -> Part:
+    """An engine directory, checked against its checkpoint; raises `ArtifactError`."""
+    passport, spec = load_passport(directory), load_spec(directory)
+    plan = plan_of(checkpoint, directory, passport)
+    require_from(checkpoint, directory, passport, spec)
+    return Part(directory, passport, spec, plan)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The reference's outputs for all samples, and |changes| of them by rounding (`noise`) and by a code's step (`step`)."""
+
+    wanted: Mapping[str, np.ndarray]
+    noise: Mapping[str, np.ndarray]
+    step: Mapping[str, np.ndarray]
+    probes: Expected
+
+
+def _measure(checkpoint: Path, part: Part, features: Sequence[Features], batch_size: int) -> _Measured:
+    spec = part.spec
+    samples = probe_samples(features, spec, part.passport.shape_profiles())
+    with torch_eager.load(checkpoint, **part.reference, exact=True) as reference:
+        require_outputs(part.directory, spec, reference.outputs, str(checkpoint))
         wanted = run_all(reference, features, spec, batch_size)
-    for name in spec.outputs:
-        if wanted[name].shape != found[name].shape:
-            raise ArtifactError(
-                f"{directory}: its {name} have shape {found[name].shape[1:]}, those of {checkpoint} {wanted[name].shape[1:]}; "
-                "it was built from another checkpoint"
-            )
+        answers = {name: run_all(reference, [sample], spec) for name, sample in samples.items()}
 
-    def change(count: int, **change_options: Any) -> dict[str, np.ndarray]:
-        """|reference changed - reference| on at most `count` samples, spread over all."""
+    def change(count: int, **options: Any) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
+        """|reference changed - reference|: on at most `count` samples, spread over all, and the largest on each probe."""
         picks = np.linspace(0, len(features) - 1, min(count, len(features))).astype(int)
-        with torch_eager.load(checkpoint, **options, **change_options) as changed:
+        with torch_eager.load(checkpoint, **part.reference, **options) as changed:
             outputs = run_all(changed, [features[i] for i in picks], spec, batch_size)
-        return {name: np.abs(outputs[name] - wanted[name][picks]) for name in spec.outputs}
-
-    noise = change(NOISE_SAMPLES, jitter=JITTER[dtype])
-    step = change(STEP_SAMPLES, nudge=True) if options["plan"] else noise
-    report = _report(directory, passport, spec, wanted, noise, step, found, features)
-    write_atomic(directory / PARITY_FILE, json_text(report.to_dict()))
-    arrays: dict[str, Any] = {**found, "labels": np.array([sample["labels"] for sample in features])}
-    packed = io.BytesIO()
-    np.savez(packed, **arrays)
-    write_atomic(directory / OUTPUTS_FILE, packed.getvalue())
-    return report
-
-
-def _plan_of(checkpoint: Path, directory: Path, passport: EnginePassport) -> Any:
-    """The checkpoint's plan as the engine's graph holds it, None for dense ones; `ArtifactError` where they do not belong together."""
-    compressed = (checkpoint / PLAN_FILE).is_file()
-    if "placement" not in passport.graph:
-        raise ArtifactError(
-            f"{directory} was built from a graph that nxm-export did not make; it has no checkpoint to equal"
+            probed = {name: run_all(changed, [sample] * PROBE_COPIES, spec) for name, sample in samples.items()}
+        return (
+            {name: np.abs(outputs[name] - wanted[name][picks]) for name in spec.outputs},
+            {key: {name: largest(probed[key][name] - answers[key][name]) for name in spec.outputs} for key in samples},
         )
-    if compressed != bool(passport.plan):
-        kinds = {True: "a compressed model", False: "a dense model"}
-        raise ArtifactError(
-            f"{directory} was built from {kinds[bool(passport.plan)]}, and {checkpoint} is {kinds[compressed]}; give the one it was exported from"
-        )
-    if not compressed:
-        return None
-    plan = open_checkpoint(checkpoint).plan.at_placement(passport.graph["placement"])
-    if plan_summary(plan) != passport.plan:
-        raise ArtifactError(
-            f"{directory} was built for the plan {passport.plan.get('options')}, and {checkpoint} has {plan.pattern_counts}; give the one it was exported from"
-        )
-    return plan
+
+    noise, noise_probes = change(NOISE_SAMPLES, jitter=JITTER[part.dtype])
+    step, step_probes = change(STEP_SAMPLES, nudge=True) if part.plan else (noise, noise_probes)
+    tolerances = {
+        key: {
+            name: max(
+                max_tolerance(wanted[name], noise[name], step[name]),
+                MAX_FACTOR * max(noise_probes[key][name], step_probes[key][name]) + floor(answers[key][name]),
+            )
+            for name in spec.outputs
+        }
+        for key in samples
+    }
+    return _Measured(wanted, noise, step, Expected(samples, answers, tolerances))
+
+
+def _run(
+    part: Part, measured: _Measured, features: Sequence[Features], batch_size: int
+) -> tuple[dict[str, np.ndarray], list[Probe]]:
+    """The engine's outputs for all samples, and its probes."""
+    with backend(part.passport.backend).load(part.directory) as loaded:
+        require_outputs(part.directory, part.spec, loaded.outputs, "the engine file")
+        found = run_all(loaded, features, part.spec, batch_size)
+        for name, wanted in measured.wanted.items():
+            if wanted.shape != found[name].shape:
+                raise ArtifactError(
+                    f"{part.directory}: its {name} have shape {found[name].shape[1:]}, those of the checkpoint {wanted.shape[1:]}; "
+                    "it was built from another checkpoint"
+                )
+        tolerances = {
+            name: max_tolerance(wanted, measured.noise[name], measured.step[name])
+            for name, wanted in measured.wanted.items()
+        }
+        profiles = part.passport.shape_profiles()
+        probes = probe(loaded, features, part.spec, profiles, tolerances, measured.probes)
+    return found, [finite_probe(found), *probes]
 
 
 def run_all(engine: Engine, features: Sequence[Features], spec: IOSpec, batch_size: int = 32) -> dict[str, np.ndarray]:
@@ -187,73 +286,52 @@ def run_all(engine: Engine, features: Sequence[Features], spec: IOSpec, batch_si
 
 
 def _report(
-    directory: Path,
-    passport: EnginePassport,
-    spec: IOSpec,
-    wanted: Mapping[str, np.ndarray],
-    noise: Mapping[str, np.ndarray],
-    step: Mapping[str, np.ndarray],
+    part: Part,
+    measured: _Measured,
     found: Mapping[str, np.ndarray],
+    probes: Sequence[Probe],
+    others: Sequence[tuple[Part, Mapping[str, np.ndarray]]],
     features: Sequence[Features],
+    gates: Sequence[Gate],
 ) -> ParityReport:
+    wanted, spec = measured.wanted, part.spec
     metric = TASKS[spec.task].metric
     labels = np.array([sample["labels"] for sample in features])
     first = next(iter(spec.outputs))
     value = metric_named(metric)
+    outputs = [
+        compare_output(name, wanted[name], measured.noise[name], measured.step[name], found[name], bool(part.plan))
+        for name in spec.outputs
+    ]
+    of_engine, of_reference = value(found[first], labels), value(wanted[first], labels)
+    quantities = {
+        "drop": 100.0 * (of_reference - of_engine),
+        "flips": 100.0 * float(np.max([1.0 - output.agreement for output in outputs])),
+        "max_abs": float(np.max([output.max_abs for output in outputs])),
+    }
+    pairs = []
+    for other, theirs in others:
+        apart = of_engine - value(theirs[first], labels), paired_interval(metric, found[first], theirs[first], labels)
+        pairs += pair_of((str(other.directory), other.passport.engine_sha256), found, theirs, apart)
     return ParityReport(
-        engine=str(directory),
-        engine_sha256=passport.engine_sha256,
-        backend=passport.backend,
+        engine=str(part.directory),
+        engine_sha256=part.passport.engine_sha256,
+        backend=part.passport.backend,
         samples=len(features),
-        outputs=[_compare_output(name, wanted[name], noise[name], step[name], found[name]) for name in spec.outputs],
+        outputs=outputs,
         metric=metric,
-        reference_value=value(wanted[first], labels),
+        reference_value=of_reference,
         reference_interval=interval(metric, wanted[first], labels),
-        engine_value=value(found[first], labels),
+        engine_value=of_engine,
         engine_interval=interval(metric, found[first], labels),
         reason=(
             f"max: {MAX_FACTOR:g} x what the reference changes by when one code of every quantized tensor moves by one step, or by rounding in "
-            f"{passport.graph.get('dtype', 'float32')}, whichever is more; mean: {MEAN_FACTOR:g} x what that rounding changes it by; "
+            f"{part.dtype}, whichever is more; mean: {MEAN_FACTOR:g} x what that rounding changes it by; "
             f"equal samples: a {1 / QUIET_FACTOR:.0%} share of those that the rounding leaves equal"
         ),
+        difference=of_engine - of_reference,
+        difference_interval=paired_interval(metric, found[first], wanted[first], labels),
+        probes=list(probes),
+        gates=[check_gate(gate, quantities) for gate in gates],
+        pairs=pairs,
     )
-
-
-def _compare_output(
-    name: str, wanted: np.ndarray, noise: np.ndarray, step: np.ndarray, found: np.ndarray
-) -> OutputParity:
-    """`noise` and `step` are absolute changes of the reference. NaN fails: it is never within a tolerance."""
-    samples = len(wanted)
-    error = np.abs(found - wanted)
-    floor = QUIET * float(np.abs(wanted).max())
-    max_tolerance = MAX_FACTOR * float(max(noise.max(), step.max())) + floor
-    # With few samples, one more of them with a moved code is no surprise.
-    mean_tolerance = MEAN_FACTOR * (float(noise.mean()) + float(step.max()) / samples) + floor
-    quiet, quiet_noise = _quiet(error, floor), _quiet(noise, floor)
-    quiet_required = quiet_noise / QUIET_FACTOR if quiet_noise * samples >= QUIET_SAMPLES else 0.0
-    classes = wanted.shape[-1] > 1
-    flipped = wanted.argmax(-1) != found.argmax(-1) if classes else np.zeros(samples, bool)
-    top = np.sort(wanted, axis=-1)
-    margin = top[..., -1] - top[..., -2] if classes else np.full(samples, np.inf)
-    unexcused = int((flipped & ~(margin <= 2 * max_tolerance)).sum())  # both logits may move, towards each other
-    within = bool(error.max() <= max_tolerance) and bool(error.mean() <= mean_tolerance) and quiet >= quiet_required
-    norms = float(np.linalg.norm(wanted) * np.linalg.norm(found))
-    return OutputParity(
-        output=name,
-        max_abs=float(error.max()),
-        mean_abs=float(error.mean()),
-        cosine=float((wanted * found).sum() / norms) if norms else 1.0,
-        agreement=float(1.0 - flipped.mean()),
-        worst_sample=int(error.reshape(samples, -1).max(axis=1).argmax()),
-        max_tolerance=max_tolerance,
-        mean_tolerance=mean_tolerance,
-        unexcused_flips=unexcused,
-        passed=within and unexcused == 0,
-        quiet=quiet,
-        quiet_required=quiet_required,
-    )
-
-
-def _quiet(error: np.ndarray, floor: float) -> float:
-    """Share of samples whose outputs are all within `floor`."""
-    return float((error.reshape(len(error), -1) <= floor).all(axis=1).mean())

@@ -26,6 +26,7 @@ from nxm_export.plan import CompressionPlan
 from nxm_export.spec import IOSpec
 
 NAME = "torch_eager"
+EMBEDDINGS = "embeddings"  # the boundary in front of the first block
 
 
 def load(
@@ -36,18 +37,29 @@ def load(
     scale_dtype: str = "float32",
     exact: bool = False,
     jitter: float = 0.0,
+    everywhere: bool = False,
     nudge: bool = False,
 ) -> TorchEngine:
     """Load a checkpoint directory, compressed or dense, as an engine.
 
     `plan` is the plan as exported (an export may drop output quantizers), by default the checkpoint's; scales are rounded
     to `scale_dtype` as the exporter rounds them to the graph's dtype. `exact` computes in float64. `jitter` perturbs what
-    every linear layer reads by a random relative error of that size, as a shorter float type would. `nudge` moves one
+    every linear layer reads by a random relative error of that size, as a shorter float type would, and with `everywhere`
+    also what every module of the model reads and writes: a block by itself rounds there, too. `nudge` moves one
     random code of every sample's first token by one step in every quantized tensor: the least that a quantizer can err.
     Raises `ArtifactError` for a checkpoint that is damaged or breaks its plan, and `ExportError` for one whose head is not
     that of `task`.
     """
-    return TorchEngine(Path(checkpoint), task, plan, scale_dtype=scale_dtype, exact=exact, jitter=jitter, nudge=nudge)
+    return TorchEngine(
+        Path(checkpoint),
+        task,
+        plan,
+        scale_dtype=scale_dtype,
+        exact=exact,
+        jitter=jitter,
+        everywhere=everywhere,
+        nudge=nudge,
+    )
 
 
 class TorchEngine(Closing):
@@ -62,6 +74,7 @@ class TorchEngine(Closing):
         scale_dtype: str,
         exact: bool,
         jitter: float,
+        everywhere: bool,
         nudge: bool,
     ) -> None:
         try:
@@ -78,8 +91,9 @@ class TorchEngine(Closing):
         self._model: Any = load_task_model(path, kind)
         self._spec = IOSpec.of(path, config, family, kind)
         self.inputs, self.outputs = self._spec.inputs, tuple(self._spec.outputs)
+        self.blocks = tuple(family.blocks(config))
         if jitter:
-            self._perturb(jitter, family.weights(config))
+            self._perturb(jitter, family.weights(config), everywhere)
         if exact:
             self._model.double()
         if (path / PLAN_FILE).is_file():
@@ -97,16 +111,59 @@ class TorchEngine(Closing):
             outputs = self._model(**{name: self._torch.from_numpy(array) for name, array in feeds.items()})
         return {name: outputs[name].float().numpy().copy() for name in self.outputs}
 
+    def run_blocks(
+        self, feeds: Mapping[str, np.ndarray], given: Mapping[str, np.ndarray] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """(outputs, what crosses every block boundary) by name; boundaries are `EMBEDDINGS` and then `blocks`, float32
+        (batch, sequence, features), as they are before the next block's quantizer.
+
+        With `given`, such values of another backend, every block reads those instead of what the block before it wrote,
+        and so does the head: each then errs by itself alone.
+        """
+        if self._model is None:
+            raise EngineError("this reference was closed")
+        found: dict[str, np.ndarray] = {}
+
+        def passed(name: str, value: Any) -> Any:
+            """Keep what crosses a boundary; returns what goes on from there."""
+            found[name] = value.float().numpy().copy()
+            return value if given is None else self._torch.from_numpy(given[name]).to(value.dtype)
+
+        def before(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (passed(EMBEDDINGS, args[0]), *args[1:])
+
+        handles = [self._model.get_submodule(self.blocks[0]).register_forward_pre_hook(before, prepend=True)]
+        for name in self.blocks:
+
+            def behind(_: Any, args: Any, output: Any, name: str = name) -> Any:
+                return passed(name, output)
+
+            handles.append(self._model.get_submodule(name).register_forward_hook(behind))
+        try:
+            return self.run(feeds), found
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def close(self) -> None:
         """Drop the model."""
         self._model = None
 
-    def _perturb(self, size: float, weights: Iterable[str]) -> None:
+    def _perturb(self, size: float, weights: Iterable[str], everywhere: bool) -> None:
         torch, noise = self._torch, self._noise
-        for name in weights:  # registered before the quantizers, so what they round is what is perturbed
-            self._model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
-                lambda _, args: (args[0] * (1 + size * (2 * torch.rand(args[0].shape, generator=noise) - 1)), *args[1:])
-            )
+
+        def moved(value: Any) -> Any:
+            if not value.is_floating_point():
+                return value  # token ids
+            return value * (1 + size * (2 * torch.rand(value.shape, generator=noise) - 1))
+
+        # Registered before the quantizers, so what they round is what is perturbed.
+        linears = [self._model.get_submodule(name.removesuffix(".weight")) for name in weights]
+        leaves = [module for module in self._model.modules() if not list(module.children())]
+        for module in leaves if everywhere else linears:
+            module.register_forward_pre_hook(lambda _, args: (moved(args[0]), *args[1:]))
+            if everywhere:
+                module.register_forward_hook(lambda _, args, output: moved(output))
 
     def _quantize(self, checkpoint: Checkpoint, plan: CompressionPlan, scale_dtype: str) -> None:
         torch = self._torch

@@ -15,6 +15,7 @@ Everything here needs numpy and safetensors only; safetensors is imported when a
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import shlex
 import warnings
@@ -28,7 +29,7 @@ import numpy as np
 from nxm_export.errors import ArtifactError, ExportError
 from nxm_export.families import Family, Task, family_of, task_of
 from nxm_export.plan import CompressionPlan, NMPattern
-from nxm_export.run_dir import read_json
+from nxm_export.run_dir import file_hash, read_json
 
 PLAN_FILE = "nxm_plan.json"
 SCALES_FILE = "nxm_scales.safetensors"
@@ -255,6 +256,16 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def weights_hash(path: Path) -> str:
+    """sha256 over the weight files of a model directory, as hex: what a graph names as the weights it was made from."""
+    if (path / WEIGHTS_FILE).is_file():
+        return file_hash(path / WEIGHTS_FILE)
+    shards = sorted(file.name for file in path.glob("*.safetensors") if file.name != SCALES_FILE)
+    if not shards:
+        raise ArtifactError(f"{path} has no {WEIGHTS_FILE}: no weights to load")
+    return hashlib.sha256("".join(file_hash(path / name) for name in shards).encode()).hexdigest()
 
 
 def _shard_of(path: Path, name: str) -> Path:

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from nxm_export.data import Columns
-from nxm_export.errors import EngineError, EngineUnavailable
+from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.inspection import truth_of
-from nxm_export.run_dir import atomic_dir
+from nxm_export.run_dir import atomic_dir, file_hash
 from nxm_export.spec import load_spec
 
 if TYPE_CHECKING:
@@ -76,12 +77,83 @@ def _profiles(directory: Path, data: str, count: int, columns: Columns) -> list[
 
 
 def compare_engines(
+    checkpoint: str | Path,
+    engines: Sequence[str | Path],
+    data: str,
+    columns: Columns = Columns(),
+    gates: Sequence[str] = (),
+) -> list[Any]:
+    """Compare engine directories with the checkpoint and with each other on one labelled data file; one `ParityReport` each.
+
+    `gates` are such as ``drop<=0.5`` (see `engines.gates`).
+    """
+    from engines.gates import parse_gate
+    from engines.parity import compare_all
+
+    wanted = [parse_gate(gate) for gate in gates]
+    return compare_all(checkpoint, engines, _shared_features(engines, data, columns), gates=wanted)
+
+
+def bisect_engines(
     checkpoint: str | Path, engines: Sequence[str | Path], data: str, columns: Columns = Columns()
 ) -> list[Any]:
-    """Compare each engine directory with the checkpoint on a labelled data file; one `ParityReport` each."""
-    from engines.parity import compare
+    """Find the first block where each engine parts from the checkpoint in PyTorch; one `BisectReport` each.
 
-    return [compare(checkpoint, engine, features_of(Path(engine), data, columns)) for engine in engines]
+    TensorRT engines are built again with the blocks' outputs as graph outputs, from a new export of the checkpoint.
+    """
+    from engines.bisect import bisect
+    from engines.passport import load_passport
+
+    features, reports = _shared_features(engines, data, columns), []
+    for engine in map(Path, engines):
+        if load_passport(engine).backend == "ort":  # the engine file is a graph itself
+            reports.append(bisect(checkpoint, engine, features))
+            continue
+        with TemporaryDirectory() as scratch:
+            graph = _export_again(Path(checkpoint), engine, Path(scratch) / "graph")
+            reports.append(bisect(checkpoint, engine, features, graph=graph))
+    return reports
+
+
+def _export_again(checkpoint: Path, engine: Path, out: Path) -> Path:
+    """The graph that an engine was built from, made again as its passport says; `ArtifactError` if it becomes another."""
+    from engines.passport import load_passport
+    from nxm_export.export import export
+
+    passport, spec = load_passport(engine), load_spec(engine)
+    facts = passport.graph
+    dtype, islands = facts.get("dtype"), facts.get("islands")
+    made = export(
+        checkpoint,
+        out,
+        target=facts.get("target", "trt"),
+        task=spec.task,
+        dtype=dtype,
+        placement=facts.get("placement") if passport.plan else None,
+        lowering=facts.get("lowering", "matmul") if passport.plan else "matmul",
+        islands=None if islands == dtype else islands,
+        max_length=spec.max_length,
+    ).path
+    if file_hash(made) != passport.onnx_sha256:
+        raise ArtifactError(
+            f"{engine}: a new export of {checkpoint} is not the graph that it was built from (another version of a library, or "
+            "other weights), so its blocks cannot be compared; build the engine from a new export and bisect that"
+        )
+    return made
+
+
+def _shared_features(engines: Sequence[str | Path], data: str, columns: Columns) -> list[Any]:
+    """The data in tokens, as all of `engines` take it; `ArtifactError` where their tokenizers differ."""
+    directories = [Path(engine) for engine in engines]
+    limit = min(load_spec(directory).max_length for directory in directories)
+    first, *rest = [features_of(directory, data, columns, limit) for directory in directories]
+    for directory, found in zip(directories[1:], rest, strict=True):
+        if found != first:
+            raise ArtifactError(
+                f"{directory} reads the data in other tokens or labels than {directories[0]}; they cannot be compared with each "
+                "other: build both from one checkpoint, or compare them one by one"
+            )
+    return first
 
 
 def bench_engines(
@@ -170,15 +242,16 @@ def load_servers(
     return measure(targets, clients, seconds=seconds, rounds=rounds)
 
 
-def features_of(directory: Path, data: str, columns: Columns) -> list[Any]:
-    """A labelled data file in tokens, by the tokenizer and labels of a graph or engine directory."""
+def features_of(directory: Path, data: str, columns: Columns, limit: int | None = None) -> list[Any]:
+    """A labelled data file in tokens (at most `limit`), by the tokenizer and labels of a graph or engine directory."""
     from nxm_export.data import encode, load_raw, load_tokenizer, with_classes, with_scores
 
     spec = load_spec(directory)
     raw = load_raw(data, "dev", columns)
     if spec.task == "classification":
-        names = spec.labels if set(raw.labels) <= set(spec.labels) else [str(i) for i in range(len(spec.labels))]
+        numbers = [str(i) for i in range(len(spec.labels))]  # data may give the classes by name or by number
+        names = numbers if set(raw.labels) <= set(numbers) and not set(raw.labels) <= set(spec.labels) else spec.labels
         examples = with_classes(raw, names)
     else:
         examples = with_scores(raw)
-    return encode(load_tokenizer(directory), examples, spec.max_length, spec.inputs)
+    return encode(load_tokenizer(directory), examples, min(limit or spec.max_length, spec.max_length), spec.inputs)

@@ -24,7 +24,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nxm_export.checkpoint import PLAN_FILE, Checkpoint, load_task_model, open_checkpoint, read_config, read_tensor
+from nxm_export.checkpoint import (
+    PLAN_FILE,
+    Checkpoint,
+    load_task_model,
+    open_checkpoint,
+    read_config,
+    read_tensor,
+    weights_hash,
+)
 from nxm_export.errors import ExportError
 from nxm_export.families import ROLES, Family, Task, family_of, labels_of, task_named, task_of
 from nxm_export.plan import CompressionPlan, WeightSpec
@@ -126,7 +134,12 @@ def export(
     if chosen.opset < 18:
         _lower_opset(model, chosen.opset)
     _name_axes(model, family, kind)
-    facts = {"lowering": lowering, "islands": islands or dtype, "gelu": family.gelu(config) or "none"}
+    facts = {
+        "lowering": lowering,
+        "islands": islands or dtype,
+        "gelu": family.gelu(config) or "none",
+        "weights": weights_hash(path),
+    }
     model.metadata_props.update(_metadata(config, kind, chosen, dtype, plan, facts))
     with atomic_dir(out) as scratch:
         save_graph(model, scratch / "model.onnx")

@@ -78,6 +78,104 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     Console(width=width, highlight=False).print(table)
 
 
+def print_parity(reports: Sequence[Any]) -> None:
+    """Tables of parity reports: outputs, probes, gates and changed classes of every engine, then the engines in pairs."""
+    for report in reports:
+        low, high = report.engine_interval
+        least, most = report.difference_interval
+        for output in report.outputs:
+            steps = "" if output.max_steps is None else f", {output.max_steps:.2f} steps"
+            mean_steps = "" if output.mean_steps is None else f", {output.mean_steps:.3f} steps"
+            rows = [
+                ("largest |difference|", f"{output.max_abs:.4g}{steps}", f"at most {output.max_tolerance:.4g}"),
+                ("mean |difference|", f"{output.mean_abs:.4g}{mean_steps}", f"at most {output.mean_tolerance:.4g}"),
+                ("equal samples", f"{output.quiet:.1%}", f"at least {output.quiet_required:.1%}"),
+                ("cosine", f"{output.cosine:.8f}", ""),
+                ("equal argmax", f"{output.agreement:.2%}", ""),
+                ("classes changed beyond the tolerance", output.unexcused_flips, "none"),
+                *[
+                    (
+                        "changed class",
+                        f"sample {flip.sample}: {flip.reference} to {flip.engine}",
+                        f"margin {flip.margin:.4g}, {'excused' if flip.excused else 'NOT excused'}",
+                    )
+                    for flip in output.worst_flips
+                ],
+                ("worst sample", output.worst_sample, ""),
+                (
+                    f"{report.metric} of the engine, 95 % interval",
+                    f"{report.engine_value:.4f} ({low:.4f} to {high:.4f})",
+                    f"checkpoint {report.reference_value:.4f}",
+                ),
+                ("engine - checkpoint, 95 %, paired", f"{report.difference:+.4f} ({least:+.4f} to {most:+.4f})", ""),
+                ("verdict", "pass" if output.passed else "FAIL", ""),
+            ]
+            title = f"{report.engine}: {output.output} of {report.samples} samples against the checkpoint in PyTorch"
+            print_table(title, ("what", "found", "required"), rows)
+        verdict = {True: "pass", False: "FAIL", None: "does not apply"}
+        checks = [
+            (
+                row.name,
+                verdict[row.passed],
+                "" if row.found is None else f"{row.found:.4g}, at most {row.tolerated:.4g}",
+                row.reason,
+            )
+            for row in report.probes
+        ]
+        checks += [(f"gate {gate.gate}", verdict[gate.passed], "", gate.reason) for gate in report.gates]
+        print_table(f"{report.engine}: probes and gates", ("what", "verdict", "found", "about"), checks)
+        print(f"tolerance: {report.reason}")
+    pairs = [
+        (
+            report.engine,
+            pair.other,
+            pair.output,
+            f"{pair.max_abs:.4g}",
+            f"{pair.mean_abs:.4g}",
+            f"{pair.cosine:.6f}",
+            f"{pair.agreement:.2%}",
+            f"{pair.difference:+.4f} ({pair.difference_interval[0]:+.4f} to {pair.difference_interval[1]:+.4f})",
+        )
+        for number, report in enumerate(reports)
+        for pair in report.pairs
+        if pair.other in [later.engine for later in reports[number + 1 :]]
+    ]
+    if pairs:
+        columns = ("engine", "and", "output", "max", "mean", "cosine", "equal argmax", "metric difference, 95 %")
+        print_table("engines against each other", columns, pairs)
+
+
+def print_bisect(report: Any) -> None:
+    """The table of a bisect report, and what it says about the cut."""
+
+    def steps(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
+    rows = [
+        (
+            row.block,
+            f"{row.max_abs:.3g}",
+            steps(row.steps),
+            f"{row.own_max_abs:.3g}",
+            steps(row.own_steps),
+            f"{row.own_quiet:.1%}",
+            {True: "pass", False: "PARTS", None: "not judged"}[row.passed],
+            "" if row.passed else row.reason,
+        )
+        for row in report.blocks
+    ]
+    columns = ("behind", "travelled max", "steps", "own max", "steps", "tokens equal", "verdict", "why")
+    print_table(f"{report.engine}: {report.tokens} tokens against the checkpoint, block by block", columns, rows)
+    print(f"tolerance: {report.reason}")
+    print(f"first block that parts: {report.first_diverging or 'none'}")
+    if report.kernels is None:
+        print("whether the cut changed kernels is not known for this backend")
+    else:
+        changed = ", ".join(f"{name} {before} to {after}" for name, (before, after) in report.kernels.items())
+        print(f"kernels changed by the cut: {changed or 'none'}")
+    print(f"outputs of the cut engine equal the engine's bit for bit: {'yes' if report.outputs_equal else 'NO'}")
+
+
 def print_facts(title: str, facts: Mapping[str, Any]) -> None:
     """Names and values; nested values are written as ``a.b``."""
     print_table(title, ("what", "value"), list(_flat(facts)))

@@ -15,7 +15,8 @@ from nxm_export.cli.options import (
     shape_of,
 )
 from nxm_export.cli.output import show_facts, show_result
-from nxm_export.terminal import print_facts, print_table, progress_bars
+from nxm_export.errors import NxmError
+from nxm_export.terminal import print_bisect, print_facts, print_parity, print_table, progress_bars
 
 
 @main.command()
@@ -125,6 +126,14 @@ def inspect(
 @click.option("--text")
 @click.option("--text-pair")
 @click.option("--label")
+@click.option(
+    "--gate",
+    "gates",
+    multiple=True,
+    metavar="GATE",
+    help="Exit 3 unless it holds: 'drop<=0.5' (metric points), 'flips<=0.5%' or 'max_abs<=0.1'; may be repeated.",
+)
+@click.option("--bisect", is_flag=True, help="Find the first encoder block that parts from the checkpoint.")
 @json_option
 def compare(
     checkpoint: Path,
@@ -133,40 +142,36 @@ def compare(
     text: str | None,
     text_pair: str | None,
     label: str | None,
+    gates: tuple[str, ...],
+    bisect: bool,
     json: bool,
 ) -> None:
-    """Compare ENGINES with the CHECKPOINT they were made from, on real samples. Exit 3 when one differs."""
-    from nxm_export.engine_work import compare_engines
+    """Compare ENGINES with the CHECKPOINT they were made from, and with each other, on real samples.
 
-    reports = compare_engines(checkpoint, engines, data, columns_of(text, text_pair, label))
+    Exits with 3 when one differs, a probe fails or a gate does not hold. With --bisect, block by block instead, and exits
+    with 3 when a block parts.
+    """
+    from engines.gates import parse_gate
+    from nxm_export import engine_work
 
-    def show_rows(_: Any) -> None:
-        for report in reports:
-            low, high = report.engine_interval
-            metric = f"{report.engine_value:.4f} ({low:.4f} to {high:.4f})"
-            for output in report.outputs:
-                rows = [
-                    ("largest |difference|", f"{output.max_abs:.4g}", f"at most {output.max_tolerance:.4g}"),
-                    ("mean |difference|", f"{output.mean_abs:.4g}", f"at most {output.mean_tolerance:.4g}"),
-                    ("equal samples", f"{output.quiet:.1%}", f"at least {output.quiet_required:.1%}"),
-                    ("cosine", f"{output.cosine:.8f}", ""),
-                    ("equal argmax", f"{output.agreement:.2%}", ""),
-                    ("classes changed beyond the tolerance", output.unexcused_flips, "none"),
-                    ("worst sample", output.worst_sample, ""),
-                    (
-                        f"{report.metric} of the engine, 95 % interval",
-                        metric,
-                        f"checkpoint {report.reference_value:.4f}",
-                    ),
-                    ("verdict", "pass" if output.passed else "FAIL", ""),
-                ]
-                title = (
-                    f"{report.engine}: {output.output} of {report.samples} samples against the checkpoint in PyTorch"
-                )
-                print_table(title, ("what", "found", "required"), rows)
-            click.echo(f"tolerance: {report.reason}")
-
-    show_result([report.to_dict() for report in reports], json, show_rows)
+    for gate in gates:
+        try:
+            parse_gate(gate)
+        except NxmError as error:
+            raise click.BadParameter(str(error), param_hint="--gate") from error
+    if bisect and gates:
+        raise click.UsageError("--bisect compares blocks, and --gate whole engines; give one of them")
+    if len({engine.resolve() for engine in engines}) < len(engines):
+        raise click.UsageError("the same engine is given twice")
+    columns = columns_of(text, text_pair, label)
+    if bisect:
+        found = engine_work.bisect_engines(checkpoint, engines, data, columns)
+        show_result([report.to_dict() for report in found], json, lambda _: [print_bisect(report) for report in found])
+        for report in found:
+            report.require()
+        return
+    reports = engine_work.compare_engines(checkpoint, engines, data, columns, gates)
+    show_result([report.to_dict() for report in reports], json, lambda _: print_parity(reports))
     for report in reports:
         report.require()
 

@@ -1,0 +1,73 @@
+"""Gates that a user sets on a comparison, such as ``drop<=0.5``, beside the derived tolerance, which always holds.
+
+* ``drop<=0.5``: the task metric of the engine is at most 0.5 points (hundredths) below that of its checkpoint in PyTorch.
+* ``flips<=0.5%``: at most that share of the samples changes its class.
+* ``max_abs<=0.1``: no value of any output differs by more.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nxm_export.errors import EngineError
+
+QUANTITIES = {
+    "drop": "points of the task metric below the checkpoint's",
+    "flips": "% of the samples with another class",
+    "max_abs": "largest |difference| of any output",
+}
+_FORM = re.compile(r"\s*(\w+)\s*<=\s*([0-9.eE+-]+)\s*(%?)\s*")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """``quantity <= limit``; drops are in metric points, flips in percent, max_abs in the output's own unit."""
+
+    quantity: str
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.quantity}<={self.limit:g}{'%' if self.quantity == 'flips' else ''}"
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What a gate found, in the unit of its limit."""
+
+    gate: str
+    found: float
+    limit: float
+    passed: bool
+    reason: str
+
+
+def parse_gate(text: str) -> Gate:
+    """Read a gate as the command line has it; raises `EngineError` with the forms that there are."""
+    match = _FORM.fullmatch(text)
+    if match is None or match[1] not in QUANTITIES:
+        raise EngineError(f"{text!r} is not a gate; write drop<=0.5 (metric points), flips<=0.5% or max_abs<=0.1")
+    quantity, number, percent = match.groups()
+    try:
+        limit = float(number)
+    except ValueError as error:
+        raise EngineError(f"{text!r}: {number!r} is not a number") from error
+    if not (math.isfinite(limit) and limit >= 0.0):
+        raise EngineError(f"{text!r}: a limit is a finite number from 0 on")
+    if bool(percent) != (quantity == "flips"):  # a bare flips<=0.5 could be a half of all samples
+        unit = {"flips": "a share in percent: flips<=0.5%", "drop": "metric points: drop<=0.5"}
+        raise EngineError(f"{text!r}: write {unit.get(quantity, 'the difference itself: max_abs<=0.1')}")
+    if percent and limit > 100.0:
+        raise EngineError(f"{text!r}: more than all samples cannot flip")
+    return Gate(quantity, limit)
+
+
+def check_gate(gate: Gate, found: Mapping[str, float]) -> GateResult:
+    """Hold a gate against the quantities `found`; NaN passes no gate."""
+    value = found[gate.quantity]
+    passed = bool(value <= gate.limit)
+    return GateResult(
+        str(gate), value, gate.limit, passed, f"{QUANTITIES[gate.quantity]}: {value:.4g}, at most {gate.limit:g}"
+    )

@@ -1,0 +1,67 @@
+"""Engines broken on purpose: one edit of a healthy engine's graph, and a passport that vouches for the result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from nxm_export.run_dir import file_hash
+from nxm_export.weights import load_graph, save_graph
+
+BLOCK = "bert.encoder.layer.1"
+
+
+def write_engine(healthy: Path, out: Path, edit: Callable[[Any], None]) -> Path:
+    """A copy of the engine `healthy` with its graph changed by `edit`."""
+    shutil.copytree(healthy, out)
+    model = load_graph(out / "model.onnx")
+    edit(model)
+    save_graph(model, out / "model.onnx")
+    passport = json.loads((out / "passport.json").read_text())
+    passport["engine_sha256"] = file_hash(out / "model.onnx")
+    (out / "passport.json").write_text(json.dumps(passport))
+    return out
+
+
+def _change(model: Any, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    value = model.graph.initializers[name]
+    array = np.ascontiguousarray(change(value.const_value.numpy()))
+    value.const_value = ir.tensor(array, dtype=value.const_value.dtype, name=name)
+
+
+def scale_doubled(model: Any) -> None:
+    """The input scale of one matrix, on both sides of the pair: it clips half as early and rounds twice as coarsely."""
+    _change(model, f"{BLOCK}.output.dense.input_scale", lambda scale: scale * scale.dtype.type(2))
+
+
+def matrix_transposed(model: Any) -> None:
+    """A square matrix the wrong way round, which no shape reveals."""
+    _change(model, f"{BLOCK}.attention.self.value.weight_quantized", lambda codes: codes.T)
+
+
+def pair_dropped(model: Any) -> None:
+    """The quantizer in front of the FFN's second matrix is gone."""
+    nodes = {node.name: node for node in model.graph}
+    quantize = nodes[f"{BLOCK}.output.dense.input_quantize"]
+    restored = nodes[f"{BLOCK}.output.dense.input_dequantize"].outputs[0]
+    for user in list(restored.consumers()):
+        for i, read in enumerate(user.inputs):
+            if read is restored:
+                user.replace_input_with(i, quantize.inputs[0])
+
+
+def overflowing(model: Any) -> None:
+    """LayerNorm's weight as large as float16 goes: what it multiplies by more than 1 is infinite in a float16 graph.
+
+    It is the last block's, whose output no quantizer reads: one would clip the infinities away.
+    """
+    _change(model, f"{BLOCK}.output.LayerNorm.weight", lambda weight: np.full_like(weight, 65504))
+
+
+BROKEN = {"scale doubled": scale_doubled, "matrix transposed": matrix_transposed, "pair dropped": pair_dropped}

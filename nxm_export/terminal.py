@@ -145,9 +145,13 @@ def print_parity(reports: Sequence[Any]) -> None:
         print_table("engines against each other", columns, pairs)
 
 
-def print_bisect(report: Any) -> None:
-    """The table of a bisect report, and what it says about the cut."""
+def print_bisects(reports: Sequence[Any]) -> None:
+    """The table of every bisect report, and what it says about the cut."""
+    for report in reports:
+        _print_bisect(report)
 
+
+def _print_bisect(report: Any) -> None:
     def steps(value: float | None) -> str:
         return "" if value is None else f"{value:.2f}"
 

@@ -16,7 +16,7 @@ from nxm_export.cli.options import (
 )
 from nxm_export.cli.output import show_facts, show_result
 from nxm_export.errors import NxmError
-from nxm_export.terminal import print_bisect, print_facts, print_parity, print_table, progress_bars
+from nxm_export.terminal import print_bisects, print_facts, print_parity, print_table, progress_bars
 
 
 @main.command()
@@ -166,7 +166,7 @@ def compare(
     columns = columns_of(text, text_pair, label)
     if bisect:
         found = engine_work.bisect_engines(checkpoint, engines, data, columns)
-        show_result([report.to_dict() for report in found], json, lambda _: [print_bisect(report) for report in found])
+        show_result([report.to_dict() for report in found], json, lambda _: print_bisects(found))
         for report in found:
             report.require()
         return

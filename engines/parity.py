@@ -28,7 +28,7 @@ from engines import torch_eager
 from engines.base import Engine, backend
 from engines.passport import EnginePassport, load_passport, plan_summary
 from nxm_export.checkpoint import PLAN_FILE, open_checkpoint
-from nxm_export.data import Features, pad, sorted_batches
+from nxm_export.data import Features, filled, label_array, pad, sorted_batches
 from nxm_export.errors import ArtifactError, DataError, ParityError
 from nxm_export.families import TASKS
 from nxm_export.metrics import interval, metric_named
@@ -146,7 +146,7 @@ def compare(
     step = change(STEP_SAMPLES, nudge=True) if options["plan"] else noise
     report = _report(directory, passport, spec, wanted, noise, step, found, features)
     write_atomic(directory / PARITY_FILE, json_text(report.to_dict()))
-    arrays: dict[str, Any] = {**found, "labels": np.array([sample["labels"] for sample in features])}
+    arrays: dict[str, Any] = {**found, "labels": label_array(features)}
     packed = io.BytesIO()
     np.savez(packed, **arrays)
     write_atomic(directory / OUTPUTS_FILE, packed.getvalue())
@@ -176,14 +176,21 @@ def _plan_of(checkpoint: Path, directory: Path, passport: EnginePassport) -> Any
 
 
 def run_all(engine: Engine, features: Sequence[Features], spec: IOSpec, batch_size: int = 32) -> dict[str, np.ndarray]:
-    """Outputs of every sample, in the order of `features`; batches are by length, so that little is padding."""
+    """Outputs of every sample, in the order of `features`; batches are by length, so that little is padding.
+
+    Outputs with a row for every token are (samples, longest sequence, ...), 0 for padding.
+    """
     rows: dict[str, list[Any]] = {name: [None] * len(features) for name in engine.outputs}
     for indices in sorted_batches(features, batch_size):
         outputs = engine.run(pad([features[i] for i in indices], spec.pad_id))
         for name, values in outputs.items():
             for i, value in zip(indices, values, strict=True):
-                rows[name][i] = value
-    return {name: np.stack(values) for name, values in rows.items()}
+                rows[name][i] = value[: len(features[i]["input_ids"])] if _per_token(spec, name) else value
+    return {name: filled(values, 0.0) for name, values in rows.items()}
+
+
+def _per_token(spec: IOSpec, name: str) -> bool:
+    return "sequence" in spec.outputs.get(name, ())
 
 
 def _report(
@@ -196,21 +203,32 @@ def _report(
     found: Mapping[str, np.ndarray],
     features: Sequence[Features],
 ) -> ParityReport:
-    metric = TASKS[spec.task].metric
-    labels = np.array([sample["labels"] for sample in features])
-    first = next(iter(spec.outputs))
-    value = metric_named(metric)
+    task = TASKS[spec.task]
+    metric, labels = task.metric, label_array(features)
+    first, lengths = next(iter(spec.outputs)), [len(sample["input_ids"]) for sample in features]
+    value = metric_named(metric, spec.labels)
     return ParityReport(
         engine=str(directory),
         engine_sha256=passport.engine_sha256,
         backend=passport.backend,
         samples=len(features),
-        outputs=[_compare_output(name, wanted[name], noise[name], step[name], found[name]) for name in spec.outputs],
+        outputs=[
+            _compare_output(
+                name,
+                wanted[name],
+                noise[name],
+                step[name],
+                found[name],
+                task.link,
+                lengths if _per_token(spec, name) else None,
+            )
+            for name in spec.outputs
+        ],
         metric=metric,
         reference_value=value(wanted[first], labels),
-        reference_interval=interval(metric, wanted[first], labels),
+        reference_interval=interval(metric, wanted[first], labels, classes=spec.labels),
         engine_value=value(found[first], labels),
-        engine_interval=interval(metric, found[first], labels),
+        engine_interval=interval(metric, found[first], labels, classes=spec.labels),
         reason=(
             f"max: {MAX_FACTOR:g} x what the reference changes by when one code of every quantized tensor moves by one step, or by rounding in "
             f"{passport.graph.get('dtype', 'float32')}, whichever is more; mean: {MEAN_FACTOR:g} x what that rounding changes it by; "
@@ -220,22 +238,32 @@ def _report(
 
 
 def _compare_output(
-    name: str, wanted: np.ndarray, noise: np.ndarray, step: np.ndarray, found: np.ndarray
+    name: str,
+    wanted: np.ndarray,
+    noise: np.ndarray,
+    step: np.ndarray,
+    found: np.ndarray,
+    link: str = "softmax",
+    lengths: Sequence[int] | None = None,
 ) -> OutputParity:
-    """`noise` and `step` are absolute changes of the reference. NaN fails: it is never within a tolerance."""
+    """`noise` and `step` are absolute changes of the reference. NaN fails: it is never within a tolerance.
+
+    `link` is the task's. `lengths` are the samples' in tokens where the output has a row for every token: what stands
+    behind them is 0 in all four, and counts neither as equal nor as a decision.
+    """
     samples = len(wanted)
     error = np.abs(found - wanted)
     floor = QUIET * float(np.abs(wanted).max())
     max_tolerance = MAX_FACTOR * float(max(noise.max(), step.max())) + floor
-    # With few samples, one more of them with a moved code is no surprise.
+    # With few samples, one more of them with a moved code is no surprise. (Padding thins both means alike.)
     mean_tolerance = MEAN_FACTOR * (float(noise.mean()) + float(step.max()) / samples) + floor
     quiet, quiet_noise = _quiet(error, floor), _quiet(noise, floor)
     quiet_required = quiet_noise / QUIET_FACTOR if quiet_noise * samples >= QUIET_SAMPLES else 0.0
-    classes = wanted.shape[-1] > 1
-    flipped = wanted.argmax(-1) != found.argmax(-1) if classes else np.zeros(samples, bool)
-    top = np.sort(wanted, axis=-1)
-    margin = top[..., -1] - top[..., -2] if classes else np.full(samples, np.inf)
-    unexcused = int((flipped & ~(margin <= 2 * max_tolerance)).sum())  # both logits may move, towards each other
+    flipped, margin = _decisions(wanted, found, link)
+    if lengths is not None:
+        real = np.arange(wanted.shape[1]) < np.asarray(lengths)[:, None]
+        flipped, margin = flipped[real], margin[real]
+    unexcused = int((flipped & ~(margin <= 2 * max_tolerance)).sum())
     within = bool(error.max() <= max_tolerance) and bool(error.mean() <= mean_tolerance) and quiet >= quiet_required
     norms = float(np.linalg.norm(wanted) * np.linalg.norm(found))
     return OutputParity(
@@ -252,6 +280,18 @@ def _compare_output(
         quiet=quiet,
         quiet_required=quiet_required,
     )
+
+
+def _decisions(wanted: np.ndarray, found: np.ndarray, link: str) -> tuple[np.ndarray, np.ndarray]:
+    """(which decisions differ, the reference's margin of each): the class of the largest logit, or for every label whether
+    its logit is above 0; scores decide nothing. The margin is such that errors up to half of it change no decision."""
+    if link == "sigmoid":
+        return (wanted > 0) != (found > 0), 2 * np.abs(wanted)
+    if link != "softmax" or wanted.shape[-1] == 1:
+        return np.zeros(len(wanted), bool), np.full(len(wanted), np.inf)
+    top = np.sort(wanted, axis=-1)
+    # Both logits may move, towards each other.
+    return wanted.argmax(-1) != found.argmax(-1), top[..., -1] - top[..., -2]
 
 
 def _quiet(error: np.ndarray, floor: float) -> float:

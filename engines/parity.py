@@ -137,10 +137,16 @@ def compare(
 
     def change(count: int, **change_options: Any) -> dict[str, np.ndarray]:
         """|reference changed - reference| on at most `count` samples, spread over all."""
-        picks = np.linspace(0, len(features) - 1, min(count, len(features))).astype(int)
+        picks = _spread(len(features), count)
         with torch_eager.load(checkpoint, **options, **change_options) as changed:
             outputs = run_all(changed, [features[i] for i in picks], spec, batch_size)
-        return {name: np.abs(outputs[name] - wanted[name][picks]) for name in spec.outputs}
+        changes = {}
+        for name in spec.outputs:
+            same = wanted[name][picks]
+            if _per_token(spec, name):  # the longest sample may not be among them
+                same = same[:, : outputs[name].shape[1]]
+            changes[name] = np.abs(outputs[name] - same)
+        return changes
 
     noise = change(NOISE_SAMPLES, jitter=JITTER[dtype])
     step = change(STEP_SAMPLES, nudge=True) if options["plan"] else noise
@@ -187,6 +193,11 @@ def run_all(engine: Engine, features: Sequence[Features], spec: IOSpec, batch_si
             for i, value in zip(indices, values, strict=True):
                 rows[name][i] = value[: len(features[i]["input_ids"])] if _per_token(spec, name) else value
     return {name: filled(values, 0.0) for name, values in rows.items()}
+
+
+def _spread(samples: int, count: int) -> np.ndarray:
+    """At most `count` indices, evenly over all samples."""
+    return np.linspace(0, samples - 1, min(count, samples)).astype(int)
 
 
 def _per_token(spec: IOSpec, name: str) -> bool:
@@ -249,27 +260,30 @@ def _compare_output(
     """`noise` and `step` are absolute changes of the reference. NaN fails: it is never within a tolerance.
 
     `link` is the task's. `lengths` are the samples' in tokens where the output has a row for every token: what stands
-    behind them is 0 in all four, and counts neither as equal nor as a decision.
+    behind them is 0 in all four and counts neither for a mean nor as a decision.
     """
     samples = len(wanted)
     error = np.abs(found - wanted)
     floor = QUIET * float(np.abs(wanted).max())
     max_tolerance = MAX_FACTOR * float(max(noise.max(), step.max())) + floor
-    # With few samples, one more of them with a moved code is no surprise. (Padding thins both means alike.)
-    mean_tolerance = MEAN_FACTOR * (float(noise.mean()) + float(step.max()) / samples) + floor
+    all_lengths = None if lengths is None else np.asarray(lengths)
+    noise_lengths = None if all_lengths is None else all_lengths[_spread(samples, len(noise))]
+    mean = _mean(error, all_lengths)
+    # With few samples, one more of them with a moved code is no surprise.
+    mean_tolerance = MEAN_FACTOR * (_mean(noise, noise_lengths) + float(step.max()) / samples) + floor
     quiet, quiet_noise = _quiet(error, floor), _quiet(noise, floor)
     quiet_required = quiet_noise / QUIET_FACTOR if quiet_noise * samples >= QUIET_SAMPLES else 0.0
     flipped, margin = _decisions(wanted, found, link)
-    if lengths is not None:
-        real = np.arange(wanted.shape[1]) < np.asarray(lengths)[:, None]
+    if all_lengths is not None:
+        real = np.arange(wanted.shape[1]) < all_lengths[:, None]
         flipped, margin = flipped[real], margin[real]
     unexcused = int((flipped & ~(margin <= 2 * max_tolerance)).sum())
-    within = bool(error.max() <= max_tolerance) and bool(error.mean() <= mean_tolerance) and quiet >= quiet_required
+    within = bool(error.max() <= max_tolerance) and mean <= mean_tolerance and quiet >= quiet_required
     norms = float(np.linalg.norm(wanted) * np.linalg.norm(found))
     return OutputParity(
         output=name,
         max_abs=float(error.max()),
-        mean_abs=float(error.mean()),
+        mean_abs=mean,
         cosine=float((wanted * found).sum() / norms) if norms else 1.0,
         agreement=float(1.0 - flipped.mean()),
         worst_sample=int(error.reshape(samples, -1).max(axis=1).argmax()),
@@ -280,6 +294,13 @@ def _compare_output(
         quiet=quiet,
         quiet_required=quiet_required,
     )
+
+
+def _mean(change: np.ndarray, lengths: np.ndarray | None) -> float:
+    """Mean of a change (samples, ...), without what stands behind a sample's length in tokens."""
+    if lengths is None:
+        return float(change.mean())
+    return float(change.sum() / (lengths.sum() * np.prod(change.shape[2:])))
 
 
 def _decisions(wanted: np.ndarray, found: np.ndarray, link: str) -> tuple[np.ndarray, np.ndarray]:

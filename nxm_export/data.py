@@ -1,4 +1,4 @@
-"""Task data: local TSV, CSV, JSON-lines or Parquet files, or a GLUE task from the hub, to token batches.
+"""Task data: local TSV, CSV, JSON-lines, Parquet or CoNLL files, or a GLUE task from the hub, to token batches.
 
 A file is read once into `Examples` (texts and labels, in file order), with every complaint naming the file and line.
 TSV is read as GLUE writes it: no quoting, a tab always separates. CSV follows the usual quoting rules. Files are UTF-8,

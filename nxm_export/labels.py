@@ -85,7 +85,7 @@ def _several(row: Mapping[str, Any], column: str, place: str) -> tuple[str, ...]
         except ValueError as error:
             raise DataError(f"{place}: labels {value!r} are no JSON list ({error}); fix the row") from error
     if isinstance(value, str):
-        parts = value.split(";" if ";" in value else ",") if value.strip() else []
+        parts: list[Any] = value.split(";" if ";" in value else ",") if value.strip() else []
     elif isinstance(value, (list, tuple)):
         parts = list(value)
     elif isinstance(value, int):

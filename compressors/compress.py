@@ -25,7 +25,7 @@ from compressors.settings import Settings, prepare_process
 from compressors.task_data import TaskData, read_task_data
 from compressors.train import LOG_FILE, Phase, Progress, predict, run_phase
 from nxm_export.checkpoint import open_checkpoint, save_plan
-from nxm_export.data import Columns
+from nxm_export.data import Columns, label_array
 from nxm_export.errors import DataError
 from nxm_export.families import task_named
 from nxm_export.metrics import interval, metric_named
@@ -83,6 +83,7 @@ def finetune(
             precision=settings.precision,
             progress=progress,
             save_every=save_every(steps),
+            link=kind.link,
         )
     logits, found = _outputs(network, data, progress)
     metrics = found | {"steps": steps, "revision": source.revision}
@@ -157,19 +158,17 @@ def evaluate(model: nn.Module, data: TaskData, progress: Progress = lambda *_: N
 def _outputs(model: nn.Module, data: TaskData, progress: Progress) -> tuple[np.ndarray, dict[str, Any]]:
     """Logits (samples, classes) of all dev samples, and what `evaluate` returns."""
     logits = predict(model, data.dev, data.pad_id, progress=lambda done, total: progress("evaluate", done, total))
-    labels = np.array([sample["labels"] for sample in data.dev])
-    value = metric_named(data.task.metric)(logits, labels)
+    labels, names = label_array(data.dev), data.classes or ()
     return logits, {
         "metric": data.task.metric,
-        "value": value,
-        "interval": interval(data.task.metric, logits, labels),
+        "value": metric_named(data.task.metric, names)(logits, labels),
+        "interval": interval(data.task.metric, logits, labels, classes=names),
         "dev_samples": len(labels),
     }
 
 
 def _save_outputs(file: Path, logits: np.ndarray, data: TaskData) -> None:
-    labels = np.array([sample["labels"] for sample in data.dev])
-    save_file({"logits": logits, "labels": labels}, file)
+    save_file({"logits": logits, "labels": label_array(data.dev)}, file)
 
 
 def _save_model(model: nn.Module, tokenizer: Any, directory: Path, metrics: Mapping[str, Any], work_dir: Path) -> None:

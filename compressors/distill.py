@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,19 @@ def logits_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> T
     target = (teacher.float() / temperature).log_softmax(dim=-1)
     found = (student.float() / temperature).log_softmax(dim=-1)
     return functional.kl_div(found, target, log_target=True, reduction="batchmean") * temperature**2
+
+
+def labels_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean KL(teacher || student) of independent yes-or-no labels; logits (batch, labels).
+
+    A label with logit z is a choice between two classes with logits z and 0, so this is `logits_loss` of those.
+    """
+    return logits_loss(two_classes(student).flatten(0, -2), two_classes(teacher).flatten(0, -2))
+
+
+def two_classes(logits: Tensor) -> Tensor:
+    """(..., 2): class logits of which softmax gives (sigmoid(z), 1 - sigmoid(z))."""
+    return torch.stack([logits, torch.zeros_like(logits)], dim=-1)
 
 
 def score_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -36,3 +49,11 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], attention_
     for found, target, energy in zip(student, wanted, energies, strict=True):
         total = total + functional.mse_loss(found[tokens].float(), target, reduction="sum") / energy
     return total * world_size() / len(student)
+
+
+# How student and teacher are held together, by `nxm_export.families.Task.link`.
+AGREEMENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "softmax": logits_loss,
+    "sigmoid": labels_loss,
+    "identity": score_loss,
+}

@@ -13,7 +13,7 @@ import torch
 
 from nxm_export.checkpoint import read_config, require_safetensors
 from nxm_export.errors import ArtifactError, DataError
-from nxm_export.families import GELUS, Family, Task, family_of
+from nxm_export.families import GELUS, Family, Task, family_of, labels_of, task_of
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
@@ -29,17 +29,11 @@ class Source:
 
     def head_fits(self, task: Task) -> bool:
         """True when the checkpoint already has this task's head, so that no dense fine-tuning is needed."""
-        kind = task.auto_class.removeprefix("AutoModel")
-        architecture = (self.config.get("architectures") or [""])[0]
-        if not architecture.endswith(kind):
-            return False
-        single = len(self.config.get("id2label") or {0: "", 1: ""}) == 1
-        return single == (task.name == "regression")
+        return task_of(self.config) == task.name
 
     def classes(self) -> list[str]:
         """Class names of the checkpoint's head, by index."""
-        labels = self.config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-        return [str(labels[key]) for key in sorted(labels, key=int)]
+        return list(labels_of(self.config))
 
 
 def resolve(model: str | Path, revision: str | None = None) -> Source:
@@ -131,6 +125,8 @@ def load_model(source: Source, task: Task, *, classes: Sequence[str] | None = No
     if classes is not None:
         names = dict(enumerate(classes))
         changes |= {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+        if task.problem_type is not None:
+            changes["problem_type"] = task.problem_type
     with quiet():
         try:
             return auto.from_pretrained(

@@ -153,7 +153,7 @@ class Job:
     ) -> None:
         run_phase(
             student, self.train, self.data.pad_id, phase, work_dir=self.work_dir, seed=self.settings.seed, precision=self.settings.precision,
-            teacher=teacher, admm=admm, callbacks=callbacks, progress=self.progress, save_every=save_every(phase.steps),
+            teacher=teacher, admm=admm, callbacks=callbacks, progress=self.progress, save_every=save_every(phase.steps), link=self.data.task.link,
         )  # fmt: skip
         require_invariants(student)
 

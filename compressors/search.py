@@ -25,7 +25,7 @@ from compressors.fake_quant import prepare
 from compressors.models import Source, load_model, load_tokenizer, resolve
 from compressors.phases import Job, freeze_embeddings, steps_of
 from compressors.selection import SearchSettings, Selection, Selector, Trial, write_trials
-from compressors.sensitivity import Batches, Entry, Probe, divergence, write_table
+from compressors.sensitivity import Batches, Entry, Probe, divergence, real_logits, write_table
 from compressors.settings import Settings, prepare_process
 from compressors.task_data import TaskData, read_task_data
 from compressors.train import Progress, Student, collate, wants_bf16
@@ -75,11 +75,11 @@ def search(
     data = replace(data, train=rest, dev=held_out)
     resumed = _claim(work_dir, _request_hash(source, data, settings, training))
     dense = load_model(source, kind).to(distributed.device())
-    probe = Probe(dense, source.family, source.config)
+    probe = Probe(dense, source.family, source.config, kind.link)
     batches = [_batches(part, data.pad_id, settings.batch_size) for part in (rest[: settings.samples], held_out)]
     selector = Selector(probe, source.config, settings, batches[0], batches[1], progress)
     if settings.method == "paper":
-        selection = selector.paper(kind.metric, [batch["labels"].numpy() for batch in batches[1]])
+        selection = selector.paper(kind.metric, [batch["labels"].numpy() for batch in batches[1]], data.classes or ())
     else:
         selection = selector.run(work_dir)
     selection = distributed.agreed(selection)
@@ -193,7 +193,8 @@ def _short_run(
     with torch.no_grad():
         for batch in _batches(data.dev, data.pad_id, 64):
             inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-            total += divergence(dense(**inputs).logits, student(**inputs).logits)
+            wanted, found = (real_logits(m(**inputs).logits, inputs["attention_mask"]) for m in (dense, student))
+            total += divergence(wanted, found, data.task.link)
     return total / len(data.dev)
 
 
@@ -203,7 +204,8 @@ def _step_seconds(source: Source, data: TaskData, dense: nn.Module, trial: Trial
     prepare(model, trial.plan, source.family, source.config)
     if training.freeze_embeddings:
         freeze_embeddings(model)
-    student = Student(model, training.losses, dense if training.distill else None, None).to(distributed.device())
+    student = Student(model, training.losses, dense if training.distill else None, None, data.task.link)
+    student.to(distributed.device())
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], fused=True)
     size = max(1, training.batch_size // distributed.world_size())
     times = []

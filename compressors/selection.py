@@ -27,6 +27,7 @@ from torch import Tensor
 
 from compressors import knapsack
 from compressors.sensitivity import Batches, Entry, OneShot, Probe, divergence, measure
+from nxm_export.data import NO_LABEL, filled
 from nxm_export.errors import DataError, PlanError
 from nxm_export.families import ROLES
 from nxm_export.metrics import metric_named
@@ -286,7 +287,7 @@ class Selector:
             best = _best([best, trial])
         return trials
 
-    def paper(self, metric: str, labels: Sequence[np.ndarray]) -> Selection:
+    def paper(self, metric: str, labels: Sequence[np.ndarray], classes: Sequence[str] = ()) -> Selection:
         """The authors' search: options tied by role, every combination in the budget scored one-shot by `metric`.
 
         As theirs, weights are projected by magnitude; unlike theirs, the score is on a slice of train, and ties of the
@@ -302,13 +303,13 @@ class Selector:
             )
         scored = []
         samples = sum(len(found) for found in labels)
+        truth = filled([row for found in labels for row in found], NO_LABEL)
         with self._timed("enumeration"):
             for number, choice in enumerate(feasible):
                 outputs = self._outputs(choice)
-                loss = sum(divergence(wanted, found) for wanted, found in zip(self.wanted, outputs, strict=True))
-                score = metric_named(metric)(
-                    np.concatenate([found.cpu().numpy() for found in outputs]), np.concatenate(labels)
-                )
+                loss = self._divergence(outputs)
+                rows = [row for found in outputs for row in found.cpu().numpy()]
+                score = metric_named(metric, classes)(filled(rows, 0.0), truth)
                 scored.append((-score, loss / samples, choice))
                 self.progress("enumeration", number + 1, len(feasible))
         trials = [
@@ -319,9 +320,14 @@ class Selector:
 
     def trial(self, origin: str, choice: Choice) -> Trial:
         """Evaluate a choice jointly on the held-out slice: mean divergence from the dense model, one-shot."""
-        total = sum(divergence(wanted, found) for wanted, found in zip(self.wanted, self._outputs(choice), strict=True))
+        total = self._divergence(self._outputs(choice))
         samples = sum(len(batch["input_ids"]) for batch in self.held_out)
         return Trial(origin, self.plan_of(choice), choice, self._predicted(choice), total / samples)
+
+    def _divergence(self, outputs: Sequence[Tensor]) -> float:
+        """Summed over the held-out samples, from what the dense model says."""
+        pairs = zip(self.wanted, outputs, strict=True)
+        return sum(divergence(wanted, found, self.probe.link) for wanted, found in pairs)
 
     def _outputs(self, choice: Choice) -> list[Tensor]:
         """Logits of every held-out batch, with all weights compressed one-shot as chosen."""

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compressors import distributed
+from compressors.distill import two_classes
 from compressors.fake_quant import ACTIVATION_QMAX, ACTIVATION_QMIN
 from compressors.obs import prune
 from compressors.observers import HistogramObserver
@@ -66,8 +67,8 @@ class Statistics:
 class Probe:
     """A dense model whose planned layers can be compressed one-shot and put back."""
 
-    def __init__(self, model: nn.Module, family: Family, config: Mapping[str, Any]) -> None:
-        self.model, self.family = model.eval(), family
+    def __init__(self, model: nn.Module, family: Family, config: Mapping[str, Any], link: str = "softmax") -> None:
+        self.model, self.family, self.link = model.eval(), family, link
         self.weights = list(family.weights(config))
         self.blocks = family.blocks(config)
         self.device = next(model.parameters()).device
@@ -122,11 +123,11 @@ class Probe:
 
     @torch.no_grad()
     def outputs(self, batch: Mapping[str, Tensor], start: int = 0, hidden: Tensor | None = None) -> Tensor:
-        """The model's first output for a batch, from block `start` on if the hidden state before it is given."""
+        """The model's first output for a batch (0 for tokens that are padding), from block `start` on if the hidden state before it is given."""
         inputs = {key: value.to(self.device) for key, value in batch.items() if key != "labels"}
         with self._starting_at(start, hidden):
             found = self.model(**inputs)
-        return found.logits.float()
+        return real_logits(found.logits, inputs["attention_mask"])
 
     @torch.no_grad()
     def hidden_before(self, batch: Mapping[str, Tensor], block: int) -> tuple[Tensor, Tensor]:
@@ -196,6 +197,11 @@ class OneShot:
         return self._pruned[1]
 
 
+def real_logits(logits: Tensor, attention_mask: Tensor) -> Tensor:
+    """Logits in float32; those of tokens (batch, sequence, classes) are 0 where the mask is."""
+    return logits.float() * attention_mask[..., None] if logits.dim() == 3 else logits.float()
+
+
 class _Sums:
     """Streaming sums of a statistics pass."""
 
@@ -261,11 +267,14 @@ class _Sums:
         }
 
 
-def divergence(wanted: Tensor, found: Tensor) -> float:
-    """Summed KL(wanted || found) of class logits (..., classes); squared error of scores where there is one output."""
+def divergence(wanted: Tensor, found: Tensor, link: str = "softmax") -> float:
+    """Summed KL(wanted || found) of class logits (..., classes), or, by the task's `link`, of labels each for itself;
+    squared error of scores."""
     wanted, found = wanted.double(), found.double()  # in float32 small divergences come out negative
-    if wanted.shape[-1] == 1:
+    if link == "identity":
         return float((wanted - found).square().sum())
+    if link == "sigmoid":
+        wanted, found = two_classes(wanted), two_classes(found)
     target = wanted.log_softmax(dim=-1)
     return float(functional.kl_div(found.log_softmax(dim=-1), target, log_target=True, reduction="sum"))
 
@@ -319,7 +328,7 @@ def _measure_block(probe: Probe, batches: Batches, one_shot: OneShot, options: O
         hidden, wanted = probe.hidden_before(batch, start) if start else (None, probe.outputs(batch))
         for key, candidate in candidates.items():
             with probe.installed({key[0]: candidate}):
-                totals[key] += divergence(wanted, probe.outputs(batch, start, hidden))
+                totals[key] += divergence(wanted, probe.outputs(batch, start, hidden), probe.link)
     samples = sum(len(batch["input_ids"]) for batch in batches)
     entries = []
     for (weight, option_name), (z, _) in candidates.items():

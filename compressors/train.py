@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from compressors.admm import Admm
-from compressors.distill import hidden_loss, logits_loss, score_loss
+from compressors.distill import AGREEMENT, hidden_loss
 from compressors.distributed import world_size
 from compressors.fake_quant import quant_linears
-from nxm_export.data import Features, pad, sorted_batches
+from nxm_export.data import NO_LABEL, Features, filled, label_array, pad, sorted_batches
 from nxm_export.errors import DataError
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
@@ -68,8 +68,11 @@ class Student(nn.Module):
 
     accepts_loss_kwargs = False  # read by the Trainer: the loss is a plain mean over the batch
 
-    def __init__(self, model: nn.Module, losses: Losses, teacher: nn.Module | None, admm: Admm | None) -> None:
+    def __init__(
+        self, model: nn.Module, losses: Losses, teacher: nn.Module | None, admm: Admm | None, link: str = "softmax"
+    ) -> None:
         super().__init__()
+        self._agree = AGREEMENT[link]
         self.model, self.losses, self.admm = model, losses, admm
         self._teacher = [teacher] if teacher is not None else []
 
@@ -82,8 +85,11 @@ class Student(nn.Module):
             inputs = {key: value for key, value in batch.items() if key != "labels"}
             with torch.no_grad():
                 wanted = self._teacher[0](**inputs, output_hidden_states=deep)
-            agree = score_loss if found.logits.shape[-1] == 1 else logits_loss
-            loss = loss + self.losses.logits * agree(found.logits, wanted.logits)
+            ours, theirs = found.logits, wanted.logits
+            if ours.dim() == 3:  # (batch, sequence, classes): padding says nothing
+                real = batch["attention_mask"].bool()
+                ours, theirs = ours[real], theirs[real]
+            loss = loss + self.losses.logits * self._agree(ours, theirs)
             if deep:
                 loss = loss + self.losses.hidden * hidden_loss(
                     found.hidden_states, wanted.hidden_states, batch["attention_mask"]
@@ -135,14 +141,15 @@ def run_phase(
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress = lambda what, done, total: None,
     save_every: int | None = None,
+    link: str = "softmax",
 ) -> None:
-    """Train `model` in place for one phase.
+    """Train `model` in place for one phase; `link` is the task's, see `nxm_export.families.Task`.
 
     Resumes from the newest complete checkpoint in ``work_dir/phase.name``; a phase that was finished is loaded.
     """
     set_seed(seed)
     directory, finished = work_dir / phase.name, work_dir / f"{phase.name}.safetensors"
-    student = Student(model, phase.losses, teacher, admm)
+    student = Student(model, phase.losses, teacher, admm, link)
     if finished.is_file():
         student.load_state_dict(load_file(finished))
         progress(phase.name, phase.steps, phase.steps)
@@ -223,12 +230,18 @@ def wants_bf16(precision: str) -> bool:
 
 
 def collate(samples: Sequence[Features], pad_id: int) -> dict[str, Tensor]:
-    """Pad samples to the longest of the batch; labels become int64 classes or float32 scores."""
+    """Pad samples to the longest of the batch; labels become int64 classes or float32 scores.
+
+    Labels of tokens are padded like the tokens, with `NO_LABEL`.
+    """
     longest = samples[0].get(_PAD_TO)
     samples = [{name: value for name, value in sample.items() if name != _PAD_TO} for sample in samples]
     batch = {name: torch.from_numpy(array) for name, array in pad(samples, pad_id, longest).items()}
     if "labels" in samples[0]:
-        labels = torch.tensor([sample["labels"] for sample in samples])
+        labels = torch.from_numpy(label_array(samples))
+        if labels.dim() == 2 and not labels.is_floating_point():
+            width = batch["input_ids"].shape[1]
+            labels = nn.functional.pad(labels, (0, width - labels.shape[1]), value=NO_LABEL)
         batch["labels"] = labels.float() if labels.is_floating_point() else labels
     return batch
 
@@ -242,7 +255,10 @@ def predict(
     batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Logits of every sample, float32, in the order of `features`; float32 arithmetic, no dropout."""
+    """Logits of every sample, float32, in the order of `features`; float32 arithmetic, no dropout.
+
+    Those of tokens are (samples, longest sequence, classes), 0 for padding.
+    """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -252,11 +268,14 @@ def predict(
         batch = collate([features[i] for i in indices], pad_id)
         batch.pop("labels", None)
         logits = model(**{key: value.to(device) for key, value in batch.items()}).logits
-        found += zip(indices, logits.float().cpu().numpy(), strict=True)
+        rows = logits.float().cpu().numpy()
+        if rows.ndim == 3:  # a row for every token: without those of padding
+            rows = [row[: len(features[i]["input_ids"])] for row, i in zip(rows, indices, strict=True)]
+        found += zip(indices, rows, strict=True)
         if progress:
             progress(number + 1, len(batches))
     model.train(was_training)
-    return np.stack([logits for _, logits in sorted(found, key=lambda item: item[0])])
+    return filled([logits for _, logits in sorted(found, key=lambda item: item[0])], 0.0)
 
 
 @torch.no_grad()

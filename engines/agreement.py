@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -40,20 +41,39 @@ class Pair:
     difference_interval: tuple[float, float]
 
 
-def margins(wanted: np.ndarray) -> np.ndarray:
-    """How far the highest class leads the second; infinite without classes. `wanted` is (samples, ..., classes)."""
-    if wanted.shape[-1] < 2:
-        return np.full(wanted.shape[:-1], np.inf)
+def spread(samples: int, count: int) -> np.ndarray:
+    """At most `count` indices, evenly over all samples."""
+    return np.linspace(0, samples - 1, min(count, samples)).astype(int)
+
+
+def real_tokens(values: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
+    """Boolean (samples, tokens): what is no padding, in outputs (samples, tokens, ...)."""
+    return np.asarray(np.arange(values.shape[1]) < np.asarray(lengths)[:, None])
+
+
+def decisions(values: np.ndarray, link: str) -> np.ndarray | None:
+    """What outputs (samples, ..., classes) decide: the class of the largest logit, or for every label whether its logit is
+    above 0 (1 or 0); None for scores, which decide nothing."""
+    if link == "sigmoid":
+        return (values > 0).astype(int)
+    return values.argmax(-1) if link == "softmax" and values.shape[-1] > 1 else None
+
+
+def margins(wanted: np.ndarray, link: str = "softmax") -> np.ndarray:
+    """By how much each decision was taken: errors of up to half of it change none."""
+    if link == "sigmoid":
+        return np.asarray(2 * np.abs(wanted))
     top = np.partition(wanted, -2, axis=-1)
     return np.asarray(top[..., -1] - top[..., -2])
 
 
-def flips(wanted: np.ndarray, found: np.ndarray, tolerance: float) -> list[Flip]:
-    """All changed classes, the widest margin first. A change is excused where both logits may have moved by `tolerance`,
-    towards each other."""
-    if wanted.shape[-1] < 2:
+def flips(wanted: np.ndarray, found: np.ndarray, tolerance: float, link: str = "softmax") -> list[Flip]:
+    """All changed decisions, the widest margin first. A change is excused where both logits may have moved by `tolerance`,
+    towards each other. Padding, 0 on both sides, changes nothing."""
+    ours, theirs = decisions(wanted, link), decisions(found, link)
+    if ours is None or theirs is None:
         return []
-    ours, theirs, margin = wanted.argmax(-1), found.argmax(-1), margins(wanted)
+    margin = margins(wanted, link)
     made = [
         Flip(
             int(at[0]),
@@ -68,9 +88,13 @@ def flips(wanted: np.ndarray, found: np.ndarray, tolerance: float) -> list[Flip]
     return sorted(made, key=lambda flip: -flip.margin)
 
 
-def agreement(wanted: np.ndarray, found: np.ndarray) -> float:
-    """Share of equal argmax; 1.0 without classes."""
-    return float((wanted.argmax(-1) == found.argmax(-1)).mean()) if wanted.shape[-1] > 1 else 1.0
+def agreement(wanted: np.ndarray, found: np.ndarray, link: str = "softmax", real: np.ndarray | None = None) -> float:
+    """Share of equal decisions, of those where `real` holds; 1.0 without decisions."""
+    ours, theirs = decisions(wanted, link), decisions(found, link)
+    if ours is None or theirs is None:
+        return 1.0
+    same = ours == theirs
+    return float((same if real is None else same[real]).mean())
 
 
 def cosine(wanted: np.ndarray, found: np.ndarray) -> float:
@@ -84,11 +108,17 @@ def pair_of(
     ours: Mapping[str, np.ndarray],
     theirs: Mapping[str, np.ndarray],
     difference: tuple[float, tuple[float, float]],
+    link: str = "softmax",
+    lengths: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> list[Pair]:
-    """The outputs of an engine against those of `other` (directory, sha256); `difference` is of the metric, with interval."""
+    """The outputs of an engine against those of `other` (directory, sha256); `difference` is of the metric, with interval.
+
+    `lengths` are the samples' in tokens, for outputs that have a row for every token.
+    """
     made = []
     for name, found in ours.items():
         error = np.abs(found - theirs[name])
+        real = real_tokens(found, lengths[name]) if name in lengths else None
         made.append(
             Pair(
                 *other,
@@ -96,7 +126,7 @@ def pair_of(
                 float(error.max()),
                 float(error.mean()),
                 cosine(theirs[name], found),
-                agreement(theirs[name], found),
+                agreement(theirs[name], found, link, real),
                 *difference,
             )
         )

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from engines import torch_eager
-from engines.agreement import Pair, pair_of
+from engines.agreement import Pair, pair_of, spread
 from engines.base import Engine, backend
 from engines.gates import Gate, GateResult, check_gate
 from engines.matching import plan_of, require_alike, require_from, require_outputs
@@ -45,7 +45,7 @@ from engines.tolerance import (
     largest,
     max_tolerance,
 )
-from nxm_export.data import Features, pad, sorted_batches
+from nxm_export.data import Features, filled, label_array, pad, sorted_batches
 from nxm_export.errors import ArtifactError, DataError, ParityError
 from nxm_export.families import TASKS
 from nxm_export.metrics import interval, metric_named, paired_interval
@@ -166,7 +166,7 @@ def compare_all(
             if other.directory != part.directory
         ]
         reports.append(_report(part, measured[part.key], outputs, probes, others, features, gates))
-    labels = np.array([sample["labels"] for sample in features])
+    labels = label_array(features)
     for part, (outputs, _), report in zip(parts, found, reports, strict=True):
         write_atomic(part.directory / PARITY_FILE, json_text(report.to_dict()))
         packed = io.BytesIO()
@@ -228,12 +228,12 @@ def _measure(checkpoint: Path, part: Part, features: Sequence[Features], batch_s
 
     def change(count: int, **options: Any) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
         """|reference changed - reference|: on at most `count` samples, spread over all, and the largest on each probe."""
-        picks = np.linspace(0, len(features) - 1, min(count, len(features))).astype(int)
+        picks = spread(len(features), count)
         with torch_eager.load(checkpoint, **part.reference, **options) as changed:
             outputs = run_all(changed, [features[i] for i in picks], spec, batch_size)
             probed = {name: run_all(changed, [sample] * PROBE_COPIES, spec) for name, sample in samples.items()}
         return (
-            {name: np.abs(outputs[name] - wanted[name][picks]) for name in spec.outputs},
+            {name: _apart(spec, name, outputs[name], wanted[name][picks]) for name in spec.outputs},
             {key: {name: largest(probed[key][name] - answers[key][name]) for name in spec.outputs} for key in samples},
         )
 
@@ -275,14 +275,26 @@ def _run(
 
 
 def run_all(engine: Engine, features: Sequence[Features], spec: IOSpec, batch_size: int = 32) -> dict[str, np.ndarray]:
-    """Outputs of every sample, in the order of `features`; batches are by length, so that little is padding."""
+    """Outputs of every sample, in the order of `features`; batches are by length, so that little is padding.
+
+    Outputs with a row for every token are (samples, longest sequence, ...), 0 for padding.
+    """
     rows: dict[str, list[Any]] = {name: [None] * len(features) for name in engine.outputs}
     for indices in sorted_batches(features, batch_size):
         outputs = engine.run(pad([features[i] for i in indices], spec.pad_id))
         for name, values in outputs.items():
             for i, value in zip(indices, values, strict=True):
-                rows[name][i] = value
-    return {name: np.stack(values) for name, values in rows.items()}
+                rows[name][i] = value[: len(features[i]["input_ids"])] if _per_token(spec, name) else value
+    return {name: filled(values, 0.0) for name, values in rows.items()}
+
+
+def _apart(spec: IOSpec, name: str, changed: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """|changed - wanted|; per token the longest sample may not be among them, so `changed` may be shorter."""
+    return np.abs(changed - (wanted[:, : changed.shape[1]] if _per_token(spec, name) else wanted))
+
+
+def _per_token(spec: IOSpec, name: str) -> bool:
+    return "sequence" in spec.outputs.get(name, ())
 
 
 def _report(
@@ -295,12 +307,21 @@ def _report(
     gates: Sequence[Gate],
 ) -> ParityReport:
     wanted, spec = measured.wanted, part.spec
-    metric = TASKS[spec.task].metric
-    labels = np.array([sample["labels"] for sample in features])
-    first = next(iter(spec.outputs))
-    value = metric_named(metric)
+    task = TASKS[spec.task]
+    metric, labels = task.metric, label_array(features)
+    first, lengths = next(iter(spec.outputs)), [len(sample["input_ids"]) for sample in features]
+    value = metric_named(metric, spec.labels)
     outputs = [
-        compare_output(name, wanted[name], measured.noise[name], measured.step[name], found[name], bool(part.plan))
+        compare_output(
+            name,
+            wanted[name],
+            measured.noise[name],
+            measured.step[name],
+            found[name],
+            bool(part.plan),
+            link=task.link,
+            lengths=lengths if _per_token(spec, name) else None,
+        )
         for name in spec.outputs
     ]
     of_engine, of_reference = value(found[first], labels), value(wanted[first], labels)
@@ -311,8 +332,18 @@ def _report(
     }
     pairs = []
     for other, theirs in others:
-        apart = of_engine - value(theirs[first], labels), paired_interval(metric, found[first], theirs[first], labels)
-        pairs += pair_of((str(other.directory), other.passport.engine_sha256), found, theirs, apart)
+        apart = (
+            of_engine - value(theirs[first], labels),
+            paired_interval(metric, found[first], theirs[first], labels, classes=spec.labels),
+        )
+        pairs += pair_of(
+            (str(other.directory), other.passport.engine_sha256),
+            found,
+            theirs,
+            apart,
+            task.link,
+            {name: lengths for name in spec.outputs if _per_token(spec, name)},
+        )
     return ParityReport(
         engine=str(part.directory),
         engine_sha256=part.passport.engine_sha256,
@@ -321,16 +352,16 @@ def _report(
         outputs=outputs,
         metric=metric,
         reference_value=of_reference,
-        reference_interval=interval(metric, wanted[first], labels),
+        reference_interval=interval(metric, wanted[first], labels, classes=spec.labels),
         engine_value=of_engine,
-        engine_interval=interval(metric, found[first], labels),
+        engine_interval=interval(metric, found[first], labels, classes=spec.labels),
         reason=(
             f"max: {MAX_FACTOR:g} x what the reference changes by when one code of every quantized tensor moves by one step, or by rounding in "
             f"{part.dtype}, whichever is more; mean: {MEAN_FACTOR:g} x what that rounding changes it by; "
             f"equal samples: a {1 / QUIET_FACTOR:.0%} share of those that the rounding leaves equal"
         ),
         difference=of_engine - of_reference,
-        difference_interval=paired_interval(metric, found[first], wanted[first], labels),
+        difference_interval=paired_interval(metric, found[first], wanted[first], labels, classes=spec.labels),
         probes=list(probes),
         gates=[check_gate(gate, quantities) for gate in gates],
         pairs=pairs,

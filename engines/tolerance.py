@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from engines.agreement import WORST_FLIPS, Flip, agreement, cosine, flips
+from engines.agreement import WORST_FLIPS, Flip, agreement, cosine, flips, real_tokens, spread
 
 # How the reference is made to round as the engine's float type does: float32 it computes in itself; of the shorter types,
 # half a unit in the last place at the input of every linear layer. (Sixteen times more changes nothing: all codes that
@@ -66,27 +67,42 @@ def max_tolerance(wanted: np.ndarray, noise: np.ndarray, step: np.ndarray) -> fl
 
 
 def compare_output(
-    name: str, wanted: np.ndarray, noise: np.ndarray, step: np.ndarray, found: np.ndarray, quantized: bool
+    name: str,
+    wanted: np.ndarray,
+    noise: np.ndarray,
+    step: np.ndarray,
+    found: np.ndarray,
+    quantized: bool,
+    *,
+    link: str = "softmax",
+    lengths: Sequence[int] | None = None,
 ) -> OutputParity:
-    """`noise` and `step` are absolute changes of the reference. NaN fails: it is never within a tolerance."""
+    """`noise` and `step` are absolute changes of the reference. NaN fails: it is never within a tolerance.
+
+    `link` is the task's. `lengths` are the samples' in tokens where the output has a row for every token: what stands
+    behind them is 0 in all four and counts neither for a mean nor as a decision.
+    """
     samples = len(wanted)
+    real = None if lengths is None else real_tokens(wanted, lengths)
+    noise_lengths = None if lengths is None else [lengths[i] for i in spread(samples, len(noise))]
     error = np.abs(found - wanted)
     low = floor(wanted)
     tolerated = max_tolerance(wanted, noise, step)
     # With few samples, one more of them with a moved code is no surprise.
-    mean_tolerance = MEAN_FACTOR * (float(noise.mean()) + float(step.max()) / samples) + low
+    mean_tolerance = MEAN_FACTOR * (mean_of(noise, noise_lengths) + float(step.max()) / samples) + low
     same, same_noise = quiet(error, low), quiet(noise, low)
     required = same_noise / QUIET_FACTOR if same_noise * samples >= QUIET_SAMPLES else 0.0
-    changed = flips(wanted, found, tolerated)
+    changed = flips(wanted, found, tolerated, link)
+    mean = mean_of(error, lengths)
     unexcused = sum(not flip.excused for flip in changed)
-    within = bool(error.max() <= tolerated) and bool(error.mean() <= mean_tolerance) and same >= required
+    within = bool(error.max() <= tolerated) and mean <= mean_tolerance and same >= required
     unit = float(step.reshape(len(step), -1).max(axis=1).mean()) if quantized else 0.0
     return OutputParity(
         output=name,
         max_abs=float(error.max()),
-        mean_abs=float(error.mean()),
+        mean_abs=mean,
         cosine=cosine(wanted, found),
-        agreement=agreement(wanted, found),
+        agreement=agreement(wanted, found, link, real),
         worst_sample=int(error.reshape(samples, -1).max(axis=1).argmax()),
         max_tolerance=tolerated,
         mean_tolerance=mean_tolerance,
@@ -96,10 +112,17 @@ def compare_output(
         quiet_required=required,
         step=unit or None,
         max_steps=float(error.max()) / unit if unit else None,
-        mean_steps=float(error.mean()) / unit if unit else None,
+        mean_steps=mean / unit if unit else None,
         flips=len(changed),
         worst_flips=changed[:WORST_FLIPS],
     )
+
+
+def mean_of(change: np.ndarray, lengths: Sequence[int] | None) -> float:
+    """Mean of a change (samples, ...), without what stands behind a sample's length in tokens."""
+    if lengths is None:
+        return float(change.mean())
+    return float(change.sum() / (sum(lengths) * np.prod(change.shape[2:])))
 
 
 def quiet(error: np.ndarray, low: float) -> float:

@@ -1,4 +1,4 @@
-"""Task data: local TSV, CSV, JSON-lines or Parquet files, or a GLUE task from the hub, to token batches.
+"""Task data: local TSV, CSV, JSON-lines, Parquet or CoNLL files, or a GLUE task from the hub, to token batches.
 
 A file is read once into `Examples` (texts and labels, in file order), with every complaint naming the file and line.
 TSV is read as GLUE writes it: no quoting, a tab always separates. CSV follows the usual quoting rules. Files are UTF-8,
@@ -12,8 +12,8 @@ import csv
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 from nxm_export.errors import ArtifactError, DataError
 
 Features = Mapping[str, Any]  # token lists by input name, and "labels"
+Cell = Callable[[Mapping[str, Any], str, str], Any]  # row, column and place to what the cell holds
 
 # The usual columns of text and second text, in order of preference: GLUE's own, then what else is common.
 TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (
@@ -37,8 +38,10 @@ TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (
     ("sentence1", None),
 )
 LABEL_COLUMNS = ("label", "labels", "score")
+TOKEN_COLUMNS, TAG_COLUMNS = ("tokens", "words"), ("tags", "ner_tags", "labels")
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
-FORMATS = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
+FORMATS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".conll")
+NO_LABEL = -100  # of a token that is not scored: the value that PyTorch's cross entropy ignores
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,14 @@ class Columns:
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts (with a second text each, for pair tasks) and labels: class indices, or floats for regression."""
+    """Texts (with a second text each, for pair tasks) and labels: class indices, floats for regression, a row of 0 and 1
+    for several classes. With `per_token` a label is the list of class indices of the text's tokens, which one space separates."""
 
     texts: list[str]
     pairs: list[str] | None
-    labels: list[int] | list[float]
+    labels: list[Any]
     source: str
+    per_token: bool = False
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -65,7 +70,9 @@ class Examples:
     def subset(self, indices: Sequence[int]) -> Examples:
         """The examples at `indices`, in that order."""
         pairs = None if self.pairs is None else [self.pairs[i] for i in indices]
-        return Examples([self.texts[i] for i in indices], pairs, [self.labels[i] for i in indices], self.source)
+        return replace(
+            self, texts=[self.texts[i] for i in indices], pairs=pairs, labels=[self.labels[i] for i in indices]
+        )
 
     def split(self, held_out: int, seed: int) -> tuple[Examples, Examples]:
         """(rest, held-out slice of `held_out` examples), shuffled by `seed`."""
@@ -81,17 +88,30 @@ class Examples:
 
 @dataclass(frozen=True)
 class RawExamples:
-    """Examples whose labels are still the text of the file."""
+    """Examples whose labels are still the text of the file, or tuples of such."""
 
     texts: list[str]
     pairs: list[str] | None
-    labels: list[str]
+    labels: list[Any]
     places: list[str]
     source: str
 
 
-def load_raw(source: str, split: str, columns: Columns = Columns()) -> RawExamples:
-    """Read a data file, or the `split` (train or dev) of a GLUE task name; raises `DataError`."""
+def load_raw(
+    source: str,
+    split: str,
+    columns: Columns = Columns(),
+    *,
+    text: Cell | None = None,
+    label: Cell | None = None,
+    per_token: bool = False,
+) -> RawExamples:
+    """Read a data file, or the `split` (train or dev) of a GLUE task name; raises `DataError`.
+
+    `text` and `label` read a cell (row, column, place), by default as text; with `per_token` the usual columns are those of
+    texts that are split into tokens. See `nxm_export.labels.load_labelled` for the data of a task.
+    """
+    read_text, read_label = text or text_of, label or label_text
     path = Path(source)
     if not path.is_file() and source.lower() in GLUE_TASKS:
         path = _glue_file(source.lower(), split)
@@ -104,11 +124,15 @@ def load_raw(source: str, split: str, columns: Columns = Columns()) -> RawExampl
     if not rows:
         raise DataError(f"{path}: no examples in it; the file is empty or has only a header")
     names = list(rows[0][1])
-    text, pair = _text_columns(columns, names, path)
-    label = _label_column(columns.label, names, path)
-    texts = [_text(row, text, place) for place, row in rows]
-    pairs = [_text(row, pair, place) for place, row in rows] if pair else None
-    labels = [_label(row, label, place) for place, row in rows]
+    if per_token:
+        first, second = _only_column(columns.text, TOKEN_COLUMNS, names, path, "token", "--text"), None
+        third = _only_column(columns.label, TAG_COLUMNS, names, path, "tag", "--label")
+    else:
+        first, second = _text_columns(columns, names, path)
+        third = _only_column(columns.label, LABEL_COLUMNS, names, path, "label", "--label")
+    texts = [read_text(row, first, place) for place, row in rows]
+    pairs = [read_text(row, second, place) for place, row in rows] if second else None
+    labels = [read_label(row, third, place) for place, row in rows]
     # GLUE's single-sentence files as some mirrors write them have an empty second column.
     return RawExamples(texts, pairs if pairs and any(pairs) else None, labels, [place for place, _ in rows], str(path))
 
@@ -186,9 +210,48 @@ def encode(tokenizer: Any, examples: Examples, max_length: int, inputs: Sequence
     names = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
     encodings = tokenizer.encode_batch(rows)
     return [
-        {**{name: getattr(encoding, names[name]) for name in inputs}, "labels": label}
-        for encoding, label in zip(encodings, examples.labels, strict=True)
+        {
+            **{name: getattr(encoding, names[name]) for name in inputs},
+            "labels": _first_pieces(encoding.offsets, text, label) if examples.per_token else label,
+        }
+        for encoding, text, label in zip(encodings, examples.texts, examples.labels, strict=True)
     ]
+
+
+def _first_pieces(offsets: Sequence[tuple[int, int]], text: str, tags: Sequence[int]) -> list[int]:
+    """A label for every piece that the tokenizer made: the tag where a token of the text begins, `NO_LABEL` elsewhere.
+
+    `offsets` are the pieces' character ranges in `text`, (0, 0) for special tokens. Some tokenizers count the space before
+    a token to it, so the first character that is no space decides.
+    """
+    token_at, token = [], 0
+    for character in text:
+        token += character == " "
+        token_at.append(token)
+    labels, latest = [], -1
+    for start, end in offsets:
+        while start < end and text[start] == " ":
+            start += 1
+        begins = start < end and token_at[start] != latest
+        if begins:
+            latest = token_at[start]
+        labels.append(tags[latest] if begins else NO_LABEL)
+    return labels
+
+
+def label_array(features: Sequence[Features]) -> np.ndarray:
+    """The labels of samples in one array (samples, ...); those of tokens are filled up with `NO_LABEL`."""
+    return filled([np.asarray(sample["labels"]) for sample in features], NO_LABEL)
+
+
+def filled(arrays: Sequence[np.ndarray], fill: float) -> np.ndarray:
+    """Arrays stacked to one (samples, ...), the shorter ones filled up along their first axis."""
+    if not arrays or arrays[0].ndim == 0 or len({len(array) for array in arrays}) == 1:
+        return np.stack(arrays)
+    made = np.full((len(arrays), max(len(array) for array in arrays), *arrays[0].shape[1:]), fill, arrays[0].dtype)
+    for row, array in zip(made, arrays, strict=True):
+        row[: len(array)] = array
+    return made
 
 
 def pad(samples: Sequence[Features], pad_id: int, length: int | None = None) -> dict[str, np.ndarray]:
@@ -223,6 +286,8 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield from _json_rows(path, stream)
             elif suffix == ".tsv":
                 yield from _table_rows(path, _tsv_lines(stream))
+            elif suffix == ".conll":
+                yield from _conll_rows(path, stream)
             elif suffix == ".csv":
                 yield from _table_rows(path, _csv_lines(path, stream))
             else:
@@ -289,6 +354,24 @@ def _json_rows(path: Path, stream: Iterable[str]) -> Iterator[tuple[str, dict[st
         yield f"{path}:{number}", row
 
 
+def _conll_rows(path: Path, stream: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Sentences of a CoNLL file: a token a line, its tag in the last column, an empty line between sentences."""
+    tokens: list[str] = []
+    tags: list[str] = []
+    began = 1
+    for number, line in enumerate([*stream, ""], start=1):
+        columns = line.split()
+        if columns and columns[0] != "-DOCSTART-":
+            if len(columns) < 2:
+                raise DataError(f"{path}:{number}: {line.strip()!r} is a token without a tag; every line needs both")
+            began = began if tokens else number
+            tokens.append(columns[0])
+            tags.append(columns[-1])
+        elif tokens:
+            yield f"{path}:{began}", {"tokens": tokens, "tags": tags}
+            tokens, tags = [], []
+
+
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         import pyarrow.parquet as parquet
@@ -320,15 +403,15 @@ def _text_columns(asked: Columns, names: list[str], path: Path) -> tuple[str, st
     )
 
 
-def _label_column(asked: str | None, names: list[str], path: Path) -> str:
+def _only_column(asked: str | None, usual: Sequence[str], names: list[str], path: Path, what: str, flag: str) -> str:
     if asked is not None:
         _require_column(asked, names, path)
         return asked
-    for name in LABEL_COLUMNS:
+    for name in usual:
         if name in names:
             return name
     raise DataError(
-        f"{path}: none of the usual label columns ({', '.join(LABEL_COLUMNS)}) among {', '.join(names)}; name it with --label"
+        f"{path}: none of the usual {what} columns ({', '.join(usual)}) among {', '.join(names)}; name it with {flag}"
     )
 
 
@@ -337,8 +420,9 @@ def _require_column(name: str, names: list[str], path: Path) -> None:
         raise DataError(f"{path}: no column {name!r}; it has {', '.join(names)}")
 
 
-def _text(row: Mapping[str, Any], column: str, place: str) -> str:
-    value = _value(row, column, place)
+def text_of(row: Mapping[str, Any], column: str, place: str) -> str:
+    """A cell that holds text; raises `DataError`."""
+    value = value_of(row, column, place)
     if not isinstance(value, str):
         raise DataError(f"{place}: column {column!r} holds {value!r}, which is no text")
     try:
@@ -350,9 +434,9 @@ def _text(row: Mapping[str, Any], column: str, place: str) -> str:
     return value
 
 
-def _label(row: Mapping[str, Any], column: str, place: str) -> str:
+def label_text(row: Mapping[str, Any], column: str, place: str) -> str:
     """The label as text; whole numbers without the point that some tools write."""
-    value = _value(row, column, place)
+    value = value_of(row, column, place)
     if not isinstance(value, (str, int, float)):
         raise DataError(f"{place}: label {value!r} is neither a name nor a number")
     if isinstance(value, float) and value.is_integer():
@@ -365,7 +449,8 @@ def _label(row: Mapping[str, Any], column: str, place: str) -> str:
     return text
 
 
-def _value(row: Mapping[str, Any], column: str, place: str) -> Any:
+def value_of(row: Mapping[str, Any], column: str, place: str) -> Any:
+    """What a cell holds; a missing one is a `DataError`."""
     if row.get(column) is None:
         raise DataError(f"{place}: column {column!r} is missing in this row; every row needs it")
     return row[column]

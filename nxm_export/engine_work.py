@@ -57,18 +57,21 @@ def build_engine(
 def _profiles(directory: Path, data: str, count: int, columns: Columns) -> list[Any]:
     """Optimization profiles from the token lengths of a data file, by the tokenizer of a graph or checkpoint directory."""
     from engines.profiles import profiles_from_lengths
-    from nxm_export.data import load_raw, load_tokenizer
-    from nxm_export.families import family_of
+    from nxm_export.data import load_tokenizer
+    from nxm_export.families import family_of, task_named, task_of
+    from nxm_export.labels import load_labelled
     from nxm_export.spec import SPEC_FILE
 
     if (directory / SPEC_FILE).is_file():
-        limit = load_spec(directory).max_length
+        spec = load_spec(directory)
+        limit, task = spec.max_length, spec.task
     else:
         from nxm_export.checkpoint import read_config
 
         config = read_config(directory)
         limit = family_of(config, source=str(directory)).max_positions(config)
-    raw = load_raw(data, "train", columns)
+        task = task_of(config) or "classification"
+    raw = load_labelled(data, "train", columns, task_named(task))
     tokenizer = load_tokenizer(directory)
     tokenizer.no_padding()
     tokenizer.enable_truncation(limit)
@@ -244,14 +247,12 @@ def load_servers(
 
 def features_of(directory: Path, data: str, columns: Columns, limit: int | None = None) -> list[Any]:
     """A labelled data file in tokens (at most `limit`), by the tokenizer and labels of a graph or engine directory."""
-    from nxm_export.data import encode, load_raw, load_tokenizer, with_classes, with_scores
+    from nxm_export.data import encode, load_tokenizer
+    from nxm_export.families import TASKS
+    from nxm_export.labels import labelled, load_labelled, names_for
 
     spec = load_spec(directory)
-    raw = load_raw(data, "dev", columns)
-    if spec.task == "classification":
-        numbers = [str(i) for i in range(len(spec.labels))]  # data may give the classes by name or by number
-        names = numbers if set(raw.labels) <= set(numbers) and not set(raw.labels) <= set(spec.labels) else spec.labels
-        examples = with_classes(raw, names)
-    else:
-        examples = with_scores(raw)
+    task = TASKS[spec.task]
+    raw = load_labelled(data, "dev", columns, task)
+    examples = labelled(raw, task, names_for(raw, task, spec.labels))
     return encode(load_tokenizer(directory), examples, min(limit or spec.max_length, spec.max_length), spec.inputs)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nxm_export.data import class_names, load_raw, with_scores
+from nxm_export.labels import labelled, load_labelled, names_for
 from nxm_export.plan import COUNTINGS
 
 if TYPE_CHECKING:
@@ -38,12 +38,14 @@ def estimate(request: Request) -> dict[str, Any]:
         keep_dense=request.keep_dense,
         residual=request.residual,
     )
-    train, dev = load_raw(request.train, "train", request.columns), load_raw(request.dev, "dev", request.columns)
-    fits = source.head_fits(task_named(request.task))
-    if request.task == "regression":
-        with_scores(train), with_scores(dev)
-    elif not fits:
-        class_names(train)
+    task = task_named(request.task)
+    train, dev = (
+        load_labelled(file, split, request.columns, task)
+        for file, split in ((request.train, "train"), (request.dev, "dev"))
+    )
+    fits = source.head_fits(task)
+    names = names_for(train, task, source.classes() if fits else None)
+    labelled(train, task, names), labelled(dev, task, names)
     settings, count = request.settings, min(len(train.texts), request.train_limit or len(train.texts))
     texts = (
         [" ".join(pair) for pair in zip(train.texts, train.pairs or train.texts, strict=True)]

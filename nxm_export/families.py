@@ -189,21 +189,48 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Task:
-    """One kind of head. `auto_class` is the transformers class, `outputs` the graph outputs with their axes."""
+    """One kind of head, and the one place that says what is particular about it.
+
+    `auto_class` is the transformers class, `outputs` the graph outputs with their axes, `label` the kind of label that its
+    data has (`nxm_export.labels.LABELS`), `metric` one of `nxm_export.metrics`. `link` says what the first output means:
+    ``softmax`` over the last axis, ``sigmoid`` of every entry, or ``identity``; the distillation loss, the search's
+    divergence and the decisions that parity counts follow from it. `problem_type` is transformers' word where several tasks
+    share a class.
+    """
 
     name: str
     auto_class: str
     metric: str
     outputs: Mapping[str, tuple[str, ...]]
+    label: str
+    link: str
+    problem_type: str | None = None
 
+    @property
+    def per_token(self) -> bool:
+        """True when the first output has a row for every token."""
+        return "sequence" in next(iter(self.outputs.values()))
+
+
+_SEQUENCE, _TOKENS = "AutoModelForSequenceClassification", "AutoModelForTokenClassification"
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("classification", "AutoModelForSequenceClassification", "accuracy", {"logits": ("batch", "classes")}),
-        Task("regression", "AutoModelForSequenceClassification", "pearson", {"logits": ("batch", "scores")}),
+        Task(
+            "classification", _SEQUENCE, "accuracy", {"logits": ("batch", "classes")}, "class", "softmax",
+            "single_label_classification",
+        ),
+        Task("regression", _SEQUENCE, "pearson", {"logits": ("batch", "scores")}, "score", "identity", "regression"),
+        Task(
+            "multi-label", _SEQUENCE, "micro_f1", {"logits": ("batch", "labels")}, "classes", "sigmoid",
+            "multi_label_classification",
+        ),
+        Task(
+            "token-classification", _TOKENS, "entity_f1", {"logits": ("batch", "sequence", "classes")}, "tags", "softmax",
+        ),
     )
-}
+}  # fmt: skip
 
 
 def family_of(config: Mapping[str, Any], *, source: str = "config.json") -> Family:
@@ -236,9 +263,13 @@ def labels_of(config: Mapping[str, Any]) -> tuple[str, ...]:
 def task_of(config: Mapping[str, Any]) -> str | None:
     """The task that the head in a ``config.json`` serves, or None when it has no head of a supported kind."""
     architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not str((architectures or [""])[0]).endswith("ForSequenceClassification"):
-        return None
-    return "regression" if len(labels_of(config)) == 1 else "classification"
+    architecture = str((architectures or [""])[0]) if isinstance(architectures, list) else ""
+    found = [task for task in TASKS.values() if architecture.endswith(task.auto_class.removeprefix("AutoModel"))]
+    if len(found) > 1:  # transformers has one class for them
+        several = config.get("problem_type") == "multi_label_classification"
+        single = "regression" if len(labels_of(config)) == 1 else "single_label_classification"
+        found = [task for task in found if task.problem_type == ("multi_label_classification" if several else single)]
+    return found[0].name if found else None
 
 
 def size_of(config: Mapping[str, Any], key: str) -> int:

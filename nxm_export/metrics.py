@@ -1,15 +1,16 @@
 """Task metrics with their uncertainty: the same numbers for a torch model, an ONNX graph and an engine.
 
-Every metric takes outputs and labels as arrays and returns one float. Values come from scikit-learn and scipy, which are
-imported when a metric is computed. Intervals are percentile bootstraps over samples.
+Every metric takes outputs and labels as arrays and returns one float. Values come from scikit-learn, scipy and seqeval,
+which are imported when a metric is computed. Intervals are percentile bootstraps over samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from nxm_export.data import NO_LABEL
 from nxm_export.errors import DataError
 
 RESAMPLES = 1000
@@ -57,39 +58,96 @@ def _constant(values: np.ndarray) -> bool:
     return bool(np.ptp(values) == 0)  # not so with NaN, which then shows in the correlation
 
 
-METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+def label_counts(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str] = ()) -> np.ndarray:
+    """(samples, 3): right, predicted and true labels of every sample; a label is predicted where its logit is above 0, which
+    is a probability above 0.5. Logits and labels (0 or 1) are (samples, labels)."""
+    from sklearn.metrics import multilabel_confusion_matrix
+
+    table = multilabel_confusion_matrix(labels > 0, logits > 0, samplewise=True)  # (samples, 2, 2)
+    right = table[:, 1, 1]
+    return np.stack([right, right + table[:, 0, 1], right + table[:, 1, 0]], axis=1)
+
+
+def entity_counts(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str] = ()) -> np.ndarray:
+    """(samples, 3): right, predicted and true entities of every sample, as CoNLL counts them (seqeval): an entity is right
+    when its type and both ends are.
+
+    Logits are (samples, sequence, classes), labels (samples, sequence) with -100 for what is not scored; `classes` are the
+    tags by index.
+    """
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    if len(classes) != logits.shape[-1]:
+        raise DataError(f"entity F1 needs the {logits.shape[-1]} tag names of the model, got {len(classes)}")
+    rows = []
+    for predicted, true in zip(logits.argmax(axis=-1), labels, strict=True):
+        scored = true != NO_LABEL
+        found = set(get_entities([classes[i] for i in predicted[scored]]))
+        wanted = set(get_entities([classes[i] for i in true[scored]]))
+        rows.append((len(found & wanted), len(found), len(wanted)))
+    return np.array(rows)
+
+
+def _counted_f1(counts: np.ndarray) -> float:
+    """F1 of summed counts; 0 where nothing is predicted and nothing true, as in scikit-learn."""
+    right, predicted, true = counts.sum(axis=0)
+    return float(2 * right / (predicted + true)) if predicted + true else 0.0
+
+
+Metric = Callable[[np.ndarray, np.ndarray], float]
+METRICS: dict[str, Metric] = {
     "accuracy": accuracy,
     "f1": f1,
     "mcc": mcc,
     "pearson": pearson,
     "spearman": spearman,
 }
+# F1 over all samples together: counts of every sample, which a bootstrap then only has to add.
+COUNTS: dict[str, Callable[[np.ndarray, np.ndarray, Sequence[str]], np.ndarray]] = {
+    "micro_f1": label_counts,
+    "entity_f1": entity_counts,
+}
 
 
-def metric_named(name: str) -> Callable[[np.ndarray, np.ndarray], float]:
-    """The metric of this name, or `DataError` with the list."""
+def metric_named(name: str, classes: Sequence[str] = ()) -> Metric:
+    """The metric of this name, or `DataError` with the list; `classes` are the names of the last axis, where it needs them."""
+    if name in COUNTS:
+        return lambda outputs, labels: _counted_f1(COUNTS[name](outputs, labels, classes))
     if name not in METRICS:
-        raise DataError(f"unknown metric {name!r}; choose one of {', '.join(METRICS)}")
+        raise DataError(f"unknown metric {name!r}; choose one of {', '.join([*METRICS, *COUNTS])}")
     return METRICS[name]
 
 
-def interval(name: str, outputs: np.ndarray, labels: np.ndarray, seed: int = 0) -> tuple[float, float]:
+def interval(
+    name: str, outputs: np.ndarray, labels: np.ndarray, seed: int = 0, classes: Sequence[str] = ()
+) -> tuple[float, float]:
     """95 % bootstrap interval of a metric over samples."""
-    metric = metric_named(name)
-    return _percentiles([metric(outputs[pick], labels[pick]) for pick in _resamples(len(labels), seed)])
+    value = _resampled(name, outputs, labels, classes)
+    return _percentiles([value(pick) for pick in _resamples(len(labels), seed)])
 
 
 def paired_interval(
-    name: str, outputs: np.ndarray, reference: np.ndarray, labels: np.ndarray, seed: int = 0
+    name: str,
+    outputs: np.ndarray,
+    reference: np.ndarray,
+    labels: np.ndarray,
+    seed: int = 0,
+    classes: Sequence[str] = (),
 ) -> tuple[float, float]:
     """95 % bootstrap interval of metric(outputs) - metric(reference), both resampled together over samples."""
-    metric = metric_named(name)
-    return _percentiles(
-        [
-            metric(outputs[pick], labels[pick]) - metric(reference[pick], labels[pick])
-            for pick in _resamples(len(labels), seed)
-        ]
-    )
+    ours, theirs = (_resampled(name, found, labels, classes) for found in (outputs, reference))
+    return _percentiles([ours(pick) - theirs(pick) for pick in _resamples(len(labels), seed)])
+
+
+def _resampled(
+    name: str, outputs: np.ndarray, labels: np.ndarray, classes: Sequence[str]
+) -> Callable[[np.ndarray], float]:
+    """The metric of the samples at given indices."""
+    metric = metric_named(name, classes)
+    if name in COUNTS:
+        counts = COUNTS[name](outputs, labels, classes)
+        return lambda pick: _counted_f1(counts[pick])
+    return lambda pick: metric(outputs[pick], labels[pick])
 
 
 def _resamples(samples: int, seed: int) -> Iterator[np.ndarray]:

@@ -470,7 +470,11 @@ def _summary(
         "dense": dense["value"],
         "compressed": reports[main]["engine_value"],
         "difference_interval": paired_interval(
-            dense["metric"], outputs[main][first], outputs[reference][first], labels
+            dense["metric"],
+            outputs[main][first],
+            outputs[reference][first],
+            labels,
+            classes=load_spec(directory.path("onnx", "cpu")).labels,
         ),
         "checkpoint": compressed["value"],
         "compression": {counting: plan.compression(counting) for counting in COUNTINGS},

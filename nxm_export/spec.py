@@ -25,7 +25,7 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 @dataclass(frozen=True)
 class IOSpec:
     """Inputs are int64 (batch, sequence), outputs float32 with the axes given; `labels` name the last axis of the first
-    output where there are classes. `max_length` is in tokens. `limits` bound an input's values from above (exclusive), for
+    output where it holds classes or labels. `max_length` is in tokens. `limits` bound an input's values from above (exclusive), for
     inputs that have a table or a meaning behind them: a runtime does not check what it looks up."""
 
     model_type: str

@@ -26,6 +26,7 @@ CONTRACT = (
     "run_dir",
     "spec",
     "data",
+    "labels",
     "metrics",
     "sparsity_facts",
 )

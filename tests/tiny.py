@@ -35,6 +35,11 @@ WORDS = (*GOOD, *BAD, *NEUTRAL)
 FAMILIES = ("bert", "roberta", "distilbert", "electra")
 HIDDEN, INTERMEDIATE, LAYERS, HEADS = 32, 64, 2, 4
 POSITIONS = 48  # longest input in tokens
+CLASSES = {
+    "regression": ("score",),
+    "multi-label": ("bad", "good", "long"),
+    "token-classification": ("O", "B-BAD", "B-GOOD"),
+}
 TRAIN_SAMPLES, DEV_SAMPLES = 192, 64
 
 
@@ -51,23 +56,26 @@ def write_model(
 ) -> Path:
     """Write a Hugging Face directory with random weights and its tokenizer to `out`, and return it.
 
-    `head` is None for an encoder alone (what pretraining leaves), else ``classification`` or ``regression``.
+    `head` is None for an encoder alone (what pretraining leaves), else a task; `classes` are those of ``classification``.
     """
     import torch
     import transformers
+
+    from nxm_export.families import TASKS
 
     torch.manual_seed(seed)
     config = _config(family, hidden, intermediate, layers)
     if head is None:
         model = transformers.AutoModel.from_config(config)
     else:
-        names = classes if head == "classification" else ("score",)
+        task = TASKS[head]
+        names = classes if head == "classification" else CLASSES[head]
         config.num_labels = len(names)
         config.id2label = dict(enumerate(names))
         config.label2id = {name: i for i, name in enumerate(names)}
-        if head == "regression":
-            config.problem_type = "regression"
-        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        if head != "classification":  # as in published checkpoints, which seldom say so of classifiers
+            config.problem_type = task.problem_type
+        model = getattr(transformers, task.auto_class).from_config(config)
     model.save_pretrained(out)
     write_tokenizer(family, out)
     return out
@@ -105,27 +113,43 @@ def tokenizer(family: str = "bert") -> Any:
 
 
 def write_data(out: Path, task: str = "classification", *, pairs: bool = False, seed: int = 0) -> tuple[Path, Path]:
-    """Write ``train.tsv`` and ``dev.tsv`` to `out` (columns ``sentence``, ``sentence2`` with `pairs`, ``label``) and return them.
+    """Write ``train.tsv`` and ``dev.tsv`` to `out` (columns ``sentence``, ``sentence2`` with `pairs`, ``label``) and return them;
+    for token classification ``train.jsonl`` and ``dev.jsonl`` (``tokens``, ``tags``).
 
-    Labels are 1 when good words outnumber bad ones; regression labels are the difference of the two counts.
+    Labels are 1 when good words outnumber bad ones; regression labels are the difference of the two counts; the labels of
+    multi-label say which kinds of words there are, the tags which kind each word is.
     """
     out.mkdir(parents=True, exist_ok=True)
-    files = (out / "train.tsv", out / "dev.tsv")
+    suffix = "jsonl" if task == "token-classification" else "tsv"
+    files = (out / f"train.{suffix}", out / f"dev.{suffix}")
     for number, (file, count) in enumerate(zip(files, (TRAIN_SAMPLES, DEV_SAMPLES), strict=True)):
         rng = random.Random(seed * 2 + number)
-        lines = ["sentence\tsentence2\tlabel" if pairs else "sentence\tlabel"]
-        while len(lines) <= count:
-            words = rng.choices(NEUTRAL, k=rng.randint(1, 8)) + rng.choices(
-                rng.choice((GOOD, BAD)), k=rng.randint(1, 4)
+        lines = []
+        while len(lines) < count:
+            kinds = (
+                (GOOD, BAD) if task == "classification" or task == "regression" else (GOOD, BAD, GOOD + BAD, NEUTRAL)
             )
+            words = rng.choices(NEUTRAL, k=rng.randint(1, 8)) + rng.choices(rng.choice(kinds), k=rng.randint(1, 4))
             rng.shuffle(words)
-            score = sum(word in GOOD for word in words) - sum(word in BAD for word in words)
-            label = str(int(score > 0)) if task == "classification" else f"{score / 2:.1f}"
+            if task == "token-classification":
+                tags = ["B-GOOD" if word in GOOD else "B-BAD" if word in BAD else "O" for word in words]
+                lines.append(json.dumps({"tokens": words, "tags": tags}))
+                continue
             half = len(words) // 2
             texts = [" ".join(words[:half]), " ".join(words[half:])] if pairs else [" ".join(words)]
-            lines.append("\t".join([*texts, label]))
+            lines.append("\t".join([*texts, _label(task, words)]))
+        if suffix == "tsv":
+            lines.insert(0, "sentence\tsentence2\tlabel" if pairs else "sentence\tlabel")
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return files
+
+
+def _label(task: str, words: list[str]) -> str:
+    good, bad = (sum(word in kind for word in words) for kind in (GOOD, BAD))
+    if task == "multi-label":
+        kinds = {"bad": bad > 0, "good": good > 0, "long": "long" in words}
+        return ";".join(name for name, there in kinds.items() if there)
+    return str(int(good > bad)) if task == "classification" else f"{(good - bad) / 2:.1f}"
 
 
 def compress_tiny(

@@ -66,8 +66,8 @@ class TextFace:
 
 
 def names_classes(spec: IOSpec) -> bool:
-    """True when the last axis of the first output holds classes that have names."""
-    return bool(spec.labels) and next(iter(spec.outputs.values()))[-1] == "classes"
+    """True when the first output holds classes that have names, one of which is the sample's."""
+    return bool(spec.labels) and next(iter(spec.outputs.values())) == ("batch", "classes")
 
 
 def text_size(tensors: Mapping[str, np.ndarray]) -> int:

@@ -224,6 +224,7 @@ def child(tmp_path: Path, code: str, **options: Any) -> subprocess.Popen[str]:
     """Start a Python process on `code`, in `tmp_path`, with this source tree."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)])}
     head = "import os, signal, sys, time\nfrom pathlib import Path\nfrom nxm_export.run_dir import *\n"
+    head += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a suite in the background ignores Ctrl-C
     return subprocess.Popen(
         [sys.executable, "-c", head + textwrap.dedent(code)],
         cwd=tmp_path,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -204,7 +205,8 @@ def test_a_deadline_of_the_request_is_504_and_the_server_goes_on(busy: Running) 
     body = body_of(feeds_of([3]), parameters={"timeout": 1000})
     answer = send(busy.port, "POST", INFER, body)
     assert answer.status == 504
-    assert "0.001 seconds" in answer.json()["error"]
+    # It passes while the request waits, or on a slow machine before it is even queued.
+    assert re.search(r"0\.001 seconds|deadline passed", answer.json()["error"])
     assert send(busy.port, "POST", INFER, body_of(feeds_of([3]))).status == 200
 
 

@@ -327,6 +327,7 @@ def test_a_dense_model_gives_a_float_graph_with_names(tmp_path: Path) -> None:
     assert "nxm.plan" not in model.metadata_props
 
 
+@pytest.mark.slow
 def test_a_traced_weight_that_is_not_the_checkpoints_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,8 @@ from nxm_export.report.verdicts import verdicts
 from nxm_export.run_dir import RunDir
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # a whole run is made for them; `make test` makes a page of one in test_readme.py
+
 CLASSES = ("<script>alert(1)</script>", "a \"b\" & 'c' | $x$ </style>")
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 PICTURES = {"tradeoff", "plan", "sensitivity", "sample", "latency", "parity", "curves"}

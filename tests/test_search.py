@@ -227,6 +227,7 @@ def test_a_killed_search_goes_on_with_what_it_measured(
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_work_of_another_request_is_not_taken_over(desk: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(desk), str(tmp_path / "out"), "sensitivity"]
     assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL

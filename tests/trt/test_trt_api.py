@@ -88,7 +88,12 @@ def test_the_recorded_api_of_11_4_is_that_of_the_real_bindings(tmp_path: Path) -
         library = f"lib{name}.so.11"
         command = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", tmp_path / library, source]
         subprocess.run(command, check=True)
-    found = dump(sys.executable, "tensorrt_bindings", tmp_path / "api.json", {"LD_LIBRARY_PATH": str(tmp_path)})
+    (place,) = importlib.util.find_spec("tensorrt_bindings").submodule_search_locations
+    paths = os.pathsep.join(
+        [str(Path(place).parent), os.environ.get("PYTHONPATH", "")]
+    )  # it may lie outside this environment
+    environment = {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": paths}
+    found = dump(sys.executable, "tensorrt_bindings", tmp_path / "api.json", environment)
     recorded = json.loads((GOLDEN / "api-11.4.json").read_text(encoding="utf-8"))
     if found["version"] != recorded["version"]:
         pytest.skip(f"the installed bindings are {found['version']}, the record is of {recorded['version']}")

@@ -25,7 +25,7 @@ from compressors.settings import Settings, prepare_process
 from compressors.task_data import TaskData, read_task_data
 from compressors.train import LOG_FILE, Phase, Progress, predict, run_phase
 from nxm_export.checkpoint import open_checkpoint, save_plan
-from nxm_export.data import Columns, label_array
+from nxm_export.data import Columns, group_array, label_array
 from nxm_export.errors import DataError
 from nxm_export.families import task_named
 from nxm_export.metrics import interval, metric_named
@@ -52,7 +52,7 @@ def finetune(
     """Fine-tune a dense task model and save it to `out` with ``metrics.json``; a model whose head fits is kept as it is.
 
     With `further` a model whose head fits is trained on. `outputs` is a file to keep what the model says on dev in:
-    ``logits`` and ``labels`` as safetensors.
+    ``logits``, ``labels`` and, where samples are scored in groups, ``groups`` as safetensors.
     Returns the metrics: name, value, 95 % interval, dev samples, training steps.
     """
     prepare_process(settings)
@@ -158,17 +158,21 @@ def evaluate(model: nn.Module, data: TaskData, progress: Progress = lambda *_: N
 def _outputs(model: nn.Module, data: TaskData, progress: Progress) -> tuple[np.ndarray, dict[str, Any]]:
     """Logits (samples, classes) of all dev samples, and what `evaluate` returns."""
     logits = predict(model, data.dev, data.pad_id, progress=lambda done, total: progress("evaluate", done, total))
-    labels, names = label_array(data.dev), data.classes or ()
+    labels, names, groups = label_array(data.dev), data.classes or (), group_array(data.dev)
     return logits, {
         "metric": data.task.metric,
-        "value": metric_named(data.task.metric, names)(logits, labels),
-        "interval": interval(data.task.metric, logits, labels, classes=names),
+        "value": metric_named(data.task.metric, names, groups)(logits, labels),
+        "interval": interval(data.task.metric, logits, labels, classes=names, groups=groups),
         "dev_samples": len(labels),
     }
 
 
 def _save_outputs(file: Path, logits: np.ndarray, data: TaskData) -> None:
-    save_file({"logits": logits, "labels": label_array(data.dev)}, file)
+    groups = group_array(data.dev)
+    beside = (
+        {"labels": label_array(data.dev)} if groups is None else {"labels": label_array(data.dev), "groups": groups}
+    )
+    save_file({"logits": logits, **beside}, file)
 
 
 def _save_model(model: nn.Module, tokenizer: Any, directory: Path, metrics: Mapping[str, Any], work_dir: Path) -> None:

@@ -160,7 +160,7 @@ class Job:
         return self.settings.losses if teacher is not None else Losses()
 
     def _projected_loss(self, student: nn.Module, admm: Admm) -> float | None:
-        if not self.held_out:
+        if not self.held_out or not self.data.task.own_loss:
             return None
         with admm.projected():
             return mean_loss(student, self.held_out, self.data.pad_id)

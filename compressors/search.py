@@ -79,6 +79,10 @@ def search(
     batches = [_batches(part, data.pad_id, settings.batch_size) for part in (rest[: settings.samples], held_out)]
     selector = Selector(probe, source.config, settings, batches[0], batches[1], progress)
     if settings.method == "paper":
+        if not kind.own_loss and any(np.isnan(sample["labels"]) for sample in held_out):
+            raise DataError(
+                f"{train}: method paper scores plans by {kind.metric}, which needs scored pairs to train on"
+            )
         ordered = [held_out[i] for batch in sorted_batches(held_out, settings.batch_size) for i in batch]
         selection = selector.paper(kind.metric, ordered, data.classes or ())
     else:

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from engines import torch_eager
-from engines.agreement import Pair, pair_of, spread
+from engines.agreement import Pair, cosines, pair_of, spread
 from engines.base import Engine, backend
 from engines.gates import Gate, GateResult, check_gate
 from engines.matching import plan_of, require_alike, require_from, require_outputs
@@ -154,6 +154,11 @@ def compare_all(
     classless = [name for name, axes in parts[0].spec.outputs.items() if axes[-1] != "classes"]
     if classless and any(gate.quantity == "flips" for gate in gates):
         raise DataError(f"a gate on flips needs classes, and {', '.join(classless)} has none; use drop or max_abs")
+    task = TASKS[parts[0].spec.task]
+    if task.link != "vector" and any(gate.quantity == "cosine" for gate in gates):
+        raise DataError(
+            f"a gate on the cosine needs embeddings, and these engines are for {task.name}; use drop or max_abs"
+        )
     measured: dict[str, _Measured] = {}  # engines of one dtype and placement share the reference
     found: list[tuple[dict[str, np.ndarray], list[Probe]]] = []
     for part in parts:
@@ -333,6 +338,8 @@ def _report(
         "flips": 100.0 * float(np.max([1.0 - output.agreement for output in outputs])),
         "max_abs": float(np.max([output.max_abs for output in outputs])),
     }
+    if task.link == "vector":
+        quantities["cosine"] = float(cosines(wanted[first], found[first]).min())
     pairs = []
     for other, theirs in others:
         apart = (

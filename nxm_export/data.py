@@ -33,13 +33,15 @@ TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (
     ("question1", "question2"),
     ("premise", "hypothesis"),
     ("text1", "text2"),
+    ("query", "document"),
+    ("query", "passage"),
     ("text", "text2"),
     ("sentence", "sentence2"),
     ("sentence", None),
     ("text", None),
     ("sentence1", None),
 )
-LABEL_COLUMNS = ("label", "labels", "score")
+LABEL_COLUMNS = ("label", "labels", "score", "relevance")
 TOKEN_COLUMNS, TAG_COLUMNS = ("tokens", "words"), ("tags", "ner_tags", "labels")
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
 FORMATS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".conll")
@@ -115,7 +117,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class RawExamples:
-    """Examples whose labels are still the text of the file, or tuples of such."""
+    """Examples whose labels are still the text of the file, or tuples of such; None where the file has no labels."""
 
     texts: list[str]
     pairs: list[str] | None
@@ -132,11 +134,12 @@ def load_raw(
     text: Cell | None = None,
     label: Cell | None = None,
     per_token: bool = False,
+    unlabelled: bool = False,
 ) -> RawExamples:
     """Read a data file, or the `split` (train or dev) of a GLUE task name; raises `DataError`.
 
     `text` and `label` read a cell (row, column, place), by default as text; with `per_token` the usual columns are those of
-    texts that are split into tokens. See `nxm_export.labels.load_labelled` for the data of a task.
+    texts that are split into tokens, and with `unlabelled` a file need not have labels. See `nxm_export.labels.load_labelled` for the data of a task.
     """
     read_text, read_label = text or text_of, label or label_text
     path = Path(source)
@@ -153,13 +156,15 @@ def load_raw(
     names = list(rows[0][1])
     if per_token:
         first, second = _only_column(columns.text, TOKEN_COLUMNS, names, path, "token", "--text"), None
-        third = _only_column(columns.label, TAG_COLUMNS, names, path, "tag", "--label")
+        third: str | None = _only_column(columns.label, TAG_COLUMNS, names, path, "tag", "--label")
     else:
         first, second = _text_columns(columns, names, path)
-        third = _only_column(columns.label, LABEL_COLUMNS, names, path, "label", "--label")
+        third = None
+        if not unlabelled or columns.label or set(LABEL_COLUMNS) & set(names):
+            third = _only_column(columns.label, LABEL_COLUMNS, names, path, "label", "--label")
     texts = [read_text(row, first, place) for place, row in rows]
     pairs = [read_text(row, second, place) for place, row in rows] if second else None
-    labels = [read_label(row, third, place) for place, row in rows]
+    labels = [read_label(row, third, place) if third else None for place, row in rows]
     # GLUE's single-sentence files as some mirrors write them have an empty second column.
     return RawExamples(texts, pairs if pairs and any(pairs) else None, labels, [place for place, _ in rows], str(path))
 

@@ -16,6 +16,7 @@ from nxm_export.data import NO_LABEL, members
 from nxm_export.errors import DataError
 
 RESAMPLES = 1000
+RANKS = 10  # of a ranking that count
 Groups = (
     np.ndarray | None
 )  # the group of every sample (samples,), see `nxm_export.data.group_array`; None: each its own
@@ -97,6 +98,44 @@ def entity_counts(
     return np.array(rows)
 
 
+def pair_cosines(
+    embeddings: np.ndarray, labels: np.ndarray, classes: Sequence[str] = (), groups: Groups = None
+) -> np.ndarray:
+    """(pairs, 2): cosine of the two embeddings of every group, and its score; embeddings (samples, features)."""
+    order = None if groups is None else np.argsort(groups, kind="stable")
+    if groups is None or order is None or set(np.unique(groups, return_counts=True)[1].tolist()) != {2}:
+        raise DataError("the cosine of pairs needs groups of exactly two samples; give data with two texts a row")
+    first, second = embeddings.astype(np.float64)[order[0::2]], embeddings.astype(np.float64)[order[1::2]]
+    lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    return np.stack([(first * second).sum(axis=1) / np.maximum(lengths, 1e-12), labels[order[0::2]]], axis=1)
+
+
+def _rank_correlation(rows: np.ndarray) -> float:
+    """Spearman correlation of two columns."""
+    return spearman(rows[:, 0], rows[:, 1])
+
+
+def ndcg_of_queries(
+    scores: np.ndarray, labels: np.ndarray, classes: Sequence[str] = (), groups: Groups = None
+) -> np.ndarray:
+    """(queries, 1): nDCG@10 of the candidates of every group, with gains as they are (not 2**gain); scores and relevance are
+    (samples, 1). A query with nothing to rank, one candidate or candidates that are all equally relevant, is left out."""
+    from sklearn.metrics import ndcg_score
+
+    rows = []
+    for query in members(groups, len(labels)):
+        truth, found = labels[query].reshape(1, -1), scores[query].reshape(1, -1)
+        if np.ptp(truth) > 0:
+            rows.append([float(ndcg_score(truth, found, k=RANKS)) if np.isfinite(found).all() else np.nan])
+    if not rows:
+        raise DataError("no query has two candidates of different relevance, so there is no ranking to score")
+    return np.array(rows)
+
+
+def _mean(rows: np.ndarray) -> float:
+    return float(rows.mean())
+
+
 def _counted_f1(counts: np.ndarray) -> float:
     """F1 of summed counts; 0 where nothing is predicted and nothing true, as in scikit-learn."""
     right, predicted, true = counts.sum(axis=0)
@@ -125,6 +164,8 @@ class RowMetric:
 ROW_METRICS: dict[str, RowMetric] = {
     "micro_f1": RowMetric(label_counts, _counted_f1),  # over all samples together
     "entity_f1": RowMetric(entity_counts, _counted_f1),
+    "cosine_spearman": RowMetric(pair_cosines, _rank_correlation),
+    "ndcg_at_10": RowMetric(ndcg_of_queries, _mean),
 }
 
 

@@ -27,9 +27,10 @@ from compressors.settings import Settings, prepare_process
 from compressors.task_data import TaskData, read_task_data
 from compressors.train import LOG_FILE, Phase, Progress, predict, run_phase
 from nxm_export.checkpoint import open_checkpoint, save_plan
-from nxm_export.data import Columns, label_array
+from nxm_export.data import Columns, group_array, label_array
+from nxm_export.embedding import read_pooling, write_pooling
 from nxm_export.errors import DataError
-from nxm_export.families import task_named
+from nxm_export.families import size_of, task_named
 from nxm_export.metrics import interval, metric_named
 from nxm_export.plan import CompressionPlan
 from nxm_export.run_dir import atomic_dir
@@ -54,7 +55,7 @@ def finetune(
     """Fine-tune a dense task model and save it to `out` with ``metrics.json``; a model whose head fits is kept as it is.
 
     With `further` a model whose head fits is trained on. `outputs` is a file to keep what the model says on dev in:
-    ``logits`` and ``labels`` as safetensors.
+    ``logits``, ``labels`` and, where samples are scored in groups, ``groups`` as safetensors.
     Returns the metrics: name, value, 95 % interval, dev samples, training steps.
     """
     prepare_process(settings)
@@ -64,6 +65,11 @@ def finetune(
     fits = source.head_fits(kind)
     set_seed(settings.seed)
     network = load_model(source, kind, classes=None if fits else data.classes or ["score"])
+    if not kind.own_loss and (further or not fits):
+        read_pooling(source.path)  # says what is missing
+        raise DataError(
+            f"{model}: task {task} has no loss to train a dense model by; train it with sentence-transformers first"
+        )
     steps = (
         0
         if fits and not further
@@ -96,7 +102,7 @@ def finetune(
         distributed.wait()
         return metrics
     with atomic_dir(out) as scratch:
-        _save_model(network, tokenizer, scratch, metrics, work_dir)
+        _save_model(network, tokenizer, scratch, metrics, work_dir, source)
     shutil.rmtree(work_dir, ignore_errors=True)
     distributed.wait()
     return metrics
@@ -125,6 +131,10 @@ def compress(
     """
     prepare_process(settings)
     source, kind = resolve(model), task_named(task)
+    if not kind.own_loss and settings.recipe != "one-shot" and (settings.recipe == "paper" or not settings.distill):
+        raise DataError(
+            f"task {task} is trained by distillation alone, and it is switched off; choose a recipe with a teacher"
+        )
     if not source.head_fits(kind):
         raise DataError(
             f"{model} has no {task} head; fine-tune it first (`nxm compress` and `nxm run` do so by themselves)"
@@ -146,7 +156,7 @@ def compress(
         distributed.wait()
         return metrics
     with atomic_dir(out) as scratch:
-        _save_model(student, tokenizer, scratch, metrics, work_dir)
+        _save_model(student, tokenizer, scratch, metrics, work_dir, source)
         save_plan(scratch, plan, scales)
         open_checkpoint(scratch).require_valid()
     shutil.rmtree(work_dir, ignore_errors=True)
@@ -168,23 +178,33 @@ def evaluate(model: nn.Module, data: TaskData, progress: Progress = lambda *_: N
 def _outputs(model: nn.Module, data: TaskData, progress: Progress) -> tuple[np.ndarray, dict[str, Any]]:
     """Logits (samples, classes) of all dev samples, and what `evaluate` returns."""
     logits = predict(model, data.dev, data.pad_id, progress=lambda done, total: progress("evaluate", done, total))
-    labels, names = label_array(data.dev), data.classes or ()
+    labels, names, groups = label_array(data.dev), data.classes or (), group_array(data.dev)
     return logits, {
         "metric": data.task.metric,
-        "value": metric_named(data.task.metric, names)(logits, labels),
-        "interval": interval(data.task.metric, logits, labels, classes=names),
+        "value": metric_named(data.task.metric, names, groups)(logits, labels),
+        "interval": interval(data.task.metric, logits, labels, classes=names, groups=groups),
         "dev_samples": len(labels),
     }
 
 
 def _save_outputs(file: Path, logits: np.ndarray, data: TaskData) -> None:
-    save_file({"logits": logits, "labels": label_array(data.dev)}, file)
+    groups = group_array(data.dev)
+    beside = (
+        {"labels": label_array(data.dev)} if groups is None else {"labels": label_array(data.dev), "groups": groups}
+    )
+    save_file({"logits": logits, **beside}, file)
 
 
-def _save_model(model: nn.Module, tokenizer: Any, directory: Path, metrics: Mapping[str, Any], work_dir: Path) -> None:
+def _save_model(
+    model: nn.Module, tokenizer: Any, directory: Path, metrics: Mapping[str, Any], work_dir: Path, source: Source
+) -> None:
     with quiet():
         model.save_pretrained(directory)  # type: ignore[operator]
         tokenizer.save_pretrained(directory)
+    pooling = getattr(model, "pooling", None)
+    if pooling is not None:
+        hidden = size_of(source.config, source.family.hidden_key)
+        write_pooling(directory, pooling, hidden, int(tokenizer.model_max_length), source.path)
     (directory / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     if (work_dir / LOG_FILE).is_file():
         shutil.copyfile(work_dir / LOG_FILE, directory / LOG_FILE)

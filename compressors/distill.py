@@ -36,6 +36,19 @@ def score_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return functional.mse_loss(student.float(), teacher.float())
 
 
+def vector_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared distance of embeddings (batch, features), each relative to the teacher's squared length.
+
+    For vectors of length 1 it is 2 (1 - cosine). Other lengths are learned, too: some indexes compare by dot product.
+    """
+    return (student.float() - teacher.float()).square().sum(-1).div(squared_length(teacher.float())).mean()
+
+
+def squared_length(vectors: Tensor) -> Tensor:
+    """(batch,): never 0, so that one may divide by it."""
+    return vectors.square().sum(-1).clamp(min=1e-12)
+
+
 def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor) -> Tensor:
     """Mean squared error of hidden states (batch, sequence, features) over real tokens, averaged over layers.
 
@@ -56,4 +69,5 @@ AGREEMENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "softmax": logits_loss,
     "sigmoid": labels_loss,
     "identity": score_loss,
+    "vector": vector_loss,
 }

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from nxm_export.checkpoint import read_config, require_safetensors
+from nxm_export.checkpoint import has_head, model_class, read_config, require_safetensors
+from nxm_export.embedding import read_pooling
 from nxm_export.errors import ArtifactError, DataError
-from nxm_export.families import GELUS, Family, Task, family_of, labels_of, task_of
+from nxm_export.families import GELUS, Family, Task, family_of, labels_of
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
@@ -29,7 +30,7 @@ class Source:
 
     def head_fits(self, task: Task) -> bool:
         """True when the checkpoint already has this task's head, so that no dense fine-tuning is needed."""
-        return task_of(self.config) == task.name
+        return has_head(self.path, self.config, task)
 
     def classes(self) -> list[str]:
         """Class names of the checkpoint's head, by index."""
@@ -96,14 +97,16 @@ def load_tokenizer(source: Source) -> Any:
     return tokenizer
 
 
-def max_length(source: Source, tokenizer: Any, asked: int | None = None) -> int:
-    """Longest input in tokens: what was asked, else what tokenizer and positions allow; beyond positions is refused."""
+def max_length(source: Source, tokenizer: Any, task: Task, asked: int | None = None) -> int:
+    """Longest input in tokens: what was asked, else what tokenizer, positions and, for embeddings, the model's own files
+    allow; beyond positions is refused."""
     limit = source.family.max_positions(source.config)
     if asked is not None:
         if not 2 <= asked <= limit:
             raise DataError(f"max length {asked} is outside 2..{limit}, the positions of {source.path}")
         return asked
-    return min(limit, int(tokenizer.model_max_length))
+    made_for = read_pooling(source.path).max_length if task.auto_class is None else None
+    return min(limit, int(tokenizer.model_max_length), made_for or limit)
 
 
 def load_model(source: Source, task: Task, *, classes: Sequence[str] | None = None, gelu: str | None = None) -> Any:
@@ -111,12 +114,10 @@ def load_model(source: Source, task: Task, *, classes: Sequence[str] | None = No
 
     `gelu` (erf or tanh) replaces the model's own GELU, and ``config.json`` says so when the model is saved.
     """
-    import transformers
-
     # On CPU the backward pass of fused attention is slower than plain matrix products at the lengths of sentences.
     attention = "sdpa" if torch.cuda.is_available() else "eager"
 
-    auto = getattr(transformers, task.auto_class)
+    chosen = model_class(source.path, source.config, task)
     changes: dict[str, Any] = {}
     if gelu is not None:
         if gelu not in GELUS or source.family.gelu(source.config) is None:
@@ -125,11 +126,11 @@ def load_model(source: Source, task: Task, *, classes: Sequence[str] | None = No
     if classes is not None:
         names = dict(enumerate(classes))
         changes |= {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
-        if task.problem_type is not None:
-            changes["problem_type"] = task.problem_type
+    if task.problem_type is not None:  # a head that serves several tasks is trained for this one
+        changes["problem_type"] = task.problem_type
     with quiet():
         try:
-            return auto.from_pretrained(
+            return chosen.from_pretrained(
                 source.path,
                 use_safetensors=True,
                 trust_remote_code=False,

@@ -23,7 +23,7 @@ from compressors.models import Source, load_model
 from compressors.settings import Settings
 from compressors.task_data import TaskData
 from compressors.train import LOG_FILE, JsonLog, Losses, Phase, Progress, collate, mean_loss, run_phase
-from nxm_export.data import sorted_batches
+from nxm_export.data import cut, sorted_batches
 from nxm_export.plan import CompressionPlan
 
 MAX_DUAL_UPDATES = 20
@@ -44,10 +44,9 @@ class Job:
         self.source, self.data, self.plan = source, data, plan
         self.settings, self.work_dir, self.progress = settings, work_dir, progress
         # A slice of train that no phase trains on: it tells what hardening would cost, and dev is never asked.
-        order = np.random.default_rng(settings.seed).permutation(len(data.train))
-        count = min(256, len(data.train) // 20)
-        self.held_out = [data.train[i] for i in sorted(order[:count])]
-        self.train = [data.train[i] for i in sorted(order[count:])]
+        held_out, rest = cut(data.train, min(256, len(data.train) // 20), settings.seed)
+        self.held_out = [data.train[i] for i in sorted(held_out)]
+        self.train = [data.train[i] for i in sorted(rest)]
         self.steps = settings.steps or steps_of(self.train, settings.epochs, settings.batch_size)
 
     def run(self) -> tuple[nn.Module, dict[str, Any]]:
@@ -161,7 +160,7 @@ class Job:
         return self.settings.losses if teacher is not None else Losses()
 
     def _projected_loss(self, student: nn.Module, admm: Admm) -> float | None:
-        if not self.held_out:
+        if not self.held_out or not self.data.task.own_loss:
             return None
         with admm.projected():
             return mean_loss(student, self.held_out, self.data.pad_id)

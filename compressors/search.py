@@ -28,7 +28,7 @@ from compressors.sensitivity import Batches, Entry, Probe, divergence, real_logi
 from compressors.settings import Settings, prepare_process
 from compressors.task_data import TaskData, read_task_data
 from compressors.train import Progress, Student, collate, wants_bf16
-from nxm_export.data import Columns, Features, sorted_batches
+from nxm_export.data import Columns, Features, cut, sorted_batches
 from nxm_export.errors import DataError
 from nxm_export.families import task_named
 from nxm_export.run_dir import atomic_dir, json_text, require_replaceable
@@ -77,7 +77,12 @@ def search(
     batches = [_batches(part, data.pad_id, settings.batch_size) for part in (rest[: settings.samples], held_out)]
     selector = Selector(probe, source.config, settings, batches[0], batches[1], progress)
     if settings.method == "paper":
-        selection = selector.paper(kind.metric, [batch["labels"].numpy() for batch in batches[1]], data.classes or ())
+        if not kind.own_loss and any(np.isnan(sample["labels"]) for sample in held_out):
+            raise DataError(
+                f"{train}: method paper scores plans by {kind.metric}, which needs scored pairs to train on"
+            )
+        ordered = [held_out[i] for batch in sorted_batches(held_out, settings.batch_size) for i in batch]
+        selection = selector.paper(kind.metric, ordered, data.classes or ())
     else:
         selection = selector.run(work_dir)
     selection = distributed.agreed(selection)
@@ -144,8 +149,8 @@ def _cut(features: Sequence[Features], settings: SearchSettings) -> tuple[list[F
             f"{len(features)} training samples are too few for {settings.samples} calibration and {settings.held_out} held-out samples; "
             "lower --samples and --held-out, or give more data"
         )
-    order = np.random.default_rng(settings.seed).permutation(len(features))
-    return [features[i] for i in order[: settings.held_out]], [features[i] for i in order[settings.held_out :]]
+    held_out, rest = cut(features, settings.held_out, settings.seed)
+    return [features[i] for i in held_out], [features[i] for i in rest]
 
 
 def _batches(features: Sequence[Features], pad_id: int, batch_size: int) -> Batches:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from compressors import knapsack
 from compressors.sensitivity import Batches, Entry, OneShot, Probe, divergence, measure
-from nxm_export.data import NO_LABEL, filled
+from nxm_export.data import Features, filled, group_array, label_array
 from nxm_export.errors import DataError, PlanError
 from nxm_export.families import ROLES
 from nxm_export.metrics import metric_named
@@ -287,8 +287,9 @@ class Selector:
             best = _best([best, trial])
         return trials
 
-    def paper(self, metric: str, labels: Sequence[np.ndarray], classes: Sequence[str] = ()) -> Selection:
-        """The authors' search: options tied by role, every combination in the budget scored one-shot by `metric`.
+    def paper(self, metric: str, samples: Sequence[Features], classes: Sequence[str] = ()) -> Selection:
+        """The authors' search: options tied by role, every combination in the budget scored one-shot by `metric`; `samples`
+        are the held-out ones, in the order of their batches.
 
         As theirs, weights are projected by magnitude; unlike theirs, the score is on a slice of train, and ties of the
         metric go to the smaller divergence.
@@ -302,15 +303,14 @@ class Selector:
                 f"no choice of options by role fits {self.budget // 8} bytes and {self.settings.latency_ms} ms together"
             )
         scored = []
-        samples = sum(len(found) for found in labels)
-        truth = filled([row for found in labels for row in found], NO_LABEL)
+        truth, score_of = label_array(samples), metric_named(metric, classes, group_array(samples))
         with self._timed("enumeration"):
             for number, choice in enumerate(feasible):
                 outputs = self._outputs(choice)
                 loss = self._divergence(outputs)
                 rows = [row for found in outputs for row in found.cpu().numpy()]
-                score = metric_named(metric, classes)(filled(rows, 0.0), truth)
-                scored.append((-score, loss / samples, choice))
+                score = score_of(filled(rows, 0.0), truth)
+                scored.append((-score, loss / len(samples), choice))
                 self.progress("enumeration", number + 1, len(feasible))
         trials = [
             Trial(f"paper {place + 1}, {metric} {-score:.4f}", self.plan_of(choice), choice, -score, loss)

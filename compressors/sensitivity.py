@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compressors import distributed
-from compressors.distill import two_classes
+from compressors.distill import squared_length, two_classes
 from compressors.fake_quant import ACTIVATION_QMAX, ACTIVATION_QMIN
 from compressors.obs import prune
 from compressors.observers import HistogramObserver
@@ -89,13 +89,13 @@ class Probe:
         for weight in self.weights:
             if not bool(torch.isfinite(self.layer(weight).weight).all()):
                 raise DataError(f"{weight} holds NaN or infinite values; the model is broken before compression")
-        sums = _Sums(self)
+        sums, directions = _Sums(self), torch.Generator().manual_seed(0)
         with sums.watching():
             for batch in batches:
                 inputs = {key: value.to(self.device) for key, value in batch.items()}
                 sums.tokens = inputs["attention_mask"].bool()
                 self.model.zero_grad(set_to_none=True)
-                loss = self.model(**inputs).loss
+                loss = self._loss(self.model(**inputs), directions)
                 if not bool(torch.isfinite(loss)):
                     raise DataError(
                         "the dense model's loss is no number on a calibration sample; check the model and its labels"
@@ -105,6 +105,16 @@ class Probe:
                 ).backward()  # a sum over samples: each gets the gradient of its own loss
         self.model.zero_grad(set_to_none=True)
         return sums.statistics(percentile)
+
+    @staticmethod
+    def _loss(found: Any, directions: torch.Generator) -> Tensor:
+        """The task's loss, a mean over samples. Embeddings have none; the mean squared gradient of a random direction's length
+        then stands for how far all of the vector moves."""
+        if found.loss is not None:
+            loss: Tensor = found.loss
+            return loss
+        direction = torch.randn(found.logits.shape, generator=directions).to(found.logits.device)
+        return (found.logits * direction).sum(-1).mean()
 
     @contextmanager
     def installed(self, weights: Mapping[str, tuple[Tensor, float | None]]) -> Iterator[None]:
@@ -269,8 +279,10 @@ class _Sums:
 
 def divergence(wanted: Tensor, found: Tensor, link: str = "softmax") -> float:
     """Summed KL(wanted || found) of class logits (..., classes), or, by the task's `link`, of labels each for itself;
-    squared error of scores."""
+    squared error of scores, and of vectors relative to their squared length."""
     wanted, found = wanted.double(), found.double()  # in float32 small divergences come out negative
+    if link == "vector":
+        return float(((wanted - found).square().sum(-1) / squared_length(wanted)).sum())
     if link == "identity":
         return float((wanted - found).square().sum())
     if link == "sigmoid":

@@ -10,7 +10,7 @@ from compressors.settings import Settings
 from nxm_export.data import Columns, Examples, Features, encode
 from nxm_export.errors import DataError
 from nxm_export.families import Task
-from nxm_export.labels import labelled, load_labelled, names_for
+from nxm_export.labels import LABELS, labelled, load_labelled, names_for
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def read_task_data(
     """
     raw = load_labelled(train, "train", columns, task)
     classes = names_for(raw, task, source.classes() if source.head_fits(task) else None)
-    length = tokenizer.model_max_length = max_length(source, tokenizer, settings.max_length)
+    length = tokenizer.model_max_length = max_length(source, tokenizer, task, settings.max_length)
 
     def tokens(examples: Examples) -> list[Features]:
         return encode(tokenizer.backend_tokenizer, examples, length, source.family.inputs)
@@ -51,7 +51,7 @@ def read_task_data(
     held_out: list[Features] = []
     if dev is not None:
         raw_dev = load_labelled(dev, "dev", columns, task)
-        if (raw.pairs is None) != (raw_dev.pairs is None):
+        if not LABELS[task.label].separate and (raw.pairs is None) != (raw_dev.pairs is None):
             raise DataError(
                 f"{raw.source} and {raw_dev.source} differ: only one of them has a second text; "
                 "name the columns with --text and --text-pair"

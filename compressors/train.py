@@ -80,7 +80,7 @@ class Student(nn.Module):
         """Loss and logits of a padded batch with ``labels``."""
         deep = self.losses.hidden > 0
         found = self.model(**batch, output_hidden_states=deep)
-        loss = self.losses.task * found.loss
+        loss = found.logits.new_zeros(()) if found.loss is None else self.losses.task * found.loss
         if self._teacher:
             inputs = {key: value for key, value in batch.items() if key != "labels"}
             with torch.no_grad():

@@ -103,6 +103,13 @@ def cosine(wanted: np.ndarray, found: np.ndarray) -> float:
     return float((wanted * found).sum() / norms) if norms else 1.0
 
 
+def cosines(wanted: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """(samples,): cosine of every sample's vector with its counterpart; 1.0 where either is all zero, NaN stays."""
+    lengths = np.linalg.norm(wanted, axis=-1) * np.linalg.norm(found, axis=-1)
+    products = (wanted * found).sum(axis=-1)
+    return np.asarray(np.where(lengths == 0.0, 1.0, products / np.where(lengths == 0.0, 1.0, lengths)))
+
+
 def pair_of(
     other: tuple[str, str],
     ours: Mapping[str, np.ndarray],

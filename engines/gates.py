@@ -3,6 +3,7 @@
 * ``drop<=0.5``: the task metric of the engine is at most 0.5 points (hundredths) below that of its checkpoint in PyTorch.
 * ``flips<=0.5%``: at most that share of the samples changes its class.
 * ``max_abs<=0.1``: no value of any output differs by more.
+* ``cosine>=0.99``: no sample's embedding has a lower cosine with the checkpoint's.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ QUANTITIES = {
     "drop": "points of the task metric below the checkpoint's",
     "flips": "% of the samples with another class",
     "max_abs": "largest |difference| of any output",
+    "cosine": "lowest cosine of a sample's embedding with the checkpoint's",
 }
-_FORM = re.compile(r"\s*(\w+)\s*<=\s*([0-9.eE+-]+)\s*(%?)\s*")
+LEAST = ("cosine",)  # the more the better: a gate says at least
+_FORM = re.compile(r"\s*(\w+)\s*([<>]=)\s*([0-9.eE+-]+)\s*(%?)\s*")
 
 
 @dataclass(frozen=True)
 class Gate:
-    """``quantity <= limit``; drops are in metric points, flips in percent, max_abs in the output's own unit."""
+    """``quantity <= limit`` (of `LEAST`: ``>=``); drops are in metric points, flips in percent, max_abs in the output's own unit."""
 
     quantity: str
     limit: float
 
     def __str__(self) -> str:
-        return f"{self.quantity}<={self.limit:g}{'%' if self.quantity == 'flips' else ''}"
+        sign = ">=" if self.quantity in LEAST else "<="
+        return f"{self.quantity}{sign}{self.limit:g}{'%' if self.quantity == 'flips' else ''}"
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,14 @@ def parse_gate(text: str) -> Gate:
     """Read a gate as the command line has it; raises `EngineError` with the forms that there are."""
     match = _FORM.fullmatch(text)
     if match is None or match[1] not in QUANTITIES:
-        raise EngineError(f"{text!r} is not a gate; write drop<=0.5 (metric points), flips<=0.5% or max_abs<=0.1")
-    quantity, number, percent = match.groups()
+        raise EngineError(
+            f"{text!r} is not a gate; write drop<=0.5 (metric points), flips<=0.5%, max_abs<=0.1 or cosine>=0.99"
+        )
+    quantity, sign, number, percent = match.groups()
+    if (sign == ">=") != (quantity in LEAST):
+        raise EngineError(
+            f"{text!r}: this gate has the form {quantity}{'>=' if quantity in LEAST else '<='}{number}{percent}"
+        )
     try:
         limit = float(number)
     except ValueError as error:
@@ -57,8 +67,14 @@ def parse_gate(text: str) -> Gate:
     if not (math.isfinite(limit) and limit >= 0.0):
         raise EngineError(f"{text!r}: a limit is a finite number from 0 on")
     if bool(percent) != (quantity == "flips"):  # a bare flips<=0.5 could be a half of all samples
-        unit = {"flips": "a share in percent: flips<=0.5%", "drop": "metric points: drop<=0.5"}
+        unit = {
+            "flips": "a share in percent: flips<=0.5%",
+            "drop": "metric points: drop<=0.5",
+            "cosine": "a number: cosine>=0.99",
+        }
         raise EngineError(f"{text!r}: write {unit.get(quantity, 'the difference itself: max_abs<=0.1')}")
+    if quantity == "cosine" and limit > 1.0:
+        raise EngineError(f"{text!r}: no cosine is above 1")
     if percent and limit > 100.0:
         raise EngineError(f"{text!r}: more than all samples cannot flip")
     return Gate(quantity, limit)
@@ -66,8 +82,12 @@ def parse_gate(text: str) -> Gate:
 
 def check_gate(gate: Gate, found: Mapping[str, float]) -> GateResult:
     """Hold a gate against the quantities `found`; NaN passes no gate."""
-    value = found[gate.quantity]
-    passed = bool(value <= gate.limit)
+    value, least = found[gate.quantity], gate.quantity in LEAST
+    passed = bool(value >= gate.limit if least else value <= gate.limit)
     return GateResult(
-        str(gate), value, gate.limit, passed, f"{QUANTITIES[gate.quantity]}: {value:.4g}, at most {gate.limit:g}"
+        str(gate),
+        value,
+        gate.limit,
+        passed,
+        f"{QUANTITIES[gate.quantity]}: {value:.4g}, at {'least' if least else 'most'} {gate.limit:g}",
     )

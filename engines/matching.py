@@ -12,7 +12,7 @@ from typing import Any
 from engines.passport import EnginePassport, plan_summary
 from nxm_export.checkpoint import PLAN_FILE, open_checkpoint, read_config, weights_hash
 from nxm_export.errors import ArtifactError
-from nxm_export.families import family_of, labels_of
+from nxm_export.families import TASKS, family_of, labels_of
 from nxm_export.spec import IOSpec
 
 
@@ -49,7 +49,7 @@ def require_from(checkpoint: Path, directory: Path, passport: EnginePassport, sp
         raise ArtifactError(
             f"{directory} is of the {spec.model_type} family, and {checkpoint} is {family.model_type}; give the one it was exported from"
         )
-    labels = labels_of(config)
+    labels = labels_of(config) if TASKS[spec.task].names_labels else ()
     if spec.labels != labels:
         raise ArtifactError(
             f"{directory} has the labels {list(spec.labels)}, and {checkpoint} has {list(labels)}; give the one it was exported from"

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from engines import torch_eager
-from engines.agreement import Pair, pair_of, spread
+from engines.agreement import Pair, cosines, pair_of, spread
 from engines.base import Engine, backend
 from engines.gates import Gate, GateResult, check_gate
 from engines.matching import plan_of, require_alike, require_from, require_outputs
@@ -45,7 +45,7 @@ from engines.tolerance import (
     largest,
     max_tolerance,
 )
-from nxm_export.data import Features, filled, label_array, pad, sorted_batches
+from nxm_export.data import Features, filled, group_array, label_array, pad, sorted_batches
 from nxm_export.errors import ArtifactError, DataError, ParityError
 from nxm_export.families import TASKS
 from nxm_export.metrics import interval, metric_named, paired_interval
@@ -54,7 +54,9 @@ from nxm_export.spec import IOSpec, load_spec
 
 SCHEMA = "nxm-parity/1"
 PARITY_FILE = "parity.json"
-OUTPUTS_FILE = "outputs.npz"  # what the engine gave for every sample, and the labels: paired statistics need both
+OUTPUTS_FILE = (
+    "outputs.npz"  # what the engine gave for every sample, labels and groups: paired statistics need them all
+)
 NOISE_SAMPLES, STEP_SAMPLES = 256, 64
 PROBE_COPIES = 4  # of a probe's sample: its tolerance is measured on as many draws
 
@@ -152,6 +154,11 @@ def compare_all(
     classless = [name for name, axes in parts[0].spec.outputs.items() if axes[-1] != "classes"]
     if classless and any(gate.quantity == "flips" for gate in gates):
         raise DataError(f"a gate on flips needs classes, and {', '.join(classless)} has none; use drop or max_abs")
+    task = TASKS[parts[0].spec.task]
+    if task.link != "vector" and any(gate.quantity == "cosine" for gate in gates):
+        raise DataError(
+            f"a gate on the cosine needs embeddings, and these engines are for {task.name}; use drop or max_abs"
+        )
     measured: dict[str, _Measured] = {}  # engines of one dtype and placement share the reference
     found: list[tuple[dict[str, np.ndarray], list[Probe]]] = []
     for part in parts:
@@ -166,11 +173,12 @@ def compare_all(
             if other.directory != part.directory
         ]
         reports.append(_report(part, measured[part.key], outputs, probes, others, features, gates))
-    labels = label_array(features)
+    labels, groups = label_array(features), group_array(features)
+    beside = {"labels": labels} if groups is None else {"labels": labels, "groups": groups}
     for part, (outputs, _), report in zip(parts, found, reports, strict=True):
         write_atomic(part.directory / PARITY_FILE, json_text(report.to_dict()))
         packed = io.BytesIO()
-        np.savez(packed, **{**outputs, "labels": labels})  # type: ignore[arg-type]
+        np.savez(packed, **{**outputs, **beside})  # type: ignore[arg-type]
         write_atomic(part.directory / OUTPUTS_FILE, packed.getvalue())
     return reports
 
@@ -308,9 +316,9 @@ def _report(
 ) -> ParityReport:
     wanted, spec = measured.wanted, part.spec
     task = TASKS[spec.task]
-    metric, labels = task.metric, label_array(features)
+    metric, labels, groups = task.metric, label_array(features), group_array(features)
     first, lengths = next(iter(spec.outputs)), [len(sample["input_ids"]) for sample in features]
-    value = metric_named(metric, spec.labels)
+    value = metric_named(metric, spec.labels, groups)
     outputs = [
         compare_output(
             name,
@@ -330,11 +338,13 @@ def _report(
         "flips": 100.0 * float(np.max([1.0 - output.agreement for output in outputs])),
         "max_abs": float(np.max([output.max_abs for output in outputs])),
     }
+    if task.link == "vector":
+        quantities["cosine"] = float(cosines(wanted[first], found[first]).min())
     pairs = []
     for other, theirs in others:
         apart = (
             of_engine - value(theirs[first], labels),
-            paired_interval(metric, found[first], theirs[first], labels, classes=spec.labels),
+            paired_interval(metric, found[first], theirs[first], labels, classes=spec.labels, groups=groups),
         )
         pairs += pair_of(
             (str(other.directory), other.passport.engine_sha256),
@@ -352,16 +362,18 @@ def _report(
         outputs=outputs,
         metric=metric,
         reference_value=of_reference,
-        reference_interval=interval(metric, wanted[first], labels, classes=spec.labels),
+        reference_interval=interval(metric, wanted[first], labels, classes=spec.labels, groups=groups),
         engine_value=of_engine,
-        engine_interval=interval(metric, found[first], labels, classes=spec.labels),
+        engine_interval=interval(metric, found[first], labels, classes=spec.labels, groups=groups),
         reason=(
             f"max: {MAX_FACTOR:g} x what the reference changes by when one code of every quantized tensor moves by one step, or by rounding in "
             f"{part.dtype}, whichever is more; mean: {MEAN_FACTOR:g} x what that rounding changes it by; "
             f"equal samples: a {1 / QUIET_FACTOR:.0%} share of those that the rounding leaves equal"
         ),
         difference=of_engine - of_reference,
-        difference_interval=paired_interval(metric, found[first], wanted[first], labels, classes=spec.labels),
+        difference_interval=paired_interval(
+            metric, found[first], wanted[first], labels, classes=spec.labels, groups=groups
+        ),
         probes=list(probes),
         gates=[check_gate(gate, quantities) for gate in gates],
         pairs=pairs,

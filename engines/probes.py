@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from engines.base import Engine, Profile
-from nxm_export.data import Features, pad
+from nxm_export.data import Features, inputs_of, pad
 from nxm_export.errors import EngineError
 from nxm_export.spec import IOSpec
 
@@ -142,7 +142,7 @@ class _Desk:
 
     def rows(self, samples: Sequence[Features], length: int) -> Rows:
         """Outputs of each sample of one batch, without what belongs to padding; raises `EngineError` for NaN and infinity."""
-        outputs = self.engine.run(pad([_without_labels(sample) for sample in samples], self.spec.pad_id, length))
+        outputs = self.engine.run(pad([inputs_of(sample) for sample in samples], self.spec.pad_id, length))
         wrong = [name for name, array in outputs.items() if not np.isfinite(array).all()]
         if wrong:
             raise EngineError(f"NaN or infinity in {', '.join(wrong)}")
@@ -189,15 +189,11 @@ class _Desk:
 
 def _cut(sample: Features, length: int) -> Features:
     """The sample with exactly `length` tokens: cut, or repeated."""
-    return {name: _resized(value, length) for name, value in _without_labels(sample).items()}
+    return {name: _resized(value, length) for name, value in inputs_of(sample).items()}
 
 
 def _resized(values: Sequence[Any], length: int) -> list[Any]:
     return (list(values) * -(-length // len(values)))[:length]
-
-
-def _without_labels(sample: Features) -> dict[str, Any]:
-    return {name: value for name, value in sample.items() if name != "labels"}
 
 
 def _longest(features: Sequence[Features]) -> Features:

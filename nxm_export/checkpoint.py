@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from nxm_export.embedding import embedding_model, is_embedding, read_pooling
 from nxm_export.errors import ArtifactError, ExportError
 from nxm_export.families import Family, Task, family_of, task_of
 from nxm_export.plan import CompressionPlan, NMPattern
@@ -189,7 +190,8 @@ def require_safetensors(path: Path) -> None:
 
 
 def read_tensor(path: Path, name: str) -> np.ndarray:
-    """One tensor of a (possibly sharded) safetensors model, as float32 numpy."""
+    """One tensor of a (possibly sharded) safetensors model, as float32 numpy; `name` is that of a task model, as in a plan, and
+    a directory that holds the encoder alone has it without the family's prefix."""
     from safetensors import SafetensorError, safe_open
 
     file = _shard_of(path, name)
@@ -197,12 +199,33 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
         import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
     try:
         with safe_open(file, framework="numpy") as tensors:
-            tensor: np.ndarray = tensors.get_tensor(name)
+            names = set(tensors.keys())
+            tensor: np.ndarray = tensors.get_tensor(name if name in names else _own_name(name))
     except (SafetensorError, OSError, TypeError) as error:  # TypeError: a dtype that numpy does not have
         raise ArtifactError(
             f"{file}: {name} cannot be read ({error}); the file is truncated or from another model"
         ) from error
     return tensor.astype(np.float32, copy=False)
+
+
+def task_at(path: Path, config: Mapping[str, Any]) -> str | None:
+    """The task of a model directory: that of its head, or ``embedding`` where sentence-transformers' files say how to pool."""
+    return task_of(config) or ("embedding" if is_embedding(path) else None)
+
+
+def has_head(path: Path, config: Mapping[str, Any], task: Task) -> bool:
+    """True when a model directory has the head that `task` needs."""
+    found = task_at(path, config)
+    return found is not None and found in (task.name, task.serves)
+
+
+def model_class(path: Path, config: Mapping[str, Any], task: Task) -> Any:
+    """The transformers class that loads a model directory for `task`; `ArtifactError` for an unknown pooling."""
+    import transformers
+
+    if task.auto_class is None:
+        return embedding_model(str(config["model_type"]), read_pooling(path))
+    return getattr(transformers, task.auto_class)
 
 
 def load_task_model(path: Path, task: Task, *, dtype: str = "float32") -> Any:
@@ -212,16 +235,16 @@ def load_task_model(path: Path, task: Task, *, dtype: str = "float32") -> Any:
     `ExportError` where the head is not that of `task`. Attention is the plain kind, whose arithmetic the plan describes.
     """
     config = read_config(path)
-    if task_of(config) != task.name:
+    if not has_head(path, config, task):
         raise ExportError(
-            f"{path}: its head is {task_of(config) or 'none of a supported kind'}, not {task.name}; fine-tune it for this task first"
+            f"{path}: its head is {task_at(path, config) or 'none of a supported kind'}, not {task.name}; fine-tune it for this task first"
         )
     import torch
-    import transformers
 
+    chosen = model_class(path, config, task)
     with _quiet_transformers():
         try:
-            model, report = getattr(transformers, task.auto_class).from_pretrained(
+            model, report = chosen.from_pretrained(
                 path,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -275,12 +298,18 @@ def _shard_of(path: Path, name: str) -> Path:
     if not index.is_file():
         raise ArtifactError(f"{path} has no {WEIGHTS_FILE}: no weights to load")
     try:
-        shard = str(read_json(index, "restore it from the model")["weight_map"][name])
+        shards = read_json(index, "restore it from the model")["weight_map"]
+        shard = str(shards[name if name in shards else _own_name(name)])
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{index}: {name} is not in the weight map") from error
     if Path(shard).name != shard:
         raise ArtifactError(f"{index}: the weight map points out of the directory ({shard})")
     return path / shard
+
+
+def _own_name(name: str) -> str:
+    """A parameter's name inside the encoder: without the prefix that a task model puts before it."""
+    return name.partition(".")[2]
 
 
 def _load(file: Path) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ import csv
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,8 @@ import numpy as np
 
 from nxm_export.errors import ArtifactError, DataError
 
-Features = Mapping[str, Any]  # token lists by input name, and "labels"
+Features = Mapping[str, Any]  # token lists by input name, and of `BESIDE_INPUTS` what there is
+BESIDE_INPUTS = ("labels", "group")  # of a sample: its label, and the number of the group that it is scored with
 Cell = Callable[[Mapping[str, Any], str, str], Any]  # row, column and place to what the cell holds
 
 # The usual columns of text and second text, in order of preference: GLUE's own, then what else is common.
@@ -31,13 +33,15 @@ TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (
     ("question1", "question2"),
     ("premise", "hypothesis"),
     ("text1", "text2"),
+    ("query", "document"),
+    ("query", "passage"),
     ("text", "text2"),
     ("sentence", "sentence2"),
     ("sentence", None),
     ("text", None),
     ("sentence1", None),
 )
-LABEL_COLUMNS = ("label", "labels", "score")
+LABEL_COLUMNS = ("label", "labels", "score", "relevance")
 TOKEN_COLUMNS, TAG_COLUMNS = ("tokens", "words"), ("tags", "ner_tags", "labels")
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
 FORMATS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".conll")
@@ -56,39 +60,64 @@ class Columns:
 @dataclass(frozen=True)
 class Examples:
     """Texts (with a second text each, for pair tasks) and labels: class indices, floats for regression, a row of 0 and 1
-    for several classes. With `per_token` a label is the list of class indices of the text's tokens, which one space separates."""
+    for several classes. With `per_token` a label is the list of class indices of the text's tokens, which one space separates.
+
+    `groups` are numbers of what is scored together, such as the candidates of one query; None where every example is scored
+    by itself. No part of the examples ever splits a group."""
 
     texts: list[str]
     pairs: list[str] | None
     labels: list[Any]
     source: str
     per_token: bool = False
+    groups: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def subset(self, indices: Sequence[int]) -> Examples:
-        """The examples at `indices`, in that order."""
+        """The examples at `indices`, in that order; `DataError` where that would split a group."""
+        if self.groups is not None:
+            whole, kept = Counter(self.groups), Counter(self.groups[i] for i in indices)
+            split = [group for group in kept if kept[group] != whole[group]]
+            if split:
+                raise DataError(
+                    f"{self.source}: a part of it would split group {min(split)}, which is scored as a whole"
+                )
         pairs = None if self.pairs is None else [self.pairs[i] for i in indices]
         return replace(
-            self, texts=[self.texts[i] for i in indices], pairs=pairs, labels=[self.labels[i] for i in indices]
+            self,
+            texts=[self.texts[i] for i in indices],
+            pairs=pairs,
+            labels=[self.labels[i] for i in indices],
+            groups=None if self.groups is None else [self.groups[i] for i in indices],
         )
 
     def split(self, held_out: int, seed: int) -> tuple[Examples, Examples]:
-        """(rest, held-out slice of `held_out` examples), shuffled by `seed`."""
-        order = random.Random(seed).sample(range(len(self)), len(self))
-        return self.subset(order[held_out:]), self.subset(sorted(order[:held_out]))
+        """(rest, held-out slice), shuffled by `seed`; the slice has `held_out` examples, and the rest of its last group."""
+        units = members(self.groups, len(self))
+        order, slice_ = random.Random(seed).sample(range(len(units)), len(units)), list[int]()
+        while order and len(slice_) < held_out:
+            slice_ += units[order.pop(0)]
+        return self.subset([i for unit in order for i in units[unit]]), self.subset(sorted(slice_))
 
     def sample(self, count: int, seed: int) -> Examples:
-        """At most `count` examples, drawn by `seed`, in file order."""
+        """At most `count` examples (whole groups), drawn by `seed`, in file order; `DataError` where no group is that small."""
         if count >= len(self):
             return self
-        return self.subset(sorted(random.Random(seed).sample(range(len(self)), count)))
+        if self.groups is None:
+            return self.subset(sorted(random.Random(seed).sample(range(len(self)), count)))
+        units, drawn = members(self.groups, len(self)), list[int]()
+        for unit in random.Random(seed).sample(units, len(units)):
+            drawn += unit if len(drawn) + len(unit) <= count else []
+        if not drawn:
+            raise DataError(f"{self.source}: {count} examples are fewer than any group has; allow more of them")
+        return self.subset(sorted(drawn))
 
 
 @dataclass(frozen=True)
 class RawExamples:
-    """Examples whose labels are still the text of the file, or tuples of such."""
+    """Examples whose labels are still the text of the file, or tuples of such; None where the file has no labels."""
 
     texts: list[str]
     pairs: list[str] | None
@@ -105,11 +134,12 @@ def load_raw(
     text: Cell | None = None,
     label: Cell | None = None,
     per_token: bool = False,
+    unlabelled: bool = False,
 ) -> RawExamples:
     """Read a data file, or the `split` (train or dev) of a GLUE task name; raises `DataError`.
 
     `text` and `label` read a cell (row, column, place), by default as text; with `per_token` the usual columns are those of
-    texts that are split into tokens. See `nxm_export.labels.load_labelled` for the data of a task.
+    texts that are split into tokens, and with `unlabelled` a file need not have labels. See `nxm_export.labels.load_labelled` for the data of a task.
     """
     read_text, read_label = text or text_of, label or label_text
     path = Path(source)
@@ -126,13 +156,15 @@ def load_raw(
     names = list(rows[0][1])
     if per_token:
         first, second = _only_column(columns.text, TOKEN_COLUMNS, names, path, "token", "--text"), None
-        third = _only_column(columns.label, TAG_COLUMNS, names, path, "tag", "--label")
+        third: str | None = _only_column(columns.label, TAG_COLUMNS, names, path, "tag", "--label")
     else:
         first, second = _text_columns(columns, names, path)
-        third = _only_column(columns.label, LABEL_COLUMNS, names, path, "label", "--label")
+        third = None
+        if not unlabelled or columns.label or set(LABEL_COLUMNS) & set(names):
+            third = _only_column(columns.label, LABEL_COLUMNS, names, path, "label", "--label")
     texts = [read_text(row, first, place) for place, row in rows]
     pairs = [read_text(row, second, place) for place, row in rows] if second else None
-    labels = [read_label(row, third, place) for place, row in rows]
+    labels = [read_label(row, third, place) if third else None for place, row in rows]
     # GLUE's single-sentence files as some mirrors write them have an empty second column.
     return RawExamples(texts, pairs if pairs and any(pairs) else None, labels, [place for place, _ in rows], str(path))
 
@@ -194,7 +226,7 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def encode(tokenizer: Any, examples: Examples, max_length: int, inputs: Sequence[str]) -> list[Features]:
-    """Token features per example, not padded: those of `inputs`, and ``labels``.
+    """Token features per example, not padded: those of `inputs`, ``labels``, and ``group`` where examples have one.
 
     `tokenizer` is a `tokenizers.Tokenizer`: training and serving go through the same code. Raises `DataError` when
     `max_length` tokens have no room for text.
@@ -209,13 +241,16 @@ def encode(tokenizer: Any, examples: Examples, max_length: int, inputs: Sequence
     rows: Any = examples.texts if examples.pairs is None else list(zip(examples.texts, examples.pairs, strict=True))
     names = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
     encodings = tokenizer.encode_batch(rows)
-    return [
+    made: list[Features] = [
         {
             **{name: getattr(encoding, names[name]) for name in inputs},
             "labels": _first_pieces(encoding.offsets, text, label) if examples.per_token else label,
         }
         for encoding, text, label in zip(encodings, examples.texts, examples.labels, strict=True)
     ]
+    if examples.groups is None:
+        return made
+    return [{**sample, "group": group} for sample, group in zip(made, examples.groups, strict=True)]
 
 
 def _first_pieces(offsets: Sequence[tuple[int, int]], text: str, tags: Sequence[int]) -> list[int]:
@@ -239,6 +274,35 @@ def _first_pieces(offsets: Sequence[tuple[int, int]], text: str, tags: Sequence[
     return labels
 
 
+def members(groups: Iterable[int] | None, samples: int) -> list[list[int]]:
+    """The indices of the samples of each group, in order of its first; without groups every sample is one of its own."""
+    if groups is None:
+        return [[i] for i in range(samples)]
+    found: dict[int, list[int]] = {}
+    for i, group in enumerate(groups):
+        found.setdefault(int(group), []).append(i)
+    return list(found.values())
+
+
+def group_array(features: Sequence[Features]) -> np.ndarray | None:
+    """The group of every sample (samples,) int64, or None where samples are scored by themselves."""
+    return np.array([sample["group"] for sample in features], np.int64) if "group" in features[0] else None
+
+
+def cut(features: Sequence[Features], count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Indices in an order drawn by `seed`: (`count` of them and the rest of their last group, all others)."""
+    units = members(group_array(features), len(features)) if features else []
+    order, picked = list(np.random.default_rng(seed).permutation(len(units))), list[int]()
+    while order and len(picked) < count:
+        picked += units[order.pop(0)]
+    return picked, [i for unit in order for i in units[unit]]
+
+
+def inputs_of(sample: Features) -> dict[str, Any]:
+    """What a model reads of a sample."""
+    return {name: value for name, value in sample.items() if name not in BESIDE_INPUTS}
+
+
 def label_array(features: Sequence[Features]) -> np.ndarray:
     """The labels of samples in one array (samples, ...); those of tokens are filled up with `NO_LABEL`."""
     return filled([np.asarray(sample["labels"]) for sample in features], NO_LABEL)
@@ -258,12 +322,11 @@ def pad(samples: Sequence[Features], pad_id: int, length: int | None = None) -> 
     """One batch: every input as int64 (batch, sequence), padded on the right to the longest sample or to `length`."""
     longest = length or max(len(sample["input_ids"]) for sample in samples)
     batch = {}
-    for name in samples[0]:
-        if name != "labels":
-            array = np.full((len(samples), longest), pad_id if name == "input_ids" else 0, np.int64)
-            for row, sample in zip(array, samples, strict=True):
-                row[: len(sample[name])] = sample[name]
-            batch[name] = array
+    for name in inputs_of(samples[0]):
+        array = np.full((len(samples), longest), pad_id if name == "input_ids" else 0, np.int64)
+        for row, sample in zip(array, samples, strict=True):
+            row[: len(sample[name])] = sample[name]
+        batch[name] = array
     return batch
 
 

@@ -58,24 +58,24 @@ def _profiles(directory: Path, data: str, count: int, columns: Columns) -> list[
     """Optimization profiles from the token lengths of a data file, by the tokenizer of a graph or checkpoint directory."""
     from engines.profiles import profiles_from_lengths
     from nxm_export.data import load_tokenizer
-    from nxm_export.families import family_of, task_named, task_of
-    from nxm_export.labels import load_labelled
+    from nxm_export.families import family_of, task_named
+    from nxm_export.labels import load_labelled, read_by_model
     from nxm_export.spec import SPEC_FILE
 
     if (directory / SPEC_FILE).is_file():
         spec = load_spec(directory)
         limit, task = spec.max_length, spec.task
     else:
-        from nxm_export.checkpoint import read_config
+        from nxm_export.checkpoint import read_config, task_at
 
         config = read_config(directory)
         limit = family_of(config, source=str(directory)).max_positions(config)
-        task = task_of(config) or "classification"
+        task = task_at(directory, config) or "classification"
     raw = load_labelled(data, "train", columns, task_named(task))
     tokenizer = load_tokenizer(directory)
     tokenizer.no_padding()
     tokenizer.enable_truncation(limit)
-    rows: Any = raw.texts if raw.pairs is None else list(zip(raw.texts, raw.pairs, strict=True))
+    rows = read_by_model(raw, task_named(task))
     return profiles_from_lengths([len(found.ids) for found in tokenizer.encode_batch(rows)], limit, count=count)
 
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nxm_export.labels import labelled, load_labelled, names_for
+from nxm_export.labels import labelled, load_labelled, names_for, read_by_model
 from nxm_export.plan import COUNTINGS
 
 if TYPE_CHECKING:
@@ -46,12 +46,9 @@ def estimate(request: Request) -> dict[str, Any]:
     fits = source.head_fits(task)
     names = names_for(train, task, source.classes() if fits else None)
     labelled(train, task, names), labelled(dev, task, names)
-    settings, count = request.settings, min(len(train.texts), request.train_limit or len(train.texts))
-    texts = (
-        [" ".join(pair) for pair in zip(train.texts, train.pairs or train.texts, strict=True)]
-        if train.pairs
-        else train.texts
-    )
+    read = read_by_model(train, task)
+    settings, count = request.settings, min(len(read), request.train_limit or len(read))
+    texts = [text if isinstance(text, str) else " ".join(text) for text in read]
     words = sum(len(text.split()) for text in texts[:2000]) / min(2000, len(texts))
     tokens = min(settings.max_length or 512, words * _WORDS_TO_TOKENS + 2)
     elements = sum(out * in_ for out, in_ in plan.shapes.values())

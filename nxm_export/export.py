@@ -31,10 +31,12 @@ from nxm_export.checkpoint import (
     open_checkpoint,
     read_config,
     read_tensor,
+    task_at,
     weights_hash,
 )
+from nxm_export.embedding import read_pooling
 from nxm_export.errors import ExportError
-from nxm_export.families import ROLES, Family, Task, family_of, labels_of, task_named, task_of
+from nxm_export.families import ROLES, Family, Task, family_of, labels_of, task_named
 from nxm_export.plan import CompressionPlan, WeightSpec
 from nxm_export.run_dir import atomic_dir, json_text, require_replaceable
 from nxm_export.spec import TOKENIZER_FILE, IOSpec
@@ -140,6 +142,8 @@ def export(
         "gelu": family.gelu(config) or "none",
         "weights": weights_hash(path),
     }
+    if kind.auto_class is None:
+        facts["pooling"] = str(read_pooling(path))
     model.metadata_props.update(_metadata(config, kind, chosen, dtype, plan, facts))
     with atomic_dir(out) as scratch:
         save_graph(model, scratch / "model.onnx")
@@ -195,7 +199,7 @@ def target_named(name: str) -> Target:
 
 def _task_of(path: Path, config: Mapping[str, Any]) -> str:
     """The task that a checkpoint's head serves, from its ``config.json``."""
-    task = task_of(config)
+    task = task_at(path, config)
     if task is None:
         raise ExportError(f"{path}: it has no head of a supported kind; fine-tune it first (`nxm compress` does)")
     return task
@@ -464,7 +468,7 @@ def _metadata(
         "target": target.name,
         "dtype": dtype,
         "placement": plan.placement if plan else "float",
-        "labels": json.dumps(labels_of(config)),
+        "labels": json.dumps(labels_of(config) if task.names_labels else ()),
     }
     if plan:
         facts["plan"] = plan.to_json()

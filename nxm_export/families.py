@@ -191,25 +191,36 @@ FAMILIES: dict[str, Family] = {
 class Task:
     """One kind of head, and the one place that says what is particular about it.
 
-    `auto_class` is the transformers class, `outputs` the graph outputs with their axes, `label` the kind of label that its
+    `auto_class` is the transformers class, None for an encoder with a pooling behind it (`nxm_export.embedding`), `outputs`
+    the graph outputs with their axes, `label` the kind of label that its
     data has (`nxm_export.labels.LABELS`), `metric` one of `nxm_export.metrics`. `link` says what the first output means:
-    ``softmax`` over the last axis, ``sigmoid`` of every entry, or ``identity``; the distillation loss, the search's
-    divergence and the decisions that parity counts follow from it. `problem_type` is transformers' word where several tasks
-    share a class.
+    ``softmax`` over the last axis, ``sigmoid`` of every entry, ``identity``, or ``vector`` for a row that means something only
+    as a whole; the distillation loss, the search's divergence and the decisions that parity counts follow from it.
+    `problem_type` is transformers' word where several tasks share a class. `serves` names another task whose checkpoints have
+    the very head that this one needs. Without `own_loss`, distillation alone trains: labels are for the metric. `texts` says
+    how many texts a row of the model's input is: ``one``, ``two``, or ``any`` of both.
     """
 
     name: str
-    auto_class: str
+    auto_class: str | None
     metric: str
     outputs: Mapping[str, tuple[str, ...]]
     label: str
     link: str
     problem_type: str | None = None
+    serves: str | None = None
+    own_loss: bool = True
+    texts: str = "any"
 
     @property
     def per_token(self) -> bool:
         """True when the first output has a row for every token."""
         return "sequence" in next(iter(self.outputs.values()))
+
+    @property
+    def names_labels(self) -> bool:
+        """True when the last axis of the first output has an entry for every label of the head."""
+        return next(iter(self.outputs.values()))[-1] in ("classes", "labels", "scores")
 
 
 _SEQUENCE, _TOKENS = "AutoModelForSequenceClassification", "AutoModelForTokenClassification"
@@ -228,6 +239,15 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             "token-classification", _TOKENS, "entity_f1", {"logits": ("batch", "sequence", "classes")}, "tags", "softmax",
+        ),
+        Task(
+            "embedding", None, "cosine_spearman", {"embedding": ("batch", "hidden")}, "pair-score", "vector", own_loss=False,
+            texts="one",
+        ),
+        # transformers has no word for ranking. Its loss for several labels, with one label, is the usual one of cross-encoders.
+        Task(
+            "reranking", _SEQUENCE, "ndcg_at_10", {"logits": ("batch", "scores")}, "relevance", "identity",
+            "multi_label_classification", serves="regression", texts="two",
         ),
     )
 }  # fmt: skip
@@ -261,14 +281,22 @@ def labels_of(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def task_of(config: Mapping[str, Any]) -> str | None:
-    """The task that the head in a ``config.json`` serves, or None when it has no head of a supported kind."""
+    """The task of the head in a ``config.json``, or None when it has no head of a supported kind.
+
+    A cross-encoder of others has one score and does not say what for: it counts as regression, which ``reranking`` serves, too.
+    """
     architectures = config.get("architectures")
     architecture = str((architectures or [""])[0]) if isinstance(architectures, list) else ""
-    found = [task for task in TASKS.values() if architecture.endswith(task.auto_class.removeprefix("AutoModel"))]
+    found = [
+        task
+        for task in TASKS.values()
+        if task.auto_class and architecture.endswith(task.auto_class.removeprefix("AutoModel"))
+    ]
     if len(found) > 1:  # transformers has one class for them
-        several = config.get("problem_type") == "multi_label_classification"
-        single = "regression" if len(labels_of(config)) == 1 else "single_label_classification"
-        found = [task for task in found if task.problem_type == ("multi_label_classification" if several else single)]
+        one, several = len(labels_of(config)) == 1, config.get("problem_type") == "multi_label_classification"
+        if one:
+            return "reranking" if several else "regression"
+        return "multi-label" if several else "classification"
     return found[0].name if found else None
 
 

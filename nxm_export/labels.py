@@ -1,4 +1,5 @@
-"""What the label of one example can be, task by task: a class, a score, several classes, or a tag for every token.
+"""What the label of one example can be, task by task: a class, a score, several classes, a tag for every token, the
+similarity of a pair, or how relevant a document is to its query.
 
 A `LabelKind` is the one place that knows how such a label is written in a data file, which names a head needs for it, and
 what it becomes in `Examples`. A task names its kind (`nxm_export.families.Task.label`).
@@ -7,6 +8,7 @@ what it becomes in `Examples`. A task names its kind (`nxm_export.families.Task.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,18 +38,24 @@ class LabelKind:
     """How one kind of label is read (`cell`: row, column, place), named and turned into numbers.
 
     `names` gives the class names of a training file, `apply` the examples for given names. `per_token` labels have one tag
-    for every token of a pre-split text, which stands in the column that is otherwise the text.
+    for every token of a pre-split text, which stands in the column that is otherwise the text. `pairs` need a second text;
+    where the model reads the two `separate`, each is an example of its own, and training data needs neither pair nor label.
     """
 
     cell: Callable[[Mapping[str, Any], str, str], Any]
     names: Callable[[RawExamples], list[str]] | None
     apply: Callable[[RawExamples, Sequence[str]], Examples]
     per_token: bool = False
+    pairs: bool = False
+    separate: bool = False
 
 
 def load_labelled(source: str, split: str, columns: Columns, task: Task) -> RawExamples:
     """Read a data file (or a GLUE task) whose labels are of this task's kind; raises `DataError` with file and line."""
     kind = LABELS[task.label]
+    if kind.pairs:
+        plain = kind.separate and split == "train"
+        return _require_pairs(load_raw(source, split, columns, label=kind.cell, unlabelled=plain), task, plain)
     if not kind.per_token:
         return load_raw(source, split, columns, label=kind.cell)
     if columns.pair is not None:
@@ -70,6 +78,55 @@ def names_for(raw: RawExamples, task: Task, head: Sequence[str] | None) -> list[
 def labelled(raw: RawExamples, task: Task, names: Sequence[str] | None) -> Examples:
     """The examples with their labels as numbers; raises `DataError` with the line of one that does not fit."""
     return LABELS[task.label].apply(raw, names or ())
+
+
+def read_by_model(raw: RawExamples, task: Task) -> list[Any]:
+    """What the model reads, sample by sample: a text, or a pair of texts at once."""
+    if raw.pairs is None:
+        return list(raw.texts)
+    pairs = zip(raw.texts, raw.pairs, strict=True)
+    return [text for pair in pairs for text in pair] if LABELS[task.label].separate else list(pairs)
+
+
+def _require_pairs(raw: RawExamples, task: Task, plain: bool) -> RawExamples:
+    """Refuse what is no pair of texts; with `plain`, single texts will do."""
+    if raw.pairs is None and not plain:
+        raise DataError(
+            f"{raw.source}: task {task.name} is scored on pairs of texts, and there is one text a row; name both columns with "
+            "--text and --text-pair"
+        )
+    for i, place in enumerate(raw.places):
+        if not raw.texts[i].strip() or (raw.pairs is not None and not raw.pairs[i].strip()):
+            raise DataError(f"{place}: a text is empty; fix the row or remove it")
+    return raw
+
+
+def _with_pair_score(raw: RawExamples, _: Sequence[str]) -> Examples:
+    """Two examples for each pair, one for each text, in a group; a text without a partner is in none. Scores that the file
+    does not have are NaN: they are for the metric alone."""
+    if raw.pairs is None:
+        return Examples(raw.texts, None, [math.nan] * len(raw.texts), raw.source)
+    scored = all(label is not None for label in raw.labels)
+    scores = with_scores(raw).labels if scored else [math.nan] * len(raw.texts)
+    texts = [text for pair in zip(raw.texts, raw.pairs, strict=True) for text in pair]
+    groups = [i for i in range(len(raw.texts)) for _ in range(2)]
+    return Examples(texts, None, [scores[i] for i in groups], raw.source, groups=groups)
+
+
+def _with_relevance(raw: RawExamples, _: Sequence[str]) -> Examples:
+    """Candidates, those of one query (an equal text) in a group; relevance as a share of the file's highest, because the loss
+    takes probabilities and the metric any scale."""
+    graded = with_scores(raw)
+    for grade, place in zip(graded.labels, raw.places, strict=True):
+        if grade < 0:
+            raise DataError(f"{place}: relevance {grade:g} is negative; 0 is the least: not relevant")
+    highest = max(graded.labels)
+    if highest == 0:
+        raise DataError(f"{raw.source}: no document is relevant to its query; is --label the right column?")
+    numbers = {query: i for i, query in enumerate(dict.fromkeys(raw.texts))}
+    return replace(
+        graded, labels=[[grade / highest] for grade in graded.labels], groups=[numbers[query] for query in raw.texts]
+    )
 
 
 def _used(raw: RawExamples) -> set[str]:
@@ -178,4 +235,6 @@ LABELS: dict[str, LabelKind] = {
     "score": LabelKind(label_text, None, lambda raw, _: with_scores(raw)),
     "classes": LabelKind(_several, _several_names, _with_several),
     "tags": LabelKind(_tags, _tag_names, _with_tags, per_token=True),
+    "pair-score": LabelKind(label_text, None, _with_pair_score, pairs=True, separate=True),
+    "relevance": LabelKind(label_text, None, _with_relevance, pairs=True),
 }

@@ -1,19 +1,25 @@
 """Task metrics with their uncertainty: the same numbers for a torch model, an ONNX graph and an engine.
 
 Every metric takes outputs and labels as arrays and returns one float. Values come from scikit-learn, scipy and seqeval,
-which are imported when a metric is computed. Intervals are percentile bootstraps over samples.
+which are imported when a metric is computed. Intervals are percentile bootstraps over what is scored together: samples, or
+groups of them, such as the candidates of one query.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from nxm_export.data import NO_LABEL
+from nxm_export.data import NO_LABEL, members
 from nxm_export.errors import DataError
 
 RESAMPLES = 1000
+RANKS = 10  # of a ranking that count
+Groups = (
+    np.ndarray | None
+)  # the group of every sample (samples,), see `nxm_export.data.group_array`; None: each its own
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -58,7 +64,9 @@ def _constant(values: np.ndarray) -> bool:
     return bool(np.ptp(values) == 0)  # not so with NaN, which then shows in the correlation
 
 
-def label_counts(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str] = ()) -> np.ndarray:
+def label_counts(
+    logits: np.ndarray, labels: np.ndarray, classes: Sequence[str] = (), groups: Groups = None
+) -> np.ndarray:
     """(samples, 3): right, predicted and true labels of every sample; a label is predicted where its logit is above 0, which
     is a probability above 0.5. Logits and labels (0 or 1) are (samples, labels)."""
     from sklearn.metrics import multilabel_confusion_matrix
@@ -68,7 +76,9 @@ def label_counts(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str] 
     return np.stack([right, right + table[:, 0, 1], right + table[:, 1, 0]], axis=1)
 
 
-def entity_counts(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str] = ()) -> np.ndarray:
+def entity_counts(
+    logits: np.ndarray, labels: np.ndarray, classes: Sequence[str] = (), groups: Groups = None
+) -> np.ndarray:
     """(samples, 3): right, predicted and true entities of every sample, as CoNLL counts them (seqeval): an entity is right
     when its type and both ends are.
 
@@ -88,6 +98,44 @@ def entity_counts(logits: np.ndarray, labels: np.ndarray, classes: Sequence[str]
     return np.array(rows)
 
 
+def pair_cosines(
+    embeddings: np.ndarray, labels: np.ndarray, classes: Sequence[str] = (), groups: Groups = None
+) -> np.ndarray:
+    """(pairs, 2): cosine of the two embeddings of every group, and its score; embeddings (samples, features)."""
+    order = None if groups is None else np.argsort(groups, kind="stable")
+    if groups is None or order is None or set(np.unique(groups, return_counts=True)[1].tolist()) != {2}:
+        raise DataError("the cosine of pairs needs groups of exactly two samples; give data with two texts a row")
+    first, second = embeddings.astype(np.float64)[order[0::2]], embeddings.astype(np.float64)[order[1::2]]
+    lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    return np.stack([(first * second).sum(axis=1) / np.maximum(lengths, 1e-12), labels[order[0::2]]], axis=1)
+
+
+def _rank_correlation(rows: np.ndarray) -> float:
+    """Spearman correlation of two columns."""
+    return spearman(rows[:, 0], rows[:, 1])
+
+
+def ndcg_of_queries(
+    scores: np.ndarray, labels: np.ndarray, classes: Sequence[str] = (), groups: Groups = None
+) -> np.ndarray:
+    """(queries, 1): nDCG@10 of the candidates of every group, with gains as they are (not 2**gain); scores and relevance are
+    (samples, 1). A query with nothing to rank, one candidate or candidates that are all equally relevant, is left out."""
+    from sklearn.metrics import ndcg_score
+
+    rows = []
+    for query in members(groups, len(labels)):
+        truth, found = labels[query].reshape(1, -1), scores[query].reshape(1, -1)
+        if np.ptp(truth) > 0:
+            rows.append([float(ndcg_score(truth, found, k=RANKS)) if np.isfinite(found).all() else np.nan])
+    if not rows:
+        raise DataError("no query has two candidates of different relevance, so there is no ranking to score")
+    return np.array(rows)
+
+
+def _mean(rows: np.ndarray) -> float:
+    return float(rows.mean())
+
+
 def _counted_f1(counts: np.ndarray) -> float:
     """F1 of summed counts; 0 where nothing is predicted and nothing true, as in scikit-learn."""
     right, predicted, true = counts.sum(axis=0)
@@ -102,28 +150,47 @@ METRICS: dict[str, Metric] = {
     "pearson": pearson,
     "spearman": spearman,
 }
-# F1 over all samples together: counts of every sample, which a bootstrap then only has to add.
-COUNTS: dict[str, Callable[[np.ndarray, np.ndarray, Sequence[str]], np.ndarray]] = {
-    "micro_f1": label_counts,
-    "entity_f1": entity_counts,
+
+
+@dataclass(frozen=True)
+class RowMetric:
+    """A metric in two steps: `rows` (outputs, labels, classes, groups) gives a row of numbers for each unit that is scored, a
+    sample or a group, and `value` makes one number of them. A bootstrap only has to draw rows."""
+
+    rows: Callable[[np.ndarray, np.ndarray, Sequence[str], Groups], np.ndarray]
+    value: Callable[[np.ndarray], float]
+
+
+ROW_METRICS: dict[str, RowMetric] = {
+    "micro_f1": RowMetric(label_counts, _counted_f1),  # over all samples together
+    "entity_f1": RowMetric(entity_counts, _counted_f1),
+    "cosine_spearman": RowMetric(pair_cosines, _rank_correlation),
+    "ndcg_at_10": RowMetric(ndcg_of_queries, _mean),
 }
 
 
-def metric_named(name: str, classes: Sequence[str] = ()) -> Metric:
-    """The metric of this name, or `DataError` with the list; `classes` are the names of the last axis, where it needs them."""
-    if name in COUNTS:
-        return lambda outputs, labels: _counted_f1(COUNTS[name](outputs, labels, classes))
+def metric_named(name: str, classes: Sequence[str] = (), groups: Groups = None) -> Metric:
+    """The metric of this name, or `DataError` with the list; `classes` are the names of the last axis and `groups` the groups
+    of the samples, where it needs them."""
+    if name in ROW_METRICS:
+        metric = ROW_METRICS[name]
+        return lambda outputs, labels: metric.value(metric.rows(outputs, labels, classes, groups))
     if name not in METRICS:
-        raise DataError(f"unknown metric {name!r}; choose one of {', '.join([*METRICS, *COUNTS])}")
+        raise DataError(f"unknown metric {name!r}; choose one of {', '.join([*METRICS, *ROW_METRICS])}")
     return METRICS[name]
 
 
 def interval(
-    name: str, outputs: np.ndarray, labels: np.ndarray, seed: int = 0, classes: Sequence[str] = ()
+    name: str,
+    outputs: np.ndarray,
+    labels: np.ndarray,
+    seed: int = 0,
+    classes: Sequence[str] = (),
+    groups: Groups = None,
 ) -> tuple[float, float]:
-    """95 % bootstrap interval of a metric over samples."""
-    value = _resampled(name, outputs, labels, classes)
-    return _percentiles([value(pick) for pick in _resamples(len(labels), seed)])
+    """95 % bootstrap interval of a metric over samples, or over `groups` of them."""
+    units, value = _resampled(name, outputs, labels, classes, groups)
+    return _percentiles([value(pick) for pick in _resamples(units, seed)])
 
 
 def paired_interval(
@@ -133,27 +200,36 @@ def paired_interval(
     labels: np.ndarray,
     seed: int = 0,
     classes: Sequence[str] = (),
+    groups: Groups = None,
 ) -> tuple[float, float]:
-    """95 % bootstrap interval of metric(outputs) - metric(reference), both resampled together over samples."""
-    ours, theirs = (_resampled(name, found, labels, classes) for found in (outputs, reference))
-    return _percentiles([ours(pick) - theirs(pick) for pick in _resamples(len(labels), seed)])
+    """95 % bootstrap interval of metric(outputs) - metric(reference), both resampled together over samples, or over `groups`."""
+    (units, ours), (_, theirs) = (_resampled(name, found, labels, classes, groups) for found in (outputs, reference))
+    return _percentiles([ours(pick) - theirs(pick) for pick in _resamples(units, seed)])
 
 
 def _resampled(
-    name: str, outputs: np.ndarray, labels: np.ndarray, classes: Sequence[str]
-) -> Callable[[np.ndarray], float]:
-    """The metric of the samples at given indices."""
-    metric = metric_named(name, classes)
-    if name in COUNTS:
-        counts = COUNTS[name](outputs, labels, classes)
-        return lambda pick: _counted_f1(counts[pick])
-    return lambda pick: metric(outputs[pick], labels[pick])
+    name: str, outputs: np.ndarray, labels: np.ndarray, classes: Sequence[str], groups: Groups
+) -> tuple[int, Callable[[np.ndarray], float]]:
+    """(how many units are scored, the metric of the units at given indices)."""
+    if name in ROW_METRICS:
+        rows, value = ROW_METRICS[name].rows(outputs, labels, classes, groups), ROW_METRICS[name].value
+        return len(rows), lambda pick: value(rows[pick])
+    metric = metric_named(name)
+    if groups is None:
+        return len(labels), lambda pick: metric(outputs[pick], labels[pick])
+    units = [np.array(unit) for unit in members(list(groups), len(labels))]
+
+    def of_units(pick: np.ndarray) -> float:
+        samples = np.concatenate([units[i] for i in pick])
+        return metric(outputs[samples], labels[samples])
+
+    return len(units), of_units
 
 
-def _resamples(samples: int, seed: int) -> Iterator[np.ndarray]:
+def _resamples(units: int, seed: int) -> Iterator[np.ndarray]:
     """Index arrays, one at a time: all of them together would take gigabytes for a large dev set."""
     generator = np.random.default_rng(seed)
-    return (generator.integers(0, samples, size=samples) for _ in range(RESAMPLES))
+    return (generator.integers(0, units, size=units) for _ in range(RESAMPLES))
 
 
 def _percentiles(values: list[float]) -> tuple[float, float]:

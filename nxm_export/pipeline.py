@@ -460,7 +460,7 @@ def _summary(
     reports = {name: read("compare", name, "parity.json") for name in compared}
     main, reference = f"ort-cpu-{_kind(plan)}", "ort-cpu-fp32"
     outputs = {name: np.load(directory.path("compare", name, "outputs.npz")) for name in (main, reference)}
-    labels = outputs[main]["labels"]
+    labels, groups = outputs[main]["labels"], outputs[main].get("groups")
     first = reports[main]["outputs"][0]["output"]
     rtx = next((name for name in engines if name.startswith("trt_rtx")), None)
     return {
@@ -475,6 +475,7 @@ def _summary(
             outputs[reference][first],
             labels,
             classes=load_spec(directory.path("onnx", "cpu")).labels,
+            groups=groups,
         ),
         "checkpoint": compressed["value"],
         "compression": {counting: plan.compression(counting) for counting in COUNTINGS},

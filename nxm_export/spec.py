@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nxm_export.embedding import read_pooling
 from nxm_export.errors import ArtifactError
 from nxm_export.families import TASKS, Family, Task, labels_of
 from nxm_export.plan import require_schema
@@ -47,6 +48,8 @@ class IOSpec:
             asked = settings.get("model_max_length") if isinstance(settings, dict) else None
             if isinstance(asked, (int, float)) and asked >= 1:  # transformers writes 1e30 for "no limit"
                 limit = min(limit, int(asked))
+        if task.auto_class is None:
+            limit = min(limit, read_pooling(directory).max_length or limit)
         limits = {
             "input_ids": config.get("vocab_size"),
             "attention_mask": 2,
@@ -57,7 +60,7 @@ class IOSpec:
             task.name,
             family.inputs,
             dict(task.outputs),
-            labels_of(config),
+            labels_of(config) if task.names_labels else (),
             limit,
             int(config.get("pad_token_id") or 0),
             {name: int(limit) for name, limit in limits.items() if limit and name in family.inputs},

@@ -39,7 +39,9 @@ CLASSES = {
     "regression": ("score",),
     "multi-label": ("bad", "good", "long"),
     "token-classification": ("O", "B-BAD", "B-GOOD"),
+    "reranking": ("score",),
 }
+CANDIDATES = 4  # of a query
 TRAIN_SAMPLES, DEV_SAMPLES = 192, 64
 
 
@@ -57,16 +59,23 @@ def write_model(
     """Write a Hugging Face directory with random weights and its tokenizer to `out`, and return it.
 
     `head` is None for an encoder alone (what pretraining leaves), else a task; `classes` are those of ``classification``.
+    For ``embedding`` it is a sentence-transformers directory with the mean of the tokens, at length 1.
     """
     import torch
     import transformers
 
+    from nxm_export.embedding import Pooling, embedding_model, write_pooling
     from nxm_export.families import TASKS
 
     torch.manual_seed(seed)
     config = _config(family, hidden, intermediate, layers)
     if head is None:
         model = transformers.AutoModel.from_config(config)
+    elif head == "embedding":
+        pooling = Pooling("mean", normalize=True)
+        model = embedding_model(family, pooling)(config)
+        out.mkdir(parents=True, exist_ok=True)
+        write_pooling(out, pooling, hidden, POSITIONS, out)
     else:
         task = TASKS[head]
         names = classes if head == "classification" else CLASSES[head]
@@ -114,10 +123,12 @@ def tokenizer(family: str = "bert") -> Any:
 
 def write_data(out: Path, task: str = "classification", *, pairs: bool = False, seed: int = 0) -> tuple[Path, Path]:
     """Write ``train.tsv`` and ``dev.tsv`` to `out` (columns ``sentence``, ``sentence2`` with `pairs`, ``label``) and return them;
-    for token classification ``train.jsonl`` and ``dev.jsonl`` (``tokens``, ``tags``).
+    for token classification ``train.jsonl`` and ``dev.jsonl`` (``tokens``, ``tags``), for reranking the columns ``query``,
+    ``document`` and ``relevance``.
 
     Labels are 1 when good words outnumber bad ones; regression labels are the difference of the two counts; the labels of
-    multi-label say which kinds of words there are, the tags which kind each word is.
+    multi-label say which kinds of words there are, the tags which kind each word is. Sentences are as similar as they share
+    words, and documents as relevant as they hold good words.
     """
     out.mkdir(parents=True, exist_ok=True)
     suffix = "jsonl" if task == "token-classification" else "tsv"
@@ -135,11 +146,21 @@ def write_data(out: Path, task: str = "classification", *, pairs: bool = False, 
                 tags = ["B-GOOD" if word in GOOD else "B-BAD" if word in BAD else "O" for word in words]
                 lines.append(json.dumps({"tokens": words, "tags": tags}))
                 continue
+            if task == "embedding":
+                other = rng.sample(words, rng.randint(0, len(words))) + rng.choices(WORDS, k=rng.randint(1, 4))
+                shared = len(set(words) & set(other)) / len(set(words) | set(other))
+                lines.append(f"{' '.join(words)}\t{' '.join(other)}\t{shared:.3f}")
+                continue
+            if task == "reranking":
+                query = f"{NEUTRAL[len(lines) // CANDIDATES % len(NEUTRAL)]} {WORDS[len(lines) // CANDIDATES % len(WORDS)]} film"
+                lines.append(f"{query}\t{' '.join(words)}\t{sum(word in GOOD for word in words)}")
+                continue
             half = len(words) // 2
             texts = [" ".join(words[:half]), " ".join(words[half:])] if pairs else [" ".join(words)]
             lines.append("\t".join([*texts, _label(task, words)]))
         if suffix == "tsv":
-            lines.insert(0, "sentence\tsentence2\tlabel" if pairs else "sentence\tlabel")
+            header = {"embedding": "sentence1\tsentence2\tscore", "reranking": "query\tdocument\trelevance"}
+            lines.insert(0, header.get(task, "sentence\tsentence2\tlabel" if pairs else "sentence\tlabel"))
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return files
 
@@ -173,7 +194,7 @@ def compress_tiny(
     from compressors.settings import Settings
     from nxm_export.plan import WeightSpec
 
-    encoder = write_model(family, out / "encoder")
+    encoder = write_model(family, out / "encoder", head="embedding" if task == "embedding" else None)
     train, dev = write_data(out, task)
     chosen = Settings(
         **{

@@ -16,6 +16,7 @@ import numpy as np
 from engines.serving.protocol import TensorSpec
 from nxm_export.data import Examples, encode, load_tokenizer, pad
 from nxm_export.errors import RequestRefused
+from nxm_export.families import TASKS
 from nxm_export.spec import IOSpec
 
 TEXT, PAIR, LABEL = "text", "text_pair", "label"
@@ -40,6 +41,15 @@ class TextFace:
         """The engine's feeds (rows, longest text) for BYTES tensors (rows, 1); raises `RequestRefused` (400)."""
         texts = self._decode(TEXT, tensors[TEXT])
         pairs = self._decode(PAIR, tensors[PAIR]) if PAIR in tensors else None
+        wants = TASKS[self._spec.task].texts
+        if wants == "one" and pairs is not None:
+            raise RequestRefused(
+                400, f"{self._spec.task} reads one text a row; send what is in {PAIR} as rows of {TEXT}"
+            )
+        if wants == "two" and pairs is None:
+            raise RequestRefused(
+                400, f"{self._spec.task} needs {TEXT} (the query) and {PAIR} (the document) in every row"
+            )
         if pairs is not None and len(pairs) != len(texts):
             raise RequestRefused(400, f"{TEXT} has {len(texts)} rows and {PAIR} has {len(pairs)}")
         examples = Examples(texts, pairs, [0] * len(texts), "request")

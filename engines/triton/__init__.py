@@ -27,6 +27,7 @@ from engines.triton.check_manifest import MANIFEST, same_version
 from engines.triton.config import BACKENDS, KINDS, engine_config, text_configs
 from engines.triton.deploy import DEFAULT_IMAGE, deployment_files
 from nxm_export.errors import ArtifactError, ServeError
+from nxm_export.families import TASKS
 from nxm_export.run_dir import atomic_dir, file_hash, file_hashes
 from nxm_export.spec import TOKENIZER_FILE, IOSpec, load_spec
 
@@ -153,6 +154,11 @@ def _write_text_face(repository: Path, group: _Group, options: TritonOptions) ->
     first, spec, directory = group.passports[0], group.spec, group.directories[0]
     if not (directory / TOKENIZER_FILE).is_file():
         raise ArtifactError(f"{directory} has no {TOKENIZER_FILE}, which --text needs; copy it from the checkpoint")
+    wants = TASKS[spec.task].texts
+    if options.pair and wants == "one":
+        raise ServeError(f"{directory}: {spec.task} reads one text at a time; use --text, not --text-pair")
+    if not options.pair and wants == "two":
+        raise ServeError(f"{directory}: {spec.task} reads a query and a document at once; use --text-pair")
     labels = names_classes(spec)
     buckets = plan_buckets(spec.max_length, options.max_batch, first.shape_profiles())
     configs = text_configs(group.name, first, spec, max_batch=options.max_batch, pair=options.pair, labels=labels)

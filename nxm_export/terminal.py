@@ -260,6 +260,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     """The final tables of a run, from its summary."""
     low, high = summary["difference_interval"]
     metric = summary["metric"]
+    alike = summary.get("cosine_to_dense")  # of embedding models
     print_table(
         f"{metric} on {summary['dev_samples']} held-out samples",
         ("model", metric, "note"),
@@ -270,6 +271,11 @@ def print_summary(summary: Mapping[str, Any]) -> None:
                 "compressed, ONNX Runtime",
                 f"{summary['compressed']:.4f}",
                 f"difference to dense: {low:+.4f} to {high:+.4f} (95 %)",
+            ),
+            *(
+                [("its cosine to the dense embeddings", f"{alike['mean']:.4f}", f"the least {alike['least']:.4f}")]
+                if alike
+                else []
             ),
         ],
     )

@@ -33,7 +33,9 @@ from nxm_export.families import FAMILIES, TASKS
 from nxm_export.labels import labelled, load_labelled
 from nxm_export.metrics import interval, metric_named
 from nxm_export.plan import WeightSpec
+from nxm_export.weights import load_graph
 from tests import tiny
+from tests.variants import variants
 
 TASK = TASKS["embedding"]
 TINY = Settings(steps=2, batch_size=16, calibration_samples=32, precision="fp32")
@@ -357,6 +359,19 @@ def test_the_gate_on_the_cosine_holds_for_an_engine(tmp_path: Path, tiny_checkpo
     assert not report.gates[0].passed
     with pytest.raises(DataError, match="a gate on flips needs classes"):
         compare_all(checkpoint, [tmp_path / "engine"], features, gates=[parse_gate("flips<=1%")])
+
+
+@pytest.mark.parametrize("target", variants(["trt8", "trt"], ("trt8",)))
+def test_every_target_pools_in_float32(target: str, tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
+    graph = load_graph(export(tiny_checkpoint("bert", task="embedding"), tmp_path / "graph", target=target).path)
+    assert graph.metadata_props["nxm.pooling"] == "mean, normalized"
+    tail = [node for node in graph.graph if node.op_type in ("ReduceSum", "Sqrt", "Div")][-5:]
+    assert [node.op_type for node in tail] == ["ReduceSum", "Div", "ReduceSum", "Sqrt", "Div"]
+    assert {str(node.outputs[0].dtype) for node in tail} == {"FLOAT"}
+    if target == "trt":
+        pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed; pip install 'nxm-export[trt-rtx]'")
+        facts = build_engine(tmp_path / "graph" / "model.onnx", tmp_path / "engine", "trt_rtx")
+        assert facts["options"]["integer_products"] == 12
 
 
 def test_the_model_is_loaded_with_its_pooling_for_training(tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def _outputs(model: nn.Module, data: TaskData, progress: Progress) -> tuple[np.n
         "metric": data.task.metric,
         "value": metric_named(data.task.metric, names, groups)(logits, labels),
         "interval": interval(data.task.metric, logits, labels, classes=names, groups=groups),
-        "dev_samples": len(labels),
+        "dev_samples": len(labels) if groups is None else len(np.unique(groups)),  # of what is scored
     }
 
 

@@ -36,7 +36,7 @@ class Pair:
     max_abs: float
     mean_abs: float
     cosine: float
-    agreement: float
+    agreement: float | None
     difference: float
     difference_interval: tuple[float, float]
 
@@ -88,11 +88,13 @@ def flips(wanted: np.ndarray, found: np.ndarray, tolerance: float, link: str = "
     return sorted(made, key=lambda flip: -flip.margin)
 
 
-def agreement(wanted: np.ndarray, found: np.ndarray, link: str = "softmax", real: np.ndarray | None = None) -> float:
-    """Share of equal decisions, of those where `real` holds; 1.0 without decisions."""
+def agreement(
+    wanted: np.ndarray, found: np.ndarray, link: str = "softmax", real: np.ndarray | None = None
+) -> float | None:
+    """Share of equal decisions, of those where `real` holds; None for outputs that decide nothing."""
     ours, theirs = decisions(wanted, link), decisions(found, link)
     if ours is None or theirs is None:
-        return 1.0
+        return None
     same = ours == theirs
     return float((same if real is None else same[real]).mean())
 

@@ -335,7 +335,8 @@ def _report(
     of_engine, of_reference = value(found[first], labels), value(wanted[first], labels)
     quantities = {
         "drop": 100.0 * (of_reference - of_engine),
-        "flips": 100.0 * float(np.max([1.0 - output.agreement for output in outputs])),
+        "flips": 100.0
+        * float(np.max([1.0 - (1.0 if output.agreement is None else output.agreement) for output in outputs])),
         "max_abs": float(np.max([output.max_abs for output in outputs])),
     }
     if task.link == "vector":

@@ -24,7 +24,7 @@ QUIET_SAMPLES = 20  # fewer are no statistics: were 20 expected, chance alone wo
 class OutputParity:
     """One output of an engine against the reference.
 
-    `agreement` is the share of equal argmax (1.0 without classes), `quiet` the share of samples that are equal to within
+    `agreement` is the share of equal argmax (None without classes), `quiet` the share of samples that are equal to within
     float32 rounding. A changed class is excused only where the reference's own margin is within the tolerance.
 
     `step` is one quantization step as this output shows it: by how much its most sensitive value changes when one random
@@ -36,7 +36,7 @@ class OutputParity:
     max_abs: float
     mean_abs: float
     cosine: float
-    agreement: float
+    agreement: float | None
     worst_sample: int
     max_tolerance: float
     mean_tolerance: float

@@ -446,6 +446,7 @@ def _summary(
     """The numbers of the run, every one read back from the file that a stage wrote; paths are relative to the run."""
     import numpy as np
 
+    from engines.agreement import cosines
     from nxm_export.metrics import paired_interval
 
     def read(*parts: str) -> dict[str, Any]:
@@ -462,6 +463,8 @@ def _summary(
     outputs = {name: np.load(directory.path("compare", name, "outputs.npz")) for name in (main, reference)}
     labels, groups = outputs[main]["labels"], outputs[main].get("groups")
     first = reports[main]["outputs"][0]["output"]
+    vectors = task_named(load_spec(directory.path("onnx", "cpu")).task).link == "vector"
+    alike = cosines(outputs[reference][first], outputs[main][first]) if vectors else None
     rtx = next((name for name in engines if name.startswith("trt_rtx")), None)
     return {
         "schema": SUMMARY_SCHEMA,
@@ -477,6 +480,7 @@ def _summary(
             classes=load_spec(directory.path("onnx", "cpu")).labels,
             groups=groups,
         ),
+        **({} if alike is None else {"cosine_to_dense": {"mean": float(alike.mean()), "least": float(alike.min())}}),
         "checkpoint": compressed["value"],
         "compression": {counting: plan.compression(counting) for counting in COUNTINGS},
         "plan": plan.pattern_counts,

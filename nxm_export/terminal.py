@@ -91,7 +91,7 @@ def print_parity(reports: Sequence[Any]) -> None:
                 ("mean |difference|", f"{output.mean_abs:.4g}{mean_steps}", f"at most {output.mean_tolerance:.4g}"),
                 ("equal samples", f"{output.quiet:.1%}", f"at least {output.quiet_required:.1%}"),
                 ("cosine", f"{output.cosine:.8f}", ""),
-                ("equal argmax", f"{output.agreement:.2%}", ""),
+                ("equal argmax", _share(output.agreement), ""),
                 ("classes changed beyond the tolerance", output.unexcused_flips, "none"),
                 *[
                     (
@@ -133,7 +133,7 @@ def print_parity(reports: Sequence[Any]) -> None:
             f"{pair.max_abs:.4g}",
             f"{pair.mean_abs:.4g}",
             f"{pair.cosine:.6f}",
-            f"{pair.agreement:.2%}",
+            _share(pair.agreement),
             f"{pair.difference:+.4f} ({pair.difference_interval[0]:+.4f} to {pair.difference_interval[1]:+.4f})",
         )
         for number, report in enumerate(reports)
@@ -143,6 +143,11 @@ def print_parity(reports: Sequence[Any]) -> None:
     if pairs:
         columns = ("engine", "and", "output", "max", "mean", "cosine", "equal argmax", "metric difference, 95 %")
         print_table("engines against each other", columns, pairs)
+
+
+def _share(value: float | None) -> str:
+    """Of scores and embeddings there is no argmax."""
+    return "-" if value is None else f"{value:.2%}"
 
 
 def print_bisects(reports: Sequence[Any]) -> None:
@@ -260,6 +265,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     """The final tables of a run, from its summary."""
     low, high = summary["difference_interval"]
     metric = summary["metric"]
+    alike = summary.get("cosine_to_dense")  # of embedding models
     print_table(
         f"{metric} on {summary['dev_samples']} held-out samples",
         ("model", metric, "note"),
@@ -270,6 +276,11 @@ def print_summary(summary: Mapping[str, Any]) -> None:
                 "compressed, ONNX Runtime",
                 f"{summary['compressed']:.4f}",
                 f"difference to dense: {low:+.4f} to {high:+.4f} (95 %)",
+            ),
+            *(
+                [("its cosine to the dense embeddings", f"{alike['mean']:.4f}", f"the least {alike['least']:.4f}")]
+                if alike
+                else []
             ),
         ],
     )
@@ -292,7 +303,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         [
             (
                 name,
-                f"{report['agreement']:.2%}",
+                _share(report["agreement"]),
                 "NaN" if report["max_abs"] is None else f"{report['max_abs']:.2g}",
                 f"{report['value']:.4f}",
                 "pass" if report["passed"] else "FAIL",

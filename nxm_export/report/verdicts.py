@@ -258,7 +258,9 @@ def _parity(run: Run) -> Verdict:
             engine.parity.at("outputs", 0, "agreement") if engine.parity else None
         )
         word = "FAIL" if engine in failed else "pass"
-        pieces: tuple[Piece, ...] = (word, ", ", agreement.shown("share"), " equal argmax") if agreement else (word,)
+        pieces: tuple[Piece, ...] = (word,)
+        if agreement and agreement.value is not None:  # of scores and embeddings there is no argmax
+            pieces = (word, ", ", agreement.shown("share"), " equal argmax")
         rows.append(Row(engine.name, pieces))
     others = [engine.name for engine in run.engines if engine.parity is None]
     note = "Each engine against its own checkpoint in PyTorch, on the same samples, with a measured tolerance."

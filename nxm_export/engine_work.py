@@ -102,15 +102,17 @@ def bisect_engines(
 ) -> list[Any]:
     """Find the first block where each engine parts from the checkpoint in PyTorch; one `BisectReport` each.
 
-    TensorRT engines are built again with the blocks' outputs as graph outputs, from a new export of the checkpoint.
+    Engines are built again with the blocks' outputs as graph outputs; those of TensorRT from a new export of the checkpoint.
     """
+    from engines.base import CPU_BACKENDS
     from engines.bisect import bisect
     from engines.passport import load_passport
 
     features, reports = _shared_features(engines, data, columns), []
     for engine in map(Path, engines):
-        if load_passport(engine).backend == "ort":  # the engine file is a graph itself
-            reports.append(bisect(checkpoint, engine, features))
+        passport = load_passport(engine)
+        if passport.backend in CPU_BACKENDS:  # the engine file is a graph itself
+            reports.append(bisect(checkpoint, engine, features, graph=engine / passport.engine))
             continue
         with TemporaryDirectory() as scratch:
             graph = _export_again(Path(checkpoint), engine, Path(scratch) / "graph")
@@ -169,7 +171,7 @@ def bench_engines(
 
     Engines that this machine cannot run are named in the report with the reason, unless none is left.
     """
-    from engines.base import backend
+    from engines.base import CPU_BACKENDS, backend
     from engines.bench import bench, sparse_verdict
     from engines.passport import load_passport
     from nxm_export.twins import DENSE, SPARSE, is_twins, twin_directories
@@ -187,7 +189,7 @@ def bench_engines(
         for path in paths:
             name = path.resolve().name if named else str(path)
             runtime = backend(passports[path].backend)
-            options = {"threads": threads} if threads and runtime.NAME == "ort" else {}
+            options = {"threads": threads} if threads and runtime.NAME in CPU_BACKENDS else {}
             try:
                 loaded[name] = stack.enter_context(runtime.load(path, **options))
                 names[passports[path].options.get("twin")] = (name, path)

@@ -36,6 +36,7 @@ RECORDED_VERSIONS = (
     "transformers",
     "onnx",
     "onnxruntime",
+    "openvino",
     "tensorrt",
     "tensorrt-rtx-cu13",
     "openvino",

@@ -21,9 +21,14 @@ from nxm_export.terminal import print_bisects, print_facts, print_parity, print_
 
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("--backend", default="ort", show_default=True, help="ort, trt or trt_rtx.")
+@click.option(
+    "--backend",
+    default="ort",
+    show_default=True,
+    help="ort, openvino, trt or trt_rtx.",
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Engine directory.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of an ort engine.  [default: all cores]")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of a CPU engine.  [default: all cores]")
 @click.option(
     "--profile",
     "profiles",
@@ -63,12 +68,12 @@ from nxm_export.terminal import print_bisects, print_facts, print_parity, print_
 @json_option
 def build(source: Path, backend: str, out: Path, json: bool, **options: Any) -> None:
     """Build an engine directory from an ONNX graph (or, with --twins, three from a checkpoint)."""
-    from engines.base import BuildOptions
+    from engines.base import CPU_BACKENDS, BuildOptions
     from engines.profiles import parse_profile
     from nxm_export.engine_work import build_engine
 
-    if options["threads"] and backend != "ort":
-        raise click.UsageError(f"--threads is for ort engines; {backend} has no use for it")
+    if options["threads"] and backend not in CPU_BACKENDS:
+        raise click.UsageError(f"--threads is for engines on the CPU; {backend} has no use for it")
     if options["lengths"] and options["profiles"]:
         raise click.UsageError("--lengths and --profile are two ways to say the same; give one of them")
     cache = options["timing_cache"]

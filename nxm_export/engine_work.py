@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -52,6 +53,48 @@ def build_engine(
     with atomic_dir(out) as scratch:
         passport = backend(name).build(source, scratch, options)
     return asdict(passport)
+
+
+def build_fastest(
+    source: str | Path,
+    out: str | Path,
+    options: BuildOptions | None = None,
+    *,
+    shapes: Sequence[tuple[int, int]] | None = None,
+    checkpoint: str | Path | None = None,
+    data: str | None = None,
+    columns: Columns = Columns(),
+    measure: Any = None,
+) -> tuple[dict[str, Any], Any]:
+    """Build an ONNX file with every CPU backend, time them and keep the fastest; (facts of its passport, `Choice`).
+
+    With `checkpoint` and `data` only engines that pass `nxm compare` are candidates, and the parity report comes with the
+    engine. `measure` times loaded engines (see `engines.auto.choose`); by default they are timed by `engines.bench`.
+    """
+    from engines import auto
+    from engines.base import BuildOptions
+    from engines.passport import load_passport
+
+    source, out, options = Path(source), Path(out), options or BuildOptions()
+    with atomic_dir(out) as scratch, TemporaryDirectory() as work:
+        engines, left_out = auto.build_candidates(source, Path(work), options)
+        checked = checkpoint is not None and data is not None
+        if checkpoint is not None and data is not None:
+            for report in compare_engines(checkpoint, list(engines.values()), data, columns):
+                if not report.passed:
+                    name = Path(report.engine).name
+                    engines.pop(name)
+                    left_out[name] = "it does not compute what the checkpoint computes"
+            if not engines:
+                raise EngineError(f"{source}: no engine passes the comparison with {checkpoint}; run `nxm compare`")
+        choice = auto.choose(engines, left_out, shapes, threads=options.threads, measure=measure)
+        kept = Path(work) / choice.backend
+        shutil.copytree(kept, scratch, dirs_exist_ok=True)
+        passport = load_passport(scratch)
+        facts = {**choice.to_dict(), "parity": "passed" if checked else "not checked"}
+        passport = replace(passport, options={**passport.options, "auto": facts})
+        passport.save(scratch)
+    return asdict(passport), choice
 
 
 def _profiles(directory: Path, data: str, count: int, columns: Columns) -> list[Any]:

@@ -36,7 +36,6 @@ RECORDED_VERSIONS = (
     "transformers",
     "onnx",
     "onnxruntime",
-    "openvino",
     "tensorrt",
     "tensorrt-rtx-cu13",
     "openvino",

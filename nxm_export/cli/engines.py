@@ -25,7 +25,7 @@ from nxm_export.terminal import print_bisects, print_facts, print_parity, print_
     "--backend",
     default="ort",
     show_default=True,
-    help="ort, openvino, trt or trt_rtx.",
+    help="ort, openvino, trt, trt_rtx; auto: the fastest on this CPU.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Engine directory.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of a CPU engine.  [default: all cores]")
@@ -65,14 +65,31 @@ from nxm_export.terminal import print_bisects, print_facts, print_parity, print_
     help="Of linear layers, with --twins.",
 )
 @click.option("--target", help="Graph target, with --twins.  [default: trt; trt8 for TensorRT 8.6]")
+@click.option(
+    "--shape", "shapes", multiple=True, help="With --backend auto: batch x sequence to be fast at; may be repeated."
+)
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="With --backend auto: keep only an engine that passes `nxm compare` with it.",
+)
+@click.option("--data", metavar="FILE", help="With --checkpoint: labelled samples to compare on.")
 @json_option
 def build(source: Path, backend: str, out: Path, json: bool, **options: Any) -> None:
     """Build an engine directory from an ONNX graph (or, with --twins, three from a checkpoint)."""
+    from engines.auto import NAME as AUTO
     from engines.base import CPU_BACKENDS, BuildOptions
     from engines.profiles import parse_profile
-    from nxm_export.engine_work import build_engine
+    from nxm_export.engine_work import build_engine, build_fastest
 
-    if options["threads"] and backend not in CPU_BACKENDS:
+    automatic = [f"--{name.removesuffix('s')}" for name in ("shapes", "checkpoint", "data") if options[name]]
+    if automatic and backend != AUTO:
+        raise click.UsageError(f"{automatic[0]} is for --backend auto")
+    if backend == AUTO and (options["twins"] or options["lengths"] or options["profiles"]):
+        raise click.UsageError("--twins, --lengths and --profile are for TensorRT; --backend auto builds for the CPU")
+    if bool(options["checkpoint"]) != bool(options["data"]):
+        raise click.UsageError("--checkpoint and --data belong together")
+    if options["threads"] and backend not in (*CPU_BACKENDS, AUTO):
         raise click.UsageError(f"--threads is for engines on the CPU; {backend} has no use for it")
     if options["lengths"] and options["profiles"]:
         raise click.UsageError("--lengths and --profile are two ways to say the same; give one of them")
@@ -91,11 +108,32 @@ def build(source: Path, backend: str, out: Path, json: bool, **options: Any) -> 
             require_timing_cache=cache is not None,
             progress=progress,
         )
+        if backend == AUTO:
+            shapes = [shape_of(text) for text in options["shapes"]] or None
+            result, choice = build_fastest(
+                source, out, settings, shapes=shapes, checkpoint=options["checkpoint"], data=options["data"]
+            )
+            show_result({**result, "path": str(out)}, json, lambda facts: _print_choice(choice, facts))
+            return
         result = build_engine(
             source, out, backend, settings, lengths=options["lengths"], profiles=options["max_profiles"], twins=options["twins"],
             export_options={"target": options["target"] or "trt", "lowering": options["lowering"]},
         )  # fmt: skip
     show_result({**result, "path": str(out)}, json, lambda facts: print_facts("built", facts))
+
+
+def _print_choice(choice: Any, facts: dict[str, Any]) -> None:
+    """The candidates' timings, what was kept and why, then the passport."""
+    shapes = [f"{batch}x{sequence}, ms" for batch, sequence in choice.shapes]
+    rows = [
+        (row.backend, *(f"{value:.3g}" for value in row.latency_ms), f"{row.speedup:.2f}x" if number else "reference")
+        for number, row in enumerate(choice.rows)
+    ]
+    print_table("candidates, medians of interleaved rounds", ("backend", *shapes, "speed"), rows)
+    for name, why in choice.left_out.items():
+        click.echo(f"left out: {name}: {why}")
+    click.echo(f"kept {choice.backend}: {choice.why}")
+    print_facts("built", facts)
 
 
 @main.command()

@@ -24,7 +24,7 @@ from engines import torch_eager
 from engines.base import backend
 from engines.cut import cut_ort, cut_tensorrt
 from engines.parity import open_part
-from engines.tolerance import JITTER, MAX_FACTOR, MEAN_FACTOR, QUIET, QUIET_FACTOR, QUIET_SAMPLES
+from engines.tolerance import MAX_FACTOR, MEAN_FACTOR, QUIET, QUIET_FACTOR, QUIET_SAMPLES
 from engines.torch_eager import EMBEDDINGS
 from nxm_export.checkpoint import read_config
 from nxm_export.data import Features, pad, sorted_batches
@@ -133,7 +133,7 @@ def bisect(
             cut as ours,
             backend(part.passport.backend).load(part.directory) as whole,
             load(checkpoint, **options, exact=True) as exact,
-            load(checkpoint, **options, jitter=JITTER[part.dtype], everywhere=True) as noisy,
+            load(checkpoint, **options, jitter=part.jitter, everywhere=True) as noisy,
             load(checkpoint, **options, nudge=True) as nudged,
         ):
             for indices in sorted_batches(samples, BATCH):

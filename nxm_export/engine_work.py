@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -250,6 +250,69 @@ def bench_engines(
     return replace(report, verdict=verdict, unmeasured=missing)
 
 
+def bench_text(
+    engines: Sequence[str | Path],
+    data: str,
+    *,
+    batch: int | None = None,
+    rounds: int | None = None,
+    threads: int | None = None,
+    columns: Columns = Columns(),
+) -> Any:
+    """Sentences a second of CPU engine directories over the text of a data file; returns a `TextReport`.
+
+    All engines must read the text in the same tokens and give one answer a sentence.
+    """
+    from engines import text_bench
+    from engines.base import CPU_BACKENDS, backend
+    from engines.passport import load_passport
+
+    paths = [Path(path) for path in engines]
+    for path in paths:
+        name = load_passport(path).backend
+        if name not in CPU_BACKENDS:
+            raise EngineError(
+                f"{path}: text is timed on CPU engines ({', '.join(CPU_BACKENDS)}), and this is of {name}"
+            )
+        if any("sequence" in axes for axes in load_spec(path).outputs.values()):
+            raise EngineError(f"{path}: it has an answer for every token; text is timed for one answer a sentence")
+    _shared_features(paths, data, columns)
+    spec = load_spec(paths[0])
+    limit = min(load_spec(path).max_length for path in paths)
+    names = [path.resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    with ExitStack() as stack:
+        loaded = {
+            name: stack.enter_context(
+                backend(load_passport(path).backend).load(path, **({"threads": threads} if threads else {}))
+            )
+            for name, path in zip(names, paths, strict=True)
+        }
+        return text_bench.bench_text(
+            loaded,
+            _tokeniser(paths[0], data, columns, limit),
+            pad_id=spec.pad_id,
+            limit=limit,
+            batch=batch or text_bench.BATCH,
+            rounds=rounds or text_bench.ROUNDS,
+        )
+
+
+def _tokeniser(directory: Path, data: str, columns: Columns, limit: int) -> Callable[[], list[Any]]:
+    """A function that makes token features of a data file's text, which is read here, once."""
+    from nxm_export.data import encode, load_tokenizer
+    from nxm_export.families import TASKS
+    from nxm_export.labels import labelled, load_labelled, names_for
+
+    spec = load_spec(directory)
+    task = TASKS[spec.task]
+    raw = load_labelled(data, "dev", columns, task)
+    examples = labelled(raw, task, names_for(raw, task, spec.labels))
+    tokenizer = load_tokenizer(directory)
+    return lambda: encode(tokenizer, examples, min(limit, spec.max_length), spec.inputs)
+
+
 def _vocabulary(engines: Sequence[Path]) -> int:
     """Token ids below this exist in every engine."""
     from engines.base import spec_of
@@ -292,12 +355,4 @@ def load_servers(
 
 def features_of(directory: Path, data: str, columns: Columns, limit: int | None = None) -> list[Any]:
     """A labelled data file in tokens (at most `limit`), by the tokenizer and labels of a graph or engine directory."""
-    from nxm_export.data import encode, load_tokenizer
-    from nxm_export.families import TASKS
-    from nxm_export.labels import labelled, load_labelled, names_for
-
-    spec = load_spec(directory)
-    task = TASKS[spec.task]
-    raw = load_labelled(data, "dev", columns, task)
-    examples = labelled(raw, task, names_for(raw, task, spec.labels))
-    return encode(load_tokenizer(directory), examples, min(limit or spec.max_length, spec.max_length), spec.inputs)
+    return _tokeniser(directory, data, columns, limit or load_spec(directory).max_length)()

@@ -234,8 +234,11 @@ def compare(
 @click.option("--serve", "urls", multiple=True, metavar="URL", help="Load running servers instead; may be repeated.")
 @click.option("--model", help="With --serve: the model's name there.")
 @click.option(
-    "--data", metavar="FILE", help="With --serve: sentences to send, as tokens of ENGINES' tokenizer, else as text."
+    "--data",
+    metavar="FILE",
+    help="Time ENGINES over this text, tokenisation included. With --serve: sentences to send, as tokens of ENGINES' tokenizer, else as text.",
 )
+@click.option("--batch", type=click.IntRange(min=1), help="With --data: sentences a batch.  [default: 32]")
 @click.option(
     "--clients", default="1,8,32", show_default=True, metavar="N,N,...", help="With --serve: clients at once."
 )
@@ -254,11 +257,20 @@ def bench(
     engines: tuple[Path, ...], shapes: tuple[str, ...], rounds: int, threads: int | None, json: bool, **load: Any
 ) -> None:
     """Time ENGINES interleaved (speed-ups are against the first), or load running servers with --serve."""
+    batch = load.pop("batch")
     if load["urls"]:
         _bench_servers(engines, rounds or 3, json, **load)
         return
     if not engines:
         raise click.UsageError("missing ENGINES (or --serve URL)")
+    if batch and not load["data"]:
+        raise click.UsageError("--batch is for --data")
+    if load["data"]:
+        from nxm_export.engine_work import bench_text
+
+        text = bench_text(engines, load["data"], batch=batch, rounds=rounds, threads=threads)
+        show_result(text.to_dict(), json, lambda _: _print_text(text))
+        return
     from nxm_export.engine_work import bench_engines
 
     report = bench_engines(engines, [shape_of(text) for text in shapes], rounds or 30, threads)
@@ -288,6 +300,29 @@ def bench(
             click.echo(f"verdict: {report.verdict}")
 
     show_result(report.to_dict(), json, show_rows)
+
+
+def _print_text(report: Any) -> None:
+    rows = [
+        (
+            row.name,
+            row.order,
+            f"{row.padding:.0%}",
+            f"{row.sentences_per_second:.1f}",
+            f"{row.quartiles[0]:.1f} to {row.quartiles[1]:.1f}",
+            f"{row.without_tokenisation:.1f}",
+            "reference"
+            if row.interval is None
+            else f"{row.speedup:.2f}x ({row.interval[0]:.2f} to {row.interval[1]:.2f})",
+        )
+        for row in report.timings
+    ]
+    columns = ("engine", "order", "padding", "sentences a second", "middle half", "engine alone", "speed")
+    print_table(f"{report.sentences} sentences in batches of {report.batch}", columns, rows)
+    click.echo(
+        f"{report.tokens[0]:.1f} tokens a sentence, at most {report.tokens[1]}; fixed pads to {report.fixed}; "
+        f"the tokenizer alone: {report.tokenised_per_second:.0f} sentences a second"
+    )
 
 
 def _bench_servers(

@@ -186,17 +186,21 @@ def _runtime() -> Any:
     return openvino
 
 
-def _compile(file: Path, model: bytes, threads: int | None) -> Any:
-    core = _runtime().Core()
-    settings = {
+def settings(threads: int | None) -> dict[str, Any]:
+    """What every model is compiled with; None is all cores of this process."""
+    return {
         "INFERENCE_PRECISION_HINT": PRECISION,
         "INFERENCE_NUM_THREADS": threads or len(os.sched_getaffinity(0)),
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,
     }
+
+
+def _compile(file: Path, model: bytes, threads: int | None) -> Any:
+    core = _runtime().Core()
     try:
-        return core.compile_model(core.read_model(model, b""), "CPU", settings)
+        return core.compile_model(core.read_model(model, b""), "CPU", settings(threads))
     except RuntimeError as error:
         raise EngineError(f"{file}: OpenVINO cannot load it: {error}") from error
 

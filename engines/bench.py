@@ -155,7 +155,7 @@ def interleaved(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[
 
 def rotated(items: list[T], number: int) -> list[T]:
     """`items` beginning with another one in every round."""
-    start = number % len(items)
+    start = number % max(1, len(items))
     return items[start:] + items[:start]
 
 

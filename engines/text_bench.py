@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,11 @@ class TextTiming:
 
 @dataclass(frozen=True)
 class TextReport:
-    """All timings; `tokens` are the mean and the longest sentence, `tokenised_per_second` is the tokenizer's rate alone."""
+    """All timings; `tokens` are the mean and the longest sentence, `tokenised_per_second` is the tokenizer's rate alone.
+
+    `seconds` are those of every round, tokenisation included, by engine and order (``ort bucketed``) and by what else took
+    part: ratios of any two are to be paired by round.
+    """
 
     sentences: int
     batch: int
@@ -56,6 +61,7 @@ class TextReport:
     tokenised_per_second: float
     rounds: int
     timings: list[TextTiming]
+    seconds: dict[str, list[float]]
 
     def to_dict(self) -> dict[str, Any]:
         """The form of ``--json``."""
@@ -99,11 +105,13 @@ def bench_text(
     limit: int,
     batch: int = BATCH,
     rounds: int = ROUNDS,
+    others: Mapping[str, Callable[[], float]] = MappingProxyType({}),
     seed: int = 0,
 ) -> TextReport:
     """Time `engines` over the sentences that `tokenise` makes features of (at most `limit` tokens each).
 
-    Raises `EngineError` for no engines, sentences or rounds.
+    `others` are timed between them, once a round: each does the same work by other means, from text to answers, and returns
+    the seconds that it took. Raises `EngineError` for no engines, sentences or rounds.
     """
     features = tokenise()
     if not engines or not features or rounds < 1 or batch < 1:
@@ -111,6 +119,7 @@ def bench_text(
     lengths = [len(sample["input_ids"]) for sample in features]
     fixed = max(min(FIXED, limit), max(lengths))
     jobs = [(name, order) for name in engines for order in ORDERS]
+    theirs: dict[str, list[float]] = {name: [] for name in others}
     taken: dict[tuple[str, str], list[float]] = {job: [] for job in jobs}
     tokenising: list[float] = []
     for engine in engines.values():  # warm-up: kernels for every shape, pages of memory
@@ -119,6 +128,8 @@ def bench_text(
         began = time.perf_counter()
         tokenise()
         tokenising.append(time.perf_counter() - began)
+        for name, work in rotated(list(others.items()), number):
+            theirs[name].append(work())
         for name, order in rotated(jobs, number):
             began = time.perf_counter()
             run_text(engines[name], features, order, batch=batch, fixed=fixed, pad_id=pad_id)
@@ -141,4 +152,5 @@ def bench_text(
             )
         )  # fmt: skip
     rate = float(np.median(count / tokenised))
-    return TextReport(count, batch, fixed, (float(np.mean(lengths)), max(lengths)), rate, rounds, timings)
+    seconds = {f"{name} {order}": (np.array(taken[name, order]) + tokenised).tolist() for name, order in jobs} | theirs
+    return TextReport(count, batch, fixed, (float(np.mean(lengths)), max(lengths)), rate, rounds, timings, seconds)

@@ -258,10 +258,12 @@ def bench_text(
     rounds: int | None = None,
     threads: int | None = None,
     columns: Columns = Columns(),
+    others: Mapping[str, Callable[[], float]] | None = None,
 ) -> Any:
     """Sentences a second of CPU engine directories over the text of a data file; returns a `TextReport`.
 
-    All engines must read the text in the same tokens and give one answer a sentence.
+    All engines must read the text in the same tokens and give one answer a sentence. `others` are timed between them (see
+    `engines.text_bench`).
     """
     from engines import text_bench
     from engines.base import CPU_BACKENDS, backend
@@ -296,6 +298,7 @@ def bench_text(
             limit=limit,
             batch=batch or text_bench.BATCH,
             rounds=rounds or text_bench.ROUNDS,
+            others=others or {},
         )
 
 

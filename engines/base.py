@@ -25,7 +25,13 @@ import numpy as np
 from nxm_export.errors import EngineError
 from nxm_export.spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec
 
-BACKENDS = {"ort": "engines.ort", "trt": "engines.trt", "trt_rtx": "engines.trt_rtx"}
+BACKENDS = {
+    "ort": "engines.ort",
+    "openvino": "engines.openvino",
+    "trt": "engines.trt",
+    "trt_rtx": "engines.trt_rtx",
+}
+CPU_BACKENDS = ("ort", "openvino")  # what they run is an ONNX file, and their `load` takes `threads`
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Binding:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a build may be told. `threads` is for CPU backends, the rest for TensorRT.
+    """What a build may be told. `threads` is for `CPU_BACKENDS`, the rest for TensorRT.
 
     `profiles` default to one for everything; `sparse` allows sparse kernels; `level` is the builder's optimization level
     (0 to 5, None = TensorRT's own); `workspace_bytes` limits scratch memory; `build_route` is passed on where the builder

@@ -11,15 +11,16 @@ pays on this GPU, if it does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from engines.base import Engine
 from nxm_export.errors import EngineError
 
+T = TypeVar("T")
 WARMUP = 3
 VOCABULARY = 1000  # token ids are drawn below; no encoder's table is smaller, but for tests
 
@@ -84,22 +85,16 @@ def bench(
     timings: list[Timing] = []
     ratios: list[Ratio] = []
     for batch, sequence in shapes:
-        timers = {}
+        timers: dict[str, Callable[[], float]] = {}
         for name, engine in engines.items():
             timers[name] = engine.timer(feeds_for(engine, batch, sequence, vocabulary, seed))
-            for _ in range(WARMUP):
-                timers[name]()
-        taken: dict[str, list[float]] = {name: [] for name in names}
-        for number in range(rounds):
-            start = number % len(names)
-            for name in names[start:] + names[:start]:
-                taken[name].append(timers[name]())
+        taken = interleaved(timers, rounds)
         for name in names:
             low, middle, high = np.percentile(taken[name], [25, 50, 75])
             clock = engines[name].clock
             timings.append(Timing(name, batch, sequence, float(middle), (float(low), float(high)), rounds, clock))
             if name != names[0]:
-                speedup, bounds = _paired(np.array(taken[names[0]]), np.array(taken[name]), seed)
+                speedup, bounds = paired(np.array(taken[names[0]]), np.array(taken[name]), seed)
                 ratios.append(Ratio(name, names[0], batch, sequence, speedup, bounds))
     return BenchReport(timings, ratios)
 
@@ -146,7 +141,26 @@ def feeds_for(engine: Engine, batch: int, sequence: int, vocabulary: int, seed: 
     return {name: values[name] for name in engine.inputs}
 
 
-def _paired(reference: np.ndarray, other: np.ndarray, seed: int) -> tuple[float, tuple[float, float]]:
+def interleaved(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of every timer in every round, after a warm-up; the order within a round rotates."""
+    for timer in timers.values():
+        for _ in range(WARMUP):
+            timer()
+    taken: dict[str, list[float]] = {name: [] for name in timers}
+    for number in range(rounds):
+        for name in rotated(list(timers), number):
+            taken[name].append(timers[name]())
+    return taken
+
+
+def rotated(items: list[T], number: int) -> list[T]:
+    """`items` beginning with another one in every round."""
+    start = number % max(1, len(items))
+    return items[start:] + items[:start]
+
+
+def paired(reference: np.ndarray, other: np.ndarray, seed: int = 0) -> tuple[float, tuple[float, float]]:
+    """How many times faster `other` is: the median of the rounds' ratios, with its 95 % bootstrap interval."""
     ratios = reference / other
     picks = np.random.default_rng(seed).integers(0, len(ratios), size=(1000, len(ratios)))
     low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])

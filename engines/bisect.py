@@ -24,7 +24,7 @@ from engines import torch_eager
 from engines.base import backend
 from engines.cut import cut_ort, cut_tensorrt
 from engines.parity import open_part
-from engines.tolerance import JITTER, MAX_FACTOR, MEAN_FACTOR, QUIET, QUIET_FACTOR, QUIET_SAMPLES
+from engines.tolerance import MAX_FACTOR, MEAN_FACTOR, QUIET, QUIET_FACTOR, QUIET_SAMPLES
 from engines.torch_eager import EMBEDDINGS
 from nxm_export.checkpoint import read_config
 from nxm_export.data import Features, pad, sorted_batches
@@ -106,7 +106,7 @@ def bisect(
 ) -> BisectReport:
     """Compare a checkpoint and an engine directory block by block, on at most `SAMPLES` samples; writes ``bisect.json``.
 
-    `graph` is the ONNX file that a TensorRT engine was built from: it is built again with the boundaries as outputs. Raises
+    `graph` is the ONNX file that an engine of another backend than ort was built from: it is built again with the boundaries as outputs. Raises
     `EngineUnavailable` where that cannot be done here, `ArtifactError` for an engine of another checkpoint.
     """
     if not features:
@@ -124,7 +124,7 @@ def bisect(
             cut, names, kernels = cut_ort(part.directory, part.passport, blocks, query, Path(scratch))
         else:
             if graph is None:
-                raise DataError(f"{part.directory}: bisecting a TensorRT engine needs the graph that it was built from")
+                raise DataError(f"{part.directory}: bisecting this engine needs the graph that it was built from")
             cut, names = cut_tensorrt(part.directory, part.passport, blocks, query, graph, Path(scratch))
         places = [EMBEDDINGS, *blocks, HEAD]
         tallies = {place: _Place() for place in places}
@@ -133,7 +133,7 @@ def bisect(
             cut as ours,
             backend(part.passport.backend).load(part.directory) as whole,
             load(checkpoint, **options, exact=True) as exact,
-            load(checkpoint, **options, jitter=JITTER[part.dtype], everywhere=True) as noisy,
+            load(checkpoint, **options, jitter=part.jitter, everywhere=True) as noisy,
             load(checkpoint, **options, nudge=True) as nudged,
         ):
             for indices in sorted_batches(samples, BATCH):

@@ -62,17 +62,17 @@ def cut_ort(
 
     file = scratch / passport.engine
     file.write_bytes(passport.read_engine(directory, {}))
-    before = operators(file, passport.options.get("threads"))
+    before = operators(file, passport.options)
     model = load_graph(file)
     names = mark(model, blocks, query, str(directory))
     save_graph(model, file)
-    after = operators(file, passport.options.get("threads"))
+    after = operators(file, passport.options)
     changed = {
         name: [before.get(name, 0), after.get(name, 0)]
         for name in sorted({*before, *after})
         if before.get(name, 0) != after.get(name, 0)
     }
-    return OrtEngine(directory, file.read_bytes(), passport.options.get("threads")), names, changed
+    return OrtEngine(directory, file.read_bytes(), passport.options), names, changed
 
 
 def cut_tensorrt(

@@ -1,14 +1,16 @@
 """ONNX Runtime on the CPU: the engine that runs anywhere.
 
 Build rewrites the graph's symmetric INT8 activations to UINT8 with zero point 128, which changes no result
-(``q_u8 = q_s8 + 128``, same scale) and lets ONNX Runtime fuse every linear layer into an integer product: its kernels
-for x86 take unsigned activations and signed weights, and with signed activations most layers would run in float.
+(``q_u8 = q_s8 + 128``, same scale) and lets every linear layer run as an integer product: the kernels for x86 take
+unsigned activations and signed weights, and with signed activations most layers would run in float. Products and
+attention then become operators of ONNX Runtime's own (`engines.ort_rewrites`), and an optimization of the runtime that
+costs more than it saves is left out (`SLOW_FUSIONS`). What each is worth was measured: docs/performance.md.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,15 @@ from engines.base import (
     require_within,
     spec_of,
 )
+from engines.ort_rewrites import fused_attention, integer_products
 from engines.passport import EnginePassport, cpu_device, load_passport
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 
 NAME = "ort"
 ENGINE_FILE = "model.onnx"
+# ONNX Runtime 1.32 on x86-64: SkipLayerNormalization takes three times as long as the Add and the LayerNormalization that
+# it replaces, and BiasGelu twice as long as Add and Gelu.
+SLOW_FUSIONS = ("SkipLayerNormFusion", "BiasGeluFusion")
 
 
 def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -> EnginePassport:
@@ -41,19 +47,25 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
 
     onnx = Path(onnx)
     model = load_graph(onnx)
-    rewritten = unsigned_activations(model)
+    rewrites = {
+        "unsigned_activations": unsigned_activations(model),
+        "integer_products": integer_products(model),
+        "fused_attention": fused_attention(model),
+    }
     save_graph(model, out / ENGINE_FILE)
     if (out / f"{ENGINE_FILE}.data").exists():
         raise EngineError(f"{onnx}: more than 2 GB do not fit into one ONNX file, which an engine directory has to be")
     copy_companions(onnx.parent, out)
-    session = _session(out / ENGINE_FILE, options.threads)  # refuses here what it would refuse on every start
+    session = _session(
+        out / ENGINE_FILE, options.threads, SLOW_FUSIONS
+    )  # refuses here what it would refuse on every start
     return EnginePassport.issue(
         NAME,
         out / ENGINE_FILE,
         onnx,
         device=cpu_device(),
         requires={},  # ONNX files run on any machine and version
-        options={"threads": options.threads, "unsigned_activations": rewritten},
+        options={"threads": options.threads, **rewrites, "disabled_optimizers": list(SLOW_FUSIONS)},
         graph=model.metadata_props,
         bindings={
             "inputs": [asdict(_binding(value)) for value in session.get_inputs()],
@@ -66,16 +78,19 @@ def load(directory: str | Path, *, threads: int | None = None) -> OrtEngine:
     """Load an engine directory; `threads` overrides what it was built with (None there means all cores of this process)."""
     directory = Path(directory)
     passport = load_passport(directory)
-    return OrtEngine(directory, passport.read_engine(directory, {}), threads or passport.options.get("threads"))
+    return OrtEngine(directory, passport.read_engine(directory, {}), passport.options, threads=threads)
 
 
 class OrtEngine(Closing):
     """A session on an engine directory. See `engines.base.Engine`."""
 
-    def __init__(self, directory: Path, model: bytes, threads: int | None) -> None:
+    def __init__(
+        self, directory: Path, model: bytes, options: Mapping[str, Any], *, threads: int | None = None
+    ) -> None:
         self.directory = directory
         self._spec = spec_of(directory)
-        self._session: Any = _session(directory / ENGINE_FILE, threads, model=model)
+        threads, without = threads or options.get("threads"), options.get("disabled_optimizers", ())
+        self._session: Any = _session(directory / ENGINE_FILE, threads, without, model=model)
         self.inputs = tuple(value.name for value in self._session.get_inputs())
         self.outputs = tuple(value.name for value in self._session.get_outputs())
 
@@ -101,7 +116,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
     directory = Path(directory)
     passport, spec = load_passport(directory), spec_of(directory)
     passport.require_here(directory, {})
-    counts = operators(directory / ENGINE_FILE, passport.options.get("threads"))
+    counts = operators(directory / ENGINE_FILE, passport.options)
     integer = sum(
         counts.get(op, 0)
         for op in ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulInteger")
@@ -114,8 +129,8 @@ def inspect(directory: str | Path) -> dict[str, Any]:
     }
 
 
-def operators(file: Path, threads: int | None = None) -> dict[str, int]:
-    """How many operators of each type ONNX Runtime runs for an ONNX file, after its optimizations."""
+def operators(file: Path, options: Mapping[str, Any]) -> dict[str, int]:
+    """How many operators of each type ONNX Runtime runs for an ONNX file, loaded with a passport's `options`."""
     import tempfile
 
     from nxm_export.weights import load_graph
@@ -123,7 +138,7 @@ def operators(file: Path, threads: int | None = None) -> dict[str, int]:
     counts: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as scratch:
         optimized = Path(scratch) / "optimized.onnx"
-        _session(file, threads, optimized=optimized)
+        _session(file, options.get("threads"), options.get("disabled_optimizers", ()), optimized=optimized)
         for node in load_graph(optimized).graph:
             counts[node.op_type] = counts.get(node.op_type, 0) + 1
     return counts
@@ -181,8 +196,15 @@ def _binding(value: Any) -> Binding:
     return Binding(value.name, {"float": "float32", "double": "float64"}.get(element, element), shape)
 
 
-def _session(file: Path, threads: int | None, optimized: Path | None = None, model: bytes | None = None) -> Any:
-    """A session on `file`, or on the bytes `model` that were read from it."""
+def _session(
+    file: Path,
+    threads: int | None,
+    without: Sequence[str] = (),
+    *,
+    optimized: Path | None = None,
+    model: bytes | None = None,
+) -> Any:
+    """A session on `file`, or on the bytes `model` that were read from it, without the optimizers that are named."""
     runtime = _runtime()
     if not file.is_file():
         raise ArtifactError(f"{file}: no such engine")
@@ -193,6 +215,8 @@ def _session(file: Path, threads: int | None, optimized: Path | None = None, mod
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     try:
-        return runtime.InferenceSession(model or str(file), options, providers=["CPUExecutionProvider"])
+        return runtime.InferenceSession(
+            model or str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(without)
+        )
     except Exception as error:  # onnxruntime raises its own types, which are no stable API
         raise EngineError(f"{file}: ONNX Runtime cannot load it: {error}") from error

@@ -38,6 +38,7 @@ from engines.tolerance import (
     JITTER,
     MAX_FACTOR,
     MEAN_FACTOR,
+    QUANTIZER_JITTER,
     QUIET_FACTOR,
     OutputParity,
     compare_output,
@@ -200,7 +201,13 @@ class Part:
     @property
     def key(self) -> str:
         """Engines with the same key have the same reference."""
-        return f"{self.dtype} {self.passport.graph['placement']} {self.spec.max_length}"
+        return f"{self.dtype} {self.passport.graph['placement']} {self.spec.max_length} {self.jitter}"
+
+    @property
+    def jitter(self) -> float:
+        """How the reference is made to round as this engine does: by its float type, and by its backend's quantizer."""
+        rounding = QUANTIZER_JITTER.get(self.passport.backend, 0.0) if self.plan else 0.0
+        return max(JITTER[self.dtype], rounding)
 
     @property
     def reference(self) -> dict[str, Any]:
@@ -245,7 +252,7 @@ def _measure(checkpoint: Path, part: Part, features: Sequence[Features], batch_s
             {key: {name: largest(probed[key][name] - answers[key][name]) for name in spec.outputs} for key in samples},
         )
 
-    noise, noise_probes = change(NOISE_SAMPLES, jitter=JITTER[part.dtype])
+    noise, noise_probes = change(NOISE_SAMPLES, jitter=part.jitter)
     step, step_probes = change(STEP_SAMPLES, nudge=True) if part.plan else (noise, noise_probes)
     tolerances = {
         key: {
@@ -294,6 +301,12 @@ def run_all(engine: Engine, features: Sequence[Features], spec: IOSpec, batch_si
             for i, value in zip(indices, values, strict=True):
                 rows[name][i] = value[: len(features[i]["input_ids"])] if _per_token(spec, name) else value
     return {name: filled(values, 0.0) for name, values in rows.items()}
+
+
+def _rounding(part: Part) -> str:
+    return (
+        f"{part.dtype} as {part.passport.backend} rounds" if part.passport.backend in QUANTIZER_JITTER else part.dtype
+    )
 
 
 def _apart(spec: IOSpec, name: str, changed: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -368,7 +381,7 @@ def _report(
         engine_interval=interval(metric, found[first], labels, classes=spec.labels, groups=groups),
         reason=(
             f"max: {MAX_FACTOR:g} x what the reference changes by when one code of every quantized tensor moves by one step, or by rounding in "
-            f"{part.dtype}, whichever is more; mean: {MEAN_FACTOR:g} x what that rounding changes it by; "
+            f"{_rounding(part)}, whichever is more; mean: {MEAN_FACTOR:g} x what that rounding changes it by; "
             f"equal samples: a {1 / QUIET_FACTOR:.0%} share of those that the rounding leaves equal"
         ),
         difference=of_engine - of_reference,

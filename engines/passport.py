@@ -82,9 +82,13 @@ class EnginePassport:
             time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             dict(bindings or {}),
         )
-        text = json.dumps({"schema": SCHEMA, **asdict(passport)}, indent=1)
-        (engine.parent / PASSPORT_FILE).write_text(text + "\n", encoding="utf-8")
+        passport.save(engine.parent)
         return passport
+
+    def save(self, directory: Path) -> None:
+        """Write ``passport.json``."""
+        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
+        (directory / PASSPORT_FILE).write_text(text + "\n", encoding="utf-8")
 
     def require_here(self, directory: Path, facts: Mapping[str, str]) -> None:
         """Raise `ArtifactError` unless the engine file is the one that was built and this machine is one it may run on.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -54,6 +55,48 @@ def build_engine(
     return asdict(passport)
 
 
+def build_fastest(
+    source: str | Path,
+    out: str | Path,
+    options: BuildOptions | None = None,
+    *,
+    shapes: Sequence[tuple[int, int]] | None = None,
+    checkpoint: str | Path | None = None,
+    data: str | None = None,
+    columns: Columns = Columns(),
+    measure: Any = None,
+) -> tuple[dict[str, Any], Any]:
+    """Build an ONNX file with every CPU backend, time them and keep the fastest; (facts of its passport, `Choice`).
+
+    With `checkpoint` and `data` only engines that pass `nxm compare` are candidates, and the parity report comes with the
+    engine. `measure` times loaded engines (see `engines.auto.choose`); by default they are timed by `engines.bench`.
+    """
+    from engines import auto
+    from engines.base import BuildOptions
+    from engines.passport import load_passport
+
+    source, out, options = Path(source), Path(out), options or BuildOptions()
+    with atomic_dir(out) as scratch, TemporaryDirectory() as work:
+        engines, left_out = auto.build_candidates(source, Path(work), options)
+        checked = checkpoint is not None and data is not None
+        if checkpoint is not None and data is not None:
+            for report in compare_engines(checkpoint, list(engines.values()), data, columns):
+                if not report.passed:
+                    name = Path(report.engine).name
+                    engines.pop(name)
+                    left_out[name] = "it does not compute what the checkpoint computes"
+            if not engines:
+                raise EngineError(f"{source}: no engine passes the comparison with {checkpoint}; run `nxm compare`")
+        choice = auto.choose(engines, left_out, shapes, threads=options.threads, measure=measure)
+        kept = Path(work) / choice.backend
+        shutil.copytree(kept, scratch, dirs_exist_ok=True)
+        passport = load_passport(scratch)
+        facts = {**choice.to_dict(), "parity": "passed" if checked else "not checked"}
+        passport = replace(passport, options={**passport.options, "auto": facts})
+        passport.save(scratch)
+    return asdict(passport), choice
+
+
 def _profiles(directory: Path, data: str, count: int, columns: Columns) -> list[Any]:
     """Optimization profiles from the token lengths of a data file, by the tokenizer of a graph or checkpoint directory."""
     from engines.profiles import profiles_from_lengths
@@ -102,15 +145,17 @@ def bisect_engines(
 ) -> list[Any]:
     """Find the first block where each engine parts from the checkpoint in PyTorch; one `BisectReport` each.
 
-    TensorRT engines are built again with the blocks' outputs as graph outputs, from a new export of the checkpoint.
+    Engines are built again with the blocks' outputs as graph outputs; those of TensorRT from a new export of the checkpoint.
     """
+    from engines.base import CPU_BACKENDS
     from engines.bisect import bisect
     from engines.passport import load_passport
 
     features, reports = _shared_features(engines, data, columns), []
     for engine in map(Path, engines):
-        if load_passport(engine).backend == "ort":  # the engine file is a graph itself
-            reports.append(bisect(checkpoint, engine, features))
+        passport = load_passport(engine)
+        if passport.backend in CPU_BACKENDS:  # the engine file is a graph itself
+            reports.append(bisect(checkpoint, engine, features, graph=engine / passport.engine))
             continue
         with TemporaryDirectory() as scratch:
             graph = _export_again(Path(checkpoint), engine, Path(scratch) / "graph")
@@ -169,7 +214,7 @@ def bench_engines(
 
     Engines that this machine cannot run are named in the report with the reason, unless none is left.
     """
-    from engines.base import backend
+    from engines.base import CPU_BACKENDS, backend
     from engines.bench import bench, sparse_verdict
     from engines.passport import load_passport
     from nxm_export.twins import DENSE, SPARSE, is_twins, twin_directories
@@ -187,7 +232,7 @@ def bench_engines(
         for path in paths:
             name = path.resolve().name if named else str(path)
             runtime = backend(passports[path].backend)
-            options = {"threads": threads} if threads and runtime.NAME == "ort" else {}
+            options = {"threads": threads} if threads and runtime.NAME in CPU_BACKENDS else {}
             try:
                 loaded[name] = stack.enter_context(runtime.load(path, **options))
                 names[passports[path].options.get("twin")] = (name, path)
@@ -203,6 +248,72 @@ def bench_engines(
         verdict = sparse_verdict(report, sparse, dense, truth_of(path, None, None).sparse_share, gpu)
     missing = tuple(f"{name}: {why}" for name, why in unmeasured.items())
     return replace(report, verdict=verdict, unmeasured=missing)
+
+
+def bench_text(
+    engines: Sequence[str | Path],
+    data: str,
+    *,
+    batch: int | None = None,
+    rounds: int | None = None,
+    threads: int | None = None,
+    columns: Columns = Columns(),
+    others: Mapping[str, Callable[[], float]] | None = None,
+) -> Any:
+    """Sentences a second of CPU engine directories over the text of a data file; returns a `TextReport`.
+
+    All engines must read the text in the same tokens and give one answer a sentence. `others` are timed between them (see
+    `engines.text_bench`).
+    """
+    from engines import text_bench
+    from engines.base import CPU_BACKENDS, backend
+    from engines.passport import load_passport
+
+    paths = [Path(path) for path in engines]
+    for path in paths:
+        name = load_passport(path).backend
+        if name not in CPU_BACKENDS:
+            raise EngineError(
+                f"{path}: text is timed on CPU engines ({', '.join(CPU_BACKENDS)}), and this is of {name}"
+            )
+        if any("sequence" in axes for axes in load_spec(path).outputs.values()):
+            raise EngineError(f"{path}: it has an answer for every token; text is timed for one answer a sentence")
+    _shared_features(paths, data, columns)
+    spec = load_spec(paths[0])
+    limit = min(load_spec(path).max_length for path in paths)
+    names = [path.resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    with ExitStack() as stack:
+        loaded = {
+            name: stack.enter_context(
+                backend(load_passport(path).backend).load(path, **({"threads": threads} if threads else {}))
+            )
+            for name, path in zip(names, paths, strict=True)
+        }
+        return text_bench.bench_text(
+            loaded,
+            _tokeniser(paths[0], data, columns, limit),
+            pad_id=spec.pad_id,
+            limit=limit,
+            batch=batch or text_bench.BATCH,
+            rounds=rounds or text_bench.ROUNDS,
+            others=others or {},
+        )
+
+
+def _tokeniser(directory: Path, data: str, columns: Columns, limit: int) -> Callable[[], list[Any]]:
+    """A function that makes token features of a data file's text, which is read here, once."""
+    from nxm_export.data import encode, load_tokenizer
+    from nxm_export.families import TASKS
+    from nxm_export.labels import labelled, load_labelled, names_for
+
+    spec = load_spec(directory)
+    task = TASKS[spec.task]
+    raw = load_labelled(data, "dev", columns, task)
+    examples = labelled(raw, task, names_for(raw, task, spec.labels))
+    tokenizer = load_tokenizer(directory)
+    return lambda: encode(tokenizer, examples, min(limit, spec.max_length), spec.inputs)
 
 
 def _vocabulary(engines: Sequence[Path]) -> int:
@@ -247,12 +358,4 @@ def load_servers(
 
 def features_of(directory: Path, data: str, columns: Columns, limit: int | None = None) -> list[Any]:
     """A labelled data file in tokens (at most `limit`), by the tokenizer and labels of a graph or engine directory."""
-    from nxm_export.data import encode, load_tokenizer
-    from nxm_export.families import TASKS
-    from nxm_export.labels import labelled, load_labelled, names_for
-
-    spec = load_spec(directory)
-    task = TASKS[spec.task]
-    raw = load_labelled(data, "dev", columns, task)
-    examples = labelled(raw, task, names_for(raw, task, spec.labels))
-    return encode(load_tokenizer(directory), examples, min(limit or spec.max_length, spec.max_length), spec.inputs)
+    return _tokeniser(directory, data, columns, limit or load_spec(directory).max_length)()

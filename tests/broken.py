@@ -46,14 +46,17 @@ def matrix_transposed(model: Any) -> None:
 
 
 def pair_dropped(model: Any) -> None:
-    """The quantizer in front of the FFN's second matrix is gone."""
+    """The FFN's second product reads what it would have read without a quantizer in front of it."""
     nodes = {node.name: node for node in model.graph}
-    quantize = nodes[f"{BLOCK}.output.dense.input_quantize"]
-    restored = nodes[f"{BLOCK}.output.dense.input_dequantize"].outputs[0]
-    for user in list(restored.consumers()):
-        for i, read in enumerate(user.inputs):
-            if read is restored:
-                user.replace_input_with(i, quantize.inputs[0])
+    x = nodes[f"{BLOCK}.output.dense.input_quantize"].inputs[0]
+    product = nodes[f"{BLOCK}.output.dense"]
+    codes, scale, bias = product.inputs[1], product.inputs[3], product.inputs[6]
+    weight = ir.node("DequantizeLinear", [codes, scale], attributes={"axis": 1})
+    in_float = ir.node("MatMul", [x, weight.outputs[0]])
+    with_bias = ir.node("Add", [in_float.outputs[0], bias])
+    model.graph.insert_before(product, [weight, in_float, with_bias])
+    for user, index in list(product.outputs[0].uses()):
+        user.replace_input_with(index, with_bias.outputs[0])
 
 
 def overflowing(model: Any) -> None:

@@ -16,7 +16,7 @@ from nxm_export.cli import main
 from tests.test_layering import MODULES, layer
 
 LIGHT = sorted(name for name in MODULES if layer(name) in ("contract", "engines"))
-HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tensorrt_rtx", "polygraphy", "rich",
+HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino", "tensorrt_rtx", "polygraphy", "rich",
          "starlette", "uvicorn", "prometheus_client", "tokenizers")  # fmt: skip
 
 # Refuses every module that is not in the standard library, numpy or ours, then imports the light ones.

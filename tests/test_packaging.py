@@ -93,6 +93,7 @@ def test_doctor_says_what_to_install_in_a_clean_environment(clean: Path, tmp_pat
         ("compress", "train"),
         ("export", "export"),
         ("backend ort", "ort"),
+        ("backend openvino", "openvino"),
         ("backend trt_rtx", "trt-rtx"),
         ("serve", "serve"),
     ):

@@ -21,9 +21,14 @@ from nxm_export.terminal import print_bisects, print_facts, print_parity, print_
 
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("--backend", default="ort", show_default=True, help="ort, trt or trt_rtx.")
+@click.option(
+    "--backend",
+    default="ort",
+    show_default=True,
+    help="ort, openvino, trt, trt_rtx; auto: the fastest on this CPU.",
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Engine directory.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of an ort engine.  [default: all cores]")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of a CPU engine.  [default: all cores]")
 @click.option(
     "--profile",
     "profiles",
@@ -60,15 +65,32 @@ from nxm_export.terminal import print_bisects, print_facts, print_parity, print_
     help="Of linear layers, with --twins.",
 )
 @click.option("--target", help="Graph target, with --twins.  [default: trt; trt8 for TensorRT 8.6]")
+@click.option(
+    "--shape", "shapes", multiple=True, help="With --backend auto: batch x sequence to be fast at; may be repeated."
+)
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="With --backend auto: keep only an engine that passes `nxm compare` with it.",
+)
+@click.option("--data", metavar="FILE", help="With --checkpoint: labelled samples to compare on.")
 @json_option
 def build(source: Path, backend: str, out: Path, json: bool, **options: Any) -> None:
     """Build an engine directory from an ONNX graph (or, with --twins, three from a checkpoint)."""
-    from engines.base import BuildOptions
+    from engines.auto import NAME as AUTO
+    from engines.base import CPU_BACKENDS, BuildOptions
     from engines.profiles import parse_profile
-    from nxm_export.engine_work import build_engine
+    from nxm_export.engine_work import build_engine, build_fastest
 
-    if options["threads"] and backend != "ort":
-        raise click.UsageError(f"--threads is for ort engines; {backend} has no use for it")
+    automatic = [f"--{name.removesuffix('s')}" for name in ("shapes", "checkpoint", "data") if options[name]]
+    if automatic and backend != AUTO:
+        raise click.UsageError(f"{automatic[0]} is for --backend auto")
+    if backend == AUTO and (options["twins"] or options["lengths"] or options["profiles"]):
+        raise click.UsageError("--twins, --lengths and --profile are for TensorRT; --backend auto builds for the CPU")
+    if bool(options["checkpoint"]) != bool(options["data"]):
+        raise click.UsageError("--checkpoint and --data belong together")
+    if options["threads"] and backend not in (*CPU_BACKENDS, AUTO):
+        raise click.UsageError(f"--threads is for engines on the CPU; {backend} has no use for it")
     if options["lengths"] and options["profiles"]:
         raise click.UsageError("--lengths and --profile are two ways to say the same; give one of them")
     cache = options["timing_cache"]
@@ -86,11 +108,32 @@ def build(source: Path, backend: str, out: Path, json: bool, **options: Any) -> 
             require_timing_cache=cache is not None,
             progress=progress,
         )
+        if backend == AUTO:
+            shapes = [shape_of(text) for text in options["shapes"]] or None
+            result, choice = build_fastest(
+                source, out, settings, shapes=shapes, checkpoint=options["checkpoint"], data=options["data"]
+            )
+            show_result({**result, "path": str(out)}, json, lambda facts: _print_choice(choice, facts))
+            return
         result = build_engine(
             source, out, backend, settings, lengths=options["lengths"], profiles=options["max_profiles"], twins=options["twins"],
             export_options={"target": options["target"] or "trt", "lowering": options["lowering"]},
         )  # fmt: skip
     show_result({**result, "path": str(out)}, json, lambda facts: print_facts("built", facts))
+
+
+def _print_choice(choice: Any, facts: dict[str, Any]) -> None:
+    """The candidates' timings, what was kept and why, then the passport."""
+    shapes = [f"{batch}x{sequence}, ms" for batch, sequence in choice.shapes]
+    rows = [
+        (row.backend, *(f"{value:.3g}" for value in row.latency_ms), f"{row.speedup:.2f}x" if number else "reference")
+        for number, row in enumerate(choice.rows)
+    ]
+    print_table("candidates, medians of interleaved rounds", ("backend", *shapes, "speed"), rows)
+    for name, why in choice.left_out.items():
+        click.echo(f"left out: {name}: {why}")
+    click.echo(f"kept {choice.backend}: {choice.why}")
+    print_facts("built", facts)
 
 
 @main.command()
@@ -191,8 +234,11 @@ def compare(
 @click.option("--serve", "urls", multiple=True, metavar="URL", help="Load running servers instead; may be repeated.")
 @click.option("--model", help="With --serve: the model's name there.")
 @click.option(
-    "--data", metavar="FILE", help="With --serve: sentences to send, as tokens of ENGINES' tokenizer, else as text."
+    "--data",
+    metavar="FILE",
+    help="Time ENGINES over this text, tokenisation included. With --serve: sentences to send, as tokens of ENGINES' tokenizer, else as text.",
 )
+@click.option("--batch", type=click.IntRange(min=1), help="With --data: sentences a batch.  [default: 32]")
 @click.option(
     "--clients", default="1,8,32", show_default=True, metavar="N,N,...", help="With --serve: clients at once."
 )
@@ -211,11 +257,20 @@ def bench(
     engines: tuple[Path, ...], shapes: tuple[str, ...], rounds: int, threads: int | None, json: bool, **load: Any
 ) -> None:
     """Time ENGINES interleaved (speed-ups are against the first), or load running servers with --serve."""
+    batch = load.pop("batch")
     if load["urls"]:
         _bench_servers(engines, rounds or 3, json, **load)
         return
     if not engines:
         raise click.UsageError("missing ENGINES (or --serve URL)")
+    if batch and not load["data"]:
+        raise click.UsageError("--batch is for --data")
+    if load["data"]:
+        from nxm_export.engine_work import bench_text
+
+        text = bench_text(engines, load["data"], batch=batch, rounds=rounds, threads=threads)
+        show_result(text.to_dict(), json, lambda _: _print_text(text))
+        return
     from nxm_export.engine_work import bench_engines
 
     report = bench_engines(engines, [shape_of(text) for text in shapes], rounds or 30, threads)
@@ -245,6 +300,29 @@ def bench(
             click.echo(f"verdict: {report.verdict}")
 
     show_result(report.to_dict(), json, show_rows)
+
+
+def _print_text(report: Any) -> None:
+    rows = [
+        (
+            row.name,
+            row.order,
+            f"{row.padding:.0%}",
+            f"{row.sentences_per_second:.1f}",
+            f"{row.quartiles[0]:.1f} to {row.quartiles[1]:.1f}",
+            f"{row.without_tokenisation:.1f}",
+            "reference"
+            if row.interval is None
+            else f"{row.speedup:.2f}x ({row.interval[0]:.2f} to {row.interval[1]:.2f})",
+        )
+        for row in report.timings
+    ]
+    columns = ("engine", "order", "padding", "sentences a second", "middle half", "engine alone", "speed")
+    print_table(f"{report.sentences} sentences in batches of {report.batch}", columns, rows)
+    click.echo(
+        f"{report.tokens[0]:.1f} tokens a sentence, at most {report.tokens[1]}; fixed pads to {report.fixed}; "
+        f"the tokenizer alone: {report.tokenised_per_second:.0f} sentences a second"
+    )
 
 
 def _bench_servers(

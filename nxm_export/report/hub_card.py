@@ -147,7 +147,7 @@ def _option_tags(run: Run, engine: Engine | None) -> Iterator[str]:
 def _engine(engine: Engine) -> dict[str, Any]:
     data: Mapping[str, Any] = engine.passport.data if engine.passport else {}
     graph, device, versions = (data.get(key) or {} for key in ("graph", "device", "versions"))
-    package = {"ort": "onnxruntime", "trt": "tensorrt", "trt_rtx": "tensorrt-rtx-cu13"}.get(
+    package = {"ort": "onnxruntime", "openvino": "openvino", "trt": "tensorrt", "trt_rtx": "tensorrt-rtx-cu13"}.get(
         str(data.get("backend")), ""
     )
     return {

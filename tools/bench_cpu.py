@@ -1,0 +1,582 @@
+"""Measure CPU engines of one checkpoint against FP32 and the strongest peer, all interleaved, and render docs/performance.md.
+
+    python -m tools.bench_cpu run CHECKPOINT --dense DENSE --data dev.tsv      writes results/cpu.json
+    python -m tools.bench_cpu render                                           writes docs/performance.md from it
+
+One run exports and builds everything, holds both compressed engines against their checkpoint (`nxm compare`), times all
+engines at fixed shapes and over the text of the data file, profiles operators, and measures what large matrix products
+reach on this machine. With NXM_PEERS_PYTHON, an interpreter with openvino and nncf, OpenVINO's own INT8 model of the dense
+checkpoint takes part; with NXM_TEXT_PEERS_PYTHON, one with sentence-transformers, optimum-onnx, optimum-intel and datasets,
+so do its INT8 backends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from engines.base import Engine, backend  # noqa: E402
+from engines.bench import feeds_for, interleaved, paired  # noqa: E402
+from engines.openvino import OpenVinoEngine  # noqa: E402
+from engines.ort import ENGINE_FILE  # noqa: E402
+from engines.passport import cpu_device, load_passport  # noqa: E402
+from nxm_export.data import pad  # noqa: E402
+from nxm_export.engine_work import bench_text, build_engine, compare_engines, features_of  # noqa: E402
+from nxm_export.export import export  # noqa: E402
+from nxm_export.run_dir import file_hash, write_atomic  # noqa: E402
+from nxm_export.spec import load_spec  # noqa: E402
+from tools.results.run import versions  # noqa: E402
+
+RECORD, PAGE = ROOT / "results" / "cpu.json", ROOT / "docs" / "performance.md"
+SCHEMA = "nxm-cpu-bench/1"
+PEERS, TEXT_PEERS = "NXM_PEERS_PYTHON", "NXM_TEXT_PEERS_PYTHON"
+LONGEST = 128
+SHAPES = ((1, 32), (1, 128), (8, 32), (8, 128))
+ROUNDS = {(1, 32): 150, (1, 128): 80, (8, 32): 60, (8, 128): 30}
+# name: (checkpoint, placement, backend); `ort` and `openvino` beside "FP32" are the dense checkpoint's graph
+ENGINES = {
+    "FP32, ort": ("dense", None, "ort"),
+    "FP32, openvino": ("dense", None, "openvino"),
+    "INT8 2:4, ort": ("compressed", "inputs", "ort"),
+    "INT8 2:4, openvino": ("compressed", "inputs", "openvino"),
+    "INT8 2:4, outputs quantized too, ort": ("compressed", "inputs-outputs", "ort"),
+    "INT8 2:4, outputs quantized too, openvino": ("compressed", "inputs-outputs", "openvino"),
+}
+ORT, OPENVINO, PEER = "INT8 2:4, ort", "INT8 2:4, openvino", "INT8 dense by NNCF, openvino"
+CALIBRATION = 100  # sentences for NNCF, which needs some and learns nothing from more here
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and write the record."""
+    began = time.monotonic()
+    threads = args.threads or len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(dir=args.work) as scratch, ExitStack() as stack:
+        work = Path(scratch)
+        directories = _build(args, work, threads)
+        _say("built", began)
+        parity = [] if args.no_compare else _compare(args.checkpoint, directories, args.data)
+        _say("compared", began)
+        for directory in directories.values():  # the tokenizer may stop earlier than the model has positions
+            replace(load_spec(directory), max_length=LONGEST).save(directory)
+        loaded: dict[str, Engine] = {
+            name: stack.enter_context(backend(ENGINES[name][2]).load(directory, threads=threads))
+            for name, directory in directories.items()
+        }
+        peer = _peer(directories, args.data, work, threads)
+        if peer is not None:
+            loaded[PEER] = stack.enter_context(peer)
+        _say("peer made" if peer else f"no peer: {PEERS} is not set", began)
+        latency = [_latency(loaded, shape, max(3, int(ROUNDS[shape] * args.scale))) for shape in SHAPES]
+        _say("timed shapes", began)
+        workers, made_by = _workers(args, work, stack)
+        texts = bench_text(
+            [directories[ORT], directories[OPENVINO]],
+            str(args.data),
+            threads=threads,
+            rounds=max(3, int(9 * args.scale)),
+            others=workers,
+        )
+        _say("timed text", began)
+        profile = [_profile(directories[name], name, shape, threads) for name in ("FP32, ort", ORT) for shape in SHAPES]
+        peaks = _peaks(threads, work)
+        _say("profiled", began)
+        record = {
+            "schema": SCHEMA,
+            "machine": cpu_device() | {"threads": threads, "cores": len(os.sched_getaffinity(0))},
+            "load_average_before": args.load_average,
+            "versions": versions(("onnxruntime", "openvino", "onnx", "torch", "transformers", "numpy", "tokenizers")),
+            "peer": peer.made_by if peer else None,
+            "text_peers": made_by,
+            "model": _model(args.checkpoint),
+            "bytes": {name: (directory / ENGINE_FILE).stat().st_size for name, directory in directories.items()},
+            "data_sha256": file_hash(args.data),
+            "parity": parity,
+            "latency": latency,
+            "text": texts.to_dict(),
+            "profile": profile,
+            "peaks": peaks,
+            "seconds": round(time.monotonic() - began),
+        }
+    args.record.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(args.record, json.dumps(record, indent=1) + "\n")
+    _say(f"wrote {args.record}", began)
+
+
+def _build(args: argparse.Namespace, work: Path, threads: int) -> dict[str, Path]:
+    """Export each graph once and build every engine from it; directories by name."""
+    from engines.base import BuildOptions
+
+    sources = {"dense": args.dense, "compressed": args.checkpoint}
+    graphs: dict[tuple[str, str | None], Path] = {}
+    found = {}
+    for number, (name, (which, placement, runtime)) in enumerate(ENGINES.items()):
+        if (which, placement) not in graphs:
+            graphs[which, placement] = export(
+                sources[which], work / f"graph{number}", target="cpu", placement=placement
+            ).path
+        found[name] = work / name.replace(" ", "-").replace(",", "").replace(":", "of")
+        build_engine(graphs[which, placement], found[name], runtime, BuildOptions(threads=threads))
+    return found
+
+
+def _compare(checkpoint: Path, directories: Mapping[str, Path], data: Path) -> list[dict[str, Any]]:
+    """What `nxm compare` says about both engines, with the accuracy gate of half a point."""
+    names = (ORT, OPENVINO)
+    reports = compare_engines(checkpoint, [directories[name] for name in names], str(data), gates=["drop<=0.5"])
+    return [
+        {
+            "engine": name,
+            "passed": report.passed,
+            "metric": report.metric,
+            "samples": report.samples,
+            "checkpoint": report.reference_value,
+            "value": report.engine_value,
+            "difference_interval": report.difference_interval,
+            "agreement": report.outputs[0].agreement,
+            "mean_abs": report.outputs[0].mean_abs,
+            "mean_tolerance": report.outputs[0].mean_tolerance,
+        }
+        for name, report in zip(names, reports, strict=True)
+    ]
+
+
+class Peer(OpenVinoEngine):
+    """A model that OpenVINO wrote, run with the same settings as ours."""
+
+    def __init__(self, model: Path, threads: int, made_by: str) -> None:
+        import openvino
+
+        from engines.openvino import settings
+
+        compiled = openvino.Core().compile_model(str(model), "CPU", settings(threads))
+        self.directory, self._spec, self.made_by = model.parent, None, made_by
+        self.inputs = tuple(port.get_any_name() for port in compiled.inputs)
+        self.outputs = tuple(port.get_any_name() for port in compiled.outputs)
+        self._request = compiled.create_infer_request()
+
+
+def _peer(directories: Mapping[str, Path], data: Path, work: Path, threads: int) -> Peer | None:
+    """NNCF's INT8 model of the dense graph, calibrated on sentences of the data file (inputs alone, no labels)."""
+    python = os.environ.get(PEERS)
+    if not python:
+        return None
+    from nxm_export.data import Columns
+
+    dense = directories["FP32, openvino"]
+    features, pad_id = features_of(dense, str(data), Columns())[:CALIBRATION], load_spec(dense).pad_id
+    arrays = {
+        f"{number}/{name}": array
+        for number, sample in enumerate(features)
+        for name, array in pad([sample], pad_id).items()
+    }
+    np.savez(work / "calibration.npz", **arrays)
+    command = [python, str(ROOT / "tools" / "nncf_peer.py"), str(dense / ENGINE_FILE), str(work / "calibration.npz")]
+    done = subprocess.run([*command, str(work / "peer.xml")], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{PEERS}: the peer could not be made:\n{done.stderr[-2000:]}")
+    return Peer(work / "peer.xml", threads, done.stdout.strip().splitlines()[-1])
+
+
+def _workers(
+    args: argparse.Namespace, work: Path, stack: ExitStack
+) -> tuple[dict[str, Callable[[], float]], str | None]:
+    """sentence-transformers' INT8 backends as workers that encode the same sentences, and their versions."""
+    python = os.environ.get(TEXT_PEERS)
+    if not python:
+        return {}, None
+    from nxm_export.data import load_raw
+    from nxm_export.demo import model_directory
+
+    sentences, scratch = work / "sentences.txt", work / "text-peers"
+    scratch.mkdir()
+    sentences.write_text("\n".join(" ".join(text.split()) for text in load_raw(str(args.data), "dev").texts), "utf-8")
+    command = [python, str(ROOT / "tools" / "st_peer.py"), str(model_directory()), str(sentences), str(scratch)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    environment.pop("OMP_NUM_THREADS", None)
+    log = stack.enter_context((work / "text-peers.log").open("w", encoding="utf-8"))
+    worker = stack.enter_context(
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1, env=environment
+        )
+    )
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    answers, questions = worker.stdout, worker.stdin
+    stack.callback(questions.close)
+    line = next((line for line in answers if line.startswith("ready ")), "ready []")
+    made = json.loads(line.removeprefix("ready "))
+
+    def ask(name: str) -> Callable[[], float]:
+        def seconds() -> float:
+            questions.write(f"{name}\n")
+            questions.flush()
+            return float(answers.readline())
+
+        seconds()  # warm-up
+        return seconds
+
+    for reason in (work / "text-peers.log").read_text(encoding="utf-8").splitlines():
+        if "INT8: " in reason:
+            print(reason, file=sys.stderr)
+    return {f"sentence-transformers, {name}": ask(name) for name, _ in made}, made[0][1] if made else None
+
+
+def _latency(loaded: Mapping[str, Engine], shape: tuple[int, int], rounds: int) -> dict[str, Any]:
+    """Median milliseconds by engine, and the paired ratios that the tables need; larger is faster."""
+    timers = {name: engine.timer(feeds_for(engine, *shape, 1000, 0)) for name, engine in loaded.items()}
+    taken = {name: np.array(times) for name, times in interleaved(timers, rounds).items()}
+    medians = {name: float(np.median(times)) for name, times in taken.items()}
+    best_float = min((name for name in taken if name.startswith("FP32")), key=medians.__getitem__)
+    best = min((ORT, OPENVINO), key=medians.__getitem__)
+    pairs = {
+        "ort over its own FP32": ("FP32, ort", ORT),
+        "the faster one over the best FP32": (best_float, best),
+        **({"the faster one over NNCF": (PEER, best), "ort over NNCF": (PEER, ORT)} if PEER in taken else {}),
+    }
+    return {
+        "batch": shape[0],
+        "sequence": shape[1],
+        "rounds": rounds,
+        "median_ms": medians,
+        "quartiles_ms": {name: np.percentile(times, [25, 75]).tolist() for name, times in taken.items()},
+        "ratios": {
+            what: {"of": name, "against": reference, "ratio": ratio, "interval": interval}
+            for what, (reference, name) in pairs.items()
+            for ratio, interval in [paired(taken[reference], taken[name])]
+        },
+    }
+
+
+def _profile(directory: Path, name: str, shape: tuple[int, int], threads: int, rounds: int = 20) -> dict[str, Any]:
+    """Milliseconds by operator type in ONNX Runtime's own profile, medians over rounds, and INT8 products a second."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    options.enable_profiling = True
+    options.profile_file_prefix = str(directory / "profile")
+    without = load_passport(directory).options["disabled_optimizers"]
+    session = onnxruntime.InferenceSession(
+        str(directory / ENGINE_FILE), options, providers=["CPUExecutionProvider"], disabled_optimizers=without
+    )
+    with backend("ort").load(directory, threads=1) as engine:
+        feeds = feeds_for(engine, *shape, 1000, 0)
+    for _ in range(rounds):
+        session.run(None, feeds)
+    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    taken: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            taken[event["args"]["op_name"], event["name"]].append(event["dur"] / 1e3)
+    by_operator: dict[str, float] = defaultdict(float)
+    for (operator, _), times in taken.items():
+        by_operator[operator] += float(np.median(times))
+    products = by_operator.get("MatMulIntegerToFloat")
+    operations = 2.0 * _planned_weights(directory) * shape[0] * shape[1]
+    return {
+        "engine": name,
+        "batch": shape[0],
+        "sequence": shape[1],
+        "milliseconds": dict(sorted(by_operator.items(), key=lambda item: -item[1])),
+        "int8_gops": operations / products / 1e6 if products else None,
+    }
+
+
+def _planned_weights(directory: Path) -> int:
+    """Weights of the encoder's INT8 matrices, as the engine file holds them."""
+    from nxm_export.weights import load_graph
+
+    nodes = [node for node in load_graph(directory / ENGINE_FILE).graph if node.op_type == "MatMulIntegerToFloat"]
+    return sum(int(np.prod(node.inputs[1].shape.numpy())) for node in nodes)
+
+
+def _peaks(threads: int, work: Path) -> dict[str, float]:
+    """GOPS of one large product, (2048, 2048) x (2048, 2048), with ONNX Runtime: INT8 (uint8 x int8) and FP32; best of 10."""
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    size, rng, found = 2048, np.random.default_rng(0), {}
+    for kind in ("int8", "fp32"):
+        integer = kind == "int8"
+        weight = rng.integers(-127, 128, (size, size)).astype(np.int8 if integer else np.float32)
+        node = (
+            helper.make_node("MatMulIntegerToFloat", ["x", "w", "s", "s", "z"], ["y"], domain="com.microsoft")
+            if integer
+            else helper.make_node("MatMul", ["x", "w"], ["y"])
+        )
+        constants = [numpy_helper.from_array(weight, "w")]
+        if integer:
+            constants += [
+                numpy_helper.from_array(np.float32(0.01).reshape(()), "s"),
+                numpy_helper.from_array(np.uint8(128).reshape(()), "z"),
+            ]
+        kinds = (TensorProto.UINT8 if integer else TensorProto.FLOAT, TensorProto.FLOAT)
+        values = [helper.make_tensor_value_info(name, k, [size, size]) for name, k in zip("xy", kinds, strict=True)]
+        graph = helper.make_graph([node], "peak", values[:1], values[1:], constants)
+        opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), work / "peak.onnx")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(str(work / "peak.onnx"), options, providers=["CPUExecutionProvider"])
+        feeds = {"x": rng.integers(0, 255, (size, size)).astype(np.uint8 if integer else np.float32)}
+        times = []
+        for _ in range(12):
+            began = time.perf_counter()
+            session.run(None, feeds)
+            times.append(time.perf_counter() - began)
+        found[f"{kind}_gops"] = 2.0 * size**3 / min(times[2:]) / 1e9
+    return found
+
+
+def _model(checkpoint: Path) -> dict[str, Any]:
+    from nxm_export.checkpoint import open_checkpoint
+
+    plan = open_checkpoint(checkpoint).plan
+    return {"model_type": plan.model_type, "plan": plan.pattern_counts, "compression": plan.compression()}
+
+
+def _say(what: str, began: float) -> None:
+    print(f"{time.monotonic() - began:6.0f} s  {what}", file=sys.stderr, flush=True)
+
+
+def render(args: argparse.Namespace) -> None:
+    """Write the page of a record."""
+    write_atomic(args.page, page(json.loads(args.record.read_text(encoding="utf-8"))))
+
+
+def page(record: Mapping[str, Any]) -> str:
+    """The page of a record: tables, what was wanted and whether it holds, and what lost."""
+    machine, found = record["machine"], record["versions"]
+    shapes = [f"{row['batch']}x{row['sequence']}" for row in record["latency"]]
+    parts = [
+        _HEAD.format(
+            machine=f"{machine.get('name', 'unknown')}, {machine.get('features', '')}, {machine['threads']} threads on {machine['cores']} cores",
+            versions=", ".join(f"{name} {number}" for name, number in found.items()) + (f"; peer: {record['peer']}" if record["peer"] else ""),
+            plan=", ".join(f"{count} x {option}" for option, count in record["model"]["plan"].items()),
+            load=f"{record['load_average_before']:.2f}",
+            seconds=record["seconds"],
+        ),
+        "## Latency\n\nMilliseconds, median (middle half), batch x sequence, random tokens, no padding.\n",
+        _table(
+            ["engine", "MB", *shapes],
+            [
+                [name, _megabytes(record, name)]
+                + [f"{row['median_ms'][name]:.2f} ({row['quartiles_ms'][name][0]:.2f} to {row['quartiles_ms'][name][1]:.2f})" for row in record["latency"]]
+                for name in record["latency"][0]["median_ms"]
+            ],
+        ),
+        "Speed-ups, medians of paired ratios with their 95 % intervals; above 1 is faster.\n",
+        _table(["speed-up", *shapes], [[what] + [_ratio(row["ratios"][what]) for row in record["latency"]] for what in record["latency"][0]["ratios"]]),
+        "## What was wanted, and whether it holds\n",
+        _table(["wanted", *shapes], [[what] + [test(row) for row in record["latency"]] for what, test in _wanted(record).items()]),
+        *_parity_part(record),
+        *_text_part(record["text"], record["text_peers"]),
+        *_profile_part(record),
+        _REWRITES,
+    ]  # fmt: skip
+    return "\n".join(parts)
+
+
+_HEAD = """# Performance on a CPU
+
+Made by `python -m tools.bench_cpu render` from [`results/cpu.json`](../results/cpu.json); `python -m tools.bench_cpu run
+CHECKPOINT --dense DENSE --data dev.tsv` measures it anew (NXM_PEERS_PYTHON names an interpreter with openvino and nncf for
+the peer). GPU numbers: [results.md](results.md) and [tensorrt.md](tensorrt.md).
+
+MiniLM-L6 on rotten tomatoes ({plan}). Machine: {machine}; load average before: {load}. Versions: {versions}.
+
+All engines are timed in one run, every round times each once in an order that rotates, and ratios are paired within rounds;
+numbers of different runs are not to be compared. Float layers run in float32 everywhere: OpenVINO would choose bfloat16 on
+this kind of CPU by itself, and its FP32 row would then be another network. The whole run took {seconds} s.
+
+2:4 gives no speed on a CPU with these runtimes: what is faster here is INT8. Losing cases stay in the tables.
+"""
+
+_REWRITES = """## What the ort build does to a graph
+
+`nxm build --backend ort` writes a graph of ONNX Runtime's own operators, each step tested against the plain graph
+(`tests/test_ort_rewrites.py`); the passport's options say how often each was done.
+
+| step | numbers |
+|---|---|
+| INT8 activations with zero point 0 become UINT8 with 128 | not a bit changes |
+| product of dequantized values, and bias: `MatMulIntegerToFloat` | the sum is exact in INT32; float rounding |
+| scores, mask, softmax, context: `MultiHeadAttention` | float rounding, another order of summation |
+| left out: SkipLayerNormalization and BiasGelu fusion | float rounding |
+
+Float rounding can move a quantizer's code by one step, which is what the tolerance of [parity.md](parity.md) is made of.
+`--backend openvino` runs the exported file unchanged. `--backend auto` builds both, times them at the shapes you name with
+`--shape`, and keeps the faster one; with `--checkpoint` and `--data` only if it passes `nxm compare`.
+
+Not done here: INT8 products inside attention (a plan with `--placement attention` trains them, and these runtimes run them
+in float), INT8 embedding tables, engines without padding.
+"""
+
+
+def _wanted(record: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Any]], str]]:
+    def at_least(what: str, limit: float) -> Callable[[Mapping[str, Any]], str]:
+        def test(row: Mapping[str, Any]) -> str:
+            return (
+                f"{'holds' if row['ratios'][what]['ratio'] >= limit else 'MISSED'}: {row['ratios'][what]['ratio']:.2f}"
+            )
+
+        return test
+
+    def best(row: Mapping[str, Any]) -> str:
+        limit = 2.7 if row["batch"] > 1 else 2.2
+        return at_least("the faster one over the best FP32", limit)(row) + f" of {limit}"
+
+    def peer(row: Mapping[str, Any]) -> str:
+        found = row["ratios"]["the faster one over NNCF"]
+        time, high = 1.0 / found["ratio"], 1.0 / found["interval"][0]
+        low = 1.0 / found["interval"][1]
+        holds = time <= 1.0 or (low <= 1.0 <= high <= 1.05)
+        return f"{'holds' if holds else 'MISSED'}: {time:.2f} ({low:.2f} to {high:.2f})"
+
+    rows: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "ort >= 2x its own FP32": at_least("ort over its own FP32", 2.0),
+        "faster one >= 2.2x the best FP32 (2.7x at batch 8)": best,
+    }
+    if record["peer"]:
+        rows["time of the faster one over NNCF's <= 1.00, or an interval that holds 1.00 and ends by 1.05"] = peer
+    return rows
+
+
+def _parity_part(record: Mapping[str, Any]) -> list[str]:
+    if not record["parity"]:
+        return []
+    rows = [
+        [
+            entry["engine"],
+            f"{100 * entry['checkpoint']:.2f}",
+            f"{100 * entry['value']:.2f}",
+            f"{100 * entry['agreement']:.2f}",
+            f"{entry['mean_abs']:.4f} ({entry['mean_tolerance']:.4f})",
+            "passed" if entry["passed"] else "FAILED",
+        ]
+        for entry in record["parity"]
+    ]
+    columns = ["engine", "checkpoint in PyTorch", "engine", "same class, %", "mean |difference| (tolerated)", "gate drop<=0.5 and tolerance"]  # fmt: skip
+    head = f"## The same engines against their checkpoint\n\n`nxm compare`, {record['parity'][0]['metric']} on {record['parity'][0]['samples']} dev sentences.\n"
+    return [head, _table(columns, rows)]
+
+
+def _text_part(text: Mapping[str, Any], versions: str | None) -> list[str]:
+    head = (
+        f"## Real text\n\n`nxm bench ENGINES --data dev.tsv`: {text['sentences']} sentences, {text['tokens'][0]:.1f} tokens on average, "
+        f"{text['tokens'][1]} at most, in batches of {text['batch']}; {text['rounds']} interleaved rounds. The tokenizer alone makes "
+        f"{text['tokenised_per_second']:.0f} sentences a second, and is included but in the last column.\n"
+    )
+    rows = [
+        [
+            row["name"],
+            row["order"] + (f" {text['fixed']}" if row["order"] == "fixed" else ""),
+            f"{row['padding']:.0%}",
+            f"{row['sentences_per_second']:.0f} ({row['quartiles'][0]:.0f} to {row['quartiles'][1]:.0f})",
+            "1" if row["interval"] is None else f"{row['speedup']:.2f} ({row['interval'][0]:.2f} to {row['interval'][1]:.2f})",
+            f"{row['without_tokenisation']:.0f}",
+        ]
+        for row in text["timings"]
+    ]  # fmt: skip
+    own = {f"{row['name']} {row['order']}" for row in text["timings"]}
+    best = min((name for name in own if name.endswith(" bucketed")), key=lambda name: np.median(text["seconds"][name]))
+    for name, seconds in text["seconds"].items():
+        if name not in own:
+            low, middle, high = np.percentile(text["sentences"] / np.array(seconds), [25, 50, 75])
+            ratio, (start, end) = paired(np.array(seconds), np.array(text["seconds"][best]))
+            ahead = f"{best} is {ratio:.2f} ({start:.2f} to {end:.2f}) times as fast"
+            rows.append([name, "its own", "–", f"{middle:.0f} ({low:.0f} to {high:.0f})", ahead, "–"])
+    columns = ["engine", "batches", "padding", "sentences a second", "against arrival order", "engine alone"]
+    peers = (
+        f"The peer rows are sentence embeddings of the dense model of the same size ({versions}), which has no classifier; all threads."
+        if versions
+        else "sentence-transformers with its INT8 backends was not installed where this was measured (NXM_TEXT_PEERS_PYTHON)."
+    )
+    return [
+        head,
+        _table(columns, rows),
+        f"Wanted: bucketed >= 1.2x arrival order, and ahead of sentence-transformers. {peers}\n",
+    ]
+
+
+def _profile_part(record: Mapping[str, Any]) -> list[str]:
+    rows, roof = [], []
+    for entry in record["profile"]:
+        total = sum(entry["milliseconds"].values())
+        top = list(entry["milliseconds"].items())[:6]
+        shape = f"{entry['batch']}x{entry['sequence']}"
+        rows.append(
+            [entry["engine"], shape, f"{total:.2f}", ", ".join(f"{op} {100 * ms / total:.0f} %" for op, ms in top)]
+        )
+        if entry["int8_gops"]:
+            share = entry["milliseconds"]["MatMulIntegerToFloat"] / total
+            peak = record["peaks"]["int8_gops"]
+            roof.append(
+                [shape, f"{entry['int8_gops']:.0f}", f"{entry['int8_gops'] / peak:.0%}", f"{share:.0%}",
+                 f"{entry['milliseconds']['MatMulIntegerToFloat'] * entry['int8_gops'] / peak + total * (1 - share):.2f}"]
+            )  # fmt: skip
+    peaks = record["peaks"]
+    return [
+        "## Where the time goes\n\nONNX Runtime's own profile, medians by operator (profiling itself adds some).\n",
+        _table(["engine", "shape", "ms", "largest shares"], rows),
+        f"Roofline of the INT8 products: a (2048, 2048) x (2048, 2048) product reaches {peaks['int8_gops']:.0f} GOPS in INT8 here, and {peaks['fp32_gops']:.0f} in FP32.\n",
+        _table(["shape", "GOPS of the products", "of the peak", "products' share of the time", "ms if they ran at the peak"], roof),
+    ]  # fmt: skip
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "|".join(["---"] + ["---:"] * (len(columns) - 1)) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def _ratio(found: Mapping[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['ratio']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _megabytes(record: Mapping[str, Any], name: str) -> str:
+    return f"{record['bytes'][name] / 1e6:.1f}" if name in record["bytes"] else "–"
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    measure = commands.add_parser("run", help="measure, and write the record")
+    measure.add_argument("checkpoint", type=Path, help="compressed checkpoint")
+    measure.add_argument("--dense", type=Path, required=True, help="the dense checkpoint that it was made from")
+    measure.add_argument("--data", type=Path, required=True, help="labelled sentences")
+    measure.add_argument("--threads", type=int, help="[default: all cores]")
+    measure.add_argument("--work", type=Path, help="directory for what is thrown away afterwards")
+    measure.add_argument("--record", type=Path, default=RECORD)
+    measure.add_argument("--scale", type=float, default=1.0, help="rounds times this, to try the command out")
+    measure.add_argument("--no-compare", action="store_true", help="leave out the comparison with the checkpoint")
+    measure.set_defaults(call=run)
+    write = commands.add_parser("render", help="write the page of a record")
+    write.add_argument("--record", type=Path, default=RECORD)
+    write.add_argument("--page", type=Path, default=PAGE)
+    write.set_defaults(call=render)
+    args = parser.parse_args()
+    args.load_average = os.getloadavg()[0]
+    args.call(args)
+
+
+if __name__ == "__main__":
+    main()

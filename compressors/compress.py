@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from compressors import distributed
 from compressors.fake_quant import bake
 from compressors.models import Source, load_model, load_tokenizer, quiet, resolve
 from compressors.phases import Job, freeze_embeddings, save_every, steps_of
+from compressors.resume import claim, request_hash
 from compressors.settings import Settings, prepare_process
 from compressors.task_data import TaskData, read_task_data
 from compressors.train import LOG_FILE, Phase, Progress, predict, run_phase
@@ -76,6 +78,7 @@ def finetune(
     out = Path(out)
     work_dir = work_dir or out.with_name(f".{out.name}.work")
     if steps:
+        _claim(work_dir, source, data, settings)
         phase = Phase("dense", steps, settings.dense_learning_rate, settings.batch_size)
         if settings.dense_freeze_embeddings:
             freeze_embeddings(network)
@@ -141,6 +144,7 @@ def compress(
     data = read_task_data(source, kind, train, dev, settings, columns, tokenizer, train_limit)
     out = Path(out)
     work_dir = work_dir or out.with_name(f".{out.name}.work")
+    _claim(work_dir, source, data, settings, plan)
     job = Job(source, data, plan, settings, work_dir, progress)
     student, facts = job.run()
     logits, found = _outputs(student, data, progress)  # with activation quantizers, so before baking
@@ -158,6 +162,12 @@ def compress(
     shutil.rmtree(work_dir, ignore_errors=True)
     distributed.wait()
     return metrics
+
+
+def _claim(work_dir: Path, source: Source, data: TaskData, settings: Settings, *plan: CompressionPlan) -> None:
+    """Keep what an interrupted run left in `work_dir` if it was of the same model, samples, settings and plan; how many
+    threads it had makes no difference."""
+    claim(work_dir, request_hash(source, data.train, replace(settings, threads=None), *plan))
 
 
 def evaluate(model: nn.Module, data: TaskData, progress: Progress = lambda *_: None) -> dict[str, Any]:

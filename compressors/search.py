@@ -7,12 +7,10 @@ runs, half of them staying after each round: what does best one-shot is not alwa
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from compressors import distributed
 from compressors.fake_quant import prepare
 from compressors.models import Source, load_model, load_tokenizer, resolve
 from compressors.phases import Job, freeze_embeddings, steps_of
+from compressors.resume import claim, request_hash
 from compressors.selection import SearchSettings, Selection, Selector, Trial, write_trials
 from compressors.sensitivity import Batches, Entry, Probe, divergence, real_logits, write_table
 from compressors.settings import Settings, prepare_process
@@ -32,11 +31,10 @@ from compressors.train import Progress, Student, collate, wants_bf16
 from nxm_export.data import Columns, Features, cut, sorted_batches
 from nxm_export.errors import DataError
 from nxm_export.families import task_named
-from nxm_export.run_dir import atomic_dir, file_hash, json_text, require_replaceable, write_atomic
+from nxm_export.run_dir import atomic_dir, json_text, require_replaceable
 
 TABLE_FILE = "sensitivity.csv"
 _MARKS = {"plan.json", "search.json"}  # that make a directory one of a search
-_REQUEST_FILE = "request.sha256"
 _TIMED_STEPS = 3
 
 
@@ -73,7 +71,7 @@ def search(
     settings = settings.sized(blocks, len(data.train), full_steps * training.batch_size)
     held_out, rest = _cut(data.train, settings)
     data = replace(data, train=rest, dev=held_out)
-    resumed = _claim(work_dir, _request_hash(source, data, settings, training))
+    resumed = claim(work_dir, request_hash(source, [*data.dev, *data.train], settings, training))
     dense = load_model(source, kind).to(distributed.device())
     probe = Probe(dense, source.family, source.config, kind.link)
     batches = [_batches(part, data.pad_id, settings.batch_size) for part in (rest[: settings.samples], held_out)]
@@ -153,29 +151,6 @@ def _cut(features: Sequence[Features], settings: SearchSettings) -> tuple[list[F
         )
     held_out, rest = cut(features, settings.held_out, settings.seed)
     return [features[i] for i in held_out], [features[i] for i in rest]
-
-
-def _request_hash(source: Source, data: TaskData, settings: SearchSettings, training: Settings) -> str:
-    """sha256 of all that finished work depends on."""
-    digest = hashlib.sha256()
-    for file in sorted([*source.path.glob("*.safetensors"), source.path / "config.json"]):
-        digest.update(file_hash(file).encode())
-    digest.update(json.dumps([asdict(settings), asdict(training)], sort_keys=True).encode())
-    for sample in [*data.dev, *data.train]:
-        digest.update(repr(sorted(sample.items())).encode())
-    return digest.hexdigest()
-
-
-def _claim(work_dir: Path, request: str) -> bool:
-    """Make `work_dir` this request's, and say whether it was; what another request left there is removed."""
-    file = work_dir / _REQUEST_FILE
-    same = distributed.agreed(file.is_file() and file.read_text(encoding="utf-8") == request)
-    if not same and not distributed.rank():
-        shutil.rmtree(work_dir, ignore_errors=True)
-        work_dir.mkdir(parents=True)
-        write_atomic(file, request)
-    distributed.wait()
-    return same
 
 
 def _batches(features: Sequence[Features], pad_id: int, batch_size: int) -> Batches:

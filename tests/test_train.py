@@ -16,7 +16,7 @@ import torch
 from compressors.compress import compress, finetune
 from compressors.models import resolve
 from compressors.settings import Settings
-from compressors.train import schedule
+from compressors.train import Progress, schedule
 from nxm_export.checkpoint import open_checkpoint
 from nxm_export.errors import DataError, PlanError
 from nxm_export.plan import CompressionPlan, WeightSpec
@@ -89,7 +89,13 @@ def plan_for(dense: Path, spec: str = "2:4+W8") -> CompressionPlan:
     return source.family.uniform_plan(source.config, WeightSpec.parse(spec))
 
 
-def run(prepared: Path, out: Path, spec: str = "2:4+W8", **settings: Any) -> dict[str, Any]:
+def run(
+    prepared: Path,
+    out: Path,
+    spec: str = "2:4+W8",
+    progress: Progress = lambda what, done, total: None,
+    **settings: Any,
+) -> dict[str, Any]:
     return compress(
         prepared / "dense",
         task="classification",
@@ -98,6 +104,7 @@ def run(prepared: Path, out: Path, spec: str = "2:4+W8", **settings: Any) -> dic
         plan=plan_for(prepared / "dense", spec),
         out=out,
         settings=Settings(**{**FAST, "steps": 20, **settings}),
+        progress=progress,
     )
 
 
@@ -173,6 +180,18 @@ def test_baked_weights_load_with_plain_transformers(prepared: Path, tmp_path: Pa
         loaded = model.get_parameter(name).detach().numpy()
         assert np.array_equal(loaded, checkpoint.weight(name))
         assert ((loaded != 0).reshape(-1, 4).sum(axis=-1) <= 2).all()
+
+
+def test_what_a_run_with_another_plan_left_behind_is_not_used(prepared: Path, tmp_path: Path) -> None:
+    def interrupted(phase: str, done: int, steps: int) -> None:
+        if phase == "qat":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(prepared, tmp_path / "checkpoint", "1:4+W8", progress=interrupted)
+    assert list((tmp_path / ".checkpoint.work").glob("admm*.safetensors"))  # a finished phase, of the other plan
+    metrics = run(prepared, tmp_path / "checkpoint", "2:4+W8")
+    assert metrics["mask_hash"] == run(prepared, tmp_path / "alone", "2:4+W8")["mask_hash"]
 
 
 SCRIPT = """

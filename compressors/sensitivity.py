@@ -57,6 +57,7 @@ class Statistics:
 
     `moments` is ``E[x x^T]`` (in, in) over real tokens, `fisher` the mean squared gradient of a sample's loss per output
     channel (out,), `input_scale` the static INT8 scale of what it reads. Layers that read one tensor share `moments`.
+    Where a layer runs several times for one token (shared layers), `moments` is the mean and `fisher` the sum over them.
     """
 
     moments: Tensor
@@ -72,8 +73,11 @@ class Probe:
         self.weights = list(family.weights(config))
         self.blocks = family.blocks(config)
         self.device = next(model.parameters()).device
+        runs = family.runs(config)
         # A model that runs a block more than once (shared layers) has no prefix that its weights leave alone.
-        self.repeats = len(self.blocks) != int(config[family.layers_key])
+        self.repeats = len(self.blocks) != len(runs)
+        block_of = {weight: next(b for b in self.blocks if weight.startswith(f"{b}.")) for weight in self.weights}
+        self.uses = {weight: runs.count(block) for weight, block in block_of.items()}
 
     def layer(self, weight: str) -> nn.Linear:
         """The linear layer of a weight."""
@@ -94,6 +98,7 @@ class Probe:
             for batch in batches:
                 inputs = {key: value.to(self.device) for key, value in batch.items()}
                 sums.tokens = inputs["attention_mask"].bool()
+                sums.count += int(sums.tokens.sum())
                 self.model.zero_grad(set_to_none=True)
                 loss = self._loss(self.model(**inputs), directions)
                 if not bool(torch.isfinite(loss)):
@@ -218,7 +223,7 @@ class _Sums:
     def __init__(self, probe: Probe) -> None:
         self.probe = probe
         self.tokens: Tensor | None = None
-        self.count = 0
+        self.count = 0  # tokens
         self.moments: dict[str, Tensor] = {}
         self.fisher: dict[str, Tensor] = {}
         self.observers: dict[str, HistogramObserver] = {}
@@ -252,8 +257,6 @@ class _Sums:
             except DataError as error:
                 raise DataError(f"{weight}: {error}") from error
             self.moments[weight] = x.T @ x + self.moments.get(weight, torch.zeros((), device=x.device))
-            if weight == self.probe.weights[0]:
-                self.count += len(x)
 
         return hook
 
@@ -269,7 +272,7 @@ class _Sums:
             raise DataError("the calibration set is empty; give at least one sample that is not padding")
         return {
             weight: Statistics(
-                self.moments[leader] / self.count,
+                self.moments[leader] / (self.count * self.probe.uses[weight]),
                 self.fisher[weight] / self.count,
                 self.observers[leader].scale(ACTIVATION_QMAX, percentile),
             )

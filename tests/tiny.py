@@ -32,7 +32,7 @@ NEUTRAL = (
     "new",
 )
 WORDS = (*GOOD, *BAD, *NEUTRAL)
-FAMILIES = ("bert", "roberta", "distilbert", "electra")
+FAMILIES = ("bert", "roberta", "distilbert", "electra", "albert")
 HIDDEN, INTERMEDIATE, LAYERS, HEADS = 32, 64, 2, 4
 POSITIONS = 48  # longest input in tokens
 CLASSES = {
@@ -55,11 +55,13 @@ def write_model(
     intermediate: int = INTERMEDIATE,
     layers: int = LAYERS,
     seed: int = 0,
+    options: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a Hugging Face directory with random weights and its tokenizer to `out`, and return it.
 
     `head` is None for an encoder alone (what pretraining leaves), else a task; `classes` are those of ``classification``.
     For ``embedding`` it is a sentence-transformers directory with the mean of the tokens, at length 1.
+    `options` are more fields of an ALBERT's configuration.
     """
     import torch
     import transformers
@@ -68,7 +70,7 @@ def write_model(
     from nxm_export.families import TASKS
 
     torch.manual_seed(seed)
-    config = _config(family, hidden, intermediate, layers)
+    config = _config(family, hidden, intermediate, layers, options)
     if head is None:
         model = transformers.AutoModel.from_config(config)
     elif head == "embedding":
@@ -232,7 +234,7 @@ def _special(family: str) -> dict[str, str]:
     return {f"{name}_token": f"[{name.upper()}]" for name in names}
 
 
-def _config(family: str, hidden: int, intermediate: int, layers: int) -> Any:
+def _config(family: str, hidden: int, intermediate: int, layers: int, options: Mapping[str, Any] | None = None) -> Any:
     import transformers
 
     # Wider than the usual 0.02: a tiny network with tiny weights would compute next to nothing.
@@ -260,5 +262,7 @@ def _config(family: str, hidden: int, intermediate: int, layers: int) -> Any:
         ),
         # An embedding size of its own, as in every published ELECTRA: a projection stands between it and the encoder.
         "electra": lambda: transformers.ElectraConfig(**common, **sizes, embedding_size=hidden // 2),
+        # One block for all layers, and tanh-GELU, as in every published ALBERT.
+        "albert": lambda: transformers.AlbertConfig(**common, **sizes, embedding_size=hidden // 2, **(options or {})),
     }
     return made[family]()

@@ -142,7 +142,7 @@ class Probe:
         inputs = {key: value.to(self.device) for key, value in batch.items() if key != "labels"}
         with self._starting_at(start, hidden):
             found = self.model(**inputs)
-        return real_logits(found.logits, inputs["attention_mask"])
+        return real_logits(found.logits, inputs["attention_mask"], self.link)
 
     @torch.no_grad()
     def hidden_before(self, batch: Mapping[str, Tensor], block: int) -> tuple[Tensor, Tensor]:
@@ -212,9 +212,11 @@ class OneShot:
         return self._pruned[1]
 
 
-def real_logits(logits: Tensor, attention_mask: Tensor) -> Tensor:
-    """Logits in float32; those of tokens (batch, sequence, classes) are 0 where the mask is."""
-    return logits.float() * attention_mask[..., None] if logits.dim() == 3 else logits.float()
+def real_logits(logits: Tensor, attention_mask: Tensor, link: str) -> Tensor:
+    """Logits in float32; those of tokens (batch, sequence, classes) are 0 where the mask is, but for spans, whose padding is
+    far below all others."""
+    by_token = logits.dim() == 3 and link != "span"
+    return logits.float() * attention_mask[..., None] if by_token else logits.float()
 
 
 class _Sums:
@@ -290,6 +292,8 @@ def divergence(wanted: Tensor, found: Tensor, link: str = "softmax") -> float:
         return float((wanted - found).square().sum())
     if link == "sigmoid":
         wanted, found = two_classes(wanted), two_classes(found)
+    if link == "span":  # (batch, sequence, 2): positions compete
+        wanted, found = wanted.transpose(1, 2), found.transpose(1, 2)
     target = wanted.log_softmax(dim=-1)
     return float(functional.kl_div(found.log_softmax(dim=-1), target, log_target=True, reduction="sum"))
 

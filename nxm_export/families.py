@@ -240,11 +240,13 @@ class Task:
     `auto_class` is the transformers class, None for an encoder with a pooling behind it (`nxm_export.embedding`), `outputs`
     the graph outputs with their axes, `label` the kind of label that its
     data has (`nxm_export.labels.LABELS`), `metric` one of `nxm_export.metrics`. `link` says what the first output means:
-    ``softmax`` over the last axis, ``sigmoid`` of every entry, ``identity``, or ``vector`` for a row that means something only
-    as a whole; the distillation loss, the search's divergence and the decisions that parity counts follow from it.
+    ``softmax`` over the last axis, ``sigmoid`` of every entry, ``identity``, ``vector`` for a row that means something only
+    as a whole, or ``span`` for two outputs, start and end, each with a softmax over the sequence; the distillation loss, the
+    search's divergence and the decisions that parity counts follow from it.
     `problem_type` is transformers' word where several tasks share a class. `serves` names another task whose checkpoints have
     the very head that this one needs. Without `own_loss`, distillation alone trains: labels are for the metric. `texts` says
-    how many texts a row of the model's input is: ``one``, ``two``, or ``any`` of both.
+    how many texts a row of the model's input is: ``one``, ``two``, or ``any`` of both. `beside` are metrics that are given with
+    the task's own.
     """
 
     name: str
@@ -257,11 +259,7 @@ class Task:
     serves: str | None = None
     own_loss: bool = True
     texts: str = "any"
-
-    @property
-    def per_token(self) -> bool:
-        """True when the first output has a row for every token."""
-        return "sequence" in next(iter(self.outputs.values()))
+    beside: tuple[str, ...] = ()
 
     @property
     def names_labels(self) -> bool:
@@ -294,6 +292,11 @@ TASKS: dict[str, Task] = {
         Task(
             "reranking", _SEQUENCE, "ndcg_at_10", {"logits": ("batch", "scores")}, "relevance", "identity",
             "multi_label_classification", serves="regression", texts="two",
+        ),
+        Task(
+            "question-answering", "AutoModelForQuestionAnswering", "squad_f1",
+            {"start_logits": ("batch", "sequence"), "end_logits": ("batch", "sequence")}, "answers", "span", texts="two",
+            beside=("exact_match",),
         ),
     )
 }  # fmt: skip

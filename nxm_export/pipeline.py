@@ -446,7 +446,8 @@ def _summary(
     """The numbers of the run, every one read back from the file that a stage wrote; paths are relative to the run."""
     import numpy as np
 
-    from nxm_export.metrics import paired_interval
+    from nxm_export.families import TASKS
+    from nxm_export.metrics import paired_interval, scored_outputs
 
     def read(*parts: str) -> dict[str, Any]:
         return dict(read_json(directory.path(*parts), "run the same `nxm run` again"))
@@ -461,7 +462,7 @@ def _summary(
     main, reference = f"ort-cpu-{_kind(plan)}", "ort-cpu-fp32"
     outputs = {name: np.load(directory.path("compare", name, "outputs.npz")) for name in (main, reference)}
     labels, groups = outputs[main]["labels"], outputs[main].get("groups")
-    first = reports[main]["outputs"][0]["output"]
+    task = TASKS[load_spec(directory.path("onnx", "cpu")).task]
     rtx = next((name for name in engines if name.startswith("trt_rtx")), None)
     return {
         "schema": SUMMARY_SCHEMA,
@@ -471,8 +472,8 @@ def _summary(
         "compressed": reports[main]["engine_value"],
         "difference_interval": paired_interval(
             dense["metric"],
-            outputs[main][first],
-            outputs[reference][first],
+            scored_outputs(task, outputs[main]),
+            scored_outputs(task, outputs[reference]),
             labels,
             classes=load_spec(directory.path("onnx", "cpu")).labels,
             groups=groups,

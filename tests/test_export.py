@@ -135,16 +135,15 @@ class TestEveryFamilyAndTask:
         for value in model.graph.inputs:
             assert value.dtype == ir.DataType.INT64
             assert [str(size) for size in value.shape or []] == ["batch", "sequence"]
-        (output,) = model.graph.outputs
-        ((name, axes),) = TASKS[task].outputs.items()
         sizes = {"scores": "1", "classes": str(len(tiny.CLASSES.get(task, "01"))), "labels": "3"}
         sizes["hidden"] = str(tiny.HIDDEN)
-        assert (output.name, output.dtype, [str(size) for size in output.shape or []]) == (
-            name,
-            ir.DataType.FLOAT,
-            [sizes.get(axis, axis) for axis in axes],
-        )
-        assert spec.outputs == {name: axes}
+        for output, (name, axes) in zip(model.graph.outputs, TASKS[task].outputs.items(), strict=True):
+            assert (output.name, output.dtype, [str(size) for size in output.shape or []]) == (
+                name,
+                ir.DataType.FLOAT,
+                [sizes.get(axis, axis) for axis in axes],
+            )
+        assert spec.outputs == TASKS[task].outputs
         assert len(spec.labels) == {"embedding": 0, "reranking": 1}.get(task, len(spec.labels))
         assert model.opset_imports[""] == TARGETS["cpu"].opset
         assert set(model.opset_imports) == {""}
@@ -162,23 +161,25 @@ class TestEveryFamilyAndTask:
         code that moves by one step changes these outputs by a few thousandths."""
         checkpoint, graph = exported
         feeds = baked.feeds(family, batch, sequence, padding=padding)
-        (name,) = TASKS[task].outputs
-        found = onnx_text.run(graph / "model.onnx", feeds)[name]
+        outputs = onnx_text.run(graph / "model.onnx", feeds)
         with torch_eager.load(checkpoint.path, task=task, exact=True) as reference:
-            wanted = reference.run(feeds)[name]
-        assert found.shape == wanted.shape
-        np.testing.assert_allclose(found, wanted, atol=0.02 * max(1.0, float(np.abs(wanted).max())))
-        if batch > 1:
-            assert (np.abs(found - wanted) < 1e-5).reshape(batch, -1).all(axis=1).mean() >= 0.5
+            answers = reference.run(feeds)
+        assert set(outputs) == set(answers) == set(TASKS[task].outputs)
+        for found, wanted in ((outputs[name], answers[name]) for name in answers):
+            assert found.shape == wanted.shape
+            np.testing.assert_allclose(found, wanted, atol=0.02 * max(1.0, float(np.abs(wanted).max())))
+            if batch > 1:
+                assert (np.abs(found - wanted) < 1e-5).reshape(batch, -1).all(axis=1).mean() >= 0.5
 
-    def test_a_row_of_padding_alone_is_finite(self, exported: tuple[Checkpoint, Path], family: str, task: str) -> None:
-        (_, graph), (name,) = exported, TASKS[task].outputs
+    def test_a_row_of_padding_alone_is_finite(self, exported: tuple[Checkpoint, Path], family: str) -> None:
+        _, graph = exported
         feeds = baked.feeds(family, 2, 6)
         feeds["attention_mask"][0] = 0
-        both = onnx_text.run(graph / "model.onnx", feeds)[name]
-        assert np.isfinite(both).all()
-        alone = onnx_text.run(graph / "model.onnx", {key: array[1:] for key, array in feeds.items()})[name]
-        np.testing.assert_allclose(both[1], alone[0], atol=1e-5)  # rows do not see each other
+        both = onnx_text.run(graph / "model.onnx", feeds)
+        alone = onnx_text.run(graph / "model.onnx", {name: array[1:] for name, array in feeds.items()})
+        for name, outputs in both.items():
+            assert np.isfinite(outputs).all()
+            np.testing.assert_allclose(outputs[1], alone[name][0], atol=1e-5)  # rows do not see each other
 
 
 @pytest.mark.parametrize("placement", ["inputs", "inputs-outputs"])

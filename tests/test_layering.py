@@ -27,6 +27,7 @@ CONTRACT = (
     "spec",
     "data",
     "labels",
+    "questions",
     "metrics",
     "sparsity_facts",
 )

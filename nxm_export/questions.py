@@ -225,7 +225,7 @@ def _sample(
     return {
         **{name: getattr(encoding, names[name]) for name in inputs},
         "labels": window.pack(),
-        "span": _span(offsets, at[0], answers[0]),
+        "span": _span(offsets, at[0], answers[0]) if answers else [NO_ANSWER, NO_ANSWER],
         "group": number,
     }
 

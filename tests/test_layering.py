@@ -27,6 +27,7 @@ CONTRACT = (
     "spec",
     "data",
     "labels",
+    "embedding",
     "questions",
     "metrics",
     "sparsity_facts",

@@ -272,6 +272,8 @@ def _runnable(parts: Sequence[Part]) -> tuple[list[Part], list[Skipped]]:
             with backend(part.passport.backend).load(part.directory):
                 running.append(part)
         except EngineUnavailable as error:
+            if len(parts) == 1:
+                raise
             sha256 = part.passport.engine_sha256
             skipped.append(Skipped(str(part.directory), sha256, part.passport.backend, str(error)))
     if not running:

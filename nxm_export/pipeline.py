@@ -483,8 +483,8 @@ def _summary(
         "plan": plan.pattern_counts,
         "parity": {
             name: {
-                "agreement": report["outputs"][0]["agreement"],
-                "max_abs": report["outputs"][0]["max_abs"],
+                "agreement": min(output["agreement"] for output in report["outputs"]),
+                "max_abs": max(output["max_abs"] for output in report["outputs"]),
                 "passed": report["passed"],
                 "value": report["engine_value"],
             }

@@ -218,12 +218,15 @@ def test_a_trained_model_of_each_family_runs_alike_in_both_runtimes(
 
 
 class TestSharedLayers:
-    """ALBERT: three layers of two blocks, so that one runs twice and the other once."""
+    """ALBERT: three layers of two blocks, so that one runs twice and the other once; with INT8 attention and residual."""
 
     @pytest.fixture(scope="class")
     def checkpoint(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
         out = tmp_path_factory.mktemp("shared")
-        return baked.write_checkpoint("albert", out, layers=3, attention="int8", options={"num_hidden_groups": 2})
+        baked.write_checkpoint("albert", out, layers=3, attention="int8", options={"num_hidden_groups": 2})
+        plan = json.loads((out / "nxm_plan.json").read_text())
+        (out / "nxm_plan.json").write_text(json.dumps({**plan, "residual": "int8"}))
+        return out
 
     @pytest.mark.parametrize(
         ("target", "placement", "lowering"),

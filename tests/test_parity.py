@@ -184,12 +184,16 @@ class TestSkipped:
         assert "elsewhere: the gate drop<=5 could not be checked" in result.stderr
 
     def test_nothing_left_to_compare_fails(
-        self, tiny_checkpoint: Callable[..., Path], engines: tuple[Path, Path]
+        self, tiny_checkpoint: Callable[..., Path], engines: tuple[Path, Path], tmp_path: Path
     ) -> None:
         checkpoint = tiny_checkpoint("bert")
-        result = nxm("compare", checkpoint, engines[1], f"--data={checkpoint.parent / 'dev.tsv'}")
-        assert result.exit_code == 1
-        assert "nothing could be compared here" in result.stderr
+        data = f"--data={checkpoint.parent / 'dev.tsv'}"
+        alone = nxm("compare", checkpoint, engines[1], data)
+        assert (alone.exit_code, alone.stderr) == (1, "nxm: TensorRT-RTX needs an NVIDIA GPU, and there is none here\n")
+        other = shutil.copytree(engines[1], tmp_path / "other")
+        both = nxm("compare", checkpoint, engines[1], other, data)
+        assert both.exit_code == 1
+        assert f"nothing could be compared here: {engines[1]}: TensorRT-RTX needs" in both.stderr
 
 
 class TestRefused:

@@ -182,6 +182,7 @@ def _outputs(model: nn.Module, data: TaskData, progress: Progress) -> tuple[np.n
     return logits, {
         "metric": data.task.metric,
         "value": metric_named(data.task.metric, names, groups)(logits, labels),
+        **{name: metric_named(name, names, groups)(logits, labels) for name in data.task.beside},
         "interval": interval(data.task.metric, logits, labels, classes=names, groups=groups),
         "dev_samples": len(labels) if groups is None else len(np.unique(groups)),  # of what is scored
     }

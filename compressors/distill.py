@@ -49,6 +49,12 @@ def squared_length(vectors: Tensor) -> Tensor:
     return vectors.square().sum(-1).clamp(min=1e-12)
 
 
+def spans_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean KL(teacher || student) of where answers begin and where they end, each a distribution over the sequence; logits
+    (batch, sequence, 2), with padding far below all others."""
+    return logits_loss(student.transpose(1, 2).flatten(0, 1), teacher.transpose(1, 2).flatten(0, 1))
+
+
 def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor) -> Tensor:
     """Mean squared error of hidden states (batch, sequence, features) over real tokens, averaged over layers.
 
@@ -70,4 +76,5 @@ AGREEMENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sigmoid": labels_loss,
     "identity": score_loss,
     "vector": vector_loss,
+    "span": spans_loss,
 }

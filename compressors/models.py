@@ -109,8 +109,35 @@ def max_length(source: Source, tokenizer: Any, task: Task, asked: int | None = N
     return min(limit, int(tokenizer.model_max_length), made_for or limit)
 
 
+PADDED = -1e4  # the logit of padding, where logits compete along the sequence
+
+
+def _as_spans(model: Any) -> Any:
+    """Make a question answering model speak like the others: ``labels`` (batch, 2) in, ``logits`` (batch, sequence, 2) out,
+    start and end, `PADDED` at padding, which has no part in the loss."""
+
+    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        labels = kwargs.pop("labels", None)
+        if labels is not None:
+            kwargs["start_positions"], kwargs["end_positions"] = labels.unbind(-1)
+        return args, kwargs
+
+    def behind(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        padding = ~kwargs["attention_mask"].bool()[..., None]
+        output.logits = torch.stack([output.start_logits, output.end_logits], -1).float().masked_fill(padding, PADDED)
+        if kwargs.get("start_positions") is not None:
+            wanted = torch.stack([kwargs["start_positions"], kwargs["end_positions"]], -1)
+            output.loss = torch.nn.functional.cross_entropy(output.logits, wanted)  # the classes are the positions
+        return output
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(behind, with_kwargs=True)
+    return model
+
+
 def load_model(source: Source, task: Task, *, classes: Sequence[str] | None = None, gelu: str | None = None) -> Any:
-    """The task model in float32. With `classes` the head is new; without, it is the checkpoint's own.
+    """The task model in float32, with ``labels`` in and ``logits`` out. With `classes` the head is new; without, it is the
+    checkpoint's own.
 
     `gelu` (erf or tanh) replaces the model's own GELU, and ``config.json`` says so when the model is saved.
     """
@@ -130,7 +157,7 @@ def load_model(source: Source, task: Task, *, classes: Sequence[str] | None = No
         changes["problem_type"] = task.problem_type
     with quiet():
         try:
-            return chosen.from_pretrained(
+            model = chosen.from_pretrained(
                 source.path,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -139,6 +166,7 @@ def load_model(source: Source, task: Task, *, classes: Sequence[str] | None = No
                 ignore_mismatched_sizes=classes is not None,
                 **changes,
             )
+            return _as_spans(model) if task.link == "span" else model
         except (OSError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"{source.path}: transformers cannot load it ({error})") from error
         except Exception as error:

@@ -173,7 +173,9 @@ def _short_run(
     with torch.no_grad():
         for batch in _batches(data.dev, data.pad_id, 64):
             inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-            wanted, found = (real_logits(m(**inputs).logits, inputs["attention_mask"]) for m in (dense, student))
+            wanted, found = (
+                real_logits(m(**inputs).logits, inputs["attention_mask"], data.task.link) for m in (dense, student)
+            )
             total += divergence(wanted, found, data.task.link)
     return total / len(data.dev)
 

@@ -410,7 +410,7 @@ class Selector:
         return choice
 
     def _latencies(self) -> np.ndarray:
-        """Milliseconds (weights, options) from the table by role and option; zero without a limit."""
+        """Milliseconds (weights, options) from the table by role and option, for all uses of a weight; zero without a limit."""
         found = np.zeros((len(self.names), len(self.menu)))
         if self.settings.latency_ms is None:
             return found
@@ -420,7 +420,7 @@ class Selector:
                 if spec is None:
                     continue
                 try:
-                    found[i, o] = float(self.settings.latencies[role][str(spec)])
+                    found[i, o] = float(self.settings.latencies[role][str(spec)]) * self.probe.uses[name]
                 except (KeyError, TypeError, ValueError) as error:
                     raise PlanError(
                         f"the latency table has no number for {role} under {spec}; measure it, or drop the option from the menu"

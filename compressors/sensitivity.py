@@ -57,6 +57,7 @@ class Statistics:
 
     `moments` is ``E[x x^T]`` (in, in) over real tokens, `fisher` the mean squared gradient of a sample's loss per output
     channel (out,), `input_scale` the static INT8 scale of what it reads. Layers that read one tensor share `moments`.
+    Where a layer runs several times for one token (shared layers), `moments` is the mean and `fisher` the sum over them.
     """
 
     moments: Tensor
@@ -72,8 +73,11 @@ class Probe:
         self.weights = list(family.weights(config))
         self.blocks = family.blocks(config)
         self.device = next(model.parameters()).device
+        runs = family.runs(config)
         # A model that runs a block more than once (shared layers) has no prefix that its weights leave alone.
-        self.repeats = len(self.blocks) != int(config[family.layers_key])
+        self.repeats = len(self.blocks) != len(runs)
+        block_of = {weight: next(b for b in self.blocks if weight.startswith(f"{b}.")) for weight in self.weights}
+        self.uses = {weight: runs.count(block) for weight, block in block_of.items()}
 
     def layer(self, weight: str) -> nn.Linear:
         """The linear layer of a weight."""
@@ -94,6 +98,7 @@ class Probe:
             for batch in batches:
                 inputs = {key: value.to(self.device) for key, value in batch.items()}
                 sums.tokens = inputs["attention_mask"].bool()
+                sums.count += int(sums.tokens.sum())
                 self.model.zero_grad(set_to_none=True)
                 loss = self._loss(self.model(**inputs), directions)
                 if not bool(torch.isfinite(loss)):
@@ -137,7 +142,7 @@ class Probe:
         inputs = {key: value.to(self.device) for key, value in batch.items() if key != "labels"}
         with self._starting_at(start, hidden):
             found = self.model(**inputs)
-        return real_logits(found.logits, inputs["attention_mask"])
+        return real_logits(found.logits, inputs["attention_mask"], self.link)
 
     @torch.no_grad()
     def hidden_before(self, batch: Mapping[str, Tensor], block: int) -> tuple[Tensor, Tensor]:
@@ -207,9 +212,11 @@ class OneShot:
         return self._pruned[1]
 
 
-def real_logits(logits: Tensor, attention_mask: Tensor) -> Tensor:
-    """Logits in float32; those of tokens (batch, sequence, classes) are 0 where the mask is."""
-    return logits.float() * attention_mask[..., None] if logits.dim() == 3 else logits.float()
+def real_logits(logits: Tensor, attention_mask: Tensor, link: str) -> Tensor:
+    """Logits in float32; those of tokens (batch, sequence, classes) are 0 where the mask is, but for spans, whose padding is
+    far below all others."""
+    by_token = logits.dim() == 3 and link != "span"
+    return logits.float() * attention_mask[..., None] if by_token else logits.float()
 
 
 class _Sums:
@@ -218,7 +225,7 @@ class _Sums:
     def __init__(self, probe: Probe) -> None:
         self.probe = probe
         self.tokens: Tensor | None = None
-        self.count = 0
+        self.count = 0  # tokens
         self.moments: dict[str, Tensor] = {}
         self.fisher: dict[str, Tensor] = {}
         self.observers: dict[str, HistogramObserver] = {}
@@ -252,8 +259,6 @@ class _Sums:
             except DataError as error:
                 raise DataError(f"{weight}: {error}") from error
             self.moments[weight] = x.T @ x + self.moments.get(weight, torch.zeros((), device=x.device))
-            if weight == self.probe.weights[0]:
-                self.count += len(x)
 
         return hook
 
@@ -269,7 +274,7 @@ class _Sums:
             raise DataError("the calibration set is empty; give at least one sample that is not padding")
         return {
             weight: Statistics(
-                self.moments[leader] / self.count,
+                self.moments[leader] / (self.count * self.probe.uses[weight]),
                 self.fisher[weight] / self.count,
                 self.observers[leader].scale(ACTIVATION_QMAX, percentile),
             )
@@ -287,6 +292,8 @@ def divergence(wanted: Tensor, found: Tensor, link: str = "softmax") -> float:
         return float((wanted - found).square().sum())
     if link == "sigmoid":
         wanted, found = two_classes(wanted), two_classes(found)
+    if link == "span":  # (batch, sequence, 2): positions compete
+        wanted, found = wanted.transpose(1, 2), found.transpose(1, 2)
     target = wanted.log_softmax(dim=-1)
     return float(functional.kl_div(found.log_softmax(dim=-1), target, log_target=True, reduction="sum"))
 

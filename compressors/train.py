@@ -72,7 +72,7 @@ class Student(nn.Module):
         self, model: nn.Module, losses: Losses, teacher: nn.Module | None, admm: Admm | None, link: str = "softmax"
     ) -> None:
         super().__init__()
-        self._agree = AGREEMENT[link]
+        self._agree, self._by_token = AGREEMENT[link], link != "span"
         self.model, self.losses, self.admm = model, losses, admm
         self._teacher = [teacher] if teacher is not None else []
 
@@ -86,7 +86,7 @@ class Student(nn.Module):
             with torch.no_grad():
                 wanted = self._teacher[0](**inputs, output_hidden_states=deep)
             ours, theirs = found.logits, wanted.logits
-            if ours.dim() == 3:  # (batch, sequence, classes): padding says nothing
+            if ours.dim() == 3 and self._by_token:  # (batch, sequence, classes): padding says nothing
                 real = batch["attention_mask"].bool()
                 ours, theirs = ours[real], theirs[real]
             loss = loss + self.losses.logits * self._agree(ours, theirs)
@@ -230,14 +230,17 @@ def wants_bf16(precision: str) -> bool:
 
 
 def collate(samples: Sequence[Features], pad_id: int) -> dict[str, Tensor]:
-    """Pad samples to the longest of the batch; labels become int64 classes or float32 scores.
+    """Pad samples to the longest of the batch; labels become int64 classes or float32 scores, or the place of the answer
+    (batch, 2).
 
     Labels of tokens are padded like the tokens, with `NO_LABEL`.
     """
     longest = samples[0].get(_PAD_TO)
     samples = [{name: value for name, value in sample.items() if name != _PAD_TO} for sample in samples]
     batch = {name: torch.from_numpy(array) for name, array in pad(samples, pad_id, longest).items()}
-    if "labels" in samples[0]:
+    if "span" in samples[0]:
+        batch["labels"] = torch.tensor([sample["span"] for sample in samples])
+    elif "labels" in samples[0]:
         labels = torch.from_numpy(label_array(samples))
         if labels.dim() == 2 and not labels.is_floating_point():
             width = batch["input_ids"].shape[1]

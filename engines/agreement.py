@@ -51,29 +51,45 @@ def real_tokens(values: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
     return np.asarray(np.arange(values.shape[1]) < np.asarray(lengths)[:, None])
 
 
-def decisions(values: np.ndarray, link: str) -> np.ndarray | None:
+def decisions(values: np.ndarray, link: str, allowed: np.ndarray | None = None) -> np.ndarray | None:
     """What outputs (samples, ..., classes) decide: the class of the largest logit, or for every label whether its logit is
-    above 0 (1 or 0); None for scores, which decide nothing."""
+    above 0 (1 or 0), or, for spans (samples, sequence), the position where an answer begins or ends, of those `allowed`; None
+    for scores, which decide nothing."""
+    if link == "span":
+        return _among(values, allowed).argmax(-1)
     if link == "sigmoid":
         return (values > 0).astype(int)
     return values.argmax(-1) if link == "softmax" and values.shape[-1] > 1 else None
 
 
-def margins(wanted: np.ndarray, link: str = "softmax") -> np.ndarray:
+def _among(values: np.ndarray, allowed: np.ndarray | None) -> np.ndarray:
+    return values if allowed is None else np.where(allowed, values, -np.inf)
+
+
+def margins(wanted: np.ndarray, link: str = "softmax", allowed: np.ndarray | None = None) -> np.ndarray:
     """By how much each decision was taken: errors of up to half of it change none."""
+    if link == "span":
+        wanted = _among(wanted, allowed)
+        wanted = np.concatenate([wanted, np.full((len(wanted), 1), -np.inf)], axis=1)  # a single token has no rival
     if link == "sigmoid":
         return np.asarray(2 * np.abs(wanted))
     top = np.partition(wanted, -2, axis=-1)
     return np.asarray(top[..., -1] - top[..., -2])
 
 
-def flips(wanted: np.ndarray, found: np.ndarray, tolerance: float, link: str = "softmax") -> list[Flip]:
+def flips(
+    wanted: np.ndarray,
+    found: np.ndarray,
+    tolerance: float,
+    link: str = "softmax",
+    allowed: np.ndarray | None = None,
+) -> list[Flip]:
     """All changed decisions, the widest margin first. A change is excused where both logits may have moved by `tolerance`,
     towards each other. Padding, 0 on both sides, changes nothing."""
-    ours, theirs = decisions(wanted, link), decisions(found, link)
+    ours, theirs = decisions(wanted, link, allowed), decisions(found, link, allowed)
     if ours is None or theirs is None:
         return []
-    margin = margins(wanted, link)
+    margin = margins(wanted, link, allowed)
     made = [
         Flip(
             int(at[0]),
@@ -89,14 +105,19 @@ def flips(wanted: np.ndarray, found: np.ndarray, tolerance: float, link: str = "
 
 
 def agreement(
-    wanted: np.ndarray, found: np.ndarray, link: str = "softmax", real: np.ndarray | None = None
+    wanted: np.ndarray,
+    found: np.ndarray,
+    link: str = "softmax",
+    real: np.ndarray | None = None,
+    allowed: np.ndarray | None = None,
 ) -> float | None:
-    """Share of equal decisions, of those where `real` holds; None for outputs that decide nothing."""
-    ours, theirs = decisions(wanted, link), decisions(found, link)
+    """Share of equal decisions, of those where `real` holds; None for outputs that decide nothing. `allowed` is as in
+    `decisions`."""
+    ours, theirs = decisions(wanted, link, allowed), decisions(found, link, allowed)
     if ours is None or theirs is None:
         return None
     same = ours == theirs
-    return float((same if real is None else same[real]).mean())
+    return float((same if real is None or link == "span" else same[real]).mean())
 
 
 def cosine(wanted: np.ndarray, found: np.ndarray) -> float:
@@ -119,10 +140,11 @@ def pair_of(
     difference: tuple[float, tuple[float, float]],
     link: str = "softmax",
     lengths: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    allowed: np.ndarray | None = None,
 ) -> list[Pair]:
     """The outputs of an engine against those of `other` (directory, sha256); `difference` is of the metric, with interval.
 
-    `lengths` are the samples' in tokens, for outputs that have a row for every token.
+    `lengths` are the samples' in tokens, for outputs that have a row for every token; `allowed` is as in `decisions`.
     """
     made = []
     for name, found in ours.items():
@@ -135,7 +157,7 @@ def pair_of(
                 float(error.max()),
                 float(error.mean()),
                 cosine(theirs[name], found),
-                agreement(theirs[name], found, link, real),
+                agreement(theirs[name], found, link, real, allowed),
                 *difference,
             )
         )

@@ -22,7 +22,7 @@ import numpy as np
 
 from engines import torch_eager
 from engines.base import backend
-from engines.cut import cut_ort, cut_tensorrt
+from engines.cut import Places, cut_ort, cut_tensorrt
 from engines.parity import open_part
 from engines.tolerance import MAX_FACTOR, MEAN_FACTOR, QUIET, QUIET_FACTOR, QUIET_SAMPLES
 from engines.torch_eager import EMBEDDINGS
@@ -114,19 +114,18 @@ def bisect(
     checkpoint = Path(checkpoint)
     part = open_part(checkpoint, Path(engine))
     family, config = FAMILIES[part.spec.model_type], read_config(checkpoint)
-    blocks = family.blocks(config)
-    query = family.linear(blocks[0], "query")
+    cuts = Places.of(family, config)
     picks = np.linspace(0, len(features) - 1, min(SAMPLES, len(features))).astype(int)
     samples = [features[i] for i in picks]
     kernels: dict[str, list[int]] | None = None
     with tempfile.TemporaryDirectory() as scratch:
         if part.passport.backend == "ort":
-            cut, names, kernels = cut_ort(part.directory, part.passport, blocks, query, Path(scratch))
+            cut, names, kernels = cut_ort(part.directory, part.passport, cuts, Path(scratch))
         else:
             if graph is None:
                 raise DataError(f"{part.directory}: bisecting this engine needs the graph that it was built from")
-            cut, names = cut_tensorrt(part.directory, part.passport, blocks, query, graph, Path(scratch))
-        places = [EMBEDDINGS, *blocks, HEAD]
+            cut, names = cut_tensorrt(part.directory, part.passport, cuts, graph, Path(scratch))
+        places = [EMBEDDINGS, *cuts.names, HEAD]
         tallies = {place: _Place() for place in places}
         equal, load, options = True, torch_eager.load, {**part.reference}
         with (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,51 @@ from engines.base import BuildOptions, Engine, backend
 from engines.passport import EnginePassport
 from engines.torch_eager import EMBEDDINGS
 from nxm_export.errors import ArtifactError, EngineError
+from nxm_export.families import Family
 
 
-def mark(model: Any, blocks: Sequence[str], query: str, source: str) -> dict[str, str]:
+@dataclass(frozen=True)
+class Places:
+    """Where a family's graphs are cut: the names of all runs of blocks, in order, with the block that each of them runs,
+    and the linear layer that reads what the first one reads."""
+
+    runs: Sequence[tuple[str, str]]
+    query: str
+
+    @classmethod
+    def of(cls, family: Family, config: Mapping[str, Any]) -> Places:
+        """The places of a model."""
+        runs = list(zip(family.run_names(config), family.runs(config), strict=True))
+        return cls(runs, family.linear(runs[0][1], "query"))
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the runs."""
+        return [name for name, _ in self.runs]
+
+
+def mark(model: Any, places: Places, source: str) -> dict[str, str]:
     """Make the boundaries outputs of `model` (an `onnx_ir.Model`), in place; their value names by boundary.
 
-    A block's boundary is its last LayerNorm, found by its parameters' names; that in front of the first block is what the
-    linear layer `query` reads, before its quantizer. Raises `ArtifactError` for a graph without those names.
+    A block's boundary is its last LayerNorm, found by its parameters' names; one that runs several times has as many. That
+    in front of the first block is what the first query layer reads, before its quantizer. Raises `ArtifactError` for a
+    graph without those names.
     """
-    graph = model.graph
-    found: dict[str, Any] = {}
+    graph, query = model.graph, places.query
+    norms: dict[str, list[Any]] = {block: [] for _, block in places.runs}
     for node in graph:
         if node.op_type == "LayerNormalization":
             names = [value.name or "" for value in node.inputs[1:] if value is not None]
-            for block in blocks:
+            for block, outputs in norms.items():
                 if any(name.startswith(f"{block}.") for name in names):
-                    found[block] = node.outputs[0]  # the last one stays
+                    outputs.append(node.outputs[0])
+    found, blocks = {}, [block for _, block in places.runs]
+    for at, (name, block) in enumerate(places.runs):
+        uses, run = blocks.count(block), blocks[:at].count(block)
+        if norms[block] and len(norms[block]) % uses == 0:  # every run has equally many, and the last of them ends it
+            found[name] = norms[block][len(norms[block]) // uses * (run + 1) - 1]
     product = next((node for node in graph if node.name == query), None)
-    missing = [block for block in blocks if block not in found] + ([] if product is not None else [query])
+    missing = [name for name in places.names if name not in found] + ([] if product is not None else [query])
     if product is None or missing:
         raise ArtifactError(
             f"{source}: it has no LayerNorm or product named {missing[0]}, so its blocks cannot be told apart; export it again"
@@ -46,7 +74,7 @@ def mark(model: Any, blocks: Sequence[str], query: str, source: str) -> dict[str
         "Cast",
     ):
         value = value.producer().inputs[0]
-    boundaries = {EMBEDDINGS: value, **{block: found[block] for block in blocks}}
+    boundaries = {EMBEDDINGS: value, **found}
     for value in boundaries.values():
         if not value.is_graph_output():
             graph.outputs.append(value)
@@ -54,7 +82,7 @@ def mark(model: Any, blocks: Sequence[str], query: str, source: str) -> dict[str
 
 
 def cut_ort(
-    directory: Path, passport: EnginePassport, blocks: Sequence[str], query: str, scratch: Path
+    directory: Path, passport: EnginePassport, places: Places, scratch: Path
 ) -> tuple[AbstractContextManager[Engine], dict[str, str], dict[str, list[int]]]:
     """(the cut engine, value names by boundary, operators whose number the cut changed: [as built, cut])."""
     from engines.ort import OrtEngine, operators
@@ -64,7 +92,7 @@ def cut_ort(
     file.write_bytes(passport.read_engine(directory, {}))
     before = operators(file, passport.options)
     model = load_graph(file)
-    names = mark(model, blocks, query, str(directory))
+    names = mark(model, places, str(directory))
     save_graph(model, file)
     after = operators(file, passport.options)
     changed = {
@@ -76,7 +104,7 @@ def cut_ort(
 
 
 def cut_tensorrt(
-    directory: Path, passport: EnginePassport, blocks: Sequence[str], query: str, graph: Path, scratch: Path
+    directory: Path, passport: EnginePassport, places: Places, graph: Path, scratch: Path
 ) -> tuple[AbstractContextManager[Engine], dict[str, str]]:
     """Build the cut `graph` as the engine was built; (the cut engine, value names by boundary).
 
@@ -86,7 +114,7 @@ def cut_tensorrt(
     from nxm_export.weights import load_graph, save_graph
 
     model = load_graph(graph)
-    names = mark(model, blocks, query, str(graph))
+    names = mark(model, places, str(graph))
     source, out = scratch / "graph", scratch / "engine"
     source.mkdir()
     out.mkdir()

@@ -47,9 +47,10 @@ from engines.tolerance import (
     max_tolerance,
 )
 from nxm_export.data import Features, filled, group_array, label_array, pad, sorted_batches
-from nxm_export.errors import ArtifactError, DataError, ParityError
+from nxm_export.errors import ArtifactError, DataError, EngineUnavailable, ParityError
 from nxm_export.families import TASKS
-from nxm_export.metrics import interval, metric_named, paired_interval
+from nxm_export.metrics import interval, metric_named, paired_interval, scored_outputs
+from nxm_export.questions import context_mask
 from nxm_export.run_dir import json_text, write_atomic
 from nxm_export.spec import IOSpec, load_spec
 
@@ -67,7 +68,7 @@ class ParityReport:
     """An engine against its checkpoint, on `samples` samples; `metric` values are of both, with 95 % intervals.
 
     `difference` is engine - checkpoint in the metric's own unit; its interval resamples both together, so that it speaks of
-    the difference and not of the samples.
+    the difference and not of the samples. `beside` are further metrics of the task: (checkpoint, engine).
     """
 
     engine: str
@@ -86,6 +87,7 @@ class ParityReport:
     probes: list[Probe]
     gates: list[GateResult]
     pairs: list[Pair]
+    beside: Mapping[str, tuple[float, ...]]
 
     @property
     def passed(self) -> bool:
@@ -120,6 +122,50 @@ class ParityReport:
         return {"schema": SCHEMA, "passed": self.passed, **asdict(self)}
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """An engine that this machine cannot run, with the reason; nothing is known about it."""
+
+    engine: str
+    engine_sha256: str
+    backend: str
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its entry in ``--json``: `passed` is null, and `skipped` the reason."""
+        return {
+            "schema": SCHEMA,
+            "passed": None,
+            "engine": self.engine,
+            "engine_sha256": self.engine_sha256,
+            "backend": self.backend,
+            "skipped": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All engines of one command: a report of each that runs here, and why the others do not. `gates` are what was asked
+    of all of them."""
+
+    reports: list[ParityReport]
+    skipped: list[Skipped]
+    gates: tuple[str, ...] = ()
+
+    def require(self) -> None:
+        """Raise `ParityError` unless every report passed; a gate does not hold for an engine that was not run."""
+        for report in self.reports:
+            report.require()
+        for engine in self.skipped if self.gates else ():
+            raise ParityError(
+                f"{engine.engine}: the gate {self.gates[0]} could not be checked, as it does not run here: {engine.reason}"
+            )
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """The form of ``--json``: the reports, then what was skipped."""
+        return [*(report.to_dict() for report in self.reports), *(engine.to_dict() for engine in self.skipped)]
+
+
 def compare(
     checkpoint: str | Path,
     engine: str | Path,
@@ -129,7 +175,7 @@ def compare(
     batch_size: int = 32,
 ) -> ParityReport:
     """`compare_all` of one engine."""
-    return compare_all(checkpoint, [engine], features, gates=gates, batch_size=batch_size)[0]
+    return compare_all(checkpoint, [engine], features, gates=gates, batch_size=batch_size).reports[0]
 
 
 def compare_all(
@@ -139,12 +185,12 @@ def compare_all(
     *,
     gates: Sequence[Gate] = (),
     batch_size: int = 32,
-) -> list[ParityReport]:
+) -> Comparison:
     """Run a checkpoint and engine directories made from it on the same samples; writes ``parity.json`` and
-    ``outputs.npz`` beside every engine.
+    ``outputs.npz`` beside every engine that runs here.
 
-    `features` are token features with ``labels`` (see `nxm_export.data.encode`). Raises `EngineUnavailable` when an
-    engine cannot run here, `DataError` for data that does not fit, `ArtifactError` for engines of another checkpoint and
+    `features` are token features with ``labels`` (see `nxm_export.data.encode`). Raises `EngineUnavailable` when no
+    engine can run here, `DataError` for data that does not fit, `ArtifactError` for engines of another checkpoint and
     for engines that cannot be compared with each other; then nothing is written.
     """
     checkpoint = Path(checkpoint)
@@ -152,7 +198,8 @@ def compare_all(
         raise DataError("no samples to compare on")
     parts = [open_part(checkpoint, Path(engine)) for engine in engines]
     require_alike([(part.directory, part.spec) for part in parts])
-    classless = [name for name, axes in parts[0].spec.outputs.items() if axes[-1] != "classes"]
+    decisive = ("classes", "sequence")  # the last axis of an output that decides
+    classless = [name for name, axes in parts[0].spec.outputs.items() if axes[-1] not in decisive]
     if classless and any(gate.quantity == "flips" for gate in gates):
         raise DataError(f"a gate on flips needs classes, and {', '.join(classless)} has none; use drop or max_abs")
     task = TASKS[parts[0].spec.task]
@@ -160,6 +207,7 @@ def compare_all(
         raise DataError(
             f"a gate on the cosine needs embeddings, and these engines are for {task.name}; use drop or max_abs"
         )
+    parts, skipped = _runnable(parts)
     measured: dict[str, _Measured] = {}  # engines of one dtype and placement share the reference
     found: list[tuple[dict[str, np.ndarray], list[Probe]]] = []
     for part in parts:
@@ -181,7 +229,7 @@ def compare_all(
         packed = io.BytesIO()
         np.savez(packed, **{**outputs, **beside})  # type: ignore[arg-type]
         write_atomic(part.directory / OUTPUTS_FILE, packed.getvalue())
-    return reports
+    return Comparison(reports, skipped, tuple(map(str, gates)))
 
 
 @dataclass(frozen=True)
@@ -221,6 +269,25 @@ def open_part(checkpoint: Path, directory: Path) -> Part:
     plan = plan_of(checkpoint, directory, passport)
     require_from(checkpoint, directory, passport, spec)
     return Part(directory, passport, spec, plan)
+
+
+def _runnable(parts: Sequence[Part]) -> tuple[list[Part], list[Skipped]]:
+    """(engines that load here, the others); `EngineUnavailable` with the reasons where none does."""
+    running, skipped = [], []
+    for part in parts:
+        try:
+            with backend(part.passport.backend).load(part.directory):
+                running.append(part)
+        except EngineUnavailable as error:
+            if len(parts) == 1:
+                raise
+            sha256 = part.passport.engine_sha256
+            skipped.append(Skipped(str(part.directory), sha256, part.passport.backend, str(error)))
+    if not running:
+        raise EngineUnavailable(
+            f"nothing could be compared here: {'; '.join(f'{engine.engine}: {engine.reason}' for engine in skipped)}"
+        )
+    return running, skipped
 
 
 @dataclass(frozen=True)
@@ -330,7 +397,9 @@ def _report(
     wanted, spec = measured.wanted, part.spec
     task = TASKS[spec.task]
     metric, labels, groups = task.metric, label_array(features), group_array(features)
-    first, lengths = next(iter(spec.outputs)), [len(sample["input_ids"]) for sample in features]
+    lengths = [len(sample["input_ids"]) for sample in features]
+    allowed = context_mask(labels, max(lengths)) if task.link == "span" else None
+    scored, scored_reference = scored_outputs(task, found), scored_outputs(task, wanted)
     value = metric_named(metric, spec.labels, groups)
     outputs = [
         compare_output(
@@ -342,10 +411,11 @@ def _report(
             bool(part.plan),
             link=task.link,
             lengths=lengths if _per_token(spec, name) else None,
+            allowed=allowed,
         )
         for name in spec.outputs
     ]
-    of_engine, of_reference = value(found[first], labels), value(wanted[first], labels)
+    of_engine, of_reference = value(scored, labels), value(scored_reference, labels)
     quantities = {
         "drop": 100.0 * (of_reference - of_engine),
         "flips": 100.0
@@ -353,12 +423,13 @@ def _report(
         "max_abs": float(np.max([output.max_abs for output in outputs])),
     }
     if task.link == "vector":
-        quantities["cosine"] = float(cosines(wanted[first], found[first]).min())
+        quantities["cosine"] = float(cosines(scored_reference, scored).min())
     pairs = []
     for other, theirs in others:
+        scored_other = scored_outputs(task, theirs)
         apart = (
-            of_engine - value(theirs[first], labels),
-            paired_interval(metric, found[first], theirs[first], labels, classes=spec.labels, groups=groups),
+            of_engine - value(scored_other, labels),
+            paired_interval(metric, scored, scored_other, labels, classes=spec.labels, groups=groups),
         )
         pairs += pair_of(
             (str(other.directory), other.passport.engine_sha256),
@@ -367,6 +438,7 @@ def _report(
             apart,
             task.link,
             {name: lengths for name in spec.outputs if _per_token(spec, name)},
+            allowed,
         )
     return ParityReport(
         engine=str(part.directory),
@@ -376,9 +448,9 @@ def _report(
         outputs=outputs,
         metric=metric,
         reference_value=of_reference,
-        reference_interval=interval(metric, wanted[first], labels, classes=spec.labels, groups=groups),
+        reference_interval=interval(metric, scored_reference, labels, classes=spec.labels, groups=groups),
         engine_value=of_engine,
-        engine_interval=interval(metric, found[first], labels, classes=spec.labels, groups=groups),
+        engine_interval=interval(metric, scored, labels, classes=spec.labels, groups=groups),
         reason=(
             f"max: {MAX_FACTOR:g} x what the reference changes by when one code of every quantized tensor moves by one step, or by rounding in "
             f"{_rounding(part)}, whichever is more; mean: {MEAN_FACTOR:g} x what that rounding changes it by; "
@@ -386,8 +458,14 @@ def _report(
         ),
         difference=of_engine - of_reference,
         difference_interval=paired_interval(
-            metric, found[first], wanted[first], labels, classes=spec.labels, groups=groups
+            metric, scored, scored_reference, labels, classes=spec.labels, groups=groups
         ),
+        beside={
+            name: tuple(
+                metric_named(name, spec.labels, groups)(outputs, labels) for outputs in (scored_reference, scored)
+            )
+            for name in task.beside
+        },
         probes=list(probes),
         gates=[check_gate(gate, quantities) for gate in gates],
         pairs=pairs,

@@ -80,11 +80,13 @@ def compare_output(
     *,
     link: str = "softmax",
     lengths: Sequence[int] | None = None,
+    allowed: np.ndarray | None = None,
 ) -> OutputParity:
     """`noise` and `step` are absolute changes of the reference. NaN fails: it is never within a tolerance.
 
     `link` is the task's. `lengths` are the samples' in tokens where the output has a row for every token: what stands
-    behind them is 0 in all four and counts neither for a mean nor as a decision.
+    behind them is 0 in all four and counts neither for a mean nor as a decision. `allowed` (samples, sequence) are the
+    positions of an answer, where the output says where one begins or ends.
     """
     samples = len(wanted)
     real = None if lengths is None else real_tokens(wanted, lengths)
@@ -96,7 +98,7 @@ def compare_output(
     mean_tolerance = MEAN_FACTOR * (mean_of(noise, noise_lengths) + float(step.max()) / samples) + low
     same, same_noise = quiet(error, low), quiet(noise, low)
     required = same_noise / QUIET_FACTOR if same_noise * samples >= QUIET_SAMPLES else 0.0
-    changed = flips(wanted, found, tolerated, link)
+    changed = flips(wanted, found, tolerated, link, allowed)
     mean = mean_of(error, lengths)
     unexcused = sum(not flip.excused for flip in changed)
     within = bool(error.max() <= tolerated) and mean <= mean_tolerance and same >= required
@@ -106,7 +108,7 @@ def compare_output(
         max_abs=float(error.max()),
         mean_abs=mean,
         cosine=cosine(wanted, found),
-        agreement=agreement(wanted, found, link, real),
+        agreement=agreement(wanted, found, link, real, allowed),
         worst_sample=int(error.reshape(samples, -1).max(axis=1).argmax()),
         max_tolerance=tolerated,
         mean_tolerance=mean_tolerance,

@@ -91,7 +91,8 @@ class TorchEngine(Closing):
         self._model: Any = load_task_model(path, kind)
         self._spec = IOSpec.of(path, config, family, kind)
         self.inputs, self.outputs = self._spec.inputs, tuple(self._spec.outputs)
-        self.blocks = tuple(family.blocks(config))
+        self._runs = tuple(family.runs(config))
+        self.blocks = tuple(family.run_names(config))
         if jitter:
             self._perturb(jitter, family.weights(config), everywhere)
         if exact:
@@ -114,8 +115,8 @@ class TorchEngine(Closing):
     def run_blocks(
         self, feeds: Mapping[str, np.ndarray], given: Mapping[str, np.ndarray] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """(outputs, what crosses every block boundary) by name; boundaries are `EMBEDDINGS` and then `blocks`, float32
-        (batch, sequence, features), as they are before the next block's quantizer.
+        """(outputs, what crosses every block boundary) by name; boundaries are `EMBEDDINGS` and then `blocks` (a shared
+        block once for every run), float32 (batch, sequence, features), as they are before the next block's quantizer.
 
         With `given`, such values of another backend, every block reads those instead of what the block before it wrote,
         and so does the head: each then errs by itself alone.
@@ -129,16 +130,17 @@ class TorchEngine(Closing):
             found[name] = value.float().numpy().copy()
             return value if given is None else self._torch.from_numpy(given[name]).to(value.dtype)
 
-        def before(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (passed(EMBEDDINGS, args[0]), *args[1:])
+        def before(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            return None if found else (passed(EMBEDDINGS, args[0]), *args[1:])  # the first of its runs only
 
-        handles = [self._model.get_submodule(self.blocks[0]).register_forward_pre_hook(before, prepend=True)]
-        for name in self.blocks:
+        names = iter(self.blocks)  # a block that is shared runs under several of them
 
-            def behind(_: Any, args: Any, output: Any, name: str = name) -> Any:
-                return passed(name, output)
+        def behind(_: Any, args: Any, output: Any) -> Any:
+            return passed(next(names), output)
 
-            handles.append(self._model.get_submodule(name).register_forward_hook(behind))
+        handles = [self._model.get_submodule(self._runs[0]).register_forward_pre_hook(before, prepend=True)]
+        for path in dict.fromkeys(self._runs):
+            handles.append(self._model.get_submodule(path).register_forward_hook(behind))
         try:
             return self.run(feeds), found
         finally:

@@ -23,7 +23,11 @@ import numpy as np
 from nxm_export.errors import ArtifactError, DataError
 
 Features = Mapping[str, Any]  # token lists by input name, and of `BESIDE_INPUTS` what there is
-BESIDE_INPUTS = ("labels", "group")  # of a sample: its label, and the number of the group that it is scored with
+BESIDE_INPUTS = (
+    "labels",
+    "group",
+    "span",
+)  # of a sample: its label, the number of the group that it is scored with, its answer's place
 Cell = Callable[[Mapping[str, Any], str, str], Any]  # row, column and place to what the cell holds
 
 # The usual columns of text and second text, in order of preference: GLUE's own, then what else is common.
@@ -63,7 +67,8 @@ class Examples:
     for several classes. With `per_token` a label is the list of class indices of the text's tokens, which one space separates.
 
     `groups` are numbers of what is scored together, such as the candidates of one query; None where every example is scored
-    by itself. No part of the examples ever splits a group."""
+    by itself. No part of the examples ever splits a group. `encoder` makes samples of them in a way of its own, with the
+    parameters of `encode`: that of questions makes several of one example (see `nxm_export.questions`)."""
 
     texts: list[str]
     pairs: list[str] | None
@@ -71,6 +76,7 @@ class Examples:
     source: str
     per_token: bool = False
     groups: list[int] | None = None
+    encoder: Callable[[Any, Examples, int, Sequence[str]], list[Features]] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -150,7 +156,7 @@ def load_raw(
         raise DataError(
             f"{source}: no such file; give a {', '.join(FORMATS)} file or a GLUE task ({', '.join(GLUE_TASKS)})"
         )
-    rows = list(_rows(path))
+    rows = list(read_rows(path))
     if not rows:
         raise DataError(f"{path}: no examples in it; the file is empty or has only a header")
     names = list(rows[0][1])
@@ -226,11 +232,13 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def encode(tokenizer: Any, examples: Examples, max_length: int, inputs: Sequence[str]) -> list[Features]:
-    """Token features per example, not padded: those of `inputs`, ``labels``, and ``group`` where examples have one.
+    """Token features per example (per window of one, for questions), not padded: those of `inputs`, ``labels``, and ``group`` where examples have one.
 
     `tokenizer` is a `tokenizers.Tokenizer`: training and serving go through the same code. Raises `DataError` when
     `max_length` tokens have no room for text.
     """
+    if examples.encoder is not None:
+        return examples.encoder(tokenizer, examples, max_length, inputs)
     special = tokenizer.num_special_tokens_to_add(examples.pairs is not None)
     if max_length <= special:  # the tokenizer would then not truncate at all
         raise DataError(
@@ -304,7 +312,10 @@ def inputs_of(sample: Features) -> dict[str, Any]:
 
 
 def label_array(features: Sequence[Features]) -> np.ndarray:
-    """The labels of samples in one array (samples, ...); those of tokens are filled up with `NO_LABEL`."""
+    """The labels of samples in one array (samples, ...); those of tokens are filled up with `NO_LABEL`, and texts are bytes
+    filled up with 0."""
+    if isinstance(features[0]["labels"], str):
+        return filled([np.frombuffer(sample["labels"].encode(), np.uint8) for sample in features], 0)
     return filled([np.asarray(sample["labels"]) for sample in features], NO_LABEL)
 
 
@@ -336,8 +347,8 @@ def sorted_batches(features: Sequence[Features], batch_size: int) -> list[list[i
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of a data file; the place is ``file:line``."""
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of a data file; the place is ``file:line``. Raises `DataError`."""
     suffix = path.suffix.lower()
     try:
         if suffix == ".parquet":

@@ -100,9 +100,9 @@ def build_fastest(
 def _profiles(directory: Path, data: str, count: int, columns: Columns) -> list[Any]:
     """Optimization profiles from the token lengths of a data file, by the tokenizer of a graph or checkpoint directory."""
     from engines.profiles import profiles_from_lengths
-    from nxm_export.data import load_tokenizer
+    from nxm_export.data import encode, load_tokenizer
     from nxm_export.families import family_of, task_named
-    from nxm_export.labels import load_labelled, read_by_model
+    from nxm_export.labels import LABELS, load_labelled, read_by_model
     from nxm_export.spec import SPEC_FILE
 
     if (directory / SPEC_FILE).is_file():
@@ -114,8 +114,11 @@ def _profiles(directory: Path, data: str, count: int, columns: Columns) -> list[
         config = read_config(directory)
         limit = family_of(config, source=str(directory)).max_positions(config)
         task = task_at(directory, config) or "classification"
-    raw = load_labelled(data, "train", columns, task_named(task))
-    tokenizer = load_tokenizer(directory)
+    raw, tokenizer = load_labelled(data, "train", columns, task_named(task)), load_tokenizer(directory)
+    examples = LABELS[task_named(task).label].apply(raw, ()) if task_named(task).link == "span" else None
+    if examples is not None:  # as many windows as its contexts take
+        found = encode(tokenizer, examples, limit, ("input_ids",))
+        return profiles_from_lengths([len(sample["input_ids"]) for sample in found], limit, count=count)
     tokenizer.no_padding()
     tokenizer.enable_truncation(limit)
     rows = read_by_model(raw, task_named(task))
@@ -128,8 +131,9 @@ def compare_engines(
     data: str,
     columns: Columns = Columns(),
     gates: Sequence[str] = (),
-) -> list[Any]:
-    """Compare engine directories with the checkpoint and with each other on one labelled data file; one `ParityReport` each.
+) -> Any:
+    """Compare engine directories with the checkpoint and with each other on one labelled data file; returns a
+    `Comparison`: a `ParityReport` of each, and the reason where one cannot run here.
 
     `gates` are such as ``drop<=0.5`` (see `engines.gates`).
     """

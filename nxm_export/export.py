@@ -272,7 +272,7 @@ def _quantize(
 ) -> float:
     """Put the plan into the graph; returns the largest relative change of a scale by rounding to `dtype`."""
     from nxm_export.lowering import cancel_reshapes
-    from nxm_export.qdq import fold_weight_qdq, insert_activation_qdq, linears_of, require_scale
+    from nxm_export.qdq import fold_weight_qdq, insert_activation_qdq, linears_of, require_scale, use_name
 
     rounding = 0.0
 
@@ -293,15 +293,15 @@ def _quantize(
                 if not plan.weights[names[role]].input_bits:
                     continue
                 path = names[role].removesuffix(".weight")
-                for linear in linears_of(model.graph, names[role]):
+                for use, linear in enumerate(linears_of(model.graph, names[role])):
                     if not _is_dequantized(linear.x):
                         scale = rounded(checkpoint.input_scale(names[role]), f"{path}.input")
-                        insert_activation_qdq(model.graph, linear.x, scale, f"{path}.input")
+                        insert_activation_qdq(model.graph, linear.x, scale, f"{path}.input", use=use)
         inputs: dict[int, Any] = {}  # one pair per tensor, however many layers read it
         for name in (name for name in names.values() if not plan.weights[name].is_dense):
             spec, path = plan.weights[name], name.removesuffix(".weight")
-            for linear in linears_of(model.graph, name):
-                linear.product.name = path
+            for use, linear in enumerate(linears_of(model.graph, name)):
+                linear.product.name = use_name(path, use)
                 linear = lower(linear, name)
                 if spec.weight_bits is None:
                     continue
@@ -312,16 +312,15 @@ def _quantize(
                 elif not _is_dequantized(linear.x):
                     scale = rounded(checkpoint.input_scale(name), f"{path}.input")
                     inputs[id(linear.x)] = insert_activation_qdq(
-                        model.graph, linear.x, scale, f"{path}.input", [linear.product]
+                        model.graph, linear.x, scale, f"{path}.input", [linear.product], use=use
                     )
                 if spec.output_bits:
-                    pending_outputs.append((linear, name, path))
-    for linear, name, path in pending_outputs:
-        insert_activation_qdq(
-            model.graph, linear.output, rounded(checkpoint.output_scale(name), f"{path}.output"), f"{path}.output"
-        )
+                    pending_outputs.append((linear, name, path, use))
+    for linear, name, path, use in pending_outputs:
+        scale = rounded(checkpoint.output_scale(name), f"{path}.output")
+        insert_activation_qdq(model.graph, linear.output, scale, f"{path}.output", use=use)
     if plan.attention == "int8":
-        _quantize_probabilities(model.graph, rounded(SOFTMAX_SCALE, "softmax"), len(family.blocks(checkpoint.config)))
+        _quantize_probabilities(model.graph, rounded(SOFTMAX_SCALE, "softmax"), len(family.runs(checkpoint.config)))
     cancel_reshapes(model.graph)
     return rounding
 
@@ -341,11 +340,11 @@ def _is_plain(spec: WeightSpec, lowering: str) -> bool:
 
 def _name_float_weights(model: Any, names: Iterable[str]) -> None:
     """Give the matrices that stay in float, and their products, the checkpoint's names."""
-    from nxm_export.qdq import fold_float_weight, linears_of
+    from nxm_export.qdq import fold_float_weight, linears_of, use_name
 
     for name in names:
-        for linear in linears_of(model.graph, name):
-            linear.product.name = name.removesuffix(".weight")
+        for use, linear in enumerate(linears_of(model.graph, name)):
+            linear.product.name = use_name(name.removesuffix(".weight"), use)
         fold_float_weight(model.graph, name)
 
 
@@ -355,7 +354,7 @@ def _quantize_probabilities(graph: Any, scale: np.ndarray, blocks: int) -> None:
     nodes = [node for node in graph if node.op_type == "Softmax"]
     if len(nodes) != blocks:
         raise ExportError(
-            f"the exported graph has {len(nodes)} Softmax nodes for {blocks} encoder blocks; "
+            f"the exported graph has {len(nodes)} Softmax nodes for {blocks} runs of encoder blocks; "
             "this transformers version computes attention differently: export with float attention"
         )
     for number, node in enumerate(nodes):

@@ -30,6 +30,10 @@ class Family:
 
     `base` is the encoder's attribute in a task model, `block` the module path of encoder block ``i`` inside it, `linears`
     the six compressible linear layers of a block by role. The `*_key` fields name the sizes in ``config.json``.
+
+    With `shared_keys`, the names of how many groups of blocks there are and how many blocks are in a group, the layers of
+    the model share those groups (ALBERT), and `block` has ``{group}`` and ``{i}``: a block then runs more than once
+    (`runs`), and a matrix has one weight, one input scale and one output scale for all of its uses.
     """
 
     model_type: str
@@ -46,10 +50,35 @@ class Family:
         "attention.output.LayerNorm"  # what it writes is read by the FFN and by the residual around it
     )
     positions_after_padding: bool = False  # RoBERTa counts positions from pad_token_id + 1
+    shared_keys: tuple[str, str] | None = None
 
     def blocks(self, config: Mapping[str, Any]) -> list[str]:
-        """Module paths of the encoder blocks, first to last."""
-        return [f"{self.base}.{self.block.format(i=i)}" for i in range(size_of(config, self.layers_key))]
+        """Module paths of the encoder blocks, each once, in the order in which they first run."""
+        return list(dict.fromkeys(self.runs(config)))
+
+    def runs(self, config: Mapping[str, Any]) -> list[str]:
+        """Module paths of the encoder blocks in the order in which they run; one that is shared stands there for every run."""
+        layers = size_of(config, self.layers_key)
+        if self.shared_keys is None:
+            return [f"{self.base}.{self.block.format(i=i)}" for i in range(layers)]
+        groups, inner = (size_of({key: 1, **config}, key) for key in self.shared_keys)
+        if groups > layers:
+            raise ArtifactError(
+                f"config.json: {groups} {self.shared_keys[0]} for {layers} {self.layers_key}: a group would never run"
+            )
+        return [
+            f"{self.base}.{self.block.format(group=int(layer / (layers / groups)), i=i)}"  # as transformers has it
+            for layer in range(layers)
+            for i in range(inner)
+        ]
+
+    def run_names(self, config: Mapping[str, Any]) -> list[str]:
+        """A name for every run of a block: its path, and for a block with several runs which of them (from 1)."""
+        runs = self.runs(config)
+        return [
+            path if runs.count(path) == 1 else f"{path} (run {runs[: at + 1].count(path)})"
+            for at, path in enumerate(runs)
+        ]
 
     def linear(self, block: str, role: str) -> str:
         """Module path of one linear layer of a block."""
@@ -162,6 +191,14 @@ _DISTILBERT_LINEARS = {
     "ffn_up": "ffn.lin1",
     "ffn_down": "ffn.lin2",
 }
+_ALBERT_LINEARS = {
+    "query": "attention.query",
+    "key": "attention.key",
+    "value": "attention.value",
+    "attention_output": "attention.dense",
+    "ffn_up": "ffn",
+    "ffn_down": "ffn_output",
+}
 _WITH_TYPES = ("input_ids", "attention_mask", "token_type_ids")
 
 FAMILIES: dict[str, Family] = {
@@ -183,6 +220,15 @@ FAMILIES: dict[str, Family] = {
             attention_norm="sa_layer_norm",
         ),
         Family("electra", "electra", "encoder.layer.{i}", _BERT_LINEARS, _WITH_TYPES),
+        Family(
+            "albert",
+            "albert",
+            "encoder.albert_layer_groups.{group}.albert_layers.{i}",
+            _ALBERT_LINEARS,
+            _WITH_TYPES,
+            attention_norm="attention.LayerNorm",
+            shared_keys=("num_hidden_groups", "inner_group_num"),
+        ),
     )
 }
 
@@ -194,11 +240,13 @@ class Task:
     `auto_class` is the transformers class, None for an encoder with a pooling behind it (`nxm_export.embedding`), `outputs`
     the graph outputs with their axes, `label` the kind of label that its
     data has (`nxm_export.labels.LABELS`), `metric` one of `nxm_export.metrics`. `link` says what the first output means:
-    ``softmax`` over the last axis, ``sigmoid`` of every entry, ``identity``, or ``vector`` for a row that means something only
-    as a whole; the distillation loss, the search's divergence and the decisions that parity counts follow from it.
+    ``softmax`` over the last axis, ``sigmoid`` of every entry, ``identity``, ``vector`` for a row that means something only
+    as a whole, or ``span`` for two outputs, start and end, each with a softmax over the sequence; the distillation loss, the
+    search's divergence and the decisions that parity counts follow from it.
     `problem_type` is transformers' word where several tasks share a class. `serves` names another task whose checkpoints have
     the very head that this one needs. Without `own_loss`, distillation alone trains: labels are for the metric. `texts` says
-    how many texts a row of the model's input is: ``one``, ``two``, or ``any`` of both.
+    how many texts a row of the model's input is: ``one``, ``two``, or ``any`` of both. `beside` are metrics that are given with
+    the task's own.
     """
 
     name: str
@@ -211,11 +259,7 @@ class Task:
     serves: str | None = None
     own_loss: bool = True
     texts: str = "any"
-
-    @property
-    def per_token(self) -> bool:
-        """True when the first output has a row for every token."""
-        return "sequence" in next(iter(self.outputs.values()))
+    beside: tuple[str, ...] = ()
 
     @property
     def names_labels(self) -> bool:
@@ -248,6 +292,11 @@ TASKS: dict[str, Task] = {
         Task(
             "reranking", _SEQUENCE, "ndcg_at_10", {"logits": ("batch", "scores")}, "relevance", "identity",
             "multi_label_classification", serves="regression", texts="two",
+        ),
+        Task(
+            "question-answering", "AutoModelForQuestionAnswering", "squad_f1",
+            {"start_logits": ("batch", "sequence"), "end_logits": ("batch", "sequence")}, "answers", "span", texts="two",
+            beside=("exact_match",),
         ),
     )
 }  # fmt: skip

@@ -1,5 +1,5 @@
 """What the label of one example can be, task by task: a class, a score, several classes, a tag for every token, the
-similarity of a pair, or how relevant a document is to its query.
+similarity of a pair, how relevant a document is to its query, or answers.
 
 A `LabelKind` is the one place that knows how such a label is written in a data file, which names a head needs for it, and
 what it becomes in `Examples`. A task names its kind (`nxm_export.families.Task.label`).
@@ -28,7 +28,9 @@ from nxm_export.data import (
 )
 from nxm_export.errors import DataError
 from nxm_export.families import Task
+from nxm_export.questions import answers_of, load_questions, windows
 
+SPAN_ENDS = ("start", "end")  # what the two outputs of a head for answers stand for
 OUTSIDE = "O"  # the tag of a token that belongs to no entity
 _TAG = re.compile(r"O|[BIES]-\S+")
 
@@ -40,6 +42,7 @@ class LabelKind:
     `names` gives the class names of a training file, `apply` the examples for given names. `per_token` labels have one tag
     for every token of a pre-split text, which stands in the column that is otherwise the text. `pairs` need a second text;
     where the model reads the two `separate`, each is an example of its own, and training data needs neither pair nor label.
+    `load` reads a file in which labels are more than a cell each.
     """
 
     cell: Callable[[Mapping[str, Any], str, str], Any]
@@ -48,11 +51,14 @@ class LabelKind:
     per_token: bool = False
     pairs: bool = False
     separate: bool = False
+    load: Callable[[str, Columns], RawExamples] | None = None
 
 
 def load_labelled(source: str, split: str, columns: Columns, task: Task) -> RawExamples:
     """Read a data file (or a GLUE task) whose labels are of this task's kind; raises `DataError` with file and line."""
     kind = LABELS[task.label]
+    if kind.load is not None:
+        return kind.load(source, columns)
     if kind.pairs:
         plain = kind.separate and split == "train"
         return _require_pairs(load_raw(source, split, columns, label=kind.cell, unlabelled=plain), task, plain)
@@ -230,6 +236,10 @@ def _with_tags(raw: RawExamples, classes: Sequence[str]) -> Examples:
     return Examples(raw.texts, None, rows, raw.source, per_token=True)
 
 
+def _with_answers(raw: RawExamples, _: Sequence[str]) -> Examples:
+    return Examples(raw.texts, raw.pairs, raw.labels, raw.source, encoder=windows)
+
+
 LABELS: dict[str, LabelKind] = {
     "class": LabelKind(label_text, class_names, with_classes),
     "score": LabelKind(label_text, None, lambda raw, _: with_scores(raw)),
@@ -237,4 +247,5 @@ LABELS: dict[str, LabelKind] = {
     "tags": LabelKind(_tags, _tag_names, _with_tags, per_token=True),
     "pair-score": LabelKind(label_text, None, _with_pair_score, pairs=True, separate=True),
     "relevance": LabelKind(label_text, None, _with_relevance, pairs=True),
+    "answers": LabelKind(answers_of, lambda _: list(SPAN_ENDS), _with_answers, load=load_questions),
 }

@@ -61,9 +61,9 @@ class Lowering:
             image = add_initializer(graph, f"{parameter}_image", weight.const_value.numpy().reshape(n, k, 1, 1))
             lowered = ir.node("Conv", [x, image, *bias], attributes={"kernel_shape": [1, 1]}, name=product.name)
         y = lowered.outputs[0]
-        y.name, y.type = f"{parameter}_product", linear.output.type
+        y.name, y.type = f"{product.name}_product", linear.output.type
         shape = self._token_shape(n, product)
-        restored = ir.node("Reshape", [y, shape], name=f"{parameter}_restore")
+        restored = ir.node("Reshape", [y, shape], name=f"{product.name}_restore")
         restored.outputs[0].type, restored.outputs[0].shape = linear.output.type, linear.output.shape
         graph.insert_before(product, [lowered, restored])
         for user in list(linear.output.consumers()):

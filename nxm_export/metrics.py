@@ -7,13 +7,15 @@ groups of them, such as the candidates of one query.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from nxm_export.data import NO_LABEL, members
 from nxm_export.errors import DataError
+from nxm_export.families import Task
+from nxm_export.questions import answer_scores
 
 RESAMPLES = 1000
 RANKS = 10  # of a ranking that count
@@ -166,7 +168,16 @@ ROW_METRICS: dict[str, RowMetric] = {
     "entity_f1": RowMetric(entity_counts, _counted_f1),
     "cosine_spearman": RowMetric(pair_cosines, _rank_correlation),
     "ndcg_at_10": RowMetric(ndcg_of_queries, _mean),
+    "squad_f1": RowMetric(answer_scores, lambda rows: float(rows[:, 1].mean())),
+    "exact_match": RowMetric(answer_scores, lambda rows: float(rows[:, 0].mean())),
 }
+
+
+def scored_outputs(task: Task, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What the metrics of a task read, of the graph's outputs by name: the first, or start and end logits as (..., 2)."""
+    if task.link == "span":
+        return np.stack([outputs[name] for name in task.outputs], axis=-1)
+    return outputs[next(iter(task.outputs))]
 
 
 def metric_named(name: str, classes: Sequence[str] = (), groups: Groups = None) -> Metric:

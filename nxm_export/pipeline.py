@@ -447,7 +447,8 @@ def _summary(
     import numpy as np
 
     from engines.agreement import cosines
-    from nxm_export.metrics import paired_interval
+    from nxm_export.families import TASKS
+    from nxm_export.metrics import paired_interval, scored_outputs
 
     def read(*parts: str) -> dict[str, Any]:
         return dict(read_json(directory.path(*parts), "run the same `nxm run` again"))
@@ -462,9 +463,9 @@ def _summary(
     main, reference = f"ort-cpu-{_kind(plan)}", "ort-cpu-fp32"
     outputs = {name: np.load(directory.path("compare", name, "outputs.npz")) for name in (main, reference)}
     labels, groups = outputs[main]["labels"], outputs[main].get("groups")
+    task = TASKS[load_spec(directory.path("onnx", "cpu")).task]
     first = reports[main]["outputs"][0]["output"]
-    vectors = task_named(load_spec(directory.path("onnx", "cpu")).task).link == "vector"
-    alike = cosines(outputs[reference][first], outputs[main][first]) if vectors else None
+    alike = cosines(outputs[reference][first], outputs[main][first]) if task.link == "vector" else None
     rtx = next((name for name in engines if name.startswith("trt_rtx")), None)
     return {
         "schema": SUMMARY_SCHEMA,
@@ -474,8 +475,8 @@ def _summary(
         "compressed": reports[main]["engine_value"],
         "difference_interval": paired_interval(
             dense["metric"],
-            outputs[main][first],
-            outputs[reference][first],
+            scored_outputs(task, outputs[main]),
+            scored_outputs(task, outputs[reference]),
             labels,
             classes=load_spec(directory.path("onnx", "cpu")).labels,
             groups=groups,
@@ -486,8 +487,8 @@ def _summary(
         "plan": plan.pattern_counts,
         "parity": {
             name: {
-                "agreement": report["outputs"][0]["agreement"],
-                "max_abs": report["outputs"][0]["max_abs"],
+                "agreement": min(output["agreement"] for output in report["outputs"]),
+                "max_abs": max(output["max_abs"] for output in report["outputs"]),
                 "passed": report["passed"],
                 "value": report["engine_value"],
             }

@@ -46,7 +46,8 @@ class Linear:
 
 
 def linears_of(graph: ir.Graph, parameter: str) -> list[Linear]:
-    """Every linear layer that multiplies by the transpose of initializer `parameter` (out, in); shared weights have several.
+    """Every linear layer that multiplies by the transpose of initializer `parameter` (out, in), in the order of the graph;
+    shared weights have several.
 
     Raises `ExportError` when the parameter is missing or used in any other way.
     """
@@ -71,7 +72,15 @@ def linears_of(graph: ir.Graph, parameter: str) -> list[Linear]:
             found.append(Linear(product, x, _behind_bias(product.outputs[0])))
     if not found:
         raise ExportError(f"{parameter} is not multiplied by anything in the exported graph")
+    if len(found) > 1:
+        at = {id(node): number for number, node in enumerate(graph)}
+        found.sort(key=lambda linear: at[id(linear.product)])
     return found
+
+
+def use_name(name: str, use: int) -> str:
+    """The name of a node or value for the use of a shared weight with this number: from the second on, it says which."""
+    return name if use == 0 else f"{name}.use{use + 1}"
 
 
 def _behind_bias(value: ir.Value) -> ir.Value:
@@ -147,16 +156,18 @@ def fold_weight_qdq(
 
 
 def insert_activation_qdq(
-    graph: ir.Graph, value: ir.Value, scale: np.ndarray, name: str, users: list[ir.Node] | None = None
+    graph: ir.Graph, value: ir.Value, scale: np.ndarray, name: str, users: list[ir.Node] | None = None, *, use: int = 0
 ) -> ir.Value:
     """Put a QuantizeLinear/DequantizeLinear pair on `value`, for all its readers or only for `users`; returns the new value.
 
     `scale` is a 0-d array in the graph's float dtype; a scale that is not positive, or subnormal in that dtype, raises.
+    Pairs of one `name` at several places (`use`, from 0) share one scale.
     """
     require_scale(scale, name)
     readers = list(value.consumers()) if users is None else users
     scale_value = add_initializer(graph, f"{name}_scale", scale)
     zero = add_initializer(graph, f"{name}_zero_point", np.zeros((), np.int8))
+    name = use_name(name, use)
     quantized = ir.node("QuantizeLinear", [value, scale_value, zero], name=f"{name}_quantize")
     restored = ir.node("DequantizeLinear", [quantized.outputs[0], scale_value, zero], name=f"{name}_dequantize")
     quantized.outputs[0].name, restored.outputs[0].name = f"{name}_quantized", f"{name}_dequantized"

@@ -78,8 +78,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     Console(width=width, highlight=False).print(table)
 
 
-def print_parity(reports: Sequence[Any]) -> None:
-    """Tables of parity reports: outputs, probes, gates and changed classes of every engine, then the engines in pairs."""
+def print_parity(reports: Sequence[Any], skipped: Sequence[Any] = ()) -> None:
+    """Tables of parity reports: outputs, probes, gates and changed classes of every engine, then the engines in pairs, and
+    those that could not run here."""
     for report in reports:
         low, high = report.engine_interval
         least, most = report.difference_interval
@@ -107,6 +108,10 @@ def print_parity(reports: Sequence[Any]) -> None:
                     f"{report.engine_value:.4f} ({low:.4f} to {high:.4f})",
                     f"checkpoint {report.reference_value:.4f}",
                 ),
+                *[
+                    (f"{name} of the engine", f"{ours:.4f}", f"checkpoint {theirs:.4f}")
+                    for name, (theirs, ours) in report.beside.items()
+                ],
                 ("engine - checkpoint, 95 %, paired", f"{report.difference:+.4f} ({least:+.4f} to {most:+.4f})", ""),
                 ("verdict", "pass" if output.passed else "FAIL", ""),
             ]
@@ -143,6 +148,9 @@ def print_parity(reports: Sequence[Any]) -> None:
     if pairs:
         columns = ("engine", "and", "output", "max", "mean", "cosine", "equal argmax", "metric difference, 95 %")
         print_table("engines against each other", columns, pairs)
+    if skipped:
+        rows = [(engine.engine, engine.backend, engine.reason) for engine in skipped]
+        print_table("skipped: not run here, so not compared", ("engine", "backend", "why"), rows)
 
 
 def _share(value: float | None) -> str:

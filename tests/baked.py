@@ -30,6 +30,7 @@ def write_checkpoint(
     layers: int = 1,
     classes: tuple[str, ...] = ("0", "1"),
     seed: int = 0,
+    options: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a tiny compressed checkpoint of `family` to `out` and return it.
 
@@ -37,7 +38,7 @@ def write_checkpoint(
     """
     from safetensors.numpy import load_file, save_file
 
-    tiny.write_model(family, out, head=task, classes=classes, layers=layers, seed=seed)
+    tiny.write_model(family, out, head=task, classes=classes, layers=layers, seed=seed, options=options)
     config = read_config(out)
     kind = FAMILIES[family]
     shapes = kind.weights(config)

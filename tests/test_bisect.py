@@ -73,6 +73,28 @@ def test_a_broken_engine_fails_the_gate_and_is_located(
         report.require()
 
 
+def test_a_shared_block_is_judged_run_by_run(
+    tiny_checkpoint: Callable[..., Path], tiny_engine: Callable[..., Path], tmp_path: Path
+) -> None:
+    """ALBERT has one block for all layers; only its second run is broken here, by one pair that is gone."""
+    checkpoint, healthy = tiny_checkpoint("albert"), tiny_engine("ort", "albert")
+    block = "albert.encoder.albert_layer_groups.0.albert_layers.0"
+
+    def drop_pair(model: Any) -> None:
+        nodes = {node.name: node for node in model.graph}
+        quantize = nodes[f"{block}.ffn_output.input.use2_quantize"]
+        restored = nodes[f"{block}.ffn_output.input.use2_dequantize"].outputs[0]
+        for user in list(restored.consumers()):
+            user.replace_input_with(0, quantize.inputs[0])
+
+    features = dev_features(checkpoint, healthy)
+    whole = bisect(checkpoint, write_engine(healthy, tmp_path / "healthy", lambda model: None), features)
+    assert [row.block for row in whole.blocks] == ["embeddings", f"{block} (run 1)", f"{block} (run 2)", "head"]
+    assert whole.passed
+    broken = bisect(checkpoint, write_engine(healthy, tmp_path / "broken", drop_pair), features)
+    assert [row.block for row in broken.blocks if row.passed is False] == [f"{block} (run 2)"]
+
+
 def test_an_overflow_of_float16_fails_the_gate_and_is_located(
     half_engine: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -90,7 +112,7 @@ def test_an_overflow_of_float16_fails_the_gate_and_is_located(
     json.loads((engine / BISECT_FILE).read_text(), parse_constant=pytest.fail)  # NaN is not JSON
 
 
-@pytest.mark.parametrize("family", ["bert", pytest.param("distilbert", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["bert", "albert", pytest.param("distilbert", marks=pytest.mark.slow)])
 def test_a_block_that_reads_what_it_would_have_read_anyway_writes_the_same(family: str, tmp_path: Path) -> None:
     """Handing the reference its own boundaries changes nothing, but for their rounding to float32."""
     checkpoint = baked.write_checkpoint(family, tmp_path, layers=2)

@@ -27,7 +27,7 @@ def test_the_weights_of_a_family_are_those_of_transformers(name: str, tmp_path: 
     linears = {
         f"{path}.weight": tuple(module.weight.shape)
         for path, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".layer." in path
+        if isinstance(module, torch.nn.Linear) and (".layer." in path or ".albert_layers." in path)
     }
     assert dict(sorted(family.weights(config).items())) == dict(sorted(linears.items()))
     assert [family.role(weight) for weight in list(family.weights(config))[: len(ROLES)]] == list(ROLES)
@@ -40,9 +40,9 @@ def test_roberta_counts_positions_from_behind_its_padding_index() -> None:
     assert FAMILIES["bert"].max_positions({"max_position_embeddings": 512, "pad_token_id": 1}) == 512
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", None, 5, ["bert"], "BERT"])
+@pytest.mark.parametrize("model_type", ["gpt2", "mpnet", "deberta-v2", None, 5, ["bert"], "BERT"])
 def test_other_families_are_refused_with_the_list(model_type: object) -> None:
-    with pytest.raises(ArtifactError, match="supported families: bert, roberta, distilbert, electra"):
+    with pytest.raises(ArtifactError, match="supported families: bert, roberta, distilbert, electra, albert"):
         family_of({"model_type": model_type})
 
 
@@ -50,6 +50,31 @@ def test_other_families_are_refused_with_the_list(model_type: object) -> None:
 def test_decoders_are_refused(flag: str) -> None:
     with pytest.raises(ArtifactError, match="decoders are not supported"):
         family_of({"model_type": "bert", flag: True})
+
+
+@pytest.mark.parametrize(("layers", "groups", "inner"), [(4, 1, 1), (3, 2, 1), (4, 2, 2), (2, 1, 2)])
+def test_shared_blocks_run_in_the_order_of_transformers(layers: int, groups: int, inner: int, tmp_path: Any) -> None:
+    """Against the order in which the modules of a real model are called."""
+    import json
+
+    import torch
+    import transformers
+
+    options = {"num_hidden_groups": groups, "inner_group_num": inner}
+    path = tiny.write_model("albert", tmp_path, head="classification", layers=layers, options=options)
+    config, family, called = json.loads((path / "config.json").read_text()), FAMILIES["albert"], list[str]()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(path)
+    for block in family.blocks(config):
+        model.get_submodule(block).register_forward_hook(lambda _, __, ___, block=block: called.append(block))
+    model(torch.ones(1, 3, dtype=torch.long))
+    assert called == family.runs(config)
+    assert len(set(family.run_names(config))) == len(called) == layers * inner
+    assert len(family.weights(config)) == len(ROLES) * groups * inner
+
+
+def test_groups_that_never_run_are_refused() -> None:
+    with pytest.raises(ArtifactError, match="3 num_hidden_groups for 2 num_hidden_layers"):
+        FAMILIES["albert"].runs({"num_hidden_layers": 2, "num_hidden_groups": 3})
 
 
 @pytest.mark.parametrize("value", [None, 0, -1, "12", 1.5, True])

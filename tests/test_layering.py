@@ -27,6 +27,8 @@ CONTRACT = (
     "spec",
     "data",
     "labels",
+    "embedding",
+    "questions",
     "metrics",
     "sparsity_facts",
 )

@@ -17,7 +17,7 @@ from engines.gates import check_gate, parse_gate
 from engines.parity import compare_all
 from engines.probes import Expected, probe, probe_samples
 from nxm_export.cli import main
-from nxm_export.errors import ArtifactError, EngineError
+from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.spec import IOSpec, load_spec
 from tests import baked, tiny
 from tests.broken import write_engine
@@ -132,6 +132,68 @@ def test_two_engines_and_their_checkpoint(
     assert failed.exit_code == 3
     assert "the gate max_abs<=0 failed: largest |difference| of any output: " in failed.stderr
     assert json.loads((engines[0] / "parity.json").read_text())["passed"] is False
+
+
+class TestSkipped:
+    """Engines of backends that are not on this machine, made from a healthy one by its passport."""
+
+    @pytest.fixture
+    def engines(self, tiny_engine: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
+        here, elsewhere = (shutil.copytree(tiny_engine("ort"), tmp_path / name) for name in ("here", "elsewhere"))
+        passport = json.loads((elsewhere / "passport.json").read_text())
+        (elsewhere / "passport.json").write_text(json.dumps({**passport, "backend": "trt_rtx"}))
+        return here, elsewhere
+
+    @pytest.fixture(autouse=True)
+    def unavailable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As on a machine without TensorRT-RTX, whatever this one has."""
+        from engines import trt_rtx
+
+        def load(*_: Any, **__: Any) -> Any:
+            raise EngineUnavailable("TensorRT-RTX needs an NVIDIA GPU, and there is none here")
+
+        monkeypatch.setattr(trt_rtx, "load", load)
+
+    def test_the_others_are_compared_and_decide(
+        self, tiny_checkpoint: Callable[..., Path], engines: tuple[Path, Path]
+    ) -> None:
+        here, elsewhere = engines
+        checkpoint = tiny_checkpoint("bert")
+        data = f"--data={checkpoint.parent / 'dev.tsv'}"
+        result = nxm("compare", checkpoint, elsewhere, here, data, "--json")
+        assert result.exit_code == 0, result.output
+        ours, theirs = json.loads(result.stdout)
+        assert (ours["engine"], ours["passed"]) == (str(here), True)
+        assert theirs["engine"] == str(elsewhere)
+        assert (theirs["passed"], theirs["skipped"]) == (
+            None,
+            "TensorRT-RTX needs an NVIDIA GPU, and there is none here",
+        )
+        assert theirs["engine_sha256"] == ours["engine_sha256"]
+        assert not (elsewhere / "parity.json").exists()
+        shown = nxm("compare", checkpoint, here, elsewhere, data)
+        assert "skipped: not run here" in shown.stdout
+        assert "needs an NVIDIA GPU" in shown.stdout
+
+    def test_a_gate_on_an_engine_that_did_not_run_does_not_hold(
+        self, tiny_checkpoint: Callable[..., Path], engines: tuple[Path, Path]
+    ) -> None:
+        checkpoint = tiny_checkpoint("bert")
+        result = nxm("compare", checkpoint, *engines, f"--data={checkpoint.parent / 'dev.tsv'}", "--gate=drop<=5")
+        assert result.exit_code == 3
+        assert "elsewhere: the gate drop<=5 could not be checked" in result.stderr
+
+    def test_nothing_left_to_compare_fails(
+        self, tiny_checkpoint: Callable[..., Path], engines: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        checkpoint = tiny_checkpoint("bert")
+        data = f"--data={checkpoint.parent / 'dev.tsv'}"
+        alone = nxm("compare", checkpoint, engines[1], data)
+        assert (alone.exit_code, alone.stderr) == (1, "nxm: TensorRT-RTX needs an NVIDIA GPU, and there is none here\n")
+        other = shutil.copytree(engines[1], tmp_path / "other")
+        both = nxm("compare", checkpoint, engines[1], other, data)
+        assert both.exit_code == 1
+        assert f"nothing could be compared here: {engines[1]}: TensorRT-RTX needs" in both.stderr
 
 
 class TestRefused:

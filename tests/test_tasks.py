@@ -22,7 +22,7 @@ from nxm_export.errors import DataError
 from nxm_export.export import export
 from nxm_export.families import TASKS
 from nxm_export.labels import LABELS, labelled, load_labelled, names_for
-from nxm_export.metrics import METRICS, ROW_METRICS, interval, metric_named, paired_interval
+from nxm_export.metrics import METRICS, ROW_METRICS, interval, metric_named, paired_interval, scored_outputs
 from nxm_export.spec import load_spec
 from tests import tiny
 from tests.variants import variants
@@ -32,6 +32,7 @@ NEW = (
     "token-classification",
     "embedding",
     "reranking",
+    "question-answering",
 )  # the others are taken all the way by tests of the stages
 LEARNED = {
     "classification": 0.8,
@@ -40,7 +41,9 @@ LEARNED = {
     "token-classification": 0.8,
     "embedding": 0.6,  # that shared words count shows without training
     "reranking": 0.85,
+    "question-answering": 0.8,
 }
+DEV = {"token-classification": "dev.jsonl", "question-answering": "dev.json"}
 
 
 @pytest.mark.parametrize("task", variants(TASKS, NEW))
@@ -55,7 +58,7 @@ def test_a_task_goes_from_data_to_a_compared_engine(
     spec = load_spec(graph.parent)
     assert (spec.task, spec.outputs) == (task, TASKS[task].outputs)
     build_engine(graph, tmp_path / "engine", "ort")
-    data = checkpoint.parent / ("dev.jsonl" if task == "token-classification" else "dev.tsv")
+    data = checkpoint.parent / DEV.get(task, "dev.tsv")
     features = features_of(tmp_path / "engine", str(data), Columns())
     monkeypatch.setattr(parity, "STEP_SAMPLES", 1)  # without the longest sentence, as happens in large data
     report = compare(checkpoint, tmp_path / "engine", features)
@@ -65,7 +68,7 @@ def test_a_task_goes_from_data_to_a_compared_engine(
     assert report.engine_interval[0] <= report.engine_value <= report.engine_interval[1]
     saved = np.load(tmp_path / "engine" / OUTPUTS_FILE)
     again = metric_named(report.metric, spec.labels, saved.get("groups"))(
-        saved[next(iter(spec.outputs))], saved["labels"]
+        scored_outputs(TASKS[task], saved), saved["labels"]
     )
     assert again == report.engine_value
 
@@ -273,6 +276,7 @@ def test_tiny_data_of_every_task_can_be_read(tmp_path: Path) -> None:
     for task in TASKS.values():
         train, dev = tiny.write_data(tmp_path / task.name, task.name)
         raw = load_labelled(str(train), "train", Columns(), task)
+        assert {path.parent for path in (train, dev)} == {tmp_path / task.name}
         names = names_for(raw, task, None)
         each = 2 if LABELS[task.label].separate else 1  # a pair is two samples of an embedding model
         assert len(labelled(raw, task, names)) == tiny.TRAIN_SAMPLES * each

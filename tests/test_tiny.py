@@ -24,7 +24,7 @@ def test_a_tiny_checkpoint_has_learned_its_task_and_keeps_its_plan(
     opened = open_checkpoint(checkpoint)
     opened.require_valid()
     assert opened.family.model_type == family
-    assert opened.plan.pattern_counts == {"2:4+W8": 6 * tiny.LAYERS}
+    assert opened.plan.pattern_counts == {"2:4+W8": 6 * (1 if family == "albert" else tiny.LAYERS)}
     metrics = json.loads((checkpoint / "metrics.json").read_text())
     # Chance is at most 0.65 (the larger class); 60 steps reach 0.9 and more with every seed tried.
     assert metrics["value"] > 0.75

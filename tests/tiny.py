@@ -32,7 +32,7 @@ NEUTRAL = (
     "new",
 )
 WORDS = (*GOOD, *BAD, *NEUTRAL)
-FAMILIES = ("bert", "roberta", "distilbert", "electra")
+FAMILIES = ("bert", "roberta", "distilbert", "electra", "albert")
 HIDDEN, INTERMEDIATE, LAYERS, HEADS = 32, 64, 2, 4
 POSITIONS = 48  # longest input in tokens
 CLASSES = {
@@ -40,8 +40,10 @@ CLASSES = {
     "multi-label": ("bad", "good", "long"),
     "token-classification": ("O", "B-BAD", "B-GOOD"),
     "reranking": ("score",),
+    "question-answering": ("start", "end"),
 }
 CANDIDATES = 4  # of a query
+QUESTION = "the good scene"
 TRAIN_SAMPLES, DEV_SAMPLES = 192, 64
 
 
@@ -55,11 +57,13 @@ def write_model(
     intermediate: int = INTERMEDIATE,
     layers: int = LAYERS,
     seed: int = 0,
+    options: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a Hugging Face directory with random weights and its tokenizer to `out`, and return it.
 
     `head` is None for an encoder alone (what pretraining leaves), else a task; `classes` are those of ``classification``.
     For ``embedding`` it is a sentence-transformers directory with the mean of the tokens, at length 1.
+    `options` are more fields of an ALBERT's configuration.
     """
     import torch
     import transformers
@@ -68,7 +72,7 @@ def write_model(
     from nxm_export.families import TASKS
 
     torch.manual_seed(seed)
-    config = _config(family, hidden, intermediate, layers)
+    config = _config(family, hidden, intermediate, layers, options)
     if head is None:
         model = transformers.AutoModel.from_config(config)
     elif head == "embedding":
@@ -124,13 +128,17 @@ def tokenizer(family: str = "bert") -> Any:
 def write_data(out: Path, task: str = "classification", *, pairs: bool = False, seed: int = 0) -> tuple[Path, Path]:
     """Write ``train.tsv`` and ``dev.tsv`` to `out` (columns ``sentence``, ``sentence2`` with `pairs`, ``label``) and return them;
     for token classification ``train.jsonl`` and ``dev.jsonl`` (``tokens``, ``tags``), for reranking the columns ``query``,
-    ``document`` and ``relevance``.
+    ``document`` and ``relevance``, for question answering ``train.jsonl`` (``question``, ``context``, ``answers``) and
+    ``dev.json``, in SQuAD's form.
 
     Labels are 1 when good words outnumber bad ones; regression labels are the difference of the two counts; the labels of
     multi-label say which kinds of words there are, the tags which kind each word is. Sentences are as similar as they share
-    words, and documents as relevant as they hold good words.
+    words, and documents as relevant as they hold good words. Answers are the good words of a text that has them in one
+    place; every eighth text is longer than the model's input.
     """
     out.mkdir(parents=True, exist_ok=True)
+    if task == "question-answering":
+        return _write_questions(out, seed)
     suffix = "jsonl" if task == "token-classification" else "tsv"
     files = (out / f"train.{suffix}", out / f"dev.{suffix}")
     for number, (file, count) in enumerate(zip(files, (TRAIN_SAMPLES, DEV_SAMPLES), strict=True)):
@@ -162,6 +170,42 @@ def write_data(out: Path, task: str = "classification", *, pairs: bool = False, 
             header = {"embedding": "sentence1\tsentence2\tscore", "reranking": "query\tdocument\trelevance"}
             lines.insert(0, header.get(task, "sentence\tsentence2\tlabel" if pairs else "sentence\tlabel"))
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return files
+
+
+def _write_questions(out: Path, seed: int) -> tuple[Path, Path]:
+    found: list[list[dict[str, Any]]] = []
+    for number, count in enumerate((TRAIN_SAMPLES, DEV_SAMPLES)):
+        rng = random.Random(seed * 2 + number)
+        found.append([])
+        for i in range(count):
+            sizes = (20, 40) if i % 8 == 0 else (1, 6)
+            before, behind = (rng.choices(NEUTRAL, k=rng.randint(*sizes)) for _ in range(2))
+            answer = " ".join(rng.choices(GOOD, k=rng.randint(1, 3)))
+            context = " ".join([*before, answer, *behind])
+            start = len(" ".join(before)) + 1
+            found[-1].append({"context": context, "answers": {"text": [answer], "answer_start": [start]}})
+    files = (out / "train.jsonl", out / "dev.json")
+    lines = [json.dumps({"question": QUESTION, **row}) for row in found[0]]
+    files[0].write_text("\n".join(lines) + "\n", encoding="utf-8")
+    paragraphs = [
+        {
+            "context": row["context"],
+            "qas": [
+                {
+                    "id": str(i),
+                    "question": QUESTION,
+                    "answers": [
+                        {"text": text, "answer_start": start}
+                        for text, start in zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
+                    ],
+                }
+            ],
+        }
+        for i, row in enumerate(found[1])
+    ]
+    squad = {"version": "1.1", "data": [{"title": "tiny", "paragraphs": paragraphs}]}
+    files[1].write_text(json.dumps(squad), encoding="utf-8")
     return files
 
 
@@ -232,7 +276,7 @@ def _special(family: str) -> dict[str, str]:
     return {f"{name}_token": f"[{name.upper()}]" for name in names}
 
 
-def _config(family: str, hidden: int, intermediate: int, layers: int) -> Any:
+def _config(family: str, hidden: int, intermediate: int, layers: int, options: Mapping[str, Any] | None = None) -> Any:
     import transformers
 
     # Wider than the usual 0.02: a tiny network with tiny weights would compute next to nothing.
@@ -260,5 +304,7 @@ def _config(family: str, hidden: int, intermediate: int, layers: int) -> Any:
         ),
         # An embedding size of its own, as in every published ELECTRA: a projection stands between it and the encoder.
         "electra": lambda: transformers.ElectraConfig(**common, **sizes, embedding_size=hidden // 2),
+        # One block for all layers, and tanh-GELU, as in every published ALBERT.
+        "albert": lambda: transformers.AlbertConfig(**common, **sizes, embedding_size=hidden // 2, **(options or {})),
     }
     return made[family]()

@@ -192,7 +192,8 @@ class Service:
         model = endpoint.model
         asked = parse_infer(body, request.headers.get(HEADER_LENGTH), endpoint.inputs, endpoint.outputs)
         loop = asyncio.get_running_loop()
-        if endpoint.face is not None and text_size(asked.tensors) > INLINE_TEXT:
+        large = endpoint.face is not None and text_size(asked.tensors) > INLINE_TEXT
+        if large:
             feeds = await loop.run_in_executor(self._tokenizing, endpoint.feeds, asked)
         else:
             feeds = endpoint.feeds(asked)
@@ -212,6 +213,8 @@ class Service:
             watcher.cancel()
         if ticket.error is not None:
             raise ticket.error
+        if large:  # an answer is looked up in the tokens of its text
+            return await loop.run_in_executor(self._tokenizing, _render, endpoint, asked, ticket)
         return _render(endpoint, asked, ticket)
 
     async def _body(self, request: Any) -> bytes:
@@ -331,7 +334,7 @@ async def _watch(receive: Callable[[], Any], done: asyncio.Future[None]) -> None
 
 
 def _render(endpoint: Endpoint, asked: InferRequest, ticket: Ticket) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    return render_infer(endpoint.name, endpoint.model.version, asked, endpoint.results(ticket.outputs))
+    return render_infer(endpoint.name, endpoint.model.version, asked, endpoint.results(asked, ticket.outputs))
 
 
 def _headers(error: RequestRefused) -> dict[str, str]:

@@ -26,8 +26,7 @@ from engines.passport import EnginePassport, load_passport
 from engines.serving.batching import BatchQueue, Deliver, Limits, Observer, run_worker
 from engines.serving.protocol import InferRequest, TensorSpec
 from engines.serving.shapes import Bucket, plan_buckets
-from engines.serving.text import INPUTS as TEXT_INPUTS
-from engines.serving.text import LABEL, TextFace
+from engines.serving.text import TextFace
 from nxm_export.errors import NxmError, ParityError, RequestRefused, ServeError
 from nxm_export.spec import load_spec
 
@@ -75,11 +74,11 @@ class Endpoint:
             self.model.require_range(name, array)
         return dict(request.tensors)
 
-    def results(self, outputs: Mapping[str, np.ndarray]) -> dict[str, tuple[str, np.ndarray]]:
-        """(datatype, array) of every output by name."""
+    def results(self, request: InferRequest, outputs: Mapping[str, np.ndarray]) -> dict[str, tuple[str, np.ndarray]]:
+        """(datatype, array) of every output by name, from what the engine gave for the request."""
         found = {name: ("FP32", array) for name, array in outputs.items()}
-        if self.face is not None and any(spec.name == LABEL for spec in self.outputs):
-            found[LABEL] = ("BYTES", self.face.labels(outputs))
+        if self.face is not None:
+            found |= {name: ("BYTES", array) for name, array in self.face.words(request.tensors, outputs).items()}
         return found
 
 
@@ -114,7 +113,7 @@ class Model:
         self.endpoints = [Endpoint(name, self, inputs, outputs)]
         if options.text:
             face = TextFace(directory, self.spec)
-            self.endpoints.append(Endpoint(name + TEXT_SUFFIX, self, TEXT_INPUTS, (*outputs, *face.outputs), face))
+            self.endpoints.append(Endpoint(name + TEXT_SUFFIX, self, face.inputs, (*outputs, *face.outputs), face))
 
     @property
     def platform(self) -> str:

@@ -1,8 +1,9 @@
-"""Sentences in, class names out: the optional text face of a served engine.
+"""Sentences in, class names out; questions and contexts in, answers out: the optional text face of a served engine.
 
 Tokens come from the same code as in training and comparison (`nxm_export.data.encode`), with the tokenizer that lies in
 the engine's directory. A text longer than the model's positions is cut, as it was in training; one that is absurdly long
-is refused, because the whole of it would be read before it is cut.
+is refused, because the whole of it would be read before it is cut. A context is never cut: the answer could be in the part
+that is gone, so one that takes more than a window is refused.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from engines.serving.protocol import TensorSpec
-from nxm_export.data import Examples, encode, load_tokenizer, pad
-from nxm_export.errors import RequestRefused
+from nxm_export.data import Examples, Features, encode, label_array, load_tokenizer, pad
+from nxm_export.errors import DataError, RequestRefused
 from nxm_export.families import TASKS
+from nxm_export.metrics import scored_outputs
+from nxm_export.questions import Window, best_span, windows
 from nxm_export.spec import IOSpec
 
-TEXT, PAIR, LABEL = "text", "text_pair", "label"
-INPUTS = (TensorSpec(TEXT, "BYTES", (-1, 1)), TensorSpec(PAIR, "BYTES", (-1, 1), optional=True))
+TEXT, PAIR, LABEL, ANSWER = "text", "text_pair", "label", "answer"
 BYTES_PER_TOKEN = 64  # no tokenizer of this family makes tokens that long out of text that anyone would write
 
 
@@ -31,14 +34,39 @@ class TextFace:
         self._tokenizer = load_tokenizer(directory)
         self._spec = spec
         self._turn = threading.Lock()  # a tokenizer is not to be configured while another thread uses it
+        self._spans = TASKS[spec.task].link == "span"
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What a request for text has: a text and perhaps a second one, or a question and its context."""
+        return TensorSpec(TEXT, "BYTES", (-1, 1)), TensorSpec(PAIR, "BYTES", (-1, 1), optional=not self._spans)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """What a request for text gets beside the engine's outputs: the class name, where there are classes."""
+        """What it gets beside the engine's outputs: the class name, where there are classes, or the answer."""
+        if self._spans:
+            return (TensorSpec(ANSWER, "BYTES", (-1, 1)),)
         return (TensorSpec(LABEL, "BYTES", (-1, 1)),) if names_classes(self._spec) else ()
 
     def tokens(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The engine's feeds (rows, longest text) for BYTES tensors (rows, 1); raises `RequestRefused` (400)."""
+        return pad(self._features(tensors), self._spec.pad_id)
+
+    def words(self, tensors: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The `outputs` of this face (rows, 1) by name, for a request's BYTES tensors and the engine's outputs: classes by the
+        largest logit of the first output, answers as `nxm compare` finds them."""
+        if self._spans:
+            logits = scored_outputs(TASKS[self._spec.task], outputs)
+            found = [Window.unpack(label) for label in label_array(self._features(tensors))]
+            spans = [best_span(row, window) for row, window in zip(logits, found, strict=True)]
+            answers = [window.answer(start, end) for window, (_, start, end) in zip(found, spans, strict=True)]
+            return {ANSWER: np.array([[answer] for answer in answers], object)}
+        if not self.outputs:
+            return {}
+        first = outputs[next(iter(self._spec.outputs))]
+        return {LABEL: np.array([[self._spec.labels[i]] for i in first.argmax(axis=-1)], object)}
+
+    def _features(self, tensors: Mapping[str, np.ndarray]) -> list[Features]:
         texts = self._decode(TEXT, tensors[TEXT])
         pairs = self._decode(PAIR, tensors[PAIR]) if PAIR in tensors else None
         wants = TASKS[self._spec.task].texts
@@ -52,15 +80,21 @@ class TextFace:
             )
         if pairs is not None and len(pairs) != len(texts):
             raise RequestRefused(400, f"{TEXT} has {len(texts)} rows and {PAIR} has {len(pairs)}")
-        examples = Examples(texts, pairs, [0] * len(texts), "request")
-        with self._turn:
-            features = encode(self._tokenizer, examples, self._spec.max_length, self._spec.inputs)
-        return pad(features, self._spec.pad_id)
-
-    def labels(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Class names (rows, 1) by the largest logit of the first output."""
-        first = outputs[next(iter(self._spec.outputs))]
-        return np.array([[self._spec.labels[i]] for i in first.argmax(axis=-1)], object)
+        no_labels: list[Any] = [()] * len(texts) if self._spans else [0] * len(texts)
+        examples = Examples(texts, pairs, no_labels, "request", encoder=windows if self._spans else None)
+        try:
+            with self._turn:
+                features = encode(self._tokenizer, examples, self._spec.max_length, self._spec.inputs)
+        except DataError as error:  # a question that leaves no room, a context without tokens
+            raise RequestRefused(400, str(error)) from error
+        if self._spans and len(features) > len(texts):
+            groups = [sample["group"] for sample in features]
+            row = next(row for row in range(len(texts)) if groups.count(row) > 1)
+            raise RequestRefused(
+                400,
+                f"row {row} of {PAIR} and its question take more than {self._spec.max_length} tokens; ask about it in parts",
+            )
+        return features
 
     def _decode(self, name: str, array: np.ndarray) -> list[str]:
         limit = BYTES_PER_TOKEN * self._spec.max_length

@@ -191,8 +191,9 @@ def compare(
 ) -> None:
     """Compare ENGINES with the CHECKPOINT they were made from, and with each other, on real samples.
 
-    Exits with 3 when one differs, a probe fails or a gate does not hold. With --bisect, block by block instead, and exits
-    with 3 when a block parts.
+    Exits with 3 when one differs, a probe fails or a gate does not hold. An engine that cannot run here (its runtime or GPU
+    is missing) is skipped with the reason; that fails the command only with --gate, since the gate was not checked (3), or
+    when no engine is left (1). With --bisect, block by block instead, and exits with 3 when a block parts.
     """
     from engines.gates import parse_gate
     from nxm_export import engine_work
@@ -213,10 +214,9 @@ def compare(
         for report in found:
             report.require()
         return
-    reports = engine_work.compare_engines(checkpoint, engines, data, columns, gates)
-    show_result([report.to_dict() for report in reports], json, lambda _: print_parity(reports))
-    for report in reports:
-        report.require()
+    compared = engine_work.compare_engines(checkpoint, engines, data, columns, gates)
+    show_result(compared.to_list(), json, lambda _: print_parity(compared.reports, compared.skipped))
+    compared.require()
 
 
 @main.command()

@@ -70,7 +70,7 @@ PLAN_OPTIONS = options(
 
 DATA_OPTIONS = options(
     click.option("--task", type=click.Choice(list(TASKS)), default="classification", show_default=True),
-    click.option("--train", metavar="FILE", help="TSV, CSV, JSONL, Parquet or CoNLL, or a GLUE task name."),
+    click.option("--train", metavar="FILE", help="TSV, CSV, JSONL, Parquet, CoNLL or SQuAD JSON, or a GLUE task name."),
     click.option("--dev", metavar="FILE", help="Held-out data, or the same GLUE task name."),
     click.option("--text", help="Column of the text.  [default: sentence, sentence1, text, ...]"),
     click.option("--text-pair", help="Column of the second text.  [default: sentence2, if there is one]"),

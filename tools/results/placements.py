@@ -46,7 +46,7 @@ def measure(
     entries: list[dict[str, Any]] = []
     for number, (name, engine) in enumerate(engines.items()):
         progress("compare", number, len(engines))
-        report = compare_engines(dense if not number else checkpoint, [engine], str(files.dev))[0]
+        report = compare_engines(dense if not number else checkpoint, [engine], str(files.dev)).reports[0]
         outputs = np.load(engine / OUTPUTS_FILE)
         values = [metric_named(metric)(outputs["logits"], outputs["labels"]) for metric in task.metrics]
         entries.append(

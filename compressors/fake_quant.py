@@ -114,7 +114,7 @@ class _Product(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         grad_bias = rows.sum(dim=0) if ctx.has_bias else None
         rows = rows.to(codes.dtype)
-        deployed = multiplied if scale is None else (multiplied.float() * scale).to(codes.dtype)
+        deployed = multiplied if scale is None else multiplied * scale.to(codes.dtype)
         grad_codes = (rows @ deployed).reshape(codes.shape)
         through = (rows.T @ codes.reshape(-1, codes.shape[-1])).float()  # (out, in): gradient of weight / step
         moment = torch.linalg.vecdot(through, multiplied.float())  # (out,)

@@ -33,37 +33,119 @@ SOFTMAX_SCALE = 1.0 / 127.0  # probabilities lie in [0, 1], so the scale needs n
 
 
 class _Codes(torch.autograd.Function):
-    """Integer codes of `x` for step `scale`, in `dtype`.
+    """Integer codes of an activation `x` for the step `scale` (1,), in `dtype`.
 
-    `gate` (or None) is 1 for a kept weight and 0 for a masked one, and multiplies gradients. It need not touch the codes:
-    a masked weight is 0 when its mask is fixed, has no gradient from then on, and so stays 0, which
+    The gradient that comes back is taken as that of the dequantized value ``codes * scale``, which is what `_Product`
+    returns: so no pass over the tensor is spent on multiplying by the step and dividing by it again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        return torch.div(x.float(), scale).round_().clamp_(ACTIVATION_QMIN, ACTIVATION_QMAX).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale = ctx.saved_tensors
+        values = x.float()
+        inside = _inside(grad.float(), values, scale, ACTIVATION_QMIN, ACTIVATION_QMAX)
+        # How the range's width acts through the codes; how it acts through the product is `_Product`'s part.
+        grad_scale = -_dot(inside, values).div_(scale) if ctx.needs_input_grad[1] else None
+        return inside.to(x.dtype), grad_scale, None
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """``clip(round(x / scale), qmin, qmax) * scale``, float32, for one step (1,)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
+        found = torch.div(x.float(), scale).round_().clamp_(qmin, qmax).mul_(scale)
+        ctx.save_for_backward(x, scale, found)
+        ctx.range = (qmin, qmax)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, found = ctx.saved_tensors
+        values = x.float()
+        inside = _inside(grad, values, scale, *ctx.range)
+        grad_scale = (_dot(grad, found) - _dot(inside, values)).div_(scale) if ctx.needs_input_grad[1] else None
+        return inside.to(x.dtype), grad_scale, None, None
+
+
+class _Product(torch.autograd.Function):
+    """``(codes @ w.T) * step * scale + bias``, float32 (..., out): the integer product of a layer, scaled once.
+
+    `codes` (..., in) are `_Codes` with their step `step` (1,). ``w`` are the integer codes of `weight` for the steps
+    `scale` (out, 1) and ``[-qmax, qmax]``; or `weight` itself with `scale` None.
+
+    `gate` (or None) is 1 for a kept weight and 0 for a masked one, and multiplies the gradient. It need not touch the
+    codes: a masked weight is 0 when its mask is fixed, has no gradient from then on, and so stays 0, which
     `require_invariants` asserts.
+
+    The gradients of all steps come out of sums over the weight, which is smaller than what a batch writes:
+    ``sum_t g[t,o] * product[t,o] = sum_i w[o,i] * (g.T @ codes)[o,i]``, and the second factor is at hand.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, qmin: int, qmax: int, gate: Tensor | None, dtype: torch.dtype
+        ctx: Any,
+        codes: Tensor,
+        step: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        gate: Tensor | None,
+        qmax: int,
     ) -> Tensor:
-        ctx.save_for_backward(x, scale, gate)
-        ctx.range = (qmin, qmax)
-        return torch.div(x.float(), scale).round_().clamp_(qmin, qmax).to(dtype)
+        if scale is None:
+            multiplied, factor = weight if gate is None else weight * gate, step
+        else:
+            multiplied, factor = torch.div(weight, scale).round_().clamp_(-qmax, qmax), scale.squeeze(-1) * step
+        multiplied = multiplied.to(codes.dtype)
+        ctx.save_for_backward(codes, step, weight, scale, gate, multiplied)
+        ctx.qmax, ctx.has_bias = qmax, bias is not None
+        product = functional.linear(codes, multiplied).float()
+        return product.mul_(factor) if bias is None else torch.addcmul(bias, product, factor, out=product)
 
     @staticmethod
-    def backward(ctx: Any, grad_codes: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, gate = ctx.saved_tensors
-        x = x.float()
-        grad = (grad_codes if gate is None else grad_codes * gate).float()
-        # The derivative of clipping, from the one vectorized kernel that has it: selecting with boolean masks
-        # instead takes ten times as long on CPUs.
-        grad = torch.ops.aten.hardtanh_backward(grad, torch.div(x, scale), *map(float, ctx.range)).div_(scale)
-        grad_scale = None
-        if ctx.needs_input_grad[1]:  # d(codes)/d(scale) = -x / scale**2 inside the range
-            if scale.numel() == 1:
-                moment = torch.dot(grad.flatten(), x.flatten()).reshape(scale.shape)
-            else:
-                moment = torch.linalg.vecdot(grad, x, dim=-1).unsqueeze(-1)
-            grad_scale = -moment / scale
-        return grad.to(ctx.saved_tensors[0].dtype), grad_scale, None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        codes, step, weight, scale, gate, multiplied = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
+        grad_bias = rows.sum(dim=0) if ctx.has_bias else None
+        rows = rows.to(codes.dtype)
+        deployed = multiplied if scale is None else multiplied * scale.to(codes.dtype)
+        grad_codes = (rows @ deployed).reshape(codes.shape)
+        through = (rows.T @ codes.reshape(-1, codes.shape[-1])).float()  # (out, in): gradient of weight / step
+        moment = torch.linalg.vecdot(through, multiplied.float())  # (out,)
+        grad_weight, grad_scale = through.mul_(step), None
+        if scale is None:
+            grad_step = moment.sum().reshape(1)
+        else:
+            steps = scale.squeeze(-1)  # (out,)
+            grad_step = torch.dot(moment, steps).reshape(1)
+            limit = float(ctx.qmax)
+            grad_weight = torch.ops.aten.hardtanh_backward(grad_weight, torch.div(weight, scale), -limit, limit)
+            grad_scale = (moment * step - torch.linalg.vecdot(grad_weight, weight) / steps).unsqueeze(-1)
+        if gate is not None:
+            grad_weight = grad_weight.mul_(gate)
+        return grad_codes, grad_step, grad_weight, grad_scale, grad_bias, None, None
+
+
+def _inside(grad: Tensor, x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
+    """`grad` where ``qmin < x / scale < qmax``, else 0: the derivative of clipping, float32.
+
+    By the one vectorized kernel that has it; selecting with boolean masks takes ten times as long on CPUs.
+    """
+    if scale.device.type == "cpu":  # reading the step costs nothing here, and the division is a pass over the tensor
+        step = float(scale)
+        return torch.ops.aten.hardtanh_backward(grad, x, qmin * step, qmax * step)
+    return torch.ops.aten.hardtanh_backward(grad, torch.div(x, scale), float(qmin), float(qmax))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of products of two tensors of one shape, (1,)."""
+    return torch.dot(a.flatten(), b.flatten()).reshape(1)
 
 
 class _FollowedMask(torch.autograd.Function):
@@ -82,24 +164,6 @@ class _FollowedMask(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, mask = ctx.saved_tensors
         return grad + ctx.decay * (weight * ~mask), None, None
-
-
-class _Rescale(torch.autograd.Function):
-    """``product * scale + bias`` for an integer product (..., out) and vectors (out,); one pass, and float32 out."""
-
-    @staticmethod
-    def forward(ctx: Any, product: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(product, scale)
-        ctx.has_bias = bias is not None
-        return torch.mul(product, scale) if bias is None else torch.addcmul(bias, product, scale)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        product, scale = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_scale = (rows * product.reshape(rows.shape)).sum(dim=0) if ctx.needs_input_grad[1] else None
-        grad_bias = rows.sum(dim=0) if ctx.has_bias else None
-        return torch.mul(grad, scale).to(product.dtype), grad_scale, grad_bias
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -146,21 +210,24 @@ class ActivationQuantizer(nn.Module):
         if self._cached is not None and self._cached[0] is x:
             result = self._cached[1]
         else:
-            scale = _learned(self.log_scale, x.numel() * world_size(), ACTIVATION_QMAX)  # of the whole batch
-            result = (_Codes.apply(x, scale, ACTIVATION_QMIN, ACTIVATION_QMAX, None, _compute_dtype(x)), scale)
+            scale = self.step_for(x)
+            result = (_Codes.apply(x, scale, _compute_dtype(x)), scale)
             self._cached, self._reads = (x, result), 0
         self._reads += 1
         if self._reads >= self.readers:
             self._cached = None
         return result
 
+    def step_for(self, x: Tensor) -> Tensor:
+        """The step (1,), its gradient damped for the size of the whole batch that `x` is of."""
+        return _learned(self.log_scale, x.numel() * world_size(), ACTIVATION_QMAX)
+
     def forward(self, x: Tensor) -> Tensor:
         """Quantize and dequantize."""
         if self.observer is not None:
             self.observe(x)
             return x
-        codes, scale = self.codes(x)
-        return codes.float() * scale
+        return _FakeQuantize.apply(x, self.step_for(x), ACTIVATION_QMIN, ACTIVATION_QMAX)
 
 
 class QuantLinear(nn.Linear):
@@ -234,16 +301,13 @@ class QuantLinear(nn.Linear):
     def _product(self, x: Tensor, quantizer: ActivationQuantizer | None) -> Tensor:
         if quantizer is None:
             return functional.linear(x, self._float_weight(), self.bias)
-        codes, scale = quantizer.codes(x)
+        codes, step = quantizer.codes(x)
+        scale: Tensor | None = None
         if self.quantize_weight:
             assert self.spec.qmax is not None
-            step = _learned(self.log_scale, self.in_features, self.spec.qmax)  # (out, 1)
-            gate = self._mask_as(codes.dtype)
-            weight = _Codes.apply(self._followed(), step, -self.spec.qmax, self.spec.qmax, gate, codes.dtype)
-            scale = scale * step.squeeze(-1)
-        else:
-            weight = self._float_weight()
-        return _Rescale.apply(functional.linear(codes, weight), scale.expand(self.out_features), self.bias)
+            scale = _learned(self.log_scale, self.in_features, self.spec.qmax)  # (out, 1)
+        gate = self._mask_as(self.weight.dtype)
+        return _Product.apply(codes, step, self._followed(), scale, self.bias, gate, self.spec.qmax or 0)
 
     def _float_weight(self) -> Tensor:
         gate = self._mask_as(self.weight.dtype)
@@ -451,8 +515,8 @@ def _int8_attention(
         scores = scores + attention_mask
     probabilities = scores.softmax(dim=-1)
     scale = torch.tensor([SOFTMAX_SCALE], device=query.device)
-    codes = _Codes.apply(probabilities, scale, ACTIVATION_QMIN, ACTIVATION_QMAX, None, _compute_dtype(query))
-    probabilities = functional.dropout(codes * scale.to(codes.dtype), dropout, module.training)
+    probabilities = _FakeQuantize.apply(probabilities, scale, ACTIVATION_QMIN, ACTIVATION_QMAX)
+    probabilities = functional.dropout(probabilities.to(_compute_dtype(query)), dropout, module.training)
     context = torch.matmul(probabilities, value.to(probabilities.dtype)).transpose(1, 2).contiguous()
     return context, probabilities
 

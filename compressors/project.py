@@ -19,6 +19,8 @@ from torch import Tensor
 from nxm_export.errors import PlanError
 from nxm_export.plan import NMPattern, WeightSpec
 
+# Scales that a dual update tries: half as many as hardening does. Refinement follows, and the next update looks again.
+_DUAL_POINTS = 31
 _PAIRWISE_LIMIT = 8  # up to this M, counting larger neighbours beats sorting
 
 
@@ -60,36 +62,50 @@ def mse_scale(weight: Tensor, qmax: int, *, points: int = 71, lowest: float = 0.
     """
     largest = weight.abs().amax(dim=1, keepdim=True) / qmax  # (out, 1)
     largest = torch.where(largest > 0, largest, torch.ones_like(largest))
-    best = largest.clone()
-    error = (weight - round_to_grid(weight, best, qmax)).square_().sum(dim=1, keepdim=True)
+    best, scratch = largest.clone(), torch.empty_like(weight)
+    error = _squared_error(weight, best, qmax, scratch)
     if qmax < 127:  # at 8 bits any scale near max-abs is as good, and the grid costs time
         for factor in torch.linspace(lowest, 1.0, points)[:-1].tolist():
-            error = _keep_better(weight, largest * factor, qmax, best, error)
+            error = _keep_better(weight, largest * factor, qmax, best, error, scratch)
     for _ in range(refinements):
-        codes = torch.round(weight / best).clamp_(-qmax, qmax)
-        energy = codes.square().sum(dim=1, keepdim=True)
-        fitted = (codes * weight).sum(dim=1, keepdim=True) / energy.clamp(min=1)
-        error = _keep_better(weight, torch.where(energy > 0, fitted, best), qmax, best, error)
+        codes = torch.div(weight, best, out=scratch).round_().clamp_(-qmax, qmax)
+        energy = torch.linalg.vecdot(codes, codes).unsqueeze(-1)
+        fitted = torch.linalg.vecdot(codes, weight).unsqueeze(-1) / energy.clamp(min=1)
+        before = error
+        error = _keep_better(weight, torch.where(energy > 0, fitted, best), qmax, best, error, scratch)
+        if torch.equal(error, before):
+            break  # no channel's scale has moved, so none will
     return best
 
 
-def _keep_better(weight: Tensor, scale: Tensor, qmax: int, best: Tensor, error: Tensor) -> Tensor:
+def _keep_better(weight: Tensor, scale: Tensor, qmax: int, best: Tensor, error: Tensor, scratch: Tensor) -> Tensor:
     """Copy into `best` those channels of `scale` that lower `error`; returns the lower errors."""
-    candidate = (weight - round_to_grid(weight, scale, qmax)).square_().sum(dim=1, keepdim=True)
+    candidate = _squared_error(weight, scale, qmax, scratch)
     better = candidate < error
     best.copy_(torch.where(better, scale, best))
     return torch.where(better, candidate, error)
 
 
-def project_grid(weight: Tensor, bits: int) -> Tensor:
+def _squared_error(weight: Tensor, scale: Tensor, qmax: int, scratch: Tensor) -> Tensor:
+    """Squared rounding error of each channel, (out, 1); `scratch` is overwritten, so that nothing as large is allocated."""
+    torch.div(weight, scale, out=scratch).round_().clamp_(-qmax, qmax).mul_(scale).sub_(weight)
+    return torch.linalg.vecdot(scratch, scratch).unsqueeze(-1)
+
+
+def project_grid(weight: Tensor, bits: int, *, points: int = 71) -> Tensor:
     """Nearest matrix on a per-channel `bits`-bit grid, over the scales that `mse_scale` searches."""
     qmax = 2 ** (bits - 1) - 1
-    return round_to_grid(weight, mse_scale(weight, qmax), qmax)
+    return round_to_grid(weight, mse_scale(weight, qmax, points=points), qmax)
 
 
-def project_joint(weight: Tensor, pattern: NMPattern, bits: int) -> Tensor:
+def project_joint(weight: Tensor, pattern: NMPattern, bits: int, *, points: int = 71) -> Tensor:
     """Nearest matrix that is N:M *and* on a per-channel grid; exact in mask and codes for the scale that is found."""
-    return project_grid(project_nm(weight, pattern), bits)
+    qmax = 2 ** (bits - 1) - 1
+    mask = nm_mask(weight.abs(), pattern)
+    kept = weight[mask].reshape(
+        len(weight), -1
+    )  # (out, in * n / m): zeros have no rounding error, so they are left out
+    return round_to_grid(weight * mask, mse_scale(kept, qmax, points=points), qmax)
 
 
 def _mask_only(weight: Tensor, spec: WeightSpec) -> Tensor:
@@ -97,8 +113,9 @@ def _mask_only(weight: Tensor, spec: WeightSpec) -> Tensor:
 
 
 def _joint(weight: Tensor, spec: WeightSpec) -> Tensor:
-    sparse = _mask_only(weight, spec)
-    return project_grid(sparse, spec.weight_bits) if spec.weight_bits else sparse
+    if spec.pattern and spec.weight_bits:
+        return project_joint(weight, spec.pattern, spec.weight_bits, points=_DUAL_POINTS)
+    return project_grid(weight, spec.weight_bits, points=_DUAL_POINTS) if spec.weight_bits else _mask_only(weight, spec)
 
 
 # What the ADMM constraint set is: the pattern alone (quantization by straight-through training), or pattern and grid.

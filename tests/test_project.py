@@ -77,6 +77,16 @@ def test_scale_search_is_as_good_as_a_dense_grid(bits: int) -> None:
     assert (found <= (w - round_to_grid(w, largest, qmax)).square().sum(dim=1)).all()
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_joint_projection_equals_its_two_halves(bits: int) -> None:
+    """The scale is searched over kept weights alone, which must give what a search over all of them gives."""
+    for pattern in (NMPattern(2, 4), NMPattern(1, 4)):
+        w = randn(12, 64, seed=bits)
+        expected = project_grid(project_nm(w, pattern), bits)
+        # The sums have another order, so a scale may differ in its last bits.
+        torch.testing.assert_close(project_joint(w, pattern, bits), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_mask_keeps_exactly_n_even_for_ties_and_zeros(pattern: NMPattern) -> None:
     for scores in (torch.zeros(2, 4 * pattern.m), torch.ones(2, 4 * pattern.m), randn(2, 4 * pattern.m).round()):

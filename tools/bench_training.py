@@ -1,0 +1,380 @@
+"""What compression costs in training, against plain fine-tuning of the same model on the same batches.
+
+    python -m tools.bench_training                 measure, write results/performance/training.json and the document
+    python -m tools.bench_training --render        the section of docs/performance.md again, from the record
+
+Every round takes one optimizer step with every arm, in an order that rotates; ratios are medians over rounds. The arms
+freeze the same parameters, have no dropout and no noise of their own, clip and step as the Trainer does, under the same
+precision. Memory is that of a process of its own per arm, which trains through `compressors.train.run_phase`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressors.admm import Admm
+from compressors.fake_quant import prepare, quant_linears
+from compressors.memory import keep_freed_memory
+from compressors.phases import MAX_DUAL_UPDATES, WATCH_EVERY, WATCHED_SAMPLES, freeze_embeddings
+from compressors.settings import Settings
+from compressors.train import Losses, Phase, Student, _optimizer, mean_loss, run_phase, wants_bf16
+from nxm_export.families import FAMILIES
+from nxm_export.plan import WeightSpec
+from tools.measuring import (
+    circumstances,
+    in_child,
+    load_record,
+    median_of,
+    paired_ratio,
+    peak_bytes,
+    resident_bytes,
+    save_record,
+    where_and_when,
+    write_section,
+)
+
+TOOL = "tools/bench_training.py"
+MODELS = {
+    "MiniLM-L6": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12},
+    "BERT-base, 3 of 12 blocks": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 3, "num_attention_heads": 12},
+}  # fmt: skip
+SHAPES = (("MiniLM-L6", 32, 32), ("MiniLM-L6", 32, 128), ("BERT-base, 3 of 12 blocks", 16, 64))
+ARMS = ("plain", "teacher", "admm without penalty", "admm", "qat", "qat with teacher")
+MEMORY = ("plain", "teacher", "admm with teacher", "qat", "qat with teacher")
+MEMORY_SHAPES = SHAPES[1:]
+OPTION = "2:4+W4"
+VOCABULARY = 30522
+
+
+@dataclass
+class Arm:
+    """One way to train: `step` takes a batch through forward, backward, clipping, `before` (a penalty) and the optimizer."""
+
+    student: Student
+    optimizer: torch.optim.Optimizer
+    bf16: bool
+    before: Callable[[], None] = lambda: None
+
+    def step(self, batch: dict[str, Tensor]) -> None:
+        self.optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16) if self.bf16 else nullcontext():
+            loss = self.student(**batch)["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        self.before()
+        self.optimizer.step()
+
+
+def model_of(name: str) -> nn.Module:
+    """A BERT of these sizes with random weights, two classes, no dropout, embeddings frozen."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **MODELS[name]
+    )
+    config._attn_implementation = "eager"  # what `compressors.models.load_model` takes on CPUs
+    model: nn.Module = transformers.BertForSequenceClassification(config)
+    freeze_embeddings(model)
+    return model
+
+
+def prepared(name: str) -> nn.Module:
+    """The same model under `OPTION`, its ranges set as if it were calibrated."""
+    model = model_of(name)
+    family = FAMILIES["bert"]
+    config = model.config.to_dict()  # type: ignore[operator, union-attr]
+    plan = family.uniform_plan(config, WeightSpec.parse(OPTION))
+    prepare(model, plan, family, config)
+    freeze_embeddings(model)
+    for layer in quant_linears(model).values():
+        for quantizer in (layer.input_quantizer, layer.output_quantizer):
+            if quantizer is not None:
+                quantizer.set_scale(4.0 / 127)  # inputs of unit variance, and few are clipped
+    return model
+
+
+def batches(batch: int, sequence: int) -> Iterator[dict[str, Tensor]]:
+    """Random token ids without padding, endlessly."""
+    generator = torch.Generator().manual_seed(1)
+    while True:
+        ids = torch.randint(1000, VOCABULARY, (batch, sequence), generator=generator)
+        labels = torch.randint(0, 2, (batch,), generator=generator)
+        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def arm(kind: str, name: str, bf16: bool, mode: str = "mask") -> tuple[Arm, Admm | None]:
+    """The arm of this name (one of `ARMS`), and its ADMM state if it has one."""
+    settings, admm = Settings(), None
+    teacher = model_of(name).requires_grad_(False).eval() if "teacher" in kind else None
+    losses = settings.losses if teacher is not None else Losses()
+    model = model_of(name) if kind in ("plain", "teacher") else prepared(name)
+    layers = quant_linears(model)
+    if kind.startswith("qat"):
+        for layer in layers.values():
+            layer.harden()
+    if kind.startswith("admm"):
+        admm = Admm.of(layers, mode, settings.damping)
+    student = Student(model, losses, teacher, admm).train()
+    made = Arm(student, _optimizer(student, Phase("bench", 1, settings.learning_rate)), bf16)
+    if admm is not None and kind != "admm without penalty":
+        admm.set_rho(1e-3)
+        made.before = admm.add_penalty
+    return made, admm
+
+
+def time_steps(name: str, batch: int, sequence: int, rounds: int, bf16: bool) -> dict[str, Any]:
+    """Seconds of a step of every arm, round by round."""
+    arms = {kind: arm(kind, name, bf16)[0] for kind in ARMS}
+    feed, taken = batches(batch, sequence), {kind: [] for kind in ARMS}  # type: dict[str, list[float]]
+    for number in range(-2, rounds):  # two rounds warm up
+        sample, start = next(feed), number % len(ARMS)
+        for kind in ARMS[start:] + ARMS[:start]:
+            began = time.perf_counter()
+            arms[kind].step(sample)
+            if number >= 0:
+                taken[kind].append(time.perf_counter() - began)
+    against = {
+        "teacher": "plain",
+        "admm without penalty": "plain",
+        "admm": "admm without penalty",
+        "qat": "plain",
+        "qat with teacher": "qat",
+    }
+    return {
+        "model": name,
+        "batch": batch,
+        "sequence": sequence,
+        "rounds": rounds,
+        "seconds": {kind: median_of(times) for kind, times in taken.items()},
+        "ratios": {kind: paired_ratio(taken[kind], taken[other]) | {"to": other} for kind, other in against.items()},
+    }
+
+
+def time_dual(name: str, sequence: int, step_seconds: float, repeats: int, bf16: bool) -> list[dict[str, Any]]:
+    """Seconds of a dual update and of what it logs, and their share of a phase in which they come as often as they may."""
+    found = []
+    settings = Settings()
+    for mode in ("mask", "joint", "joint-ste"):
+        _, admm = arm("admm", name, bf16, mode)
+        assert admm is not None
+        times = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            admm.dual_update()
+            times.append(time.perf_counter() - began)
+        seconds = median_of(times)
+        # The phase of six epochs over rotten tomatoes (7421 sentences), the data set of docs/results.md.
+        steps = round(settings.admm_share * settings.epochs * -(-7421 // settings.batch_size))
+        share = MAX_DUAL_UPDATES * seconds["median"] / (steps * step_seconds)
+        found.append({"model": name, "mode": mode, "seconds": seconds, "updates": MAX_DUAL_UPDATES, "steps": steps, "share": share})  # fmt: skip
+    watch, updates = time_watch(name, sequence, 3, bf16), MAX_DUAL_UPDATES // WATCH_EVERY
+    share = updates * watch["median"] / (steps * step_seconds)
+    found.append(
+        {"model": name, "mode": "held-out loss", "seconds": watch, "updates": updates, "steps": steps, "share": share}
+    )
+    return found
+
+
+def time_watch(name: str, sequence: int, repeats: int, bf16: bool) -> dict[str, Any]:
+    """Seconds of the held-out loss under the projected weights, which every fourth dual update logs."""
+    built, admm = arm("admm", name, bf16)
+    assert admm is not None
+    sample = next(batches(WATCHED_SAMPLES, sequence))
+    features = [
+        {"input_ids": ids.tolist(), "attention_mask": [1] * sequence, "labels": int(label)}
+        for ids, label in zip(sample["input_ids"], sample["labels"], strict=True)
+    ]
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        with admm.projected(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            mean_loss(built.student.model, features, 0)
+        times.append(time.perf_counter() - began)
+    return median_of(times)
+
+
+def train_in_this_process(kind: str, name: str, batch: int, sequence: int, precision: str) -> dict[str, Any]:
+    """Bytes of this process before anything of the model exists, and at its peak through three steps of training."""
+    keep_freed_memory()
+    before = resident_bytes()
+    built, admm = arm(kind, name, False)
+    del built.optimizer  # `run_phase` makes its own
+    student = built.student
+    features = [
+        {"input_ids": ids.tolist(), "attention_mask": [1] * sequence, "labels": int(label)}
+        for sample, _ in zip(batches(batch, sequence), range(3), strict=False)
+        for ids, label in zip(sample["input_ids"], sample["labels"], strict=True)
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        run_phase(
+            student.model, features, 0, Phase("bench", 3, 1e-4, batch, losses=student.losses), work_dir=Path(scratch), seed=0,
+            precision=precision, teacher=student._teacher[0] if student._teacher else None, admm=admm, save_every=2,
+            callbacks=[_Penalty(admm)] if admm else [],
+        )  # fmt: skip
+    return {"before": before, "peak": peak_bytes()}
+
+
+def _Penalty(admm: Admm) -> Any:  # noqa: N802  (reads as a class; transformers is imported when it is needed)
+    from transformers import TrainerCallback
+
+    class Penalty(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            admm.add_penalty()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            admm.dual_update()
+
+    return Penalty()
+
+
+def measure_memory(name: str, batch: int, sequence: int, precision: str, threads: int) -> dict[str, Any]:
+    """Peak memory of training with every arm."""
+    found = {
+        kind: in_child("tools.bench_training", "--child", kind, "--model", name, "--shape", f"{batch}x{sequence}",
+                       "--precision", precision, "--threads", str(threads))
+        for kind in MEMORY
+    }  # fmt: skip
+    plain = found["plain"]
+    return {
+        "model": name,
+        "batch": batch,
+        "sequence": sequence,
+        "bytes": found,
+        "ratios": {
+            kind: {
+                "process": marks["peak"] / plain["peak"],
+                "training": (marks["peak"] - marks["before"]) / (plain["peak"] - plain["before"]),
+            }
+            for kind, marks in found.items()
+        },
+    }
+
+
+def measure(rounds: int, precision: str, threads: int) -> dict[str, Any]:
+    """The record."""
+    keep_freed_memory()
+    bf16 = wants_bf16(precision)
+    memory = [measure_memory(*shape, precision, threads) for shape in MEMORY_SHAPES]
+    steps, dual = [], []
+    for name, batch, sequence in SHAPES:
+        tokens = batch * sequence
+        steps.append(time_steps(name, batch, sequence, max(min(rounds, 6), rounds * 1024 // tokens), bf16))
+    for name in MODELS:
+        first = next(row for row in steps if row["model"] == name)
+        dual += time_dual(name, first["sequence"], first["seconds"]["admm"]["median"], 7, bf16)
+    return {
+        "schema": "nxm-bench-training/1",
+        **circumstances(threads, ("torch", "transformers")),
+        "option": OPTION,
+        "precision": "bf16 autocast" if bf16 else "fp32",
+        "steps": steps,
+        "dual": dual,
+        "memory": memory,
+    }
+
+
+def section(record: dict[str, Any]) -> str:
+    """The section of the document, in Markdown."""
+    lines = [
+        f"{where_and_when(record)} {record['option']}, {record['precision']}, embeddings frozen in every row, no dropout, random token ids "
+        "without padding. Milliseconds of one optimizer step (forward, backward, clipping, optimizer): medians of interleaved steps; "
+        "ratios: medians of the ratios within a round; 95 % bootstrap intervals in brackets.",
+        "",
+        "| model, batch x tokens | step | ms | against | ratio | wanted |",
+        "|---|---|---:|---|---:|---:|",
+    ]
+    wanted = {"admm": "<= 1.10", "qat": "<= 1.35"}
+    titles = {
+        "plain": "plain fine-tuning",
+        "teacher": "plain fine-tuning with a teacher (logits and hidden states)",
+        "admm without penalty": "ADMM phase without penalty",
+        "admm": "ADMM phase",
+        "qat": "masked QAT",
+        "qat with teacher": "masked QAT with the teacher",
+    }
+    for row in record["steps"]:
+        for kind in ARMS:
+            ratio = row["ratios"].get(kind)
+            lines.append(
+                f"| {row['model']}, {row['batch']} x {row['sequence']} | {titles[kind]} | {_ms(row['seconds'][kind])} | "
+                + (f"{titles[ratio['to']]} | {_ratio(ratio)} | {wanted.get(kind, '')} |" if ratio else "– | – | |")
+            )
+    lines += [
+        "",
+        "Dual update with projection, all matrices. *Share*: of a phase of as many updates as there are at most, over as many steps as six "
+        "epochs of rotten tomatoes take (wanted: <= 2 %). *held-out loss*: what every fourth update logs beside, of 64 sentences under the "
+        "projected weights.",
+        "",
+        "| model | constraint set | ms | updates in steps | share |",
+        "|---|---|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row['model']} | `{row['mode']}` | {_ms(row['seconds'])} | {row['updates']} in {row['steps']} | {row['share']:.2%} |"
+        for row in record["dual"]
+    ]
+    lines += [
+        "",
+        "Peak memory of a process that trains through the Trainer, checkpoint written, dual updates after every step; *training*: without "
+        "what Python and its libraries held before (wanted, for the phases as they run: <= 1.6).",
+        "",
+        "| model, batch x tokens | phase | MB | ratio | training MB | ratio |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for row in record["memory"]:
+        for kind in MEMORY:
+            marks, ratio = row["bytes"][kind], row["ratios"][kind]
+            title = titles.get(kind, "ADMM phase with the teacher")
+            lines.append(
+                f"| {row['model']}, {row['batch']} x {row['sequence']} | {title} | {marks['peak'] / 1e6:.0f} | {ratio['process']:.2f} | "
+                f"{(marks['peak'] - marks['before']) / 1e6:.0f} | {ratio['training']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def _ms(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['median'] * 1e3:.1f} ({low * 1e3:.1f} to {high * 1e3:.1f})"
+
+
+def _ratio(found: dict[str, Any]) -> str:
+    return f"{found['ratio']:.3f} ({found['interval'][0]:.3f} to {found['interval'][1]:.3f})"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20, help="of a batch of 1024 tokens; larger ones get fewer")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--render", action="store_true", help="only write the document again")
+    parser.add_argument("--print", action="store_true", help="print the section, write nothing")
+    parser.add_argument("--child", choices=MEMORY, help=argparse.SUPPRESS)
+    parser.add_argument("--model", choices=list(MODELS), help=argparse.SUPPRESS)
+    parser.add_argument("--shape", help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(chosen.threads)
+    if chosen.child:
+        batch, sequence = map(int, chosen.shape.split("x"))
+        print(json.dumps(train_in_this_process(chosen.child, chosen.model, batch, sequence, chosen.precision)))
+        return
+    record = load_record("training") if chosen.render else measure(chosen.rounds, chosen.precision, chosen.threads)
+    if chosen.print:
+        print(section(record))
+        return
+    save_record("training", record)
+    write_section(TOOL, section(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""What the benches of training and scaling share: paired ratios, peak memory, records, sections of docs/performance.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+RECORDS = ROOT / "results" / "performance"
+DOCUMENT = ROOT / "docs" / "performance.md"
+
+
+def paired_ratio(times: Sequence[float], reference: Sequence[float], seed: int = 0) -> dict[str, Any]:
+    """Median of the ratios of interleaved rounds, with its 95 % bootstrap interval over rounds."""
+    ratios = np.array(times) / np.array(reference)
+    return {"ratio": float(np.median(ratios)), "interval": _interval(ratios, seed)}
+
+
+def median_of(times: Sequence[float], seed: int = 0) -> dict[str, Any]:
+    """Median, with its 95 % bootstrap interval over rounds."""
+    return {"median": float(np.median(times)), "interval": _interval(np.array(times), seed)}
+
+
+def _interval(values: np.ndarray, seed: int) -> list[float]:
+    resampled = np.random.default_rng(seed).choice(values, (1000, len(values)))
+    return [float(bound) for bound in np.percentile(np.median(resampled, axis=1), [2.5, 97.5])]
+
+
+def fitted_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """Slope of log(values) over log(sizes) by least squares: 1 for what grows linearly."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def peak_bytes() -> int:
+    """High-water mark of this process's resident memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def in_child(module: str, *arguments: str) -> dict[str, Any]:
+    """The JSON object that ``python -m module arguments`` prints last: a process of its own has memory marks of its own."""
+    child = subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if child.returncode:
+        raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n{child.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    return found
+
+
+def circumstances(threads: int, packages: Sequence[str]) -> dict[str, Any]:
+    """When, on what and with which versions: the head of a record."""
+    from engines.passport import cpu_device
+
+    cpu = cpu_device()
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": cpu.get("name", "unknown"),
+        "features": cpu.get("features", ""),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": threads,
+        "load": round(os.getloadavg()[0], 2),
+        "versions": {name: version(name) for name in packages} | {"commit": commit or "unknown"},
+    }
+
+
+def save_record(name: str, record: dict[str, Any]) -> Path:
+    """Write ``results/performance/NAME.json``."""
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    file = RECORDS / f"{name}.json"
+    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return file
+
+
+def load_record(name: str) -> dict[str, Any]:
+    """The record of this name."""
+    found: dict[str, Any] = json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def write_section(tool: str, text: str, document: Path = DOCUMENT) -> None:
+    """Replace what stands between this tool's markers in the document."""
+    begin, end = f"<!-- {tool}: begin -->", f"<!-- {tool}: end -->"
+    before, found, rest = document.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise RuntimeError(f"{document} has no section between {begin} and {end}")
+    document.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def where_and_when(head: dict[str, Any]) -> str:
+    """A record's head as a sentence."""
+    packages = ", ".join(f"{name} {number}" for name, number in head["versions"].items())
+    return (
+        f"Measured {head['date']} on {head['cores']} cores ({head['cpu']}, {head['features']}), {head['threads']} threads; "
+        f"{packages}; load average at the end {head['load']:.1f}."
+    )

@@ -22,7 +22,7 @@ from compressors.sensitivity import divergence
 from compressors.settings import Settings
 from engines.agreement import cosines
 from engines.gates import check_gate, parse_gate
-from engines.parity import compare_all
+from engines.parity import compare
 from nxm_export.checkpoint import has_head, load_task_model, read_config, read_tensor, task_at
 from nxm_export.data import Columns, Examples, encode, label_array, load_tokenizer, pad
 from nxm_export.embedding import Pooling, embedding_model, read_pooling, write_pooling
@@ -348,17 +348,17 @@ def test_the_gate_on_the_cosine_holds_for_an_engine(tmp_path: Path, tiny_checkpo
     graph = export(checkpoint, tmp_path / "graph", max_length=32).path
     build_engine(graph, tmp_path / "engine", "ort")
     features = features_of(tmp_path / "engine", str(checkpoint.parent / "dev.tsv"), Columns())
-    (report,) = compare_all(checkpoint, [tmp_path / "engine"], features, gates=[parse_gate("cosine>=0.95")])
+    report = compare(checkpoint, tmp_path / "engine", features, gates=[parse_gate("cosine>=0.95")])
     (gate,) = report.gates
     assert gate.passed
     assert 0.95 < gate.found <= 1.0 + 1e-6
     saved = np.load(tmp_path / "engine" / "outputs.npz")
     assert saved["groups"].tolist() == [i // 2 for i in range(2 * tiny.DEV_SAMPLES)]
     assert saved["labels"].tolist() == label_array(features).tolist()
-    (report,) = compare_all(checkpoint, [tmp_path / "engine"], features, gates=[parse_gate("cosine>=1")])
+    report = compare(checkpoint, tmp_path / "engine", features, gates=[parse_gate("cosine>=1")])
     assert not report.gates[0].passed
     with pytest.raises(DataError, match="a gate on flips needs classes"):
-        compare_all(checkpoint, [tmp_path / "engine"], features, gates=[parse_gate("flips<=1%")])
+        compare(checkpoint, tmp_path / "engine", features, gates=[parse_gate("flips<=1%")])
 
 
 @pytest.mark.parametrize("target", variants(["trt8", "trt"], ("trt8",)))

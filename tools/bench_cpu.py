@@ -142,7 +142,8 @@ def _build(args: argparse.Namespace, work: Path, threads: int) -> dict[str, Path
 
 def _compare(checkpoint: Path, directories: Mapping[str, Path], data: Path) -> list[dict[str, Any]]:
     """What `nxm compare` says about our engines, with the accuracy gate of half a point."""
-    reports = compare_engines(checkpoint, [directories[name] for name in COMPARED], str(data), gates=["drop<=0.5"])
+    engines = [directories[name] for name in COMPARED]
+    reports = compare_engines(checkpoint, engines, str(data), gates=["drop<=0.5"]).reports
     return [
         {
             "engine": name,

@@ -80,7 +80,7 @@ def build_fastest(
         engines, left_out = auto.build_candidates(source, Path(work), options)
         checked = checkpoint is not None and data is not None
         if checkpoint is not None and data is not None:
-            for report in compare_engines(checkpoint, list(engines.values()), data, columns):
+            for report in compare_engines(checkpoint, list(engines.values()), data, columns).reports:
                 if not report.passed:
                     name = Path(report.engine).name
                     engines.pop(name)

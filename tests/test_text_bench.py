@@ -68,6 +68,23 @@ def test_padding_rates_and_ratios_are_reported(tiny_engine: Callable[..., Path])
     assert all(row.sentences_per_second < row.without_tokenisation for row in report.timings)
 
 
+def test_other_means_of_the_same_work_take_part_in_every_round(tiny_engine: Callable[..., Path]) -> None:
+    asked: list[str] = []
+
+    def worker(name: str, seconds: float) -> Callable[[], float]:
+        return lambda: asked.append(name) or seconds  # type: ignore[func-returns-value]
+
+    others = {"one peer": worker("one", 2.0), "another": worker("two", 4.0)}
+    with backend("ort").load(tiny_engine("ort")) as engine:
+        report = bench_text(
+            {"ours": engine}, lambda: baked.features(3), pad_id=0, limit=10, batch=2, rounds=3, others=others
+        )
+    assert asked == ["one", "two", "two", "one", "one", "two"]  # who begins rotates
+    assert report.seconds["one peer"] == [2.0] * 3
+    assert {len(seconds) for seconds in report.seconds.values()} == {3}
+    assert set(report.seconds) == {f"ours {order}" for order in ORDERS} | set(others)
+
+
 def test_nothing_to_time_is_refused(tiny_engine: Callable[..., Path]) -> None:
     with pytest.raises(EngineError, match="at least one engine, one sentence"):
         bench_text({}, lambda: baked.features(2), pad_id=0, limit=10)

@@ -1,9 +1,9 @@
-"""Measure CPU engines of one checkpoint against FP32 and the strongest peer, all interleaved, and render docs/performance.md.
+"""Measure CPU engines of one checkpoint against FP32 and the strongest peer, all interleaved.
 
-    python -m tools.bench_cpu run CHECKPOINT --dense DENSE --data dev.tsv      writes results/cpu.json
-    python -m tools.bench_cpu render                                           writes docs/performance.md from it
+    python -m tools.bench_cpu run CHECKPOINT --dense DENSE --data dev.tsv    results/performance/cpu.json and the document
+    python -m tools.bench_cpu render                                         the section of docs/performance.md again
 
-One run exports and builds everything, holds both compressed engines against their checkpoint (`nxm compare`), times all
+One run exports and builds everything, holds compressed engines against their checkpoint (`nxm compare`), times all
 engines at fixed shapes and over the text of the data file, profiles operators, and measures what large matrix products
 reach on this machine. With NXM_PEERS_PYTHON, an interpreter with openvino and nncf, OpenVINO's own INT8 model of the dense
 checkpoint takes part; with NXM_TEXT_PEERS_PYTHON, one with sentence-transformers, optimum-onnx, optimum-intel and datasets,
@@ -41,9 +41,10 @@ from nxm_export.engine_work import bench_text, build_engine, compare_engines, fe
 from nxm_export.export import export  # noqa: E402
 from nxm_export.run_dir import file_hash, write_atomic  # noqa: E402
 from nxm_export.spec import load_spec  # noqa: E402
+from tools.measuring import DOCUMENT, RECORDS, write_section  # noqa: E402
 from tools.results.run import versions  # noqa: E402
 
-RECORD, PAGE = ROOT / "results" / "cpu.json", ROOT / "docs" / "performance.md"
+RECORD, TOOL = RECORDS / "cpu.json", "tools/bench_cpu.py"
 SCHEMA = "nxm-cpu-bench/1"
 PEERS, TEXT_PEERS = "NXM_PEERS_PYTHON", "NXM_TEXT_PEERS_PYTHON"
 LONGEST = 128
@@ -55,10 +56,12 @@ ENGINES = {
     "FP32, openvino": ("dense", None, "openvino"),
     "INT8 2:4, ort": ("compressed", "inputs", "ort"),
     "INT8 2:4, openvino": ("compressed", "inputs", "openvino"),
-    "INT8 2:4, outputs quantized too, ort": ("compressed", "inputs-outputs", "ort"),
-    "INT8 2:4, outputs quantized too, openvino": ("compressed", "inputs-outputs", "openvino"),
+    "INT8 2:4, outputs too, ort": ("compressed", "inputs-outputs", "ort"),
+    "INT8 2:4, outputs too, openvino": ("compressed", "inputs-outputs", "openvino"),
 }
-ORT, OPENVINO, PEER = "INT8 2:4, ort", "INT8 2:4, openvino", "INT8 dense by NNCF, openvino"
+OURS = tuple(name for name, (which, _, _) in ENGINES.items() if which == "compressed")
+ORT, OPENVINO, BOTH, PEER = OURS[0], OURS[1], OURS[3], "INT8 dense by NNCF, openvino"
+COMPARED = (ORT, OPENVINO, BOTH)
 CALIBRATION = 100  # sentences for NNCF, which needs some and learns nothing from more here
 
 
@@ -86,10 +89,10 @@ def run(args: argparse.Namespace) -> None:
         _say("timed shapes", began)
         workers, made_by = _workers(args, work, stack)
         texts = bench_text(
-            [directories[ORT], directories[OPENVINO]],
+            [directories[ORT], directories[BOTH]],
             str(args.data),
             threads=threads,
-            rounds=max(3, int(9 * args.scale)),
+            rounds=max(3, int(7 * args.scale)),
             others=workers,
         )
         _say("timed text", began)
@@ -98,6 +101,7 @@ def run(args: argparse.Namespace) -> None:
         _say("profiled", began)
         record = {
             "schema": SCHEMA,
+            "date": time.strftime("%Y-%m-%d"),
             "machine": cpu_device() | {"threads": threads, "cores": len(os.sched_getaffinity(0))},
             "load_average_before": args.load_average,
             "versions": versions(("onnxruntime", "openvino", "onnx", "torch", "transformers", "numpy", "tokenizers")),
@@ -116,6 +120,7 @@ def run(args: argparse.Namespace) -> None:
     args.record.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(args.record, json.dumps(record, indent=1) + "\n")
     _say(f"wrote {args.record}", began)
+    render(args)
 
 
 def _build(args: argparse.Namespace, work: Path, threads: int) -> dict[str, Path]:
@@ -136,9 +141,9 @@ def _build(args: argparse.Namespace, work: Path, threads: int) -> dict[str, Path
 
 
 def _compare(checkpoint: Path, directories: Mapping[str, Path], data: Path) -> list[dict[str, Any]]:
-    """What `nxm compare` says about both engines, with the accuracy gate of half a point."""
-    names = (ORT, OPENVINO)
-    reports = compare_engines(checkpoint, [directories[name] for name in names], str(data), gates=["drop<=0.5"])
+    """What `nxm compare` says about our engines, with the accuracy gate of half a point."""
+    engines = [directories[name] for name in COMPARED]
+    reports = compare_engines(checkpoint, engines, str(data), gates=["drop<=0.5"]).reports
     return [
         {
             "engine": name,
@@ -152,7 +157,7 @@ def _compare(checkpoint: Path, directories: Mapping[str, Path], data: Path) -> l
             "mean_abs": report.outputs[0].mean_abs,
             "mean_tolerance": report.outputs[0].mean_tolerance,
         }
-        for name, report in zip(names, reports, strict=True)
+        for name, report in zip(COMPARED, reports, strict=True)
     ]
 
 
@@ -243,11 +248,11 @@ def _latency(loaded: Mapping[str, Engine], shape: tuple[int, int], rounds: int) 
     taken = {name: np.array(times) for name, times in interleaved(timers, rounds).items()}
     medians = {name: float(np.median(times)) for name, times in taken.items()}
     best_float = min((name for name in taken if name.startswith("FP32")), key=medians.__getitem__)
-    best = min((ORT, OPENVINO), key=medians.__getitem__)
+    best = min(OURS, key=medians.__getitem__)
     pairs = {
         "ort over its own FP32": ("FP32, ort", ORT),
-        "the faster one over the best FP32": (best_float, best),
-        **({"the faster one over NNCF": (PEER, best), "ort over NNCF": (PEER, ORT)} if PEER in taken else {}),
+        "our fastest over the best FP32": (best_float, best),
+        **({"our fastest over NNCF": (PEER, best), "ort over NNCF": (PEER, ORT)} if PEER in taken else {}),
     }
     return {
         "batch": shape[0],
@@ -357,12 +362,12 @@ def _say(what: str, began: float) -> None:
 
 
 def render(args: argparse.Namespace) -> None:
-    """Write the page of a record."""
-    write_atomic(args.page, page(json.loads(args.record.read_text(encoding="utf-8"))))
+    """Write the section of a record."""
+    write_section(TOOL, section(json.loads(args.record.read_text(encoding="utf-8"))), args.document)
 
 
-def page(record: Mapping[str, Any]) -> str:
-    """The page of a record: tables, what was wanted and whether it holds, and what lost."""
+def section(record: Mapping[str, Any]) -> str:
+    """The section of a record: tables, what was wanted and whether it holds, and what lost."""
     machine, found = record["machine"], record["versions"]
     shapes = [f"{row['batch']}x{row['sequence']}" for row in record["latency"]]
     parts = [
@@ -373,7 +378,7 @@ def page(record: Mapping[str, Any]) -> str:
             load=f"{record['load_average_before']:.2f}",
             seconds=record["seconds"],
         ),
-        "## Latency\n\nMilliseconds, median (middle half), batch x sequence, random tokens, no padding.\n",
+        "### Latency\n\nMilliseconds, median (middle half), batch x sequence, random tokens, no padding.\n",
         _table(
             ["engine", "MB", *shapes],
             [
@@ -384,49 +389,25 @@ def page(record: Mapping[str, Any]) -> str:
         ),
         "Speed-ups, medians of paired ratios with their 95 % intervals; above 1 is faster.\n",
         _table(["speed-up", *shapes], [[what] + [_ratio(row["ratios"][what]) for row in record["latency"]] for what in record["latency"][0]["ratios"]]),
-        "## What was wanted, and whether it holds\n",
+        "### What was wanted, and whether it holds\n",
         _table(["wanted", *shapes], [[what] + [test(row) for row in record["latency"]] for what, test in _wanted(record).items()]),
         *_parity_part(record),
         *_text_part(record["text"], record["text_peers"]),
         *_profile_part(record),
-        _REWRITES,
     ]  # fmt: skip
-    return "\n".join(parts)
+    return "\n".join(parts).strip()
 
 
-_HEAD = """# Performance on a CPU
-
-Made by `python -m tools.bench_cpu render` from [`results/cpu.json`](../results/cpu.json); `python -m tools.bench_cpu run
-CHECKPOINT --dense DENSE --data dev.tsv` measures it anew (NXM_PEERS_PYTHON names an interpreter with openvino and nncf for
-the peer). GPU numbers: [results.md](results.md) and [tensorrt.md](tensorrt.md).
-
-MiniLM-L6 on rotten tomatoes ({plan}). Machine: {machine}; load average before: {load}. Versions: {versions}.
+_HEAD = """{plan} of MiniLM-L6 on rotten tomatoes. Machine: {machine}; load average before: {load}. Versions: {versions}.
 
 All engines are timed in one run, every round times each once in an order that rotates, and ratios are paired within rounds;
 numbers of different runs are not to be compared. Float layers run in float32 everywhere: OpenVINO would choose bfloat16 on
 this kind of CPU by itself, and its FP32 row would then be another network. The whole run took {seconds} s.
 
+*Outputs too* is `--placement inputs-outputs`: query, key and value are then INT8, and OpenVINO multiplies them as integers.
+*Our fastest* is the fastest of the four INT8 2:4 rows at that shape, by its median.
+
 2:4 gives no speed on a CPU with these runtimes: what is faster here is INT8. Losing cases stay in the tables.
-"""
-
-_REWRITES = """## What the ort build does to a graph
-
-`nxm build --backend ort` writes a graph of ONNX Runtime's own operators, each step tested against the plain graph
-(`tests/test_ort_rewrites.py`); the passport's options say how often each was done.
-
-| step | numbers |
-|---|---|
-| INT8 activations with zero point 0 become UINT8 with 128 | not a bit changes |
-| product of dequantized values, and bias: `MatMulIntegerToFloat` | the sum is exact in INT32; float rounding |
-| scores, mask, softmax, context: `MultiHeadAttention` | float rounding, another order of summation |
-| left out: SkipLayerNormalization and BiasGelu fusion | float rounding |
-
-Float rounding can move a quantizer's code by one step, which is what the tolerance of [parity.md](parity.md) is made of.
-`--backend openvino` runs the exported file unchanged. `--backend auto` builds both, times them at the shapes you name with
-`--shape`, and keeps the faster one; with `--checkpoint` and `--data` only if it passes `nxm compare`.
-
-Not done here: INT8 products inside attention (a plan with `--placement attention` trains them, and these runtimes run them
-in float), INT8 embedding tables, engines without padding.
 """
 
 
@@ -441,10 +422,10 @@ def _wanted(record: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Any]]
 
     def best(row: Mapping[str, Any]) -> str:
         limit = 2.7 if row["batch"] > 1 else 2.2
-        return at_least("the faster one over the best FP32", limit)(row) + f" of {limit}"
+        return at_least("our fastest over the best FP32", limit)(row) + f" of {limit}"
 
     def peer(row: Mapping[str, Any]) -> str:
-        found = row["ratios"]["the faster one over NNCF"]
+        found = row["ratios"]["our fastest over NNCF"]
         time, high = 1.0 / found["ratio"], 1.0 / found["interval"][0]
         low = 1.0 / found["interval"][1]
         holds = time <= 1.0 or (low <= 1.0 <= high <= 1.05)
@@ -452,10 +433,10 @@ def _wanted(record: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Any]]
 
     rows: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "ort >= 2x its own FP32": at_least("ort over its own FP32", 2.0),
-        "faster one >= 2.2x the best FP32 (2.7x at batch 8)": best,
+        "our fastest >= 2.2x the best FP32 (2.7x at batch 8)": best,
     }
     if record["peer"]:
-        rows["time of the faster one over NNCF's <= 1.00, or an interval that holds 1.00 and ends by 1.05"] = peer
+        rows["time of our fastest over NNCF's <= 1.00, or an interval that holds 1.00 and ends by 1.05"] = peer
     return rows
 
 
@@ -474,13 +455,13 @@ def _parity_part(record: Mapping[str, Any]) -> list[str]:
         for entry in record["parity"]
     ]
     columns = ["engine", "checkpoint in PyTorch", "engine", "same class, %", "mean |difference| (tolerated)", "gate drop<=0.5 and tolerance"]  # fmt: skip
-    head = f"## The same engines against their checkpoint\n\n`nxm compare`, {record['parity'][0]['metric']} on {record['parity'][0]['samples']} dev sentences.\n"
+    head = f"### The same engines against their checkpoint\n\n`nxm compare`, {record['parity'][0]['metric']} on {record['parity'][0]['samples']} dev sentences.\n"
     return [head, _table(columns, rows)]
 
 
 def _text_part(text: Mapping[str, Any], versions: str | None) -> list[str]:
     head = (
-        f"## Real text\n\n`nxm bench ENGINES --data dev.tsv`: {text['sentences']} sentences, {text['tokens'][0]:.1f} tokens on average, "
+        f"### Real text\n\n`nxm bench ENGINES --data dev.tsv`: {text['sentences']} sentences, {text['tokens'][0]:.1f} tokens on average, "
         f"{text['tokens'][1]} at most, in batches of {text['batch']}; {text['rounds']} interleaved rounds. The tokenizer alone makes "
         f"{text['tokenised_per_second']:.0f} sentences a second, and is included but in the last column.\n"
     )
@@ -534,7 +515,7 @@ def _profile_part(record: Mapping[str, Any]) -> list[str]:
             )  # fmt: skip
     peaks = record["peaks"]
     return [
-        "## Where the time goes\n\nONNX Runtime's own profile, medians by operator (profiling itself adds some).\n",
+        "### Where the time goes\n\nONNX Runtime's own profile, medians by operator (profiling itself adds some).\n",
         _table(["engine", "shape", "ms", "largest shares"], rows),
         f"Roofline of the INT8 products: a (2048, 2048) x (2048, 2048) product reaches {peaks['int8_gops']:.0f} GOPS in INT8 here, and {peaks['fp32_gops']:.0f} in FP32.\n",
         _table(["shape", "GOPS of the products", "of the peak", "products' share of the time", "ms if they ran at the peak"], roof),
@@ -559,20 +540,20 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    measure = commands.add_parser("run", help="measure, and write the record")
+    measure = commands.add_parser("run", help="measure, and write the record and the section of docs/performance.md")
     measure.add_argument("checkpoint", type=Path, help="compressed checkpoint")
     measure.add_argument("--dense", type=Path, required=True, help="the dense checkpoint that it was made from")
     measure.add_argument("--data", type=Path, required=True, help="labelled sentences")
     measure.add_argument("--threads", type=int, help="[default: all cores]")
     measure.add_argument("--work", type=Path, help="directory for what is thrown away afterwards")
-    measure.add_argument("--record", type=Path, default=RECORD)
     measure.add_argument("--scale", type=float, default=1.0, help="rounds times this, to try the command out")
     measure.add_argument("--no-compare", action="store_true", help="leave out the comparison with the checkpoint")
     measure.set_defaults(call=run)
-    write = commands.add_parser("render", help="write the page of a record")
-    write.add_argument("--record", type=Path, default=RECORD)
-    write.add_argument("--page", type=Path, default=PAGE)
+    write = commands.add_parser("render", help="write the section of docs/performance.md again, from the record")
     write.set_defaults(call=render)
+    for command in (measure, write):
+        command.add_argument("--record", type=Path, default=RECORD)
+        command.add_argument("--document", type=Path, default=DOCUMENT)
     args = parser.parse_args()
     args.load_average = os.getloadavg()[0]
     args.call(args)

@@ -48,7 +48,7 @@ def openvino_int8(model: str, work: Path, sentences: list[str]) -> Any:
     found.save_pretrained(str(work / "openvino"))
     export_static_quantized_openvino_model(
         found, OVQuantizationConfig(num_samples=100), str(work / "openvino"),
-        dataset_name=str(data), dataset_config_name=None, dataset_split="train", column_name="text",
+        dataset_name=str(data), dataset_config_name="default", dataset_split="train", column_name="text",
     )  # fmt: skip
     config = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     options = {"file_name": "openvino/openvino_model_qint8_quantized.xml", "ov_config": config}

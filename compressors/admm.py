@@ -50,12 +50,19 @@ class _Constraint(nn.Module):
     z: Tensor
     u: Tensor
 
-    def __init__(self, weight: nn.Parameter, spec: WeightSpec, z: Tensor) -> None:
+    def __init__(
+        self, weight: nn.Parameter, spec: WeightSpec, project: Callable[..., Tensor], importance: Tensor | None
+    ) -> None:
         super().__init__()
         self._weight = [weight]  # a list, so that the parameter is not registered a second time
-        self.spec = spec
+        self.spec, self._project, self._importance = spec, project, importance
+        z = self.project(weight.detach())
         self.register_buffer("z", z.clone())
         self.register_buffer("u", torch.zeros_like(z))
+
+    def project(self, weight: Tensor) -> Tensor:
+        importance = None if self._importance is None else self._importance.to(weight.device)
+        return self._project(weight, self.spec, importance)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -71,7 +78,8 @@ class _Constraint(nn.Module):
 class Admm(nn.Module):
     """Z and U of every constrained weight (buffers, so that checkpoints hold them), the penalty, the dual update.
 
-    `damping` is the dual step: 1 is the textbook's. With `warm_dual` U starts at W - Z, as in the authors' code.
+    `damping` is the dual step: 1 is the textbook's. With `warm_dual` U starts at W - Z, as in the authors' code. `project`
+    is one of `PROJECTIONS`; `importance` (in,) of a weight's inputs, by name, is handed to it.
     """
 
     rho: Tensor
@@ -79,17 +87,18 @@ class Admm(nn.Module):
     def __init__(
         self,
         weights: Mapping[str, tuple[nn.Parameter, WeightSpec]],
-        project: Callable[[Tensor, WeightSpec], Tensor],
+        project: Callable[..., Tensor],
         damping: float = 0.5,
         *,
         warm_dual: bool = False,
+        importance: Mapping[str, Tensor | None] | None = None,
     ) -> None:
         super().__init__()
-        self.project, self.damping = project, damping
+        self.damping = damping
         self.register_buffer("rho", torch.zeros((), dtype=torch.float64))
         self.constraints = nn.ModuleDict()
         for name, (weight, spec) in weights.items():
-            constraint = _Constraint(weight, spec, project(weight.detach(), spec))
+            constraint = _Constraint(weight, spec, project, (importance or {}).get(name))
             if warm_dual:
                 constraint.u.copy_(weight.detach() - constraint.z)
             self.constraints[name.replace(".", "/")] = constraint  # module names hold no dots
@@ -107,7 +116,8 @@ class Admm(nn.Module):
             for name, layer in layers.items()
             if layer.spec.pattern or projection == "joint"
         }
-        return cls(constrained, PROJECTIONS[projection], damping, warm_dual=warm_dual)
+        importance = {name: layer.importance for name, layer in layers.items()}
+        return cls(constrained, PROJECTIONS[projection], damping, warm_dual=warm_dual, importance=importance)
 
     def _all(self) -> list[_Constraint]:
         return list(self.constraints.values())  # type: ignore[arg-type]  # only constraints are put in
@@ -147,7 +157,7 @@ class Admm(nn.Module):
         gaps, norms, flips, elements = [], [], [], 0
         for constraint in self._all():
             weight = constraint.weight.detach()
-            z = self.project(weight + constraint.u, constraint.spec)
+            z = constraint.project(weight + constraint.u)
             flips.append(((z != 0) != (constraint.z != 0)).sum())
             difference = weight - z
             constraint.u.add_(difference, alpha=self.damping)
@@ -163,7 +173,7 @@ class Admm(nn.Module):
     @torch.no_grad()
     def residual(self) -> float:
         """||W - projection(W)|| / ||W||: what hardening would take away now."""
-        gaps = [(c.weight.detach() - self.project(c.weight.detach(), c.spec)).norm() for c in self._all()]
+        gaps = [(c.weight.detach() - c.project(c.weight.detach())).norm() for c in self._all()]
         norms = [c.weight.detach().norm() for c in self._all()]
         return float(torch.stack(gaps).norm() / torch.stack(norms).norm().clamp(min=1e-30)) if gaps else 0.0
 
@@ -181,7 +191,7 @@ class Admm(nn.Module):
         try:
             with torch.no_grad():
                 for constraint in self._all():
-                    constraint.weight.copy_(self.project(constraint.weight, constraint.spec))
+                    constraint.weight.copy_(constraint.project(constraint.weight))
             yield
         finally:
             with torch.no_grad():

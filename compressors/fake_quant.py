@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from compressors.distributed import world_size
 from compressors.observers import HistogramObserver
-from compressors.project import mse_scale, nm_mask
+from compressors.project import magnitude_scores, mse_scale, nm_mask
 from nxm_export.errors import ArtifactError
 from nxm_export.families import Family
 from nxm_export.plan import CompressionPlan, WeightSpec
@@ -249,6 +249,7 @@ class QuantLinear(nn.Linear):
         self.register_buffer("mask", None)
         self._gate: Tensor | None = None
         self.follow_decay: float | None = None
+        self.importance: Tensor | None = None  # (in,) of each input, for the choice of masks; None = magnitude alone
         if spec.weight_bits:
             self.log_scale = nn.Parameter(torch.zeros(self.out_features, 1, device=self.weight.device))
             self.reset_scale()
@@ -280,14 +281,20 @@ class QuantLinear(nn.Linear):
 
     @torch.no_grad()
     def harden(self, scores: Tensor | None = None) -> None:
-        """Fix the mask (the N highest `scores`, by default |W|, of each group), zero the rest, and refit the steps."""
+        """Fix the mask (the N highest `scores`, by default `magnitude_scores`, of each group), zero the rest, and refit the
+        steps."""
         if self.spec.pattern:
-            self.mask = nm_mask(self.weight.abs() if scores is None else scores, self.spec.pattern)
+            self.mask = nm_mask(self._scores() if scores is None else scores, self.spec.pattern)
             self._gate = None
             self.weight.mul_(self.mask)
         if self.spec.weight_bits:
             self.quantize_weight = True
             self.reset_scale()
+
+    def _scores(self) -> Tensor:
+        """What masks are chosen by, (out, in)."""
+        importance = None if self.importance is None else self.importance.to(self.weight.device)
+        return magnitude_scores(self.weight.detach(), importance)
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., out) of x (..., in)."""
@@ -317,9 +324,8 @@ class QuantLinear(nn.Linear):
         """The weight, under its own magnitude mask while SR-STE looks for one."""
         if self.follow_decay is None or self.mask is not None or self.spec.pattern is None:
             return self.weight
-        return _FollowedMask.apply(
-            self.weight, nm_mask(self.weight.detach().abs(), self.spec.pattern), self.follow_decay
-        )
+        mask = nm_mask(self._scores(), self.spec.pattern)
+        return _FollowedMask.apply(self.weight, mask, self.follow_decay)
 
     def _mask_as(self, dtype: torch.dtype) -> Tensor | None:
         """The mask as 0 and 1 in `dtype`: products with boolean tensors are slow. Rebuilt when mask or device change."""

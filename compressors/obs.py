@@ -20,8 +20,10 @@ from nxm_export.plan import NMPattern
 _BLOCK = 128  # columns whose updates to the rest are applied together, for speed only
 
 
-def input_moments(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """``E[x x^T]`` (in, in) of what every prepared layer reads, by weight name, padding excluded.
+def input_moments(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, diagonal: bool = False
+) -> dict[str, Tensor]:
+    """``E[x x^T]`` (in, in) of what every prepared layer reads, by weight name, padding excluded; or its diagonal (in,).
 
     Memory is one matrix per distinct input, whatever the number of batches: layers that share an input share its moments.
     """
@@ -34,7 +36,10 @@ def input_moments(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> 
     def watch(name: str) -> object:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             x = arguments[0][mask[0]].float()  # (tokens, in)
-            sums[name] = x.T @ x if name not in sums else torch.addmm(sums[name], x.T, x)
+            if diagonal:
+                sums[name] = x.square().sum(dim=0) + sums.get(name, 0.0)
+            else:
+                sums[name] = x.T @ x if name not in sums else torch.addmm(sums[name], x.T, x)
 
         return layers[name].register_forward_pre_hook(hook)
 

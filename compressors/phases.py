@@ -15,12 +15,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
 from compressors.admm import Admm
 from compressors.fake_quant import QuantLinear, calibrate, prepare, quant_linears, require_invariants
 from compressors.models import Source, load_model
+from compressors.obs import input_moments
+from compressors.permute import permute_channels
 from compressors.settings import Settings
 from compressors.task_data import TaskData
 from compressors.train import LOG_FILE, JsonLog, Losses, Phase, Progress, collate, mean_loss, run_phase, wants_bf16
@@ -64,16 +66,26 @@ class Job:
             else None
         )
         _without_dropout(student)
+        permuted = (
+            permute_channels(student, self.plan, self.source.family, self.source.config) if settings.permute else {}
+        )
         prepare(student, self.plan, self.source.family, self.source.config)
         self._freeze(student)
         self._calibrate(student)
         layers = quant_linears(student)
+        if settings.mask_scores == "activation":
+            moments = input_moments(student, self._calibration_batches(), diagonal=True)
+            for name, layer in layers.items():
+                layer.importance = moments[name].sqrt()
         facts: dict[str, Any] = {
             "recipe": settings.recipe,
             "steps": self.steps,
             "train_samples": len(self.train),
             "held_out_samples": len(self.held_out),
         }
+        if permuted:
+            before_, after = (sum(shares) / len(permuted) for shares in zip(*permuted.values(), strict=True))
+            facts["permutation"] = {"matrices": len(permuted), "kept_before": before_, "kept_after": after}
         before = 0  # steps of the phase that looks for the masks
         if settings.recipe in ("nxm", "paper"):
             facts |= self._admm(student, layers, teacher)
@@ -178,17 +190,21 @@ class Job:
         elif self.settings.freeze_embeddings:
             freeze_embeddings(student)
 
-    def _calibrate(self, student: nn.Module) -> None:
+    def _calibration_batches(self) -> list[dict[str, Tensor]]:
         pick = np.random.default_rng(self.settings.seed).permutation(len(self.train))[
             : self.settings.calibration_samples
         ]
         samples = [self.train[i] for i in sorted(pick)]
         batches = sorted_batches(samples, 32)
+        return [collate([samples[i] for i in batch], self.data.pad_id) for batch in batches]
+
+    def _calibrate(self, student: nn.Module) -> None:
+        batches = self._calibration_batches()
         done = iter(range(1, len(batches) + 1))
         student.eval()
         calibrate(
             student,
-            (collate([samples[i] for i in batch], self.data.pad_id) for batch in batches),
+            batches,
             self.settings.percentile,
             lambda: self.progress("calibrate", next(done), len(batches)),
         )

@@ -44,9 +44,18 @@ def nm_mask(scores: Tensor, pattern: NMPattern) -> Tensor:
     return mask.reshape(out, in_)
 
 
-def project_nm(weight: Tensor, pattern: NMPattern) -> Tensor:
-    """Nearest N:M matrix: the `n` largest magnitudes of each group, unchanged."""
-    return weight * nm_mask(weight.abs(), pattern)
+def magnitude_scores(weight: Tensor, importance: Tensor | None = None) -> Tensor:
+    """What masks are chosen by: |W| (out, in), times the `importance` (in,) of each input where there is one.
+
+    With the root mean square of each input as importance this is Wanda's score (Sun et al., "A Simple and Effective Pruning
+    Approach for Large Language Models", ICLR 2024), here within each N:M group.
+    """
+    return weight.abs() if importance is None else weight.abs() * importance
+
+
+def project_nm(weight: Tensor, pattern: NMPattern, importance: Tensor | None = None) -> Tensor:
+    """Nearest N:M matrix: the `n` largest magnitudes of each group, unchanged; nearest with inputs weighted by `importance`."""
+    return weight * nm_mask(magnitude_scores(weight, importance), pattern)
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, qmax: int) -> Tensor:
@@ -98,25 +107,27 @@ def project_grid(weight: Tensor, bits: int, *, points: int = 71) -> Tensor:
     return round_to_grid(weight, mse_scale(weight, qmax, points=points), qmax)
 
 
-def project_joint(weight: Tensor, pattern: NMPattern, bits: int, *, points: int = 71) -> Tensor:
+def project_joint(
+    weight: Tensor, pattern: NMPattern, bits: int, importance: Tensor | None = None, *, points: int = 71
+) -> Tensor:
     """Nearest matrix that is N:M *and* on a per-channel grid; exact in mask and codes for the scale that is found."""
     qmax = 2 ** (bits - 1) - 1
-    mask = nm_mask(weight.abs(), pattern)
+    mask = nm_mask(magnitude_scores(weight, importance), pattern)
     kept = weight[mask].reshape(
         len(weight), -1
     )  # (out, in * n / m): zeros have no rounding error, so they are left out
     return round_to_grid(weight * mask, mse_scale(kept, qmax, points=points), qmax)
 
 
-def _mask_only(weight: Tensor, spec: WeightSpec) -> Tensor:
-    return project_nm(weight, spec.pattern) if spec.pattern else weight
+def _mask_only(weight: Tensor, spec: WeightSpec, importance: Tensor | None = None) -> Tensor:
+    return project_nm(weight, spec.pattern, importance) if spec.pattern else weight
 
 
-def _joint(weight: Tensor, spec: WeightSpec) -> Tensor:
+def _joint(weight: Tensor, spec: WeightSpec, importance: Tensor | None = None) -> Tensor:
     if spec.pattern and spec.weight_bits:
-        return project_joint(weight, spec.pattern, spec.weight_bits, points=_DUAL_POINTS)
+        return project_joint(weight, spec.pattern, spec.weight_bits, importance, points=_DUAL_POINTS)
     return project_grid(weight, spec.weight_bits, points=_DUAL_POINTS) if spec.weight_bits else _mask_only(weight, spec)
 
 
-# What the ADMM constraint set is: the pattern alone (quantization by straight-through training), or pattern and grid.
-PROJECTIONS: dict[str, Callable[[Tensor, WeightSpec], Tensor]] = {"mask": _mask_only, "joint": _joint}
+# (weight, spec, importance or None) -> weight. What the ADMM constraint set is: the pattern alone (quantization by straight-through training), or pattern and grid.
+PROJECTIONS: dict[str, Callable[..., Tensor]] = {"mask": _mask_only, "joint": _joint}

@@ -16,6 +16,8 @@ from nxm_export.errors import DataError, PlanError
 # arXiv 2102.04010), then fixes it; ``one-shot`` is magnitude and calibration alone, no training; ``paper`` follows what is
 # known of the authors' recipe.
 RECIPES = ("nxm", "magnitude", "sr-ste", "one-shot", "paper")
+# What masks are chosen by: |W|, or |W| times the root mean square of each input over the calibration samples.
+MASK_SCORES = ("magnitude", "activation")
 PAPER_DIFFERENCES = (
     "as the authors: one dual update per epoch, undamped; a constant penalty; no distillation; no training after projection; "
     "embeddings, norms and head frozen",
@@ -55,10 +57,14 @@ class Settings:
     seed: int = 0
     threads: int | None = None
     gelu: str | None = None  # erf or tanh; None keeps the model's own
+    permute: bool = False  # reorder channels where that changes nothing, so that patterns drop less
+    mask_scores: str = "magnitude"  # one of MASK_SCORES
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             raise PlanError(f"unknown recipe {self.recipe!r}; choose one of {', '.join(RECIPES)}")
+        if self.mask_scores not in MASK_SCORES:
+            raise PlanError(f"unknown mask scores {self.mask_scores!r}; choose one of {', '.join(MASK_SCORES)}")
         if self.batch_size < 1 or self.calibration_samples < 1:
             raise DataError("batch size and calibration samples must be at least 1")
         if not 0 < self.sr_ste_share <= 1 or self.sr_ste_decay < 0:

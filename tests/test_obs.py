@@ -5,9 +5,11 @@ import itertools
 import pytest
 import torch
 
-from compressors.obs import prune
+from compressors.fake_quant import prepare
+from compressors.obs import input_moments, prune
 from compressors.project import project_nm
-from nxm_export.plan import NMPattern
+from nxm_export.plan import NMPattern, WeightSpec
+from tests.test_fake_quant import CONFIG, FAMILY, Block
 
 
 def correlated(samples: int, size: int, seed: int) -> torch.Tensor:
@@ -60,3 +62,16 @@ def test_inputs_that_are_always_zero_do_not_break_it() -> None:
     moments = torch.eye(8)
     moments[3, 3] = 0.0
     assert torch.isfinite(prune(torch.randn(4, 8), moments, NMPattern(2, 4))).all()
+
+
+def test_the_diagonal_of_the_moments_is_the_same_without_the_matrix() -> None:
+    model = Block()
+    prepare(model, FAMILY.uniform_plan(CONFIG, WeightSpec(NMPattern(2, 4), 4, 8), placement="inputs"), FAMILY, CONFIG)
+    batch = {
+        "input_ids": torch.arange(1, 9).reshape(2, 4),
+        "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
+    }
+    whole, diagonal = (input_moments(model, [batch, batch], diagonal=only) for only in (False, True))
+    assert len(whole) == len(diagonal) == 6
+    for name in whole:
+        torch.testing.assert_close(diagonal[name], whole[name].diagonal())

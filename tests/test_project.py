@@ -133,3 +133,13 @@ def test_all_zero_channels_stay_zero() -> None:
 def test_pattern_that_does_not_divide_the_input_is_refused() -> None:
     with pytest.raises(PlanError, match="in_features divisible by 4, got a weight of shape 2x6"):
         nm_mask(torch.ones(2, 6), NMPattern(2, 4))
+
+
+def test_importance_weighs_the_choice_and_changes_no_kept_weight() -> None:
+    w, importance = randn(6, 16), torch.rand(16, generator=torch.Generator().manual_seed(1)) + 0.1
+    kept = nm_mask(w.abs() * importance, NMPattern(2, 4))
+    assert (kept != nm_mask(w.abs(), NMPattern(2, 4))).any()
+    assert torch.equal(PROJECTIONS["mask"](w, WeightSpec(NMPattern(2, 4)), importance), w * kept)
+    joint = PROJECTIONS["joint"](w, WeightSpec(NMPattern(2, 4), 4, 8), importance)
+    assert ((joint != 0) <= kept).all()
+    torch.testing.assert_close(joint, project_grid(w * kept, 4), rtol=0.02, atol=0.02)  # fewer scales are tried

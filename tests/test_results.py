@@ -387,4 +387,7 @@ def test_all_is_every_standard_row_once() -> None:
     assert [row.name for row in rows_named("all,dense")] == list(STANDARD)
     assert row_named("searched-hw-87.5").search == ("nxm", "hw", 0.875)
     assert row_named("paper-search-hw-87.5").search == ("paper", "hw", 0.875)
+    ablation = row_named("one-shot-1:4+W4-permuted-activation")
+    assert ablation.settings == {"recipe": "one-shot", "permute": True, "mask_scores": "activation"}
+    assert (ablation.option, ablation.baseline) == ("1:4+W4", "magnitude-1:4+W4")
     assert (row_named("paper-2:4+W4").recipe, row_named("sr-ste-1:4+W4").option) == ("paper", "1:4+W4")

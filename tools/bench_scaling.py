@@ -50,8 +50,10 @@ SIZES = {
     "BERT-large, 12 of 24 blocks": (1024, 4096, 12, 16),
     "BERT-large": (1024, 4096, 24, 16),
 }
+SMOKE_SIZES = {"tiny": (32, 64, 2, 4), "small": (64, 128, 2, 4)}
 STAGES = ("export", "verify", "pack", "unpack", "projection")
-SEQUENCES, TOKENS = (128, 256, 512, 1024), 32
+SEQUENCES: tuple[int, ...] = (128, 256, 512, 1024)
+TOKENS = 32
 VOCABULARY = 30522
 REPEATS = 5
 LIMITS = {"export of BERT-base": 60.0, "verify of BERT-base": 5.0, "help": 0.3, "serve": 2.0}
@@ -106,7 +108,7 @@ def run_stage(stage: str, directory: Path) -> dict[str, Any]:
     checkpoint, graph, packed = directory / "checkpoint", directory / "onnx", directory / "packed.safetensors"
     work: Callable[[], Any]
     if stage == "make":
-        hidden, wide, layers, heads = SIZES[directory.name]
+        hidden, wide, layers, heads = (SIZES | SMOKE_SIZES)[directory.name]
         write_checkpoint(checkpoint, hidden, wide, layers, heads)
         return {}
     if stage == "export":
@@ -162,7 +164,7 @@ def measure_sizes(names: Sequence[str], scratch: Path) -> list[dict[str, Any]]:
         directory = scratch / name
         stages = {stage: in_child("tools.bench_scaling", "--child", stage, "--directory", str(directory)) for stage in ("make", *STAGES)}  # fmt: skip
         del stages["make"]
-        hidden, wide, layers, _ = SIZES[name]
+        hidden, wide, layers, _ = (SIZES | SMOKE_SIZES)[name]
         rows.append(
             {
                 "name": name,
@@ -274,8 +276,8 @@ def build_engine(graph: Path, out: Path) -> None:
         raise RuntimeError(f"nxm build failed:\n{done.stderr[-2000:]}")
 
 
-def measure(names: Sequence[str]) -> dict[str, Any]:
-    """The record."""
+def measure(names: Sequence[str], sequences: Sequence[int]) -> dict[str, Any]:
+    """The record; the engine that answers is of the first size."""
     with tempfile.TemporaryDirectory() as scratch:
         rows = measure_sizes(names, Path(scratch))
         engine = Path(scratch) / "engine"
@@ -283,7 +285,7 @@ def measure(names: Sequence[str]) -> dict[str, Any]:
         answers = measure_answers(engine)
     calibration = [
         {"sequences": count, **in_child("tools.bench_scaling", "--child", "calibrate", "--sequences", str(count))}
-        for count in SEQUENCES
+        for count in sequences
     ]
     return {
         "schema": "nxm-bench-scaling/1",
@@ -387,6 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", default="1,3,4,6", help=f"of 1 to {len(SIZES)}: {'; '.join(SIZES)}")
     parser.add_argument("--render", action="store_true", help="only write the document again")
     parser.add_argument("--print", action="store_true", help="print the section, write nothing")
+    parser.add_argument("--smoke", action="store_true", help="tiny models: whether the bench runs; implies --print")
     parser.add_argument("--child", choices=("make", *STAGES, "calibrate", "answer"), help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--sequences", type=int, help=argparse.SUPPRESS)
@@ -401,8 +404,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(found))
         return
     names = [list(SIZES)[int(number) - 1] for number in chosen.sizes.split(",")]
-    record = load_record("scaling") if chosen.render else measure(names)
-    if chosen.print:
+    sequences = SEQUENCES
+    if chosen.smoke:
+        names, sequences = list(SMOKE_SIZES), (32, 64)
+    record = load_record("scaling") if chosen.render else measure(names, sequences)
+    if chosen.print or chosen.smoke:
         print(section(record))
         return
     save_record("scaling", record)

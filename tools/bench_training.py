@@ -47,12 +47,12 @@ from tools.measuring import (
 TOOL = "tools/bench_training.py"
 MODELS = {
     "MiniLM-L6": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12},
+    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     "BERT-base, 3 of 12 blocks": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 3, "num_attention_heads": 12},
 }  # fmt: skip
 SHAPES = (("MiniLM-L6", 32, 32), ("MiniLM-L6", 32, 128), ("BERT-base, 3 of 12 blocks", 16, 64))
 ARMS = ("plain", "teacher", "admm without penalty", "admm", "qat", "qat with teacher")
 MEMORY = ("plain", "teacher", "admm with teacher", "qat", "qat with teacher")
-MEMORY_SHAPES = SHAPES[1:]
 OPTION = "2:4+W4"
 VOCABULARY = 30522
 
@@ -262,16 +262,16 @@ def measure_memory(name: str, batch: int, sequence: int, precision: str, threads
     }
 
 
-def measure(rounds: int, precision: str, threads: int) -> dict[str, Any]:
-    """The record."""
+def measure(rounds: int, precision: str, threads: int, shapes: Sequence[tuple[str, int, int]]) -> dict[str, Any]:
+    """The record; memory is measured at all shapes but the first, where there are several."""
     keep_freed_memory()
     bf16 = wants_bf16(precision)
-    memory = [measure_memory(*shape, precision, threads) for shape in MEMORY_SHAPES]
+    memory = [measure_memory(*shape, precision, threads) for shape in shapes[1:] or shapes]
     steps, dual = [], []
-    for name, batch, sequence in SHAPES:
+    for name, batch, sequence in shapes:
         tokens = batch * sequence
         steps.append(time_steps(name, batch, sequence, max(min(rounds, 6), rounds * 1024 // tokens), bf16))
-    for name in MODELS:
+    for name in dict.fromkeys(name for name, _, _ in shapes):
         first = next(row for row in steps if row["model"] == name)
         dual += time_dual(name, first["sequence"], first["seconds"]["admm"]["median"], 7, bf16)
     return {
@@ -359,6 +359,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--render", action="store_true", help="only write the document again")
     parser.add_argument("--print", action="store_true", help="print the section, write nothing")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a tiny model in seconds: whether the bench runs; implies --print"
+    )
     parser.add_argument("--child", choices=MEMORY, help=argparse.SUPPRESS)
     parser.add_argument("--model", choices=list(MODELS), help=argparse.SUPPRESS)
     parser.add_argument("--shape", help=argparse.SUPPRESS)
@@ -368,8 +371,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         batch, sequence = map(int, chosen.shape.split("x"))
         print(json.dumps(train_in_this_process(chosen.child, chosen.model, batch, sequence, chosen.precision)))
         return
-    record = load_record("training") if chosen.render else measure(chosen.rounds, chosen.precision, chosen.threads)
-    if chosen.print:
+    shapes = (("tiny", 4, 16),) if chosen.smoke else SHAPES
+    record = (
+        load_record("training") if chosen.render else measure(chosen.rounds, chosen.precision, chosen.threads, shapes)
+    )
+    if chosen.print or chosen.smoke:
         print(section(record))
         return
     save_record("training", record)

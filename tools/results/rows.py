@@ -1,6 +1,7 @@
 """Which rows there are: each a name, how its plan is made, and what it changes in `Settings`.
 
-A row's name says all about it: ``dense``, ``dense-longer``, ``RECIPE-OPTION`` as in ``nxm-2:4+W8``, or
+A row's name says all about it: ``dense``, ``dense-longer``, ``RECIPE-OPTION`` as in ``nxm-2:4+W8``, the same with changes
+(`CHANGES`) behind it as in ``nxm-2:4+W4-permuted-activation``, or
 ``searched-COUNTING-PERCENT`` and ``paper-search-COUNTING-PERCENT`` as in ``searched-hw-87.5``. So every recipe can be
 measured at every option; `STANDARD` are those that the table is about, in its order.
 """
@@ -8,6 +9,7 @@ measured at every option; `STANDARD` are those that the table is about, in its o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from nxm_export.errors import NxmError, PlanError
 from nxm_export.plan import COUNTINGS, WeightSpec
@@ -18,6 +20,11 @@ RECIPE_TITLES = {
     "sr-ste": "SR-STE + masked QAT",
     "one-shot": "one-shot magnitude + PTQ",
     "paper": "paper recipe",
+}
+# Ablations: what a row's name ends in, what its title says, which settings differ.
+CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "permuted": ("channels permuted", {"permute": True}),
+    "activation": ("masks weighted by activations", {"mask_scores": "activation"}),
 }
 STANDARD = (
     "dense",
@@ -50,11 +57,20 @@ class Row:
     recipe: str | None = None
     option: str | None = None
     search: tuple[str, str, float] | None = None
+    changes: tuple[str, ...] = ()
 
     @property
     def is_dense(self) -> bool:
         """True for the rows that compress nothing."""
         return self.recipe is None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that this row changes, by name."""
+        changed: dict[str, Any] = {} if self.recipe is None else {"recipe": self.recipe}
+        for change in self.changes:
+            changed |= CHANGES[change][1]
+        return changed
 
     @property
     def slug(self) -> str:
@@ -64,7 +80,7 @@ class Row:
     @property
     def baseline(self) -> str | None:
         """The magnitude row of the same option; for searched plans, and options without one, that at 2:4+W4."""
-        if self.is_dense or self.recipe == "magnitude":
+        if self.is_dense or (self.recipe == "magnitude" and not self.changes):
             return None
         return f"magnitude-{self.option or '2:4+W4'}"
 
@@ -81,13 +97,19 @@ def row_named(name: str) -> Row:
             by = "the paper's search" if method == "paper" else "searched"
             title = f"{by}, {percent} % by `{counting}`, ADMM + masked QAT"
             return Row(name, title, "nxm", None, (method, counting, float(percent) / 100))
+    plain = name
+    changes: list[str] = []
+    while (ending := plain.rpartition("-")[2]) in CHANGES and ending not in changes:
+        plain, changes = plain.removesuffix(f"-{ending}"), [ending, *changes]
     for recipe in sorted(RECIPE_TITLES, key=len, reverse=True):
-        if name.startswith(f"{recipe}-"):
+        if plain.startswith(f"{recipe}-"):
             try:
-                option = WeightSpec.parse(name.removeprefix(f"{recipe}-"))
+                option = WeightSpec.parse(plain.removeprefix(f"{recipe}-"))
             except NxmError as error:
                 raise PlanError(f"row {name!r}: {error}") from error
-            return Row(f"{recipe}-{option}", f"{option}, {RECIPE_TITLES[recipe]}", recipe, str(option))
+            full = "-".join([recipe, str(option), *changes])
+            title = ", ".join([f"{option}, {RECIPE_TITLES[recipe]}", *(CHANGES[change][0] for change in changes)])
+            return Row(full, title, recipe, str(option), changes=tuple(changes))
     raise PlanError(
         f"unknown row {name!r}; give dense, dense-longer, RECIPE-OPTION ({', '.join(RECIPE_TITLES)}; 2:4+W8 and the like), "
         f"searched-COUNTING-PERCENT or paper-search-COUNTING-PERCENT ({', '.join(COUNTINGS)}), or all: {', '.join(STANDARD)}"

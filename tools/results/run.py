@@ -113,6 +113,7 @@ class Measure:
             "qat_steps",
             "residual",
             "residual_gate_passed",
+            "permutation",
             "held_out_samples",
         )
         facts |= {
@@ -131,7 +132,7 @@ class Measure:
         return facts | search_facts, labels
 
     def _settings(self, row: Row, seed: int) -> Settings:
-        return replace(self.protocol.settings, seed=seed, recipe=row.recipe or "nxm")
+        return replace(self.protocol.settings, seed=seed, **row.settings)
 
     def _plan(self, row: Row, seed: int, teacher: Path) -> tuple[CompressionPlan, dict[str, Any]]:
         """The row's plan, and for a searched one what the search says."""

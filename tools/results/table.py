@@ -281,7 +281,9 @@ def _other_settings(found: TaskStatistics) -> str:
     for key, record in found.records.items():
         if "compression" in record.facts:
             settings = {
-                name: value for name, value in record.facts["settings"].items() if name not in ("recipe", "seed")
+                name: value
+                for name, value in record.facts["settings"].items()
+                if name not in ("recipe", "seed", "permute", "mask_scores")
             }
             shared[key] = {name: json.dumps(value) for name, value in settings.items()}
     names = sorted({name for settings in shared.values() for name in settings})

@@ -1,0 +1,83 @@
+"""Channel permutation against enumeration, and exact for every family."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from compressors.models import load_model, resolve
+from compressors.permute import channel_order, kept_sum, permute_channels
+from nxm_export.families import FAMILIES, TASKS
+from nxm_export.plan import NMPattern, WeightSpec
+from tests import tiny
+
+PATTERNS = [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8), NMPattern(1, 2)]
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_the_order_is_a_permutation_that_keeps_more(pattern: NMPattern) -> None:
+    scores = randn(24, 64).abs() * (1 + torch.arange(64) % 5)
+    order = channel_order(scores, pattern)
+    assert sorted(order.tolist()) == list(range(64))
+    assert kept_sum(scores[:, order], pattern) > 1.01 * kept_sum(scores, pattern)
+    assert torch.equal(order, channel_order(scores, pattern))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_the_gain_of_every_swap_is_what_swapping_gains(pattern: NMPattern) -> None:
+    """After enough rounds no swap of two channels is left that keeps more by over a ten-thousandth, tried one by one."""
+    scores = randn(12, 16, seed=3).abs()
+    order = channel_order(scores, pattern, rounds=200)
+    kept = float(kept_sum(scores[:, order], pattern))
+    for i, j in itertools.combinations(range(16), 2):
+        swapped = order.clone()
+        swapped[[i, j]] = order[[j, i]]
+        assert float(kept_sum(scores[:, swapped], pattern)) <= kept * (1 + 1.01e-4)  # where the search stops
+
+
+def test_the_search_comes_close_to_the_best_of_all_orders() -> None:
+    ratios = []
+    for seed in range(12):
+        scores = randn(6, 8, seed=seed).abs()
+        best = max(
+            float(kept_sum(scores[:, [*group, *(c for c in range(8) if c not in group)]], NMPattern(2, 4)))
+            for group in itertools.combinations(range(8), 4)
+        )
+        ratios.append(float(kept_sum(scores[:, channel_order(scores, NMPattern(2, 4))], NMPattern(2, 4))) / best)
+    assert sum(ratios) / len(ratios) > 0.99  # a local optimum of swaps; mean over 12 matrices
+    assert max(ratios) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_permuting_changes_no_output_and_no_hidden_state(family: str, tmp_path: Path) -> None:
+    if family not in tiny.FAMILIES:
+        pytest.skip(f"tests/tiny.py makes no {family} yet")
+    source = resolve(tiny.write_model(family, tmp_path / "model", head="classification"))
+    before, after = (load_model(source, TASKS["classification"]).eval() for _ in range(2))
+    plan = source.family.uniform_plan(source.config, WeightSpec.parse("2:4+W4"))
+    gains = permute_channels(after, plan, source.family, source.config)
+    assert gains
+    assert all(now > was for was, now in gains.values())
+    ids = torch.randint(5, len(tiny.WORDS), (4, 11), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "output_hidden_states": True}
+    with torch.no_grad():
+        wanted, found = before(**batch), after(**batch)
+    # Sums over the same products in another order: float32 rounding.
+    torch.testing.assert_close(found.logits, wanted.logits, rtol=0, atol=1e-5)
+    for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_heads_too_small_for_the_pattern_are_left_alone(tmp_path: Path) -> None:
+    source = resolve(tiny.write_model("bert", tmp_path / "model", head="classification"))  # 8 channels a head
+    model = load_model(source, TASKS["classification"])
+    plan = source.family.uniform_plan(source.config, WeightSpec(NMPattern(2, 16), 4, 8))
+    assert all("attention" not in name for name in permute_channels(model, plan, source.family, source.config))

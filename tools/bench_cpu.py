@@ -454,7 +454,7 @@ def _parity_part(record: Mapping[str, Any]) -> list[str]:
         ]
         for entry in record["parity"]
     ]
-    columns = ["engine", "checkpoint in PyTorch", "engine", "same class, %", "mean |difference| (tolerated)", "gate drop<=0.5 and tolerance"]  # fmt: skip
+    columns = ["engine", "checkpoint in PyTorch", "engine", "same class, %", "mean difference of outputs (tolerated)", "gate drop<=0.5 and tolerance"]  # fmt: skip
     head = f"### The same engines against their checkpoint\n\n`nxm compare`, {record['parity'][0]['metric']} on {record['parity'][0]['samples']} dev sentences.\n"
     return [head, _table(columns, rows)]
 

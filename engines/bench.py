@@ -1,6 +1,7 @@
 """Latency of engines against each other, interleaved in one run: the only comparison that a noisy machine allows.
 
-Shape by shape, every round times every engine once, in an order that rotates, so that slow spells hit all of them alike.
+Shape by shape, every round times every engine once, in an order that rotates, so that slow spells hit all of them alike; on
+the CPU each timed run follows an untimed one, so that no other runtime's threads are still spinning.
 Medians are reported with the interval of the middle half, and ratios are medians of paired ratios with a bootstrap
 interval. GPU engines are timed by CUDA events around the engine alone, with the inputs on the device; CPU engines by the
 wall clock. The report names the clock, and two clocks are never compared.
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from engines.base import Engine
+from engines.base import Closing, Engine
 from nxm_export.errors import EngineError
 
 T = TypeVar("T")
@@ -88,7 +89,7 @@ def bench(
         timers: dict[str, Callable[[], float]] = {}
         for name, engine in engines.items():
             timers[name] = engine.timer(feeds_for(engine, batch, sequence, vocabulary, seed))
-        taken = interleaved(timers, rounds)
+        taken = interleaved(timers, rounds, settle=engines[names[0]].clock == Closing.clock)
         for name in names:
             low, middle, high = np.percentile(taken[name], [25, 50, 75])
             clock = engines[name].clock
@@ -141,14 +142,22 @@ def feeds_for(engine: Engine, batch: int, sequence: int, vocabulary: int, seed: 
     return {name: values[name] for name in engine.inputs}
 
 
-def interleaved(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every timer in every round, after a warm-up; the order within a round rotates."""
+def interleaved(
+    timers: Mapping[str, Callable[[], float]], rounds: int, *, settle: bool = False
+) -> dict[str, list[float]]:
+    """Milliseconds of every timer in every round, after a warm-up; the order within a round rotates.
+
+    With `settle` every timed run follows an untimed one of the same engine: the threads of a CPU runtime spin for a while
+    after a run, on the cores of whoever comes next, and an engine is not to be timed by its neighbour.
+    """
     for timer in timers.values():
         for _ in range(WARMUP):
             timer()
     taken: dict[str, list[float]] = {name: [] for name in timers}
     for number in range(rounds):
         for name in rotated(list(timers), number):
+            if settle:
+                timers[name]()
             taken[name].append(timers[name]())
     return taken
 

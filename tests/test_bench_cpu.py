@@ -70,6 +70,12 @@ def test_every_engine_is_in_the_table_with_its_size(record: dict[str, Any]) -> N
     assert row_of(text, PEER)[1] == "–"
 
 
+def test_every_row_has_a_cell_for_every_column(record: dict[str, Any]) -> None:
+    for block in section(record).split("\n\n"):
+        rows = [line for line in block.splitlines() if line.startswith("|")]
+        assert len({row.count("|") for row in rows}) <= 1, block
+
+
 def test_what_was_missed_is_said(record: dict[str, Any]) -> None:
     text = section(record)
     assert row_of(text, "ort >= 2x")[1:] == ["holds: 2.00", "holds: 2.00"]

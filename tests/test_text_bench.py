@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from engines.base import backend
+from engines.bench import WARMUP, interleaved
 from engines.text_bench import ORDERS, batches, bench_text, run_text
 from nxm_export.cli import main
 from nxm_export.data import pad
@@ -83,6 +84,17 @@ def test_other_means_of_the_same_work_take_part_in_every_round(tiny_engine: Call
     assert report.seconds["one peer"] == [2.0] * 3
     assert {len(seconds) for seconds in report.seconds.values()} == {3}
     assert set(report.seconds) == {f"ours {order}" for order in ORDERS} | set(others)
+
+
+def test_on_a_cpu_every_timed_run_follows_an_untimed_one_of_the_same_engine() -> None:
+    calls: list[str] = []
+
+    def timer(name: str) -> Callable[[], float]:
+        return lambda: calls.append(name) or float(len(calls))  # type: ignore[func-returns-value]
+
+    taken = interleaved({"a": timer("a"), "b": timer("b")}, 2, settle=True)
+    assert calls[2 * WARMUP :] == ["a", "a", "b", "b", "b", "b", "a", "a"]  # the order of the second round is turned
+    assert taken == {"a": [2 * WARMUP + 2.0, 2 * WARMUP + 8.0], "b": [2 * WARMUP + 4.0, 2 * WARMUP + 6.0]}
 
 
 def test_nothing_to_time_is_refused(tiny_engine: Callable[..., Path]) -> None:

@@ -20,7 +20,7 @@ That tolerance always holds. Beside it stand the probes (`engines.probes`) and t
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -145,12 +145,21 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All engines of one command: a report of each that runs here, and why the others do not. `gates` are what was asked
-    of all of them."""
+    """All engines of one command: a report of each that runs here (what it iterates over), and why the others do not.
+    `gates` are what was asked of all of them."""
 
     reports: list[ParityReport]
     skipped: list[Skipped]
     gates: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[ParityReport]:
+        return iter(self.reports)
+
+    def __len__(self) -> int:
+        return len(self.reports)
+
+    def __getitem__(self, number: int) -> ParityReport:
+        return self.reports[number]
 
     def require(self) -> None:
         """Raise `ParityError` unless every report passed; a gate does not hold for an engine that was not run."""

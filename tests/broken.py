@@ -46,10 +46,15 @@ def matrix_transposed(model: Any) -> None:
 
 
 def pair_dropped(model: Any) -> None:
-    """The FFN's second product reads what it would have read without a quantizer in front of it."""
+    """The pair in front of the FFN's second product."""
+    drop_pair(model, f"{BLOCK}.output.dense.input_quantize", f"{BLOCK}.output.dense")
+
+
+def drop_pair(model: Any, quantizer: str, name: str) -> None:
+    """The product of this name reads what it would have read without the quantizer of that name in front of it."""
     nodes = {node.name: node for node in model.graph}
-    x = nodes[f"{BLOCK}.output.dense.input_quantize"].inputs[0]
-    product = nodes[f"{BLOCK}.output.dense"]
+    x = nodes[quantizer].inputs[0]
+    product = nodes[name]
     codes, scale, bias = product.inputs[1], product.inputs[3], product.inputs[6]
     weight = ir.node("DequantizeLinear", [codes, scale], attributes={"axis": 1})
     in_float = ir.node("MatMul", [x, weight.outputs[0]])

@@ -19,7 +19,7 @@ from nxm_export.engine_work import build_engine
 from nxm_export.errors import DataError, ParityError
 from nxm_export.spec import load_spec
 from tests import baked
-from tests.broken import BLOCK, BROKEN, overflowing, write_engine
+from tests.broken import BLOCK, BROKEN, drop_pair, overflowing, write_engine
 
 
 def dev_features(checkpoint: Path, engine: Path) -> list[Any]:
@@ -80,18 +80,14 @@ def test_a_shared_block_is_judged_run_by_run(
     checkpoint, healthy = tiny_checkpoint("albert"), tiny_engine("ort", "albert")
     block = "albert.encoder.albert_layer_groups.0.albert_layers.0"
 
-    def drop_pair(model: Any) -> None:
-        nodes = {node.name: node for node in model.graph}
-        quantize = nodes[f"{block}.ffn_output.input.use2_quantize"]
-        restored = nodes[f"{block}.ffn_output.input.use2_dequantize"].outputs[0]
-        for user in list(restored.consumers()):
-            user.replace_input_with(0, quantize.inputs[0])
+    def of_the_second(model: Any) -> None:
+        drop_pair(model, f"{block}.ffn_output.input.use2_quantize", f"{block}.ffn_output.use2")
 
     features = dev_features(checkpoint, healthy)
     whole = bisect(checkpoint, write_engine(healthy, tmp_path / "healthy", lambda model: None), features)
     assert [row.block for row in whole.blocks] == ["embeddings", f"{block} (run 1)", f"{block} (run 2)", "head"]
     assert whole.passed
-    broken = bisect(checkpoint, write_engine(healthy, tmp_path / "broken", drop_pair), features)
+    broken = bisect(checkpoint, write_engine(healthy, tmp_path / "broken", of_the_second), features)
     assert [row.block for row in broken.blocks if row.passed is False] == [f"{block} (run 2)"]
 
 

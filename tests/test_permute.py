@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from compressors.models import load_model, resolve
 from compressors.permute import channel_order, kept_sum, permute_channels
+from nxm_export.checkpoint import open_checkpoint
 from nxm_export.families import FAMILIES, TASKS
 from nxm_export.plan import NMPattern, WeightSpec
 from tests import tiny
@@ -81,3 +83,13 @@ def test_heads_too_small_for_the_pattern_are_left_alone(tmp_path: Path) -> None:
     model = load_model(source, TASKS["classification"])
     plan = source.family.uniform_plan(source.config, WeightSpec(NMPattern(2, 16), 4, 8))
     assert all("attention" not in name for name in permute_channels(model, plan, source.family, source.config))
+
+
+def test_a_compression_with_both_options_gives_a_valid_checkpoint(tmp_path: Path) -> None:
+    checkpoint = tiny.compress_tiny(
+        "bert", tmp_path, dense_steps=4, settings={"permute": True, "mask_scores": "activation"}
+    )
+    open_checkpoint(checkpoint).require_valid()
+    metrics = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["permutation"]["matrices"] == 4
+    assert metrics["permutation"]["kept_after"] > metrics["permutation"]["kept_before"]

@@ -281,7 +281,7 @@ def measure(names: Sequence[str], sequences: Sequence[int]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         rows = measure_sizes(names, Path(scratch))
         engine = Path(scratch) / "engine"
-        build_engine(Path(scratch) / names[0] / "onnx", engine)
+        build_engine(Path(scratch) / names[0] / "onnx" / "model.onnx", engine)
         answers = measure_answers(engine)
     calibration = [
         {"sequences": count, **in_child("tools.bench_scaling", "--child", "calibrate", "--sequences", str(count))}

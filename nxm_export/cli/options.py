@@ -95,6 +95,16 @@ TRAINING_OPTIONS = options(
         help="ADMM's constraint set.",
     ),
     click.option(
+        "--mask-scores",
+        type=click.Choice(["magnitude", "activation"]),
+        default="magnitude",
+        show_default=True,
+        help="What masks are chosen by: |W|, or |W| times the size of each input.",
+    ),
+    click.option(
+        "--permute", is_flag=True, help="Reorder channels where that changes nothing, so that N:M drops less."
+    ),
+    click.option(
         "--epochs", type=Positive(), default=6.0, show_default=True, help="Epochs of compression, all phases together."
     ),
     click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of compression; wins over --epochs."),

@@ -1,0 +1,73 @@
+"""What channel permutation and activation-weighted masks save before any training: pruned weights, everything else as it was.
+
+    python -m tools.mask_ablation DENSE --train train.tsv --dev dev.tsv
+
+One line per pattern and choice: accuracy, agreement with the dense model, and mean KL(dense || pruned) in nats over dev.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import torch
+
+from compressors.fake_quant import bake, prepare, quant_linears
+from compressors.memory import keep_freed_memory
+from compressors.models import load_model, load_tokenizer, resolve
+from compressors.obs import input_moments
+from compressors.permute import permute_channels
+from compressors.sensitivity import divergence
+from compressors.settings import Settings
+from compressors.task_data import read_task_data
+from compressors.train import collate, predict
+from nxm_export.data import Columns, label_array
+from nxm_export.families import task_named
+from nxm_export.plan import WeightSpec
+
+SAMPLES = 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dense")
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--dev", required=True)
+    parser.add_argument("--patterns", default="2:4,1:4")
+    parser.add_argument("--max-length", type=int, default=64)
+    chosen = parser.parse_args()
+    keep_freed_memory()
+    source, task = resolve(chosen.dense), task_named("classification")
+    data = read_task_data(
+        source, task, chosen.train, chosen.dev, Settings(max_length=chosen.max_length), Columns(), load_tokenizer(source), None
+    )  # fmt: skip
+    pick = np.random.default_rng(0).permutation(len(data.train))[:SAMPLES]
+    batches = [collate([data.train[i] for i in pick[at : at + 32]], data.pad_id) for at in range(0, len(pick), 32)]
+    labels = label_array(data.dev)
+    wanted = predict(load_model(source, task), data.dev, data.pad_id)
+    print(f"dense: accuracy {(wanted.argmax(-1) == labels).mean():.4f}", flush=True)
+    for pattern in chosen.patterns.split(","):
+        plan = source.family.uniform_plan(source.config, WeightSpec.parse(pattern), placement="inputs")
+        for permute in (False, True):
+            for activation in (False, True):
+                model = load_model(source, task).eval()
+                shares = permute_channels(model, plan, source.family, source.config) if permute else {}
+                prepare(model, plan, source.family, source.config)
+                moments = input_moments(model, batches, diagonal=True) if activation else {}
+                for name, layer in quant_linears(model).items():
+                    layer.importance = moments[name].sqrt() if activation else None
+                    layer.harden()
+                bake(model, plan)
+                found = predict(model, data.dev, data.pad_id)
+                kl = divergence(torch.from_numpy(wanted), torch.from_numpy(found)) / len(found)
+                name = f"{pattern}{' permuted' if permute else ''}{' activation' if activation else ''}"
+                kept = ", kept {:.4f} -> {:.4f}".format(*np.mean(list(shares.values()), axis=0)) if shares else ""
+                print(
+                    f"{name}: accuracy {(found.argmax(-1) == labels).mean():.4f}, "
+                    f"agreement {(found.argmax(-1) == wanted.argmax(-1)).mean():.4f}, KL {kl:.4f}{kept}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compressors import distributed
+from compressors.codes import ACTIVATION_QMAX, ACTIVATION_QMIN
 from compressors.distill import squared_length, two_classes
-from compressors.fake_quant import ACTIVATION_QMAX, ACTIVATION_QMIN
 from compressors.obs import prune
 from compressors.observers import HistogramObserver
 from compressors.project import mse_scale, project_nm

@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from nxm_export.data import Columns, Examples, Features, RawExamples, members, read_rows, text_of
+from nxm_export.data import Columns, Examples, Features, RawExamples, members, text_of
+from nxm_export.data_files import read_rows
 from nxm_export.errors import DataError
 
 MAX_ANSWER = 30  # tokens of the longest answer that is looked for

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from compressors.codes import FakeQuantize
 from compressors.fake_quant import (
     ActivationQuantizer,
     QuantLinear,
-    _FakeQuantize,
     activation_quantizers,
     bake,
     calibrate,
@@ -44,7 +44,7 @@ def definition(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
 def test_values_and_gradients_are_those_of_the_definition(limits: tuple[int, int]) -> None:
     upstream = randn(3, 5, 8, seed=3)
     results = []
-    for function in (lambda x, s, a, b: definition(x, s, a, b) * s, _FakeQuantize.apply):
+    for function in (lambda x, s, a, b: definition(x, s, a, b) * s, FakeQuantize.apply):
         x = (randn(3, 5, 8, seed=1) * 3).requires_grad_()
         scale = torch.full((1,), 0.3 if limits[1] == 7 else 0.02).requires_grad_()
         found = function(x, scale, *limits)

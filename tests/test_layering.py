@@ -26,6 +26,7 @@ CONTRACT = (
     "run_dir",
     "spec",
     "data",
+    "data_files",
     "labels",
     "embedding",
     "questions",

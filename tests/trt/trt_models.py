@@ -21,8 +21,9 @@ def tiny_config(family: str, gelu: str = "gelu", hidden: int = 128, layers: int 
         "bert": transformers.BertConfig,
         "roberta": transformers.RobertaConfig,
         "electra": transformers.ElectraConfig,
+        "albert": transformers.AlbertConfig,
     }
-    extra = {"embedding_size": hidden} if family == "electra" else {}
+    extra = {"embedding_size": hidden} if family in ("electra", "albert") else {}
     return kinds[family](
         hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=2, hidden_act=gelu,
         max_position_embeddings=positions + (2 if family == "roberta" else 0), **common, **extra,

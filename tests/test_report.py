@@ -471,12 +471,20 @@ def test_errors_by_block_and_what_else_a_comparison_says_are_shown(copied: Path)
     (copied / "compare" / "ort-cpu-int8" / "bisect.json").write_text(json.dumps({"blocks": blocks, "first": "layer.3"}))
     file = copied / "compare" / "ort-cpu-int8" / "parity.json"
     said = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps({**said, "probes": {"all_pad": {"passed": True, "max_abs": 0.5}}}), encoding="utf-8")
+    gate = {"gate": "drop<=0.5", "found": 0.75, "limit": 0.5, "passed": False, "reason": "points <below>"}
+    file.write_text(json.dumps({**said, "gates": [gate], "more": {"said": 0.125}}), encoding="utf-8")
     made = Page(report(copied).read_text(encoding="utf-8"))
     assert "picture-blocks" in {e["attrs"].get("id") for e in made.all("figure")}
     found = {e["attrs"].get("data-pointer"): e["text"] for e in made.all("data")}
     assert found["/blocks/3/max_abs"] == "0.001"
-    assert (found["/probes/all_pad/passed"], found["/probes/all_pad/max_abs"]) == ("yes", "0.5")
+    assert float(found["/gates/0/found"]) == 0.75
+    assert found["/more/said"] == "0.125"
+    place = ("compare/ort-cpu-int8/parity.json", "/probes/1/found")
+    probe = next(e for e in made.all("data") if (e["attrs"]["data-file"], e["attrs"].get("data-pointer")) == place)
+    assert float(probe["text"]) == pytest.approx(said["probes"][1]["found"], rel=0.05)  # two digits are shown
+    rows = [row["text"] for row in made.all("tr")]
+    assert any("drop<=0.5" in row and "FAIL" in row and "points <below>" in row for row in rows)
+    assert all(any(probe["name"] in row and "pass" in row for row in rows) for probe in said["probes"])
 
 
 # The model card

@@ -306,17 +306,43 @@ def _parity(run: Run) -> Iterator[Table]:
         for block in engine.blocks
     ]
     yield Table("Parity by block", ("engine", "block", "#max |diff|", "#tolerated"), blocks)
+    for caption, key, name, limit in (
+        ("Probes: inputs that break engines", "probes", "name", "tolerated"),
+        ("Gates that were asked for", "gates", "gate", "limit"),
+    ):
+        titles = ("engine", key.removesuffix("s"), "#found", f"#{limit}", "verdict", "what is asked")
+        yield Table(caption, titles, list(_checks(run, key, name, limit)))
     for engine in run.engines:
         extra = list(_extra(engine.parity))[:_EXTRA_ROWS] if engine.parity else []
         yield Table(f"{engine.name}: what else its parity.json says", ("what", "found"), extra)
 
 
+def _checks(run: Run, key: str, name: str, limit: str) -> Iterator[tuple[Cell, ...]]:
+    """A row for each entry of a list in every engine's parity.json, under `key`: what it is called (`name`), what was found,
+    what would have been too much (`limit`), whether it passed, and why it is asked."""
+    for engine in run.engines:
+        report = engine.parity
+        entries = report.data.get(key) if report is not None else None
+        for number, entry in enumerate(entries if isinstance(entries, list) else []):
+            assert report is not None
+            passed = report.at(key, number, "passed")
+            yield (
+                Code(engine.name),
+                str(entry.get(name, "")) if isinstance(entry, Mapping) else "",
+                _or_dash(report.at(key, number, "found"), "error"),
+                _or_dash(report.at(key, number, limit), "error"),
+                "pass" if passed is not None and passed.value is True else "FAIL",
+                str(entry.get("reason", "")) if isinstance(entry, Mapping) else "",
+            )
+
+
 def _extra(report: Source) -> Iterator[tuple[Cell, Cell]]:
-    """What a comparison says beyond what the tables above have: probes, gates, other backends; named by path."""
+    """What a comparison says beyond what the tables above have, such as other backends; named by path."""
     for keys in _leaves(report.data, ()):
         known = keys[0] in _KNOWN_PARITY and not (
             keys[0] == "outputs" and len(keys) > 2 and keys[2] not in _KNOWN_OUTPUT
         )
+        known = known or (keys[0] in ("probes", "gates") and isinstance(report.data[str(keys[0])], list))
         figure = report.at(*keys)
         if not known and keys[0] not in ("blocks", "layers") and figure is not None:
             yield Code(".".join(map(str, keys))), figure.shown("general")

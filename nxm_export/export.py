@@ -377,8 +377,12 @@ def _tidy(model: Any) -> None:
     import onnx_ir.passes.common as passes
     import onnxscript.optimizer
 
+    products = {node.outputs[0].name: node.name for node in model.graph if node.op_type in ("Gemm", "Conv")}
     with _silence():
         onnxscript.optimizer.optimize(model)
+        for node in model.graph:  # a product whose bias is all 0 was made anew without it, and without its name
+            if node.op_type in ("Gemm", "Conv"):
+                node.name = products.get(node.outputs[0].name, node.name)
         for tidy in (
             passes.CommonSubexpressionEliminationPass(),
             passes.RemoveUnusedNodesPass(),

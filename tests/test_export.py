@@ -260,8 +260,7 @@ class TestSharedLayers:
                 path = name.removesuffix(".weight")
                 read = [weight for weight in graph_weights(model) if weight.name == f"{name}{stored}"]
                 assert len(read) == count
-                if lowering == "matmul":  # the optimizer makes other products anew where their bias is 0, as it is here
-                    assert [weight.node.name for weight in read] == [path, f"{path}.use2"][:count]
+                assert [weight.node.name for weight in read] == [path, f"{path}.use2"][:count]
                 assert sum(key.startswith(f"{name}{stored}") for key in model.graph.initializers) == 1
                 pairs = [node for node in nodes(model, "QuantizeLinear") if (node.name or "").startswith(f"{path}.")]
                 scales = {id(node.inputs[1]) for node in pairs if ".output" in str(node.name)}

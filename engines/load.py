@@ -91,12 +91,16 @@ def token_target(
     return _target(name, url, model, messages)
 
 
-def text_target(name: str, url: str, model: str, texts: Sequence[str]) -> Target:
-    """Requests of one text each, as JSON, for a model that tokenizes by itself."""
+def text_target(name: str, url: str, model: str, texts: Sequence[str | tuple[str, str]]) -> Target:
+    """Requests of one text or one pair of texts each, as JSON, for a model that tokenizes by itself."""
     messages: list[tuple[dict[str, str], bytes]] = []
     for text in texts:
-        entry = {"name": "text", "datatype": "BYTES", "shape": [1, 1], "data": [text]}
-        messages.append(({}, json.dumps({"inputs": [entry]}).encode()))
+        parts = (text,) if isinstance(text, str) else text
+        inputs = [
+            {"name": part_name, "datatype": "BYTES", "shape": [1, 1], "data": [part]}
+            for part_name, part in zip(("text", "text_pair"), parts, strict=False)
+        ]
+        messages.append(({}, json.dumps({"inputs": inputs}).encode()))
     return _target(name, url, model, messages)
 
 

@@ -338,20 +338,25 @@ def load_servers(
     seconds: float,
     rounds: int,
     encoding: str,
+    task: str = "classification",
 ) -> Any:
-    """Load running servers with the sentences of a data file; returns a `LoadReport`.
+    """Load running servers with the samples of a data file; returns a `LoadReport`.
 
-    With an `engine` directory they are sent as tokens of its tokenizer, else as text, in an order that is shuffled once.
+    With an `engine` directory they are sent as tokens of its tokenizer, else as text: what a model of `task` reads, a text or a
+    pair of texts a request. Their order is shuffled once.
     """
     import random
 
     from engines.load import measure, text_target, token_target
-    from nxm_export.data import Columns, load_raw
+    from nxm_export.data import Columns
+    from nxm_export.families import task_named
+    from nxm_export.labels import load_labelled, read_by_model
     from nxm_export.spec import load_spec
 
     if engine is None:
-        raw = load_raw(data, "dev", Columns())
-        texts = random.Random(0).sample(raw.texts, len(raw.texts))
+        kind = task_named(task)
+        texts = read_by_model(load_labelled(data, "dev", Columns(), kind), kind)
+        texts = random.Random(0).sample(texts, len(texts))
         targets = [text_target(url, url, model, texts) for url in urls]
     else:
         features = features_of(engine, data, Columns())

@@ -16,6 +16,7 @@ from nxm_export.cli.options import (
 )
 from nxm_export.cli.output import show_facts, show_result
 from nxm_export.errors import NxmError
+from nxm_export.families import TASKS
 from nxm_export.terminal import print_bisects, print_facts, print_parity, print_table, progress_bars
 
 
@@ -236,7 +237,14 @@ def compare(
 @click.option(
     "--data",
     metavar="FILE",
-    help="Time ENGINES over this text, tokenisation included. With --serve: sentences to send, as tokens of ENGINES' tokenizer, else as text.",
+    help="Time ENGINES over this text, tokenisation included. With --serve: samples to send, as tokens of ENGINES' tokenizer, else as text.",
+)
+@click.option(
+    "--task",
+    type=click.Choice(list(TASKS)),
+    default="classification",
+    show_default=True,
+    help="With --serve and no ENGINES: what the data is for.",
 )
 @click.option("--batch", type=click.IntRange(min=1), help="With --data: sentences a batch.  [default: 32]")
 @click.option(
@@ -327,14 +335,14 @@ def _print_text(report: Any) -> None:
 
 def _bench_servers(
     engines: tuple[Path, ...], rounds: int, json: bool, *, urls: tuple[str, ...], model: str | None, data: str | None,
-    clients: str, seconds: float, encoding: str,
+    task: str, clients: str, seconds: float, encoding: str,
 ) -> None:  # fmt: skip
     from nxm_export.engine_work import load_servers
 
     if not model or not data or len(engines) > 1:
         raise click.UsageError("--serve needs --model and --data, and at most one engine directory (for its tokenizer)")
     numbers = numbers_of(clients, "--clients", "numbers of clients")
-    report = load_servers(urls, model, data, engines[0] if engines else None, numbers, seconds, rounds, encoding)
+    report = load_servers(urls, model, data, engines[0] if engines else None, numbers, seconds, rounds, encoding, task)
     columns = ("server", "clients", "answers a second", "lowest to highest", "p50 ms", "p99 ms", "errors")
     rows = [
         (

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from engines import ort
 from engines.serving.protocol import TensorSpec
 from engines.serving.repository import Source
 from engines.serving.text import TextFace
 from engines.triton import TritonOptions, export_repository
+from nxm_export.cli import main
 from nxm_export.data import Columns, pad
 from nxm_export.engine_work import build_engine, features_of
 from nxm_export.errors import RequestRefused, ServeError
@@ -82,6 +84,29 @@ def test_a_served_text_gives_what_the_compared_tokens_give(
     np.testing.assert_allclose(
         found, wanted, atol=0.02 * np.abs(wanted).max()
     )  # a code may move in another batch shape
+
+
+def test_bench_serve_sends_both_texts_to_models_that_read_two(built: Callable[[str], Path], tmp_path: Path) -> None:
+    rows = {
+        "reranking": "query\tdocument\trelevance\na film\tthe good plot\t1\na film\tvery bad\t0\n",
+        "question-answering": json.dumps(
+            {"question": "the good scene", "context": "a fine plot", "answers": {"text": ["fine"], "answer_start": [2]}}
+        ),
+    }
+    with nxm_serve(tmp_path / "log", *(f"{task}={built(task)}" for task in rows), "--text") as running:
+        for task, text in rows.items():
+            data = tmp_path / f"{task}.{'tsv' if task == 'reranking' else 'jsonl'}"
+            data.write_text(text, encoding="utf-8")
+            where = ["--serve", running.url, "--model", f"{task}_text", "--data", str(data), "--json"]
+            load = ["--clients", "1", "--seconds", "0.2", "--rounds", "1"]
+            done = CliRunner().invoke(main, ["bench", *where, *load, "--task", task])
+            assert done.exit_code == 0, done.output
+            (found,) = json.loads(done.stdout)["results"]
+            assert found["answered"] > 0
+            assert found["errors"] == {}
+        done = CliRunner().invoke(main, ["bench", *where, *load, "--task", "embedding"])
+        assert done.exit_code == 1
+        assert "Traceback" not in done.output
 
 
 def test_the_wrong_number_of_texts_is_refused(built: Callable[[str], Path]) -> None:

@@ -31,8 +31,9 @@ from nxm_export.cli import main
 from nxm_export.errors import ArtifactError
 from nxm_export.plan import CompressionPlan, WeightSpec
 from nxm_export.report import card, report
-from nxm_export.report.facts import projection_error, read_run
+from nxm_export.report.facts import read_run
 from nxm_export.report.hub_card import markdown
+from nxm_export.report.matrices import projection_error
 from nxm_export.report.page import render
 from nxm_export.report.verdicts import verdicts
 from nxm_export.run_dir import RunDir
@@ -467,12 +468,26 @@ def test_a_failed_comparison_makes_the_verdict_fail(copied: Path) -> None:
 
 
 def test_errors_by_block_and_what_else_a_comparison_says_are_shown(copied: Path) -> None:
-    blocks = [{"block": f"layer.{i} <b>", "max_abs": 10.0 ** (i - 6), "max_tolerance": 1e-3} for i in range(4)]
-    (copied / "compare" / "ort-cpu-int8" / "bisect.json").write_text(json.dumps({"blocks": blocks, "first": "layer.3"}))
     file = copied / "compare" / "ort-cpu-int8" / "parity.json"
     said = json.loads(file.read_text(encoding="utf-8"))
+    blocks: list[dict[str, Any]] = [
+        {
+            "block": f"layer.{i} <b>",
+            "max_abs": 10.0 ** (i - 6),
+            "max_tolerance": 1e-3,
+            "own_max_abs": 2e-7,
+            "passed": True,
+        }
+        for i in range(4)
+    ]
+    blocks[2] |= {"passed": False, "own_max_abs": 0.03125, "own_max_tolerance": 0.0078125}
+    bisected = {"schema": "nxm-bisect/1", "engine_sha256": said["engine_sha256"], "blocks": blocks}
+    (copied / "compare" / "ort-cpu-int8" / "bisect.json").write_text(json.dumps(bisected))
     gate = {"gate": "drop<=0.5", "found": 0.75, "limit": 0.5, "passed": False, "reason": "points <below>"}
-    file.write_text(json.dumps({**said, "gates": [gate], "more": {"said": 0.125}}), encoding="utf-8")
+    left_out = {"name": "no room", "found": None, "tolerated": None, "passed": None, "reason": "too short"}
+    pair = {"other": "elsewhere", "other_sha256": "0" * 64, "output": "logits", "max_abs": 0.5, "mean_abs": 0.25}
+    more = {"gates": [gate], "more": {"said": 0.125}, "pairs": [pair], "beside": {"mcc": [0.75, 0.5]}}
+    file.write_text(json.dumps({**said, **more, "probes": [*said["probes"], left_out]}), encoding="utf-8")
     made = Page(report(copied).read_text(encoding="utf-8"))
     assert "picture-blocks" in {e["attrs"].get("id") for e in made.all("figure")}
     found = {e["attrs"].get("data-pointer"): e["text"] for e in made.all("data")}
@@ -480,11 +495,28 @@ def test_errors_by_block_and_what_else_a_comparison_says_are_shown(copied: Path)
     assert float(found["/gates/0/found"]) == 0.75
     assert found["/more/said"] == "0.125"
     place = ("compare/ort-cpu-int8/parity.json", "/probes/1/found")
-    probe = next(e for e in made.all("data") if (e["attrs"]["data-file"], e["attrs"].get("data-pointer")) == place)
-    assert float(probe["text"]) == pytest.approx(said["probes"][1]["found"], rel=0.05)  # two digits are shown
+    cell = next(e for e in made.all("data") if (e["attrs"]["data-file"], e["attrs"].get("data-pointer")) == place)
+    assert float(cell["text"]) == pytest.approx(said["probes"][1]["found"], rel=0.05)  # two digits are shown
     rows = [row["text"] for row in made.all("tr")]
     assert any("drop<=0.5" in row and "FAIL" in row and "points <below>" in row for row in rows)
-    assert all(any(probe["name"] in row and "pass" in row for row in rows) for probe in said["probes"])
+    verdicts_of = {True: "pass", None: "does not apply"}
+    for probe in [*said["probes"], left_out]:
+        assert any(probe["name"] in row and verdicts_of[probe["passed"]] in row for row in rows)
+        assert not any(probe["name"] in row and "FAIL" in row for row in rows)
+    assert any("elsewhere" in row and "0.5" in row and "0.25" in row for row in rows)
+    assert any("mcc" in row and "0.7500" in row and "0.5000" in row for row in rows)
+    assert any("layer.2 <b>" in row and "0.031 of 0.0078" in row and "PARTS" in row for row in rows)
+    (found,) = [verdict for verdict in verdicts(read_run(copied)) if verdict.key == "parity"]
+    assert found.state == "bad"
+    assert any("parts from the checkpoint in layer.2 <b>" in str(row.pieces) for row in found.rows)
+
+
+def test_a_bisection_of_another_engine_is_not_shown(copied: Path) -> None:
+    other = {"schema": "nxm-bisect/1", "engine_sha256": "0" * 64, "blocks": [{"block": "layer.0", "max_abs": 1.0}]}
+    (copied / "engines" / "ort-cpu-int8" / "bisect.json").write_text(json.dumps(other))
+    run = read_run(copied)
+    assert not any(engine.blocks for engine in run.engines)
+    assert any("bisect.json compared another engine" in doubt for doubt in run.doubts)
 
 
 # The model card

@@ -7,32 +7,22 @@ passport; a comparison with the engine that it names. What does not agree is sai
 
 from __future__ import annotations
 
-import csv
-import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from nxm_export.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint, read_config, read_tensor
+from nxm_export.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint, read_config
 from nxm_export.errors import ArtifactError, NxmError
-from nxm_export.families import ROLES
-from nxm_export.plan import CompressionPlan, NMPattern, WeightSpec, parse_json
-from nxm_export.report.numbers import Figure, Source, pointer
+from nxm_export.plan import CompressionPlan
+from nxm_export.report.files import PASSPORT, Files
+from nxm_export.report.matrices import Matrix, Sample, matrices, sample
+from nxm_export.report.numbers import Figure, Source
 from nxm_export.report.shapes import SHAPES, misfit
 from nxm_export.run_dir import MANIFEST, RunDir, file_hash
 
 SUMMARY = "summary/summary.json"
-PASSPORT = "passport.json"
-SAMPLE_ROWS, SAMPLE_COLUMNS = 32, 64  # of the picture of one matrix
-# What each file must be: its schema up to the slash. Another version of it is not read; a newer nxm-export may mean other
-# things by the same names.
-_SCHEMAS = {"summary.json": "nxm-summary/1", PASSPORT: "nxm-passport/1", "search.json": "nxm-search/1"}
-# Newer versions of these may add fields; what is known of them is shown.
-_FAMILIES = {"parity.json": "nxm-parity", "latency.json": "nxm-bench", "verify.json": "nxm-verify"}
 _TRT = ("trt", "trt_rtx")
 
 
@@ -56,11 +46,18 @@ class Graph:
 
 @dataclass(frozen=True)
 class BlockError:
-    """How far two backends are apart behind one block of the encoder, from a bisection or a comparison per layer."""
+    """How far two backends are apart behind one block of the encoder, from a bisection or a comparison per layer.
+
+    `max_abs` has travelled through all blocks so far; `own` is what this block adds, which `passed` judges (None where
+    nobody did: its input was not finite, or the file has no verdicts).
+    """
 
     block: str
     max_abs: Figure
     tolerance: Figure | None
+    own: Figure | None = None
+    own_tolerance: Figure | None = None
+    passed: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -80,37 +77,14 @@ class Engine:
     sparse_share: float | None
 
     @property
+    def parts_in(self) -> str | None:
+        """The first block that a bisection found to part from the checkpoint."""
+        return next((block.block for block in self.blocks if block.passed is False), None)
+
+    @property
     def is_trt(self) -> bool:
         """True for TensorRT and TensorRT-RTX, the runtimes that have sparse kernels."""
         return self.passport is not None and self.passport.data.get("backend") in _TRT
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One weight matrix of the plan. `stored`, `pattern` and `zeros` are by graph, as `nxm verify` found them in the file;
-    `sensitivity` is the search's divergence of the planned option, `projection` what the projection of the dense weights
-    onto the plan loses: ``|W - P(W)|^2 / |W|^2``."""
-
-    name: str
-    block: int | None
-    role: str | None
-    shape: tuple[int, int]
-    spec: WeightSpec
-    stored: Mapping[str, str]
-    pattern: Mapping[str, str | None]
-    zeros: Mapping[str, Figure]
-    problems: tuple[str, ...]
-    sensitivity: float | None
-    projection: float | None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The corner of one stored matrix: integer codes (rows, columns), or floats where the plan leaves them."""
-
-    name: str
-    values: np.ndarray
-    spec: WeightSpec
 
 
 @dataclass(frozen=True)
@@ -158,82 +132,6 @@ class Run:
         return None if self.summary is None else self.summary.at(*keys)
 
 
-class Files:
-    """Reads files below one directory, and remembers what was wrong with them."""
-
-    def __init__(self, root: Path, recorded: Mapping[str, str]) -> None:
-        self.root, self.recorded = root, recorded
-        self.doubts: list[str] = []
-        self.hashes: dict[str, str] = {}
-
-    def check(self, file: str) -> None:
-        """Compare a file with the hash that the manifest has of it."""
-        if file in self.hashes:
-            return
-        self.hashes[file] = file_hash(self.root / file)
-        if self.recorded.get(file, self.hashes[file]) != self.hashes[file]:
-            self.doubts.append(
-                f"{file} is not the file that its stage wrote (its sha256 differs from the one in {MANIFEST}); run the same "
-                "command again to make it anew"
-            )
-
-    def text(self, file: str) -> str | None:
-        """A text file, None where it is missing or cannot be read."""
-        path = self.root / file
-        if not path.is_file():
-            return None
-        try:
-            self.check(file)
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError, ArtifactError) as error:
-            self.doubts.append(f"{file} cannot be read ({error}); make it again")
-            return None
-
-    def json(self, file: str, kind: str | None = None) -> Source | None:
-        """A JSON object of the schema that its name, or the name `kind`, asks for; None where it is missing or not that."""
-        text = self.text(file)
-        if text is None:
-            return None
-        try:
-            data = parse_json(text, file, "make it again", ArtifactError)
-        except ArtifactError as error:
-            self.doubts.append(str(error))
-            return None
-        name = kind or Path(file).name
-        schema = data.get("schema") if isinstance(data, dict) else None
-        family = str(schema).partition("/")[0]
-        if not isinstance(data, dict) or schema != _SCHEMAS.get(name, schema) or family != _FAMILIES.get(name, family):
-            wanted = _SCHEMAS.get(name) or _FAMILIES.get(name) or "a JSON object"
-            self.doubts.append(f"{file} is of schema {schema!r}, not {wanted}: it is not shown; make it again")
-            return None
-        if wrong := misfit(data, SHAPES.get(name, {})):
-            self.doubts.append(f"{file} is malformed at {wrong}: it is not shown; make it again")
-            return None
-        return Source(file, data)
-
-    def rows(self, file: str) -> tuple[Mapping[str, str], ...]:
-        """The rows of a CSV file with a header."""
-        text = self.text(file)
-        return () if text is None else tuple(csv.DictReader(text.splitlines()))
-
-    def lines(self, file: str) -> tuple[Mapping[str, Any], ...]:
-        """The objects of a JSON-lines file; a last line that was cut is left out."""
-        found = []
-        for line in (self.text(file) or "").splitlines():
-            try:
-                value = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(value, dict):
-                found.append(value)
-        return tuple(found)
-
-    def size(self, file: str) -> Figure | None:
-        """Bytes of a file, None where it is missing."""
-        path = self.root / file
-        return Figure(path.stat().st_size, file) if path.is_file() else None
-
-
 def read_run(root: str | Path, search: str | Path | None = None) -> Run:
     """Read a run directory, finished or not; `search` is a directory of `nxm search` (``RUN/search`` by default).
 
@@ -270,8 +168,15 @@ def read_run(root: str | Path, search: str | Path | None = None) -> Run:
         engines=engines,
         benches=tuple(filter(None, (files.json(file, "latency.json") for file in _below(root, "bench", "*.json")))),
         logs={stage: rows for stage in ("dense", "checkpoint") if (rows := files.lines(f"{stage}/train_log.jsonl"))},
-        matrices=tuple(_matrices(root, checkpoint, graphs, searched)),
-        sample=_sample(checkpoint, files),
+        matrices=tuple(
+            matrices(
+                root,
+                checkpoint,
+                {graph.name: graph.verify for graph in graphs},
+                searched.sensitivity if searched else None,
+            )
+        ),
+        sample=sample(checkpoint, files),
         search=searched,
         files=files.hashes,
         missing=(),
@@ -363,6 +268,7 @@ def read_engine(files: Files, name: str, directory: str, evidence: list[str]) ->
     """One engine `directory` below the root of `files`; `evidence` are directories that may hold its comparison."""
     passport = files.json(_join(directory, PASSPORT))
     parity = next(filter(None, (files.json(_join(place, "parity.json")) for place in evidence)), None)
+    bisected = [files.json(_join(place, "bisect.json")) for place in evidence]
     engine = None
     if passport is not None:
         file = _join(directory, Path(str(passport.data.get("engine", ""))).name)
@@ -372,15 +278,21 @@ def read_engine(files: Files, name: str, directory: str, evidence: list[str]) ->
             files.doubts.append(f"{file} is missing, and the passport beside it names it")
         elif file_hash(files.root / file) != wanted:
             files.doubts.append(f"{file} is not the engine of its passport (its sha256 differs); build it again")
-        if parity is not None and parity.data.get("engine_sha256") != wanted:
-            files.doubts.append(
-                f"{parity.file} compared another engine than the one of {passport.file} (their sha256 differ): it is not "
-                "shown; compare again"
-            )
-            parity = None
-    blocks = [block for place in evidence for block in _blocks(files.json(_join(place, "bisect.json")))]
+        parity = _of_this_engine(files, parity, passport.file, wanted)
+        bisected = [_of_this_engine(files, source, passport.file, wanted) for source in bisected]
+    blocks = [block for source in bisected for block in _blocks(source)]
     truth, share = _truth(files, directory, passport)
     return Engine(name, passport, engine, parity, tuple(blocks or _blocks(parity)), truth, share)
+
+
+def _of_this_engine(files: Files, source: Source | None, passport: str, sha256: str) -> Source | None:
+    """The result, unless it names another engine than the passport does."""
+    if source is None or source.data.get("engine_sha256") == sha256:
+        return source
+    files.doubts.append(
+        f"{source.file} compared another engine than the one of {passport} (their sha256 differ): it is not shown; compare again"
+    )
+    return None
 
 
 def _join(directory: str, name: str) -> str:
@@ -397,7 +309,15 @@ def _blocks(source: Source | None) -> Iterator[BlockError]:
             error = source.at(key, number, "max_abs")
             if isinstance(row, dict) and error is not None:
                 name = next((row[part] for part in ("block", "layer", "name", "output") if part in row), number)
-                yield BlockError(str(name), error, source.at(key, number, "max_tolerance"))
+                passed = row.get("passed")
+                yield BlockError(
+                    str(name),
+                    error,
+                    source.at(key, number, "max_tolerance"),
+                    source.at(key, number, "own_max_abs"),
+                    source.at(key, number, "own_max_tolerance"),
+                    passed if isinstance(passed, bool) else None,
+                )
 
 
 def _truth(files: Files, directory: str, passport: Source | None) -> tuple[tuple[Mapping[str, Any], ...], float | None]:
@@ -436,97 +356,6 @@ def _search(root: Path, given: str | Path | None, plan: CompressionPlan | None) 
     front = source.data.get("pareto")
     rows = tuple(row for row in front if isinstance(row, dict)) if isinstance(front, list) else ()
     return Search(source, files.rows("trials.csv"), rows, sensitivity, same)
-
-
-def _matrices(
-    root: Path, checkpoint: Checkpoint | None, graphs: tuple[Graph, ...], search: Search | None
-) -> Iterator[Matrix]:
-    if checkpoint is None:
-        return
-    places = {
-        f"{checkpoint.family.linear(block, role)}.weight": (number, role)
-        for number, block in enumerate(checkpoint.family.blocks(checkpoint.config))
-        for role in ROLES
-    }
-    verified = {graph.name: _rows_of(graph) for graph in graphs}
-    for name, spec in checkpoint.plan.weights.items():
-        found = {graph: rows[name] for graph, rows in verified.items() if name in rows and rows[name].get("planned")}
-        block, role = places.get(name, (None, None))
-        yield Matrix(
-            name,
-            block,
-            role,
-            checkpoint.plan.shapes[name],
-            spec,
-            {graph: str(row.get("stored")) for graph, row in found.items()},
-            {graph: row.get("pattern") for graph, row in found.items()},
-            {
-                graph: Figure(row["zeros"], *row["place"])
-                for graph, row in found.items()
-                if isinstance(row.get("zeros"), float)
-            },
-            tuple(dict.fromkeys(str(problem) for row in found.values() for problem in row.get("problems", []))),
-            None if search is None else search.sensitivity.get((name, str(spec))),
-            None if search is not None and search.sensitivity else _projection(root / "dense", name, spec),
-        )
-
-
-def _rows_of(graph: Graph) -> dict[str, Mapping[str, Any]]:
-    """The rows of a graph's verify.json by matrix, each with the ``place`` of its zeros."""
-    rows = graph.verify.data.get("weights") if graph.verify else None
-    if graph.verify is None or not isinstance(rows, list):
-        return {}
-    return {
-        str(row.get("name")): {**row, "place": (graph.verify.file, pointer("weights", number, "zeros"))}
-        for number, row in enumerate(rows)
-        if isinstance(row, dict)
-    }
-
-
-def _projection(dense: Path, name: str, spec: WeightSpec) -> float | None:
-    try:
-        weight = read_tensor(dense, name)
-    except (ArtifactError, NxmError, OSError):
-        return None
-    return projection_error(weight, spec)
-
-
-def projection_error(weight: np.ndarray, spec: WeightSpec) -> float:
-    """``|W - P(W)|^2 / |W|^2`` of a dense weight (out, in), float32: the N of every M largest kept along the input axis,
-    then rounded to the nearest of ``2 * qmax + 1`` even steps up to the largest of each output channel."""
-    w = weight.astype(np.float64)
-    z = w
-    if spec.pattern is not None and w.shape[1] % spec.pattern.m == 0:
-        z = _keep_largest(w, spec.pattern)
-    if spec.qmax is not None:
-        scale = np.abs(z).max(axis=1, keepdims=True) / spec.qmax
-        scale[scale == 0] = 1.0
-        z = np.rint(z / scale) * scale
-    total = float(np.square(w).sum())
-    return float(np.square(w - z).sum() / total) if total else 0.0
-
-
-def _keep_largest(w: np.ndarray, pattern: NMPattern) -> np.ndarray:
-    groups = w.reshape(w.shape[0], -1, pattern.m)
-    order = np.argsort(-np.abs(groups), axis=-1, kind="stable")  # ties go to the lower index
-    kept = np.zeros(groups.shape, bool)
-    np.put_along_axis(kept, order[..., : pattern.n], True, axis=-1)
-    return np.asarray(np.where(kept, groups, 0.0).reshape(w.shape))
-
-
-def _sample(checkpoint: Checkpoint | None, files: Files) -> Sample | None:
-    """The upper left corner of the first matrix that has a pattern, or else is quantized, or else any."""
-    if checkpoint is None:
-        return None
-    weights = checkpoint.plan.weights
-    ranked = sorted(weights, key=lambda name: (weights[name].pattern is None, weights[name].weight_bits is None))
-    name = ranked[0]
-    try:
-        whole = checkpoint.codes(name) if weights[name].weight_bits else checkpoint.weight(name)
-    except NxmError as error:
-        files.doubts.append(str(error))
-        return None
-    return Sample(name, whole[:SAMPLE_ROWS, :SAMPLE_COLUMNS], weights[name])
 
 
 def _contradictions(run: Run) -> Iterator[str]:

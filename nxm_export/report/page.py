@@ -6,8 +6,7 @@ import base64
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -17,12 +16,14 @@ from markupsafe import Markup
 from nxm_export import __version__
 from nxm_export.errors import PlanError
 from nxm_export.plan import COUNTINGS, NMPattern
-from nxm_export.report.facts import Matrix, Run
+from nxm_export.report.facts import Run
+from nxm_export.report.matrices import Matrix
 from nxm_export.report.numbers import Figure, Shown, Source, pointer
+from nxm_export.report.parity_tables import parity_tables
 from nxm_export.report.plots import Picture
+from nxm_export.report.tables import Cell, Code, Table, or_dash, pair
 from nxm_export.report.verdicts import (
     COUNTED,
-    Piece,
     compressed_value,
     compression,
     dense_value,
@@ -31,35 +32,6 @@ from nxm_export.report.verdicts import (
     ratios,
     verdicts,
 )
-
-_KNOWN_PARITY = {
-    "schema", "passed", "engine", "engine_sha256", "backend", "samples", "outputs", "metric", "reference_value",
-    "reference_interval", "engine_value", "engine_interval", "reason",
-}  # fmt: skip
-_KNOWN_OUTPUT = {
-    "output", "max_abs", "mean_abs", "cosine", "agreement", "worst_sample", "max_tolerance", "mean_tolerance",
-    "unexcused_flips", "passed", "quiet", "quiet_required",
-}  # fmt: skip
-_EXTRA_ROWS = 200  # of one comparison; what is beyond stays in its file
-
-
-@dataclass(frozen=True)
-class Code:
-    """Text to be set as code: a name, a path, a hash, a command."""
-
-    text: str
-
-
-Cell = Piece | Code | tuple[Piece | Code, ...]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table: its caption, column titles (a leading ``#`` aligns to the right) and rows; the first cell heads its row."""
-
-    caption: str
-    columns: tuple[str, ...]
-    rows: Sequence[Sequence[Cell]]
 
 
 def environment() -> jinja2.Environment:
@@ -114,7 +86,7 @@ def render(run: Run, pictures: Mapping[str, Picture]) -> str:
                     [(Code(file), Code(digest)) for file, digest in sorted(run.files.items())],
                 ),
             },
-            parity=[table for table in _parity(run) if table.rows],
+            parity=[table for table in parity_tables(run) if table.rows],
             reasons=dict.fromkeys(
                 str(engine.parity.data["reason"])
                 for engine in run.engines
@@ -145,21 +117,13 @@ def _labels(run: Run) -> list[str]:
     return [str(label) for label in labels] if isinstance(labels, list) else []
 
 
-def _pair(low: Figure | None, high: Figure | None, kind: str) -> Cell:
-    return (low.shown(kind), " to ", high.shown(kind)) if low and high else "-"
-
-
-def _or_dash(figure: Figure | None, kind: str) -> Cell:
-    return figure.shown(kind) if figure else "-"
-
-
 def _accuracy(run: Run) -> Table:
     rows: list[tuple[Cell, ...]] = []
     engine = main_engine(run)
     parity = engine.parity if engine else None
 
     def between(source: Source | None, key: str = "interval") -> Cell:
-        return _pair(source.at(key, 0), source.at(key, 1), "score") if source else "-"
+        return pair(source.at(key, 0), source.at(key, 1), "score") if source else "-"
 
     if dense := dense_value(run):
         rows.append(("dense, FP32", dense.shown("score"), between(run.dense), ""))
@@ -240,8 +204,8 @@ def _latency(run: Run) -> Table:
                 (
                     Code(str(name)),
                     f"{batch}x{sequence}",
-                    _or_dash(median, "milliseconds"),
-                    _pair(low, high, "milliseconds"),
+                    or_dash(median, "milliseconds"),
+                    pair(low, high, "milliseconds"),
                     note,
                 )
             )
@@ -258,102 +222,6 @@ def _bench_notes(run: Run) -> Iterator[str]:
             yield f"Verdict: {bench.data['verdict']}"
         for missing in bench.data.get("unmeasured") or []:
             yield f"Not measured: {missing}"
-
-
-def _parity(run: Run) -> Iterator[Table]:
-    rows: list[tuple[Cell, ...]] = []
-    for engine in run.engines:
-        report = engine.parity
-        outputs = report.at("outputs") if report else None
-        if report is None or outputs is None:
-            continue
-        for number in range(len(outputs.value) if isinstance(outputs.value, list) else 0):
-            first = number == 0
-
-            def at(
-                key: str,
-                kind: str,
-                number: int = number,
-                report: Source = report,
-                first: bool = first,
-                name: str = engine.name,
-            ) -> Cell:
-                return _or_dash(
-                    (run.figure("parity", name, key) if first else None) or report.at("outputs", number, key), kind
-                )
-
-            value = run.figure("parity", engine.name, "value") or report.at("engine_value")
-            passed = report.at("outputs", number, "passed")
-            rows.append(
-                (
-                    Code(engine.name),
-                    Code(str(report.data["outputs"][number].get("output"))),
-                    at("agreement", "share"),
-                    (at("max_abs", "error"), " of ", at("max_tolerance", "error")),  # type: ignore[arg-type]
-                    (at("mean_abs", "error"), " of ", at("mean_tolerance", "error")),  # type: ignore[arg-type]
-                    at("quiet", "share"),
-                    at("cosine", "general"),
-                    at("unexcused_flips", "general"),
-                    _or_dash(value, "score"),
-                    "pass" if passed and passed.value is True else "FAIL",
-                )
-            )
-    columns = ("engine", "output", "#equal argmax", "#max |diff| of tolerated", "#mean |diff| of tolerated", "#equal samples", "#cosine", "#flips beyond tolerance", f"#{metric(run)}", "verdict")  # fmt: skip
-    yield Table("Parity: engine against its own checkpoint in PyTorch, same samples", columns, rows)
-    blocks = [
-        (Code(engine.name), Code(block.block), block.max_abs.shown("error"), _or_dash(block.tolerance, "error"))
-        for engine in run.engines
-        for block in engine.blocks
-    ]
-    yield Table("Parity by block", ("engine", "block", "#max |diff|", "#tolerated"), blocks)
-    for caption, key, name, limit in (
-        ("Probes: inputs that break engines", "probes", "name", "tolerated"),
-        ("Gates that were asked for", "gates", "gate", "limit"),
-    ):
-        titles = ("engine", key.removesuffix("s"), "#found", f"#{limit}", "verdict", "what is asked")
-        yield Table(caption, titles, list(_checks(run, key, name, limit)))
-    for engine in run.engines:
-        extra = list(_extra(engine.parity))[:_EXTRA_ROWS] if engine.parity else []
-        yield Table(f"{engine.name}: what else its parity.json says", ("what", "found"), extra)
-
-
-def _checks(run: Run, key: str, name: str, limit: str) -> Iterator[tuple[Cell, ...]]:
-    """A row for each entry of a list in every engine's parity.json, under `key`: what it is called (`name`), what was found,
-    what would have been too much (`limit`), whether it passed, and why it is asked."""
-    for engine in run.engines:
-        report = engine.parity
-        entries = report.data.get(key) if report is not None else None
-        for number, entry in enumerate(entries if isinstance(entries, list) else []):
-            assert report is not None
-            passed = report.at(key, number, "passed")
-            yield (
-                Code(engine.name),
-                str(entry.get(name, "")) if isinstance(entry, Mapping) else "",
-                _or_dash(report.at(key, number, "found"), "error"),
-                _or_dash(report.at(key, number, limit), "error"),
-                "pass" if passed is not None and passed.value is True else "FAIL",
-                str(entry.get("reason", "")) if isinstance(entry, Mapping) else "",
-            )
-
-
-def _extra(report: Source) -> Iterator[tuple[Cell, Cell]]:
-    """What a comparison says beyond what the tables above have, such as other backends; named by path."""
-    for keys in _leaves(report.data, ()):
-        known = keys[0] in _KNOWN_PARITY and not (
-            keys[0] == "outputs" and len(keys) > 2 and keys[2] not in _KNOWN_OUTPUT
-        )
-        known = known or (keys[0] in ("probes", "gates") and isinstance(report.data[str(keys[0])], list))
-        figure = report.at(*keys)
-        if not known and keys[0] not in ("blocks", "layers") and figure is not None:
-            yield Code(".".join(map(str, keys))), figure.shown("general")
-
-
-def _leaves(value: Any, keys: tuple[str | int, ...]) -> Iterator[tuple[str | int, ...]]:
-    if isinstance(value, (dict, list)):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _leaves(item, (*keys, key))
-    elif keys:
-        yield keys
 
 
 def _training(run: Run) -> Table:
@@ -382,7 +250,7 @@ def _matrices(run: Run) -> Table:
                 str(matrix.spec),
                 _agreed(matrix.stored),
                 _agreed({graph: pattern or "dense" for graph, pattern in matrix.pattern.items()}),
-                _or_dash(zeros, "share"),
+                or_dash(zeros, "share"),
                 _sparse_along_k(matrix),
                 "-" if error is None else f"{error:.2g}" if measured else f"{error:.2%}",
                 *(_kernel(truth[engine.name].get(matrix.name)) for engine in trt),

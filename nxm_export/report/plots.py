@@ -1,6 +1,6 @@
 """Pictures of a run as inline SVG: drawn by matplotlib, then made fit for a page with a strict content security policy.
 
-matplotlib writes inline styles, which such a policy refuses, and fixed colours, which suit one theme. `_inline` turns
+matplotlib writes inline styles, which such a policy refuses, and fixed colours, which suit one theme. `svg.inline` turns
 styles into attributes, and the placeholder colours below into classes that the page's style sheet colours in both themes.
 Text stays text, ids are unique within the page, and every picture carries a title and a description for who cannot see it.
 """
@@ -8,11 +8,10 @@ Text stays text, ids are unique within the page, and every picture carries a tit
 from __future__ import annotations
 
 import io
-import re
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from xml.etree import ElementTree
 
 import matplotlib as mpl
 import numpy as np
@@ -22,14 +21,12 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from nxm_export.families import ROLES
-from nxm_export.report.facts import Matrix, Run
+from nxm_export.report.facts import Run
+from nxm_export.report.matrices import Matrix
 from nxm_export.report.numbers import Figure, Shown
+from nxm_export.report.svg import INK, LINE, MUTED, SERIES, inline
 from nxm_export.report.verdicts import compressed_value, compression, dense_value, main_engine, metric
 
-# Placeholders: what the style sheet calls ink, muted, line and s1 to s6.
-INK, MUTED, LINE = "#010101", "#020202", "#030303"
-SERIES = ("#0a0101", "#0a0202", "#0a0303", "#0a0404", "#0a0505", "#0a0606")
-_CLASSES = {INK: "ink", MUTED: "muted", LINE: "line", **{color: f"s{i + 1}" for i, color in enumerate(SERIES)}}
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "nxm-report",
@@ -390,7 +387,7 @@ def _parity(run: Run) -> Picture | None:
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value > 0
+    return isinstance(value, (int, float)) and 0 < value < math.inf
 
 
 def _blocks(run: Run) -> Picture | None:
@@ -400,18 +397,19 @@ def _blocks(run: Run) -> Picture | None:
         return None
     canvas = Canvas(figsize=(WIDTH, 2.8), layout="constrained")
     axes = canvas.subplots()
-    longest = max((blocks for _, blocks in engines), key=len)
+    names = list(dict.fromkeys(b.block for engine in run.engines for b in engine.blocks))
     for number, (engine, blocks) in enumerate(engines):
         color = SERIES[number % len(SERIES)]
-        axes.plot(
-            range(len(blocks)), [b.max_abs.value for b in blocks], "o-", color=color, label=engine.name, markersize=4
-        )
+        places = [names.index(b.block) for b in blocks]  # a block without error is not drawn: the axis is logarithmic
+        axes.plot(places, [b.max_abs.value for b in blocks], "o-", color=color, label=engine.name, markersize=4)
         tolerances = [
-            (i, b.tolerance.value) for i, b in enumerate(blocks) if b.tolerance and _positive(b.tolerance.value)
+            (at, b.tolerance.value)
+            for at, b in zip(places, blocks, strict=True)
+            if b.tolerance and _positive(b.tolerance.value)
         ]
         if tolerances:
             axes.plot(*zip(*tolerances, strict=True), "_", color=color, markersize=10, markeredgewidth=1.5)
-    axes.set_xticks(range(len(longest)), [b.block for b in longest], rotation=30, ha="right")
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     _logarithmic(axes, "y")
     axes.set(ylabel="largest |difference|")
     axes.legend(loc="best")
@@ -437,7 +435,7 @@ def _curves(run: Run) -> Picture | None:
                 phases.append((start, str(phase or stage)))
             end = max(end, start + line["step"])
             for key, points in steps.items():
-                if isinstance(line.get(key), float):
+                if isinstance(line.get(key), float) and math.isfinite(line[key]):
                     points.append((start + line["step"], line[key]))
     drawn = {key: points for key, points in steps.items() if points}
     if "loss" not in drawn:
@@ -482,76 +480,4 @@ def _apart(phases: Sequence[tuple[float, str]], end: float) -> list[tuple[float,
 def _picture(key: str, title: str, description: str, caption: str, canvas: Canvas) -> Picture:
     buffer = io.StringIO()
     canvas.savefig(buffer, format="svg", metadata={"Date": None})
-    return Picture(key, title, description, caption, _inline(buffer.getvalue(), key, title, description))
-
-
-# From matplotlib's SVG to one that a page with a strict policy can hold
-
-
-def _inline(svg: str, key: str, title: str, description: str) -> str:
-    root = ElementTree.fromstring(svg)
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        element.attrib = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag in ("metadata", "style"):
-                parent.remove(child)
-            elif child.tag == "text" and child.get("transform") == "":
-                child.attrib.pop("transform")
-    links = {
-        link for element in root.iter() for value in element.attrib.values() for link in re.findall(r"#([\w-]+)", value)
-    }
-    for element in root.iter():
-        _restyle(element)
-        _rename(element, key, links)
-    for name in ("width", "height", "version"):
-        root.attrib.pop(name, None)
-    root.attrib |= {"role": "img", "aria-labelledby": f"{key}-title {key}-desc", "stroke-linejoin": "round"}
-    for place, (tag, text) in enumerate((("title", title), ("desc", description))):
-        node = ElementTree.Element(tag, id=f"{key}-{tag}")
-        node.text = text
-        root.insert(place, node)
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _restyle(element: ElementTree.Element) -> None:
-    """Declarations of a ``style`` become attributes; placeholder colours become classes."""
-    classes = []
-    for name, value in _declarations(element.attrib.pop("style", "")).items():
-        if name in ("fill", "stroke") and value in _CLASSES:
-            classes.append(f"{name}-{_CLASSES[value]}")
-        elif name == "image-rendering":
-            classes.append("pixels")
-        else:
-            element.set(name, value)
-    for name in ("fill", "stroke"):
-        if element.get(name) in _CLASSES:
-            classes.append(f"{name}-{_CLASSES[element.attrib.pop(name)]}")
-    if classes:
-        element.set("class", " ".join(dict.fromkeys(classes)))
-
-
-def _declarations(style: str) -> Mapping[str, str]:
-    """CSS declarations by name, ``font`` taken apart, as it is no attribute of its own."""
-    found: dict[str, str] = {}
-    for declaration in style.split(";"):
-        name, _, value = (part.strip() for part in declaration.partition(":"))
-        if name == "font":
-            size = re.search(r"([\d.]+)px", value)
-            found |= {"font-size": size[1]} if size else {}
-        elif name and not name.startswith("font-family"):
-            found[name] = value
-    return found
-
-
-def _rename(element: ElementTree.Element, key: str, links: set[str]) -> None:
-    """Ids are the picture's own where something refers to them, and gone otherwise."""
-    own = element.attrib.pop("id", None)
-    if own in links:
-        element.set("id", f"{key}-{own}")
-    for name, value in element.attrib.items():
-        if name == "href" and value.startswith("#"):
-            element.set(name, f"#{key}-{value[1:]}")
-        elif "url(#" in value:
-            element.set(name, value.replace("url(#", f"url(#{key}-"))
+    return Picture(key, title, description, caption, inline(buffer.getvalue(), key, title, description))

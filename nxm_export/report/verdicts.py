@@ -251,7 +251,9 @@ def _parity(run: Run) -> Verdict:
     compared = [engine for engine in run.engines if engine.parity is not None]
     if not compared:
         return Verdict("parity", title, ABSENT, "not compared", note="No engine was compared with its checkpoint.")
-    failed = [engine for engine in compared if not (engine.parity and engine.parity.data.get("passed") is True)]
+    failed = [
+        engine for engine in compared if engine.parts_in or not (engine.parity and engine.parity.data["passed"] is True)
+    ]
     rows = []
     for engine in compared:
         agreement = run.figure("parity", engine.name, "agreement") or (
@@ -261,6 +263,8 @@ def _parity(run: Run) -> Verdict:
         pieces: tuple[Piece, ...] = (word,)
         if agreement and agreement.value is not None:  # of scores and embeddings there is no argmax
             pieces = (word, ", ", agreement.shown("share"), " equal argmax")
+        if engine.parts_in:
+            pieces = (*pieces, f"; parts from the checkpoint in {engine.parts_in}")
         rows.append(Row(engine.name, pieces))
     others = [engine.name for engine in run.engines if engine.parity is None]
     note = "Each engine against its own checkpoint in PyTorch, on the same samples, with a measured tolerance."

@@ -9,6 +9,7 @@ from types import MappingProxyType
 import numpy as np
 
 WORST_FLIPS = 5
+DECIDING = ("softmax", "sigmoid", "span")  # links whose outputs decide something
 
 
 @dataclass(frozen=True)

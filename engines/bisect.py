@@ -23,6 +23,7 @@ import numpy as np
 from engines import torch_eager
 from engines.base import backend
 from engines.cut import Places, cut_ort, cut_tensorrt
+from engines.matching import require_outputs
 from engines.parity import open_part
 from engines.tolerance import MAX_FACTOR, MEAN_FACTOR, QUIET, QUIET_FACTOR, QUIET_SAMPLES
 from engines.torch_eager import EMBEDDINGS
@@ -135,6 +136,8 @@ def bisect(
             load(checkpoint, **options, jitter=part.jitter, everywhere=True) as noisy,
             load(checkpoint, **options, nudge=True) as nudged,
         ):
+            require_outputs(part.directory, part.spec, whole.outputs, "the engine file")
+            require_outputs(part.directory, part.spec, exact.outputs, str(checkpoint))
             for indices in sorted_batches(samples, BATCH):
                 feeds = pad([samples[i] for i in indices], part.spec.pad_id)
                 found = ours.run(feeds)

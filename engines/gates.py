@@ -1,6 +1,7 @@
 """Gates that a user sets on a comparison, such as ``drop<=0.5``, beside the derived tolerance, which always holds.
 
 * ``drop<=0.5``: the task metric of the engine is at most 0.5 points (hundredths) below that of its checkpoint in PyTorch.
+* ``drop(mcc)<=0.5``: the same of another metric of the task, here Matthews correlation.
 * ``flips<=0.5%``: at most that share of the samples changes its class.
 * ``max_abs<=0.1``: no value of any output differs by more.
 * ``cosine>=0.99``: no sample's embedding has a lower cosine with the checkpoint's.
@@ -22,7 +23,7 @@ QUANTITIES = {
     "cosine": "lowest cosine of a sample's embedding with the checkpoint's",
 }
 LEAST = ("cosine",)  # the more the better: a gate says at least
-_FORM = re.compile(r"\s*(\w+)\s*([<>]=)\s*([0-9.eE+-]+)\s*(%?)\s*")
+_FORM = re.compile(r"\s*(\w+)(?:\((\w+)\))?\s*([<>]=)\s*([0-9.eE+-]+)\s*(%?)\s*")
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,16 @@ class Gate:
 
     quantity: str
     limit: float
+    metric: str | None = None  # of a drop; None: the task's own
+
+    @property
+    def key(self) -> str:
+        """What it is about."""
+        return f"{self.quantity}({self.metric})" if self.metric else self.quantity
 
     def __str__(self) -> str:
         sign = ">=" if self.quantity in LEAST else "<="
-        return f"{self.quantity}{sign}{self.limit:g}{'%' if self.quantity == 'flips' else ''}"
+        return f"{self.key}{sign}{self.limit:g}{'%' if self.quantity == 'flips' else ''}"
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,11 @@ class GateResult:
 def parse_gate(text: str) -> Gate:
     """Read a gate as the command line has it; raises `EngineError` with the forms that there are."""
     match = _FORM.fullmatch(text)
-    if match is None or match[1] not in QUANTITIES:
+    if match is None or match[1] not in QUANTITIES or (match[2] and match[1] != "drop"):
         raise EngineError(
-            f"{text!r} is not a gate; write drop<=0.5 (metric points), flips<=0.5%, max_abs<=0.1 or cosine>=0.99"
+            f"{text!r} is not a gate; write drop<=0.5 (metric points; of another metric drop(mcc)<=0.5), flips<=0.5%, max_abs<=0.1 or cosine>=0.99"
         )
-    quantity, sign, number, percent = match.groups()
+    quantity, metric, sign, number, percent = match.groups()
     if (sign == ">=") != (quantity in LEAST):
         raise EngineError(
             f"{text!r}: this gate has the form {quantity}{'>=' if quantity in LEAST else '<='}{number}{percent}"
@@ -77,12 +84,12 @@ def parse_gate(text: str) -> Gate:
         raise EngineError(f"{text!r}: no cosine is above 1")
     if percent and limit > 100.0:
         raise EngineError(f"{text!r}: more than all samples cannot flip")
-    return Gate(quantity, limit)
+    return Gate(quantity, limit, metric)
 
 
 def check_gate(gate: Gate, found: Mapping[str, float]) -> GateResult:
     """Hold a gate against the quantities `found`; NaN passes no gate."""
-    value, least = found[gate.quantity], gate.quantity in LEAST
+    value, least = found[gate.key], gate.quantity in LEAST
     passed = bool(value >= gate.limit if least else value <= gate.limit)
     return GateResult(
         str(gate),

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from engines import torch_eager
-from engines.agreement import Pair, cosines, pair_of, spread
+from engines.agreement import DECIDING, Pair, cosines, pair_of, spread
 from engines.base import Engine, backend
 from engines.gates import Gate, GateResult, check_gate
 from engines.matching import plan_of, require_alike, require_from, require_outputs
@@ -49,7 +49,7 @@ from engines.tolerance import (
 from nxm_export.data import Features, filled, group_array, label_array, pad, sorted_batches
 from nxm_export.errors import ArtifactError, DataError, EngineUnavailable, ParityError
 from nxm_export.families import TASKS
-from nxm_export.metrics import interval, metric_named, paired_interval, scored_outputs
+from nxm_export.metrics import interval, metric_named, paired_interval, require_scorable, scored_outputs
 from nxm_export.questions import context_mask
 from nxm_export.run_dir import json_text, write_atomic
 from nxm_export.spec import IOSpec, load_spec
@@ -207,15 +207,18 @@ def compare_all(
         raise DataError("no samples to compare on")
     parts = [open_part(checkpoint, Path(engine)) for engine in engines]
     require_alike([(part.directory, part.spec) for part in parts])
-    decisive = ("classes", "sequence")  # the last axis of an output that decides
-    classless = [name for name, axes in parts[0].spec.outputs.items() if axes[-1] not in decisive]
-    if classless and any(gate.quantity == "flips" for gate in gates):
-        raise DataError(f"a gate on flips needs classes, and {', '.join(classless)} has none; use drop or max_abs")
     task = TASKS[parts[0].spec.task]
+    if task.link not in DECIDING and any(gate.quantity == "flips" for gate in gates):
+        raise DataError(f"a gate on flips needs classes, and {task.name} has none; use drop or max_abs")
     if task.link != "vector" and any(gate.quantity == "cosine" for gate in gates):
         raise DataError(
             f"a gate on the cosine needs embeddings, and these engines are for {task.name}; use drop or max_abs"
         )
+    for gate in gates:
+        if gate.quantity == "drop":
+            if gate.metric not in (None, task.metric, *task.beside):
+                raise DataError(f"{gate}: {task.name} has the metrics {', '.join((task.metric, *task.beside))}")
+            require_scorable(gate.metric or task.metric, label_array(features), parts[0].spec.labels)
     parts, skipped = _runnable(parts)
     measured: dict[str, _Measured] = {}  # engines of one dtype and placement share the reference
     found: list[tuple[dict[str, np.ndarray], list[Probe]]] = []
@@ -431,6 +434,12 @@ def _report(
         * float(np.max([1.0 - (1.0 if output.agreement is None else output.agreement) for output in outputs])),
         "max_abs": float(np.max([output.max_abs for output in outputs])),
     }
+    beside = {
+        name: tuple(metric_named(name, spec.labels, groups)(values, labels) for values in (scored_reference, scored))
+        for name in task.beside
+    }
+    drops = {metric: (of_reference, of_engine), **beside}
+    quantities |= {f"drop({name})": 100.0 * (theirs - ours) for name, (theirs, ours) in drops.items()}
     if task.link == "vector":
         quantities["cosine"] = float(cosines(scored_reference, scored).min())
     pairs = []
@@ -469,12 +478,7 @@ def _report(
         difference_interval=paired_interval(
             metric, scored, scored_reference, labels, classes=spec.labels, groups=groups
         ),
-        beside={
-            name: tuple(
-                metric_named(name, spec.labels, groups)(outputs, labels) for outputs in (scored_reference, scored)
-            )
-            for name in task.beside
-        },
+        beside=beside,
         probes=list(probes),
         gates=[check_gate(gate, quantities) for gate in gates],
         pairs=pairs,

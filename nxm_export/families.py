@@ -274,9 +274,12 @@ TASKS: dict[str, Task] = {
     for task in (
         Task(
             "classification", _SEQUENCE, "accuracy", {"logits": ("batch", "classes")}, "class", "softmax",
-            "single_label_classification",
+            "single_label_classification", beside=("f1", "mcc"),
         ),
-        Task("regression", _SEQUENCE, "pearson", {"logits": ("batch", "scores")}, "score", "identity", "regression"),
+        Task(
+            "regression", _SEQUENCE, "pearson", {"logits": ("batch", "scores")}, "score", "identity", "regression",
+            beside=("spearman",),
+        ),
         Task(
             "multi-label", _SEQUENCE, "micro_f1", {"logits": ("batch", "labels")}, "classes", "sigmoid",
             "multi_label_classification",

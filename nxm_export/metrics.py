@@ -7,6 +7,7 @@ groups of them, such as the candidates of one query.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -182,13 +183,18 @@ def scored_outputs(task: Task, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def metric_named(name: str, classes: Sequence[str] = (), groups: Groups = None) -> Metric:
     """The metric of this name, or `DataError` with the list; `classes` are the names of the last axis and `groups` the groups
-    of the samples, where it needs them."""
-    if name in ROW_METRICS:
-        metric = ROW_METRICS[name]
-        return lambda outputs, labels: metric.value(metric.rows(outputs, labels, classes, groups))
-    if name not in METRICS:
+    of the samples, where it needs them. Of outputs with a NaN it is NaN: the largest of NaN is whichever comes first."""
+    if name not in METRICS and name not in ROW_METRICS:
         raise DataError(f"unknown metric {name!r}; choose one of {', '.join([*METRICS, *ROW_METRICS])}")
-    return METRICS[name]
+
+    def value(outputs: np.ndarray, labels: np.ndarray) -> float:
+        if np.isnan(outputs).any():
+            return math.nan
+        if name in METRICS:
+            return METRICS[name](outputs, labels)
+        return ROW_METRICS[name].value(ROW_METRICS[name].rows(outputs, labels, classes, groups))
+
+    return value
 
 
 def interval(
@@ -199,9 +205,12 @@ def interval(
     classes: Sequence[str] = (),
     groups: Groups = None,
 ) -> tuple[float, float]:
-    """95 % bootstrap interval of a metric over samples, or over `groups` of them."""
+    """95 % bootstrap interval of a metric over samples, or over `groups` of them; NaN for a single one, which says nothing
+    about others."""
+    if np.isnan(outputs).any():
+        return math.nan, math.nan
     units, value = _resampled(name, outputs, labels, classes, groups)
-    return _percentiles([value(pick) for pick in _resamples(units, seed)])
+    return _percentiles(units, (value(pick) for pick in _resamples(units, seed)))
 
 
 def paired_interval(
@@ -213,9 +222,22 @@ def paired_interval(
     classes: Sequence[str] = (),
     groups: Groups = None,
 ) -> tuple[float, float]:
-    """95 % bootstrap interval of metric(outputs) - metric(reference), both resampled together over samples, or over `groups`."""
+    """95 % bootstrap interval of metric(outputs) - metric(reference), both resampled together over samples, or over `groups`;
+    NaN for a single one."""
+    if np.isnan(outputs).any() or np.isnan(reference).any():
+        return math.nan, math.nan
     (units, ours), (_, theirs) = (_resampled(name, found, labels, classes, groups) for found in (outputs, reference))
-    return _percentiles([ours(pick) - theirs(pick) for pick in _resamples(units, seed)])
+    return _percentiles(units, (ours(pick) - theirs(pick) for pick in _resamples(units, seed)))
+
+
+def require_scorable(name: str, labels: np.ndarray, classes: Sequence[str] = (), source: str = "the data") -> None:
+    """Raise `DataError` where a metric is the same for every model, right or wrong: it would gate nothing."""
+    if name in ("pearson", "spearman", "cosine_spearman") and _constant(labels):
+        raise DataError(f"{source}: every label is {labels.flat[0]:g}, so there is no correlation to score")
+    if name == "micro_f1" and not (labels > 0).any():
+        raise DataError(f"{source}: no sample has a label, so micro F1 is 0 whatever is predicted")
+    if name == "entity_f1" and not ((labels != NO_LABEL) & (labels != list(classes).index("O"))).any():
+        raise DataError(f"{source}: no token belongs to an entity, so entity F1 is 0 whatever is predicted")
 
 
 def _resampled(
@@ -243,6 +265,8 @@ def _resamples(units: int, seed: int) -> Iterator[np.ndarray]:
     return (generator.integers(0, units, size=units) for _ in range(RESAMPLES))
 
 
-def _percentiles(values: list[float]) -> tuple[float, float]:
-    low, high = np.percentile(values, [2.5, 97.5])
+def _percentiles(units: int, values: Iterator[float]) -> tuple[float, float]:
+    if units < 2:
+        return math.nan, math.nan
+    low, high = np.percentile(list(values), [2.5, 97.5])
     return float(low), float(high)

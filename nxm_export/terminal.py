@@ -158,6 +158,11 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.2%}"
 
 
+def _score(value: float | None) -> str:
+    """JSON's null is what a file holds for NaN."""
+    return "NaN" if value is None else f"{value:.4f}"
+
+
 def print_bisects(reports: Sequence[Any]) -> None:
     """The table of every bisect report, and what it says about the cut."""
     for report in reports:
@@ -272,18 +277,19 @@ def print_search(found: Mapping[str, Any]) -> None:
 def print_summary(summary: Mapping[str, Any]) -> None:
     """The final tables of a run, from its summary."""
     low, high = summary["difference_interval"]
+    known = low is not None and high is not None  # not for a single sample, nor with NaN in the outputs
     metric = summary["metric"]
     alike = summary.get("cosine_to_dense")  # of embedding models
     print_table(
         f"{metric} on {summary['dev_samples']} held-out samples",
         ("model", metric, "note"),
         [
-            ("dense, FP32", f"{summary['dense']:.4f}", ""),
-            ("compressed, PyTorch", f"{summary['checkpoint']:.4f}", _counts(summary["plan"])),
+            ("dense, FP32", _score(summary["dense"]), ""),
+            ("compressed, PyTorch", _score(summary["checkpoint"]), _counts(summary["plan"])),
             (
                 "compressed, ONNX Runtime",
-                f"{summary['compressed']:.4f}",
-                f"difference to dense: {low:+.4f} to {high:+.4f} (95 %)",
+                _score(summary["compressed"]),
+                f"difference to dense: {low:+.4f} to {high:+.4f} (95 %)" if known else "no interval",
             ),
             *(
                 [("its cosine to the dense embeddings", f"{alike['mean']:.4f}", f"the least {alike['least']:.4f}")]
@@ -313,7 +319,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
                 name,
                 _share(report["agreement"]),
                 "NaN" if report["max_abs"] is None else f"{report['max_abs']:.2g}",
-                f"{report['value']:.4f}",
+                _score(report["value"]),
                 "pass" if report["passed"] else "FAIL",
             )
             for name, report in summary["parity"].items()

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from engines.agreement import flips
+from engines.bisect import bisect
 from engines.gates import check_gate, parse_gate
 from engines.parity import compare_all
 from engines.probes import Expected, probe, probe_samples
@@ -35,12 +36,19 @@ def test_a_gate_holds_up_to_its_limit_and_nan_passes_none(text: str, value: floa
 
 
 @pytest.mark.parametrize(
-    "text", ["drop", "drop<0.5", "speed<=1", "drop<=0.5%", "flips<=0.5", "flips<=101%", "drop<=-1", "drop<=1e999", "drop<=.", ""]
+    "text", ["drop", "drop<0.5", "speed<=1", "drop<=0.5%", "flips<=0.5", "flips<=101%", "drop<=-1", "drop<=1e999", "drop<=.", "flips(mcc)<=1%", "drop()<=1", ""]
 )  # fmt: skip
 def test_a_gate_that_could_mean_two_things_is_wrong_usage(text: str, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"write |a limit|not a number|cannot flip"):
         parse_gate(text)
     assert nxm("compare", tmp_path, tmp_path, "--data=x.tsv", f"--gate={text}").exit_code == 2
+
+
+def test_a_gate_may_name_another_metric_of_the_task() -> None:
+    gate = parse_gate("drop(mcc)<=0.5")
+    assert str(gate) == "drop(mcc)<=0.5"
+    assert check_gate(gate, {"drop": 9.0, "drop(mcc)": 0.25}).passed
+    assert not check_gate(gate, {"drop": 0.0, "drop(mcc)": 0.75}).passed
 
 
 def test_changed_classes_are_listed_by_margin() -> None:
@@ -239,6 +247,11 @@ class TestRefused:
         (engine / file).write_text(json.dumps(data))
         self.refused(message, 1, checkpoint, engine, f"--data={checkpoint.parent / 'dev.tsv'}", engine=engine)
 
+    def test_a_gate_on_a_metric_that_the_task_has_not(self, checkpoint: Path, engine: Path) -> None:
+        data = checkpoint.parent / "dev.tsv"
+        message = "drop(spearman)<=1: classification has the metrics accuracy, f1, mcc"
+        self.refused(message, 1, checkpoint, engine, f"--data={data}", "--gate=drop(spearman)<=1", engine=engine)
+
     def test_outputs_of_the_engine_file_under_another_name(
         self, checkpoint: Path, engine: Path, tmp_path: Path
     ) -> None:
@@ -248,6 +261,8 @@ class TestRefused:
         renamed = write_engine(engine, tmp_path / "renamed", rename)
         with pytest.raises(ArtifactError, match="its spec names the outputs logits, and the engine file has scores"):
             compare_all(checkpoint, [renamed], dev_features(checkpoint, engine))
+        with pytest.raises(ArtifactError, match="its spec names the outputs logits, and the engine file has scores"):
+            bisect(checkpoint, renamed, dev_features(checkpoint, engine))
         assert not (renamed / "parity.json").exists()
 
     def test_engines_that_differ_in_what_they_take(self, checkpoint: Path, engine: Path, tmp_path: Path) -> None:

@@ -355,6 +355,34 @@ def test_a_number_that_was_changed_afterwards_is_told(copied: Path, tmp_path: Pa
     assert not (tmp_path / "README.md").exists()
 
 
+def test_a_summary_has_the_worst_of_several_outputs(copied: Path) -> None:
+    """As question answering has them: a start and an end."""
+    file, summary = copied / "compare" / "ort-cpu-int8" / "parity.json", copied / "summary" / "summary.json"
+    said, short = json.loads(file.read_text()), json.loads(summary.read_text())
+    (first,) = said["outputs"]
+    second = {**first, "output": "end", "max_abs": 2 * first["max_abs"], "agreement": 0.875}
+    file.write_text(json.dumps({**said, "outputs": [first, second]}))
+    short["parity"]["ort-cpu-int8"] |= {"max_abs": second["max_abs"], "agreement": 0.875}
+    summary.write_text(json.dumps(short))
+    run = read_run(copied)
+    assert not [doubt for doubt in run.doubts if " says " in doubt]
+    made = Page(report(copied).read_text(encoding="utf-8"))
+    found = [e for e in made.all("data") if str(e["attrs"]["data-file"]).endswith("int8/parity.json")]
+    shown = {e["attrs"].get("data-pointer"): e["attrs"]["value"] for e in found}
+    assert [float(shown[f"/outputs/{i}/max_abs"]) for i in (0, 1)] == [first["max_abs"], second["max_abs"]]
+
+
+def test_what_has_no_interval_is_shown_without(copied: Path, tmp_path: Path) -> None:
+    file = copied / "summary" / "summary.json"
+    said = {**json.loads(file.read_text(encoding="utf-8")), "difference_interval": [None, None], "dense": None}
+    file.write_text(json.dumps(said), encoding="utf-8")
+    done = CliRunner().invoke(main, ["show", str(copied)])
+    assert done.exit_code == 0
+    assert "no interval" in done.stdout
+    assert "NaN" in done.stdout
+    assert report(copied, out=tmp_path / "page.html").is_file()
+
+
 def test_a_comparison_of_another_engine_is_not_shown(copied: Path) -> None:
     file = copied / "compare" / "ort-cpu-int8" / "parity.json"
     file.write_text(re.sub(r'"engine_sha256": "\w+"', f'"engine_sha256": "{"0" * 64}"', file.read_text()))
@@ -543,6 +571,10 @@ def test_the_card_of_a_run_has_its_numbers_and_says_what_it_does_not_know(finish
         f"| hw | {summary['compression']['hw']:.2%} |",
     ):
         assert said in text
+    dense = json.loads((finished / "dense" / "metrics.json").read_text(encoding="utf-8"))
+    parity = json.loads((finished / "compare" / "ort-cpu-int8" / "parity.json").read_text(encoding="utf-8"))
+    for name in ("f1", "mcc"):
+        assert f"| {name} | {dense[name]:.4f} | {parity['beside'][name][1]:.4f} |" in text
     for engine in finished.glob("engines/*/passport.json"):
         assert json.loads(engine.read_text(encoding="utf-8"))["engine_sha256"] in text
     unknown = text.partition("## What this card does not know")[2]

@@ -17,8 +17,10 @@ from click.testing import CliRunner, Result
 
 from nxm_export.checkpoint import open_checkpoint
 from nxm_export.cli import main
+from nxm_export.families import TASKS
 from nxm_export.plan import COUNTINGS, CompressionPlan
 from tests import tiny
+from tests.variants import variants
 
 QUICK = ("--samples", "24", "--held-out", "24", "--swaps", "6", "--compression", "0.85", "--threads", "1")
 
@@ -94,6 +96,19 @@ def test_it_says_what_it_cost(found: Path) -> None:
     assert cost["share_of_full_run"] == pytest.approx(seconds["all"] / cost["full_run"]["estimated_seconds"], rel=0.05)
     assert cost["full_run"]["steps"] == 6 * tiny.TRAIN_SAMPLES // 32
     assert not cost["resumed"]
+
+
+@pytest.mark.parametrize("task", variants(TASKS, ("question-answering",)))
+def test_every_task_can_be_searched(task: str, tmp_path: Path) -> None:
+    model = tiny.write_model("bert", tmp_path / "model", head=task)
+    train, _ = tiny.write_data(tmp_path, task)
+    few = ("--samples", "8", "--held-out", "8", "--swaps", "2", "--menu", "2:4+W8,W8", "--compression", "0.8")
+    out = tmp_path / "found"
+    done = nxm(
+        "search", model, "--task", task, "--train", train, *few, "--halving", "1", "--threads", "1", "--out", out
+    )
+    assert done.exit_code == 0, done.output
+    assert CompressionPlan.load(out / "plan.json").compression("hw") >= 0.8
 
 
 def test_compress_obeys_the_plan(desk: Path, found: Path) -> None:

@@ -14,6 +14,8 @@ from seqeval.metrics import f1_score as seqeval_f1
 from sklearn.metrics import f1_score
 
 from engines import parity
+from engines.agreement import DECIDING
+from engines.gates import Gate
 from engines.parity import OUTPUTS_FILE, compare
 from engines.tolerance import compare_output
 from nxm_export.data import NO_LABEL, Columns, Examples, encode, label_array, pad
@@ -22,7 +24,15 @@ from nxm_export.errors import DataError
 from nxm_export.export import export
 from nxm_export.families import TASKS
 from nxm_export.labels import LABELS, labelled, load_labelled, names_for
-from nxm_export.metrics import METRICS, ROW_METRICS, interval, metric_named, paired_interval, scored_outputs
+from nxm_export.metrics import (
+    METRICS,
+    ROW_METRICS,
+    interval,
+    metric_named,
+    paired_interval,
+    require_scorable,
+    scored_outputs,
+)
 from nxm_export.spec import load_spec
 from tests import tiny
 from tests.variants import variants
@@ -61,8 +71,12 @@ def test_a_task_goes_from_data_to_a_compared_engine(
     data = checkpoint.parent / DEV.get(task, "dev.tsv")
     features = features_of(tmp_path / "engine", str(data), Columns())
     monkeypatch.setattr(parity, "STEP_SAMPLES", 1)  # without the longest sentence, as happens in large data
-    report = compare(checkpoint, tmp_path / "engine", features)
+    gates = [Gate("drop", 100.0), *(Gate("drop", 100.0, name) for name in (TASKS[task].metric, *TASKS[task].beside))]
+    if TASKS[task].link in DECIDING:
+        gates.append(Gate("flips", 100.0))
+    report = compare(checkpoint, tmp_path / "engine", features, gates=gates)
     report.require()
+    assert report.gates[0].found == report.gates[1].found == pytest.approx(-100 * report.difference)
     assert report.metric == TASKS[task].metric
     assert report.engine_value > LEARNED[task]
     assert report.engine_interval[0] <= report.engine_value <= report.engine_interval[1]
@@ -113,6 +127,41 @@ class TestMetrics:
         values = [f1_score(labels[pick], logits[pick] > 0, average="micro", zero_division=0) for pick in picks]
         assert interval("micro_f1", logits, labels, seed=3) == pytest.approx(np.percentile(values, [2.5, 97.5]))
         assert paired_interval("micro_f1", logits, logits, labels) == (0.0, 0.0)
+
+    def test_a_single_sample_has_no_interval(self) -> None:
+        one = np.array([[0.0, 1.0]]), np.array([1])
+        assert np.isnan(interval("accuracy", *one)).all()
+        assert np.isnan(paired_interval("accuracy", one[0], *one)).all()
+        pair = np.ones((2, 3)), np.ones(2)
+        assert np.isnan(interval("cosine_spearman", *pair, groups=np.zeros(2, int))).all()
+
+    @pytest.mark.parametrize("metric", [*METRICS, "micro_f1", "entity_f1", "ndcg_at_10", "cosine_spearman"])
+    def test_one_nan_makes_a_metric_nan_with_its_intervals(self, metric: str) -> None:
+        """Else a constant class: the largest of NaN is the first."""
+        shape = (4, 3, 2) if metric == "entity_f1" else (4, 2)
+        outputs, labels = np.zeros(shape), np.zeros(shape[:-1] if metric in (*METRICS, "entity_f1") else shape, int)
+        outputs.flat[-1] = np.nan
+        groups = np.array([0, 0, 1, 1])
+        assert np.isnan(metric_named(metric, ("O", "B-X"), groups)(outputs, labels))
+        assert np.isnan(interval(metric, outputs, labels, classes=("O", "B-X"), groups=groups)).all()
+        assert np.isnan(paired_interval(metric, np.zeros(shape), outputs, labels, groups=groups)).all()
+
+    @pytest.mark.parametrize(
+        ("metric", "labels", "message"),
+        [
+            ("pearson", np.ones((4, 1)), "every label is 1"),
+            ("cosine_spearman", np.zeros(4), "every label is 0"),
+            ("micro_f1", np.zeros((4, 2)), "no sample has a label"),
+            ("entity_f1", np.array([[NO_LABEL, 0, 0]]), "no token belongs to an entity"),
+        ],
+    )
+    def test_labels_that_score_every_model_alike_gate_nothing(
+        self, metric: str, labels: np.ndarray, message: str
+    ) -> None:
+        with pytest.raises(DataError, match=message):
+            require_scorable(metric, labels, ("O", "B-X"))
+        labels.flat[-1] = 1 - labels.flat[-1]
+        require_scorable(metric, labels, ("O", "B-X"))
 
     def test_entity_f1_without_the_tag_names_is_refused(self) -> None:
         with pytest.raises(DataError, match="needs the 5 tag names"):

@@ -285,6 +285,16 @@ def read_engine(files: Files, name: str, directory: str, evidence: list[str]) ->
     return Engine(name, passport, engine, parity, tuple(blocks or _blocks(parity)), truth, share)
 
 
+def worst_output(report: Source, key: str, *, least: bool = False) -> Figure | None:
+    """The largest (or smallest) value of a comparison's outputs, which is the one that a summary has; that of the first output
+    where one of them has none."""
+    values = [output.get(key) for output in report.data["outputs"]]
+    numbers = [value for value in values if isinstance(value, (int, float))]
+    if not numbers or len(numbers) < len(values):
+        return report.at("outputs", 0, key)
+    return report.at("outputs", numbers.index(min(numbers) if least else max(numbers)), key)
+
+
 def _of_this_engine(files: Files, source: Source | None, passport: str, sha256: str) -> Source | None:
     """The result, unless it names another engine than the passport does."""
     if source is None or source.data.get("engine_sha256") == sha256:
@@ -371,8 +381,8 @@ def _contradictions(run: Run) -> Iterator[str]:
         pairs += [
             (("parity", engine.name, "passed"), report.at("passed")),
             (("parity", engine.name, "value"), report.at("engine_value")),
-            (("parity", engine.name, "agreement"), report.at("outputs", 0, "agreement")),
-            (("parity", engine.name, "max_abs"), report.at("outputs", 0, "max_abs")),
+            (("parity", engine.name, "agreement"), worst_output(report, "agreement", least=True)),
+            (("parity", engine.name, "max_abs"), worst_output(report, "max_abs")),
         ]
     for keys, found in pairs:
         said = run.figure(*keys)

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from nxm_export import __version__
 from nxm_export.errors import ArtifactError
+from nxm_export.families import TASKS
 from nxm_export.plan import COUNTINGS
 from nxm_export.report.facts import Engine, Run, read_engine_directory, read_run
 from nxm_export.report.numbers import Shown
@@ -43,6 +44,7 @@ PIPELINES = {
     "embedding": "sentence-similarity",
     "reranking": "text-ranking",
 }
+_BESIDE = list(dict.fromkeys(name for task in TASKS.values() for name in task.beside))
 _SPECIAL = re.compile(r"([\\`*_\[\]|#$~!])")
 
 
@@ -56,6 +58,7 @@ def render(source: Path) -> str:
     options = _options(run, engine)
     low, high = run.figure("difference_interval", 0), run.figure("difference_interval", 1)
     samples = run.figure("dev_samples") or (engine.parity.at("samples") if engine and engine.parity else None)
+    samples = samples or (run.compressed.at("dev_samples") if run.compressed else None)
     return (
         _environment()
         .get_template("card.md.j2")
@@ -74,6 +77,7 @@ def render(source: Path) -> str:
             low=_text(low, "signed"),
             high=_text(high, "signed"),
             samples=_text(samples, "general"),
+            beside=list(_beside(run, engine)),
             compression=[(c, _text(found, "share"), COUNTED[c]) for c in COUNTINGS if (found := compression(run, c))],
             engines=[_engine(e) for e in run.engines if e.passport is not None],
             parity=[row for e in run.engines for row in _parity(e)],
@@ -199,10 +203,20 @@ def _text(figure: Any, kind: str) -> str:
     return "not known" if figure is None else str(figure.shown(kind).text)
 
 
+def _beside(run: Run, engine: Engine | None) -> Iterator[tuple[str, str, str]]:
+    """Further metrics of the task: name, of the dense model, of the engine (of the checkpoint where no engine was compared)."""
+    for name in _BESIDE:
+        of_engine = engine.parity.at("beside", name, 1) if engine and engine.parity else None
+        compressed = of_engine or (run.compressed.at(name) if run.compressed else None)
+        if compressed is not None:
+            yield name, _text(run.dense.at(name) if run.dense else None, "score"), _text(compressed, "score")
+
+
 def _training(run: Run) -> dict[str, str]:
     """The facts of compression training, without the metric, which stands elsewhere."""
     source = run.compressed
-    keys = [key for key in source.data if key not in ("schema", "metric", "value", "interval")] if source else []
+    shown = {"schema", "metric", "value", "interval", *_BESIDE}
+    keys = [key for key in source.data if key not in shown] if source else []
     return {key.replace("_", " "): _text(source.at(key), "general") for key in keys} if source else {}
 
 

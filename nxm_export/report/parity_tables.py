@@ -31,18 +31,18 @@ def parity_tables(run: Run) -> Iterator[Table]:
         if report is None or outputs is None:
             continue
         for number in range(len(outputs.value) if isinstance(outputs.value, list) else 0):
-            first = number == 0
+            only = len(outputs.value) == 1  # a summary has one number for all outputs
 
             def at(
                 key: str,
                 kind: str,
                 number: int = number,
                 report: Source = report,
-                first: bool = first,
+                only: bool = only,
                 name: str = engine.name,
             ) -> Cell:
                 return or_dash(
-                    (run.figure("parity", name, key) if first else None) or report.at("outputs", number, key), kind
+                    (run.figure("parity", name, key) if only else None) or report.at("outputs", number, key), kind
                 )
 
             value = run.figure("parity", engine.name, "value") or report.at("engine_value")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from nxm_export.report.facts import Engine, Run
+from nxm_export.report.facts import Engine, Run, worst_output
 from nxm_export.report.numbers import Figure, Shown
 
 GOOD, BAD, OPEN, ABSENT = "good", "bad", "open", "absent"
@@ -257,7 +257,7 @@ def _parity(run: Run) -> Verdict:
     rows = []
     for engine in compared:
         agreement = run.figure("parity", engine.name, "agreement") or (
-            engine.parity.at("outputs", 0, "agreement") if engine.parity else None
+            worst_output(engine.parity, "agreement", least=True) if engine.parity else None
         )
         word = "FAIL" if engine in failed else "pass"
         pieces: tuple[Piece, ...] = (word,)

@@ -34,7 +34,10 @@ CONTRACT = (
     "sparsity_facts",
 )
 EXPORTER = ("weights", "qdq", "lowering", "verify", "sparsity", "export", "packed")
-REPORT = ("numbers", "shapes", "facts", "verdicts", "plots", "page", "hub_card")
+REPORT = (
+    *("numbers", "shapes", "files", "matrices", "facts", "verdicts"),
+    *("svg", "plots", "tables", "parity_tables", "page", "hub_card"),
+)
 APPLICATION = (
     "__main__",
     "cli",

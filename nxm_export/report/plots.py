@@ -88,6 +88,8 @@ def _tradeoff(run: Run) -> Picture | None:
     dense, compressed, hw = dense_value(run), compressed_value(run), compression(run, "hw")
     if dense is None or compressed is None or hw is None:
         return None
+    if not all(isinstance(figure.value, (int, float)) for figure in (dense, compressed)):
+        return None  # a metric that is NaN has no place in a picture
     name, front = metric(run), _front(run)
     canvas = Canvas(figsize=(WIDTH, 4.6 if front else 2.9), layout="constrained")
     panels = canvas.subplots(2 if front else 1, 1, squeeze=False)[:, 0]

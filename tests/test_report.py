@@ -531,6 +531,7 @@ def test_errors_by_block_and_what_else_a_comparison_says_are_shown(copied: Path)
     for probe in [*said["probes"], left_out]:
         assert any(probe["name"] in row and verdicts_of[probe["passed"]] in row for row in rows)
         assert not any(probe["name"] in row and "FAIL" in row for row in rows)
+    assert not any(left_out["name"] in row and "NaN" in row for row in rows)
     assert any("elsewhere" in row and "0.5" in row and "0.25" in row for row in rows)
     assert any("mcc" in row and "0.7500" in row and "0.5000" in row for row in rows)
     assert any("layer.2 <b>" in row and "0.031 of 0.0078" in row and "PARTS" in row for row in rows)

@@ -152,8 +152,12 @@ def _checks(run: Run, key: str, name: str, limit: str) -> Iterator[tuple[Cell, .
             yield (
                 Code(engine.name),
                 str(entry.get(name, "")) if isinstance(entry, Mapping) else "",
-                or_dash(report.at(key, number, "found"), "error"),
-                or_dash(report.at(key, number, limit), "error"),
+                *(
+                    "-"
+                    if passed is not None and passed.value is None
+                    else or_dash(report.at(key, number, part), "error")
+                    for part in ("found", limit)
+                ),
                 _VERDICTS.get(passed.value, "FAIL") if passed is not None else "FAIL",
                 str(entry.get("reason", "")) if isinstance(entry, Mapping) else "",
             )

@@ -41,10 +41,15 @@ def f1(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def mcc(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Matthews correlation coefficient, the metric of CoLA."""
+    """Matthews correlation coefficient, the metric of CoLA; 0 when there is one class, or one is predicted."""
     from sklearn.metrics import matthews_corrcoef
 
-    return float(matthews_corrcoef(labels, logits.argmax(axis=-1)))
+    predicted = logits.argmax(axis=-1)
+    if _constant(predicted) and _constant(
+        labels
+    ):  # scikit-learn says 0, too, with a warning on every draw of a bootstrap
+        return 0.0
+    return float(matthews_corrcoef(labels, predicted))
 
 
 def pearson(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -135,6 +135,13 @@ class TestMetrics:
         pair = np.ones((2, 3)), np.ones(2)
         assert np.isnan(interval("cosine_spearman", *pair, groups=np.zeros(2, int))).all()
 
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("label", [0, 1])
+    def test_one_class_scores_without_a_word(self, label: int) -> None:
+        right, labels = np.eye(2)[[label] * 4], np.full(4, label)
+        found = [metric_named(name)(right, labels) for name in ("accuracy", "f1", "mcc")]
+        assert found == [1.0, float(label), 0.0]
+
     @pytest.mark.parametrize("metric", [*METRICS, "micro_f1", "entity_f1", "ndcg_at_10", "cosine_spearman"])
     def test_one_nan_makes_a_metric_nan_with_its_intervals(self, metric: str) -> None:
         """Else a constant class: the largest of NaN is the first."""

@@ -40,26 +40,31 @@ class Codes(torch.autograd.Function):
 
 
 class FakeQuantize(torch.autograd.Function):
-    """``clip(round(x / scale), qmin, qmax) * scale``, float32, for one step (1,)."""
+    """``clip(round(x / scale), qmin, qmax) * scale``, float32, for one step (1,) and a range of INT8.
+
+    What is kept for the way back are `x` and the codes, a byte each.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
-        found = torch.div(x.float(), scale).round_().clamp_(qmin, qmax).mul_(scale)
-        ctx.save_for_backward(x, scale, found)
+        found = torch.div(x.float(), scale).round_().clamp_(qmin, qmax)
+        ctx.save_for_backward(x, scale, found.to(torch.int8))
         ctx.range = (qmin, qmax)
-        return found
+        return found.mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, found = ctx.saved_tensors
+        x, scale, codes = ctx.saved_tensors
         values = x.float()
         inside = _inside(grad, values, scale, *ctx.range)
-        grad_scale = (_dot(grad, found) - _dot(inside, values)).div_(scale) if ctx.needs_input_grad[1] else None
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            grad_scale = _dot(grad, codes.to(grad.dtype)) - _dot(inside, values).div_(scale)
         return inside.to(x.dtype), grad_scale, None, None
 
 
 class Product(torch.autograd.Function):
-    """``(codes @ w.T) * step * scale + bias``, float32 (..., out): the integer product of a layer, scaled once.
+    """``(codes @ w.T) * step * scale + bias``, `dtype` (..., out): the integer product of a layer, scaled once in float32.
 
     `codes` (..., in) are `Codes` with their step `step` (1,). ``w`` are the integer codes of `weight` for the steps
     `scale` (out, 1) and ``[-qmax, qmax]``; or `weight` itself with `scale` None.
@@ -82,6 +87,7 @@ class Product(torch.autograd.Function):
         bias: Tensor | None,
         gate: Tensor | None,
         qmax: int,
+        dtype: torch.dtype,
     ) -> Tensor:
         if scale is None:
             multiplied, factor = weight if gate is None else weight * gate, step
@@ -91,13 +97,14 @@ class Product(torch.autograd.Function):
         ctx.save_for_backward(codes, step, weight, scale, gate, multiplied)
         ctx.qmax, ctx.has_bias = qmax, bias is not None
         product = functional.linear(codes, multiplied).float()
-        return product.mul_(factor) if bias is None else torch.addcmul(bias, product, factor, out=product)
+        scaled = product.mul_(factor) if bias is None else torch.addcmul(bias, product, factor, out=product)
+        return scaled.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         codes, step, weight, scale, gate, multiplied = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        grad_bias = rows.sum(dim=0) if ctx.has_bias else None
+        grad_bias = rows.sum(dim=0, dtype=torch.float32) if ctx.has_bias else None
         rows = rows.to(codes.dtype)
         deployed = multiplied if scale is None else multiplied * scale.to(codes.dtype)
         grad_codes = (rows @ deployed).reshape(codes.shape)
@@ -114,7 +121,7 @@ class Product(torch.autograd.Function):
             grad_scale = (moment * step - torch.linalg.vecdot(grad_weight, weight) / steps).unsqueeze(-1)
         if gate is not None:
             grad_weight = grad_weight.mul_(gate)
-        return grad_codes, grad_step, grad_weight, grad_scale, grad_bias, None, None
+        return grad_codes, grad_step, grad_weight, grad_scale, grad_bias, None, None, None
 
 
 def _inside(grad: Tensor, x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:

@@ -175,7 +175,10 @@ class QuantLinear(nn.Linear):
             assert self.spec.qmax is not None
             scale = learned(self.log_scale, self.in_features, self.spec.qmax)  # (out, 1)
         gate = self._mask_as(self.weight.dtype)
-        return Product.apply(codes, step, self._followed(), scale, self.bias, gate, self.spec.qmax or 0)
+        # As a plain layer's would be under autocast, which halves what the layers behind it keep for the way back; but a
+        # quantizer reads it in float32, as engines do.
+        dtype = codes.dtype if self.output_quantizer is None else torch.float32
+        return Product.apply(codes, step, self._followed(), scale, self.bias, gate, self.spec.qmax or 0, dtype)
 
     def _float_weight(self) -> Tensor:
         gate = self._mask_as(self.weight.dtype)

@@ -153,7 +153,7 @@ def test_bfloat16_autocast_multiplies_the_same_integers() -> None:
     x = randn(7, 16)
     exact = layer(x)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = layer(x)
+        mixed = layer(x).float()
     # The codes are exact in bfloat16; only the product is rounded, to 8 bits of mantissa.
     torch.testing.assert_close(mixed, exact, rtol=2**-8, atol=2**-8 * float(exact.detach().abs().max()))
     rounded = torch.nn.functional.linear(x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16()).float()  # type: ignore[union-attr]

@@ -127,16 +127,34 @@ def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
     flat = np.ascontiguousarray(values, np.uint16 if bits > 8 else np.uint8).reshape(-1)
     if bits == 8:
         return flat
-    planes = ((flat[:, None] >> np.arange(bits, dtype=flat.dtype)) & 1).astype(np.uint8)  # (values, bits)
-    return np.packbits(planes.reshape(-1), bitorder="little")
+    if bits > 8:
+        planes = ((flat[:, None] >> np.arange(bits, dtype=flat.dtype)) & 1).astype(np.uint8)  # (values, bits)
+        return np.packbits(planes.reshape(-1), bitorder="little")
+    eights = np.zeros(-(-flat.size // 8) * 8, np.uint8)  # eight values fill a whole number of bytes, at most eight
+    eights[: flat.size] = flat
+    words = np.zeros(eights.size // 8, "<u8")
+    for i in range(8):
+        words |= eights[i::8].astype("<u8") << np.uint64(bits * i)
+    return np.ascontiguousarray(words.view(np.uint8).reshape(-1, 8)[:, :bits]).reshape(-1)[: -(-flat.size * bits // 8)]
 
 
 def unpack_bits(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """The first `count` values of `pack_bits`, as uint16."""
+    """The first `count` values of `pack_bits`, as uint16; raises `ValueError` for a bit string that is too short."""
+    if packed.size < -(-count * bits // 8):
+        raise ValueError(f"{count} values of {bits} bits need more than {packed.size} bytes")
     if bits == 8:
         return packed[:count].astype(np.uint16)
-    planes = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
-    return (planes.astype(np.uint16) << np.arange(bits, dtype=np.uint16)).sum(axis=1, dtype=np.uint16)
+    if bits > 8:
+        planes = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
+        return (planes.astype(np.uint16) << np.arange(bits, dtype=np.uint16)).sum(axis=1, dtype=np.uint16)
+    strings = np.zeros((-(-count // 8), bits), np.uint8)
+    strings.reshape(-1)[: packed.size] = packed[: strings.size]
+    words = np.zeros((len(strings), 8), np.uint8)
+    words[:, :bits] = strings
+    found = np.empty((len(strings), 8), np.uint16)
+    for i in range(8):
+        found[:, i] = (words.view("<u8")[:, 0] >> np.uint64(bits * i)) & np.uint64(2**bits - 1)
+    return found.reshape(-1)[:count]
 
 
 @lru_cache
@@ -147,16 +165,28 @@ def supports(pattern: NMPattern) -> np.ndarray:
 
 def support_index(kept: np.ndarray, pattern: NMPattern) -> np.ndarray:
     """Index of each group's support; `kept` is boolean (groups, M) with exactly N true."""
-    weights = 1 << np.arange(pattern.m, dtype=np.int64)
     codes = (1 << supports(pattern)).sum(axis=1)  # each support as a bit mask
+    found = np.zeros(len(kept), np.int64)
+    for position in range(pattern.m):  # column by column: a matrix product of integers is many times slower
+        found |= kept[:, position].astype(np.int64) << position
+    if pattern.m <= 16:
+        index = np.zeros(1 << pattern.m, np.int64)
+        index[codes] = np.arange(len(codes))
+        return index[found]
     order = np.argsort(codes)
-    return order[np.searchsorted(codes[order], kept @ weights)]
+    return order[np.searchsorted(codes[order], found)]
 
 
 def exact_support(values: np.ndarray, pattern: NMPattern) -> np.ndarray:
     """Boolean (groups, M) with exactly N true: all non-zeros of `values` (groups, M), filled up from the left."""
-    rank = np.argsort(values == 0, axis=1, kind="stable").argsort(axis=1, kind="stable")
-    return rank < pattern.n
+    kept = values != 0
+    free = pattern.n - kept.sum(axis=1)
+    for position in range(pattern.m):
+        column = kept[:, position]
+        filled = (free > 0) & ~column
+        free -= filled
+        column |= filled
+    return kept
 
 
 def _pack_weight(checkpoint: Checkpoint, name: str) -> dict[str, np.ndarray]:
@@ -175,7 +205,7 @@ def _pack_weight(checkpoint: Checkpoint, name: str) -> dict[str, np.ndarray]:
         return {f"{name}.values": _stored(values, spec)}
     groups = values.reshape(-1, spec.pattern.m)
     zero = 0 if spec.qmax is None else spec.qmax
-    kept = exact_support(groups.astype(np.float32) - zero, spec.pattern)
+    kept = exact_support(groups != zero, spec.pattern)
     index = support_index(kept, spec.pattern)
     return {
         f"{name}.values": _stored(groups[kept], spec),
@@ -198,8 +228,10 @@ def _unpack_weight(
         if spec.pattern is not None:
             groups = out * in_ // spec.pattern.m
             index = unpack_bits(tensors[f"{name}.index"], spec.pattern.index_bits, groups)
-            dense = np.full((groups, spec.pattern.m), spec.qmax or 0, values.dtype)
-            np.put_along_axis(dense, supports(spec.pattern)[index], values.reshape(groups, spec.pattern.n), axis=1)
+            dense = np.full(groups * spec.pattern.m, spec.qmax or 0, values.dtype)
+            first, kept = np.arange(groups) * spec.pattern.m, values.reshape(groups, spec.pattern.n)
+            for number, positions in enumerate(supports(spec.pattern).T):
+                dense[first + positions[index]] = kept[:, number]
             values = dense
     except (KeyError, ValueError, IndexError) as error:
         raise ArtifactError(f"{file}: {name} is missing or has the wrong size; the file is damaged") from error

@@ -21,10 +21,11 @@ RECIPE_TITLES = {
     "one-shot": "one-shot magnitude + PTQ",
     "paper": "paper recipe",
 }
-# Ablations: what a row's name ends in, what its title says, which settings differ.
-CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
-    "permuted": ("channels permuted", {"permute": True}),
-    "activation": ("masks weighted by activations", {"mask_scores": "activation"}),
+# Ablations: what a row's name ends in, what its title says, which settings differ, or where its quantizers are.
+CHANGES: dict[str, tuple[str, dict[str, Any], str | None]] = {
+    "permuted": ("channels permuted", {"permute": True}, None),
+    "activation": ("masks weighted by activations", {"mask_scores": "activation"}, None),
+    "attention": ("products inside attention in INT8, too", {}, "attention"),
 }
 STANDARD = (
     "dense",
@@ -71,6 +72,11 @@ class Row:
         for change in self.changes:
             changed |= CHANGES[change][1]
         return changed
+
+    @property
+    def placement(self) -> str:
+        """Where its plan puts activation quantizers."""
+        return next((CHANGES[change][2] for change in self.changes if CHANGES[change][2]), None) or "inputs-outputs"
 
     @property
     def slug(self) -> str:

@@ -138,9 +138,7 @@ class Measure:
         """The row's plan, and for a searched one what the search says."""
         if row.option is not None:
             source = resolve(teacher)
-            return source.family.uniform_plan(
-                source.config, WeightSpec.parse(row.option), placement="inputs-outputs"
-            ), {}
+            return source.family.uniform_plan(source.config, WeightSpec.parse(row.option), placement=row.placement), {}
         assert row.search is not None
         method, counting, compression = row.search
         out = self._directory(seed) / f"{row.slug}.search"

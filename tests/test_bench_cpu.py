@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tools import bench_cpu
-from tools.bench_cpu import OPENVINO, ORT, PEER, section
+from tools.bench_cpu import OPENVINO, ORT, PEER
+from tools.cpu_section import section
 from tools.measuring import DOCUMENT
 
 

@@ -162,6 +162,36 @@ def time_steps(name: str, batch: int, sequence: int, rounds: int, bf16: bool) ->
     }
 
 
+def time_compiled(name: str, batch: int, sequence: int, rounds: int, bf16: bool) -> list[dict[str, Any]]:
+    """Steps of a model under ``torch.compile`` against the same steps without, and the seconds until its first is done."""
+    found = []
+    for kind in ("plain", "qat"):
+        eager, compiled = (arm(kind, name, bf16)[0] for _ in range(2))
+        compiled.student.model = torch.compile(compiled.student.model)  # type: ignore[assignment]  # it is called like one
+        feed, taken = batches(batch, sequence), {"eager": [], "compiled": []}  # type: dict[str, list[float]]
+        began = time.perf_counter()
+        compiled.step(next(feed))
+        first = time.perf_counter() - began
+        for number in range(-2, rounds):
+            sample = next(feed)
+            for which, made in (("eager", eager), ("compiled", compiled)):
+                began = time.perf_counter()
+                made.step(sample)
+                if number >= 0:
+                    taken[which].append(time.perf_counter() - began)
+        found.append(
+            {
+                "model": name,
+                "batch": batch,
+                "sequence": sequence,
+                "arm": kind,
+                "first_step": first,
+                "ratio": paired_ratio(taken["compiled"], taken["eager"]),
+            }
+        )
+    return found
+
+
 def time_dual(name: str, sequence: int, step_seconds: float, repeats: int, bf16: bool) -> list[dict[str, Any]]:
     """Seconds of a dual update and of what it logs, and their share of a phase in which they come as often as they may."""
     found = []
@@ -262,7 +292,9 @@ def measure_memory(name: str, batch: int, sequence: int, precision: str, threads
     }
 
 
-def measure(rounds: int, precision: str, threads: int, shapes: Sequence[tuple[str, int, int]]) -> dict[str, Any]:
+def measure(
+    rounds: int, precision: str, threads: int, shapes: Sequence[tuple[str, int, int]], compile_too: bool
+) -> dict[str, Any]:
     """The record; memory is measured at all shapes but the first, where there are several."""
     keep_freed_memory()
     bf16 = wants_bf16(precision)
@@ -271,6 +303,7 @@ def measure(rounds: int, precision: str, threads: int, shapes: Sequence[tuple[st
     for name, batch, sequence in shapes:
         tokens = batch * sequence
         steps.append(time_steps(name, batch, sequence, max(min(rounds, 6), rounds * 1024 // tokens), bf16))
+    compiled = time_compiled(*shapes[0], rounds, bf16) if compile_too else []
     for name in dict.fromkeys(name for name, _, _ in shapes):
         first = next(row for row in steps if row["model"] == name)
         dual += time_dual(name, first["sequence"], first["seconds"]["admm"]["median"], 7, bf16)
@@ -280,6 +313,7 @@ def measure(rounds: int, precision: str, threads: int, shapes: Sequence[tuple[st
         "option": OPTION,
         "precision": "bf16 autocast" if bf16 else "fp32",
         "steps": steps,
+        "compiled": compiled,
         "dual": dual,
         "memory": memory,
     }
@@ -311,6 +345,16 @@ def section(record: dict[str, Any]) -> str:
                 f"| {row['model']}, {row['batch']} x {row['sequence']} | {titles[kind]} | {_ms(row['seconds'][kind])} | "
                 + (f"{titles[ratio['to']]} | {_ratio(ratio)} | {wanted.get(kind, '')} |" if ratio else "– | – | |")
             )
+    if record["compiled"]:
+        told = "; ".join(
+            f"{titles[row['arm']]} {_ratio(row['ratio'])} of the time, the first step after {row['first_step']:.0f} s"
+            for row in record["compiled"]
+        )
+        first = record["compiled"][0]
+        lines += [
+            "",
+            f"`torch.compile`, {first['model']}, {first['batch']} x {first['sequence']}: {told}. It is not used.",
+        ]
     lines += [
         "",
         "Dual update with projection, all matrices. *Share*: of a phase of as many updates as there are at most, over as many steps as six "
@@ -357,6 +401,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=20, help="of a batch of 1024 tokens; larger ones get fewer")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--compile", action="store_true", help="try torch.compile, too: needs a C++ compiler and minutes"
+    )
     parser.add_argument("--render", action="store_true", help="only write the document again")
     parser.add_argument("--print", action="store_true", help="print the section, write nothing")
     parser.add_argument(
@@ -373,7 +420,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     shapes = (("tiny", 4, 16),) if chosen.smoke else SHAPES
     record = (
-        load_record("training") if chosen.render else measure(chosen.rounds, chosen.precision, chosen.threads, shapes)
+        load_record("training")
+        if chosen.render
+        else measure(chosen.rounds, chosen.precision, chosen.threads, shapes, chosen.compile)
     )
     if chosen.print or chosen.smoke:
         print(section(record))

@@ -90,7 +90,9 @@ def parse_gate(text: str) -> Gate:
 def check_gate(gate: Gate, found: Mapping[str, float]) -> GateResult:
     """Hold a gate against the quantities `found`; NaN passes no gate."""
     value, least = found[gate.key], gate.quantity in LEAST
-    passed = bool(value >= gate.limit if least else value <= gate.limit)
+    # A drop of 0.5 points is a difference of two means: it may come out a rounding error above the limit that it is equal to.
+    slack = 1e-9 * max(1.0, abs(gate.limit))
+    passed = bool(value >= gate.limit - slack if least else value <= gate.limit + slack)
     return GateResult(
         str(gate),
         value,

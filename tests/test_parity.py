@@ -274,3 +274,11 @@ class TestRefused:
 
     def test_the_same_engine_twice(self, checkpoint: Path, engine: Path) -> None:
         self.refused("given twice", 2, checkpoint, engine, engine, "--data=x.tsv", engine=engine)
+
+
+def test_a_drop_equal_to_its_limit_passes_however_it_was_rounded() -> None:
+    gate = parse_gate("drop<=0.5")
+    one_of_200 = 100 * (172 / 200 - 171 / 200)
+    assert one_of_200 > 0.5  # by a rounding error
+    assert check_gate(gate, {"drop": one_of_200}).passed
+    assert not check_gate(gate, {"drop": 100 * (853 / 1000 - 847 / 1000)}).passed

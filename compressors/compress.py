@@ -24,6 +24,7 @@ from compressors.models import Source, load_model, load_tokenizer, quiet, resolv
 from compressors.phases import Job, freeze_embeddings, save_every, steps_of
 from compressors.resume import claim, request_hash
 from compressors.settings import Settings, prepare_process
+from compressors.table import tables
 from compressors.task_data import TaskData, read_task_data
 from compressors.train import LOG_FILE, Phase, Progress, predict, run_phase
 from nxm_export.checkpoint import open_checkpoint, save_plan
@@ -31,7 +32,7 @@ from nxm_export.data import Columns, group_array, label_array
 from nxm_export.embedding import read_pooling, write_pooling
 from nxm_export.errors import DataError
 from nxm_export.families import size_of, task_named
-from nxm_export.metrics import interval, metric_named
+from nxm_export.metrics import interval, metric_named, paired_interval
 from nxm_export.plan import CompressionPlan
 from nxm_export.run_dir import atomic_dir
 
@@ -148,7 +149,7 @@ def compress(
     job = Job(source, data, plan, settings, work_dir, progress)
     student, facts = job.run()
     logits, found = _outputs(student, data, progress)  # with activation quantizers, so before baking
-    metrics = facts | found
+    metrics = facts | found | _table_cost(student, logits, data, progress)
     if outputs is not None and not distributed.rank():
         _save_outputs(outputs, logits, data)
     scales = bake(student, plan)
@@ -186,6 +187,24 @@ def _outputs(model: nn.Module, data: TaskData, progress: Progress) -> tuple[np.n
         "interval": interval(data.task.metric, logits, labels, classes=names, groups=groups),
         "dev_samples": len(labels) if groups is None else len(np.unique(groups)),  # of what is scored
     }
+
+
+def _table_cost(model: nn.Module, logits: np.ndarray, data: TaskData, progress: Progress) -> dict[str, Any]:
+    """What rounding the embedding table costs by itself, where it is planned INT8: the dev metric of the same weights with the
+    float table minus that of the `logits` with the rounded one, in points, and its 95 % paired interval."""
+    found = tables(model)
+    if not found:
+        return {}
+    for table in found:
+        table.rounds = False
+    before = predict(model, data.dev, data.pad_id, progress=lambda done, total: progress("evaluate", done, total))
+    for table in found:
+        table.rounds = True
+    metric, labels, names, groups = data.task.metric, label_array(data.dev), data.classes or (), group_array(data.dev)
+    value = metric_named(metric, names, groups)
+    low, high = paired_interval(metric, before, logits, labels, classes=names, groups=groups)
+    drop = 100 * (value(before, labels) - value(logits, labels))
+    return {"table_drop": drop, "table_drop_interval": [100 * low, 100 * high]}
 
 
 def _save_outputs(file: Path, logits: np.ndarray, data: TaskData) -> None:

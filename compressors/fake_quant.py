@@ -32,6 +32,7 @@ from compressors.codes import (
 from compressors.distributed import world_size
 from compressors.observers import HistogramObserver
 from compressors.project import magnitude_scores, mse_scale, nm_mask
+from compressors.table import QuantEmbedding, tables
 from nxm_export.errors import ArtifactError
 from nxm_export.families import Family
 from nxm_export.plan import CompressionPlan, WeightSpec
@@ -255,6 +256,9 @@ def prepare(model: nn.Module, plan: CompressionPlan, family: Family, config: Map
                 layer_.input_quantizer = ActivationQuantizer()
         if plan.residual == "int8":
             _quantize_residuals(model, block, family, first, layers.get(f"{family.linear(block, 'ffn_up')}.weight"))
+    if plan.embedding == "int8":
+        path = family.table.removesuffix(".weight")
+        _replace(model, path, QuantEmbedding(model.get_submodule(path), family.table))  # type: ignore[arg-type]
     device = next(model.parameters()).device
     model.to(device)
     if plan.attention == "int8":
@@ -309,6 +313,10 @@ def bake(model: nn.Module, plan: CompressionPlan) -> dict[str, np.ndarray]:
         if layer.bias is not None:
             plain.bias = layer.bias
         _replace(model, path, plain)
+    for table in tables(model):
+        baked, scale = table.baked()
+        scales[f"{table.name}_scale"] = scale.cpu().numpy()
+        _replace(model, table.name.removesuffix(".weight"), table.plain(baked))
     return scales
 
 

@@ -52,7 +52,8 @@ class SearchSettings:
     counting. `latency_ms`, with `latencies`, adds a second constraint: milliseconds per (role, option). `pareto` are
     further compressions to report from the same table, `halving` the optimizer steps of each round of short runs, after
     which the better half of the finalists stays. `samples` to calibrate on and samples to be held out and judge are chosen
-    so that the search takes about `COST_SHARE` of a compression run, where they are not given (see `passes`).
+    so that the search takes about `COST_SHARE` of a compression run, where they are not given (see `passes`). `embedding` is that
+    of every plan: the table is no part of what is searched, and the one-shot scores leave it in float.
     """
 
     menu: tuple[str, ...] = DEFAULT_MENU
@@ -69,6 +70,7 @@ class SearchSettings:
     batch_size: int = 32
     percentile: float = 99.99
     placement: str = "inputs-outputs"
+    embedding: str = "float"
     seed: int = 0
     latency_ms: float | None = None
     latencies: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -346,7 +348,8 @@ class Selector:
     def plan_of(self, choice: Choice) -> CompressionPlan:
         """The plan of a choice, with the output quantizers of the placement."""
         attention = "int8" if self.settings.placement == "attention" else "float"
-        return CompressionPlan(self.family.model_type, self._specs(choice), self.shapes, attention)
+        specs, embedding = self._specs(choice), self.settings.embedding
+        return CompressionPlan(self.family.model_type, specs, self.shapes, attention, embedding=embedding)
 
     def ties(self) -> dict[str, list[list[int]]]:
         """Groups of weights (by index) that must take the same option: none, those of one role, those of one layer."""

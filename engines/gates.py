@@ -5,6 +5,8 @@
 * ``flips<=0.5%``: at most that share of the samples changes its class.
 * ``max_abs<=0.1``: no value of any output differs by more.
 * ``cosine>=0.99``: no sample's embedding has a lower cosine with the checkpoint's.
+* ``table<=0.5``: what rounding the embedding table to INT8 cost, in points. The checkpoint has the rounded table, so no
+  comparison with it can tell; ``nxm compress`` measured it on its dev data, with all else equal.
 """
 
 from __future__ import annotations
@@ -13,14 +15,17 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from nxm_export.errors import EngineError
+from nxm_export.errors import DataError, EngineError
+from nxm_export.run_dir import read_json
 
 QUANTITIES = {
     "drop": "points of the task metric below the checkpoint's",
     "flips": "% of the samples with another class",
     "max_abs": "largest |difference| of any output",
     "cosine": "lowest cosine of a sample's embedding with the checkpoint's",
+    "table": "points of the task metric that rounding the embedding table cost, on the dev data of `nxm compress`",
 }
 LEAST = ("cosine",)  # the more the better: a gate says at least
 _FORM = re.compile(r"\s*(\w+)(?:\((\w+)\))?\s*([<>]=)\s*([0-9.eE+-]+)\s*(%?)\s*")
@@ -28,7 +33,7 @@ _FORM = re.compile(r"\s*(\w+)(?:\((\w+)\))?\s*([<>]=)\s*([0-9.eE+-]+)\s*(%?)\s*"
 
 @dataclass(frozen=True)
 class Gate:
-    """``quantity <= limit`` (of `LEAST`: ``>=``); drops are in metric points, flips in percent, max_abs in the output's own unit."""
+    """``quantity <= limit`` (of `LEAST`: ``>=``); drop and table are in metric points, flips in percent, max_abs in the output's own unit."""
 
     quantity: str
     limit: float
@@ -60,7 +65,7 @@ def parse_gate(text: str) -> Gate:
     match = _FORM.fullmatch(text)
     if match is None or match[1] not in QUANTITIES or (match[2] and match[1] != "drop"):
         raise EngineError(
-            f"{text!r} is not a gate; write drop<=0.5 (metric points; of another metric drop(mcc)<=0.5), flips<=0.5%, max_abs<=0.1 or cosine>=0.99"
+            f"{text!r} is not a gate; write drop<=0.5 (metric points; of another metric drop(mcc)<=0.5), flips<=0.5%, max_abs<=0.1, cosine>=0.99 or table<=0.5"
         )
     quantity, metric, sign, number, percent = match.groups()
     if (sign == ">=") != (quantity in LEAST):
@@ -77,6 +82,7 @@ def parse_gate(text: str) -> Gate:
         unit = {
             "flips": "a share in percent: flips<=0.5%",
             "drop": "metric points: drop<=0.5",
+            "table": "metric points: table<=0.5",
             "cosine": "a number: cosine>=0.99",
         }
         raise EngineError(f"{text!r}: write {unit.get(quantity, 'the difference itself: max_abs<=0.1')}")
@@ -85,6 +91,19 @@ def parse_gate(text: str) -> Gate:
     if percent and limit > 100.0:
         raise EngineError(f"{text!r}: more than all samples cannot flip")
     return Gate(quantity, limit, metric)
+
+
+def table_drop(checkpoint: Path) -> float:
+    """Points that a checkpoint's INT8 embedding table cost, from its ``metrics.json``; `DataError` where it does not say."""
+    file = checkpoint / "metrics.json"
+    found = read_json(file, "compress again") if file.is_file() else None
+    value = found.get("table_drop") if isinstance(found, dict) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise DataError(
+            f"a gate on table needs a checkpoint that `nxm compress --embedding int8` made, and {checkpoint} has no table_drop in "
+            "its metrics.json; drop the gate, or compress with it"
+        )
+    return float(value)
 
 
 def check_gate(gate: Gate, found: Mapping[str, float]) -> GateResult:

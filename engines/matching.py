@@ -6,6 +6,7 @@ What cannot be compared is refused by name here, so that a number is never about
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,13 @@ def plan_of(checkpoint: Path, directory: Path, passport: EnginePassport) -> Any:
         )
     if not compressed:
         return None
-    plan = open_checkpoint(checkpoint).plan.at_placement(passport.graph["placement"])
+    whole = open_checkpoint(checkpoint).plan
+    stored = passport.plan.get(
+        "embedding", "float"
+    )  # a graph may hold the embedding table in float where the plan says INT8
+    plan = replace(
+        whole.at_placement(passport.graph["placement"]), embedding=stored if whole.embedding == "int8" else "float"
+    )
     if plan_summary(plan) != passport.plan:
         raise ArtifactError(
             f"{directory} was built for the plan {passport.plan.get('options')}, and {checkpoint} has {plan.pattern_counts}; give the one it was exported from"

@@ -30,7 +30,7 @@ import numpy as np
 from engines import torch_eager
 from engines.agreement import DECIDING, Pair, cosines, pair_of, spread
 from engines.base import Engine, backend
-from engines.gates import Gate, GateResult, check_gate
+from engines.gates import Gate, GateResult, check_gate, table_drop
 from engines.matching import plan_of, require_alike, require_from, require_outputs
 from engines.passport import EnginePassport, load_passport
 from engines.probes import Expected, Probe, finite_probe, probe, probe_samples
@@ -219,6 +219,7 @@ def compare_all(
             if gate.metric not in (None, task.metric, *task.beside):
                 raise DataError(f"{gate}: {task.name} has the metrics {', '.join((task.metric, *task.beside))}")
             require_scorable(gate.metric or task.metric, label_array(features), parts[0].spec.labels)
+    beforehand = {"table": table_drop(checkpoint)} if any(gate.quantity == "table" for gate in gates) else {}
     parts, skipped = _runnable(parts)
     measured: dict[str, _Measured] = {}  # engines of one dtype and placement share the reference
     found: list[tuple[dict[str, np.ndarray], list[Probe]]] = []
@@ -233,7 +234,7 @@ def compare_all(
             for other, (theirs, _) in zip(parts, found, strict=True)
             if other.directory != part.directory
         ]
-        reports.append(_report(part, measured[part.key], outputs, probes, others, features, gates))
+        reports.append(_report(part, measured[part.key], outputs, probes, others, features, gates, beforehand))
     labels, groups = label_array(features), group_array(features)
     beside = {"labels": labels} if groups is None else {"labels": labels, "groups": groups}
     for part, (outputs, _), report in zip(parts, found, reports, strict=True):
@@ -405,6 +406,7 @@ def _report(
     others: Sequence[tuple[Part, Mapping[str, np.ndarray]]],
     features: Sequence[Features],
     gates: Sequence[Gate],
+    beforehand: Mapping[str, float],
 ) -> ParityReport:
     wanted, spec = measured.wanted, part.spec
     task = TASKS[spec.task]
@@ -429,6 +431,7 @@ def _report(
     ]
     of_engine, of_reference = value(scored, labels), value(scored_reference, labels)
     quantities = {
+        **beforehand,
         "drop": 100.0 * (of_reference - of_engine),
         "flips": 100.0
         * float(np.max([1.0 - (1.0 if output.agreement is None else output.agreement) for output in outputs])),

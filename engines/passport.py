@@ -187,6 +187,7 @@ def plan_summary(plan: CompressionPlan | None) -> dict[str, Any]:
     return {
         "options": plan.pattern_counts,
         "attention": plan.attention,
+        **({"embedding": plan.embedding} if plan.embedding != "float" else {}),
         "compression": {c: round(plan.compression(c), 4) for c in COUNTINGS},
     }
 

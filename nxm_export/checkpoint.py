@@ -36,6 +36,7 @@ PLAN_FILE = "nxm_plan.json"
 SCALES_FILE = "nxm_scales.safetensors"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+TABLE_QMAX = 127  # of an INT8 embedding table
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -54,7 +55,7 @@ class Checkpoint:
         return read_tensor(self.path, name)
 
     def weight_scale(self, name: str) -> np.ndarray:
-        """Per output channel scales (out,) float32 of a quantized weight."""
+        """Scales float32 of a quantized weight, per output channel (out,), or of an INT8 embedding table, per row (tokens,)."""
         return self._scale(f"{name}_scale")
 
     def input_scale(self, name: str) -> float:
@@ -77,12 +78,14 @@ class Checkpoint:
         return self.scales[key]
 
     def codes(self, name: str) -> np.ndarray:
-        """The weight's integer codes, int8 (out, in): dividing baked weights by their scale gives them back exactly."""
+        """Integer codes int8 (out, in) of a quantized weight, or (tokens, features) of an embedding table that is planned INT8:
+        dividing baked values by their scale gives them back exactly."""
         scale = self.weight_scale(name)
         return np.rint(self.weight(name) / scale[:, None]).astype(np.int8)
 
     def require_valid(self) -> None:
-        """Raise `ArtifactError` unless every planned weight keeps its pattern and lies on its integer grid."""
+        """Raise `ArtifactError` unless every planned weight keeps its pattern and lies on its integer grid, and so does an
+        embedding table that is planned INT8."""
         self.plan.require_fits(self.family.model_type, self.family.weights(self.config))
         for name, spec in self.plan.weights.items():
             weight = self.weight(name)
@@ -105,6 +108,11 @@ class Checkpoint:
             if spec.output_bits:
                 self.output_scale(name)
         self._require_shared_inputs()
+        if self.plan.embedding == "int8":
+            table = self.weight(self.family.table)
+            if not np.isfinite(table).all():
+                raise ArtifactError(f"{self.path}: {self.family.table} holds NaN or infinite values; compress again")
+            self._require_grid(self.family.table, table, TABLE_QMAX)
 
     def _require_shared_inputs(self) -> None:
         """Query, key and value read one tensor, and it is quantized once."""

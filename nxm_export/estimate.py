@@ -37,6 +37,7 @@ def estimate(request: Request) -> dict[str, Any]:
         placement=request.placement,
         keep_dense=request.keep_dense,
         residual=request.residual,
+        embedding=request.embedding,
     )
     task = task_named(request.task)
     train, dev = (
@@ -60,10 +61,14 @@ def estimate(request: Request) -> dict[str, Any]:
     saved = sum(
         plan.shapes[name][0] * plan.shapes[name][1] * 3 for name, spec in plan.weights.items() if spec.weight_bits
     )
+    if plan.embedding == "int8":
+        tokens_known, features = source.family.table_shape(source.config)
+        saved += tokens_known * (features * 3 - 4)  # codes of 1 byte for floats of 4, and a scale per row
     return {
         "train_samples": count,
         "dev_samples": len(dev.texts),
         "plan": plan.pattern_counts,
+        "embedding": plan.embedding,
         "compression": {counting: plan.compression(counting) for counting in COUNTINGS},
         "dense_steps": dense_steps,
         "dense_seconds": round(dense_steps * step, 1),

@@ -54,20 +54,21 @@ METADATA = "nxm."  # prefix of our entries in the ONNX metadata
 
 @dataclass(frozen=True)
 class Target:
-    """What a graph is made for: float dtype of the graph, opset, how weights are stored, and which quantizers stay (None:
-    all that were trained)."""
+    """What a graph is made for: float dtype of the graph, opset, how weights are stored, which quantizers stay (None: all that
+    were trained), and how an embedding table that is planned INT8 is stored."""
 
     name: str
     dtype: str
     opset: int
     placement: str | None
     stored: str = "int8"
+    embedding: str = "float"  # TensorRT takes integer constants in front of DequantizeLinear alone
 
 
 TARGETS = {
     # At opset 21 ONNX Runtime 1.32 cannot load the plain file: it moves pairs through reshapes with output_dtype INT8, then
     # makes their zero points UINT8. Below 20 there is no Gelu.
-    "cpu": Target("cpu", "float32", 20, "inputs"),
+    "cpu": Target("cpu", "float32", 20, "inputs", embedding="int8"),
     "trt": Target("trt", "float16", 21, None),
     "trt8": Target("trt8", "float32", 17, None, stored="float"),
 }
@@ -99,12 +100,14 @@ def export(
     """Write ``model.onnx``, ``verify.json``, ``spec.json`` and the tokenizer to `out`, from a checkpoint directory.
 
     `dtype` (float32, float16, bfloat16) and `placement` (one of `GRAPH_PLACEMENTS`) override the target's; a placement can
-    only drop quantizers that the plan trained, never add some. `lowering` is one of `LOWERINGS`. `islands` computes
+    only drop quantizers that the plan trained, never add some. An embedding table that is planned INT8 is stored so by target
+    ``cpu``; the others store the same values in float, and their graph's plan says float. `lowering` is one of `LOWERINGS`. `islands` computes
     LayerNorm and softmax in another float dtype than the graph's. `max_length` (tokens) lowers the longest input that the
     graph is meant for; INT8 attention, where trained, is exported up to 512 tokens and runs in float above.
     Raises `ExportError`, `ArtifactError`, `PlanError`; a graph that breaks its plan is never written.
     """
     from nxm_export.lowering import Lowering
+    from nxm_export.table import fold_table
     from nxm_export.verify import verify
     from nxm_export.weights import save_graph
 
@@ -124,10 +127,16 @@ def export(
         raise ExportError(f"lowering {lowering} is for compressed checkpoints; {path} has no {PLAN_FILE}")
     model = _trace(path, kind, family, dtype, max(chosen.opset, 18))
     matrices = family.weights(config)
-    _require_same_weights(model, path, matrices, dtype)
+    int8_table = [family.table] if plan and plan.embedding == "int8" else []
+    _require_same_weights(model, path, [*matrices, *int8_table], dtype)
     rounding = 0.0
     if compressed and plan:
         rounding = _quantize(model, compressed, plan, family, dtype, Lowering(model.graph, lowering), chosen.stored)
+    hashes = {}
+    for name in int8_table:
+        assert compressed is not None
+        codes, scale = compressed.codes(name), compressed.weight_scale(name)
+        hashes["table"] = fold_table(model.graph, name, codes, scale, _numpy_dtype(dtype))
     rewritten = [name for name in matrices if plan and not _is_plain(plan.weights[name], lowering)]
     _name_float_weights(model, [name for name in matrices if name not in rewritten])
     _tidy(model)
@@ -141,6 +150,7 @@ def export(
         "islands": islands or dtype,
         "gelu": family.gelu(config) or "none",
         "weights": weights_hash(path),
+        **hashes,
     }
     if kind.auto_class is None:
         facts["pooling"] = str(read_pooling(path))
@@ -176,7 +186,8 @@ def _placed(plan: CompressionPlan, target: Target, placement: str | None, max_le
                 f"lower it (--max-length {INT8_ATTENTION_TOKENS}) or use --placement inputs-outputs"
             )
         chosen = "inputs-outputs"
-    return plan.at_placement(chosen)
+    placed = plan.at_placement(chosen)
+    return placed if target.embedding == "int8" else replace(placed, embedding="float")
 
 
 def _require_islands(islands: str | None, dtype: str, target: Target) -> None:

@@ -29,7 +29,8 @@ class Family:
     """One Hugging Face ``model_type``.
 
     `base` is the encoder's attribute in a task model, `block` the module path of encoder block ``i`` inside it, `linears`
-    the six compressible linear layers of a block by role. The `*_key` fields name the sizes in ``config.json``.
+    the six compressible linear layers of a block by role, `words` the module path of the word-embedding table. The `*_key`
+    fields name the sizes in ``config.json``.
 
     With `shared_keys`, the names of how many groups of blocks there are and how many blocks are in a group, the layers of
     the model share those groups (ALBERT), and `block` has ``{group}`` and ``{i}``: a block then runs more than once
@@ -51,6 +52,8 @@ class Family:
     )
     positions_after_padding: bool = False  # RoBERTa counts positions from pad_token_id + 1
     shared_keys: tuple[str, str] | None = None
+    words: str = "embeddings.word_embeddings"
+    embedding_key: str | None = None  # size of the table's rows, where it is not the hidden size
 
     def blocks(self, config: Mapping[str, Any]) -> list[str]:
         """Module paths of the encoder blocks, each once, in the order in which they first run."""
@@ -94,6 +97,15 @@ class Family:
             for role in ROLES
         }
 
+    @property
+    def table(self) -> str:
+        """Parameter name of the word-embedding table, (tokens, features)."""
+        return f"{self.base}.{self.words}.weight"
+
+    def table_shape(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """(tokens, features) of the word-embedding table."""
+        return size_of(config, "vocab_size"), size_of(config, self.embedding_key or self.hidden_key)
+
     def role(self, weight: str) -> str:
         """The role of a weight of this family, such as ``ffn_up``."""
         for role, path in self.linears.items():
@@ -109,11 +121,12 @@ class Family:
         placement: str = "inputs-outputs",
         keep_dense: Iterable[str] = (),
         residual: str = "float",
+        embedding: str = "float",
     ) -> CompressionPlan:
         """The same pattern and bits for every weight but those that a `keep_dense` glob matches.
 
-        `placement` is one of `PLACEMENTS`; ``ffn-only`` leaves attention's matrices their pattern and 16 bit. A glob that
-        hits nothing is a `PlanError`; so are a plan without a weight to compress and a pattern that an input size does not allow.
+        `placement` is one of `PLACEMENTS`; ``ffn-only`` leaves attention's matrices their pattern and 16 bit. `residual` and
+        `embedding` are as in `CompressionPlan`. A glob that hits nothing is a `PlanError`; so are a plan without a weight to compress and a pattern that an input size does not allow.
         """
         shapes = self.weights(config)
         weights = {name: self.placed(name, spec, placement) for name in shapes}
@@ -129,7 +142,7 @@ class Family:
                 "the plan leaves every weight dense, so there is nothing to compress; keep fewer of them dense"
             )
         attention = "int8" if placement == "attention" and spec.weight_bits else "float"
-        plan = CompressionPlan(self.model_type, weights, shapes, attention, residual)
+        plan = CompressionPlan(self.model_type, weights, shapes, attention, residual, embedding)
         self.require_placement(plan)
         return plan
 
@@ -219,7 +232,14 @@ FAMILIES: dict[str, Family] = {
             activation_key="activation",
             attention_norm="sa_layer_norm",
         ),
-        Family("electra", "electra", "encoder.layer.{i}", _BERT_LINEARS, _WITH_TYPES),
+        Family(
+            "electra",
+            "electra",
+            "encoder.layer.{i}",
+            _BERT_LINEARS,
+            _WITH_TYPES,
+            embedding_key="embedding_size",
+        ),
         Family(
             "albert",
             "albert",
@@ -228,6 +248,7 @@ FAMILIES: dict[str, Family] = {
             _WITH_TYPES,
             attention_norm="attention.LayerNorm",
             shared_keys=("num_hidden_groups", "inner_group_num"),
+            embedding_key="embedding_size",
         ),
     )
 }

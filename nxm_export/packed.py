@@ -6,9 +6,10 @@ A planned weight is stored as
     <name>.index    for N:M, which of the C(M, N) supports each group has: ceil(log2 C(M, N)) bits a group
     <name>_scale    float32 per output channel
 
-Everything else of the model (embeddings, biases, norms, head) is stored as it is, and the directory's other files (config,
-plan, tokenizer) travel in the header; further safetensors files are not part of the model and stay behind. The payload is ``plan.stored_bits("packed")`` for the planned weights plus the rest,
-to within the byte that each tensor is rounded up to. A support of fewer than N non-zeros is filled up with zeros.
+A word-embedding table that is planned INT8 is stored like a dense 8-bit weight, with a scale per row (token). Everything else of
+the model (other embeddings, biases, norms, head) is stored as it is, and the directory's other files (config,
+plan, tokenizer) travel in the header; further safetensors files are not part of the model and stay behind. The payload is ``plan.stored_bits("packed")`` for the planned weights plus the table and the
+rest, to within the byte that each tensor is rounded up to. A support of fewer than N non-zeros is filled up with zeros.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ import numpy as np
 
 from nxm_export.checkpoint import SCALES_FILE, WEIGHTS_FILE, Checkpoint, open_checkpoint
 from nxm_export.errors import ArtifactError
+from nxm_export.families import FAMILIES
 from nxm_export.plan import CompressionPlan, NMPattern, WeightSpec, require_schema
 from nxm_export.run_dir import atomic_dir
 
 SCHEMA = "nxm-packed/1"
+_TABLE = WeightSpec(None, 8, 8)  # what an INT8 embedding table is stored like
 
 
 def pack(checkpoint: str | Path, out: str | Path) -> dict[str, int]:
@@ -42,12 +45,13 @@ def pack(checkpoint: str | Path, out: str | Path) -> dict[str, int]:
     source = opened.path / WEIGHTS_FILE
     if not source.is_file():
         raise ArtifactError(f"{opened.path} has no {WEIGHTS_FILE}; sharded models are not packed: save it in one file")
+    specs = _packed_specs(opened.plan)
     tensors: dict[str, np.ndarray] = {f"scale/{name}": np.atleast_1d(scale) for name, scale in opened.scales.items()}
     with safe_open(source, framework="numpy") as weights:
         weights_metadata = weights.metadata() or {}
         for name in weights.keys():  # noqa: SIM118  (safe_open is no mapping)
-            if name in opened.plan.weights:
-                tensors |= _pack_weight(opened, name)
+            if name in specs:
+                tensors |= _pack_weight(opened, name, specs[name])
             else:
                 tensors[f"plain/{name}"] = weights.get_tensor(name)
     metadata = {
@@ -95,8 +99,8 @@ def unpack(file: str | Path, out: str | Path) -> Path:
     shapes: Mapping[str, Any] = json.loads(metadata["scale_shapes"])
     scales = {name: tensors[f"scale/{name}"].reshape(shape) for name, shape in shapes.items()}
     weights = {name.removeprefix("plain/"): tensor for name, tensor in tensors.items() if name.startswith("plain/")}
-    for name in plan.weights:
-        weights[name] = _unpack_weight(tensors, plan, name, scales.get(f"{name}_scale"), file)
+    for name, spec in _packed_specs(plan).items():
+        weights[name] = _unpack_weight(tensors, name, spec, plan.shapes.get(name), scales.get(f"{name}_scale"), file)
     with atomic_dir(out) as scratch:
         save_file(weights, scratch / WEIGHTS_FILE, json.loads(metadata["weights_metadata"]))
         save_file(scales, scratch / SCALES_FILE)
@@ -110,13 +114,18 @@ def unpack(file: str | Path, out: str | Path) -> Path:
 
 
 def formula_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of the whole model by the ``packed`` counting: the planned weights by formula, everything else as stored."""
+    """Bytes of the whole model by the ``packed`` counting: the planned weights, and an INT8 embedding table, by formula,
+    everything else as stored."""
     from safetensors import safe_open
 
-    rest = 0
+    rest, specs = 0, _packed_specs(checkpoint.plan)
+    table = checkpoint.family.table
+    if table in specs:
+        rows, features = checkpoint.weight(table).shape
+        rest += _TABLE.stored_bits((rows, features), "packed") // 8
     with safe_open(checkpoint.path / WEIGHTS_FILE, framework="numpy") as weights:
         for name in weights.keys():  # noqa: SIM118
-            if name not in checkpoint.plan.weights:
+            if name not in specs:
                 rest += weights.get_tensor(name).nbytes
     activations = sum(scale.nbytes for name, scale in checkpoint.scales.items() if not name.endswith("weight_scale"))
     return rest + activations + -(-checkpoint.plan.stored_bits("packed") // 8)
@@ -189,8 +198,14 @@ def exact_support(values: np.ndarray, pattern: NMPattern) -> np.ndarray:
     return kept
 
 
-def _pack_weight(checkpoint: Checkpoint, name: str) -> dict[str, np.ndarray]:
-    spec, weight = checkpoint.plan.weights[name], checkpoint.weight(name)
+def _packed_specs(plan: CompressionPlan) -> dict[str, WeightSpec]:
+    """Everything that is stored in a packed form, by parameter name."""
+    family = FAMILIES.get(plan.model_type)
+    return {**plan.weights, **({family.table: _TABLE} if family and plan.embedding == "int8" else {})}
+
+
+def _pack_weight(checkpoint: Checkpoint, name: str, spec: WeightSpec) -> dict[str, np.ndarray]:
+    weight = checkpoint.weight(name)
     if not spec.is_dense and np.signbit(weight[weight == 0]).any():
         raise ArtifactError(
             f"{checkpoint.path}: {name} holds negative zeros, which a code has no sign for: it would not come back bit by bit; "
@@ -218,12 +233,20 @@ def _stored(values: np.ndarray, spec: WeightSpec) -> np.ndarray:
 
 
 def _unpack_weight(
-    tensors: Mapping[str, np.ndarray], plan: CompressionPlan, name: str, scale: np.ndarray | None, file: Path
+    tensors: Mapping[str, np.ndarray],
+    name: str,
+    spec: WeightSpec,
+    shape: tuple[int, int] | None,
+    scale: np.ndarray | None,
+    file: Path,
 ) -> np.ndarray:
-    spec, (out, in_) = plan.weights[name], plan.shapes[name]
-    count = out * in_ if spec.pattern is None else out * in_ // spec.pattern.m * spec.pattern.n
+    """A weight, float32 (out, in). `shape` is None for an embedding table, which has as many rows as scales."""
+    if spec.qmax is not None and (scale is None or scale.ndim != 1 or not scale.size):
+        raise ArtifactError(f"{file}: {name}_scale is missing or has the wrong size; the file is damaged")
     try:
         stored = tensors[f"{name}.values"]
+        out, in_ = shape or (len(scale), len(stored) // len(scale))  # type: ignore[arg-type]  # a table is quantized
+        count = out * in_ if spec.pattern is None else out * in_ // spec.pattern.m * spec.pattern.n
         values = stored if spec.weight_bits is None else unpack_bits(stored, spec.weight_bits, count)
         if spec.pattern is not None:
             groups = out * in_ // spec.pattern.m
@@ -233,13 +256,11 @@ def _unpack_weight(
             for number, positions in enumerate(supports(spec.pattern).T):
                 dense[first + positions[index]] = kept[:, number]
             values = dense
+        values = values.reshape(out, in_)
     except (KeyError, ValueError, IndexError) as error:
         raise ArtifactError(f"{file}: {name} is missing or has the wrong size; the file is damaged") from error
-    values = values.reshape(out, in_)
-    if spec.qmax is None:
+    if spec.qmax is None or scale is None:
         return values.astype(np.float32)
-    if scale is None:
-        raise ArtifactError(f"{file}: {name}_scale is missing; the file is damaged")
     return (values.astype(np.int16) - spec.qmax).astype(np.float32) * scale[:, None]
 
 

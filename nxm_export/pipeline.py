@@ -64,6 +64,7 @@ class Request:
     columns: Columns = Columns()
     placement: str = "inputs-outputs"
     residual: str = "float"
+    embedding: str = "float"
     keep_dense: Sequence[str] = ()
     revision: str | None = None
     train_limit: int | None = None
@@ -107,6 +108,7 @@ def _uniform_plan(request: Request, source: Any) -> CompressionPlan:
         placement=request.placement,
         keep_dense=request.keep_dense,
         residual=request.residual,
+        embedding=request.embedding,
     )
     return plan
 
@@ -207,7 +209,17 @@ def search_plan(
         latencies=latencies or {},
         **{
             key: options[key]
-            for key in ("method", "samples", "held_out", "swaps", "finalists", "placement", "seed", "latency_ms")
+            for key in (
+                "method",
+                "samples",
+                "held_out",
+                "swaps",
+                "finalists",
+                "placement",
+                "embedding",
+                "seed",
+                "latency_ms",
+            )
         },
         halving=tuple(_numbers(options["halving"], int)),
         pareto=tuple(_numbers(options["pareto"], float)),
@@ -485,6 +497,7 @@ def _summary(
         "checkpoint": compressed["value"],
         "compression": {counting: plan.compression(counting) for counting in COUNTINGS},
         "plan": plan.pattern_counts,
+        "embedding": plan.embedding,
         "parity": {
             name: {
                 "agreement": min(output["agreement"] for output in report["outputs"]),
@@ -509,7 +522,15 @@ def _summary(
         "failed": dict(failed),
         "training": {
             key: compressed.get(key)
-            for key in ("recipe", "admm_steps", "qat_steps", "residual", "residual_gate_passed", "mask_hash")
+            for key in (
+                "recipe",
+                "admm_steps",
+                "qat_steps",
+                "residual",
+                "residual_gate_passed",
+                "mask_hash",
+                "table_drop",
+            )
         },
         "artifacts": {
             "dense": "dense",

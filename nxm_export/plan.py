@@ -181,7 +181,9 @@ class CompressionPlan:
     `shapes` are (out, in). `attention` says how the two products inside attention run: ``float``, or ``int8`` (both of
     them with softmax in between quantized at 1/127: TensorRT fuses all or nothing). `residual` says what goes around the
     layers: ``float``, or ``int8``: where query, key and value, or the FFN's first matrix, read a quantized tensor, everything
-    that reads that tensor reads its quantized value, so that the residual connection can travel as INT8, too.
+    that reads that tensor reads its quantized value, so that the residual connection can travel as INT8, too. `embedding`
+    says how the word-embedding table is stored: ``float``, or ``int8``: codes in [-127, 127] and one scale per row (token).
+    No counting includes the table: they are about the matrices.
     """
 
     model_type: str
@@ -189,9 +191,10 @@ class CompressionPlan:
     shapes: Mapping[str, tuple[int, int]]
     attention: str = "float"
     residual: str = "float"
+    embedding: str = "float"
 
     def __post_init__(self) -> None:
-        for field in ("attention", "residual"):
+        for field in ("attention", "residual", "embedding"):
             if getattr(self, field) not in ("float", "int8"):
                 raise PlanError(f"{field} must be float or int8, got {getattr(self, field)!r}")
         if not self.weights:
@@ -231,15 +234,16 @@ class CompressionPlan:
     def at_placement(self, placement: str) -> CompressionPlan:
         """The plan that a graph of this placement (one of `GRAPH_PLACEMENTS`) holds; each drops what the next one keeps.
 
-        ``float`` keeps the baked weights and no quantizer, ``inputs`` the pairs before the products, ``inputs-outputs``
-        also those behind them (and on the residual, where it is planned), ``attention`` also those on the softmax.
+        ``float`` keeps the baked weights (those of the embedding table, too) and nothing else, ``inputs`` the pairs before the
+        products, ``inputs-outputs`` also those behind them (and on the residual, where it is planned), ``attention`` also those
+        on the softmax.
         Raises `PlanError` for a placement that this plan was not trained for: quantizers can be dropped, never added.
         """
         if placement not in GRAPH_PLACEMENTS:
             raise PlanError(f"unknown placement {placement!r}; choose one of {', '.join(GRAPH_PLACEMENTS)}")
         if placement == "float":
             floats = {name: WeightSpec(spec.pattern) for name, spec in self.weights.items()}
-            return replace(self, weights=floats, attention="float", residual="float")
+            return replace(self, weights=floats, attention="float", residual="float", embedding="float")
         quantized = [spec for spec in self.weights.values() if spec.weight_bits]
         if placement == "inputs":
             inputs = {name: replace(spec, output_bits=None) for name, spec in self.weights.items()}
@@ -289,8 +293,12 @@ class CompressionPlan:
             }
             weights[name] = {"shape": list(self.shapes[name]), **{k: v for k, v in fields.items() if v is not None}}
         head: dict[str, Any] = {"schema": SCHEMA, "model_type": self.model_type, "attention": self.attention}
-        if self.residual != "float":
-            head["residual"] = self.residual
+        for field in (
+            "residual",
+            "embedding",
+        ):  # readers that do not know a field yet refuse only the plans that use it
+            if getattr(self, field) != "float":
+                head[field] = getattr(self, field)
         head["weights"] = weights
         return json.dumps(head, indent=1) + "\n"
 
@@ -299,7 +307,7 @@ class CompressionPlan:
         """Read the text of ``nxm_plan.json``; `source` names the file in errors. Unknown schemas and fields are refused."""
         data = parse_json(text, source, "write it again with `nxm compress` or `nxm search`", PlanError)
         require_schema(data, SCHEMA, source)
-        unknown = set(data) - {"schema", "model_type", "attention", "residual", "weights"}
+        unknown = set(data) - {"schema", "model_type", "attention", "residual", "embedding", "weights"}
         if unknown:
             raise PlanError(
                 f"{source}: unknown fields {some(unknown)}; it was written by a newer nxm-export: update, or plan again"
@@ -308,13 +316,13 @@ class CompressionPlan:
             weights = {name: _spec_from_json(name, entry, source) for name, entry in data["weights"].items()}
             shapes = {name: _shape_from_json(name, entry, source) for name, entry in data["weights"].items()}
             model_type, attention = data["model_type"], data["attention"]
-            residual = data.get("residual", "float")
+            residual, embedding = data.get("residual", "float"), data.get("embedding", "float")
         except (KeyError, AttributeError, TypeError) as error:
             raise PlanError(
                 f"{source}: malformed plan ({error!r}); write it again with `nxm compress` or `nxm search`"
             ) from error
         try:
-            return cls(model_type, weights, shapes, attention, residual)
+            return cls(model_type, weights, shapes, attention, residual, embedding)
         except PlanError as error:
             raise PlanError(f"{source}: {error}") from error
 

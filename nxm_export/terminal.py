@@ -224,7 +224,7 @@ def print_estimate(estimate: Mapping[str, Any]) -> None:
     rows = [
         ("training samples", str(estimate["train_samples"])),
         ("held-out samples", str(estimate["dev_samples"])),
-        ("plan", _counts(estimate["plan"])),
+        ("plan", _counts(estimate["plan"], estimate["embedding"])),
         ("compression", ", ".join(f"{counting} {value:.2%}" for counting, value in estimate["compression"].items())),
         ("dense fine-tuning", _steps(estimate["dense_steps"], estimate["dense_seconds"])),
         ("compression training", _steps(estimate["steps"], estimate["seconds"])),
@@ -244,8 +244,9 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
 
 
-def _counts(plan: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} x {name}" for name, count in plan.items())
+def _counts(plan: Mapping[str, int], embedding: str | None = None) -> str:
+    counts = [f"{count} x {name}" for name, count in plan.items()]
+    return ", ".join([*counts, *(["INT8 embedding table"] if embedding == "int8" else [])])
 
 
 def print_search(found: Mapping[str, Any]) -> None:
@@ -285,7 +286,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         ("model", metric, "note"),
         [
             ("dense, FP32", _score(summary["dense"]), ""),
-            ("compressed, PyTorch", _score(summary["checkpoint"]), _counts(summary["plan"])),
+            ("compressed, PyTorch", _score(summary["checkpoint"]), _counts(summary["plan"], summary.get("embedding"))),
             (
                 "compressed, ONNX Runtime",
                 _score(summary["compressed"]),

@@ -16,8 +16,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from nxm_export.checkpoint import TABLE_QMAX
 from nxm_export.errors import ExportError
+from nxm_export.families import FAMILIES
 from nxm_export.plan import CompressionPlan, NMPattern
+from nxm_export.table import misread, stored_table, table_hash
 from nxm_export.weights import PACKED_PRODUCTS, GraphWeight, array_of, graph_weights, load_graph, parameter_of
 
 # Nodes that hand integer codes on as they are, and nodes that read codes by themselves.
@@ -65,13 +68,15 @@ class WeightReport:
 
 @dataclass(frozen=True)
 class GraphReport:
-    """All weights and the problems of the graph as a whole."""
+    """All weights and the problems of the graph as a whole. `embedding` is the size (tokens, features) of a word-embedding table
+    that is stored in INT8."""
 
     file: str
     weights: list[WeightReport]
     problems: list[str] = field(default_factory=list)
     quantize_nodes: int = 0
     dequantize_nodes: int = 0
+    embedding: tuple[int, int] | None = None
 
     @property
     def passed(self) -> bool:
@@ -100,15 +105,24 @@ def verify(file: str | Path, *, plan: CompressionPlan | None = None, pattern: NM
     found = list(graph_weights(model))
     # A weight that several products read alike is one row, and one to be counted.
     rows = list(dict.fromkeys(_check_weight(weight, plan, pattern) for weight in found))
-    problems = list(_check_pairs(model))
+    problems, stored = list(_check_pairs(model)), None
     if plan:
         present = {row.name for row in rows}
         missing = [name for name, spec in plan.weights.items() if not spec.is_dense and name not in present]
         problems += [f"{name} is planned and not in the graph under its name" for name in missing]
+        if plan.embedding == "int8":
+            if (family := FAMILIES.get(plan.model_type)) is None:
+                problems.append(
+                    f"the plan is for {plan.model_type!r}, a family whose embedding table is not known here"
+                )
+            else:
+                problems += [f"{family.table}: {problem}" for problem in _check_table(model, family.table)]
+                stored = stored_table(model.graph, family.table)
     elif pattern and not any(weight.is_quantized for weight in found):
         problems.append(f"{pattern} is required of quantized weights, and the graph has none")
     count = Counter(node.op_type for node in model.graph.all_nodes())
-    return GraphReport(str(file), rows, problems, count["QuantizeLinear"], count["DequantizeLinear"])
+    size = None if stored is None else (stored[0].shape[0], stored[0].shape[1])
+    return GraphReport(str(file), rows, problems, count["QuantizeLinear"], count["DequantizeLinear"], size)
 
 
 def embedded_plan(model: ir.Model, source: str) -> CompressionPlan | None:
@@ -151,6 +165,27 @@ def _check_weight(weight: GraphWeight, plan: CompressionPlan | None, pattern: NM
         planned=str(spec) if spec else None,
         problems=tuple(problems),
     )
+
+
+def _check_table(model: ir.Model, name: str) -> Iterator[str]:
+    """A word-embedding table that is planned INT8."""
+    found = stored_table(model.graph, name)
+    if found is None:
+        value = model.graph.initializers.get(name)
+        yield (
+            f"planned INT8, and stored as {value.dtype}"
+            if value is not None
+            else "planned INT8, and the graph has no INT8 codes with a float32 scale per row under its name"
+        )
+        return
+    codes, scale = found
+    if (codes < -TABLE_QMAX).any():
+        yield f"a code is below -{TABLE_QMAX}"
+    yield from (f"a scale {problem}" for problem in _scale_problems(scale))
+    said = model.metadata_props.get("nxm.table")
+    if said is not None and said != table_hash(codes, scale):
+        yield "its codes and scales are not those of the checkpoint that the graph was made from"
+    yield from misread(model.graph, name)
 
 
 def _check_scale(weight: GraphWeight) -> list[str]:

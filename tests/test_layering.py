@@ -33,7 +33,7 @@ CONTRACT = (
     "metrics",
     "sparsity_facts",
 )
-EXPORTER = ("weights", "qdq", "lowering", "verify", "sparsity", "export", "packed")
+EXPORTER = ("weights", "qdq", "lowering", "table", "verify", "sparsity", "export", "packed")
 REPORT = (
     *("numbers", "shapes", "files", "matrices", "facts", "verdicts"),
     *("svg", "plots", "tables", "parity_tables", "page", "hub_card"),

@@ -99,6 +99,9 @@ def verify(onnx: Path, pattern: str | None, json: bool) -> None:
         ] + report.problems
         for problem in found:
             click.echo(f"problem: {problem}")
+        if report.embedding:
+            tokens, features = report.embedding
+            click.echo(f"word-embedding table: INT8, {tokens}x{features}, one scale per row")
         click.echo(
             f"{len(report.weights)} weights, {report.quantize_nodes} Q and {report.dequantize_nodes} DQ nodes: "
             f"{f'{len(found)} problems' if found else 'no problem found'}"

@@ -64,6 +64,13 @@ PLAN_OPTIONS = options(
         show_default=True,
         help="What goes around the layers.",
     ),
+    click.option(
+        "--embedding",
+        type=click.Choice(["float", "int8"]),
+        default="float",
+        show_default=True,
+        help="How the word-embedding table is stored; int8 in `cpu` graphs and packed files.",
+    ),
     click.option("--keep-dense", multiple=True, metavar="GLOB", help="Leave matching weights dense; may be repeated."),
 )
 

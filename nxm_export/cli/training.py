@@ -82,7 +82,7 @@ def show(run_directory: Path, json: bool) -> None:
 @PLAN_OPTIONS
 @TRAINING_OPTIONS
 @click.option(
-    "--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file; wins over --pattern and --weight-bits."
+    "--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file; wins over --pattern to --keep-dense."
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the compressed checkpoint.")
 @json_option
@@ -115,6 +115,13 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **option
 )
 @click.option("--method", type=click.Choice(["nxm", "paper"]), default="nxm", show_default=True)
 @click.option("--placement", type=click.Choice(PLACEMENTS), default="inputs-outputs", show_default=True)
+@click.option(
+    "--embedding",
+    type=click.Choice(["float", "int8"]),
+    default="float",
+    show_default=True,
+    help="How every plan stores the word-embedding table; no budget counts it.",
+)
 @click.option(
     "--samples",
     type=click.IntRange(min=1),
@@ -216,6 +223,7 @@ def _request(model: str, options: dict[str, Any], **changes: Any) -> Any:
         columns=columns_of(options["text"], options["text_pair"], options["label"]),
         placement=placement,
         residual=options["residual"] if options["weight_bits"] != "none" else "float",
+        embedding=options["embedding"],
         keep_dense=options["keep_dense"],
         revision=options["revision"],
         train_limit=options["train_limit"],

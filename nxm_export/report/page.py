@@ -129,6 +129,8 @@ def _accuracy(run: Run) -> Table:
         rows.append(("dense, FP32", dense.shown("score"), between(run.dense), ""))
     if run.compressed and (value := run.figure("checkpoint") or run.compressed.at("value")):
         counts = ", ".join(f"{count} x {name}" for name, count in (run.plan.pattern_counts if run.plan else {}).items())
+        if run.plan and run.plan.embedding == "int8":
+            counts += ", INT8 embedding table"
         rows.append(("compressed, PyTorch", value.shown("score"), between(run.compressed), counts))
     low, high = run.figure("difference_interval", 0), run.figure("difference_interval", 1)
     if parity and (value := compressed_value(run)):

@@ -109,7 +109,11 @@ class Checkpoint:
                 self.output_scale(name)
         self._require_shared_inputs()
         if self.plan.embedding == "int8":
-            table = self.weight(self.family.table)
+            table, shape = self.weight(self.family.table), self.family.table_shape(self.config)
+            if table.shape != shape:
+                raise ArtifactError(
+                    f"{self.path}: {self.family.table} is {table.shape} on disk and {shape} by config.json; restore one of them"
+                )
             if not np.isfinite(table).all():
                 raise ArtifactError(f"{self.path}: {self.family.table} holds NaN or infinite values; compress again")
             self._require_grid(self.family.table, table, TABLE_QMAX)

@@ -28,7 +28,7 @@ import numpy as np
 from nxm_export.checkpoint import SCALES_FILE, WEIGHTS_FILE, Checkpoint, open_checkpoint
 from nxm_export.errors import ArtifactError
 from nxm_export.families import FAMILIES
-from nxm_export.plan import CompressionPlan, NMPattern, WeightSpec, require_schema
+from nxm_export.plan import CompressionPlan, NMPattern, WeightSpec, parse_json, require_schema
 from nxm_export.run_dir import atomic_dir
 
 SCHEMA = "nxm-packed/1"
@@ -100,7 +100,8 @@ def unpack(file: str | Path, out: str | Path) -> Path:
     scales = {name: tensors[f"scale/{name}"].reshape(shape) for name, shape in shapes.items()}
     weights = {name.removeprefix("plain/"): tensor for name, tensor in tensors.items() if name.startswith("plain/")}
     for name, spec in _packed_specs(plan).items():
-        weights[name] = _unpack_weight(tensors, name, spec, plan.shapes.get(name), scales.get(f"{name}_scale"), file)
+        shape = plan.shapes.get(name) or FAMILIES[plan.model_type].table_shape(_config(metadata, file))
+        weights[name] = _unpack_weight(tensors, name, spec, shape, scales.get(f"{name}_scale"), file)
     with atomic_dir(out) as scratch:
         save_file(weights, scratch / WEIGHTS_FILE, json.loads(metadata["weights_metadata"]))
         save_file(scales, scratch / SCALES_FILE)
@@ -236,17 +237,18 @@ def _unpack_weight(
     tensors: Mapping[str, np.ndarray],
     name: str,
     spec: WeightSpec,
-    shape: tuple[int, int] | None,
+    shape: tuple[int, int],
     scale: np.ndarray | None,
     file: Path,
 ) -> np.ndarray:
-    """A weight, float32 (out, in). `shape` is None for an embedding table, which has as many rows as scales."""
-    if spec.qmax is not None and (scale is None or scale.ndim != 1 or not scale.size):
+    out, in_ = shape
+    count = out * in_ if spec.pattern is None else out * in_ // spec.pattern.m * spec.pattern.n
+    if spec.qmax is not None and (scale is None or scale.shape != (out,)):
         raise ArtifactError(f"{file}: {name}_scale is missing or has the wrong size; the file is damaged")
     try:
         stored = tensors[f"{name}.values"]
-        out, in_ = shape or (len(scale), len(stored) // len(scale))  # type: ignore[arg-type]  # a table is quantized
-        count = out * in_ if spec.pattern is None else out * in_ // spec.pattern.m * spec.pattern.n
+        if stored.size != (count if spec.weight_bits is None else -(-count * spec.weight_bits // 8)):
+            raise ValueError("another number of values")
         values = stored if spec.weight_bits is None else unpack_bits(stored, spec.weight_bits, count)
         if spec.pattern is not None:
             groups = out * in_ // spec.pattern.m
@@ -262,6 +264,13 @@ def _unpack_weight(
     if spec.qmax is None or scale is None:
         return values.astype(np.float32)
     return (values.astype(np.int16) - spec.qmax).astype(np.float32) * scale[:, None]
+
+
+def _config(metadata: Mapping[str, str], file: Path) -> Any:
+    config = parse_json(metadata.get("file/config.json", ""), f"{file} (config.json)", "pack it again", ArtifactError)
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{file} (config.json): not a JSON object; pack it again")
+    return config
 
 
 def _as_text(file: Path) -> tuple[str, str]:

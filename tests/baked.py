@@ -26,6 +26,7 @@ def write_checkpoint(
     spec: str = "2:4+W8",
     placement: str = "inputs-outputs",
     attention: str = "float",
+    embedding: str = "float",
     specs: Mapping[str, str] | None = None,
     layers: int = 1,
     classes: tuple[str, ...] = ("0", "1"),
@@ -44,12 +45,14 @@ def write_checkpoint(
     shapes = kind.weights(config)
     chosen = {name: next((s for glob, s in (specs or {}).items() if fnmatchcase(name, glob)), spec) for name in shapes}
     weights = {name: kind.placed(name, WeightSpec.parse(entry), placement) for name, entry in chosen.items()}
-    plan = CompressionPlan(family, weights, shapes, attention)
+    plan = CompressionPlan(family, weights, shapes, attention, embedding=embedding)
     tensors, scales = load_file(out / "model.safetensors"), {}
     for name, weight_spec in plan.weights.items():
         tensors[name], scale = baked(tensors[name], weight_spec)
         if scale is not None:
             scales[f"{name}_scale"] = scale
+    if embedding == "int8":  # a row of a matrix is a channel; a row of the table is a token
+        tensors[kind.table], scales[f"{kind.table}_scale"] = baked_table(tensors[kind.table])
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     scales |= _ranges(out, plan, task)
     save_plan(out, plan, scales)
@@ -67,7 +70,14 @@ def baked(weight: np.ndarray, spec: WeightSpec) -> tuple[np.ndarray, np.ndarray 
         return weight.astype(np.float16).astype(np.float32), None
     scale = (np.abs(weight).max(axis=1) / spec.qmax).astype(np.float32)
     codes = np.clip(np.rint(weight / scale[:, None]), -spec.qmax, spec.qmax).astype(np.float32)
-    return codes * scale[:, None], scale
+    return codes * scale[:, None] + np.float32(0), scale  # never -0.0
+
+
+def baked_table(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(table on its grid, scales (tokens,)): every row's largest value is code 127; rows of zeros have scale 1."""
+    largest = np.abs(table).max(axis=1)
+    scale = np.where(largest > 0, largest / np.float32(127), np.float32(1)).astype(np.float32)
+    return np.rint(table / scale[:, None]).astype(np.float32) * scale[:, None] + np.float32(0), scale
 
 
 def features(samples: int = 24, *, family: str = "bert", seed: int = 0, classes: int = 2) -> list[dict[str, Any]]:

@@ -224,6 +224,7 @@ def compress_tiny(
     task: str = "classification",
     spec: str = "2:4+W8",
     placement: str = "inputs-outputs",
+    embedding: str = "float",
     steps: int = 8,
     dense_steps: int = 60,
     settings: Mapping[str, Any] | None = None,
@@ -255,7 +256,7 @@ def compress_tiny(
     data: dict[str, Any] = {"task": task, "train": str(train), "dev": str(dev), "settings": chosen}
     finetune(encoder, out=out / "dense", **data)
     source = resolve(out / "dense")
-    plan = source.family.uniform_plan(source.config, WeightSpec.parse(spec), placement=placement)
+    plan = source.family.uniform_plan(source.config, WeightSpec.parse(spec), placement=placement, embedding=embedding)
     compress(out / "dense", plan=plan, out=out / "checkpoint", **data)
     return out / "checkpoint"
 

@@ -131,7 +131,9 @@ def load_graph(file: str | Path) -> ir.Model:
 
     file = Path(file)
     if not file.is_file():
-        raise ArtifactError(f"{file}: {'a directory, not an ONNX file' if file.is_dir() else 'no such file'}")
+        inside = f"; give {file / 'model.onnx'}" if (file / "model.onnx").is_file() else ""
+        what = f"a directory, not an ONNX file{inside}" if file.is_dir() else "no such file"
+        raise ArtifactError(f"{file}: {what}")
     try:
         model = ir.load(file)
         if not len(model.graph) or not model.opset_imports:

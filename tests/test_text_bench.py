@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,7 +87,8 @@ def test_other_means_of_the_same_work_take_part_in_every_round(tiny_engine: Call
     assert set(report.seconds) == {f"ours {order}" for order in ORDERS} | set(others)
 
 
-def test_on_a_cpu_every_timed_run_follows_an_untimed_one_of_the_same_engine() -> None:
+def test_on_a_cpu_every_timed_run_follows_an_untimed_one_of_the_same_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.bench.SETTLE_S", 0.0)
     calls: list[str] = []
 
     def timer(name: str) -> Callable[[], float]:
@@ -95,6 +97,21 @@ def test_on_a_cpu_every_timed_run_follows_an_untimed_one_of_the_same_engine() ->
     taken = interleaved({"a": timer("a"), "b": timer("b")}, 2, settle=True)
     assert calls[2 * WARMUP :] == ["a", "a", "b", "b", "b", "b", "a", "a"]  # the order of the second round is turned
     assert taken == {"a": [2 * WARMUP + 2.0, 2 * WARMUP + 8.0], "b": [2 * WARMUP + 4.0, 2 * WARMUP + 6.0]}
+
+
+def test_untimed_runs_last_until_the_threads_of_the_last_engine_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.bench.SETTLE_S", 0.02)
+    began: list[tuple[str, float]] = []
+
+    def timer(name: str) -> Callable[[], float]:
+        return lambda: began.append((name, time.perf_counter())) or 1.0  # type: ignore[func-returns-value]
+
+    interleaved({"a": timer("a"), "b": timer("b")}, 1, settle=True)
+    after_warm_up = [at for name, at in began[2 * WARMUP :] if name == "b"]
+    assert after_warm_up[-1] - after_warm_up[0] >= 0.019  # the last of them is the timed one
+    began.clear()
+    interleaved({"a": timer("a")}, 1, settle=True)
+    assert len(began) == WARMUP + 1  # nobody to wait for
 
 
 def test_nothing_to_time_is_refused(tiny_engine: Callable[..., Path]) -> None:

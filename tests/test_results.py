@@ -152,32 +152,6 @@ def test_pictures_are_drawn_and_the_same_each_time(place: Path) -> None:
     assert [image.read_bytes() for image in images] == first
 
 
-@pytest.mark.slow
-def test_placements_are_compared_and_timed(place: Path) -> None:
-    seed = place / "work" / "cola" / "s0"
-    checkpoint = [
-        "--checkpoint",
-        str(seed / "nxm-2of4+W4"),
-        "--dense",
-        str(seed / "dense"),
-        "--shapes",
-        "1x8",
-        "--rounds",
-        "3",
-    ]
-    where = ["--work", str(place / "work"), "--results", str(place / "results"), "--threads", "1"]
-    assert main(["placements", "--task", "cola", "--data", str(place / "glue"), *checkpoint, *where]) == 0
-    facts = json.loads((place / "results" / "placements.json").read_text())
-    assert [entry["engine"] for entry in facts["engines"]] == [
-        "dense, FP32", "compressed, INT8, inputs-outputs", "compressed, INT8, inputs",
-    ]  # fmt: skip
-    assert all(entry["samples"] == tiny.DEV_SAMPLES and entry["latency"][0]["median"] > 0 for entry in facts["engines"])
-    assert facts["engines"][0]["score"] == pytest.approx(records(place)["dense-s0.json"]["metrics"]["mcc"]["value"])
-    text = render(place / "results", place / "docs" / "results.md").text
-    assert "compressed, INT8, inputs-outputs" in text
-    assert str(place) not in text
-
-
 Write = Callable[..., None]
 
 

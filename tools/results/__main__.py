@@ -1,4 +1,4 @@
-"""Command line of the measuring tool: ``run``, ``placements``, ``render``."""
+"""Command line of the measuring tool: ``run``, ``render``."""
 
 from __future__ import annotations
 
@@ -90,38 +90,6 @@ def _protocol(task: tasks.Task, options: dict[str, Any]) -> Any:
 
 
 @cli.command()
-@_TASK
-@_DATA
-@click.option("--checkpoint", type=_PATH, required=True, help="Compressed checkpoint with both placements trained.")
-@click.option("--dense", type=_PATH, required=True, help="The dense model that it was compressed from.")
-@click.option("--shapes", default="1x32,8x64", help="Batch x sequence to time.")
-@click.option("--rounds", default=30)
-@_THREADS
-@_WORK
-@_RESULTS
-def placements(**options: Any) -> None:
-    """Accuracy and latency of both quantizer placements on ONNX Runtime, against dense FP32."""
-    from nxm_export.terminal import progress_bars
-    from tools.results.placements import measure
-
-    task = tasks.task_named(options["task_name"])
-    files = tasks.prepare(task, options["data"], options["work"] / task.name / "data")
-    with progress_bars() as progress:
-        measure(
-            task,
-            files,
-            options["checkpoint"],
-            options["dense"],
-            options["results"] / "placements.json",
-            options["work"] / task.name / "placements",
-            shapes=_shapes(options["shapes"]),
-            rounds=options["rounds"],
-            threads=options["threads"],
-            progress=progress,
-        )
-
-
-@cli.command()
 @_RESULTS
 @click.option("--document", type=_PATH, default=ROOT / "docs" / "results.md")
 def render(results: Path, document: Path) -> None:
@@ -144,13 +112,6 @@ def _numbers(text: str, option: str) -> list[float]:
     if not found:
         raise DataError(f"{option} names nothing")
     return found
-
-
-def _shapes(text: str) -> Sequence[tuple[int, int]]:
-    pairs = [part.strip().split("x") for part in text.split(",") if part.strip()]
-    if not pairs or any(len(pair) != 2 or not all(size.isdecimal() for size in pair) for pair in pairs):
-        raise DataError(f"--shapes {text!r} is not a list like 1x32,8x64")
-    return [(int(batch), int(sequence)) for batch, sequence in pairs]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Render ``docs/results.md`` from the records: protocol, one section per task, placements. Rows that lose stay."""
+"""Render ``docs/results.md`` from the records: protocol, one section per task. Rows that lose stay."""
 
 from __future__ import annotations
 
@@ -63,8 +63,6 @@ def render(results: Path, document: Path) -> Rendered:
         drawn = _draw(found, results, document.parent / "img")
         images += drawn
         parts.append(_section(found, results, drawn))
-    if (results / "placements.json").is_file():
-        parts.append(_placements(json.loads((results / "placements.json").read_text(encoding="utf-8"))))
     text = "\n".join(parts)
     document.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(document, text)
@@ -231,26 +229,6 @@ def _overall(glue: Sequence[TaskStatistics]) -> str:
     return "## GLUE tasks together\n\n" + _table(head, lines)
 
 
-def _placements(data: dict[str, Any]) -> str:
-    lines = [
-        [
-            entry["engine"],
-            _points(entry["score"]),
-            GAP if entry["agreement"] is None else f"{100 * entry['agreement']:.2f}",
-            *(f"{timing['median']:.2f}{_speedup(timing)}" for timing in entry["latency"]),
-        ]
-        for entry in data["engines"]
-    ]
-    shapes = [f"ms at {timing['batch']}x{timing['sequence']}" for timing in data["engines"][0]["latency"]]
-    return (
-        "## Quantizer placement on ONNX Runtime\n\nThe same checkpoint exported with quantizers before the products alone (`inputs`, the default of "
-        "the `cpu` target) and also behind them (`inputs-outputs`, as trained). "
-        f"{data['task']}, {data['samples']} dev sentences; {_machine(data['machine'])}; {data['rounds']} interleaved rounds, median and speed-up "
-        "against FP32 with its 95 % interval.\n\n"
-        + _table(["engine", f"{data['metric']}", "same class as its checkpoint in PyTorch, %", *shapes], lines)
-    )
-
-
 def _draw(found: TaskStatistics, results: Path, directory: Path) -> list[Path]:
     """Pictures of a task; those already there when matplotlib is not installed."""
     curve = directory / f"{found.task.name}-compression.svg"
@@ -343,10 +321,3 @@ def _rate(facts: dict[str, Any] | Any) -> str:
 def _machine(machine: dict[str, Any]) -> str:
     parts = [machine["cpu"], machine["features"], machine.get("gpu"), f"{machine['threads']} threads"]
     return ", ".join(part for part in parts if part)
-
-
-def _speedup(timing: dict[str, Any]) -> str:
-    if timing["speedup"] is None:
-        return ""
-    low, high = timing["interval"]
-    return f" ({timing['speedup']:.2f}x, {low:.2f} to {high:.2f})"

@@ -163,15 +163,22 @@ def time_steps(name: str, batch: int, sequence: int, rounds: int, bf16: bool) ->
 
 
 def time_compiled(name: str, batch: int, sequence: int, rounds: int, bf16: bool) -> list[dict[str, Any]]:
-    """Steps of a model under ``torch.compile`` against the same steps without, and the seconds until its first is done."""
-    found = []
+    """Steps of a model under ``torch.compile`` against the same steps without, and the seconds until its first is done; or
+    what it said of a model that it cannot compile."""
+    found: list[dict[str, Any]] = []
     for kind in ("plain", "qat"):
         eager, compiled = (arm(kind, name, bf16)[0] for _ in range(2))
         compiled.student.model = torch.compile(compiled.student.model)  # type: ignore[assignment]  # it is called like one
         feed, taken = batches(batch, sequence), {"eager": [], "compiled": []}  # type: dict[str, list[float]]
+        row: dict[str, Any] = {"model": name, "batch": batch, "sequence": sequence, "arm": kind}
+        found.append(row)
         began = time.perf_counter()
-        compiled.step(next(feed))
-        first = time.perf_counter() - began
+        try:
+            compiled.step(next(feed))
+        except RuntimeError as error:  # which all of its errors are
+            row["failed"] = str(error).strip().partition("\n")[0]
+            continue
+        row["first_step"] = time.perf_counter() - began
         for number in range(-2, rounds):
             sample = next(feed)
             for which, made in (("eager", eager), ("compiled", compiled)):
@@ -179,16 +186,7 @@ def time_compiled(name: str, batch: int, sequence: int, rounds: int, bf16: bool)
                 made.step(sample)
                 if number >= 0:
                     taken[which].append(time.perf_counter() - began)
-        found.append(
-            {
-                "model": name,
-                "batch": batch,
-                "sequence": sequence,
-                "arm": kind,
-                "first_step": first,
-                "ratio": paired_ratio(taken["compiled"], taken["eager"]),
-            }
-        )
+        row["ratio"] = paired_ratio(taken["compiled"], taken["eager"])
     return found
 
 
@@ -347,7 +345,9 @@ def section(record: dict[str, Any]) -> str:
             )
     if record["compiled"]:
         told = "; ".join(
-            f"{titles[row['arm']]} {_ratio(row['ratio'])} of the time, the first step after {row['first_step']:.0f} s"
+            f"{titles[row['arm']]} cannot be compiled ({row['failed']})"
+            if "failed" in row
+            else f"{titles[row['arm']]} {_ratio(row['ratio'])} of the time, the first step after {row['first_step']:.0f} s"
             for row in record["compiled"]
         )
         first = record["compiled"][0]

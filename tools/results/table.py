@@ -60,7 +60,7 @@ def render(results: Path, document: Path) -> Rendered:
     if len(glue) > 1:
         parts.append(_overall(glue))
     for found in statistics:
-        drawn = _draw(found, results, document.parent / "img")
+        drawn = _draw(found, results, document.parent / "images")
         images += drawn
         parts.append(_section(found, results, drawn))
     text = "\n".join(parts)

@@ -50,7 +50,7 @@ class Rendered:
 
 
 def render(results: Path, document: Path) -> Rendered:
-    """Write `document` and, where matplotlib is installed, pictures to ``img`` beside it."""
+    """Write `document` and, where matplotlib is installed, pictures to ``images`` beside it."""
     from nxm_export.metrics import RESAMPLES
 
     statistics = [TaskStatistics(task, store.read(results, task)) for task in store.tasks_with_results(results)]
@@ -80,7 +80,7 @@ def _section(found: TaskStatistics, results: Path, images: Sequence[Path]) -> st
         _costs(found),
         _plans(found),
         _grid(results / found.task.name / "dense-grid.json"),
-        *(f"![{image.stem}](img/{image.name})\n" for image in images),
+        *(f"![{image.stem}](images/{image.name})\n" for image in images),
     ]
     return "\n".join(part for part in parts if part)
 

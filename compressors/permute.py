@@ -1,42 +1,55 @@
 """Function-preserving channel permutation: put channels next to each other so that N:M drops less.
 
 N:M groups are M neighbouring inputs of a matrix, and which inputs are neighbours is arbitrary where only the matrix before
-says so. Two places inside a block are free, and moving channels there changes neither the function nor any hidden state
-between blocks, so that a teacher needs no permutation of its own:
+says so. Three places are free. Two lie inside a block, and moving channels there changes no hidden state between blocks:
 
 * the FFN's intermediate channels: rows and bias of the first matrix with columns of the second;
 * the value channels inside a head: rows and bias of the value matrix with columns of the attention output. (Query and key
   are no one's inputs, and the order of heads cannot matter where M divides the size of a head.)
 
-The order is searched by swaps of two channels between groups, those that keep the most magnitude first, in the spirit of
-Pool & Yu, "Channel Permutations for N:M Sparsity" (NeurIPS 2021). Deterministic.
+The third is the residual stream, which embeddings and norms write and query, key, value and the FFN's first matrix of every
+block read: one order for them all. It moves the channels of hidden states, so a teacher has to be permuted with it.
+
+The order is searched by swaps of two channels between groups, those that keep the most of the masks' scores first, in the
+spirit of Pool & Yu, "Channel Permutations for N:M Sparsity" (NeurIPS 2021). Deterministic.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nxm_export.families import Family
+from compressors.fake_quant import QuantLinear
+from compressors.project import magnitude_scores
+from nxm_export.errors import PlanError
+from nxm_export.families import Family, size_of
 from nxm_export.plan import CompressionPlan, NMPattern
 
 ROUNDS = 40  # at most; each takes the best swaps that touch no group twice
 _LEAST_GAIN = 1e-4  # of what is kept: a round that gains less is the last
+_RESIDUAL_READERS, _RESIDUAL_WRITERS = ("query", "key", "value", "ffn_up"), ("attention_output", "ffn_down")
+_RESIDUAL_ROWS = (
+    16_384  # of all readers' rows, evenly spaced, are enough to choose an order by; a large model has 200 000
+)
+
+Kept = dict[
+    str, tuple[float, float]
+]  # weight -> share of the sum of its scores that the pattern kept before, and keeps now
 
 
 @torch.no_grad()
 def permute_channels(
     model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, Any], rounds: int = ROUNDS
-) -> dict[str, tuple[float, float]]:
-    """Reorder the free channels of `model`, in place, for the patterns of `plan`.
+) -> Kept:
+    """Reorder the free channels inside the blocks of `model`, in place, for the patterns of `plan`.
 
-    Returns, for every matrix whose columns were reordered, the share of its absolute sum that its pattern kept before and
-    keeps now.
+    Returns every matrix whose columns were reordered.
     """
-    found: dict[str, tuple[float, float]] = {}
+    found: Kept = {}
     for block in family.blocks(config):
         for reader_role, writer_role in (("ffn_down", "ffn_up"), ("attention_output", "value")):
             name = f"{family.linear(block, reader_role)}.weight"
@@ -45,19 +58,92 @@ def permute_channels(
             size = reader.in_features if reader_role == "ffn_down" else reader.in_features // family.heads(config)
             if name in found or spec.pattern is None or size % spec.pattern.m:
                 continue
-            scores = reader.weight.abs().float()
+            scores = _scores(reader)
             parts = scores.split(size, dim=1)
             order = torch.cat([channel_order(part, spec.pattern, rounds) + i * size for i, part in enumerate(parts)])
-            total = float(scores.sum().clamp(min=1e-30))
-            found[name] = (
-                float(kept_sum(scores, spec.pattern)) / total,
-                float(kept_sum(scores[:, order], spec.pattern)) / total,
-            )
-            reader.weight.copy_(reader.weight[:, order])
-            writer.weight.copy_(writer.weight[order])
-            if writer.bias is not None:
-                writer.bias.copy_(writer.bias[order])
+            found[name] = _shares(scores, order, spec.pattern)
+            _move_inputs(reader, order)
+            _move_outputs(writer, order)
     return found
+
+
+@torch.no_grad()
+def residual_order(
+    model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, Any], rounds: int = ROUNDS
+) -> tuple[Tensor, Kept]:
+    """The order (hidden,) of the residual stream under which what reads it keeps more, and every matrix that this concerns.
+
+    It is chosen for the pattern that most of its readers have; without any, nothing is to be kept.
+    """
+    hidden = size_of(config, family.hidden_key)
+    readers = [f"{family.linear(block, role)}.weight" for block in family.blocks(config) for role in _RESIDUAL_READERS]
+    patterns = Counter(pattern for name in readers if (pattern := plan.weights[name].pattern) is not None)
+    if not patterns:
+        return torch.arange(hidden), {}
+    pattern = patterns.most_common(1)[0][0]
+    scores = {
+        name: _scores(_linear(model, name.removesuffix(".weight")))
+        for name in readers
+        if plan.weights[name].pattern == pattern
+    }
+    rows = torch.cat(list(scores.values()))
+    order = channel_order(rows[:: -(-len(rows) // _RESIDUAL_ROWS)], pattern, rounds)
+    return order, {name: _shares(score, order, pattern) for name, score in scores.items()}
+
+
+@torch.no_grad()
+def permute_residual(model: nn.Module, order: Tensor, family: Family, config: Mapping[str, Any]) -> None:
+    """Give the residual stream of `model` another `order` (hidden,), in place; its outputs stay what they were.
+
+    Outside the blocks every feature axis of the hidden size is moved, of whatever module: what reads one that was written
+    in the new order then finds it there. Raises `PlanError` where the model's own outputs are of that size.
+    """
+    hidden = size_of(config, family.hidden_key)
+    blocks = family.blocks(config)
+    for block in blocks:
+        for role in _RESIDUAL_READERS:
+            _move_inputs(_linear(model, family.linear(block, role)), order)
+        for role in _RESIDUAL_WRITERS:
+            _move_outputs(_linear(model, family.linear(block, role)), order)
+    if int(getattr(getattr(model, "config", None), "num_labels", 0)) == hidden:
+        raise PlanError(f"a head with as many outputs as the hidden size, {hidden}, cannot be permuted")
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{block}.") for block in blocks)
+        if isinstance(module, nn.LayerNorm) and module.normalized_shape == (hidden,):
+            module.weight.copy_(module.weight[order])
+            module.bias.copy_(module.bias[order])
+        elif isinstance(module, nn.Embedding) and module.embedding_dim == hidden and not inside:
+            module.weight.copy_(module.weight[:, order])
+        elif isinstance(module, nn.Linear) and not inside:
+            if module.in_features == hidden:
+                _move_inputs(module, order)
+            if module.out_features == hidden:
+                _move_outputs(module, order)
+
+
+def _scores(layer: nn.Linear) -> Tensor:
+    """What the masks of a layer are chosen by, (out, in) float32."""
+    importance = layer.importance if isinstance(layer, QuantLinear) else None
+    return magnitude_scores(layer.weight.float(), None if importance is None else importance.to(layer.weight.device))
+
+
+def _shares(scores: Tensor, order: Tensor, pattern: NMPattern) -> tuple[float, float]:
+    total = float(scores.sum().clamp(min=1e-30))
+    return float(kept_sum(scores, pattern)) / total, float(kept_sum(scores[:, order], pattern)) / total
+
+
+def _move_inputs(layer: nn.Linear, order: Tensor) -> None:
+    layer.weight.copy_(layer.weight[:, order])
+    if isinstance(layer, QuantLinear) and layer.importance is not None:
+        layer.importance = layer.importance[order.to(layer.importance.device)]
+
+
+def _move_outputs(layer: nn.Linear, order: Tensor) -> None:
+    layer.weight.copy_(layer.weight[order])
+    if layer.bias is not None:
+        layer.bias.copy_(layer.bias[order])
+    if isinstance(layer, QuantLinear) and layer.spec.weight_bits:
+        layer.log_scale.copy_(layer.log_scale[order])
 
 
 def kept_sum(scores: Tensor, pattern: NMPattern) -> Tensor:

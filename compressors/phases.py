@@ -21,8 +21,8 @@ from transformers import TrainerCallback, set_seed
 from compressors.admm import Admm
 from compressors.fake_quant import QuantLinear, calibrate, prepare, quant_linears, require_invariants
 from compressors.models import Source, load_model
-from compressors.obs import input_moments
-from compressors.permute import permute_channels
+from compressors.obs import input_moments, prune_layers
+from compressors.permute import permute_channels, permute_residual, residual_order
 from compressors.settings import Settings
 from compressors.task_data import TaskData
 from compressors.train import LOG_FILE, JsonLog, Losses, Phase, Progress, collate, mean_loss, run_phase, wants_bf16
@@ -66,9 +66,6 @@ class Job:
             else None
         )
         _without_dropout(student)
-        permuted = (
-            permute_channels(student, self.plan, self.source.family, self.source.config) if settings.permute else {}
-        )
         prepare(student, self.plan, self.source.family, self.source.config)
         self._freeze(student)
         self._calibrate(student)
@@ -77,6 +74,7 @@ class Job:
             moments = input_moments(student, self._calibration_batches(), diagonal=True)
             for name, layer in layers.items():
                 layer.importance = moments[name].sqrt()
+        permuted = self._permute(student, teacher) if settings.permute else {}
         facts: dict[str, Any] = {
             "recipe": settings.recipe,
             "steps": self.steps,
@@ -86,6 +84,8 @@ class Job:
         if permuted:
             before_, after = (sum(shares) / len(permuted) for shares in zip(*permuted.values(), strict=True))
             facts["permutation"] = {"matrices": len(permuted), "kept_before": before_, "kept_after": after}
+        if settings.recipe == "obs":
+            prune_layers(layers, input_moments(student, self._calibration_batches()))
         before = 0  # steps of the phase that looks for the masks
         if settings.recipe in ("nxm", "paper"):
             facts |= self._admm(student, layers, teacher)
@@ -108,7 +108,13 @@ class Job:
         """The ADMM phase; goes on, up to twice a tenth of all steps, while the residual is above the gate."""
         settings = self.settings
         paper = settings.recipe == "paper"
-        admm = Admm.of(layers, settings.admm, 1.0 if paper else settings.damping, warm_dual=paper)
+        admm = Admm.of(
+            layers,
+            settings.admm,
+            1.0 if paper else settings.damping,
+            warm_dual=paper,
+            hysteresis=0.0 if paper else settings.hysteresis,
+        )
         steps = self.steps if paper else max(1, round(self.steps * settings.admm_share))
         schedule: _Schedule = (
             _PaperSchedule(steps_of(self.train, 1.0, settings.batch_size))
@@ -181,6 +187,21 @@ class Job:
         kind = next(student.parameters()).device.type
         with admm.projected(), torch.autocast(kind, torch.bfloat16, enabled=wants_bf16(self.settings.precision)):
             return mean_loss(student, self.held_out[:WATCHED_SAMPLES], self.data.pad_id)
+
+    def _permute(self, student: nn.Module, teacher: nn.Module | None) -> dict[str, tuple[float, float]]:
+        """Reorder channels of the student, and those of the residual stream in the teacher, too: hidden states are compared.
+
+        An embedding's own channels stay: its vectors are stored, and compared with those of the dense model.
+        """
+        family, config = self.source.family, self.source.config
+        shares = permute_channels(student, self.plan, family, config)
+        if self.data.task.link == "vector":
+            return shares
+        order, kept = residual_order(student, self.plan, family, config)
+        for model in (student, teacher):
+            if model is not None and kept:
+                permute_residual(model, order, family, config)
+        return shares | kept
 
     def _freeze(self, student: nn.Module) -> None:
         if self.settings.recipe == "paper":

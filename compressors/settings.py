@@ -12,10 +12,11 @@ from compressors.train import Losses
 from nxm_export.errors import DataError, PlanError
 
 # ``nxm`` is ours; ``magnitude`` fixes the mask by magnitude at the start and spends all steps on masked QAT, with the same
-# teacher, steps and learning rates; ``sr-ste`` lets the mask follow the weight through most of them (Zhou et al. 2021,
+# teacher, steps and learning rates; ``obs`` does so with the mask and the weights of second-order pruning
+# (`compressors.obs`); ``sr-ste`` lets the mask follow the weight through most of them (Zhou et al. 2021,
 # arXiv 2102.04010), then fixes it; ``one-shot`` is magnitude and calibration alone, no training; ``paper`` follows what is
 # known of the authors' recipe.
-RECIPES = ("nxm", "magnitude", "sr-ste", "one-shot", "paper")
+RECIPES = ("nxm", "magnitude", "obs", "sr-ste", "one-shot", "paper")
 # What masks are chosen by: |W|, or |W| times the root mean square of each input over the calibration samples.
 MASK_SCORES = ("magnitude", "activation")
 PAPER_DIFFERENCES = (
@@ -46,6 +47,7 @@ class Settings:
     damping: float = 0.5
     strength: tuple[float, float] = (0.3, 5.0)
     residual_gate: float = 0.1
+    hysteresis: float = 0.0  # a dual update changes the mask only for a score this much higher, as a share
     sr_ste_share: float = 0.8  # of all steps; the mask is fixed for the rest
     sr_ste_decay: float = 2e-4  # the regulariser's weight, as in the authors' experiments
     distill: bool = True

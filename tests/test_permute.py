@@ -10,9 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from compressors.fake_quant import calibrate, prepare, quant_linears
 from compressors.models import load_model, resolve
-from compressors.permute import channel_order, kept_sum, permute_channels
+from compressors.obs import input_moments
+from compressors.permute import channel_order, kept_sum, permute_channels, permute_residual, residual_order
+from compressors.project import magnitude_scores
 from nxm_export.checkpoint import open_checkpoint
+from nxm_export.errors import PlanError
 from nxm_export.families import FAMILIES, TASKS
 from nxm_export.plan import NMPattern, WeightSpec
 from tests import tiny
@@ -91,5 +95,66 @@ def test_a_compression_with_both_options_gives_a_valid_checkpoint(tmp_path: Path
     )
     open_checkpoint(checkpoint).require_valid()
     metrics = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))
-    assert metrics["permutation"]["matrices"] == 4
+    assert metrics["permutation"]["matrices"] == 12
     assert metrics["permutation"]["kept_after"] > metrics["permutation"]["kept_before"]
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_another_order_of_the_residual_stream_changes_no_output(family: str, tmp_path: Path) -> None:
+    source = resolve(tiny.write_model(family, tmp_path / "model", head="classification"))
+    before, after = (load_model(source, TASKS["classification"]).eval() for _ in range(2))
+    plan = source.family.uniform_plan(source.config, WeightSpec.parse("2:4+W4"))
+    order, kept = residual_order(after, plan, source.family, source.config)
+    assert order.tolist() != sorted(order.tolist())
+    assert {source.family.role(name) for name in kept} == {"query", "key", "value", "ffn_up"}
+    was, now = (sum(shares) for shares in zip(*kept.values(), strict=True))
+    assert now > was  # all readers together: one of them may lose
+    permute_residual(after, order, source.family, source.config)
+    ids = torch.randint(5, len(tiny.WORDS), (4, 11), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "output_hidden_states": True}
+    with torch.no_grad():
+        wanted, found = before(**batch), after(**batch)
+    # Sums over the same products in another order: float32 rounding.
+    torch.testing.assert_close(found.logits, wanted.logits, rtol=0, atol=1e-5)
+    for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True):
+        torch.testing.assert_close(one, other[..., order], rtol=0, atol=1e-5)
+
+
+def test_a_head_as_wide_as_the_model_keeps_its_order(tmp_path: Path) -> None:
+    source = resolve(tiny.write_model("bert", tmp_path / "model", head="classification"))
+    hidden = source.config["hidden_size"]
+    model = load_model(source, TASKS["classification"], classes=[str(i) for i in range(hidden)])
+    with pytest.raises(PlanError, match="cannot be permuted"):
+        permute_residual(model, torch.arange(hidden), source.family, source.config)
+
+
+@pytest.mark.parametrize("scores", ["magnitude", "activation"])
+def test_prepared_layers_move_with_their_steps_and_importance(scores: str, tmp_path: Path) -> None:
+    """Permuting a prepared model is permuting a plain one: the same outputs while nothing is pruned."""
+    source = resolve(tiny.write_model("bert", tmp_path / "model", head="classification"))
+    plan = source.family.uniform_plan(source.config, WeightSpec.parse("2:4+W8"), placement="inputs")
+    model = load_model(source, TASKS["classification"]).eval()
+    prepare(model, plan, source.family, source.config)
+    ids = torch.randint(5, len(tiny.WORDS), (4, 11), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    calibrate(model, [batch], 99.99)
+    layers = quant_linears(model)
+    if scores == "activation":
+        for name, moment in input_moments(model, [batch], diagonal=True).items():
+            layers[name].importance = moment.sqrt()
+    before = {name: magnitude_scores(layer.weight.detach(), layer.importance).sum() for name, layer in layers.items()}
+    with torch.no_grad():
+        wanted = model(**batch).logits
+        shares = permute_channels(model, plan, source.family, source.config)
+        order, kept = residual_order(model, plan, source.family, source.config)
+        permute_residual(model, order, source.family, source.config)
+        found = model(**batch).logits
+    # Codes are the same integers in another order; a sum over them rounds differently.
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    for name, layer in layers.items():
+        after = magnitude_scores(layer.weight.detach(), layer.importance)
+        torch.testing.assert_close(after.sum(), before[name])  # each weight still has the importance of its own input
+    for name, (was, now) in (shares | kept).items():
+        scores_now = magnitude_scores(layers[name].weight.detach(), layers[name].importance)
+        assert float(kept_sum(scores_now, NMPattern(2, 4)) / scores_now.sum()) == pytest.approx(now, rel=1e-5)
+        assert was <= now or name in kept

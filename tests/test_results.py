@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from compressors.settings import Settings
+from compressors.train import Losses
 from nxm_export.errors import ArtifactError, DataError, PlanError
 from nxm_export.metrics import interval, mcc, metric_named, paired_interval
 from tests import tiny
@@ -16,6 +18,7 @@ from tools.results import store, tasks
 from tools.results.__main__ import main
 from tools.results.bootstrap import resampled
 from tools.results.rows import STANDARD, row_named, rows_named
+from tools.results.run import changed
 from tools.results.statistics import TaskStatistics, overall
 from tools.results.table import render
 
@@ -69,6 +72,7 @@ def test_every_row_is_measured_from_one_dense_model(place: Path) -> None:
     )
     assert ours["compression"]["values"] == 1 - 4 / 2 / 32
     assert ours["dev_reads"] == 1
+    assert 0 < ours["kl_to_dense"] < 5
     assert set(ours["plan"]["weights"].values()) == {"2:4+W4"}
     searched = found["searched-packed-87.5-s0.json"]
     assert searched["compression"]["packed"] >= 0.875
@@ -363,5 +367,9 @@ def test_all_is_every_standard_row_once() -> None:
     assert row_named("paper-search-hw-87.5").search == ("paper", "hw", 0.875)
     ablation = row_named("one-shot-1:4+W4-permuted-activation")
     assert ablation.settings == {"recipe": "one-shot", "permute": True, "mask_scores": "activation"}
+    assert row_named("nxm-2:4+W8-attention").placement == "attention"
+    longer = row_named("nxm-2:4+W4-18-epochs-joint-ste")
+    assert (longer.option, longer.settings) == ("2:4+W4", {"recipe": "nxm", "epochs": 18.0, "admm": "joint-ste"})
+    assert changed(Settings(), row_named("nxm-2:4+W4-logits").settings).losses == Losses(0.5, 1.0, 0.0)
     assert (ablation.option, ablation.baseline) == ("1:4+W4", "magnitude-1:4+W4")
     assert (row_named("paper-2:4+W4").recipe, row_named("sr-ste-1:4+W4").option) == ("paper", "1:4+W4")

@@ -128,7 +128,9 @@ def test_a_model_whose_head_fits_is_not_trained_again(prepared: Path, tmp_path: 
     assert metrics["value"] == json.loads((prepared / "dense" / "metrics.json").read_text())["value"]
 
 
-@pytest.mark.parametrize("recipe", variants(["nxm", "magnitude", "sr-ste", "one-shot", "paper"], ("nxm", "paper")))
+@pytest.mark.parametrize(
+    "recipe", variants(["nxm", "magnitude", "obs", "sr-ste", "one-shot", "paper"], ("nxm", "paper"))
+)
 def test_every_recipe_gives_a_valid_checkpoint_and_logs_what_it_did(
     prepared: Path, tmp_path: Path, recipe: str
 ) -> None:
@@ -143,7 +145,7 @@ def test_every_recipe_gives_a_valid_checkpoint_and_logs_what_it_did(
         updates = [line for line in lines if "residual" in line]
         assert {"residual", "flips", "projected_loss"} <= set(updates[0])
         assert metrics["residual"] < updates[0]["residual"]
-    elif recipe == "magnitude":
+    elif recipe in ("magnitude", "obs"):
         assert phases == {"qat"}
     elif recipe == "sr-ste":
         assert phases == {"sr-ste", "qat"}

@@ -90,7 +90,7 @@ DATA_OPTIONS = options(
 TRAINING_OPTIONS = options(
     click.option(
         "--recipe",
-        type=click.Choice(["nxm", "magnitude", "sr-ste", "one-shot", "paper"]),
+        type=click.Choice(["nxm", "magnitude", "obs", "sr-ste", "one-shot", "paper"]),
         default="nxm",
         show_default=True,
     ),

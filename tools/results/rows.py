@@ -17,6 +17,7 @@ from nxm_export.plan import COUNTINGS, WeightSpec
 RECIPE_TITLES = {
     "nxm": "ADMM + masked QAT",
     "magnitude": "fixed magnitude mask + masked QAT",
+    "obs": "fixed second-order mask and start + masked QAT",
     "sr-ste": "SR-STE + masked QAT",
     "one-shot": "one-shot magnitude + PTQ",
     "paper": "paper recipe",
@@ -25,6 +26,12 @@ RECIPE_TITLES = {
 CHANGES: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "permuted": ("channels permuted", {"permute": True}, None),
     "activation": ("masks weighted by activations", {"mask_scores": "activation"}, None),
+    "hysteresis": ("masks with 5 % hysteresis", {"hysteresis": 0.05}, None),
+    "joint": ("ADMM on pattern and grid, float forward", {"admm": "joint"}, None),
+    "joint-ste": ("ADMM on pattern and grid, quantized forward", {"admm": "joint-ste"}, None),
+    "logits": ("distilled from logits, not from layers", {"losses": {"hidden": 0.0}}, None),
+    "alone": ("not distilled", {"distill": False}, None),
+    "18-epochs": ("18 epochs", {"epochs": 18.0}, None),
     "attention": ("products inside attention in INT8, too", {}, "attention"),
 }
 STANDARD = (
@@ -105,7 +112,7 @@ def row_named(name: str) -> Row:
             return Row(name, title, "nxm", None, (method, counting, float(percent) / 100))
     plain = name
     changes: list[str] = []
-    while (ending := plain.rpartition("-")[2]) in CHANGES and ending not in changes:
+    while ending := _ending(plain, changes):
         plain, changes = plain.removesuffix(f"-{ending}"), [ending, *changes]
     for recipe in sorted(RECIPE_TITLES, key=len, reverse=True):
         if plain.startswith(f"{recipe}-"):
@@ -132,6 +139,12 @@ def rows_named(names: str) -> list[Row]:
 def position(name: str) -> tuple[int, str]:
     """Sort key: the standard rows in their order, others behind them by name."""
     return (STANDARD.index(name) if name in STANDARD else len(STANDARD), name)
+
+
+def _ending(name: str, but: list[str]) -> str | None:
+    """The longest of `CHANGES` that a name ends in, and that is not among those found already."""
+    found = [change for change in CHANGES if name.endswith(f"-{change}") and change not in but]
+    return max(found, key=len, default=None)
 
 
 def _is_percent(text: str) -> bool:

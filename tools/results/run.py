@@ -23,6 +23,7 @@ from compressors.compress import compress, finetune
 from compressors.models import resolve
 from compressors.search import TABLE_FILE, search
 from compressors.selection import SearchSettings
+from compressors.sensitivity import divergence
 from compressors.settings import Settings
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.metrics import metric_named
@@ -118,6 +119,7 @@ class Measure:
         )
         facts |= {
             "recipe": metrics["recipe"],
+            "kl_to_dense": _kl(teacher.path, out),
             "teacher_sha256": teacher.sha256,
             "training": {key: metrics[key] for key in keys if key in metrics},
             "mask_sha256": metrics["mask_hash"],
@@ -132,7 +134,7 @@ class Measure:
         return facts | search_facts, labels
 
     def _settings(self, row: Row, seed: int) -> Settings:
-        return replace(self.protocol.settings, seed=seed, **row.settings)
+        return changed(replace(self.protocol.settings, seed=seed), row.settings)
 
     def _plan(self, row: Row, seed: int, teacher: Path) -> tuple[CompressionPlan, dict[str, Any]]:
         """The row's plan, and for a searched one what the search says."""
@@ -269,9 +271,9 @@ class Measure:
         """Say so when a record was made with other settings than those asked for now."""
         if row.is_dense:
             return
-        known = json.loads(file.read_text(encoding="utf-8")).get("settings")
+        known = DEFAULTS | json.loads(file.read_text(encoding="utf-8")).get("settings", {})
         asked = _json(_compress_part(self._settings(row, seed)))
-        differ = sorted(key for key in asked if known is None or known.get(key) != asked[key])
+        differ = sorted(key for key in asked if known[key] != asked[key])
         if differ:
             say(f"kept as it is, though measured with another {', '.join(differ)}: {file}")
 
@@ -383,6 +385,14 @@ def _outputs(directory: Path) -> tuple[str, str, int]:
     return store.encode(arrays["logits"].argmax(axis=-1)), store.encode(arrays["labels"]), arrays["logits"].shape[-1]
 
 
+def _kl(dense: Path, checkpoint: Path) -> float:
+    """Mean KL(dense || checkpoint) of the answers on dev, in nats."""
+    from safetensors.torch import load_file
+
+    wanted, found = (load_file(_outputs_file(directory))["logits"] for directory in (dense, checkpoint))
+    return divergence(wanted, found) / len(found)
+
+
 def _bytes(plan: CompressionPlan, checkpoint: Path) -> dict[str, int]:
     """Of the planned matrices: FP32, stored (`packed`), in an INT8 engine; of the whole model: the file of ``nxm pack``."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -397,6 +407,12 @@ def _bytes(plan: CompressionPlan, checkpoint: Path) -> dict[str, int]:
     }
 
 
+def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """`settings` with a row's changes; those of a loss by the names of its terms."""
+    losses = replace(settings.losses, **changes.get("losses", {}))
+    return replace(settings, **{**changes, "losses": losses})
+
+
 def _compress_part(settings: Settings) -> dict[str, Any]:
     """The settings that compression reads; threads are told with the machine."""
     return {key: value for key, value in asdict(settings).items() if key not in (*DENSE_KEYS, "threads")}
@@ -409,6 +425,10 @@ def _part(settings: Settings, keys: Sequence[str]) -> dict[str, Any]:
 def _json(value: Mapping[str, Any]) -> dict[str, Any]:
     """As it comes back out of a JSON file."""
     return dict(json.loads(json.dumps(value)))
+
+
+# Of compression. A record made before there was a setting was made with what is its default.
+DEFAULTS: dict[str, Any] = _json(_compress_part(Settings()))
 
 
 def _lines(file: Path) -> int:

@@ -94,6 +94,12 @@ class TaskStatistics:
         drawn = self.resampled(row, common), self.resampled(reference, common)
         return _ratio(float(np.mean(ours)), float(np.mean(theirs)), *drawn)
 
+    def agreement(self, row: str, reference: str = "dense") -> float | None:
+        """Share of dev sentences that both rows put in the same class, over the seeds that both have."""
+        common = [seed for seed in self.seeds(row) if (reference, seed) in self.records]
+        pairs = [(_classes(self.records[row, seed])[0], _classes(self.records[reference, seed])[0]) for seed in common]
+        return float(np.mean([(ours == theirs).mean() for ours, theirs in pairs])) if pairs else None
+
     def resampled(self, row: str, seeds: Sequence[int]) -> np.ndarray:
         """Mean score over resampled `seeds` on resampled sentences, (RESAMPLES,); the same draws for every row."""
         scores = np.stack([self._resampled_scores(row, seed) for seed in seeds])  # (seeds, RESAMPLES)

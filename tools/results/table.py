@@ -87,7 +87,7 @@ def _section(found: TaskStatistics, results: Path, images: Sequence[Path]) -> st
 
 def _scores(found: TaskStatistics) -> str:
     extra = found.task.metrics if len(found.task.metrics) > 1 else ()
-    head = ["row", "mean", "95 % interval", "sd", "per seed", *extra, "retention, %"]
+    head = ["row", "mean", "95 % interval", "sd", "per seed", *extra, "retention, %", "agreement, %", "KL to dense"]
     lines = []
     for row in found.rows:
         scores = found.scores(row)
@@ -100,6 +100,8 @@ def _scores(found: TaskStatistics) -> str:
                 ", ".join(f"{_points(score)} ({seed})" for seed, score in zip(found.seeds(row), scores, strict=True)),
                 *(_points(float(np.mean(found.metric(row, name)))) for name in extra),
                 GAP if row == "dense" else _retention(found.retention(row)),
+                GAP if row == "dense" else _points(found.agreement(row)),
+                _divergence(found, row),
             ]
         )
     note = (
@@ -107,7 +109,19 @@ def _scores(found: TaskStatistics) -> str:
         if any(_other_teacher(found, row) for row in found.rows)
         else ""
     )
-    return "### Scores\n\nPer seed: score (seed).\n\n" + _table(head, lines) + note + _other_settings(found)
+    said = "*agreement*: answers that are the dense model's; *KL*: mean KL(dense || row) over dev, in nats."
+    return (
+        f"### Scores\n\nPer seed: score (seed). Means over seeds: {said}\n\n"
+        + _table(head, lines)
+        + note
+        + _other_settings(found)
+    )
+
+
+def _divergence(found: TaskStatistics, row: str) -> str:
+    known = [found.records[row, seed].facts.get("kl_to_dense") for seed in found.seeds(row)]
+    values = [value for value in known if value is not None]
+    return _mean(values, ".3f") if values else GAP
 
 
 def _differences(found: TaskStatistics) -> str:
@@ -183,7 +197,8 @@ def _costs(found: TaskStatistics) -> str:
         )
     head = ["row", "epochs", "steps", "trained on", "learning rate", "seconds", "search seconds", "dev read, times"]
     return (
-        "### Cost\n\nMeans over seeds; seconds are of the row alone, the dense model not included. "
+        "### Cost\n\nMeans over seeds; seconds are of the row alone, the dense model not included: wall time, pauses and other "
+        "work on the machine included. "
         f"Machine: {'; '.join(machines)}.\n\n" + _table(head, lines)
     )
 
@@ -254,22 +269,23 @@ def _other_teacher(found: TaskStatistics, row: str) -> bool:
 
 
 def _other_settings(found: TaskStatistics) -> str:
-    """One line per record that was measured with other settings than most compressed ones, recipe and seed aside."""
+    """One line per record that was measured with other settings than most compressed ones, but for what its row is about."""
     shared = {}
     for key, record in found.records.items():
         if "compression" in record.facts:
-            settings = {
-                name: value
-                for name, value in record.facts["settings"].items()
-                if name not in ("recipe", "seed", "permute", "mask_scores")
+            by_row = ("recipe", "seed", *row_named(key[0]).settings)
+            shared[key] = {
+                name: json.dumps(value) for name, value in record.facts["settings"].items() if name not in by_row
             }
-            shared[key] = {name: json.dumps(value) for name, value in settings.items()}
     names = sorted({name for settings in shared.values() for name in settings})
-    usual = {name: Counter(settings.get(name) for settings in shared.values()).most_common(1)[0][0] for name in names}
+    usual = {
+        name: Counter(settings[name] for settings in shared.values() if name in settings).most_common(1)[0][0]
+        for name in names
+    }
     lines = []
     for (row, seed), settings in shared.items():
         differ = [
-            f"{name} {settings.get(name)} (usual {usual[name]})" for name in names if settings.get(name) != usual[name]
+            f"{name} {settings[name]} (usual {usual[name]})" for name in settings if settings[name] != usual[name]
         ]
         if differ:
             lines.append(f"\n`{row}`, seed {seed}, was measured with other settings: {', '.join(differ)}.\n")

@@ -27,7 +27,7 @@ from compressors.selection import SearchSettings, Selection, Selector, Trial, wr
 from compressors.sensitivity import Batches, Entry, Probe, divergence, real_logits, write_table
 from compressors.settings import Settings, prepare_process
 from compressors.task_data import TaskData, read_task_data
-from compressors.train import Progress, Student, collate, wants_bf16
+from compressors.train import Progress, Student, collate, schedule, wants_bf16
 from nxm_export.data import Columns, Features, cut, sorted_batches
 from nxm_export.errors import DataError
 from nxm_export.families import task_named
@@ -35,7 +35,7 @@ from nxm_export.run_dir import atomic_dir, json_text, require_replaceable
 
 TABLE_FILE = "sensitivity.csv"
 _MARKS = {"plan.json", "search.json"}  # that make a directory one of a search
-_TIMED_STEPS = 3
+_TIMED_STEPS = 5
 
 
 def search(
@@ -191,8 +191,7 @@ def _step_seconds(source: Source, data: TaskData, dense: nn.Module, trial: Trial
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], fused=True)
     size = max(1, training.batch_size // distributed.world_size())
     times = []
-    for start in range(_TIMED_STEPS):
-        samples = [data.train[(start * size + i) % len(data.train)] for i in range(size)]
+    for samples in _typical_batches(data.train, size, training.seed):
         batch = {key: value.to(distributed.device()) for key, value in collate(samples, data.pad_id).items()}
         began = time.perf_counter()
         with torch.autocast(distributed.device().type, torch.bfloat16, enabled=wants_bf16(training.precision)):
@@ -202,7 +201,17 @@ def _step_seconds(source: Source, data: TaskData, dense: nn.Module, trial: Trial
         optimizer.zero_grad()
         loss.item()  # waits for the device
         times.append(time.perf_counter() - began)
-    return float(np.median(times))
+    return float(np.mean(times[1:]))
+
+
+def _typical_batches(features: Sequence[Features], size: int, seed: int) -> list[list[Features]]:
+    """Batches as training makes them, of similar length: the middles of `_TIMED_STEPS` equal parts of an epoch ordered by
+    length, whose mean stands for the epoch's, behind one to warm up on."""
+    order = schedule(features, max(1, len(features) // size), size, seed)
+    batches = [[features[i] for i in order[at : at + size]] for at in range(0, len(order), size)]
+    batches.sort(key=lambda batch: max(len(sample["input_ids"]) for sample in batch))
+    chosen = [batches[(2 * part + 1) * len(batches) // (2 * _TIMED_STEPS)] for part in range(_TIMED_STEPS)]
+    return [chosen[-1], *chosen]
 
 
 def _facts(

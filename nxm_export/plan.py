@@ -293,10 +293,8 @@ class CompressionPlan:
             }
             weights[name] = {"shape": list(self.shapes[name]), **{k: v for k, v in fields.items() if v is not None}}
         head: dict[str, Any] = {"schema": SCHEMA, "model_type": self.model_type, "attention": self.attention}
-        for field in (
-            "residual",
-            "embedding",
-        ):  # readers that do not know a field yet refuse only the plans that use it
+        # Readers that do not know a field yet refuse only the plans that use it.
+        for field in ("residual", "embedding"):
             if getattr(self, field) != "float":
                 head[field] = getattr(self, field)
         head["weights"] = weights

@@ -124,6 +124,13 @@ def test_gradients_under_bfloat16_are_as_good_as_those_of_a_plain_layer() -> Non
         rounded = outputs_and_gradients(module, x, mixed)  # type: ignore[arg-type]
         return {name: float((rounded[name] - exact[name]).norm() / exact[name].norm()) for name in exact}
 
+    with torch.autocast("cpu", torch.bfloat16):
+        # As a plain layer's, unless a quantizer reads it: engines do that in float32.
+        assert layer(x).dtype == plain(x).dtype == torch.bfloat16
+        assert (
+            quantized_layer(WeightSpec(NMPattern(2, 4), 4, 8, 8), 64, 128)._product(x, layer.reads).dtype
+            == torch.float32
+        )
     ours, theirs = error(layer), error(plain)
     for name in theirs:
         assert ours[name] <= 1.5 * theirs[name] + 1e-6  # bfloat16 keeps 8 bits, whose rounding is the same for both

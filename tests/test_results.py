@@ -367,7 +367,7 @@ def test_all_is_every_standard_row_once() -> None:
     assert row_named("paper-search-hw-87.5").search == ("paper", "hw", 0.875)
     ablation = row_named("one-shot-1:4+W4-permuted-activation")
     assert ablation.settings == {"recipe": "one-shot", "permute": True, "mask_scores": "activation"}
-    assert row_named("nxm-2:4+W8-attention").placement == "attention"
+    assert row_named("nxm-2:4+W8-attention-table").plan == {"placement": "attention", "embedding": "int8"}
     longer = row_named("nxm-2:4+W4-18-epochs-joint-ste")
     assert (longer.option, longer.settings) == ("2:4+W4", {"recipe": "nxm", "epochs": 18.0, "admm": "joint-ste"})
     assert changed(Settings(), row_named("nxm-2:4+W4-logits").settings).losses == Losses(0.5, 1.0, 0.0)

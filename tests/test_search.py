@@ -12,9 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from compressors.search import _typical_batches
+from compressors.train import schedule
 from nxm_export.checkpoint import open_checkpoint
 from nxm_export.cli import main
 from nxm_export.families import TASKS
@@ -96,6 +99,22 @@ def test_it_says_what_it_cost(found: Path) -> None:
     assert cost["share_of_full_run"] == pytest.approx(seconds["all"] / cost["full_run"]["estimated_seconds"], rel=0.05)
     assert cost["full_run"]["steps"] == 6 * tiny.TRAIN_SAMPLES // 32
     assert not cost["resumed"]
+
+
+def test_the_cost_of_a_full_run_is_estimated_on_batches_as_long_as_its_own() -> None:
+    """Batches of training are of similar length; drawn at random they would be padded to twice the tokens."""
+    lengths = np.random.default_rng(0).geometric(0.1, size=640)
+    features: list[Any] = [{"input_ids": [7] * int(length)} for length in lengths]
+
+    def tokens(batches: list[list[Any]]) -> float:
+        return float(np.mean([len(batch) * max(len(sample["input_ids"]) for sample in batch) for batch in batches]))
+
+    order = schedule(features, 20, 32, seed=0)
+    epoch = [[features[i] for i in order[at : at + 32]] for at in range(0, 640, 32)]
+    warm, *timed = _typical_batches(features, 32, seed=0)
+    assert warm is timed[-1]
+    assert tokens(timed) == pytest.approx(tokens(epoch), rel=0.15)  # five batches for twenty
+    assert tokens([features[at : at + 32] for at in range(0, 640, 32)]) > 1.5 * tokens(timed)
 
 
 @pytest.mark.parametrize("task", variants(TASKS, ("question-answering",)))

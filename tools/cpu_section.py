@@ -46,7 +46,7 @@ def section(record: Mapping[str, Any]) -> str:
 
 _HEAD = """{plan} of MiniLM-L6 on rotten tomatoes. Machine: {machine}; load average before: {load}. Versions: {versions}.
 
-All engines are timed in one run, every round times each once in an order that rotates, after an untimed run of the same engine, and
+All engines are timed in one run, every round times each once in an order that rotates, after untimed runs of the same engine for 60 ms, and
 ratios are paired within rounds; numbers of different runs are not to be compared. Float layers run in float32 everywhere: OpenVINO would choose bfloat16 on
 this kind of CPU by itself, and its FP32 row would then be another network. The whole run took {seconds} s.
 

@@ -49,6 +49,7 @@ def _quality(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _size(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    embeddings = "word embeddings in INT8" if summary.get("embedding") == "int8" else "embeddings stay FP32"
     compression, size = summary["compression"], {name: value / 1e6 for name, value in summary["onnx_bytes"].items()}
     return [
         (
@@ -60,7 +61,7 @@ def _size(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             "ONNX file",
             f"{size['dense']:.1f} MB",
-            f"{size['cpu']:.1f} MB for the CPU (embeddings stay FP32), {size['trt']:.1f} MB for TensorRT (FP16)",
+            f"{size['cpu']:.1f} MB for the CPU ({embeddings}), {size['trt']:.1f} MB for TensorRT (FP16)",
         ),
     ]
 

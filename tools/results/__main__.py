@@ -46,8 +46,10 @@ def cli() -> None: ...
 @click.option("--max-length", type=click.IntRange(2), help="Longest input in tokens [of the task: 64 or 128].")
 @click.option("--admm", type=click.Choice(["mask", "joint", "joint-ste"]), default="mask")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto")
-@click.option("--search-samples", default=256, help="Calibration sentences of a search.")
-@click.option("--search-held-out", default=256, help="Train sentences that judge a search.")
+@click.option(
+    "--search-samples", type=click.IntRange(1), help="Calibration sentences of a search [a tenth of a run's cost]."
+)
+@click.option("--search-held-out", type=click.IntRange(1), help="Train sentences that judge a search [as many].")
 @click.option("--discard", is_flag=True, help="Remove every compressed checkpoint once its record is written.")
 @_THREADS
 @_WORK

@@ -8,7 +8,8 @@ measured at every option; `STANDARD` are those that the table is about, in its o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from nxm_export.errors import NxmError, PlanError
@@ -22,17 +23,28 @@ RECIPE_TITLES = {
     "one-shot": "one-shot magnitude + PTQ",
     "paper": "paper recipe",
 }
-# Ablations: what a row's name ends in, what its title says, which settings differ, or where its quantizers are.
-CHANGES: dict[str, tuple[str, dict[str, Any], str | None]] = {
-    "permuted": ("channels permuted", {"permute": True}, None),
-    "activation": ("masks weighted by activations", {"mask_scores": "activation"}, None),
-    "hysteresis": ("masks with 5 % hysteresis", {"hysteresis": 0.05}, None),
-    "joint": ("ADMM on pattern and grid, float forward", {"admm": "joint"}, None),
-    "joint-ste": ("ADMM on pattern and grid, quantized forward", {"admm": "joint-ste"}, None),
-    "logits": ("distilled from logits, not from layers", {"losses": {"hidden": 0.0}}, None),
-    "alone": ("not distilled", {"distill": False}, None),
-    "18-epochs": ("18 epochs", {"epochs": 18.0}, None),
-    "attention": ("products inside attention in INT8, too", {}, "attention"),
+
+
+@dataclass(frozen=True)
+class Change:
+    """An ablation: what its title says, which `Settings` differ, and which arguments of `Family.uniform_plan`."""
+
+    title: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, str] = field(default_factory=dict)
+
+
+CHANGES = {  # by what a row's name ends in
+    "permuted": Change("channels permuted", {"permute": True}),
+    "activation": Change("masks weighted by activations", {"mask_scores": "activation"}),
+    "hysteresis": Change("masks with 5 % hysteresis", {"hysteresis": 0.05}),
+    "joint": Change("ADMM on pattern and grid, float forward", {"admm": "joint"}),
+    "joint-ste": Change("ADMM on pattern and grid, quantized forward", {"admm": "joint-ste"}),
+    "logits": Change("distilled from logits, not from layers", {"losses": {"hidden": 0.0}}),
+    "alone": Change("not distilled", {"distill": False}),
+    "18-epochs": Change("18 epochs", {"epochs": 18.0}),
+    "attention": Change("products inside attention in INT8, too", plan={"placement": "attention"}),
+    "table": Change("word-embedding table in INT8, too", plan={"embedding": "int8"}),
 }
 STANDARD = (
     "dense",
@@ -77,13 +89,13 @@ class Row:
         """The settings that this row changes, by name."""
         changed: dict[str, Any] = {} if self.recipe is None else {"recipe": self.recipe}
         for change in self.changes:
-            changed |= CHANGES[change][1]
+            changed |= CHANGES[change].settings
         return changed
 
     @property
-    def placement(self) -> str:
-        """Where its plan puts activation quantizers."""
-        return next((CHANGES[change][2] for change in self.changes if CHANGES[change][2]), None) or "inputs-outputs"
+    def plan(self) -> dict[str, str]:
+        """How its uniform plan differs from the default one: arguments of `Family.uniform_plan`."""
+        return {name: value for change in self.changes for name, value in CHANGES[change].plan.items()}
 
     @property
     def slug(self) -> str:
@@ -121,7 +133,7 @@ def row_named(name: str) -> Row:
             except NxmError as error:
                 raise PlanError(f"row {name!r}: {error}") from error
             full = "-".join([recipe, str(option), *changes])
-            title = ", ".join([f"{option}, {RECIPE_TITLES[recipe]}", *(CHANGES[change][0] for change in changes)])
+            title = ", ".join([f"{option}, {RECIPE_TITLES[recipe]}", *(CHANGES[change].title for change in changes)])
             return Row(full, title, recipe, str(option), changes=tuple(changes))
     raise PlanError(
         f"unknown row {name!r}; give dense, dense-longer, RECIPE-OPTION ({', '.join(RECIPE_TITLES)}; 2:4+W8 and the like), "

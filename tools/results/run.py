@@ -115,6 +115,8 @@ class Measure:
             "residual",
             "residual_gate_passed",
             "permutation",
+            "table_drop",
+            "table_drop_interval",
             "held_out_samples",
         )
         facts |= {
@@ -140,7 +142,7 @@ class Measure:
         """The row's plan, and for a searched one what the search says."""
         if row.option is not None:
             source = resolve(teacher)
-            return source.family.uniform_plan(source.config, WeightSpec.parse(row.option), placement=row.placement), {}
+            return source.family.uniform_plan(source.config, WeightSpec.parse(row.option), **row.plan), {}
         assert row.search is not None
         method, counting, compression = row.search
         out = self._directory(seed) / f"{row.slug}.search"

@@ -31,7 +31,7 @@ from nxm_export.data import Features, filled, group_array, label_array
 from nxm_export.errors import DataError, PlanError
 from nxm_export.families import ROLES
 from nxm_export.metrics import metric_named
-from nxm_export.plan import COUNTINGS, REFERENCE_BITS, CompressionPlan, WeightSpec
+from nxm_export.plan import COUNTINGS, INT8_ATTENTION, REFERENCE_BITS, CompressionPlan, WeightSpec
 
 DEFAULT_MENU = ("2:4+W4", "W4", "2:4+W8", "W8", "dense")
 METHODS = ("nxm", "paper")
@@ -347,7 +347,7 @@ class Selector:
 
     def plan_of(self, choice: Choice) -> CompressionPlan:
         """The plan of a choice, with the output quantizers of the placement."""
-        attention = "int8" if self.settings.placement == "attention" else "float"
+        attention = "int8" if self.settings.placement in INT8_ATTENTION else "float"
         specs, embedding = self._specs(choice), self.settings.embedding
         return CompressionPlan(self.family.model_type, specs, self.shapes, attention, embedding=embedding)
 
@@ -463,7 +463,7 @@ class Selector:
             return None
         placed = self.family.placed(name, option, self.settings.placement)
         inside_attention = self.family.role(name) in ("query", "key", "value")
-        if self.settings.placement == "attention" and inside_attention and not placed.output_bits:
+        if self.settings.placement in INT8_ATTENTION and inside_attention and not placed.output_bits:
             return None  # INT8 attention needs all three of them quantized
         return placed
 

@@ -37,7 +37,7 @@ from nxm_export.checkpoint import (
 from nxm_export.embedding import read_pooling
 from nxm_export.errors import ExportError
 from nxm_export.families import ROLES, Family, Task, family_of, labels_of, task_named
-from nxm_export.plan import CompressionPlan, WeightSpec
+from nxm_export.plan import INT8_ATTENTION, CompressionPlan, WeightSpec
 from nxm_export.run_dir import atomic_dir, json_text, require_replaceable
 from nxm_export.spec import TOKENIZER_FILE, IOSpec
 
@@ -179,13 +179,14 @@ def _with_length(spec: IOSpec, max_length: int | None) -> IOSpec:
 def _placed(plan: CompressionPlan, target: Target, placement: str | None, max_length: int) -> CompressionPlan:
     """The plan as the graph holds it; INT8 attention falls back to float beyond 512 tokens unless it was asked for."""
     chosen = placement or target.placement or plan.placement
-    if chosen == "attention" and max_length > INT8_ATTENTION_TOKENS:
+    if chosen in INT8_ATTENTION and max_length > INT8_ATTENTION_TOKENS:
+        without = "inputs-outputs" if chosen == "attention" else "inputs"
         if placement is not None:
             raise ExportError(
                 f"INT8 attention is for at most {INT8_ATTENTION_TOKENS} tokens, and this graph takes {max_length}; "
-                f"lower it (--max-length {INT8_ATTENTION_TOKENS}) or use --placement inputs-outputs"
+                f"lower it (--max-length {INT8_ATTENTION_TOKENS}) or use --placement {without}"
             )
-        chosen = "inputs-outputs"
+        chosen = without
     placed = plan.at_placement(chosen)
     return placed if target.embedding == "int8" else replace(placed, embedding="float")
 

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from nxm_export.errors import ArtifactError, PlanError
-from nxm_export.plan import PLACEMENTS, CompressionPlan, WeightSpec, some
+from nxm_export.plan import INT8_ATTENTION, PLACEMENTS, CompressionPlan, WeightSpec, some
 
 ROLES = ("query", "key", "value", "attention_output", "ffn_up", "ffn_down")
 # GELU by its exact form (the error function) or by tanh: what ``config.json`` calls them, and other names for the same.
@@ -141,7 +141,7 @@ class Family:
             raise PlanError(
                 "the plan leaves every weight dense, so there is nothing to compress; keep fewer of them dense"
             )
-        attention = "int8" if placement == "attention" and spec.weight_bits else "float"
+        attention = "int8" if placement in INT8_ATTENTION and spec.weight_bits else "float"
         plan = CompressionPlan(self.model_type, weights, shapes, attention, residual, embedding)
         self.require_placement(plan)
         return plan
@@ -153,7 +153,8 @@ class Family:
         role = self.role(weight)
         if placement == "ffn-only" and role not in ("ffn_up", "ffn_down"):
             return WeightSpec(spec.pattern)
-        outputs = placement != "inputs" and spec.weight_bits and role in OUTPUT_ROLES
+        behind = {"inputs": (), "products": OUTPUT_ROLES[:3]}.get(placement, OUTPUT_ROLES)
+        outputs = spec.weight_bits and role in behind
         return replace(spec, output_bits=8 if outputs else None)
 
     def require_placement(self, plan: CompressionPlan) -> None:

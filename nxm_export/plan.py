@@ -27,10 +27,12 @@ from nxm_export.errors import PlanError
 
 SCHEMA = "nxm-plan/1"
 COUNTINGS = ("hw", "packed", "values")
-# What training may place: pairs before each product; behind it, too; the softmax as well; the FFN's products only.
-PLACEMENTS = ("inputs", "inputs-outputs", "attention", "ffn-only")
+# What training may place: pairs before each planned product; behind it, too; before every product, those inside attention
+# included; all of these; before the FFN's products only.
+PLACEMENTS = ("inputs", "inputs-outputs", "products", "attention", "ffn-only")
 # What a graph may keep of it, from nothing to everything that was trained.
-GRAPH_PLACEMENTS = ("float", "inputs", "inputs-outputs", "attention")
+GRAPH_PLACEMENTS = ("float", "inputs", "inputs-outputs", "products", "attention")
+INT8_ATTENTION = ("products", "attention")  # of all placements
 SCALE_BITS = 32
 DENSE_BITS = 16  # an unquantized weight is deployed in 16 bit
 REFERENCE_BITS = 32  # ratios are against the FP32 checkpoint, as in the literature
@@ -226,17 +228,18 @@ class CompressionPlan:
     def placement(self) -> str:
         """The fullest of `GRAPH_PLACEMENTS` that this plan trained."""
         if self.attention == "int8":
-            return "attention"
+            behind = [spec for name, spec in self.weights.items() if spec.weight_bits and not self._into_product(name)]
+            return "products" if behind and not any(spec.output_bits for spec in behind) else "attention"
         if any(spec.output_bits for spec in self.weights.values()):
             return "inputs-outputs"
         return "inputs" if any(spec.weight_bits for spec in self.weights.values()) else "float"
 
     def at_placement(self, placement: str) -> CompressionPlan:
-        """The plan that a graph of this placement (one of `GRAPH_PLACEMENTS`) holds; each drops what the next one keeps.
+        """The plan that a graph of this placement (one of `GRAPH_PLACEMENTS`) holds.
 
         ``float`` keeps the baked weights (those of the embedding table, too) and nothing else, ``inputs`` the pairs before the
-        products, ``inputs-outputs`` also those behind them (and on the residual, where it is planned), ``attention`` also those
-        on the softmax.
+        planned products, ``inputs-outputs`` also those behind them (and on the residual, where it is planned), ``products``
+        those before every product, the two inside attention included, ``attention`` all of these.
         Raises `PlanError` for a placement that this plan was not trained for: quantizers can be dropped, never added.
         """
         if placement not in GRAPH_PLACEMENTS:
@@ -248,17 +251,34 @@ class CompressionPlan:
         if placement == "inputs":
             inputs = {name: replace(spec, output_bits=None) for name, spec in self.weights.items()}
             return replace(self, weights=inputs, attention="float", residual="float")
-        if placement == "attention":
+        if placement in ("products", "attention"):
             if self.attention != "int8":
                 raise PlanError(
-                    f"this plan trained attention in float; use placement {self.placement}, or compress again with attention"
+                    f"this plan trained attention in float; use placement {self.placement}, or compress again with {placement}"
+                )
+            if placement == "products":
+                kept = {
+                    name: spec if self._into_product(name) else replace(spec, output_bits=None)
+                    for name, spec in self.weights.items()
+                }
+                return replace(self, weights=kept)
+            if self.placement == "products":
+                raise PlanError(
+                    "this plan trained no quantizers behind the products; use placement products, or compress again with "
+                    "attention"
                 )
             return self
-        if quantized and not any(spec.output_bits for spec in quantized):
+        if self.placement == "products" or (quantized and not any(spec.output_bits for spec in quantized)):
             raise PlanError(
                 "this plan trained no output quantizers; use placement inputs, or compress again with inputs-outputs"
             )
         return replace(self, attention="float")
+
+    def _into_product(self, weight: str) -> bool:
+        """Whether another product reads what a matrix writes; behind the FFN's first one, that is the quantizer after GELU."""
+        from nxm_export.families import FAMILIES  # which needs this module
+
+        return FAMILIES[self.model_type].role(weight) not in ("attention_output", "ffn_down")
 
     @property
     def pattern_counts(self) -> dict[str, int]:

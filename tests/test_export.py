@@ -232,7 +232,7 @@ class TestSharedLayers:
         ("target", "placement", "lowering"),
         variants(
             [
-                *itertools.product(TARGETS, ("inputs", "inputs-outputs", "attention"), ("matmul",)),
+                *itertools.product(TARGETS, ("inputs", "inputs-outputs", "products", "attention"), ("matmul",)),
                 ("cpu", "inputs-outputs", "gemm"),
                 ("trt", "inputs-outputs", "conv1x1"),
             ],

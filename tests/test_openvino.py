@@ -89,6 +89,24 @@ def test_it_agrees_with_onnx_runtime_and_with_pytorch(
         np.testing.assert_allclose(found, reference.run(feeds)["logits"], atol=0.1)
 
 
+@pytest.mark.parametrize("placement", ["products", "attention"])
+def test_int8_attention_agrees_with_pytorch(placement: str, tmp_path: Path) -> None:
+    from nxm_export.export import export
+
+    checkpoint = baked.write_checkpoint("bert", tmp_path / "checkpoint", attention="int8")
+    graph = export(checkpoint, tmp_path / "graph", placement=placement).path
+    build_engine(graph, tmp_path / "engine", "openvino")
+    plan = open_part(checkpoint, tmp_path / "engine").plan
+    assert plan.placement == placement
+    feeds = baked.feeds("bert", 8, 12, padding=4)
+    with (
+        backend("openvino").load(tmp_path / "engine") as ours,
+        torch_eager.load(checkpoint, task="classification", plan=plan, exact=True) as reference,
+    ):
+        # A code that moves by one step changes these logits by some 0.05.
+        np.testing.assert_allclose(ours.run(feeds)["logits"], reference.run(feeds)["logits"], atol=0.1)
+
+
 def test_float_layers_run_in_float32(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """OpenVINO's own choice on a CPU with bfloat16 errs by some 1e-2 of a value; float32 sums by under 1e-5."""
     from nxm_export.export import export

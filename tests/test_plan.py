@@ -285,6 +285,31 @@ def test_a_placement_drops_quantizers_and_never_adds_some() -> None:
         inputs.at_placement("inputs-outputs")
     with pytest.raises(PlanError, match="unknown placement 'outputs'"):
         both.at_placement("outputs")
+    every, products = (
+        FAMILIES["bert"].uniform_plan(config, WeightSpec.parse("W8"), placement=p) for p in ("attention", "products")
+    )
+    assert every.at_placement("products") == products
+    assert (every.placement, products.placement) == ("attention", "products")
+    roles = {FAMILIES["bert"].role(name) for name, spec in products.weights.items() if spec.output_bits}
+    assert roles == {"query", "key", "value"}
+    assert products.at_placement("inputs") == inputs
+    for fuller in ("attention", "inputs-outputs"):
+        with pytest.raises(PlanError, match="trained no"):
+            products.at_placement(fuller)
+    with pytest.raises(PlanError, match="compress again with products"):
+        both.at_placement("products")
+
+
+def test_int8_attention_around_dense_matrices_is_the_full_placement() -> None:
+    config = {**BASE, "num_hidden_layers": 1}
+    plan = FAMILIES["bert"].uniform_plan(
+        config,
+        WeightSpec.parse("W8"),
+        placement="attention",
+        keep_dense=["*attention.output*", "*.output.dense.weight"],
+    )
+    assert plan.placement == "attention"
+    assert plan.at_placement("attention") == plan
 
 
 def test_only_the_first_matrix_of_the_ffn_has_no_output_quantizer() -> None:

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -36,12 +35,13 @@ from engines.base import Engine, backend  # noqa: E402
 from engines.bench import feeds_for, interleaved, paired  # noqa: E402
 from engines.openvino import OpenVinoEngine  # noqa: E402
 from engines.ort import ENGINE_FILE  # noqa: E402
-from engines.passport import cpu_device, load_passport  # noqa: E402
+from engines.passport import cpu_device  # noqa: E402
 from nxm_export.data import pad  # noqa: E402
 from nxm_export.engine_work import bench_text, build_engine, compare_engines, features_of  # noqa: E402
 from nxm_export.export import export  # noqa: E402
 from nxm_export.run_dir import file_hash, write_atomic  # noqa: E402
 from nxm_export.spec import load_spec  # noqa: E402
+from tools.cpu_profile import onnxruntime_profile, openvino_profile, peaks  # noqa: E402
 from tools.cpu_section import PEER, section  # noqa: E402
 from tools.measuring import DOCUMENT, RECORDS, write_section  # noqa: E402
 from tools.results.run import versions  # noqa: E402
@@ -60,12 +60,14 @@ ENGINES = {
     "INT8 2:4, openvino": ("compressed", "inputs", "openvino"),
     "INT8 2:4, outputs too, ort": ("compressed", "inputs-outputs", "ort"),
     "INT8 2:4, outputs too, openvino": ("compressed", "inputs-outputs", "openvino"),
+    "INT8 2:4, all products, ort": ("compressed", "products", "ort"),
+    "INT8 2:4, all products, openvino": ("compressed", "products", "openvino"),
     "INT8 2:4, attention too, ort": ("compressed", "attention", "ort"),
     "INT8 2:4, attention too, openvino": ("compressed", "attention", "openvino"),
 }
 OURS = tuple(name for name, (which, _, _) in ENGINES.items() if which == "compressed")
-ORT, OPENVINO, BOTH, ATTENTION = OURS[0], OURS[1], OURS[3], OURS[5]
-COMPARED = (ORT, OPENVINO, BOTH, ATTENTION)
+ORT, OPENVINO, BOTH, PRODUCTS, ATTENTION = OURS[0], OURS[1], OURS[3], OURS[5], OURS[7]
+COMPARED = (ORT, OPENVINO, BOTH, PRODUCTS, ATTENTION)
 CALIBRATION = 100  # sentences for NNCF, which needs some and learns nothing from more here
 
 
@@ -93,15 +95,23 @@ def run(args: argparse.Namespace) -> None:
         _say("timed shapes", began)
         workers, made_by = _workers(args, work, stack)
         texts = bench_text(
-            [directories[ORT], directories[ATTENTION]],
+            [directories[ORT], directories[PRODUCTS]],
             str(args.data),
             threads=threads,
             rounds=max(3, int(7 * args.scale)),
             others=workers,
         )
         _say("timed text", began)
-        profile = [_profile(directories[name], name, shape, threads) for name in ("FP32, ort", ORT) for shape in SHAPES]
-        peaks = _peaks(threads, work)
+        profile = [
+            onnxruntime_profile(directories[name], name, shape, threads)
+            for name in ("FP32, ort", ORT)
+            for shape in SHAPES
+        ]
+        models = {name: directories[name] / ENGINE_FILE for name in (PRODUCTS, ATTENTION)}
+        if peer is not None:
+            models[PEER] = peer.model
+        profile += [openvino_profile(model, name, SHAPES[0], threads) for name, model in models.items()]
+        reached = peaks(threads, work)
         _say("profiled", began)
         record = {
             "schema": SCHEMA,
@@ -119,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
             "latency": latency,
             "text": texts.to_dict(),
             "profile": profile,
-            "peaks": peaks,
+            "peaks": reached,
             "seconds": round(time.monotonic() - began),
         }
     args.record.parent.mkdir(parents=True, exist_ok=True)
@@ -180,7 +190,7 @@ class Peer(OpenVinoEngine):
         from engines.openvino import settings
 
         compiled = openvino.Core().compile_model(str(model), "CPU", settings(threads))
-        self.directory, self._spec, self.made_by = model.parent, None, made_by
+        self.directory, self._spec, self.made_by, self.model = model.parent, None, made_by, model
         self.bytes = sum(part.stat().st_size for part in (model, model.with_suffix(".bin")))
         self.inputs = tuple(port.get_any_name() for port in compiled.inputs)
         self.outputs = tuple(port.get_any_name() for port in compiled.outputs)
@@ -277,88 +287,6 @@ def _latency(loaded: Mapping[str, Engine], shape: tuple[int, int], rounds: int) 
             for ratio, interval in [paired(taken[reference], taken[name])]
         },
     }
-
-
-def _profile(directory: Path, name: str, shape: tuple[int, int], threads: int, rounds: int = 20) -> dict[str, Any]:
-    """Milliseconds by operator type in ONNX Runtime's own profile, medians over rounds, and INT8 products a second."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
-    options.enable_profiling = True
-    options.profile_file_prefix = str(directory / "profile")
-    without = load_passport(directory).options["disabled_optimizers"]
-    session = onnxruntime.InferenceSession(
-        str(directory / ENGINE_FILE), options, providers=["CPUExecutionProvider"], disabled_optimizers=without
-    )
-    with backend("ort").load(directory, threads=1) as engine:
-        feeds = feeds_for(engine, *shape, 1000, 0)
-    for _ in range(rounds):
-        session.run(None, feeds)
-    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    taken: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            taken[event["args"]["op_name"], event["name"]].append(event["dur"] / 1e3)
-    by_operator: dict[str, float] = defaultdict(float)
-    for (operator, _), times in taken.items():
-        by_operator[operator] += float(np.median(times))
-    products = by_operator.get("MatMulIntegerToFloat")
-    operations = 2.0 * _planned_weights(directory) * shape[0] * shape[1]
-    return {
-        "engine": name,
-        "batch": shape[0],
-        "sequence": shape[1],
-        "milliseconds": dict(sorted(by_operator.items(), key=lambda item: -item[1])),
-        "int8_gops": operations / products / 1e6 if products else None,
-    }
-
-
-def _planned_weights(directory: Path) -> int:
-    """Weights of the encoder's INT8 matrices, as the engine file holds them."""
-    from nxm_export.weights import load_graph
-
-    nodes = [node for node in load_graph(directory / ENGINE_FILE).graph if node.op_type == "MatMulIntegerToFloat"]
-    return sum(int(np.prod(node.inputs[1].shape.numpy())) for node in nodes)
-
-
-def _peaks(threads: int, work: Path) -> dict[str, float]:
-    """GOPS of one large product, (2048, 2048) x (2048, 2048), with ONNX Runtime: INT8 (uint8 x int8) and FP32; best of 10."""
-    import onnx
-    import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
-
-    size, rng, found = 2048, np.random.default_rng(0), {}
-    for kind in ("int8", "fp32"):
-        integer = kind == "int8"
-        weight = rng.integers(-127, 128, (size, size)).astype(np.int8 if integer else np.float32)
-        node = (
-            helper.make_node("MatMulIntegerToFloat", ["x", "w", "s", "s", "z"], ["y"], domain="com.microsoft")
-            if integer
-            else helper.make_node("MatMul", ["x", "w"], ["y"])
-        )
-        constants = [numpy_helper.from_array(weight, "w")]
-        if integer:
-            constants += [
-                numpy_helper.from_array(np.float32(0.01).reshape(()), "s"),
-                numpy_helper.from_array(np.uint8(128).reshape(()), "z"),
-            ]
-        kinds = (TensorProto.UINT8 if integer else TensorProto.FLOAT, TensorProto.FLOAT)
-        values = [helper.make_tensor_value_info(name, k, [size, size]) for name, k in zip("xy", kinds, strict=True)]
-        graph = helper.make_graph([node], "peak", values[:1], values[1:], constants)
-        opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), work / "peak.onnx")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(str(work / "peak.onnx"), options, providers=["CPUExecutionProvider"])
-        feeds = {"x": rng.integers(0, 255, (size, size)).astype(np.uint8 if integer else np.float32)}
-        times = []
-        for _ in range(12):
-            began = time.perf_counter()
-            session.run(None, feeds)
-            times.append(time.perf_counter() - began)
-        found[f"{kind}_gops"] = 2.0 * size**3 / min(times[2:]) / 1e9
-    return found
 
 
 def _model(checkpoint: Path) -> dict[str, Any]:

@@ -50,8 +50,9 @@ All engines are timed in one run, every round times each once in an order that r
 ratios are paired within rounds; numbers of different runs are not to be compared. Float layers run in float32 everywhere: OpenVINO would choose bfloat16 on
 this kind of CPU by itself, and its FP32 row would then be another network. The whole run took {seconds} s.
 
-*Outputs too* is `--placement inputs-outputs`: query, key and value are then INT8. *Attention too* is `--placement attention`:
-so is the softmax, and both products inside attention run on integers. The checkpoint was trained with all of these quantizers;
+*Outputs too* is `--placement inputs-outputs`: query, key and value are then INT8, and what goes into the residual. *All products*
+is `--placement products`: query, key, value and softmax are INT8, both products inside attention run on integers, and nothing
+else is quantized. *Attention too* is `--placement attention`: all of these. The checkpoint was trained with all of these quantizers;
 graphs of fewer leave out those that they do not name. *Our fastest* is the fastest of the INT8 2:4 rows at that shape, by its median.
 
 2:4 gives no speed on a CPU with these runtimes: what is faster here is INT8. Losing cases stay in the tables.
@@ -153,7 +154,7 @@ def _profile_part(record: Mapping[str, Any]) -> list[str]:
         rows.append(
             [entry["engine"], shape, f"{total:.2f}", ", ".join(f"{op} {100 * ms / total:.0f} %" for op, ms in top)]
         )
-        if entry["int8_gops"]:
+        if entry.get("int8_gops"):
             share = entry["milliseconds"]["MatMulIntegerToFloat"] / total
             peak = record["peaks"]["int8_gops"]
             roof.append(
@@ -162,7 +163,7 @@ def _profile_part(record: Mapping[str, Any]) -> list[str]:
             )  # fmt: skip
     peaks = record["peaks"]
     return [
-        "### Where the time goes\n\nONNX Runtime's own profile, medians by operator (profiling itself adds some).\n",
+        "### Where the time goes\n\nThe runtimes' own profiles, medians by operator (profiling itself adds some).\n",
         _table(["engine", "shape", "ms", "largest shares"], rows),
         f"Roofline of the INT8 products: a (2048, 2048) x (2048, 2048) product reaches {peaks['int8_gops']:.0f} GOPS in INT8 here, and {peaks['fp32_gops']:.0f} in FP32.\n",
         _table(["shape", "GOPS of the products", "of the peak", "products' share of the time", "ms if they ran at the peak"], roof),

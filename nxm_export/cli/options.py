@@ -55,7 +55,7 @@ PLAN_OPTIONS = options(
         type=click.Choice(PLACEMENTS),
         default="inputs-outputs",
         show_default=True,
-        help="Activation quantizers: before the products; behind them, too; the softmax as well; the FFN's only.",
+        help="Activation quantizers: before planned products; behind them, too; before all products, also attention's; all of these; the FFN's only.",
     ),
     click.option(
         "--residual",

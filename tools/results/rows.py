@@ -41,6 +41,8 @@ CHANGES = {  # by what a row's name ends in
     "joint": Change("ADMM on pattern and grid, float forward", {"admm": "joint"}),
     "joint-ste": Change("ADMM on pattern and grid, quantized forward", {"admm": "joint-ste"}),
     "logits": Change("distilled from logits, not from layers", {"losses": {"hidden": 0.0}}),
+    "taught": Change("distilled alone, without the task's own loss", {"losses": {"task": 0.0}}),
+    "layers": Change("distilled alone, layers ten times as much", {"losses": {"task": 0.0, "hidden": 10.0}}),
     "alone": Change("not distilled", {"distill": False}),
     "18-epochs": Change("18 epochs", {"epochs": 18.0}),
     "attention": Change("products inside attention in INT8, too", plan={"placement": "attention"}),

@@ -1,0 +1,134 @@
+"""Where a CPU engine's time goes: the runtimes' own profiles by operator, and what this machine's products reach."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines.base import backend
+from engines.bench import feeds_for
+from engines.ort import ENGINE_FILE
+from engines.passport import load_passport
+
+
+def onnxruntime_profile(
+    directory: Path, name: str, shape: tuple[int, int], threads: int, rounds: int = 20
+) -> dict[str, Any]:
+    """Milliseconds by operator type in ONNX Runtime's own profile, medians over rounds, and INT8 products a second."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    options.enable_profiling = True
+    options.profile_file_prefix = str(directory / "profile")
+    without = load_passport(directory).options["disabled_optimizers"]
+    session = onnxruntime.InferenceSession(
+        str(directory / ENGINE_FILE), options, providers=["CPUExecutionProvider"], disabled_optimizers=without
+    )
+    with backend("ort").load(directory, threads=1) as engine:
+        feeds = feeds_for(engine, *shape, 1000, 0)
+    for _ in range(rounds):
+        session.run(None, feeds)
+    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    taken: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            taken[event["args"]["op_name"], event["name"]].append(event["dur"] / 1e3)
+    by_operator: dict[str, float] = defaultdict(float)
+    for (operator, _), times in taken.items():
+        by_operator[operator] += float(np.median(times))
+    products = by_operator.get("MatMulIntegerToFloat")
+    operations = 2.0 * _planned_weights(directory) * shape[0] * shape[1]
+    return {
+        "engine": name,
+        "batch": shape[0],
+        "sequence": shape[1],
+        "milliseconds": dict(sorted(by_operator.items(), key=lambda item: -item[1])),
+        "int8_gops": operations / products / 1e6 if products else None,
+    }
+
+
+def openvino_profile(model: Path, name: str, shape: tuple[int, int], threads: int, rounds: int = 100) -> dict[str, Any]:
+    """Milliseconds by operator in OpenVINO's own profile of a model file (ONNX or its own), medians over rounds.
+
+    An operator is told by its type and the precision of its kernel; `nodes` counts those that ran.
+    """
+    import openvino
+
+    from engines.openvino import settings
+
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(str(model)), "CPU", settings(threads) | {"PERF_COUNT": True})
+    request = compiled.create_infer_request()
+    ids = np.random.default_rng(0).integers(1, 1000, shape)
+    by_input = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    feeds = {port.get_any_name(): by_input[port.get_any_name()] for port in compiled.inputs}
+    taken: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for _ in range(rounds):
+        request.infer(feeds)
+        for node in request.profiling_info:
+            if node.status == openvino.ProfilingInfo.Status.EXECUTED:
+                kind = f"{node.node_type} {node.exec_type.rpartition('_')[2]}"
+                taken[kind, node.node_name].append(node.real_time.total_seconds() * 1e3)
+    by_operator: dict[str, float] = defaultdict(float)
+    for (kind, _), times in taken.items():
+        by_operator[kind] += float(np.median(times))
+    return {
+        "engine": name,
+        "batch": shape[0],
+        "sequence": shape[1],
+        "milliseconds": dict(sorted(by_operator.items(), key=lambda item: -item[1])),
+        "nodes": len(taken),
+    }
+
+
+def _planned_weights(directory: Path) -> int:
+    """Weights of the encoder's INT8 matrices, as the engine file holds them."""
+    from nxm_export.weights import load_graph
+
+    nodes = [node for node in load_graph(directory / ENGINE_FILE).graph if node.op_type == "MatMulIntegerToFloat"]
+    return sum(int(np.prod(node.inputs[1].shape.numpy())) for node in nodes)
+
+
+def peaks(threads: int, work: Path) -> dict[str, float]:
+    """GOPS of one large product, (2048, 2048) x (2048, 2048), with ONNX Runtime: INT8 (uint8 x int8) and FP32; best of 10."""
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    size, rng, found = 2048, np.random.default_rng(0), {}
+    for kind in ("int8", "fp32"):
+        integer = kind == "int8"
+        weight = rng.integers(-127, 128, (size, size)).astype(np.int8 if integer else np.float32)
+        node = (
+            helper.make_node("MatMulIntegerToFloat", ["x", "w", "s", "s", "z"], ["y"], domain="com.microsoft")
+            if integer
+            else helper.make_node("MatMul", ["x", "w"], ["y"])
+        )
+        constants = [numpy_helper.from_array(weight, "w")]
+        if integer:
+            constants += [
+                numpy_helper.from_array(np.float32(0.01).reshape(()), "s"),
+                numpy_helper.from_array(np.uint8(128).reshape(()), "z"),
+            ]
+        kinds = (TensorProto.UINT8 if integer else TensorProto.FLOAT, TensorProto.FLOAT)
+        values = [helper.make_tensor_value_info(name, k, [size, size]) for name, k in zip("xy", kinds, strict=True)]
+        graph = helper.make_graph([node], "peak", values[:1], values[1:], constants)
+        opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), work / "peak.onnx")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(str(work / "peak.onnx"), options, providers=["CPUExecutionProvider"])
+        feeds = {"x": rng.integers(0, 255, (size, size)).astype(np.uint8 if integer else np.float32)}
+        times = []
+        for _ in range(12):
+            began = time.perf_counter()
+            session.run(None, feeds)
+            times.append(time.perf_counter() - began)
+        found[f"{kind}_gops"] = 2.0 * size**3 / min(times[2:]) / 1e9
+    return found

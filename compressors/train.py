@@ -79,12 +79,14 @@ class Student(nn.Module):
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Loss and logits of a padded batch with ``labels``."""
         deep = self.losses.hidden > 0
-        found = self.model(**batch, output_hidden_states=deep)
-        loss = found.logits.new_zeros(()) if found.loss is None else self.losses.task * found.loss
-        if self._teacher:
+        wanted = None
+        if self._teacher:  # first: what it needs on its way is free again before the student keeps its activations
             inputs = {key: value for key, value in batch.items() if key != "labels"}
             with torch.no_grad():
                 wanted = self._teacher[0](**inputs, output_hidden_states=deep)
+        found = self.model(**batch, output_hidden_states=deep and wanted is not None)
+        loss = found.logits.new_zeros(()) if found.loss is None else self.losses.task * found.loss
+        if wanted is not None:
             ours, theirs = found.logits, wanted.logits
             if ours.dim() == 3 and self._by_token:  # (batch, sequence, classes): padding says nothing
                 real = batch["attention_mask"].bool()

@@ -29,7 +29,7 @@ from compressors.train import LOG_FILE, JsonLog, Losses, Phase, Progress, collat
 from nxm_export.data import cut, sorted_batches
 from nxm_export.plan import CompressionPlan
 
-MAX_DUAL_UPDATES = 20
+MAX_DUAL_UPDATES = 16
 # What hardening would cost is watched at every fourth dual update and on this many held-out samples: at all of them, and on
 # 256, it took as long as a sixth of the phase.
 WATCH_EVERY, WATCHED_SAMPLES = 4, 64

@@ -142,4 +142,5 @@ def test_importance_weighs_the_choice_and_changes_no_kept_weight() -> None:
     assert torch.equal(PROJECTIONS["mask"](w, WeightSpec(NMPattern(2, 4)), importance), w * kept)
     joint = PROJECTIONS["joint"](w, WeightSpec(NMPattern(2, 4), 4, 8), importance)
     assert ((joint != 0) <= kept).all()
-    torch.testing.assert_close(joint, project_grid(w * kept, 4), rtol=0.02, atol=0.02)  # fewer scales are tried
+    best = (w * kept - project_grid(w * kept, 4)).square().sum()
+    assert (w * kept - joint).square().sum() <= 1.02 * best  # fewer scales are tried

@@ -16,7 +16,7 @@ from compressors.fake_quant import bake, prepare, quant_linears
 from compressors.memory import keep_freed_memory
 from compressors.models import load_model, load_tokenizer, resolve
 from compressors.obs import input_moments
-from compressors.permute import permute_channels
+from compressors.permute import permute_channels, permute_residual, residual_order
 from compressors.sensitivity import divergence
 from compressors.settings import Settings
 from compressors.task_data import read_task_data
@@ -48,23 +48,29 @@ def main() -> None:
     print(f"dense: accuracy {(wanted.argmax(-1) == labels).mean():.4f}", flush=True)
     for pattern in chosen.patterns.split(","):
         plan = source.family.uniform_plan(source.config, WeightSpec.parse(pattern), placement="inputs")
-        for permute in (False, True):
+        for permuted in ("", "blocks", "blocks and residual"):
             for activation in (False, True):
                 model = load_model(source, task).eval()
-                shares = permute_channels(model, plan, source.family, source.config) if permute else {}
                 prepare(model, plan, source.family, source.config)
+                layers = quant_linears(model)
                 moments = input_moments(model, batches, diagonal=True) if activation else {}
-                for name, layer in quant_linears(model).items():
+                for name, layer in layers.items():
                     layer.importance = moments[name].sqrt() if activation else None
+                shares = permute_channels(model, plan, source.family, source.config) if permuted else {}
+                if permuted.endswith("residual"):
+                    order, kept = residual_order(model, plan, source.family, source.config)
+                    permute_residual(model, order, source.family, source.config)
+                    shares |= kept
+                for layer in layers.values():
                     layer.harden()
                 bake(model, plan)
                 found = predict(model, data.dev, data.pad_id)
                 kl = divergence(torch.from_numpy(wanted), torch.from_numpy(found)) / len(found)
-                name = f"{pattern}{' permuted' if permute else ''}{' activation' if activation else ''}"
-                kept = ", kept {:.4f} -> {:.4f}".format(*np.mean(list(shares.values()), axis=0)) if shares else ""
+                name = f"{pattern}{' activation' if activation else ''}{', permuted: ' if permuted else ''}{permuted}"
+                saved = ", kept {:.4f} -> {:.4f}".format(*np.mean(list(shares.values()), axis=0)) if shares else ""
                 print(
                     f"{name}: accuracy {(found.argmax(-1) == labels).mean():.4f}, "
-                    f"agreement {(found.argmax(-1) == wanted.argmax(-1)).mean():.4f}, KL {kl:.4f}{kept}",
+                    f"agreement {(found.argmax(-1) == wanted.argmax(-1)).mean():.4f}, KL {kl:.4f}{saved}",
                     flush=True,
                 )
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from nxm_export.run_dir import write_atomic
 from tools.results import plots, store
-from tools.results.rows import position, row_named
+from tools.results.rows import RECIPE_TITLES, Row, position, row_named
 from tools.results.statistics import Difference, Retention, TaskStatistics, deviation, overall
 
 GAP = "–"
@@ -76,6 +76,7 @@ def _section(found: TaskStatistics, results: Path, images: Sequence[Path]) -> st
         f"{len(some.labels)} dev sentences; score: {found.task.metric_title}; model: {some.facts['model']}.\n",
         _scores(found),
         _differences(found),
+        _ours(found),
         _sizes(found),
         _costs(found),
         _plans(found),
@@ -140,6 +141,40 @@ def _differences(found: TaskStatistics) -> str:
         "that these sentences and seeds do not tell the rows apart.\n\n"
         + _table(["row", "minus dense", "minus fixed magnitude mask"], lines)
     )
+
+
+def _ours(found: TaskStatistics) -> str:
+    """ADMM against every other recipe at its option, searched plans against the nearest uniform one and the paper's search."""
+    lines = []
+    for row in found.rows:
+        for other in _others(found, row_named(row)):
+            difference = found.difference(row, other)
+            if difference is not None:
+                lines.append([f"`{row}`", f"`{other}`", _difference(difference)])
+    if not lines:
+        return ""
+    return "### Ours against the others\n\n" + _table(["row", "against", "difference"], lines)
+
+
+def _others(found: TaskStatistics, row: Row) -> list[str]:
+    if row.changes or row.recipe != "nxm":
+        return []
+    if row.option is not None:
+        rivals = [f"{recipe}-{row.option}" for recipe in RECIPE_TITLES if recipe != "nxm"]
+        return [name for name in ("dense-longer", *rivals) if name in found.rows]
+    assert row.search is not None
+    method, counting, compression = row.search
+    if method == "paper":
+        return []
+
+    def size(name: str) -> float:
+        return float(found.records[name, found.seeds(name)[0]].facts["compression"][counting])
+
+    plain = [name for name in found.rows if (other := row_named(name)).recipe == "nxm" and not other.changes]
+    uniform = sorted(
+        (name for name in plain if row_named(name).option), key=lambda name: abs(size(name) - size(row.name))
+    )
+    return [*uniform[:1], *(name for name in plain if row_named(name).search == ("paper", counting, compression))]
 
 
 def _sizes(found: TaskStatistics) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
 from compressors.admm import Admm
+from compressors.augment import require_augmentable
 from compressors.fake_quant import QuantLinear, calibrate, prepare, quant_linears, require_invariants
 from compressors.models import Source, load_model
 from compressors.obs import input_moments, prune_layers
@@ -58,6 +59,8 @@ class Job:
     def run(self) -> tuple[nn.Module, dict[str, Any]]:
         """Calibrate, ADMM, harden, masked QAT; returns the trained student (not yet baked) and facts for the metrics."""
         settings = self.settings
+        if settings.augment:
+            require_augmentable(self.data.task)
         set_seed(settings.seed)
         student = load_model(self.source, self.data.task, gelu=settings.gelu)
         teacher = (
@@ -174,7 +177,7 @@ class Job:
     ) -> None:
         run_phase(
             student, self.train, self.data.pad_id, phase, work_dir=self.work_dir, seed=self.settings.seed, precision=self.settings.precision,
-            teacher=teacher, admm=admm, callbacks=callbacks, progress=self.progress, save_every=save_every(phase.steps), link=self.data.task.link,
+            teacher=teacher, admm=admm, callbacks=callbacks, progress=self.progress, save_every=save_every(phase.steps), link=self.data.task.link, augment=self.settings.augment,
         )  # fmt: skip
         require_invariants(student)
 

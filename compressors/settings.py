@@ -51,6 +51,7 @@ class Settings:
     sr_ste_share: float = 0.8  # of all steps; the mask is fixed for the rest
     sr_ste_decay: float = 2e-4  # the regulariser's weight, as in the authors' experiments
     distill: bool = True
+    augment: float = 0.0  # share of the training samples that are distorted ones, for the teacher alone to answer
     losses: Losses = Losses(task=0.5, logits=1.0, hidden=1.0)
     calibration_samples: int = 512
     percentile: float = 99.99
@@ -71,6 +72,10 @@ class Settings:
             raise DataError("batch size and calibration samples must be at least 1")
         if not 0 < self.sr_ste_share <= 1 or self.sr_ste_decay < 0:
             raise DataError("sr-ste needs a share of the steps in (0, 1] and a decay of at least 0")
+        if not 0 <= self.augment < 1:
+            raise DataError(f"the share of augmented samples must be in [0, 1), got {self.augment}")
+        if self.augment and (not self.distill or self.recipe == "paper"):
+            raise DataError("augmented samples have no labels, and nothing is distilled; leave --augment out")
         if not 0 < self.percentile <= 100:
             raise DataError(f"the calibration percentile must be in (0, 100], got {self.percentile}")
 

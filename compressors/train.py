@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from compressors.admm import Admm
+from compressors.augment import augmented
 from compressors.distill import AGREEMENT, hidden_loss
 from compressors.distributed import world_size
 from compressors.fake_quant import quant_linears
@@ -144,8 +145,10 @@ def run_phase(
     progress: Progress = lambda what, done, total: None,
     save_every: int | None = None,
     link: str = "softmax",
+    augment: float = 0.0,
 ) -> None:
-    """Train `model` in place for one phase; `link` is the task's, see `nxm_export.families.Task`.
+    """Train `model` in place for one phase; `link` is the task's, see `nxm_export.families.Task`; `augment` is the share of
+    distorted samples (`compressors.augment`).
 
     Resumes from the newest complete checkpoint in ``work_dir/phase.name``; a phase that was finished is loaded.
     """
@@ -166,6 +169,8 @@ def run_phase(
     if teacher is not None:
         teacher.eval().to(arguments.device)
     order = schedule(features, phase.steps, phase.batch_size, seed)
+    if augment:
+        features, order = augmented(features, order, phase.batch_size, augment, seed)
     log = JsonLog(work_dir / LOG_FILE, phase.name)
     trainer = Trainer(
         model=student,

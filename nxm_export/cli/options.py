@@ -112,6 +112,13 @@ TRAINING_OPTIONS = options(
         "--permute", is_flag=True, help="Reorder channels where that changes nothing, so that N:M drops less."
     ),
     click.option(
+        "--augment",
+        type=click.FloatRange(0, 1, max_open=True),
+        default=0.0,
+        show_default=True,
+        help="Share of training samples with tokens dropped, replaced and swapped, which the teacher answers.",
+    ),
+    click.option(
         "--epochs", type=Positive(), default=6.0, show_default=True, help="Epochs of compression, all phases together."
     ),
     click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of compression; wins over --epochs."),

@@ -43,6 +43,7 @@ CHANGES = {  # by what a row's name ends in
     "logits": Change("distilled from logits, not from layers", {"losses": {"hidden": 0.0}}),
     "taught": Change("distilled alone, without the task's own loss", {"losses": {"task": 0.0}}),
     "layers": Change("distilled alone, layers ten times as much", {"losses": {"task": 0.0, "hidden": 10.0}}),
+    "augmented": Change("70 % distorted sentences", {"augment": 0.7}),
     "alone": Change("not distilled", {"distill": False}),
     "18-epochs": Change("18 epochs", {"epochs": 18.0}),
     "attention": Change("products inside attention in INT8, too", plan={"placement": "attention"}),

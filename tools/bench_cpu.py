@@ -41,7 +41,7 @@ from nxm_export.engine_work import bench_text, build_engine, compare_engines, fe
 from nxm_export.export import export  # noqa: E402
 from nxm_export.run_dir import file_hash, write_atomic  # noqa: E402
 from nxm_export.spec import load_spec  # noqa: E402
-from tools.cpu_profile import onnxruntime_profile, openvino_profile, peaks  # noqa: E402
+from tools.cpu_profile import onnxruntime_profile, openvino_profiles, peaks  # noqa: E402
 from tools.cpu_section import PEER, section  # noqa: E402
 from tools.measuring import DOCUMENT, RECORDS, write_section  # noqa: E402
 from tools.results.run import versions  # noqa: E402
@@ -51,7 +51,7 @@ SCHEMA = "nxm-cpu-bench/1"
 PEERS, TEXT_PEERS = "NXM_PEERS_PYTHON", "NXM_TEXT_PEERS_PYTHON"
 LONGEST = 128
 SHAPES = ((1, 32), (1, 128), (8, 32), (8, 128))
-ROUNDS = {(1, 32): 200, (1, 128): 100, (8, 32): 80, (8, 128): 40}
+ROUNDS = {(1, 32): 500, (1, 128): 100, (8, 32): 80, (8, 128): 40}
 # name: (checkpoint, placement, backend); `ort` and `openvino` beside "FP32" are the dense checkpoint's graph
 ENGINES = {
     "FP32, ort": ("dense", None, "ort"),
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
         models = {name: directories[name] / ENGINE_FILE for name in (PRODUCTS, ATTENTION)}
         if peer is not None:
             models[PEER] = peer.model
-        profile += [openvino_profile(model, name, SHAPES[0], threads) for name, model in models.items()]
+        profile += openvino_profiles(models, SHAPES[0], threads)
         reached = peaks(threads, work)
         _say("profiled", began)
         record = {

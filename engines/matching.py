@@ -14,6 +14,7 @@ from engines.passport import EnginePassport, plan_summary
 from nxm_export.checkpoint import PLAN_FILE, open_checkpoint, read_config, weights_hash
 from nxm_export.errors import ArtifactError
 from nxm_export.families import TASKS, family_of, labels_of
+from nxm_export.placement import at_placement
 from nxm_export.spec import IOSpec
 
 
@@ -36,7 +37,7 @@ def plan_of(checkpoint: Path, directory: Path, passport: EnginePassport) -> Any:
         "embedding", "float"
     )  # a graph may hold the embedding table in float where the plan says INT8
     plan = replace(
-        whole.at_placement(passport.graph["placement"]), embedding=stored if whole.embedding == "int8" else "float"
+        at_placement(whole, passport.graph["placement"]), embedding=stored if whole.embedding == "int8" else "float"
     )
     if plan_summary(plan) != passport.plan:
         raise ArtifactError(

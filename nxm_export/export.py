@@ -37,6 +37,7 @@ from nxm_export.checkpoint import (
 from nxm_export.embedding import read_pooling
 from nxm_export.errors import ExportError
 from nxm_export.families import ROLES, Family, Task, family_of, labels_of, task_named
+from nxm_export.placement import at_placement, placement_of
 from nxm_export.plan import INT8_ATTENTION, CompressionPlan, WeightSpec
 from nxm_export.run_dir import atomic_dir, json_text, require_replaceable
 from nxm_export.spec import TOKENIZER_FILE, IOSpec
@@ -178,7 +179,7 @@ def _with_length(spec: IOSpec, max_length: int | None) -> IOSpec:
 
 def _placed(plan: CompressionPlan, target: Target, placement: str | None, max_length: int) -> CompressionPlan:
     """The plan as the graph holds it; INT8 attention falls back to float beyond 512 tokens unless it was asked for."""
-    chosen = placement or target.placement or plan.placement
+    chosen = placement or target.placement or placement_of(plan)
     if chosen in INT8_ATTENTION and max_length > INT8_ATTENTION_TOKENS:
         without = "inputs-outputs" if chosen == "attention" else "inputs"
         if placement is not None:
@@ -187,7 +188,7 @@ def _placed(plan: CompressionPlan, target: Target, placement: str | None, max_le
                 f"lower it (--max-length {INT8_ATTENTION_TOKENS}) or use --placement {without}"
             )
         chosen = without
-    placed = plan.at_placement(chosen)
+    placed = at_placement(plan, chosen)
     return placed if target.embedding == "int8" else replace(placed, embedding="float")
 
 
@@ -482,7 +483,7 @@ def _metadata(
         "task": task.name,
         "target": target.name,
         "dtype": dtype,
-        "placement": plan.placement if plan else "float",
+        "placement": placement_of(plan) if plan else "float",
         "labels": json.dumps(labels_of(config) if task.names_labels else ()),
     }
     if plan:

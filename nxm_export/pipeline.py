@@ -24,6 +24,7 @@ from nxm_export.data import Columns
 from nxm_export.engine_work import SHAPES, features_of
 from nxm_export.errors import ArtifactError, DataError, EngineError, EngineUnavailable, ParityError, PlanError
 from nxm_export.families import task_named
+from nxm_export.placement import placement_of
 from nxm_export.plan import COUNTINGS, CompressionPlan, WeightSpec, require_schema
 from nxm_export.run_dir import RunDir, json_text, read_json, require_replaceable
 from nxm_export.spec import load_spec
@@ -340,9 +341,9 @@ def _export(directory: RunDir, request: Request, plan: CompressionPlan, progress
 
     made = []
     for number, (name, (source, target, placement)) in enumerate(_GRAPHS.items()):
-        if placement == "inputs-outputs" and plan.placement in ("float", "inputs"):
+        if placement == "inputs-outputs" and placement_of(plan) in ("float", "inputs"):
             continue
-        placed = placement or (plan.placement if source == "checkpoint" else None)
+        placed = placement or (placement_of(plan) if source == "checkpoint" else None)
         progress("export", number, len(_GRAPHS))
         directory.stage(
             f"export {name}",

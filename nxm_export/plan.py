@@ -225,62 +225,6 @@ class CompressionPlan:
             )
 
     @property
-    def placement(self) -> str:
-        """The fullest of `GRAPH_PLACEMENTS` that this plan trained."""
-        if self.attention == "int8":
-            behind = [spec for name, spec in self.weights.items() if spec.weight_bits and not self._into_product(name)]
-            return "products" if behind and not any(spec.output_bits for spec in behind) else "attention"
-        if any(spec.output_bits for spec in self.weights.values()):
-            return "inputs-outputs"
-        return "inputs" if any(spec.weight_bits for spec in self.weights.values()) else "float"
-
-    def at_placement(self, placement: str) -> CompressionPlan:
-        """The plan that a graph of this placement (one of `GRAPH_PLACEMENTS`) holds.
-
-        ``float`` keeps the baked weights (those of the embedding table, too) and nothing else, ``inputs`` the pairs before the
-        planned products, ``inputs-outputs`` also those behind them (and on the residual, where it is planned), ``products``
-        those before every product, the two inside attention included, ``attention`` all of these.
-        Raises `PlanError` for a placement that this plan was not trained for: quantizers can be dropped, never added.
-        """
-        if placement not in GRAPH_PLACEMENTS:
-            raise PlanError(f"unknown placement {placement!r}; choose one of {', '.join(GRAPH_PLACEMENTS)}")
-        if placement == "float":
-            floats = {name: WeightSpec(spec.pattern) for name, spec in self.weights.items()}
-            return replace(self, weights=floats, attention="float", residual="float", embedding="float")
-        quantized = [spec for spec in self.weights.values() if spec.weight_bits]
-        if placement == "inputs":
-            inputs = {name: replace(spec, output_bits=None) for name, spec in self.weights.items()}
-            return replace(self, weights=inputs, attention="float", residual="float")
-        if placement in ("products", "attention"):
-            if self.attention != "int8":
-                raise PlanError(
-                    f"this plan trained attention in float; use placement {self.placement}, or compress again with {placement}"
-                )
-            if placement == "products":
-                kept = {
-                    name: spec if self._into_product(name) else replace(spec, output_bits=None)
-                    for name, spec in self.weights.items()
-                }
-                return replace(self, weights=kept)
-            if self.placement == "products":
-                raise PlanError(
-                    "this plan trained no quantizers behind the products; use placement products, or compress again with "
-                    "attention"
-                )
-            return self
-        if self.placement == "products" or (quantized and not any(spec.output_bits for spec in quantized)):
-            raise PlanError(
-                "this plan trained no output quantizers; use placement inputs, or compress again with inputs-outputs"
-            )
-        return replace(self, attention="float")
-
-    def _into_product(self, weight: str) -> bool:
-        """Whether another product reads what a matrix writes; behind the FFN's first one, that is the quantizer after GELU."""
-        from nxm_export.families import FAMILIES  # which needs this module
-
-        return FAMILIES[self.model_type].role(weight) not in ("attention_output", "ffn_down")
-
-    @property
     def pattern_counts(self) -> dict[str, int]:
         """How many matrices have each option, as in ``{"2:4+W8": 36}``."""
         counts: dict[str, int] = {}

@@ -21,6 +21,7 @@ from nxm_export.checkpoint import Checkpoint, open_checkpoint
 from nxm_export.errors import ArtifactError, ExportError, NxmError, PlanError
 from nxm_export.export import SOFTMAX_SCALE, TARGETS, Exported, export
 from nxm_export.families import FAMILIES, TASKS
+from nxm_export.placement import at_placement
 from nxm_export.spec import load_spec
 from nxm_export.verify import embedded_plan, verify
 from nxm_export.weights import graph_weights, load_graph
@@ -195,7 +196,7 @@ def test_a_trained_model_of_each_family_runs_alike_in_both_runtimes(
     from nxm_export.data import encode, load_raw, load_tokenizer, with_classes
 
     checkpoint, graph = tiny_checkpoint(family), tiny_graph(family, placement)
-    spec, plan = load_spec(graph), open_checkpoint(checkpoint).plan.at_placement(placement)
+    spec, plan = load_spec(graph), at_placement(open_checkpoint(checkpoint).plan, placement)
     examples = with_classes(load_raw(str(checkpoint.parent / "dev.tsv"), "dev"), spec.labels)
     features = encode(load_tokenizer(graph), examples, spec.max_length, spec.inputs)
 
@@ -251,7 +252,7 @@ class TestSharedLayers:
     ) -> None:
         traced_once(monkeypatch)
         opened = open_checkpoint(checkpoint)
-        plan = opened.plan.at_placement(placement)
+        plan = at_placement(opened.plan, placement)
         done = export(checkpoint, tmp_path / "graph", target=target, placement=placement, lowering=lowering)
         model, uses = load_graph(done.path), [2, 1]
         stored = "_dense" if target == "trt8" else "_quantized"
@@ -354,7 +355,7 @@ class TestPlans:
 
     def test_mixed_plans_run_alike_in_both_runtimes(self, mixed: tuple[Path, Path]) -> None:
         feeds = baked.feeds("bert", 4, 10, padding=2)
-        plan = open_checkpoint(mixed[0]).plan.at_placement("inputs")
+        plan = at_placement(open_checkpoint(mixed[0]).plan, "inputs")
         with torch_eager.load(mixed[0], task="classification", plan=plan, exact=True) as reference:
             wanted = reference.run(feeds)["logits"]
         found = onnx_text.run(mixed[1] / "model.onnx", feeds)["logits"]
@@ -369,7 +370,7 @@ class TestPlans:
 
     def test_the_plan_in_the_file_is_the_one_that_was_exported(self, mixed: tuple[Path, Path]) -> None:
         plan = embedded_plan(load_graph(mixed[1] / "model.onnx"), "x")
-        assert plan == open_checkpoint(mixed[0]).plan.at_placement("inputs")
+        assert plan == at_placement(open_checkpoint(mixed[0]).plan, "inputs")
         assert json.loads((mixed[1] / "verify.json").read_text())["file"] == "model.onnx"
 
     def test_a_placement_that_was_not_trained_is_refused(self, tmp_path: Path) -> None:

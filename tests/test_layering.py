@@ -22,6 +22,7 @@ CONTRACT = (
     "errors",
     "plan",
     "families",
+    "placement",
     "checkpoint",
     "run_dir",
     "spec",

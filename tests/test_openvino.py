@@ -19,6 +19,7 @@ from engines.tolerance import QUANTIZER_JITTER
 from nxm_export.data import Columns
 from nxm_export.engine_work import build_engine, features_of
 from nxm_export.errors import EngineError
+from nxm_export.placement import placement_of
 from tests import baked, onnx_text
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed; pip install 'nxm-export[openvino]'")
@@ -97,7 +98,7 @@ def test_int8_attention_agrees_with_pytorch(placement: str, tmp_path: Path) -> N
     graph = export(checkpoint, tmp_path / "graph", placement=placement).path
     build_engine(graph, tmp_path / "engine", "openvino")
     plan = open_part(checkpoint, tmp_path / "engine").plan
-    assert plan.placement == placement
+    assert placement_of(plan) == placement
     feeds = baked.feeds("bert", 8, 12, padding=4)
     with (
         backend("openvino").load(tmp_path / "engine") as ours,

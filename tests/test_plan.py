@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from nxm_export.errors import PlanError
 from nxm_export.families import FAMILIES
+from nxm_export.placement import at_placement, placement_of
 from nxm_export.plan import COUNTINGS, CompressionPlan, NMPattern, WeightSpec
 
 BASE = {
@@ -279,25 +280,25 @@ def test_a_placement_drops_quantizers_and_never_adds_some() -> None:
     config = {**BASE, "num_hidden_layers": 1}
     both = FAMILIES["bert"].uniform_plan(config, WeightSpec.parse("W8"), placement="inputs-outputs")
     inputs = FAMILIES["bert"].uniform_plan(config, WeightSpec.parse("W8"), placement="inputs")
-    assert both.at_placement("inputs") == inputs
-    assert (both.placement, inputs.placement) == ("inputs-outputs", "inputs")
+    assert at_placement(both, "inputs") == inputs
+    assert (placement_of(both), placement_of(inputs)) == ("inputs-outputs", "inputs")
     with pytest.raises(PlanError, match="trained no output quantizers"):
-        inputs.at_placement("inputs-outputs")
+        at_placement(inputs, "inputs-outputs")
     with pytest.raises(PlanError, match="unknown placement 'outputs'"):
-        both.at_placement("outputs")
+        at_placement(both, "outputs")
     every, products = (
         FAMILIES["bert"].uniform_plan(config, WeightSpec.parse("W8"), placement=p) for p in ("attention", "products")
     )
-    assert every.at_placement("products") == products
-    assert (every.placement, products.placement) == ("attention", "products")
+    assert at_placement(every, "products") == products
+    assert (placement_of(every), placement_of(products)) == ("attention", "products")
     roles = {FAMILIES["bert"].role(name) for name, spec in products.weights.items() if spec.output_bits}
     assert roles == {"query", "key", "value"}
-    assert products.at_placement("inputs") == inputs
+    assert at_placement(products, "inputs") == inputs
     for fuller in ("attention", "inputs-outputs"):
         with pytest.raises(PlanError, match="trained no"):
-            products.at_placement(fuller)
+            at_placement(products, fuller)
     with pytest.raises(PlanError, match="compress again with products"):
-        both.at_placement("products")
+        at_placement(both, "products")
 
 
 def test_int8_attention_around_dense_matrices_is_the_full_placement() -> None:
@@ -308,8 +309,8 @@ def test_int8_attention_around_dense_matrices_is_the_full_placement() -> None:
         placement="attention",
         keep_dense=["*attention.output*", "*.output.dense.weight"],
     )
-    assert plan.placement == "attention"
-    assert plan.at_placement("attention") == plan
+    assert placement_of(plan) == "attention"
+    assert at_placement(plan, "attention") == plan
 
 
 def test_only_the_first_matrix_of_the_ffn_has_no_output_quantizer() -> None:

@@ -36,6 +36,7 @@ from nxm_export.engine_work import build_engine
 from nxm_export.errors import ArtifactError, DataError, ExportError
 from nxm_export.export import TARGETS, export
 from nxm_export.families import FAMILIES, TASKS
+from nxm_export.placement import at_placement
 from nxm_export.plan import CompressionPlan, WeightSpec
 from nxm_export.table import fold_table, stored_table, table_hash
 from nxm_export.verify import verify
@@ -494,7 +495,7 @@ class TestPlan:
     def test_every_placement_keeps_it_but_float(self, trained: Path) -> None:
         plan = open_checkpoint(trained).plan
         found = {
-            placement: plan.at_placement(placement).embedding for placement in ("inputs", "inputs-outputs", "float")
+            placement: at_placement(plan, placement).embedding for placement in ("inputs", "inputs-outputs", "float")
         }
         assert found == {"inputs": "int8", "inputs-outputs": "int8", "float": "float"}
 

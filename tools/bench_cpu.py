@@ -39,6 +39,7 @@ from engines.passport import cpu_device  # noqa: E402
 from nxm_export.data import pad  # noqa: E402
 from nxm_export.engine_work import bench_text, build_engine, compare_engines, features_of  # noqa: E402
 from nxm_export.export import export  # noqa: E402
+from nxm_export.placement import placement_of  # noqa: E402
 from nxm_export.run_dir import file_hash, write_atomic  # noqa: E402
 from nxm_export.spec import load_spec  # noqa: E402
 from tools.cpu_profile import onnxruntime_profile, openvino_profiles, peaks  # noqa: E402
@@ -143,7 +144,7 @@ def _build(args: argparse.Namespace, work: Path, threads: int) -> dict[str, Path
     from engines.base import BuildOptions
     from nxm_export.checkpoint import open_checkpoint
 
-    if open_checkpoint(args.checkpoint).plan.placement != "attention":
+    if placement_of(open_checkpoint(args.checkpoint).plan) != "attention":
         raise SystemExit(
             f"{args.checkpoint} was trained without INT8 attention; compress it with --placement attention"
         )

@@ -341,7 +341,7 @@ def _export(directory: RunDir, request: Request, plan: CompressionPlan, progress
 
     made = []
     for number, (name, (source, target, placement)) in enumerate(_GRAPHS.items()):
-        if placement == "inputs-outputs" and placement_of(plan) in ("float", "inputs"):
+        if placement == "inputs-outputs" and placement_of(plan) in ("float", "inputs", "products"):
             continue
         placed = placement or (placement_of(plan) if source == "checkpoint" else None)
         progress("export", number, len(_GRAPHS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,13 @@ PATTERNS = [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8), NMPattern(1, 2)]
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def answers(model: Any) -> Any:
+    """Outputs with hidden states, on the same tokens every time."""
+    ids = torch.randint(5, len(tiny.WORDS), (4, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -72,10 +80,7 @@ def test_permuting_changes_no_output_and_no_hidden_state(family: str, tmp_path: 
     gains = permute_channels(after, plan, source.family, source.config)
     assert gains
     assert all(now > was for was, now in gains.values())
-    ids = torch.randint(5, len(tiny.WORDS), (4, 11), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "output_hidden_states": True}
-    with torch.no_grad():
-        wanted, found = before(**batch), after(**batch)
+    wanted, found = answers(before), answers(after)
     # Sums over the same products in another order: float32 rounding.
     torch.testing.assert_close(found.logits, wanted.logits, rtol=0, atol=1e-5)
     for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True):
@@ -110,10 +115,7 @@ def test_another_order_of_the_residual_stream_changes_no_output(family: str, tmp
     was, now = (sum(shares) for shares in zip(*kept.values(), strict=True))
     assert now > was  # all readers together: one of them may lose
     permute_residual(after, order, source.family, source.config)
-    ids = torch.randint(5, len(tiny.WORDS), (4, 11), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "output_hidden_states": True}
-    with torch.no_grad():
-        wanted, found = before(**batch), after(**batch)
+    wanted, found = answers(before), answers(after)
     # Sums over the same products in another order: float32 rounding.
     torch.testing.assert_close(found.logits, wanted.logits, rtol=0, atol=1e-5)
     for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True):

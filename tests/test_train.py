@@ -158,6 +158,13 @@ def test_every_recipe_gives_a_valid_checkpoint_and_logs_what_it_did(
         assert metrics["qat_steps"] == 0
 
 
+def test_the_second_order_recipe_keeps_other_weights_than_magnitude(prepared: Path, tmp_path: Path) -> None:
+    found = {
+        recipe: run(prepared, tmp_path / recipe, recipe=recipe, steps=1)["mask_hash"] for recipe in ("obs", "magnitude")
+    }
+    assert found["obs"] != found["magnitude"]
+
+
 @pytest.mark.parametrize("mode", ["mask", "joint", "joint-ste"])
 @pytest.mark.parametrize("spec", variants(["2:4+W4", "1:4+W8", "W4", "2:4"], ("2:4+W4",)))
 def test_every_admm_mode_takes_every_kind_of_plan(prepared: Path, tmp_path: Path, mode: str, spec: str) -> None:

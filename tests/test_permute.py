@@ -15,6 +15,7 @@ from compressors.fake_quant import calibrate, prepare, quant_linears
 from compressors.models import load_model, resolve
 from compressors.obs import input_moments
 from compressors.permute import channel_order, kept_sum, permute_channels, permute_residual, residual_order
+from compressors.phases import Job
 from compressors.project import magnitude_scores
 from nxm_export.checkpoint import open_checkpoint
 from nxm_export.errors import PlanError
@@ -102,6 +103,29 @@ def test_a_compression_with_both_options_gives_a_valid_checkpoint(tmp_path: Path
     metrics = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["permutation"]["matrices"] == 12
     assert metrics["permutation"]["kept_after"] > metrics["permutation"]["kept_before"]
+
+
+def test_a_run_that_permutes_gives_its_teacher_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states are compared, channel by channel: the dense student and its teacher must have them in one order."""
+    before: list[Any] = []
+    gaps: list[float] = []
+
+    def watched(student: Any, samples: Any, pad_id: int, phase: Any, *, teacher: Any, **_: Any) -> None:
+        dense = load_model(before[0], TASKS["classification"]).eval()
+        wanted, found = answers(dense).hidden_states[1], answers(teacher.eval()).hidden_states[1]
+        assert not torch.allclose(found, wanted, atol=1e-3)  # it was reordered
+        ours = answers(student.eval()).hidden_states[1]
+        gaps.extend(float((ours - other).abs().mean()) for other in (found, wanted))
+
+    def remembered(source: Any, *arguments: Any) -> Any:
+        before.append(source)
+        return Job(source, *arguments)
+
+    monkeypatch.setattr("compressors.phases.run_phase", watched)
+    monkeypatch.setattr("compressors.compress.Job", remembered)
+    tiny.compress_tiny("bert", tmp_path, dense_steps=4, settings={"permute": True, "recipe": "magnitude"})
+    to_teacher, to_dense = gaps
+    assert to_teacher < to_dense / 5  # what pruning and quantizing changed, against another order of the channels
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

@@ -212,6 +212,40 @@ def test_the_numbers_of_a_fixed_set_of_records(kept: tuple[Path, Write]) -> None
     assert "; 2) | –" in difference
 
 
+def test_agreement_divergence_and_rivals_stand_in_the_page(kept: tuple[Path, Write]) -> None:
+    results, write = kept
+
+    def compressed(row: str, hw: float, kl: float, *wrong: int, **more: Any) -> None:
+        sizes = dict.fromkeys(("fp32", "packed", "engine_sparse", "engine_dense", "file"), 1_000_000)
+        facts = {"recipe": "nxm", "compression": {"values": hw, "packed": hw, "hw": hw}, "bytes": sizes, "kl_to_dense": kl}
+        write("rte", row, 0, LABELS, flipped(LABELS, *wrong), **facts, **more)
+
+    found = {
+        "method": "nxm", "budget": {}, "best": {"origin": "knapsack"}, "samples": 32, "cost": {"seconds": {"all": 1.0}}
+    }  # fmt: skip
+    searched = {"search": found, "plan": {"options": {"W4": 3}}}
+    write("rte", "dense", 0, LABELS, flipped(LABELS, 1, 2))
+    compressed("magnitude-2:4+W4", 0.90, 0.5, 1, 2, 3, 4, 5, 6)
+    compressed("nxm-2:4+W4", 0.90, 0.25, 1, 2, 3, 4)
+    compressed("nxm-W4", 0.87, 0.125, 1, 2)
+    compressed("nxm-2:4+W4-layers", 0.90, 0.2, 1, 2, 3)
+    compressed("searched-hw-87.5", 0.875, 0.1, 1, **searched)
+    compressed("paper-search-hw-87.5", 0.875, 0.3, 1, 2, 3, **searched)
+    page = render(results, results / "docs" / "results.md").text
+    ours = next(line for line in page.splitlines() if "(`nxm-2:4+W4`)" in line)
+    assert ours.endswith("| 95.00 | 0.250 |")  # 2 of 40 answers differ from the dense model's
+    assert next(line for line in page.splitlines() if line.startswith("| dense (`dense`)")).endswith("| – | – | – |")
+    rivals = page.split("### Ours against the others")[1].split("###")[0]
+    pairs = {tuple(cell.strip(" `") for cell in line.split("|")[1:3]) for line in rivals.splitlines() if "`" in line}
+    assert pairs == {
+        ("nxm-2:4+W4", "magnitude-2:4+W4"),
+        ("searched-hw-87.5", "nxm-W4"),  # the uniform plan nearest in size, not the smaller one
+        ("searched-hw-87.5", "paper-search-hw-87.5"),
+    }
+    line = next(line for line in rivals.splitlines() if "paper-search" in line)
+    assert "| +5.00 (" in line  # 39 of 40 against 37
+
+
 def test_intervals_of_one_seed_are_those_of_the_product(kept: tuple[Path, Write]) -> None:
     results, write = kept
     rng = np.random.default_rng(0)

@@ -127,6 +127,18 @@ def test_other_options_are_worked_out_again_from_the_stage_that_they_touch(
     assert after["checkpoint/model.safetensors"] != before["checkpoint/model.safetensors"]
 
 
+@pytest.mark.slow
+def test_a_placement_that_no_graph_with_outputs_can_hold_leaves_that_engine_out(desk: Desk, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = desk.nxm(*desk.arguments(run, "--json", "--placement=products", "--steps=4"))
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (run / "onnx").iterdir()) == ["cpu", "dense", "trt"]
+    made = {path.name for path in (run / "engines").iterdir()}
+    assert {"ort-cpu-fp32", "ort-cpu-int8"} <= made
+    assert "ort-cpu-int8-outputs" not in made
+    assert min(report["agreement"] for report in json.loads(result.stdout)["parity"].values()) >= 0.9
+
+
 @pytest.mark.parametrize("mark", variants(["qat", "dense"], ("qat",)))
 def test_killed_and_run_again_it_ends_as_if_nothing_had_happened(
     desk: Desk, finished: tuple[Path, dict[str, Any], str], tmp_path: Path, mark: str

@@ -44,6 +44,7 @@ APPLICATION = (
     "cli",
     "terminal",
     "pipeline",
+    "summary",
     "engine_work",
     "inspection",
     "twins",

@@ -217,7 +217,12 @@ def test_agreement_divergence_and_rivals_stand_in_the_page(kept: tuple[Path, Wri
 
     def compressed(row: str, hw: float, kl: float, *wrong: int, **more: Any) -> None:
         sizes = dict.fromkeys(("fp32", "packed", "engine_sparse", "engine_dense", "file"), 1_000_000)
-        facts = {"recipe": "nxm", "compression": {"values": hw, "packed": hw, "hw": hw}, "bytes": sizes, "kl_to_dense": kl}
+        facts = {
+            "recipe": "nxm",
+            "compression": {"values": hw, "packed": hw, "hw": hw},
+            "bytes": sizes,
+            "kl_to_dense": kl,
+        }
         write("rte", row, 0, LABELS, flipped(LABELS, *wrong), **facts, **more)
 
     found = {

@@ -39,8 +39,8 @@ def run(demo: bool, model: str | None, out: Path | None, dry_run: bool, json: bo
 
     Exits with 3 when an engine differs from its checkpoint.
     """
-    from nxm_export.pipeline import require_passed
     from nxm_export.pipeline import run as run_all
+    from nxm_export.summary import require_passed
 
     given = {
         name
@@ -71,7 +71,7 @@ def run(demo: bool, model: str | None, out: Path | None, dry_run: bool, json: bo
 @json_option
 def show(run_directory: Path, json: bool) -> None:
     """Print the final table of a run again."""
-    from nxm_export.pipeline import read_summary
+    from nxm_export.summary import read_summary
 
     show_result(read_summary(run_directory), json, print_summary)
 

@@ -20,10 +20,10 @@ DROPPED, REPLACED, SWAPPED = 0.10, 0.15, 0.10  # shares of a sample's tokens
 
 
 def require_augmentable(task: Task) -> None:
-    """Raise `DataError` for a task whose loss cannot leave a sample out."""
+    """Raise `DataError` for a task whose own loss, where it has a part in training, cannot leave a sample out."""
     if task.own_loss and (task.link != "softmax"):
         raise DataError(
-            f"task {task.name} cannot be trained on text without labels; leave --augment out (it is for classes and embeddings)"
+            f"task {task.name} has a loss of its own that cannot leave samples without labels out; set its weight to 0, or leave --augment out"
         )
 
 

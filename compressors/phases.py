@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,14 +19,16 @@ from transformers import TrainerCallback, set_seed
 
 from compressors.admm import Admm
 from compressors.augment import require_augmentable
+from compressors.defaults import training_of
 from compressors.fake_quant import QuantLinear, calibrate, prepare, quant_linears, require_invariants
 from compressors.models import Source, load_model
 from compressors.obs import input_moments, prune_layers
 from compressors.permute import permute_channels, permute_residual, residual_order
 from compressors.settings import Settings
 from compressors.task_data import TaskData
-from compressors.train import LOG_FILE, JsonLog, Losses, Phase, Progress, collate, mean_loss, run_phase, wants_bf16
+from compressors.train import LOG_FILE, JsonLog, Phase, Progress, collate, mean_loss, run_phase, wants_bf16
 from nxm_export.data import cut, sorted_batches
+from nxm_export.families import size_of
 from nxm_export.plan import CompressionPlan
 
 MAX_DUAL_UPDATES = 16
@@ -50,6 +51,8 @@ class Job:
     ) -> None:
         self.source, self.data, self.plan = source, data, plan
         self.settings, self.work_dir, self.progress = settings, work_dir, progress
+        width = size_of(source.config, source.family.hidden_key)
+        self.training = training_of(settings, data.task, width)
         # A slice of train that no phase trains on: it tells what hardening would cost, and dev is never asked.
         held_out, rest = cut(data.train, min(256, len(data.train) // 20), settings.seed)
         self.held_out = [data.train[i] for i in sorted(held_out)]
@@ -59,7 +62,7 @@ class Job:
     def run(self) -> tuple[nn.Module, dict[str, Any]]:
         """Calibrate, ADMM, harden, masked QAT; returns the trained student (not yet baked) and facts for the metrics."""
         settings = self.settings
-        if settings.augment:
+        if self.training.augment and self.training.losses.task:
             require_augmentable(self.data.task)
         set_seed(settings.seed)
         student = load_model(self.source, self.data.task, gelu=settings.gelu)
@@ -102,7 +105,9 @@ class Job:
             facts["steps"] = 0
             self._calibrate(student)  # again: nothing else will fit the ranges to the weights as they are now
         if qat_steps > 0:
-            phase = Phase("qat", qat_steps, settings.learning_rate, settings.batch_size, losses=self._losses(teacher))
+            phase = Phase(
+                "qat", qat_steps, self.training.learning_rate, settings.batch_size, losses=self.training.losses
+            )
             self._run(student, phase, teacher)
         require_invariants(student)
         return student, facts | {"qat_steps": qat_steps, "mask_hash": mask_hash(layers)}
@@ -122,7 +127,7 @@ class Job:
         schedule: _Schedule = (
             _PaperSchedule(steps_of(self.train, 1.0, settings.batch_size))
             if paper
-            else _Ramp(admm, steps, settings, settings.dual_updates)
+            else _Ramp(admm, steps, self.training.learning_rate, settings.strength, settings.dual_updates)
         )
         done = 0
         for name, count in (("admm", steps), ("admm-more-1", self.steps // 10), ("admm-more-2", self.steps // 10)):
@@ -131,9 +136,9 @@ class Job:
             phase = Phase(
                 name,
                 count,
-                settings.learning_rate,
+                self.training.learning_rate,
                 settings.batch_size,
-                losses=self._losses(teacher),
+                losses=self.training.losses,
                 scheduler="linear" if paper else "constant_with_warmup",
             )
             watch = _AdmmCallback(
@@ -141,7 +146,7 @@ class Job:
             )
             self._run(student, phase, teacher, admm, watch)
             done += count
-            schedule = _Ramp(admm, max(1, count), replace(settings, strength=(settings.strength[1],) * 2), 1)
+            schedule = _Ramp(admm, max(1, count), self.training.learning_rate, (settings.strength[1],) * 2, 1)
         residual = admm.residual()
         return {
             "admm": settings.admm,
@@ -159,9 +164,9 @@ class Job:
         phase = Phase(
             "sr-ste",
             steps,
-            settings.learning_rate,
+            self.training.learning_rate,
             settings.batch_size,
-            losses=self._losses(teacher),
+            losses=self.training.losses,
             scheduler="constant_with_warmup",
         )
         self._run(student, phase, teacher)
@@ -177,12 +182,9 @@ class Job:
     ) -> None:
         run_phase(
             student, self.train, self.data.pad_id, phase, work_dir=self.work_dir, seed=self.settings.seed, precision=self.settings.precision,
-            teacher=teacher, admm=admm, callbacks=callbacks, progress=self.progress, save_every=save_every(phase.steps), link=self.data.task.link, augment=self.settings.augment,
+            teacher=teacher, admm=admm, callbacks=callbacks, progress=self.progress, save_every=save_every(phase.steps), link=self.data.task.link, augment=self.training.augment,
         )  # fmt: skip
         require_invariants(student)
-
-    def _losses(self, teacher: nn.Module | None) -> Losses:
-        return self.settings.losses if teacher is not None else Losses()
 
     def _projected_loss(self, student: nn.Module, admm: Admm) -> float | None:
         if not self.held_out or not self.data.task.own_loss:
@@ -250,10 +252,12 @@ class _Ramp:
     updating the dual more often only piles up U before W has followed, and the mask flips back and forth.
     """
 
-    def __init__(self, admm: Admm, steps: int, settings: Settings, updates: int | None) -> None:
-        self.steps, (self.first, self.last) = steps, settings.strength
+    def __init__(
+        self, admm: Admm, steps: int, learning_rate: float, strength: tuple[float, float], updates: int | None
+    ) -> None:
+        self.steps, (self.first, self.last) = steps, strength
         if updates is None:
-            updates = round(steps * settings.learning_rate / max(admm.mean_gap(), 1e-12))
+            updates = round(steps * learning_rate / max(admm.mean_gap(), 1e-12))
         updates = max(1, min(updates, steps, MAX_DUAL_UPDATES))
         self.dual_steps = {round((i + 1) * steps / updates) for i in range(updates)}
 

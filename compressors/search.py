@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from compressors import distributed
+from compressors.defaults import training_of
 from compressors.fake_quant import prepare
 from compressors.models import Source, load_model, load_tokenizer, resolve
 from compressors.phases import Job, freeze_embeddings, steps_of
@@ -30,7 +31,7 @@ from compressors.task_data import TaskData, read_task_data
 from compressors.train import Progress, Student, collate, schedule, wants_bf16
 from nxm_export.data import Columns, Features, cut, sorted_batches
 from nxm_export.errors import DataError
-from nxm_export.families import task_named
+from nxm_export.families import size_of, task_named
 from nxm_export.run_dir import atomic_dir, json_text, require_replaceable
 
 TABLE_FILE = "sensitivity.csv"
@@ -186,7 +187,9 @@ def _step_seconds(source: Source, data: TaskData, dense: nn.Module, trial: Trial
     prepare(model, trial.plan, source.family, source.config)
     if training.freeze_embeddings:
         freeze_embeddings(model)
-    student = Student(model, training.losses, dense if training.distill else None, None, data.task.link)
+    width = size_of(source.config, source.family.hidden_key)
+    losses = training_of(training, data.task, width).losses
+    student = Student(model, losses, dense if training.distill else None, None, data.task.link)
     student.to(distributed.device())
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], fused=True)
     size = max(1, training.batch_size // distributed.world_size())

@@ -29,7 +29,10 @@ PAPER_DIFFERENCES = (
 
 @dataclass(frozen=True)
 class Settings:
-    """How long and how fast to train. Steps win over epochs where both are given."""
+    """How long and how fast to train. Steps win over epochs where both are given.
+
+    What is None depends on the task and the model: see `compressors.defaults`.
+    """
 
     dense_epochs: float = 3.0
     dense_steps: int | None = None
@@ -37,7 +40,7 @@ class Settings:
     dense_freeze_embeddings: bool = False
     epochs: float = 6.0
     steps: int | None = None
-    learning_rate: float = 1e-4
+    learning_rate: float | None = None
     batch_size: int = 32
     max_length: int | None = None
     recipe: str = "nxm"
@@ -51,8 +54,10 @@ class Settings:
     sr_ste_share: float = 0.8  # of all steps; the mask is fixed for the rest
     sr_ste_decay: float = 2e-4  # the regulariser's weight, as in the authors' experiments
     distill: bool = True
-    augment: float = 0.0  # share of the training samples that are distorted ones, for the teacher alone to answer
-    losses: Losses = Losses(task=0.5, logits=1.0, hidden=1.0)
+    augment: float | None = (
+        None  # share of the training samples that are distorted ones, for the teacher alone to answer
+    )
+    losses: Losses | None = None
     calibration_samples: int = 512
     percentile: float = 99.99
     freeze_embeddings: bool = True
@@ -72,7 +77,7 @@ class Settings:
             raise DataError("batch size and calibration samples must be at least 1")
         if not 0 < self.sr_ste_share <= 1 or self.sr_ste_decay < 0:
             raise DataError("sr-ste needs a share of the steps in (0, 1] and a decay of at least 0")
-        if not 0 <= self.augment < 1:
+        if self.augment is not None and not 0 <= self.augment < 1:
             raise DataError(f"the share of augmented samples must be in [0, 1), got {self.augment}")
         if self.augment and (not self.distill or self.recipe == "paper"):
             raise DataError("augmented samples have no labels, and nothing is distilled; leave --augment out")

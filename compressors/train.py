@@ -81,8 +81,10 @@ class Student(nn.Module):
         """Loss and logits of a padded batch with ``labels``."""
         deep = self.losses.hidden > 0
         wanted = None
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        if self.losses.task == 0:
+            batch = inputs
         if self._teacher:  # first: what it needs on its way is free again before the student keeps its activations
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
             with torch.no_grad():
                 wanted = self._teacher[0](**inputs, output_hidden_states=deep)
         found = self.model(**batch, output_hidden_states=deep and wanted is not None)

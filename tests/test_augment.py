@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 
 from compressors.augment import DROPPED, REPLACED, augmented, distorted, require_augmentable
+from compressors.defaults import Training, training_of
 from compressors.settings import Settings
+from compressors.train import Losses
 from nxm_export.checkpoint import open_checkpoint
 from nxm_export.data import NO_LABEL
 from nxm_export.errors import DataError
 from nxm_export.families import TASKS
 from tests import tiny
+from tests.variants import variants
 
 FIRST, SEPARATOR = 101, 102
 POOL = list(range(2000, 2100))
@@ -77,11 +80,28 @@ def test_every_batch_keeps_a_label_and_the_samples_that_were_there_are_untouched
     assert places != augmented(features, order, 4, 0.7, seed=6)[1]
 
 
-def test_a_compression_with_distorted_samples_gives_a_valid_checkpoint(tmp_path: Path) -> None:
-    checkpoint = tiny.compress_tiny("bert", tmp_path, dense_steps=4, settings={"augment": 0.7})
+@pytest.mark.parametrize("task", variants(TASKS, ("classification",)))
+def test_a_compression_with_distorted_samples_gives_a_valid_checkpoint(task: str, tmp_path: Path) -> None:
+    """Every task: the teacher alone is learned from, so that no label is missing."""
+    checkpoint = tiny.compress_tiny("bert", tmp_path, task=task, dense_steps=4, settings={"augment": 0.7})
     open_checkpoint(checkpoint).require_valid()
     logged = [json.loads(line) for line in (checkpoint / "train_log.jsonl").read_text().splitlines()]
     assert all(line["loss"] == line["loss"] for line in logged if "loss" in line)
+
+
+def test_what_is_left_open_depends_on_task_teacher_and_width() -> None:
+    classes, scores = TASKS["classification"], TASKS["regression"]
+    taught = training_of(Settings(), classes, 384)
+    assert (taught.learning_rate, taught.augment, taught.losses.task) == (3e-4, 0.7, 0.0)
+    assert training_of(Settings(), classes, 768).learning_rate == 1.5e-4
+    assert training_of(Settings(), classes, 64) == taught  # not raised for narrower models
+    for settings, task in ((Settings(), scores), (Settings(augment=0.0), classes)):
+        assert training_of(settings, task, 768) == Training(1e-4, Losses(0.5, 1.0, 1.0), 0.0)
+    assert training_of(Settings(augment=0.3), scores, 384) == Training(3e-4, taught.losses, 0.3)
+    for alone in (Settings(distill=False), Settings(recipe="paper")):
+        assert training_of(alone, classes, 384) == Training(1e-4, Losses(), 0.0)
+    given = Settings(learning_rate=5e-5, losses=Losses(1.0, 1.0, 1.0))
+    assert training_of(given, classes, 384) == Training(5e-5, Losses(1.0, 1.0, 1.0), 0.7)
 
 
 def test_what_it_cannot_be_used_for_is_refused() -> None:

@@ -409,6 +409,14 @@ def test_all_is_every_standard_row_once() -> None:
     assert row_named("nxm-2:4+W8-attention-table").plan == {"placement": "attention", "embedding": "int8"}
     longer = row_named("nxm-2:4+W4-18-epochs-joint-ste")
     assert (longer.option, longer.settings) == ("2:4+W4", {"recipe": "nxm", "epochs": 18.0, "admm": "joint-ste"})
-    assert changed(Settings(), row_named("nxm-2:4+W4-logits").settings).losses == Losses(0.5, 1.0, 0.0)
+    for name, losses in (
+        ("nxm-2:4+W4-logits", Losses(0.0, 1.0, 0.0)),
+        ("nxm-2:4+W4-unaugmented-logits", Losses(0.5, 1.0, 0.0)),
+        ("nxm-2:4+W4-labelled", Losses(0.5, 1.0, 1.0)),
+        ("nxm-2:4+W4-alone", Losses()),
+    ):
+        assert changed(Settings(), row_named(name).settings, 384).losses == losses, name
+    former = row_named("searched-hw-90-unaugmented")
+    assert (former.search, former.baseline) == (("nxm", "hw", 0.9), "magnitude-2:4+W4-unaugmented")
     assert (ablation.option, ablation.baseline) == ("1:4+W4", "magnitude-1:4+W4")
     assert (row_named("paper-2:4+W4").recipe, row_named("sr-ste-1:4+W4").option) == ("paper", "1:4+W4")

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from compressors.admm import Admm
+from compressors.defaults import MEASURED_WIDTH, training_of
 from compressors.fake_quant import prepare, quant_linears
 from compressors.memory import keep_freed_memory
 from compressors.phases import MAX_DUAL_UPDATES, WATCH_EVERY, WATCHED_SAMPLES, freeze_embeddings
 from compressors.settings import Settings
 from compressors.train import Losses, Phase, Student, _optimizer, mean_loss, run_phase, wants_bf16
-from nxm_export.families import FAMILIES
+from nxm_export.families import FAMILIES, task_named
 from nxm_export.plan import WeightSpec
 from tools.measuring import (
     circumstances,
@@ -118,7 +119,8 @@ def arm(kind: str, name: str, bf16: bool, mode: str = "mask") -> tuple[Arm, Admm
     """The arm of this name (one of `ARMS`), and its ADMM state if it has one."""
     settings, admm = Settings(), None
     teacher = model_of(name).requires_grad_(False).eval() if "teacher" in kind else None
-    losses = settings.losses if teacher is not None else Losses()
+    training = training_of(settings, task_named("classification"), MEASURED_WIDTH)
+    losses = training.losses if teacher is not None else Losses()
     model = model_of(name) if kind in ("plain", "teacher") else prepared(name)
     layers = quant_linears(model)
     if kind.startswith("qat"):
@@ -127,7 +129,7 @@ def arm(kind: str, name: str, bf16: bool, mode: str = "mask") -> tuple[Arm, Admm
     if kind.startswith("admm"):
         admm = Admm.of(layers, mode, settings.damping)
     student = Student(model, losses, teacher, admm).train()
-    made = Arm(student, _optimizer(student, Phase("bench", 1, settings.learning_rate)), bf16)
+    made = Arm(student, _optimizer(student, Phase("bench", 1, training.learning_rate)), bf16)
     if admm is not None and kind != "admm without penalty":
         admm.set_rho(1e-3)
         made.before = admm.add_penalty

@@ -41,7 +41,7 @@ def cli() -> None: ...
 @click.option("--epochs", default=6.0, help="Of compression, and of dense-longer.")
 @click.option("--steps", type=click.IntRange(1), help="Instead of --epochs.")
 @click.option("--dense-steps", type=click.IntRange(1), help="Instead of --dense-epochs.")
-@click.option("--learning-rate", default=1e-4, help="Of compression.")
+@click.option("--learning-rate", type=float, help="Of compression [what `nxm compress` takes by itself].")
 @click.option("--batch-size", default=32)
 @click.option("--max-length", type=click.IntRange(2), help="Longest input in tokens [of the task: 64 or 128].")
 @click.option("--admm", type=click.Choice(["mask", "joint", "joint-ste"]), default="mask")

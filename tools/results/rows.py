@@ -35,6 +35,11 @@ class Change:
 
 
 CHANGES = {  # by what a row's name ends in
+    "unaugmented": Change(
+        "no distorted sentences, and the learning rate and losses that go with that", {"augment": 0.0}
+    ),
+    "slow": Change("learning rate 1e-4", {"learning_rate": 1e-4}),
+    "labelled": Change("the task's own loss, too, layers a tenth as much", {"losses": {"task": 0.5, "hidden": 1.0}}),
     "permuted": Change("channels permuted", {"permute": True}),
     "activation": Change("masks weighted by activations", {"mask_scores": "activation"}),
     "hysteresis": Change("masks with 5 % hysteresis", {"hysteresis": 0.05}),
@@ -43,7 +48,6 @@ CHANGES = {  # by what a row's name ends in
     "logits": Change("distilled from logits, not from layers", {"losses": {"hidden": 0.0}}),
     "taught": Change("distilled alone, without the task's own loss", {"losses": {"task": 0.0}}),
     "layers": Change("distilled alone, layers ten times as much", {"losses": {"task": 0.0, "hidden": 10.0}}),
-    "augmented": Change("70 % distorted sentences", {"augment": 0.7}),
     "alone": Change("not distilled", {"distill": False}),
     "18-epochs": Change("18 epochs", {"epochs": 18.0}),
     "attention": Change("products inside attention in INT8, too", plan={"placement": "attention"}),
@@ -92,7 +96,9 @@ class Row:
         """The settings that this row changes, by name."""
         changed: dict[str, Any] = {} if self.recipe is None else {"recipe": self.recipe}
         for change in self.changes:
+            losses = {**changed.get("losses", {}), **CHANGES[change].settings.get("losses", {})}
             changed |= CHANGES[change].settings
+            changed |= {"losses": losses} if losses else {}
         return changed
 
     @property
@@ -101,16 +107,23 @@ class Row:
         return {name: value for change in self.changes for name, value in CHANGES[change].plan.items()}
 
     @property
+    def moved(self) -> set[str]:
+        """Names of the settings that are this row's own: those that it changes, and those that follow from them."""
+        follow = self.recipe in ("paper", "one-shot") or {"augment", "distill"} & set(self.settings)
+        return set(self.settings) | ({"learning_rate", "losses", "augment"} if follow else set())
+
+    @property
     def slug(self) -> str:
         """The name as part of a file name on any system."""
         return self.name.replace(":", "of")
 
     @property
     def baseline(self) -> str | None:
-        """The magnitude row of the same option; for searched plans, and options without one, that at 2:4+W4."""
-        if self.is_dense or (self.recipe == "magnitude" and not self.changes):
+        """The magnitude row of the same option and training; for searched plans that at 2:4+W4."""
+        same = [change for change in self.changes if change == "unaugmented"]
+        if self.is_dense or (self.recipe == "magnitude" and list(self.changes) == same):
             return None
-        return f"magnitude-{self.option or '2:4+W4'}"
+        return "-".join([f"magnitude-{self.option or '2:4+W4'}", *same])
 
 
 def row_named(name: str) -> Row:
@@ -119,16 +132,17 @@ def row_named(name: str) -> Row:
         return Row(name, "dense")
     if name == "dense-longer":
         return Row(name, "dense, trained on as long as compression takes")
-    for prefix, method in (("paper-search-", "paper"), ("searched-", "nxm")):
-        counting, _, percent = name.removeprefix(prefix).rpartition("-")
-        if name.startswith(prefix) and counting in COUNTINGS and _is_percent(percent):
-            by = "the paper's search" if method == "paper" else "searched"
-            title = f"{by}, {percent} % by `{counting}`, ADMM + masked QAT"
-            return Row(name, title, "nxm", None, (method, counting, float(percent) / 100))
     plain = name
     changes: list[str] = []
     while ending := _ending(plain, changes):
         plain, changes = plain.removesuffix(f"-{ending}"), [ending, *changes]
+    titles = [CHANGES[change].title for change in changes]
+    for prefix, method in (("paper-search-", "paper"), ("searched-", "nxm")):
+        counting, _, percent = plain.removeprefix(prefix).rpartition("-")
+        if plain.startswith(prefix) and counting in COUNTINGS and _is_percent(percent):
+            by = "the paper's search" if method == "paper" else "searched"
+            title = ", ".join([by, f"{percent} % by `{counting}`", "ADMM + masked QAT", *titles])
+            return Row(name, title, "nxm", None, (method, counting, float(percent) / 100), tuple(changes))
     for recipe in sorted(RECIPE_TITLES, key=len, reverse=True):
         if plain.startswith(f"{recipe}-"):
             try:
@@ -136,7 +150,7 @@ def row_named(name: str) -> Row:
             except NxmError as error:
                 raise PlanError(f"row {name!r}: {error}") from error
             full = "-".join([recipe, str(option), *changes])
-            title = ", ".join([f"{option}, {RECIPE_TITLES[recipe]}", *(CHANGES[change].title for change in changes)])
+            title = ", ".join([f"{option}, {RECIPE_TITLES[recipe]}", *titles])
             return Row(full, title, recipe, str(option), changes=tuple(changes))
     raise PlanError(
         f"unknown row {name!r}; give dense, dense-longer, RECIPE-OPTION ({', '.join(RECIPE_TITLES)}; 2:4+W8 and the like), "

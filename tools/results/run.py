@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from compressors.compress import compress, finetune
+from compressors.defaults import training_of
 from compressors.models import resolve
 from compressors.search import TABLE_FILE, search
 from compressors.selection import SearchSettings
 from compressors.sensitivity import divergence
 from compressors.settings import Settings
 from nxm_export.errors import ArtifactError, DataError
+from nxm_export.families import size_of, task_named
 from nxm_export.metrics import metric_named
 from nxm_export.packed import pack
 from nxm_export.plan import COUNTINGS, CompressionPlan, WeightSpec
@@ -136,7 +138,9 @@ class Measure:
         return facts | search_facts, labels
 
     def _settings(self, row: Row, seed: int) -> Settings:
-        return changed(replace(self.protocol.settings, seed=seed), row.settings)
+        source = resolve(self.protocol.model)
+        width = size_of(source.config, source.family.hidden_key)
+        return changed(replace(self.protocol.settings, seed=seed), row.settings, width)
 
     def _plan(self, row: Row, seed: int, teacher: Path) -> tuple[CompressionPlan, dict[str, Any]]:
         """The row's plan, and for a searched one what the search says."""
@@ -409,10 +413,13 @@ def _bytes(plan: CompressionPlan, checkpoint: Path) -> dict[str, int]:
     }
 
 
-def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
-    """`settings` with a row's changes; those of a loss by the names of its terms."""
-    losses = replace(settings.losses, **changes.get("losses", {}))
-    return replace(settings, **{**changes, "losses": losses})
+def changed(settings: Settings, changes: Mapping[str, Any], width: int) -> Settings:
+    """`settings` with a row's changes, those of a loss by the names of its terms, and with what both leave open for a model
+    of this hidden size."""
+    plain = replace(settings, **{name: value for name, value in changes.items() if name != "losses"})
+    training = training_of(plain, task_named("classification"), width)
+    losses = replace(training.losses, **changes.get("losses", {}))
+    return replace(plain, learning_rate=training.learning_rate, losses=losses, augment=training.augment)
 
 
 def _compress_part(settings: Settings) -> dict[str, Any]:
@@ -429,8 +436,8 @@ def _json(value: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(value)))
 
 
-# Of compression. A record made before there was a setting was made with what is its default.
-DEFAULTS: dict[str, Any] = _json(_compress_part(Settings()))
+# Of compression. A record made before there was a setting was made without what it brought.
+DEFAULTS: dict[str, Any] = _json(_compress_part(Settings(augment=0.0)))
 
 
 def _lines(file: Path) -> int:

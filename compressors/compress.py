@@ -152,13 +152,13 @@ def compress(
     metrics = facts | found | _table_cost(student, logits, data, progress)
     if outputs is not None and not distributed.rank():
         _save_outputs(outputs, logits, data)
-    scales = bake(student, plan)
+    scales = bake(student, job.plan)
     if distributed.rank():  # only the first process writes
         distributed.wait()
         return metrics
     with atomic_dir(out) as scratch:
         _save_model(student, tokenizer, scratch, metrics, work_dir, source)
-        save_plan(scratch, plan, scales)
+        save_plan(scratch, job.plan, scales)
         open_checkpoint(scratch).require_valid()
     shutil.rmtree(work_dir, ignore_errors=True)
     distributed.wait()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,12 +24,14 @@ from compressors.defaults import training_of
 from compressors.fake_quant import QuantLinear, calibrate, prepare, quant_linears, require_invariants
 from compressors.models import Source, load_model
 from compressors.obs import input_moments, prune_layers
+from compressors.outputs import output_costs
 from compressors.permute import permute_channels, permute_residual, residual_order
 from compressors.settings import Settings
 from compressors.task_data import TaskData
 from compressors.train import LOG_FILE, JsonLog, Phase, Progress, collate, mean_loss, run_phase, wants_bf16
 from nxm_export.data import cut, sorted_batches
 from nxm_export.families import size_of
+from nxm_export.placement import residual_writers
 from nxm_export.plan import CompressionPlan
 
 MAX_DUAL_UPDATES = 16
@@ -75,6 +78,7 @@ class Job:
         prepare(student, self.plan, self.source.family, self.source.config)
         self._freeze(student)
         self._calibrate(student)
+        in_float = self._leave_in_float(student)
         layers = quant_linears(student)
         if settings.mask_scores == "activation":
             moments = input_moments(student, self._calibration_batches(), diagonal=True)
@@ -87,6 +91,8 @@ class Job:
             "train_samples": len(self.train),
             "held_out_samples": len(self.held_out),
         }
+        if in_float:
+            facts["outputs_in_float"] = in_float
         if permuted:
             before_, after = (sum(shares) / len(permuted) for shares in zip(*permuted.values(), strict=True))
             facts["permutation"] = {"matrices": len(permuted), "kept_before": before_, "kept_after": after}
@@ -192,6 +198,24 @@ class Job:
         kind = next(student.parameters()).device.type
         with admm.projected(), torch.autocast(kind, torch.bfloat16, enabled=wants_bf16(self.settings.precision)):
             return mean_loss(student, self.held_out[:WATCHED_SAMPLES], self.data.pad_id)
+
+    def _leave_in_float(self, student: nn.Module) -> dict[str, float]:
+        """Drop the quantizers behind matrices that write into the residual and cost more than the limit; returns what they
+        cost, by weight."""
+        limit = self.settings.output_limit
+        if limit is None or self.settings.recipe == "paper":
+            return {}
+        costs = output_costs(
+            student, residual_writers(self.plan), self.train, self.data.pad_id, self.data.task.link, self.settings.seed
+        )
+        costly = {name: cost for name, cost in costs.items() if cost > limit}
+        layers = quant_linears(student)
+        for name in costly:
+            layers[name].output_quantizer = None
+            layers[name].spec = replace(layers[name].spec, output_bits=None)
+        specs = {name: layers[name].spec for name in costly}
+        self.plan = replace(self.plan, weights={**self.plan.weights, **specs})
+        return costly
 
     def _permute(self, student: nn.Module, teacher: nn.Module | None) -> dict[str, tuple[float, float]]:
         """Reorder channels of the student, and those of the residual stream in the teacher, too: hidden states are compared.

@@ -60,6 +60,8 @@ class Settings:
     losses: Losses | None = None
     calibration_samples: int = 512
     percentile: float = 99.99
+    # The most that one INT8 output may cost by itself (`compressors.outputs`); a costlier one stays in float. None: all INT8.
+    output_limit: float | None = 0.005
     freeze_embeddings: bool = True
     precision: str = "auto"
     seed: int = 0

@@ -118,6 +118,13 @@ TRAINING_OPTIONS = options(
         "learned from.  [default: 0.7 for classification, else 0]",
     ),
     click.option(
+        "--output-limit",
+        type=click.FloatRange(min=0),
+        default=0.005,
+        show_default=True,
+        help="The most that one INT8 output into the residual may cost, in nats; a costlier one stays in float. inf: all INT8.",
+    ),
+    click.option(
         "--epochs", type=Positive(), default=6.0, show_default=True, help="Epochs of compression, all phases together."
     ),
     click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of compression; wins over --epochs."),

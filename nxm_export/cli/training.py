@@ -206,7 +206,7 @@ def _request(model: str, options: dict[str, Any], **changes: Any) -> Any:
     settings = {
         key: options[key]
         for key in (
-            "recipe", "admm", "mask_scores", "permute", "augment", "epochs", "steps", "dense_epochs", "dense_steps", "learning_rate", "dense_learning_rate", "batch_size",
+            "recipe", "admm", "mask_scores", "permute", "augment", "output_limit", "epochs", "steps", "dense_epochs", "dense_steps", "learning_rate", "dense_learning_rate", "batch_size",
             "max_length", "distill", "precision", "seed", "threads", "gelu",
         )
     }  # fmt: skip

@@ -38,6 +38,7 @@ CHANGES = {  # by what a row's name ends in
     "unaugmented": Change(
         "no distorted sentences, and the learning rate and losses that go with that", {"augment": 0.0}
     ),
+    "int8-outputs": Change("every output in INT8, whatever it costs", {"output_limit": None}),
     "slow": Change("learning rate 1e-4", {"learning_rate": 1e-4}),
     "labelled": Change("the task's own loss, too, layers a tenth as much", {"losses": {"task": 0.5, "hidden": 1.0}}),
     "permuted": Change("channels permuted", {"permute": True}),
@@ -53,6 +54,7 @@ CHANGES = {  # by what a row's name ends in
     "attention": Change("products inside attention in INT8, too", plan={"placement": "attention"}),
     "table": Change("word-embedding table in INT8, too", plan={"embedding": "int8"}),
 }
+_TRAINING = ("unaugmented", "int8-outputs")  # changes that baselines are measured with, too
 STANDARD = (
     "dense",
     "dense-longer",
@@ -107,6 +109,11 @@ class Row:
         return {name: value for change in self.changes for name, value in CHANGES[change].plan.items()}
 
     @property
+    def training(self) -> tuple[str, ...]:
+        """Those of its changes that baselines are measured with, too."""
+        return tuple(change for change in self.changes if change in _TRAINING)
+
+    @property
     def moved(self) -> set[str]:
         """Names of the settings that are this row's own: those that it changes, and those that follow from them."""
         follow = self.recipe in ("paper", "one-shot") or {"augment", "distill"} & set(self.settings)
@@ -120,8 +127,8 @@ class Row:
     @property
     def baseline(self) -> str | None:
         """The magnitude row of the same option and training; for searched plans that at 2:4+W4."""
-        same = [change for change in self.changes if change == "unaugmented"]
-        if self.is_dense or (self.recipe == "magnitude" and list(self.changes) == same):
+        same = self.training
+        if self.is_dense or (self.recipe == "magnitude" and self.changes == same):
             return None
         return "-".join([f"magnitude-{self.option or '2:4+W4'}", *same])
 

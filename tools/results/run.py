@@ -117,6 +117,7 @@ class Measure:
             "residual",
             "residual_gate_passed",
             "permutation",
+            "outputs_in_float",
             "table_drop",
             "table_drop_interval",
             "held_out_samples",
@@ -437,7 +438,7 @@ def _json(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # Of compression. A record made before there was a setting was made without what it brought.
-DEFAULTS: dict[str, Any] = _json(_compress_part(Settings(augment=0.0)))
+DEFAULTS: dict[str, Any] = _json(_compress_part(Settings(augment=0.0, output_limit=None)))
 
 
 def _lines(file: Path) -> int:

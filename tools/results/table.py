@@ -33,7 +33,8 @@ engines are compared. Records with other settings than most are named below thei
 
 Most rows learn from their teacher alone, 70 % of the sentences being distorted ones, at a learning rate of 3e-4. Rows whose names
 hold `-unaugmented` learn from the sentences and labels as they are, and from the teacher, at 1e-4: what goes with that
-(`compressors/defaults.py`). Paper and one-shot rows have no teacher.
+(`compressors/defaults.py`). INT8 outputs that cost too much are left in float (`compressors/outputs.py`), but for rows whose names
+hold `-int8-outputs`. Paper and one-shot rows have no teacher.
 
 **Intervals** are 95 % percentile bootstraps ({resamples} resamples) over dev sentences and, where a row has several seeds,
 over seeds; differences are paired: both rows on the same sentences and seeds. With one seed an interval says nothing
@@ -161,7 +162,7 @@ def _ours(found: TaskStatistics) -> str:
 
 
 def _others(found: TaskStatistics, row: Row) -> list[str]:
-    if row.recipe != "nxm" or row.changes not in ((), ("unaugmented",)):
+    if row.recipe != "nxm" or row.changes != row.training:
         return []
     if row.option is not None:
         rivals = ["-".join([recipe, row.option, *row.changes]) for recipe in RECIPE_TITLES if recipe != "nxm"]

@@ -1,0 +1,82 @@
+"""INT8 outputs that a model cannot bear: found by measurement, left in float, and the rest of the chain knows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compressors.fake_quant import calibrate, prepare, quant_linears
+from compressors.models import load_model, load_tokenizer, resolve
+from compressors.outputs import output_costs
+from compressors.settings import Settings
+from compressors.task_data import read_task_data
+from compressors.train import collate
+from nxm_export.checkpoint import open_checkpoint
+from nxm_export.data import Columns
+from nxm_export.export import export
+from nxm_export.families import TASKS
+from nxm_export.placement import residual_writers
+from nxm_export.plan import WeightSpec
+from nxm_export.verify import verify
+from tests import tiny
+from tests.variants import variants
+
+COARSE = "bert.encoder.layer.0.output.dense.weight"
+
+
+@pytest.mark.parametrize("task", variants(["classification", "regression", "embedding"], ("classification",)))
+def test_an_output_whose_step_is_coarse_costs_most(task: str, tmp_path: Path) -> None:
+    """A channel a hundred times as loud as the others makes the step as coarse as it is made here."""
+    source = resolve(tiny.write_model("bert", tmp_path / "model", head=task))
+    train, _ = tiny.write_data(tmp_path, task)
+    data = read_task_data(source, TASKS[task], str(train), None, Settings(), Columns(), load_tokenizer(source))
+    plan = source.family.uniform_plan(source.config, WeightSpec.parse("W8"))
+    outputs = residual_writers(plan)
+    assert len(outputs) == 4  # of two blocks: attention's and the FFN's
+    model = load_model(source, TASKS[task])
+    prepare(model, plan, source.family, source.config)
+    calibrate(model, [collate(data.train[:32], data.pad_id)], 100.0)
+    quantizers = {name: layer.output_quantizer for name, layer in quant_linears(model).items()}
+
+    def costs() -> dict[str, float]:
+        return output_costs(model, outputs, data.train, data.pad_id, TASKS[task].link, seed=0)
+
+    fine = costs()
+    assert set(fine) == set(outputs)
+    assert min(fine.values()) > 0
+    quantizer = quantizers[COARSE]
+    assert quantizer is not None
+    quantizer.set_scale(100 * float(quantizer.scale))
+    coarse = costs()
+    assert coarse[COARSE] > 100 * fine[COARSE]
+    assert {name: cost for name, cost in coarse.items() if name != COARSE} == {
+        name: cost for name, cost in fine.items() if name != COARSE
+    }
+    assert {name: layer.output_quantizer for name, layer in quant_linears(model).items()} == quantizers  # as it was
+
+
+def test_costly_outputs_are_float_in_the_checkpoint_and_in_its_graphs(tmp_path: Path) -> None:
+    checkpoint = tiny.compress_tiny("bert", tmp_path, dense_steps=4, settings={"output_limit": 0.0})
+    opened = open_checkpoint(checkpoint)
+    opened.require_valid()
+    writers = residual_writers(opened.plan)
+    told = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))["outputs_in_float"]
+    assert sorted(told) == sorted(writers)
+    assert all(cost > 0 for cost in told.values())
+    kept = {name for name, spec in opened.plan.weights.items() if spec.output_bits}
+    assert kept == {name for name in opened.plan.weights if source_role(name) in ("query", "key", "value")}
+    for target in ("cpu", "trt"):
+        verify(export(checkpoint, tmp_path / target, target=target, placement="inputs-outputs").path).require()
+
+
+def test_without_a_limit_every_output_is_int8(tmp_path: Path) -> None:
+    checkpoint = tiny.compress_tiny("bert", tmp_path, dense_steps=4, settings={"output_limit": None})
+    plan = open_checkpoint(checkpoint).plan
+    assert all(plan.weights[name].output_bits == 8 for name in residual_writers(plan))
+    assert "outputs_in_float" not in json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))
+
+
+def source_role(weight: str) -> str:
+    return next(role for role in ("query", "key", "value", "output", "intermediate") if role in weight)

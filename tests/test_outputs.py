@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from compressors.fake_quant import calibrate, prepare, quant_linears
 from compressors.models import load_model, load_tokenizer, resolve
@@ -14,6 +15,7 @@ from compressors.settings import Settings
 from compressors.task_data import read_task_data
 from compressors.train import collate
 from nxm_export.checkpoint import open_checkpoint
+from nxm_export.cli import main
 from nxm_export.data import Columns
 from nxm_export.export import export
 from nxm_export.families import TASKS
@@ -69,6 +71,23 @@ def test_costly_outputs_are_float_in_the_checkpoint_and_in_its_graphs(tmp_path: 
     assert kept == {name for name in opened.plan.weights if source_role(name) in ("query", "key", "value")}
     for target in ("cpu", "trt"):
         verify(export(checkpoint, tmp_path / target, target=target, placement="inputs-outputs").path).require()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ort", "openvino"])
+def test_an_engine_with_some_outputs_in_float_agrees_with_its_checkpoint(backend: str, tmp_path: Path) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino", reason="openvino is not installed (extra: openvino)")
+    checkpoint = tiny.compress_tiny("bert", tmp_path, settings={"output_limit": 0.0})
+    graph, engine = tmp_path / "graph", tmp_path / "engine"
+    for command in (
+        ["export", checkpoint, "--target", "cpu", "--placement", "inputs-outputs", "--out", graph],
+        ["build", graph / "model.onnx", "--backend", backend, "--out", engine],
+        ["compare", checkpoint, engine, "--data", tmp_path / "dev.tsv"],
+    ):
+        result = CliRunner().invoke(main, [str(part) for part in command])
+        assert result.exit_code == 0, result.output
+    assert json.loads((engine / "passport.json").read_text())["options"]["integer_products"] == 12
 
 
 def test_without_a_limit_every_output_is_int8(tmp_path: Path) -> None:

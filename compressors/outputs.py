@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compressors.augment import distorted
 from compressors.fake_quant import quant_linears
 from compressors.sensitivity import divergence, real_logits
-from compressors.train import collate
+from compressors.train import Progress, collate
 from nxm_export.data import Features, sorted_batches
 
 SAMPLES = 128
@@ -25,16 +25,26 @@ SAMPLES = 128
 
 @torch.no_grad()
 def output_costs(
-    student: nn.Module, outputs: Sequence[str], features: Sequence[Features], pad_id: int, link: str, seed: int
+    student: nn.Module,
+    outputs: Sequence[str],
+    features: Sequence[Features],
+    pad_id: int,
+    link: str,
+    seed: int,
+    progress: Progress = lambda what, done, total: None,
 ) -> dict[str, float]:
     """By weight: mean divergence per sample that its output quantizer brings by itself, against none of `outputs` quantized.
 
     In nats for classes, relative to the squared size for vectors and to the variance for scores. The samples are distorted
     ones (`compressors.augment`): of those that it was trained on a model is too sure for a change to show.
-    `student` is prepared and calibrated, and comes back as it was.
+    `student` is prepared and calibrated, and comes back as it was. `progress` hears ("outputs", done, of how many).
     """
     layers = quant_linears(student)
-    quantizers = {name: layers[name].output_quantizer for name in outputs if layers[name].output_quantizer is not None}
+    quantizers = {
+        name: layers[name].output_quantizer
+        for name in outputs
+        if name in layers and layers[name].output_quantizer is not None  # a matrix left dense is no layer of ours
+    }
     if not quantizers:
         return {}
     rng = random.Random(seed)
@@ -49,12 +59,14 @@ def output_costs(
     wanted = _answers(student, batches, link)
     scale = float(torch.cat(wanted).double().var()) if link == "identity" else 1.0
     costs = {}
-    for name, quantizer in quantizers.items():
+    for done, (name, quantizer) in enumerate(quantizers.items()):
+        progress("outputs", done, len(quantizers))
         layers[name].output_quantizer = quantizer
         found = _answers(student, batches, link)
         layers[name].output_quantizer = None
         total = sum(divergence(ours, theirs, link) for ours, theirs in zip(wanted, found, strict=True))
         costs[name] = total / len(samples) / max(scale, 1e-12)
+    progress("outputs", len(quantizers), len(quantizers))
     for name, quantizer in quantizers.items():
         layers[name].output_quantizer = quantizer
     student.train(was_training)

@@ -206,8 +206,9 @@ class Job:
         if limit is None or self.settings.recipe == "paper":
             return {}
         costs = output_costs(
-            student, residual_writers(self.plan), self.train, self.data.pad_id, self.data.task.link, self.settings.seed
-        )
+            student, residual_writers(self.plan), self.train, self.data.pad_id, self.data.task.link, self.settings.seed,
+            self.progress,
+        )  # fmt: skip
         costly = {name: cost for name, cost in costs.items() if cost > limit}
         layers = quant_linears(student)
         for name in costly:

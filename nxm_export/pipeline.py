@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nxm_export.checkpoint import open_checkpoint
 from nxm_export.data import Columns
 from nxm_export.engine_work import SHAPES, features_of
 from nxm_export.errors import ArtifactError, DataError, EngineError, EngineUnavailable, PlanError
@@ -87,6 +88,7 @@ def run(request: Request, out: str | Path, *, progress: Progress = lambda what, 
         source = resolve(request.model, request.revision)
         plan = _uniform_plan(request, source)
         _train(directory, request, plan, source.path, progress)
+        plan = open_checkpoint(directory.path("checkpoint")).plan  # outputs that cost too much are no longer in it
         graphs = _export(directory, request, plan, progress)
         engines, missing, failed = _build(directory, graphs, plan, progress)
         features = features_of(directory.path("onnx", "cpu"), request.dev, request.columns)

@@ -18,7 +18,7 @@ from nxm_export.checkpoint import open_checkpoint
 from nxm_export.cli import main
 from nxm_export.data import Columns
 from nxm_export.export import export
-from nxm_export.families import TASKS
+from nxm_export.families import FAMILIES, TASKS
 from nxm_export.placement import residual_writers
 from nxm_export.plan import WeightSpec
 from nxm_export.verify import verify
@@ -68,9 +68,38 @@ def test_costly_outputs_are_float_in_the_checkpoint_and_in_its_graphs(tmp_path: 
     assert sorted(told) == sorted(writers)
     assert all(cost > 0 for cost in told.values())
     kept = {name for name, spec in opened.plan.weights.items() if spec.output_bits}
-    assert kept == {name for name in opened.plan.weights if source_role(name) in ("query", "key", "value")}
+    assert kept == {name for name in opened.plan.weights if FAMILIES["bert"].role(name) in ("query", "key", "value")}
     for target in ("cpu", "trt"):
         verify(export(checkpoint, tmp_path / target, target=target, placement="inputs-outputs").path).require()
+
+
+def test_a_matrix_that_is_left_dense_has_no_output_to_measure(tmp_path: Path) -> None:
+    source = resolve(tiny.write_model("bert", tmp_path / "model", head="classification"))
+    train, _ = tiny.write_data(tmp_path, "classification")
+    task = TASKS["classification"]
+    data = read_task_data(source, task, str(train), None, Settings(), Columns(), load_tokenizer(source))
+    plan = source.family.uniform_plan(source.config, WeightSpec.parse("W8"), keep_dense=[COARSE])
+    model = load_model(source, task)
+    prepare(model, plan, source.family, source.config)
+    calibrate(model, [collate(data.train[:32], data.pad_id)], 100.0)
+    costs = output_costs(model, residual_writers(plan), data.train, data.pad_id, task.link, seed=0)
+    assert set(costs) == set(residual_writers(plan)) - {COARSE}
+
+
+@pytest.mark.slow
+def test_a_run_of_which_no_output_is_left_goes_through(tmp_path: Path) -> None:
+    """Placement ffn-only has outputs behind the FFN alone; when they all stay in float, no graph with outputs can be made."""
+    model, (train, dev) = tiny.write_model("bert", tmp_path / "encoder"), tiny.write_data(tmp_path)
+    run = tmp_path / "run"
+    result = CliRunner().invoke(
+        main,
+        [
+            "run", f"--model={model}", f"--train={train}", f"--dev={dev}", f"--out={run}", "--json", "--placement=ffn-only", "--output-limit=0",
+            "--dense-steps=20", "--steps=4", "--batch-size=16", "--learning-rate=1e-3", "--dense-learning-rate=3e-3",
+        ],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (run / "onnx").iterdir()) == ["cpu", "dense", "trt"]
 
 
 @pytest.mark.slow
@@ -91,11 +120,22 @@ def test_an_engine_with_some_outputs_in_float_agrees_with_its_checkpoint(backend
 
 
 def test_without_a_limit_every_output_is_int8(tmp_path: Path) -> None:
-    checkpoint = tiny.compress_tiny("bert", tmp_path, dense_steps=4, settings={"output_limit": None})
+    model, (train, dev) = tiny.write_model("bert", tmp_path / "encoder"), tiny.write_data(tmp_path)
+    checkpoint = tmp_path / "checkpoint"
+    command = [
+        "compress",
+        model,
+        f"--train={train}",
+        f"--dev={dev}",
+        f"--out={checkpoint}",
+        "--dense-steps=4",
+        "--steps=4",
+        "--json",
+    ]
+    refused = CliRunner().invoke(main, [str(part) for part in [*command, "--output-limit=nan"]])
+    assert refused.exit_code == 2 and "nan is no limit" in refused.output
+    result = CliRunner().invoke(main, [str(part) for part in [*command, "--output-limit=inf"]])
+    assert result.exit_code == 0, result.output
     plan = open_checkpoint(checkpoint).plan
     assert all(plan.weights[name].output_bits == 8 for name in residual_writers(plan))
     assert "outputs_in_float" not in json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))
-
-
-def source_role(weight: str) -> str:
-    return next(role for role in ("query", "key", "value", "output", "intermediate") if role in weight)

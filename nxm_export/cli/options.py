@@ -87,6 +87,13 @@ DATA_OPTIONS = options(
 )
 
 
+def limit_of(number: float) -> float | None:
+    """`Settings.output_limit`, where None is no limit: the record of a run is JSON, which knows no infinity."""
+    if math.isnan(number):
+        raise click.BadParameter("nan is no limit; give a number of nats, or inf for none")
+    return None if math.isinf(number) else number
+
+
 TRAINING_OPTIONS = options(
     click.option(
         "--recipe",
@@ -122,6 +129,7 @@ TRAINING_OPTIONS = options(
         type=click.FloatRange(min=0),
         default=0.005,
         show_default=True,
+        callback=lambda _, __, number: limit_of(number),
         help="The most that one INT8 output into the residual may cost, in nats; a costlier one stays in float. inf: all INT8.",
     ),
     click.option(

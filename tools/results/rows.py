@@ -35,9 +35,7 @@ class Change:
 
 
 CHANGES = {  # by what a row's name ends in
-    "unaugmented": Change(
-        "no distorted sentences, and the learning rate and losses that go with that", {"augment": 0.0}
-    ),
+    "unaugmented": Change("no distorted sentences", {"augment": 0.0}),
     "int8-outputs": Change("every output in INT8, whatever it costs", {"output_limit": None}),
     "slow": Change("learning rate 1e-4", {"learning_rate": 1e-4}),
     "labelled": Change("the task's own loss, too, layers a tenth as much", {"losses": {"task": 0.5, "hidden": 1.0}}),

@@ -133,7 +133,8 @@ def test_without_a_limit_every_output_is_int8(tmp_path: Path) -> None:
         "--json",
     ]
     refused = CliRunner().invoke(main, [str(part) for part in [*command, "--output-limit=nan"]])
-    assert refused.exit_code == 2 and "nan is no limit" in refused.output
+    assert refused.exit_code == 2
+    assert "nan is no limit" in refused.output
     result = CliRunner().invoke(main, [str(part) for part in [*command, "--output-limit=inf"]])
     assert result.exit_code == 0, result.output
     plan = open_checkpoint(checkpoint).plan

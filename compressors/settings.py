@@ -11,12 +11,11 @@ from compressors.memory import keep_freed_memory
 from compressors.train import Losses
 from nxm_export.errors import DataError, PlanError
 
-# ``nxm`` is ours; ``magnitude`` fixes the mask by magnitude at the start and spends all steps on masked QAT, with the same
-# teacher, steps and learning rates; ``obs`` does so with the mask and the weights of second-order pruning
-# (`compressors.obs`); ``sr-ste`` lets the mask follow the weight through most of them (Zhou et al. 2021,
-# arXiv 2102.04010), then fixes it; ``one-shot`` is magnitude and calibration alone, no training; ``paper`` follows what is
-# known of the authors' recipe.
-RECIPES = ("nxm", "magnitude", "obs", "sr-ste", "one-shot", "paper")
+# ``obs``, the default, fixes mask and weights by second-order pruning (`compressors.obs`) and spends all steps on masked QAT;
+# ``magnitude`` does so with the mask by magnitude; ``nxm`` looks for the mask by ADMM first, ours (damped, distilled);
+# ``sr-ste`` lets the mask follow the weight through most of the steps (Zhou et al. 2021, arXiv 2102.04010), then fixes it;
+# ``one-shot`` is magnitude and calibration alone, no training; ``paper`` follows what is known of the authors' recipe.
+RECIPES = ("obs", "nxm", "magnitude", "sr-ste", "one-shot", "paper")
 # What masks are chosen by: |W|, or |W| times the root mean square of each input over the calibration samples.
 MASK_SCORES = ("magnitude", "activation")
 PAPER_DIFFERENCES = (
@@ -43,7 +42,7 @@ class Settings:
     learning_rate: float | None = None
     batch_size: int = 32
     max_length: int | None = None
-    recipe: str = "nxm"
+    recipe: str = "obs"
     admm: str = "mask"
     admm_share: float = 0.4
     dual_updates: int | None = None
@@ -75,6 +74,10 @@ class Settings:
             raise PlanError(f"unknown recipe {self.recipe!r}; choose one of {', '.join(RECIPES)}")
         if self.mask_scores not in MASK_SCORES:
             raise PlanError(f"unknown mask scores {self.mask_scores!r}; choose one of {', '.join(MASK_SCORES)}")
+        if self.mask_scores != "magnitude" and self.recipe == "obs":
+            raise PlanError("second-order pruning scores weights itself; leave --mask-scores out, or give --recipe nxm")
+        if self.admm != "mask" and self.recipe not in ("nxm", "paper"):
+            raise PlanError(f"--admm {self.admm} is for recipes with ADMM; give --recipe nxm")
         if self.batch_size < 1 or self.calibration_samples < 1:
             raise DataError("batch size and calibration samples must be at least 1")
         if not 0 < self.sr_ste_share <= 1 or self.sr_ste_decay < 0:

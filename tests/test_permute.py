@@ -97,7 +97,7 @@ def test_heads_too_small_for_the_pattern_are_left_alone(tmp_path: Path) -> None:
 
 def test_a_compression_with_both_options_gives_a_valid_checkpoint(tmp_path: Path) -> None:
     checkpoint = tiny.compress_tiny(
-        "bert", tmp_path, dense_steps=4, settings={"permute": True, "mask_scores": "activation"}
+        "bert", tmp_path, dense_steps=4, settings={"recipe": "nxm", "permute": True, "mask_scores": "activation"}
     )
     open_checkpoint(checkpoint).require_valid()
     metrics = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))

@@ -231,20 +231,24 @@ def test_agreement_divergence_and_rivals_stand_in_the_page(kept: tuple[Path, Wri
     searched = {"search": found, "plan": {"options": {"W4": 3}}}
     write("rte", "dense", 0, LABELS, flipped(LABELS, 1, 2))
     compressed("magnitude-2:4+W4", 0.90, 0.5, 1, 2, 3, 4, 5, 6)
-    compressed("nxm-2:4+W4", 0.90, 0.25, 1, 2, 3, 4)
-    compressed("nxm-W4", 0.87, 0.125, 1, 2)
-    compressed("nxm-2:4+W4-layers", 0.90, 0.2, 1, 2, 3)
+    compressed("obs-2:4+W4", 0.90, 0.25, 1, 2, 3, 4)
+    compressed("nxm-2:4+W4", 0.90, 0.2, 1, 2, 3)
+    compressed("obs-W4", 0.87, 0.125, 1, 2)
+    compressed("obs-2:4+W4-layers", 0.90, 0.2, 1, 2, 3)
     compressed("searched-hw-87.5", 0.875, 0.1, 1, **searched)
     compressed("paper-search-hw-87.5", 0.875, 0.3, 1, 2, 3, **searched)
     page = render(results, results / "docs" / "results.md").text
-    ours = next(line for line in page.splitlines() if "(`nxm-2:4+W4`)" in line)
+    ours = next(line for line in page.splitlines() if "(`obs-2:4+W4`)" in line)
     assert ours.endswith("| 95.00 | 0.250 |")  # 2 of 40 answers differ from the dense model's
     assert next(line for line in page.splitlines() if line.startswith("| dense (`dense`)")).endswith("| – | – | – |")
     rivals = page.split("### Ours against the others")[1].split("###")[0]
     pairs = {tuple(cell.strip(" `") for cell in line.split("|")[1:3]) for line in rivals.splitlines() if "`" in line}
     assert pairs == {
+        ("obs-2:4+W4", "nxm-2:4+W4"),
+        ("obs-2:4+W4", "magnitude-2:4+W4"),
+        ("nxm-2:4+W4", "obs-2:4+W4"),
         ("nxm-2:4+W4", "magnitude-2:4+W4"),
-        ("searched-hw-87.5", "nxm-W4"),  # the uniform plan nearest in size, not the smaller one
+        ("searched-hw-87.5", "obs-W4"),  # the uniform plan nearest in size, not the smaller one
         ("searched-hw-87.5", "paper-search-hw-87.5"),
     }
     line = next(line for line in rivals.splitlines() if "paper-search" in line)
@@ -416,6 +420,8 @@ def test_all_is_every_standard_row_once() -> None:
         ("nxm-2:4+W4-alone", Losses()),
     ):
         assert changed(Settings(), row_named(name).settings, 384).losses == losses, name
+    assert row_named("searched-hw-90").recipe == Settings().recipe
+    assert row_named("searched-hw-90-admm-unaugmented").settings == {"recipe": "nxm", "augment": 0.0}
     former = row_named("searched-hw-90-unaugmented")
     assert (former.search, former.baseline) == (("nxm", "hw", 0.9), "magnitude-2:4+W4-unaugmented")
     assert (ablation.option, ablation.baseline) == ("1:4+W4", "magnitude-1:4+W4")

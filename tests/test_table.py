@@ -138,7 +138,13 @@ def trained(tiny_checkpoint: Callable[..., Path]) -> Path:
 def run(trained: Path, out: Path, embedding: str = "int8", progress: Any = lambda *_: None, **settings: Any) -> Any:
     source = resolve(trained.parent / "dense")
     plan = source.family.uniform_plan(source.config, WeightSpec.parse("2:4+W8"), embedding=embedding)
-    options: dict[str, Any] = {"steps": 6, "batch_size": 16, "learning_rate": 1e-3, "calibration_samples": 32}
+    options: dict[str, Any] = {
+        "recipe": "nxm",
+        "steps": 6,
+        "batch_size": 16,
+        "learning_rate": 1e-3,
+        "calibration_samples": 32,
+    }
     data = {"train": str(trained.parent / "train.tsv"), "dev": str(trained.parent / "dev.tsv")}
     chosen = Settings(**{**options, "precision": "fp32", **settings})
     return compress(source.path, task="classification", **data, plan=plan, out=out, settings=chosen, progress=progress)

@@ -108,6 +108,10 @@ def test_plan_and_masks_are_those_of_one_process(desk: Path, one: dict[str, Any]
     assert both.plan == alone.plan
     assert any(spec.pattern for spec in both.plan.weights.values())
     assert two[0]["metrics"]["mask_hash"] == one["metrics"]["mask_hash"]
+    hashes = [
+        json.loads((desk / processes / "obs" / "metrics.json").read_text())["mask_hash"] for processes in ("one", "two")
+    ]
+    assert hashes[0] == hashes[1] != one["metrics"]["mask_hash"], "second-order masks, and others than ADMM's"
     assert two[0]["metrics"]["residual"] == pytest.approx(one["metrics"]["residual"], rel=1e-3)
 
 

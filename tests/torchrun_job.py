@@ -23,6 +23,7 @@ from compressors.settings import Settings
 from nxm_export.plan import CompressionPlan
 
 TRAINING = Settings(
+    recipe="nxm",
     steps=16,
     batch_size=16,
     learning_rate=1e-4,
@@ -69,6 +70,11 @@ def job(desk: Path, out: Path) -> dict[str, Any]:
         joint = replace(TRAINING, steps=4, admm="joint")
         compressing.compress(
             desk / "dense", plan=plan, out=out / "joint", dev=str(desk / "dev.tsv"), settings=joint, **data
+        )
+        # Masks by second-order pruning, which every process does for itself.
+        second_order = replace(TRAINING, steps=2, recipe="obs")
+        compressing.compress(
+            desk / "dense", plan=plan, out=out / "obs", dev=str(desk / "dev.tsv"), settings=second_order, **data
         )
     finally:
         Admm.dual_update, compressing.bake = update, bake  # type: ignore[method-assign]

@@ -97,23 +97,24 @@ def limit_of(number: float) -> float | None:
 TRAINING_OPTIONS = options(
     click.option(
         "--recipe",
-        type=click.Choice(["nxm", "magnitude", "obs", "sr-ste", "one-shot", "paper"]),
-        default="nxm",
+        type=click.Choice(["obs", "nxm", "magnitude", "sr-ste", "one-shot", "paper"]),
+        default="obs",
         show_default=True,
+        help="Where masks come from: second-order pruning, ADMM, magnitude, ... (docs/search.md).",
     ),
     click.option(
         "--admm",
         type=click.Choice(["mask", "joint", "joint-ste"]),
         default="mask",
         show_default=True,
-        help="ADMM's constraint set.",
+        help="ADMM's constraint set, for --recipe nxm.",
     ),
     click.option(
         "--mask-scores",
         type=click.Choice(["magnitude", "activation"]),
         default="magnitude",
         show_default=True,
-        help="What masks are chosen by: |W|, or |W| times the size of each input.",
+        help="What other recipes choose masks by: |W|, or |W| times the size of each input.",
     ),
     click.option(
         "--permute", is_flag=True, help="Reorder channels where that changes nothing, so that N:M drops less."

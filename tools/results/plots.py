@@ -12,7 +12,14 @@ import numpy as np
 from nxm_export.errors import ArtifactError
 from tools.results.statistics import TaskStatistics
 
-COLORS = {"nxm": "#1f77b4", "magnitude": "#ff7f0e", "sr-ste": "#2ca02c", "one-shot": "#7f7f7f", "paper": "#d62728"}
+COLORS = {
+    "obs": "#17becf",
+    "nxm": "#1f77b4",
+    "magnitude": "#ff7f0e",
+    "sr-ste": "#2ca02c",
+    "one-shot": "#7f7f7f",
+    "paper": "#d62728",
+}
 SEARCHED = "#9467bd"
 
 

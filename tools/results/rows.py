@@ -15,10 +15,11 @@ from typing import Any
 from nxm_export.errors import NxmError, PlanError
 from nxm_export.plan import COUNTINGS, WeightSpec
 
+DEFAULT_RECIPE = "obs"
 RECIPE_TITLES = {
+    "obs": "second-order mask and start + masked QAT",
     "nxm": "ADMM + masked QAT",
     "magnitude": "fixed magnitude mask + masked QAT",
-    "obs": "fixed second-order mask and start + masked QAT",
     "sr-ste": "SR-STE + masked QAT",
     "one-shot": "one-shot magnitude + PTQ",
     "paper": "paper recipe",
@@ -35,6 +36,7 @@ class Change:
 
 
 CHANGES = {  # by what a row's name ends in
+    "admm": Change("masks by ADMM", {"recipe": "nxm"}),
     "unaugmented": Change("no distorted sentences", {"augment": 0.0}),
     "int8-outputs": Change("every output in INT8, whatever it costs", {"output_limit": None}),
     "slow": Change("learning rate 1e-4", {"learning_rate": 1e-4}),
@@ -61,13 +63,15 @@ STANDARD = (
     "sr-ste-2:4+W8",
     "paper-2:4+W8",
     "nxm-2:4+W8",
+    "obs-2:4+W8",
     "one-shot-2:4+W4",
     "magnitude-2:4+W4",
     "sr-ste-2:4+W4",
     "paper-2:4+W4",
     "nxm-2:4+W4",
-    "nxm-W4",
-    "nxm-1:4+W4",
+    "obs-2:4+W4",
+    "obs-W4",
+    "obs-1:4+W4",
     "searched-hw-87.5",
     "searched-values-87.5",
     "searched-hw-90",
@@ -112,6 +116,11 @@ class Row:
         return tuple(change for change in self.changes if change in _TRAINING)
 
     @property
+    def is_plain(self) -> bool:
+        """True if it changes nothing but what baselines change, too, and how the masks of a searched plan are found."""
+        return set(self.changes) <= {"admm", *_TRAINING}
+
+    @property
     def moved(self) -> set[str]:
         """Names of the settings that are this row's own: those that it changes, and those that follow from them."""
         follow = self.recipe in ("paper", "one-shot") or {"augment", "distill"} & set(self.settings)
@@ -146,8 +155,9 @@ def row_named(name: str) -> Row:
         counting, _, percent = plain.removeprefix(prefix).rpartition("-")
         if plain.startswith(prefix) and counting in COUNTINGS and _is_percent(percent):
             by = "the paper's search" if method == "paper" else "searched"
-            title = ", ".join([by, f"{percent} % by `{counting}`", "ADMM + masked QAT", *titles])
-            return Row(name, title, "nxm", None, (method, counting, float(percent) / 100), tuple(changes))
+            title = ", ".join([by, f"{percent} % by `{counting}`", *titles])
+            recipe = "nxm" if "admm" in changes else DEFAULT_RECIPE
+            return Row(name, title, recipe, None, (method, counting, float(percent) / 100), tuple(changes))
     for recipe in sorted(RECIPE_TITLES, key=len, reverse=True):
         if plain.startswith(f"{recipe}-"):
             try:

@@ -14,7 +14,7 @@ import numpy as np
 
 from nxm_export.run_dir import write_atomic
 from tools.results import plots, store
-from tools.results.rows import RECIPE_TITLES, Row, position, row_named
+from tools.results.rows import DEFAULT_RECIPE, RECIPE_TITLES, Row, position, row_named
 from tools.results.statistics import Difference, Retention, TaskStatistics, deviation, overall
 
 GAP = "–"
@@ -149,7 +149,8 @@ def _differences(found: TaskStatistics) -> str:
 
 
 def _ours(found: TaskStatistics) -> str:
-    """ADMM against every other recipe at its option, searched plans against the nearest uniform one and the paper's search."""
+    """The default recipe and ADMM against every other at their option, searched plans against the nearest uniform one and the
+    paper's search."""
     lines = []
     for row in found.rows:
         for other in _others(found, row_named(row)):
@@ -162,10 +163,10 @@ def _ours(found: TaskStatistics) -> str:
 
 
 def _others(found: TaskStatistics, row: Row) -> list[str]:
-    if row.recipe != "nxm" or row.changes != row.training:
+    if row.recipe not in (DEFAULT_RECIPE, "nxm") or not row.is_plain:
         return []
     if row.option is not None:
-        rivals = ["-".join([recipe, row.option, *row.changes]) for recipe in RECIPE_TITLES if recipe != "nxm"]
+        rivals = ["-".join([recipe, row.option, *row.training]) for recipe in RECIPE_TITLES if recipe != row.recipe]
         return [name for name in ("dense-longer", *rivals) if name in found.rows]
     assert row.search is not None
     method, counting, compression = row.search
@@ -175,7 +176,11 @@ def _others(found: TaskStatistics, row: Row) -> list[str]:
     def size(name: str) -> float:
         return float(found.records[name, found.seeds(name)[0]].facts["compression"][counting])
 
-    plain = [name for name in found.rows if (other := row_named(name)).recipe == "nxm" and other.changes == row.changes]
+    plain = [
+        other.name
+        for other in map(row_named, found.rows)
+        if other.recipe == row.recipe and other.training == row.training and other.is_plain
+    ]
     uniform = sorted(
         (name for name in plain if row_named(name).option), key=lambda name: abs(size(name) - size(row.name))
     )

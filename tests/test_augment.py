@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +93,13 @@ def test_a_compression_with_distorted_samples_gives_a_valid_checkpoint(task: str
 def test_what_is_left_open_depends_on_task_teacher_and_width() -> None:
     classes, scores = TASKS["classification"], TASKS["regression"]
     taught = training_of(Settings(), classes, 384)
-    assert (taught.learning_rate, taught.augment, taught.losses.task) == (3e-4, 0.7, 0.0)
-    assert training_of(Settings(), classes, 768).learning_rate == 1.5e-4
+    assert (taught.learning_rate, taught.augment, taught.losses.task) == (1e-4, 0.7, 0.0)
+    assert training_of(Settings(recipe="nxm"), classes, 384) == replace(taught, learning_rate=3e-4)
+    assert training_of(Settings(), classes, 768).learning_rate == 5e-5
     assert training_of(Settings(), classes, 64) == taught  # not raised for narrower models
     for settings, task in ((Settings(), scores), (Settings(augment=0.0), classes)):
         assert training_of(settings, task, 768) == Training(1e-4, Losses(0.5, 1.0, 1.0), 0.0)
-    assert training_of(Settings(augment=0.3), scores, 384) == Training(3e-4, taught.losses, 0.3)
+    assert training_of(Settings(augment=0.3), scores, 384) == Training(1e-4, taught.losses, 0.3)
     for alone in (Settings(distill=False), Settings(recipe="paper")):
         assert training_of(alone, classes, 384) == Training(1e-4, Losses(), 0.0)
     given = Settings(learning_rate=5e-5, losses=Losses(1.0, 1.0, 1.0))

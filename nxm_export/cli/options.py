@@ -152,7 +152,7 @@ TRAINING_OPTIONS = options(
     click.option(
         "--learning-rate",
         type=Positive(),
-        help="Of compression.  [default: 1e-4; with --augment 3e-4, less for models wider than 384]",
+        help="Of compression.  [default: 1e-4; with --augment, 3e-4 for recipes but obs, and less for models wider than 384]",
     ),
     click.option("--dense-learning-rate", type=Positive(), default=5e-5, show_default=True),
     click.option(

@@ -40,6 +40,7 @@ CHANGES = {  # by what a row's name ends in
     "unaugmented": Change("no distorted sentences", {"augment": 0.0}),
     "int8-outputs": Change("every output in INT8, whatever it costs", {"output_limit": None}),
     "slow": Change("learning rate 1e-4", {"learning_rate": 1e-4}),
+    "fast": Change("learning rate 3e-4", {"learning_rate": 3e-4}),
     "labelled": Change("the task's own loss, too, layers a tenth as much", {"losses": {"task": 0.5, "hidden": 1.0}}),
     "permuted": Change("channels permuted", {"permute": True}),
     "activation": Change("masks weighted by activations", {"mask_scores": "activation"}),
@@ -124,7 +125,7 @@ class Row:
     def moved(self) -> set[str]:
         """Names of the settings that are this row's own: those that it changes, and those that follow from them."""
         follow = self.recipe in ("paper", "one-shot") or {"augment", "distill"} & set(self.settings)
-        return set(self.settings) | ({"learning_rate", "losses", "augment"} if follow else set())
+        return {"learning_rate", *self.settings} | ({"losses", "augment"} if follow else set())
 
     @property
     def slug(self) -> str:

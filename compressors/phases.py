@@ -1,7 +1,8 @@
-"""The phases of one compression run: calibrate -> ADMM -> harden (hard projection) -> masked QAT.
+"""The phases of one compression run: calibrate -> find the masks -> harden (hard projection) -> masked QAT.
 
-Each phase is a `compressors.train.run_phase`; what ADMM adds to it (penalty, dual updates) is a callback here. The other
-recipes (`compressors.settings.RECIPES`) leave phases out, or put SR-STE in the place of ADMM.
+The recipe (`compressors.settings.RECIPES`) says how masks are found: by second-order pruning or by magnitude at once, by ADMM or
+SR-STE in a phase of training. Each phase is a `compressors.train.run_phase`; what ADMM adds to it (penalty, dual updates) is a
+callback here.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Job:
         self.steps = settings.steps or steps_of(self.train, settings.epochs, settings.batch_size)
 
     def run(self) -> tuple[nn.Module, dict[str, Any]]:
-        """Calibrate, ADMM, harden, masked QAT; returns the trained student (not yet baked) and facts for the metrics."""
+        """Calibrate, find the masks, harden, masked QAT; returns the trained student (not yet baked) and facts for the metrics."""
         settings = self.settings
         if self.training.augment and self.training.losses.task:
             require_augmentable(self.data.task)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nxm_export.errors import ArtifactError
+from tools.results.rows import row_named
 from tools.results.statistics import TaskStatistics
 
 COLORS = {
@@ -24,12 +25,12 @@ SEARCHED = "#9467bd"
 
 
 def accuracy_against_compression(statistics: TaskStatistics, counting: str, file: Path) -> bool:
-    """Mean score of every compressed row over its compression, with the 95 % interval, and the dense row as a line.
+    """Mean score of every compressed row that changes nothing over its compression, with the 95 % interval, and the dense row as a line.
 
     Draws nothing, and says so by False, for fewer than two different compressions.
     """
     points = []
-    for row in statistics.rows:
+    for row in (row for row in statistics.rows if not row_named(row).changes):
         facts = statistics.records[row, statistics.seeds(row)[0]].facts
         if "compression" in facts:
             sizes = [statistics.records[row, seed].facts["compression"][counting] for seed in statistics.seeds(row)]
@@ -49,6 +50,7 @@ def accuracy_against_compression(statistics: TaskStatistics, counting: str, file
         shift = 0.12 * ((number % 5) - 2)  # rows of one size would hide each other
         axes.errorbar(size + shift, mean, yerr=[[max(0, mean - low)], [max(0, high - mean)]], fmt="o", color=color)
         axes.annotate(row, (size + shift, mean), textcoords="offset points", xytext=(5, 4), fontsize=7, color=color)
+    axes.margins(x=0.16)  # names stand to the right of their points
     axes.set_xlabel(f"encoder compression by `{counting}`, %")
     axes.set_ylabel(f"{statistics.task.metric_title} x 100, dev")
     axes.set_title(f"{statistics.task.title}: mean over seeds, 95 % intervals")

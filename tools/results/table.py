@@ -79,27 +79,32 @@ def render(results: Path, document: Path) -> Rendered:
 
 
 def _section(found: TaskStatistics, results: Path, images: Sequence[Path]) -> str:
+    """Rows as the recipes are, and then, apart, those that change something: ablations and other training."""
     some = found.records[next(iter(found.records))]
+    changed = [row for row in found.rows if row_named(row).changes]
+    unchanged = [row for row in found.rows if row not in changed]
     parts = [
         f"## {found.task.title}\n",
         f"{len(some.labels)} dev sentences; score: {found.task.metric_title}; model: {some.facts['model']}.\n",
-        _scores(found),
-        _differences(found),
-        _ours(found),
-        _sizes(found),
-        _costs(found),
-        _plans(found),
+        *_tables(found, unchanged),
         _grid(results / found.task.name / "dense-grid.json"),
         *(f"![{image.stem}](images/{image.name})\n" for image in images),
     ]
+    if changed:
+        parts += [f"## {found.task.title}: ablations, and rows with other training\n", *_tables(found, changed)]
     return "\n".join(part for part in parts if part)
 
 
-def _scores(found: TaskStatistics) -> str:
+def _tables(found: TaskStatistics, rows: Sequence[str]) -> list[str]:
+    makers = (_scores, _differences, _ours, _sizes, _costs, _plans)
+    return [make(found, rows) for make in makers] if rows else []
+
+
+def _scores(found: TaskStatistics, rows: Sequence[str]) -> str:
     extra = found.task.metrics if len(found.task.metrics) > 1 else ()
     head = ["row", "mean", "95 % interval", "sd", "per seed", *extra, "retention, %", "agreement, %", "KL to dense"]
     lines = []
-    for row in found.rows:
+    for row in rows:
         scores = found.scores(row)
         lines.append(
             [
@@ -116,7 +121,7 @@ def _scores(found: TaskStatistics) -> str:
         )
     note = (
         "\n† started from another dense model of the same seed than the dense row's (trained again elsewhere).\n"
-        if any(_other_teacher(found, row) for row in found.rows)
+        if any(_other_teacher(found, row) for row in rows)
         else ""
     )
     said = "*agreement*: answers that are the dense model's; *KL*: mean KL(dense || row) over dev, in nats."
@@ -124,7 +129,7 @@ def _scores(found: TaskStatistics) -> str:
         f"### Scores\n\nPer seed: score (seed). Means over seeds: {said}\n\n"
         + _table(head, lines)
         + note
-        + _other_settings(found)
+        + _other_settings(found, rows)
     )
 
 
@@ -134,9 +139,9 @@ def _divergence(found: TaskStatistics, row: str) -> str:
     return _mean(values, ".3f") if values else GAP
 
 
-def _differences(found: TaskStatistics) -> str:
+def _differences(found: TaskStatistics, rows: Sequence[str]) -> str:
     lines = []
-    for row in found.rows:
+    for row in rows:
         baseline = row_named(row).baseline
         against_dense = found.difference(row, "dense")
         against_magnitude = found.difference(row, baseline) if baseline in found.rows and baseline else None
@@ -152,11 +157,11 @@ def _differences(found: TaskStatistics) -> str:
     )
 
 
-def _ours(found: TaskStatistics) -> str:
+def _ours(found: TaskStatistics, rows: Sequence[str]) -> str:
     """The default recipe and ADMM against every other at their option, searched plans against the nearest uniform one and the
     paper's search."""
     lines = []
-    for row in found.rows:
+    for row in rows:
         for other in _others(found, row_named(row)):
             difference = found.difference(row, other)
             if difference is not None:
@@ -191,9 +196,9 @@ def _others(found: TaskStatistics, row: Row) -> list[str]:
     return [*uniform[:1], *(name for name in plain if row_named(name).search == ("paper", counting, compression))]
 
 
-def _sizes(found: TaskStatistics) -> str:
+def _sizes(found: TaskStatistics, rows: Sequence[str]) -> str:
     lines = []
-    for row in found.rows:
+    for row in rows:
         facts = [found.records[row, seed].facts for seed in found.seeds(row)]
         if "compression" in facts[0]:
             shares = [
@@ -224,10 +229,10 @@ def _sizes(found: TaskStatistics) -> str:
     )
 
 
-def _costs(found: TaskStatistics) -> str:
+def _costs(found: TaskStatistics, rows: Sequence[str]) -> str:
     machines: dict[str, None] = {}
     lines = []
-    for row in found.rows:
+    for row in rows:
         facts = [found.records[row, seed].facts for seed in found.seeds(row)]
         search = [fact["search"]["cost"]["seconds"]["all"] for fact in facts if "search" in fact]
         for fact in facts:
@@ -252,9 +257,9 @@ def _costs(found: TaskStatistics) -> str:
     )
 
 
-def _plans(found: TaskStatistics) -> str:
+def _plans(found: TaskStatistics, rows: Sequence[str]) -> str:
     lines = []
-    for row in found.rows:
+    for row in rows:
         for seed in found.seeds(row):
             facts = found.records[row, seed].facts
             if "search" in facts:
@@ -317,8 +322,8 @@ def _other_teacher(found: TaskStatistics, row: str) -> bool:
     )
 
 
-def _other_settings(found: TaskStatistics) -> str:
-    """One line per record that was measured with other settings than most compressed ones, but for what its row is about."""
+def _other_settings(found: TaskStatistics, rows: Sequence[str]) -> str:
+    """One line per record of `rows` that was measured with other settings than most compressed ones, but for what its row is about."""
     shared = {}
     for key, record in found.records.items():
         if "compression" in record.facts:
@@ -332,7 +337,7 @@ def _other_settings(found: TaskStatistics) -> str:
         for name in names
     }
     lines = []
-    for (row, seed), settings in shared.items():
+    for row, seed, settings in ((*key, settings) for key, settings in shared.items() if key[0] in rows):
         differ = [
             f"{name} {settings[name]} (usual {usual[name]})" for name in settings if settings[name] != usual[name]
         ]

@@ -411,6 +411,9 @@ def test_all_is_every_standard_row_once() -> None:
     ablation = row_named("one-shot-1:4+W4-permuted-activation")
     assert ablation.settings == {"recipe": "one-shot", "permute": True, "mask_scores": "activation"}
     assert row_named("nxm-2:4+W8-attention-table").plan == {"placement": "attention", "embedding": "int8"}
+    thorough = row_named("searched-hw-87.5-thorough")
+    assert (thorough.search, thorough.settings) == (("nxm", "hw", 0.875), {"recipe": "obs"})
+    assert thorough.searching == {"samples": 256, "held_out": 256}
     longer = row_named("nxm-2:4+W4-18-epochs-joint-ste")
     assert (longer.option, longer.settings) == ("2:4+W4", {"recipe": "nxm", "epochs": 18.0, "admm": "joint-ste"})
     for name, losses in (

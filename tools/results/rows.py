@@ -28,11 +28,13 @@ RECIPE_TITLES = {
 
 @dataclass(frozen=True)
 class Change:
-    """An ablation: what its title says, which `Settings` differ, and which arguments of `Family.uniform_plan`."""
+    """An ablation: what its title says, which `Settings` differ, which arguments of `Family.uniform_plan`, and which
+    `SearchSettings`."""
 
     title: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     plan: Mapping[str, str] = field(default_factory=dict)
+    search: Mapping[str, Any] = field(default_factory=dict)
 
 
 CHANGES = {  # by what a row's name ends in
@@ -52,6 +54,7 @@ CHANGES = {  # by what a row's name ends in
     "layers": Change("distilled alone, layers ten times as much", {"losses": {"task": 0.0, "hidden": 10.0}}),
     "alone": Change("not distilled", {"distill": False}),
     "18-epochs": Change("18 epochs", {"epochs": 18.0}),
+    "thorough": Change("searched with 256 sentences, judged on 256", search={"samples": 256, "held_out": 256}),
     "attention": Change("products inside attention in INT8, too", plan={"placement": "attention"}),
     "table": Change("word-embedding table in INT8, too", plan={"embedding": "int8"}),
 }
@@ -110,6 +113,11 @@ class Row:
     def plan(self) -> dict[str, str]:
         """How its uniform plan differs from the default one: arguments of `Family.uniform_plan`."""
         return {name: value for change in self.changes for name, value in CHANGES[change].plan.items()}
+
+    @property
+    def searching(self) -> dict[str, Any]:
+        """How its search differs from the default one: fields of `SearchSettings`."""
+        return {name: value for change in self.changes for name, value in CHANGES[change].search.items()}
 
     @property
     def training(self) -> tuple[str, ...]:

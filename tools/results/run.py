@@ -152,7 +152,8 @@ class Measure:
         method, counting, compression = row.search
         out = self._directory(seed) / f"{row.slug}.search"
         if not (out / "search.json").is_file():
-            chosen = replace(self.protocol.search, method=method, counting=counting, compression=compression, seed=seed)
+            wanted: dict[str, Any] = {"method": method, "counting": counting, "compression": compression, "seed": seed}
+            chosen = replace(self.protocol.search, **wanted | row.searching)
             with self.bars() as progress:
                 search(
                     teacher,

@@ -56,25 +56,16 @@ class _Constraint(nn.Module):
         spec: WeightSpec,
         project: Callable[..., Tensor],
         importance: Tensor | None,
-        hysteresis: float = 0.0,
     ) -> None:
         super().__init__()
         self._weight = [weight]  # a list, so that the parameter is not registered a second time
-        self.spec, self._project, self._importance, self._hysteresis = spec, project, importance, hysteresis
+        self.spec, self._project, self._importance = spec, project, importance
         z = self.project(weight.detach())
         self.register_buffer("z", z.clone())
         self.register_buffer("u", torch.zeros_like(z))
 
     def project(self, weight: Tensor) -> Tensor:
         importance = None if self._importance is None else self._importance.to(weight.device)
-        return self._project(weight, self.spec, importance)
-
-    def follow(self, weight: Tensor) -> Tensor:
-        """The projection of `weight` in which what Z keeps has an advantage of `hysteresis` over what it does not."""
-        if not self._hysteresis:
-            return self.project(weight)
-        advantage = 1.0 + self._hysteresis * (self.z != 0)  # (out, in)
-        importance = advantage if self._importance is None else advantage * self._importance.to(weight.device)
         return self._project(weight, self.spec, importance)
 
     @property
@@ -92,8 +83,7 @@ class Admm(nn.Module):
     """Z and U of every constrained weight (buffers, so that checkpoints hold them), the penalty, the dual update.
 
     `damping` is the dual step: 1 is the textbook's. With `warm_dual` U starts at W - Z, as in the authors' code. `project`
-    is one of `PROJECTIONS`; `importance` (in,) of a weight's inputs, by name, is handed to it. With `hysteresis` h a dual
-    update drops a kept weight only for one whose score is more than 1 + h times as high: near ties then do not flip.
+    is one of `PROJECTIONS`; `importance` (in,) of a weight's inputs, by name, is handed to it.
     """
 
     rho: Tensor
@@ -106,14 +96,13 @@ class Admm(nn.Module):
         *,
         warm_dual: bool = False,
         importance: Mapping[str, Tensor | None] | None = None,
-        hysteresis: float = 0.0,
     ) -> None:
         super().__init__()
         self.damping = damping
         self.register_buffer("rho", torch.zeros((), dtype=torch.float64))
         self.constraints = nn.ModuleDict()
         for name, (weight, spec) in weights.items():
-            constraint = _Constraint(weight, spec, project, (importance or {}).get(name), hysteresis)
+            constraint = _Constraint(weight, spec, project, (importance or {}).get(name))
             if warm_dual:
                 constraint.u.copy_(weight.detach() - constraint.z)
             self.constraints[name.replace(".", "/")] = constraint  # module names hold no dots
@@ -126,7 +115,6 @@ class Admm(nn.Module):
         damping: float,
         *,
         warm_dual: bool = False,
-        hysteresis: float = 0.0,
     ) -> Admm:
         """ADMM over prepared layers in one of `ADMM_MODES`; sets whether the layers quantize weights going forward."""
         if mode not in ADMM_MODES:
@@ -146,7 +134,6 @@ class Admm(nn.Module):
             damping,
             warm_dual=warm_dual,
             importance=importance,
-            hysteresis=hysteresis,
         )
 
     def _all(self) -> list[_Constraint]:
@@ -187,7 +174,7 @@ class Admm(nn.Module):
         gaps, norms, flips, elements = [], [], [], 0
         for constraint in self._all():
             weight = constraint.weight.detach()
-            z = constraint.follow(weight + constraint.u)
+            z = constraint.project(weight + constraint.u)
             flips.append(((z != 0) != (constraint.z != 0)).sum())
             difference = weight - z
             constraint.u.add_(difference, alpha=self.damping)

@@ -128,7 +128,6 @@ class Job:
             settings.admm,
             1.0 if paper else settings.damping,
             warm_dual=paper,
-            hysteresis=0.0 if paper else settings.hysteresis,
         )
         steps = self.steps if paper else max(1, round(self.steps * settings.admm_share))
         schedule: _Schedule = (

@@ -49,7 +49,6 @@ class Settings:
     damping: float = 0.5
     strength: tuple[float, float] = (0.3, 5.0)
     residual_gate: float = 0.1
-    hysteresis: float = 0.0  # a dual update changes the mask only for a score this much higher, as a share
     sr_ste_share: float = 0.8  # of all steps; the mask is fixed for the rest
     sr_ste_decay: float = 2e-4  # the regulariser's weight, as in the authors' experiments
     distill: bool = True

@@ -46,7 +46,6 @@ CHANGES = {  # by what a row's name ends in
     "labelled": Change("the task's own loss, too, layers a tenth as much", {"losses": {"task": 0.5, "hidden": 1.0}}),
     "permuted": Change("channels permuted", {"permute": True}),
     "activation": Change("masks weighted by activations", {"mask_scores": "activation"}),
-    "hysteresis": Change("masks with 5 % hysteresis", {"hysteresis": 0.05}),
     "joint": Change("ADMM on pattern and grid, float forward", {"admm": "joint"}),
     "joint-ste": Change("ADMM on pattern and grid, quantized forward", {"admm": "joint-ste"}),
     "logits": Change("distilled from logits, not from layers", {"losses": {"hidden": 0.0}}),

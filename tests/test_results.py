@@ -136,6 +136,13 @@ def test_the_dense_grid_is_decided_on_held_out_training_sentences(place: Path, t
     held_out = (tmp_path / "work" / "cola" / "grid" / "data" / "dev.tsv").read_text().splitlines()
     assert len(held_out) == 41
     assert set(held_out) <= train
+    page = tmp_path / "docs" / "results.md"
+    assert "the best one is what every dense row uses" in render(tmp_path / "results", page).text
+    grid["tried"] = [{**entry, "score": -entry["score"]} for entry in grid["tried"]]
+    (tmp_path / "results" / "cola" / "dense-grid.json").write_text(json.dumps(grid))
+    assert (
+        "dense rows use 0.003 and 3 epochs, which this grid did not choose" in render(tmp_path / "results", page).text
+    )
 
 
 def test_render_makes_a_document_from_real_records(place: Path) -> None:

@@ -87,7 +87,7 @@ def _section(found: TaskStatistics, results: Path, images: Sequence[Path]) -> st
         f"## {found.task.title}\n",
         f"{len(some.labels)} dev sentences; score: {found.task.metric_title}; model: {some.facts['model']}.\n",
         *_tables(found, unchanged),
-        _grid(results / found.task.name / "dense-grid.json"),
+        _grid(found, results / found.task.name / "dense-grid.json"),
         *(f"![{image.stem}](images/{image.name})\n" for image in images),
     ]
     if changed:
@@ -272,17 +272,28 @@ def _plans(found: TaskStatistics, rows: Sequence[str]) -> str:
     )
 
 
-def _grid(file: Path) -> str:
+def _grid(found: TaskStatistics, file: Path) -> str:
     if not file.is_file():
         return ""
     grid = json.loads(file.read_text(encoding="utf-8"))
+    best = max(grid["tried"], key=lambda entry: entry["score"])
+    used = {
+        (record.facts["settings"]["dense_learning_rate"], record.facts["settings"]["dense_epochs"])
+        for (row, _), record in found.records.items()
+        if row == "dense"
+    }
+    chosen = ", ".join(f"{rate:g} and {epochs:g} epochs" for rate, epochs in sorted(used))
+    said = (
+        "the best one is what every dense row uses"
+        if used <= {(best["learning_rate"], best["epochs"])}
+        else f"dense rows use {chosen}, which this grid did not choose"
+    )
     lines = [
         [f"{entry['learning_rate']:g}", f"{entry['epochs']:g}", _points(entry["score"]), f"{entry['seconds']:.0f}"]
         for entry in grid["tried"]
     ]
-    return (
-        f"### Dense grid\n\nScores on {grid['held_out']} sentences held out of train, seed 0; the best one is what every dense row uses.\n\n"
-        + _table(["learning rate", "epochs", "score", "seconds"], lines)
+    return f"### Dense grid\n\nScores on {grid['held_out']} sentences held out of train, seed 0; {said}.\n\n" + _table(
+        ["learning rate", "epochs", "score", "seconds"], lines
     )
 
 

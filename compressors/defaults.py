@@ -2,9 +2,9 @@
 
 Chosen by experiment on CoLA and rotten tomatoes with MiniLM-L6 (docs/search.md, docs/results.md). A compressed model that
 trains on few labelled sentences learns them by heart and drifts from its teacher on all others; distorted sentences that the
-teacher alone answers (`compressors.augment`) take that away. ADMM then does best at a
-high learning rate, which other recipes that start as far from the dense model share; from second-order pruning a low one leads
-as near to it at 2:4+W4, and nearer where a plan prunes less.
+teacher alone answers (`compressors.augment`) take that away. ADMM and a fixed
+magnitude mask then do best at a high learning rate, and SR-STE about as well as at a low one; from second-order pruning a low one
+leads as near to the dense model at 2:4+W4, and nearer where a plan prunes less.
 """
 
 from __future__ import annotations

@@ -154,6 +154,19 @@ def test_render_makes_a_document_from_real_records(place: Path) -> None:
     assert render(place / "results", place / "docs" / "results.md").text == rendered.text
 
 
+def test_a_change_of_the_search_reaches_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def stop(*_: Any, settings: Any, **__: Any) -> None:
+        asked.append((settings.method, settings.samples, settings.held_out))
+        raise DataError("enough")
+
+    monkeypatch.setattr("tools.results.run.search", stop)
+    assert measure(place, "searched-hw-75-thorough") == 1
+    assert measure(place, "searched-hw-75") == 1
+    assert asked == [("nxm", 256, 256), ("nxm", 32, 32)]
+
+
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed (extra: report)")
 def test_pictures_are_drawn_and_the_same_each_time(place: Path) -> None:
     images = render(place / "results", place / "docs" / "results.md").images
@@ -260,6 +273,20 @@ def test_agreement_divergence_and_rivals_stand_in_the_page(kept: tuple[Path, Wri
     }
     line = next(line for line in rivals.splitlines() if "paper-search" in line)
     assert "| +5.00 (" in line  # 39 of 40 against 37
+
+
+def test_ablations_stand_apart_behind_the_rows_that_change_nothing(kept: tuple[Path, Write]) -> None:
+    results, write = kept
+    write("rte", "dense", 0, LABELS, flipped(LABELS, 1, 2))
+    for row in ("nxm-2:4+W4", "nxm-2:4+W4-slow"):
+        write("rte", row, 0, LABELS, flipped(LABELS, 1, 2, 3), recipe="nxm")
+    first, second = render(results, results / "docs" / "results.md").text.split(
+        ": ablations, and rows with other training"
+    )
+    assert "(`nxm-2:4+W4`)" in first
+    assert "(`nxm-2:4+W4`)" not in second
+    assert "(`nxm-2:4+W4-slow`)" not in first
+    assert "(`nxm-2:4+W4-slow`)" in second
 
 
 def test_intervals_of_one_seed_are_those_of_the_product(kept: tuple[Path, Write]) -> None:

@@ -25,7 +25,7 @@ SEARCHED = "#9467bd"
 
 
 def accuracy_against_compression(statistics: TaskStatistics, counting: str, file: Path) -> bool:
-    """Mean score of every compressed row that changes nothing over its compression, with the 95 % interval, and the dense row as a line.
+    """Mean score of every compressed row but ablations over its compression, with the 95 % interval, and the dense row as a line.
 
     Draws nothing, and says so by False, for fewer than two different compressions.
     """

@@ -26,9 +26,9 @@ seed; `python -m tools.results run` measures rows that are missing. Every record
 sentence, so every number below can be made again without training.
 
 **Protocol.** One dense model per task and seed is fine-tuned first; every compressed row of that seed starts from it and,
-where the recipe distils, has it as teacher, with the same steps, learning rate and data order. What is chosen (the dense
-learning rate and epochs, searched plans) is chosen on slices held out of *train*; what hardening costs is watched on
-another such slice. The dev set is read once per row and seed, for the number in the table, and once per engine where
+where the recipe distils, has it as teacher, with the same steps, learning rate and data order. Searched plans are
+chosen on slices held out of *train*, and so are the dense learning rate and epochs where a *Dense grid* below says so; else they
+were given. What hardening costs is watched on another such slice. The dev set is read once per row and seed, for the number in the table, and once per engine where
 engines are compared. Records with other settings than most are named below their table. Scores are times 100.
 
 Most rows learn from their teacher alone, 70 % of the sentences being distorted ones, at a learning rate of 1e-4 from a

@@ -27,8 +27,8 @@ $(STAMP): pyproject.toml constraints.txt requirements-demo.txt
 	@echo "installing into $(VENV), once: 2 GB, or 6 GB with the CUDA build of torch (docs/install.md); some minutes" >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# torch first and alone: which build of it is installed decides about several GB (docs/install.md)
-	$(INSTALL) -c constraints.txt torch hatchling editables
-	$(INSTALL) -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(INSTALL) -c constraints.txt torch
+	$(INSTALL) -c constraints.txt -e '.[dev]'
 	$(INSTALL) --no-deps --require-hashes -r requirements-demo.txt
 	@touch $@
 

@@ -15,11 +15,12 @@ from typing import Any
 
 from engines.base import BuildOptions, copy_companions, spec_of
 from engines.cuda import device_facts
+from engines.evidence import integer_products, parse_layers
 from engines.passport import EnginePassport, load_passport
 from engines.profiles import default_profile, require_positions
 from engines.trt_builder import LOG_FILE, build_in_child
 from engines.trt_runtime import TensorRTEngine
-from engines.truth import integer_products, parse_layers, read_truth, write_truth
+from engines.truth import read_truth, write_truth
 from nxm_export.errors import EngineError, EngineUnavailable
 
 NAME = "trt_rtx"

@@ -90,8 +90,8 @@ def measure_layers(directory: Path, rounds: int = 20) -> None:
     """Time every layer of an engine at its first profile's best shape, and write ``measured.json`` beside it."""
     from engines.base import backend
     from engines.bench import feeds_for
+    from engines.evidence import MEASURED_FILE
     from engines.passport import load_passport
-    from engines.truth import MEASURED_FILE
 
     passport = load_passport(directory)
     with backend(passport.backend).load(directory) as engine:

@@ -10,7 +10,7 @@ import pytest
 from trt_models import Checkpoints
 
 from engines.base import BuildOptions, Profile
-from engines.truth import parse_layers
+from engines.evidence import parse_layers
 from nxm_export.errors import ArtifactError, EngineError, ExportError, ParityError
 from nxm_export.export import export
 from nxm_export.families import FAMILIES

@@ -7,18 +7,17 @@ from pathlib import Path
 import pytest
 
 from engines.advice import advise
-from engines.kernels import kernel_named, sparse_kernel_exists
-from engines.truth import (
-    REASONS,
+from engines.evidence import (
     Evidence,
     LayerInfo,
     SparsityLog,
     integer_products,
-    judge,
     parse_inspector,
     parse_layers,
     parse_sparsity_log,
 )
+from engines.kernels import kernel_named, sparse_kernel_exists
+from engines.truth import REASONS, judge
 from nxm_export.errors import ParityError
 from nxm_export.sparsity_facts import MatrixFacts
 

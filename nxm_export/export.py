@@ -26,7 +26,6 @@ import numpy as np
 
 from nxm_export.checkpoint import (
     PLAN_FILE,
-    Checkpoint,
     load_task_model,
     open_checkpoint,
     read_config,
@@ -36,18 +35,17 @@ from nxm_export.checkpoint import (
 )
 from nxm_export.embedding import read_pooling
 from nxm_export.errors import ExportError
-from nxm_export.families import ROLES, Family, Task, family_of, labels_of, task_named
+from nxm_export.families import Family, Task, family_of, labels_of, task_named
 from nxm_export.placement import at_placement, placement_of
 from nxm_export.plan import INT8_ATTENTION, CompressionPlan, WeightSpec
+from nxm_export.quantize import numpy_dtype, quantize
 from nxm_export.run_dir import atomic_dir, json_text, require_replaceable
 from nxm_export.spec import TOKENIZER_FILE, IOSpec
 
 if TYPE_CHECKING:
-    from nxm_export.lowering import Lowering
     from nxm_export.verify import GraphReport
 
 MASKED = -1e4  # added to the attention scores of padding: finite in float16, and exp() of it is 0
-SOFTMAX_SCALE = 1.0 / 127.0
 INT8_ATTENTION_TOKENS = 512  # TensorRT has no fused INT8 attention beyond (NVIDIA/TensorRT issue 3724)
 ISLANDS = ("LayerNormalization", "Softmax")
 METADATA = "nxm."  # prefix of our entries in the ONNX metadata
@@ -132,12 +130,12 @@ def export(
     _require_same_weights(model, path, [*matrices, *int8_table], dtype)
     rounding = 0.0
     if compressed and plan:
-        rounding = _quantize(model, compressed, plan, family, dtype, Lowering(model.graph, lowering), chosen.stored)
+        rounding = quantize(model, compressed, plan, family, dtype, Lowering(model.graph, lowering), chosen.stored)
     hashes = {}
     for name in int8_table:
         assert compressed is not None
         codes, scale = compressed.codes(name), compressed.weight_scale(name)
-        hashes["table"] = fold_table(model.graph, name, codes, scale, _numpy_dtype(dtype))
+        hashes["table"] = fold_table(model.graph, name, codes, scale, numpy_dtype(dtype))
     rewritten = [name for name in matrices if plan and not _is_plain(plan.weights[name], lowering)]
     _name_float_weights(model, [name for name in matrices if name not in rewritten])
     _tidy(model)
@@ -274,78 +272,6 @@ def _renamed(model: Any) -> Any:
     return model
 
 
-def _quantize(
-    model: Any,
-    checkpoint: Checkpoint,
-    plan: CompressionPlan,
-    family: Family,
-    dtype: str,
-    lower: Lowering,
-    stored: str,
-) -> float:
-    """Put the plan into the graph; returns the largest relative change of a scale by rounding to `dtype`."""
-    from nxm_export.lowering import cancel_reshapes
-    from nxm_export.qdq import fold_weight_qdq, insert_activation_qdq, linears_of, require_scale, use_name
-
-    rounding = 0.0
-
-    def rounded(scale: np.ndarray | float, name: str) -> np.ndarray:
-        nonlocal rounding
-        exact = np.asarray(scale, np.float32)
-        with np.errstate(over="ignore"):  # an infinite scale is refused by name below
-            result = exact.astype(_numpy_dtype(dtype))
-        require_scale(result, name)
-        rounding = max(rounding, float((np.abs(result.astype(np.float32) - exact) / exact).max()))
-        return result
-
-    pending_outputs = []
-    for block in family.blocks(checkpoint.config):
-        names = {role: f"{family.linear(block, role)}.weight" for role in ROLES}
-        if plan.residual == "int8":  # before the lowering: the residual reads the same pair
-            for role in ("query", "key", "value", "ffn_up"):
-                if not plan.weights[names[role]].input_bits:
-                    continue
-                path = names[role].removesuffix(".weight")
-                for use, linear in enumerate(linears_of(model.graph, names[role])):
-                    if not _is_dequantized(linear.x):
-                        scale = rounded(checkpoint.input_scale(names[role]), f"{path}.input")
-                        insert_activation_qdq(model.graph, linear.x, scale, f"{path}.input", use=use)
-        inputs: dict[int, Any] = {}  # one pair per tensor, however many layers read it
-        for name in (name for name in names.values() if not plan.weights[name].is_dense):
-            spec, path = plan.weights[name], name.removesuffix(".weight")
-            for use, linear in enumerate(linears_of(model.graph, name)):
-                linear.product.name = use_name(path, use)
-                linear = lower(linear, name)
-                if spec.weight_bits is None:
-                    continue
-                scale = rounded(checkpoint.weight_scale(name), name)
-                fold_weight_qdq(model.graph, linear, name, checkpoint.codes(name), scale, stored=stored)
-                if id(linear.x) in inputs:
-                    linear.product.replace_input_with(0, inputs[id(linear.x)])
-                elif not _is_dequantized(linear.x):
-                    scale = rounded(checkpoint.input_scale(name), f"{path}.input")
-                    inputs[id(linear.x)] = insert_activation_qdq(
-                        model.graph, linear.x, scale, f"{path}.input", [linear.product], use=use
-                    )
-                if spec.output_bits:
-                    pending_outputs.append((linear, name, path, use))
-    for linear, name, path, use in pending_outputs:
-        scale = rounded(checkpoint.output_scale(name), f"{path}.output")
-        insert_activation_qdq(model.graph, linear.output, scale, f"{path}.output", use=use)
-    if plan.attention == "int8":
-        _quantize_probabilities(model.graph, rounded(SOFTMAX_SCALE, "softmax"), len(family.runs(checkpoint.config)))
-    cancel_reshapes(model.graph)
-    return rounding
-
-
-def _is_dequantized(value: Any) -> bool:
-    """True behind a pair, also when it was only reshaped since."""
-    producer = value.producer()
-    while producer is not None and producer.op_type == "Reshape":
-        producer = producer.inputs[0].producer()
-    return producer is not None and producer.op_type == "DequantizeLinear"
-
-
 def _is_plain(spec: WeightSpec, lowering: str) -> bool:
     """True for a weight that is in the graph as it was traced: neither quantized nor lowered."""
     return spec.weight_bits is None and (spec.is_dense or lowering == "matmul")
@@ -361,24 +287,11 @@ def _name_float_weights(model: Any, names: Iterable[str]) -> None:
         fold_float_weight(model.graph, name)
 
 
-def _quantize_probabilities(graph: Any, scale: np.ndarray, blocks: int) -> None:
-    from nxm_export.qdq import insert_activation_qdq
-
-    nodes = [node for node in graph if node.op_type == "Softmax"]
-    if len(nodes) != blocks:
-        raise ExportError(
-            f"the exported graph has {len(nodes)} Softmax nodes for {blocks} runs of encoder blocks; "
-            "this transformers version computes attention differently: export with float attention"
-        )
-    for number, node in enumerate(nodes):
-        insert_activation_qdq(graph, node.outputs[0], scale, f"attention.{number}.probabilities")
-
-
 def _require_same_weights(model: Any, path: Path, names: Iterable[str], dtype: str) -> None:
     """The traced weights are the checkpoint's, bit for bit, rounded to the dtype of the graph."""
     for name in names:
         traced = model.graph.initializers.get(name)
-        wanted = read_tensor(path, name).astype(_numpy_dtype(dtype))
+        wanted = read_tensor(path, name).astype(numpy_dtype(dtype))
         if traced is not None and not np.array_equal(traced.const_value.numpy(), wanted):
             raise ExportError(
                 f"{name}: the traced graph holds other values than the checkpoint; this is a bug, please report it with the model"
@@ -414,12 +327,12 @@ def _float_islands(model: Any, islands: str, dtype: str) -> None:
 
     from nxm_export.qdq import add_initializer
 
-    inner, outer = (ir.DataType.from_numpy(_numpy_dtype(name)) for name in (islands, dtype))
+    inner, outer = (ir.DataType.from_numpy(numpy_dtype(name)) for name in (islands, dtype))
     graph = model.graph
     for node in [node for node in graph if node.op_type in ISLANDS]:
         for i, value in enumerate(node.inputs):
             if value.const_value is not None:
-                array = value.const_value.numpy().astype(_numpy_dtype(islands))
+                array = value.const_value.numpy().astype(numpy_dtype(islands))
                 node.replace_input_with(i, add_initializer(graph, f"{value.name}_{islands}", array))
             else:
                 cast = ir.node("Cast", [value], attributes={"to": int(inner)})
@@ -489,12 +402,6 @@ def _metadata(
     if plan:
         facts["plan"] = plan.to_json()
     return {METADATA + key: value for key, value in facts.items()}
-
-
-def _numpy_dtype(dtype: str) -> np.dtype:
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
 
 
 @contextlib.contextmanager

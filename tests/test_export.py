@@ -19,9 +19,10 @@ from engines import torch_eager
 from nxm_export import export as exporter
 from nxm_export.checkpoint import Checkpoint, open_checkpoint
 from nxm_export.errors import ArtifactError, ExportError, NxmError, PlanError
-from nxm_export.export import SOFTMAX_SCALE, TARGETS, Exported, export
+from nxm_export.export import TARGETS, Exported, export
 from nxm_export.families import FAMILIES, TASKS
 from nxm_export.placement import at_placement
+from nxm_export.quantize import SOFTMAX_SCALE
 from nxm_export.spec import load_spec
 from nxm_export.verify import embedded_plan, verify
 from nxm_export.weights import graph_weights, load_graph

@@ -34,7 +34,7 @@ CONTRACT = (
     "metrics",
     "sparsity_facts",
 )
-EXPORTER = ("weights", "qdq", "lowering", "table", "verify", "sparsity", "export", "packed")
+EXPORTER = ("weights", "qdq", "lowering", "quantize", "table", "verify", "sparsity", "export", "packed")
 REPORT = (
     *("numbers", "shapes", "files", "matrices", "facts", "verdicts"),
     *("svg", "plots", "tables", "parity_tables", "page", "hub_card"),

@@ -345,7 +345,11 @@ def test_retention_over_tasks_is_the_ratio_of_means_with_the_mean_of_ratios_besi
     assert found[1] == pytest.approx((28 / 30 + 30 / 36) / 2)
     assert found[0].interval is not None
     assert found[0].interval[0] < found[0].value < found[0].interval[1]
-    assert "## GLUE tasks together" in render(results, results / "docs" / "results.md").text
+    write("rte", "magnitude-2:4+W4", 0, LABELS, LABELS)
+    text = render(results, results / "docs" / "results.md").text
+    together = text[text.index("## GLUE tasks together") :].split("\n## ")[0]
+    assert "| `dense-longer` | RTE (1), SST-2 (1) |" in together
+    assert "magnitude" not in together  # one task has it: nothing is put together
 
 
 def test_no_retention_of_a_dense_model_that_knows_nothing(kept: tuple[Path, Write]) -> None:

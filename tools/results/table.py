@@ -66,8 +66,8 @@ def render(results: Path, document: Path) -> Rendered:
     parts = [PROTOCOL.format(resamples=RESAMPLES)]
     images: list[Path] = []
     glue = [found for found in statistics if found.task.glue]
-    if len(glue) > 1:
-        parts.append(_overall(glue))
+    if together := _overall(glue):
+        parts.append(together)
     for found in statistics:
         drawn = _draw(found, results, document.parent / "images")
         images += drawn
@@ -298,15 +298,19 @@ def _grid(found: TaskStatistics, file: Path) -> str:
 
 
 def _overall(glue: Sequence[TaskStatistics]) -> str:
+    """The rows that at least two tasks have (of one task alone its own table says all); empty if there are none."""
     lines = []
     rows = sorted({row for found in glue for row in found.rows if row != "dense"}, key=position)
     for row in rows:
-        result = overall(glue, row)
-        if result is not None:
-            named = [found.task.title for found in glue if row in found.rows]
+        having = [found for found in glue if row in found.rows]
+        result = overall(having, row)
+        if len(having) > 1 and result is not None:
+            named = [f"{found.task.title} ({len(found.seeds(row))})" for found in having]
             lines.append([f"`{row}`", ", ".join(named), _retention(result[0]), f"{100 * result[1]:.2f}"])
-    head = ["row", "tasks", "ratio of mean scores, %", "mean of ratios, %"]
-    return "## GLUE tasks together\n\n" + _table(head, lines)
+    if not lines:
+        return ""
+    head = ["row", "tasks (seeds)", "ratio of mean scores, %", "mean of ratios, %"]
+    return "## GLUE tasks together\n\nRows that several tasks have.\n\n" + _table(head, lines)
 
 
 def _draw(found: TaskStatistics, results: Path, directory: Path) -> list[Path]:

@@ -157,16 +157,16 @@ def load_model(source: Source, task: Task, *, classes: Sequence[str] | None = No
         changes["problem_type"] = task.problem_type
     with quiet():
         try:
-            model = chosen.from_pretrained(
+            model, report = chosen.from_pretrained(
                 source.path,
                 use_safetensors=True,
                 trust_remote_code=False,
                 dtype=torch.float32,
                 attn_implementation=attention,
                 ignore_mismatched_sizes=classes is not None,
+                output_loading_info=True,
                 **changes,
             )
-            return _as_spans(model) if task.link == "span" else model
         except (OSError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"{source.path}: transformers cannot load it ({error})") from error
         except Exception as error:
@@ -175,6 +175,23 @@ def load_model(source: Source, task: Task, *, classes: Sequence[str] | None = No
             raise ArtifactError(
                 f"{source.path}: its weights cannot be read ({error}); the file is truncated or damaged"
             ) from error
+    _require_weights(source, report, new_head=classes is not None or task.auto_class is None)
+    return _as_spans(model) if task.link == "span" else model
+
+
+def _require_weights(source: Source, report: Mapping[str, Any], *, new_head: bool) -> None:
+    """Where a file lacks weights, transformers goes on with random ones: right for a new head (and the pooler in front of it), and
+    for nothing else."""
+    mismatched = (key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])
+    lacking = sorted({*report["missing_keys"], *mismatched})
+    if new_head:
+        encoder = f"{source.family.base}."
+        lacking = [name for name in lacking if name.startswith(encoder) and not name.startswith(f"{encoder}pooler.")]
+    if lacking:
+        raise ArtifactError(
+            f"{source.path}: {len(lacking)} weights are missing or of another shape, such as {lacking[0]}; the file is truncated or from "
+            "another model"
+        )
 
 
 class quiet(warnings.catch_warnings):  # noqa: N801  (reads as a function)

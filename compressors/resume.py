@@ -13,7 +13,7 @@ from typing import Any
 from compressors import distributed
 from compressors.models import Source
 from nxm_export.data import Features
-from nxm_export.run_dir import file_hash, write_atomic
+from nxm_export.run_dir import file_hash, make_directory, write_atomic
 
 REQUEST_FILE = "request.sha256"
 
@@ -35,7 +35,7 @@ def claim(work_dir: Path, request: str) -> bool:
     same = distributed.agreed(file.is_file() and file.read_text(encoding="utf-8") == request)
     if not same and not distributed.rank():
         shutil.rmtree(work_dir, ignore_errors=True)
-        work_dir.mkdir(parents=True)
+        make_directory(work_dir)
         write_atomic(file, request)
     distributed.wait()
     return same

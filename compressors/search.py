@@ -7,6 +7,7 @@ runs, half of them staying after each round: what does best one-shot is not alwa
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -30,9 +31,9 @@ from compressors.settings import Settings, prepare_process
 from compressors.task_data import TaskData, read_task_data
 from compressors.train import Progress, Student, collate, schedule, wants_bf16
 from nxm_export.data import Columns, Features, cut, sorted_batches
-from nxm_export.errors import DataError
+from nxm_export.errors import ArtifactError, DataError
 from nxm_export.families import size_of, task_named
-from nxm_export.run_dir import atomic_dir, json_text, require_replaceable
+from nxm_export.run_dir import atomic_dir, json_text
 
 TABLE_FILE = "sensitivity.csv"
 _MARKS = {"plan.json", "search.json"}  # that make a directory one of a search
@@ -63,8 +64,8 @@ def search(
         raise DataError(f"{model} has no {task} head; fine-tune it first (`nxm run` and `nxm compress` do)")
     out = Path(out)
     replace_any = {file.name for file in out.glob("*")} >= _MARKS  # an earlier search
-    if not replace_any:
-        require_replaceable(out)
+    if not replace_any and os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise ArtifactError(f"{out} exists and holds no earlier search; choose another --out, or remove it")
     work_dir = work_dir or out.with_name(f".{out.name}.work")
     data = read_task_data(source, kind, train, None, training, columns, load_tokenizer(source))
     full_steps = training.steps or steps_of(data.train, training.epochs, training.batch_size)
@@ -72,11 +73,12 @@ def search(
     settings = settings.sized(blocks, len(data.train), full_steps * training.batch_size)
     held_out, rest = _cut(data.train, settings)
     data = replace(data, train=rest, dev=held_out)
-    resumed = claim(work_dir, request_hash(source, [*data.dev, *data.train], settings, training))
     dense = load_model(source, kind).to(distributed.device())
     probe = Probe(dense, source.family, source.config, kind.link)
     batches = [_batches(part, data.pad_id, settings.batch_size) for part in (rest[: settings.samples], held_out)]
     selector = Selector(probe, source.config, settings, batches[0], batches[1], progress)
+    # Only now: what is refused above leaves nothing behind.
+    resumed = claim(work_dir, request_hash(source, [*data.dev, *data.train], settings, training))
     if settings.method == "paper":
         if not kind.own_loss and any(np.isnan(sample["labels"]) for sample in held_out):
             raise DataError(
@@ -133,6 +135,8 @@ def _write(
     (directory / "plan.json").write_text(finalists[0].plan.to_json(), encoding="utf-8")
     for i, trial in enumerate(finalists):
         (directory / f"finalist-{i + 1}.json").write_text(trial.plan.to_json(), encoding="utf-8")
+    for tie, trial in selection.tied.items():
+        (directory / f"tied-{tie.replace(' ', '-')}.json").write_text(trial.plan.to_json(), encoding="utf-8")
     for i, trial in enumerate(selection.front):
         (directory / f"pareto-{i + 1}.json").write_text(trial.plan.to_json(), encoding="utf-8")
     write_trials(directory / "trials.csv", selection.trials)
@@ -234,6 +238,7 @@ def _facts(
         "pareto": [
             {"asked": asked, **trial.row()} for asked, trial in zip(settings.pareto, selection.front, strict=True)
         ],
+        "tied": {tie: trial.row() for tie, trial in selection.tied.items()},
         "rounds": list(rounds),
         "plans_evaluated": selection.evaluated,
         "samples": {"calibration": settings.samples, "held_out": settings.held_out},

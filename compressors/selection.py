@@ -112,7 +112,7 @@ class SearchSettings:
         count = MAX_SAMPLES
         if self.method == "nxm":
             count = min(count, int(COST_SHARE * trained * _TRAINING_PASSES / self.passes(blocks)))
-        count = max(4 * MIN_SAMPLES, count)
+        count = max(2 * MIN_SAMPLES, count)
         count = min(count, max(MIN_SAMPLES, available // 4))
         return replace(self, samples=self.samples or count, held_out=self.held_out or count)
 
@@ -129,23 +129,26 @@ class Trial:
     choice: Choice
     predicted: float
     joint: float
+    milliseconds: float | None = None  # by the latency table, where one was given
 
     def row(self) -> dict[str, Any]:
         """As in ``search.json``."""
         counted = {counting: round(self.plan.compression(counting), 6) for counting in COUNTINGS}
-        options = self.plan.pattern_counts
-        return {"origin": self.origin, "predicted": self.predicted, "joint": self.joint, **counted, "options": options}
+        timed = {} if self.milliseconds is None else {"milliseconds": round(self.milliseconds, 6)}
+        facts = {"origin": self.origin, "predicted": self.predicted, "joint": self.joint}
+        return {**facts, **counted, **timed, "options": self.plan.pattern_counts}
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Finalists and trials (best first), the front at further compressions, and what it took."""
+    """Finalists and trials (best first), the front at further compressions, the best trial of each tie, and what it took."""
 
     finalists: list[Trial]
     trials: list[Trial]
     front: list[Trial]
     evaluated: int  # plans run on the held-out slice
     seconds: dict[str, float]
+    tied: dict[str, Trial] = field(default_factory=dict)
 
 
 class Selector:
@@ -176,8 +179,8 @@ class Selector:
         ]
         self.latency = self._latencies()
         self.budget = self._budget(settings.compression, settings.bytes)
-        for compression in settings.pareto:
-            self._budget(compression)
+        for budget in (self.budget, *map(self._budget, settings.pareto)):
+            self._require_reachable(budget)
         self.seconds: dict[str, float] = {}
         with self._timed("statistics"):
             self.statistics = probe.statistics(calibration, settings.percentile)
@@ -207,7 +210,12 @@ class Selector:
             if all(trial.plan != other.plan for other in finalists):  # placement may make one plan of two choices
                 finalists.append(trial)
         evaluated = len(trials) + len(others)
-        return Selection(finalists[: self.settings.finalists], ranked, front, evaluated, self.seconds)
+        tied = {
+            tie: found[0]
+            for tie, groups in self.ties().items()
+            if tie != "free" and (found := [trial for trial in ranked if _is_tied(trial.choice, groups)])
+        }
+        return Selection(finalists[: self.settings.finalists], ranked, front, evaluated, self.seconds, tied)
 
     def measure_table(self, directory: Path) -> None:
         """Fill the sensitivity table and read the losses off it, each measure scaled to mean 1."""
@@ -248,12 +256,6 @@ class Selector:
                 choice = self._solve(float(mix), groups, budget)
                 if choice is not None and choice not in found.values():
                     found[f"{tie}, {mix:.1f} fisher"] = choice
-        if not found:
-            least = self._least_latency(self.ties()["free"], budget)
-            raise PlanError(
-                f"no choice of options fits {budget // 8} bytes and {self.settings.latency_ms} ms together; within the bytes "
-                f"the least is {self._milliseconds(least):.4g} ms: raise the latency limit or lower the compression"
-            )
         return found
 
     def pareto(self, compressions: Sequence[float], trials: Sequence[Trial]) -> tuple[list[Trial], list[Trial]]:
@@ -300,10 +302,6 @@ class Selector:
         tied = itertools.product(range(len(self.menu)), repeat=len(roles))
         choices = [self._spread(options, roles) for options in tied]
         feasible = [choice for choice in choices if self.fits(choice, self.budget)]
-        if not feasible:
-            raise PlanError(
-                f"no choice of options by role fits {self.budget // 8} bytes and {self.settings.latency_ms} ms together"
-            )
         scored = []
         truth, score_of = label_array(samples), metric_named(metric, classes, group_array(samples))
         with self._timed("enumeration"):
@@ -315,7 +313,14 @@ class Selector:
                 scored.append((-score, loss / len(samples), choice))
                 self.progress("enumeration", number + 1, len(feasible))
         trials = [
-            Trial(f"paper {place + 1}, {metric} {-score:.4f}", self.plan_of(choice), choice, -score, loss)
+            Trial(
+                f"paper {place + 1}, {metric} {-score:.4f}",
+                self.plan_of(choice),
+                choice,
+                -score,
+                loss,
+                self._reported_milliseconds(choice),
+            )
             for place, (score, loss, choice) in enumerate(sorted(scored)[: self.settings.finalists])
         ]
         return Selection(trials, trials, [], len(feasible), self.seconds)
@@ -324,7 +329,8 @@ class Selector:
         """Evaluate a choice jointly on the held-out slice: mean divergence from the dense model, one-shot."""
         total = self._divergence(self._outputs(choice))
         samples = sum(len(batch["input_ids"]) for batch in self.held_out)
-        return Trial(origin, self.plan_of(choice), choice, self._predicted(choice), total / samples)
+        predicted, milliseconds = self._predicted(choice), self._reported_milliseconds(choice)
+        return Trial(origin, self.plan_of(choice), choice, predicted, total / samples, milliseconds)
 
     def _divergence(self, outputs: Sequence[Tensor]) -> float:
         """Summed over the held-out samples, from what the dense model says."""
@@ -412,6 +418,23 @@ class Selector:
         assert choice is not None
         return choice
 
+    def _require_reachable(self, budget: int) -> None:
+        """Raise `PlanError`, before anything is measured, where nothing keeps to the budget, the latency limit and the paper's
+        ties together."""
+        by_paper = self.settings.method == "paper"
+        groups = self.ties()["by role" if by_paper else "free"]
+        least = self._cheapest(self.latency, groups, budget)
+        tied = " that is the same for all matrices of a role" if by_paper else ""
+        if least is None:
+            raise PlanError(
+                f"no choice of options{tied} fits {budget // 8} bytes; lower the compression or add options"
+            )
+        if not self.fits(least, budget):
+            raise PlanError(
+                f"no choice of options{tied} fits {budget // 8} bytes and {self.settings.latency_ms} ms together; within the bytes "
+                f"the least is {self._milliseconds(least):.4g} ms: raise the latency limit or lower the compression"
+            )
+
     def _latencies(self) -> np.ndarray:
         """Milliseconds (weights, options) from the table by role and option, for all uses of a weight; zero without a limit."""
         found = np.zeros((len(self.names), len(self.menu)))
@@ -448,6 +471,9 @@ class Selector:
 
     def _milliseconds(self, choice: Choice) -> float:
         return float(sum(self.latency[i][o] for i, o in enumerate(choice)))
+
+    def _reported_milliseconds(self, choice: Choice) -> float | None:
+        return None if self.settings.latency_ms is None else self._milliseconds(choice)
 
     @staticmethod
     def _spread(options: Sequence[int], groups: Sequence[Sequence[int]]) -> Choice:
@@ -501,6 +527,11 @@ class Selector:
 
 
 _IMPOSSIBLE = 2**60  # cost of an option that a weight does not allow: no budget reaches it
+
+
+def _is_tied(choice: Choice, groups: Sequence[Sequence[int]]) -> bool:
+    """Whether all weights of a group have the same option, in every group."""
+    return all(len({choice[i] for i in group}) == 1 for group in groups)
 
 
 def _best(trials: Sequence[Trial]) -> Trial:

@@ -38,6 +38,7 @@ from nxm_export.plan import NMPattern, WeightSpec
 
 Batches = Sequence[Mapping[str, Tensor]]
 COLUMNS = ("weight", "option", "kl", "fisher")
+_LEAST = -1e-9  # no divergence is negative but by rounding
 Options = Mapping[str, Sequence[WeightSpec]]  # what to measure, by weight
 
 
@@ -377,13 +378,20 @@ def write_table(file: Path, table: Iterable[Entry]) -> None:
 
 
 def read_table(file: Path) -> list[Entry]:
-    """Read a table; raises `ArtifactError` when it is none."""
+    """Read a table; raises `ArtifactError` when it is none, torn, or holds what no measurement gives."""
     try:
         with file.open(encoding="utf-8", newline="") as stream:
-            reader = csv.DictReader(stream)
-            if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise ValueError(f"columns {reader.fieldnames}")
-            return [Entry(row["weight"], row["option"], float(row["kl"]), float(row["fisher"])) for row in reader]
+            text = stream.read()
+        reader = csv.DictReader(text.splitlines())
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"columns {reader.fieldnames}")
+        if not text.endswith("\n"):
+            raise ValueError("its last line is torn")
+        table = [Entry(row["weight"], row["option"], float(row["kl"]), float(row["fisher"])) for row in reader]
+        for entry in table:
+            if not all(math.isfinite(value) and value > _LEAST for value in (entry.kl, entry.fisher)):
+                raise ValueError(f"{entry.weight} under {entry.option}: kl {entry.kl}, fisher {entry.fisher}")
+        return table
     except (OSError, ValueError, TypeError) as error:
         raise ArtifactError(f"{file}: not a sensitivity table ({error}); delete it to measure again") from error
 

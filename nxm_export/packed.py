@@ -8,13 +8,15 @@ A planned weight is stored as
 
 A word-embedding table that is planned INT8 is stored like a dense 8-bit weight, with a scale per row (token). Everything else of
 the model (other embeddings, biases, norms, head) is stored as it is, and the directory's other files (config,
-plan, tokenizer) travel in the header; further safetensors files are not part of the model and stay behind. The payload is ``plan.stored_bits("packed")`` for the planned weights plus the table and the
+plan, tokenizer) travel in the header, with a sha256 of all tensors; further safetensors files are not part of the model and stay behind. The payload is ``plan.stored_bits("packed")`` for the planned weights plus the table and the
 rest, to within the byte that each tensor is rounded up to. A support of fewer than N non-zeros is filled up with zeros.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -29,7 +31,7 @@ from nxm_export.checkpoint import SCALES_FILE, WEIGHTS_FILE, Checkpoint, open_ch
 from nxm_export.errors import ArtifactError
 from nxm_export.families import FAMILIES
 from nxm_export.plan import CompressionPlan, NMPattern, WeightSpec, parse_json, require_schema
-from nxm_export.run_dir import atomic_dir
+from nxm_export.run_dir import atomic_dir, disk_errors, make_directory
 
 SCHEMA = "nxm-packed/1"
 _TABLE = WeightSpec(None, 8, 8)  # what an INT8 embedding table is stored like
@@ -41,6 +43,7 @@ def pack(checkpoint: str | Path, out: str | Path) -> dict[str, int]:
     from safetensors.numpy import save_file
 
     opened, out = open_checkpoint(checkpoint), Path(out)
+    _require_packed_or_new(out)
     opened.require_valid()
     source = opened.path / WEIGHTS_FILE
     if not source.is_file():
@@ -56,21 +59,20 @@ def pack(checkpoint: str | Path, out: str | Path) -> dict[str, int]:
                 tensors[f"plain/{name}"] = weights.get_tensor(name)
     metadata = {
         "schema": SCHEMA,
+        "sha256": _digest(tensors),
         "weights_metadata": json.dumps(weights_metadata),
         "scale_shapes": json.dumps({name: list(scale.shape) for name, scale in opened.scales.items()}),
         **dict(_as_text(file) for file in _companions(opened.path)),
     }
     scratch = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    make_directory(out.parent)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, scratch, metadata)
-        scratch.replace(out)
-    except OSError as error:
-        raise ArtifactError(
-            f"{out}: cannot be written ({error.strerror or error}); free the space or choose another place"
-        ) from error
+        with disk_errors(out):
+            save_file(tensors, scratch, metadata)
+            scratch.replace(out)
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink()
     return {
         "file_bytes": out.stat().st_size,
         "payload_bytes": sum(tensor.nbytes for tensor in tensors.values()),
@@ -95,6 +97,8 @@ def unpack(file: str | Path, out: str | Path) -> Path:
             tensors = {name: packed.get_tensor(name) for name in packed.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"{file}: cannot be read ({error}); it is truncated or not a packed checkpoint") from error
+    if metadata.get("sha256") != _digest(tensors):
+        raise ArtifactError(f"{file}: its tensors are not those that were written (sha256); copy or pack it again")
     plan = CompressionPlan.from_json(metadata.get("file/nxm_plan.json", ""), source=f"{file} (nxm_plan.json)")
     shapes: Mapping[str, Any] = json.loads(metadata["scale_shapes"])
     scales = {name: tensors[f"scale/{name}"].reshape(shape) for name, shape in shapes.items()}
@@ -112,6 +116,30 @@ def unpack(file: str | Path, out: str | Path) -> Path:
                 (scratch / Path(name).name).write_bytes(content)
         open_checkpoint(scratch).require_valid()
     return out
+
+
+def _require_packed_or_new(out: Path) -> None:
+    """Raise `ArtifactError` when something else than a packed file is at `out`."""
+    from safetensors import SafetensorError, safe_open
+
+    if not os.path.lexists(out):
+        return
+    try:
+        with safe_open(out, framework="numpy") as file:
+            packed = (file.metadata() or {}).get("schema") == SCHEMA
+    except (SafetensorError, OSError):
+        packed = False
+    if not packed:
+        raise ArtifactError(f"{out} exists and is no packed checkpoint; choose another --out, or remove it")
+
+
+def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+    """sha256 of all tensors, by name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + b"\0")
+        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return digest.hexdigest()
 
 
 def formula_bytes(checkpoint: Checkpoint) -> int:

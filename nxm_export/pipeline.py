@@ -164,15 +164,15 @@ def search_plan(
     from compressors.selection import SearchSettings
     from compressors.settings import Settings
 
-    latencies = options["latency_table"]
-    if latencies is not None:
+    latencies, file = None, options["latency_table"]
+    if file is not None:
         try:
-            latencies = json.loads(latencies.read_text(encoding="utf-8"))
+            latencies = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(latencies, dict) or not latencies:
                 raise ValueError("no table of roles")
         except (OSError, ValueError) as error:
             raise ArtifactError(
-                f"{latencies}: not a readable latency table ({error}); it is JSON, {{role: {{option: ms}}}}"
+                f"{file}: not a readable latency table ({error}); it is JSON, {{role: {{option: ms}}}}"
             ) from error
     compression = options["compression"]
     if compression is None and options["bytes_"] is None:
@@ -207,7 +207,7 @@ def search_plan(
         out=out,
         settings=settings,
         training=Settings(
-            seed=options["seed"], threads=options["threads"], max_length=options["max_length"], epochs=options["epochs"]
+            **{key: options[key] for key in ("recipe", "epochs", "max_length", "seed", "threads")},
         ),
         columns=Columns(options["text"], options["text_pair"], options["label"]),
         progress=progress,

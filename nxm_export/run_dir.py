@@ -54,6 +54,8 @@ _DISK_TEXTS = (
     "No space left on device",
     "File too large",
     "Disk quota exceeded",
+    "Read-only file system",
+    "Permission denied",
     "failed writing file",  # torch.save, which says no more than that
     "inline_container.cc",
 )
@@ -208,13 +210,13 @@ def atomic_dir(target: Path, *, replace_any: bool = False) -> Iterator[Path]:
         require_replaceable(target)
     scratch, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
     with contextlib.ExitStack() as stack:
-        with _disk_errors(target):
-            scratch.mkdir(parents=True, exist_ok=True)
+        with disk_errors(target):
+            make_directory(scratch)
             stack.enter_context(_exclusive(scratch, f"{target} is being written by another nxm process; wait for it"))
             for leftover in scratch.iterdir():  # of a process that was killed
                 shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
         try:
-            with _disk_errors(target):
+            with disk_errors(target):
                 yield scratch
                 shutil.rmtree(old, ignore_errors=True)
                 if os.path.lexists(target):
@@ -241,8 +243,16 @@ def require_replaceable(target: Path) -> None:
         )
 
 
+def make_directory(directory: Path) -> None:
+    """Make a directory and those above it; raises `ArtifactError` where that cannot be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"{directory}: cannot be made ({error.strerror or error}); choose another place") from error
+
+
 @contextlib.contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
+def disk_errors(target: Path) -> Iterator[None]:
     """Turn a disk that is full or not writable, whoever met it, into an `ArtifactError` that names the file."""
     try:
         yield

@@ -251,17 +251,20 @@ def _counts(plan: Mapping[str, int], embedding: str | None = None) -> str:
 
 def print_search(found: Mapping[str, Any]) -> None:
     """The finalists of a search, its Pareto front and its cost."""
-    columns = ("plan", "divergence one-shot", "hw", "packed", "values", "options")
-    for title, rows in (("finalists", found["finalists"]), ("at other compressions", found["pareto"])):
+    countings = ("hw", "packed", "values")
+    timed = ("ms",) if "milliseconds" in found["best"] else ()
+    tied = [{**row, "origin": f"{tie}: {row['origin']}"} for tie, row in found["tied"].items()]
+    for title, rows in (("finalists", found["finalists"]), ("tied", tied), ("at other compressions", found["pareto"])):
         if rows:
             print_table(
                 title,
-                columns,
+                ("plan", "divergence one-shot", *countings, *timed, "options"),
                 [
                     (
                         row["origin"],
                         row["joint"],
-                        *(f"{row[counting]:.2%}" for counting in columns[2:5]),
+                        *(f"{row[counting]:.2%}" for counting in countings),
+                        *(f"{row['milliseconds']:.4g}" for _ in timed),
                         _counts(row["options"]),
                     )
                     for row in rows

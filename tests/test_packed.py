@@ -211,3 +211,27 @@ def test_damaged_and_foreign_files_are_refused(tiny_checkpoint: Callable[..., Pa
     with pytest.raises(ArtifactError, match="no such file"):
         packed.unpack(tmp_path / "missing", tmp_path / "c")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_changed_byte_is_told_by_its_checksum(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    file = tmp_path / "packed.safetensors"
+    packed.pack(tiny_checkpoint("bert"), file)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ArtifactError, match="its tensors are not those that were written"):
+        packed.unpack(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_a_packed_file_is_ever_replaced(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    other = tmp_path / "train.tsv"
+    other.write_text("sentence\tlabel\n")
+    with pytest.raises(ArtifactError, match="exists and is no packed checkpoint"):
+        packed.pack(tiny_checkpoint("bert"), other)
+    with pytest.raises(ArtifactError, match="cannot be made"):
+        packed.pack(tiny_checkpoint("bert"), other / "inside")
+    assert other.read_text() == "sentence\tlabel\n"
+    packed.pack(tiny_checkpoint("bert"), tmp_path / "packed")
+    packed.pack(tiny_checkpoint("bert"), tmp_path / "packed")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "train.tsv"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -59,9 +60,16 @@ def found(desk: Path) -> Path:
 def test_it_writes_the_plan_and_its_evidence(found: Path) -> None:
     assert {file.name for file in found.iterdir()} == {
         *("plan.json", "finalist-1.json", "finalist-2.json", "pareto-1.json", "pareto-2.json"),
-        *("search.json", "trials.csv", "sensitivity.csv"),
+        *("search.json", "trials.csv", "sensitivity.csv", "tied-by-role.json", "tied-by-layer.json"),
     }
     facts = json.loads((found / "search.json").read_text())
+    for tie, part in (("by role", slice(5, None)), ("by layer", slice(0, 4))):
+        options: dict[tuple[str, ...], set[str]] = {}
+        tied = CompressionPlan.load(found / f"tied-{tie.replace(' ', '-')}.json")
+        for name, spec in tied.weights.items():
+            options.setdefault(tuple(name.split(".")[part]), set()).add(str(spec))
+        assert all(len(chosen) == 1 for chosen in options.values()), tie
+        assert facts["tied"][tie]["hw"] == pytest.approx(tied.compression("hw"), abs=1e-6)
     plan = CompressionPlan.load(found / "plan.json")
     assert plan.compression("hw") >= 0.85
     assert {counting: facts["best"][counting] for counting in COUNTINGS} == {
@@ -189,15 +197,44 @@ def test_the_papers_search_and_json(desk: Path, tmp_path: Path) -> None:
         (("--latency-ms", "3"), 1, "go together"),
         (("--latency-table", "missing.json", "--latency-ms", "3"), 1, "missing.json: not a readable latency table"),
         (("--task", "regression"), 1, "has no regression head"),
+        (("--latency-table", "ms.json", "--latency-ms", "-1"), 2, "-1 is not a positive number"),
+        (
+            ("--latency-table", "ms.json", "--latency-ms", "2"),
+            1,
+            "and 2.0 ms together; within the bytes the least is 12 ms",
+        ),
+        (
+            ("--method", "paper", "--latency-table", "ms.json", "--latency-ms", "2"),
+            1,
+            "the same for all matrices of a role",
+        ),
+        (("--epochs", "nan"), 2, "nan is not a positive number"),
+        (("--seed", "-1"), 2, "Invalid value for '--seed'"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_way_out(
-    desk: Path, tmp_path: Path, options: tuple[str, ...], code: int, message: str
+    desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], code: int, message: str
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    options_ms = dict.fromkeys(("2:4+W4", "W4", "2:4+W8", "W8", "dense"), 1)
+    roles = ("query", "key", "value", "attention_output", "ffn_up", "ffn_down")
+    (tmp_path / "ms.json").write_text(json.dumps(dict.fromkeys(roles, options_ms)))
     result = search(desk, tmp_path / "out", *options)
     assert result.exit_code == code, result.output
     assert message in result.output
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["ms.json"], "nothing is left behind"
+
+
+def test_milliseconds_are_reported_where_a_latency_table_was_given(desk: Path, tmp_path: Path) -> None:
+    faster = {"2:4+W4": 1, "W4": 2, "2:4+W8": 1, "W8": 2, "dense": 4}
+    roles = ("query", "key", "value", "attention_output", "ffn_up", "ffn_down")
+    (tmp_path / "ms.json").write_text(json.dumps(dict.fromkeys(roles, faster)))
+    result = search(desk, tmp_path / "out", "--latency-table", str(tmp_path / "ms.json"), "--latency-ms", "20")
+    assert result.exit_code == 0, result.output
+    facts, plan = json.loads((tmp_path / "out" / "search.json").read_text()), tmp_path / "out" / "plan.json"
+    options = [str(spec).partition("/")[0] for spec in CompressionPlan.load(plan).weights.values()]
+    assert facts["best"]["milliseconds"] == sum(faster[option] for option in options) <= 20
+    assert " ms " in result.output
 
 
 def test_data_without_samples_are_refused(desk: Path, tmp_path: Path) -> None:
@@ -212,8 +249,9 @@ def test_a_directory_of_others_is_not_replaced_and_one_of_a_search_is(desk: Path
     (tmp_path / "mine" / "diary.txt").write_text("dear diary")
     result = search(desk, tmp_path / "mine")
     assert result.exit_code == 1
-    assert "nxm-export did not make it" in result.output
+    assert "holds no earlier search" in result.output
     assert (tmp_path / "mine" / "diary.txt").read_text() == "dear diary"
+    assert "holds no earlier search" in search(desk, desk / "dense").output, "nor is a checkpoint"
     shutil.copytree(found, tmp_path / "again")
     assert search(desk, tmp_path / "again", "--compression", "0.8", "--swaps", "0").exit_code == 0
     assert json.loads((tmp_path / "again" / "search.json").read_text())["budget"]["compression"] == 0.8
@@ -262,6 +300,27 @@ def test_a_killed_search_goes_on_with_what_it_measured(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda text: re.sub(r",[^,]+,([^,]+)$", r",nan,\1", text.rstrip()) + "\r\n", "kl nan"),
+        (lambda text: text[:-15], "its last line is torn"),
+    ],
+)
+def test_a_spoiled_table_is_never_gone_on_with(
+    desk: Path, tmp_path: Path, spoil: Callable[[str], str], message: str
+) -> None:
+    command = [sys.executable, "-c", KILLED, str(desk), str(tmp_path / "out"), "sensitivity"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    part = tmp_path / ".out.work" / "sensitivity-0.csv"
+    part.write_bytes(spoil(part.read_bytes().decode()).encode())
+    result = search(desk, tmp_path / "out")
+    assert result.exit_code == 1
+    assert f"{part}: not a sensitivity table" in result.output.replace("\n", "")
+    assert message in result.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_work_of_another_request_is_not_taken_over(desk: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(desk), str(tmp_path / "out"), "sensitivity"]
     assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL

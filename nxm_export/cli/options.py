@@ -94,10 +94,12 @@ def limit_of(number: float) -> float | None:
     return None if math.isinf(number) else number
 
 
+RECIPES = ("obs", "nxm", "magnitude", "sr-ste", "one-shot", "paper")  # as `compressors.settings` has them
+
 TRAINING_OPTIONS = options(
     click.option(
         "--recipe",
-        type=click.Choice(["obs", "nxm", "magnitude", "sr-ste", "one-shot", "paper"]),
+        type=click.Choice(RECIPES),
         default="obs",
         show_default=True,
         help="Where masks come from: second-order pruning, ADMM, magnitude, ... (docs/search.md).",

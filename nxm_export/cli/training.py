@@ -14,7 +14,9 @@ from nxm_export.cli.group import main
 from nxm_export.cli.options import (
     DATA_OPTIONS,
     PLAN_OPTIONS,
+    RECIPES,
     TRAINING_OPTIONS,
+    Positive,
     columns_of,
     json_option,
     pattern_of,
@@ -125,7 +127,7 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **option
 @click.option(
     "--samples",
     type=click.IntRange(min=1),
-    help="Calibration samples.  [default: 32 to 256, for a tenth of a compression run's time]",
+    help="Calibration samples.  [default: 16 to 256, for a tenth of a compression run's time]",
 )
 @click.option("--held-out", type=click.IntRange(min=1), help="Samples of train that judge.  [default: as many]")
 @click.option("--swaps", type=click.IntRange(min=0), default=40, show_default=True)
@@ -135,18 +137,19 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **option
 @click.option("--finalists", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--pareto", default="", metavar="C,...", help="Further compressions to report from the same table.")
 @click.option("--latency-table", type=click.Path(path_type=Path), help="JSON: {role: {option: milliseconds}}.")
-@click.option("--latency-ms", type=float, help="Limit on the sum of the table's milliseconds.")
+@click.option("--latency-ms", type=Positive(), help="Limit on the sum of the table's milliseconds.")
 @click.option(
     "--max-length", type=click.IntRange(min=2), help="Longest input in tokens.  [default: what the model allows]"
 )
 @click.option(
-    "--epochs",
-    type=float,
-    default=6.0,
+    "--recipe",
+    type=click.Choice(RECIPES),
+    default="obs",
     show_default=True,
-    help="Of the compression run that the cost is compared with.",
+    help="Of the short runs, and of the compression run that the cost is compared with; nxm is ADMM.",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--epochs", type=Positive(), default=6.0, show_default=True, help="Of that compression run.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of plan.json and the evidence.")
 @json_option

@@ -355,10 +355,15 @@ def say(text: str) -> None:
 def versions(
     names: Sequence[str] = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn"),
 ) -> dict[str, str]:
-    """Of the packages that numbers depend on, and the commit of this source tree."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    found = subprocess.run(git, capture_output=True, text=True, check=False)
-    return {name: version(name) for name in names} | {"commit": found.stdout.strip() or "unknown"}
+    """Of the packages that numbers depend on, and the commit of this source tree, ``-dirty`` where code was changed since."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = git("describe", "--always", "--exclude=*")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!docs")
+    return {name: version(name) for name in names} | {"commit": f"{commit or 'unknown'}{'-dirty' if changed else ''}"}
 
 
 def machine() -> dict[str, Any]:

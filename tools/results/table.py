@@ -26,14 +26,14 @@ seed; `python -m tools.results run` measures rows that are missing. Every record
 sentence, so every number below can be made again without training.
 
 **Protocol.** One dense model per task and seed is fine-tuned first; every compressed row of that seed starts from it and,
-where the recipe distils, has it as teacher, with the same steps, learning rate and data order. Searched plans are
+where the recipe distils, has it as teacher, with the same steps and data order, at the learning rate of its recipe (below). Searched plans are
 chosen on slices held out of *train*, and so are the dense learning rate and epochs where a *Dense grid* below says so; else they
-were given. What hardening costs is watched on another such slice. The dev set is read once per row and seed, for the number in the table, and once per engine where
-engines are compared. Records with other settings than most are named below their table. Scores are times 100.
+were given. What hardening costs is watched on another such slice. The dev set is read once per row and seed, for the number in the table
+(twice for rows with an INT8 embedding table, which are compared with themselves without it), and once per engine where engines are compared. Records with other settings than most are named below their table. Scores are times 100.
 
 Most rows learn from their teacher alone, 70 % of the sentences being distorted ones, at a learning rate of 1e-4 from a
 second-order start (`obs`, and searched plans) and of 3e-4 else. Both rates were compared on CoLA with seed 0, for `obs`, magnitude and
-SR-STE by the rows `-fast` and `-slow`, for ADMM by hand ([search.md](search.md)). These defaults (recipe, learning rates, losses, share of distorted sentences,
+SR-STE by the rows `-fast` and `-slow`, for ADMM by hand ([search.md](search.md)); where such a row exists, ours are compared with it, too. These defaults (recipe, learning rates, losses, share of distorted sentences,
 limit for INT8 outputs) were chosen by experiments that read dev sets many times: CoLA's with seed 0 and, for the recipe, that of
 rotten tomatoes with seed 0 ([search.md](search.md)). So rows of seed 0 are no test of them; other seeds are. Rows whose names
 hold `-unaugmented` learn from the sentences and labels as they are, and from the teacher, at 1e-4: what goes with that
@@ -176,7 +176,8 @@ def _others(found: TaskStatistics, row: Row) -> list[str]:
         return []
     if row.option is not None:
         rivals = ["-".join([recipe, row.option, *row.training]) for recipe in RECIPE_TITLES if recipe != row.recipe]
-        return [name for name in ("dense-longer", *rivals) if name in found.rows]
+        paces = [f"{rival}-{pace}" for rival in rivals for pace in ("slow", "fast")]  # at the other learning rate
+        return [name for name in ("dense-longer", *rivals, *paces) if name in found.rows]
     assert row.search is not None
     method, counting, compression = row.search
     if method == "paper":
@@ -234,7 +235,8 @@ def _costs(found: TaskStatistics, rows: Sequence[str]) -> str:
     lines = []
     for row in rows:
         facts = [found.records[row, seed].facts for seed in found.seeds(row)]
-        search = [fact["search"]["cost"]["seconds"]["all"] for fact in facts if "search" in fact]
+        searches = [fact["search"]["cost"] for fact in facts if "search" in fact]
+        whole = [cost["seconds"]["all"] for cost in searches if not cost["resumed"]]
         for fact in facts:
             machines[_machine(fact["machine"])] = None
         lines.append(
@@ -245,16 +247,28 @@ def _costs(found: TaskStatistics, rows: Sequence[str]) -> str:
                 f"{facts[0]['samples']['train']}",
                 _rate(facts[0]),
                 _mean([fact["seconds"] for fact in facts], ".0f"),
-                _mean(search, ".0f") if search else GAP,
+                _mean(whole, ".0f") if whole else "resumed" if searches else GAP,
                 str(sum(fact["dev_reads"] for fact in facts)),
             ]
         )
     head = ["row", "epochs", "steps", "trained on", "learning rate", "seconds", "search seconds", "dev read, times"]
     return (
         "### Cost\n\nMeans over seeds; seconds are of the row alone, the dense model not included: wall time, pauses and other "
-        "work on the machine included. "
-        f"Machine: {'; '.join(machines)}.\n\n" + _table(head, lines)
+        "work on the machine included. A search that was resumed is not counted. "
+        f"Machine: {'; '.join(machines)}.\n\n" + _table(head, lines) + _changed_trees(found, rows)
     )
+
+
+def _changed_trees(found: TaskStatistics, rows: Sequence[str]) -> str:
+    """Which records come from a commit plus changes that were not committed: their commit alone does not give the code."""
+    names = [
+        f"`{row}` ({seed})"
+        for row in rows
+        for seed in found.seeds(row)
+        if found.records[row, seed].facts["versions"]["commit"].endswith("-dirty")
+    ]
+    said = "Measured in a tree with changes that were not committed (a rewritten table under `results/` was one, then)"
+    return f"\n{said}: {', '.join(names)}.\n" if names else ""
 
 
 def _plans(found: TaskStatistics, rows: Sequence[str]) -> str:

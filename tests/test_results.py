@@ -187,7 +187,7 @@ def kept(tmp_path: Path) -> tuple[Path, Write]:
         named = tasks.task_named(task)
         facts = {
             "model": "a model", "settings": {"dense_learning_rate": 1e-4}, "samples": {"train": 100, "dev": len(labels)}, "steps": 10,
-            "epochs": 1.0, "seconds": 5.0, "dev_reads": 1, "machine": {"cpu": "a CPU", "features": "", "threads": 2}, "classes": 2,
+            "epochs": 1.0, "seconds": 5.0, "dev_reads": 1, "versions": {"commit": "abc1234"}, "machine": {"cpu": "a CPU", "features": "", "threads": 2}, "classes": 2,
             "labels_sha256": store.digest(labels), "predictions": predictions,
         }  # fmt: skip
         facts |= more
@@ -245,18 +245,20 @@ def test_agreement_divergence_and_rivals_stand_in_the_page(kept: tuple[Path, Wri
         }
         write("rte", row, 0, LABELS, flipped(LABELS, *wrong), **facts, **more)
 
-    found = {
-        "method": "nxm", "budget": {}, "best": {"origin": "knapsack"}, "samples": 32, "cost": {"seconds": {"all": 1.0}}
-    }  # fmt: skip
-    searched = {"search": found, "plan": {"options": {"W4": 3}}}
+    def searched(resumed: bool) -> dict[str, Any]:
+        cost = {"seconds": {"all": 7.0}, "resumed": resumed}
+        found = {"method": "nxm", "budget": {}, "best": {"origin": "knapsack"}, "samples": 32, "cost": cost}
+        return {"search": found, "plan": {"options": {"W4": 3}}}
+
     write("rte", "dense", 0, LABELS, flipped(LABELS, 1, 2))
     compressed("magnitude-2:4+W4", 0.90, 0.5, 1, 2, 3, 4, 5, 6)
     compressed("obs-2:4+W4", 0.90, 0.25, 1, 2, 3, 4)
     compressed("nxm-2:4+W4", 0.90, 0.2, 1, 2, 3)
     compressed("obs-W4", 0.87, 0.125, 1, 2)
     compressed("obs-2:4+W4-layers", 0.90, 0.2, 1, 2, 3)
-    compressed("searched-hw-87.5", 0.875, 0.1, 1, **searched)
-    compressed("paper-search-hw-87.5", 0.875, 0.3, 1, 2, 3, **searched)
+    compressed("magnitude-2:4+W4-slow", 0.90, 0.2, 1, 2, 3, versions={"commit": "abc1234-dirty"})
+    compressed("searched-hw-87.5", 0.875, 0.1, 1, **searched(resumed=False))
+    compressed("paper-search-hw-87.5", 0.875, 0.3, 1, 2, 3, **searched(resumed=True))
     page = render(results, results / "docs" / "results.md").text
     ours = next(line for line in page.splitlines() if "(`obs-2:4+W4`)" in line)
     assert ours.endswith("| 95.00 | 0.250 |")  # 2 of 40 answers differ from the dense model's
@@ -268,9 +270,16 @@ def test_agreement_divergence_and_rivals_stand_in_the_page(kept: tuple[Path, Wri
         ("obs-2:4+W4", "magnitude-2:4+W4"),
         ("nxm-2:4+W4", "obs-2:4+W4"),
         ("nxm-2:4+W4", "magnitude-2:4+W4"),
+        ("nxm-2:4+W4", "magnitude-2:4+W4-slow"),  # a baseline at its other learning rate
+        ("obs-2:4+W4", "magnitude-2:4+W4-slow"),
         ("searched-hw-87.5", "obs-W4"),  # the uniform plan nearest in size, not the smaller one
         ("searched-hw-87.5", "paper-search-hw-87.5"),
     }
+    costs = [line for line in page.split("### Cost")[1].split("###")[0].splitlines() if line.startswith("| `")]
+    seconds = {line.split("`")[1]: line.split("|")[-3].strip() for line in costs}
+    assert seconds["searched-hw-87.5"] == "7"
+    assert seconds["paper-search-hw-87.5"] == "resumed", "its seconds are not all that it took"
+    assert "`magnitude-2:4+W4-slow` (0)" in page.split("changes that were not committed")[1].split("\n")[0]
     line = next(line for line in rivals.splitlines() if "paper-search" in line)
     assert "| +5.00 (" in line  # 39 of 40 against 37
 

@@ -39,7 +39,7 @@ _TABLE = WeightSpec(None, 8, 8)  # what an INT8 embedding table is stored like
 
 def pack(checkpoint: str | Path, out: str | Path) -> dict[str, int]:
     """Write a checkpoint directory as one packed file; returns ``file_bytes``, ``payload_bytes``, ``formula_bytes``."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from safetensors.numpy import save_file
 
     opened, out = open_checkpoint(checkpoint), Path(out)
@@ -70,6 +70,8 @@ def pack(checkpoint: str | Path, out: str | Path) -> dict[str, int]:
         with disk_errors(out):
             save_file(tensors, scratch, metadata)
             scratch.replace(out)
+    except SafetensorError as error:
+        raise ArtifactError(f"{out}: cannot be written ({error}); choose another place") from error
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink()

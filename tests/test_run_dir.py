@@ -405,7 +405,7 @@ class TestDisk:
 
     def test_a_path_below_a_file_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        with pytest.raises(ArtifactError, match="cannot be written"), atomic_dir(tmp_path / "file" / "out"):
+        with pytest.raises(ArtifactError, match="cannot be made"), atomic_dir(tmp_path / "file" / "out"):
             pass
         with pytest.raises(ArtifactError, match="cannot be written"):
             write_atomic(tmp_path / "file" / "x.json", "{}")

@@ -32,7 +32,7 @@ were given. What hardening costs is watched on another such slice. The dev set i
 (twice for rows with an INT8 embedding table, which are compared with themselves without it), and once per engine where engines are compared. Records with other settings than most are named below their table. Scores are times 100.
 
 Most rows learn from their teacher alone, 70 % of the sentences being distorted ones, at a learning rate of 1e-4 from a
-second-order start (`obs`, and searched plans) and of 3e-4 else. Both rates were compared on CoLA with seed 0, for `obs`, magnitude and
+second-order start (`obs`, and searched plans) and of 3e-4 else. Both rates were compared on CoLA with seed 0 (`obs` and magnitude on rotten tomatoes, too), for `obs`, magnitude and
 SR-STE by the rows `-fast` and `-slow`, for ADMM by hand ([search.md](search.md)); where such a row exists, ours are compared with it, too. These defaults (recipe, learning rates, losses, share of distorted sentences,
 limit for INT8 outputs) were chosen by experiments that read dev sets many times: CoLA's with seed 0 and, for the recipe, that of
 rotten tomatoes with seed 0 ([search.md](search.md)). So rows of seed 0 are no test of them; other seeds are. Rows whose names

@@ -116,7 +116,7 @@ def search(
     seconds["all"] = round(time.monotonic() - began, 3)
     cost = {
         "seconds": seconds,
-        "full_run": {"steps": full_steps, "estimated_seconds": round(full_seconds, 1)},
+        "full_run": {"steps": full_steps, "estimated_seconds": round(full_seconds, 3)},
         "resumed": resumed,  # from an interrupted search, whose seconds are not counted
         "share_of_full_run": None if resumed else round(seconds["all"] / full_seconds, 4),
     }

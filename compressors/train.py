@@ -29,7 +29,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from compressors.admm import Admm
 from compressors.augment import augmented
 from compressors.distill import AGREEMENT, hidden_loss
-from compressors.distributed import world_size
+from compressors.distributed import wait, world_size
 from compressors.fake_quant import quant_linears
 from nxm_export.data import NO_LABEL, Features, filled, label_array, pad, sorted_batches
 from nxm_export.errors import DataError
@@ -184,6 +184,7 @@ def run_phase(
     )
     trainer.remove_callback(_printer())
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.accelerator.wait_for_everyone()  # each lists the directory as its training ends
     if trainer.is_world_process_zero():
         partial = finished.with_suffix(".partial")
         save_file({name: tensor.contiguous() for name, tensor in student.state_dict().items()}, partial)
@@ -381,6 +382,7 @@ class _ProgressCallback(TrainerCallback):
 
 class _CompleteCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        wait()  # each writes the state of its random numbers
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 

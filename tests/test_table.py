@@ -483,7 +483,8 @@ class TestCheckpoint:
         tensors[key] = tensors[key][:-1]
         shapes = json.loads(metadata["scale_shapes"])
         shapes[f"{TABLE}_scale"] = [len(tensors[f"scale/{TABLE}_scale"])]
-        save_file(tensors, tmp_path / "spoilt", {**metadata, "scale_shapes": json.dumps(shapes)})
+        whole = {"scale_shapes": json.dumps(shapes), "sha256": packed._digest(tensors)}  # as if it had been packed so
+        save_file(tensors, tmp_path / "spoilt", {**metadata, **whole})
         with pytest.raises(ArtifactError, match=r"word_embeddings\.weight"):
             packed.unpack(tmp_path / "spoilt", tmp_path / "out")
 

@@ -7,7 +7,10 @@ begins it. This protocol class adds the missing timer, and answers in JSON what 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import sys
+import termios
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from engines.serving.app import Service
 
 _GRACE = 0.5  # seconds that an idle connection may still begin a request in, when the server stops
+_LOOK_AGAIN = 0.05  # seconds
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ def protocol_class(service: Service, limits: ConnectionLimits) -> type[asyncio.P
             self._in_head = False
             self._head = self._chunk = 0  # bytes of the head so far, and of the last read
             self._timer = self.loop.call_later(limits.read_timeout, self._too_slow)
+            if service.draining:
+                self.loop.call_later(_GRACE, self._leave)
             if len(self.connections) > limits.connections:
                 self._refuse(503, f"{limits.connections} connections are open already; try again later")
 
@@ -74,7 +80,14 @@ def protocol_class(service: Service, limits: ConnectionLimits) -> type[asyncio.P
         def shutdown(self) -> None:
             """Called when the server stops: what is under way ends, and what is just arriving is answered, too."""
             if self.cycle is None or self.cycle.response_complete:
-                self.loop.call_later(_GRACE, super().shutdown)
+                self.loop.call_later(_GRACE, self._leave)
+            else:
+                super().shutdown()
+
+        def _leave(self) -> None:
+            """Close, unless a request is arriving; one may have arrived that the loop has not read yet."""
+            if self._arriving or _unread(self.transport):
+                self.loop.call_later(_LOOK_AGAIN, self._leave)
             else:
                 super().shutdown()
 
@@ -100,3 +113,11 @@ def protocol_class(service: Service, limits: ConnectionLimits) -> type[asyncio.P
             self.transport.close()
 
     return Guarded
+
+
+def _unread(transport: asyncio.Transport) -> int:
+    """Bytes that the kernel holds for this connection."""
+    if transport.is_closing():
+        return 0
+    waiting = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.FIONREAD, bytes(4))
+    return int.from_bytes(waiting, sys.byteorder)

@@ -33,7 +33,7 @@ log = logging.getLogger("nxm.serve")
 _KEEP_ALIVE = 75  # seconds; longer than what clients and balancers keep idle connections for
 _BACKLOG = 1024
 _SO_ATTACH_FILTER = 26  # asm-generic/socket.h; not in Python's socket module
-_TAKE_OVER = 0.05  # seconds
+_TAKE_OVER = 0.25  # seconds; no less than a client's round trip
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,9 @@ def _server(service: Service, options: ServerOptions) -> Any:
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             for listener in sockets or []:
                 _turn_away(listener)
-            await asyncio.sleep(_TAKE_OVER)  # in which the loop accepts what the kernel had accepted before
+            await asyncio.sleep(
+                _TAKE_OVER
+            )  # in which handshakes end, and the loop accepts what the kernel has accepted
             await super().shutdown(sockets)
 
     config = uvicorn.Config(
@@ -158,13 +160,29 @@ def _turn_away(listener: socket.socket) -> None:
     """Let no new connection in, and keep those that wait to be accepted.
 
     Closing a listening socket resets the connections in its queue, whose clients may have sent their request already. So a
-    packet filter that drops everything is put on it first (Linux; elsewhere the few in the queue are lost). A client that
+    packet filter that drops every SYN is put on it first (Linux; elsewhere the few in the queue are lost). Nothing else may
+    be dropped: whoever has our answer to its SYN is connected, as far as it knows, and only its ACK tells us. A client that
     comes now is refused once the socket is closed, before it has sent anything.
     """
-    drop_all = struct.pack("HBBI", 0x06, 0, 0, 0)  # BPF: return 0 bytes of the packet
-    program = ctypes.create_string_buffer(drop_all)
+    flags, syn, ack = (
+        13,
+        0x02,
+        0x10,
+    )  # of the TCP header, where the filter begins: the byte that holds flags, and two of them
+    program = b"".join(
+        struct.pack("HBBI", *instruction)  # linux/filter.h: code, how far to jump if true and if false, operand
+        for instruction in (
+            (0x30, 0, 0, flags),  # load that byte
+            (0x54, 0, 0, syn | ack),  # and
+            (0x15, 0, 1, syn),  # SYN alone?
+            (0x06, 0, 0, 0),  # drop
+            (0x06, 0, 0, 0xFFFFFFFF),  # keep
+        )
+    )
+    kept = ctypes.create_string_buffer(program)
+    fprog = struct.pack("HP", len(program) // 8, ctypes.addressof(kept))
     with contextlib.suppress(OSError):
-        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(program)))
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
 
 
 def _host(listener: socket.socket) -> str:

@@ -333,6 +333,6 @@ def test_the_numbers_of_samples_follow_the_length_of_the_run() -> None:
     assert (long.samples, long.held_out) == (256, 256)
     assert short.held_out == short.samples == 16, "less would decide by chance, whatever it costs"
     middle = SearchSettings().sized(6, 8_000, 8_000 * 6)
-    assert middle.samples == int(COST_SHARE * 2 * 48_000 / middle.passes(6)) == 42
+    assert middle.samples == int(COST_SHARE * 2 * 48_000 / middle.passes(6)) == 35
     assert SearchSettings().sized(6, 40, 10**6).samples == 10, "a quarter of little data each"
     assert SearchSettings(samples=99).sized(6, 10**6, 10**6).samples == 99

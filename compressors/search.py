@@ -25,7 +25,8 @@ from compressors.fake_quant import prepare
 from compressors.models import Source, load_model, load_tokenizer, resolve
 from compressors.phases import Job, freeze_embeddings, steps_of
 from compressors.resume import claim, request_hash
-from compressors.selection import SearchSettings, Selection, Selector, Trial, write_trials
+from compressors.search_settings import SearchSettings
+from compressors.selection import Selection, Selector, Trial, write_trials
 from compressors.sensitivity import Batches, Entry, Probe, divergence, real_logits, write_table
 from compressors.settings import Settings, prepare_process
 from compressors.task_data import TaskData, read_task_data
@@ -64,7 +65,8 @@ def search(
         raise DataError(f"{model} has no {task} head; fine-tune it first (`nxm run` and `nxm compress` do)")
     out = Path(out)
     replace_any = {file.name for file in out.glob("*")} >= _MARKS  # an earlier search
-    if not replace_any and os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+    new_or_empty = not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir()))
+    if not (replace_any or new_or_empty):
         raise ArtifactError(f"{out} exists and holds no earlier search; choose another --out, or remove it")
     work_dir = work_dir or out.with_name(f".{out.name}.work")
     data = read_task_data(source, kind, train, None, training, columns, load_tokenizer(source))

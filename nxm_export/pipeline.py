@@ -161,7 +161,7 @@ def search_plan(
 ) -> dict[str, Any]:
     """Search a plan; `options` are those of ``nxm search``. Returns what ``search.json`` holds."""
     from compressors.search import search
-    from compressors.selection import SearchSettings
+    from compressors.search_settings import SearchSettings
     from compressors.settings import Settings
 
     latencies, file = None, options["latency_table"]

@@ -8,7 +8,8 @@ from typing import Any
 
 from compressors.models import Source, load_model, load_tokenizer, resolve
 from compressors.search import _batches
-from compressors.selection import SearchSettings, Selector
+from compressors.search_settings import SearchSettings
+from compressors.selection import Selector
 from compressors.sensitivity import Batches, Probe
 from compressors.settings import Settings
 from compressors.task_data import read_task_data

@@ -17,7 +17,7 @@ from compressors.compress import compress, finetune
 from compressors.distill import vector_loss
 from compressors.models import load_model, resolve
 from compressors.search import search
-from compressors.selection import SearchSettings
+from compressors.search_settings import SearchSettings
 from compressors.sensitivity import divergence
 from compressors.settings import Settings
 from engines.agreement import cosines

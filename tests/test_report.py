@@ -116,7 +116,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, traced_once: Callable[[py
 def searched(finished: Path) -> Path:
     """What `nxm search` found on the dense model of the run."""
     from compressors.search import search
-    from compressors.selection import SearchSettings
+    from compressors.search_settings import SearchSettings
 
     out = finished.parent / "searched"
     settings = SearchSettings(

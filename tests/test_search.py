@@ -260,7 +260,7 @@ def test_a_directory_of_others_is_not_replaced_and_one_of_a_search_is(desk: Path
 KILLED = """
 import os, signal, sys
 from compressors.search import search
-from compressors.selection import SearchSettings
+from compressors.search_settings import SearchSettings
 from compressors.settings import Settings
 
 def progress(what, done, total):
@@ -321,6 +321,7 @@ def test_a_spoiled_table_is_never_gone_on_with(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_work_of_another_request_is_not_taken_over(desk: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(desk), str(tmp_path / "out"), "sensitivity"]
     assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL

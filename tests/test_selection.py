@@ -13,7 +13,8 @@ import torch
 
 from compressors.models import load_model
 from compressors.project import project_joint, project_nm
-from compressors.selection import COST_SHARE, DEFAULT_MENU, Choice, SearchSettings, Selector, Trial
+from compressors.search_settings import COST_SHARE, DEFAULT_MENU, SearchSettings
+from compressors.selection import Choice, Selector, Trial
 from nxm_export.errors import DataError, PlanError
 from nxm_export.families import task_named
 from nxm_export.plan import COUNTINGS, WeightSpec

@@ -19,7 +19,7 @@ from compressors import compress as compressing
 from compressors import distributed, phases
 from compressors.admm import Admm
 from compressors.search import search
-from compressors.selection import SearchSettings
+from compressors.search_settings import SearchSettings
 from compressors.settings import Settings
 from nxm_export.plan import CompressionPlan
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import struct
@@ -49,6 +50,23 @@ def test_a_connection_in_the_queue_is_kept_and_a_new_one_is_not_let_in() -> None
         assert accepted.recv(16) == b"early"
         accepted.close()
         early.close()
+
+
+def test_bytes_that_the_loop_has_not_read_are_seen() -> None:
+    """What keeps a connection open whose time is over just as its request arrives."""
+    ours, client = socket.socketpair()
+
+    class Transport(asyncio.Transport):
+        def is_closing(self) -> bool:
+            return False
+
+    with ours, client:
+        transport = Transport({"socket": ours})
+        assert connections._unread(transport) == 0
+        client.sendall(b"GET / HTTP")
+        assert connections._unread(transport) == 10
+        assert ours.recv(64) == b"GET / HTTP"
+        assert connections._unread(transport) == 0
 
 
 @pytest.mark.parametrize("used", [False, True], ids=["its first request", "a later one"])

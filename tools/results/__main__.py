@@ -69,7 +69,7 @@ def run(**options: Any) -> None:
 
 def _protocol(task: tasks.Task, options: dict[str, Any]) -> Any:
     from compressors.models import resolve
-    from compressors.selection import SearchSettings
+    from compressors.search_settings import SearchSettings
     from compressors.settings import Settings
     from nxm_export.demo import model_directory
     from tools.results.run import Protocol

@@ -23,7 +23,7 @@ from compressors.compress import compress, finetune
 from compressors.defaults import training_of
 from compressors.models import resolve
 from compressors.search import TABLE_FILE, search
-from compressors.selection import SearchSettings
+from compressors.search_settings import SearchSettings
 from compressors.sensitivity import divergence
 from compressors.settings import Settings
 from nxm_export.errors import ArtifactError, DataError

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from nxm_export.checkpoint import has_head, model_class, read_config, require_safetensors
-from nxm_export.embedding import read_pooling
+from nxm_export.contract.checkpoint import has_head, read_config, require_safetensors
+from nxm_export.contract.families import GELUS, Family, family_of
+from nxm_export.contract.pooling import read_pooling
+from nxm_export.contract.tasks import Task, labels_of
 from nxm_export.errors import ArtifactError, DataError
-from nxm_export.families import GELUS, Family, Task, family_of, labels_of
+from nxm_export.hf.model_loading import model_class
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from compressors import distributed
-from compressors.memory import keep_freed_memory
-from compressors.train import Losses
+from compressors.malloc import keep_freed_memory
+from compressors.training.trainer import Losses
 from nxm_export.errors import DataError, PlanError
 
-# ``obs``, the default, fixes mask and weights by second-order pruning (`compressors.obs`) and spends all steps on masked QAT;
+# ``obs``, the default, fixes mask and weights by second-order pruning (`compressors.pruning.sparsegpt`) and spends all steps on masked QAT;
 # ``magnitude`` does so with the mask by magnitude; ``nxm`` looks for the mask by ADMM first, ours (damped, distilled);
 # ``sr-ste`` lets the mask follow the weight through most of the steps (Zhou et al. 2021, arXiv 2102.04010), then fixes it;
 # ``one-shot`` is magnitude and calibration alone, no training; ``paper`` follows what is known of the authors' recipe.
@@ -30,7 +30,7 @@ PAPER_DIFFERENCES = (
 class Settings:
     """How long and how fast to train. Steps win over epochs where both are given.
 
-    What is None depends on the task and the model: see `compressors.defaults`.
+    What is None depends on the task and the model: see `compressors.training.default_recipe`.
     """
 
     dense_epochs: float = 3.0
@@ -58,7 +58,7 @@ class Settings:
     losses: Losses | None = None
     calibration_samples: int = 512
     percentile: float = 99.99
-    # The most that one INT8 output may cost by itself (`compressors.outputs`); a costlier one stays in float. None: all INT8.
+    # The most that one INT8 output may cost by itself (`compressors.training.output_sensitivity`); a costlier one stays in float. None: all INT8.
     output_limit: float | None = 0.005
     freeze_embeddings: bool = True
     precision: str = "auto"

@@ -22,14 +22,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec
 from nxm_export.errors import EngineError
-from nxm_export.spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec
 
 BACKENDS = {
-    "ort": "engines.ort",
-    "openvino": "engines.openvino",
-    "trt": "engines.trt",
-    "trt_rtx": "engines.trt_rtx",
+    "ort": "engines.ort.backend",
+    "openvino": "engines.openvino.backend",
+    "trt": "engines.tensorrt.backend",
+    "trt_rtx": "engines.tensorrt.rtx_backend",
 }
 CPU_BACKENDS = ("ort", "openvino")  # what they run is an ONNX file, and their `load` takes `threads`
 

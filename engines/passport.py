@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from engines.base import Binding, Profile
+from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.errors import ArtifactError
-from nxm_export.plan import COUNTINGS, CompressionPlan, require_schema
-from nxm_export.run_dir import file_hash, installed_versions, read_json
+from nxm_export.storage.hashing import file_hash
+from nxm_export.storage.json_files import read_json, require_schema
+from nxm_export.storage.versions import installed_versions
 
 SCHEMA = "nxm-passport/1"
 PASSPORT_FILE = "passport.json"

@@ -19,6 +19,8 @@ this project is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class NxmError(Exception):
     """Base class of every error raised on purpose; the command line prints it as one line and exits with 1."""
@@ -67,3 +69,9 @@ class RequestRefused(ServeError):
         super().__init__(message)
         self.status = status
         self.retry_after = retry_after
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few names, for a message."""
+    shown = sorted(names)
+    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")

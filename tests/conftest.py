@@ -1,4 +1,4 @@
-"""The whole suite runs offline, on one thread per process, with fixed seeds; models are made on the spot (`tests/tiny.py`)."""
+"""The whole suite runs offline, on one thread per process, with fixed seeds; models are made on the spot (`tests/support/tiny.py`)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests import tiny
 from tests.offline import sitecustomize
+from tests.support import tiny
 
 ROOT = Path(__file__).parent.parent
+pytest_plugins = ("tests.support.serving_fixtures", "tests.support.tensorrt_fixtures")
 
 # Set before torch is imported, and inherited by child processes, which import this source tree wherever they run.
 os.environ.update(
@@ -63,7 +64,7 @@ def traced_once() -> Callable[[pytest.MonkeyPatch], None]:
     traced: dict[str, Any] = {}
 
     def install(patch: pytest.MonkeyPatch) -> None:
-        from nxm_export import export as exporter
+        from nxm_export.graph import exporter
 
         trace = exporter._trace
 
@@ -87,7 +88,7 @@ def tiny_graph(
     made: dict[tuple[str, ...], Path] = {}
 
     def make(family: str = "bert", placement: str = "inputs-outputs", target: str = "cpu") -> Path:
-        from nxm_export import export as exporter
+        from nxm_export.graph import exporter
 
         key = (family, placement, target)
         if key not in made:
@@ -110,7 +111,7 @@ def tiny_engine(tmp_path_factory: pytest.TempPathFactory, tiny_graph: Callable[.
     from engines.base import CPU_BACKENDS
 
     def make(backend: str = "ort", family: str = "bert", placement: str = "inputs-outputs") -> Path:
-        from nxm_export.engine_work import build_engine
+        from nxm_export.pipeline.engine_commands import build_engine
 
         key = (backend, family, placement)
         if key not in made:
@@ -126,4 +127,4 @@ def tiny_engine(tmp_path_factory: pytest.TempPathFactory, tiny_graph: Callable[.
 @pytest.fixture(autouse=True)
 def no_waiting_between_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests ask that engines are timed, not how fast they are: nobody has to wait for another's threads to sleep."""
-    monkeypatch.setattr("engines.bench.SETTLE_S", 0.0)
+    monkeypatch.setattr("engines.benchmark.latency.SETTLE_S", 0.0)

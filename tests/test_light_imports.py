@@ -1,4 +1,4 @@
-"""The contract and the engines import with numpy alone, on Python 3.10 too; the command line answers ``--help`` at once."""
+"""The contract and the engines import with numpy and msgspec alone, on Python 3.10 too; the command line answers ``--help`` at once."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import pytest
 from click.testing import CliRunner
 
 from nxm_export.cli import main
-from tests.test_layering import MODULES, layer
+from tests.test_layering import LIGHT_LAYERS, MODULES, layer
 
-LIGHT = sorted(name for name in MODULES if layer(name) in ("contract", "engines"))
+LIGHT = sorted(name for name in MODULES if layer(name) in LIGHT_LAYERS)
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino", "tensorrt_rtx", "polygraphy", "rich",
          "starlette", "uvicorn", "prometheus_client", "tokenizers")  # fmt: skip
 
-# Refuses every module that is not in the standard library, numpy or ours, then imports the light ones.
+# Refuses every module that is not in the standard library, numpy, msgspec or ours, then imports the light ones.
 _ONLY_NUMPY = f"""
 import importlib, sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
-        if top not in sys.stdlib_module_names and top not in ("numpy", "nxm_export", "engines", "sitecustomize"):
-            raise ImportError("this host has numpy only, and something imports " + name)
+        if top not in sys.stdlib_module_names and top not in ("numpy", "msgspec", "nxm_export", "engines", "sitecustomize"):
+            raise ImportError("this host has numpy and msgspec only, and something imports " + name)
 sys.meta_path.insert(0, Refuse())
 for module in {LIGHT!r}:
     importlib.import_module(module)
@@ -37,7 +37,7 @@ _READ = """
 import sys
 from pathlib import Path
 from engines.base import BACKENDS
-from nxm_export.plan import CompressionPlan
+from nxm_export.contract.plan import CompressionPlan
 text = Path(sys.argv[1]).read_text(encoding="utf-8")
 assert CompressionPlan.from_json(text).to_json() == text
 print("read", sys.version_info[:2], list(BACKENDS))
@@ -48,7 +48,7 @@ def python(code: str, *arguments: str, interpreter: str = sys.executable) -> sub
     return subprocess.run([interpreter, "-c", code, *arguments], capture_output=True, text=True, check=False)
 
 
-def test_contract_and_engines_import_with_numpy_alone() -> None:
+def test_contract_and_engines_import_with_numpy_and_msgspec_alone() -> None:
     child = python(_ONLY_NUMPY)
     assert child.returncode == 0, child.stderr
 
@@ -97,7 +97,7 @@ def _python310() -> str | None:
 
 @pytest.fixture(scope="session")
 def numpy_on_310(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The interpreter of a Python 3.10 environment that holds numpy and nothing else."""
+    """The interpreter of a Python 3.10 environment that holds numpy, msgspec and nothing else."""
     interpreter = _python310()
     if interpreter is None:
         pytest.skip("no Python 3.10 on this machine (python3.10 on PATH, or one of pyenv's)")
@@ -115,10 +115,13 @@ def numpy_on_310(tmp_path_factory: pytest.TempPathFactory) -> str:
         "install",
         "--quiet",
         "numpy",
+        "msgspec",
     ]
     done = subprocess.run(install, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
-        pytest.skip(f"numpy for Python 3.10 cannot be installed here: {done.stderr.strip().splitlines()[-1:]}")
+        pytest.skip(
+            f"numpy and msgspec for Python 3.10 cannot be installed here: {done.stderr.strip().splitlines()[-1:]}"
+        )
     return made
 
 
@@ -130,4 +133,10 @@ def test_contract_and_engines_run_on_python_3_10(numpy_on_310: str, tiny_checkpo
 
 
 def test_the_list_of_light_modules_is_not_empty() -> None:
-    assert {"nxm_export.plan", "nxm_export.metrics", "engines.base", "engines.ort", "engines.parity"} <= set(LIGHT)
+    assert {
+        "nxm_export.contract.plan",
+        "nxm_export.data.metrics",
+        "engines.base",
+        "engines.ort.backend",
+        "engines.parity.compare",
+    } <= set(LIGHT)

@@ -19,12 +19,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compressors.admm import Admm
-from compressors.fake_quant import ActivationQuantizer, QuantLinear
-from compressors.project import PROJECTIONS
-from nxm_export.export import export
-from nxm_export.plan import NMPattern, WeightSpec
-from tests.baked import write_checkpoint
+from compressors.projections import PROJECTIONS
+from compressors.pruning.admm import Admm
+from compressors.quantization.fake_quant import ActivationQuantizer, QuantLinear
+from nxm_export.contract.plan import NMPattern, WeightSpec
+from nxm_export.graph.exporter import export
+from tests.support.baked import write_checkpoint
 
 TOKENS, OUT, IN = 256, 64, 128
 SPEC = WeightSpec(NMPattern(2, 4), 4, 8)
@@ -167,8 +167,8 @@ def test_a_block_more_is_as_many_nodes_and_bytes_more(tmp_path: Path) -> None:
 
 def test_an_export_reads_each_weight_thrice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To check the checkpoint, to check what was traced, and for the codes."""
-    import nxm_export.checkpoint as checkpoint_module
-    import nxm_export.export as export_module
+    import nxm_export.contract.checkpoint as checkpoint_module
+    import nxm_export.graph.exporter as export_module
 
     checkpoint = write_checkpoint("bert", tmp_path / "checkpoint", layers=1)
     read: Counter[str] = Counter()

@@ -63,8 +63,8 @@ def test_the_wheel_ships_exactly_the_three_packages(wheel: Path) -> None:
     assert shipped == tree
     assert {f"{package}/py.typed" for package in PACKAGES} <= shipped
     other = {name for name in shipped if Path(name).suffix not in (".py", ".typed")}
-    data = {"engines/sparse_kernels.json", "engines/serving/openapi.json"}
-    templates = {f"nxm_export/report/{name}" for name in ("page.html.j2", "page.css", "card.md.j2")}
+    data = {"engines/sparsity/sparse_kernels.json", "engines/serving/openapi.json"}
+    templates = {f"nxm_export/reporting/{name}" for name in ("page.html.j2", "page.css", "card.md.j2")}
     assert other == data | templates, "and what the code reads beside it"
 
 

@@ -32,16 +32,17 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from engines.base import Engine, backend  # noqa: E402
-from engines.bench import feeds_for, interleaved, paired  # noqa: E402
-from engines.openvino import OpenVinoEngine  # noqa: E402
-from engines.ort import ENGINE_FILE  # noqa: E402
+from engines.benchmark.latency import feeds_for, interleaved, paired  # noqa: E402
+from engines.openvino.backend import OpenVinoEngine  # noqa: E402
+from engines.ort.backend import ENGINE_FILE  # noqa: E402
 from engines.passport import cpu_device  # noqa: E402
-from nxm_export.data import pad  # noqa: E402
-from nxm_export.engine_work import bench_text, build_engine, compare_engines, features_of  # noqa: E402
-from nxm_export.export import export  # noqa: E402
-from nxm_export.placement import placement_of  # noqa: E402
-from nxm_export.run_dir import file_hash, write_atomic  # noqa: E402
-from nxm_export.spec import load_spec  # noqa: E402
+from nxm_export.contract.io_spec import load_spec  # noqa: E402
+from nxm_export.contract.placement import placement_of  # noqa: E402
+from nxm_export.data.examples import pad  # noqa: E402
+from nxm_export.graph.exporter import export  # noqa: E402
+from nxm_export.pipeline.engine_commands import bench_text, build_engine, compare_engines, features_of  # noqa: E402
+from nxm_export.storage.atomic import write_atomic  # noqa: E402
+from nxm_export.storage.hashing import file_hash  # noqa: E402
 from tools.cpu_profile import onnxruntime_profile, openvino_profiles, peaks  # noqa: E402
 from tools.cpu_section import PEER, section  # noqa: E402
 from tools.measuring import DOCUMENT, RECORDS, write_section  # noqa: E402
@@ -142,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
 def _build(args: argparse.Namespace, work: Path, threads: int) -> dict[str, Path]:
     """Export each graph once and build every engine from it; directories by name."""
     from engines.base import BuildOptions
-    from nxm_export.checkpoint import open_checkpoint
+    from nxm_export.contract.checkpoint import open_checkpoint
 
     if placement_of(open_checkpoint(args.checkpoint).plan) != "attention":
         raise SystemExit(
@@ -188,7 +189,7 @@ class Peer(OpenVinoEngine):
     def __init__(self, model: Path, threads: int, made_by: str) -> None:
         import openvino
 
-        from engines.openvino import settings
+        from engines.openvino.backend import settings
 
         compiled = openvino.Core().compile_model(str(model), "CPU", settings(threads))
         self.directory, self._spec, self.made_by, self.model = model.parent, None, made_by, model
@@ -203,7 +204,7 @@ def _peer(directories: Mapping[str, Path], data: Path, work: Path, threads: int)
     python = os.environ.get(PEERS)
     if not python:
         return None
-    from nxm_export.data import Columns
+    from nxm_export.data.examples import Columns
 
     dense = directories["FP32, openvino"]
     features, pad_id = features_of(dense, str(data), Columns())[:CALIBRATION], load_spec(dense).pad_id
@@ -227,8 +228,8 @@ def _workers(
     python = os.environ.get(TEXT_PEERS)
     if not python:
         return {}, None
-    from nxm_export.data import load_raw
-    from nxm_export.demo import model_directory
+    from nxm_export.data.examples import load_raw
+    from nxm_export.pipeline.demo import model_directory
 
     sentences, scratch = work / "sentences.txt", work / "text-peers"
     scratch.mkdir()
@@ -291,7 +292,7 @@ def _latency(loaded: Mapping[str, Engine], shape: tuple[int, int], rounds: int) 
 
 
 def _model(checkpoint: Path) -> dict[str, Any]:
-    from nxm_export.checkpoint import open_checkpoint
+    from nxm_export.contract.checkpoint import open_checkpoint
 
     plan = open_checkpoint(checkpoint).plan
     return {"model_type": plan.model_type, "plan": plan.pattern_counts, "compression": plan.compression()}

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from nxm_export.plan import CompressionPlan, NMPattern, WeightSpec
+from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
 from tools.measuring import (
     DOCUMENT,
     ROOT,
@@ -67,9 +67,9 @@ def write_checkpoint(out: Path, hidden: int, wide: int, layers: int, heads: int)
     import transformers
     from safetensors.numpy import save_file
 
-    from nxm_export.checkpoint import save_plan
-    from nxm_export.families import FAMILIES
-    from tests.tiny import write_tokenizer
+    from nxm_export.contract.checkpoint import save_plan
+    from nxm_export.contract.families import FAMILIES
+    from tests.support.tiny import write_tokenizer
 
     config = transformers.BertConfig(
         vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers, num_attention_heads=heads
@@ -119,25 +119,25 @@ def run_stage(stage: str, directory: Path) -> dict[str, Any]:
         import transformers
 
         transformers.BertForSequenceClassification  # noqa: B018  (loaded when it is asked for)
-        from nxm_export.export import export
+        from nxm_export.graph.exporter import export
 
         torch.onnx.export  # noqa: B018
         work = lambda: export(checkpoint, graph)  # noqa: E731
     elif stage == "verify":
-        from nxm_export.verify import verify
+        from nxm_export.graph.verifier import verify
 
         work = lambda: verify(graph / "model.onnx").require()  # noqa: E731
     elif stage in ("pack", "unpack"):
-        from nxm_export import packed as packing
+        from nxm_export.contract import packed_checkpoint
 
         work = (
-            (lambda: packing.pack(checkpoint, packed))
+            (lambda: packed_checkpoint.pack(checkpoint, packed))
             if stage == "pack"
-            else (lambda: packing.unpack(packed, directory / "unpacked"))
+            else (lambda: packed_checkpoint.unpack(packed, directory / "unpacked"))
         )
     else:
-        import compressors.project  # noqa: F401
-        from nxm_export.checkpoint import open_checkpoint
+        import compressors.projections  # noqa: F401
+        from nxm_export.contract.checkpoint import open_checkpoint
 
         plan = open_checkpoint(checkpoint).plan
         work = lambda: project_all(plan)  # noqa: E731
@@ -152,7 +152,7 @@ def project_all(plan: CompressionPlan) -> None:
     """The mask projection of a dual update, over weights of all the shapes of a plan, one at a time."""
     import torch
 
-    from compressors.project import PROJECTIONS
+    from compressors.projections import PROJECTIONS
 
     weights = {shape: torch.randn(shape) for shape in set(plan.shapes.values())}
     for shape in plan.shapes.values():
@@ -188,8 +188,8 @@ def calibrate_here(sequences: int) -> dict[str, Any]:
     """Seconds and peak memory of calibrating a MiniLM-L6 on this many sequences of 32 tokens."""
     import torch
 
-    from compressors.fake_quant import calibrate
-    from compressors.memory import keep_freed_memory
+    from compressors.malloc import keep_freed_memory
+    from compressors.quantization.fake_quant import calibrate
     from tools.bench_training import prepared
 
     keep_freed_memory()
@@ -239,7 +239,7 @@ def seconds_to_first_answer(engine: Path) -> float:
     import urllib.error
     import urllib.request
 
-    from tests.serving.servers import free_port
+    from tests.support.servers import free_port
 
     port = free_port()
     tensors = [

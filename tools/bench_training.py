@@ -5,7 +5,7 @@
 
 Every round takes one optimizer step with every arm, in an order that rotates; ratios are medians over rounds. The arms
 freeze the same parameters, have no dropout and no noise of their own, clip and step as the Trainer does, under the same
-precision. Memory is that of a process of its own per arm, which trains through `compressors.train.run_phase`.
+precision. Memory is that of a process of its own per arm, which trains through `compressors.training.trainer.run_phase`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressors.admm import Admm
-from compressors.defaults import MEASURED_WIDTH, training_of
-from compressors.fake_quant import prepare, quant_linears
-from compressors.memory import keep_freed_memory
-from compressors.phases import MAX_DUAL_UPDATES, WATCH_EVERY, WATCHED_SAMPLES, freeze_embeddings
+from compressors.malloc import keep_freed_memory
+from compressors.pruning.admm import Admm
+from compressors.quantization.fake_quant import prepare, quant_linears
 from compressors.settings import Settings
-from compressors.train import Losses, Phase, Student, _optimizer, mean_loss, run_phase, wants_bf16
-from nxm_export.families import FAMILIES, task_named
-from nxm_export.plan import WeightSpec
+from compressors.training.default_recipe import MEASURED_WIDTH, training_of
+from compressors.training.phases import MAX_DUAL_UPDATES, WATCH_EVERY, WATCHED_SAMPLES, freeze_embeddings
+from compressors.training.trainer import Losses, Phase, Student, _optimizer, mean_loss, run_phase, wants_bf16
+from nxm_export.contract.families import FAMILIES
+from nxm_export.contract.plan import WeightSpec
+from nxm_export.contract.tasks import task_named
 from tools.measuring import (
     circumstances,
     in_child,

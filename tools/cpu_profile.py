@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from engines.base import backend
-from engines.bench import feeds_for
-from engines.ort import ENGINE_FILE
+from engines.benchmark.latency import feeds_for
+from engines.ort.backend import ENGINE_FILE
 from engines.passport import load_passport
 
 
@@ -64,7 +64,7 @@ def openvino_profiles(
     """
     import openvino
 
-    from engines.openvino import settings
+    from engines.openvino.backend import settings
 
     core, ids = openvino.Core(), np.random.default_rng(0).integers(1, 1000, shape)
     by_input = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
@@ -101,7 +101,7 @@ def openvino_profiles(
 
 def _planned_weights(directory: Path) -> int:
     """Weights of the encoder's INT8 matrices, as the engine file holds them."""
-    from nxm_export.weights import load_graph
+    from nxm_export.graph.graph_weights import load_graph
 
     nodes = [node for node in load_graph(directory / ENGINE_FILE).graph if node.op_type == "MatMulIntegerToFloat"]
     return sum(int(np.prod(node.inputs[1].shape.numpy())) for node in nodes)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.bench import paired
+from engines.benchmark.latency import paired
 
 PEER = "INT8 dense by NNCF, openvino"
 

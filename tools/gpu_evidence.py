@@ -74,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("docs/gpu"))
     parser.add_argument("--work", type=Path, default=Path("runs/gpu-evidence"))
     options = parser.parse_args(arguments)
-    from engines import trt
-    from engines.cuda import device_facts
+    from engines.tensorrt import backend as trt
+    from engines.tensorrt.cuda_driver import device_facts
     from nxm_export.errors import NxmError
 
     try:
@@ -108,10 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(variant: Variant, shapes: Sequence[tuple[int, int]], options: Any, weakly_typed: bool) -> dict[str, Any]:
     """Build the twins of one variant, then count, compare and time. An error is a result, too."""
     from engines.base import BuildOptions, Profile
-    from nxm_export.engine_work import bench_engines
     from nxm_export.errors import NxmError
-    from nxm_export.inspection import inspect_path, measure_layers
-    from nxm_export.twins import build_twins, twin_directories
+    from nxm_export.pipeline.engine_commands import bench_engines
+    from nxm_export.pipeline.inspection import inspect_path, measure_layers
+    from nxm_export.pipeline.sparsity_twins import build_twins, twin_directories
 
     work = options.work / "build" / variant.name
     result: dict[str, Any] = {**asdict(variant), "name": variant.name, "shapes": list(shapes)}
@@ -154,11 +154,11 @@ def one_shot(variant: Variant, directory: Path) -> Path:
     import torch
     import transformers
 
-    from compressors.fake_quant import bake, calibrate, prepare, quant_linears
-    from nxm_export.checkpoint import open_checkpoint, save_plan
-    from nxm_export.families import FAMILIES, GELUS
-    from nxm_export.plan import WeightSpec
-    from nxm_export.run_dir import atomic_dir
+    from compressors.quantization.fake_quant import bake, calibrate, prepare, quant_linears
+    from nxm_export.contract.checkpoint import open_checkpoint, save_plan
+    from nxm_export.contract.families import FAMILIES, GELUS
+    from nxm_export.contract.plan import WeightSpec
+    from nxm_export.storage.atomic import atomic_dir
 
     out = directory / f"{variant.model}-{variant.gelu}"
     if out.is_dir():
@@ -190,7 +190,7 @@ def parity(checkpoint: Path, work: Path, longest: int) -> dict[str, Any]:
     """The sparse engine against PyTorch on 32 random sentences: the same tolerance as for everything else."""
     import numpy as np
 
-    from engines.parity import compare
+    from engines.parity.compare import compare
 
     rng = np.random.default_rng(0)
     features = []
@@ -210,9 +210,9 @@ def force(work: Path, settings: Any) -> dict[str, Any]:
     """No sparse kernel ran: does one exist? Ask the builder to take sparse ones only, where it lists that as public."""
     from dataclasses import replace
 
-    from nxm_export.engine_work import build_engine
     from nxm_export.errors import NxmError
-    from nxm_export.inspection import inspect_path
+    from nxm_export.pipeline.engine_commands import build_engine
+    from nxm_export.pipeline.inspection import inspect_path
 
     out = work.with_name(f"{work.name}-must")
     try:

@@ -12,18 +12,18 @@ import argparse
 import numpy as np
 import torch
 
-from compressors.fake_quant import bake, prepare, quant_linears
-from compressors.memory import keep_freed_memory
+from compressors.malloc import keep_freed_memory
 from compressors.models import load_model, load_tokenizer, resolve
-from compressors.obs import input_moments
-from compressors.permute import permute_channels, permute_residual, residual_order
-from compressors.sensitivity import divergence
+from compressors.pruning.permutation import permute_channels, permute_residual, residual_order
+from compressors.pruning.sparsegpt import input_moments
+from compressors.quantization.fake_quant import bake, prepare, quant_linears
+from compressors.search.sensitivity import divergence
 from compressors.settings import Settings
-from compressors.task_data import read_task_data
-from compressors.train import collate, predict
-from nxm_export.data import Columns, label_array
-from nxm_export.families import task_named
-from nxm_export.plan import WeightSpec
+from compressors.training.task_data import read_task_data
+from compressors.training.trainer import collate, predict
+from nxm_export.contract.plan import WeightSpec
+from nxm_export.contract.tasks import task_named
+from nxm_export.data.examples import Columns, label_array
 
 SAMPLES = 256
 

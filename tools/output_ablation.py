@@ -3,7 +3,7 @@
     python -m tools.output_ablation DENSE --train train.tsv --dev dev.tsv
 
 One line per choice: mean KL(dense || quantized) in nats, agreement with the dense model, and MCC, over dev; then what
-`compressors.outputs` measures on distorted training sentences, which is what decides.
+`compressors.training.output_sensitivity` measures on distorted training sentences, which is what decides.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from compressors.fake_quant import calibrate, prepare, quant_linears
-from compressors.memory import keep_freed_memory
+from compressors.malloc import keep_freed_memory
 from compressors.models import load_model, load_tokenizer, resolve
-from compressors.outputs import output_costs
-from compressors.sensitivity import divergence
+from compressors.quantization.fake_quant import calibrate, prepare, quant_linears
+from compressors.search.sensitivity import divergence
 from compressors.settings import Settings
-from compressors.task_data import read_task_data
-from compressors.train import collate, predict
-from nxm_export.data import Columns, label_array, sorted_batches
-from nxm_export.families import task_named
-from nxm_export.metrics import mcc
-from nxm_export.placement import residual_writers
-from nxm_export.plan import WeightSpec
+from compressors.training.output_sensitivity import output_costs
+from compressors.training.task_data import read_task_data
+from compressors.training.trainer import collate, predict
+from nxm_export.contract.placement import residual_writers
+from nxm_export.contract.plan import WeightSpec
+from nxm_export.contract.tasks import task_named
+from nxm_export.data.examples import Columns, label_array, sorted_batches
+from nxm_export.data.metrics import mcc
 
 
 def main() -> None:

@@ -5,7 +5,7 @@
 All servers run at the same time and are loaded in turn, in rounds whose order rotates, with the same sentences of their
 true lengths; medians are reported. Every server gets one engine instance a core and one thread an instance. Beside the
 wall clock stands the CPU time that the server's processes took for a request, which other work on the machine disturbs
-less. Triton is the real server with a backend double (tests/serving/servers.py); MLServer and the KServe SDK take part
+less. Triton is the real server with a backend double (tests/support/servers.py); MLServer and the KServe SDK take part
 when NXM_MLSERVER_VENV and NXM_KSERVE_VENV point at environments with them and onnxruntime.
 """
 
@@ -27,13 +27,13 @@ from pathlib import Path
 import numpy as np
 
 from engines.base import backend
-from engines.load import Target, run_round, text_target, token_target
+from engines.benchmark.http_load import Target, run_round, text_target, token_target
 from engines.passport import cpu_device, load_passport
 from engines.serving.repository import Source
 from engines.triton import TritonOptions, export_repository
-from nxm_export.data import encode, load_raw, load_tokenizer, pad, with_classes
-from nxm_export.spec import load_spec
-from tests.serving.servers import Running, free_port, nxm_serve, started, triton, triton_venv
+from nxm_export.contract.io_spec import load_spec
+from nxm_export.data.examples import encode, load_raw, load_tokenizer, pad, with_classes
+from tests.support.servers import Running, free_port, nxm_serve, started, triton, triton_venv
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "serving.md"
@@ -170,7 +170,7 @@ def one_by_one(target: Target, indices: Sequence[int]) -> list[float]:
     """Seconds of each of these requests, on one connection."""
     import socket
 
-    from engines.load import exchange
+    from engines.benchmark.http_load import exchange
 
     times = []
     with socket.create_connection((target.host, target.port), 30) as connection:

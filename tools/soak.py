@@ -3,7 +3,7 @@
     python -m tools.soak ENGINE_DIR DATA_FILE [--seconds 600] [--clients 32]
 
 Every answer is compared with what the engine gives for the same sentence alone; a batch may round differently, so logits
-may differ by `--tolerance`. Exits with 1 when anything was lost, wrong or grew (see tests/serving/soak.py).
+may differ by `--tolerance`. Exits with 1 when anything was lost, wrong or grew (see tests/support/soak.py).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import numpy as np
 
 from engines.base import backend
 from engines.passport import load_passport
-from nxm_export.data import load_raw
-from nxm_export.spec import load_spec
-from tests.serving.servers import nxm_serve
-from tests.serving.soak import reloads_done, soak
+from nxm_export.contract.io_spec import load_spec
+from nxm_export.data.examples import load_raw
+from tests.support.servers import nxm_serve
+from tests.support.soak import reloads_done, soak
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def main() -> None:
 
 def reference(engine: Path, texts: list[str]) -> np.ndarray:
     """The logits of every text, alone."""
-    from nxm_export.data import Examples, encode, load_tokenizer, pad
+    from nxm_export.data.examples import Examples, encode, load_tokenizer, pad
 
     spec = load_spec(engine)
     examples = Examples(texts, None, [0] * len(texts), "reference")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Count the names of sparse kernels in TensorRT libraries: where the reason table (engines/sparse_kernels.json) comes from.
+"""Count the names of sparse kernels in TensorRT libraries: where the reason table (engines/sparsity/sparse_kernels.json) comes from.
 
     python tools/sparse_kernels.py /path/to/libnvinfer_builder_resource.so.8.6.0 [more libraries]
 

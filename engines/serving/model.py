@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 
 from engines.base import Engine, backend
-from engines.parity import PARITY_FILE
+from engines.parity.compare import PARITY_FILE
 from engines.passport import EnginePassport, load_passport
 from engines.serving.batching import BatchQueue, Deliver, Limits, Observer, run_worker
 from engines.serving.protocol import InferRequest, TensorSpec
 from engines.serving.shapes import Bucket, plan_buckets
 from engines.serving.text import TextFace
+from nxm_export.contract.io_spec import load_spec
 from nxm_export.errors import NxmError, ParityError, RequestRefused, ServeError
-from nxm_export.spec import load_spec
 
 GATES = ("not-failed", "passed", "off")
 TEXT_SUFFIX = "_text"

@@ -1,6 +1,6 @@
 """Sentences in, class names out; questions and contexts in, answers out: the optional text face of a served engine.
 
-Tokens come from the same code as in training and comparison (`nxm_export.data.encode`), with the tokenizer that lies in
+Tokens come from the same code as in training and comparison (`nxm_export.data.examples.encode`), with the tokenizer that lies in
 the engine's directory. A text longer than the model's positions is cut, as it was in training; one that is absurdly long
 is refused, because the whole of it would be read before it is cut. A context is never cut: the answer could be in the part
 that is gone, so one that takes more than a window is refused.
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from engines.serving.protocol import TensorSpec
-from nxm_export.data import Examples, Features, encode, label_array, load_tokenizer, pad
+from nxm_export.contract.io_spec import IOSpec
+from nxm_export.contract.tasks import TASKS
+from nxm_export.data.examples import Examples, Features, encode, label_array, load_tokenizer, pad
+from nxm_export.data.metrics import scored_outputs
+from nxm_export.data.question_answering import Window, best_span, windows
 from nxm_export.errors import DataError, RequestRefused
-from nxm_export.families import TASKS
-from nxm_export.metrics import scored_outputs
-from nxm_export.questions import Window, best_span, windows
-from nxm_export.spec import IOSpec
 
 TEXT, PAIR, LABEL, ANSWER = "text", "text_pair", "label", "answer"
 BYTES_PER_TOKEN = 64  # no tokenizer of this family makes tokens that long out of text that anyone would write

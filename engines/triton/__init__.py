@@ -26,10 +26,11 @@ from engines.serving.text import BYTES_PER_TOKEN, names_classes
 from engines.triton.check_manifest import MANIFEST, same_version
 from engines.triton.config import BACKENDS, KINDS, engine_config, text_configs
 from engines.triton.deploy import DEFAULT_IMAGE, deployment_files
+from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec, load_spec
+from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError, ServeError
-from nxm_export.families import TASKS
-from nxm_export.run_dir import atomic_dir, file_hash, file_hashes
-from nxm_export.spec import TOKENIZER_FILE, IOSpec, load_spec
+from nxm_export.storage.atomic import atomic_dir
+from nxm_export.storage.hashing import file_hash, file_hashes
 
 SCHEMA = "nxm-triton/1"
 VERSION = "1"

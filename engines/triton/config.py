@@ -15,8 +15,8 @@ from typing import Any
 from engines.base import Binding, Profile
 from engines.passport import EnginePassport
 from engines.triton.pbtxt import Word, dump
+from nxm_export.contract.io_spec import IOSpec
 from nxm_export.errors import ServeError
-from nxm_export.spec import IOSpec
 
 BACKENDS = {
     "ort": ("onnxruntime", "onnxruntime_onnx", "model.onnx"),

@@ -15,9 +15,9 @@ from nxm_export.cli.options import (
     shape_of,
 )
 from nxm_export.cli.output import show_facts, show_result
+from nxm_export.cli.tables import print_bisects, print_facts, print_parity, print_table, progress_bars
+from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import NxmError
-from nxm_export.families import TASKS
-from nxm_export.terminal import print_bisects, print_facts, print_parity, print_table, progress_bars
 
 
 @main.command()
@@ -78,10 +78,10 @@ from nxm_export.terminal import print_bisects, print_facts, print_parity, print_
 @json_option
 def build(source: Path, backend: str, out: Path, json: bool, **options: Any) -> None:
     """Build an engine directory from an ONNX graph (or, with --twins, three from a checkpoint)."""
-    from engines.auto import NAME as AUTO
     from engines.base import CPU_BACKENDS, BuildOptions
-    from engines.profiles import parse_profile
-    from nxm_export.engine_work import build_engine, build_fastest
+    from engines.benchmark.fastest_backend import NAME as AUTO
+    from engines.tensorrt.profiles import parse_profile
+    from nxm_export.pipeline.engine_commands import build_engine, build_fastest
 
     automatic = [f"--{name.removesuffix('s')}" for name in ("shapes", "checkpoint", "data") if options[name]]
     if automatic and backend != AUTO:
@@ -154,7 +154,7 @@ def inspect(
     path: Path, twin: Path | None, kernels: Path | None, measure: bool, require_sparse: str | None, json: bool
 ) -> None:
     """Print the facts of an ONNX graph, an engine directory or a run; for TensorRT, which weights run sparse and why not."""
-    from nxm_export import inspection
+    from nxm_export.pipeline import inspection
 
     share = None if require_sparse is None else _share(require_sparse)
     result = inspection.inspect_path(path, twin=twin, kernels=kernels, measure=measure)
@@ -196,8 +196,8 @@ def compare(
     is missing) is skipped with the reason; that fails the command only with --gate, since the gate was not checked (3), or
     when no engine is left (1). With --bisect, block by block instead, and exits with 3 when a block parts.
     """
-    from engines.gates import parse_gate
-    from nxm_export import engine_work
+    from engines.parity.gates import parse_gate
+    from nxm_export.pipeline import engine_commands
 
     for gate in gates:
         try:
@@ -210,12 +210,12 @@ def compare(
         raise click.UsageError("the same engine is given twice")
     columns = columns_of(text, text_pair, label)
     if bisect:
-        found = engine_work.bisect_engines(checkpoint, engines, data, columns)
+        found = engine_commands.bisect_engines(checkpoint, engines, data, columns)
         show_result([report.to_dict() for report in found], json, lambda _: print_bisects(found))
         for report in found:
             report.require()
         return
-    compared = engine_work.compare_engines(checkpoint, engines, data, columns, gates)
+    compared = engine_commands.compare_engines(checkpoint, engines, data, columns, gates)
     show_result(compared.to_list(), json, lambda _: print_parity(compared.reports, compared.skipped))
     compared.require()
 
@@ -274,12 +274,12 @@ def bench(
     if batch and not load["data"]:
         raise click.UsageError("--batch is for --data")
     if load["data"]:
-        from nxm_export.engine_work import bench_text
+        from nxm_export.pipeline.engine_commands import bench_text
 
         text = bench_text(engines, load["data"], batch=batch, rounds=rounds, threads=threads)
         show_result(text.to_dict(), json, lambda _: _print_text(text))
         return
-    from nxm_export.engine_work import bench_engines
+    from nxm_export.pipeline.engine_commands import bench_engines
 
     report = bench_engines(engines, [shape_of(text) for text in shapes], rounds or 30, threads)
 
@@ -337,7 +337,7 @@ def _bench_servers(
     engines: tuple[Path, ...], rounds: int, json: bool, *, urls: tuple[str, ...], model: str | None, data: str | None,
     task: str, clients: str, seconds: float, encoding: str,
 ) -> None:  # fmt: skip
-    from nxm_export.engine_work import load_servers
+    from nxm_export.pipeline.engine_commands import load_servers
 
     if not model or not data or len(engines) > 1:
         raise click.UsageError("--serve needs --model and --data, and at most one engine directory (for its tokenizer)")
@@ -378,11 +378,11 @@ def _bench_servers(
 def doctor(file: Path | None, backend: str, trt_version: str, gpu: str, json: bool) -> None:
     """Say what this machine can build and run; with FILE (any ONNX), which of its matrices can run sparse, and what to fix."""
     if file is None:
-        from nxm_export.machine import report
+        from nxm_export.pipeline.environment import report
 
         show_result(report(), json, lambda facts: print_facts("this machine", facts))
         return
-    from nxm_export.inspection import doctor_file
+    from nxm_export.pipeline.inspection import doctor_file
 
     show_result(doctor_file(file, backend, trt_version, gpu), json, lambda facts: show_facts(str(file), facts))
 

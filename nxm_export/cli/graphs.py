@@ -14,9 +14,9 @@ from nxm_export.cli.options import (
     pattern_of,
 )
 from nxm_export.cli.output import show_result
-from nxm_export.families import TASKS
-from nxm_export.plan import GRAPH_PLACEMENTS
-from nxm_export.terminal import print_facts, print_table
+from nxm_export.cli.tables import print_facts, print_table
+from nxm_export.contract.plan import GRAPH_PLACEMENTS
+from nxm_export.contract.tasks import TASKS
 
 
 @main.command()
@@ -55,7 +55,7 @@ from nxm_export.terminal import print_facts, print_table
 @json_option
 def export(checkpoint: Path, out: Path, json: bool, **options: Any) -> None:
     """Write CHECKPOINT as a Q/DQ ONNX graph (a float graph, for a checkpoint without plan)."""
-    from nxm_export.export import export as export_graph
+    from nxm_export.graph.exporter import export as export_graph
 
     done = export_graph(checkpoint, out, **options)
     result = {
@@ -74,7 +74,7 @@ def export(checkpoint: Path, out: Path, json: bool, **options: Any) -> None:
 @json_option
 def verify(onnx: Path, pattern: str | None, json: bool) -> None:
     """Check any ONNX file by itself: N:M along K on the stored integers, scales, zero points, Q/DQ pairs. Exit 3 on problems."""
-    from nxm_export.verify import verify as verify_graph
+    from nxm_export.graph.verifier import verify as verify_graph
 
     report = verify_graph(onnx, pattern=pattern_of(pattern) if pattern else None)
 

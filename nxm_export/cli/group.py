@@ -21,7 +21,7 @@ class _Group(click.Group):
             click.echo(f"nxm: {error}", err=True)
             ctx.exit(error.exit_code)
         except ModuleNotFoundError as error:
-            from nxm_export.machine import extra_of
+            from nxm_export.pipeline.environment import extra_of
 
             extra = extra_of(error.name)
             if extra is None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
+from nxm_export.contract.plan import PLACEMENTS, NMPattern
+from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import PlanError
-from nxm_export.families import TASKS
-from nxm_export.plan import PLACEMENTS, NMPattern
 
 
 class Positive(click.ParamType):
@@ -182,7 +182,7 @@ TRAINING_OPTIONS = options(
 
 def columns_of(text: str | None, pair: str | None, label: str | None) -> Any:
     """The columns of a data file, as --text, --text-pair and --label name them."""
-    from nxm_export.data import Columns
+    from nxm_export.data.examples import Columns
 
     return Columns(text, pair, label)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from nxm_export.run_dir import json_text
-from nxm_export.terminal import print_table
+from nxm_export.cli.tables import print_table
+from nxm_export.storage.json_files import json_text
 
 
 def show_result(result: Any, json: bool, show: Callable[[Any], None]) -> None:

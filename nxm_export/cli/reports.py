@@ -20,7 +20,7 @@ from nxm_export.cli.output import show_result
 @json_option
 def report_page(run_directory: Path, out: Path | None, search: Path | None, json: bool) -> None:
     """Write one HTML page of a run, finished or not: verdicts, plots, every matrix, provenance; needs no network to read."""
-    from nxm_export.report import report
+    from nxm_export.reporting import report
 
     path = report(run_directory, out, search=search)
     show_result({"path": str(path), "bytes": path.stat().st_size}, json, lambda facts: click.echo(facts["path"]))
@@ -32,7 +32,7 @@ def report_page(run_directory: Path, out: Path | None, search: Path | None, json
 @json_option
 def card(path: Path, out: Path, json: bool) -> None:
     """Write a Hugging Face model card of an engine directory or a run at PATH, every number from its files."""
-    from nxm_export.report import card as write_card
+    from nxm_export.reporting import card as write_card
 
     written = write_card(path, out)
     show_result({"path": str(written), "bytes": written.stat().st_size}, json, lambda facts: click.echo(facts["path"]))

@@ -13,7 +13,7 @@ from nxm_export.cli.options import (
     numbers_of,
 )
 from nxm_export.cli.output import show_result
-from nxm_export.terminal import print_table
+from nxm_export.cli.tables import print_table
 
 
 @main.command()

@@ -22,9 +22,9 @@ from nxm_export.cli.options import (
     pattern_of,
 )
 from nxm_export.cli.output import show_result
-from nxm_export.families import TASKS
-from nxm_export.plan import COUNTINGS, PLACEMENTS, WeightSpec
-from nxm_export.terminal import print_estimate, print_facts, print_search, print_summary, print_table, progress_bars
+from nxm_export.cli.tables import print_estimate, print_facts, print_search, print_summary, print_table, progress_bars
+from nxm_export.contract.plan import COUNTINGS, PLACEMENTS, WeightSpec
+from nxm_export.contract.tasks import TASKS
 
 
 @main.command()
@@ -41,8 +41,8 @@ def run(demo: bool, model: str | None, out: Path | None, dry_run: bool, json: bo
 
     Exits with 3 when an engine differs from its checkpoint.
     """
-    from nxm_export.pipeline import run as run_all
-    from nxm_export.summary import require_passed
+    from nxm_export.pipeline.run import run as run_all
+    from nxm_export.pipeline.summary import require_passed
 
     given = {
         name
@@ -58,7 +58,7 @@ def run(demo: bool, model: str | None, out: Path | None, dry_run: bool, json: bo
         out = out or Path("runs/demo")
         request = _demo_request(out, options, scratch) if demo else _request(str(model), options)
         if dry_run:
-            from nxm_export.estimate import estimate
+            from nxm_export.pipeline.estimate import estimate
 
             show_result(estimate(request), json, print_estimate)
             return
@@ -73,7 +73,7 @@ def run(demo: bool, model: str | None, out: Path | None, dry_run: bool, json: bo
 @json_option
 def show(run_directory: Path, json: bool) -> None:
     """Print the final table of a run again."""
-    from nxm_export.summary import read_summary
+    from nxm_export.pipeline.summary import read_summary
 
     show_result(read_summary(run_directory), json, print_summary)
 
@@ -90,7 +90,7 @@ def show(run_directory: Path, json: bool) -> None:
 @json_option
 def compress(model: str, plan_file: Path | None, out: Path, json: bool, **options: Any) -> None:
     """Compress MODEL (a directory or hub id), fine-tuning it first where it has no head for the task."""
-    from nxm_export.pipeline import compress_model
+    from nxm_export.pipeline.run import compress_model
 
     if not options["train"] or not options["dev"]:
         raise click.UsageError("missing --train or --dev")
@@ -155,7 +155,7 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **option
 @json_option
 def search(model: str, task: str, train: str, out: Path, json: bool, **options: Any) -> None:
     """Search a different (pattern, bits) per weight of MODEL, which must have its task head, under a budget."""
-    from nxm_export.pipeline import search_plan
+    from nxm_export.pipeline.run import search_plan
 
     with progress_bars(enabled=not json) as progress:
         found = search_plan(model, task, train, out, options, progress)
@@ -168,7 +168,7 @@ def search(model: str, task: str, train: str, out: Path, json: bool, **options: 
 @json_option
 def pack(checkpoint: Path, out: Path, json: bool) -> None:
     """Write CHECKPOINT as one file at its true size: packed bits, N:M indices, scales."""
-    from nxm_export.packed import pack as pack_checkpoint
+    from nxm_export.contract.packed_checkpoint import pack as pack_checkpoint
 
     show_result(
         pack_checkpoint(checkpoint, out),
@@ -182,7 +182,7 @@ def pack(checkpoint: Path, out: Path, json: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the checkpoint.")
 def unpack(file: Path, out: Path) -> None:
     """Write a packed FILE back as the checkpoint directory it was, bit by bit."""
-    from nxm_export.packed import unpack as unpack_file
+    from nxm_export.contract.packed_checkpoint import unpack as unpack_file
 
     click.echo(unpack_file(file, out))
 
@@ -204,7 +204,7 @@ def _spec(pattern: str, bits: str) -> WeightSpec:
 
 def _request(model: str, options: dict[str, Any], **changes: Any) -> Any:
     from compressors.settings import Settings
-    from nxm_export.pipeline import Request
+    from nxm_export.pipeline.run import Request
 
     settings = {
         key: options[key]
@@ -235,8 +235,8 @@ def _request(model: str, options: dict[str, Any], **changes: Any) -> Any:
 
 def _demo_request(out: Path, options: dict[str, Any], scratch: str | None) -> Any:
     """The demo's request; its data go into the run, or into `scratch`. Options that were given win over the demo's own."""
-    from nxm_export import demo
-    from nxm_export.run_dir import RunDir
+    from nxm_export.pipeline import demo
+    from nxm_export.storage.run_dir import RunDir
 
     model, data = demo.model_directory(), Path(scratch or out / "data")
     if scratch:

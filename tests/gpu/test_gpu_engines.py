@@ -1,19 +1,16 @@
 """On a real GPU with a real TensorRT: what the rehearsal cannot show. Skips elsewhere, and says why."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
 from nxm_export.errors import EngineUnavailable
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "trt"))
-from trt_models import compressed, feeds_for, tiny_config
+from tests.support.trt_models import compressed, feeds_for, tiny_config
 
 
 def _reason() -> str:
-    from engines import trt
-    from engines.cuda import device_facts
+    from engines.tensorrt import backend as trt
+    from engines.tensorrt.cuda_driver import device_facts
 
     try:
         device_facts()
@@ -30,8 +27,8 @@ pytestmark = pytest.mark.skipif(bool(_reason()), reason=f"needs an NVIDIA GPU an
 def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(checkpoint, twins directory) of a model whose matrices are large enough for sparse kernels."""
     from engines.base import BuildOptions, Profile
-    from engines.trt import _runtime
-    from nxm_export.twins import build_twins
+    from engines.tensorrt.backend import _runtime
+    from nxm_export.pipeline.sparsity_twins import build_twins
 
     root = tmp_path_factory.mktemp("gpu")
     checkpoint = compressed(root / "checkpoint", tiny_config("bert", "gelu_pytorch_tanh", 1024), "attention")
@@ -42,7 +39,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_the_sparse_engine_computes_what_pytorch_computes(twins: tuple[Path, Path]) -> None:
-    from engines.parity import compare
+    from engines.parity.compare import compare
 
     checkpoint, directory = twins
     features = []
@@ -54,7 +51,7 @@ def test_the_sparse_engine_computes_what_pytorch_computes(twins: tuple[Path, Pat
 
 
 def test_the_flag_makes_the_difference_between_the_twins(twins: tuple[Path, Path]) -> None:
-    from engines.truth import read_truth
+    from engines.sparsity.report import read_truth
 
     sparse, dense = (read_truth(twins[1] / name) for name in ("int8-sparse", "int8-dense"))
     assert dense.sparse_share == 0
@@ -64,7 +61,7 @@ def test_the_flag_makes_the_difference_between_the_twins(twins: tuple[Path, Path
 
 
 def test_the_bench_ends_in_a_verdict(twins: tuple[Path, Path]) -> None:
-    from nxm_export.engine_work import bench_engines
+    from nxm_export.pipeline.engine_commands import bench_engines
 
     report = bench_engines([twins[1]], [(1, 32), (32, 64)], rounds=10)
     assert {timing.clock for timing in report.timings} == {"CUDA events"}
@@ -72,8 +69,8 @@ def test_the_bench_ends_in_a_verdict(twins: tuple[Path, Path]) -> None:
 
 
 def test_a_corrupt_engine_is_an_error_and_no_crash(twins: tuple[Path, Path], tmp_path: Path) -> None:
-    from engines import trt
-    from engines.trt_runtime import TensorRTEngine
+    from engines.tensorrt import backend as trt
+    from engines.tensorrt.runtime import TensorRTEngine
     from nxm_export.errors import EngineError
 
     data = bytearray((twins[1] / "int8-sparse" / "model.engine").read_bytes())

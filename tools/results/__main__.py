@@ -56,7 +56,7 @@ def cli() -> None: ...
 @_RESULTS
 def run(**options: Any) -> None:
     """Measure the rows that have no record yet."""
-    from nxm_export.terminal import progress_bars
+    from nxm_export.cli.tables import progress_bars
     from tools.results.run import Measure, say
 
     task, rows = tasks.task_named(options["task_name"]), rows_named(options["row_names"])
@@ -69,9 +69,9 @@ def run(**options: Any) -> None:
 
 def _protocol(task: tasks.Task, options: dict[str, Any]) -> Any:
     from compressors.models import resolve
-    from compressors.search_settings import SearchSettings
+    from compressors.search.settings import SearchSettings
     from compressors.settings import Settings
-    from nxm_export.demo import model_directory
+    from nxm_export.pipeline.demo import model_directory
     from tools.results.run import Protocol
 
     keys = ("epochs", "steps", "dense_steps", "learning_rate", "batch_size", "admm", "precision", "threads")

@@ -1,6 +1,6 @@
-"""The resampled metrics of `nxm_export.metrics` from confusion matrices, a thousand resamples in milliseconds.
+"""The resampled metrics of `nxm_export.data.metrics` from confusion matrices, a thousand resamples in milliseconds.
 
-The draws are those of `nxm_export.metrics.interval`, so the numbers are the same up to rounding of the last digit; only
+The draws are those of `nxm_export.data.metrics.interval`, so the numbers are the same up to rounding of the last digit; only
 the way there is shorter: all metrics of a classification are functions of its confusion matrix.
 """
 
@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from nxm_export.data.metrics import RESAMPLES
 from nxm_export.errors import DataError
-from nxm_export.metrics import RESAMPLES
 
 
 def resampled(metric: str, predictions: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nxm_export.contract.plan import COUNTINGS, WeightSpec
 from nxm_export.errors import NxmError, PlanError
-from nxm_export.plan import COUNTINGS, WeightSpec
 
 DEFAULT_RECIPE = "obs"
 RECIPE_TITLES = {

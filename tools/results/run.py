@@ -19,20 +19,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from compressors.compress import compress, finetune
-from compressors.defaults import training_of
 from compressors.models import resolve
-from compressors.search import TABLE_FILE, search
-from compressors.search_settings import SearchSettings
-from compressors.sensitivity import divergence
+from compressors.search.plan_search import TABLE_FILE, search
+from compressors.search.sensitivity import divergence
+from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
+from compressors.training.compress import compress, finetune
+from compressors.training.default_recipe import training_of
+from nxm_export.cli.tables import Progress
+from nxm_export.contract.families import size_of
+from nxm_export.contract.packed_checkpoint import pack
+from nxm_export.contract.plan import COUNTINGS, CompressionPlan, WeightSpec
+from nxm_export.contract.tasks import task_named
+from nxm_export.data.metrics import metric_named
 from nxm_export.errors import ArtifactError, DataError
-from nxm_export.families import size_of, task_named
-from nxm_export.metrics import metric_named
-from nxm_export.packed import pack
-from nxm_export.plan import COUNTINGS, CompressionPlan, WeightSpec
-from nxm_export.run_dir import file_hash, write_atomic
-from nxm_export.terminal import Progress
+from nxm_export.storage.atomic import write_atomic
+from nxm_export.storage.hashing import file_hash
 from tools.results import store, tasks
 from tools.results.bootstrap import resampled
 from tools.results.rows import Row

@@ -3,7 +3,7 @@
 One set of resampled dev sentences (`RESAMPLES` of them) serves every record of a task, so that any two rows are
 compared on the same sentences. With several seeds a resample draws seeds as well, the same for both rows: an interval
 then covers both what the sentences and what the seeds leave open. With one seed it is that of
-`nxm_export.metrics.paired_interval`, and says nothing about other seeds.
+`nxm_export.data.metrics.paired_interval`, and says nothing about other seeds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nxm_export.metrics import RESAMPLES, metric_named
+from nxm_export.data.metrics import RESAMPLES, metric_named
 from tools.results.bootstrap import resampled
 from tools.results.store import Record
 from tools.results.tasks import Task

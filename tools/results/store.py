@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from nxm_export.errors import ArtifactError, DataError
-from nxm_export.plan import require_schema
-from nxm_export.run_dir import write_atomic
+from nxm_export.storage.atomic import write_atomic
+from nxm_export.storage.json_files import require_schema
 from tools.results.rows import Row, position
 from tools.results.tasks import TASKS, Task
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nxm_export.run_dir import write_atomic
+from nxm_export.storage.atomic import write_atomic
 from tools.results import plots, store
 from tools.results.rows import DEFAULT_RECIPE, RECIPE_TITLES, Row, position, row_named
 from tools.results.statistics import Difference, Retention, TaskStatistics, deviation, overall
@@ -37,7 +37,7 @@ SR-STE by the rows `-fast` and `-slow`, for ADMM by hand ([search.md](search.md)
 limit for INT8 outputs) were chosen by experiments that read dev sets many times: CoLA's with seed 0 and, for the recipe, that of
 rotten tomatoes with seed 0 ([search.md](search.md)). So rows of seed 0 are no test of them; other seeds are. Rows whose names
 hold `-unaugmented` learn from the sentences and labels as they are, and from the teacher, at 1e-4: what goes with that
-(`compressors/defaults.py`). INT8 outputs that cost too much are left in float (`compressors/outputs.py`), but for rows whose names
+(`compressors/training/default_recipe.py`). INT8 outputs that cost too much are left in float (`compressors/training/output_sensitivity.py`), but for rows whose names
 hold `-int8-outputs`. Paper and one-shot rows have no teacher.
 
 **Intervals** are 95 % percentile bootstraps ({resamples} resamples) over dev sentences and, where a row has several seeds,
@@ -60,7 +60,7 @@ class Rendered:
 
 def render(results: Path, document: Path) -> Rendered:
     """Write `document` and, where matplotlib is installed, pictures to ``images`` beside it."""
-    from nxm_export.metrics import RESAMPLES
+    from nxm_export.data.metrics import RESAMPLES
 
     statistics = [TaskStatistics(task, store.read(results, task)) for task in store.tasks_with_results(results)]
     parts = [PROTOCOL.format(resamples=RESAMPLES)]

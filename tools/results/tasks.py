@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nxm_export.data import Columns, RawExamples, load_raw
-from nxm_export.demo import SETTINGS, write_data
+from nxm_export.data.examples import Columns, RawExamples, load_raw
 from nxm_export.errors import DataError
-from nxm_export.run_dir import atomic_dir
+from nxm_export.pipeline.demo import SETTINGS, write_data
+from nxm_export.storage.atomic import atomic_dir
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Which weights become zero: ADMM, second-order pruning, channel permutation."""

@@ -1,0 +1,108 @@
+"""Second-order one-shot pruning: the best start that costs no training.
+
+For a linear layer y = W x the squared output error of changing W to Z is ``tr((W - Z) H (W - Z)^T)`` with
+``H = E[x x^T]``. Pruning one weight and adjusting the ones after it to make up for it is the Optimal Brain Surgeon
+(Hassibi & Stork 1993), done column by column for N:M groups as in SparseGPT (Frantar & Alistarh 2023): within each group
+of M columns the weights with the smallest ``w**2 / [H^-1]_jj`` go, and their error is spread over the columns to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from compressors.projections import nm_mask
+from compressors.quantization.fake_quant import QuantLinear, quant_linears
+from nxm_export.contract.plan import NMPattern
+
+_BLOCK = 128  # columns whose updates to the rest are applied together, for speed only
+
+
+def input_moments(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, diagonal: bool = False
+) -> dict[str, Tensor]:
+    """``E[x x^T]`` (in, in) of what every prepared layer reads, by weight name, padding excluded; or its diagonal (in,).
+
+    Memory is one matrix per distinct input, whatever the number of batches: layers that share an input share its moments.
+    """
+    layers = quant_linears(model)
+    leaders: dict[int, str] = {}  # layers that read through one quantizer read one tensor
+    sums: dict[str, Tensor] = {}
+    mask: list[Tensor] = []
+    tokens = 0
+
+    def watch(name: str) -> object:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x = arguments[0][mask[0]].float()  # (tokens, in)
+            if diagonal:
+                sums[name] = x.square().sum(dim=0) + sums.get(name, 0.0)
+            else:
+                sums[name] = x.T @ x if name not in sums else torch.addmm(sums[name], x.T, x)
+
+        return layers[name].register_forward_pre_hook(hook)
+
+    handles = []
+    for name, layer in layers.items():
+        key = id(layer.reads) if layer.reads is not None else id(layer)
+        if leaders.setdefault(key, name) == name:
+            handles.append(watch(name))
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+                mask[:] = [inputs["attention_mask"].bool()]
+                tokens += int(mask[0].sum())
+                model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()  # type: ignore[attr-defined]
+    keys = {name: id(layer.reads) if layer.reads is not None else id(layer) for name, layer in layers.items()}
+    return {name: sums[leaders[keys[name]]] / tokens for name in layers}
+
+
+@torch.no_grad()
+def prune(weight: Tensor, moments: Tensor, pattern: NMPattern, damping: float = 0.01) -> Tensor:
+    """An N:M matrix (out, in) close to `weight` in output error under `moments` (in, in), errors compensated.
+
+    `damping`, times the mean diagonal of the moments, keeps the inverse finite for inputs that hardly vary.
+    """
+    w = weight.float().clone()
+    columns = w.shape[1]
+    inverse = _inverse_factor(moments, damping)  # upper (in, in)
+    block = max(1, _BLOCK // pattern.m) * pattern.m
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        errors = torch.zeros_like(w[:, start:stop])
+        keep = torch.ones_like(w[:, start:stop], dtype=torch.bool)
+        for j in range(start, stop):
+            if j % pattern.m == 0:
+                group = slice(j, j + pattern.m)
+                scores = w[:, group].square() / inverse.diagonal()[group].square()
+                keep[:, j - start : j - start + pattern.m] = nm_mask(scores, pattern)
+            pruned = w[:, j] * keep[:, j - start]
+            error = (w[:, j] - pruned) / inverse[j, j]
+            w[:, j:stop] -= error[:, None] * inverse[j, j:stop]
+            w[:, j] = pruned
+            errors[:, j - start] = error
+        w[:, stop:] -= errors @ inverse[start:stop, stop:]
+    return w.to(weight.dtype)
+
+
+def _inverse_factor(moments: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped moments."""
+    h = moments.double()
+    h = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (damping * h.diagonal().mean()).clamp(min=1e-12)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+@torch.no_grad()
+def prune_layers(layers: Mapping[str, QuantLinear], moments: Mapping[str, Tensor]) -> None:
+    """Prune every layer that has a pattern, in place, and fix its mask to what was kept."""
+    for name, layer in layers.items():
+        if layer.spec.pattern:
+            layer.weight.copy_(prune(layer.weight, moments[name], layer.spec.pattern))
+            layer.harden()

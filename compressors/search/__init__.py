@@ -1,0 +1,1 @@
+"""A different (pattern, bits) for every weight under a budget."""

@@ -1,0 +1,464 @@
+"""Which option each weight gets: candidates from the table, a joint check, swaps; or the authors' enumeration.
+
+    statistics -> sensitivity table -> exact knapsack, for several mixes of the two sensitivities
+               -> joint check (what the table cannot see: interactions) -> budget-neutral swaps
+
+A `Selector` decides on slices of the training data; `compressors.search.plan_search` cuts them and trains the finalists. With
+``method="paper"`` it is the authors' search: options tied across layers, every combination within the budget scored
+one-shot by the task metric.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from compressors.search import knapsack
+from compressors.search.sensitivity import Batches, Entry, OneShot, Probe, divergence, measure
+from compressors.search.settings import MIXES, SearchSettings
+from nxm_export.contract.plan import COUNTINGS, INT8_ATTENTION, REFERENCE_BITS, CompressionPlan, WeightSpec
+from nxm_export.data.examples import Features, filled, group_array, label_array
+from nxm_export.data.metrics import metric_named
+from nxm_export.errors import PlanError
+
+Progress = Callable[[str, int, int], None]
+Choice = tuple[int, ...]  # index into the menu, per weight in model order
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One plan that was looked at: where it came from, what the table predicts, what it really does one-shot."""
+
+    origin: str
+    plan: CompressionPlan
+    choice: Choice
+    predicted: float
+    joint: float
+    milliseconds: float | None = None  # by the latency table, where one was given
+
+    def row(self) -> dict[str, Any]:
+        """As in ``search.json``."""
+        counted = {counting: round(self.plan.compression(counting), 6) for counting in COUNTINGS}
+        timed = {} if self.milliseconds is None else {"milliseconds": round(self.milliseconds, 6)}
+        facts = {"origin": self.origin, "predicted": self.predicted, "joint": self.joint}
+        return {**facts, **counted, **timed, "options": self.plan.pattern_counts}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Finalists and trials (best first), the front at further compressions, the best trial of each tie, and what it took."""
+
+    finalists: list[Trial]
+    trials: list[Trial]
+    front: list[Trial]
+    evaluated: int  # plans run on the held-out slice
+    seconds: dict[str, float]
+    tied: dict[str, Trial] = field(default_factory=dict)
+
+
+class Selector:
+    """Chooses over one dense model: statistics, then `run` (or its steps `measure_table`, `candidates`, `swaps`), or `paper`."""
+
+    def __init__(
+        self,
+        probe: Probe,
+        config: Mapping[str, Any],
+        settings: SearchSettings,
+        calibration: Batches,
+        held_out: Batches,
+        progress: Progress = lambda what, done, total: None,
+    ) -> None:
+        self.probe, self.family, self.settings, self.progress = probe, probe.family, settings, progress
+        self.calibration, self.held_out = calibration, held_out
+        self.shapes = self.family.weights(config)
+        self.names = list(self.shapes)
+        self.menu = [WeightSpec.parse(text) for text in dict.fromkeys(settings.menu)]
+        self.options = [[self._placed(name, option) for option in self.menu] for name in self.names]
+        self._require_menu()
+        self.costs = [
+            [
+                _IMPOSSIBLE if spec is None else spec.stored_bits(self.shapes[name], settings.counting)
+                for spec in options
+            ]
+            for name, options in zip(self.names, self.options, strict=True)
+        ]
+        self.latency = self._latencies()
+        self.budget = self._budget(settings.compression, settings.bytes)
+        for budget in (self.budget, *map(self._budget, settings.pareto)):
+            self._require_reachable(budget)
+        self.seconds: dict[str, float] = {}
+        with self._timed("statistics"):
+            self.statistics = probe.statistics(calibration, settings.percentile)
+            self.one_shot = OneShot(probe, self.statistics, by_magnitude=settings.method == "paper")
+            self.wanted = [probe.outputs(batch) for batch in held_out]
+        self.table: list[Entry] = []
+        self.losses: dict[str, np.ndarray] = {}  # by measure, (weights, options)
+
+    def run(self, directory: Path) -> Selection:
+        """Table (finished parts of which are kept in `directory`), knapsack, joint check, swaps, front."""
+        with self._timed("table"):
+            self.measure_table(directory)
+        with self._timed("knapsack"):
+            candidates = self.candidates(self.budget)
+        with self._timed("joint check"):
+            trials = []
+            for number, (origin, choice) in enumerate(candidates.items()):
+                trials.append(self.trial(origin, choice))
+                self.progress("joint check", number + 1, len(candidates))
+            trials += self.swaps(_best(trials))
+        front, others = list[Trial](), list[Trial]()
+        if self.settings.pareto:
+            with self._timed("pareto"):
+                front, others = self.pareto(self.settings.pareto, trials)
+        ranked, finalists = sorted(trials, key=lambda trial: trial.joint), list[Trial]()
+        for trial in ranked:
+            if all(trial.plan != other.plan for other in finalists):  # placement may make one plan of two choices
+                finalists.append(trial)
+        evaluated = len(trials) + len(others)
+        tied = {
+            tie: found[0]
+            for tie, groups in self.ties().items()
+            if tie != "free" and (found := [trial for trial in ranked if _is_tied(trial.choice, groups)])
+        }
+        return Selection(finalists[: self.settings.finalists], ranked, front, evaluated, self.seconds, tied)
+
+    def measure_table(self, directory: Path) -> None:
+        """Fill the sensitivity table and read the losses off it, each measure scaled to mean 1."""
+        wanted = {
+            name: list(dict.fromkeys(spec for spec in options if spec is not None and not spec.is_dense))
+            for name, options in zip(self.names, self.options, strict=True)
+        }
+        table = self.table = measure(
+            self.probe,
+            self.calibration,
+            self.one_shot,
+            wanted,
+            directory,
+            progress=lambda part, total: self.progress("sensitivity", part, total),
+        )
+        rows = {(entry.weight, entry.option): entry for entry in table}
+        for kind in ("kl", "fisher"):
+            mean = float(np.mean([getattr(entry, kind) for entry in table] or [1.0])) or 1.0
+            self.losses[kind] = np.array(
+                [
+                    [
+                        np.inf
+                        if spec is None
+                        else 0.0
+                        if spec.is_dense
+                        else getattr(rows[name, str(spec)], kind) / mean
+                        for spec in options
+                    ]
+                    for name, options in zip(self.names, self.options, strict=True)
+                ]
+            )
+
+    def candidates(self, budget: int) -> dict[str, Choice]:
+        """Distinct choices within a budget of bits: the knapsack at several mixes, free, tied by role and tied by layer."""
+        found: dict[str, Choice] = {}
+        for tie, groups in self.ties().items():
+            for mix in np.linspace(0.0, 1.0, MIXES if tie == "free" else 3):
+                choice = self._solve(float(mix), groups, budget)
+                if choice is not None and choice not in found.values():
+                    found[f"{tie}, {mix:.1f} fisher"] = choice
+        return found
+
+    def pareto(self, compressions: Sequence[float], trials: Sequence[Trial]) -> tuple[list[Trial], list[Trial]]:
+        """(best trial at each of several compressions, every trial that this took), all from the one table.
+
+        A plan also serves every lower compression than its own, and so do `trials`: the front never crosses itself.
+        """
+        new: list[Trial] = []
+        for number, compression in enumerate(compressions):
+            choices = self.candidates(self._budget(compression))
+            new += [self.trial(f"{compression:.4f}: {origin}", choice) for origin, choice in choices.items()]
+            self.progress("pareto", number + 1, len(compressions))
+        front = [
+            _best([trial for trial in [*new, *trials] if self._cost(trial.choice) <= self._budget(compression)])
+            for compression in compressions
+        ]
+        return front, new
+
+    def swaps(self, best: Trial) -> list[Trial]:
+        """Hill climbing: two weights change options within the constraints, kept if that is jointly better."""
+        rng = random.Random(self.settings.seed)
+        seen, trials = {best.choice}, []
+        for number in range(self.settings.swaps):
+            self.progress("swaps", number + 1, self.settings.swaps)
+            moves = [self._random_move(best.choice, rng) for _ in range(200)]
+            moves = [move for move in moves if move not in seen and self.fits(move, self.budget)]
+            if not moves:
+                break
+            move = min(moves, key=self._predicted)
+            seen.add(move)
+            trial = self.trial(f"swap {number + 1}", move)
+            trials.append(trial)
+            best = _best([best, trial])
+        return trials
+
+    def paper(self, metric: str, samples: Sequence[Features], classes: Sequence[str] = ()) -> Selection:
+        """The authors' search: options tied by role, every combination in the budget scored one-shot by `metric`; `samples`
+        are the held-out ones, in the order of their batches.
+
+        As theirs, weights are projected by magnitude; unlike theirs, the score is on a slice of train, and ties of the
+        metric go to the smaller divergence.
+        """
+        roles = self.ties()["by role"]
+        tied = itertools.product(range(len(self.menu)), repeat=len(roles))
+        choices = [self._spread(options, roles) for options in tied]
+        feasible = [choice for choice in choices if self.fits(choice, self.budget)]
+        scored = []
+        truth, score_of = label_array(samples), metric_named(metric, classes, group_array(samples))
+        with self._timed("enumeration"):
+            for number, choice in enumerate(feasible):
+                outputs = self._outputs(choice)
+                loss = self._divergence(outputs)
+                rows = [row for found in outputs for row in found.cpu().numpy()]
+                score = score_of(filled(rows, 0.0), truth)
+                scored.append((-score, loss / len(samples), choice))
+                self.progress("enumeration", number + 1, len(feasible))
+        trials = [
+            Trial(
+                f"paper {place + 1}, {metric} {-score:.4f}",
+                self.plan_of(choice),
+                choice,
+                -score,
+                loss,
+                self._reported_milliseconds(choice),
+            )
+            for place, (score, loss, choice) in enumerate(sorted(scored)[: self.settings.finalists])
+        ]
+        return Selection(trials, trials, [], len(feasible), self.seconds)
+
+    def trial(self, origin: str, choice: Choice) -> Trial:
+        """Evaluate a choice jointly on the held-out slice: mean divergence from the dense model, one-shot."""
+        total = self._divergence(self._outputs(choice))
+        samples = sum(len(batch["input_ids"]) for batch in self.held_out)
+        predicted, milliseconds = self._predicted(choice), self._reported_milliseconds(choice)
+        return Trial(origin, self.plan_of(choice), choice, predicted, total / samples, milliseconds)
+
+    def _divergence(self, outputs: Sequence[Tensor]) -> float:
+        """Summed over the held-out samples, from what the dense model says."""
+        pairs = zip(self.wanted, outputs, strict=True)
+        return sum(divergence(wanted, found, self.probe.link) for wanted, found in pairs)
+
+    def _outputs(self, choice: Choice) -> list[Tensor]:
+        """Logits of every held-out batch, with all weights compressed one-shot as chosen."""
+        weights = {name: self.one_shot(name, spec) for name, spec in self._specs(choice).items() if not spec.is_dense}
+        with self.probe.installed(weights):
+            return [self.probe.outputs(batch) for batch in self.held_out]
+
+    def _specs(self, choice: Choice) -> dict[str, WeightSpec]:
+        specs = {}
+        for name, options, option in zip(self.names, self.options, choice, strict=True):
+            spec = options[option]
+            assert spec is not None, f"{name} does not allow {self.menu[option]}"
+            specs[name] = spec
+        return specs
+
+    def plan_of(self, choice: Choice) -> CompressionPlan:
+        """The plan of a choice, with the output quantizers of the placement."""
+        attention = "int8" if self.settings.placement in INT8_ATTENTION else "float"
+        specs, embedding = self._specs(choice), self.settings.embedding
+        return CompressionPlan(self.family.model_type, specs, self.shapes, attention, embedding=embedding)
+
+    def ties(self) -> dict[str, list[list[int]]]:
+        """Groups of weights (by index) that must take the same option: none, those of one role, those of one layer."""
+        by_role: dict[str, list[int]] = {}
+        by_layer: dict[str, list[int]] = {}
+        for i, name in enumerate(self.names):
+            role = self.family.role(name)
+            by_role.setdefault(role, []).append(i)
+            by_layer.setdefault(name.removesuffix(f"{self.family.linears[role]}.weight"), []).append(i)
+        return {
+            "free": [[i] for i in range(len(self.names))],
+            "by role": list(by_role.values()),
+            "by layer": list(by_layer.values()),
+        }
+
+    def fits(self, choice: Choice, budget: int) -> bool:
+        """Whether a choice keeps to a budget of bits and to the latency limit."""
+        limit = self.settings.latency_ms
+        return self._cost(choice) <= budget and (limit is None or self._milliseconds(choice) <= limit)
+
+    def _solve(self, mix: float, groups: list[list[int]], budget: int) -> Choice | None:
+        """Knapsack over groups; with a latency limit, at about the lowest price of a millisecond that keeps to it.
+
+        None where nothing within the budget does. A price finds the best choice only of those on the convex hull of loss
+        against latency; the joint check and the swaps go on from there.
+        """
+        possible = np.array([[spec is not None for spec in options] for options in self.options])
+        losses = np.full(possible.shape, np.inf)
+        losses[possible] = (1 - mix) * self.losses["kl"][possible] + mix * self.losses["fisher"][possible]
+        choice = self._cheapest(losses, groups, budget)
+        if choice is None or self.fits(choice, budget):
+            return choice
+        least = self._least_latency(groups, budget)
+        if not self.fits(least, budget):
+            return None
+        low, high = 0.0, float(losses[possible].max()) / max(float(self.latency[possible].max()), 1e-12)
+        best = None
+        for _ in range(60):  # double the price until it is high enough, then close in
+            price = high if best is None else (low + high) / 2
+            choice = self._cheapest(losses + price * self.latency, groups, budget)
+            assert choice is not None
+            if self.fits(choice, budget):
+                best, high = choice, price
+            elif best is None:
+                low, high = high, 2 * high
+            else:
+                low = price
+        return best or least
+
+    def _cheapest(self, prices: np.ndarray, groups: list[list[int]], budget: int) -> Choice | None:
+        """The choice of least total price (weights, options) within the budget; None where nothing fits it."""
+        costs = [[sum(self.costs[i][o] for i in group) for o in range(len(self.menu))] for group in groups]
+        if sum(min(options) for options in costs) > budget:
+            return None
+        grouped = [[float(sum(prices[i][o] for i in group)) for o in range(len(self.menu))] for group in groups]
+        return self._spread(knapsack.choose(grouped, costs, budget), groups)
+
+    def _least_latency(self, groups: list[list[int]], budget: int) -> Choice:
+        choice = self._cheapest(self.latency, groups, budget)
+        assert choice is not None
+        return choice
+
+    def _require_reachable(self, budget: int) -> None:
+        """Raise `PlanError`, before anything is measured, where nothing keeps to the budget, the latency limit and the paper's
+        ties together."""
+        by_paper = self.settings.method == "paper"
+        groups = self.ties()["by role" if by_paper else "free"]
+        least = self._cheapest(self.latency, groups, budget)
+        tied = " that is the same for all matrices of a role" if by_paper else ""
+        if least is None:
+            raise PlanError(
+                f"no choice of options{tied} fits {budget // 8} bytes; lower the compression or add options"
+            )
+        if not self.fits(least, budget):
+            raise PlanError(
+                f"no choice of options{tied} fits {budget // 8} bytes and {self.settings.latency_ms} ms together; within the bytes "
+                f"the least is {self._milliseconds(least):.4g} ms: raise the latency limit or lower the compression"
+            )
+
+    def _latencies(self) -> np.ndarray:
+        """Milliseconds (weights, options) from the table by role and option, for all uses of a weight; zero without a limit."""
+        found = np.zeros((len(self.names), len(self.menu)))
+        if self.settings.latency_ms is None:
+            return found
+        for i, name in enumerate(self.names):
+            role = self.family.role(name)
+            for o, spec in enumerate(self.options[i]):
+                if spec is None:
+                    continue
+                try:
+                    found[i, o] = float(self.settings.latencies[role][str(spec)]) * self.probe.uses[name]
+                except (KeyError, TypeError, ValueError) as error:
+                    raise PlanError(
+                        f"the latency table has no number for {role} under {spec}; measure it, or drop the option from the menu"
+                    ) from error
+                if not 0 <= found[i, o] < np.inf:
+                    raise PlanError(
+                        f"the latency table says {found[i, o]} ms for {role} under {spec}; measure it again"
+                    )
+        return found
+
+    def _random_move(self, choice: Choice, rng: random.Random) -> Choice:
+        moved = list(choice)
+        for i in rng.sample(range(len(choice)), 2):
+            moved[i] = rng.choice([o for o, spec in enumerate(self.options[i]) if spec is not None])
+        return tuple(moved)
+
+    def _predicted(self, choice: Choice) -> float:
+        return float(sum(self.losses["kl"][i][o] + self.losses["fisher"][i][o] for i, o in enumerate(choice))) / 2
+
+    def _cost(self, choice: Choice) -> int:
+        return sum(self.costs[i][o] for i, o in enumerate(choice))
+
+    def _milliseconds(self, choice: Choice) -> float:
+        return float(sum(self.latency[i][o] for i, o in enumerate(choice)))
+
+    def _reported_milliseconds(self, choice: Choice) -> float | None:
+        return None if self.settings.latency_ms is None else self._milliseconds(choice)
+
+    @staticmethod
+    def _spread(options: Sequence[int], groups: Sequence[Sequence[int]]) -> Choice:
+        spread = [0] * sum(len(group) for group in groups)
+        for option, group in zip(options, groups, strict=True):
+            for i in group:
+                spread[i] = option
+        return tuple(spread)
+
+    def _placed(self, name: str, option: WeightSpec) -> WeightSpec | None:
+        """What a menu option means for a weight, with the quantizers of the placement; None where it is not allowed."""
+        if option.pattern and self.shapes[name][1] % option.pattern.m:
+            return None
+        placed = self.family.placed(name, option, self.settings.placement)
+        inside_attention = self.family.role(name) in ("query", "key", "value")
+        if self.settings.placement in INT8_ATTENTION and inside_attention and not placed.output_bits:
+            return None  # INT8 attention needs all three of them quantized
+        return placed
+
+    def _require_menu(self) -> None:
+        for name, options in zip(self.names, self.options, strict=True):
+            if not any(options):
+                out, in_ = self.shapes[name]
+                raise PlanError(
+                    f"{name} ({out}x{in_}) allows no option of the menu {', '.join(self.settings.menu)}; add dense, W8 or another "
+                    "pattern"
+                )
+        for o, option in enumerate(self.menu):
+            if not any(options[o] for options in self.options):
+                raise PlanError(f"no weight of this model allows the menu option {option}; drop it")
+
+    def _budget(self, compression: float | None, bytes_: int | None = None) -> int:
+        """Bits within a compression or a number of bytes; raises `PlanError` with the nearest that the menu reaches."""
+        total = sum(out * in_ for out, in_ in self.shapes.values()) * REFERENCE_BITS
+        budget = bytes_ * 8 if bytes_ is not None else math.floor((1 - (compression or 0.0)) * total)
+        least = sum(min(options) for options in self.costs)
+        if least > budget:
+            wanted = f"compression {compression}" if bytes_ is None else f"{bytes_} bytes"
+            nearest = math.floor((1 - least / total) * 1e4) / 1e4  # rounded down, so that asking for it works
+            raise PlanError(
+                f"{wanted} by counting {self.settings.counting} is out of reach of the menu {', '.join(self.settings.menu)}; "
+                f"the nearest feasible is compression {nearest:.4f} ({-(-least // 8)} bytes)"
+            )
+        return budget
+
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[step] = round(time.monotonic() - began, 3)
+
+
+_IMPOSSIBLE = 2**60  # cost of an option that a weight does not allow: no budget reaches it
+
+
+def _is_tied(choice: Choice, groups: Sequence[Sequence[int]]) -> bool:
+    """Whether all weights of a group have the same option, in every group."""
+    return all(len({choice[i] for i in group}) == 1 for group in groups)
+
+
+def _best(trials: Sequence[Trial]) -> Trial:
+    return min(trials, key=lambda trial: trial.joint)
+
+
+def write_trials(file: Path, trials: Sequence[Trial]) -> None:
+    """Write trials as CSV, in their order."""
+    rows = [{**trial.row(), "options": json.dumps(trial.plan.pattern_counts)} for trial in trials]
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,404 @@
+"""How much each (weight, option) hurts on its own: the table that the search decides from.
+
+Two measures, both with the weight compressed one-shot (second-order pruning, steps of least squared error) and its input
+quantized, everything else dense:
+
+``kl``      divergence of the model's outputs from the dense model's on calibration samples;
+``fisher``  ``sum_o f_o (w_o - z_o)^T E[x x^T] (w_o - z_o)`` with f_o the mean squared gradient of the loss at output o:
+            the second-order estimate of the loss, without a forward pass per entry.
+
+Memory does not depend on the number of samples: statistics are streamed, and for each encoder block the samples pass in
+chunks through the blocks before it once, and through the rest once per entry. Finished blocks are kept on disk, so an
+interrupted table goes on where it was. Under ``torchrun`` each process measures some of the blocks.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compressors import distributed
+from compressors.projections import mse_scale, project_nm
+from compressors.pruning.sparsegpt import prune
+from compressors.quantization.autograd import ACTIVATION_QMAX, ACTIVATION_QMIN
+from compressors.quantization.observers import HistogramObserver
+from compressors.training.distillation import squared_length, two_classes
+from nxm_export.contract.families import Family
+from nxm_export.contract.plan import NMPattern, WeightSpec
+from nxm_export.errors import ArtifactError, DataError
+
+Batches = Sequence[Mapping[str, Tensor]]
+COLUMNS = ("weight", "option", "kl", "fisher")
+_LEAST = -1e-9  # no divergence is negative but by rounding
+Options = Mapping[str, Sequence[WeightSpec]]  # what to measure, by weight
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table."""
+
+    weight: str
+    option: str
+    kl: float
+    fisher: float
+
+
+@dataclass
+class Statistics:
+    """What one pass over the calibration samples tells about a weight's layer.
+
+    `moments` is ``E[x x^T]`` (in, in) over real tokens, `fisher` the mean squared gradient of a sample's loss per output
+    channel (out,), `input_scale` the static INT8 scale of what it reads. Layers that read one tensor share `moments`.
+    Where a layer runs several times for one token (shared layers), `moments` is the mean and `fisher` the sum over them.
+    """
+
+    moments: Tensor
+    fisher: Tensor
+    input_scale: float
+
+
+class Probe:
+    """A dense model whose planned layers can be compressed one-shot and put back."""
+
+    def __init__(self, model: nn.Module, family: Family, config: Mapping[str, Any], link: str = "softmax") -> None:
+        self.model, self.family, self.link = model.eval(), family, link
+        self.weights = list(family.weights(config))
+        self.blocks = family.blocks(config)
+        self.device = next(model.parameters()).device
+        runs = family.runs(config)
+        # A model that runs a block more than once (shared layers) has no prefix that its weights leave alone.
+        self.repeats = len(self.blocks) != len(runs)
+        block_of = {weight: next(b for b in self.blocks if weight.startswith(f"{b}.")) for weight in self.weights}
+        self.uses = {weight: runs.count(block) for weight, block in block_of.items()}
+
+    def layer(self, weight: str) -> nn.Linear:
+        """The linear layer of a weight."""
+        found = self.model.get_submodule(weight.removesuffix(".weight"))
+        assert isinstance(found, nn.Linear)
+        return found
+
+    def statistics(self, batches: Batches, percentile: float) -> dict[str, Statistics]:
+        """Stream the calibration samples (with labels) through the dense model once, forward and backward.
+
+        Raises `DataError` for a model that is broken already: it names the weight that is, or that reads what is no number.
+        """
+        for weight in self.weights:
+            if not bool(torch.isfinite(self.layer(weight).weight).all()):
+                raise DataError(f"{weight} holds NaN or infinite values; the model is broken before compression")
+        sums, directions = _Sums(self), torch.Generator().manual_seed(0)
+        with sums.watching():
+            for batch in batches:
+                inputs = {key: value.to(self.device) for key, value in batch.items()}
+                sums.tokens = inputs["attention_mask"].bool()
+                sums.count += int(sums.tokens.sum())
+                self.model.zero_grad(set_to_none=True)
+                loss = self._loss(self.model(**inputs), directions)
+                if not bool(torch.isfinite(loss)):
+                    raise DataError(
+                        "the dense model's loss is no number on a calibration sample; check the model and its labels"
+                    )
+                (
+                    loss * len(inputs["input_ids"])
+                ).backward()  # a sum over samples: each gets the gradient of its own loss
+        self.model.zero_grad(set_to_none=True)
+        return sums.statistics(percentile)
+
+    @staticmethod
+    def _loss(found: Any, directions: torch.Generator) -> Tensor:
+        """The task's loss, a mean over samples. Embeddings have none; the mean squared gradient of a random direction's length
+        then stands for how far all of the vector moves."""
+        if found.loss is not None:
+            loss: Tensor = found.loss
+            return loss
+        direction = torch.randn(found.logits.shape, generator=directions).to(found.logits.device)
+        return (found.logits * direction).sum(-1).mean()
+
+    @contextmanager
+    def installed(self, weights: Mapping[str, tuple[Tensor, float | None]]) -> Iterator[None]:
+        """Inside the block, the given weights are in the model, and layers with a scale quantize their input."""
+        with ExitStack() as stack:
+            for name, (value, scale) in weights.items():
+                layer = self.layer(name)
+                stack.callback(setattr, layer.weight, "data", layer.weight.data)
+                layer.weight.data = value.to(layer.weight.dtype)
+                if scale is not None:
+                    handle = layer.register_forward_pre_hook(
+                        lambda _, args, scale=scale: (_quantized(args[0], scale), *args[1:])
+                    )
+                    stack.callback(handle.remove)
+            yield
+
+    @torch.no_grad()
+    def outputs(self, batch: Mapping[str, Tensor], start: int = 0, hidden: Tensor | None = None) -> Tensor:
+        """The model's first output for a batch (0 for tokens that are padding), from block `start` on if the hidden state before it is given."""
+        inputs = {key: value.to(self.device) for key, value in batch.items() if key != "labels"}
+        with self._starting_at(start, hidden):
+            found = self.model(**inputs)
+        return real_logits(found.logits, inputs["attention_mask"], self.link)
+
+    @torch.no_grad()
+    def hidden_before(self, batch: Mapping[str, Tensor], block: int) -> tuple[Tensor, Tensor]:
+        """(hidden state (batch, sequence, features) that encoder block `block` reads, the model's first output)."""
+        kept: list[Tensor] = []
+        handle = self.model.get_submodule(self.blocks[block]).register_forward_pre_hook(
+            lambda _, args: kept.append(args[0])
+        )
+        try:
+            outputs = self.outputs(batch)
+        finally:
+            handle.remove()
+        return kept[0], outputs
+
+    @contextmanager
+    def _starting_at(self, start: int, hidden: Tensor | None) -> Iterator[None]:
+        """Skip the blocks before `start`: they pass on what they get, and block `start` reads `hidden` instead."""
+        if hidden is None:
+            yield
+            return
+        with ExitStack() as stack:
+            for path in self.blocks[:start]:
+                block = self.model.get_submodule(path)
+                stack.callback(block.__dict__.pop, "forward")
+                block.forward = _pass_on  # type: ignore[method-assign]
+            first = self.model.get_submodule(self.blocks[start])
+            stack.callback(first.register_forward_pre_hook(lambda _, args: (hidden, *args[1:])).remove)
+            yield
+
+
+class OneShot:
+    """Every (weight, option) compressed without training, made when asked for and kept in as few bytes as it needs.
+
+    Patterns come from second-order pruning, or with `by_magnitude` from the largest weights alone.
+    """
+
+    def __init__(self, probe: Probe, statistics: Mapping[str, Statistics], *, by_magnitude: bool = False) -> None:
+        self.probe, self.statistics, self.by_magnitude = probe, statistics, by_magnitude
+        self._pruned: tuple[tuple[str, NMPattern], Tensor] | None = None
+        self._kept: dict[tuple[str, WeightSpec], tuple[Tensor, Tensor | None]] = {}
+
+    @torch.no_grad()
+    def __call__(self, weight: str, option: WeightSpec) -> tuple[Tensor, float | None]:
+        """(weight (out, in) float32, input scale or None): pruned, then rounded to the grid of least squared error."""
+        bare = replace(option, output_bits=None)
+        if (weight, bare) not in self._kept:
+            self._kept[weight, bare] = self._make(weight, bare)
+        values, scale = self._kept[weight, bare]
+        value = values.float() if scale is None else values.float() * scale
+        return value, self.statistics[weight].input_scale if option.input_bits else None
+
+    def _make(self, weight: str, option: WeightSpec) -> tuple[Tensor, Tensor | None]:
+        w = self.probe.layer(weight).weight.detach().float()
+        if option.pattern:
+            w = self._prune(weight, w, option.pattern)
+        if option.qmax is None:
+            return w.half(), None
+        scale = mse_scale(w, option.qmax)
+        return torch.round(w / scale).clamp_(-option.qmax, option.qmax).to(torch.int8), scale
+
+    def _prune(self, weight: str, w: Tensor, pattern: NMPattern) -> Tensor:
+        """The weight under a pattern; the last one stays, as options of one pattern differ in bits only."""
+        if self._pruned is None or self._pruned[0] != (weight, pattern):
+            moments = self.statistics[weight].moments
+            found = project_nm(w, pattern) if self.by_magnitude else prune(w, moments, pattern)
+            self._pruned = ((weight, pattern), found)
+        return self._pruned[1]
+
+
+def real_logits(logits: Tensor, attention_mask: Tensor, link: str) -> Tensor:
+    """Logits in float32; those of tokens (batch, sequence, classes) are 0 where the mask is, but for spans, whose padding is
+    far below all others."""
+    by_token = logits.dim() == 3 and link != "span"
+    return logits.float() * attention_mask[..., None] if by_token else logits.float()
+
+
+class _Sums:
+    """Streaming sums of a statistics pass."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+        self.tokens: Tensor | None = None
+        self.count = 0  # tokens
+        self.moments: dict[str, Tensor] = {}
+        self.fisher: dict[str, Tensor] = {}
+        self.observers: dict[str, HistogramObserver] = {}
+        self.leader = {weight: self._leader(weight) for weight in probe.weights}
+
+    def _leader(self, weight: str) -> str:
+        """Key and value read what query reads: its statistics serve them."""
+        family = self.probe.family
+        role = family.role(weight)
+        if role in ("key", "value"):
+            return weight.replace(family.linears[role], family.linears["query"])
+        return weight
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for weight in self.probe.weights:
+                layer = self.probe.layer(weight)
+                stack.callback(layer.register_full_backward_hook(self._backward(weight)).remove)
+                if self.leader[weight] == weight:
+                    stack.callback(layer.register_forward_pre_hook(self._forward(weight)).remove)
+            yield
+
+    def _forward(self, weight: str) -> Callable[..., None]:
+        observer = self.observers[weight] = HistogramObserver()
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach()[self.tokens].float()  # (tokens, in)
+            try:
+                observer.observe(x)
+            except DataError as error:
+                raise DataError(f"{weight}: {error}") from error
+            self.moments[weight] = x.T @ x + self.moments.get(weight, torch.zeros((), device=x.device))
+
+        return hook
+
+    def _backward(self, weight: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, grads: tuple[Tensor, ...]) -> None:
+            g = grads[0].detach()[self.tokens].float()  # (tokens, out)
+            self.fisher[weight] = g.square().sum(dim=0) + self.fisher.get(weight, torch.zeros((), device=g.device))
+
+        return hook
+
+    def statistics(self, percentile: float) -> dict[str, Statistics]:
+        if not self.count:
+            raise DataError("the calibration set is empty; give at least one sample that is not padding")
+        return {
+            weight: Statistics(
+                self.moments[leader] / (self.count * self.probe.uses[weight]),
+                self.fisher[weight] / self.count,
+                self.observers[leader].scale(ACTIVATION_QMAX, percentile),
+            )
+            for weight, leader in self.leader.items()
+        }
+
+
+def divergence(wanted: Tensor, found: Tensor, link: str = "softmax") -> float:
+    """Summed KL(wanted || found) of class logits (..., classes), or, by the task's `link`, of labels each for itself;
+    squared error of scores, and of vectors relative to their squared length."""
+    wanted, found = wanted.double(), found.double()  # in float32 small divergences come out negative
+    if link == "vector":
+        return float(((wanted - found).square().sum(-1) / squared_length(wanted)).sum())
+    if link == "identity":
+        return float((wanted - found).square().sum())
+    if link == "sigmoid":
+        wanted, found = two_classes(wanted), two_classes(found)
+    if link == "span":  # (batch, sequence, 2): positions compete
+        wanted, found = wanted.transpose(1, 2), found.transpose(1, 2)
+    target = wanted.log_softmax(dim=-1)
+    return float(functional.kl_div(found.log_softmax(dim=-1), target, log_target=True, reduction="sum"))
+
+
+def measure(
+    probe: Probe,
+    batches: Batches,
+    one_shot: OneShot,
+    options: Options,
+    directory: Path,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Entry]:
+    """The table of all weights and their options, in that order.
+
+    Every process adds what it measures, block by block, to a file of its own in `directory`, which is to belong to this
+    model, these samples and these options; what the files hold already is not measured again.
+    """
+    if not any(len(batch["input_ids"]) for batch in batches):
+        raise DataError("the calibration set is empty")
+    earlier = {file: read_table(file) for file in sorted(directory.glob(_part_name("*")))}
+    distributed.wait()  # everyone has read the parts before anyone goes on writing one
+    found = {(entry.weight, entry.option): entry for part in earlier.values() for entry in part}
+    missing = []
+    for block in range(len(probe.blocks)):
+        weights = [weight for weight in probe.weights if weight.startswith(f"{probe.blocks[block]}.")]
+        if any((weight, str(option)) not in found for weight in weights for option in options[weight]):
+            missing.append((block, weights))
+    own_file = directory / _part_name(str(distributed.rank()))
+    own, new = list(earlier.get(own_file, [])), list[Entry]()
+    done = len(probe.blocks) - len(missing)
+    for number, (block, weights) in enumerate(missing[distributed.rank() :: distributed.world_size()]):
+        new += _measure_block(probe, batches, one_shot, {weight: options[weight] for weight in weights}, block)
+        write_table(own_file, own + new)
+        progress(min(done + (number + 1) * distributed.world_size(), len(probe.blocks)), len(probe.blocks))
+    found |= {(entry.weight, entry.option): entry for entry in distributed.gathered(new)}
+    return [found[weight, str(option)] for weight in probe.weights for option in options[weight]]
+
+
+def _part_name(rank: str) -> str:
+    return f"sensitivity-{rank}.csv"
+
+
+def _measure_block(probe: Probe, batches: Batches, one_shot: OneShot, options: Options, block: int) -> list[Entry]:
+    candidates = {
+        (weight, str(option)): one_shot(weight, option) for weight, menu in options.items() for option in menu
+    }
+    totals = dict.fromkeys(candidates, 0.0)
+    start = 0 if probe.repeats else block
+    for batch in batches:
+        hidden, wanted = probe.hidden_before(batch, start) if start else (None, probe.outputs(batch))
+        for key, candidate in candidates.items():
+            with probe.installed({key[0]: candidate}):
+                totals[key] += divergence(wanted, probe.outputs(batch, start, hidden), probe.link)
+    samples = sum(len(batch["input_ids"]) for batch in batches)
+    entries = []
+    for (weight, option_name), (z, _) in candidates.items():
+        difference = (probe.layer(weight).weight.detach().float() - z).double()
+        found = one_shot.statistics[weight]
+        per_output = ((difference @ found.moments.double()) * difference).sum(dim=1)  # (out,)
+        fisher = float((per_output * found.fisher.double()).sum())
+        kl = totals[weight, option_name] / samples
+        if not (math.isfinite(kl) and math.isfinite(fisher)):
+            raise DataError(
+                f"{weight} under {option_name}: its sensitivity is {kl if not math.isfinite(kl) else fisher}; the model overflows on "
+                "the calibration samples: leave the option out of the menu, or check the model"
+            )
+        entries.append(Entry(weight, option_name, kl, fisher))
+    return entries
+
+
+def write_table(file: Path, table: Iterable[Entry]) -> None:
+    """Write the table as CSV, old or new, never half."""
+    scratch = file.with_name(f".{file.name}.partial")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with scratch.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(COLUMNS)
+        writer.writerows([entry.weight, entry.option, repr(entry.kl), repr(entry.fisher)] for entry in table)
+    scratch.replace(file)
+
+
+def read_table(file: Path) -> list[Entry]:
+    """Read a table; raises `ArtifactError` when it is none, torn, or holds what no measurement gives."""
+    try:
+        with file.open(encoding="utf-8", newline="") as stream:
+            text = stream.read()
+        reader = csv.DictReader(text.splitlines())
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"columns {reader.fieldnames}")
+        if not text.endswith("\n"):
+            raise ValueError("its last line is torn")
+        table = [Entry(row["weight"], row["option"], float(row["kl"]), float(row["fisher"])) for row in reader]
+        for entry in table:
+            if not all(math.isfinite(value) and value > _LEAST for value in (entry.kl, entry.fisher)):
+                raise ValueError(f"{entry.weight} under {entry.option}: kl {entry.kl}, fisher {entry.fisher}")
+        return table
+    except (OSError, ValueError, TypeError) as error:
+        raise ArtifactError(f"{file}: not a sensitivity table ({error}); delete it to measure again") from error
+
+
+def _quantized(x: Tensor, scale: float) -> Tensor:
+    return torch.round(x / scale).clamp_(ACTIVATION_QMIN, ACTIVATION_QMAX) * scale
+
+
+def _pass_on(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden

@@ -1,0 +1,93 @@
+"""What a search is asked: menu, budget, and how many samples it may spend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from nxm_export.contract.families import ROLES
+from nxm_export.contract.plan import COUNTINGS
+from nxm_export.errors import DataError, PlanError
+
+DEFAULT_MENU = ("2:4+W4", "W4", "2:4+W8", "W8", "dense")
+METHODS = ("nxm", "paper")
+MIN_SAMPLES, MAX_SAMPLES = 8, 256  # calibration samples, and as many again to judge
+# Together they make a search cost 9 to 10 % of a compression run: a training sample costs 1.1 to 1.2 forward passes of the search
+# where training is bfloat16 and the search float32 (AVX-512 CPUs, `nxm search` on CoLA, rotten tomatoes and MRPC), about four
+# where both are float32.
+COST_SHARE = 0.055
+_TRAINING_PASSES = 2
+MIXES = 11  # weights of the two sensitivities that candidates are made for
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What to search for, and how long.
+
+    The budget is `compression` (1 - compressed/FP32 over the planned weights) by `counting`, or `bytes` by the same
+    counting. `latency_ms`, with `latencies`, adds a second constraint: milliseconds per (role, option). `pareto` are
+    further compressions to report from the same table, `halving` the optimizer steps of each round of short runs, after
+    which the better half of the finalists stays. `samples` to calibrate on and samples to be held out and judge are chosen
+    so that the search takes about a tenth of a compression run, where they are not given (see `passes`). `embedding` is that
+    of every plan: the table is no part of what is searched, and the one-shot scores leave it in float.
+    """
+
+    menu: tuple[str, ...] = DEFAULT_MENU
+    counting: str = "hw"
+    compression: float | None = 0.875
+    bytes: int | None = None
+    method: str = "nxm"
+    samples: int | None = None
+    held_out: int | None = None
+    swaps: int = 40
+    finalists: int = 4
+    halving: tuple[int, ...] = ()
+    pareto: tuple[float, ...] = ()
+    batch_size: int = 8  # so few samples differ too much in length for larger ones: padding would cost a fifth
+    percentile: float = 99.99
+    placement: str = "inputs-outputs"
+    embedding: str = "float"
+    seed: int = 0
+    latency_ms: float | None = None
+    latencies: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise PlanError(f"unknown search method {self.method!r}; choose one of {', '.join(METHODS)}")
+        if self.counting not in COUNTINGS:
+            raise PlanError(f"unknown counting {self.counting!r}; choose one of {', '.join(COUNTINGS)}")
+        if (self.compression is None) == (self.bytes is None):
+            raise PlanError("give either a compression or a number of bytes")
+        for compression in (*self.pareto, *([] if self.compression is None else [self.compression])):
+            if not 0 < compression < 1:
+                raise PlanError(f"compression is a share between 0 and 1, as in 0.875; got {compression}")
+        for count in (self.samples, self.held_out):
+            if count is not None and count < MIN_SAMPLES:
+                raise DataError(
+                    f"the search needs at least {MIN_SAMPLES} calibration and {MIN_SAMPLES} held-out samples, got {count}"
+                )
+        if any(steps < 1 for steps in self.halving):
+            raise PlanError("a round of short runs (--halving) has at least 1 step")
+        if (self.latency_ms is None) == bool(self.latencies):
+            raise PlanError("a latency limit and a latency table go together (--latency-ms, --latency-table)")
+        if self.pareto and self.method == "paper":
+            raise PlanError("the paper's search has no table to take further compressions from; drop --pareto")
+
+    def passes(self, blocks: int) -> float:
+        """Forward passes per calibration and held-out sample that the search takes, for a model of that many blocks."""
+        quantized = sum(option.strip().lower() != "dense" for option in self.menu)
+        table = len(ROLES) * quantized * (blocks + 1) / 2 + blocks  # an entry of block b runs the blocks from b on
+        joint = MIXES + 2 * 3 + self.swaps
+        return table + joint * (1 + len(self.pareto) / 2)
+
+    def sized(self, blocks: int, available: int, trained: int) -> SearchSettings:
+        """These settings with both numbers of samples, for `available` samples and a run that trains on `trained` in all.
+
+        The paper's enumeration costs what it costs, and gets as many samples as allowed.
+        """
+        count = MAX_SAMPLES
+        if self.method == "nxm":
+            count = min(count, int(COST_SHARE * trained * _TRAINING_PASSES / self.passes(blocks)))
+        count = max(2 * MIN_SAMPLES, count)
+        count = min(count, max(MIN_SAMPLES, available // 4))
+        return replace(self, samples=self.samples or count, held_out=self.held_out or count)

@@ -1,0 +1,1 @@
+"""Fine-tuning and compression: the phases, the trainer, and what they learn from."""

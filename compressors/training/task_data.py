@@ -1,0 +1,60 @@
+"""The data of one task, tokenized, with the classes that belong to the model's head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from compressors.models import Source, max_length
+from compressors.settings import Settings
+from nxm_export.contract.tasks import Task
+from nxm_export.data.examples import Columns, Examples, Features, encode
+from nxm_export.data.label_kinds import LABELS, labelled, load_labelled, names_for
+from nxm_export.errors import DataError
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Training and evaluation data of one task, tokenized."""
+
+    task: Task
+    train: list[Features]
+    dev: list[Features]
+    pad_id: int
+    classes: list[str] | None
+
+
+def read_task_data(
+    source: Source,
+    task: Task,
+    train: str,
+    dev: str | None,
+    settings: Settings,
+    columns: Columns,
+    tokenizer: Any,
+    train_limit: int | None = None,
+) -> TaskData:
+    """Read and tokenize train and, if given, dev; class names come from the model's head where it fits, else from train.
+
+    Sets the tokenizer's maximum length, which is saved with the model.
+    """
+    raw = load_labelled(train, "train", columns, task)
+    classes = names_for(raw, task, source.classes() if source.head_fits(task) else None)
+    length = tokenizer.model_max_length = max_length(source, tokenizer, task, settings.max_length)
+
+    def tokens(examples: Examples) -> list[Features]:
+        return encode(tokenizer.backend_tokenizer, examples, length, source.family.inputs)
+
+    examples = labelled(raw, task, classes)
+    if train_limit:
+        examples = examples.sample(train_limit, settings.seed)
+    held_out: list[Features] = []
+    if dev is not None:
+        raw_dev = load_labelled(dev, "dev", columns, task)
+        if not LABELS[task.label].separate and (raw.pairs is None) != (raw_dev.pairs is None):
+            raise DataError(
+                f"{raw.source} and {raw_dev.source} differ: only one of them has a second text; "
+                "name the columns with --text and --text-pair"
+            )
+        held_out = tokens(labelled(raw_dev, task, classes))
+    return TaskData(task, tokens(examples), held_out, int(tokenizer.pad_token_id or 0), classes)

@@ -1,0 +1,401 @@
+"""One training phase on `transformers.Trainer`: what is trained, in which order the data comes, what is logged and saved.
+
+The Trainer brings accumulation, mixed precision, logging, checkpoints and ``torchrun``. This module adds
+
+* `Student`: the model with its losses (task, distillation), so that the Trainer sees an ordinary module whose state
+  includes ADMM's Z and U, masks, ranges and steps;
+* a data order that is written down before training starts (`schedule`), so that a resumed run, or one on several
+  processes, sees the same batches;
+* callbacks for progress, the JSON-lines log, completeness of checkpoints, and NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from compressors.distributed import wait, world_size
+from compressors.pruning.admm import Admm
+from compressors.quantization.fake_quant import quant_linears
+from compressors.training.augmentation import augmented
+from compressors.training.distillation import AGREEMENT, hidden_loss
+from nxm_export.data.examples import NO_LABEL, Features, filled, label_array, pad, sorted_batches
+from nxm_export.errors import DataError
+
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+LOG_FILE = "train_log.jsonl"
+_PAD_TO = "pad_to"  # of a sample: the length of its whole batch, of which this process may have a part
+COMPLETE = "nxm_complete"  # marks a training checkpoint that was written to its end
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Weights of the loss terms: the task's own, the teacher's logits, the teacher's hidden states."""
+
+    task: float = 1.0
+    logits: float = 0.0
+    hidden: float = 0.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training phase. `steps` are optimizer steps of `batch_size` samples (all processes together)."""
+
+    name: str
+    steps: int
+    learning_rate: float
+    batch_size: int = 32
+    warmup: float = 0.06
+    weight_decay: float = 0.01
+    scheduler: str = "linear"
+    losses: Losses = Losses()
+    step_learning_rate: float | None = None  # of quantizer steps; None = learning_rate
+
+
+class Student(nn.Module):
+    """A model with its losses. `teacher` is held outside the module tree: it is neither trained nor saved."""
+
+    accepts_loss_kwargs = False  # read by the Trainer: the loss is a plain mean over the batch
+
+    def __init__(
+        self, model: nn.Module, losses: Losses, teacher: nn.Module | None, admm: Admm | None, link: str = "softmax"
+    ) -> None:
+        super().__init__()
+        self._agree, self._by_token = AGREEMENT[link], link != "span"
+        self.model, self.losses, self.admm = model, losses, admm
+        self._teacher = [teacher] if teacher is not None else []
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """Loss and logits of a padded batch with ``labels``."""
+        deep = self.losses.hidden > 0
+        wanted = None
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        if self.losses.task == 0:
+            batch = inputs
+        if self._teacher:  # first: what it needs on its way is free again before the student keeps its activations
+            with torch.no_grad():
+                wanted = self._teacher[0](**inputs, output_hidden_states=deep)
+        found = self.model(**batch, output_hidden_states=deep and wanted is not None)
+        loss = found.logits.new_zeros(()) if found.loss is None else self.losses.task * found.loss
+        if wanted is not None:
+            ours, theirs = found.logits, wanted.logits
+            if ours.dim() == 3 and self._by_token:  # (batch, sequence, classes): padding says nothing
+                real = batch["attention_mask"].bool()
+                ours, theirs = ours[real], theirs[real]
+            loss = loss + self.losses.logits * self._agree(ours, theirs)
+            if deep:
+                loss = loss + self.losses.hidden * hidden_loss(
+                    found.hidden_states, wanted.hidden_states, batch["attention_mask"]
+                )
+        return {"loss": loss, "logits": found.logits}
+
+
+def schedule(features: Sequence[Features], steps: int, batch_size: int, seed: int) -> list[int]:
+    """The order of samples for a whole phase: shuffled per epoch, batches of similar length, as indices.
+
+    Within a window of 50 batches samples are sorted by length, then the batches are shuffled again: little padding, and
+    still random. The order depends on the data, the sizes and the seed only.
+    """
+    rng = random.Random(seed)
+    order: list[int] = []
+    while len(order) < steps * batch_size:
+        epoch = rng.sample(range(len(features)), len(features))
+        window = 50 * batch_size
+        batches = []
+        for start in range(0, len(epoch), window):
+            chunk = sorted(epoch[start : start + window], key=lambda i: (len(features[i]["input_ids"]), i))
+            batches += [chunk[at : at + batch_size] for at in range(0, len(chunk), batch_size)]
+        rng.shuffle(batches)
+        order += [i for batch in batches if len(batch) == batch_size or len(features) < batch_size for i in batch]
+    return order[: steps * batch_size]
+
+
+def _in_batches(features: Sequence[Features], order: Sequence[int], batch_size: int) -> list[dict[str, Any]]:
+    """The samples in their order, each with the length of the longest in its batch, to which every process pads its part."""
+    samples = []
+    for start in range(0, len(order), batch_size):
+        batch = [features[i] for i in order[start : start + batch_size]]
+        longest = max(len(sample["input_ids"]) for sample in batch)
+        samples += [{**sample, _PAD_TO: longest} for sample in batch]
+    return samples
+
+
+def run_phase(
+    model: nn.Module,
+    features: Sequence[Features],
+    pad_id: int,
+    phase: Phase,
+    *,
+    work_dir: Path,
+    seed: int,
+    precision: str = "auto",
+    teacher: nn.Module | None = None,
+    admm: Admm | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: Progress = lambda what, done, total: None,
+    save_every: int | None = None,
+    link: str = "softmax",
+    augment: float = 0.0,
+) -> None:
+    """Train `model` in place for one phase; `link` is the task's, see `nxm_export.contract.tasks.Task`; `augment` is the share of
+    distorted samples (`compressors.training.augmentation`).
+
+    Resumes from the newest complete checkpoint in ``work_dir/phase.name``; a phase that was finished is loaded.
+    """
+    set_seed(seed)
+    directory, finished = work_dir / phase.name, work_dir / f"{phase.name}.safetensors"
+    student = Student(model, phase.losses, teacher, admm, link)
+    if finished.is_file():
+        student.load_state_dict(load_file(finished))
+        progress(phase.name, phase.steps, phase.steps)
+        return
+    resume = _newest_complete(directory)
+    arguments = training_arguments(phase, directory, seed, precision, save_every)
+    # Steps of weights that the forward pass leaves in float have no gradient, and DDP wants to be told.
+    arguments.ddp_find_unused_parameters = any(
+        layer.spec.weight_bits and not layer.quantize_weight for layer in quant_linears(model).values()
+    )
+    student.to(arguments.device)
+    if teacher is not None:
+        teacher.eval().to(arguments.device)
+    order = schedule(features, phase.steps, phase.batch_size, seed)
+    if augment:
+        features, order = augmented(features, order, phase.batch_size, augment, seed)
+    log = JsonLog(work_dir / LOG_FILE, phase.name)
+    trainer = Trainer(
+        model=student,
+        args=arguments,
+        train_dataset=_in_batches(features, order, phase.batch_size),  # type: ignore[arg-type]  # any sequence will do
+        data_collator=lambda samples: collate(samples, pad_id),
+        optimizers=(_optimizer(student, phase), None),  # type: ignore[arg-type]  # the schedule is the Trainer's
+        callbacks=[log, _ProgressCallback(phase, progress), *callbacks, _CompleteCallback()],
+    )
+    trainer.remove_callback(_printer())
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.accelerator.wait_for_everyone()  # each lists the directory as its training ends
+    if trainer.is_world_process_zero():
+        partial = finished.with_suffix(".partial")
+        save_file({name: tensor.contiguous() for name, tensor in student.state_dict().items()}, partial)
+        partial.replace(finished)
+        shutil.rmtree(directory, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def training_arguments(
+    phase: Phase, directory: Path, seed: int, precision: str, save_every: int | None
+) -> TrainingArguments:
+    """Arguments of a phase for this machine; `batch_size` is divided over the processes of ``torchrun``."""
+    world = world_size()
+    if phase.batch_size % world:
+        raise DataError(f"batch size {phase.batch_size} is not divisible by {world} processes")
+    cpu = not torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(directory),
+        max_steps=phase.steps,
+        per_device_train_batch_size=phase.batch_size // world,
+        learning_rate=phase.learning_rate,
+        lr_scheduler_type=phase.scheduler,
+        warmup_steps=math.ceil(phase.warmup * phase.steps),
+        weight_decay=phase.weight_decay,
+        max_grad_norm=1.0,
+        bf16=wants_bf16(precision),
+        use_cpu=cpu,
+        train_sampling_strategy="sequential",  # the order is already in the data
+        remove_unused_columns=False,
+        dataloader_pin_memory=not cpu,
+        logging_steps=max(1, phase.steps // 100),
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=save_every or max(1, phase.steps),
+        save_total_limit=1,
+        seed=seed,
+        report_to=[],
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+    )
+
+
+def wants_bf16(precision: str) -> bool:
+    """Whether to train under bfloat16 autocast: as asked (``fp32``, ``bf16``), or where the hardware multiplies it."""
+    if precision not in ("auto", "fp32", "bf16"):
+        raise DataError(f"precision must be auto, fp32 or bf16, got {precision!r}")
+    if precision != "auto":
+        return precision == "bf16"
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16")) if hasattr(torch.cpu, "get_capabilities") else False
+
+
+def collate(samples: Sequence[Features], pad_id: int) -> dict[str, Tensor]:
+    """Pad samples to the longest of the batch; labels become int64 classes or float32 scores, or the place of the answer
+    (batch, 2).
+
+    Labels of tokens are padded like the tokens, with `NO_LABEL`.
+    """
+    longest = samples[0].get(_PAD_TO)
+    samples = [{name: value for name, value in sample.items() if name != _PAD_TO} for sample in samples]
+    batch = {name: torch.from_numpy(array) for name, array in pad(samples, pad_id, longest).items()}
+    if "span" in samples[0]:
+        batch["labels"] = torch.tensor([sample["span"] for sample in samples])
+    elif "labels" in samples[0]:
+        labels = torch.from_numpy(label_array(samples))
+        if labels.dim() == 2 and not labels.is_floating_point():
+            width = batch["input_ids"].shape[1]
+            labels = nn.functional.pad(labels, (0, width - labels.shape[1]), value=NO_LABEL)
+        batch["labels"] = labels.float() if labels.is_floating_point() else labels
+    return batch
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    features: Sequence[Features],
+    pad_id: int,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Logits of every sample, float32, in the order of `features`; float32 arithmetic, no dropout.
+
+    Those of tokens are (samples, longest sequence, classes), 0 for padding.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    batches = sorted_batches(features, batch_size)
+    found: list[tuple[int, np.ndarray]] = []
+    for number, indices in enumerate(batches):
+        batch = collate([features[i] for i in indices], pad_id)
+        batch.pop("labels", None)
+        logits = model(**{key: value.to(device) for key, value in batch.items()}).logits
+        rows = logits.float().cpu().numpy()
+        if rows.ndim == 3:  # a row for every token: without those of padding
+            rows = [row[: len(features[i]["input_ids"])] for row, i in zip(rows, indices, strict=True)]
+        found += zip(indices, rows, strict=True)
+        if progress:
+            progress(number + 1, len(batches))
+    model.train(was_training)
+    return filled([logits for _, logits in sorted(found, key=lambda item: item[0])], 0.0)
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, features: Sequence[Features], pad_id: int, *, batch_size: int = 64) -> float:
+    """Mean task loss of labelled samples, without dropout."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    total = 0.0
+    for indices in sorted_batches(features, batch_size):
+        batch = collate([features[i] for i in indices], pad_id)
+        total += float(model(**{key: value.to(device) for key, value in batch.items()}).loss) * len(indices)
+    model.train(was_training)
+    return total / len(features)
+
+
+def _optimizer(student: Student, phase: Phase) -> torch.optim.Optimizer:
+    """AdamW; no weight decay on biases, norms and quantizer steps, and a learning rate of their own for the steps."""
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    steps: list[nn.Parameter] = []
+    for name, parameter in student.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.endswith("log_scale"):
+            steps.append(parameter)
+        else:
+            (decay if parameter.dim() > 1 else plain).append(parameter)
+    groups = [
+        {"params": decay, "weight_decay": phase.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+        {"params": steps, "weight_decay": 0.0, "lr": phase.step_learning_rate or phase.learning_rate},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=phase.learning_rate, fused=True)
+
+
+def _newest_complete(directory: Path) -> Path | None:
+    """The newest training checkpoint that was written to its end; incomplete ones are removed."""
+    found: list[tuple[int, Path]] = []
+    for path in directory.glob("checkpoint-*"):
+        if (path / COMPLETE).is_file():
+            found.append((int(path.name.rpartition("-")[2]), path))
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    return max(found)[1] if found else None
+
+
+class JsonLog(TrainerCallback):
+    """Appends metrics to ``train_log.jsonl``; a resumed phase first drops what it will log again."""
+
+    def __init__(self, file: Path, phase: str) -> None:
+        self.file, self.phase = file, phase
+
+    def write(self, step: int, **values: Any) -> None:
+        """Append one line."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"phase": self.phase, "step": step, **values}) + "\n")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Drop this phase's lines beyond the step that it starts from."""
+        if not state.is_world_process_zero or not self.file.is_file():
+            return
+        lines = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines() if _is_json(line)]
+        kept = [line for line in lines if line["phase"] != self.phase or line["step"] <= state.global_step]
+        self.file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
+        """Log, and stop at a loss that is no number."""
+        logs = logs or {}
+        loss = logs.get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise DataError(
+                f"the loss is {loss} at step {state.global_step} of phase {self.phase!r}; lower the learning rate, or try --precision fp32"
+            )
+        if state.is_world_process_zero and loss is not None:
+            values = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+            self.write(state.global_step, **values)
+
+
+class _ProgressCallback(TrainerCallback):
+    def __init__(self, phase: Phase, progress: Progress) -> None:
+        self.phase, self.progress = phase, progress
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress(self.phase.name, state.global_step, self.phase.steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress(self.phase.name, state.global_step, self.phase.steps)
+
+
+class _CompleteCallback(TrainerCallback):
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        wait()  # each writes the state of its random numbers
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False  # the last line of a killed run may be cut
+    return True
+
+
+def _printer() -> type[TrainerCallback]:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback

@@ -1,0 +1,150 @@
+"""Which CPU backend is the fastest here, for these shapes? Built with each, timed interleaved, and the winner kept.
+
+The candidates are the installed ones of `CPU_BACKENDS`, in that order. The first is the reference; another wins only when it
+is faster beyond noise: when the geometric mean over the shapes of its speed-ups lies above 1, and that of the lower ends
+of their 95 % intervals, too. A shape that is given twice counts twice, so that a mix of shapes can be said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines.base import CPU_BACKENDS, BuildOptions, Engine, backend, spec_of
+from engines.benchmark.latency import VOCABULARY, BenchReport, bench, feeds_for
+from nxm_export.errors import EngineError, EngineUnavailable
+
+NAME = "auto"
+SHAPES = ((1, 32), (1, 128), (8, 32), (8, 128))  # (batch, sequence), unless the user says others
+ROUNDS = 15
+
+Measure = Callable[[Mapping[str, Engine], Sequence[tuple[int, int]]], BenchReport]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A candidate: median milliseconds by shape, and its speed-up over the first as a geometric mean with lower and upper end."""
+
+    backend: str
+    latency_ms: tuple[float, ...]
+    speedup: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that was kept, why, and what was measured; `left_out` says why other backends were no candidates."""
+
+    backend: str
+    why: str
+    shapes: tuple[tuple[int, int], ...]
+    rows: tuple[Row, ...]
+    left_out: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form of the passport's ``options.auto`` and of ``--json``."""
+        return asdict(self)
+
+
+def build_candidates(onnx: Path, work: Path, options: BuildOptions) -> tuple[dict[str, Path], dict[str, str]]:
+    """Build `onnx` with every CPU backend into a directory of `work` each; (directories, why others are left out).
+
+    A backend that is missing here is left out, one that refuses the graph, too, with its words; with none left the first
+    one's error is raised.
+    """
+    built: dict[str, Path] = {}
+    left_out: dict[str, str] = {}
+    errors = []
+    for name in CPU_BACKENDS:
+        directory = work / name
+        directory.mkdir()
+        try:
+            backend(name).build(onnx, directory, options)
+        except EngineError as error:
+            errors.append(error)
+            left_out[name] = str(error)
+        else:
+            built[name] = directory
+    if not built:
+        real = [error for error in errors if not isinstance(error, EngineUnavailable)]
+        raise (real or errors)[0]
+    return built, left_out
+
+
+def choose(
+    engines: Mapping[str, Path],
+    left_out: Mapping[str, str],
+    shapes: Sequence[tuple[int, int]] | None = None,
+    *,
+    threads: int | None = None,
+    measure: Measure | None = None,
+) -> Choice:
+    """Time engine directories by `measure` (`engines.benchmark.latency`, unless another is given) and say which to keep.
+
+    Without `shapes` they are `SHAPES`, shortened to what the model takes. An engine whose outputs are not finite is left
+    out. Raises `EngineError` for shapes that the model does not take, and when no engine is left.
+    """
+    spec = spec_of(next(iter(engines.values())))
+    wanted = tuple(shapes or dict.fromkeys((b, min(s, spec.max_length) if spec else s) for b, s in SHAPES))
+    vocabulary = min(VOCABULARY, spec.limits.get("input_ids", VOCABULARY)) if spec else VOCABULARY
+    refused = dict(left_out)
+    with ExitStack() as stack:
+        loaded: dict[str, Engine] = {}
+        for name, directory in engines.items():
+            engine = stack.enter_context(backend(name).load(directory, **({"threads": threads} if threads else {})))
+            outputs = engine.run(feeds_for(engine, *wanted[0], vocabulary, 0))
+            if all(np.isfinite(array).all() for array in outputs.values()):
+                loaded[name] = engine
+            else:
+                refused[name] = "its outputs are not finite"
+        if not loaded:
+            raise EngineError(f"no backend gives finite outputs: {', '.join(refused)}; run `nxm compare --bisect`")
+        if measure is None:
+            report = bench(loaded, tuple(dict.fromkeys(wanted)), rounds=ROUNDS, vocabulary=vocabulary)
+        else:
+            report = measure(loaded, wanted)
+    return judge(report, wanted, refused)
+
+
+def judge(report: BenchReport, shapes: Sequence[tuple[int, int]], left_out: Mapping[str, str]) -> Choice:
+    """The choice that timings of candidates (in order, the reference first) lead to."""
+    timings: dict[str, dict[tuple[int, int], float]] = {}
+    for timing in report.timings:
+        timings.setdefault(timing.name, {})[timing.batch, timing.sequence] = timing.median
+    ratios = {(ratio.name, ratio.batch, ratio.sequence): ratio for ratio in report.ratios}
+    first, rows = next(iter(timings)), []
+    for name, by_shape in timings.items():
+        found = [ratios[name, batch, sequence] for batch, sequence in shapes] if name != first else []
+        mean = _geometric([ratio.speedup for ratio in found])
+        ends = tuple(_geometric([ratio.interval[end] for ratio in found]) for end in (0, 1))
+        rows.append(Row(name, tuple(by_shape[shape] for shape in shapes), mean, (ends[0], ends[1])))
+    best = max(rows, key=lambda row: row.speedup)
+    kept = best if best.interval[0] > 1.0 else rows[0]
+    return Choice(kept.backend, _why(rows, best, kept, left_out), tuple(shapes), tuple(rows), dict(left_out))
+
+
+def _why(rows: Sequence[Row], best: Row, kept: Row, left_out: Mapping[str, str]) -> str:
+    if len(rows) == 1:
+        others = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+        return f"{kept.backend} is the only candidate ({others})" if others else f"{kept.backend} is the only candidate"
+    low, high = best.interval
+    if kept is best and best is not rows[0]:
+        return f"{best.backend} is {best.speedup:.2f}x as fast as {rows[0].backend} over these shapes ({low:.2f} to {high:.2f})"
+    runner_up = max(rows[1:], key=lambda row: row.speedup)
+    low, high = runner_up.interval
+    if high < 1.0:
+        return f"{runner_up.backend} is slower: {runner_up.speedup:.2f}x as fast as {kept.backend} ({low:.2f} to {high:.2f})"
+    return (
+        f"a tie: {runner_up.backend} is {runner_up.speedup:.2f}x as fast as {kept.backend} ({low:.2f} to {high:.2f}), "
+        f"which is within noise, and {kept.backend} comes first"
+    )
+
+
+def _geometric(values: Sequence[float]) -> float:
+    return math.exp(math.fsum(math.log(value) for value in values) / len(values)) if values else 1.0

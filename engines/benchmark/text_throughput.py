@@ -1,0 +1,156 @@
+"""Sentences a second over real text: tokenisation, batching, padding and the engine, timed apart and together.
+
+A fixed shape says little about text of mixed lengths, because what is padded is computed, too. Three ways to make batches
+of the same sentences (`ORDERS`):
+
+* ``arrival``: in the order of the file, each batch padded to its own longest sentence,
+* ``bucketed``: sorted by length first, so that a batch holds sentences of about one length,
+* ``fixed``: in the order of the file, each batch padded to one length, as engines with static shapes need it.
+
+Every round times every engine with every order once, and the order of those rotates. Ratios are paired within rounds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from engines.base import Engine
+from engines.benchmark.latency import paired, rotated
+from nxm_export.data.examples import Features, pad
+from nxm_export.errors import EngineError
+
+ORDERS = ("arrival", "bucketed", "fixed")
+FIXED = 128
+BATCH, ROUNDS = 32, 7
+
+
+@dataclass(frozen=True)
+class TextTiming:
+    """One engine with one order. `padding` is the share of computed tokens that are padding; rates are sentences a second,
+    with tokenisation and without, medians with the middle half; `speedup` is against ``arrival`` of the same engine, with
+    its 95 % interval (None for ``arrival`` itself)."""
+
+    name: str
+    order: str
+    padding: float
+    sentences_per_second: float
+    quartiles: tuple[float, float]
+    without_tokenisation: float
+    speedup: float | None
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class TextReport:
+    """All timings; `tokens` are the mean and the longest sentence, `tokenised_per_second` is the tokenizer's rate alone.
+
+    `seconds` are those of every round, tokenisation included, by engine and order (``ort bucketed``) and by what else took
+    part: ratios of any two are to be paired by round.
+    """
+
+    sentences: int
+    batch: int
+    fixed: int
+    tokens: tuple[float, int]
+    tokenised_per_second: float
+    rounds: int
+    timings: list[TextTiming]
+    seconds: dict[str, list[float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form of ``--json``."""
+        return {"schema": "nxm-text-bench/1", **asdict(self)}
+
+
+def batches(lengths: Sequence[int], order: str, size: int) -> list[list[int]]:
+    """Index batches of `size` sentences by one of `ORDERS`; bucketed ones run from long to short, so that memory is
+    taken once."""
+    if order not in ORDERS or size < 1:
+        raise EngineError(
+            f"unknown order {order!r} or batch of {size}; choose one of {', '.join(ORDERS)}, and 1 or more"
+        )
+    picked = list(range(len(lengths)))
+    if order == "bucketed":
+        picked.sort(key=lambda i: -lengths[i])
+    return [picked[start : start + size] for start in range(0, len(picked), size)]
+
+
+def run_text(
+    engine: Engine, features: Sequence[Features], order: str, *, batch: int, fixed: int, pad_id: int
+) -> dict[str, np.ndarray]:
+    """Outputs of all sentences in the order of `features`, computed in batches of one of `ORDERS`.
+
+    Outputs must have one row a sentence (no axis over tokens).
+    """
+    found: dict[str, list[Any]] = {name: [None] * len(features) for name in engine.outputs}
+    for indices in batches([len(sample["input_ids"]) for sample in features], order, batch):
+        feeds = pad([features[i] for i in indices], pad_id, fixed if order == "fixed" else None)
+        for name, rows in engine.run(feeds).items():
+            for i, row in zip(indices, rows, strict=True):
+                found[name][i] = row
+    return {name: np.stack(rows) for name, rows in found.items()}
+
+
+def bench_text(
+    engines: Mapping[str, Engine],
+    tokenise: Callable[[], list[Features]],
+    *,
+    pad_id: int,
+    limit: int,
+    batch: int = BATCH,
+    rounds: int = ROUNDS,
+    others: Mapping[str, Callable[[], float]] = MappingProxyType({}),
+    seed: int = 0,
+) -> TextReport:
+    """Time `engines` over the sentences that `tokenise` makes features of (at most `limit` tokens each).
+
+    `others` are timed between them, once a round: each does the same work by other means, from text to answers, and returns
+    the seconds that it took. Raises `EngineError` for no engines, sentences or rounds.
+    """
+    features = tokenise()
+    if not engines or not features or rounds < 1 or batch < 1:
+        raise EngineError("a bench of text needs at least one engine, one sentence, a batch of 1 and one round")
+    lengths = [len(sample["input_ids"]) for sample in features]
+    fixed = max(min(FIXED, limit), max(lengths))
+    jobs = [(name, order) for name in engines for order in ORDERS]
+    theirs: dict[str, list[float]] = {name: [] for name in others}
+    taken: dict[tuple[str, str], list[float]] = {job: [] for job in jobs}
+    tokenising: list[float] = []
+    for engine in engines.values():  # warm-up: kernels for every shape, pages of memory
+        run_text(engine, features, "bucketed", batch=batch, fixed=fixed, pad_id=pad_id)
+    for number in range(rounds):
+        began = time.perf_counter()
+        tokenise()
+        tokenising.append(time.perf_counter() - began)
+        for name, work in rotated(list(others.items()), number):
+            theirs[name].append(work())
+        for name, order in rotated(jobs, number):
+            began = time.perf_counter()
+            run_text(engines[name], features, order, batch=batch, fixed=fixed, pad_id=pad_id)
+            taken[name, order].append(time.perf_counter() - began)
+    count, tokenised = len(features), np.array(tokenising)
+    timings = []
+    for name, order in jobs:
+        alone = np.array(taken[name, order])
+        low, middle, high = np.percentile(count / (alone + tokenised), [25, 50, 75])
+        arrival = np.array(taken[name, "arrival"]) + tokenised
+        speedup, interval = (None, None) if order == "arrival" else paired(arrival, alone + tokenised, seed)
+        computed = sum(
+            len(indices) * (fixed if order == "fixed" else max(lengths[i] for i in indices))
+            for indices in batches(lengths, order, batch)
+        )
+        timings.append(
+            TextTiming(
+                name, order, 1.0 - sum(lengths) / computed, float(middle), (float(low), float(high)),
+                float(np.median(count / alone)), speedup, interval,
+            )
+        )  # fmt: skip
+    rate = float(np.median(count / tokenised))
+    seconds = {f"{name} {order}": (np.array(taken[name, order]) + tokenised).tolist() for name, order in jobs} | theirs
+    return TextReport(count, batch, fixed, (float(np.mean(lengths)), max(lengths)), rate, rounds, timings, seconds)

@@ -1,0 +1,222 @@
+"""ONNX Runtime on the CPU: the engine that runs anywhere.
+
+Build rewrites the graph's symmetric INT8 activations to UINT8 with zero point 128, which changes no result
+(``q_u8 = q_s8 + 128``, same scale) and lets every linear layer run as an integer product: the kernels for x86 take
+unsigned activations and signed weights, and with signed activations most layers would run in float. Products and
+attention then become operators of ONNX Runtime's own (`engines.ort.graph_rewrites`), and an optimization of the runtime that
+costs more than it saves is left out (`SLOW_FUSIONS`). What each is worth was measured: docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines.base import (
+    Binding,
+    BuildOptions,
+    Closing,
+    copy_companions,
+    require_feeds,
+    require_within,
+    spec_of,
+)
+from engines.ort.graph_rewrites import fused_attention, integer_products
+from engines.passport import EnginePassport, cpu_device, load_passport
+from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
+
+NAME = "ort"
+ENGINE_FILE = "model.onnx"
+# ONNX Runtime 1.32 on x86-64: SkipLayerNormalization takes three times as long as the Add and the LayerNormalization that
+# it replaces, and BiasGelu twice as long as Add and Gelu.
+SLOW_FUSIONS = ("SkipLayerNormFusion", "BiasGeluFusion")
+
+
+def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -> EnginePassport:
+    """Write an engine directory: the rewritten graph, its passport and companions.
+
+    Raises `EngineError`, `EngineUnavailable`, and `ArtifactError` for a file that is no ONNX graph.
+    """
+    _runtime()
+    from nxm_export.graph.graph_weights import load_graph, save_graph
+
+    onnx = Path(onnx)
+    model = load_graph(onnx)
+    rewrites = {
+        "unsigned_activations": unsigned_activations(model),
+        "integer_products": integer_products(model),
+        "fused_attention": fused_attention(model),
+    }
+    save_graph(model, out / ENGINE_FILE)
+    if (out / f"{ENGINE_FILE}.data").exists():
+        raise EngineError(f"{onnx}: more than 2 GB do not fit into one ONNX file, which an engine directory has to be")
+    copy_companions(onnx.parent, out)
+    session = _session(
+        out / ENGINE_FILE, options.threads, SLOW_FUSIONS
+    )  # refuses here what it would refuse on every start
+    return EnginePassport.issue(
+        NAME,
+        out / ENGINE_FILE,
+        onnx,
+        device=cpu_device(),
+        requires={},  # ONNX files run on any machine and version
+        options={"threads": options.threads, **rewrites, "disabled_optimizers": list(SLOW_FUSIONS)},
+        graph=model.metadata_props,
+        bindings={
+            "inputs": [asdict(_binding(value)) for value in session.get_inputs()],
+            "outputs": [asdict(_binding(value)) for value in session.get_outputs()],
+        },
+    )
+
+
+def load(directory: str | Path, *, threads: int | None = None) -> OrtEngine:
+    """Load an engine directory; `threads` overrides what it was built with (None there means all cores of this process)."""
+    directory = Path(directory)
+    passport = load_passport(directory)
+    return OrtEngine(directory, passport.read_engine(directory, {}), passport.options, threads=threads)
+
+
+class OrtEngine(Closing):
+    """A session on an engine directory. See `engines.base.Engine`."""
+
+    def __init__(
+        self, directory: Path, model: bytes, options: Mapping[str, Any], *, threads: int | None = None
+    ) -> None:
+        self.directory = directory
+        self._spec = spec_of(directory)
+        threads, without = threads or options.get("threads"), options.get("disabled_optimizers", ())
+        self._session: Any = _session(directory / ENGINE_FILE, threads, without, model=model)
+        self.inputs = tuple(value.name for value in self._session.get_inputs())
+        self.outputs = tuple(value.name for value in self._session.get_outputs())
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name."""
+        if self._session is None:
+            raise EngineError(f"{self.directory}: this engine was closed")
+        require_feeds(self, feeds)
+        require_within(self._spec, feeds)
+        try:
+            outputs = self._session.run(None, dict(feeds))
+        except Exception as error:  # onnxruntime raises its own types, which are no stable API
+            raise EngineError(f"{self.directory}: ONNX Runtime failed: {error}") from error
+        return {name: array.astype(np.float32, copy=False) for name, array in zip(self.outputs, outputs, strict=True)}
+
+    def close(self) -> None:
+        """Drop the session."""
+        self._session = None
+
+
+def inspect(directory: str | Path) -> dict[str, Any]:
+    """Facts of an engine directory: the fused operators that ONNX Runtime makes of the graph, by type."""
+    directory = Path(directory)
+    passport, spec = load_passport(directory), spec_of(directory)
+    passport.require_here(directory, {})
+    counts = operators(directory / ENGINE_FILE, passport.options)
+    integer = sum(
+        counts.get(op, 0)
+        for op in ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulInteger")
+    )
+    return {
+        "backend": NAME,
+        "integer_products": integer,
+        "operators": dict(sorted(counts.items())),
+        "task": spec.task if spec else None,
+    }
+
+
+def operators(file: Path, options: Mapping[str, Any]) -> dict[str, int]:
+    """How many operators of each type ONNX Runtime runs for an ONNX file, loaded with a passport's `options`."""
+    import tempfile
+
+    from nxm_export.graph.graph_weights import load_graph
+
+    counts: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        optimized = Path(scratch) / "optimized.onnx"
+        _session(file, options.get("threads"), options.get("disabled_optimizers", ()), optimized=optimized)
+        for node in load_graph(optimized).graph:
+            counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return counts
+
+
+def unsigned_activations(model: Any) -> int:
+    """Rewrite every INT8 activation pair with zero point 0 to UINT8 with zero point 128, in place; returns the pairs.
+
+    Exact: codes move by 128 and so does the zero point. Pairs on weights stay signed, and so do codes that anything but a
+    DequantizeLinear reads.
+    """
+    import onnx_ir as ir
+
+    tensor = ir.tensor(np.array(128, np.uint8), name="nxm_zero_point_u8")
+    zero = ir.Value(name=tensor.name, const_value=tensor, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape([]))
+    count = 0
+    for node in model.graph.all_nodes():
+        if node.op_type != "QuantizeLinear" or node.inputs[0].const_value is not None:
+            continue
+        codes, readers = node.outputs[0], node.outputs[0].consumers()
+        if codes.is_graph_output() or any(user.op_type != "DequantizeLinear" for user in readers):
+            continue
+        if not all(_is_signed_zero(half) for half in (node, *readers)):
+            continue
+        for half in (node, *readers):
+            half.replace_input_with(2, zero)
+        node.attributes.pop("output_dtype", None)
+        codes.dtype = ir.DataType.UINT8
+        count += 1
+    if count:
+        model.graph.register_initializer(zero)
+    return count
+
+
+def _is_signed_zero(node: Any) -> bool:
+    """True when a QuantizeLinear or DequantizeLinear states one zero point, INT8 and 0."""
+    import onnx_ir as ir
+
+    zero = ir.convenience.get_const_tensor(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
+    return zero is not None and zero.dtype == ir.DataType.INT8 and zero.size == 1 and not np.any(zero.numpy())
+
+
+def _runtime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineUnavailable("ONNX Runtime is not installed; pip install 'nxm-export[ort]'") from error
+    return onnxruntime
+
+
+def _binding(value: Any) -> Binding:
+    """A session's input or output; sizes with a name are free."""
+    element = value.type.removeprefix("tensor(").removesuffix(")")
+    shape = tuple(size if isinstance(size, int) else -1 for size in value.shape)
+    return Binding(value.name, {"float": "float32", "double": "float64"}.get(element, element), shape)
+
+
+def _session(
+    file: Path,
+    threads: int | None,
+    without: Sequence[str] = (),
+    *,
+    optimized: Path | None = None,
+    model: bytes | None = None,
+) -> Any:
+    """A session on `file`, or on the bytes `model` that were read from it, without the optimizers that are named."""
+    runtime = _runtime()
+    if not file.is_file():
+        raise ArtifactError(f"{file}: no such engine")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    try:
+        return runtime.InferenceSession(
+            model or str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(without)
+        )
+    except Exception as error:  # onnxruntime raises its own types, which are no stable API
+        raise EngineError(f"{file}: ONNX Runtime cannot load it: {error}") from error

@@ -1,0 +1,1 @@
+"""Does an engine compute what its checkpoint computes? Comparison, probes, tolerances, gates, bisection."""

@@ -1,0 +1,97 @@
+"""Do an engine, its checkpoint and the other engines of a comparison belong together? Asked before anything is run.
+
+What cannot be compared is refused by name here, so that a number is never about two different things.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from engines.passport import EnginePassport, plan_summary
+from nxm_export.contract.checkpoint import PLAN_FILE, open_checkpoint, read_config, weights_hash
+from nxm_export.contract.families import family_of
+from nxm_export.contract.io_spec import IOSpec
+from nxm_export.contract.placement import at_placement
+from nxm_export.contract.tasks import TASKS, labels_of
+from nxm_export.errors import ArtifactError
+
+
+def plan_of(checkpoint: Path, directory: Path, passport: EnginePassport) -> Any:
+    """The checkpoint's plan as the engine's graph holds it, None for dense ones; `ArtifactError` where they do not belong together."""
+    compressed = (checkpoint / PLAN_FILE).is_file()
+    if "placement" not in passport.graph:
+        raise ArtifactError(
+            f"{directory} was built from a graph that nxm-export did not make; it has no checkpoint to equal"
+        )
+    if compressed != bool(passport.plan):
+        kinds = {True: "a compressed model", False: "a dense model"}
+        raise ArtifactError(
+            f"{directory} was built from {kinds[bool(passport.plan)]}, and {checkpoint} is {kinds[compressed]}; give the one it was exported from"
+        )
+    if not compressed:
+        return None
+    whole = open_checkpoint(checkpoint).plan
+    stored = passport.plan.get(
+        "embedding", "float"
+    )  # a graph may hold the embedding table in float where the plan says INT8
+    plan = replace(
+        at_placement(whole, passport.graph["placement"]), embedding=stored if whole.embedding == "int8" else "float"
+    )
+    if plan_summary(plan) != passport.plan:
+        raise ArtifactError(
+            f"{directory} was built for the plan {passport.plan.get('options')}, and {checkpoint} has {plan.pattern_counts}; give the one it was exported from"
+        )
+    return plan
+
+
+def require_from(checkpoint: Path, directory: Path, passport: EnginePassport, spec: IOSpec) -> None:
+    """Raise `ArtifactError` unless the engine's family, labels and weights are the checkpoint's.
+
+    The weights are compared by the hash that the exporter wrote into the graph; engines of older graphs do not say.
+    """
+    config = read_config(checkpoint)
+    family = family_of(config, source=str(checkpoint))
+    if spec.model_type != family.model_type:
+        raise ArtifactError(
+            f"{directory} is of the {spec.model_type} family, and {checkpoint} is {family.model_type}; give the one it was exported from"
+        )
+    labels = labels_of(config) if TASKS[spec.task].names_labels else ()
+    if spec.labels != labels:
+        raise ArtifactError(
+            f"{directory} has the labels {list(spec.labels)}, and {checkpoint} has {list(labels)}; give the one it was exported from"
+        )
+    built = passport.graph.get("weights")
+    if built is not None and built != (found := weights_hash(checkpoint)):
+        raise ArtifactError(
+            f"{directory} was built from other weights (sha256 {built[:12]}...) than those of {checkpoint} ({found[:12]}...): "
+            "engines of different checkpoints cannot be compared; give the one it was exported from"
+        )
+
+
+def require_outputs(directory: Path, spec: IOSpec, names: Sequence[str], what: str) -> None:
+    """Raise `ArtifactError` unless `names`, the outputs that `what` has, are those of the engine's ``spec.json``."""
+    if set(names) != set(spec.outputs):
+        raise ArtifactError(
+            f"{directory}: its spec names the outputs {', '.join(spec.outputs)}, and {what} has {', '.join(names)}; "
+            "build it again from a new export"
+        )
+
+
+def require_alike(specs: Sequence[tuple[Path, IOSpec]]) -> None:
+    """Raise `ArtifactError` unless engines that are compared with each other take and give the same, under the same names."""
+    (first, wanted), *rest = specs
+    for directory, spec in rest:
+        for what in ("task", "inputs", "outputs", "labels"):
+            ours, theirs = getattr(wanted, what), getattr(spec, what)
+            if ours != theirs:
+                raise ArtifactError(
+                    f"{first} and {directory} cannot be compared: their {what} are {_shown(ours)} and {_shown(theirs)}; "
+                    "compare them one by one, or build both from one checkpoint"
+                )
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else ", ".join(map(str, value))

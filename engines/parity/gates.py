@@ -1,0 +1,121 @@
+"""Gates that a user sets on a comparison, such as ``drop<=0.5``, beside the derived tolerance, which always holds.
+
+* ``drop<=0.5``: the task metric of the engine is at most 0.5 points (hundredths) below that of its checkpoint in PyTorch.
+* ``drop(mcc)<=0.5``: the same of another metric of the task, here Matthews correlation.
+* ``flips<=0.5%``: at most that share of the samples changes its class.
+* ``max_abs<=0.1``: no value of any output differs by more.
+* ``cosine>=0.99``: no sample's embedding has a lower cosine with the checkpoint's.
+* ``table<=0.5``: what rounding the embedding table to INT8 cost, in points. The checkpoint has the rounded table, so no
+  comparison with it can tell; ``nxm compress`` measured it on its dev data, with all else equal.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nxm_export.errors import DataError, EngineError
+from nxm_export.storage.json_files import read_json
+
+QUANTITIES = {
+    "drop": "points of the task metric below the checkpoint's",
+    "flips": "% of the samples with another class",
+    "max_abs": "largest |difference| of any output",
+    "cosine": "lowest cosine of a sample's embedding with the checkpoint's",
+    "table": "points of the task metric that rounding the embedding table cost, on the dev data of `nxm compress`",
+}
+LEAST = ("cosine",)  # the more the better: a gate says at least
+_FORM = re.compile(r"\s*(\w+)(?:\((\w+)\))?\s*([<>]=)\s*([0-9.eE+-]+)\s*(%?)\s*")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """``quantity <= limit`` (of `LEAST`: ``>=``); drop and table are in metric points, flips in percent, max_abs in the output's own unit."""
+
+    quantity: str
+    limit: float
+    metric: str | None = None  # of a drop; None: the task's own
+
+    @property
+    def key(self) -> str:
+        """What it is about."""
+        return f"{self.quantity}({self.metric})" if self.metric else self.quantity
+
+    def __str__(self) -> str:
+        sign = ">=" if self.quantity in LEAST else "<="
+        return f"{self.key}{sign}{self.limit:g}{'%' if self.quantity == 'flips' else ''}"
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What a gate found, in the unit of its limit."""
+
+    gate: str
+    found: float
+    limit: float
+    passed: bool
+    reason: str
+
+
+def parse_gate(text: str) -> Gate:
+    """Read a gate as the command line has it; raises `EngineError` with the forms that there are."""
+    match = _FORM.fullmatch(text)
+    if match is None or match[1] not in QUANTITIES or (match[2] and match[1] != "drop"):
+        raise EngineError(
+            f"{text!r} is not a gate; write drop<=0.5 (metric points; of another metric drop(mcc)<=0.5), flips<=0.5%, max_abs<=0.1, cosine>=0.99 or table<=0.5"
+        )
+    quantity, metric, sign, number, percent = match.groups()
+    if (sign == ">=") != (quantity in LEAST):
+        raise EngineError(
+            f"{text!r}: this gate has the form {quantity}{'>=' if quantity in LEAST else '<='}{number}{percent}"
+        )
+    try:
+        limit = float(number)
+    except ValueError as error:
+        raise EngineError(f"{text!r}: {number!r} is not a number") from error
+    if not (math.isfinite(limit) and limit >= 0.0):
+        raise EngineError(f"{text!r}: a limit is a finite number from 0 on")
+    if bool(percent) != (quantity == "flips"):  # a bare flips<=0.5 could be a half of all samples
+        unit = {
+            "flips": "a share in percent: flips<=0.5%",
+            "drop": "metric points: drop<=0.5",
+            "table": "metric points: table<=0.5",
+            "cosine": "a number: cosine>=0.99",
+        }
+        raise EngineError(f"{text!r}: write {unit.get(quantity, 'the difference itself: max_abs<=0.1')}")
+    if quantity == "cosine" and limit > 1.0:
+        raise EngineError(f"{text!r}: no cosine is above 1")
+    if percent and limit > 100.0:
+        raise EngineError(f"{text!r}: more than all samples cannot flip")
+    return Gate(quantity, limit, metric)
+
+
+def table_drop(checkpoint: Path) -> float:
+    """Points that a checkpoint's INT8 embedding table cost, from its ``metrics.json``; `DataError` where it does not say."""
+    file = checkpoint / "metrics.json"
+    found = read_json(file, "compress again") if file.is_file() else None
+    value = found.get("table_drop") if isinstance(found, dict) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise DataError(
+            f"a gate on table needs a checkpoint that `nxm compress --embedding int8` made, and {checkpoint} has no table_drop in "
+            "its metrics.json; drop the gate, or compress with it"
+        )
+    return float(value)
+
+
+def check_gate(gate: Gate, found: Mapping[str, float]) -> GateResult:
+    """Hold a gate against the quantities `found`; NaN passes no gate."""
+    value, least = found[gate.key], gate.quantity in LEAST
+    # A drop of 0.5 points is a difference of two means: it may come out a rounding error above the limit that it is equal to.
+    slack = 1e-9 * max(1.0, abs(gate.limit))
+    passed = bool(value >= gate.limit - slack if least else value <= gate.limit + slack)
+    return GateResult(
+        str(gate),
+        value,
+        gate.limit,
+        passed,
+        f"{QUANTITIES[gate.quantity]}: {value:.4g}, at {'least' if least else 'most'} {gate.limit:g}",
+    )

@@ -1,0 +1,1 @@
+"""The checkpoint itself, run by PyTorch: what every engine is compared with."""

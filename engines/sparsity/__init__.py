@@ -1,0 +1,1 @@
+"""Which weights of an engine run on sparse kernels, and why the others do not."""

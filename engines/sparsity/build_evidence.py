@@ -1,0 +1,211 @@
+"""What a build and an engine say about themselves: layers and their kernels, the builder's lists of sparse layers, times.
+
+Read from the files beside an engine and nowhere else; `engines.sparsity.report` judges. The wordings are those of TensorRT 8.6 to 11
+and of TensorRT-RTX.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engines.sparsity.kernel_names import kernel_named
+from nxm_export.errors import ArtifactError
+
+MEASURED_FILE = "measured.json"
+_PRODUCT_KINDS = ("gemm", "correlation", "caskconvolution", "caskgemmconvolution", "caskgemmmatrixmultiply", "mha", "matrixmultiply", "convolution", "fc")  # fmt: skip
+_LAYER = re.compile(
+    r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\](?:, Constants: \[(?P<constants>.*?)\])?"
+    r", Outputs: \[(?P<outputs>.*?)\](?:, \w+: [^,\[\]{}]*?)*?, TacticName: (?P<tactic>.*?), StreamId: \d+, Metadata: ?(?P<metadata>.*)$"
+)
+_DATATYPE = re.compile(r"(?:Format/)?Datatype: (\w+)")
+_ONNX = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+_PROFILE = re.compile(r"\s*\[profile (\d+)\]$")
+_ELIGIBLE = re.compile(
+    r"\(Sparsity\) (?:Layers eligible for sparse math|Found \d+ layer\(s\) eligible to use sparse tactics):?(.*)$"
+)
+_PICKED = re.compile(
+    r"\(Sparsity\) (?:TRT inference plan picked sparse implementation for layers|Chose \d+ layer\(s\) using sparse tactics):?(.*)$"
+)
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One layer of a built engine. `onnx` are the names of the ONNX nodes inside it; types are TensorRT's names."""
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    constants: tuple[str, ...]
+    outputs: tuple[str, ...]
+    kernel: str
+    onnx: tuple[str, ...]
+    profile: int = 0
+    saw_sparse_weights: bool = False
+
+    @property
+    def is_product(self) -> bool:
+        """True for a matrix product or convolution."""
+        return self.kind.lower() in _PRODUCT_KINDS or kernel_named(self.kernel) is not None
+
+    @property
+    def is_integer_product(self) -> bool:
+        """True for a matrix product whose activations are INT8 (its weight then is, too: no kernel mixes them)."""
+        return self.is_product and bool(self.inputs) and all(_is_int8(kind) for kind in self.inputs)
+
+    @property
+    def parts(self) -> list[str]:
+        """The names that the layer's own name joins: ``a + b``, ``v_MatMul+k_MatMul_myl0_9``."""
+        return _parts(self.name)
+
+
+@dataclass(frozen=True)
+class SparsityLog:
+    """The builder's own words: layer names that it found eligible and picked; None where it said nothing at all."""
+
+    eligible: frozenset[str] | None = None
+    picked: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What an engine and its build say. Times are milliseconds by layer name; `running` are kernels seen by a profiler."""
+
+    layers: Sequence[LayerInfo] = ()
+    log: SparsityLog = SparsityLog()
+    layer_ms: Mapping[str, float] = field(default_factory=dict)
+    running: frozenset[str] | None = None
+
+
+def parse_layers(lines: Iterable[str]) -> list[LayerInfo]:
+    """Every layer line of a verbose build log (TensorRT 10, 11, RTX) among `lines`; other lines are skipped."""
+    layers = []
+    for line in lines:
+        found = _LAYER.search(line.rstrip())
+        if found:
+            types: Any = {
+                part: tuple(_DATATYPE.findall(found[part] or "")) for part in ("inputs", "constants", "outputs")
+            }
+            layers.append(
+                LayerInfo(
+                    found["name"].strip(),
+                    found["kind"],
+                    **types,
+                    kernel=found["tactic"],
+                    onnx=tuple(_ONNX.findall(found["metadata"])),
+                )
+            )
+    return layers
+
+
+def parse_inspector(information: Mapping[str, Any], profile: int = 0) -> list[LayerInfo]:
+    """The layers of an engine inspector's JSON report: TensorRT 8.6 and 10 (``Format/Datatype``) and 11 (``Datatype``).
+
+    Layers of another profile, as their names say, are skipped. A report without details gives names only.
+    """
+    layers = []
+    for entry in information.get("Layers", []):
+        if isinstance(entry, str):
+            entry = {"Name": entry}
+        name = str(entry.get("Name", ""))
+        other = _PROFILE.search(name)
+        if other and int(other[1]) != profile:
+            continue
+        name = _PROFILE.sub("", name)
+        onnx = tuple(_ONNX.findall(str(entry.get("Metadata", "")))) or tuple(_parts(name))
+        layers.append(
+            LayerInfo(
+                name,
+                str(entry.get("LayerType", "")),
+                tuple(_tensor_type(tensor) for tensor in entry.get("Inputs", [])),
+                tuple(_tensor_type(tensor) for tensor in entry.get("Constants", [])),
+                tuple(_tensor_type(tensor) for tensor in entry.get("Outputs", [])),
+                str(entry.get("TacticName", "")),
+                onnx,
+                profile,
+                bool(entry.get("HasSparseWeights", 0)),
+            )
+        )
+    return layers
+
+
+def _tensor_type(tensor: Any) -> str:
+    if not isinstance(tensor, Mapping):
+        return ""
+    return str(tensor.get("Datatype") or tensor.get("Format/Datatype") or "")
+
+
+def _is_int8(kind: str) -> bool:
+    return bool(re.search(r"\bint8\b", kind, re.IGNORECASE))
+
+
+def _parts(name: str) -> list[str]:
+    bare = re.sub(r"_myl\d+_\d+$", "", _PROFILE.sub("", name))
+    return [part.strip() for part in re.split(r"\s*\+\s*|\s*\|\|\s*", bare) if part.strip()]
+
+
+def parse_sparsity_log(lines: Iterable[str]) -> SparsityLog:
+    """The builder's lists of sparse layers, in the wording of TensorRT 8 to 10 and in that of 11.
+
+    A build prints the lists once per subgraph: all are joined. A listed layer ``a + b`` counts for both of its parts.
+    """
+    eligible: set[str] | None = None
+    picked: set[str] | None = None
+    for line in lines:
+        for pattern, is_picked in ((_ELIGIBLE, False), (_PICKED, True)):
+            found = pattern.search(line.rstrip())
+            if found is None:
+                continue
+            names = {part for item in found[1].split(",") for part in _parts(item.strip())}
+            if is_picked:
+                picked = (picked or set()) | names
+            else:
+                eligible = (eligible or set()) | names
+    return SparsityLog(None if eligible is None else frozenset(eligible), None if picked is None else frozenset(picked))
+
+
+def integer_products(layers: Iterable[LayerInfo], products: Iterable[str]) -> dict[str, bool]:
+    """For each ONNX product node of `products`: whether a layer that contains it multiplies integers."""
+    integer = {node for layer in layers if layer.is_integer_product for node in layer.onnx}
+    return {product: product in integer for product in products}
+
+
+def read_evidence(directory: Path, running: Iterable[str] | None = None) -> Evidence:
+    """What lies beside an engine: inspector report, build log, layer times. Missing files are missing evidence."""
+    layers: list[LayerInfo] = []
+    log = SparsityLog()
+    if (directory / "build.log").is_file():
+        lines = (directory / "build.log").read_text(encoding="utf-8", errors="replace").splitlines()
+        layers, log = parse_layers(lines), parse_sparsity_log(lines)
+    if (directory / "layers.json").is_file():
+        reports = read_json(directory / "layers.json")
+        layers = [
+            layer
+            for report in reports.get("profiles", [])
+            for layer in parse_inspector(report["information"], int(report["profile"]))
+        ]
+    measured: dict[str, Any] = {}
+    if (directory / MEASURED_FILE).is_file():
+        measured = read_json(directory / MEASURED_FILE)
+    seen = measured.get("kernels") if running is None else list(running)
+    times = {_PROFILE.sub("", name): ms for name, ms in measured.get("layer_ms", {}).items()}
+    return Evidence(layers, log, times, None if seen is None else frozenset(seen))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object that lies beside an engine; raises `ArtifactError` when it is missing or malformed."""
+    if not file.is_file():
+        raise ArtifactError(
+            f"{file} is missing: this engine was built by an older version, or elsewhere; build it again"
+        )
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{file}: not JSON ({error}); build the engine again") from error
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{file}: not a JSON object; build the engine again")
+    return data

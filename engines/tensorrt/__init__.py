@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: builders in a process of their own, runtimes, profiles."""

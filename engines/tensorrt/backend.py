@@ -1,0 +1,149 @@
+"""TensorRT on the GPU it is built for: 10 and 11 strongly typed, 8.6 weakly typed (see `engines.tensorrt.builder_process`).
+
+An engine is tied to the TensorRT version and the GPU that timed its kernels; its passport says which, and `load` refuses
+another one before anything is deserialized.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from engines.base import BuildOptions, copy_companions, spec_of
+from engines.passport import EnginePassport, load_passport
+from engines.sparsity.report import write_truth
+from engines.tensorrt.builder_process import (
+    CACHE_FILE,
+    LOG_FILE,
+    STRONGLY_TYPED_SINCE,
+    build_in_child,
+    seal_cache,
+    usable_cache,
+)
+from engines.tensorrt.cuda_driver import device_facts
+from engines.tensorrt.profiles import default_profile, require_positions
+from engines.tensorrt.runtime import TensorRTEngine
+from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
+
+NAME = "trt"
+ENGINE_FILE = "model.engine"
+MODULE = "tensorrt"
+INSTALL = "pip install 'nxm-export[trt]' (docs/tensorrt.md has the versions and their drivers; building without a GPU: --backend trt_rtx)"
+
+
+def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -> EnginePassport:
+    """Write an engine directory with ``model.engine``, ``build.log``, ``layers.json`` and the timing cache.
+
+    Raises `EngineUnavailable` without TensorRT or a GPU, `ExportError` for a graph that TensorRT would refuse or degrade,
+    `EngineError` for everything that the builder refuses.
+    """
+    from nxm_export.graph.graph_weights import load_graph
+    from nxm_export.graph.verifier import verify
+
+    onnx = Path(onnx)
+    trt, device = _runtime(), device_facts()
+    model = load_graph(onnx)
+    verify(onnx).require()
+    _require_typing(model, trt.__version__, onnx)
+    profiles = list(options.profiles) or [default_profile(_max_length(onnx.parent))]
+    require_positions(profiles, _max_length(onnx.parent))
+    facts = _facts(trt, device)
+    cache = _cache(options, facts)
+    request: dict[str, Any] = {
+        "module": MODULE,
+        "onnx": str(onnx),
+        "engine": str(out / ENGINE_FILE),
+        "directory": str(out),
+        "profiles": [asdict(profile) for profile in profiles],
+        "sparse": options.sparse,
+        "level": options.level,
+        "workspace_bytes": options.workspace_bytes,
+        "build_route": options.build_route,
+        "timing_cache": cache,
+        "inspect": True,
+    }
+    found = build_in_child(request, out / LOG_FILE, options.progress)
+    if (out / CACHE_FILE).is_file():
+        seal_cache(out / CACHE_FILE, facts)
+    copy_companions(onnx.parent, out)
+    recorded = {key: request[key] for key in ("sparse", "level", "workspace_bytes", "build_route")} | {
+        "twin": options.twin,
+        "strongly_typed": found.get("strongly_typed"),
+        "timing_cache": cache is not None,
+    }
+    write_truth(out, model, backend=NAME, version=trt.__version__, device=device, sparse_flag=options.sparse)
+    return EnginePassport.issue(
+        NAME,
+        out / ENGINE_FILE,
+        onnx,
+        device={"kind": "gpu", **device},
+        requires=facts,
+        options=recorded,
+        profiles=request["profiles"],
+        graph=model.metadata_props,
+        bindings=found["bindings"],
+    )
+
+
+def load(directory: str | Path) -> TensorRTEngine:
+    """Load an engine directory; hash, TensorRT version and GPU are checked before anything is deserialized."""
+    directory = Path(directory)
+    passport = load_passport(directory)
+    trt = _runtime()
+    engine = passport.read_engine(directory, _facts(trt, device_facts()))
+    return TensorRTEngine(trt, directory / ENGINE_FILE, engine, f"rebuild it: {passport.rebuild_command()}")
+
+
+def inspect(directory: str | Path) -> dict[str, Any]:
+    """Facts of an engine directory: the truth report of its build (see `engines.sparsity.report`)."""
+    from engines.sparsity.report import read_truth
+
+    passport = load_passport(directory)
+    return {"backend": NAME, "requires": dict(passport.requires), **read_truth(Path(directory)).to_dict()}
+
+
+def _runtime() -> Any:
+    try:
+        return importlib.import_module(MODULE)
+    except ImportError as error:
+        if getattr(error, "name", None) == MODULE:
+            raise EngineUnavailable(f"TensorRT is not installed; {INSTALL}") from error
+        raise EngineUnavailable(f"TensorRT is installed and cannot be loaded ({error}); {INSTALL}") from error
+
+
+def _facts(trt: Any, device: Mapping[str, str]) -> dict[str, str]:
+    return {"tensorrt": trt.__version__, "gpu": device["gpu"], "compute_capability": device["compute_capability"]}
+
+
+def _max_length(directory: Path) -> int:
+    spec = spec_of(directory)
+    return spec.max_length if spec else 512
+
+
+def _require_typing(model: Any, version: str, onnx: Path) -> None:
+    """A graph of ours made for the other kind of TensorRT would run slowly or not at all: refuse it."""
+    strongly = int(version.split(".")[0]) >= STRONGLY_TYPED_SINCE
+    target, opset = model.metadata_props.get("nxm.target"), model.opset_imports.get("")
+    if not strongly and (opset or 0) > 17:
+        raise EngineError(f"{onnx}: opset {opset}, and TensorRT {version} reads at most 17; export with --target trt8")
+    if strongly and target == "trt8":
+        raise EngineError(
+            f"{onnx}: exported for the weakly typed TensorRT 8, and TensorRT {version} would run its float parts in float32; "
+            "export with --target trt"
+        )
+
+
+def _cache(options: BuildOptions, facts: Mapping[str, str]) -> dict[str, Any] | None:
+    if options.timing_cache is None:
+        return None
+    reason = usable_cache(options.timing_cache, facts)
+    if reason is None:
+        return {"path": str(options.timing_cache), "required": options.require_timing_cache}
+    if options.require_timing_cache:
+        raise ArtifactError(
+            f"{options.timing_cache} cannot be used as a timing cache: {reason}; delete it or leave --timing-cache out"
+        )
+    return None

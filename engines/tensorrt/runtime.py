@@ -1,0 +1,214 @@
+"""A TensorRT engine at work: deserialize, choose a profile per shape, run, time. TensorRT 8.6, 10, 11 and TensorRT-RTX.
+
+Own code instead of polygraphy's runner, because the profile must be chosen per call, sequences beyond it refused by name,
+and time taken by CUDA events on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines.base import Closing, Profile, require_feeds, require_within, spec_of
+from engines.tensorrt.cuda_driver import Device
+from engines.tensorrt.profiles import pick
+from nxm_export.errors import EngineError
+
+_NUMPY = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "INT8": np.int8,
+    "BOOL": np.bool_,
+}
+
+
+class TensorRTEngine(Closing):
+    """A deserialized engine on the first GPU. See `engines.base.Engine`.
+
+    `engine` are the bytes of `file`, as they were hashed. Batches beyond the largest profile run in slices; sequences beyond it are refused. Device buffers grow and are kept.
+    """
+
+    clock = "CUDA events"
+
+    def __init__(self, trt: Any, file: Path, engine: bytes, rebuild: str) -> None:
+        self._trt, self.file, self._rebuild = trt, file, rebuild
+        self._spec = spec_of(file.parent)
+        self._messages: list[str] = []
+        self._device: Device | None = Device()
+        self._runtime = trt.Runtime(_logger(trt, self._messages))
+        self._engine: Any = self._runtime.deserialize_cuda_engine(engine)
+        if self._engine is None:
+            self._device.close()
+            raise EngineError(
+                f"{file}: TensorRT cannot load it: {' '.join(self._messages) or 'no reason given'}; {rebuild}"
+            )
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        is_input = {name: self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
+        self.inputs = tuple(name for name in names if is_input[name])
+        self.outputs = tuple(name for name in names if not is_input[name])
+        self._types = {name: self._type(name) for name in names}
+        self.profiles = [self._profile(i) for i in range(self._engine.num_optimization_profiles)]
+        self._contexts: dict[int, Any] = {}
+        self._buffers: dict[str, tuple[int, int]] = {}  # name -> (address, bytes)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name, float32."""
+        require_feeds(self, feeds)
+        require_within(self._spec, feeds)
+        batch, sequence = next(iter(feeds.values())).shape
+        largest = max((p.maximum[0] for p in self.profiles if p.minimum[1] <= sequence <= p.maximum[1]), default=batch)
+        parts = [
+            self._run({name: array[start : start + largest] for name, array in feeds.items()})
+            for start in range(0, batch, largest)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
+
+    def timer(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], float]:
+        """A function that runs `feeds`, already on the device, and returns the milliseconds between two CUDA events."""
+        require_feeds(self, feeds)
+        device, context = self._prepare(feeds)
+        start, end = device.event(), device.event()
+
+        def once() -> float:
+            # Engines of one bench share no buffers, so the inputs are still there from the preparation.
+            device.activate()
+            device.record(start)
+            if not context.execute_async_v3(device.stream):
+                raise EngineError(f"{self.file}: TensorRT failed: {' '.join(self._messages)}")
+            device.record(end)
+            return device.elapsed_ms(start, end)
+
+        return once
+
+    def layer_times(self, feeds: Mapping[str, np.ndarray], rounds: int) -> dict[str, float]:
+        """Mean milliseconds of every layer of the engine, over `rounds` runs of `feeds`."""
+        totals: dict[str, float] = {}
+        trt: Any = self._trt
+
+        class Profiler(trt.IProfiler):  # type: ignore[misc,name-defined,unused-ignore]
+            def __init__(self) -> None:
+                trt.IProfiler.__init__(self)
+
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                totals[layer_name] = totals.get(layer_name, 0.0) + float(ms)
+
+        device, context = self._prepare(feeds)
+        context.profiler = Profiler()
+        for _ in range(rounds):
+            context.execute_async_v3(device.stream)
+            device.synchronize()
+        self._contexts.clear()  # a context with a profiler runs layer by layer: the next run gets a fresh one
+        return {name: total / rounds for name, total in totals.items()}
+
+    def close(self) -> None:
+        """Free the engine and its memory."""
+        if self._device is None:
+            return
+        for address, _ in self._buffers.values():
+            self._device.free(address)
+        self._contexts.clear()
+        self._engine = self._runtime = None
+        self._device.close()
+        self._device = None
+
+    def _run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        device, context = self._prepare(feeds)
+        if not context.execute_async_v3(device.stream):
+            raise EngineError(f"{self.file}: TensorRT failed: {' '.join(self._messages)}")
+        outputs = {}
+        for name in self.outputs:
+            outputs[name] = np.empty(tuple(context.get_tensor_shape(name)), self._types[name])
+            device.download(outputs[name], self._buffers[name][0])
+        device.synchronize()
+        return {name: array.astype(np.float32) for name, array in outputs.items()}
+
+    def _prepare(self, feeds: Mapping[str, np.ndarray]) -> tuple[Device, Any]:
+        """Upload `feeds` and bind every tensor; the context is ready to be enqueued."""
+        if self._device is None:
+            raise EngineError(f"{self.file}: this engine was closed")
+        device = self._device
+        device.activate()
+        context = self._context(*next(iter(feeds.values())).shape)
+        for name, array in feeds.items():
+            if not context.set_input_shape(name, array.shape):
+                raise EngineError(
+                    f"{self.file}: TensorRT refuses shape {array.shape} for {name}: {' '.join(self._messages)}"
+                )
+            typed = np.ascontiguousarray(self._narrowed(name, array))
+            device.upload(self._bound(context, name, typed.nbytes), typed)
+            device.synchronize()  # `typed` may be gone before an asynchronous copy
+        for name in self.outputs:
+            shape = tuple(context.get_tensor_shape(name))
+            if -1 in shape:
+                raise EngineError(f"{self.file}: the shape of {name} is still unknown with all inputs given: {shape}")
+            self._bound(context, name, int(np.prod(shape)) * np.dtype(self._types[name]).itemsize)
+        return device, context
+
+    def _narrowed(self, name: str, array: np.ndarray) -> np.ndarray:
+        """int64 token ids as the engine takes them: TensorRT 8.6 has no int64."""
+        wanted = np.dtype(self._types[name])
+        if wanted == np.int32 and array.size and (array.max() > 2**31 - 1 or array.min() < -(2**31)):
+            raise EngineError(f"{self.file}: {name} holds values beyond 32 bits, which this engine's input has")
+        return array.astype(wanted)
+
+    def _bound(self, context: Any, name: str, size: int) -> int:
+        assert self._device is not None
+        address, held = self._buffers.get(name, (0, -1))
+        if held < size:
+            if held >= 0:
+                self._device.free(address)
+            address = self._device.allocate(size)
+            self._buffers[name] = (address, size)
+        if not context.set_tensor_address(name, address):
+            raise EngineError(f"{self.file}: TensorRT refuses a buffer for {name}: {' '.join(self._messages)}")
+        return address
+
+    def _context(self, batch: int, sequence: int) -> Any:
+        index = pick(self.profiles, batch, sequence)
+        if index is None:
+            ranges = "; ".join(f"{p.minimum[0]}x{p.minimum[1]} to {p.maximum[0]}x{p.maximum[1]}" for p in self.profiles)
+            raise EngineError(
+                f"{self.file}: no profile holds batch {batch} x sequence {sequence} (it has {ranges}); truncate, or {self._rebuild}"
+            )
+        if index not in self._contexts:
+            assert self._device is not None
+            context = self._engine.create_execution_context()
+            if context is None:
+                raise EngineError(f"{self.file}: not enough GPU memory to run it: {' '.join(self._messages)}")
+            if index and not context.set_optimization_profile_async(index, self._device.stream):
+                raise EngineError(f"{self.file}: TensorRT refuses profile {index}: {' '.join(self._messages)}")
+            self._device.synchronize()
+            self._contexts[index] = context
+        return self._contexts[index]
+
+    def _profile(self, index: int) -> Profile:
+        shapes = [tuple(shape) for shape in self._engine.get_tensor_profile_shape(self.inputs[0], index)]
+        low, best, high = ((int(shape[0]), int(shape[1])) for shape in shapes)
+        return Profile(low, best, high)
+
+    def _type(self, name: str) -> type:
+        kind = self._engine.get_tensor_dtype(name).name
+        if kind not in _NUMPY:
+            raise EngineError(
+                f"{self.file}: {name} is {kind}, which has no numpy type; export a graph with float32 outputs"
+            )
+        return _NUMPY[kind]
+
+
+def _logger(trt: Any, messages: list[str]) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc,name-defined,unused-ignore]
+        """Keeps errors for our messages; warnings about things that the passport has checked are dropped."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                messages.append(msg)
+
+    return Logger()

@@ -1,0 +1,291 @@
+"""A compressed checkpoint on disk: a plain Hugging Face directory with a plan and activation scales beside the weights.
+
+::
+
+    checkpoint/
+      config.json, tokenizer files     as transformers wrote them
+      model.safetensors                baked float32 weights: already N:M, already code * scale
+      nxm_plan.json                    the plan (schema nxm-plan/1)
+      nxm_scales.safetensors           "<param>_scale" (out,), "<module>.input_scale" (), "<module>.output_scale" ()
+
+Because the weights are baked, plain ``from_pretrained`` gives the compressed model (without activation quantizers).
+Everything here needs numpy and safetensors only; safetensors is imported when a file is opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nxm_export.contract.families import Family, family_of
+from nxm_export.contract.plan import CompressionPlan, NMPattern
+from nxm_export.contract.pooling import is_embedding
+from nxm_export.contract.tasks import Task, task_of
+from nxm_export.errors import ArtifactError
+from nxm_export.storage.hashing import file_hash
+from nxm_export.storage.json_files import read_json
+
+PLAN_FILE = "nxm_plan.json"
+SCALES_FILE = "nxm_scales.safetensors"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TABLE_QMAX = 127  # of an INT8 embedding table
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened compressed checkpoint. Weights are read one at a time, never all at once."""
+
+    path: Path
+    config: Mapping[str, Any]
+    family: Family
+    plan: CompressionPlan
+    scales: Mapping[str, np.ndarray]
+
+    def weight(self, name: str) -> np.ndarray:
+        """One baked weight, float32 (out, in)."""
+        return read_tensor(self.path, name)
+
+    def weight_scale(self, name: str) -> np.ndarray:
+        """Scales float32 of a quantized weight, per output channel (out,), or of an INT8 embedding table, per row (tokens,)."""
+        return self._scale(f"{name}_scale")
+
+    def input_scale(self, name: str) -> float:
+        """Scale of the tensor that the linear layer of weight `name` reads."""
+        return self._activation_scale(name, "input_scale")
+
+    def output_scale(self, name: str) -> float:
+        """Scale of the tensor that the linear layer of weight `name` writes."""
+        return self._activation_scale(name, "output_scale")
+
+    def _activation_scale(self, name: str, kind: str) -> float:
+        scale = self._scale(f"{name.removesuffix('.weight')}.{kind}")
+        if scale.size != 1 or not np.isfinite(scale).all() or not (scale > 0).all():
+            raise ArtifactError(f"{self.path}: {name}: {kind} must be one positive number, got {scale}; compress again")
+        return float(scale.reshape(()))
+
+    def _scale(self, key: str) -> np.ndarray:
+        if key not in self.scales:
+            raise ArtifactError(f"{self.path / SCALES_FILE}: the plan needs {key}, and it is not there; compress again")
+        return self.scales[key]
+
+    def codes(self, name: str) -> np.ndarray:
+        """Integer codes int8 (out, in) of a quantized weight, or (tokens, features) of an embedding table that is planned INT8:
+        dividing baked values by their scale gives them back exactly."""
+        scale = self.weight_scale(name)
+        return np.rint(self.weight(name) / scale[:, None]).astype(np.int8)
+
+    def require_valid(self) -> None:
+        """Raise `ArtifactError` unless every planned weight keeps its pattern and lies on its integer grid, and so does an
+        embedding table that is planned INT8."""
+        self.plan.require_fits(self.family.model_type, self.family.weights(self.config))
+        for name, spec in self.plan.weights.items():
+            weight = self.weight(name)
+            if weight.shape != self.plan.shapes[name]:
+                raise ArtifactError(
+                    f"{self.path}: {name} is {weight.shape} on disk and {self.plan.shapes[name]} in the plan"
+                )
+            if not np.isfinite(weight).all():
+                raise ArtifactError(f"{self.path}: {name} holds NaN or infinite values; compress again")
+            if spec.pattern:
+                require_pattern(weight, spec.pattern, name, f"{self.path}")
+            if spec.qmax is not None:
+                self._require_grid(name, weight, spec.qmax)
+            elif not np.array_equal(weight.astype(np.float16).astype(np.float32), weight):
+                raise ArtifactError(
+                    f"{self.path}: {name} is planned in 16 bit and holds values that float16 cannot; compress again"
+                )
+            if spec.input_bits:
+                self.input_scale(name)
+            if spec.output_bits:
+                self.output_scale(name)
+        self._require_shared_inputs()
+        if self.plan.embedding == "int8":
+            table, shape = self.weight(self.family.table), self.family.table_shape(self.config)
+            if table.shape != shape:
+                raise ArtifactError(
+                    f"{self.path}: {self.family.table} is {table.shape} on disk and {shape} by config.json; restore one of them"
+                )
+            if not np.isfinite(table).all():
+                raise ArtifactError(f"{self.path}: {self.family.table} holds NaN or infinite values; compress again")
+            self._require_grid(self.family.table, table, TABLE_QMAX)
+
+    def _require_shared_inputs(self) -> None:
+        """Query, key and value read one tensor, and it is quantized once."""
+        for block in self.family.blocks(self.config):
+            names = [f"{self.family.linear(block, role)}.weight" for role in ("query", "key", "value")]
+            scales = {name: self.input_scale(name) for name in names if self.plan.weights[name].input_bits}
+            if len(set(scales.values())) > 1:
+                raise ArtifactError(
+                    f"{self.path}: {', '.join(scales)} read the same tensor with different input scales "
+                    f"({', '.join(f'{scale:.6g}' for scale in scales.values())}); make them equal, or compress again"
+                )
+
+    def _require_grid(self, name: str, weight: np.ndarray, qmax: int) -> None:
+        scale = self.weight_scale(name)
+        if scale.shape != weight.shape[:1] or not np.isfinite(scale).all() or (scale <= 0).any():
+            raise ArtifactError(f"{self.path}: {name}_scale must be {weight.shape[0]} positive numbers")
+        codes = np.rint(weight / scale[:, None])
+        if np.abs(codes).max(initial=0) > qmax:
+            raise ArtifactError(
+                f"{self.path}: {name} has a code of {np.abs(codes).max():.0f}, beyond the planned {qmax}"
+            )
+        if not np.array_equal(codes.astype(np.float32) * scale[:, None], weight):
+            off = int((codes.astype(np.float32) * scale[:, None] != weight).sum())
+            raise ArtifactError(
+                f"{self.path}: {name}: {off} weights are not code * scale; it was changed after compression"
+            )
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a compressed checkpoint directory; raises `ArtifactError` when it is not one, with the way out."""
+    path = Path(path)
+    config = read_config(path)
+    family = family_of(config, source=str(path / "config.json"))
+    plan_file = path / PLAN_FILE
+    if not plan_file.is_file():
+        raise ArtifactError(
+            f"{path} has no {PLAN_FILE}: it is a plain model, not a compressed checkpoint; run `nxm compress` on it first"
+        )
+    plan = CompressionPlan.load(plan_file)
+    plan.require_fits(family.model_type, family.weights(config))
+    family.require_placement(plan)
+    return Checkpoint(path, config, family, plan, _load(path / SCALES_FILE))
+
+
+def save_plan(path: Path, plan: CompressionPlan, scales: Mapping[str, np.ndarray]) -> None:
+    """Write the plan and the scales beside a saved Hugging Face model."""
+    from safetensors.numpy import save_file
+
+    (path / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")
+    save_file({key: np.asarray(value, np.float32) for key, value in scales.items()}, path / SCALES_FILE)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """``config.json`` of a Hugging Face directory; pickled weights are refused here, before anything loads them."""
+    if not path.is_dir():
+        raise ArtifactError(f"{path}: no such directory")
+    if not (path / "config.json").is_file():
+        raise ArtifactError(f"{path} has no config.json: not a Hugging Face model directory")
+    require_safetensors(path)
+    config = read_json(path / "config.json", "restore it from the model")
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{path / 'config.json'}: not a JSON object")
+    return config
+
+
+def require_safetensors(path: Path) -> None:
+    """Refuse a directory whose weights exist only as pickles: unpickling runs code of whoever wrote it."""
+    if (path / WEIGHTS_FILE).is_file() or (path / INDEX_FILE).is_file():
+        return
+    pickles = sorted(file for pattern in PICKLES for file in path.glob(pattern) if file.is_file())
+    if pickles:
+        weights = [file for file in pickles if file.name.startswith("pytorch_model")] or pickles[:1]
+        files = ", ".join(repr(str(file)) for file in weights)
+        script = (
+            f"import torch, safetensors.torch as s; s.save_file({{k: v.clone() for f in [{files}] for k, v in "
+            f"torch.load(f, weights_only=True).items()}}, {str(path / WEIGHTS_FILE)!r}, {{'format': 'pt'}})"
+        )
+        raise ArtifactError(
+            f"{pickles[0]} is a pickle, and loading a pickle runs code of whoever wrote it. If you trust it, convert it once: "
+            f"python -c {shlex.quote(script)}"
+        )
+    raise ArtifactError(f"{path} has no {WEIGHTS_FILE}: no weights to load")
+
+
+def read_tensor(path: Path, name: str) -> np.ndarray:
+    """One tensor of a (possibly sharded) safetensors model, as float32 numpy; `name` is that of a task model, as in a plan, and
+    a directory that holds the encoder alone has it without the family's prefix."""
+    from safetensors import SafetensorError, safe_open
+
+    file = _shard_of(path, name)
+    with contextlib.suppress(ImportError):
+        import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            names = set(tensors.keys())
+            tensor: np.ndarray = tensors.get_tensor(name if name in names else _own_name(name))
+    except (SafetensorError, OSError, TypeError) as error:  # TypeError: a dtype that numpy does not have
+        raise ArtifactError(
+            f"{file}: {name} cannot be read ({error}); the file is truncated or from another model"
+        ) from error
+    return tensor.astype(np.float32, copy=False)
+
+
+def task_at(path: Path, config: Mapping[str, Any]) -> str | None:
+    """The task of a model directory: that of its head, or ``embedding`` where sentence-transformers' files say how to pool."""
+    return task_of(config) or ("embedding" if is_embedding(path) else None)
+
+
+def has_head(path: Path, config: Mapping[str, Any], task: Task) -> bool:
+    """True when a model directory has the head that `task` needs."""
+    found = task_at(path, config)
+    return found is not None and found in (task.name, task.serves)
+
+
+def weights_hash(path: Path) -> str:
+    """sha256 over the weight files of a model directory, as hex: what a graph names as the weights it was made from."""
+    if (path / WEIGHTS_FILE).is_file():
+        return file_hash(path / WEIGHTS_FILE)
+    shards = sorted(file.name for file in path.glob("*.safetensors") if file.name != SCALES_FILE)
+    if not shards:
+        raise ArtifactError(f"{path} has no {WEIGHTS_FILE}: no weights to load")
+    return hashlib.sha256("".join(file_hash(path / name) for name in shards).encode()).hexdigest()
+
+
+def _shard_of(path: Path, name: str) -> Path:
+    if (path / WEIGHTS_FILE).is_file():
+        return path / WEIGHTS_FILE
+    index = path / INDEX_FILE
+    if not index.is_file():
+        raise ArtifactError(f"{path} has no {WEIGHTS_FILE}: no weights to load")
+    try:
+        shards = read_json(index, "restore it from the model")["weight_map"]
+        shard = str(shards[name if name in shards else _own_name(name)])
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{index}: {name} is not in the weight map") from error
+    if Path(shard).name != shard:
+        raise ArtifactError(f"{index}: the weight map points out of the directory ({shard})")
+    return path / shard
+
+
+def _own_name(name: str) -> str:
+    """A parameter's name inside the encoder: without the prefix that a task model puts before it."""
+    return name.partition(".")[2]
+
+
+def _load(file: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    if not file.is_file():
+        raise ArtifactError(f"{file} is missing: the checkpoint has a plan and no scales; compress again")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, TypeError) as error:
+        raise ArtifactError(f"{file}: cannot be read ({error}); the file is truncated or not safetensors") from error
+
+
+def pattern_violations(weight: np.ndarray, pattern: NMPattern) -> Iterator[tuple[int, int]]:
+    """(output channel, first input) of every group that keeps more than `pattern.n` weights; weight is (out, in)."""
+    out, in_ = weight.shape
+    kept = (weight.reshape(out, in_ // pattern.m, pattern.m) != 0).sum(axis=-1)
+    for channel, group in np.argwhere(kept > pattern.n):
+        yield int(channel), int(group) * pattern.m
+
+
+def require_pattern(weight: np.ndarray, pattern: NMPattern, name: str, source: str) -> None:
+    """Raise `ArtifactError` naming the first group of `weight` (out, in) that breaks `pattern`."""
+    for channel, first in pattern_violations(weight, pattern):
+        raise ArtifactError(
+            f"{source}: {name} is planned {pattern}, but output channel {channel} keeps more than {pattern.n} of inputs "
+            f"{first}..{first + pattern.m - 1}. Compress again, or plan this weight dense."
+        )

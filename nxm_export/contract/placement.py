@@ -1,0 +1,73 @@
+"""Which of a plan's activation quantizers a graph keeps.
+
+Training places quantizers (`nxm_export.contract.families.Family.placed`); an export may leave some of them out, because runtimes
+differ in what they make of them, and can never add one that was not trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from nxm_export.contract.families import FAMILIES
+from nxm_export.contract.plan import GRAPH_PLACEMENTS, CompressionPlan
+from nxm_export.errors import PlanError
+
+# What they write is read by the residual connection alone; every other matrix's result goes into a product.
+_INTO_RESIDUAL = ("attention_output", "ffn_down")
+
+
+def placement_of(plan: CompressionPlan) -> str:
+    """The fullest of `GRAPH_PLACEMENTS` that the plan trained."""
+    if plan.attention == "int8":
+        behind = [plan.weights[name] for name in residual_writers(plan) if plan.weights[name].weight_bits]
+        return "products" if behind and not any(spec.output_bits for spec in behind) else "attention"
+    if any(spec.output_bits for spec in plan.weights.values()):
+        return "inputs-outputs"
+    return "inputs" if any(spec.weight_bits for spec in plan.weights.values()) else "float"
+
+
+def at_placement(plan: CompressionPlan, placement: str) -> CompressionPlan:
+    """The plan that a graph of this placement (one of `GRAPH_PLACEMENTS`) holds.
+
+    ``float`` keeps the baked weights (those of the embedding table, too) and nothing else, ``inputs`` the pairs before the
+    planned products, ``inputs-outputs`` also those behind them (and on the residual, where it is planned), ``products``
+    those before every product, the two inside attention included, ``attention`` all of these.
+    Raises `PlanError` for a placement that the plan was not trained for: quantizers can be dropped, never added.
+    """
+    if placement not in GRAPH_PLACEMENTS:
+        raise PlanError(f"unknown placement {placement!r}; choose one of {', '.join(GRAPH_PLACEMENTS)}")
+    if placement == "float":
+        floats = {
+            name: replace(spec, weight_bits=None, input_bits=None, output_bits=None)
+            for name, spec in plan.weights.items()
+        }
+        return replace(plan, weights=floats, attention="float", residual="float", embedding="float")
+    if placement == "inputs":
+        inputs = {name: replace(spec, output_bits=None) for name, spec in plan.weights.items()}
+        return replace(plan, weights=inputs, attention="float", residual="float")
+    trained = placement_of(plan)
+    if placement in ("products", "attention"):
+        if plan.attention != "int8":
+            raise PlanError(
+                f"this plan trained attention in float; use placement {trained}, or compress again with {placement}"
+            )
+        if placement == "products":
+            dropped = {name: replace(plan.weights[name], output_bits=None) for name in residual_writers(plan)}
+            return replace(plan, weights={**plan.weights, **dropped})
+        if trained == "products":
+            raise PlanError(
+                "this plan trained no quantizers behind the products; use placement products, or compress again with attention"
+            )
+        return plan
+    quantized = [spec for spec in plan.weights.values() if spec.weight_bits]
+    if trained == "products" or (quantized and not any(spec.output_bits for spec in quantized)):
+        raise PlanError(
+            "this plan trained no output quantizers; use placement inputs, or compress again with inputs-outputs"
+        )
+    return replace(plan, attention="float")
+
+
+def residual_writers(plan: CompressionPlan) -> list[str]:
+    """The planned weights whose results go into a residual connection and nowhere else."""
+    role = FAMILIES[plan.model_type].role
+    return [name for name in plan.weights if role(name) in _INTO_RESIDUAL]

@@ -1,0 +1,1 @@
+"""Task data: readers of files, examples, labels, question answering, and the metrics that score predictions."""

@@ -1,0 +1,277 @@
+"""Task metrics with their uncertainty: the same numbers for a torch model, an ONNX graph and an engine.
+
+Every metric takes outputs and labels as arrays and returns one float. Values come from scikit-learn, scipy and seqeval,
+which are imported when a metric is computed. Intervals are percentile bootstraps over what is scored together: samples, or
+groups of them, such as the candidates of one query.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nxm_export.contract.tasks import Task
+from nxm_export.data.examples import NO_LABEL, members
+from nxm_export.data.question_answering import answer_scores
+from nxm_export.errors import DataError
+
+RESAMPLES = 1000
+RANKS = 10  # of a ranking that count
+Groups = (
+    np.ndarray | None
+)  # the group of every sample (samples,), see `nxm_export.data.examples.group_array`; None: each its own
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Share of samples whose highest logit is their label; logits (samples, classes)."""
+    from sklearn.metrics import accuracy_score
+
+    return float(accuracy_score(labels, logits.argmax(axis=-1)))
+
+
+def f1(logits: np.ndarray, labels: np.ndarray) -> float:
+    """F1 of class 1 in a two-class task; macro F1 beyond two classes."""
+    from sklearn.metrics import f1_score
+
+    average = "binary" if logits.shape[-1] == 2 else "macro"
+    return float(f1_score(labels, logits.argmax(axis=-1), average=average, zero_division=0))
+
+
+def mcc(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Matthews correlation coefficient, the metric of CoLA; 0 when there is one class, or one is predicted."""
+    from sklearn.metrics import matthews_corrcoef
+
+    predicted = logits.argmax(axis=-1)
+    if _constant(predicted) and _constant(
+        labels
+    ):  # scikit-learn says 0, too, with a warning on every draw of a bootstrap
+        return 0.0
+    return float(matthews_corrcoef(labels, predicted))
+
+
+def pearson(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Pearson correlation of the first output with the label; 0 when either is constant."""
+    from scipy.stats import pearsonr
+
+    scores = logits.reshape(len(labels), -1)[:, 0]
+    return 0.0 if _constant(scores) or _constant(labels) else float(pearsonr(scores, labels).statistic)
+
+
+def spearman(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Spearman rank correlation of the first output with the label; 0 when either is constant."""
+    from scipy.stats import spearmanr
+
+    scores = logits.reshape(len(labels), -1)[:, 0]
+    return 0.0 if _constant(scores) or _constant(labels) else float(spearmanr(scores, labels).statistic)
+
+
+def _constant(values: np.ndarray) -> bool:
+    return bool(np.ptp(values) == 0)  # not so with NaN, which then shows in the correlation
+
+
+def label_counts(
+    logits: np.ndarray, labels: np.ndarray, classes: Sequence[str] = (), groups: Groups = None
+) -> np.ndarray:
+    """(samples, 3): right, predicted and true labels of every sample; a label is predicted where its logit is above 0, which
+    is a probability above 0.5. Logits and labels (0 or 1) are (samples, labels)."""
+    from sklearn.metrics import multilabel_confusion_matrix
+
+    table = multilabel_confusion_matrix(labels > 0, logits > 0, samplewise=True)  # (samples, 2, 2)
+    right = table[:, 1, 1]
+    return np.stack([right, right + table[:, 0, 1], right + table[:, 1, 0]], axis=1)
+
+
+def entity_counts(
+    logits: np.ndarray, labels: np.ndarray, classes: Sequence[str] = (), groups: Groups = None
+) -> np.ndarray:
+    """(samples, 3): right, predicted and true entities of every sample, as CoNLL counts them (seqeval): an entity is right
+    when its type and both ends are.
+
+    Logits are (samples, sequence, classes), labels (samples, sequence) with -100 for what is not scored; `classes` are the
+    tags by index.
+    """
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    if len(classes) != logits.shape[-1]:
+        raise DataError(f"entity F1 needs the {logits.shape[-1]} tag names of the model, got {len(classes)}")
+    rows = []
+    for predicted, true in zip(logits.argmax(axis=-1), labels, strict=True):
+        scored = true != NO_LABEL
+        found = set(get_entities([classes[i] for i in predicted[scored]]))
+        wanted = set(get_entities([classes[i] for i in true[scored]]))
+        rows.append((len(found & wanted), len(found), len(wanted)))
+    return np.array(rows)
+
+
+def pair_cosines(
+    embeddings: np.ndarray, labels: np.ndarray, classes: Sequence[str] = (), groups: Groups = None
+) -> np.ndarray:
+    """(pairs, 2): cosine of the two embeddings of every group, and its score; embeddings (samples, features)."""
+    order = None if groups is None else np.argsort(groups, kind="stable")
+    if groups is None or order is None or set(np.unique(groups, return_counts=True)[1].tolist()) != {2}:
+        raise DataError("the cosine of pairs needs groups of exactly two samples; give data with two texts a row")
+    first, second = embeddings.astype(np.float64)[order[0::2]], embeddings.astype(np.float64)[order[1::2]]
+    lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    return np.stack([(first * second).sum(axis=1) / np.maximum(lengths, 1e-12), labels[order[0::2]]], axis=1)
+
+
+def _rank_correlation(rows: np.ndarray) -> float:
+    """Spearman correlation of two columns."""
+    return spearman(rows[:, 0], rows[:, 1])
+
+
+def ndcg_of_queries(
+    scores: np.ndarray, labels: np.ndarray, classes: Sequence[str] = (), groups: Groups = None
+) -> np.ndarray:
+    """(queries, 1): nDCG@10 of the candidates of every group, with gains as they are (not 2**gain); scores and relevance are
+    (samples, 1). A query with nothing to rank, one candidate or candidates that are all equally relevant, is left out."""
+    from sklearn.metrics import ndcg_score
+
+    rows = []
+    for query in members(groups, len(labels)):
+        truth, found = labels[query].reshape(1, -1), scores[query].reshape(1, -1)
+        if np.ptp(truth) > 0:
+            rows.append([float(ndcg_score(truth, found, k=RANKS)) if np.isfinite(found).all() else np.nan])
+    if not rows:
+        raise DataError("no query has two candidates of different relevance, so there is no ranking to score")
+    return np.array(rows)
+
+
+def _mean(rows: np.ndarray) -> float:
+    return float(rows.mean())
+
+
+def _counted_f1(counts: np.ndarray) -> float:
+    """F1 of summed counts; 0 where nothing is predicted and nothing true, as in scikit-learn."""
+    right, predicted, true = counts.sum(axis=0)
+    return float(2 * right / (predicted + true)) if predicted + true else 0.0
+
+
+Metric = Callable[[np.ndarray, np.ndarray], float]
+METRICS: dict[str, Metric] = {
+    "accuracy": accuracy,
+    "f1": f1,
+    "mcc": mcc,
+    "pearson": pearson,
+    "spearman": spearman,
+}
+
+
+@dataclass(frozen=True)
+class RowMetric:
+    """A metric in two steps: `rows` (outputs, labels, classes, groups) gives a row of numbers for each unit that is scored, a
+    sample or a group, and `value` makes one number of them. A bootstrap only has to draw rows."""
+
+    rows: Callable[[np.ndarray, np.ndarray, Sequence[str], Groups], np.ndarray]
+    value: Callable[[np.ndarray], float]
+
+
+ROW_METRICS: dict[str, RowMetric] = {
+    "micro_f1": RowMetric(label_counts, _counted_f1),  # over all samples together
+    "entity_f1": RowMetric(entity_counts, _counted_f1),
+    "cosine_spearman": RowMetric(pair_cosines, _rank_correlation),
+    "ndcg_at_10": RowMetric(ndcg_of_queries, _mean),
+    "squad_f1": RowMetric(answer_scores, lambda rows: float(rows[:, 1].mean())),
+    "exact_match": RowMetric(answer_scores, lambda rows: float(rows[:, 0].mean())),
+}
+
+
+def scored_outputs(task: Task, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What the metrics of a task read, of the graph's outputs by name: the first, or start and end logits as (..., 2)."""
+    if task.link == "span":
+        return np.stack([outputs[name] for name in task.outputs], axis=-1)
+    return outputs[next(iter(task.outputs))]
+
+
+def metric_named(name: str, classes: Sequence[str] = (), groups: Groups = None) -> Metric:
+    """The metric of this name, or `DataError` with the list; `classes` are the names of the last axis and `groups` the groups
+    of the samples, where it needs them. Of outputs with a NaN it is NaN: the largest of NaN is whichever comes first."""
+    if name not in METRICS and name not in ROW_METRICS:
+        raise DataError(f"unknown metric {name!r}; choose one of {', '.join([*METRICS, *ROW_METRICS])}")
+
+    def value(outputs: np.ndarray, labels: np.ndarray) -> float:
+        if np.isnan(outputs).any():
+            return math.nan
+        if name in METRICS:
+            return METRICS[name](outputs, labels)
+        return ROW_METRICS[name].value(ROW_METRICS[name].rows(outputs, labels, classes, groups))
+
+    return value
+
+
+def interval(
+    name: str,
+    outputs: np.ndarray,
+    labels: np.ndarray,
+    seed: int = 0,
+    classes: Sequence[str] = (),
+    groups: Groups = None,
+) -> tuple[float, float]:
+    """95 % bootstrap interval of a metric over samples, or over `groups` of them; NaN for a single one, which says nothing
+    about others."""
+    if np.isnan(outputs).any():
+        return math.nan, math.nan
+    units, value = _resampled(name, outputs, labels, classes, groups)
+    return _percentiles(units, (value(pick) for pick in _resamples(units, seed)))
+
+
+def paired_interval(
+    name: str,
+    outputs: np.ndarray,
+    reference: np.ndarray,
+    labels: np.ndarray,
+    seed: int = 0,
+    classes: Sequence[str] = (),
+    groups: Groups = None,
+) -> tuple[float, float]:
+    """95 % bootstrap interval of metric(outputs) - metric(reference), both resampled together over samples, or over `groups`;
+    NaN for a single one."""
+    if np.isnan(outputs).any() or np.isnan(reference).any():
+        return math.nan, math.nan
+    (units, ours), (_, theirs) = (_resampled(name, found, labels, classes, groups) for found in (outputs, reference))
+    return _percentiles(units, (ours(pick) - theirs(pick) for pick in _resamples(units, seed)))
+
+
+def require_scorable(name: str, labels: np.ndarray, classes: Sequence[str] = (), source: str = "the data") -> None:
+    """Raise `DataError` where a metric is the same for every model, right or wrong: it would gate nothing."""
+    if name in ("pearson", "spearman", "cosine_spearman") and _constant(labels):
+        raise DataError(f"{source}: every label is {labels.flat[0]:g}, so there is no correlation to score")
+    if name == "micro_f1" and not (labels > 0).any():
+        raise DataError(f"{source}: no sample has a label, so micro F1 is 0 whatever is predicted")
+    if name == "entity_f1" and not ((labels != NO_LABEL) & (labels != list(classes).index("O"))).any():
+        raise DataError(f"{source}: no token belongs to an entity, so entity F1 is 0 whatever is predicted")
+
+
+def _resampled(
+    name: str, outputs: np.ndarray, labels: np.ndarray, classes: Sequence[str], groups: Groups
+) -> tuple[int, Callable[[np.ndarray], float]]:
+    """(how many units are scored, the metric of the units at given indices)."""
+    if name in ROW_METRICS:
+        rows, value = ROW_METRICS[name].rows(outputs, labels, classes, groups), ROW_METRICS[name].value
+        return len(rows), lambda pick: value(rows[pick])
+    metric = metric_named(name)
+    if groups is None:
+        return len(labels), lambda pick: metric(outputs[pick], labels[pick])
+    units = [np.array(unit) for unit in members(list(groups), len(labels))]
+
+    def of_units(pick: np.ndarray) -> float:
+        samples = np.concatenate([units[i] for i in pick])
+        return metric(outputs[samples], labels[samples])
+
+    return len(units), of_units
+
+
+def _resamples(units: int, seed: int) -> Iterator[np.ndarray]:
+    """Index arrays, one at a time: all of them together would take gigabytes for a large dev set."""
+    generator = np.random.default_rng(seed)
+    return (generator.integers(0, units, size=units) for _ in range(RESAMPLES))
+
+
+def _percentiles(units: int, values: Iterator[float]) -> tuple[float, float]:
+    if units < 2:
+        return math.nan, math.nan
+    low, high = np.percentile(list(values), [2.5, 97.5])
+    return float(low), float(high)

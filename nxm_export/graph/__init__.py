@@ -1,0 +1,1 @@
+"""From a checkpoint to an ONNX graph with Q/DQ pairs, and from any ONNX graph to facts about its weights."""

@@ -1,0 +1,419 @@
+"""A checkpoint directory becomes ``model.onnx``: trace, restore meaning by name, put in the quantizers, tidy, verify.
+
+Targets (`TARGETS`): ``cpu`` is a float32 graph at opset 20, ``trt`` a float16 (or bfloat16) one at opset 21 for strongly
+typed TensorRT (10 and later, and RTX), ``trt8`` a float32 one at opset 17 for the weakly typed TensorRT 8.6, whose parser
+takes weights in float with their own QuantizeLinear. All hold symmetric INT8 pairs with zero point 0. A directory without a
+plan gives the float graph: the baseline that a compressed engine is compared with.
+
+The attention mask is one finite additive constant, made from the mask input inside the graph: -inf or the smallest float
+turns into NaN in half precision as soon as a row is all padding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nxm_export.contract.checkpoint import PLAN_FILE, open_checkpoint, read_config, read_tensor, task_at, weights_hash
+from nxm_export.contract.families import Family, family_of
+from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
+from nxm_export.contract.placement import at_placement, placement_of
+from nxm_export.contract.plan import INT8_ATTENTION, CompressionPlan, WeightSpec
+from nxm_export.contract.pooling import read_pooling
+from nxm_export.contract.tasks import Task, labels_of, task_named
+from nxm_export.errors import ExportError
+from nxm_export.graph.apply_plan import numpy_dtype, quantize
+from nxm_export.hf.model_loading import load_task_model
+from nxm_export.storage.atomic import atomic_dir, require_replaceable
+from nxm_export.storage.json_files import json_text
+
+if TYPE_CHECKING:
+    from nxm_export.graph.verifier import GraphReport
+
+MASKED = -1e4  # added to the attention scores of padding: finite in float16, and exp() of it is 0
+INT8_ATTENTION_TOKENS = 512  # TensorRT has no fused INT8 attention beyond (NVIDIA/TensorRT issue 3724)
+ISLANDS = ("LayerNormalization", "Softmax")
+METADATA = "nxm."  # prefix of our entries in the ONNX metadata
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a graph is made for: float dtype of the graph, opset, how weights are stored, which quantizers stay (None: all that
+    were trained), and how an embedding table that is planned INT8 is stored."""
+
+    name: str
+    dtype: str
+    opset: int
+    placement: str | None
+    stored: str = "int8"
+    embedding: str = "float"  # TensorRT takes integer constants in front of DequantizeLinear alone
+
+
+TARGETS = {
+    # At opset 21 ONNX Runtime 1.32 cannot load the plain file: it moves pairs through reshapes with output_dtype INT8, then
+    # makes their zero points UINT8. Below 20 there is no Gelu.
+    "cpu": Target("cpu", "float32", 20, "inputs", embedding="int8"),
+    "trt": Target("trt", "float16", 21, None),
+    "trt8": Target("trt8", "float32", 17, None, stored="float"),
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export made. `scale_rounding` is the largest relative change of a scale by the graph's float dtype."""
+
+    path: Path
+    bytes: int
+    nodes: int
+    scale_rounding: float
+    report: GraphReport
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    target: str = "cpu",
+    task: str | None = None,
+    dtype: str | None = None,
+    placement: str | None = None,
+    lowering: str = "matmul",
+    islands: str | None = None,
+    max_length: int | None = None,
+) -> Exported:
+    """Write ``model.onnx``, ``verify.json``, ``spec.json`` and the tokenizer to `out`, from a checkpoint directory.
+
+    `dtype` (float32, float16, bfloat16) and `placement` (one of `GRAPH_PLACEMENTS`) override the target's; a placement can
+    only drop quantizers that the plan trained, never add some. An embedding table that is planned INT8 is stored so by target
+    ``cpu``; the others store the same values in float, and their graph's plan says float. `lowering` is one of `LOWERINGS`. `islands` computes
+    LayerNorm and softmax in another float dtype than the graph's. `max_length` (tokens) lowers the longest input that the
+    graph is meant for; INT8 attention, where trained, is exported up to 512 tokens and runs in float above.
+    Raises `ExportError`, `ArtifactError`, `PlanError`; a graph that breaks its plan is never written.
+    """
+    from nxm_export.graph.graph_weights import save_graph
+    from nxm_export.graph.int8_embedding import fold_table
+    from nxm_export.graph.linear_forms import Lowering
+    from nxm_export.graph.verifier import verify
+
+    path, out = Path(checkpoint), Path(out)
+    require_replaceable(out)
+    chosen = target_named(target)
+    dtype = dtype or chosen.dtype
+    config = read_config(path)
+    family, kind = family_of(config, source=str(path)), task_named(task or _task_of(path, config))
+    compressed = open_checkpoint(path) if (path / PLAN_FILE).is_file() else None
+    if compressed is not None:
+        compressed.require_valid()
+    spec = _with_length(IOSpec.of(path, config, family, kind), max_length)
+    plan = _placed(compressed.plan, chosen, placement, spec.max_length) if compressed else None
+    _require_islands(islands, dtype, chosen)
+    if lowering != "matmul" and not plan:
+        raise ExportError(f"lowering {lowering} is for compressed checkpoints; {path} has no {PLAN_FILE}")
+    model = _trace(path, kind, family, dtype, max(chosen.opset, 18))
+    matrices = family.weights(config)
+    int8_table = [family.table] if plan and plan.embedding == "int8" else []
+    _require_same_weights(model, path, [*matrices, *int8_table], dtype)
+    rounding = 0.0
+    if compressed and plan:
+        rounding = quantize(model, compressed, plan, family, dtype, Lowering(model.graph, lowering), chosen.stored)
+    hashes = {}
+    for name in int8_table:
+        assert compressed is not None
+        codes, scale = compressed.codes(name), compressed.weight_scale(name)
+        hashes["table"] = fold_table(model.graph, name, codes, scale, numpy_dtype(dtype))
+    rewritten = [name for name in matrices if plan and not _is_plain(plan.weights[name], lowering)]
+    _name_float_weights(model, [name for name in matrices if name not in rewritten])
+    _tidy(model)
+    if islands:
+        _float_islands(model, islands, dtype)
+    if chosen.opset < 18:
+        _lower_opset(model, chosen.opset)
+    _name_axes(model, family, kind)
+    facts = {
+        "lowering": lowering,
+        "islands": islands or dtype,
+        "gelu": family.gelu(config) or "none",
+        "weights": weights_hash(path),
+        **hashes,
+    }
+    if kind.auto_class is None:
+        facts["pooling"] = str(read_pooling(path))
+    model.metadata_props.update(_metadata(config, kind, chosen, dtype, plan, facts))
+    with atomic_dir(out) as scratch:
+        save_graph(model, scratch / "model.onnx")
+        report = replace(verify(scratch / "model.onnx", plan=plan), file="model.onnx")
+        report.require()
+        (scratch / "verify.json").write_text(json_text(report.to_dict()), encoding="utf-8")
+        spec.save(scratch)
+        if (path / TOKENIZER_FILE).is_file():
+            shutil.copyfile(path / TOKENIZER_FILE, scratch / TOKENIZER_FILE)
+    file = out / "model.onnx"
+    size = sum(part.stat().st_size for part in out.glob("model.onnx*"))
+    return Exported(file, size, len(model.graph), rounding, report)
+
+
+def _with_length(spec: IOSpec, max_length: int | None) -> IOSpec:
+    if max_length is None:
+        return spec
+    if not 2 <= max_length <= spec.max_length:
+        raise ExportError(f"max length {max_length} is outside 2..{spec.max_length}, what model and tokenizer allow")
+    return replace(spec, max_length=max_length)
+
+
+def _placed(plan: CompressionPlan, target: Target, placement: str | None, max_length: int) -> CompressionPlan:
+    """The plan as the graph holds it; INT8 attention falls back to float beyond 512 tokens unless it was asked for."""
+    chosen = placement or target.placement or placement_of(plan)
+    if chosen in INT8_ATTENTION and max_length > INT8_ATTENTION_TOKENS:
+        without = "inputs-outputs" if chosen == "attention" else "inputs"
+        if placement is not None:
+            raise ExportError(
+                f"INT8 attention is for at most {INT8_ATTENTION_TOKENS} tokens, and this graph takes {max_length}; "
+                f"lower it (--max-length {INT8_ATTENTION_TOKENS}) or use --placement {without}"
+            )
+        chosen = without
+    placed = at_placement(plan, chosen)
+    return placed if target.embedding == "int8" else replace(placed, embedding="float")
+
+
+def _require_islands(islands: str | None, dtype: str, target: Target) -> None:
+    if islands is None:
+        return
+    if islands not in ("float32", "float16", "bfloat16") or islands == dtype:
+        raise ExportError(f"islands must be a float dtype other than the graph's {dtype}, got {islands!r}")
+    if target.opset < 18:
+        raise ExportError(
+            f"target {target.name} is weakly typed: its builder chooses the dtype of LayerNorm and softmax itself"
+        )
+
+
+def target_named(name: str) -> Target:
+    """The target of this name, or `ExportError` with the list."""
+    if name not in TARGETS:
+        raise ExportError(f"unknown target {name!r}; choose one of {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def _task_of(path: Path, config: Mapping[str, Any]) -> str:
+    """The task that a checkpoint's head serves, from its ``config.json``."""
+    task = task_at(path, config)
+    if task is None:
+        raise ExportError(f"{path}: it has no head of a supported kind; fine-tune it first (`nxm compress` does)")
+    return task
+
+
+def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> Any:
+    """The float graph, not yet optimized, its initializers under the parameters' own names."""
+    import torch
+
+    floats = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype not in floats:
+        raise ExportError(f"unknown dtype {dtype!r}; choose one of {', '.join(floats)}")
+
+    class Traced(torch.nn.Module):
+        """The model with the inputs and outputs of an engine."""
+
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            inputs = dict(zip(family.inputs, tensors, strict=True))
+            mask = inputs["attention_mask"][:, None, None, :].to(floats[dtype])
+            inputs["attention_mask"] = (1.0 - mask) * MASKED
+            outputs = self.model(**inputs)
+            return tuple(outputs[name].float() for name in task.outputs)
+
+    model = load_task_model(path, task, dtype=dtype)
+    with _silence():
+        batch, sequence = (
+            torch.export.Dim("batch"),
+            torch.export.Dim("sequence", max=family.max_positions(model.config.to_dict())),
+        )
+        examples = tuple(
+            torch.ones(2, 7, dtype=torch.long) for _ in family.inputs
+        )  # one object twice would be traced as one input
+        program = torch.onnx.export(
+            Traced(model),
+            examples,
+            input_names=list(family.inputs),
+            output_names=list(task.outputs),
+            dynamic_shapes=(({0: batch, 1: sequence},) * len(family.inputs),),
+            opset_version=opset,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None
+    return _renamed(program.model)
+
+
+def _renamed(model: Any) -> Any:
+    """Drop the wrapper's ``model.`` from initializer names, so that they are the checkpoint's."""
+    for name in list(model.graph.initializers):
+        if name.startswith("model."):
+            value = model.graph.initializers.pop(name)
+            value.name = name.removeprefix("model.")
+            model.graph.register_initializer(value)
+    return model
+
+
+def _is_plain(spec: WeightSpec, lowering: str) -> bool:
+    """True for a weight that is in the graph as it was traced: neither quantized nor lowered."""
+    return spec.weight_bits is None and (spec.is_dense or lowering == "matmul")
+
+
+def _name_float_weights(model: Any, names: Iterable[str]) -> None:
+    """Give the matrices that stay in float, and their products, the checkpoint's names."""
+    from nxm_export.graph.qdq import fold_float_weight, linears_of, use_name
+
+    for name in names:
+        for use, linear in enumerate(linears_of(model.graph, name)):
+            linear.product.name = use_name(name.removesuffix(".weight"), use)
+        fold_float_weight(model.graph, name)
+
+
+def _require_same_weights(model: Any, path: Path, names: Iterable[str], dtype: str) -> None:
+    """The traced weights are the checkpoint's, bit for bit, rounded to the dtype of the graph."""
+    for name in names:
+        traced = model.graph.initializers.get(name)
+        wanted = read_tensor(path, name).astype(numpy_dtype(dtype))
+        if traced is not None and not np.array_equal(traced.const_value.numpy(), wanted):
+            raise ExportError(
+                f"{name}: the traced graph holds other values than the checkpoint; this is a bug, please report it with the model"
+            )
+
+
+def _tidy(model: Any) -> None:
+    """Fold constants, merge equal subexpressions, drop what nothing reads. Q/DQ pairs are left alone by the folder."""
+    import onnx_ir.passes.common as passes
+    import onnxscript.optimizer
+
+    products = {node.outputs[0].name: node.name for node in model.graph if node.op_type in ("Gemm", "Conv")}
+    with _silence():
+        onnxscript.optimizer.optimize(model)
+        for node in model.graph:  # a product whose bias is all 0 was made anew without it, and without its name
+            if node.op_type in ("Gemm", "Conv"):
+                node.name = products.get(node.outputs[0].name, node.name)
+        for tidy in (
+            passes.CommonSubexpressionEliminationPass(),
+            passes.RemoveUnusedNodesPass(),
+            passes.LiftConstantsToInitializersPass(),
+            passes.DeduplicateInitializersPass(),
+            passes.RemoveUnusedOpsetsPass(),
+            passes.ClearMetadataAndDocStringPass(),
+            passes.TopologicalSortPass(),
+        ):
+            tidy(model)
+
+
+def _float_islands(model: Any, islands: str, dtype: str) -> None:
+    """Compute LayerNorm and softmax in dtype `islands`, with casts around them; parameters are stored in it."""
+    import onnx_ir as ir
+
+    from nxm_export.graph.qdq import add_initializer
+
+    inner, outer = (ir.DataType.from_numpy(numpy_dtype(name)) for name in (islands, dtype))
+    graph = model.graph
+    for node in [node for node in graph if node.op_type in ISLANDS]:
+        for i, value in enumerate(node.inputs):
+            if value.const_value is not None:
+                array = value.const_value.numpy().astype(numpy_dtype(islands))
+                node.replace_input_with(i, add_initializer(graph, f"{value.name}_{islands}", array))
+            else:
+                cast = ir.node("Cast", [value], attributes={"to": int(inner)})
+                cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(inner), value.shape
+                graph.insert_before(node, cast)
+                node.replace_input_with(i, cast.outputs[0])
+        output = node.outputs[0]
+        users = list(output.consumers())
+        back = ir.node("Cast", [output], attributes={"to": int(outer)})
+        back.outputs[0].type, back.outputs[0].shape = ir.TensorType(outer), output.shape
+        output.type = ir.TensorType(inner)
+        graph.insert_after(node, back)
+        for user in users:
+            for i, read in enumerate(user.inputs):
+                if read is output:
+                    user.replace_input_with(i, back.outputs[0])
+
+
+def _lower_opset(model: Any, opset: int) -> None:
+    """Say an older opset, where every operator of the graph meant the same in it; else `ExportError`."""
+    import onnx.defs
+
+    now = model.opset_imports[""]
+    for node in model.graph:
+        try:
+            old = onnx.defs.get_schema(node.op_type, opset, "").since_version
+        except onnx.defs.SchemaError:
+            old = None
+        if old != onnx.defs.get_schema(node.op_type, now, "").since_version:
+            raise ExportError(
+                f"{node.op_type} means another thing in opset {opset} than in {now}, so this model cannot be written for it; "
+                "use another target"
+            )
+    model.opset_imports[""] = opset
+    model.ir_version = 8  # of the onnx release that brought opset 17: readers of that time refuse newer ones
+
+
+def _name_axes(model: Any, family: Family, task: Task) -> None:
+    """Two inputs that share an axis get it renamed by the exporter: say again what every axis is."""
+    import onnx_ir as ir
+
+    for value in model.graph.inputs:
+        value.shape = ir.Shape(["batch", "sequence"])
+    for value, axes in zip(model.graph.outputs, task.outputs.values(), strict=True):
+        traced = value.shape if value.shape is not None else axes
+        value.shape = ir.Shape([axis if axis in ("batch", "sequence") else traced[i] for i, axis in enumerate(axes)])
+
+
+def _metadata(
+    config: Mapping[str, Any],
+    task: Task,
+    target: Target,
+    dtype: str,
+    plan: CompressionPlan | None,
+    facts: Mapping[str, str],
+) -> dict[str, str]:
+    facts = {
+        **facts,
+        "schema": "nxm-onnx/1",
+        "model_type": config["model_type"],
+        "task": task.name,
+        "target": target.name,
+        "dtype": dtype,
+        "placement": placement_of(plan) if plan else "float",
+        "labels": json.dumps(labels_of(config) if task.names_labels else ()),
+    }
+    if plan:
+        facts["plan"] = plan.to_json()
+    return {METADATA + key: value for key, value in facts.items()}
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """The exporter prints and warns about things that are none of the user's business."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "transformers")]
+    levels = [logger.level for logger in loggers]
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

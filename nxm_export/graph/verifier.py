@@ -1,0 +1,332 @@
+"""Checks on an ONNX file alone, whoever made it: N:M along K on the stored integers, scales, zero points, pairs.
+
+Needs no checkpoint and runs nothing. Problems are what would make TensorRT refuse the graph or run it in float, and what
+would make any runtime compute something else than the plan inside the file says. `GraphReport.require` turns them into
+an `ExportError`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from nxm_export.contract.checkpoint import TABLE_QMAX
+from nxm_export.contract.families import FAMILIES
+from nxm_export.contract.plan import CompressionPlan, NMPattern
+from nxm_export.errors import ExportError
+from nxm_export.graph.graph_weights import (
+    PACKED_PRODUCTS,
+    GraphWeight,
+    array_of,
+    graph_weights,
+    load_graph,
+    parameter_of,
+)
+from nxm_export.graph.int8_embedding import misread, stored_table, table_hash
+
+# Nodes that hand integer codes on as they are, and nodes that read codes by themselves.
+_MOVES_CODES = (
+    "Reshape",
+    "Transpose",
+    "Gather",
+    "Identity",
+    "Squeeze",
+    "Unsqueeze",
+    "Flatten",
+    "Slice",
+    "Split",
+    "Concat",
+)
+_READS_CODES = (
+    "DequantizeLinear",
+    "QLinearMatMul",
+    "QLinearConv",
+    "QGemm",
+    "MatMulInteger",
+    "ConvInteger",
+    "MatMulIntegerToFloat",
+    "QAttention",
+    *_MOVES_CODES,
+)
+_DYNAMIC = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM")
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """One weight matrix. `pattern` is the tightest well-known N:M that the stored values follow along K."""
+
+    name: str
+    op: str
+    k: int
+    n: int
+    stored: str
+    scale_axis: str | None
+    zeros: float
+    pattern: str | None
+    planned: str | None
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """All weights and the problems of the graph as a whole. `embedding` is the size (tokens, features) of a word-embedding table
+    that is stored in INT8."""
+
+    file: str
+    weights: list[WeightReport]
+    problems: list[str] = field(default_factory=list)
+    quantize_nodes: int = 0
+    dequantize_nodes: int = 0
+    embedding: tuple[int, int] | None = None
+
+    @property
+    def passed(self) -> bool:
+        """True when nothing is wrong."""
+        return not self.problems and not any(weight.problems for weight in self.weights)
+
+    def require(self) -> None:
+        """Raise `ExportError` naming the first problem, unless `passed`."""
+        found = [f"{weight.name}: {problem}" for weight in self.weights for problem in weight.problems] + self.problems
+        if found:
+            more = f" (and {len(found) - 1} more problems)" if len(found) > 1 else ""
+            raise ExportError(f"{self.file}: {found[0]}{more}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form of ``verify.json`` and ``--json``."""
+        return {"schema": "nxm-verify/1", "passed": self.passed, **asdict(self)}
+
+
+def verify(file: str | Path, *, plan: CompressionPlan | None = None, pattern: NMPattern | None = None) -> GraphReport:
+    """Check an ONNX file. The plan inside the file, or `plan`, says what each weight must follow; `pattern` says it for
+    every quantized weight of a file without plan, which must then hold some. Raises `ArtifactError` when the file cannot
+    be read, and `PlanError` for a plan inside it that cannot.
+    """
+    model = load_graph(file)
+    plan = plan or embedded_plan(model, str(file))
+    found = list(graph_weights(model))
+    # A weight that several products read alike is one row, and one to be counted.
+    rows = list(dict.fromkeys(_check_weight(weight, plan, pattern) for weight in found))
+    problems, stored = list(_check_pairs(model)), None
+    if plan:
+        present = {row.name for row in rows}
+        missing = [name for name, spec in plan.weights.items() if not spec.is_dense and name not in present]
+        problems += [f"{name} is planned and not in the graph under its name" for name in missing]
+        if plan.embedding == "int8":
+            if (family := FAMILIES.get(plan.model_type)) is None:
+                problems.append(
+                    f"the plan is for {plan.model_type!r}, a family whose embedding table is not known here"
+                )
+            else:
+                problems += [f"{family.table}: {problem}" for problem in _check_table(model, family.table)]
+                stored = stored_table(model.graph, family.table)
+    elif pattern and not any(weight.is_quantized for weight in found):
+        problems.append(f"{pattern} is required of quantized weights, and the graph has none")
+    count = Counter(node.op_type for node in model.graph.all_nodes())
+    size = None if stored is None else (stored[0].shape[0], stored[0].shape[1])
+    return GraphReport(str(file), rows, problems, count["QuantizeLinear"], count["DequantizeLinear"], size)
+
+
+def embedded_plan(model: ir.Model, source: str) -> CompressionPlan | None:
+    """The plan that our exporter put into the file's metadata, if any."""
+    text = model.metadata_props.get("nxm.plan")
+    return CompressionPlan.from_json(text, source=f"{source} (metadata)") if text else None
+
+
+def _check_weight(weight: GraphWeight, plan: CompressionPlan | None, pattern: NMPattern | None) -> WeightReport:
+    name = parameter_of(weight.name)
+    spec = plan.weights.get(name) if plan else None
+    wanted = spec.pattern if spec else pattern if weight.is_quantized else None
+    problems = []
+    if wanted and not weight.follows(wanted):
+        groups = -(-weight.k // wanted.m) * weight.n
+        problems.append(
+            f"not {wanted} along K: {weight.violations(wanted)} of {groups} groups keep more than {wanted.n}"
+            if weight.violations(wanted)
+            else f"not {wanted} along K: K is {weight.k}, which is not divisible by {wanted.m}"
+        )
+    if spec and spec.qmax is not None:
+        if not weight.is_quantized:
+            problems.append(f"planned {spec}, and stored as {weight.stored}")
+        elif np.abs(weight.matrix.astype(np.int16)).max(initial=0) > spec.qmax:
+            problems.append(f"a code exceeds {spec.qmax}, the planned {spec.weight_bits} bits")
+        if spec.input_bits and not _comes_from_pair(weight.node.inputs[0]):
+            problems.append("its input is planned INT8, and no QuantizeLinear and DequantizeLinear stand before it")
+        if spec.output_bits and not _goes_into_pair(weight.node.outputs[0]):
+            problems.append("its output is planned INT8, and no QuantizeLinear stands behind it")
+    problems += _check_scale(weight)
+    return WeightReport(
+        name=name,
+        op=weight.node.op_type,
+        k=weight.k,
+        n=weight.n,
+        stored=weight.stored,
+        scale_axis=weight.scale_axis,
+        zeros=round(1.0 - float(weight.kept().mean()), 4) if weight.matrix.size else 0.0,
+        pattern=str(weight.pattern() or "") or None,
+        planned=str(spec) if spec else None,
+        problems=tuple(problems),
+    )
+
+
+def _check_table(model: ir.Model, name: str) -> Iterator[str]:
+    """A word-embedding table that is planned INT8."""
+    found = stored_table(model.graph, name)
+    if found is None:
+        value = model.graph.initializers.get(name)
+        yield (
+            f"planned INT8, and stored as {value.dtype}"
+            if value is not None
+            else "planned INT8, and the graph has no INT8 codes with a float32 scale per row under its name"
+        )
+        return
+    codes, scale = found
+    if (codes < -TABLE_QMAX).any():
+        yield f"a code is below -{TABLE_QMAX}"
+    yield from (f"a scale {problem}" for problem in _scale_problems(scale))
+    said = model.metadata_props.get("nxm.table")
+    if said is not None and said != table_hash(codes, scale):
+        yield "its codes and scales are not those of the checkpoint that the graph was made from"
+    yield from misread(model.graph, name)
+
+
+def _check_scale(weight: GraphWeight) -> list[str]:
+    problems = []
+    if weight.scale_axis == "K":
+        problems.append(
+            "its scales lie along K, the reduced axis: no integer kernel can apply them, and TensorRT silently runs the product in float"
+        )
+    if weight.scale_axis == "block":
+        problems.append("it has several scales along K (blocks): no integer kernel can apply them")
+    if weight.scale is not None:
+        problems += [f"a scale {problem}" for problem in _scale_problems(weight.scale)]
+        if weight.scale_axis == "N" and weight.scale.size != weight.n:
+            problems.append(f"{weight.scale.size} scales for {weight.n} output channels")
+    if weight.zero_point is not None and np.any(weight.zero_point):
+        problems.append("its zero point is not 0, and TensorRT refuses asymmetric weights")
+    return problems
+
+
+def _scale_problems(scale: np.ndarray) -> list[str]:
+    if scale.dtype.kind != "f":
+        return [f"is of type {scale.dtype}, not a float"]
+    values = scale.astype(np.float64)
+    if not np.isfinite(values).all() or (values <= 0).any():
+        return ["is not a positive number"]
+    smallest = float(np.finfo(scale.dtype).smallest_normal)
+    if (values < smallest).any():
+        return [f"of {values.min():.3g} is subnormal in {scale.dtype} (below {smallest:.3g}): it has lost digits"]
+    return []
+
+
+def _check_pairs(model: ir.Model) -> Iterator[str]:
+    """Activation pairs: Q feeds DQ with the same scale, per tensor, zero point 0, and one pair per tensor."""
+    others: Counter[str] = Counter()
+    quantized: dict[int, list[ir.Node]] = {}
+    for node in model.graph.all_nodes():
+        if node.op_type in _DYNAMIC:
+            yield f"{_name(node)}: dynamic quantization, which TensorRT does not take; calibrate static scales"
+        elif node.op_type.startswith("QLinear") or node.op_type in ("QGemm", "QAttention", *PACKED_PRODUCTS):
+            others[node.op_type] += 1
+        elif node.op_type == "QuantizeLinear":
+            yield from _check_readers(node)
+            if not _is_constant(node.inputs[0]):
+                quantized.setdefault(id(node.inputs[0]), []).append(node)
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and not _is_constant(node.inputs[0]):
+            yield from _check_activation(node)
+    for nodes in quantized.values():
+        if len(nodes) > 1:
+            yield (
+                f"{', '.join(map(_name, nodes))}: {len(nodes)} QuantizeLinear nodes on one tensor; "
+                "its readers only run as one product behind one pair"
+            )
+    for op, count in sorted(others.items()):
+        what = "its weights are packed and cannot be checked" if op in PACKED_PRODUCTS else "only ONNX Runtime takes it"
+        yield f"{count} {op} nodes: {what}; export with QuantizeLinear and DequantizeLinear pairs"
+
+
+def _check_readers(node: ir.Node) -> Iterator[str]:
+    """What a QuantizeLinear feeds: something that reads codes, dequantized by the same scale."""
+    output = node.outputs[0]
+    others = [user.op_type for user in output.consumers() if user.op_type not in _READS_CODES]
+    if others or not (output.consumers() or output.is_graph_output()):
+        yield f"{_name(node)}: quantizes into {', '.join(others) or 'nothing'}; an orphan without DequantizeLinear"
+    mine = [array_of(value) for value in _operands(node)]
+    for user in output.consumers():
+        if user.op_type != "DequantizeLinear":
+            continue
+        for what, one, other in zip(
+            ("scale", "zero point"), mine, (array_of(value) for value in _operands(user)), strict=True
+        ):
+            if one is not None and other is not None and not np.array_equal(one.reshape(-1), other.reshape(-1)):
+                yield f"{_name(node)}: quantizes with another {what} than {_name(user)} dequantizes with"
+
+
+def _check_activation(node: ir.Node) -> Iterator[str]:
+    """One half of a pair on an activation."""
+    if node.op_type == "DequantizeLinear" and not _from_codes(node.inputs[0]):
+        yield f"{_name(node)}: dequantizes what nothing quantized"
+    scale, zero = (array_of(value) for value in _operands(node))
+    if scale is None:
+        yield f"{_name(node)}: its scale is not a constant: dynamic quantization, which TensorRT does not take"
+    elif scale.size != 1:
+        yield f"{_name(node)}: {scale.size} scales on an activation; only one per tensor can run in integers"
+    else:
+        yield from (f"{_name(node)}: its scale {problem}" for problem in _scale_problems(scale))
+    if zero is not None and np.any(zero):
+        yield f"{_name(node)}: zero point {int(zero.reshape(-1)[0])} is not 0, and TensorRT refuses asymmetric activations"
+
+
+def _operands(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
+    """Scale and zero point of a QuantizeLinear or DequantizeLinear."""
+    return node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+
+
+def _name(node: ir.Node) -> str:
+    return node.name or f"{node.op_type} of {node.outputs[0].name}"
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    """True for a constant, and for what only rearranges or quantizes one."""
+    while value is not None and ir.convenience.get_const_tensor(value) is None:
+        node = value.producer()
+        if node is None or node.op_type not in ("QuantizeLinear", "Transpose", "Reshape", "Identity", "Cast"):
+            return False
+        value = node.inputs[0]
+    return value is not None
+
+
+def _from_codes(value: ir.Value | None) -> bool:
+    """True when the value comes from a node that writes integers (or is an input of the graph)."""
+    node = _behind(value)
+    return node is None or node.op_type.startswith(("Quantize", "QLinear", "QGemm", "DynamicQuantize"))
+
+
+def _comes_from_pair(value: ir.Value | None) -> bool:
+    node = _behind(value)
+    if node is None or node.op_type != "DequantizeLinear":
+        return False
+    source = _behind(node.inputs[0])
+    return source is not None and source.op_type == "QuantizeLinear"
+
+
+def _goes_into_pair(value: ir.Value) -> bool:
+    """True when everything that reads the product, behind its bias, reads it through one QuantizeLinear."""
+    users = value.consumers()
+    if len(users) == 1 and users[0].op_type == "Add" and any(_is_constant(other) for other in users[0].inputs):
+        users = users[0].outputs[0].consumers()
+    return len(users) == 1 and users[0].op_type == "QuantizeLinear"
+
+
+def _behind(value: ir.Value | None) -> ir.Node | None:
+    """The node that made a value, looking through nodes that only move it."""
+    node = None if value is None else value.producer()
+    while node is not None and node.op_type in _MOVES_CODES:
+        value = node.inputs[0]
+        node = None if value is None else value.producer()
+    return node

@@ -1,0 +1,1 @@
+"""Hugging Face models: the one place of this package that knows torch and transformers."""

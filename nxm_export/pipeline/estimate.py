@@ -1,0 +1,102 @@
+"""``nxm run --dry-run``: what would be done, roughly how long, and how large the results are."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nxm_export.contract.plan import COUNTINGS
+from nxm_export.data.label_kinds import labelled, load_labelled, names_for, read_by_model
+
+if TYPE_CHECKING:
+    from nxm_export.pipeline.run import Request
+
+# Work of one training step in units of a plain forward and backward pass: the dense model once; the compressed model with
+# fake quantization, and a forward pass of the teacher.
+_COMPRESS_FACTOR = 1.9
+_WORDS_TO_TOKENS = 1.35  # of English under a BERT vocabulary
+_GRAPHS = 4  # exported, built and compared
+_SECONDS_PER_GRAPH = 12.0  # tracing, mostly
+_PASSES = 4  # over the held-out data for every compared engine: itself and the reference, which runs in float64
+
+
+def estimate(request: Request) -> dict[str, Any]:
+    """Samples, steps, seconds and bytes by stage; nothing is written.
+
+    Data is read and the plan made, so that their mistakes show here. Seconds come from a matrix product timed on this
+    machine and are good to a factor of two.
+    """
+    from compressors.models import resolve
+    from nxm_export.contract.tasks import task_named
+
+    source = resolve(request.model, request.revision)
+    plan = source.family.uniform_plan(
+        source.config,
+        request.spec,
+        placement=request.placement,
+        keep_dense=request.keep_dense,
+        residual=request.residual,
+        embedding=request.embedding,
+    )
+    task = task_named(request.task)
+    train, dev = (
+        load_labelled(file, split, request.columns, task)
+        for file, split in ((request.train, "train"), (request.dev, "dev"))
+    )
+    fits = source.head_fits(task)
+    names = names_for(train, task, source.classes() if fits else None)
+    labelled(train, task, names), labelled(dev, task, names)
+    read = read_by_model(train, task)
+    settings, count = request.settings, min(len(read), request.train_limit or len(read))
+    texts = [text if isinstance(text, str) else " ".join(text) for text in read]
+    words = sum(len(text.split()) for text in texts[:2000]) / min(2000, len(texts))
+    tokens = min(settings.max_length or 512, words * _WORDS_TO_TOKENS + 2)
+    elements = sum(out * in_ for out, in_ in plan.shapes.values())
+    flops_per_sample, speed = tokens * elements * 2, _flops()
+    step = settings.batch_size * flops_per_sample * 3 / speed  # forward once, backward twice
+    dense_steps = 0 if fits else settings.dense_steps or round(settings.dense_epochs * count / settings.batch_size)
+    steps = settings.steps or round(settings.epochs * count / settings.batch_size)
+    weights = _weight_bytes(source.path)
+    saved = sum(
+        plan.shapes[name][0] * plan.shapes[name][1] * 3 for name, spec in plan.weights.items() if spec.weight_bits
+    )
+    if plan.embedding == "int8":
+        tokens_known, features = source.family.table_shape(source.config)
+        saved += tokens_known * (features * 3 - 4)  # codes of 1 byte for floats of 4, and a scale per row
+    return {
+        "train_samples": count,
+        "dev_samples": len(dev.texts),
+        "plan": plan.pattern_counts,
+        "embedding": plan.embedding,
+        "compression": {counting: plan.compression(counting) for counting in COUNTINGS},
+        "dense_steps": dense_steps,
+        "dense_seconds": round(dense_steps * step, 1),
+        "steps": steps,
+        "seconds": round(steps * step * _COMPRESS_FACTOR, 1),
+        "other_seconds": round(_GRAPHS * (_SECONDS_PER_GRAPH + _PASSES * len(dev.texts) * flops_per_sample / speed), 1),
+        "checkpoint_bytes": 2 * weights,
+        "fp32_onnx_bytes": weights,
+        "onnx_bytes": weights - saved,
+    }
+
+
+def _weight_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def _flops() -> float:
+    """Floating-point operations a second of a matrix product in the training precision, over a fifth of a second."""
+    import torch
+
+    from compressors.training.trainer import wants_bf16
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.randn(768, 768, device=device, dtype=torch.bfloat16 if wants_bf16("auto") else torch.float32)
+    a @ a
+    began, products = time.perf_counter(), 0
+    while time.perf_counter() - began < 0.2:
+        float((a @ a)[0, 0])
+        products += 1
+    # Small layers, attention, norms and the optimizer keep training at about a quarter of a large product's speed.
+    return 0.25 * products * 2 * 768**3 / (time.perf_counter() - began)

@@ -1,0 +1,45 @@
+"""What people look at: one HTML page of a run, and a model card, both made from the files that the stages wrote.
+
+`nxm report` and `nxm card`. Nothing is measured here and no number is typed: facts are read (`facts`), judged in words
+(`verdicts`), drawn (`plots`) and put into templates (`page`, `hub_card`). A run may be unfinished; what is missing is said.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nxm_export.errors import ArtifactError
+from nxm_export.storage.atomic import write_atomic
+
+REPORT_FILE = "report.html"
+
+
+def report(run: str | Path, out: str | Path | None = None, *, search: str | Path | None = None) -> Path:
+    """Write the page of a run directory to `out` (``RUN/report.html`` by default) and return its path.
+
+    `search` is a directory of `nxm search` to show beside the run (``RUN/search`` by default). Raises `ArtifactError` when
+    `run` is no run or nothing has been made in it yet; needs jinja2 and matplotlib (``nxm-export[report]``).
+    """
+    from nxm_export.reporting.page import render
+    from nxm_export.reporting.plots import pictures
+    from nxm_export.reporting.run_facts import read_run
+
+    facts = read_run(run, search)
+    return _write(Path(out) if out is not None else facts.root / REPORT_FILE, render(facts, pictures(facts)))
+
+
+def card(source: str | Path, out: str | Path) -> Path:
+    """Write the model card of an engine directory or a run to `out` and return its path.
+
+    Raises `ArtifactError` when `source` is neither; needs jinja2 (``nxm-export[report]``).
+    """
+    from nxm_export.reporting.hub_card import render
+
+    return _write(Path(out), render(Path(source)))
+
+
+def _write(out: Path, text: str) -> Path:
+    if not out.parent.is_dir():
+        raise ArtifactError(f"{out.parent}: no such directory; make it, or choose another --out")
+    write_atomic(out, text)
+    return out

@@ -1,0 +1,249 @@
+"""A Hugging Face model card of a run or of one engine directory, from the files alone.
+
+What the files do not say (the base model, licences, languages, intended use) is listed as not known, for a person to
+fill in. A file that contradicts its passport or manifest makes no card: a card travels without its evidence.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from nxm_export import __version__
+from nxm_export.contract.plan import COUNTINGS
+from nxm_export.contract.tasks import TASKS
+from nxm_export.errors import ArtifactError
+from nxm_export.reporting.figures import Shown
+from nxm_export.reporting.run_facts import Engine, Run, read_engine_directory, read_run
+from nxm_export.reporting.verdicts import (
+    COUNTED,
+    Piece,
+    Verdict,
+    compressed_value,
+    compression,
+    dense_value,
+    main_engine,
+    metric,
+    verdicts,
+)
+from nxm_export.storage.run_dir import MANIFEST
+
+# task -> what the hub calls it
+PIPELINES = {
+    "classification": "text-classification",
+    "multi-label": "text-classification",
+    "regression": "text-classification",
+    "token-classification": "token-classification",
+    "question-answering": "question-answering",
+    "embedding": "sentence-similarity",
+    "reranking": "text-ranking",
+}
+_BESIDE = list(dict.fromkeys(name for task in TASKS.values() for name in task.beside))
+_SPECIAL = re.compile(r"([\\`*_\[\]|#$~!])")
+
+
+def render(source: Path) -> str:
+    """The card of a run or an engine directory; raises `ArtifactError` when it is neither, or cannot be trusted."""
+    run = read_run(source) if (source / MANIFEST).is_file() else read_engine_directory(source)
+    if run.doubts:
+        raise ArtifactError(f"{source}: no card of files that contradict each other: {run.doubts[0]}")
+    engine = main_engine(run) or next(iter(run.engines), None)
+    task = run.spec.data.get("task") if run.spec else None
+    options = _options(run, engine)
+    low, high = run.figure("difference_interval", 0), run.figure("difference_interval", 1)
+    samples = run.figure("dev_samples") or (engine.parity.at("samples") if engine and engine.parity else None)
+    samples = samples or (run.compressed.at("dev_samples") if run.compressed else None)
+    return (
+        _environment()
+        .get_template("card.md.j2")
+        .render(
+            run=run,
+            name=run.name,
+            front=_front_matter(run, engine, task),
+            model_type=run.config.get("model_type", "unknown"),
+            task=task or "unknown",
+            labels=(run.spec.data.get("labels") or []) if run.spec else [],
+            max_length=run.spec.data.get("max_length") if run.spec else None,
+            options=options,
+            metric=metric(run) if compressed_value(run) else None,
+            dense=_text(dense_value(run), "score"),
+            compressed=_text(compressed_value(run), "score"),
+            low=_text(low, "signed"),
+            high=_text(high, "signed"),
+            samples=_text(samples, "general"),
+            beside=list(_beside(run, engine)),
+            compression=[(c, _text(found, "share"), COUNTED[c]) for c in COUNTINGS if (found := compression(run, c))],
+            engines=[_engine(e) for e in run.engines if e.passport is not None],
+            parity=[row for e in run.engines for row in _parity(e)],
+            reasons=dict.fromkeys(str(e.parity.data.get("reason")) for e in run.engines if e.parity),
+            verdicts=[_verdict(v) for v in verdicts(run) if v.state != "absent"],
+            training=_training(run),
+            **_usage(run, engine),
+            unknown=list(_unknown(run)),
+            version=__version__,
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
+    """Templates of this package, in which everything that a file said is escaped for markdown unless it is marked safe."""
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("nxm_export", "reporting"),
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else markdown(str(value)),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def markdown(text: str) -> str:
+    """Text that markdown, and HTML inside it, shows as it is; on one line."""
+    flat = re.sub(r"\s+", " ", text)
+    return _SPECIAL.sub(r"\\\1", flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+
+
+def _front_matter(run: Run, engine: Engine | None, task: str | None) -> Markup:
+    """The YAML head. JSON is YAML, so every value is written as JSON."""
+    tags = ["nxm-export", "onnx", *_option_tags(run, engine)]
+    head: dict[str, Any] = {"library_name": "onnx", "tags": tags}
+    if task in PIPELINES:
+        head["pipeline_tag"] = PIPELINES[task]
+    value = compressed_value(run)
+    if value is not None and task in PIPELINES:
+        head["model-index"] = [
+            {
+                "name": run.name,
+                "results": [
+                    {
+                        "task": {"type": PIPELINES[task]},
+                        "dataset": {"name": "held-out data of the run", "type": "unknown"},
+                        "metrics": [{"type": metric(run), "value": value.value}],
+                    }
+                ],
+            }
+        ]
+    lines = [f"{key}: {json.dumps(item)}" for key, item in head.items()]
+    return Markup("\n".join(lines))
+
+
+def _options(run: Run, engine: Engine | None) -> dict[str, Any]:
+    if run.plan is not None:
+        return dict(run.plan.pattern_counts)
+    found = engine.passport.at("plan", "options") if engine and engine.passport else None
+    return dict(found.value) if found and isinstance(found.value, dict) else {}
+
+
+def _option_tags(run: Run, engine: Engine | None) -> Iterator[str]:
+    parts = [part for option in _options(run, engine) for part in str(option).split("+")]
+    for part in dict.fromkeys(parts):
+        if part.startswith("W") and part[1:].isdecimal():
+            yield f"int{part[1:]}"
+        elif ":" in part:
+            yield f"sparsity-{part.replace(':', '-')}"
+
+
+def _engine(engine: Engine) -> dict[str, Any]:
+    data: Mapping[str, Any] = engine.passport.data if engine.passport else {}
+    graph, device, versions = (data.get(key) or {} for key in ("graph", "device", "versions"))
+    package = {"ort": "onnxruntime", "openvino": "openvino", "trt": "tensorrt", "trt_rtx": "tensorrt-rtx-cu13"}.get(
+        str(data.get("backend")), ""
+    )
+    return {
+        "name": engine.name,
+        "backend": f"{data.get('backend')} {versions.get(package, '')}".strip(),
+        "graph": f"{graph.get('dtype', 'unknown')}, {graph.get('placement', 'unknown')}",
+        "device": device.get("gpu") or device.get("name") or "unknown",
+        "megabytes": _text(engine.bytes, "megabytes"),
+        "requires": ", ".join(f"{key} {value}" for key, value in (data.get("requires") or {}).items()) or "none",
+        "sha256": data.get("engine_sha256"),
+    }
+
+
+def _parity(engine: Engine) -> Iterator[dict[str, Any]]:
+    outputs = engine.parity.at("outputs") if engine.parity else None
+    for number in range(len(outputs.value) if outputs and isinstance(outputs.value, list) else 0):
+        shown = {
+            key: _text(engine.parity.at("outputs", number, key) if engine.parity else None, kind)
+            for key, kind in (
+                ("agreement", "share"),
+                ("max_abs", "error"),
+                ("max_tolerance", "error"),
+                ("passed", "general"),
+            )
+        }
+        name = outputs.value[number].get("output") if outputs else ""
+        yield {
+            **shown,
+            "name": engine.name,
+            "output": name,
+            "samples": engine.parity.data.get("samples") if engine.parity else None,
+        }
+
+
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "title": verdict.title,
+        "word": verdict.word,
+        "note": verdict.note,
+        "rows": [(row.label, _pieces(row.pieces)) for row in verdict.rows],
+    }
+
+
+def _pieces(pieces: tuple[Piece, ...]) -> str:
+    return "".join(piece.text if isinstance(piece, Shown) else piece for piece in pieces)
+
+
+def _text(figure: Any, kind: str) -> str:
+    return "not known" if figure is None else str(figure.shown(kind).text)
+
+
+def _beside(run: Run, engine: Engine | None) -> Iterator[tuple[str, str, str]]:
+    """Further metrics of the task: name, of the dense model, of the engine (of the checkpoint where no engine was compared)."""
+    for name in _BESIDE:
+        of_engine = engine.parity.at("beside", name, 1) if engine and engine.parity else None
+        compressed = of_engine or (run.compressed.at(name) if run.compressed else None)
+        if compressed is not None:
+            yield name, _text(run.dense.at(name) if run.dense else None, "score"), _text(compressed, "score")
+
+
+def _training(run: Run) -> dict[str, str]:
+    """The facts of compression training, without the metric, which stands elsewhere."""
+    source = run.compressed
+    shown = {"schema", "metric", "value", "interval", *_BESIDE}
+    keys = [key for key in source.data if key not in shown] if source else []
+    return {key.replace("_", " "): _text(source.at(key), "general") for key in keys} if source else {}
+
+
+def _usage(run: Run, engine: Engine | None) -> dict[str, Markup]:
+    """Names for the lines of Python: identifiers only, whatever the files say."""
+    backend = str(engine.passport.data.get("backend")) if engine and engine.passport else "ort"
+    inputs = run.spec.data.get("inputs") if run.spec else None
+    names = [name for name in inputs if str(name).isidentifier()] if isinstance(inputs, list) else ["input_ids"]
+    return {
+        "backend": Markup(backend if backend.isidentifier() else "ort"),
+        "feeds": Markup(", ".join(f'"{name}": {name}' for name in names)),
+    }
+
+
+def _unknown(run: Run) -> Iterator[str]:
+    """What a reader of a card looks for and no file says."""
+    yield "the base model's name and licence, and the licence of this model"
+    yield "the languages, and where the training and evaluation data come from and under which terms"
+    yield "intended uses, limits and biases: compression keeps those of the base model, and may change them"
+    if dense_value(run) is None or run.figure("difference_interval", 0) is None:
+        yield "how far it is from the dense model: there is no paired comparison with it"
+    if not any(engine.parity for engine in run.engines):
+        yield "whether the engine computes what its checkpoint computes: it was not compared"
+    if not (run.benches or run.summary):
+        yield "how fast it is: it was not timed"
+    if not any(row.get("chosen") is True for engine in run.engines for row in engine.truth):
+        yield "whether any matrix runs on a sparse kernel: no engine proves it"
+    for gap in run.missing:
+        if gap.command is None:
+            yield f"{gap.what}: {gap.why}"

@@ -1,0 +1,1 @@
+"""Files and directories: run directories with a manifest, outputs that appear whole, JSON that is checked."""

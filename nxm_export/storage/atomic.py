@@ -1,0 +1,162 @@
+"""Files and directories that appear whole or not at all, one writer at a time, and disk errors that say which file.
+
+The lock is the kernel's, on the directory itself, so it ends with its process, however that ends. On file systems without
+locks nothing is locked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from nxm_export.errors import ArtifactError, NxmError
+
+# Directories that this project made, each known by the files in it: only these, and empty ones, are ever replaced.
+OWN_DIRECTORIES = (
+    ("config.json", "nxm_plan.json"),  # a compressed checkpoint
+    ("config.json", "metrics.json"),  # a fine-tuned dense model
+    ("model.onnx", "spec.json"),  # a graph
+    ("passport.json",),  # an engine
+    ("manifest.json", "check_manifest.py"),  # a model repository for Triton
+)
+
+
+_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+# Libraries that write files themselves turn the system's error into their own; its text stays.
+_DISK_TEXTS = (
+    "No space left on device",
+    "File too large",
+    "Disk quota exceeded",
+    "Read-only file system",
+    "Permission denied",
+    "failed writing file",  # torch.save, which says no more than that
+    "inline_container.cc",
+)
+
+
+@contextlib.contextmanager
+def exclusive(directory: Path, busy: str) -> Iterator[None]:
+    """Hold the kernel's lock on `directory`; raises `ArtifactError` with the text `busy` when another process holds it."""
+    import fcntl  # not on Windows, where this module must still import
+
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ArtifactError(busy) from error
+        except OSError:
+            pass  # a file system without locks
+        try:
+            if not os.path.samestat(os.fstat(handle), os.stat(directory)):
+                raise ArtifactError(busy)  # renamed by its owner between opening and locking
+        except FileNotFoundError as error:
+            raise ArtifactError(busy) from error
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_dir(target: Path, *, replace_any: bool = False) -> Iterator[Path]:
+    """A scratch directory that becomes `target` if the block succeeds, and disappears if it does not.
+
+    An existing `target` is replaced when it is empty or one of `OWN_DIRECTORIES`, or with `replace_any`; anything else is
+    refused before the block runs, and so is a `target` that another process is writing. Disk errors become `ArtifactError`.
+    """
+    target = Path(os.path.abspath(target))
+    if not replace_any:
+        require_replaceable(target)
+    scratch, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
+    with contextlib.ExitStack() as stack:
+        with disk_errors(target):
+            make_directory(scratch)
+            stack.enter_context(exclusive(scratch, f"{target} is being written by another nxm process; wait for it"))
+            for leftover in scratch.iterdir():  # of a process that was killed
+                shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+        try:
+            with disk_errors(target):
+                yield scratch
+                shutil.rmtree(old, ignore_errors=True)
+                if os.path.lexists(target):
+                    target.rename(old)
+                scratch.rename(target)
+                shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def require_replaceable(target: Path) -> None:
+    """Raise `ArtifactError` when something that this project did not make is at `target`."""
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir() or target.is_symlink() or not target.name:
+        raise ArtifactError(f"{target} exists and is not a directory of nxm-export; choose another --out")
+    try:
+        files = {file.name for file in target.iterdir()}
+    except OSError as error:
+        raise ArtifactError(f"{target}: cannot be read ({error.strerror}); choose another --out") from error
+    if files and not any(files.issuperset(marks) for marks in OWN_DIRECTORIES):
+        raise ArtifactError(
+            f"{target} exists and nxm-export did not make it: it would be replaced as a whole. Choose another --out, or remove it"
+        )
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory and those above it; raises `ArtifactError` where that cannot be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"{directory}: cannot be made ({error.strerror or error}); choose another place") from error
+
+
+@contextlib.contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn a disk that is full or not writable, whoever met it, into an `ArtifactError` that names the file."""
+    try:
+        yield
+    except NxmError:
+        raise
+    except Exception as error:
+        if not is_disk_error(error):
+            raise
+        file = getattr(error, "filename", None) or target
+        reason = getattr(error, "strerror", None) or f"the disk is full, or the file too large: {_first_line(error)}"
+        raise ArtifactError(f"{file}: cannot be written ({reason}); free the space or choose another place") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """True when the error, or one that caused it, says that the disk is full or not writable."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _DISK_ERRNOS | {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}:
+            return True
+        if any(text in str(seen) for text in _DISK_TEXTS):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def write_atomic(file: Path, content: str | bytes) -> None:
+    """Write a file so that it is either the old or the new one, never half of it."""
+    scratch = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        scratch.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        scratch.replace(file)
+    except OSError as error:
+        raise ArtifactError(
+            f"{file}: cannot be written ({error.strerror or error}); free the space or choose another place"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink()

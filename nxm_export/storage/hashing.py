@@ -1,0 +1,44 @@
+"""sha256 of files and directories: what says that a file is the one that was made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from nxm_export.errors import ArtifactError
+
+UNHASHED = ("build.log", "timing.cache")  # side products that a rebuild may change without changing the engine
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, as hex; raises `ArtifactError` when it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(stream)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _digest(stream: Any) -> str:
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def file_hashes(directory: Path) -> dict[str, str]:
+    """sha256 of every file below a directory, by relative path; build logs and timing caches are left out."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file() and file.name not in UNHASHED)
+    return {file.relative_to(directory).as_posix(): file_hash(file) for file in files}
+
+
+def tree_hash(path: Path) -> str:
+    """One sha256 for a file, or for a directory's names and contents; raises `ArtifactError` when it is missing."""
+    if path.is_file():
+        return file_hash(path)
+    if not path.is_dir():
+        raise ArtifactError(f"{path}: no such file or directory")
+    return hashlib.sha256(json.dumps(file_hashes(path)).encode()).hexdigest()

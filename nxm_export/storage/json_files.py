@@ -1,0 +1,217 @@
+"""JSON files: one decoder for all that this project writes, and one writer.
+
+A file is one frozen dataclass. `decode` makes it from text and refuses, by file and field: text that is no JSON, a key that
+stands there twice, NaN and infinity (JSON has neither; a number like 1e999 is infinite, too), nesting that no file of ours
+has, another schema, a missing field, a field of another type, and a field that the dataclass does not know. msgspec does the
+types; it lets unknown fields pass, so what was read is held against what would be written again.
+
+`encode` writes such a dataclass. It refuses NaN and infinity, too: a number that is not there is None, and whoever computes
+it decides that.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from nxm_export.errors import ArtifactError, PlanError
+
+T = TypeVar("T")
+Json = Any  # what json.loads returns
+Upgrade = Callable[[dict[str, Json]], dict[str, Json]]
+
+_DEEPEST = 64
+
+
+def parse_json(text: str, source: str, way_out: str, error: type[Exception]) -> Json:
+    """The value of a JSON text; one that JSON does not allow, or that names a key twice, is an `error` with `source` and
+    `way_out`."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite_float)
+        _require_shallow(value)
+    except (ValueError, RecursionError) as reason:
+        raise error(f"{source}: not valid JSON ({reason}); {way_out}") from reason
+    return value
+
+
+def read_json(file: Path, way_out: str) -> Json:
+    """The value of a JSON file of others, such as config.json; raises `ArtifactError` with `way_out` when it cannot be read
+    or is not JSON."""
+    return parse_json(_text_of(file, way_out), str(file), way_out, ArtifactError)
+
+
+def decode(
+    text: str,
+    kind: type[T],
+    *,
+    schema: str,
+    source: str,
+    way_out: str,
+    older: Mapping[str, Upgrade] | None = None,
+    error: type[Exception] = ArtifactError,
+) -> T:
+    """The `kind` (a dataclass) that a JSON text of this `schema` holds.
+
+    `older` reads former schemas: by name, a function from such a file's object to that of `schema`, both without the field
+    ``schema``. Raises `error` with `source`, the field, what is wrong with it, and `way_out`.
+    """
+    value = parse_json(text, source, way_out, error)
+    actual = value.get("schema") if isinstance(value, dict) else None
+    if older and isinstance(actual, str) and actual in older:
+        fields = {key: entry for key, entry in value.items() if key != "schema"}
+        try:
+            fields = older[actual](fields)
+        except (LookupError, TypeError, ValueError, AttributeError) as reason:
+            raise error(f"{source}: malformed {actual} file ({reason!r}); {way_out}") from reason
+    else:
+        require_schema(value, schema, source, error)
+        fields = {key: entry for key, entry in value.items() if key != "schema"}
+    return convert(fields, kind, source=source, way_out=way_out, error=error)
+
+
+def convert(value: Json, kind: type[T], *, source: str, way_out: str, error: type[Exception] = ArtifactError) -> T:
+    """The `kind` (a dataclass) that a parsed JSON value holds, with all that `decode` refuses but the schema."""
+    try:
+        made = msgspec.convert(value, type=kind)
+    except msgspec.ValidationError as reason:
+        what, _, where = str(reason).partition(" - at ")
+        field = where.strip("`").removeprefix("$").removeprefix(".")
+        place = f"{source}: {field}" if field else source
+        raise error(f"{place}: {what}; {way_out}") from reason
+    unknown = next(_unknown_fields(value, msgspec.to_builtins(made), ""), None)
+    if unknown is not None:
+        raise error(f"{source}: unknown field {unknown}; it was written by another nxm-export: update, or {way_out}")
+    return made
+
+
+def read_record(
+    file: Path,
+    kind: type[T],
+    *,
+    schema: str,
+    way_out: str,
+    older: Mapping[str, Upgrade] | None = None,
+    error: type[Exception] = ArtifactError,
+) -> T:
+    """`decode` of a file; raises `error`, too, when it cannot be read."""
+    text = _text_of(file, way_out, error)
+    return decode(text, kind, schema=schema, source=str(file), way_out=way_out, older=older, error=error)
+
+
+def encode(record: object, schema: str | None = None) -> str:
+    """The text of a JSON file that holds `record` (a dataclass, or plain JSON values), under `schema`.
+
+    Raises `ValueError` that names the field for NaN and infinity.
+    """
+    value = to_builtins(record)
+    if schema is not None:
+        value = {"schema": schema, **value}
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+
+
+def to_builtins(record: object) -> Json:
+    """A record as JSON values: dictionaries, lists, strings, numbers; raises `ValueError` that names the field for NaN and
+    infinity."""
+    value = msgspec.to_builtins(record, str_keys=True, enc_hook=str)
+    for field, number in _floats(value, ""):
+        if not math.isfinite(number):
+            raise ValueError(f"{type(record).__name__}{field} is {number}, which JSON does not have")
+    return value
+
+
+def require_schema(data: Json, schema: str, source: str, error: type[Exception] = PlanError) -> None:
+    """Refuse JSON that is not of exactly this `schema`, and say the way out."""
+    actual = data.get("schema") if isinstance(data, dict) else None
+    if actual == schema:
+        return
+    if isinstance(actual, str) and actual.partition("/")[0] == schema.partition("/")[0]:
+        raise error(
+            f"{source}: schema {actual} is not the {schema} that this version reads; use the nxm-export that wrote it, or write it again"
+        )
+    raise error(f"{source}: not a {schema} file (schema is {actual!r}); check the path")
+
+
+def json_text(value: Any) -> str:
+    """JSON that every reader takes: NaN and infinity, which JSON does not have, are null."""
+    return json.dumps(_finite(value), indent=1, default=str, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _text_of(file: Path, way_out: str, error: type[Exception] = ArtifactError) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as reason:
+        raise error(f"{file}: cannot be read ({reason.strerror}); {way_out}") from reason
+    except UnicodeDecodeError as reason:
+        raise error(f"{file}: not a JSON file (it is not UTF-8 text); {way_out}") from reason
+
+
+def _unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return value
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite_float(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large for a number")
+    return number
+
+
+def _require_shallow(value: Json) -> None:
+    level, depth = [value], 0
+    while level:
+        if depth > _DEEPEST:
+            raise ValueError(f"nested more than {_DEEPEST} deep")
+        level = [
+            item
+            for entry in level
+            if isinstance(entry, (dict, list))
+            for item in (entry.values() if isinstance(entry, dict) else entry)
+        ]
+        depth += 1
+
+
+def _unknown_fields(read: Json, made: Json, path: str) -> Iterator[str]:
+    """The fields of `read` that are not in `made`, what its dataclass would write."""
+    if isinstance(read, dict) and isinstance(made, dict):
+        for key, entry in read.items():
+            if key not in made:
+                yield f"{path}{key}"
+            else:
+                yield from _unknown_fields(entry, made[key], f"{path}{key}.")
+    elif isinstance(read, list) and isinstance(made, (list, tuple)):
+        for at, (entry, other) in enumerate(zip(read, made)):  # noqa: B905  (msgspec keeps lengths)
+            yield from _unknown_fields(entry, other, f"{path.rstrip('.')}[{at}].")
+
+
+def _floats(value: Json, path: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, float):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            yield from _floats(entry, f"{path}.{key}")
+    elif isinstance(value, list):
+        for at, entry in enumerate(value):
+            yield from _floats(entry, f"{path}[{at}]")

@@ -1,0 +1,142 @@
+"""One directory per run, and a manifest that says what made every file in it.
+
+A stage is a function from input files and options to one output path. Its record in ``manifest.json`` holds the hashes of
+both sides, so a stage whose inputs, options and outputs are unchanged is skipped, and a changed one runs again. Outputs
+are written under another name and renamed when complete: a stage that is killed leaves nothing half-written.
+
+A run directory, and a directory being written, belong to one process at a time. The lock is the kernel's, on the
+directory itself, so it ends with its process, however that ends. On file systems without locks nothing is locked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nxm_export.errors import ArtifactError
+from nxm_export.storage.atomic import atomic_dir, exclusive, write_atomic
+from nxm_export.storage.hashing import file_hash, file_hashes, tree_hash
+from nxm_export.storage.json_files import json_text, read_json, require_schema
+from nxm_export.storage.versions import installed_versions
+
+SCHEMA = "nxm-run/1"
+MANIFEST = "manifest.json"
+
+
+class RunDir:
+    """A run directory and its manifest. Opening one creates it; an existing directory that is no run is refused."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self._locked = False
+        if not self._manifest_file.is_file():
+            self._create()
+        self.manifest = _read_manifest(self._manifest_file)
+
+    @classmethod
+    def open(cls, root: str | Path) -> RunDir:
+        """Open an existing run; raises `ArtifactError` when `root` is none."""
+        if not (Path(root) / MANIFEST).is_file():
+            raise ArtifactError(f"{root} is not a run directory (no {MANIFEST}); give the --out of an `nxm run`")
+        return cls(root)
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the run."""
+        return self.root.joinpath(*parts)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from running stages here; raises `ArtifactError` when one already does. Re-entrant."""
+        if self._locked:
+            yield
+            return
+        with exclusive(
+            self.root, f"{self.root} is in use by another nxm process; wait for it, or choose another --out"
+        ):
+            for leftover in self.root.glob(f".{MANIFEST}.*.partial"):  # of a process that was killed
+                leftover.unlink(missing_ok=True)
+            self.manifest = _read_manifest(self._manifest_file)  # another process may have been here in between
+            self._locked = True
+            try:
+                yield
+            finally:
+                self._locked = False
+
+    def stage(
+        self,
+        name: str,
+        output: str,
+        work: Callable[[Path], Any],
+        *,
+        inputs: Mapping[str, Path] | None = None,
+        options: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+    ) -> bool:
+        """Bring ``root/output`` up to date with `work`; True when it ran, False when it was up to date.
+
+        `work` gets a fresh directory, fills it, and the directory becomes `output` when it returns. `inputs` are files or
+        directories by label; their hashes, `options` and `seed` decide whether the stage is up to date.
+        """
+        record: dict[str, Any] = {
+            "options": json.loads(json.dumps(dict(options or {}), default=str)),
+            "inputs": {label: tree_hash(path) for label, path in (inputs or {}).items()},
+            "seed": seed,
+        }
+        target = self.root / output
+        with self.lock():
+            previous = self.manifest["stages"].get(name, {})
+            unchanged = {key: previous.get(key) for key in record} == record
+            if unchanged and _outputs_hold(previous.get("outputs", {}), self.root):
+                return False
+            started = time.monotonic()
+            with atomic_dir(target, replace_any=True) as scratch:
+                work(scratch)
+            record["outputs"] = {str(Path(output) / file): digest for file, digest in file_hashes(target).items()}
+            record["versions"] = installed_versions()
+            record["seconds"] = round(time.monotonic() - started, 3)
+            record["command"] = [Path(sys.argv[0]).name, *sys.argv[1:]]
+            self.manifest["stages"][name] = record
+            write_atomic(self._manifest_file, json_text(self.manifest))
+        return True
+
+    @property
+    def _manifest_file(self) -> Path:
+        return self.root / MANIFEST
+
+    def _create(self) -> None:
+        try:
+            # What a killed process had begun to write, under its own name, does not make a directory foreign.
+            if self.root.exists() and not (
+                self.root.is_dir() and all(file.name.endswith(".partial") for file in self.root.iterdir())
+            ):
+                raise ArtifactError(
+                    f"{self.root} exists and is not a run directory (no {MANIFEST}); choose another --out or an empty directory"
+                )
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArtifactError(
+                f"{self.root}: cannot create the run directory ({error.strerror}); choose another --out"
+            ) from error
+        with exclusive(self.root, f"{self.root} is in use by another nxm process; choose another --out"):
+            if not self._manifest_file.is_file():
+                write_atomic(self._manifest_file, json_text({"schema": SCHEMA, "stages": {}}))
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    manifest = read_json(file, "restore it, or start a new run directory")
+    require_schema(manifest, SCHEMA, str(file), ArtifactError)
+    stages = manifest.get("stages")
+    if not isinstance(stages, dict) or not all(isinstance(record, dict) for record in stages.values()):
+        raise ArtifactError(f"{file}: malformed manifest (no stages); restore it, or start a new run directory")
+    return dict(manifest)
+
+
+def _outputs_hold(outputs: Any, root: Path) -> bool:
+    return bool(isinstance(outputs, dict) and outputs) and all(
+        (root / name).is_file() and file_hash(root / name) == digest for name, digest in outputs.items()
+    )

@@ -1,0 +1,329 @@
+"""Fake quantization against integer arithmetic and against autograd of its definition."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compressors.projections import nm_mask
+from compressors.quantization.autograd import FakeQuantize
+from compressors.quantization.fake_quant import (
+    ActivationQuantizer,
+    QuantLinear,
+    activation_quantizers,
+    bake,
+    calibrate,
+    prepare,
+    quant_linears,
+    require_invariants,
+)
+from compressors.quantization.observers import HistogramObserver
+from nxm_export.contract.families import FAMILIES
+from nxm_export.contract.plan import NMPattern, WeightSpec
+from nxm_export.errors import ArtifactError, DataError, PlanError
+
+W4 = WeightSpec(NMPattern(2, 4), 4, 8)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def definition(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
+    """The straight-through definition, left to autograd: clip first, then round with gradient one."""
+    v = x / scale
+    clipped = v.clamp(qmin, qmax)
+    return clipped + (v.round().clamp(qmin, qmax) - clipped).detach()
+
+
+@pytest.mark.parametrize("limits", [(-128, 127), (-7, 7)])
+def test_values_and_gradients_are_those_of_the_definition(limits: tuple[int, int]) -> None:
+    upstream = randn(3, 5, 8, seed=3)
+    results = []
+    for function in (lambda x, s, a, b: definition(x, s, a, b) * s, FakeQuantize.apply):
+        x = (randn(3, 5, 8, seed=1) * 3).requires_grad_()
+        scale = torch.full((1,), 0.3 if limits[1] == 7 else 0.02).requires_grad_()
+        found = function(x, scale, *limits)
+        (found * upstream).sum().backward()
+        results.append((found.detach(), x.grad, scale.grad))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # sums in another order
+    assert (results[0][0].abs() >= limits[1] * 0.02).any()  # some values were clipped, so that case is tested
+
+
+def quantized_layer(spec: WeightSpec = W4, out: int = 12, in_: int = 16, bias: bool = True) -> QuantLinear:
+    torch.manual_seed(0)
+    layer = QuantLinear(nn.Linear(in_, out, bias=bias), spec, "x.weight")
+    if spec.input_bits:
+        layer.input_quantizer = ActivationQuantizer()
+        layer.input_quantizer.set_scale(0.02)
+    return layer
+
+
+def by_autograd(layer: QuantLinear, x: Tensor) -> Tensor:
+    """What a layer computes, from the definition of fake quantization and nothing else."""
+
+    def learned(log_scale: Tensor, elements: int, qmax: int) -> Tensor:
+        damping = (elements * qmax) ** -0.5
+        return (log_scale * damping + (log_scale * (1 - damping)).detach()).exp()
+
+    assert layer.input_quantizer is not None
+    step = learned(layer.input_quantizer.log_scale, x.numel(), 127)
+    weight = layer.weight if layer.mask is None else layer.weight * layer.mask
+    if layer.quantize_weight:
+        scale = learned(layer.log_scale, layer.in_features, layer.spec.qmax)  # type: ignore[arg-type]
+        weight = definition(weight, scale, -layer.spec.qmax, layer.spec.qmax) * scale  # type: ignore[operator, arg-type]
+    return torch.nn.functional.linear(definition(x, step, -128, 127) * step, weight, layer.bias)
+
+
+def outputs_and_gradients(layer: QuantLinear, x: Tensor, forward: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    y = forward(x)
+    (y * randn(*y.shape, seed=5)).sum().backward()
+    assert x.grad is not None
+    gradients = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "x": x.grad, **gradients}
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("state", ["hardened", "before hardening", "weight in float"])
+def test_every_gradient_of_a_layer_is_that_of_the_definition(bits: int, bias: bool, state: str) -> None:
+    layer = quantized_layer(WeightSpec(NMPattern(2, 4), bits, 8), bias=bias)
+    if state == "hardened":
+        layer.harden()
+    layer.quantize_weight = state != "weight in float"
+    with torch.no_grad():
+        layer.log_scale.sub_(0.4)  # narrower than fitted, so that weights are clipped, too
+    x = randn(5, 3, 16, seed=4)
+    expected = outputs_and_gradients(layer, x, lambda x: by_autograd(layer, x))
+    found = outputs_and_gradients(layer, x, layer)
+    assert found.keys() == expected.keys()
+    assert {"weight", "input_quantizer.log_scale"} <= found.keys()
+    for name in expected:  # sums in another order
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_gradients_under_bfloat16_are_as_good_as_those_of_a_plain_layer() -> None:
+    layer, plain = quantized_layer(WeightSpec(NMPattern(2, 4), 4, 8), 64, 128), nn.Linear(128, 64)
+    layer.harden()
+    x = randn(40, 128, seed=4)
+
+    def error(module: nn.Module) -> dict[str, float]:
+        exact = outputs_and_gradients(module, x, module)  # type: ignore[arg-type]
+
+        def mixed(x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return module(x)
+
+        rounded = outputs_and_gradients(module, x, mixed)  # type: ignore[arg-type]
+        return {name: float((rounded[name] - exact[name]).norm() / exact[name].norm()) for name in exact}
+
+    with torch.autocast("cpu", torch.bfloat16):
+        # As a plain layer's, unless a quantizer reads it: engines do that in float32.
+        assert layer(x).dtype == plain(x).dtype == torch.bfloat16
+        assert (
+            quantized_layer(WeightSpec(NMPattern(2, 4), 4, 8, 8), 64, 128)._product(x, layer.reads).dtype
+            == torch.float32
+        )
+    ours, theirs = error(layer), error(plain)
+    for name in theirs:
+        assert ours[name] <= 1.5 * theirs[name] + 1e-6  # bfloat16 keeps 8 bits, whose rounding is the same for both
+    for name in ours.keys() - theirs.keys():  # steps: sums of many products, each rounded
+        assert ours[name] < 0.02
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_is_integer_arithmetic(bits: int, bias: bool) -> None:
+    layer = quantized_layer(WeightSpec(NMPattern(2, 4), bits, 8), bias=bias)
+    layer.harden()
+    x = randn(5, 3, 16)
+    xq = np.clip(np.rint((x / 0.02).numpy()), -128, 127).astype(np.int64)
+    scale = layer.weight_scale.numpy()
+    wq = np.clip(np.rint(layer.weight.detach().numpy() / scale), -layer.spec.qmax, layer.spec.qmax).astype(np.int64)  # type: ignore[operator]
+    assert (np.abs(wq).reshape(12, 4, 4) > 0).sum(axis=-1).max() <= 2
+    expected = (xq @ wq.T) * (0.02 * scale.squeeze(-1))
+    if bias:
+        expected = expected + layer.bias.detach().numpy()
+    np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_autocast_multiplies_the_same_integers() -> None:
+    layer = quantized_layer()
+    layer.harden()
+    x = randn(7, 16)
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = layer(x).float()
+    # The codes are exact in bfloat16; only the product is rounded, to 8 bits of mantissa.
+    torch.testing.assert_close(mixed, exact, rtol=2**-8, atol=2**-8 * float(exact.detach().abs().max()))
+    rounded = torch.nn.functional.linear(x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16()).float()  # type: ignore[union-attr]
+    assert (mixed - exact).abs().mean() < (rounded - exact).abs().mean()
+
+
+def test_masked_weights_stay_zero_through_any_training() -> None:
+    torch.manual_seed(0)
+    for spec in (W4, WeightSpec(NMPattern(2, 4)), WeightSpec(NMPattern(1, 4), 8, 8)):
+        layer = quantized_layer(spec)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05, weight_decay=0.1)
+        for step in range(30):
+            if step == 10:
+                layer.harden()  # momentum of ten dense steps is still in the optimizer ...
+                optimizer = torch.optim.AdamW(
+                    layer.parameters(), lr=0.05, weight_decay=0.1
+                )  # ... so a phase starts anew
+            optimizer.zero_grad()
+            layer(randn(9, 16, seed=step)).square().sum().backward()
+            optimizer.step()
+            if step >= 10:
+                require_invariants(layer)
+        assert layer.mask is not None
+        assert (layer.weight.detach()[layer.mask] != 0).all()
+
+
+def test_sr_ste_follows_the_weight_and_its_gradient_is_the_definition() -> None:
+    layer = quantized_layer(WeightSpec(NMPattern(2, 4)), bias=False)
+    layer.follow_decay = 0.5
+    x, upstream = randn(3, 16, seed=1), randn(3, 12, seed=2)
+    mask = nm_mask(layer.weight.detach().abs(), NMPattern(2, 4))
+    output = layer(x)
+    torch.testing.assert_close(output, x @ (layer.weight * mask).T)
+    (output * upstream).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, upstream.T @ x + 0.5 * layer.weight.detach() * ~mask)
+    with torch.no_grad():  # the smallest of the first group becomes its largest, and is in at the next pass
+        layer.weight[0, int(layer.weight[0, :4].abs().argmin())] = 9.0
+    torch.testing.assert_close(layer(x)[:, 0], x @ (layer.weight * nm_mask(layer.weight.abs(), NMPattern(2, 4)))[0])
+    layer.harden()
+    layer(x).sum().backward()
+    require_invariants(layer)
+
+
+def test_a_revived_weight_is_noticed() -> None:
+    layer = quantized_layer()
+    layer.harden()
+    assert layer.mask is not None
+    with torch.no_grad():
+        layer.weight[~layer.mask] = 0.5
+    with pytest.raises(ArtifactError, match=r"x\.weight: 96 masked weights came back to life"):
+        require_invariants(layer)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, None])
+def test_baked_weights_lie_on_pattern_and_grid_exactly(bits: int | None) -> None:
+    layer = quantized_layer(WeightSpec(NMPattern(2, 4), bits, 8 if bits else None))
+    layer.harden()
+    weight, scale = layer.baked()
+    assert ((weight != 0).reshape(12, 4, 4).sum(-1) <= 2).all()
+    if bits is None:
+        assert scale is None
+        return
+    assert scale is not None
+    codes = (weight / scale[:, None]).round()
+    assert codes.abs().max() <= 2 ** (bits - 1) - 1
+    assert torch.equal(codes * scale[:, None], weight)
+
+
+class Block(nn.Module):
+    """A stand-in with the module names of one BERT block; only the linear layers matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bert = nn.Module()
+        self.bert.encoder = nn.Module()
+        layer = nn.Module()
+        layer.attention = nn.Module()
+        layer.attention.self = nn.Module()
+        layer.attention.output = nn.Module()
+        layer.intermediate, layer.output = nn.Module(), nn.Module()
+        for name in ("query", "key", "value"):
+            setattr(layer.attention.self, name, nn.Linear(8, 8))
+        layer.attention.output.dense = nn.Linear(8, 8)
+        layer.intermediate.dense, layer.output.dense = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.bert.encoder.layer = nn.ModuleList([layer])
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        layer = self.bert.encoder.layer[0]  # type: ignore[index, union-attr]
+        x = torch.stack([input_ids.float() * (i + 1) for i in range(8)], dim=-1)
+        attended = layer.attention.self
+        x = layer.attention.output.dense(attended.query(x) + attended.key(x) + attended.value(x))
+        return layer.output.dense(layer.intermediate.dense(x).relu())
+
+
+CONFIG = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+FAMILY = FAMILIES["bert"]
+
+
+def test_query_key_and_value_share_one_quantizer_that_runs_once() -> None:
+    model = Block()
+    prepare(model, FAMILY.uniform_plan(CONFIG, W4, placement="inputs"), FAMILY, CONFIG)
+    layers = list(quant_linears(model).values())
+    shared = layers[0].reads
+    assert shared is not None
+    assert [layer.reads is shared for layer in layers] == [True, True, True, False, False, False]
+    assert len(activation_quantizers(model)) == 4
+    assert shared.readers == 3
+    names = [name for name, _ in model.named_parameters() if "input_quantizer" in name]
+    assert len(names) == 4  # saved once, not three times
+    x = randn(2, 8)
+    first, second = shared.codes(x), shared.codes(x)
+    assert first[0] is second[0]
+    shared.codes(x)  # the third reader
+    assert shared._cached is None  # and nothing is kept after it
+
+
+def test_prepare_and_bake_undo_each_other() -> None:
+    model = Block()
+    before = copy.deepcopy(model.state_dict())
+    plan = FAMILY.uniform_plan(CONFIG, WeightSpec(None, 8, 8))
+    prepare(model, plan, FAMILY, CONFIG)
+    scales = bake(model, plan)
+    assert set(model.state_dict()) == set(before)
+    assert all(type(module) is not QuantLinear for module in model.modules())
+    for name, tensor in model.state_dict().items():
+        step = scales[f"{name}_scale"][:, None] if f"{name}_scale" in scales else np.zeros((1, 1))
+        # A weight moves by half a step at most, plus what clipping at a fitted scale takes.
+        assert np.abs((tensor - before[name]).numpy()).max() <= 0.51 * np.max(step) + 1e-7
+    assert sorted(kind.rpartition(".")[2] for kind in scales).count("output_scale") == 5
+
+
+def test_calibration_ignores_padding() -> None:
+    model = Block()
+    prepare(model, FAMILY.uniform_plan(CONFIG, W4, placement="inputs"), FAMILY, CONFIG)
+    ids = torch.tensor([[1, 2, 1000], [2, 1, 1000]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
+    calibrate(model, [{"input_ids": ids, "attention_mask": mask}], 100.0)
+    found = float(activation_quantizers(model)[0].scale) * 127
+    assert found == pytest.approx(2 * 8, rel=1e-3)  # the largest real value is 2 times the factor 8; padding holds 8000
+
+
+def test_percentile_of_a_stream_matches_numpy_and_needs_no_more_memory() -> None:
+    observer, chunks = HistogramObserver(), [randn(1000, seed=i) * (i + 1) for i in range(20)]
+    for chunk in chunks:
+        observer.observe(chunk)
+    assert observer.counts is not None
+    assert observer.counts.numel() == 4096
+    values = torch.cat(chunks).abs().numpy()
+    for q in (50.0, 99.0, 99.9, 100.0):
+        found = observer.percentile(q)
+        # At least q percent lie at or below it, and no longer one histogram bin further down.
+        assert (values <= found * (1 + 1e-6)).mean() >= q / 100
+        assert (values <= found - 1.001 * observer.limit / 4096).mean() <= q / 100
+
+
+def test_calibration_says_what_is_wrong() -> None:
+    with pytest.raises(DataError, match="saw no activation"):
+        HistogramObserver().percentile(99)
+    with pytest.raises(DataError, match="NaN or infinite"):
+        HistogramObserver().observe(torch.tensor([1.0, float("nan")]))
+
+
+def test_int8_attention_needs_quantized_queries_keys_and_values() -> None:
+    plan = replace(FAMILY.uniform_plan(CONFIG, W4, placement="inputs"), attention="int8")
+    with pytest.raises(PlanError, match="needs output_bits 8 on every query, key and value"):
+        prepare(Block(), plan, FAMILY, CONFIG)

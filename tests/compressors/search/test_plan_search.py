@@ -1,0 +1,331 @@
+"""``nxm search`` from the command line: what it writes, what can be done with it, what it refuses, and being killed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from compressors.search.plan_search import _typical_batches
+from compressors.training.trainer import schedule
+from nxm_export.cli import main
+from nxm_export.contract.checkpoint import open_checkpoint
+from nxm_export.contract.plan import COUNTINGS, CompressionPlan
+from nxm_export.contract.tasks import TASKS
+from tests.support import tiny
+from tests.support.variants import variants
+
+QUICK = ("--samples", "24", "--held-out", "24", "--swaps", "6", "--compression", "0.85", "--threads", "1")
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> Path:
+    """A directory with a trained ``dense`` model and its ``train.tsv`` and ``dev.tsv``."""
+    made = tiny_checkpoint("bert").parent
+    home = tmp_path_factory.mktemp("search")
+    shutil.copytree(made / "dense", home / "dense")
+    for name in ("train.tsv", "dev.tsv"):
+        shutil.copyfile(made / name, home / name)
+    return home
+
+
+def nxm(*arguments: str | Path) -> Result:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def search(desk: Path, out: Path, *options: str, quick: tuple[str, ...] = QUICK) -> Result:
+    return nxm("search", desk / "dense", "--train", desk / "train.tsv", "--out", out, *quick, *options)
+
+
+@pytest.fixture(scope="module")
+def found(desk: Path) -> Path:
+    result = search(desk, desk / "found", "--pareto", "0.8,0.87", "--halving", "2")
+    assert result.exit_code == 0, result.output
+    return desk / "found"
+
+
+def test_it_writes_the_plan_and_its_evidence(found: Path) -> None:
+    assert {file.name for file in found.iterdir()} == {
+        *("plan.json", "finalist-1.json", "finalist-2.json", "pareto-1.json", "pareto-2.json"),
+        *("search.json", "trials.csv", "sensitivity.csv", "tied-by-role.json", "tied-by-layer.json"),
+    }
+    facts = json.loads((found / "search.json").read_text())
+    for tie, part in (("by role", slice(5, None)), ("by layer", slice(0, 4))):
+        options: dict[tuple[str, ...], set[str]] = {}
+        tied = CompressionPlan.load(found / f"tied-{tie.replace(' ', '-')}.json")
+        for name, spec in tied.weights.items():
+            options.setdefault(tuple(name.split(".")[part]), set()).add(str(spec))
+        assert all(len(chosen) == 1 for chosen in options.values()), tie
+        assert facts["tied"][tie]["hw"] == pytest.approx(tied.compression("hw"), abs=1e-6)
+    plan = CompressionPlan.load(found / "plan.json")
+    assert plan.compression("hw") >= 0.85
+    assert {counting: facts["best"][counting] for counting in COUNTINGS} == {
+        counting: pytest.approx(plan.compression(counting), abs=1e-6) for counting in COUNTINGS
+    }
+    assert facts["best"]["options"] == plan.pattern_counts
+    with (found / "sensitivity.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 6 * tiny.LAYERS * 4
+    assert all(float(row["kl"]) >= 0 and float(row["fisher"]) > 0 for row in rows)
+    with (found / "trials.csv").open(newline="") as stream:
+        joints = [float(row["joint"]) for row in csv.DictReader(stream)]
+    assert joints == sorted(joints)
+    assert [row["asked"] for row in facts["pareto"]] == [0.8, 0.87]
+    assert facts["pareto"][0]["joint"] <= facts["pareto"][1]["joint"]
+    (round_,) = facts["rounds"]
+    assert list(round_["scores"].values()) == sorted(round_["scores"].values())
+    assert next(iter(round_["scores"])) == facts["best"]["origin"]
+    assert not list(found.parent.glob(".found*")), "nothing of the work is left"
+
+
+def test_it_says_what_it_cost(found: Path) -> None:
+    cost = json.loads((found / "search.json").read_text())["cost"]
+    seconds = cost["seconds"]
+    assert {
+        "statistics",
+        "table",
+        "knapsack",
+        "joint check",
+        "pareto",
+        "short runs of 2 steps",
+        "all",
+    } == seconds.keys()
+    assert sum(seconds.values()) <= 2 * seconds["all"]
+    assert cost["share_of_full_run"] == pytest.approx(seconds["all"] / cost["full_run"]["estimated_seconds"], rel=0.05)
+    assert cost["full_run"]["steps"] == 6 * tiny.TRAIN_SAMPLES // 32
+    assert not cost["resumed"]
+
+
+def test_the_cost_of_a_full_run_is_estimated_on_batches_as_long_as_its_own() -> None:
+    """Batches of training are of similar length; drawn at random they would be padded to twice the tokens."""
+    lengths = np.random.default_rng(0).geometric(0.1, size=640)
+    features: list[Any] = [{"input_ids": [7] * int(length)} for length in lengths]
+
+    def tokens(batches: list[list[Any]]) -> float:
+        return float(np.mean([len(batch) * max(len(sample["input_ids"]) for sample in batch) for batch in batches]))
+
+    order = schedule(features, 20, 32, seed=0)
+    epoch = [[features[i] for i in order[at : at + 32]] for at in range(0, 640, 32)]
+    warm, *timed = _typical_batches(features, 32, seed=0)
+    assert warm is timed[-1]
+    assert tokens(timed) == pytest.approx(tokens(epoch), rel=0.15)  # five batches for twenty
+    assert tokens([features[at : at + 32] for at in range(0, 640, 32)]) > 1.5 * tokens(timed)
+
+
+@pytest.mark.parametrize("task", variants(TASKS, ("question-answering",)))
+def test_every_task_can_be_searched(task: str, tmp_path: Path) -> None:
+    model = tiny.write_model("bert", tmp_path / "model", head=task)
+    train, _ = tiny.write_data(tmp_path, task)
+    few = ("--samples", "8", "--held-out", "8", "--swaps", "2", "--menu", "2:4+W8,W8", "--compression", "0.8")
+    out = tmp_path / "found"
+    done = nxm(
+        "search", model, "--task", task, "--train", train, *few, "--halving", "1", "--threads", "1", "--out", out
+    )
+    assert done.exit_code == 0, done.output
+    assert CompressionPlan.load(out / "plan.json").compression("hw") >= 0.8
+
+
+def test_compress_obeys_the_plan(desk: Path, found: Path) -> None:
+    out = desk / "compressed"
+    plan = ("--plan", found / "plan.json", "--steps", "4", "--batch-size", "16", "--threads", "1")
+    data = ("--train", desk / "train.tsv", "--dev", desk / "dev.tsv")
+    result = nxm("compress", desk / "dense", *data, *plan, "--out", out)
+    assert result.exit_code == 0, result.output
+    checkpoint = open_checkpoint(out)
+    checkpoint.require_valid()
+    assert checkpoint.plan == CompressionPlan.load(found / "plan.json")
+    assert len(checkpoint.plan.pattern_counts) >= 2
+
+
+def test_compress_refuses_a_plan_for_another_model_before_it_trains(desk: Path, found: Path, tmp_path: Path) -> None:
+    other = tiny.write_model("bert", tmp_path / "other", hidden=64)
+    data = ("--train", desk / "train.tsv", "--dev", desk / "dev.tsv", "--plan", found / "plan.json")
+    result = nxm("compress", other, *data, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "the plan is for another model: 12 weights differ" in result.output
+    roberta = tiny.write_model("roberta", tmp_path / "roberta")
+    result = nxm("compress", roberta, *data, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "the plan is for a bert model, this model is roberta" in result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"other", "roberta"}
+
+
+def test_the_papers_search_and_json(desk: Path, tmp_path: Path) -> None:
+    result = search(desk, tmp_path / "out", "--method", "paper", "--menu", "2:4+W4,W4", "--finalists", "3", "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts == json.loads((tmp_path / "out" / "search.json").read_text())
+    assert facts["method"] == "paper"
+    assert len(facts["finalists"]) == 3
+    assert 3 < facts["plans_evaluated"] <= 2**6
+    roles: dict[str, set[str]] = {}
+    for name, spec in CompressionPlan.load(tmp_path / "out" / "plan.json").weights.items():
+        roles.setdefault(name.partition(".layer.")[2][2:], set()).add(str(spec))
+    assert all(len(options) == 1 for options in roles.values()), "tied by role"
+    assert not (tmp_path / "out" / "sensitivity.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--compression", "0.95"), 1, "the nearest feasible is compression 0.8"),
+        (("--compression", "0"), 1, "a share between 0 and 1, as in 0.875; got 0.0"),
+        (("--compression", "0.8", "--bytes", "9000"), 1, "either a compression or a number of bytes"),
+        (("--menu", "2:4+W4,5:7+W4"), 1, "no weight of this model allows the menu option 5:7+W4; drop it"),
+        (("--menu", "2:4+W9"), 1, "weight_bits must be 2 to 8"),
+        (("--menu", "2:4,,W4"), 1, "not a weight option: ''"),
+        (("--samples", "4"), 1, "at least 8 calibration and 8 held-out samples, got 4"),
+        (("--samples", "0"), 2, "Invalid value for '--samples'"),
+        (("--samples", "180"), 1, "192 training samples are too few for 180 calibration and 24 held-out samples"),
+        (("--halving", "0"), 1, "at least 1 step"),
+        (("--halving", "1.5"), 1, "not a list of whole numbers"),
+        (("--pareto", "a"), 1, "not a list of numbers"),
+        (("--pareto", "0.99"), 1, "compression 0.99 by counting hw is out of reach"),
+        (("--latency-ms", "3"), 1, "go together"),
+        (("--latency-table", "missing.json", "--latency-ms", "3"), 1, "missing.json: not a readable latency table"),
+        (("--task", "regression"), 1, "has no regression head"),
+        (("--latency-table", "ms.json", "--latency-ms", "-1"), 2, "-1 is not a positive number"),
+        (
+            ("--latency-table", "ms.json", "--latency-ms", "2"),
+            1,
+            "and 2.0 ms together; within the bytes the least is 12 ms",
+        ),
+        (
+            ("--method", "paper", "--latency-table", "ms.json", "--latency-ms", "2"),
+            1,
+            "the same for all matrices of a role",
+        ),
+        (("--epochs", "nan"), 2, "nan is not a positive number"),
+        (("--seed", "-1"), 2, "Invalid value for '--seed'"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_way_out(
+    desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], code: int, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options_ms = dict.fromkeys(("2:4+W4", "W4", "2:4+W8", "W8", "dense"), 1)
+    roles = ("query", "key", "value", "attention_output", "ffn_up", "ffn_down")
+    (tmp_path / "ms.json").write_text(json.dumps(dict.fromkeys(roles, options_ms)))
+    result = search(desk, tmp_path / "out", *options)
+    assert result.exit_code == code, result.output
+    assert message in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["ms.json"], "nothing is left behind"
+
+
+def test_milliseconds_are_reported_where_a_latency_table_was_given(desk: Path, tmp_path: Path) -> None:
+    faster = {"2:4+W4": 1, "W4": 2, "2:4+W8": 1, "W8": 2, "dense": 4}
+    roles = ("query", "key", "value", "attention_output", "ffn_up", "ffn_down")
+    (tmp_path / "ms.json").write_text(json.dumps(dict.fromkeys(roles, faster)))
+    result = search(desk, tmp_path / "out", "--latency-table", str(tmp_path / "ms.json"), "--latency-ms", "20")
+    assert result.exit_code == 0, result.output
+    facts, plan = json.loads((tmp_path / "out" / "search.json").read_text()), tmp_path / "out" / "plan.json"
+    options = [str(spec).partition("/")[0] for spec in CompressionPlan.load(plan).weights.values()]
+    assert facts["best"]["milliseconds"] == sum(faster[option] for option in options) <= 20
+    assert " ms " in result.output
+
+
+def test_data_without_samples_are_refused(desk: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.tsv").write_text("sentence\tlabel\n")
+    result = nxm("search", desk / "dense", "--train", tmp_path / "empty.tsv", "--out", tmp_path / "out", *QUICK)
+    assert result.exit_code == 1
+    assert "empty.tsv" in result.output
+
+
+def test_a_directory_of_others_is_not_replaced_and_one_of_a_search_is(desk: Path, found: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "diary.txt").write_text("dear diary")
+    result = search(desk, tmp_path / "mine")
+    assert result.exit_code == 1
+    assert "holds no earlier search" in result.output
+    assert (tmp_path / "mine" / "diary.txt").read_text() == "dear diary"
+    assert "holds no earlier search" in search(desk, desk / "dense").output, "nor is a checkpoint"
+    shutil.copytree(found, tmp_path / "again")
+    assert search(desk, tmp_path / "again", "--compression", "0.8", "--swaps", "0").exit_code == 0
+    assert json.loads((tmp_path / "again" / "search.json").read_text())["budget"]["compression"] == 0.8
+
+
+KILLED = """
+import os, signal, sys
+from compressors.search.plan_search import search
+from compressors.search.settings import SearchSettings
+from compressors.settings import Settings
+
+def progress(what, done, total):
+    if what == sys.argv[3] and done == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+search(sys.argv[1] + "/dense", task="classification", train=sys.argv[1] + "/train.tsv", out=sys.argv[2],
+       settings=SearchSettings(samples=24, held_out=24, swaps=6, compression=0.85),
+       training=Settings(seed=0, threads=1), progress=progress)
+"""
+
+
+def test_a_killed_search_goes_on_with_what_it_measured(
+    desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compressors.search import sensitivity
+
+    out, measured = tmp_path / "out", list[int]()
+    command = [sys.executable, "-c", KILLED, str(desk), str(out), "sensitivity"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert not out.exists()
+    part = sensitivity.read_table(tmp_path / ".out.work" / "sensitivity-0.csv")
+    assert {entry.weight.split(".")[3] for entry in part} == {"0"}, "the first block is on disk"
+    plain = sensitivity._measure_block
+
+    def counting(*arguments: Any) -> Any:
+        measured.append(arguments[-1])
+        return plain(*arguments)
+
+    monkeypatch.setattr(sensitivity, "_measure_block", counting)
+    assert search(desk, out).exit_code == 0
+    assert measured == [1], "block 0 is not measured again"
+    assert json.loads((out / "search.json").read_text())["cost"]["resumed"]
+    assert search(desk, tmp_path / "whole").exit_code == 0
+    for name in ("sensitivity.csv", "trials.csv", "plan.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda text: re.sub(r",[^,]+,([^,]+)$", r",nan,\1", text.rstrip()) + "\r\n", "kl nan"),
+        (lambda text: text[:-15], "its last line is torn"),
+    ],
+)
+def test_a_spoiled_table_is_never_gone_on_with(
+    desk: Path, tmp_path: Path, spoil: Callable[[str], str], message: str
+) -> None:
+    command = [sys.executable, "-c", KILLED, str(desk), str(tmp_path / "out"), "sensitivity"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    part = tmp_path / ".out.work" / "sensitivity-0.csv"
+    part.write_bytes(spoil(part.read_bytes().decode()).encode())
+    result = search(desk, tmp_path / "out")
+    assert result.exit_code == 1
+    assert f"{part}: not a sensitivity table" in result.output.replace("\n", "")
+    assert message in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_work_of_another_request_is_not_taken_over(desk: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(desk), str(tmp_path / "out"), "sensitivity"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert search(desk, tmp_path / "out", "--samples", "16").exit_code == 0
+    assert not json.loads((tmp_path / "out" / "search.json").read_text())["cost"]["resumed"]
+    assert search(desk, tmp_path / "whole", "--samples", "16").exit_code == 0
+    assert (tmp_path / "out" / "sensitivity.csv").read_bytes() == (tmp_path / "whole" / "sensitivity.csv").read_bytes()

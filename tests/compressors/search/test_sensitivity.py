@@ -1,0 +1,273 @@
+"""The sensitivity table against a slow one: weights replaced by hand, whole forward passes, one sample at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compressors.models import load_model
+from compressors.search import sensitivity
+from compressors.search.sensitivity import Entry, OneShot, measure, read_table
+from nxm_export.contract.plan import NMPattern, WeightSpec
+from nxm_export.contract.tasks import task_named
+from nxm_export.errors import ArtifactError, DataError
+from tests.support import tiny
+from tests.support.probing import Probed, probed
+
+MENU = [WeightSpec.parse(option) for option in ("2:4+W4", "W4", "2:4")]
+Table = dict[tuple[str, str], Entry]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Probed]:
+    made: dict[str, Probed] = {}
+
+    def get(family: str) -> Probed:
+        if family not in made:
+            made[family] = probed(tmp_path_factory.mktemp(family), family)
+        return made[family]
+
+    return get
+
+
+def table_of(found: Probed, directory: Path, menu: list[WeightSpec] = MENU, **options: Any) -> Table:
+    batches = found.batches(0, 24)
+    one_shot = OneShot(found.probe, found.probe.statistics(batches, 99.99))
+    directory.mkdir(exist_ok=True)
+    table = measure(found.probe, batches, one_shot, dict.fromkeys(found.probe.weights, menu), directory, **options)
+    return {(entry.weight, entry.option): entry for entry in table}
+
+
+class Slow(nn.Module):
+    """A linear layer under a replaced weight and a quantized input, written as the definition says."""
+
+    def __init__(self, linear: nn.Linear, weight: Tensor, scale: float | None) -> None:
+        super().__init__()
+        self.weight, self.bias, self.scale = weight, linear.bias, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale is not None:
+            x = torch.clamp(torch.round(x / self.scale), -128, 127) * self.scale
+        return x @ self.weight.T + self.bias
+
+
+@torch.no_grad()
+def slow_kl(found: Probed, weight: str, value: Tensor, scale: float | None) -> float:
+    """sum p log(p/q) per sample, from whole forward passes of a model loaded anew, without any hook."""
+    dense, changed = (load_model(found.source, task_named("classification")).eval() for _ in range(2))
+    path, _, child = weight.removesuffix(".weight").rpartition(".")
+    setattr(changed.get_submodule(path), child, Slow(changed.get_submodule(f"{path}.{child}"), value, scale))
+    total, samples = 0.0, 0
+    for batch in found.batches(0, 24):
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        p, q = (model(**inputs).logits.double().softmax(-1) for model in (dense, changed))
+        total += float((p * (p.log() - q.log())).sum())
+        samples += len(p)
+    return total / samples
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "albert"])
+def test_kl_is_that_of_whole_forward_passes_with_the_weight_replaced(
+    models: Callable[[str], Probed], tmp_path: Path, family: str
+) -> None:
+    found = models(family)
+    table = table_of(found, tmp_path)
+    one_shot = OneShot(found.probe, found.probe.statistics(found.batches(0, 24), 99.99))
+    assert len(table) == 6 * (1 if family == "albert" else tiny.LAYERS) * len(MENU)
+    for weight in found.probe.weights:
+        value, scale = one_shot(weight, MENU[0])
+        wanted = slow_kl(found, weight, value, scale)
+        # float32 logits agree to 1e-6 or so, and divergences are squares of differences of 1e-3
+        assert table[weight, "2:4+W4"].kl == pytest.approx(wanted, rel=1e-3)
+        assert wanted > 0
+
+
+def slow_statistics(found: Probed, weight: str) -> tuple[Tensor, Tensor]:
+    """(E[x x^T], mean squared gradient per output), one sample after the other, so without any padding."""
+    model = load_model(found.source, task_named("classification")).eval()
+    seen: dict[str, Tensor] = {}
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        output.retain_grad()
+        seen["x"], seen["y"] = args[0], output
+
+    model.get_submodule(weight.removesuffix(".weight")).register_forward_hook(keep)
+    moments, fisher, tokens = torch.zeros(()).double(), torch.zeros(()).double(), 0
+    for batch in found.batches(0, 24, batch_size=1):
+        model(**batch).loss.backward()
+        x, g = seen["x"][0].detach().double(), seen["y"].grad[0].double()  # type: ignore[index]
+        moments, fisher, tokens = moments + x.T @ x, fisher + g.square().sum(0), tokens + len(x)
+    return moments / tokens, fisher / tokens
+
+
+def test_fisher_is_the_sum_over_outputs_of_errors_weighted_by_squared_gradients(
+    models: Callable[[str], Probed], tmp_path: Path
+) -> None:
+    found = models("bert")
+    table = table_of(found, tmp_path)
+    one_shot = OneShot(found.probe, found.probe.statistics(found.batches(0, 24), 99.99))
+    for weight in found.probe.weights[1::5]:  # a key, which shares query's statistics, and one of every other kind
+        moments, fisher = slow_statistics(found, weight)
+        for option in MENU:
+            error = (found.probe.layer(weight).weight.detach() - one_shot(weight, option)[0]).double()
+            wanted = sum(float(fisher[o] * (error[o] @ moments @ error[o])) for o in range(len(error)))
+            # float32 sums over some hundred tokens, in another order and without padding
+            assert table[weight, str(option)].fisher == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_skipping_the_blocks_before_changes_nothing(
+    models: Callable[[str], Probed], tmp_path: Path, family: str
+) -> None:
+    found = models(family)
+    skipping, repeats = table_of(found, tmp_path / "skipping"), found.probe.repeats
+    assert repeats == (family == "albert")  # it runs its block more than once, so no prefix may be skipped
+    found.probe.repeats = True
+    try:
+        assert table_of(found, tmp_path / "whole") == skipping
+    finally:
+        found.probe.repeats = repeats
+    assert len({entry.kl for entry in skipping.values()}) > len(skipping) // 2
+
+
+def test_the_model_is_as_before_after_a_table(models: Callable[[str], Probed], tmp_path: Path) -> None:
+    found = models("bert")
+    fresh = load_model(found.source, task_named("classification"))
+    table_of(found, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(found.probe.model.parameters(), fresh.parameters(), strict=True))
+    assert not any(layer._forward_pre_hooks or "forward" in vars(layer) for layer in found.probe.model.modules())
+
+
+@pytest.mark.parametrize("by_magnitude", [False, True])
+def test_one_shot_weights_keep_their_pattern_and_grid(models: Callable[[str], Probed], by_magnitude: bool) -> None:
+    found = models("bert")
+    one_shot = OneShot(found.probe, found.probe.statistics(found.batches(0, 24), 99.99), by_magnitude=by_magnitude)
+    for option in MENU:
+        value, scale = one_shot(found.probe.weights[4], option)
+        if option.pattern:
+            assert ((value.reshape(-1, 4) != 0).sum(-1) <= 2).all()
+        if option.weight_bits:
+            assert max(len(set(row.tolist())) for row in value) <= 15
+        assert (scale is None) == (option.weight_bits is None)
+    again = one_shot(found.probe.weights[4], MENU[0])[0]
+    assert torch.equal(again, one_shot(found.probe.weights[4], MENU[0])[0])
+
+
+class PeakOfLiveBytes:
+    """Largest sum of bytes that tensors held at once inside the block, beyond what was there before."""
+
+    def __enter__(self) -> PeakOfLiveBytes:
+        self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self._profiler.__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self._profiler.__exit__(*details)
+        events = self._profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        memory = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+        live = peak = 0
+        for _, size in memory:
+            live += size
+            peak = max(peak, live)
+        self.peak = peak
+
+
+def test_memory_does_not_grow_with_the_number_of_samples(models: Callable[[str], Probed], tmp_path: Path) -> None:
+    found = models("bert")
+
+    def peak(samples: int) -> int:
+        batches = [found.batches(0, 8)[0]] * (samples // 8)
+        with PeakOfLiveBytes() as measured:
+            one_shot = OneShot(found.probe, found.probe.statistics(batches, 99.99))
+            directory = tmp_path / str(samples)
+            directory.mkdir()
+            measure(found.probe, batches, one_shot, dict.fromkeys(found.probe.weights, MENU[:1]), directory)
+        return measured.peak
+
+    few, many = peak(16), peak(80)
+    hidden_state = found.batches(0, 8)[0]["input_ids"].numel() * tiny.HIDDEN * 4
+    assert few > hidden_state, "the profiler saw nothing"
+    assert many - few < hidden_state, "not one hidden state more for 8 batches more"
+
+
+def test_a_broken_weight_is_named(tmp_path: Path) -> None:
+    found = probed(tmp_path)
+    weight = found.probe.weights[7]
+    with torch.no_grad():
+        found.probe.layer(weight).weight[0, 0] = float("nan")
+    with pytest.raises(DataError, match=rf"{weight} holds NaN or infinite values"):
+        table_of(found, tmp_path / "table")
+
+
+def test_an_overflow_names_the_weight_that_reads_it(tmp_path: Path) -> None:
+    found = probed(tmp_path)
+    with torch.no_grad():
+        found.probe.model.get_parameter("bert.encoder.layer.0.output.LayerNorm.bias").fill_(float("inf"))
+    with pytest.raises(DataError, match=r"layer\.1\.attention\.self\.query\.weight: calibration saw a NaN or infinite"):
+        table_of(found, tmp_path / "table")
+
+
+def test_a_sensitivity_that_is_no_number_names_weight_and_option(tmp_path: Path) -> None:
+    found = probed(tmp_path)
+    weight = found.probe.weights[8]
+    with torch.no_grad():
+        found.probe.layer(weight).weight[0, 0] = 1e6  # more than float16 holds, in which 2:4 alone is stored
+    with pytest.raises(DataError, match=rf"{weight} under 2:4: its sensitivity is (nan|inf)"):
+        table_of(found, tmp_path / "table")
+    assert [file.name for file in (tmp_path / "table").iterdir()] == ["sensitivity-0.csv"], "block 0 is kept"
+
+
+def test_an_empty_calibration_set_is_refused(models: Callable[[str], Probed], tmp_path: Path) -> None:
+    found = models("bert")
+    with pytest.raises(DataError, match="calibration set is empty"):
+        found.probe.statistics([], 99.99)
+    one_shot = OneShot(found.probe, found.probe.statistics(found.batches(0, 8), 99.99))
+    with pytest.raises(DataError, match="calibration set is empty"):
+        measure(found.probe, [], one_shot, {}, tmp_path)
+
+
+def test_a_file_that_is_no_table_is_refused(models: Callable[[str], Probed], tmp_path: Path) -> None:
+    (tmp_path / "sensitivity-0.csv").write_text("weight,option\na,b\n")
+    with pytest.raises(ArtifactError, match="not a sensitivity table"):
+        table_of(models("bert"), tmp_path)
+
+
+def test_measured_blocks_are_not_measured_again(
+    models: Callable[[str], Probed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, measured = models("bert"), list[int]()
+    plain = sensitivity._measure_block
+
+    def counting(*arguments: Any) -> list[Entry]:
+        measured.append(arguments[-1])
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    monkeypatch.setattr(sensitivity, "_measure_block", counting)
+    with pytest.raises(KeyboardInterrupt):
+        table_of(found, tmp_path)
+    table = table_of(found, tmp_path)
+    assert measured == [0, 1, 1]
+    assert table_of(found, tmp_path) == table
+    assert measured == [0, 1, 1]
+    monkeypatch.undo()
+    assert table_of(found, tmp_path / "at-once") == table
+    part = read_table(tmp_path / "sensitivity-0.csv")
+    assert [(entry.weight, entry.option) for entry in part] == list(table)
+
+
+@pytest.mark.slow
+def test_bert_large_shapes_need_nothing_else(tmp_path: Path) -> None:
+    found = probed(tmp_path, hidden=1024, intermediate=4096, layers=1)
+    batches = found.batches(0, 8)
+    one_shot = OneShot(found.probe, found.probe.statistics(batches, 99.99))
+    menu = [WeightSpec(NMPattern(2, 4), 4, 8)]
+    table = measure(found.probe, batches, one_shot, dict.fromkeys(found.probe.weights, menu), tmp_path)
+    assert [entry.weight for entry in table] == list(found.source.family.weights(found.source.config))
+    assert all(entry.kl > 0 and entry.fisher > 0 for entry in table)

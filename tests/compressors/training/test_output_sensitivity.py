@@ -1,0 +1,143 @@
+"""INT8 outputs that a model cannot bear: found by measurement, left in float, and the rest of the chain knows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from compressors.models import load_model, load_tokenizer, resolve
+from compressors.quantization.fake_quant import calibrate, prepare, quant_linears
+from compressors.settings import Settings
+from compressors.training.output_sensitivity import output_costs
+from compressors.training.task_data import read_task_data
+from compressors.training.trainer import collate
+from nxm_export.cli import main
+from nxm_export.contract.checkpoint import open_checkpoint
+from nxm_export.contract.families import FAMILIES
+from nxm_export.contract.placement import residual_writers
+from nxm_export.contract.plan import WeightSpec
+from nxm_export.contract.tasks import TASKS
+from nxm_export.data.examples import Columns
+from nxm_export.graph.exporter import export
+from nxm_export.graph.verifier import verify
+from tests.support import tiny
+from tests.support.variants import variants
+
+COARSE = "bert.encoder.layer.0.output.dense.weight"
+
+
+@pytest.mark.parametrize("task", variants(["classification", "regression", "embedding"], ("classification",)))
+def test_an_output_whose_step_is_coarse_costs_most(task: str, tmp_path: Path) -> None:
+    """A channel a hundred times as loud as the others makes the step as coarse as it is made here."""
+    source = resolve(tiny.write_model("bert", tmp_path / "model", head=task))
+    train, _ = tiny.write_data(tmp_path, task)
+    data = read_task_data(source, TASKS[task], str(train), None, Settings(), Columns(), load_tokenizer(source))
+    plan = source.family.uniform_plan(source.config, WeightSpec.parse("W8"))
+    outputs = residual_writers(plan)
+    assert len(outputs) == 4  # of two blocks: attention's and the FFN's
+    model = load_model(source, TASKS[task])
+    prepare(model, plan, source.family, source.config)
+    calibrate(model, [collate(data.train[:32], data.pad_id)], 100.0)
+    quantizers = {name: layer.output_quantizer for name, layer in quant_linears(model).items()}
+
+    def costs() -> dict[str, float]:
+        return output_costs(model, outputs, data.train, data.pad_id, TASKS[task].link, seed=0)
+
+    fine = costs()
+    assert set(fine) == set(outputs)
+    assert min(fine.values()) > 0
+    quantizer = quantizers[COARSE]
+    assert quantizer is not None
+    quantizer.set_scale(100 * float(quantizer.scale))
+    coarse = costs()
+    assert coarse[COARSE] > 100 * fine[COARSE]
+    assert {name: cost for name, cost in coarse.items() if name != COARSE} == {
+        name: cost for name, cost in fine.items() if name != COARSE
+    }
+    assert {name: layer.output_quantizer for name, layer in quant_linears(model).items()} == quantizers  # as it was
+
+
+def test_costly_outputs_are_float_in_the_checkpoint_and_in_its_graphs(tmp_path: Path) -> None:
+    checkpoint = tiny.compress_tiny("bert", tmp_path, dense_steps=4, settings={"output_limit": 0.0})
+    opened = open_checkpoint(checkpoint)
+    opened.require_valid()
+    writers = residual_writers(opened.plan)
+    told = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))["outputs_in_float"]
+    assert sorted(told) == sorted(writers)
+    assert all(cost > 0 for cost in told.values())
+    kept = {name for name, spec in opened.plan.weights.items() if spec.output_bits}
+    assert kept == {name for name in opened.plan.weights if FAMILIES["bert"].role(name) in ("query", "key", "value")}
+    for target in ("cpu", "trt"):
+        verify(export(checkpoint, tmp_path / target, target=target, placement="inputs-outputs").path).require()
+
+
+def test_a_matrix_that_is_left_dense_has_no_output_to_measure(tmp_path: Path) -> None:
+    source = resolve(tiny.write_model("bert", tmp_path / "model", head="classification"))
+    train, _ = tiny.write_data(tmp_path, "classification")
+    task = TASKS["classification"]
+    data = read_task_data(source, task, str(train), None, Settings(), Columns(), load_tokenizer(source))
+    plan = source.family.uniform_plan(source.config, WeightSpec.parse("W8"), keep_dense=[COARSE])
+    model = load_model(source, task)
+    prepare(model, plan, source.family, source.config)
+    calibrate(model, [collate(data.train[:32], data.pad_id)], 100.0)
+    costs = output_costs(model, residual_writers(plan), data.train, data.pad_id, task.link, seed=0)
+    assert set(costs) == set(residual_writers(plan)) - {COARSE}
+
+
+@pytest.mark.slow
+def test_a_run_of_which_no_output_is_left_goes_through(tmp_path: Path) -> None:
+    """Placement ffn-only has outputs behind the FFN alone; when they all stay in float, no graph with outputs can be made."""
+    model, (train, dev) = tiny.write_model("bert", tmp_path / "encoder"), tiny.write_data(tmp_path)
+    run = tmp_path / "run"
+    result = CliRunner().invoke(
+        main,
+        [
+            "run", f"--model={model}", f"--train={train}", f"--dev={dev}", f"--out={run}", "--json", "--placement=ffn-only", "--output-limit=0",
+            "--dense-steps=20", "--steps=4", "--batch-size=16", "--learning-rate=1e-3", "--dense-learning-rate=3e-3",
+        ],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (run / "onnx").iterdir()) == ["cpu", "dense", "trt"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ort", "openvino"])
+def test_an_engine_with_some_outputs_in_float_agrees_with_its_checkpoint(backend: str, tmp_path: Path) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino", reason="openvino is not installed (extra: openvino)")
+    checkpoint = tiny.compress_tiny("bert", tmp_path, settings={"output_limit": 0.0})
+    graph, engine = tmp_path / "graph", tmp_path / "engine"
+    for command in (
+        ["export", checkpoint, "--target", "cpu", "--placement", "inputs-outputs", "--out", graph],
+        ["build", graph / "model.onnx", "--backend", backend, "--out", engine],
+        ["compare", checkpoint, engine, "--data", tmp_path / "dev.tsv"],
+    ):
+        result = CliRunner().invoke(main, [str(part) for part in command])
+        assert result.exit_code == 0, result.output
+    assert json.loads((engine / "passport.json").read_text())["options"]["integer_products"] == 12
+
+
+def test_without_a_limit_every_output_is_int8(tmp_path: Path) -> None:
+    model, (train, dev) = tiny.write_model("bert", tmp_path / "encoder"), tiny.write_data(tmp_path)
+    checkpoint = tmp_path / "checkpoint"
+    command = [
+        "compress",
+        model,
+        f"--train={train}",
+        f"--dev={dev}",
+        f"--out={checkpoint}",
+        "--dense-steps=4",
+        "--steps=4",
+        "--json",
+    ]
+    refused = CliRunner().invoke(main, [str(part) for part in [*command, "--output-limit=nan"]])
+    assert refused.exit_code == 2
+    assert "nan is no limit" in refused.output
+    result = CliRunner().invoke(main, [str(part) for part in [*command, "--output-limit=inf"]])
+    assert result.exit_code == 0, result.output
+    plan = open_checkpoint(checkpoint).plan
+    assert all(plan.weights[name].output_bits == 8 for name in residual_writers(plan))
+    assert "outputs_in_float" not in json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))

@@ -1,0 +1,322 @@
+"""Training phases: the order of the data, recipes, invariants, and a run that is killed and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from compressors.models import resolve
+from compressors.settings import Settings
+from compressors.training.compress import compress, finetune
+from compressors.training.trainer import Progress, schedule
+from nxm_export.contract.checkpoint import open_checkpoint
+from nxm_export.contract.plan import CompressionPlan, WeightSpec
+from nxm_export.errors import DataError, PlanError
+from tests.support import tiny
+from tests.support.variants import variants
+
+FAST: dict[str, Any] = {
+    "batch_size": 16,
+    "learning_rate": 2e-3,
+    "dense_learning_rate": 3e-3,
+    "dense_steps": 60,
+    "calibration_samples": 64,
+    "precision": "fp32",
+}
+
+
+def features_of_lengths(lengths: list[int]) -> list[dict[str, Any]]:
+    return [{"input_ids": [5] * length} for length in lengths]
+
+
+def test_schedule_visits_every_sample_once_an_epoch() -> None:
+    features = features_of_lengths([1 + i % 17 for i in range(96)])
+    order = schedule(features, steps=18, batch_size=16, seed=3)
+    assert len(order) == 18 * 16
+    for epoch in range(3):
+        assert sorted(order[epoch * 96 : (epoch + 1) * 96]) == list(range(96))
+
+
+def test_schedule_depends_on_the_seed_and_on_nothing_else() -> None:
+    features = features_of_lengths([1 + i % 17 for i in range(96)])
+    assert schedule(features, 12, 16, seed=1) == schedule(features, 12, 16, seed=1)
+    assert schedule(features, 12, 16, seed=1) != schedule(features, 12, 16, seed=2)
+
+
+def test_schedule_batches_samples_of_like_length() -> None:
+    lengths = list(np.random.default_rng(0).integers(4, 60, 640))
+    order = schedule(features_of_lengths(lengths), steps=40, batch_size=16, seed=0)
+    batches = np.array(lengths)[np.array(order)].reshape(40, 16)
+    padding = 1 - batches.mean() / batches.max(axis=1).mean()
+    random_batches = np.random.default_rng(1).permutation(lengths).reshape(40, 16)
+    assert padding < 0.25 * (1 - random_batches.mean() / random_batches.max(axis=1).mean())
+    assert batches.max(axis=1)[:10].std() > 0  # lengths still come mixed, not sorted over the epoch
+
+
+def test_schedule_works_with_fewer_samples_than_a_batch() -> None:
+    order = schedule(features_of_lengths([3, 4, 5]), steps=2, batch_size=8, seed=0)
+    assert len(order) == 16
+    assert set(order) == {0, 1, 2}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with data and a fine-tuned dense model."""
+    out = tmp_path_factory.mktemp("prepared")
+    tiny.write_model("bert", out / "encoder")
+    train, dev = tiny.write_data(out)
+    finetune(
+        out / "encoder",
+        task="classification",
+        train=str(train),
+        dev=str(dev),
+        out=out / "dense",
+        settings=Settings(**FAST),
+    )
+    return out
+
+
+def plan_for(dense: Path, spec: str = "2:4+W8") -> CompressionPlan:
+    source = resolve(dense)
+    return source.family.uniform_plan(source.config, WeightSpec.parse(spec))
+
+
+def run(
+    prepared: Path,
+    out: Path,
+    spec: str = "2:4+W8",
+    progress: Progress = lambda what, done, total: None,
+    **settings: Any,
+) -> dict[str, Any]:
+    return compress(
+        prepared / "dense",
+        task="classification",
+        train=str(prepared / "train.tsv"),
+        dev=str(prepared / "dev.tsv"),
+        plan=plan_for(prepared / "dense", spec),
+        out=out,
+        settings=Settings(**{**FAST, "steps": 20, **settings}),
+        progress=progress,
+    )
+
+
+def test_dense_model_learns_and_keeps_its_metrics(prepared: Path) -> None:
+    metrics = json.loads((prepared / "dense" / "metrics.json").read_text())
+    assert metrics["value"] > 0.85
+    assert metrics["interval"][0] <= metrics["value"] <= metrics["interval"][1]
+    assert metrics["dev_samples"] == tiny.DEV_SAMPLES
+
+
+def test_a_model_whose_head_fits_is_not_trained_again(prepared: Path, tmp_path: Path) -> None:
+    metrics = finetune(
+        prepared / "dense",
+        task="classification",
+        train=str(prepared / "train.tsv"),
+        dev=str(prepared / "dev.tsv"),
+        out=tmp_path / "kept",
+        settings=Settings(**FAST),
+    )
+    assert metrics["steps"] == 0
+    assert metrics["value"] == json.loads((prepared / "dense" / "metrics.json").read_text())["value"]
+
+
+@pytest.mark.parametrize(
+    "recipe", variants(["obs", "nxm", "magnitude", "sr-ste", "one-shot", "paper"], ("nxm", "paper"))
+)
+def test_every_recipe_gives_a_valid_checkpoint_and_logs_what_it_did(
+    prepared: Path, tmp_path: Path, recipe: str
+) -> None:
+    metrics = run(prepared, tmp_path / "checkpoint", recipe=recipe, steps=60, learning_rate=5e-3)
+    open_checkpoint(tmp_path / "checkpoint").require_valid()
+    log = tmp_path / "checkpoint" / "train_log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    phases = {line["phase"] for line in lines}
+    if recipe == "nxm":
+        assert {"admm", "qat"} <= phases
+        assert metrics["admm_steps"] + metrics["qat_steps"] == 60
+        updates = [line for line in lines if "residual" in line]
+        assert {"residual", "flips", "projected_loss"} <= set(updates[0])
+        assert metrics["residual"] < updates[0]["residual"]
+    elif recipe in ("magnitude", "obs"):
+        assert phases == {"qat"}
+    elif recipe == "sr-ste":
+        assert phases == {"sr-ste", "qat"}
+        assert (metrics["sr_ste_steps"], metrics["qat_steps"]) == (48, 12)
+    elif recipe == "one-shot":
+        assert not phases
+        assert (metrics["steps"], metrics["qat_steps"]) == (0, 0)
+    else:
+        assert phases == {"admm"}
+        assert metrics["qat_steps"] == 0
+
+
+def test_the_second_order_recipe_keeps_other_weights_than_magnitude(prepared: Path, tmp_path: Path) -> None:
+    found = {
+        recipe: run(prepared, tmp_path / recipe, recipe=recipe, steps=1)["mask_hash"] for recipe in ("obs", "magnitude")
+    }
+    assert found["obs"] != found["magnitude"]
+
+
+@pytest.mark.parametrize("mode", ["mask", "joint", "joint-ste"])
+@pytest.mark.parametrize("spec", variants(["2:4+W4", "1:4+W8", "W4", "2:4"], ("2:4+W4",)))
+def test_every_admm_mode_takes_every_kind_of_plan(prepared: Path, tmp_path: Path, mode: str, spec: str) -> None:
+    run(prepared, tmp_path / "checkpoint", spec, recipe="nxm", admm=mode, steps=6)
+    open_checkpoint(tmp_path / "checkpoint").require_valid()
+
+
+def test_compression_keeps_the_accuracy_of_an_easy_task(prepared: Path, tmp_path: Path) -> None:
+    metrics = run(prepared, tmp_path / "checkpoint", "2:4+W4", steps=60)
+    dense = json.loads((prepared / "dense" / "metrics.json").read_text())["value"]
+    # The classes are separated by single words; one sample of the dev set is 0.016.
+    assert metrics["value"] >= dense - 0.05
+
+
+def test_baked_weights_load_with_plain_transformers(prepared: Path, tmp_path: Path) -> None:
+    import transformers
+
+    run(prepared, tmp_path / "checkpoint", steps=4)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint")
+    checkpoint = open_checkpoint(tmp_path / "checkpoint")
+    for name in checkpoint.plan.weights:
+        loaded = model.get_parameter(name).detach().numpy()
+        assert np.array_equal(loaded, checkpoint.weight(name))
+        assert ((loaded != 0).reshape(-1, 4).sum(axis=-1) <= 2).all()
+
+
+def test_what_a_run_with_another_plan_left_behind_is_not_used(prepared: Path, tmp_path: Path) -> None:
+    def interrupted(phase: str, done: int, steps: int) -> None:
+        if phase == "qat":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(prepared, tmp_path / "checkpoint", "1:4+W8", recipe="nxm", progress=interrupted)
+    assert list((tmp_path / ".checkpoint.work").glob("admm*.safetensors"))  # a finished phase, of the other plan
+    metrics = run(prepared, tmp_path / "checkpoint", "2:4+W8", recipe="nxm")
+    assert metrics["mask_hash"] == run(prepared, tmp_path / "alone", "2:4+W8", recipe="nxm")["mask_hash"]
+
+
+SCRIPT = """
+import json, sys
+from compressors.training.compress import compress
+from compressors.settings import Settings
+from compressors.models import resolve
+from nxm_export.contract.plan import WeightSpec
+
+prepared, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+source = resolve(prepared + "/dense")
+metrics = compress(
+    prepared + "/dense", task="classification", train=prepared + "/train.tsv", dev=prepared + "/dev.tsv",
+    plan=source.family.uniform_plan(source.config, WeightSpec.parse("2:4+W4")), out=out, settings=Settings(**settings),
+    progress=lambda what, done, total: print(what, done, flush=True),
+)
+print(json.dumps(metrics))
+"""
+
+
+def start(prepared: Path, out: Path) -> subprocess.Popen[str]:
+    settings = {**FAST, "recipe": "nxm", "steps": 60, "batch_size": 8, "dual_updates": 6}
+    command = [sys.executable, "-c", SCRIPT, str(prepared), str(out), json.dumps(settings)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["admm 15", "qat 20"])
+def test_killed_and_resumed_gives_what_an_uninterrupted_run_gives(prepared: Path, tmp_path: Path, moment: str) -> None:
+    stdout, stderr = start(prepared, tmp_path / "whole").communicate(timeout=300)
+    assert stdout.strip(), stderr
+    whole = json.loads(stdout.splitlines()[-1])
+
+    child = start(prepared, tmp_path / "killed")
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.strip() == moment:
+            child.send_signal(signal.SIGKILL)
+            break
+    child.wait()
+    assert not (tmp_path / "killed").exists()
+    assert (tmp_path / ".killed.work").is_dir()
+
+    again = start(prepared, tmp_path / "killed")
+    stdout, stderr = again.communicate(timeout=300)
+    assert again.returncode == 0, stderr
+    first = next(line for line in stdout.splitlines() if line.startswith(moment.split()[0]))
+    assert int(first.split()[1]) > 0  # it went on, it did not start again
+    resumed = json.loads(stdout.splitlines()[-1])
+    assert resumed["mask_hash"] == whole["mask_hash"]
+    assert resumed["value"] == whole["value"]
+    for name in ("model.safetensors", "nxm_scales.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    lines = [json.loads(line) for line in (tmp_path / "killed" / "train_log.jsonl").read_text().splitlines()]
+    assert len({(line["phase"], line["step"], "residual" in line) for line in lines}) == len(lines)  # nothing twice
+    assert not (tmp_path / ".killed.work").exists()
+
+
+@pytest.mark.slow
+def test_same_seed_same_masks_and_another_seed_others(prepared: Path, tmp_path: Path) -> None:
+    hashes = [run(prepared, tmp_path / str(i), steps=8, seed=seed)["mask_hash"] for i, seed in enumerate((1, 1, 2))]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_leaves_nothing(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the loss is (nan|inf) at step \d+ of phase"):
+        run(prepared, tmp_path / "checkpoint", learning_rate=1e20, steps=40)
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_a_model_without_the_head_is_refused_with_the_way_out(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no classification head; fine-tune it first"):
+        compress(
+            prepared / "encoder",
+            task="classification",
+            train=str(prepared / "train.tsv"),
+            dev=str(prepared / "dev.tsv"),
+            plan=plan_for(prepared / "dense"),
+            out=tmp_path / "x",
+        )
+
+
+def test_settings_refuse_nonsense() -> None:
+    with pytest.raises(PlanError, match="unknown recipe"):
+        Settings(recipe="asp")
+    with pytest.raises(PlanError, match="give --recipe nxm"):
+        Settings(admm="joint")
+    with pytest.raises(PlanError, match="scores weights itself"):
+        Settings(mask_scores="activation")
+    with pytest.raises(DataError, match="percentile"):
+        Settings(percentile=0.0)
+    with pytest.raises(DataError, match="at least 1"):
+        Settings(batch_size=0)
+
+
+@pytest.mark.slow
+def test_saving_takes_place_often_enough_to_matter(prepared: Path, tmp_path: Path) -> None:
+    """A tenth of a phase is the most that a kill can cost."""
+    child = start(prepared, tmp_path / "out")
+    assert child.stdout is not None
+    seen: list[str] = []
+    for line in child.stdout:
+        if line.startswith("admm"):
+            seen += [path.name for path in (tmp_path / ".out.work" / "admm").glob("checkpoint-*")]
+        if line.startswith("qat"):
+            break
+    child.kill()
+    child.wait()
+    assert len(set(seen)) >= 5
+    time.sleep(0)
+
+
+def test_threads_setting_is_obeyed(prepared: Path, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        run(prepared, tmp_path / "out", steps=2, threads=2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,179 @@
+"""``nxm build --backend auto`` keeps the fastest engine by measurement, says why, and keeps nothing that fails."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from engines.base import Engine
+from engines.benchmark.latency import BenchReport, bench
+from engines.passport import load_passport
+from nxm_export.cli import main
+from nxm_export.errors import EngineError
+from nxm_export.pipeline.engine_commands import build_fastest
+from tests.support import onnx_text
+
+pytest.importorskip("openvino", reason="OpenVINO is not installed; pip install 'nxm-export[openvino]'")
+
+
+class Paced:
+    """An engine whose every run takes as long as it is told, by its own clock: `engines.benchmark.latency` does the rest."""
+
+    clock = "told"
+
+    def __init__(self, engine: Engine, milliseconds: Sequence[float]) -> None:
+        self.inputs, self.outputs, self._told = engine.inputs, engine.outputs, milliseconds
+
+    def timer(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], float]:
+        number = -1
+
+        def once() -> float:
+            nonlocal number
+            number += 1
+            return self._told[number % len(self._told)]
+
+        return once
+
+
+def told(**milliseconds: Sequence[float]) -> Callable[..., BenchReport]:
+    """A measurement in which every backend takes the milliseconds that it is told, in turn."""
+
+    def measure(engines: Mapping[str, Engine], shapes: Sequence[tuple[int, int]]) -> BenchReport:
+        return bench({name: Paced(engine, milliseconds[name]) for name, engine in engines.items()}, shapes, rounds=40)  # type: ignore[misc]
+
+    return measure
+
+
+@pytest.fixture(scope="module")
+def graph(tiny_graph: Callable[..., Path]) -> Path:
+    return tiny_graph("bert", "inputs") / "model.onnx"
+
+
+@pytest.mark.parametrize(
+    ("ort", "openvino", "kept", "why"),
+    [
+        ([2.0], [1.0], "openvino", "openvino is 2.00x as fast as ort over these shapes"),
+        ([1.0], [2.0], "ort", "openvino is slower: 0.50x as fast as ort"),
+        ([1.0, 3.0, 1.0], [1.1, 0.9, 1.0], "ort", "a tie: openvino is .* which is within noise, and ort comes first"),
+    ],
+    ids=["openvino faster", "ort faster", "noise"],
+)
+def test_the_fastest_beyond_noise_is_kept_and_the_passport_says_why(
+    ort: list[float], openvino: list[float], kept: str, why: str, graph: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "engine"
+    facts, choice = build_fastest(graph, out, shapes=[(1, 4), (2, 6)], measure=told(ort=ort, openvino=openvino))
+    passport = load_passport(out)
+    assert choice.backend == passport.backend == facts["backend"] == kept
+    recorded = passport.options["auto"]
+    assert re.search(why, recorded["why"])
+    assert recorded["shapes"] == [[1, 4], [2, 6]]
+    assert [row["backend"] for row in recorded["rows"]] == ["ort", "openvino"]
+    assert recorded["parity"] == "not checked"
+    assert {path.name for path in out.iterdir()} == {"model.onnx", "passport.json", "spec.json", "tokenizer.json"}
+
+
+def test_the_mix_of_shapes_decides(graph: Path, tmp_path: Path) -> None:
+    """openvino is 4 times as fast at one token and half as fast at five; a shape that is given often counts often."""
+
+    def measure(engines: Mapping[str, Engine], shapes: Sequence[tuple[int, int]]) -> BenchReport:
+        speed = {(1, 1): (4.0, 1.0), (1, 5): (1.0, 2.0)}
+        reports = [told(ort=[speed[s][0]], openvino=[speed[s][1]])(engines, [s]) for s in dict.fromkeys(shapes)]
+        return BenchReport([t for r in reports for t in r.timings], [x for r in reports for x in r.ratios])
+
+    for shapes, kept in (([(1, 1), (1, 5)], "openvino"), ([(1, 1), *[(1, 5)] * 4], "ort")):
+        _, choice = build_fastest(graph, tmp_path / kept, shapes=shapes, measure=measure)
+        assert choice.backend == kept
+
+
+def test_an_engine_that_fails_the_comparison_is_no_candidate(
+    tiny_checkpoint: Callable[..., Path],
+    tiny_graph: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """OpenVINO is told to be the fastest, and a scale in its file is doubled: the slower engine is kept."""
+    from engines.openvino import backend as openvino
+    from nxm_export.graph.graph_weights import load_graph, save_graph
+    from nxm_export.storage.hashing import file_hash
+    from tests.support.broken import scale_doubled
+
+    healthy = openvino.build
+
+    def broken(onnx: Path, out: Path, options: Any) -> Any:
+        healthy(onnx, out, options)
+        model = load_graph(out / "model.onnx")
+        scale_doubled(model)
+        save_graph(model, out / "model.onnx")
+        facts = json.loads((out / "passport.json").read_text())
+        facts["engine_sha256"] = file_hash(out / "model.onnx")
+        (out / "passport.json").write_text(json.dumps(facts))
+        return load_passport(out)
+
+    monkeypatch.setattr(openvino, "build", broken)
+    checkpoint = tiny_checkpoint("bert")
+    _, choice = build_fastest(
+        tiny_graph("bert", "inputs-outputs") / "model.onnx", tmp_path / "engine", shapes=[(1, 4)],
+        checkpoint=checkpoint, data=str(checkpoint.parent / "dev.tsv"), measure=told(ort=[2.0], openvino=[1.0]),
+    )  # fmt: skip
+    assert choice.backend == "ort"
+    assert choice.left_out == {"openvino": "it does not compute what the checkpoint computes"}
+    assert "only candidate" in choice.why
+    assert load_passport(tmp_path / "engine").options["auto"]["parity"] == "passed"
+    assert json.loads((tmp_path / "engine" / "parity.json").read_text())["passed"] is True
+
+
+def test_a_backend_that_is_missing_is_left_out_with_what_to_install(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    _, choice = build_fastest(graph, tmp_path / "engine", shapes=[(1, 4)], measure=told(ort=[1.0]))
+    assert choice.backend == "ort"
+    assert "pip install 'nxm-export[openvino]'" in choice.left_out["openvino"]
+
+
+def test_a_graph_that_nobody_takes_gives_an_error_and_no_directory(tmp_path: Path) -> None:
+    text = "g (float[b, 4] x) => (float[b, 4] y) { y = NoSuchOperator(x) }"
+    with pytest.raises(EngineError, match="NoSuchOperator"):
+        build_fastest(onnx_text.save(text, tmp_path / "broken.onnx"), tmp_path / "engine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.onnx"]
+
+
+def test_a_shape_that_the_model_does_not_take_is_refused(graph: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="longer than the model's"):
+        build_fastest(graph, tmp_path / "engine", shapes=[(1, 5000)])
+    assert not (tmp_path / "engine").exists()
+
+
+def test_the_command_prints_the_candidates_and_writes_one_engine(graph: Path, tmp_path: Path) -> None:
+    arguments = ["build", str(graph), "--backend", "auto", "--shape", "1x4", "--threads", "1", "--out"]
+    shown = CliRunner().invoke(main, [*arguments, str(tmp_path / "one")])
+    assert shown.exit_code == 0, shown.output
+    assert "1x4, ms" in shown.stdout
+    assert f"kept {load_passport(tmp_path / 'one').backend}" in shown.stdout
+    machine = CliRunner().invoke(main, [*arguments, str(tmp_path / "two"), "--json"])
+    assert json.loads(machine.stdout)["options"]["auto"]["shapes"] == [[1, 4]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backend", "ort", "--shape", "1x4"], "--shape is for --backend auto"),
+        (["--backend", "auto", "--twins"], "are for TensorRT"),
+        (["--backend", "auto", "--checkpoint", "somewhere"], "--checkpoint and --data belong together"),
+        (["--backend", "auto", "--shape", "4"], "is not a shape"),
+    ],
+)
+def test_wrong_usage_is_told(arguments: list[str], message: str, graph: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["build", str(graph), "--out", str(tmp_path / "engine"), *arguments])
+    assert result.exit_code == 2
+    assert message in result.output

@@ -1,0 +1,132 @@
+"""What the build does to a graph for ONNX Runtime: exact where it says exact, float rounding where it says so, and no touch
+to graphs of another form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.base import backend
+from engines.ort.backend import SLOW_FUSIONS, unsigned_activations
+from engines.ort.graph_rewrites import fused_attention, integer_products
+from engines.passport import load_passport
+from nxm_export.graph.graph_weights import load_graph, save_graph
+from tests.support import baked, onnx_text
+from tests.support.variants import variants
+
+PLACEMENTS = ["inputs", "inputs-outputs"]
+# Activations u8 (batch, 2) with scale 0.5 and zero point 128, weights s8 (2, 3) with a scale per column, a bias.
+PRODUCT = """
+g (float[batch, 2] x) => (float[batch, 3] y)
+<float s = {0.5}, uint8 z = {128}, int8[2, 3] w = {1, -2, 127, 4, 5, -128}, float[3] ws = {1, 0.5, 0.25},
+ int8[3] wz = {0, 0, 0}, float[3] bias = {1, -1, 0.5}>
+{
+  q = QuantizeLinear(x, s, z)
+  a = DequantizeLinear(q, s, z)
+  m = DequantizeLinear<axis = 1>(w, ws, wz)
+  p = MatMul(a, m)
+  y = Add(p, bias)
+}
+"""
+X = {"x": np.array([[1.0, -3.5], [70.0, 0.24], [-64.0, 63.5]], np.float32)}
+
+
+def run_steps(
+    graph: Path, feeds: Mapping[str, np.ndarray], steps: list[Callable[[object], int]], scratch: Path
+) -> tuple[np.ndarray, list[int]]:
+    """Logits after `steps` were applied to the graph, run node by node, and what each step counted."""
+    model = load_graph(graph)
+    counts = [step(model) for step in steps]
+    save_graph(model, scratch / "stepped.onnx")
+    return onnx_text.run(scratch / "stepped.onnx", feeds)["logits"], counts
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_unsigned_activations_change_no_bit(placement: str, tiny_graph: Callable[..., Path], tmp_path: Path) -> None:
+    feeds, graph = baked.feeds("bert", 6, 11, padding=4), tiny_graph("bert", placement) / "model.onnx"
+    signed, _ = run_steps(graph, feeds, [], tmp_path)
+    unsigned, counts = run_steps(graph, feeds, [unsigned_activations], tmp_path)
+    assert counts[0] > 0
+    np.testing.assert_array_equal(unsigned, signed)
+
+
+@pytest.mark.parametrize("family", variants(("bert", "roberta", "distilbert"), ("bert",)))
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_integer_products_and_fused_attention_differ_by_float_rounding_alone(
+    placement: str, family: str, tiny_graph: Callable[..., Path], tmp_path: Path
+) -> None:
+    feeds, graph = baked.feeds(family, 6, 11, padding=4), tiny_graph(family, placement) / "model.onnx"
+    plain, _ = run_steps(graph, feeds, [unsigned_activations], tmp_path)
+    products, counts = run_steps(graph, feeds, [unsigned_activations, integer_products], tmp_path)
+    assert counts[1] == 12
+    everything, counts = run_steps(graph, feeds, [unsigned_activations, integer_products, fused_attention], tmp_path)
+    assert counts[2] == 2
+    for found in (products, everything):
+        # Rounding leaves most samples alone; where it moves a code by one step, these logits move by some 0.05 at most.
+        close = np.abs(found - plain).max(axis=1) < 1e-5
+        assert close.mean() >= 0.5
+        np.testing.assert_allclose(found, plain, atol=0.1)
+
+
+def test_a_product_of_codes_is_what_the_pairs_say() -> None:
+    """Numbers chosen so that float arithmetic is exact, so both forms agree to the last bit; the last row clips."""
+    plain, fused = onnx_text.model(PRODUCT), onnx_text.model(PRODUCT)
+    assert integer_products(fused) == 1
+    assert [node.op_type for node in fused.graph] == ["QuantizeLinear", "MatMulIntegerToFloat"]
+    expected = onnx_text.run(plain, X)["y"]
+    np.testing.assert_array_equal(onnx_text.run(fused, X)["y"], expected)
+    assert expected[0].tolist() == [1.0 - 4 * 3.5 + 1, -1 - 2.5 * 3.5 - 1, 31.75 + 32 * 3.5 + 0.5]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("uint8 z = {128}", "int8 z = {0}"),
+        ("int8[3] wz = {0, 0, 0}", "int8[3] wz = {0, 1, 0}"),
+        ("<axis = 1>(w, ws, wz)", "<axis = 0>(w, k, kz)"),
+        ("p = MatMul(a, m)", "p = MatMul(x, m)"),
+    ],
+    ids=["signed activations", "a weight's zero point", "scales along K", "a float activation"],
+)
+def test_products_of_another_form_are_left_alone(old: str, new: str) -> None:
+    text = PRODUCT.replace(old, new).replace("float[3] bias", "float[2] k = {1, 2}, int8[2] kz = {0, 0}, float[3] bias")
+    model = onnx_text.model(text)
+    assert integer_products(model) == 0
+    assert "MatMul" in [node.op_type for node in model.graph]
+
+
+def test_a_bias_that_others_read_or_that_is_no_row_stays_outside() -> None:
+    model = onnx_text.model(PRODUCT.replace("float[3] bias = {1, -1, 0.5}", "float[1, 3] bias = {1, -1, 0.5}"))
+    assert integer_products(model) == 1
+    assert [node.op_type for node in model.graph] == ["QuantizeLinear", "MatMulIntegerToFloat", "Add"]
+    plain = onnx_text.model(PRODUCT.replace("float[3] bias = {1, -1, 0.5}", "float[1, 3] bias = {1, -1, 0.5}"))
+    np.testing.assert_array_equal(onnx_text.run(model, X)["y"], onnx_text.run(plain, X)["y"])
+
+
+def test_attention_with_another_mask_is_left_alone(tiny_graph: Callable[..., Path]) -> None:
+    """The fused operator is told one value for padding; a graph that adds another keeps its own operators."""
+    import onnx_ir as ir
+
+    model = load_graph(tiny_graph("bert", "inputs") / "model.onnx")
+    for node in model.graph:
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.const_value is not None and np.all(value.const_value.numpy() == -1e4):
+                half = ir.tensor(np.float32(-5e3), name="half")
+                new = ir.Value(name="half", const_value=half, type=value.type, shape=ir.Shape([]))
+                model.graph.register_initializer(new)
+                node.replace_input_with(index, new)
+    assert fused_attention(model) == 0
+
+
+def test_the_engine_says_what_was_done_to_its_graph(tiny_engine: Callable[..., Path]) -> None:
+    directory = tiny_engine("ort")
+    options = load_passport(directory).options
+    assert options["integer_products"] == 12
+    assert options["fused_attention"] == 2
+    assert options["disabled_optimizers"] == list(SLOW_FUSIONS)
+    operators = backend("ort").inspect(directory)["operators"]
+    assert operators["MultiHeadAttention"] == 2
+    assert not {"SkipLayerNormalization", "BiasGelu"} & set(operators)

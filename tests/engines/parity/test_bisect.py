@@ -1,0 +1,129 @@
+"""Four engines broken on purpose: the gate catches each, and the bisect names the block; a healthy engine passes both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engines.parity.bisect import BISECT_FILE, bisect
+from engines.parity.compare import compare
+from engines.passport import load_passport
+from engines.reference import pytorch
+from nxm_export.contract.io_spec import load_spec
+from nxm_export.data.examples import encode, load_raw, load_tokenizer, with_classes
+from nxm_export.errors import DataError, ParityError
+from nxm_export.pipeline.engine_commands import build_engine
+from tests.support import baked
+from tests.support.broken import BLOCK, BROKEN, drop_pair, overflowing, write_engine
+
+
+def dev_features(checkpoint: Path, engine: Path) -> list[Any]:
+    spec = load_spec(engine)
+    examples = with_classes(load_raw(str(checkpoint.parent / "dev.tsv"), "dev"), spec.labels)
+    return encode(load_tokenizer(engine), examples, spec.max_length, spec.inputs)
+
+
+@pytest.fixture(scope="module")
+def half_engine(tmp_path_factory: pytest.TempPathFactory, tiny_graph: Callable[..., Path]) -> Path:
+    """The float16 graph that TensorRT gets, run by ONNX Runtime."""
+    out = tmp_path_factory.mktemp("half") / "engine"
+    build_engine(tiny_graph("bert", "inputs-outputs", "trt") / "model.onnx", out, "ort")
+    return out
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+def test_a_healthy_engine_parts_nowhere(
+    half: bool,
+    tiny_checkpoint: Callable[..., Path],
+    tiny_engine: Callable[..., Path],
+    half_engine: Path,
+    tmp_path: Path,
+) -> None:
+    checkpoint = tiny_checkpoint("bert")
+    engine = write_engine(half_engine if half else tiny_engine("ort"), tmp_path / "engine", lambda model: None)
+    report = bisect(checkpoint, engine, dev_features(checkpoint, engine))
+    report.require()
+    assert [row.block for row in report.blocks] == ["embeddings", "bert.encoder.layer.0", BLOCK, "head"]
+    assert report.outputs_equal
+    written = json.loads((engine / BISECT_FILE).read_text())
+    assert written["passed"] is True
+    assert written["engine_sha256"] == load_passport(engine).engine_sha256
+    assert written["kernels_changed"] is False
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_engine_fails_the_gate_and_is_located(
+    fault: str, tiny_checkpoint: Callable[..., Path], tiny_engine: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = tiny_checkpoint("bert")
+    engine = write_engine(tiny_engine("ort"), tmp_path / "engine", BROKEN[fault])
+    features = dev_features(checkpoint, engine)
+    parity = compare(checkpoint, engine, features)
+    with pytest.raises(ParityError, match="differs from the checkpoint"):
+        parity.require()
+    report = bisect(checkpoint, engine, features)
+    assert report.first_diverging == BLOCK
+    assert [row.block for row in report.blocks if row.passed is False] == [BLOCK]  # the blocks behind it are innocent
+    with pytest.raises(ParityError, match=f"it parts from the checkpoint in {BLOCK}"):
+        report.require()
+
+
+def test_a_shared_block_is_judged_run_by_run(
+    tiny_checkpoint: Callable[..., Path], tiny_engine: Callable[..., Path], tmp_path: Path
+) -> None:
+    """ALBERT has one block for all layers; only its second run is broken here, by one pair that is gone."""
+    checkpoint, healthy = tiny_checkpoint("albert"), tiny_engine("ort", "albert")
+    block = "albert.encoder.albert_layer_groups.0.albert_layers.0"
+
+    def of_the_second(model: Any) -> None:
+        drop_pair(model, f"{block}.ffn_output.input.use2_quantize", f"{block}.ffn_output.use2")
+
+    features = dev_features(checkpoint, healthy)
+    whole = bisect(checkpoint, write_engine(healthy, tmp_path / "healthy", lambda model: None), features)
+    assert [row.block for row in whole.blocks] == ["embeddings", f"{block} (run 1)", f"{block} (run 2)", "head"]
+    assert whole.passed
+    broken = bisect(checkpoint, write_engine(healthy, tmp_path / "broken", of_the_second), features)
+    assert [row.block for row in broken.blocks if row.passed is False] == [f"{block} (run 2)"]
+
+
+def test_an_overflow_of_float16_fails_the_gate_and_is_located(
+    half_engine: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = tiny_checkpoint("bert")
+    engine = write_engine(half_engine, tmp_path / "engine", overflowing)
+    features = dev_features(checkpoint, engine)
+    parity = compare(checkpoint, engine, features)
+    assert not parity.passed
+    assert parity.probes[0].name == "finite outputs"
+    assert parity.probes[0].passed is False
+    report = bisect(checkpoint, engine, features)
+    assert report.first_diverging == BLOCK
+    assert "NaN or infinity" in next(row.reason for row in report.blocks if row.block == BLOCK)
+    assert report.blocks[-1].passed is None  # the head read NaN, so nothing can be said about it
+    json.loads((engine / BISECT_FILE).read_text(), parse_constant=pytest.fail)  # NaN is not JSON
+
+
+@pytest.mark.parametrize("family", ["bert", "albert", pytest.param("distilbert", marks=pytest.mark.slow)])
+def test_a_block_that_reads_what_it_would_have_read_anyway_writes_the_same(family: str, tmp_path: Path) -> None:
+    """Handing the reference its own boundaries changes nothing, but for their rounding to float32."""
+    checkpoint = baked.write_checkpoint(family, tmp_path, layers=2)
+    feeds = baked.feeds(family, 3, 9, padding=2)
+    with pytorch.load(checkpoint, task="classification", exact=True) as reference:
+        plain = reference.run(feeds)
+        outputs, found = reference.run_blocks(feeds)
+        again, given = reference.run_blocks(feeds, found)
+    np.testing.assert_array_equal(outputs["logits"], plain["logits"])
+    assert len(found) == 3
+    for name, value in found.items():
+        np.testing.assert_allclose(given[name], value, atol=1e-5)
+    np.testing.assert_allclose(again["logits"], plain["logits"], atol=1e-5)
+
+
+def test_no_samples_are_refused(tiny_checkpoint: Callable[..., Path], tiny_engine: Callable[..., Path]) -> None:
+    with pytest.raises(DataError, match="no samples"):
+        bisect(tiny_checkpoint("bert"), tiny_engine("ort"), [])

@@ -1,0 +1,284 @@
+"""Three-way comparison: gates and how they are written, probes that catch what they are for, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from engines.parity.bisect import bisect
+from engines.parity.compare import compare_all
+from engines.parity.decisions import flips
+from engines.parity.gates import check_gate, parse_gate
+from engines.parity.probes import Expected, probe, probe_samples
+from nxm_export.cli import main
+from nxm_export.contract.io_spec import IOSpec, load_spec
+from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
+from tests.engines.parity.test_bisect import dev_features
+from tests.support import baked, tiny
+from tests.support.broken import write_engine
+
+
+def nxm(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(("text", "value", "passed"), [("drop<=0.5", 0.5, True), (" flips <= 0.5% ", 0.51, False), ("max_abs<=1e-3", np.nan, False)])  # fmt: skip
+def test_a_gate_holds_up_to_its_limit_and_nan_passes_none(text: str, value: float, passed: bool) -> None:
+    gate = parse_gate(text)
+    assert check_gate(gate, {gate.quantity: value}).passed is passed
+
+
+@pytest.mark.parametrize(
+    "text", ["drop", "drop<0.5", "speed<=1", "drop<=0.5%", "flips<=0.5", "flips<=101%", "drop<=-1", "drop<=1e999", "drop<=.", "flips(mcc)<=1%", "drop()<=1", ""]
+)  # fmt: skip
+def test_a_gate_that_could_mean_two_things_is_wrong_usage(text: str, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"write |a limit|not a number|cannot flip"):
+        parse_gate(text)
+    assert nxm("compare", tmp_path, tmp_path, "--data=x.tsv", f"--gate={text}").exit_code == 2
+
+
+def test_a_gate_may_name_another_metric_of_the_task() -> None:
+    gate = parse_gate("drop(mcc)<=0.5")
+    assert str(gate) == "drop(mcc)<=0.5"
+    assert check_gate(gate, {"drop": 9.0, "drop(mcc)": 0.25}).passed
+    assert not check_gate(gate, {"drop": 0.0, "drop(mcc)": 0.75}).passed
+
+
+def test_changed_classes_are_listed_by_margin() -> None:
+    wanted = np.array([[0.0, 1.0], [0.0, 0.1], [3.0, 0.0], [5.0, 0.0]])
+    found = np.array([[1.0, 0.0], [0.1, 0.0], [0.0, 3.0], [5.0, 0.0]])
+    listed = flips(wanted, found, tolerance=0.1)
+    assert [(flip.sample, flip.margin, flip.excused) for flip in listed] == [(2, 3.0, False), (0, 1.0, False), (1, 0.1, True)]  # fmt: skip
+
+
+class Exact:
+    """An engine whose answer is the sum of the real tokens: right but for the fault that a test gives it."""
+
+    inputs, outputs, clock = ("input_ids", "attention_mask"), ("logits",), "none"
+
+    def __init__(self, fault: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None) -> None:
+        self.fault = fault
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        ids, mask = feeds["input_ids"], feeds["attention_mask"]
+        sums = (ids * mask).sum(axis=1).astype(np.float32)
+        if self.fault is not None:
+            sums = self.fault(sums, mask).astype(np.float32)
+        return {"logits": np.stack([sums, -sums], axis=1)}
+
+
+FAULTS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "one token": lambda sums, mask: sums + (mask.sum(axis=1) == 1),
+    "maximum length": lambda sums, mask: sums + (mask.sum(axis=1) == 40),
+    "all-padding row": lambda sums, mask: sums / mask.sum(axis=1),  # 0 / 0 where a row is all padding
+    "alone as in a batch": lambda sums, mask: sums + len(sums),
+    "permuted batch": lambda sums, mask: sums + np.arange(len(sums)),
+    "extra padding": lambda sums, mask: sums + mask.shape[1],
+}
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_each_probe_catches_the_fault_it_is_for(fault: str | None) -> None:
+    features = [
+        {key: value[:20] if key != "labels" else value for key, value in sample.items() if key != "token_type_ids"}
+        for sample in baked.features(8, family="distilbert")
+    ]
+    spec = IOSpec(
+        "distilbert",
+        "classification",
+        Exact.inputs,
+        {"logits": ("batch", "classes")},
+        ("0", "1"),
+        40,
+        0,
+    )
+    samples = probe_samples(features, spec, ())
+    right: Any = Exact()
+    answers = {
+        name: right.run({key: np.array([values]) for key, values in sample.items()}) for name, sample in samples.items()
+    }
+    tolerances = {"logits": 0.5}
+    engine: Any = Exact(FAULTS[fault] if fault else None)
+    with np.errstate(invalid="ignore"):
+        found = probe(
+            engine, features, spec, (), tolerances, Expected(samples, answers, dict.fromkeys(samples, tolerances))
+        )
+    verdicts = {row.name: row.passed for row in found}
+    assert list(verdicts) == list(FAULTS)
+    assert (False in verdicts.values()) == (fault is not None)
+    if fault is not None:
+        assert verdicts[fault] is False
+
+
+def test_two_engines_and_their_checkpoint(
+    tiny_checkpoint: Callable[..., Path], tiny_engine: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = tiny_checkpoint("bert")
+    engines = [shutil.copytree(tiny_engine("ort", "bert", placement), tmp_path / placement) for placement in ("inputs", "inputs-outputs")]  # fmt: skip
+    data = checkpoint.parent / "dev.tsv"
+    result = nxm("compare", checkpoint, *engines, f"--data={data}", "--gate=drop<=0", "--gate=flips<=0%")
+    assert result.exit_code == 0, result.output
+    for engine, other in (engines, engines[::-1]):
+        report = json.loads((engine / "parity.json").read_text())
+        assert report["passed"] is True
+        assert [gate["gate"] for gate in report["gates"]] == ["drop<=0", "flips<=0%"]
+        assert {probe["passed"] for probe in report["probes"]} == {True}
+        outputs = [np.load(directory / "outputs.npz")["logits"] for directory in (engine, other)]
+        (pair,) = report["pairs"]
+        assert pair["other"] == str(other)
+        assert pair["max_abs"] == float(np.abs(outputs[0] - outputs[1]).max())
+        (logits,) = report["outputs"]
+        assert logits["max_steps"] == pytest.approx(logits["max_abs"] / logits["step"])
+    failed = nxm("compare", checkpoint, engines[0], f"--data={data}", "--gate=max_abs<=0")
+    assert failed.exit_code == 3
+    assert "the gate max_abs<=0 failed: largest |difference| of any output: " in failed.stderr
+    assert json.loads((engines[0] / "parity.json").read_text())["passed"] is False
+
+
+class TestSkipped:
+    """Engines of backends that are not on this machine, made from a healthy one by its passport."""
+
+    @pytest.fixture
+    def engines(self, tiny_engine: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
+        here, elsewhere = (shutil.copytree(tiny_engine("ort"), tmp_path / name) for name in ("here", "elsewhere"))
+        passport = json.loads((elsewhere / "passport.json").read_text())
+        (elsewhere / "passport.json").write_text(json.dumps({**passport, "backend": "trt_rtx"}))
+        return here, elsewhere
+
+    @pytest.fixture(autouse=True)
+    def unavailable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As on a machine without TensorRT-RTX, whatever this one has."""
+        from engines.tensorrt import rtx_backend
+
+        def load(*_: Any, **__: Any) -> Any:
+            raise EngineUnavailable("TensorRT-RTX needs an NVIDIA GPU, and there is none here")
+
+        monkeypatch.setattr(rtx_backend, "load", load)
+
+    def test_the_others_are_compared_and_decide(
+        self, tiny_checkpoint: Callable[..., Path], engines: tuple[Path, Path]
+    ) -> None:
+        here, elsewhere = engines
+        checkpoint = tiny_checkpoint("bert")
+        data = f"--data={checkpoint.parent / 'dev.tsv'}"
+        result = nxm("compare", checkpoint, elsewhere, here, data, "--json")
+        assert result.exit_code == 0, result.output
+        ours, theirs = json.loads(result.stdout)
+        assert (ours["engine"], ours["passed"]) == (str(here), True)
+        assert theirs["engine"] == str(elsewhere)
+        assert (theirs["passed"], theirs["skipped"]) == (
+            None,
+            "TensorRT-RTX needs an NVIDIA GPU, and there is none here",
+        )
+        assert theirs["engine_sha256"] == ours["engine_sha256"]
+        assert not (elsewhere / "parity.json").exists()
+        shown = nxm("compare", checkpoint, here, elsewhere, data)
+        assert "skipped: not run here" in shown.stdout
+        assert "needs an NVIDIA GPU" in shown.stdout
+
+    def test_a_gate_on_an_engine_that_did_not_run_does_not_hold(
+        self, tiny_checkpoint: Callable[..., Path], engines: tuple[Path, Path]
+    ) -> None:
+        checkpoint = tiny_checkpoint("bert")
+        result = nxm("compare", checkpoint, *engines, f"--data={checkpoint.parent / 'dev.tsv'}", "--gate=drop<=5")
+        assert result.exit_code == 3
+        assert "elsewhere: the gate drop<=5 could not be checked" in result.stderr
+
+    def test_nothing_left_to_compare_fails(
+        self, tiny_checkpoint: Callable[..., Path], engines: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        checkpoint = tiny_checkpoint("bert")
+        data = f"--data={checkpoint.parent / 'dev.tsv'}"
+        alone = nxm("compare", checkpoint, engines[1], data)
+        assert (alone.exit_code, alone.stderr) == (1, "nxm: TensorRT-RTX needs an NVIDIA GPU, and there is none here\n")
+        other = shutil.copytree(engines[1], tmp_path / "other")
+        both = nxm("compare", checkpoint, engines[1], other, data)
+        assert both.exit_code == 1
+        assert f"nothing could be compared here: {engines[1]}: TensorRT-RTX needs" in both.stderr
+
+
+class TestRefused:
+    """Nothing of this is compared, and nothing is written."""
+
+    @pytest.fixture
+    def checkpoint(self, tiny_checkpoint: Callable[..., Path]) -> Path:
+        return tiny_checkpoint("bert")
+
+    @pytest.fixture
+    def engine(self, tiny_engine: Callable[..., Path], tmp_path: Path) -> Path:
+        return shutil.copytree(tiny_engine("ort"), tmp_path / "engine")
+
+    def refused(self, message: str, code: int, *arguments: object, engine: Path) -> None:
+        result = nxm("compare", *arguments)
+        assert result.exit_code == code, result.output
+        assert message in result.stderr
+        assert not (engine / "parity.json").exists()
+
+    def test_a_label_that_the_engine_does_not_have(self, checkpoint: Path, engine: Path, tmp_path: Path) -> None:
+        (tmp_path / "dev.tsv").write_text("sentence\tlabel\na good film\tmaybe\n")
+        self.refused("dev.tsv:2: label 'maybe' is none of the model's classes", 1, checkpoint, engine, f"--data={tmp_path / 'dev.tsv'}", engine=engine)  # fmt: skip
+
+    def test_an_empty_dev_set(self, checkpoint: Path, engine: Path, tmp_path: Path) -> None:
+        (tmp_path / "dev.tsv").write_text("sentence\tlabel\n")
+        self.refused("no examples in it", 1, checkpoint, engine, f"--data={tmp_path / 'dev.tsv'}", engine=engine)
+
+    @pytest.mark.parametrize(
+        ("file", "change", "message"),
+        [
+            ("spec.json", {"labels": ["bad", "good"]}, "has the labels ['bad', 'good']"),
+            ("spec.json", {"outputs": {"scores": ["batch", "classes"]}}, "its spec names the outputs scores, and"),
+            ("spec.json", {"model_type": "electra"}, "is of the electra family"),
+            ("passport.json", {"graph": {"weights": "0" * 64}}, "engines of different checkpoints cannot be compared"),
+        ],
+    )
+    def test_an_engine_of_something_else(
+        self, checkpoint: Path, engine: Path, file: str, change: dict[str, Any], message: str
+    ) -> None:
+        data = json.loads((engine / file).read_text())
+        for key, value in change.items():
+            data[key] = {**data[key], **value} if key == "graph" else value
+        (engine / file).write_text(json.dumps(data))
+        self.refused(message, 1, checkpoint, engine, f"--data={checkpoint.parent / 'dev.tsv'}", engine=engine)
+
+    def test_a_gate_on_a_metric_that_the_task_has_not(self, checkpoint: Path, engine: Path) -> None:
+        data = checkpoint.parent / "dev.tsv"
+        message = "drop(spearman)<=1: classification has the metrics accuracy, f1, mcc"
+        self.refused(message, 1, checkpoint, engine, f"--data={data}", "--gate=drop(spearman)<=1", engine=engine)
+
+    def test_outputs_of_the_engine_file_under_another_name(
+        self, checkpoint: Path, engine: Path, tmp_path: Path
+    ) -> None:
+        def rename(model: Any) -> None:
+            model.graph.outputs[0].name = "scores"
+
+        renamed = write_engine(engine, tmp_path / "renamed", rename)
+        with pytest.raises(ArtifactError, match="its spec names the outputs logits, and the engine file has scores"):
+            compare_all(checkpoint, [renamed], dev_features(checkpoint, engine))
+        with pytest.raises(ArtifactError, match="its spec names the outputs logits, and the engine file has scores"):
+            bisect(checkpoint, renamed, dev_features(checkpoint, engine))
+        assert not (renamed / "parity.json").exists()
+
+    def test_engines_that_differ_in_what_they_take(self, checkpoint: Path, engine: Path, tmp_path: Path) -> None:
+        other = shutil.copytree(engine, tmp_path / "other")
+        tiny.write_tokenizer("roberta", other)
+        (other / "tokenizer_config.json").unlink()
+        self.refused("reads the data in other tokens", 1, checkpoint, engine, other, f"--data={checkpoint.parent / 'dev.tsv'}", engine=engine)  # fmt: skip
+        assert load_spec(other) == load_spec(engine)
+
+    def test_the_same_engine_twice(self, checkpoint: Path, engine: Path) -> None:
+        self.refused("given twice", 2, checkpoint, engine, engine, "--data=x.tsv", engine=engine)
+
+
+def test_a_drop_equal_to_its_limit_passes_however_it_was_rounded() -> None:
+    gate = parse_gate("drop<=0.5")
+    one_of_200 = 100 * (172 / 200 - 171 / 200)
+    assert one_of_200 > 0.5  # by a rounding error
+    assert check_gate(gate, {"drop": one_of_200}).passed
+    assert not check_gate(gate, {"drop": 100 * (853 / 1000 - 847 / 1000)}).passed

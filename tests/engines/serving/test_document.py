@@ -1,0 +1,62 @@
+"""docs/serving.md says what the server does: its examples run, and its tables are complete."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+from click.testing import CliRunner
+
+from engines.serving.metrics import REASONS
+from nxm_export.cli import main
+from tests.support.rawhttp import send
+from tests.support.servers import ROOT, Running
+
+TEXT = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+
+
+def block(language: str) -> str:
+    (found,) = re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    return str(found)
+
+
+def test_the_example_for_curl_is_answered_with_class_names(ours: Running) -> None:
+    program, url, option, body = shlex.split(block("sh"))
+    assert (program, option) == ("curl", "-d")
+    path = url.removeprefix("http://127.0.0.1:8000").replace("engine", "exact")
+    # what curl sends with -d, which is no JSON type
+    answer = send(ours.port, "POST", path, body.encode(), "Content-Type: application/x-www-form-urlencoded")
+    outputs = {output["name"]: output for output in answer.json()["outputs"]}
+    assert len(outputs["label"]["data"]) == 2
+
+
+def test_the_example_for_python_runs(ours: Running) -> None:
+    pytest.importorskip("tritonclient.http", reason="tritonclient is not installed; pip install -e '.[dev]'")
+    found: dict[str, object] = {}
+    code = block("python").replace("127.0.0.1:8000", ours.address).replace('"engine"', '"exact"')
+    exec(compile(code, "docs/serving.md", "exec"), found)
+    assert found["logits"].shape == (1, 2)  # type: ignore[attr-defined]
+
+
+def test_every_metric_is_listed_and_no_other(ours: Running) -> None:
+    exposed = re.findall(r"^# TYPE (\w+)", send(ours.port, "GET", "/metrics").body.decode(), re.MULTILINE)
+    assert set(re.findall(r"`(nxm_\w+)", TEXT)) == {name for name in exposed if not name.endswith("_created")}
+
+
+def test_every_reason_of_a_rejection_is_listed() -> None:
+    assert set(REASONS) <= set(re.findall(r"`(\w+)`", TEXT))
+
+
+def test_the_options_that_it_names_exist() -> None:
+    options = {name for each in ("serve", "triton", "bench") for p in main.commands[each].params for name in p.opts}
+    named = set(re.findall(r"`(--[a-z][a-z0-9-]*)", TEXT))
+    assert named - {"--disable-auto-complete-config"} <= options  # which is tritonserver's
+
+
+def test_the_lines_that_run_nxm_are_understood() -> None:
+    lines = re.findall(r"^    nxm (.*?)(?:  #.*)?$", TEXT, re.MULTILINE)
+    assert len(lines) >= 4
+    for line in lines:
+        result = CliRunner().invoke(main, shlex.split(line))
+        assert result.exit_code == 1, f"{line}: {result.output}"  # no such engine here; 2 would be wrong usage

@@ -1,0 +1,201 @@
+"""What is checked before an engine serves: hash, gate, profiles, warm-up."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.passport import load_passport
+from engines.serving.model import ModelOptions, open_model
+from engines.serving.protocol import InferRequest, TensorSpec
+from engines.serving.repository import Repository, Source
+from nxm_export.errors import ArtifactError, NxmError, ParityError, RequestRefused, ServeError
+from tests.support import exact_engine
+
+ONE = ModelOptions(instances=1)
+
+
+@pytest.fixture
+def copy(engine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(engine, tmp_path / "copy"))
+
+
+def edit(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_good_directory_opens_and_describes_itself(engine: Path) -> None:
+    model = open_model("m", "1", engine, ModelOptions(instances=2, text=True))
+    tokens, text = model.endpoints
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    assert tokens.inputs == tuple(TensorSpec(name, "INT64", (-1, -1)) for name in names)
+    assert tokens.outputs == (TensorSpec("logits", "FP32", (-1, 2)),)
+    assert text.name == "m_text"
+    assert [spec.name for spec in text.outputs] == ["logits", "label"]
+    model.close()
+
+
+@pytest.mark.parametrize(
+    ("state", "gate", "served"),
+    [
+        (True, "not-failed", True), (True, "passed", True), (True, "off", True),
+        (None, "not-failed", True), (None, "passed", False), (None, "off", True),
+        (False, "not-failed", False), (False, "passed", False), (False, "off", True),
+    ],
+)  # fmt: skip
+def test_the_parity_gate(copy: Path, state: bool | None, gate: str, served: bool) -> None:
+    if state is None:
+        (copy / "parity.json").unlink()
+    else:
+        edit(copy / "parity.json", passed=state)
+    options = ModelOptions(instances=1, gate=gate)
+    if served:
+        open_model("m", "1", copy, options).close()
+    else:
+        with pytest.raises(ParityError, match="--gate off") as refused:
+            open_model("m", "1", copy, options)
+        assert refused.value.exit_code == 3
+
+
+def test_a_parity_report_of_another_engine_vouches_for_nothing(copy: Path) -> None:
+    edit(copy / "parity.json", engine_sha256="0" * 64)
+    with pytest.raises(ParityError, match="never checked for this engine file"):
+        open_model("m", "1", copy, ModelOptions(instances=1, gate="passed"))
+    (copy / "parity.json").write_text("{")
+    with pytest.raises(ParityError, match="failed"):
+        open_model("m", "1", copy, ONE)
+
+
+def test_a_changed_engine_file_is_noticed_by_its_hash(copy: Path) -> None:
+    data = bytearray((copy / "model.onnx").read_bytes())
+    data[-1] ^= 1
+    (copy / "model.onnx").write_bytes(data)
+    with pytest.raises(ArtifactError, match="is not the engine of its passport"):
+        open_model("m", "1", copy, ONE)
+
+
+def test_a_link_to_another_engine_is_noticed_and_one_out_of_the_directory_refused(copy: Path, tmp_path: Path) -> None:
+    other = exact_engine.build(tmp_path / "other", seed=1)
+    shutil.copy(other / "model.onnx", copy / "other.onnx")
+    (copy / "model.onnx").unlink()
+    (copy / "model.onnx").symlink_to("other.onnx")
+    with pytest.raises(ArtifactError, match="is not the engine of its passport"):
+        open_model("m", "1", copy, ONE)
+    (copy / "model.onnx").unlink()
+    (copy / "model.onnx").symlink_to(other.with_name("other-graph") / "model.onnx")
+    with pytest.raises(ArtifactError, match="leads out of its directory"):
+        open_model("m", "1", copy, ONE)
+
+
+@pytest.mark.parametrize("name", ["../exact/model.onnx", "/etc/passwd", "a/b", ""])
+def test_a_passport_cannot_name_a_file_elsewhere(copy: Path, name: str) -> None:
+    edit(copy / "passport.json", engine=name)
+    with pytest.raises(ArtifactError):
+        open_model("m", "1", copy, ONE)
+
+
+def test_only_expected_hashes_are_served(engine: Path) -> None:
+    digest = load_passport(engine).engine_sha256
+    open_model("m", "1", engine, ModelOptions(instances=1, expect_sha256=frozenset({digest}))).close()
+    with pytest.raises(ServeError, match="not among those expected"):
+        open_model("m", "1", engine, ModelOptions(instances=1, expect_sha256=frozenset({"0" * 64})))
+
+
+def test_a_passport_for_another_machine_is_refused_before_loading(copy: Path) -> None:
+    edit(copy / "passport.json", backend="trt_rtx", requires={"tensorrt-rtx-cu13": "0.0"})
+    with pytest.raises(NxmError, match=r"tensorrt-rtx-cu13 0\.0|tensorrt_rtx"):
+        open_model("m", "1", copy, ONE)
+
+
+@pytest.mark.parametrize(
+    "profiles", [[{"minimum": [1, 1]}], [3], [{"minimum": [2, 1], "optimum": [1, 1], "maximum": [1, 1]}]]
+)
+def test_malformed_profiles_are_refused(copy: Path, profiles: list[object]) -> None:
+    edit(copy / "passport.json", profiles=profiles)
+    with pytest.raises(NxmError, match="profile"):
+        open_model("m", "1", copy, ONE)
+
+
+def test_profiles_of_the_passport_are_what_is_served(copy: Path) -> None:
+    edit(copy / "passport.json", profiles=[{"minimum": [1, 8], "optimum": [2, 16], "maximum": [4, 24]}])
+    model = open_model("m", "1", copy, ONE)
+    assert (model.buckets.buckets[0].length, model.buckets.longest.length, model.buckets.longest.most) == (8, 24, 4)
+    model.close()
+
+
+def test_a_spec_that_does_not_fit_the_engine_is_refused_at_warm_up(copy: Path) -> None:
+    edit(copy / "spec.json", outputs={"logits": ["batch", "sequence", "classes"]})
+    with pytest.raises(NxmError, match="logits"):
+        open_model("m", "1", copy, ONE)
+
+
+def test_values_without_a_row_or_meaning_are_refused(engine: Path) -> None:
+    model = open_model("m", "1", engine, ONE)
+    good = exact_engine.feeds_of([4])
+    for name, value in (
+        ("input_ids", len(exact_engine.VOCABULARY)),
+        ("input_ids", -1),
+        ("attention_mask", 2),
+        ("token_type_ids", 2),
+    ):
+        feeds = {key: array.copy() for key, array in good.items()}
+        feeds[name][0, 1] = value
+        with pytest.raises(RequestRefused, match=f"values of {name} must be from 0 to"):
+            model.endpoints[0].feeds(InferRequest(None, feeds, [], None))
+    with pytest.raises(RequestRefused, match="one shape"):
+        model.endpoints[0].feeds(InferRequest(None, {**good, "input_ids": np.zeros((1, 5), np.int64)}, [], None))
+    model.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "version", "directory"),
+    [
+        ("runs/a/engine", "engine", "1", "runs/a/engine"),
+        ("m=runs/a", "m", "1", "runs/a"),
+        ("m:12=runs/a", "m", "12", "runs/a"),
+        ("m:2=a=b", "m", "2", "a=b"),
+    ],
+)
+def test_a_source_is_named_or_takes_the_directorys_name(text: str, name: str, version: str, directory: str) -> None:
+    assert Source.parse(text) == Source(name, version, Path(directory))
+
+
+@pytest.mark.parametrize(
+    "text", ["../x=a", "a/b=c", "-m=a", "m:0=a", "m:x=a", "m:=a", "a b=c", "m:99999999999999999999=a", "é=a"]
+)
+def test_a_name_that_could_be_mistaken_is_refused(text: str) -> None:
+    with pytest.raises(ServeError):
+        Source.parse(text)
+
+
+def test_names_that_collide_are_refused(engine: Path) -> None:
+    with pytest.raises(ServeError, match="same name and version"):
+        Repository([Source("m", "1", engine), Source("m", "1", engine)], ONE)
+    both = Repository([Source("m_text", "1", engine), Source("m", "1", engine)], ModelOptions(instances=1, text=True))
+    with pytest.raises(ServeError, match="both a model and the text face"):
+        both.open()
+    with pytest.raises(ServeError, match="nothing to serve"):
+        Repository([], ONE)
+
+
+def test_versions_are_found_by_number_and_the_highest_is_the_default(engine: Path) -> None:
+    repository = Repository([Source("m", version, engine) for version in ("9", "10", "2")], ONE)
+    repository.open()
+    assert repository.find("m", None).model.version == "10"
+    assert repository.find("m", "2").model.version == "2"
+    assert [entry["version"] for entry in repository.index()] == ["2", "9", "10"]
+    for name, version in (("n", None), ("m", "3"), ("m", "../2"), ("../m", None)):
+        with pytest.raises(RequestRefused) as refused:
+            repository.find(name, version)
+        assert refused.value.status == 404
+    repository.close()
+
+
+def test_a_directory_without_tokenizer_cannot_serve_text(copy: Path) -> None:
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json"):
+        open_model("m", "1", copy, ModelOptions(instances=1, text=True))

@@ -1,0 +1,525 @@
+"""The running server: limits, operations, stop, reload. Each test talks to `nxm serve` as a child process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from engines.benchmark.http_load import Target, exchange, run_round
+from engines.passport import load_passport
+from engines.serving.app import OPENAPI_FILE
+from nxm_export.cli import main
+from tests.support import exact_engine
+from tests.support.exact_engine import expected, feeds_of
+from tests.support.rawhttp import Answer, connect, read, request, send
+from tests.support.servers import Running, free_port, nxm_serve
+
+INFER = "/v2/models/exact/infer"
+
+
+def body_of(feeds: dict[str, np.ndarray], **more: object) -> bytes:
+    inputs = [
+        {"name": name, "datatype": "INT64", "shape": list(array.shape), "data": array.ravel().tolist()}
+        for name, array in feeds.items()
+    ]
+    return json.dumps({"inputs": inputs, **more}).encode()
+
+
+def logits(answer: Answer) -> np.ndarray:
+    (output,) = answer.json()["outputs"]
+    return np.array(output["data"], np.float32).reshape(output["shape"])
+
+
+def metric(server: Running, start: str) -> float:
+    """The sum of the samples whose line begins so."""
+    text = send(server.port, "GET", "/metrics").body.decode()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(start))
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 15.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def log_lines(server: Running) -> list[dict[str, object]]:
+    return [json.loads(line) for line in server.log.read_text().splitlines()]
+
+
+def test_paths_and_methods_that_do_not_exist_get_a_json_error(ours: Running) -> None:
+    for method, path, status in (
+        ("GET", "/", 404), ("GET", "/v2/", 404), ("GET", "/v3", 404), ("GET", INFER, 405), ("POST", "/metrics", 405),
+        ("DELETE", "/v2/models/exact", 405), ("POST", "/v2/repository/models/exact/unload", 404),
+        ("GET", "/v2/models/exact/config", 404), ("GET", "/v2/models/exact/versions/x/ready", 404),
+    ):  # fmt: skip
+        answer = send(ours.port, method, path)
+        assert (answer.status, set(answer.json())) == (status, {"error"}), (method, path)
+
+
+def test_the_openapi_file_describes_exactly_the_routes(ours: Running) -> None:
+    served = send(ours.port, "GET", "/openapi.json").json()
+    assert served == json.loads(OPENAPI_FILE.read_text())
+    for path, operations in served["paths"].items():
+        url = path.replace("{model}", "exact").replace("{version}", "1")
+        for method in ("get", "post"):
+            answer = send(ours.port, method.upper(), url)
+            assert (answer.status == 405) == (method not in operations), (method, path)
+            assert answer.status != 404, path
+            documented = operations.get(method, {}).get("responses", {"405": None})
+            assert str(answer.status) in documented, (method, path, answer.status)
+
+
+def test_every_reference_in_the_openapi_file_resolves() -> None:
+    document = json.loads(OPENAPI_FILE.read_text())
+    text = OPENAPI_FILE.read_text()
+    names = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
+    assert names == set(document["components"]["schemas"]) - (set(document["components"]["schemas"]) - names)
+    assert names
+
+
+def test_a_request_id_is_kept_if_it_is_sane_and_made_up_if_not(ours: Running) -> None:
+    body = body_of(feeds_of([3]))
+    assert send(ours.port, "POST", INFER, body, "X-Request-Id: trace/7:a").headers["x-request-id"] == "trace/7:a"
+    for bad in ("a b", "x" * 129, "a\tb", '"', "é"):
+        made = send(ours.port, "POST", INFER, body, f"X-Request-Id: {bad}").headers["x-request-id"]
+        assert made != bad
+        assert made.count("-") == 1
+    assert eventually(lambda: any(line.get("request") == "trace/7:a" for line in log_lines(ours)))
+
+
+def test_metrics_count_answers_batches_and_refusals(ours: Running) -> None:
+    before = {name: metric(ours, name) for name in ("nxm_requests_total", "nxm_batch_rows_sum", "nxm_rejected_total")}
+    assert send(ours.port, "POST", INFER, body_of(feeds_of([3, 4]))).status == 200
+    assert send(ours.port, "POST", INFER, b"{").status == 400
+    assert metric(ours, "nxm_requests_total") == before["nxm_requests_total"] + 2
+    assert metric(ours, "nxm_batch_rows_sum") == before["nxm_batch_rows_sum"] + 2
+    assert metric(ours, "nxm_rejected_total") == before["nxm_rejected_total"] + 1
+    assert metric(ours, "nxm_ready") == 1
+    assert metric(ours, "nxm_queue_rows") == 0
+
+
+def test_unknown_models_make_no_new_time_series(ours: Running) -> None:
+    def series() -> set[str]:
+        lines = send(ours.port, "GET", "/metrics").body.decode().splitlines()
+        return {line.rsplit(" ", 1)[0] for line in lines if not line.startswith("#")}
+
+    send(ours.port, "POST", "/v2/models/first/infer", b"{}")
+    before = series()
+    for i in range(5):
+        assert send(ours.port, "POST", f"/v2/models/m{i}/infer", b"{}").status == 404
+    assert series() == before
+
+
+def test_a_body_beyond_the_limit_is_413_declared_chunked_or_sent(ours: Running) -> None:
+    assert send(ours.port, "POST", INFER, b"", f"Content-Length: {1 << 40}").status == 413
+    assert send(ours.port, "POST", INFER, b" " * (5 << 20)).status == 413
+    chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
+    answer = send(ours.port, "POST", INFER, chunk * 80 + b"0\r\n\r\n", "Transfer-Encoding: chunked")
+    assert answer.status == 413
+    assert "larger than 4194304 bytes" in answer.json()["error"]
+
+
+def test_a_chunked_body_within_the_limit_is_served(ours: Running) -> None:
+    feeds = feeds_of([6])
+    body = body_of(feeds)
+    chunked = b"".join(b"%x\r\n%c\r\n" % (1, byte) for byte in body) + b"0\r\n\r\n"
+    answer = send(ours.port, "POST", INFER, chunked, "Transfer-Encoding: chunked")
+    np.testing.assert_array_equal(logits(answer), expected(feeds))
+
+
+def test_a_compressed_body_is_415(ours: Running) -> None:
+    assert send(ours.port, "POST", INFER, b"{}", "Content-Encoding: gzip").status == 415
+
+
+def test_the_index_takes_an_empty_body_or_an_object(ours: Running) -> None:
+    path = "/v2/repository/index"
+    assert [entry["name"] for entry in send(ours.port, "POST", path, b'{"ready": true}').json()] == [
+        "exact",
+        "exact_text",
+    ]
+    assert send(ours.port, "POST", path).status == 200
+    for body in (b"[]", b'{"ready": 1}', b"{", b"\xff"):
+        assert send(ours.port, "POST", path, body).status == 400
+
+
+def test_requests_on_one_connection_are_answered_in_order_even_when_pipelined(ours: Running) -> None:
+    feeds = [feeds_of([n], n) for n in (3, 30, 5)]
+    with connect(ours.port) as connection:
+        connection.sendall(b"".join(request("POST", INFER, body_of(one)) for one in feeds))
+        reader = connection.makefile("rb")
+        for one in feeds:
+            status = int(reader.readline().split()[1])
+            headers = dict(line.decode().lower().rstrip().split(": ", 1) for line in iter(reader.readline, b"\r\n"))
+            answer = Answer(status, headers, reader.read(int(headers["content-length"])))
+            np.testing.assert_array_equal(logits(answer), expected(one))
+
+
+@pytest.fixture(scope="module")
+def busy(slow_engine: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """A server whose engine takes its time, with a short queue and tight limits."""
+    arguments = (
+        f"exact={slow_engine}", "--instances", "1", "--max-queue", "3", "--merge", "1", "--timeout-ms", "4000",
+        "--max-connections", "12", "--read-timeout-ms", "700",
+    )  # fmt: skip
+    with nxm_serve(tmp_path_factory.mktemp("busy") / "log", *arguments) as running:
+        yield running
+
+
+def in_background(port: int, count: int, body: bytes) -> list[socket.socket]:
+    """Connections that have sent a request each and wait."""
+    connections = [connect(port) for _ in range(count)]
+    for connection in connections:
+        connection.sendall(request("POST", INFER, body))
+    return connections
+
+
+def test_a_full_queue_answers_503_with_retry_after_and_only_that(busy: Running) -> None:
+    waiting = in_background(busy.port, 10, body_of(feeds_of([3])))
+    answers = [read(connection) for connection in waiting]
+    for connection in waiting:
+        connection.close()
+    statuses = [answer.status for answer in answers]
+    assert set(statuses) == {200, 503}
+    assert statuses.count(200) >= 3  # as many as may wait, and one more when the engine took its first in time
+    refused = next(answer for answer in answers if answer.status == 503)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert "waiting already" in refused.json()["error"]
+
+
+def test_a_deadline_of_the_request_is_504_and_the_server_goes_on(busy: Running) -> None:
+    body = body_of(feeds_of([3]), parameters={"timeout": 1000})
+    answer = send(busy.port, "POST", INFER, body)
+    assert answer.status == 504
+    # It passes while the request waits, or on a slow machine before it is even queued.
+    assert re.search(r"0\.001 seconds|deadline passed", answer.json()["error"])
+    assert send(busy.port, "POST", INFER, body_of(feeds_of([3]))).status == 200
+
+
+def test_a_client_that_goes_away_costs_no_engine_time(busy: Running) -> None:
+    assert eventually(lambda: metric(busy, "nxm_queue_rows") == 0)
+    rows, gone = (
+        metric(busy, "nxm_batch_rows_sum"),
+        metric(busy, 'nxm_rejected_total{model="exact",reason="disconnected"'),
+    )
+    waiting = in_background(busy.port, 3, body_of(feeds_of([3])))
+    time.sleep(0.02)
+    for connection in waiting:
+        connection.close()
+    assert eventually(lambda: metric(busy, 'nxm_rejected_total{model="exact",reason="disconnected"') == gone + 3)
+    assert eventually(lambda: metric(busy, "nxm_queue_rows") == 0)
+    assert send(busy.port, "POST", INFER, body_of(feeds_of([3]))).status == 200
+    assert metric(busy, "nxm_batch_rows_sum") <= rows + 2  # the one that had begun, and the last
+
+
+def test_half_closed_connections_are_let_go(busy: Running) -> None:
+    before = metric(busy, "nxm_connections")
+    for whole in (True, False):
+        with connect(busy.port) as connection:
+            message = request("POST", INFER, body_of(feeds_of([3])))
+            connection.sendall(message if whole else message[:40])
+            connection.shutdown(socket.SHUT_WR)
+            connection.settimeout(10)
+            while connection.recv(1 << 16):  # an answer, or nothing: but the end comes
+                pass
+    assert eventually(lambda: metric(busy, "nxm_connections") <= before)
+
+
+def test_a_request_that_never_arrives_whole_is_408_and_an_idle_connection_is_closed(busy: Running) -> None:
+    message = request("POST", INFER, body_of(feeds_of([3])))
+    for part in (10, len(message) - 5):
+        with connect(busy.port) as connection:
+            connection.sendall(message[:part])
+            answer = read(connection)
+            assert (answer.status, answer.headers["connection"]) == (408, "close")
+    with connect(busy.port) as connection:
+        assert connection.recv(1) == b""
+
+
+def test_slow_loris_clients_do_not_keep_others_out_for_long(busy: Running) -> None:
+    slow = [connect(busy.port) for _ in range(12)]
+    for connection in slow:
+        connection.sendall(b"POST /v2/models/exact/infer HTTP/1.1\r\nHost: a\r\nX-Slow: ")
+    refused = send(busy.port, "GET", "/v2/health/live")
+    assert refused.status == 503
+    assert "12 connections are open already" in refused.json()["error"]
+    stop = time.monotonic() + 0.5
+    while time.monotonic() < stop:  # a byte now and then does not buy more time
+        for connection in slow:
+            connection.sendall(b"a")
+        time.sleep(0.1)
+    assert eventually(lambda: send(busy.port, "GET", "/v2/health/live").status == 200, 5)
+    for connection in slow:
+        connection.close()
+
+
+def test_endless_headers_are_431(busy: Running) -> None:
+    with connect(busy.port) as connection:
+        connection.sendall(b"GET /v2 HTTP/1.1\r\nHost: a\r\nX-Large: ")
+        connection.sendall(b"a" * (33 << 10))
+        assert read(connection).status == 431
+
+
+def test_what_is_not_http_is_400_in_json(busy: Running) -> None:
+    for garbage in (b"\x16\x03\x01\x02\x00\x01\x00", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\r\n\r\n \x00\r\n"):
+        with connect(busy.port) as connection:
+            connection.sendall(garbage + b"\r\n\r\n")
+            answer = read(connection)
+            assert answer.status in (400, 505)
+            assert set(answer.json()) == {"error"}
+
+
+def test_the_busy_server_never_failed(busy: Running) -> None:
+    """Runs after the tests above: whatever they did, nothing was an error of ours."""
+    assert metric(busy, 'nxm_requests_total{code="500"') == 0
+    assert [line for line in log_lines(busy) if line["level"] == "error"] == []
+    assert busy.process.poll() is None
+
+
+def load_target(server: Running, lengths: tuple[int, ...] = (3, 9, 21, 40)) -> Target:
+    messages = [request("POST", INFER, body_of(feeds_of([n], n))) for n in lengths]
+    return Target("under test", "127.0.0.1", server.port, messages)
+
+
+class ClosedLoop(threading.Thread):
+    """A client that knows what it sent: an answer that does not come for a request that went out is counted as lost."""
+
+    def __init__(self, server: Running, index: int) -> None:
+        super().__init__()
+        self.server, self.index = server, index
+        self.answered = 0
+        self.lost: list[str] = []
+        self.stop = threading.Event()
+
+    def run(self) -> None:
+        message = load_target(self.server).requests[self.index % 4]
+        connection: socket.socket | None = None
+        while not self.stop.is_set():
+            if connection is None:
+                try:
+                    connection = connect(self.server.port)
+                except ConnectionRefusedError:
+                    return  # the server takes no more connections: nothing was sent, nothing is lost
+            try:
+                status, _, stays = exchange(connection, message)
+            except OSError as error:
+                self.lost.append(repr(error))
+                return
+            if status != 200:
+                self.lost.append(f"status {status}")
+            self.answered += 1
+            if not stays:
+                connection.close()
+                connection = None
+
+
+@pytest.mark.parametrize("repetition", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
+def test_sigterm_in_mid_load_loses_no_request_and_exits_with_0(engine: Path, tmp_path: Path, repetition: int) -> None:
+    with nxm_serve(tmp_path / "log", f"exact={engine}") as server:
+        clients = [ClosedLoop(server, i) for i in range(16)]
+        for client in clients:
+            client.start()
+        assert eventually(lambda: all(client.answered > 5 for client in clients))
+        idle = connect(server.port)
+        idle.sendall(request("GET", "/v2/health/live"))
+        assert read(idle).status == 200
+        status = server.stop()
+        for client in clients:
+            client.join(10)
+        assert [client.lost for client in clients if client.lost] == []
+        assert status == 0
+        assert idle.recv(1) == b""
+        idle.close()
+    events = [line["event"] for line in log_lines(server)]
+    assert events[-1] == "draining"
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_a_draining_server_finishes_what_it_has_and_is_not_ready(slow_engine: Path, tmp_path: Path) -> None:
+    with nxm_serve(tmp_path / "log", f"exact={slow_engine}", "--instances", "1", "--merge", "1") as server:
+        feeds = feeds_of([5])
+        probe = connect(server.port)
+        waiting = in_background(server.port, 8, body_of(feeds))
+        time.sleep(0.05)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        probe.sendall(request("GET", "/v2/health/ready"))
+        assert read(probe).status == 503
+        answers = [read(connection) for connection in waiting]
+        for answer in answers:
+            np.testing.assert_array_equal(logits(answer), expected(feeds))
+        assert answers[-1].headers["connection"] == "close"
+        assert server.process.wait(20) == 0
+
+
+def test_a_changed_engine_directory_is_reloaded_under_load_without_a_lost_request(engine: Path, tmp_path: Path) -> None:
+    served = shutil.copytree(engine, tmp_path / "served")
+    newer = exact_engine.build(tmp_path / "newer", seed=1)
+    feeds = feeds_of([12])
+    with nxm_serve(tmp_path / "log", f"exact={served}", "--watch-seconds", "0.1") as server:
+        np.testing.assert_array_equal(logits(send(server.port, "POST", INFER, body_of(feeds))), expected(feeds, 0))
+        clients = [ClosedLoop(server, i) for i in range(8)]
+        for client in clients:
+            client.start()
+        served.rename(tmp_path / "old")
+        newer.rename(served)
+        new = load_passport(served).engine_sha256
+        metadata = lambda: send(server.port, "GET", "/v2/models/exact").json()["parameters"]["engine_sha256"]  # noqa: E731
+        assert eventually(lambda: metadata() == new)
+        np.testing.assert_array_equal(logits(send(server.port, "POST", INFER, body_of(feeds))), expected(feeds, 1))
+        for client in clients:
+            client.stop.set()
+        for client in clients:
+            client.join(10)
+        assert [client.lost for client in clients if client.lost] == []
+        assert all(client.answered for client in clients)
+        assert metric(server, "nxm_reloads_total") == 1
+        assert metric(server, "nxm_engine_info") == 1
+
+
+def test_a_swapped_engine_file_is_noticed_and_the_verified_engine_goes_on(engine: Path, tmp_path: Path) -> None:
+    served = Path(shutil.copytree(engine, tmp_path / "served"))
+    evil = exact_engine.build(tmp_path / "evil", seed=1)
+    feeds = feeds_of([12])
+    with nxm_serve(tmp_path / "log", f"exact={served}", "--watch-seconds", "0.1") as server:
+        (served / "model.onnx").unlink()
+        (served / "model.onnx").symlink_to(evil / "model.onnx")
+        assert eventually(lambda: metric(server, 'nxm_reloads_total{model="exact",result="refused"') == 1)
+        (reason,) = [line["reason"] for line in log_lines(server) if line["event"].startswith("reload refused")]  # type: ignore[attr-defined]
+        assert "leads out of its directory" in str(reason)
+        np.testing.assert_array_equal(logits(send(server.port, "POST", INFER, body_of(feeds))), expected(feeds, 0))
+        time.sleep(0.5)
+        assert metric(server, "nxm_reloads_total") == 1  # refused once, not again and again
+
+
+def test_several_models_and_versions_serve_side_by_side(engine: Path, tmp_path: Path) -> None:
+    other = exact_engine.build(tmp_path / "other", seed=1)
+    feeds = feeds_of([7])
+    with nxm_serve(tmp_path / "log", f"exact={engine}", f"exact:2={other}", f"alone={other}") as server:
+        for path, seed in ((INFER, 1), ("/v2/models/exact/versions/1/infer", 0), ("/v2/models/exact/versions/2/infer", 1), ("/v2/models/alone/infer", 1)):  # fmt: skip
+            np.testing.assert_array_equal(
+                logits(send(server.port, "POST", path, body_of(feeds))), expected(feeds, seed)
+            )
+        assert send(server.port, "GET", "/v2/models/exact").json()["versions"] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint", "status"),
+    [
+        (["{engine}", "--host", "0.0.0.0"], "no authentication", 1),
+        (["{engine}", "--host", "192.0.2.1", "--allow-remote"], "cannot be bound", 1),
+        (["{engine}", "--port", "{taken}"], "cannot be bound (Address already in use)", 1),
+        (["{engine}", "--expect-sha256", "00"], "not among those expected", 1),
+        (["{failed}"], "parity with its checkpoint failed", 3),
+        (["{engine}", "--gate", "passed", "m={unchecked}"], "never checked", 3),
+        (["/nowhere"], "has no passport.json", 1),
+        (["a/../../b=/nowhere"], "cannot be a model's name", 1),
+        (["{engine}", "--buckets", "8,0"], "are no lengths", 2),
+        (["{engine}", "--buckets", "9999"], "from 1 to 48", 1),
+        ([], "Missing argument", 2),
+    ],
+)
+def test_what_cannot_be_served_is_one_line_and_an_exit_code(
+    engine: Path, tmp_path: Path, arguments: list[str], complaint: str, status: int
+) -> None:
+    places = {"engine": engine, "taken": 0, "failed": "", "unchecked": ""}
+    for name, parity in (("failed", False), ("unchecked", None)):
+        places[name] = Path(shutil.copytree(engine, tmp_path / name))
+        (tmp_path / name / "parity.json").unlink()
+        if parity is not None:
+            report = json.loads((engine / "parity.json").read_text()) | {"passed": parity}
+            (tmp_path / name / "parity.json").write_text(json.dumps(report))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        places["taken"] = taken.getsockname()[1]
+        result = CliRunner().invoke(main, ["serve", *(argument.format(**places) for argument in arguments)])
+    assert result.exit_code == status, result.output
+    assert complaint in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_bind_beyond_this_machine_says_that_there_is_no_authentication(engine: Path, tmp_path: Path) -> None:
+    with nxm_serve(tmp_path / "log", f"exact={engine}", "--host", "0.0.0.0", "--allow-remote") as server:
+        first = log_lines(server)[0]
+    assert first["level"] == "warning"
+    assert "no authentication" in str(first["event"])
+
+
+def test_the_log_is_json_lines_that_name_the_engine(ours: Running, engine: Path) -> None:
+    loaded = next(line for line in log_lines(ours) if line["event"] == "loaded")
+    assert loaded["sha256"] == load_passport(engine).engine_sha256
+    assert loaded["parity"] == "passed"
+
+
+def test_the_load_tool_counts_answers_and_errors(ours: Running) -> None:
+    good = run_round(load_target(ours), 4, 0.5)
+    assert len(good.latencies) > 20
+    assert not good.errors
+    bad = Target("bad", "127.0.0.1", ours.port, [request("POST", INFER, b"{}")])
+    assert set(run_round(bad, 2, 0.2).errors) == {"HTTP 400"}
+    gone = Target("gone", "127.0.0.1", free_port(), [b""])
+    assert set(run_round(gone, 1, 0.2).errors) == {"ConnectionRefusedError"}
+
+
+def test_bench_serve_loads_a_running_server(ours: Running, engine: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.tsv"
+    data.write_text("text\tlabel\n" + "good film\t1\na very bad plot\t0\n" * 3)
+    for arguments in (
+        [str(engine), "--model", "exact"],
+        ["--model", "exact_text"],
+        [str(engine), "--model", "exact", "--encoding", "json"],
+    ):
+        command = [
+            "bench",
+            *arguments,
+            "--serve",
+            ours.url,
+            "--data",
+            str(data),
+            "--clients",
+            "2",
+            "--seconds",
+            "0.3",
+            "--rounds",
+            "1",
+            "--json",
+        ]
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, result.output
+        (found,) = json.loads(result.stdout)["results"]
+        assert found["answered"] > 10
+        assert found["errors"] == {}
+    nobody = CliRunner().invoke(
+        main, ["bench", "--model", "x", "--serve", f"http://127.0.0.1:{free_port()}", "--data", str(data)]
+    )
+    assert nobody.exit_code == 1
+    assert "is it running?" in nobody.output
+
+
+def test_serving_processes_leave_nothing_behind(engine: Path, tmp_path: Path) -> None:
+    with nxm_serve(tmp_path / "log", f"exact={engine}") as server:
+        pid = server.process.pid
+        assert server.stop() == 0
+    assert not os.path.exists(f"/proc/{pid}/fd")
+    assert sorted(path.name for path in engine.iterdir()) == [
+        "model.onnx",
+        "parity.json",
+        "passport.json",
+        "spec.json",
+        "tokenizer.json",
+    ]

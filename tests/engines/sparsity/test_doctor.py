@@ -1,0 +1,87 @@
+"""The doctor on files made by others: the same rows as for ours, the file's own names, and advice; and polygraphy agrees."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nxm_export.graph.graph_weights import load_graph
+from nxm_export.graph.sparsity_scan import matrix_facts
+from nxm_export.pipeline.inspection import doctor_file
+from tests.engines.sparsity.foreign import pruned_model
+
+HERE = Path(__file__).parent
+
+
+def make(python: str, tool: str, directory: Path) -> Path:
+    out = directory / f"{tool}.onnx"
+    command = [python, str(HERE / "foreign.py"), tool, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=directory)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def rows(file: Path, gpu: str = "8.0") -> dict[str, dict]:
+    report = doctor_file(file, "trt", "8.6.0", gpu)
+    json.dumps(report)
+    return {row["name"].removesuffix("_quantized"): row for row in report["weights"]}
+
+
+def test_a_file_of_onnx_runtimes_quantizer_gets_rows_and_advice(tmp_path: Path) -> None:
+    file = make(sys.executable, "ort", tmp_path)
+    found = rows(file)
+    assert set(found) == {"up", "down", "head"}
+    assert [found[name]["pattern_int8"] for name in ("up", "down", "head")] == ["2:4", "2:4", None]
+    assert [found[name]["sparse_along_k"] for name in ("up", "down", "head")] == [True, True, False]
+    assert found["head"]["reason"] == "axis"
+    assert all(row["chosen"] is not True for row in found.values()), "a file alone runs nothing"
+    advice = {
+        entry["name"].removesuffix("_quantized"): entry for entry in doctor_file(file, "trt", "8.6.0", "8.0")["advice"]
+    }
+    assert "prune 2:4 along the input channels" in advice["head"]["advice"]
+
+
+def test_a_float_file_as_asp_leaves_it_is_told_to_quantize(tmp_path: Path) -> None:
+    pruned_model(tmp_path / "pruned.onnx")
+    found = rows(tmp_path / "pruned.onnx")
+    assert [found[name]["pattern_float"] for name in ("up", "down", "head")] == ["2:4", "2:4", None]
+    advice = {
+        entry["name"]: entry["advice"]
+        for entry in doctor_file(tmp_path / "pruned.onnx", "trt", "8.6.0", "8.0")["advice"]
+    }
+    assert "in float: quantize weight, input and output to INT8" in advice["up"]
+
+
+def test_polygraphy_agrees_wherever_it_can_look_and_we_go_on_where_it_skips(tmp_path: Path) -> None:
+    pytest.importorskip("polygraphy", reason="polygraphy is not installed: pip install 'nxm-export[trt-rtx]'")
+    pruned_model(tmp_path / "pruned.onnx")
+
+    def polygraphy(file: Path) -> str:
+        command = [str(Path(sys.executable).with_name("polygraphy")), "inspect", "sparsity", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    text = polygraphy(tmp_path / "pruned.onnx")
+    theirs = {name: not denied for denied, name in re.findall(r"Found (non-)?sparse tensor: (\w+)", text)}
+    ours = {fact.name: fact.sparse_along_k for fact in matrix_facts(load_graph(tmp_path / "pruned.onnx"), "")}
+    assert ours == theirs == {"up": True, "down": True, "head": False}
+    quantized = make(sys.executable, "ort", tmp_path)
+    assert "Skipping tensor: up_quantized due to unsupported type: int8" in polygraphy(quantized)
+    assert [row["sparse_along_k"] for row in rows(quantized).values()] == [True, True, False]
+
+
+@pytest.mark.skipif(
+    "NXM_PEERS_PYTHON" not in os.environ,
+    reason="needs an interpreter with nvidia-modelopt, onnx-graphsurgeon and onnxruntime: name it in NXM_PEERS_PYTHON",
+)
+def test_a_file_of_modelopts_quantizer_gets_rows_and_advice(tmp_path: Path) -> None:
+    file = make(os.environ["NXM_PEERS_PYTHON"], "modelopt", tmp_path)
+    found = rows(file)
+    assert len(found) == 3
+    assert sorted(row["sparse_along_k"] for row in found.values()) == [False, True, True]
+    assert all(row["chosen"] is not True for row in found.values())

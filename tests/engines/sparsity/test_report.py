@@ -1,0 +1,249 @@
+"""The truth report: what builders say is read right, and nothing but a kernel's name makes a matrix sparse."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engines.sparsity.advice import advise
+from engines.sparsity.build_evidence import (
+    Evidence,
+    LayerInfo,
+    SparsityLog,
+    integer_products,
+    parse_inspector,
+    parse_layers,
+    parse_sparsity_log,
+)
+from engines.sparsity.kernel_names import kernel_named, sparse_kernel_exists
+from engines.sparsity.report import REASONS, judge
+from nxm_export.contract.matrix_facts import MatrixFacts
+from nxm_export.errors import ParityError
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "trt"
+SPARSE_GEMM = "sm80_xmma_sparse_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x128_stage3_warpsize2x2x1_sptensor16x8x64"
+DENSE_GEMM = "sm80_xmma_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x64_stage4_warpsize2x2x1_tensor16x8x32"
+A100 = {"backend": "trt", "version": "8.6.0", "compute_capability": "8.0"}
+H100 = {"backend": "trt", "version": "8.6.0", "compute_capability": "9.0"}
+
+
+def lines(name: str) -> list[str]:
+    return (GOLDEN / name).read_text(encoding="utf-8").splitlines()
+
+
+def fact(**changes) -> MatrixFacts:
+    """A matrix with everything that a sparse INT8 kernel on an A100 wants."""
+    good = MatrixFacts(
+        name="w", node="node", form="matmul", k=768, n=768, planned="2:4+W8", planned_sparse=True, pattern_float="2:4",
+        pattern_int8="2:4", sparse_along_k=True, sparse_along_n=False, broken_groups=0, groups=147456, integer_weight=True,
+        integer_input=True, scales_along_k=False, has_zero_point=False, output="int8", epilogue="none",
+    )  # fmt: skip
+    return replace(good, **changes)
+
+
+def layer(kernel: str, name: str = "node_myl0_1", kind: str = "gemm", onnx=("node",), **changes) -> LayerInfo:
+    return LayerInfo(name, kind, ("Int8",), ("Int8",), ("Int8",), kernel, onnx, **changes)
+
+
+def row(fact_: MatrixFacts, evidence: Evidence | None, **target):
+    return judge([fact_], evidence, **{**A100, **target}).weights[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "sparse", "integer"),
+    [
+        (SPARSE_GEMM, True, True),
+        (DENSE_GEMM, False, True),
+        ("sm80_xmma_fprop_avdt_sparse_int8int8_tilesize64x64x64_tapsperload3", True, True),
+        ("sm80_xmma_fprop_sparse_conv_i8i8_i8i32_f32_nhwckrsc_nhwc_tilesize128x128x128", True, True),
+        ("sm90_xmma_sparse_fprop_implicit_gemm_i8i8_i8i32_f32_nhwckrsc_nhwc_tilesize64x64x128", True, True),
+        ("sm90_xmma_sparse_gemm_f16f16_f16f32_f32_tn_n_tilesize128x128x64", True, False),
+        ("cutlass3x_sm100_sptensorop_s256x128x64spgemm_s8_s8_s32_s8_s8_256x128x128_0_align32", True, True),
+        ("sm80_xmma_gemm_f16f16_f16f16_f16_nn_n_tilesize32x32x64_stage6", False, False),
+    ],
+)
+def test_a_kernels_name_says_whether_it_is_sparse_and_integer(name: str, sparse: bool, integer: bool) -> None:
+    found = kernel_named(name)
+    assert found is not None
+    assert (found.sparse, found.integer) == (sparse, integer)
+
+
+@pytest.mark.parametrize("name", [None, "", "__myelin_CASK_STUB", "__myl_SparseGemm_0xf254", "0x00000000000003e8", "sparse", "my_sparse_gemm"])  # fmt: skip
+def test_names_that_no_rule_knows_are_unknown(name: str | None) -> None:
+    assert kernel_named(name) is None
+
+
+def test_both_families_of_sparsity_lines_are_read_and_empty_lists_are_not_silence() -> None:
+    old, new = parse_sparsity_log(lines("log-8.6.txt")), parse_sparsity_log(lines("log-11.txt"))
+    assert old.eligible == {"MatMul_401", "Conv_619", "Relu_620", "Conv_621", "Add_627", "Relu_628"}
+    assert old.picked == {"Conv_619", "Relu_620"}
+    assert new.picked == {"bert.encoder.layer.10.output.dense"}
+    assert new.eligible == {"bert.encoder.layer.1.output.dense", "bert.encoder.layer.10.output.dense", "a", "b"}
+    assert parse_sparsity_log(lines("log-8.txt")).picked == frozenset()
+    assert parse_sparsity_log(lines("log-empty.txt")) == SparsityLog(frozenset(), frozenset())
+    assert parse_sparsity_log(["nothing of that kind"]) == SparsityLog(None, None)
+
+
+def test_lists_of_several_subgraphs_are_joined() -> None:
+    assert parse_sparsity_log(lines("log-8.6.txt") + lines("log-11.txt")).picked == {
+        "Conv_619", "Relu_620", "bert.encoder.layer.10.output.dense",
+    }  # fmt: skip
+
+
+def test_layer_lines_of_tensorrt_10_give_kernel_types_and_onnx_names() -> None:
+    gemm, norm = parse_layers(lines("layers-10.txt"))
+    assert (gemm.kind, gemm.inputs, gemm.outputs) == ("gemm", ("Half",), ("Half",))
+    assert gemm.onnx[0] == "/encoder/layers.0/pos_ff/output/MatMul"
+    assert gemm.is_product
+    assert not gemm.is_integer_product
+    assert not norm.is_product
+
+
+def test_inspector_reports_of_10_and_11_give_the_same_facts() -> None:
+    ten = parse_inspector(json.loads((GOLDEN / "inspector-10.json").read_text(encoding="utf-8")))
+    eleven = parse_inspector(json.loads((GOLDEN / "inspector-11.json").read_text(encoding="utf-8")))
+    assert [found.saw_sparse_weights for found in ten] == [True, True]
+    assert ten[0].onnx == ("resnetv15_stage3_conv4_fwd", "resnetv15_stage3_batchnorm4_fwd")
+    assert ten[0].is_integer_product
+    assert len(eleven) == 1, "the layer of the other profile is not this profile's"
+    assert eleven[0].onnx == ("v", "k", "q")
+    assert integer_products(eleven, ["q", "o"]) == {"q": True, "o": False}
+    other = parse_inspector(json.loads((GOLDEN / "inspector-11.json").read_text(encoding="utf-8")), profile=1)
+    assert DENSE_GEMM.startswith("sm80_xmma_gemm_i8i8")
+    assert "sparse" not in other[-1].kernel
+
+
+def test_a_sparse_kernel_in_the_inspector_is_proof() -> None:
+    found = row(fact(), Evidence([layer(SPARSE_GEMM)]))
+    assert (found.eligible, found.chosen, found.reason, found.kernel) == (True, True, None, SPARSE_GEMM)
+
+
+def test_has_sparse_weights_alone_is_no_proof() -> None:
+    """NVIDIA/TensorRT issue 4694: HasSparseWeights is 1, and the kernel is dense."""
+    found = row(fact(output="float16"), Evidence([layer(DENSE_GEMM, saw_sparse_weights=True)]))
+    assert (found.chosen, found.reason) == (False, "float-output")
+
+
+def test_every_profile_must_run_sparse() -> None:
+    evidence = Evidence([layer(SPARSE_GEMM), layer(DENSE_GEMM, profile=1)])
+    assert row(fact(), evidence).chosen is False
+
+
+def test_a_sparse_kernel_that_the_profiler_never_saw_is_a_contradiction() -> None:
+    layers = [layer(SPARSE_GEMM)]
+    assert row(fact(), Evidence(layers, running=frozenset({DENSE_GEMM}))).reason == "contradiction"
+    assert row(fact(), Evidence(layers, running=frozenset({f"{SPARSE_GEMM}_kernel"}))).chosen is True
+
+
+@pytest.mark.parametrize(
+    ("evidence", "chosen", "reason"),
+    [
+        (Evidence(), None, "unknown"),
+        (Evidence([layer("")]), None, "unknown"),
+        (Evidence([layer("0x00000000000003e8")]), None, "unknown"),
+        (Evidence([layer(SPARSE_GEMM, onnx=("node1",))]), None, "fused-away"),
+        (Evidence([layer("__myl_FcAdd_0xab", kind="kgen")]), None, "fused-away"),
+        (Evidence([layer(DENSE_GEMM)], SparsityLog(frozenset({"node"}), frozenset({"node"}))), None, "contradiction"),
+        (Evidence([layer(DENSE_GEMM)], SparsityLog(frozenset({"node"}), frozenset())), False, "dense-faster"),
+        (Evidence([], SparsityLog(frozenset({"node"}), frozenset({"node"}))), True, None),
+        (Evidence([], SparsityLog(frozenset({"node1"}), frozenset({"node1"}))), None, "unknown"),
+        (Evidence([layer("sm80_xmma_sparse_gemm_f16f16_f16f32_f32_tn_n")]), False, "float-kernel"),
+    ],
+)
+def test_unknown_and_contradicting_evidence_never_counts_as_sparse(evidence, chosen, reason) -> None:
+    report = judge([fact()], evidence, **A100)
+    assert (report.weights[0].chosen, report.weights[0].reason) == (chosen, reason)
+    assert report.sparse_share == (1.0 if chosen else 0.0)
+
+
+def test_a_sparse_kernel_on_a_matrix_without_the_pattern_is_a_contradiction() -> None:
+    found = row(fact(sparse_along_k=False, broken_groups=9), Evidence([layer(SPARSE_GEMM)]))
+    assert (found.chosen, found.reason) == (None, "contradiction")
+
+
+@pytest.mark.parametrize(
+    ("changes", "target", "reason"),
+    [
+        ({"sparse_along_k": False, "sparse_along_n": True, "broken_groups": 70000}, {}, "axis"),
+        ({"sparse_along_k": False, "broken_groups": 7}, {}, "pattern"),
+        ({"sparse_along_k": False, "broken_groups": 70000, "planned_sparse": False}, {}, "not-planned"),
+        ({"scales_along_k": True}, {}, "scales"),
+        ({"has_zero_point": True}, {}, "scales"),
+        ({"integer_input": False}, {}, "float-input"),
+        ({"k": 312}, {}, "alignment"),
+        ({"output": "float16"}, {}, "float-output"),
+        ({}, H100, "op-form"),
+        ({"form": "conv1x1", "output": "float32"}, H100, "float-output"),
+        ({}, {"compute_capability": "7.5"}, "no-kernel"),
+        ({}, {"sparse_flag": False}, "flag-off"),
+    ],
+)
+def test_every_obstacle_has_its_reason(changes, target, reason) -> None:
+    found = row(fact(**changes), Evidence([layer(DENSE_GEMM)]), **target)
+    assert (found.chosen, found.reason) == (False, reason)
+    assert found.detail
+
+
+def test_small_matrices_and_lost_races_are_told_apart() -> None:
+    assert row(fact(k=128), Evidence([layer(DENSE_GEMM)])).reason == "size"
+    assert row(fact(), Evidence([layer(DENSE_GEMM)])).reason == "dense-faster"
+    unknown = row(fact(), Evidence([layer(DENSE_GEMM)]), version="11.4.0.106", compute_capability="9.0")
+    assert (unknown.eligible, unknown.reason) == (None, "dense-chosen")
+
+
+def test_merged_products_name_each_other_and_time_is_against_the_twin() -> None:
+    name = "v+k+node_myl0_1"
+    mine = Evidence([layer(SPARSE_GEMM, name, onnx=("v", "k", "node"))], layer_ms={name: 0.5})
+    twin = Evidence([layer(DENSE_GEMM, "other", onnx=("v", "k", "node"))], layer_ms={"other": 0.75})
+    found = judge([fact()], mine, twin=twin, **A100).weights[0]
+    assert found.shared_with == ("k", "v")
+    assert found.saved_ms == pytest.approx(0.25, abs=1e-12)  # a difference of two numbers given here
+
+
+def test_the_gate_counts_planned_elements_and_unknown_as_not_sparse() -> None:
+    facts = [fact(node="a", name="a"), fact(node="b", name="b", n=2304), fact(node="c", name="c", planned_sparse=False)]
+    report = judge(facts, Evidence([layer(SPARSE_GEMM, onnx=("b", "c"))]), **A100)
+    assert report.sparse_share == 2304 / (2304 + 768)
+    report.require_sparse(0.75)
+    with pytest.raises(
+        ParityError, match=r"75.0% of the planned-sparse weights provably run sparse, 76.0% required.*fused-away"
+    ):
+        report.require_sparse(0.76)
+    with pytest.raises(ParityError, match="no matrix was planned sparse"):
+        judge([fact(planned_sparse=False)], Evidence(), **A100).require_sparse(0.1)
+
+
+def test_the_json_has_the_documented_keys() -> None:
+    entry = judge([fact()], None, **A100).to_dict()["weights"][0]
+    assert {"name", "k", "n", "planned", "sparse_along_k", "eligible", "chosen", "kernel", "reason"} <= set(entry)
+    assert entry["reason"] in REASONS
+
+
+def test_the_reason_table_answers_with_a_source_and_only_what_was_read() -> None:
+    def ask(**changes):
+        return sparse_kernel_exists(**{**A100, "integer": True, "form": "matmul", "output": "int8", **changes})
+
+    assert ask().exists is True
+    assert ask(output="float16").exists is False
+    assert ask(**H100).exists is False
+    assert ask(**H100, form="conv1x1").exists is True
+    assert ask(version="11.4.0.106").exists is None
+    assert ask(version="10.14.1", compute_capability="8.9").exists is True
+    assert ask(version="10.1").exists is None, "10.1 is not 10.14"
+    assert ask(backend="trt_rtx", version="1.7.1", compute_capability="8.6, 8.9").exists is True
+    assert ask(backend="trt_rtx", version="1.7.1", compute_capability="8.6, 8.9, 12.0").exists is None, "they differ"
+    assert all(ask(**changes).source for changes in ({}, H100, {"version": "99"}))
+
+
+def test_advice_says_which_matrices_are_one_fix_away() -> None:
+    facts = [
+        fact(name="ready"),
+        fact(name="axis", sparse_along_k=False, sparse_along_n=True, broken_groups=70000),
+        fact(name="nearly", sparse_along_k=False, broken_groups=3),
+        fact(name="output", output="float16"),
+        fact(name="two fixes", output="float16", integer_input=False),
+        fact(name="classifier", sparse_along_k=False, planned_sparse=False, broken_groups=100000),
+    ]
+    found = {entry["name"]: entry["one_fix_away"] for entry in advise(facts, judge(facts, None, **A100))}
+    assert found == {"ready": False, "axis": True, "nearly": True, "output": True, "two fixes": False}

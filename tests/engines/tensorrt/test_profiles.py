@@ -1,0 +1,75 @@
+"""Optimization profiles: the buckets waste least, by brute force, and every shape finds the smallest that holds it."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from engines.base import Profile
+from engines.tensorrt.profiles import (
+    STEP,
+    choose_buckets,
+    default_profile,
+    parse_profile,
+    pick,
+    profiles_from_lengths,
+    require_positions,
+)
+from nxm_export.errors import EngineError
+
+
+def padded(lengths, edges) -> int:
+    return sum(min(edge for edge in edges if edge >= length) for length in lengths)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_no_other_buckets_of_the_same_number_pad_less(count: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = [int(length) for length in np.minimum(128, rng.geometric(0.04, size=60))]
+    grid = range(STEP, 129, STEP)
+    top = -(-max(lengths) // STEP) * STEP
+    every = [
+        (*rest, top) for size in range(count) for rest in combinations([edge for edge in grid if edge < top], size)
+    ]
+    best = min(padded(lengths, edges) for edges in every)
+    found = choose_buckets(lengths, count, 128)
+    assert len(found) <= count
+    assert padded(lengths, found) == best
+
+
+def test_profiles_hold_every_length_up_to_the_models_limit() -> None:
+    profiles = profiles_from_lengths([10, 12, 30, 100], 512, count=2)
+    assert [profile.maximum[1] for profile in profiles] == [32, 112, 512]
+    assert {profile.minimum for profile in profiles} == {(1, 1)}
+    with pytest.raises(EngineError, match="lengths run from 10 to 600 tokens, and the model takes 1 to 512"):
+        profiles_from_lengths([10, 600], 512)
+    with pytest.raises(EngineError, match="at least one length"):
+        profiles_from_lengths([], 512)
+
+
+def test_a_shape_goes_to_the_smallest_profile_that_holds_it() -> None:
+    profiles = [
+        Profile((1, 1), (8, 32), (8, 32)),
+        Profile((1, 1), (8, 128), (32, 128)),
+        Profile((1, 33), (8, 64), (8, 64)),
+    ]
+    assert pick(profiles, 8, 32) == 0
+    assert pick(profiles, 9, 32) == 1
+    assert pick(profiles, 8, 33) == 2
+    assert pick(profiles, 1, 129) is None
+
+
+@pytest.mark.parametrize("text", ["", "8", "8x", "x8", "1x1,8x128", "axb", "8x8x8", "1x1,0x4,8x8", "1x1,9x4,8x8"])
+def test_nonsense_profiles_are_refused(text: str) -> None:
+    with pytest.raises(EngineError, match=r"not a profile|must rise from 1"):
+        parse_profile(text)
+
+
+def test_profiles_are_read_and_held_against_the_positions() -> None:
+    assert parse_profile("8x128") == Profile((1, 1), (8, 128), (8, 128))
+    assert parse_profile("1x1,8x128,32x512") == Profile((1, 1), (8, 128), (32, 512))
+    assert default_profile(64).maximum == (32, 64)
+    require_positions([default_profile(64)], 64)
+    with pytest.raises(EngineError, match="goes to 512 tokens, and the model takes at most 64"):
+        require_positions([parse_profile("8x512")], 64)

@@ -1,0 +1,180 @@
+"""TensorRT-RTX builds every preset, family and lowering, without a GPU, and keeps every planned product on integers."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+
+from engines.base import BuildOptions, Profile
+from engines.sparsity.build_evidence import parse_layers
+from nxm_export.contract.families import FAMILIES
+from nxm_export.contract.plan import INT8_ATTENTION, PLACEMENTS
+from nxm_export.errors import ArtifactError, EngineError, ExportError, ParityError
+from nxm_export.graph.exporter import export
+from nxm_export.graph.graph_weights import load_graph
+from tests.support.trt_models import Checkpoints
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'nxm-export[trt-rtx]'")
+pytest.importorskip("polygraphy", reason="polygraphy is not installed: pip install 'nxm-export[trt-rtx]'")
+
+from engines.tensorrt import rtx_backend
+from tests.support.variants import variants
+
+PROFILES = {"batch 1": Profile((1, 16), (1, 16), (1, 16)), "dynamic": Profile((1, 1), (4, 32), (8, 64))}
+
+
+def layers_of(directory: Path):
+    return parse_layers((directory / "build.log").read_text(encoding="utf-8", errors="replace").splitlines())
+
+
+CASES = [
+    case
+    for case in itertools.product(FAMILIES, PLACEMENTS, ("matmul", "gemm"), PROFILES)
+    if case[1] != "products" or case == ("bert", "products", "matmul", "dynamic")  # `attention` with fewer quantizers
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "placement", "lowering", "shape"),
+    variants(CASES, lambda case: (case[0], *case[2:]) == ("bert", "matmul", "dynamic")),
+)
+def test_every_planned_product_runs_on_integers_and_attention_is_fused_as_planned(
+    checkpoints: Checkpoints, tmp_path: Path, family: str, placement: str, lowering: str, shape: str
+) -> None:
+    graph = export(checkpoints(family, placement), tmp_path / "graph", target="trt", lowering=lowering)
+    passport = rtx_backend.build(graph.path, tmp_path, BuildOptions(profiles=[PROFILES[shape]]))
+    planned = 2 if placement == "ffn-only" else 6
+    assert passport.options["planned_products"] == planned
+    assert passport.options["integer_products"] == planned, passport.options["float_products"]
+    fused = [layer for layer in layers_of(tmp_path) if "mha" in layer.kernel or "mha" in layer.name]
+    expected = {"inputs": "Half", "ffn-only": "Half", "products": "Int8", "attention": "Int8"}.get(placement)
+    if expected is None:  # quantized q, k, v around a float softmax: TensorRT has no fused kernel for that
+        assert not fused
+    else:
+        assert len(fused) == 1
+        assert expected in fused[0].inputs
+        assert ("Int8" in fused[0].inputs) == (placement in INT8_ATTENTION)
+
+
+def test_the_report_says_that_no_gpu_chose_kernels_and_the_gate_fails_closed(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    from nxm_export.pipeline.inspection import inspect_path, require_sparse
+
+    graph = export(checkpoints("bert", "inputs-outputs"), tmp_path / "graph", target="trt")
+    rtx_backend.build(graph.path, tmp_path)
+    facts = inspect_path(tmp_path)
+    planned = [row for row in facts["weights"] if row["planned_sparse"]]
+    assert {(row["chosen"], row["reason"], row["pattern_int8"]) for row in planned} == {(None, "no-gpu", "2:4")}
+    assert facts["sparse_share"] == 0
+    with pytest.raises(ParityError, match="6 x no-gpu"):
+        require_sparse(tmp_path, 0.01)
+    (tmp_path / "weights.json").unlink()
+    with pytest.raises(ArtifactError, match=r"weights\.json is missing"):
+        inspect_path(tmp_path)
+
+
+def test_convolutions_that_the_builder_put_into_float_are_refused_with_the_reason(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    graph = export(checkpoints("bert", "inputs-outputs"), tmp_path / "graph", target="trt", lowering="conv1x1")
+    model = load_graph(graph.path)
+    built_in_float = ["bert.encoder.layer.0.attention.self.key", "some.matmul"]
+    with pytest.raises(
+        EngineError, match=r"runs 1 INT8 convolutions in float, such as bert\.encoder.*--lowering matmul"
+    ):
+        rtx_backend._require_integer_convolutions(model, built_in_float, graph.path)
+    rtx_backend._require_integer_convolutions(model, ["some.matmul"], graph.path)
+
+
+def test_our_own_convolutions_keep_rows_and_run_on_integers(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """With one token per image no data moves, and TensorRT-RTX 1.7.1 multiplies integers."""
+    graph = export(checkpoints("bert", "inputs-outputs"), tmp_path / "graph", target="trt", lowering="conv1x1")
+    passport = rtx_backend.build(graph.path, tmp_path, BuildOptions(profiles=[PROFILES["dynamic"]]))
+    assert passport.options["integer_products"] == 6
+    products = [layer for layer in layers_of(tmp_path) if layer.kind == "correlation"]
+    assert {layer.inputs for layer in products} == {("Int8",)}
+    assert all("Int8" in layer.constants for layer in products), "the weights, too"
+
+
+def _constants(shape: tuple[int, ...], zero: int = 0, scales: int = 64) -> dict[str, np.ndarray]:
+    return {
+        "s": np.array(0.02, np.float16), "z": np.array(zero, np.int8),
+        "w": np.random.default_rng(0).integers(-127, 128, size=shape).astype(np.int8),
+        "ws": np.full(scales, 0.01, np.float16), "wz": np.zeros(scales, np.int8),
+    }  # fmt: skip
+
+
+def _linear(tmp_path: Path, *, zero: int = 0, axis: int = 1) -> Path:
+    """x -> Q/DQ -> MatMul(DQ(INT8 weight)) as ONNX text, with one number to break."""
+    text = f"""
+      <ir_version: 10, opset_import: ["" : 21]>
+      agraph (float16[4, 64] x) => (float16[4, 64] y) {{
+        q = QuantizeLinear(x, s, z)
+        dq = DequantizeLinear(q, s, z)
+        wd = DequantizeLinear<axis = {axis}>(w, ws, wz)
+        product = MatMul(dq, wd)
+        y = Identity(product)
+      }}"""
+    model = onnx.parser.parse_model(text)
+    model.graph.node[3].name = "the_product"
+    constants = _constants((64, 64), zero)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
+    file = tmp_path / "model.onnx"
+    onnx.save(model, file)
+    return file
+
+
+def test_our_own_check_catches_what_tensorrt_would_refuse_or_silently_run_in_float(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="zero point 3 is not 0, and TensorRT refuses asymmetric activations"):
+        rtx_backend.build(_linear(tmp_path, zero=3), tmp_path)
+    with pytest.raises(ExportError, match="its scales lie along K"):
+        rtx_backend.build(_linear(tmp_path, axis=0), tmp_path)
+
+
+def test_behind_our_check_tensorrt_says_what_we_say_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nxm_export.graph.verifier import GraphReport
+
+    monkeypatch.setattr(GraphReport, "require", lambda self: None)
+    with pytest.raises(
+        EngineError, match=r"cannot parse it: layer .*QuantizeLinear.*Non-zero zero point is not supported"
+    ):
+        rtx_backend.build(_linear(tmp_path, zero=3), tmp_path)
+    passport = rtx_backend.build(_linear(tmp_path, axis=0), tmp_path)
+    assert passport.options["integer_products"] == 0, "scales along K: built, and silently in float"
+    passport = rtx_backend.build(_linear(tmp_path), tmp_path)
+    assert passport.options["integer_products"] == 1
+
+
+def test_a_graph_that_tensorrt_cannot_parse_keeps_its_message_and_names_the_layer(tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 21, "example" : 1]> agraph (float[2, 4] x) => (float[2, 4] y) { y = example.Mystery(x) }'
+    )
+    model.graph.node[0].name = "encoder.layer.7.mystery"
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(EngineError, match=r"layer encoder\.layer\.7\.mystery \(Mystery\): .+"):
+        rtx_backend.build(tmp_path / "model.onnx", tmp_path)
+
+
+def test_profiles_outside_the_models_positions_and_build_routes_are_refused(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    graph = export(checkpoints("bert", "inputs"), tmp_path / "graph", target="trt")
+    with pytest.raises(EngineError, match="a profile goes to 65 tokens, and the model takes at most 64"):
+        rtx_backend.build(graph.path, tmp_path, BuildOptions(profiles=[Profile((1, 1), (1, 65), (1, 65))]))
+    with pytest.raises(EngineError, match="has no build routes"):
+        rtx_backend.build(graph.path, tmp_path, BuildOptions(build_route="-cask:sparsity=must"))
+
+
+def test_progress_comes_from_the_builder(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    graph = export(checkpoints("bert", "inputs"), tmp_path / "graph", target="trt")
+    seen: list[tuple[str, int, int]] = []
+    rtx_backend.build(graph.path, tmp_path, BuildOptions(progress=lambda *step: seen.append(step)))
+    assert seen
+    assert all(0 <= done <= total for _, done, total in seen)
+    for what in {what for what, _, _ in seen}:
+        last = [step for step in seen if step[0] == what][-1]
+        assert last[1] == last[2], "every phase ends"

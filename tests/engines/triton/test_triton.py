@@ -1,0 +1,366 @@
+"""The Triton repository: its text parsed by Triton's own message definition, its models loaded by the real server."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from engines.base import Profile
+from engines.passport import PASSPORT_FILE
+from engines.serving.repository import Source
+from engines.tensorrt.profiles import pick
+from engines.triton import TritonOptions, export_repository
+from engines.triton.check_manifest import problems, version_text
+from engines.triton.config import batch_size
+from engines.triton.pbtxt import Word, dump
+from nxm_export.cli import main
+from nxm_export.errors import ArtifactError, ServeError
+from nxm_export.storage.hashing import file_hash
+from tests.support import exact_engine
+from tests.support.servers import Running, triton, triton_venv
+
+PROFILES = [
+    {"minimum": [1, 4], "optimum": [4, 16], "maximum": [8, 32]},
+    {"minimum": [1, 33], "optimum": [2, 48], "maximum": [4, 48]},
+]
+
+
+def plan_directory(source: Path, out: Path, capability: str, **changes: Any) -> Path:
+    """What a TensorRT build would leave, with ONNX bytes where the plan would be: only the double can run it."""
+    shutil.copytree(source, out)
+    (out / "model.onnx").rename(out / "model.engine")
+    passport = json.loads((out / PASSPORT_FILE).read_text())
+    inputs = [{**binding, "dtype": "int32"} for binding in passport["bindings"]["inputs"]]
+    passport |= {
+        "backend": "trt",
+        "engine": "model.engine",
+        "engine_sha256": file_hash(out / "model.engine"),
+        "device": {"kind": "gpu", "gpu": "a GPU", "compute_capability": capability},
+        "requires": {"tensorrt": "10.14.1.48", "gpu": "a GPU", "compute_capability": capability},
+        "profiles": PROFILES,
+        "bindings": {"inputs": inputs, "outputs": passport["bindings"]["outputs"]},
+        **changes,
+    }
+    (out / PASSPORT_FILE).write_text(json.dumps(passport))
+    return out
+
+
+@pytest.fixture(scope="module")
+def plans(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Source]:
+    """Engines for two compute capabilities, of one name."""
+    home = tmp_path_factory.mktemp("plans")
+    return [
+        Source("planned", "1", plan_directory(engine, home / name, capability))
+        for name, capability in (("sm80", "8.0"), ("sm90", "9.0"))
+    ]
+
+
+@cache
+def definition() -> Any:
+    """Triton's own message definition, a file of tritonclient; its package would want grpc, which the file does not."""
+    home = importlib.util.find_spec("tritonclient")
+    if home is None or not home.submodule_search_locations:
+        pytest.skip("tritonclient is not installed; pip install -e '.[dev]'")
+    file = Path(home.submodule_search_locations[0]) / "grpc" / "model_config_pb2.py"
+    spec = importlib.util.spec_from_file_location("model_config_pb2", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def parse(*files: Path) -> dict[str, Any]:
+    """Configurations by name; raises `text_format.ParseError` for what Triton would not read."""
+    from google.protobuf import json_format, text_format
+
+    found = {}
+    for file in files:
+        config = text_format.Parse(file.read_text(encoding="utf-8"), definition().ModelConfig())
+        found[config.name] = json_format.MessageToDict(config, preserving_proto_field_name=True)
+    return found
+
+
+def test_the_configuration_of_plans_says_everything_that_the_passport_knows(
+    plans: list[Source], tmp_path: Path
+) -> None:
+    export_repository(plans, tmp_path / "repo", TritonOptions(instances=2, max_batch=16))
+    config = parse(tmp_path / "repo" / "planned" / "config.pbtxt")["planned"]
+    zeros = [{"key": name, "value": {"data_type": "TYPE_INT32", "zero_data": True}} for name in ("input_ids", "attention_mask", "token_type_ids")]  # fmt: skip
+    assert config == {
+        "name": "planned",
+        "backend": "tensorrt",
+        "platform": "tensorrt_plan",
+        "max_batch_size": 4,  # what the profile of the long sequences has room for
+        "default_model_filename": "model_sm80.plan",
+        "cc_model_filenames": {"8.0": "model_sm80.plan", "9.0": "model_sm90.plan"},
+        "input": [{"name": name, "data_type": "TYPE_INT32", "dims": ["-1"]} for name in ("input_ids", "attention_mask", "token_type_ids")],
+        "output": [{"name": "logits", "data_type": "TYPE_FP32", "dims": ["2"]}],
+        "version_policy": {"latest": {"num_versions": 1}},
+        "dynamic_batching": {},  # with no delay and no queue policy: see the module text of engines.triton.config
+        "instance_group": [{"kind": "KIND_GPU", "count": 2, "profile": ["0", "1"]}],
+        "model_warmup": [
+            {"name": f"batch {batch} length {length}", "batch_size": batch, "inputs": {z["key"]: {**z["value"], "dims": [str(length)]} for z in zeros}}
+            for batch, length in ((4, 16), (2, 48))
+        ],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shapes", "most"),
+    [
+        ([], 16),
+        ([((1, 1), (32, 64))], 16),
+        ([((1, 1), (8, 32)), ((1, 33), (4, 64))], 4),  # 8 rows of 40 tokens would fit nowhere
+        ([((1, 1), (8, 64)), ((1, 33), (4, 64))], 8),
+        ([((1, 1), (2, 64)), ((3, 1), (8, 64))], 8),
+        ([((1, 1), (2, 64)), ((4, 1), (8, 64))], 2),  # 3 rows would fit nowhere
+        ([((1, 1), (8, 32)), ((1, 48), (6, 64))], 6),  # lengths between profiles are nobody's
+    ],
+)
+def test_every_batch_that_triton_may_make_fits_a_profile(
+    shapes: list[tuple[tuple[int, int], tuple[int, int]]], most: int
+) -> None:
+    profiles = [Profile(low, high, high) for low, high in shapes]
+    assert batch_size("m", profiles, 16) == most
+    for length in {size for low, high in shapes for size in range(low[1], high[1] + 1)}:
+        for rows in range(1, most + 1):
+            assert pick(profiles, rows, length) is not None
+
+
+def test_an_engine_that_takes_no_single_row_is_not_handed_over() -> None:
+    with pytest.raises(ServeError, match="single row of 1 tokens"):
+        batch_size("m", [Profile((2, 1), (8, 64), (8, 64))], 16)
+
+
+def test_the_text_face_is_an_ensemble_of_tokenizer_engine_and_labels(engine: Path, tmp_path: Path) -> None:
+    export_repository([Source("m", "1", engine)], tmp_path / "repo", TritonOptions(text=True, pair=True, threads=1))
+    found = parse(*sorted((tmp_path / "repo").glob("*/config.pbtxt")))
+    assert set(found) == {"m", "m_tokenizer", "m_labels", "m_text"}
+    assert found["m"]["parameters"] == {"intra_op_thread_count": {"string_value": "1"}}
+    assert found["m"]["instance_group"] == [{"kind": "KIND_CPU", "count": 1}]
+    ensemble = found["m_text"]
+    assert [i["name"] for i in ensemble["input"]] == ["text", "text_pair"]
+    assert [(o["name"], o["data_type"]) for o in ensemble["output"]] == [
+        ("logits", "TYPE_FP32"),
+        ("label", "TYPE_STRING"),
+    ]
+    assert [step["model_name"] for step in ensemble["ensemble_scheduling"]["step"]] == ["m_tokenizer", "m", "m_labels"]
+    assert "instance_group" not in ensemble
+
+
+def test_a_field_that_triton_does_not_know_is_found(engine: Path, tmp_path: Path) -> None:
+    export_repository([Source("m", "1", engine)], tmp_path / "repo")
+    file = tmp_path / "repo" / "m" / "config.pbtxt"
+    file.write_text(file.read_text() + "max_queue_delay: 3\n")
+    from google.protobuf import text_format
+
+    with pytest.raises(text_format.ParseError, match="max_queue_delay"):
+        parse(file)
+
+
+def test_pbtxt_escapes_what_a_string_may_hold() -> None:
+    text = dump({"a": 'x"\\\n\u00e9', "b": Word("TYPE_X"), "c": [1, -1], "d": [], "e": [{"f": True}], "g": None})
+    assert text == 'a: "x\\042\\134\\012\\303\\251"\nb: TYPE_X\nc: [ 1, -1 ]\ne {\n  f: true\n}\n'
+
+
+@pytest.fixture(scope="module")
+def plan_server(plans: list[Source], engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Triton on a repository with plans for two GPUs (as KIND_CPU: there is none here) and a model of two sentences."""
+    venv = triton_venv()
+    if isinstance(venv, str):
+        pytest.skip(venv)
+    home = tmp_path_factory.mktemp("plan-repository")
+    sources = [*plans, Source("pairs", "1", engine)]
+    export_repository(sources, home / "repo", TritonOptions(text=True, pair=True, kind="cpu"))
+    with triton(home / "repo", home / "log", venv) as running:
+        yield running
+
+
+@pytest.mark.slow
+def test_triton_loads_plans_and_infers_through_the_backend_double(plan_server: Running) -> None:
+    client_http = pytest.importorskip("tritonclient.http")
+    feeds = exact_engine.feeds_of([5, 9])
+    inputs = []
+    for name, array in feeds.items():
+        inputs.append(client_http.InferInput(name, array.shape, "INT32"))
+        inputs[-1].set_data_from_numpy(array.astype(np.int32))
+    with client_http.InferenceServerClient(plan_server.address) as client:
+        assert client.get_model_metadata("planned")["platform"] == "tensorrt_plan"
+        np.testing.assert_array_equal(client.infer("planned", inputs).as_numpy("logits"), exact_engine.expected(feeds))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["planned_text", "pairs_text"])
+def test_pairs_of_sentences_run_through_the_ensemble(plan_server: Running, model: str) -> None:
+    client_http = pytest.importorskip("tritonclient.http")
+    inputs = []
+    for name, word in (("text", "good film"), ("text_pair", "bad")):
+        inputs.append(client_http.InferInput(name, [1, 1], "BYTES"))
+        inputs[-1].set_data_from_numpy(np.array([[word.encode()]], object))
+    encoding = exact_engine.tokenizer().encode("good film", "bad")
+    feeds = {"input_ids": encoding.ids, "attention_mask": encoding.attention_mask, "token_type_ids": encoding.type_ids}
+    with client_http.InferenceServerClient(plan_server.address) as client:
+        found = client.infer(model, inputs).as_numpy("logits")
+    np.testing.assert_array_equal(found, exact_engine.expected({k: np.array([v]) for k, v in feeds.items()}))
+
+
+def test_a_manifest_names_every_file_and_notices_a_change(plans: list[Source], tmp_path: Path) -> None:
+    manifest = export_repository(plans, tmp_path / "repo", TritonOptions(text=True))
+    repository = tmp_path / "repo"
+    assert manifest == json.loads((repository / "manifest.json").read_text())
+    written = {
+        p.relative_to(repository).as_posix() for p in repository.rglob("*") if p.is_file() and p.parent != repository
+    }
+    assert set(manifest["files"]) == written
+    assert problems(repository, "10.14.1") == []
+    (repository / "planned" / "1" / "model_sm80.plan").write_bytes(b"other")
+    (repository / "planned_tokenizer" / "1" / "model.py").unlink()
+    assert problems(repository, "10.14.1") == [
+        "planned/1/model_sm80.plan is not the file that was written",
+        "planned_tokenizer/1/model.py is missing",
+    ]
+
+
+@pytest.mark.parametrize(("version", "fits"), [("10.14.1", True), ("10.14.1.48", True), ("10.14.2", False), ("8.6.1", False), (None, False)])  # fmt: skip
+def test_plans_want_the_containers_tensorrt(
+    plans: list[Source], tmp_path: Path, version: str | None, fits: bool
+) -> None:
+    export_repository(plans, tmp_path / "repo")
+    assert (problems(tmp_path / "repo", version) == []) is fits
+
+
+@pytest.mark.parametrize(("number", "text"), [(8601, "8.6.1"), (8503, "8.5.3"), (100001, "10.0.1"), (101401, "10.14.1"), (110400, "11.4.0")])  # fmt: skip
+def test_tensorrts_version_number_is_read_as_nvidia_writes_it(number: int, text: str) -> None:
+    assert version_text(number) == text
+
+
+def test_the_check_runs_alone_and_starts_the_server_only_when_all_is_well(
+    engine: Path, plans: list[Source], tmp_path: Path
+) -> None:
+    export_repository([Source("m", "1", engine)], tmp_path / "onnx")
+    export_repository(plans, tmp_path / "plans")
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    library = tmp_path / "lib"
+    library.mkdir()
+    if compiler:  # a library with TensorRT's one function that is asked
+        (library / "nvinfer.c").write_text("int getInferLibVersion(void) { return 101401; }\n")
+        subprocess.run([compiler, "-shared", "-o", library / "libnvinfer.so.10", library / "nvinfer.c"], check=True)
+
+    def run(name: str, libraries: str) -> subprocess.CompletedProcess[str]:
+        repository = tmp_path / name
+        command = [
+            sys.executable,
+            "-I",
+            str(repository / "check_manifest.py"),
+            str(repository),
+            "--",
+            "echo",
+            "started",
+        ]
+        environment = {**os.environ, "LD_LIBRARY_PATH": libraries}
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+    assert run("onnx", "").stdout == "started\n"
+    refused = run("plans", "")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "built by TensorRT 10.14.1.48, and this container has none" in refused.stderr
+    if compiler:
+        assert run("plans", str(library)).stdout == "started\n"
+
+
+def test_container_files_are_yaml_and_copy_every_model(plans: list[Source], engine: Path, tmp_path: Path) -> None:
+    sources = [*plans, Source("m", "1", engine)]
+    export_repository(sources, tmp_path / "repo", TritonOptions(text=True, image="registry.example/triton:1"))
+    repository = tmp_path / "repo"
+    models = {path.name for path in repository.iterdir() if path.is_dir()}
+    docker = (repository / "Dockerfile").read_text()
+    assert "\nFROM registry.example/triton:1\n" in docker
+    assert {
+        line.split()[1] for line in docker.splitlines() if line.startswith("COPY") and "manifest" not in line
+    } == models
+    assert "tokenizers==" in docker
+    service = yaml.safe_load((repository / "compose.yaml").read_text())["services"]["triton"]
+    assert service["ports"] == ["127.0.0.1:8000:8000", "127.0.0.1:8001:8001", "127.0.0.1:8002:8002"]
+    assert service["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+    kserve = yaml.safe_load((repository / "kserve.yaml").read_text())
+    assert (kserve["apiVersion"], kserve["kind"]) == ("serving.kserve.io/v1beta1", "InferenceService")
+    (container,) = kserve["spec"]["predictor"]["containers"]
+    assert container["image"] == service["image"]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "1"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"backend": "trt_rtx"}, "no backend for trt_rtx engines"),
+        ({"bindings": {}}, "does not say what the engine's inputs are"),
+        ({"requires": {}}, "does not name its TensorRT version"),
+        ({"bindings": {"inputs": [{"name": "x", "dtype": "int64", "shape": [8, -1]}], "outputs": [{"name": "y", "dtype": "float32", "shape": [8, 2]}]}}, "fixed batch"),
+        ({"bindings": {"inputs": [{"name": "x", "dtype": "complex64", "shape": [-1, -1]}], "outputs": [{"name": "y", "dtype": "float32", "shape": [-1, 2]}]}}, "no type for complex64"),
+        ({"engine_sha256": "0" * 64}, "is not the engine of its passport"),
+    ],
+)  # fmt: skip
+def test_what_triton_cannot_load_is_refused_and_nothing_is_left(
+    engine: Path, tmp_path: Path, changes: dict[str, Any], complaint: str
+) -> None:
+    directory = plan_directory(engine, tmp_path / "engine", "8.0", **changes)
+    with pytest.raises((ServeError, ArtifactError), match=complaint):
+        export_repository([Source("m", "1", directory)], tmp_path / "repo")
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+
+def test_engines_of_one_name_must_be_one_model_for_different_gpus(
+    plans: list[Source], engine: Path, tmp_path: Path
+) -> None:
+    same = Source("planned", "1", plan_directory(engine, tmp_path / "same", "8.0"))
+    other = Source("planned", "1", plan_directory(engine, tmp_path / "other", "8.6", onnx_sha256="0" * 64))
+    built = Source("planned", "1", plan_directory(engine, tmp_path / "built", "8.6", profiles=PROFILES[:1]))
+    newer = Source("newer", "1", plan_directory(engine, tmp_path / "newer", "8.6", requires={"tensorrt": "11.0.0"}))
+    for sources, complaint in (
+        ([*plans, same], "different compute capabilities"),
+        ([plans[0], Source("planned", "1", engine)], "different compute capabilities"),
+        ([*plans, other], "different graphs"),
+        ([*plans, built], "differ in their inputs, outputs or profiles"),
+        ([*plans, newer], "need TensorRT 10.14.1.48 and 11.0.0"),
+        ([], "nothing to hand over"),
+    ):
+        with pytest.raises(ServeError, match=complaint):
+            export_repository(sources, tmp_path / "repo")
+    with pytest.raises(ServeError, match=r"the container has 10\.13\.0: it would refuse them"):
+        export_repository(plans, tmp_path / "repo", TritonOptions(tensorrt="10.13.0"))
+
+
+def test_only_a_repository_of_ours_is_replaced(engine: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep")
+    with pytest.raises(ArtifactError, match="no repository of ours"):
+        export_repository([Source("m", "1", engine)], tmp_path / "notes")
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "keep"
+    copy = Path(shutil.copytree(engine, tmp_path / "engine"))
+    with pytest.raises(ArtifactError, match="no repository of ours"):
+        export_repository([Source("m", "1", copy)], copy)
+    assert (copy / PASSPORT_FILE).is_file()
+    for name in ("first", "second"):
+        export_repository([Source(name, "1", engine)], tmp_path / "repo")
+    assert [path.name for path in (tmp_path / "repo").iterdir() if path.is_dir()] == ["second"]
+
+
+def test_the_command_writes_a_repository_and_names_its_files(engine: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["triton", f"m={engine}", "--out", str(tmp_path / "repo"), "--text", "--json"])
+    assert result.exit_code == 0, result.output
+    assert set(json.loads(result.stdout)["models"]) == {"m"}
+    assert (tmp_path / "repo" / "m_text" / "config.pbtxt").is_file()

@@ -1,0 +1,136 @@
+"""What ``config.json`` says about a model, also where it says something odd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nxm_export.contract.families import FAMILIES, OUTPUT_ROLES, ROLES, family_of
+from nxm_export.contract.plan import CompressionPlan, WeightSpec
+from nxm_export.contract.tasks import TASKS, labels_of, task_named, task_of
+from nxm_export.errors import ArtifactError, PlanError
+from tests.support import tiny
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_weights_of_a_family_are_those_of_transformers(name: str, tmp_path: Any) -> None:
+    """Names, shapes and order against the model that transformers builds, its linear layers inside the blocks."""
+    import json
+
+    import torch
+    import transformers
+
+    path = tiny.write_model(name, tmp_path, head="classification")
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    family = FAMILIES[name]
+    model = transformers.AutoModelForSequenceClassification.from_config(transformers.AutoConfig.from_pretrained(path))
+    linears = {
+        f"{path}.weight": tuple(module.weight.shape)
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and (".layer." in path or ".albert_layers." in path)
+    }
+    assert dict(sorted(family.weights(config).items())) == dict(sorted(linears.items()))
+    assert [family.role(weight) for weight in list(family.weights(config))[: len(ROLES)]] == list(ROLES)
+    assert family.max_positions(config) == tiny.POSITIONS
+    assert family.heads(config) == tiny.HEADS
+
+
+def test_roberta_counts_positions_from_behind_its_padding_index() -> None:
+    assert FAMILIES["roberta"].max_positions({"max_position_embeddings": 514, "pad_token_id": 1}) == 512
+    assert FAMILIES["bert"].max_positions({"max_position_embeddings": 512, "pad_token_id": 1}) == 512
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mpnet", "deberta-v2", None, 5, ["bert"], "BERT"])
+def test_other_families_are_refused_with_the_list(model_type: object) -> None:
+    with pytest.raises(ArtifactError, match="supported families: bert, roberta, distilbert, electra, albert"):
+        family_of({"model_type": model_type})
+
+
+@pytest.mark.parametrize("flag", ["is_decoder", "add_cross_attention"])
+def test_decoders_are_refused(flag: str) -> None:
+    with pytest.raises(ArtifactError, match="decoders are not supported"):
+        family_of({"model_type": "bert", flag: True})
+
+
+@pytest.mark.parametrize(("layers", "groups", "inner"), [(4, 1, 1), (3, 2, 1), (4, 2, 2), (2, 1, 2)])
+def test_shared_blocks_run_in_the_order_of_transformers(layers: int, groups: int, inner: int, tmp_path: Any) -> None:
+    """Against the order in which the modules of a real model are called."""
+    import json
+
+    import torch
+    import transformers
+
+    options = {"num_hidden_groups": groups, "inner_group_num": inner}
+    path = tiny.write_model("albert", tmp_path, head="classification", layers=layers, options=options)
+    config, family, called = json.loads((path / "config.json").read_text()), FAMILIES["albert"], list[str]()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(path)
+    for block in family.blocks(config):
+        model.get_submodule(block).register_forward_hook(lambda _, __, ___, block=block: called.append(block))
+    model(torch.ones(1, 3, dtype=torch.long))
+    assert called == family.runs(config)
+    assert len(set(family.run_names(config))) == len(called) == layers * inner
+    assert len(family.weights(config)) == len(ROLES) * groups * inner
+
+
+def test_groups_that_never_run_are_refused() -> None:
+    with pytest.raises(ArtifactError, match="3 num_hidden_groups for 2 num_hidden_layers"):
+        FAMILIES["albert"].runs({"num_hidden_layers": 2, "num_hidden_groups": 3})
+
+
+@pytest.mark.parametrize("value", [None, 0, -1, "12", 1.5, True])
+def test_a_size_that_is_none_is_named(value: object) -> None:
+    with pytest.raises(ArtifactError, match="num_hidden_layers must be a positive integer"):
+        FAMILIES["bert"].blocks({"num_hidden_layers": value})
+
+
+def test_two_classes_without_names_are_what_transformers_calls_them() -> None:
+    """transformers leaves id2label out of config.json when the names are its own."""
+    assert labels_of({}) == ("LABEL_0", "LABEL_1")
+    assert labels_of({"id2label": {"1": "pos", "0": "neg"}}) == ("neg", "pos")
+    assert labels_of({"id2label": {str(i): str(i) for i in range(11)}}) == tuple(str(i) for i in range(11))
+
+
+@pytest.mark.parametrize("names", [[], "ab", {"a": "b"}, {"1": "a"}, {"0": "a", "2": "b"}])
+def test_class_names_that_are_no_map_are_refused(names: object) -> None:
+    with pytest.raises(ArtifactError, match="id2label must map"):
+        labels_of({"id2label": names})
+
+
+@pytest.mark.parametrize(
+    ("config", "task"),
+    [
+        ({"architectures": ["BertForSequenceClassification"]}, "classification"),
+        ({"architectures": ["BertForSequenceClassification"], "id2label": {"0": "score"}}, "regression"),
+        ({"architectures": ["BertModel"]}, None),
+        ({"architectures": []}, None),
+        ({"architectures": None}, None),
+        ({"architectures": "BertForSequenceClassification"}, None),
+        ({}, None),
+    ],
+)
+def test_the_task_of_a_head(config: dict[str, Any], task: str | None) -> None:
+    assert task_of(config) == task
+
+
+def test_an_unknown_task_is_refused_with_the_list() -> None:
+    with pytest.raises(PlanError, match=f"choose one of {', '.join(TASKS)}"):
+        task_named("translation")
+
+
+def test_quantizers_stand_only_where_the_family_has_a_place_for_them() -> None:
+    family, config = FAMILIES["bert"], {"num_hidden_layers": 1, "hidden_size": 4, "intermediate_size": 4}
+    shapes = family.weights(config)
+    spec = WeightSpec(weight_bits=8, input_bits=8, output_bits=8)
+    everywhere = CompressionPlan("bert", dict.fromkeys(shapes, spec), shapes)
+    with pytest.raises(PlanError, match=r"intermediate\.dense\.weight: no output quantizer belongs between"):
+        family.require_placement(everywhere)
+    inputs = {name: WeightSpec(weight_bits=8, input_bits=8) for name in shapes}
+    with pytest.raises(PlanError, match=r"query\.weight: attention int8 needs output_bits 8"):
+        family.require_placement(CompressionPlan("bert", inputs, shapes, attention="int8"))
+    assert set(OUTPUT_ROLES) == set(ROLES) - {"ffn_up"}
+
+
+def test_a_name_of_no_role_is_refused() -> None:
+    with pytest.raises(PlanError, match="not a compressible weight of the bert family"):
+        FAMILIES["bert"].role("bert.pooler.dense.weight")

@@ -1,0 +1,319 @@
+"""Task data: every format gives the same examples, and every malformed file is refused with its line."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nxm_export.data.examples import (
+    Columns,
+    Examples,
+    class_names,
+    encode,
+    load_raw,
+    load_tokenizer,
+    pad,
+    sorted_batches,
+    with_classes,
+    with_scores,
+)
+from nxm_export.errors import ArtifactError, DataError
+from tests.support import tiny
+
+ROWS = [("a good film", "it said so", "1"), ('the "plot" is dull', "two words", "0"), ("fine, new", "ünï → 字", "1")]
+
+
+def write(tmp_path: Path, name: str, content: str | bytes) -> str:
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    return str(file)
+
+
+def tsv(rows: list[tuple[str, ...]], header: str = "sentence1\tsentence2\tlabel", end: str = "\n") -> str:
+    return end.join([header, *("\t".join(row) for row in rows)]) + end
+
+
+def csv_text(rows: list[tuple[str, ...]], end: str = "\n") -> str:
+    quoted = [",".join('"' + cell.replace('"', '""') + '"' for cell in row) for row in rows]
+    return end.join(["sentence1,sentence2,label", *quoted]) + end
+
+
+def jsonl(rows: list[tuple[str, ...]]) -> str:
+    return "".join(json.dumps({"sentence1": a, "sentence2": b, "label": int(c)}) + "\n" for a, b, c in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("d.tsv", tsv(ROWS)),
+        ("crlf.tsv", tsv(ROWS, end="\r\n")),
+        ("bom.tsv", "\ufeff" + tsv(ROWS)),
+        ("no-end.tsv", tsv(ROWS).rstrip("\n")),
+        ("blank.tsv", tsv(ROWS).replace("\nthe", "\n\nthe")),
+        ("D.TSV", tsv(ROWS)),
+        ("d.csv", csv_text(ROWS)),
+        ("crlf.csv", csv_text(ROWS, end="\r\n")),
+        ("bom.csv", "\ufeff" + csv_text(ROWS)),
+        ("quoted-header-bom.csv", "\ufeff" + csv_text(ROWS).replace("sentence1,", '"sentence1",', 1)),
+        ("d.jsonl", jsonl(ROWS)),
+        ("d.json", jsonl(ROWS)),
+        ("bom.jsonl", "\ufeff" + jsonl(ROWS)),
+        ("blank.jsonl", jsonl(ROWS).replace("\n", "\n\n")),
+    ],
+)
+def test_every_format_gives_the_same_examples(tmp_path: Path, name: str, content: str) -> None:
+    raw = load_raw(write(tmp_path, name, content), "train")
+    assert list(zip(raw.texts, raw.pairs or [], raw.labels, strict=True)) == ROWS
+
+
+def test_parquet_gives_the_same_examples(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow", reason="reading Parquet needs pyarrow (the extra `parquet`)")
+    import pyarrow.parquet as parquet
+
+    columns = {"sentence1": [r[0] for r in ROWS], "sentence2": [r[1] for r in ROWS], "label": [int(r[2]) for r in ROWS]}
+    parquet.write_table(pa.table(columns), tmp_path / "d.parquet")
+    raw = load_raw(str(tmp_path / "d.parquet"), "train")
+    assert list(zip(raw.texts, raw.pairs or [], raw.labels, strict=True)) == ROWS
+    parquet.write_table(pa.table({**columns, "label": [1.0, None, 0.0]}), tmp_path / "null.parquet")
+    with pytest.raises(DataError, match=r"null\.parquet: row 1: column 'label' is missing"):
+        load_raw(str(tmp_path / "null.parquet"), "train")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "d.parquet").read_bytes()[:-40])
+    with pytest.raises(DataError, match="not a readable Parquet file"):
+        load_raw(str(tmp_path / "cut.parquet"), "train")
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"pip install 'nxm-export\[parquet\]'"):
+        load_raw(write(tmp_path, "d.parquet", b"PAR1"), "train")
+
+
+def test_quotes_in_tsv_are_text(tmp_path: Path) -> None:
+    """GLUE's files have lone quotes; a CSV reader with quoting would swallow lines up to the next one."""
+    content = 'sentence\tlabel\n" The film\t1\nit \'s "good\t0\n'
+    assert load_raw(write(tmp_path, "d.tsv", content), "train").texts == ['" The film', "it 's \"good"]
+
+
+def test_csv_fields_may_hold_commas_quotes_and_line_ends(tmp_path: Path) -> None:
+    content = 'text,label\n"a, ""b""\nc",1\nplain,0\n'
+    raw = load_raw(write(tmp_path, "d.csv", content), "train")
+    assert raw.texts == ['a, "b"\nc', "plain"]
+    assert raw.places[1].endswith("d.csv:4")  # the line of the file, not the number of the row
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.text(st.characters(exclude_characters="\t\n\r", exclude_categories=["Cs"]), min_size=1),
+            st.sampled_from("01"),
+        ),
+        min_size=1,
+    )
+)
+def test_any_text_survives_tsv(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]]) -> None:
+    file = write(tmp_path_factory.getbasetemp(), "any.tsv", tsv(rows, header="sentence\tlabel"))
+    assert list(zip(*(lambda raw: (raw.texts, raw.labels))(load_raw(file, "train")), strict=True)) == rows
+
+
+@given(st.lists(st.tuples(st.text(st.characters(exclude_categories=["Cs"])), st.sampled_from("01")), min_size=1))
+def test_any_text_survives_jsonl(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]]) -> None:
+    lines = [json.dumps({"text": text, "label": label}, ensure_ascii=False) for text, label in rows]
+    file = write(tmp_path_factory.getbasetemp(), "any.jsonl", "\n".join(lines))
+    assert load_raw(file, "train").texts == [text for text, _ in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.tsv", "", "empty file, or an empty first line; the first line must name the columns"),
+        ("d.csv", "", "empty file"),
+        ("d.tsv", "\n\n", "empty file"),
+        ("d.jsonl", "", "no examples in it; the file is empty or has only a header"),
+        ("d.jsonl", "\n \n", "no examples in it"),
+        ("d.tsv", "sentence\tlabel\n", "no examples in it; the file is empty or has only a header"),
+        ("d.csv", "sentence,label\n", "no examples in it"),
+        ("d.tsv", "sentence\tlabel\na\t1\nb\n", "d.tsv:3: 1 columns where the header has 2 (sentence, label)"),
+        ("d.tsv", "sentence\tlabel\r\na\t1\r\nb\tc\t1\r\n", "d.tsv:3: 3 columns where the header has 2"),
+        ("d.csv", "sentence,label\na,b,1\n", "d.csv:2: 3 columns where the header has 2"),
+        ("d.csv", 'sentence,label\na,1\n"b,1\n', "d.csv:3: malformed line (unexpected end of data)"),
+        ("d.csv", 'sentence,label\n"a"b,1\n', "d.csv:2: malformed line"),
+        ("d.tsv", "sentence\tlabel\tlabel\na\t1\t0\n", "d.tsv:1: column 'label' is named twice"),
+        ("d.tsv", "text1\tscore1\na\t1\n", "none of the usual text columns (sentence1, question, question1, premise, text1, query, text"),
+        ("d.tsv", "sentence\tx\na\t1\n", "none of the usual label columns (label, labels, score, relevance) among sentence, x; name it with --label"),
+        ("d.tsv", b"sentence\tlabel\nok\t1\ncaf\xe9\t1\n", "d.tsv:3: not UTF-8; convert the file, for example with iconv"),
+        ("d.csv", b"sentence,label\nok,1\ncaf\xe9,1\n", "d.csv:3: not UTF-8"),
+        ("d.jsonl", b'{"text": "caf\xe9", "label": 1}\n', "d.jsonl:1: not UTF-8"),
+        ("d.tsv", "sentence\tlabel\na\t1\n".encode("utf-16"), "d.tsv:1: not UTF-8"),
+        ("d.tsv", "sentence\tlabel\na\t\n", "d.tsv:2: the label is missing ('')"),
+        ("d.tsv", "sentence\tlabel\na\tNaN\n", "d.tsv:2: the label is missing ('NaN')"),
+        ("d.jsonl", '{"text": "a", "label": 1}\n[1]\n', "d.jsonl:2: not a JSON object; one object a line"),
+        ("d.jsonl", '{"text": "a", "label": 1}\n{"text": \n', "d.jsonl:2: not JSON"),
+        ("d.json", '[{"text": "a",\n "label": 1}]', "d.json:1: not JSON"),
+        ("d.jsonl", "[" * 100_000 + "\n", "d.jsonl:1: not JSON"),
+        ("d.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', "d.jsonl:2: column 'label' is missing in this row"),
+        ("d.jsonl", '{"text": "a", "label": 1}\n{"label": 1}\n', "d.jsonl:2: column 'text' is missing in this row"),
+        ("d.jsonl", '{"text": null, "label": 1}\n', "d.jsonl:1: column 'text' is missing in this row"),
+        ("d.jsonl", '{"text": ["a"], "label": 1}\n', "d.jsonl:1: column 'text' holds ['a'], which is no text"),
+        ("d.jsonl", '{"text": 5, "label": 1}\n', "d.jsonl:1: column 'text' holds 5, which is no text"),
+        ("d.jsonl", '{"text": "\\ud800", "label": 1}\n', "d.jsonl:1: column 'text' holds half a surrogate pair"),
+        ("d.jsonl", '{"text": "a", "label": {"x": 1}}\n', "d.jsonl:1: label {'x': 1} is neither a name nor a number"),
+        ("d.jsonl", '{"text": "a", "label": NaN}\n', "d.jsonl:1: the label is missing (nan)"),
+        ("d.txt", "sentence\tlabel\na\t1\n", "unknown format .txt; use .tsv, .csv, .jsonl, .json, .parquet"),
+        ("data", "sentence\tlabel\na\t1\n", "unknown format without suffix"),
+    ],
+)  # fmt: skip
+def test_a_malformed_file_is_refused_with_its_place(
+    tmp_path: Path, name: str, content: str | bytes, message: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        load_raw(write(tmp_path, name, content), "train")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["nowhere.tsv", ".", "glue"])
+def test_a_path_that_is_no_file_is_refused_with_the_choices(tmp_path: Path, source: str) -> None:
+    with pytest.raises(DataError, match=r"no such file; give a \.tsv.* or a GLUE task \(cola"):
+        load_raw(str(tmp_path / source), "train")
+
+
+def test_a_glue_name_without_network_says_what_to_do() -> None:
+    with pytest.raises(DataError, match=r"GLUE task 'cola' cannot be fetched from the hub .* give the file"):
+        load_raw("cola", "train")
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "used"),
+    [
+        ("sentence label", Columns(), ("sentence", None)),
+        ("text label", Columns(), ("text", None)),
+        ("sentence1 sentence2 label", Columns(), ("sentence1", "sentence2")),
+        ("question sentence label", Columns(), ("question", "sentence")),  # QNLI
+        ("question1 question2 label", Columns(), ("question1", "question2")),  # QQP
+        ("premise hypothesis label", Columns(), ("premise", "hypothesis")),  # MNLI
+        ("sentence1 label", Columns(), ("sentence1", None)),
+        ("body sentence2 label", Columns(text="body"), ("body", None)),
+        ("sentence1 sentence2 label", Columns(text="sentence1"), ("sentence1", "sentence2")),
+        ("sentence other label", Columns(pair="other"), ("sentence", "other")),
+        ("a b sentence label", Columns("a", "b"), ("a", "b")),
+    ],
+)
+def test_the_usual_columns_are_found_in_pairs(
+    tmp_path: Path, names: str, asked: Columns, used: tuple[str, str | None]
+) -> None:
+    row = [f"in {name}" if name != "label" else "1" for name in names.split()]
+    raw = load_raw(write(tmp_path, "d.tsv", "\t".join(names.split()) + "\n" + "\t".join(row) + "\n"), "dev", asked)
+    assert raw.texts == [f"in {used[0]}"]
+    assert raw.pairs == (None if used[1] is None else [f"in {used[1]}"])
+
+
+@pytest.mark.parametrize("asked", [Columns(text="nope"), Columns(pair="nope"), Columns(label="nope")])
+def test_a_column_that_is_asked_for_and_missing_is_named(tmp_path: Path, asked: Columns) -> None:
+    with pytest.raises(DataError, match="no column 'nope'; it has sentence, label"):
+        load_raw(write(tmp_path, "d.tsv", "sentence\tlabel\na\t1\n"), "train", asked)
+
+
+def test_an_empty_second_column_is_no_pair(tmp_path: Path) -> None:
+    """Mirrors of GLUE write single-sentence tasks with an empty sentence2."""
+    raw = load_raw(write(tmp_path, "d.tsv", "sentence1\tsentence2\tlabel\na\t\t1\nb\t\t0\n"), "train")
+    assert raw.pairs is None
+
+
+def labels(tmp_path: Path, *found: str) -> Any:
+    return load_raw(write(tmp_path, "d.tsv", tsv([("x", label) for label in found], header="text\tlabel")), "train")
+
+
+def test_class_names_are_sorted_as_numbers_where_they_are(tmp_path: Path) -> None:
+    assert class_names(labels(tmp_path, "10", "9", "-1", "pos", "neg")) == ["-1", "9", "10", "neg", "pos"]
+    assert class_names(labels(tmp_path, "01", "1", "--5", "-")) == ["01", "1", "-", "--5"]
+
+
+def test_a_class_is_the_same_however_its_number_is_written(tmp_path: Path) -> None:
+    assert labels(tmp_path, "1", "1.0", " 1 ", "1.5").labels == ["1", "1", "1", "1.5"]
+
+
+def test_one_class_only_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="only one class, '1'; a classifier needs at least two"):
+        class_names(labels(tmp_path, "1", "1", "1"))
+
+
+def test_scores_given_to_a_classifier_are_recognized(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is this a regression"):
+        class_names(labels(tmp_path, *[f"{i / 7:.4f}" for i in range(120)]))
+
+
+def test_a_label_outside_the_classes_has_its_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"d\.tsv:3: label 'maybe' is none of the model's classes \['no', 'yes'\]"):
+        with_classes(labels(tmp_path, "yes", "maybe"), ["no", "yes"])
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("bad", "is not a number; is this a classification"),
+        ("inf", "is not a finite number"),
+        ("1e999", "is not a finite"),
+    ],
+)
+def test_a_score_that_is_none_has_its_line(tmp_path: Path, label: str, message: str) -> None:
+    with pytest.raises(DataError, match=rf"d\.tsv:3: label '{label}' {message}"):
+        with_scores(labels(tmp_path, "0.5", label))
+    assert with_scores(labels(tmp_path, "0.5", "-3")).labels == [0.5, -3.0]
+
+
+def test_a_split_and_a_sample_keep_every_example_once() -> None:
+    examples = Examples([f"t{i}" for i in range(20)], [f"p{i}" for i in range(20)], list(range(20)), "x")
+    rest, held_out = examples.split(5, seed=3)
+    assert sorted(rest.labels + held_out.labels) == list(range(20))
+    assert len(held_out) == 5
+    assert all(
+        t[1:] == p[1:] == str(label) for t, p, label in zip(rest.texts, rest.pairs or [], rest.labels, strict=True)
+    )
+    assert examples.sample(7, seed=1).labels == sorted(examples.sample(7, seed=1).labels)
+    assert examples.sample(99, seed=1) is examples
+
+
+def test_tokens_and_pairs_are_what_the_tokenizer_says() -> None:
+    examples = Examples(["good film", "a"], ["very long story", "bad"], [1, 0], "x")
+    found = encode(tiny.tokenizer(), examples, 6, ("input_ids", "attention_mask", "token_type_ids"))
+    assert [len(sample["input_ids"]) for sample in found] == [6, 5]  # [CLS] and two [SEP] stay, words are cut
+    assert found[1]["token_type_ids"] == [0, 0, 0, 1, 1]
+    batch = pad(found, pad_id=9)
+    assert batch["input_ids"].dtype == np.int64
+    assert batch["input_ids"][1, -1] == 9
+    assert batch["attention_mask"].tolist() == [[1] * 6, [1] * 5 + [0]]
+    assert "labels" not in batch
+    assert pad(found, 0, length=8)["input_ids"].shape == (2, 8)
+
+
+@pytest.mark.parametrize(("pairs", "length"), [(None, 2), (["very long story"], 3)])
+def test_a_length_with_no_room_for_text_is_refused(pairs: list[str] | None, length: int) -> None:
+    """Below it, the tokenizers library would return the whole text, not truncated at all."""
+    examples = Examples(["good film"], pairs, [1], "x")
+    with pytest.raises(DataError, match=f"max length {length} leaves no room for text beside {length} special tokens"):
+        encode(tiny.tokenizer(), examples, length, ("input_ids", "attention_mask"))
+    assert len(encode(tiny.tokenizer(), examples, length + 1, ("input_ids",))[0]["input_ids"]) == length + 1
+
+
+def test_batches_hold_every_sample_once_and_the_longest_first() -> None:
+    lengths = random.Random(0).choices(range(1, 30), k=50)
+    batches = sorted_batches([{"input_ids": [0] * n} for n in lengths], 8)
+    assert sorted(i for batch in batches for i in batch) == list(range(50))
+    flat = [lengths[i] for batch in batches for i in batch]
+    assert flat == sorted(flat, reverse=True)
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "is missing"), ("{}", "not a readable tokenizer")])
+def test_a_missing_or_foreign_tokenizer_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ArtifactError, match=message):
+        load_tokenizer(tmp_path)

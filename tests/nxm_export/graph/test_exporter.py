@@ -1,0 +1,476 @@
+"""Checkpoints become graphs: every family with every task, and in each graph the checkpoint's codes, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from engines.reference import pytorch
+from nxm_export.contract.checkpoint import Checkpoint, open_checkpoint
+from nxm_export.contract.families import FAMILIES
+from nxm_export.contract.io_spec import load_spec
+from nxm_export.contract.placement import at_placement
+from nxm_export.contract.tasks import TASKS
+from nxm_export.errors import ArtifactError, ExportError, NxmError, PlanError
+from nxm_export.graph import exporter
+from nxm_export.graph.apply_plan import SOFTMAX_SCALE
+from nxm_export.graph.exporter import TARGETS, Exported, export
+from nxm_export.graph.graph_weights import graph_weights, load_graph
+from nxm_export.graph.verifier import embedded_plan, verify
+from tests.support import baked, onnx_text, tiny
+from tests.support.variants import variants
+
+PAIRS = list(itertools.product(FAMILIES, TASKS))  # a new family or task is exported and compared here by itself
+
+
+class Made:
+    """Exports made once for this file: tracing takes nearly all the time."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.found: dict[str, tuple[Path, Path]] = {}
+        self.done: dict[Path, Exported] = {}  # by graph directory
+
+    def __call__(self, family: str, *, options: dict[str, Any] | None = None, **checkpoint: Any) -> tuple[Path, Path]:
+        """(checkpoint directory, graph directory)"""
+        key = f"{family} {sorted(checkpoint.items())} {sorted((options or {}).items())}"
+        if key not in self.found:
+            path, graph = (self.root / f"{kind}-{len(self.found)}" for kind in ("checkpoint", "graph"))
+            baked.write_checkpoint(family, path, **checkpoint)
+            self.found[key], self.done[graph] = (path, graph), export(path, graph, **(options or {}))
+        return self.found[key]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory.mktemp("exports"))
+
+
+@pytest.fixture
+def exported(
+    made: Made, tiny_checkpoint: Callable[..., Path], tiny_graph: Callable[..., Path], family: str, task: str
+) -> tuple[Checkpoint, Path]:
+    """(checkpoint, its graph directory): a trained classifier with float attention, or an untrained model of any other
+    task with INT8 attention, so that every family has both."""
+    if task == "classification":
+        return open_checkpoint(tiny_checkpoint(family)), tiny_graph(family, "inputs-outputs")
+    path, graph = made(family, task=task, attention="int8", options={"placement": "attention"})
+    return open_checkpoint(path), graph
+
+
+def nodes(model: ir.Model, op: str) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type == op]
+
+
+def constant(value: ir.Value | None) -> np.ndarray:
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
+@pytest.mark.parametrize(
+    ("family", "task"), variants(PAIRS, lambda pair: pair[1] == "classification" or pair[0] == "bert")
+)
+class TestEveryFamilyAndTask:
+    def test_the_graph_holds_the_checkpoints_codes_and_scales(self, exported: tuple[Checkpoint, Path]) -> None:
+        checkpoint, graph = exported
+        model = load_graph(graph / "model.onnx")
+        verify(graph / "model.onnx", plan=checkpoint.plan).require()
+        found = {weight.name.removesuffix("_quantized"): weight for weight in graph_weights(model)}
+        assert set(checkpoint.plan.weights) <= set(found)
+        for name in checkpoint.plan.weights:
+            np.testing.assert_array_equal(found[name].matrix, checkpoint.codes(name).T)
+            np.testing.assert_array_equal(found[name].scale, checkpoint.weight_scale(name))
+            assert found[name].matrix.dtype == np.int8
+            assert found[name].scale_axis == "N"
+
+    def test_products_are_named_by_their_module(self, exported: tuple[Checkpoint, Path]) -> None:
+        checkpoint, graph = exported
+        model = load_graph(graph / "model.onnx")
+        named = {weight.node.name: weight.name for weight in graph_weights(model)}
+        for name in checkpoint.plan.weights:
+            assert named[name.removesuffix(".weight")] == f"{name}_quantized"
+
+    def test_query_key_and_value_read_one_pair(self, exported: tuple[Checkpoint, Path]) -> None:
+        checkpoint, graph = exported
+        model = load_graph(graph / "model.onnx")
+        products = {node.name: node for node in nodes(model, "MatMul")}
+        for block in checkpoint.family.blocks(checkpoint.config):
+            paths = [checkpoint.family.linear(block, role) for role in ("query", "key", "value")]
+            inputs = {id(products[path].inputs[0]) for path in paths}
+            assert len(inputs) == 1
+            (pair_,) = {products[path].inputs[0].producer() for path in paths}  # type: ignore[union-attr]
+            assert pair_ is not None
+            assert pair_.op_type == "DequantizeLinear"
+            assert float(constant(pair_.inputs[1])) == pytest.approx(
+                checkpoint.input_scale(f"{paths[0]}.weight"), rel=1e-7
+            )
+
+    def test_every_planned_quantizer_is_there_once(self, exported: tuple[Checkpoint, Path]) -> None:
+        checkpoint, graph = exported
+        model = load_graph(graph / "model.onnx")
+        specs = checkpoint.plan.weights.values()
+        runs = len(checkpoint.family.runs(checkpoint.config))
+        uses = runs // len(checkpoint.family.blocks(checkpoint.config))  # of a weight that its layers share
+        inputs = sum(spec.input_bits is not None for spec in specs) * uses - 2 * runs  # query, key and value share one
+        outputs = sum(spec.output_bits is not None for spec in specs) * uses
+        softmax = runs if checkpoint.plan.attention == "int8" else 0
+        assert len(nodes(model, "QuantizeLinear")) == inputs + outputs + softmax
+        scales = [float(constant(node.inputs[1])) for node in nodes(model, "QuantizeLinear")]
+        assert sum(scale == np.float32(SOFTMAX_SCALE) for scale in scales) == softmax
+
+    def test_inputs_outputs_and_opset_are_as_said(
+        self, exported: tuple[Checkpoint, Path], family: str, task: str
+    ) -> None:
+        _, graph = exported
+        model, spec = load_graph(graph / "model.onnx"), load_spec(graph)
+        assert [value.name for value in model.graph.inputs] == list(FAMILIES[family].inputs) == list(spec.inputs)
+        for value in model.graph.inputs:
+            assert value.dtype == ir.DataType.INT64
+            assert [str(size) for size in value.shape or []] == ["batch", "sequence"]
+        sizes = {"scores": "1", "classes": str(len(tiny.CLASSES.get(task, "01"))), "labels": "3"}
+        sizes["hidden"] = str(tiny.HIDDEN)
+        for output, (name, axes) in zip(model.graph.outputs, TASKS[task].outputs.items(), strict=True):
+            assert (output.name, output.dtype, [str(size) for size in output.shape or []]) == (
+                name,
+                ir.DataType.FLOAT,
+                [sizes.get(axis, axis) for axis in axes],
+            )
+        assert spec.outputs == TASKS[task].outputs
+        assert len(spec.labels) == {"embedding": 0, "reranking": 1}.get(task, len(spec.labels))
+        assert model.opset_imports[""] == TARGETS["cpu"].opset
+        assert set(model.opset_imports) == {""}
+        assert (spec.task, spec.max_length, spec.pad_id) == (task, tiny.POSITIONS, 1 if family == "roberta" else 0)
+        files = {"model.onnx", "spec.json", "tokenizer.json", "verify.json"}
+        assert {path.name for path in graph.iterdir()} == files
+
+    @pytest.mark.parametrize(
+        ("batch", "sequence", "padding"), [(1, 1, 0), (1, tiny.POSITIONS, 0), (4, 9, 4), (3, 2, 1)]
+    )
+    def test_onnx_runtime_and_pytorch_agree(
+        self, exported: tuple[Checkpoint, Path], family: str, task: str, batch: int, sequence: int, padding: int
+    ) -> None:
+        """Unoptimized, so that every node runs as written. Where no code moves both differ by float32 rounding alone; a
+        code that moves by one step changes these outputs by a few thousandths."""
+        checkpoint, graph = exported
+        feeds = baked.feeds(family, batch, sequence, padding=padding)
+        outputs = onnx_text.run(graph / "model.onnx", feeds)
+        with pytorch.load(checkpoint.path, task=task, exact=True) as reference:
+            answers = reference.run(feeds)
+        assert set(outputs) == set(answers) == set(TASKS[task].outputs)
+        for found, wanted in ((outputs[name], answers[name]) for name in answers):
+            assert found.shape == wanted.shape
+            np.testing.assert_allclose(found, wanted, atol=0.02 * max(1.0, float(np.abs(wanted).max())))
+            if batch > 1:
+                assert (np.abs(found - wanted) < 1e-5).reshape(batch, -1).all(axis=1).mean() >= 0.5
+
+    def test_a_row_of_padding_alone_is_finite(self, exported: tuple[Checkpoint, Path], family: str) -> None:
+        _, graph = exported
+        feeds = baked.feeds(family, 2, 6)
+        feeds["attention_mask"][0] = 0
+        both = onnx_text.run(graph / "model.onnx", feeds)
+        alone = onnx_text.run(graph / "model.onnx", {name: array[1:] for name, array in feeds.items()})
+        for name, outputs in both.items():
+            assert np.isfinite(outputs).all()
+            np.testing.assert_allclose(outputs[1], alone[name][0], atol=1e-5)  # rows do not see each other
+
+
+@pytest.mark.parametrize("placement", ["inputs", "inputs-outputs"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trained_model_of_each_family_runs_alike_in_both_runtimes(
+    family: str,
+    placement: str,
+    tiny_checkpoint: Callable[..., Path],
+    tiny_graph: Callable[..., Path],
+) -> None:
+    """On its real dev sentences, as ONNX Runtime optimizes the plain file."""
+    from engines.parity.compare import run_all
+    from nxm_export.data.examples import encode, load_raw, load_tokenizer, with_classes
+
+    checkpoint, graph = tiny_checkpoint(family), tiny_graph(family, placement)
+    spec, plan = load_spec(graph), at_placement(open_checkpoint(checkpoint).plan, placement)
+    examples = with_classes(load_raw(str(checkpoint.parent / "dev.tsv"), "dev"), spec.labels)
+    features = encode(load_tokenizer(graph), examples, spec.max_length, spec.inputs)
+
+    class Graph:
+        inputs, outputs = spec.inputs, tuple(spec.outputs)
+
+        def run(self, feeds: Any) -> Any:
+            return onnx_text.run(graph / "model.onnx", feeds, optimize=True)
+
+    found = run_all(Graph(), features, spec)["logits"]  # type: ignore[arg-type]
+    for exact in (False, True):
+        with pytorch.load(checkpoint, task=spec.task, plan=plan, exact=exact) as reference:
+            wanted = run_all(reference, features, spec)["logits"]
+        assert (found.argmax(-1) == wanted.argmax(-1)).all()
+        error = np.abs(found - wanted).max(axis=-1)
+        assert np.median(error) < 1e-5  # no code moved in most sentences
+        assert error.max() < 0.1 * np.abs(wanted).max()
+    labels = np.array([sample["labels"] for sample in features])
+    assert (found.argmax(-1) == labels).mean() > 0.8  # it learned something, so the comparison means something
+
+
+class TestSharedLayers:
+    """ALBERT: three layers of two blocks, so that one runs twice and the other once; with INT8 attention and residual."""
+
+    @pytest.fixture(scope="class")
+    def checkpoint(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        out = tmp_path_factory.mktemp("shared")
+        baked.write_checkpoint("albert", out, layers=3, attention="int8", options={"num_hidden_groups": 2})
+        plan = json.loads((out / "nxm_plan.json").read_text())
+        (out / "nxm_plan.json").write_text(json.dumps({**plan, "residual": "int8"}))
+        return out
+
+    @pytest.mark.parametrize(
+        ("target", "placement", "lowering"),
+        variants(
+            [
+                *itertools.product(TARGETS, ("inputs", "inputs-outputs", "products", "attention"), ("matmul",)),
+                ("cpu", "inputs-outputs", "gemm"),
+                ("trt", "inputs-outputs", "conv1x1"),
+            ],
+            lambda case: case in (("cpu", "attention", "matmul"), ("cpu", "inputs-outputs", "gemm")),
+        ),
+    )
+    def test_a_shared_weight_is_stored_once_and_every_use_has_the_same_scales(
+        self,
+        checkpoint: Path,
+        tmp_path: Path,
+        traced_once: Callable[[pytest.MonkeyPatch], None],
+        monkeypatch: pytest.MonkeyPatch,
+        target: str,
+        placement: str,
+        lowering: str,
+    ) -> None:
+        traced_once(monkeypatch)
+        opened = open_checkpoint(checkpoint)
+        plan = at_placement(opened.plan, placement)
+        done = export(checkpoint, tmp_path / "graph", target=target, placement=placement, lowering=lowering)
+        model, uses = load_graph(done.path), [2, 1]
+        stored = "_dense" if target == "trt8" else "_quantized"
+        for block, count in zip(opened.family.blocks(opened.config), uses, strict=True):
+            for name in (name for name in plan.weights if name.startswith(f"{block}.")):
+                path = name.removesuffix(".weight")
+                read = [weight for weight in graph_weights(model) if weight.name == f"{name}{stored}"]
+                assert len(read) == count
+                assert [weight.node.name for weight in read] == [path, f"{path}.use2"][:count]
+                assert sum(key.startswith(f"{name}{stored}") for key in model.graph.initializers) == 1
+                pairs = [node for node in nodes(model, "QuantizeLinear") if (node.name or "").startswith(f"{path}.")]
+                scales = {id(node.inputs[1]) for node in pairs if ".output" in str(node.name)}
+                assert len(scales) == (plan.weights[name].output_bits is not None)
+        assert len([row for row in done.report.weights if row.planned]) == len(plan.weights)
+        if target == "cpu":
+            feeds = baked.feeds("albert", 6, 12, padding=4)
+            found = onnx_text.run(done.path, feeds)["logits"]
+            with pytorch.load(checkpoint, task="classification", plan=plan, exact=True) as reference:
+                wanted = reference.run(feeds)["logits"]
+            # as above: most rows differ by float32 rounding alone, and a code that moves shows in the second digit
+            np.testing.assert_allclose(found, wanted, atol=0.02 * max(1.0, float(np.abs(wanted).max())))
+            assert (np.abs(found - wanted) < 1e-5).all(axis=1).mean() >= 0.5
+
+
+class TestTensorRtTarget:
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_the_whole_graph_is_in_its_dtype(self, made: Made, dtype: str) -> None:
+        path, graph = made("bert", options={"target": "trt", "dtype": dtype})
+        checkpoint, model = open_checkpoint(path), load_graph(graph / "model.onnx")
+        kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
+        assert model.opset_imports[""] == 21
+        assert model.metadata_props["nxm.placement"] == "inputs-outputs"
+        floats = {str(value.dtype) for value in model.graph.initializers.values()} - {"INT8", "INT64", "INT32", "BOOL"}
+        assert floats == {str(ir.DataType.from_numpy(kind))}
+        assert all(str(value.dtype) == "FLOAT" for value in model.graph.outputs)
+        for name in checkpoint.plan.weights:
+            stored = constant(model.graph.initializers[f"{name}_scale"])
+            assert stored.dtype == kind
+            np.testing.assert_array_equal(stored, checkpoint.weight_scale(name).astype(kind))
+            codes = constant(model.graph.initializers[f"{name}_quantized"])
+            np.testing.assert_array_equal(codes, checkpoint.codes(name).T)
+
+    def test_the_rounding_of_scales_is_measured(self, made: Made) -> None:
+        path, graph = made("bert", options={"target": "trt", "dtype": "float16"})
+        checkpoint, done = open_checkpoint(path), made.done[graph]
+        scales = np.concatenate([np.atleast_1d(scale) for scale in checkpoint.scales.values()])
+        worst = np.max(np.abs(scales.astype(np.float16).astype(np.float32) - scales) / scales)
+        assert done.scale_rounding == pytest.approx(float(worst))
+        assert 0 < worst <= 2.0**-11  # half a unit in the last place of float16
+        assert done.bytes == done.path.stat().st_size
+
+    def test_half_precision_computes_nearly_the_same(self, made: Made) -> None:
+        """ONNX Runtime runs the float16 graph on the CPU, node by node; the reference has its scales rounded, too."""
+        path, graph = made("bert", options={"target": "trt", "dtype": "float16"})
+        feeds = baked.feeds("bert", 8, 12, padding=3)
+        feeds["attention_mask"][1] = 0
+        found = onnx_text.run(graph / "model.onnx", feeds)["logits"]
+        assert np.isfinite(found).all()
+        with pytorch.load(path, task="classification", scale_dtype="float16", exact=True) as reference:
+            wanted = reference.run(feeds)["logits"]
+        rows = [row for row in range(8) if row != 1]  # what a row of padding alone gives is nobody's business
+        np.testing.assert_allclose(found[rows], wanted[rows], atol=0.05)  # codes move by half precision sums
+
+    def test_a_scale_that_float16_cannot_hold_is_refused_and_nothing_is_written(self, tmp_path: Path) -> None:
+        path = baked.write_checkpoint("bert", tmp_path / "checkpoint")
+        scales, weights = load_file(path / "nxm_scales.safetensors"), load_file(path / "model.safetensors")
+        name = "bert.encoder.layer.0.output.dense.weight"
+        for tensors, key in ((scales, f"{name}_scale"), (weights, name)):
+            tensors[key] = tensors[key].copy()
+            tensors[key][3] *= np.float32(2.0**-18)  # a power of two keeps the weights on their grid
+        save_file(scales, path / "nxm_scales.safetensors")
+        save_file(weights, path / "model.safetensors", {"format": "pt"})
+        open_checkpoint(path).require_valid()
+        with pytest.raises(ExportError, match=rf"{name}: scale .* is not a normal float16 number .* --dtype bfloat16"):
+            export(path, tmp_path / "graph", target="trt")
+        assert sorted(item.name for item in tmp_path.iterdir()) == ["checkpoint"]
+
+
+class TestPlans:
+    @pytest.fixture(scope="class")
+    def mixed(self, made: Made) -> tuple[Path, Path]:
+        """Low bits, a pattern alone, and dense weights side by side, at the target's own placement."""
+        specs = {"*.key.weight": "2:4", "*.query.weight": "dense", "*.intermediate.dense.weight": "dense"}
+        return made("bert", spec="1:4+W3", specs=specs)
+
+    def test_every_weight_follows_its_own_spec_under_its_own_name(self, mixed: tuple[Path, Path]) -> None:
+        checkpoint, model = open_checkpoint(mixed[0]), load_graph(mixed[1] / "model.onnx")
+        rows = {row.name: row for row in verify(mixed[1] / "model.onnx").weights}
+        found = {weight.name.removesuffix("_quantized"): weight for weight in graph_weights(model)}
+        for name, spec in checkpoint.plan.weights.items():
+            assert found[name].node.name == name.removesuffix(".weight")
+            assert (rows[name].stored, rows[name].planned) == ("INT8" if spec.weight_bits else "FLOAT", str(spec))
+            wanted = checkpoint.codes(name) if spec.weight_bits else checkpoint.weight(name)
+            np.testing.assert_array_equal(found[name].matrix, wanted.T)
+        assert {row.pattern for name, row in rows.items() if name.endswith("key.weight")} == {"2:4"}
+        products = {node.name: node for node in nodes(model, "MatMul")}
+        for role, quantized in (("query", False), ("key", False), ("value", True)):
+            producer = products[f"bert.encoder.layer.0.attention.self.{role}"].inputs[0].producer()  # type: ignore[union-attr]
+            assert (producer is not None and producer.op_type == "DequantizeLinear") == quantized
+
+    def test_mixed_plans_run_alike_in_both_runtimes(self, mixed: tuple[Path, Path]) -> None:
+        feeds = baked.feeds("bert", 4, 10, padding=2)
+        plan = at_placement(open_checkpoint(mixed[0]).plan, "inputs")
+        with pytorch.load(mixed[0], task="classification", plan=plan, exact=True) as reference:
+            wanted = reference.run(feeds)["logits"]
+        found = onnx_text.run(mixed[1] / "model.onnx", feeds)["logits"]
+        np.testing.assert_allclose(found, wanted, atol=0.02)  # a code or two may move by a step
+
+    def test_the_default_placement_is_the_targets_or_all_that_was_trained(
+        self, made: Made, mixed: tuple[Path, Path]
+    ) -> None:
+        cpu, all_of_it = mixed[1], made("bert", task="regression", attention="int8", options={"target": "trt"})[1]
+        placements = [load_graph(graph / "model.onnx").metadata_props["nxm.placement"] for graph in (cpu, all_of_it)]
+        assert placements == ["inputs", "attention"]
+
+    def test_the_plan_in_the_file_is_the_one_that_was_exported(self, mixed: tuple[Path, Path]) -> None:
+        plan = embedded_plan(load_graph(mixed[1] / "model.onnx"), "x")
+        assert plan == at_placement(open_checkpoint(mixed[0]).plan, "inputs")
+        assert json.loads((mixed[1] / "verify.json").read_text())["file"] == "model.onnx"
+
+    def test_a_placement_that_was_not_trained_is_refused(self, tmp_path: Path) -> None:
+        path = baked.write_checkpoint("bert", tmp_path / "checkpoint", placement="inputs")
+        with pytest.raises(PlanError, match="this plan trained no output quantizers; use placement inputs"):
+            export(path, tmp_path / "graph", placement="inputs-outputs")
+        with pytest.raises(PlanError, match="this plan trained attention in float; use placement inputs"):
+            export(path, tmp_path / "graph", placement="attention")
+
+
+def test_a_dense_model_gives_a_float_graph_with_names(tmp_path: Path) -> None:
+    path = tiny.write_model("distilbert", tmp_path / "dense", head="classification", classes=("a", "b", "c"), layers=1)
+    done = export(path, tmp_path / "graph")
+    model = load_graph(done.path)
+    assert not nodes(model, "QuantizeLinear")
+    assert {"distilbert.transformer.layer.0.ffn.lin1"} <= {node.name for node in nodes(model, "MatMul")}
+    assert load_spec(tmp_path / "graph").labels == ("a", "b", "c")
+    assert model.metadata_props["nxm.placement"] == "float"
+    assert "nxm.plan" not in model.metadata_props
+
+
+@pytest.mark.slow
+def test_a_traced_weight_that_is_not_the_checkpoints_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Query and key swapped by the exporter have the right shapes; only their values tell."""
+    path = baked.write_checkpoint("bert", tmp_path / "checkpoint")
+    trace = exporter._trace
+
+    def swapped(*arguments: Any) -> Any:
+        model = trace(*arguments)
+        query, key = (
+            model.graph.initializers[f"bert.encoder.layer.0.attention.self.{role}.weight"] for role in ("query", "key")
+        )
+        query.const_value, key.const_value = key.const_value, query.const_value
+        return model
+
+    monkeypatch.setattr(exporter, "_trace", swapped)
+    with pytest.raises(ExportError, match=r"query\.weight: the traced graph holds other values than the checkpoint"):
+        export(path, tmp_path / "graph")
+    assert not (tmp_path / "graph").exists()
+
+
+class TestBadInput:
+    @pytest.fixture(scope="class")
+    def checkpoint(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return baked.write_checkpoint("bert", tmp_path_factory.mktemp("bad") / "checkpoint")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"target": "gpu"}, "unknown target 'gpu'; choose one of cpu, trt"),
+            ({"dtype": "int8"}, "unknown dtype 'int8'; choose one of float32, float16, bfloat16"),
+            ({"placement": "outputs"}, "unknown placement 'outputs'"),
+            ({"task": "regression"}, "its head is classification, not regression"),
+            ({"task": "translation"}, "unknown task 'translation'"),
+        ],
+    )
+    def test_an_option_that_makes_no_sense_is_refused(
+        self, checkpoint: Path, tmp_path: Path, options: dict[str, str], message: str
+    ) -> None:
+        with pytest.raises(NxmError, match=message):
+            export(checkpoint, tmp_path / "graph", **options)  # type: ignore[arg-type]
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_encoder_without_head_is_refused(self, tmp_path: Path) -> None:
+        path = tiny.write_model("bert", tmp_path / "encoder")
+        with pytest.raises(ExportError, match="it has no head of a supported kind; fine-tune it first"):
+            export(path, tmp_path / "graph")
+        with pytest.raises(ExportError, match="its head is none of a supported kind, not classification"):
+            export(path, tmp_path / "graph", task="classification")
+
+    def test_a_foreign_directory_is_not_replaced(self, checkpoint: Path, tmp_path: Path) -> None:
+        (tmp_path / "thesis.tex").write_text("years of work")
+        with pytest.raises(ArtifactError, match="nxm-export did not make it"):
+            export(checkpoint, tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+    @pytest.mark.parametrize("missing", ["nowhere", "a/b/c"])
+    def test_a_missing_checkpoint_is_named(self, tmp_path: Path, missing: str) -> None:
+        with pytest.raises(ArtifactError, match="no such directory"):
+            export(tmp_path / missing, tmp_path / "graph")
+
+    def test_a_checkpoint_that_breaks_its_plan_is_refused(self, checkpoint: Path, tmp_path: Path) -> None:
+        copy = shutil.copytree(checkpoint, tmp_path / "copy")
+        tensors = load_file(copy / "model.safetensors")
+        name = "bert.encoder.layer.0.attention.self.key.weight"
+        tensors[name] = np.abs(tensors[name]) + 0.1
+        save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ArtifactError, match=r"key\.weight is planned 2:4"):
+            export(copy, tmp_path / "graph")
+
+    def test_a_plan_with_three_quantizers_where_one_tensor_is_read_is_refused(
+        self, checkpoint: Path, tmp_path: Path
+    ) -> None:
+        copy = shutil.copytree(checkpoint, tmp_path / "copy")
+        scales = load_file(copy / "nxm_scales.safetensors")
+        scales["bert.encoder.layer.0.attention.self.value.input_scale"] = np.array(0.5, np.float32)
+        save_file(scales, copy / "nxm_scales.safetensors")
+        with pytest.raises(ArtifactError, match="read the same tensor with different input scales"):
+            export(copy, tmp_path / "graph")

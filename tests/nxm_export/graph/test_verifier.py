@@ -1,0 +1,255 @@
+"""`nxm verify` on graphs written by hand: one good graph, and that graph with one thing wrong, each found by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
+from nxm_export.errors import ArtifactError, ExportError, PlanError
+from nxm_export.graph.verifier import GraphReport, verify
+from tests.support import onnx_text
+
+# (K, N) = (8, 2). Channel 0 keeps inputs 0, 1, 4, 6 and channel 1 keeps 1, 3, 4, 7: 2:4 along K, and no tighter.
+WEIGHTS = "{1,0, 3,2, 0,0, 0,-4, 5,9, 0,0, -7,0, 0,8}"
+GOOD = f"""
+    g (float[batch, 8] x) => (float[batch, 2] y)
+    <float sx = {{0.5}}, int8 zx = {{0}}, float sy = {{2.0}}, int8 zy = {{0}},
+     int8[8, 2] w_quantized = {WEIGHTS}, float[2] sw = {{0.5, 0.25}}, int8[2] zw = {{0, 0}},
+     float[2] b = {{1.0, -1.0}}>
+    {{
+      [x_q] xq = QuantizeLinear(x, sx, zx)
+      [x_dq] xd = DequantizeLinear(xq, sx, zx)
+      [w_dq] wd = DequantizeLinear <axis = 1>(w_quantized, sw, zw)
+      [product] m = MatMul(xd, wd)
+      z = Add(m, b)
+      [y_q] zq = QuantizeLinear(z, sy, zy)
+      [y_dq] y = DequantizeLinear(zq, sy, zy)
+    }}
+"""
+SPEC = WeightSpec(NMPattern(2, 4), 8, 8, 8)
+
+
+def plan(spec: WeightSpec = SPEC, name: str = "w") -> CompressionPlan:
+    return CompressionPlan("bert", {name: spec}, {name: (2, 8)})
+
+
+def check(
+    tmp_path: Path, text: str = GOOD, *, pattern: str | None = "2:4", planned: CompressionPlan | None = None
+) -> GraphReport:
+    file = onnx_text.save(text, tmp_path / "model.onnx")
+    return verify(file, plan=planned, pattern=NMPattern.parse(pattern) if pattern else None)
+
+
+def problems(report: GraphReport) -> list[str]:
+    return [f"{weight.name}: {text}" for weight in report.weights for text in weight.problems] + report.problems
+
+
+def test_a_good_graph_has_no_problem(tmp_path: Path) -> None:
+    report = check(tmp_path, planned=plan())
+    assert report.passed
+    report.require()
+    (weight,) = report.weights
+    assert (weight.name, weight.op, weight.k, weight.n, weight.stored) == ("w", "MatMul", 8, 2, "INT8")
+    assert (weight.scale_axis, weight.zeros, weight.pattern, weight.planned) == ("N", 0.5, "2:4", "2:4+W8")
+    assert (report.quantize_nodes, report.dequantize_nodes) == (2, 3)
+    assert json.loads(json.dumps(report.to_dict()))["passed"] is True
+
+
+ORPHAN = "      [lost] lq = QuantizeLinear(z, sy, zy)\n      lc = Cast <to = 1>(lq)\n      y0 = Add(y1, lc)\n      y = Identity(y0)\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        # one number in the weight: a third value in the second group of channel 1, which is inputs 4 to 7
+        ("5,9, 0,0, -7,0, 0,8", "5,9, 0,1, -7,0, 0,8", "w: not 2:4 along K: 1 of 4 groups keep more than 2"),
+        # 2:4 along N is not 2:4: rows 0 and 1 full, so channel 0 keeps inputs 0, 1, 2
+        ("{1,0, 3,2, 0,0, 0,-4", "{1,2, 3,4, 5,0, 0,0", "w: not 2:4 along K: 1 of 4 groups keep more than 2"),
+        ("float[2] sw = {0.5, 0.25}", "float[8] sw = {1,1,1,1,1,1,1,1}", "w: 8 scales for 2 output channels"),
+        ("sw = {0.5, 0.25}", "sw = {0.5, 0.0}", "w: a scale is not a positive number"),
+        ("sw = {0.5, 0.25}", "sw = {0.5, -0.25}", "w: a scale is not a positive number"),
+        ("sw = {0.5, 0.25}", "sw = {0.5, 1e-40}", "w: a scale of 1e-40 is subnormal in float32"),
+        ("zw = {0, 0}", "zw = {0, 1}", "w: its zero point is not 0, and TensorRT refuses asymmetric weights"),
+        ("int8 zx = {0}", "int8 zx = {3}", "x_q: zero point 3 is not 0, and TensorRT refuses asymmetric activations"),
+        ("float sx = {0.5}", "float sx = {0.0}", "x_q: its scale is not a positive number"),
+        ("float sx = {0.5}", "float sx = {1e-40}", "x_q: its scale of 1e-40 is subnormal in float32"),
+        ("DequantizeLinear(xq, sx, zx)", "DequantizeLinear(xq, sy, zx)", "x_q: quantizes with another scale than x_dq dequantizes with"),
+        ("float sx = {0.5}, int8 zx = {0}", "float[8] sx = {1,1,1,1,1,1,1,1}, int8[8] zx = {0,0,0,0,0,0,0,0}", "x_q: 8 scales on an activation; only one per tensor"),
+        ("[y_dq] y = DequantizeLinear(zq, sy, zy)", "y = Cast <to = 1>(zq)", "y_q: quantizes into Cast; an orphan without DequantizeLinear"),
+        ("[y_dq] y = DequantizeLinear(zq, sy, zy)", "y = Identity(z)", "y_q: quantizes into nothing; an orphan without DequantizeLinear"),
+        ("[x_q] xq = QuantizeLinear(x, sx, zx)", "c = Clip(x) xq = Cast <to = 3>(c)", "x_dq: dequantizes what nothing quantized"),
+        ("[x_q] xq = QuantizeLinear(x, sx, zx)", "s = ReduceMax <keepdims = 0>(x) [x_q] xq = QuantizeLinear(x, s, zx)", "x_q: its scale is not a constant: dynamic quantization, which TensorRT does not take"),
+        ("[x_q] xq = QuantizeLinear(x, sx, zx)", "[dyn] u, us, uz = DynamicQuantizeLinear(x) [x_q] xq = QuantizeLinear(x, sx, zx)", "dyn: dynamic quantization, which TensorRT does not take"),
+        ("[x_q] xq = QuantizeLinear(x, sx, zx)", "[x_q] xq = QuantizeLinear(x, sx, zx) [twin] tq = QuantizeLinear(x, sx, zx) t = DequantizeLinear(tq, sx, zx)", "x_q, twin: 2 QuantizeLinear nodes on one tensor"),
+        ("MatMul(xd, wd)", "com.microsoft.MatMulNBits <K = 8, N = 2, bits = 4, block_size = 16>(xd, b, sw)", "1 MatMulNBits nodes: its weights are packed and cannot be checked"),
+    ],
+)  # fmt: skip
+def test_one_thing_wrong_is_found_and_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in GOOD
+    report = check(tmp_path, GOOD.replace(old, new))
+    assert any(message in problem for problem in problems(report)), problems(report)
+    assert not report.passed
+    with pytest.raises(ExportError, match=r"model\.onnx"):
+        report.require()
+
+
+def test_scales_along_k_are_found_where_k_and_n_are_equal(tmp_path: Path) -> None:
+    """The shapes fit either way there, and TensorRT would run the product in float without a word."""
+    text = """
+        g (float[batch, 4] x) => (float[batch, 4] y)
+        <int8[4, 4] w = {1,0,0,0, 0,1,0,0, 0,0,1,0, 0,0,0,1}, float[4] s = {1,2,3,4}, int8[4] z = {0,0,0,0}>
+        { wd = DequantizeLinear <axis = AXIS>(w, s, z)  y = MatMul(x, wd) }
+    """
+    assert check(tmp_path, text.replace("AXIS", "1"), pattern="1:4").passed
+    report = check(tmp_path, text.replace("AXIS", "0"), pattern="1:4")
+    assert "its scales lie along K, the reduced axis" in problems(report)[0]
+
+
+def test_a_subnormal_half_precision_scale_is_found(tmp_path: Path) -> None:
+    text = """
+        g (float16[batch, 2] x) => (float16[batch, 2] y)
+        <int8[2, 2] w = {1,0,0,1}, int8[2] z = {0,0}>
+        { s32 = Constant <value = float[2] {SCALES}>() s = Cast <to = 10>(s32)
+          wd = DequantizeLinear <axis = 1>(w, s, z)  y = MatMul(x, wd) }
+    """
+    import onnx_ir as ir
+
+    for scale, message in ((6.2e-5, None), (3e-5, "a scale of 3e-05 is subnormal in float16 (below 6.1e-05)")):
+        model = onnx_text.model(text.replace("SCALES", f"1.0, {scale}"))
+        cast = next(node for node in model.graph if node.op_type == "Cast")
+        value = ir.Value(name="s16", const_value=ir.tensor(np.array([1.0, scale], np.float16), name="s16"))
+        model.graph.register_initializer(value)
+        for user in list(cast.outputs[0].consumers()):
+            user.replace_input_with(1, value)
+        report = verify(onnx_text.save(model, tmp_path / "half.onnx"))
+        assert (problems(report) == []) if message is None else (message in problems(report)[0])
+
+
+def test_blocked_scales_are_no_integer_kernel(tmp_path: Path) -> None:
+    text = """
+        g (float[batch, 4] x) => (float[batch, 2] y)
+        <int8[4, 2] w = {1,0, 0,1, 1,0, 0,1}, float[2, 2] s = {1,1, 1,1}, int8[2, 2] z = {0,0, 0,0}>
+        { wd = DequantizeLinear <axis = 0, block_size = 2>(w, s, z)  y = MatMul(x, wd) }
+    """
+    assert problems(check(tmp_path, text, pattern=None)) == [
+        "w: it has several scales along K (blocks): no integer kernel can apply them"
+    ]
+
+
+class TestAgainstAPlan:
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            ("MatMul(xd, wd)", "MatMul(x, wd)", "w: its input is planned INT8, and no QuantizeLinear and DequantizeLinear stand before it"),
+            ("z = Add(m, b)", "z0 = Add(m, b) z = Relu(z0)", "w: its output is planned INT8, and no QuantizeLinear stands behind it"),
+            ("[y_q] zq = QuantizeLinear(z, sy, zy)\n      [y_dq] y = DequantizeLinear(zq, sy, zy)", "y = Identity(z)", "w: its output is planned INT8"),
+            ("w_quantized", "other_quantized", "w is planned and not in the graph under its name"),
+        ],
+    )  # fmt: skip
+    def test_a_missing_quantizer_or_weight_is_found(self, tmp_path: Path, old: str, new: str, message: str) -> None:
+        assert old in GOOD
+        report = check(tmp_path, GOOD.replace(old, new), pattern=None, planned=plan())
+        assert any(message in problem for problem in problems(report)), problems(report)
+
+    def test_a_code_beyond_the_planned_bits_is_found(self, tmp_path: Path) -> None:
+        four = WeightSpec(NMPattern(2, 4), 4, 8, 8)
+        assert problems(check(tmp_path, planned=plan(four))) == ["w: a code exceeds 7, the planned 4 bits"]
+
+    def test_a_weight_in_float_that_was_planned_in_integers_is_found(self, tmp_path: Path) -> None:
+        text = "g (float[b, 4] x) => (float[b, 1] y) <float[4, 1] w = {1,0,0,2}> { y = MatMul(x, w) }"
+        found = problems(check(tmp_path, text, pattern=None, planned=plan(WeightSpec(None, 8, 8))))
+        assert "w: planned W8, and stored as FLOAT" in found
+
+    def test_k_that_m_does_not_divide_is_said(self, tmp_path: Path) -> None:
+        text = "g (float[b, 6] x) => (float[b, 1] y) <int8[6, 1] w = {1,0,0,0,0,0}, float s = {1.0}> { d = DequantizeLinear(w, s) y = MatMul(x, d) }"
+        assert problems(check(tmp_path, text)) == ["w: not 2:4 along K: K is 6, which is not divisible by 4"]
+
+    def test_the_plan_inside_the_file_is_used_and_a_spoiled_one_refused(self, tmp_path: Path) -> None:
+        model = onnx_text.model(GOOD)
+        model.metadata_props["nxm.plan"] = plan(WeightSpec(NMPattern(1, 4), 8, 8, 8)).to_json()
+        report = verify(onnx_text.save(model, tmp_path / "model.onnx"))
+        assert "not 1:4 along K: 4 of 4 groups keep more than 1" in problems(report)[0]
+        model.metadata_props["nxm.plan"] = "{"
+        with pytest.raises(PlanError, match=r"model\.onnx \(metadata\): not valid JSON"):
+            verify(onnx_text.save(model, tmp_path / "model.onnx"))
+
+
+def test_a_required_pattern_is_not_met_by_having_no_quantized_weight(tmp_path: Path) -> None:
+    text = "g (float[b, 4] x) => (float[b, 1] y) <float[4, 1] w = {1,0,0,2}> { y = MatMul(x, w) }"
+    assert check(tmp_path, text, pattern=None).passed
+    report = check(tmp_path, text, pattern="2:4")
+    assert problems(report) == ["2:4 is required of quantized weights, and the graph has none"]
+
+
+def test_nodes_in_branches_are_checked_too(tmp_path: Path) -> None:
+    text = """
+        g (float[b, 4] x, bool c) => (float[b, 1] y)
+        <int8[4, 1] w = {1,1,1,2}, float s = {1.0}, int8 z = {5}>
+        {
+          y = If (c) <
+            then_branch = a () => (float[b, 1] ya) { d = DequantizeLinear(w, s, z)  ya = MatMul(x, d) },
+            else_branch = e () => (float[b, 1] ye) { ye = ReduceSum <keepdims = 1>(x) }
+          >
+        }
+    """
+    found = problems(check(tmp_path, text))
+    assert any("w: not 2:4 along K" in problem for problem in found)
+    assert any("its zero point is not 0" in problem for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"", "not a readable ONNX model"),
+        (b"\x00" * 100, "not a readable ONNX model"),
+        (b"PK\x03\x04 a zip file", "not a readable ONNX model"),
+        ("text", "not a readable ONNX model"),
+        ("directory", "a directory, not an ONNX file"),
+    ],
+)
+def test_a_file_that_is_no_onnx_is_named(tmp_path: Path, content: bytes | str | None, message: str) -> None:
+    file = tmp_path / "model.onnx"
+    if content == "directory":
+        file.mkdir()
+    elif content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else b"<html>not here</html>")
+    with pytest.raises(ArtifactError, match=message):
+        verify(file)
+
+
+def test_a_truncated_file_is_named_wherever_it_ends(tmp_path: Path) -> None:
+    """Protobuf accepts a file that ends between two fields; it must not pass for a smaller model."""
+    whole = onnx_text.save(GOOD, tmp_path / "whole.onnx").read_bytes()
+    silent = []
+    for size in range(0, len(whole) - 1, 7):
+        (tmp_path / "cut.onnx").write_bytes(whole[:size])
+        try:
+            report = verify(tmp_path / "cut.onnx", plan=plan())
+        except ArtifactError:
+            continue
+        if report.passed:
+            silent.append(size)
+    assert silent == []
+
+
+def test_weights_in_another_file_that_is_missing_are_named(tmp_path: Path) -> None:
+    import onnx_ir as ir
+
+    text = "g (float[b, 256] x) => (float[b, 256] y) <float[256, 256] w = {1}> { y = MatMul(x, w) }"
+    model = onnx_text.model(text.replace("{1}", "{" + ",".join(["1", "0"] * (128 * 256)) + "}"))
+    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
+    assert verify(tmp_path / "model.onnx").passed
+    whole = (tmp_path / "model.onnx.data").read_bytes()
+    for damage in (whole[:1000], b"", None):
+        (tmp_path / "model.onnx.data").unlink() if damage is None else (tmp_path / "model.onnx.data").write_bytes(
+            damage
+        )
+        with pytest.raises(
+            ArtifactError, match=r"the file is truncated, or its \.data file is missing|not a readable ONNX"
+        ):
+            verify(tmp_path / "model.onnx")

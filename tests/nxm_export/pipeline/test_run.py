@@ -1,0 +1,271 @@
+"""`nxm run` from outside: one JSON object, stages that are skipped when up to date, kill -9 and resume, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from nxm_export.cli import main
+from tests.support import tiny
+from tests.support.variants import variants
+
+OPTIONS = ["--dense-steps=40", "--steps=24", "--batch-size=16", "--learning-rate=1e-3", "--dense-learning-rate=3e-3"]
+
+
+class Desk:
+    """A directory with a tiny encoder and its data."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.model = tiny.write_model("bert", home / "encoder")
+        self.train, self.dev = tiny.write_data(home)
+
+    def arguments(self, out: Path, *more: str, **changed: Path) -> list[str]:
+        files = {"model": self.model, "train": self.train, "dev": self.dev, **changed}
+        return ["run", *(f"--{name}={path}" for name, path in files.items()), f"--out={out}", *OPTIONS, *more]
+
+    def nxm(self, *arguments: str) -> Result:
+        return CliRunner().invoke(main, arguments)
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "nxm_export", *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    return Desk(tmp_path_factory.mktemp("desk"))
+
+
+@pytest.fixture(scope="module")
+def finished(desk: Desk) -> tuple[Path, dict[str, Any], str]:
+    """(run directory, what --json printed, what stood on stderr)"""
+    out = desk.home / "run"
+    process = desk.start(*desk.arguments(out, "--json"))
+    printed, complaints = process.communicate()
+    assert process.returncode == 0, complaints
+    return out, json.loads(printed), complaints
+
+
+def states(run: Path) -> dict[str, int]:
+    """When every file of a run was written, but for those that a command leaves about itself."""
+    return {str(file.relative_to(run)): file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
+
+
+def test_the_json_has_what_scripts_need(finished: tuple[Path, dict[str, Any], str]) -> None:
+    run, summary, _ = finished
+    assert summary["metric"] == "accuracy"
+    assert summary["dev_samples"] == tiny.DEV_SAMPLES
+    assert 0.5 < summary["compressed"] <= 1
+    assert 0.5 < summary["dense"] <= 1
+    assert set(summary["compression"]) >= {"values", "packed", "hw"}
+    assert summary["compression"]["values"] == 0.875  # half of the weights, a quarter of the bits
+    for report in summary["parity"].values():
+        assert report["agreement"] >= 0.9
+        assert report["max_abs"] >= 0
+    for row in summary["latency_ms"].values():
+        for timing in row if isinstance(row, list) else [row]:
+            assert timing["median"] > 0
+            assert (timing["batch"], timing["seq"]) > (0, 0)
+    assert all(Path(path).exists() for path in summary["artifacts"].values())
+    assert {Path(path).is_relative_to(run) for path in summary["artifacts"].values()} == {True}
+
+
+def test_json_means_no_progress_and_no_chatter_of_libraries(finished: tuple[Path, dict[str, Any], str]) -> None:
+    assert finished[2] == ""
+
+
+def test_run_again_skips_everything_and_says_the_same(desk: Desk, finished: tuple[Path, dict[str, Any], str]) -> None:
+    run, summary, _ = finished
+    before = states(run)
+    again = desk.nxm(*desk.arguments(run, "--json"))
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout) == summary
+    changed = {file for file, when in states(run).items() if before.get(file) != when}
+    assert not {file for file in changed if Path(file).parts[0] not in ("logs", "run.log", ".lock")}, changed
+
+
+def test_a_moved_run_shows_its_table_from_where_it_lies(
+    desk: Desk, finished: tuple[Path, dict[str, Any], str], tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(finished[0], moved)
+    shown = desk.nxm("show", str(moved), "--json")
+    assert shown.exit_code == 0
+    summary = json.loads(shown.stdout)
+    assert {Path(path).is_relative_to(moved) for path in summary["artifacts"].values()} == {True}
+    assert summary["compressed"] == finished[1]["compressed"]
+
+
+@pytest.mark.slow
+def test_other_options_are_worked_out_again_from_the_stage_that_they_touch(
+    desk: Desk, finished: tuple[Path, dict[str, Any], str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    before = states(run)
+    result = desk.nxm(*desk.arguments(run, "--json", "--weight-bits=4"))
+    assert result.exit_code == 0, result.output
+    summary, after = json.loads(result.stdout), states(run)
+    assert summary["compression"]["values"] == 0.9375
+    assert summary["dense"] == finished[1]["dense"]
+    untouched = {file for file in before if file.startswith("dense/")}
+    assert untouched
+    assert {file for file in untouched if after[file] != before[file]} == set()
+    assert after["checkpoint/model.safetensors"] != before["checkpoint/model.safetensors"]
+
+
+@pytest.mark.slow
+def test_a_placement_that_no_graph_with_outputs_can_hold_leaves_that_engine_out(desk: Desk, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = desk.nxm(*desk.arguments(run, "--json", "--placement=products", "--steps=4"))
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (run / "onnx").iterdir()) == ["cpu", "dense", "trt"]
+    made = {path.name for path in (run / "engines").iterdir()}
+    assert {"ort-cpu-fp32", "ort-cpu-int8"} <= made
+    assert "ort-cpu-int8-outputs" not in made
+    assert min(report["agreement"] for report in json.loads(result.stdout)["parity"].values()) >= 0.9
+
+
+@pytest.mark.parametrize("mark", variants(["qat", "dense"], ("qat",)))
+def test_killed_and_run_again_it_ends_as_if_nothing_had_happened(
+    desk: Desk, finished: tuple[Path, dict[str, Any], str], tmp_path: Path, mark: str
+) -> None:
+    run = tmp_path / "run"
+    if mark == "qat":  # the dense model is there: only compression is killed
+        shutil.copytree(finished[0], run)
+        shutil.rmtree(run / "checkpoint")
+    process = desk.start(*desk.arguments(run, "--json"))
+    _wait(lambda: any(run.rglob("checkpoint-*")) or process.poll() is not None)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (run / "checkpoint").exists()
+    again = desk.nxm(*desk.arguments(run, "--json"))
+    assert again.exit_code == 0, again.output
+    summary = json.loads(again.stdout)
+    wanted = finished[1]
+    assert (summary["dense"], summary["compressed"]) == (wanted["dense"], wanted["compressed"])
+    masks = [json.loads((Path(s["artifacts"]["checkpoint"]) / "metrics.json").read_text()) for s in (summary, wanted)]
+    assert masks[0]["mask_hash"] == masks[1]["mask_hash"]
+
+
+def test_two_runs_into_one_directory_do_not_mix(desk: Desk, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = desk.start(*desk.arguments(run, "--json"))
+    _wait(lambda: any(run.rglob("checkpoint-*")) or first.poll() is not None)
+    second = desk.nxm(*desk.arguments(run))
+    first.kill()
+    first.communicate()
+    assert second.exit_code == 1
+    assert "another" in second.output
+
+
+def test_dry_run_estimates_and_writes_nothing(desk: Desk, tmp_path: Path) -> None:
+    result = desk.nxm(*desk.arguments(tmp_path / "run", "--dry-run", "--json"))
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _lines(file: Path, *lines: str) -> Path:
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+BAD_DATA: dict[str, tuple[list[str], str]] = {
+    "no rows": (["sentence\tlabel"], "no rows|empty|no samples"),
+    "one class": (["sentence\tlabel", *["good film\t1"] * 40], "one class"),
+    "another column": (["words\tlabel", "good film\t1", "bad film\t0"], "column"),
+    "a row too short": (["sentence\tlabel", "good film\t1", "bad film"], r"bad\.tsv:3"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_training_data_is_named_and_nothing_is_left(desk: Desk, tmp_path: Path, name: str) -> None:
+    lines, message = BAD_DATA[name]
+    train = _lines(tmp_path / "bad.tsv", *lines)
+    result = desk.nxm(*desk.arguments(tmp_path / "run", train=train))
+    _refused(result, message)
+    assert not (tmp_path / "run" / "dense").exists()
+
+
+def test_a_dev_label_outside_the_classes_is_named(desk: Desk, tmp_path: Path) -> None:
+    dev = _lines(tmp_path / "dev.tsv", "sentence\tlabel", "good film\t1", "bad film\tmaybe")
+    _refused(desk.nxm(*desk.arguments(tmp_path / "run", dev=dev)), "maybe")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--pattern=3:7"], "divisible by 7"),
+        (["--pattern=4:2"], "4:2"),
+        (["--weight-bits=9"], "9"),
+        (["--keep-dense=*", "--steps=2"], "nothing to compress"),
+        (["--model=nobody/nothing"], "nobody/nothing"),
+        (["--train=/nowhere/train.tsv"], "/nowhere/train.tsv"),
+        (["--dense-learning-rate=1e30"], "loss is nan at step"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_words(desk: Desk, tmp_path: Path, more: list[str], message: str) -> None:
+    result = desk.nxm(*desk.arguments(tmp_path / "run"), *more)
+    _refused(result, message, codes=(1, 2))
+
+
+def test_a_directory_that_is_no_run_is_left_alone(desk: Desk, tmp_path: Path) -> None:
+    mine = tmp_path / "thesis"
+    mine.mkdir()
+    (mine / "chapter.txt").write_text("years of work")
+    _refused(desk.nxm(*desk.arguments(mine)), "thesis")
+    assert [file.name for file in mine.iterdir()] == ["chapter.txt"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_that_may_not_be_written_is_named(desk: Desk, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    _refused(desk.nxm(*desk.arguments(tmp_path / "run")), "run")
+
+
+def test_an_engine_of_another_checkpoint_fails_the_gate(
+    desk: Desk, finished: tuple[Path, dict[str, Any], str], tmp_path: Path
+) -> None:
+    """The same plan, one scale doubled: the engine is not what this checkpoint says."""
+    from safetensors.numpy import load_file, save_file
+
+    checkpoint, engine = tmp_path / "checkpoint", tmp_path / "engine"
+    shutil.copytree(finished[0] / "checkpoint", checkpoint)
+    shutil.copytree(finished[0] / "engines" / "ort-cpu-int8", engine)
+    scales = load_file(checkpoint / "nxm_scales.safetensors")
+    name = "bert.encoder.layer.1.output.dense.input_scale"
+    scales[name] = np.asarray(scales[name] * 2)
+    save_file(scales, checkpoint / "nxm_scales.safetensors")
+    result = desk.nxm("compare", str(checkpoint), str(engine), f"--data={desk.dev}")
+    assert result.exit_code == 3, result.output
+    assert desk.nxm("compare", str(finished[0] / "checkpoint"), str(engine), f"--data={desk.dev}").exit_code == 0
+
+
+def _refused(result: Result, message: str, codes: tuple[int, ...] = (1,)) -> None:
+    import re
+
+    assert result.exit_code in codes, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+    assert "Traceback" not in result.output
+    assert re.search(message, " ".join(result.output.split())), result.output
+
+
+def _wait(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing was saved in time"
+        time.sleep(0.05)

@@ -1,0 +1,145 @@
+"""Compressed checkpoints without training, in a fraction of a second: magnitude mask, max-abs scales, ranges of random input.
+
+Written with numpy alone, so that exporter and engines are tested on files that `compressors` had no part in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nxm_export.contract.checkpoint import read_config, save_plan
+from nxm_export.contract.families import FAMILIES
+from nxm_export.contract.plan import CompressionPlan, WeightSpec
+from tests.support import tiny
+
+
+def write_checkpoint(
+    family: str,
+    out: Path,
+    *,
+    task: str = "classification",
+    spec: str = "2:4+W8",
+    placement: str = "inputs-outputs",
+    attention: str = "float",
+    embedding: str = "float",
+    specs: Mapping[str, str] | None = None,
+    layers: int = 1,
+    classes: tuple[str, ...] = ("0", "1"),
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a tiny compressed checkpoint of `family` to `out` and return it.
+
+    `spec` is a menu entry such as ``2:4+W8``; `specs` are others, for the weights that a glob matches.
+    """
+    from safetensors.numpy import load_file, save_file
+
+    tiny.write_model(family, out, head=task, classes=classes, layers=layers, seed=seed, options=options)
+    config = read_config(out)
+    kind = FAMILIES[family]
+    shapes = kind.weights(config)
+    chosen = {name: next((s for glob, s in (specs or {}).items() if fnmatchcase(name, glob)), spec) for name in shapes}
+    weights = {name: kind.placed(name, WeightSpec.parse(entry), placement) for name, entry in chosen.items()}
+    plan = CompressionPlan(family, weights, shapes, attention, embedding=embedding)
+    tensors, scales = load_file(out / "model.safetensors"), {}
+    for name, weight_spec in plan.weights.items():
+        tensors[name], scale = baked(tensors[name], weight_spec)
+        if scale is not None:
+            scales[f"{name}_scale"] = scale
+    if embedding == "int8":  # a row of a matrix is a channel; a row of the table is a token
+        tensors[kind.table], scales[f"{kind.table}_scale"] = baked_table(tensors[kind.table])
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    scales |= _ranges(out, plan, task)
+    save_plan(out, plan, scales)
+    return out
+
+
+def baked(weight: np.ndarray, spec: WeightSpec) -> tuple[np.ndarray, np.ndarray | None]:
+    """(weight on the pattern and grid of `spec`, scales (out,)); keeps the largest of every group, scales by max-abs."""
+    out, in_ = weight.shape
+    if spec.pattern:
+        groups = np.abs(weight).reshape(out, in_ // spec.pattern.m, spec.pattern.m)
+        rank = groups.argsort(axis=-1)[..., ::-1].argsort(axis=-1)
+        weight = weight * (rank < spec.pattern.n).reshape(out, in_)
+    if spec.qmax is None:
+        return weight.astype(np.float16).astype(np.float32), None
+    scale = (np.abs(weight).max(axis=1) / spec.qmax).astype(np.float32)
+    codes = np.clip(np.rint(weight / scale[:, None]), -spec.qmax, spec.qmax).astype(np.float32)
+    return codes * scale[:, None] + np.float32(0), scale  # never -0.0
+
+
+def baked_table(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(table on its grid, scales (tokens,)): every row's largest value is code 127; rows of zeros have scale 1."""
+    largest = np.abs(table).max(axis=1)
+    scale = np.where(largest > 0, largest / np.float32(127), np.float32(1)).astype(np.float32)
+    return np.rint(table / scale[:, None]).astype(np.float32) * scale[:, None] + np.float32(0), scale
+
+
+def features(samples: int = 24, *, family: str = "bert", seed: int = 0, classes: int = 2) -> list[dict[str, Any]]:
+    """Token features of random sentences with labels, of mixed lengths up to the longest."""
+    rng = np.random.default_rng(seed)
+    vocabulary = len(tiny.WORDS) + 5
+    made = []
+    for _ in range(samples):
+        length = int(rng.integers(2, tiny.POSITIONS + 1))
+        ids = rng.integers(5, vocabulary, length)
+        made.append(
+            {
+                "input_ids": ids.tolist(),
+                "attention_mask": [1] * length,
+                **({"token_type_ids": [0] * length} if "token_type_ids" in FAMILIES[family].inputs else {}),
+                "labels": int(rng.integers(classes)),
+            }
+        )
+    return made
+
+
+def feeds(family: str, batch: int, sequence: int, *, padding: int = 0, seed: int = 0) -> dict[str, np.ndarray]:
+    """Engine inputs: random tokens, the last `padding` of every second row padded."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(5, len(tiny.WORDS) + 5, (batch, sequence))
+    mask = np.ones_like(ids)
+    if padding:
+        mask[::2, sequence - padding :] = 0
+        ids[mask == 0] = 1 if family == "roberta" else 0
+    values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+    return {name: values[name] for name in FAMILIES[family].inputs}
+
+
+def _ranges(path: Path, plan: CompressionPlan, task: str) -> dict[str, np.ndarray]:
+    """Activation scales: the largest value that each linear layer reads and writes over random input, mapped to 127."""
+    import torch
+
+    from nxm_export.contract.tasks import TASKS
+    from nxm_export.hf.model_loading import load_task_model
+
+    model = load_task_model(path, TASKS[task])
+    largest: dict[str, float] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_: Any, args: tuple[Any, ...], output: Any) -> None:
+            for kind, tensor in (("input_scale", args[0]), ("output_scale", output)):
+                largest[f"{name}.{kind}"] = max(largest.get(f"{name}.{kind}", 0.0), float(tensor.abs().max()))
+
+        return hook
+
+    for name in plan.weights:
+        module = name.removesuffix(".weight")
+        model.get_submodule(module).register_forward_hook(watch(module))
+    family = plan.model_type
+    with torch.no_grad():
+        for seed in range(3):
+            batch = feeds(family, 8, tiny.POSITIONS, padding=5, seed=seed + 100)
+            model(**{key: torch.from_numpy(value) for key, value in batch.items()})
+    wanted = {
+        f"{name.removesuffix('.weight')}.{kind}"
+        for name, spec in plan.weights.items()
+        for kind, bits in (("input_scale", spec.input_bits), ("output_scale", spec.output_bits))
+        if bits
+    }
+    return {key: np.asarray(value / 127.0, np.float32) for key, value in largest.items() if key in wanted}

@@ -1,0 +1,115 @@
+"""A small engine whose arithmetic is exact, so that padding and batching must not change a single bit.
+
+``logits[b, c] = sum over s of mask[b, s] * (TABLE[ids[b, s], c] + types[b, s])``, with whole numbers in TABLE: float32
+adds them exactly in any order, and padding adds zeros. With `work`, a product of two matrices of that size, all zeros
+but known to be so only when it runs, is added: an engine that takes its time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from engines.base import BuildOptions
+from engines.ort import backend as ort
+from engines.parity.compare import PARITY_FILE
+from nxm_export.contract.io_spec import IOSpec
+
+WORDS = ("good", "bad", "film", "plot", "a", "the", "not", "very")
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+VOCABULARY = (*SPECIAL, *WORDS)
+LABELS = ("negative", "positive")
+MAX_LENGTH = 48
+GRAPH = """
+<ir_version: 8, opset_import: ["" : 17]>
+exact (int64[batch, sequence] input_ids, int64[batch, sequence] attention_mask, int64[batch, sequence] token_type_ids)
+    => (float[batch, 2] logits)
+<int64[1] last = {2}, int64[1] along = {1}>
+{
+    rows = Gather <axis: int = 0> (table, input_ids)
+    types = Cast <to: int = 1> (token_type_ids)
+    types_3d = Unsqueeze (types, last)
+    summed = Add (rows, types_3d)
+    mask = Cast <to: int = 1> (attention_mask)
+    mask_3d = Unsqueeze (mask, last)
+    masked = Mul (summed, mask_3d)
+    exact_logits = ReduceSum <keepdims: int = 0> (masked, along)
+    WORK
+}
+"""
+_NO_WORK = "logits = Identity (exact_logits)"
+_WORK = """
+    largest = ReduceMax <keepdims: int = 0> (mask)
+    same = Sub (largest, largest)
+    square = Expand (same, work_shape)
+    product = MatMul (square, square)
+    nothing = ReduceMax <keepdims: int = 0> (product)
+    logits = Add (exact_logits, nothing)
+"""
+
+
+def table(seed: int = 0) -> np.ndarray:
+    """(tokens, 2) whole numbers; another seed is another model."""
+    return np.random.default_rng(seed).integers(-9, 10, (len(VOCABULARY), 2)).astype(np.float32)
+
+
+def expected(feeds: dict[str, np.ndarray], seed: int = 0) -> np.ndarray:
+    """The logits (batch, 2), by the formula."""
+    summed = table(seed)[feeds["input_ids"]] + feeds["token_type_ids"][..., None]
+    return (summed * feeds["attention_mask"][..., None]).sum(axis=1).astype(np.float32)
+
+
+def feeds_of(lengths: Sequence[int], seed: int = 0) -> dict[str, np.ndarray]:
+    """Random feeds (len(lengths), max(lengths)), row `i` with `lengths[i]` real tokens."""
+    random = np.random.default_rng(seed)
+    shape = (len(lengths), max(lengths))
+    mask = (np.arange(shape[1]) < np.array(lengths)[:, None]).astype(np.int64)
+    ids = random.integers(4, len(VOCABULARY), shape) * mask
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": random.integers(0, 2, shape) * mask}
+
+
+def write_graph(out: Path, seed: int = 0, work: int = 0) -> Path:
+    """A graph directory with its companions; returns the ONNX file."""
+    import onnx
+
+    out.mkdir(parents=True)
+    graph = onnx.parser.parse_model(GRAPH.replace("WORK", _WORK if work else _NO_WORK))
+    if work:
+        graph.graph.initializer.append(onnx.numpy_helper.from_array(np.array([work, work]), "work_shape"))
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(table(seed), "table"))
+    onnx.checker.check_model(graph)
+    onnx.save(graph, out / "model.onnx")
+    limits = {"input_ids": len(VOCABULARY), "attention_mask": 2, "token_type_ids": 2}
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    IOSpec("bert", "classification", names, {"logits": ("batch", "classes")}, LABELS, MAX_LENGTH, 0, limits).save(out)
+    tokenizer().save(str(out / "tokenizer.json"))
+    return out / "model.onnx"
+
+
+def tokenizer():  # type: ignore[no-untyped-def]
+    """Words by the vocabulary, framed as BERT frames them."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.processors import TemplateProcessing
+
+    made = Tokenizer(WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))
+    made.pre_tokenizer = Whitespace()
+    made.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return made
+
+
+def build(out: Path, seed: int = 0, parity: bool | None = None, work: int = 0) -> Path:
+    """An engine directory, with a parity report that says `parity` unless that is None."""
+    onnx = write_graph(out.with_name(f"{out.name}-graph"), seed, work)
+    out.mkdir()
+    passport = ort.build(onnx, out, BuildOptions(threads=1))
+    if parity is not None:
+        report = {"schema": "nxm-parity/1", "passed": parity, "engine_sha256": passport.engine_sha256}
+        (out / PARITY_FILE).write_text(json.dumps(report), encoding="utf-8")
+    return out

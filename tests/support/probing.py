@@ -1,0 +1,43 @@
+"""A dense tiny model with what the search looks at it through: probe, calibration and held-out batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compressors.models import Source, load_model, load_tokenizer, resolve
+from compressors.search.plan_search import _batches
+from compressors.search.selection import Selector
+from compressors.search.sensitivity import Batches, Probe
+from compressors.search.settings import SearchSettings
+from compressors.settings import Settings
+from compressors.training.task_data import read_task_data
+from nxm_export.contract.tasks import task_named
+from nxm_export.data.examples import Columns, Features
+from tests.support import tiny
+
+
+@dataclass(frozen=True)
+class Probed:
+    source: Source
+    probe: Probe
+    features: list[Features]
+    pad_id: int
+
+    def batches(self, start: int, stop: int, batch_size: int = 8) -> Batches:
+        return _batches(self.features[start:stop], self.pad_id, batch_size)
+
+    def selector(self, **settings: Any) -> Selector:
+        return Selector(
+            self.probe, self.source.config, SearchSettings(**settings), self.batches(0, 24), self.batches(24, 56)
+        )
+
+
+def probed(directory: Path, family: str = "bert", **sizes: Any) -> Probed:
+    """Write a model with a random head and its data below `directory`, and open it."""
+    made = tiny.write_model(family, directory / family, head="classification", **sizes)
+    train, _ = tiny.write_data(directory / "data")
+    source, task = resolve(made), task_named("classification")
+    data = read_task_data(source, task, str(train), None, Settings(), Columns(), load_tokenizer(source))
+    return Probed(source, Probe(load_model(source, task), source.family, source.config), data.train, data.pad_id)

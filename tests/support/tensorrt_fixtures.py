@@ -1,0 +1,56 @@
+"""Compressed checkpoints of tiny seeded models, one per family and preset, made without training: for TensorRT's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.trt_models import Checkpoints, compressed, tiny_config
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, _trace_kept: None) -> Checkpoints:
+    """``checkpoints("bert", placement="attention", ...)``: a directory; equal arguments give the same one."""
+    made: dict[tuple, Path] = {}
+
+    def make(
+        family: str = "bert", placement: str = "inputs-outputs", residual: str = "float", gelu: str = "gelu",
+        positions: int = 64, keep_dense: tuple[str, ...] = (), hidden: int = 128,
+    ) -> Path:  # fmt: skip
+        key = (family, placement, residual, gelu, positions, keep_dense, hidden)
+        if key not in made:
+            made[key] = compressed(
+                tmp_path_factory.mktemp("checkpoint"),
+                tiny_config(family, gelu, hidden, positions=positions),
+                placement,
+                residual,
+                keep_dense,
+            )
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def _trace_kept() -> Iterator[None]:
+    """Tracing takes seconds, and graphs of one model differ only in what is done to the trace: keep and copy it."""
+    import hashlib
+
+    from nxm_export.graph import exporter
+
+    trace, kept = exporter._trace, {}
+
+    def traced(path, task, family, dtype, opset):
+        digest = hashlib.sha256(
+            (path / "model.safetensors").read_bytes() + (path / "config.json").read_bytes()
+        ).hexdigest()
+        key = (digest, task.name, dtype, opset)
+        if key not in kept:
+            kept[key] = trace(path, task, family, dtype, opset)
+        return kept[key].clone()
+
+    exporter._trace = traced
+    yield
+    exporter._trace = trace

@@ -1,0 +1,81 @@
+"""Tiny seeded models, compressed without training: for TensorRT's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+Checkpoints = Callable[..., Path]
+
+
+def tiny_config(family: str, gelu: str = "gelu", hidden: int = 128, layers: int = 1, positions: int = 64):
+    import transformers
+
+    common = {"vocab_size": 1024, "num_labels": 3, "pad_token_id": 0}
+    if family == "distilbert":
+        return transformers.DistilBertConfig(
+            dim=hidden, hidden_dim=4 * hidden, n_layers=layers, n_heads=2, max_position_embeddings=positions, activation=gelu,
+            seq_classif_dropout=0.0, **common,
+        )  # fmt: skip
+    kinds = {
+        "bert": transformers.BertConfig,
+        "roberta": transformers.RobertaConfig,
+        "electra": transformers.ElectraConfig,
+        "albert": transformers.AlbertConfig,
+    }
+    extra = {"embedding_size": hidden} if family in ("electra", "albert") else {}
+    return kinds[family](
+        hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=2, hidden_act=gelu,
+        max_position_embeddings=positions + (2 if family == "roberta" else 0), **common, **extra,
+    )  # fmt: skip
+
+
+def feeds_for(inputs, batch: int, sequence: int, seed: int = 0):
+    """int64 inputs: random ids, the second half of the last row padding."""
+    import numpy as np
+
+    ids = np.random.default_rng(seed).integers(3, 64, size=(batch, sequence))
+    mask = np.ones_like(ids)
+    mask[-1, sequence // 2 :] = 0
+    values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+    return {name: values[name] for name in inputs}
+
+
+def compressed(
+    out: Path, config, placement: str, residual: str = "float", keep_dense: tuple[str, ...] = (), spec: str = "2:4+W8"
+) -> Path:
+    """A random model under a uniform plan, calibrated on random tokens, pruned by magnitude, baked; no training."""
+    import torch
+    import transformers
+
+    from compressors.quantization.fake_quant import bake, calibrate, prepare, quant_linears
+    from nxm_export.contract.checkpoint import open_checkpoint, save_plan
+    from nxm_export.contract.families import FAMILIES
+    from nxm_export.contract.plan import WeightSpec
+
+    torch.manual_seed(0)
+    family = FAMILIES[config.model_type]
+    model = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
+    for name, parameter in model.named_parameters():  # large enough that quantization and attention matter
+        if name.endswith(".weight") and parameter.dim() == 2 and "embedding" not in name:
+            torch.nn.init.normal_(parameter, std=0.08)
+        elif name.endswith(".bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+        parameter.data = parameter.data.half().float()  # what baking does to the weights that a plan keeps in 16 bit
+    facts = config.to_dict()
+    plan = family.uniform_plan(
+        facts, WeightSpec.parse(spec), placement=placement, residual=residual, keep_dense=keep_dense
+    )
+    prepare(model, plan, family, facts)
+    batch = {name: torch.from_numpy(value) for name, value in feeds_for(family.inputs, 4, 16).items()}
+    calibrate(model, [batch], 99.9)
+    for layer in quant_linears(model).values():
+        layer.harden()
+    with torch.inference_mode():
+        logits = model(**batch).logits
+    scales = bake(model, plan)
+    model.save_pretrained(out)
+    save_plan(out, plan, scales)
+    torch.save(logits, out / "fake_quant_logits.pt")
+    open_checkpoint(out).require_valid()
+    return out

@@ -1,0 +1,478 @@
+"""The measuring tool: runs only what is missing, keeps predictions, and renders what they say."""
+
+import json
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compressors.settings import Settings
+from compressors.training.trainer import Losses
+from nxm_export.data.metrics import interval, mcc, metric_named, paired_interval
+from nxm_export.errors import ArtifactError, DataError, PlanError
+from tests.support import tiny
+from tools.results import store, tasks
+from tools.results.__main__ import main
+from tools.results.bootstrap import resampled
+from tools.results.rows import STANDARD, row_named, rows_named
+from tools.results.run import changed
+from tools.results.statistics import TaskStatistics, overall
+from tools.results.table import render
+
+FAST = [
+    "--max-length", "48", "--dense-steps", "30", "--steps", "4", "--batch-size", "16", "--learning-rate", "1e-3", "--precision", "fp32",
+    "--dense-learning-rates", "3e-3", "--search-samples", "32", "--search-held-out", "32", "--threads", "1",
+]  # fmt: skip
+ROWS = "dense,dense-longer,one-shot-2:4+W4,magnitude-2:4+W4,nxm-2:4+W4,searched-packed-87.5"
+
+
+DRAWS = 100  # resamples in these tests: scikit-learn needs a millisecond for each
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_resamples() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("nxm_export.data.metrics", "tools.results.bootstrap", "tools.results.statistics"):
+            patch.setattr(f"{module}.RESAMPLES", DRAWS)
+        yield
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny pretrained encoder and GLUE files, measured once."""
+    out = tmp_path_factory.mktemp("results")
+    tiny.write_model("bert", out / "encoder")
+    tiny.write_data(out / "glue")
+    assert measure(out, ROWS) == 0
+    return out
+
+
+def measure(place: Path, rows: str, *more: str, seeds: str = "0") -> int:
+    paths = ["--data", str(place / "glue"), "--model", str(place / "encoder")]
+    where = ["--work", str(place / "work"), "--results", str(place / "results")]
+    return main(["run", "--task", "cola", "--rows", rows, "--seeds", seeds, *paths, *where, *FAST, *more])
+
+
+def records(place: Path) -> dict[str, dict[str, Any]]:
+    return {file.name: json.loads(file.read_text()) for file in (place / "results" / "cola").glob("*-s0.json")}
+
+
+def test_every_row_is_measured_from_one_dense_model(place: Path) -> None:
+    found = records(place)
+    assert set(found) == {f"{row_named(name).slug}-s0.json" for name in ROWS.split(",")}
+    teacher = found["dense-s0.json"]["weights_sha256"]
+    assert {facts["teacher_sha256"] for name, facts in found.items() if name != "dense-s0.json"} == {teacher}
+    ours, oneshot = found["nxm-2of4+W4-s0.json"], found["one-shot-2of4+W4-s0.json"]
+    assert (ours["steps"], oneshot["steps"], found["dense-longer-s0.json"]["steps"]) == (4, 0, 4)
+    assert (
+        ours["bytes"]["packed"] < ours["bytes"]["engine_sparse"] < ours["bytes"]["engine_dense"] < ours["bytes"]["fp32"]
+    )
+    assert ours["compression"]["values"] == 1 - 4 / 2 / 32
+    assert ours["dev_reads"] == 1
+    assert 0 < ours["kl_to_dense"] < 5
+    assert set(ours["plan"]["weights"].values()) == {"2:4+W4"}
+    searched = found["searched-packed-87.5-s0.json"]
+    assert searched["compression"]["packed"] >= 0.875
+    assert (place / "results" / "cola" / "sensitivity-s0.csv").is_file()
+
+
+def test_a_record_holds_what_its_predictions_say_and_no_path(place: Path) -> None:
+    labels = store.decode(json.loads((place / "results" / "cola" / "labels.json").read_text())["labels"])
+    lines = (place / "glue" / "dev.tsv").read_text().splitlines()[1:]
+    assert labels.tolist() == [int(line.split("\t")[1]) for line in lines]
+    for name, facts in records(place).items():
+        assert facts["metrics"]["mcc"]["value"] == mcc(store.one_hot(facts["predictions"], 2), labels), name
+        assert str(place) not in json.dumps(facts), name
+    checkpoint = json.loads((place / "work" / "cola" / "s0" / "nxm-2of4+W4" / "metrics.json").read_text())
+    predictions = store.decode(records(place)["nxm-2of4+W4-s0.json"]["predictions"])
+    assert checkpoint["value"] == float((predictions == labels).mean())
+
+
+def test_nothing_is_measured_twice_and_a_deleted_record_is_measured_again(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {file: file.stat().st_mtime_ns for file in (place / "results" / "cola").iterdir()}
+    assert measure(place, ROWS) == 0
+    assert "0 measured, 6 were there" in capsys.readouterr().err
+    assert {file: file.stat().st_mtime_ns for file in (place / "results" / "cola").iterdir()} == files
+    gone = place / "results" / "cola" / "magnitude-2of4+W4-s0.json"
+    before = json.loads(gone.read_text())
+    gone.unlink()
+    assert measure(place, ROWS) == 0
+    changed = {file for file in files if file.stat().st_mtime_ns != files[file]}
+    assert changed == {gone}
+    assert json.loads(gone.read_text())["predictions"] == before["predictions"]
+    assert json.loads(gone.read_text())["mask_sha256"] == before["mask_sha256"]
+
+
+def test_other_settings_are_told_and_do_not_replace_a_record_or_the_dense_model(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert measure(place, "nxm-2:4+W4", "--learning-rate", "2e-3") == 0
+    assert "measured with another learning_rate" in capsys.readouterr().err
+    assert measure(place, "nxm-2:4+W8", "--dense-steps", "31") == 1
+    assert "was trained with other settings" in capsys.readouterr().err
+    (place / "other").mkdir()
+    for split in ("train", "dev"):
+        (place / "other" / f"{split}.tsv").write_text((place / "glue" / f"{split}.tsv").read_text())
+    dev = (place / "other" / "dev.tsv").read_text()
+    (place / "other" / "dev.tsv").write_text(dev.replace("\t1\n", "\t0\n", 1))
+    assert measure(place, "dense", "--data", str(place / "other"), "--work", str(place / "work2"), seeds="7") == 1
+    assert "the dev set is another one" in capsys.readouterr().err
+
+
+def test_the_dense_grid_is_decided_on_held_out_training_sentences(place: Path, tmp_path: Path) -> None:
+    options = ["--dense-learning-rates", "1e-6,3e-3", "--held-out", "40", "--results", str(tmp_path / "results")]
+    assert measure(place, "dense", *options, "--work", str(tmp_path / "work")) == 0
+    grid = json.loads((tmp_path / "results" / "cola" / "dense-grid.json").read_text())
+    scores = {entry["learning_rate"]: entry["score"] for entry in grid["tried"]}
+    assert scores[3e-3] > scores[1e-6]
+    dense = json.loads((tmp_path / "results" / "cola" / "dense-s0.json").read_text())
+    assert dense["settings"]["dense_learning_rate"] == 3e-3
+    train = set((tmp_path / "work" / "cola" / "data" / "train.tsv").read_text().splitlines())
+    held_out = (tmp_path / "work" / "cola" / "grid" / "data" / "dev.tsv").read_text().splitlines()
+    assert len(held_out) == 41
+    assert set(held_out) <= train
+    page = tmp_path / "docs" / "results.md"
+    assert "the best one is what every dense row uses" in render(tmp_path / "results", page).text
+    grid["tried"] = [{**entry, "score": -entry["score"]} for entry in grid["tried"]]
+    (tmp_path / "results" / "cola" / "dense-grid.json").write_text(json.dumps(grid))
+    assert (
+        "dense rows use 0.003 and 3 epochs, which this grid did not choose" in render(tmp_path / "results", page).text
+    )
+
+
+def test_render_makes_a_document_from_real_records(place: Path) -> None:
+    rendered = render(place / "results", place / "docs" / "results.md")
+    for name in ROWS.split(","):
+        assert f"`{name}`" in rendered.text
+    assert "### Searched plans" in rendered.text
+    assert str(place) not in rendered.text
+    assert render(place / "results", place / "docs" / "results.md").text == rendered.text
+
+
+def test_a_change_of_the_search_reaches_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def stop(*_: Any, settings: Any, **__: Any) -> None:
+        asked.append((settings.method, settings.samples, settings.held_out))
+        raise DataError("enough")
+
+    monkeypatch.setattr("tools.results.run.search", stop)
+    assert measure(place, "searched-hw-75-thorough") == 1
+    assert measure(place, "searched-hw-75") == 1
+    assert asked == [("nxm", 256, 256), ("nxm", 32, 32)]
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed (extra: report)")
+def test_pictures_are_drawn_and_the_same_each_time(place: Path) -> None:
+    images = render(place / "results", place / "docs" / "results.md").images
+    assert [image.name for image in images] == ["cola-compression.svg", "cola-sensitivity.svg"]
+    first = [image.read_bytes() for image in images]
+    render(place / "results", place / "docs" / "results.md")
+    assert [image.read_bytes() for image in images] == first
+
+
+Write = Callable[..., None]
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> tuple[Path, Write]:
+    """A results directory, and a function that puts a record with given predictions into it."""
+
+    def write(task: str, row: str, seed: int, labels: str, predictions: str, **more: Any) -> None:
+        named = tasks.task_named(task)
+        facts = {
+            "model": "a model", "settings": {"dense_learning_rate": 1e-4}, "samples": {"train": 100, "dev": len(labels)}, "steps": 10,
+            "epochs": 1.0, "seconds": 5.0, "dev_reads": 1, "versions": {"commit": "abc1234"}, "machine": {"cpu": "a CPU", "features": "", "threads": 2}, "classes": 2,
+            "labels_sha256": store.digest(labels), "predictions": predictions,
+        }  # fmt: skip
+        facts |= more
+        store.write(tmp_path, named, row_named(row), seed, facts, labels)
+
+    return tmp_path, write
+
+
+def flipped(labels: str, *positions: int) -> str:
+    return "".join(str(1 - int(label)) if i in positions else label for i, label in enumerate(labels))
+
+
+LABELS = "0110101101" * 4
+
+
+def test_the_numbers_of_a_fixed_set_of_records(kept: tuple[Path, Write]) -> None:
+    results, write = kept
+    for seed, dense, ours in ((0, (1, 2), (1, 2, 3, 4)), (1, (5, 6), (5, 6, 7, 8, 9, 10))):
+        write("rte", "dense", seed, LABELS, flipped(LABELS, *dense), weights_sha256=f"w{seed}")
+        compressed = {
+            "recipe": "nxm",
+            "compression": {"values": 0.9375, "packed": 0.90, "hw": 0.9},
+            "teacher_sha256": "w0",
+        }
+        sizes = {
+            "fp32": 8_000_000,
+            "packed": 800_000,
+            "engine_sparse": 1_250_000,
+            "engine_dense": 2_000_000,
+            "file": 3_000_000,
+        }
+        write("rte", "nxm-2:4+W4", seed, LABELS, flipped(LABELS, *ours), **compressed, bytes=sizes)
+    text = render(results, results / "docs" / "results.md").text
+    scores = next(line for line in text.splitlines() if "(`nxm-2:4+W4`)" in line)
+    # 36 and 34 of 40 right: 90 and 85, mean 87.5, sd 5/sqrt(2); dense 95 both; 87.5/95 = 92.105 %
+    assert "| 87.50 |" in scores
+    assert "| 3.54 | 90.00 (0), 85.00 (1) |" in scores
+    assert "92.11 (" in scores
+    assert "†" in scores  # seed 1 came from another dense model
+    assert "| 93.75 | 90.00 | 90.00 | 8.00 | 0.80 | 1.25 | 2.00 | 3.00 |" in text
+    difference = next(line for line in text.splitlines() if line.startswith("| `nxm-2:4+W4` | -7.50 ("))
+    assert "; 2) | –" in difference
+
+
+def test_agreement_divergence_and_rivals_stand_in_the_page(kept: tuple[Path, Write]) -> None:
+    results, write = kept
+
+    def compressed(row: str, hw: float, kl: float, *wrong: int, **more: Any) -> None:
+        sizes = dict.fromkeys(("fp32", "packed", "engine_sparse", "engine_dense", "file"), 1_000_000)
+        facts = {
+            "recipe": "nxm",
+            "compression": {"values": hw, "packed": hw, "hw": hw},
+            "bytes": sizes,
+            "kl_to_dense": kl,
+        }
+        write("rte", row, 0, LABELS, flipped(LABELS, *wrong), **facts, **more)
+
+    def searched(resumed: bool) -> dict[str, Any]:
+        cost = {"seconds": {"all": 7.0}, "resumed": resumed}
+        found = {"method": "nxm", "budget": {}, "best": {"origin": "knapsack"}, "samples": 32, "cost": cost}
+        return {"search": found, "plan": {"options": {"W4": 3}}}
+
+    write("rte", "dense", 0, LABELS, flipped(LABELS, 1, 2))
+    compressed("magnitude-2:4+W4", 0.90, 0.5, 1, 2, 3, 4, 5, 6)
+    compressed("obs-2:4+W4", 0.90, 0.25, 1, 2, 3, 4)
+    compressed("nxm-2:4+W4", 0.90, 0.2, 1, 2, 3)
+    compressed("obs-W4", 0.87, 0.125, 1, 2)
+    compressed("obs-2:4+W4-layers", 0.90, 0.2, 1, 2, 3)
+    compressed("magnitude-2:4+W4-slow", 0.90, 0.2, 1, 2, 3, versions={"commit": "abc1234-dirty"})
+    compressed("searched-hw-87.5", 0.875, 0.1, 1, **searched(resumed=False))
+    compressed("paper-search-hw-87.5", 0.875, 0.3, 1, 2, 3, **searched(resumed=True))
+    page = render(results, results / "docs" / "results.md").text
+    ours = next(line for line in page.splitlines() if "(`obs-2:4+W4`)" in line)
+    assert ours.endswith("| 95.00 | 0.250 |")  # 2 of 40 answers differ from the dense model's
+    assert next(line for line in page.splitlines() if line.startswith("| dense (`dense`)")).endswith("| – | – | – |")
+    rivals = page.split("### Ours against the others")[1].split("###")[0]
+    pairs = {tuple(cell.strip(" `") for cell in line.split("|")[1:3]) for line in rivals.splitlines() if "`" in line}
+    assert pairs == {
+        ("obs-2:4+W4", "nxm-2:4+W4"),
+        ("obs-2:4+W4", "magnitude-2:4+W4"),
+        ("nxm-2:4+W4", "obs-2:4+W4"),
+        ("nxm-2:4+W4", "magnitude-2:4+W4"),
+        ("nxm-2:4+W4", "magnitude-2:4+W4-slow"),  # a baseline at its other learning rate
+        ("obs-2:4+W4", "magnitude-2:4+W4-slow"),
+        ("searched-hw-87.5", "obs-W4"),  # the uniform plan nearest in size, not the smaller one
+        ("searched-hw-87.5", "paper-search-hw-87.5"),
+    }
+    costs = [line for line in page.split("### Cost")[1].split("###")[0].splitlines() if line.startswith("| `")]
+    seconds = {line.split("`")[1]: line.split("|")[-3].strip() for line in costs}
+    assert seconds["searched-hw-87.5"] == "7"
+    assert seconds["paper-search-hw-87.5"] == "resumed", "its seconds are not all that it took"
+    assert "`magnitude-2:4+W4-slow` (0)" in page.split("changes that were not committed")[1].split("\n")[0]
+    line = next(line for line in rivals.splitlines() if "paper-search" in line)
+    assert "| +5.00 (" in line  # 39 of 40 against 37
+
+
+def test_ablations_stand_apart_behind_the_rows_that_change_nothing(kept: tuple[Path, Write]) -> None:
+    results, write = kept
+    write("rte", "dense", 0, LABELS, flipped(LABELS, 1, 2))
+    for row in ("nxm-2:4+W4", "nxm-2:4+W4-slow"):
+        write("rte", row, 0, LABELS, flipped(LABELS, 1, 2, 3), recipe="nxm")
+    first, second = render(results, results / "docs" / "results.md").text.split(
+        ": ablations, and rows with other training"
+    )
+    assert "(`nxm-2:4+W4`)" in first
+    assert "(`nxm-2:4+W4`)" not in second
+    assert "(`nxm-2:4+W4-slow`)" not in first
+    assert "(`nxm-2:4+W4-slow`)" in second
+
+
+def test_intervals_of_one_seed_are_those_of_the_product(kept: tuple[Path, Write]) -> None:
+    results, write = kept
+    rng = np.random.default_rng(0)
+    labels = "".join(rng.choice(list("01"), 120))
+    for row in ("dense", "magnitude-2:4+W8", "nxm-2:4+W8"):
+        write("cola", row, 0, labels, flipped(labels, *rng.choice(120, 20, replace=False)))
+    task = tasks.task_named("cola")
+    loaded = {record.row: record for record in store.read(results, task)}
+    found = TaskStatistics(task, list(loaded.values()))
+    ours, truth = loaded["nxm-2:4+W8"].logits, store.decode(labels)
+    for reference in ("dense", "magnitude-2:4+W8"):
+        difference = found.difference("nxm-2:4+W8", reference)
+        assert difference is not None
+        # The last digits come from another order of additions.
+        wanted = paired_interval("mcc", ours, loaded[reference].logits, truth)
+        assert difference.interval == pytest.approx(wanted, abs=1e-12)
+    assert found.interval("nxm-2:4+W8") == pytest.approx(interval("mcc", ours, truth), abs=1e-12)
+    assert found.difference("dense", "dense") is None
+
+
+@pytest.mark.parametrize(("metric", "classes"), [("accuracy", 2), ("accuracy", 3), ("f1", 2), ("mcc", 2), ("mcc", 3)])
+def test_resampled_metrics_are_those_of_scikit_learn(metric: str, classes: int) -> None:
+    rng = np.random.default_rng(0)
+    predictions, labels = (
+        rng.integers(0, classes, 12),
+        rng.integers(0, classes, 12),
+    )  # few: some resamples are one class
+    found, draws = resampled(metric, predictions, labels, classes), np.random.default_rng(0)
+    for number in range(DRAWS):
+        pick = draws.integers(0, 12, size=12)
+        wanted = metric_named(metric)(np.eye(classes)[predictions[pick]], labels[pick])
+        assert found[number] == pytest.approx(wanted, abs=1e-12)  # rounding of a few additions
+
+
+def test_several_seeds_widen_an_interval_when_they_disagree(kept: tuple[Path, Write]) -> None:
+    results, write = kept
+    for seed, wrong in ((0, 0), (1, 20)):
+        write("rte", "dense", seed, LABELS, flipped(LABELS, *range(wrong)))
+    task = tasks.task_named("rte")
+    low, high = TaskStatistics(task, store.read(results, task)).interval("dense")
+    assert low < 0.6  # both draws the bad seed: 50 % right
+    assert high == 1.0  # both draws the good one
+
+
+def test_retention_over_tasks_is_the_ratio_of_means_with_the_mean_of_ratios_beside(kept: tuple[Path, Write]) -> None:
+    results, write = kept
+    for name, dense, ours in (("rte", 10, 12), ("sst2", 4, 10)):  # wrong of 40
+        write(name, "dense", 0, LABELS, flipped(LABELS, *range(dense)))
+        write(name, "dense-longer", 0, LABELS, flipped(LABELS, *range(ours)))
+    both = [TaskStatistics(task, store.read(results, task)) for task in store.tasks_with_results(results)]
+    found = overall(both, "dense-longer")
+    assert found is not None
+    assert found[0].value == pytest.approx((28 + 30) / (30 + 36))
+    assert found[1] == pytest.approx((28 / 30 + 30 / 36) / 2)
+    assert found[0].interval is not None
+    assert found[0].interval[0] < found[0].value < found[0].interval[1]
+    write("rte", "magnitude-2:4+W4", 0, LABELS, LABELS)
+    text = render(results, results / "docs" / "results.md").text
+    together = text[text.index("## GLUE tasks together") :].split("\n## ")[0]
+    assert "| `dense-longer` | RTE (1), SST-2 (1) |" in together
+    assert "magnitude" not in together  # one task has it: nothing is put together
+
+
+def test_no_retention_of_a_dense_model_that_knows_nothing(kept: tuple[Path, Write]) -> None:
+    results, write = kept
+    write("cola", "dense", 0, LABELS, "1" * 40)  # MCC 0
+    write("cola", "dense-longer", 0, LABELS, LABELS)
+    task = tasks.task_named("cola")
+    assert TaskStatistics(task, store.read(results, task)).retention("dense-longer") is None
+    write("cola", "dense", 0, LABELS, flipped(LABELS, *range(17)))  # little above 0, and below in some resamples
+    found = TaskStatistics(task, store.read(results, task)).retention("dense-longer")
+    assert found is not None
+    assert found.value > 1
+    assert found.interval is None
+
+
+def test_records_with_other_settings_are_named(kept: tuple[Path, Write]) -> None:
+    results, write = kept
+    compressed = {"recipe": "nxm", "compression": {"values": 0.9, "packed": 0.9, "hw": 0.9}}
+    compressed["bytes"] = dict.fromkeys(("fp32", "packed", "engine_sparse", "engine_dense", "file"), 1)
+    for row, epochs in (("nxm-2:4+W4", 6.0), ("magnitude-2:4+W4", 6.0), ("sr-ste-2:4+W4", 9.0)):
+        settings = {"learning_rate": 1e-4, "epochs": epochs, "recipe": row.partition("-")[0]}
+        write("rte", row, 0, LABELS, LABELS, **compressed, settings=settings)
+    text = render(results, results / "docs" / "results.md").text
+    assert "`sr-ste-2:4+W4`, seed 0, was measured with other settings: epochs 9.0 (usual 6.0)." in text
+    assert text.count("was measured with other settings") == 1
+
+
+def test_the_score_of_mrpc_is_the_mean_of_f1_and_accuracy(kept: tuple[Path, Write]) -> None:
+    results, write = kept
+    write("mrpc", "dense", 0, "1100", "1000")
+    task = tasks.task_named("mrpc")
+    found = TaskStatistics(task, store.read(results, task))
+    assert found.score("dense", 0) == pytest.approx((2 / 3 + 3 / 4) / 2)
+
+
+def test_damaged_records_are_refused(kept: tuple[Path, Write]) -> None:
+    results, write = kept
+    write("rte", "dense", 0, LABELS, LABELS)
+    file, task = results / "rte" / "dense-s0.json", tasks.task_named("rte")
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps(facts | {"predictions": "01"}))
+    with pytest.raises(ArtifactError, match="other dev sentences"):
+        store.read(results, task)
+    file.write_text("{")
+    with pytest.raises(ArtifactError, match="not readable"):
+        store.read(results, task)
+    labels = results / "rte" / "labels.json"
+    labels.write_text(labels.read_text().replace(LABELS, flipped(LABELS, 0)))
+    with pytest.raises(ArtifactError, match="sha256"):
+        store.read_labels(results, task)
+
+
+@pytest.mark.parametrize(
+    ("task", "lines", "sentence", "pair", "labels"),
+    [
+        ("cola", ["gj04\t1\t\tThe \"car\" honked.", "gj04\t0\t*\tHim left."], 'The "car" honked.', "", ["1", "0"]),
+        ("cola", ["sentence1\tsentence2\tlabel", "He left.\t\t1", "Him left.\t\t0"], "He left.", "", ["1", "0"]),
+        ("sst2", ["sentence\tlabel", "fine film \t1", "dull \t0"], "fine film ", "", ["1", "0"]),
+        ("rte", ["index\tsentence1\tsentence2\tlabel", "0\tA b.\tC.\tentailment", "1\tD.\tE.\tnot_entailment"], "A b.", "C.",
+         ["entailment", "not_entailment"]),
+        ("mrpc", ["\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String", "1\t7\t8\tA b.\t\"C.", "0\t7\t9\tD.\tE."], "A b.", '"C.',
+         ["1", "0"]),
+    ],
+    ids=["CoLA as shipped", "CoLA with a header", "SST-2", "RTE", "MRPC"],
+)  # fmt: skip
+def test_glue_files_are_read_as_shipped(
+    tmp_path: Path, task: str, lines: list[str], sentence: str, pair: str, labels: list[str]
+) -> None:
+    (tmp_path / "glue").mkdir()
+    for split in ("train", "dev"):
+        (tmp_path / "glue" / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    files = tasks.prepare(tasks.task_named(task), tmp_path / "glue", tmp_path / "out")
+    rows = [line.split("\t") for line in files.dev.read_text(encoding="utf-8").splitlines()]
+    assert rows[0] == ["sentence1", "sentence2", "label"]
+    assert rows[1][:2] == [sentence, pair]
+    assert [row[2] for row in rows[1:]] == labels
+
+
+def test_bad_requests_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(PlanError, match="unknown row 'best'"):
+        row_named("best")
+    with pytest.raises(PlanError, match="row 'nxm-5:4'"):
+        row_named("nxm-5:4")
+    with pytest.raises(DataError, match="--data"):
+        tasks.prepare(tasks.task_named("cola"), None, tmp_path / "out")
+    with pytest.raises(DataError, match="no such file"):
+        tasks.prepare(tasks.task_named("cola"), tmp_path, tmp_path / "out")
+    assert main(["run", "--task", "cola", "--rows", "dense", "--seeds", "x", "--data", str(tmp_path)]) == 1
+    assert "--seeds 'x'" in capsys.readouterr().err
+    assert main(["run", "--task", "chess", "--rows", "dense"]) == 2
+
+
+def test_all_is_every_standard_row_once() -> None:
+    assert [row.name for row in rows_named("all,dense")] == list(STANDARD)
+    assert row_named("searched-hw-87.5").search == ("nxm", "hw", 0.875)
+    assert row_named("paper-search-hw-87.5").search == ("paper", "hw", 0.875)
+    ablation = row_named("one-shot-1:4+W4-permuted-activation")
+    assert ablation.settings == {"recipe": "one-shot", "permute": True, "mask_scores": "activation"}
+    assert row_named("nxm-2:4+W8-attention-table").plan == {"placement": "attention", "embedding": "int8"}
+    thorough = row_named("searched-hw-87.5-thorough")
+    assert (thorough.search, thorough.settings) == (("nxm", "hw", 0.875), {"recipe": "obs"})
+    assert thorough.searching == {"samples": 256, "held_out": 256}
+    longer = row_named("nxm-2:4+W4-18-epochs-joint-ste")
+    assert (longer.option, longer.settings) == ("2:4+W4", {"recipe": "nxm", "epochs": 18.0, "admm": "joint-ste"})
+    for name, losses in (
+        ("nxm-2:4+W4-logits", Losses(0.0, 1.0, 0.0)),
+        ("nxm-2:4+W4-unaugmented-logits", Losses(0.5, 1.0, 0.0)),
+        ("nxm-2:4+W4-labelled", Losses(0.5, 1.0, 1.0)),
+        ("nxm-2:4+W4-alone", Losses()),
+    ):
+        assert changed(Settings(), row_named(name).settings, 384).losses == losses, name
+    assert row_named("searched-hw-90").recipe == Settings().recipe
+    assert row_named("searched-hw-90-admm-unaugmented").settings == {"recipe": "nxm", "augment": 0.0}
+    former = row_named("searched-hw-90-unaugmented")
+    assert (former.search, former.baseline) == (("nxm", "hw", 0.9), "magnitude-2:4+W4-unaugmented")
+    assert (ablation.option, ablation.baseline) == ("1:4+W4", "magnitude-1:4+W4")
+    assert (row_named("paper-2:4+W4").recipe, row_named("sr-ste-1:4+W4").option) == ("paper", "1:4+W4")

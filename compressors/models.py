@@ -178,7 +178,7 @@ def load_model(source: Source, task: Task, *, classes: Sequence[str] | None = No
                 f"{source.path}: its weights cannot be read ({error}); the file is truncated or damaged"
             ) from error
     _require_weights(source, report, new_head=classes is not None or task.auto_class is None)
-    return _as_spans(model) if task.link == "span" else model
+    return _as_spans(model) if task.output_kind == "span" else model
 
 
 def _require_weights(source: Source, report: Mapping[str, Any], *, new_head: bool) -> None:

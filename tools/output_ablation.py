@@ -22,7 +22,7 @@ from compressors.settings import Settings
 from compressors.training.output_sensitivity import output_costs
 from compressors.training.task_data import read_task_data
 from compressors.training.trainer import collate, predict
-from nxm_export.contract.placement import residual_writers
+from nxm_export.contract.placement import residual_output_weights
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.examples import Columns, label_array, sorted_batches
@@ -56,13 +56,13 @@ def main() -> None:
         print(f"{name}: KL {kl:.4f}, agreement {agreement:.4f}, MCC {mcc(found, labels):.4f}", flush=True)
 
     print(f"dense: MCC {mcc(dense, labels):.4f}", flush=True)
-    costs = output_costs(model, residual_writers(plan), data.train, data.pad_id, task.link, seed=0)
+    costs = output_costs(model, residual_output_weights(plan), data.train, data.pad_id, task.output_kind, seed=0)
     layers = quant_linears(model)
     quantizers = {name: layer.output_quantizer for name, layer in layers.items() if layer.output_quantizer is not None}
     groups: dict[str, list[str]] = {"all outputs": list(quantizers), "no output": []}
     for name in quantizers:
         groups.setdefault(f"outputs of {source.family.role(name)}", []).append(name)
-    groups |= {f"output of {name}": [name] for name in residual_writers(plan)}
+    groups |= {f"output of {name}": [name] for name in residual_output_weights(plan)}
     for title, names in groups.items():
         for name in quantizers:
             layers[name].output_quantizer = quantizers[name] if name in names else None

@@ -78,7 +78,7 @@ def search(
     held_out, rest = _cut(data.train, settings)
     data = replace(data, train=rest, dev=held_out)
     dense = load_model(source, kind).to(distributed.device())
-    probe = Probe(dense, source.family, source.config, kind.link)
+    probe = Probe(dense, source.family, source.config, kind.output_kind)
     batches = [_batches(part, data.pad_id, settings.batch_size) for part in (rest[: settings.samples], held_out)]
     selector = Selector(probe, source.config, settings, batches[0], batches[1], progress)
     # Only now: what is refused above leaves nothing behind.
@@ -183,9 +183,10 @@ def _short_run(
         for batch in _batches(data.dev, data.pad_id, 64):
             inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
             wanted, found = (
-                real_logits(m(**inputs).logits, inputs["attention_mask"], data.task.link) for m in (dense, student)
+                real_logits(m(**inputs).logits, inputs["attention_mask"], data.task.output_kind)
+                for m in (dense, student)
             )
-            total += divergence(wanted, found, data.task.link)
+            total += divergence(wanted, found, data.task.output_kind)
     return total / len(data.dev)
 
 
@@ -197,7 +198,7 @@ def _step_seconds(source: Source, data: TaskData, dense: nn.Module, trial: Trial
         freeze_embeddings(model)
     width = size_of(source.config, source.family.hidden_key)
     losses = training_of(training, data.task, width).losses
-    student = Student(model, losses, dense if training.distill else None, None, data.task.link)
+    student = Student(model, losses, dense if training.distill else None, None, data.task.output_kind)
     student.to(distributed.device())
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], fused=True)
     size = max(1, training.batch_size // distributed.world_size())

@@ -252,7 +252,7 @@ class Selector:
     def _divergence(self, outputs: Sequence[Tensor]) -> float:
         """Summed over the held-out samples, from what the dense model says."""
         pairs = zip(self.wanted, outputs, strict=True)
-        return sum(divergence(wanted, found, self.probe.link) for wanted, found in pairs)
+        return sum(divergence(wanted, found, self.probe.output_kind) for wanted, found in pairs)
 
     def _outputs(self, choice: Choice) -> list[Tensor]:
         """Logits of every held-out batch, with all weights compressed one-shot as chosen."""

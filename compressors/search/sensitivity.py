@@ -69,8 +69,10 @@ class Statistics:
 class Probe:
     """A dense model whose planned layers can be compressed one-shot and put back."""
 
-    def __init__(self, model: nn.Module, family: Family, config: Mapping[str, Any], link: str = "softmax") -> None:
-        self.model, self.family, self.link = model.eval(), family, link
+    def __init__(
+        self, model: nn.Module, family: Family, config: Mapping[str, Any], output_kind: str = "softmax"
+    ) -> None:
+        self.model, self.family, self.output_kind = model.eval(), family, output_kind
         self.weights = list(family.weights(config))
         self.blocks = family.blocks(config)
         self.device = next(model.parameters()).device
@@ -143,7 +145,7 @@ class Probe:
         inputs = {key: value.to(self.device) for key, value in batch.items() if key != "labels"}
         with self._starting_at(start, hidden):
             found = self.model(**inputs)
-        return real_logits(found.logits, inputs["attention_mask"], self.link)
+        return real_logits(found.logits, inputs["attention_mask"], self.output_kind)
 
     @torch.no_grad()
     def hidden_before(self, batch: Mapping[str, Tensor], block: int) -> tuple[Tensor, Tensor]:
@@ -213,10 +215,10 @@ class OneShot:
         return self._pruned[1]
 
 
-def real_logits(logits: Tensor, attention_mask: Tensor, link: str) -> Tensor:
+def real_logits(logits: Tensor, attention_mask: Tensor, output_kind: str) -> Tensor:
     """Logits in float32; those of tokens (batch, sequence, classes) are 0 where the mask is, but for spans, whose padding is
     far below all others."""
-    by_token = logits.dim() == 3 and link != "span"
+    by_token = logits.dim() == 3 and output_kind != "span"
     return logits.float() * attention_mask[..., None] if by_token else logits.float()
 
 
@@ -283,17 +285,17 @@ class _Sums:
         }
 
 
-def divergence(wanted: Tensor, found: Tensor, link: str = "softmax") -> float:
-    """Summed KL(wanted || found) of class logits (..., classes), or, by the task's `link`, of labels each for itself;
+def divergence(wanted: Tensor, found: Tensor, output_kind: str = "softmax") -> float:
+    """Summed KL(wanted || found) of class logits (..., classes), or, by the task's `output_kind`, of labels each for itself;
     squared error of scores, and of vectors relative to their squared length."""
     wanted, found = wanted.double(), found.double()  # in float32 small divergences come out negative
-    if link == "vector":
+    if output_kind == "vector":
         return float(((wanted - found).square().sum(-1) / squared_length(wanted)).sum())
-    if link == "identity":
+    if output_kind == "identity":
         return float((wanted - found).square().sum())
-    if link == "sigmoid":
+    if output_kind == "sigmoid":
         wanted, found = two_classes(wanted), two_classes(found)
-    if link == "span":  # (batch, sequence, 2): positions compete
+    if output_kind == "span":  # (batch, sequence, 2): positions compete
         wanted, found = wanted.transpose(1, 2), found.transpose(1, 2)
     target = wanted.log_softmax(dim=-1)
     return float(functional.kl_div(found.log_softmax(dim=-1), target, log_target=True, reduction="sum"))
@@ -348,7 +350,7 @@ def _measure_block(probe: Probe, batches: Batches, one_shot: OneShot, options: O
         hidden, wanted = probe.hidden_before(batch, start) if start else (None, probe.outputs(batch))
         for key, candidate in candidates.items():
             with probe.installed({key[0]: candidate}):
-                totals[key] += divergence(wanted, probe.outputs(batch, start, hidden), probe.link)
+                totals[key] += divergence(wanted, probe.outputs(batch, start, hidden), probe.output_kind)
     samples = sum(len(batch["input_ids"]) for batch in batches)
     entries = []
     for (weight, option_name), (z, _) in candidates.items():

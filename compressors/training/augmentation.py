@@ -21,7 +21,7 @@ DROPPED, REPLACED, SWAPPED = 0.10, 0.15, 0.10  # shares of a sample's tokens
 
 def require_augmentable(task: Task) -> None:
     """Raise `DataError` for a task whose own loss, where it has a part in training, cannot leave a sample out."""
-    if task.own_loss and (task.link != "softmax"):
+    if task.own_loss and (task.output_kind != "softmax"):
         raise DataError(
             f"task {task.name} has a loss of its own that cannot leave samples without labels out; set its weight to 0, or leave --augment out"
         )

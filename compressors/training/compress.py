@@ -94,7 +94,7 @@ def finetune(
             precision=settings.precision,
             progress=progress,
             save_every=save_every(steps),
-            link=kind.link,
+            output_kind=kind.output_kind,
         )
     logits, found = _outputs(network, data, progress)
     metrics = found | {"steps": steps, "revision": source.revision}
@@ -184,7 +184,7 @@ def _outputs(model: nn.Module, data: TaskData, progress: Progress) -> tuple[np.n
     return logits, {
         "metric": data.task.metric,
         "value": metric_named(data.task.metric, names, groups)(logits, labels),
-        **{name: metric_named(name, names, groups)(logits, labels) for name in data.task.beside},
+        **{name: metric_named(name, names, groups)(logits, labels) for name in data.task.secondary_metrics},
         "interval": interval(data.task.metric, logits, labels, classes=names, groups=groups),
         "dev_samples": len(labels) if groups is None else len(np.unique(groups)),  # of what is scored
     }

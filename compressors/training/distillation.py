@@ -70,7 +70,7 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], attention_
     return total * world_size() / len(student)
 
 
-# How student and teacher are held together, by `nxm_export.contract.families.Task.link`.
+# How student and teacher are held together, by `nxm_export.contract.tasks.Task.output_kind`.
 AGREEMENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "softmax": logits_loss,
     "sigmoid": labels_loss,

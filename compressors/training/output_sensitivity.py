@@ -29,7 +29,7 @@ def output_costs(
     outputs: Sequence[str],
     features: Sequence[Features],
     pad_id: int,
-    link: str,
+    output_kind: str,
     seed: int,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, float]:
@@ -56,15 +56,15 @@ def output_costs(
     student.eval()
     for name in quantizers:
         layers[name].output_quantizer = None
-    wanted = _answers(student, batches, link)
-    scale = float(torch.cat(wanted).double().var()) if link == "identity" else 1.0
+    wanted = _answers(student, batches, output_kind)
+    scale = float(torch.cat(wanted).double().var()) if output_kind == "identity" else 1.0
     costs = {}
     for done, (name, quantizer) in enumerate(quantizers.items()):
         progress("outputs", done, len(quantizers))
         layers[name].output_quantizer = quantizer
-        found = _answers(student, batches, link)
+        found = _answers(student, batches, output_kind)
         layers[name].output_quantizer = None
-        total = sum(divergence(ours, theirs, link) for ours, theirs in zip(wanted, found, strict=True))
+        total = sum(divergence(ours, theirs, output_kind) for ours, theirs in zip(wanted, found, strict=True))
         costs[name] = total / len(samples) / max(scale, 1e-12)
     progress("outputs", len(quantizers), len(quantizers))
     for name, quantizer in quantizers.items():
@@ -73,10 +73,10 @@ def output_costs(
     return costs
 
 
-def _answers(student: nn.Module, batches: Sequence[Mapping[str, Tensor]], link: str) -> list[Tensor]:
+def _answers(student: nn.Module, batches: Sequence[Mapping[str, Tensor]], output_kind: str) -> list[Tensor]:
     device = next(student.parameters()).device
     found = []
     for batch in batches:
         inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-        found.append(real_logits(student(**inputs).logits, inputs["attention_mask"], link))
+        found.append(real_logits(student(**inputs).logits, inputs["attention_mask"], output_kind))
     return found

@@ -31,7 +31,7 @@ from compressors.training.output_sensitivity import output_costs
 from compressors.training.task_data import TaskData
 from compressors.training.trainer import LOG_FILE, JsonLog, Phase, Progress, collate, mean_loss, run_phase, wants_bf16
 from nxm_export.contract.families import size_of
-from nxm_export.contract.placement import residual_writers
+from nxm_export.contract.placement import residual_output_weights
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.data.examples import cut, sorted_batches
 
@@ -188,7 +188,7 @@ class Job:
     ) -> None:
         run_phase(
             student, self.train, self.data.pad_id, phase, work_dir=self.work_dir, seed=self.settings.seed, precision=self.settings.precision,
-            teacher=teacher, admm=admm, callbacks=callbacks, progress=self.progress, save_every=save_every(phase.steps), link=self.data.task.link, augment=self.training.augment,
+            teacher=teacher, admm=admm, callbacks=callbacks, progress=self.progress, save_every=save_every(phase.steps), output_kind=self.data.task.output_kind, augment=self.training.augment,
         )  # fmt: skip
         require_invariants(student)
 
@@ -206,7 +206,7 @@ class Job:
         if limit is None:
             return {}
         costs = output_costs(
-            student, residual_writers(self.plan), self.train, self.data.pad_id, self.data.task.link, self.settings.seed,
+            student, residual_output_weights(self.plan), self.train, self.data.pad_id, self.data.task.output_kind, self.settings.seed,
             self.progress,
         )  # fmt: skip
         costly = {name: cost for name, cost in costs.items() if cost > limit}
@@ -225,7 +225,7 @@ class Job:
         """
         family, config = self.source.family, self.source.config
         shares = permute_channels(student, self.plan, family, config)
-        if self.data.task.link == "vector":
+        if self.data.task.output_kind == "vector":
             return shares
         order, kept = residual_order(student, self.plan, family, config)
         for model in (student, teacher):

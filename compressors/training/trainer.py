@@ -70,10 +70,15 @@ class Student(nn.Module):
     accepts_loss_kwargs = False  # read by the Trainer: the loss is a plain mean over the batch
 
     def __init__(
-        self, model: nn.Module, losses: Losses, teacher: nn.Module | None, admm: Admm | None, link: str = "softmax"
+        self,
+        model: nn.Module,
+        losses: Losses,
+        teacher: nn.Module | None,
+        admm: Admm | None,
+        output_kind: str = "softmax",
     ) -> None:
         super().__init__()
-        self._agree, self._by_token = AGREEMENT[link], link != "span"
+        self._agree, self._by_token = AGREEMENT[output_kind], output_kind != "span"
         self.model, self.losses, self.admm = model, losses, admm
         self._teacher = [teacher] if teacher is not None else []
 
@@ -146,17 +151,17 @@ def run_phase(
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress = lambda what, done, total: None,
     save_every: int | None = None,
-    link: str = "softmax",
+    output_kind: str = "softmax",
     augment: float = 0.0,
 ) -> None:
-    """Train `model` in place for one phase; `link` is the task's, see `nxm_export.contract.tasks.Task`; `augment` is the share of
+    """Train `model` in place for one phase; `output_kind` is the task's, see `nxm_export.contract.tasks.Task`; `augment` is the share of
     distorted samples (`compressors.training.augmentation`).
 
     Resumes from the newest complete checkpoint in ``work_dir/phase.name``; a phase that was finished is loaded.
     """
     set_seed(seed)
     directory, finished = work_dir / phase.name, work_dir / f"{phase.name}.safetensors"
-    student = Student(model, phase.losses, teacher, admm, link)
+    student = Student(model, phase.losses, teacher, admm, output_kind)
     if finished.is_file():
         student.load_state_dict(load_file(finished))
         progress(phase.name, phase.steps, phase.steps)

@@ -209,16 +209,18 @@ def compare_all(
     parts = [open_part(checkpoint, Path(engine)) for engine in engines]
     require_alike([(part.directory, part.spec) for part in parts])
     task = TASKS[parts[0].spec.task]
-    if task.link not in DECIDING and any(gate.quantity == "flips" for gate in gates):
+    if task.output_kind not in DECIDING and any(gate.quantity == "flips" for gate in gates):
         raise DataError(f"a gate on flips needs classes, and {task.name} has none; use drop or max_abs")
-    if task.link != "vector" and any(gate.quantity == "cosine" for gate in gates):
+    if task.output_kind != "vector" and any(gate.quantity == "cosine" for gate in gates):
         raise DataError(
             f"a gate on the cosine needs embeddings, and these engines are for {task.name}; use drop or max_abs"
         )
     for gate in gates:
         if gate.quantity == "drop":
-            if gate.metric not in (None, task.metric, *task.beside):
-                raise DataError(f"{gate}: {task.name} has the metrics {', '.join((task.metric, *task.beside))}")
+            if gate.metric not in (None, task.metric, *task.secondary_metrics):
+                raise DataError(
+                    f"{gate}: {task.name} has the metrics {', '.join((task.metric, *task.secondary_metrics))}"
+                )
             require_scorable(gate.metric or task.metric, label_array(features), parts[0].spec.labels)
     beforehand = {"table": table_drop(checkpoint)} if any(gate.quantity == "table" for gate in gates) else {}
     parts, skipped = _runnable(parts)
@@ -413,7 +415,7 @@ def _report(
     task = TASKS[spec.task]
     metric, labels, groups = task.metric, label_array(features), group_array(features)
     lengths = [len(sample["input_ids"]) for sample in features]
-    allowed = context_mask(labels, max(lengths)) if task.link == "span" else None
+    allowed = context_mask(labels, max(lengths)) if task.output_kind == "span" else None
     scored, scored_reference = scored_outputs(task, found), scored_outputs(task, wanted)
     value = metric_named(metric, spec.labels, groups)
     outputs = [
@@ -424,7 +426,7 @@ def _report(
             measured.step[name],
             found[name],
             bool(part.plan),
-            link=task.link,
+            output_kind=task.output_kind,
             lengths=lengths if _per_token(spec, name) else None,
             allowed=allowed,
         )
@@ -440,11 +442,11 @@ def _report(
     }
     beside = {
         name: tuple(metric_named(name, spec.labels, groups)(values, labels) for values in (scored_reference, scored))
-        for name in task.beside
+        for name in task.secondary_metrics
     }
     drops = {metric: (of_reference, of_engine), **beside}
     quantities |= {f"drop({name})": 100.0 * (theirs - ours) for name, (theirs, ours) in drops.items()}
-    if task.link == "vector":
+    if task.output_kind == "vector":
         quantities["cosine"] = float(cosines(scored_reference, scored).min())
     pairs = []
     for other, theirs in others:
@@ -458,7 +460,7 @@ def _report(
             found,
             theirs,
             apart,
-            task.link,
+            task.output_kind,
             {name: lengths for name in spec.outputs if _per_token(spec, name)},
             allowed,
         )

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import numpy as np
 
 WORST_FLIPS = 5
-DECIDING = ("softmax", "sigmoid", "span")  # links whose outputs decide something
+DECIDING = ("softmax", "sigmoid", "span")  # output kinds that decide something
 
 
 @dataclass(frozen=True)
@@ -52,27 +52,27 @@ def real_tokens(values: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
     return np.asarray(np.arange(values.shape[1]) < np.asarray(lengths)[:, None])
 
 
-def decisions(values: np.ndarray, link: str, allowed: np.ndarray | None = None) -> np.ndarray | None:
+def decisions(values: np.ndarray, output_kind: str, allowed: np.ndarray | None = None) -> np.ndarray | None:
     """What outputs (samples, ..., classes) decide: the class of the largest logit, or for every label whether its logit is
     above 0 (1 or 0), or, for spans (samples, sequence), the position where an answer begins or ends, of those `allowed`; None
     for scores, which decide nothing."""
-    if link == "span":
+    if output_kind == "span":
         return _among(values, allowed).argmax(-1)
-    if link == "sigmoid":
+    if output_kind == "sigmoid":
         return (values > 0).astype(int)
-    return values.argmax(-1) if link == "softmax" and values.shape[-1] > 1 else None
+    return values.argmax(-1) if output_kind == "softmax" and values.shape[-1] > 1 else None
 
 
 def _among(values: np.ndarray, allowed: np.ndarray | None) -> np.ndarray:
     return values if allowed is None else np.where(allowed, values, -np.inf)
 
 
-def margins(wanted: np.ndarray, link: str = "softmax", allowed: np.ndarray | None = None) -> np.ndarray:
+def margins(wanted: np.ndarray, output_kind: str = "softmax", allowed: np.ndarray | None = None) -> np.ndarray:
     """By how much each decision was taken: errors of up to half of it change none."""
-    if link == "span":
+    if output_kind == "span":
         wanted = _among(wanted, allowed)
         wanted = np.concatenate([wanted, np.full((len(wanted), 1), -np.inf)], axis=1)  # a single token has no rival
-    if link == "sigmoid":
+    if output_kind == "sigmoid":
         return np.asarray(2 * np.abs(wanted))
     top = np.partition(wanted, -2, axis=-1)
     return np.asarray(top[..., -1] - top[..., -2])
@@ -82,15 +82,15 @@ def flips(
     wanted: np.ndarray,
     found: np.ndarray,
     tolerance: float,
-    link: str = "softmax",
+    output_kind: str = "softmax",
     allowed: np.ndarray | None = None,
 ) -> list[Flip]:
     """All changed decisions, the widest margin first. A change is excused where both logits may have moved by `tolerance`,
     towards each other. Padding, 0 on both sides, changes nothing."""
-    ours, theirs = decisions(wanted, link, allowed), decisions(found, link, allowed)
+    ours, theirs = decisions(wanted, output_kind, allowed), decisions(found, output_kind, allowed)
     if ours is None or theirs is None:
         return []
-    margin = margins(wanted, link, allowed)
+    margin = margins(wanted, output_kind, allowed)
     made = [
         Flip(
             int(at[0]),
@@ -108,17 +108,17 @@ def flips(
 def agreement(
     wanted: np.ndarray,
     found: np.ndarray,
-    link: str = "softmax",
+    output_kind: str = "softmax",
     real: np.ndarray | None = None,
     allowed: np.ndarray | None = None,
 ) -> float | None:
     """Share of equal decisions, of those where `real` holds; None for outputs that decide nothing. `allowed` is as in
     `decisions`."""
-    ours, theirs = decisions(wanted, link, allowed), decisions(found, link, allowed)
+    ours, theirs = decisions(wanted, output_kind, allowed), decisions(found, output_kind, allowed)
     if ours is None or theirs is None:
         return None
     same = ours == theirs
-    return float((same if real is None or link == "span" else same[real]).mean())
+    return float((same if real is None or output_kind == "span" else same[real]).mean())
 
 
 def cosine(wanted: np.ndarray, found: np.ndarray) -> float:
@@ -139,7 +139,7 @@ def pair_of(
     ours: Mapping[str, np.ndarray],
     theirs: Mapping[str, np.ndarray],
     difference: tuple[float, tuple[float, float]],
-    link: str = "softmax",
+    output_kind: str = "softmax",
     lengths: Mapping[str, Sequence[int]] = MappingProxyType({}),
     allowed: np.ndarray | None = None,
 ) -> list[Pair]:
@@ -158,7 +158,7 @@ def pair_of(
                 float(error.max()),
                 float(error.mean()),
                 cosine(theirs[name], found),
-                agreement(theirs[name], found, link, real, allowed),
+                agreement(theirs[name], found, output_kind, real, allowed),
                 *difference,
             )
         )

@@ -78,13 +78,13 @@ def compare_output(
     found: np.ndarray,
     quantized: bool,
     *,
-    link: str = "softmax",
+    output_kind: str = "softmax",
     lengths: Sequence[int] | None = None,
     allowed: np.ndarray | None = None,
 ) -> OutputParity:
     """`noise` and `step` are absolute changes of the reference. NaN fails: it is never within a tolerance.
 
-    `link` is the task's. `lengths` are the samples' in tokens where the output has a row for every token: what stands
+    `output_kind` is the task's. `lengths` are the samples' in tokens where the output has a row for every token: what stands
     behind them is 0 in all four and counts neither for a mean nor as a decision. `allowed` (samples, sequence) are the
     positions of an answer, where the output says where one begins or ends.
     """
@@ -98,7 +98,7 @@ def compare_output(
     mean_tolerance = MEAN_FACTOR * (mean_of(noise, noise_lengths) + float(step.max()) / samples) + low
     same, same_noise = quiet(error, low), quiet(noise, low)
     required = same_noise / QUIET_FACTOR if same_noise * samples >= QUIET_SAMPLES else 0.0
-    changed = flips(wanted, found, tolerated, link, allowed)
+    changed = flips(wanted, found, tolerated, output_kind, allowed)
     mean = mean_of(error, lengths)
     unexcused = sum(not flip.excused for flip in changed)
     within = bool(error.max() <= tolerated) and mean <= mean_tolerance and same >= required
@@ -108,7 +108,7 @@ def compare_output(
         max_abs=float(error.max()),
         mean_abs=mean,
         cosine=cosine(wanted, found),
-        agreement=agreement(wanted, found, link, real, allowed),
+        agreement=agreement(wanted, found, output_kind, real, allowed),
         worst_sample=int(error.reshape(samples, -1).max(axis=1).argmax()),
         max_tolerance=tolerated,
         mean_tolerance=mean_tolerance,

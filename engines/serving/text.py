@@ -34,7 +34,7 @@ class TextFace:
         self._tokenizer = load_tokenizer(directory)
         self._spec = spec
         self._turn = threading.Lock()  # a tokenizer is not to be configured while another thread uses it
-        self._spans = TASKS[spec.task].link == "span"
+        self._spans = TASKS[spec.task].output_kind == "span"
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:

@@ -155,7 +155,7 @@ def _write_text_face(repository: Path, group: _Group, options: TritonOptions) ->
     first, spec, directory = group.passports[0], group.spec, group.directories[0]
     if not (directory / TOKENIZER_FILE).is_file():
         raise ArtifactError(f"{directory} has no {TOKENIZER_FILE}, which --text needs; copy it from the checkpoint")
-    if TASKS[spec.task].link == "span":
+    if TASKS[spec.task].output_kind == "span":
         raise ServeError(
             f"{group.name}: --text gives no answers in words for {spec.task} on Triton, only positions of tokens that its clients "
             "do not see; hand it over without --text, or serve it with `nxm serve --text`"

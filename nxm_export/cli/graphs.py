@@ -43,7 +43,7 @@ from nxm_export.contract.tasks import TASKS
     help="Of linear layers.",
 )
 @click.option(
-    "--islands",
+    "--precision-overrides",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Of LayerNorm and softmax.  [default: the graph's]",
 )

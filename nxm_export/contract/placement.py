@@ -19,7 +19,7 @@ _INTO_RESIDUAL = ("attention_output", "ffn_down")
 def placement_of(plan: CompressionPlan) -> str:
     """The fullest of `GRAPH_PLACEMENTS` that the plan trained."""
     if plan.attention == "int8":
-        behind = [plan.weights[name] for name in residual_writers(plan) if plan.weights[name].weight_bits]
+        behind = [plan.weights[name] for name in residual_output_weights(plan) if plan.weights[name].weight_bits]
         return "products" if behind and not any(spec.output_bits for spec in behind) else "attention"
     if any(spec.output_bits for spec in plan.weights.values()):
         return "inputs-outputs"
@@ -52,7 +52,7 @@ def at_placement(plan: CompressionPlan, placement: str) -> CompressionPlan:
                 f"this plan trained attention in float; use placement {trained}, or compress again with {placement}"
             )
         if placement == "products":
-            dropped = {name: replace(plan.weights[name], output_bits=None) for name in residual_writers(plan)}
+            dropped = {name: replace(plan.weights[name], output_bits=None) for name in residual_output_weights(plan)}
             return replace(plan, weights={**plan.weights, **dropped})
         if trained == "products":
             raise PlanError(
@@ -67,7 +67,7 @@ def at_placement(plan: CompressionPlan, placement: str) -> CompressionPlan:
     return replace(plan, attention="float")
 
 
-def residual_writers(plan: CompressionPlan) -> list[str]:
+def residual_output_weights(plan: CompressionPlan) -> list[str]:
     """The planned weights whose results go into a residual connection and nowhere else."""
     role = FAMILIES[plan.model_type].role
     return [name for name in plan.weights if role(name) in _INTO_RESIDUAL]

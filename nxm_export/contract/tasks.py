@@ -18,14 +18,14 @@ class Task:
 
     `auto_class` is the transformers class, None for an encoder with a pooling behind it (`nxm_export.contract.pooling`), `outputs`
     the graph outputs with their axes, `label` the kind of label that its
-    data has (`nxm_export.data.label_kinds.LABELS`), `metric` one of `nxm_export.data.metrics`. `link` says what the first output means:
+    data has (`nxm_export.data.label_kinds.LABELS`), `metric` one of `nxm_export.data.metrics`. `output_kind` says what the first output means:
     ``softmax`` over the last axis, ``sigmoid`` of every entry, ``identity``, ``vector`` for a row that means something only
     as a whole, or ``span`` for two outputs, start and end, each with a softmax over the sequence; the distillation loss, the
     search's divergence and the decisions that parity counts follow from it.
     `problem_type` is transformers' word where several tasks share a class. `serves` names another task whose checkpoints have
     the very head that this one needs. Without `own_loss`, distillation alone trains: labels are for the metric. `texts` says
-    how many texts a row of the model's input is: ``one``, ``two``, or ``any`` of both. `beside` are metrics that are given with
-    the task's own.
+    how many texts a row of the model's input is: ``one``, ``two``, or ``any`` of both. `secondary_metrics` are given
+    with the task's own.
     """
 
     name: str
@@ -33,12 +33,12 @@ class Task:
     metric: str
     outputs: Mapping[str, tuple[str, ...]]
     label: str
-    link: str
+    output_kind: str
     problem_type: str | None = None
     serves: str | None = None
     own_loss: bool = True
     texts: str = "any"
-    beside: tuple[str, ...] = ()
+    secondary_metrics: tuple[str, ...] = ()
 
     @property
     def names_labels(self) -> bool:
@@ -54,11 +54,11 @@ TASKS: dict[str, Task] = {
     for task in (
         Task(
             "classification", _SEQUENCE, "accuracy", {"logits": ("batch", "classes")}, "class", "softmax",
-            "single_label_classification", beside=("f1", "mcc"),
+            "single_label_classification", secondary_metrics=("f1", "mcc"),
         ),
         Task(
             "regression", _SEQUENCE, "pearson", {"logits": ("batch", "scores")}, "score", "identity", "regression",
-            beside=("spearman",),
+            secondary_metrics=("spearman",),
         ),
         Task(
             "multi-label", _SEQUENCE, "micro_f1", {"logits": ("batch", "labels")}, "classes", "sigmoid",
@@ -79,7 +79,7 @@ TASKS: dict[str, Task] = {
         Task(
             "question-answering", "AutoModelForQuestionAnswering", "squad_f1",
             {"start_logits": ("batch", "sequence"), "end_logits": ("batch", "sequence")}, "answers", "span", texts="two",
-            beside=("exact_match",),
+            secondary_metrics=("exact_match",),
         ),
     )
 }  # fmt: skip

@@ -181,7 +181,7 @@ ROW_METRICS: dict[str, RowMetric] = {
 
 def scored_outputs(task: Task, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
     """What the metrics of a task read, of the graph's outputs by name: the first, or start and end logits as (..., 2)."""
-    if task.link == "span":
+    if task.output_kind == "span":
         return np.stack([outputs[name] for name in task.outputs], axis=-1)
     return outputs[next(iter(task.outputs))]
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 MASKED = -1e4  # added to the attention scores of padding: finite in float16, and exp() of it is 0
 INT8_ATTENTION_TOKENS = 512  # TensorRT has no fused INT8 attention beyond (NVIDIA/TensorRT issue 3724)
-ISLANDS = ("LayerNormalization", "Softmax")
+OVERRIDABLE = ("LayerNormalization", "Softmax")
 METADATA = "nxm."  # prefix of our entries in the ONNX metadata
 
 
@@ -88,15 +88,15 @@ def export(
     dtype: str | None = None,
     placement: str | None = None,
     lowering: str = "matmul",
-    islands: str | None = None,
+    precision_overrides: str | None = None,
     max_length: int | None = None,
 ) -> Exported:
     """Write ``model.onnx``, ``verify.json``, ``spec.json`` and the tokenizer to `out`, from a checkpoint directory.
 
     `dtype` (float32, float16, bfloat16) and `placement` (one of `GRAPH_PLACEMENTS`) override the target's; a placement can
     only drop quantizers that the plan trained, never add some. An embedding table that is planned INT8 is stored so by target
-    ``cpu``; the others store the same values in float, and their graph's plan says float. `lowering` is one of `LOWERINGS`. `islands` computes
-    LayerNorm and softmax in another float dtype than the graph's. `max_length` (tokens) lowers the longest input that the
+    ``cpu``; the others store the same values in float, and their graph's plan says float. `lowering` is one of `LOWERINGS`. `precision_overrides`
+    computes LayerNorm and softmax in another float dtype than the graph's. `max_length` (tokens) lowers the longest input that the
     graph is meant for; INT8 attention, where trained, is exported up to 512 tokens and runs in float above.
     Raises `ExportError`, `ArtifactError`, `PlanError`; a graph that breaks its plan is never written.
     """
@@ -116,7 +116,7 @@ def export(
         compressed.require_valid()
     spec = _with_length(IOSpec.of(path, config, family, kind), max_length)
     plan = _placed(compressed.plan, chosen, placement, spec.max_length) if compressed else None
-    _require_islands(islands, dtype, chosen)
+    _require_overridable(precision_overrides, dtype, chosen)
     if lowering != "matmul" and not plan:
         raise ExportError(f"lowering {lowering} is for compressed checkpoints; {path} has no {PLAN_FILE}")
     model = _trace(path, kind, family, dtype, max(chosen.opset, 18))
@@ -134,14 +134,14 @@ def export(
     rewritten = [name for name in matrices if plan and not _is_plain(plan.weights[name], lowering)]
     _name_float_weights(model, [name for name in matrices if name not in rewritten])
     _tidy(model)
-    if islands:
-        _float_islands(model, islands, dtype)
+    if precision_overrides:
+        _override_precision(model, precision_overrides, dtype)
     if chosen.opset < 18:
         _lower_opset(model, chosen.opset)
     _name_axes(model, family, kind)
     facts = {
         "lowering": lowering,
-        "islands": islands or dtype,
+        "precision_overrides": precision_overrides or dtype,
         "gelu": family.gelu(config) or "none",
         "weights": weights_hash(path),
         **hashes,
@@ -185,11 +185,13 @@ def _placed(plan: CompressionPlan, target: Target, placement: str | None, max_le
     return placed if target.embedding == "int8" else replace(placed, embedding="float")
 
 
-def _require_islands(islands: str | None, dtype: str, target: Target) -> None:
-    if islands is None:
+def _require_overridable(precision_overrides: str | None, dtype: str, target: Target) -> None:
+    if precision_overrides is None:
         return
-    if islands not in ("float32", "float16", "bfloat16") or islands == dtype:
-        raise ExportError(f"islands must be a float dtype other than the graph's {dtype}, got {islands!r}")
+    if precision_overrides not in ("float32", "float16", "bfloat16") or precision_overrides == dtype:
+        raise ExportError(
+            f"precision_overrides must be a float dtype other than the graph's {dtype}, got {precision_overrides!r}"
+        )
     if target.opset < 18:
         raise ExportError(
             f"target {target.name} is weakly typed: its builder chooses the dtype of LayerNorm and softmax itself"
@@ -316,19 +318,19 @@ def _tidy(model: Any) -> None:
             tidy(model)
 
 
-def _float_islands(model: Any, islands: str, dtype: str) -> None:
-    """Compute LayerNorm and softmax in dtype `islands`, with casts around them; parameters are stored in it."""
+def _override_precision(model: Any, precision: str, dtype: str) -> None:
+    """Compute LayerNorm and softmax in dtype `precision`, with casts around them; parameters are stored in it."""
     import onnx_ir as ir
 
     from nxm_export.graph.qdq import add_initializer
 
-    inner, outer = (ir.DataType.from_numpy(numpy_dtype(name)) for name in (islands, dtype))
+    inner, outer = (ir.DataType.from_numpy(numpy_dtype(name)) for name in (precision, dtype))
     graph = model.graph
-    for node in [node for node in graph if node.op_type in ISLANDS]:
+    for node in [node for node in graph if node.op_type in OVERRIDABLE]:
         for i, value in enumerate(node.inputs):
             if value.const_value is not None:
-                array = value.const_value.numpy().astype(numpy_dtype(islands))
-                node.replace_input_with(i, add_initializer(graph, f"{value.name}_{islands}", array))
+                array = value.const_value.numpy().astype(numpy_dtype(precision))
+                node.replace_input_with(i, add_initializer(graph, f"{value.name}_{precision}", array))
             else:
                 cast = ir.node("Cast", [value], attributes={"to": int(inner)})
                 cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(inner), value.shape
@@ -386,7 +388,7 @@ def _metadata(
 ) -> dict[str, str]:
     facts = {
         **facts,
-        "schema": "nxm-onnx/1",
+        "schema": "nxm-onnx/2",
         "model_type": config["model_type"],
         "task": task.name,
         "target": target.name,

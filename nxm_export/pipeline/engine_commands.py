@@ -117,7 +117,7 @@ def _profiles(directory: Path, data: str, count: int, columns: Columns) -> list[
         limit = family_of(config, source=str(directory)).max_positions(config)
         task = task_at(directory, config) or "classification"
     raw, tokenizer = load_labelled(data, "train", columns, task_named(task)), load_tokenizer(directory)
-    examples = LABELS[task_named(task).label].apply(raw, ()) if task_named(task).link == "span" else None
+    examples = LABELS[task_named(task).label].apply(raw, ()) if task_named(task).output_kind == "span" else None
     if examples is not None:  # as many windows as its contexts take
         found = encode(tokenizer, examples, limit, ("input_ids",))
         return profiles_from_lengths([len(sample["input_ids"]) for sample in found], limit, count=count)
@@ -176,7 +176,8 @@ def _export_again(checkpoint: Path, engine: Path, out: Path) -> Path:
 
     passport, spec = load_passport(engine), load_spec(engine)
     facts = passport.graph
-    dtype, islands = facts.get("dtype"), facts.get("islands")
+    dtype = facts.get("dtype")
+    overrides = facts.get("precision_overrides", facts.get("islands"))  # "islands" in graphs of nxm-onnx/1
     made = export(
         checkpoint,
         out,
@@ -185,7 +186,7 @@ def _export_again(checkpoint: Path, engine: Path, out: Path) -> Path:
         dtype=dtype,
         placement=facts.get("placement") if passport.plan else None,
         lowering=facts.get("lowering", "matmul") if passport.plan else "matmul",
-        islands=None if islands == dtype else islands,
+        precision_overrides=None if overrides == dtype else overrides,
         max_length=spec.max_length,
     ).path
     if file_hash(made) != passport.onnx_sha256:

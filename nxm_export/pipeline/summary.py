@@ -80,7 +80,7 @@ def summarize(
     labels, groups = outputs[main]["labels"], outputs[main].get("groups")
     task = TASKS[load_spec(directory.path("onnx", "cpu")).task]
     first = reports[main]["outputs"][0]["output"]
-    alike = cosines(outputs[reference][first], outputs[main][first]) if task.link == "vector" else None
+    alike = cosines(outputs[reference][first], outputs[main][first]) if task.output_kind == "vector" else None
     rtx = next((name for name in engines if name.startswith("trt_rtx")), None)
     return {
         "schema": SUMMARY_SCHEMA,

@@ -44,7 +44,7 @@ PIPELINES = {
     "embedding": "sentence-similarity",
     "reranking": "text-ranking",
 }
-_BESIDE = list(dict.fromkeys(name for task in TASKS.values() for name in task.beside))
+_BESIDE = list(dict.fromkeys(name for task in TASKS.values() for name in task.secondary_metrics))
 _SPECIAL = re.compile(r"([\\`*_\[\]|#$~!])")
 
 

@@ -71,8 +71,11 @@ def test_a_task_goes_from_data_to_a_compared_engine(
     data = checkpoint.parent / DEV.get(task, "dev.tsv")
     features = features_of(tmp_path / "engine", str(data), Columns())
     monkeypatch.setattr(parity, "STEP_SAMPLES", 1)  # without the longest sentence, as happens in large data
-    gates = [Gate("drop", 100.0), *(Gate("drop", 100.0, name) for name in (TASKS[task].metric, *TASKS[task].beside))]
-    if TASKS[task].link in DECIDING:
+    gates = [
+        Gate("drop", 100.0),
+        *(Gate("drop", 100.0, name) for name in (TASKS[task].metric, *TASKS[task].secondary_metrics)),
+    ]
+    if TASKS[task].output_kind in DECIDING:
         gates.append(Gate("flips", 100.0))
     report = compare(checkpoint, tmp_path / "engine", features, gates=gates)
     report.require()
@@ -295,7 +298,7 @@ class TestParity:
         for row, length in enumerate(lengths):
             wanted[row, length:] = found[row, length:] = 0
         found[1, 4] = -wanted[1, 4]
-        report = compare_output("logits", wanted, noise, noise, found, True, link="softmax", lengths=lengths)
+        report = compare_output("logits", wanted, noise, noise, found, True, output_kind="softmax", lengths=lengths)
         assert report.agreement == pytest.approx(1 - 1 / sum(lengths))
         assert report.worst_sample == 1
         assert report.mean_abs == pytest.approx(2 * np.abs(wanted[1, 4]).sum() / (sum(lengths) * 4))
@@ -305,10 +308,10 @@ class TestParity:
         wanted = np.array([[2.0, -3.0], [0.05, 1.0]])
         found = wanted - np.array([[0.0, 0.0], [0.1, 0.0]])
         error = np.full_like(wanted, 0.1)
-        report = compare_output("logits", wanted, error, error, found, True, link="sigmoid")
+        report = compare_output("logits", wanted, error, error, found, True, output_kind="sigmoid")
         assert (report.agreement, report.unexcused_flips) == (0.75, 0)  # the margin was within the tolerance
         found[0, 0] = -2.0
-        assert compare_output("logits", wanted, error, error, found, True, link="sigmoid").unexcused_flips == 1
+        assert compare_output("logits", wanted, error, error, found, True, output_kind="sigmoid").unexcused_flips == 1
 
 
 def test_labels_agree_where_every_label_is_a_choice_of_its_own() -> None:

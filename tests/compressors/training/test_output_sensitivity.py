@@ -17,7 +17,7 @@ from compressors.training.trainer import collate
 from nxm_export.cli import main
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.families import FAMILIES
-from nxm_export.contract.placement import residual_writers
+from nxm_export.contract.placement import residual_output_weights
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.examples import Columns
@@ -36,7 +36,7 @@ def test_an_output_whose_step_is_coarse_costs_most(task: str, tmp_path: Path) ->
     train, _ = tiny.write_data(tmp_path, task)
     data = read_task_data(source, TASKS[task], str(train), None, Settings(), Columns(), load_tokenizer(source))
     plan = source.family.uniform_plan(source.config, WeightSpec.parse("W8"))
-    outputs = residual_writers(plan)
+    outputs = residual_output_weights(plan)
     assert len(outputs) == 4  # of two blocks: attention's and the FFN's
     model = load_model(source, TASKS[task])
     prepare(model, plan, source.family, source.config)
@@ -44,7 +44,7 @@ def test_an_output_whose_step_is_coarse_costs_most(task: str, tmp_path: Path) ->
     quantizers = {name: layer.output_quantizer for name, layer in quant_linears(model).items()}
 
     def costs() -> dict[str, float]:
-        return output_costs(model, outputs, data.train, data.pad_id, TASKS[task].link, seed=0)
+        return output_costs(model, outputs, data.train, data.pad_id, TASKS[task].output_kind, seed=0)
 
     fine = costs()
     assert set(fine) == set(outputs)
@@ -64,9 +64,9 @@ def test_costly_outputs_are_float_in_the_checkpoint_and_in_its_graphs(tmp_path: 
     checkpoint = tiny.compress_tiny("bert", tmp_path, dense_steps=4, settings={"output_limit": 0.0})
     opened = open_checkpoint(checkpoint)
     opened.require_valid()
-    writers = residual_writers(opened.plan)
+    names = residual_output_weights(opened.plan)
     told = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))["outputs_in_float"]
-    assert sorted(told) == sorted(writers)
+    assert sorted(told) == sorted(names)
     assert all(cost > 0 for cost in told.values())
     kept = {name for name, spec in opened.plan.weights.items() if spec.output_bits}
     assert kept == {name for name in opened.plan.weights if FAMILIES["bert"].role(name) in ("query", "key", "value")}
@@ -83,8 +83,8 @@ def test_a_matrix_that_is_left_dense_has_no_output_to_measure(tmp_path: Path) ->
     model = load_model(source, task)
     prepare(model, plan, source.family, source.config)
     calibrate(model, [collate(data.train[:32], data.pad_id)], 100.0)
-    costs = output_costs(model, residual_writers(plan), data.train, data.pad_id, task.link, seed=0)
-    assert set(costs) == set(residual_writers(plan)) - {COARSE}
+    costs = output_costs(model, residual_output_weights(plan), data.train, data.pad_id, task.output_kind, seed=0)
+    assert set(costs) == set(residual_output_weights(plan)) - {COARSE}
 
 
 @pytest.mark.slow
@@ -139,5 +139,5 @@ def test_without_a_limit_every_output_is_int8(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [str(part) for part in [*command, "--output-limit=inf"]])
     assert result.exit_code == 0, result.output
     plan = open_checkpoint(checkpoint).plan
-    assert all(plan.weights[name].output_bits == 8 for name in residual_writers(plan))
+    assert all(plan.weights[name].output_bits == 8 for name in residual_output_weights(plan))
     assert "outputs_in_float" not in json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))

@@ -236,13 +236,13 @@ class TestParity:
         lengths, noise = [4, 3], np.full_like(wanted, 0.1)
         found = wanted.copy()
         found[0, 0], found[0, 3] = 8.95, 3.1  # the question token stays first everywhere, and is not asked
-        report = compare_output("start_logits", wanted, noise, noise, found, True, link="span", lengths=lengths, allowed=allowed)  # fmt: skip
+        report = compare_output("start_logits", wanted, noise, noise, found, True, output_kind="span", lengths=lengths, allowed=allowed)  # fmt: skip
         assert (report.agreement, report.flips, report.unexcused_flips) == (0.5, 1, 0)
         (flip,) = report.worst_flips
         assert (flip.sample, flip.position, flip.reference, flip.engine) == (0, (), 2, 3)
         assert flip.margin == pytest.approx(0.1)
         found[1, 1], found[1, 2] = 1.0, 5.0
-        report = compare_output("start_logits", wanted, noise, noise, found, True, link="span", lengths=lengths, allowed=allowed)  # fmt: skip
+        report = compare_output("start_logits", wanted, noise, noise, found, True, output_kind="span", lengths=lengths, allowed=allowed)  # fmt: skip
         assert report.unexcused_flips == 1
         assert not report.passed
 

@@ -122,9 +122,11 @@ def test_issue_4694_and_its_fix_are_two_presets(checkpoints: Checkpoints, tmp_pa
     )
 
 
-def test_islands_compute_layernorm_and_softmax_in_another_dtype(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_precision_overrides_compute_layernorm_and_softmax_in_another_dtype(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
     checkpoint = checkpoints("bert", "inputs-outputs")
-    done = export(checkpoint, tmp_path / "graph", target="trt", islands="float32")
+    done = export(checkpoint, tmp_path / "graph", target="trt", precision_overrides="float32")
     model = onnx.shape_inference.infer_shapes(onnx.load(done.path), strict_mode=True)
     types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.output)}
     for node in model.graph.node:
@@ -133,9 +135,9 @@ def test_islands_compute_layernorm_and_softmax_in_another_dtype(checkpoints: Che
         if node.op_type == "MatMul":
             assert types[node.output[0]] == onnx.TensorProto.FLOAT16
     with pytest.raises(ExportError, match="weakly typed"):
-        export(checkpoint, tmp_path / "no", target="trt8", islands="float16")
+        export(checkpoint, tmp_path / "no", target="trt8", precision_overrides="float16")
     with pytest.raises(ExportError, match="other than the graph's float16"):
-        export(checkpoint, tmp_path / "no", target="trt", islands="float16")
+        export(checkpoint, tmp_path / "no", target="trt", precision_overrides="float16")
 
 
 def test_int8_attention_ends_at_512_tokens(checkpoints: Checkpoints, tmp_path: Path) -> None:

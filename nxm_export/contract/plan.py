@@ -16,17 +16,16 @@ Counting (``COUNTINGS``), in bits for a matrix of ``n`` weights and ``o`` output
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from nxm_export.errors import PlanError, some
-from nxm_export.storage.json_files import parse_json, require_schema
+from nxm_export.storage.json_files import decode, encode, read_text, to_builtins
 
 SCHEMA = "nxm-plan/1"
+_WAY_OUT = "write it again with `nxm compress` or `nxm search`"
 COUNTINGS = ("hw", "packed", "values")
 # What training may place: pairs before each planned product; behind it, too; before every product, those inside attention
 # included; all of these; before the FFN's products only.
@@ -248,72 +247,59 @@ class CompressionPlan:
 
     def to_json(self) -> str:
         """The text of ``nxm_plan.json``."""
+        # Readers that do not know a field yet refuse only the plans that use it: what is None or float is left out.
+        newer = {name: getattr(self, name) for name in ("residual", "embedding") if getattr(self, name) != "float"}
         weights = {}
         for name, spec in self.weights.items():
-            fields = {
-                "pattern": str(spec.pattern) if spec.pattern else None,
-                "weight_bits": spec.weight_bits,
-                "input_bits": spec.input_bits,
-                "output_bits": spec.output_bits,
-            }
-            weights[name] = {"shape": list(self.shapes[name]), **{k: v for k, v in fields.items() if v is not None}}
-        head: dict[str, Any] = {"schema": SCHEMA, "model_type": self.model_type, "attention": self.attention}
-        # Readers that do not know a field yet refuse only the plans that use it.
-        for field in ("residual", "embedding"):
-            if getattr(self, field) != "float":
-                head[field] = getattr(self, field)
-        head["weights"] = weights
-        return json.dumps(head, indent=1) + "\n"
+            pattern = str(spec.pattern) if spec.pattern else None
+            entry = _WeightEntry(self.shapes[name], pattern, spec.weight_bits, spec.input_bits, spec.output_bits)
+            weights[name] = {key: value for key, value in to_builtins(entry).items() if value is not None}
+        return encode({"model_type": self.model_type, "attention": self.attention, **newer, "weights": weights}, SCHEMA)
 
     @classmethod
     def from_json(cls, text: str, *, source: str = "plan") -> CompressionPlan:
         """Read the text of ``nxm_plan.json``; `source` names the file in errors. Unknown schemas and fields are refused."""
-        data = parse_json(text, source, "write it again with `nxm compress` or `nxm search`", PlanError)
-        require_schema(data, SCHEMA, source)
-        unknown = set(data) - {"schema", "model_type", "attention", "residual", "embedding", "weights"}
-        if unknown:
-            raise PlanError(
-                f"{source}: unknown fields {some(unknown)}; it was written by a newer nxm-export: update, or plan again"
-            )
+        file = decode(text, _PlanFile, schema=SCHEMA, source=source, way_out=_WAY_OUT, error=PlanError)
         try:
-            weights = {name: _spec_from_json(name, entry, source) for name, entry in data["weights"].items()}
-            shapes = {name: _shape_from_json(name, entry, source) for name, entry in data["weights"].items()}
-            model_type, attention = data["model_type"], data["attention"]
-            residual, embedding = data.get("residual", "float"), data.get("embedding", "float")
-        except (KeyError, AttributeError, TypeError) as error:
-            raise PlanError(
-                f"{source}: malformed plan ({error!r}); write it again with `nxm compress` or `nxm search`"
-            ) from error
-        try:
-            return cls(model_type, weights, shapes, attention, residual, embedding)
+            weights = {name: entry.spec(name) for name, entry in file.weights.items()}
+            shapes = {name: entry.shape for name, entry in file.weights.items()}
+            return cls(file.model_type, weights, shapes, file.attention, file.residual, file.embedding)
         except PlanError as error:
             raise PlanError(f"{source}: {error}") from error
 
     @classmethod
     def load(cls, file: str | Path) -> CompressionPlan:
         """Read a plan file; raises `PlanError` when it is missing, unreadable or no plan of this schema."""
+        return cls.from_json(read_text(Path(file), "check the path", PlanError), source=str(file))
+
+
+@dataclass(frozen=True)
+class _WeightEntry:
+    """One weight in ``nxm_plan.json``; `shape` is (out, in), the rest is as in `WeightSpec`."""
+
+    shape: tuple[int, int]
+    pattern: str | None = None
+    weight_bits: int | None = None
+    input_bits: int | None = None
+    output_bits: int | None = None
+
+    def spec(self, name: str) -> WeightSpec:
+        """What is planned for the weight; raises `PlanError` with its name, for a shape that no matrix has, too."""
+        if min(self.shape) < 1:
+            raise PlanError(f"{name}: shape must be two positive integers (out, in), got {list(self.shape)}")
         try:
-            text = Path(file).read_text(encoding="utf-8")
-        except OSError as error:
-            raise PlanError(f"{file}: cannot be read ({error.strerror}); check the path") from error
-        except UnicodeDecodeError as error:
-            raise PlanError(f"{file}: not a plan file (it is not UTF-8 text)") from error
-        return cls.from_json(text, source=str(file))
+            pattern = NMPattern.parse(self.pattern) if self.pattern is not None else None
+            return WeightSpec(pattern, self.weight_bits, self.input_bits, self.output_bits)
+        except PlanError as error:
+            raise PlanError(f"{name}: {error}") from error
 
 
-def _spec_from_json(name: str, entry: dict[str, Any], source: str) -> WeightSpec:
-    unknown = set(entry) - {"shape", "pattern", "weight_bits", "input_bits", "output_bits"}
-    if unknown:
-        raise PlanError(f"{source}: {name}: unknown fields {some(unknown)}")
-    try:
-        pattern = NMPattern.parse(entry["pattern"]) if entry.get("pattern") is not None else None
-        return WeightSpec(pattern, entry.get("weight_bits"), entry.get("input_bits"), entry.get("output_bits"))
-    except PlanError as error:
-        raise PlanError(f"{source}: {name}: {error}") from error
+@dataclass(frozen=True)
+class _PlanFile:
+    """``nxm_plan.json`` without its schema."""
 
-
-def _shape_from_json(name: str, entry: dict[str, Any], source: str) -> tuple[int, int]:
-    shape = entry["shape"]
-    if not isinstance(shape, list) or len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
-        raise PlanError(f"{source}: {name}: shape must be two positive integers (out, in), got {shape}")
-    return shape[0], shape[1]
+    model_type: str
+    attention: str
+    weights: dict[str, _WeightEntry]
+    residual: str = "float"
+    embedding: str = "float"

@@ -11,8 +11,11 @@ it decides that.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import numbers
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +29,7 @@ Json = Any  # what json.loads returns
 Upgrade = Callable[[dict[str, Json]], dict[str, Json]]
 
 _DEEPEST = 64
+_PATH_STEP = re.compile(r"\.(\w+)|\[(\d+|\.\.\.)\]")  # of msgspec's paths: a field, an index, "..." for a key of a mapping
 
 
 def parse_json(text: str, source: str, way_out: str, error: type[Exception]) -> Json:
@@ -39,10 +43,20 @@ def parse_json(text: str, source: str, way_out: str, error: type[Exception]) -> 
     return value
 
 
+def read_text(file: Path, way_out: str, error: type[Exception] = ArtifactError) -> str:
+    """The text of a JSON file; one that cannot be read, or is no UTF-8 text, is an `error` with `way_out`."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as reason:
+        raise error(f"{file}: cannot be read ({reason.strerror}); {way_out}") from reason
+    except UnicodeDecodeError as reason:
+        raise error(f"{file}: not a JSON file (it is not UTF-8 text); {way_out}") from reason
+
+
 def read_json(file: Path, way_out: str) -> Json:
     """The value of a JSON file of others, such as config.json; raises `ArtifactError` with `way_out` when it cannot be read
     or is not JSON."""
-    return parse_json(_text_of(file, way_out), str(file), way_out, ArtifactError)
+    return parse_json(read_text(file, way_out), str(file), way_out, ArtifactError)
 
 
 def decode(
@@ -80,7 +94,7 @@ def convert(value: Json, kind: type[T], *, source: str, way_out: str, error: typ
         made = msgspec.convert(value, type=kind)
     except msgspec.ValidationError as reason:
         what, _, where = str(reason).partition(" - at ")
-        field = where.strip("`").removeprefix("$").removeprefix(".")
+        field = _field_at(where, value, kind)
         place = f"{source}: {field}" if field else source
         raise error(f"{place}: {what}; {way_out}") from reason
     unknown = next(_unknown_fields(value, msgspec.to_builtins(made), ""), None)
@@ -99,7 +113,7 @@ def read_record(
     error: type[Exception] = ArtifactError,
 ) -> T:
     """`decode` of a file; raises `error`, too, when it cannot be read."""
-    text = _text_of(file, way_out, error)
+    text = read_text(file, way_out, error)
     return decode(text, kind, schema=schema, source=str(file), way_out=way_out, older=older, error=error)
 
 
@@ -117,7 +131,7 @@ def encode(record: object, schema: str | None = None) -> str:
 def to_builtins(record: object) -> Json:
     """A record as JSON values: dictionaries, lists, strings, numbers; raises `ValueError` that names the field for NaN and
     infinity."""
-    value = msgspec.to_builtins(record, str_keys=True, enc_hook=str)
+    value = msgspec.to_builtins(record, str_keys=True, enc_hook=_plain)
     for field, number in _floats(value, ""):
         if not math.isfinite(number):
             raise ValueError(f"{type(record).__name__}{field} is {number}, which JSON does not have")
@@ -131,9 +145,20 @@ def require_schema(data: Json, schema: str, source: str, error: type[Exception] 
         return
     if isinstance(actual, str) and actual.partition("/")[0] == schema.partition("/")[0]:
         raise error(
-            f"{source}: schema {actual} is not the {schema} that this version reads; use the nxm-export that wrote it, or write it again"
+            f"{source}: schema {actual} is not the {schema} that this version reads; use the nxm-export that wrote it, "
+            "or write it again"
         )
     raise error(f"{source}: not a {schema} file (schema is {actual!r}); check the path")
+
+
+def _plain(value: object) -> Json:
+    """What msgspec does not know, as JSON: NumPy's numbers and truth values are Python's, a path and the like is its text."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    is_truth = type(value).__name__ in ("bool", "bool_")  # numpy.bool is registered as no kind of number
+    return bool(value) if is_truth else str(value)
 
 
 def json_text(value: Any) -> str:
@@ -149,15 +174,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value
-
-
-def _text_of(file: Path, way_out: str, error: type[Exception] = ArtifactError) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as reason:
-        raise error(f"{file}: cannot be read ({reason.strerror}); {way_out}") from reason
-    except UnicodeDecodeError as reason:
-        raise error(f"{file}: not a JSON file (it is not UTF-8 text); {way_out}") from reason
 
 
 def _unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
@@ -204,6 +220,36 @@ def _unknown_fields(read: Json, made: Json, path: str) -> Iterator[str]:
     elif isinstance(read, list) and isinstance(made, (list, tuple)):
         for at, (entry, other) in enumerate(zip(read, made)):  # noqa: B905  (msgspec keeps lengths)
             yield from _unknown_fields(entry, other, f"{path.rstrip('.')}[{at}].")
+
+
+def _field_at(where: str, value: Json, kind: type[object]) -> str:
+    """msgspec's path of the field that it refused in `value`, with the keys of mappings, which it leaves out."""
+    names, probe = "", copy.deepcopy(value)
+    node = probe
+    for name, index in _PATH_STEP.findall(where):
+        key: str | int | None
+        if index == "...":
+            key = _refused_key(node, probe, kind)
+            if key is None:
+                return names
+        else:
+            key = name or int(index)
+        names += f"[{key}]" if isinstance(key, int) else f".{key}" if names else key
+        node = node[key]
+    return names
+
+
+def _refused_key(entries: dict[str, Json], whole: Json, kind: type[object]) -> str | None:
+    """The key of `entries`, a mapping inside `whole`, that msgspec refuses; it alone is left there."""
+    every = dict(entries)
+    for key, entry in every.items():
+        entries.clear()
+        entries[key] = entry
+        try:
+            msgspec.convert(whole, type=kind)
+        except msgspec.ValidationError:
+            return key
+    return None
 
 
 def _floats(value: Json, path: str) -> Iterator[tuple[str, float]]:

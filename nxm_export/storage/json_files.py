@@ -117,7 +117,7 @@ def encode(record: object, schema: str | None = None) -> str:
 def to_builtins(record: object) -> Json:
     """A record as JSON values: dictionaries, lists, strings, numbers; raises `ValueError` that names the field for NaN and
     infinity."""
-    value = msgspec.to_builtins(record, str_keys=True, enc_hook=str)
+    value = _as_lists(msgspec.to_builtins(record, str_keys=True, enc_hook=str))
     for field, number in _floats(value, ""):
         if not math.isfinite(number):
             raise ValueError(f"{type(record).__name__}{field} is {number}, which JSON does not have")
@@ -204,6 +204,13 @@ def _unknown_fields(read: Json, made: Json, path: str) -> Iterator[str]:
     elif isinstance(read, list) and isinstance(made, (list, tuple)):
         for at, (entry, other) in enumerate(zip(read, made)):  # noqa: B905  (msgspec keeps lengths)
             yield from _unknown_fields(entry, other, f"{path.rstrip('.')}[{at}].")
+
+
+def _as_lists(value: Json) -> Json:
+    """The value with lists for tuples, as JSON gives it back."""
+    if isinstance(value, dict):
+        return {key: _as_lists(entry) for key, entry in value.items()}
+    return [_as_lists(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def _floats(value: Json, path: str) -> Iterator[tuple[str, float]]:

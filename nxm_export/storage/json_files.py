@@ -29,7 +29,9 @@ Json = Any  # what json.loads returns
 Upgrade = Callable[[dict[str, Json]], dict[str, Json]]
 
 _DEEPEST = 64
-_PATH_STEP = re.compile(r"\.(\w+)|\[(\d+|\.\.\.)\]")  # of msgspec's paths: a field, an index, "..." for a key of a mapping
+_PATH_STEP = re.compile(
+    r"\.(\w+)|\[(\d+|\.\.\.)\]"
+)  # of msgspec's paths: a field, an index, "..." for a key of a mapping
 
 
 def parse_json(text: str, source: str, way_out: str, error: type[Exception]) -> Json:
@@ -131,7 +133,7 @@ def encode(record: object, schema: str | None = None) -> str:
 def to_builtins(record: object) -> Json:
     """A record as JSON values: dictionaries, lists, strings, numbers; raises `ValueError` that names the field for NaN and
     infinity."""
-    value = msgspec.to_builtins(record, str_keys=True, enc_hook=_plain)
+    value = _as_lists(msgspec.to_builtins(record, str_keys=True, enc_hook=_plain))
     for field, number in _floats(value, ""):
         if not math.isfinite(number):
             raise ValueError(f"{type(record).__name__}{field} is {number}, which JSON does not have")
@@ -250,6 +252,13 @@ def _refused_key(entries: dict[str, Json], whole: Json, kind: type[object]) -> s
         except msgspec.ValidationError:
             return key
     return None
+
+
+def _as_lists(value: Json) -> Json:
+    """The value with lists for tuples, as JSON gives it back."""
+    if isinstance(value, dict):
+        return {key: _as_lists(entry) for key, entry in value.items()}
+    return [_as_lists(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def _floats(value: Json, path: str) -> Iterator[tuple[str, float]]:

@@ -1,0 +1,139 @@
+"""``metrics.json`` of a checkpoint: what `finetune` and `compress` measured on the dev data, and how they came there.
+
+There are two kinds of it, `DenseMetrics` and `CompressionMetrics`; the field ``kind`` says which. A number that could not be
+computed is None: an interval of a single sample, say, or a metric of outputs that hold a NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from nxm_export.errors import ArtifactError
+from nxm_export.storage.json_files import Json, convert, parse_json, read_json, require_schema, to_builtins
+
+METRICS_FILE = "metrics.json"
+METRICS_SCHEMA = "nxm-metrics/1"
+_WAY_OUT = "make the checkpoint again"
+# Files without a schema hold these metrics beside the task's own, among all other fields.
+_UNVERSIONED_SECONDARY = ("f1", "mcc", "spearman", "exact_match")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The task's metric on all dev samples.
+
+    `value` with its 95 % bootstrap `interval`, the task's `secondary_metrics` by name, and the number of dev samples, or of
+    groups of them where groups are what is scored.
+    """
+
+    metric: str
+    value: float | None
+    interval: tuple[float, float] | None
+    dev_samples: int
+    secondary_metrics: Mapping[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseMetrics(Scores):
+    """Of a dense task model: `steps` of fine-tuning (0 where the model's head fitted), and the commit of a hub model."""
+
+    kind: Literal["dense"] = "dense"
+    steps: int
+    revision: str | None = None
+
+    def to_dict(self) -> dict[str, Json]:
+        """What ``metrics.json`` holds."""
+        return {"schema": METRICS_SCHEMA, **to_builtins(self)}
+
+
+@dataclass(frozen=True)
+class PermutationFacts:
+    """What reordering channels did: how many matrices have columns in a new order, and which share of the sum of their mask
+    scores the patterns keep without and with it."""
+
+    matrices: int
+    kept_before: float
+    kept_after: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionMetrics(Scores):
+    """Of a compressed checkpoint.
+
+    `steps` are all optimizer steps, `qat_steps` those with fixed masks. `admm`, `admm_steps`, `residual` (||W - Z|| / ||W||
+    before masks were fixed) and `residual_gate_passed` are of recipes with ADMM; `sr_ste_steps` is of SR-STE.
+    `outputs_in_float` has the divergence that each output quantizer would have cost which was left out for it, by weight.
+    `table_drop` is what rounding the embedding table to INT8 costs by itself, in points of the metric, with its 95 % paired
+    interval. `mask_hash` is the sha256 over all masks.
+    """
+
+    kind: Literal["compressed"] = "compressed"
+    recipe: str
+    steps: int
+    train_samples: int
+    held_out_samples: int
+    qat_steps: int
+    mask_hash: str
+    outputs_in_float: Mapping[str, float] = field(default_factory=dict)
+    permutation: PermutationFacts | None = None
+    admm: str | None = None
+    admm_steps: int | None = None
+    residual: float | None = None
+    residual_gate_passed: bool | None = None
+    sr_ste_steps: int | None = None
+    table_drop: float | None = None
+    table_drop_interval: tuple[float, float] | None = None
+
+    def to_dict(self) -> dict[str, Json]:
+        """What ``metrics.json`` holds."""
+        return {"schema": METRICS_SCHEMA, **to_builtins(self)}
+
+
+def finite(number: float) -> float | None:
+    """The number, or None where it is NaN or infinite: it could not be computed."""
+    return float(number) if math.isfinite(number) else None
+
+
+def finite_interval(low: float, high: float) -> tuple[float, float] | None:
+    """The interval, or None where one of its ends could not be computed."""
+    return (float(low), float(high)) if math.isfinite(low) and math.isfinite(high) else None
+
+
+def read_metrics(directory: str | Path) -> DenseMetrics | CompressionMetrics:
+    """The metrics of a checkpoint directory; raises `ArtifactError` that names file, field and what is wrong with it."""
+    file = Path(directory) / METRICS_FILE
+    return _metrics_of(read_json(file, _WAY_OUT), str(file))
+
+
+def decode_metrics(text: str, source: str) -> DenseMetrics | CompressionMetrics:
+    """`read_metrics` of a text; `source` is the name of its file in errors."""
+    return _metrics_of(parse_json(text, source, _WAY_OUT, ArtifactError), source)
+
+
+def _metrics_of(value: Json, source: str) -> DenseMetrics | CompressionMetrics:
+    if isinstance(value, dict) and "schema" not in value and "metric" in value:
+        fields = _upgraded(value)
+    else:
+        require_schema(value, METRICS_SCHEMA, source, ArtifactError)
+        fields = {key: entry for key, entry in value.items() if key != "schema"}
+    if fields.get("kind") == "dense":
+        return convert(fields, DenseMetrics, source=source, way_out=_WAY_OUT)
+    return convert(fields, CompressionMetrics, source=source, way_out=_WAY_OUT)
+
+
+def _upgraded(value: Mapping[str, Json]) -> dict[str, Json]:
+    """The fields of a file that was written before the file had a schema."""
+    fields = {key: entry for key, entry in value.items() if key not in _UNVERSIONED_SECONDARY}
+    secondary = {name: value[name] for name in _UNVERSIONED_SECONDARY if name in value}
+    kind = "compressed" if "recipe" in value else "dense"
+    return {**fields, "kind": kind, "secondary_metrics": secondary}
+
+
+def score_fields(scores: Scores) -> dict[str, Json]:
+    """The fields of `Scores` alone, to make one of its two kinds with."""
+    return {entry.name: getattr(scores, entry.name) for entry in dataclasses.fields(Scores)}

@@ -1,0 +1,143 @@
+"""``metrics.json`` and ``search.json``: what is written is read back, old files are read, and damaged ones are refused by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nxm_export.contract.checkpoint_metrics import (
+    CompressionMetrics,
+    DenseMetrics,
+    PermutationFacts,
+    decode_metrics,
+    finite,
+    finite_interval,
+    read_metrics,
+)
+from nxm_export.contract.search_result import (
+    FullRun,
+    HalvingRound,
+    ParetoPlan,
+    PlanScore,
+    SampleCounts,
+    SearchBudget,
+    SearchCost,
+    SearchResult,
+    decode_search_result,
+    read_search_result,
+)
+from nxm_export.errors import ArtifactError
+from nxm_export.storage.json_files import Json, encode
+
+DENSE = DenseMetrics(
+    metric="accuracy", value=0.5, interval=(0.25, 0.75), dev_samples=4, secondary_metrics={"f1": 0.5}, steps=12
+)
+COMPRESSED = CompressionMetrics(
+    metric="accuracy",
+    value=0.5,
+    interval=None,
+    dev_samples=1,
+    recipe="nxm",
+    steps=20,
+    train_samples=19,
+    held_out_samples=1,
+    qat_steps=12,
+    mask_hash="ab",
+    outputs_in_float={"w.weight": 0.25},
+    permutation=PermutationFacts(2, 0.75, 0.875),
+    admm="mask",
+    admm_steps=8,
+    residual=0.125,
+    residual_gate_passed=False,
+    table_drop=-0.5,
+    table_drop_interval=(-1.0, 0.0),
+)
+PLAN = PlanScore(
+    origin="free", predicted=None, joint=0.5, hw=0.875, packed=0.875, values=0.9, options={"W4": 2}, milliseconds=1.5
+)
+SEARCH = SearchResult(
+    method="nxm",
+    budget=SearchBudget("hw", 0.875, None, 2.0),
+    best=PLAN,
+    finalists=(PLAN,),
+    rounds=(HalvingRound(3, {"free": 0.25}),),
+    plans_evaluated=1,
+    samples=SampleCounts(8, 8),
+    seed=0,
+    cost=SearchCost({"all": 1.0}, FullRun(10, 4.0), False, 0.25),
+    pareto=(ParetoPlan(origin="a", predicted=1.0, joint=None, hw=0.9, packed=0.9, values=0.9, options={}, asked=0.9),),
+    tied={"by role": PLAN},
+)
+
+
+@pytest.mark.parametrize(
+    "metrics", [DENSE, COMPRESSED, replace(DENSE, value=None)], ids=["dense", "compressed", "none"]
+)
+def test_metrics_are_read_back_as_they_were(metrics: DenseMetrics | CompressionMetrics, tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text(encode(metrics.to_dict()), encoding="utf-8")
+    assert read_metrics(tmp_path) == metrics
+
+
+def test_metrics_without_a_schema_are_those_of_former_versions() -> None:
+    old = {"metric": "accuracy", "value": 0.5, "f1": 0.5, "interval": [0.25, 0.75], "dev_samples": 4, "steps": 12}
+    assert decode_metrics(json.dumps({**old, "revision": None}), "metrics.json") == DENSE
+    training = {"recipe": "obs", "train_samples": 9, "held_out_samples": 0, "qat_steps": 12, "mask_hash": "ab"}
+    actual = decode_metrics(json.dumps({**old, **training}), "metrics.json")
+    assert isinstance(actual, CompressionMetrics)
+    assert (actual.recipe, actual.secondary_metrics, actual.admm_steps) == ("obs", {"f1": 0.5}, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": "nxm-metrics/9"}, "schema nxm-metrics/9 is not the nxm-metrics/1"),
+        ({"value": "high"}, "metrics.json: value: Expected `float | null`, got `str`"),
+        ({"steps": 1.5}, "metrics.json: steps: Expected `int`"),
+        ({"bias": 1}, "metrics.json: unknown field bias"),
+        ({"permutation": {"matrices": 1, "kept_before": 0.5, "kept_after": 0.5, "rows": 1}}, "unknown field permutation.rows"),
+        ({"value": float("nan")}, "NaN is not a JSON number"),
+        ({"kind": "small"}, "metrics.json: kind: Invalid enum value 'small'"),
+    ],
+)  # fmt: skip
+def test_damaged_metrics_are_refused_by_file_and_field(change: dict[str, Json], message: str) -> None:
+    text = json.dumps({**COMPRESSED.to_dict(), **change})
+    with pytest.raises(ArtifactError) as error:
+        decode_metrics(text, "metrics.json")
+    assert message in str(error.value)
+
+
+def test_a_directory_without_metrics_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        read_metrics(tmp_path)
+
+
+def test_what_cannot_be_computed_is_none_and_never_written_as_null_behind_ones_back() -> None:
+    assert (finite(0.5), finite(float("nan")), finite(float("inf"))) == (0.5, None, None)
+    assert (finite_interval(0.0, 1.0), finite_interval(0.0, float("nan"))) == ((0.0, 1.0), None)
+    with pytest.raises(ValueError, match=r"DenseMetrics\.value is nan"):
+        replace(DENSE, value=float("nan")).to_dict()
+
+
+def test_a_search_result_is_read_back_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "search.json"
+    file.write_text(encode(SEARCH.to_dict()), encoding="utf-8")
+    assert read_search_result(file) == SEARCH
+    assert SEARCH.to_dict() == json.loads(file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": "nxm-search/9"}, "schema nxm-search/9 is not"),
+        ({"best": {**PLAN.__dict__, "hw": None}}, "search.json: best.hw: Expected `float`, got `null`"),
+        ({"cost": {**SEARCH.to_dict()["cost"], "euros": 3}}, "search.json: unknown field cost.euros"),
+        ({"seed": "0"}, "search.json: seed: Expected `int`, got `str`"),
+    ],
+)
+def test_a_damaged_search_result_is_refused_by_file_and_field(change: dict[str, Json], message: str) -> None:
+    with pytest.raises(ArtifactError) as error:
+        decode_search_result(json.dumps({**SEARCH.to_dict(), **change}), "search.json")
+    assert message in str(error.value)

@@ -19,6 +19,7 @@ PACKAGES = ("nxm_export", "compressors", "engines")
 # Folder -> layer; the longest name that fits counts. Modules beside the folders of `nxm_export` have a line of their own.
 LAYERS = {
     "nxm_export.errors": "errors",
+    "nxm_export.progress": "errors",
     "nxm_export.storage": "storage",
     "nxm_export.contract": "contract",
     "nxm_export.data": "data",

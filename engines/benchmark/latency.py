@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from engines.base import Closing, Engine
+from nxm_export.data.bootstrap import bootstrap_interval
 from nxm_export.errors import EngineError
 
 T = TypeVar("T")
@@ -177,6 +178,5 @@ def rotated(items: list[T], number: int) -> list[T]:
 def paired(reference: np.ndarray, other: np.ndarray, seed: int = 0) -> tuple[float, tuple[float, float]]:
     """How many times faster `other` is: the median of the rounds' ratios, with its 95 % bootstrap interval."""
     ratios = reference / other
-    picks = np.random.default_rng(seed).integers(0, len(ratios), size=(1000, len(ratios)))
-    low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
-    return float(np.median(ratios)), (float(low), float(high))
+    interval = bootstrap_interval(len(ratios), lambda picks: float(np.median(ratios[picks])), seed)
+    return float(np.median(ratios)), interval

@@ -8,17 +8,17 @@ groups of them, such as the candidates of one query.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from nxm_export.contract.tasks import Task
+from nxm_export.data.bootstrap import bootstrap_interval
 from nxm_export.data.examples import NO_LABEL, members
 from nxm_export.data.question_answering import answer_scores
 from nxm_export.errors import DataError
 
-RESAMPLES = 1000
 RANKS = 10  # of a ranking that count
 Groups = (
     np.ndarray | None
@@ -215,7 +215,7 @@ def interval(
     if np.isnan(outputs).any():
         return math.nan, math.nan
     units, value = _resampled(name, outputs, labels, classes, groups)
-    return _percentiles(units, (value(pick) for pick in _resamples(units, seed)))
+    return _interval(units, value, seed)
 
 
 def paired_interval(
@@ -232,7 +232,7 @@ def paired_interval(
     if np.isnan(outputs).any() or np.isnan(reference).any():
         return math.nan, math.nan
     (units, ours), (_, theirs) = (_resampled(name, found, labels, classes, groups) for found in (outputs, reference))
-    return _percentiles(units, (ours(pick) - theirs(pick) for pick in _resamples(units, seed)))
+    return _interval(units, lambda pick: ours(pick) - theirs(pick), seed)
 
 
 def require_scorable(name: str, labels: np.ndarray, classes: Sequence[str] = (), source: str = "the data") -> None:
@@ -264,14 +264,5 @@ def _resampled(
     return len(units), of_units
 
 
-def _resamples(units: int, seed: int) -> Iterator[np.ndarray]:
-    """Index arrays, one at a time: all of them together would take gigabytes for a large dev set."""
-    generator = np.random.default_rng(seed)
-    return (generator.integers(0, units, size=units) for _ in range(RESAMPLES))
-
-
-def _percentiles(units: int, values: Iterator[float]) -> tuple[float, float]:
-    if units < 2:
-        return math.nan, math.nan
-    low, high = np.percentile(list(values), [2.5, 97.5])
-    return float(low), float(high)
+def _interval(units: int, value: Callable[[np.ndarray], float], seed: int) -> tuple[float, float]:
+    return bootstrap_interval(units, value, seed) if units > 1 else (math.nan, math.nan)

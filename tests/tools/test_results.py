@@ -35,7 +35,7 @@ DRAWS = 100  # resamples in these tests: scikit-learn needs a millisecond for ea
 @pytest.fixture(scope="module", autouse=True)
 def _few_resamples() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("nxm_export.data.metrics", "tools.results.bootstrap", "tools.results.statistics"):
+        for module in ("nxm_export.data.bootstrap", "tools.results.bootstrap", "tools.results.statistics"):
             patch.setattr(f"{module}.RESAMPLES", DRAWS)
         yield
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from nxm_export.data.metrics import RESAMPLES
+from nxm_export.data.bootstrap import RESAMPLES, resamples
 from nxm_export.errors import DataError
 
 
@@ -24,10 +24,7 @@ def resampled(metric: str, predictions: np.ndarray, labels: np.ndarray, classes:
 def confusions(predictions: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     """Confusion matrix of every resample, int64 (RESAMPLES, label, prediction)."""
     cells, samples = labels * classes + predictions, len(labels)
-    generator = np.random.default_rng(0)
-    counts = [
-        np.bincount(cells[generator.integers(0, samples, size=samples)], minlength=classes**2) for _ in range(RESAMPLES)
-    ]
+    counts = [np.bincount(cells[picks], minlength=classes**2) for picks in resamples(samples)]
     return np.stack(counts).reshape(RESAMPLES, classes, classes)
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nxm_export.data.metrics import RESAMPLES, metric_named
+from nxm_export.data.bootstrap import RESAMPLES
+from nxm_export.data.metrics import metric_named
 from tools.results.bootstrap import resampled
 from tools.results.store import Record
 from tools.results.tasks import Task

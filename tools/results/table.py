@@ -60,7 +60,7 @@ class Rendered:
 
 def render(results: Path, document: Path) -> Rendered:
     """Write `document` and, where matplotlib is installed, pictures to ``images`` beside it."""
-    from nxm_export.data.metrics import RESAMPLES
+    from nxm_export.data.bootstrap import RESAMPLES
 
     statistics = [TaskStatistics(task, store.read(results, task)) for task in store.tasks_with_results(results)]
     parts = [PROTOCOL.format(resamples=RESAMPLES)]

@@ -29,7 +29,9 @@ Json = Any  # what json.loads returns
 Upgrade = Callable[[dict[str, Json]], dict[str, Json]]
 
 _DEEPEST = 64
-_PATH_STEP = re.compile(r"\.(\w+)|\[(\d+|\.\.\.)\]")  # of msgspec's paths: a field, an index, "..." for a key of a mapping
+_PATH_STEP = re.compile(
+    r"\.(\w+)|\[(\d+|\.\.\.)\]"
+)  # of msgspec's paths: a field, an index, "..." for a key of a mapping
 
 
 def parse_json(text: str, source: str, way_out: str, error: type[Exception]) -> Json:
@@ -131,11 +133,7 @@ def encode(record: object, schema: str | None = None) -> str:
 def to_builtins(record: object) -> Json:
     """A record as JSON values: dictionaries, lists, strings, numbers; raises `ValueError` that names the field for NaN and
     infinity."""
-    value = msgspec.to_builtins(record, str_keys=True, enc_hook=_plain)
-    for field, number in _floats(value, ""):
-        if not math.isfinite(number):
-            raise ValueError(f"{type(record).__name__}{field} is {number}, which JSON does not have")
-    return value
+    return _finite_lists(msgspec.to_builtins(record, str_keys=True, enc_hook=_plain), type(record).__name__)
 
 
 def require_schema(data: Json, schema: str, source: str, error: type[Exception] = PlanError) -> None:
@@ -252,12 +250,12 @@ def _refused_key(entries: dict[str, Json], whole: Json, kind: type[object]) -> s
     return None
 
 
-def _floats(value: Json, path: str) -> Iterator[tuple[str, float]]:
-    if isinstance(value, float):
-        yield path, value
-    elif isinstance(value, dict):
-        for key, entry in value.items():
-            yield from _floats(entry, f"{path}.{key}")
-    elif isinstance(value, list):
-        for at, entry in enumerate(value):
-            yield from _floats(entry, f"{path}[{at}]")
+def _finite_lists(value: Json, path: str) -> Json:
+    """`value` with lists for tuples; raises `ValueError` that names the first number that is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{path} is {value}, which JSON does not have")
+    if isinstance(value, dict):
+        return {key: _finite_lists(entry, f"{path}.{key}") for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite_lists(entry, f"{path}[{at}]") for at, entry in enumerate(value)]
+    return value

@@ -274,7 +274,10 @@ def edited(**changes: object) -> str:
         (edited(model_type=3), "p.json: model_type: Expected `str`, got `int`"),
         (edited(weights={"a": {"shape": [4, 4], "bits": 8}}), "p.json: unknown field weights.a.bits"),
         (edited(weights={"a": {"shape": [4]}}), "p.json: weights.a.shape: Expected `array` of length 2, got 1"),
-        (edited(weights={"a": {"shape": [4, 0]}}), "p.json: a: shape must be two positive integers (out, in), got [4, 0]"),
+        (
+            edited(weights={"a": {"shape": [4, 0]}}),
+            "p.json: a: shape must be two positive integers (out, in), got [4, 0]",
+        ),
         (edited(weights={"a": {"shape": "44"}}), "p.json: weights.a.shape: Expected `array`, got `str`"),
         (edited(weights={"b": {"shape": [4, 4]}, "a": {}}), "p.json: weights.a: Object missing required field `shape`"),
         (
@@ -283,7 +286,10 @@ def edited(**changes: object) -> str:
         ),
         (edited(weights={"a": {"shape": [4, 4], "pattern": "4"}}), "p.json: a: not an N:M pattern"),
         (edited(weights={"a": {"shape": [4, 4], "weight_bits": "8"}}), "p.json: weights.a.weight_bits: Expected"),
-        (edited(weights={"a": {"shape": [4, 4], "weight_bits": 9, "input_bits": 8}}), "p.json: a: weight_bits must be 2"),
+        (
+            edited(weights={"a": {"shape": [4, 4], "weight_bits": 9, "input_bits": 8}}),
+            "p.json: a: weight_bits must be 2",
+        ),
         ('{"schema": "nxm-plan/1", "schema": "nxm-plan/1"}', "key 'schema' stands there twice"),
     ],
 )

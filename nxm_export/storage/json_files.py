@@ -90,8 +90,19 @@ def decode(
     return convert(fields, kind, source=source, way_out=way_out, error=error)
 
 
-def convert(value: Json, kind: type[T], *, source: str, way_out: str, error: type[Exception] = ArtifactError) -> T:
-    """The `kind` (a dataclass) that a parsed JSON value holds, with all that `decode` refuses but the schema."""
+def convert(
+    value: Json,
+    kind: type[T],
+    *,
+    source: str,
+    way_out: str,
+    error: type[Exception] = ArtifactError,
+    foreign: bool = False,
+) -> T:
+    """The `kind` (a dataclass) that a parsed JSON value holds, with all that `decode` refuses but the schema.
+
+    In a `foreign` file, one of others, fields that `kind` does not know are theirs, and are left alone.
+    """
     try:
         made = msgspec.convert(value, type=kind)
     except msgspec.ValidationError as reason:
@@ -99,6 +110,8 @@ def convert(value: Json, kind: type[T], *, source: str, way_out: str, error: typ
         field = _field_at(where, value, kind)
         place = f"{source}: {field}" if field else source
         raise error(f"{place}: {what}; {way_out}") from reason
+    if foreign:
+        return made
     unknown = next(_unknown_fields(value, msgspec.to_builtins(made), ""), None)
     if unknown is not None:
         raise error(f"{source}: unknown field {unknown}; it was written by another nxm-export: update, or {way_out}")

@@ -171,7 +171,7 @@ def pack(checkpoint: Path, out: Path, json: bool) -> None:
     from nxm_export.contract.packed_checkpoint import pack as pack_checkpoint
 
     show_result(
-        pack_checkpoint(checkpoint, out),
+        pack_checkpoint(checkpoint, out).to_dict(),
         json,
         lambda sizes: print_table(str(out), ("what", "bytes"), list(sizes.items())),
     )

@@ -13,7 +13,6 @@ _METRICS = {"?metric": str, "?value": NAN, "?interval": [NAN], "?dev_samples": i
 # file name -> shape: a type or several, [shape of every item], {field: shape} where "?field" may be absent, {...: shape of
 # every value}. Fields that are not named may be anything.
 SHAPES: dict[str, Any] = {
-    "manifest.json": {"stages": {...: {"?inputs": dict, "?outputs": dict, "?command": list, "?versions": dict}}},
     "summary.json": {
         "metric": str,
         "dev_samples": int,

@@ -418,7 +418,7 @@ def _bytes(plan: CompressionPlan, checkpoint: Path) -> dict[str, int]:
         "packed": -(-plan.stored_bits("packed") // 8),
         "engine_sparse": plan.engine_bytes(sparse=True),
         "engine_dense": plan.engine_bytes(sparse=False),
-        "file": packed["file_bytes"],
+        "file": packed.file_bytes,
     }
 
 

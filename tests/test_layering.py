@@ -25,6 +25,8 @@ LAYERS = {
     "nxm_export.data": "data",
     "nxm_export.hf": "hf",
     "nxm_export.graph": "graph",
+    "compressors.settings": "settings",
+    "compressors.search.settings": "settings",
     "compressors": "compressors",
     "engines": "engines",
     "nxm_export.pipeline": "pipeline",
@@ -100,14 +102,23 @@ ALLOWED = {
     "data": _CONTRACT,
     "hf": _CONTRACT | {"hf": "eager"},
     "graph": _CONTRACT | {"graph": "eager", "hf": "eager"},
-    "compressors": _CONTRACT | {"compressors": "eager", "hf": "eager"},
+    "settings": {"errors": "eager", "storage": "eager", "contract": "eager", "settings": "eager"},
+    "compressors": _CONTRACT | {"settings": "eager", "compressors": "eager", "hf": "eager"},
     "engines": _CONTRACT | {"engines": "eager", "graph": "lazy", "hf": "eager"},
     "reporting": _CONTRACT | {"reporting": "eager", "engines": "lazy"},
     "pipeline": _CONTRACT
-    | {"pipeline": "eager", "hf": "lazy", "graph": "lazy", "compressors": "lazy", "engines": "lazy"},
+    | {
+        "pipeline": "eager",
+        "settings": "eager",
+        "hf": "lazy",
+        "graph": "lazy",
+        "compressors": "lazy",
+        "engines": "lazy",
+    },
     "cli": _CONTRACT
     | {
         "cli": "eager",
+        "settings": "eager",
         "pipeline": "lazy",
         "reporting": "lazy",
         "graph": "lazy",
@@ -124,6 +135,7 @@ EAGER_THIRD_PARTY = {
     "data": {"numpy"},
     "hf": set(),
     "graph": {"numpy", "onnx_ir"},
+    "settings": set(),
     "compressors": {"numpy", "safetensors", "torch", "transformers"},
     "engines": {"numpy"},
     "reporting": {"numpy", "jinja2", "markupsafe", "matplotlib"},
@@ -132,7 +144,7 @@ EAGER_THIRD_PARTY = {
     "public": set(),
 }
 # These run on hosts of engines: Python 3.10, without torch and transformers.
-LIGHT_LAYERS = ("errors", "storage", "contract", "data", "hf", "engines", "public")
+LIGHT_LAYERS = ("errors", "storage", "contract", "data", "settings", "hf", "engines", "public")
 
 
 @pytest.mark.parametrize("module", MODULES)

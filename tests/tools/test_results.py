@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressors.settings import Settings
-from compressors.training.trainer import Losses
+from compressors.settings import Losses, Settings
 from nxm_export.data.metrics import interval, mcc, metric_named, paired_interval
 from nxm_export.errors import ArtifactError, DataError, PlanError
 from tests.support import tiny

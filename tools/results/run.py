@@ -23,7 +23,7 @@ from compressors.models import resolve
 from compressors.search.plan_search import TABLE_FILE, search
 from compressors.search.sensitivity import divergence
 from compressors.search.settings import SearchSettings
-from compressors.settings import Settings
+from compressors.settings import DENSE_FIELDS, Settings
 from compressors.training.compress import compress, finetune
 from compressors.training.default_recipe import training_of
 from nxm_export.cli.tables import Progress
@@ -41,8 +41,6 @@ from tools.results.rows import Row
 from tools.results.statistics import percentiles
 
 GRID_SCHEMA = "nxm-result-grid/1"
-DENSE_KEYS = ("dense_epochs", "dense_steps", "dense_learning_rate", "dense_freeze_embeddings")
-SHARED_KEYS = ("batch_size", "max_length", "precision", "seed")
 ROOT = Path(__file__).parents[2]
 Bars = Callable[[], contextlib.AbstractContextManager[Progress]]
 
@@ -86,9 +84,7 @@ class Measure:
     def _dense(self, row: Row, seed: int) -> tuple[dict[str, Any], str]:
         teacher = self._teacher(seed)
         if row.name == "dense":
-            facts, labels = self._facts(
-                teacher.path, _part(teacher.settings, DENSE_KEYS + SHARED_KEYS), teacher.seconds
-            )
+            facts, labels = self._facts(teacher.path, teacher.settings.dense_part(), teacher.seconds)
             return facts | {"weights_sha256": teacher.sha256}, labels
         longer = replace(
             teacher.settings,
@@ -98,7 +94,7 @@ class Measure:
         out = self._directory(seed) / row.slug
         with self._timed(out, seed) as (clock, progress):
             finetune(teacher.path, out=out, settings=longer, further=True, progress=progress, **self._data(out))
-        facts, labels = self._facts(out, _part(longer, DENSE_KEYS + SHARED_KEYS), clock.seconds)
+        facts, labels = self._facts(out, longer.dense_part(), clock.seconds)
         self._drop(out)
         return facts | {"teacher_sha256": teacher.sha256}, labels
 
@@ -180,7 +176,7 @@ class Measure:
         made_by = {
             "model": self.protocol.model_name,
             "data_sha256": self.files.digest,
-            "settings": _json(_part(settings, DENSE_KEYS + SHARED_KEYS)),
+            "settings": _json(settings.dense_part()),
         }
         out = self._directory(seed) / "dense"
         note = out.with_name("dense.json")
@@ -433,11 +429,7 @@ def changed(settings: Settings, changes: Mapping[str, Any], width: int) -> Setti
 
 def _compress_part(settings: Settings) -> dict[str, Any]:
     """The settings that compression reads; threads are told with the machine."""
-    return {key: value for key, value in asdict(settings).items() if key not in (*DENSE_KEYS, "threads")}
-
-
-def _part(settings: Settings, keys: Sequence[str]) -> dict[str, Any]:
-    return {key: getattr(settings, key) for key in keys}
+    return {key: value for key, value in asdict(settings).items() if key not in (*DENSE_FIELDS, "threads")}
 
 
 def _json(value: Mapping[str, Any]) -> dict[str, Any]:

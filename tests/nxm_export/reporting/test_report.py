@@ -120,7 +120,7 @@ def searched(finished: Path) -> Path:
 
     out = finished.parent / "searched"
     settings = SearchSettings(
-        menu=("2:4+W8", "W8", "dense"),
+        candidate_specs=("2:4+W8", "W8", "dense"),
         compression=0.8,
         samples=32,
         held_out=32,

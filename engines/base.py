@@ -24,6 +24,7 @@ import numpy as np
 
 from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec
 from nxm_export.errors import EngineError
+from nxm_export.progress import Progress, silent
 from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class BuildOptions:
     timing_cache: Path | None = None
     require_timing_cache: bool = False
     twin: str | None = None
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    progress: Progress = silent
 
 
 @dataclass(frozen=True)

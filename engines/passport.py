@@ -90,7 +90,9 @@ class EnginePassport:
 
         What the exporter put into the graph's metadata (dtype, placement, task, plan) is kept.
         """
-        exported = {key.removeprefix("nxm."): text for key, text in facts.graph.items() if key.startswith("nxm.")}
+        exported = _current_names(
+            {key.removeprefix("nxm."): text for key, text in facts.graph.items() if key.startswith("nxm.")}
+        )
         plan = exported.pop("plan", None)
         passport = cls(
             backend=backend,
@@ -214,10 +216,14 @@ def load_passport(directory: str | Path) -> EnginePassport:
 
 
 def _of_first_schema(fields: dict[str, Json]) -> dict[str, Json]:
-    """Schema 1 wrote an empty plan for none, left the embedding out where it was float, and called overrides islands."""
+    """Schema 1 wrote an empty plan for none and left the embedding out where it was float."""
     plan = {"embedding": "float", **fields["plan"]} if fields["plan"] else None
-    graph = {"precision_overrides" if key == "islands" else key: text for key, text in fields["graph"].items()}
-    return {**fields, "plan": plan, "graph": graph}
+    return {**fields, "plan": plan, "graph": _current_names(fields["graph"])}
+
+
+def _current_names(graph: Mapping[str, str]) -> dict[str, str]:
+    """The facts of a graph under today's names: nxm-onnx/1 called precision overrides islands."""
+    return {"precision_overrides" if key == "islands" else key: text for key, text in graph.items()}
 
 
 def cpu_device() -> dict[str, str]:

@@ -25,6 +25,7 @@ from engines.base import Binding, Profile, module_command
 from engines.passport import Bindings
 from engines.sparsity.build_evidence import LAYERS_FILE, InspectedEngine, InspectedProfile
 from nxm_export.errors import ArtifactError, EngineError
+from nxm_export.progress import Progress
 from nxm_export.storage.hashing import file_hash
 from nxm_export.storage.json_files import convert, encode, parse_json, read_record, to_builtins
 
@@ -103,7 +104,7 @@ class CacheSeal:
 Report = Callable[[BuilderMessage], None]
 
 
-def build_in_child(request: BuildRequest, log: Path, progress: Callable[[str, int, int], None]) -> BuiltFacts:
+def build_in_child(request: BuildRequest, log: Path, progress: Progress) -> BuiltFacts:
     """Run one build in a process of its own and return what it reports.
 
     Raises `EngineError` with the builder's own text, the layer it is about where that is known, and the log's path.

@@ -20,6 +20,7 @@ PACKAGES = ("nxm_export", "compressors", "engines")
 LAYERS = {
     "nxm_export.errors": "errors",
     "nxm_export.progress": "errors",
+    "nxm_export.packages": "errors",
     "nxm_export.storage": "storage",
     "nxm_export.contract": "contract",
     "nxm_export.data": "data",
@@ -96,7 +97,7 @@ MODULES = {
 _CONTRACT = {"errors": "eager", "storage": "eager", "contract": "eager", "data": "eager", "public": "eager"}
 # layer -> {layer it may import: how}; "lazy" allows imports inside functions only
 ALLOWED = {
-    "errors": {},
+    "errors": {"errors": "eager"},
     "storage": {"errors": "eager", "storage": "eager"},
     "contract": {"errors": "eager", "storage": "eager", "contract": "eager"},
     "data": _CONTRACT,

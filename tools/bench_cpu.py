@@ -31,7 +31,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from engines.base import Engine, backend  # noqa: E402
+from engines.base import Engine, LoadOptions, backend  # noqa: E402
 from engines.benchmark.latency import feeds_for, interleaved, paired  # noqa: E402
 from engines.openvino.backend import OpenVinoEngine  # noqa: E402
 from engines.ort.backend import ENGINE_FILE  # noqa: E402
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
         for directory in directories.values():  # the tokenizer may stop earlier than the model has positions
             replace(load_spec(directory), max_length=LONGEST).save(directory)
         loaded: dict[str, Engine] = {
-            name: stack.enter_context(backend(ENGINES[name][2]).load(directory, threads=threads))
+            name: stack.enter_context(backend(ENGINES[name][2]).load(directory, LoadOptions(threads=threads)))
             for name, directory in directories.items()
         }
         peer = _peer(directories, args.data, work, threads)

@@ -111,7 +111,7 @@ def measure(variant: Variant, shapes: Sequence[tuple[int, int]], options: Any, w
     from nxm_export.errors import NxmError
     from nxm_export.pipeline.engine_commands import bench_engines
     from nxm_export.pipeline.inspection import inspect_path, measure_layers
-    from nxm_export.pipeline.sparsity_twins import build_twins, twin_directories
+    from nxm_export.pipeline.sparsity_twins import TwinGraphs, build_twins, twin_directories
 
     work = options.work / "build" / variant.name
     result: dict[str, Any] = {**asdict(variant), "name": variant.name, "shapes": list(shapes)}
@@ -122,11 +122,7 @@ def measure(variant: Variant, shapes: Sequence[tuple[int, int]], options: Any, w
         # one profile per sequence length, tuned for the largest batch of it: what a server would build
         lengths = sorted({sequence for _, sequence in longest})
         profiles = [Profile((1, 1), *[(max(b for b, s in longest if s == length), length)] * 2) for length in lengths]
-        exported = {
-            "target": "trt8" if weakly_typed else "trt",
-            "lowering": variant.lowering,
-            "placement": variant.placement,
-        }
+        exported = TwinGraphs("trt8" if weakly_typed else "trt", variant.lowering, variant.placement)
         settings = BuildOptions(profiles=profiles, level=options.level)
         began = time.monotonic()
         build_twins(checkpoint, work, "trt", settings, exported)

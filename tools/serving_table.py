@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.base import backend
+from engines.base import LoadOptions, backend
 from engines.benchmark.http_load import Target, run_round, text_target, token_target
 from engines.passport import cpu_device, load_passport
 from engines.serving.repository import Source
@@ -154,7 +154,7 @@ def protocol_overhead(
     spec = load_spec(engine)
     bare: list[float] = []
     served: dict[str, list[float]] = {name: [] for name in targets}
-    with backend(load_passport(engine).backend).load(engine, threads=1) as loaded:
+    with backend(load_passport(engine).backend).load(engine, LoadOptions(threads=1)) as loaded:
         for turn in range(10 * rounds):
             chosen = range(turn * 40 % (len(features) - 40), turn * 40 % (len(features) - 40) + 40)
             for i in chosen:

@@ -1,6 +1,6 @@
 """Which CPU backend is the fastest here, for these shapes? Built with each, timed interleaved, and the winner kept.
 
-The candidates are the installed ones of `CPU_BACKENDS`, in that order. The first is the reference; another wins only when it
+The candidates are the installed ones of `cpu_backends()`, in that order. The first is the reference; another wins only when it
 is faster beyond noise: when the geometric mean over the shapes of its speed-ups lies above 1, and that of the lower ends
 of their 95 % intervals, too. A shape that is given twice counts twice, so that a mix of shapes can be said.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.base import CPU_BACKENDS, BuildOptions, Engine, backend, spec_of
+from engines.base import BuildOptions, Engine, LoadOptions, backend, cpu_backends, spec_of
 from engines.benchmark.latency import VOCABULARY, BenchReport, bench, feeds_for
 from nxm_export.errors import EngineError, EngineUnavailable
 
@@ -61,7 +61,7 @@ def build_candidates(onnx: Path, work: Path, options: BuildOptions) -> tuple[dic
     built: dict[str, Path] = {}
     left_out: dict[str, str] = {}
     errors = []
-    for name in CPU_BACKENDS:
+    for name in cpu_backends():
         directory = work / name
         directory.mkdir()
         try:
@@ -97,7 +97,7 @@ def choose(
     with ExitStack() as stack:
         loaded: dict[str, Engine] = {}
         for name, directory in engines.items():
-            engine = stack.enter_context(backend(name).load(directory, **({"threads": threads} if threads else {})))
+            engine = stack.enter_context(backend(name).load(directory, LoadOptions(threads)))
             outputs = engine.run(feeds_for(engine, *wanted[0], vocabulary, 0))
             if all(np.isfinite(array).all() for array in outputs.values()):
                 loaded[name] = engine

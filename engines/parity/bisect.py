@@ -26,7 +26,7 @@ from engines.parity.compare import open_part
 from engines.parity.compatibility import require_outputs
 from engines.parity.tolerance import MAX_FACTOR, MEAN_FACTOR, QUIET, QUIET_FACTOR, QUIET_SAMPLES
 from engines.reference import pytorch
-from engines.reference.pytorch import EMBEDDINGS
+from engines.reference.pytorch import EMBEDDINGS, Perturbation
 from nxm_export.contract.checkpoint import read_config
 from nxm_export.contract.families import FAMILIES
 from nxm_export.data.examples import Features, pad, sorted_batches
@@ -134,8 +134,8 @@ def bisect(
             cut as ours,
             backend(part.passport.backend).load(part.directory) as whole,
             load(checkpoint, **options, exact=True) as exact,
-            load(checkpoint, **options, jitter=part.jitter, everywhere=True) as noisy,
-            load(checkpoint, **options, nudge=True) as nudged,
+            load(checkpoint, **options, perturbation=Perturbation(part.jitter, everywhere=True)) as noisy,
+            load(checkpoint, **options, perturbation=Perturbation(one_step_shift=True)) as nudged,
         ):
             require_outputs(part.directory, part.spec, whole.outputs, "the engine file")
             require_outputs(part.directory, part.spec, exact.outputs, str(checkpoint))

@@ -90,17 +90,17 @@ def cut_ort(
 
     file = scratch / passport.engine
     file.write_bytes(passport.read_engine(directory, {}))
-    before = operators(file, passport.options)
+    before = operators(file, passport)
     model = load_graph(file)
     names = mark(model, places, str(directory))
     save_graph(model, file)
-    after = operators(file, passport.options)
+    after = operators(file, passport)
     changed = {
         name: [before.get(name, 0), after.get(name, 0)]
         for name in sorted({*before, *after})
         if before.get(name, 0) != after.get(name, 0)
     }
-    return OrtEngine(directory, file.read_bytes(), passport.options), names, changed
+    return OrtEngine(directory, file.read_bytes(), passport), names, changed
 
 
 def cut_tensorrt(
@@ -122,7 +122,7 @@ def cut_tensorrt(
     copy_companions(directory, source)
     recorded: Mapping[str, Any] = passport.options
     options = BuildOptions(
-        profiles=passport.shape_profiles(),
+        profiles=passport.profiles,
         sparse=bool(recorded.get("sparse", True)),
         level=recorded.get("level"),
         workspace_bytes=recorded.get("workspace_bytes"),

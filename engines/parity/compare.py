@@ -46,6 +46,7 @@ from engines.parity.tolerance import (
 )
 from engines.passport import EnginePassport, load_passport
 from engines.reference import pytorch
+from engines.reference.pytorch import Perturbation
 from nxm_export.contract.io_spec import IOSpec, load_spec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.examples import Features, filled, group_array, label_array, pad, sorted_batches
@@ -318,16 +319,16 @@ class _Measured:
 
 def _measure(checkpoint: Path, part: Part, features: Sequence[Features], batch_size: int) -> _Measured:
     spec = part.spec
-    samples = probe_samples(features, spec, part.passport.shape_profiles())
+    samples = probe_samples(features, spec, part.passport.profiles)
     with pytorch.load(checkpoint, **part.reference, exact=True) as reference:
         require_outputs(part.directory, spec, reference.outputs, str(checkpoint))
         wanted = run_all(reference, features, spec, batch_size)
         answers = {name: run_all(reference, [sample], spec) for name, sample in samples.items()}
 
-    def change(count: int, **options: Any) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
+    def change(count: int, perturbation: Perturbation) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
         """|reference changed - reference|: on at most `count` samples, spread over all, and the largest on each probe."""
         picks = spread(len(features), count)
-        with pytorch.load(checkpoint, **part.reference, **options) as changed:
+        with pytorch.load(checkpoint, **part.reference, perturbation=perturbation) as changed:
             outputs = run_all(changed, [features[i] for i in picks], spec, batch_size)
             probed = {name: run_all(changed, [sample] * PROBE_COPIES, spec) for name, sample in samples.items()}
         return (
@@ -335,8 +336,8 @@ def _measure(checkpoint: Path, part: Part, features: Sequence[Features], batch_s
             {key: {name: largest(probed[key][name] - answers[key][name]) for name in spec.outputs} for key in samples},
         )
 
-    noise, noise_probes = change(NOISE_SAMPLES, jitter=part.jitter)
-    step, step_probes = change(STEP_SAMPLES, nudge=True) if part.plan else (noise, noise_probes)
+    noise, noise_probes = change(NOISE_SAMPLES, Perturbation(rounding_noise=part.jitter))
+    step, step_probes = change(STEP_SAMPLES, Perturbation(one_step_shift=True)) if part.plan else (noise, noise_probes)
     tolerances = {
         key: {
             name: max(
@@ -367,7 +368,7 @@ def _run(
             name: max_tolerance(wanted, measured.noise[name], measured.step[name])
             for name, wanted in measured.wanted.items()
         }
-        profiles = part.passport.shape_profiles()
+        profiles = part.passport.profiles
         probes = probe(loaded, features, part.spec, profiles, tolerances, measured.probes)
     return found, [finite_probe(found), *probes]
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engines.passport import EnginePassport, plan_summary
+from engines.passport import EnginePassport, PlanSummary
 from nxm_export.contract.checkpoint import PLAN_FILE, open_checkpoint, read_config, weights_hash
 from nxm_export.contract.families import family_of
 from nxm_export.contract.io_spec import IOSpec
@@ -26,23 +26,20 @@ def plan_of(checkpoint: Path, directory: Path, passport: EnginePassport) -> Any:
         raise ArtifactError(
             f"{directory} was built from a graph that nxm-export did not make; it has no checkpoint to equal"
         )
-    if compressed != bool(passport.plan):
+    if compressed != (passport.plan is not None):
         kinds = {True: "a compressed model", False: "a dense model"}
         raise ArtifactError(
-            f"{directory} was built from {kinds[bool(passport.plan)]}, and {checkpoint} is {kinds[compressed]}; give the one it was exported from"
+            f"{directory} was built from {kinds[not compressed]}, and {checkpoint} is {kinds[compressed]}; give the one it was exported from"
         )
-    if not compressed:
+    if passport.plan is None:
         return None
     whole = open_checkpoint(checkpoint).plan
-    stored = passport.plan.get(
-        "embedding", "float"
-    )  # a graph may hold the embedding table in float where the plan says INT8
-    plan = replace(
-        at_placement(whole, passport.graph["placement"]), embedding=stored if whole.embedding == "int8" else "float"
-    )
-    if plan_summary(plan) != passport.plan:
+    # A graph may hold the embedding table in float where the plan says INT8.
+    embedding = passport.plan.embedding if whole.embedding == "int8" else "float"
+    plan = replace(at_placement(whole, passport.graph["placement"]), embedding=embedding)
+    if PlanSummary.of(plan) != passport.plan:
         raise ArtifactError(
-            f"{directory} was built for the plan {passport.plan.get('options')}, and {checkpoint} has {plan.pattern_counts}; give the one it was exported from"
+            f"{directory} was built for the plan {passport.plan.options}, and {checkpoint} has {plan.pattern_counts}; give the one it was exported from"
         )
     return plan
 

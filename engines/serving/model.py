@@ -8,19 +8,17 @@ first client comes, and the shapes of the outputs are known, not guessed.
 from __future__ import annotations
 
 import ctypes
-import inspect
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from engines.base import Engine, backend
+from engines.base import Engine, LoadOptions, backend
 from engines.parity.compare import PARITY_FILE
 from engines.passport import EnginePassport, load_passport
 from engines.serving.batching import BatchQueue, Deliver, Limits, Observer, run_worker
@@ -97,7 +95,7 @@ class Model:
         self.name, self.version, self.directory = name, version, directory
         self.passport = passport
         self.spec = load_spec(directory)
-        self.buckets = plan_buckets(self.spec.max_length, options.max_batch, passport.shape_profiles(), options.lengths)
+        self.buckets = plan_buckets(self.spec.max_length, options.max_batch, passport.profiles, options.lengths)
         merge = options.max_batch if options.merge is None else options.merge
         self.queue = BatchQueue(self.buckets, Limits(options.max_queue, options.max_delay, merge))
         self.users = 0  # requests between look-up and answer; counted on the event loop alone
@@ -197,15 +195,15 @@ def open_model(name: str, version: str, directory: Path, options: ModelOptions) 
             "serve the right directory, or expect this one with --expect-sha256"
         )
     require_gate(directory, passport, options.gate)
-    load: Callable[..., Engine] = backend(passport.backend).load
-    on_cpu = "threads" in inspect.signature(load).parameters
+    runtime = backend(passport.backend)
+    on_cpu = runtime.CAPABILITIES.device == "cpu"
     cores = len(os.sched_getaffinity(0))
     instances = options.instances or (cores if on_cpu else 1)
-    load_options: dict[str, Any] = {"threads": options.threads or max(1, cores // instances)} if on_cpu else {}
+    load_options = LoadOptions(threads=options.threads or max(1, cores // instances))
     if on_cpu and options.merge is None:
         options = replace(options, merge=CPU_MERGE)
     with ExitStack() as stack:
-        engines = [stack.enter_context(load(directory, **load_options)) for _ in range(instances)]
+        engines = [stack.enter_context(runtime.load(directory, load_options)) for _ in range(instances)]
         model = Model(name, version, directory, passport, engines, options)
         stack.pop_all()  # from here on `Model.close` frees them
     return model

@@ -31,6 +31,7 @@ from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError, ServeError
 from nxm_export.storage.atomic import atomic_dir
 from nxm_export.storage.hashing import file_hash, file_hashes
+from nxm_export.storage.json_files import to_builtins
 
 SCHEMA = "nxm-triton/1"
 VERSION = "1"
@@ -117,7 +118,7 @@ def _group(name: str, sources: Sequence[Source]) -> _Group:
                 f"{name}: {len(passports)} engines of one name must be TensorRT engines for different compute capabilities, "
                 f"found {', '.join(map(str, capabilities))}; give them different names"
             )
-        if any(p.bindings != first.bindings or list(p.profiles) != list(first.profiles) for p in passports):
+        if any(p.bindings != first.bindings or p.profiles != first.profiles for p in passports):
             raise ServeError(f"{name}: the engines differ in their inputs, outputs or profiles; build them alike")
         if len({passport.onnx_sha256 for passport in passports}) > 1:
             raise ServeError(f"{name}: the engines come from different graphs; build all of them from one")
@@ -166,7 +167,7 @@ def _write_text_face(repository: Path, group: _Group, options: TritonOptions) ->
     if not options.pair and wants == "two":
         raise ServeError(f"{directory}: {spec.task} reads a query and a document at once; use --text-pair")
     labels = names_classes(spec)
-    buckets = plan_buckets(spec.max_length, options.max_batch, first.shape_profiles())
+    buckets = plan_buckets(spec.max_length, options.max_batch, first.profiles)
     configs = text_configs(group.name, first, spec, max_batch=options.max_batch, pair=options.pair, labels=labels)
     for name, text in configs.items():
         (repository / name / VERSION).mkdir(parents=True)
@@ -222,5 +223,5 @@ def _facts(passport: EnginePassport) -> Mapping[str, Any]:
         "engine_sha256": passport.engine_sha256,
         "onnx_sha256": passport.onnx_sha256,
         "requires": dict(passport.requires),
-        "plan": passport.plan,
+        "plan": to_builtins(passport.plan),
     }

@@ -42,7 +42,7 @@ def engine_config(
 ) -> str:
     """The configuration of an engine; `files` are the model files of one version by compute capability, "" for any."""
     backend, platform, default = BACKENDS[passport.backend]
-    profiles = passport.shape_profiles()
+    profiles = passport.profiles
     inputs, outputs = passport.tensors("inputs"), passport.tensors("outputs")
     if any(binding.shape[:1] != (-1,) for binding in (*inputs, *outputs)):
         raise ServeError(f"{name}: the engine has a fixed batch; build it with a profile whose batch is free")
@@ -97,7 +97,7 @@ def text_configs(
     """Configurations of the text face: a tokenizer, an ensemble, and a model that names classes, by model name."""
     inputs, outputs = passport.tensors("inputs"), passport.tensors("outputs")
     texts = [_text(key) for key in (("text", "text_pair") if pair else ("text",))]
-    batch = batch_size(name, passport.shape_profiles(), max_batch)
+    batch = batch_size(name, passport.profiles, max_batch)
     python = {"backend": "python", "max_batch_size": batch}
     workers = {"instance_group": [{"kind": Word("KIND_CPU"), "count": 1}]}
     names = {"tokenizer": f"{name}_tokenizer", "labels": f"{name}_labels", "text": f"{name}_text"}

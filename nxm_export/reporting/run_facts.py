@@ -330,10 +330,10 @@ def _blocks(source: Source | None) -> Iterator[BlockError]:
 def _truth(files: Files, directory: str, passport: Source | None) -> tuple[tuple[Mapping[str, Any], ...], float | None]:
     if passport is None or passport.data.get("backend") not in _TRT:
         return (), None
-    from engines.sparsity.report import read_truth
+    from engines.sparsity.report import read_sparsity_report
 
     try:
-        report = read_truth(files.root / directory)
+        report = read_sparsity_report(files.root / directory)
     except NxmError as error:
         files.doubts.append(f"{directory or '.'}: which kernels run cannot be read ({error})")
         return (), None

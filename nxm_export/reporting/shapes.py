@@ -58,7 +58,7 @@ SHAPES: dict[str, Any] = {
         "device": dict,
         "requires": dict,
         "graph": dict,
-        "plan": {"?options": {...: int}, "?compression": {...: NUMBER}},
+        "plan": (dict, type(None)),
         "options": dict,
     },
     "spec.json": {"task": str, "labels": [str], "inputs": [str]},

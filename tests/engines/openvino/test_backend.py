@@ -6,11 +6,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from engines.base import BuildOptions, backend
+from engines.base import BuildOptions, LoadOptions, backend
+from engines.openvino import backend as openvino_backend
 from engines.parity.bisect import bisect
 from engines.parity.compare import open_part
 from engines.parity.tolerance import QUANTIZER_JITTER
@@ -50,12 +52,12 @@ def test_the_execution_graph_names_every_product_and_its_precision(tiny_engine: 
     passport = load_passport(directory)
     assert (passport.options["planned_products"], passport.options["integer_products"]) == (12, 12)
     assert passport.options["float_products"] == []
-    facts = backend("openvino").inspect(directory)
-    kernels = {row["name"].partition("/")[0]: row for row in facts["products"]}
-    query = kernels["bert.encoder.layer.0.attention.self.query"]
-    assert query["precision"] == "i8"
-    assert "i8" in query["kernel"]
-    assert {row["precision"] for name, row in kernels.items() if not name.startswith("bert.encoder")} == {"f32"}
+    products = {product.name.partition("/")[0]: product for product in openvino_backend.inspect(directory).products}
+    query = products["bert.encoder.layer.0.attention.self.query"]
+    assert query.precision == "i8"
+    assert "i8" in query.kernel
+    outside = {product.precision for name, product in products.items() if not name.startswith("bert.encoder")}
+    assert outside == {"f32"}
 
 
 def test_a_planned_product_that_runs_in_float_is_named(tiny_graph: Callable[..., Path], tmp_path: Path) -> None:
@@ -165,9 +167,10 @@ def test_its_blocks_can_be_compared(
 def test_threads_are_recorded_and_used(tmp_path: Path, tiny_graph: Callable[..., Path]) -> None:
     facts = build_engine(tiny_graph() / "model.onnx", tmp_path / "engine", "openvino", BuildOptions(threads=1))
     assert facts["options"]["threads"] == 1
-    for threads, wanted in ((None, 1), (2, 2)):
-        with backend("openvino").load(tmp_path / "engine", threads=threads) as engine:
-            assert engine._request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == wanted
+    for threads, expected in ((None, 1), (2, 2)):
+        with openvino_backend.load(tmp_path / "engine", LoadOptions(threads)) as engine:
+            request: Any = engine._request
+            assert request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == expected
 
 
 def test_a_file_with_weights_beside_it_is_refused(tmp_path: Path) -> None:
@@ -179,4 +182,4 @@ def test_a_file_with_weights_beside_it_is_refused(tmp_path: Path) -> None:
 
 
 def test_inspection_is_json(tiny_engine: Callable[..., Path]) -> None:
-    json.dumps(backend("openvino").inspect(tiny_engine("openvino")))
+    json.dumps(openvino_backend.inspect(tiny_engine("openvino")).to_dict())

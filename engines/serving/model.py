@@ -1,14 +1,13 @@
 """One engine directory behind one queue: checked, loaded, warmed up, and described in the protocol's words.
 
-Nothing is served that was not checked: the passport's hash and machine, the hash that the caller expects, and the parity
-gate. Warm-up runs every length bucket once and the largest batch once, so what would not fit the memory fails before the
-first client comes, and the shapes of the outputs are known, not guessed.
+Nothing is served that was not checked: the passport's hash and machine, the hash that the caller expects, and the
+parity gate. Warm-up runs every length bucket once and the largest batch once, so what would not fit the memory fails
+before the first client comes, and the shapes of the outputs are known, not guessed.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import threading
 from collections.abc import Mapping
@@ -19,14 +18,14 @@ from pathlib import Path
 import numpy as np
 
 from engines.base import Engine, LoadOptions, backend
-from engines.parity.compare import PARITY_FILE
+from engines.parity.reports import PARITY_FILE, read_parity_report
 from engines.passport import EnginePassport, load_passport
 from engines.serving.batching import BatchQueue, Deliver, Limits, Observer, run_worker
 from engines.serving.protocol import InferRequest, TensorSpec
 from engines.serving.shapes import Bucket, plan_buckets
 from engines.serving.text import TextFace
 from nxm_export.contract.io_spec import load_spec
-from nxm_export.errors import NxmError, ParityError, RequestRefused, ServeError
+from nxm_export.errors import ArtifactError, NxmError, ParityError, RequestRefused, ServeError
 
 GATES = ("not-failed", "passed", "off")
 TEXT_SUFFIX = "_text"
@@ -36,8 +35,8 @@ CPU_MERGE = 4  # short sentences keep a core busy: beyond this a batch gains alm
 @dataclass(frozen=True)
 class ModelOptions:
     """How engines are served. None lets the engine decide: `instances` and `threads` from the cores, `lengths` from its
-    profiles, `merge` (rows that different requests make a batch of) from its device. `expect_sha256` not empty means that
-    every engine's hash must be among them."""
+    profiles, `merge` (rows that different requests make a batch of) from its device. `expect_sha256` not empty means
+    that every engine's hash must be among them."""
 
     instances: int | None = None
     threads: int | None = None
@@ -185,8 +184,8 @@ class Model:
 def open_model(name: str, version: str, directory: Path, options: ModelOptions) -> Model:
     """Check an engine directory, load it `options.instances` times and warm it up.
 
-    Raises `ArtifactError` for a passport that does not fit the file or the machine, `ServeError` for a hash that was not
-    expected, `ParityError` for a failed gate, `EngineUnavailable` where it cannot run.
+    Raises `ArtifactError` for a passport that does not fit the file or the machine, `ServeError` for a hash that was
+    not expected, `ParityError` for a failed gate, `EngineUnavailable` where it cannot run.
     """
     passport = load_passport(directory)
     if options.expect_sha256 and passport.engine_sha256 not in options.expect_sha256:
@@ -210,22 +209,23 @@ def open_model(name: str, version: str, directory: Path, options: ModelOptions) 
 
 
 def _return_freed_memory() -> None:
-    """Let the C library hand back what a runtime freed: glibc keeps it, and every reload would leave some more behind."""
+    """Let the C library hand back what a runtime freed: glibc keeps it, and every reload would leave some more
+    behind."""
     with suppress(OSError, AttributeError):  # no glibc here
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def gate_state(directory: Path, passport: EnginePassport) -> str:
     """``passed``, ``failed`` or ``unchecked``: what the parity report beside an engine says about this very file."""
+    if not (directory / PARITY_FILE).exists():
+        return "unchecked"
     try:
-        report = json.loads((directory / PARITY_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return "unchecked"
-    except (OSError, ValueError):
+        report = read_parity_report(directory / PARITY_FILE)
+    except ArtifactError:
         return "failed"  # a report that cannot be read vouches for nothing
-    if not isinstance(report, dict) or report.get("engine_sha256") != passport.engine_sha256:
+    if report.engine_sha256 != passport.engine_sha256:
         return "unchecked"
-    return "passed" if report.get("passed") is True else "failed"
+    return "passed" if report.passed else "failed"
 
 
 def require_gate(directory: Path, passport: EnginePassport, gate: str) -> None:
@@ -233,7 +233,8 @@ def require_gate(directory: Path, passport: EnginePassport, gate: str) -> None:
     state = gate_state(directory, passport)
     if gate == "off" or state == "passed" or (state == "unchecked" and gate == "not-failed"):
         return
-    found = "failed" if state == "failed" else "was never checked for this engine file"
+    what = "failed" if state == "failed" else "was never checked for this engine file"
     raise ParityError(
-        f"{directory}: parity with its checkpoint {found} ({PARITY_FILE}); run `nxm compare`, or serve it anyway with --gate off"
+        f"{directory}: parity with its checkpoint {what} ({PARITY_FILE}); run `nxm compare`, or "
+        "serve it anyway with --gate off"
     )

@@ -323,7 +323,8 @@ def _build(
 def _compare(
     directory: RunDir, engines: Mapping[str, str], features: list[Any], missing: dict[str, str], progress: Progress
 ) -> None:
-    from engines.parity.compare import OUTPUTS_FILE, PARITY_FILE, compare
+    from engines.parity.compare import OUTPUTS_FILE, compare
+    from engines.parity.reports import PARITY_FILE
 
     samples = hashlib.sha256(json.dumps(features).encode()).hexdigest()
     for number, (name, graph) in enumerate(engines.items()):

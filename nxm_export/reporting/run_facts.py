@@ -313,16 +313,16 @@ def _blocks(source: Source | None) -> Iterator[BlockError]:
         if source is None or not isinstance(rows, list):
             continue
         for number, row in enumerate(rows):
-            error = source.at(key, number, "max_abs")
+            error = source.at(key, number, "accumulated_max_abs") or source.at(key, number, "max_abs")
             if isinstance(row, dict) and error is not None:
                 name = next((row[part] for part in ("block", "layer", "name", "output") if part in row), number)
                 passed = row.get("passed")
                 yield BlockError(
                     str(name),
                     error,
-                    source.at(key, number, "max_tolerance"),
-                    source.at(key, number, "own_max_abs"),
-                    source.at(key, number, "own_max_tolerance"),
+                    source.at(key, number, "accumulated_max_tolerance") or source.at(key, number, "max_tolerance"),
+                    source.at(key, number, "isolated_max_abs"),
+                    source.at(key, number, "isolated_max_tolerance"),
                     passed if isinstance(passed, bool) else None,
                 )
 

@@ -46,9 +46,12 @@ SHAPES: dict[str, Any] = {
         "?engine_interval": [NAN],
         "outputs": [{"output": str, "?max_abs": NAN, "?mean_abs": NAN, "?max_tolerance": NAN, "?mean_tolerance": NAN}],
         "?pairs": [{"other": str, "output": str, "?max_abs": NAN, "?mean_abs": NAN, "?difference_interval": [NAN]}],
-        "?beside": {...: [NAN]},
+        "?secondary_metrics": {...: [NAN]},
     },
-    "bisect.json": {"engine_sha256": str, "blocks": [{"block": str, "?max_abs": NAN, "?own_max_abs": NAN}]},
+    "bisect.json": {
+        "engine_sha256": str,
+        "blocks": [{"block": str, "?accumulated_max_abs": NAN, "?isolated_max_abs": NAN}],
+    },
     "verify.json": {"weights": [{"name": str, "?planned": TEXT, "?pattern": TEXT, "?problems": [str]}]},
     "passport.json": {
         "backend": str,

@@ -15,7 +15,7 @@ from engines.base import BuildOptions, LoadOptions, backend
 from engines.openvino import backend as openvino_backend
 from engines.parity.bisect import bisect
 from engines.parity.compare import open_part
-from engines.parity.tolerance import QUANTIZER_JITTER
+from engines.parity.tolerance import QUANTIZER_ROUNDING
 from engines.passport import load_passport
 from engines.reference import pytorch
 from nxm_export.contract.placement import placement_of
@@ -124,7 +124,7 @@ def test_float_layers_run_in_float32(tiny_checkpoint: Callable[..., Path], tmp_p
 
 def test_its_quantizer_errs_no_further_from_a_tie_than_the_tolerance_says(tmp_path: Path) -> None:
     """It rounds x * (1/s) + 128 in float32: within 2**-17 of a code of a tie, and two roundings of x and 1/s more, it may
-    choose the other code; further away it never does. That is where `QUANTIZER_JITTER` comes from."""
+    choose the other code; further away it never does. That is where `QUANTIZER_ROUNDING` comes from."""
     import openvino
 
     from engines.openvino.backend import settings
@@ -142,15 +142,15 @@ def test_its_quantizer_errs_no_further_from_a_tie_than_the_tolerance_says(tmp_pa
         return float((np.rint(compiled({"x": x})[0] / np.float32(0.0371)) != exact).mean())
 
     assert wrong(4 * window) == 0.0
-    assert wrong(2.0**-19) > 0.01, "it rounds as exactly as a division does: drop QUANTIZER_JITTER"
+    assert wrong(2.0**-19) > 0.01, "it rounds as exactly as a division does: drop QUANTIZER_ROUNDING"
 
 
 def test_only_its_quantized_engines_are_given_that_tolerance(
     tiny_engine: Callable[..., Path], tiny_checkpoint: Callable[..., Path]
 ) -> None:
     checkpoint = tiny_checkpoint("bert")
-    assert open_part(checkpoint, tiny_engine("openvino")).jitter == QUANTIZER_JITTER["openvino"]
-    assert open_part(checkpoint, tiny_engine("ort")).jitter == 0.0
+    assert open_part(checkpoint, tiny_engine("openvino")).rounding == QUANTIZER_ROUNDING["openvino"]
+    assert open_part(checkpoint, tiny_engine("ort")).rounding == 0.0
 
 
 def test_its_blocks_can_be_compared(

@@ -1,7 +1,7 @@
 """Task data: local files (`nxm_export.data.readers`) or a GLUE task from the hub, to token batches.
 
-A file is read once into `Examples` (texts and labels, in file order), with every complaint naming the file and line. A label
-counts without the spaces around it, and a whole number is the same class however it is written (1 and 1.0).
+A file is read once into `Examples` (texts and labels, in file order), with every complaint naming the file and line. A
+label counts without the spaces around it, and a whole number is the same class however it is written (1 and 1.0).
 """
 
 from __future__ import annotations
@@ -59,12 +59,14 @@ class Columns:
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts (with a second text each, for pair tasks) and labels: class indices, floats for regression, a row of 0 and 1
-    for several classes. With `per_token` a label is the list of class indices of the text's tokens, which one space separates.
+    """Texts (with a second text each, for pair tasks) and labels: class indices, floats for regression, a row of 0 and
+    1 for several classes. With `per_token` a label is the list of class indices of the text's tokens, which one space
+    separates.
 
-    `groups` are numbers of what is scored together, such as the candidates of one query; None where every example is scored
-    by itself. No part of the examples ever splits a group. `encoder` makes samples of them in a way of its own, with the
-    parameters of `encode`: that of questions makes several of one example (see `nxm_export.data.question_answering`)."""
+    `groups` are numbers of what is scored together, such as the candidates of one query; None where every example is
+    scored by itself. No part of the examples ever splits a group. `encoder` makes samples of them in a way of its own,
+    with the parameters of `encode`: that of questions makes several of one example (see
+    `nxm_export.data.question_answering`)."""
 
     texts: list[str]
     pairs: list[str] | None
@@ -96,7 +98,8 @@ class Examples:
         )
 
     def split(self, held_out: int, seed: int) -> tuple[Examples, Examples]:
-        """(rest, held-out slice), shuffled by `seed`; the slice has `held_out` examples, and the rest of its last group."""
+        """(rest, held-out slice), shuffled by `seed`; the slice has `held_out` examples, and the rest of its last
+        group."""
         units = members(self.groups, len(self))
         order, slice_ = random.Random(seed).sample(range(len(units)), len(units)), list[int]()
         while order and len(slice_) < held_out:
@@ -104,7 +107,8 @@ class Examples:
         return self.subset([i for unit in order for i in units[unit]]), self.subset(sorted(slice_))
 
     def sample(self, count: int, seed: int) -> Examples:
-        """At most `count` examples (whole groups), drawn by `seed`, in file order; `DataError` where no group is that small."""
+        """At most `count` examples (whole groups), drawn by `seed`, in file order; `DataError` where no group is that
+        small."""
         if count >= len(self):
             return self
         if self.groups is None:
@@ -140,8 +144,9 @@ def load_raw(
 ) -> RawExamples:
     """Read a data file, or the `split` (train or dev) of a GLUE task name; raises `DataError`.
 
-    `text` and `label` read a cell (row, column, place), by default as text; with `per_token` the usual columns are those of
-    texts that are split into tokens, and with `unlabelled` a file need not have labels. See `nxm_export.data.label_kinds.load_labelled` for the data of a task.
+    `text` and `label` read a cell (row, column, place), by default as text; with `per_token` the usual columns are
+    those of texts that are split into tokens, and with `unlabelled` a file need not have labels. See
+    `nxm_export.data.label_kinds.load_labelled` for the data of a task.
     """
     read_text, read_label = text or text_of, label or label_text
     path = Path(source)
@@ -176,11 +181,13 @@ def class_names(train: RawExamples) -> list[str]:
     found = sorted(set(train.labels), key=lambda label: (0, int(label), label) if _is_integer(label) else (1, 0, label))
     if len(found) < 2:
         raise DataError(
-            f"{train.source}: only one class, {found[0]!r}; a classifier needs at least two. Is --label the right column?"
+            f"{train.source}: only one class, {found[0]!r}; a classifier needs at least two. Is --label the right "
+            "column?"
         )
     if len(found) > max(100, len(train.labels) // 4):
         raise DataError(
-            f"{train.source}: {len(found)} different labels in {len(train.labels)} rows; is this a regression (--task regression)?"
+            f"{train.source}: {len(found)} different labels in {len(train.labels)} rows; is this a regression (--task "
+            "regression)?"
         )
     return found
 
@@ -192,7 +199,8 @@ def with_classes(raw: RawExamples, classes: Sequence[str]) -> Examples:
     for label, place in zip(raw.labels, raw.places, strict=True):
         if label not in index:
             raise DataError(
-                f"{place}: label {label!r} is none of the model's classes {list(classes)[:10]}; fix the row, or retrain with these labels"
+                f"{place}: label {label!r} is none of the model's classes {list(classes)[:10]}; fix the row, or "
+                "retrain with these labels"
             )
         labels.append(index[label])
     return Examples(raw.texts, raw.pairs, labels, raw.source)
@@ -228,7 +236,8 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def encode(tokenizer: Any, examples: Examples, max_length: int, inputs: Sequence[str]) -> list[Features]:
-    """Token features per example (per window of one, for questions), not padded: those of `inputs`, ``labels``, and ``group`` where examples have one.
+    """Token features per example (per window of one, for questions), not padded: those of `inputs`, ``labels``, and
+    ``group`` where examples have one.
 
     `tokenizer` is a `tokenizers.Tokenizer`: training and serving go through the same code. Raises `DataError` when
     `max_length` tokens have no room for text.
@@ -260,8 +269,8 @@ def encode(tokenizer: Any, examples: Examples, max_length: int, inputs: Sequence
 def _first_pieces(offsets: Sequence[tuple[int, int]], text: str, tags: Sequence[int]) -> list[int]:
     """A label for every piece that the tokenizer made: the tag where a token of the text begins, `NO_LABEL` elsewhere.
 
-    `offsets` are the pieces' character ranges in `text`, (0, 0) for special tokens. Some tokenizers count the space before
-    a token to it, so the first character that is no space decides.
+    `offsets` are the pieces' character ranges in `text`, (0, 0) for special tokens. Some tokenizers count the space
+    before a token to it, so the first character that is no space decides.
     """
     token_at, token = [], 0
     for character in text:
@@ -279,7 +288,8 @@ def _first_pieces(offsets: Sequence[tuple[int, int]], text: str, tags: Sequence[
 
 
 def members(groups: Iterable[int] | None, samples: int) -> list[list[int]]:
-    """The indices of the samples of each group, in order of its first; without groups every sample is one of its own."""
+    """The indices of the samples of each group, in order of its first; without groups every sample is one of its
+    own."""
     if groups is None:
         return [[i] for i in range(samples)]
     found: dict[int, list[int]] = {}
@@ -308,8 +318,8 @@ def inputs_of(sample: Features) -> dict[str, Any]:
 
 
 def label_array(features: Sequence[Features]) -> np.ndarray:
-    """The labels of samples in one array (samples, ...); those of tokens are filled up with `NO_LABEL`, and texts are bytes
-    filled up with 0."""
+    """The labels of samples in one array (samples, ...); those of tokens are filled up with `NO_LABEL`, and texts are
+    bytes filled up with 0."""
     if isinstance(features[0]["labels"], str):
         return filled([np.frombuffer(sample["labels"].encode(), np.uint8) for sample in features], 0)
     return filled([np.asarray(sample["labels"]) for sample in features], NO_LABEL)

@@ -1,8 +1,8 @@
 """What the label of one example can be, task by task: a class, a score, several classes, a tag for every token, the
 similarity of a pair, how relevant a document is to its query, or answers.
 
-A `LabelKind` is the one place that knows how such a label is written in a data file, which names a head needs for it, and
-what it becomes in `Examples`. A task names its kind (`nxm_export.contract.families.Task.label`).
+A `LabelKind` is the one place that knows how such a label is written in a data file, which names a head needs for it,
+and what it becomes in `Examples`. A task names its kind (`nxm_export.contract.families.Task.label`).
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _TAG = re.compile(r"O|[BIES]-\S+")
 class LabelKind:
     """How one kind of label is read (`cell`: row, column, place), named and turned into numbers.
 
-    `names` gives the class names of a training file, `apply` the examples for given names. `per_token` labels have one tag
-    for every token of a pre-split text, which stands in the column that is otherwise the text. `pairs` need a second text;
-    where the model reads the two `separate`, each is an example of its own, and training data needs neither pair nor label.
-    `load` reads a file in which labels are more than a cell each.
+    `names` gives the class names of a training file, `apply` the examples for given names. `per_token` labels have one
+    tag for every token of a pre-split text, which stands in the column that is otherwise the text. `pairs` need a
+    second text; where the model reads the two `separate`, each is an example of its own, and training data needs
+    neither pair nor label. `load` reads a file in which labels are more than a cell each.
     """
 
     cell: Callable[[Mapping[str, Any], str, str], Any]
@@ -70,8 +70,8 @@ def load_labelled(source: str, split: str, columns: Columns, task: Task) -> RawE
 
 
 def names_for(raw: RawExamples, task: Task, head: Sequence[str] | None) -> list[str] | None:
-    """Class names for the examples: the head's, or its indices where the data labels by number; without a head, those of
-    the data. None for tasks without classes."""
+    """Class names for the examples: the head's, or its indices where the data labels by number; without a head, those
+    of the data. None for tasks without classes."""
     kind = LABELS[task.label]
     if kind.names is None:
         return None
@@ -98,7 +98,8 @@ def _require_pairs(raw: RawExamples, task: Task, plain: bool) -> RawExamples:
     """Refuse what is no pair of texts; with `plain`, single texts will do."""
     if raw.pairs is None and not plain:
         raise DataError(
-            f"{raw.source}: task {task.name} is scored on pairs of texts, and there is one text a row; name both columns with "
+            f"{raw.source}: task {task.name} is scored on pairs of texts, and there is one text a row; name both "
+            "columns with "
             "--text and --text-pair"
         )
     for i, place in enumerate(raw.places):
@@ -108,8 +109,8 @@ def _require_pairs(raw: RawExamples, task: Task, plain: bool) -> RawExamples:
 
 
 def _with_pair_score(raw: RawExamples, _: Sequence[str]) -> Examples:
-    """Two examples for each pair, one for each text, in a group; a text without a partner is in none. Scores that the file
-    does not have are NaN: they are for the metric alone."""
+    """Two examples for each pair, one for each text, in a group; a text without a partner is in none. Scores that the
+    file does not have are NaN: they are for the metric alone."""
     if raw.pairs is None:
         return Examples(raw.texts, None, [math.nan] * len(raw.texts), raw.source)
     scored = all(label is not None for label in raw.labels)
@@ -120,8 +121,8 @@ def _with_pair_score(raw: RawExamples, _: Sequence[str]) -> Examples:
 
 
 def _with_relevance(raw: RawExamples, _: Sequence[str]) -> Examples:
-    """Candidates, those of one query (an equal text) in a group; relevance as a share of the file's highest, because the loss
-    takes probabilities and the metric any scale."""
+    """Candidates, those of one query (an equal text) in a group; relevance as a share of the file's highest, because
+    the loss takes probabilities and the metric any scale."""
     graded = with_scores(raw)
     for grade, place in zip(graded.labels, raw.places, strict=True):
         if grade < 0:
@@ -141,7 +142,8 @@ def _used(raw: RawExamples) -> set[str]:
 
 
 def _several(row: Mapping[str, Any], column: str, place: str) -> tuple[str, ...]:
-    """Class names of one example: a JSON list, or text with ``;`` or ``,`` between them; none at all is an answer, too."""
+    """Class names of one example: a JSON list, or text with ``;`` or ``,`` between them; none at all is an answer,
+    too."""
     value = value_of(row, column, place)
     if isinstance(value, str) and value.strip().startswith("["):
         try:
@@ -176,7 +178,8 @@ def _with_several(raw: RawExamples, classes: Sequence[str]) -> Examples:
         for name in label:
             if name not in index:
                 raise DataError(
-                    f"{place}: label {name!r} is none of the model's classes {list(classes)[:10]}; fix the row, or retrain with these labels"
+                    f"{place}: label {name!r} is none of the model's classes {list(classes)[:10]}; fix the row, or "
+                    "retrain with these labels"
                 )
         rows.append([float(name in label) for name in classes])
     return Examples(raw.texts, raw.pairs, rows, raw.source)
@@ -215,7 +218,8 @@ def _tag_names(train: RawExamples) -> list[str]:
         for tag in tags:
             if not _TAG.fullmatch(tag):
                 raise DataError(
-                    f"{place}: tag {tag!r} is none of O, B-NAME, I-NAME (or E-, S-); write the entities in one of the IOB schemes, by name"
+                    f"{place}: tag {tag!r} is none of O, B-NAME, I-NAME (or E-, S-); write the entities in one of the "
+                    "IOB schemes, by name"
                 )
     found = sorted(_used(train) - {OUTSIDE})
     if not found:
@@ -230,7 +234,8 @@ def _with_tags(raw: RawExamples, classes: Sequence[str]) -> Examples:
         unknown = next((tag for tag in tags if tag not in index), None)
         if unknown is not None:
             raise DataError(
-                f"{place}: tag {unknown!r} is none of the model's classes {list(classes)[:10]}; fix the row, or retrain with these tags"
+                f"{place}: tag {unknown!r} is none of the model's classes {list(classes)[:10]}; fix the row, or "
+                "retrain with these tags"
             )
         rows.append([index[tag] for tag in tags])
     return Examples(raw.texts, None, rows, raw.source, per_token=True)

@@ -1,13 +1,14 @@
 """Extractive question answering: questions about a text, read from files, cut into windows, answered and scored.
 
-A question with a long context becomes several samples: windows of tokens that overlap, each with the whole question. They
-are one group: the answer to the question is the best span over all of its windows, and it is scored once. What the score
-needs (the window's text, where its tokens lie in it, the gold answers) travels with each sample as its label, packed into
-one string, so that any runtime's logits can be scored.
+A question with a long context becomes several samples: windows of tokens that overlap, each with the whole question.
+They are one group: the answer to the question is the best span over all of its windows, and it is scored once. What the
+score needs (the window's text, where its tokens lie in it, the gold answers) travels with each sample as its label,
+packed into one string, so that any runtime's logits can be scored.
 
-Exact match and F1 are those of SQuAD 1.1 (Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text",
-EMNLP 2016, and the evaluation script published with it): answers are compared without case, punctuation, articles and
-surplus white space, and the best of the gold answers counts. Questions without an answer (SQuAD 2.0) are refused.
+Exact match and F1 are those of SQuAD 1.1 (Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of
+Text", EMNLP 2016, and the evaluation script published with it): answers are compared without case, punctuation,
+articles and surplus white space, and the best of the gold answers counts. Questions without an answer (SQuAD 2.0) are
+refused.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ Answer = tuple[str, int]  # its text, and the character of the context at which 
 def load_questions(source: str, columns: Columns) -> RawExamples:
     """Questions (texts), contexts (pairs) and gold answers (labels: tuples of `Answer`) of a file; raises `DataError`.
 
-    The file is SQuAD's own JSON, or has a row for every question: its text, the context, and ``answers`` (``{"text": [...],
-    "answer_start": [...]}``, or a list of such with one answer each) or ``answer`` and ``answer_start``.
+    The file is SQuAD's own JSON, or has a row for every question: its text, the context, and ``answers`` (``{"text":
+    [...], "answer_start": [...]}``, or a list of such with one answer each) or ``answer`` and ``answer_start``.
     """
     path = Path(source)
     if not path.is_file():
@@ -85,7 +86,8 @@ def _squad_rows(path: Path) -> list[_Row] | None:
                     found.append((place, *texts, answers))
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path}: not SQuAD's JSON ({error!r}); it has data, paragraphs (context, qas), and question and answers in each"
+            f"{path}: not SQuAD's JSON ({error!r}); it has data, paragraphs (context, qas), and question and answers "
+            "in each"
         ) from error
     return found
 
@@ -118,7 +120,8 @@ def answers_of(row: Mapping[str, Any], column: str, place: str) -> tuple[Answer,
         raise DataError(f"{place}: column {column!r} holds {value!r}, which is no answer with its answer_start")
     if not value or row.get("is_impossible"):
         raise DataError(
-            f"{place}: a question without an answer; SQuAD 2.0 is not supported: leave such questions out, or use SQuAD 1.1"
+            f"{place}: a question without an answer; SQuAD 2.0 is not supported: leave such questions out, or use "
+            "SQuAD 1.1"
         )
     return tuple((text_of(answer, "text", place), _start(answer.get("answer_start"), place)) for answer in value)
 
@@ -174,12 +177,12 @@ class Window:
 def windows(
     tokenizer: Any, examples: Examples, max_length: int, inputs: Sequence[str], overlap: int | None = None
 ) -> list[Features]:
-    """Samples of at most `max_length` tokens for all questions: those of `inputs`, ``labels`` (a packed `Window`), ``span``
-    (start and end position of the first gold answer, `NO_ANSWER` where the window does not hold it) and ``group`` (the
-    number of the question).
+    """Samples of at most `max_length` tokens for all questions: those of `inputs`, ``labels`` (a packed `Window`),
+    ``span`` (start and end position of the first gold answer, `NO_ANSWER` where the window does not hold it) and
+    ``group`` (the number of the question).
 
-    `overlap` is how many tokens of context two windows of a question share, by default `OVERLAP`, but at most half of what
-    they hold. Raises `DataError` for a question that leaves no room, and for an `overlap` that leaves nothing new.
+    `overlap` is how many tokens of context two windows of a question share, by default `OVERLAP`, but at most half of
+    what they hold. Raises `DataError` for a question that leaves no room, and for an `overlap` that leaves nothing new.
     """
     special, made = tokenizer.num_special_tokens_to_add(True), list[Features]()
     tokenizer.no_padding()
@@ -241,8 +244,8 @@ def _span(offsets: Sequence[tuple[int, int]], first: int, answer: Answer) -> lis
 
 
 def best_span(logits: np.ndarray, window: Window, longest: int = MAX_ANSWER) -> tuple[float, int, int]:
-    """(score, start, end) of the span of context tokens with the highest sum of start and end logit (sequence, 2); at most
-    `longest` tokens. A question token or padding is never part of it."""
+    """(score, start, end) of the span of context tokens with the highest sum of start and end logit (sequence, 2); at
+    most `longest` tokens. A question token or padding is never part of it."""
     count = len(window.starts)
     starts, ends = logits[window.first : window.first + count].T.astype(np.float64)
     padded = np.concatenate([ends, np.full(longest - 1, -np.inf)])
@@ -256,7 +259,8 @@ def answer_scores(
 ) -> np.ndarray:
     """(questions, 2): exact match and F1 of every question's best span over its windows.
 
-    Logits are (windows, sequence, 2), start and end; labels packed windows (see `Window.unpack`), groups their questions.
+    Logits are (windows, sequence, 2), start and end; labels packed windows (see `Window.unpack`), groups their
+    questions.
     """
     rows = []
     for unit in members(groups, len(labels)):

@@ -1,4 +1,5 @@
-"""The INT8 word-embedding table: its grid, training on it, its checkpoint, its graph, its engine and its packed form."""
+"""The INT8 word-embedding table: its grid, training on it, its checkpoint, its graph, its engine and its packed
+form."""
 
 from __future__ import annotations
 
@@ -132,7 +133,8 @@ class TestModule:
 
 @pytest.fixture(scope="module")
 def trained(tiny_checkpoint: Callable[..., Path]) -> Path:
-    """A tiny compressed checkpoint with an INT8 table, trained; the dense model and the data beside it. Read it only."""
+    """A tiny compressed checkpoint with an INT8 table, trained; the dense model and the data beside it. Read it
+    only."""
     return tiny_checkpoint("bert", embedding="int8")
 
 
@@ -240,7 +242,8 @@ def graphs(
     tmp_path_factory: pytest.TempPathFactory,
     traced_once: Callable[[pytest.MonkeyPatch], None],
 ) -> Callable[..., Path]:
-    """``graphs(family, embedding, **options)``: the graph of that checkpoint, with its table stored so; read it only."""
+    """``graphs(family, embedding, **options)``: the graph of that checkpoint, with its table stored so; read it
+    only."""
     made: dict[str, Path] = {}
 
     def make(family: str = "bert", embedding: str = "int8", **options: Any) -> Path:
@@ -302,7 +305,8 @@ class TestGraph:
     def test_a_shorter_dtype_rounds_the_float32_product_once(
         self, dtype: str, graphs: Callable[..., Path], checkpoints: Callable[..., Path]
     ) -> None:
-        """So rows are what a float table of that dtype would hold. (Not run: ONNX Runtime drops casts to float16 and back.)"""
+        """So rows are what a float table of that dtype would hold. (Not run: ONNX Runtime drops casts to float16 and
+        back.)"""
         model, kind = load_graph(graphs(dtype=dtype)), np.dtype(getattr(ml_dtypes, dtype, dtype))
         cast, product = node(model.graph, f".{dtype}"), node(model.graph, "")
         assert (cast.op_type, cast.outputs[0].dtype) == ("Cast", ir.DataType.from_numpy(kind))

@@ -1,4 +1,5 @@
-"""Reranking: candidates of one query stay together, are scored by nDCG@10, and cross-encoders of others serve as they are."""
+"""Reranking: candidates of one query stay together, are scored by nDCG@10, and cross-encoders of others serve as they
+are."""
 
 from __future__ import annotations
 

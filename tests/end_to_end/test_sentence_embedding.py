@@ -1,4 +1,5 @@
-"""Sentence embeddings: the pooling inside the model, sentence-transformers' files, and what trains and measures them."""
+"""Sentence embeddings: the pooling inside the model, sentence-transformers' files, and what trains and measures
+them."""
 
 from __future__ import annotations
 
@@ -137,7 +138,8 @@ class TestModel:
             ).embedding.numpy()
         wanted = by_hand(hidden.double().numpy(), lengths, pooling)
         np.testing.assert_allclose(found, wanted, atol=1e-6)  # float32 sums
-        # Of a row without tokens, its first one says nothing: how attention spreads over padding differs by the mask's kind.
+        # Of a row without tokens, its first one says nothing: how attention spreads over padding differs by the mask's
+        # kind.
         np.testing.assert_allclose(found[:3], added[:3], atol=1e-5)
         assert np.isfinite(added).all()
 

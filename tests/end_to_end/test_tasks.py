@@ -1,4 +1,5 @@
-"""Every task goes all the way: data, compression, export, ONNX Runtime, comparison; and its data errors name the line."""
+"""Every task goes all the way: data, compression, export, ONNX Runtime, comparison; and its data errors name the
+line."""
 
 from __future__ import annotations
 
@@ -260,7 +261,8 @@ class TestTags:
 
     @pytest.mark.parametrize("space_counts", [False, True])
     def test_the_first_piece_of_a_token_has_its_tag(self, space_counts: bool) -> None:
-        """Pieces of at most two characters, so that tokens split; byte-level tokenizers count the space to the token."""
+        """Pieces of at most two characters, so that tokens split; byte-level tokenizers count the space to the
+        token."""
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
         made = Tokenizer(models.WordLevel({"?": 0, "[CLS]": 1}, unk_token="?"))

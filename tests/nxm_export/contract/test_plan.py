@@ -1,4 +1,5 @@
-"""The plan: N:M parsing, bit accounting against numbers worked out by hand, and a text form that refuses what it cannot mean."""
+"""The plan: N:M parsing, bit accounting against numbers worked out by hand, and a text form that refuses what it cannot
+mean."""
 
 from __future__ import annotations
 

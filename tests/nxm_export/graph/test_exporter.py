@@ -221,7 +221,8 @@ def test_a_trained_model_of_each_family_runs_alike_in_both_runtimes(
 
 
 class TestSharedLayers:
-    """ALBERT: three layers of two blocks, so that one runs twice and the other once; with INT8 attention and residual."""
+    """ALBERT: three layers of two blocks, so that one runs twice and the other once; with INT8 attention and
+    residual."""
 
     @pytest.fixture(scope="class")
     def checkpoint(self, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -1,4 +1,5 @@
-"""Weights are found in any graph, whatever the layout and whoever made it: by hand, by ONNX Runtime's quantizers, as polygraphy sees them."""
+"""Weights are found in any graph, whatever the layout and whoever made it: by hand, by ONNX Runtime's quantizers, as
+polygraphy sees them."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def layer(
 ) -> ir.Model:
     shape = ", ".join(map(str, weight.shape))
     return onnx_text.model(
-        f"g ({inputs}) => (float y) <{kind}[{shape}] w = {text_of(weight)}, float[3] s = {{1, 2, 4}}, float t = {{0.5}}, "
+        f"g ({inputs}) => (float y) <{kind}[{shape}] w = {text_of(weight)}, float[3] s = {{1, 2, 4}}, float t = "
+        f"{{0.5}}, "
         f"int8[3] z = {{0, 0, 0}}{more}> {{ {body} }}"
     )
 

@@ -26,8 +26,9 @@ from nxm_export.graph.qdq import (
 )
 from tests.support import onnx_text
 
-# Scales are powers of two and values multiples of 1/4, so every float operation below is exact and the integer answer is
-# the only right one. The inputs hold ties (x.5 steps round to the even code) and values beyond both ends of the range.
+# Scales are powers of two and values multiples of 1/4, so every float operation below is exact and the integer answer
+# is the only right one. The inputs hold ties (x.5 steps round to the even code) and values beyond both ends of the
+# range.
 X = np.array(
     [[0.25, 0.75, 1.25, -0.25, -0.75, 3.5, -64.25, 100.0], [63.5, 63.75, -64.0, 64.0, 0.0, 0.5, -0.5, 2.25]], np.float32
 )

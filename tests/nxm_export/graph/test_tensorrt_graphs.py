@@ -1,4 +1,5 @@
-"""Graphs for TensorRT mean what was trained: every preset, family and lowering gives the numbers of PyTorch's fake quantizers."""
+"""Graphs for TensorRT mean what was trained: every preset, family and lowering gives the numbers of PyTorch's fake
+quantizers."""
 
 import json
 from pathlib import Path
@@ -19,8 +20,9 @@ from nxm_export.graph.sparsity_scan import matrix_facts
 from tests.support.trt_models import Checkpoints, feeds_for
 from tests.support.variants import variants
 
-# Float32 sums in another order differ by a few units in the last place (1e-7 at logits of about 1); a code that moved by one
-# step would change them by 1e-3 or more, and the inputs here are chosen by seed so that none lies that close to a boundary.
+# Float32 sums in another order differ by a few units in the last place (1e-7 at logits of about 1); a code that moved
+# by one step would change them by 1e-3 or more, and the inputs here are chosen by seed so that none lies that close to
+# a boundary.
 CLOSE = 2e-5
 ONE_CODE = 0.02  # what these logits move by when rounding puts a code on the next step
 
@@ -111,7 +113,8 @@ def test_between_the_ffns_products_no_reshape_is_left(checkpoints: Checkpoints, 
 
 
 def test_issue_4694_and_its_fix_are_two_presets(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """Q/DQ on inputs only lets FP16 leave every product, and there is no sparse kernel for that; with outputs, INT8 leaves."""
+    """Q/DQ on inputs only lets FP16 leave every product, and there is no sparse kernel for that; with outputs, INT8
+    leaves."""
     checkpoint = checkpoints("bert", "inputs-outputs")
     outputs = {}
     for placement in ("inputs", "inputs-outputs"):

@@ -359,7 +359,8 @@ class TestDisk:
         "write",
         [
             "(scratch / 'big').write_bytes(bytes(1_000_000))",
-            "import numpy, safetensors.numpy; safetensors.numpy.save_file({'a': numpy.zeros(1_000_000)}, scratch / 'big')",
+            "import numpy, safetensors.numpy; safetensors.numpy.save_file({'a': numpy.zeros(1_000_000)}, scratch / "
+            "'big')",
             "import torch; torch.save(torch.zeros(1_000_000), scratch / 'big')",
         ],
         ids=["plain", "safetensors", "torch"],

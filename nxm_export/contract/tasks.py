@@ -54,37 +54,77 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task(
-            "classification", _SEQUENCE, "accuracy", {"logits": ("batch", "classes")}, "class", "softmax",
-            "single_label_classification", secondary_metrics=("f1", "mcc"),
+            "classification",
+            _SEQUENCE,
+            "accuracy",
+            {"logits": ("batch", "classes")},
+            "class",
+            "softmax",
+            "single_label_classification",
+            secondary_metrics=("f1", "mcc"),
         ),
         Task(
-            "regression", _SEQUENCE, "pearson", {"logits": ("batch", "scores")}, "score", "identity", "regression",
+            "regression",
+            _SEQUENCE,
+            "pearson",
+            {"logits": ("batch", "scores")},
+            "score",
+            "identity",
+            "regression",
             secondary_metrics=("spearman",),
         ),
         Task(
-            "multi-label", _SEQUENCE, "micro_f1", {"logits": ("batch", "labels")}, "classes", "sigmoid",
+            "multi-label",
+            _SEQUENCE,
+            "micro_f1",
+            {"logits": ("batch", "labels")},
+            "classes",
+            "sigmoid",
             "multi_label_classification",
         ),
         Task(
-            "token-classification", _TOKENS, "entity_f1", {"logits": ("batch", "sequence", "classes")}, "tags", "softmax",
+            "token-classification",
+            _TOKENS,
+            "entity_f1",
+            {"logits": ("batch", "sequence", "classes")},
+            "tags",
+            "softmax",
         ),
         Task(
-            "embedding", None, "cosine_spearman", {"embedding": ("batch", "hidden")}, "pair-score", "vector", own_loss=False,
+            "embedding",
+            None,
+            "cosine_spearman",
+            {"embedding": ("batch", "hidden")},
+            "pair-score",
+            "vector",
+            own_loss=False,
             texts="one",
         ),
         # transformers has no word for ranking. Its loss for several labels, with one label, is the usual one of
         # cross-encoders.
         Task(
-            "reranking", _SEQUENCE, "ndcg_at_10", {"logits": ("batch", "scores")}, "relevance", "identity",
-            "multi_label_classification", serves="regression", texts="two",
+            "reranking",
+            _SEQUENCE,
+            "ndcg_at_10",
+            {"logits": ("batch", "scores")},
+            "relevance",
+            "identity",
+            "multi_label_classification",
+            serves="regression",
+            texts="two",
         ),
         Task(
-            "question-answering", "AutoModelForQuestionAnswering", "squad_f1",
-            {"start_logits": ("batch", "sequence"), "end_logits": ("batch", "sequence")}, "answers", "span", texts="two",
+            "question-answering",
+            "AutoModelForQuestionAnswering",
+            "squad_f1",
+            {"start_logits": ("batch", "sequence"), "end_logits": ("batch", "sequence")},
+            "answers",
+            "span",
+            texts="two",
             secondary_metrics=("exact_match",),
         ),
     )
-}  # fmt: skip
+}
 
 
 def labels_of(config: Mapping[str, Json]) -> tuple[str, ...]:

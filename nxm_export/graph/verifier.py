@@ -237,7 +237,8 @@ def _check_activation(node: ir.Node) -> Iterator[str]:
     else:
         yield from (f"{_name(node)}: its scale {problem}" for problem in _scale_problems(scale))
     if zero is not None and np.any(zero):
-        yield f"{_name(node)}: zero point {int(zero.reshape(-1)[0])} is not 0, and TensorRT refuses asymmetric activations"
+        value = int(zero.reshape(-1)[0])
+        yield f"{_name(node)}: zero point {value} is not 0, and TensorRT refuses asymmetric activations"
 
 
 def _operands(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:

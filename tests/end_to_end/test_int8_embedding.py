@@ -403,17 +403,38 @@ class TestVerify:
     @pytest.mark.parametrize(
         ("edit", "message"),
         [
-            (lambda graph: constant(graph, "_quantized", lambda codes: codes.__setitem__((5, 3), codes[5, 3] // 2)), "its codes and scales are not those of the checkpoint"),
-            (lambda graph: constant(graph, "_scale", lambda scale: scale.__setitem__((5, 0), 0.25)), "its codes and scales are not those of the checkpoint"),
-            (lambda graph: constant(graph, "_quantized", lambda codes: codes.__setitem__((5, 3), -128)), "a code is below -127"),
-            (lambda graph: constant(graph, "_scale", lambda scale: scale.__setitem__((5, 0), 0.0)), "a scale is not a positive number"),
-            (lambda graph: constant(graph, "_scale", lambda scale: scale[:-1]), "the graph has no INT8 codes with a float32 scale per row"),
-            (lambda graph: constant(graph, "_quantized", lambda codes: codes.astype(np.float32)), "the graph has no INT8 codes"),
+            (
+                lambda graph: constant(graph, "_quantized", lambda codes: codes.__setitem__((5, 3), codes[5, 3] // 2)),
+                "its codes and scales are not those of the checkpoint",
+            ),
+            (
+                lambda graph: constant(graph, "_scale", lambda scale: scale.__setitem__((5, 0), 0.25)),
+                "its codes and scales are not those of the checkpoint",
+            ),
+            (
+                lambda graph: constant(graph, "_quantized", lambda codes: codes.__setitem__((5, 3), -128)),
+                "a code is below -127",
+            ),
+            (
+                lambda graph: constant(graph, "_scale", lambda scale: scale.__setitem__((5, 0), 0.0)),
+                "a scale is not a positive number",
+            ),
+            (
+                lambda graph: constant(graph, "_scale", lambda scale: scale[:-1]),
+                "the graph has no INT8 codes with a float32 scale per row",
+            ),
+            (
+                lambda graph: constant(graph, "_quantized", lambda codes: codes.astype(np.float32)),
+                "the graph has no INT8 codes",
+            ),
             (whole_table, "Cast node 'all' reads the whole table"),
             (other_rows, "is not cast and multiplied by the scales of the same tokens"),
-            (lambda graph: node(graph, ".scales").replace_input_with(0, graph.initializers[f"{TABLE}_quantized"]), "is not cast and multiplied by the scales"),
+            (
+                lambda graph: node(graph, ".scales").replace_input_with(0, graph.initializers[f"{TABLE}_quantized"]),
+                "is not cast and multiplied by the scales",
+            ),
         ],
-    )  # fmt: skip
+    )
     def test_one_thing_wrong_with_the_table_is_found_and_named(
         self, graphs: Callable[..., Path], tmp_path: Path, edit: Callable[[ir.Graph], Any], message: str
     ) -> None:
@@ -452,10 +473,20 @@ class TestCheckpoint:
             ("model", TABLE, lambda table: table * np.float32(1.001), "weights are not code"),
             ("model", TABLE, lambda table: table * np.nan, "holds NaN or infinite values"),
             ("nxm_scales", f"{TABLE}_scale", lambda scale: scale[:-1], "must be 36 positive numbers"),
-            ("nxm_scales", f"{TABLE}_scale", lambda scale: scale * np.float32(0.5), "has a code of 254, beyond the planned 127"),
-            ("nxm_scales", f"{TABLE}_scale", None, "the plan needs .*word_embeddings.weight_scale, and it is not there"),
+            (
+                "nxm_scales",
+                f"{TABLE}_scale",
+                lambda scale: scale * np.float32(0.5),
+                "has a code of 254, beyond the planned 127",
+            ),
+            (
+                "nxm_scales",
+                f"{TABLE}_scale",
+                None,
+                "the plan needs .*word_embeddings.weight_scale, and it is not there",
+            ),
         ],
-    )  # fmt: skip
+    )
     def test_a_table_off_its_grid_is_refused(self, copy: Path, file: str, key: str, edit: Any, message: str) -> None:
         tensors = load_file(copy / f"{file}.safetensors")
         value = tensors.pop(key)

@@ -91,8 +91,11 @@ def test_a_sharded_model_is_read_like_a_whole_one(good: Path, copy: Path) -> Non
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     open_checkpoint(copy).require_valid()
     np.testing.assert_array_equal(open_checkpoint(copy).weight(QUERY), open_checkpoint(good).weight(QUERY))
-    for spoiled, message in (({"weight_map": {}}, "not in the weight map"), ([], "not in the weight map"),
-                             ({"weight_map": {QUERY: "../../x.safetensors"}}, "points out of the directory")):  # fmt: skip
+    for spoiled, message in (
+        ({"weight_map": {}}, "not in the weight map"),
+        ([], "not in the weight map"),
+        ({"weight_map": {QUERY: "../../x.safetensors"}}, "points out of the directory"),
+    ):
         (copy / "model.safetensors.index.json").write_text(json.dumps(spoiled))
         with pytest.raises(ArtifactError, match=message):
             open_checkpoint(copy).weight(QUERY)
@@ -162,7 +165,10 @@ def revive(tensors: dict[str, Any]) -> None:
         (scales(scaled(f"{QUERY}_scale", -1.0)), "_scale must be 32 positive numbers"),
         (scales(scaled(f"{QUERY}_scale", 0.5)), "has a code of 254, beyond the planned 127"),
         (scales(scaled(f"{QUERY}_scale", 1.01)), "weights are not code * scale; it was changed after compression"),
-        (scales(lambda t: t.update({f"{QUERY}_scale": t[f"{QUERY}_scale"][:-1]})), "_scale must be 32 positive numbers"),
+        (
+            scales(lambda t: t.update({f"{QUERY}_scale": t[f"{QUERY}_scale"][:-1]})),
+            "_scale must be 32 positive numbers",
+        ),
         (remove("model.safetensors"), "has no model.safetensors: no weights to load"),
         (truncate("model.safetensors", 1000), "the file is truncated or from another model"),
         (truncate("model.safetensors", 0), "the file is truncated or from another model"),
@@ -171,7 +177,7 @@ def revive(tensors: dict[str, Any]) -> None:
         (weights(one_number(QUERY, (3, 5), np.nan)), "holds NaN or infinite values"),
         (weights(revive), f"{QUERY} is planned 2:4, but output channel 3 keeps more than 2 of inputs"),
     ],
-)  # fmt: skip
+)
 def test_damage_is_named(copy: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(copy)
     with pytest.raises(NxmError) as caught:

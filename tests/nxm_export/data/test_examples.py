@@ -147,9 +147,21 @@ def test_any_text_survives_jsonl(tmp_path_factory: pytest.TempPathFactory, rows:
         ("d.csv", 'sentence,label\na,1\n"b,1\n', "d.csv:3: malformed line (unexpected end of data)"),
         ("d.csv", 'sentence,label\n"a"b,1\n', "d.csv:2: malformed line"),
         ("d.tsv", "sentence\tlabel\tlabel\na\t1\t0\n", "d.tsv:1: column 'label' is named twice"),
-        ("d.tsv", "text1\tscore1\na\t1\n", "none of the usual text columns (sentence1, question, question1, premise, text1, query, text"),
-        ("d.tsv", "sentence\tx\na\t1\n", "none of the usual label columns (label, labels, score, relevance) among sentence, x; name it with --label"),
-        ("d.tsv", b"sentence\tlabel\nok\t1\ncaf\xe9\t1\n", "d.tsv:3: not UTF-8; convert the file, for example with iconv"),
+        (
+            "d.tsv",
+            "text1\tscore1\na\t1\n",
+            "none of the usual text columns (sentence1, question, question1, premise, text1, query, text",
+        ),
+        (
+            "d.tsv",
+            "sentence\tx\na\t1\n",
+            "none of the usual label columns (label, labels, score, relevance) among sentence, x; name it with --label",
+        ),
+        (
+            "d.tsv",
+            b"sentence\tlabel\nok\t1\ncaf\xe9\t1\n",
+            "d.tsv:3: not UTF-8; convert the file, for example with iconv",
+        ),
         ("d.csv", b"sentence,label\nok,1\ncaf\xe9,1\n", "d.csv:3: not UTF-8"),
         ("d.jsonl", b'{"text": "caf\xe9", "label": 1}\n', "d.jsonl:1: not UTF-8"),
         ("d.tsv", "sentence\tlabel\na\t1\n".encode("utf-16"), "d.tsv:1: not UTF-8"),
@@ -170,7 +182,7 @@ def test_any_text_survives_jsonl(tmp_path_factory: pytest.TempPathFactory, rows:
         ("d.txt", "sentence\tlabel\na\t1\n", "unknown format .txt; use .tsv, .csv, .jsonl, .json, .parquet"),
         ("data", "sentence\tlabel\na\t1\n", "unknown format without suffix"),
     ],
-)  # fmt: skip
+)
 def test_a_malformed_file_is_refused_with_its_place(
     tmp_path: Path, name: str, content: str | bytes, message: str
 ) -> None:

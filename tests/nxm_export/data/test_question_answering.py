@@ -52,14 +52,35 @@ class TestFiles:
         ("name", "text"),
         [
             ("a.json", squad([{"text": "superb", "answer_start": 16}])),
-            ("a.jsonl", json.dumps({"question": "which actor", "context": CONTEXT, "answers": {"text": ["superb"], "answer_start": [16]}})),
-            ("a.json", json.dumps({"question": "which actor", "context": CONTEXT, "answers": [{"text": "superb", "answer_start": 16}]})),
-            ("a.jsonl", json.dumps({"question": "which actor", "context": CONTEXT, "answer": "superb", "answer_start": 16})),
+            (
+                "a.jsonl",
+                json.dumps(
+                    {
+                        "question": "which actor",
+                        "context": CONTEXT,
+                        "answers": {"text": ["superb"], "answer_start": [16]},
+                    }
+                ),
+            ),
+            (
+                "a.json",
+                json.dumps(
+                    {"question": "which actor", "context": CONTEXT, "answers": [{"text": "superb", "answer_start": 16}]}
+                ),
+            ),
+            (
+                "a.jsonl",
+                json.dumps({"question": "which actor", "context": CONTEXT, "answer": "superb", "answer_start": 16}),
+            ),
             ("a.csv", f"question,context,answer,answer_start\nwhich actor,{CONTEXT},superb,16\n"),
-            ("a.csv", f'question,context,answers\nwhich actor,{CONTEXT},"{{""text"": [""superb""], ""answer_start"": [16]}}"\n'),
+            (
+                "a.csv",
+                "question,context,answers\n"
+                f'which actor,{CONTEXT},"{{""text"": [""superb""], ""answer_start"": [16]}}"\n',
+            ),
             ("a.tsv", f"question\tcontext\tanswer\tanswer_start\nwhich actor\t{CONTEXT}\tsuperb\t16\n"),
         ],
-    )  # fmt: skip
+    )
     def test_all_ways_of_writing_a_question_mean_the_same(self, tmp_path: Path, name: str, text: str) -> None:
         found = read(tmp_path / name, text)
         assert (found.texts, found.pairs, found.labels) == (["which actor"], [CONTEXT], [(("superb", 16),)])
@@ -75,8 +96,14 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            (squad([{"text": "dull", "answer_start": 16}]), "the answer 'dull' does not stand at character 16 .* does not hold it at all"),
-            (squad([{"text": "superb", "answer_start": 15}]), "'superb' does not stand at character 15 .* it stands at 16"),
+            (
+                squad([{"text": "dull", "answer_start": 16}]),
+                "the answer 'dull' does not stand at character 16 .* does not hold it at all",
+            ),
+            (
+                squad([{"text": "superb", "answer_start": 15}]),
+                "'superb' does not stand at character 15 .* it stands at 16",
+            ),
             (squad([{"text": "superb", "answer_start": 999}]), "it stands at 16"),
             (squad([{"text": "superb", "answer_start": -1}]), "answer_start -1 is no character number"),
             (squad([{"text": "superb"}]), "answer_start None is no character number"),
@@ -87,7 +114,7 @@ class TestFiles:
             ('{"data": [{"paragraphs": 3}]}', "not SQuAD's JSON"),
             ('{"data": []}', "no questions in it"),
         ],
-    )  # fmt: skip
+    )
     def test_a_bad_question_is_named(self, tmp_path: Path, text: str, message: str) -> None:
         with pytest.raises(DataError, match=rf"a\.json.*{message}"):
             read(tmp_path / "a.json", text)
@@ -97,12 +124,15 @@ class TestFiles:
         [
             ({"question": "q", "answers": []}, "no column 'context'; it has question, answers"),
             ({"question": "q", "context": "c"}, "no column 'answer'"),
-            ({"question": "q", "context": "c", "answers": {"text": ["c"], "answer_start": [0, 1]}}, "two lists of one length"),
+            (
+                {"question": "q", "context": "c", "answers": {"text": ["c"], "answer_start": [0, 1]}},
+                "two lists of one length",
+            ),
             ({"question": "q", "context": "c", "answers": "[1"}, "are no JSON"),
             ({"question": "q", "context": "c", "answers": 3}, "which is no answer"),
             ({"question": "", "context": "c", "answer": "c", "answer_start": 0}, "the question is empty"),
         ],
-    )  # fmt: skip
+    )
     def test_a_bad_row_is_named_by_its_line(self, tmp_path: Path, row: dict[str, Any], message: str) -> None:
         good = {"question": "q", "context": "c", "answers": {"text": ["c"], "answer_start": [0]}}
         with pytest.raises(DataError, match=rf"a\.jsonl:2: .*{message}"):

@@ -46,23 +46,57 @@ def layer(
 LAYOUTS = {
     "MatMul": (W, "d = DequantizeLinear <axis = 1>(w, s, z) y = MatMul(x, d)"),
     "MatMul, last axis": (W, "d = DequantizeLinear <axis = -1>(w, s, z) y = MatMul(x, d)"),
-    "MatMul, transposed": (W.T, "d = DequantizeLinear <axis = 0>(w, s, z) t2 = Transpose <perm = [1, 0]>(d) y = MatMul(x, t2)"),
+    "MatMul, transposed": (
+        W.T,
+        "d = DequantizeLinear <axis = 0>(w, s, z) t2 = Transpose <perm = [1, 0]>(d) y = MatMul(x, t2)",
+    ),
     "MatMul, transposed before": (W.T, "t2 = Transpose(w) d = DequantizeLinear <axis = 1>(t2, s, z) y = MatMul(x, d)"),
-    "MatMul, twice transposed": (W, "a = Transpose(w) b = Transpose(a) d = DequantizeLinear <axis = 1>(b, s, z) y = MatMul(x, d)"),
+    "MatMul, twice transposed": (
+        W,
+        "a = Transpose(w) b = Transpose(a) d = DequantizeLinear <axis = 1>(b, s, z) y = MatMul(x, d)",
+    ),
     "MatMul, stacked by one": (W[None], "d = DequantizeLinear <axis = 2>(w, s, z) y = MatMul(x, d)"),
-    "MatMul, unsqueezed": (W, "d = DequantizeLinear <axis = 1>(w, s, z) a = Constant <value_ints = [0]>() u = Unsqueeze(d, a) y = MatMul(x, u)"),
-    "MatMul, squeezed": (W[None], "d = DequantizeLinear <axis = 2>(w, s, z) a = Constant <value_ints = [0]>() u = Squeeze(d, a) y = MatMul(x, u)"),
-    "MatMul, squeezed everywhere": (W[None, :, None, :], "d = DequantizeLinear <axis = 3>(w, s, z) u = Squeeze(d) y = MatMul(x, u)"),
-    "MatMul, reshaped": (W[None], "d = DequantizeLinear <axis = 2>(w, s, z) a = Constant <value_ints = [4, -1]>() u = Reshape(d, a) y = MatMul(x, u)"),
-    "MatMul, reshaped with zeros": (W[:, None], "d = DequantizeLinear <axis = 2>(w, s, z) a = Constant <value_ints = [0, 3]>() u = Reshape(d, a) y = MatMul(x, u)"),
+    "MatMul, unsqueezed": (
+        W,
+        "d = DequantizeLinear <axis = 1>(w, s, z) a = Constant <value_ints = [0]>() u = Unsqueeze(d, a) y = MatMul(x, "
+        "u)",
+    ),
+    "MatMul, squeezed": (
+        W[None],
+        "d = DequantizeLinear <axis = 2>(w, s, z) a = Constant <value_ints = [0]>() u = Squeeze(d, a) y = MatMul(x, u)",
+    ),
+    "MatMul, squeezed everywhere": (
+        W[None, :, None, :],
+        "d = DequantizeLinear <axis = 3>(w, s, z) u = Squeeze(d) y = MatMul(x, u)",
+    ),
+    "MatMul, reshaped": (
+        W[None],
+        "d = DequantizeLinear <axis = 2>(w, s, z) a = Constant <value_ints = [4, -1]>() u = Reshape(d, a) y = "
+        "MatMul(x, u)",
+    ),
+    "MatMul, reshaped with zeros": (
+        W[:, None],
+        "d = DequantizeLinear <axis = 2>(w, s, z) a = Constant <value_ints = [0, 3]>() u = Reshape(d, a) y = MatMul(x, "
+        "u)",
+    ),
     "MatMul, weight on the left": (W.T, "d = DequantizeLinear <axis = 0>(w, s, z) y = MatMul(d, x)"),
-    "MatMul, identity and cast": (W, "i = Identity(w) d = DequantizeLinear <axis = 1>(i, s, z) c = Cast <to = 10>(d) h = Cast <to = 10>(x) y = MatMul(h, c)"),
+    "MatMul, identity and cast": (
+        W,
+        "i = Identity(w) d = DequantizeLinear <axis = 1>(i, s, z) c = Cast <to = 10>(d) h = Cast <to = 10>(x) y = "
+        "MatMul(h, c)",
+    ),
     "Gemm": (W, "d = DequantizeLinear <axis = 1>(w, s, z) y = Gemm(x, d)"),
     "Gemm, transB": (W.T, "d = DequantizeLinear <axis = 0>(w, s, z) y = Gemm <transB = 1>(x, d)"),
-    "FusedMatMul, transB": (W.T, "d = DequantizeLinear <axis = 0>(w, s, z) y = com.microsoft.FusedMatMul <transB = 1>(x, d)"),
-    "Conv 1x1": (W.T[:, :, None, None], "d = DequantizeLinear <axis = 0>(w, s, z) y = Conv <kernel_shape = [1, 1]>(x, d)"),
+    "FusedMatMul, transB": (
+        W.T,
+        "d = DequantizeLinear <axis = 0>(w, s, z) y = com.microsoft.FusedMatMul <transB = 1>(x, d)",
+    ),
+    "Conv 1x1": (
+        W.T[:, :, None, None],
+        "d = DequantizeLinear <axis = 0>(w, s, z) y = Conv <kernel_shape = [1, 1]>(x, d)",
+    ),
     "Conv 1": (W.T[:, :, None], "d = DequantizeLinear <axis = 0>(w, s, z) y = Conv <kernel_shape = [1]>(x, d)"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -123,8 +157,12 @@ def test_asymmetric_weights_are_zero_at_their_zero_point() -> None:
     more = ", uint8[3] u = {128, 128, 128}, uint8 v = {128}"
     per_channel = layer("d = DequantizeLinear <axis = 1>(w, s, u) y = MatMul(x, d)", shifted, kind="uint8", more=more)
     per_tensor = layer("d = DequantizeLinear(w, t, v) y = MatMul(x, d)", shifted, kind="uint8", more=more)
-    fake = layer("q = QuantizeLinear(w, t, v) d = DequantizeLinear(q, t, v) y = MatMul(x, d)",
-                 W.astype(np.float32) / 2, kind="float", more=more)  # fmt: skip
+    fake = layer(
+        "q = QuantizeLinear(w, t, v) d = DequantizeLinear(q, t, v) y = MatMul(x, d)",
+        W.astype(np.float32) / 2,
+        kind="float",
+        more=more,
+    )
     for model in (per_channel, per_tensor, fake):
         assert only_weight(model).follows(PATTERN)
         np.testing.assert_array_equal(only_weight(model).nonzero_mask(), W != 0)
@@ -207,7 +245,8 @@ class TestOnnxRuntimeFormats:
         sparse[np.arange(16) % 4 < 2] = 0
         text = f"""
             g (float[batch, 16] x) => (float[batch, 8] y)
-            <float[16, 8] sparse = {text_of(sparse)}, float[8, 8] dense = {text_of(dense)}, float[8] b = {text_of(np.ones(8))}>
+            <float[16, 8] sparse = {text_of(sparse)}, float[8, 8] dense = {text_of(dense)},
+             float[8] b = {text_of(np.ones(8))}>
             {{ [one] m = MatMul(x, sparse) h = Add(m, b) r = Relu(h) [two] y = MatMul(r, dense) }}
         """
         return onnx_text.save(text, tmp_path_factory.mktemp("ort") / "float.onnx")
@@ -232,8 +271,12 @@ class TestOnnxRuntimeFormats:
     def test_static(self, source: Path, tmp_path: Path, form: str, kind: str, per_channel: bool) -> None:
         from onnxruntime.quantization import QuantFormat, QuantType
 
-        options = {"quant_format": QuantFormat[form], "weight_type": QuantType[kind], "per_channel": per_channel,
-                   "activation_type": QuantType.QUInt8}  # fmt: skip
+        options = {
+            "quant_format": QuantFormat[form],
+            "weight_type": QuantType[kind],
+            "per_channel": per_channel,
+            "activation_type": QuantType.QUInt8,
+        }
         weights = {w.name: w for w in graph_weights(load_graph(self.quantize(source, tmp_path / "q.onnx", **options)))}
         self.check(weights, per_channel)
         assert {w.node.op_type for w in weights.values()} == {"QLinearMatMul" if form == "QOperator" else "MatMul"}
@@ -285,7 +328,8 @@ def test_polygraphy_finds_the_same_float_weights_sparse(tmp_path: Path) -> None:
     arrays["w2"][:, np.arange(16) % 4 >= 2] = 0  # along N of a MatMul: not sparse
     arrays["w3"][:, np.arange(16) % 4 >= 2] = 0  # along K of a Gemm with transB
     declared = ", ".join(f"float[16, 16] {name} = {text_of(array)}" for name, array in arrays.items())
-    text = f"g (float[b, 16] x) => (float[b, 16] y) <{declared}> {{ a = MatMul(x, w0) c = MatMul(a, w1) d = MatMul(c, w2) y = Gemm <transB = 1>(d, w3) }}"
+    nodes = "a = MatMul(x, w0) c = MatMul(a, w1) d = MatMul(c, w2) y = Gemm <transB = 1>(d, w3)"
+    text = f"g (float[b, 16] x) => (float[b, 16] y) <{declared}> {{ {nodes} }}"
     file = onnx_text.save(text, tmp_path / "m.onnx")
     command = [sys.executable, "-c", "from polygraphy.tools import main; main()", "inspect", "sparsity", str(file)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -171,8 +171,15 @@ class TestForeign:
 
 class TestAtomicDir:
     @pytest.mark.parametrize(
-        "files", [("config.json", "nxm_plan.json"), ("config.json", "metrics.json"), ("model.onnx", "spec.json"), ("passport.json",), ()],
-    )  # fmt: skip
+        "files",
+        [
+            ("config.json", "nxm_plan.json"),
+            ("config.json", "metrics.json"),
+            ("model.onnx", "spec.json"),
+            ("passport.json",),
+            (),
+        ],
+    )
     def test_a_directory_of_ours_is_replaced_as_a_whole(self, tmp_path: Path, files: tuple[str, ...]) -> None:
         target = tmp_path / "out"
         target.mkdir()

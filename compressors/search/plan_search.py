@@ -34,7 +34,7 @@ from compressors.training.task_data import TaskData, read_task_data
 from compressors.training.trainer import Progress, Student, collate, schedule, wants_bf16
 from nxm_export.contract.families import size_of
 from nxm_export.contract.tasks import task_named
-from nxm_export.data.examples import Columns, Features, cut, sorted_batches
+from nxm_export.data.examples import Columns, Features, sorted_batches, split_indices
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.storage.atomic import atomic_dir
 from nxm_export.storage.json_files import json_text
@@ -159,7 +159,7 @@ def _cut(features: Sequence[Features], settings: SearchSettings) -> tuple[list[F
             f"{len(features)} training samples are too few for {settings.samples} calibration and {settings.held_out} held-out samples; "
             "lower --samples and --held-out, or give more data"
         )
-    held_out, rest = cut(features, settings.held_out, settings.seed)
+    held_out, rest = split_indices(features, settings.held_out, settings.seed)
     return [features[i] for i in held_out], [features[i] for i in rest]
 
 

@@ -33,7 +33,7 @@ from compressors.training.trainer import LOG_FILE, JsonLog, Phase, Progress, col
 from nxm_export.contract.families import size_of
 from nxm_export.contract.placement import residual_output_weights
 from nxm_export.contract.plan import CompressionPlan
-from nxm_export.data.examples import cut, sorted_batches
+from nxm_export.data.examples import sorted_batches, split_indices
 
 MAX_DUAL_UPDATES = 16
 # What hardening would cost is watched at every fourth dual update and on this many held-out samples: at all of them, and on
@@ -58,7 +58,7 @@ class Job:
         width = size_of(source.config, source.family.hidden_key)
         self.training = training_of(settings, data.task, width)
         # A slice of train that no phase trains on: it tells what hardening would cost, and dev is never asked.
-        held_out, rest = cut(data.train, min(256, len(data.train) // 20), settings.seed)
+        held_out, rest = split_indices(data.train, min(256, len(data.train) // 20), settings.seed)
         self.held_out = [data.train[i] for i in sorted(held_out)]
         self.train = [data.train[i] for i in sorted(rest)]
         self.steps = settings.steps or steps_of(self.train, settings.epochs, settings.batch_size)

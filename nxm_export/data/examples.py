@@ -12,20 +12,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from nxm_export.data.readers import FORMATS, read_rows
 from nxm_export.errors import ArtifactError, DataError
 
-Features = Mapping[str, Any]  # token lists by input name, and of `BESIDE_INPUTS` what there is
-BESIDE_INPUTS = (
-    "labels",
-    "group",
-    "span",
-)  # of a sample: its label, the number of the group that it is scored with, its answer's place
-Cell = Callable[[Mapping[str, Any], str, str], Any]  # row, column and place to what the cell holds
+Row = Mapping[str, object]  # of a data file: cells by column
+Cell = Callable[[Row, str, str], "RawLabel"]  # row, column and place to what the cell holds
+# A label as the file has it: text, several texts, or answers (text and where it begins); None where the file has none.
+RawLabel = str | tuple[str, ...] | tuple[tuple[str, int], ...] | None
+# A label as a number: class, score, a row of 0 and 1 or of shares, tags by token; answers stay as they are.
+Label = int | float | list[int] | list[float] | tuple[tuple[str, int], ...]
+Features = Mapping[str, Any]  # of one sample: token lists by input name, and of `ANNOTATIONS` what there is
+ANNOTATIONS = ("labels", "group", "span")  # its label, the number of the group it is scored with, its answer's place
 
 # The usual columns of text and second text, in order of preference: GLUE's own, then what else is common.
 TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (
@@ -70,11 +71,11 @@ class Examples:
 
     texts: list[str]
     pairs: list[str] | None
-    labels: list[Any]
+    labels: Sequence[Label]
     source: str
     per_token: bool = False
     groups: list[int] | None = None
-    encoder: Callable[[Any, Examples, int, Sequence[str]], list[Features]] | None = None
+    encoder: Callable[[Tokenizer, Examples, int, Sequence[str]], list[Features]] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -82,8 +83,8 @@ class Examples:
     def subset(self, indices: Sequence[int]) -> Examples:
         """The examples at `indices`, in that order; `DataError` where that would split a group."""
         if self.groups is not None:
-            whole, kept = Counter(self.groups), Counter(self.groups[i] for i in indices)
-            split = [group for group in kept if kept[group] != whole[group]]
+            whole, part = Counter(self.groups), Counter(self.groups[i] for i in indices)
+            split = [group for group in part if part[group] != whole[group]]
             if split:
                 raise DataError(
                     f"{self.source}: a part of it would split group {min(split)}, which is scored as a whole"
@@ -127,7 +128,7 @@ class RawExamples:
 
     texts: list[str]
     pairs: list[str] | None
-    labels: list[Any]
+    labels: Sequence[RawLabel]
     places: list[str]
     source: str
 
@@ -137,7 +138,7 @@ def load_raw(
     split: str,
     columns: Columns = Columns(),
     *,
-    text: Cell | None = None,
+    text: Callable[[Row, str, str], str] | None = None,
     label: Cell | None = None,
     per_token: bool = False,
     unlabelled: bool = False,
@@ -178,25 +179,26 @@ def load_raw(
 
 def class_names(train: RawExamples) -> list[str]:
     """The class labels of a training file, sorted (numerically when all are integers); at least two."""
-    found = sorted(set(train.labels), key=lambda label: (0, int(label), label) if _is_integer(label) else (1, 0, label))
-    if len(found) < 2:
+    texts = {_one_text(label) for label in train.labels}
+    names = sorted(texts, key=lambda label: (0, int(label), label) if _is_integer(label) else (1, 0, label))
+    if len(names) < 2:
         raise DataError(
-            f"{train.source}: only one class, {found[0]!r}; a classifier needs at least two. Is --label the right "
+            f"{train.source}: only one class, {names[0]!r}; a classifier needs at least two. Is --label the right "
             "column?"
         )
-    if len(found) > max(100, len(train.labels) // 4):
+    if len(names) > max(100, len(train.labels) // 4):
         raise DataError(
-            f"{train.source}: {len(found)} different labels in {len(train.labels)} rows; is this a regression (--task "
+            f"{train.source}: {len(names)} different labels in {len(train.labels)} rows; is this a regression (--task "
             "regression)?"
         )
-    return found
+    return names
 
 
 def with_classes(raw: RawExamples, classes: Sequence[str]) -> Examples:
     """Turn label texts into class indices; a label outside `classes` is a `DataError` with its line."""
     index = {name: i for i, name in enumerate(classes)}
     labels = []
-    for label, place in zip(raw.labels, raw.places, strict=True):
+    for label, place in zip(map(_one_text, raw.labels), raw.places, strict=True):
         if label not in index:
             raise DataError(
                 f"{place}: label {label!r} is none of the model's classes {list(classes)[:10]}; fix the row, or "
@@ -207,9 +209,14 @@ def with_classes(raw: RawExamples, classes: Sequence[str]) -> Examples:
 
 
 def with_scores(raw: RawExamples) -> Examples:
-    """Turn label texts into regression scores; anything that is not a finite number is a `DataError` with its line."""
-    labels = []
-    for label, place in zip(raw.labels, raw.places, strict=True):
+    """The examples with `scores_of` them."""
+    return Examples(raw.texts, raw.pairs, scores_of(raw), raw.source)
+
+
+def scores_of(raw: RawExamples) -> list[float]:
+    """Label texts as regression scores; anything that is not a finite number is a `DataError` with its line."""
+    scores = []
+    for label, place in zip(map(_one_text, raw.labels), raw.places, strict=True):
         try:
             score = float(label)
         except ValueError as error:
@@ -218,24 +225,65 @@ def with_scores(raw: RawExamples) -> Examples:
             ) from error
         if not math.isfinite(score):
             raise DataError(f"{place}: label {label!r} is not a finite number; fix the row")
-        labels.append(score)
-    return Examples(raw.texts, raw.pairs, labels, raw.source)
+        scores.append(score)
+    return scores
 
 
-def load_tokenizer(directory: Path) -> Any:
+def _one_text(label: RawLabel) -> str:
+    """A label that is one text, as `label_text` reads it."""
+    assert isinstance(label, str)
+    return label
+
+
+class Encoding(Protocol):
+    """What `tokenizers` makes of one text, or of a pair of texts: lists with an entry for every token."""
+
+    ids: list[int]
+    attention_mask: list[int]
+    type_ids: list[int]
+    offsets: list[tuple[int, int]]
+    sequence_ids: list[int | None]
+    overflowing: list[Encoding]
+
+
+class Tokenizer(Protocol):
+    """What is used of a `tokenizers.Tokenizer`."""
+
+    def num_special_tokens_to_add(self, is_pair: bool) -> int:
+        """How many special tokens a text, or a pair of texts, gets."""
+
+    def no_padding(self) -> None:
+        """Make encodings as long as their texts."""
+
+    def no_truncation(self) -> None:
+        """Keep every token."""
+
+    def enable_truncation(self, max_length: int, stride: int = 0, strategy: str = "longest_first") -> None:
+        """Cut encodings at `max_length` tokens; what overflows shares `stride` tokens with what went before."""
+
+    def encode(self, sequence: str, pair: str | None = None) -> Encoding:
+        """The encoding of a text, or of a pair of texts."""
+
+    def encode_batch(
+        self, input: Sequence[str | tuple[str, str]], add_special_tokens: bool = True
+    ) -> Sequence[Encoding]:
+        """The encodings of texts, or of pairs of texts."""
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
     """The `tokenizers.Tokenizer` of a checkpoint, graph or engine directory; raises `ArtifactError`."""
     file = directory / "tokenizer.json"
     if not file.is_file():
         raise ArtifactError(f"{file} is missing; copy it from the model, or save its fast tokenizer there")
-    from tokenizers import Tokenizer
+    import tokenizers
 
     try:
-        return Tokenizer.from_file(str(file))
+        return cast("Tokenizer", tokenizers.Tokenizer.from_file(str(file)))
     except Exception as error:  # the tokenizers library raises plain Exception
         raise ArtifactError(f"{file}: not a readable tokenizer ({error})") from error
 
 
-def encode(tokenizer: Any, examples: Examples, max_length: int, inputs: Sequence[str]) -> list[Features]:
+def encode(tokenizer: Tokenizer, examples: Examples, max_length: int, inputs: Sequence[str]) -> list[Features]:
     """Token features per example (per window of one, for questions), not padded: those of `inputs`, ``labels``, and
     ``group`` where examples have one.
 
@@ -251,13 +299,14 @@ def encode(tokenizer: Any, examples: Examples, max_length: int, inputs: Sequence
         )
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
-    rows: Any = examples.texts if examples.pairs is None else list(zip(examples.texts, examples.pairs, strict=True))
     names = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-    encodings = tokenizer.encode_batch(rows)
+    encodings = tokenizer.encode_batch(
+        examples.texts if examples.pairs is None else list(zip(examples.texts, examples.pairs, strict=True))
+    )
     made: list[Features] = [
         {
             **{name: getattr(encoding, names[name]) for name in inputs},
-            "labels": _first_pieces(encoding.offsets, text, label) if examples.per_token else label,
+            "labels": _first_pieces(encoding.offsets, text, cast("list[int]", label)) if examples.per_token else label,
         }
         for encoding, text, label in zip(encodings, examples.texts, examples.labels, strict=True)
     ]
@@ -292,10 +341,10 @@ def members(groups: Iterable[int] | None, samples: int) -> list[list[int]]:
     own."""
     if groups is None:
         return [[i] for i in range(samples)]
-    found: dict[int, list[int]] = {}
+    indices: dict[int, list[int]] = {}
     for i, group in enumerate(groups):
-        found.setdefault(int(group), []).append(i)
-    return list(found.values())
+        indices.setdefault(int(group), []).append(i)
+    return list(indices.values())
 
 
 def group_array(features: Sequence[Features]) -> np.ndarray | None:
@@ -303,7 +352,7 @@ def group_array(features: Sequence[Features]) -> np.ndarray | None:
     return np.array([sample["group"] for sample in features], np.int64) if "group" in features[0] else None
 
 
-def cut(features: Sequence[Features], count: int, seed: int) -> tuple[list[int], list[int]]:
+def split_indices(features: Sequence[Features], count: int, seed: int) -> tuple[list[int], list[int]]:
     """Indices in an order drawn by `seed`: (`count` of them and the rest of their last group, all others)."""
     units = members(group_array(features), len(features)) if features else []
     order, picked = list(np.random.default_rng(seed).permutation(len(units))), list[int]()
@@ -312,9 +361,9 @@ def cut(features: Sequence[Features], count: int, seed: int) -> tuple[list[int],
     return picked, [i for unit in order for i in units[unit]]
 
 
-def inputs_of(sample: Features) -> dict[str, Any]:
+def inputs_of(sample: Features) -> dict[str, list[int]]:
     """What a model reads of a sample."""
-    return {name: value for name, value in sample.items() if name not in BESIDE_INPUTS}
+    return {name: value for name, value in sample.items() if name not in ANNOTATIONS}
 
 
 def label_array(features: Sequence[Features]) -> np.ndarray:
@@ -386,7 +435,7 @@ def _require_column(name: str, names: list[str], path: Path) -> None:
         raise DataError(f"{path}: no column {name!r}; it has {', '.join(names)}")
 
 
-def text_of(row: Mapping[str, Any], column: str, place: str) -> str:
+def text_of(row: Row, column: str, place: str) -> str:
     """A cell that holds text; raises `DataError`."""
     value = value_of(row, column, place)
     if not isinstance(value, str):
@@ -400,7 +449,7 @@ def text_of(row: Mapping[str, Any], column: str, place: str) -> str:
     return value
 
 
-def label_text(row: Mapping[str, Any], column: str, place: str) -> str:
+def label_text(row: Row, column: str, place: str) -> str:
     """The label as text; whole numbers without the point that some tools write."""
     value = value_of(row, column, place)
     if not isinstance(value, (str, int, float)):
@@ -415,7 +464,7 @@ def label_text(row: Mapping[str, Any], column: str, place: str) -> str:
     return text
 
 
-def value_of(row: Mapping[str, Any], column: str, place: str) -> Any:
+def value_of(row: Row, column: str, place: str) -> object:
     """What a cell holds; a missing one is a `DataError`."""
     if row.get(column) is None:
         raise DataError(f"{place}: column {column!r} is missing in this row; every row needs it")

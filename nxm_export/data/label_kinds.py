@@ -10,24 +10,28 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import cast
 
 from nxm_export.contract.tasks import Task
 from nxm_export.data.examples import (
+    Cell,
     Columns,
     Examples,
     RawExamples,
+    RawLabel,
+    Row,
     class_names,
     label_text,
     load_raw,
+    scores_of,
     text_of,
     value_of,
     with_classes,
     with_scores,
 )
-from nxm_export.data.question_answering import answers_of, load_questions, windows
+from nxm_export.data.question_answering import Answer, answers_of, load_questions, windows
 from nxm_export.errors import DataError
 
 SPAN_ENDS = ("start", "end")  # what the two outputs of a head for answers stand for
@@ -45,7 +49,7 @@ class LabelKind:
     neither pair nor label. `load` reads a file in which labels are more than a cell each.
     """
 
-    cell: Callable[[Mapping[str, Any], str, str], Any]
+    cell: Cell
     names: Callable[[RawExamples], list[str]] | None
     apply: Callable[[RawExamples, Sequence[str]], Examples]
     per_token: bool = False
@@ -86,7 +90,7 @@ def labelled(raw: RawExamples, task: Task, names: Sequence[str] | None) -> Examp
     return LABELS[task.label].apply(raw, names or ())
 
 
-def read_by_model(raw: RawExamples, task: Task) -> list[Any]:
+def read_by_model(raw: RawExamples, task: Task) -> list[str | tuple[str, str]]:
     """What the model reads, sample by sample: a text, or a pair of texts at once."""
     if raw.pairs is None:
         return list(raw.texts)
@@ -114,7 +118,7 @@ def _with_pair_score(raw: RawExamples, _: Sequence[str]) -> Examples:
     if raw.pairs is None:
         return Examples(raw.texts, None, [math.nan] * len(raw.texts), raw.source)
     scored = all(label is not None for label in raw.labels)
-    scores = with_scores(raw).labels if scored else [math.nan] * len(raw.texts)
+    scores = scores_of(raw) if scored else [math.nan] * len(raw.texts)
     texts = [text for pair in zip(raw.texts, raw.pairs, strict=True) for text in pair]
     groups = [i for i in range(len(raw.texts)) for _ in range(2)]
     return Examples(texts, None, [scores[i] for i in groups], raw.source, groups=groups)
@@ -123,25 +127,29 @@ def _with_pair_score(raw: RawExamples, _: Sequence[str]) -> Examples:
 def _with_relevance(raw: RawExamples, _: Sequence[str]) -> Examples:
     """Candidates, those of one query (an equal text) in a group; relevance as a share of the file's highest, because
     the loss takes probabilities and the metric any scale."""
-    graded = with_scores(raw)
-    for grade, place in zip(graded.labels, raw.places, strict=True):
+    grades = scores_of(raw)
+    for grade, place in zip(grades, raw.places, strict=True):
         if grade < 0:
             raise DataError(f"{place}: relevance {grade:g} is negative; 0 is the least: not relevant")
-    highest = max(graded.labels)
+    highest = max(grades)
     if highest == 0:
         raise DataError(f"{raw.source}: no document is relevant to its query; is --label the right column?")
     numbers = {query: i for i, query in enumerate(dict.fromkeys(raw.texts))}
-    return replace(
-        graded, labels=[[grade / highest] for grade in graded.labels], groups=[numbers[query] for query in raw.texts]
-    )
+    shares, groups = [[grade / highest] for grade in grades], [numbers[query] for query in raw.texts]
+    return Examples(raw.texts, raw.pairs, shares, raw.source, groups=groups)
 
 
 def _used(raw: RawExamples) -> set[str]:
     """Every class name that the labels hold."""
-    return {name for label in raw.labels for name in (label if isinstance(label, tuple) else (label,))}
+    return {name for label in raw.labels for name in _texts(label)}
 
 
-def _several(row: Mapping[str, Any], column: str, place: str) -> tuple[str, ...]:
+def _texts(label: RawLabel) -> tuple[str, ...]:
+    """A label of one text or of several, as texts."""
+    return (label,) if isinstance(label, str) else cast("tuple[str, ...]", label)
+
+
+def _several(row: Row, column: str, place: str) -> tuple[str, ...]:
     """Class names of one example: a JSON list, or text with ``;`` or ``,`` between them; none at all is an answer,
     too."""
     value = value_of(row, column, place)
@@ -150,22 +158,23 @@ def _several(row: Mapping[str, Any], column: str, place: str) -> tuple[str, ...]
             value = json.loads(value)
         except ValueError as error:
             raise DataError(f"{place}: labels {value!r} are no JSON list ({error}); fix the row") from error
+    parts: list[object]
     if isinstance(value, str):
-        parts: list[Any] = value.split(";" if ";" in value else ",") if value.strip() else []
+        parts = [*value.split(";" if ";" in value else ",")] if value.strip() else []
     elif isinstance(value, (list, tuple)):
         parts = list(value)
     elif isinstance(value, int):
         parts = [value]
     else:
         raise DataError(f"{place}: labels {value!r} are neither names nor a list of names")
-    found = tuple(label_text({column: part}, column, place) for part in parts)
-    if len(set(found)) < len(found):
-        raise DataError(f"{place}: labels {list(found)} name a class twice; fix the row")
-    return found
+    names = tuple(label_text({column: part}, column, place) for part in parts)
+    if len(set(names)) < len(names):
+        raise DataError(f"{place}: labels {list(names)} name a class twice; fix the row")
+    return names
 
 
 def _several_names(train: RawExamples) -> list[str]:
-    singles = [(name, place) for label, place in zip(train.labels, train.places, strict=True) for name in label]
+    singles = [(name, place) for label, place in zip(train.labels, train.places, strict=True) for name in _texts(label)]
     if not singles:
         raise DataError(f"{train.source}: no example has a label; is --label the right column?")
     return class_names(replace(train, labels=[name for name, _ in singles], places=[place for _, place in singles]))
@@ -174,7 +183,7 @@ def _several_names(train: RawExamples) -> list[str]:
 def _with_several(raw: RawExamples, classes: Sequence[str]) -> Examples:
     index = {name: i for i, name in enumerate(classes)}
     rows = []
-    for label, place in zip(raw.labels, raw.places, strict=True):
+    for label, place in zip(map(_texts, raw.labels), raw.places, strict=True):
         for name in label:
             if name not in index:
                 raise DataError(
@@ -185,28 +194,28 @@ def _with_several(raw: RawExamples, classes: Sequence[str]) -> Examples:
     return Examples(raw.texts, raw.pairs, rows, raw.source)
 
 
-def _strings(row: Mapping[str, Any], column: str, place: str, what: str) -> list[str]:
+def _strings(row: Row, column: str, place: str, what: str) -> list[str]:
     value = value_of(row, column, place)
     if not isinstance(value, (list, tuple)) or not value:
         raise DataError(f"{place}: column {column!r} holds {value!r}; {what} are a list, one entry a token")
     return [text_of({column: item}, column, place) if isinstance(item, str) else str(item) for item in value]
 
 
-def _tokens(row: Mapping[str, Any], column: str, place: str) -> str:
+def _tokens(row: Row, column: str, place: str) -> str:
     """The tokens with one space between them: what the model reads when it is served the same text."""
-    found = _strings(row, column, place, "tokens")
-    for token in found:
+    tokens = _strings(row, column, place, "tokens")
+    for token in tokens:
         if not token or len(token.split()) != 1 or token.split() != [token]:
             raise DataError(f"{place}: token {token!r} is empty or holds white space; fix the row")
-    return " ".join(found)
+    return " ".join(tokens)
 
 
-def _tags(row: Mapping[str, Any], column: str, place: str) -> tuple[str, ...]:
+def _tags(row: Row, column: str, place: str) -> tuple[str, ...]:
     return tuple(tag.strip() for tag in _strings(row, column, place, "tags"))
 
 
 def _require_aligned(raw: RawExamples) -> RawExamples:
-    for text, tags, place in zip(raw.texts, raw.labels, raw.places, strict=True):
+    for text, tags, place in zip(raw.texts, map(_texts, raw.labels), raw.places, strict=True):
         if len(text.split(" ")) != len(tags):
             raise DataError(f"{place}: {len(text.split(' '))} tokens and {len(tags)} tags; every token needs one tag")
     return raw
@@ -214,23 +223,23 @@ def _require_aligned(raw: RawExamples) -> RawExamples:
 
 def _tag_names(train: RawExamples) -> list[str]:
     """``O`` first, then the others in order; raises `DataError` for tags that do not mark entities."""
-    for tags, place in zip(train.labels, train.places, strict=True):
-        for tag in tags:
+    for names, place in zip(train.labels, train.places, strict=True):
+        for tag in _texts(names):
             if not _TAG.fullmatch(tag):
                 raise DataError(
                     f"{place}: tag {tag!r} is none of O, B-NAME, I-NAME (or E-, S-); write the entities in one of the "
                     "IOB schemes, by name"
                 )
-    found = sorted(_used(train) - {OUTSIDE})
-    if not found:
+    tags = sorted(_used(train) - {OUTSIDE})
+    if not tags:
         raise DataError(f"{train.source}: every tag is {OUTSIDE}; there is no entity to learn")
-    return [OUTSIDE, *found]
+    return [OUTSIDE, *tags]
 
 
 def _with_tags(raw: RawExamples, classes: Sequence[str]) -> Examples:
     index = {name: i for i, name in enumerate(classes)}
     rows = []
-    for tags, place in zip(raw.labels, raw.places, strict=True):
+    for tags, place in zip(map(_texts, raw.labels), raw.places, strict=True):
         unknown = next((tag for tag in tags if tag not in index), None)
         if unknown is not None:
             raise DataError(
@@ -242,7 +251,8 @@ def _with_tags(raw: RawExamples, classes: Sequence[str]) -> Examples:
 
 
 def _with_answers(raw: RawExamples, _: Sequence[str]) -> Examples:
-    return Examples(raw.texts, raw.pairs, raw.labels, raw.source, encoder=windows)
+    answers = [cast("tuple[Answer, ...]", label) for label in raw.labels]
+    return Examples(raw.texts, raw.pairs, answers, raw.source, encoder=windows)
 
 
 LABELS: dict[str, LabelKind] = {

@@ -20,9 +20,8 @@ from nxm_export.data.question_answering import answer_scores
 from nxm_export.errors import DataError
 
 RANKS = 10  # of a ranking that count
-Groups = (
-    np.ndarray | None
-)  # the group of every sample (samples,), see `nxm_export.data.examples.group_array`; None: each its own
+# The group of every sample (samples,), see `nxm_export.data.examples.group_array`; None: each its own.
+Groups = np.ndarray | None
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -45,10 +44,8 @@ def mcc(logits: np.ndarray, labels: np.ndarray) -> float:
     from sklearn.metrics import matthews_corrcoef
 
     predicted = logits.argmax(axis=-1)
-    if _constant(predicted) and _constant(
-        labels
-    ):  # scikit-learn says 0, too, with a warning on every draw of a bootstrap
-        return 0.0
+    if _constant(predicted) and _constant(labels):
+        return 0.0  # scikit-learn says so, too, with a warning on every draw of a bootstrap
     return float(matthews_corrcoef(labels, predicted))
 
 
@@ -79,9 +76,9 @@ def label_counts(
     which is a probability above 0.5. Logits and labels (0 or 1) are (samples, labels)."""
     from sklearn.metrics import multilabel_confusion_matrix
 
-    table = multilabel_confusion_matrix(labels > 0, logits > 0, samplewise=True)  # (samples, 2, 2)
-    right = table[:, 1, 1]
-    return np.stack([right, right + table[:, 0, 1], right + table[:, 1, 0]], axis=1)
+    counts = multilabel_confusion_matrix(labels > 0, logits > 0, samplewise=True)  # (samples, 2, 2)
+    right = counts[:, 1, 1]
+    return np.stack([right, right + counts[:, 0, 1], right + counts[:, 1, 0]], axis=1)
 
 
 def entity_counts(
@@ -100,9 +97,9 @@ def entity_counts(
     rows = []
     for predicted, true in zip(logits.argmax(axis=-1), labels, strict=True):
         scored = true != NO_LABEL
-        found = set(get_entities([classes[i] for i in predicted[scored]]))
-        wanted = set(get_entities([classes[i] for i in true[scored]]))
-        rows.append((len(found & wanted), len(found), len(wanted)))
+        actual = set(get_entities([classes[i] for i in predicted[scored]]))
+        expected = set(get_entities([classes[i] for i in true[scored]]))
+        rows.append((len(actual & expected), len(actual), len(expected)))
     return np.array(rows)
 
 
@@ -133,9 +130,9 @@ def ndcg_of_queries(
 
     rows = []
     for query in members(groups, len(labels)):
-        truth, found = labels[query].reshape(1, -1), scores[query].reshape(1, -1)
-        if np.ptp(truth) > 0:
-            rows.append([float(ndcg_score(truth, found, k=RANKS)) if np.isfinite(found).all() else np.nan])
+        relevance, given = labels[query].reshape(1, -1), scores[query].reshape(1, -1)
+        if np.ptp(relevance) > 0:
+            rows.append([float(ndcg_score(relevance, given, k=RANKS)) if np.isfinite(given).all() else np.nan])
     if not rows:
         raise DataError("no query has two candidates of different relevance, so there is no ranking to score")
     return np.array(rows)
@@ -163,7 +160,7 @@ METRICS: dict[str, Metric] = {
 
 @dataclass(frozen=True)
 class RowMetric:
-    """A metric in two steps: `rows` (outputs, labels, classes, groups) gives a row of numbers for each unit that is
+    """A metric in two parts: `rows` (outputs, labels, classes, groups) gives a row of numbers for each unit that is
     scored, a sample or a group, and `value` makes one number of them. A bootstrap only has to draw rows."""
 
     rows: Callable[[np.ndarray, np.ndarray, Sequence[str], Groups], np.ndarray]
@@ -234,7 +231,8 @@ def paired_interval(
     `groups`; NaN for a single one."""
     if np.isnan(outputs).any() or np.isnan(reference).any():
         return math.nan, math.nan
-    (units, ours), (_, theirs) = (_resampled(name, found, labels, classes, groups) for found in (outputs, reference))
+    units, ours = _resampled(name, outputs, labels, classes, groups)
+    _, theirs = _resampled(name, reference, labels, classes, groups)
     return _interval(units, lambda pick: ours(pick) - theirs(pick), seed)
 
 

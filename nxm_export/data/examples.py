@@ -238,12 +238,29 @@ def _one_text(label: RawLabel) -> str:
 class Encoding(Protocol):
     """What `tokenizers` makes of one text, or of a pair of texts: lists with an entry for every token."""
 
-    ids: list[int]
-    attention_mask: list[int]
-    type_ids: list[int]
-    offsets: list[tuple[int, int]]
-    sequence_ids: list[int | None]
-    overflowing: list[Encoding]
+    @property
+    def ids(self) -> list[int]:
+        """Numbers of the tokens."""
+
+    @property
+    def attention_mask(self) -> list[int]:
+        """1 for a token, 0 for padding."""
+
+    @property
+    def type_ids(self) -> list[int]:
+        """0 for tokens of the first text, 1 for those of the second."""
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]:
+        """Character ranges in the token's own text."""
+
+    @property
+    def sequence_ids(self) -> list[int | None]:
+        """Which text a token belongs to; None for special tokens."""
+
+    @property
+    def overflowing(self) -> Sequence[Encoding]:
+        """The encodings of what a truncation left over."""
 
 
 class Tokenizer(Protocol):
@@ -258,14 +275,14 @@ class Tokenizer(Protocol):
     def no_truncation(self) -> None:
         """Keep every token."""
 
-    def enable_truncation(self, max_length: int, stride: int = 0, strategy: str = "longest_first") -> None:
+    def enable_truncation(self, max_length: int, *, stride: int = 0, strategy: str = "longest_first") -> None:
         """Cut encodings at `max_length` tokens; what overflows shares `stride` tokens with what went before."""
 
     def encode(self, sequence: str, pair: str | None = None) -> Encoding:
         """The encoding of a text, or of a pair of texts."""
 
     def encode_batch(
-        self, input: Sequence[str | tuple[str, str]], add_special_tokens: bool = True
+        self, input: Sequence[str | tuple[str, str]], *, add_special_tokens: bool = True
     ) -> Sequence[Encoding]:
         """The encodings of texts, or of pairs of texts."""
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from nxm_export.errors import ExportError
@@ -19,7 +20,7 @@ from nxm_export.errors import ExportError
 INT8 = (-128, 127)
 
 
-def quantize(x: np.ndarray, scale: np.ndarray | float, qmin: int = INT8[0], qmax: int = INT8[1]) -> np.ndarray:
+def quantize(x: np.ndarray, scale: npt.ArrayLike, qmin: int = INT8[0], qmax: int = INT8[1]) -> np.ndarray:
     """``clip(round_half_even(x / scale), qmin, qmax)`` as int8: ONNX QuantizeLinear with zero point 0.
 
     Half precision is divided in float32, as runtimes do; its own rounding of the quotient would make ties of its own.
@@ -29,7 +30,7 @@ def quantize(x: np.ndarray, scale: np.ndarray | float, qmin: int = INT8[0], qmax
     return codes
 
 
-def dequantize(codes: np.ndarray, scale: np.ndarray | float, dtype: np.dtype | type = np.float32) -> np.ndarray:
+def dequantize(codes: np.ndarray, scale: npt.ArrayLike, dtype: np.dtype | type = np.float32) -> np.ndarray:
     """``codes * scale``: ONNX DequantizeLinear, zero point 0."""
     values: np.ndarray = codes.astype(dtype) * np.asarray(scale, dtype)
     return values

@@ -69,10 +69,10 @@ class TestGrid:
     @given(ROWS)
     def test_codes_and_scales_are_those_of_the_definition_and_come_back_from_the_rounded_table(self, rows: Any) -> None:
         codes, scales = (tensor.numpy() for tensor in row_codes(torch.from_numpy(rows)))
-        for row, found, scale in zip(rows, codes, scales, strict=True):
-            wanted, wanted_scale = by_definition(row)
-            np.testing.assert_array_equal(found, wanted)
-            assert scale == wanted_scale
+        for row, actual, scale in zip(rows, codes, scales, strict=True):
+            expected, expected_scale = by_definition(row)
+            np.testing.assert_array_equal(actual, expected)
+            assert scale == expected_scale
         assert (scales >= SMALLEST).all()
         assert np.isfinite(scales).all()
         assert not np.signbit(codes[codes == 0]).any()
@@ -100,9 +100,9 @@ class TestModule:
         rounded.weight = nn.Parameter(plain.weight.detach().clone())
         ids, upstream = torch.tensor([[1, 2, 3], [3, 3, 10]]), torch.randn(2, 3, 6)
         codes, scales = row_codes(plain.weight.detach())
-        found = rounded(ids)
-        assert torch.equal(found, (codes * scales)[ids])
-        for rows in (found, plain(ids)):
+        actual = rounded(ids)
+        assert torch.equal(actual, (codes * scales)[ids])
+        for rows in (actual, plain(ids)):
             (rows * upstream).sum().backward()
         assert plain.weight.grad is not None
         assert rounded.weight.grad is not None
@@ -125,9 +125,9 @@ class TestModule:
         scales = bake(model, plan)
         assert type(model.get_input_embeddings()) is nn.Embedding
         assert torch.equal(model.get_input_embeddings()(ids), rows)
-        codes, wanted = row_codes(before)
-        np.testing.assert_array_equal(scales[f"{source.family.word_embedding}_scale"], wanted[:, 0].numpy())
-        assert torch.equal(rows[0].detach(), codes * wanted)
+        codes, expected = row_codes(before)
+        np.testing.assert_array_equal(scales[f"{source.family.word_embedding}_scale"], expected[:, 0].numpy())
+        assert torch.equal(rows[0].detach(), codes * expected)
         assert not torch.equal(rows[0].detach(), before)
 
 
@@ -148,9 +148,11 @@ def run(trained: Path, out: Path, embedding: str = "int8", progress: Any = lambd
         "learning_rate": 1e-3,
         "calibration_samples": 32,
     }
-    data = {"train": str(trained.parent / "train.tsv"), "dev": str(trained.parent / "dev.tsv")}
+    train, dev = (str(trained.parent / f"{split}.tsv") for split in ("train", "dev"))
     chosen = Settings(**{**options, "precision": "fp32", **settings})
-    return compress(source.path, task="classification", **data, plan=plan, out=out, settings=chosen, progress=progress)
+    return compress(
+        source.path, task="classification", train=train, dev=dev, plan=plan, out=out, settings=chosen, progress=progress
+    )
 
 
 @pytest.fixture(scope="module")
@@ -274,11 +276,11 @@ class TestGraph:
     ) -> None:
         checkpoint, model = open_checkpoint(checkpoints(family)), load_graph(graphs(family))
         name = checkpoint.family.word_embedding
-        found = stored_embedding(model.graph, name)
-        assert found is not None
+        stored = stored_embedding(model.graph, name)
+        assert stored is not None
         codes, scale = checkpoint.codes(name), checkpoint.weight_scale(name)
-        np.testing.assert_array_equal(found[0], codes)
-        np.testing.assert_array_equal(found[1][:, 0], scale)
+        np.testing.assert_array_equal(stored[0], codes)
+        np.testing.assert_array_equal(stored[1][:, 0], scale)
         assert name not in model.graph.initializers
         assert model.metadata_props["nxm.embedding_sha256"] == embedding_hash(codes, scale)
         assert verify(graphs(family)).embedding == codes.shape
@@ -288,9 +290,9 @@ class TestGraph:
     @pytest.mark.parametrize("family", EVERY_FAMILY)
     def test_outputs_are_those_of_the_float_table_bit_for_bit(self, family: str, graphs: Callable[..., Path]) -> None:
         """As written: code * scale is the checkpoint's float32 value, so nothing behind it may differ."""
-        found, wanted = (onnx_text.run(graphs(family, kind), feeds(family)) for kind in ("int8", "float"))
-        for name, output in wanted.items():
-            np.testing.assert_array_equal(found[name], output)
+        actual, expected = (onnx_text.run(graphs(family, kind), feeds(family)) for kind in ("int8", "float"))
+        for name, output in expected.items():
+            np.testing.assert_array_equal(actual[name], output)
 
     def test_the_file_is_smaller_by_three_bytes_an_entry_less_a_scale_a_row(self, graphs: Callable[..., Path]) -> None:
         (codes, _), sizes = (
@@ -379,8 +381,8 @@ def constant(graph: ir.Graph, suffix: str, edit: Callable[[np.ndarray], Any]) ->
 
 
 def node(graph: ir.Graph, name: str) -> ir.Node:
-    (found,) = [found for found in graph if found.name == f"{TABLE.removesuffix('.weight')}{name}"]
-    return found
+    (match,) = [match for match in graph if match.name == f"{TABLE.removesuffix('.weight')}{name}"]
+    return match
 
 
 def whole_table(graph: ir.Graph) -> None:
@@ -450,12 +452,12 @@ class TestVerify:
     def test_a_float_table_under_an_int8_plan_is_refused(self, graphs: Callable[..., Path]) -> None:
         plan = CompressionPlan.from_json(load_graph(graphs()).metadata_props["nxm.plan"])
         problems = verify(graphs("bert", "float"), plan=plan).problems
-        assert problems == [f"{TABLE}: planned INT8, and stored as FLOAT"]
+        assert problems == (f"{TABLE}: planned INT8, and stored as FLOAT",)
 
     def test_a_plan_of_an_unknown_family_is_a_problem_and_no_traceback(self, graphs: Callable[..., Path]) -> None:
         plan = CompressionPlan.from_json(load_graph(graphs()).metadata_props["nxm.plan"])
         problems = verify(graphs(), plan=replace(plan, model_type="mpnet")).problems
-        assert problems == ["the plan is for 'mpnet', a family whose embedding table is not known here"]
+        assert problems == ("the plan is for 'mpnet', a family whose embedding table is not known here",)
 
     def test_the_command_says_what_is_stored(self, graphs: Callable[..., Path]) -> None:
         done = CliRunner().invoke(main, ["verify", str(graphs())])
@@ -513,8 +515,8 @@ class TestCheckpoint:
         from safetensors import safe_open
 
         packed_checkpoint.pack(copy, tmp_path / "packed")
-        with safe_open(tmp_path / "packed", framework="numpy") as found:
-            metadata, tensors = found.metadata(), {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118
+        with safe_open(tmp_path / "packed", framework="numpy") as stream:
+            metadata, tensors = stream.metadata(), {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
         key = f"{TABLE}.values" if spoil == "values" else f"scale/{TABLE}_scale"
         tensors[key] = tensors[key][:-1]
         shapes = json.loads(metadata["scale_shapes"])
@@ -540,10 +542,10 @@ class TestPlan:
 
     def test_every_placement_keeps_it_but_float(self, trained: Path) -> None:
         plan = open_checkpoint(trained).plan
-        found = {
+        placements = {
             placement: at_placement(plan, placement).embedding for placement in ("inputs", "inputs-outputs", "float")
         }
-        assert found == {"inputs": "int8", "inputs-outputs": "int8", "float": "float"}
+        assert placements == {"inputs": "int8", "inputs-outputs": "int8", "float": "float"}
 
     def test_compression_of_the_matrices_does_not_count_it(self, trained: Path) -> None:
         plan = open_checkpoint(trained).plan
@@ -596,14 +598,14 @@ class TestCommands:
         parent = trained.parent
         arguments = ["run", "--model", str(parent / "dense"), "--train", str(parent / "train.tsv")]
         arguments += ["--dev", str(parent / "dev.tsv"), "--out", str(parent / "none"), "--dry-run", "--json"]
-        found = []
+        estimates = []
         for embedding in ("float", "int8"):
             done = CliRunner().invoke(main, [*arguments, "--embedding", embedding])
             assert done.exit_code == 0, done.output
-            found.append(json.loads(done.stdout))
+            estimates.append(json.loads(done.stdout))
         tokens, features = open_checkpoint(trained).weight(TABLE).shape
-        assert found[0]["onnx_bytes"] - found[1]["onnx_bytes"] == tokens * features * 3 - tokens * 4
-        assert [estimate["embedding"] for estimate in found] == ["float", "int8"]
+        assert estimates[0]["onnx_bytes"] - estimates[1]["onnx_bytes"] == tokens * features * 3 - tokens * 4
+        assert [estimate["embedding"] for estimate in estimates] == ["float", "int8"]
 
     def test_an_unknown_kind_is_wrong_usage(self) -> None:
         for command in ("run", "compress", "search"):

@@ -53,17 +53,17 @@ def edit_weights(path: Path, edit: Callable[[dict[str, Any]], Any], file: str = 
 def test_a_checkpoint_gives_back_pattern_codes_and_scales(tmp_path: Path, spec: str) -> None:
     checkpoint = open_checkpoint(baked.write_checkpoint("bert", tmp_path, spec=spec))
     checkpoint.require_valid()
-    wanted = WeightSpec.parse(spec)
+    planned = WeightSpec.parse(spec)
     for name in checkpoint.plan.weights:
         weight = checkpoint.weight(name)
         assert weight.dtype == np.float32
-        if wanted.pattern:
-            groups = (weight != 0).reshape(-1, wanted.pattern.m).sum(axis=1)
-            assert groups.max() <= wanted.pattern.n
-        if wanted.qmax:
+        if planned.pattern:
+            groups = (weight != 0).reshape(-1, planned.pattern.m).sum(axis=1)
+            assert groups.max() <= planned.pattern.n
+        if planned.qmax:
             codes, scale = checkpoint.codes(name), checkpoint.weight_scale(name)
             assert codes.dtype == np.int8
-            assert np.abs(codes).max() == wanted.qmax
+            assert np.abs(codes).max() == planned.qmax
             np.testing.assert_array_equal(codes.astype(np.float32) * scale[:, None], weight)
 
 
@@ -106,11 +106,17 @@ def remove(name: str) -> Callable[[Path], None]:
 
 
 def write(name: str, content: str) -> Callable[[Path], None]:
-    return lambda path: (path / name).write_text(content) and None
+    def edit(path: Path) -> None:
+        (path / name).write_text(content)
+
+    return edit
 
 
 def truncate(name: str, keep: int) -> Callable[[Path], None]:
-    return lambda path: (path / name).write_bytes((path / name).read_bytes()[:keep]) and None
+    def edit(path: Path) -> None:
+        (path / name).write_bytes((path / name).read_bytes()[:keep])
+
+    return edit
 
 
 def weights(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:

@@ -70,7 +70,9 @@ def test_index_bits_stay_exact_where_floating_point_logarithms_do_not() -> None:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_a_pattern_implies_2_4_when_no_matrix_of_it_breaks_2_4(pattern: NMPattern) -> None:
     width = math.lcm(pattern.m, 4)
-    supports = [np.isin(range(pattern.m), kept) for kept in itertools.combinations(range(pattern.m), pattern.n)]
+    supports = [
+        np.isin(range(pattern.m), positions) for positions in itertools.combinations(range(pattern.m), pattern.n)
+    ]
     if len(supports) ** (width // pattern.m) > 200_000:
         pytest.skip("too many matrices to enumerate")
     rows = itertools.product(supports, repeat=width // pattern.m)

@@ -27,17 +27,17 @@ class TestExamples:
     @pytest.mark.parametrize("seed", range(5))
     def test_a_split_keeps_every_example_once_and_every_group_whole(self, seed: int) -> None:
         rest, held_out = examples().split(5, seed)
-        assert sorted(rest.labels + held_out.labels) == list(range(12))
+        assert sorted([*rest.labels, *held_out.labels]) == list(range(12))
         assert 5 <= len(held_out) < 5 + 3  # the largest group has 3
         assert whole(rest)
         assert whole(held_out)
 
     @pytest.mark.parametrize("seed", range(5))
     def test_a_sample_has_whole_groups_and_at_most_what_was_asked(self, seed: int) -> None:
-        found = examples().sample(6, seed)
-        assert 0 < len(found) <= 6
-        assert whole(found)
-        assert found.labels == sorted(found.labels)
+        drawn = examples().sample(6, seed)
+        assert 0 < len(drawn) <= 6
+        assert whole(drawn)
+        assert drawn.labels == sorted(drawn.labels)
 
     def test_what_would_split_a_group_is_refused(self) -> None:
         with pytest.raises(DataError, match="would split group 1"):
@@ -85,8 +85,8 @@ def test_an_interval_resamples_groups() -> None:
         pick = [i for group in drawn for i in group]
         values.append(accuracy(logits[pick], labels[pick]))
         differences.append(values[-1] - accuracy(other[pick], labels[pick]))
-    found = interval("accuracy", logits, labels, seed=3, groups=groups)
-    assert found == tuple(np.percentile(values, [2.5, 97.5]))
+    actual = interval("accuracy", logits, labels, seed=3, groups=groups)
+    assert actual == tuple(np.percentile(values, [2.5, 97.5]))
     paired = paired_interval("accuracy", logits, other, labels, seed=3, groups=groups)
     assert paired == tuple(np.percentile(differences, [2.5, 97.5]))
-    assert found != interval("accuracy", logits, labels, seed=3)
+    assert actual != interval("accuracy", logits, labels, seed=3)

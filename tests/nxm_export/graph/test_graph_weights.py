@@ -190,22 +190,22 @@ def test_a_convolution_is_reduced_along_its_channels() -> None:
     weight = rng.integers(1, 9, (3, 8, 2, 2)).astype(np.int8)
     weight[:, [0, 1, 4, 5]] = 0  # 2:4 along C at every place of the kernel
     model = layer("d = DequantizeLinear <axis = 0>(w, s, z) y = Conv(x, d)", weight, inputs="float[batch, 8, 9, 9] x")
-    found = only_weight(model)
-    assert (found.k, found.n, found.pattern()) == (32, 3, PATTERN)
+    read = only_weight(model)
+    assert (read.k, read.n, read.pattern()) == (32, 3, PATTERN)
 
 
 @pytest.mark.parametrize("pattern", ["1:2", "2:4", "1:4", "2:8", "4:8"])
 def test_the_tightest_pattern_is_named(pattern: str) -> None:
-    wanted = NMPattern.parse(pattern)
+    expected = NMPattern.parse(pattern)
     rng = np.random.default_rng(1)
     weight = rng.integers(1, 9, (64, 16)).astype(np.int8)
     for column in range(16):
-        for start in range(0, 64, wanted.m):
-            weight[start + rng.permutation(wanted.m)[wanted.n :], column] = 0
-    found = only_weight(layer("d = DequantizeLinear(w, t) y = MatMul(x, d)", weight))
-    assert found.pattern() == wanted
+        for start in range(0, 64, expected.m):
+            weight[start + rng.permutation(expected.m)[expected.n :], column] = 0
+    read = only_weight(layer("d = DequantizeLinear(w, t) y = MatMul(x, d)", weight))
+    assert read.pattern() == expected
     slow = sum((weight[start : start + 4, column] != 0).sum() > 1 for column in range(16) for start in range(0, 64, 4))
-    assert found.violations(NMPattern(1, 4)) == slow
+    assert read.violations(NMPattern(1, 4)) == slow
 
 
 def test_a_tail_shorter_than_m_is_counted_and_never_follows() -> None:
@@ -254,7 +254,7 @@ class TestOnnxRuntimeFormats:
     def quantize(self, source: Path, out: Path, **options: Any) -> Path:
         from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
-        class Reader(CalibrationDataReader):
+        class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
             def __init__(self) -> None:
                 generator = np.random.default_rng(0)
                 self.batches = iter([{"x": generator.normal(size=(4, 16)).astype(np.float32)} for _ in range(4)])
@@ -332,7 +332,7 @@ def test_polygraphy_finds_the_same_float_weights_sparse(tmp_path: Path) -> None:
     text = f"g (float[b, 16] x) => (float[b, 16] y) <{declared}> {{ {nodes} }}"
     file = onnx_text.save(text, tmp_path / "m.onnx")
     command = [sys.executable, "-c", "from polygraphy.tools import main; main()", "inspect", "sparsity", str(file)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    theirs = {name: kind == "sparse" for kind, name in re.findall(r"Found (sparse|non-sparse) tensor: (\w+)", said)}
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    theirs = {name: kind == "sparse" for kind, name in re.findall(r"Found (sparse|non-sparse) tensor: (\w+)", report)}
     ours = {weight.name: weight.follows(PATTERN) for weight in graph_weights(load_graph(file))}
     assert ours == theirs == {"w0": False, "w1": True, "w2": False, "w3": True}

@@ -314,8 +314,8 @@ class TestDeath:
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         whole = {"old": ["build.log", "deep"], "new": ["file"]}
-        kept = [path for path in run.root.iterdir() if path.is_dir() and path.name != "manifest.json"]
-        assert any(sorted(file.name for file in path.iterdir()) in whole.values() for path in kept)
+        complete = [path for path in run.root.iterdir() if path.is_dir() and path.name != "manifest.json"]
+        assert any(sorted(file.name for file in path.iterdir()) in whole.values() for path in complete)
         assert RunDir(run.root).stage("make", "out", Work("new"), options={"x": 2})
         assert sorted(path.name for path in run.root.iterdir()) == ["manifest.json", "out"]
 

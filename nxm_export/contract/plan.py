@@ -124,7 +124,7 @@ class WeightSpec:
 
     @classmethod
     def parse(cls, text: str, *, output_bits: int | None = None) -> WeightSpec:
-        """Read a menu entry: ``2:4+W8``, ``W4``, ``2:4`` or ``dense``; quantized entries get an INT8 input."""
+        """Read a weight option: ``2:4+W8``, ``W4``, ``2:4`` or ``dense``; quantized entries get an INT8 input."""
         pattern, bits = None, None
         for part in [] if text.strip().lower() == "dense" else text.split("+"):
             part = part.strip()

@@ -19,8 +19,8 @@ import numpy as np
 from nxm_export.data.readers import FORMATS, read_rows
 from nxm_export.errors import ArtifactError, DataError
 
-Row = Mapping[str, object]  # of a data file: cells by column
-Cell = Callable[[Row, str, str], "RawLabel"]  # row, column and place to what the cell holds
+DataRow = Mapping[str, object]  # of a data file: cells by column
+Cell = Callable[[DataRow, str, str], "RawLabel"]  # row, column and place to what the cell holds
 # A label as the file has it: text, several texts, or answers (text and where it begins); None where the file has none.
 RawLabel = str | tuple[str, ...] | tuple[tuple[str, int], ...] | None
 # A label as a number: class, score, a row of 0 and 1 or of shares, tags by token; answers stay as they are.
@@ -138,7 +138,7 @@ def load_raw(
     split: str,
     columns: Columns = Columns(),
     *,
-    text: Callable[[Row, str, str], str] | None = None,
+    text: Callable[[DataRow, str, str], str] | None = None,
     label: Cell | None = None,
     per_token: bool = False,
     unlabelled: bool = False,
@@ -452,7 +452,7 @@ def _require_column(name: str, names: list[str], path: Path) -> None:
         raise DataError(f"{path}: no column {name!r}; it has {', '.join(names)}")
 
 
-def text_of(row: Row, column: str, place: str) -> str:
+def text_of(row: DataRow, column: str, place: str) -> str:
     """A cell that holds text; raises `DataError`."""
     value = value_of(row, column, place)
     if not isinstance(value, str):
@@ -466,7 +466,7 @@ def text_of(row: Row, column: str, place: str) -> str:
     return value
 
 
-def label_text(row: Row, column: str, place: str) -> str:
+def label_text(row: DataRow, column: str, place: str) -> str:
     """The label as text; whole numbers without the point that some tools write."""
     value = value_of(row, column, place)
     if not isinstance(value, (str, int, float)):
@@ -481,7 +481,7 @@ def label_text(row: Row, column: str, place: str) -> str:
     return text
 
 
-def value_of(row: Row, column: str, place: str) -> object:
+def value_of(row: DataRow, column: str, place: str) -> object:
     """What a cell holds; a missing one is a `DataError`."""
     if row.get(column) is None:
         raise DataError(f"{place}: column {column!r} is missing in this row; every row needs it")

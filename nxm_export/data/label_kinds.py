@@ -18,10 +18,10 @@ from nxm_export.contract.tasks import Task
 from nxm_export.data.examples import (
     Cell,
     Columns,
+    DataRow,
     Examples,
     RawExamples,
     RawLabel,
-    Row,
     class_names,
     label_text,
     load_raw,
@@ -149,7 +149,7 @@ def _texts(label: RawLabel) -> tuple[str, ...]:
     return (label,) if isinstance(label, str) else cast("tuple[str, ...]", label)
 
 
-def _several(row: Row, column: str, place: str) -> tuple[str, ...]:
+def _several(row: DataRow, column: str, place: str) -> tuple[str, ...]:
     """Class names of one example: a JSON list, or text with ``;`` or ``,`` between them; none at all is an answer,
     too."""
     value = value_of(row, column, place)
@@ -194,14 +194,14 @@ def _with_several(raw: RawExamples, classes: Sequence[str]) -> Examples:
     return Examples(raw.texts, raw.pairs, rows, raw.source)
 
 
-def _strings(row: Row, column: str, place: str, what: str) -> list[str]:
+def _strings(row: DataRow, column: str, place: str, what: str) -> list[str]:
     value = value_of(row, column, place)
     if not isinstance(value, (list, tuple)) or not value:
         raise DataError(f"{place}: column {column!r} holds {value!r}; {what} are a list, one entry a token")
     return [text_of({column: item}, column, place) if isinstance(item, str) else str(item) for item in value]
 
 
-def _tokens(row: Row, column: str, place: str) -> str:
+def _tokens(row: DataRow, column: str, place: str) -> str:
     """The tokens with one space between them: what the model reads when it is served the same text."""
     tokens = _strings(row, column, place, "tokens")
     for token in tokens:
@@ -210,7 +210,7 @@ def _tokens(row: Row, column: str, place: str) -> str:
     return " ".join(tokens)
 
 
-def _tags(row: Row, column: str, place: str) -> tuple[str, ...]:
+def _tags(row: DataRow, column: str, place: str) -> tuple[str, ...]:
     return tuple(tag.strip() for tag in _strings(row, column, place, "tags"))
 
 

@@ -28,11 +28,11 @@ import numpy as np
 
 from nxm_export.data.examples import (
     Columns,
+    DataRow,
     Encoding,
     Examples,
     Features,
     RawExamples,
-    Row,
     Tokenizer,
     members,
     text_of,
@@ -102,7 +102,7 @@ def _squad_rows(path: Path) -> list[_Question] | None:
     return questions
 
 
-def _question_in(row: Row, columns: Columns, place: str) -> _Question:
+def _question_in(row: DataRow, columns: Columns, place: str) -> _Question:
     label = columns.label or ("answers" if "answers" in row else "answer")
     question, context = columns.text or "question", columns.pair or "context"
     for column, flag in ((question, "--text"), (context, "--text-pair"), (label, "--label")):
@@ -111,7 +111,7 @@ def _question_in(row: Row, columns: Columns, place: str) -> _Question:
     return place, text_of(row, question, place), text_of(row, context, place), answers_of(row, label, place)
 
 
-def answers_of(row: Row, column: str, place: str) -> tuple[Answer, ...]:
+def answers_of(row: DataRow, column: str, place: str) -> tuple[Answer, ...]:
     """The gold answers of a row, as any of the usual ways has them; raises `DataError`."""
     value = row.get(column)
     if isinstance(value, str) and value.strip()[:1] in ("{", "[") and row.get("answer_start") is None:

@@ -177,7 +177,7 @@ class _GraphSettings:
 def _made(opened: _OpenedModel, settings: _GraphSettings) -> tuple[ir.Model, float]:
     """The finished graph with its metadata, and the largest relative change of a scale by its dtype."""
     plan, checkpoint, dtype = settings.plan, opened.checkpoint, settings.dtype
-    model = _trace(opened, dtype, max(settings.target.opset, 18))
+    model = _trace(opened.path, opened.task, opened.family, dtype, max(settings.target.opset, 18))
     matrices = opened.family.weights(opened.config)
     int8_embedding = [opened.family.word_embedding] if plan and plan.embedding == "int8" else []
     _require_same_weights(model, opened.path, [*matrices, *int8_embedding], dtype)
@@ -252,11 +252,10 @@ def _task_of(path: Path, config: Mapping[str, Json]) -> str:
     return task
 
 
-def _trace(opened: _OpenedModel, dtype: str, opset: int) -> ir.Model:
+def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> ir.Model:
     """The float graph, not yet optimized, its initializers under the parameters' own names."""
     import torch
 
-    family, task = opened.family, opened.task
     floats = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in floats:
         raise ExportError(f"unknown dtype {dtype!r}; choose one of {', '.join(floats)}")
@@ -275,7 +274,7 @@ def _trace(opened: _OpenedModel, dtype: str, opset: int) -> ir.Model:
             outputs = self.model(**inputs)
             return tuple(outputs[name].float() for name in task.outputs)
 
-    model = load_task_model(opened.path, task, dtype=dtype)
+    model = load_task_model(path, task, dtype=dtype)
     with _silence():
         batch = torch.export.Dim("batch")
         sequence = torch.export.Dim("sequence", max=family.max_positions(model.config.to_dict()))

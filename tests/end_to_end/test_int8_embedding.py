@@ -449,6 +449,14 @@ class TestVerify:
             report.require()
         assert CliRunner().invoke(main, ["verify", str(tmp_path / "model.onnx")]).exit_code == 3
 
+    def test_the_hash_of_an_older_graph_is_checked_too(self, graphs: Callable[..., Path], tmp_path: Path) -> None:
+        model = load_graph(graphs())
+        digest = model.metadata_props.pop("nxm.embedding_sha256")
+        for recorded, passed in ((digest, True), ("0" * 64, False)):
+            model.metadata_props["nxm.table"] = recorded  # as nxm-onnx/1 calls it
+            save_graph(model, tmp_path / "model.onnx")
+            assert verify(tmp_path / "model.onnx").passed is passed
+
     def test_a_float_table_under_an_int8_plan_is_refused(self, graphs: Callable[..., Path]) -> None:
         plan = CompressionPlan.from_json(load_graph(graphs()).metadata_props["nxm.plan"])
         problems = verify(graphs("bert", "float"), plan=plan).problems

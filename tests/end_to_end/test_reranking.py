@@ -33,9 +33,9 @@ def dcg(gains: list[float]) -> float:
     return sum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains[:10]))
 
 
-def ndcg(scores: list[float], truth: list[float]) -> float:
-    ranked = [gain for _, gain in sorted(zip(scores, truth, strict=True), key=lambda pair: -pair[0])]
-    return dcg(ranked) / dcg(sorted(truth, reverse=True))
+def ndcg(scores: list[float], grades: list[float]) -> float:
+    ranked = [gain for _, gain in sorted(zip(scores, grades, strict=True), key=lambda pair: -pair[0])]
+    return dcg(ranked) / dcg(sorted(grades, reverse=True))
 
 
 class TestMetric:
@@ -44,30 +44,30 @@ class TestMetric:
         rng = np.random.default_rng(0)
         sizes = [5, 1, 30, 4, 2, 12, 7]  # more than ten, and one alone
         groups = rng.permutation(np.repeat(np.arange(7), sizes))
-        scores, truth = rng.normal(size=(61, 1)), rng.integers(0, 4, (61, 1)) / 3
-        truth[groups == 3] = 0.0  # nothing relevant: any order is as good
-        truth[np.flatnonzero(groups == 4)] = [[1.0], [0.0]]
+        scores, grades = rng.normal(size=(61, 1)), rng.integers(0, 4, (61, 1)) / 3
+        grades[groups == 3] = 0.0  # nothing relevant: any order is as good
+        grades[np.flatnonzero(groups == 4)] = [[1.0], [0.0]]
         seen = [group for group in dict.fromkeys(groups.tolist()) if group not in (1, 3)]
-        expected = [ndcg(scores[groups == group, 0].tolist(), truth[groups == group, 0].tolist()) for group in seen]
-        return scores, truth, groups, expected
+        expected = [ndcg(scores[groups == group, 0].tolist(), grades[groups == group, 0].tolist()) for group in seen]
+        return scores, grades, groups, expected
 
     def test_it_is_the_mean_over_queries(self) -> None:
-        scores, truth, groups, expected = self.data()
-        actual = metric_named("ndcg_at_10", (), groups)(scores, truth)
+        scores, grades, groups, expected = self.data()
+        actual = metric_named("ndcg_at_10", (), groups)(scores, grades)
         assert actual == pytest.approx(np.mean(expected), abs=1e-12)
-        assert metric_named("ndcg_at_10", (), groups)(truth, truth) == 1.0
+        assert metric_named("ndcg_at_10", (), groups)(grades, grades) == 1.0
 
     def test_the_interval_resamples_queries(self) -> None:
-        scores, truth, groups, expected = self.data()
+        scores, grades, groups, expected = self.data()
         generator = np.random.default_rng(3)
         means = [np.mean(np.array(expected)[generator.integers(0, 5, size=5)]) for _ in range(1000)]
-        actual = interval("ndcg_at_10", scores, truth, seed=3, groups=groups)
+        actual = interval("ndcg_at_10", scores, grades, seed=3, groups=groups)
         assert actual == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=1e-12)
 
     def test_without_anything_to_rank_there_is_no_number(self) -> None:
-        for groups, truth in ((np.arange(4), [1.0, 0, 1, 0]), (np.zeros(4, int), [1.0] * 4), (None, [1.0, 0, 0, 0])):
+        for groups, grades in ((np.arange(4), [1.0, 0, 1, 0]), (np.zeros(4, int), [1.0] * 4), (None, [1.0, 0, 0, 0])):
             with pytest.raises(DataError, match="no query has two candidates of different relevance"):
-                metric_named("ndcg_at_10", (), groups)(np.ones((4, 1)), np.array(truth)[:, None])
+                metric_named("ndcg_at_10", (), groups)(np.ones((4, 1)), np.array(grades)[:, None])
 
     def test_nan_shows(self) -> None:
         actual = metric_named("ndcg_at_10", (), np.zeros(2, int))(np.array([[np.nan], [1.0]]), np.array([[1.0], [0.0]]))

@@ -192,13 +192,13 @@ def test_damage_is_named(copy: Path, damage: Callable[[Path], None], message: st
 
 
 def test_weights_off_their_grid_by_one_bit_are_refused(copy: Path) -> None:
-    def nudge(tensors: dict[str, Any]) -> None:
+    def shift_one_weight(tensors: dict[str, Any]) -> None:
         weight = tensors[QUERY].copy()
         at = np.unravel_index(np.abs(weight).argmax(), weight.shape)
         weight[at] = np.nextafter(weight[at], np.float32(0))
         tensors[QUERY] = weight
 
-    edit_weights(copy, nudge)
+    edit_weights(copy, shift_one_weight)
     with pytest.raises(ArtifactError, match=r"1 weights are not code \* scale"):
         open_checkpoint(copy).require_valid()
 

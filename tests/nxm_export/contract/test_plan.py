@@ -149,12 +149,12 @@ def test_a_row_that_is_no_multiple_of_four_is_padded_for_the_hardware() -> None:
 
 
 @pytest.mark.parametrize("text", ["2:4+W8", "W4", "2:4", "dense"])
-def test_a_menu_entry_is_printed_as_it_is_parsed(text: str) -> None:
+def test_a_weight_option_is_printed_as_it_is_parsed(text: str) -> None:
     assert str(WeightSpec.parse(text)) == text
 
 
 @pytest.mark.parametrize("text", ["", "W", "8", "2:4+W8+W4", "2:4+1:4", "W8+", "float"])
-def test_what_is_no_menu_entry_is_refused(text: str) -> None:
+def test_what_is_no_weight_option_is_refused(text: str) -> None:
     with pytest.raises(PlanError, match="not a weight option"):
         WeightSpec.parse(text)
 

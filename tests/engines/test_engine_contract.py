@@ -117,13 +117,16 @@ class TestRun:
         feeds = baked.feeds("bert", batch, sequence, padding=padding)
         before = {name: array.copy() for name, array in feeds.items()}
         first = engine.run(feeds)["logits"]
-        assert (first.shape, first.dtype) == ((batch, 2), np.float32)
+        assert first.shape == (batch, 2)
+        assert first.dtype == np.float32
         assert first.flags.writeable
-        kept = first.copy()
+        before_second_run = first.copy()
         second = engine.run(feeds)["logits"]
         second += 1.0
-        np.testing.assert_array_equal(first, kept)
-        np.testing.assert_array_equal(engine.run(feeds)["logits"], kept)  # the same input gives the same output
+        np.testing.assert_array_equal(first, before_second_run)
+        np.testing.assert_array_equal(
+            engine.run(feeds)["logits"], before_second_run
+        )  # the same input gives the same output
         for name, array in feeds.items():
             np.testing.assert_array_equal(array, before[name])
 
@@ -398,12 +401,12 @@ def test_profiles_rise() -> None:
 
 def test_threads_are_recorded_and_used(tmp_path: Path, tiny_graph: Callable[..., Path]) -> None:
     (tmp_path / "engine").mkdir()
-    passport = backend("ort").build(tiny_graph() / "model.onnx", tmp_path / "engine", BuildOptions(threads=1))
-    assert passport.options["threads"] == 1
-    with backend("ort").load(tmp_path / "engine") as engine:
-        assert engine._session.get_session_options().intra_op_num_threads == 1
-    with backend("ort").load(tmp_path / "engine", LoadOptions(threads=2)) as engine:
-        assert engine._session.get_session_options().intra_op_num_threads == 2
+    passport = ort_backend.build(tiny_graph() / "model.onnx", tmp_path / "engine", BuildOptions(threads=1))
+    assert passport.threads == 1
+    for options, expected in ((LoadOptions(), 1), (LoadOptions(threads=2), 2)):
+        with ort_backend.load(tmp_path / "engine", options) as engine:
+            session: Any = engine._session
+            assert session.get_session_options().intra_op_num_threads == expected
 
 
 def test_a_child_process_takes_our_modules_wherever_it_is_started(tmp_path: Path) -> None:

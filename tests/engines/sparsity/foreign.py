@@ -45,12 +45,12 @@ def by_ort(source: Path, out: Path) -> None:
     """ONNX Runtime's static quantization, symmetric INT8 per channel, as for TensorRT."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # of a library without types
         def __init__(self) -> None:
             rng = np.random.default_rng(1)
             self.batches = iter([{"x": rng.normal(size=(32, 256)).astype(np.float32)} for _ in range(4)])
 
-        def get_next(self):
+        def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.batches, None)
 
     quantize_static(
@@ -61,7 +61,7 @@ def by_ort(source: Path, out: Path) -> None:
 
 def by_modelopt(source: Path, out: Path) -> None:
     """NVIDIA ModelOpt's ONNX post-training quantization."""
-    from modelopt.onnx.quantization import quantize
+    from modelopt.onnx.quantization import quantize  # type: ignore[import-not-found]  # in another interpreter
 
     data = np.random.default_rng(1).normal(size=(128, 256)).astype(np.float32)
     quantize(

@@ -1,12 +1,13 @@
 """Rewrites of a Q/DQ graph for ONNX Runtime's CPU kernels, each with what it does to the numbers.
 
-* `integer_products`: ``MatMul(DQ(a), DQ(w)) + bias`` becomes ``MatMulIntegerToFloat`` of the codes, bias included. It is
-  what ONNX Runtime's own optimizer makes of the pairs, but for the bias: the sum of products is exact in INT32 here and is
-  rounded term by term in float there, so results differ by float rounding alone, and for the better.
-* `fused_attention`: the scores, mask, softmax and context of a head become ``MultiHeadAttention`` in float32, the mask its
-  ``key_padding_mask``. Same formula, other order of summation: float rounding again. Masks must be 0 or 1.
+* `integer_products`: ``MatMul(DQ(a), DQ(w)) + bias`` becomes ``MatMulIntegerToFloat`` of the codes, bias included. It
+  is what ONNX Runtime's own optimizer makes of the pairs, but for the bias: the sum of products is exact in INT32 here
+  and is rounded term by term in float there, so results differ by float rounding alone, and for the better.
+* `fused_attention`: the scores, mask, softmax and context of a head become ``MultiHeadAttention`` in float32, the mask
+  its ``key_padding_mask``. Same formula, other order of summation: float rounding again. Masks must be 0 or 1.
 
-Both look for exactly the form that `nxm_export.graph.exporter` writes, by structure, and leave alone what differs in anything.
+Both look for exactly the form that `nxm_export.graph.exporter` writes, by structure, and leave alone what differs in
+anything.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class _Attention:
 def integer_products(model: ir.Model) -> int:
     """Put products of codes for products of dequantized values, in place; returns how many.
 
-    The activation's pair must be UINT8 with one scale, the weight an INT8 constant (K, N) with zero point 0 and one scale
-    or one per output channel.
+    The activation's pair must be UINT8 with one scale, the weight an INT8 constant (K, N) with zero point 0 and one
+    scale or one per output channel.
     """
     import onnx_ir as ir
 

@@ -1,7 +1,7 @@
 """The little of CUDA that running and timing a TensorRT engine needs, through the driver library alone.
 
-``libcuda.so.1`` comes with every NVIDIA driver, so an engine host needs no CUDA toolkit, no torch and no cuda-python. The
-device's primary context is used, which is the one that TensorRT (through the runtime API) uses, too.
+``libcuda.so.1`` comes with every NVIDIA driver, so an engine host needs no CUDA toolkit, no torch and no cuda-python.
+The device's primary context is used, which is the one that TensorRT (through the runtime API) uses, too.
 """
 
 from __future__ import annotations

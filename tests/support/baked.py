@@ -1,4 +1,5 @@
-"""Compressed checkpoints without training, in a fraction of a second: magnitude mask, max-abs scales, ranges of random input.
+"""Compressed checkpoints without training, in a fraction of a second: magnitude mask, max-abs scales, ranges of random
+input.
 
 Written with numpy alone, so that exporter and engines are tested on files that `compressors` had no part in.
 """
@@ -63,7 +64,8 @@ def write_checkpoint(
 
 
 def baked(weight: np.ndarray, spec: WeightSpec) -> tuple[np.ndarray, np.ndarray | None]:
-    """(weight on the pattern and grid of `spec`, scales (out,)); keeps the largest of every group, scales by max-abs."""
+    """(weight on the pattern and grid of `spec`, scales (out,)); keeps the largest of every group, scales by
+    max-abs."""
     out, in_ = weight.shape
     if spec.pattern:
         groups = np.abs(weight).reshape(out, in_ // spec.pattern.m, spec.pattern.m)

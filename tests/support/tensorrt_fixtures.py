@@ -1,4 +1,5 @@
-"""Compressed checkpoints of tiny seeded models, one per family and preset, made without training: for TensorRT's tests."""
+"""Compressed checkpoints of tiny seeded models, one per family and preset, made without training: for TensorRT's
+tests."""
 
 from __future__ import annotations
 

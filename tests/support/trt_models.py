@@ -22,8 +22,8 @@ def tiny_config(
     common = {"vocab_size": 1024, "num_labels": 3, "pad_token_id": 0}
     if family == "distilbert":
         return transformers.DistilBertConfig(
-            dim=hidden, hidden_dim=4 * hidden, n_layers=layers, n_heads=2, max_position_embeddings=positions, activation=gelu,
-            seq_classif_dropout=0.0, **common,
+            dim=hidden, hidden_dim=4 * hidden, n_layers=layers, n_heads=2, max_position_embeddings=positions,
+            activation=gelu, seq_classif_dropout=0.0, **common,
         )  # fmt: skip
     kinds = {
         "bert": transformers.BertConfig,
@@ -33,7 +33,8 @@ def tiny_config(
     }
     extra = {"embedding_size": hidden} if family in ("electra", "albert") else {}
     return kinds[family](
-        hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=2, hidden_act=gelu,
+        hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=2,
+        hidden_act=gelu,
         max_position_embeddings=positions + (2 if family == "roberta" else 0), **common, **extra,
     )  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""OpenVINO runs the exported file as it stands, in float32 where it is float, and its execution graph proves the rest."""
+"""OpenVINO runs the exported file as it stands, in float32 where it is float, and its execution graph proves the
+rest."""
 
 from __future__ import annotations
 
@@ -124,8 +125,8 @@ def test_float_layers_run_in_float32(tiny_checkpoint: Callable[..., Path], tmp_p
 
 
 def test_its_quantizer_errs_no_further_from_a_tie_than_the_tolerance_says(tmp_path: Path) -> None:
-    """It rounds x * (1/s) + 128 in float32: within 2**-17 of a code of a tie, and two roundings of x and 1/s more, it may
-    choose the other code; further away it never does. That is where `QUANTIZER_ROUNDING` comes from."""
+    """It rounds x * (1/s) + 128 in float32: within 2**-17 of a code of a tie, and two roundings of x and 1/s more, it
+    may choose the other code; further away it never does. That is where `QUANTIZER_ROUNDING` comes from."""
     import openvino
 
     from engines.openvino.backend import settings

@@ -1,5 +1,5 @@
-"""What the build does to a graph for ONNX Runtime: exact where it says exact, float rounding where it says so, and no touch
-to graphs of another form."""
+"""What the build does to a graph for ONNX Runtime: exact where it says exact, float rounding where it says so, and no
+touch to graphs of another form."""
 
 from __future__ import annotations
 

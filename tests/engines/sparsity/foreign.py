@@ -1,4 +1,5 @@
-"""Files that other tools make of a 2:4 model, for the doctor: ``python foreign.py {ort,modelopt} OUT.onnx [dense.onnx]``.
+"""Files that other tools make of a 2:4 model, for the doctor: ``python foreign.py {ort,modelopt} OUT.onnx
+[dense.onnx]``.
 
 The model is a chain of linear layers pruned 2:4 by magnitude, as ASP leaves it, in plain float ONNX.
 """
@@ -54,9 +55,15 @@ def by_ort(source: Path, out: Path) -> None:
             return next(self.batches, None)
 
     quantize_static(
-        source, out, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-        activation_type=QuantType.QInt8, weight_type=QuantType.QInt8, extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
-    )  # fmt: skip
+        source,
+        out,
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QInt8,
+        weight_type=QuantType.QInt8,
+        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+    )
 
 
 def by_modelopt(source: Path, out: Path) -> None:

@@ -1,4 +1,5 @@
-"""The doctor on files made by others: the same facts as for ours, the file's own names, and advice; and polygraphy agrees."""
+"""The doctor on files made by others: the same facts as for ours, the file's own names, and advice; and polygraphy
+agrees."""
 
 import json
 import os

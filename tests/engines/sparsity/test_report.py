@@ -37,8 +37,9 @@ def fact(**changes: Any) -> MatrixFacts:
     """A matrix with everything that a sparse INT8 kernel on an A100 wants."""
     good = MatrixFacts(
         name="w", node="node", form="matmul", k=768, n=768, planned="2:4+W8", planned_sparse=True, pattern_float="2:4",
-        pattern_int8="2:4", sparse_along_k=True, sparse_along_n=False, broken_groups=0, groups=147456, integer_weight=True,
-        integer_input=True, scales_along_k=False, has_zero_point=False, output="int8", epilogue="none",
+        pattern_int8="2:4", sparse_along_k=True, sparse_along_n=False, broken_groups=0, groups=147456,
+        integer_weight=True, integer_input=True, scales_along_k=False, has_zero_point=False, output="int8",
+        epilogue="none",
     )  # fmt: skip
     return replace(good, **changes)
 
@@ -72,7 +73,18 @@ def test_a_kernels_name_says_whether_it_is_sparse_and_integer(name: str, sparse:
     assert (kernel.sparse, kernel.integer) == (sparse, integer)
 
 
-@pytest.mark.parametrize("name", [None, "", "__myelin_CASK_STUB", "__myl_SparseGemm_0xf254", "0x00000000000003e8", "sparse", "my_sparse_gemm"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        None,
+        "",
+        "__myelin_CASK_STUB",
+        "__myl_SparseGemm_0xf254",
+        "0x00000000000003e8",
+        "sparse",
+        "my_sparse_gemm",
+    ],
+)
 def test_names_that_no_rule_knows_are_unknown(name: str | None) -> None:
     assert kernel_named(name) is None
 

@@ -1,7 +1,8 @@
 """The API of installed TensorRT bindings as JSON: ``python api_surface.py MODULE OUT [SOURCE]``.
 
-Runs in whatever interpreter has the bindings. They need no GPU for this, and their libraries may be empty stubs: symbols
-are looked up when they are called, and nothing is called here. Only classes that we or polygraphy use are written.
+Runs in whatever interpreter has the bindings. They need no GPU for this, and their libraries may be empty stubs:
+symbols are looked up when they are called, and nothing is called here. Only classes that we or polygraphy use are
+written.
 """
 
 import importlib
@@ -12,13 +13,14 @@ import re
 import sys
 from typing import Any
 
-CLASSES = (
-    "Builder", "BuilderFlag", "DataType", "DeviceType", "Dims", "EngineCapability", "EngineInspector", "ExecutionContextAllocationStrategy",
-    "HardwareCompatibilityLevel", "IBuilderConfig", "ICudaEngine", "IExecutionContext", "IHostMemory", "ILogger", "INetworkDefinition",
-    "IOptimizationProfile", "IProfiler", "IProgressMonitor", "ITensor", "ITimingCache", "LayerInformationFormat", "LayerType", "Logger",
-    "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser", "OnnxParserFlag", "ParserError", "PreviewFeature", "ProfilingVerbosity",
-    "QuantizationFlag", "Runtime", "RuntimePlatform", "TacticSource", "TensorIOMode", "TilingOptimizationLevel", "ComputeCapability",
-)  # fmt: skip
+CLASSES = """
+    Builder BuilderFlag DataType DeviceType Dims EngineCapability EngineInspector
+    ExecutionContextAllocationStrategy HardwareCompatibilityLevel IBuilderConfig ICudaEngine IExecutionContext
+    IHostMemory ILogger INetworkDefinition IOptimizationProfile IProfiler IProgressMonitor ITensor
+    ITimingCache LayerInformationFormat LayerType Logger MemoryPoolType NetworkDefinitionCreationFlag
+    OnnxParser OnnxParserFlag ParserError PreviewFeature ProfilingVerbosity QuantizationFlag Runtime
+    RuntimePlatform TacticSource TensorIOMode TilingOptimizationLevel ComputeCapability
+""".split()
 
 
 def surface(module: Any) -> dict[str, Any]:

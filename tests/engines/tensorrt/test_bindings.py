@@ -18,10 +18,11 @@ GOLDEN = ROOT / "tests" / "golden" / "trt"
 SOURCES = ("builder_process.py", "runtime.py", "backend.py", "rtx_backend.py")
 OPTIONAL = {"8.6": {"IProgressMonitor"}}  # used behind hasattr
 STUB = "nvinfer nvinfer_plugin nvonnxparser"
-STUB_SYMBOLS = (
-    "createInferBuilder_INTERNAL createInferRefitter_INTERNAL createInferRuntime_INTERNAL createNvOnnxParserRefitter_INTERNAL "
-    "createNvOnnxParser_INTERNAL getBuilderPluginRegistry getNvOnnxParserVersion getPluginRegistry initLibNvInferPlugins"
-)
+STUB_SYMBOLS = """
+    createInferBuilder_INTERNAL createInferRefitter_INTERNAL createInferRuntime_INTERNAL
+    createNvOnnxParserRefitter_INTERNAL createNvOnnxParser_INTERNAL getBuilderPluginRegistry getNvOnnxParserVersion
+    getPluginRegistry initLibNvInferPlugins
+"""
 
 
 def references() -> set[tuple[str, ...]]:

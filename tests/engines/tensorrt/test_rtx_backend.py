@@ -153,7 +153,8 @@ def test_behind_our_check_tensorrt_says_what_we_say_it_says(tmp_path: Path, monk
 
 def test_a_graph_that_tensorrt_cannot_parse_keeps_its_message_and_names_the_layer(tmp_path: Path) -> None:
     model = onnx.parser.parse_model(
-        '<ir_version: 10, opset_import: ["" : 21, "example" : 1]> agraph (float[2, 4] x) => (float[2, 4] y) { y = example.Mystery(x) }'
+        '<ir_version: 10, opset_import: ["" : 21, "example" : 1]>'
+        "agraph (float[2, 4] x) => (float[2, 4] y) { y = example.Mystery(x) }"
     )
     model.graph.node[0].name = "encoder.layer.7.mystery"
     onnx.save(model, tmp_path / "model.onnx")

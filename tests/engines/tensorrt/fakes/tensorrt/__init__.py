@@ -1,9 +1,11 @@
+# ruff: noqa: E501  (a behaviour a line)
 """A stand-in for TensorRT whose API is that of the real bindings and whose behaviour is rehearsal, not truth.
 
-Classes, methods, parameters, properties and enums come from the JSON that ``api_surface.py`` wrote from the real bindings
-(``NXM_FAKE_TENSORRT`` names the file): anything that the real thing lacks raises here, too. Behind it, "engines" are run by
-ONNX Runtime on the fake driver's memory, and kernels are named by a rule of thumb: sparse for 2:4 weights with INT8 out, if
-the flag is set. So the rehearsal runs every line of ours up to numbers, and proves nothing about TensorRT.
+Classes, methods, parameters, properties and enums come from the JSON that ``api_surface.py`` wrote from the real
+bindings (``NXM_FAKE_TENSORRT`` names the file): anything that the real thing lacks raises here, too. Behind it,
+"engines" are run by ONNX Runtime on the fake driver's memory, and kernels are named by a rule of thumb: sparse for 2:4
+weights with INT8 out, if the flag is set. So the rehearsal runs every line of ours up to numbers, and proves nothing
+about TensorRT.
 """
 
 import base64
@@ -18,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-# Made of the recorded API by `_build_classes`, as all other names of TensorRT are; named here for readers and type checkers.
+# Made of the recorded API by `_build_classes`, as all other names of TensorRT are; named here for readers and type
+# checkers.
 BuilderFlag: Any = None
 DataType: Any = None
 IHostMemory: Any = None

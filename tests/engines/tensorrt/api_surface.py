@@ -13,14 +13,45 @@ import re
 import sys
 from typing import Any
 
-CLASSES = """
-    Builder BuilderFlag DataType DeviceType Dims EngineCapability EngineInspector
-    ExecutionContextAllocationStrategy HardwareCompatibilityLevel IBuilderConfig ICudaEngine IExecutionContext
-    IHostMemory ILogger INetworkDefinition IOptimizationProfile IProfiler IProgressMonitor ITensor
-    ITimingCache LayerInformationFormat LayerType Logger MemoryPoolType NetworkDefinitionCreationFlag
-    OnnxParser OnnxParserFlag ParserError PreviewFeature ProfilingVerbosity QuantizationFlag Runtime
-    RuntimePlatform TacticSource TensorIOMode TilingOptimizationLevel ComputeCapability
-""".split()
+CLASSES = [
+    "Builder",
+    "BuilderFlag",
+    "DataType",
+    "DeviceType",
+    "Dims",
+    "EngineCapability",
+    "EngineInspector",
+    "ExecutionContextAllocationStrategy",
+    "HardwareCompatibilityLevel",
+    "IBuilderConfig",
+    "ICudaEngine",
+    "IExecutionContext",
+    "IHostMemory",
+    "ILogger",
+    "INetworkDefinition",
+    "IOptimizationProfile",
+    "IProfiler",
+    "IProgressMonitor",
+    "ITensor",
+    "ITimingCache",
+    "LayerInformationFormat",
+    "LayerType",
+    "Logger",
+    "MemoryPoolType",
+    "NetworkDefinitionCreationFlag",
+    "OnnxParser",
+    "OnnxParserFlag",
+    "ParserError",
+    "PreviewFeature",
+    "ProfilingVerbosity",
+    "QuantizationFlag",
+    "Runtime",
+    "RuntimePlatform",
+    "TacticSource",
+    "TensorIOMode",
+    "TilingOptimizationLevel",
+    "ComputeCapability",
+]
 
 
 def surface(module: Any) -> dict[str, Any]:

@@ -1,4 +1,3 @@
-# ruff: noqa: E501  (a behaviour a line)
 """A stand-in for TensorRT whose API is that of the real bindings and whose behaviour is rehearsal, not truth.
 
 Classes, methods, parameters, properties and enums come from the JSON that ``api_surface.py`` wrote from the real

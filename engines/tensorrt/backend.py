@@ -1,7 +1,8 @@
-"""TensorRT on the GPU it is built for: 10 and 11 strongly typed, 8.6 weakly typed (see `engines.tensorrt.builder_process`).
+"""TensorRT on the GPU it is built for: 10 and 11 strongly typed, 8.6 weakly typed (see
+`engines.tensorrt.builder_process`).
 
-An engine is tied to the TensorRT version and the GPU that timed its kernels; its passport says which, and `load` refuses
-another one before anything is deserialized.
+An engine is tied to the TensorRT version and the GPU that timed its kernels; its passport says which, and `load`
+refuses another one before anything is deserialized.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class TensorRTFacts:
 def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -> EnginePassport:
     """Write an engine directory with ``model.engine``, ``build.log``, ``layers.json`` and the timing cache.
 
-    Raises `EngineUnavailable` without TensorRT or a GPU, `ExportError` for a graph that TensorRT would refuse or degrade,
-    `EngineError` for everything that the builder refuses.
+    Raises `EngineUnavailable` without TensorRT or a GPU, `ExportError` for a graph that TensorRT would refuse or
+    degrade, `EngineError` for everything that the builder refuses.
     """
     from nxm_export.graph.graph_weights import load_graph
     from nxm_export.graph.verifier import verify

@@ -1,8 +1,9 @@
-"""Optimization profiles: the ranges of shapes that a TensorRT engine is tuned for, by default or from the user's lengths.
+"""Optimization profiles: the ranges of shapes that a TensorRT engine is tuned for, by default or from the user's
+lengths.
 
 Every sequence is padded to the profile that holds it, at worst to that profile's maximum; few profiles waste work on
-padding, many waste memory and build time. Given a histogram of lengths, `choose_buckets` finds the boundaries that waste
-least, exactly, by dynamic programming over the multiples of `STEP`.
+padding, many waste memory and build time. Given a histogram of lengths, `choose_buckets` finds the boundaries that
+waste least, exactly, by dynamic programming over the multiples of `STEP`.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ def default_profile(max_length: int, batch: int = MAX_BATCH) -> Profile:
 
 
 def choose_buckets(lengths: Iterable[int], count: int, max_length: int) -> list[int]:
-    """At most `count` rising boundaries (multiples of `STEP`, the last one holds the longest) that minimise the sum over
-    samples of boundary minus length."""
+    """At most `count` rising boundaries (multiples of `STEP`, the last one holds the longest) that minimise the sum
+    over samples of boundary minus length."""
     histogram = Counter(lengths)
     if not histogram or count < 1:
         raise EngineError("choosing profiles needs at least one length and one profile")
     if min(histogram) < 1 or max(histogram) > max_length:
         raise EngineError(
-            f"lengths run from {min(histogram)} to {max(histogram)} tokens, and the model takes 1 to {max_length}; truncate them"
+            f"lengths run from {min(histogram)} to {max(histogram)} tokens, and the model takes 1 to {max_length}; "
+            "truncate them"
         )
     edges = sorted({min(max_length, -(-length // STEP) * STEP) for length in histogram})
     at = [sum(n for length, n in histogram.items() if length <= edge) for edge in edges]  # samples up to each edge
@@ -72,7 +74,8 @@ def profiles_from_lengths(
 
 
 def parse_profile(text: str) -> Profile:
-    """``8x128`` (that shape alone is best, everything below runs), or ``1x1,8x128,32x512`` as minimum, optimum, maximum."""
+    """The profile of ``8x128`` (best; everything below runs) or of ``1x1,8x128,32x512`` (minimum, optimum,
+    maximum)."""
     try:
         shapes = [tuple(int(size) for size in part.lower().split("x")) for part in text.split(",")]
     except ValueError:
@@ -80,7 +83,8 @@ def parse_profile(text: str) -> Profile:
     pairs = [(shape[0], shape[1]) for shape in shapes if len(shape) == 2]
     if len(pairs) != len(shapes) or len(pairs) not in (1, 3):
         raise EngineError(
-            f"not a profile: {text!r}; write batch x sequence as 8x128, or minimum, optimum, maximum as 1x1,8x128,32x512"
+            f"not a profile: {text!r}; write batch x sequence as 8x128, or minimum, optimum, maximum as "
+            "1x1,8x128,32x512"
         )
     return Profile(*pairs) if len(pairs) == 3 else Profile((1, 1), pairs[0], pairs[0])
 
@@ -90,7 +94,8 @@ def require_positions(profiles: Sequence[Profile], max_length: int) -> None:
     for profile in profiles:
         if profile.maximum[1] > max_length:
             raise EngineError(
-                f"a profile goes to {profile.maximum[1]} tokens, and the model takes at most {max_length}; lower its maximum"
+                f"a profile goes to {profile.maximum[1]} tokens, and the model takes at most {max_length}; "
+                "lower its maximum"
             )
 
 

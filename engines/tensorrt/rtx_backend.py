@@ -39,7 +39,7 @@ COMPUTE_CAPABILITIES = ((8, 6), (8, 9), (12, 0))  # Ampere, Ada and Blackwell RT
 
 @dataclass(frozen=True)
 class IntegerProducts:
-    """How many of the graph's quantized products the builder runs on integers, and the names of those that it does not."""
+    """How many quantized products of the graph the builder runs on integers, and which ones in float."""
 
     planned_products: int
     integer_products: int
@@ -49,7 +49,7 @@ class IntegerProducts:
 
 @dataclass(frozen=True)
 class RtxFacts:
-    """How many products the builder runs on integers (None where the passport does not say), and the sparsity report."""
+    """How many products run on integers (None where the passport does not say), and the sparsity report."""
 
     backend: str
     integer_products: int | None
@@ -66,8 +66,8 @@ class RtxFacts:
 def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -> EnginePassport:
     """Write an engine directory with ``model.engine`` and ``build.log``.
 
-    Raises `EngineUnavailable` without TensorRT-RTX, `ExportError` for a graph that it would refuse or degrade, `EngineError`
-    for everything that the builder refuses, and for INT8 convolutions that it built in float.
+    Raises `EngineUnavailable` without TensorRT-RTX, `ExportError` for a graph that it would refuse or degrade,
+    `EngineError` for everything that the builder refuses, and for INT8 convolutions that it built in float.
     """
     _require_installed()
     from nxm_export.graph.graph_weights import load_graph
@@ -120,8 +120,8 @@ def load(directory: str | Path, options: LoadOptions = LoadOptions()) -> TensorR
     built = passport.device.get("compute_capabilities", "unknown")
     if capability not in built.split(", "):
         raise EngineError(
-            f"{directory}: built for compute capability {built}, and this GPU has {capability}; TensorRT-RTX runs on RTX "
-            "GPUs only"
+            f"{directory}: built for compute capability {built}, and this GPU has {capability}; "
+            "TensorRT-RTX runs on RTX GPUs only"
         )
     trt = cast("TensorRT", importlib.import_module(MODULE))
     return TensorRTEngine(trt, directory / ENGINE_FILE, engine, f"rebuild it: {passport.rebuild_command()}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from engines.base import BackendCapabilities, BuildOptions, LoadOptions, copy_companions, spec_of
+from engines.base import BackendCapabilities, BuildOptions, LoadOptions, copy_companions
 from engines.passport import BuildFacts, EnginePassport, load_passport
 from engines.sparsity.build_evidence import LOG_FILE
 from engines.sparsity.report import SparsityReport, SparsityTarget, read_sparsity_report, write_weight_facts
@@ -27,7 +27,7 @@ from engines.tensorrt.builder_process import (
     usable_cache,
 )
 from engines.tensorrt.cuda_driver import device_facts
-from engines.tensorrt.profiles import default_profile, require_positions
+from engines.tensorrt.profiles import profiles_for
 from engines.tensorrt.runtime import TensorRTEngine
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.storage.json_files import Json
@@ -74,8 +74,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     model = load_graph(onnx)
     verify(onnx).require()
     _require_typing(model, trt.__version__, onnx)
-    profiles = tuple(options.profiles) or (default_profile(_max_length(onnx.parent)),)
-    require_positions(profiles, _max_length(onnx.parent))
+    profiles = profiles_for(options.profiles, onnx.parent)
     facts = _facts(trt, device)
     cache = _cache(options, facts)
     request = BuildRequest(
@@ -142,11 +141,6 @@ def _runtime() -> TensorRT:
 
 def _facts(trt: TensorRT, device: Mapping[str, str]) -> dict[str, str]:
     return {"tensorrt": trt.__version__, "gpu": device["gpu"], "compute_capability": device["compute_capability"]}
-
-
-def _max_length(directory: Path) -> int:
-    spec = spec_of(directory)
-    return spec.max_length if spec else 512
 
 
 def _require_typing(model: ir.Model, version: str, onnx: Path) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from engines.base import Profile
+from engines.base import Profile, spec_of
 from nxm_export.errors import EngineError
 
 STEP = 16  # tokens; INT8 kernels work on tiles of 16 or 32 rows
 MAX_BATCH, BEST_BATCH = 32, 8
+UNKNOWN_LENGTH = 512  # tokens that a model takes whose graph has no spec beside it
 
 
 def default_profile(max_length: int, batch: int = MAX_BATCH) -> Profile:
@@ -36,27 +38,26 @@ def choose_buckets(lengths: Iterable[int], count: int, max_length: int) -> list[
         )
     edges = sorted({min(max_length, -(-length // STEP) * STEP) for length in histogram})
     at = [sum(n for length, n in histogram.items() if length <= edge) for edge in edges]  # samples up to each edge
-    infinity = float("inf")
-    # cost[j] after b buckets: the least padded tokens when edge j closes the last of b buckets
-    cost = [at[j] * edges[j] for j in range(len(edges))]
-    cuts: list[list[int]] = [[-1] * len(edges)]
-    best: list[float] = list(map(float, cost))
-    total, chosen = best[-1], 0
+    # After b buckets: padded[j] are the least padded tokens when edge j closes the last of them, and origin[j] is the edge
+    # that closes the one before it.
+    padded = [float(samples * edge) for samples, edge in zip(at, edges, strict=True)]
+    origins = [[-1] * len(edges)]
+    total, chosen = padded[-1], 0
     for _ in range(1, min(count, len(edges))):
-        row, cut = [infinity] * len(edges), [-1] * len(edges)
+        longer, origin = [float("inf")] * len(edges), [-1] * len(edges)
         for j in range(len(edges)):
             for i in range(j):
-                tokens = best[i] + (at[j] - at[i]) * edges[j]
-                if tokens < row[j]:
-                    row[j], cut[j] = tokens, i
-        best = row
-        cuts.append(cut)
-        if best[-1] < total:
-            total, chosen = best[-1], len(cuts) - 1
+                tokens = padded[i] + (at[j] - at[i]) * edges[j]
+                if tokens < longer[j]:
+                    longer[j], origin[j] = tokens, i
+        padded = longer
+        origins.append(origin)
+        if padded[-1] < total:
+            total, chosen = padded[-1], len(origins) - 1
     picked, j = [], len(edges) - 1
     for level in range(chosen, -1, -1):
         picked.append(edges[j])
-        j = cuts[level][j]
+        j = origins[level][j]
     return picked[::-1]
 
 
@@ -87,6 +88,17 @@ def parse_profile(text: str) -> Profile:
             "1x1,8x128,32x512"
         )
     return Profile(*pairs) if len(pairs) == 3 else Profile((1, 1), pairs[0], pairs[0])
+
+
+def profiles_for(given: Sequence[Profile], directory: Path) -> tuple[Profile, ...]:
+    """The profiles to build for: those `given`, or one for everything that the model of a graph directory takes.
+
+    Raises `EngineError` for a given one that is longer than that.
+    """
+    spec = spec_of(directory)
+    max_length = spec.max_length if spec else UNKNOWN_LENGTH
+    require_positions(given, max_length)
+    return tuple(given) or (default_profile(max_length),)
 
 
 def require_positions(profiles: Sequence[Profile], max_length: int) -> None:

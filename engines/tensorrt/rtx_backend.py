@@ -13,13 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from engines.base import BackendCapabilities, BuildOptions, LoadOptions, copy_companions, spec_of
+from engines.base import BackendCapabilities, BuildOptions, LoadOptions, copy_companions
 from engines.passport import BuildFacts, EnginePassport, load_passport
 from engines.sparsity.build_evidence import LOG_FILE, integer_products, parse_layers
 from engines.sparsity.report import SparsityReport, SparsityTarget, read_sparsity_report, write_weight_facts
 from engines.tensorrt.builder_process import BuildRequest, build_in_child
 from engines.tensorrt.cuda_driver import device_facts
-from engines.tensorrt.profiles import default_profile, require_positions
+from engines.tensorrt.profiles import profiles_for
 from engines.tensorrt.runtime import TensorRTEngine
 from nxm_export.errors import EngineError, EngineUnavailable
 from nxm_export.storage.json_files import Json
@@ -78,8 +78,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     verify(onnx).require()
     if options.build_route is not None:
         raise EngineError("TensorRT-RTX has no build routes; leave --build-route out, or build with --backend trt")
-    profiles = tuple(options.profiles) or (default_profile(_max_length(onnx.parent)),)
-    require_positions(profiles, _max_length(onnx.parent))
+    profiles = profiles_for(options.profiles, onnx.parent)
     request = BuildRequest(  # without a timing cache: kernels are timed where the engine runs
         MODULE,
         onnx=str(onnx),
@@ -164,11 +163,6 @@ def _require_integer_convolutions(model: ir.Model, float_products: Sequence[str]
             f"{onnx}: TensorRT-RTX runs {len(in_float)} INT8 convolutions in float, such as {in_float[0]}. "
             "Export with --lowering matmul, or build with --backend trt"
         )
-
-
-def _max_length(directory: Path) -> int:
-    spec = spec_of(directory)
-    return spec.max_length if spec else 512
 
 
 def _facts() -> dict[str, str]:

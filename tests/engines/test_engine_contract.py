@@ -105,7 +105,9 @@ class TestProtocol:
         assert cpu_backends() == ("ort", "openvino")
         for name in BACKENDS:
             capabilities = backend(name).CAPABILITIES
-            assert capabilities.threads == capabilities.runs_onnx == (name in cpu_backends())
+            on_cpu = name in cpu_backends()
+            assert capabilities.threads == capabilities.runs_onnx == on_cpu
+            assert capabilities.layer_times == capabilities.sparse_kernels == (not on_cpu)
         assert issubclass(TensorRTEngine, LayerTimedEngine)
         assert not issubclass(ort_backend.OrtEngine, LayerTimedEngine)
 
@@ -204,6 +206,7 @@ class TestDirectory:
         graph = tiny_graph("bert", "inputs-outputs", "cpu" if capabilities.device == "cpu" else "trt") / "model.onnx"
         assert passport.onnx_sha256 == file_hash(graph)
         assert passport.engine_sha256 == file_hash(directory / passport.engine)
+        assert bool(passport.profiles) == capabilities.optimization_profiles
         assert passport.graph["task"] == "classification"
         assert passport.graph["placement"] == "inputs-outputs"
         assert passport.plan is not None

@@ -38,8 +38,8 @@ def choose_buckets(lengths: Iterable[int], count: int, max_length: int) -> list[
         )
     edges = sorted({min(max_length, -(-length // STEP) * STEP) for length in histogram})
     at = [sum(n for length, n in histogram.items() if length <= edge) for edge in edges]  # samples up to each edge
-    # After b buckets: padded[j] are the least padded tokens when edge j closes the last of them, and origin[j] is the edge
-    # that closes the one before it.
+    # After b buckets: padded[j] are the least padded tokens when edge j closes the last of them, and origin[j] is the
+    # edge that closes the one before it.
     padded = [float(samples * edge) for samples, edge in zip(at, edges, strict=True)]
     origins = [[-1] * len(edges)]
     total, chosen = padded[-1], 0

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from compressors.search import knapsack
+from compressors.search.knapsack import Latency, choose
 from compressors.search.sensitivity import Batches, Entry, OneShot, Probe, divergence, measure
 from compressors.search.settings import MIXES, SearchSettings
 from nxm_export.contract.plan import COUNTINGS, INT8_ATTENTION, REFERENCE_BITS, CompressionPlan, WeightSpec
@@ -294,55 +294,39 @@ class Selector:
         return self._cost(choice) <= budget and (limit is None or self._milliseconds(choice) <= limit)
 
     def _solve(self, mix: float, groups: list[list[int]], budget: int) -> Choice | None:
-        """Knapsack over groups; with a latency limit, at about the lowest price of a millisecond that keeps to it.
-
-        None where nothing within the budget does. A price finds the best choice only of those on the convex hull of loss
-        against latency; the joint check and the swaps go on from there.
-        """
+        """The exact choice within the budget and the latency limit, of least loss at a mix of the two sensitivities; weights of a
+        group take the same option. None where nothing fits."""
         possible = np.array([[spec is not None for spec in options] for options in self.options])
         losses = np.full(possible.shape, np.inf)
         losses[possible] = (1 - mix) * self.losses["kl"][possible] + mix * self.losses["fisher"][possible]
-        choice = self._cheapest(losses, groups, budget)
-        if choice is None or self.fits(choice, budget):
-            return choice
-        least = self._least_latency(groups, budget)
-        if not self.fits(least, budget):
+        limit = self.settings.latency_ms
+        latency = None if limit is None else Latency(self._by_group(self.latency, groups), limit)
+        try:
+            return self._spread(choose(self._by_group(losses, groups), self._bits(groups), budget, latency), groups)
+        except PlanError:
             return None
-        low, high = 0.0, float(losses[possible].max()) / max(float(self.latency[possible].max()), 1e-12)
-        best = None
-        for _ in range(60):  # double the price until it is high enough, then close in
-            price = high if best is None else (low + high) / 2
-            choice = self._cheapest(losses + price * self.latency, groups, budget)
-            assert choice is not None
-            if self.fits(choice, budget):
-                best, high = choice, price
-            elif best is None:
-                low, high = high, 2 * high
-            else:
-                low = price
-        return best or least
 
-    def _cheapest(self, prices: np.ndarray, groups: list[list[int]], budget: int) -> Choice | None:
-        """The choice of least total price (weights, options) within the budget; None where nothing fits it."""
-        costs = [[sum(self.costs[i][o] for i in group) for o in range(len(self.candidate_specs))] for group in groups]
-        if sum(min(options) for options in costs) > budget:
+    def _bits(self, groups: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Stored bits by group and option."""
+        return [[sum(self.costs[i][o] for i in group) for o in range(len(self.candidate_specs))] for group in groups]
+
+    def _by_group(self, values: np.ndarray, groups: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Sums of `values` (weights, options) by group and option."""
+        return [[float(sum(values[i][o] for i in group)) for o in range(len(self.candidate_specs))] for group in groups]
+
+    def _fastest(self, groups: Sequence[Sequence[int]], budget: int) -> Choice | None:
+        """The choice of least latency within the budget; None where nothing fits it."""
+        try:
+            return self._spread(choose(self._by_group(self.latency, groups), self._bits(groups), budget), groups)
+        except PlanError:
             return None
-        grouped = [
-            [float(sum(prices[i][o] for i in group)) for o in range(len(self.candidate_specs))] for group in groups
-        ]
-        return self._spread(knapsack.choose(grouped, costs, budget), groups)
-
-    def _least_latency(self, groups: list[list[int]], budget: int) -> Choice:
-        choice = self._cheapest(self.latency, groups, budget)
-        assert choice is not None
-        return choice
 
     def _require_reachable(self, budget: int) -> None:
         """Raise `PlanError`, before anything is measured, where nothing keeps to the budget, the latency limit and the paper's
         ties together."""
         by_paper = self.settings.method == "paper"
         groups = self.ties()["by role" if by_paper else "free"]
-        least = self._cheapest(self.latency, groups, budget)
+        least = self._fastest(groups, budget)
         tied = " that is the same for all matrices of a role" if by_paper else ""
         if least is None:
             raise PlanError(

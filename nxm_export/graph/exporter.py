@@ -239,7 +239,7 @@ def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> An
     with _silence():
         batch, sequence = (
             torch.export.Dim("batch"),
-            torch.export.Dim("sequence", max=family.max_positions(model.config.to_dict())),
+            torch.export.Dim("sequence", max=family.max_positions(read_config(path))),
         )
         examples = tuple(
             torch.ones(2, 7, dtype=torch.long) for _ in family.inputs

@@ -1,8 +1,8 @@
 """Task metrics with their uncertainty: the same numbers for a torch model, an ONNX graph and an engine.
 
-Every metric takes outputs and labels as arrays and returns one float. Values come from scikit-learn, scipy and seqeval,
-which are imported when a metric is computed. Intervals are percentile bootstraps over what is scored together: samples,
-or groups of them, such as the candidates of one query.
+Every metric takes outputs and labels as arrays and returns one float. Values but accuracy come from scikit-learn, scipy
+and seqeval, which are imported when a metric is computed. Intervals are percentile bootstraps over what is scored
+together: samples, or groups of them, such as the candidates of one query.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ Groups = np.ndarray | None
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
     """Share of samples whose highest logit is their label; logits (samples, classes)."""
-    from sklearn.metrics import accuracy_score
-
-    return float(accuracy_score(labels, logits.argmax(axis=-1)))
+    return float((logits.argmax(axis=-1) == labels).mean())  # scikit-learn takes 50 times as long for the same number
 
 
 def f1(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from engines.benchmark.http_load import exchange
 from tests.support.rawhttp import connect, read, request, send
 from tests.support.servers import Running
 
@@ -108,18 +107,19 @@ def soak(
                 connection = None
                 continue
             try:
-                status, body, stays = exchange(connection, messages[index])
+                connection.sendall(messages[index])
+                answer = read(connection)
             except OSError as error:
                 with lock:
                     report.lost.append(repr(error))
                 connection.close()
                 connection = None
                 continue
-            good = status == 200 and right(index, _logits(body))
+            good = answer.status == 200 and right(index, _logits(answer.body))
             with lock:
-                report.statuses[str(status)] = report.statuses.get(str(status), 0) + 1
-            count(right=int(good), wrong=int(status == 200 and not good))
-            if not stays:
+                report.statuses[str(answer.status)] = report.statuses.get(str(answer.status), 0) + 1
+            count(right=int(good), wrong=int(answer.status == 200 and not good))
+            if not answer.stays_open:
                 connection.close()
                 connection = None
         if connection is not None:

@@ -11,13 +11,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from engines.benchmark.http_load import Target, exchange, run_round
+from engines.benchmark.http_load import InferenceRequest, ServedModel, run_round
 from engines.passport import load_passport
 from engines.serving.app import OPENAPI_FILE
 from nxm_export.cli import main
@@ -27,6 +28,7 @@ from tests.support.rawhttp import Answer, connect, read, request, send
 from tests.support.servers import Running, free_port, nxm_serve
 
 INFER = "/v2/models/exact/infer"
+LENGTHS = (3, 9, 21, 40)
 
 
 def body_of(feeds: dict[str, np.ndarray], **more: object) -> bytes:
@@ -290,9 +292,10 @@ def test_the_busy_server_never_failed(busy: Running) -> None:
     assert busy.process.poll() is None
 
 
-def load_target(server: Running, lengths: tuple[int, ...] = (3, 9, 21, 40)) -> Target:
-    messages = [request("POST", INFER, body_of(feeds_of([n], n))) for n in lengths]
-    return Target("under test", "127.0.0.1", server.port, messages)
+def served_model(server: Running, *bodies: bytes) -> ServedModel:
+    """The exact model of a server, to be sent `bodies`, or, without, four of different lengths."""
+    requests = [InferenceRequest({}, body) for body in bodies or [body_of(feeds_of([n], n)) for n in LENGTHS]]
+    return ServedModel("under test", "127.0.0.1", server.port, INFER, requests)
 
 
 class ClosedLoop(threading.Thread):
@@ -306,7 +309,8 @@ class ClosedLoop(threading.Thread):
         self.stop = threading.Event()
 
     def run(self) -> None:
-        message = load_target(self.server).requests[self.index % 4]
+        length = LENGTHS[self.index % len(LENGTHS)]
+        message = request("POST", INFER, body_of(feeds_of([length], length)))
         connection: socket.socket | None = None
         while not self.stop.is_set():
             if connection is None:
@@ -315,14 +319,15 @@ class ClosedLoop(threading.Thread):
                 except ConnectionRefusedError:
                     return  # the server takes no more connections: nothing was sent, nothing is lost
             try:
-                status, _, stays = exchange(connection, message)
+                connection.sendall(message)
+                answer = read(connection)
             except OSError as error:
                 self.lost.append(repr(error))
                 return
-            if status != 200:
-                self.lost.append(f"status {status}")
+            if answer.status != 200:
+                self.lost.append(f"status {answer.status}")
             self.answered += 1
-            if not stays:
+            if not answer.stays_open:
                 connection.close()
                 connection = None
 
@@ -466,12 +471,11 @@ def test_the_log_is_json_lines_that_name_the_engine(ours: Running, engine: Path)
 
 
 def test_the_load_tool_counts_answers_and_errors(ours: Running) -> None:
-    good = run_round(load_target(ours), 4, 0.5)
+    good = run_round(served_model(ours), 4, 0.5)
     assert len(good.latencies) > 20
     assert not good.errors
-    bad = Target("bad", "127.0.0.1", ours.port, [request("POST", INFER, b"{}")])
-    assert set(run_round(bad, 2, 0.2).errors) == {"HTTP 400"}
-    gone = Target("gone", "127.0.0.1", free_port(), [b""])
+    assert set(run_round(served_model(ours, b"{}"), 2, 0.2).errors) == {"HTTP 400"}
+    gone = replace(served_model(ours), port=free_port())
     assert set(run_round(gone, 1, 0.2).errors) == {"ConnectionRefusedError"}
 
 

@@ -68,8 +68,8 @@ class Client:
         self._path = served.path
 
     def send(self, request: InferenceRequest) -> tuple[int, bytes]:
-        """(status, body) of the answer; raises `OSError` or `HTTPException` when it does not come whole, and connects anew
-        for the next request."""
+        """(status, body) of the answer; raises `OSError` or `HTTPException` when it does not come whole, and connects
+        anew for the next request."""
         try:
             self._connection.request("POST", self._path, request.body, dict(request.headers))
             answer = self._connection.getresponse()
@@ -154,8 +154,8 @@ def measure(
 ) -> LoadReport:
     """Load every model for `seconds` a round at every number of clients.
 
-    Raises `ServeError` for a model that refuses the first request, or that answers none at one number of clients, and when
-    a client fails.
+    Raises `ServeError` for a model that refuses the first request, or that answers none at one number of clients, and
+    when a client fails.
     """
     if not models or not clients or rounds < 1:
         raise ServeError("a load test needs at least one server, one number of clients and one round")

@@ -75,7 +75,7 @@ def test_the_fastest_beyond_noise_is_kept_and_the_passport_says_why(
     recorded = passport.options["auto"]
     assert re.search(why, recorded["why"])
     assert recorded["shapes"] == [[1, 4], [2, 6]]
-    assert [row["backend"] for row in recorded["rows"]] == ["ort", "openvino"]
+    assert [row["backend"] for row in recorded["candidates"]] == ["ort", "openvino"]
     assert recorded["parity"] == "not checked"
     assert {path.name for path in out.iterdir()} == {"model.onnx", "passport.json", "spec.json", "tokenizer.json"}
 

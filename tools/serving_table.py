@@ -29,7 +29,7 @@ import numpy as np
 from engines.base import LoadOptions, backend
 from engines.benchmark.http_load import Client, ServedModel, run_round, with_text, with_tokens
 from engines.passport import cpu_device, load_passport
-from engines.serving.repository import Source
+from engines.serving.repository import EngineSource
 from engines.triton import TritonOptions, export_repository
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.data.examples import encode, load_raw, load_tokenizer, pad, with_classes
@@ -90,7 +90,9 @@ def measure(engine: Path, data: str, seconds: float, rounds: int, scratch: Path,
     venv = triton_venv()
     if isinstance(venv, Path):
         repository = scratch / "repository"
-        export_repository([Source("m", "1", engine)], repository, TritonOptions(text=True, instances=cores, threads=1))
+        export_repository(
+            [EngineSource("m", "1", engine)], repository, TritonOptions(text=True, instances=cores, threads=1)
+        )
         servers[DOUBLE] = stack.enter_context(triton(repository, scratch / "triton", venv))
     for name, start in (("MLServer", mlserver), ("KServe SDK", kserve)):
         home = os.environ.get(f"NXM_{name.split()[0].upper()}_VENV")

@@ -487,7 +487,7 @@ def _tolerance_text(part: Part) -> str:
 
 def _apart(spec: IOSpec, name: str, changed: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """|changed - expected|; per token the longest sample may not be among them, so `changed` may be shorter."""
-    return np.abs(changed - (expected[:, : changed.shape[1]] if _per_token(spec, name) else expected))
+    return np.asarray(np.abs(changed - (expected[:, : changed.shape[1]] if _per_token(spec, name) else expected)))
 
 
 def _per_token(spec: IOSpec, name: str) -> bool:

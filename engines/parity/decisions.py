@@ -86,8 +86,8 @@ def decisions(values: np.ndarray, reading: Reading) -> np.ndarray | None:
     if reading.output_kind == "span":
         return _among(values, reading.allowed).argmax(-1)
     if reading.output_kind == "sigmoid":
-        return (values > 0).astype(int)
-    return values.argmax(-1) if reading.output_kind == "softmax" and values.shape[-1] > 1 else None
+        return np.asarray(values > 0, dtype=int)
+    return np.asarray(values.argmax(-1)) if reading.output_kind == "softmax" and values.shape[-1] > 1 else None
 
 
 def _among(values: np.ndarray, allowed: np.ndarray | None) -> np.ndarray:

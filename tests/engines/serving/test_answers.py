@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from engines.base import backend
-from engines.serving.repository import Source
+from engines.serving.repository import EngineSource
 from engines.triton import TritonOptions, export_repository
 from nxm_export.data.examples import Examples, label_array, pad
 from nxm_export.data.question_answering import Window, windows
@@ -90,10 +90,10 @@ def test_what_cannot_be_answered_is_refused(server: Running, texts: dict[str, li
 
 
 def test_triton_is_handed_tokens_alone(engine: Path, tmp_path: Path) -> None:
-    export_repository([Source("qa", "1", engine)], tmp_path / "tokens", TritonOptions(threads=1))
+    export_repository([EngineSource("qa", "1", engine)], tmp_path / "tokens", TritonOptions(threads=1))
     config = (tmp_path / "tokens" / "qa" / "config.pbtxt").read_text()
     for name in ("start_logits", "end_logits"):
         assert f'name: "{name}"' in config
     with pytest.raises(ServeError, match="gives no answers in words for question-answering on Triton"):
-        export_repository([Source("qa", "1", engine)], tmp_path / "text", TritonOptions(text=True, threads=1))
+        export_repository([EngineSource("qa", "1", engine)], tmp_path / "text", TritonOptions(text=True, threads=1))
     assert not (tmp_path / "text").exists()

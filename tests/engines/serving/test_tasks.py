@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 from engines.ort import backend as ort
 from engines.serving.protocol import TensorSpec
-from engines.serving.repository import Source
-from engines.serving.text import TextFace
+from engines.serving.repository import EngineSource
+from engines.serving.text import TextFrontend
 from engines.triton import TritonOptions, export_repository
 from nxm_export.cli import main
 from nxm_export.contract.io_spec import load_spec
@@ -110,7 +110,7 @@ def test_bench_serve_sends_both_texts_to_models_that_read_two(built: Callable[[s
 
 
 def test_the_wrong_number_of_texts_is_refused(built: Callable[[str], Path]) -> None:
-    faces = {task: TextFace(built(task), load_spec(built(task))) for task in SHAPES}
+    faces = {task: TextFrontend(built(task), load_spec(built(task))) for task in SHAPES}
     with pytest.raises(RequestRefused, match="embedding reads one text a row"):
         faces["embedding"].tokens({"text": bytes_of("a"), "text_pair": bytes_of("b")})
     with pytest.raises(RequestRefused, match=r"reranking needs text \(the query\) and text_pair \(the document\)"):
@@ -122,7 +122,7 @@ def test_triton_has_the_outputs_and_the_texts(
     task: str, dims: str, built: Callable[[str], Path], tmp_path: Path
 ) -> None:
     pair = task == "reranking"
-    sources = [Source("m", "1", built(task))]
+    sources = [EngineSource("m", "1", built(task))]
     export_repository(sources, tmp_path / "repo", TritonOptions(text=True, pair=pair, threads=1))
     assert {path.name for path in (tmp_path / "repo").iterdir() if path.is_dir()} == {"m", "m_tokenizer", "m_text"}
     text = (tmp_path / "repo" / "m_text" / "config.pbtxt").read_text()

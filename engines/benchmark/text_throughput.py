@@ -100,7 +100,7 @@ def run_text(
 
 def bench_text(
     engines: Mapping[str, Engine],
-    tokenise: Callable[[], list[Features]],
+    tokenise: Callable[[], Sequence[Features]],
     *,
     pad_id: int,
     limit: int,

@@ -223,18 +223,18 @@ def _tensorrt(served: Sequence[_Model], options: TritonOptions) -> str | None:
         return None
     if None in needed:
         raise ServeError("a TensorRT engine's passport does not name its TensorRT version; build it again")
-    found = sorted(str(version) for version in needed)
-    if len(found) > 1:
+    versions = sorted(str(version) for version in needed)
+    if len(versions) > 1:
         raise ServeError(
-            f"the engines need TensorRT {' and '.join(found)}, and one container has one; build them alike"
+            f"the engines need TensorRT {' and '.join(versions)}, and one container has one; build them alike"
         )
-    if options.tensorrt is not None and not same_version(found[0], options.tensorrt):
+    if options.tensorrt is not None and not same_version(versions[0], options.tensorrt):
         raise ServeError(
-            f"the engines were built by TensorRT {found[0]}, and the container has "
+            f"the engines were built by TensorRT {versions[0]}, and the container has "
             f"{options.tensorrt}: it would refuse them; "
             "choose the container with that version, or build the engines in this one"
         )
-    return found[0]
+    return versions[0]
 
 
 def _facts(passport: EnginePassport) -> EngineFacts:

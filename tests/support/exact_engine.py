@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from engines.parity.gates import GateResult
 from engines.parity.reports import PARITY_FILE, SCHEMA, ParityReport
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.storage.json_files import encode
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 WORDS = ("good", "bad", "film", "plot", "a", "the", "not", "very")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -60,7 +64,8 @@ def table(seed: int = 0) -> np.ndarray:
 def expected(feeds: dict[str, np.ndarray], seed: int = 0) -> np.ndarray:
     """The logits (batch, 2), by the formula."""
     summed = table(seed)[feeds["input_ids"]] + feeds["token_type_ids"][..., None]
-    return (summed * feeds["attention_mask"][..., None]).sum(axis=1).astype(np.float32)
+    logits: np.ndarray = (summed * feeds["attention_mask"][..., None]).sum(axis=1).astype(np.float32)
+    return logits
 
 
 def feeds_of(lengths: Sequence[int], seed: int = 0) -> dict[str, np.ndarray]:
@@ -90,7 +95,7 @@ def write_graph(out: Path, seed: int = 0, work: int = 0) -> Path:
     return out / "model.onnx"
 
 
-def tokenizer():  # type: ignore[no-untyped-def]
+def tokenizer() -> Tokenizer:
     """Words by the vocabulary, framed as BERT frames them."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

@@ -153,14 +153,14 @@ def test_a_closed_queue_refuses_new_requests_and_still_hands_out_the_old() -> No
 def test_without_delay_an_idle_engine_runs_a_lone_request_at_once_and_with_delay_it_waits_for_company() -> None:
     for delay, together in ((0.0, 1), (0.5, 2)):
         queue = BatchQueue(plan_buckets(MAX_LENGTH, 8, ()), Limits(max_delay=delay))
-        found: list[int] = []
-        taker = threading.Thread(target=lambda queue=queue, found=found: found.append(len(queue.take()[1])))
+        sizes: list[int] = []
+        taker = threading.Thread(target=lambda queue=queue, sizes=sizes: sizes.append(len(queue.take()[1])))
         taker.start()
         queue.submit(queued([5], 1))
         time.sleep(0.1)
         queue.submit(queued([5], 2))
         taker.join(5)
-        assert found == [together]
+        assert sizes == [together]
 
 
 def test_a_delay_ends_when_the_batch_is_full() -> None:
@@ -241,7 +241,12 @@ def test_many_submitters_and_two_engines_lose_and_double_nothing(engine: Path) -
     for worker in workers:
         worker.start()
     all_queued = [[queued([1 + (seed * 7 + i) % MAX_LENGTH], seed * 1000 + i) for i in range(50)] for seed in range(8)]
-    submitters = [threading.Thread(target=lambda mine=mine: [queue.submit(one) for one in mine]) for mine in all_queued]
+
+    def submit(mine: Sequence[QueuedRequest]) -> None:
+        for one in mine:
+            queue.submit(one)
+
+    submitters = [threading.Thread(target=submit, args=(mine,)) for mine in all_queued]
     for submitter in submitters:
         submitter.start()
     for submitter in submitters:

@@ -383,8 +383,11 @@ def test_a_changed_engine_directory_is_reloaded_under_load_without_a_lost_reques
         served.rename(tmp_path / "old")
         newer.rename(served)
         new = load_passport(served).engine_sha256
-        metadata = lambda: send(server.port, "GET", "/v2/models/exact").json()["parameters"]["engine_sha256"]  # noqa: E731
-        assert eventually(lambda: metadata() == new)
+
+        def serving() -> object:
+            return send(server.port, "GET", "/v2/models/exact").json()["parameters"]["engine_sha256"]
+
+        assert eventually(lambda: serving() == new)
         np.testing.assert_array_equal(logits(send(server.port, "POST", INFER, body_of(feeds))), expected(feeds, 1))
         for client in clients:
             client.stop.set()
@@ -415,7 +418,12 @@ def test_several_models_and_versions_serve_side_by_side(engine: Path, tmp_path: 
     other = exact_engine.build(tmp_path / "other", seed=1)
     feeds = feeds_of([7])
     with nxm_serve(tmp_path / "log", f"exact={engine}", f"exact:2={other}", f"alone={other}") as server:
-        for path, seed in ((INFER, 1), ("/v2/models/exact/versions/1/infer", 0), ("/v2/models/exact/versions/2/infer", 1), ("/v2/models/alone/infer", 1)):  # fmt: skip
+        for path, seed in (
+            (INFER, 1),
+            ("/v2/models/exact/versions/1/infer", 0),
+            ("/v2/models/exact/versions/2/infer", 1),
+            ("/v2/models/alone/infer", 1),
+        ):
             np.testing.assert_array_equal(
                 logits(send(server.port, "POST", path, body_of(feeds))), expected(feeds, seed)
             )
@@ -504,9 +512,9 @@ def test_bench_serve_loads_a_running_server(ours: Running, engine: Path, tmp_pat
         ]
         result = CliRunner().invoke(main, command)
         assert result.exit_code == 0, result.output
-        (found,) = json.loads(result.stdout)["results"]
-        assert found["answered"] > 10
-        assert found["errors"] == {}
+        (load,) = json.loads(result.stdout)["results"]
+        assert load["answered"] > 10
+        assert load["errors"] == {}
     nobody = CliRunner().invoke(
         main, ["bench", "--model", "x", "--serve", f"http://127.0.0.1:{free_port()}", "--data", str(data)]
     )

@@ -66,7 +66,7 @@ def test_a_served_text_gives_what_the_compared_tokens_give(
         texts = {"text": [row[0] for row in rows], "text_pair": [row[1] for row in rows]}
     count = len(texts["text"])
     with ort.load(engine) as loaded:
-        wanted = loaded.run(pad(features_of(engine, str(data), Columns())[:count], 0))[name]
+        expected = loaded.run(pad(features_of(engine, str(data), Columns())[:count], 0))[name]
     body = {
         "inputs": [
             {"name": key, "datatype": "BYTES", "shape": [count, 1], "data": value} for key, value in texts.items()
@@ -80,9 +80,9 @@ def test_a_served_text_gives_what_the_compared_tokens_give(
             described = json.load(answer)["outputs"]
     assert described == [{"name": name, "datatype": "FP32", "shape": [-1, columns]}]
     assert (output["name"], output["datatype"], output["shape"]) == (name, "FP32", [count, columns])
-    found = np.array(output["data"]).reshape(count, columns)
+    actual = np.array(output["data"]).reshape(count, columns)
     np.testing.assert_allclose(
-        found, wanted, atol=0.02 * np.abs(wanted).max()
+        actual, expected, atol=0.02 * np.abs(expected).max()
     )  # a code may move in another batch shape
 
 
@@ -101,9 +101,9 @@ def test_bench_serve_sends_both_texts_to_models_that_read_two(built: Callable[[s
             load = ["--clients", "1", "--seconds", "0.2", "--rounds", "1"]
             done = CliRunner().invoke(main, ["bench", *where, *load, "--task", task])
             assert done.exit_code == 0, done.output
-            (found,) = json.loads(done.stdout)["results"]
-            assert found["answered"] > 0
-            assert found["errors"] == {}
+            (load,) = json.loads(done.stdout)["results"]
+            assert load["answered"] > 0
+            assert load["errors"] == {}
         done = CliRunner().invoke(main, ["bench", *where, *load, "--task", "embedding"])
         assert done.exit_code == 1
         assert "Traceback" not in done.output

@@ -87,11 +87,11 @@ def parse(*files: Path) -> dict[str, Any]:
     """Configurations by name; raises `text_format.ParseError` for what Triton would not read."""
     from google.protobuf import json_format, text_format
 
-    found = {}
+    configs = {}
     for file in files:
         config = text_format.Parse(file.read_text(encoding="utf-8"), definition().ModelConfig())
-        found[config.name] = json_format.MessageToDict(config, preserving_proto_field_name=True)
-    return found
+        configs[config.name] = json_format.MessageToDict(config, preserving_proto_field_name=True)
+    return configs
 
 
 def test_the_configuration_of_plans_says_everything_that_the_passport_knows(
@@ -99,7 +99,8 @@ def test_the_configuration_of_plans_says_everything_that_the_passport_knows(
 ) -> None:
     export_repository(plans, tmp_path / "repo", TritonOptions(instances=2, max_batch=16))
     config = parse(tmp_path / "repo" / "planned" / "config.pbtxt")["planned"]
-    zeros = [{"key": name, "value": {"data_type": "TYPE_INT32", "zero_data": True}} for name in ("input_ids", "attention_mask", "token_type_ids")]  # fmt: skip
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    zero = {"data_type": "TYPE_INT32", "zero_data": True}
     assert config == {
         "name": "planned",
         "backend": "tensorrt",
@@ -107,16 +108,20 @@ def test_the_configuration_of_plans_says_everything_that_the_passport_knows(
         "max_batch_size": 4,  # what the profile of the long sequences has room for
         "default_model_filename": "model_sm80.plan",
         "cc_model_filenames": {"8.0": "model_sm80.plan", "9.0": "model_sm90.plan"},
-        "input": [{"name": name, "data_type": "TYPE_INT32", "dims": ["-1"]} for name in ("input_ids", "attention_mask", "token_type_ids")],
+        "input": [{"name": name, "data_type": "TYPE_INT32", "dims": ["-1"]} for name in names],
         "output": [{"name": "logits", "data_type": "TYPE_FP32", "dims": ["2"]}],
         "version_policy": {"latest": {"num_versions": 1}},
         "dynamic_batching": {},  # with no delay and no queue policy: see the module text of engines.triton.config
         "instance_group": [{"kind": "KIND_GPU", "count": 2, "profile": ["0", "1"]}],
         "model_warmup": [
-            {"name": f"batch {batch} length {length}", "batch_size": batch, "inputs": {z["key"]: {**z["value"], "dims": [str(length)]} for z in zeros}}
+            {
+                "name": f"batch {batch} length {length}",
+                "batch_size": batch,
+                "inputs": {name: {**zero, "dims": [str(length)]} for name in names},
+            }
             for batch, length in ((4, 16), (2, 48))
         ],
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(
@@ -150,11 +155,11 @@ def test_the_text_face_is_an_ensemble_of_tokenizer_engine_and_labels(engine: Pat
     export_repository(
         [EngineSource("m", "1", engine)], tmp_path / "repo", TritonOptions(text=True, pair=True, threads=1)
     )
-    found = parse(*sorted((tmp_path / "repo").glob("*/config.pbtxt")))
-    assert set(found) == {"m", "m_tokenizer", "m_labels", "m_text"}
-    assert found["m"]["parameters"] == {"intra_op_thread_count": {"string_value": "1"}}
-    assert found["m"]["instance_group"] == [{"kind": "KIND_CPU", "count": 1}]
-    ensemble = found["m_text"]
+    configs = parse(*sorted((tmp_path / "repo").glob("*/config.pbtxt")))
+    assert set(configs) == {"m", "m_tokenizer", "m_labels", "m_text"}
+    assert configs["m"]["parameters"] == {"intra_op_thread_count": {"string_value": "1"}}
+    assert configs["m"]["instance_group"] == [{"kind": "KIND_CPU", "count": 1}]
+    ensemble = configs["m_text"]
     assert [i["name"] for i in ensemble["input"]] == ["text", "text_pair"]
     assert [(o["name"], o["data_type"]) for o in ensemble["output"]] == [
         ("logits", "TYPE_FP32"),
@@ -216,8 +221,8 @@ def test_pairs_of_sentences_run_through_the_ensemble(plan_server: Running, model
     encoding = exact_engine.tokenizer().encode("good film", "bad")
     feeds = {"input_ids": encoding.ids, "attention_mask": encoding.attention_mask, "token_type_ids": encoding.type_ids}
     with client_http.InferenceServerClient(plan_server.address) as client:
-        found = client.infer(model, inputs).as_numpy("logits")
-    np.testing.assert_array_equal(found, exact_engine.expected({k: np.array([v]) for k, v in feeds.items()}))
+        actual = client.infer(model, inputs).as_numpy("logits")
+    np.testing.assert_array_equal(actual, exact_engine.expected({k: np.array([v]) for k, v in feeds.items()}))
 
 
 def test_a_manifest_names_every_file_and_notices_a_change(plans: list[EngineSource], tmp_path: Path) -> None:
@@ -237,7 +242,9 @@ def test_a_manifest_names_every_file_and_notices_a_change(plans: list[EngineSour
     ]
 
 
-@pytest.mark.parametrize(("version", "fits"), [("10.14.1", True), ("10.14.1.48", True), ("10.14.2", False), ("8.6.1", False), (None, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("version", "fits"), [("10.14.1", True), ("10.14.1.48", True), ("10.14.2", False), ("8.6.1", False), (None, False)]
+)
 def test_plans_want_the_containers_tensorrt(
     plans: list[EngineSource], tmp_path: Path, version: str | None, fits: bool
 ) -> None:
@@ -245,7 +252,9 @@ def test_plans_want_the_containers_tensorrt(
     assert (problems(tmp_path / "repo", version) == []) is fits
 
 
-@pytest.mark.parametrize(("number", "text"), [(8601, "8.6.1"), (8503, "8.5.3"), (100001, "10.0.1"), (101401, "10.14.1"), (110400, "11.4.0")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "text"), [(8601, "8.6.1"), (8503, "8.5.3"), (100001, "10.0.1"), (101401, "10.14.1"), (110400, "11.4.0")]
+)
 def test_tensorrts_version_number_is_read_as_nvidia_writes_it(number: int, text: str) -> None:
     assert version_text(number) == text
 
@@ -311,11 +320,27 @@ def test_container_files_are_yaml_and_copy_every_model(plans: list[EngineSource]
         ({"backend": "trt_rtx"}, "no backend for trt_rtx engines"),
         ({"bindings": {}}, "does not say what the engine's inputs are"),
         ({"requires": {}}, "does not name its TensorRT version"),
-        ({"bindings": {"inputs": [{"name": "x", "dtype": "int64", "shape": [8, -1]}], "outputs": [{"name": "y", "dtype": "float32", "shape": [8, 2]}]}}, "fixed batch"),
-        ({"bindings": {"inputs": [{"name": "x", "dtype": "complex64", "shape": [-1, -1]}], "outputs": [{"name": "y", "dtype": "float32", "shape": [-1, 2]}]}}, "no type for complex64"),
+        (
+            {
+                "bindings": {
+                    "inputs": [{"name": "x", "dtype": "int64", "shape": [8, -1]}],
+                    "outputs": [{"name": "y", "dtype": "float32", "shape": [8, 2]}],
+                }
+            },
+            "fixed batch",
+        ),
+        (
+            {
+                "bindings": {
+                    "inputs": [{"name": "x", "dtype": "complex64", "shape": [-1, -1]}],
+                    "outputs": [{"name": "y", "dtype": "float32", "shape": [-1, 2]}],
+                }
+            },
+            "no type for complex64",
+        ),
         ({"engine_sha256": "0" * 64}, "is not the engine of its passport"),
     ],
-)  # fmt: skip
+)
 def test_what_triton_cannot_load_is_refused_and_nothing_is_left(
     engine: Path, tmp_path: Path, changes: dict[str, Any], complaint: str
 ) -> None:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -174,7 +173,7 @@ class Part:
             perturbation=perturbation,
         )
 
-    def load(self) -> AbstractContextManager[Engine]:
+    def load(self) -> Engine:
         """The engine itself."""
         return backend(self.passport.backend).load(self.directory)
 

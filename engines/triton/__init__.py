@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.passport import EnginePassport, load_passport
+from engines.passport import EnginePassport, PlanSummary, load_passport
 from engines.serving.repository import EngineSource
 from engines.serving.shapes import plan_buckets
 from engines.serving.text import BYTES_PER_TOKEN, names_classes
@@ -60,7 +60,7 @@ class EngineFacts:
     engine_sha256: str
     onnx_sha256: str
     requires: Mapping[str, str]
-    plan: Json
+    plan: PlanSummary | None
 
 
 @dataclass(frozen=True)

@@ -101,9 +101,9 @@ def test_bench_serve_sends_both_texts_to_models_that_read_two(built: Callable[[s
             load = ["--clients", "1", "--seconds", "0.2", "--rounds", "1"]
             done = CliRunner().invoke(main, ["bench", *where, *load, "--task", task])
             assert done.exit_code == 0, done.output
-            (load,) = json.loads(done.stdout)["results"]
-            assert load["answered"] > 0
-            assert load["errors"] == {}
+            (result,) = json.loads(done.stdout)["results"]
+            assert result["answered"] > 0
+            assert result["errors"] == {}
         done = CliRunner().invoke(main, ["bench", *where, *load, "--task", "embedding"])
         assert done.exit_code == 1
         assert "Traceback" not in done.output

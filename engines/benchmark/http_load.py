@@ -31,6 +31,7 @@ from nxm_export.storage.json_files import Json, to_builtins
 
 SCHEMA = "nxm-load/1"
 TIMEOUT = 60.0  # seconds without a byte before a client gives its request up
+WARM_UP = 1.0  # seconds, and at most a quarter of the time that is measured
 ENCODINGS = ("binary", "json")
 
 
@@ -149,10 +150,8 @@ def with_text(name: str, url: str, model: str, texts: Sequence[str | tuple[str, 
     return _served(name, url, model, requests)
 
 
-def measure(
-    models: Sequence[ServedModel], clients: Sequence[int], *, seconds: float, rounds: int = 3, warm_up: float = 1.0
-) -> LoadReport:
-    """Load every model for `seconds` a round at every number of clients.
+def measure(models: Sequence[ServedModel], clients: Sequence[int], *, seconds: float, rounds: int = 3) -> LoadReport:
+    """Load every model for `seconds` a round at every number of clients, each time after a warm-up of up to `WARM_UP`.
 
     Raises `ServeError` for a model that refuses the first request, or that answers none at one number of clients, and
     when a client fails.
@@ -165,7 +164,7 @@ def measure(
     for number in range(rounds):
         for count in clients:
             for served in rotated(list(models), number):
-                run_round(served, count, warm_up)
+                run_round(served, count, min(WARM_UP, seconds / 4))
                 taken[served.name, count].append(run_round(served, count, seconds))
     return LoadReport(tuple(_summary(name, count, loads) for (name, count), loads in taken.items()))
 

@@ -121,7 +121,7 @@ def serving(respond: Respond) -> Iterator[Server]:
 
 def load(server: Server, *, clients: int = 2, seconds: float = 0.2) -> LoadReport:
     served = with_text("server", server.url, "m", ["a film"])
-    return measure([served], [clients], seconds=seconds, rounds=1, warm_up=0.0)
+    return measure([served], [clients], seconds=seconds, rounds=1)
 
 
 @pytest.mark.parametrize("respond", [chunked, with_length, closing])
@@ -129,9 +129,10 @@ def test_every_way_to_end_an_answer_is_understood(respond: Respond) -> None:
     with serving(respond) as server:
         (result,) = load(server).results
     assert result.errors == {}
-    # Every request was answered and counted; the first of all was the one that asks whether anybody is there.
-    assert server.counts["/v2/models/m/infer"] == result.answered + 1
-    assert server.counts["connections"] == (result.answered + 1 if respond is closing else 3)
+    # Every request was answered; more than are counted, as the first one asks who is there and some warm the server up.
+    requests, connections = server.counts["/v2/models/m/infer"], server.counts["connections"]
+    assert requests > result.answered > 0
+    assert connections == (requests if respond is closing else 5)  # one to ask, two to warm up, two to measure
     assert 0 < result.p50 <= result.p99
 
 

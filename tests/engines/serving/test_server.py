@@ -243,13 +243,13 @@ def test_half_closed_connections_are_let_go(busy: Running) -> None:
 
 def test_a_request_that_never_arrives_whole_is_408_and_an_idle_connection_is_closed(busy: Running) -> None:
     message = request("POST", INFER, body_of(feeds_of([3])))
-    for part in (10, len(message) - 5):
-        with connect(busy.port) as connection:
-            connection.sendall(message[:part])
+    with connect(busy.port) as in_head, connect(busy.port) as in_body, connect(busy.port) as idle:
+        in_head.sendall(message[:10])
+        in_body.sendall(message[:-5])
+        for connection in (in_head, in_body):
             answer = read(connection)
             assert (answer.status, answer.headers["connection"]) == (408, "close")
-    with connect(busy.port) as connection:
-        assert connection.recv(1) == b""
+        assert idle.recv(1) == b""
 
 
 def test_slow_loris_clients_do_not_keep_others_out_for_long(busy: Running) -> None:

@@ -27,9 +27,9 @@ from pathlib import Path
 import numpy as np
 
 from engines.base import LoadOptions, backend
-from engines.benchmark.http_load import Target, run_round, text_target, token_target
+from engines.benchmark.http_load import Client, ServedModel, run_round, with_text, with_tokens
 from engines.passport import cpu_device, load_passport
-from engines.serving.repository import Source
+from engines.serving.repository import EngineSource
 from engines.triton import TritonOptions, export_repository
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.data.examples import encode, load_raw, load_tokenizer, pad, with_classes
@@ -90,7 +90,9 @@ def measure(engine: Path, data: str, seconds: float, rounds: int, scratch: Path,
     venv = triton_venv()
     if isinstance(venv, Path):
         repository = scratch / "repository"
-        export_repository([Source("m", "1", engine)], repository, TritonOptions(text=True, instances=cores, threads=1))
+        export_repository(
+            [EngineSource("m", "1", engine)], repository, TritonOptions(text=True, instances=cores, threads=1)
+        )
         servers[DOUBLE] = stack.enter_context(triton(repository, scratch / "triton", venv))
     for name, start in (("MLServer", mlserver), ("KServe SDK", kserve)):
         home = os.environ.get(f"NXM_{name.split()[0].upper()}_VENV")
@@ -101,14 +103,14 @@ def measure(engine: Path, data: str, seconds: float, rounds: int, scratch: Path,
 
     binary = [name for name in servers if name.startswith(("nxm", "Triton"))]
     texts = [name for name in ("nxm serve", DOUBLE) if name in servers]
-    tokens = {n: token_target(n, servers[n].url, "m", features, spec) for n in binary}
+    tokens = {n: with_tokens(n, servers[n].url, "m", features, spec) for n in binary}
     if DOUBLE in servers:  # Triton merges requests of equal shape only: what a client that knows it would send
-        tokens[PADDED] = token_target(PADDED, servers[DOUBLE].url, "m", features, spec, multiple=8)
+        tokens[PADDED] = with_tokens(PADDED, servers[DOUBLE].url, "m", features, spec, multiple=8)
         servers[PADDED] = servers[DOUBLE]
     groups = {
         "Tokens, binary tensors": tokens,
-        "Tokens, JSON": {n: token_target(n, servers[n].url, "m", features, spec, encoding="json") for n in servers if n != PADDED and "no batching" not in n},
-        "Sentences (tokenized by the server), JSON": {n: text_target(n, servers[n].url, "m_text", examples.texts) for n in texts},
+        "Tokens, JSON": {n: with_tokens(n, servers[n].url, "m", features, spec, encoding="json") for n in servers if n != PADDED and "no batching" not in n},
+        "Sentences (tokenized by the server), JSON": {n: with_text(n, servers[n].url, "m_text", examples.texts) for n in texts},
     }  # fmt: skip
     found: dict[tuple[str, str, int], Samples] = {}
     for number in range(rounds):
@@ -128,7 +130,7 @@ def measure(engine: Path, data: str, seconds: float, rounds: int, scratch: Path,
     return _document(engine, found, groups, overhead, seconds, rounds, lengths, cores)
 
 
-def sample(target: Target, server: Running, clients: int, seconds: float, into: Samples) -> None:
+def sample(target: ServedModel, server: Running, clients: int, seconds: float, into: Samples) -> None:
     """One round of one server, after a short warm-up."""
     run_round(target, clients, min(1.0, seconds / 4))
     before = cpu_seconds(server.process.pid)
@@ -145,7 +147,7 @@ def sample(target: Target, server: Running, clients: int, seconds: float, into: 
 
 
 def protocol_overhead(
-    engine: Path, features: Sequence[dict[str, list[int]]], targets: dict[str, Target], rounds: int
+    engine: Path, features: Sequence[dict[str, list[int]]], targets: dict[str, ServedModel], rounds: int
 ) -> dict[str, float]:
     """Median extra milliseconds of a request over a bare loop that calls the engine with the same samples, one by one.
 
@@ -166,18 +168,13 @@ def protocol_overhead(
     return {name: float(np.median(np.array(times) - np.array(bare))) * 1e3 for name, times in served.items()}
 
 
-def one_by_one(target: Target, indices: Sequence[int]) -> list[float]:
+def one_by_one(target: ServedModel, indices: Sequence[int]) -> list[float]:
     """Seconds of each of these requests, on one connection."""
-    import socket
-
-    from engines.benchmark.http_load import exchange
-
     times = []
-    with socket.create_connection((target.host, target.port), 30) as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    with Client(target) as client:
         for i in indices:
             began = time.perf_counter()
-            status, _, _ = exchange(connection, target.requests[i])
+            status, _ = client.send(target.requests[i])
             times.append(time.perf_counter() - began)
             assert status == 200
     return times
@@ -239,7 +236,7 @@ def _version(venv: Path, name: str) -> str:
 def _document(
     engine: Path,
     found: dict[tuple[str, str, int], Samples],
-    groups: dict[str, dict[str, Target]],
+    groups: dict[str, dict[str, ServedModel]],
     overhead: dict[str, float],
     seconds: float,
     rounds: int,
@@ -269,7 +266,7 @@ def _document(
     return "\n".join(lines)
 
 
-def _against(found: dict[tuple[str, str, int], Samples], groups: dict[str, dict[str, Target]]) -> list[str]:
+def _against(found: dict[tuple[str, str, int], Samples], groups: dict[str, dict[str, ServedModel]]) -> list[str]:
     """`nxm serve` against every other server, round by round: the median of the ratios of one round."""
     lines = ["**`nxm serve` against the others**, median of the ratios within a round, lowest to highest", ""]
     lines += ["| requests | against | clients | throughput | p99 |", "|---|---|---|---|---|"]

@@ -128,7 +128,7 @@ def _print_choice(choice: Any, facts: dict[str, Any]) -> None:
     shapes = [f"{batch}x{sequence}, ms" for batch, sequence in choice.shapes]
     rows = [
         (row.backend, *(f"{value:.3g}" for value in row.latency_ms), f"{row.speedup:.2f}x" if number else "reference")
-        for number, row in enumerate(choice.rows)
+        for number, row in enumerate(choice.candidates)
     ]
     print_table("candidates, medians of interleaved rounds", ("backend", *shapes, "speed"), rows)
     for name, why in choice.left_out.items():

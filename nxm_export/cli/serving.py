@@ -73,12 +73,12 @@ def serve(engines: tuple[str, ...], **options: Any) -> None:
     from engines.serving.app import RequestLimits
     from engines.serving.connection import ConnectionLimits
     from engines.serving.model import ModelOptions
-    from engines.serving.repository import Source
+    from engines.serving.repository import EngineSource
     from engines.serving.server import ServerOptions
     from engines.serving.server import serve as serve_engines
 
     serve_engines(
-        [Source.parse(text) for text in engines],
+        [EngineSource.parse(text) for text in engines],
         ModelOptions(
             instances=options["instances"],
             threads=options["threads"],
@@ -120,12 +120,12 @@ def serve(engines: tuple[str, ...], **options: Any) -> None:
 @json_option
 def triton(engines: tuple[str, ...], out: Path, json: bool, **options: Any) -> None:
     """Write a Triton model repository from ENGINE_DIRs; several of one NAME are one model for several GPUs."""
-    from engines.serving.repository import Source
+    from engines.serving.repository import EngineSource
     from engines.triton import TritonOptions, export_repository
     from engines.triton.deploy import DEFAULT_IMAGE
 
     manifest = export_repository(
-        [Source.parse(text) for text in engines],
+        [EngineSource.parse(text) for text in engines],
         out,
         TritonOptions(
             text=options["text"] or options["text_pair"],
@@ -138,4 +138,6 @@ def triton(engines: tuple[str, ...], out: Path, json: bool, **options: Any) -> N
             tensorrt=options["container_tensorrt"],
         ),
     )
-    show_result(manifest, json, lambda facts: print_table(str(out), ("file", "sha256"), list(facts["files"].items())))
+    show_result(
+        manifest.to_dict(), json, lambda facts: print_table(str(out), ("file", "sha256"), list(facts["files"].items()))
+    )

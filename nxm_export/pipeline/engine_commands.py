@@ -347,7 +347,7 @@ def load_servers(
     """
     import random
 
-    from engines.benchmark.http_load import measure, text_target, token_target
+    from engines.benchmark.http_load import measure, with_text, with_tokens
     from nxm_export.contract.io_spec import load_spec
     from nxm_export.contract.tasks import task_named
     from nxm_export.data.examples import Columns
@@ -357,11 +357,11 @@ def load_servers(
         kind = task_named(task)
         texts = read_by_model(load_labelled(data, "dev", Columns(), kind), kind)
         texts = random.Random(0).sample(texts, len(texts))
-        targets = [text_target(url, url, model, texts) for url in urls]
+        targets = [with_text(url, url, model, texts) for url in urls]
     else:
         features = features_of(engine, data, Columns())
         features = random.Random(0).sample(features, len(features))
-        targets = [token_target(url, url, model, features, load_spec(engine), encoding=encoding) for url in urls]
+        targets = [with_tokens(url, url, model, features, load_spec(engine), encoding=encoding) for url in urls]
     return measure(targets, clients, seconds=seconds, rounds=rounds)
 
 

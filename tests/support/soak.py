@@ -1,8 +1,9 @@
 """A server under load for as long as you like, with everything that goes wrong in real life happening to it meanwhile.
 
 Clients send without pause and check every answer. Some go away in the middle of a request or of an answer, some send
-garbage, some never finish. The engine directory is replaced by an equal one again and again. In the end every request that
-was sent whole, and whose client stayed, must have had the right answer, and memory, threads and files must be where they were.
+garbage, some never finish. The engine directory is replaced by an equal one again and again. In the end every request
+that was sent whole, and whose client stayed, must have had the right answer, and memory, threads and files must be
+where they were.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from engines.benchmark.http_load import exchange
 from tests.support.rawhttp import connect, read, request, send
 from tests.support.servers import Running
 
@@ -32,8 +32,8 @@ STUCK = 0.002  # share of requests that stop in the middle, until the server giv
 
 @dataclass
 class SoakReport:
-    """What happened. Memory is resident, in MiB: the least in the second and in the last fifth of the time, which is when
-    one set of engines is loaded (a reload holds two for a while, and what leaks stays), and the most of all."""
+    """What happened. Memory is resident, in MiB: the least in the second and in the last fifth of the time, which is
+    when one set of engines is loaded (a reload holds two for a while, and what leaks stays), and the most of all."""
 
     seconds: float = 0.0
     clients: int = 0
@@ -53,18 +53,18 @@ class SoakReport:
 
     def problems(self, memory_growth: float) -> list[str]:
         """Why this run is not good; `memory_growth` is what is allowed, in MiB."""
-        found = [f"{len(self.lost)} requests lost: {self.lost[:3]}"] if self.lost else []
+        complaints = [f"{len(self.lost)} requests lost: {self.lost[:3]}"] if self.lost else []
         if self.wrong:
-            found.append(f"{self.wrong} wrong answers")
+            complaints.append(f"{self.wrong} wrong answers")
         if set(self.statuses) - {"200"}:
-            found.append(f"statuses other than 200: {self.statuses}")
+            complaints.append(f"statuses other than 200: {self.statuses}")
         if self.memory_late > self.memory_early + memory_growth:
-            found.append(f"memory rose from {self.memory_early:.0f} to {self.memory_late:.0f} MiB")
+            complaints.append(f"memory rose from {self.memory_early:.0f} to {self.memory_late:.0f} MiB")
         if self.threads[1] > self.threads[0] + 2:  # the loader's and the tokenizer's begin when they are first needed
-            found.append(f"threads rose from {self.threads[0]} to {self.threads[1]}")
+            complaints.append(f"threads rose from {self.threads[0]} to {self.threads[1]}")
         if self.files[1] > self.files[0] + 4:  # a connection or two may just be closing
-            found.append(f"open files rose from {self.files[0]} to {self.files[1]}")
-        return found
+            complaints.append(f"open files rose from {self.files[0]} to {self.files[1]}")
+        return complaints
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,7 +82,8 @@ def soak(
     reload_every: float = 5.0,
     seed: int = 0,
 ) -> SoakReport:
-    """Run; `right` says whether the logits for ``bodies[i]`` are right. `engine` is the served directory, which is replaced."""
+    """Run; `right` says whether the logits for ``bodies[i]`` are right. `engine` is the served directory, which is
+    replaced."""
     report = SoakReport(clients=clients)
     lock = threading.Lock()
     stop = threading.Event()
@@ -108,18 +109,19 @@ def soak(
                 connection = None
                 continue
             try:
-                status, body, stays = exchange(connection, messages[index])
+                connection.sendall(messages[index])
+                answer = read(connection)
             except OSError as error:
                 with lock:
                     report.lost.append(repr(error))
                 connection.close()
                 connection = None
                 continue
-            good = status == 200 and right(index, _logits(body))
+            good = answer.status == 200 and right(index, _logits(answer.body))
             with lock:
-                report.statuses[str(status)] = report.statuses.get(str(status), 0) + 1
-            count(right=int(good), wrong=int(status == 200 and not good))
-            if not stays:
+                report.statuses[str(answer.status)] = report.statuses.get(str(answer.status), 0) + 1
+            count(right=int(good), wrong=int(answer.status == 200 and not good))
+            if not answer.stays_open:
                 connection.close()
                 connection = None
         if connection is not None:
@@ -153,12 +155,12 @@ def soak(
 
 def reloads_done(server: Running) -> Counter[str]:
     """Reloads by result, from the metrics."""
-    found: Counter[str] = Counter()
+    results: Counter[str] = Counter()
     for line in send(server.port, "GET", "/metrics").body.decode().splitlines():
         if line.startswith("nxm_reloads_total{"):
             result = line.split('result="')[1].split('"')[0]
-            found[result] += int(float(line.rsplit(" ", 1)[1]))
-    return found
+            results[result] += int(float(line.rsplit(" ", 1)[1]))
+    return results
 
 
 def _misbehave(

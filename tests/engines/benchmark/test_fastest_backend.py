@@ -24,7 +24,8 @@ pytest.importorskip("openvino", reason="OpenVINO is not installed; pip install '
 
 
 class Paced:
-    """An engine whose every run takes as long as it is told, by its own clock: `engines.benchmark.latency` does the rest."""
+    """An engine whose every run takes as long as it is told, by its own clock: `engines.benchmark.latency` does the
+    rest."""
 
     clock = "told"
 
@@ -75,7 +76,7 @@ def test_the_fastest_beyond_noise_is_kept_and_the_passport_says_why(
     recorded = passport.options["auto"]
     assert re.search(why, recorded["why"])
     assert recorded["shapes"] == [[1, 4], [2, 6]]
-    assert [row["backend"] for row in recorded["rows"]] == ["ort", "openvino"]
+    assert [row["backend"] for row in recorded["candidates"]] == ["ort", "openvino"]
     assert recorded["parity"] == "not checked"
     assert {path.name for path in out.iterdir()} == {"model.onnx", "passport.json", "spec.json", "tokenizer.json"}
 
@@ -86,7 +87,10 @@ def test_the_mix_of_shapes_decides(graph: Path, tmp_path: Path) -> None:
     def measure(engines: Mapping[str, Engine], shapes: Sequence[tuple[int, int]]) -> BenchReport:
         speed = {(1, 1): (4.0, 1.0), (1, 5): (1.0, 2.0)}
         reports = [told(ort=[speed[s][0]], openvino=[speed[s][1]])(engines, [s]) for s in dict.fromkeys(shapes)]
-        return BenchReport([t for r in reports for t in r.timings], [x for r in reports for x in r.ratios])
+        return BenchReport(
+            tuple(timing for report in reports for timing in report.timings),
+            tuple(ratio for report in reports for ratio in report.ratios),
+        )
 
     for shapes, kept in (([(1, 1), (1, 5)], "openvino"), ([(1, 1), *[(1, 5)] * 4], "ort")):
         _, choice = build_fastest(graph, tmp_path / kept, shapes=shapes, measure=measure)

@@ -19,10 +19,17 @@ def test_a_soaked_server_loses_nothing_and_keeps_its_size(engine: Path, tmp_path
     served = Path(shutil.copytree(engine, tmp_path / "served"))
     feeds = [feeds_of([n, 1 + n // 2], n) for n in range(1, MAX_LENGTH + 1)]
     bodies = [
-        json.dumps({"inputs": [{"name": k, "datatype": "INT64", "shape": list(v.shape), "data": v.ravel().tolist()} for k, v in f.items()]}).encode()
+        json.dumps(
+            {
+                "inputs": [
+                    {"name": k, "datatype": "INT64", "shape": list(v.shape), "data": v.ravel().tolist()}
+                    for k, v in f.items()
+                ]
+            }
+        ).encode()
         for f in feeds
-    ]  # fmt: skip
-    wanted = [expected(f) for f in feeds]
+    ]
+    expected_logits = [expected(f) for f in feeds]
     arguments = (f"exact={served}", "--watch-seconds", "0.1", "--read-timeout-ms", "500")
     with nxm_serve(tmp_path / "log", *arguments) as server:
         report = soak(
@@ -30,7 +37,7 @@ def test_a_soaked_server_loses_nothing_and_keeps_its_size(engine: Path, tmp_path
             served,
             "/v2/models/exact/infer",
             bodies,
-            lambda i, logits: np.array_equal(logits, wanted[i]),
+            lambda i, logits: np.array_equal(logits, expected_logits[i]),
             seconds=10,
             reload_every=1.0,
         )

@@ -189,7 +189,7 @@ def calibrate_here(sequences: int) -> dict[str, Any]:
     import torch
 
     from compressors.malloc import keep_freed_memory
-    from compressors.quantization.fake_quant import calibrate
+    from compressors.quantization.preparation import calibrate
     from tools.bench_training import prepared
 
     keep_freed_memory()

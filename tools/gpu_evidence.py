@@ -150,7 +150,8 @@ def one_shot(variant: Variant, directory: Path) -> Path:
     import torch
     import transformers
 
-    from compressors.quantization.fake_quant import bake, calibrate, prepare, quant_linears
+    from compressors.quantization.fake_quant import quant_linears
+    from compressors.quantization.preparation import bake, calibrate, prepare
     from nxm_export.contract.checkpoint import open_checkpoint, save_plan
     from nxm_export.contract.families import FAMILIES, GELUS
     from nxm_export.contract.plan import WeightSpec
@@ -173,7 +174,7 @@ def one_shot(variant: Variant, directory: Path) -> Path:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
     calibrate(model, [batch], 99.99)
     for layer in quant_linears(model).values():
-        layer.harden()
+        layer.freeze_mask()
     scales = bake(model, plan)
     with atomic_dir(out) as scratch:
         model.save_pretrained(scratch)

@@ -15,15 +15,16 @@ import torch
 from compressors.malloc import keep_freed_memory
 from compressors.models import load_model, load_tokenizer, resolve
 from compressors.pruning.permutation import permute_channels, permute_residual, residual_order
-from compressors.pruning.sparsegpt import input_moments
-from compressors.quantization.fake_quant import bake, prepare, quant_linears
-from compressors.search.sensitivity import divergence
+from compressors.pruning.sparsegpt import input_hessians
+from compressors.quantization.fake_quant import quant_linears
+from compressors.quantization.preparation import bake, prepare
 from compressors.settings import Settings
-from compressors.training.task_data import read_task_data
+from compressors.training.divergence import divergence
+from compressors.training.task_data import TaskDataRequest, read_task_data
 from compressors.training.trainer import collate, predict
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.tasks import task_named
-from nxm_export.data.examples import Columns, label_array
+from nxm_export.data.examples import label_array
 
 SAMPLES = 256
 
@@ -38,9 +39,8 @@ def main() -> None:
     chosen = parser.parse_args()
     keep_freed_memory()
     source, task = resolve(chosen.dense), task_named("classification")
-    data = read_task_data(
-        source, task, chosen.train, chosen.dev, Settings(max_length=chosen.max_length), Columns(), load_tokenizer(source), None
-    )  # fmt: skip
+    request, settings = TaskDataRequest(task, chosen.train, chosen.dev), Settings(max_length=chosen.max_length)
+    data = read_task_data(source, request, load_tokenizer(source), settings)
     pick = np.random.default_rng(0).permutation(len(data.train))[:SAMPLES]
     batches = [collate([data.train[i] for i in pick[at : at + 32]], data.pad_id) for at in range(0, len(pick), 32)]
     labels = label_array(data.dev)
@@ -53,16 +53,16 @@ def main() -> None:
                 model = load_model(source, task).eval()
                 prepare(model, plan, source.family, source.config)
                 layers = quant_linears(model)
-                moments = input_moments(model, batches, diagonal=True) if activation else {}
+                squares = input_hessians(model, batches, diagonal=True) if activation else {}
                 for name, layer in layers.items():
-                    layer.importance = moments[name].sqrt() if activation else None
+                    layer.importance = squares[name].sqrt() if activation else None
                 shares = permute_channels(model, plan, source.family, source.config) if permuted else {}
                 if permuted.endswith("residual"):
                     order, kept = residual_order(model, plan, source.family, source.config)
                     permute_residual(model, order, source.family, source.config)
                     shares |= kept
                 for layer in layers.values():
-                    layer.harden()
+                    layer.freeze_mask()
                 bake(model, plan)
                 found = predict(model, data.dev, data.pad_id)
                 kl = divergence(torch.from_numpy(wanted), torch.from_numpy(found)) / len(found)

@@ -16,16 +16,17 @@ from torch import nn
 
 from compressors.malloc import keep_freed_memory
 from compressors.models import load_model, load_tokenizer, resolve
-from compressors.quantization.fake_quant import calibrate, prepare, quant_linears
-from compressors.search.sensitivity import divergence
+from compressors.quantization.fake_quant import quant_linears
+from compressors.quantization.preparation import calibrate, prepare
 from compressors.settings import Settings
+from compressors.training.divergence import divergence
 from compressors.training.output_sensitivity import output_costs
-from compressors.training.task_data import read_task_data
+from compressors.training.task_data import TaskDataRequest, read_task_data
 from compressors.training.trainer import collate, predict
 from nxm_export.contract.placement import residual_output_weights
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.tasks import task_named
-from nxm_export.data.examples import Columns, label_array, sorted_batches
+from nxm_export.data.examples import label_array, sorted_batches
 from nxm_export.data.metrics import mcc
 
 
@@ -39,7 +40,7 @@ def main() -> None:
     keep_freed_memory()
     settings = Settings(max_length=chosen.max_length)
     source, task = resolve(chosen.dense), task_named("classification")
-    data = read_task_data(source, task, chosen.train, chosen.dev, settings, Columns(), load_tokenizer(source), None)
+    data = read_task_data(source, TaskDataRequest(task, chosen.train, chosen.dev), load_tokenizer(source), settings)
     labels, dense = label_array(data.dev), predict(load_model(source, task), data.dev, data.pad_id)
     plan = source.family.uniform_plan(source.config, WeightSpec.parse("W8"))
     model = load_model(source, task).eval()

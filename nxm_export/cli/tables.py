@@ -266,7 +266,7 @@ def _counts(plan: Mapping[str, int], embedding: str | None = None) -> str:
 def print_search(found: Mapping[str, Any]) -> None:
     """The finalists of a search, its Pareto front and its cost."""
     countings = ("hw", "packed", "values")
-    timed = ("ms",) if "milliseconds" in found["best"] else ()
+    timed = () if found["best"]["milliseconds"] is None else ("ms",)
     tied = [{**row, "origin": f"{tie}: {row['origin']}"} for tie, row in found["tied"].items()]
     for title, rows in (("finalists", found["finalists"]), ("tied", tied), ("at other compressions", found["pareto"])):
         if rows:

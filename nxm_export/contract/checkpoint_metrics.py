@@ -62,17 +62,15 @@ class PermutationFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressionMetrics(Scores):
-    """Of a compressed checkpoint.
+class TrainingFacts:
+    """How a checkpoint was compressed.
 
     `steps` are all optimizer steps, `qat_steps` those with fixed masks. `admm`, `admm_steps`, `residual` (||W - Z|| / ||W||
     before masks were fixed) and `residual_gate_passed` are of recipes with ADMM; `sr_ste_steps` is of SR-STE.
     `outputs_in_float` has the divergence that each output quantizer would have cost which was left out for it, by weight.
-    `table_drop` is what rounding the embedding table to INT8 costs by itself, in points of the metric, with its 95 % paired
-    interval. `mask_hash` is the sha256 over all masks.
+    `mask_hash` is the sha256 over all masks.
     """
 
-    kind: Literal["compressed"] = "compressed"
     recipe: str
     steps: int
     train_samples: int
@@ -86,6 +84,17 @@ class CompressionMetrics(Scores):
     residual: float | None = None
     residual_gate_passed: bool | None = None
     sr_ste_steps: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionMetrics(TrainingFacts, Scores):
+    """Of a compressed checkpoint: its scores, how it was compressed, and what its INT8 embedding table costs.
+
+    `table_drop` is what rounding the embedding table to INT8 costs by itself, in points of the metric, with its 95 % paired
+    interval; None where the table is in float.
+    """
+
+    kind: Literal["compressed"] = "compressed"
     table_drop: float | None = None
     table_drop_interval: tuple[float, float] | None = None
 
@@ -134,6 +143,6 @@ def _upgraded(value: Mapping[str, Json]) -> dict[str, Json]:
     return {**fields, "kind": kind, "secondary_metrics": secondary}
 
 
-def score_fields(scores: Scores) -> dict[str, Json]:
-    """The fields of `Scores` alone, to make one of its two kinds with."""
-    return {entry.name: getattr(scores, entry.name) for entry in dataclasses.fields(Scores)}
+def fields_of(record: Scores | TrainingFacts) -> dict[str, Json]:
+    """The fields of a record by name, to make a larger one with."""
+    return {entry.name: getattr(record, entry.name) for entry in dataclasses.fields(record)}

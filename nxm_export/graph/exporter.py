@@ -277,7 +277,7 @@ def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> ir
     model = load_task_model(path, task, dtype=dtype)
     with _silence():
         batch = torch.export.Dim("batch")
-        sequence = torch.export.Dim("sequence", max=family.max_positions(model.config.to_dict()))
+        sequence = torch.export.Dim("sequence", max=family.max_positions(read_config(path)))
         # One object twice would be traced as one input.
         examples = tuple(torch.ones(2, 7, dtype=torch.long) for _ in family.inputs)
         program = torch.onnx.export(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nxm_export.contract.checkpoint_metrics import read_metrics
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.errors import ArtifactError, EngineError, ParityError
@@ -68,11 +69,8 @@ def summarize(
     def read(*parts: str) -> dict[str, Any]:
         return dict(read_json(directory.path(*parts), "run the same `nxm run` again"))
 
-    dense, compressed, latency = (
-        read("dense", "metrics.json"),
-        read("checkpoint", "metrics.json"),
-        read("bench", "latency.json"),
-    )
+    dense, compressed = (read_metrics(directory.path(stage)) for stage in ("dense", "checkpoint"))
+    latency = read("bench", "latency.json")
     compared = [name for name in engines if name not in missing]
     reports = {name: read("compare", name, "parity.json") for name in compared}
     main, reference = f"ort-cpu-{kind_of(plan)}", "ort-cpu-fp32"
@@ -84,12 +82,12 @@ def summarize(
     rtx = next((name for name in engines if name.startswith("trt_rtx")), None)
     return {
         "schema": SUMMARY_SCHEMA,
-        "metric": dense["metric"],
-        "dev_samples": dense["dev_samples"],
-        "dense": dense["value"],
+        "metric": dense.metric,
+        "dev_samples": dense.dev_samples,
+        "dense": dense.value,
         "compressed": reports[main]["engine_value"],
         "difference_interval": paired_interval(
-            dense["metric"],
+            dense.metric,
             scored_outputs(task, outputs[main]),
             scored_outputs(task, outputs[reference]),
             labels,
@@ -97,7 +95,7 @@ def summarize(
             groups=groups,
         ),
         **({} if alike is None else {"cosine_to_dense": {"mean": float(alike.mean()), "least": float(alike.min())}}),
-        "checkpoint": compressed["value"],
+        "checkpoint": compressed.value,
         "compression": {counting: plan.compression(counting) for counting in COUNTINGS},
         "plan": plan.pattern_counts,
         "embedding": plan.embedding,
@@ -124,7 +122,7 @@ def summarize(
         "missing": dict(missing),
         "failed": dict(failed),
         "training": {
-            key: compressed.get(key)
+            key: getattr(compressed, key)
             for key in (
                 "recipe",
                 "admm_steps",

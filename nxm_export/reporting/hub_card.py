@@ -19,7 +19,7 @@ from nxm_export import __version__
 from nxm_export.contract.plan import COUNTINGS
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError
-from nxm_export.reporting.figures import Shown
+from nxm_export.reporting.figures import Figure, Shown, Source
 from nxm_export.reporting.run_facts import Engine, Run, read_engine_directory, read_run
 from nxm_export.reporting.verdicts import (
     COUNTED,
@@ -206,17 +206,22 @@ def _text(figure: Any, kind: str) -> str:
 def _beside(run: Run, engine: Engine | None) -> Iterator[tuple[str, str, str]]:
     """Further metrics of the task: name, of the dense model, of the engine (of the checkpoint where no engine was compared)."""
     for name in _BESIDE:
-        of_engine = engine.parity.at("secondary_metrics", name, 1) if engine and engine.parity else None
-        compressed = of_engine or (run.compressed.at(name) if run.compressed else None)
+        of_engine = engine.parity.at("beside", name, 1) if engine and engine.parity else None
+        compressed = of_engine or _secondary(run.compressed, name)
         if compressed is not None:
-            yield name, _text(run.dense.at(name) if run.dense else None, "score"), _text(compressed, "score")
+            yield name, _text(_secondary(run.dense, name), "score"), _text(compressed, "score")
+
+
+def _secondary(metrics: Source | None, name: str) -> Figure | None:
+    """A further metric of a checkpoint; files without a schema have it beside the others."""
+    return (metrics.at("secondary_metrics", name) or metrics.at(name)) if metrics else None
 
 
 def _training(run: Run) -> dict[str, str]:
     """The facts of compression training, without the metric, which stands elsewhere."""
     source = run.compressed
-    shown = {"schema", "metric", "value", "interval", *_BESIDE}
-    keys = [key for key in source.data if key not in shown] if source else []
+    shown = {"schema", "kind", "metric", "value", "interval", "secondary_metrics", *_BESIDE}
+    keys = [key for key, value in source.data.items() if key not in shown and value not in (None, {})] if source else []
     return {key.replace("_", " "): _text(source.at(key), "general") for key in keys} if source else {}
 
 

@@ -232,6 +232,7 @@ def _training(run: Run) -> Table:
         (key.replace("_", " "), figure.shown("general"))
         for key in keys
         if (figure := run.figure("training", key) or (run.compressed.at(key) if run.compressed else None))
+        and figure.value is not None
     ]
     return Table("Compression training", ("what", "value"), rows)
 

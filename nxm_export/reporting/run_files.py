@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nxm_export.contract.checkpoint_metrics import METRICS_FILE, decode_metrics
+from nxm_export.contract.search_result import SEARCH_FILE, decode_search_result
 from nxm_export.errors import ArtifactError
 from nxm_export.reporting.figures import Figure, Source
 from nxm_export.reporting.shapes import SHAPES, misfit
@@ -75,6 +77,14 @@ class Files:
         if not isinstance(data, dict) or schema != _SCHEMAS.get(name, schema) or family != _FAMILIES.get(name, family):
             wanted = _SCHEMAS.get(name) or _FAMILIES.get(name) or "a JSON object"
             self.doubts.append(f"{file} is of schema {schema!r}, not {wanted}: it is not shown; make it again")
+            return None
+        try:
+            if name == METRICS_FILE:
+                decode_metrics(text, file)
+            elif name == SEARCH_FILE:
+                decode_search_result(text, file)
+        except ArtifactError as error:
+            self.doubts.append(f"{error}: it is not shown")
             return None
         if wrong := misfit(data, SHAPES.get(name, {})):
             self.doubts.append(f"{file} is malformed at {wrong}: it is not shown; make it again")

@@ -8,7 +8,6 @@ NUMBER = (int, float)
 NAN = (int, float, type(None))  # JSON has no NaN; files hold null
 TEXT = (str, type(None))
 _RATIOS = [{"name": str, "reference": str, "batch": int, "sequence": int, "speedup": NAN, "interval": [NAN]}]
-_METRICS = {"?metric": str, "?value": NAN, "?interval": [NAN], "?dev_samples": int}
 
 # file name -> shape: a type or several, [shape of every item], {field: shape} where "?field" may be absent, {...: shape of
 # every value}. Fields that are not named may be anything.
@@ -30,7 +29,6 @@ SHAPES: dict[str, Any] = {
         "failed": {...: str},
         "training": dict,
     },
-    "metrics.json": _METRICS,
     "latency.json": {
         "timings": [{"name": str, "batch": int, "sequence": int, "median": NUMBER, "quartiles": [NUMBER]}],
         "ratios": _RATIOS,
@@ -65,7 +63,6 @@ SHAPES: dict[str, Any] = {
         "options": dict,
     },
     "spec.json": {"task": str, "labels": [str], "inputs": [str]},
-    "search.json": {"?best": dict, "?pareto": [dict]},
 }
 _LENGTHS = {"interval": 2, "quartiles": 2, "difference_interval": 2, "engine_interval": 2}
 

@@ -130,7 +130,7 @@ class TestHead:
         train, dev = tiny.write_data(tmp_path, "reranking")
         options: dict[str, Any] = {"task": "reranking", "train": str(train), "dev": str(dev), "settings": Settings()}
         metrics = finetune(path, out=tmp_path / "out", **options)
-        assert (metrics["steps"], metrics["metric"]) == (0, "ndcg_at_10")
+        assert (metrics.steps, metrics.metric) == (0, "ndcg_at_10")
         assert task_of(read_config(tmp_path / "out")) == "reranking"
         assert load_spec(export(path, tmp_path / "graph", task="reranking").path.parent).task == "reranking"
 

@@ -16,11 +16,10 @@ from scipy.stats import spearmanr
 
 from compressors.models import load_model, resolve
 from compressors.search.plan_search import search
-from compressors.search.sensitivity import divergence
 from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
 from compressors.training.compress import compress, finetune
-from compressors.training.distillation import vector_loss
+from compressors.training.divergence import divergence, vector_loss
 from engines.parity.compare import compare
 from engines.parity.decisions import cosines
 from engines.parity.gates import check_gate, parse_gate
@@ -351,7 +350,8 @@ def test_a_plan_is_searched_from_plain_sentences(tmp_path: Path) -> None:
         candidate_specs=("2:4+W4", "W8", "dense"), compression=0.8, samples=8, held_out=8, swaps=1
     )
     result = search(path, task="embedding", train=str(train), out=tmp_path / "out", settings=settings, training=TINY)
-    assert 0 < result["best"]["joint"] < 4  # 4 is the opposite direction
+    assert result.best.joint is not None
+    assert 0 < result.best.joint < 4  # 4 is the opposite direction
     assert len((tmp_path / "out" / "sensitivity.csv").read_text().splitlines()) == 1 + 2 * 12
 
 

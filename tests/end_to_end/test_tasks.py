@@ -323,8 +323,7 @@ def test_labels_agree_where_every_label_is_a_choice_of_its_own() -> None:
     """Against Bernoulli divergences, one at a time."""
     import torch
 
-    from compressors.search.sensitivity import divergence
-    from compressors.training.distillation import labels_loss
+    from compressors.training.divergence import divergence, labels_loss
 
     torch.manual_seed(0)
     student, teacher = torch.randn(3, 4), torch.randn(3, 4)

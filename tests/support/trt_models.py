@@ -60,7 +60,8 @@ def compressed(
     import torch
     import transformers
 
-    from compressors.quantization.fake_quant import bake, calibrate, prepare, quant_linears
+    from compressors.quantization.fake_quant import quant_linears
+    from compressors.quantization.preparation import bake, calibrate, prepare
     from nxm_export.contract.checkpoint import open_checkpoint, save_plan
     from nxm_export.contract.families import FAMILIES
     from nxm_export.contract.plan import WeightSpec
@@ -82,7 +83,7 @@ def compressed(
     batch = {name: torch.from_numpy(value) for name, value in feeds_for(family.inputs, 4, 16).items()}
     calibrate(model, [batch], 99.9)
     for layer in quant_linears(model).values():
-        layer.harden()
+        layer.freeze_mask()
     with torch.inference_mode():
         logits = model(**batch).logits
     scales = bake(model, plan)

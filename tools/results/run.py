@@ -20,16 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from compressors.models import resolve
-from compressors.search.plan_search import TABLE_FILE, search
-from compressors.search.sensitivity import divergence
+from compressors.search.plan_search import SENSITIVITY_FILE, search
 from compressors.search.settings import SearchSettings
 from compressors.settings import DENSE_FIELDS, Settings
 from compressors.training.compress import compress, finetune
 from compressors.training.default_recipe import training_of
+from compressors.training.divergence import divergence
 from nxm_export.cli.tables import Progress
+from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.families import size_of
 from nxm_export.contract.packed_checkpoint import pack
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan, WeightSpec
+from nxm_export.contract.search_result import SEARCH_FILE, read_search_result
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.metrics import metric_named
 from nxm_export.errors import ArtifactError, DataError
@@ -107,25 +109,12 @@ class Measure:
                 teacher.path, plan=plan, out=out, settings=settings, progress=progress, **self._data(out)
             )
         facts, labels = self._facts(out, _compress_part(settings), clock.seconds)
-        keys = (
-            "admm",
-            "admm_steps",
-            "sr_ste_steps",
-            "qat_steps",
-            "residual",
-            "residual_gate_passed",
-            "permutation",
-            "outputs_in_float",
-            "table_drop",
-            "table_drop_interval",
-            "held_out_samples",
-        )
         facts |= {
-            "recipe": metrics["recipe"],
+            "recipe": metrics.recipe,
             "kl_to_dense": _kl(teacher.path, out),
             "teacher_sha256": teacher.sha256,
-            "training": {key: metrics[key] for key in keys if key in metrics},
-            "mask_sha256": metrics["mask_hash"],
+            "training": _training_part(metrics),
+            "mask_sha256": metrics.mask_hash,
             "compression": {counting: plan.compression(counting) for counting in COUNTINGS},
             "bytes": _bytes(plan, out),
             "plan": {
@@ -149,7 +138,7 @@ class Measure:
         assert row.search is not None
         method, counting, compression = row.search
         out = self._directory(seed) / f"{row.slug}.search"
-        if not (out / "search.json").is_file():
+        if not (out / SEARCH_FILE).is_file():
             wanted: dict[str, Any] = {"method": method, "counting": counting, "compression": compression, "seed": seed}
             chosen = replace(self.protocol.search, **wanted | row.searching)
             with self.bars() as progress:
@@ -162,11 +151,11 @@ class Measure:
                     training=self._settings(row, seed),
                     progress=progress,
                 )
-        if (out / TABLE_FILE).is_file():
+        if (out / SENSITIVITY_FILE).is_file():
             (self.results / self.task.name).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(out / TABLE_FILE, self.results / self.task.name / f"sensitivity-s{seed}.csv")
-        found = json.loads((out / "search.json").read_text(encoding="utf-8"))
-        facts = {key: found[key] for key in ("method", "budget", "best", "samples", "cost")}
+            shutil.copyfile(out / SENSITIVITY_FILE, self.results / self.task.name / f"sensitivity-s{seed}.csv")
+        result = read_search_result(out / SEARCH_FILE).to_dict()
+        facts = {key: result[key] for key in ("method", "budget", "best", "samples", "cost")}
         plan = CompressionPlan.from_json((out / "plan.json").read_text(encoding="utf-8"), source=str(out / "plan.json"))
         return plan, {"search": facts}
 
@@ -246,9 +235,9 @@ class Measure:
     def _facts(self, out: Path, settings: Mapping[str, Any], seconds: float) -> tuple[dict[str, Any], str]:
         """What every record holds, from a finished checkpoint; and the dev labels."""
         predictions, labels, classes = _outputs(out)
-        metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+        metrics = read_metrics(out)
         logits, wanted = store.one_hot(predictions, classes), store.decode(labels)
-        trained = metrics.get("train_samples") or _lines(self.files.train)
+        trained = metrics.train_samples if isinstance(metrics, CompressionMetrics) else _lines(self.files.train)
         facts = {
             "model": self.protocol.model_name,
             "data_sha256": self.files.digest,
@@ -261,10 +250,12 @@ class Measure:
                 for name in self.task.metrics
             },
             "samples": {"train": trained, "dev": len(labels)},
-            "steps": metrics["steps"],
-            "epochs": round(metrics["steps"] * settings["batch_size"] / trained, 3),
+            "steps": metrics.steps,
+            "epochs": round(metrics.steps * settings["batch_size"] / trained, 3),
             "seconds": round(seconds, 1),
-            "dev_reads": 2 if "table_drop" in metrics else 1,  # the second time without the INT8 table
+            "dev_reads": 2
+            if getattr(metrics, "table_drop", None) is not None
+            else 1,  # the second time without the INT8 table
             "versions": versions(),
             "machine": machine(),
             "classes": classes,
@@ -425,6 +416,16 @@ def changed(settings: Settings, changes: Mapping[str, Any], width: int) -> Setti
     training = training_of(plain, task_named("classification"), width)
     losses = replace(training.losses, **changes.get("losses", {}))
     return replace(plain, learning_rate=training.learning_rate, losses=losses, augment=training.augment)
+
+
+def _training_part(metrics: CompressionMetrics) -> dict[str, Any]:
+    """What a record says of the training itself: what its recipe has of these."""
+    names = (
+        *("admm", "admm_steps", "sr_ste_steps", "qat_steps", "residual", "residual_gate_passed", "permutation"),
+        *("outputs_in_float", "table_drop", "table_drop_interval", "held_out_samples"),
+    )
+    values = metrics.to_dict()
+    return {name: values[name] for name in names if values[name] not in (None, {})}
 
 
 def _compress_part(settings: Settings) -> dict[str, Any]:

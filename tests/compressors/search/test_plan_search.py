@@ -284,7 +284,7 @@ def test_a_killed_search_goes_on_with_what_it_measured(
     command = [sys.executable, "-c", KILLED, str(desk), str(out), "sensitivity"]
     assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
     assert not out.exists()
-    part = sensitivity.read_table(tmp_path / ".out.work" / "sensitivity-0.csv")
+    part = sensitivity.read_sensitivities(tmp_path / ".out.work" / "sensitivity-0.csv")
     assert {entry.weight.split(".")[3] for entry in part} == {"0"}, "the first block is on disk"
     plain = sensitivity._measure_block
 

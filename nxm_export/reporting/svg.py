@@ -1,4 +1,5 @@
-"""From matplotlib's SVG to one that a page with a strict content security policy can hold, in the colours of its theme."""
+"""From matplotlib's SVG to one that a page with a strict content security policy can hold, in the colours of its
+theme."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from engines.parity.bisect_reports import BisectReport, BlockParity
     from engines.parity.reports import ParityReport
     from engines.passport import EnginePassport
-    from engines.sparsity.report import WeightSparsity, SparsityReport
+    from engines.sparsity.report import SparsityReport, WeightSparsity
 
     Judged = TypeVar("Judged", ParityReport, BisectReport)
 

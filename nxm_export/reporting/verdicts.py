@@ -119,8 +119,8 @@ def _accuracy(run: Run) -> Verdict:
 
 def compression(run: Run, counting: str) -> Figure | None:
     """1 - compressed/FP32 of the planned matrices by a counting."""
-    if found := run.figure("compression", counting):
-        return found
+    if figure := run.figure("compression", counting):
+        return figure
     if run.plan is not None:
         return Figure(run.plan.compression(counting), "checkpoint/nxm_plan.json")
     engine = main_engine(run)

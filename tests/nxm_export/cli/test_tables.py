@@ -61,11 +61,11 @@ def test_json_is_printed_in_place_of_tables_and_by_the_first_process_alone(
     show_result(lambda: {"a": (1, 2)}, True, lambda: shown.append("table"))
     assert json.loads(capsys.readouterr().out) == {"a": [1, 2]}
     assert not shown
-    show_result(lambda: {}, False, lambda: shown.append("table"))
+    show_result(dict, False, lambda: shown.append("table"))
     assert shown == ["table"]
     monkeypatch.setenv("RANK", "1")
-    show_result(lambda: {}, True, lambda: shown.append("table"))
-    show_result(lambda: {}, False, lambda: shown.append("table"))
+    show_result(dict, True, lambda: shown.append("table"))
+    show_result(dict, False, lambda: shown.append("table"))
     assert capsys.readouterr().out == ""
     assert shown == ["table"]
 

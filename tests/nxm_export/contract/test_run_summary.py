@@ -114,7 +114,7 @@ def test_artifacts_are_found_from_where_the_run_lies(tmp_path: Path) -> None:
 def test_a_difference_or_an_engine_that_could_not_be_built_does_not_pass() -> None:
     SUMMARY.require_passed()
     differing = replace(SUMMARY, parity={"ort-cpu-int8": EngineParity(0.5, 1.0, False, 0.5)})
-    with pytest.raises(ParityError, match="parity failed for ort-cpu-int8: see compare/ort-cpu-int8/parity.json"):
+    with pytest.raises(ParityError, match=r"parity failed for ort-cpu-int8: see compare/ort-cpu-int8/parity\.json"):
         differing.require_passed()
     with pytest.raises(EngineError, match="trt_rtx could not be built: no parser"):
         replace(SUMMARY, failed={"trt_rtx": "no parser"}).require_passed()

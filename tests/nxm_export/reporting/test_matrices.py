@@ -16,18 +16,18 @@ def test_the_projection_error_is_that_of_the_nearest_matrix_by_enumeration(spec:
     planned, weight = WeightSpec.parse(spec), np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
     lost = 0.0
     for row in weight.astype(float):
-        kept = row.copy()
+        projected = row.copy()
         if planned.pattern:
             n, m = planned.pattern.n, planned.pattern.m
             for start in range(0, 8, m):
                 group = row[start : start + m]
                 best = max(combinations(range(m), n), key=lambda places: sum(group[p] ** 2 for p in places))
-                kept[start : start + m] = [group[p] if p in best else 0.0 for p in range(m)]
+                projected[start : start + m] = [group[p] if p in best else 0.0 for p in range(m)]
         if planned.qmax:
-            step = max(abs(kept)) / planned.qmax
-            grid = [code * step for code in range(-planned.qmax, planned.qmax + 1)]
-            kept = np.array([min(grid, key=lambda point: abs(point - value)) for value in kept])
-        lost += float(((row - kept) ** 2).sum())
+            scale = max(abs(projected)) / planned.qmax
+            grid = [code * scale for code in range(-planned.qmax, planned.qmax + 1)]
+            projected = np.array([min(grid, key=lambda point: abs(point - value)) for value in projected])
+        lost += float(((row - projected) ** 2).sum())
     # both are sums of 24 squares in float64, in different orders
     assert projection_error(weight, planned) == pytest.approx(
         lost / float((weight.astype(float) ** 2).sum()), rel=1e-12

@@ -22,7 +22,7 @@ from nxm_export.contract.search_result import (
     SearchResult,
 )
 from nxm_export.pipeline.inspection import FileDiagnosis
-from tests.nxm_export.contract.test_run_summary import SUMMARY
+from tests.support.records import SUMMARY
 
 Capture = pytest.CaptureFixture[str]
 

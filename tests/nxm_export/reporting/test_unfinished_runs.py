@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -154,46 +153,6 @@ def test_a_field_of_another_type_is_told_and_never_a_traceback(
             assert render(read_run(bare), {}).endswith("</html>")
     finally:
         path.write_text(whole, encoding="utf-8")
-
-
-def rewritten(copied: Path, change: Callable[[dict[str, Json]], None]) -> dict[str, str]:
-    """The states of the verdicts after a change of the summary."""
-    file = copied / "summary" / "summary.json"
-    summary = json.loads(file.read_text(encoding="utf-8"))
-    change(summary)
-    file.write_text(json.dumps(summary), encoding="utf-8")
-    return {verdict.key: verdict.word for verdict in verdicts(read_run(copied))}
-
-
-@pytest.mark.parametrize(
-    ("interval", "word"),
-    [
-        ([-0.04, -0.01], "worse than dense"),
-        ([-0.04, 0.0], "not told apart"),
-        ([-0.01, 0.02], "not told apart"),
-        ([0.01, 0.02], "better than dense"),
-        ([None, 0.02], "no interval"),
-    ],
-)
-def test_accuracy_is_judged_by_the_paired_interval(copied: Path, interval: list[float], word: str) -> None:
-    assert rewritten(copied, lambda summary: summary.update(difference_interval=interval))["accuracy"] == word
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "word"),
-    [
-        ([1.2, 1.4], [1.1, 1.3], "faster"),
-        ([1.2, 1.4], [0.9, 1.3], "not everywhere"),
-        ([0.9, 1.1], [0.8, 0.9], "not told apart"),
-        ([0.6, 0.7], [0.8, 0.9], "slower"),
-    ],
-)
-def test_speed_is_judged_at_every_shape(copied: Path, first: list[float], second: list[float], word: str) -> None:
-    def change(summary: dict[str, Json]) -> None:
-        for ratio in summary["speedup"]:
-            ratio["interval"] = first if ratio["batch"] == 1 else second
-
-    assert rewritten(copied, change)["speed"] == word
 
 
 def test_sparsity_is_not_claimed_without_a_kernel_that_proves_it(finished: Path, copied: Path) -> None:

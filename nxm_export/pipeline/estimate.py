@@ -13,7 +13,7 @@ from nxm_export.data.label_kinds import labelled, load_labelled, names_for, read
 from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
-    from compressors.models import Source
+    from compressors.models import ModelSource
     from nxm_export.contract.tasks import Task
     from nxm_export.pipeline.run import Request
 
@@ -91,7 +91,7 @@ def estimate(request: Request) -> RunEstimate:
     )
 
 
-def _data(request: Request, source: Source, task: Task) -> tuple[list[str], int, bool]:
+def _data(request: Request, source: ModelSource, task: Task) -> tuple[list[str], int, bool]:
     """(texts that are trained on, held-out samples, whether the model has a head for the task); raises `DataError` for
     data that does not fit the task or the head."""
     train, dev = (
@@ -110,7 +110,7 @@ def _mean_words(texts: Sequence[str]) -> float:
     return sum(len(text.split()) for text in some) / len(some)
 
 
-def _saved_bytes(plan: CompressionPlan, source: Source) -> int:
+def _saved_bytes(plan: CompressionPlan, source: ModelSource) -> int:
     """How much smaller than FP32 the plan makes a graph: codes of 1 byte for floats of 4."""
     saved = sum(
         plan.shapes[name][0] * plan.shapes[name][1] * 3 for name, spec in plan.weights.items() if spec.weight_bits

@@ -38,7 +38,7 @@ from nxm_export.storage.json_files import Json
 from nxm_export.storage.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from compressors.models import Source
+    from compressors.models import ModelSource
     from compressors.settings import Settings
     from nxm_export.contract.checkpoint_metrics import CompressionMetrics
 
@@ -78,7 +78,7 @@ class Request:
     revision: str | None = None
     train_limit: int | None = None
 
-    def uniform_plan(self, source: Source) -> CompressionPlan:
+    def uniform_plan(self, source: ModelSource) -> CompressionPlan:
         """The plan that gives every matrix of a model the same `spec`, but for those that are kept dense."""
         return source.family.uniform_plan(
             source.config,

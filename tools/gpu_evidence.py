@@ -130,7 +130,7 @@ def measure(variant: Variant, shapes: Sequence[tuple[int, int]], options: Any, w
         dense, sparse, _ = twin_directories(work)
         for engine in (dense, sparse):
             measure_layers(engine)
-        report = inspect_path(sparse, twin=dense)
+        report = inspect_path(sparse, twin=dense).to_dict()
         result["truth"] = {key: report[key] for key in ("sparse_share", "counts", "weights")}
         result["log"] = [
             line for line in (sparse / "build.log").read_text(errors="replace").splitlines() if "(Sparsity)" in line
@@ -214,7 +214,7 @@ def force(work: Path, settings: Any) -> dict[str, Any]:
     out = work.with_name(f"{work.name}-must")
     try:
         build_engine(work / "onnx" / "int8" / "model.onnx", out, "trt", replace(settings, build_route=MUST_BE_SPARSE))
-        return {"sparse_share": inspect_path(out)["sparse_share"]}
+        return {"sparse_share": inspect_path(out).to_dict()["sparse_share"]}
     except NxmError as error:
         return {"error": str(error)}
 

@@ -16,9 +16,9 @@ BEGIN, END = "<!-- result table -->\n", "<!-- end of result table -->\n"
 
 def table(run: Path) -> str:
     """The markdown table of a finished run, every number from a file in it."""
-    from nxm_export.pipeline.summary import read_summary
+    from nxm_export.contract.run_summary import read_summary
 
-    summary = read_summary(run)
+    summary = read_summary(run).to_dict()
     device = json.loads((run / "engines" / "ort-cpu-int8" / "passport.json").read_text(encoding="utf-8"))["device"]
     rows = [
         ("", "dense, FP32", " and ".join(summary["plan"])),

@@ -1,7 +1,8 @@
 """The command line ``nxm``: one thin command per stage. Parse, one call, print.
 
-stdout is the result, stderr the progress; ``--json`` prints the result for machines. Exit codes: 0 done, 1 an error that
-says what to do, 2 wrong usage, 3 a gate failed. Heavy imports stand inside the commands, so that ``--help`` is instant.
+stdout is the result, stderr the progress; ``--json`` prints the result for machines. Exit codes: 0 done, 1 an error
+that says what to do, 2 wrong usage, 3 a gate failed. Heavy imports stand inside the commands, so that ``--help`` is
+instant.
 """
 
 import sys

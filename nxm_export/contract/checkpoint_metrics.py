@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from nxm_export.errors import ArtifactError
 from nxm_export.storage.json_files import Json, convert, parse_json, read_json, require_schema, to_builtins
@@ -103,6 +103,9 @@ class CompressionMetrics(TrainingFacts, Scores):
         return {"schema": METRICS_SCHEMA, **to_builtins(self)}
 
 
+Kind = TypeVar("Kind", DenseMetrics, CompressionMetrics)
+
+
 def finite(number: float) -> float | None:
     """The number, or None where it is NaN or infinite: it could not be computed."""
     return float(number) if math.isfinite(number) else None
@@ -117,6 +120,16 @@ def read_metrics(directory: str | Path) -> DenseMetrics | CompressionMetrics:
     """The metrics of a checkpoint directory; raises `ArtifactError` that names file, field and what is wrong with it."""
     file = Path(directory) / METRICS_FILE
     return _metrics_of(read_json(file, _WAY_OUT), str(file))
+
+
+def read_metrics_of(kind: type[Kind], directory: str | Path) -> Kind:
+    """`read_metrics` of a directory that must hold one kind of them; raises `ArtifactError` for the other."""
+    metrics = read_metrics(directory)
+    if not isinstance(metrics, kind):
+        raise ArtifactError(
+            f"{Path(directory) / METRICS_FILE}: kind: these are metrics of a {metrics.kind} model; {_WAY_OUT}"
+        )
+    return metrics
 
 
 def decode_metrics(text: str, source: str) -> DenseMetrics | CompressionMetrics:

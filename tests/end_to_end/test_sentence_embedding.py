@@ -382,8 +382,8 @@ def test_every_target_pools_in_float32(target: str, tmp_path: Path, tiny_checkpo
     assert {str(node.outputs[0].dtype) for node in tail} == {"FLOAT"}
     if target == "trt":
         pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed; pip install 'nxm-export[trt-rtx]'")
-        facts = build_engine(tmp_path / "graph" / "model.onnx", tmp_path / "engine", "trt_rtx")
-        assert facts["options"]["integer_products"] == 12
+        passport = build_engine(tmp_path / "graph" / "model.onnx", tmp_path / "engine", "trt_rtx")
+        assert passport.options["integer_products"] == 12
 
 
 def test_the_model_is_loaded_with_its_pooling_for_training(tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ from compressors.settings import DENSE_FIELDS, Settings
 from compressors.training.compress import compress, finetune
 from compressors.training.default_recipe import training_of
 from compressors.training.divergence import divergence
-from nxm_export.cli.tables import Progress
 from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.families import size_of
 from nxm_export.contract.packed_checkpoint import pack
@@ -35,6 +34,7 @@ from nxm_export.contract.search_result import SEARCH_FILE, read_search_result
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.metrics import metric_named
 from nxm_export.errors import ArtifactError, DataError
+from nxm_export.progress import Progress
 from nxm_export.storage.atomic import write_atomic
 from nxm_export.storage.hashing import file_hash
 from tools.results import store, tasks

@@ -17,7 +17,7 @@ from engines.benchmark.latency import BenchReport, bench
 from engines.passport import load_passport
 from nxm_export.cli import main
 from nxm_export.errors import EngineError
-from nxm_export.pipeline.engine_commands import build_fastest
+from nxm_export.pipeline.engine_commands import ParityCheck, build_fastest
 from tests.support import onnx_text
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed; pip install 'nxm-export[openvino]'")
@@ -70,9 +70,9 @@ def test_the_fastest_beyond_noise_is_kept_and_the_passport_says_why(
     ort: list[float], openvino: list[float], kept: str, why: str, graph: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "engine"
-    facts, choice = build_fastest(graph, out, shapes=[(1, 4), (2, 6)], measure=told(ort=ort, openvino=openvino))
+    built = build_fastest(graph, out, shapes=[(1, 4), (2, 6)], measure=told(ort=ort, openvino=openvino))
     passport = load_passport(out)
-    assert choice.backend == passport.backend == facts["backend"] == kept
+    assert built.choice.backend == passport.backend == built.passport.backend == kept
     recorded = passport.options["auto"]
     assert re.search(why, recorded["why"])
     assert recorded["shapes"] == [[1, 4], [2, 6]]
@@ -93,7 +93,7 @@ def test_the_mix_of_shapes_decides(graph: Path, tmp_path: Path) -> None:
         )
 
     for shapes, kept in (([(1, 1), (1, 5)], "openvino"), ([(1, 1), *[(1, 5)] * 4], "ort")):
-        _, choice = build_fastest(graph, tmp_path / kept, shapes=shapes, measure=measure)
+        choice = build_fastest(graph, tmp_path / kept, shapes=shapes, measure=measure).choice
         assert choice.backend == kept
 
 
@@ -123,10 +123,13 @@ def test_an_engine_that_fails_the_comparison_is_no_candidate(
 
     monkeypatch.setattr(openvino, "build", broken)
     checkpoint = tiny_checkpoint("bert")
-    _, choice = build_fastest(
-        tiny_graph("bert", "inputs-outputs") / "model.onnx", tmp_path / "engine", shapes=[(1, 4)],
-        checkpoint=checkpoint, data=str(checkpoint.parent / "dev.tsv"), measure=told(ort=[2.0], openvino=[1.0]),
-    )  # fmt: skip
+    choice = build_fastest(
+        tiny_graph("bert", "inputs-outputs") / "model.onnx",
+        tmp_path / "engine",
+        shapes=[(1, 4)],
+        check=ParityCheck(checkpoint, str(checkpoint.parent / "dev.tsv")),
+        measure=told(ort=[2.0], openvino=[1.0]),
+    ).choice
     assert choice.backend == "ort"
     assert choice.left_out == {"openvino": "it does not compute what the checkpoint computes"}
     assert "only candidate" in choice.why
@@ -140,7 +143,7 @@ def test_a_backend_that_is_missing_is_left_out_with_what_to_install(
     import sys
 
     monkeypatch.setitem(sys.modules, "openvino", None)
-    _, choice = build_fastest(graph, tmp_path / "engine", shapes=[(1, 4)], measure=told(ort=[1.0]))
+    choice = build_fastest(graph, tmp_path / "engine", shapes=[(1, 4)], measure=told(ort=[1.0])).choice
     assert choice.backend == "ort"
     assert "pip install 'nxm-export[openvino]'" in choice.left_out["openvino"]
 

@@ -70,9 +70,9 @@ def test_a_planned_product_that_runs_in_float_is_named(tiny_graph: Callable[...,
     nodes = {node.name: node for node in model.graph}
     nodes[name].replace_input_with(0, nodes[f"{name}.input_quantize"].inputs[0])
     save_graph(model, tmp_path / "model.onnx")
-    facts = build_engine(tmp_path / "model.onnx", tmp_path / "engine", "openvino", BuildOptions(threads=1))
-    assert facts["options"]["float_products"] == [f"{name}.weight"]
-    assert facts["options"]["integer_products"] == 11
+    passport = build_engine(tmp_path / "model.onnx", tmp_path / "engine", "openvino", BuildOptions(threads=1))
+    assert passport.options["float_products"] == [f"{name}.weight"]
+    assert passport.options["integer_products"] == 11
 
 
 @pytest.mark.parametrize("placement", ["inputs", "inputs-outputs"])
@@ -167,8 +167,8 @@ def test_its_blocks_can_be_compared(
 
 
 def test_threads_are_recorded_and_used(tmp_path: Path, tiny_graph: Callable[..., Path]) -> None:
-    facts = build_engine(tiny_graph() / "model.onnx", tmp_path / "engine", "openvino", BuildOptions(threads=1))
-    assert facts["options"]["threads"] == 1
+    passport = build_engine(tiny_graph() / "model.onnx", tmp_path / "engine", "openvino", BuildOptions(threads=1))
+    assert passport.threads == 1
     for threads, expected in ((None, 1), (2, 2)):
         with openvino_backend.load(tmp_path / "engine", LoadOptions(threads)) as engine:
             request: Any = engine._request

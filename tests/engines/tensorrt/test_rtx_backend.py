@@ -62,21 +62,20 @@ def test_every_planned_product_runs_on_integers_and_attention_is_fused_as_planne
 def test_the_report_says_that_no_gpu_chose_kernels_and_the_gate_fails_closed(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
-    from nxm_export.pipeline.inspection import inspect_path, require_sparse
+    from nxm_export.pipeline.inspection import inspect_engine, require_sparse
 
     graph = export(checkpoints("bert", "inputs-outputs"), tmp_path / "graph", target="trt")
     rtx_backend.build(graph.path, tmp_path)
-    facts = inspect_path(tmp_path)
-    planned = [weight for weight in facts["weights"] if weight["planned_sparse"]]
-    assert {(weight["chosen"], weight["reason"], weight["pattern_int8"]) for weight in planned} == {
-        (None, "no-gpu", "2:4")
-    }
-    assert facts["sparse_share"] == 0
+    sparsity = inspect_engine(tmp_path).sparsity
+    assert sparsity is not None
+    planned = [weight for weight in sparsity.weights if weight.planned_sparse]
+    assert {(weight.chosen, weight.reason, weight.pattern_int8) for weight in planned} == {(None, "no-gpu", "2:4")}
+    assert sparsity.sparse_share == 0
     with pytest.raises(ParityError, match="6 x no-gpu"):
         require_sparse(tmp_path, 0.01)
     (tmp_path / "weights.json").unlink()
     with pytest.raises(ArtifactError, match=r"weights\.json is missing"):
-        inspect_path(tmp_path)
+        inspect_engine(tmp_path)
 
 
 def test_convolutions_that_the_builder_put_into_float_are_refused_with_the_reason(

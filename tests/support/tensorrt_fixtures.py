@@ -14,6 +14,9 @@ from tests.support.trt_models import Checkpoints, compressed, tiny_config
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from nxm_export.contract.families import Family
+    from nxm_export.contract.tasks import Task
+
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory, _trace_cached: None) -> Checkpoints:
@@ -48,11 +51,11 @@ def _trace_cached() -> Iterator[None]:
     trace = exporter._trace
     traces: dict[tuple[str, str, str, int], ir.Model] = {}
 
-    def traced(opened: exporter._OpenedModel, dtype: str, opset: int) -> ir.Model:
-        files = ((opened.path / name).read_bytes() for name in ("model.safetensors", "config.json"))
-        key = (hashlib.sha256(b"".join(files)).hexdigest(), opened.task.name, dtype, opset)
+    def traced(path: Path, task: Task, family: Family, dtype: str, opset: int) -> ir.Model:
+        files = ((path / name).read_bytes() for name in ("model.safetensors", "config.json"))
+        key = (hashlib.sha256(b"".join(files)).hexdigest(), task.name, dtype, opset)
         if key not in traces:
-            traces[key] = trace(opened, dtype, opset)
+            traces[key] = trace(path, task, family, dtype, opset)
         return traces[key].clone()
 
     exporter._trace = traced

@@ -361,8 +361,8 @@ class TestGraph:
 
         file = graphs()
         layers = openvino._layers(openvino._compile(file, file.read_bytes(), 1))
-        (codes,) = [layer for layer in layers if layer["originalLayersNames"] == f"{TABLE}_quantized"]
-        assert (codes["layerType"], codes["runtimePrecision"]) == ("Const", "i8")
+        (codes,) = [layer for layer in layers if layer.names == f"{TABLE}_quantized"]
+        assert (codes.kind, codes.precision) == ("Const", "i8")
 
     def test_a_table_that_something_else_reads_is_refused(self) -> None:
         graph = onnx_text.model(
@@ -601,14 +601,14 @@ class TestEngine:
         report = compare(copy, engine, features, gates=[parse_gate("table<=0.5")])
         assert (report.passed, report.gates[0].passed) == (passed, passed)
 
-    def test_a_cost_that_is_no_number_passes_no_gate(
+    def test_the_gate_is_refused_where_the_cost_is_not_known(
         self, trained: Path, engine: Path, features: list[Any], tmp_path: Path
     ) -> None:
         copy = shutil.copytree(trained, tmp_path / "checkpoint")
         metrics = json.loads((copy / "metrics.json").read_text())
-        for cost, error in ((float("nan"), ArtifactError), (None, DataError)):
+        for cost, error, message in ((None, DataError, "has no table_drop"), (float("nan"), ArtifactError, "NaN is")):
             (copy / "metrics.json").write_text(json.dumps({**metrics, "table_drop": cost}))
-            with pytest.raises(error):
+            with pytest.raises(error, match=message):
                 compare(copy, engine, features, gates=[parse_gate("table<=0.5")])
 
     def test_the_gate_is_refused_where_no_table_was_rounded(

@@ -363,6 +363,7 @@ def test_the_gate_on_the_cosine_holds_for_an_engine(tmp_path: Path, tiny_checkpo
     report = compare(checkpoint, tmp_path / "engine", features, gates=[parse_gate("cosine>=0.95")])
     (gate,) = report.gates
     assert gate.passed
+    assert gate.actual is not None
     assert 0.95 < gate.actual <= 1.0 + 1e-6
     saved = np.load(tmp_path / "engine" / "outputs.npz")
     assert saved["groups"].tolist() == [i // 2 for i in range(2 * tiny.DEV_SAMPLES)]

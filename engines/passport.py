@@ -225,8 +225,9 @@ def _of_first_schema(fields: dict[str, Json]) -> dict[str, Json]:
 
 
 def _current_names(graph: Mapping[str, str]) -> dict[str, str]:
-    """The facts of a graph under today's names: nxm-onnx/1 called precision overrides islands."""
-    return {"precision_overrides" if key == "islands" else key: text for key, text in graph.items()}
+    """The facts of a graph under today's names, from those of nxm-onnx/1."""
+    renamed = {"islands": "precision_overrides", "table": "embedding_sha256"}
+    return {renamed.get(key, key): text for key, text in graph.items()}
 
 
 def cpu_device() -> dict[str, str]:

@@ -173,21 +173,6 @@ def _plain(value: object) -> Json:
     return bool(value) if is_truth else str(value)
 
 
-def json_text(value: Any) -> str:
-    """JSON that every reader takes: NaN and infinity, which JSON does not have, are null."""
-    return json.dumps(_finite(value), indent=1, default=str, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
-
-
 def _unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     value = dict(pairs)
     if len(value) != len(pairs):

@@ -33,7 +33,7 @@ from engines.parity.gates import parse_gate
 from nxm_export.cli import main
 from nxm_export.contract import packed_checkpoint
 from nxm_export.contract.checkpoint import open_checkpoint, read_tensor
-from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics
+from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics_of
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.placement import at_placement
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
@@ -117,7 +117,7 @@ class TestModule:
     def test_baking_puts_a_plain_table_with_the_very_rows_that_training_saw(self, family: str, tmp_path: Path) -> None:
         source = resolve(tiny.write_model(family, tmp_path, head="classification"))
         plan = source.family.uniform_plan(source.config, WeightSpec.parse("2:4+W8"), embedding="int8")
-        model = load_model(source, TASKS["classification"])
+        model: Any = load_model(source, TASKS["classification"])
         before = model.get_parameter(source.family.word_embedding).detach().clone()
         assert tuple(before.shape) == source.family.word_embedding_shape(source.config)
         prepare(model, plan, source.family, source.config)
@@ -361,8 +361,8 @@ class TestGraph:
 
         file = graphs()
         layers = openvino._layers(openvino._compile(file, file.read_bytes(), 1))
-        (codes,) = [layer for layer in layers if layer["originalLayersNames"] == f"{TABLE}_quantized"]
-        assert (codes["layerType"], codes["runtimePrecision"]) == ("Const", "i8")
+        (codes,) = [layer for layer in layers if layer.names == f"{TABLE}_quantized"]
+        assert (codes.kind, codes.precision) == ("Const", "i8")
 
     def test_a_table_that_something_else_reads_is_refused(self) -> None:
         graph = onnx_text.model(
@@ -596,19 +596,19 @@ class TestEngine:
         self, trained: Path, engine: Path, features: list[Any], tmp_path: Path, cost: float, passed: bool
     ) -> None:
         copy = shutil.copytree(trained, tmp_path / "checkpoint")
-        metrics = replace(read_metrics(copy), table_drop=cost)
+        metrics = replace(read_metrics_of(CompressionMetrics, copy), table_drop=cost)
         (copy / "metrics.json").write_text(encode(metrics.to_dict()), encoding="utf-8")
         report = compare(copy, engine, features, gates=[parse_gate("table<=0.5")])
         assert (report.passed, report.gates[0].passed) == (passed, passed)
 
-    def test_a_cost_that_is_no_number_passes_no_gate(
+    def test_the_gate_is_refused_where_the_cost_is_not_known(
         self, trained: Path, engine: Path, features: list[Any], tmp_path: Path
     ) -> None:
         copy = shutil.copytree(trained, tmp_path / "checkpoint")
         metrics = json.loads((copy / "metrics.json").read_text())
-        for cost, error in ((float("nan"), ArtifactError), (None, DataError)):
+        for cost, error, message in ((None, DataError, "has no table_drop"), (float("nan"), ArtifactError, "NaN is")):
             (copy / "metrics.json").write_text(json.dumps({**metrics, "table_drop": cost}))
-            with pytest.raises(error):
+            with pytest.raises(error, match=message):
                 compare(copy, engine, features, gates=[parse_gate("table<=0.5")])
 
     def test_the_gate_is_refused_where_no_table_was_rounded(

@@ -125,7 +125,8 @@ class TestModel:
     def test_it_pools_real_tokens_alone(self, tmp_path: Path, pooling: Pooling) -> None:
         source = resolve(tiny.write_model("bert", tmp_path))
         torch.manual_seed(0)
-        model = embedding_model("bert", pooling).from_pretrained(source.path).eval()
+        kind: Any = embedding_model("bert", pooling)
+        model = kind.from_pretrained(source.path).eval()
         ids = torch.randint(5, 5 + len(tiny.WORDS), (4, 9))
         lengths = [9, 4, 1, 0]
         mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
@@ -146,7 +147,8 @@ class TestModel:
     def test_half_precision_gives_no_nan(self, tmp_path: Path, mode: str) -> None:
         """Values whose sum and squares are beyond float16."""
         path = tiny.write_model("bert", tmp_path)
-        model = embedding_model("bert", Pooling(mode, True)).from_pretrained(path).eval().half()
+        kind: Any = embedding_model("bert", Pooling(mode, True))
+        model = kind.from_pretrained(path).eval().half()
         with torch.no_grad():
             for block in model.bert.encoder.layer:
                 block.output.LayerNorm.weight.mul_(2000.0)
@@ -363,6 +365,7 @@ def test_the_gate_on_the_cosine_holds_for_an_engine(tmp_path: Path, tiny_checkpo
     report = compare(checkpoint, tmp_path / "engine", features, gates=[parse_gate("cosine>=0.95")])
     (gate,) = report.gates
     assert gate.passed
+    assert gate.actual is not None
     assert 0.95 < gate.actual <= 1.0 + 1e-6
     saved = np.load(tmp_path / "engine" / "outputs.npz")
     assert saved["groups"].tolist() == [i // 2 for i in range(2 * tiny.DEV_SAMPLES)]

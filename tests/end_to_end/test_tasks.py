@@ -80,6 +80,9 @@ def test_a_task_goes_from_data_to_a_compared_engine(
         gates.append(Gate("flips", 100.0))
     report = compare(checkpoint, tmp_path / "engine", features, gates=gates)
     report.require()
+    assert report.difference is not None
+    assert report.engine_value is not None
+    assert report.engine_interval is not None
     assert report.gates[0].actual == report.gates[1].actual == pytest.approx(-100 * report.difference)
     assert report.metric == TASKS[task].metric
     assert report.engine_value > LEARNED[task]

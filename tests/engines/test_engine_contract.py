@@ -356,6 +356,9 @@ class TestTampering:
         former["graph"]["islands"] = former["graph"].pop("precision_overrides")
         (copy / "passport.json").write_text(json.dumps(former))
         assert load_passport(copy) == passport
+        former["graph"]["table"] = "00"
+        (copy / "passport.json").write_text(json.dumps(former))
+        assert load_passport(copy).graph["embedding_sha256"] == "00"
         (copy / "passport.json").write_text(json.dumps({**former, "plan": {}}))
         assert load_passport(copy).plan is None
 

@@ -1,7 +1,7 @@
 """``metrics.json`` of a checkpoint: what `finetune` and `compress` measured on the dev data, and how they came there.
 
-There are two kinds of it, `DenseMetrics` and `CompressionMetrics`; the field ``kind`` says which. A number that could not be
-computed is None: an interval of a single sample, say, or a metric of outputs that hold a NaN.
+There are two kinds of it, `DenseMetrics` and `CompressionMetrics`; the field ``kind`` says which. A number that could
+not be computed is None: an interval of a single sample, say, or a metric of outputs that hold a NaN.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _UNVERSIONED_SECONDARY = ("f1", "mcc", "spearman", "exact_match")
 class Scores:
     """The task's metric on all dev samples.
 
-    `value` with its 95 % bootstrap `interval`, the task's `secondary_metrics` by name, and the number of dev samples, or of
-    groups of them where groups are what is scored.
+    `value` with its 95 % bootstrap `interval`, the task's `secondary_metrics` by name, and the number of dev samples,
+    or of groups of them where groups are what is scored.
     """
 
     metric: str
@@ -40,7 +40,8 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class DenseMetrics(Scores):
-    """Of a dense task model: `steps` of fine-tuning (0 where the model's head fitted), and the commit of a hub model."""
+    """Of a dense task model: `steps` of fine-tuning (0 where the model's head fitted), and the commit of a hub
+    model."""
 
     kind: Literal["dense"] = "dense"
     steps: int
@@ -53,8 +54,8 @@ class DenseMetrics(Scores):
 
 @dataclass(frozen=True)
 class PermutationFacts:
-    """What reordering channels did: how many matrices have columns in a new order, and which share of the sum of their mask
-    scores the patterns keep without and with it."""
+    """What reordering channels did: how many matrices have columns in a new order, and which share of the sum of their
+    mask scores the patterns keep without and with it."""
 
     matrices: int
     kept_before: float
@@ -65,10 +66,10 @@ class PermutationFacts:
 class TrainingFacts:
     """How a checkpoint was compressed.
 
-    `steps` are all optimizer steps, `qat_steps` those with fixed masks. `admm`, `admm_steps`, `residual` (||W - Z|| / ||W||
-    before masks were fixed) and `residual_gate_passed` are of recipes with ADMM; `sr_ste_steps` is of SR-STE.
-    `outputs_in_float` has the divergence that each output quantizer would have cost which was left out for it, by weight.
-    `mask_hash` is the sha256 over all masks.
+    `steps` are all optimizer steps, `qat_steps` those with fixed masks. `admm`, `admm_steps`, `residual` (||W - Z|| /
+    ||W|| before masks were fixed) and `residual_gate_passed` are of recipes with ADMM; `sr_ste_steps` is of SR-STE.
+    `outputs_in_float` has the divergence that each output quantizer would have cost which was left out for it, by
+    weight. `mask_hash` is the sha256 over all masks.
     """
 
     recipe: str
@@ -90,8 +91,8 @@ class TrainingFacts:
 class CompressionMetrics(TrainingFacts, Scores):
     """Of a compressed checkpoint: its scores, how it was compressed, and what its INT8 embedding table costs.
 
-    `table_drop` is what rounding the embedding table to INT8 costs by itself, in points of the metric, with its 95 % paired
-    interval; None where the table is in float.
+    `table_drop` is what rounding the embedding table to INT8 costs by itself, in points of the metric, with its 95 %
+    paired interval; None where the table is in float.
     """
 
     kind: Literal["compressed"] = "compressed"
@@ -117,7 +118,8 @@ def finite_interval(low: float, high: float) -> tuple[float, float] | None:
 
 
 def read_metrics(directory: str | Path) -> DenseMetrics | CompressionMetrics:
-    """The metrics of a checkpoint directory; raises `ArtifactError` that names file, field and what is wrong with it."""
+    """The metrics of a checkpoint directory; raises `ArtifactError` that names file, field and what is wrong with
+    it."""
     file = Path(directory) / METRICS_FILE
     return _metrics_of(read_json(file, _WAY_OUT), str(file))
 

@@ -17,10 +17,10 @@ _WAY_OUT = "search again"
 class PlanScore:
     """One plan that was looked at.
 
-    `origin` says where it came from, `predicted` what the sensitivity table expects, `joint` its mean divergence from the
-    dense model one-shot (None where it was no number; a method that scores by the metric says that in `origin`). `hw`,
-    `packed` and `values` are its compression by each counting, `options` how many weights have each option, `milliseconds`
-    its latency by the latency table, where one was given.
+    `origin` says where it came from, `predicted` what the sensitivity table expects, `joint` its mean divergence from
+    the dense model one-shot (None where it was no number; a method that scores by the metric says that in `origin`).
+    `hw`, `packed` and `values` are its compression by each counting, `options` how many weights have each option,
+    `milliseconds` its latency by the latency table, where one was given.
     """
 
     origin: str
@@ -56,8 +56,8 @@ class SearchBudget:
 
 @dataclass(frozen=True)
 class HalvingRound:
-    """A round of short compression runs: divergence from the dense model behind `steps` optimizer steps, by origin of the plan
-    (None where it was no number)."""
+    """A round of short compression runs: divergence from the dense model behind `steps` optimizer steps, by origin of
+    the plan (None where it was no number)."""
 
     steps: int
     scores: Mapping[str, float | None]
@@ -94,8 +94,8 @@ class SearchCost:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found. `finalists` are in order, `best` is the first; `tied` has the best plan of each tie between weights,
-    `pareto` the best plan for every further compression that was asked for."""
+    """What a search found. `finalists` are in order, `best` is the first; `tied` has the best plan of each tie between
+    weights, `pareto` the best plan for every further compression that was asked for."""
 
     method: str
     budget: SearchBudget

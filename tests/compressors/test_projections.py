@@ -69,8 +69,8 @@ def test_scale_search_is_as_good_as_a_dense_grid(bits: int) -> None:
     largest = w.abs().amax(dim=1, keepdim=True) / qmax
     factors = torch.linspace(0.05, 1.2, 4000)
     errors = torch.stack([(w - round_to_grid(w, largest * f, qmax)).square().sum(dim=1) for f in factors])
-    # 71 scales and a refinement against 4,000: within 1 % in the mean, no channel beyond 10 % (a heavy-tailed channel has
-    # many local minima at 6 bits, where the whole error is small), and never worse than max-abs.
+    # 71 scales and a refinement against 4,000: within 1 % in the mean, no channel beyond 10 % (a heavy-tailed channel
+    # has many local minima at 6 bits, where the whole error is small), and never worse than max-abs.
     best = errors.min(dim=0).values
     assert (found / best).mean() <= 1.01
     assert (found <= best * 1.10).all()

@@ -38,7 +38,8 @@ SEARCH = SearchSettings(samples=24, held_out=24, swaps=6, compression=0.87, fina
 
 
 def job(desk: Path, out: Path) -> dict[str, Any]:
-    """Search, then compress under the plan found, into `out`; returns hashes of ADMM's state and of the trained weights."""
+    """Search, then compress under the plan found, into `out`; returns hashes of ADMM's state and of the trained
+    weights."""
     states: list[str] = []
     update, bake, before_step = Admm.dual_update, compressing.bake, admm_schedule.AdmmCallback.on_pre_optimizer_step
 

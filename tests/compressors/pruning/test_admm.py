@@ -11,7 +11,8 @@ SPEC = WeightSpec(NMPattern(2, 4))
 
 
 def correlated_regression(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Inputs whose columns repeat each other within groups of four, so that the largest weights are not the best to keep."""
+    """Inputs whose columns repeat each other within groups of four, so that the largest weights are not the best to
+    keep."""
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(512, 8, generator=generator)
     x = torch.stack([base[:, i // 2] + 0.3 * torch.randn(512, generator=generator) for i in range(16)], dim=1)

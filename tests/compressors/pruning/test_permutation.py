@@ -56,7 +56,8 @@ def test_the_order_is_a_permutation_that_keeps_more(pattern: NMPattern) -> None:
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_the_gain_of_every_swap_is_what_swapping_gains(pattern: NMPattern) -> None:
-    """After enough rounds no swap of two channels is left that keeps more by over a ten-thousandth, tried one by one."""
+    """After enough rounds no swap of two channels is left that keeps more by over a ten-thousandth, tried one by
+    one."""
     scores = randn(12, 16, seed=3).abs()
     order = channel_order(scores, pattern, rounds=200)
     kept = float(retained_sum(scores[:, order], pattern))

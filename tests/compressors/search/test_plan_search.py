@@ -197,7 +197,11 @@ def test_the_papers_search_and_json(desk: Path, tmp_path: Path) -> None:
         (("--pareto", "a"), 1, "not a list of numbers"),
         (("--pareto", "0.99"), 1, "compression 0.99 by counting hw is out of reach"),
         (("--latency-ms", "3"), 1, "go together"),
-        (("--latency-table", "missing.json", "--latency-ms", "3"), 1, "missing.json: cannot be read"),
+        (
+            ("--latency-table", "missing.json", "--latency-ms", "3"),
+            1,
+            "missing.json: cannot be read (No such file or directory); a latency table is JSON",
+        ),
         (("--task", "regression"), 1, "has no regression head"),
         (("--latency-table", "ms.json", "--latency-ms", "-1"), 2, "-1 is not a positive number"),
         (

@@ -30,7 +30,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Probed:
 
 @pytest.fixture(scope="module")
 def measured(model: Probed, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Selector]:
-    """``measured(**settings)``: a selector with its table filled; tables of the same candidate specs and placement are made once."""
+    """``measured(**settings)``: a selector with its table filled; tables of the same candidate specs and placement are
+    made once."""
     tables: dict[tuple[Any, ...], Path] = {}
 
     def make(**settings: Any) -> Selector:
@@ -67,7 +68,8 @@ def test_every_plan_keeps_to_a_budget_of_bytes(measured: Callable[..., Selector]
 def test_a_plan_is_counted_as_its_placement_makes_it(
     measured: Callable[..., Selector], model: Probed, placement: str
 ) -> None:
-    """ffn-only keeps attention's matrices in 16 bit whatever the candidates are, and INT8 attention needs them quantized."""
+    """ffn-only keeps attention's matrices in 16 bit whatever the candidates are, and INT8 attention needs them
+    quantized."""
     compression = 0.7 if placement == "ffn-only" else 0.8
     trials = every_trial(measured(placement=placement, compression=compression))
     for trial in trials:

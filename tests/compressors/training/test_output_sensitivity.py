@@ -91,13 +91,15 @@ def test_a_matrix_that_is_left_dense_has_no_output_to_measure(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_a_run_of_which_no_output_is_left_goes_through(tmp_path: Path) -> None:
-    """Placement ffn-only has outputs behind the FFN alone; when they all stay in float, no graph with outputs can be made."""
+    """Placement ffn-only has outputs behind the FFN alone; when they all stay in float, no graph with outputs can be
+    made."""
     model, (train, dev) = tiny.write_model("bert", tmp_path / "encoder"), tiny.write_data(tmp_path)
     run = tmp_path / "run"
     result = CliRunner().invoke(
         main,
         [
-            "run", f"--model={model}", f"--train={train}", f"--dev={dev}", f"--out={run}", "--json", "--placement=ffn-only", "--output-limit=0",
+            "run", f"--model={model}", f"--train={train}", f"--dev={dev}", f"--out={run}", "--json",
+            "--placement=ffn-only", "--output-limit=0",
             "--dense-steps=20", "--steps=4", "--batch-size=16", "--learning-rate=1e-3", "--dense-learning-rate=3e-3",
         ],
     )  # fmt: skip

@@ -1,4 +1,5 @@
-"""``metrics.json`` and ``search.json``: what is written is read back, old files are read, and damaged ones are refused by name."""
+"""``metrics.json`` and ``search.json``: what is written is read back, old files are read, and damaged ones are refused
+by name."""
 
 from __future__ import annotations
 
@@ -97,7 +98,10 @@ def test_metrics_without_a_schema_are_those_of_former_versions() -> None:
         ({"value": "high"}, "metrics.json: value: Expected `float | null`, got `str`"),
         ({"steps": 1.5}, "metrics.json: steps: Expected `int`"),
         ({"bias": 1}, "metrics.json: unknown field bias"),
-        ({"permutation": {"matrices": 1, "kept_before": 0.5, "kept_after": 0.5, "rows": 1}}, "unknown field permutation.rows"),
+        (
+            {"permutation": {"matrices": 1, "kept_before": 0.5, "kept_after": 0.5, "rows": 1}},
+            "unknown field permutation.rows",
+        ),
         ({"value": float("nan")}, "NaN is not a JSON number"),
         ({"kind": "small"}, "metrics.json: kind: Invalid enum value 'small'"),
     ],

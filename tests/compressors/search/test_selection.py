@@ -98,9 +98,9 @@ def test_the_free_choice_is_the_best_that_any_tie_allows(measured: Callable[...,
 
 def test_tied_candidates_are_tied(measured: Callable[..., Selector], model: Probed) -> None:
     selector = measured()
-    found = selector.candidates(selector.budget)
-    assert {origin.partition(",")[0] for origin in found} == {"free", "by role", "by layer"}
-    for origin, choice in found.items():
+    actual = selector.candidates(selector.budget)
+    assert {origin.partition(",")[0] for origin in actual} == {"free", "by role", "by layer"}
+    for origin, choice in actual.items():
         by_role: dict[str, set[str]] = {}
         by_layer: dict[str, set[str]] = {}
         for name, spec in selector.plan_of(choice).weights.items():
@@ -264,16 +264,16 @@ def by_trying_everything(model: Probed, candidates: list[str], compression: floa
 
 def test_the_papers_enumeration_finds_what_trying_everything_finds(model: Probed) -> None:
     candidates = ["2:4+W4", "2:4"]
-    wanted = by_trying_everything(model, candidates, 0.8)
-    assert 6 < len(wanted) < 2**6, "the budget excludes some"
+    expected = by_trying_everything(model, candidates, 0.8)
+    assert 6 < len(expected) < 2**6, "the budget excludes some"
     selector = model.selector(candidate_specs=tuple(candidates), compression=0.8, method="paper", finalists=6, **SIZES)
-    found = selector.paper("accuracy", [{"labels": label} for batch in selector.held_out for label in batch["labels"]])
-    assert found.evaluated == len(wanted)
-    assert [trial.choice for trial in found.finalists] == [choice for _, _, choice in wanted[:6]]
-    assert [trial.predicted for trial in found.finalists] == [-score for score, _, _ in wanted[:6]]
+    actual = selector.paper("accuracy", [{"labels": label} for batch in selector.held_out for label in batch["labels"]])
+    assert actual.evaluated == len(expected)
+    assert [trial.choice for trial in actual.finalists] == [choice for _, _, choice in expected[:6]]
+    assert [trial.predicted for trial in actual.finalists] == [-score for score, _, _ in expected[:6]]
     # the same float32 passes; sums in another order
-    assert [trial.joint for trial in found.finalists] == pytest.approx([loss for _, loss, _ in wanted[:6]], rel=1e-4)
-    assert len({trial.origin for trial in found.finalists}) == 6
+    assert [trial.joint for trial in actual.finalists] == pytest.approx([loss for _, loss, _ in expected[:6]], rel=1e-4)
+    assert len({trial.origin for trial in actual.finalists}) == 6
 
 
 @pytest.mark.parametrize("counting", COUNTINGS)

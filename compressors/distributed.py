@@ -1,4 +1,5 @@
-"""What the processes of ``torchrun`` share: who is first, and how they agree. With one process, everything here is a no-op.
+"""What the processes of ``torchrun`` share: who is first, and how they agree. With one process, everything here is a
+no-op.
 
 Training is data-parallel by the Trainer; the rest of the work either is split here or done by every process alike. Only
 the first process writes files.
@@ -32,8 +33,8 @@ def start() -> None:
     if world_size() > 1:
         from accelerate import PartialState
 
-        # Transformers passes this on under its old name; synchronising ADMM's buffers at every step would cost more than
-        # the gradients do, and every process computes the same ones.
+        # Transformers passes this on under its old name; synchronising ADMM's buffers at every step would cost more
+        # than the gradients do, and every process computes the same ones.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers. is deprecated", category=FutureWarning)
         PartialState(cpu=not torch.cuda.is_available())
 

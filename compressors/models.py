@@ -109,8 +109,8 @@ def load_tokenizer(source: ModelSource) -> FastTokenizer:
 
 
 def max_length(source: ModelSource, tokenizer: FastTokenizer, task: Task, requested: int | None = None) -> int:
-    """Longest input in tokens: what was requested, else what tokenizer, positions and, for embeddings, the model's own files
-    allow; beyond positions is refused."""
+    """Longest input in tokens: what was requested, else what tokenizer, positions and, for embeddings, the model's own
+    files allow; beyond positions is refused."""
     limit = source.family.max_positions(source.config)
     if requested is not None:
         if not 2 <= requested <= limit:
@@ -128,8 +128,8 @@ Keywords = dict[str, torch.Tensor]
 
 
 def _as_spans(model: nn.Module) -> nn.Module:
-    """Make a question answering model speak like the others: ``labels`` (batch, 2) in, ``logits`` (batch, sequence, 2) out,
-    start and end, `PADDED` at padding, which has no part in the loss."""
+    """Make a question answering model speak like the others: ``labels`` (batch, 2) in, ``logits`` (batch, sequence, 2)
+    out, start and end, `PADDED` at padding, which has no part in the loss."""
 
     def split_labels(_: nn.Module, args: Arguments, inputs: Keywords) -> tuple[Arguments, Keywords]:
         labels = inputs.pop("labels", None)
@@ -153,8 +153,8 @@ def _as_spans(model: nn.Module) -> nn.Module:
 def load_model(
     source: ModelSource, task: Task, *, classes: Sequence[str] | None = None, gelu: str | None = None
 ) -> nn.Module:
-    """The task model in float32, with ``labels`` in and ``logits`` out. With `classes` the head is new; without, it is the
-    checkpoint's own.
+    """The task model in float32, with ``labels`` in and ``logits`` out. With `classes` the head is new; without, it is
+    the checkpoint's own.
 
     `gelu` (erf or tanh) replaces the model's own GELU, and ``config.json`` says so when the model is saved.
     """

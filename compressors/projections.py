@@ -20,7 +20,8 @@ from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.errors import PlanError
 
 # Scales that a dual update tries, and least-squares refinements of the best: on the matrices of MiniLM-L6 at 2:4+W4 the
-# squared error is 0.02 % above that of the 71 and 10 that fixed masks get, in less than half of the time, and the next update looks again.
+# squared error is 0.02 % above that of the 71 and 10 that fixed masks get, in less than half of the time, and the next
+# update looks again.
 _DUAL_SEARCH = {"points": 13, "refinements": 4}
 _PAIRWISE_LIMIT = 8  # up to this M, counting larger neighbours beats sorting
 
@@ -48,14 +49,15 @@ def nm_mask(scores: Tensor, pattern: NMPattern) -> Tensor:
 def magnitude_scores(weight: Tensor, importance: Tensor | None = None) -> Tensor:
     """What masks are chosen by: |W| (out, in), times the `importance` (in,) of each input where there is one.
 
-    With the root mean square of each input as importance this is Wanda's score (Sun et al., "A Simple and Effective Pruning
-    Approach for Large Language Models", ICLR 2024), here within each N:M group.
+    With the root mean square of each input as importance this is Wanda's score (Sun et al., "A Simple and Effective
+    Pruning Approach for Large Language Models", ICLR 2024), here within each N:M group.
     """
     return weight.abs() if importance is None else weight.abs() * importance
 
 
 def project_nm(weight: Tensor, pattern: NMPattern, importance: Tensor | None = None) -> Tensor:
-    """Nearest N:M matrix: the `n` largest magnitudes of each group, unchanged; nearest with inputs weighted by `importance`."""
+    """Nearest N:M matrix: the `n` largest magnitudes of each group, unchanged; nearest with inputs weighted by
+    `importance`."""
     return weight * nm_mask(magnitude_scores(weight, importance), pattern)
 
 
@@ -97,7 +99,8 @@ def _keep_better(weight: Tensor, scale: Tensor, qmax: int, best: Tensor, error: 
 
 
 def _squared_error(weight: Tensor, scale: Tensor, qmax: int, scratch: Tensor) -> Tensor:
-    """Squared rounding error of each channel, (out, 1); `scratch` is overwritten, so that nothing as large is allocated."""
+    """Squared rounding error of each channel, (out, 1); `scratch` is overwritten, so that nothing as large is
+    allocated."""
     torch.div(weight, scale, out=scratch).round_().clamp_(-qmax, qmax).mul_(scale).sub_(weight)
     error: Tensor = torch.linalg.vecdot(scratch, scratch).unsqueeze(-1)
     return error
@@ -137,5 +140,6 @@ def _joint(weight: Tensor, spec: WeightSpec, importance: Tensor | None = None) -
     return project_grid(weight, spec.weight_bits, **_DUAL_SEARCH) if spec.weight_bits else _mask_only(weight, spec)
 
 
-# (weight, spec, importance or None) -> weight. What the ADMM constraint set is: the pattern alone (quantization by straight-through training), or pattern and grid.
+# (weight, spec, importance or None) -> weight. What the ADMM constraint set is: the pattern alone (quantization by
+# straight-through training), or pattern and grid.
 PROJECTIONS: dict[str, Callable[..., Tensor]] = {"mask": _mask_only, "joint": _joint}

@@ -18,20 +18,24 @@ from nxm_export.errors import DataError, PlanError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-# ``obs``, the default, fixes mask and weights by second-order pruning (`compressors.pruning.sparsegpt`) and spends all steps on
-# masked QAT; ``magnitude`` does so with the mask by magnitude; ``nxm`` looks for the mask by ADMM first, ours (damped,
-# distilled); ``sr-ste`` lets the mask follow the weight through most of the steps (Zhou et al. 2021, arXiv 2102.04010), then
-# fixes it; ``one-shot`` is magnitude and calibration alone, no training; ``paper`` follows what is known of the authors' recipe.
+# ``obs``, the default, fixes mask and weights by second-order pruning (`compressors.pruning.sparsegpt`) and spends all
+# steps on masked QAT; ``magnitude`` does so with the mask by magnitude; ``nxm`` looks for the mask by ADMM first, ours
+# (damped, distilled); ``sr-ste`` lets the mask follow the weight through most of the steps (Zhou et al. 2021, arXiv
+# 2102.04010), then fixes it; ``one-shot`` is magnitude and calibration alone, no training; ``paper`` follows what is
+# known of the authors' recipe.
 RECIPES = ("obs", "nxm", "magnitude", "sr-ste", "one-shot", "paper")
 # What masks are chosen by: |W|, or |W| times the root mean square of each input over the calibration samples.
 MASK_SCORES = ("magnitude", "activation")
-# ADMM's constraint set: the pattern, or pattern and grid together (without and with fake quantization in the forward pass).
+# ADMM's constraint set: the pattern, or pattern and grid together (without and with fake quantization in the forward
+# pass).
 ADMM_KINDS = ("mask", "joint", "joint-ste")
 PRECISIONS = ("auto", "fp32", "bf16")
 PAPER_DIFFERENCES = (
-    "as the authors: one dual update per epoch, undamped; a constant penalty; no distillation; no training after projection; "
+    "as the authors: one dual update per epoch, undamped; a constant penalty; no distillation; no training after "
+    "projection; "
     "embeddings, norms and head frozen",
-    "not as the authors: static per-tensor activations (theirs: dynamic per token); one weight scale per channel (theirs: "
+    "not as the authors: static per-tensor activations (theirs: dynamic per token); one weight scale per channel "
+    "(theirs: "
     "per 32 rows); narrow weight range; exactly N kept per group; the penalty is added after clipping (theirs: before)",
 )
 # The settings that change the dense model, and those that dense fine-tuning and compression share.
@@ -44,9 +48,9 @@ OPTION = "option"  # the key of a field's metadata
 class Option:
     """A setting as the command line offers it; the field gives its type and its default.
 
-    A number is at least `least` and at most `most`, or more than `above` and less than `below`; a text is one of `choices`.
-    `flag` is the option's name where it is not the field's. `negates` says that the flag switches the setting off.
-    `infinity_is_none`: the option takes ``inf`` for the setting's None, which is no limit.
+    A number is at least `least` and at most `most`, or more than `above` and less than `below`; a text is one of
+    `choices`. `flag` is the option's name where it is not the field's. `negates` says that the flag switches the
+    setting off. `infinity_is_none`: the option takes ``inf`` for the setting's None, which is no limit.
     """
 
     help: str | None = None
@@ -100,8 +104,8 @@ class Losses:
 class Settings:
     """How long and how fast to train. Steps win over epochs where both are given.
 
-    What is None depends on the task and the model: see `compressors.training.default_recipe`. `augment` is the share of the
-    training samples that are distorted ones, for the teacher alone to answer. An INT8 output that costs more than
+    What is None depends on the task and the model: see `compressors.training.default_recipe`. `augment` is the share of
+    the training samples that are distorted ones, for the teacher alone to answer. An INT8 output that costs more than
     `output_limit` by itself (`compressors.training.output_sensitivity`) stays in float; None: all are INT8.
     """
 
@@ -131,7 +135,8 @@ class Settings:
         default=None,
         metadata={
             OPTION: Option(
-                "Share of training samples with tokens dropped, replaced and swapped. Where there are any, the teacher alone is "
+                "Share of training samples with tokens dropped, replaced and swapped. Where there are any, the teacher "
+                "alone is "
                 "learned from.  [default: 0.7 for classification, else 0]",
                 least=0,
                 below=1,
@@ -142,7 +147,8 @@ class Settings:
         default=0.005,
         metadata={
             OPTION: Option(
-                "The most that one INT8 output into the residual may cost, in nats; a costlier one stays in float. inf: all INT8.",
+                "The most that one INT8 output into the residual may cost, in nats; a costlier one stays in float. "
+                "inf: all INT8.",
                 least=0,
                 infinity_is_none=True,
             )
@@ -165,7 +171,8 @@ class Settings:
         default=None,
         metadata={
             OPTION: Option(
-                "Of compression.  [default: 1e-4; with --augment, 3e-4 for recipes but obs, and less for models wider than 384]",
+                "Of compression.  [default: 1e-4; with --augment, 3e-4 for recipes but obs, and less for models wider "
+                "than 384]",
                 above=0,
             )
         },

@@ -6,11 +6,11 @@ Split as ``loss(W) + indicator_C(Z)`` with ``W = Z`` and scaled dual U (Boyd et 
     Z-step   Z <- projection of (W + U) onto C
     U-step   U <- U + damping * (W - Z)
 
-``rho`` is scale-free: after every dual update it is chosen so that the penalty's gradient, were U zero, would be a given
-multiple of the task gradient; that ratio is what acts under Adam. It never falls, and whenever it rises U is divided by
-the same factor, because the dual variable is ``rho * U`` (section 3.4.1). Without that rescaling U keeps the weight of
-a time when the penalty was weak, ``W + U`` doubles dropped weights, and masks flip back and forth without end.
-The penalty is added after gradient clipping, so that clipping never trades task for penalty.
+``rho`` is scale-free: after every dual update it is chosen so that the penalty's gradient, were U zero, would be a
+given multiple of the task gradient; that ratio is what acts under Adam. It never falls, and whenever it rises U is
+divided by the same factor, because the dual variable is ``rho * U`` (section 3.4.1). Without that rescaling U keeps the
+weight of a time when the penalty was weak, ``W + U`` doubles dropped weights, and masks flip back and forth without
+end. The penalty is added after gradient clipping, so that clipping never trades task for penalty.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class _Constraint(nn.Module):
 class Admm(nn.Module):
     """Z and U of every constrained weight (buffers, so that checkpoints hold them), the penalty, the dual update.
 
-    `damping` is the dual step: 1 is the textbook's. With `warm_dual` U starts at W - Z, as in the authors' code. `project`
-    is one of `PROJECTIONS`; `importance` (in,) of a weight's inputs, by name, is handed to it.
+    `damping` is the dual step: 1 is the textbook's. With `warm_dual` U starts at W - Z, as in the authors' code.
+    `project` is one of `PROJECTIONS`; `importance` (in,) of a weight's inputs, by name, is handed to it.
     """
 
     rho: Tensor
@@ -203,7 +203,8 @@ class Admm(nn.Module):
 
     @contextmanager
     def projected(self) -> Iterator[None]:
-        """Inside the block, every weight is its own projection (with U = 0): the model as it would be if masks were fixed now."""
+        """Inside the block, every weight is its own projection (with U = 0): the model as it would be if masks were
+        fixed now."""
         saved = [constraint.weight.detach().clone() for constraint in self._all()]
         try:
             with torch.no_grad():

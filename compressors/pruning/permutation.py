@@ -1,17 +1,19 @@
 """Function-preserving channel permutation: put channels next to each other so that N:M drops less.
 
-N:M groups are M neighbouring inputs of a matrix, and which inputs are neighbours is arbitrary where only the matrix before
-says so. Three places are free. Two lie inside a block, and moving channels there changes no hidden state between blocks:
+N:M groups are M neighbouring inputs of a matrix, and which inputs are neighbours is arbitrary where only the matrix
+before says so. Three places are free. Two lie inside a block, and moving channels there changes no hidden state between
+blocks:
 
 * the FFN's intermediate channels: rows and bias of the first matrix with columns of the second;
-* the value channels inside a head: rows and bias of the value matrix with columns of the attention output. (Query and key
-  are no one's inputs, and the order of heads cannot matter where M divides the size of a head.)
+* the value channels inside a head: rows and bias of the value matrix with columns of the attention output. (Query and
+  key are no one's inputs, and the order of heads cannot matter where M divides the size of a head.)
 
-The third is the residual stream, which embeddings and norms write and query, key, value and the FFN's first matrix of every
-block read: one order for them all. It moves the channels of hidden states, so a teacher has to be permuted with it.
+The third is the residual stream, which embeddings and norms write and query, key, value and the FFN's first matrix of
+every block read: one order for them all. It moves the channels of hidden states, so a teacher has to be permuted with
+it.
 
-The order is searched by swaps of two channels between groups, those that keep the most of the masks' scores first, in the
-spirit of Pool & Yu, "Channel Permutations for N:M Sparsity" (NeurIPS 2021). Deterministic.
+The order is searched by swaps of two channels between groups, those that keep the most of the masks' scores first, in
+the spirit of Pool & Yu, "Channel Permutations for N:M Sparsity" (NeurIPS 2021). Deterministic.
 """
 
 from __future__ import annotations
@@ -70,7 +72,8 @@ def permute_channels(
 def residual_order(
     model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, Json], rounds: int = ROUNDS
 ) -> tuple[Tensor, RetainedShares]:
-    """The order (hidden,) of the residual stream under which what reads it keeps more, and every matrix that this concerns.
+    """The order (hidden,) of the residual stream under which what reads it keeps more, and every matrix that this
+    concerns.
 
     It is chosen for the pattern that most of its readers have; without any, nothing is to be kept.
     """
@@ -94,8 +97,8 @@ def residual_order(
 def permute_residual(model: nn.Module, order: Tensor, family: Family, config: Mapping[str, Json]) -> None:
     """Give the residual stream of `model` another `order` (hidden,), in place; its outputs stay what they were.
 
-    Outside the blocks every feature axis of the hidden size is moved, of whatever module: what reads one that was written
-    in the new order then finds it there. Raises `PlanError` where the model's own outputs are of that size.
+    Outside the blocks every feature axis of the hidden size is moved, of whatever module: what reads one that was
+    written in the new order then finds it there. Raises `PlanError` where the model's own outputs are of that size.
     """
     hidden = size_of(config, family.hidden_key)
     blocks = family.blocks(config)
@@ -154,9 +157,10 @@ def retained_sum(scores: Tensor, pattern: NMPattern) -> Tensor:
 def channel_order(scores: Tensor, pattern: NMPattern, rounds: int = ROUNDS) -> Tensor:
     """The order (channels,) of the columns of `scores` (rows, channels) under which `pattern` keeps more of their sum.
 
-    Let channel i leave its group and b take its place. Of a row x, with s_N and s_{N+1} the N-th and next largest of the
-    group, the group keeps ``max(t, x_b) - max(x_i, s_N)`` more than before, where t is s_{N+1} if i was kept and s_N if
-    not. Summed over rows, ``max(t, x_b)`` is half of ``t + x_b + |t - x_b|``: one L1 distance matrix gives all swaps.
+    Let channel i leave its group and b take its place. Of a row x, with s_N and s_{N+1} the N-th and next largest of
+    the group, the group keeps ``max(t, x_b) - max(x_i, s_N)`` more than before, where t is s_{N+1} if i was kept and
+    s_N if not. Summed over rows, ``max(t, x_b)`` is half of ``t + x_b + |t - x_b|``: one L1 distance matrix gives all
+    swaps.
     """
     n, m = pattern.n, pattern.m
     columns = scores.T.contiguous()  # (channels, rows)

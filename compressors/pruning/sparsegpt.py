@@ -2,8 +2,9 @@
 
 For a linear layer y = W x the squared output error of changing W to Z is ``tr((W - Z) H (W - Z)^T)`` with
 ``H = E[x x^T]``. Pruning one weight and adjusting the ones after it to make up for it is the Optimal Brain Surgeon
-(Hassibi & Stork 1993), done column by column for N:M groups as in SparseGPT (Frantar & Alistarh 2023): within each group
-of M columns the weights with the smallest ``w**2 / [H^-1]_jj`` go, and their error is spread over the columns to come.
+(Hassibi & Stork 1993), done column by column for N:M groups as in SparseGPT (Frantar & Alistarh 2023): within each
+group of M columns the weights with the smallest ``w**2 / [H^-1]_jj`` go, and their error is spread over the columns to
+come.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ _BLOCK = 128  # columns whose updates to the rest are applied together, for spee
 def input_hessians(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, diagonal: bool = False
 ) -> dict[str, Tensor]:
-    """``E[x x^T]`` (in, in) of what every prepared layer reads, by weight name, padding excluded; or its diagonal (in,).
+    """``E[x x^T]`` (in, in) of what every prepared layer reads, by weight name, padding excluded; or its diagonal
+    (in,).
 
-    Memory is one matrix per distinct input, whatever the number of batches: layers that share an input share its hessian.
+    Memory is one matrix per distinct input, whatever the number of batches: layers that share an input share its
+    hessian.
     """
     layers = quant_linears(model)
     leaders: dict[int, str] = {}  # layers that read through one quantizer read one tensor

@@ -1,4 +1,5 @@
-"""The differentiable functions of fake quantization: codes, their integer product, and the gradients of values and scales.
+"""The differentiable functions of fake quantization: codes, their integer product, and the gradients of values and
+scales.
 
 Codes are ``k = clip(round(x / s), qmin, qmax)``, rounding half to even. The straight-through derivative of ``s * k``
 is 1 for x inside the range and 0 outside; for the scale it is ``k - x/s`` inside and ``k`` outside (LSQ: Esser et al.,
@@ -35,8 +36,8 @@ class FunctionCtx(Protocol):
 class Codes(torch.autograd.Function):
     """Integer codes of an activation `x` for the `scale` (1,), in `dtype`.
 
-    The gradient that comes back is taken as that of the dequantized value ``codes * scale``, which is what `IntegerProduct`
-    returns: so no pass over the tensor is spent on multiplying by the scale and dividing by it again.
+    The gradient that comes back is taken as that of the dequantized value ``codes * scale``, which is what
+    `IntegerProduct` returns: so no pass over the tensor is spent on multiplying by the scale and dividing by it again.
     """
 
     @staticmethod
@@ -79,15 +80,15 @@ class FakeQuantize(torch.autograd.Function):
 
 
 class IntegerProduct(torch.autograd.Function):
-    """``(codes @ w.T) * input_scale * weight_scale + bias``, `dtype` (..., out): a layer's integer product, scaled once in
-    float32.
+    """``(codes @ w.T) * input_scale * weight_scale + bias``, `dtype` (..., out): a layer's integer product, scaled once
+    in float32.
 
     `codes` (..., in) are `Codes` with their `input_scale` (1,). ``w`` are the integer codes of `weight` for the scales
     `weight_scale` (out, 1) and ``[-qmax, qmax]``; or `weight` itself with `weight_scale` None.
 
-    `nonzero_mask` (or None) is 1 for a weight that stays and 0 for a masked one, and multiplies the gradient. It need not touch
-    the codes: a masked weight is 0 when its mask is fixed, has no gradient from then on, and so stays 0, which
-    `require_invariants` asserts.
+    `nonzero_mask` (or None) is 1 for a weight that stays and 0 for a masked one, and multiplies the gradient. It need
+    not touch the codes: a masked weight is 0 when its mask is fixed, has no gradient from then on, and so stays 0,
+    which `require_invariants` asserts.
 
     The gradients of all scales come out of sums over the weight, which is smaller than what a batch writes:
     ``sum_t g[t,o] * product[t,o] = sum_i w[o,i] * (g.T @ codes)[o,i]``, and the second factor is at hand.
@@ -162,7 +163,8 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 class SrSteMask(torch.autograd.Function):
-    """``weight * mask`` whose gradient reaches masked weights, too, and pulls them to 0: ``g + decay * (1 - mask) * weight``.
+    """``weight * mask`` whose gradient reaches masked weights, too, and pulls them to 0:
+    ``g + decay * (1 - mask) * weight``.
 
     SR-STE: Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021.
     """

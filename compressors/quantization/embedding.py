@@ -1,7 +1,9 @@
-"""The word-embedding table in INT8: codes in [-127, 127] and one scale per row (token), the largest |value| of the row / 127.
+"""The word-embedding table in INT8: codes in [-127, 127] and one scale per row (token), the largest |value| of the row
+/ 127.
 
-A training step looks up its tokens' rows and rounds those; so it costs what a batch's tokens cost, however many tokens there are. The
-scale follows the row, nothing is clipped, and the straight-through gradient of the rounding is 1 everywhere.
+A training step looks up its tokens' rows and rounds those; so it costs what a batch's tokens cost, however many tokens
+there are. The scale follows the row, nothing is clipped, and the straight-through gradient of the rounding is 1
+everywhere.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from nxm_export.contract.checkpoint import EMBEDDING_QMAX
 def row_codes(rows: Tensor) -> tuple[Tensor, Tensor]:
     """(codes (..., features), scales (..., 1)), both float32, of table rows (..., features).
 
-    A scale is never below the smallest normal number, which runtimes may flush to 0: rows of zeros have codes 0 and a scale.
+    A scale is never below the smallest normal number, which runtimes may flush to 0: rows of zeros have codes 0 and a
+    scale.
     """
     smallest = torch.finfo(torch.float32).smallest_normal
     rows = rows.float()

@@ -1,7 +1,7 @@
 """Layers with fake quantization and learned scales; `compressors.quantization.preparation` puts them into a model.
 
-Codes and their gradients are those of `compressors.quantization.autograd`. Scales are learned as logarithms, so that they stay
-positive.
+Codes and their gradients are those of `compressors.quantization.autograd`. Scales are learned as logarithms, so that
+they stay positive.
 
 A `QuantLinear` multiplies integer codes and applies both scales to the product,
 ``y = (codes(x) @ codes(W).T) * s_x * s_w + b``: the codes are exact in bfloat16, where ``code * scale`` is not, so a
@@ -34,7 +34,8 @@ from nxm_export.contract.plan import WeightSpec
 
 
 class ActivationQuantizer(nn.Module):
-    """Static per-tensor symmetric INT8 quantizer with a learned scale; may be shared by several readers of one tensor."""
+    """Static per-tensor symmetric INT8 quantizer with a learned scale; may be shared by several readers of one
+    tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,8 +90,8 @@ class QuantLinear(nn.Linear):
     """A linear layer under a `WeightSpec`: mask, weight codes and activation quantizers, all trainable through.
 
     `mask` is None until it is fixed (`freeze_mask`); from then on it is fixed and nothing can revive a masked weight.
-    `quantize_weight` is off in those ADMM modes that leave the weight in float. While `sr_ste_decay` is set (SR-STE) and
-    the mask is not fixed, every forward pass uses the magnitude mask of the weight as it is.
+    `quantize_weight` is off in those ADMM modes that leave the weight in float. While `sr_ste_decay` is set (SR-STE)
+    and the mask is not fixed, every forward pass uses the magnitude mask of the weight as it is.
     """
 
     mask: Tensor | None
@@ -138,8 +139,8 @@ class QuantLinear(nn.Linear):
 
     @torch.no_grad()
     def freeze_mask(self, scores: Tensor | None = None) -> None:
-        """Fix the mask (the N highest `scores`, by default `magnitude_scores`, of each group), zero the rest, and refit the
-        scales."""
+        """Fix the mask (the N highest `scores`, by default `magnitude_scores`, of each group), zero the rest, and refit
+        the scales."""
         if self.spec.pattern:
             self.mask = nm_mask(self._scores() if scores is None else scores, self.spec.pattern)
             self._float_mask = None
@@ -171,8 +172,8 @@ class QuantLinear(nn.Linear):
             assert self.spec.qmax is not None
             weight_scale = learned(self.log_scale, self.in_features, self.spec.qmax)  # (out, 1)
         mask = self._mask_as(self.weight.dtype)
-        # As a plain layer's would be under autocast, which halves what the layers behind it keep for the way back; but a
-        # quantizer reads it in float32, as engines do.
+        # As a plain layer's would be under autocast, which halves what the layers behind it keep for the way back; but
+        # a quantizer reads it in float32, as engines do.
         dtype = codes.dtype if self.output_quantizer is None else torch.float32
         return integer_product(
             codes, input_scale, self._visible_weight(), weight_scale, self.bias, mask, self.spec.qmax or 0, dtype
@@ -190,7 +191,8 @@ class QuantLinear(nn.Linear):
         return sr_ste_weight(self.weight, mask, self.sr_ste_decay)
 
     def _mask_as(self, dtype: torch.dtype) -> Tensor | None:
-        """The mask as 0 and 1 in `dtype`: products with boolean tensors are slow. Rebuilt when mask or device change."""
+        """The mask as 0 and 1 in `dtype`: products with boolean tensors are slow. Rebuilt when mask or device
+        change."""
         if self.mask is None:
             return None
         if self._float_mask is None or self._float_mask.dtype != dtype or self._float_mask.device != self.mask.device:

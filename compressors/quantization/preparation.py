@@ -1,4 +1,5 @@
-"""The pair `prepare` / `bake`: it puts a plan's quantizers into a model and takes them out again, and what lies between."""
+"""The pair `prepare` / `bake`: it puts a plan's quantizers into a model and takes them out again, and what lies
+between."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def _quantize_inputs(layers: Mapping[str, QuantLinear], block: str, family: Fami
 def _quantize_residuals(
     model: nn.Module, block: str, family: Family, attention: QuantLinear | None, ffn: QuantLinear | None
 ) -> None:
-    """Quantize what a block and its FFN read for all readers; quantizing again inside the layers then changes nothing."""
+    """Quantize what a block and its FFN read for all readers; quantizing again inside the layers then changes
+    nothing."""
 
     def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         assert attention is not None
@@ -168,7 +170,8 @@ def require_invariants(model: nn.Module) -> None:
         nonzeros = layer.mask.reshape(-1, layer.spec.pattern.m).sum(dim=-1)
         if revived or bool((nonzeros != layer.spec.pattern.n).any()):
             raise ArtifactError(
-                f"{name}: {revived} masked weights came back to life, or its mask is not {layer.spec.pattern}; this is a bug"
+                f"{name}: {revived} masked weights came back to life, or its mask is not {layer.spec.pattern}; this is "
+                "a bug"
             )
 
 

@@ -1,11 +1,11 @@
 """The exact choice of one option per weight under a budget of bits and, where there is one, a latency limit.
 
-A multiple-choice knapsack, as an integer program that HiGHS solves (`scipy.optimize.milp`): minimise the sum of chosen losses
-so that chosen bits stay within the budget and chosen milliseconds within the limit. The solver has absolute tolerances of
-1e-6, so its numbers are made to be about one: bits are divided by their greatest common divisor, milliseconds by the limit,
-and losses by the largest that is left once options are gone that alone lose more than a choice known to be feasible. What
-comes back is added up again, bits in integers; a choice that only the tolerances let pass is excluded, and the rest is solved
-again.
+A multiple-choice knapsack, as an integer program that HiGHS solves (`scipy.optimize.milp`): minimise the sum of chosen
+losses so that chosen bits stay within the budget and chosen milliseconds within the limit. The solver has absolute
+tolerances of 1e-6, so its numbers are made to be about one: bits are divided by their greatest common divisor,
+milliseconds by the limit, and losses by the largest that is left once options are gone that alone lose more than a
+choice known to be feasible. What comes back is added up again, bits in integers; a choice that only the tolerances let
+pass is excluded, and the rest is solved again.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ def choose(
     budget: int,
     latency: Latency | None = None,
 ) -> list[int]:
-    """Index of the chosen option per item: the least sum of `losses` within the `budget` of bits and the `latency` limit.
+    """Index of the chosen option per item: the least sum of `losses` within the `budget` of bits and the `latency`
+    limit.
 
-    An option with an infinite loss is never chosen. Raises `PlanError` when no choice fits, with the least bits that any needs.
+    An option with an infinite loss is never chosen. Raises `PlanError` when no choice fits, with the least bits that
+    any needs.
     """
     least = sum(min(options) for options in bits)
     if least > budget:
@@ -63,8 +65,8 @@ def choose(
 class _Problem:
     """The integer program: a variable, 0 or 1, for every option that may be chosen, and one option per item.
 
-    `excess` is what an option loses beyond the best of its item: only differences decide, and they may be far smaller than
-    the losses.
+    `excess` is what an option loses beyond the best of its item: only differences decide, and they may be far smaller
+    than the losses.
     """
 
     variables: tuple[tuple[int, int], ...]  # (item, option)
@@ -155,7 +157,8 @@ class _Problem:
 
 @contextmanager
 def _quiet_stdout() -> Iterator[None]:
-    """Inside the block, C code prints nothing: HiGHS has lines for its authors, and ``--json`` needs stdout to itself."""
+    """Inside the block, C code prints nothing: HiGHS has lines for its authors, and ``--json`` needs stdout to
+    itself."""
     sys.stdout.flush()
     saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)

@@ -1,8 +1,9 @@
-"""``nxm search``: a plan with a different (pattern, bits) per weight, under a compression constraint, for one task model.
+"""``nxm search``: a plan with a different (pattern, bits) per weight, under a compression constraint, for one task
+model.
 
 The training data is cut into a held-out slice, which judges, and the rest, which calibrates and trains; the dev set is
-not even opened. After the one-shot selection (see `compressors.search.selection`) finalists may go through short compression
-runs, half of them staying after each round: what does best one-shot is not always what trains best.
+not even opened. After the one-shot selection (see `compressors.search.selection`) finalists may go through short
+compression runs, half of them staying after each round: what does best one-shot is not always what trains best.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def search(
     """Search a plan for a dense task model and write ``plan.json`` and its evidence to the directory `out`.
 
     `training` is how the plan is going to be trained: short runs use it, and the cost is compared with it. Interrupted
-    work resumes from `work_dir` where model, data and settings are the same. Every argument but `model` is by keyword, as a
-    command line has it. Returns what ``search.json`` holds.
+    work resumes from `work_dir` where model, data and settings are the same. Every argument but `model` is by keyword,
+    as a command line has it. Returns what ``search.json`` holds.
     """
     began = time.monotonic()
     prepare_process(training.threads)
@@ -159,7 +160,8 @@ def _cut(features: Sequence[Features], settings: SearchSettings) -> tuple[list[F
     assert settings.held_out is not None
     if len(features) < settings.samples + settings.held_out:
         raise DataError(
-            f"{len(features)} training samples are too few for {settings.samples} calibration and {settings.held_out} held-out samples; "
+            f"{len(features)} training samples are too few for {settings.samples} calibration and {settings.held_out} "
+            "held-out samples; "
             "lower --samples and --held-out, or give more data"
         )
     held_out, rest = split_indices(features, settings.held_out, settings.seed)
@@ -184,7 +186,8 @@ class _Runs:
     def halved(
         self, finalists: Sequence[Trial], halving: Sequence[int], seconds: dict[str, float]
     ) -> tuple[list[Trial], list[HalvingRound]]:
-        """(the finalists that are left after rounds of short runs, best first; the rounds). Adds the `seconds` of each round.
+        """(the finalists that are left after rounds of short runs, best first; the rounds). Adds the `seconds` of each
+        round.
 
         A run whose divergence is no number comes last.
         """
@@ -217,7 +220,8 @@ class _Runs:
         return total / len(self.data.dev)
 
     def step_seconds(self, trial: Trial) -> float:
-        """Seconds of one optimizer step of a compression run under a plan, timed over a few steps on this process's part."""
+        """Seconds of one optimizer step of a compression run under a plan, timed over a few steps on this process's
+        part."""
         source, task, training = self.source, self.data.task, self.training
         model = load_model(source, task)
         prepare(model, trial.plan, source.family, source.config)
@@ -243,8 +247,8 @@ class _Runs:
 
 
 def _typical_batches(features: Sequence[Features], size: int, seed: int) -> list[list[Features]]:
-    """Batches as training makes them, of similar length: the middles of `_TIMED_STEPS` equal parts of an epoch ordered by
-    length, whose mean stands for the epoch's, behind one to warm up on."""
+    """Batches as training makes them, of similar length: the middles of `_TIMED_STEPS` equal parts of an epoch ordered
+    by length, whose mean stands for the epoch's, behind one to warm up on."""
     order = schedule(features, max(1, len(features) // size), size, seed)
     batches = [[features[i] for i in order[at : at + size]] for at in range(0, len(order), size)]
     batches.sort(key=lambda batch: max(len(sample["input_ids"]) for sample in batch))

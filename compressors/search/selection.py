@@ -1,11 +1,12 @@
-"""Which option each weight gets: candidates from the sensitivity table, a joint check, swaps; or the authors' enumeration.
+"""Which option each weight gets: candidates from the sensitivity table, a joint check, swaps; or the authors'
+enumeration.
 
     statistics -> sensitivity table -> exact knapsack, for several mixes of the two sensitivities
                -> joint check (what the table cannot see: interactions) -> budget-neutral swaps
 
-A `Selector` decides on slices of the training data; `compressors.search.plan_search` cuts them and trains the finalists. With
-``method="paper"`` it is the authors' search: options tied across layers, every combination within the budget scored
-one-shot by the task metric.
+A `Selector` decides on slices of the training data; `compressors.search.plan_search` cuts them and trains the
+finalists. With ``method="paper"`` it is the authors' search: options tied across layers, every combination within the
+budget scored one-shot by the task metric.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ Choice = tuple[int, ...]  # index into the candidate specs, per weight in model 
 
 @dataclass(frozen=True)
 class Trial:
-    """One plan that was looked at: where it came from, what the sensitivity table predicts, what it really does one-shot."""
+    """One plan that was looked at: where it came from, what the sensitivity table predicts, what it really does
+    one-shot."""
 
     origin: str
     plan: CompressionPlan
@@ -65,7 +67,8 @@ class Trial:
 
 @dataclass(frozen=True)
 class Selection:
-    """Finalists and trials (best first), the front at further compressions, the best trial of each tie, and what it took."""
+    """Finalists and trials (best first), the front at further compressions, the best trial of each tie, and what it
+    took."""
 
     finalists: list[Trial]
     trials: list[Trial]
@@ -76,7 +79,8 @@ class Selection:
 
 
 class Selector:
-    """Chooses over one dense model: statistics, then `run` (or its steps `measure_sensitivities`, `candidates`, `swaps`), or `paper`."""
+    """Chooses over one dense model: statistics, then `run` (or its steps `measure_sensitivities`, `candidates`,
+    `swaps`), or `paper`."""
 
     def __init__(
         self,
@@ -172,7 +176,8 @@ class Selector:
             self.losses[kind] /= mean
 
     def candidates(self, budget: int) -> dict[str, Choice]:
-        """Distinct choices within a budget of bits: the knapsack at several mixes, free, tied by role and tied by layer."""
+        """Distinct choices within a budget of bits: the knapsack at several mixes, free, tied by role and tied by
+        layer."""
         choices: dict[str, Choice] = {}
         for tie, groups in self.ties().items():
             for mix in np.linspace(0.0, 1.0, MIXES if tie == "free" else 3):
@@ -215,8 +220,8 @@ class Selector:
         return trials
 
     def paper(self, metric: str, samples: Sequence[Features], classes: Sequence[str] = ()) -> Selection:
-        """The authors' search: options tied by role, every combination in the budget scored one-shot by `metric`; `samples`
-        are the held-out ones, in the order of their batches.
+        """The authors' search: options tied by role, every combination in the budget scored one-shot by `metric`;
+        `samples` are the held-out ones, in the order of their batches.
 
         As theirs, weights are projected by magnitude; unlike theirs, the score is on a slice of train, and ties of the
         metric go to the smaller divergence.
@@ -300,8 +305,8 @@ class Selector:
         return self._cost(choice) <= budget and (limit is None or self._milliseconds(choice) <= limit)
 
     def _solve(self, mix: float, groups: list[list[int]], budget: int) -> Choice | None:
-        """The exact choice within the budget and the latency limit, of least loss at a mix of the two sensitivities; weights of a
-        group take the same option. None where nothing fits."""
+        """The exact choice within the budget and the latency limit, of least loss at a mix of the two sensitivities;
+        weights of a group take the same option. None where nothing fits."""
         possible = np.array([[spec is not None for spec in options] for options in self.options])
         losses = np.full(possible.shape, np.inf)
         losses[possible] = (1 - mix) * self.losses["kl"][possible] + mix * self.losses["fisher"][possible]
@@ -328,8 +333,8 @@ class Selector:
             return None
 
     def _require_reachable(self, budget: int) -> None:
-        """Raise `PlanError`, before anything is measured, where nothing keeps to the budget, the latency limit and the paper's
-        ties together."""
+        """Raise `PlanError`, before anything is measured, where nothing keeps to the budget, the latency limit and the
+        paper's ties together."""
         by_paper = self.settings.method == "paper"
         groups = self.ties()["by role" if by_paper else "free"]
         least = self._fastest(groups, budget)
@@ -340,12 +345,14 @@ class Selector:
             )
         if not self.fits(least, budget):
             raise PlanError(
-                f"no choice of options{tied} fits {budget // 8} bytes and {self.settings.latency_ms} ms together; within the bytes "
+                f"no choice of options{tied} fits {budget // 8} bytes and {self.settings.latency_ms} ms together; "
+                "within the bytes "
                 f"the least is {self._milliseconds(least):.4g} ms: raise the latency limit or lower the compression"
             )
 
     def _latencies(self) -> np.ndarray:
-        """Milliseconds (weights, options) from the latency table by role and option, for all uses of a weight; zero without a limit."""
+        """Milliseconds (weights, options) from the latency table by role and option, for all uses of a weight; zero
+        without a limit."""
         milliseconds = np.zeros((len(self.names), len(self.candidate_specs)))
         if self.settings.latency_ms is None:
             return milliseconds
@@ -394,7 +401,8 @@ class Selector:
         return tuple(spread)
 
     def _placed(self, name: str, option: WeightSpec) -> WeightSpec | None:
-        """What a candidate spec means for a weight, with the quantizers of the placement; None where it is not allowed."""
+        """What a candidate spec means for a weight, with the quantizers of the placement; None where it is not
+        allowed."""
         if option.pattern and self.shapes[name][1] % option.pattern.m:
             return None
         placed = self.family.placed(name, option, self.settings.placement)
@@ -408,7 +416,8 @@ class Selector:
             if not any(options):
                 out, in_ = self.shapes[name]
                 raise PlanError(
-                    f"{name} ({out}x{in_}) allows none of the candidate specs {', '.join(self.settings.candidate_specs)}; add dense, W8 or another "
+                    f"{name} ({out}x{in_}) allows none of the candidate specs "
+                    f"{', '.join(self.settings.candidate_specs)}; add dense, W8 or another "
                     "pattern"
                 )
         for o, option in enumerate(self.candidate_specs):
@@ -416,7 +425,8 @@ class Selector:
                 raise PlanError(f"no weight of this model allows the candidate spec {option}; drop it")
 
     def _budget(self, compression: float | None, bytes_: int | None = None) -> int:
-        """Bits within a compression or a number of bytes; raises `PlanError` with the nearest that the candidate specs reach."""
+        """Bits within a compression or a number of bytes; raises `PlanError` with the nearest that the candidate specs
+        reach."""
         total = sum(out * in_ for out, in_ in self.shapes.values()) * REFERENCE_BITS
         budget = bytes_ * 8 if bytes_ is not None else math.floor((1 - (compression or 0.0)) * total)
         least = sum(min(options) for options in self.costs)
@@ -424,7 +434,8 @@ class Selector:
             requested = f"compression {compression}" if bytes_ is None else f"{bytes_} bytes"
             nearest = math.floor((1 - least / total) * 1e4) / 1e4  # rounded down, so that asking for it works
             raise PlanError(
-                f"{requested} by counting {self.settings.counting} is out of reach of the candidate specs {', '.join(self.settings.candidate_specs)}; "
+                f"{requested} by counting {self.settings.counting} is out of reach of the candidate specs "
+                f"{', '.join(self.settings.candidate_specs)}; "
                 f"the nearest feasible is compression {nearest:.4f} ({-(-least // 8)} bytes)"
             )
         return budget

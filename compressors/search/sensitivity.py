@@ -1,7 +1,7 @@
 """How much each (weight, option) hurts on its own: the table that the search decides from.
 
-Two measures, both with the weight compressed one-shot (second-order pruning, scales of least squared error) and its input
-quantized, everything else dense:
+Two measures, both with the weight compressed one-shot (second-order pruning, scales of least squared error) and its
+input quantized, everything else dense:
 
 ``kl``      divergence of the model's outputs from the dense model's on calibration samples;
 ``fisher``  ``sum_o f_o (w_o - z_o)^T E[x x^T] (w_o - z_o)`` with f_o the mean squared gradient of the loss at output o:
@@ -56,9 +56,10 @@ class Sensitivity:
 class Statistics:
     """What one pass over the calibration samples tells about a weight's layer.
 
-    `hessian` is ``E[x x^T]`` (in, in) over real tokens, `fisher` the mean squared gradient of a sample's loss per output
-    channel (out,), `input_scale` the static INT8 scale of what it reads. Layers that read one tensor share `hessian`.
-    Where a layer runs several times for one token (shared layers), `hessian` is the mean and `fisher` the sum over them.
+    `hessian` is ``E[x x^T]`` (in, in) over real tokens, `fisher` the mean squared gradient of a sample's loss per
+    output channel (out,), `input_scale` the static INT8 scale of what it reads. Layers that read one tensor share
+    `hessian`. Where a layer runs several times for one token (shared layers), `hessian` is the mean and `fisher` the
+    sum over them.
     """
 
     hessian: Tensor
@@ -91,7 +92,8 @@ class SensitivityProbe:
     def statistics(self, batches: Batches, percentile: float) -> dict[str, Statistics]:
         """Stream the calibration samples (with labels) through the dense model once, forward and backward.
 
-        Raises `DataError` for a model that is broken already: it names the weight that is, or that reads what is no number.
+        Raises `DataError` for a model that is broken already: it names the weight that is, or that reads what is no
+        number.
         """
         for weight in self.weights:
             if not bool(torch.isfinite(self.layer(weight).weight).all()):
@@ -115,8 +117,8 @@ class SensitivityProbe:
 
     @staticmethod
     def _loss(output: TaskOutput, directions: torch.Generator) -> Tensor:
-        """The task's loss, a mean over samples. Embeddings have none; the mean squared gradient of a random direction's length
-        then stands for how far all of the vector moves."""
+        """The task's loss, a mean over samples. Embeddings have none; the mean squared gradient of a random direction's
+        length then stands for how far all of the vector moves."""
         if output.loss is not None:
             return output.loss
         direction = torch.randn(output.logits.shape, generator=directions).to(output.logits.device)
@@ -139,8 +141,8 @@ class SensitivityProbe:
 
     @torch.no_grad()
     def outputs(self, batch: Mapping[str, Tensor], start: int = 0, hidden: Tensor | None = None) -> Tensor:
-        """The model's first output for a batch (0 for tokens that are padding), from block `start` on if the hidden state before
-        it is given."""
+        """The model's first output for a batch (0 for tokens that are padding), from block `start` on if the hidden
+        state before it is given."""
         inputs = {key: value.to(self.device) for key, value in batch.items() if key != "labels"}
         with self._starting_at(start, hidden):
             output: TaskOutput = self.model(**inputs)
@@ -341,7 +343,8 @@ def _measure_block(
         kl = totals[weight, option_name] / samples
         if not (math.isfinite(kl) and math.isfinite(fisher)):
             raise DataError(
-                f"{weight} under {option_name}: its sensitivity is {kl if not math.isfinite(kl) else fisher}; the model overflows on "
+                f"{weight} under {option_name}: its sensitivity is {kl if not math.isfinite(kl) else fisher}; the "
+                "model overflows on "
                 "the calibration samples: leave it out of the candidate specs, or check the model"
             )
         entries.append(Sensitivity(weight, option_name, kl, fisher))

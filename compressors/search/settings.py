@@ -15,9 +15,9 @@ from nxm_export.storage.json_files import read_json
 DEFAULT_CANDIDATES = ("2:4+W4", "W4", "2:4+W8", "W8", "dense")
 METHODS = ("nxm", "paper")
 MIN_SAMPLES, MAX_SAMPLES = 8, 256  # calibration samples, and as many again to judge
-# Together they make a search cost 9 to 10 % of a compression run: a training sample costs 1.1 to 1.2 forward passes of the search
-# where training is bfloat16 and the search float32 (AVX-512 CPUs, `nxm search` on CoLA, rotten tomatoes and MRPC), about four
-# where both are float32.
+# Together they make a search cost 9 to 10 % of a compression run: a training sample costs 1.1 to 1.2 forward passes of
+# the search where training is bfloat16 and the search float32 (AVX-512 CPUs, `nxm search` on CoLA, rotten tomatoes and
+# MRPC), about four where both are float32.
 COST_SHARE = 0.055
 _TRAINING_PASSES = 2
 MIXES = 11  # weights of the two sensitivities that candidates are made for
@@ -30,9 +30,10 @@ class SearchSettings:
     The budget is `compression` (1 - compressed/FP32 over the planned weights) by `counting`, or `bytes` by the same
     counting. `latency_ms`, with `latencies`, adds a second constraint: milliseconds per (role, option). `pareto` are
     further compressions to report from the same table, `halving` the optimizer steps of each round of short runs, after
-    which the better half of the finalists stays. `samples` to calibrate on and samples to be held out and judge are chosen
-    so that the search takes about a tenth of a compression run, where they are not given (see `passes`). `embedding` is that
-    of every plan: the table is no part of what is searched, and the one-shot scores leave it in float.
+    which the better half of the finalists stays. `samples` to calibrate on and samples to be held out and judge are
+    chosen so that the search takes about a tenth of a compression run, where they are not given (see `passes`).
+    `embedding` is that of every plan: the table is no part of what is searched, and the one-shot scores leave it in
+    float.
     """
 
     candidate_specs: tuple[str, ...] = field(
@@ -96,7 +97,8 @@ class SearchSettings:
         for count in (self.samples, self.held_out):
             if count is not None and count < MIN_SAMPLES:
                 raise DataError(
-                    f"the search needs at least {MIN_SAMPLES} calibration and {MIN_SAMPLES} held-out samples, got {count}"
+                    f"the search needs at least {MIN_SAMPLES} calibration and {MIN_SAMPLES} held-out samples, got "
+                    f"{count}"
                 )
         if any(steps < 1 for steps in self.halving):
             raise PlanError("a round of short runs (--halving) has at least 1 step")
@@ -113,7 +115,8 @@ class SearchSettings:
         return table + joint * (1 + len(self.pareto) / 2)
 
     def sized(self, blocks: int, available: int, trained: int) -> SearchSettings:
-        """These settings with both numbers of samples, for `available` samples and a run that trains on `trained` in all.
+        """These settings with both numbers of samples, for `available` samples and a run that trains on `trained` in
+        all.
 
         The paper's enumeration costs what it costs, and gets as many samples as allowed.
         """
@@ -126,9 +129,10 @@ class SearchSettings:
 
 
 def read_latencies(file: Path) -> dict[str, dict[str, float]]:
-    """Milliseconds by role and option, from the JSON file of a latency table; raises `ArtifactError` for another file."""
-    way_out = "it is JSON, {role: {option: ms}}"
+    """Milliseconds by role and option, from the JSON file of a latency table; raises `ArtifactError` for another
+    file."""
+    way_out = "a latency table is JSON, {role: {option: milliseconds}}"
     table = read_json(file, way_out)
     if not isinstance(table, dict) or not table or not all(isinstance(row, dict) and row for row in table.values()):
-        raise ArtifactError(f"{file}: not a latency table; {way_out}")
+        raise ArtifactError(f"{file}: holds no rows of numbers by option; {way_out}")
     return table

@@ -9,8 +9,8 @@ from compressors.pruning.admm import Admm
 from compressors.training.callbacks import Arguments, JsonLog, State, TrainerCallback
 
 MAX_DUAL_UPDATES = 16
-# What fixing the masks would cost is watched at every fourth dual update and on this many held-out samples: at all of them, and
-# on 256, it took as long as a sixth of the phase.
+# What fixing the masks would cost is watched at every fourth dual update and on this many held-out samples: at all of
+# them, and on 256, it took as long as a sixth of the phase.
 WATCH_EVERY, WATCHED_SAMPLES = 4, 64
 
 

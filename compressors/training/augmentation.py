@@ -1,9 +1,9 @@
 """More text for the teacher to answer: training samples with some tokens dropped, replaced and swapped.
 
-A small training set is learned by heart, and a compressed model that has done so agrees with its teacher on nothing else. What
-a distorted sentence means is not known, so its label is left out; the teacher's answer and hidden states are all it is
-trained on. Distilling into small models on changed sentences is TinyBERT's idea (Jiao et al. 2020, arXiv 1909.10351), which
-replaces words by what a language model proposes; here they come from the training set.
+A small training set is learned by heart, and a compressed model that has done so agrees with its teacher on nothing
+else. What a distorted sentence means is not known, so its label is left out; the teacher's answer and hidden states are
+all it is trained on. Distilling into small models on changed sentences is TinyBERT's idea (Jiao et al. 2020, arXiv
+1909.10351), which replaces words by what a language model proposes; here they come from the training set.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def require_augmentable(task: Task) -> None:
     """Raise `DataError` for a task whose own loss, where it has a part in training, cannot leave a sample out."""
     if task.own_loss and (task.output_kind != "softmax"):
         raise DataError(
-            f"task {task.name} has a loss of its own that cannot leave samples without labels out; set its weight to 0, or leave --augment out"
+            f"task {task.name} has a loss of its own that cannot leave samples without labels out; set its weight to "
+            "0, or leave --augment out"
         )
 
 
@@ -32,7 +33,8 @@ def augmented(
 ) -> tuple[list[Features], list[int]]:
     """(samples, order) in which about `share` of the places of `order` hold a distorted sample of their own.
 
-    The first of every batch stays as it is, so that no batch is without a label. The result depends on the arguments only.
+    The first of every batch stays as it is, so that no batch is without a label. The result depends on the arguments
+    only.
     """
     rng = random.Random(seed)
     pool = [token for sample in features for token in sample["input_ids"][1:-1]]

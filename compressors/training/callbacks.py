@@ -81,7 +81,8 @@ class JsonLog(TrainerCallback):
         loss = logs.get("loss")
         if loss is not None and not math.isfinite(loss):
             raise DataError(
-                f"the loss is {loss} at step {state.global_step} of phase {self.phase!r}; lower the learning rate, or try "
+                f"the loss is {loss} at step {state.global_step} of phase {self.phase!r}; lower the learning rate, or "
+                "try "
                 "--precision fp32"
             )
         if state.is_world_process_zero and loss is not None:

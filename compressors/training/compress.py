@@ -54,8 +54,8 @@ from nxm_export.storage.json_files import encode
 class Result:
     """Where a finished model goes, and what is saved with it.
 
-    `outputs` is a file to keep what the model says on dev in: ``logits``, ``labels`` and, where samples are scored in groups,
-    ``groups`` as safetensors.
+    `outputs` is a file to keep what the model says on dev in: ``logits``, ``labels`` and, where samples are scored in
+    groups, ``groups`` as safetensors.
     """
 
     directory: Path
@@ -85,11 +85,12 @@ def finetune(
     outputs: Path | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> DenseMetrics:
-    """Fine-tune a dense task model and save it to `out` with ``metrics.json``; a model whose head fits is kept as it is.
+    """Fine-tune a dense task model and save it to `out` with ``metrics.json``; a model whose head fits is kept as it
+    is.
 
     With `further` a model whose head fits is trained on. `outputs` is a file to keep what the model says on dev in:
-    ``logits``, ``labels`` and, where samples are scored in groups, ``groups`` as safetensors. Every argument but `model` is by
-    keyword, as a command line has it: so many are no burden.
+    ``logits``, ``labels`` and, where samples are scored in groups, ``groups`` as safetensors. Every argument but
+    `model` is by keyword, as a command line has it: so many are no burden.
     """
     prepare_process(settings.threads)
     source, kind, result = resolve(model, revision), task_named(task), Result.at(out, work_dir, outputs)
@@ -216,8 +217,8 @@ class _EmbeddingCost:
 
 
 def _embedding_cost(model: nn.Module, logits: np.ndarray, data: TaskData, progress: Progress) -> _EmbeddingCost | None:
-    """What rounding the embedding table costs by itself, None where it is not planned INT8: the dev metric of the same weights
-    with the float table minus that of the `logits` with the rounded one."""
+    """What rounding the embedding table costs by itself, None where it is not planned INT8: the dev metric of the same
+    weights with the float table minus that of the `logits` with the rounded one."""
     embeddings = quant_embeddings(model)
     if not embeddings:
         return None
@@ -243,8 +244,9 @@ def _save(
     data: TaskData,
     compressed: tuple[CompressionPlan, dict[str, np.ndarray]] | None = None,
 ) -> None:
-    """Write everything that a finished run leaves: the checkpoint, with its plan and scales where it is `compressed`, and the
-    outputs on dev. The first process alone writes; the others wait for it. (What it writes is what it takes: eight things.)"""
+    """Write everything that a finished run leaves: the checkpoint, with its plan and scales where it is `compressed`,
+    and the outputs on dev. The first process alone writes; the others wait for it. (What it writes is what it takes:
+    eight things.)"""
     if distributed.rank():
         distributed.wait()
         return

@@ -1,10 +1,11 @@
-"""How fast and from what to learn where nobody has said so: it depends on the task, the recipe and the width of the model.
+"""How fast and from what to learn where nobody has said so: it depends on the task, the recipe and the width of the
+model.
 
-Chosen by experiment on CoLA and rotten tomatoes with MiniLM-L6 (docs/search.md, docs/results.md). A compressed model that
-trains on few labelled sentences learns them by heart and drifts from its teacher on all others; distorted sentences that the
-teacher alone answers (`compressors.training.augmentation`) take that away. ADMM and a fixed
-magnitude mask then do best at a high learning rate, and SR-STE about as well as at a low one; from second-order pruning a low one
-leads as near to the dense model at 2:4+W4, and nearer where a plan prunes less.
+Chosen by experiment on CoLA and rotten tomatoes with MiniLM-L6 (docs/search.md, docs/results.md). A compressed model
+that trains on few labelled sentences learns them by heart and drifts from its teacher on all others; distorted
+sentences that the teacher alone answers (`compressors.training.augmentation`) take that away. ADMM and a fixed
+magnitude mask then do best at a high learning rate, and SR-STE about as well as at a low one; from second-order pruning
+a low one leads as near to the dense model at 2:4+W4, and nearer where a plan prunes less.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ _LABELLED = Training(1e-4, Losses(task=0.5, logits=1.0, hidden=1.0), 0.0)
 def training_of(settings: Settings, task: Task, width: int) -> Training:
     """What `settings` leave open, for a task and a model of this hidden size.
 
-    Text is distorted for classes of whole texts, where there is a teacher; other tasks were not measured with it. The rate
-    that goes with it was found at a width of 384 and is lowered for wider models, in proportion: the step that a layer's
-    output takes under Adam grows with the number of its inputs (Yang et al. 2022, arXiv 2203.03466).
+    Text is distorted for classes of whole texts, where there is a teacher; other tasks were not measured with it. The
+    rate that goes with it was found at a width of 384 and is lowered for wider models, in proportion: the step that a
+    layer's output takes under Adam grows with the number of its inputs (Yang et al. 2022, arXiv 2203.03466).
     """
     taught = settings.distill and settings.recipe != "paper"
     augment = settings.augment

@@ -64,7 +64,8 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], attention_
     """Mean squared error of hidden states (batch, sequence, features) over real tokens, averaged over layers.
 
     Normalised by the teacher's mean square, so that the weight of this loss does not depend on the model's scale. Under
-    ``torchrun`` the mean of all processes' losses is the loss of the whole batch, whichever process has the long sentences.
+    ``torchrun`` the mean of all processes' losses is the loss of the whole batch, whichever process has the long
+    sentences.
     """
     tokens = attention_mask.bool()
     references = [hidden[tokens].float() for hidden in teacher]  # (tokens, features)

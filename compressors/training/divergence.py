@@ -1,7 +1,7 @@
 """How far one model's outputs are from another's, by what a task's first output means (`Task.output_kind`).
 
-The same notion twice: as a loss that trains a student on its teacher's outputs (`OUTPUT_LOSSES`: means, with gradients), and as a
-number that search and reports add up over samples (`divergence`: sums, in float64).
+The same notion twice: as a loss that trains a student on its teacher's outputs (`OUTPUT_LOSSES`: means, with
+gradients), and as a number that search and reports add up over samples (`divergence`: sums, in float64).
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def squared_length(vectors: Tensor) -> Tensor:
 
 
 def spans_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean KL(teacher || student) of where answers begin and where they end, each a distribution over the sequence; logits
-    (batch, sequence, 2), with padding far below all others."""
+    """Mean KL(teacher || student) of where answers begin and where they end, each a distribution over the sequence;
+    logits (batch, sequence, 2), with padding far below all others."""
     return logits_loss(student.transpose(1, 2).flatten(0, 1), teacher.transpose(1, 2).flatten(0, 1))
 
 
@@ -68,8 +68,8 @@ OUTPUT_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def divergence(reference: Tensor, actual: Tensor, output_kind: str = "softmax") -> float:
-    """Summed KL(reference || actual) of class logits (..., classes), or, by the task's `output_kind`, of labels each for itself;
-    squared error of scores, and of vectors relative to their squared length."""
+    """Summed KL(reference || actual) of class logits (..., classes), or, by the task's `output_kind`, of labels each
+    for itself; squared error of scores, and of vectors relative to their squared length."""
     reference, actual = reference.double(), actual.double()  # in float32 small divergences come out negative
     if output_kind == "vector":
         return float(((reference - actual).square().sum(-1) / squared_length(reference)).sum())
@@ -84,7 +84,7 @@ def divergence(reference: Tensor, actual: Tensor, output_kind: str = "softmax") 
 
 
 def real_logits(logits: Tensor, attention_mask: Tensor, output_kind: str) -> Tensor:
-    """Logits in float32; those of tokens (batch, sequence, classes) are 0 where the mask is, but for spans, whose padding is
-    far below all others."""
+    """Logits in float32; those of tokens (batch, sequence, classes) are 0 where the mask is, but for spans, whose
+    padding is far below all others."""
     by_token = logits.dim() == 3 and output_kind != "span"
     return logits.float() * attention_mask[..., None] if by_token else logits.float()

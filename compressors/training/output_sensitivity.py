@@ -1,9 +1,9 @@
 """Which INT8 outputs cost a model too much, measured before training starts.
 
 What a block writes into the residual stream has, in some models and layers, a few channels far larger than all others
-(Bondarenko et al. 2021, arXiv 2109.12948). One scale for the whole tensor then leaves the others a handful of codes, and no
-training of a compressed model's length brings that back (docs/search.md). Such outputs are better left in float: the product
-itself stays on integers, and its kernel writes 16 bit.
+(Bondarenko et al. 2021, arXiv 2109.12948). One scale for the whole tensor then leaves the others a handful of codes,
+and no training of a compressed model's length brings that back (docs/search.md). Such outputs are better left in float:
+the product itself stays on integers, and its kernel writes 16 bit.
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ def output_costs(
     seed: int,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, float]:
-    """By weight: mean divergence per sample that its output quantizer brings by itself, against none of `outputs` quantized.
+    """By weight: mean divergence per sample that its output quantizer brings by itself, against none of `outputs`
+    quantized.
 
-    In nats for classes, relative to the squared size for vectors and to the variance for scores. The samples are distorted
-    ones (`compressors.training.augmentation`) of `features`: of those that it was trained on a model is too sure for a change
-    to show. `student` is prepared and calibrated, and comes back as it was. `progress` hears ("outputs", done, of how many).
+    In nats for classes, relative to the squared size for vectors and to the variance for scores. The samples are
+    distorted ones (`compressors.training.augmentation`) of `features`: of those that it was trained on a model is too
+    sure for a change to show. `student` is prepared and calibrated, and comes back as it was. `progress` hears
+    ("outputs", done, of how many).
     """
     layers = quant_linears(student)
     quantizers = {

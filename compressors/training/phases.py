@@ -1,8 +1,8 @@
 """The phases of one compression run: calibrate -> find the masks -> fix them (hard projection) -> masked QAT.
 
-The recipe (`compressors.settings.RECIPES`) says how masks are found: by second-order pruning or by magnitude at once, by ADMM or
-SR-STE in a phase of training. Each phase is a `compressors.training.trainer.run_phase`; what ADMM adds to it (penalty, dual
-updates) is in `compressors.training.admm_schedule`.
+The recipe (`compressors.settings.RECIPES`) says how masks are found: by second-order pruning or by magnitude at once,
+by ADMM or SR-STE in a phase of training. Each phase is a `compressors.training.trainer.run_phase`; what ADMM adds to it
+(penalty, dual updates) is in `compressors.training.admm_schedule`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ Layers = Mapping[str, QuantLinear]
 
 @dataclass(frozen=True)
 class MaskSearch:
-    """What the phase that looks for the masks did: steps of ADMM with the residual that is left, or of SR-STE, or none."""
+    """What the phase that looks for the masks did: steps of ADMM with the residual that is left, or of SR-STE, or
+    none."""
 
     admm_steps: int | None = None
     residual: float | None = None
@@ -95,7 +96,8 @@ class Job:
         )
 
     def run(self) -> tuple[nn.Module, TrainingFacts]:
-        """Calibrate, find the masks, fix them, masked QAT; returns the trained student (not yet baked) and what was done."""
+        """Calibrate, find the masks, fix them, masked QAT; returns the trained student (not yet baked) and what was
+        done."""
         settings = self.settings
         if self.training.augment and self.training.losses.task:
             require_augmentable(self.data.task)
@@ -210,8 +212,8 @@ class Job:
             return mean_loss(student, self.held_out[:WATCHED_SAMPLES], self.data.pad_id)
 
     def _leave_in_float(self, student: nn.Module) -> dict[str, float]:
-        """Drop the quantizers behind matrices that write into the residual and cost more than the limit; returns what they
-        cost, by weight."""
+        """Drop the quantizers behind matrices that write into the residual and cost more than the limit; returns what
+        they cost, by weight."""
         limit = self.settings.output_limit
         if limit is None:
             return {}
@@ -227,7 +229,8 @@ class Job:
         return costly
 
     def _permute(self, student: nn.Module, teacher: nn.Module | None) -> PermutationFacts | None:
-        """Reorder channels of the student, and those of the residual stream in the teacher, too: hidden states are compared.
+        """Reorder channels of the student, and those of the residual stream in the teacher, too: hidden states are
+        compared.
 
         An embedding's own channels stay: its vectors are stored, and compared with those of the dense model.
         """

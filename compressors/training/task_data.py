@@ -15,7 +15,8 @@ from nxm_export.hf.protocols import FastTokenizer
 
 @dataclass(frozen=True)
 class TaskDataRequest:
-    """Which data: files or names of train and, where there is one, dev; their columns; at most `train_limit` samples of train."""
+    """Which data: files or names of train and, where there is one, dev; their columns; at most `train_limit` samples of
+    train."""
 
     task: Task
     train: str
@@ -38,7 +39,8 @@ class TaskData:
 def read_task_data(
     source: ModelSource, request: TaskDataRequest, tokenizer: FastTokenizer, settings: Settings
 ) -> TaskData:
-    """Read and tokenize train and, if given, dev; class names come from the model's head where it fits, else from train.
+    """Read and tokenize train and, if given, dev; class names come from the model's head where it fits, else from
+    train.
 
     Sets the tokenizer's maximum length, which is saved with the model.
     """

@@ -1,9 +1,10 @@
-"""One training phase on `transformers.Trainer`: what is trained, in which order the data comes, what is logged and saved.
+"""One training phase on `transformers.Trainer`: what is trained, in which order the data comes, what is logged and
+saved.
 
 The Trainer brings accumulation, mixed precision, logging, checkpoints and ``torchrun``. This module adds
 
-* the student with its losses (`compressors.training.distillation`), so that the Trainer sees an ordinary module whose state
-  includes ADMM's Z and U, masks and scales;
+* the student with its losses (`compressors.training.distillation`), so that the Trainer sees an ordinary module whose
+  state includes ADMM's Z and U, masks and scales;
 * a data order that is written down before training starts (`schedule`), so that a resumed run, or one on several
   processes, sees the same batches;
 * callbacks (`compressors.training.callbacks`).
@@ -83,7 +84,8 @@ def schedule(features: Sequence[Features], steps: int, batch_size: int, seed: in
 
 
 def _in_batches(features: Sequence[Features], order: Sequence[int], batch_size: int) -> list[Features]:
-    """The samples in their order, each with the length of the longest in its batch, to which every process pads its part."""
+    """The samples in their order, each with the length of the longest in its batch, to which every process pads its
+    part."""
     samples: list[Features] = []
     for start in range(0, len(order), batch_size):
         batch = [features[i] for i in order[start : start + batch_size]]
@@ -96,8 +98,8 @@ def _in_batches(features: Sequence[Features], order: Sequence[int], batch_size: 
 class PhaseData:
     """What the phases of a run share: the samples, and where and how they are trained on.
 
-    Results and training checkpoints lie in `work_dir`. `output_kind` is the task's (`nxm_export.contract.tasks.Task`), `augment`
-    the share of distorted samples (`compressors.training.augmentation`).
+    Results and training checkpoints lie in `work_dir`. `output_kind` is the task's (`nxm_export.contract.tasks.Task`),
+    `augment` the share of distorted samples (`compressors.training.augmentation`).
     """
 
     features: Sequence[Features]
@@ -207,8 +209,8 @@ def wants_bf16(precision: str) -> bool:
 
 
 def collate(samples: Sequence[Features], pad_id: int) -> dict[str, Tensor]:
-    """Pad samples to the longest of the batch; labels become int64 classes or float32 scores, or the place of the answer
-    (batch, 2).
+    """Pad samples to the longest of the batch; labels become int64 classes or float32 scores, or the place of the
+    answer (batch, 2).
 
     Labels of tokens are padded like the tokens, with `NO_LABEL`.
     """
@@ -273,7 +275,8 @@ def mean_loss(model: nn.Module, features: Sequence[Features], pad_id: int, *, ba
 
 
 def optimizer_of(student: nn.Module, phase: Phase) -> torch.optim.Optimizer:
-    """AdamW; no weight decay on biases, norms and quantizers' scales, and a learning rate of their own for the scales."""
+    """AdamW; no weight decay on biases, norms and quantizers' scales, and a learning rate of their own for the
+    scales."""
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     scales: list[nn.Parameter] = []

@@ -77,7 +77,8 @@ PLAN_OPTIONS = options(
         type=click.Choice(PLACEMENTS),
         default="inputs-outputs",
         show_default=True,
-        help="Activation quantizers: before planned products; behind them, too; before all products, also attention's; all of these; the FFN's only.",
+        help="Activation quantizers: before planned products; behind them, too; before all products, also attention's; "
+        "all of these; the FFN's only.",
     ),
     click.option(
         "--residual",
@@ -110,7 +111,8 @@ DATA_OPTIONS = options(
 
 
 def setting_option(settings: type[DataclassInstance], name: str, **changes: str | None) -> Decorator:
-    """The option of the command line that stands for a setting; `changes` are fields of its `Option`, such as another help."""
+    """The option of the command line that stands for a setting; `changes` are fields of its `Option`, such as another
+    help."""
     entry = replace(dict(options_of(settings))[name], **changes)  # type: ignore[arg-type]  # texts, all of them
     annotation, default = get_type_hints(settings)[name], _defaults(settings)[name]
     flag = entry.flag or f"--{name.replace('_', '-')}"
@@ -137,8 +139,8 @@ def setting_option(settings: type[DataclassInstance], name: str, **changes: str 
 
 
 def settings_of(kind: type[Settings_], values: Mapping[str, Any], **changes: object) -> Settings_:
-    """The settings that the `values` of a command's options make; `changes` win over them. An option that the command lacks
-    leaves its setting as it is."""
+    """The settings that the `values` of a command's options make; `changes` win over them. An option that the command
+    lacks leaves its setting as it is."""
     made: dict[str, Any] = {}
     for name, entry in options_of(kind):
         if name not in values:
@@ -153,7 +155,8 @@ def settings_of(kind: type[Settings_], values: Mapping[str, Any], **changes: obj
 
 
 def limit_of(number: float) -> float | None:
-    """A setting where None is no limit, of an option that takes inf for it: JSON, which a run records, knows no infinity."""
+    """A setting where None is no limit, of an option that takes inf for it: JSON, which a run records, knows no
+    infinity."""
     if math.isnan(number):
         raise click.BadParameter("nan is no limit; give a number of nats, or inf for none")
     return None if math.isinf(number) else number

@@ -1,4 +1,5 @@
-"""Hugging Face models of a task, loaded from a directory with every weight in place. Safetensors only, no remote code."""
+"""Hugging Face models of a task, loaded from a directory with every weight in place. Safetensors only, no remote
+code."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 class Loading:
     """How a model is loaded: the type of its weights, transformers' kind of attention, changes of its configuration.
 
-    With `new_head` the head is made anew for the changed configuration, with random weights; nothing else may be missing.
+    With `new_head` the head is made anew for the changed configuration, with random weights; nothing else may be
+    missing.
     """
 
     dtype: str = "float32"
@@ -50,8 +52,8 @@ def load_pretrained(
 ) -> torch.nn.Module:
     """The transformers model of a directory on the CPU, with all of its weights.
 
-    Where a weight is missing, transformers would go on with random numbers; this raises `ArtifactError`, but for a new head
-    and the pooler in front of it.
+    Where a weight is missing, transformers would go on with random numbers; this raises `ArtifactError`, but for a new
+    head and the pooler in front of it.
     """
     import torch
 
@@ -80,13 +82,14 @@ def load_pretrained(
 def load_task_model(path: Path, task: Task, *, dtype: str = "float32") -> torch.nn.Module:
     """The transformers model of a directory on the CPU, in eval mode, with the head of `task` and all of its weights.
 
-    Raises `ArtifactError` where weights are missing, and `ExportError` where the head is not that of `task`. Attention is the
-    plain kind, whose arithmetic the plan describes.
+    Raises `ArtifactError` where weights are missing, and `ExportError` where the head is not that of `task`. Attention
+    is the plain kind, whose arithmetic the plan describes.
     """
     config = read_config(path)
     if not has_head(path, config, task):
         raise ExportError(
-            f"{path}: its head is {task_at(path, config) or 'none of a supported kind'}, not {task.name}; fine-tune it for "
+            f"{path}: its head is {task_at(path, config) or 'none of a supported kind'}, not {task.name}; fine-tune it "
+            "for "
             "this task first"
         )
     return load_pretrained(path, config, task, Loading(dtype=dtype)).eval()
@@ -102,14 +105,16 @@ def _require_weights(path: Path, config: Mapping[str, Json], report: Mapping[str
         names = [name for name in names if name.startswith(encoder) and not name.startswith(f"{encoder}pooler.")]
     if names:
         raise ArtifactError(
-            f"{path}: {len(names)} weights are missing or of another shape, such as {names[0]}; the file is truncated or from "
+            f"{path}: {len(names)} weights are missing or of another shape, such as {names[0]}; the file is truncated "
+            "or from "
             "another model"
         )
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Inside the block, transformers shows no progress bars, load reports or warnings: what matters of them becomes an error."""
+    """Inside the block, transformers shows no progress bars, load reports or warnings: what matters of them becomes an
+    error."""
     from transformers.utils import logging as transformers_logging
 
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()

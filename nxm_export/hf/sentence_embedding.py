@@ -56,8 +56,9 @@ def embedding_model(model_type: str, pooling: Pooling) -> ModelClass:
             labels: torch.Tensor | None = None,
             **inputs: object,
         ) -> Output:
-            """The embeddings. The mask is (batch, sequence) of 0 and 1, or, as in exported graphs, (batch, 1, 1, sequence) to be
-            added to the scores. `labels`, scores of pairs, train nothing; they are taken because every batch has them."""
+            """The embeddings. The mask is (batch, sequence) of 0 and 1, or, as in exported graphs, (batch, 1, 1,
+            sequence) to be added to the scores. `labels`, scores of pairs, train nothing; they are taken because every
+            batch has them."""
             states = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
             tokens = states.last_hidden_state
             # Sums over a sentence and squares do not fit float16, whatever the encoder computes in.

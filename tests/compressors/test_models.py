@@ -17,9 +17,9 @@ def without(directory: Path, *starts: str) -> Path:
     """Take the tensors whose names start so out of a model's file."""
     file = directory / "model.safetensors"
     tensors = load_file(file)
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(starts)}
-    assert len(kept) < len(tensors)
-    save_file(kept, file, {"format": "pt"})
+    remaining = {name: tensor for name, tensor in tensors.items() if not name.startswith(starts)}
+    assert len(remaining) < len(tensors)
+    save_file(remaining, file, {"format": "pt"})
     return directory
 
 

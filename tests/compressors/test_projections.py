@@ -33,8 +33,10 @@ def nearest_by_enumeration(group: Tensor, pattern: NMPattern, scale: Tensor | No
     best, best_error = torch.zeros_like(group), float("inf")
     for support in itertools.combinations(range(pattern.m), pattern.n):
         candidate = torch.zeros_like(group)
-        kept = group[list(support)]
-        candidate[list(support)] = kept if scale is None else torch.round(kept / scale).clamp(-qmax, qmax) * scale
+        nonzeros = group[list(support)]
+        candidate[list(support)] = (
+            nonzeros if scale is None else torch.round(nonzeros / scale).clamp(-qmax, qmax) * scale
+        )
         error = float((group - candidate).square().sum())
         if error < best_error - 1e-12:
             best, best_error = candidate, error
@@ -53,9 +55,9 @@ def test_project_nm_is_the_nearest_nm_matrix(pattern: NMPattern) -> None:
 def test_joint_projection_is_nearest_on_pattern_and_grid_for_its_scale(pattern: NMPattern, bits: int) -> None:
     qmax = 2 ** (bits - 1) - 1
     w = randn(4, 2 * pattern.m, seed=bits)
-    found = project_joint(w, pattern, bits)
+    actual = project_joint(w, pattern, bits)
     scale = mse_scale(project_nm(w, pattern), qmax)
-    for row, projected, step in zip(w, found, scale, strict=True):
+    for row, projected, step in zip(w, actual, scale, strict=True):
         best = torch.cat([nearest_by_enumeration(g, pattern, step, qmax) for g in row.reshape(-1, pattern.m)])
         # Two supports can be equally near (a weight that rounds to zero): compare distances, not the points.
         assert (row - projected).square().sum() <= (row - best).square().sum() * (1 + 1e-6)
@@ -65,16 +67,16 @@ def test_joint_projection_is_nearest_on_pattern_and_grid_for_its_scale(pattern: 
 def test_scale_search_is_as_good_as_a_dense_grid(bits: int) -> None:
     qmax = 2 ** (bits - 1) - 1
     w = torch.cat([randn(6, 96, seed=1), randn(6, 96, seed=2) ** 3])  # Gaussian and heavy-tailed channels
-    found = (w - round_to_grid(w, mse_scale(w, qmax), qmax)).square().sum(dim=1)
+    actual = (w - round_to_grid(w, mse_scale(w, qmax), qmax)).square().sum(dim=1)
     largest = w.abs().amax(dim=1, keepdim=True) / qmax
     factors = torch.linspace(0.05, 1.2, 4000)
     errors = torch.stack([(w - round_to_grid(w, largest * f, qmax)).square().sum(dim=1) for f in factors])
-    # 71 scales and a refinement against 4,000: within 1 % in the mean, no channel beyond 10 % (a heavy-tailed channel has
-    # many local minima at 6 bits, where the whole error is small), and never worse than max-abs.
+    # 71 scales and a refinement against 4,000: within 1 % in the mean, no channel beyond 10 % (a heavy-tailed channel
+    # has many local minima at 6 bits, where the whole error is small), and never worse than max-abs.
     best = errors.min(dim=0).values
-    assert (found / best).mean() <= 1.01
-    assert (found <= best * 1.10).all()
-    assert (found <= (w - round_to_grid(w, largest, qmax)).square().sum(dim=1)).all()
+    assert (actual / best).mean() <= 1.01
+    assert (actual <= best * 1.10).all()
+    assert (actual <= (w - round_to_grid(w, largest, qmax)).square().sum(dim=1)).all()
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
@@ -90,8 +92,8 @@ def test_joint_projection_equals_its_two_halves(bits: int) -> None:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_mask_keeps_exactly_n_even_for_ties_and_zeros(pattern: NMPattern) -> None:
     for scores in (torch.zeros(2, 4 * pattern.m), torch.ones(2, 4 * pattern.m), randn(2, 4 * pattern.m).round()):
-        kept = nm_mask(scores, pattern).reshape(2, -1, pattern.m).sum(dim=-1)
-        assert (kept == pattern.n).all()
+        nonzeros = nm_mask(scores, pattern).reshape(2, -1, pattern.m).sum(dim=-1)
+        assert (nonzeros == pattern.n).all()
 
 
 def test_ties_go_to_the_lower_index() -> None:
@@ -137,10 +139,10 @@ def test_pattern_that_does_not_divide_the_input_is_refused() -> None:
 
 def test_importance_weighs_the_choice_and_changes_no_kept_weight() -> None:
     w, importance = randn(6, 16), torch.rand(16, generator=torch.Generator().manual_seed(1)) + 0.1
-    kept = nm_mask(w.abs() * importance, NMPattern(2, 4))
-    assert (kept != nm_mask(w.abs(), NMPattern(2, 4))).any()
-    assert torch.equal(PROJECTIONS["mask"](w, WeightSpec(NMPattern(2, 4)), importance), w * kept)
+    nonzero_mask = nm_mask(w.abs() * importance, NMPattern(2, 4))
+    assert (nonzero_mask != nm_mask(w.abs(), NMPattern(2, 4))).any()
+    assert torch.equal(PROJECTIONS["mask"](w, WeightSpec(NMPattern(2, 4)), importance), w * nonzero_mask)
     joint = PROJECTIONS["joint"](w, WeightSpec(NMPattern(2, 4), 4, 8), importance)
-    assert ((joint != 0) <= kept).all()
-    best = (w * kept - project_grid(w * kept, 4)).square().sum()
-    assert (w * kept - joint).square().sum() <= 1.02 * best  # fewer scales are tried
+    assert ((joint != 0) <= nonzero_mask).all()
+    best = (w * nonzero_mask - project_grid(w * nonzero_mask, 4)).square().sum()
+    assert (w * nonzero_mask - joint).square().sum() <= 1.02 * best  # fewer scales are tried

@@ -12,16 +12,22 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
+from torch import nn
 
 from compressors import distributed
-from compressors.pruning.admm import Admm
+from compressors.pruning.admm import Admm, DualUpdate
+from compressors.quantization.preparation import bake
 from compressors.search.plan_search import search
 from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
-from compressors.training import admm_schedule
-from compressors.training import compress as compressing
+from compressors.training.admm_schedule import AdmmCallback
+from compressors.training.callbacks import Arguments, State
+from compressors.training.compress import compress
+from nxm_export.contract.checkpoint_metrics import CompressionMetrics
 from nxm_export.contract.plan import CompressionPlan
 
 TRAINING = Settings(
@@ -37,50 +43,48 @@ TRAINING = Settings(
 SEARCH = SearchSettings(samples=24, held_out=24, swaps=6, compression=0.87, finalists=2, halving=(2,))
 
 
-def job(desk: Path, out: Path) -> dict[str, Any]:
-    """Search, then compress under the plan found, into `out`; returns hashes of ADMM's state and of the trained weights."""
+def job(desk: Path, out: Path) -> dict[str, object]:
+    """Search, then compress under the plan that it gives, into `out`; returns hashes of ADMM's state and of the trained
+    weights."""
     states: list[str] = []
-    update, bake, before_step = Admm.dual_update, compressing.bake, admm_schedule.AdmmCallback.on_pre_optimizer_step
+    update, before_step = Admm.dual_update, AdmmCallback.on_pre_optimizer_step
 
-    def watched_update(admm: Admm) -> Any:
-        found = update(admm)
+    def watched_update(admm: Admm) -> DualUpdate:
+        done = update(admm)
         states.append(_hash(admm))
-        return found
+        return done
 
-    def watched_bake(student: Any, plan: CompressionPlan) -> Any:
+    def watched_bake(student: nn.Module, plan: CompressionPlan) -> dict[str, np.ndarray]:
         states.append(_hash(student))
         return bake(student, plan)
 
-    def watched_step(self: Any, arguments: Any, state: Any, control: Any, **extra: Any) -> None:
+    def watched_step(self: AdmmCallback, args: Arguments, state: State, control: object, **extra: Any) -> None:
         file = out / f"gradients-{distributed.rank()}.pt"
         if not file.exists():  # of the first step, of the whole batch, clipped
             torch.save(
                 {name: p.grad.clone() for name, p in extra["model"].named_parameters() if p.grad is not None}, file
             )
-        before_step(self, arguments, state, control, **extra)
+        before_step(self, args, state, control, **extra)
 
-    data = {"task": "classification", "train": str(desk / "train.tsv")}
-    search(desk / "dense", out=out / "found", settings=SEARCH, training=TRAINING, **data)  # type: ignore[arg-type]
-    plan = CompressionPlan.load(out / "found" / "plan.json")
-    Admm.dual_update, compressing.bake = watched_update, watched_bake  # type: ignore[method-assign]
-    admm_schedule.AdmmCallback.on_pre_optimizer_step = watched_step  # type: ignore[method-assign]
-    try:
-        metrics = compressing.compress(
-            desk / "dense", plan=plan, out=out / "checkpoint", dev=str(desk / "dev.tsv"), settings=TRAINING, **data
+    train, dev = str(desk / "train.tsv"), str(desk / "dev.tsv")
+    search(desk / "dense", task="classification", train=train, out=out / "searched", settings=SEARCH, training=TRAINING)
+    plan = CompressionPlan.load(out / "searched" / "plan.json")
+
+    def compressed(name: str, settings: Settings) -> CompressionMetrics:
+        return compress(
+            desk / "dense", task="classification", train=train, dev=dev, plan=plan, out=out / name, settings=settings
         )
-        # In this mode the forward pass leaves weights in float, and their quantizer steps without gradient.
-        joint = replace(TRAINING, steps=4, admm="joint")
-        compressing.compress(
-            desk / "dense", plan=plan, out=out / "joint", dev=str(desk / "dev.tsv"), settings=joint, **data
-        )
+
+    with (
+        patch.object(Admm, "dual_update", watched_update),
+        patch("compressors.training.compress.bake", watched_bake),
+        patch.object(AdmmCallback, "on_pre_optimizer_step", watched_step),
+    ):
+        metrics = compressed("checkpoint", TRAINING)
+        # In this mode the forward pass leaves weights in float, and their quantizers' scales without gradient.
+        compressed("joint", replace(TRAINING, steps=4, admm="joint"))
         # Masks by second-order pruning, which every process does for itself.
-        second_order = replace(TRAINING, steps=2, recipe="obs")
-        compressing.compress(
-            desk / "dense", plan=plan, out=out / "obs", dev=str(desk / "dev.tsv"), settings=second_order, **data
-        )
-    finally:
-        Admm.dual_update, compressing.bake = update, bake  # type: ignore[method-assign]
-        admm_schedule.AdmmCallback.on_pre_optimizer_step = before_step  # type: ignore[method-assign]
+        compressed("obs", replace(TRAINING, steps=2, recipe="obs"))
     return {"states": states, "metrics": metrics.to_dict()}
 
 

@@ -56,14 +56,15 @@ def test_the_order_is_a_permutation_that_keeps_more(pattern: NMPattern) -> None:
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_the_gain_of_every_swap_is_what_swapping_gains(pattern: NMPattern) -> None:
-    """After enough rounds no swap of two channels is left that keeps more by over a ten-thousandth, tried one by one."""
+    """After enough rounds no swap of two channels is left that keeps more by over a ten-thousandth, tried one by
+    one."""
     scores = randn(12, 16, seed=3).abs()
     order = channel_order(scores, pattern, rounds=200)
-    kept = float(retained_sum(scores[:, order], pattern))
+    retained = float(retained_sum(scores[:, order], pattern))
     for i, j in itertools.combinations(range(16), 2):
         swapped = order.clone()
         swapped[[i, j]] = order[[j, i]]
-        assert float(retained_sum(scores[:, swapped], pattern)) <= kept * (1 + 1.01e-4)  # where the search stops
+        assert float(retained_sum(scores[:, swapped], pattern)) <= retained * (1 + 1.01e-4)  # where the search stops
 
 
 def test_the_search_comes_close_to_the_best_of_all_orders() -> None:
@@ -89,10 +90,10 @@ def test_permuting_changes_no_output_and_no_hidden_state(family: str, tmp_path: 
     gains = permute_channels(after, plan, source.family, source.config)
     assert gains
     assert all(now > was for was, now in gains.values())
-    wanted, found = answers(before), answers(after)
+    expected, actual = answers(before), answers(after)
     # Sums over the same products in another order: float32 rounding.
-    torch.testing.assert_close(found.logits, wanted.logits, rtol=0, atol=1e-5)
-    for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True):
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=1e-5)
+    for one, other in zip(actual.hidden_states, expected.hidden_states, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
@@ -122,10 +123,10 @@ def test_a_run_that_permutes_gives_its_teacher_the_same_order(tmp_path: Path, mo
 
     def watched(student: Any, phase: Any, data: Any, *, teacher: Any, **_: Any) -> None:
         dense = load_model(before[0], TASKS["classification"]).eval()
-        wanted, found = answers(dense).hidden_states[1], answers(teacher.eval()).hidden_states[1]
-        assert not torch.allclose(found, wanted, atol=1e-3)  # it was reordered
+        expected, actual = answers(dense).hidden_states[1], answers(teacher.eval()).hidden_states[1]
+        assert not torch.allclose(actual, expected, atol=1e-3)  # it was reordered
         ours = answers(student.eval()).hidden_states[1]
-        gaps.extend(float((ours - other).abs().mean()) for other in (found, wanted))
+        gaps.extend(float((ours - other).abs().mean()) for other in (actual, expected))
 
     def remembered(source: Any, *arguments: Any) -> Any:
         before.append(source)
@@ -143,16 +144,16 @@ def test_another_order_of_the_residual_stream_changes_no_output(family: str, tmp
     source = resolve(tiny.write_model(family, tmp_path / "model", head="classification"))
     before, after = (load_model(source, TASKS["classification"]).eval() for _ in range(2))
     plan = source.family.uniform_plan(source.config, WeightSpec.parse("2:4+W4"))
-    order, kept = residual_order(after, plan, source.family, source.config)
+    order, shares = residual_order(after, plan, source.family, source.config)
     assert order.tolist() != sorted(order.tolist())
-    assert {source.family.role(name) for name in kept} == {"query", "key", "value", "ffn_up"}
-    was, now = (sum(shares) for shares in zip(*kept.values(), strict=True))
+    assert {source.family.role(name) for name in shares} == {"query", "key", "value", "ffn_up"}
+    was, now = (sum(shares) for shares in zip(*shares.values(), strict=True))
     assert now > was  # all readers together: one of them may lose
     permute_residual(after, order, source.family, source.config)
-    wanted, found = answers(before), answers(after)
+    expected, actual = answers(before), answers(after)
     # Sums over the same products in another order: float32 rounding.
-    torch.testing.assert_close(found.logits, wanted.logits, rtol=0, atol=1e-5)
-    for one, other in zip(found.hidden_states, wanted.hidden_states, strict=True):
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=1e-5)
+    for one, other in zip(actual.hidden_states, expected.hidden_states, strict=True):
         torch.testing.assert_close(one, other[..., order], rtol=0, atol=1e-5)
 
 
@@ -180,17 +181,17 @@ def test_prepared_layers_move_with_their_steps_and_importance(scores: str, tmp_p
             layers[name].importance = moment.sqrt()
     before = {name: magnitude_scores(layer.weight.detach(), layer.importance).sum() for name, layer in layers.items()}
     with torch.no_grad():
-        wanted = model(**batch).logits
+        expected = model(**batch).logits
         shares = permute_channels(model, plan, source.family, source.config)
-        order, kept = residual_order(model, plan, source.family, source.config)
+        order, residual_shares = residual_order(model, plan, source.family, source.config)
         permute_residual(model, order, source.family, source.config)
-        found = model(**batch).logits
+        actual = model(**batch).logits
     # Codes are the same integers in another order; a sum over them rounds differently.
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     for name, layer in layers.items():
         after = magnitude_scores(layer.weight.detach(), layer.importance)
         torch.testing.assert_close(after.sum(), before[name])  # each weight still has the importance of its own input
-    for name, (was, now) in (shares | kept).items():
+    for name, (was, now) in (shares | residual_shares).items():
         scores_now = magnitude_scores(layers[name].weight.detach(), layers[name].importance)
         assert float(retained_sum(scores_now, NMPattern(2, 4)) / scores_now.sum()) == pytest.approx(now, rel=1e-5)
-        assert was <= now or name in kept
+        assert was <= now or name in residual_shares

@@ -28,17 +28,17 @@ def test_one_group_comes_close_to_the_best_support_with_refitted_weights(pattern
     x = correlated(256, pattern.m, 0)
     hessian = x.T @ x / len(x)
     weight = torch.randn(32, pattern.m, generator=torch.Generator().manual_seed(1))
-    found = output_error(weight, prune(weight, hessian, pattern, damping=1e-6), hessian)
+    actual = output_error(weight, prune(weight, hessian, pattern, damping=1e-6), hessian)
     best = torch.full((32,), float("inf"), dtype=torch.float64)
     for support in itertools.combinations(range(pattern.m), pattern.n):
-        kept = list(support)
+        nonzeros = list(support)
         solved = torch.zeros_like(weight)
-        solved[:, kept] = torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ weight.T).T
+        solved[:, nonzeros] = torch.linalg.solve(hessian[nonzeros][:, nonzeros], hessian[nonzeros] @ weight.T).T
         best = torch.minimum(best, output_error(weight, solved, hessian))
     # Greedy and left to right, so not optimal: within a factor of the best, and far below magnitude.
     magnitude = output_error(weight, project_nm(weight, pattern), hessian)
-    assert (found >= best - 1e-6).all()
-    assert found.sum() < 0.8 * magnitude.sum()
+    assert (actual >= best - 1e-6).all()
+    assert actual.sum() < 0.8 * magnitude.sum()
 
 
 @pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8), NMPattern(2, 6)], ids=str)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressors.projections import nm_mask
-from compressors.quantization.autograd import FakeQuantize
+from compressors.quantization.autograd import fake_quantize
 from compressors.quantization.fake_quant import ActivationQuantizer, QuantLinear, activation_quantizers, quant_linears
 from compressors.quantization.observers import HistogramObserver
 from compressors.quantization.preparation import bake, calibrate, prepare, require_invariants
@@ -36,14 +37,18 @@ def definition(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
 def test_values_and_gradients_are_those_of_the_definition(limits: tuple[int, int]) -> None:
     upstream = randn(3, 5, 8, seed=3)
     results = []
-    for function in (lambda x, s, a, b: definition(x, s, a, b) * s, FakeQuantize.apply):
+
+    def by_definition(x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
+        return definition(x, scale, qmin, qmax) * scale
+
+    for function in (by_definition, fake_quantize):
         x = (randn(3, 5, 8, seed=1) * 3).requires_grad_()
         scale = torch.full((1,), 0.3 if limits[1] == 7 else 0.02).requires_grad_()
-        found = function(x, scale, *limits)
-        (found * upstream).sum().backward()
-        results.append((found.detach(), x.grad, scale.grad))
-    for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # sums in another order
+        actual = function(x, scale, *limits)
+        torch.autograd.backward((actual * upstream).sum())
+        results.append((actual.detach(), x.grad, scale.grad))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)  # sums in another order
     assert (results[0][0].abs() >= limits[1] * 0.02).any()  # some values were clipped, so that case is tested
 
 
@@ -61,7 +66,8 @@ def by_autograd(layer: QuantLinear, x: Tensor) -> Tensor:
 
     def learned(log_scale: Tensor, elements: int, qmax: int) -> Tensor:
         damping = (elements * qmax) ** -0.5
-        return (log_scale * damping + (log_scale * (1 - damping)).detach()).exp()
+        damped: Tensor = log_scale * damping + (log_scale * (1 - damping)).detach()
+        return damped.exp()
 
     assert layer.input_quantizer is not None
     step = learned(layer.input_quantizer.log_scale, x.numel(), 127)
@@ -76,7 +82,7 @@ def outputs_and_gradients(layer: QuantLinear, x: Tensor, forward: Callable[[Tens
     x = x.clone().requires_grad_()
     layer.zero_grad()
     y = forward(x)
-    (y * randn(*y.shape, seed=5)).sum().backward()
+    torch.autograd.backward((y * randn(*y.shape, seed=5)).sum())
     assert x.grad is not None
     gradients = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
     return {"y": y.detach(), "x": x.grad, **gradients}
@@ -94,11 +100,11 @@ def test_every_gradient_of_a_layer_is_that_of_the_definition(bits: int, bias: bo
         layer.log_scale.sub_(0.4)  # narrower than fitted, so that weights are clipped, too
     x = randn(5, 3, 16, seed=4)
     expected = outputs_and_gradients(layer, x, lambda x: by_autograd(layer, x))
-    found = outputs_and_gradients(layer, x, layer)
-    assert found.keys() == expected.keys()
-    assert {"weight", "input_quantizer.log_scale"} <= found.keys()
+    actual = outputs_and_gradients(layer, x, layer)
+    assert actual.keys() == expected.keys()
+    assert {"weight", "input_quantizer.log_scale"} <= actual.keys()
     for name in expected:  # sums in another order
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
 def test_gradients_under_bfloat16_are_as_good_as_those_of_a_plain_layer() -> None:
@@ -111,7 +117,7 @@ def test_gradients_under_bfloat16_are_as_good_as_those_of_a_plain_layer() -> Non
 
         def mixed(x: Tensor) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):
-                return module(x)
+                return cast(Tensor, module(x))
 
         rounded = outputs_and_gradients(module, x, mixed)  # type: ignore[arg-type]
         return {name: float((rounded[name] - exact[name]).norm() / exact[name].norm()) for name in exact}
@@ -155,7 +161,7 @@ def test_bfloat16_autocast_multiplies_the_same_integers() -> None:
         mixed = layer(x).float()
     # The codes are exact in bfloat16; only the product is rounded, to 8 bits of mantissa.
     torch.testing.assert_close(mixed, exact, rtol=2**-8, atol=2**-8 * float(exact.detach().abs().max()))
-    rounded = torch.nn.functional.linear(x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16()).float()  # type: ignore[union-attr]
+    rounded = torch.nn.functional.linear(x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16()).float()
     assert (mixed - exact).abs().mean() < (rounded - exact).abs().mean()
 
 
@@ -240,11 +246,11 @@ class Block(nn.Module):
         self.bert.encoder.layer = nn.ModuleList([layer])
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        layer = self.bert.encoder.layer[0]  # type: ignore[index, union-attr]
+        layer: Any = self.bert.encoder.layer[0]  # type: ignore[index, union-attr]  # of modules put together here
         x = torch.stack([input_ids.float() * (i + 1) for i in range(8)], dim=-1)
         attended = layer.attention.self
         x = layer.attention.output.dense(attended.query(x) + attended.key(x) + attended.value(x))
-        return layer.output.dense(layer.intermediate.dense(x).relu())
+        return cast(Tensor, layer.output.dense(layer.intermediate.dense(x).relu()))
 
 
 CONFIG = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
@@ -290,8 +296,10 @@ def test_calibration_ignores_padding() -> None:
     ids = torch.tensor([[1, 2, 1000], [2, 1, 1000]])
     mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
     calibrate(model, [{"input_ids": ids, "attention_mask": mask}], 100.0)
-    found = float(activation_quantizers(model)[0].scale) * 127
-    assert found == pytest.approx(2 * 8, rel=1e-3)  # the largest real value is 2 times the factor 8; padding holds 8000
+    actual = float(activation_quantizers(model)[0].scale) * 127
+    assert actual == pytest.approx(
+        2 * 8, rel=1e-3
+    )  # the largest real value is 2 times the factor 8; padding holds 8000
 
 
 def test_percentile_of_a_stream_matches_numpy_and_needs_no_more_memory() -> None:
@@ -302,10 +310,10 @@ def test_percentile_of_a_stream_matches_numpy_and_needs_no_more_memory() -> None
     assert observer.counts.numel() == 4096
     values = torch.cat(chunks).abs().numpy()
     for q in (50.0, 99.0, 99.9, 100.0):
-        found = observer.percentile(q)
+        actual = observer.percentile(q)
         # At least q percent lie at or below it, and no longer one histogram bin further down.
-        assert (values <= found * (1 + 1e-6)).mean() >= q / 100
-        assert (values <= found - 1.001 * observer.limit / 4096).mean() <= q / 100
+        assert (values <= actual * (1 + 1e-6)).mean() >= q / 100
+        assert (values <= actual - 1.001 * observer.limit / 4096).mean() <= q / 100
 
 
 def test_calibration_says_what_is_wrong() -> None:

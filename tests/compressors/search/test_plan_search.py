@@ -51,36 +51,36 @@ def search(desk: Path, out: Path, *options: str, quick: tuple[str, ...] = QUICK)
 
 
 @pytest.fixture(scope="module")
-def found(desk: Path) -> Path:
-    result = search(desk, desk / "found", "--pareto", "0.8,0.87", "--halving", "2")
+def searched(desk: Path) -> Path:
+    result = search(desk, desk / "searched", "--pareto", "0.8,0.87", "--halving", "2")
     assert result.exit_code == 0, result.output
-    return desk / "found"
+    return desk / "searched"
 
 
-def test_it_writes_the_plan_and_its_evidence(found: Path) -> None:
-    assert {file.name for file in found.iterdir()} == {
+def test_it_writes_the_plan_and_its_evidence(searched: Path) -> None:
+    assert {file.name for file in searched.iterdir()} == {
         *("plan.json", "finalist-1.json", "finalist-2.json", "pareto-1.json", "pareto-2.json"),
         *("search.json", "trials.csv", "sensitivity.csv", "tied-by-role.json", "tied-by-layer.json"),
     }
-    facts = json.loads((found / "search.json").read_text())
+    facts = json.loads((searched / "search.json").read_text())
     for tie, part in (("by role", slice(5, None)), ("by layer", slice(0, 4))):
         options: dict[tuple[str, ...], set[str]] = {}
-        tied = CompressionPlan.load(found / f"tied-{tie.replace(' ', '-')}.json")
+        tied = CompressionPlan.load(searched / f"tied-{tie.replace(' ', '-')}.json")
         for name, spec in tied.weights.items():
             options.setdefault(tuple(name.split(".")[part]), set()).add(str(spec))
         assert all(len(chosen) == 1 for chosen in options.values()), tie
         assert facts["tied"][tie]["hw"] == pytest.approx(tied.compression("hw"), abs=1e-6)
-    plan = CompressionPlan.load(found / "plan.json")
+    plan = CompressionPlan.load(searched / "plan.json")
     assert plan.compression("hw") >= 0.85
     assert {counting: facts["best"][counting] for counting in COUNTINGS} == {
         counting: pytest.approx(plan.compression(counting), abs=1e-6) for counting in COUNTINGS
     }
     assert facts["best"]["options"] == plan.pattern_counts
-    with (found / "sensitivity.csv").open(newline="") as stream:
+    with (searched / "sensitivity.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 6 * tiny.LAYERS * 4
     assert all(float(row["kl"]) >= 0 and float(row["fisher"]) > 0 for row in rows)
-    with (found / "trials.csv").open(newline="") as stream:
+    with (searched / "trials.csv").open(newline="") as stream:
         joints = [float(row["joint"]) for row in csv.DictReader(stream)]
     assert joints == sorted(joints)
     assert [row["asked"] for row in facts["pareto"]] == [0.8, 0.87]
@@ -88,11 +88,11 @@ def test_it_writes_the_plan_and_its_evidence(found: Path) -> None:
     (round_,) = facts["rounds"]
     assert list(round_["scores"].values()) == sorted(round_["scores"].values())
     assert next(iter(round_["scores"])) == facts["best"]["origin"]
-    assert not list(found.parent.glob(".found*")), "nothing of the work is left"
+    assert not list(searched.parent.glob(".searched*")), "nothing of the work is left"
 
 
-def test_it_says_what_it_cost(found: Path) -> None:
-    cost = json.loads((found / "search.json").read_text())["cost"]
+def test_it_says_what_it_cost(searched: Path) -> None:
+    cost = json.loads((searched / "search.json").read_text())["cost"]
     seconds = cost["seconds"]
     assert {
         "statistics",
@@ -130,7 +130,7 @@ def test_every_task_can_be_searched(task: str, tmp_path: Path) -> None:
     model = tiny.write_model("bert", tmp_path / "model", head=task)
     train, _ = tiny.write_data(tmp_path, task)
     few = ("--samples", "8", "--held-out", "8", "--swaps", "2", "--candidates", "2:4+W8,W8", "--compression", "0.8")
-    out = tmp_path / "found"
+    out = tmp_path / "searched"
     done = nxm(
         "search", model, "--task", task, "--train", train, *few, "--halving", "1", "--threads", "1", "--out", out
     )
@@ -138,21 +138,21 @@ def test_every_task_can_be_searched(task: str, tmp_path: Path) -> None:
     assert CompressionPlan.load(out / "plan.json").compression("hw") >= 0.8
 
 
-def test_compress_obeys_the_plan(desk: Path, found: Path) -> None:
+def test_compress_obeys_the_plan(desk: Path, searched: Path) -> None:
     out = desk / "compressed"
-    plan = ("--plan", found / "plan.json", "--steps", "4", "--batch-size", "16", "--threads", "1")
+    plan = ("--plan", searched / "plan.json", "--steps", "4", "--batch-size", "16", "--threads", "1")
     data = ("--train", desk / "train.tsv", "--dev", desk / "dev.tsv")
     result = nxm("compress", desk / "dense", *data, *plan, "--out", out)
     assert result.exit_code == 0, result.output
     checkpoint = open_checkpoint(out)
     checkpoint.require_valid()
-    assert checkpoint.plan == CompressionPlan.load(found / "plan.json")
+    assert checkpoint.plan == CompressionPlan.load(searched / "plan.json")
     assert len(checkpoint.plan.pattern_counts) >= 2
 
 
-def test_compress_refuses_a_plan_for_another_model_before_it_trains(desk: Path, found: Path, tmp_path: Path) -> None:
+def test_compress_refuses_a_plan_for_another_model_before_it_trains(desk: Path, searched: Path, tmp_path: Path) -> None:
     other = tiny.write_model("bert", tmp_path / "other", hidden=64)
-    data = ("--train", desk / "train.tsv", "--dev", desk / "dev.tsv", "--plan", found / "plan.json")
+    data = ("--train", desk / "train.tsv", "--dev", desk / "dev.tsv", "--plan", searched / "plan.json")
     result = nxm("compress", other, *data, "--out", tmp_path / "out")
     assert result.exit_code == 1
     assert "the plan is for another model: 12 weights differ" in result.output
@@ -197,7 +197,11 @@ def test_the_papers_search_and_json(desk: Path, tmp_path: Path) -> None:
         (("--pareto", "a"), 1, "not a list of numbers"),
         (("--pareto", "0.99"), 1, "compression 0.99 by counting hw is out of reach"),
         (("--latency-ms", "3"), 1, "go together"),
-        (("--latency-table", "missing.json", "--latency-ms", "3"), 1, "missing.json: cannot be read"),
+        (
+            ("--latency-table", "missing.json", "--latency-ms", "3"),
+            1,
+            "missing.json: cannot be read (No such file or directory); a latency table is JSON",
+        ),
         (("--task", "regression"), 1, "has no regression head"),
         (("--latency-table", "ms.json", "--latency-ms", "-1"), 2, "-1 is not a positive number"),
         (
@@ -246,7 +250,9 @@ def test_data_without_samples_are_refused(desk: Path, tmp_path: Path) -> None:
     assert "empty.tsv" in result.output
 
 
-def test_a_directory_of_others_is_not_replaced_and_one_of_a_search_is(desk: Path, found: Path, tmp_path: Path) -> None:
+def test_a_directory_of_others_is_not_replaced_and_one_of_a_search_is(
+    desk: Path, searched: Path, tmp_path: Path
+) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("dear diary")
     result = search(desk, tmp_path / "mine")
@@ -254,7 +260,7 @@ def test_a_directory_of_others_is_not_replaced_and_one_of_a_search_is(desk: Path
     assert "holds no earlier search" in result.output
     assert (tmp_path / "mine" / "diary.txt").read_text() == "dear diary"
     assert "holds no earlier search" in search(desk, desk / "dense").output, "nor is a checkpoint"
-    shutil.copytree(found, tmp_path / "again")
+    shutil.copytree(searched, tmp_path / "again")
     assert search(desk, tmp_path / "again", "--compression", "0.8", "--swaps", "0").exit_code == 0
     assert json.loads((tmp_path / "again" / "search.json").read_text())["budget"]["compression"] == 0.8
 

@@ -30,7 +30,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Probed:
 
 @pytest.fixture(scope="module")
 def measured(model: Probed, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Selector]:
-    """``measured(**settings)``: a selector with its table filled; tables of the same candidate specs and placement are made once."""
+    """``measured(**settings)``: a selector with its table filled; tables of the same candidate specs and placement are
+    made once."""
     tables: dict[tuple[Any, ...], Path] = {}
 
     def make(**settings: Any) -> Selector:
@@ -67,7 +68,8 @@ def test_every_plan_keeps_to_a_budget_of_bytes(measured: Callable[..., Selector]
 def test_a_plan_is_counted_as_its_placement_makes_it(
     measured: Callable[..., Selector], model: Probed, placement: str
 ) -> None:
-    """ffn-only keeps attention's matrices in 16 bit whatever the candidates are, and INT8 attention needs them quantized."""
+    """ffn-only keeps attention's matrices in 16 bit whatever the candidates are, and INT8 attention needs them
+    quantized."""
     compression = 0.7 if placement == "ffn-only" else 0.8
     trials = every_trial(measured(placement=placement, compression=compression))
     for trial in trials:
@@ -96,9 +98,9 @@ def test_the_free_choice_is_the_best_that_any_tie_allows(measured: Callable[...,
 
 def test_tied_candidates_are_tied(measured: Callable[..., Selector], model: Probed) -> None:
     selector = measured()
-    found = selector.candidates(selector.budget)
-    assert {origin.partition(",")[0] for origin in found} == {"free", "by role", "by layer"}
-    for origin, choice in found.items():
+    actual = selector.candidates(selector.budget)
+    assert {origin.partition(",")[0] for origin in actual} == {"free", "by role", "by layer"}
+    for origin, choice in actual.items():
         by_role: dict[str, set[str]] = {}
         by_layer: dict[str, set[str]] = {}
         for name, spec in selector.plan_of(choice).weights.items():
@@ -262,16 +264,16 @@ def by_trying_everything(model: Probed, candidates: list[str], compression: floa
 
 def test_the_papers_enumeration_finds_what_trying_everything_finds(model: Probed) -> None:
     candidates = ["2:4+W4", "2:4"]
-    wanted = by_trying_everything(model, candidates, 0.8)
-    assert 6 < len(wanted) < 2**6, "the budget excludes some"
+    expected = by_trying_everything(model, candidates, 0.8)
+    assert 6 < len(expected) < 2**6, "the budget excludes some"
     selector = model.selector(candidate_specs=tuple(candidates), compression=0.8, method="paper", finalists=6, **SIZES)
-    found = selector.paper("accuracy", [{"labels": label} for batch in selector.held_out for label in batch["labels"]])
-    assert found.evaluated == len(wanted)
-    assert [trial.choice for trial in found.finalists] == [choice for _, _, choice in wanted[:6]]
-    assert [trial.predicted for trial in found.finalists] == [-score for score, _, _ in wanted[:6]]
+    actual = selector.paper("accuracy", [{"labels": label} for batch in selector.held_out for label in batch["labels"]])
+    assert actual.evaluated == len(expected)
+    assert [trial.choice for trial in actual.finalists] == [choice for _, _, choice in expected[:6]]
+    assert [trial.predicted for trial in actual.finalists] == [-score for score, _, _ in expected[:6]]
     # the same float32 passes; sums in another order
-    assert [trial.joint for trial in found.finalists] == pytest.approx([loss for _, loss, _ in wanted[:6]], rel=1e-4)
-    assert len({trial.origin for trial in found.finalists}) == 6
+    assert [trial.joint for trial in actual.finalists] == pytest.approx([loss for _, loss, _ in expected[:6]], rel=1e-4)
+    assert len({trial.origin for trial in actual.finalists}) == 6
 
 
 @pytest.mark.parametrize("counting", COUNTINGS)

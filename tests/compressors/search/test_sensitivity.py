@@ -35,11 +35,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Probed]:
     return get
 
 
-def table_of(found: Probed, directory: Path, specs: list[WeightSpec] = SPECS, **options: Any) -> Table:
-    batches = found.batches(0, 24)
-    one_shot = OneShot(found.probe, found.probe.statistics(batches, 99.99))
+def table_of(opened: Probed, directory: Path, specs: list[WeightSpec] = SPECS, **options: Any) -> Table:
+    batches = opened.batches(0, 24)
+    one_shot = OneShot(opened.probe, opened.probe.statistics(batches, 99.99))
     directory.mkdir(exist_ok=True)
-    table = measure(found.probe, batches, one_shot, dict.fromkeys(found.probe.weights, specs), directory, **options)
+    table = measure(opened.probe, batches, one_shot, dict.fromkeys(opened.probe.weights, specs), directory, **options)
     return {(entry.weight, entry.option): entry for entry in table}
 
 
@@ -57,13 +57,15 @@ class Slow(nn.Module):
 
 
 @torch.no_grad()
-def slow_kl(found: Probed, weight: str, value: Tensor, scale: float | None) -> float:
+def slow_kl(opened: Probed, weight: str, value: Tensor, scale: float | None) -> float:
     """sum p log(p/q) per sample, from whole forward passes of a model loaded anew, without any hook."""
-    dense, changed = (load_model(found.source, task_named("classification")).eval() for _ in range(2))
+    dense, changed = (load_model(opened.source, task_named("classification")).eval() for _ in range(2))
     path, _, child = weight.removesuffix(".weight").rpartition(".")
-    setattr(changed.get_submodule(path), child, Slow(changed.get_submodule(f"{path}.{child}"), value, scale))
+    linear = changed.get_submodule(f"{path}.{child}")
+    assert isinstance(linear, nn.Linear)
+    setattr(changed.get_submodule(path), child, Slow(linear, value, scale))
     total, samples = 0.0, 0
-    for batch in found.batches(0, 24):
+    for batch in opened.batches(0, 24):
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         p, q = (model(**inputs).logits.double().softmax(-1) for model in (dense, changed))
         total += float((p * (p.log() - q.log())).sum())
@@ -75,21 +77,21 @@ def slow_kl(found: Probed, weight: str, value: Tensor, scale: float | None) -> f
 def test_kl_is_that_of_whole_forward_passes_with_the_weight_replaced(
     models: Callable[[str], Probed], tmp_path: Path, family: str
 ) -> None:
-    found = models(family)
-    table = table_of(found, tmp_path)
-    one_shot = OneShot(found.probe, found.probe.statistics(found.batches(0, 24), 99.99))
+    opened = models(family)
+    table = table_of(opened, tmp_path)
+    one_shot = OneShot(opened.probe, opened.probe.statistics(opened.batches(0, 24), 99.99))
     assert len(table) == 6 * (1 if family == "albert" else tiny.LAYERS) * len(SPECS)
-    for weight in found.probe.weights:
+    for weight in opened.probe.weights:
         value, scale = one_shot(weight, SPECS[0])
-        wanted = slow_kl(found, weight, value, scale)
+        expected = slow_kl(opened, weight, value, scale)
         # float32 logits agree to 1e-6 or so, and divergences are squares of differences of 1e-3
-        assert table[weight, "2:4+W4"].kl == pytest.approx(wanted, rel=1e-3)
-        assert wanted > 0
+        assert table[weight, "2:4+W4"].kl == pytest.approx(expected, rel=1e-3)
+        assert expected > 0
 
 
-def slow_statistics(found: Probed, weight: str) -> tuple[Tensor, Tensor]:
+def slow_statistics(opened: Probed, weight: str) -> tuple[Tensor, Tensor]:
     """(E[x x^T], mean squared gradient per output), one sample after the other, so without any padding."""
-    model = load_model(found.source, task_named("classification")).eval()
+    model = load_model(opened.source, task_named("classification")).eval()
     seen: dict[str, Tensor] = {}
 
     def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -98,7 +100,7 @@ def slow_statistics(found: Probed, weight: str) -> tuple[Tensor, Tensor]:
 
     model.get_submodule(weight.removesuffix(".weight")).register_forward_hook(keep)
     hessian, fisher, tokens = torch.zeros(()).double(), torch.zeros(()).double(), 0
-    for batch in found.batches(0, 24, batch_size=1):
+    for batch in opened.batches(0, 24, batch_size=1):
         model(**batch).loss.backward()
         x, g = seen["x"][0].detach().double(), seen["y"].grad[0].double()  # type: ignore[index]
         hessian, fisher, tokens = hessian + x.T @ x, fisher + g.square().sum(0), tokens + len(x)
@@ -108,54 +110,54 @@ def slow_statistics(found: Probed, weight: str) -> tuple[Tensor, Tensor]:
 def test_fisher_is_the_sum_over_outputs_of_errors_weighted_by_squared_gradients(
     models: Callable[[str], Probed], tmp_path: Path
 ) -> None:
-    found = models("bert")
-    table = table_of(found, tmp_path)
-    one_shot = OneShot(found.probe, found.probe.statistics(found.batches(0, 24), 99.99))
-    for weight in found.probe.weights[1::5]:  # a key, which shares query's statistics, and one of every other kind
-        hessian, fisher = slow_statistics(found, weight)
+    opened = models("bert")
+    table = table_of(opened, tmp_path)
+    one_shot = OneShot(opened.probe, opened.probe.statistics(opened.batches(0, 24), 99.99))
+    for weight in opened.probe.weights[1::5]:  # a key, which shares query's statistics, and one of every other kind
+        hessian, fisher = slow_statistics(opened, weight)
         for option in SPECS:
-            error = (found.probe.layer(weight).weight.detach() - one_shot(weight, option)[0]).double()
-            wanted = sum(float(fisher[o] * (error[o] @ hessian @ error[o])) for o in range(len(error)))
+            error = (opened.probe.layer(weight).weight.detach() - one_shot(weight, option)[0]).double()
+            expected = sum(float(fisher[o] * (error[o] @ hessian @ error[o])) for o in range(len(error)))
             # float32 sums over some hundred tokens, in another order and without padding
-            assert table[weight, str(option)].fisher == pytest.approx(wanted, rel=1e-3)
+            assert table[weight, str(option)].fisher == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_skipping_the_blocks_before_changes_nothing(
     models: Callable[[str], Probed], tmp_path: Path, family: str
 ) -> None:
-    found = models(family)
-    skipping, repeats = table_of(found, tmp_path / "skipping"), found.probe.repeats
+    opened = models(family)
+    skipping, repeats = table_of(opened, tmp_path / "skipping"), opened.probe.repeats
     assert repeats == (family == "albert")  # it runs its block more than once, so no prefix may be skipped
-    found.probe.repeats = True
+    opened.probe.repeats = True
     try:
-        assert table_of(found, tmp_path / "whole") == skipping
+        assert table_of(opened, tmp_path / "whole") == skipping
     finally:
-        found.probe.repeats = repeats
+        opened.probe.repeats = repeats
     assert len({entry.kl for entry in skipping.values()}) > len(skipping) // 2
 
 
 def test_the_model_is_as_before_after_a_table(models: Callable[[str], Probed], tmp_path: Path) -> None:
-    found = models("bert")
-    fresh = load_model(found.source, task_named("classification"))
-    table_of(found, tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(found.probe.model.parameters(), fresh.parameters(), strict=True))
-    assert not any(layer._forward_pre_hooks or "forward" in vars(layer) for layer in found.probe.model.modules())
+    opened = models("bert")
+    fresh = load_model(opened.source, task_named("classification"))
+    table_of(opened, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(opened.probe.model.parameters(), fresh.parameters(), strict=True))
+    assert not any(layer._forward_pre_hooks or "forward" in vars(layer) for layer in opened.probe.model.modules())
 
 
 @pytest.mark.parametrize("by_magnitude", [False, True])
 def test_one_shot_weights_keep_their_pattern_and_grid(models: Callable[[str], Probed], by_magnitude: bool) -> None:
-    found = models("bert")
-    one_shot = OneShot(found.probe, found.probe.statistics(found.batches(0, 24), 99.99), by_magnitude=by_magnitude)
+    opened = models("bert")
+    one_shot = OneShot(opened.probe, opened.probe.statistics(opened.batches(0, 24), 99.99), by_magnitude=by_magnitude)
     for option in SPECS:
-        value, scale = one_shot(found.probe.weights[4], option)
+        value, scale = one_shot(opened.probe.weights[4], option)
         if option.pattern:
             assert ((value.reshape(-1, 4) != 0).sum(-1) <= 2).all()
         if option.weight_bits:
             assert max(len(set(row.tolist())) for row in value) <= 15
         assert (scale is None) == (option.weight_bits is None)
-    again = one_shot(found.probe.weights[4], SPECS[0])[0]
-    assert torch.equal(again, one_shot(found.probe.weights[4], SPECS[0])[0])
+    again = one_shot(opened.probe.weights[4], SPECS[0])[0]
+    assert torch.equal(again, one_shot(opened.probe.weights[4], SPECS[0])[0])
 
 
 class PeakOfLiveBytes:
@@ -163,12 +165,12 @@ class PeakOfLiveBytes:
 
     def __enter__(self) -> PeakOfLiveBytes:
         self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-        self._profiler.__enter__()
+        self._profiler.start()
         return self
 
-    def __exit__(self, *details: Any) -> None:
-        self._profiler.__exit__(*details)
-        events = self._profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    def __exit__(self, *details: object) -> None:
+        self._profiler.stop()
+        events: Any = self._profiler.profiler.kineto_results.events()  # type: ignore[union-attr]  # no types of use
         memory = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
         live = peak = 0
         for _, size in memory:
@@ -178,57 +180,57 @@ class PeakOfLiveBytes:
 
 
 def test_memory_does_not_grow_with_the_number_of_samples(models: Callable[[str], Probed], tmp_path: Path) -> None:
-    found = models("bert")
+    opened = models("bert")
 
     def peak(samples: int) -> int:
-        batches = [found.batches(0, 8)[0]] * (samples // 8)
+        batches = [opened.batches(0, 8)[0]] * (samples // 8)
         with PeakOfLiveBytes() as measured:
-            one_shot = OneShot(found.probe, found.probe.statistics(batches, 99.99))
+            one_shot = OneShot(opened.probe, opened.probe.statistics(batches, 99.99))
             directory = tmp_path / str(samples)
             directory.mkdir()
-            measure(found.probe, batches, one_shot, dict.fromkeys(found.probe.weights, SPECS[:1]), directory)
+            measure(opened.probe, batches, one_shot, dict.fromkeys(opened.probe.weights, SPECS[:1]), directory)
         return measured.peak
 
     few, many = peak(16), peak(80)
-    hidden_state = found.batches(0, 8)[0]["input_ids"].numel() * tiny.HIDDEN * 4
+    hidden_state = opened.batches(0, 8)[0]["input_ids"].numel() * tiny.HIDDEN * 4
     assert few > hidden_state, "the profiler saw nothing"
     assert many - few < hidden_state, "not one hidden state more for 8 batches more"
 
 
 def test_a_broken_weight_is_named(tmp_path: Path) -> None:
-    found = probed(tmp_path)
-    weight = found.probe.weights[7]
+    opened = probed(tmp_path)
+    weight = opened.probe.weights[7]
     with torch.no_grad():
-        found.probe.layer(weight).weight[0, 0] = float("nan")
+        opened.probe.layer(weight).weight[0, 0] = float("nan")
     with pytest.raises(DataError, match=rf"{weight} holds NaN or infinite values"):
-        table_of(found, tmp_path / "table")
+        table_of(opened, tmp_path / "table")
 
 
 def test_an_overflow_names_the_weight_that_reads_it(tmp_path: Path) -> None:
-    found = probed(tmp_path)
+    opened = probed(tmp_path)
     with torch.no_grad():
-        found.probe.model.get_parameter("bert.encoder.layer.0.output.LayerNorm.bias").fill_(float("inf"))
+        opened.probe.model.get_parameter("bert.encoder.layer.0.output.LayerNorm.bias").fill_(float("inf"))
     with pytest.raises(DataError, match=r"layer\.1\.attention\.self\.query\.weight: calibration saw a NaN or infinite"):
-        table_of(found, tmp_path / "table")
+        table_of(opened, tmp_path / "table")
 
 
 def test_a_sensitivity_that_is_no_number_names_weight_and_option(tmp_path: Path) -> None:
-    found = probed(tmp_path)
-    weight = found.probe.weights[8]
+    opened = probed(tmp_path)
+    weight = opened.probe.weights[8]
     with torch.no_grad():
-        found.probe.layer(weight).weight[0, 0] = 1e6  # more than float16 holds, in which 2:4 alone is stored
+        opened.probe.layer(weight).weight[0, 0] = 1e6  # more than float16 holds, in which 2:4 alone is stored
     with pytest.raises(DataError, match=rf"{weight} under 2:4: its sensitivity is (nan|inf)"):
-        table_of(found, tmp_path / "table")
+        table_of(opened, tmp_path / "table")
     assert [file.name for file in (tmp_path / "table").iterdir()] == ["sensitivity-0.csv"], "block 0 is kept"
 
 
 def test_an_empty_calibration_set_is_refused(models: Callable[[str], Probed], tmp_path: Path) -> None:
-    found = models("bert")
+    opened = models("bert")
     with pytest.raises(DataError, match="calibration set is empty"):
-        found.probe.statistics([], 99.99)
-    one_shot = OneShot(found.probe, found.probe.statistics(found.batches(0, 8), 99.99))
+        opened.probe.statistics([], 99.99)
+    one_shot = OneShot(opened.probe, opened.probe.statistics(opened.batches(0, 8), 99.99))
     with pytest.raises(DataError, match="calibration set is empty"):
-        measure(found.probe, [], one_shot, {}, tmp_path)
+        measure(opened.probe, [], one_shot, {}, tmp_path)
 
 
 def test_a_file_that_is_no_table_is_refused(models: Callable[[str], Probed], tmp_path: Path) -> None:
@@ -240,7 +242,7 @@ def test_a_file_that_is_no_table_is_refused(models: Callable[[str], Probed], tmp
 def test_measured_blocks_are_not_measured_again(
     models: Callable[[str], Probed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, measured = models("bert"), list[int]()
+    opened, measured = models("bert"), list[int]()
     plain = sensitivity._measure_block
 
     def counting(*arguments: Any) -> list[Sensitivity]:
@@ -251,23 +253,23 @@ def test_measured_blocks_are_not_measured_again(
 
     monkeypatch.setattr(sensitivity, "_measure_block", counting)
     with pytest.raises(KeyboardInterrupt):
-        table_of(found, tmp_path)
-    table = table_of(found, tmp_path)
+        table_of(opened, tmp_path)
+    table = table_of(opened, tmp_path)
     assert measured == [0, 1, 1]
-    assert table_of(found, tmp_path) == table
+    assert table_of(opened, tmp_path) == table
     assert measured == [0, 1, 1]
     monkeypatch.undo()
-    assert table_of(found, tmp_path / "at-once") == table
+    assert table_of(opened, tmp_path / "at-once") == table
     part = read_sensitivities(tmp_path / "sensitivity-0.csv")
     assert [(entry.weight, entry.option) for entry in part] == list(table)
 
 
 @pytest.mark.slow
 def test_bert_large_shapes_need_nothing_else(tmp_path: Path) -> None:
-    found = probed(tmp_path, hidden=1024, intermediate=4096, layers=1)
-    batches = found.batches(0, 8)
-    one_shot = OneShot(found.probe, found.probe.statistics(batches, 99.99))
+    opened = probed(tmp_path, hidden=1024, intermediate=4096, layers=1)
+    batches = opened.batches(0, 8)
+    one_shot = OneShot(opened.probe, opened.probe.statistics(batches, 99.99))
     specs = [WeightSpec(NMPattern(2, 4), 4, 8)]
-    table = measure(found.probe, batches, one_shot, dict.fromkeys(found.probe.weights, specs), tmp_path)
-    assert [entry.weight for entry in table] == list(found.source.family.weights(found.source.config))
+    table = measure(opened.probe, batches, one_shot, dict.fromkeys(opened.probe.weights, specs), tmp_path)
+    assert [entry.weight for entry in table] == list(opened.source.family.weights(opened.source.config))
     assert all(entry.kl > 0 and entry.fisher > 0 for entry in table)

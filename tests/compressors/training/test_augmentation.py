@@ -52,9 +52,9 @@ def test_ends_and_separators_stay_and_every_token_keeps_its_segment() -> None:
 
 def test_as_much_changes_as_is_said() -> None:
     rng, words = random.Random(1), 40
-    found = [distorted(sample(words), POOL, rng)["input_ids"] for _ in range(500)]
-    dropped = 1 - sum(len(ids) - 2 for ids in found) / (500 * words)
-    replaced = sum(token >= 2000 for ids in found for token in ids) / sum(len(ids) - 2 for ids in found)
+    id_lists = [distorted(sample(words), POOL, rng)["input_ids"] for _ in range(500)]
+    dropped = 1 - sum(len(ids) - 2 for ids in id_lists) / (500 * words)
+    replaced = sum(token >= 2000 for ids in id_lists for token in ids) / sum(len(ids) - 2 for ids in id_lists)
     assert dropped == pytest.approx(DROPPED, abs=0.01)  # 20 000 draws: standard error 0.002
     assert replaced == pytest.approx(REPLACED, abs=0.01)
 

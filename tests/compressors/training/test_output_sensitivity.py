@@ -70,8 +70,10 @@ def test_costly_outputs_are_float_in_the_checkpoint_and_in_its_graphs(tmp_path: 
     assert isinstance(metrics, CompressionMetrics)
     assert sorted(metrics.outputs_in_float) == sorted(names)
     assert all(cost > 0 for cost in metrics.outputs_in_float.values())
-    kept = {name for name, spec in opened.plan.weights.items() if spec.output_bits}
-    assert kept == {name for name in opened.plan.weights if FAMILIES["bert"].role(name) in ("query", "key", "value")}
+    with_output = {name for name, spec in opened.plan.weights.items() if spec.output_bits}
+    assert with_output == {
+        name for name in opened.plan.weights if FAMILIES["bert"].role(name) in ("query", "key", "value")
+    }
     for target in ("cpu", "trt"):
         verify(export(checkpoint, tmp_path / target, target=target, placement="inputs-outputs").path).require()
 
@@ -91,13 +93,15 @@ def test_a_matrix_that_is_left_dense_has_no_output_to_measure(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_a_run_of_which_no_output_is_left_goes_through(tmp_path: Path) -> None:
-    """Placement ffn-only has outputs behind the FFN alone; when they all stay in float, no graph with outputs can be made."""
+    """Placement ffn-only has outputs behind the FFN alone; when they all stay in float, no graph with outputs can be
+    made."""
     model, (train, dev) = tiny.write_model("bert", tmp_path / "encoder"), tiny.write_data(tmp_path)
     run = tmp_path / "run"
     result = CliRunner().invoke(
         main,
         [
-            "run", f"--model={model}", f"--train={train}", f"--dev={dev}", f"--out={run}", "--json", "--placement=ffn-only", "--output-limit=0",
+            "run", f"--model={model}", f"--train={train}", f"--dev={dev}", f"--out={run}", "--json",
+            "--placement=ffn-only", "--output-limit=0",
             "--dense-steps=20", "--steps=4", "--batch-size=16", "--learning-rate=1e-3", "--dense-learning-rate=3e-3",
         ],
     )  # fmt: skip

@@ -79,7 +79,7 @@ def test_both_processes_hold_the_same_state_after_every_dual_update_and_at_the_e
 def test_the_search_finds_the_same_to_the_last_bit(
     desk: Path, one: dict[str, Any], two: list[dict[str, Any]], name: str
 ) -> None:
-    assert (desk / "two" / "found" / name).read_bytes() == (desk / "one" / "found" / name).read_bytes()
+    assert (desk / "two" / "searched" / name).read_bytes() == (desk / "one" / "searched" / name).read_bytes()
 
 
 @pytest.mark.slow
@@ -87,17 +87,17 @@ def test_the_first_gradient_is_that_of_the_whole_batch(
     desk: Path, one: dict[str, Any], two: list[dict[str, Any]]
 ) -> None:
     """Losses are means over tokens and samples, and processes get sentences of different lengths."""
-    wanted = torch.load(desk / "one" / "gradients-0.pt")
+    expected = torch.load(desk / "one" / "gradients-0.pt")
     for rank in range(2):
-        found = torch.load(desk / "two" / f"gradients-{rank}.pt")
-        found = {name.removeprefix("module."): grad for name, grad in found.items()}
-        assert found.keys() == wanted.keys()
-        error = math.sqrt(sum(float((found[name] - grad).square().sum()) for name, grad in wanted.items()))
-        norm = math.sqrt(sum(float(grad.square().sum()) for grad in wanted.values()))
+        actual = torch.load(desk / "two" / f"gradients-{rank}.pt")
+        actual = {name.removeprefix("module."): grad for name, grad in actual.items()}
+        assert actual.keys() == expected.keys()
+        error = math.sqrt(sum(float((actual[name] - grad).square().sum()) for name, grad in expected.items()))
+        norm = math.sqrt(sum(float(grad.square().sum()) for grad in expected.values()))
         assert error < 1e-5 * norm, "float32 sums in another order"
-        steps = [name for name in wanted if name.endswith("log_scale")]
-        error = math.sqrt(sum(float((found[name] - wanted[name]).square().sum()) for name in steps))
-        norm = math.sqrt(sum(float(wanted[name].square().sum()) for name in steps))
+        steps = [name for name in expected if name.endswith("log_scale")]
+        error = math.sqrt(sum(float((actual[name] - expected[name]).square().sum()) for name in steps))
+        norm = math.sqrt(sum(float(expected[name].square().sum()) for name in steps))
         assert error < 1e-3 * norm, "quantizer steps: sums over all tokens that cancel nearly"
 
 

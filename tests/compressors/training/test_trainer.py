@@ -267,7 +267,7 @@ def test_killed_and_resumed_gives_what_an_uninterrupted_run_gives(prepared: Path
 
 @pytest.mark.slow
 def test_same_seed_same_masks_and_another_seed_others(prepared: Path, tmp_path: Path) -> None:
-    hashes = [run(prepared, tmp_path / str(i), steps=8, seed=seed)["mask_hash"] for i, seed in enumerate((1, 1, 2))]
+    hashes = [run(prepared, tmp_path / str(i), steps=8, seed=seed).mask_hash for i, seed in enumerate((1, 1, 2))]
     assert hashes[0] == hashes[1] != hashes[2]
 
 

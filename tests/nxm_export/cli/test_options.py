@@ -1,4 +1,5 @@
-"""Options of the command line and the settings that they stand for: every one is there, with the setting's own default."""
+"""Options of the command line and the settings that they stand for: every one is there, with the setting's own
+default."""
 
 from __future__ import annotations
 

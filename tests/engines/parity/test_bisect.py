@@ -19,6 +19,7 @@ from engines.reference import pytorch
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.data.examples import encode, load_raw, load_tokenizer, with_classes
 from nxm_export.errors import DataError, ParityError
+from nxm_export.graph.exporter import export
 from nxm_export.pipeline.engine_commands import build_engine
 from tests.support import baked
 from tests.support.broken import BLOCK, BROKEN, drop_pair, overflowing, write_engine
@@ -75,17 +76,16 @@ def test_a_broken_engine_fails_the_gate_and_is_located(
         report.require()
 
 
-def test_a_shared_block_is_judged_run_by_run(
-    tiny_checkpoint: Callable[..., Path], tiny_engine: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_shared_block_is_judged_run_by_run(tmp_path: Path) -> None:
     """ALBERT has one block for all layers; only its second run is broken here, by one pair that is gone."""
-    checkpoint, healthy = tiny_checkpoint("albert"), tiny_engine("ort", "albert")
+    checkpoint, healthy = baked.write_checkpoint("albert", tmp_path / "checkpoint", layers=2), tmp_path / "built"
+    build_engine(export(checkpoint, tmp_path / "graph", target="cpu").path, healthy, "ort")
     block = "albert.encoder.albert_layer_groups.0.albert_layers.0"
 
     def of_the_second(model: Any) -> None:
         drop_pair(model, f"{block}.ffn_output.input.use2_quantize", f"{block}.ffn_output.use2")
 
-    features = dev_features(checkpoint, healthy)
+    features = baked.features(64, family="albert")
     whole = bisect(checkpoint, write_engine(healthy, tmp_path / "healthy", lambda model: None), features)
     assert [row.block for row in whole.blocks] == ["embeddings", f"{block} (run 1)", f"{block} (run 2)", "head"]
     assert whole.passed

@@ -233,7 +233,7 @@ def _export_again(checkpoint: Path, engine: Path, out: Path) -> Path:
     passport, spec = load_passport(engine), load_spec(engine)
     facts = passport.graph
     dtype = facts.get("dtype")
-    overrides = facts.get("precision_overrides")
+    overrides = facts.get("precision_overrides", facts.get("islands"))  # "islands" in graphs of nxm-onnx/1
     made = export(
         checkpoint,
         out,

@@ -1,4 +1,4 @@
-"""The soak of `tests/support/soak.py`, short; `python -m tools.soak` runs it for as long as you like."""
+"""The soak of `tools/benchmarks/soak_load.py`, short; `python -m tools.benchmarks.soak` runs it for as long as you like."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.support.exact_engine import MAX_LENGTH, expected, feeds_of
-from tests.support.servers import nxm_serve
-from tests.support.soak import reloads_done, soak
+from tools.benchmarks.servers import nxm_serve
+from tools.benchmarks.soak_load import reloads_done, soak
 
 
 @pytest.mark.slow

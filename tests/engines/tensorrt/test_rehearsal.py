@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from nxm_export.graph.exporter import export
-from tests.support.rawhttp import send
-from tests.support.servers import free_port, started
 from tests.support.trt_models import Checkpoints, feeds_for
 from tests.support.variants import variants
+from tools.benchmarks.raw_http import send
+from tools.benchmarks.servers import free_port, started
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parents[2]

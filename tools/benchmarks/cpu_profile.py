@@ -7,19 +7,25 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from engines.base import backend
 from engines.benchmark.latency import feeds_for
 from engines.ort.backend import ENGINE_FILE
 from engines.passport import load_passport
+from nxm_export.graph.graph_weights import load_graph
+from nxm_export.storage.json_files import Json
+
+if TYPE_CHECKING:
+    import onnx
 
 
 def onnxruntime_profile(
     directory: Path, name: str, shape: tuple[int, int], threads: int, rounds: int = 20
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """Milliseconds by operator type in ONNX Runtime's own profile, medians over rounds, and INT8 products a second."""
     import onnxruntime
 
@@ -56,11 +62,10 @@ def onnxruntime_profile(
 
 def openvino_profiles(
     models: Mapping[str, Path], shape: tuple[int, int], threads: int, rounds: int = 200
-) -> list[dict[str, Any]]:
-    """Milliseconds by operator in OpenVINO's own profile of model files (ONNX or its own), medians over rounds that take
-    turns.
+) -> list[dict[str, Json]]:
+    """Milliseconds by operator in OpenVINO's own profile of model files, medians over rounds that take turns.
 
-    An operator is told by its type and the precision of its kernel; `nodes` counts those that ran.
+    The files are ONNX or OpenVINO's own. An operator is told by its type and the precision of its kernel; `nodes` counts those that ran.
     """
     import openvino
 
@@ -82,12 +87,12 @@ def openvino_profiles(
                 if node.status == openvino.ProfilingInfo.Status.EXECUTED:
                     kind = f"{node.node_type} {node.exec_type.rpartition('_')[2]}"
                     taken[name][kind, node.node_name].append(node.real_time.total_seconds() * 1e3)
-    found = []
+    profiles = []
     for name, by_node in taken.items():
         by_operator: dict[str, float] = defaultdict(float)
         for (kind, _), times in by_node.items():
             by_operator[kind] += float(np.median(times))
-        found.append(
+        profiles.append(
             {
                 "engine": name,
                 "batch": shape[0],
@@ -96,13 +101,11 @@ def openvino_profiles(
                 "nodes": len(by_node),
             }
         )
-    return found
+    return profiles
 
 
 def _planned_weights(directory: Path) -> int:
     """Weights of the encoder's INT8 matrices, as the engine file holds them."""
-    from nxm_export.graph.graph_weights import load_graph
-
     nodes = [node for node in load_graph(directory / ENGINE_FILE).graph if node.op_type == "MatMulIntegerToFloat"]
     return sum(int(np.prod(node.inputs[1].shape.numpy())) for node in nodes)
 
@@ -111,36 +114,38 @@ def peaks(threads: int, work: Path) -> dict[str, float]:
     """GOPS of one large product, (2048, 2048) x (2048, 2048), with ONNX Runtime: INT8 (uint8 x int8) and FP32; best of 10."""
     import onnx
     import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
 
-    size, rng, found = 2048, np.random.default_rng(0), {}
+    size, rng, reached = 2048, np.random.default_rng(0), {}
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
     for kind in ("int8", "fp32"):
-        integer = kind == "int8"
-        weight = rng.integers(-127, 128, (size, size)).astype(np.int8 if integer else np.float32)
-        node = (
-            helper.make_node("MatMulIntegerToFloat", ["x", "w", "s", "s", "z"], ["y"], domain="com.microsoft")
-            if integer
-            else helper.make_node("MatMul", ["x", "w"], ["y"])
-        )
-        constants = [numpy_helper.from_array(weight, "w")]
-        if integer:
-            constants += [
-                numpy_helper.from_array(np.float32(0.01).reshape(()), "s"),
-                numpy_helper.from_array(np.uint8(128).reshape(()), "z"),
-            ]
-        kinds = (TensorProto.UINT8 if integer else TensorProto.FLOAT, TensorProto.FLOAT)
-        values = [helper.make_tensor_value_info(name, k, [size, size]) for name, k in zip("xy", kinds, strict=True)]
-        graph = helper.make_graph([node], "peak", values[:1], values[1:], constants)
-        opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), work / "peak.onnx")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        weight = rng.integers(-127, 128, (size, size)).astype(np.int8 if kind == "int8" else np.float32)
+        feeds = {"x": rng.integers(0, 255, (size, size)).astype(np.uint8 if kind == "int8" else np.float32)}
+        onnx.save(_one_product(weight), work / "peak.onnx")
         session = onnxruntime.InferenceSession(str(work / "peak.onnx"), options, providers=["CPUExecutionProvider"])
-        feeds = {"x": rng.integers(0, 255, (size, size)).astype(np.uint8 if integer else np.float32)}
         times = []
         for _ in range(12):
             began = time.perf_counter()
             session.run(None, feeds)
             times.append(time.perf_counter() - began)
-        found[f"{kind}_gops"] = 2.0 * size**3 / min(times[2:]) / 1e9
-    return found
+        reached[f"{kind}_gops"] = 2.0 * size**3 / min(times[2:]) / 1e9
+    return reached
+
+
+def _one_product(weight: npt.NDArray[np.int8] | npt.NDArray[np.float32]) -> onnx.ModelProto:
+    """A model of one matrix product ``y = x @ weight``, of integers where the weight is INT8."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    constants = [numpy_helper.from_array(weight, "w")]
+    if weight.dtype == np.int8:
+        node = helper.make_node("MatMulIntegerToFloat", ["x", "w", "s", "s", "z"], ["y"], domain="com.microsoft")
+        constants += [numpy_helper.from_array(np.array(0.01, np.float32), "s")]
+        constants += [numpy_helper.from_array(np.array(128, np.uint8), "z")]
+        kinds = {"x": TensorProto.UINT8, "y": TensorProto.FLOAT}
+    else:
+        node = helper.make_node("MatMul", ["x", "w"], ["y"])
+        kinds = {"x": TensorProto.FLOAT, "y": TensorProto.FLOAT}
+    x, y = (helper.make_tensor_value_info(name, kind, list(weight.shape)) for name, kind in kinds.items())
+    graph = helper.make_graph([node], "peak", [x], [y], constants)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)

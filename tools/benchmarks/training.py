@@ -1,7 +1,7 @@
 """What compression costs in training, against plain fine-tuning of the same model on the same batches.
 
-    python -m tools.bench_training                 measure, write results/performance/training.json and the document
-    python -m tools.bench_training --render        the section of docs/performance.md again, from the record
+    python -m tools.benchmarks.training                 measure, write results/performance/training.json and the document
+    python -m tools.benchmarks.training --render        the section of docs/performance.md again, from the record
 
 Every round takes one optimizer step with every arm, in an order that rotates; ratios are medians over rounds. The arms
 freeze the same parameters, have no dropout and no noise of their own, clip and step as the Trainer does, under the same
@@ -14,14 +14,14 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from compressors.malloc import keep_freed_memory
 from compressors.pruning.admm import Admm
@@ -33,7 +33,9 @@ from compressors.training.trainer import Losses, Phase, Student, _optimizer, mea
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.tasks import task_named
-from tools.measuring import (
+from nxm_export.storage.json_files import Json
+from tools.benchmarks.measuring import (
+    DOCUMENT,
     circumstances,
     in_child,
     load_record,
@@ -43,10 +45,10 @@ from tools.measuring import (
     resident_bytes,
     save_record,
     where_and_when,
-    write_section,
 )
+from tools.rendering import render, write_section
 
-TOOL = "tools/bench_training.py"
+TOOL = "tools/benchmarks/training.py"
 MODELS = {
     "MiniLM-L6": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12},
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -55,6 +57,23 @@ MODELS = {
 SHAPES = (("MiniLM-L6", 32, 32), ("MiniLM-L6", 32, 128), ("BERT-base, 3 of 12 blocks", 16, 64))
 ARMS = ("plain", "teacher", "admm without penalty", "admm", "qat", "qat with teacher")
 MEMORY = ("plain", "teacher", "admm with teacher", "qat", "qat with teacher")
+TITLES = {  # of arms and phases, in the document
+    "plain": "plain fine-tuning",
+    "teacher": "plain fine-tuning with a teacher (logits and hidden states)",
+    "admm without penalty": "ADMM phase without penalty",
+    "admm": "ADMM phase",
+    "admm with teacher": "ADMM phase with the teacher",
+    "qat": "masked QAT",
+    "qat with teacher": "masked QAT with the teacher",
+}
+AIMS = {"admm": "<= 1.10", "qat": "<= 1.35"}
+AGAINST = {
+    "teacher": "plain",
+    "admm without penalty": "plain",
+    "admm": "admm without penalty",
+    "qat": "plain",
+    "qat with teacher": "qat",
+}
 OPTION = "2:4+W4"
 VOCABULARY = 30522
 
@@ -137,10 +156,11 @@ def arm(kind: str, name: str, bf16: bool, mode: str = "mask") -> tuple[Arm, Admm
     return made, admm
 
 
-def time_steps(name: str, batch: int, sequence: int, rounds: int, bf16: bool) -> dict[str, Any]:
+def time_steps(name: str, batch: int, sequence: int, rounds: int, bf16: bool) -> dict[str, Json]:
     """Seconds of a step of every arm, round by round."""
     arms = {kind: arm(kind, name, bf16)[0] for kind in ARMS}
-    feed, taken = batches(batch, sequence), {kind: [] for kind in ARMS}  # type: dict[str, list[float]]
+    feed = batches(batch, sequence)
+    taken: dict[str, list[float]] = {kind: [] for kind in ARMS}
     for number in range(-2, rounds):  # two rounds warm up
         sample, start = next(feed), number % len(ARMS)
         for kind in ARMS[start:] + ARMS[:start]:
@@ -148,33 +168,29 @@ def time_steps(name: str, batch: int, sequence: int, rounds: int, bf16: bool) ->
             arms[kind].step(sample)
             if number >= 0:
                 taken[kind].append(time.perf_counter() - began)
-    against = {
-        "teacher": "plain",
-        "admm without penalty": "plain",
-        "admm": "admm without penalty",
-        "qat": "plain",
-        "qat with teacher": "qat",
-    }
     return {
         "model": name,
         "batch": batch,
         "sequence": sequence,
         "rounds": rounds,
         "seconds": {kind: median_of(times) for kind, times in taken.items()},
-        "ratios": {kind: paired_ratio(taken[kind], taken[other]) | {"to": other} for kind, other in against.items()},
+        "ratios": {kind: paired_ratio(taken[kind], taken[other]) | {"to": other} for kind, other in AGAINST.items()},
     }
 
 
-def time_compiled(name: str, batch: int, sequence: int, rounds: int, bf16: bool) -> list[dict[str, Any]]:
-    """Steps of a model under ``torch.compile`` against the same steps without, and the seconds until its first is done; or
-    what it said of a model that it cannot compile."""
-    found: list[dict[str, Any]] = []
+def time_compiled(name: str, batch: int, sequence: int, rounds: int, bf16: bool) -> list[dict[str, Json]]:
+    """Steps of a model under ``torch.compile`` against the same steps without, and the seconds until its first is done.
+
+    For a model that it cannot compile, ``failed`` is the first line of its error.
+    """
+    rows: list[dict[str, Json]] = []
     for kind in ("plain", "qat"):
         eager, compiled = (arm(kind, name, bf16)[0] for _ in range(2))
         compiled.student.model = torch.compile(compiled.student.model)  # type: ignore[assignment]  # it is called like one
-        feed, taken = batches(batch, sequence), {"eager": [], "compiled": []}  # type: dict[str, list[float]]
-        row: dict[str, Any] = {"model": name, "batch": batch, "sequence": sequence, "arm": kind}
-        found.append(row)
+        feed = batches(batch, sequence)
+        taken: dict[str, list[float]] = {"eager": [], "compiled": []}
+        row: dict[str, Json] = {"model": name, "batch": batch, "sequence": sequence, "arm": kind}
+        rows.append(row)
         began = time.perf_counter()
         try:
             compiled.step(next(feed))
@@ -190,13 +206,22 @@ def time_compiled(name: str, batch: int, sequence: int, rounds: int, bf16: bool)
                 if number >= 0:
                     taken[which].append(time.perf_counter() - began)
         row["ratio"] = paired_ratio(taken["compiled"], taken["eager"])
-    return found
+    return rows
 
 
-def time_dual(name: str, sequence: int, step_seconds: float, repeats: int, bf16: bool) -> list[dict[str, Any]]:
-    """Seconds of a dual update and of what it logs, and their share of a phase in which they come as often as they may."""
-    found = []
+def time_dual(name: str, sequence: int, step_seconds: float, repeats: int, bf16: bool) -> list[dict[str, Json]]:
+    """Seconds of a dual update and of what it logs, and their share of a phase with as many updates as there may be.
+
+    The phase is that of six epochs over rotten tomatoes (7421 sentences), the data set of docs/results.md.
+    """
     settings = Settings()
+    steps = round(settings.admm_share * settings.epochs * -(-7421 // settings.batch_size))
+
+    def row(mode: str, seconds: dict[str, Json], updates: int) -> dict[str, Json]:
+        share = updates * seconds["median"] / (steps * step_seconds)
+        return {"model": name, "mode": mode, "seconds": seconds, "updates": updates, "steps": steps, "share": share}
+
+    rows = []
     for mode in ("mask", "joint", "joint-ste"):
         _, admm = arm("admm", name, bf16, mode)
         assert admm is not None
@@ -205,20 +230,12 @@ def time_dual(name: str, sequence: int, step_seconds: float, repeats: int, bf16:
             began = time.perf_counter()
             admm.dual_update()
             times.append(time.perf_counter() - began)
-        seconds = median_of(times)
-        # The phase of six epochs over rotten tomatoes (7421 sentences), the data set of docs/results.md.
-        steps = round(settings.admm_share * settings.epochs * -(-7421 // settings.batch_size))
-        share = MAX_DUAL_UPDATES * seconds["median"] / (steps * step_seconds)
-        found.append({"model": name, "mode": mode, "seconds": seconds, "updates": MAX_DUAL_UPDATES, "steps": steps, "share": share})  # fmt: skip
-    watch, updates = time_watch(name, sequence, 3, bf16), MAX_DUAL_UPDATES // WATCH_EVERY
-    share = updates * watch["median"] / (steps * step_seconds)
-    found.append(
-        {"model": name, "mode": "held-out loss", "seconds": watch, "updates": updates, "steps": steps, "share": share}
-    )
-    return found
+        rows.append(row(mode, median_of(times), MAX_DUAL_UPDATES))
+    rows.append(row("held-out loss", time_watch(name, sequence, 3, bf16), MAX_DUAL_UPDATES // WATCH_EVERY))
+    return rows
 
 
-def time_watch(name: str, sequence: int, repeats: int, bf16: bool) -> dict[str, Any]:
+def time_watch(name: str, sequence: int, repeats: int, bf16: bool) -> dict[str, Json]:
     """Seconds of the held-out loss under the projected weights, which every fourth dual update logs."""
     built, admm = arm("admm", name, bf16)
     assert admm is not None
@@ -236,7 +253,7 @@ def time_watch(name: str, sequence: int, repeats: int, bf16: bool) -> dict[str, 
     return median_of(times)
 
 
-def train_in_this_process(kind: str, name: str, batch: int, sequence: int, precision: str) -> dict[str, Any]:
+def train_in_this_process(kind: str, name: str, batch: int, sequence: int, precision: str) -> dict[str, Json]:
     """Bytes of this process before anything of the model exists, and at its peak through three steps of training."""
     keep_freed_memory()
     before = resident_bytes()
@@ -257,45 +274,42 @@ def train_in_this_process(kind: str, name: str, batch: int, sequence: int, preci
     return {"before": before, "peak": peak_bytes()}
 
 
-def _Penalty(admm: Admm) -> Any:  # noqa: N802  (reads as a class; transformers is imported when it is needed)
-    from transformers import TrainerCallback
+class _Penalty(TrainerCallback):
+    """Adds the penalty and updates the duals after every step, more often than any phase does."""
 
-    class Penalty(TrainerCallback):
-        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-            admm.add_penalty()
+    def __init__(self, admm: Admm) -> None:
+        self.admm = admm
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            admm.dual_update()
+    def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
+        self.admm.add_penalty()
 
-    return Penalty()
+    def on_step_end(self, *_: object, **__: object) -> None:
+        self.admm.dual_update()
 
 
-def measure_memory(name: str, batch: int, sequence: int, precision: str, threads: int) -> dict[str, Any]:
+def measure_memory(name: str, batch: int, sequence: int, precision: str, threads: int) -> dict[str, Json]:
     """Peak memory of training with every arm."""
-    found = {
-        kind: in_child("tools.bench_training", "--child", kind, "--model", name, "--shape", f"{batch}x{sequence}",
-                       "--precision", precision, "--threads", str(threads))
-        for kind in MEMORY
-    }  # fmt: skip
-    plain = found["plain"]
+    options = ("--model", name, "--shape", f"{batch}x{sequence}", "--precision", precision, "--threads", str(threads))
+    marks_of = {kind: in_child("tools.benchmarks.training", "--child", kind, *options) for kind in MEMORY}
+    plain = marks_of["plain"]
     return {
         "model": name,
         "batch": batch,
         "sequence": sequence,
-        "bytes": found,
+        "bytes": marks_of,
         "ratios": {
             kind: {
                 "process": marks["peak"] / plain["peak"],
                 "training": (marks["peak"] - marks["before"]) / (plain["peak"] - plain["before"]),
             }
-            for kind, marks in found.items()
+            for kind, marks in marks_of.items()
         },
     }
 
 
 def measure(
     rounds: int, precision: str, threads: int, shapes: Sequence[tuple[str, int, int]], compile_too: bool
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """The record; memory is measured at all shapes but the first, where there are several."""
     keep_freed_memory()
     bf16 = wants_bf16(precision)
@@ -320,83 +334,62 @@ def measure(
     }
 
 
-def section(record: dict[str, Any]) -> str:
-    """The section of the document, in Markdown."""
-    lines = [
-        f"{where_and_when(record)} {record['option']}, {record['precision']}, embeddings frozen in every row, no dropout, random token ids "
-        "without padding. Milliseconds of one optimizer step (forward, backward, clipping, optimizer): medians of interleaved steps; "
-        "ratios: medians of the ratios within a round; 95 % bootstrap intervals in brackets.",
-        "",
-        "| model, batch x tokens | step | ms | against | ratio | wanted |",
-        "|---|---|---:|---|---:|---:|",
-    ]
-    wanted = {"admm": "<= 1.10", "qat": "<= 1.35"}
-    titles = {
-        "plain": "plain fine-tuning",
-        "teacher": "plain fine-tuning with a teacher (logits and hidden states)",
-        "admm without penalty": "ADMM phase without penalty",
-        "admm": "ADMM phase",
-        "qat": "masked QAT",
-        "qat with teacher": "masked QAT with the teacher",
-    }
-    for row in record["steps"]:
-        for kind in ARMS:
-            ratio = row["ratios"].get(kind)
-            lines.append(
-                f"| {row['model']}, {row['batch']} x {row['sequence']} | {titles[kind]} | {_ms(row['seconds'][kind])} | "
-                + (f"{titles[ratio['to']]} | {_ratio(ratio)} | {wanted.get(kind, '')} |" if ratio else "– | – | |")
-            )
-    if record["compiled"]:
-        told = "; ".join(
-            f"{titles[row['arm']]} cannot be compiled ({row['failed']})"
-            if "failed" in row
-            else f"{titles[row['arm']]} {_ratio(row['ratio'])} of the time, the first step after {row['first_step']:.0f} s"
-            for row in record["compiled"]
-        )
-        first = record["compiled"][0]
-        lines += [
-            "",
-            f"`torch.compile`, {first['model']}, {first['batch']} x {first['sequence']}: {told}. It is not used.",
-        ]
-    lines += [
-        "",
-        "Dual update with projection, all matrices. *Share*: of a phase of as many updates as there are at most, over as many steps as six "
-        "epochs of rotten tomatoes take (wanted: <= 2 %). *held-out loss*: what every fourth update logs beside, of 64 sentences under the "
-        "projected weights.",
-        "",
-        "| model | constraint set | ms | updates in steps | share |",
-        "|---|---|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {row['model']} | `{row['mode']}` | {_ms(row['seconds'])} | {row['updates']} in {row['steps']} | {row['share']:.2%} |"
-        for row in record["dual"]
-    ]
-    lines += [
-        "",
-        "Peak memory of a process that trains through the Trainer, checkpoint written, dual updates after every step; *training*: without "
-        "what Python and its libraries held before (wanted, for the phases as they run: <= 1.6).",
-        "",
-        "| model, batch x tokens | phase | MB | ratio | training MB | ratio |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
-    for row in record["memory"]:
-        for kind in MEMORY:
-            marks, ratio = row["bytes"][kind], row["ratios"][kind]
-            title = titles.get(kind, "ADMM phase with the teacher")
-            lines.append(
-                f"| {row['model']}, {row['batch']} x {row['sequence']} | {title} | {marks['peak'] / 1e6:.0f} | {ratio['process']:.2f} | "
-                f"{(marks['peak'] - marks['before']) / 1e6:.0f} | {ratio['training']:.2f} |"
-            )
-    return "\n".join(lines)
+def section(record: Mapping[str, Json]) -> str:
+    """The section of a record; the text stands in ``training.md.j2``."""
+    compiled = record["compiled"]
+    return render(
+        "benchmarks/training.md.j2",
+        where_and_when=where_and_when(record),
+        option=record["option"],
+        precision=record["precision"],
+        steps=[_step_cells(row, kind) for row in record["steps"] for kind in ARMS],
+        compiled=[_compiled_text(row) for row in compiled],
+        compiled_shape=f"{compiled[0]['model']}, {compiled[0]['batch']} x {compiled[0]['sequence']}"
+        if compiled
+        else "",
+        dual=[_dual_cells(row) for row in record["dual"]],
+        memory=[_memory_cells(row, kind) for row in record["memory"] for kind in MEMORY],
+    )
 
 
-def _ms(found: dict[str, Any]) -> str:
-    low, high = found["interval"]
-    return f"{found['median'] * 1e3:.1f} ({low * 1e3:.1f} to {high * 1e3:.1f})"
+def _step_cells(row: Mapping[str, Json], kind: str) -> list[str]:
+    shape, ratio = f"{row['model']}, {row['batch']} x {row['sequence']}", row["ratios"].get(kind)
+    against = ["–", "–", ""] if ratio is None else [TITLES[ratio["to"]], _ratio(ratio), AIMS.get(kind, "")]
+    return [shape, TITLES[kind], _ms(row["seconds"][kind]), *against]
 
 
-def _ratio(found: dict[str, Any]) -> str:
-    return f"{found['ratio']:.3f} ({found['interval'][0]:.3f} to {found['interval'][1]:.3f})"
+def _compiled_text(row: Mapping[str, Json]) -> str:
+    title = TITLES[row["arm"]]
+    if "failed" in row:
+        return f"{title} cannot be compiled ({row['failed']})"
+    return f"{title} {_ratio(row['ratio'])} of the time, the first step after {row['first_step']:.0f} s"
+
+
+def _dual_cells(row: Mapping[str, Json]) -> list[str]:
+    updates = f"{row['updates']} in {row['steps']}"
+    return [row["model"], f"`{row['mode']}`", _ms(row["seconds"]), updates, f"{row['share']:.2%}"]
+
+
+def _memory_cells(row: Mapping[str, Json], kind: str) -> list[str]:
+    marks, ratio = row["bytes"][kind], row["ratios"][kind]
+    return [
+        f"{row['model']}, {row['batch']} x {row['sequence']}",
+        TITLES[kind],
+        f"{marks['peak'] / 1e6:.0f}",
+        f"{ratio['process']:.2f}",
+        f"{(marks['peak'] - marks['before']) / 1e6:.0f}",
+        f"{ratio['training']:.2f}",
+    ]
+
+
+def _ms(median: Mapping[str, Json]) -> str:
+    low, high = median["interval"]
+    return f"{median['median'] * 1e3:.1f} ({low * 1e3:.1f} to {high * 1e3:.1f})"
+
+
+def _ratio(ratio: Mapping[str, Json]) -> str:
+    low, high = ratio["interval"]
+    return f"{ratio['ratio']:.3f} ({low:.3f} to {high:.3f})"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -431,7 +424,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(section(record))
         return
     save_record("training", record)
-    write_section(TOOL, section(record))
+    write_section(DOCUMENT, TOOL, section(record))
 
 
 if __name__ == "__main__":

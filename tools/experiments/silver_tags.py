@@ -1,4 +1,4 @@
-"""Country and US state names in real sentences as tagged tokens: ``python tools/silver_tags.py QNLI_DEV_TSV OUT``.
+"""Country and US state names in real sentences as tagged tokens: ``python -m tools.experiments.silver_tags QNLI_DEV_TSV OUT``.
 
 Writes ``train.jsonl`` and ``dev.jsonl`` for token classification. The tags are *silver*: names out of the package pycountry
 (ISO 3166), found by string match, longest first. Nobody read the sentences, so a Jordan may be a player and a Georgia a

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """One command on a machine with an NVIDIA GPU: build, inspect, compare and time everything that a claim about 2:4 needs.
 
-    python tools/gpu_evidence.py                      # MiniLM-L6, BERT-base and BERT-large shapes; about an hour
-    python tools/gpu_evidence.py --models minilm --shapes 1x128,32x128 --rounds 30
+    python tools/gpu/evidence.py                      # MiniLM-L6, BERT-base and BERT-large shapes; about an hour
+    python tools/gpu/evidence.py --models minilm --shapes 1x128,32x128 --rounds 30
 
 Writes ``docs/gpu/<gpu>-<tensorrt version>.md`` with raw reports beside it, losing cases included. Models have the shapes of
 the real ones and random weights, pruned 2:4 and quantized without training: kernels and latencies do not depend on what the
@@ -233,7 +233,7 @@ def write_page(out: Path, device: dict[str, str], version: str, found: Sequence[
         f"# {device['gpu']}, TensorRT {version}",
         "",
         f"Compute capability {device['compute_capability']}, driver {device['driver']}, CUDA {device['cuda']}, {platform.platform()}. "
-        f"Written by `tools/gpu_evidence.py` on {time.strftime('%Y-%m-%d')}; raw results in [{name}/]({name}/). Weights are random, 2:4 and INT8; "
+        f"Written by `tools/gpu/evidence.py` on {time.strftime('%Y-%m-%d')}; raw results in [{name}/]({name}/). Weights are random, 2:4 and INT8; "
         "latencies are medians of CUDA-event times, engines interleaved, inputs on the device.",
         "",
         "## Chosen kernels",

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Count the names of sparse kernels in TensorRT libraries: where the reason table (engines/sparsity/sparse_kernels.json) comes from.
 
-    python tools/sparse_kernels.py /path/to/libnvinfer_builder_resource.so.8.6.0 [more libraries]
+    python tools/gpu/sparse_kernels.py /path/to/libnvinfer_builder_resource.so.8.6.0 [more libraries]
 
 Reads text only and runs nothing. A name says architecture, form and types: ``sm80_xmma_sparse_gemm_i8i8_i8i32_f32`` takes
 INT8 (first i8), writes INT8 (second i8) and accumulates in i32. A kernel that is named may still never be chosen, and one

@@ -1,8 +1,8 @@
 """The strongest CPU peer: OpenVINO's own post-training INT8 model of the dense graph, made by NNCF in its environment.
 
-    NXM_PEERS_PYTHON/bin/python tools/nncf_peer.py dense/model.onnx batches.npz out/model.xml
+    NXM_PEERS_PYTHON/bin/python tools/experiments/nncf_peer.py dense/model.onnx batches.npz out/model.xml
 
-`batches.npz` holds calibration inputs, arrays named ``0/input_ids`` and so on. Run by `tools/bench_cpu.py` in an environment
+`batches.npz` holds calibration inputs, arrays named ``0/input_ids`` and so on. Run by `tools/benchmarks/cpu.py` in an environment
 with openvino and nncf; the model that it writes is timed in ours.
 """
 

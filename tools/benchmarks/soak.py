@@ -1,9 +1,9 @@
 """Soak `nxm serve` with an engine of yours: load, aborts, garbage, stuck clients and reloads, for minutes.
 
-    python -m tools.soak ENGINE_DIR DATA_FILE [--seconds 600] [--clients 32]
+    python -m tools.benchmarks.soak ENGINE_DIR DATA_FILE [--seconds 600] [--clients 32]
 
 Every answer is compared with what the engine gives for the same sentence alone; a batch may round differently, so logits
-may differ by `--tolerance`. Exits with 1 when anything was lost, wrong or grew (see tests/support/soak.py).
+may differ by `--tolerance`. Exits with 1 when anything was lost, wrong or grew (see tools/benchmarks/soak_load.py).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from engines.base import backend
 from engines.passport import load_passport
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.data.examples import load_raw
-from tests.support.servers import nxm_serve
-from tests.support.soak import reloads_done, soak
+from tools.benchmarks.servers import nxm_serve
+from tools.benchmarks.soak_load import reloads_done, soak
 
 
 def main() -> None:

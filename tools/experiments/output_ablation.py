@@ -1,6 +1,6 @@
 """What INT8 outputs cost before any training: the dense model with W8 weights, INT8 inputs, and some of its outputs in INT8.
 
-    python -m tools.output_ablation DENSE --train train.tsv --dev dev.tsv
+    python -m tools.experiments.output_ablation DENSE --train train.tsv --dev dev.tsv
 
 One line per choice: mean KL(dense || quantized) in nats, agreement with the dense model, and MCC, over dev; then what
 `compressors.training.output_sensitivity` measures on distorted training sentences, which is what decides.

@@ -1,4 +1,4 @@
-"""What the benches of training and scaling share: paired ratios, peak memory, records, sections of docs/performance.md."""
+"""What the benchmarks share: paired ratios, peak memory, processes of their own, records under results/performance."""
 
 from __future__ import annotations
 
@@ -8,30 +8,33 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-ROOT = Path(__file__).parent.parent
+from nxm_export.storage.atomic import write_atomic
+from nxm_export.storage.json_files import Json, encode, read_json
+from tools import ROOT
+
 RECORDS = ROOT / "results" / "performance"
 DOCUMENT = ROOT / "docs" / "performance.md"
 
 
-def paired_ratio(times: Sequence[float], reference: Sequence[float], seed: int = 0) -> dict[str, Any]:
+def paired_ratio(times: Sequence[float], reference: Sequence[float], seed: int = 0) -> dict[str, Json]:
     """Median of the ratios of interleaved rounds, with its 95 % bootstrap interval over rounds."""
     ratios = np.array(times) / np.array(reference)
     return {"ratio": float(np.median(ratios)), "interval": _interval(ratios, seed)}
 
 
-def median_of(times: Sequence[float], seed: int = 0) -> dict[str, Any]:
+def median_of(times: Sequence[float], seed: int = 0) -> dict[str, Json]:
     """Median, with its 95 % bootstrap interval over rounds."""
     return {"median": float(np.median(times)), "interval": _interval(np.array(times), seed)}
 
 
-def _interval(values: np.ndarray, seed: int) -> list[float]:
+def _interval(values: npt.NDArray[np.float64], seed: int) -> list[float]:
     resampled = np.random.default_rng(seed).choice(values, (1000, len(values)))
     return [float(bound) for bound in np.percentile(np.median(resampled, axis=1), [2.5, 97.5])]
 
@@ -52,18 +55,21 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def in_child(module: str, *arguments: str) -> dict[str, Any]:
-    """The JSON object that ``python -m module arguments`` prints last: a process of its own has memory marks of its own."""
+def in_child(module: str, *arguments: str) -> dict[str, Json]:
+    """The JSON object that ``python -m module arguments`` prints last.
+
+    A process of its own has memory marks of its own. Raises `RuntimeError` with the end of its stderr when it fails.
+    """
     child = subprocess.run(
         [sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
     if child.returncode:
         raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n{child.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    return found
+    answer: dict[str, Json] = json.loads(child.stdout.splitlines()[-1])
+    return answer
 
 
-def circumstances(threads: int, packages: Sequence[str]) -> dict[str, Any]:
+def circumstances(threads: int, packages: Sequence[str]) -> dict[str, Json]:
     """When, on what and with which versions: the head of a record."""
     from engines.passport import cpu_device
 
@@ -81,34 +87,25 @@ def circumstances(threads: int, packages: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def save_record(name: str, record: dict[str, Any]) -> Path:
-    """Write ``results/performance/NAME.json``."""
+def save_record(name: str, record: Mapping[str, Json]) -> Path:
+    """Write ``results/performance/NAME.json``; raises `ValueError` that names the field for a number that is not finite."""
     RECORDS.mkdir(parents=True, exist_ok=True)
     file = RECORDS / f"{name}.json"
-    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_atomic(file, encode(record))
     return file
 
 
-def load_record(name: str) -> dict[str, Any]:
+def load_record(name: str) -> dict[str, Json]:
     """The record of this name."""
-    found: dict[str, Any] = json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
-    return found
+    record: dict[str, Json] = read_json(RECORDS / f"{name}.json", "restore it, or measure again")
+    return record
 
 
-def write_section(tool: str, text: str, document: Path = DOCUMENT) -> None:
-    """Replace what stands between this tool's markers in the document."""
-    begin, end = f"<!-- {tool}: begin -->", f"<!-- {tool}: end -->"
-    before, found, rest = document.read_text(encoding="utf-8").partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise RuntimeError(f"{document} has no section between {begin} and {end}")
-    document.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
-
-
-def where_and_when(head: dict[str, Any]) -> str:
+def where_and_when(head: Mapping[str, Json]) -> str:
     """A record's head as a sentence."""
     packages = ", ".join(f"{name} {number}" for name, number in head["versions"].items())
     return (
-        f"Measured {head['date']} on {head['cores']} cores ({head['cpu']}, {head['features']}), {head['threads']} threads; "
+        f"Measured {head['date']} on {head['cores']} cores ({head['cpu']}, {head['features']}), "
+        f"{head['threads']} threads; "
         f"{packages}; load average at the end {head['load']:.1f}."
     )

@@ -1,4 +1,4 @@
-"""An ONNX engine under MLServer, for tools/serving_table.py; runs in MLServer's own environment."""
+"""An ONNX engine under MLServer, for tools/benchmarks/serving.py; runs in MLServer's own environment."""
 
 import asyncio
 import os

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from engines.benchmark.http_load import exchange
-from tests.support.rawhttp import connect, read, request, send
-from tests.support.servers import Running
+from tools.benchmarks.raw_http import connect, read, request, send
+from tools.benchmarks.servers import Running
 
 ABORTS = 0.05  # share of requests whose client goes away
 GARBAGE = 0.01

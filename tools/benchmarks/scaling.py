@@ -1,7 +1,7 @@
 """How everything around training grows with the model: seconds and peak memory from MiniLM to BERT-large shapes.
 
-    python -m tools.bench_scaling                 measure, write results/performance/scaling.json and the document
-    python -m tools.bench_scaling --render        the section of docs/performance.md and its picture, from the record
+    python -m tools.benchmarks.scaling                 measure, write results/performance/scaling.json and the document
+    python -m tools.benchmarks.scaling --render        the section of docs/performance.md and its picture, from the record
 
 Weights are random, on 2:4 and a 4 bit grid. Every stage runs in a process of its own, so that its memory mark is its own;
 seconds are those of the stage, without Python's start and imports. Exponents are fitted to the largest three sizes: what a stage
@@ -19,16 +19,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
-from tools.measuring import (
+from nxm_export.storage.json_files import Json
+from tools import ROOT
+from tools.benchmarks.measuring import (
     DOCUMENT,
-    ROOT,
     circumstances,
     fitted_exponent,
     in_child,
@@ -38,10 +38,10 @@ from tools.measuring import (
     resident_bytes,
     save_record,
     where_and_when,
-    write_section,
 )
+from tools.rendering import render, write_section
 
-TOOL = "tools/bench_scaling.py"
+TOOL = "tools/benchmarks/scaling.py"
 PICTURE = "performance-scaling.svg"
 SIZES = {
     "MiniLM-L6": (384, 1536, 6, 12),
@@ -56,9 +56,14 @@ STAGES = ("export", "verify", "pack", "unpack", "projection")
 ON_PLANNED = ("pack", "unpack", "projection")
 SEQUENCES: tuple[int, ...] = (128, 256, 512, 1024)
 TOKENS = 32
-VOCABULARY = 30522
+VOCABULARY, POSITIONS = 30522, 512
 REPEATS = 5
-LIMITS = {"export of BERT-base": 60.0, "verify of BERT-base": 5.0, "help": 0.3, "serve": 2.0}
+ANSWERS = {
+    "help": "`nxm --help`",
+    "first answer": "an engine's first answer in a new process",
+    "serve": "first answer of `nxm serve`",
+}
+LIMITS = {"help": 0.3, "serve": 2.0}
 
 
 def write_checkpoint(out: Path, hidden: int, wide: int, layers: int, heads: int) -> None:
@@ -69,7 +74,6 @@ def write_checkpoint(out: Path, hidden: int, wide: int, layers: int, heads: int)
 
     from nxm_export.contract.checkpoint import save_plan
     from nxm_export.contract.families import FAMILIES
-    from tests.support.tiny import write_tokenizer
 
     config = transformers.BertConfig(
         vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers, num_attention_heads=heads
@@ -95,20 +99,31 @@ def write_checkpoint(out: Path, hidden: int, wide: int, layers: int, heads: int)
         scale = np.full(shape[0], 0.01, np.float32)
         tensors[name], scales[f"{name}_scale"] = codes * scale[:, None] + np.float32(0), scale
         path = name.removesuffix(".weight")
-        for kind, wanted in (("input_scale", spec.input_bits), ("output_scale", spec.output_bits)):
-            if wanted:
+        for kind, bits in (("input_scale", spec.input_bits), ("output_scale", spec.output_bits)):
+            if bits:
                 scales[f"{path}.{kind}"] = np.array(0.03, np.float32)
     out.mkdir(parents=True)
     config.save_pretrained(out)
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     save_plan(out, plan, scales)
-    write_tokenizer("bert", out)
+    _write_tokenizer(out)
 
 
-def run_stage(stage: str, directory: Path) -> dict[str, Any]:
+def _write_tokenizer(out: Path) -> None:
+    """The smallest tokenizer that a checkpoint can have: nothing here reads text."""
+    from tokenizers import Tokenizer, models
+
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    words = {token: number for number, token in enumerate(special.values())}
+    Tokenizer(models.WordLevel(words, unk_token=special["unk_token"])).save(str(out / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": POSITIONS, **special}
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def run_stage(stage: str, directory: Path) -> dict[str, Json]:
     """One stage in this process: imports first, then the clock and the memory mark."""
     checkpoint, graph, packed = directory / "checkpoint", directory / "onnx", directory / "packed.safetensors"
-    work: Callable[[], Any]
+    work: Callable[[], object]
     if stage == "make":
         hidden, wide, layers, heads = (SIZES | SMOKE_SIZES)[directory.name]
         write_checkpoint(checkpoint, hidden, wide, layers, heads)
@@ -159,12 +174,15 @@ def project_all(plan: CompressionPlan) -> None:
         PROJECTIONS["mask"](weights[shape], WeightSpec(NMPattern(2, 4), 4, 8))
 
 
-def measure_sizes(names: Sequence[str], scratch: Path) -> list[dict[str, Any]]:
+def measure_sizes(names: Sequence[str], scratch: Path) -> list[dict[str, Json]]:
     """Every stage at every size."""
     rows = []
     for name in names:
         directory = scratch / name
-        stages = {stage: in_child("tools.bench_scaling", "--child", stage, "--directory", str(directory)) for stage in ("make", *STAGES)}  # fmt: skip
+        stages = {
+            stage: in_child("tools.benchmarks.scaling", "--child", stage, "--directory", str(directory))
+            for stage in ("make", *STAGES)
+        }
         del stages["make"]
         hidden, wide, layers, _ = (SIZES | SMOKE_SIZES)[name]
         rows.append(
@@ -184,13 +202,13 @@ def measure_sizes(names: Sequence[str], scratch: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def calibrate_here(sequences: int) -> dict[str, Any]:
+def calibrate_here(sequences: int) -> dict[str, Json]:
     """Seconds and peak memory of calibrating a MiniLM-L6 on this many sequences of 32 tokens."""
     import torch
 
     from compressors.malloc import keep_freed_memory
     from compressors.quantization.fake_quant import calibrate
-    from tools.bench_training import prepared
+    from tools.benchmarks.training import prepared
 
     keep_freed_memory()
     model = prepared("MiniLM-L6").eval()
@@ -202,7 +220,7 @@ def calibrate_here(sequences: int) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - began, "before": before, "peak": peak_bytes()}
 
 
-def measure_answers(engine: Path) -> dict[str, Any]:
+def measure_answers(engine: Path) -> dict[str, Json]:
     """Seconds to the help text, to the first answer of an engine in a fresh process, and to that of ``nxm serve``."""
     help_seconds, first_seconds, serve_seconds = [], [], []
     modules: list[str] = []
@@ -211,9 +229,9 @@ def measure_answers(engine: Path) -> dict[str, Any]:
         subprocess.run([sys.executable, "-m", "nxm_export", "--help"], cwd=ROOT, capture_output=True, check=True)
         help_seconds.append(time.perf_counter() - began)
         began = time.perf_counter()
-        found = in_child("tools.bench_scaling", "--child", "answer", "--directory", str(engine))
+        answer = in_child("tools.benchmarks.scaling", "--child", "answer", "--directory", str(engine))
         first_seconds.append(time.perf_counter() - began)
-        modules = found["heavy"]
+        modules = answer["heavy"]
         serve_seconds.append(seconds_to_first_answer(engine))
     return {
         "help": median_of(help_seconds),
@@ -223,7 +241,7 @@ def measure_answers(engine: Path) -> dict[str, Any]:
     }
 
 
-def answer_here(engine: Path) -> dict[str, Any]:
+def answer_here(engine: Path) -> dict[str, Json]:
     """Load an engine, ask it once, and say which heavy libraries that took."""
     from engines.base import backend
     from engines.passport import load_passport
@@ -239,7 +257,7 @@ def seconds_to_first_answer(engine: Path) -> float:
     import urllib.error
     import urllib.request
 
-    from tests.support.servers import free_port
+    from tools.benchmarks.servers import free_port
 
     port = free_port()
     tensors = [
@@ -279,7 +297,7 @@ def build_engine(graph: Path, out: Path) -> None:
         raise RuntimeError(f"nxm build failed:\n{done.stderr[-2000:]}")
 
 
-def measure(names: Sequence[str], sequences: Sequence[int]) -> dict[str, Any]:
+def measure(names: Sequence[str], sequences: Sequence[int]) -> dict[str, Json]:
     """The record; the engine that answers is of the first size."""
     with tempfile.TemporaryDirectory() as scratch:
         rows = measure_sizes(names, Path(scratch))
@@ -287,84 +305,75 @@ def measure(names: Sequence[str], sequences: Sequence[int]) -> dict[str, Any]:
         build_engine(Path(scratch) / names[0] / "onnx" / "model.onnx", engine)
         answers = measure_answers(engine)
     calibration = [
-        {"sequences": count, **in_child("tools.bench_scaling", "--child", "calibrate", "--sequences", str(count))}
+        {"sequences": count, **in_child("tools.benchmarks.scaling", "--child", "calibrate", "--sequences", str(count))}
         for count in sequences
     ]
     return {
         "schema": "nxm-bench-scaling/1",
-        **circumstances(len(os.sched_getaffinity(0)), ("torch", "transformers", "onnx-ir", "onnxscript", "onnxruntime")),
+        **circumstances(
+            len(os.sched_getaffinity(0)), ("torch", "transformers", "onnx-ir", "onnxscript", "onnxruntime")
+        ),
         "sizes": rows,
         "calibration": calibration,
         "answers": answers,
         "exponents": exponents(rows, calibration),
-    }  # fmt: skip
+    }
 
 
-def exponents(rows: Sequence[dict[str, Any]], calibration: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Fitted growth of every stage in parameters, of `ON_PLANNED` in planned weights, too, and of calibration in sequences."""
+def exponents(rows: Sequence[dict[str, Json]], calibration: Sequence[dict[str, Json]]) -> dict[str, float]:
+    """Fitted growth of every stage in parameters, of `ON_PLANNED` in planned weights, too; of calibration in sequences."""
     last = rows[-3:]
-    found = {
+    growth = {
         stage: fitted_exponent([row["parameters"] for row in last], [row["stages"][stage]["seconds"] for row in last])
         for stage in STAGES
     }
     for stage in ON_PLANNED:
         seconds = [row["stages"][stage]["seconds"] for row in last]
-        found[f"{stage} by planned weights"] = fitted_exponent([row["planned"] for row in last], seconds)
-    found["calibration"] = fitted_exponent(
+        growth[f"{stage} by planned weights"] = fitted_exponent([row["planned"] for row in last], seconds)
+    growth["calibration"] = fitted_exponent(
         [row["sequences"] for row in calibration], [row["seconds"] for row in calibration]
     )
-    return found
+    return growth
 
 
-def section(record: dict[str, Any]) -> str:
-    """The section of the document, in Markdown."""
-    lines = [
-        f"{where_and_when(record)} Random weights, 2:4+W4, target `cpu`. Seconds of the stage (once each, a process of its own), and in brackets "
-        "the memory that it added at its peak, as a multiple of the model's FP32 bytes.",
-        "",
-        f"| model | parameters, M | planned, M | FP32 MB | {' | '.join(STAGES)} |",
-        f"|---|---:|---:|---:|{'---:|' * len(STAGES)}",
-    ]
-    for row in record["sizes"]:
-        cells = [
-            f"{row['stages'][stage]['seconds']:.2f} s ({_added(row, stage):.1f}x)" if stage != "projection" else f"{row['stages'][stage]['seconds']:.2f} s"
-            for stage in STAGES
-        ]  # fmt: skip
-        lines.append(f"| {row['name']} | {row['parameters'] / 1e6:.1f} | {row['planned'] / 1e6:.1f} | {row['model_bytes'] / 1e6:.0f} | {' | '.join(cells)} |")  # fmt: skip
-    grown = ", ".join(f"{name} {value:.2f}" for name, value in record["exponents"].items())
-    lines += [
-        "",
-        f"Fitted exponents over the largest three sizes (wanted: <= 1.1; calibration in sequences, the others in all parameters unless said): {grown}.",
-        "",
-        f"![Seconds over parameters, and of calibration over sequences; both axes logarithmic](images/{PICTURE})",
-        "",
-        "Calibration of MiniLM-L6 on sequences of 32 tokens: "
-        + ", ".join(
-            f"{row['sequences']}: {row['seconds']:.1f} s and {(row['peak'] - row['before']) / 1e6:.0f} MB"
-            for row in record["calibration"]
-        )
-        + ".",
-        "",
-        "| from nothing to | seconds, median | wanted |",
-        "|---|---:|---:|",
-    ]
-    titles = {"help": "`nxm --help`", "first answer": "an engine's first answer in a new process", "serve": "first answer of `nxm serve`"}  # fmt: skip
-    for key, title in titles.items():
-        found = record["answers"][key]
-        low, high = found["interval"]
-        wanted = f"<= {LIMITS[key]:g}" if key in LIMITS else ""
-        lines.append(f"| {title} | {found['median']:.2f} ({low:.2f} to {high:.2f}) | {wanted} |")
-    heavy = record["answers"]["heavy_modules"]
-    lines += ["", f"Of torch, transformers, onnx and onnxscript, loading an engine and asking it imports: {', '.join(heavy) or 'none'}."]  # fmt: skip
-    return "\n".join(lines)
+def section(record: Mapping[str, Json]) -> str:
+    """The section of a record; the text stands in ``scaling.md.j2``."""
+    calibration = (
+        f"{row['sequences']}: {row['seconds']:.1f} s and {(row['peak'] - row['before']) / 1e6:.0f} MB"
+        for row in record["calibration"]
+    )
+    return render(
+        "benchmarks/scaling.md.j2",
+        where_and_when=where_and_when(record),
+        stages=list(STAGES),
+        sizes=[_size_cells(row) for row in record["sizes"]],
+        exponents=[f"{name} {value:.2f}" for name, value in record["exponents"].items()],
+        picture=PICTURE,
+        calibration=list(calibration),
+        answers=[_answer_cells(key, record["answers"][key]) for key in ANSWERS],
+        heavy_modules=record["answers"]["heavy_modules"],
+    )
 
 
-def _added(row: dict[str, Any], stage: str) -> float:
+def _size_cells(row: Mapping[str, Json]) -> list[str]:
+    numbers = [f"{row['parameters'] / 1e6:.1f}", f"{row['planned'] / 1e6:.1f}", f"{row['model_bytes'] / 1e6:.0f}"]
+    return [row["name"], *numbers, *(_stage_text(row, stage) for stage in STAGES)]
+
+
+def _stage_text(row: Mapping[str, Json], stage: str) -> str:
     marks = row["stages"][stage]
-    return float((marks["peak"] - marks["before"]) / row["model_bytes"])
+    added = (marks["peak"] - marks["before"]) / row["model_bytes"]
+    memory = "" if stage == "projection" else f" ({added:.1f}x)"
+    return f"{marks['seconds']:.2f} s{memory}"
 
 
-def draw(record: dict[str, Any], file: Path) -> None:
+def _answer_cells(key: str, median: Mapping[str, Json]) -> list[str]:
+    low, high = median["interval"]
+    limit = f"<= {LIMITS[key]:g}" if key in LIMITS else ""
+    return [ANSWERS[key], f"{median['median']:.2f} ({low:.2f} to {high:.2f})", limit]
+
+
+def draw(record: dict[str, Json], file: Path) -> None:
     """The log-log plot."""
     import matplotlib
 
@@ -379,7 +388,8 @@ def draw(record: dict[str, Any], file: Path) -> None:
         left.loglog(parameters, seconds, "o-", label=f"{stage} ({record['exponents'][stage]:.2f})")
     left.set(xlabel="parameters, millions", ylabel="seconds")
     counts = [row["sequences"] for row in record["calibration"]]
-    right.loglog(counts, [row["seconds"] for row in record["calibration"]], "o-", label=f"calibration ({record['exponents']['calibration']:.2f})")  # fmt: skip
+    label = f"calibration ({record['exponents']['calibration']:.2f})"
+    right.loglog(counts, [row["seconds"] for row in record["calibration"]], "o-", label=label)
     right.set(xlabel="sequences")
     for axes in (left, right):
         axes.legend(fontsize=8)
@@ -402,12 +412,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     if chosen.child:
         if chosen.child == "calibrate":
-            found = calibrate_here(chosen.sequences)
+            result = calibrate_here(chosen.sequences)
         elif chosen.child == "answer":
-            found = answer_here(chosen.directory)
+            result = answer_here(chosen.directory)
         else:
-            found = run_stage(chosen.child, chosen.directory)
-        print(json.dumps(found))
+            result = run_stage(chosen.child, chosen.directory)
+        print(json.dumps(result))
         return
     names = [list(SIZES)[int(number) - 1] for number in chosen.sizes.split(",")]
     sequences = SEQUENCES
@@ -419,7 +429,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     save_record("scaling", record)
     draw(record, DOCUMENT.parent / "images" / PICTURE)
-    write_section(TOOL, section(record))
+    write_section(DOCUMENT, TOOL, section(record))
 
 
 if __name__ == "__main__":

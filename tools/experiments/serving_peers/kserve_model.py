@@ -1,4 +1,4 @@
-"""An ONNX engine under the KServe SDK, for tools/serving_table.py; runs in the SDK's own environment.
+"""An ONNX engine under the KServe SDK, for tools/benchmarks/serving.py; runs in the SDK's own environment.
 
 The SDK listens on every address of the machine; there is no option for it.
 """

@@ -1,11 +1,11 @@
 """Measure `nxm serve` against other servers on this machine, and write the tables of docs/serving.md.
 
-    python -m tools.serving_table ENGINE_DIR DATA_FILE [--seconds 5] [--rounds 5]
+    python -m tools.benchmarks.serving ENGINE_DIR DATA_FILE [--seconds 5] [--rounds 5]
 
 All servers run at the same time and are loaded in turn, in rounds whose order rotates, with the same sentences of their
 true lengths; medians are reported. Every server gets one engine instance a core and one thread an instance. Beside the
 wall clock stands the CPU time that the server's processes took for a request, which other work on the machine disturbs
-less. Triton is the real server with a backend double (tests/support/servers.py); MLServer and the KServe SDK take part
+less. Triton is the real server with a backend double (tools/benchmarks/servers.py); MLServer and the KServe SDK take part
 when NXM_MLSERVER_VENV and NXM_KSERVE_VENV point at environments with them and onnxruntime.
 """
 
@@ -33,11 +33,11 @@ from engines.serving.repository import Source
 from engines.triton import TritonOptions, export_repository
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.data.examples import encode, load_raw, load_tokenizer, pad, with_classes
-from tests.support.servers import Running, free_port, nxm_serve, started, triton, triton_venv
+from tools.benchmarks.servers import Running, free_port, nxm_serve, started, triton, triton_venv
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "serving.md"
-BEGIN, END = "<!-- tools/serving_table.py: begin -->", "<!-- tools/serving_table.py: end -->"
+BEGIN, END = "<!-- tools/benchmarks/serving.py: begin -->", "<!-- tools/benchmarks/serving.py: end -->"
 CLIENTS = (1, 8, 32)
 DOUBLE = "Triton 2.51 core + Python ORT double"
 PADDED = f"{DOUBLE}, clients pad to 8"
@@ -217,7 +217,7 @@ def mlserver(venv: Path, engine: Path, scratch: Path, instances: int) -> Iterato
 @contextlib.contextmanager
 def kserve(venv: Path, engine: Path, scratch: Path, instances: int) -> Iterator[Running]:
     port = free_port()
-    command = [f"{venv}/bin/python", str(ROOT / "tools/serving_peers/kserve_model.py"), str(port)]
+    command = [f"{venv}/bin/python", str(ROOT / "tools/experiments/serving_peers/kserve_model.py"), str(port)]
     with started(command, _peer_environment(engine, instances), port, scratch / "kserve.log", cwd=scratch) as running:
         yield running
 

@@ -1,7 +1,7 @@
 """Measure CPU engines of one checkpoint against FP32 and the strongest peer, all interleaved.
 
-    python -m tools.bench_cpu run CHECKPOINT --dense DENSE --data dev.tsv    results/performance/cpu.json and the document
-    python -m tools.bench_cpu render                                         the section of docs/performance.md again
+    python -m tools.benchmarks.cpu run CHECKPOINT --dense DENSE --data dev.tsv    results/performance/cpu.json and the document
+    python -m tools.benchmarks.cpu render                                         the section of docs/performance.md again
 
 CHECKPOINT was compressed with `--placement attention`: graphs of fewer quantizers come out of it, too. One run exports and
 builds everything, holds compressed engines against their checkpoint (`nxm compare`), times all
@@ -24,32 +24,34 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from engines.base import BuildOptions, Engine, backend
+from engines.benchmark.latency import feeds_for, interleaved, paired
+from engines.openvino.backend import OpenVinoEngine
+from engines.ort.backend import ENGINE_FILE
+from engines.passport import cpu_device
+from nxm_export.contract.checkpoint import open_checkpoint
+from nxm_export.contract.io_spec import load_spec
+from nxm_export.contract.placement import placement_of
+from nxm_export.data.examples import Columns, load_raw, pad
+from nxm_export.graph.exporter import export
+from nxm_export.pipeline.demo import model_directory
+from nxm_export.pipeline.engine_commands import bench_text, build_engine, compare_engines, features_of
+from nxm_export.storage.atomic import write_atomic
+from nxm_export.storage.hashing import file_hash
+from nxm_export.storage.json_files import Json, encode, read_json
+from tools import ROOT
+from tools.benchmarks.cpu_profile import onnxruntime_profile, openvino_profiles, peaks
+from tools.benchmarks.cpu_section import PEER, section
+from tools.benchmarks.measuring import DOCUMENT, RECORDS
+from tools.rendering import write_section
+from tools.results.run import versions
 
-from engines.base import Engine, backend  # noqa: E402
-from engines.benchmark.latency import feeds_for, interleaved, paired  # noqa: E402
-from engines.openvino.backend import OpenVinoEngine  # noqa: E402
-from engines.ort.backend import ENGINE_FILE  # noqa: E402
-from engines.passport import cpu_device  # noqa: E402
-from nxm_export.contract.io_spec import load_spec  # noqa: E402
-from nxm_export.contract.placement import placement_of  # noqa: E402
-from nxm_export.data.examples import pad  # noqa: E402
-from nxm_export.graph.exporter import export  # noqa: E402
-from nxm_export.pipeline.engine_commands import bench_text, build_engine, compare_engines, features_of  # noqa: E402
-from nxm_export.storage.atomic import write_atomic  # noqa: E402
-from nxm_export.storage.hashing import file_hash  # noqa: E402
-from tools.cpu_profile import onnxruntime_profile, openvino_profiles, peaks  # noqa: E402
-from tools.cpu_section import PEER, section  # noqa: E402
-from tools.measuring import DOCUMENT, RECORDS, write_section  # noqa: E402
-from tools.results.run import versions  # noqa: E402
-
-RECORD, TOOL = RECORDS / "cpu.json", "tools/bench_cpu.py"
+RECORD, TOOL = RECORDS / "cpu.json", "tools/benchmarks/cpu.py"
 SCHEMA = "nxm-cpu-bench/1"
+EXPERIMENTS = ROOT / "tools" / "experiments"
 PEERS, TEXT_PEERS = "NXM_PEERS_PYTHON", "NXM_TEXT_PEERS_PYTHON"
 LONGEST = 128
 SHAPES = ((1, 32), (1, 128), (8, 32), (8, 128))
@@ -74,7 +76,10 @@ CALIBRATION = 100  # sentences for NNCF, which needs some and learns nothing fro
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure and write the record."""
+    """Measure and write the record.
+
+    Long, because it is one list of measurements in their order: nothing is built while something is timed.
+    """
     began = time.monotonic()
     threads = args.threads or len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(dir=args.work) as scratch, ExitStack() as stack:
@@ -135,34 +140,30 @@ def run(args: argparse.Namespace) -> None:
             "seconds": round(time.monotonic() - began),
         }
     args.record.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(args.record, json.dumps(record, indent=1) + "\n")
+    write_atomic(args.record, encode(record))
     _say(f"wrote {args.record}", began)
     render(args)
 
 
 def _build(args: argparse.Namespace, work: Path, threads: int) -> dict[str, Path]:
     """Export each graph once and build every engine from it; directories by name."""
-    from engines.base import BuildOptions
-    from nxm_export.contract.checkpoint import open_checkpoint
-
     if placement_of(open_checkpoint(args.checkpoint).plan) != "attention":
         raise SystemExit(
             f"{args.checkpoint} was trained without INT8 attention; compress it with --placement attention"
         )
-    sources = {"dense": args.dense, "compressed": args.checkpoint}
+    checkpoints = {"dense": args.dense, "compressed": args.checkpoint}
     graphs: dict[tuple[str, str | None], Path] = {}
-    found = {}
+    directories = {}
     for number, (name, (which, placement, runtime)) in enumerate(ENGINES.items()):
         if (which, placement) not in graphs:
-            graphs[which, placement] = export(
-                sources[which], work / f"graph{number}", target="cpu", placement=placement
-            ).path
-        found[name] = work / name.replace(" ", "-").replace(",", "").replace(":", "of")
-        build_engine(graphs[which, placement], found[name], runtime, BuildOptions(threads=threads))
-    return found
+            out = work / f"graph{number}"
+            graphs[which, placement] = export(checkpoints[which], out, target="cpu", placement=placement).path
+        directories[name] = work / name.replace(" ", "-").replace(",", "").replace(":", "of")
+        build_engine(graphs[which, placement], directories[name], runtime, BuildOptions(threads=threads))
+    return directories
 
 
-def _compare(checkpoint: Path, directories: Mapping[str, Path], data: Path) -> list[dict[str, Any]]:
+def _compare(checkpoint: Path, directories: Mapping[str, Path], data: Path) -> list[dict[str, Json]]:
     """What `nxm compare` says about our engines, with the accuracy gate of half a point."""
     engines = [directories[name] for name in COMPARED]
     reports = compare_engines(checkpoint, engines, str(data), gates=["drop<=0.5"]).reports
@@ -204,8 +205,6 @@ def _peer(directories: Mapping[str, Path], data: Path, work: Path, threads: int)
     python = os.environ.get(PEERS)
     if not python:
         return None
-    from nxm_export.data.examples import Columns
-
     dense = directories["FP32, openvino"]
     features, pad_id = features_of(dense, str(data), Columns())[:CALIBRATION], load_spec(dense).pad_id
     arrays = {
@@ -214,7 +213,7 @@ def _peer(directories: Mapping[str, Path], data: Path, work: Path, threads: int)
         for name, array in pad([sample], pad_id).items()
     }
     np.savez(work / "calibration.npz", **arrays)
-    command = [python, str(ROOT / "tools" / "nncf_peer.py"), str(dense / ENGINE_FILE), str(work / "calibration.npz")]
+    command = [python, str(EXPERIMENTS / "nncf_peer.py"), str(dense / ENGINE_FILE), str(work / "calibration.npz")]
     done = subprocess.run([*command, str(work / "peer.xml")], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{PEERS}: the peer could not be made:\n{done.stderr[-2000:]}")
@@ -228,13 +227,10 @@ def _workers(
     python = os.environ.get(TEXT_PEERS)
     if not python:
         return {}, None
-    from nxm_export.data.examples import load_raw
-    from nxm_export.pipeline.demo import model_directory
-
     sentences, scratch = work / "sentences.txt", work / "text-peers"
     scratch.mkdir()
     sentences.write_text("\n".join(" ".join(text.split()) for text in load_raw(str(args.data), "dev").texts), "utf-8")
-    command = [python, str(ROOT / "tools" / "st_peer.py"), str(model_directory()), str(sentences), str(scratch)]
+    command = [python, str(EXPERIMENTS / "st_peer.py"), str(model_directory()), str(sentences), str(scratch)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     environment.pop("OMP_NUM_THREADS", None)
     log = stack.enter_context((work / "text-peers.log").open("w", encoding="utf-8"))
@@ -265,7 +261,7 @@ def _workers(
     return {f"sentence-transformers, {name}": ask(name) for name, _ in made}, made[0][1] if made else None
 
 
-def _latency(loaded: Mapping[str, Engine], shape: tuple[int, int], rounds: int) -> dict[str, Any]:
+def _latency(loaded: Mapping[str, Engine], shape: tuple[int, int], rounds: int) -> dict[str, Json]:
     """Median milliseconds by engine, and the paired ratios that the tables need; larger is faster."""
     timers = {name: engine.timer(feeds_for(engine, *shape, 1000, 0)) for name, engine in loaded.items()}
     taken = {name: np.array(times) for name, times in interleaved(timers, rounds, settle=True).items()}
@@ -291,9 +287,7 @@ def _latency(loaded: Mapping[str, Engine], shape: tuple[int, int], rounds: int) 
     }
 
 
-def _model(checkpoint: Path) -> dict[str, Any]:
-    from nxm_export.contract.checkpoint import open_checkpoint
-
+def _model(checkpoint: Path) -> dict[str, Json]:
     plan = open_checkpoint(checkpoint).plan
     return {"model_type": plan.model_type, "plan": plan.pattern_counts, "compression": plan.compression()}
 
@@ -304,7 +298,7 @@ def _say(what: str, began: float) -> None:
 
 def render(args: argparse.Namespace) -> None:
     """Write the section of a record."""
-    write_section(TOOL, section(json.loads(args.record.read_text(encoding="utf-8"))), args.document)
+    write_section(args.document, TOOL, section(read_json(args.record, "restore it, or measure again")))
 
 
 def main() -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 
-from tools import bench_cpu
-from tools.bench_cpu import OPENVINO, ORT, PEER
-from tools.cpu_section import section
-from tools.measuring import DOCUMENT
+from tools.benchmarks import cpu
+from tools.benchmarks.cpu import OPENVINO, ORT, PEER
+from tools.benchmarks.cpu_section import section
 
 
 def latency(batch: int, sequence: int, over_float: float, over_peer: tuple[float, float, float]) -> dict[str, Any]:
@@ -34,7 +32,7 @@ def latency(batch: int, sequence: int, over_float: float, over_peer: tuple[float
 def record() -> dict[str, Any]:
     timing = {"name": "INT8-2of4-ort", "padding": 0.3, "quartiles": [90.0, 110.0], "without_tokenisation": 120.0}
     return {
-        "schema": bench_cpu.SCHEMA,
+        "schema": cpu.SCHEMA,
         "machine": {"name": "a CPU", "features": "avx512_vnni", "threads": 2, "cores": 2},
         "load_average_before": 0.0,
         "versions": {"onnxruntime": "1.32.0"},
@@ -105,12 +103,3 @@ def test_without_peers_the_page_says_so(record: dict[str, Any]) -> None:
 def test_the_roofline_divides_by_the_measured_peak(record: dict[str, Any]) -> None:
     # 3 of 4 ms in products at half of the peak: at the peak they would take 1.5 ms, and the rest 1 ms.
     assert row_of(section(record), "1x32 | 400")[1:] == ["400", "50%", "75%", "2.50"]
-
-
-def test_the_committed_section_is_that_of_the_committed_record() -> None:
-    begin, end = (f"<!-- {bench_cpu.TOOL}: {mark} -->" for mark in ("begin", "end"))
-    found = DOCUMENT.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0].strip()
-    if not bench_cpu.RECORD.is_file():
-        assert found == "Not measured yet."
-        return
-    assert found == section(json.loads(bench_cpu.RECORD.read_text(encoding="utf-8")))

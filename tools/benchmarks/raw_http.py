@@ -1,11 +1,12 @@
-"""Raw HTTP for tests: every byte as written, no client that repairs or hides anything."""
+"""Raw HTTP for benchmarks and tests: every byte as written, no client that repairs or hides anything."""
 
 from __future__ import annotations
 
 import json
 import socket
 from dataclasses import dataclass
-from typing import Any
+
+from nxm_export.storage.json_files import Json
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Answer:
     headers: dict[str, str]
     body: bytes
 
-    def json(self) -> Any:
+    def json(self) -> Json:
         return json.loads(self.body)
 
 

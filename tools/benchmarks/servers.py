@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+from tools import ROOT
+
 DOUBLES = Path(__file__).parent / "triton_doubles"
 ENVIRONMENT = "NXM_TRITON_VENV"  # a virtual environment made by tools/triton-venv
 START_SECONDS = 60.0

@@ -13,16 +13,18 @@ import json
 import shutil
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from engines.base import backend
 from engines.passport import load_passport
 from nxm_export.contract.io_spec import load_spec
-from nxm_export.data.examples import load_raw
+from nxm_export.data.examples import Examples, encode, load_raw, load_tokenizer, pad
 from tools.benchmarks.servers import nxm_serve
-from tools.benchmarks.soak_load import reloads_done, soak
+from tools.benchmarks.soak_load import Load, reloads_done, soak
 
 
 def main() -> None:
@@ -35,35 +37,35 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=0.5)
     options = parser.parse_args()
     texts = load_raw(options.data, "dev").texts
-    wanted = reference(options.engine, texts)
-    bodies = [json.dumps({"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1, 1], "data": [t]}]}).encode() for t in texts]  # fmt: skip
+    expected = reference(options.engine, texts)
+    load = Load(
+        "/v2/models/m_text/infer",
+        [_body(text) for text in texts],
+        lambda i, logits: bool(np.abs(logits[0] - expected[i]).max() <= options.tolerance),
+        options.clients,
+        options.reload_every,
+    )
     with tempfile.TemporaryDirectory() as scratch:
         served = Path(shutil.copytree(options.engine, Path(scratch) / "served"))
         arguments = (f"m={served}", "--text", "--watch-seconds", "1", "--read-timeout-ms", "2000")
         with nxm_serve(Path(scratch) / "log", *arguments) as server:
-            report = soak(
-                server,
-                served,
-                "/v2/models/m_text/infer",
-                bodies,
-                lambda i, logits: bool(np.abs(logits[0] - wanted[i]).max() <= options.tolerance),
-                seconds=options.seconds,
-                clients=options.clients,
-                reload_every=options.reload_every,
-            )
+            report = soak(server, served, load, options.seconds)
             reloads = reloads_done(server)
             status = server.stop()
     problems = report.problems(memory_growth=32)
     problems += [f"SIGTERM ended in status {status}"] if status else []
     problems += [f"{reloads['refused']} reloads refused"] if reloads["refused"] else []
-    print(json.dumps({**report.to_dict(), "reloads_done": reloads["done"], "problems": problems}, indent=1))
+    print(json.dumps({**asdict(report), "reloads_done": reloads["done"], "problems": problems}, indent=1))
     sys.exit(1 if problems else 0)
 
 
-def reference(engine: Path, texts: list[str]) -> np.ndarray:
-    """The logits of every text, alone."""
-    from nxm_export.data.examples import Examples, encode, load_tokenizer, pad
+def _body(text: str) -> bytes:
+    tensor = {"name": "text", "datatype": "BYTES", "shape": [1, 1], "data": [text]}
+    return json.dumps({"inputs": [tensor]}).encode()
 
+
+def reference(engine: Path, texts: list[str]) -> npt.NDArray[np.float32]:
+    """The logits of every text, alone."""
     spec = load_spec(engine)
     examples = Examples(texts, None, [0] * len(texts), "reference")
     features = encode(load_tokenizer(engine), examples, spec.max_length, spec.inputs)

@@ -15,13 +15,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from engines.benchmark.http_load import exchange
 from tools.benchmarks.raw_http import connect, read, request, send
 from tools.benchmarks.servers import Running
 
@@ -32,8 +31,11 @@ STUCK = 0.002  # share of requests that stop in the middle, until the server giv
 
 @dataclass
 class SoakReport:
-    """What happened. Memory is resident, in MiB: the least in the second and in the last fifth of the time, which is when
-    one set of engines is loaded (a reload holds two for a while, and what leaks stays), and the most of all."""
+    """What happened.
+
+    Memory is resident, in MiB: the least in the second and in the last fifth of the time, which is when one set of engines
+    is loaded (a reload holds two for a while, and what leaks stays), and the most of all. Threads and files: before, after.
+    """
 
     seconds: float = 0.0
     clients: int = 0
@@ -53,90 +55,49 @@ class SoakReport:
 
     def problems(self, memory_growth: float) -> list[str]:
         """Why this run is not good; `memory_growth` is what is allowed, in MiB."""
-        found = [f"{len(self.lost)} requests lost: {self.lost[:3]}"] if self.lost else []
+        problems = [f"{len(self.lost)} requests lost: {self.lost[:3]}"] if self.lost else []
         if self.wrong:
-            found.append(f"{self.wrong} wrong answers")
+            problems.append(f"{self.wrong} wrong answers")
         if set(self.statuses) - {"200"}:
-            found.append(f"statuses other than 200: {self.statuses}")
+            problems.append(f"statuses other than 200: {self.statuses}")
         if self.memory_late > self.memory_early + memory_growth:
-            found.append(f"memory rose from {self.memory_early:.0f} to {self.memory_late:.0f} MiB")
+            problems.append(f"memory rose from {self.memory_early:.0f} to {self.memory_late:.0f} MiB")
         if self.threads[1] > self.threads[0] + 2:  # the loader's and the tokenizer's begin when they are first needed
-            found.append(f"threads rose from {self.threads[0]} to {self.threads[1]}")
+            problems.append(f"threads rose from {self.threads[0]} to {self.threads[1]}")
         if self.files[1] > self.files[0] + 4:  # a connection or two may just be closing
-            found.append(f"open files rose from {self.files[0]} to {self.files[1]}")
-        return found
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+            problems.append(f"open files rose from {self.files[0]} to {self.files[1]}")
+        return problems
 
 
-def soak(
-    server: Running,
-    engine: Path,
-    path: str,
-    bodies: Sequence[bytes],
-    right: Callable[[int, np.ndarray], bool],
-    *,
-    seconds: float,
-    clients: int = 32,
-    reload_every: float = 5.0,
-    seed: int = 0,
-) -> SoakReport:
-    """Run; `right` says whether the logits for ``bodies[i]`` are right. `engine` is the served directory, which is replaced."""
-    report = SoakReport(clients=clients)
-    lock = threading.Lock()
-    stop = threading.Event()
-    messages = [request("POST", path, body) for body in bodies]
-    report.threads, report.files = (_threads(server), 0), (_files(server), 0)
+@dataclass(frozen=True)
+class Load:
+    """What clients send, and how the engine is replaced meanwhile; `right` says whether the logits of ``bodies[i]`` are right."""
 
-    def count(**changes: int) -> None:
-        with lock:
-            for name, value in changes.items():
-                setattr(report, name, getattr(report, name) + value)
+    path: str
+    bodies: Sequence[bytes]
+    right: Callable[[int, npt.NDArray[np.float32]], bool]
+    clients: int = 32
+    reload_every: float = 5.0
+    seed: int = 0
 
-    def client(number: int) -> None:
-        rng = random.Random(seed * 1000 + number)
-        connection: socket.socket | None = None
-        while not stop.is_set():
-            if connection is None:
-                connection = connect(server.port)
-            index = rng.randrange(len(messages))
-            dice = rng.random()
-            if dice < ABORTS + GARBAGE + STUCK:
-                _misbehave(connection, messages[index], dice, rng, count)
-                connection.close()
-                connection = None
-                continue
-            try:
-                status, body, stays = exchange(connection, messages[index])
-            except OSError as error:
-                with lock:
-                    report.lost.append(repr(error))
-                connection.close()
-                connection = None
-                continue
-            good = status == 200 and right(index, _logits(body))
-            with lock:
-                report.statuses[str(status)] = report.statuses.get(str(status), 0) + 1
-            count(right=int(good), wrong=int(status == 200 and not good))
-            if not stays:
-                connection.close()
-                connection = None
-        if connection is not None:
-            connection.close()
 
-    threads = [threading.Thread(target=client, args=(number,), name=f"client {number}") for number in range(clients)]
-    reloader = threading.Thread(target=_reload, args=(engine, reload_every, stop, count))
+def soak(server: Running, engine: Path, load: Load, seconds: float) -> SoakReport:
+    """Load the server for `seconds`; `engine` is the directory that it serves, which is replaced again and again."""
+    run = _Soak(server, load)
+    run.report.threads, run.report.files = (_threads(server), 0), (_files(server), 0)
+    workers = [threading.Thread(target=run.client, args=(number,)) for number in range(load.clients)]
+    workers.append(threading.Thread(target=_reload, args=(engine, load.reload_every, run.stop, run.count)))
     began = time.monotonic()
-    for thread in (*threads, reloader):
-        thread.start()
+    for worker in workers:
+        worker.start()
     memory = []
     while time.monotonic() < began + seconds:
         time.sleep(min(1.0, seconds / 50))
         memory.append(_memory(server))
-    stop.set()
-    for thread in (*threads, reloader):
-        thread.join()
+    run.stop.set()
+    for worker in workers:
+        worker.join()
+    report = run.report
     report.seconds = time.monotonic() - began
     fifth = len(memory) // 5
     report.memory_early = min(memory[fifth : 2 * fifth])
@@ -151,14 +112,63 @@ def soak(
     return report
 
 
+class _Soak:
+    """The clients of one run, and what they count."""
+
+    def __init__(self, server: Running, load: Load) -> None:
+        self.server, self.load = server, load
+        self.messages = [request("POST", load.path, body) for body in load.bodies]
+        self.report = SoakReport(clients=load.clients)
+        self.stop = threading.Event()
+        self._lock = threading.Lock()
+
+    def count(self, **changes: int) -> None:
+        with self._lock:
+            for name, value in changes.items():
+                setattr(self.report, name, getattr(self.report, name) + value)
+
+    def client(self, number: int) -> None:
+        """Send without pause until told to stop, on one connection as long as it lasts."""
+        rng = random.Random(self.load.seed * 1000 + number)
+        connection: socket.socket | None = None
+        while not self.stop.is_set():
+            connection = connection or connect(self.server.port)
+            if not self._one(connection, rng):
+                connection.close()
+                connection = None
+        if connection is not None:
+            connection.close()
+
+    def _one(self, connection: socket.socket, rng: random.Random) -> bool:
+        """One request, good or bad; False when the connection is of no use after it."""
+        index = rng.randrange(len(self.messages))
+        dice = rng.random()
+        if dice < ABORTS + GARBAGE + STUCK:
+            _misbehave(connection, self.messages[index], dice, rng, self.count)
+            return False
+        try:
+            connection.sendall(self.messages[index])
+            answer = read(connection)
+        except OSError as error:
+            with self._lock:
+                self.report.lost.append(repr(error))
+            return False
+        good = answer.status == 200 and self.load.right(index, _logits(answer.body))
+        with self._lock:
+            status = str(answer.status)
+            self.report.statuses[status] = self.report.statuses.get(status, 0) + 1
+        self.count(right=int(good), wrong=int(answer.status == 200 and not good))
+        return answer.headers.get("connection", "").lower() != "close"
+
+
 def reloads_done(server: Running) -> Counter[str]:
     """Reloads by result, from the metrics."""
-    found: Counter[str] = Counter()
+    reloads: Counter[str] = Counter()
     for line in send(server.port, "GET", "/metrics").body.decode().splitlines():
         if line.startswith("nxm_reloads_total{"):
             result = line.split('result="')[1].split('"')[0]
-            found[result] += int(float(line.rsplit(" ", 1)[1]))
-    return found
+            reloads[result] += int(float(line.rsplit(" ", 1)[1]))
+    return reloads
 
 
 def _misbehave(
@@ -193,7 +203,7 @@ def _reload(engine: Path, every: float, stop: threading.Event, count: Callable[.
         count(reloads=1)
 
 
-def _logits(body: bytes) -> np.ndarray:
+def _logits(body: bytes) -> npt.NDArray[np.float32]:
     (output,) = [o for o in json.loads(body)["outputs"] if o["name"] == "logits"]
     return np.array(output["data"], np.float32).reshape(output["shape"])
 

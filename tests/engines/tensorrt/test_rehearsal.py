@@ -348,7 +348,7 @@ def test_without_tensorrt_it_says_what_to_install(checkpoint: Path, tmp_path: Pa
 def test_the_evidence_tool_runs_to_its_page(driver: Path, tmp_path: Path) -> None:
     version, only = "8.6", "inputs-tanh-matmul"
     row = "| tiny-inputs-tanh-matmul | 1 / 6 | 33.3% | 5 float-output |"
-    command = [sys.executable, ROOT / "tools" / "gpu_evidence.py", "--models", "tiny", "--shapes", "1x8,4x32"]
+    command = [sys.executable, "-m", "tools.gpu.evidence", "--models", "tiny", "--shapes", "1x8,4x32"]
     command += ["--rounds", "3", "--only", only, "--out", tmp_path / "docs", "--work", tmp_path / "work"]
     env = environment(driver, version)
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -177,6 +177,11 @@ def test_nothing_imports_the_command_line_or_the_tools() -> None:
         assert not {target for target in targets if target.partition(".")[0] in ("tools", "tests")}, module
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "tools").rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
+def test_tools_import_no_tests(file: Path) -> None:
+    assert not {found.target for found in imports(file) if found.target.partition(".")[0] == "tests"}
+
+
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = {
         module: {i.target for i in found if i.target in MODULES and i.when != "typing"}

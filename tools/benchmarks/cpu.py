@@ -46,8 +46,8 @@ from tools import ROOT
 from tools.benchmarks.cpu_profile import onnxruntime_profile, openvino_profiles, peaks
 from tools.benchmarks.cpu_section import PEER, section
 from tools.benchmarks.measuring import DOCUMENT, RECORDS
+from tools.provenance import versions
 from tools.rendering import write_section
-from tools.results.run import versions
 
 RECORD, TOOL = RECORDS / "cpu.json", "tools/benchmarks/cpu.py"
 SCHEMA = "nxm-cpu-bench/1"

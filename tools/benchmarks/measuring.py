@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ import numpy.typing as npt
 from nxm_export.storage.atomic import write_atomic
 from nxm_export.storage.json_files import Json, encode, read_json
 from tools import ROOT
+from tools.provenance import versions
 
 RECORDS = ROOT / "results" / "performance"
 DOCUMENT = ROOT / "docs" / "performance.md"
@@ -74,8 +74,6 @@ def circumstances(threads: int, packages: Sequence[str]) -> dict[str, Json]:
     from engines.passport import cpu_device
 
     cpu = cpu_device()
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": cpu.get("name", "unknown"),
@@ -83,7 +81,7 @@ def circumstances(threads: int, packages: Sequence[str]) -> dict[str, Json]:
         "cores": len(os.sched_getaffinity(0)),
         "threads": threads,
         "load": round(os.getloadavg()[0], 2),
-        "versions": {name: version(name) for name in packages} | {"commit": commit or "unknown"},
+        "versions": versions(packages),
     }
 
 

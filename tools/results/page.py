@@ -128,7 +128,9 @@ def _group(statistics: TaskStatistics, rows: Sequence[str]) -> RowGroup:
         costs=[_cost(statistics, row) for row in rows],
         machines=list(dict.fromkeys(_machine(record.machine) for record in records)),
         uncommitted=[f"`{r.row}` ({r.seed})" for r in records if r.versions["commit"].endswith("-dirty")],
-        plans=[_plan(record, record.compressed) for record in records if record.compressed and record.compressed.search],
+        plans=[
+            _plan(record, record.compressed) for record in records if record.compressed and record.compressed.search
+        ],
     )
 
 
@@ -347,4 +349,6 @@ def _rate(record: Record) -> str:
 
 
 def _machine(machine: Machine) -> str:
-    return ", ".join(part for part in (machine.cpu, machine.features, machine.gpu, f"{machine.threads} threads") if part)
+    return ", ".join(
+        part for part in (machine.cpu, machine.features, machine.gpu, f"{machine.threads} threads") if part
+    )

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from nxm_export.contract.plan import COUNTINGS, WeightSpec
 from nxm_export.errors import NxmError, PlanError
+from nxm_export.storage.json_files import Json
 
 DEFAULT_RECIPE = "obs"
 RECIPE_TITLES = {
@@ -28,13 +28,12 @@ RECIPE_TITLES = {
 
 @dataclass(frozen=True)
 class Change:
-    """An ablation: what its title says, which `Settings` differ, which arguments of `Family.uniform_plan`, and which
-    `SearchSettings`."""
+    """An ablation: its title, which `Settings` differ, which arguments of `Family.uniform_plan`, which `SearchSettings`."""
 
     title: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Json] = field(default_factory=dict)
     plan: Mapping[str, str] = field(default_factory=dict)
-    search: Mapping[str, Any] = field(default_factory=dict)
+    search: Mapping[str, Json] = field(default_factory=dict)
 
 
 CHANGES = {  # by what a row's name ends in
@@ -99,9 +98,9 @@ class Row:
         return self.recipe is None
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Json]:
         """The settings that this row changes, by name."""
-        changed: dict[str, Any] = {} if self.recipe is None else {"recipe": self.recipe}
+        changed: dict[str, Json] = {} if self.recipe is None else {"recipe": self.recipe}
         for change in self.changes:
             losses = {**changed.get("losses", {}), **CHANGES[change].settings.get("losses", {})}
             changed |= CHANGES[change].settings
@@ -114,7 +113,7 @@ class Row:
         return {name: value for change in self.changes for name, value in CHANGES[change].plan.items()}
 
     @property
-    def searching(self) -> dict[str, Any]:
+    def searching(self) -> dict[str, Json]:
         """How its search differs from the default one: fields of `SearchSettings`."""
         return {name: value for change in self.changes for name, value in CHANGES[change].search.items()}
 
@@ -195,8 +194,8 @@ def position(name: str) -> tuple[int, str]:
 
 def _ending(name: str, but: list[str]) -> str | None:
     """The longest of `CHANGES` that a name ends in, and that is not among those found already."""
-    found = [change for change in CHANGES if name.endswith(f"-{change}") and change not in but]
-    return max(found, key=len, default=None)
+    fitting = [change for change in CHANGES if name.endswith(f"-{change}") and change not in but]
+    return max(fitting, key=len, default=None)
 
 
 def _is_percent(text: str) -> bool:

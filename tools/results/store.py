@@ -96,7 +96,9 @@ class TaskStore:
         """The dense grid, or None where none was tried."""
         if not self.grid_file.is_file():
             return None
-        return read_record(self.grid_file, Grid, schema=GRID_SCHEMA, way_out="restore it, or delete it and measure again")
+        return read_record(
+            self.grid_file, Grid, schema=GRID_SCHEMA, way_out="restore it, or delete it and measure again"
+        )
 
     def write_grid(self, grid: Grid) -> None:
         """Replace the dense grid."""
@@ -105,7 +107,9 @@ class TaskStore:
 
     def _decode(self, line: str, number: int) -> Record:
         source = f"{self.file}:{number}"
-        return decode(line, Record, schema=SCHEMA, source=source, way_out="restore the line, or delete it and measure again")
+        return decode(
+            line, Record, schema=SCHEMA, source=source, way_out="restore the line, or delete it and measure again"
+        )
 
     def _write(self, records: Sequence[Record]) -> None:
         ordered = sorted(records, key=lambda record: (position(record.row), record.seed))

@@ -101,8 +101,8 @@ def _read(task: Task, file: Path, split: str) -> RawExamples:
     """One file, as GLUE ships it or with a header of the usual column names."""
     if not file.is_file():
         raise DataError(f"{file}: no such file; --data is a directory with train.tsv and dev.tsv")
-    if task.name == "cola" and (found := _headless_cola(file)) is not None:
-        return found
+    if task.name == "cola" and (examples := _headless_cola(file)) is not None:
+        return examples
     first = file.open(encoding="utf-8-sig").readline().rstrip("\r\n").split("\t")
     if task.columns is not None and set(task.columns.values()) <= set(first):
         return load_raw(str(file), split, Columns(**task.columns))

@@ -16,8 +16,8 @@ from tools.rendering import read_section, write_section
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tool", "said"), [("training", "| tiny, 4 x 16 | masked QAT |"), ("scaling", "| small |")])
-def test_a_bench_runs_to_its_end(tool: str, said: str) -> None:
+@pytest.mark.parametrize(("tool", "row"), [("training", "| tiny, 4 x 16 | masked QAT |"), ("scaling", "| small |")])
+def test_a_bench_runs_to_its_end(tool: str, row: str) -> None:
     child = subprocess.run(
         [sys.executable, "-m", f"tools.benchmarks.{tool}", "--smoke"],
         cwd=ROOT,
@@ -26,7 +26,7 @@ def test_a_bench_runs_to_its_end(tool: str, said: str) -> None:
         check=False,
     )
     assert child.returncode == 0, child.stderr[-3000:]
-    assert said in child.stdout
+    assert row in child.stdout
 
 
 @pytest.mark.parametrize(("name", "tool"), [("cpu", cpu), ("training", training), ("scaling", scaling)])

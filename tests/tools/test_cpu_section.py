@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
+from nxm_export.storage.json_files import Json
 from tools.benchmarks import cpu
-from tools.benchmarks.cpu import OPENVINO, ORT, PEER
-from tools.benchmarks.cpu_section import section
+from tools.benchmarks.cpu import OPENVINO, ORT
+from tools.benchmarks.cpu_section import PEER, section
 
 
-def latency(batch: int, sequence: int, over_float: float, over_peer: tuple[float, float, float]) -> dict[str, Any]:
+def latency(batch: int, sequence: int, over_float: float, over_peer: tuple[float, float, float]) -> dict[str, Json]:
     ratio, *interval = over_peer
     medians = {"FP32, ort": 20.0, "FP32, openvino": 22.0, ORT: 10.0, OPENVINO: 8.0, PEER: 8.5}
     return {
@@ -29,7 +28,7 @@ def latency(batch: int, sequence: int, over_float: float, over_peer: tuple[float
 
 
 @pytest.fixture
-def record() -> dict[str, Any]:
+def record() -> dict[str, Json]:
     timing = {"name": "INT8-2of4-ort", "padding": 0.3, "quartiles": [90.0, 110.0], "without_tokenisation": 120.0}
     return {
         "schema": cpu.SCHEMA,
@@ -63,19 +62,19 @@ def row_of(text: str, start: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_every_engine_is_in_the_table_with_its_size(record: dict[str, Any]) -> None:
+def test_every_engine_is_in_the_table_with_its_size(record: dict[str, Json]) -> None:
     text = section(record)
     assert row_of(text, ORT + " |")[1:] == ["59.2", "10.00 (9.50 to 10.50)", "10.00 (9.50 to 10.50)"]
     assert row_of(text, PEER)[1] == "–"
 
 
-def test_every_row_has_a_cell_for_every_column(record: dict[str, Any]) -> None:
+def test_every_row_has_a_cell_for_every_column(record: dict[str, Json]) -> None:
     for block in section(record).split("\n\n"):
         rows = [line for line in block.splitlines() if line.startswith("|")]
         assert len({row.count("|") for row in rows}) <= 1, block
 
 
-def test_what_was_missed_is_said(record: dict[str, Any]) -> None:
+def test_what_was_missed_is_said(record: dict[str, Json]) -> None:
     text = section(record)
     assert row_of(text, "ort >= 2x")[1:] == ["holds: 2.00", "holds: 2.00"]
     assert row_of(text, "our fastest >= 2.2x")[1:] == ["holds: 2.50 of 2.2", "MISSED: 2.50 of 2.7"]
@@ -85,13 +84,13 @@ def test_what_was_missed_is_said(record: dict[str, Any]) -> None:
     assert row_of(text, ORT + " | 84.00")[-1] == "FAILED"
 
 
-def test_peers_of_text_are_paired_with_our_best(record: dict[str, Any]) -> None:
-    found = row_of(section(record), "sentence-transformers, ONNX INT8")
-    assert found[3] == "75 (75 to 75)"
-    assert found[4] == "INT8-2of4-ort bucketed is 2.00 (2.00 to 2.00) times as fast"
+def test_peers_of_text_are_paired_with_our_best(record: dict[str, Json]) -> None:
+    cells = row_of(section(record), "sentence-transformers, ONNX INT8")
+    assert cells[3] == "75 (75 to 75)"
+    assert cells[4] == "INT8-2of4-ort bucketed is 2.00 (2.00 to 2.00) times as fast"
 
 
-def test_without_peers_the_page_says_so(record: dict[str, Any]) -> None:
+def test_without_peers_the_page_says_so(record: dict[str, Json]) -> None:
     record["peer"] = record["text_peers"] = None
     for row in record["latency"]:
         del row["ratios"]["our fastest over NNCF"]
@@ -100,6 +99,6 @@ def test_without_peers_the_page_says_so(record: dict[str, Any]) -> None:
     assert "NXM_TEXT_PEERS_PYTHON" in text
 
 
-def test_the_roofline_divides_by_the_measured_peak(record: dict[str, Any]) -> None:
+def test_the_roofline_divides_by_the_measured_peak(record: dict[str, Json]) -> None:
     # 3 of 4 ms in products at half of the peak: at the peak they would take 1.5 ms, and the rest 1 ms.
     assert row_of(section(record), "1x32 | 400")[1:] == ["400", "50%", "75%", "2.50"]

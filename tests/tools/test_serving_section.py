@@ -40,7 +40,9 @@ SAMPLES = [
 
 def test_every_server_has_a_line_per_number_of_clients() -> None:
     text = section(record(*SAMPLES))
-    assert text.startswith("Measured 2026-01-02 on 2 cores (a CPU), engine 0123456789ab, onnxruntime 1.2. 3 sentences, 9.0 tokens")
+    assert text.startswith(
+        "Measured 2026-01-02 on 2 cores (a CPU), engine 0123456789ab, onnxruntime 1.2. 3 sentences, 9.0 tokens"
+    )
     tokens = text.split(f"**{TOKENS}**")[1].split("**")[0]
     assert f"| {OURS} | 8 | 200 (100 to 400) | 5.0 (2.5 to 10.0) | 5.0 (2.5 to 10.0) | 5.00 | 0 |" in tokens
     assert tokens.count(f"| {ALONE} |") == len(CLIENTS)
@@ -56,11 +58,11 @@ def test_ratios_are_those_within_a_round() -> None:
 
 def test_a_round_of_errors_alone_is_no_number() -> None:
     broken = Samples(TOKENS, ALONE, 8, [0.0], [None], [None], [None], errors=7)
-    others = [sample for sample in SAMPLES if (sample.server, sample.clients) != (ALONE, 8)]
+    others = [sample for sample in SAMPLES if (sample.requests, sample.clients) != (TOKENS, 8)]
     text = section(record(rounds(TOKENS, OURS, 8, 100.0), broken, *others))
     assert f"| {ALONE} | 8 | 0 (0 to 0) | nan (nan to nan) | nan (nan to nan) | nan | 7 |" in text
 
 
 def test_a_record_is_read_as_it_was_written() -> None:
-    kept = record(*SAMPLES)
-    assert decode(encode(kept, SCHEMA), ServingRecord, schema=SCHEMA, source="x", way_out="") == kept
+    written = record(*SAMPLES)
+    assert decode(encode(written, SCHEMA), ServingRecord, schema=SCHEMA, source="x", way_out="") == written

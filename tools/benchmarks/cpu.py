@@ -212,7 +212,7 @@ def _peer(directories: Mapping[str, Path], data: Path, work: Path, threads: int)
         for number, sample in enumerate(features)
         for name, array in pad([sample], pad_id).items()
     }
-    np.savez(work / "calibration.npz", **arrays)
+    np.savez(work / "calibration.npz", allow_pickle=False, **arrays)
     command = [python, str(EXPERIMENTS / "nncf_peer.py"), str(dense / ENGINE_FILE), str(work / "calibration.npz")]
     done = subprocess.run([*command, str(work / "peer.xml")], capture_output=True, text=True, check=False)
     if done.returncode:

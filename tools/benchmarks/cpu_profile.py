@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -106,8 +107,12 @@ def openvino_profiles(
 
 def _planned_weights(directory: Path) -> int:
     """Weights of the encoder's INT8 matrices, as the engine file holds them."""
-    nodes = [node for node in load_graph(directory / ENGINE_FILE).graph if node.op_type == "MatMulIntegerToFloat"]
-    return sum(int(np.prod(node.inputs[1].shape.numpy())) for node in nodes)
+    sizes = []
+    for node in load_graph(directory / ENGINE_FILE).graph:
+        weight = node.inputs[1] if node.op_type == "MatMulIntegerToFloat" else None
+        if weight is not None and weight.shape is not None:
+            sizes.append(math.prod(weight.shape.numpy()))
+    return sum(sizes)
 
 
 def peaks(threads: int, work: Path) -> dict[str, float]:
@@ -119,9 +124,9 @@ def peaks(threads: int, work: Path) -> dict[str, float]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     for kind in ("int8", "fp32"):
-        weight = rng.integers(-127, 128, (size, size)).astype(np.int8 if kind == "int8" else np.float32)
+        weight = rng.integers(-127, 128, (size, size), np.int8)
         feeds = {"x": rng.integers(0, 255, (size, size)).astype(np.uint8 if kind == "int8" else np.float32)}
-        onnx.save(_one_product(weight), work / "peak.onnx")
+        onnx.save(_one_product(weight if kind == "int8" else weight.astype(np.float32)), work / "peak.onnx")
         session = onnxruntime.InferenceSession(str(work / "peak.onnx"), options, providers=["CPUExecutionProvider"])
         times = []
         for _ in range(12):

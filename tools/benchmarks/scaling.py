@@ -216,7 +216,9 @@ def calibrate_here(sequences: int) -> dict[str, Json]:
     ids = torch.randint(1000, VOCABULARY, (sequences, TOKENS), generator=generator)
     before = resident_bytes()
     began = time.perf_counter()
-    calibrate(model, ({"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(32)), 99.99)
+    calibrate(
+        model, ({"input_ids": part, "attention_mask": torch.ones_like(part)} for part in torch.split(ids, 32)), 99.99
+    )
     return {"seconds": time.perf_counter() - began, "before": before, "peak": peak_bytes()}
 
 

@@ -33,7 +33,7 @@ from engines.passport import cpu_device, load_passport
 from engines.serving.repository import Source
 from engines.triton import TritonOptions, export_repository
 from nxm_export.contract.io_spec import IOSpec, load_spec
-from nxm_export.data.examples import Examples, encode, load_raw, load_tokenizer, pad, with_classes
+from nxm_export.data.examples import Examples, Features, encode, load_raw, load_tokenizer, pad, with_classes
 from nxm_export.storage.atomic import write_atomic
 from nxm_export.storage.json_files import encode as encode_json
 from nxm_export.storage.json_files import read_record
@@ -93,7 +93,7 @@ class Work:
     engine: Path
     spec: IOSpec
     examples: Examples
-    features: list[dict[str, list[int]]]
+    features: list[Features]
 
     @classmethod
     def of(cls, engine: Path, data: str) -> Work:

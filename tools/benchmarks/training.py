@@ -274,7 +274,7 @@ def train_in_this_process(kind: str, name: str, batch: int, sequence: int, preci
     return {"before": before, "peak": peak_bytes()}
 
 
-class _Penalty(TrainerCallback):
+class _Penalty(TrainerCallback):  # type: ignore[misc]  # transformers comes without types
     """Adds the penalty and updates the duals after every step, more often than any phase does."""
 
     def __init__(self, admm: Admm) -> None:

@@ -7,72 +7,55 @@ One line per pattern and choice: accuracy, agreement with the dense model, and m
 
 from __future__ import annotations
 
-import argparse
+from itertools import product
 
 import numpy as np
-import torch
 
 from compressors.malloc import keep_freed_memory
-from compressors.models import load_model, load_tokenizer, resolve
 from compressors.pruning.permutation import permute_channels, permute_residual, residual_order
 from compressors.pruning.sparsegpt import input_moments
 from compressors.quantization.fake_quant import bake, prepare, quant_linears
-from compressors.search.sensitivity import divergence
-from compressors.settings import Settings
-from compressors.training.task_data import read_task_data
-from compressors.training.trainer import collate, predict
 from nxm_export.contract.plan import WeightSpec
-from nxm_export.contract.tasks import task_named
-from nxm_export.data.examples import Columns, label_array
+from tools.experiments.one_shot import Dense, parser
 
 SAMPLES = 256
+PERMUTED = ("", "blocks", "blocks and residual")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dense")
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--dev", required=True)
-    parser.add_argument("--patterns", default="2:4,1:4")
-    parser.add_argument("--max-length", type=int, default=64)
-    chosen = parser.parse_args()
+    arguments = parser(__doc__, max_length=64)
+    arguments.add_argument("--patterns", default="2:4,1:4")
+    chosen = arguments.parse_args()
     keep_freed_memory()
-    source, task = resolve(chosen.dense), task_named("classification")
-    data = read_task_data(
-        source, task, chosen.train, chosen.dev, Settings(max_length=chosen.max_length), Columns(), load_tokenizer(source), None
-    )  # fmt: skip
-    pick = np.random.default_rng(0).permutation(len(data.train))[:SAMPLES]
-    batches = [collate([data.train[i] for i in pick[at : at + 32]], data.pad_id) for at in range(0, len(pick), 32)]
-    labels = label_array(data.dev)
-    wanted = predict(load_model(source, task), data.dev, data.pad_id)
-    print(f"dense: accuracy {(wanted.argmax(-1) == labels).mean():.4f}", flush=True)
-    for pattern in chosen.patterns.split(","):
-        plan = source.family.uniform_plan(source.config, WeightSpec.parse(pattern), placement="inputs")
-        for permuted in ("", "blocks", "blocks and residual"):
-            for activation in (False, True):
-                model = load_model(source, task).eval()
-                prepare(model, plan, source.family, source.config)
-                layers = quant_linears(model)
-                moments = input_moments(model, batches, diagonal=True) if activation else {}
-                for name, layer in layers.items():
-                    layer.importance = moments[name].sqrt() if activation else None
-                shares = permute_channels(model, plan, source.family, source.config) if permuted else {}
-                if permuted.endswith("residual"):
-                    order, kept = residual_order(model, plan, source.family, source.config)
-                    permute_residual(model, order, source.family, source.config)
-                    shares |= kept
-                for layer in layers.values():
-                    layer.harden()
-                bake(model, plan)
-                found = predict(model, data.dev, data.pad_id)
-                kl = divergence(torch.from_numpy(wanted), torch.from_numpy(found)) / len(found)
-                name = f"{pattern}{' activation' if activation else ''}{', permuted: ' if permuted else ''}{permuted}"
-                saved = ", kept {:.4f} -> {:.4f}".format(*np.mean(list(shares.values()), axis=0)) if shares else ""
-                print(
-                    f"{name}: accuracy {(found.argmax(-1) == labels).mean():.4f}, "
-                    f"agreement {(found.argmax(-1) == wanted.argmax(-1)).mean():.4f}, KL {kl:.4f}{saved}",
-                    flush=True,
-                )
+    dense = Dense.of(chosen)
+    print(f"dense: accuracy {(dense.logits.argmax(-1) == dense.labels).mean():.4f}", flush=True)
+    for pattern, permuted, activation in product(chosen.patterns.split(","), PERMUTED, (False, True)):
+        name = f"{pattern}{' activation' if activation else ''}{', permuted: ' if permuted else ''}{permuted}"
+        print(f"{name}: {pruned(dense, pattern, permuted, activation)}", flush=True)
+
+
+def pruned(dense: Dense, pattern: str, permuted: str, activation: bool) -> str:
+    """How a model with such masks does on dev, as a line of text."""
+    family, config = dense.source.family, dense.source.config
+    plan = family.uniform_plan(config, WeightSpec.parse(pattern), placement="inputs")
+    model = dense.model()
+    prepare(model, plan, family, config)
+    layers = quant_linears(model)
+    moments = input_moments(model, dense.batches(SAMPLES), diagonal=True) if activation else {}
+    for name, layer in layers.items():
+        layer.importance = moments[name].sqrt() if activation else None
+    shares = permute_channels(model, plan, family, config) if permuted else {}
+    if permuted.endswith("residual"):
+        order, residual_shares = residual_order(model, plan, family, config)
+        permute_residual(model, order, family, config)
+        shares |= residual_shares
+    for layer in layers.values():
+        layer.harden()
+    bake(model, plan)
+    logits = dense.predict(model)
+    accuracy = (logits.argmax(-1) == dense.labels).mean()
+    saved = ", kept {:.4f} -> {:.4f}".format(*np.mean(list(shares.values()), axis=0)) if shares else ""
+    return f"accuracy {accuracy:.4f}, agreement {dense.agreement(logits):.4f}, KL {dense.kl(logits):.4f}{saved}"
 
 
 if __name__ == "__main__":

@@ -22,14 +22,14 @@ def names() -> Names:
     """The kind of every name, by its tokens: what stands before a comma, so that "Iran, Islamic Republic of" is Iran."""
     import pycountry
 
-    found: dict[str, str] = {}
+    kinds: dict[str, str] = {}
     for country in pycountry.countries:
         for field in ("name", "common_name", "official_name"):
-            found[getattr(country, field, country.name).split(",")[0]] = "COUNTRY"
+            kinds[getattr(country, field, country.name).split(",")[0]] = "COUNTRY"
     for division in pycountry.subdivisions.get(country_code="US"):
         if division.type == "State":
-            found.setdefault(division.name, "STATE")
-    return {tuple(TOKEN.findall(name)): kind for name, kind in found.items()}
+            kinds.setdefault(division.name, "STATE")
+    return {tuple(TOKEN.findall(name)): kind for name, kind in kinds.items()}
 
 
 def tagged(text: str, known: Names) -> dict[str, list[str]]:
@@ -53,10 +53,10 @@ def main() -> None:
     options = parser.parse_args()
     rows = [line.rstrip("\n").split("\t") for line in options.source.open(encoding="utf-8")][1:]
     known = names()
-    found = [tagged(text, known) for text in sorted({text for row in rows for text in row[:2]})]
-    found = [row for row in found if 3 <= len(row["tokens"]) <= 80]
+    texts = sorted({text for row in rows for text in row[:2]})
+    sentences = [row for text in texts if 3 <= len((row := tagged(text, known))["tokens"]) <= 80]
     rng = random.Random(0)
-    named, others = ([row for row in found if (set(row["tags"]) != {"O"}) == has] for has in (True, False))
+    named, others = ([row for row in sentences if (set(row["tags"]) != {"O"}) == has] for has in (True, False))
     rng.shuffle(named)
     rng.shuffle(others)
     chosen = named + others[: 2 * len(named)]

@@ -16,7 +16,6 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from sentence_transformers import (
     SentenceTransformer,
@@ -27,16 +26,16 @@ from sentence_transformers import (
 BATCH = 32
 
 
-def onnx_int8(model: str, work: Path, sentences: list[str]) -> Any:
+def onnx_int8(model: str, work: Path, sentences: list[str]) -> SentenceTransformer:
     """Dynamic INT8, as its documentation recommends for AVX512-VNNI."""
-    found = SentenceTransformer(model, backend="onnx", device="cpu")
-    export_dynamic_quantized_onnx_model(found, "avx512_vnni", str(work / "onnx"))
-    options = {"file_name": "onnx/model_qint8_avx512_vnni.onnx", "provider": "CPUExecutionProvider"}
-    found.save_pretrained(str(work / "onnx"))
-    return SentenceTransformer(str(work / "onnx"), backend="onnx", device="cpu", model_kwargs=options)
+    encoder = SentenceTransformer(model, backend="onnx", device="cpu")
+    export_dynamic_quantized_onnx_model(encoder, "avx512_vnni", str(work / "onnx"))
+    options = {"file_name": "onnx/encoderqint8_avx512_vnni.onnx", "provider": "CPUExecutionProvider"}
+    encoder.save_pretrained(str(work / "onnx"))
+    return SentenceTransformer(str(work / "onnx"), backend="onnx", device="cpu", encoderkwargs=options)
 
 
-def openvino_int8(model: str, work: Path, sentences: list[str]) -> Any:
+def openvino_int8(model: str, work: Path, sentences: list[str]) -> SentenceTransformer:
     """Static INT8, calibrated on the sentences."""
     from optimum.intel import OVQuantizationConfig
 
@@ -44,21 +43,21 @@ def openvino_int8(model: str, work: Path, sentences: list[str]) -> Any:
     data.mkdir()
     with (data / "train.csv").open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([["text"], *([text] for text in sentences[:200])])
-    found = SentenceTransformer(model, backend="openvino", device="cpu")
-    found.save_pretrained(str(work / "openvino"))
+    encoder = SentenceTransformer(model, backend="openvino", device="cpu")
+    encoder.save_pretrained(str(work / "openvino"))
     export_static_quantized_openvino_model(
-        found, OVQuantizationConfig(num_samples=100), str(work / "openvino"),
+        encoder, OVQuantizationConfig(num_samples=100), str(work / "openvino"),
         dataset_name=str(data), dataset_config_name="default", dataset_split="train", column_name="text",
     )  # fmt: skip
     config = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    options = {"file_name": "openvino/openvino_model_qint8_quantized.xml", "ov_config": config}
-    return SentenceTransformer(str(work / "openvino"), backend="openvino", device="cpu", model_kwargs=options)
+    options = {"file_name": "openvino/openvino_encoderqint8_quantized.xml", "ov_config": config}
+    return SentenceTransformer(str(work / "openvino"), backend="openvino", device="cpu", encoderkwargs=options)
 
 
 def main(model: str, file: str, work: str) -> None:
     """Make what can be made, say so, and serve."""
     sentences = Path(file).read_text(encoding="utf-8").splitlines()
-    made: dict[str, Any] = {}
+    made: dict[str, SentenceTransformer] = {}
     for name, make in (("ONNX INT8", onnx_int8), ("OpenVINO INT8", openvino_int8)):
         try:
             made[name] = make(model, Path(work), sentences)

@@ -54,9 +54,9 @@ def _mcc(matrices: Matrices) -> npt.NDArray[np.float64]:
     return _ratio(covariance, np.sqrt(spread))
 
 
-def _ratio(above: npt.ArrayLike, below: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
+def _ratio(above: npt.ArrayLike, below: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """above / below, and 0 where below is 0."""
-    return np.divide(above, below, out=np.zeros(len(below)), where=below > 0)
+    return np.asarray(np.divide(above, below, out=np.zeros(len(below)), where=below > 0))
 
 
 _METRICS: dict[str, Callable[[Matrices], npt.NDArray[np.float64]]] = {"accuracy": _accuracy, "f1": _f1, "mcc": _mcc}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -35,7 +34,7 @@ class TritonPythonModel:
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = {entry["name"]: _NUMPY[entry["data_type"]] for entry in config["output"]}
 
-    def execute(self, requests: list[Any]) -> list[Any]:
+    def execute(self, requests: list[backend.InferenceRequest]) -> list[backend.InferenceResponse]:
         """One run for all requests: Triton's batcher only hands over requests of one shape together."""
         arrays = [
             [backend.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs] for request in requests
@@ -47,11 +46,11 @@ class TritonPythonModel:
         }
         try:
             names = [value.name for value in self.session.get_outputs()]
-            found = dict(zip(names, self.session.run(None, feeds), strict=True))
+            answers = dict(zip(names, self.session.run(None, feeds), strict=True))
         except Exception as error:
             return [backend.InferenceResponse([], backend.TritonError(str(error))) for _ in requests]
         ends = np.cumsum(sizes)[:-1]
-        parts = {name: np.split(found[name].astype(dtype), ends) for name, dtype in self.outputs.items()}
+        parts = {name: np.split(answers[name].astype(dtype), ends) for name, dtype in self.outputs.items()}
         return [
             backend.InferenceResponse([backend.Tensor(name, part[i]) for name, part in parts.items()])
             for i in range(len(requests))

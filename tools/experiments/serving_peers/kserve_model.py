@@ -13,7 +13,7 @@ import onnxruntime
 from kserve import InferOutput, InferRequest, InferResponse, Model, ModelServer
 
 
-class OrtModel(Model):
+class OrtModel(Model):  # type: ignore[misc]  # the SDK is not installed where types are checked
     def load(self) -> bool:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
@@ -23,7 +23,9 @@ class OrtModel(Model):
         self.ready = True
         return True
 
-    async def predict(self, payload: InferRequest, headers=None, response_headers=None) -> InferResponse:
+    async def predict(
+        self, payload: InferRequest, headers: object = None, response_headers: object = None
+    ) -> InferResponse:
         feeds = {item.name: item.as_numpy() for item in payload.inputs}
         run = self._session.run
         (logits,) = await asyncio.get_running_loop().run_in_executor(self._pool, run, ["logits"], feeds)

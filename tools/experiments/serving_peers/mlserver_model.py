@@ -10,7 +10,7 @@ from mlserver import MLModel
 from mlserver.types import InferenceRequest, InferenceResponse, ResponseOutput
 
 
-class OrtModel(MLModel):
+class OrtModel(MLModel):  # type: ignore[misc]  # MLServer is not installed where types are checked
     async def load(self) -> bool:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1

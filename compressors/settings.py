@@ -1,97 +1,225 @@
-"""How a model is fine-tuned and compressed: recipe, phases, steps, learning rates."""
+"""How a model is fine-tuned and compressed: recipe, phases, optimizer steps, learning rates. Loads no torch.
+
+A field with an `Option` is an option of the command line, too; its choices, range, default and help stand here alone
+(`nxm_export.cli.options` makes the options from them).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-
-from compressors import distributed
-from compressors.malloc import keep_freed_memory
-from compressors.training.trainer import Losses
+from nxm_export.contract.families import GELUS
 from nxm_export.errors import DataError, PlanError
 
-# ``obs``, the default, fixes mask and weights by second-order pruning (`compressors.pruning.sparsegpt`) and spends all steps on masked QAT;
-# ``magnitude`` does so with the mask by magnitude; ``nxm`` looks for the mask by ADMM first, ours (damped, distilled);
-# ``sr-ste`` lets the mask follow the weight through most of the steps (Zhou et al. 2021, arXiv 2102.04010), then fixes it;
-# ``one-shot`` is magnitude and calibration alone, no training; ``paper`` follows what is known of the authors' recipe.
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+# ``obs``, the default, fixes mask and weights by second-order pruning (`compressors.pruning.sparsegpt`) and spends all steps on
+# masked QAT; ``magnitude`` does so with the mask by magnitude; ``nxm`` looks for the mask by ADMM first, ours (damped,
+# distilled); ``sr-ste`` lets the mask follow the weight through most of the steps (Zhou et al. 2021, arXiv 2102.04010), then
+# fixes it; ``one-shot`` is magnitude and calibration alone, no training; ``paper`` follows what is known of the authors' recipe.
 RECIPES = ("obs", "nxm", "magnitude", "sr-ste", "one-shot", "paper")
 # What masks are chosen by: |W|, or |W| times the root mean square of each input over the calibration samples.
 MASK_SCORES = ("magnitude", "activation")
+# ADMM's constraint set: the pattern, or pattern and grid together (without and with fake quantization in the forward pass).
+ADMM_KINDS = ("mask", "joint", "joint-ste")
+PRECISIONS = ("auto", "fp32", "bf16")
 PAPER_DIFFERENCES = (
     "as the authors: one dual update per epoch, undamped; a constant penalty; no distillation; no training after projection; "
     "embeddings, norms and head frozen",
     "not as the authors: static per-tensor activations (theirs: dynamic per token); one weight scale per channel (theirs: "
     "per 32 rows); narrow weight range; exactly N kept per group; the penalty is added after clipping (theirs: before)",
 )
+# The settings that change the dense model, and those that dense fine-tuning and compression share.
+DENSE_FIELDS = ("dense_epochs", "dense_steps", "dense_learning_rate", "dense_freeze_embeddings")
+SHARED_FIELDS = ("batch_size", "max_length", "precision", "seed")
+OPTION = "option"  # the key of a field's metadata
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting as the command line offers it; the field gives its type and its default.
+
+    A number is at least `least` and at most `most`, or more than `above` and less than `below`; a text is one of `choices`.
+    `flag` is the option's name where it is not the field's. `negates` says that the flag switches the setting off.
+    `infinity_is_none`: the option takes ``inf`` for the setting's None, which is no limit.
+    """
+
+    help: str | None = None
+    flag: str | None = None
+    choices: tuple[str, ...] = ()
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    metavar: str | None = None
+    negates: bool = False
+    infinity_is_none: bool = False
+
+    def require(self, name: str, value: object) -> None:
+        """Raise `PlanError` for a value that is none of the choices, `DataError` for one outside the range."""
+        what = name.replace("_", " ")
+        if self.choices and value is not None and value not in self.choices:
+            raise PlanError(f"unknown {what} {value!r}; choose one of {', '.join(self.choices)}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return
+        bounds = (
+            (self.least, "at least", value >= (self.least or 0)),
+            (self.most, "at most", value <= (self.most or 0)),
+            (self.above, "more than", value > (self.above or 0)),
+            (self.below, "less than", value < (self.below or 0)),
+        )
+        for bound, words, fits in bounds:
+            if bound is not None and not fits:
+                raise DataError(f"{what} must be {words} {bound:g}, got {value}")
+        if not math.isfinite(value):
+            raise DataError(f"{what} must be a finite number, got {value}")
+
+
+def options_of(settings: type[DataclassInstance] | DataclassInstance) -> Iterator[tuple[str, Option]]:
+    """(field, option) of the settings that are options, in their order."""
+    for entry in dataclasses.fields(settings):
+        if OPTION in entry.metadata:
+            yield entry.name, entry.metadata[OPTION]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Weights of the loss terms: the task's own, the teacher's logits, the teacher's hidden states."""
+
+    task: float = 1.0
+    logits: float = 0.0
+    hidden: float = 0.0
 
 
 @dataclass(frozen=True)
 class Settings:
     """How long and how fast to train. Steps win over epochs where both are given.
 
-    What is None depends on the task and the model: see `compressors.training.default_recipe`.
+    What is None depends on the task and the model: see `compressors.training.default_recipe`. `augment` is the share of the
+    training samples that are distorted ones, for the teacher alone to answer. An INT8 output that costs more than
+    `output_limit` by itself (`compressors.training.output_sensitivity`) stays in float; None: all are INT8.
     """
 
-    dense_epochs: float = 3.0
-    dense_steps: int | None = None
-    dense_learning_rate: float = 5e-5
+    recipe: str = field(
+        default="obs",
+        metadata={
+            OPTION: Option(
+                "Where masks come from: second-order pruning, ADMM, magnitude, ... (docs/search.md).", choices=RECIPES
+            )
+        },
+    )
+    admm: str = field(
+        default="mask", metadata={OPTION: Option("ADMM's constraint set, for --recipe nxm.", choices=ADMM_KINDS)}
+    )
+    mask_scores: str = field(
+        default="magnitude",
+        metadata={
+            OPTION: Option(
+                "What other recipes choose masks by: |W|, or |W| times the size of each input.", choices=MASK_SCORES
+            )
+        },
+    )
+    permute: bool = field(
+        default=False, metadata={OPTION: Option("Reorder channels where that changes nothing, so that N:M drops less.")}
+    )
+    augment: float | None = field(
+        default=None,
+        metadata={
+            OPTION: Option(
+                "Share of training samples with tokens dropped, replaced and swapped. Where there are any, the teacher alone is "
+                "learned from.  [default: 0.7 for classification, else 0]",
+                least=0,
+                below=1,
+            )
+        },
+    )
+    output_limit: float | None = field(
+        default=0.005,
+        metadata={
+            OPTION: Option(
+                "The most that one INT8 output into the residual may cost, in nats; a costlier one stays in float. inf: all INT8.",
+                least=0,
+                infinity_is_none=True,
+            )
+        },
+    )
+    epochs: float = field(
+        default=6.0, metadata={OPTION: Option("Epochs of compression, all phases together.", above=0)}
+    )
+    steps: int | None = field(
+        default=None, metadata={OPTION: Option("Optimizer steps of compression; wins over --epochs.", least=1)}
+    )
+    dense_epochs: float = field(
+        default=3.0, metadata={OPTION: Option("Epochs of dense fine-tuning, where it is needed.", above=0)}
+    )
+    dense_steps: int | None = field(
+        default=None,
+        metadata={OPTION: Option("Optimizer steps of dense fine-tuning; wins over --dense-epochs.", least=1)},
+    )
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            OPTION: Option(
+                "Of compression.  [default: 1e-4; with --augment, 3e-4 for recipes but obs, and less for models wider than 384]",
+                above=0,
+            )
+        },
+    )
+    dense_learning_rate: float = field(default=5e-5, metadata={OPTION: Option(above=0)})
+    batch_size: int = field(default=32, metadata={OPTION: Option("Samples per optimizer step.", least=1)})
+    max_length: int | None = field(
+        default=None, metadata={OPTION: Option("Longest input in tokens.  [default: what the model allows]", least=2)}
+    )
+    distill: bool = field(default=True, metadata={OPTION: Option("Learn from the dense model.")})
+    gelu: str | None = field(
+        default=None,
+        metadata={OPTION: Option("Train and export this GELU.  [default: the model's own]", choices=tuple(GELUS))},
+    )
+    freeze_embeddings: bool = field(
+        default=True,
+        metadata={
+            OPTION: Option("Train embedding tables during compression, too.", flag="--train-embeddings", negates=True)
+        },
+    )
+    precision: str = field(default="auto", metadata={OPTION: Option("Of training.", choices=PRECISIONS)})
+    seed: int = field(default=0, metadata={OPTION: Option(least=0, most=2**32 - 1)})
+    threads: int | None = field(
+        default=None, metadata={OPTION: Option("CPU threads of training.  [default: all cores]", least=1)}
+    )
+    # No options from here on.
     dense_freeze_embeddings: bool = False
-    epochs: float = 6.0
-    steps: int | None = None
-    learning_rate: float | None = None
-    batch_size: int = 32
-    max_length: int | None = None
-    recipe: str = "obs"
-    admm: str = "mask"
-    admm_share: float = 0.4
+    admm_share: float = 0.4  # of all steps
     dual_updates: int | None = None
     damping: float = 0.5
     strength: tuple[float, float] = (0.3, 5.0)
     residual_gate: float = 0.1
     sr_ste_share: float = 0.8  # of all steps; the mask is fixed for the rest
     sr_ste_decay: float = 2e-4  # the regulariser's weight, as in the authors' experiments
-    distill: bool = True
-    augment: float | None = (
-        None  # share of the training samples that are distorted ones, for the teacher alone to answer
-    )
     losses: Losses | None = None
     calibration_samples: int = 512
     percentile: float = 99.99
-    # The most that one INT8 output may cost by itself (`compressors.training.output_sensitivity`); a costlier one stays in float. None: all INT8.
-    output_limit: float | None = 0.005
-    freeze_embeddings: bool = True
-    precision: str = "auto"
-    seed: int = 0
-    threads: int | None = None
-    gelu: str | None = None  # erf or tanh; None keeps the model's own
-    permute: bool = False  # reorder channels where that changes nothing, so that patterns drop less
-    mask_scores: str = "magnitude"  # one of MASK_SCORES
 
     def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
-            raise PlanError(f"unknown recipe {self.recipe!r}; choose one of {', '.join(RECIPES)}")
-        if self.mask_scores not in MASK_SCORES:
-            raise PlanError(f"unknown mask scores {self.mask_scores!r}; choose one of {', '.join(MASK_SCORES)}")
+        for name, entry in options_of(self):
+            entry.require(name, getattr(self, name))
         if self.mask_scores != "magnitude" and self.recipe == "obs":
             raise PlanError("second-order pruning scores weights itself; leave --mask-scores out, or give --recipe nxm")
         if self.admm != "mask" and self.recipe not in ("nxm", "paper"):
             raise PlanError(f"--admm {self.admm} is for recipes with ADMM; give --recipe nxm")
-        if self.batch_size < 1 or self.calibration_samples < 1:
-            raise DataError("batch size and calibration samples must be at least 1")
+        if self.calibration_samples < 1:
+            raise DataError(f"calibration samples must be at least 1, got {self.calibration_samples}")
         if not 0 < self.sr_ste_share <= 1 or self.sr_ste_decay < 0:
             raise DataError("sr-ste needs a share of the steps in (0, 1] and a decay of at least 0")
-        if self.augment is not None and not 0 <= self.augment < 1:
-            raise DataError(f"the share of augmented samples must be in [0, 1), got {self.augment}")
         if self.augment and (not self.distill or self.recipe == "paper"):
             raise DataError("augmented samples have no labels, and nothing is distilled; leave --augment out")
         if not 0 < self.percentile <= 100:
             raise DataError(f"the calibration percentile must be in (0, 100], got {self.percentile}")
 
-
-def prepare_process(settings: Settings) -> None:
-    """Set up this process for training: allocator, threads, and the other processes of ``torchrun``."""
-    keep_freed_memory()
-    distributed.start()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    def dense_part(self) -> dict[str, object]:
+        """The settings that the dense model depends on, by name: compressing in another way must not train it again."""
+        return {name: getattr(self, name) for name in (*DENSE_FIELDS, *SHARED_FIELDS)}

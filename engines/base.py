@@ -1,7 +1,7 @@
 """What every runtime offers: ``build`` an engine directory from ONNX, ``load`` it, ``inspect`` it.
 
-A backend is a module with those three functions, named in `BACKENDS` and imported when it is asked for. An engine
-directory works when copied alone::
+A backend is a module with those three functions (see `Backend`), named in `BACKENDS` and imported when it is asked for. What
+only some backends can do stands in their `BackendCapabilities`. An engine directory works when copied alone::
 
     model.engine or model.onnx   what the runtime reads, in its own format
     passport.json                what made it: hashes, versions, device, profiles, plan, command
@@ -18,12 +18,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
 
 from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec
 from nxm_export.errors import EngineError
+from nxm_export.progress import Progress, silent
+from nxm_export.storage.json_files import Json
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from engines.passport import EnginePassport
 
 BACKENDS = {
     "ort": "engines.ort.backend",
@@ -31,7 +38,23 @@ BACKENDS = {
     "trt": "engines.tensorrt.backend",
     "trt_rtx": "engines.tensorrt.rtx_backend",
 }
-CPU_BACKENDS = ("ort", "openvino")  # what they run is an ONNX file, and their `load` takes `threads`
+
+
+@dataclass(frozen=True)
+class BackendCapabilities:
+    """What a backend's engines run on, and which optional powers it has.
+
+    `threads`: building and loading take a number of CPU threads. `runs_onnx`: the engine file is an ONNX graph.
+    `optimization_profiles`: engines are built for ranges of shapes. `sparse_kernels`: 2:4 weights can run on sparse kernels,
+    and an engine directory has the facts of a sparsity report. `layer_times`: a loaded engine is a `LayerTimedEngine`.
+    """
+
+    device: Literal["cpu", "gpu"]
+    threads: bool = False
+    runs_onnx: bool = False
+    optimization_profiles: bool = False
+    sparse_kernels: bool = False
+    layer_times: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +87,7 @@ class Binding:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a build may be told. `threads` is for `CPU_BACKENDS`, the rest for TensorRT.
+    """What a build may be told. `threads` is for backends with `BackendCapabilities.threads`, the rest for TensorRT.
 
     `profiles` default to one for everything; `sparse` allows sparse kernels; `level` is the builder's optimization level
     (0 to 5, None = TensorRT's own); `workspace_bytes` limits scratch memory; `build_route` is passed on where the builder
@@ -82,7 +105,15 @@ class BuildOptions:
     timing_cache: Path | None = None
     require_timing_cache: bool = False
     twin: str | None = None
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    progress: Progress = silent
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How an engine is loaded. `threads` overrides the number that it was built with, where its backend has
+    `BackendCapabilities.threads`; on a GPU there are none to choose."""
+
+    threads: int | None = None
 
 
 class Engine(Protocol):
@@ -111,6 +142,58 @@ class Engine(Protocol):
     ) -> None: ...
 
 
+@runtime_checkable
+class LayerTimedEngine(Protocol):
+    """The optional power of a loaded engine that `BackendCapabilities.layer_times` speaks of."""
+
+    def layer_times(self, feeds: Mapping[str, np.ndarray], rounds: int) -> dict[str, float]:
+        """Mean milliseconds of every layer of the engine, over `rounds` runs of `feeds`."""
+        ...
+
+
+class EngineFacts(Protocol):
+    """What `Backend.inspect` returns: facts of an engine directory, a frozen dataclass of each backend's own."""
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend in `BACKENDS`."""
+        ...
+
+    def to_dict(self) -> dict[str, Json]:
+        """The form of ``--json``."""
+        ...
+
+
+class Backend(Protocol):
+    """A module of `BACKENDS`."""
+
+    @property
+    def NAME(self) -> str:  # noqa: N802  (a constant of the module)
+        """Its name in `BACKENDS`."""
+        ...
+
+    @property
+    def CAPABILITIES(self) -> BackendCapabilities:  # noqa: N802  (a constant of the module)
+        """What its engines run on and what it can do beyond the three functions."""
+        ...
+
+    def build(self, onnx: str | Path, out: Path, options: BuildOptions = ...) -> EnginePassport:
+        """Write an engine directory into the existing directory `out`; returns its passport.
+
+        Raises `EngineError`, `EngineUnavailable` where the runtime is missing, and `ArtifactError` for a file that is no ONNX
+        graph.
+        """
+        ...
+
+    def load(self, directory: str | Path, options: LoadOptions = ...) -> Engine:
+        """Load an engine directory; its hash, and what its passport requires of the machine, are checked before that."""
+        ...
+
+    def inspect(self, directory: str | Path) -> EngineFacts:
+        """Facts of an engine directory."""
+        ...
+
+
 class Closing:
     """The context manager half of `Engine`, and timing by the wall clock."""
 
@@ -133,7 +216,7 @@ class Closing:
     def close(self) -> None:
         """Free what the engine holds."""
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -142,11 +225,16 @@ class Closing:
         self.close()
 
 
-def backend(name: str) -> Any:
+def backend(name: str) -> Backend:
     """The module of a backend; raises `EngineError` with the list. What it needs is imported when it is used."""
     if name not in BACKENDS:
         raise EngineError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
-    return importlib.import_module(BACKENDS[name])
+    return cast(Backend, importlib.import_module(BACKENDS[name]))  # tests hold every module against the protocol
+
+
+def cpu_backends() -> tuple[str, ...]:
+    """The names of the backends whose engines run on the CPU, in the order of `BACKENDS`."""
+    return tuple(name for name in BACKENDS if backend(name).CAPABILITIES.device == "cpu")
 
 
 def module_command(module: str, *arguments: str) -> list[str]:

@@ -8,30 +8,66 @@ an engine are files beside it that name its hash.
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from engines.base import Binding, Profile
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
-from nxm_export.errors import ArtifactError
+from nxm_export.errors import ArtifactError, EngineError
 from nxm_export.storage.hashing import file_hash
-from nxm_export.storage.json_files import read_json, require_schema
+from nxm_export.storage.json_files import Json, encode, read_record, to_builtins
 from nxm_export.storage.versions import installed_versions
 
-SCHEMA = "nxm-passport/1"
+SCHEMA = "nxm-passport/2"
 PASSPORT_FILE = "passport.json"
 
 
 @dataclass(frozen=True)
+class PlanSummary:
+    """A plan in a few numbers: options with their counts as ``{"2:4+W8": 36}``, and compression by every counting."""
+
+    options: Mapping[str, int]
+    attention: str
+    embedding: str
+    compression: Mapping[str, float]
+
+    @classmethod
+    def of(cls, plan: CompressionPlan) -> PlanSummary:
+        """The summary of `plan`."""
+        compression = {counting: round(plan.compression(counting), 4) for counting in COUNTINGS}
+        return cls(plan.pattern_counts, plan.attention, plan.embedding, compression)
+
+
+@dataclass(frozen=True)
+class Bindings:
+    """The engine file's own inputs and outputs."""
+
+    inputs: tuple[Binding, ...] = ()
+    outputs: tuple[Binding, ...] = ()
+
+
+@dataclass(frozen=True)
+class BuildFacts:
+    """What a build says of its engine: `requires` are facts of the machine that must be equal where it is loaded, `options`
+    what it was told and what it did, by names of each backend's own, `graph` the metadata of the ONNX file."""
+
+    device: Mapping[str, str]
+    requires: Mapping[str, str]
+    options: Mapping[str, Json]
+    graph: Mapping[str, str]
+    bindings: Bindings
+    profiles: tuple[Profile, ...] = ()
+
+
+@dataclass(frozen=True)
 class EnginePassport:
-    """See the module text. `requires` are facts of the machine that must be equal where the engine is loaded; `bindings`
-    hold the engine file's own ``inputs`` and ``outputs`` (see `engines.base.Binding`)."""
+    """See the module text and `BuildFacts`. `graph` is what the exporter wrote into the ONNX file, without the plan; `plan` is
+    None for a model without one; no `profiles` mean that the engine takes any shape that the model takes."""
 
     backend: str
     engine: str
@@ -40,57 +76,63 @@ class EnginePassport:
     versions: Mapping[str, str]
     device: Mapping[str, str]
     requires: Mapping[str, str]
-    profiles: Sequence[Mapping[str, Any]]
+    profiles: tuple[Profile, ...]
     graph: Mapping[str, str]
-    plan: Mapping[str, Any]
-    options: Mapping[str, Any]
-    command: Sequence[str]
+    plan: PlanSummary | None
+    options: Mapping[str, Json]
+    command: tuple[str, ...]
     created: str
-    bindings: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    bindings: Bindings = Bindings()
 
     @classmethod
-    def issue(
-        cls,
-        backend: str,
-        engine: Path,
-        onnx: Path,
-        *,
-        device: Mapping[str, str],
-        requires: Mapping[str, str],
-        options: Mapping[str, Any],
-        profiles: Sequence[Mapping[str, Any]] = (),
-        graph: Mapping[str, str] | None = None,
-        bindings: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
-    ) -> EnginePassport:
+    def issue(cls, backend: str, engine: Path, onnx: Path, facts: BuildFacts) -> EnginePassport:
         """Make the passport of a freshly built engine file and write it beside the engine.
 
-        `graph` is the metadata of the ONNX file: what the exporter put there (dtype, placement, task, plan) is kept.
+        What the exporter put into the graph's metadata (dtype, placement, task, plan) is kept.
         """
-        facts = {key.removeprefix("nxm."): value for key, value in (graph or {}).items() if key.startswith("nxm.")}
-        text = facts.pop("plan", None)
+        exported = _current_names(
+            {key.removeprefix("nxm."): text for key, text in facts.graph.items() if key.startswith("nxm.")}
+        )
+        plan = exported.pop("plan", None)
         passport = cls(
-            backend,
-            engine.name,
-            file_hash(engine),
-            file_hash(onnx),
-            installed_versions(),
-            dict(device),
-            dict(requires),
-            list(profiles),
-            facts,
-            plan_summary(CompressionPlan.from_json(text, source=str(onnx)) if text else None),
-            dict(options),
-            [Path(sys.argv[0]).name, *sys.argv[1:]],
-            time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            dict(bindings or {}),
+            backend=backend,
+            engine=engine.name,
+            engine_sha256=file_hash(engine),
+            onnx_sha256=file_hash(onnx),
+            versions=installed_versions(),
+            device=dict(facts.device),
+            requires=dict(facts.requires),
+            profiles=facts.profiles,
+            graph=exported,
+            plan=PlanSummary.of(CompressionPlan.from_json(plan, source=str(onnx))) if plan else None,
+            options=dict(facts.options),
+            command=(Path(sys.argv[0]).name, *sys.argv[1:]),
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            bindings=facts.bindings,
         )
         passport.save(engine.parent)
         return passport
 
+    @property
+    def threads(self) -> int | None:
+        """The CPU threads that the engine was built with; None: all cores of the process."""
+        threads = self.options.get("threads")
+        return threads if isinstance(threads, int) else None
+
+    @property
+    def twin(self) -> str | None:
+        """The engine's part in a comparison of twins (see `nxm build --twins`)."""
+        twin = self.options.get("twin")
+        return twin if isinstance(twin, str) else None
+
+    def to_dict(self) -> dict[str, Json]:
+        """JSON form, without the schema."""
+        fields: dict[str, Json] = to_builtins(self)
+        return fields
+
     def save(self, directory: Path) -> None:
         """Write ``passport.json``."""
-        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
-        (directory / PASSPORT_FILE).write_text(text + "\n", encoding="utf-8")
+        (directory / PASSPORT_FILE).write_text(encode(self, SCHEMA), encoding="utf-8")
 
     def require_here(self, directory: Path, facts: Mapping[str, str]) -> None:
         """Raise `ArtifactError` unless the engine file is the one that was built and this machine is one it may run on.
@@ -100,10 +142,11 @@ class EnginePassport:
         file = directory / self.engine
         if not file.is_file():
             raise ArtifactError(f"{file} is missing: the passport beside it names it")
-        found = file_hash(file)
-        if found != self.engine_sha256:
+        actual = file_hash(file)
+        if actual != self.engine_sha256:
             raise ArtifactError(
-                f"{file} is not the engine of its passport (sha256 {found[:12]}..., built as {self.engine_sha256[:12]}...); build it again"
+                f"{file} is not the engine of its passport (sha256 {actual[:12]}..., built as "
+                f"{self.engine_sha256[:12]}...); build it again"
             )
         wrong = [key for key, value in self.requires.items() if facts.get(key) != value]
         if wrong:
@@ -127,28 +170,18 @@ class EnginePassport:
             raise ArtifactError(f"{file} changed while it was read; load it again when it is written")
         return data
 
-    def shape_profiles(self) -> tuple[Profile, ...]:
-        """The shapes that the engine was built for; none means any shape that the model takes."""
-        try:
-            return tuple(Profile(tuple(p["minimum"]), tuple(p["optimum"]), tuple(p["maximum"])) for p in self.profiles)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"the passport's profiles are malformed ({error!r}); build the engine again") from error
-
-    def tensors(self, kind: str) -> tuple[Binding, ...]:
-        """The engine file's own ``inputs`` or ``outputs``; raises `ArtifactError` where the passport does not have them."""
-        try:
-            found = tuple(Binding(b["name"], b["dtype"], tuple(map(int, b["shape"]))) for b in self.bindings[kind])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"the passport does not say what the engine's {kind} are; build it again") from error
-        if not found:
-            raise ArtifactError(f"the passport names no {kind} of the engine; build it again")
-        return found
+    def tensors(self, kind: Literal["inputs", "outputs"]) -> tuple[Binding, ...]:
+        """The engine file's own inputs or outputs; raises `ArtifactError` where the passport does not have them."""
+        bindings = self.bindings.inputs if kind == "inputs" else self.bindings.outputs
+        if not bindings:
+            raise ArtifactError(f"the passport does not say what the engine's {kind} are; build it again")
+        return bindings
 
     def rebuild_command(self) -> str:
         """A command that builds this engine again from its graph."""
         parts = ["nxm", "build", "model.onnx", "--backend", self.backend]
         for profile in self.profiles:
-            shapes = (profile[key] for key in ("minimum", "optimum", "maximum"))
+            shapes = (profile.minimum, profile.optimum, profile.maximum)
             parts += ["--profile", ",".join("x".join(map(str, shape)) for shape in shapes)]
         if self.options.get("sparse") is False:
             parts.append("--no-sparse")
@@ -167,31 +200,30 @@ def load_passport(directory: str | Path) -> EnginePassport:
         raise ArtifactError(
             f"{directory} has no {PASSPORT_FILE}: it is not an engine directory; make one with `nxm build`"
         )
-    data = read_json(file, "build the engine again")
-    require_schema(data, SCHEMA, str(file), ArtifactError)
     try:
-        passport = EnginePassport(**{key: value for key, value in data.items() if key != "schema"})
-    except TypeError as error:
-        raise ArtifactError(f"{file}: malformed passport ({error}); build the engine again") from error
-    texts = (passport.backend, passport.engine, passport.engine_sha256)
-    maps = (passport.requires, passport.graph, passport.plan, passport.options, passport.bindings)
-    if not all(isinstance(text, str) and text for text in texts) or not all(isinstance(m, dict) for m in maps):
-        raise ArtifactError(f"{file}: malformed passport (a field has another type); build the engine again")
-    if passport.engine != Path(passport.engine).name:
+        passport = read_record(
+            file,
+            EnginePassport,
+            schema=SCHEMA,
+            way_out="build the engine again",
+            older={"nxm-passport/1": _of_first_schema},
+        )
+    except EngineError as error:
+        raise ArtifactError(f"{file}: {error}; build the engine again") from error
+    if not passport.engine or passport.engine != Path(passport.engine).name:
         raise ArtifactError(f"{file}: names an engine outside its directory ({passport.engine!r}); do not use it")
     return passport
 
 
-def plan_summary(plan: CompressionPlan | None) -> dict[str, Any]:
-    """The plan in a few numbers: options with their counts, and compression by every counting."""
-    if plan is None:
-        return {}
-    return {
-        "options": plan.pattern_counts,
-        "attention": plan.attention,
-        **({"embedding": plan.embedding} if plan.embedding != "float" else {}),
-        "compression": {c: round(plan.compression(c), 4) for c in COUNTINGS},
-    }
+def _of_first_schema(fields: dict[str, Json]) -> dict[str, Json]:
+    """Schema 1 wrote an empty plan for none and left the embedding out where it was float."""
+    plan = {"embedding": "float", **fields["plan"]} if fields["plan"] else None
+    return {**fields, "plan": plan, "graph": _current_names(fields["graph"])}
+
+
+def _current_names(graph: Mapping[str, str]) -> dict[str, str]:
+    """The facts of a graph under today's names: nxm-onnx/1 called precision overrides islands."""
+    return {"precision_overrides" if key == "islands" else key: text for key, text in graph.items()}
 
 
 def cpu_device() -> dict[str, str]:
@@ -203,8 +235,8 @@ def cpu_device() -> dict[str, str]:
         return device
     lines = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
     flags = set(lines.get("flags", "").split())
-    wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8")
+    features = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8")
     return device | {
         "name": lines.get("model name", "unknown"),
-        "features": " ".join(flag for flag in wanted if flag in flags),
+        "features": " ".join(flag for flag in features if flag in flags),
     }

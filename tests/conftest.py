@@ -108,14 +108,14 @@ def tiny_engine(tmp_path_factory: pytest.TempPathFactory, tiny_graph: Callable[.
     """``tiny_engine(backend, family, placement)``: an engine directory of a trained tiny model, made once; read it only."""
     made: dict[tuple[str, ...], Path] = {}
 
-    from engines.base import CPU_BACKENDS
+    from engines.base import cpu_backends
 
     def make(backend: str = "ort", family: str = "bert", placement: str = "inputs-outputs") -> Path:
         from nxm_export.pipeline.engine_commands import build_engine
 
         key = (backend, family, placement)
         if key not in made:
-            target = "cpu" if backend in CPU_BACKENDS else "trt"
+            target = "cpu" if backend in cpu_backends() else "trt"
             out = tmp_path_factory.mktemp("engine") / "-".join(key)
             build_engine(tiny_graph(family, placement, target) / "model.onnx", out, backend)
             made[key] = out

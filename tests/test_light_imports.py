@@ -25,7 +25,7 @@ import importlib, sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
-        if top not in sys.stdlib_module_names and top not in ("numpy", "msgspec", "nxm_export", "engines", "sitecustomize"):
+        if top not in sys.stdlib_module_names and top not in ("numpy", "msgspec", "nxm_export", "compressors", "engines", "sitecustomize"):
             raise ImportError("this host has numpy and msgspec only, and something imports " + name)
 sys.meta_path.insert(0, Refuse())
 for module in {LIGHT!r}:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nxm_export.contract.checkpoint import TABLE_QMAX
+from nxm_export.contract.checkpoint import EMBEDDING_QMAX
 
 
 def row_codes(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,8 +21,10 @@ def row_codes(rows: Tensor) -> tuple[Tensor, Tensor]:
     """
     smallest = torch.finfo(torch.float32).smallest_normal
     rows = rows.float()
-    scales = rows.abs().amax(dim=-1, keepdim=True).div_(TABLE_QMAX).clamp_(min=smallest)
-    return torch.div(rows, scales).round_().clamp_(-TABLE_QMAX, TABLE_QMAX).add_(0.0), scales  # + 0.0: no code is -0.0
+    scales = rows.abs().amax(dim=-1, keepdim=True).div_(EMBEDDING_QMAX).clamp_(min=smallest)
+    return torch.div(rows, scales).round_().clamp_(-EMBEDDING_QMAX, EMBEDDING_QMAX).add_(
+        0.0
+    ), scales  # + 0.0: no code is -0.0
 
 
 class _Rounded(torch.autograd.Function):

@@ -257,8 +257,8 @@ def prepare(model: nn.Module, plan: CompressionPlan, family: Family, config: Map
         if plan.residual == "int8":
             _quantize_residuals(model, block, family, first, layers.get(f"{family.linear(block, 'ffn_up')}.weight"))
     if plan.embedding == "int8":
-        path = family.table.removesuffix(".weight")
-        _replace(model, path, QuantEmbedding(model.get_submodule(path), family.table))  # type: ignore[arg-type]
+        path = family.word_embedding.removesuffix(".weight")
+        _replace(model, path, QuantEmbedding(model.get_submodule(path), family.word_embedding))  # type: ignore[arg-type]
     device = next(model.parameters()).device
     model.to(device)
     if plan.attention == "int8":

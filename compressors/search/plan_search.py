@@ -21,11 +21,12 @@ from torch import nn
 
 from compressors import distributed
 from compressors.models import Source, load_model, load_tokenizer, resolve
+from compressors.process import prepare_process
 from compressors.quantization.fake_quant import prepare
 from compressors.search.selection import Selection, Selector, Trial, write_trials
 from compressors.search.sensitivity import Batches, Entry, Probe, divergence, real_logits, write_table
 from compressors.search.settings import SearchSettings
-from compressors.settings import Settings, prepare_process
+from compressors.settings import Settings
 from compressors.training.default_recipe import training_of
 from compressors.training.phases import Job, freeze_embeddings, steps_of
 from compressors.training.resume import claim, request_hash
@@ -61,7 +62,7 @@ def search(
     work resumes from `work_dir` where model, data and settings are the same. Returns what ``search.json`` holds.
     """
     began = time.monotonic()
-    prepare_process(training)
+    prepare_process(training.threads)
     source, kind = resolve(model), task_named(task)
     if not source.head_fits(kind):
         raise DataError(f"{model} has no {task} head; fine-tune it first (`nxm run` and `nxm compress` do)")

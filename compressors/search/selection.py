@@ -34,7 +34,7 @@ from nxm_export.data.metrics import metric_named
 from nxm_export.errors import PlanError
 
 Progress = Callable[[str, int, int], None]
-Choice = tuple[int, ...]  # index into the menu, per weight in model order
+Choice = tuple[int, ...]  # index into the candidate specs, per weight in model order
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class Selector:
         self.calibration, self.held_out = calibration, held_out
         self.shapes = self.family.weights(config)
         self.names = list(self.shapes)
-        self.menu = [WeightSpec.parse(text) for text in dict.fromkeys(settings.menu)]
-        self.options = [[self._placed(name, option) for option in self.menu] for name in self.names]
-        self._require_menu()
+        self.candidate_specs = [WeightSpec.parse(text) for text in dict.fromkeys(settings.candidate_specs)]
+        self.options = [[self._placed(name, option) for option in self.candidate_specs] for name in self.names]
+        self._require_candidate_specs()
         self.costs = [
             [
                 _IMPOSSIBLE if spec is None else spec.stored_bits(self.shapes[name], settings.counting)
@@ -216,7 +216,7 @@ class Selector:
         metric go to the smaller divergence.
         """
         roles = self.ties()["by role"]
-        tied = itertools.product(range(len(self.menu)), repeat=len(roles))
+        tied = itertools.product(range(len(self.candidate_specs)), repeat=len(roles))
         choices = [self._spread(options, roles) for options in tied]
         feasible = [choice for choice in choices if self.fits(choice, self.budget)]
         scored = []
@@ -264,7 +264,7 @@ class Selector:
         specs = {}
         for name, options, option in zip(self.names, self.options, choice, strict=True):
             spec = options[option]
-            assert spec is not None, f"{name} does not allow {self.menu[option]}"
+            assert spec is not None, f"{name} does not allow {self.candidate_specs[option]}"
             specs[name] = spec
         return specs
 
@@ -324,10 +324,12 @@ class Selector:
 
     def _cheapest(self, prices: np.ndarray, groups: list[list[int]], budget: int) -> Choice | None:
         """The choice of least total price (weights, options) within the budget; None where nothing fits it."""
-        costs = [[sum(self.costs[i][o] for i in group) for o in range(len(self.menu))] for group in groups]
+        costs = [[sum(self.costs[i][o] for i in group) for o in range(len(self.candidate_specs))] for group in groups]
         if sum(min(options) for options in costs) > budget:
             return None
-        grouped = [[float(sum(prices[i][o] for i in group)) for o in range(len(self.menu))] for group in groups]
+        grouped = [
+            [float(sum(prices[i][o] for i in group)) for o in range(len(self.candidate_specs))] for group in groups
+        ]
         return self._spread(knapsack.choose(grouped, costs, budget), groups)
 
     def _least_latency(self, groups: list[list[int]], budget: int) -> Choice:
@@ -354,7 +356,7 @@ class Selector:
 
     def _latencies(self) -> np.ndarray:
         """Milliseconds (weights, options) from the table by role and option, for all uses of a weight; zero without a limit."""
-        found = np.zeros((len(self.names), len(self.menu)))
+        found = np.zeros((len(self.names), len(self.candidate_specs)))
         if self.settings.latency_ms is None:
             return found
         for i, name in enumerate(self.names):
@@ -366,7 +368,7 @@ class Selector:
                     found[i, o] = float(self.settings.latencies[role][str(spec)]) * self.probe.uses[name]
                 except (KeyError, TypeError, ValueError) as error:
                     raise PlanError(
-                        f"the latency table has no number for {role} under {spec}; measure it, or drop the option from the menu"
+                        f"the latency table has no number for {role} under {spec}; measure it, or drop it from the candidate specs"
                     ) from error
                 if not 0 <= found[i, o] < np.inf:
                     raise PlanError(
@@ -401,7 +403,7 @@ class Selector:
         return tuple(spread)
 
     def _placed(self, name: str, option: WeightSpec) -> WeightSpec | None:
-        """What a menu option means for a weight, with the quantizers of the placement; None where it is not allowed."""
+        """What a candidate spec means for a weight, with the quantizers of the placement; None where it is not allowed."""
         if option.pattern and self.shapes[name][1] % option.pattern.m:
             return None
         placed = self.family.placed(name, option, self.settings.placement)
@@ -410,20 +412,20 @@ class Selector:
             return None  # INT8 attention needs all three of them quantized
         return placed
 
-    def _require_menu(self) -> None:
+    def _require_candidate_specs(self) -> None:
         for name, options in zip(self.names, self.options, strict=True):
             if not any(options):
                 out, in_ = self.shapes[name]
                 raise PlanError(
-                    f"{name} ({out}x{in_}) allows no option of the menu {', '.join(self.settings.menu)}; add dense, W8 or another "
+                    f"{name} ({out}x{in_}) allows none of the candidate specs {', '.join(self.settings.candidate_specs)}; add dense, W8 or another "
                     "pattern"
                 )
-        for o, option in enumerate(self.menu):
+        for o, option in enumerate(self.candidate_specs):
             if not any(options[o] for options in self.options):
-                raise PlanError(f"no weight of this model allows the menu option {option}; drop it")
+                raise PlanError(f"no weight of this model allows the candidate spec {option}; drop it")
 
     def _budget(self, compression: float | None, bytes_: int | None = None) -> int:
-        """Bits within a compression or a number of bytes; raises `PlanError` with the nearest that the menu reaches."""
+        """Bits within a compression or a number of bytes; raises `PlanError` with the nearest that the candidate specs reach."""
         total = sum(out * in_ for out, in_ in self.shapes.values()) * REFERENCE_BITS
         budget = bytes_ * 8 if bytes_ is not None else math.floor((1 - (compression or 0.0)) * total)
         least = sum(min(options) for options in self.costs)
@@ -431,7 +433,7 @@ class Selector:
             wanted = f"compression {compression}" if bytes_ is None else f"{bytes_} bytes"
             nearest = math.floor((1 - least / total) * 1e4) / 1e4  # rounded down, so that asking for it works
             raise PlanError(
-                f"{wanted} by counting {self.settings.counting} is out of reach of the menu {', '.join(self.settings.menu)}; "
+                f"{wanted} by counting {self.settings.counting} is out of reach of the candidate specs {', '.join(self.settings.candidate_specs)}; "
                 f"the nearest feasible is compression {nearest:.4f} ({-(-least // 8)} bytes)"
             )
         return budget

@@ -342,7 +342,7 @@ def _part_name(rank: str) -> str:
 
 def _measure_block(probe: Probe, batches: Batches, one_shot: OneShot, options: Options, block: int) -> list[Entry]:
     candidates = {
-        (weight, str(option)): one_shot(weight, option) for weight, menu in options.items() for option in menu
+        (weight, str(option)): one_shot(weight, option) for weight, specs in options.items() for option in specs
     }
     totals = dict.fromkeys(candidates, 0.0)
     start = 0 if probe.repeats else block
@@ -362,7 +362,7 @@ def _measure_block(probe: Probe, batches: Batches, one_shot: OneShot, options: O
         if not (math.isfinite(kl) and math.isfinite(fisher)):
             raise DataError(
                 f"{weight} under {option_name}: its sensitivity is {kl if not math.isfinite(kl) else fisher}; the model overflows on "
-                "the calibration samples: leave the option out of the menu, or check the model"
+                "the calibration samples: leave it out of the candidate specs, or check the model"
             )
         entries.append(Entry(weight, option_name, kl, fisher))
     return entries

@@ -1,15 +1,18 @@
-"""What a search is asked: menu, budget, and how many samples it may spend."""
+"""What a search is asked: candidate specs, budget, and how many samples it may spend. Loads no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from compressors.settings import OPTION, Option, options_of
 from nxm_export.contract.families import ROLES
-from nxm_export.contract.plan import COUNTINGS
-from nxm_export.errors import DataError, PlanError
+from nxm_export.contract.plan import COUNTINGS, PLACEMENTS
+from nxm_export.errors import ArtifactError, DataError, PlanError
+from nxm_export.storage.json_files import read_json
 
-DEFAULT_MENU = ("2:4+W4", "W4", "2:4+W8", "W8", "dense")
+DEFAULT_CANDIDATES = ("2:4+W4", "W4", "2:4+W8", "W8", "dense")
 METHODS = ("nxm", "paper")
 MIN_SAMPLES, MAX_SAMPLES = 8, 256  # calibration samples, and as many again to judge
 # Together they make a search cost 9 to 10 % of a compression run: a training sample costs 1.1 to 1.2 forward passes of the search
@@ -32,30 +35,59 @@ class SearchSettings:
     of every plan: the table is no part of what is searched, and the one-shot scores leave it in float.
     """
 
-    menu: tuple[str, ...] = DEFAULT_MENU
-    counting: str = "hw"
-    compression: float | None = 0.875
-    bytes: int | None = None
-    method: str = "nxm"
-    samples: int | None = None
-    held_out: int | None = None
-    swaps: int = 40
-    finalists: int = 4
-    halving: tuple[int, ...] = ()
-    pareto: tuple[float, ...] = ()
+    candidate_specs: tuple[str, ...] = field(
+        default=DEFAULT_CANDIDATES,
+        metadata={OPTION: Option("Options per weight, separated by commas.", flag="--candidates")},
+    )
+    compression: float | None = field(default=0.875, metadata={OPTION: Option("1 - compressed/FP32 of the weights.")})
+    bytes: int | None = field(
+        default=None, metadata={OPTION: Option("Budget in bytes instead of --compression.", least=1)}
+    )
+    counting: str = field(
+        default="hw", metadata={OPTION: Option("How the budget is counted.", flag="--count", choices=tuple(COUNTINGS))}
+    )
+    method: str = field(default="nxm", metadata={OPTION: Option(choices=METHODS)})
+    placement: str = field(default="inputs-outputs", metadata={OPTION: Option(choices=tuple(PLACEMENTS))})
+    embedding: str = field(
+        default="float",
+        metadata={
+            OPTION: Option(
+                "How every plan stores the word-embedding table; no budget counts it.", choices=("float", "int8")
+            )
+        },
+    )
+    samples: int | None = field(
+        default=None,
+        metadata={
+            OPTION: Option(
+                "Calibration samples.  [default: 16 to 256, for a tenth of a compression run's time]", least=1
+            )
+        },
+    )
+    held_out: int | None = field(
+        default=None, metadata={OPTION: Option("Samples of train that judge.  [default: as many]", least=1)}
+    )
+    swaps: int = field(default=40, metadata={OPTION: Option(least=0)})
+    halving: tuple[int, ...] = field(
+        default=(),
+        metadata={OPTION: Option("Optimizer steps of each round of short runs.  [default: none]", metavar="STEPS,...")},
+    )
+    finalists: int = field(default=4, metadata={OPTION: Option(least=1)})
+    pareto: tuple[float, ...] = field(
+        default=(), metadata={OPTION: Option("Further compressions to report from the same table.", metavar="C,...")}
+    )
+    latency_ms: float | None = field(
+        default=None, metadata={OPTION: Option("Limit on the sum of the table's milliseconds.", above=0)}
+    )
+    seed: int = field(default=0, metadata={OPTION: Option(least=0, most=2**32 - 1)})
+    # No options from here on.
     batch_size: int = 8  # so few samples differ too much in length for larger ones: padding would cost a fifth
     percentile: float = 99.99
-    placement: str = "inputs-outputs"
-    embedding: str = "float"
-    seed: int = 0
-    latency_ms: float | None = None
     latencies: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise PlanError(f"unknown search method {self.method!r}; choose one of {', '.join(METHODS)}")
-        if self.counting not in COUNTINGS:
-            raise PlanError(f"unknown counting {self.counting!r}; choose one of {', '.join(COUNTINGS)}")
+        for name, entry in options_of(self):
+            entry.require(name, getattr(self, name))
         if (self.compression is None) == (self.bytes is None):
             raise PlanError("give either a compression or a number of bytes")
         for compression in (*self.pareto, *([] if self.compression is None else [self.compression])):
@@ -75,7 +107,7 @@ class SearchSettings:
 
     def passes(self, blocks: int) -> float:
         """Forward passes per calibration and held-out sample that the search takes, for a model of that many blocks."""
-        quantized = sum(option.strip().lower() != "dense" for option in self.menu)
+        quantized = sum(option.strip().lower() != "dense" for option in self.candidate_specs)
         table = len(ROLES) * quantized * (blocks + 1) / 2 + blocks  # an entry of block b runs the blocks from b on
         joint = MIXES + 2 * 3 + self.swaps
         return table + joint * (1 + len(self.pareto) / 2)
@@ -91,3 +123,12 @@ class SearchSettings:
         count = max(2 * MIN_SAMPLES, count)
         count = min(count, max(MIN_SAMPLES, available // 4))
         return replace(self, samples=self.samples or count, held_out=self.held_out or count)
+
+
+def read_latencies(file: Path) -> dict[str, dict[str, float]]:
+    """Milliseconds by role and option, from the JSON file of a latency table; raises `ArtifactError` for another file."""
+    way_out = "it is JSON, {role: {option: ms}}"
+    table = read_json(file, way_out)
+    if not isinstance(table, dict) or not table or not all(isinstance(row, dict) and row for row in table.values()):
+        raise ArtifactError(f"{file}: not a latency table; {way_out}")
+    return table

@@ -20,9 +20,10 @@ from transformers import set_seed
 
 from compressors import distributed
 from compressors.models import Source, load_model, load_tokenizer, quiet, resolve
+from compressors.process import prepare_process
 from compressors.quantization.embedding import tables
 from compressors.quantization.fake_quant import bake
-from compressors.settings import Settings, prepare_process
+from compressors.settings import Settings
 from compressors.training.phases import Job, freeze_embeddings, save_every, steps_of
 from compressors.training.resume import claim, request_hash
 from compressors.training.task_data import TaskData, read_task_data
@@ -60,7 +61,7 @@ def finetune(
     ``logits``, ``labels`` and, where samples are scored in groups, ``groups`` as safetensors.
     Returns the metrics: name, value, 95 % interval, dev samples, training steps.
     """
-    prepare_process(settings)
+    prepare_process(settings.threads)
     source, kind = resolve(model, revision), task_named(task)
     tokenizer = load_tokenizer(source)
     data = read_task_data(source, kind, train, dev, settings, columns, tokenizer, train_limit)
@@ -131,7 +132,7 @@ def compress(
     from `work_dir`. `outputs` is as in `finetune`. Returns the metrics: compressed and dense values on the same dev samples, with intervals, the final
     residual, mask hash and step counts.
     """
-    prepare_process(settings)
+    prepare_process(settings.threads)
     source, kind = resolve(model), task_named(task)
     if not kind.own_loss and settings.recipe != "one-shot" and (settings.recipe == "paper" or not settings.distill):
         raise DataError(

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compressors.settings import Settings
-from compressors.training.trainer import Losses
+from compressors.settings import Losses, Settings
 from nxm_export.contract.tasks import Task
 
 MEASURED_WIDTH = 384

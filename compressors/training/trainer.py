@@ -29,6 +29,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from compressors.distributed import wait, world_size
 from compressors.pruning.admm import Admm
 from compressors.quantization.fake_quant import quant_linears
+from compressors.settings import PRECISIONS, Losses
 from compressors.training.augmentation import augmented
 from compressors.training.distillation import AGREEMENT, hidden_loss
 from nxm_export.data.examples import NO_LABEL, Features, filled, label_array, pad, sorted_batches
@@ -38,15 +39,6 @@ Progress = Callable[[str, int, int], None]  # (what, done, total)
 LOG_FILE = "train_log.jsonl"
 _PAD_TO = "pad_to"  # of a sample: the length of its whole batch, of which this process may have a part
 COMPLETE = "nxm_complete"  # marks a training checkpoint that was written to its end
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Weights of the loss terms: the task's own, the teacher's logits, the teacher's hidden states."""
-
-    task: float = 1.0
-    logits: float = 0.0
-    hidden: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -235,8 +227,8 @@ def training_arguments(
 
 def wants_bf16(precision: str) -> bool:
     """Whether to train under bfloat16 autocast: as asked (``fp32``, ``bf16``), or where the hardware multiplies it."""
-    if precision not in ("auto", "fp32", "bf16"):
-        raise DataError(f"precision must be auto, fp32 or bf16, got {precision!r}")
+    if precision not in PRECISIONS:
+        raise DataError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if precision != "auto":
         return precision == "bf16"
     if torch.cuda.is_available():

@@ -1,8 +1,8 @@
 """Which CPU backend is the fastest here, for these shapes? Built with each, timed interleaved, and the winner kept.
 
-The candidates are the installed ones of `CPU_BACKENDS`, in that order. The first is the reference; another wins only when it
-is faster beyond noise: when the geometric mean over the shapes of its speed-ups lies above 1, and that of the lower ends
-of their 95 % intervals, too. A shape that is given twice counts twice, so that a mix of shapes can be said.
+The candidates are the installed ones of `cpu_backends()`, in that order. The first is the reference; another wins only
+when it is faster beyond noise: when the geometric mean over the shapes of its speed-ups lies above 1, and that of the
+lower ends of their 95 % intervals, too. A shape that is given twice counts twice, so that a mix of shapes can be said.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.base import CPU_BACKENDS, BuildOptions, Engine, backend, spec_of
+from engines.base import BuildOptions, Engine, LoadOptions, backend, cpu_backends, spec_of
 from engines.benchmark.latency import VOCABULARY, BenchReport, bench, feeds_for
 from nxm_export.errors import EngineError, EngineUnavailable
 
@@ -29,7 +29,8 @@ Measure = Callable[[Mapping[str, Engine], Sequence[tuple[int, int]]], BenchRepor
 
 @dataclass(frozen=True)
 class Row:
-    """A candidate: median milliseconds by shape, and its speed-up over the first as a geometric mean with lower and upper end."""
+    """A candidate: median milliseconds by shape, and its speed-up over the first as a geometric mean with lower and
+    upper end."""
 
     backend: str
     latency_ms: tuple[float, ...]
@@ -55,13 +56,13 @@ class Choice:
 def build_candidates(onnx: Path, work: Path, options: BuildOptions) -> tuple[dict[str, Path], dict[str, str]]:
     """Build `onnx` with every CPU backend into a directory of `work` each; (directories, why others are left out).
 
-    A backend that is missing here is left out, one that refuses the graph, too, with its words; with none left the first
-    one's error is raised.
+    A backend that is missing here is left out, one that refuses the graph, too, with its words; with none left the
+    first one's error is raised.
     """
     built: dict[str, Path] = {}
     left_out: dict[str, str] = {}
     errors = []
-    for name in CPU_BACKENDS:
+    for name in cpu_backends():
         directory = work / name
         directory.mkdir()
         try:
@@ -85,10 +86,11 @@ def choose(
     threads: int | None = None,
     measure: Measure | None = None,
 ) -> Choice:
-    """Time engine directories by `measure` (`engines.benchmark.latency`, unless another is given) and say which to keep.
+    """Time engine directories by `measure` (`engines.benchmark.latency`, unless another is given) and say which to
+    keep.
 
-    Without `shapes` they are `SHAPES`, shortened to what the model takes. An engine whose outputs are not finite is left
-    out. Raises `EngineError` for shapes that the model does not take, and when no engine is left.
+    Without `shapes` they are `SHAPES`, shortened to what the model takes. An engine whose outputs are not finite is
+    left out. Raises `EngineError` for shapes that the model does not take, and when no engine is left.
     """
     spec = spec_of(next(iter(engines.values())))
     wanted = tuple(shapes or dict.fromkeys((b, min(s, spec.max_length) if spec else s) for b, s in SHAPES))
@@ -97,7 +99,7 @@ def choose(
     with ExitStack() as stack:
         loaded: dict[str, Engine] = {}
         for name, directory in engines.items():
-            engine = stack.enter_context(backend(name).load(directory, **({"threads": threads} if threads else {})))
+            engine = stack.enter_context(backend(name).load(directory, LoadOptions(threads)))
             outputs = engine.run(feeds_for(engine, *wanted[0], vocabulary, 0))
             if all(np.isfinite(array).all() for array in outputs.values()):
                 loaded[name] = engine
@@ -135,11 +137,17 @@ def _why(rows: Sequence[Row], best: Row, kept: Row, left_out: Mapping[str, str])
         return f"{kept.backend} is the only candidate ({others})" if others else f"{kept.backend} is the only candidate"
     low, high = best.interval
     if kept is best and best is not rows[0]:
-        return f"{best.backend} is {best.speedup:.2f}x as fast as {rows[0].backend} over these shapes ({low:.2f} to {high:.2f})"
+        return (
+            f"{best.backend} is {best.speedup:.2f}x as fast as {rows[0].backend} over these shapes "
+            f"({low:.2f} to {high:.2f})"
+        )
     runner_up = max(rows[1:], key=lambda row: row.speedup)
     low, high = runner_up.interval
     if high < 1.0:
-        return f"{runner_up.backend} is slower: {runner_up.speedup:.2f}x as fast as {kept.backend} ({low:.2f} to {high:.2f})"
+        return (
+            f"{runner_up.backend} is slower: {runner_up.speedup:.2f}x as fast as {kept.backend} "
+            f"({low:.2f} to {high:.2f})"
+        )
     return (
         f"a tie: {runner_up.backend} is {runner_up.speedup:.2f}x as fast as {kept.backend} ({low:.2f} to {high:.2f}), "
         f"which is within noise, and {kept.backend} comes first"

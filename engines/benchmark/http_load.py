@@ -1,9 +1,9 @@
 """Load on inference servers: how many requests a second, how fast, how many errors, at a given number of clients.
 
-Every client is a thread with one connection that sends the next request when it has the answer (a closed loop). Requests
-are made before the clock starts, and the answer's head is all that is parsed, so little of the machine goes to the
-clients. Several servers are measured in one go, in rounds whose order rotates: on a noisy machine, only that compares
-them. Any server of the Open Inference Protocol will do: ours, Triton, KServe.
+Every client is a thread with one connection that sends the next request when it has the answer (a closed loop).
+Requests are made before the clock starts, and the answer's head is all that is parsed, so little of the machine goes to
+the clients. Several servers are measured in one go, in rounds whose order rotates: on a noisy machine, only that
+compares them. Any server of the Open Inference Protocol will do: ours, Triton, KServe.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Target:
 
 @dataclass(frozen=True)
 class LoadResult:
-    """One server at one number of clients: medians over the rounds. Latencies are in milliseconds, of answered requests."""
+    """One server at one number of clients: medians over the rounds. Latencies are in milliseconds, of answered
+    requests."""
 
     name: str
     clients: int
@@ -107,7 +108,8 @@ def text_target(name: str, url: str, model: str, texts: Sequence[str | tuple[str
 def measure(
     targets: Sequence[Target], clients: Sequence[int], *, seconds: float, rounds: int = 3, warm_up: float = 1.0
 ) -> LoadReport:
-    """Load every target for `seconds` a round at every number of clients; raises `ServeError` when one does not answer."""
+    """Load every target for `seconds` a round at every number of clients; raises `ServeError` when one does not
+    answer."""
     if not targets or not clients or rounds < 1:
         raise ServeError("a load test needs at least one server, one number of clients and one round")
     for target in targets:

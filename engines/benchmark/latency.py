@@ -1,10 +1,10 @@
 """Latency of engines against each other, interleaved in one run: the only comparison that a noisy machine allows.
 
-Shape by shape, every round times every engine once, in an order that rotates, so that slow spells hit all of them alike; on
-the CPU each timed run follows an untimed one, so that no other runtime's threads are still spinning.
-Medians are reported with the interval of the middle half, and ratios are medians of paired ratios with a bootstrap
-interval. GPU engines are timed by CUDA events around the engine alone, with the inputs on the device; CPU engines by the
-wall clock. The report names the clock, and two clocks are never compared.
+Shape by shape, every round times every engine once, in an order that rotates, so that slow spells hit all of them
+alike; on the CPU each timed run follows an untimed one, so that no other runtime's threads are still spinning. Medians
+are reported with the interval of the middle half, and ratios are medians of paired ratios with a bootstrap interval.
+GPU engines are timed by CUDA events around the engine alone, with the inputs on the device; CPU engines by the wall
+clock. The report names the clock, and two clocks are never compared.
 
 With the twins of `nxm build --twins` among the engines the report ends in a verdict: from which batch x sequence on 2:4
 pays on this GPU, if it does.
@@ -107,8 +107,9 @@ def bench(
 def sparse_verdict(report: BenchReport, sparse: str, dense: str, sparse_share: float | None, gpu: str) -> str:
     """What the timings say about 2:4 on this GPU: `sparse` and `dense` are the names of the INT8 twins.
 
-    2:4 pays at a shape when the 95 % interval of its speed-up over the dense twin lies above 1. It pays from N tokens on
-    when it does at every measured shape of at least N tokens. Without a proven sparse kernel nothing is ascribed to 2:4.
+    2:4 pays at a shape when the 95 % interval of its speed-up over the dense twin lies above 1. It pays from N tokens
+    on when it does at every measured shape of at least N tokens. Without a proven sparse kernel nothing is ascribed to
+    2:4.
     """
     ratios = [ratio for ratio in report.ratios if ratio.name == sparse and ratio.reference == dense]
     if not ratios:
@@ -121,7 +122,10 @@ def sparse_verdict(report: BenchReport, sparse: str, dense: str, sparse_share: f
     best = max(by_tokens, key=lambda ratio: ratio.speedup)
     if not losing:
         first = by_tokens[0]
-        return f"2:4 pays from batch x sequence >= {first.batch * first.sequence} on {gpu}, the smallest shape measured; best {_at(best)}"
+        return (
+            f"2:4 pays from batch x sequence >= {first.batch * first.sequence} on {gpu}, the smallest "
+            f"shape measured; best {_at(best)}"
+        )
     beyond = [ratio for ratio in by_tokens if ratio.batch * ratio.sequence > max(r.batch * r.sequence for r in losing)]
     if not beyond:
         return f"do not use 2:4 here: on {gpu} it does not pay at the largest shapes; best {_at(best)}"
@@ -151,8 +155,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Milliseconds of every timer in every round, after a warm-up; the order within a round rotates.
 
-    With `settle` every timed run follows untimed ones of the same engine for `SETTLE_S`: the threads of a CPU runtime spin for
-    a while after a run, on the cores of whoever comes next, and an engine is not to be timed by its neighbour.
+    With `settle` every timed run follows untimed ones of the same engine for `SETTLE_S`: the threads of a CPU runtime
+    spin for a while after a run, on the cores of whoever comes next, and an engine is not to be timed by its neighbour.
     """
     for timer in timers.values():
         for _ in range(WARMUP):

@@ -1,7 +1,7 @@
 """Sentences a second over real text: tokenisation, batching, padding and the engine, timed apart and together.
 
-A fixed shape says little about text of mixed lengths, because what is padded is computed, too. Three ways to make batches
-of the same sentences (`ORDERS`):
+A fixed shape says little about text of mixed lengths, because what is padded is computed, too. Three ways to make
+batches of the same sentences (`ORDERS`):
 
 * ``arrival``: in the order of the file, each batch padded to its own longest sentence,
 * ``bucketed``: sorted by length first, so that a batch holds sentences of about one length,
@@ -32,9 +32,9 @@ BATCH, ROUNDS = 32, 7
 
 @dataclass(frozen=True)
 class TextTiming:
-    """One engine with one order. `padding` is the share of computed tokens that are padding; rates are sentences a second,
-    with tokenisation and without, medians with the middle half; `speedup` is against ``arrival`` of the same engine, with
-    its 95 % interval (None for ``arrival`` itself)."""
+    """One engine with one order. `padding` is the share of computed tokens that are padding; rates are sentences a
+    second, with tokenisation and without, medians with the middle half; `speedup` is against ``arrival`` of the same
+    engine, with its 95 % interval (None for ``arrival`` itself)."""
 
     name: str
     order: str
@@ -48,10 +48,11 @@ class TextTiming:
 
 @dataclass(frozen=True)
 class TextReport:
-    """All timings; `tokens` are the mean and the longest sentence, `tokenised_per_second` is the tokenizer's rate alone.
+    """All timings; `tokens` are the mean and the longest sentence, `tokenised_per_second` is the tokenizer's rate
+    alone.
 
-    `seconds` are those of every round, tokenisation included, by engine and order (``ort bucketed``) and by what else took
-    part: ratios of any two are to be paired by round.
+    `seconds` are those of every round, tokenisation included, by engine and order (``ort bucketed``) and by what else
+    took part: ratios of any two are to be paired by round.
     """
 
     sentences: int
@@ -110,8 +111,8 @@ def bench_text(
 ) -> TextReport:
     """Time `engines` over the sentences that `tokenise` makes features of (at most `limit` tokens each).
 
-    `others` are timed between them, once a round: each does the same work by other means, from text to answers, and returns
-    the seconds that it took. Raises `EngineError` for no engines, sentences or rounds.
+    `others` are timed between them, once a round: each does the same work by other means, from text to answers, and
+    returns the seconds that it took. Raises `EngineError` for no engines, sentences or rounds.
     """
     features = tokenise()
     if not engines or not features or rounds < 1 or batch < 1:

@@ -14,23 +14,30 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from engines.base import (
+    BackendCapabilities,
     Binding,
     BuildOptions,
     Closing,
+    LoadOptions,
     copy_companions,
     require_feeds,
     require_within,
     spec_of,
 )
-from engines.passport import EnginePassport, cpu_device, load_passport
+from engines.passport import Bindings, BuildFacts, EnginePassport, cpu_device, load_passport
 from nxm_export.errors import EngineError, EngineUnavailable
+from nxm_export.storage.json_files import Json
+
+if TYPE_CHECKING:
+    from engines.openvino.api import CompiledModel, Port, Request, RuntimeInfo
 
 NAME = "openvino"
+CAPABILITIES = BackendCapabilities("cpu", threads=True, runs_onnx=True)
 ENGINE_FILE = "model.onnx"
 PRECISION = "f32"
 _PRODUCTS = ("FullyConnected", "MatMul")
@@ -38,12 +45,37 @@ _INTEGERS = ("i8", "u8")
 
 
 @dataclass(frozen=True)
-class Product:
+class MatrixProduct:
     """A matrix product as it ran: the graph's name of it, the precision that its kernel computed in, the kernel."""
 
     name: str
     precision: str
     kernel: str
+
+
+@dataclass(frozen=True)
+class OpenVinoFacts:
+    """Every matrix product with the precision that it runs in here, and all layers by type and precision."""
+
+    backend: str
+    integer_products: int
+    products: tuple[MatrixProduct, ...]
+    operators: Mapping[str, int]
+    task: str | None
+
+    def to_dict(self) -> dict[str, Json]:
+        """The form of ``--json``."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer of an execution graph, in OpenVINO's words; `names` are the original ones, joined by commas."""
+
+    kind: str
+    precision: str
+    kernel: str
+    names: str
 
 
 def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -> EnginePassport:
@@ -52,7 +84,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     The passport's options say which planned products run on integers here and which do not. Raises `EngineError`,
     `EngineUnavailable`, and `ArtifactError` for a file that is no ONNX graph.
     """
-    _runtime()
+    _require_runtime()
     from nxm_export.graph.graph_weights import load_graph
     from nxm_export.graph.verifier import embedded_plan
 
@@ -66,10 +98,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     plan = embedded_plan(model, str(onnx))
     planned = [name for name, spec in plan.weights.items() if spec.weight_bits] if plan else []
     integer, in_float = _split(planned, products(compiled))
-    return EnginePassport.issue(
-        NAME,
-        out / ENGINE_FILE,
-        onnx,
+    facts = BuildFacts(
         device=cpu_device(),
         requires={},  # ONNX files run on any machine and version
         options={
@@ -80,18 +109,18 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
             "float_products": in_float,
         },
         graph=model.metadata_props,
-        bindings={
-            "inputs": [asdict(_binding(port)) for port in compiled.inputs],
-            "outputs": [asdict(_binding(port)) for port in compiled.outputs],
-        },
+        bindings=Bindings(
+            tuple(_binding(port) for port in compiled.inputs), tuple(_binding(port) for port in compiled.outputs)
+        ),
     )
+    return EnginePassport.issue(NAME, out / ENGINE_FILE, onnx, facts)
 
 
-def load(directory: str | Path, *, threads: int | None = None) -> OpenVinoEngine:
-    """Load an engine directory; `threads` overrides what it was built with (None there means all cores of this process)."""
+def load(directory: str | Path, options: LoadOptions = LoadOptions()) -> OpenVinoEngine:
+    """Load an engine directory; without a number of threads anywhere all cores of this process work."""
     directory = Path(directory)
     passport = load_passport(directory)
-    return OpenVinoEngine(directory, passport.read_engine(directory, {}), threads or passport.options.get("threads"))
+    return OpenVinoEngine(directory, passport.read_engine(directory, {}), options.threads or passport.threads)
 
 
 class OpenVinoEngine(Closing):
@@ -103,21 +132,20 @@ class OpenVinoEngine(Closing):
         compiled = _compile(directory / ENGINE_FILE, model, threads)
         self.inputs = tuple(_name(port) for port in compiled.inputs)
         self.outputs = tuple(_name(port) for port in compiled.outputs)
-        self._request: Any = compiled.create_infer_request()
+        self._request: Request | None = compiled.create_infer_request()
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name."""
-        if self._request is None:
+        request = self._request
+        if request is None:
             raise EngineError(f"{self.directory}: this engine was closed")
         require_feeds(self, feeds)
         require_within(self._spec, feeds)
         contiguous = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
         try:
-            self._request.infer(contiguous, share_inputs=True)
-            return {
-                name: np.array(
-                    self._request.get_output_tensor(index).data, np.float32
-                )  # a copy: the next run writes there
+            request.infer(contiguous, share_inputs=True)
+            return {  # copies: the next run writes there
+                name: np.array(request.get_output_tensor(index).data, np.float32)
                 for index, name in enumerate(self.outputs)
             }
         except RuntimeError as error:
@@ -128,65 +156,64 @@ class OpenVinoEngine(Closing):
         self._request = None
 
 
-def inspect(directory: str | Path) -> dict[str, Any]:
+def inspect(directory: str | Path) -> OpenVinoFacts:
     """Facts of an engine directory: every matrix product with the precision it runs in here, and all layers by type."""
     directory = Path(directory)
     passport, spec = load_passport(directory), spec_of(directory)
-    compiled = _compile(directory / ENGINE_FILE, passport.read_engine(directory, {}), passport.options.get("threads"))
-    found = products(compiled)
+    compiled = _compile(directory / ENGINE_FILE, passport.read_engine(directory, {}), passport.threads)
+    multiplied = tuple(products(compiled))
     counts: dict[str, int] = {}
     for layer in _layers(compiled):
-        key = f"{layer['layerType']} {layer['runtimePrecision']}"
+        key = f"{layer.kind} {layer.precision}"
         counts[key] = counts.get(key, 0) + 1
-    return {
-        "backend": NAME,
-        "integer_products": sum(product.precision in _INTEGERS for product in found),
-        "products": [asdict(product) for product in found],
-        "operators": dict(sorted(counts.items())),
-        "task": spec.task if spec else None,
-    }
+    integer = sum(product.precision in _INTEGERS for product in multiplied)
+    return OpenVinoFacts(NAME, integer, multiplied, dict(sorted(counts.items())), spec.task if spec else None)
 
 
-def products(compiled: Any) -> list[Product]:
+def products(compiled: CompiledModel) -> list[MatrixProduct]:
     """The matrix products of a compiled model as its execution graph has them, after a run where one can be made up."""
     inputs = [port.get_partial_shape() for port in compiled.inputs]
     if all(len(shape) == 2 for shape in inputs):  # kernels for free shapes are chosen at the first run
         ones = {_name(port): np.ones((1, 8), port.get_element_type().to_dtype()) for port in compiled.inputs}
         compiled.create_infer_request().infer(ones)
     return [
-        Product(layer["originalLayersNames"].partition(",")[0], layer["runtimePrecision"], layer["primitiveType"])
+        MatrixProduct(layer.names.partition(",")[0], layer.precision, layer.kernel)
         for layer in _layers(compiled)
-        if layer["layerType"] in _PRODUCTS
+        if layer.kind in _PRODUCTS
     ]
 
 
-def _layers(compiled: Any) -> list[dict[str, str]]:
-    """Type, precision, kernel and original names of every layer of the execution graph."""
-    wanted = ("layerType", "runtimePrecision", "primitiveType", "originalLayersNames")
-    found = []
-    for layer in compiled.get_runtime_model().get_ordered_ops():
-        facts = layer.get_rt_info()
-        values = {key: facts[key] if key in facts else "" for key in wanted}  # noqa: SIM401 (this map has no get)
-        found.append({key: str(getattr(value, "value", value)) for key, value in values.items()})
-    return found
+def _layers(compiled: CompiledModel) -> list[_Layer]:
+    """Every layer of the execution graph."""
+    layers = []
+    for operation in compiled.get_runtime_model().get_ordered_ops():
+        facts = operation.get_rt_info()
+
+        def text(key: str, facts: RuntimeInfo = facts) -> str:
+            value = facts[key] if key in facts else ""  # noqa: SIM401 (this map has no get)
+            return str(getattr(value, "value", value))
+
+        layers.append(
+            _Layer(text("layerType"), text("runtimePrecision"), text("primitiveType"), text("originalLayersNames"))
+        )
+    return layers
 
 
-def _split(planned: list[str], found: list[Product]) -> tuple[list[str], list[str]]:
+def _split(planned: list[str], multiplied: list[MatrixProduct]) -> tuple[list[str], list[str]]:
     """(planned weights whose products run on integers, those that do not or are not to be found)."""
-    integer = {product.name.partition("/")[0] for product in found if product.precision in _INTEGERS}
+    integer = {product.name.partition("/")[0] for product in multiplied if product.precision in _INTEGERS}
     names = {name: name.removesuffix(".weight") in integer for name in planned}
     return [name for name, runs in names.items() if runs], [name for name, runs in names.items() if not runs]
 
 
-def _runtime() -> Any:
+def _require_runtime() -> None:
     try:
-        import openvino
+        import openvino  # noqa: F401
     except ImportError as error:
         raise EngineUnavailable("OpenVINO is not installed; pip install 'nxm-export[openvino]'") from error
-    return openvino
 
 
-def settings(threads: int | None) -> dict[str, Any]:
+def settings(threads: int | None) -> dict[str, str | int | bool]:
     """What every model is compiled with; None is all cores of this process."""
     return {
         "INFERENCE_PRECISION_HINT": PRECISION,
@@ -197,19 +224,23 @@ def settings(threads: int | None) -> dict[str, Any]:
     }
 
 
-def _compile(file: Path, model: bytes, threads: int | None) -> Any:
-    core = _runtime().Core()
+def _compile(file: Path, model: bytes, threads: int | None) -> CompiledModel:
+    _require_runtime()
+    import openvino
+
+    core = openvino.Core()
     try:
-        return core.compile_model(core.read_model(model, b""), "CPU", settings(threads))
+        compiled: CompiledModel = core.compile_model(core.read_model(model, b""), "CPU", settings(threads))
     except RuntimeError as error:
         raise EngineError(f"{file}: OpenVINO cannot load it: {error}") from error
+    return compiled
 
 
-def _name(port: Any) -> str:
+def _name(port: Port) -> str:
     return str(port.get_any_name())
 
 
-def _binding(port: Any) -> Binding:
+def _binding(port: Port) -> Binding:
     """A model's input or output; sizes that are not fixed are free."""
     shape = tuple(size.get_length() if size.is_static else -1 for size in port.get_partial_shape())
     return Binding(_name(port), np.dtype(port.get_element_type().to_dtype()).name, shape)

@@ -11,30 +11,70 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from engines.base import (
+    BackendCapabilities,
     Binding,
     BuildOptions,
     Closing,
+    LoadOptions,
     copy_companions,
     require_feeds,
     require_within,
     spec_of,
 )
 from engines.ort.graph_rewrites import fused_attention, integer_products
-from engines.passport import EnginePassport, cpu_device, load_passport
+from engines.passport import Bindings, BuildFacts, EnginePassport, cpu_device, load_passport
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
+from nxm_export.storage.json_files import Json
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 NAME = "ort"
+CAPABILITIES = BackendCapabilities("cpu", threads=True, runs_onnx=True)
 ENGINE_FILE = "model.onnx"
 # ONNX Runtime 1.32 on x86-64: SkipLayerNormalization takes three times as long as the Add and the LayerNormalization that
 # it replaces, and BiasGelu twice as long as Add and Gelu.
 SLOW_FUSIONS = ("SkipLayerNormFusion", "BiasGeluFusion")
+_INTEGER_PRODUCTS = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulInteger")
+
+
+class _SessionValue(Protocol):
+    """An input or output of a session (``onnxruntime.NodeArg``): type as ``tensor(int64)``, sizes or their names."""
+
+    name: str
+    type: str
+    shape: Sequence[int | str | None]
+
+
+class _Session(Protocol):
+    """What is used of ``onnxruntime.InferenceSession``."""
+
+    def get_inputs(self) -> Sequence[_SessionValue]: ...
+
+    def get_outputs(self) -> Sequence[_SessionValue]: ...
+
+    def run(self, names: None, feeds: dict[str, np.ndarray]) -> Sequence[np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class OrtFacts:
+    """The operators that ONNX Runtime makes of a graph, by type, and how many of them multiply integers."""
+
+    backend: str
+    integer_products: int
+    operators: Mapping[str, int]
+    task: str | None
+
+    def to_dict(self) -> dict[str, Json]:
+        """The form of ``--json``."""
+        return asdict(self)
 
 
 def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -> EnginePassport:
@@ -42,7 +82,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
 
     Raises `EngineError`, `EngineUnavailable`, and `ArtifactError` for a file that is no ONNX graph.
     """
-    _runtime()
+    _require_runtime()
     from nxm_export.graph.graph_weights import load_graph, save_graph
 
     onnx = Path(onnx)
@@ -56,43 +96,41 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     if (out / f"{ENGINE_FILE}.data").exists():
         raise EngineError(f"{onnx}: more than 2 GB do not fit into one ONNX file, which an engine directory has to be")
     copy_companions(onnx.parent, out)
-    session = _session(
-        out / ENGINE_FILE, options.threads, SLOW_FUSIONS
-    )  # refuses here what it would refuse on every start
-    return EnginePassport.issue(
-        NAME,
-        out / ENGINE_FILE,
-        onnx,
+    # What it would refuse on every start, it refuses here.
+    session = _session(out / ENGINE_FILE, options.threads, SLOW_FUSIONS)
+    facts = BuildFacts(
         device=cpu_device(),
         requires={},  # ONNX files run on any machine and version
         options={"threads": options.threads, **rewrites, "disabled_optimizers": list(SLOW_FUSIONS)},
         graph=model.metadata_props,
-        bindings={
-            "inputs": [asdict(_binding(value)) for value in session.get_inputs()],
-            "outputs": [asdict(_binding(value)) for value in session.get_outputs()],
-        },
+        bindings=Bindings(
+            tuple(_binding(value) for value in session.get_inputs()),
+            tuple(_binding(value) for value in session.get_outputs()),
+        ),
     )
+    return EnginePassport.issue(NAME, out / ENGINE_FILE, onnx, facts)
 
 
-def load(directory: str | Path, *, threads: int | None = None) -> OrtEngine:
-    """Load an engine directory; `threads` overrides what it was built with (None there means all cores of this process)."""
+def load(directory: str | Path, options: LoadOptions = LoadOptions()) -> OrtEngine:
+    """Load an engine directory; without a number of threads anywhere all cores of this process work."""
     directory = Path(directory)
     passport = load_passport(directory)
-    return OrtEngine(directory, passport.read_engine(directory, {}), passport.options, threads=threads)
+    return OrtEngine(directory, passport.read_engine(directory, {}), passport, options)
 
 
 class OrtEngine(Closing):
     """A session on an engine directory. See `engines.base.Engine`."""
 
     def __init__(
-        self, directory: Path, model: bytes, options: Mapping[str, Any], *, threads: int | None = None
+        self, directory: Path, model: bytes, passport: EnginePassport, options: LoadOptions = LoadOptions()
     ) -> None:
         self.directory = directory
         self._spec = spec_of(directory)
-        threads, without = threads or options.get("threads"), options.get("disabled_optimizers", ())
-        self._session: Any = _session(directory / ENGINE_FILE, threads, without, model=model)
-        self.inputs = tuple(value.name for value in self._session.get_inputs())
-        self.outputs = tuple(value.name for value in self._session.get_outputs())
+        threads = options.threads or passport.threads
+        session = _session(directory / ENGINE_FILE, threads, _left_out(passport), model=model)
+        self._session: _Session | None = session
+        self.inputs = tuple(value.name for value in session.get_inputs())
+        self.outputs = tuple(value.name for value in session.get_outputs())
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name."""
@@ -111,26 +149,18 @@ class OrtEngine(Closing):
         self._session = None
 
 
-def inspect(directory: str | Path) -> dict[str, Any]:
+def inspect(directory: str | Path) -> OrtFacts:
     """Facts of an engine directory: the fused operators that ONNX Runtime makes of the graph, by type."""
     directory = Path(directory)
     passport, spec = load_passport(directory), spec_of(directory)
     passport.require_here(directory, {})
-    counts = operators(directory / ENGINE_FILE, passport.options)
-    integer = sum(
-        counts.get(op, 0)
-        for op in ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulInteger")
-    )
-    return {
-        "backend": NAME,
-        "integer_products": integer,
-        "operators": dict(sorted(counts.items())),
-        "task": spec.task if spec else None,
-    }
+    counts = operators(directory / ENGINE_FILE, passport)
+    integer = sum(counts.get(operator, 0) for operator in _INTEGER_PRODUCTS)
+    return OrtFacts(NAME, integer, dict(sorted(counts.items())), spec.task if spec else None)
 
 
-def operators(file: Path, options: Mapping[str, Any]) -> dict[str, int]:
-    """How many operators of each type ONNX Runtime runs for an ONNX file, loaded with a passport's `options`."""
+def operators(file: Path, passport: EnginePassport) -> dict[str, int]:
+    """How many operators of each type ONNX Runtime runs for an ONNX file, loaded as an engine of `passport`."""
     import tempfile
 
     from nxm_export.graph.graph_weights import load_graph
@@ -138,13 +168,18 @@ def operators(file: Path, options: Mapping[str, Any]) -> dict[str, int]:
     counts: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as scratch:
         optimized = Path(scratch) / "optimized.onnx"
-        _session(file, options.get("threads"), options.get("disabled_optimizers", ()), optimized=optimized)
+        _session(file, passport.threads, _left_out(passport), optimized=optimized)
         for node in load_graph(optimized).graph:
             counts[node.op_type] = counts.get(node.op_type, 0) + 1
     return counts
 
 
-def unsigned_activations(model: Any) -> int:
+def _left_out(passport: EnginePassport) -> list[str]:
+    """The optimizers that an engine is loaded without, by its passport."""
+    return [str(name) for name in passport.options.get("disabled_optimizers", ())]
+
+
+def unsigned_activations(model: ir.Model) -> int:
     """Rewrite every INT8 activation pair with zero point 0 to UINT8 with zero point 128, in place; returns the pairs.
 
     Exact: codes move by 128 and so does the zero point. Pairs on weights stay signed, and so do codes that anything but a
@@ -156,7 +191,7 @@ def unsigned_activations(model: Any) -> int:
     zero = ir.Value(name=tensor.name, const_value=tensor, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape([]))
     count = 0
     for node in model.graph.all_nodes():
-        if node.op_type != "QuantizeLinear" or node.inputs[0].const_value is not None:
+        if node.op_type != "QuantizeLinear" or node.inputs[0] is None or node.inputs[0].const_value is not None:
             continue
         codes, readers = node.outputs[0], node.outputs[0].consumers()
         if codes.is_graph_output() or any(user.op_type != "DequantizeLinear" for user in readers):
@@ -173,7 +208,7 @@ def unsigned_activations(model: Any) -> int:
     return count
 
 
-def _is_signed_zero(node: Any) -> bool:
+def _is_signed_zero(node: ir.Node) -> bool:
     """True when a QuantizeLinear or DequantizeLinear states one zero point, INT8 and 0."""
     import onnx_ir as ir
 
@@ -181,15 +216,14 @@ def _is_signed_zero(node: Any) -> bool:
     return zero is not None and zero.dtype == ir.DataType.INT8 and zero.size == 1 and not np.any(zero.numpy())
 
 
-def _runtime() -> Any:
+def _require_runtime() -> None:
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
     except ImportError as error:
         raise EngineUnavailable("ONNX Runtime is not installed; pip install 'nxm-export[ort]'") from error
-    return onnxruntime
 
 
-def _binding(value: Any) -> Binding:
+def _binding(value: _SessionValue) -> Binding:
     """A session's input or output; sizes with a name are free."""
     element = value.type.removeprefix("tensor(").removesuffix(")")
     shape = tuple(size if isinstance(size, int) else -1 for size in value.shape)
@@ -203,9 +237,11 @@ def _session(
     *,
     optimized: Path | None = None,
     model: bytes | None = None,
-) -> Any:
+) -> _Session:
     """A session on `file`, or on the bytes `model` that were read from it, without the optimizers that are named."""
-    runtime = _runtime()
+    _require_runtime()
+    import onnxruntime as runtime
+
     if not file.is_file():
         raise ArtifactError(f"{file}: no such engine")
     options = runtime.SessionOptions()
@@ -215,8 +251,9 @@ def _session(
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     try:
-        return runtime.InferenceSession(
+        session: _Session = runtime.InferenceSession(
             model or str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(without)
         )
     except Exception as error:  # onnxruntime raises its own types, which are no stable API
         raise EngineError(f"{file}: ONNX Runtime cannot load it: {error}") from error
+    return session

@@ -5,44 +5,45 @@ What cannot be compared is refused by name here, so that a number is never about
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from engines.passport import EnginePassport, plan_summary
+from engines.passport import EnginePassport, PlanSummary
 from nxm_export.contract.checkpoint import PLAN_FILE, open_checkpoint, read_config, weights_hash
 from nxm_export.contract.families import family_of
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.placement import at_placement
+from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.tasks import TASKS, labels_of
 from nxm_export.errors import ArtifactError
 
 
-def plan_of(checkpoint: Path, directory: Path, passport: EnginePassport) -> Any:
-    """The checkpoint's plan as the engine's graph holds it, None for dense ones; `ArtifactError` where they do not belong together."""
+def plan_of(checkpoint: Path, directory: Path, passport: EnginePassport) -> CompressionPlan | None:
+    """The checkpoint's plan as the engine's graph holds it, None for dense ones; `ArtifactError` where they do not
+    belong together."""
     compressed = (checkpoint / PLAN_FILE).is_file()
     if "placement" not in passport.graph:
         raise ArtifactError(
             f"{directory} was built from a graph that nxm-export did not make; it has no checkpoint to equal"
         )
-    if compressed != bool(passport.plan):
+    if compressed != (passport.plan is not None):
         kinds = {True: "a compressed model", False: "a dense model"}
         raise ArtifactError(
-            f"{directory} was built from {kinds[bool(passport.plan)]}, and {checkpoint} is {kinds[compressed]}; give the one it was exported from"
+            f"{directory} was built from {kinds[not compressed]}, and {checkpoint} is {kinds[compressed]}; "
+            "give the one it was exported from"
         )
-    if not compressed:
+    if passport.plan is None:
         return None
     whole = open_checkpoint(checkpoint).plan
-    stored = passport.plan.get(
-        "embedding", "float"
-    )  # a graph may hold the embedding table in float where the plan says INT8
-    plan = replace(
-        at_placement(whole, passport.graph["placement"]), embedding=stored if whole.embedding == "int8" else "float"
-    )
-    if plan_summary(plan) != passport.plan:
+    # A graph may hold the embedding table in float where the plan says INT8.
+    embedding = passport.plan.embedding if whole.embedding == "int8" else "float"
+    plan = replace(at_placement(whole, passport.graph["placement"]), embedding=embedding)
+    if PlanSummary.of(plan) != passport.plan:
         raise ArtifactError(
-            f"{directory} was built for the plan {passport.plan.get('options')}, and {checkpoint} has {plan.pattern_counts}; give the one it was exported from"
+            f"{directory} was built for the plan {passport.plan.options}, and {checkpoint} "
+            f"has {plan.pattern_counts}; "
+            "give the one it was exported from"
         )
     return plan
 
@@ -56,17 +57,20 @@ def require_from(checkpoint: Path, directory: Path, passport: EnginePassport, sp
     family = family_of(config, source=str(checkpoint))
     if spec.model_type != family.model_type:
         raise ArtifactError(
-            f"{directory} is of the {spec.model_type} family, and {checkpoint} is {family.model_type}; give the one it was exported from"
+            f"{directory} is of the {spec.model_type} family, and {checkpoint} is {family.model_type}; "
+            "give the one it was exported from"
         )
     labels = labels_of(config) if TASKS[spec.task].names_labels else ()
     if spec.labels != labels:
         raise ArtifactError(
-            f"{directory} has the labels {list(spec.labels)}, and {checkpoint} has {list(labels)}; give the one it was exported from"
+            f"{directory} has the labels {list(spec.labels)}, and {checkpoint} has {list(labels)}; "
+            "give the one it was exported from"
         )
     built = passport.graph.get("weights")
-    if built is not None and built != (found := weights_hash(checkpoint)):
+    if built is not None and built != (actual := weights_hash(checkpoint)):
         raise ArtifactError(
-            f"{directory} was built from other weights (sha256 {built[:12]}...) than those of {checkpoint} ({found[:12]}...): "
+            f"{directory} was built from other weights (sha256 {built[:12]}...) than those of "
+            f"{checkpoint} ({actual[:12]}...): "
             "engines of different checkpoints cannot be compared; give the one it was exported from"
         )
 
@@ -81,17 +85,19 @@ def require_outputs(directory: Path, spec: IOSpec, names: Sequence[str], what: s
 
 
 def require_alike(specs: Sequence[tuple[Path, IOSpec]]) -> None:
-    """Raise `ArtifactError` unless engines that are compared with each other take and give the same, under the same names."""
-    (first, wanted), *rest = specs
+    """Raise `ArtifactError` unless engines that are compared with each other take and give the same, under the same
+    names."""
+    (first, expected), *rest = specs
     for directory, spec in rest:
         for what in ("task", "inputs", "outputs", "labels"):
-            ours, theirs = getattr(wanted, what), getattr(spec, what)
+            ours, theirs = getattr(expected, what), getattr(spec, what)
             if ours != theirs:
                 raise ArtifactError(
-                    f"{first} and {directory} cannot be compared: their {what} are {_shown(ours)} and {_shown(theirs)}; "
+                    f"{first} and {directory} cannot be compared: their {what} are {_shown(ours)} "
+                    f"and {_shown(theirs)}; "
                     "compare them one by one, or build both from one checkpoint"
                 )
 
 
-def _shown(value: Any) -> str:
+def _shown(value: str | Iterable[str]) -> str:
     return value if isinstance(value, str) else ", ".join(map(str, value))

@@ -1,15 +1,28 @@
-"""Where two backends agree on the samples of a comparison: changed classes with their margins, and the table of pairs."""
+"""Where two backends agree on the samples of a comparison: changed classes with their margins, and engines in pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 
 WORST_FLIPS = 5
-DECIDING = ("softmax", "sigmoid", "span")  # output kinds that decide something
+DECIDING = ("softmax", "sigmoid", "span")  # kinds of output that decide something
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the values of an output are read: what kind they are, and which of them count.
+
+    `output_kind` is the task's. `lengths` are the samples' in tokens where the output has a row for every token: what
+    stands behind them is padding. `allowed` (samples, sequence) are the positions of an answer, where the output says
+    where one begins or ends.
+    """
+
+    output_kind: str = "softmax"
+    lengths: Sequence[int] | None = None
+    allowed: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -29,17 +42,31 @@ class Flip:
 
 @dataclass(frozen=True)
 class Pair:
-    """One output of this engine against the same of another engine. Two that round differently differ lawfully: no verdict."""
+    """One output of this engine against the same of another engine. Two that round differently differ lawfully: no
+    verdict.
+
+    A number is None where a NaN or an infinity leaves none; `difference` is of the task metric, with its paired
+    interval.
+    """
 
     other: str
     other_sha256: str
     output: str
-    max_abs: float
-    mean_abs: float
-    cosine: float
+    max_abs: float | None
+    mean_abs: float | None
+    cosine: float | None
     agreement: float | None
-    difference: float
-    difference_interval: tuple[float, float]
+    difference: float | None
+    difference_interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far one set of values is from another; None where either holds NaN or infinity."""
+
+    max_abs: float | None
+    mean_abs: float | None
+    cosine: float | None
 
 
 def spread(samples: int, count: int) -> np.ndarray:
@@ -52,114 +79,94 @@ def real_tokens(values: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
     return np.asarray(np.arange(values.shape[1]) < np.asarray(lengths)[:, None])
 
 
-def decisions(values: np.ndarray, output_kind: str, allowed: np.ndarray | None = None) -> np.ndarray | None:
-    """What outputs (samples, ..., classes) decide: the class of the largest logit, or for every label whether its logit is
-    above 0 (1 or 0), or, for spans (samples, sequence), the position where an answer begins or ends, of those `allowed`; None
-    for scores, which decide nothing."""
-    if output_kind == "span":
-        return _among(values, allowed).argmax(-1)
-    if output_kind == "sigmoid":
+def decisions(values: np.ndarray, reading: Reading) -> np.ndarray | None:
+    """What outputs (samples, ..., classes) decide: the class of the largest logit, or for every label whether its logit
+    is above 0 (1 or 0), or, for spans (samples, sequence), the position where an answer begins or ends, of those
+    allowed; None for scores, which decide nothing."""
+    if reading.output_kind == "span":
+        return _among(values, reading.allowed).argmax(-1)
+    if reading.output_kind == "sigmoid":
         return (values > 0).astype(int)
-    return values.argmax(-1) if output_kind == "softmax" and values.shape[-1] > 1 else None
+    return values.argmax(-1) if reading.output_kind == "softmax" and values.shape[-1] > 1 else None
 
 
 def _among(values: np.ndarray, allowed: np.ndarray | None) -> np.ndarray:
     return values if allowed is None else np.where(allowed, values, -np.inf)
 
 
-def margins(wanted: np.ndarray, output_kind: str = "softmax", allowed: np.ndarray | None = None) -> np.ndarray:
+def margins(expected: np.ndarray, reading: Reading) -> np.ndarray:
     """By how much each decision was taken: errors of up to half of it change none."""
-    if output_kind == "span":
-        wanted = _among(wanted, allowed)
-        wanted = np.concatenate([wanted, np.full((len(wanted), 1), -np.inf)], axis=1)  # a single token has no rival
-    if output_kind == "sigmoid":
-        return np.asarray(2 * np.abs(wanted))
-    top = np.partition(wanted, -2, axis=-1)
+    if reading.output_kind == "span":
+        expected = _among(expected, reading.allowed)
+        expected = np.concatenate(
+            [expected, np.full((len(expected), 1), -np.inf)], axis=1
+        )  # a single token has no rival
+    if reading.output_kind == "sigmoid":
+        return np.asarray(2 * np.abs(expected))
+    top = np.partition(expected, -2, axis=-1)
     return np.asarray(top[..., -1] - top[..., -2])
 
 
-def flips(
-    wanted: np.ndarray,
-    found: np.ndarray,
-    tolerance: float,
-    output_kind: str = "softmax",
-    allowed: np.ndarray | None = None,
-) -> list[Flip]:
-    """All changed decisions, the widest margin first. A change is excused where both logits may have moved by `tolerance`,
-    towards each other. Padding, 0 on both sides, changes nothing."""
-    ours, theirs = decisions(wanted, output_kind, allowed), decisions(found, output_kind, allowed)
-    if ours is None or theirs is None:
+def flips(expected: np.ndarray, actual: np.ndarray, tolerance: float, reading: Reading = Reading()) -> list[Flip]:
+    """All changed decisions, the widest margin first. A change is excused where both logits may have moved by
+    `tolerance`, towards each other. Padding, 0 on both sides, changes nothing."""
+    before, after = decisions(expected, reading), decisions(actual, reading)
+    if before is None or after is None:
         return []
-    margin = margins(wanted, output_kind, allowed)
+    margin = margins(expected, reading)
     made = [
         Flip(
             int(at[0]),
             tuple(int(i) for i in at[1:]),
-            int(ours[tuple(at)]),
-            int(theirs[tuple(at)]),
+            int(before[tuple(at)]),
+            int(after[tuple(at)]),
             float(margin[tuple(at)]),
             bool(margin[tuple(at)] <= 2 * tolerance),
         )
-        for at in np.argwhere(ours != theirs)
+        for at in np.argwhere(before != after)
     ]
     return sorted(made, key=lambda flip: -flip.margin)
 
 
-def agreement(
-    wanted: np.ndarray,
-    found: np.ndarray,
-    output_kind: str = "softmax",
-    real: np.ndarray | None = None,
-    allowed: np.ndarray | None = None,
-) -> float | None:
-    """Share of equal decisions, of those where `real` holds; None for outputs that decide nothing. `allowed` is as in
-    `decisions`."""
-    ours, theirs = decisions(wanted, output_kind, allowed), decisions(found, output_kind, allowed)
-    if ours is None or theirs is None:
+def agreement(expected: np.ndarray, actual: np.ndarray, reading: Reading = Reading()) -> float | None:
+    """Share of equal decisions, without those of padding; None for outputs that decide nothing."""
+    before, after = decisions(expected, reading), decisions(actual, reading)
+    if before is None or after is None:
         return None
-    same = ours == theirs
-    return float((same if real is None or output_kind == "span" else same[real]).mean())
+    same = before == after
+    if reading.lengths is None or reading.output_kind == "span":  # a span has one decision a sample
+        return float(same.mean())
+    return float(same[real_tokens(expected, reading.lengths)].mean())
 
 
-def cosine(wanted: np.ndarray, found: np.ndarray) -> float:
+def distance(expected: np.ndarray, actual: np.ndarray, lengths: Sequence[int] | None = None) -> Distance:
+    """How far `actual` is from `expected`; the mean leaves out what stands behind a sample's length in tokens."""
+    if nonfinite_values(expected) or nonfinite_values(actual):
+        return Distance(None, None, None)
+    error = np.abs(actual - expected)
+    return Distance(float(error.max()), mean_of(error, lengths), cosine(expected, actual))
+
+
+def mean_of(change: np.ndarray, lengths: Sequence[int] | None) -> float:
+    """Mean of a change (samples, ...), without what stands behind a sample's length in tokens."""
+    if lengths is None:
+        return float(change.mean())
+    return float(change.sum() / (sum(lengths) * np.prod(change.shape[2:])))
+
+
+def nonfinite_values(values: np.ndarray) -> int:
+    """How many of `values` are NaN or infinity."""
+    return int((~np.isfinite(values)).sum())
+
+
+def cosine(expected: np.ndarray, actual: np.ndarray) -> float:
     """Cosine of all values of an output; 1.0 where either is all zero."""
-    norms = float(np.linalg.norm(wanted) * np.linalg.norm(found))
-    return float((wanted * found).sum() / norms) if norms else 1.0
+    norms = float(np.linalg.norm(expected) * np.linalg.norm(actual))
+    return float((expected * actual).sum() / norms) if norms else 1.0
 
 
-def cosines(wanted: np.ndarray, found: np.ndarray) -> np.ndarray:
+def cosines(expected: np.ndarray, actual: np.ndarray) -> np.ndarray:
     """(samples,): cosine of every sample's vector with its counterpart; 1.0 where either is all zero, NaN stays."""
-    lengths = np.linalg.norm(wanted, axis=-1) * np.linalg.norm(found, axis=-1)
-    products = (wanted * found).sum(axis=-1)
+    lengths = np.linalg.norm(expected, axis=-1) * np.linalg.norm(actual, axis=-1)
+    products = (expected * actual).sum(axis=-1)
     return np.asarray(np.where(lengths == 0.0, 1.0, products / np.where(lengths == 0.0, 1.0, lengths)))
-
-
-def pair_of(
-    other: tuple[str, str],
-    ours: Mapping[str, np.ndarray],
-    theirs: Mapping[str, np.ndarray],
-    difference: tuple[float, tuple[float, float]],
-    output_kind: str = "softmax",
-    lengths: Mapping[str, Sequence[int]] = MappingProxyType({}),
-    allowed: np.ndarray | None = None,
-) -> list[Pair]:
-    """The outputs of an engine against those of `other` (directory, sha256); `difference` is of the metric, with interval.
-
-    `lengths` are the samples' in tokens, for outputs that have a row for every token; `allowed` is as in `decisions`.
-    """
-    made = []
-    for name, found in ours.items():
-        error = np.abs(found - theirs[name])
-        real = real_tokens(found, lengths[name]) if name in lengths else None
-        made.append(
-            Pair(
-                *other,
-                name,
-                float(error.max()),
-                float(error.mean()),
-                cosine(theirs[name], found),
-                agreement(theirs[name], found, output_kind, real, allowed),
-                *difference,
-            )
-        )
-    return made

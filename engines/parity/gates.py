@@ -1,6 +1,7 @@
 """Gates that a user sets on a comparison, such as ``drop<=0.5``, beside the derived tolerance, which always holds.
 
-* ``drop<=0.5``: the task metric of the engine is at most 0.5 points (hundredths) below that of its checkpoint in PyTorch.
+* ``drop<=0.5``: the task metric of the engine is at most 0.5 points (hundredths) below that of its checkpoint in
+  PyTorch.
 * ``drop(mcc)<=0.5``: the same of another metric of the task, here Matthews correlation.
 * ``flips<=0.5%``: at most that share of the samples changes its class.
 * ``max_abs<=0.1``: no value of any output differs by more.
@@ -33,7 +34,8 @@ _FORM = re.compile(r"\s*(\w+)(?:\((\w+)\))?\s*([<>]=)\s*([0-9.eE+-]+)\s*(%?)\s*"
 
 @dataclass(frozen=True)
 class Gate:
-    """``quantity <= limit`` (of `LEAST`: ``>=``); drop and table are in metric points, flips in percent, max_abs in the output's own unit."""
+    """``quantity <= limit`` (of `LEAST`: ``>=``); drop and table are in metric points, flips in percent, max_abs in the
+    output's own unit."""
 
     quantity: str
     limit: float
@@ -51,10 +53,11 @@ class Gate:
 
 @dataclass(frozen=True)
 class GateResult:
-    """What a gate found, in the unit of its limit."""
+    """What a gate measured, in the unit of its limit; None where NaN or infinity leave nothing to measure, which
+    fails."""
 
     gate: str
-    found: float
+    actual: float | None
     limit: float
     passed: bool
     reason: str
@@ -65,7 +68,8 @@ def parse_gate(text: str) -> Gate:
     match = _FORM.fullmatch(text)
     if match is None or match[1] not in QUANTITIES or (match[2] and match[1] != "drop"):
         raise EngineError(
-            f"{text!r} is not a gate; write drop<=0.5 (metric points; of another metric drop(mcc)<=0.5), flips<=0.5%, max_abs<=0.1, cosine>=0.99 or table<=0.5"
+            f"{text!r} is not a gate; write drop<=0.5 (metric points; of another metric drop(mcc)<=0.5), flips<=0.5%, "
+            "max_abs<=0.1, cosine>=0.99 or table<=0.5"
         )
     quantity, metric, sign, number, percent = match.groups()
     if (sign == ">=") != (quantity in LEAST):
@@ -94,28 +98,29 @@ def parse_gate(text: str) -> Gate:
 
 
 def table_drop(checkpoint: Path) -> float:
-    """Points that a checkpoint's INT8 embedding table cost, from its ``metrics.json``; `DataError` where it does not say."""
+    """Points that a checkpoint's INT8 embedding table cost, from its ``metrics.json``; `DataError` where it does not
+    say."""
     file = checkpoint / "metrics.json"
-    found = read_json(file, "compress again") if file.is_file() else None
-    value = found.get("table_drop") if isinstance(found, dict) else None
+    metrics = read_json(file, "compress again") if file.is_file() else None
+    value = metrics.get("table_drop") if isinstance(metrics, dict) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise DataError(
-            f"a gate on table needs a checkpoint that `nxm compress --embedding int8` made, and {checkpoint} has no table_drop in "
+            "a gate on table needs a checkpoint that `nxm compress --embedding int8` made, and "
+            f"{checkpoint} has no table_drop in "
             "its metrics.json; drop the gate, or compress with it"
         )
     return float(value)
 
 
-def check_gate(gate: Gate, found: Mapping[str, float]) -> GateResult:
-    """Hold a gate against the quantities `found`; NaN passes no gate."""
-    value, least = found[gate.key], gate.quantity in LEAST
-    # A drop of 0.5 points is a difference of two means: it may come out a rounding error above the limit that it is equal to.
+def check_gate(gate: Gate, quantities: Mapping[str, float]) -> GateResult:
+    """Hold a gate against the measured `quantities`; NaN passes no gate."""
+    value, least = quantities[gate.key], gate.quantity in LEAST
+    asked = f"at {'least' if least else 'most'} {gate.limit:g}"
+    if not math.isfinite(value):
+        reason = f"{QUANTITIES[gate.quantity]}: not a number (the outputs hold NaN or infinity?); {asked} is asked"
+        return GateResult(str(gate), None, gate.limit, False, reason)
+    # A drop of 0.5 points is a difference of two means: it may come out a rounding error above the limit that it is
+    # equal to.
     slack = 1e-9 * max(1.0, abs(gate.limit))
     passed = bool(value >= gate.limit - slack if least else value <= gate.limit + slack)
-    return GateResult(
-        str(gate),
-        value,
-        gate.limit,
-        passed,
-        f"{QUANTITIES[gate.quantity]}: {value:.4g}, at {'least' if least else 'most'} {gate.limit:g}",
-    )
+    return GateResult(str(gate), value, gate.limit, passed, f"{QUANTITIES[gate.quantity]}: {value:.4g}, {asked}")

@@ -1,50 +1,95 @@
-"""Inputs that data seldom holds and users send: each a named row that passes, fails or does not apply, with the reason.
+"""Inputs that data seldom holds and users send: each a named result that passes, fails or does not apply, with the
+reason.
 
-*Against the checkpoint*: one token, and the maximum length. *Against itself*: the same sample alone, in a batch, in another
-order, with more padding, and beside a row that is all padding. *By itself*: no NaN and no infinity, anywhere. Such a row of
-padding is meaningless to a model (there is nothing to attend to), so it must be finite, and must not touch its neighbours.
+*Against the checkpoint*: one token, and the maximum length. *Against itself*: the same sample alone, in a batch, in
+another order, with more padding, and beside a row that is all padding. *By itself*: no NaN and no infinity, anywhere.
+Such a row of padding is meaningless to a model (there is nothing to attend to), so it must be finite, and must not
+touch its neighbours.
 
-Tolerances are the outputs' own (see `engines.parity.compare`): a batch of another shape may take another kernel, which rounds
-differently and moves a code by a step. Padding that leaks into a sample, or rows that mix, change far more.
+Tolerances are the outputs' own (see `engines.parity.compare`): a batch of another shape may take another kernel, which
+rounds differently and moves a code by a step. Padding that leaks into a sample, or rows that mix, change far more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 
 from engines.base import Engine, Profile
+from engines.parity.decisions import nonfinite_values
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.data.examples import Features, inputs_of, pad
 from nxm_export.errors import EngineError
 
 BATCH = 8  # samples of the batch probes
 PADDING = 16  # tokens of padding added by the padding probe, where the model has room
-Rows = list[dict[str, np.ndarray]]
+Rows = list[dict[str, np.ndarray]]  # outputs by name, of each sample
 
 
 @dataclass(frozen=True)
-class Probe:
-    """One probe; `passed` is None where it does not apply. `found` and `tolerated` are |differences| of an output, or a
-    number of values."""
+class ProbeResult:
+    """One probe; `passed` is None where it does not apply. `actual` and `tolerated` are |differences| of an output, or
+    a number of values; None where nothing could be measured."""
 
     name: str
     passed: bool | None
-    found: float | None
+    actual: float | None
     tolerated: float | None
     reason: str
+
+    @property
+    def numbers(self) -> str:
+        """What was measured, in brackets for the end of a sentence."""
+        return "" if self.actual is None else f" (found {self.actual:.4g}, tolerated {self.tolerated:.4g})"
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the checkpoint gives for the samples of the probes, and by how much an engine may differ there, per output."""
+    """What the checkpoint gives for the samples of the probes, and by how much an engine may differ there, per
+    output."""
 
     samples: Mapping[str, Features]
     outputs: Mapping[str, Mapping[str, np.ndarray]]
     tolerances: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An engine that runs, what its inputs and outputs mean, and the shapes that it was built for."""
+
+    engine: Engine
+    spec: IOSpec
+    profiles: Sequence[Profile] = ()
+
+    @property
+    def longest_sequence(self) -> int:
+        """The longest input in tokens that model and engine take."""
+        return longest_sequence(self.spec, self.profiles)
+
+    def fits(self, batch: int, sequence: int) -> bool:
+        """Whether it takes this shape."""
+        return not self.profiles or any(
+            p.minimum[0] <= batch and p.minimum[1] <= sequence <= p.maximum[1] for p in self.profiles
+        )
+
+    def rows(self, samples: Sequence[Features], length: int) -> Rows:
+        """Outputs of each sample of one batch, without what belongs to padding; raises `EngineError` for NaN and
+        infinity."""
+        outputs = self.engine.run(pad([inputs_of(sample) for sample in samples], self.spec.pad_id, length))
+        wrong = [name for name, array in outputs.items() if nonfinite_values(array)]
+        if wrong:
+            raise EngineError(f"NaN or infinity in {', '.join(wrong)}")
+        return [
+            {name: self._real(name, array[i], len(sample["input_ids"])) for name, array in outputs.items()}
+            for i, sample in enumerate(samples)
+        ]
+
+    def _real(self, name: str, row: np.ndarray, tokens: int) -> np.ndarray:
+        axes = self.spec.outputs[name][1:]
+        return row[tuple(slice(tokens) if axis == "sequence" else slice(None) for axis in axes)]
 
 
 def probe_samples(features: Sequence[Features], spec: IOSpec, profiles: Sequence[Profile]) -> dict[str, Features]:
@@ -59,132 +104,121 @@ def longest_sequence(spec: IOSpec, profiles: Sequence[Profile]) -> int:
 
 
 def probe(
-    engine: Engine,
-    features: Sequence[Features],
-    spec: IOSpec,
-    profiles: Sequence[Profile],
-    tolerances: Mapping[str, float],
-    expected: Expected,
-) -> list[Probe]:
-    """Run all probes; `tolerances` are those of the outputs. What an engine refuses to run has failed, with its own words."""
-    desk = _Desk(engine, spec, profiles, tolerances)
-    limit = longest_sequence(spec, profiles)
+    loaded: Loaded, features: Sequence[Features], tolerances: Mapping[str, float], expected: Expected
+) -> list[ProbeResult]:
+    """Run all probes; `tolerances` are those of the outputs. What an engine refuses to run has failed, with its own
+    words."""
+    limit = loaded.longest_sequence
+    single = {
+        "one token": (1, "against the checkpoint"),
+        "maximum length": (limit, f"{limit} tokens, against the checkpoint"),
+    }
+    work = {name: partial(_against_checkpoint, loaded, expected, name) for name in single}
+    return [
+        *(_judged(loaded, name, [(1, size)], work[name], about) for name, (size, about) in single.items()),
+        *_batch_probes(loaded, features, tolerances),
+    ]
+
+
+@dataclass(frozen=True)
+class _Contrast:
+    """Rows that should be alike, and by how much each output may differ."""
+
+    actual: Rows
+    expected: Rows
+    tolerances: Mapping[str, float]
+
+
+def _against_checkpoint(loaded: Loaded, expected: Expected, name: str) -> _Contrast:
+    sample = expected.samples[name]
+    answers = {key: array[0] for key, array in expected.outputs[name].items()}
+    return _Contrast(loaded.rows([sample], len(sample["input_ids"])), [answers], expected.tolerances[name])
+
+
+def _batch_probes(loaded: Loaded, features: Sequence[Features], tolerances: Mapping[str, float]) -> list[ProbeResult]:
+    """The probes of an engine against itself: the same samples, batched otherwise."""
+    limit = loaded.longest_sequence
     picks = np.linspace(0, len(features) - 1, min(BATCH, len(features))).astype(int)
     samples = [_cut(features[i], min(len(features[i]["input_ids"]), limit)) for i in picks]
     length = max(len(sample["input_ids"]) for sample in samples)
     longer = min(length + PADDING, limit)
-    empty = {name: [0] * length for name in spec.inputs} | {"input_ids": [spec.pad_id] * length}
+    empty = {name: [0] * length for name in loaded.spec.inputs} | {"input_ids": [loaded.spec.pad_id] * length}
+
+    def together() -> Rows:
+        return loaded.rows(samples, length)
 
     def alone(size: int) -> Rows:
-        return [desk.rows([sample], size)[0] for sample in samples]
+        return [loaded.rows([sample], size)[0] for sample in samples]
 
-    def against(name: str) -> tuple[Rows, Rows, Mapping[str, float]]:
-        sample = expected.samples[name]
-        wanted = {key: array[0] for key, array in expected.outputs[name].items()}
-        return desk.rows([sample], len(sample["input_ids"])), [wanted], expected.tolerances[name]
-
-    def padding_row() -> tuple[Rows, Rows, Mapping[str, float]]:
+    def beside_padding() -> Rows:
         half = (len(samples) + 1) // 2
-        mixed = desk.rows([*samples[:half], empty, *samples[half:]], length)
-        return [*mixed[:half], *mixed[half + 1 :]], desk.rows(samples, length), tolerances
+        mixed = loaded.rows([*samples[:half], empty, *samples[half:]], length)
+        return [*mixed[:half], *mixed[half + 1 :]]
 
     batch, single = (len(samples), length), (1, length)
+    room = longer > length
     return [
-        desk.compare("one token", [(1, 1)], lambda: against("one token"), "against the checkpoint"),
-        desk.compare(
-            "maximum length", [(1, limit)], lambda: against("maximum length"), f"{limit} tokens, against the checkpoint"
-        ),
-        desk.compare(
+        _judged(
+            loaded,
             "all-padding row",
             [batch, (len(samples) + 1, length)],
-            padding_row,
+            lambda: _Contrast(beside_padding(), together(), tolerances),
             "its neighbours with and without it in the batch",
         ),
-        desk.compare(
+        _judged(
+            loaded,
             "alone as in a batch",
             [single, batch],
-            lambda: (desk.rows(samples, length), alone(length), tolerances),
+            lambda: _Contrast(together(), alone(length), tolerances),
             f"{len(samples)} samples one by one and in one batch, padded alike",
         ),
-        desk.compare(
+        _judged(
+            loaded,
             "permuted batch",
             [batch],
-            lambda: (desk.rows(samples[::-1], length)[::-1], desk.rows(samples, length), tolerances),
+            lambda: _Contrast(loaded.rows(samples[::-1], length)[::-1], together(), tolerances),
             "the same batch in reverse order",
         ),
-        desk.compare(
+        _judged(
+            loaded,
             "extra padding",
             [single, (1, longer)],
-            lambda: (alone(longer), alone(length), tolerances),
-            f"padded to {longer} tokens instead of {length}"
-            if longer > length
-            else "no room: the samples are as long as the engine allows",
-            applies=longer > length,
-        ),
+            lambda: _Contrast(alone(longer), alone(length), tolerances),
+            f"padded to {longer} tokens instead of {length}",
+        )
+        if room
+        else ProbeResult("extra padding", None, None, None, "no room: the samples are as long as the engine allows"),
     ]
 
 
-def finite_probe(found: Mapping[str, np.ndarray]) -> Probe:
+def finite_probe(outputs: Mapping[str, np.ndarray]) -> ProbeResult:
     """NaN and infinity in the outputs of all samples; those in probes are named by the probes."""
-    bad = {name: int((~np.isfinite(array)).sum()) for name, array in found.items()}
+    bad = {name: nonfinite_values(array) for name, array in outputs.items()}
     named = ", ".join(f"{count} in {name}" for name, count in bad.items() if count)
     total = sum(bad.values())
     reason = f"NaN or infinity: {named}" if total else "no NaN, no infinity in any output of any sample"
-    return Probe("finite outputs", total == 0, float(total), 0.0, reason)
+    return ProbeResult("finite outputs", total == 0, float(total), 0.0, reason)
 
 
-@dataclass(frozen=True)
-class _Desk:
-    engine: Engine
-    spec: IOSpec
-    profiles: Sequence[Profile]
-    tolerances: Mapping[str, float]
-
-    def rows(self, samples: Sequence[Features], length: int) -> Rows:
-        """Outputs of each sample of one batch, without what belongs to padding; raises `EngineError` for NaN and infinity."""
-        outputs = self.engine.run(pad([inputs_of(sample) for sample in samples], self.spec.pad_id, length))
-        wrong = [name for name, array in outputs.items() if not np.isfinite(array).all()]
-        if wrong:
-            raise EngineError(f"NaN or infinity in {', '.join(wrong)}")
-        return [
-            {name: self._real(name, array[i], len(sample["input_ids"])) for name, array in outputs.items()}
-            for i, sample in enumerate(samples)
-        ]
-
-    def _real(self, name: str, row: np.ndarray, tokens: int) -> np.ndarray:
-        axes = self.spec.outputs[name][1:]
-        return row[tuple(slice(tokens) if axis == "sequence" else slice(None) for axis in axes)]
-
-    def compare(
-        self,
-        name: str,
-        shapes: Sequence[tuple[int, int]],
-        work: Callable[[], tuple[Rows, Rows, Mapping[str, float]]],
-        what: str,
-        *,
-        applies: bool = True,
-    ) -> Probe:
-        if not applies:
-            return Probe(name, None, None, None, what)
-        outside = [shape for shape in shapes if not self._fits(*shape)]
-        if outside:
-            shown = "x".join(map(str, outside[0]))
-            return Probe(name, None, None, None, f"the engine was not built for batch x sequence {shown}")
-        try:
-            ours, wanted, tolerances = work()
-        except EngineError as error:
-            return Probe(name, False, None, None, f"{what}: {error}")
-        worst: tuple[float, float, float] = (-1.0, 0.0, 0.0)
-        for output, tolerance in tolerances.items():
-            error_ = max(float(np.abs(a[output] - b[output]).max()) for a, b in zip(ours, wanted, strict=True))
-            worst = max(worst, (error_ / tolerance if tolerance else float(error_ > 0) * np.inf, error_, tolerance))
-        _, found, tolerated = worst
-        return Probe(name, found <= tolerated, found, tolerated, what)
-
-    def _fits(self, batch: int, sequence: int) -> bool:
-        return not self.profiles or any(
-            p.minimum[0] <= batch and p.minimum[1] <= sequence <= p.maximum[1] for p in self.profiles
-        )
+def _judged(
+    loaded: Loaded, name: str, shapes: Sequence[tuple[int, int]], work: Callable[[], _Contrast], about: str
+) -> ProbeResult:
+    """Run a probe's `work` where the engine takes all of its `shapes`; the output that is furthest off decides."""
+    outside = [shape for shape in shapes if not loaded.fits(*shape)]
+    if outside:
+        shown = "x".join(map(str, outside[0]))
+        return ProbeResult(name, None, None, None, f"the engine was not built for batch x sequence {shown}")
+    try:
+        contrast = work()
+    except EngineError as error:
+        return ProbeResult(name, False, None, None, f"{about}: {error}")
+    worst: tuple[float, float, float] = (-1.0, 0.0, 0.0)  # error in tolerances, error, tolerance
+    for output, tolerance in contrast.tolerances.items():
+        pairs = zip(contrast.actual, contrast.expected, strict=True)
+        error_ = max(float(np.abs(ours[output] - theirs[output]).max()) for ours, theirs in pairs)
+        worst = max(worst, (error_ / tolerance if tolerance else np.inf if error_ else 0.0, error_, tolerance))
+    _, actual, tolerated = worst
+    return ProbeResult(name, actual <= tolerated, actual, tolerated, about)
 
 
 def _cut(sample: Features, length: int) -> Features:
@@ -192,7 +226,7 @@ def _cut(sample: Features, length: int) -> Features:
     return {name: _resized(value, length) for name, value in inputs_of(sample).items()}
 
 
-def _resized(values: Sequence[Any], length: int) -> list[Any]:
+def _resized(values: Sequence[int], length: int) -> list[int]:
     return (list(values) * -(-length // len(values)))[:length]
 
 

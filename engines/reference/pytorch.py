@@ -11,10 +11,10 @@ difference is what rounding alone does to this network, and `engines.parity.comp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,8 +27,29 @@ from nxm_export.contract.tasks import task_named
 from nxm_export.errors import EngineError, EngineUnavailable
 from nxm_export.hf.model_loading import load_task_model
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    Change = Callable[[Tensor], Tensor]
+
 NAME = "torch_eager"
 EMBEDDINGS = "embeddings"  # the boundary in front of the first block
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """Errors that a correct engine may make, made on purpose. Their effect is what an engine is allowed to differ by.
+
+    `rounding_noise` is the size of a random relative error on what every linear layer reads, as a shorter float type would
+    make it, and with `everywhere` also on what every module of the model reads and writes: a block by itself rounds there,
+    too. `one_step_shift` moves one random code of every sample's first token by one step in every quantized tensor: the
+    least that a quantizer can err.
+    """
+
+    rounding_noise: float = 0.0
+    everywhere: bool = False
+    one_step_shift: bool = False
 
 
 def load(
@@ -38,47 +59,27 @@ def load(
     plan: CompressionPlan | None = None,
     scale_dtype: str = "float32",
     exact: bool = False,
-    jitter: float = 0.0,
-    everywhere: bool = False,
-    nudge: bool = False,
+    perturbation: Perturbation = Perturbation(),
 ) -> TorchEngine:
     """Load a checkpoint directory, compressed or dense, as an engine.
 
     `plan` is the plan as exported (an export may drop output quantizers), by default the checkpoint's; scales are rounded
-    to `scale_dtype` as the exporter rounds them to the graph's dtype. `exact` computes in float64. `jitter` perturbs what
-    every linear layer reads by a random relative error of that size, as a shorter float type would, and with `everywhere`
-    also what every module of the model reads and writes: a block by itself rounds there, too. `nudge` moves one
-    random code of every sample's first token by one step in every quantized tensor: the least that a quantizer can err.
+    to `scale_dtype` as the exporter rounds them to the graph's dtype. `exact` computes in float64.
     Raises `ArtifactError` for a checkpoint that is damaged or breaks its plan, and `ExportError` for one whose head is not
     that of `task`.
     """
-    return TorchEngine(
-        Path(checkpoint),
-        task,
-        plan,
-        scale_dtype=scale_dtype,
-        exact=exact,
-        jitter=jitter,
-        everywhere=everywhere,
-        nudge=nudge,
-    )
+    engine = TorchEngine(Path(checkpoint), task, exact=exact, perturbation=perturbation)
+    if (Path(checkpoint) / PLAN_FILE).is_file():
+        opened = open_checkpoint(Path(checkpoint))
+        opened.require_valid()
+        engine.quantize(opened, plan or opened.plan, scale_dtype)
+    return engine
 
 
 class TorchEngine(Closing):
-    """A checkpoint on the CPU. See `engines.base.Engine`."""
+    """A checkpoint on the CPU, its weights as they are stored; `quantize` adds its scales. See `engines.base.Engine`."""
 
-    def __init__(
-        self,
-        path: Path,
-        task: str,
-        plan: CompressionPlan | None,
-        *,
-        scale_dtype: str,
-        exact: bool,
-        jitter: float,
-        everywhere: bool,
-        nudge: bool,
-    ) -> None:
+    def __init__(self, path: Path, task: str, *, exact: bool, perturbation: Perturbation) -> None:
         try:
             import torch
             import transformers  # noqa: F401  (asked for here, used below)
@@ -88,30 +89,28 @@ class TorchEngine(Closing):
             ) from error
         kind, config = task_named(task), read_config(path)
         family = family_of(config, source=str(path))
-        self._torch, self._exact, self._nudge = torch, exact, nudge
+        self._exact, self._shifts = exact, perturbation.one_step_shift
         self._noise = torch.Generator().manual_seed(0)
-        self._model: Any = load_task_model(path, kind)
+        model: nn.Module = load_task_model(path, kind)
+        self._model: nn.Module | None = model
         self._spec = IOSpec.of(path, config, family, kind)
         self.inputs, self.outputs = self._spec.inputs, tuple(self._spec.outputs)
         self._runs = tuple(family.runs(config))
         self.blocks = tuple(family.run_names(config))
-        if jitter:
-            self._perturb(jitter, family.weights(config), everywhere)
+        if perturbation.rounding_noise:
+            _perturb(model, family.weights(config), perturbation, self._noise)
         if exact:
-            self._model.double()
-        if (path / PLAN_FILE).is_file():
-            checkpoint = open_checkpoint(path)
-            checkpoint.require_valid()
-            self._quantize(checkpoint, plan or checkpoint.plan, scale_dtype)
+            model.double()
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name."""
-        if self._model is None:
-            raise EngineError("this reference was closed")
+        import torch
+
+        model = self._opened()
         require_feeds(self, feeds)
         require_within(self._spec, feeds)
-        with self._torch.inference_mode():
-            outputs = self._model(**{name: self._torch.from_numpy(array) for name, array in feeds.items()})
+        with torch.inference_mode():
+            outputs = model(**{name: torch.from_numpy(array) for name, array in feeds.items()})
         return {name: outputs[name].float().numpy().copy() for name in self.outputs}
 
     def run_blocks(
@@ -123,28 +122,29 @@ class TorchEngine(Closing):
         With `given`, such values of another backend, every block reads those instead of what the block before it wrote,
         and so does the head: each then errs by itself alone.
         """
-        if self._model is None:
-            raise EngineError("this reference was closed")
-        found: dict[str, np.ndarray] = {}
+        import torch
 
-        def passed(name: str, value: Any) -> Any:
+        model = self._opened()
+        crossings: dict[str, np.ndarray] = {}
+
+        def passed(name: str, value: Tensor) -> Tensor:
             """Keep what crosses a boundary; returns what goes on from there."""
-            found[name] = value.float().numpy().copy()
-            return value if given is None else self._torch.from_numpy(given[name]).to(value.dtype)
+            crossings[name] = value.float().numpy().copy()
+            return value if given is None else torch.from_numpy(given[name]).to(value.dtype)
 
-        def before(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            return None if found else (passed(EMBEDDINGS, args[0]), *args[1:])  # the first of its runs only
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            return None if crossings else (passed(EMBEDDINGS, args[0]), *args[1:])  # the first of its runs only
 
         names = iter(self.blocks)  # a block that is shared runs under several of them
 
-        def behind(_: Any, args: Any, output: Any) -> Any:
+        def behind(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return passed(next(names), output)
 
-        handles = [self._model.get_submodule(self._runs[0]).register_forward_pre_hook(before, prepend=True)]
+        handles = [model.get_submodule(self._runs[0]).register_forward_pre_hook(before, prepend=True)]
         for path in dict.fromkeys(self._runs):
-            handles.append(self._model.get_submodule(path).register_forward_hook(behind))
+            handles.append(model.get_submodule(path).register_forward_hook(behind))
         try:
-            return self.run(feeds), found
+            return self.run(feeds), crossings
         finally:
             for handle in handles:
                 handle.remove()
@@ -153,72 +153,62 @@ class TorchEngine(Closing):
         """Drop the model."""
         self._model = None
 
-    def _perturb(self, size: float, weights: Iterable[str], everywhere: bool) -> None:
-        torch, noise = self._torch, self._noise
+    def quantize(self, checkpoint: Checkpoint, plan: CompressionPlan, scale_dtype: str) -> None:
+        """Apply a checkpoint's scales as `plan` says: hooks for activations, and weights of rounded scales."""
+        import torch
 
-        def moved(value: Any) -> Any:
-            if not value.is_floating_point():
-                return value  # token ids
-            return value * (1 + size * (2 * torch.rand(value.shape, generator=noise) - 1))
+        model, dtype = self._opened(), getattr(torch, scale_dtype)
 
-        # Registered before the quantizers, so what they round is what is perturbed.
-        linears = [self._model.get_submodule(name.removesuffix(".weight")) for name in weights]
-        leaves = [module for module in self._model.modules() if not list(module.children())]
-        for module in leaves if everywhere else linears:
-            module.register_forward_pre_hook(lambda _, args: (moved(args[0]), *args[1:]))
-            if everywhere:
-                module.register_forward_hook(lambda _, args, output: moved(output))
-
-    def _quantize(self, checkpoint: Checkpoint, plan: CompressionPlan, scale_dtype: str) -> None:
-        torch = self._torch
-        dtype = getattr(torch, scale_dtype)
-
-        def rounded(scale: Any) -> Any:
+        def rounded(scale: np.ndarray | float) -> Tensor:
             return torch.as_tensor(scale, dtype=torch.float32).to(dtype).float()
 
         for name, spec in plan.weights.items():
-            linear = self._model.get_submodule(name.removesuffix(".weight"))
+            linear = model.get_submodule(name.removesuffix(".weight"))
             if spec.weight_bits and (self._exact or dtype != torch.float32):
-                codes = torch.from_numpy(checkpoint.codes(name)).to(linear.weight.dtype)
-                linear.weight.data = codes * rounded(checkpoint.weight_scale(name)).to(codes.dtype)[:, None]
+                weight = linear.get_parameter("weight")
+                codes = torch.from_numpy(checkpoint.codes(name)).to(weight.dtype)
+                weight.data = codes * rounded(checkpoint.weight_scale(name)).to(codes.dtype)[:, None]
             if spec.input_bits:
-                scale = float(rounded(checkpoint.input_scale(name)))
-                linear.register_forward_pre_hook(
-                    lambda _, args, scale=scale: (self._fake_quantize(args[0], scale), *args[1:])
-                )
+                _before(linear, self._fake_quantizer(float(rounded(checkpoint.input_scale(name)))))
             if spec.output_bits:
-                scale = float(rounded(checkpoint.output_scale(name)))
-                linear.register_forward_hook(lambda _, args, output, scale=scale: self._fake_quantize(output, scale))
+                _behind(linear, self._fake_quantizer(float(rounded(checkpoint.output_scale(name)))))
         if plan.residual == "int8":
             self._quantize_residuals(
-                checkpoint, plan, lambda x, name: self._fake_quantize(x, float(rounded(checkpoint.input_scale(name))))
+                checkpoint, plan, lambda name: self._fake_quantizer(float(rounded(checkpoint.input_scale(name))))
             )
         if plan.attention == "int8":
             self._quantize_attention(float(rounded(1.0 / 127.0)))
 
-    def _quantize_residuals(self, checkpoint: Checkpoint, plan: CompressionPlan, fake_quantize: Any) -> None:
+    def _opened(self) -> nn.Module:
+        if self._model is None:
+            raise EngineError("this reference was closed")
+        return self._model
+
+    def _quantize_residuals(
+        self, checkpoint: Checkpoint, plan: CompressionPlan, quantizer: Callable[[str], Change]
+    ) -> None:
         """Everything that reads a block's or an FFN's quantized input reads the quantized value."""
-        family = checkpoint.family
+        model, family = self._opened(), checkpoint.family
         for block in family.blocks(checkpoint.config):
             readers = [f"{family.linear(block, role)}.weight" for role in ("query", "key", "value")]
             quantized = [name for name in readers if plan.weights[name].input_bits]
             if quantized:
-                self._model.get_submodule(block).register_forward_pre_hook(
-                    lambda _, args, name=quantized[0]: (fake_quantize(args[0], name), *args[1:])
-                )
+                _before(model.get_submodule(block), quantizer(quantized[0]))
             wide = f"{family.linear(block, 'ffn_up')}.weight"
             if plan.weights[wide].input_bits:
-                self._model.get_submodule(f"{block}.{family.attention_norm}").register_forward_hook(
-                    lambda _, args, output, name=wide: fake_quantize(output, name)
-                )
+                _behind(model.get_submodule(f"{block}.{family.attention_norm}"), quantizer(wide))
 
-    def _fake_quantize(self, x: Any, scale: float) -> Any:
-        torch = self._torch
+    def _fake_quantizer(self, scale: float) -> Change:
+        return lambda x: self._fake_quantize(x, scale)
+
+    def _fake_quantize(self, x: Tensor, scale: float) -> Tensor:
+        import torch
+
         if self._exact:
             y = torch.round(x / scale).clamp(-128, 127) * scale  # half to even, as ONNX rounds
         else:
             y = torch.fake_quantize_per_tensor_affine(x, scale, 0, -128, 127)
-        if self._nudge and y.dim() == 3:  # (batch, sequence, features)
+        if self._shifts and y.dim() == 3:  # (batch, sequence, features)
             channel = torch.randint(y.shape[-1], (len(y), 1), generator=self._noise)
             y[:, 0].scatter_add_(1, channel, torch.full((len(y), 1), scale, dtype=y.dtype))
         return y
@@ -228,8 +218,15 @@ class TorchEngine(Closing):
         from transformers.masking_utils import eager_mask
 
         def attention(
-            module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, **_: Any
-        ) -> Any:
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Tensor | None,
+            scaling: float | None = None,
+            **_: object,
+        ) -> tuple[Tensor, Tensor]:
+            """Attention with quantized probabilities; the parameters are those that transformers passes."""
             scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
             if attention_mask is not None:
                 scores = scores + attention_mask
@@ -238,18 +235,39 @@ class TorchEngine(Closing):
 
         AttentionInterface.register("nxm_reference_int8", attention)
         AttentionMaskInterface.register("nxm_reference_int8", eager_mask)
-        self._model.set_attn_implementation("nxm_reference_int8")
+        self._opened().set_attn_implementation("nxm_reference_int8")  # type: ignore[operator]  # a method of transformers'
 
 
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Loading a model is no progress worth a bar: this happens twice per comparison."""
-    from transformers.utils import logging
+def _before(module: nn.Module, change: Change) -> None:
+    """Let `change` make what a module reads first."""
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (change(args[0]), *args[1:])
+
+    module.register_forward_pre_hook(hook)
+
+
+def _behind(module: nn.Module, change: Change) -> None:
+    """Let `change` make what a module writes."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return change(output)
+
+    module.register_forward_hook(hook)
+
+
+def _perturb(model: nn.Module, weights: Iterable[str], perturbation: Perturbation, noise: torch.Generator) -> None:
+    """Register rounding noise; before the quantizers are, so that what they round is what is perturbed."""
+    import torch
+
+    def moved(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value  # token ids
+        return value * (1 + perturbation.rounding_noise * (2 * torch.rand(value.shape, generator=noise) - 1))
+
+    linears = [model.get_submodule(name.removesuffix(".weight")) for name in weights]
+    leaves = [module for module in model.modules() if not list(module.children())]
+    for module in leaves if perturbation.everywhere else linears:
+        _before(module, moved)
+        if perturbation.everywhere:
+            _behind(module, moved)

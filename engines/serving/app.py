@@ -1,8 +1,8 @@
 """The HTTP face: routes of the Open Inference Protocol, errors as JSON, request ids, deadlines, disconnects.
 
-An answer is a result or ``{"error": "..."}`` with a status: 400 for a malformed request, 404 for an unknown model, 413 for
-a body that is too large, 503 with Retry-After when the queue is full, 504 when the deadline passed, 500 with a request id
-(and nothing else; the log has the rest) for a failure of ours.
+An answer is a result or ``{"error": "..."}`` with a status: 400 for a malformed request, 404 for an unknown model, 413
+for a body that is too large, 503 with Retry-After when the queue is full, 504 when the deadline passed, 500 with a
+request id (and nothing else; the log has the rest) for a failure of ours.
 """
 
 from __future__ import annotations
@@ -285,7 +285,8 @@ class Service:
             self._loading.shutdown()
 
     async def _reload_changed(self, begin: Callable[[Model], None]) -> None:
-        """Look at the engine directories every `watch` seconds (never, at 0), load what changed, close what is unused."""
+        """Look at the engine directories every `watch` seconds (never, at 0), load what changed, close what is
+        unused."""
         loop = asyncio.get_running_loop()
         while self._watch:
             await asyncio.sleep(self._watch)

@@ -1,11 +1,12 @@
 """Dynamic batching with no delay: whatever queued while the engine was busy runs together.
 
-One queue per engine, split by length bucket; one thread per loaded engine context takes the bucket whose head has waited
-longest, and as many of its requests as fit. An idle engine never waits for company (unless `max_delay` says so), and a
-busy one makes larger batches the more requests wait. The queue is bounded in rows; what does not fit is refused at once.
+One queue per engine, split by length bucket; one thread per loaded engine context takes the bucket whose head has
+waited longest, and as many of its requests as fit. An idle engine never waits for company (unless `max_delay` says so),
+and a busy one makes larger batches the more requests wait. The queue is bounded in rows; what does not fit is refused
+at once.
 
-Threads, not tasks: runtimes release the interpreter lock while they compute. Results are handed over by `deliver`, which
-the server sets to something that wakes its event loop.
+Threads, not tasks: runtimes release the interpreter lock while they compute. Results are handed over by `deliver`,
+which the server sets to something that wakes its event loop.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Observer(Protocol):
 
 
 class Ticket:
-    """A request in the queue: feeds (rows, length) by input name, then its outputs or its error. `tag` is the caller's."""
+    """A request in the queue: feeds (rows, length) by input name, then its outputs or its error. `tag` is the
+    caller's."""
 
     __slots__ = ("bucket", "deadline", "enqueued", "error", "feeds", "length", "outputs", "rows", "tag")
 

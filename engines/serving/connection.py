@@ -1,7 +1,8 @@
 """Limits of one connection: how many there may be, how long a request may take to arrive, how large its head may be.
 
-uvicorn closes idle connections between requests, and waits without end for one that never finishes its request, or never
-begins it. This protocol class adds the missing timer, and answers in JSON what is refused before it reaches a route.
+uvicorn closes idle connections between requests, and waits without end for one that never finishes its request, or
+never begins it. This protocol class adds the missing timer, and answers in JSON what is refused before it reaches a
+route.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _LOOK_AGAIN = 0.05  # seconds
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """`connections` at once; `read_timeout` seconds for a request to arrive whole; `head` bytes of request line and headers."""
+    """`connections` at once; `read_timeout` seconds for a request to arrive whole; `head` bytes of request line and
+    headers."""
 
     connections: int = 512
     read_timeout: float = 10.0

@@ -1,34 +1,31 @@
 """One engine directory behind one queue: checked, loaded, warmed up, and described in the protocol's words.
 
-Nothing is served that was not checked: the passport's hash and machine, the hash that the caller expects, and the parity
-gate. Warm-up runs every length bucket once and the largest batch once, so what would not fit the memory fails before the
-first client comes, and the shapes of the outputs are known, not guessed.
+Nothing is served that was not checked: the passport's hash and machine, the hash that the caller expects, and the
+parity gate. Warm-up runs every length bucket once and the largest batch once, so what would not fit the memory fails
+before the first client comes, and the shapes of the outputs are known, not guessed.
 """
 
 from __future__ import annotations
 
 import ctypes
-import inspect
-import json
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from engines.base import Engine, backend
-from engines.parity.compare import PARITY_FILE
+from engines.base import Engine, LoadOptions, backend
+from engines.parity.reports import PARITY_FILE, read_parity_report
 from engines.passport import EnginePassport, load_passport
 from engines.serving.batching import BatchQueue, Deliver, Limits, Observer, run_worker
 from engines.serving.protocol import InferRequest, TensorSpec
 from engines.serving.shapes import Bucket, plan_buckets
 from engines.serving.text import TextFace
 from nxm_export.contract.io_spec import load_spec
-from nxm_export.errors import NxmError, ParityError, RequestRefused, ServeError
+from nxm_export.errors import ArtifactError, NxmError, ParityError, RequestRefused, ServeError
 
 GATES = ("not-failed", "passed", "off")
 TEXT_SUFFIX = "_text"
@@ -38,8 +35,8 @@ CPU_MERGE = 4  # short sentences keep a core busy: beyond this a batch gains alm
 @dataclass(frozen=True)
 class ModelOptions:
     """How engines are served. None lets the engine decide: `instances` and `threads` from the cores, `lengths` from its
-    profiles, `merge` (rows that different requests make a batch of) from its device. `expect_sha256` not empty means that
-    every engine's hash must be among them."""
+    profiles, `merge` (rows that different requests make a batch of) from its device. `expect_sha256` not empty means
+    that every engine's hash must be among them."""
 
     instances: int | None = None
     threads: int | None = None
@@ -97,7 +94,7 @@ class Model:
         self.name, self.version, self.directory = name, version, directory
         self.passport = passport
         self.spec = load_spec(directory)
-        self.buckets = plan_buckets(self.spec.max_length, options.max_batch, passport.shape_profiles(), options.lengths)
+        self.buckets = plan_buckets(self.spec.max_length, options.max_batch, passport.profiles, options.lengths)
         merge = options.max_batch if options.merge is None else options.merge
         self.queue = BatchQueue(self.buckets, Limits(options.max_queue, options.max_delay, merge))
         self.users = 0  # requests between look-up and answer; counted on the event loop alone
@@ -187,8 +184,8 @@ class Model:
 def open_model(name: str, version: str, directory: Path, options: ModelOptions) -> Model:
     """Check an engine directory, load it `options.instances` times and warm it up.
 
-    Raises `ArtifactError` for a passport that does not fit the file or the machine, `ServeError` for a hash that was not
-    expected, `ParityError` for a failed gate, `EngineUnavailable` where it cannot run.
+    Raises `ArtifactError` for a passport that does not fit the file or the machine, `ServeError` for a hash that was
+    not expected, `ParityError` for a failed gate, `EngineUnavailable` where it cannot run.
     """
     passport = load_passport(directory)
     if options.expect_sha256 and passport.engine_sha256 not in options.expect_sha256:
@@ -197,37 +194,38 @@ def open_model(name: str, version: str, directory: Path, options: ModelOptions) 
             "serve the right directory, or expect this one with --expect-sha256"
         )
     require_gate(directory, passport, options.gate)
-    load: Callable[..., Engine] = backend(passport.backend).load
-    on_cpu = "threads" in inspect.signature(load).parameters
+    runtime = backend(passport.backend)
+    on_cpu = runtime.CAPABILITIES.device == "cpu"
     cores = len(os.sched_getaffinity(0))
     instances = options.instances or (cores if on_cpu else 1)
-    load_options: dict[str, Any] = {"threads": options.threads or max(1, cores // instances)} if on_cpu else {}
+    load_options = LoadOptions(threads=options.threads or max(1, cores // instances))
     if on_cpu and options.merge is None:
         options = replace(options, merge=CPU_MERGE)
     with ExitStack() as stack:
-        engines = [stack.enter_context(load(directory, **load_options)) for _ in range(instances)]
+        engines = [stack.enter_context(runtime.load(directory, load_options)) for _ in range(instances)]
         model = Model(name, version, directory, passport, engines, options)
         stack.pop_all()  # from here on `Model.close` frees them
     return model
 
 
 def _return_freed_memory() -> None:
-    """Let the C library hand back what a runtime freed: glibc keeps it, and every reload would leave some more behind."""
+    """Let the C library hand back what a runtime freed: glibc keeps it, and every reload would leave some more
+    behind."""
     with suppress(OSError, AttributeError):  # no glibc here
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def gate_state(directory: Path, passport: EnginePassport) -> str:
     """``passed``, ``failed`` or ``unchecked``: what the parity report beside an engine says about this very file."""
+    if not (directory / PARITY_FILE).exists():
+        return "unchecked"
     try:
-        report = json.loads((directory / PARITY_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return "unchecked"
-    except (OSError, ValueError):
+        report = read_parity_report(directory / PARITY_FILE)
+    except ArtifactError:
         return "failed"  # a report that cannot be read vouches for nothing
-    if not isinstance(report, dict) or report.get("engine_sha256") != passport.engine_sha256:
+    if report.engine_sha256 != passport.engine_sha256:
         return "unchecked"
-    return "passed" if report.get("passed") is True else "failed"
+    return "passed" if report.passed else "failed"
 
 
 def require_gate(directory: Path, passport: EnginePassport, gate: str) -> None:
@@ -235,7 +233,8 @@ def require_gate(directory: Path, passport: EnginePassport, gate: str) -> None:
     state = gate_state(directory, passport)
     if gate == "off" or state == "passed" or (state == "unchecked" and gate == "not-failed"):
         return
-    found = "failed" if state == "failed" else "was never checked for this engine file"
+    what = "failed" if state == "failed" else "was never checked for this engine file"
     raise ParityError(
-        f"{directory}: parity with its checkpoint {found} ({PARITY_FILE}); run `nxm compare`, or serve it anyway with --gate off"
+        f"{directory}: parity with its checkpoint {what} ({PARITY_FILE}); run `nxm compare`, or "
+        "serve it anyway with --gate off"
     )

@@ -2,8 +2,8 @@
 
 Functions on bytes and arrays; nothing here knows of queues or sockets. A body is JSON, or JSON followed by the tensors'
 raw bytes (little-endian, row-major; BYTES elements each behind a four-byte length), where the header
-``Inference-Header-Content-Length`` says how long the JSON is. Whatever a client may get wrong is a `RequestRefused` with
-an HTTP status, found before anything of a declared size is allocated.
+``Inference-Header-Content-Length`` says how long the JSON is. Whatever a client may get wrong is a `RequestRefused`
+with an HTTP status, found before anything of a declared size is allocated.
 
 Specification: KServe "Open Inference Protocol" and Triton's "Binary Tensor Data Extension".
 """
@@ -91,7 +91,8 @@ def parse_infer(
 def render_infer(
     model: str, version: str, request: InferRequest, results: Mapping[str, tuple[str, np.ndarray]]
 ) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Headers and body of an answer; `results` are (datatype, array) by output name, object arrays of `str` for BYTES."""
+    """Headers and body of an answer; `results` are (datatype, array) by output name, object arrays of `str` for
+    BYTES."""
     described, blobs = [], []
     for name, binary in request.outputs:
         datatype, array = results[name]
@@ -235,7 +236,8 @@ def _from_json(data: Any, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarra
 
 
 def _unpack(blob: memoryview, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
-    """BYTES elements, each behind its length. Their number may be absurd, so it is compared with what there is first."""
+    """BYTES elements, each behind its length. Their number may be absurd, so it is compared with what there is
+    first."""
     count = math.prod(shape)
     _check(
         count * 4 <= len(blob), f"input {spec.name!r} says {count} elements, and its {len(blob)} bytes cannot hold them"

@@ -1,8 +1,9 @@
 """The models of a server by name and version, and their reload.
 
 Names are looked up in a dict; no part of a request ever becomes a path. A changed engine directory is loaded beside the
-old engine, checked and warmed up like at the start, and takes its place between two requests; the old engine answers what
-it has and goes. A directory that is refused leaves the old engine serving, whose file was verified when it was read.
+old engine, checked and warmed up like at the start, and takes its place between two requests; the old engine answers
+what it has and goes. A directory that is refused leaves the old engine serving, whose file was verified when it was
+read.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Source:
         found = cls(name or path.resolve().name, version if colon else "1", path)
         if not _NAME.match(found.name):
             raise ServeError(
-                f"{found.name!r} cannot be a model's name (letters, digits, . _ -); write NAME={directory or 'ENGINE_DIR'}"
+                f"{found.name!r} cannot be a model's name (letters, digits, . _ -); write "
+                f"NAME={directory or 'ENGINE_DIR'}"
             )
         if not found.version.isdecimal() or int(found.version) < 1 or len(found.version) > 18:
             raise ServeError(f"{text}: version {found.version!r} is not a number from 1")

@@ -1,8 +1,8 @@
 """Start, run and stop a server: bind, load, warm up, listen; on SIGTERM finish what was begun.
 
-The socket is bound before the engines are loaded, so a taken port fails in a moment, and listens only after they are warm,
-so nobody is kept waiting by a server that is not ready. Stopping loses nothing that has arrived: connections that the
-kernel accepted are taken over, every request on an open connection is answered, and only then the engines go.
+The socket is bound before the engines are loaded, so a taken port fails in a moment, and listens only after they are
+warm, so nobody is kept waiting by a server that is not ready. Stopping loses nothing that has arrived: connections that
+the kernel accepted are taken over, every request on an open connection is answered, and only then the engines go.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def _bind(options: ServerOptions) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ServeError(
-            f"{options.host}:{options.port} cannot be bound ({error.strerror}); choose another --port (0 takes a free one)"
+            f"{options.host}:{options.port} cannot be bound ({error.strerror}); choose another "
+            "--port (0 takes a free one)"
         ) from error
     listener.setblocking(False)
     return listener
@@ -159,10 +160,10 @@ def _server(service: Service, options: ServerOptions) -> Any:
 def _turn_away(listener: socket.socket) -> None:
     """Let no new connection in, and keep those that wait to be accepted.
 
-    Closing a listening socket resets the connections in its queue, whose clients may have sent their request already. So a
-    packet filter that drops every SYN is put on it first (Linux; elsewhere the few in the queue are lost). Nothing else may
-    be dropped: whoever has our answer to its SYN is connected, as far as it knows, and only its ACK tells us. A client that
-    comes now is refused once the socket is closed, before it has sent anything.
+    Closing a listening socket resets the connections in its queue, whose clients may have sent their request already.
+    So a packet filter that drops every SYN is put on it first (Linux; elsewhere the few in the queue are lost). Nothing
+    else may be dropped: whoever has our answer to its SYN is connected, as far as it knows, and only its ACK tells us.
+    A client that comes now is refused once the socket is closed, before it has sent anything.
     """
     flags, syn, ack = (
         13,

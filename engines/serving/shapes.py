@@ -2,9 +2,9 @@
 
 A batch is a rectangle, and padding is computed like text: in a batch of mixed lengths the short ones pay for the long
 ones. So only requests of one bucket are batched, and buckets grow with the length, which bounds the padding at about an
-eighth of a sequence. An engine that was built for profiles gets only buckets that one of them has room for, and every batch
-is padded to its bucket: TensorRT prefers few different shapes. An engine without profiles takes any shape, so its batches
-are as long as their longest request.
+eighth of a sequence. An engine that was built for profiles gets only buckets that one of them has room for, and every
+batch is padded to its bucket: TensorRT prefers few different shapes. An engine without profiles takes any shape, so its
+batches are as long as their longest request.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def plan_buckets(
 
 
 def usual_lengths(longest: int) -> list[int]:
-    """4, 8, 12 ... 32, 40, 48 ... 64, 80, 96 ... 128, 160 ...: steps of 4 up to 32 tokens, doubling with every octave."""
+    """4, 8, 12 ... 32, 40, 48 ... 64, 80, 96 ... 128, 160 ...: steps of 4 up to 32 tokens, doubling with every
+    octave."""
     lengths, length, step = [], 0, 4
     while length < longest:
         length = min(length + step, longest)

@@ -1,9 +1,9 @@
 """Sentences in, class names out; questions and contexts in, answers out: the optional text face of a served engine.
 
-Tokens come from the same code as in training and comparison (`nxm_export.data.examples.encode`), with the tokenizer that lies in
-the engine's directory. A text longer than the model's positions is cut, as it was in training; one that is absurdly long
-is refused, because the whole of it would be read before it is cut. A context is never cut: the answer could be in the part
-that is gone, so one that takes more than a window is refused.
+Tokens come from the same code as in training and comparison (`nxm_export.data.examples.encode`), with the tokenizer
+that lies in the engine's directory. A text longer than the model's positions is cut, as it was in training; one that is
+absurdly long is refused, because the whole of it would be read before it is cut. A context is never cut: the answer
+could be in the part that is gone, so one that takes more than a window is refused.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class TextFace:
         return pad(self._features(tensors), self._spec.pad_id)
 
     def words(self, tensors: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The `outputs` of this face (rows, 1) by name, for a request's BYTES tensors and the engine's outputs: classes by the
-        largest logit of the first output, answers as `nxm compare` finds them."""
+        """The `outputs` of this face (rows, 1) by name, for a request's BYTES tensors and the engine's outputs: classes
+        by the largest logit of the first output, answers as `nxm compare` finds them."""
         if self._spans:
             logits = scored_outputs(TASKS[self._spec.task], outputs)
             found = [Window.unpack(label) for label in label_array(self._features(tensors))]
@@ -92,7 +92,8 @@ class TextFace:
             row = next(row for row in range(len(texts)) if groups.count(row) > 1)
             raise RequestRefused(
                 400,
-                f"row {row} of {PAIR} and its question take more than {self._spec.max_length} tokens; ask about it in parts",
+                f"row {row} of {PAIR} and its question take more than {self._spec.max_length} "
+                "tokens; ask about it in parts",
             )
         return features
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
-from engines.sparsity.report import ALIGNMENT, TruthReport, judge
+from engines.sparsity.report import ALIGNMENT, SparsityReport, judge
 from nxm_export.contract.matrix_facts import MatrixFacts
 
 # What a matrix looks like once its advice was followed: it is one fix away when nothing else stands in the way then.
@@ -25,7 +24,8 @@ _ADVICE = {
     "axis": "the pruner went along the wrong axis: prune 2:4 along the input channels (K) and fine-tune again",
     "scales": "quantize again with symmetric INT8 (zero point 0) and one scale per output channel",
     "float-input": "quantize its input, too: one QuantizeLinear/DequantizeLinear pair with a static scale",
-    "float-output": "quantize its output: a QuantizeLinear/DequantizeLinear pair behind bias and activation, so that INT8 leaves",
+    "float-output": "quantize its output: a QuantizeLinear/DequantizeLinear pair behind bias and activation, so that INT8 "
+    "leaves",
     "op-form": "write it in the other form (in nxm: export --lowering conv1x1 or matmul)",
     "alignment": f"pad K and N to multiples of {ALIGNMENT} (with zeros, which change nothing), or keep it dense",
     "no-kernel": "no change to the file helps on this GPU with this TensorRT; keep the dense engine",
@@ -33,40 +33,38 @@ _ADVICE = {
 }
 
 
-def advise(facts: Sequence[MatrixFacts], report: TruthReport) -> list[dict[str, Any]]:
-    """One entry per matrix that could run sparse: name, what to do, whether that is all it takes, or whether it is ready."""
-    found: list[dict[str, Any]] = []
+@dataclass(frozen=True)
+class Advice:
+    """What to do about one matrix; whether that is all it takes, or whether it is ready as it stands."""
+
+    name: str
+    advice: str
+    one_fix_away: bool
+    ready: bool
+
+
+def advise(facts: Sequence[MatrixFacts], report: SparsityReport) -> list[Advice]:
+    """One advice per matrix that could run sparse; `report` is that of a graph alone, on the same `facts`."""
 
     def fixed(fact: MatrixFacts, reason: str) -> bool:
-        after = judge(
-            [_FIXED[reason](fact)], None,
-            backend=report.backend, version=report.version, compute_capability=report.compute_capability,
-        )  # fmt: skip
-        return after.weights[0].reason == "no-engine"
+        return judge([_FIXED[reason](fact)], None, report.target).weights[0].reason == "no-engine"
 
-    for fact, row in zip(facts, report.weights, strict=True):
-        if row.reason == "not-planned":
-            continue
-        if row.reason == "pattern":
-            near = fact.broken_groups * 100 <= fact.groups
+    advice = []
+    for fact, weight in zip(facts, report.weights, strict=True):
+        reason = weight.reason
+        if reason == "pattern":
+            nearly = fact.broken_groups * 100 <= fact.groups
+            keep = f"{fact.broken_groups} of {fact.groups} groups keep more than two"
             text = (
-                f"{fact.broken_groups} of {fact.groups} groups keep more than two: zero the smallest of each again after the last training step"
-                if near
-                else f"prune it 2:4 along K and fine-tune: {fact.broken_groups} of {fact.groups} groups keep more than two"
+                f"{keep}: zero the smallest of each again after the last training step"
+                if nearly
+                else f"prune it 2:4 along K and fine-tune: {keep}"
             )
-            found.append(
-                {"name": row.name, "advice": text, "one_fix_away": near and fixed(fact, "pattern"), "ready": False}
-            )
-        elif row.reason in _ADVICE:
-            text = _ADVICE[row.reason]
-            if row.reason == "no-engine" and not fact.integer_weight:
+            advice.append(Advice(weight.name, text, nearly and fixed(fact, reason), ready=False))
+        elif reason in _ADVICE:
+            text = _ADVICE[reason]
+            if reason == "no-engine" and not fact.integer_weight:
                 text = "2:4 along K, in float: quantize weight, input and output to INT8, or build it as sparse FP16"
-            found.append(
-                {
-                    "name": row.name,
-                    "advice": text,
-                    "one_fix_away": row.reason in _FIXED and fixed(fact, row.reason),
-                    "ready": row.reason == "no-engine" and fact.integer_weight,
-                }
-            )
-    return found
+            ready = reason == "no-engine" and fact.integer_weight
+            advice.append(Advice(weight.name, text, reason in _FIXED and fixed(fact, reason), ready))
+    return advice

@@ -1,21 +1,21 @@
 """What a build and an engine say about themselves: layers and their kernels, the builder's lists of sparse layers, times.
 
-Read from the files beside an engine and nowhere else; `engines.sparsity.report` judges. The wordings are those of TensorRT 8.6 to 11
-and of TensorRT-RTX.
+Read from the files beside an engine and nowhere else; `engines.sparsity.report` judges. The wordings are those of TensorRT
+8.6 to 11 and of TensorRT-RTX.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from engines.sparsity.kernel_names import kernel_named
-from nxm_export.errors import ArtifactError
+from nxm_export.storage.json_files import Json, convert, read_json
 
+LOG_FILE = "build.log"
+LAYERS_FILE = "layers.json"
 MEASURED_FILE = "measured.json"
 _PRODUCT_KINDS = ("gemm", "correlation", "caskconvolution", "caskgemmconvolution", "caskgemmmatrixmultiply", "mha", "matrixmultiply", "convolution", "fc")  # fmt: skip
 _LAYER = re.compile(
@@ -64,6 +64,34 @@ class LayerInfo:
 
 
 @dataclass(frozen=True)
+class InspectedProfile:
+    """The engine inspector's report (TensorRT's own JSON) for one profile at its best `shape` (batch, sequence)."""
+
+    profile: int
+    shape: tuple[int, int]
+    information: Mapping[str, Json]
+
+
+@dataclass(frozen=True)
+class InspectedEngine:
+    """The file ``layers.json``: the inspector's report for every profile of an engine."""
+
+    profiles: tuple[InspectedProfile, ...]
+
+
+@dataclass(frozen=True)
+class MeasuredLayers:
+    """The file ``measured.json``: mean milliseconds of every layer at one `shape` (batch, sequence), and the names of kernels
+    that a profiler saw, where one was asked."""
+
+    engine_sha256: str
+    shape: tuple[int, int]
+    rounds: int
+    layer_ms: Mapping[str, float]
+    kernels: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
 class SparsityLog:
     """The builder's own words: layer names that it found eligible and picked; None where it said nothing at all."""
 
@@ -85,24 +113,23 @@ def parse_layers(lines: Iterable[str]) -> list[LayerInfo]:
     """Every layer line of a verbose build log (TensorRT 10, 11, RTX) among `lines`; other lines are skipped."""
     layers = []
     for line in lines:
-        found = _LAYER.search(line.rstrip())
-        if found:
-            types: Any = {
-                part: tuple(_DATATYPE.findall(found[part] or "")) for part in ("inputs", "constants", "outputs")
-            }
+        match = _LAYER.search(line.rstrip())
+        if match:
             layers.append(
                 LayerInfo(
-                    found["name"].strip(),
-                    found["kind"],
-                    **types,
-                    kernel=found["tactic"],
-                    onnx=tuple(_ONNX.findall(found["metadata"])),
+                    name=match["name"].strip(),
+                    kind=match["kind"],
+                    inputs=tuple(_DATATYPE.findall(match["inputs"])),
+                    constants=tuple(_DATATYPE.findall(match["constants"] or "")),
+                    outputs=tuple(_DATATYPE.findall(match["outputs"])),
+                    kernel=match["tactic"],
+                    onnx=tuple(_ONNX.findall(match["metadata"])),
                 )
             )
     return layers
 
 
-def parse_inspector(information: Mapping[str, Any], profile: int = 0) -> list[LayerInfo]:
+def parse_inspector(information: Mapping[str, Json], profile: int = 0) -> list[LayerInfo]:
     """The layers of an engine inspector's JSON report: TensorRT 8.6 and 10 (``Format/Datatype``) and 11 (``Datatype``).
 
     Layers of another profile, as their names say, are skipped. A report without details gives names only.
@@ -133,7 +160,7 @@ def parse_inspector(information: Mapping[str, Any], profile: int = 0) -> list[La
     return layers
 
 
-def _tensor_type(tensor: Any) -> str:
+def _tensor_type(tensor: object) -> str:
     if not isinstance(tensor, Mapping):
         return ""
     return str(tensor.get("Datatype") or tensor.get("Format/Datatype") or "")
@@ -157,10 +184,10 @@ def parse_sparsity_log(lines: Iterable[str]) -> SparsityLog:
     picked: set[str] | None = None
     for line in lines:
         for pattern, is_picked in ((_ELIGIBLE, False), (_PICKED, True)):
-            found = pattern.search(line.rstrip())
-            if found is None:
+            match = pattern.search(line.rstrip())
+            if match is None:
                 continue
-            names = {part for item in found[1].split(",") for part in _parts(item.strip())}
+            names = {part for item in match[1].split(",") for part in _parts(item.strip())}
             if is_picked:
                 picked = (picked or set()) | names
             else:
@@ -175,37 +202,29 @@ def integer_products(layers: Iterable[LayerInfo], products: Iterable[str]) -> di
 
 
 def read_evidence(directory: Path, running: Iterable[str] | None = None) -> Evidence:
-    """What lies beside an engine: inspector report, build log, layer times. Missing files are missing evidence."""
+    """What lies beside an engine: inspector report, build log, layer times. Missing files are missing evidence.
+
+    `running` are names of kernels that a profiler saw. Raises `ArtifactError` for a file that is damaged.
+    """
     layers: list[LayerInfo] = []
     log = SparsityLog()
-    if (directory / "build.log").is_file():
-        lines = (directory / "build.log").read_text(encoding="utf-8", errors="replace").splitlines()
+    if (directory / LOG_FILE).is_file():
+        lines = (directory / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
         layers, log = parse_layers(lines), parse_sparsity_log(lines)
-    if (directory / "layers.json").is_file():
-        reports = read_json(directory / "layers.json")
-        layers = [
-            layer
-            for report in reports.get("profiles", [])
-            for layer in parse_inspector(report["information"], int(report["profile"]))
-        ]
-    measured: dict[str, Any] = {}
-    if (directory / MEASURED_FILE).is_file():
-        measured = read_json(directory / MEASURED_FILE)
-    seen = measured.get("kernels") if running is None else list(running)
-    times = {_PROFILE.sub("", name): ms for name, ms in measured.get("layer_ms", {}).items()}
-    return Evidence(layers, log, times, None if seen is None else frozenset(seen))
+    if (directory / LAYERS_FILE).is_file():
+        inspected = _inspected(directory / LAYERS_FILE)
+        layers = [layer for part in inspected.profiles for layer in parse_inspector(part.information, part.profile)]
+    measured = _measured(directory / MEASURED_FILE) if (directory / MEASURED_FILE).is_file() else None
+    kernels = running if running is not None else measured.kernels if measured else None
+    times = {_PROFILE.sub("", name): ms for name, ms in measured.layer_ms.items()} if measured else {}
+    return Evidence(layers, log, times, None if kernels is None else frozenset(kernels))
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object that lies beside an engine; raises `ArtifactError` when it is missing or malformed."""
-    if not file.is_file():
-        raise ArtifactError(
-            f"{file} is missing: this engine was built by an older version, or elsewhere; build it again"
-        )
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"{file}: not JSON ({error}); build the engine again") from error
-    if not isinstance(data, dict):
-        raise ArtifactError(f"{file}: not a JSON object; build the engine again")
-    return data
+def _inspected(file: Path) -> InspectedEngine:
+    way_out = "build the engine again"
+    return convert(read_json(file, way_out), InspectedEngine, source=str(file), way_out=way_out)
+
+
+def _measured(file: Path) -> MeasuredLayers:
+    way_out = "delete it, or measure again with `nxm inspect --measure`"
+    return convert(read_json(file, way_out), MeasuredLayers, source=str(file), way_out=way_out)

@@ -1,4 +1,4 @@
-"""What kernel names say, and which sparse kernels exist at all (the reason table, ``sparse_kernels.json``).
+"""What kernel names say, and which sparse kernels exist at all (the catalogue ``sparse_kernels.json``).
 
 A kernel's name is the only proof of a sparse product. The rules are deliberately narrow: a name that they do not know is
 unknown, and unknown never counts as sparse.
@@ -6,16 +6,17 @@ unknown, and unknown never counts as sparse.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-TABLE = Path(__file__).with_name("sparse_kernels.json")
+from nxm_export.storage.json_files import read_record
+
+CATALOGUE_FILE = Path(__file__).with_name("sparse_kernels.json")
+CATALOGUE_SCHEMA = "nxm-sparse-kernels/1"
 # Names as in the libraries of TensorRT 8.6 and RTX 1.7 and in inspector reports: sm80_xmma_sparse_gemm_i8i8_...,
 # sm80_xmma_fprop_sparse_conv_..., sm80_xmma_fprop_avdt_sparse_int8int8_..., cutlass3x_sm100_sptensorop_...spgemm_s8_...
 _KERNEL = re.compile(r"^(ampere_|hopper_|turing_|volta_|cutlass|cask|xmma|void |_Z|sm\d+_|.*_xmma_)", re.IGNORECASE)
@@ -50,16 +51,43 @@ class Existence:
     source: str
 
 
+@dataclass(frozen=True)
+class CatalogueEntry:
+    """Products, by patterns with ``*``, for which a sparse kernel exists, does not, or nobody has looked (None).
+
+    `version` is the beginning of a TensorRT version, in whole parts: 10.1 is not 10.14. `source` is a key of the sources.
+    """
+
+    backend: str | tuple[str, ...]
+    version: str
+    compute_capability: str | tuple[str, ...]
+    weights: str | tuple[str, ...]
+    form: str | tuple[str, ...]
+    output: str | tuple[str, ...]
+    exists: bool | None
+    source: str
+
+
+@dataclass(frozen=True)
+class KernelCatalogue:
+    """The file ``sparse_kernels.json``: of its `rows`, the first that fits answers."""
+
+    about: str
+    sources: Mapping[str, str]
+    rows: tuple[CatalogueEntry, ...]
+
+
 @cache
-def _table() -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
-    return data
+def _catalogue() -> KernelCatalogue:
+    return read_record(
+        CATALOGUE_FILE, KernelCatalogue, schema=CATALOGUE_SCHEMA, way_out="install nxm-export again: it is part of it"
+    )
 
 
 def sparse_kernel_exists(
     *, backend: str, version: str, compute_capability: str, integer: bool, form: str, output: str
 ) -> Existence:
-    """The reason table's answer for one product; a list of compute capabilities must agree, or the answer is None."""
+    """The catalogue's answer for one product; a list of compute capabilities must agree, or the answer is None."""
     answers = [
         _lookup(backend, version, capability.strip(), "int8" if integer else "float", form, output)
         for capability in compute_capability.split(",")
@@ -70,18 +98,18 @@ def sparse_kernel_exists(
 
 
 def _lookup(backend: str, version: str, capability: str, weights: str, form: str, output: str) -> Existence:
-    for row in _table()["rows"]:
+    for entry in _catalogue().rows:
         if (
-            _fits(row["backend"], backend)
-            and (row["version"] == "*" or f"{version}.".startswith(f"{row['version']}."))
-            and _fits(row["compute_capability"], capability)
-            and _fits(row["weights"], weights)
-            and _fits(row["form"], form)
-            and _fits(row["output"], output)
+            _fits(entry.backend, backend)
+            and (entry.version == "*" or f"{version}.".startswith(f"{entry.version}."))
+            and _fits(entry.compute_capability, capability)
+            and _fits(entry.weights, weights)
+            and _fits(entry.form, form)
+            and _fits(entry.output, output)
         ):
-            return Existence(row["exists"], _table()["sources"][row["source"]])
-    return Existence(None, "no row of the table fits")
+            return Existence(entry.exists, _catalogue().sources[entry.source])
+    return Existence(None, "nothing is known of such products")
 
 
-def _fits(wanted: str | Sequence[str], value: str) -> bool:
-    return any(fnmatchcase(value, item) for item in ([wanted] if isinstance(wanted, str) else wanted))
+def _fits(patterns: str | tuple[str, ...], value: str) -> bool:
+    return any(fnmatchcase(value, pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns))

@@ -1,4 +1,4 @@
-"""The truth report: for every weight matrix, was 2:4 planned, is it in the integers along K, could a sparse kernel run,
+"""The sparsity report: for every weight matrix, was 2:4 planned, is it in the integers along K, could a sparse kernel run,
 does one run, and if not, why.
 
 Evidence, from strong to weak: the kernel's name in the engine inspector's report (and, where a profile was taken, among
@@ -9,19 +9,22 @@ is missing, is unknown, and unknown counts as not sparse.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from engines.sparsity.build_evidence import Evidence, LayerInfo, read_evidence, read_json
-from engines.sparsity.kernel_names import kernel_named, sparse_kernel_exists
+from engines.sparsity.build_evidence import Evidence, LayerInfo, read_evidence
+from engines.sparsity.kernel_names import Existence, kernel_named, sparse_kernel_exists
 from nxm_export.contract.matrix_facts import MatrixFacts
 from nxm_export.errors import ArtifactError, ParityError
-from nxm_export.storage.json_files import require_schema
+from nxm_export.storage.json_files import Json, encode, read_record, to_builtins
 
-SCHEMA = "nxm-truth/1"
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+SCHEMA = "nxm-sparsity/1"
+FACTS_SCHEMA = "nxm-weights/1"
 FACTS_FILE = "weights.json"
 ALIGNMENT = 32  # elements; tiles of the sparse INT8 kernels
 SMALL = 256  # below it, dense kernels win (NVIDIA/TensorRT issues 3849 and 4065)
@@ -49,8 +52,48 @@ REASONS = {
 
 
 @dataclass(frozen=True)
-class WeightTruth:
-    """One row. `eligible` and `chosen` are None where unknown; `reason` is a key of `REASONS`, None when sparse runs.
+class SparsityTarget:
+    """What a graph is judged for: the runtime and its version, the GPU's compute capability (several, joined by commas, for
+    an engine that was built without one), and whether the build allows sparse kernels."""
+
+    backend: str
+    version: str
+    compute_capability: str
+    sparse_flag: bool = True
+    has_gpu: bool = True
+
+    def kernel_for(self, fact: MatrixFacts, *, form: str, output: str) -> Existence:
+        """Whether a sparse kernel exists for a matrix in another `form` or with another `output`."""
+        return sparse_kernel_exists(
+            backend=self.backend,
+            version=self.version,
+            compute_capability=self.compute_capability,
+            integer=fact.integer_weight,
+            form=form,
+            output=output,
+        )
+
+
+@dataclass(frozen=True)
+class WeightFacts:
+    """The file ``weights.json``: what the graph offers of every matrix, and what it was built for."""
+
+    backend: str
+    version: str
+    compute_capability: str
+    has_gpu: bool
+    sparse_flag: bool
+    facts: tuple[MatrixFacts, ...]
+
+    @property
+    def target(self) -> SparsityTarget:
+        """What it was built for."""
+        return SparsityTarget(self.backend, self.version, self.compute_capability, self.sparse_flag, self.has_gpu)
+
+
+@dataclass(frozen=True)
+class WeightSparsity:
+    """What is known of one matrix. `eligible` and `chosen` are None where unknown; `reason` is a key of `REASONS`, None when sparse runs.
 
     `saved_ms` is the dense twin's time for the layers around this matrix minus this engine's; `shared_with` other
     matrices when the builder merged them into one product.
@@ -75,91 +118,81 @@ class WeightTruth:
 
 
 @dataclass(frozen=True)
-class TruthReport:
-    """All rows of one engine or graph, and what they were judged for."""
+class SparsityReport:
+    """All matrices of one engine or graph, and what they were judged for."""
 
-    backend: str
-    version: str
-    compute_capability: str
-    weights: list[WeightTruth]
+    target: SparsityTarget
+    weights: tuple[WeightSparsity, ...]
 
     @property
     def planned_elements(self) -> int:
         """Weights in matrices that were planned sparse."""
-        return sum(row.k * row.n for row in self.weights if row.planned_sparse)
+        return sum(weight.k * weight.n for weight in self.weights if weight.planned_sparse)
 
     @property
     def sparse_share(self) -> float | None:
         """Share of the planned-sparse matrices, by elements, that provably run sparse; None when none was planned."""
         planned = self.planned_elements
-        chosen = sum(row.k * row.n for row in self.weights if row.planned_sparse and row.chosen is True)
+        chosen = sum(w.k * w.n for w in self.weights if w.planned_sparse and w.chosen is True)
         return chosen / planned if planned else None
 
     @property
     def counts(self) -> dict[str, int]:
         """Matrices by outcome: ``sparse`` or the reason."""
-        found: dict[str, int] = {}
-        for row in self.weights:
-            key = "sparse" if row.chosen is True else row.reason or "unknown"
-            found[key] = found.get(key, 0) + 1
-        return found
+        counts: dict[str, int] = {}
+        for weight in self.weights:
+            outcome = "sparse" if weight.chosen is True else weight.reason or "unknown"
+            counts[outcome] = counts.get(outcome, 0) + 1
+        return counts
 
     def require_sparse(self, share: float) -> None:
         """Raise `ParityError` unless at least `share` (0 to 1) of the planned-sparse elements provably run sparse."""
-        found = self.sparse_share
-        if found is None:
+        actual = self.sparse_share
+        if actual is None:
             raise ParityError("no matrix was planned sparse, so none is required to run sparse; plan 2:4 first")
-        if found < share:
+        if actual < share:
             why = ", ".join(f"{count} x {reason}" for reason, count in self.counts.items() if reason != "sparse")
             raise ParityError(
-                f"{found:.1%} of the planned-sparse weights provably run sparse, {share:.1%} required; the others: {why}"
+                f"{actual:.1%} of the planned-sparse weights provably run sparse, {share:.1%} required; the others: {why}"
             )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The form of ``--json``."""
         return {
             "schema": SCHEMA,
-            "backend": self.backend,
-            "version": self.version,
-            "compute_capability": self.compute_capability,
+            "backend": self.target.backend,
+            "version": self.target.version,
+            "compute_capability": self.target.compute_capability,
             "sparse_share": self.sparse_share,
             "counts": self.counts,
-            "weights": [asdict(row) for row in self.weights],
+            "weights": [to_builtins(weight) for weight in self.weights],
         }
 
 
 def judge(
-    facts: Iterable[MatrixFacts],
-    evidence: Evidence | None,
-    *,
-    backend: str,
-    version: str,
-    compute_capability: str,
-    sparse_flag: bool = True,
-    has_gpu: bool = True,
-    twin: Evidence | None = None,
-) -> TruthReport:
-    """One row per matrix. Without `evidence` a graph is judged alone: nothing can be chosen."""
-    rows = []
+    facts: Iterable[MatrixFacts], evidence: Evidence | None, target: SparsityTarget, twin: Evidence | None = None
+) -> SparsityReport:
+    """The report on matrices. Without `evidence` a graph is judged alone: nothing can be chosen. `twin` is the evidence of
+    the dense engine of the same graph, for the time that sparsity saves."""
+    weights = []
     for fact in facts:
-        obstacle, detail, eligible = _obstacle(fact, backend, version, compute_capability, sparse_flag)
-        row = WeightTruth(
+        obstacle, detail, eligible = _obstacle(fact, target)
+        weight = WeightSparsity(
             name=fact.name, k=fact.k, n=fact.n, form=fact.form, planned=fact.planned, planned_sparse=fact.planned_sparse,
             pattern_float=fact.pattern_float, pattern_int8=fact.pattern_int8, sparse_along_k=fact.sparse_along_k,
             eligible=eligible, chosen=None, kernel=None, reason=obstacle, detail=detail,
         )  # fmt: skip
         if evidence is None:
-            row = replace(row, chosen=False if not fact.sparse_along_k else None, reason=obstacle or "no-engine")
+            weight = replace(weight, chosen=False if not fact.sparse_along_k else None, reason=obstacle or "no-engine")
         else:
-            row = _with_evidence(row, fact, evidence, obstacle, sparse_flag, has_gpu)
-            row = _with_times(row, fact, evidence, twin)
-        rows.append(replace(row, detail=row.detail or (REASONS[row.reason] if row.reason else "")))
-    return TruthReport(backend, version, compute_capability, rows)
+            weight = _with_evidence(weight, fact, evidence, obstacle, target)
+            weight = _with_times(weight, fact, evidence, twin)
+        detail = weight.detail or (REASONS[weight.reason] if weight.reason else "")
+        weights.append(replace(weight, detail=detail))
+    return SparsityReport(target, tuple(weights))
 
 
-def _obstacle(
-    fact: MatrixFacts, backend: str, version: str, compute_capability: str, sparse_flag: bool
-) -> tuple[str | None, str, bool | None]:
+def _obstacle(fact: MatrixFacts, target: SparsityTarget) -> tuple[str | None, str, bool | None]:
     """(what stands in a sparse kernel's way, its detail, whether the matrix is eligible) from the graph alone."""
     if not fact.sparse_along_k:
         if fact.sparse_along_n:
@@ -173,90 +206,75 @@ def _obstacle(
         return "float-input", "", False
     if fact.k % ALIGNMENT or fact.n % ALIGNMENT:
         return "alignment", f"K {fact.k} x N {fact.n}: {REASONS['alignment']}", False
-    if not sparse_flag:
+    if not target.sparse_flag:
         return "flag-off", "", False
-    target: dict[str, Any] = {
-        "backend": backend,
-        "version": version,
-        "compute_capability": compute_capability,
-        "integer": fact.integer_weight,
-    }
-    found = sparse_kernel_exists(**target, form=fact.form, output=fact.output)
-    if found.exists is not False:
-        return None, "", found.exists
-    if fact.output != "int8" and sparse_kernel_exists(**target, form=fact.form, output="int8").exists:
-        return "float-output", f"{REASONS['float-output']} (it writes {fact.output}). {found.source}", False
-    other = next(
-        (
-            form
-            for form in ("conv1x1", "matmul")
-            if form != fact.form and sparse_kernel_exists(**target, form=form, output="int8").exists
-        ),
-        None,
-    )
-    if other:
-        return (
-            "op-form",
-            f"sparse kernels here exist for {other} with INT8 output, and this is {fact.form}. {found.source}",
-            False,
-        )
-    return "no-kernel", f"{REASONS['no-kernel']}. {found.source}", False
+    kernel = target.kernel_for(fact, form=fact.form, output=fact.output)
+    if kernel.exists is not False:
+        return None, "", kernel.exists
+    if fact.output != "int8" and target.kernel_for(fact, form=fact.form, output="int8").exists:
+        return "float-output", f"{REASONS['float-output']} (it writes {fact.output}). {kernel.source}", False
+    for form in ("conv1x1", "matmul"):
+        if form != fact.form and target.kernel_for(fact, form=form, output="int8").exists:
+            text = f"sparse kernels here exist for {form} with INT8 output, and this is {fact.form}. {kernel.source}"
+            return "op-form", text, False
+    return "no-kernel", f"{REASONS['no-kernel']}. {kernel.source}", False
 
 
 def _with_evidence(
-    row: WeightTruth, fact: MatrixFacts, evidence: Evidence, obstacle: str | None, sparse_flag: bool, has_gpu: bool
-) -> WeightTruth:
+    weight: WeightSparsity, fact: MatrixFacts, evidence: Evidence, obstacle: str | None, target: SparsityTarget
+) -> WeightSparsity:
+    """What an engine's evidence says of one matrix; one function, because the order of the cases is the rule."""
     layers = [layer for layer in evidence.layers if fact.node and fact.node in layer.onnx]
     products = [layer for layer in layers if layer.is_product]
     kernels = [kernel_named(layer.kernel) for layer in products]
     names = " | ".join(dict.fromkeys(layer.kernel for layer in products if layer.kernel)) or None
-    row = replace(row, kernel=names, shared_with=_merged(fact.node, products))
+    weight = replace(weight, kernel=names, shared_with=_merged(fact.node, products))
     listed = evidence.log.eligible is not None and fact.node in evidence.log.eligible
     picked = evidence.log.picked is not None and fact.node in evidence.log.picked
-    eligible = True if listed else row.eligible
+    eligible = True if listed else weight.eligible
     sparse = bool(kernels) and all(kernel is not None and kernel.sparse for kernel in kernels)
     dense = any(kernel is not None and not kernel.sparse for kernel in kernels)
     if sparse or (picked and not products):
-        if not fact.sparse_along_k or not sparse_flag:
+        if not fact.sparse_along_k or not target.sparse_flag:
             return replace(
-                row, chosen=None, reason="contradiction",
+                weight, chosen=None, reason="contradiction",
                 detail="the engine names a sparse kernel for a matrix that is not 2:4 along K, or without the flag",
             )  # fmt: skip
         if sparse and fact.integer_weight and not all(kernel is not None and kernel.integer for kernel in kernels):
-            return replace(row, eligible=True, chosen=False, reason="float-kernel")
+            return replace(weight, eligible=True, chosen=False, reason="float-kernel")
         if evidence.running is not None and not all(_ran(layer.kernel, evidence.running) for layer in products):
             return replace(
-                row, eligible=True, chosen=None, reason="contradiction",
+                weight, eligible=True, chosen=None, reason="contradiction",
                 detail="the engine names a sparse kernel, and the profiler did not see it run",
             )  # fmt: skip
         return replace(
-            row, eligible=True, chosen=True, reason=None, detail="" if sparse else "by the builder's log alone"
+            weight, eligible=True, chosen=True, reason=None, detail="" if sparse else "by the builder's log alone"
         )
     if dense:
         if picked:
             return replace(
-                row, eligible=eligible, chosen=None, reason="contradiction",
+                weight, eligible=eligible, chosen=None, reason="contradiction",
                 detail="the build log says sparse, and the engine names a dense kernel",
             )  # fmt: skip
         seen = any(layer.saw_sparse_weights for layer in products)
         if obstacle:  # that the builder lists the weights as 2:4 gives it no kernel
-            return replace(row, eligible=eligible, chosen=False)
+            return replace(weight, eligible=eligible, chosen=False)
         if min(fact.k, fact.n) < SMALL:
-            return replace(row, eligible=eligible, chosen=False, reason="size")
+            return replace(weight, eligible=eligible, chosen=False, reason="size")
         if listed or eligible:
-            return replace(row, eligible=True, chosen=False, reason="dense-faster")
+            return replace(weight, eligible=True, chosen=False, reason="dense-faster")
         detail = "the builder saw 2:4 weights (HasSparseWeights), and a dense kernel runs" if seen else ""
-        return replace(row, eligible=eligible, chosen=False, reason="dense-chosen", detail=detail)
-    if not fact.sparse_along_k or not sparse_flag:
-        return replace(row, chosen=False)  # whatever runs, it cannot be a sparse kernel
+        return replace(weight, eligible=eligible, chosen=False, reason="dense-chosen", detail=detail)
+    if not fact.sparse_along_k or not target.sparse_flag:
+        return replace(weight, chosen=False)  # whatever runs, it cannot be a sparse kernel
     if obstacle:
-        return replace(row, eligible=eligible)
-    if not has_gpu:
-        return replace(row, eligible=eligible, reason="no-gpu")
+        return replace(weight, eligible=eligible)
+    if not target.has_gpu:
+        return replace(weight, eligible=eligible, reason="no-gpu")
     if evidence.layers and not products:
         detail = f"inside {layers[0].kind} layer {layers[0].name}" if layers else ""
-        return replace(row, eligible=eligible, reason="fused-away", detail=detail)
-    return replace(row, eligible=eligible, reason="unknown")
+        return replace(weight, eligible=eligible, reason="fused-away", detail=detail)
+    return replace(weight, eligible=eligible, reason="unknown")
 
 
 def _merged(node: str, products: Sequence[LayerInfo]) -> tuple[str, ...]:
@@ -268,10 +286,10 @@ def _ran(kernel: str, running: frozenset[str]) -> bool:
     return any(kernel in name or name in kernel for name in running)
 
 
-def _with_times(row: WeightTruth, fact: MatrixFacts, evidence: Evidence, twin: Evidence | None) -> WeightTruth:
-    own = _product_ms(fact.node, evidence)
+def _with_times(weight: WeightSparsity, fact: MatrixFacts, evidence: Evidence, twin: Evidence | None) -> WeightSparsity:
+    mine = _product_ms(fact.node, evidence)
     other = _product_ms(fact.node, twin) if twin is not None else None
-    return row if own is None or other is None else replace(row, saved_ms=other - own)
+    return weight if mine is None or other is None else replace(weight, saved_ms=other - mine)
 
 
 def _product_ms(node: str, evidence: Evidence) -> float | None:
@@ -281,41 +299,34 @@ def _product_ms(node: str, evidence: Evidence) -> float | None:
     return sum(evidence.layer_ms[name] for name in names)
 
 
-def write_truth(
-    out: Path, model: Any, *, backend: str, version: str, device: Mapping[str, str], sparse_flag: bool
-) -> None:
-    """Write ``weights.json``: what the graph offers, and what it was built for. `read_truth` adds the engine's evidence."""
+def write_weight_facts(out: Path, model: ir.Model, target: SparsityTarget) -> None:
+    """Write ``weights.json``: what the graph offers and what it was built for; `read_sparsity_report` adds the evidence."""
     from nxm_export.graph.sparsity_scan import matrix_facts
 
-    facts = [fact.to_dict() for fact in matrix_facts(model, str(out))]
-    head = {
-        "schema": SCHEMA,
-        "backend": backend,
-        "version": version,
-        "compute_capability": device["compute_capability"],
-        "has_gpu": device["gpu"] != "none",
-        "sparse_flag": sparse_flag,
-    }
-    (out / FACTS_FILE).write_text(json.dumps({**head, "facts": facts}, indent=1) + "\n", encoding="utf-8")
+    record = WeightFacts(
+        backend=target.backend,
+        version=target.version,
+        compute_capability=target.compute_capability,
+        has_gpu=target.has_gpu,
+        sparse_flag=target.sparse_flag,
+        facts=tuple(matrix_facts(model, str(out))),
+    )
+    (out / FACTS_FILE).write_text(encode(record, FACTS_SCHEMA), encoding="utf-8")
 
 
-def read_truth(directory: Path, twin: Path | None = None, running: Iterable[str] | None = None) -> TruthReport:
+def read_sparsity_report(
+    directory: Path, twin: Path | None = None, running: Iterable[str] | None = None
+) -> SparsityReport:
     """Judge an engine directory by all that lies in it; `twin` is the dense engine's, `running` kernel names of a profile.
 
-    Raises `ArtifactError` when the directory has no ``weights.json``.
+    Raises `ArtifactError` when the directory has no ``weights.json``, or one that is damaged.
     """
-    data = read_json(directory / FACTS_FILE)
-    require_schema(data, SCHEMA, str(directory / FACTS_FILE), ArtifactError)
-    try:
-        return judge(
-            [MatrixFacts.of(entry) for entry in data["facts"]],
-            read_evidence(directory, running),
-            backend=data["backend"],
-            version=data["version"],
-            compute_capability=data["compute_capability"],
-            sparse_flag=data["sparse_flag"],
-            has_gpu=data["has_gpu"],
-            twin=read_evidence(twin) if twin is not None else None,
+    file = directory / FACTS_FILE
+    if not file.is_file():
+        raise ArtifactError(
+            f"{file} is missing: this engine was built by an older version, or elsewhere; build it again"
         )
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{directory / FACTS_FILE}: malformed ({error!r}); build the engine again") from error
+    former = {"nxm-truth/1": lambda fields: fields}  # the same fields under another name
+    record = read_record(file, WeightFacts, schema=FACTS_SCHEMA, way_out="build the engine again", older=former)
+    dense = read_evidence(twin) if twin is not None else None
+    return judge(record.facts, read_evidence(directory, running), record.target, dense)

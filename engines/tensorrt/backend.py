@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
-from engines.base import BuildOptions, copy_companions, spec_of
-from engines.passport import EnginePassport, load_passport
-from engines.sparsity.report import write_truth
+from engines.base import BackendCapabilities, BuildOptions, LoadOptions, copy_companions, spec_of
+from engines.passport import BuildFacts, EnginePassport, load_passport
+from engines.sparsity.build_evidence import LOG_FILE
+from engines.sparsity.report import SparsityReport, SparsityTarget, read_sparsity_report, write_weight_facts
 from engines.tensorrt.builder_process import (
     CACHE_FILE,
-    LOG_FILE,
     STRONGLY_TYPED_SINCE,
+    BuildRequest,
+    TimingCacheRequest,
     build_in_child,
     seal_cache,
     usable_cache,
@@ -27,11 +29,34 @@ from engines.tensorrt.cuda_driver import device_facts
 from engines.tensorrt.profiles import default_profile, require_positions
 from engines.tensorrt.runtime import TensorRTEngine
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
+from nxm_export.storage.json_files import Json
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from engines.tensorrt.api import TensorRT
 
 NAME = "trt"
+CAPABILITIES = BackendCapabilities("gpu", optimization_profiles=True, sparse_kernels=True, layer_times=True)
 ENGINE_FILE = "model.engine"
 MODULE = "tensorrt"
-INSTALL = "pip install 'nxm-export[trt]' (docs/tensorrt.md has the versions and their drivers; building without a GPU: --backend trt_rtx)"
+INSTALL = (
+    "pip install 'nxm-export[trt]' (docs/tensorrt.md has the versions and their drivers; building without a GPU: "
+    "--backend trt_rtx)"
+)
+
+
+@dataclass(frozen=True)
+class TensorRTFacts:
+    """What the engine requires of a machine, and the sparsity report of its build."""
+
+    backend: str
+    requires: Mapping[str, str]
+    sparsity: SparsityReport
+
+    def to_dict(self) -> dict[str, Json]:
+        """The form of ``--json``: the report's fields stand beside the others."""
+        return {"backend": self.backend, "requires": dict(self.requires), **self.sparsity.to_dict()}
 
 
 def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -> EnginePassport:
@@ -48,47 +73,50 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     model = load_graph(onnx)
     verify(onnx).require()
     _require_typing(model, trt.__version__, onnx)
-    profiles = list(options.profiles) or [default_profile(_max_length(onnx.parent))]
+    profiles = tuple(options.profiles) or (default_profile(_max_length(onnx.parent)),)
     require_positions(profiles, _max_length(onnx.parent))
     facts = _facts(trt, device)
     cache = _cache(options, facts)
-    request: dict[str, Any] = {
-        "module": MODULE,
-        "onnx": str(onnx),
-        "engine": str(out / ENGINE_FILE),
-        "directory": str(out),
-        "profiles": [asdict(profile) for profile in profiles],
+    request = BuildRequest(
+        MODULE,
+        onnx=str(onnx),
+        engine=str(out / ENGINE_FILE),
+        directory=str(out),
+        profiles=profiles,
+        sparse=options.sparse,
+        level=options.level,
+        workspace_bytes=options.workspace_bytes,
+        build_route=options.build_route,
+        timing_cache=cache,
+        inspect=True,
+    )
+    built = build_in_child(request, out / LOG_FILE, options.progress)
+    if (out / CACHE_FILE).is_file():
+        seal_cache(out / CACHE_FILE, facts)
+    copy_companions(onnx.parent, out)
+    recorded = {
         "sparse": options.sparse,
         "level": options.level,
         "workspace_bytes": options.workspace_bytes,
         "build_route": options.build_route,
-        "timing_cache": cache,
-        "inspect": True,
-    }
-    found = build_in_child(request, out / LOG_FILE, options.progress)
-    if (out / CACHE_FILE).is_file():
-        seal_cache(out / CACHE_FILE, facts)
-    copy_companions(onnx.parent, out)
-    recorded = {key: request[key] for key in ("sparse", "level", "workspace_bytes", "build_route")} | {
         "twin": options.twin,
-        "strongly_typed": found.get("strongly_typed"),
+        "strongly_typed": built.strongly_typed,
         "timing_cache": cache is not None,
     }
-    write_truth(out, model, backend=NAME, version=trt.__version__, device=device, sparse_flag=options.sparse)
-    return EnginePassport.issue(
-        NAME,
-        out / ENGINE_FILE,
-        onnx,
+    target = SparsityTarget(NAME, trt.__version__, device["compute_capability"], sparse_flag=options.sparse)
+    write_weight_facts(out, model, target)
+    passport = BuildFacts(
         device={"kind": "gpu", **device},
         requires=facts,
         options=recorded,
-        profiles=request["profiles"],
         graph=model.metadata_props,
-        bindings=found["bindings"],
+        bindings=built.bindings,
+        profiles=profiles,
     )
+    return EnginePassport.issue(NAME, out / ENGINE_FILE, onnx, passport)
 
 
-def load(directory: str | Path) -> TensorRTEngine:
+def load(directory: str | Path, options: LoadOptions = LoadOptions()) -> TensorRTEngine:
     """Load an engine directory; hash, TensorRT version and GPU are checked before anything is deserialized."""
     directory = Path(directory)
     passport = load_passport(directory)
@@ -97,24 +125,21 @@ def load(directory: str | Path) -> TensorRTEngine:
     return TensorRTEngine(trt, directory / ENGINE_FILE, engine, f"rebuild it: {passport.rebuild_command()}")
 
 
-def inspect(directory: str | Path) -> dict[str, Any]:
-    """Facts of an engine directory: the truth report of its build (see `engines.sparsity.report`)."""
-    from engines.sparsity.report import read_truth
-
-    passport = load_passport(directory)
-    return {"backend": NAME, "requires": dict(passport.requires), **read_truth(Path(directory)).to_dict()}
+def inspect(directory: str | Path) -> TensorRTFacts:
+    """Facts of an engine directory: the sparsity report of its build (see `engines.sparsity.report`)."""
+    return TensorRTFacts(NAME, load_passport(directory).requires, read_sparsity_report(Path(directory)))
 
 
-def _runtime() -> Any:
+def _runtime() -> TensorRT:
     try:
-        return importlib.import_module(MODULE)
+        return cast("TensorRT", importlib.import_module(MODULE))
     except ImportError as error:
         if getattr(error, "name", None) == MODULE:
             raise EngineUnavailable(f"TensorRT is not installed; {INSTALL}") from error
         raise EngineUnavailable(f"TensorRT is installed and cannot be loaded ({error}); {INSTALL}") from error
 
 
-def _facts(trt: Any, device: Mapping[str, str]) -> dict[str, str]:
+def _facts(trt: TensorRT, device: Mapping[str, str]) -> dict[str, str]:
     return {"tensorrt": trt.__version__, "gpu": device["gpu"], "compute_capability": device["compute_capability"]}
 
 
@@ -123,7 +148,7 @@ def _max_length(directory: Path) -> int:
     return spec.max_length if spec else 512
 
 
-def _require_typing(model: Any, version: str, onnx: Path) -> None:
+def _require_typing(model: ir.Model, version: str, onnx: Path) -> None:
     """A graph of ours made for the other kind of TensorRT would run slowly or not at all: refuse it."""
     strongly = int(version.split(".")[0]) >= STRONGLY_TYPED_SINCE
     target, opset = model.metadata_props.get("nxm.target"), model.opset_imports.get("")
@@ -131,17 +156,17 @@ def _require_typing(model: Any, version: str, onnx: Path) -> None:
         raise EngineError(f"{onnx}: opset {opset}, and TensorRT {version} reads at most 17; export with --target trt8")
     if strongly and target == "trt8":
         raise EngineError(
-            f"{onnx}: exported for the weakly typed TensorRT 8, and TensorRT {version} would run its float parts in float32; "
-            "export with --target trt"
+            f"{onnx}: exported for the weakly typed TensorRT 8, and TensorRT {version} would run its float parts in "
+            "float32; export with --target trt"
         )
 
 
-def _cache(options: BuildOptions, facts: Mapping[str, str]) -> dict[str, Any] | None:
+def _cache(options: BuildOptions, facts: Mapping[str, str]) -> TimingCacheRequest | None:
     if options.timing_cache is None:
         return None
     reason = usable_cache(options.timing_cache, facts)
     if reason is None:
-        return {"path": str(options.timing_cache), "required": options.require_timing_cache}
+        return TimingCacheRequest(str(options.timing_cache), options.require_timing_cache)
     if options.require_timing_cache:
         raise ArtifactError(
             f"{options.timing_cache} cannot be used as a timing cache: {reason}; delete it or leave --timing-cache out"

@@ -17,57 +17,131 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, cast
 
-from engines.base import Binding, module_command
-from nxm_export.errors import EngineError
+from engines.base import Binding, Profile, module_command
+from engines.passport import Bindings
+from engines.sparsity.build_evidence import LAYERS_FILE, InspectedEngine, InspectedProfile
+from nxm_export.errors import ArtifactError, EngineError
+from nxm_export.progress import Progress
 from nxm_export.storage.hashing import file_hash
+from nxm_export.storage.json_files import convert, encode, parse_json, read_record, to_builtins
 
-LOG_FILE = "build.log"
-LAYERS_FILE = "layers.json"
+if TYPE_CHECKING:
+    from engines.tensorrt.api import BuilderConfig, Network, Parser, Tensor, TensorRT
+
 CACHE_FILE = "timing.cache"
 SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 STRONGLY_TYPED_SINCE = 10
+SEAL_SCHEMA = "nxm-timing-cache/1"
 
 
-def build_in_child(request: Mapping[str, Any], log: Path, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
-    """Run one build and return what it reports; `request` is the argument of `run_build`.
+@dataclass(frozen=True)
+class TimingCacheRequest:
+    """A timing cache to begin with; where it is `required`, one that TensorRT refuses is an error."""
+
+    path: str
+    required: bool
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """One build. `module` is tensorrt or tensorrt_rtx; `onnx`, `engine` and `directory` are paths; `compute_capabilities`
+    are for RTX; `inspect` writes the inspector's report, which needs a GPU."""
+
+    module: str
+    onnx: str
+    engine: str
+    directory: str
+    profiles: tuple[Profile, ...]
+    sparse: bool
+    level: int | None
+    workspace_bytes: int | None
+    inspect: bool
+    build_route: str | None = None
+    timing_cache: TimingCacheRequest | None = None
+    compute_capabilities: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class BuiltFacts:
+    """What a finished build says. `cache_refused` says why the timing cache was not used, if it was not."""
+
+    tensorrt: str
+    strongly_typed: bool
+    bindings: Bindings
+    cache_refused: str | None = None
+
+
+@dataclass(frozen=True)
+class PhaseProgress:
+    """How far a phase of the build is."""
+
+    phase: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class BuilderMessage:
+    """One line from the child: exactly one of these."""
+
+    progress: PhaseProgress | None = None
+    facts: BuiltFacts | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class CacheSeal:
+    """What lies beside a timing cache: its hash, and the TensorRT version and GPU that it was measured on."""
+
+    sha256: str
+    identity: Mapping[str, str]
+
+
+Report = Callable[[BuilderMessage], None]
+
+
+def build_in_child(request: BuildRequest, log: Path, progress: Progress) -> BuiltFacts:
+    """Run one build in a process of its own and return what it reports.
 
     Raises `EngineError` with the builder's own text, the layer it is about where that is known, and the log's path.
     """
     reading, writing = os.pipe()
-    environment = {**os.environ, SWITCH: "1" if request["module"] == "tensorrt_rtx" else "0"}
+    environment = {**os.environ, SWITCH: "1" if request.module == "tensorrt_rtx" else "0"}
+    command = module_command("engines.tensorrt.builder_process", json.dumps(to_builtins(request)), str(writing))
     with log.open("w", encoding="utf-8") as stream, os.fdopen(reading, encoding="utf-8") as reports:
-        child = subprocess.Popen(
-            module_command("engines.tensorrt.builder_process", json.dumps({**request, "report": writing})),
-            env=environment,
-            stdout=stream,
-            stderr=stream,
-            pass_fds=(writing,),
-        )
+        child = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, pass_fds=(writing,))
         os.close(writing)
-        facts: dict[str, Any] = {}
-        error = None
+        facts: BuiltFacts | None = None
+        error: str | None = None
         try:
             for line in reports:
-                message = json.loads(line)
-                if "progress" in message:
-                    progress(*message["progress"])
-                error = message.get("error", error)
-                facts.update(message.get("facts", {}))
+                if not line.endswith("\n"):
+                    break  # it was killed while it wrote
+                message = _message(line, log)
+                if message.progress is not None:
+                    progress(message.progress.phase, message.progress.done, message.progress.total)
+                facts, error = message.facts or facts, message.error or error
         finally:
             if child.poll() is None and sys.exc_info()[0] is not None:
                 child.terminate()
             code = child.wait()
     if error is not None:
-        raise EngineError(f"{request['onnx']}: {error} (log: {log})")
-    if code or not Path(request["engine"]).is_file():
+        raise EngineError(f"{request.onnx}: {error} (log: {log})")
+    if code or facts is None or not Path(request.engine).is_file():
         raise EngineError(
-            f"{request['onnx']}: the builder ended with {code} and wrote no engine: {last_error(log)} (log: {log})"
+            f"{request.onnx}: the builder ended with {code} and wrote no engine: {last_error(log)} (log: {log})"
         )
     return facts
+
+
+def _message(line: str, log: Path) -> BuilderMessage:
+    source, way_out = "the builder's report", f"see its log: {log}"
+    value = parse_json(line, source, way_out, EngineError)
+    return convert(value, BuilderMessage, source=source, way_out=way_out, error=EngineError)
 
 
 def last_error(log: Path) -> str:
@@ -82,22 +156,22 @@ def usable_cache(cache: Path, identity: Mapping[str, str]) -> str | None:
     if not cache.is_file():
         return "there is none"
     try:
-        sealed = json.loads(_seal_of(cache).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return f"{_seal_of(cache).name} beside it is missing or damaged, so nothing says what it was measured on"
-    if not isinstance(sealed, dict) or sealed.get("sha256") != file_hash(cache):
+        seal = read_record(_seal_of(cache), CacheSeal, schema=SEAL_SCHEMA, way_out="begin a new cache")
+    except ArtifactError as error:
+        return (
+            f"{_seal_of(cache).name} beside it is missing or damaged, so nothing says what it was measured on ({error})"
+        )
+    if seal.sha256 != file_hash(cache):
         return "its contents are not what was written: it is damaged"
-    if sealed.get("identity") != dict(identity):
-        return f"it was measured on {_named(sealed.get('identity') or {})}, and this is {_named(identity)}"
+    if seal.identity != dict(identity):
+        return f"it was measured on {_named(seal.identity)}, and this is {_named(identity)}"
     return None
 
 
 def seal_cache(cache: Path, identity: Mapping[str, str]) -> None:
     """Write beside a timing cache what it is: hash, TensorRT version, GPU."""
-    text = json.dumps(
-        {"schema": "nxm-timing-cache/1", "sha256": file_hash(cache), "identity": dict(identity)}, indent=1
-    )
-    _seal_of(cache).write_text(text + "\n", encoding="utf-8")
+    seal = CacheSeal(file_hash(cache), dict(identity))
+    _seal_of(cache).write_text(encode(seal, SEAL_SCHEMA), encoding="utf-8")
 
 
 def _seal_of(cache: Path) -> Path:
@@ -112,44 +186,37 @@ class _Refused(Exception):
     """What the builder refused, in words for the user."""
 
 
-def run_build(request: Mapping[str, Any], report: Callable[..., None]) -> None:
-    """In the child: build as `request` says and `report` progress and facts.
-
-    Keys: ``module`` (tensorrt or tensorrt_rtx), ``onnx``, ``engine`` and ``directory`` (paths), ``profiles`` (dicts of
-    minimum, optimum, maximum), ``sparse``, ``level``, ``workspace_bytes``, ``build_route``, ``timing_cache``,
-    ``compute_capabilities`` (RTX), ``inspect``.
-    """
+def run_build(request: BuildRequest, report: Report) -> None:
+    """In the child: build as `request` says and `report` progress and facts."""
     from polygraphy.backend.common import SaveBytes
     from polygraphy.backend.trt import EngineBytesFromNetwork, PostprocessConfig
     from polygraphy.logger import G_LOGGER
 
     G_LOGGER.module_severity = G_LOGGER.EXTRA_VERBOSE  # TensorRT's own verbose lines are printed at this level only
-    trt = importlib.import_module(request["module"])
-    rtx = request["module"] == "tensorrt_rtx"
+    trt = cast("TensorRT", importlib.import_module(request.module))
+    rtx = request.module == "tensorrt_rtx"
     strongly_typed = rtx or int(trt.__version__.split(".")[0]) >= STRONGLY_TYPED_SINCE
-    loaded = _parse(trt, request["onnx"], strongly_typed)
-    network = loaded[1]
+    loaded = _parse(trt, request.onnx, strongly_typed)
+    network, directory = loaded[1], Path(request.directory)
     refusals: list[str] = []
 
-    def finish(builder: Any, _: Any, config: Any) -> None:
-        _set_cache(config, request["timing_cache"], refusals)
-        _set_route(config, request["build_route"])
+    def finish(builder: object, network: object, config: BuilderConfig) -> None:
+        _set_cache(config, request.timing_cache, refusals)
+        _set_route(config, request.build_route)
 
     config = PostprocessConfig(_config(trt, network, request, strongly_typed, report), finish)
     engine = EngineBytesFromNetwork(
-        loaded, config=config, save_timing_cache=None if rtx else str(Path(request["directory"]) / CACHE_FILE)
+        loaded, config=config, save_timing_cache=None if rtx else str(directory / CACHE_FILE)
     )()
-    SaveBytes(lambda: bytes(engine), request["engine"])()
-    facts = {"tensorrt": trt.__version__, "strongly_typed": strongly_typed, "cache_refused": refusals}
-    report(facts={**facts, "bindings": _bindings(network)})
-    if request["inspect"]:
-        (Path(request["directory"]) / LAYERS_FILE).write_text(
-            json.dumps({"profiles": _inspect(trt, bytes(engine), request["profiles"])}, indent=1) + "\n",
-            encoding="utf-8",
-        )
+    SaveBytes(lambda: bytes(engine), request.engine)()
+    refusal = refusals[0] if refusals else None
+    report(BuilderMessage(facts=BuiltFacts(trt.__version__, strongly_typed, _bindings(network), refusal)))
+    if request.inspect:
+        layers = InspectedEngine(_inspect(trt, bytes(engine), request.profiles))
+        (directory / LAYERS_FILE).write_text(encode(layers), encoding="utf-8")
 
 
-def _parse(trt: Any, onnx: str, strongly_typed: bool) -> tuple[Any, Any, Any]:
+def _parse(trt: TensorRT, onnx: str, strongly_typed: bool) -> tuple[object, Network, Parser]:
     """(builder, network, parser); every parser error is kept, with the name of the ONNX node that it is about."""
     from polygraphy.backend.trt import CreateNetwork, get_trt_logger
 
@@ -167,18 +234,18 @@ def _parse(trt: Any, onnx: str, strongly_typed: bool) -> tuple[Any, Any, Any]:
     raise _Refused(f"TensorRT cannot parse it: {'; '.join(texts) or 'no reason given'}")
 
 
-def _bindings(network: Any) -> dict[str, list[dict[str, Any]]]:
+def _bindings(network: Network) -> Bindings:
     """A network's inputs and outputs, as the passport has them."""
     names = {"float": "float32", "half": "float16", "bf16": "bfloat16"}
 
-    def binding(tensor: Any) -> dict[str, Any]:
+    def binding(tensor: Tensor) -> Binding:
         dtype = tensor.dtype.name.lower()
-        return asdict(Binding(tensor.name, names.get(dtype, dtype), tuple(tensor.shape)))
+        return Binding(tensor.name, names.get(dtype, dtype), tuple(map(int, tensor.shape)))
 
-    return {
-        "inputs": [binding(network.get_input(i)) for i in range(network.num_inputs)],
-        "outputs": [binding(network.get_output(i)) for i in range(network.num_outputs)],
-    }
+    return Bindings(
+        tuple(binding(network.get_input(i)) for i in range(network.num_inputs)),
+        tuple(binding(network.get_output(i)) for i in range(network.num_outputs)),
+    )
 
 
 def _node_names(onnx: str) -> list[str]:
@@ -188,14 +255,13 @@ def _node_names(onnx: str) -> list[str]:
     return [f"layer {node.name or node.output[0]} ({node.op_type})" for node in model.graph.node]
 
 
-def _config(
-    trt: Any, network: Any, request: Mapping[str, Any], strongly_typed: bool, report: Callable[..., None]
-) -> Any:
+def _config(trt: TensorRT, network: Network, request: BuildRequest, strongly_typed: bool, report: Report) -> object:
+    """Polygraphy's loader of the builder's configuration."""
     from polygraphy.backend.trt import CreateConfig
     from polygraphy.backend.trt import Profile as TrtProfile
 
     profiles = []
-    for sizes in request["profiles"]:
+    for sizes in request.profiles:
         profile = TrtProfile()
         for i in range(network.num_inputs):
             tensor = network.get_input(i)
@@ -205,35 +271,36 @@ def _config(
                         f"input {tensor.name} has shape {tuple(tensor.shape)}; only (batch, sequence) may be dynamic. "
                         "Export the graph with fixed sizes"
                     )
-                profile.add(tensor.name, *(tuple(sizes[key]) for key in ("minimum", "optimum", "maximum")))
+                profile.add(tensor.name, sizes.minimum, sizes.optimum, sizes.maximum)
         profiles.append(profile)
-    options: dict[str, Any] = {
+    options: dict[str, object] = {
         "profiles": profiles,
-        "sparse_weights": request["sparse"],
-        "builder_optimization_level": request["level"],
+        "sparse_weights": request.sparse,
+        "builder_optimization_level": request.level,
         "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
     }
-    if request["workspace_bytes"] is not None:
-        options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: request["workspace_bytes"]}
+    if request.workspace_bytes is not None:
+        options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: request.workspace_bytes}
     if hasattr(trt, "IProgressMonitor"):
         options["progress_monitor"] = _monitor(trt, report)
-    if request["module"] == "tensorrt_rtx":
+    if request.module == "tensorrt_rtx":
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
-        return CreateConfigRTX(
-            **options, compute_capabilities=[tuple(sizes) for sizes in request["compute_capabilities"]]
-        )
+        return cast(object, CreateConfigRTX(**options, compute_capabilities=list(request.compute_capabilities)))
     if not strongly_typed:  # the flags allow what the graph's pairs ask for
         options |= {"int8": True, "fp16": True}
         libraries = ("CUBLAS", "CUBLAS_LT", "CUDNN")  # optional there, and not installed with the wheel
         options["tactic_sources"] = [
             source for name, source in trt.TacticSource.__members__.items() if name not in libraries
         ]
-    return CreateConfig(**options)
+    return cast(object, CreateConfig(**options))
 
 
-def _monitor(trt: Any, report: Callable[..., None]) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+def _monitor(trt: TensorRT, report: Report) -> object:
+    def say(phase: str, done: int, total: int) -> None:
+        report(BuilderMessage(progress=PhaseProgress(phase, done, total)))
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc,name-defined]  # a class that is known at run time only
         """Reports the outermost phases."""
 
         def __init__(self) -> None:
@@ -243,36 +310,36 @@ def _monitor(trt: Any, report: Callable[..., None]) -> Any:
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             if not parent_phase:
                 self.steps[phase_name] = int(num_steps)
-                report(progress=[phase_name, 0, int(num_steps)])
+                say(phase_name, 0, int(num_steps))
 
         def phase_finish(self, phase_name: str) -> None:
             if phase_name in self.steps:
                 steps = self.steps.pop(phase_name)
-                report(progress=[phase_name, steps, steps])
+                say(phase_name, steps, steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name in self.steps:
-                report(progress=[phase_name, int(step) + 1, self.steps[phase_name]])
+                say(phase_name, int(step) + 1, self.steps[phase_name])
             return True
 
     return Monitor()
 
 
-def _set_cache(config: Any, cache: Mapping[str, Any] | None, refusals: list[str]) -> None:
+def _set_cache(config: BuilderConfig, cache: TimingCacheRequest | None, refusals: list[str]) -> None:
     if cache is None:
         return
-    data = Path(cache["path"]).read_bytes()
+    data = Path(cache.path).read_bytes()
     loaded = config.create_timing_cache(data)
     if loaded is not None and config.set_timing_cache(loaded, ignore_mismatch=False):
         return
-    text = f"{cache['path']}: TensorRT refuses this timing cache (damaged, or of another version or GPU); delete it"
-    if cache["required"]:
+    text = f"{cache.path}: TensorRT refuses this timing cache (damaged, or of another version or GPU); delete it"
+    if cache.required:
         raise _Refused(text)
     refusals.append(text)
     config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
 
-def _set_route(config: Any, route: str | None) -> None:
+def _set_route(config: BuilderConfig, route: str | None) -> None:
     """Pass a build route on where the public API lists each of its options; undocumented knobs are not set."""
     if route is None:
         return
@@ -293,7 +360,7 @@ def _set_route(config: Any, route: str | None) -> None:
         raise _Refused(f"TensorRT did not take the build route {route!r}; leave --build-route out")
 
 
-def _inspect(trt: Any, engine_bytes: bytes, profiles: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _inspect(trt: TensorRT, engine_bytes: bytes, profiles: Sequence[Profile]) -> tuple[InspectedProfile, ...]:
     """The engine inspector's report for every profile, at its best shape."""
     from polygraphy.backend.trt import get_trt_logger
 
@@ -301,45 +368,44 @@ def _inspect(trt: Any, engine_bytes: bytes, profiles: Sequence[Mapping[str, Any]
     engine = runtime.deserialize_cuda_engine(engine_bytes)
     if engine is None:
         raise _Refused("TensorRT cannot load the engine that it just built; see the log")
-    found = []
+    reports = []
     for index, sizes in enumerate(profiles):
         context = engine.create_execution_context()
+        if context is None:
+            raise _Refused("not enough GPU memory to inspect the engine that it just built; see the log")
         if index:
             context.set_optimization_profile_async(index, 0)
         for i in range(engine.num_io_tensors):
             name = engine.get_tensor_name(i)
             if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT and -1 in tuple(engine.get_tensor_shape(name)):
-                context.set_input_shape(name, tuple(sizes["optimum"]))
+                context.set_input_shape(name, sizes.optimum)
         inspector = engine.create_engine_inspector()
         inspector.execution_context = context
         text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-        found.append({"profile": index, "shape": list(sizes["optimum"]), "information": json.loads(text)})
-    return found
+        information = json.loads(text, parse_constant=str)  # TensorRT may write Infinity, which JSON does not have
+        reports.append(InspectedProfile(index, sizes.optimum, information))
+    return tuple(reports)
 
 
-def _main() -> int:
-    request = json.loads(sys.argv[1])
-    with os.fdopen(request.pop("report"), "w", encoding="utf-8") as stream:
+def _main(request_text: str, descriptor: str) -> int:
+    request = convert(json.loads(request_text), BuildRequest, source="the build request", way_out="build again")
+    with os.fdopen(int(descriptor), "w", encoding="utf-8") as stream:
 
-        def report(**message: Any) -> None:
-            _write(stream, message)
+        def report(message: BuilderMessage) -> None:
+            stream.write(json.dumps(to_builtins(message)) + "\n")
+            stream.flush()
 
         try:
             run_build(request, report)
         except _Refused as refusal:
-            report(error=str(refusal))
+            report(BuilderMessage(error=str(refusal)))
             return 1
         except Exception as failure:  # polygraphy and TensorRT raise many kinds; the log has the rest
             print(f"[E] {failure}", file=sys.stderr, flush=True)
-            report(error=f"the builder failed: {type(failure).__name__}: {failure}")
+            report(BuilderMessage(error=f"the builder failed: {type(failure).__name__}: {failure}"))
             return 1
     return 0
 
 
-def _write(stream: TextIO, message: Mapping[str, Any]) -> None:
-    stream.write(json.dumps(message) + "\n")
-    stream.flush()
-
-
 if __name__ == "__main__":
-    sys.exit(_main())
+    sys.exit(_main(*sys.argv[1:]))

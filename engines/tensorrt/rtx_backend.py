@@ -8,26 +8,59 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
-from engines.base import BuildOptions, copy_companions, spec_of
-from engines.passport import EnginePassport, load_passport
-from engines.sparsity.build_evidence import integer_products, parse_layers
-from engines.sparsity.report import read_truth, write_truth
-from engines.tensorrt.builder_process import LOG_FILE, build_in_child
+from engines.base import BackendCapabilities, BuildOptions, LoadOptions, copy_companions, spec_of
+from engines.passport import BuildFacts, EnginePassport, load_passport
+from engines.sparsity.build_evidence import LOG_FILE, integer_products, parse_layers
+from engines.sparsity.report import SparsityReport, SparsityTarget, read_sparsity_report, write_weight_facts
+from engines.tensorrt.builder_process import BuildRequest, build_in_child
 from engines.tensorrt.cuda_driver import device_facts
 from engines.tensorrt.profiles import default_profile, require_positions
 from engines.tensorrt.runtime import TensorRTEngine
 from nxm_export.errors import EngineError, EngineUnavailable
+from nxm_export.storage.json_files import Json
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from engines.tensorrt.api import TensorRT
 
 NAME = "trt_rtx"
+CAPABILITIES = BackendCapabilities("gpu", optimization_profiles=True, sparse_kernels=True, layer_times=True)
 ENGINE_FILE = "model.engine"
 MODULE = "tensorrt_rtx"
 PACKAGE = "tensorrt-rtx-cu13"
 COMPUTE_CAPABILITIES = ((8, 6), (8, 9), (12, 0))  # Ampere, Ada and Blackwell RTX
+
+
+@dataclass(frozen=True)
+class IntegerProducts:
+    """How many of the graph's quantized products the builder runs on integers, and the names of those that it does not."""
+
+    planned_products: int
+    integer_products: int
+    float_products: tuple[str, ...]
+    sparse_kernels: str = "unknown: kernels are chosen on the GPU, and this engine was built without one"
+
+
+@dataclass(frozen=True)
+class RtxFacts:
+    """How many products the builder runs on integers (None where the passport does not say), and the sparsity report."""
+
+    backend: str
+    integer_products: int | None
+    planned_products: int | None
+    sparse_kernels: str | None
+    sparsity: SparsityReport
+
+    def to_dict(self) -> dict[str, Json]:
+        """The form of ``--json``: the report's fields stand beside the others."""
+        facts = {key: getattr(self, key) for key in ("integer_products", "planned_products", "sparse_kernels")}
+        return {"backend": self.backend, **facts, **self.sparsity.to_dict()}
 
 
 def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -> EnginePassport:
@@ -45,82 +78,79 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     verify(onnx).require()
     if options.build_route is not None:
         raise EngineError("TensorRT-RTX has no build routes; leave --build-route out, or build with --backend trt")
-    profiles = list(options.profiles) or [default_profile(_max_length(onnx.parent))]
+    profiles = tuple(options.profiles) or (default_profile(_max_length(onnx.parent)),)
     require_positions(profiles, _max_length(onnx.parent))
-    request: dict[str, Any] = {
-        "module": MODULE,
-        "onnx": str(onnx),
-        "engine": str(out / ENGINE_FILE),
-        "directory": str(out),
-        "profiles": [asdict(profile) for profile in profiles],
-        "sparse": options.sparse,
-        "level": options.level,
-        "workspace_bytes": options.workspace_bytes,
-        "build_route": None,
-        "timing_cache": None,  # it has none: kernels are timed where the engine runs
-        "compute_capabilities": [list(capability) for capability in COMPUTE_CAPABILITIES],
-        "inspect": False,  # deserializing needs a GPU
-    }
-    found = build_in_child(request, out / LOG_FILE, options.progress)
-    counts = _count(out / LOG_FILE, model)
-    _require_integer_convolutions(model, counts["float_products"], onnx)
-    copy_companions(onnx.parent, out)
-    targets = ", ".join(f"{major}.{minor}" for major, minor in COMPUTE_CAPABILITIES)
-    device = {"gpu": "none", "compute_capability": targets}
-    write_truth(out, model, backend=NAME, version=version(PACKAGE), device=device, sparse_flag=options.sparse)
-    return EnginePassport.issue(
-        NAME,
-        out / ENGINE_FILE,
-        onnx,
-        device={"kind": "gpu", "compute_capabilities": targets},
-        requires=_facts(),
-        options={"sparse": options.sparse, "level": options.level, "twin": options.twin} | counts,
-        profiles=request["profiles"],
-        graph=model.metadata_props,
-        bindings=found["bindings"],
+    request = BuildRequest(  # without a timing cache: kernels are timed where the engine runs
+        MODULE,
+        onnx=str(onnx),
+        engine=str(out / ENGINE_FILE),
+        directory=str(out),
+        profiles=profiles,
+        sparse=options.sparse,
+        level=options.level,
+        workspace_bytes=options.workspace_bytes,
+        compute_capabilities=COMPUTE_CAPABILITIES,
+        inspect=False,  # deserializing needs a GPU
     )
+    built = build_in_child(request, out / LOG_FILE, options.progress)
+    counts = _count(out / LOG_FILE, model)
+    _require_integer_convolutions(model, counts.float_products, onnx)
+    copy_companions(onnx.parent, out)
+    capabilities = ", ".join(f"{major}.{minor}" for major, minor in COMPUTE_CAPABILITIES)
+    target = SparsityTarget(NAME, version(PACKAGE), capabilities, sparse_flag=options.sparse, has_gpu=False)
+    write_weight_facts(out, model, target)
+    facts = BuildFacts(
+        device={"kind": "gpu", "compute_capabilities": capabilities},
+        requires=_facts(),
+        options={"sparse": options.sparse, "level": options.level, "twin": options.twin, **asdict(counts)},
+        graph=model.metadata_props,
+        bindings=built.bindings,
+        profiles=profiles,
+    )
+    return EnginePassport.issue(NAME, out / ENGINE_FILE, onnx, facts)
 
 
-def load(directory: str | Path) -> TensorRTEngine:
+def load(directory: str | Path, options: LoadOptions = LoadOptions()) -> TensorRTEngine:
     """Load an engine directory; hash, version and GPU are checked before anything is deserialized."""
     directory = Path(directory)
     passport = load_passport(directory)
     _require_installed()
     engine = passport.read_engine(directory, _facts())
     capability = device_facts()["compute_capability"]
-    built = passport.device["compute_capabilities"]
+    built = passport.device.get("compute_capabilities", "unknown")
     if capability not in built.split(", "):
         raise EngineError(
-            f"{directory}: built for compute capability {built}, and this GPU has {capability}; TensorRT-RTX runs on RTX GPUs only"
+            f"{directory}: built for compute capability {built}, and this GPU has {capability}; TensorRT-RTX runs on RTX "
+            "GPUs only"
         )
-    trt = importlib.import_module(MODULE)
+    trt = cast("TensorRT", importlib.import_module(MODULE))
     return TensorRTEngine(trt, directory / ENGINE_FILE, engine, f"rebuild it: {passport.rebuild_command()}")
 
 
-def inspect(directory: str | Path) -> dict[str, Any]:
+def inspect(directory: str | Path) -> RtxFacts:
     """Facts of an engine directory: how many products the builder runs on integers, and the report per weight."""
-    passport = load_passport(directory)
-    keys = ("integer_products", "planned_products", "sparse_kernels")
-    counts = {key: passport.options.get(key) for key in keys}
-    return {"backend": NAME, **counts, **read_truth(Path(directory)).to_dict()}
+    options = load_passport(directory).options
+    return RtxFacts(
+        NAME,
+        options.get("integer_products"),
+        options.get("planned_products"),
+        options.get("sparse_kernels"),
+        read_sparsity_report(Path(directory)),
+    )
 
 
-def _count(log: Path, model: Any) -> dict[str, Any]:
+def _count(log: Path, model: ir.Model) -> IntegerProducts:
     """How many of the graph's quantized products run on integers, from the layers that the builder printed."""
     from nxm_export.graph.graph_weights import graph_weights
 
     products = [weight.node.name or "" for weight in graph_weights(model) if weight.is_quantized]
     with log.open(encoding="utf-8", errors="replace") as lines:
-        found = integer_products(parse_layers(lines), products)
-    return {
-        "planned_products": len(found),
-        "integer_products": sum(found.values()),
-        "float_products": sorted(name for name, integer in found.items() if not integer),
-        "sparse_kernels": "unknown: kernels are chosen on the GPU, and this engine was built without one",
-    }
+        runs_integer = integer_products(parse_layers(lines), products)
+    in_float = tuple(sorted(name for name, integer in runs_integer.items() if not integer))
+    return IntegerProducts(len(runs_integer), sum(runs_integer.values()), in_float)
 
 
-def _require_integer_convolutions(model: Any, float_products: Sequence[str], onnx: Path) -> None:
+def _require_integer_convolutions(model: ir.Model, float_products: Sequence[str], onnx: Path) -> None:
     """Refuse INT8 convolutions that the builder dequantized and multiplies in float: that is not what was asked for.
 
     Which ones it does that to is read from the layers it built, not guessed.
@@ -128,10 +158,10 @@ def _require_integer_convolutions(model: Any, float_products: Sequence[str], onn
     from nxm_export.graph.graph_weights import graph_weights
 
     convolutions = {weight.node.name or "" for weight in graph_weights(model) if weight.node.op_type == "Conv"}
-    found = sorted(convolutions & set(float_products))
-    if found:
+    in_float = sorted(convolutions & set(float_products))
+    if in_float:
         raise EngineError(
-            f"{onnx}: TensorRT-RTX runs {len(found)} INT8 convolutions in float, such as {found[0]}. "
+            f"{onnx}: TensorRT-RTX runs {len(in_float)} INT8 convolutions in float, such as {in_float[0]}. "
             "Export with --lowering matmul, or build with --backend trt"
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,7 +17,10 @@ from engines.tensorrt.cuda_driver import Device
 from engines.tensorrt.profiles import pick
 from nxm_export.errors import EngineError
 
-_NUMPY = {
+if TYPE_CHECKING:
+    from engines.tensorrt.api import CudaEngine, ExecutionContext, Runtime, TensorRT
+
+_NUMPY: Mapping[str, type[np.generic]] = {
     "FLOAT": np.float32,
     "HALF": np.float16,
     "INT32": np.int32,
@@ -30,30 +33,33 @@ _NUMPY = {
 class TensorRTEngine(Closing):
     """A deserialized engine on the first GPU. See `engines.base.Engine`.
 
-    `engine` are the bytes of `file`, as they were hashed. Batches beyond the largest profile run in slices; sequences beyond it are refused. Device buffers grow and are kept.
+    `engine` are the bytes of `file`, as they were hashed. Batches beyond the largest profile run in slices; sequences beyond
+    it are refused. Device buffers grow and are used again.
     """
 
     clock = "CUDA events"
 
-    def __init__(self, trt: Any, file: Path, engine: bytes, rebuild: str) -> None:
+    def __init__(self, trt: TensorRT, file: Path, engine: bytes, rebuild: str) -> None:
         self._trt, self.file, self._rebuild = trt, file, rebuild
         self._spec = spec_of(file.parent)
         self._messages: list[str] = []
         self._device: Device | None = Device()
-        self._runtime = trt.Runtime(_logger(trt, self._messages))
-        self._engine: Any = self._runtime.deserialize_cuda_engine(engine)
-        if self._engine is None:
+        runtime = trt.Runtime(_logger(trt, self._messages))
+        loaded = runtime.deserialize_cuda_engine(engine)
+        if loaded is None:
             self._device.close()
             raise EngineError(
                 f"{file}: TensorRT cannot load it: {' '.join(self._messages) or 'no reason given'}; {rebuild}"
             )
-        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        is_input = {name: self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
+        self._runtime: Runtime | None = runtime  # an engine needs it as long as it lives
+        self._engine: CudaEngine | None = loaded
+        names = [loaded.get_tensor_name(i) for i in range(loaded.num_io_tensors)]
+        is_input = {name: loaded.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
         self.inputs = tuple(name for name in names if is_input[name])
         self.outputs = tuple(name for name in names if not is_input[name])
-        self._types = {name: self._type(name) for name in names}
-        self.profiles = [self._profile(i) for i in range(self._engine.num_optimization_profiles)]
-        self._contexts: dict[int, Any] = {}
+        self._types = {name: self._type(loaded, name) for name in names}
+        self.profiles = tuple(self._profile(loaded, i) for i in range(loaded.num_optimization_profiles))
+        self._contexts: dict[int, ExecutionContext] = {}
         self._buffers: dict[str, tuple[int, int]] = {}  # name -> (address, bytes)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -88,9 +94,9 @@ class TensorRTEngine(Closing):
     def layer_times(self, feeds: Mapping[str, np.ndarray], rounds: int) -> dict[str, float]:
         """Mean milliseconds of every layer of the engine, over `rounds` runs of `feeds`."""
         totals: dict[str, float] = {}
-        trt: Any = self._trt
+        trt = self._trt
 
-        class Profiler(trt.IProfiler):  # type: ignore[misc,name-defined,unused-ignore]
+        class Profiler(trt.IProfiler):  # type: ignore[misc,name-defined]  # a class that is known at run time only
             def __init__(self) -> None:
                 trt.IProfiler.__init__(self)
 
@@ -127,7 +133,7 @@ class TensorRTEngine(Closing):
         device.synchronize()
         return {name: array.astype(np.float32) for name, array in outputs.items()}
 
-    def _prepare(self, feeds: Mapping[str, np.ndarray]) -> tuple[Device, Any]:
+    def _prepare(self, feeds: Mapping[str, np.ndarray]) -> tuple[Device, ExecutionContext]:
         """Upload `feeds` and bind every tensor; the context is ready to be enqueued."""
         if self._device is None:
             raise EngineError(f"{self.file}: this engine was closed")
@@ -151,12 +157,12 @@ class TensorRTEngine(Closing):
 
     def _narrowed(self, name: str, array: np.ndarray) -> np.ndarray:
         """int64 token ids as the engine takes them: TensorRT 8.6 has no int64."""
-        wanted = np.dtype(self._types[name])
-        if wanted == np.int32 and array.size and (array.max() > 2**31 - 1 or array.min() < -(2**31)):
+        dtype = np.dtype(self._types[name])
+        if dtype == np.int32 and array.size and (array.max() > 2**31 - 1 or array.min() < -(2**31)):
             raise EngineError(f"{self.file}: {name} holds values beyond 32 bits, which this engine's input has")
-        return array.astype(wanted)
+        return array.astype(dtype)
 
-    def _bound(self, context: Any, name: str, size: int) -> int:
+    def _bound(self, context: ExecutionContext, name: str, size: int) -> int:
         assert self._device is not None
         address, held = self._buffers.get(name, (0, -1))
         if held < size:
@@ -168,15 +174,17 @@ class TensorRTEngine(Closing):
             raise EngineError(f"{self.file}: TensorRT refuses a buffer for {name}: {' '.join(self._messages)}")
         return address
 
-    def _context(self, batch: int, sequence: int) -> Any:
+    def _context(self, batch: int, sequence: int) -> ExecutionContext:
         index = pick(self.profiles, batch, sequence)
         if index is None:
             ranges = "; ".join(f"{p.minimum[0]}x{p.minimum[1]} to {p.maximum[0]}x{p.maximum[1]}" for p in self.profiles)
             raise EngineError(
-                f"{self.file}: no profile holds batch {batch} x sequence {sequence} (it has {ranges}); truncate, or {self._rebuild}"
+                f"{self.file}: no profile holds batch {batch} x sequence {sequence} (it has {ranges}); truncate, or "
+                f"{self._rebuild}"
             )
         if index not in self._contexts:
             assert self._device is not None
+            assert self._engine is not None
             context = self._engine.create_execution_context()
             if context is None:
                 raise EngineError(f"{self.file}: not enough GPU memory to run it: {' '.join(self._messages)}")
@@ -186,13 +194,13 @@ class TensorRTEngine(Closing):
             self._contexts[index] = context
         return self._contexts[index]
 
-    def _profile(self, index: int) -> Profile:
-        shapes = [tuple(shape) for shape in self._engine.get_tensor_profile_shape(self.inputs[0], index)]
+    def _profile(self, engine: CudaEngine, index: int) -> Profile:
+        shapes = [tuple(shape) for shape in engine.get_tensor_profile_shape(self.inputs[0], index)]
         low, best, high = ((int(shape[0]), int(shape[1])) for shape in shapes)
         return Profile(low, best, high)
 
-    def _type(self, name: str) -> type:
-        kind = self._engine.get_tensor_dtype(name).name
+    def _type(self, engine: CudaEngine, name: str) -> type[np.generic]:
+        kind = engine.get_tensor_dtype(name).name
         if kind not in _NUMPY:
             raise EngineError(
                 f"{self.file}: {name} is {kind}, which has no numpy type; export a graph with float32 outputs"
@@ -200,14 +208,14 @@ class TensorRTEngine(Closing):
         return _NUMPY[kind]
 
 
-def _logger(trt: Any, messages: list[str]) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc,name-defined,unused-ignore]
+def _logger(trt: TensorRT, messages: list[str]) -> object:
+    class Logger(trt.ILogger):  # type: ignore[misc,name-defined]  # a class that is known at run time only
         """Keeps errors for our messages; warnings about things that the passport has checked are dropped."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
-        def log(self, severity: Any, msg: str) -> None:
+        def log(self, severity: object, msg: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 messages.append(msg)
 

@@ -31,6 +31,7 @@ from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError, ServeError
 from nxm_export.storage.atomic import atomic_dir
 from nxm_export.storage.hashing import file_hash, file_hashes
+from nxm_export.storage.json_files import to_builtins
 
 SCHEMA = "nxm-triton/1"
 VERSION = "1"
@@ -68,8 +69,8 @@ def export_repository(
 ) -> dict[str, Any]:
     """Write the repository `out` and return its manifest; `sources` of one name are one model for several GPUs.
 
-    An existing `out` is replaced if it is a repository of ours. Raises `ServeError` for engines that Triton cannot load,
-    `ArtifactError` for damaged ones.
+    An existing `out` is replaced if it is a repository of ours. Raises `ServeError` for engines that Triton cannot
+    load, `ArtifactError` for damaged ones.
     """
     out = Path(out)
     groups = [_group(name, sources) for name in dict.fromkeys(source.name for source in sources)]
@@ -106,7 +107,8 @@ def _group(name: str, sources: Sequence[Source]) -> _Group:
     for directory, passport in zip(directories, passports, strict=True):
         if passport.backend not in BACKENDS:
             raise ServeError(
-                f"{directory}: Triton has no backend for {passport.backend} engines; build one of {', '.join(BACKENDS)} "
+                f"{directory}: Triton has no backend for {passport.backend} engines; build one of "
+                f"{', '.join(BACKENDS)} "
                 "(TensorRT-RTX engines are another format than TensorRT's, and run with `nxm serve`)"
             )
     first = passports[0]
@@ -114,10 +116,11 @@ def _group(name: str, sources: Sequence[Source]) -> _Group:
         capabilities = [passport.device.get("compute_capability") for passport in passports]
         if first.backend != "trt" or None in capabilities or len(set(capabilities)) != len(capabilities):
             raise ServeError(
-                f"{name}: {len(passports)} engines of one name must be TensorRT engines for different compute capabilities, "
+                f"{name}: {len(passports)} engines of one name must be TensorRT engines for "
+                "different compute capabilities, "
                 f"found {', '.join(map(str, capabilities))}; give them different names"
             )
-        if any(p.bindings != first.bindings or list(p.profiles) != list(first.profiles) for p in passports):
+        if any(p.bindings != first.bindings or p.profiles != first.profiles for p in passports):
             raise ServeError(f"{name}: the engines differ in their inputs, outputs or profiles; build them alike")
         if len({passport.onnx_sha256 for passport in passports}) > 1:
             raise ServeError(f"{name}: the engines come from different graphs; build all of them from one")
@@ -157,7 +160,8 @@ def _write_text_face(repository: Path, group: _Group, options: TritonOptions) ->
         raise ArtifactError(f"{directory} has no {TOKENIZER_FILE}, which --text needs; copy it from the checkpoint")
     if TASKS[spec.task].output_kind == "span":
         raise ServeError(
-            f"{group.name}: --text gives no answers in words for {spec.task} on Triton, only positions of tokens that its clients "
+            f"{group.name}: --text gives no answers in words for {spec.task} on Triton, only "
+            "positions of tokens that its clients "
             "do not see; hand it over without --text, or serve it with `nxm serve --text`"
         )
     wants = TASKS[spec.task].texts
@@ -166,7 +170,7 @@ def _write_text_face(repository: Path, group: _Group, options: TritonOptions) ->
     if not options.pair and wants == "two":
         raise ServeError(f"{directory}: {spec.task} reads a query and a document at once; use --text-pair")
     labels = names_classes(spec)
-    buckets = plan_buckets(spec.max_length, options.max_batch, first.shape_profiles())
+    buckets = plan_buckets(spec.max_length, options.max_batch, first.profiles)
     configs = text_configs(group.name, first, spec, max_batch=options.max_batch, pair=options.pair, labels=labels)
     for name, text in configs.items():
         (repository / name / VERSION).mkdir(parents=True)
@@ -211,7 +215,8 @@ def _tensorrt(groups: Sequence[_Group], options: TritonOptions) -> str | None:
         )
     if options.tensorrt is not None and not same_version(found[0], options.tensorrt):
         raise ServeError(
-            f"the engines were built by TensorRT {found[0]}, and the container has {options.tensorrt}: it would refuse them; "
+            f"the engines were built by TensorRT {found[0]}, and the container has "
+            f"{options.tensorrt}: it would refuse them; "
             "choose the container with that version, or build the engines in this one"
         )
     return found[0]
@@ -222,5 +227,5 @@ def _facts(passport: EnginePassport) -> Mapping[str, Any]:
         "engine_sha256": passport.engine_sha256,
         "onnx_sha256": passport.onnx_sha256,
         "requires": dict(passport.requires),
-        "plan": passport.plan,
+        "plan": to_builtins(passport.plan),
     }

@@ -1,10 +1,10 @@
 """A model's ``config.pbtxt``, out of the engine file's own bindings and profiles.
 
 Everything is written out, so that the server need not guess (``--disable-auto-complete-config`` works): types as the
-*engine* has them, which an old TensorRT may have changed from the graph's, dims without the batch, one execution context a
-profile, a warm-up a profile. Dynamic batching has no delay, like `engines.serving`: what queued while the model was busy
-runs together. There is no queue policy: any of its fields turns off the scheduler's prefetching, and then a lone request
-can wait for half a second (measured on Triton 2.51; docs/serving.md).
+*engine* has them, which an old TensorRT may have changed from the graph's, dims without the batch, one execution
+context a profile, a warm-up a profile. Dynamic batching has no delay, like `engines.serving`: what queued while the
+model was busy runs together. There is no queue policy: any of its fields turns off the scheduler's prefetching, and
+then a lone request can wait for half a second (measured on Triton 2.51; docs/serving.md).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def engine_config(
 ) -> str:
     """The configuration of an engine; `files` are the model files of one version by compute capability, "" for any."""
     backend, platform, default = BACKENDS[passport.backend]
-    profiles = passport.shape_profiles()
+    profiles = passport.profiles
     inputs, outputs = passport.tensors("inputs"), passport.tensors("outputs")
     if any(binding.shape[:1] != (-1,) for binding in (*inputs, *outputs)):
         raise ServeError(f"{name}: the engine has a fixed batch; build it with a profile whose batch is free")
@@ -73,8 +73,8 @@ def engine_config(
 def batch_size(name: str, profiles: Sequence[Profile], max_batch: int) -> int:
     """The most rows, up to `max_batch`, of which every number fits a profile at every length that the engine takes.
 
-    Triton has one limit for all lengths, and its batcher makes batches of any size up to it. Raises `ServeError` when not
-    even a single row always fits: unlike `engines.serving`, Triton does not fill batches up.
+    Triton has one limit for all lengths, and its batcher makes batches of any size up to it. Raises `ServeError` when
+    not even a single row always fits: unlike `engines.serving`, Triton does not fill batches up.
     """
     found = max_batch
     for length in range(1, max((p.maximum[1] for p in profiles), default=0) + 1):
@@ -97,7 +97,7 @@ def text_configs(
     """Configurations of the text face: a tokenizer, an ensemble, and a model that names classes, by model name."""
     inputs, outputs = passport.tensors("inputs"), passport.tensors("outputs")
     texts = [_text(key) for key in (("text", "text_pair") if pair else ("text",))]
-    batch = batch_size(name, passport.shape_profiles(), max_batch)
+    batch = batch_size(name, passport.profiles, max_batch)
     python = {"backend": "python", "max_batch_size": batch}
     workers = {"instance_group": [{"kind": Word("KIND_CPU"), "count": 1}]}
     names = {"tokenizer": f"{name}_tokenizer", "labels": f"{name}_labels", "text": f"{name}_text"}

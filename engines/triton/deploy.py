@@ -1,7 +1,7 @@
 """Container files beside a model repository: Dockerfile, compose file, KServe InferenceService.
 
-The image checks the repository against its manifest and the container's TensorRT before Triton starts. JSON is a subset of
-YAML, so the Kubernetes file is written without a YAML library, and validated with one in the tests.
+The image checks the repository against its manifest and the container's TensorRT before Triton starts. JSON is a subset
+of YAML, so the Kubernetes file is written without a YAML library, and validated with one in the tests.
 """
 
 from __future__ import annotations

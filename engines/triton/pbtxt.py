@@ -1,7 +1,7 @@
 """Protobuf text format, written: the little of it that a ``config.pbtxt`` needs.
 
-A message is a dict, a repeated field a list, an enum a `Word`. The text is parsed against Triton's own message definition
-in the tests, and by the real server.
+A message is a dict, a repeated field a list, an enum a `Word`. The text is parsed against Triton's own message
+definition in the tests, and by the real server.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ from nxm_export.errors import NxmError
 @json_option
 def build(source: Path, backend: str, out: Path, json: bool, **options: Any) -> None:
     """Build an engine directory from an ONNX graph (or, with --twins, three from a checkpoint)."""
-    from engines.base import CPU_BACKENDS, BuildOptions
+    from engines.base import BuildOptions, cpu_backends
     from engines.benchmark.fastest_backend import NAME as AUTO
     from engines.tensorrt.profiles import parse_profile
     from nxm_export.pipeline.engine_commands import build_engine, build_fastest
@@ -90,7 +90,7 @@ def build(source: Path, backend: str, out: Path, json: bool, **options: Any) -> 
         raise click.UsageError("--twins, --lengths and --profile are for TensorRT; --backend auto builds for the CPU")
     if bool(options["checkpoint"]) != bool(options["data"]):
         raise click.UsageError("--checkpoint and --data belong together")
-    if options["threads"] and backend not in (*CPU_BACKENDS, AUTO):
+    if options["threads"] and backend not in (*cpu_backends(), AUTO):
         raise click.UsageError(f"--threads is for engines on the CPU; {backend} has no use for it")
     if options["lengths"] and options["profiles"]:
         raise click.UsageError("--lengths and --profile are two ways to say the same; give one of them")

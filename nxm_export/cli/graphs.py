@@ -94,17 +94,15 @@ def verify(onnx: Path, pattern: str | None, json: bool) -> None:
             for weight in report.weights
         ]
         print_table(str(onnx), columns, rows)
-        found = [
-            f"{weight.name}: {problem}" for weight in report.weights for problem in weight.problems
-        ] + report.problems
-        for problem in found:
+        problems = report.all_problems
+        for problem in problems:
             click.echo(f"problem: {problem}")
         if report.embedding:
             tokens, features = report.embedding
             click.echo(f"word-embedding table: INT8, {tokens}x{features}, one scale per row")
         click.echo(
             f"{len(report.weights)} weights, {report.quantize_nodes} Q and {report.dequantize_nodes} DQ nodes: "
-            f"{f'{len(found)} problems' if found else 'no problem found'}"
+            f"{f'{len(problems)} problems' if problems else 'no problem found'}"
         )
 
     show_result(report.to_dict(), json, show_rows)

@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 
+from compressors.search.settings import SearchSettings
+from compressors.settings import Option, Settings, options_of
 from nxm_export.contract.plan import PLACEMENTS, NMPattern
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import PlanError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-class Positive(click.ParamType):
+    from nxm_export.data.examples import Columns
+
+    FloatType = click.ParamType[float]
+else:
+    FloatType = click.ParamType  # which older versions of click do not parametrize
+
+Command = TypeVar("Command", bound=Callable[..., object])
+Settings_ = TypeVar("Settings_", bound=Settings | SearchSettings)
+
+
+class Decorator(Protocol):
+    """What adds an option, or several, to a command."""
+
+    def __call__(self, command: Command, /) -> Command:
+        """The command with the option."""
+
+
+class Positive(FloatType):
     """A finite number above 0."""
 
     name = "number"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(self, value: str | float, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The number, or wrong usage."""
         try:
             number = float(value)
@@ -29,15 +51,15 @@ class Positive(click.ParamType):
         return number
 
 
-def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+def json_option(command: Command) -> Command:
     """The option --json."""
     return click.option("--json", is_flag=True, help="Print the result as JSON on stdout, and no progress.")(command)
 
 
-def options(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def options(*options: Decorator) -> Decorator:
     """Several options as one decorator, shown in this order."""
 
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(command: Command) -> Command:
         for option in reversed(options):
             command = option(command)
         return command
@@ -87,100 +109,114 @@ DATA_OPTIONS = options(
 )
 
 
+def setting_option(settings: type[DataclassInstance], name: str, **changes: str | None) -> Decorator:
+    """The option of the command line that stands for a setting; `changes` are fields of its `Option`, such as another help."""
+    entry = replace(dict(options_of(settings))[name], **changes)  # type: ignore[arg-type]  # texts, all of them
+    annotation, default = get_type_hints(settings)[name], _defaults(settings)[name]
+    flag = entry.flag or f"--{name.replace('_', '-')}"
+    if annotation is bool:
+        if entry.negates or not default:
+            return click.option(flag, name, is_flag=True, help=entry.help)
+        return click.option(
+            f"{flag}/--no-{flag.removeprefix('--')}", name, default=True, show_default=True, help=entry.help
+        )
+    kind = _click_type(entry, _number_of(annotation))
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default))
+    callback = (lambda _, __, number: limit_of(number)) if entry.infinity_is_none else None
+    return click.option(
+        flag,
+        name,
+        type=kind,
+        default=default,
+        show_default=default not in (None, ""),
+        metavar=entry.metavar,
+        help=entry.help,
+        callback=callback,
+    )
+
+
+def settings_of(kind: type[Settings_], values: Mapping[str, Any], **changes: object) -> Settings_:
+    """The settings that the `values` of a command's options make; `changes` win over them. An option that the command lacks
+    leaves its setting as it is."""
+    made: dict[str, Any] = {}
+    for name, entry in options_of(kind):
+        if name not in values:
+            continue
+        value, annotation = values[name], get_type_hints(kind)[name]
+        if entry.negates:
+            value = not value
+        elif get_origin(annotation) is tuple:
+            value = _listed(value, get_args(annotation)[0])
+        made[name] = value
+    return kind(**{**made, **changes})
+
+
 def limit_of(number: float) -> float | None:
-    """`Settings.output_limit`, where None is no limit: the record of a run is JSON, which knows no infinity."""
+    """A setting where None is no limit, of an option that takes inf for it: JSON, which a run records, knows no infinity."""
     if math.isnan(number):
         raise click.BadParameter("nan is no limit; give a number of nats, or inf for none")
     return None if math.isinf(number) else number
 
 
-RECIPES = ("obs", "nxm", "magnitude", "sr-ste", "one-shot", "paper")  # as `compressors.settings` has them
+def _defaults(settings: type[DataclassInstance]) -> dict[str, Any]:
+    return {entry.name: entry.default for entry in fields(settings)}
 
-TRAINING_OPTIONS = options(
-    click.option(
-        "--recipe",
-        type=click.Choice(RECIPES),
-        default="obs",
-        show_default=True,
-        help="Where masks come from: second-order pruning, ADMM, magnitude, ... (docs/search.md).",
+
+def _number_of(annotation: Any) -> type:
+    """int, float or str of an annotation such as ``float | None``; str of a tuple, whose items commas separate."""
+    kinds = [kind for kind in get_args(annotation) or (annotation,) if kind in (int, float, str)]
+    return kinds[0] if kinds and get_origin(annotation) is not tuple else str
+
+
+def _click_type(entry: Option, kind: type) -> click.ParamType[Any]:
+    if entry.choices:
+        return click.Choice(entry.choices)
+    if kind is int:
+        least, most = (None if bound is None else int(bound) for bound in (entry.least, entry.most))
+        return click.IntRange(least, most)
+    if kind is float and entry.above == 0 and entry.below is None:
+        return Positive()
+    if kind is float and (entry.least, entry.most, entry.above, entry.below) != (None,) * 4:
+        low, high = (
+            entry.least if entry.above is None else entry.above,
+            entry.most if entry.below is None else entry.below,
+        )
+        return click.FloatRange(low, high, min_open=entry.above is not None, max_open=entry.below is not None)
+    return click.FLOAT if kind is float else click.STRING
+
+
+def _listed(text: str, kind: type) -> tuple[Any, ...]:
+    """The items of a text, separated by commas."""
+    parts = [part.strip() for part in text.split(",")]
+    if kind is str:
+        return tuple(parts)
+    try:
+        return tuple(kind(part) for part in parts if part)
+    except ValueError as error:
+        what = "whole numbers" if kind is int else "numbers"
+        raise PlanError(f"{text!r} is not a list of {what} separated by commas") from error
+
+
+TRAINING_OPTIONS = options(*(setting_option(Settings, name) for name, _ in options_of(Settings)))
+SEARCH_OPTIONS = options(
+    *(setting_option(SearchSettings, name) for name, _ in options_of(SearchSettings) if name != "seed")
+)
+# Of the short runs, and of the compression run that the cost is compared with.
+SEARCH_TRAINING_OPTIONS = options(
+    setting_option(Settings, "max_length"),
+    setting_option(
+        Settings,
+        "recipe",
+        help="Of the short runs, and of the compression run that the cost is compared with; nxm is ADMM.",
     ),
-    click.option(
-        "--admm",
-        type=click.Choice(["mask", "joint", "joint-ste"]),
-        default="mask",
-        show_default=True,
-        help="ADMM's constraint set, for --recipe nxm.",
-    ),
-    click.option(
-        "--mask-scores",
-        type=click.Choice(["magnitude", "activation"]),
-        default="magnitude",
-        show_default=True,
-        help="What other recipes choose masks by: |W|, or |W| times the size of each input.",
-    ),
-    click.option(
-        "--permute", is_flag=True, help="Reorder channels where that changes nothing, so that N:M drops less."
-    ),
-    click.option(
-        "--augment",
-        type=click.FloatRange(0, 1, max_open=True),
-        help="Share of training samples with tokens dropped, replaced and swapped. Where there are any, the teacher alone is "
-        "learned from.  [default: 0.7 for classification, else 0]",
-    ),
-    click.option(
-        "--output-limit",
-        type=click.FloatRange(min=0),
-        default=0.005,
-        show_default=True,
-        callback=lambda _, __, number: limit_of(number),
-        help="The most that one INT8 output into the residual may cost, in nats; a costlier one stays in float. inf: all INT8.",
-    ),
-    click.option(
-        "--epochs", type=Positive(), default=6.0, show_default=True, help="Epochs of compression, all phases together."
-    ),
-    click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps of compression; wins over --epochs."),
-    click.option(
-        "--dense-epochs",
-        type=Positive(),
-        default=3.0,
-        show_default=True,
-        help="Epochs of dense fine-tuning, where it is needed.",
-    ),
-    click.option(
-        "--dense-steps",
-        type=click.IntRange(min=1),
-        help="Optimizer steps of dense fine-tuning; wins over --dense-epochs.",
-    ),
-    click.option(
-        "--learning-rate",
-        type=Positive(),
-        help="Of compression.  [default: 1e-4; with --augment, 3e-4 for recipes but obs, and less for models wider than 384]",
-    ),
-    click.option("--dense-learning-rate", type=Positive(), default=5e-5, show_default=True),
-    click.option(
-        "--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Samples per optimizer step."
-    ),
-    click.option(
-        "--max-length", type=click.IntRange(min=2), help="Longest input in tokens.  [default: what the model allows]"
-    ),
-    click.option("--distill/--no-distill", default=True, show_default=True, help="Learn from the dense model."),
-    click.option(
-        "--gelu", type=click.Choice(["erf", "tanh"]), help="Train and export this GELU.  [default: the model's own]"
-    ),
-    click.option("--train-embeddings", is_flag=True, help="Train embedding tables during compression, too."),
-    click.option(
-        "--precision",
-        type=click.Choice(["auto", "fp32", "bf16"]),
-        default="auto",
-        show_default=True,
-        help="Of training.",
-    ),
-    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
-    click.option("--threads", type=click.IntRange(min=1), help="CPU threads of training.  [default: all cores]"),
+    setting_option(Settings, "epochs", help="Of that compression run."),
+    setting_option(Settings, "seed"),
+    setting_option(Settings, "threads", help=None),
 )
 
 
-def columns_of(text: str | None, pair: str | None, label: str | None) -> Any:
+def columns_of(text: str | None, pair: str | None, label: str | None) -> Columns:
     """The columns of a data file, as --text, --text-pair and --label name them."""
     from nxm_export.data.examples import Columns
 

@@ -82,16 +82,15 @@ def print_parity(reports: Sequence[Any], skipped: Sequence[Any] = ()) -> None:
     """Tables of parity reports: outputs, probes, gates and changed classes of every engine, then the engines in pairs, and
     those that could not run here."""
     for report in reports:
-        low, high = report.engine_interval
-        least, most = report.difference_interval
         for output in report.outputs:
             steps = "" if output.max_steps is None else f", {output.max_steps:.2f} steps"
             mean_steps = "" if output.mean_steps is None else f", {output.mean_steps:.3f} steps"
             rows = [
-                ("largest |difference|", f"{output.max_abs:.4g}{steps}", f"at most {output.max_tolerance:.4g}"),
-                ("mean |difference|", f"{output.mean_abs:.4g}{mean_steps}", f"at most {output.mean_tolerance:.4g}"),
-                ("equal samples", f"{output.quiet:.1%}", f"at least {output.quiet_required:.1%}"),
-                ("cosine", f"{output.cosine:.8f}", ""),
+                ("largest |difference|", f"{_error(output.max_abs)}{steps}", f"at most {output.max_tolerance:.4g}"),
+                ("mean |difference|", f"{_error(output.mean_abs)}{mean_steps}", f"at most {output.mean_tolerance:.4g}"),
+                ("equal samples", f"{output.unchanged_share:.1%}", f"at least {output.unchanged_required:.1%}"),
+                ("cosine", "-" if output.cosine is None else f"{output.cosine:.8f}", ""),
+                ("NaN or infinity", output.nonfinite, "none"),
                 ("equal argmax", _share(output.agreement), ""),
                 ("classes changed beyond the tolerance", output.unexcused_flips, "none"),
                 *[
@@ -105,14 +104,14 @@ def print_parity(reports: Sequence[Any], skipped: Sequence[Any] = ()) -> None:
                 ("worst sample", output.worst_sample, ""),
                 (
                     f"{report.metric} of the engine, 95 % interval",
-                    f"{report.engine_value:.4f} ({low:.4f} to {high:.4f})",
+                    f"{_score(report.engine_value)}{_bounds(report.engine_interval)}",
                     f"checkpoint {report.reference_value:.4f}",
                 ),
                 *[
-                    (f"{name} of the engine", f"{ours:.4f}", f"checkpoint {theirs:.4f}")
-                    for name, (theirs, ours) in report.beside.items()
+                    (f"{name} of the engine", _score(ours), f"checkpoint {_score(theirs)}")
+                    for name, (theirs, ours) in report.secondary_metrics.items()
                 ],
-                ("engine - checkpoint, 95 %, paired", f"{report.difference:+.4f} ({least:+.4f} to {most:+.4f})", ""),
+                ("engine - checkpoint, 95 %, paired", _difference(report), ""),
                 ("verdict", "pass" if output.passed else "FAIL", ""),
             ]
             title = f"{report.engine}: {output.output} of {report.samples} samples against the checkpoint in PyTorch"
@@ -122,7 +121,7 @@ def print_parity(reports: Sequence[Any], skipped: Sequence[Any] = ()) -> None:
             (
                 row.name,
                 verdict[row.passed],
-                "" if row.found is None else f"{row.found:.4g}, at most {row.tolerated:.4g}",
+                "" if row.actual is None else f"{row.actual:.4g}, at most {row.tolerated:.4g}",
                 row.reason,
             )
             for row in report.probes
@@ -135,11 +134,11 @@ def print_parity(reports: Sequence[Any], skipped: Sequence[Any] = ()) -> None:
             report.engine,
             pair.other,
             pair.output,
-            f"{pair.max_abs:.4g}",
-            f"{pair.mean_abs:.4g}",
-            f"{pair.cosine:.6f}",
+            _error(pair.max_abs),
+            _error(pair.mean_abs),
+            "-" if pair.cosine is None else f"{pair.cosine:.6f}",
             _share(pair.agreement),
-            f"{pair.difference:+.4f} ({pair.difference_interval[0]:+.4f} to {pair.difference_interval[1]:+.4f})",
+            _difference(pair),
         )
         for number, report in enumerate(reports)
         for pair in report.pairs
@@ -156,6 +155,21 @@ def print_parity(reports: Sequence[Any], skipped: Sequence[Any] = ()) -> None:
 def _share(value: float | None) -> str:
     """Of scores and embeddings there is no argmax."""
     return "-" if value is None else f"{value:.2%}"
+
+
+def _error(value: float | None) -> str:
+    """NaN and infinity leave no number."""
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+def _difference(of: Any) -> str:
+    """A metric's difference with its interval."""
+    return "NaN" if of.difference is None else f"{of.difference:+.4f}{_bounds(of.difference_interval, '+.4f')}"
+
+
+def _bounds(interval: tuple[float, float] | None, form: str = ".4f") -> str:
+    """A single sample has no interval."""
+    return "" if interval is None else f" ({interval[0]:{form}} to {interval[1]:{form}})"
 
 
 def _score(value: float | None) -> str:
@@ -176,17 +190,17 @@ def _print_bisect(report: Any) -> None:
     rows = [
         (
             row.block,
-            f"{row.max_abs:.3g}",
-            steps(row.steps),
-            f"{row.own_max_abs:.3g}",
-            steps(row.own_steps),
-            f"{row.own_quiet:.1%}",
+            _error(row.accumulated_max_abs),
+            steps(row.accumulated_steps),
+            _error(row.isolated_max_abs),
+            steps(row.isolated_steps),
+            f"{row.isolated_unchanged_share:.1%}",
             {True: "pass", False: "PARTS", None: "not judged"}[row.passed],
             "" if row.passed else row.reason,
         )
         for row in report.blocks
     ]
-    columns = ("behind", "travelled max", "steps", "own max", "steps", "tokens equal", "verdict", "why")
+    columns = ("behind", "accumulated max", "steps", "isolated max", "steps", "tokens equal", "verdict", "why")
     print_table(f"{report.engine}: {report.tokens} tokens against the checkpoint, block by block", columns, rows)
     print(f"tolerance: {report.reason}")
     print(f"first block that parts: {report.first_diverging or 'none'}")

@@ -10,20 +10,23 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from compressors.search.settings import SearchSettings, read_latencies
+from compressors.settings import Settings
 from nxm_export.cli.group import main
 from nxm_export.cli.options import (
     DATA_OPTIONS,
     PLAN_OPTIONS,
-    RECIPES,
+    SEARCH_OPTIONS,
+    SEARCH_TRAINING_OPTIONS,
     TRAINING_OPTIONS,
-    Positive,
     columns_of,
     json_option,
     pattern_of,
+    settings_of,
 )
 from nxm_export.cli.output import show_result
 from nxm_export.cli.tables import print_estimate, print_facts, print_search, print_summary, print_table, progress_bars
-from nxm_export.contract.plan import COUNTINGS, PLACEMENTS, WeightSpec
+from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.tasks import TASKS
 
 
@@ -97,7 +100,7 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **option
     request = _request(model, options)
     with progress_bars(enabled=not json) as progress:
         metrics = compress_model(request, out, plan_file=plan_file, progress=progress)
-    show_result({**metrics, "path": str(out)}, json, lambda result: print_facts("compressed", result))
+    show_result({**metrics.to_dict(), "path": str(out)}, json, lambda result: print_facts("compressed", result))
 
 
 @main.command()
@@ -107,59 +110,34 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **option
 @click.option("--text")
 @click.option("--text-pair")
 @click.option("--label")
-@click.option(
-    "--menu", default="2:4+W4,W4,2:4+W8,W8,dense", show_default=True, help="Options per weight, separated by commas."
-)
-@click.option("--compression", type=float, help="1 - compressed/FP32 of the weights.  [default: 0.875]")
-@click.option("--bytes", "bytes_", type=click.IntRange(min=1), help="Budget in bytes instead of --compression.")
-@click.option(
-    "--count", type=click.Choice(COUNTINGS), default="hw", show_default=True, help="How the budget is counted."
-)
-@click.option("--method", type=click.Choice(["nxm", "paper"]), default="nxm", show_default=True)
-@click.option("--placement", type=click.Choice(PLACEMENTS), default="inputs-outputs", show_default=True)
-@click.option(
-    "--embedding",
-    type=click.Choice(["float", "int8"]),
-    default="float",
-    show_default=True,
-    help="How every plan stores the word-embedding table; no budget counts it.",
-)
-@click.option(
-    "--samples",
-    type=click.IntRange(min=1),
-    help="Calibration samples.  [default: 16 to 256, for a tenth of a compression run's time]",
-)
-@click.option("--held-out", type=click.IntRange(min=1), help="Samples of train that judge.  [default: as many]")
-@click.option("--swaps", type=click.IntRange(min=0), default=40, show_default=True)
-@click.option(
-    "--halving", default="", metavar="STEPS,...", help="Optimizer steps of each round of short runs.  [default: none]"
-)
-@click.option("--finalists", type=click.IntRange(min=1), default=4, show_default=True)
-@click.option("--pareto", default="", metavar="C,...", help="Further compressions to report from the same table.")
+@SEARCH_OPTIONS
 @click.option("--latency-table", type=click.Path(path_type=Path), help="JSON: {role: {option: milliseconds}}.")
-@click.option("--latency-ms", type=Positive(), help="Limit on the sum of the table's milliseconds.")
-@click.option(
-    "--max-length", type=click.IntRange(min=2), help="Longest input in tokens.  [default: what the model allows]"
-)
-@click.option(
-    "--recipe",
-    type=click.Choice(RECIPES),
-    default="obs",
-    show_default=True,
-    help="Of the short runs, and of the compression run that the cost is compared with; nxm is ADMM.",
-)
-@click.option("--epochs", type=Positive(), default=6.0, show_default=True, help="Of that compression run.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--threads", type=click.IntRange(min=1))
+@SEARCH_TRAINING_OPTIONS
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of plan.json and the evidence.")
 @json_option
 def search(model: str, task: str, train: str, out: Path, json: bool, **options: Any) -> None:
     """Search a different (pattern, bits) per weight of MODEL, which must have its task head, under a budget."""
     from nxm_export.pipeline.run import search_plan
 
+    table = options["latency_table"]
+    changes: dict[str, object] = {}
+    if table is not None:
+        changes["latencies"] = read_latencies(table)
+    of_compression = click.get_current_context().get_parameter_source("compression")
+    if options["bytes"] is not None and of_compression is ParameterSource.DEFAULT:
+        changes["compression"] = None  # either of them is the budget
     with progress_bars(enabled=not json) as progress:
-        found = search_plan(model, task, train, out, options, progress)
-    show_result(found, json, print_search)
+        result = search_plan(
+            model,
+            task,
+            train,
+            out,
+            settings_of(SearchSettings, options, **changes),
+            settings_of(Settings, options),
+            columns_of(options["text"], options["text_pair"], options["label"]),
+            progress,
+        )
+    show_result(result.to_dict(), json, print_search)
 
 
 @main.command()
@@ -171,7 +149,7 @@ def pack(checkpoint: Path, out: Path, json: bool) -> None:
     from nxm_export.contract.packed_checkpoint import pack as pack_checkpoint
 
     show_result(
-        pack_checkpoint(checkpoint, out),
+        pack_checkpoint(checkpoint, out).to_dict(),
         json,
         lambda sizes: print_table(str(out), ("what", "bytes"), list(sizes.items())),
     )
@@ -203,16 +181,8 @@ def _spec(pattern: str, bits: str) -> WeightSpec:
 
 
 def _request(model: str, options: dict[str, Any], **changes: Any) -> Any:
-    from compressors.settings import Settings
     from nxm_export.pipeline.run import Request
 
-    settings = {
-        key: options[key]
-        for key in (
-            "recipe", "admm", "mask_scores", "permute", "augment", "output_limit", "epochs", "steps", "dense_epochs", "dense_steps", "learning_rate", "dense_learning_rate", "batch_size",
-            "max_length", "distill", "precision", "seed", "threads", "gelu",
-        )
-    }  # fmt: skip
     placement = options["placement"] if options["weight_bits"] != "none" else "inputs"
     return Request(
         model=model,
@@ -220,9 +190,7 @@ def _request(model: str, options: dict[str, Any], **changes: Any) -> Any:
         train=changes.get("train", options["train"]),
         dev=changes.get("dev", options["dev"]),
         spec=_spec(options["pattern"], options["weight_bits"]),
-        settings=Settings(
-            **{**settings, "freeze_embeddings": not options["train_embeddings"], **changes.get("settings", {})}
-        ),
+        settings=settings_of(Settings, options, **changes.get("settings", {})),
         columns=columns_of(options["text"], options["text_pair"], options["label"]),
         placement=placement,
         residual=options["residual"] if options["weight_bits"] != "none" else "float",

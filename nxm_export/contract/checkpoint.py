@@ -20,7 +20,6 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -30,13 +29,13 @@ from nxm_export.contract.pooling import is_embedding
 from nxm_export.contract.tasks import Task, task_of
 from nxm_export.errors import ArtifactError
 from nxm_export.storage.hashing import file_hash
-from nxm_export.storage.json_files import read_json
+from nxm_export.storage.json_files import Json, read_json
 
 PLAN_FILE = "nxm_plan.json"
 SCALES_FILE = "nxm_scales.safetensors"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-TABLE_QMAX = 127  # of an INT8 embedding table
+EMBEDDING_QMAX = 127  # of an INT8 embedding table
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -45,7 +44,7 @@ class Checkpoint:
     """An opened compressed checkpoint. Weights are read one at a time, never all at once."""
 
     path: Path
-    config: Mapping[str, Any]
+    config: Mapping[str, Json]
     family: Family
     plan: CompressionPlan
     scales: Mapping[str, np.ndarray]
@@ -81,7 +80,8 @@ class Checkpoint:
         """Integer codes int8 (out, in) of a quantized weight, or (tokens, features) of an embedding table that is planned INT8:
         dividing baked values by their scale gives them back exactly."""
         scale = self.weight_scale(name)
-        return np.rint(self.weight(name) / scale[:, None]).astype(np.int8)
+        codes: np.ndarray = np.rint(self.weight(name) / scale[:, None]).astype(np.int8)
+        return codes
 
     def require_valid(self) -> None:
         """Raise `ArtifactError` unless every planned weight keeps its pattern and lies on its integer grid, and so does an
@@ -109,14 +109,16 @@ class Checkpoint:
                 self.output_scale(name)
         self._require_shared_inputs()
         if self.plan.embedding == "int8":
-            table, shape = self.weight(self.family.table), self.family.table_shape(self.config)
+            table, shape = self.weight(self.family.word_embedding), self.family.word_embedding_shape(self.config)
             if table.shape != shape:
                 raise ArtifactError(
-                    f"{self.path}: {self.family.table} is {table.shape} on disk and {shape} by config.json; restore one of them"
+                    f"{self.path}: {self.family.word_embedding} is {table.shape} on disk and {shape} by config.json; restore one of them"
                 )
             if not np.isfinite(table).all():
-                raise ArtifactError(f"{self.path}: {self.family.table} holds NaN or infinite values; compress again")
-            self._require_grid(self.family.table, table, TABLE_QMAX)
+                raise ArtifactError(
+                    f"{self.path}: {self.family.word_embedding} holds NaN or infinite values; compress again"
+                )
+            self._require_grid(self.family.word_embedding, table, EMBEDDING_QMAX)
 
     def _require_shared_inputs(self) -> None:
         """Query, key and value read one tensor, and it is quantized once."""
@@ -169,7 +171,7 @@ def save_plan(path: Path, plan: CompressionPlan, scales: Mapping[str, np.ndarray
     save_file({key: np.asarray(value, np.float32) for key, value in scales.items()}, path / SCALES_FILE)
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Json]:
     """``config.json`` of a Hugging Face directory; pickled weights are refused here, before anything loads them."""
     if not path.is_dir():
         raise ArtifactError(f"{path}: no such directory")
@@ -220,15 +222,15 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
     return tensor.astype(np.float32, copy=False)
 
 
-def task_at(path: Path, config: Mapping[str, Any]) -> str | None:
+def task_at(path: Path, config: Mapping[str, Json]) -> str | None:
     """The task of a model directory: that of its head, or ``embedding`` where sentence-transformers' files say how to pool."""
     return task_of(config) or ("embedding" if is_embedding(path) else None)
 
 
-def has_head(path: Path, config: Mapping[str, Any], task: Task) -> bool:
+def has_head(path: Path, config: Mapping[str, Json], task: Task) -> bool:
     """True when a model directory has the head that `task` needs."""
-    found = task_at(path, config)
-    return found is not None and found in (task.name, task.serves)
+    served = task_at(path, config)
+    return served is not None and served in (task.name, task.serves)
 
 
 def weights_hash(path: Path) -> str:
@@ -277,8 +279,8 @@ def _load(file: Path) -> dict[str, np.ndarray]:
 def pattern_violations(weight: np.ndarray, pattern: NMPattern) -> Iterator[tuple[int, int]]:
     """(output channel, first input) of every group that keeps more than `pattern.n` weights; weight is (out, in)."""
     out, in_ = weight.shape
-    kept = (weight.reshape(out, in_ // pattern.m, pattern.m) != 0).sum(axis=-1)
-    for channel, group in np.argwhere(kept > pattern.n):
+    nonzeros = (weight.reshape(out, in_ // pattern.m, pattern.m) != 0).sum(axis=-1)
+    for channel, group in np.argwhere(nonzeros > pattern.n):
         yield int(channel), int(group) * pattern.m
 
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 from nxm_export.contract.plan import INT8_ATTENTION, PLACEMENTS, CompressionPlan, WeightSpec
 from nxm_export.errors import ArtifactError, PlanError, some
+from nxm_export.storage.json_files import Json
 
 ROLES = ("query", "key", "value", "attention_output", "ffn_up", "ffn_down")
 # GELU by its exact form (the error function) or by tanh: what ``config.json`` calls them, and other names for the same.
@@ -55,11 +55,11 @@ class Family:
     words: str = "embeddings.word_embeddings"
     embedding_key: str | None = None  # size of the table's rows, where it is not the hidden size
 
-    def blocks(self, config: Mapping[str, Any]) -> list[str]:
+    def blocks(self, config: Mapping[str, Json]) -> list[str]:
         """Module paths of the encoder blocks, each once, in the order in which they first run."""
         return list(dict.fromkeys(self.runs(config)))
 
-    def runs(self, config: Mapping[str, Any]) -> list[str]:
+    def runs(self, config: Mapping[str, Json]) -> list[str]:
         """Module paths of the encoder blocks in the order in which they run; one that is shared stands there for every run."""
         layers = size_of(config, self.layers_key)
         if self.shared_keys is None:
@@ -75,7 +75,7 @@ class Family:
             for i in range(inner)
         ]
 
-    def run_names(self, config: Mapping[str, Any]) -> list[str]:
+    def run_names(self, config: Mapping[str, Json]) -> list[str]:
         """A name for every run of a block: its path, and for a block with several runs which of them (from 1)."""
         runs = self.runs(config)
         return [
@@ -87,7 +87,7 @@ class Family:
         """Module path of one linear layer of a block."""
         return f"{block}.{self.linears[role]}"
 
-    def weights(self, config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    def weights(self, config: Mapping[str, Json]) -> dict[str, tuple[int, int]]:
         """Every compressible parameter name with its shape (out, in), in the order in which the model runs them."""
         hidden, wide = size_of(config, self.hidden_key), size_of(config, self.intermediate_key)
         shapes = {"ffn_up": (wide, hidden), "ffn_down": (hidden, wide)}
@@ -98,11 +98,11 @@ class Family:
         }
 
     @property
-    def table(self) -> str:
+    def word_embedding(self) -> str:
         """Parameter name of the word-embedding table, (tokens, features)."""
         return f"{self.base}.{self.words}.weight"
 
-    def table_shape(self, config: Mapping[str, Any]) -> tuple[int, int]:
+    def word_embedding_shape(self, config: Mapping[str, Json]) -> tuple[int, int]:
         """(tokens, features) of the word-embedding table."""
         return size_of(config, "vocab_size"), size_of(config, self.embedding_key or self.hidden_key)
 
@@ -115,7 +115,7 @@ class Family:
 
     def uniform_plan(
         self,
-        config: Mapping[str, Any],
+        config: Mapping[str, Json],
         spec: WeightSpec,
         *,
         placement: str = "inputs-outputs",
@@ -174,16 +174,16 @@ class Family:
         if plan.residual == "int8" and not any(spec.input_bits for spec in plan.weights.values()):
             raise PlanError("residual int8 shares the quantizers of the layers' inputs, and this plan has none")
 
-    def gelu(self, config: Mapping[str, Any]) -> str | None:
+    def gelu(self, config: Mapping[str, Json]) -> str | None:
         """Which GELU the FFN has, ``erf`` or ``tanh``; None for another activation."""
         name = str(config.get(self.activation_key, "gelu"))
         return "tanh" if name in _TANH_GELUS else "erf" if name in ("gelu", "gelu_python") else None
 
-    def heads(self, config: Mapping[str, Any]) -> int:
+    def heads(self, config: Mapping[str, Json]) -> int:
         """Number of attention heads."""
         return size_of(config, self.heads_key)
 
-    def max_positions(self, config: Mapping[str, Any]) -> int:
+    def max_positions(self, config: Mapping[str, Json]) -> int:
         """Longest sequence, in tokens, that the position embeddings allow."""
         reserved = int(config.get("pad_token_id") or 0) + 1 if self.positions_after_padding else 0
         return size_of(config, "max_position_embeddings") - reserved
@@ -255,7 +255,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(config: Mapping[str, Any], *, source: str = "config.json") -> Family:
+def family_of(config: Mapping[str, Json], *, source: str = "config.json") -> Family:
     """The family of a ``config.json``; families that are not supported are refused with the list of those that are."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -267,7 +267,7 @@ def family_of(config: Mapping[str, Any], *, source: str = "config.json") -> Fami
     return FAMILIES[model_type]
 
 
-def size_of(config: Mapping[str, Any], key: str) -> int:
+def size_of(config: Mapping[str, Json], key: str) -> int:
     """A size in ``config.json``; `ArtifactError` when it is missing or no positive integer."""
     value = config.get(key)
     if type(value) is not int or value < 1:

@@ -5,17 +5,15 @@ A graph directory holds model.onnx, spec.json, tokenizer.json; an engine directo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from nxm_export.contract.families import Family
 from nxm_export.contract.pooling import read_pooling
 from nxm_export.contract.tasks import TASKS, Task, labels_of
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.json_files import read_json, require_schema
+from nxm_export.storage.json_files import Json, convert, encode, read_json, read_record
 
 SCHEMA = "nxm-spec/1"
 SPEC_FILE = "spec.json"
@@ -26,8 +24,8 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 @dataclass(frozen=True)
 class IOSpec:
     """Inputs are int64 (batch, sequence), outputs float32 with the axes given; `labels` name the last axis of the first
-    output where it holds classes or labels. `max_length` is in tokens. `limits` bound an input's values from above (exclusive), for
-    inputs that have a table or a meaning behind them: a runtime does not check what it looks up."""
+    output where it holds classes or labels. `max_length` is in tokens. `limits` bound an input's values from above
+    (exclusive), for inputs that have a table or a meaning behind them: a runtime does not check what it looks up."""
 
     model_type: str
     task: str
@@ -39,15 +37,16 @@ class IOSpec:
     limits: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, directory: Path, config: Mapping[str, Any], family: Family, task: Task) -> IOSpec:
+    def of(cls, directory: Path, config: Mapping[str, Json], family: Family, task: Task) -> IOSpec:
         """The spec of a checkpoint directory; the tokenizer's own maximum length wins where it is shorter."""
         limit = family.max_positions(config)
         tokenizer_config = directory / "tokenizer_config.json"
         if tokenizer_config.is_file():
-            settings = read_json(tokenizer_config, "restore it from the model")
-            asked = settings.get("model_max_length") if isinstance(settings, dict) else None
-            if isinstance(asked, (int, float)) and asked >= 1:  # transformers writes 1e30 for "no limit"
-                limit = min(limit, int(asked))
+            way_out = "restore it from the model"
+            data = read_json(tokenizer_config, way_out)
+            settings = convert(data, _TokenizerSettings, source=str(tokenizer_config), way_out=way_out, foreign=True)
+            if settings.model_max_length and settings.model_max_length >= 1:  # transformers writes 1e30 for "no limit"
+                limit = min(limit, int(settings.model_max_length))
         if task.auto_class is None:
             limit = min(limit, read_pooling(directory).max_length or limit)
         limits = {
@@ -68,8 +67,14 @@ class IOSpec:
 
     def save(self, directory: Path) -> None:
         """Write ``spec.json``."""
-        text = json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
-        (directory / SPEC_FILE).write_text(text + "\n", encoding="utf-8")
+        (directory / SPEC_FILE).write_text(encode(self, SCHEMA), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _TokenizerSettings:
+    """What is read of transformers' ``tokenizer_config.json``."""
+
+    model_max_length: float | None = None  # tokens
 
 
 def load_spec(directory: str | Path) -> IOSpec:
@@ -77,21 +82,7 @@ def load_spec(directory: str | Path) -> IOSpec:
     file = Path(directory) / SPEC_FILE
     if not file.is_file():
         raise ArtifactError(f"{directory} has no {SPEC_FILE}: it is not a graph or engine directory of nxm-export")
-    data = read_json(file, "export or build again")
-    require_schema(data, SCHEMA, str(file), ArtifactError)
-    try:
-        spec = IOSpec(
-            str(data["model_type"]),
-            str(data["task"]),
-            tuple(data["inputs"]),
-            {str(name): tuple(axes) for name, axes in data["outputs"].items()},
-            tuple(str(label) for label in data["labels"]),
-            int(data["max_length"]),
-            int(data["pad_id"]),
-            {name: int(limit) for name, limit in data.get("limits", {}).items()},
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{file}: malformed ({error!r}); export or build again") from error
+    spec = read_record(file, IOSpec, schema=SCHEMA, way_out="export or build again")
     if spec.task not in TASKS or not spec.inputs or not set(spec.inputs) <= set(INPUTS) or spec.max_length < 1:
         raise ArtifactError(
             f"{file}: task {spec.task!r} with inputs {spec.inputs} is nothing that this version knows; export or build again"

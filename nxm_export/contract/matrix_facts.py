@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+
+from nxm_export.storage.json_files import Json
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,10 @@ class MatrixFacts:
     epilogue: str
 
     @classmethod
-    def of(cls, data: Mapping[str, Any]) -> MatrixFacts:
+    def of(cls, data: Mapping[str, Json]) -> MatrixFacts:
         """From its JSON form (`asdict`)."""
         return cls(**data)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """JSON form."""
         return asdict(self)

@@ -8,8 +8,9 @@ A planned weight is stored as
 
 A word-embedding table that is planned INT8 is stored like a dense 8-bit weight, with a scale per row (token). Everything else of
 the model (other embeddings, biases, norms, head) is stored as it is, and the directory's other files (config,
-plan, tokenizer) travel in the header, with a sha256 of all tensors; further safetensors files are not part of the model and stay behind. The payload is ``plan.stored_bits("packed")`` for the planned weights plus the table and the
-rest, to within the byte that each tensor is rounded up to. A support of fewer than N non-zeros is filled up with zeros.
+plan, tokenizer) travel in the header, with a sha256 of all tensors; further safetensors files are not part of the model
+and stay behind. The payload is ``plan.stored_bits("packed")`` for the planned weights plus the table and the rest, to
+within the byte that each tensor is rounded up to. A support of fewer than N non-zeros is filled up with zeros.
 """
 
 from __future__ import annotations
@@ -21,25 +22,42 @@ import itertools
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from nxm_export.contract.checkpoint import SCALES_FILE, WEIGHTS_FILE, Checkpoint, open_checkpoint
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
 from nxm_export.errors import ArtifactError
 from nxm_export.storage.atomic import atomic_dir, disk_errors, make_directory
-from nxm_export.storage.json_files import parse_json, require_schema
+from nxm_export.storage.json_files import Json, convert, parse_json, require_schema, to_builtins
+
+T = TypeVar("T")
 
 SCHEMA = "nxm-packed/1"
-_TABLE = WeightSpec(None, 8, 8)  # what an INT8 embedding table is stored like
+_INT8_EMBEDDING = WeightSpec(None, 8, 8)  # what an INT8 embedding table is stored like
 
 
-def pack(checkpoint: str | Path, out: str | Path) -> dict[str, int]:
-    """Write a checkpoint directory as one packed file; returns ``file_bytes``, ``payload_bytes``, ``formula_bytes``."""
+@dataclass(frozen=True)
+class PackedSizes:
+    """Bytes of a packed file, of its tensors, and of the whole model by the ``packed`` counting (`formula_bytes`)."""
+
+    file_bytes: int
+    payload_bytes: int
+    formula_bytes: int
+
+    def to_dict(self) -> dict[str, Json]:
+        """The form of ``--json``."""
+        return dict(to_builtins(self))
+
+
+def pack(checkpoint: str | Path, out: str | Path) -> PackedSizes:
+    """Write a checkpoint directory as one packed file and return its sizes; raises `ArtifactError`."""
     from safetensors import SafetensorError, safe_open
     from safetensors.numpy import save_file
 
@@ -76,16 +94,12 @@ def pack(checkpoint: str | Path, out: str | Path) -> dict[str, int]:
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink()
-    return {
-        "file_bytes": out.stat().st_size,
-        "payload_bytes": sum(tensor.nbytes for tensor in tensors.values()),
-        "formula_bytes": formula_bytes(opened),
-    }
+    return PackedSizes(out.stat().st_size, sum(tensor.nbytes for tensor in tensors.values()), formula_bytes(opened))
 
 
 def unpack(file: str | Path, out: str | Path) -> Path:
-    """Write the directory that `pack` read, every tensor bit-equal; raises `ArtifactError` for a file that is none of ours."""
-    from safetensors import SafetensorError, safe_open
+    """Write the directory that `pack` read, every tensor bit-equal, and return it; raises `ArtifactError` for a file that is
+    none of ours."""
     from safetensors.numpy import save_file
 
     file, out = Path(file), Path(out)
@@ -93,24 +107,21 @@ def unpack(file: str | Path, out: str | Path) -> Path:
         raise ArtifactError(f"{file}: no such file")
     if out.exists():
         raise ArtifactError(f"{out} exists; choose a directory that does not")
-    try:
-        with safe_open(file, framework="numpy") as packed:
-            metadata = packed.metadata() or {}
-            require_schema(metadata, SCHEMA, str(file), ArtifactError)
-            tensors = {name: packed.get_tensor(name) for name in packed.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{file}: cannot be read ({error}); it is truncated or not a packed checkpoint") from error
-    if metadata.get("sha256") != _digest(tensors):
-        raise ArtifactError(f"{file}: its tensors are not those that were written (sha256); copy or pack it again")
+    tensors, metadata = _read_packed(file)
     plan = CompressionPlan.from_json(metadata.get("file/nxm_plan.json", ""), source=f"{file} (nxm_plan.json)")
-    shapes: Mapping[str, Any] = json.loads(metadata["scale_shapes"])
-    scales = {name: tensors[f"scale/{name}"].reshape(shape) for name, shape in shapes.items()}
+    shapes = _header_entry(file, metadata, "scale_shapes", dict[str, tuple[int, ...]])
+    try:
+        scales = {name: tensors[f"scale/{name}"].reshape(shape) for name, shape in shapes.items()}
+    except (KeyError, ValueError) as error:
+        raise ArtifactError(f"{file}: scale_shapes does not fit its scales ({error}); pack it again") from error
     weights = {name.removeprefix("plain/"): tensor for name, tensor in tensors.items() if name.startswith("plain/")}
     for name, spec in _packed_specs(plan).items():
-        shape = plan.shapes.get(name) or FAMILIES[plan.model_type].table_shape(_config(metadata, file))
+        shape = plan.shapes.get(name) or FAMILIES[plan.model_type].word_embedding_shape(
+            _header_entry(file, metadata, "file/config.json", dict[str, Json])
+        )
         weights[name] = _unpack_weight(tensors, name, spec, shape, scales.get(f"{name}_scale"), file)
     with atomic_dir(out) as scratch:
-        save_file(weights, scratch / WEIGHTS_FILE, json.loads(metadata["weights_metadata"]))
+        save_file(weights, scratch / WEIGHTS_FILE, _header_entry(file, metadata, "weights_metadata", dict[str, str]))
         save_file(scales, scratch / SCALES_FILE)
         for key, text in metadata.items():
             kind, separator, name = key.partition("/")
@@ -119,6 +130,29 @@ def unpack(file: str | Path, out: str | Path) -> Path:
                 (scratch / Path(name).name).write_bytes(content)
         open_checkpoint(scratch).require_valid()
     return out
+
+
+def _read_packed(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors of a packed file and its header, the sha256 checked."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as packed:
+            metadata: dict[str, str] = packed.metadata() or {}
+            require_schema(metadata, SCHEMA, str(file), ArtifactError)
+            tensors = {name: packed.get_tensor(name) for name in packed.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{file}: cannot be read ({error}); it is truncated or not a packed checkpoint") from error
+    if metadata.get("sha256") != _digest(tensors):
+        raise ArtifactError(f"{file}: its tensors are not those that were written (sha256); copy or pack it again")
+    return tensors, metadata
+
+
+def _header_entry(file: Path, metadata: Mapping[str, str], key: str, kind: type[T]) -> T:
+    """The JSON value that the header of a packed file has under `key`."""
+    source = f"{file} ({key})"
+    value = parse_json(metadata.get(key, ""), source, "pack it again", ArtifactError)
+    return convert(value, kind, source=source, way_out="pack it again")
 
 
 def _require_packed_or_new(out: Path) -> None:
@@ -151,10 +185,10 @@ def formula_bytes(checkpoint: Checkpoint) -> int:
     from safetensors import safe_open
 
     rest, specs = 0, _packed_specs(checkpoint.plan)
-    table = checkpoint.family.table
-    if table in specs:
-        rows, features = checkpoint.weight(table).shape
-        rest += _TABLE.stored_bits((rows, features), "packed") // 8
+    embedding = checkpoint.family.word_embedding
+    if embedding in specs:
+        rows, features = checkpoint.weight(embedding).shape
+        rest += _INT8_EMBEDDING.stored_bits((rows, features), "packed") // 8
     with safe_open(checkpoint.path / WEIGHTS_FILE, framework="numpy") as weights:
         for name in weights.keys():  # noqa: SIM118
             if name not in specs:
@@ -187,53 +221,54 @@ def unpack_bits(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
         return packed[:count].astype(np.uint16)
     if bits > 8:
         planes = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
-        return (planes.astype(np.uint16) << np.arange(bits, dtype=np.uint16)).sum(axis=1, dtype=np.uint16)
+        shifted = planes.astype(np.uint16) << np.arange(bits, dtype=np.uint16)
+        return np.asarray(shifted.sum(axis=1, dtype=np.uint16))
     strings = np.zeros((-(-count // 8), bits), np.uint8)
     strings.reshape(-1)[: packed.size] = packed[: strings.size]
     words = np.zeros((len(strings), 8), np.uint8)
     words[:, :bits] = strings
-    found = np.empty((len(strings), 8), np.uint16)
+    values = np.empty((len(strings), 8), np.uint16)
     for i in range(8):
-        found[:, i] = (words.view("<u8")[:, 0] >> np.uint64(bits * i)) & np.uint64(2**bits - 1)
-    return found.reshape(-1)[:count]
+        values[:, i] = (words.view("<u8")[:, 0] >> np.uint64(bits * i)) & np.uint64(2**bits - 1)
+    return values.reshape(-1)[:count]
 
 
 @lru_cache
 def supports(pattern: NMPattern) -> np.ndarray:
-    """Every support of a group as kept positions (C(M, N), N), in lexicographic order: the meaning of an index."""
+    """Every support of a group as its positions (C(M, N), N), in lexicographic order: the meaning of an index."""
     return np.array(list(itertools.combinations(range(pattern.m), pattern.n)), np.int64)
 
 
-def support_index(kept: np.ndarray, pattern: NMPattern) -> np.ndarray:
-    """Index of each group's support; `kept` is boolean (groups, M) with exactly N true."""
-    codes = (1 << supports(pattern)).sum(axis=1)  # each support as a bit mask
-    found = np.zeros(len(kept), np.int64)
+def support_index(support_mask: npt.NDArray[np.bool_], pattern: NMPattern) -> npt.NDArray[np.int64]:
+    """Index of each group's support in `supports`; `support_mask` is (groups, M) with exactly N true in each."""
+    known = (1 << supports(pattern)).sum(axis=1)  # each support as a bit mask
+    masks = np.zeros(len(support_mask), np.int64)
     for position in range(pattern.m):  # column by column: a matrix product of integers is many times slower
-        found |= kept[:, position].astype(np.int64) << position
+        masks |= support_mask[:, position].astype(np.int64) << position
     if pattern.m <= 16:
         index = np.zeros(1 << pattern.m, np.int64)
-        index[codes] = np.arange(len(codes))
-        return index[found]
-    order = np.argsort(codes)
-    return order[np.searchsorted(codes[order], found)]
+        index[known] = np.arange(len(known))
+        return index[masks]
+    order = np.argsort(known)
+    return order[np.searchsorted(known[order], masks)]
 
 
-def exact_support(values: np.ndarray, pattern: NMPattern) -> np.ndarray:
-    """Boolean (groups, M) with exactly N true: all non-zeros of `values` (groups, M), filled up from the left."""
-    kept = values != 0
-    free = pattern.n - kept.sum(axis=1)
+def exact_support(nonzero_mask: npt.NDArray[np.bool_], pattern: NMPattern) -> npt.NDArray[np.bool_]:
+    """(groups, M) with exactly N true in each group: those of `nonzero_mask`, at most N, filled up from the left."""
+    support_mask = nonzero_mask.copy()
+    free = pattern.n - support_mask.sum(axis=1)
     for position in range(pattern.m):
-        column = kept[:, position]
+        column = support_mask[:, position]
         filled = (free > 0) & ~column
         free -= filled
         column |= filled
-    return kept
+    return support_mask
 
 
 def _packed_specs(plan: CompressionPlan) -> dict[str, WeightSpec]:
     """Everything that is stored in a packed form, by parameter name."""
     family = FAMILIES.get(plan.model_type)
-    return {**plan.weights, **({family.table: _TABLE} if family and plan.embedding == "int8" else {})}
+    return {**plan.weights, **({family.word_embedding: _INT8_EMBEDDING} if family and plan.embedding == "int8" else {})}
 
 
 def _pack_weight(checkpoint: Checkpoint, name: str, spec: WeightSpec) -> dict[str, np.ndarray]:
@@ -252,10 +287,10 @@ def _pack_weight(checkpoint: Checkpoint, name: str, spec: WeightSpec) -> dict[st
         return {f"{name}.values": _stored(values, spec)}
     groups = values.reshape(-1, spec.pattern.m)
     zero = 0 if spec.qmax is None else spec.qmax
-    kept = exact_support(groups != zero, spec.pattern)
-    index = support_index(kept, spec.pattern)
+    support_mask = exact_support(groups != zero, spec.pattern)
+    index = support_index(support_mask, spec.pattern)
     return {
-        f"{name}.values": _stored(groups[kept], spec),
+        f"{name}.values": _stored(groups[support_mask], spec),
         f"{name}.index": pack_bits(index, spec.pattern.index_bits),
     }
 
@@ -285,23 +320,17 @@ def _unpack_weight(
             groups = out * in_ // spec.pattern.m
             index = unpack_bits(tensors[f"{name}.index"], spec.pattern.index_bits, groups)
             dense = np.full(groups * spec.pattern.m, spec.qmax or 0, values.dtype)
-            first, kept = np.arange(groups) * spec.pattern.m, values.reshape(groups, spec.pattern.n)
+            first, columns = np.arange(groups) * spec.pattern.m, values.reshape(groups, spec.pattern.n)
             for number, positions in enumerate(supports(spec.pattern).T):
-                dense[first + positions[index]] = kept[:, number]
+                dense[first + positions[index]] = columns[:, number]
             values = dense
         values = values.reshape(out, in_)
     except (KeyError, ValueError, IndexError) as error:
         raise ArtifactError(f"{file}: {name} is missing or has the wrong size; the file is damaged") from error
     if spec.qmax is None or scale is None:
         return values.astype(np.float32)
-    return (values.astype(np.int16) - spec.qmax).astype(np.float32) * scale[:, None]
-
-
-def _config(metadata: Mapping[str, str], file: Path) -> Any:
-    config = parse_json(metadata.get("file/config.json", ""), f"{file} (config.json)", "pack it again", ArtifactError)
-    if not isinstance(config, dict):
-        raise ArtifactError(f"{file} (config.json): not a JSON object; pack it again")
-    return config
+    weight: np.ndarray = (values.astype(np.int16) - spec.qmax).astype(np.float32) * scale[:, None]
+    return weight
 
 
 def _as_text(file: Path) -> tuple[str, str]:

@@ -7,14 +7,13 @@ vectors. The saved files are such that ``SentenceTransformer(directory)`` gives 
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.json_files import read_json
+from nxm_export.storage.json_files import Json, convert, encode, read_json
 
 MODULES_FILE = "modules.json"
 POOLINGS = ("mean", "cls")
@@ -29,6 +28,46 @@ _FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Module:
+    """An entry of ``modules.json``: the class, and the directory of its settings."""
+
+    type: str
+    path: str
+
+
+@dataclass(frozen=True)
+class _PoolingSettings:
+    """What is read of ``1_Pooling/config.json``: newer files name the pooling, older ones have a boolean for each."""
+
+    pooling_mode: str | list[str] | None = None
+    include_prompt: bool | None = None
+    pooling_mode_mean_tokens: bool = False
+    pooling_mode_cls_token: bool = False
+    pooling_mode_max_tokens: bool = False
+    pooling_mode_mean_sqrt_len_tokens: bool = False
+    pooling_mode_weightedmean_tokens: bool = False
+    pooling_mode_lasttoken: bool = False
+
+
+@dataclass(frozen=True)
+class _TextSettings:
+    """What is read of ``config_sentence_transformers.json``."""
+
+    default_prompt_name: str | None = None
+
+
+@dataclass(frozen=True)
+class _TransformerSettings:
+    """What is read of ``sentence_bert_config.json``."""
+
+    max_seq_length: int | None = None
+    do_lower_case: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -56,14 +95,10 @@ def read_pooling(directory: Path) -> Pooling:
     file = directory / MODULES_FILE
     if not file.is_file():
         raise ArtifactError(
-            f"{directory} has no {MODULES_FILE}: it does not say how its tokens become one embedding. Train or save the model with "
-            "sentence-transformers first; a plain encoder's vectors mean little"
+            f"{directory} has no {MODULES_FILE}: it does not say how its tokens become one embedding. Train or save the "
+            "model with sentence-transformers first; a plain encoder's vectors mean little"
         )
-    modules = _read(file, list)
-    try:
-        kinds = [(str(module["type"]).rpartition(".")[2], str(module["path"])) for module in modules]
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{file}: malformed ({error!r}); restore it from the model") from error
+    kinds = [(module.type.rpartition(".")[2], module.path) for module in _read(file, list[_Module])]
     names = [kind for kind, _ in kinds]
     if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise ArtifactError(
@@ -96,47 +131,46 @@ def write_pooling(directory: Path, pooling: Pooling, hidden: int, max_length: in
 
 
 def _mode(file: Path) -> str:
-    settings = _read(file, dict)
-    asked = settings.get("pooling_mode") or [mode for flag, mode in _FLAGS.items() if settings.get(flag)] or ["mean"]
-    modes = [asked] if isinstance(asked, str) else list(asked)
+    settings = _read(file, _PoolingSettings)
+    flagged = [mode for flag, mode in _FLAGS.items() if getattr(settings, flag)]
+    asked = settings.pooling_mode or flagged or ["mean"]
+    modes = [asked] if isinstance(asked, str) else asked
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise ArtifactError(
             f"{file}: pooling {' with '.join(map(str, modes))}; choose a model with one of {', '.join(POOLINGS)}"
         )
-    if settings.get("include_prompt") is False:
+    if settings.include_prompt is False:
         raise ArtifactError(
             f"{file}: it leaves the prompt's tokens out of the pooling, which a graph of tokens cannot know"
         )
-    return str(modes[0])
+    return modes[0]
 
 
 def _require_plain_text(directory: Path) -> int | None:
     """Refuse what changes a text in front of the tokenizer; returns the longest input in tokens, where it is said."""
     settings_file, file = directory / _SETTINGS_FILE, directory / _TRANSFORMER_FILE
-    settings = _read(settings_file, dict) if settings_file.is_file() else {}
-    if settings.get("default_prompt_name"):
+    prompt = _read(settings_file, _TextSettings).default_prompt_name if settings_file.is_file() else None
+    if prompt:
         raise ArtifactError(
-            f"{settings_file}: it puts the prompt {settings['default_prompt_name']!r} before every text by itself, which engines do not; "
+            f"{settings_file}: it puts the prompt {prompt!r} before every text by itself, which engines do not; "
             "remove default_prompt_name, and write the prompt into your texts"
         )
     if not file.is_file():
         return None
-    transformer = _read(file, dict)
-    if transformer.get("do_lower_case"):
+    transformer = _read(file, _TransformerSettings)
+    if transformer.do_lower_case:
         raise ArtifactError(
-            f"{file}: it lower-cases texts in front of the tokenizer, which engines do not; if the tokenizer does so itself, set "
-            "do_lower_case to false"
+            f"{file}: it lower-cases texts in front of the tokenizer, which engines do not; if the tokenizer does so "
+            "itself, set do_lower_case to false"
         )
-    limit = transformer.get("max_seq_length")
-    return int(limit) if isinstance(limit, int) and limit >= 2 else None
+    limit = transformer.max_seq_length
+    return limit if limit is not None and limit >= 2 else None
 
 
-def _read(file: Path, kind: type) -> Any:
-    data = read_json(file, "restore it from the model")
-    if not isinstance(data, kind):
-        raise ArtifactError(f"{file}: not a JSON {'list' if kind is list else 'object'}; restore it from the model")
-    return data
+def _read(file: Path, kind: type[T]) -> T:
+    way_out = "restore it from the model"
+    return convert(read_json(file, way_out), kind, source=str(file), way_out=way_out, foreign=True)
 
 
-def _write(file: Path, data: Any) -> None:
-    file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+def _write(file: Path, data: Json) -> None:
+    file.write_text(encode(data), encoding="utf-8")

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from nxm_export.errors import ArtifactError, PlanError
+from nxm_export.storage.json_files import Json
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ TASKS: dict[str, Task] = {
 }  # fmt: skip
 
 
-def labels_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+def labels_of(config: Mapping[str, Json]) -> tuple[str, ...]:
     """Class names of the head that a ``config.json`` describes, by index.
 
     transformers leaves ``id2label`` out for two classes without names of their own. Raises `ArtifactError` when the field
@@ -100,24 +100,24 @@ def labels_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(by_index[str(i)] for i in range(len(by_index)))
 
 
-def task_of(config: Mapping[str, Any]) -> str | None:
+def task_of(config: Mapping[str, Json]) -> str | None:
     """The task of the head in a ``config.json``, or None when it has no head of a supported kind.
 
     A cross-encoder of others has one score and does not say what for: it counts as regression, which ``reranking`` serves, too.
     """
     architectures = config.get("architectures")
     architecture = str((architectures or [""])[0]) if isinstance(architectures, list) else ""
-    found = [
+    matching = [
         task
         for task in TASKS.values()
         if task.auto_class and architecture.endswith(task.auto_class.removeprefix("AutoModel"))
     ]
-    if len(found) > 1:  # transformers has one class for them
+    if len(matching) > 1:  # transformers has one class for them
         one, several = len(labels_of(config)) == 1, config.get("problem_type") == "multi_label_classification"
         if one:
             return "reranking" if several else "regression"
         return "multi-label" if several else "classification"
-    return found[0].name if found else None
+    return matching[0].name if matching else None
 
 
 def task_named(name: str) -> Task:

@@ -1,101 +1,136 @@
-"""A plan goes into a traced graph: folded weights, and a quantize/dequantize pair on every tensor that the plan has in INT8."""
+"""A plan goes into a traced graph: folded weights, and a quantize/dequantize pair on every tensor that it has in INT8."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
 
 import numpy as np
+import onnx_ir as ir
 
 from nxm_export.contract.checkpoint import Checkpoint
-from nxm_export.contract.families import ROLES, Family
+from nxm_export.contract.families import ROLES
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.errors import ExportError
-
-if TYPE_CHECKING:
-    from nxm_export.graph.linear_forms import Lowering
+from nxm_export.graph.linear_forms import Lowering, cancel_reshapes
+from nxm_export.graph.qdq import (
+    Linear,
+    fold_weight_qdq,
+    insert_activation_qdq,
+    linears_of,
+    require_scale,
+    use_name,
+)
 
 SOFTMAX_SCALE = 1.0 / 127.0
 
 
 def quantize(
-    model: Any,
-    checkpoint: Checkpoint,
-    plan: CompressionPlan,
-    family: Family,
-    dtype: str,
-    lower: Lowering,
-    stored: str,
+    model: ir.Model, checkpoint: Checkpoint, plan: CompressionPlan, *, dtype: str, lower: Lowering, stored: str
 ) -> float:
-    """Put `plan` into the traced `model`, from the codes and scales of `checkpoint`; weights are `stored` as the target wants.
+    """Put `plan` into the traced `model`, from the codes and scales of `checkpoint`; weights are `stored` as the target
+    wants.
 
     Returns the largest relative change of a scale by rounding it to `dtype`. Raises `ExportError` for a scale that does not
     fit `dtype`, and for a graph that computes attention in another way than this function knows.
     """
-    from nxm_export.graph.linear_forms import cancel_reshapes
-    from nxm_export.graph.qdq import fold_weight_qdq, insert_activation_qdq, linears_of, require_scale, use_name
-
-    rounding = 0.0
-
-    def rounded(scale: np.ndarray | float, name: str) -> np.ndarray:
-        nonlocal rounding
-        exact = np.asarray(scale, np.float32)
-        with np.errstate(over="ignore"):  # an infinite scale is refused by name below
-            result = exact.astype(numpy_dtype(dtype))
-        require_scale(result, name)
-        rounding = max(rounding, float((np.abs(result.astype(np.float32) - exact) / exact).max()))
-        return result
-
-    pending_outputs = []
+    family, graph = checkpoint.family, model.graph
+    scales = _Scales(checkpoint, numpy_dtype(dtype))
+    behind: list[tuple[Linear, str, int]] = []
     for block in family.blocks(checkpoint.config):
         names = {role: f"{family.linear(block, role)}.weight" for role in ROLES}
         if plan.residual == "int8":  # before the lowering: the residual reads the same pair
-            for role in ("query", "key", "value", "ffn_up"):
-                if not plan.weights[names[role]].input_bits:
-                    continue
-                path = names[role].removesuffix(".weight")
-                for use, linear in enumerate(linears_of(model.graph, names[role])):
-                    if not _is_dequantized(linear.x):
-                        scale = rounded(checkpoint.input_scale(names[role]), f"{path}.input")
-                        insert_activation_qdq(model.graph, linear.x, scale, f"{path}.input", use=use)
-        inputs: dict[int, Any] = {}  # one pair per tensor, however many layers read it
+            _quantize_residual(graph, plan, names, scales)
+        # One pair per tensor, however many layers read it.
+        pairs: dict[int, ir.Value] = {}
         for name in (name for name in names.values() if not plan.weights[name].is_dense):
-            spec, path = plan.weights[name], name.removesuffix(".weight")
-            for use, linear in enumerate(linears_of(model.graph, name)):
-                linear.product.name = use_name(path, use)
-                linear = lower(linear, name)
-                if spec.weight_bits is None:
+            for use, traced in enumerate(linears_of(graph, name)):
+                traced.product.name = use_name(name.removesuffix(".weight"), use)
+                linear = lower(traced, name)
+                if plan.weights[name].weight_bits is None:
                     continue
-                scale = rounded(checkpoint.weight_scale(name), name)
-                fold_weight_qdq(model.graph, linear, name, checkpoint.codes(name), scale, stored=stored)
-                if id(linear.x) in inputs:
-                    linear.product.replace_input_with(0, inputs[id(linear.x)])
-                elif not _is_dequantized(linear.x):
-                    scale = rounded(checkpoint.input_scale(name), f"{path}.input")
-                    inputs[id(linear.x)] = insert_activation_qdq(
-                        model.graph, linear.x, scale, f"{path}.input", [linear.product], use=use
-                    )
-                if spec.output_bits:
-                    pending_outputs.append((linear, name, path, use))
-    for linear, name, path, use in pending_outputs:
-        scale = rounded(checkpoint.output_scale(name), f"{path}.output")
-        insert_activation_qdq(model.graph, linear.output, scale, f"{path}.output", use=use)
+                fold_weight_qdq(graph, linear, name, checkpoint.codes(name), scales.weight(name), stored=stored)
+                _quantize_input(graph, linear, name, use, scales, pairs)
+                if plan.weights[name].output_bits:
+                    behind.append((linear, name, use))
+    for (
+        linear,
+        name,
+        use,
+    ) in behind:  # when every product has its input: a pair behind one may be a pair before the next
+        insert_activation_qdq(graph, linear.output, scales.output(name), _path(name, "output"), use=use)
     if plan.attention == "int8":
-        _quantize_probabilities(model.graph, rounded(SOFTMAX_SCALE, "softmax"), len(family.runs(checkpoint.config)))
-    cancel_reshapes(model.graph)
-    return rounding
+        _quantize_probabilities(graph, scales.rounded(SOFTMAX_SCALE, "softmax"), len(family.runs(checkpoint.config)))
+    cancel_reshapes(graph)
+    return scales.rounding
 
 
-def _is_dequantized(value: Any) -> bool:
+class _Scales:
+    """A checkpoint's scales in the graph's dtype; `rounding` is the largest relative change of one so far."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: np.dtype) -> None:
+        self.checkpoint, self.dtype = checkpoint, dtype
+        self.rounding = 0.0
+
+    def weight(self, name: str) -> np.ndarray:
+        """Per output channel (out,)."""
+        return self.rounded(self.checkpoint.weight_scale(name), name)
+
+    def input(self, name: str) -> np.ndarray:
+        """Of what the linear layer of weight `name` reads."""
+        return self.rounded(self.checkpoint.input_scale(name), _path(name, "input"))
+
+    def output(self, name: str) -> np.ndarray:
+        """Of what the linear layer of weight `name` writes."""
+        return self.rounded(self.checkpoint.output_scale(name), _path(name, "output"))
+
+    def rounded(self, scale: np.ndarray | float, name: str) -> np.ndarray:
+        """`scale` in the graph's dtype; raises `ExportError` with `name` when it does not fit."""
+        exact = np.asarray(scale, np.float32)
+        with np.errstate(over="ignore"):  # an infinite scale is refused by name below
+            result = exact.astype(self.dtype)
+        require_scale(result, name)
+        self.rounding = max(self.rounding, float((np.abs(result.astype(np.float32) - exact) / exact).max()))
+        return result
+
+
+def _path(name: str, end: str) -> str:
+    """The name of a pair: the linear layer's module path and which `end` of it."""
+    return f"{name.removesuffix('.weight')}.{end}"
+
+
+def _quantize_residual(graph: ir.Graph, plan: CompressionPlan, names: Mapping[str, str], scales: _Scales) -> None:
+    """What the attention and the FFN of a block read is quantized for all of its readers, the residual among them."""
+    for name in (names[role] for role in ("query", "key", "value", "ffn_up")):
+        if plan.weights[name].input_bits:
+            for use, linear in enumerate(linears_of(graph, name)):
+                if not _is_dequantized(linear.x):
+                    insert_activation_qdq(graph, linear.x, scales.input(name), _path(name, "input"), use=use)
+
+
+def _quantize_input(
+    graph: ir.Graph, linear: Linear, name: str, use: int, scales: _Scales, pairs: dict[int, ir.Value]
+) -> None:
+    """A pair before a product, or the one that another product of the block already has on the same tensor."""
+    if id(linear.x) in pairs:
+        linear.product.replace_input_with(0, pairs[id(linear.x)])
+    elif not _is_dequantized(linear.x):
+        path = _path(name, "input")
+        pairs[id(linear.x)] = insert_activation_qdq(
+            graph, linear.x, scales.input(name), path, [linear.product], use=use
+        )
+
+
+def _is_dequantized(value: ir.Value) -> bool:
     """True behind a pair, also when it was only reshaped since."""
     producer = value.producer()
     while producer is not None and producer.op_type == "Reshape":
-        producer = producer.inputs[0].producer()
+        reshaped = producer.inputs[0]
+        producer = None if reshaped is None else reshaped.producer()
     return producer is not None and producer.op_type == "DequantizeLinear"
 
 
-def _quantize_probabilities(graph: Any, scale: np.ndarray, blocks: int) -> None:
-    from nxm_export.graph.qdq import insert_activation_qdq
-
+def _quantize_probabilities(graph: ir.Graph, scale: np.ndarray, blocks: int) -> None:
+    """A pair behind every softmax of attention."""
     nodes = [node for node in graph if node.op_type == "Softmax"]
     if len(nodes) != blocks:
         raise ExportError(

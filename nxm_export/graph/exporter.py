@@ -20,36 +20,48 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir as ir
 
-from nxm_export.contract.checkpoint import PLAN_FILE, open_checkpoint, read_config, read_tensor, task_at, weights_hash
+from nxm_export.contract.checkpoint import (
+    PLAN_FILE,
+    Checkpoint,
+    open_checkpoint,
+    read_config,
+    read_tensor,
+    task_at,
+    weights_hash,
+)
 from nxm_export.contract.families import Family, family_of
 from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
 from nxm_export.contract.placement import at_placement, placement_of
 from nxm_export.contract.plan import INT8_ATTENTION, CompressionPlan, WeightSpec
 from nxm_export.contract.pooling import read_pooling
 from nxm_export.contract.tasks import Task, labels_of, task_named
+from nxm_export.contract.verify_report import VERIFY_FILE, VerifyReport
 from nxm_export.errors import ExportError
 from nxm_export.graph.apply_plan import numpy_dtype, quantize
+from nxm_export.graph.graph_weights import array_of, save_graph
+from nxm_export.graph.int8_embedding import fold_int8_embedding
+from nxm_export.graph.linear_forms import Lowering
+from nxm_export.graph.qdq import add_initializer, fold_float_weight, linears_of, use_name
+from nxm_export.graph.verifier import verify
 from nxm_export.hf.model_loading import load_task_model
 from nxm_export.storage.atomic import atomic_dir, require_replaceable
-from nxm_export.storage.json_files import json_text
-
-if TYPE_CHECKING:
-    from nxm_export.graph.verifier import GraphReport
+from nxm_export.storage.json_files import Json, encode
 
 MASKED = -1e4  # added to the attention scores of padding: finite in float16, and exp() of it is 0
 INT8_ATTENTION_TOKENS = 512  # TensorRT has no fused INT8 attention beyond (NVIDIA/TensorRT issue 3724)
 OVERRIDABLE = ("LayerNormalization", "Softmax")
 METADATA = "nxm."  # prefix of our entries in the ONNX metadata
+METADATA_SCHEMA = "nxm-onnx/2"
 
 
 @dataclass(frozen=True)
-class Target:
-    """What a graph is made for: float dtype of the graph, opset, how weights are stored, which quantizers stay (None: all that
-    were trained), and how an embedding table that is planned INT8 is stored."""
+class GraphTarget:
+    """What a graph is made for: float dtype of the graph, opset, how weights are stored, which quantizers stay (None: all
+    that were trained), and how an embedding table that is planned INT8 is stored."""
 
     name: str
     dtype: str
@@ -62,9 +74,9 @@ class Target:
 TARGETS = {
     # At opset 21 ONNX Runtime 1.32 cannot load the plain file: it moves pairs through reshapes with output_dtype INT8, then
     # makes their zero points UINT8. Below 20 there is no Gelu.
-    "cpu": Target("cpu", "float32", 20, "inputs", embedding="int8"),
-    "trt": Target("trt", "float16", 21, None),
-    "trt8": Target("trt8", "float32", 17, None, stored="float"),
+    "cpu": GraphTarget("cpu", "float32", 20, "inputs", embedding="int8"),
+    "trt": GraphTarget("trt", "float16", 21, None),
+    "trt8": GraphTarget("trt8", "float32", 17, None, stored="float"),
 }
 
 
@@ -76,7 +88,7 @@ class Exported:
     bytes: int
     nodes: int
     scale_rounding: float
-    report: GraphReport
+    report: VerifyReport
 
 
 def export(
@@ -93,73 +105,100 @@ def export(
 ) -> Exported:
     """Write ``model.onnx``, ``verify.json``, ``spec.json`` and the tokenizer to `out`, from a checkpoint directory.
 
-    `dtype` (float32, float16, bfloat16) and `placement` (one of `GRAPH_PLACEMENTS`) override the target's; a placement can
-    only drop quantizers that the plan trained, never add some. An embedding table that is planned INT8 is stored so by target
-    ``cpu``; the others store the same values in float, and their graph's plan says float. `lowering` is one of `LOWERINGS`. `precision_overrides`
-    computes LayerNorm and softmax in another float dtype than the graph's. `max_length` (tokens) lowers the longest input that the
-    graph is meant for; INT8 attention, where trained, is exported up to 512 tokens and runs in float above.
+    The keywords are the options of ``nxm export``, one each. `dtype` (float32, float16, bfloat16) and `placement` (one of
+    `GRAPH_PLACEMENTS`) override the target's; a placement can only drop quantizers that the plan trained, never add some.
+    An embedding table that is planned INT8 is stored so by target ``cpu``; the others store the same values in float, and
+    their graph's plan says float. `lowering` is one of `LOWERINGS`. `precision_overrides` computes LayerNorm and softmax in
+    another float dtype than the graph's. `max_length` (tokens) lowers the longest input that the graph is meant for; INT8
+    attention, where trained, is exported up to 512 tokens and runs in float above.
     Raises `ExportError`, `ArtifactError`, `PlanError`; a graph that breaks its plan is never written.
     """
-    from nxm_export.graph.graph_weights import save_graph
-    from nxm_export.graph.int8_embedding import fold_table
-    from nxm_export.graph.linear_forms import Lowering
-    from nxm_export.graph.verifier import verify
-
     path, out = Path(checkpoint), Path(out)
     require_replaceable(out)
     chosen = target_named(target)
-    dtype = dtype or chosen.dtype
-    config = read_config(path)
-    family, kind = family_of(config, source=str(path)), task_named(task or _task_of(path, config))
-    compressed = open_checkpoint(path) if (path / PLAN_FILE).is_file() else None
-    if compressed is not None:
-        compressed.require_valid()
-    spec = _with_length(IOSpec.of(path, config, family, kind), max_length)
-    plan = _placed(compressed.plan, chosen, placement, spec.max_length) if compressed else None
-    _require_overridable(precision_overrides, dtype, chosen)
-    if lowering != "matmul" and not plan:
+    _require_overridable(precision_overrides, dtype or chosen.dtype, chosen)
+    opened = _OpenedModel.of(path, task, max_length)
+    settings = _GraphSettings(
+        chosen,
+        dtype or chosen.dtype,
+        _placed(opened.checkpoint.plan, chosen, placement, opened.spec.max_length) if opened.checkpoint else None,
+        lowering,
+        precision_overrides,
+    )
+    if lowering != "matmul" and not settings.plan:
         raise ExportError(f"lowering {lowering} is for compressed checkpoints; {path} has no {PLAN_FILE}")
-    model = _trace(path, kind, family, dtype, max(chosen.opset, 18))
-    matrices = family.weights(config)
-    int8_table = [family.table] if plan and plan.embedding == "int8" else []
-    _require_same_weights(model, path, [*matrices, *int8_table], dtype)
-    rounding = 0.0
-    if compressed and plan:
-        rounding = quantize(model, compressed, plan, family, dtype, Lowering(model.graph, lowering), chosen.stored)
-    hashes = {}
-    for name in int8_table:
-        assert compressed is not None
-        codes, scale = compressed.codes(name), compressed.weight_scale(name)
-        hashes["table"] = fold_table(model.graph, name, codes, scale, numpy_dtype(dtype))
-    rewritten = [name for name in matrices if plan and not _is_plain(plan.weights[name], lowering)]
-    _name_float_weights(model, [name for name in matrices if name not in rewritten])
-    _tidy(model)
-    if precision_overrides:
-        _override_precision(model, precision_overrides, dtype)
-    if chosen.opset < 18:
-        _lower_opset(model, chosen.opset)
-    _name_axes(model, family, kind)
-    facts = {
-        "lowering": lowering,
-        "precision_overrides": precision_overrides or dtype,
-        "gelu": family.gelu(config) or "none",
-        "weights": weights_hash(path),
-        **hashes,
-    }
-    if kind.auto_class is None:
-        facts["pooling"] = str(read_pooling(path))
-    model.metadata_props.update(_metadata(config, kind, chosen, dtype, plan, facts))
+    model, rounding = _made(opened, settings)
     with atomic_dir(out) as scratch:
         save_graph(model, scratch / "model.onnx")
-        report = replace(verify(scratch / "model.onnx", plan=plan), file="model.onnx")
+        report = replace(verify(scratch / "model.onnx", plan=settings.plan), file="model.onnx")
         report.require()
-        (scratch / "verify.json").write_text(json_text(report.to_dict()), encoding="utf-8")
-        spec.save(scratch)
+        (scratch / VERIFY_FILE).write_text(encode(report.to_dict()), encoding="utf-8")
+        opened.spec.save(scratch)
         if (path / TOKENIZER_FILE).is_file():
             shutil.copyfile(path / TOKENIZER_FILE, scratch / TOKENIZER_FILE)
     file = out / "model.onnx"
     size = sum(part.stat().st_size for part in out.glob("model.onnx*"))
     return Exported(file, size, len(model.graph), rounding, report)
+
+
+@dataclass(frozen=True)
+class _OpenedModel:
+    """What is exported: a checkpoint directory, read; `checkpoint` is None for one without a plan."""
+
+    path: Path
+    config: Mapping[str, Json]
+    family: Family
+    task: Task
+    spec: IOSpec
+    checkpoint: Checkpoint | None
+
+    @classmethod
+    def of(cls, path: Path, task: str | None, max_length: int | None) -> _OpenedModel:
+        config = read_config(path)
+        family, chosen = family_of(config, source=str(path)), task_named(task or _task_of(path, config))
+        checkpoint = open_checkpoint(path) if (path / PLAN_FILE).is_file() else None
+        if checkpoint is not None:
+            checkpoint.require_valid()
+        spec = _with_length(IOSpec.of(path, config, family, chosen), max_length)
+        return cls(path, config, family, chosen, spec, checkpoint)
+
+
+@dataclass(frozen=True)
+class _GraphSettings:
+    """How it is exported; `plan` is the one that the graph will hold."""
+
+    target: GraphTarget
+    dtype: str
+    plan: CompressionPlan | None
+    lowering: str
+    precision_overrides: str | None
+
+
+def _made(opened: _OpenedModel, settings: _GraphSettings) -> tuple[ir.Model, float]:
+    """The finished graph with its metadata, and the largest relative change of a scale by its dtype."""
+    plan, checkpoint, dtype = settings.plan, opened.checkpoint, settings.dtype
+    model = _trace(opened, dtype, max(settings.target.opset, 18))
+    matrices = opened.family.weights(opened.config)
+    int8_embedding = [opened.family.word_embedding] if plan and plan.embedding == "int8" else []
+    _require_same_weights(model, opened.path, [*matrices, *int8_embedding], dtype)
+    rounding, hashes = 0.0, {}
+    if checkpoint and plan:
+        lower = Lowering(model.graph, settings.lowering)
+        rounding = quantize(model, checkpoint, plan, dtype=dtype, lower=lower, stored=settings.target.stored)
+        for name in int8_embedding:
+            codes, scale = checkpoint.codes(name), checkpoint.weight_scale(name)
+            digest = fold_int8_embedding(model.graph, name, codes, scale, numpy_dtype(dtype))
+            hashes["embedding_sha256"] = digest
+    traced = [name for name in matrices if not plan or _stays_traced(plan.weights[name], settings.lowering)]
+    _name_float_weights(model, traced)
+    _tidy(model)
+    if settings.precision_overrides:
+        _override_precision(model, settings.precision_overrides, dtype)
+    if settings.target.opset < 18:
+        _lower_opset(model, settings.target.opset)
+    _name_axes(model, opened.task)
+    model.metadata_props.update(_metadata(opened, settings, hashes))
+    return model, rounding
 
 
 def _with_length(spec: IOSpec, max_length: int | None) -> IOSpec:
@@ -170,7 +209,7 @@ def _with_length(spec: IOSpec, max_length: int | None) -> IOSpec:
     return replace(spec, max_length=max_length)
 
 
-def _placed(plan: CompressionPlan, target: Target, placement: str | None, max_length: int) -> CompressionPlan:
+def _placed(plan: CompressionPlan, target: GraphTarget, placement: str | None, max_length: int) -> CompressionPlan:
     """The plan as the graph holds it; INT8 attention falls back to float beyond 512 tokens unless it was asked for."""
     chosen = placement or target.placement or placement_of(plan)
     if chosen in INT8_ATTENTION and max_length > INT8_ATTENTION_TOKENS:
@@ -185,7 +224,7 @@ def _placed(plan: CompressionPlan, target: Target, placement: str | None, max_le
     return placed if target.embedding == "int8" else replace(placed, embedding="float")
 
 
-def _require_overridable(precision_overrides: str | None, dtype: str, target: Target) -> None:
+def _require_overridable(precision_overrides: str | None, dtype: str, target: GraphTarget) -> None:
     if precision_overrides is None:
         return
     if precision_overrides not in ("float32", "float16", "bfloat16") or precision_overrides == dtype:
@@ -198,14 +237,14 @@ def _require_overridable(precision_overrides: str | None, dtype: str, target: Ta
         )
 
 
-def target_named(name: str) -> Target:
+def target_named(name: str) -> GraphTarget:
     """The target of this name, or `ExportError` with the list."""
     if name not in TARGETS:
         raise ExportError(f"unknown target {name!r}; choose one of {', '.join(TARGETS)}")
     return TARGETS[name]
 
 
-def _task_of(path: Path, config: Mapping[str, Any]) -> str:
+def _task_of(path: Path, config: Mapping[str, Json]) -> str:
     """The task that a checkpoint's head serves, from its ``config.json``."""
     task = task_at(path, config)
     if task is None:
@@ -213,10 +252,11 @@ def _task_of(path: Path, config: Mapping[str, Any]) -> str:
     return task
 
 
-def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> Any:
+def _trace(opened: _OpenedModel, dtype: str, opset: int) -> ir.Model:
     """The float graph, not yet optimized, its initializers under the parameters' own names."""
     import torch
 
+    family, task = opened.family, opened.task
     floats = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in floats:
         raise ExportError(f"unknown dtype {dtype!r}; choose one of {', '.join(floats)}")
@@ -224,7 +264,7 @@ def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> An
     class Traced(torch.nn.Module):
         """The model with the inputs and outputs of an engine."""
 
-        def __init__(self, model: Any) -> None:
+        def __init__(self, model: torch.nn.Module) -> None:
             super().__init__()
             self.model = model
 
@@ -235,15 +275,12 @@ def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> An
             outputs = self.model(**inputs)
             return tuple(outputs[name].float() for name in task.outputs)
 
-    model = load_task_model(path, task, dtype=dtype)
+    model = load_task_model(opened.path, task, dtype=dtype)
     with _silence():
-        batch, sequence = (
-            torch.export.Dim("batch"),
-            torch.export.Dim("sequence", max=family.max_positions(model.config.to_dict())),
-        )
-        examples = tuple(
-            torch.ones(2, 7, dtype=torch.long) for _ in family.inputs
-        )  # one object twice would be traced as one input
+        batch = torch.export.Dim("batch")
+        sequence = torch.export.Dim("sequence", max=family.max_positions(model.config.to_dict()))
+        # One object twice would be traced as one input.
+        examples = tuple(torch.ones(2, 7, dtype=torch.long) for _ in family.inputs)
         program = torch.onnx.export(
             Traced(model),
             examples,
@@ -259,7 +296,7 @@ def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> An
     return _renamed(program.model)
 
 
-def _renamed(model: Any) -> Any:
+def _renamed(model: ir.Model) -> ir.Model:
     """Drop the wrapper's ``model.`` from initializer names, so that they are the checkpoint's."""
     for name in list(model.graph.initializers):
         if name.startswith("model."):
@@ -269,33 +306,33 @@ def _renamed(model: Any) -> Any:
     return model
 
 
-def _is_plain(spec: WeightSpec, lowering: str) -> bool:
-    """True for a weight that is in the graph as it was traced: neither quantized nor lowered."""
+def _stays_traced(spec: WeightSpec, lowering: str) -> bool:
+    """True for a weight that stays in the graph as it was traced: neither quantized nor lowered."""
     return spec.weight_bits is None and (spec.is_dense or lowering == "matmul")
 
 
-def _name_float_weights(model: Any, names: Iterable[str]) -> None:
+def _name_float_weights(model: ir.Model, names: Iterable[str]) -> None:
     """Give the matrices that stay in float, and their products, the checkpoint's names."""
-    from nxm_export.graph.qdq import fold_float_weight, linears_of, use_name
-
     for name in names:
         for use, linear in enumerate(linears_of(model.graph, name)):
             linear.product.name = use_name(name.removesuffix(".weight"), use)
         fold_float_weight(model.graph, name)
 
 
-def _require_same_weights(model: Any, path: Path, names: Iterable[str], dtype: str) -> None:
+def _require_same_weights(model: ir.Model, path: Path, names: Iterable[str], dtype: str) -> None:
     """The traced weights are the checkpoint's, bit for bit, rounded to the dtype of the graph."""
     for name in names:
         traced = model.graph.initializers.get(name)
-        wanted = read_tensor(path, name).astype(numpy_dtype(dtype))
-        if traced is not None and not np.array_equal(traced.const_value.numpy(), wanted):
+        expected = read_tensor(path, name).astype(numpy_dtype(dtype))
+        values = None if traced is None else array_of(traced)
+        if values is not None and not np.array_equal(values, expected):
             raise ExportError(
-                f"{name}: the traced graph holds other values than the checkpoint; this is a bug, please report it with the model"
+                f"{name}: the traced graph holds other values than the checkpoint; this is a bug, please report it with "
+                "the model"
             )
 
 
-def _tidy(model: Any) -> None:
+def _tidy(model: ir.Model) -> None:
     """Fold constants, merge equal subexpressions, drop what nothing reads. Q/DQ pairs are left alone by the folder."""
     import onnx_ir.passes.common as passes
     import onnxscript.optimizer
@@ -318,16 +355,14 @@ def _tidy(model: Any) -> None:
             tidy(model)
 
 
-def _override_precision(model: Any, precision: str, dtype: str) -> None:
+def _override_precision(model: ir.Model, precision: str, dtype: str) -> None:
     """Compute LayerNorm and softmax in dtype `precision`, with casts around them; parameters are stored in it."""
-    import onnx_ir as ir
-
-    from nxm_export.graph.qdq import add_initializer
-
     inner, outer = (ir.DataType.from_numpy(numpy_dtype(name)) for name in (precision, dtype))
     graph = model.graph
     for node in [node for node in graph if node.op_type in OVERRIDABLE]:
         for i, value in enumerate(node.inputs):
+            if value is None:
+                continue
             if value.const_value is not None:
                 array = value.const_value.numpy().astype(numpy_dtype(precision))
                 node.replace_input_with(i, add_initializer(graph, f"{value.name}_{precision}", array))
@@ -348,7 +383,7 @@ def _override_precision(model: Any, precision: str, dtype: str) -> None:
                     user.replace_input_with(i, back.outputs[0])
 
 
-def _lower_opset(model: Any, opset: int) -> None:
+def _lower_opset(model: ir.Model, opset: int) -> None:
     """Say an older opset, where every operator of the graph meant the same in it; else `ExportError`."""
     import onnx.defs
 
@@ -367,10 +402,8 @@ def _lower_opset(model: Any, opset: int) -> None:
     model.ir_version = 8  # of the onnx release that brought opset 17: readers of that time refuse newer ones
 
 
-def _name_axes(model: Any, family: Family, task: Task) -> None:
+def _name_axes(model: ir.Model, task: Task) -> None:
     """Two inputs that share an axis get it renamed by the exporter: say again what every axis is."""
-    import onnx_ir as ir
-
     for value in model.graph.inputs:
         value.shape = ir.Shape(["batch", "sequence"])
     for value, axes in zip(model.graph.outputs, task.outputs.values(), strict=True):
@@ -378,26 +411,25 @@ def _name_axes(model: Any, family: Family, task: Task) -> None:
         value.shape = ir.Shape([axis if axis in ("batch", "sequence") else traced[i] for i, axis in enumerate(axes)])
 
 
-def _metadata(
-    config: Mapping[str, Any],
-    task: Task,
-    target: Target,
-    dtype: str,
-    plan: CompressionPlan | None,
-    facts: Mapping[str, str],
-) -> dict[str, str]:
+def _metadata(opened: _OpenedModel, settings: _GraphSettings, hashes: Mapping[str, str]) -> dict[str, str]:
+    """What the ONNX file says about itself, by the names that a passport keeps, with our prefix."""
+    plan, task = settings.plan, opened.task
     facts = {
-        **facts,
-        "schema": "nxm-onnx/2",
-        "model_type": config["model_type"],
+        "lowering": settings.lowering,
+        "precision_overrides": settings.precision_overrides or settings.dtype,
+        "gelu": opened.family.gelu(opened.config) or "none",
+        "weights": weights_hash(opened.path),
+        **hashes,
+        **({"pooling": str(read_pooling(opened.path))} if task.auto_class is None else {}),
+        "schema": METADATA_SCHEMA,
+        "model_type": opened.config["model_type"],
         "task": task.name,
-        "target": target.name,
-        "dtype": dtype,
+        "target": settings.target.name,
+        "dtype": settings.dtype,
         "placement": placement_of(plan) if plan else "float",
-        "labels": json.dumps(labels_of(config) if task.names_labels else ()),
+        "labels": json.dumps(labels_of(opened.config) if task.names_labels else ()),
+        **({"plan": plan.to_json()} if plan else {}),
     }
-    if plan:
-        facts["plan"] = plan.to_json()
     return {METADATA + key: value for key, value in facts.items()}
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from nxm_export.contract.plan import NMPattern
@@ -74,30 +75,32 @@ class GraphWeight:
     @property
     def k(self) -> int:
         """Reduced size."""
-        return self.matrix.shape[0]
+        return int(self.matrix.shape[0])
 
     @property
     def n(self) -> int:
         """Output channels."""
-        return self.matrix.shape[1]
+        return int(self.matrix.shape[1])
 
     @property
     def is_quantized(self) -> bool:
         """True when the product's weight operand is an integer tensor or comes from one."""
         return self.matrix.dtype.kind in "iu"
 
-    def kept(self) -> np.ndarray:
+    def nonzero_mask(self) -> npt.NDArray[np.bool_]:
         """Boolean (K, N): which weights are not zero (not the zero point, for an asymmetric weight)."""
         zero = self.zero_point
         if zero is None or not self.is_quantized or not np.any(zero):
-            return self.matrix != 0
-        if zero.size == 1:
-            return self.matrix != zero.reshape(())
-        if self.scale_axis in ("N", None) and zero.size == self.n:  # MatMulInteger has zero points and no scales
-            return self.matrix != zero.reshape(1, -1)
-        if self.scale_axis == "K" and zero.size == self.k:
-            return self.matrix != zero.reshape(-1, 1)
-        return np.ones(self.matrix.shape, bool)  # zero points in no known layout: nothing can be called zero
+            zero = np.zeros((), self.matrix.dtype)
+        elif zero.size == 1:
+            zero = zero.reshape(())
+        elif self.scale_axis in ("N", None) and zero.size == self.n:  # MatMulInteger has zero points and no scales
+            zero = zero.reshape(1, -1)
+        elif self.scale_axis == "K" and zero.size == self.k:
+            zero = zero.reshape(-1, 1)
+        else:  # zero points in no known layout: nothing can be called zero
+            return np.ones(self.matrix.shape, bool)
+        return np.asarray(self.matrix != zero, bool)
 
     def follows(self, pattern: NMPattern) -> bool:
         """True when every M consecutive weights along K, in every output channel, keep at most N."""
@@ -105,15 +108,15 @@ class GraphWeight:
 
     def violations(self, pattern: NMPattern) -> int:
         """Number of groups along K that keep more than N of M; a tail shorter than M counts as a group."""
-        kept = self.kept()
+        nonzero_mask = self.nonzero_mask()
         tail = -self.k % pattern.m
         if tail:
-            kept = np.concatenate([kept, np.zeros((tail, self.n), bool)])
-        return int((kept.reshape(-1, pattern.m, self.n).sum(axis=1) > pattern.n).sum())
+            nonzero_mask = np.concatenate([nonzero_mask, np.zeros((tail, self.n), bool)])
+        return int((nonzero_mask.reshape(-1, pattern.m, self.n).sum(axis=1) > pattern.n).sum())
 
     def pattern(self) -> NMPattern | None:
         """The tightest well-known pattern that the weight follows along K, or None when it is dense."""
-        if not self.matrix.size or self.kept().mean() > 0.5:
+        if not self.matrix.size or self.nonzero_mask().mean() > 0.5:
             return None
         return next((pattern for pattern in _DETECTED if self.follows(pattern)), None)
 
@@ -148,12 +151,12 @@ def load_graph(file: str | Path) -> ir.Model:
 
 
 def save_graph(model: ir.Model, file: Path) -> None:
-    """Write one ONNX file where protobuf allows it (2 GB), else weights beside it in ``<file>.data``."""
+    """Write one ONNX file where protobuf allows it (2 GB), else weights next to it in ``<file>.data``."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     if size > _PROTOBUF_LIMIT:
         ir.save(model, file, external_data=f"{file.name}.data")
         return
-    ir.external_data.load_to_model(model)  # weights that lay beside the file they were read from come into this one
+    ir.external_data.load_to_model(model)  # weights of a .data file come into this one
     ir.save(model, file)
 
 
@@ -165,12 +168,12 @@ def graph_weights(model: ir.Model, *, integers: bool = True) -> Iterator[GraphWe
     for node in model.graph.all_nodes():
         if node.op_type not in _WEIGHT_INPUT:
             continue
-        found, left = _constant_behind(_input(node, _WEIGHT_INPUT[node.op_type]), integers), False
-        if found is None and node.op_type == "MatMul":
-            found, left = _constant_behind(_input(node, 0), integers), True
-        if found is None or found.array.ndim < 2:
+        constant, left = _constant_behind(_input(node, _WEIGHT_INPUT[node.op_type]), integers), False
+        if constant is None and node.op_type == "MatMul":
+            constant, left = _constant_behind(_input(node, 0), integers), True
+        if constant is None or constant.array.ndim < 2:
             continue
-        weight = _as_matrix(node, found, left)
+        weight = _as_matrix(node, constant, left)
         if weight is not None:
             yield weight
 
@@ -196,7 +199,7 @@ def array_of(value: ir.Value | None) -> np.ndarray | None:
 
 
 @dataclass
-class _Found:
+class _TracedConstant:
     """A constant and what was done to it on the way to the product. `axes[i]` is what axis i was in the stored tensor."""
 
     name: str
@@ -209,91 +212,93 @@ class _Found:
     zero_point: np.ndarray | None = None
 
 
-def _constant_behind(value: ir.Value | None, integers: bool) -> _Found | None:
+def _constant_behind(value: ir.Value | None, integers: bool) -> _TracedConstant | None:
     """The constant that `value` comes from, with everything on the way applied; None when it comes from none."""
     chain: list[ir.Node] = []
     while value is not None and (array := array_of(value)) is None:
         node = value.producer()
-        if node is None or node.op_type not in _STEPS or len(chain) == _LONGEST_CHAIN:
+        if node is None or node.op_type not in _APPLIED or len(chain) == _LONGEST_CHAIN:
             return None
         chain.append(node)
         value = _input(node, 0)
     if value is None or array is None:
         return None
     tensor = ir.convenience.get_const_tensor(value)
-    found: _Found | None = _Found(value.name or "", str(tensor.dtype) if tensor else "", array, list(range(array.ndim)))
+    constant: _TracedConstant | None = _TracedConstant(
+        value.name or "", str(tensor.dtype) if tensor else "", array, list(range(array.ndim))
+    )
     for node in reversed(chain):
         looked_through = node.op_type == "QuantizeLinear" and not integers
-        if found is not None and not looked_through:
-            found = _STEPS[node.op_type](found, node)
-    return found
+        if constant is not None and not looked_through:
+            constant = _APPLIED[node.op_type](constant, node)
+    return constant
 
 
-def _scaled(found: _Found, node: ir.Node) -> _Found | None:
+def _scaled(constant: _TracedConstant, node: ir.Node) -> _TracedConstant | None:
     """QuantizeLinear or DequantizeLinear on a constant."""
     scale = array_of(_input(node, 1))
     if scale is None:
         return None
-    ndim = found.array.ndim
+    ndim = constant.array.ndim
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
     if scale.size > 1 and not -ndim <= axis < ndim:
         return None
-    found.scale, found.zero_point = scale, array_of(_input(node, 2))
-    found.blocked = "block_size" in node.attributes and node.attributes["block_size"].as_int() > 0
-    found.scale_axis = found.axes[axis] if scale.size > 1 else None
+    constant.scale, constant.zero_point = scale, array_of(_input(node, 2))
+    constant.blocked = "block_size" in node.attributes and node.attributes["block_size"].as_int() > 0
+    constant.scale_axis = constant.axes[axis] if scale.size > 1 else None
     if node.op_type == "QuantizeLinear":
-        return None if found.blocked else _quantized(found, axis)
-    return found
+        return None if constant.blocked else _quantized(constant, axis)
+    return constant
 
 
-def _quantized(found: _Found, axis: int) -> _Found | None:
+def _quantized(constant: _TracedConstant, axis: int) -> _TracedConstant | None:
     """The integers that a QuantizeLinear on a constant yields."""
-    assert found.scale is not None
-    zero = np.zeros((), np.uint8) if found.zero_point is None else found.zero_point  # what ONNX defaults to
-    shape = [-1 if i == axis % found.array.ndim else 1 for i in range(found.array.ndim)]
-    scale = found.scale.reshape(shape) if found.scale.size > 1 else found.scale.reshape(())
+    assert constant.scale is not None
+    zero = np.zeros((), np.uint8) if constant.zero_point is None else constant.zero_point  # what ONNX defaults to
+    shape = [-1 if i == axis % constant.array.ndim else 1 for i in range(constant.array.ndim)]
+    scale = constant.scale.reshape(shape) if constant.scale.size > 1 else constant.scale.reshape(())
     shift = zero.reshape(shape) if zero.size > 1 else zero.reshape(())
     limits = np.iinfo(zero.dtype)
     try:
-        codes = np.rint(found.array.astype(np.float32) / scale.astype(np.float32)) + shift.astype(np.float32)
+        codes = np.rint(constant.array.astype(np.float32) / scale.astype(np.float32)) + shift.astype(np.float32)
     except ValueError:
         return None  # as many scales as nothing here has
-    found.array, found.zero_point = np.clip(codes, limits.min, limits.max).astype(zero.dtype), zero
-    return found
+    constant.array, constant.zero_point = np.clip(codes, limits.min, limits.max).astype(zero.dtype), zero
+    return constant
 
 
-def _transposed(found: _Found, node: ir.Node) -> _Found | None:
-    ndim = found.array.ndim
+def _transposed(constant: _TracedConstant, node: ir.Node) -> _TracedConstant | None:
+    ndim = constant.array.ndim
     order = list(node.attributes["perm"].as_ints()) if "perm" in node.attributes else list(range(ndim))[::-1]
     if sorted(order) != list(range(ndim)):
         return None
-    found.array, found.axes = found.array.transpose(order), [found.axes[i] for i in order]
-    return found
+    constant.array, constant.axes = constant.array.transpose(order), [constant.axes[i] for i in order]
+    return constant
 
 
-def _reshaped(found: _Found, node: ir.Node) -> _Found | None:
+def _reshaped(constant: _TracedConstant, node: ir.Node) -> _TracedConstant | None:
     """Only reshapes that add or drop axes of size 1 keep the meaning of the others."""
-    sizes = _new_sizes(found.array.shape, node)
-    real = [(size, axis) for size, axis in zip(found.array.shape, found.axes, strict=True) if size != 1]
+    sizes = _new_sizes(constant.array.shape, node)
+    real = [(size, axis) for size, axis in zip(constant.array.shape, constant.axes, strict=True) if size != 1]
     if sizes is None or [size for size in sizes if size != 1] != [size for size, _ in real]:
         return None
     axes = iter([axis for _, axis in real])
-    found.axes = [next(axes) if size != 1 else -1 for size in sizes]
-    found.array = found.array.reshape(sizes)
-    return found
+    constant.axes = [next(axes) if size != 1 else -1 for size in sizes]
+    constant.array = constant.array.reshape(sizes)
+    return constant
 
 
 def _new_sizes(shape: tuple[int, ...], node: ir.Node) -> list[int] | None:
-    wanted = array_of(_input(node, 1))
+    operand = array_of(_input(node, 1))
     if node.op_type == "Reshape":
-        if wanted is None:
+        if operand is None:
             return None
-        sizes = [shape[i] if size == 0 and i < len(shape) else int(size) for i, size in enumerate(wanted)]
+        sizes = [shape[i] if size == 0 and i < len(shape) else int(size) for i, size in enumerate(operand)]
         if -1 in sizes:
             known = math.prod(size for size in sizes if size != -1)
             sizes[sizes.index(-1)] = math.prod(shape) // known if known else 0
         return sizes
-    axes = wanted.reshape(-1).tolist() if wanted is not None else None
+    axes = operand.reshape(-1).tolist() if operand is not None else None
     if "axes" in node.attributes:  # before opset 13
         axes = list(node.attributes["axes"].as_ints())
     if node.op_type == "Squeeze":
@@ -307,11 +312,11 @@ def _new_sizes(shape: tuple[int, ...], node: ir.Node) -> list[int] | None:
     return sizes
 
 
-def _unchanged(found: _Found, node: ir.Node) -> _Found | None:
-    return found
+def _unchanged(constant: _TracedConstant, node: ir.Node) -> _TracedConstant | None:
+    return constant
 
 
-_STEPS = {
+_APPLIED = {
     "DequantizeLinear": _scaled,
     "QuantizeLinear": _scaled,
     "Transpose": _transposed,
@@ -323,8 +328,8 @@ _STEPS = {
 }
 
 
-def _as_matrix(node: ir.Node, found: _Found, left: bool) -> GraphWeight | None:
-    array, axes = found.array, found.axes
+def _as_matrix(node: ir.Node, constant: _TracedConstant, left: bool) -> GraphWeight | None:
+    array, axes = constant.array, constant.axes
     matrix: np.ndarray
     if node.op_type in _CONVOLUTIONS:  # (N, C, kernel...), reduced along C and the kernel
         k_axis = axes[1]
@@ -336,7 +341,7 @@ def _as_matrix(node: ir.Node, found: _Found, left: bool) -> GraphWeight | None:
         k_axis, matrix = axes[-1], array.reshape(array.shape[-2:]).T
     else:
         k_axis, matrix = axes[-2], array.reshape(array.shape[-2:])
-    scale, scale_axis, zero = found.scale, found.scale_axis, found.zero_point
+    scale, scale_axis, zero = constant.scale, constant.scale_axis, constant.zero_point
     if node.op_type in _SCALE_INPUTS and scale is None:
         at_scale, at_zero = _SCALE_INPUTS[node.op_type]
         scale = None if at_scale is None else array_of(_input(node, at_scale))
@@ -346,8 +351,8 @@ def _as_matrix(node: ir.Node, found: _Found, left: bool) -> GraphWeight | None:
     elif scale.size == 1:
         kind = "tensor"
     else:
-        kind = "block" if found.blocked else "K" if scale_axis == k_axis else "N"
-    return GraphWeight(found.name, node, matrix, found.stored, scale, kind, zero)
+        kind = "block" if constant.blocked else "K" if scale_axis == k_axis else "N"
+    return GraphWeight(constant.name, node, matrix, constant.stored, scale, kind, zero)
 
 
 def _input(node: ir.Node, index: int) -> ir.Value | None:

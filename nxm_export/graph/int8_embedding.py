@@ -24,10 +24,10 @@ from nxm_export.graph.qdq import add_initializer, require_scale, use_name
 CODES, SCALE = "_quantized", "_scale"  # behind the parameter's name
 
 
-def fold_table(graph: ir.Graph, name: str, codes: np.ndarray, scale: np.ndarray, dtype: np.dtype) -> str:
+def fold_int8_embedding(graph: ir.Graph, name: str, codes: np.ndarray, scale: np.ndarray, dtype: np.dtype) -> str:
     """Replace the float table `name` by INT8 `codes` (tokens, features) and `scale` (tokens,) wherever rows are looked up.
 
-    `dtype` is the graph's. Returns `table_hash`. Raises `ExportError` when the table is missing or read in any other way.
+    `dtype` is the graph's. Returns `embedding_hash`. Raises `ExportError` when the table is missing or read in any other way.
     """
     if name not in graph.initializers:
         raise ExportError(
@@ -60,16 +60,16 @@ def fold_table(graph: ir.Graph, name: str, codes: np.ndarray, scale: np.ndarray,
             user.replace_input_with(at, nodes[-1].outputs[0])
         graph.remove(look_up, safe=True)
     graph.initializers.pop(name)
-    return table_hash(codes, scale)
+    return embedding_hash(codes, scale)
 
 
-def table_hash(codes: np.ndarray, scale: np.ndarray) -> str:
+def embedding_hash(codes: np.ndarray, scale: np.ndarray) -> str:
     """sha256 of INT8 codes (tokens, features) and float32 scales (tokens,), as hex: what the graph's metadata says."""
     return hashlib.sha256(codes.astype(np.int8).tobytes() + scale.astype(np.float32).tobytes()).hexdigest()
 
 
-def stored_table(graph: ir.Graph, name: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """(INT8 codes (tokens, features), float32 scales (tokens, 1)) of a table that `fold_table` put in, None where there is none."""
+def stored_embedding(graph: ir.Graph, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """(INT8 codes (tokens, features), float32 scales (tokens, 1)) of a table that `fold_int8_embedding` put in, None where there is none."""
     codes, scale = (array_of(graph.initializers.get(f"{name}{suffix}")) for suffix in (CODES, SCALE))
     if codes is None or scale is None or codes.dtype != np.int8 or scale.dtype != np.float32:
         return None
@@ -77,7 +77,7 @@ def stored_table(graph: ir.Graph, name: str) -> tuple[np.ndarray, np.ndarray] | 
 
 
 def misread(graph: ir.Graph, name: str) -> Iterator[str]:
-    """What reads a stored table in another way than `fold_table` wrote it; nothing, where all is well."""
+    """What reads a stored table in another way than `fold_int8_embedding` wrote it; nothing, where all is well."""
     codes, scales = graph.initializers[f"{name}{CODES}"], graph.initializers[f"{name}{SCALE}"]
     look_ups = [node for node in codes.consumers() if _is_look_up(node, codes)]
     for node in codes.consumers():

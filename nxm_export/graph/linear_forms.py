@@ -106,10 +106,10 @@ def cancel_reshapes(graph: ir.Graph) -> int:
     """Take out reshapes to tokens that only elementwise nodes separate from the same rows again; returns how many."""
     count = 0
     for restore in [node for node in graph if node.op_type == "Reshape" and (node.name or "").endswith("_restore")]:
-        found = _region(restore)
-        if found is None:
+        elementwise = _region(restore)
+        if elementwise is None:
             continue
-        region, back = found
+        region, back = elementwise
         rows = restore.inputs[0]
         for node in [*region, *back]:
             for i, read in enumerate(node.inputs):

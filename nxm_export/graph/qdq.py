@@ -25,12 +25,14 @@ def quantize(x: np.ndarray, scale: np.ndarray | float, qmin: int = INT8[0], qmax
     Half precision is divided in float32, as runtimes do; its own rounding of the quotient would make ties of its own.
     """
     kind = np.promote_types(x.dtype, np.float32)
-    return np.clip(np.rint(x.astype(kind) / np.asarray(scale).astype(kind)), qmin, qmax).astype(np.int8)
+    codes: np.ndarray = np.clip(np.rint(x.astype(kind) / np.asarray(scale).astype(kind)), qmin, qmax).astype(np.int8)
+    return codes
 
 
 def dequantize(codes: np.ndarray, scale: np.ndarray | float, dtype: np.dtype | type = np.float32) -> np.ndarray:
     """``codes * scale``: ONNX DequantizeLinear, zero point 0."""
-    return codes.astype(dtype) * np.asarray(scale, dtype)
+    values: np.ndarray = codes.astype(dtype) * np.asarray(scale, dtype)
+    return values
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def linears_of(graph: ir.Graph, parameter: str) -> list[Linear]:
         raise ExportError(
             f"the exported graph has no initializer {parameter}; this transformers version names its modules differently"
         )
-    found = []
+    linears = []
     for transpose in graph.initializers[parameter].consumers():
         perm = transpose.attributes.get("perm")
         if transpose.op_type != "Transpose" or perm is None or list(perm.as_ints()) != [1, 0]:
@@ -69,13 +71,13 @@ def linears_of(graph: ir.Graph, parameter: str) -> list[Linear]:
                 )
             x = product.inputs[0]
             assert x is not None
-            found.append(Linear(product, x, _behind_bias(product.outputs[0])))
-    if not found:
+            linears.append(Linear(product, x, _behind_bias(product.outputs[0])))
+    if not linears:
         raise ExportError(f"{parameter} is not multiplied by anything in the exported graph")
-    if len(found) > 1:
+    if len(linears) > 1:
         at = {id(node): number for number, node in enumerate(graph)}
-        found.sort(key=lambda linear: at[id(linear.product)])
-    return found
+        linears.sort(key=lambda linear: at[id(linear.product)])
+    return linears
 
 
 def use_name(name: str, use: int) -> str:

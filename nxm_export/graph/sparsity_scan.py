@@ -66,10 +66,10 @@ def _text(pattern: NMPattern | None) -> str | None:
 
 
 def _follows_along_n(weight: GraphWeight) -> bool:
-    kept = weight.kept()
-    if weight.n % SPARSE.m or kept.mean() > SPARSE.density:
+    nonzero_mask = weight.nonzero_mask()
+    if weight.n % SPARSE.m or nonzero_mask.mean() > SPARSE.density:
         return False
-    return bool((kept.reshape(weight.k, -1, SPARSE.m).sum(axis=-1) <= SPARSE.n).all())
+    return bool((nonzero_mask.reshape(weight.k, -1, SPARSE.m).sum(axis=-1) <= SPARSE.n).all())
 
 
 def _kernel_shape(node: ir.Node) -> list[int]:

@@ -1,7 +1,7 @@
 """Checks on an ONNX file alone, whoever made it: N:M along K on the stored integers, scales, zero points, pairs.
 
 Needs no checkpoint and runs nothing. Problems are what would make TensorRT refuse the graph or run it in float, and what
-would make any runtime compute something else than the plan inside the file says. `GraphReport.require` turns them into
+would make any runtime compute something else than the plan inside the file says. `VerifyReport.require` turns them into
 an `ExportError`.
 """
 
@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from nxm_export.contract.checkpoint import TABLE_QMAX
+from nxm_export.contract.checkpoint import EMBEDDING_QMAX
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import CompressionPlan, NMPattern
-from nxm_export.errors import ExportError
+from nxm_export.contract.verify_report import VerifyReport, WeightReport
 from nxm_export.graph.graph_weights import (
     PACKED_PRODUCTS,
     GraphWeight,
@@ -28,7 +26,7 @@ from nxm_export.graph.graph_weights import (
     load_graph,
     parameter_of,
 )
-from nxm_export.graph.int8_embedding import misread, stored_table, table_hash
+from nxm_export.graph.int8_embedding import embedding_hash, misread, stored_embedding
 
 # Nodes that hand integer codes on as they are, and nodes that read codes by themselves.
 _MOVES_CODES = (
@@ -57,64 +55,19 @@ _READS_CODES = (
 _DYNAMIC = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM")
 
 
-@dataclass(frozen=True)
-class WeightReport:
-    """One weight matrix. `pattern` is the tightest well-known N:M that the stored values follow along K."""
-
-    name: str
-    op: str
-    k: int
-    n: int
-    stored: str
-    scale_axis: str | None
-    zeros: float
-    pattern: str | None
-    planned: str | None
-    problems: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class GraphReport:
-    """All weights and the problems of the graph as a whole. `embedding` is the size (tokens, features) of a word-embedding table
-    that is stored in INT8."""
-
-    file: str
-    weights: list[WeightReport]
-    problems: list[str] = field(default_factory=list)
-    quantize_nodes: int = 0
-    dequantize_nodes: int = 0
-    embedding: tuple[int, int] | None = None
-
-    @property
-    def passed(self) -> bool:
-        """True when nothing is wrong."""
-        return not self.problems and not any(weight.problems for weight in self.weights)
-
-    def require(self) -> None:
-        """Raise `ExportError` naming the first problem, unless `passed`."""
-        found = [f"{weight.name}: {problem}" for weight in self.weights for problem in weight.problems] + self.problems
-        if found:
-            more = f" (and {len(found) - 1} more problems)" if len(found) > 1 else ""
-            raise ExportError(f"{self.file}: {found[0]}{more}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The form of ``verify.json`` and ``--json``."""
-        return {"schema": "nxm-verify/1", "passed": self.passed, **asdict(self)}
-
-
-def verify(file: str | Path, *, plan: CompressionPlan | None = None, pattern: NMPattern | None = None) -> GraphReport:
+def verify(file: str | Path, *, plan: CompressionPlan | None = None, pattern: NMPattern | None = None) -> VerifyReport:
     """Check an ONNX file. The plan inside the file, or `plan`, says what each weight must follow; `pattern` says it for
     every quantized weight of a file without plan, which must then hold some. Raises `ArtifactError` when the file cannot
     be read, and `PlanError` for a plan inside it that cannot.
     """
     model = load_graph(file)
     plan = plan or embedded_plan(model, str(file))
-    found = list(graph_weights(model))
-    # A weight that several products read alike is one row, and one to be counted.
-    rows = list(dict.fromkeys(_check_weight(weight, plan, pattern) for weight in found))
+    weights = list(graph_weights(model))
+    # A weight that several products read alike is one report, and one to be counted.
+    reports = tuple(dict.fromkeys(_check_weight(weight, plan, pattern) for weight in weights))
     problems, stored = list(_check_pairs(model)), None
     if plan:
-        present = {row.name for row in rows}
+        present = {report.name for report in reports}
         missing = [name for name, spec in plan.weights.items() if not spec.is_dense and name not in present]
         problems += [f"{name} is planned and not in the graph under its name" for name in missing]
         if plan.embedding == "int8":
@@ -123,13 +76,16 @@ def verify(file: str | Path, *, plan: CompressionPlan | None = None, pattern: NM
                     f"the plan is for {plan.model_type!r}, a family whose embedding table is not known here"
                 )
             else:
-                problems += [f"{family.table}: {problem}" for problem in _check_table(model, family.table)]
-                stored = stored_table(model.graph, family.table)
-    elif pattern and not any(weight.is_quantized for weight in found):
+                problems += [
+                    f"{family.word_embedding}: {problem}" for problem in _check_embedding(model, family.word_embedding)
+                ]
+                stored = stored_embedding(model.graph, family.word_embedding)
+    elif pattern and not any(weight.is_quantized for weight in weights):
         problems.append(f"{pattern} is required of quantized weights, and the graph has none")
     count = Counter(node.op_type for node in model.graph.all_nodes())
     size = None if stored is None else (stored[0].shape[0], stored[0].shape[1])
-    return GraphReport(str(file), rows, problems, count["QuantizeLinear"], count["DequantizeLinear"], size)
+    pairs = count["QuantizeLinear"], count["DequantizeLinear"]
+    return VerifyReport(str(file), reports, tuple(problems), *pairs, size)
 
 
 def embedded_plan(model: ir.Model, source: str) -> CompressionPlan | None:
@@ -141,14 +97,14 @@ def embedded_plan(model: ir.Model, source: str) -> CompressionPlan | None:
 def _check_weight(weight: GraphWeight, plan: CompressionPlan | None, pattern: NMPattern | None) -> WeightReport:
     name = parameter_of(weight.name)
     spec = plan.weights.get(name) if plan else None
-    wanted = spec.pattern if spec else pattern if weight.is_quantized else None
+    required = spec.pattern if spec else pattern if weight.is_quantized else None
     problems = []
-    if wanted and not weight.follows(wanted):
-        groups = -(-weight.k // wanted.m) * weight.n
+    if required and not weight.follows(required):
+        groups = -(-weight.k // required.m) * weight.n
         problems.append(
-            f"not {wanted} along K: {weight.violations(wanted)} of {groups} groups keep more than {wanted.n}"
-            if weight.violations(wanted)
-            else f"not {wanted} along K: K is {weight.k}, which is not divisible by {wanted.m}"
+            f"not {required} along K: {weight.violations(required)} of {groups} groups keep more than {required.n}"
+            if weight.violations(required)
+            else f"not {required} along K: K is {weight.k}, which is not divisible by {required.m}"
         )
     if spec and spec.qmax is not None:
         if not weight.is_quantized:
@@ -167,17 +123,17 @@ def _check_weight(weight: GraphWeight, plan: CompressionPlan | None, pattern: NM
         n=weight.n,
         stored=weight.stored,
         scale_axis=weight.scale_axis,
-        zeros=round(1.0 - float(weight.kept().mean()), 4) if weight.matrix.size else 0.0,
+        zeros=round(1.0 - float(weight.nonzero_mask().mean()), 4) if weight.matrix.size else 0.0,
         pattern=str(weight.pattern() or "") or None,
         planned=str(spec) if spec else None,
         problems=tuple(problems),
     )
 
 
-def _check_table(model: ir.Model, name: str) -> Iterator[str]:
+def _check_embedding(model: ir.Model, name: str) -> Iterator[str]:
     """A word-embedding table that is planned INT8."""
-    found = stored_table(model.graph, name)
-    if found is None:
+    embedding = stored_embedding(model.graph, name)
+    if embedding is None:
         value = model.graph.initializers.get(name)
         yield (
             f"planned INT8, and stored as {value.dtype}"
@@ -185,12 +141,12 @@ def _check_table(model: ir.Model, name: str) -> Iterator[str]:
             else "planned INT8, and the graph has no INT8 codes with a float32 scale per row under its name"
         )
         return
-    codes, scale = found
-    if (codes < -TABLE_QMAX).any():
-        yield f"a code is below -{TABLE_QMAX}"
+    codes, scale = embedding
+    if (codes < -EMBEDDING_QMAX).any():
+        yield f"a code is below -{EMBEDDING_QMAX}"
     yield from (f"a scale {problem}" for problem in _scale_problems(scale))
-    said = model.metadata_props.get("nxm.table")
-    if said is not None and said != table_hash(codes, scale):
+    recorded = model.metadata_props.get("nxm.embedding_sha256") or model.metadata_props.get("nxm.table")  # nxm-onnx/1
+    if recorded is not None and recorded != embedding_hash(codes, scale):
         yield "its codes and scales are not those of the checkpoint that the graph was made from"
     yield from misread(model.graph, name)
 
@@ -199,7 +155,8 @@ def _check_scale(weight: GraphWeight) -> list[str]:
     problems = []
     if weight.scale_axis == "K":
         problems.append(
-            "its scales lie along K, the reduced axis: no integer kernel can apply them, and TensorRT silently runs the product in float"
+            "its scales lie along K, the reduced axis: no integer kernel can apply them, and TensorRT silently runs the "
+            "product in float"
         )
     if weight.scale_axis == "block":
         problems.append("it has several scales along K (blocks): no integer kernel can apply them")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.data.examples import Columns
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
-from nxm_export.pipeline.inspection import truth_of
+from nxm_export.pipeline.inspection import sparsity_of
 from nxm_export.storage.atomic import atomic_dir
 from nxm_export.storage.hashing import file_hash
 
@@ -42,7 +42,7 @@ def build_engine(
     """
     from engines.base import BuildOptions, backend
     from engines.tensorrt.builder_process import CACHE_FILE
-    from nxm_export.pipeline.sparsity_twins import build_twins
+    from nxm_export.pipeline.sparsity_twins import TwinGraphs, build_twins
 
     source, out, options = Path(source), Path(out), options or BuildOptions()
     if options.timing_cache is None and (out / CACHE_FILE).is_file():  # of the engine that is built anew
@@ -50,10 +50,10 @@ def build_engine(
     if lengths is not None:
         options = replace(options, profiles=_profiles(source if twins else source.parent, lengths, profiles, columns))
     if twins:
-        return build_twins(source, out, name, options, dict(export_options or {}))
+        return build_twins(source, out, name, options, TwinGraphs(**(export_options or {}))).to_dict()
     with atomic_dir(out) as scratch:
         passport = backend(name).build(source, scratch, options)
-    return asdict(passport)
+    return passport.to_dict()
 
 
 def build_fastest(
@@ -95,7 +95,7 @@ def build_fastest(
         facts = {**choice.to_dict(), "parity": "passed" if checked else "not checked"}
         passport = replace(passport, options={**passport.options, "auto": facts})
         passport.save(scratch)
-    return asdict(passport), choice
+    return passport.to_dict(), choice
 
 
 def _profiles(directory: Path, data: str, count: int, columns: Columns) -> list[Any]:
@@ -153,14 +153,14 @@ def bisect_engines(
 
     Engines are built again with the blocks' outputs as graph outputs; those of TensorRT from a new export of the checkpoint.
     """
-    from engines.base import CPU_BACKENDS
+    from engines.base import backend
     from engines.parity.bisect import bisect
     from engines.passport import load_passport
 
     features, reports = _shared_features(engines, data, columns), []
     for engine in map(Path, engines):
         passport = load_passport(engine)
-        if passport.backend in CPU_BACKENDS:  # the engine file is a graph itself
+        if backend(passport.backend).CAPABILITIES.runs_onnx:
             reports.append(bisect(checkpoint, engine, features, graph=engine / passport.engine))
             continue
         with TemporaryDirectory() as scratch:
@@ -177,7 +177,7 @@ def _export_again(checkpoint: Path, engine: Path, out: Path) -> Path:
     passport, spec = load_passport(engine), load_spec(engine)
     facts = passport.graph
     dtype = facts.get("dtype")
-    overrides = facts.get("precision_overrides", facts.get("islands"))  # "islands" in graphs of nxm-onnx/1
+    overrides = facts.get("precision_overrides")
     made = export(
         checkpoint,
         out,
@@ -221,7 +221,7 @@ def bench_engines(
 
     Engines that this machine cannot run are named in the report with the reason, unless none is left.
     """
-    from engines.base import CPU_BACKENDS, backend
+    from engines.base import LoadOptions, backend
     from engines.benchmark.latency import bench, sparse_verdict
     from engines.passport import load_passport
     from nxm_export.pipeline.sparsity_twins import DENSE, SPARSE, is_twins, twin_directories
@@ -239,10 +239,9 @@ def bench_engines(
         for path in paths:
             name = path.resolve().name if named else str(path)
             runtime = backend(passports[path].backend)
-            options = {"threads": threads} if threads and runtime.NAME in CPU_BACKENDS else {}
             try:
-                loaded[name] = stack.enter_context(runtime.load(path, **options))
-                names[passports[path].options.get("twin")] = (name, path)
+                loaded[name] = stack.enter_context(runtime.load(path, LoadOptions(threads)))
+                names[passports[path].twin] = (name, path)
             except EngineUnavailable as error:
                 unmeasured[name] = str(error)
         if not loaded:
@@ -252,7 +251,7 @@ def bench_engines(
     if DENSE in names and SPARSE in names:
         (dense, _), (sparse, path) = names[DENSE], names[SPARSE]
         gpu = passports[path].device.get("gpu", "this GPU")
-        verdict = sparse_verdict(report, sparse, dense, truth_of(path, None, None).sparse_share, gpu)
+        verdict = sparse_verdict(report, sparse, dense, sparsity_of(path, None, None).sparse_share, gpu)
     missing = tuple(f"{name}: {why}" for name, why in unmeasured.items())
     return replace(report, verdict=verdict, unmeasured=missing)
 
@@ -272,16 +271,16 @@ def bench_text(
     All engines must read the text in the same tokens and give one answer a sentence. `others` are timed between them (see
     `engines.benchmark.text_throughput`).
     """
-    from engines.base import CPU_BACKENDS, backend
+    from engines.base import LoadOptions, backend, cpu_backends
     from engines.benchmark import text_throughput
     from engines.passport import load_passport
 
     paths = [Path(path) for path in engines]
     for path in paths:
         name = load_passport(path).backend
-        if name not in CPU_BACKENDS:
+        if name not in cpu_backends():
             raise EngineError(
-                f"{path}: text is timed on CPU engines ({', '.join(CPU_BACKENDS)}), and this is of {name}"
+                f"{path}: text is timed on CPU engines ({', '.join(cpu_backends())}), and this is of {name}"
             )
         if any("sequence" in axes for axes in load_spec(path).outputs.values()):
             raise EngineError(f"{path}: it has an answer for every token; text is timed for one answer a sentence")
@@ -293,9 +292,7 @@ def bench_text(
         names = [str(path) for path in paths]
     with ExitStack() as stack:
         loaded = {
-            name: stack.enter_context(
-                backend(load_passport(path).backend).load(path, **({"threads": threads} if threads else {}))
-            )
+            name: stack.enter_context(backend(load_passport(path).backend).load(path, LoadOptions(threads)))
             for name, path in zip(names, paths, strict=True)
         }
         return text_throughput.bench_text(

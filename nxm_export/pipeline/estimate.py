@@ -62,7 +62,7 @@ def estimate(request: Request) -> dict[str, Any]:
         plan.shapes[name][0] * plan.shapes[name][1] * 3 for name, spec in plan.weights.items() if spec.weight_bits
     )
     if plan.embedding == "int8":
-        tokens_known, features = source.family.table_shape(source.config)
+        tokens_known, features = source.family.word_embedding_shape(source.config)
         saved += tokens_known * (features * 3 - 4)  # codes of 1 byte for floats of 4, and a scale per row
     return {
         "train_samples": count,

@@ -26,7 +26,7 @@ from nxm_export.contract.placement import placement_of
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.examples import Columns
-from nxm_export.errors import ArtifactError, DataError, EngineError, EngineUnavailable, PlanError
+from nxm_export.errors import DataError, EngineError, EngineUnavailable
 from nxm_export.pipeline.engine_commands import SHAPES, features_of
 from nxm_export.pipeline.summary import kind_of, read_summary, summarize
 from nxm_export.storage.atomic import require_replaceable
@@ -34,7 +34,10 @@ from nxm_export.storage.json_files import json_text
 from nxm_export.storage.run_dir import RunDir
 
 if TYPE_CHECKING:
+    from compressors.search.settings import SearchSettings
     from compressors.settings import Settings
+    from nxm_export.contract.checkpoint_metrics import CompressionMetrics
+    from nxm_export.contract.search_result import SearchResult
 
 Progress = Callable[[str, int, int], None]
 ROUNDS = 20
@@ -124,7 +127,7 @@ def compress_model(
     *,
     plan_file: str | Path | None = None,
     progress: Progress = lambda what, done, total: None,
-) -> dict[str, Any]:
+) -> CompressionMetrics:
     """Fine-tune where the model has no head for the task, then compress it to the checkpoint directory `out`.
 
     The dense model is kept in the run directory ``<out>-dense``, and is made again when anything that it depends on changed.
@@ -159,69 +162,28 @@ def compress_model(
 
 
 def search_plan(
-    model: str, task: str, train: str, out: Path, options: dict[str, Any], progress: Progress
-) -> dict[str, Any]:
-    """Search a plan; `options` are those of ``nxm search``. Returns what ``search.json`` holds."""
+    model: str,
+    task: str,
+    train: str,
+    out: Path,
+    settings: SearchSettings,
+    training: Settings,
+    columns: Columns,
+    progress: Progress,
+) -> SearchResult:
+    """Search a plan and write it with its evidence to `out`; see `compressors.search.plan_search.search`."""
     from compressors.search.plan_search import search
-    from compressors.search.settings import SearchSettings
-    from compressors.settings import Settings
 
-    latencies, file = None, options["latency_table"]
-    if file is not None:
-        try:
-            latencies = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(latencies, dict) or not latencies:
-                raise ValueError("no table of roles")
-        except (OSError, ValueError) as error:
-            raise ArtifactError(
-                f"{file}: not a readable latency table ({error}); it is JSON, {{role: {{option: ms}}}}"
-            ) from error
-    compression = options["compression"]
-    if compression is None and options["bytes_"] is None:
-        compression = 0.875
-    settings = SearchSettings(
-        menu=tuple(option.strip() for option in options["menu"].split(",")),
-        counting=options["count"],
-        compression=compression,
-        bytes=options["bytes_"],
-        latencies=latencies or {},
-        **{
-            key: options[key]
-            for key in (
-                "method",
-                "samples",
-                "held_out",
-                "swaps",
-                "finalists",
-                "placement",
-                "embedding",
-                "seed",
-                "latency_ms",
-            )
-        },
-        halving=tuple(_numbers(options["halving"], int)),
-        pareto=tuple(_numbers(options["pareto"], float)),
-    )
     return search(
         model,
         task=task,
         train=train,
         out=out,
         settings=settings,
-        training=Settings(
-            **{key: options[key] for key in ("recipe", "epochs", "max_length", "seed", "threads")},
-        ),
-        columns=Columns(options["text"], options["text_pair"], options["label"]),
+        training=training,
+        columns=columns,
         progress=progress,
     )
-
-
-def _numbers(text: str, kind: Callable[[str], Any]) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        what = "whole numbers" if kind is int else "numbers"
-        raise PlanError(f"{text!r} is not a list of {what} separated by commas") from error
 
 
 def _train(directory: RunDir, request: Request, plan: CompressionPlan, model: Path, progress: Progress) -> None:
@@ -254,6 +216,7 @@ def _finetune(directory: RunDir, request: Request, model: Path, progress: Progre
     from compressors.training.compress import finetune
 
     files, names = _data(request)
+    dense = {name: value for name, value in request.settings.dense_part().items() if name != "seed"}
     directory.stage(
         "dense",
         "dense",
@@ -267,7 +230,7 @@ def _finetune(directory: RunDir, request: Request, model: Path, progress: Progre
             **_data_options(request, progress),
         ),
         inputs={"model": model, **files},
-        options={**names, "task": request.task, "settings": _dense_options(request.settings)},
+        options={**names, "task": request.task, "settings": dense},
         seed=request.settings.seed,
     )
 
@@ -289,20 +252,6 @@ def _data_options(request: Request, progress: Progress) -> dict[str, Any]:
         "train_limit": request.train_limit,
         "progress": progress,
     }
-
-
-def _dense_options(settings: Settings) -> dict[str, Any]:
-    """The settings that change the dense model: compressing in another way must not train it again."""
-    keys = (
-        "dense_epochs",
-        "dense_steps",
-        "dense_learning_rate",
-        "dense_freeze_embeddings",
-        "batch_size",
-        "max_length",
-        "precision",
-    )
-    return {key: getattr(settings, key) for key in keys}
 
 
 def _into(scratch: Path, work: Callable[..., Any], *arguments: Any, **options: Any) -> None:
@@ -374,7 +323,8 @@ def _build(
 def _compare(
     directory: RunDir, engines: Mapping[str, str], features: list[Any], missing: dict[str, str], progress: Progress
 ) -> None:
-    from engines.parity.compare import OUTPUTS_FILE, PARITY_FILE, compare
+    from engines.parity.compare import OUTPUTS_FILE, compare
+    from engines.parity.reports import PARITY_FILE
 
     samples = hashlib.sha256(json.dumps(features).encode()).hexdigest()
     for number, (name, graph) in enumerate(engines.items()):

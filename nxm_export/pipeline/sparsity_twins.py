@@ -6,15 +6,13 @@ All share a timing cache, so that they differ in nothing that the builder measur
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nxm_export.errors import ArtifactError
 from nxm_export.storage.atomic import atomic_dir
-from nxm_export.storage.json_files import require_schema
+from nxm_export.storage.json_files import Json, encode, read_record, to_builtins
 
 if TYPE_CHECKING:
     from engines.base import BuildOptions
@@ -25,47 +23,75 @@ DENSE, SPARSE, FLOAT = "int8-dense", "int8-sparse", "fp16"
 TWINS = (DENSE, SPARSE, FLOAT)  # the dense one first: it is the reference of every ratio
 
 
+@dataclass(frozen=True)
+class TwinGraphs:
+    """How the graph of the INT8 twins is exported (see `nxm_export.graph.exporter.export`); the float one differs in
+    placement."""
+
+    target: str = "trt"
+    lowering: str = "matmul"
+    placement: str | None = None
+
+
+@dataclass(frozen=True)
+class TwinHashes:
+    """The sha256 of a twin's engine file and of the graph that it was built from."""
+
+    engine_sha256: str
+    onnx_sha256: str
+
+
+@dataclass(frozen=True)
+class BuiltTwins:
+    """The file ``twins.json``: the backend, and the hashes of every twin by name."""
+
+    backend: str
+    twins: Mapping[str, TwinHashes]
+
+    def to_dict(self) -> dict[str, Json]:
+        """The form of ``--json``."""
+        return {"schema": SCHEMA, **to_builtins(self)}
+
+
 def build_twins(
-    checkpoint: Path, out: Path, backend_name: str, options: BuildOptions, export_options: Mapping[str, Any]
-) -> dict[str, Any]:
+    checkpoint: Path, out: Path, backend_name: str, options: BuildOptions, graphs: TwinGraphs = TwinGraphs()
+) -> BuiltTwins:
     """Export and build all three into directories under `out`; returns what ``twins.json`` says. All or nothing."""
     from engines.base import backend
     from engines.tensorrt.builder_process import CACHE_FILE
     from nxm_export.graph.exporter import export
 
     runtime = backend(backend_name)
-    facts: dict[str, Any] = {"schema": SCHEMA, "backend": backend_name, "twins": {}}
+    hashes: dict[str, TwinHashes] = {}
     with atomic_dir(out) as scratch:
-        export(checkpoint, scratch / "onnx" / "int8", **export_options)
-        export(checkpoint, scratch / "onnx" / "float", **{**export_options, "placement": "float"})
+        for kind, placement in (("int8", graphs.placement), ("float", "float")):
+            target, lowering = graphs.target, graphs.lowering
+            export(checkpoint, scratch / "onnx" / kind, target=target, lowering=lowering, placement=placement)
         cache = options.timing_cache
         for name in TWINS:
             directory = scratch / name
             directory.mkdir()
             graph = scratch / "onnx" / ("float" if name == FLOAT else "int8") / "model.onnx"
-            built = replace(
+            settings = replace(
                 options,
                 sparse=name == SPARSE,
                 twin=name,
                 timing_cache=cache,
                 require_timing_cache=options.require_timing_cache and cache == options.timing_cache,
             )
-            passport = runtime.build(graph, directory, built)
+            passport = runtime.build(graph, directory, settings)
             if (directory / CACHE_FILE).is_file():
                 cache = directory / CACHE_FILE
-            facts["twins"][name] = {"engine_sha256": passport.engine_sha256, "onnx_sha256": passport.onnx_sha256}
-        (scratch / TWINS_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    return facts
+            hashes[name] = TwinHashes(passport.engine_sha256, passport.onnx_sha256)
+        built = BuiltTwins(backend_name, hashes)
+        (scratch / TWINS_FILE).write_text(encode(built, SCHEMA), encoding="utf-8")
+    return built
 
 
 def twin_directories(directory: Path) -> list[Path]:
     """The engine directories of a twins directory, the dense INT8 one first; raises `ArtifactError` when it is none."""
-    file = directory / TWINS_FILE
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{file}: cannot be read ({error}); build the twins again (`nxm build --twins`)") from error
-    require_schema(data, SCHEMA, str(file), ArtifactError)
+    way_out = "build the twins again (`nxm build --twins`)"
+    read_record(directory / TWINS_FILE, BuiltTwins, schema=SCHEMA, way_out=way_out)
     return [directory / name for name in TWINS]
 
 

@@ -206,7 +206,7 @@ def _text(figure: Any, kind: str) -> str:
 def _beside(run: Run, engine: Engine | None) -> Iterator[tuple[str, str, str]]:
     """Further metrics of the task: name, of the dense model, of the engine (of the checkpoint where no engine was compared)."""
     for name in _BESIDE:
-        of_engine = engine.parity.at("beside", name, 1) if engine and engine.parity else None
+        of_engine = engine.parity.at("secondary_metrics", name, 1) if engine and engine.parity else None
         compressed = of_engine or (run.compressed.at(name) if run.compressed else None)
         if compressed is not None:
             yield name, _text(run.dense.at(name) if run.dense else None, "score"), _text(compressed, "score")

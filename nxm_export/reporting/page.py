@@ -307,15 +307,13 @@ def _reasons(run: Run) -> Table:
 def _stages(run: Run) -> Table:
     rows = []
     for name, record in run.stages.items():
-        command = record.get("command")
-        inputs = record.get("inputs")
-        hashes = [f"{label} {digest}" for label, digest in (inputs if isinstance(inputs, dict) else {}).items()]
+        hashes = [f"{label} {digest}" for label, digest in record.inputs.items()]
         rows.append(
             (
                 Code(name),
-                Shown(Figure(record.get("seconds"), "manifest.json", pointer("stages", name, "seconds")), "general"),
-                "-" if record.get("seed") is None else str(record["seed"]),
-                Code(shlex.join(map(str, command)) if isinstance(command, list) else "not recorded"),
+                Shown(Figure(record.seconds, "manifest.json", pointer("stages", name, "seconds")), "general"),
+                "-" if record.seed is None else str(record.seed),
+                Code(shlex.join(record.command)),
                 Code(", ".join(hashes) or "none"),
             )
         )
@@ -325,9 +323,8 @@ def _stages(run: Run) -> Table:
 def _versions(run: Run) -> Table:
     found: dict[str, dict[str, list[str]]] = {}
     for stage, record in run.stages.items():
-        versions = record.get("versions")
-        for package, version in (versions if isinstance(versions, dict) else {}).items():
-            found.setdefault(str(package), {}).setdefault(str(version), []).append(stage)
+        for package, version in record.versions.items():
+            found.setdefault(package, {}).setdefault(version, []).append(stage)
     rows = [
         (
             Code(package),

@@ -12,12 +12,12 @@ from nxm_export.reporting.verdicts import Piece, metric
 
 _KNOWN_PARITY = {
     "schema", "passed", "engine", "engine_sha256", "backend", "samples", "outputs", "metric", "reference_value",
-    "reference_interval", "engine_value", "engine_interval", "reason", "pairs", "beside",
+    "reference_interval", "engine_value", "engine_interval", "reason", "pairs", "secondary_metrics",
 }  # fmt: skip
 _VERDICTS = {True: "pass", False: "FAIL", None: "does not apply"}
 _KNOWN_OUTPUT = {
     "output", "max_abs", "mean_abs", "cosine", "agreement", "worst_sample", "max_tolerance", "mean_tolerance",
-    "unexcused_flips", "passed", "quiet", "quiet_required",
+    "unexcused_flips", "passed", "unchanged_share", "unchanged_required", "nonfinite",
 }  # fmt: skip
 _EXTRA_ROWS = 200  # of one comparison; what is beyond stays in its file
 
@@ -54,7 +54,7 @@ def parity_tables(run: Run) -> Iterator[Table]:
                     at("agreement", "share"),
                     (at("max_abs", "error"), " of ", at("max_tolerance", "error")),  # type: ignore[arg-type]
                     (at("mean_abs", "error"), " of ", at("mean_tolerance", "error")),  # type: ignore[arg-type]
-                    at("quiet", "share"),
+                    at("unchanged_share", "share"),
                     at("cosine", "general"),
                     at("unexcused_flips", "general"),
                     or_dash(value, "score"),
@@ -80,20 +80,20 @@ def parity_tables(run: Run) -> Iterator[Table]:
         for block in engine.blocks
     ]
     yield Table(
-        "Parity by block: the error as it has travelled, and what the block adds, which decides",
-        ("engine", "block", "#max |diff| of tolerated", "#own max |diff| of tolerated", "verdict"),
+        "Parity by block: the accumulated error, and the isolated one of the block itself, which decides",
+        ("engine", "block", "#max |diff| of tolerated", "#isolated max |diff| of tolerated", "verdict"),
         blocks,
     )
     beside = [
         (
             Code(engine.name),
             name,
-            or_dash(engine.parity.at("beside", name, 0), "score"),
-            or_dash(engine.parity.at("beside", name, 1), "score"),
+            or_dash(engine.parity.at("secondary_metrics", name, 0), "score"),
+            or_dash(engine.parity.at("secondary_metrics", name, 1), "score"),
         )
         for engine in run.engines
         if engine.parity
-        for name in (engine.parity.data.get("beside") or {})
+        for name in (engine.parity.data.get("secondary_metrics") or {})
     ]
     yield Table("Other metrics of the task", ("engine", "metric", "#checkpoint", "#engine"), beside)
     for caption, key, name, limit in (
@@ -156,7 +156,7 @@ def _checks(run: Run, key: str, name: str, limit: str) -> Iterator[tuple[Cell, .
                     "-"
                     if passed is not None and passed.value is None
                     else or_dash(report.at(key, number, part), "error")
-                    for part in ("found", limit)
+                    for part in ("actual", limit)
                 ),
                 _VERDICTS.get(passed.value, "FAIL") if passed is not None else "FAIL",
                 str(entry.get("reason", "")) if isinstance(entry, Mapping) else "",

@@ -19,9 +19,8 @@ from nxm_export.errors import ArtifactError, NxmError
 from nxm_export.reporting.figures import Figure, Source
 from nxm_export.reporting.matrices import Matrix, Sample, matrices, sample
 from nxm_export.reporting.run_files import PASSPORT, Files
-from nxm_export.reporting.shapes import SHAPES, misfit
 from nxm_export.storage.hashing import file_hash
-from nxm_export.storage.run_dir import MANIFEST, RunDir
+from nxm_export.storage.run_dir import MANIFEST, RunDir, StageRecord
 
 SUMMARY = "summary/summary.json"
 _TRT = ("trt", "trt_rtx")
@@ -105,7 +104,7 @@ class Run:
     """Everything that a report or a card can say of a run."""
 
     root: Path
-    stages: Mapping[str, Mapping[str, Any]]
+    stages: Mapping[str, StageRecord]
     summary: Source | None
     dense: Source | None
     compressed: Source | None
@@ -139,13 +138,10 @@ def read_run(root: str | Path, search: str | Path | None = None) -> Run:
     Raises `ArtifactError` when `root` is no run, when nothing has been made in it yet, and for a `search` that is none.
     """
     directory = RunDir.open(root)
-    root, stages = directory.root, directory.manifest["stages"]
-    if wrong := misfit(directory.manifest, SHAPES[MANIFEST]):
-        raise ArtifactError(f"{root / MANIFEST}: malformed at {wrong}; restore it, or start a new run directory")
+    root, stages = directory.root, directory.manifest.stages
     recorded: dict[str, str] = {}
     for record in stages.values():
-        outputs = record.get("outputs")
-        recorded.update(outputs if isinstance(outputs, dict) else {})
+        recorded.update(record.outputs)
     files = Files(root, recorded)
     checkpoint = _checkpoint(files)
     plan = checkpoint.plan if checkpoint else None
@@ -317,16 +313,16 @@ def _blocks(source: Source | None) -> Iterator[BlockError]:
         if source is None or not isinstance(rows, list):
             continue
         for number, row in enumerate(rows):
-            error = source.at(key, number, "max_abs")
+            error = source.at(key, number, "accumulated_max_abs") or source.at(key, number, "max_abs")
             if isinstance(row, dict) and error is not None:
                 name = next((row[part] for part in ("block", "layer", "name", "output") if part in row), number)
                 passed = row.get("passed")
                 yield BlockError(
                     str(name),
                     error,
-                    source.at(key, number, "max_tolerance"),
-                    source.at(key, number, "own_max_abs"),
-                    source.at(key, number, "own_max_tolerance"),
+                    source.at(key, number, "accumulated_max_tolerance") or source.at(key, number, "max_tolerance"),
+                    source.at(key, number, "isolated_max_abs"),
+                    source.at(key, number, "isolated_max_tolerance"),
                     passed if isinstance(passed, bool) else None,
                 )
 
@@ -334,10 +330,10 @@ def _blocks(source: Source | None) -> Iterator[BlockError]:
 def _truth(files: Files, directory: str, passport: Source | None) -> tuple[tuple[Mapping[str, Any], ...], float | None]:
     if passport is None or passport.data.get("backend") not in _TRT:
         return (), None
-    from engines.sparsity.report import read_truth
+    from engines.sparsity.report import read_sparsity_report
 
     try:
-        report = read_truth(files.root / directory)
+        report = read_sparsity_report(files.root / directory)
     except NxmError as error:
         files.doubts.append(f"{directory or '.'}: which kernels run cannot be read ({error})")
         return (), None
@@ -432,10 +428,9 @@ def _missing(run: Run, search: str | Path | None) -> Iterator[Gap]:
         )
 
 
-def _again(stages: Mapping[str, Mapping[str, Any]]) -> str:
+def _again(stages: Mapping[str, StageRecord]) -> str:
     """The command of this run, as it was typed where the manifest knows it."""
     for record in stages.values():
-        command = record.get("command")
-        if isinstance(command, list) and len(command) > 1 and command[1] == "run":
-            return shlex.join(["nxm", *map(str, command[1:])])
+        if record.command[1:2] == ("run",):
+            return shlex.join(["nxm", *record.command[1:]])
     return "the same `nxm run`"

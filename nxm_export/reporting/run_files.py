@@ -18,7 +18,7 @@ from nxm_export.storage.run_dir import MANIFEST
 PASSPORT = "passport.json"
 # What each file must be: its schema up to the slash. Another version of it is not read; a newer nxm-export may mean other
 # things by the same names.
-_SCHEMAS = {"summary.json": "nxm-summary/1", PASSPORT: "nxm-passport/1", "search.json": "nxm-search/1"}
+_SCHEMAS = {"summary.json": "nxm-summary/1", PASSPORT: "nxm-passport/2", "search.json": "nxm-search/1"}
 # Newer versions of these may add fields; what is known of them is shown.
 _FAMILIES = {
     "parity.json": "nxm-parity",

@@ -13,7 +13,6 @@ _METRICS = {"?metric": str, "?value": NAN, "?interval": [NAN], "?dev_samples": i
 # file name -> shape: a type or several, [shape of every item], {field: shape} where "?field" may be absent, {...: shape of
 # every value}. Fields that are not named may be anything.
 SHAPES: dict[str, Any] = {
-    "manifest.json": {"stages": {...: {"?inputs": dict, "?outputs": dict, "?command": list, "?versions": dict}}},
     "summary.json": {
         "metric": str,
         "dev_samples": int,
@@ -47,9 +46,12 @@ SHAPES: dict[str, Any] = {
         "?engine_interval": [NAN],
         "outputs": [{"output": str, "?max_abs": NAN, "?mean_abs": NAN, "?max_tolerance": NAN, "?mean_tolerance": NAN}],
         "?pairs": [{"other": str, "output": str, "?max_abs": NAN, "?mean_abs": NAN, "?difference_interval": [NAN]}],
-        "?beside": {...: [NAN]},
+        "?secondary_metrics": {...: [NAN]},
     },
-    "bisect.json": {"engine_sha256": str, "blocks": [{"block": str, "?max_abs": NAN, "?own_max_abs": NAN}]},
+    "bisect.json": {
+        "engine_sha256": str,
+        "blocks": [{"block": str, "?accumulated_max_abs": NAN, "?isolated_max_abs": NAN}],
+    },
     "verify.json": {"weights": [{"name": str, "?planned": TEXT, "?pattern": TEXT, "?problems": [str]}]},
     "passport.json": {
         "backend": str,
@@ -59,7 +61,7 @@ SHAPES: dict[str, Any] = {
         "device": dict,
         "requires": dict,
         "graph": dict,
-        "plan": {"?options": {...: int}, "?compression": {...: NUMBER}},
+        "plan": (dict, type(None)),
         "options": dict,
     },
     "spec.json": {"task": str, "labels": [str], "inputs": [str]},

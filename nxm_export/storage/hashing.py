@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from nxm_export.errors import ArtifactError
 
@@ -22,7 +22,7 @@ def file_hash(path: Path) -> str:
         raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _digest(stream: Any) -> str:
+def _digest(stream: IO[bytes]) -> str:
     digest = hashlib.sha256()
     while block := stream.read(1 << 20):
         digest.update(block)

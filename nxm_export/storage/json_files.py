@@ -90,8 +90,19 @@ def decode(
     return convert(fields, kind, source=source, way_out=way_out, error=error)
 
 
-def convert(value: Json, kind: type[T], *, source: str, way_out: str, error: type[Exception] = ArtifactError) -> T:
-    """The `kind` (a dataclass) that a parsed JSON value holds, with all that `decode` refuses but the schema."""
+def convert(
+    value: Json,
+    kind: type[T],
+    *,
+    source: str,
+    way_out: str,
+    error: type[Exception] = ArtifactError,
+    foreign: bool = False,
+) -> T:
+    """The `kind` (a dataclass) that a parsed JSON value holds, with all that `decode` refuses but the schema.
+
+    In a `foreign` file, one of others, fields that `kind` does not know are theirs, and are left alone.
+    """
     try:
         made = msgspec.convert(value, type=kind)
     except msgspec.ValidationError as reason:
@@ -99,6 +110,8 @@ def convert(value: Json, kind: type[T], *, source: str, way_out: str, error: typ
         field = _field_at(where, value, kind)
         place = f"{source}: {field}" if field else source
         raise error(f"{place}: {what}; {way_out}") from reason
+    if foreign:
+        return made
     unknown = next(_unknown_fields(value, msgspec.to_builtins(made), ""), None)
     if unknown is not None:
         raise error(f"{source}: unknown field {unknown}; it was written by another nxm-export: update, or {way_out}")
@@ -133,11 +146,7 @@ def encode(record: object, schema: str | None = None) -> str:
 def to_builtins(record: object) -> Json:
     """A record as JSON values: dictionaries, lists, strings, numbers; raises `ValueError` that names the field for NaN and
     infinity."""
-    value = _as_lists(msgspec.to_builtins(record, str_keys=True, enc_hook=_plain))
-    for field, number in _floats(value, ""):
-        if not math.isfinite(number):
-            raise ValueError(f"{type(record).__name__}{field} is {number}, which JSON does not have")
-    return value
+    return _finite_lists(msgspec.to_builtins(record, str_keys=True, enc_hook=_plain), type(record).__name__)
 
 
 def require_schema(data: Json, schema: str, source: str, error: type[Exception] = PlanError) -> None:
@@ -254,19 +263,12 @@ def _refused_key(entries: dict[str, Json], whole: Json, kind: type[object]) -> s
     return None
 
 
-def _as_lists(value: Json) -> Json:
-    """The value with lists for tuples, as JSON gives it back."""
+def _finite_lists(value: Json, path: str) -> Json:
+    """`value` with lists for tuples; raises `ValueError` that names the first number that is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{path} is {value}, which JSON does not have")
     if isinstance(value, dict):
-        return {key: _as_lists(entry) for key, entry in value.items()}
-    return [_as_lists(entry) for entry in value] if isinstance(value, (list, tuple)) else value
-
-
-def _floats(value: Json, path: str) -> Iterator[tuple[str, float]]:
-    if isinstance(value, float):
-        yield path, value
-    elif isinstance(value, dict):
-        for key, entry in value.items():
-            yield from _floats(entry, f"{path}.{key}")
-    elif isinstance(value, list):
-        for at, entry in enumerate(value):
-            yield from _floats(entry, f"{path}[{at}]")
+        return {key: _finite_lists(entry, f"{path}.{key}") for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite_lists(entry, f"{path}[{at}]") for at, entry in enumerate(value)]
+    return value

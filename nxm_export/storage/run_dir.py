@@ -11,21 +11,44 @@ directory itself, so it ends with its process, however that ends. On file system
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from nxm_export.errors import ArtifactError
 from nxm_export.storage.atomic import atomic_dir, exclusive, write_atomic
 from nxm_export.storage.hashing import file_hash, file_hashes, tree_hash
-from nxm_export.storage.json_files import json_text, read_json, require_schema
+from nxm_export.storage.json_files import Json, encode, read_record, to_builtins
 from nxm_export.storage.versions import installed_versions
 
 SCHEMA = "nxm-run/1"
 MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What made the output of one stage: its options and seed, sha256 of inputs (by label) and outputs (by path in the
+    run), versions of packages, how many seconds it took, and the command line.
+
+    `options` are the stage's own JSON: they are compared, never interpreted.
+    """
+
+    options: dict[str, Json]
+    inputs: dict[str, str]
+    seed: int | None
+    outputs: dict[str, str]
+    versions: dict[str, str]
+    seconds: float
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``manifest.json``: the stages of a run by name, in the order in which they first ran."""
+
+    stages: dict[str, StageRecord]
 
 
 class RunDir:
@@ -71,10 +94,10 @@ class RunDir:
         self,
         name: str,
         output: str,
-        work: Callable[[Path], Any],
+        work: Callable[[Path], object],
         *,
         inputs: Mapping[str, Path] | None = None,
-        options: Mapping[str, Any] | None = None,
+        options: Mapping[str, object] | None = None,
         seed: int | None = None,
     ) -> bool:
         """Bring ``root/output`` up to date with `work`; True when it ran, False when it was up to date.
@@ -82,26 +105,28 @@ class RunDir:
         `work` gets a fresh directory, fills it, and the directory becomes `output` when it returns. `inputs` are files or
         directories by label; their hashes, `options` and `seed` decide whether the stage is up to date.
         """
-        record: dict[str, Any] = {
-            "options": json.loads(json.dumps(dict(options or {}), default=str)),
-            "inputs": {label: tree_hash(path) for label, path in (inputs or {}).items()},
-            "seed": seed,
-        }
+        chosen = to_builtins(dict(options or {}))
+        hashes = {label: tree_hash(path) for label, path in (inputs or {}).items()}
         target = self.root / output
         with self.lock():
-            previous = self.manifest["stages"].get(name, {})
-            unchanged = {key: previous.get(key) for key in record} == record
-            if unchanged and _outputs_hold(previous.get("outputs", {}), self.root):
+            previous = self.manifest.stages.get(name)
+            unchanged = previous and (previous.options, previous.inputs, previous.seed) == (chosen, hashes, seed)
+            if previous and unchanged and _outputs_hold(previous.outputs, self.root):
                 return False
             started = time.monotonic()
             with atomic_dir(target, replace_any=True) as scratch:
                 work(scratch)
-            record["outputs"] = {str(Path(output) / file): digest for file, digest in file_hashes(target).items()}
-            record["versions"] = installed_versions()
-            record["seconds"] = round(time.monotonic() - started, 3)
-            record["command"] = [Path(sys.argv[0]).name, *sys.argv[1:]]
-            self.manifest["stages"][name] = record
-            write_atomic(self._manifest_file, json_text(self.manifest))
+            record = StageRecord(
+                options=chosen,
+                inputs=hashes,
+                seed=seed,
+                outputs={str(Path(output) / file): digest for file, digest in file_hashes(target).items()},
+                versions=installed_versions(),
+                seconds=round(time.monotonic() - started, 3),
+                command=(Path(sys.argv[0]).name, *sys.argv[1:]),
+            )
+            self.manifest = replace(self.manifest, stages={**self.manifest.stages, name: record})
+            write_atomic(self._manifest_file, encode(self.manifest, SCHEMA))
         return True
 
     @property
@@ -115,7 +140,8 @@ class RunDir:
                 self.root.is_dir() and all(file.name.endswith(".partial") for file in self.root.iterdir())
             ):
                 raise ArtifactError(
-                    f"{self.root} exists and is not a run directory (no {MANIFEST}); choose another --out or an empty directory"
+                    f"{self.root} exists and is not a run directory (no {MANIFEST}); choose another --out, "
+                    "or an empty directory"
                 )
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -124,19 +150,14 @@ class RunDir:
             ) from error
         with exclusive(self.root, f"{self.root} is in use by another nxm process; choose another --out"):
             if not self._manifest_file.is_file():
-                write_atomic(self._manifest_file, json_text({"schema": SCHEMA, "stages": {}}))
+                write_atomic(self._manifest_file, encode(Manifest({}), SCHEMA))
 
 
-def _read_manifest(file: Path) -> dict[str, Any]:
-    manifest = read_json(file, "restore it, or start a new run directory")
-    require_schema(manifest, SCHEMA, str(file), ArtifactError)
-    stages = manifest.get("stages")
-    if not isinstance(stages, dict) or not all(isinstance(record, dict) for record in stages.values()):
-        raise ArtifactError(f"{file}: malformed manifest (no stages); restore it, or start a new run directory")
-    return dict(manifest)
+def _read_manifest(file: Path) -> Manifest:
+    return read_record(file, Manifest, schema=SCHEMA, way_out="restore it, or start a new run directory")
 
 
-def _outputs_hold(outputs: Any, root: Path) -> bool:
-    return bool(isinstance(outputs, dict) and outputs) and all(
+def _outputs_hold(outputs: Mapping[str, str], root: Path) -> bool:
+    return bool(outputs) and all(
         (root / name).is_file() and file_hash(root / name) == digest for name, digest in outputs.items()
     )

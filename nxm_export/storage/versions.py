@@ -20,8 +20,8 @@ RECORDED_VERSIONS = (
 
 def installed_versions() -> dict[str, str]:
     """Versions of Python and of those packages, of the ones that matter for a result, that are installed."""
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in RECORDED_VERSIONS:
         with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            versions[package] = version(package)
+    return versions

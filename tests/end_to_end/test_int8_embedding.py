@@ -39,13 +39,13 @@ from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError, DataError, ExportError
 from nxm_export.graph.exporter import TARGETS, export
 from nxm_export.graph.graph_weights import load_graph, save_graph
-from nxm_export.graph.int8_embedding import fold_table, stored_table, table_hash
+from nxm_export.graph.int8_embedding import embedding_hash, fold_int8_embedding, stored_embedding
 from nxm_export.graph.verifier import verify
 from nxm_export.pipeline.engine_commands import build_engine
 from tests.support import baked, onnx_text, tiny
 from tests.support.variants import variants
 
-TABLE = FAMILIES["bert"].table
+TABLE = FAMILIES["bert"].word_embedding
 EVERY_FAMILY = variants(FAMILIES, ("bert",))
 SMALLEST = np.finfo(np.float32).smallest_normal
 # Rows of any size that training could leave, and all the odd ones: zeros, subnormal numbers, one value among zeros.
@@ -115,8 +115,8 @@ class TestModule:
         source = resolve(tiny.write_model(family, tmp_path, head="classification"))
         plan = source.family.uniform_plan(source.config, WeightSpec.parse("2:4+W8"), embedding="int8")
         model = load_model(source, TASKS["classification"])
-        before = model.get_parameter(source.family.table).detach().clone()
-        assert tuple(before.shape) == source.family.table_shape(source.config)
+        before = model.get_parameter(source.family.word_embedding).detach().clone()
+        assert tuple(before.shape) == source.family.word_embedding_shape(source.config)
         prepare(model, plan, source.family, source.config)
         assert len(tables(model)) == 1
         ids = torch.arange(len(before))[None]
@@ -125,7 +125,7 @@ class TestModule:
         assert type(model.get_input_embeddings()) is nn.Embedding
         assert torch.equal(model.get_input_embeddings()(ids), rows)
         codes, wanted = row_codes(before)
-        np.testing.assert_array_equal(scales[f"{source.family.table}_scale"], wanted[:, 0].numpy())
+        np.testing.assert_array_equal(scales[f"{source.family.word_embedding}_scale"], wanted[:, 0].numpy())
         assert torch.equal(rows[0].detach(), codes * wanted)
         assert not torch.equal(rows[0].detach(), before)
 
@@ -223,7 +223,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
             out = made[family] = tmp_path_factory.mktemp("tables") / family
             baked.write_checkpoint(family, out, embedding="int8")
             tensors, scales = load_file(out / "model.safetensors"), load_file(out / "nxm_scales.safetensors")
-            name = FAMILIES[family].table
+            name = FAMILIES[family].word_embedding
             table = tensors[name].copy()
             table[6] = 0.0
             tensors[name], scales[f"{name}_scale"] = baked.baked_table(table)
@@ -270,14 +270,14 @@ class TestGraph:
         self, family: str, graphs: Callable[..., Path], checkpoints: Callable[..., Path]
     ) -> None:
         checkpoint, model = open_checkpoint(checkpoints(family)), load_graph(graphs(family))
-        name = checkpoint.family.table
-        found = stored_table(model.graph, name)
+        name = checkpoint.family.word_embedding
+        found = stored_embedding(model.graph, name)
         assert found is not None
         codes, scale = checkpoint.codes(name), checkpoint.weight_scale(name)
         np.testing.assert_array_equal(found[0], codes)
         np.testing.assert_array_equal(found[1][:, 0], scale)
         assert name not in model.graph.initializers
-        assert model.metadata_props["nxm.table"] == table_hash(codes, scale)
+        assert model.metadata_props["nxm.embedding_sha256"] == embedding_hash(codes, scale)
         assert verify(graphs(family)).embedding == codes.shape
         floats = [value for value in model.graph.initializers.values() if value.dtype == ir.DataType.FLOAT]
         assert all(list(value.shape or ()) != list(codes.shape) for value in floats)
@@ -291,7 +291,7 @@ class TestGraph:
 
     def test_the_file_is_smaller_by_three_bytes_an_entry_less_a_scale_a_row(self, graphs: Callable[..., Path]) -> None:
         (codes, _), sizes = (
-            stored_table(load_graph(graphs()).graph, TABLE) or (np.zeros((0, 0)), None),
+            stored_embedding(load_graph(graphs()).graph, TABLE) or (np.zeros((0, 0)), None),
             [graphs("bert", kind).stat().st_size for kind in ("float", "int8")],
         )
         saved = codes.size * 3 - len(codes) * 4
@@ -307,7 +307,7 @@ class TestGraph:
         cast, product = node(model.graph, f".{dtype}"), node(model.graph, "")
         assert (cast.op_type, cast.outputs[0].dtype) == ("Cast", ir.DataType.from_numpy(kind))
         assert (product.op_type, cast.inputs[0]) == ("Mul", product.outputs[0])
-        codes, scale = stored_table(model.graph, TABLE) or pytest.fail("no table")
+        codes, scale = stored_embedding(model.graph, TABLE) or pytest.fail("no table")
         table = open_checkpoint(checkpoints()).weight(TABLE)
         np.testing.assert_array_equal((codes * scale).astype(kind), table.astype(kind))
 
@@ -322,7 +322,7 @@ class TestGraph:
         assert table is not None
         np.testing.assert_array_equal(table.numpy(), open_checkpoint(checkpoints()).weight(TABLE).astype(dtype))
         assert CompressionPlan.from_json(model.metadata_props["nxm.plan"]).embedding == "float"
-        assert "nxm.table" not in model.metadata_props
+        assert "nxm.embedding_sha256" not in model.metadata_props
         assert verify(graphs(target=target)).embedding is None
 
     def test_a_float_placement_holds_the_table_in_float(self, graphs: Callable[..., Path]) -> None:
@@ -358,9 +358,9 @@ class TestGraph:
         ).graph
         codes, scale = np.ones((3, 2), np.int8), np.ones(3, np.float32)
         with pytest.raises(ExportError, match=r"t feeds Neg node .* expected a Gather"):
-            fold_table(graph, "t", codes, scale, np.dtype(np.float32))
+            fold_int8_embedding(graph, "t", codes, scale, np.dtype(np.float32))
         with pytest.raises(ExportError, match="no initializer u;"):
-            fold_table(graph, "u", codes, scale, np.dtype(np.float32))
+            fold_int8_embedding(graph, "u", codes, scale, np.dtype(np.float32))
 
 
 def constant(graph: ir.Graph, suffix: str, edit: Callable[[np.ndarray], Any]) -> None:
@@ -463,15 +463,15 @@ class TestCheckpoint:
 
     def test_packing_is_lossless_at_the_size_of_the_formula(self, copy: Path, tmp_path: Path) -> None:
         sizes = packed_checkpoint.pack(copy, tmp_path / "packed")
-        assert 0 <= sizes["payload_bytes"] - sizes["formula_bytes"] <= 2 * 7  # each packed tensor ends on a whole byte
+        assert 0 <= sizes.payload_bytes - sizes.formula_bytes <= 2 * 7  # each packed tensor ends on a whole byte
         unpacked = packed_checkpoint.unpack(tmp_path / "packed", tmp_path / "unpacked")
         for name in ("model.safetensors", "nxm_scales.safetensors", "nxm_plan.json"):
             assert (unpacked / name).read_bytes() == (copy / name).read_bytes()
         plan = open_checkpoint(copy).plan
         (copy / "nxm_plan.json").write_text(replace(plan, embedding="float").to_json())
         tokens, features = open_checkpoint(copy).weight(TABLE).shape
-        in_float = packed_checkpoint.pack(copy, tmp_path / "float")["payload_bytes"]
-        assert in_float - sizes["payload_bytes"] == 3 * tokens * features  # both hold the scales
+        in_float = packed_checkpoint.pack(copy, tmp_path / "float").payload_bytes
+        assert in_float - sizes.payload_bytes == 3 * tokens * features  # both hold the scales
 
     @pytest.mark.parametrize("spoil", ["values", "scale"])
     def test_a_packed_file_without_the_table_is_damaged(self, copy: Path, tmp_path: Path, spoil: str) -> None:
@@ -535,7 +535,9 @@ class TestEngine:
         passport = json.loads((engine / "passport.json").read_text())
         checkpoint = open_checkpoint(trained)
         assert passport["plan"]["embedding"] == "int8"
-        assert passport["graph"]["table"] == table_hash(checkpoint.codes(TABLE), checkpoint.weight_scale(TABLE))
+        assert passport["graph"]["embedding_sha256"] == embedding_hash(
+            checkpoint.codes(TABLE), checkpoint.weight_scale(TABLE)
+        )
 
     @pytest.mark.parametrize(("cost", "passed"), [(0.5, True), (0.6, False), (float("nan"), False)])
     def test_the_gate_holds_what_the_table_cost_against_its_limit(

@@ -331,7 +331,9 @@ class TestRefusals:
         path = tiny.write_model("bert", tmp_path / "m", head="embedding")
         train = tmp_path / "plain.tsv"
         train.write_text("text\n" + "".join(f"{word} film\n" for word in tiny.WORDS * 2), encoding="utf-8")
-        settings = SearchSettings(menu=("2:4+W4", "dense"), compression=0.5, method="paper", samples=8, held_out=8)
+        settings = SearchSettings(
+            candidate_specs=("2:4+W4", "dense"), compression=0.5, method="paper", samples=8, held_out=8
+        )
         with pytest.raises(DataError, match="needs scored pairs to train on"):
             search(path, task="embedding", train=str(train), out=tmp_path / "out", settings=settings, training=TINY)
 
@@ -340,7 +342,9 @@ def test_a_plan_is_searched_from_plain_sentences(tmp_path: Path) -> None:
     path = tiny.write_model("bert", tmp_path / "m", head="embedding")
     train = tmp_path / "plain.tsv"
     train.write_text("text\n" + "".join(f"{a} {b}\n" for a in tiny.GOOD for b in tiny.BAD), encoding="utf-8")
-    settings = SearchSettings(menu=("2:4+W4", "W8", "dense"), compression=0.8, samples=8, held_out=8, swaps=1)
+    settings = SearchSettings(
+        candidate_specs=("2:4+W4", "W8", "dense"), compression=0.8, samples=8, held_out=8, swaps=1
+    )
     found = search(path, task="embedding", train=str(train), out=tmp_path / "out", settings=settings, training=TINY)
     assert 0 < found["best"]["joint"] < 4  # 4 is the opposite direction
     assert len((tmp_path / "out" / "sensitivity.csv").read_text().splitlines()) == 1 + 2 * 12
@@ -354,7 +358,7 @@ def test_the_gate_on_the_cosine_holds_for_an_engine(tmp_path: Path, tiny_checkpo
     report = compare(checkpoint, tmp_path / "engine", features, gates=[parse_gate("cosine>=0.95")])
     (gate,) = report.gates
     assert gate.passed
-    assert 0.95 < gate.found <= 1.0 + 1e-6
+    assert 0.95 < gate.actual <= 1.0 + 1e-6
     saved = np.load(tmp_path / "engine" / "outputs.npz")
     assert saved["groups"].tolist() == [i // 2 for i in range(2 * tiny.DEV_SAMPLES)]
     assert saved["labels"].tolist() == label_array(features).tolist()

@@ -15,9 +15,9 @@ from sklearn.metrics import f1_score
 
 from engines.parity import compare as parity
 from engines.parity.compare import OUTPUTS_FILE, compare
-from engines.parity.decisions import DECIDING
+from engines.parity.decisions import DECIDING, Reading
 from engines.parity.gates import Gate
-from engines.parity.tolerance import compare_output
+from engines.parity.tolerance import Expectation, compare_output
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.examples import NO_LABEL, Columns, Examples, encode, label_array, pad
@@ -70,7 +70,7 @@ def test_a_task_goes_from_data_to_a_compared_engine(
     build_engine(graph, tmp_path / "engine", "ort")
     data = checkpoint.parent / DEV.get(task, "dev.tsv")
     features = features_of(tmp_path / "engine", str(data), Columns())
-    monkeypatch.setattr(parity, "STEP_SAMPLES", 1)  # without the longest sentence, as happens in large data
+    monkeypatch.setattr(parity, "SHIFT_SAMPLES", 1)  # without the longest sentence, as happens in large data
     gates = [
         Gate("drop", 100.0),
         *(Gate("drop", 100.0, name) for name in (TASKS[task].metric, *TASKS[task].secondary_metrics)),
@@ -79,7 +79,7 @@ def test_a_task_goes_from_data_to_a_compared_engine(
         gates.append(Gate("flips", 100.0))
     report = compare(checkpoint, tmp_path / "engine", features, gates=gates)
     report.require()
-    assert report.gates[0].found == report.gates[1].found == pytest.approx(-100 * report.difference)
+    assert report.gates[0].actual == report.gates[1].actual == pytest.approx(-100 * report.difference)
     assert report.metric == TASKS[task].metric
     assert report.engine_value > LEARNED[task]
     assert report.engine_interval[0] <= report.engine_value <= report.engine_interval[1]
@@ -298,7 +298,9 @@ class TestParity:
         for row, length in enumerate(lengths):
             wanted[row, length:] = found[row, length:] = 0
         found[1, 4] = -wanted[1, 4]
-        report = compare_output("logits", wanted, noise, noise, found, True, output_kind="softmax", lengths=lengths)
+        report = compare_output(
+            "logits", Expectation(wanted, noise, noise), found, Reading(lengths=lengths), quantized=True
+        )
         assert report.agreement == pytest.approx(1 - 1 / sum(lengths))
         assert report.worst_sample == 1
         assert report.mean_abs == pytest.approx(2 * np.abs(wanted[1, 4]).sum() / (sum(lengths) * 4))
@@ -308,10 +310,11 @@ class TestParity:
         wanted = np.array([[2.0, -3.0], [0.05, 1.0]])
         found = wanted - np.array([[0.0, 0.0], [0.1, 0.0]])
         error = np.full_like(wanted, 0.1)
-        report = compare_output("logits", wanted, error, error, found, True, output_kind="sigmoid")
+        expectation, reading = Expectation(wanted, error, error), Reading("sigmoid")
+        report = compare_output("logits", expectation, found, reading, quantized=True)
         assert (report.agreement, report.unexcused_flips) == (0.75, 0)  # the margin was within the tolerance
         found[0, 0] = -2.0
-        assert compare_output("logits", wanted, error, error, found, True, output_kind="sigmoid").unexcused_flips == 1
+        assert compare_output("logits", expectation, found, reading, quantized=True).unexcused_flips == 1
 
 
 def test_labels_agree_where_every_label_is_a_choice_of_its_own() -> None:

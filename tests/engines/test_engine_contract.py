@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from engines.base import BACKENDS, CPU_BACKENDS, BuildOptions, Engine, Profile, backend, module_command
+from engines.base import (
+    BACKENDS,
+    Backend,
+    BuildOptions,
+    Engine,
+    LayerTimedEngine,
+    LoadOptions,
+    Profile,
+    backend,
+    cpu_backends,
+    module_command,
+)
+from engines.openvino import backend as openvino_backend
+from engines.ort import backend as ort_backend
 from engines.passport import load_passport
 from engines.reference import pytorch
+from engines.tensorrt import backend as tensorrt_backend
+from engines.tensorrt import rtx_backend
+from engines.tensorrt.runtime import TensorRTEngine
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.data.examples import load_tokenizer
@@ -28,13 +46,19 @@ from tests.support.variants import variants
 
 RUNTIMES = [*BACKENDS, "torch_eager"]
 
+if TYPE_CHECKING:  # what `backend` promises of the modules of `BACKENDS`, held by mypy
+    _MODULES: tuple[Backend, ...] = (ort_backend, openvino_backend, tensorrt_backend, rtx_backend)
+
+
+def nested(depth: int) -> Any:
+    return {"deeper": nested(depth - 1)} if depth else {}
+
 
 def open_engine(name: str, tiny_engine: Callable[..., Path], tiny_checkpoint: Callable[..., Path]) -> Engine:
     try:
         if name == "torch_eager":
             return pytorch.load(tiny_checkpoint("bert"), task="classification")
-        found: Engine = backend(name).load(tiny_engine(name))
-        return found
+        return backend(name).load(tiny_engine(name))
     except EngineUnavailable as error:
         pytest.skip(f"{name}: {error}")
 
@@ -59,6 +83,26 @@ def directory(request: pytest.FixtureRequest, tiny_engine: Callable[..., Path]) 
 @pytest.fixture
 def copy(directory: Path, tmp_path: Path) -> Path:
     return shutil.copytree(directory, tmp_path / "copied alone")
+
+
+class TestProtocol:
+    def test_mypy_holds_every_backend_against_the_protocol(self) -> None:
+        modules = (ort_backend, openvino_backend, tensorrt_backend, rtx_backend)
+        assert {module.NAME: module.__name__ for module in modules} == BACKENDS
+
+    @pytest.mark.parametrize("name", BACKENDS)
+    def test_a_module_has_the_three_functions_with_the_parameters_of_the_protocol(self, name: str) -> None:
+        for function in ("build", "load", "inspect"):
+            expected = list(inspect.signature(getattr(Backend, function)).parameters)[1:]  # without self
+            assert list(inspect.signature(getattr(backend(name), function)).parameters) == expected
+
+    def test_capabilities_say_where_a_backend_runs_and_what_it_times(self) -> None:
+        assert cpu_backends() == ("ort", "openvino")
+        for name in BACKENDS:
+            capabilities = backend(name).CAPABILITIES
+            assert capabilities.threads == capabilities.runs_onnx == (name in cpu_backends())
+        assert issubclass(TensorRTEngine, LayerTimedEngine)
+        assert not issubclass(ort_backend.OrtEngine, LayerTimedEngine)
 
 
 class TestRun:
@@ -130,25 +174,26 @@ class TestDirectory:
     ) -> None:
         passport = load_passport(directory)
         files = {path.name for path in directory.iterdir()} - {"build.log"}
-        if passport.backend not in CPU_BACKENDS:
-            files.remove("weights.json")  # the truth report's facts of every weight
+        capabilities = backend(passport.backend).CAPABILITIES
+        if capabilities.sparse_kernels:
+            files.remove("weights.json")  # the sparsity report's facts of every weight
         assert files == {passport.engine, "passport.json", "spec.json", "tokenizer.json"}
-        graph = (
-            tiny_graph("bert", "inputs-outputs", "cpu" if passport.backend in CPU_BACKENDS else "trt") / "model.onnx"
-        )
+        graph = tiny_graph("bert", "inputs-outputs", "cpu" if capabilities.device == "cpu" else "trt") / "model.onnx"
         assert passport.onnx_sha256 == file_hash(graph)
         assert passport.engine_sha256 == file_hash(directory / passport.engine)
         assert passport.graph["task"] == "classification"
         assert passport.graph["placement"] == "inputs-outputs"
-        assert passport.plan["options"] == {"2:4+W8": 12}
+        assert passport.plan is not None
+        assert passport.plan.options == {"2:4+W8": 12}
         assert load_spec(directory) == load_spec(graph.parent)
         assert "nxm" in passport.rebuild_command()
 
     def test_inspection_tells_how_many_products_run_on_integers(self, directory: Path) -> None:
         name = load_passport(directory).backend
         facts = backend(name).inspect(directory)
-        assert facts["backend"] == name
-        assert facts["integer_products"] == 12
+        assert facts.backend == name
+        assert facts.to_dict()["integer_products"] == 12
+        json.dumps(facts.to_dict())
 
     def test_it_works_when_copied_alone(self, copy: Path) -> None:
         load_tokenizer(copy)
@@ -225,12 +270,19 @@ class TestTampering:
         [
             (None, "has no passport.json: it is not an engine directory; make one with `nxm build`"),
             ("{", "passport.json: not valid JSON"),
-            ("[]", "not a nxm-passport/1 file"),
-            ('{"schema": "nxm-passport/1"}', "malformed passport"),
-            (lambda data: {**data, "schema": "nxm-passport/9"}, "schema nxm-passport/9 is not the nxm-passport/1 that this version reads"),
-            (lambda data: {**data, "colour": "red"}, "malformed passport"),
-            (lambda data: {**data, "engine": 5}, "malformed passport"),
-            (lambda data: {**data, "requires": []}, "malformed passport"),
+            ("[]", "not a nxm-passport/2 file"),
+            ('{"schema": "nxm-passport/2"}', "passport.json: Object missing required field `backend`; build the engine again"),
+            ('{"schema": "nxm-passport/1"}', "passport.json: malformed nxm-passport/1 file"),
+            (lambda data: {**data, "schema": "nxm-passport/9"}, "schema nxm-passport/9 is not the nxm-passport/2 that this version reads"),
+            (lambda data: {**data, "colour": "red"}, "passport.json: unknown field colour"),
+            (lambda data: {**data, "plan": {**data["plan"], "colour": "red"}}, "passport.json: unknown field plan.colour"),
+            (lambda data: {**data, "engine": 5}, "passport.json: engine: Expected `str`, got `int`"),
+            (lambda data: {**data, "requires": []}, "passport.json: requires: Expected `object`, got `array`"),
+            (lambda data: {**data, "plan": {**data["plan"], "compression": {"hw": float("nan")}}}, "passport.json: not valid JSON (NaN is not a JSON number)"),
+            (lambda data: {**data, "options": {"auto": nested(100)}}, "passport.json: not valid JSON (nested more than 64 deep)"),
+            (lambda data: {**data, "profiles": [{"minimum": [1, 1], "optimum": [1, 8], "maximum": [1]}]}, "passport.json: profiles[0].maximum: Expected `array` of length 2, got 1"),
+            (lambda data: {**data, "profiles": [{"minimum": [4, 4], "optimum": [2, 2], "maximum": [8, 8]}]}, "passport.json: profile sizes must rise from 1"),
+            (lambda data: {**data, "bindings": {"inputs": [{"name": "x", "dtype": "int64", "shape": "all"}]}}, "passport.json: bindings.inputs[0].shape: Expected `array`, got `str`"),
             (lambda data: {**data, "engine": "../model.onnx"}, "names an engine outside its directory"),
             (lambda data: {**data, "backend": "tflite"}, "unknown backend 'tflite'; choose one of ort"),
             (lambda data: {**data, "requires": {"moon": "full"}}, "was built for moon full, and this machine has moon none; rebuild it here: nxm build"),
@@ -242,8 +294,19 @@ class TestTampering:
             file.unlink()
         else:
             file.write_text(text if isinstance(text, str) else json.dumps(text(json.loads(file.read_text()))))
-        with pytest.raises((ArtifactError, EngineError), match=message.replace("(", r"\(")):
+        with pytest.raises((ArtifactError, EngineError), match=re.escape(message)):
             self.load(copy)
+
+    def test_a_passport_of_the_first_schema_is_read(self, copy: Path) -> None:
+        """It had an empty plan for none, named the embedding only where it was INT8, and called precision overrides islands."""
+        passport = load_passport(copy)
+        former = {"schema": "nxm-passport/1", **passport.to_dict()}
+        del former["plan"]["embedding"]
+        former["graph"]["islands"] = former["graph"].pop("precision_overrides")
+        (copy / "passport.json").write_text(json.dumps(former))
+        assert load_passport(copy) == passport
+        (copy / "passport.json").write_text(json.dumps({**former, "plan": {}}))
+        assert load_passport(copy).plan is None
 
     def test_a_link_out_of_the_directory_is_refused(self, copy: Path, directory: Path) -> None:
         file = copy / load_passport(copy).engine
@@ -266,17 +329,17 @@ def test_tensorrt_rtx_builds_every_family_with_all_products_in_int8(
     assert (directory / "model.engine").stat().st_size > 100_000
     assert passport.options["planned_products"] == 12
     assert passport.options["integer_products"] == 12, passport.options["float_products"]
-    assert passport.profiles[0]["maximum"] == [32, tiny.POSITIONS]
+    assert passport.profiles[0].maximum == (32, tiny.POSITIONS)
 
 
 @pytest.mark.parametrize("family", variants(FAMILIES, ("bert",)))
 @pytest.mark.parametrize("placement", ["inputs", "inputs-outputs"])
-@pytest.mark.parametrize("name", CPU_BACKENDS)
+@pytest.mark.parametrize("name", cpu_backends())
 def test_every_planned_product_runs_on_integers(
     name: str, family: str, placement: str, tiny_engine: Callable[..., Path]
 ) -> None:
     try:
-        facts = backend(name).inspect(tiny_engine(name, family, placement))
+        facts = backend(name).inspect(tiny_engine(name, family, placement)).to_dict()
     except EngineUnavailable as error:
         pytest.skip(str(error))
     assert facts["integer_products"] == 12, facts["operators"]
@@ -288,7 +351,7 @@ class TestForeign:
     def test_any_onnx_file_is_built_and_inspected(self, tmp_path: Path) -> None:
         build_engine(onnx_text.save(self.TEXT, tmp_path / "foreign.onnx"), tmp_path / "engine")
         assert {path.name for path in (tmp_path / "engine").iterdir()} == {"model.onnx", "passport.json"}
-        assert backend("ort").inspect(tmp_path / "engine")["integer_products"] == 0
+        assert backend("ort").inspect(tmp_path / "engine").to_dict()["integer_products"] == 0
         with backend("ort").load(tmp_path / "engine") as engine, pytest.raises(EngineError, match="must be int64"):
             engine.run({"x": np.ones((1, 4), np.float32)})
 
@@ -339,7 +402,7 @@ def test_threads_are_recorded_and_used(tmp_path: Path, tiny_graph: Callable[...,
     assert passport.options["threads"] == 1
     with backend("ort").load(tmp_path / "engine") as engine:
         assert engine._session.get_session_options().intra_op_num_threads == 1
-    with backend("ort").load(tmp_path / "engine", threads=2) as engine:
+    with backend("ort").load(tmp_path / "engine", LoadOptions(threads=2)) as engine:
         assert engine._session.get_session_options().intra_op_num_threads == 2
 
 

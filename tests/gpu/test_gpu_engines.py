@@ -28,13 +28,13 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(checkpoint, twins directory) of a model whose matrices are large enough for sparse kernels."""
     from engines.base import BuildOptions, Profile
     from engines.tensorrt.backend import _runtime
-    from nxm_export.pipeline.sparsity_twins import build_twins
+    from nxm_export.pipeline.sparsity_twins import TwinGraphs, build_twins
 
     root = tmp_path_factory.mktemp("gpu")
     checkpoint = compressed(root / "checkpoint", tiny_config("bert", "gelu_pytorch_tanh", 1024), "attention")
     target = "trt8" if int(_runtime().__version__.split(".")[0]) < 10 else "trt"
     options = BuildOptions(profiles=[Profile((1, 1), (32, 64), (32, 64))], level=4)
-    build_twins(checkpoint, root / "twins", "trt", options, {"target": target})
+    build_twins(checkpoint, root / "twins", "trt", options, TwinGraphs(target))
     return checkpoint, root / "twins"
 
 
@@ -51,9 +51,9 @@ def test_the_sparse_engine_computes_what_pytorch_computes(twins: tuple[Path, Pat
 
 
 def test_the_flag_makes_the_difference_between_the_twins(twins: tuple[Path, Path]) -> None:
-    from engines.sparsity.report import read_truth
+    from engines.sparsity.report import read_sparsity_report
 
-    sparse, dense = (read_truth(twins[1] / name) for name in ("int8-sparse", "int8-dense"))
+    sparse, dense = (read_sparsity_report(twins[1] / name) for name in ("int8-sparse", "int8-dense"))
     assert dense.sparse_share == 0
     assert {row.chosen for row in sparse.weights} <= {True, False, None}
     known = [row for row in sparse.weights if row.planned_sparse and row.kernel]

@@ -52,7 +52,7 @@ def write_checkpoint(
         if scale is not None:
             scales[f"{name}_scale"] = scale
     if embedding == "int8":  # a row of a matrix is a channel; a row of the table is a token
-        tensors[kind.table], scales[f"{kind.table}_scale"] = baked_table(tensors[kind.table])
+        tensors[kind.word_embedding], scales[f"{kind.word_embedding}_scale"] = baked_table(tensors[kind.word_embedding])
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     scales |= _ranges(out, plan, task)
     save_plan(out, plan, scales)

@@ -7,7 +7,6 @@ but known to be so only when it runs, is added: an engine that takes its time.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +14,10 @@ import numpy as np
 
 from engines.base import BuildOptions
 from engines.ort import backend as ort
-from engines.parity.compare import PARITY_FILE
+from engines.parity.gates import GateResult
+from engines.parity.reports import PARITY_FILE, SCHEMA, ParityReport
 from nxm_export.contract.io_spec import IOSpec
+from nxm_export.storage.json_files import encode
 
 WORDS = ("good", "bad", "film", "plot", "a", "the", "not", "very")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -110,6 +111,30 @@ def build(out: Path, seed: int = 0, parity: bool | None = None, work: int = 0) -
     out.mkdir()
     passport = ort.build(onnx, out, BuildOptions(threads=1))
     if parity is not None:
-        report = {"schema": "nxm-parity/1", "passed": parity, "engine_sha256": passport.engine_sha256}
-        (out / PARITY_FILE).write_text(json.dumps(report), encoding="utf-8")
+        write_parity(out, passport.engine_sha256, passed=parity)
     return out
+
+
+def write_parity(engine: Path, sha256: str, *, passed: bool) -> None:
+    """A parity report beside an engine, of one gate that held or failed."""
+    report = ParityReport(
+        passed=passed,
+        engine=str(engine),
+        engine_sha256=sha256,
+        backend="ort",
+        samples=1,
+        outputs=(),
+        metric="accuracy",
+        reference_value=1.0,
+        reference_interval=None,
+        engine_value=1.0,
+        engine_interval=None,
+        reason="made up for a test",
+        difference=0.0,
+        difference_interval=None,
+        probes=(),
+        gates=(GateResult("drop<=0.5", 0.0 if passed else 1.0, 0.5, passed, "points"),),
+        pairs=(),
+        secondary_metrics={},
+    )
+    (engine / PARITY_FILE).write_text(encode(report, SCHEMA), encoding="utf-8")

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from compressors.search.settings import SearchSettings
-from compressors.settings import Settings
-from compressors.training.trainer import Losses
+from compressors.settings import Losses, Settings
 from nxm_export.contract.search_result import FullRun, PlanScore, SampleCounts, SearchBudget, SearchCost
 from nxm_export.data.metrics import interval, mcc, metric_named, paired_interval
 from nxm_export.errors import ArtifactError, DataError, NxmError, PlanError

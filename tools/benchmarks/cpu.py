@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.base import BuildOptions, Engine, backend
+from engines.base import BuildOptions, Engine, LoadOptions, backend
 from engines.benchmark.latency import feeds_for, interleaved, paired
 from engines.openvino.backend import OpenVinoEngine
 from engines.ort.backend import ENGINE_FILE
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
         for directory in directories.values():  # the tokenizer may stop earlier than the model has positions
             replace(load_spec(directory), max_length=LONGEST).save(directory)
         loaded: dict[str, Engine] = {
-            name: stack.enter_context(backend(ENGINES[name][2]).load(directory, threads=threads))
+            name: stack.enter_context(backend(ENGINES[name][2]).load(directory, LoadOptions(threads=threads)))
             for name, directory in directories.items()
         }
         peer = _peer(directories, args.data, work, threads)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from engines.base import backend
+from engines.base import LoadOptions, backend
 from engines.benchmark.latency import feeds_for
 from engines.ort.backend import ENGINE_FILE
 from engines.passport import load_passport
@@ -38,7 +38,7 @@ def onnxruntime_profile(
     session = onnxruntime.InferenceSession(
         str(directory / ENGINE_FILE), options, providers=["CPUExecutionProvider"], disabled_optimizers=without
     )
-    with backend("ort").load(directory, threads=1) as engine:
+    with backend("ort").load(directory, LoadOptions(threads=1)) as engine:
         feeds = feeds_for(engine, *shape, 1000, 0)
     for _ in range(rounds):
         session.run(None, feeds)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.base import backend
+from engines.base import LoadOptions, backend
 from engines.benchmark.http_load import Target, run_round, text_target, token_target
 from engines.passport import cpu_device, load_passport
 from engines.serving.repository import Source
@@ -222,7 +222,7 @@ def protocol_overhead(work: Work, targets: dict[str, Target], rounds: int) -> di
     features = work.features
     bare: list[float] = []
     served: dict[str, list[float]] = {name: [] for name in targets}
-    with backend(load_passport(work.engine).backend).load(work.engine, threads=1) as loaded:
+    with backend(load_passport(work.engine).backend).load(work.engine, LoadOptions(threads=1)) as loaded:
         for turn in range(10 * rounds):
             chosen = range(turn * 40 % (len(features) - 40), turn * 40 % (len(features) - 40) + 40)
             for i in chosen:

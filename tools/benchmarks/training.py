@@ -26,10 +26,10 @@ from transformers import TrainerCallback
 from compressors.malloc import keep_freed_memory
 from compressors.pruning.admm import Admm
 from compressors.quantization.fake_quant import prepare, quant_linears
-from compressors.settings import Settings
+from compressors.settings import Losses, Settings
 from compressors.training.default_recipe import MEASURED_WIDTH, training_of
 from compressors.training.phases import MAX_DUAL_UPDATES, WATCH_EVERY, WATCHED_SAMPLES, freeze_embeddings
-from compressors.training.trainer import Losses, Phase, Student, _optimizer, mean_loss, run_phase, wants_bf16
+from compressors.training.trainer import Phase, Student, _optimizer, mean_loss, run_phase, wants_bf16
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.tasks import task_named

@@ -70,8 +70,8 @@ class Parity:
     """The largest difference of an engine's outputs from PyTorch's, and what is tolerated."""
 
     passed: bool
-    max_abs: float
-    tolerated: float
+    max_abs: float | None
+    tolerated: float | None
 
 
 @dataclass(frozen=True)
@@ -173,15 +173,14 @@ def measure(variant: Variant, plan: Plan) -> Result:
     """Build the twins of one variant, then count, compare and time. An error is a result, too."""
     from nxm_export.pipeline.engine_commands import bench_engines
     from nxm_export.pipeline.inspection import inspect_path, measure_layers
-    from nxm_export.pipeline.sparsity_twins import build_twins, twin_directories
+    from nxm_export.pipeline.sparsity_twins import TwinGraphs, build_twins, twin_directories
 
     work = plan.work / "build" / variant.name
     shapes = [shape for shape in plan.shapes if shape[1] <= MODELS[variant.model][3]]
     result = Result(variant, shapes)
     try:
         checkpoint = one_shot(variant, plan.work / "checkpoints")
-        target = "trt8" if plan.weakly_typed else "trt"
-        exported = {"target": target, "lowering": variant.lowering, "placement": variant.placement}
+        exported = TwinGraphs("trt8" if plan.weakly_typed else "trt", variant.lowering, variant.placement)
         settings = BuildOptions(profiles=profiles_of(shapes), level=plan.level)
         began = time.monotonic()
         build_twins(checkpoint, work, "trt", settings, exported)

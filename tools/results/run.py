@@ -21,7 +21,7 @@ from compressors.models import resolve
 from compressors.search.plan_search import TABLE_FILE, search
 from compressors.search.sensitivity import divergence
 from compressors.search.settings import SearchSettings
-from compressors.settings import Settings
+from compressors.settings import DENSE_FIELDS, Settings
 from compressors.training.compress import compress, finetune
 from compressors.training.default_recipe import training_of
 from nxm_export.cli.tables import Progress
@@ -62,8 +62,6 @@ from tools.results.rows import Row
 from tools.results.statistics import percentiles
 from tools.results.store import TaskStore
 
-DENSE_KEYS = ("dense_epochs", "dense_steps", "dense_learning_rate", "dense_freeze_embeddings")
-SHARED_KEYS = ("batch_size", "max_length", "precision", "seed")
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn")
 Bars = Callable[[], contextlib.AbstractContextManager[Progress]]
 
@@ -106,8 +104,7 @@ class Measure:
     def _dense(self, row: Row, seed: int) -> tuple[Record, str]:
         teacher = self._teacher(seed)
         if row.name == "dense":
-            settings = _part(teacher.settings, DENSE_KEYS + SHARED_KEYS)
-            record, labels = self._record(row, seed, teacher.path, settings, teacher.seconds)
+            record, labels = self._record(row, seed, teacher.path, teacher.settings.dense_part(), teacher.seconds)
             return replace(record, weights_sha256=teacher.sha256), labels
         longer = replace(
             teacher.settings,
@@ -117,8 +114,7 @@ class Measure:
         out = self._directory(seed) / row.slug
         with self._timed(out, seed) as (clock, progress):
             finetune(teacher.path, out=out, settings=longer, further=True, progress=progress, **self._data(out))
-        settings = _part(longer, DENSE_KEYS + SHARED_KEYS)
-        record, labels = self._record(row, seed, out, settings, clock.seconds)
+        record, labels = self._record(row, seed, out, longer.dense_part(), clock.seconds)
         self._drop(out)
         return replace(record, teacher_sha256=teacher.sha256), labels
 
@@ -183,7 +179,7 @@ class Measure:
         made_by = {
             "model": self.protocol.model_name,
             "data_sha256": self.files.digest,
-            "settings": _json(_part(settings, DENSE_KEYS + SHARED_KEYS)),
+            "settings": _json(settings.dense_part()),
         }
         out = self._directory(seed) / "dense"
         note = out.with_name("dense.json")
@@ -440,7 +436,7 @@ def _bytes(plan: CompressionPlan, checkpoint: Path) -> Sizes:
         packed=-(-plan.stored_bits("packed") // 8),
         engine_sparse=plan.engine_bytes(sparse=True),
         engine_dense=plan.engine_bytes(sparse=False),
-        file=packed["file_bytes"],
+        file=packed.file_bytes,
     )
 
 
@@ -457,11 +453,7 @@ def changed(settings: Settings, changes: Mapping[str, Json], width: int) -> Sett
 
 def _compress_part(settings: Settings) -> dict[str, Json]:
     """The settings that compression reads; threads are told with the machine."""
-    return {key: value for key, value in asdict(settings).items() if key not in (*DENSE_KEYS, "threads")}
-
-
-def _part(settings: Settings, keys: Sequence[str]) -> dict[str, Json]:
-    return {key: getattr(settings, key) for key in keys}
+    return {key: value for key, value in asdict(settings).items() if key not in (*DENSE_FIELDS, "threads")}
 
 
 def _json(value: Mapping[str, Json]) -> dict[str, Json]:

@@ -129,7 +129,7 @@ def test_the_cost_of_a_full_run_is_estimated_on_batches_as_long_as_its_own() -> 
 def test_every_task_can_be_searched(task: str, tmp_path: Path) -> None:
     model = tiny.write_model("bert", tmp_path / "model", head=task)
     train, _ = tiny.write_data(tmp_path, task)
-    few = ("--samples", "8", "--held-out", "8", "--swaps", "2", "--menu", "2:4+W8,W8", "--compression", "0.8")
+    few = ("--samples", "8", "--held-out", "8", "--swaps", "2", "--candidates", "2:4+W8,W8", "--compression", "0.8")
     out = tmp_path / "found"
     done = nxm(
         "search", model, "--task", task, "--train", train, *few, "--halving", "1", "--threads", "1", "--out", out
@@ -164,7 +164,9 @@ def test_compress_refuses_a_plan_for_another_model_before_it_trains(desk: Path, 
 
 
 def test_the_papers_search_and_json(desk: Path, tmp_path: Path) -> None:
-    result = search(desk, tmp_path / "out", "--method", "paper", "--menu", "2:4+W4,W4", "--finalists", "3", "--json")
+    result = search(
+        desk, tmp_path / "out", "--method", "paper", "--candidates", "2:4+W4,W4", "--finalists", "3", "--json"
+    )
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
     assert facts == json.loads((tmp_path / "out" / "search.json").read_text())
@@ -184,9 +186,9 @@ def test_the_papers_search_and_json(desk: Path, tmp_path: Path) -> None:
         (("--compression", "0.95"), 1, "the nearest feasible is compression 0.8"),
         (("--compression", "0"), 1, "a share between 0 and 1, as in 0.875; got 0.0"),
         (("--compression", "0.8", "--bytes", "9000"), 1, "either a compression or a number of bytes"),
-        (("--menu", "2:4+W4,5:7+W4"), 1, "no weight of this model allows the menu option 5:7+W4; drop it"),
-        (("--menu", "2:4+W9"), 1, "weight_bits must be 2 to 8"),
-        (("--menu", "2:4,,W4"), 1, "not a weight option: ''"),
+        (("--candidates", "2:4+W4,5:7+W4"), 1, "no weight of this model allows the candidate spec 5:7+W4; drop it"),
+        (("--candidates", "2:4+W9"), 1, "weight_bits must be 2 to 8"),
+        (("--candidates", "2:4,,W4"), 1, "not a weight option: ''"),
         (("--samples", "4"), 1, "at least 8 calibration and 8 held-out samples, got 4"),
         (("--samples", "0"), 2, "Invalid value for '--samples'"),
         (("--samples", "180"), 1, "192 training samples are too few for 180 calibration and 24 held-out samples"),

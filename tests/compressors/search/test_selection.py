@@ -14,7 +14,7 @@ import torch
 from compressors.models import load_model
 from compressors.projections import project_joint, project_nm
 from compressors.search.selection import Choice, Selector, Trial
-from compressors.search.settings import COST_SHARE, DEFAULT_MENU, SearchSettings
+from compressors.search.settings import COST_SHARE, DEFAULT_CANDIDATES, SearchSettings
 from nxm_export.contract.plan import COUNTINGS, WeightSpec
 from nxm_export.contract.tasks import task_named
 from nxm_export.errors import DataError, PlanError
@@ -30,12 +30,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Probed:
 
 @pytest.fixture(scope="module")
 def measured(model: Probed, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Selector]:
-    """``measured(**settings)``: a selector with its table filled; tables of the same menu and placement are made once."""
+    """``measured(**settings)``: a selector with its table filled; tables of the same candidate specs and placement are made once."""
     tables: dict[tuple[Any, ...], Path] = {}
 
     def make(**settings: Any) -> Selector:
         selector = model.selector(**{"compression": 0.85, "swaps": 12, **SIZES, **settings})
-        key = (settings.get("menu"), settings.get("placement"))
+        key = (settings.get("candidate_specs"), settings.get("placement"))
         selector.measure_table(tables.setdefault(key, tmp_path_factory.mktemp("table")))
         return selector
 
@@ -67,7 +67,7 @@ def test_every_plan_keeps_to_a_budget_of_bytes(measured: Callable[..., Selector]
 def test_a_plan_is_counted_as_its_placement_makes_it(
     measured: Callable[..., Selector], model: Probed, placement: str
 ) -> None:
-    """ffn-only keeps attention's matrices in 16 bit whatever the menu says, and INT8 attention needs them quantized."""
+    """ffn-only keeps attention's matrices in 16 bit whatever the candidates are, and INT8 attention needs them quantized."""
     compression = 0.7 if placement == "ffn-only" else 0.8
     trials = every_trial(measured(placement=placement, compression=compression))
     for trial in trials:
@@ -89,7 +89,7 @@ def test_the_free_choice_is_the_best_that_any_tie_allows(measured: Callable[...,
     assert total["free, 0.0 fisher"] == pytest.approx(min(total.values()))
     rng = np.random.default_rng(0)
     for _ in range(3000):
-        choice = tuple(int(o) for o in rng.integers(len(selector.menu), size=len(selector.names)))
+        choice = tuple(int(o) for o in rng.integers(len(selector.candidate_specs), size=len(selector.names)))
         if selector.fits(choice, selector.budget):
             assert sum(kl[i][o] for i, o in enumerate(choice)) >= total["free, 0.0 fisher"] * (1 - 1e-12)
 
@@ -207,9 +207,9 @@ def test_the_least_latency_that_an_error_names_can_be_had(measured: Callable[...
     [
         ({"query": {"W4": 1.0}}, "no number for query under 2:4\\+W4"),
         ({"query": 3}, "no number for query"),
-        ({"query": dict.fromkeys(DEFAULT_MENU, "fast")}, "no number for query"),
-        ({"query": dict.fromkeys(DEFAULT_MENU, float("nan"))}, "says nan ms"),
-        ({"query": dict.fromkeys(DEFAULT_MENU, -1.0)}, "says -1.0 ms"),
+        ({"query": dict.fromkeys(DEFAULT_CANDIDATES, "fast")}, "no number for query"),
+        ({"query": dict.fromkeys(DEFAULT_CANDIDATES, float("nan"))}, "says nan ms"),
+        ({"query": dict.fromkeys(DEFAULT_CANDIDATES, -1.0)}, "says -1.0 ms"),
     ],
 )
 def test_a_latency_table_with_holes_is_refused(model: Probed, table: Any, message: str) -> None:
@@ -217,13 +217,13 @@ def test_a_latency_table_with_holes_is_refused(model: Probed, table: Any, messag
         model.selector(latencies=table, latency_ms=1.0, **SIZES)
 
 
-def by_trying_everything(model: Probed, menu: list[str], compression: float) -> list[tuple[float, float, Choice]]:
+def by_trying_everything(model: Probed, candidates: list[str], compression: float) -> list[tuple[float, float, Choice]]:
     """(-accuracy, divergence, choice) of every choice tied by role, with nothing but modules and projections."""
-    selector = model.selector(menu=tuple(menu), compression=compression, method="paper", **SIZES)
-    specs, family = [WeightSpec.parse(option) for option in menu], model.source.family
+    selector = model.selector(candidate_specs=tuple(candidates), compression=compression, method="paper", **SIZES)
+    specs, family = [WeightSpec.parse(option) for option in candidates], model.source.family
     dense, changed = (load_model(model.source, task_named("classification")).eval() for _ in range(2))
     batches, scored = model.batches(24, 56), []
-    for options in itertools.product(range(len(menu)), repeat=6):
+    for options in itertools.product(range(len(candidates)), repeat=6):
         bits, scales = 0, {}
         for name, shape in selector.shapes.items():
             option = options[list(family.linears).index(family.role(name))]
@@ -261,10 +261,10 @@ def by_trying_everything(model: Probed, menu: list[str], compression: float) -> 
 
 
 def test_the_papers_enumeration_finds_what_trying_everything_finds(model: Probed) -> None:
-    menu = ["2:4+W4", "2:4"]
-    wanted = by_trying_everything(model, menu, 0.8)
+    candidates = ["2:4+W4", "2:4"]
+    wanted = by_trying_everything(model, candidates, 0.8)
     assert 6 < len(wanted) < 2**6, "the budget excludes some"
-    selector = model.selector(menu=tuple(menu), compression=0.8, method="paper", finalists=6, **SIZES)
+    selector = model.selector(candidate_specs=tuple(candidates), compression=0.8, method="paper", finalists=6, **SIZES)
     found = selector.paper("accuracy", [{"labels": label} for batch in selector.held_out for label in batch["labels"]])
     assert found.evaluated == len(wanted)
     assert [trial.choice for trial in found.finalists] == [choice for _, _, choice in wanted[:6]]
@@ -276,7 +276,7 @@ def test_the_papers_enumeration_finds_what_trying_everything_finds(model: Probed
 
 @pytest.mark.parametrize("counting", COUNTINGS)
 def test_the_nearest_feasible_that_an_error_names_is_feasible(model: Probed, counting: str) -> None:
-    with pytest.raises(PlanError, match="is out of reach of the menu") as refused:
+    with pytest.raises(PlanError, match="is out of reach of the candidate specs") as refused:
         model.selector(compression=0.95, counting=counting, **SIZES)
     nearest, bytes_ = str(refused.value).split("nearest feasible is compression ")[1].split(" (")
     model.selector(compression=float(nearest), counting=counting, **SIZES)
@@ -293,12 +293,20 @@ def test_a_front_out_of_reach_is_refused_before_anything_is_measured(model: Prob
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"menu": ("2:4+W4", "3:7+W4", "dense")}, PlanError, r"no weight of this model allows the menu option 3:7\+W4"),
-        ({"menu": ("3:64+W4",)}, PlanError, r"query\.weight \(32x32\) allows no option of the menu"),
-        ({"menu": ("2:4+W4", "")}, PlanError, "not a weight option: ''"),
-        ({"menu": ("dense",), "placement": "attention"}, PlanError, "allows no option of the menu dense"),
+        (
+            {"candidate_specs": ("2:4+W4", "3:7+W4", "dense")},
+            PlanError,
+            r"no weight of this model allows the candidate spec 3:7\+W4",
+        ),
+        ({"candidate_specs": ("3:64+W4",)}, PlanError, r"query\.weight \(32x32\) allows none of the candidate specs"),
+        ({"candidate_specs": ("2:4+W4", "")}, PlanError, "not a weight option: ''"),
+        (
+            {"candidate_specs": ("dense",), "placement": "attention"},
+            PlanError,
+            "allows none of the candidate specs dense",
+        ),
         ({"counting": "flattering"}, PlanError, "unknown counting"),
-        ({"method": "guess"}, PlanError, "unknown search method"),
+        ({"method": "guess"}, PlanError, "unknown method"),
         ({"compression": 0.0}, PlanError, "a share between 0 and 1"),
         ({"compression": 87.5}, PlanError, "a share between 0 and 1"),
         ({"compression": 0.8, "bytes": 9}, PlanError, "either a compression or a number of bytes"),
@@ -321,11 +329,11 @@ def test_an_option_that_some_weights_do_not_allow_is_used_by_the_others(
     measured: Callable[..., Selector], tmp_path: Path
 ) -> None:
     """Rows of 64 allow groups of 64, rows of 32 do not; layers then have no common option but the others."""
-    selector = measured(menu=("16:64+W4", "W8", "W4"), compression=0.82)
+    selector = measured(candidate_specs=("16:64+W4", "W8", "W4"), compression=0.82)
     for trial in every_trial(selector):
         for name, spec in trial.plan.weights.items():
             assert selector.shapes[name][1] == 64 or spec.pattern is None
-    by_size = measured(menu=("16:64+W4", "W8", "W4"), compression=0.82, counting="values")
+    by_size = measured(candidate_specs=("16:64+W4", "W8", "W4"), compression=0.82, counting="values")
     assert any("16:64+W4" in trial.plan.pattern_counts for trial in every_trial(by_size))
 
 

@@ -19,7 +19,7 @@ from nxm_export.errors import ArtifactError, DataError
 from tests.support import tiny
 from tests.support.probing import Probed, probed
 
-MENU = [WeightSpec.parse(option) for option in ("2:4+W4", "W4", "2:4")]
+SPECS = [WeightSpec.parse(option) for option in ("2:4+W4", "W4", "2:4")]
 Table = dict[tuple[str, str], Entry]
 
 
@@ -35,11 +35,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Probed]:
     return get
 
 
-def table_of(found: Probed, directory: Path, menu: list[WeightSpec] = MENU, **options: Any) -> Table:
+def table_of(found: Probed, directory: Path, specs: list[WeightSpec] = SPECS, **options: Any) -> Table:
     batches = found.batches(0, 24)
     one_shot = OneShot(found.probe, found.probe.statistics(batches, 99.99))
     directory.mkdir(exist_ok=True)
-    table = measure(found.probe, batches, one_shot, dict.fromkeys(found.probe.weights, menu), directory, **options)
+    table = measure(found.probe, batches, one_shot, dict.fromkeys(found.probe.weights, specs), directory, **options)
     return {(entry.weight, entry.option): entry for entry in table}
 
 
@@ -78,9 +78,9 @@ def test_kl_is_that_of_whole_forward_passes_with_the_weight_replaced(
     found = models(family)
     table = table_of(found, tmp_path)
     one_shot = OneShot(found.probe, found.probe.statistics(found.batches(0, 24), 99.99))
-    assert len(table) == 6 * (1 if family == "albert" else tiny.LAYERS) * len(MENU)
+    assert len(table) == 6 * (1 if family == "albert" else tiny.LAYERS) * len(SPECS)
     for weight in found.probe.weights:
-        value, scale = one_shot(weight, MENU[0])
+        value, scale = one_shot(weight, SPECS[0])
         wanted = slow_kl(found, weight, value, scale)
         # float32 logits agree to 1e-6 or so, and divergences are squares of differences of 1e-3
         assert table[weight, "2:4+W4"].kl == pytest.approx(wanted, rel=1e-3)
@@ -113,7 +113,7 @@ def test_fisher_is_the_sum_over_outputs_of_errors_weighted_by_squared_gradients(
     one_shot = OneShot(found.probe, found.probe.statistics(found.batches(0, 24), 99.99))
     for weight in found.probe.weights[1::5]:  # a key, which shares query's statistics, and one of every other kind
         moments, fisher = slow_statistics(found, weight)
-        for option in MENU:
+        for option in SPECS:
             error = (found.probe.layer(weight).weight.detach() - one_shot(weight, option)[0]).double()
             wanted = sum(float(fisher[o] * (error[o] @ moments @ error[o])) for o in range(len(error)))
             # float32 sums over some hundred tokens, in another order and without padding
@@ -147,15 +147,15 @@ def test_the_model_is_as_before_after_a_table(models: Callable[[str], Probed], t
 def test_one_shot_weights_keep_their_pattern_and_grid(models: Callable[[str], Probed], by_magnitude: bool) -> None:
     found = models("bert")
     one_shot = OneShot(found.probe, found.probe.statistics(found.batches(0, 24), 99.99), by_magnitude=by_magnitude)
-    for option in MENU:
+    for option in SPECS:
         value, scale = one_shot(found.probe.weights[4], option)
         if option.pattern:
             assert ((value.reshape(-1, 4) != 0).sum(-1) <= 2).all()
         if option.weight_bits:
             assert max(len(set(row.tolist())) for row in value) <= 15
         assert (scale is None) == (option.weight_bits is None)
-    again = one_shot(found.probe.weights[4], MENU[0])[0]
-    assert torch.equal(again, one_shot(found.probe.weights[4], MENU[0])[0])
+    again = one_shot(found.probe.weights[4], SPECS[0])[0]
+    assert torch.equal(again, one_shot(found.probe.weights[4], SPECS[0])[0])
 
 
 class PeakOfLiveBytes:
@@ -186,7 +186,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(models: Callable[[str],
             one_shot = OneShot(found.probe, found.probe.statistics(batches, 99.99))
             directory = tmp_path / str(samples)
             directory.mkdir()
-            measure(found.probe, batches, one_shot, dict.fromkeys(found.probe.weights, MENU[:1]), directory)
+            measure(found.probe, batches, one_shot, dict.fromkeys(found.probe.weights, SPECS[:1]), directory)
         return measured.peak
 
     few, many = peak(16), peak(80)
@@ -267,7 +267,7 @@ def test_bert_large_shapes_need_nothing_else(tmp_path: Path) -> None:
     found = probed(tmp_path, hidden=1024, intermediate=4096, layers=1)
     batches = found.batches(0, 8)
     one_shot = OneShot(found.probe, found.probe.statistics(batches, 99.99))
-    menu = [WeightSpec(NMPattern(2, 4), 4, 8)]
-    table = measure(found.probe, batches, one_shot, dict.fromkeys(found.probe.weights, menu), tmp_path)
+    specs = [WeightSpec(NMPattern(2, 4), 4, 8)]
+    table = measure(found.probe, batches, one_shot, dict.fromkeys(found.probe.weights, specs), tmp_path)
     assert [entry.weight for entry in table] == list(found.source.family.weights(found.source.config))
     assert all(entry.kl > 0 and entry.fisher > 0 for entry in table)

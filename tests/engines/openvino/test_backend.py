@@ -6,14 +6,16 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from engines.base import BuildOptions, backend
+from engines.base import BuildOptions, LoadOptions, backend
+from engines.openvino import backend as openvino_backend
 from engines.parity.bisect import bisect
 from engines.parity.compare import open_part
-from engines.parity.tolerance import QUANTIZER_JITTER
+from engines.parity.tolerance import QUANTIZER_ROUNDING
 from engines.passport import load_passport
 from engines.reference import pytorch
 from nxm_export.contract.placement import placement_of
@@ -50,12 +52,12 @@ def test_the_execution_graph_names_every_product_and_its_precision(tiny_engine: 
     passport = load_passport(directory)
     assert (passport.options["planned_products"], passport.options["integer_products"]) == (12, 12)
     assert passport.options["float_products"] == []
-    facts = backend("openvino").inspect(directory)
-    kernels = {row["name"].partition("/")[0]: row for row in facts["products"]}
-    query = kernels["bert.encoder.layer.0.attention.self.query"]
-    assert query["precision"] == "i8"
-    assert "i8" in query["kernel"]
-    assert {row["precision"] for name, row in kernels.items() if not name.startswith("bert.encoder")} == {"f32"}
+    products = {product.name.partition("/")[0]: product for product in openvino_backend.inspect(directory).products}
+    query = products["bert.encoder.layer.0.attention.self.query"]
+    assert query.precision == "i8"
+    assert "i8" in query.kernel
+    outside = {product.precision for name, product in products.items() if not name.startswith("bert.encoder")}
+    assert outside == {"f32"}
 
 
 def test_a_planned_product_that_runs_in_float_is_named(tiny_graph: Callable[..., Path], tmp_path: Path) -> None:
@@ -122,7 +124,7 @@ def test_float_layers_run_in_float32(tiny_checkpoint: Callable[..., Path], tmp_p
 
 def test_its_quantizer_errs_no_further_from_a_tie_than_the_tolerance_says(tmp_path: Path) -> None:
     """It rounds x * (1/s) + 128 in float32: within 2**-17 of a code of a tie, and two roundings of x and 1/s more, it may
-    choose the other code; further away it never does. That is where `QUANTIZER_JITTER` comes from."""
+    choose the other code; further away it never does. That is where `QUANTIZER_ROUNDING` comes from."""
     import openvino
 
     from engines.openvino.backend import settings
@@ -140,15 +142,15 @@ def test_its_quantizer_errs_no_further_from_a_tie_than_the_tolerance_says(tmp_pa
         return float((np.rint(compiled({"x": x})[0] / np.float32(0.0371)) != exact).mean())
 
     assert wrong(4 * window) == 0.0
-    assert wrong(2.0**-19) > 0.01, "it rounds as exactly as a division does: drop QUANTIZER_JITTER"
+    assert wrong(2.0**-19) > 0.01, "it rounds as exactly as a division does: drop QUANTIZER_ROUNDING"
 
 
 def test_only_its_quantized_engines_are_given_that_tolerance(
     tiny_engine: Callable[..., Path], tiny_checkpoint: Callable[..., Path]
 ) -> None:
     checkpoint = tiny_checkpoint("bert")
-    assert open_part(checkpoint, tiny_engine("openvino")).jitter == QUANTIZER_JITTER["openvino"]
-    assert open_part(checkpoint, tiny_engine("ort")).jitter == 0.0
+    assert open_part(checkpoint, tiny_engine("openvino")).rounding == QUANTIZER_ROUNDING["openvino"]
+    assert open_part(checkpoint, tiny_engine("ort")).rounding == 0.0
 
 
 def test_its_blocks_can_be_compared(
@@ -165,9 +167,10 @@ def test_its_blocks_can_be_compared(
 def test_threads_are_recorded_and_used(tmp_path: Path, tiny_graph: Callable[..., Path]) -> None:
     facts = build_engine(tiny_graph() / "model.onnx", tmp_path / "engine", "openvino", BuildOptions(threads=1))
     assert facts["options"]["threads"] == 1
-    for threads, wanted in ((None, 1), (2, 2)):
-        with backend("openvino").load(tmp_path / "engine", threads=threads) as engine:
-            assert engine._request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == wanted
+    for threads, expected in ((None, 1), (2, 2)):
+        with openvino_backend.load(tmp_path / "engine", LoadOptions(threads)) as engine:
+            request: Any = engine._request
+            assert request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == expected
 
 
 def test_a_file_with_weights_beside_it_is_refused(tmp_path: Path) -> None:
@@ -179,4 +182,4 @@ def test_a_file_with_weights_beside_it_is_refused(tmp_path: Path) -> None:
 
 
 def test_inspection_is_json(tiny_engine: Callable[..., Path]) -> None:
-    json.dumps(backend("openvino").inspect(tiny_engine("openvino")))
+    json.dumps(openvino_backend.inspect(tiny_engine("openvino")).to_dict())

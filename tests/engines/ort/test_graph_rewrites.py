@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.base import backend
+from engines.ort import backend as ort
 from engines.ort.backend import SLOW_FUSIONS, unsigned_activations
 from engines.ort.graph_rewrites import fused_attention, integer_products
 from engines.passport import load_passport
@@ -127,6 +127,6 @@ def test_the_engine_says_what_was_done_to_its_graph(tiny_engine: Callable[..., P
     assert options["integer_products"] == 12
     assert options["fused_attention"] == 2
     assert options["disabled_optimizers"] == list(SLOW_FUSIONS)
-    operators = backend("ort").inspect(directory)["operators"]
+    operators = ort.inspect(directory).operators
     assert operators["MultiHeadAttention"] == 2
     assert not {"SkipLayerNormalization", "BiasGelu"} & set(operators)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.parity.bisect import BISECT_FILE, bisect
+from engines.parity.bisect import bisect
+from engines.parity.bisect_reports import BISECT_FILE, read_bisect_report
 from engines.parity.compare import compare
+from engines.parity.reports import PARITY_FILE, read_parity_report
 from engines.passport import load_passport
 from engines.reference import pytorch
 from nxm_export.contract.io_spec import load_spec
@@ -50,10 +51,10 @@ def test_a_healthy_engine_parts_nowhere(
     report.require()
     assert [row.block for row in report.blocks] == ["embeddings", "bert.encoder.layer.0", BLOCK, "head"]
     assert report.outputs_equal
-    written = json.loads((engine / BISECT_FILE).read_text())
-    assert written["passed"] is True
-    assert written["engine_sha256"] == load_passport(engine).engine_sha256
-    assert written["kernels_changed"] is False
+    assert read_bisect_report(engine / BISECT_FILE) == report
+    assert report.passed
+    assert report.engine_sha256 == load_passport(engine).engine_sha256
+    assert report.kernels_changed is False
 
 
 @pytest.mark.parametrize("fault", BROKEN)
@@ -101,11 +102,14 @@ def test_an_overflow_of_float16_fails_the_gate_and_is_located(
     assert not parity.passed
     assert parity.probes[0].name == "finite outputs"
     assert parity.probes[0].passed is False
+    assert parity.outputs[0].nonfinite > 0
+    assert read_parity_report(engine / PARITY_FILE) == parity
     report = bisect(checkpoint, engine, features)
     assert report.first_diverging == BLOCK
     assert "NaN or infinity" in next(row.reason for row in report.blocks if row.block == BLOCK)
     assert report.blocks[-1].passed is None  # the head read NaN, so nothing can be said about it
-    json.loads((engine / BISECT_FILE).read_text(), parse_constant=pytest.fail)  # NaN is not JSON
+    assert read_bisect_report(engine / BISECT_FILE) == report  # it has no NaN, which is not JSON
+    assert next(row for row in report.blocks if row.block == BLOCK).isolated_max_abs is None
 
 
 @pytest.mark.parametrize("family", ["bert", "albert", pytest.param("distilbert", marks=pytest.mark.slow)])

@@ -16,7 +16,7 @@ from engines.parity.bisect import bisect
 from engines.parity.compare import compare_all
 from engines.parity.decisions import flips
 from engines.parity.gates import check_gate, parse_gate
-from engines.parity.probes import Expected, probe, probe_samples
+from engines.parity.probes import Expected, Loaded, probe, probe_samples
 from nxm_export.cli import main
 from nxm_export.contract.io_spec import IOSpec, load_spec
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
@@ -52,9 +52,9 @@ def test_a_gate_may_name_another_metric_of_the_task() -> None:
 
 
 def test_changed_classes_are_listed_by_margin() -> None:
-    wanted = np.array([[0.0, 1.0], [0.0, 0.1], [3.0, 0.0], [5.0, 0.0]])
-    found = np.array([[1.0, 0.0], [0.1, 0.0], [0.0, 3.0], [5.0, 0.0]])
-    listed = flips(wanted, found, tolerance=0.1)
+    expected = np.array([[0.0, 1.0], [0.0, 0.1], [3.0, 0.0], [5.0, 0.0]])
+    actual = np.array([[1.0, 0.0], [0.1, 0.0], [0.0, 3.0], [5.0, 0.0]])
+    listed = flips(expected, actual, tolerance=0.1)
     assert [(flip.sample, flip.margin, flip.excused) for flip in listed] == [(2, 3.0, False), (0, 1.0, False), (1, 0.1, True)]  # fmt: skip
 
 
@@ -107,10 +107,10 @@ def test_each_probe_catches_the_fault_it_is_for(fault: str | None) -> None:
     tolerances = {"logits": 0.5}
     engine: Any = Exact(FAULTS[fault] if fault else None)
     with np.errstate(invalid="ignore"):
-        found = probe(
-            engine, features, spec, (), tolerances, Expected(samples, answers, dict.fromkeys(samples, tolerances))
+        results = probe(
+            Loaded(engine, spec), features, tolerances, Expected(samples, answers, dict.fromkeys(samples, tolerances))
         )
-    verdicts = {row.name: row.passed for row in found}
+    verdicts = {result.name: result.passed for result in results}
     assert list(verdicts) == list(FAULTS)
     assert (False in verdicts.values()) == (fault is not None)
     if fault is not None:
@@ -135,7 +135,7 @@ def test_two_engines_and_their_checkpoint(
         assert pair["other"] == str(other)
         assert pair["max_abs"] == float(np.abs(outputs[0] - outputs[1]).max())
         (logits,) = report["outputs"]
-        assert logits["max_steps"] == pytest.approx(logits["max_abs"] / logits["step"])
+        assert logits["max_steps"] == pytest.approx(logits["max_abs"] / logits["one_step_shift"])
     failed = nxm("compare", checkpoint, engines[0], f"--data={data}", "--gate=max_abs<=0")
     assert failed.exit_code == 3
     assert "the gate max_abs<=0 failed: largest |difference| of any output: " in failed.stderr

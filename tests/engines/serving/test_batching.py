@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.base import Profile
+from engines.base import LoadOptions, Profile
 from engines.ort import backend as ort
 from engines.serving.batching import BatchQueue, Limits, Ticket, run_batch, run_worker
 from engines.serving.shapes import Bucket, plan_buckets
@@ -69,7 +69,7 @@ def test_every_request_gets_the_bits_it_gets_alone_however_it_is_batched(
 
 @pytest.fixture(scope="module")
 def exact(engine: Path) -> Any:
-    return ort.load(engine, threads=1)
+    return ort.load(engine, LoadOptions(threads=1))
 
 
 def test_the_head_that_waited_longest_picks_the_bucket_and_its_own_kind_comes_along() -> None:
@@ -221,7 +221,9 @@ def test_many_submitters_and_two_engines_lose_and_double_nothing(engine: Path) -
             delivered.extend(batch)
 
     workers = [
-        threading.Thread(target=run_worker, args=(ort.load(engine, threads=1), queue, deliver, Seen(), PADS, {}))
+        threading.Thread(
+            target=run_worker, args=(ort.load(engine, LoadOptions(threads=1)), queue, deliver, Seen(), PADS, {})
+        )
         for _ in range(2)
     ]
     for worker in workers:

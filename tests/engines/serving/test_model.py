@@ -51,7 +51,7 @@ def test_the_parity_gate(copy: Path, state: bool | None, gate: str, served: bool
     if state is None:
         (copy / "parity.json").unlink()
     else:
-        edit(copy / "parity.json", passed=state)
+        exact_engine.write_parity(copy, load_passport(copy).engine_sha256, passed=state)
     options = ModelOptions(instances=1, gate=gate)
     if served:
         open_model("m", "1", copy, options).close()
@@ -65,7 +65,23 @@ def test_a_parity_report_of_another_engine_vouches_for_nothing(copy: Path) -> No
     edit(copy / "parity.json", engine_sha256="0" * 64)
     with pytest.raises(ParityError, match="never checked for this engine file"):
         open_model("m", "1", copy, ModelOptions(instances=1, gate="passed"))
-    (copy / "parity.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "", "null", "[" * 100_000, '{"schema": "nxm-parity/9"}', '{"schema": "nxm-parity/2", "passed": true}'],
+    ids=["cut off", "a list", "empty", "null", "deep", "of the future", "without results"],
+)
+def test_a_parity_report_that_cannot_be_read_counts_as_failed(copy: Path, text: str) -> None:
+    (copy / "parity.json").write_text(text)
+    with pytest.raises(ParityError, match="failed"):
+        open_model("m", "1", copy, ONE)
+    open_model("m", "1", copy, ModelOptions(instances=1, gate="off")).close()
+
+
+def test_a_parity_report_that_contradicts_itself_counts_as_failed(copy: Path) -> None:
+    exact_engine.write_parity(copy, load_passport(copy).engine_sha256, passed=False)
+    edit(copy / "parity.json", passed=True)
     with pytest.raises(ParityError, match="failed"):
         open_model("m", "1", copy, ONE)
 

@@ -1,8 +1,9 @@
-"""The truth report: what builders say is read right, and nothing but a kernel's name makes a matrix sparse."""
+"""The sparsity report: what builders say is read right, and nothing but a kernel's name makes a matrix sparse."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,16 +17,16 @@ from engines.sparsity.build_evidence import (
     parse_layers,
     parse_sparsity_log,
 )
-from engines.sparsity.kernel_names import kernel_named, sparse_kernel_exists
-from engines.sparsity.report import REASONS, judge
+from engines.sparsity.kernel_names import Existence, kernel_named, sparse_kernel_exists
+from engines.sparsity.report import REASONS, SparsityTarget, WeightSparsity, judge
 from nxm_export.contract.matrix_facts import MatrixFacts
 from nxm_export.errors import ParityError
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "trt"
 SPARSE_GEMM = "sm80_xmma_sparse_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x128_stage3_warpsize2x2x1_sptensor16x8x64"
 DENSE_GEMM = "sm80_xmma_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x64_stage4_warpsize2x2x1_tensor16x8x32"
-A100 = {"backend": "trt", "version": "8.6.0", "compute_capability": "8.0"}
-H100 = {"backend": "trt", "version": "8.6.0", "compute_capability": "9.0"}
+A100 = SparsityTarget("trt", "8.6.0", "8.0")
+H100 = SparsityTarget("trt", "8.6.0", "9.0")
 
 
 def lines(name: str) -> list[str]:
@@ -46,8 +47,8 @@ def layer(kernel: str, name: str = "node_myl0_1", kind: str = "gemm", onnx=("nod
     return LayerInfo(name, kind, ("Int8",), ("Int8",), ("Int8",), kernel, onnx, **changes)
 
 
-def row(fact_: MatrixFacts, evidence: Evidence | None, **target):
-    return judge([fact_], evidence, **{**A100, **target}).weights[0]
+def judged(fact_: MatrixFacts, evidence: Evidence | None, target: SparsityTarget = A100) -> WeightSparsity:
+    return judge([fact_], evidence, target).weights[0]
 
 
 @pytest.mark.parametrize(
@@ -115,25 +116,25 @@ def test_inspector_reports_of_10_and_11_give_the_same_facts() -> None:
 
 
 def test_a_sparse_kernel_in_the_inspector_is_proof() -> None:
-    found = row(fact(), Evidence([layer(SPARSE_GEMM)]))
+    found = judged(fact(), Evidence([layer(SPARSE_GEMM)]))
     assert (found.eligible, found.chosen, found.reason, found.kernel) == (True, True, None, SPARSE_GEMM)
 
 
 def test_has_sparse_weights_alone_is_no_proof() -> None:
     """NVIDIA/TensorRT issue 4694: HasSparseWeights is 1, and the kernel is dense."""
-    found = row(fact(output="float16"), Evidence([layer(DENSE_GEMM, saw_sparse_weights=True)]))
+    found = judged(fact(output="float16"), Evidence([layer(DENSE_GEMM, saw_sparse_weights=True)]))
     assert (found.chosen, found.reason) == (False, "float-output")
 
 
 def test_every_profile_must_run_sparse() -> None:
     evidence = Evidence([layer(SPARSE_GEMM), layer(DENSE_GEMM, profile=1)])
-    assert row(fact(), evidence).chosen is False
+    assert judged(fact(), evidence).chosen is False
 
 
 def test_a_sparse_kernel_that_the_profiler_never_saw_is_a_contradiction() -> None:
     layers = [layer(SPARSE_GEMM)]
-    assert row(fact(), Evidence(layers, running=frozenset({DENSE_GEMM}))).reason == "contradiction"
-    assert row(fact(), Evidence(layers, running=frozenset({f"{SPARSE_GEMM}_kernel"}))).chosen is True
+    assert judged(fact(), Evidence(layers, running=frozenset({DENSE_GEMM}))).reason == "contradiction"
+    assert judged(fact(), Evidence(layers, running=frozenset({f"{SPARSE_GEMM}_kernel"}))).chosen is True
 
 
 @pytest.mark.parametrize(
@@ -152,43 +153,43 @@ def test_a_sparse_kernel_that_the_profiler_never_saw_is_a_contradiction() -> Non
     ],
 )
 def test_unknown_and_contradicting_evidence_never_counts_as_sparse(evidence, chosen, reason) -> None:
-    report = judge([fact()], evidence, **A100)
+    report = judge([fact()], evidence, A100)
     assert (report.weights[0].chosen, report.weights[0].reason) == (chosen, reason)
     assert report.sparse_share == (1.0 if chosen else 0.0)
 
 
 def test_a_sparse_kernel_on_a_matrix_without_the_pattern_is_a_contradiction() -> None:
-    found = row(fact(sparse_along_k=False, broken_groups=9), Evidence([layer(SPARSE_GEMM)]))
+    found = judged(fact(sparse_along_k=False, broken_groups=9), Evidence([layer(SPARSE_GEMM)]))
     assert (found.chosen, found.reason) == (None, "contradiction")
 
 
 @pytest.mark.parametrize(
     ("changes", "target", "reason"),
     [
-        ({"sparse_along_k": False, "sparse_along_n": True, "broken_groups": 70000}, {}, "axis"),
-        ({"sparse_along_k": False, "broken_groups": 7}, {}, "pattern"),
-        ({"sparse_along_k": False, "broken_groups": 70000, "planned_sparse": False}, {}, "not-planned"),
-        ({"scales_along_k": True}, {}, "scales"),
-        ({"has_zero_point": True}, {}, "scales"),
-        ({"integer_input": False}, {}, "float-input"),
-        ({"k": 312}, {}, "alignment"),
-        ({"output": "float16"}, {}, "float-output"),
+        ({"sparse_along_k": False, "sparse_along_n": True, "broken_groups": 70000}, A100, "axis"),
+        ({"sparse_along_k": False, "broken_groups": 7}, A100, "pattern"),
+        ({"sparse_along_k": False, "broken_groups": 70000, "planned_sparse": False}, A100, "not-planned"),
+        ({"scales_along_k": True}, A100, "scales"),
+        ({"has_zero_point": True}, A100, "scales"),
+        ({"integer_input": False}, A100, "float-input"),
+        ({"k": 312}, A100, "alignment"),
+        ({"output": "float16"}, A100, "float-output"),
         ({}, H100, "op-form"),
         ({"form": "conv1x1", "output": "float32"}, H100, "float-output"),
-        ({}, {"compute_capability": "7.5"}, "no-kernel"),
-        ({}, {"sparse_flag": False}, "flag-off"),
+        ({}, replace(A100, compute_capability="7.5"), "no-kernel"),
+        ({}, replace(A100, sparse_flag=False), "flag-off"),
     ],
 )
 def test_every_obstacle_has_its_reason(changes, target, reason) -> None:
-    found = row(fact(**changes), Evidence([layer(DENSE_GEMM)]), **target)
+    found = judged(fact(**changes), Evidence([layer(DENSE_GEMM)]), target)
     assert (found.chosen, found.reason) == (False, reason)
     assert found.detail
 
 
 def test_small_matrices_and_lost_races_are_told_apart() -> None:
-    assert row(fact(k=128), Evidence([layer(DENSE_GEMM)])).reason == "size"
-    assert row(fact(), Evidence([layer(DENSE_GEMM)])).reason == "dense-faster"
-    unknown = row(fact(), Evidence([layer(DENSE_GEMM)]), version="11.4.0.106", compute_capability="9.0")
+    assert judged(fact(k=128), Evidence([layer(DENSE_GEMM)])).reason == "size"
+    assert judged(fact(), Evidence([layer(DENSE_GEMM)])).reason == "dense-faster"
+    unknown = judged(fact(), Evidence([layer(DENSE_GEMM)]), SparsityTarget("trt", "11.4.0.106", "9.0"))
     assert (unknown.eligible, unknown.reason) == (None, "dense-chosen")
 
 
@@ -196,14 +197,14 @@ def test_merged_products_name_each_other_and_time_is_against_the_twin() -> None:
     name = "v+k+node_myl0_1"
     mine = Evidence([layer(SPARSE_GEMM, name, onnx=("v", "k", "node"))], layer_ms={name: 0.5})
     twin = Evidence([layer(DENSE_GEMM, "other", onnx=("v", "k", "node"))], layer_ms={"other": 0.75})
-    found = judge([fact()], mine, twin=twin, **A100).weights[0]
+    found = judge([fact()], mine, A100, twin).weights[0]
     assert found.shared_with == ("k", "v")
     assert found.saved_ms == pytest.approx(0.25, abs=1e-12)  # a difference of two numbers given here
 
 
 def test_the_gate_counts_planned_elements_and_unknown_as_not_sparse() -> None:
     facts = [fact(node="a", name="a"), fact(node="b", name="b", n=2304), fact(node="c", name="c", planned_sparse=False)]
-    report = judge(facts, Evidence([layer(SPARSE_GEMM, onnx=("b", "c"))]), **A100)
+    report = judge(facts, Evidence([layer(SPARSE_GEMM, onnx=("b", "c"))]), A100)
     assert report.sparse_share == 2304 / (2304 + 768)
     report.require_sparse(0.75)
     with pytest.raises(
@@ -211,29 +212,34 @@ def test_the_gate_counts_planned_elements_and_unknown_as_not_sparse() -> None:
     ):
         report.require_sparse(0.76)
     with pytest.raises(ParityError, match="no matrix was planned sparse"):
-        judge([fact(planned_sparse=False)], Evidence(), **A100).require_sparse(0.1)
+        judge([fact(planned_sparse=False)], Evidence(), A100).require_sparse(0.1)
 
 
 def test_the_json_has_the_documented_keys() -> None:
-    entry = judge([fact()], None, **A100).to_dict()["weights"][0]
+    entry = judge([fact()], None, A100).to_dict()["weights"][0]
     assert {"name", "k", "n", "planned", "sparse_along_k", "eligible", "chosen", "kernel", "reason"} <= set(entry)
     assert entry["reason"] in REASONS
 
 
-def test_the_reason_table_answers_with_a_source_and_only_what_was_read() -> None:
-    def ask(**changes):
-        return sparse_kernel_exists(**{**A100, "integer": True, "form": "matmul", "output": "int8", **changes})
+def test_the_catalogue_answers_with_a_source_and_only_what_was_read() -> None:
+    def ask(**changes: Any) -> Existence:
+        product = {"integer": True, "form": "matmul", "output": "int8"}
+        return sparse_kernel_exists(
+            **{"backend": "trt", "version": "8.6.0", "compute_capability": "8.0", **product, **changes}
+        )
+
+    h100 = {"compute_capability": "9.0"}
 
     assert ask().exists is True
     assert ask(output="float16").exists is False
-    assert ask(**H100).exists is False
-    assert ask(**H100, form="conv1x1").exists is True
+    assert ask(**h100).exists is False
+    assert ask(**h100, form="conv1x1").exists is True
     assert ask(version="11.4.0.106").exists is None
     assert ask(version="10.14.1", compute_capability="8.9").exists is True
     assert ask(version="10.1").exists is None, "10.1 is not 10.14"
     assert ask(backend="trt_rtx", version="1.7.1", compute_capability="8.6, 8.9").exists is True
     assert ask(backend="trt_rtx", version="1.7.1", compute_capability="8.6, 8.9, 12.0").exists is None, "they differ"
-    assert all(ask(**changes).source for changes in ({}, H100, {"version": "99"}))
+    assert all(ask(**changes).source for changes in ({}, h100, {"version": "99"}))
 
 
 def test_advice_says_which_matrices_are_one_fix_away() -> None:
@@ -245,5 +251,5 @@ def test_advice_says_which_matrices_are_one_fix_away() -> None:
         fact(name="two fixes", output="float16", integer_input=False),
         fact(name="classifier", sparse_along_k=False, planned_sparse=False, broken_groups=100000),
     ]
-    found = {entry["name"]: entry["one_fix_away"] for entry in advise(facts, judge(facts, None, **A100))}
+    found = {advice.name: advice.one_fix_away for advice in advise(facts, judge(facts, None, A100))}
     assert found == {"ready": False, "axis": True, "nearly": True, "output": True, "two fixes": False}

@@ -136,9 +136,9 @@ def test_our_own_check_catches_what_tensorrt_would_refuse_or_silently_run_in_flo
 
 
 def test_behind_our_check_tensorrt_says_what_we_say_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nxm_export.graph.verifier import GraphReport
+    from nxm_export.contract.verify_report import VerifyReport
 
-    monkeypatch.setattr(GraphReport, "require", lambda self: None)
+    monkeypatch.setattr(VerifyReport, "require", lambda self: None)
     with pytest.raises(
         EngineError, match=r"cannot parse it: layer .*QuantizeLinear.*Non-zero zero point is not supported"
     ):

@@ -13,13 +13,14 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from nxm_export.cli import main
 from nxm_export.contract import packed_checkpoint
 from nxm_export.contract.checkpoint import SCALES_FILE, WEIGHTS_FILE, open_checkpoint, save_plan
 from nxm_export.contract.plan import NMPattern, WeightSpec
-from nxm_export.errors import ArtifactError
+from nxm_export.errors import ArtifactError, PlanError
 from tests.support.baked import baked, write_checkpoint
 from tests.support.variants import variants
 
@@ -77,7 +78,7 @@ def test_any_mix_of_patterns_and_bits_comes_back_bit_by_bit_at_the_size_of_the_f
         unpacked = packed_checkpoint.unpack(directory / "packed.safetensors", directory / "unpacked")
         for file in model_files(directory / "mixed"):
             assert (unpacked / file.name).read_bytes() == file.read_bytes(), file.name
-    assert 0 <= sizes["payload_bytes"] - sizes["formula_bytes"] <= 2 * len(specs), "each tensor ends on a whole byte"
+    assert 0 <= sizes.payload_bytes - sizes.formula_bytes <= 2 * len(specs), "each tensor ends on a whole byte"
 
 
 def test_every_pattern_and_every_number_of_bits_is_packed_at_least_once(template: Path, tmp_path: Path) -> None:
@@ -135,11 +136,11 @@ def test_bit_strings_come_back_and_take_no_more_than_they_need(bits: int, values
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_every_support_has_its_own_index_that_fits_the_bits(pattern: NMPattern) -> None:
-    kept = np.zeros((len(packed_checkpoint.supports(pattern)), pattern.m), bool)
-    for row, support in zip(kept, itertools.combinations(range(pattern.m), pattern.n), strict=True):
+    masks = np.zeros((len(packed_checkpoint.supports(pattern)), pattern.m), bool)
+    for row, support in zip(masks, itertools.combinations(range(pattern.m), pattern.n), strict=True):
         row[list(support)] = True
-    index = packed_checkpoint.support_index(kept, pattern)
-    assert index.tolist() == list(range(len(kept)))
+    index = packed_checkpoint.support_index(masks, pattern)
+    assert index.tolist() == list(range(len(masks)))
     assert index.max() < 2**pattern.index_bits
 
 
@@ -150,9 +151,9 @@ def test_supports_cover_all_non_zeros_and_have_exactly_n(pattern: NMPattern, see
     groups = np.zeros((20, pattern.m), np.int8)
     for row in groups:
         row[rng.permutation(pattern.m)[: rng.integers(0, pattern.n + 1)]] = rng.integers(1, 8)
-    kept = packed_checkpoint.exact_support(groups, pattern)
-    assert (kept.sum(axis=1) == pattern.n).all()
-    assert not (groups[~kept] != 0).any()
+    support = packed_checkpoint.exact_support(groups != 0, pattern)
+    assert (support.sum(axis=1) == pattern.n).all()
+    assert not (groups[~support] != 0).any()
 
 
 @pytest.mark.parametrize("spec", variants(["2:4+W4", "2:4"], ("2:4+W4",)))
@@ -167,8 +168,8 @@ def test_unpacking_gives_the_same_files_and_the_formula_gives_the_size(
         assert (unpacked / file.name).read_bytes() == file.read_bytes(), file.name
     plan = open_checkpoint(checkpoint).plan
     # Each packed tensor is rounded up to a whole byte; everything else is exact.
-    assert 0 <= sizes["payload_bytes"] - sizes["formula_bytes"] <= 2 * len(plan.weights)
-    header = sizes["file_bytes"] - sizes["payload_bytes"]
+    assert 0 <= sizes.payload_bytes - sizes.formula_bytes <= 2 * len(plan.weights)
+    header = sizes.file_bytes - sizes.payload_bytes
     text = sum(file.stat().st_size for file in checkpoint.iterdir() if file.suffix != ".safetensors")
     assert header < 1.5 * text + 50_000  # the header holds the text files, escaped as JSON, and the tensor names
 
@@ -192,7 +193,7 @@ def test_a_heterogeneous_plan_packs_too(tiny_checkpoint: Callable[..., Path], tm
         del plan["weights"][names[0]][field]
     plan_file.write_text(json.dumps(plan))
     sizes = packed_checkpoint.pack(checkpoint, tmp_path / "packed.safetensors")
-    assert sizes["payload_bytes"] >= sizes["formula_bytes"]
+    assert sizes.payload_bytes >= sizes.formula_bytes
     assert packed_checkpoint.unpack(tmp_path / "packed.safetensors", tmp_path / "out").is_dir()
 
 
@@ -211,6 +212,32 @@ def test_damaged_and_foreign_files_are_refused(tiny_checkpoint: Callable[..., Pa
     with pytest.raises(ArtifactError, match="no such file"):
         packed_checkpoint.unpack(tmp_path / "missing", tmp_path / "c")
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("scale_shapes", "{", r"\(scale_shapes\): not valid JSON .*; pack it again"),
+        ("scale_shapes", '{"x": "3"}', r"\(scale_shapes\): x: Expected `array`, got `str`; pack it again"),
+        ("scale_shapes", '{"nowhere_scale": [3]}', "scale_shapes does not fit its scales"),
+        (
+            "weights_metadata",
+            '{"format": 3}',
+            r"\(weights_metadata\): format: Expected `str`, got `int`; pack it again",
+        ),
+        ("file/nxm_plan.json", "{}", r"\(nxm_plan.json\): not a nxm-plan/1 file"),
+    ],
+)
+def test_a_header_that_says_something_else_is_named(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, key: str, text: str, message: str
+) -> None:
+    packed_checkpoint.pack(tiny_checkpoint("bert"), tmp_path / "packed")
+    with safe_open(tmp_path / "packed", framework="numpy") as stream:
+        metadata, tensors = stream.metadata(), {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    save_file(tensors, tmp_path / "spoilt", {**metadata, key: text})
+    with pytest.raises(ArtifactError if "plan" not in key else PlanError, match=message):
+        packed_checkpoint.unpack(tmp_path / "spoilt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_changed_byte_is_told_by_its_checksum(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.parity.tolerance import compare_output
+from engines.parity.decisions import Reading
+from engines.parity.tolerance import Expectation, compare_output
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.examples import Columns, Examples, label_array
 from nxm_export.data.label_kinds import labelled, load_labelled
@@ -236,13 +237,14 @@ class TestParity:
         lengths, noise = [4, 3], np.full_like(wanted, 0.1)
         found = wanted.copy()
         found[0, 0], found[0, 3] = 8.95, 3.1  # the question token stays first everywhere, and is not asked
-        report = compare_output("start_logits", wanted, noise, noise, found, True, output_kind="span", lengths=lengths, allowed=allowed)  # fmt: skip
+        expectation, reading = Expectation(wanted, noise, noise), Reading("span", lengths, allowed)
+        report = compare_output("start_logits", expectation, found, reading, quantized=True)
         assert (report.agreement, report.flips, report.unexcused_flips) == (0.5, 1, 0)
         (flip,) = report.worst_flips
         assert (flip.sample, flip.position, flip.reference, flip.engine) == (0, (), 2, 3)
         assert flip.margin == pytest.approx(0.1)
         found[1, 1], found[1, 2] = 1.0, 5.0
-        report = compare_output("start_logits", wanted, noise, noise, found, True, output_kind="span", lengths=lengths, allowed=allowed)  # fmt: skip
+        report = compare_output("start_logits", expectation, found, reading, quantized=True)
         assert report.unexcused_flips == 1
         assert not report.passed
 

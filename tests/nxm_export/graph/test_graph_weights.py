@@ -125,7 +125,7 @@ def test_asymmetric_weights_are_zero_at_their_zero_point() -> None:
                  W.astype(np.float32) / 2, kind="float", more=more)  # fmt: skip
     for model in (per_channel, per_tensor, fake):
         assert only_weight(model).follows(PATTERN)
-        np.testing.assert_array_equal(only_weight(model).kept(), W != 0)
+        np.testing.assert_array_equal(only_weight(model).nonzero_mask(), W != 0)
 
 
 def test_four_bit_weights_are_read_as_integers() -> None:

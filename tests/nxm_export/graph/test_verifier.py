@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
+from nxm_export.contract.verify_report import VerifyReport, read_verify_report
 from nxm_export.errors import ArtifactError, ExportError, PlanError
-from nxm_export.graph.verifier import GraphReport, verify
+from nxm_export.graph.verifier import verify
+from nxm_export.storage.json_files import encode
 from tests.support import onnx_text
 
 # (K, N) = (8, 2). Channel 0 keeps inputs 0, 1, 4, 6 and channel 1 keeps 1, 3, 4, 7: 2:4 along K, and no tighter.
@@ -39,13 +41,9 @@ def plan(spec: WeightSpec = SPEC, name: str = "w") -> CompressionPlan:
 
 def check(
     tmp_path: Path, text: str = GOOD, *, pattern: str | None = "2:4", planned: CompressionPlan | None = None
-) -> GraphReport:
+) -> VerifyReport:
     file = onnx_text.save(text, tmp_path / "model.onnx")
     return verify(file, plan=planned, pattern=NMPattern.parse(pattern) if pattern else None)
-
-
-def problems(report: GraphReport) -> list[str]:
-    return [f"{weight.name}: {text}" for weight in report.weights for text in weight.problems] + report.problems
 
 
 def test_a_good_graph_has_no_problem(tmp_path: Path) -> None:
@@ -91,7 +89,7 @@ ORPHAN = "      [lost] lq = QuantizeLinear(z, sy, zy)\n      lc = Cast <to = 1>(
 def test_one_thing_wrong_is_found_and_named(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert old in GOOD
     report = check(tmp_path, GOOD.replace(old, new))
-    assert any(message in problem for problem in problems(report)), problems(report)
+    assert any(message in problem for problem in report.all_problems), report.all_problems
     assert not report.passed
     with pytest.raises(ExportError, match=r"model\.onnx"):
         report.require()
@@ -106,7 +104,7 @@ def test_scales_along_k_are_found_where_k_and_n_are_equal(tmp_path: Path) -> Non
     """
     assert check(tmp_path, text.replace("AXIS", "1"), pattern="1:4").passed
     report = check(tmp_path, text.replace("AXIS", "0"), pattern="1:4")
-    assert "its scales lie along K, the reduced axis" in problems(report)[0]
+    assert "its scales lie along K, the reduced axis" in report.all_problems[0]
 
 
 def test_a_subnormal_half_precision_scale_is_found(tmp_path: Path) -> None:
@@ -126,7 +124,7 @@ def test_a_subnormal_half_precision_scale_is_found(tmp_path: Path) -> None:
         for user in list(cast.outputs[0].consumers()):
             user.replace_input_with(1, value)
         report = verify(onnx_text.save(model, tmp_path / "half.onnx"))
-        assert (problems(report) == []) if message is None else (message in problems(report)[0])
+        assert (report.all_problems == []) if message is None else (message in report.all_problems[0])
 
 
 def test_blocked_scales_are_no_integer_kernel(tmp_path: Path) -> None:
@@ -135,7 +133,7 @@ def test_blocked_scales_are_no_integer_kernel(tmp_path: Path) -> None:
         <int8[4, 2] w = {1,0, 0,1, 1,0, 0,1}, float[2, 2] s = {1,1, 1,1}, int8[2, 2] z = {0,0, 0,0}>
         { wd = DequantizeLinear <axis = 0, block_size = 2>(w, s, z)  y = MatMul(x, wd) }
     """
-    assert problems(check(tmp_path, text, pattern=None)) == [
+    assert check(tmp_path, text, pattern=None).all_problems == [
         "w: it has several scales along K (blocks): no integer kernel can apply them"
     ]
 
@@ -153,26 +151,26 @@ class TestAgainstAPlan:
     def test_a_missing_quantizer_or_weight_is_found(self, tmp_path: Path, old: str, new: str, message: str) -> None:
         assert old in GOOD
         report = check(tmp_path, GOOD.replace(old, new), pattern=None, planned=plan())
-        assert any(message in problem for problem in problems(report)), problems(report)
+        assert any(message in problem for problem in report.all_problems), report.all_problems
 
     def test_a_code_beyond_the_planned_bits_is_found(self, tmp_path: Path) -> None:
         four = WeightSpec(NMPattern(2, 4), 4, 8, 8)
-        assert problems(check(tmp_path, planned=plan(four))) == ["w: a code exceeds 7, the planned 4 bits"]
+        assert check(tmp_path, planned=plan(four)).all_problems == ["w: a code exceeds 7, the planned 4 bits"]
 
     def test_a_weight_in_float_that_was_planned_in_integers_is_found(self, tmp_path: Path) -> None:
         text = "g (float[b, 4] x) => (float[b, 1] y) <float[4, 1] w = {1,0,0,2}> { y = MatMul(x, w) }"
-        found = problems(check(tmp_path, text, pattern=None, planned=plan(WeightSpec(None, 8, 8))))
-        assert "w: planned W8, and stored as FLOAT" in found
+        problems = check(tmp_path, text, pattern=None, planned=plan(WeightSpec(None, 8, 8))).all_problems
+        assert "w: planned W8, and stored as FLOAT" in problems
 
     def test_k_that_m_does_not_divide_is_said(self, tmp_path: Path) -> None:
         text = "g (float[b, 6] x) => (float[b, 1] y) <int8[6, 1] w = {1,0,0,0,0,0}, float s = {1.0}> { d = DequantizeLinear(w, s) y = MatMul(x, d) }"
-        assert problems(check(tmp_path, text)) == ["w: not 2:4 along K: K is 6, which is not divisible by 4"]
+        assert check(tmp_path, text).all_problems == ["w: not 2:4 along K: K is 6, which is not divisible by 4"]
 
     def test_the_plan_inside_the_file_is_used_and_a_spoiled_one_refused(self, tmp_path: Path) -> None:
         model = onnx_text.model(GOOD)
         model.metadata_props["nxm.plan"] = plan(WeightSpec(NMPattern(1, 4), 8, 8, 8)).to_json()
         report = verify(onnx_text.save(model, tmp_path / "model.onnx"))
-        assert "not 1:4 along K: 4 of 4 groups keep more than 1" in problems(report)[0]
+        assert "not 1:4 along K: 4 of 4 groups keep more than 1" in report.all_problems[0]
         model.metadata_props["nxm.plan"] = "{"
         with pytest.raises(PlanError, match=r"model\.onnx \(metadata\): not valid JSON"):
             verify(onnx_text.save(model, tmp_path / "model.onnx"))
@@ -182,7 +180,7 @@ def test_a_required_pattern_is_not_met_by_having_no_quantized_weight(tmp_path: P
     text = "g (float[b, 4] x) => (float[b, 1] y) <float[4, 1] w = {1,0,0,2}> { y = MatMul(x, w) }"
     assert check(tmp_path, text, pattern=None).passed
     report = check(tmp_path, text, pattern="2:4")
-    assert problems(report) == ["2:4 is required of quantized weights, and the graph has none"]
+    assert report.all_problems == ["2:4 is required of quantized weights, and the graph has none"]
 
 
 def test_nodes_in_branches_are_checked_too(tmp_path: Path) -> None:
@@ -196,9 +194,9 @@ def test_nodes_in_branches_are_checked_too(tmp_path: Path) -> None:
           >
         }
     """
-    found = problems(check(tmp_path, text))
-    assert any("w: not 2:4 along K" in problem for problem in found)
-    assert any("its zero point is not 0" in problem for problem in found)
+    problems = check(tmp_path, text).all_problems
+    assert any("w: not 2:4 along K" in problem for problem in problems)
+    assert any("its zero point is not 0" in problem for problem in problems)
 
 
 @pytest.mark.parametrize(
@@ -253,3 +251,26 @@ def test_weights_in_another_file_that_is_missing_are_named(tmp_path: Path) -> No
             ArtifactError, match=r"the file is truncated, or its \.data file is missing|not a readable ONNX"
         ):
             verify(tmp_path / "model.onnx")
+
+
+class TestReport:
+    def test_a_report_survives_its_file(self, tmp_path: Path) -> None:
+        for text in (GOOD, GOOD.replace("int8[2] zw = {0, 0}", "int8[2] zw = {0, 1}")):
+            report = check(tmp_path, text)
+            (tmp_path / "verify.json").write_text(encode(report.to_dict()))
+            assert read_verify_report(tmp_path / "verify.json") == report
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"passed": False}, r"verify\.json: passed is False, and it lists 0 problems; export again"),
+            ({"problems": ["one"]}, r"verify\.json: passed is True, and it lists 1 problems; export again"),
+            ({"weights": [{"name": "w"}]}, r"verify\.json: weights\[0\]: Object missing required field `op`"),
+            ({"schema": "nxm-verify/2"}, "schema nxm-verify/2 is not the nxm-verify/1"),
+            ({"colour": "red"}, "unknown field colour"),
+        ],
+    )
+    def test_a_damaged_file_is_refused(self, tmp_path: Path, change: dict[str, object], message: str) -> None:
+        (tmp_path / "verify.json").write_text(json.dumps({**check(tmp_path).to_dict(), **change}))
+        with pytest.raises(ArtifactError, match=message):
+            read_verify_report(tmp_path / "verify.json")

@@ -120,7 +120,7 @@ def searched(finished: Path) -> Path:
 
     out = finished.parent / "searched"
     settings = SearchSettings(
-        menu=("2:4+W8", "W8", "dense"),
+        candidate_specs=("2:4+W8", "W8", "dense"),
         compression=0.8,
         samples=32,
         held_out=32,
@@ -501,20 +501,20 @@ def test_errors_by_block_and_what_else_a_comparison_says_are_shown(copied: Path)
     blocks: list[dict[str, Any]] = [
         {
             "block": f"layer.{i} <b>",
-            "max_abs": 10.0 ** (i - 6),
-            "max_tolerance": 1e-3,
-            "own_max_abs": 2e-7,
+            "accumulated_max_abs": 10.0 ** (i - 6),
+            "accumulated_max_tolerance": 1e-3,
+            "isolated_max_abs": 2e-7,
             "passed": True,
         }
         for i in range(4)
     ]
-    blocks[2] |= {"passed": False, "own_max_abs": 0.03125, "own_max_tolerance": 0.0078125}
-    bisected = {"schema": "nxm-bisect/1", "engine_sha256": said["engine_sha256"], "blocks": blocks}
+    blocks[2] |= {"passed": False, "isolated_max_abs": 0.03125, "isolated_max_tolerance": 0.0078125}
+    bisected = {"schema": "nxm-bisect/2", "engine_sha256": said["engine_sha256"], "blocks": blocks}
     (copied / "compare" / "ort-cpu-int8" / "bisect.json").write_text(json.dumps(bisected))
-    gate = {"gate": "drop<=0.5", "found": 0.75, "limit": 0.5, "passed": False, "reason": "points <below>"}
-    left_out = {"name": "no room", "found": None, "tolerated": None, "passed": None, "reason": "too short"}
+    gate = {"gate": "drop<=0.5", "actual": 0.75, "limit": 0.5, "passed": False, "reason": "points <below>"}
+    left_out = {"name": "no room", "actual": None, "tolerated": None, "passed": None, "reason": "too short"}
     pair = {"other": "elsewhere", "other_sha256": "0" * 64, "output": "logits", "max_abs": 0.5, "mean_abs": 0.25}
-    more = {"gates": [gate], "more": {"said": 0.125}, "pairs": [pair], "beside": {"mcc": [0.75, 0.5]}}
+    more = {"gates": [gate], "more": {"said": 0.125}, "pairs": [pair], "secondary_metrics": {"mcc": [0.75, 0.5]}}
     file.write_text(json.dumps({**said, **more, "probes": [*said["probes"], left_out]}), encoding="utf-8")
     made = Page(report(copied).read_text(encoding="utf-8"))
     assert "picture-blocks" in {e["attrs"].get("id") for e in made.all("figure")}
@@ -522,9 +522,9 @@ def test_errors_by_block_and_what_else_a_comparison_says_are_shown(copied: Path)
     assert found["/blocks/3/max_abs"] == "0.001"
     assert float(found["/gates/0/found"]) == 0.75
     assert found["/more/said"] == "0.125"
-    place = ("compare/ort-cpu-int8/parity.json", "/probes/1/found")
+    place = ("compare/ort-cpu-int8/parity.json", "/probes/1/actual")
     cell = next(e for e in made.all("data") if (e["attrs"]["data-file"], e["attrs"].get("data-pointer")) == place)
-    assert float(cell["text"]) == pytest.approx(said["probes"][1]["found"], rel=0.05)  # two digits are shown
+    assert float(cell["text"]) == pytest.approx(said["probes"][1]["actual"], rel=0.05)  # two digits are shown
     rows = [row["text"] for row in made.all("tr")]
     assert any("drop<=0.5" in row and "FAIL" in row and "points <below>" in row for row in rows)
     verdicts_of = {True: "pass", None: "does not apply"}
@@ -541,7 +541,11 @@ def test_errors_by_block_and_what_else_a_comparison_says_are_shown(copied: Path)
 
 
 def test_a_bisection_of_another_engine_is_not_shown(copied: Path) -> None:
-    other = {"schema": "nxm-bisect/1", "engine_sha256": "0" * 64, "blocks": [{"block": "layer.0", "max_abs": 1.0}]}
+    other = {
+        "schema": "nxm-bisect/2",
+        "engine_sha256": "0" * 64,
+        "blocks": [{"block": "layer.0", "accumulated_max_abs": 1.0}],
+    }
     (copied / "engines" / "ort-cpu-int8" / "bisect.json").write_text(json.dumps(other))
     run = read_run(copied)
     assert not any(engine.blocks for engine in run.engines)
@@ -575,7 +579,7 @@ def test_the_card_of_a_run_has_its_numbers_and_says_what_it_does_not_know(finish
     dense = json.loads((finished / "dense" / "metrics.json").read_text(encoding="utf-8"))
     parity = json.loads((finished / "compare" / "ort-cpu-int8" / "parity.json").read_text(encoding="utf-8"))
     for name in ("f1", "mcc"):
-        assert f"| {name} | {dense[name]:.4f} | {parity['beside'][name][1]:.4f} |" in text
+        assert f"| {name} | {dense[name]:.4f} | {parity['secondary_metrics'][name][1]:.4f} |" in text
     for engine in finished.glob("engines/*/passport.json"):
         assert json.loads(engine.read_text(encoding="utf-8"))["engine_sha256"] in text
     unknown = text.partition("## What this card does not know")[2]

@@ -1,0 +1,171 @@
+"""What a comparison of engines with their checkpoint leaves behind: ``parity.json``, and who reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines.parity.decisions import Pair
+from engines.parity.gates import GateResult
+from engines.parity.probes import ProbeResult
+from engines.parity.tolerance import OutputParity
+from nxm_export.errors import ParityError
+from nxm_export.storage.json_files import Json, read_record, to_builtins
+
+SCHEMA = "nxm-parity/2"
+PARITY_FILE = "parity.json"
+_WAY_OUT = "run `nxm compare` again"
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """An engine against its checkpoint, on `samples` samples; `metric` values are of both, with 95 % intervals.
+
+    `difference` is engine - checkpoint in the metric's own unit; its interval resamples both together, so that it
+    speaks of the difference and not of the samples. `secondary_metrics` are further metrics of the task: (checkpoint,
+    engine). What NaN or infinity in the engine's outputs leaves without a value is None, and so is the interval of a
+    single sample. `passed` is what outputs, probes and gates say together (see `verdict`); a report that contradicts
+    them is refused.
+    """
+
+    passed: bool
+    engine: str
+    engine_sha256: str
+    backend: str
+    samples: int
+    outputs: tuple[OutputParity, ...]
+    metric: str
+    reference_value: float
+    reference_interval: tuple[float, float] | None
+    engine_value: float | None
+    engine_interval: tuple[float, float] | None
+    reason: str
+    difference: float | None
+    difference_interval: tuple[float, float] | None
+    probes: tuple[ProbeResult, ...]
+    gates: tuple[GateResult, ...]
+    pairs: tuple[Pair, ...]
+    secondary_metrics: Mapping[str, tuple[float | None, float | None]]
+
+    def __post_init__(self) -> None:
+        if self.passed != verdict(self.outputs, self.probes, self.gates):
+            raise ValueError("`passed` is not what its outputs, probes and gates say")
+
+    def require(self) -> None:
+        """Raise `ParityError` unless `passed`."""
+        for output in self.outputs:
+            if not output.passed:
+                raise ParityError(
+                    f"{self.engine}: {output.output} differs from the checkpoint: {output.complaint}. "
+                    "`nxm compare --bisect` names the block; verify the graph, and build the "
+                    "engine again from a new export"
+                )
+        for probe in self.probes:
+            if probe.passed is False:
+                raise ParityError(f"{self.engine}: the probe {probe.name!r} failed: {probe.reason}{probe.numbers}")
+        for gate in self.gates:
+            if not gate.passed:
+                raise ParityError(f"{self.engine}: the gate {gate.gate} failed: {gate.reason}")
+
+    def to_dict(self) -> dict[str, Json]:
+        """The form of ``parity.json`` and ``--json``."""
+        return {"schema": SCHEMA, **to_builtins(self)}
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An engine that this machine cannot run, with the reason; nothing is known about it."""
+
+    engine: str
+    engine_sha256: str
+    backend: str
+    reason: str
+
+    def to_dict(self) -> dict[str, Json]:
+        """Its entry in ``--json``: `passed` is null, and `skipped` the reason."""
+        return {
+            "schema": SCHEMA,
+            "passed": None,
+            "engine": self.engine,
+            "engine_sha256": self.engine_sha256,
+            "backend": self.backend,
+            "skipped": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All engines of one command: a report of each that runs here (what it iterates over), and why the others do not.
+    `gates` are what was asked of all of them."""
+
+    reports: tuple[ParityReport, ...]
+    skipped: tuple[Skipped, ...]
+    gates: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[ParityReport]:
+        return iter(self.reports)
+
+    def __len__(self) -> int:
+        return len(self.reports)
+
+    def __getitem__(self, number: int) -> ParityReport:
+        return self.reports[number]
+
+    def require(self) -> None:
+        """Raise `ParityError` unless every report passed; a gate does not hold for an engine that was not run."""
+        for report in self.reports:
+            report.require()
+        for engine in self.skipped if self.gates else ():
+            raise ParityError(
+                f"{engine.engine}: the gate {self.gates[0]} could not be checked, as it does not "
+                f"run here: {engine.reason}"
+            )
+
+    def to_list(self) -> list[dict[str, Json]]:
+        """The form of ``--json``: the reports, then what was skipped."""
+        return [*(report.to_dict() for report in self.reports), *(engine.to_dict() for engine in self.skipped)]
+
+
+def verdict(outputs: Sequence[OutputParity], probes: Sequence[ProbeResult], gates: Sequence[GateResult]) -> bool:
+    """True when every output is within its tolerance, and no probe and no gate failed."""
+    return (
+        all(output.passed for output in outputs)
+        and not any(probe.passed is False for probe in probes)
+        and all(gate.passed for gate in gates)
+    )
+
+
+def read_parity_report(file: Path) -> ParityReport:
+    """The report in a ``parity.json`` of this version or the one before; raises `ArtifactError` by file and field."""
+    return read_record(file, ParityReport, schema=SCHEMA, way_out=_WAY_OUT, older={"nxm-parity/1": _from_1})
+
+
+def _from_1(fields: dict[str, Json]) -> dict[str, Json]:
+    """A file of nxm-parity/1: other words, null for every NaN, and no count of such values for each output."""
+    new = dict(fields)
+    new["secondary_metrics"] = new.pop("beside")
+    new["probes"] = [_actual(probe) for probe in new["probes"]]
+    new["gates"] = [_actual(gate) for gate in new["gates"]]
+    nonfinite = int(new["probes"][0]["actual"]) if new["probes"] else 0  # of all outputs together
+    new["outputs"] = [_output_from_1(output, nonfinite) for output in new["outputs"]]
+    for key in ("reference_interval", "engine_interval", "difference_interval"):
+        new[key] = _interval_from_1(new[key])
+    new["pairs"] = [
+        {**pair, "difference_interval": _interval_from_1(pair["difference_interval"])} for pair in new["pairs"]
+    ]
+    return new
+
+
+def _output_from_1(output: dict[str, Json], nonfinite: int) -> dict[str, Json]:
+    names = {"quiet": "unchanged_share", "quiet_required": "unchanged_required", "step": "one_step_shift"}
+    renamed = {names.get(key, key): value for key, value in output.items()}
+    return {**renamed, "nonfinite": 0 if output["max_abs"] is not None else nonfinite}
+
+
+def _actual(row: dict[str, Json]) -> dict[str, Json]:
+    return {"actual" if key == "found" else key: value for key, value in row.items()}
+
+
+def _interval_from_1(bounds: Json) -> Json:
+    return None if bounds[0] is None else bounds

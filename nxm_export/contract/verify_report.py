@@ -1,0 +1,78 @@
+"""``verify.json``: what `nxm verify` says about an ONNX file. No heavy imports, so that a host without onnx can read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nxm_export.errors import ArtifactError, ExportError
+from nxm_export.storage.json_files import Json, convert, read_json, require_schema, to_builtins
+
+SCHEMA = "nxm-verify/1"
+VERIFY_FILE = "verify.json"
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """One weight matrix. `pattern` is the tightest well-known N:M that the stored values follow along K, `zeros` the share
+    of weights that are zero."""
+
+    name: str
+    op: str
+    k: int
+    n: int
+    stored: str
+    scale_axis: str | None
+    zeros: float
+    pattern: str | None
+    planned: str | None
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """All weights and the problems of the graph as a whole. `embedding` is the size (tokens, features) of a word-embedding
+    table that is stored in INT8."""
+
+    file: str
+    weights: tuple[WeightReport, ...]
+    problems: tuple[str, ...] = ()
+    quantize_nodes: int = 0
+    dequantize_nodes: int = 0
+    embedding: tuple[int, int] | None = None
+
+    @property
+    def passed(self) -> bool:
+        """True when nothing is wrong."""
+        return not self.all_problems
+
+    @property
+    def all_problems(self) -> list[str]:
+        """The problems of every weight, with its name, then those of the whole graph."""
+        of_weights = [f"{weight.name}: {problem}" for weight in self.weights for problem in weight.problems]
+        return [*of_weights, *self.problems]
+
+    def require(self) -> None:
+        """Raise `ExportError` naming the first problem, unless `passed`."""
+        if not self.passed:
+            first, *others = self.all_problems
+            more = f" (and {len(others)} more problems)" if others else ""
+            raise ExportError(f"{self.file}: {first}{more}")
+
+    def to_dict(self) -> dict[str, Json]:
+        """The form of ``verify.json`` and ``--json``."""
+        return {"schema": SCHEMA, "passed": self.passed, **to_builtins(self)}
+
+
+def read_verify_report(file: Path) -> VerifyReport:
+    """Read a ``verify.json``; raises `ArtifactError`, also when it says ``passed`` and lists problems, or the reverse."""
+    way_out = "export again"
+    data = read_json(file, way_out)
+    require_schema(data, SCHEMA, str(file), ArtifactError)
+    fields = {key: value for key, value in data.items() if key not in ("schema", "passed")}
+    report = convert(fields, VerifyReport, source=str(file), way_out=way_out)
+    if data.get("passed") is not report.passed:
+        raise ArtifactError(
+            f"{file}: passed is {data.get('passed')}, and it lists {len(report.all_problems)} problems; {way_out}"
+        )
+    return report

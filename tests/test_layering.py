@@ -219,8 +219,8 @@ def test_the_check_for_circles_sees_lazy_imports_and_submodules(tmp_path: Path) 
     ]
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if layer(name) in LIGHT_LAYERS])
-def test_contract_and_engines_keep_the_syntax_of_python_3_10(module: str) -> None:
+@pytest.mark.parametrize("module", [name for name in MODULES if layer(name) != "compressors"])
+def test_all_but_training_keeps_the_syntax_of_python_3_10(module: str) -> None:
     file = ROOT.joinpath(*module.split("."))
     file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
     ast.parse(file.read_text(encoding="utf-8"), feature_version=(3, 10))

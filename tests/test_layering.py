@@ -16,7 +16,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("nxm_export", "compressors", "engines")
-# Folder -> layer; the longest name that fits counts. Modules beside the folders of `nxm_export` have a line of their own.
+# Folder -> layer; the longest name that fits counts. Modules beside the folders of `nxm_export` have a line of their
+# own.
 LAYERS = {
     "nxm_export.errors": "errors",
     "nxm_export.progress": "errors",
@@ -208,7 +209,13 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 def test_the_check_for_circles_sees_lazy_imports_and_submodules(tmp_path: Path) -> None:
-    source = "import os.path\nfrom nxm_export.contract import plan\ndef f():\n    import torch\nif TYPE_CHECKING:\n    import onnx\n"
+    source = """import os.path
+from nxm_export.contract import plan
+def f():
+    import torch
+if TYPE_CHECKING:
+    import onnx
+"""
     file = tmp_path / "sample.py"
     file.write_text(source)
     assert [(i.target, i.when) for i in imports(file)] == [

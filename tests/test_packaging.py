@@ -20,12 +20,12 @@ from tests.test_light_imports import LIGHT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
-    """Run a command outside the source tree, as a user would: without our PYTHONPATH, with the network of this machine."""
+def run(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command outside the source tree, as a user would: without our PYTHONPATH, with this machine's network."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=False, env=environment, **options
-    )  # type: ignore[call-overload]
+        list(map(str, command)), capture_output=True, text=True, check=False, env=environment, cwd=cwd
+    )
 
 
 @pytest.fixture(scope="module")

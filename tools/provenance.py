@@ -10,7 +10,8 @@ from tools import ROOT
 
 
 def versions(names: Sequence[str]) -> dict[str, str]:
-    """Of these packages, and the commit of this tree; ``-dirty`` where more than records and documents were changed since."""
+    """Of these packages, and the commit of this tree; ``-dirty`` where more than records and documents were changed
+    since."""
     commit = _git("describe", "--always", "--exclude=*")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!docs")
     return {name: version(name) for name in names} | {"commit": f"{commit or 'unknown'}{'-dirty' if changed else ''}"}

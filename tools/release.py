@@ -3,10 +3,10 @@
     python -m tools.release 0.2.0 --dry-run     everything in a copy; this tree stays as it is
     python -m tools.release 0.2.0
 
-The tree must be clean, and CHANGELOG.md must have a section ``## 0.2.0 (unreleased)`` with something in it; the date of the
-release takes the place of ``unreleased``. The packages are built from a copy of HEAD with those two changes, and the wheel is
-installed into a fresh virtual environment, whose other packages are those of this one. Then ``dist/`` has them, and the
-changes are committed and tagged here.
+The tree must be clean, and CHANGELOG.md must have a section ``## 0.2.0 (unreleased)`` with something in it; the date of
+the release takes the place of ``unreleased``. The packages are built from a copy of HEAD with those two changes, and
+the wheel is installed into a fresh virtual environment, whose other packages are those of this one. Then ``dist/`` has
+them, and the changes are committed and tagged here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class ReleaseError(Exception):
 
 
 def release(root: Path, version: str, date: str, *, dry_run: bool) -> list[Path]:
-    """Build and check the packages of a version; returns them. Without `dry_run`, commit and tag it in the repository `root`."""
+    """Build and check the packages of a version; returns them. Without `dry_run`, commit and tag it in the repository
+    `root`."""
     require_clean(root)
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "tree"

@@ -1,7 +1,8 @@
-"""Markdown from templates (``*.md.j2``, Jinja): numbers are computed in Python, text stands in the template beside the tool.
+"""Markdown from templates (``*.md.j2``, Jinja): numbers are computed in Python, text stands in the template beside the
+tool.
 
-A template has the filters ``form`` (a number in a format of Python's, ``{{ share | form(".0%") }}``) and ``table`` (rows of
-cells under a head, ``{{ rows | table(["engine", "ms"]) }}``), and fails on a name that it was not given.
+A template has the filters ``form`` (a number in a format of Python's, ``{{ share | form(".0%") }}``) and ``table``
+(rows of cells under a head, ``{{ rows | table(["engine", "ms"]) }}``), and fails on a name that it was not given.
 """
 
 from __future__ import annotations

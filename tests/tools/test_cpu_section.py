@@ -21,10 +21,15 @@ def latency(batch: int, sequence: int, over_float: float, over_peer: tuple[float
         "quartiles_ms": {name: [value - 0.5, value + 0.5] for name, value in medians.items()},
         "ratios": {
             "ort over its own FP32": {"of": ORT, "against": "FP32, ort", "ratio": 2.0, "interval": [1.9, 2.1]},
-            "our fastest over the best FP32": {"of": OPENVINO, "against": "FP32, ort", "ratio": over_float, "interval": [2.0, 3.0]},
+            "our fastest over the best FP32": {
+                "of": OPENVINO,
+                "against": "FP32, ort",
+                "ratio": over_float,
+                "interval": [2.0, 3.0],
+            },
             "our fastest over NNCF": {"of": OPENVINO, "against": PEER, "ratio": ratio, "interval": interval},
         },
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -39,22 +44,49 @@ def record() -> dict[str, Json]:
         "text_peers": "sentence-transformers 5.7.0",
         "model": {"model_type": "bert", "plan": {"2:4+W8": 36}, "compression": 0.84},
         "bytes": {"FP32, ort": 90_900_000, ORT: 59_200_000},
-        "parity": [{"engine": ORT, "passed": False, "metric": "accuracy", "samples": 853, "checkpoint": 0.84, "value": 0.83,
-                    "agreement": 0.99, "mean_abs": 0.003, "mean_tolerance": 0.01}],
+        "parity": [
+            {
+                "engine": ORT,
+                "passed": False,
+                "metric": "accuracy",
+                "samples": 853,
+                "checkpoint": 0.84,
+                "value": 0.83,
+                "agreement": 0.99,
+                "mean_abs": 0.003,
+                "mean_tolerance": 0.01,
+            }
+        ],
         "latency": [latency(1, 32, 2.5, (1.02, 0.99, 1.05)), latency(8, 128, 2.5, (0.96, 0.94, 0.98))],
         "text": {
-            "sentences": 853, "batch": 32, "fixed": 128, "tokens": [27.3, 60], "tokenised_per_second": 20000.0, "rounds": 3,
+            "sentences": 853,
+            "batch": 32,
+            "fixed": 128,
+            "tokens": [27.3, 60],
+            "tokenised_per_second": 20000.0,
+            "rounds": 3,
             "timings": [
                 {**timing, "order": "arrival", "sentences_per_second": 100.0, "speedup": None, "interval": None},
                 {**timing, "order": "bucketed", "sentences_per_second": 150.0, "speedup": 1.5, "interval": [1.4, 1.6]},
             ],
-            "seconds": {"INT8-2of4-ort arrival": [8.5, 8.5, 8.5], "INT8-2of4-ort bucketed": [5.7, 5.7, 5.7],
-                        "sentence-transformers, ONNX INT8": [11.4, 11.4, 11.4]},
+            "seconds": {
+                "INT8-2of4-ort arrival": [8.5, 8.5, 8.5],
+                "INT8-2of4-ort bucketed": [5.7, 5.7, 5.7],
+                "sentence-transformers, ONNX INT8": [11.4, 11.4, 11.4],
+            },
         },
-        "profile": [{"engine": ORT, "batch": 1, "sequence": 32, "milliseconds": {"MatMulIntegerToFloat": 3.0, "Gelu": 1.0}, "int8_gops": 400.0}],
+        "profile": [
+            {
+                "engine": ORT,
+                "batch": 1,
+                "sequence": 32,
+                "milliseconds": {"MatMulIntegerToFloat": 3.0, "Gelu": 1.0},
+                "int8_gops": 400.0,
+            }
+        ],
         "peaks": {"int8_gops": 800.0, "fp32_gops": 150.0},
         "seconds": 300,
-    }  # fmt: skip
+    }
 
 
 def row_of(text: str, start: str) -> list[str]:

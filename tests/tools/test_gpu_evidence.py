@@ -1,4 +1,4 @@
-"""The page of evidence from a GPU says what its results say: kernels, latencies, the aim, and what could not be done."""
+"""The page of evidence from a GPU says what its results say: kernels, latencies, the aim, and what failed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_page_holds_every_result_losing_ones_too(tmp_path: Path) -> None:
     text = page(tmp_path, LARGE, FAILED, DENSE_ONLY)
     assert text.startswith("# NVIDIA H100 X, TensorRT 8.6.0\n\nCompute capability 9.0, driver 580.1, CUDA 13.0, ")
     for line in (
-        "| bert-large-attention-tanh-conv1x1 | 1 / 2 | 50.0% | 1 float-output | int8-sparse: pass, int8-dense: FAIL | 12.5 |",
+        f"| {LARGE.variant.name} | 1 / 2 | 50.0% | 1 float-output | int8-sparse: pass, int8-dense: FAIL | 12.5 |",
         "| minilm-inputs-erf-matmul | - | - | error: a \\| pipe and a line | - | - |",
         "| minilm-attention-tanh-matmul | 0 / 1 | 0.0% | - | int8-sparse: pass | 3.0 |",
         "| bert-large-attention-tanh-conv1x1 | 128x384 | 9.5000 | 5.2500 | 4.0000 | 1.31 (1.20 to 1.40) | 2.38 |",

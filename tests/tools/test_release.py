@@ -1,4 +1,5 @@
-"""A release bumps the version, dates the changelog, builds packages and tries the wheel; or says why not, and changes nothing."""
+"""A release bumps the version, dates the changelog, builds packages and tries the wheel; or says why not, and changes
+nothing."""
 
 from __future__ import annotations
 

@@ -42,9 +42,27 @@ from tools.results.statistics import TaskStatistics, overall
 from tools.results.store import RESULTS, TaskStore
 
 FAST = [
-    "--max-length", "48", "--dense-steps", "30", "--steps", "4", "--batch-size", "16", "--learning-rate", "1e-3", "--precision", "fp32",
-    "--dense-learning-rates", "3e-3", "--search-samples", "32", "--search-held-out", "32", "--threads", "1",
-]  # fmt: skip
+    "--max-length",
+    "48",
+    "--dense-steps",
+    "30",
+    "--steps",
+    "4",
+    "--batch-size",
+    "16",
+    "--learning-rate",
+    "1e-3",
+    "--precision",
+    "fp32",
+    "--dense-learning-rates",
+    "3e-3",
+    "--search-samples",
+    "32",
+    "--search-held-out",
+    "32",
+    "--threads",
+    "1",
+]
 ROWS = "dense,dense-longer,one-shot-2:4+W4,magnitude-2:4+W4,nxm-2:4+W4,searched-packed-87.5"
 
 
@@ -484,16 +502,26 @@ def test_the_committed_page_is_that_of_the_committed_records(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("task", "lines", "sentence", "pair", "labels"),
     [
-        ("cola", ["gj04\t1\t\tThe \"car\" honked.", "gj04\t0\t*\tHim left."], 'The "car" honked.', "", ["1", "0"]),
+        ("cola", ['gj04\t1\t\tThe "car" honked.', "gj04\t0\t*\tHim left."], 'The "car" honked.', "", ["1", "0"]),
         ("cola", ["sentence1\tsentence2\tlabel", "He left.\t\t1", "Him left.\t\t0"], "He left.", "", ["1", "0"]),
         ("sst2", ["sentence\tlabel", "fine film \t1", "dull \t0"], "fine film ", "", ["1", "0"]),
-        ("rte", ["index\tsentence1\tsentence2\tlabel", "0\tA b.\tC.\tentailment", "1\tD.\tE.\tnot_entailment"], "A b.", "C.",
-         ["entailment", "not_entailment"]),
-        ("mrpc", ["\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String", "1\t7\t8\tA b.\t\"C.", "0\t7\t9\tD.\tE."], "A b.", '"C.',
-         ["1", "0"]),
+        (
+            "rte",
+            ["index\tsentence1\tsentence2\tlabel", "0\tA b.\tC.\tentailment", "1\tD.\tE.\tnot_entailment"],
+            "A b.",
+            "C.",
+            ["entailment", "not_entailment"],
+        ),
+        (
+            "mrpc",
+            ["\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String", '1\t7\t8\tA b.\t"C.', "0\t7\t9\tD.\tE."],
+            "A b.",
+            '"C.',
+            ["1", "0"],
+        ),
     ],
     ids=["CoLA as shipped", "CoLA with a header", "SST-2", "RTE", "MRPC"],
-)  # fmt: skip
+)
 def test_glue_files_are_read_as_shipped(
     tmp_path: Path, task: str, lines: list[str], sentence: str, pair: str, labels: list[str]
 ) -> None:

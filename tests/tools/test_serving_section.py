@@ -1,4 +1,5 @@
-"""The tables of docs/serving.md say what their record says: medians over rounds, ratios within a round, rounds of errors alone."""
+"""The tables of docs/serving.md say what their record says: medians over rounds, ratios within a round, rounds of
+errors alone."""
 
 from __future__ import annotations
 

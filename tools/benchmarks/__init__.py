@@ -1,1 +1,1 @@
-"""Measurements of the product on this machine; each writes a section of a document from a record, through a template."""
+"""Measurements of the product on this machine: each writes a record, and from it the section of a document."""

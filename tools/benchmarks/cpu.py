@@ -1,14 +1,16 @@
 """Measure CPU engines of one checkpoint against FP32 and the strongest peer, all interleaved.
 
-    python -m tools.benchmarks.cpu run CHECKPOINT --dense DENSE --data dev.tsv    results/performance/cpu.json and the document
-    python -m tools.benchmarks.cpu render                                         the section of docs/performance.md again
+    python -m tools.benchmarks.cpu run CHECKPOINT --dense DENSE --data dev.tsv    the record and the document
+    python -m tools.benchmarks.cpu render                                         the document again
 
-CHECKPOINT was compressed with `--placement attention`: graphs of fewer quantizers come out of it, too. One run exports and
-builds everything, holds compressed engines against their checkpoint (`nxm compare`), times all
-engines at fixed shapes and over the text of the data file, profiles operators, and measures what large matrix products
-reach on this machine. With NXM_PEERS_PYTHON, an interpreter with openvino and nncf, OpenVINO's own INT8 model of the dense
-checkpoint takes part; with NXM_TEXT_PEERS_PYTHON, one with sentence-transformers, optimum-onnx, optimum-intel and datasets,
-so do its INT8 backends.
+The record is results/performance/cpu.json, the document a section of docs/performance.md.
+
+CHECKPOINT was compressed with `--placement attention`: graphs of fewer quantizers come out of it, too. One run exports
+and builds everything, holds compressed engines against their checkpoint (`nxm compare`), times all engines at fixed
+shapes and over the text of the data file, profiles operators, and measures what large matrix products reach on this
+machine. With NXM_PEERS_PYTHON, an interpreter with openvino and nncf, OpenVINO's own INT8 model of the dense checkpoint
+takes part; with NXM_TEXT_PEERS_PYTHON, one with sentence-transformers, optimum-onnx, optimum-intel and datasets, so do
+its INT8 backends.
 """
 
 from __future__ import annotations

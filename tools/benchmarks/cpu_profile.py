@@ -66,7 +66,8 @@ def openvino_profiles(
 ) -> list[dict[str, Json]]:
     """Milliseconds by operator in OpenVINO's own profile of model files, medians over rounds that take turns.
 
-    The files are ONNX or OpenVINO's own. An operator is told by its type and the precision of its kernel; `nodes` counts those that ran.
+    The files are ONNX or OpenVINO's own. An operator is told by its type and the precision of its kernel; `nodes`
+    counts those that ran.
     """
     import openvino
 
@@ -116,7 +117,8 @@ def _planned_weights(directory: Path) -> int:
 
 
 def peaks(threads: int, work: Path) -> dict[str, float]:
-    """GOPS of one large product, (2048, 2048) x (2048, 2048), with ONNX Runtime: INT8 (uint8 x int8) and FP32; best of 10."""
+    """GOPS of one large product, (2048, 2048) x (2048, 2048), with ONNX Runtime: INT8 (uint8 x int8) and FP32; best of
+    10."""
     import onnx
     import onnxruntime
 

@@ -1,4 +1,5 @@
-"""The section of docs/performance.md that `tools.benchmarks.cpu` writes from its record: tables, aims, and what missed them."""
+"""The section of docs/performance.md that `tools.benchmarks.cpu` writes from its record: tables, aims, and what missed
+them."""
 
 from __future__ import annotations
 

@@ -86,7 +86,8 @@ def circumstances(threads: int, packages: Sequence[str]) -> dict[str, Json]:
 
 
 def save_record(name: str, record: Mapping[str, Json]) -> Path:
-    """Write ``results/performance/NAME.json``; raises `ValueError` that names the field for a number that is not finite."""
+    """Write ``results/performance/NAME.json``; raises `ValueError` that names the field for a number that is not
+    finite."""
     RECORDS.mkdir(parents=True, exist_ok=True)
     file = RECORDS / f"{name}.json"
     write_atomic(file, encode(record))

@@ -1,12 +1,13 @@
 """How everything around training grows with the model: seconds and peak memory from MiniLM to BERT-large shapes.
 
-    python -m tools.benchmarks.scaling                 measure, write results/performance/scaling.json and the document
-    python -m tools.benchmarks.scaling --render        the section of docs/performance.md and its picture, from the record
+    python -m tools.benchmarks.scaling            measure, write results/performance/scaling.json and the document
+    python -m tools.benchmarks.scaling --render   the section of docs/performance.md and its picture, from the record
 
-Weights are random, on 2:4 and a 4 bit grid. Every stage runs in a process of its own, so that its memory mark is its own;
-seconds are those of the stage, without Python's start and imports. Exponents are fitted to the largest three sizes: what a stage
-costs however small the model (tracing, optimizer passes over an empty graph) is no growth. Packing, unpacking and projecting
-work on planned weights, whose share of all parameters grows with the model, so theirs is fitted to both.
+Weights are random, on 2:4 and a 4 bit grid. Every stage runs in a process of its own, so that its memory mark is its
+own; seconds are those of the stage, without Python's start and imports. Exponents are fitted to the largest three
+sizes: what a stage costs however small the model (tracing, optimizer passes over an empty graph) is no growth. Packing,
+unpacking and projecting work on planned weights, whose share of all parameters grows with the model, so theirs is
+fitted to both.
 """
 
 from __future__ import annotations
@@ -76,8 +77,12 @@ def write_checkpoint(out: Path, hidden: int, wide: int, layers: int, heads: int)
     from nxm_export.contract.families import FAMILIES
 
     config = transformers.BertConfig(
-        vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers, num_attention_heads=heads
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+    )
     config.architectures = ["BertForSequenceClassification"]
     with torch.device("meta"):
         shapes = {k: tuple(v.shape) for k, v in transformers.BertForSequenceClassification(config).state_dict().items()}
@@ -323,7 +328,7 @@ def measure(names: Sequence[str], sequences: Sequence[int]) -> dict[str, Json]:
 
 
 def exponents(rows: Sequence[dict[str, Json]], calibration: Sequence[dict[str, Json]]) -> dict[str, float]:
-    """Fitted growth of every stage in parameters, of `ON_PLANNED` in planned weights, too; of calibration in sequences."""
+    """Fitted growth: of every stage in parameters, of `ON_PLANNED` in planned weights, too, of calibration in sequences."""
     last = rows[-3:]
     growth = {
         stage: fitted_exponent([row["parameters"] for row in last], [row["stages"][stage]["seconds"] for row in last])

@@ -83,9 +83,14 @@ def triton(repository: Path, log: Path, venv: Path) -> Iterator[Running]:
     server, environment, backends = _triton_parts(venv, log.parent)
     ports = {"http": free_port(), "grpc": free_port(), "metrics": free_port()}
     command = [
-        str(server), f"--model-repository={repository}", f"--backend-directory={backends}", "--disable-auto-complete-config",
-        "--exit-timeout-secs=5", *(f"--{kind}-address=127.0.0.1" for kind in ports), *(f"--{kind}-port={port}" for kind, port in ports.items()),
-    ]  # fmt: skip
+        str(server),
+        f"--model-repository={repository}",
+        f"--backend-directory={backends}",
+        "--disable-auto-complete-config",
+        "--exit-timeout-secs=5",
+        *(f"--{kind}-address=127.0.0.1" for kind in ports),
+        *(f"--{kind}-port={port}" for kind, port in ports.items()),
+    ]
     # The stub looks for packages in its working directory first, and where that is not enough, in PYTHONPATH.
     with started(command, environment, ports["http"], log, cwd=_site(venv), grpc_port=ports["grpc"]) as running:
         yield running

@@ -6,8 +6,8 @@
 All servers run at the same time and are loaded in turn, in rounds whose order rotates, with the same sentences of their
 true lengths; medians are reported. Every server gets one engine instance a core and one thread an instance. Beside the
 wall clock stands the CPU time that the server's processes took for a request, which other work on the machine disturbs
-less. Triton is the real server with a backend double (tools/benchmarks/servers.py); MLServer and the KServe SDK take part
-when NXM_MLSERVER_VENV and NXM_KSERVE_VENV point at environments with them and onnxruntime.
+less. Triton is the real server with a backend double (tools/benchmarks/servers.py); MLServer and the KServe SDK take
+part when NXM_MLSERVER_VENV and NXM_KSERVE_VENV point at environments with them and onnxruntime.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ TEXT_JSON = "Sentences (tokenized by the server), JSON"
 
 @dataclass
 class Samples:
-    """What the rounds of one server gave, with one kind of requests and one number of clients; times in milliseconds."""
+    """What one server gave, round by round, with one kind of requests and number of clients; times in milliseconds."""
 
     requests: str
     server: str

@@ -2,8 +2,9 @@
 
     python -m tools.benchmarks.soak ENGINE_DIR DATA_FILE [--seconds 600] [--clients 32]
 
-Every answer is compared with what the engine gives for the same sentence alone; a batch may round differently, so logits
-may differ by `--tolerance`. Exits with 1 when anything was lost, wrong or grew (see tools/benchmarks/soak_load.py).
+Every answer is compared with what the engine gives for the same sentence alone; a batch may round differently, so
+logits may differ by `--tolerance`. Exits with 1 when anything was lost, wrong or grew (see
+tools/benchmarks/soak_load.py).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """A server under load for as long as you like, with everything that goes wrong in real life happening to it meanwhile.
 
 Clients send without pause and check every answer. Some go away in the middle of a request or of an answer, some send
-garbage, some never finish. The engine directory is replaced by an equal one again and again. In the end every request that
-was sent whole, and whose client stayed, must have had the right answer, and memory, threads and files must be where they were.
+garbage, some never finish. The engine directory is replaced by an equal one again and again. In the end every request
+that was sent whole, and whose client stayed, must have had the right answer, and memory, threads and files must be
+where they were.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ STUCK = 0.002  # share of requests that stop in the middle, until the server giv
 class SoakReport:
     """What happened.
 
-    Memory is resident, in MiB: the least in the second and in the last fifth of the time, which is when one set of engines
-    is loaded (a reload holds two for a while, and what leaks stays), and the most of all. Threads and files: before, after.
+    Memory is resident, in MiB: the least in the second and in the last fifth of the time, which is when one set of
+    engines is loaded (a reload holds two for a while, and what leaks stays), and the most of all. Threads and files:
+    before, after.
     """
 
     seconds: float = 0.0
@@ -71,7 +73,8 @@ class SoakReport:
 
 @dataclass(frozen=True)
 class Load:
-    """What clients send, and how the engine is replaced meanwhile; `right` says whether the logits of ``bodies[i]`` are right."""
+    """What clients send, and how the engine is replaced meanwhile; `right` says whether the logits of ``bodies[i]`` are
+    right."""
 
     path: str
     bodies: Sequence[bytes]

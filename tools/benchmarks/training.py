@@ -1,11 +1,12 @@
 """What compression costs in training, against plain fine-tuning of the same model on the same batches.
 
-    python -m tools.benchmarks.training                 measure, write results/performance/training.json and the document
-    python -m tools.benchmarks.training --render        the section of docs/performance.md again, from the record
+    python -m tools.benchmarks.training            measure, write results/performance/training.json and the document
+    python -m tools.benchmarks.training --render   the section of docs/performance.md again, from the record
 
 Every round takes one optimizer step with every arm, in an order that rotates; ratios are medians over rounds. The arms
 freeze the same parameters, have no dropout and no noise of their own, clip and step as the Trainer does, under the same
-precision. Memory is that of a process of its own per arm, which trains through `compressors.training.trainer.run_phase`.
+precision. Memory is that of a process of its own per arm, which trains through
+`compressors.training.trainer.run_phase`.
 """
 
 from __future__ import annotations
@@ -52,8 +53,13 @@ TOOL = "tools/benchmarks/training.py"
 MODELS = {
     "MiniLM-L6": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12},
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "BERT-base, 3 of 12 blocks": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 3, "num_attention_heads": 12},
-}  # fmt: skip
+    "BERT-base, 3 of 12 blocks": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 12,
+    },
+}
 SHAPES = (("MiniLM-L6", 32, 32), ("MiniLM-L6", 32, 128), ("BERT-base, 3 of 12 blocks", 16, 64))
 ARMS = ("plain", "teacher", "admm without penalty", "admm", "qat", "qat with teacher")
 MEMORY = ("plain", "teacher", "admm with teacher", "qat", "qat with teacher")
@@ -80,7 +86,8 @@ VOCABULARY = 30522
 
 @dataclass
 class Arm:
-    """One way to train: `step` takes a batch through forward, backward, clipping, `before` (a penalty) and the optimizer."""
+    """One way to train: `step` takes a batch through forward, backward, clipping, `before` (a penalty) and the
+    optimizer."""
 
     student: Student
     optimizer: torch.optim.Optimizer
@@ -267,10 +274,18 @@ def train_in_this_process(kind: str, name: str, batch: int, sequence: int, preci
     ]
     with tempfile.TemporaryDirectory() as scratch:
         run_phase(
-            student.model, features, 0, Phase("bench", 3, 1e-4, batch, losses=student.losses), work_dir=Path(scratch), seed=0,
-            precision=precision, teacher=student._teacher[0] if student._teacher else None, admm=admm, save_every=2,
+            student.model,
+            features,
+            0,
+            Phase("bench", 3, 1e-4, batch, losses=student.losses),
+            work_dir=Path(scratch),
+            seed=0,
+            precision=precision,
+            teacher=student._teacher[0] if student._teacher else None,
+            admm=admm,
+            save_every=2,
             callbacks=[_Penalty(admm)] if admm else [],
-        )  # fmt: skip
+        )
     return {"before": before, "peak": peak_bytes()}
 
 

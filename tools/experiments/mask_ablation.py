@@ -1,8 +1,10 @@
-"""What channel permutation and activation-weighted masks save before any training: pruned weights, everything else as it was.
+"""What channel permutation and activation-weighted masks save before any training: pruned weights, everything else as
+it was.
 
     python -m tools.experiments.mask_ablation DENSE --train train.tsv --dev dev.tsv
 
-One line per pattern and choice: accuracy, agreement with the dense model, and mean KL(dense || pruned) in nats over dev.
+One line per pattern and choice: accuracy, agreement with the dense model, and mean KL(dense || pruned) in nats over
+dev.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What INT8 outputs cost before any training: the dense model with W8 weights, INT8 inputs, and some of its outputs in INT8.
+"""What INT8 outputs cost before any training: the dense model with W8 weights, INT8 inputs, and some of its outputs in
+INT8.
 
     python -m tools.experiments.output_ablation DENSE --train train.tsv --dev dev.tsv
 

@@ -1,9 +1,10 @@
-"""Country and US state names in real sentences as tagged tokens: ``python -m tools.experiments.silver_tags QNLI_DEV_TSV OUT``.
+"""Country and US state names in real sentences as tagged tokens: ``python -m tools.experiments.silver_tags QNLI_DEV_TSV
+OUT``.
 
-Writes ``train.jsonl`` and ``dev.jsonl`` for token classification. The tags are *silver*: names out of the package pycountry
-(ISO 3166), found by string match, longest first. Nobody read the sentences, so a Jordan may be a player and a Georgia a
-state; what a model learns from them is the list of names in context. All sentences with a name stay, and twice as many
-without. The data of docs/tasks.md were made with pycountry 26.2.16.
+Writes ``train.jsonl`` and ``dev.jsonl`` for token classification. The tags are *silver*: names out of the package
+pycountry (ISO 3166), found by string match, longest first. Nobody read the sentences, so a Jordan may be a player and a
+Georgia a state; what a model learns from them is the list of names in context. All sentences with a name stay, and
+twice as many without. The data of docs/tasks.md were made with pycountry 26.2.16.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Names = dict[tuple[str, ...], str]
 
 
 def names() -> Names:
-    """The kind of every name, by its tokens: what stands before a comma, so that "Iran, Islamic Republic of" is Iran."""
+    """Kind of every name, by its tokens: what stands before a comma, so that "Iran, Islamic Republic of" is Iran."""
     import pycountry
 
     kinds: dict[str, str] = {}

@@ -1,11 +1,12 @@
-"""sentence-transformers with its INT8 backends, as a worker that encodes all sentences of a file whenever it is told to.
+"""sentence-transformers with its INT8 backends, as a worker that encodes all sentences of a file whenever it is told
+to.
 
     PYTHON tools/experiments/st_peer.py MODEL SENTENCES WORK
 
-MODEL is a directory of a sentence-transformers model, SENTENCES a text file with one a line; quantized models are written to
-WORK. It says ``ready`` with a JSON list of [name, versions] on one line, then reads names from stdin and answers each with
-the seconds that tokenising and encoding took. Run by `tools/benchmarks/cpu.py` in an environment with sentence-transformers,
-optimum-onnx and optimum-intel, so that its rounds stand between ours.
+MODEL is a directory of a sentence-transformers model, SENTENCES a text file with one a line; quantized models are
+written to WORK. It says ``ready`` with a JSON list of [name, versions] on one line, then reads names from stdin and
+answers each with the seconds that tokenising and encoding took. Run by `tools/benchmarks/cpu.py` in an environment with
+sentence-transformers, optimum-onnx and optimum-intel, so that its rounds stand between ours.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""One command on a machine with an NVIDIA GPU: build, inspect, compare and time everything that a claim about 2:4 needs.
+"""One command on a machine with an NVIDIA GPU: build, inspect, compare and time everything that a claim about 2:4
+needs.
 
     python -m tools.gpu.evidence                      # MiniLM-L6, BERT-base and BERT-large shapes; about an hour
     python -m tools.gpu.evidence --models minilm --shapes 1x128,32x128 --rounds 30 --budget 600
 
-Writes ``docs/gpu/<gpu>-<tensorrt version>.md`` with raw reports beside it, losing cases included. Models have the shapes of
-the real ones and random weights, pruned 2:4 and quantized without training: kernels and latencies do not depend on what the
-weights say, and parity is against PyTorch on the same weights. Each variant's result is kept under ``--work``: run the
-same command again after an interruption and it goes on.
+Writes ``docs/gpu/<gpu>-<tensorrt version>.md`` with raw reports beside it, losing cases included. Models have the
+shapes of the real ones and random weights, pruned 2:4 and quantized without training: kernels and latencies do not
+depend on what the weights say, and parity is against PyTorch on the same weights. Each variant's result is kept under
+``--work``: run the same command again after an interruption and it goes on.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Plan:
-    """How variants are measured: shapes as (batch, sequence), rounds of timing, the builder's level, and where things go."""
+    """How variants are measured: shapes as (batch, sequence), rounds of timing, the builder's level, and where things
+    go."""
 
     shapes: list[tuple[int, int]]
     rounds: int

@@ -2,9 +2,9 @@
 
     python -m tools.gpu.sparse_kernels /path/to/libnvinfer_builder_resource.so.8.6.0 [more libraries]
 
-Reads text only and runs nothing. A name says architecture, form and types: ``sm80_xmma_sparse_gemm_i8i8_i8i32_f32`` takes
-INT8 (first i8), writes INT8 (second i8) and accumulates in i32. A kernel that is named may still never be chosen, and one
-named for sm80 may have been compiled for later GPUs, too.
+Reads text only and runs nothing. A name says architecture, form and types: ``sm80_xmma_sparse_gemm_i8i8_i8i32_f32``
+takes INT8 (first i8), writes INT8 (second i8) and accumulates in i32. A kernel that is named may still never be chosen,
+and one named for sm80 may have been compiled for later GPUs, too.
 """
 
 from __future__ import annotations

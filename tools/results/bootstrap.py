@@ -1,7 +1,7 @@
 """The resampled metrics of `nxm_export.data.metrics` from confusion matrices, a thousand resamples in milliseconds.
 
-The draws are those of `nxm_export.data.metrics.interval`, so the numbers are the same up to rounding of the last digit; only
-the way there is shorter: all metrics of a classification are functions of its confusion matrix.
+The draws are those of `nxm_export.data.metrics.interval`, so the numbers are the same up to rounding of the last digit;
+only the way there is shorter: all metrics of a classification are functions of its confusion matrix.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Matrices = npt.NDArray[np.int64]  # (RESAMPLES, label, prediction)
 
 
 def resampled(metric: str, predictions: Classes, labels: Classes, classes: int) -> npt.NDArray[np.float64]:
-    """The metric on every resample of the sentences, (RESAMPLES,); `predictions` and `labels` are classes (samples,)."""
+    """The metric on every resample of the sentences, (RESAMPLES,), from classes (samples,)."""
     if metric not in _METRICS:
         raise DataError(f"no resampling for the metric {metric!r}; choose one of {', '.join(_METRICS)}")
     return _METRICS[metric](confusions(predictions, labels, classes))

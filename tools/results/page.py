@@ -1,4 +1,5 @@
-"""Render ``docs/results.md`` from the records: protocol, one section per task. Rows that lose stay. Text: ``page.md.j2``."""
+"""Render ``docs/results.md`` from the records: protocol, one section per task. Rows that lose stay. Text:
+``page.md.j2``."""
 
 from __future__ import annotations
 
@@ -167,8 +168,8 @@ def _differences(statistics: TaskStatistics, rows: Sequence[str]) -> Iterable[li
 
 
 def _rivals(statistics: TaskStatistics, rows: Sequence[str]) -> Iterable[list[str]]:
-    """The default recipe and ADMM against every other at their option, searched plans against the nearest uniform one and
-    the paper's search."""
+    """The default recipe and ADMM against every other at their option, searched plans against the nearest uniform one
+    and the paper's search."""
     for row in rows:
         for other in _others(statistics, row_named(row)):
             difference = statistics.difference(row, other)

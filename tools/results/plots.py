@@ -64,7 +64,8 @@ def accuracy_against_compression(statistics: TaskStatistics, counting: str, file
 
 
 def sensitivity_map(sensitivities: Path, file: Path) -> None:
-    """Heat map of a search's sensitivities: one line per weight, one column per option, log10 of the KL to the dense model."""
+    """Heat map of a search's sensitivities: one line per weight, one column per option, log10 of the KL to the dense
+    model."""
     with sensitivities.open(encoding="utf-8", newline="") as stream:
         rows = [(row["weight"], row["option"], float(row["kl"])) for row in csv.DictReader(stream)]
     if not rows:

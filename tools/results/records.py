@@ -1,6 +1,7 @@
 """What is kept of measurements: a line of JSON for each (row, seed), the dev labels and the dense grid of a task.
 
-Predictions and labels are one character per dev sentence (`DIGITS`), in file order. No record holds a path of the machine.
+Predictions and labels are one character per dev sentence (`DIGITS`), in file order. No record holds a path of the
+machine.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Compression:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the encoder's matrices: in FP32, stored (`packed`), in an INT8 engine; and of the file of ``nxm pack``."""
+    """Bytes of the encoder's matrices (in FP32, stored, in an INT8 engine), and of the file of ``nxm pack``."""
 
     fp32: int
     packed: int
@@ -83,7 +84,8 @@ class PlanFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFacts:
-    """What `nxm_export.contract.checkpoint_metrics.CompressionMetrics` says of the training; None where a recipe has none."""
+    """What `nxm_export.contract.checkpoint_metrics.CompressionMetrics` says of the training; None where a recipe has
+    none."""
 
     qat_steps: int
     held_out_samples: int

@@ -1,9 +1,9 @@
 """Which rows there are: each a name, how its plan is made, and what it changes in `Settings`.
 
-A row's name says all about it: ``dense``, ``dense-longer``, ``RECIPE-OPTION`` as in ``nxm-2:4+W8``, the same with changes
-(`CHANGES`) behind it as in ``nxm-2:4+W4-permuted-activation``, or
-``searched-COUNTING-PERCENT`` and ``paper-search-COUNTING-PERCENT`` as in ``searched-hw-87.5``. So every recipe can be
-measured at every option; `STANDARD` are those that the table is about, in its order.
+A row's name says all about it: ``dense``, ``dense-longer``, ``RECIPE-OPTION`` as in ``nxm-2:4+W8``, the same with
+changes (`CHANGES`) behind it as in ``nxm-2:4+W4-permuted-activation``, or ``searched-COUNTING-PERCENT`` and
+``paper-search-COUNTING-PERCENT`` as in ``searched-hw-87.5``. So every recipe can be measured at every option;
+`STANDARD` are those that the table is about, in its order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ RECIPE_TITLES = {
 
 @dataclass(frozen=True)
 class Change:
-    """An ablation: its title, which `Settings` differ, which arguments of `Family.uniform_plan`, which `SearchSettings`."""
+    """An ablation: its title, which `Settings` differ, which arguments of `Family.uniform_plan`, which
+    `SearchSettings`."""
 
     title: str
     settings: Mapping[str, Json] = field(default_factory=dict)
@@ -83,7 +84,7 @@ STANDARD = (
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table. `option` is the uniform plan's, `search` (method, counting, compression) a searched one's."""
+    """One row. `option` is the uniform plan's, `search` (method, counting, compression) a searched one's."""
 
     name: str
     title: str
@@ -175,8 +176,9 @@ def row_named(name: str) -> Row:
             title = ", ".join([f"{option}, {RECIPE_TITLES[recipe]}", *titles])
             return Row(full, title, recipe, str(option), changes=tuple(changes))
     raise PlanError(
-        f"unknown row {name!r}; give dense, dense-longer, RECIPE-OPTION ({', '.join(RECIPE_TITLES)}; 2:4+W8 and the like), "
-        f"searched-COUNTING-PERCENT or paper-search-COUNTING-PERCENT ({', '.join(COUNTINGS)}), or all: {', '.join(STANDARD)}"
+        f"unknown row {name!r}; give dense, dense-longer, RECIPE-OPTION ({', '.join(RECIPE_TITLES)}; 2:4+W8 and the "
+        f"like), searched-COUNTING-PERCENT or paper-search-COUNTING-PERCENT ({', '.join(COUNTINGS)}), "
+        f"or all: {', '.join(STANDARD)}"
     )
 
 

@@ -1,7 +1,7 @@
 """Measure what is missing: per seed one dense model, and every other row from that same model.
 
-Training lies in a work directory (never in the repository); an interrupted row goes on from there. A row whose record is
-there is left alone, whatever else has changed: delete its line to measure it again.
+Training lies in a work directory (never in the repository); an interrupted row goes on from there. A row whose record
+is there is left alone, whatever else has changed: delete its line to measure it again.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class Measure:
         return replace(self.protocol.settings, dense_learning_rate=rate, dense_epochs=epochs, seed=seed)
 
     def _choose(self, choices: Sequence[tuple[float, float]]) -> tuple[float, float]:
-        """The (learning rate, epochs) that do best on a held-out slice of train, with seed 0; kept beside the records."""
+        """The (learning rate, epochs) that do best on a slice held out of train, with seed 0; kept with the records."""
         empty = Grid(self.protocol.model_name, self.files.digest, self.protocol.held_out)
         grid = self.store.grid() or empty
         if replace(grid, tried=()) != empty:
@@ -428,7 +428,8 @@ def _training(metrics: CompressionMetrics) -> TrainingFacts:
 
 
 def _bytes(plan: CompressionPlan, checkpoint: Path) -> Sizes:
-    """Of the planned matrices: FP32, stored (`packed`), in an INT8 engine; of the whole model: the file of ``nxm pack``."""
+    """Of the planned matrices: FP32, stored (`packed`), in an INT8 engine; of the whole model: the file of ``nxm
+    pack``."""
     with tempfile.TemporaryDirectory() as scratch:
         packed = pack(checkpoint, Path(scratch) / "packed.safetensors")
     return Sizes(

@@ -95,7 +95,7 @@ class TaskStatistics:
         return Difference(float(value), percentiles(drawn), tuple(common))
 
     def retention(self, row: str, reference: str = "dense") -> Retention | None:
-        """Ratio of mean scores to the dense row; None without a common seed, or where the dense row scores 0 or less."""
+        """Ratio of mean scores to the dense row; None without a common seed, or where that row scores 0 or less."""
         common = [seed for seed in self.seeds(row) if (reference, seed) in self.records]
         if not common:
             return None

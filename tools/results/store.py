@@ -1,7 +1,9 @@
-"""Where records lie: ``TASK.jsonl`` with a line per row and seed, beside it ``TASK/`` with labels, grid and sensitivities.
+"""Where records lie: ``TASK.jsonl`` with a line per row and seed, beside it ``TASK/`` with labels, grid and
+sensitivities.
 
-A line is written as soon as its row is measured, and the file is replaced as a whole, under a lock: whatever is interrupted
-or runs at the same time, no line is lost. Lines are in the order of rows and seeds, so that a new one is one line of a diff.
+A line is written as soon as its row is measured, and the file is replaced as a whole, under a lock: whatever is
+interrupted or runs at the same time, no line is lost. Lines are in the order of rows and seeds, so that a new one is
+one line of a diff.
 """
 
 from __future__ import annotations
@@ -73,7 +75,8 @@ class TaskStore:
         return next((record for record in self.records() if (record.row, record.seed) == (row, seed)), None)
 
     def add(self, record: Record, labels: str) -> None:
-        """Write a record at its place, and the task's labels with the first one; labels other than those kept are refused."""
+        """Write a record at its place, and the task's labels with the first one; labels other than those kept are
+        refused."""
         with self._locked():
             if not self.labels_file.is_file():
                 write_atomic(self.labels_file, encode(Labels(digest(labels), labels), LABELS_SCHEMA))

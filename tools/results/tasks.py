@@ -1,4 +1,4 @@
-"""The tasks that are measured, and their data brought into one form: ``sentence1, sentence2, label`` in two TSV files."""
+"""The tasks that are measured, and their data in one form: ``sentence1, sentence2, label`` in two TSV files."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class TaskFiles:
 
 
 def prepare(task: Task, data: Path | None, out: Path) -> TaskFiles:
-    """Write ``train.tsv`` and ``dev.tsv`` of `task` to `out`, from a GLUE directory `data` or from the demo's package."""
+    """Write ``train.tsv`` and ``dev.tsv`` to `out`, from a GLUE directory `data` or from the demo's package."""
     if task.glue and data is None:
         raise DataError(f"{task.title} needs --data: a directory with GLUE's train.tsv and dev.tsv")
     if not task.glue and data is not None:

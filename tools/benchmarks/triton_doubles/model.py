@@ -1,9 +1,9 @@
 """A DOUBLE of Triton's onnxruntime and tensorrt backends: ONNX Runtime on the CPU, called from Triton's Python backend.
 
-Triton lets a backend be a Python file, so this one stands where the wheel that the tests use has no compiled backend. The
-server around it is the real one: model configuration, repository, HTTP, gRPC, batcher, ensemble. It reads whatever model
-file the configuration names as ONNX, also one called ``model.plan``: what it proves is that the generated repository is
-loaded and spoken to, never that a TensorRT plan runs.
+Triton lets a backend be a Python file, so this one stands where the wheel that the tests use has no compiled backend.
+The server around it is the real one: model configuration, repository, HTTP, gRPC, batcher, ensemble. It reads whatever
+model file the configuration names as ONNX, also one called ``model.plan``: what it proves is that the generated
+repository is loaded and spoken to, never that a TensorRT plan runs.
 """
 
 from __future__ import annotations

@@ -17,8 +17,22 @@ from nxm_export.cli import main
 from tests.test_layering import LIGHT_LAYERS, MODULES, layer
 
 LIGHT = sorted(name for name in MODULES if layer(name) in LIGHT_LAYERS)
-HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino", "tensorrt_rtx", "polygraphy",
-         "rich",          "starlette", "uvicorn", "prometheus_client", "tokenizers")  # fmt: skip
+HEAVY = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "tensorrt_rtx",
+    "polygraphy",
+    "rich",
+    "starlette",
+    "uvicorn",
+    "prometheus_client",
+    "tokenizers",
+)
 
 # Refuses every module that is not in the standard library, numpy, msgspec or ours, then imports the light ones.
 _ONLY_NUMPY = f"""

@@ -328,7 +328,7 @@ def measure(names: Sequence[str], sequences: Sequence[int]) -> dict[str, Json]:
 
 
 def exponents(rows: Sequence[dict[str, Json]], calibration: Sequence[dict[str, Json]]) -> dict[str, float]:
-    """Fitted growth: of every stage in parameters, of `ON_PLANNED` in planned weights, too, of calibration in sequences."""
+    """Fitted growth: stages in parameters, `ON_PLANNED` in planned weights, too, calibration in sequences."""
     last = rows[-3:]
     growth = {
         stage: fitted_exponent([row["parameters"] for row in last], [row["stages"][stage]["seconds"] for row in last])

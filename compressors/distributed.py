@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def rank() -> int:
 def start() -> None:
     """Join the other processes, on the backend that the Trainer would choose (gloo on CPUs, NCCL on GPUs)."""
     if world_size() > 1:
-        from accelerate import PartialState  # type: ignore[import-untyped]
+        from accelerate import PartialState
 
         # Transformers passes this on under its old name; synchronising ADMM's buffers at every step would cost more than
         # the gradients do, and every process computes the same ones.
@@ -61,18 +61,18 @@ def gathered(part: Iterable[T]) -> list[T]:
     """The parts of all processes in a row, the first process's first."""
     if world_size() == 1:
         return list(part)
-    parts: list[Any] = [None] * world_size()
+    parts: list[list[T]] = [[] for _ in range(world_size())]
     torch.distributed.all_gather_object(parts, list(part))
-    return [item for found in parts for item in found]
+    return [item for items in parts for item in items]
 
 
 def agreed(value: T) -> T:
     """The first process's value, in every process."""
     if world_size() == 1:
         return value
-    shared: list[Any] = [value]
+    shared = [value]
     torch.distributed.broadcast_object_list(shared, src=0)
-    return shared[0]  # type: ignore[no-any-return]
+    return shared[0]
 
 
 def summed(x: Tensor) -> Tensor:

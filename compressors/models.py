@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
+from torch import nn
 
 from nxm_export.contract.checkpoint import has_head, read_config, require_safetensors
 from nxm_export.contract.families import GELUS, Family, family_of
 from nxm_export.contract.pooling import read_pooling
 from nxm_export.contract.tasks import Task, labels_of
 from nxm_export.errors import ArtifactError, DataError
-from nxm_export.hf.model_loading import model_class
+from nxm_export.hf.model_loading import Loading, load_pretrained, quiet_transformers
+from nxm_export.hf.protocols import FastTokenizer, TaskOutput
+from nxm_export.storage.json_files import Json
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A model on this disk. `revision` is the commit it was fetched at, None for a local directory."""
 
     path: Path
-    config: Mapping[str, Any]
+    config: Mapping[str, Json]
     family: Family
     revision: str | None = None
 
@@ -39,19 +40,26 @@ class Source:
         return list(labels_of(self.config))
 
 
-def resolve(model: str | Path, revision: str | None = None) -> Source:
+class SpanOutput(TaskOutput, Protocol):
+    """What a question answering model returns."""
+
+    start_logits: torch.Tensor
+    end_logits: torch.Tensor
+
+
+def resolve(model: str | Path, revision: str | None = None) -> ModelSource:
     """Find a model directory, or fetch a hub id; raises `ArtifactError` with the way out."""
     path = Path(model)
     if path.is_dir():
         if revision:
             raise ArtifactError(f"{model} is a local directory, and --revision is for hub models; drop one of them")
         config = read_config(path)
-        return Source(path, config, family_of(config, source=str(path / "config.json")))
+        return ModelSource(path, config, family_of(config, source=str(path / "config.json")))
     if path.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1:
         raise ArtifactError(f"{model}: no such directory")
     path, commit = _fetch(str(model), revision)
     config = read_config(path)
-    return Source(path, config, family_of(config, source=str(model)), commit)
+    return ModelSource(path, config, family_of(config, source=str(model)), commit)
 
 
 def _fetch(name: str, revision: str | None) -> tuple[Path, str]:
@@ -77,7 +85,8 @@ def _fetch(name: str, revision: str | None) -> tuple[Path, str]:
         ) from error
     except LocalEntryNotFoundError as error:
         raise ArtifactError(
-            f"{name}: no such directory, and the hub cannot be reached; download the model elsewhere and give its directory"
+            f"{name}: no such directory, and the hub cannot be reached; download the model elsewhere and give its "
+            "directory"
         ) from error
     except Exception as error:  # the hub client raises many kinds of network errors
         raise ArtifactError(f"{name}: no such directory, and fetching it from the hub failed ({error})") from error
@@ -85,13 +94,13 @@ def _fetch(name: str, revision: str | None) -> tuple[Path, str]:
     return path, path.name  # the snapshot directory is named by its commit
 
 
-def load_tokenizer(source: Source) -> Any:
+def load_tokenizer(source: ModelSource) -> FastTokenizer:
     """The model's fast tokenizer; raises `ArtifactError` when it has none."""
     from transformers import AutoTokenizer
 
     try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+        with quiet_transformers():
+            tokenizer: FastTokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
     except Exception as error:  # tokenizers raise many kinds for damaged files
         raise ArtifactError(f"{source.path}: its tokenizer cannot be loaded ({error})") from error
     if not tokenizer.is_fast:
@@ -99,14 +108,14 @@ def load_tokenizer(source: Source) -> Any:
     return tokenizer
 
 
-def max_length(source: Source, tokenizer: Any, task: Task, asked: int | None = None) -> int:
-    """Longest input in tokens: what was asked, else what tokenizer, positions and, for embeddings, the model's own files
+def max_length(source: ModelSource, tokenizer: FastTokenizer, task: Task, requested: int | None = None) -> int:
+    """Longest input in tokens: what was requested, else what tokenizer, positions and, for embeddings, the model's own files
     allow; beyond positions is refused."""
     limit = source.family.max_positions(source.config)
-    if asked is not None:
-        if not 2 <= asked <= limit:
-            raise DataError(f"max length {asked} is outside 2..{limit}, the positions of {source.path}")
-        return asked
+    if requested is not None:
+        if not 2 <= requested <= limit:
+            raise DataError(f"max length {requested} is outside 2..{limit}, the positions of {source.path}")
+        return requested
     made_for = read_pooling(source.path).max_length if task.auto_class is None else None
     return min(limit, int(tokenizer.model_max_length), made_for or limit)
 
@@ -114,30 +123,36 @@ def max_length(source: Source, tokenizer: Any, task: Task, asked: int | None = N
 PADDED = -1e4  # the logit of padding, where logits compete along the sequence
 
 
-def _as_spans(model: Any) -> Any:
+Arguments = tuple[object, ...]
+Keywords = dict[str, torch.Tensor]
+
+
+def _as_spans(model: nn.Module) -> nn.Module:
     """Make a question answering model speak like the others: ``labels`` (batch, 2) in, ``logits`` (batch, sequence, 2) out,
     start and end, `PADDED` at padding, which has no part in the loss."""
 
-    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        labels = kwargs.pop("labels", None)
+    def split_labels(_: nn.Module, args: Arguments, inputs: Keywords) -> tuple[Arguments, Keywords]:
+        labels = inputs.pop("labels", None)
         if labels is not None:
-            kwargs["start_positions"], kwargs["end_positions"] = labels.unbind(-1)
-        return args, kwargs
+            inputs["start_positions"], inputs["end_positions"] = labels.unbind(-1)
+        return args, inputs
 
-    def behind(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        padding = ~kwargs["attention_mask"].bool()[..., None]
+    def join_logits(_: nn.Module, args: Arguments, inputs: Keywords, output: SpanOutput) -> SpanOutput:
+        padding = ~inputs["attention_mask"].bool()[..., None]
         output.logits = torch.stack([output.start_logits, output.end_logits], -1).float().masked_fill(padding, PADDED)
-        if kwargs.get("start_positions") is not None:
-            wanted = torch.stack([kwargs["start_positions"], kwargs["end_positions"]], -1)
-            output.loss = torch.nn.functional.cross_entropy(output.logits, wanted)  # the classes are the positions
+        if inputs.get("start_positions") is not None:
+            positions = torch.stack([inputs["start_positions"], inputs["end_positions"]], -1)
+            output.loss = nn.functional.cross_entropy(output.logits, positions)  # the classes are the positions
         return output
 
-    model.register_forward_pre_hook(before, with_kwargs=True)
-    model.register_forward_hook(behind, with_kwargs=True)
+    model.register_forward_pre_hook(split_labels, with_kwargs=True)
+    model.register_forward_hook(join_logits, with_kwargs=True)
     return model
 
 
-def load_model(source: Source, task: Task, *, classes: Sequence[str] | None = None, gelu: str | None = None) -> Any:
+def load_model(
+    source: ModelSource, task: Task, *, classes: Sequence[str] | None = None, gelu: str | None = None
+) -> nn.Module:
     """The task model in float32, with ``labels`` in and ``logits`` out. With `classes` the head is new; without, it is the
     checkpoint's own.
 
@@ -145,9 +160,7 @@ def load_model(source: Source, task: Task, *, classes: Sequence[str] | None = No
     """
     # On CPU the backward pass of fused attention is slower than plain matrix products at the lengths of sentences.
     attention = "sdpa" if torch.cuda.is_available() else "eager"
-
-    chosen = model_class(source.path, source.config, task)
-    changes: dict[str, Any] = {}
+    changes: dict[str, object] = {}
     if gelu is not None:
         if gelu not in GELUS or source.family.gelu(source.config) is None:
             raise DataError(f"--gelu {gelu}: choose {' or '.join(GELUS)}, for a model whose activation is a GELU")
@@ -157,62 +170,6 @@ def load_model(source: Source, task: Task, *, classes: Sequence[str] | None = No
         changes |= {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
     if task.problem_type is not None:  # a head that serves several tasks is trained for this one
         changes["problem_type"] = task.problem_type
-    with quiet():
-        try:
-            model, report = chosen.from_pretrained(
-                source.path,
-                use_safetensors=True,
-                trust_remote_code=False,
-                dtype=torch.float32,
-                attn_implementation=attention,
-                ignore_mismatched_sizes=classes is not None,
-                output_loading_info=True,
-                **changes,
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ArtifactError(f"{source.path}: transformers cannot load it ({error})") from error
-        except Exception as error:
-            if type(error).__name__ != "SafetensorError":
-                raise
-            raise ArtifactError(
-                f"{source.path}: its weights cannot be read ({error}); the file is truncated or damaged"
-            ) from error
-    _require_weights(source, report, new_head=classes is not None or task.auto_class is None)
+    loading = Loading(attention=attention, changes=changes, new_head=classes is not None)
+    model = load_pretrained(source.path, source.config, task, loading)
     return _as_spans(model) if task.output_kind == "span" else model
-
-
-def _require_weights(source: Source, report: Mapping[str, Any], *, new_head: bool) -> None:
-    """Where a file lacks weights, transformers goes on with random ones: right for a new head (and the pooler in front of it), and
-    for nothing else."""
-    mismatched = (key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])
-    lacking = sorted({*report["missing_keys"], *mismatched})
-    if new_head:
-        encoder = f"{source.family.base}."
-        lacking = [name for name in lacking if name.startswith(encoder) and not name.startswith(f"{encoder}pooler.")]
-    if lacking:
-        raise ArtifactError(
-            f"{source.path}: {len(lacking)} weights are missing or of another shape, such as {lacking[0]}; the file is truncated or from "
-            "another model"
-        )
-
-
-class quiet(warnings.catch_warnings):  # noqa: N801  (reads as a function)
-    """Silence the progress bars and load reports of transformers: new heads are expected here."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging as hub_logging
-
-        super().__enter__()
-        warnings.simplefilter("ignore")
-        self._level = hub_logging.get_verbosity()
-        self._bars = hub_logging.is_progress_bar_enabled()
-        hub_logging.set_verbosity(logging.CRITICAL)
-        hub_logging.disable_progress_bar()
-
-    def __exit__(self, *details: Any) -> None:
-        from transformers.utils import logging as hub_logging
-
-        hub_logging.set_verbosity(self._level)
-        if self._bars:
-            hub_logging.enable_progress_bar()
-        super().__exit__(*details)

@@ -1,7 +1,8 @@
 """What every runtime offers: ``build`` an engine directory from ONNX, ``load`` it, ``inspect`` it.
 
-A backend is a module with those three functions (see `Backend`), named in `BACKENDS` and imported when it is asked for. What
-only some backends can do stands in their `BackendCapabilities`. An engine directory works when copied alone::
+A backend is a module with those three functions (see `Backend`), named in `BACKENDS` and imported when it is asked
+for. What only some backends can do stands in their `BackendCapabilities`. An engine directory works when copied
+alone::
 
     model.engine or model.onnx   what the runtime reads, in its own format
     passport.json                what made it: hashes, versions, device, profiles, plan, command
@@ -45,8 +46,9 @@ class BackendCapabilities:
     """What a backend's engines run on, and which optional powers it has.
 
     `threads`: building and loading take a number of CPU threads. `runs_onnx`: the engine file is an ONNX graph.
-    `optimization_profiles`: engines are built for ranges of shapes. `sparse_kernels`: 2:4 weights can run on sparse kernels,
-    and an engine directory has the facts of a sparsity report. `layer_times`: a loaded engine is a `LayerTimedEngine`.
+    `optimization_profiles`: engines are built for ranges of shapes. `sparse_kernels`: 2:4 weights can run on sparse
+    kernels, and an engine directory has the facts of a sparsity report. `layer_times`: a loaded engine is a
+    `LayerTimedEngine`.
     """
 
     device: Literal["cpu", "gpu"]
@@ -69,7 +71,8 @@ class Profile:
         for low, middle, high in zip(self.minimum, self.optimum, self.maximum, strict=True):
             if not 1 <= low <= middle <= high:
                 raise EngineError(
-                    f"profile sizes must rise from 1: minimum {self.minimum}, optimum {self.optimum}, maximum {self.maximum}"
+                    f"profile sizes must rise from 1: minimum {self.minimum}, optimum {self.optimum}, "
+                    f"maximum {self.maximum}"
                 )
 
 
@@ -89,10 +92,10 @@ class Binding:
 class BuildOptions:
     """What a build may be told. `threads` is for backends with `BackendCapabilities.threads`, the rest for TensorRT.
 
-    `profiles` default to one for everything; `sparse` allows sparse kernels; `level` is the builder's optimization level
-    (0 to 5, None = TensorRT's own); `workspace_bytes` limits scratch memory; `build_route` is passed on where the builder
-    lists its options as public. `timing_cache` is read and extended: a damaged or foreign one is an error with
-    `require_timing_cache`, else a new one is begun; without one, ``timing.cache`` beside the engine is new.
+    `profiles` default to one for everything; `sparse` allows sparse kernels; `level` is the builder's optimization
+    level (0 to 5, None = TensorRT's own); `workspace_bytes` limits scratch memory; `build_route` is passed on where
+    the builder lists its options as public. `timing_cache` is read and extended: a damaged or foreign one is an error
+    with `require_timing_cache`, else a new one is begun; without one, ``timing.cache`` beside the engine is new.
     `twin` names the engine's part in a comparison (see `nxm build --twins`).
     """
 
@@ -180,13 +183,13 @@ class Backend(Protocol):
     def build(self, onnx: str | Path, out: Path, options: BuildOptions = ...) -> EnginePassport:
         """Write an engine directory into the existing directory `out`; returns its passport.
 
-        Raises `EngineError`, `EngineUnavailable` where the runtime is missing, and `ArtifactError` for a file that is no ONNX
-        graph.
+        Raises `EngineError`, `EngineUnavailable` where the runtime is missing, and `ArtifactError` for a file that is
+        no ONNX graph.
         """
         ...
 
     def load(self, directory: str | Path, options: LoadOptions = ...) -> Engine:
-        """Load an engine directory; its hash, and what its passport requires of the machine, are checked before that."""
+        """Load an engine directory, after checking its hash and what its passport requires of the machine."""
         ...
 
     def inspect(self, directory: str | Path) -> EngineFacts:
@@ -262,7 +265,7 @@ def copy_companions(source: Path, out: Path) -> None:
 
 
 def require_feeds(engine: Engine, feeds: Mapping[str, np.ndarray]) -> None:
-    """Raise `EngineError` unless `feeds` are exactly the engine's inputs, as int64 arrays of one shape (batch, sequence)."""
+    """Raise `EngineError` unless `feeds` are the engine's inputs, as int64 arrays of one shape (batch, sequence)."""
     if set(feeds) != set(engine.inputs):
         raise EngineError(f"the engine takes {', '.join(engine.inputs)}; got {', '.join(feeds) or 'nothing'}")
     shapes = {array.shape for array in feeds.values()}
@@ -274,7 +277,7 @@ def require_feeds(engine: Engine, feeds: Mapping[str, np.ndarray]) -> None:
 
 
 def require_within(spec: IOSpec | None, feeds: Mapping[str, np.ndarray]) -> None:
-    """Raise `EngineError` for sequences and values beyond what the model has positions and rows for, where that is known."""
+    """Raise `EngineError` for sequences and values beyond what the model takes, where that is known."""
     if spec is None:
         return
     require_length(spec.max_length, feeds)

@@ -1,8 +1,8 @@
 """The engine's passport: what made it and where it may run, checked before anything is deserialized.
 
 It vouches for integrity (this is the file that was built, from that graph, by those versions), not for authenticity:
-whoever can replace the engine can replace its passport. It never changes after the build; results of comparing or timing
-an engine are files beside it that name its hash.
+whoever can replace the engine can replace its passport. It never changes after the build; results of comparing or
+timing an engine are files beside it that name its hash.
 """
 
 from __future__ import annotations
@@ -53,8 +53,11 @@ class Bindings:
 
 @dataclass(frozen=True)
 class BuildFacts:
-    """What a build says of its engine: `requires` are facts of the machine that must be equal where it is loaded, `options`
-    what it was told and what it did, by names of each backend's own, `graph` the metadata of the ONNX file."""
+    """What a build says of its engine.
+
+    `requires` are facts of the machine that must be equal where the engine is loaded; `options` are what the build was
+    told and what it did, by names of each backend's own; `graph` is the metadata of the ONNX file.
+    """
 
     device: Mapping[str, str]
     requires: Mapping[str, str]
@@ -66,8 +69,8 @@ class BuildFacts:
 
 @dataclass(frozen=True)
 class EnginePassport:
-    """See the module text and `BuildFacts`. `graph` is what the exporter wrote into the ONNX file, without the plan; `plan` is
-    None for a model without one; no `profiles` mean that the engine takes any shape that the model takes."""
+    """See the module text and `BuildFacts`. `graph` is what the exporter wrote into the ONNX file, without the plan;
+    `plan` is None for a model without one; no `profiles` mean that the engine takes any shape that the model takes."""
 
     backend: str
     engine: str
@@ -157,7 +160,7 @@ class EnginePassport:
             )
 
     def read_engine(self, directory: Path, facts: Mapping[str, str]) -> bytes:
-        """The engine file's bytes, hashed as they are returned: a file that is swapped after the check cannot be loaded.
+        """The engine file's bytes, hashed as they are returned: one that is swapped after the check cannot be loaded.
 
         Checks what `require_here` checks, and that no link leads out of the directory. Raises `ArtifactError`.
         """
@@ -194,7 +197,7 @@ class EnginePassport:
 
 
 def load_passport(directory: str | Path) -> EnginePassport:
-    """Read the passport of an engine directory; raises `ArtifactError` when there is none or it is of another schema."""
+    """Read the passport of an engine directory; raises `ArtifactError` when there is none, or a damaged one."""
     file = Path(directory) / PASSPORT_FILE
     if not file.is_file():
         raise ArtifactError(

@@ -63,7 +63,8 @@ class ServeError(NxmError):
 
 
 class RequestRefused(ServeError):
-    """A request that a server answers with the HTTP `status` and this message, and `retry_after` seconds where it may help."""
+    """A request that a server answers with the HTTP `status` and this message, and `retry_after` seconds where it may
+    help."""
 
     def __init__(self, status: int, message: str, *, retry_after: int | None = None) -> None:
         super().__init__(message)

@@ -1,8 +1,9 @@
-"""The three packages of this project belong together: `compressors` and `engines` must be those that came with `nxm_export`.
+"""The three packages of this project belong together: `compressors` and `engines` must be those that came with
+`nxm_export`.
 
-Their names are plain, and Python takes the first that it meets: a folder ``engines`` with an ``__init__.py`` (or a file
-``engines.py``) in the directory that Python was started in stands before the installed package. Unnoticed, that ends in an
-error about a module that does not exist.
+Their names are plain, and Python takes the first that it meets: a folder ``engines`` with an ``__init__.py`` (or a
+file ``engines.py``) in the directory that Python was started in stands before the installed package. Unnoticed, that
+ends in an error about a module that does not exist.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ def require_own_packages() -> None:
         if place is None:
             raise NxmError(f"{name}, a package of nxm-export, is missing in {_HOME}: install nxm-export again")
         if place != _HOME / name:
+            kind = "file" if place.is_file() else "folder"
             raise NxmError(
-                f"{name} is {place}, not the package of nxm-export in {_HOME}: rename that {'file' if place.is_file() else 'folder'} "
-                "or run from another directory"
+                f"{name} is {place}, not the package of nxm-export in {_HOME}: rename that {kind} or run from another "
+                "directory"
             )
 
 

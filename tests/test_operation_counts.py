@@ -75,7 +75,7 @@ def passes_of_a_step(module: nn.Module) -> Counter[str]:
 
 def test_a_quantized_layer_takes_few_passes_beyond_those_of_a_plain_one() -> None:
     plain, layer = passes_of_a_step(nn.Linear(IN, OUT)), layer_of(SPEC)
-    layer.harden()
+    layer.freeze_mask()
     found = passes_of_a_step(layer)
     assert (
         sum(found[name] for name in ("mm", "addmm", "bmm")) == sum(plain[name] for name in ("mm", "addmm", "bmm")) == 3
@@ -91,8 +91,8 @@ def test_a_quantized_layer_takes_few_passes_beyond_those_of_a_plain_one() -> Non
 
 def test_an_output_quantizer_takes_seven_passes() -> None:
     bare, quantized = layer_of(SPEC), layer_of(WeightSpec(NMPattern(2, 4), 4, 8, 8))
-    bare.harden()
-    quantized.harden()
+    bare.freeze_mask()
+    quantized.freeze_mask()
     more = passes_of_a_step(quantized) - passes_of_a_step(bare)
     # The copies are of its codes, to a byte each and back.
     assert dict(more) == {"div": 1, "round": 1, "clamp": 1, "mul": 1, "hardtanh_backward": 1, "_to_copy": 2}

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.passport import load_passport
-from nxm_export.pipeline.summary import read_summary
+from nxm_export.contract.run_summary import RunSummary, read_summary
 from nxm_export.storage.atomic import write_atomic
-from nxm_export.storage.json_files import Json
 from tools import ROOT
 from tools.rendering import render
 
@@ -37,27 +36,27 @@ class Latency:
 def table(run: Path) -> str:
     """The markdown table of a finished run, every number from a file in it."""
     summary = read_summary(run)
-    low, high = (100 * bound for bound in summary["difference_interval"])
+    low, high = (float("nan") if bound is None else 100 * bound for bound in summary.difference_interval)
     text = render(
         "readme_table.md.j2",
         summary=summary,
         low=low,
         high=high,
-        megabytes={name: size / 1e6 for name, size in summary["onnx_bytes"].items()},
+        megabytes={name: size / 1e6 for name, size in summary.onnx_bytes.items()},
         latencies=list(_latencies(summary)),
         cpu=load_passport(run / "engines" / "ort-cpu-int8").device.get("name", "unknown CPU"),
     )
     return f"{text}\n"
 
 
-def _latencies(summary: dict[str, Json]) -> Iterator[Latency]:
-    ratios = {(r["name"], r["batch"], r["sequence"]): r for r in summary["speedup"]}
-    timings = summary["latency_ms"]
+def _latencies(summary: RunSummary) -> Iterator[Latency]:
+    ratios = {(ratio.name, ratio.batch, ratio.sequence): ratio for ratio in summary.speedup}
+    timings = summary.latency_ms
     for name in (name for name in timings if name.startswith("ort-cpu-fp32 ")):
-        batch, tokens = timings[name]["batch"], timings[name]["seq"]
+        batch, tokens = timings[name].batch, timings[name].seq
         ratio = ratios["ort-cpu-int8", batch, tokens]
-        int8 = timings[name.replace("fp32", "int8")]["median"]
-        yield Latency(batch, tokens, timings[name]["median"], int8, ratio["speedup"], *ratio["interval"])
+        int8 = timings[name.replace("fp32", "int8")].median
+        yield Latency(batch, tokens, timings[name].median, int8, ratio.speedup, *ratio.interval)
 
 
 def main() -> None:

@@ -189,7 +189,7 @@ class Admm(nn.Module):
 
     @torch.no_grad()
     def residual(self) -> float:
-        """||W - projection(W)|| / ||W||: what hardening would take away now."""
+        """||W - projection(W)|| / ||W||: what fixing the masks would take away now."""
         gaps = [(c.weight.detach() - c.project(c.weight.detach())).norm() for c in self._all()]
         norms = [c.weight.detach().norm() for c in self._all()]
         return float(torch.stack(gaps).norm() / torch.stack(norms).norm().clamp(min=1e-30)) if gaps else 0.0
@@ -203,7 +203,7 @@ class Admm(nn.Module):
 
     @contextmanager
     def projected(self) -> Iterator[None]:
-        """Inside the block, every weight is its own projection (with U = 0): the model as hardening now would make it."""
+        """Inside the block, every weight is its own projection (with U = 0): the model as it would be if masks were fixed now."""
         saved = [constraint.weight.detach().clone() for constraint in self._all()]
         try:
             with torch.no_grad():

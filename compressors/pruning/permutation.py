@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,55 +27,55 @@ from compressors.quantization.fake_quant import QuantLinear
 from nxm_export.contract.families import Family, size_of
 from nxm_export.contract.plan import CompressionPlan, NMPattern
 from nxm_export.errors import PlanError
+from nxm_export.storage.json_files import Json
 
 ROUNDS = 40  # at most; each takes the best swaps that touch no group twice
 _LEAST_GAIN = 1e-4  # of what is kept: a round that gains less is the last
-_RESIDUAL_READERS, _RESIDUAL_WRITERS = ("query", "key", "value", "ffn_up"), ("attention_output", "ffn_down")
+_RESIDUAL_INPUTS, _RESIDUAL_OUTPUTS = ("query", "key", "value", "ffn_up"), ("attention_output", "ffn_down")
 _RESIDUAL_ROWS = (
     16_384  # of all readers' rows, evenly spaced, are enough to choose an order by; a large model has 200 000
 )
 
-Kept = dict[
-    str, tuple[float, float]
-]  # weight -> share of the sum of its scores that the pattern kept before, and keeps now
+# weight -> share of the sum of its scores that the pattern kept before, and keeps now
+RetainedShares = dict[str, tuple[float, float]]
 
 
 @torch.no_grad()
 def permute_channels(
-    model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, Any], rounds: int = ROUNDS
-) -> Kept:
+    model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, Json], rounds: int = ROUNDS
+) -> RetainedShares:
     """Reorder the free channels inside the blocks of `model`, in place, for the patterns of `plan`.
 
     Returns every matrix whose columns were reordered.
     """
-    found: Kept = {}
+    shares: RetainedShares = {}
     for block in family.blocks(config):
         for reader_role, writer_role in (("ffn_down", "ffn_up"), ("attention_output", "value")):
             name = f"{family.linear(block, reader_role)}.weight"
             spec = plan.weights[name]
             reader, writer = (_linear(model, family.linear(block, role)) for role in (reader_role, writer_role))
             size = reader.in_features if reader_role == "ffn_down" else reader.in_features // family.heads(config)
-            if name in found or spec.pattern is None or size % spec.pattern.m:
+            if name in shares or spec.pattern is None or size % spec.pattern.m:
                 continue
             scores = _scores(reader)
-            parts = scores.split(size, dim=1)
+            parts = torch.split(scores, size, dim=1)
             order = torch.cat([channel_order(part, spec.pattern, rounds) + i * size for i, part in enumerate(parts)])
-            found[name] = _shares(scores, order, spec.pattern)
+            shares[name] = _shares(scores, order, spec.pattern)
             _move_inputs(reader, order)
             _move_outputs(writer, order)
-    return found
+    return shares
 
 
 @torch.no_grad()
 def residual_order(
-    model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, Any], rounds: int = ROUNDS
-) -> tuple[Tensor, Kept]:
+    model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, Json], rounds: int = ROUNDS
+) -> tuple[Tensor, RetainedShares]:
     """The order (hidden,) of the residual stream under which what reads it keeps more, and every matrix that this concerns.
 
     It is chosen for the pattern that most of its readers have; without any, nothing is to be kept.
     """
     hidden = size_of(config, family.hidden_key)
-    readers = [f"{family.linear(block, role)}.weight" for block in family.blocks(config) for role in _RESIDUAL_READERS]
+    readers = [f"{family.linear(block, role)}.weight" for block in family.blocks(config) for role in _RESIDUAL_INPUTS]
     patterns = Counter(pattern for name in readers if (pattern := plan.weights[name].pattern) is not None)
     if not patterns:
         return torch.arange(hidden), {}
@@ -92,7 +91,7 @@ def residual_order(
 
 
 @torch.no_grad()
-def permute_residual(model: nn.Module, order: Tensor, family: Family, config: Mapping[str, Any]) -> None:
+def permute_residual(model: nn.Module, order: Tensor, family: Family, config: Mapping[str, Json]) -> None:
     """Give the residual stream of `model` another `order` (hidden,), in place; its outputs stay what they were.
 
     Outside the blocks every feature axis of the hidden size is moved, of whatever module: what reads one that was written
@@ -101,9 +100,9 @@ def permute_residual(model: nn.Module, order: Tensor, family: Family, config: Ma
     hidden = size_of(config, family.hidden_key)
     blocks = family.blocks(config)
     for block in blocks:
-        for role in _RESIDUAL_READERS:
+        for role in _RESIDUAL_INPUTS:
             _move_inputs(_linear(model, family.linear(block, role)), order)
-        for role in _RESIDUAL_WRITERS:
+        for role in _RESIDUAL_OUTPUTS:
             _move_outputs(_linear(model, family.linear(block, role)), order)
     if int(getattr(getattr(model, "config", None), "num_labels", 0)) == hidden:
         raise PlanError(f"a head with as many outputs as the hidden size, {hidden}, cannot be permuted")
@@ -129,7 +128,7 @@ def _scores(layer: nn.Linear) -> Tensor:
 
 def _shares(scores: Tensor, order: Tensor, pattern: NMPattern) -> tuple[float, float]:
     total = float(scores.sum().clamp(min=1e-30))
-    return float(kept_sum(scores, pattern)) / total, float(kept_sum(scores[:, order], pattern)) / total
+    return float(retained_sum(scores, pattern)) / total, float(retained_sum(scores[:, order], pattern)) / total
 
 
 def _move_inputs(layer: nn.Linear, order: Tensor) -> None:
@@ -146,7 +145,7 @@ def _move_outputs(layer: nn.Linear, order: Tensor) -> None:
         layer.log_scale.copy_(layer.log_scale[order])
 
 
-def kept_sum(scores: Tensor, pattern: NMPattern) -> Tensor:
+def retained_sum(scores: Tensor, pattern: NMPattern) -> Tensor:
     """Sum of the `n` largest `scores` (rows, channels) of every `m` neighbours."""
     groups = scores.reshape(len(scores), -1, pattern.m)
     return groups.topk(pattern.n, dim=-1).values.sum()
@@ -175,8 +174,8 @@ def channel_order(scores: Tensor, pattern: NMPattern, rounds: int = ROUNDS) -> T
         distance = torch.cdist(threshold, columns, p=1.0)
         gains[order[stale]] = (threshold.sum(dim=1)[:, None] + sums + distance) / 2 - lost[:, None]
         swaps = _disjoint_swaps(gains, order, m)
-        kept = float(kept_sum(columns[order].T, pattern))
-        if not swaps or sum(gain for gain, _, _ in swaps) < _LEAST_GAIN * kept:
+        retained = float(retained_sum(columns[order].T, pattern))
+        if not swaps or sum(gain for gain, _, _ in swaps) < _LEAST_GAIN * retained:
             break
         for _, i, j in swaps:
             order[i], order[j] = order[j].clone(), order[i].clone()

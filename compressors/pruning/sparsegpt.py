@@ -20,12 +20,12 @@ from nxm_export.contract.plan import NMPattern
 _BLOCK = 128  # columns whose updates to the rest are applied together, for speed only
 
 
-def input_moments(
+def input_hessians(
     model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, diagonal: bool = False
 ) -> dict[str, Tensor]:
     """``E[x x^T]`` (in, in) of what every prepared layer reads, by weight name, padding excluded; or its diagonal (in,).
 
-    Memory is one matrix per distinct input, whatever the number of batches: layers that share an input share its moments.
+    Memory is one matrix per distinct input, whatever the number of batches: layers that share an input share its hessian.
     """
     layers = quant_linears(model)
     leaders: dict[int, str] = {}  # layers that read through one quantizer read one tensor
@@ -64,14 +64,14 @@ def input_moments(
 
 
 @torch.no_grad()
-def prune(weight: Tensor, moments: Tensor, pattern: NMPattern, damping: float = 0.01) -> Tensor:
-    """An N:M matrix (out, in) close to `weight` in output error under `moments` (in, in), errors compensated.
+def prune(weight: Tensor, hessian: Tensor, pattern: NMPattern, damping: float = 0.01) -> Tensor:
+    """An N:M matrix (out, in) close to `weight` in output error under `hessian` (in, in), errors compensated.
 
-    `damping`, times the mean diagonal of the moments, keeps the inverse finite for inputs that hardly vary.
+    `damping`, times the mean diagonal of the hessian, keeps the inverse finite for inputs that hardly vary.
     """
     w = weight.float().clone()
     columns = w.shape[1]
-    inverse = _inverse_factor(moments, damping)  # upper (in, in)
+    inverse = _inverse_factor(hessian, damping)  # upper (in, in)
     block = max(1, _BLOCK // pattern.m) * pattern.m
     for start in range(0, columns, block):
         stop = min(start + block, columns)
@@ -91,18 +91,19 @@ def prune(weight: Tensor, moments: Tensor, pattern: NMPattern, damping: float = 
     return w.to(weight.dtype)
 
 
-def _inverse_factor(moments: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped moments."""
-    h = moments.double()
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped hessian."""
+    h = hessian.double()
     h = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (damping * h.diagonal().mean()).clamp(min=1e-12)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()
 
 
 @torch.no_grad()
-def prune_layers(layers: Mapping[str, QuantLinear], moments: Mapping[str, Tensor]) -> None:
-    """Prune every layer that has a pattern, in place, and fix its mask to what was kept."""
+def prune_layers(layers: Mapping[str, QuantLinear], hessian: Mapping[str, Tensor]) -> None:
+    """Prune every layer that has a pattern, in place, and fix its mask to what is left."""
     for name, layer in layers.items():
         if layer.spec.pattern:
-            layer.weight.copy_(prune(layer.weight, moments[name], layer.spec.pattern))
-            layer.harden()
+            layer.weight.copy_(prune(layer.weight, hessian[name], layer.spec.pattern))
+            layer.freeze_mask()

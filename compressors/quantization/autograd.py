@@ -1,14 +1,15 @@
-"""The differentiable functions of fake quantization: codes, their integer product, and the gradients of values and steps.
+"""The differentiable functions of fake quantization: codes, their integer product, and the gradients of values and scales.
 
 Codes are ``k = clip(round(x / s), qmin, qmax)``, rounding half to even. The straight-through derivative of ``s * k``
-is 1 for x inside the range and 0 outside; for the step it is ``k - x/s`` inside and ``k`` outside (LSQ: Esser et al.,
+is 1 for x inside the range and 0 outside; for the scale it is ``k - x/s`` inside and ``k`` outside (LSQ: Esser et al.,
 "Learned Step Size Quantization", ICLR 2020).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,43 +18,57 @@ from torch.nn import functional
 ACTIVATION_QMIN, ACTIVATION_QMAX = -128, 127
 
 
-class Codes(torch.autograd.Function):
-    """Integer codes of an activation `x` for the step `scale` (1,), in `dtype`.
+class FunctionCtx(Protocol):
+    """What autograd hands from a forward pass to its backward pass; the functions here add attributes of their own."""
 
-    The gradient that comes back is taken as that of the dequantized value ``codes * scale``, which is what `Product`
-    returns: so no pass over the tensor is spent on multiplying by the step and dividing by it again.
+    saved_tensors: tuple[Any, ...]  # tensors, and None where a tensor was optional
+    needs_input_grad: tuple[bool, ...]
+    range: tuple[int, int]
+    qmax: int
+    has_bias: bool
+    decay: float
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keep tensors for the backward pass."""
+
+
+class Codes(torch.autograd.Function):
+    """Integer codes of an activation `x` for the `scale` (1,), in `dtype`.
+
+    The gradient that comes back is taken as that of the dequantized value ``codes * scale``, which is what `IntegerProduct`
+    returns: so no pass over the tensor is spent on multiplying by the scale and dividing by it again.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, scale)
         return torch.div(x.float(), scale).round_().clamp_(ACTIVATION_QMIN, ACTIVATION_QMAX).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
         values = x.float()
         inside = _inside(grad.float(), values, scale, ACTIVATION_QMIN, ACTIVATION_QMAX)
-        # How the range's width acts through the codes; how it acts through the product is `Product`'s part.
+        # How the range's width acts through the codes; how it acts through the product is `IntegerProduct`'s part.
         grad_scale = -_dot(inside, values).div_(scale) if ctx.needs_input_grad[1] else None
         return inside.to(x.dtype), grad_scale, None
 
 
 class FakeQuantize(torch.autograd.Function):
-    """``clip(round(x / scale), qmin, qmax) * scale``, float32, for one step (1,) and a range of INT8.
+    """``clip(round(x / scale), qmin, qmax) * scale``, float32, for one `scale` (1,) and a range of INT8.
 
     What is kept for the way back are `x` and the codes, a byte each.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
-        found = torch.div(x.float(), scale).round_().clamp_(qmin, qmax)
-        ctx.save_for_backward(x, scale, found.to(torch.int8))
+    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
+        codes = torch.div(x.float(), scale).round_().clamp_(qmin, qmax)
+        ctx.save_for_backward(x, scale, codes.to(torch.int8))
         ctx.range = (qmin, qmax)
-        return found.mul_(scale)
+        return codes.mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, codes = ctx.saved_tensors
         values = x.float()
         inside = _inside(grad, values, scale, *ctx.range)
@@ -63,65 +78,69 @@ class FakeQuantize(torch.autograd.Function):
         return inside.to(x.dtype), grad_scale, None, None
 
 
-class Product(torch.autograd.Function):
-    """``(codes @ w.T) * step * scale + bias``, `dtype` (..., out): the integer product of a layer, scaled once in float32.
+class IntegerProduct(torch.autograd.Function):
+    """``(codes @ w.T) * input_scale * weight_scale + bias``, `dtype` (..., out): a layer's integer product, scaled once in
+    float32.
 
-    `codes` (..., in) are `Codes` with their step `step` (1,). ``w`` are the integer codes of `weight` for the steps
-    `scale` (out, 1) and ``[-qmax, qmax]``; or `weight` itself with `scale` None.
+    `codes` (..., in) are `Codes` with their `input_scale` (1,). ``w`` are the integer codes of `weight` for the scales
+    `weight_scale` (out, 1) and ``[-qmax, qmax]``; or `weight` itself with `weight_scale` None.
 
-    `gate` (or None) is 1 for a kept weight and 0 for a masked one, and multiplies the gradient. It need not touch the
-    codes: a masked weight is 0 when its mask is fixed, has no gradient from then on, and so stays 0, which
+    `nonzero_mask` (or None) is 1 for a weight that stays and 0 for a masked one, and multiplies the gradient. It need not touch
+    the codes: a masked weight is 0 when its mask is fixed, has no gradient from then on, and so stays 0, which
     `require_invariants` asserts.
 
-    The gradients of all steps come out of sums over the weight, which is smaller than what a batch writes:
+    The gradients of all scales come out of sums over the weight, which is smaller than what a batch writes:
     ``sum_t g[t,o] * product[t,o] = sum_i w[o,i] * (g.T @ codes)[o,i]``, and the second factor is at hand.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: FunctionCtx,
         codes: Tensor,
-        step: Tensor,
+        input_scale: Tensor,
         weight: Tensor,
-        scale: Tensor | None,
+        weight_scale: Tensor | None,
         bias: Tensor | None,
-        gate: Tensor | None,
+        nonzero_mask: Tensor | None,
         qmax: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        if scale is None:
-            multiplied, factor = weight if gate is None else weight * gate, step
+        """(Eight inputs: autograd takes them one by one.)"""
+        if weight_scale is None:
+            multiplied, factor = weight if nonzero_mask is None else weight * nonzero_mask, input_scale
         else:
-            multiplied, factor = torch.div(weight, scale).round_().clamp_(-qmax, qmax), scale.squeeze(-1) * step
+            multiplied = torch.div(weight, weight_scale).round_().clamp_(-qmax, qmax)
+            factor = weight_scale.squeeze(-1) * input_scale
         multiplied = multiplied.to(codes.dtype)
-        ctx.save_for_backward(codes, step, weight, scale, gate, multiplied)
+        ctx.save_for_backward(codes, input_scale, weight, weight_scale, nonzero_mask, multiplied)
         ctx.qmax, ctx.has_bias = qmax, bias is not None
         product = functional.linear(codes, multiplied).float()
         scaled = product.mul_(factor) if bias is None else torch.addcmul(bias, product, factor, out=product)
         return scaled.to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        codes, step, weight, scale, gate, multiplied = ctx.saved_tensors
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        codes, input_scale, weight, weight_scale, nonzero_mask, multiplied = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         grad_bias = rows.sum(dim=0, dtype=torch.float32) if ctx.has_bias else None
         rows = rows.to(codes.dtype)
-        deployed = multiplied if scale is None else multiplied * scale.to(codes.dtype)
+        deployed = multiplied if weight_scale is None else multiplied * weight_scale.to(codes.dtype)
         grad_codes = (rows @ deployed).reshape(codes.shape)
-        through = (rows.T @ codes.reshape(-1, codes.shape[-1])).float()  # (out, in): gradient of weight / step
-        moment = torch.linalg.vecdot(through, multiplied.float())  # (out,)
-        grad_weight, grad_scale = through.mul_(step), None
-        if scale is None:
-            grad_step = moment.sum().reshape(1)
+        through = (rows.T @ codes.reshape(-1, codes.shape[-1])).float()  # (out, in): gradient of weight / input_scale
+        sums = torch.linalg.vecdot(through, multiplied.float())  # (out,)
+        grad_weight, grad_weight_scale = through.mul_(input_scale), None
+        if weight_scale is None:
+            grad_input_scale = sums.sum().reshape(1)
         else:
-            steps = scale.squeeze(-1)  # (out,)
-            grad_step = torch.dot(moment, steps).reshape(1)
+            scales = weight_scale.squeeze(-1)  # (out,)
+            grad_input_scale = torch.dot(sums, scales).reshape(1)
             limit = float(ctx.qmax)
-            grad_weight = torch.ops.aten.hardtanh_backward(grad_weight, torch.div(weight, scale), -limit, limit)
-            grad_scale = (moment * step - torch.linalg.vecdot(grad_weight, weight) / steps).unsqueeze(-1)
-        if gate is not None:
-            grad_weight = grad_weight.mul_(gate)
-        return grad_codes, grad_step, grad_weight, grad_scale, grad_bias, None, None, None
+            grad_weight = torch.ops.aten.hardtanh_backward(grad_weight, torch.div(weight, weight_scale), -limit, limit)
+            through_codes = torch.linalg.vecdot(grad_weight, weight) / scales
+            grad_weight_scale = (sums * input_scale - through_codes).unsqueeze(-1)
+        if nonzero_mask is not None:
+            grad_weight = grad_weight.mul_(nonzero_mask)
+        return grad_codes, grad_input_scale, grad_weight, grad_weight_scale, grad_bias, None, None, None
 
 
 def _inside(grad: Tensor, x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
@@ -129,10 +148,12 @@ def _inside(grad: Tensor, x: Tensor, scale: Tensor, qmin: int, qmax: int) -> Ten
 
     By the one vectorized kernel that has it; selecting with boolean masks takes ten times as long on CPUs.
     """
-    if scale.device.type == "cpu":  # reading the step costs nothing here, and the division is a pass over the tensor
-        step = float(scale)
-        return torch.ops.aten.hardtanh_backward(grad, x, qmin * step, qmax * step)
-    return torch.ops.aten.hardtanh_backward(grad, torch.div(x, scale), float(qmin), float(qmax))
+    if scale.device.type == "cpu":  # reading the scale costs nothing here, and the division is a pass over the tensor
+        factor = float(scale)
+        inside: Tensor = torch.ops.aten.hardtanh_backward(grad, x, qmin * factor, qmax * factor)
+    else:
+        inside = torch.ops.aten.hardtanh_backward(grad, torch.div(x, scale), float(qmin), float(qmax))
+    return inside
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -140,20 +161,20 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.flatten(), b.flatten()).reshape(1)
 
 
-class FollowedMask(torch.autograd.Function):
+class SrSteMask(torch.autograd.Function):
     """``weight * mask`` whose gradient reaches masked weights, too, and pulls them to 0: ``g + decay * (1 - mask) * weight``.
 
     SR-STE: Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
+    def forward(ctx: FunctionCtx, weight: Tensor, mask: Tensor, decay: float) -> Tensor:
         ctx.save_for_backward(weight, mask)
         ctx.decay = decay
         return weight * mask
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, mask = ctx.saved_tensors
         return grad + ctx.decay * (weight * ~mask), None, None
 
@@ -169,3 +190,12 @@ def learned(log_scale: Tensor, elements: int, qmax: int) -> Tensor:
     damping = 1.0 / math.sqrt(elements * qmax)
     damped = log_scale * damping
     return (damped + (log_scale - damped).detach()).exp()
+
+
+# The functions with their types, which autograd's `apply` has not.
+quantize: Callable[[Tensor, Tensor, torch.dtype], Tensor] = Codes.apply
+fake_quantize: Callable[[Tensor, Tensor, int, int], Tensor] = FakeQuantize.apply
+integer_product: Callable[
+    [Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int, torch.dtype], Tensor
+] = IntegerProduct.apply
+sr_ste_weight: Callable[[Tensor, Tensor, float], Tensor] = SrSteMask.apply

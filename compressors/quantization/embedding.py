@@ -1,12 +1,12 @@
 """The word-embedding table in INT8: codes in [-127, 127] and one scale per row (token), the largest |value| of the row / 127.
 
-A step looks up its tokens' rows and rounds those; so it costs what a batch's tokens cost, however many tokens there are. The
+A training step looks up its tokens' rows and rounds those; so it costs what a batch's tokens cost, however many tokens there are. The
 scale follows the row, nothing is clipped, and the straight-through gradient of the rounding is 1 everywhere.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,16 @@ class _Rounded(torch.autograd.Function):
     """Rows on their own grids; the gradient passes."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
+    def forward(ctx: object, rows: Tensor) -> Tensor:
         codes, scales = row_codes(rows)
         return codes.mul_(scales)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: object, grad: Tensor) -> Tensor:
         return grad
+
+
+rounded: Callable[[Tensor], Tensor] = _Rounded.apply
 
 
 class QuantEmbedding(nn.Embedding):
@@ -57,7 +60,7 @@ class QuantEmbedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         """Rows (..., features) of token `ids` (...)."""
         rows = super().forward(ids)
-        return _Rounded.apply(rows) if self.rounds else rows
+        return rounded(rows) if self.rounds else rows
 
     @torch.no_grad()
     def baked(self) -> tuple[Tensor, Tensor]:
@@ -72,6 +75,6 @@ class QuantEmbedding(nn.Embedding):
         return table
 
 
-def tables(model: nn.Module) -> list[QuantEmbedding]:
+def quant_embeddings(model: nn.Module) -> list[QuantEmbedding]:
     """The tables of a prepared model that are deployed in INT8: one, or none."""
     return [module for module in model.modules() if isinstance(module, QuantEmbedding)]

@@ -10,37 +10,50 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from compressors import distributed
-from compressors.models import Source, load_model, load_tokenizer, resolve
+from compressors.models import ModelSource, load_model, load_tokenizer, resolve
 from compressors.process import prepare_process
-from compressors.quantization.fake_quant import prepare
+from compressors.quantization.preparation import prepare
 from compressors.search.selection import Selection, Selector, Trial, write_trials
-from compressors.search.sensitivity import Batches, Entry, Probe, divergence, real_logits, write_table
+from compressors.search.sensitivity import Batches, Sensitivity, SensitivityProbe, write_sensitivities
 from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
+from compressors.training.callbacks import Progress
 from compressors.training.default_recipe import training_of
-from compressors.training.phases import Job, freeze_embeddings, steps_of
-from compressors.training.resume import claim, request_hash
-from compressors.training.task_data import TaskData, read_task_data
-from compressors.training.trainer import Progress, Student, collate, schedule, wants_bf16
+from compressors.training.distillation import Student
+from compressors.training.divergence import divergence, real_logits
+from compressors.training.phases import Job, freeze_embeddings
+from compressors.training.resume import request_hash, take_ownership
+from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
+from compressors.training.trainer import collate, schedule, steps_of, wants_bf16
+from nxm_export.contract.checkpoint_metrics import finite
 from nxm_export.contract.families import size_of
+from nxm_export.contract.search_result import (
+    SEARCH_FILE,
+    FullRun,
+    HalvingRound,
+    ParetoPlan,
+    SampleCounts,
+    SearchBudget,
+    SearchCost,
+    SearchResult,
+)
 from nxm_export.contract.tasks import task_named
-from nxm_export.data.examples import Columns, Features, cut, sorted_batches
+from nxm_export.data.examples import Columns, Features, sorted_batches, split_indices
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.storage.atomic import atomic_dir
-from nxm_export.storage.json_files import json_text
+from nxm_export.storage.json_files import encode
 
-TABLE_FILE = "sensitivity.csv"
-_MARKS = {"plan.json", "search.json"}  # that make a directory one of a search
+SENSITIVITY_FILE = "sensitivity.csv"
+_MARKS = {"plan.json", SEARCH_FILE}  # that make a directory one of a search
 _TIMED_STEPS = 5
 
 
@@ -55,87 +68,77 @@ def search(
     columns: Columns = Columns(),
     work_dir: Path | None = None,
     progress: Progress = lambda what, done, total: None,
-) -> dict[str, Any]:
+) -> SearchResult:
     """Search a plan for a dense task model and write ``plan.json`` and its evidence to the directory `out`.
 
     `training` is how the plan is going to be trained: short runs use it, and the cost is compared with it. Interrupted
-    work resumes from `work_dir` where model, data and settings are the same. Returns what ``search.json`` holds.
+    work resumes from `work_dir` where model, data and settings are the same. Every argument but `model` is by keyword, as a
+    command line has it. Returns what ``search.json`` holds.
     """
     began = time.monotonic()
     prepare_process(training.threads)
-    source, kind = resolve(model), task_named(task)
+    source, kind, out = resolve(model), task_named(task), Path(out)
     if not source.head_fits(kind):
         raise DataError(f"{model} has no {task} head; fine-tune it first (`nxm run` and `nxm compress` do)")
-    out = Path(out)
-    replace_any = {file.name for file in out.glob("*")} >= _MARKS  # an earlier search
-    new_or_empty = not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir()))
-    if not (replace_any or new_or_empty):
-        raise ArtifactError(f"{out} exists and holds no earlier search; choose another --out, or remove it")
+    replace_any = _require_replaceable(out)
     work_dir = work_dir or out.with_name(f".{out.name}.work")
-    data = read_task_data(source, kind, train, None, training, columns, load_tokenizer(source))
+    data = read_task_data(source, TaskDataRequest(kind, train, columns=columns), load_tokenizer(source), training)
     full_steps = training.steps or steps_of(data.train, training.epochs, training.batch_size)
     blocks = len(source.family.blocks(source.config))
     settings = settings.sized(blocks, len(data.train), full_steps * training.batch_size)
     held_out, rest = _cut(data.train, settings)
     data = replace(data, train=rest, dev=held_out)
     dense = load_model(source, kind).to(distributed.device())
-    probe = Probe(dense, source.family, source.config, kind.output_kind)
+    probe = SensitivityProbe(dense, source.family, source.config, kind.output_kind)
     batches = [_batches(part, data.pad_id, settings.batch_size) for part in (rest[: settings.samples], held_out)]
     selector = Selector(probe, source.config, settings, batches[0], batches[1], progress)
     # Only now: what is refused above leaves nothing behind.
-    resumed = claim(work_dir, request_hash(source, [*data.dev, *data.train], settings, training))
-    if settings.method == "paper":
-        if not kind.own_loss and any(np.isnan(sample["labels"]) for sample in held_out):
-            raise DataError(
-                f"{train}: method paper scores plans by {kind.metric}, which needs scored pairs to train on"
-            )
-        ordered = [held_out[i] for batch in sorted_batches(held_out, settings.batch_size) for i in batch]
-        selection = selector.paper(kind.metric, ordered, data.classes or ())
-    else:
-        selection = selector.run(work_dir)
-    selection = distributed.agreed(selection)
+    resumed = take_ownership(work_dir, request_hash(source, [*data.dev, *data.train], settings, training))
+    selection = distributed.agreed(_select(selector, settings, data, train, work_dir))
+    runs = _Runs(source, data, dense, training, work_dir, progress)
     seconds = dict(selection.seconds)
-    finalists, rounds = selection.finalists, []
-    for number, steps in enumerate(settings.halving):
-        started = time.monotonic()
-        scores = distributed.agreed(
-            [
-                _short_run(
-                    source,
-                    data,
-                    dense,
-                    trial,
-                    replace(training, steps=steps),
-                    work_dir / f"round{number}-{i}",
-                    progress,
-                )
-                for i, trial in enumerate(finalists)
-            ]
-        )
-        order = np.argsort(scores, kind="stable")
-        ranking = {finalists[i].origin: scores[i] for i in order}
-        finalists = [finalists[i] for i in order[: max(1, len(order) // 2)]]
-        seconds[f"short runs of {steps} steps"] = round(time.monotonic() - started, 3)
-        rounds.append({"steps": steps, "scores": ranking})
-    full_seconds = full_steps * _step_seconds(source, data, dense, finalists[0], training)
+    finalists, rounds = runs.halved(selection.finalists, settings.halving, seconds)
+    full_seconds = full_steps * runs.step_seconds(finalists[0])
     seconds["all"] = round(time.monotonic() - began, 3)
-    cost = {
-        "seconds": seconds,
-        "full_run": {"steps": full_steps, "estimated_seconds": round(full_seconds, 3)},
-        "resumed": resumed,  # from an interrupted search, whose seconds are not counted
-        "share_of_full_run": None if resumed else round(seconds["all"] / full_seconds, 4),
-    }
-    facts = _facts(selection, finalists, rounds, settings) | {"cost": cost}
+    # Of a resumed search, the seconds before it was interrupted are not counted.
+    share = None if resumed else round(seconds["all"] / full_seconds, 4)
+    cost = SearchCost(seconds, FullRun(full_steps, round(full_seconds, 3)), resumed, share)
+    result = _result(selection, finalists, rounds, settings, cost)
     if not distributed.rank():  # only the first process writes
         with atomic_dir(out, replace_any=replace_any) as scratch:
-            _write(scratch, selection, finalists, selector.table, facts)
+            _write(scratch, selection, finalists, selector.sensitivities, result)
         shutil.rmtree(work_dir, ignore_errors=True)
     distributed.wait()
-    return facts
+    return result
+
+
+def _require_replaceable(out: Path) -> bool:
+    """Whether `out` holds an earlier search, which is replaced; raises `ArtifactError` where it holds anything else."""
+    earlier = {file.name for file in out.glob("*")} >= _MARKS
+    new_or_empty = not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir()))
+    if not (earlier or new_or_empty):
+        raise ArtifactError(f"{out} exists and holds no earlier search; choose another --out, or remove it")
+    return earlier
+
+
+def _select(selector: Selector, settings: SearchSettings, data: TaskData, train: str, work_dir: Path) -> Selection:
+    """The one-shot selection by the method that was asked for."""
+    if settings.method != "paper":
+        return selector.run(work_dir)
+    if not data.task.own_loss and any(np.isnan(sample["labels"]) for sample in data.dev):
+        raise DataError(
+            f"{train}: method paper scores plans by {data.task.metric}, which needs scored pairs to train on"
+        )
+    ordered = [data.dev[i] for batch in sorted_batches(data.dev, settings.batch_size) for i in batch]
+    return selector.paper(data.task.metric, ordered, data.classes or ())
 
 
 def _write(
-    directory: Path, selection: Selection, finalists: Sequence[Trial], table: Sequence[Entry], facts: Mapping[str, Any]
+    directory: Path,
+    selection: Selection,
+    finalists: Sequence[Trial],
+    sensitivities: Sequence[Sensitivity],
+    result: SearchResult,
 ) -> None:
     (directory / "plan.json").write_text(finalists[0].plan.to_json(), encoding="utf-8")
     for i, trial in enumerate(finalists):
@@ -145,9 +148,9 @@ def _write(
     for i, trial in enumerate(selection.front):
         (directory / f"pareto-{i + 1}.json").write_text(trial.plan.to_json(), encoding="utf-8")
     write_trials(directory / "trials.csv", selection.trials)
-    if table:
-        write_table(directory / TABLE_FILE, table)
-    (directory / "search.json").write_text(json_text(facts), encoding="utf-8")
+    if sensitivities:
+        write_sensitivities(directory / SENSITIVITY_FILE, sensitivities)
+    (directory / SEARCH_FILE).write_text(encode(result.to_dict()), encoding="utf-8")
 
 
 def _cut(features: Sequence[Features], settings: SearchSettings) -> tuple[list[Features], list[Features]]:
@@ -159,7 +162,7 @@ def _cut(features: Sequence[Features], settings: SearchSettings) -> tuple[list[F
             f"{len(features)} training samples are too few for {settings.samples} calibration and {settings.held_out} held-out samples; "
             "lower --samples and --held-out, or give more data"
         )
-    held_out, rest = cut(features, settings.held_out, settings.seed)
+    held_out, rest = split_indices(features, settings.held_out, settings.seed)
     return [features[i] for i in held_out], [features[i] for i in rest]
 
 
@@ -167,54 +170,76 @@ def _batches(features: Sequence[Features], pad_id: int, batch_size: int) -> Batc
     return [collate([features[i] for i in batch], pad_id) for batch in sorted_batches(features, batch_size)]
 
 
-def _short_run(
-    source: Source,
-    data: TaskData,
-    dense: nn.Module,
-    trial: Trial,
-    training: Settings,
-    work_dir: Path,
-    progress: Progress,
-) -> float:
-    """Divergence from the dense model on the held-out slice after a compression run."""
-    student, _ = Job(source, replace(data, dev=[]), trial.plan, training, work_dir, progress).run()
-    student.eval()
-    device, total = next(student.parameters()).device, 0.0
-    with torch.no_grad():
-        for batch in _batches(data.dev, data.pad_id, 64):
-            inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-            wanted, found = (
-                real_logits(m(**inputs).logits, inputs["attention_mask"], data.task.output_kind)
-                for m in (dense, student)
+@dataclass(frozen=True)
+class _Runs:
+    """Compression runs from one dense model, short or timed, that judge plans or tell what a full one takes."""
+
+    source: ModelSource
+    data: TaskData  # whose dev is the held-out slice
+    dense: nn.Module
+    training: Settings
+    work_dir: Path
+    progress: Progress
+
+    def halved(
+        self, finalists: Sequence[Trial], halving: Sequence[int], seconds: dict[str, float]
+    ) -> tuple[list[Trial], list[HalvingRound]]:
+        """(the finalists that are left after rounds of short runs, best first; the rounds). Adds the `seconds` of each round.
+
+        A run whose divergence is no number comes last.
+        """
+        left, rounds = list(finalists), []
+        for number, steps in enumerate(halving):
+            started = time.monotonic()
+            scores = distributed.agreed(
+                [self._short(trial, steps, self.work_dir / f"round{number}-{i}") for i, trial in enumerate(left)]
             )
-            total += divergence(wanted, found, data.task.output_kind)
-    return total / len(data.dev)
+            order = np.argsort(scores, kind="stable")
+            rounds.append(HalvingRound(steps, {left[i].origin: finite(scores[i]) for i in order}))
+            left = [left[i] for i in order[: max(1, len(order) // 2)]]
+            seconds[f"short runs of {steps} steps"] = round(time.monotonic() - started, 3)
+        return left, rounds
 
+    def _short(self, trial: Trial, steps: int, work_dir: Path) -> float:
+        """Divergence from the dense model on the held-out slice after a compression run of so many steps."""
+        settings, data = replace(self.training, steps=steps), replace(self.data, dev=[])
+        student, _ = Job(self.source, data, trial.plan, settings, work_dir, self.progress).run()
+        student.eval()
+        device, kind, total = next(student.parameters()).device, self.data.task.output_kind, 0.0
+        with torch.no_grad():
+            for batch in _batches(self.data.dev, self.data.pad_id, 64):
+                inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+                reference, actual = (
+                    real_logits(model(**inputs).logits, inputs["attention_mask"], kind)
+                    for model in (self.dense, student)
+                )
+                total += divergence(reference, actual, kind)
+        return total / len(self.data.dev)
 
-def _step_seconds(source: Source, data: TaskData, dense: nn.Module, trial: Trial, training: Settings) -> float:
-    """Seconds of one optimizer step of a compression run under this plan, timed over a few steps on this process's part."""
-    model = load_model(source, data.task)
-    prepare(model, trial.plan, source.family, source.config)
-    if training.freeze_embeddings:
-        freeze_embeddings(model)
-    width = size_of(source.config, source.family.hidden_key)
-    losses = training_of(training, data.task, width).losses
-    student = Student(model, losses, dense if training.distill else None, None, data.task.output_kind)
-    student.to(distributed.device())
-    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], fused=True)
-    size = max(1, training.batch_size // distributed.world_size())
-    times = []
-    for samples in _typical_batches(data.train, size, training.seed):
-        batch = {key: value.to(distributed.device()) for key, value in collate(samples, data.pad_id).items()}
-        began = time.perf_counter()
-        with torch.autocast(distributed.device().type, torch.bfloat16, enabled=wants_bf16(training.precision)):
-            loss = student(**batch)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()  # waits for the device
-        times.append(time.perf_counter() - began)
-    return float(np.mean(times[1:]))
+    def step_seconds(self, trial: Trial) -> float:
+        """Seconds of one optimizer step of a compression run under a plan, timed over a few steps on this process's part."""
+        source, task, training = self.source, self.data.task, self.training
+        model = load_model(source, task)
+        prepare(model, trial.plan, source.family, source.config)
+        if training.freeze_embeddings:
+            freeze_embeddings(model)
+        losses = training_of(training, task, size_of(source.config, source.family.hidden_key)).losses
+        student = Student(model, losses, self.dense if training.distill else None, None, task.output_kind)
+        student.to(distributed.device())
+        optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], fused=True)
+        size = max(1, training.batch_size // distributed.world_size())
+        times = []
+        for samples in _typical_batches(self.data.train, size, training.seed):
+            batch = {key: value.to(distributed.device()) for key, value in collate(samples, self.data.pad_id).items()}
+            began = time.perf_counter()
+            with torch.autocast(distributed.device().type, torch.bfloat16, enabled=wants_bf16(training.precision)):
+                loss = student(**batch)["loss"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()  # waits for the device
+            times.append(time.perf_counter() - began)
+        return float(np.mean(times[1:]))
 
 
 def _typical_batches(features: Sequence[Features], size: int, seed: int) -> list[list[Features]]:
@@ -227,26 +252,28 @@ def _typical_batches(features: Sequence[Features], size: int, seed: int) -> list
     return [chosen[-1], *chosen]
 
 
-def _facts(
-    selection: Selection, finalists: Sequence[Trial], rounds: Sequence[Mapping[str, Any]], settings: SearchSettings
-) -> dict[str, Any]:
-    return {
-        "schema": "nxm-search/1",
-        "method": settings.method,
-        "budget": {
-            "counting": settings.counting,
-            "compression": settings.compression,
-            "bytes": settings.bytes,
-            "latency_ms": settings.latency_ms,
-        },
-        "best": finalists[0].row(),
-        "finalists": [trial.row() for trial in finalists],
-        "pareto": [
-            {"asked": asked, **trial.row()} for asked, trial in zip(settings.pareto, selection.front, strict=True)
-        ],
-        "tied": {tie: trial.row() for tie, trial in selection.tied.items()},
-        "rounds": list(rounds),
-        "plans_evaluated": selection.evaluated,
-        "samples": {"calibration": settings.samples, "held_out": settings.held_out},
-        "seed": settings.seed,
-    }
+def _result(
+    selection: Selection,
+    finalists: Sequence[Trial],
+    rounds: Sequence[HalvingRound],
+    settings: SearchSettings,
+    cost: SearchCost,
+) -> SearchResult:
+    assert settings.samples is not None
+    assert settings.held_out is not None
+    return SearchResult(
+        method=settings.method,
+        budget=SearchBudget(settings.counting, settings.compression, settings.bytes, settings.latency_ms),
+        best=finalists[0].score(),
+        finalists=tuple(trial.score() for trial in finalists),
+        pareto=tuple(
+            ParetoPlan(**vars(trial.score()), asked=compression)
+            for compression, trial in zip(settings.pareto, selection.front, strict=True)
+        ),
+        tied={tie: trial.score() for tie, trial in selection.tied.items()},
+        rounds=tuple(rounds),
+        plans_evaluated=selection.evaluated,
+        samples=SampleCounts(settings.samples, settings.held_out),
+        seed=settings.seed,
+        cost=cost,
+    )

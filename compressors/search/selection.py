@@ -1,4 +1,4 @@
-"""Which option each weight gets: candidates from the table, a joint check, swaps; or the authors' enumeration.
+"""Which option each weight gets: candidates from the sensitivity table, a joint check, swaps; or the authors' enumeration.
 
     statistics -> sensitivity table -> exact knapsack, for several mixes of the two sensitivities
                -> joint check (what the table cannot see: interactions) -> budget-neutral swaps
@@ -20,18 +20,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from compressors.search import knapsack
-from compressors.search.sensitivity import Batches, Entry, OneShot, Probe, divergence, measure
+from compressors.search.knapsack import Latency, choose
+from compressors.search.sensitivity import Batches, OneShot, Sensitivity, SensitivityProbe, measure
 from compressors.search.settings import MIXES, SearchSettings
+from compressors.training.divergence import divergence
+from nxm_export.contract.checkpoint_metrics import finite
 from nxm_export.contract.plan import COUNTINGS, INT8_ATTENTION, REFERENCE_BITS, CompressionPlan, WeightSpec
+from nxm_export.contract.search_result import PlanScore
 from nxm_export.data.examples import Features, filled, group_array, label_array
 from nxm_export.data.metrics import metric_named
 from nxm_export.errors import PlanError
+from nxm_export.storage.json_files import Json
 
 Progress = Callable[[str, int, int], None]
 Choice = tuple[int, ...]  # index into the candidate specs, per weight in model order
@@ -39,7 +42,7 @@ Choice = tuple[int, ...]  # index into the candidate specs, per weight in model 
 
 @dataclass(frozen=True)
 class Trial:
-    """One plan that was looked at: where it came from, what the table predicts, what it really does one-shot."""
+    """One plan that was looked at: where it came from, what the sensitivity table predicts, what it really does one-shot."""
 
     origin: str
     plan: CompressionPlan
@@ -48,12 +51,16 @@ class Trial:
     joint: float
     milliseconds: float | None = None  # by the latency table, where one was given
 
-    def row(self) -> dict[str, Any]:
-        """As in ``search.json``."""
-        counted = {counting: round(self.plan.compression(counting), 6) for counting in COUNTINGS}
-        timed = {} if self.milliseconds is None else {"milliseconds": round(self.milliseconds, 6)}
-        facts = {"origin": self.origin, "predicted": self.predicted, "joint": self.joint}
-        return {**facts, **counted, **timed, "options": self.plan.pattern_counts}
+    def score(self) -> PlanScore:
+        """The plan as ``search.json`` has it."""
+        return PlanScore(
+            origin=self.origin,
+            predicted=finite(self.predicted),
+            joint=finite(self.joint),
+            **{counting: round(self.plan.compression(counting), 6) for counting in COUNTINGS},
+            options=self.plan.pattern_counts,
+            milliseconds=None if self.milliseconds is None else round(self.milliseconds, 6),
+        )
 
 
 @dataclass(frozen=True)
@@ -69,12 +76,12 @@ class Selection:
 
 
 class Selector:
-    """Chooses over one dense model: statistics, then `run` (or its steps `measure_table`, `candidates`, `swaps`), or `paper`."""
+    """Chooses over one dense model: statistics, then `run` (or its steps `measure_sensitivities`, `candidates`, `swaps`), or `paper`."""
 
     def __init__(
         self,
-        probe: Probe,
-        config: Mapping[str, Any],
+        probe: SensitivityProbe,
+        config: Mapping[str, Json],
         settings: SearchSettings,
         calibration: Batches,
         held_out: Batches,
@@ -102,14 +109,14 @@ class Selector:
         with self._timed("statistics"):
             self.statistics = probe.statistics(calibration, settings.percentile)
             self.one_shot = OneShot(probe, self.statistics, by_magnitude=settings.method == "paper")
-            self.wanted = [probe.outputs(batch) for batch in held_out]
-        self.table: list[Entry] = []
+            self.reference = [probe.outputs(batch) for batch in held_out]
+        self.sensitivities: list[Sensitivity] = []
         self.losses: dict[str, np.ndarray] = {}  # by measure, (weights, options)
 
     def run(self, directory: Path) -> Selection:
-        """Table (finished parts of which are kept in `directory`), knapsack, joint check, swaps, front."""
+        """Sensitivity table (finished parts of which are kept in `directory`), knapsack, joint check, swaps, front."""
         with self._timed("table"):
-            self.measure_table(directory)
+            self.measure_sensitivities(directory)
         with self._timed("knapsack"):
             candidates = self.candidates(self.budget)
         with self._timed("joint check"):
@@ -122,61 +129,60 @@ class Selector:
         if self.settings.pareto:
             with self._timed("pareto"):
                 front, others = self.pareto(self.settings.pareto, trials)
-        ranked, finalists = sorted(trials, key=lambda trial: trial.joint), list[Trial]()
+        ranked, finalists = sorted(trials, key=_joint), list[Trial]()
         for trial in ranked:
             if all(trial.plan != other.plan for other in finalists):  # placement may make one plan of two choices
                 finalists.append(trial)
         evaluated = len(trials) + len(others)
         tied = {
-            tie: found[0]
+            tie: best[0]
             for tie, groups in self.ties().items()
-            if tie != "free" and (found := [trial for trial in ranked if _is_tied(trial.choice, groups)])
+            if tie != "free" and (best := [trial for trial in ranked if _is_tied(trial.choice, groups)])
         }
         return Selection(finalists[: self.settings.finalists], ranked, front, evaluated, self.seconds, tied)
 
-    def measure_table(self, directory: Path) -> None:
+    def measure_sensitivities(self, directory: Path) -> None:
         """Fill the sensitivity table and read the losses off it, each measure scaled to mean 1."""
-        wanted = {
+        compressed = {
             name: list(dict.fromkeys(spec for spec in options if spec is not None and not spec.is_dense))
             for name, options in zip(self.names, self.options, strict=True)
         }
-        table = self.table = measure(
+        self.sensitivities = measure(
             self.probe,
             self.calibration,
             self.one_shot,
-            wanted,
+            compressed,
             directory,
             progress=lambda part, total: self.progress("sensitivity", part, total),
         )
-        rows = {(entry.weight, entry.option): entry for entry in table}
         for kind in ("kl", "fisher"):
-            mean = float(np.mean([getattr(entry, kind) for entry in table] or [1.0])) or 1.0
+            by_option = {(entry.weight, entry.option): float(getattr(entry, kind)) for entry in self.sensitivities}
+            mean = float(np.mean(list(by_option.values()) or [1.0])) or 1.0
+
+            def loss(
+                name: str, spec: WeightSpec | None, by_option: Mapping[tuple[str, str], float] = by_option
+            ) -> float:
+                if spec is None:
+                    return np.inf
+                return 0.0 if spec.is_dense else by_option[name, str(spec)]
+
             self.losses[kind] = np.array(
-                [
-                    [
-                        np.inf
-                        if spec is None
-                        else 0.0
-                        if spec.is_dense
-                        else getattr(rows[name, str(spec)], kind) / mean
-                        for spec in options
-                    ]
-                    for name, options in zip(self.names, self.options, strict=True)
-                ]
+                [[loss(name, spec) for spec in options] for name, options in zip(self.names, self.options, strict=True)]
             )
+            self.losses[kind] /= mean
 
     def candidates(self, budget: int) -> dict[str, Choice]:
         """Distinct choices within a budget of bits: the knapsack at several mixes, free, tied by role and tied by layer."""
-        found: dict[str, Choice] = {}
+        choices: dict[str, Choice] = {}
         for tie, groups in self.ties().items():
             for mix in np.linspace(0.0, 1.0, MIXES if tie == "free" else 3):
                 choice = self._solve(float(mix), groups, budget)
-                if choice is not None and choice not in found.values():
-                    found[f"{tie}, {mix:.1f} fisher"] = choice
-        return found
+                if choice is not None and choice not in choices.values():
+                    choices[f"{tie}, {mix:.1f} fisher"] = choice
+        return choices
 
     def pareto(self, compressions: Sequence[float], trials: Sequence[Trial]) -> tuple[list[Trial], list[Trial]]:
-        """(best trial at each of several compressions, every trial that this took), all from the one table.
+        """(best trial at each of several compressions, every trial that this took), all from the one sensitivity table.
 
         A plan also serves every lower compression than its own, and so do `trials`: the front never crosses itself.
         """
@@ -192,7 +198,7 @@ class Selector:
         return front, new
 
     def swaps(self, best: Trial) -> list[Trial]:
-        """Hill climbing: two weights change options within the constraints, kept if that is jointly better."""
+        """Hill climbing: two weights change options within the constraints, which stays if that is jointly better."""
         rng = random.Random(self.settings.seed)
         seen, trials = {best.choice}, []
         for number in range(self.settings.swaps):
@@ -220,13 +226,13 @@ class Selector:
         choices = [self._spread(options, roles) for options in tied]
         feasible = [choice for choice in choices if self.fits(choice, self.budget)]
         scored = []
-        truth, score_of = label_array(samples), metric_named(metric, classes, group_array(samples))
+        labels, score_of = label_array(samples), metric_named(metric, classes, group_array(samples))
         with self._timed("enumeration"):
             for number, choice in enumerate(feasible):
                 outputs = self._outputs(choice)
                 loss = self._divergence(outputs)
-                rows = [row for found in outputs for row in found.cpu().numpy()]
-                score = score_of(filled(rows, 0.0), truth)
+                rows = [row for logits in outputs for row in logits.cpu().numpy()]
+                score = score_of(filled(rows, 0.0), labels)
                 scored.append((-score, loss / len(samples), choice))
                 self.progress("enumeration", number + 1, len(feasible))
         trials = [
@@ -251,8 +257,8 @@ class Selector:
 
     def _divergence(self, outputs: Sequence[Tensor]) -> float:
         """Summed over the held-out samples, from what the dense model says."""
-        pairs = zip(self.wanted, outputs, strict=True)
-        return sum(divergence(wanted, found, self.probe.output_kind) for wanted, found in pairs)
+        pairs = zip(self.reference, outputs, strict=True)
+        return sum(divergence(reference, actual, self.probe.output_kind) for reference, actual in pairs)
 
     def _outputs(self, choice: Choice) -> list[Tensor]:
         """Logits of every held-out batch, with all weights compressed one-shot as chosen."""
@@ -294,55 +300,39 @@ class Selector:
         return self._cost(choice) <= budget and (limit is None or self._milliseconds(choice) <= limit)
 
     def _solve(self, mix: float, groups: list[list[int]], budget: int) -> Choice | None:
-        """Knapsack over groups; with a latency limit, at about the lowest price of a millisecond that keeps to it.
-
-        None where nothing within the budget does. A price finds the best choice only of those on the convex hull of loss
-        against latency; the joint check and the swaps go on from there.
-        """
+        """The exact choice within the budget and the latency limit, of least loss at a mix of the two sensitivities; weights of a
+        group take the same option. None where nothing fits."""
         possible = np.array([[spec is not None for spec in options] for options in self.options])
         losses = np.full(possible.shape, np.inf)
         losses[possible] = (1 - mix) * self.losses["kl"][possible] + mix * self.losses["fisher"][possible]
-        choice = self._cheapest(losses, groups, budget)
-        if choice is None or self.fits(choice, budget):
-            return choice
-        least = self._least_latency(groups, budget)
-        if not self.fits(least, budget):
+        limit = self.settings.latency_ms
+        latency = None if limit is None else Latency(self._by_group(self.latency, groups), limit)
+        try:
+            return self._spread(choose(self._by_group(losses, groups), self._bits(groups), budget, latency), groups)
+        except PlanError:
             return None
-        low, high = 0.0, float(losses[possible].max()) / max(float(self.latency[possible].max()), 1e-12)
-        best = None
-        for _ in range(60):  # double the price until it is high enough, then close in
-            price = high if best is None else (low + high) / 2
-            choice = self._cheapest(losses + price * self.latency, groups, budget)
-            assert choice is not None
-            if self.fits(choice, budget):
-                best, high = choice, price
-            elif best is None:
-                low, high = high, 2 * high
-            else:
-                low = price
-        return best or least
 
-    def _cheapest(self, prices: np.ndarray, groups: list[list[int]], budget: int) -> Choice | None:
-        """The choice of least total price (weights, options) within the budget; None where nothing fits it."""
-        costs = [[sum(self.costs[i][o] for i in group) for o in range(len(self.candidate_specs))] for group in groups]
-        if sum(min(options) for options in costs) > budget:
+    def _bits(self, groups: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Stored bits by group and option."""
+        return [[sum(self.costs[i][o] for i in group) for o in range(len(self.candidate_specs))] for group in groups]
+
+    def _by_group(self, values: np.ndarray, groups: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Sums of `values` (weights, options) by group and option."""
+        return [[float(sum(values[i][o] for i in group)) for o in range(len(self.candidate_specs))] for group in groups]
+
+    def _fastest(self, groups: Sequence[Sequence[int]], budget: int) -> Choice | None:
+        """The choice of least latency within the budget; None where nothing fits it."""
+        try:
+            return self._spread(choose(self._by_group(self.latency, groups), self._bits(groups), budget), groups)
+        except PlanError:
             return None
-        grouped = [
-            [float(sum(prices[i][o] for i in group)) for o in range(len(self.candidate_specs))] for group in groups
-        ]
-        return self._spread(knapsack.choose(grouped, costs, budget), groups)
-
-    def _least_latency(self, groups: list[list[int]], budget: int) -> Choice:
-        choice = self._cheapest(self.latency, groups, budget)
-        assert choice is not None
-        return choice
 
     def _require_reachable(self, budget: int) -> None:
         """Raise `PlanError`, before anything is measured, where nothing keeps to the budget, the latency limit and the paper's
         ties together."""
         by_paper = self.settings.method == "paper"
         groups = self.ties()["by role" if by_paper else "free"]
-        least = self._cheapest(self.latency, groups, budget)
+        least = self._fastest(groups, budget)
         tied = " that is the same for all matrices of a role" if by_paper else ""
         if least is None:
             raise PlanError(
@@ -355,26 +345,27 @@ class Selector:
             )
 
     def _latencies(self) -> np.ndarray:
-        """Milliseconds (weights, options) from the table by role and option, for all uses of a weight; zero without a limit."""
-        found = np.zeros((len(self.names), len(self.candidate_specs)))
+        """Milliseconds (weights, options) from the latency table by role and option, for all uses of a weight; zero without a limit."""
+        milliseconds = np.zeros((len(self.names), len(self.candidate_specs)))
         if self.settings.latency_ms is None:
-            return found
+            return milliseconds
         for i, name in enumerate(self.names):
             role = self.family.role(name)
             for o, spec in enumerate(self.options[i]):
                 if spec is None:
                     continue
                 try:
-                    found[i, o] = float(self.settings.latencies[role][str(spec)]) * self.probe.uses[name]
+                    milliseconds[i, o] = float(self.settings.latencies[role][str(spec)]) * self.probe.uses[name]
                 except (KeyError, TypeError, ValueError) as error:
                     raise PlanError(
-                        f"the latency table has no number for {role} under {spec}; measure it, or drop it from the candidate specs"
+                        f"the latency table has no number for {role} under {spec}; measure it, or drop it from the "
+                        "candidate specs"
                     ) from error
-                if not 0 <= found[i, o] < np.inf:
+                if not 0 <= milliseconds[i, o] < np.inf:
                     raise PlanError(
-                        f"the latency table says {found[i, o]} ms for {role} under {spec}; measure it again"
+                        f"the latency table says {milliseconds[i, o]} ms for {role} under {spec}; measure it again"
                     )
-        return found
+        return milliseconds
 
     def _random_move(self, choice: Choice, rng: random.Random) -> Choice:
         moved = list(choice)
@@ -430,19 +421,19 @@ class Selector:
         budget = bytes_ * 8 if bytes_ is not None else math.floor((1 - (compression or 0.0)) * total)
         least = sum(min(options) for options in self.costs)
         if least > budget:
-            wanted = f"compression {compression}" if bytes_ is None else f"{bytes_} bytes"
+            requested = f"compression {compression}" if bytes_ is None else f"{bytes_} bytes"
             nearest = math.floor((1 - least / total) * 1e4) / 1e4  # rounded down, so that asking for it works
             raise PlanError(
-                f"{wanted} by counting {self.settings.counting} is out of reach of the candidate specs {', '.join(self.settings.candidate_specs)}; "
+                f"{requested} by counting {self.settings.counting} is out of reach of the candidate specs {', '.join(self.settings.candidate_specs)}; "
                 f"the nearest feasible is compression {nearest:.4f} ({-(-least // 8)} bytes)"
             )
         return budget
 
     @contextmanager
-    def _timed(self, step: str) -> Iterator[None]:
+    def _timed(self, stage: str) -> Iterator[None]:
         began = time.monotonic()
         yield
-        self.seconds[step] = round(time.monotonic() - began, 3)
+        self.seconds[stage] = round(time.monotonic() - began, 3)
 
 
 _IMPOSSIBLE = 2**60  # cost of an option that a weight does not allow: no budget reaches it
@@ -453,14 +444,21 @@ def _is_tied(choice: Choice, groups: Sequence[Sequence[int]]) -> bool:
     return all(len({choice[i] for i in group}) == 1 for group in groups)
 
 
+def _joint(trial: Trial) -> float:
+    """What trials are ranked by; one whose outputs are no numbers comes last."""
+    return trial.joint if math.isfinite(trial.joint) else math.inf
+
+
 def _best(trials: Sequence[Trial]) -> Trial:
-    return min(trials, key=lambda trial: trial.joint)
+    return min(trials, key=_joint)
 
 
 def write_trials(file: Path, trials: Sequence[Trial]) -> None:
     """Write trials as CSV, in their order."""
-    rows = [{**trial.row(), "options": json.dumps(trial.plan.pattern_counts)} for trial in trials]
+    timed = [] if trials[0].milliseconds is None else ["milliseconds"]
+    columns = ["origin", "predicted", "joint", *COUNTINGS, *timed, "options"]
+    rows = [{**vars(trial.score()), "options": json.dumps(trial.plan.pattern_counts)} for trial in trials]
     with file.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
+        writer = csv.DictWriter(stream, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)

@@ -51,20 +51,20 @@ def distorted(sample: Features, pool: Sequence[int], rng: random.Random) -> Feat
     """
     ids = list(sample["input_ids"])
     fixed = {ids[0], ids[-1]}
-    kept = [i for i, token in enumerate(ids) if token in fixed or rng.random() >= DROPPED]
-    if all(ids[i] in fixed for i in kept):
-        kept = list(range(len(ids)))
-    for a in range(len(kept) - 1):
-        one, other = ids[kept[a]], ids[kept[a + 1]]
+    places = [i for i, token in enumerate(ids) if token in fixed or rng.random() >= DROPPED]
+    if all(ids[i] in fixed for i in places):
+        places = list(range(len(ids)))
+    for a in range(len(places) - 1):
+        one, other = ids[places[a]], ids[places[a + 1]]
         if one not in fixed and other not in fixed and rng.random() < SWAPPED:
-            kept[a], kept[a + 1] = kept[a + 1], kept[a]
-    changed = {name: [sample[name][i] for i in kept] for name in inputs_of(sample)}
+            places[a], places[a + 1] = places[a + 1], places[a]
+    changed = {name: [sample[name][i] for i in places] for name in inputs_of(sample)}
     changed["input_ids"] = [
         token if token in fixed or rng.random() >= REPLACED else rng.choice(pool) for token in changed["input_ids"]
     ]
     labels = sample["labels"]
     if isinstance(labels, list):
-        labels = [NO_LABEL] * len(kept)
+        labels = [NO_LABEL] * len(places)
     elif isinstance(labels, Integral):
         labels = NO_LABEL
     return {**sample, **changed, "labels": labels}

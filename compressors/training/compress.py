@@ -6,12 +6,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -19,24 +17,56 @@ from torch import nn
 from transformers import set_seed
 
 from compressors import distributed
-from compressors.models import Source, load_model, load_tokenizer, quiet, resolve
+from compressors.models import ModelSource, load_model, load_tokenizer, resolve
 from compressors.process import prepare_process
-from compressors.quantization.embedding import tables
-from compressors.quantization.fake_quant import bake
+from compressors.quantization.embedding import quant_embeddings
+from compressors.quantization.preparation import bake
 from compressors.settings import Settings
-from compressors.training.phases import Job, freeze_embeddings, save_every, steps_of
-from compressors.training.resume import claim, request_hash
-from compressors.training.task_data import TaskData, read_task_data
-from compressors.training.trainer import LOG_FILE, Phase, Progress, predict, run_phase
+from compressors.training.callbacks import LOG_FILE, Progress
+from compressors.training.phases import Job, freeze_embeddings
+from compressors.training.resume import request_hash, take_ownership
+from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
+from compressors.training.trainer import Phase, PhaseData, predict, run_phase, steps_of
 from nxm_export.contract.checkpoint import open_checkpoint, save_plan
+from nxm_export.contract.checkpoint_metrics import (
+    METRICS_FILE,
+    CompressionMetrics,
+    DenseMetrics,
+    Scores,
+    fields_of,
+    finite,
+    finite_interval,
+)
 from nxm_export.contract.families import size_of
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.pooling import read_pooling, write_pooling
-from nxm_export.contract.tasks import task_named
+from nxm_export.contract.tasks import Task, task_named
 from nxm_export.data.examples import Columns, group_array, label_array
 from nxm_export.data.metrics import interval, metric_named, paired_interval
 from nxm_export.errors import DataError
+from nxm_export.hf.model_loading import quiet_transformers
+from nxm_export.hf.protocols import FastTokenizer, Saved
 from nxm_export.storage.atomic import atomic_dir
+from nxm_export.storage.json_files import encode
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where a finished model goes, and what is saved with it.
+
+    `outputs` is a file to keep what the model says on dev in: ``logits``, ``labels`` and, where samples are scored in groups,
+    ``groups`` as safetensors.
+    """
+
+    directory: Path
+    work_dir: Path
+    outputs: Path | None
+
+    @classmethod
+    def at(cls, out: str | Path, work_dir: Path | None, outputs: Path | None) -> Result:
+        """A result in `out`, worked on beside it where no other directory is given."""
+        out = Path(out)
+        return cls(out, work_dir or out.with_name(f".{out.name}.work"), outputs)
 
 
 def finetune(
@@ -54,17 +84,17 @@ def finetune(
     further: bool = False,
     outputs: Path | None = None,
     progress: Progress = lambda what, done, total: None,
-) -> dict[str, Any]:
+) -> DenseMetrics:
     """Fine-tune a dense task model and save it to `out` with ``metrics.json``; a model whose head fits is kept as it is.
 
     With `further` a model whose head fits is trained on. `outputs` is a file to keep what the model says on dev in:
-    ``logits``, ``labels`` and, where samples are scored in groups, ``groups`` as safetensors.
-    Returns the metrics: name, value, 95 % interval, dev samples, training steps.
+    ``logits``, ``labels`` and, where samples are scored in groups, ``groups`` as safetensors. Every argument but `model` is by
+    keyword, as a command line has it: so many are no burden.
     """
     prepare_process(settings.threads)
-    source, kind = resolve(model, revision), task_named(task)
+    source, kind, result = resolve(model, revision), task_named(task), Result.at(out, work_dir, outputs)
     tokenizer = load_tokenizer(source)
-    data = read_task_data(source, kind, train, dev, settings, columns, tokenizer, train_limit)
+    data = read_task_data(source, TaskDataRequest(kind, train, dev, columns, train_limit), tokenizer, settings)
     fits = source.head_fits(kind)
     set_seed(settings.seed)
     network = load_model(source, kind, classes=None if fits else data.classes or ["score"])
@@ -73,41 +103,26 @@ def finetune(
         raise DataError(
             f"{model}: task {task} has no loss to train a dense model by; train it with sentence-transformers first"
         )
-    steps = (
-        0
-        if fits and not further
-        else settings.dense_steps or steps_of(data.train, settings.dense_epochs, settings.batch_size)
-    )
-    out = Path(out)
-    work_dir = work_dir or out.with_name(f".{out.name}.work")
-    if steps:
-        _claim(work_dir, source, data, settings)
-        phase = Phase("dense", steps, settings.dense_learning_rate, settings.batch_size)
+    steps = 0
+    if further or not fits:
+        steps = settings.dense_steps or steps_of(data.train, settings.dense_epochs, settings.batch_size)
+        _take_ownership(result.work_dir, source, data, settings)
         if settings.dense_freeze_embeddings:
             freeze_embeddings(network)
-        run_phase(
-            network,
+        phase = Phase("dense", steps, settings.dense_learning_rate, settings.batch_size)
+        work = PhaseData(
             data.train,
             data.pad_id,
-            phase,
-            work_dir=work_dir,
-            seed=settings.seed,
-            precision=settings.precision,
+            result.work_dir,
+            settings.seed,
+            settings.precision,
+            kind.output_kind,
             progress=progress,
-            save_every=save_every(steps),
-            output_kind=kind.output_kind,
         )
-    logits, found = _outputs(network, data, progress)
-    metrics = found | {"steps": steps, "revision": source.revision}
-    if outputs is not None and not distributed.rank():
-        _save_outputs(outputs, logits, data)
-    if distributed.rank():  # only the first process writes
-        distributed.wait()
-        return metrics
-    with atomic_dir(out) as scratch:
-        _save_model(network, tokenizer, scratch, metrics, work_dir, source)
-    shutil.rmtree(work_dir, ignore_errors=True)
-    distributed.wait()
+        run_phase(network, phase, work)
+    logits = _dev_logits(network, data, progress)
+    metrics = DenseMetrics(**fields_of(_scores(logits, data)), steps=steps, revision=source.revision)
+    _save(network, tokenizer, source, result, metrics, logits, data)
     return metrics
 
 
@@ -125,108 +140,136 @@ def compress(
     work_dir: Path | None = None,
     outputs: Path | None = None,
     progress: Progress = lambda what, done, total: None,
-) -> dict[str, Any]:
+) -> CompressionMetrics:
     """Compress a dense task model under `plan` and save the checkpoint to `out` with ``metrics.json``.
 
     `model` is a directory whose head fits the task (see `finetune`); it is also the teacher. Interrupted work resumes
-    from `work_dir`. `outputs` is as in `finetune`. Returns the metrics: compressed and dense values on the same dev samples, with intervals, the final
-    residual, mask hash and step counts.
+    from `work_dir`. `outputs` is as in `finetune`. Every argument but `model` is by keyword, as a command line has it.
     """
     prepare_process(settings.threads)
-    source, kind = resolve(model), task_named(task)
-    if not kind.own_loss and settings.recipe != "one-shot" and (settings.recipe == "paper" or not settings.distill):
-        raise DataError(
-            f"task {task} is trained by distillation alone, and it is switched off; choose a recipe with a teacher"
-        )
-    if not source.head_fits(kind):
-        raise DataError(
-            f"{model} has no {task} head; fine-tune it first (`nxm compress` and `nxm run` do so by themselves)"
-        )
+    source, kind, result = resolve(model), task_named(task), Result.at(out, work_dir, outputs)
+    _require_trainable(source, kind, settings, str(model))
     plan.require_fits(source.family.model_type, source.family.weights(source.config))
     tokenizer = load_tokenizer(source)
-    data = read_task_data(source, kind, train, dev, settings, columns, tokenizer, train_limit)
-    out = Path(out)
-    work_dir = work_dir or out.with_name(f".{out.name}.work")
-    _claim(work_dir, source, data, settings, plan)
-    job = Job(source, data, plan, settings, work_dir, progress)
+    data = read_task_data(source, TaskDataRequest(kind, train, dev, columns, train_limit), tokenizer, settings)
+    _take_ownership(result.work_dir, source, data, settings, plan)
+    job = Job(source, data, plan, settings, result.work_dir, progress)
     student, facts = job.run()
-    logits, found = _outputs(student, data, progress)  # with activation quantizers, so before baking
-    metrics = facts | found | _table_cost(student, logits, data, progress)
-    if outputs is not None and not distributed.rank():
-        _save_outputs(outputs, logits, data)
+    logits = _dev_logits(student, data, progress)  # with activation quantizers, so before baking
+    cost = _embedding_cost(student, logits, data, progress)
+    metrics = CompressionMetrics(
+        **fields_of(_scores(logits, data)),
+        **fields_of(facts),
+        table_drop=None if cost is None else cost.drop,
+        table_drop_interval=None if cost is None else cost.interval,
+    )
     scales = bake(student, job.plan)
-    if distributed.rank():  # only the first process writes
-        distributed.wait()
-        return metrics
-    with atomic_dir(out) as scratch:
-        _save_model(student, tokenizer, scratch, metrics, work_dir, source)
-        save_plan(scratch, job.plan, scales)
-        open_checkpoint(scratch).require_valid()
-    shutil.rmtree(work_dir, ignore_errors=True)
-    distributed.wait()
+    _save(student, tokenizer, source, result, metrics, logits, data, (job.plan, scales))
     return metrics
 
 
-def _claim(work_dir: Path, source: Source, data: TaskData, settings: Settings, *plan: CompressionPlan) -> None:
+def _require_trainable(source: ModelSource, task: Task, settings: Settings, name: str) -> None:
+    """Raise `DataError` where the recipe cannot train for the task, or the model has no head for it."""
+    if not task.own_loss and settings.recipe != "one-shot" and (settings.recipe == "paper" or not settings.distill):
+        raise DataError(
+            f"task {task.name} is trained by distillation alone, and it is switched off; choose a recipe with a teacher"
+        )
+    if not source.head_fits(task):
+        raise DataError(
+            f"{name} has no {task.name} head; fine-tune it first (`nxm compress` and `nxm run` do so by themselves)"
+        )
+
+
+def _take_ownership(
+    work_dir: Path, source: ModelSource, data: TaskData, settings: Settings, *plan: CompressionPlan
+) -> None:
     """Keep what an interrupted run left in `work_dir` if it was of the same model, samples, settings and plan; how many
     threads it had makes no difference."""
-    claim(work_dir, request_hash(source, data.train, replace(settings, threads=None), *plan))
+    take_ownership(work_dir, request_hash(source, data.train, replace(settings, threads=None), *plan))
 
 
-def evaluate(model: nn.Module, data: TaskData, progress: Progress = lambda *_: None) -> dict[str, Any]:
-    """The task metric on all dev samples, with its 95 % bootstrap interval."""
-    return _outputs(model, data, progress)[1]
+def _dev_logits(model: nn.Module, data: TaskData, progress: Progress) -> np.ndarray:
+    """Logits (samples, classes) of all dev samples."""
+    return predict(model, data.dev, data.pad_id, progress=lambda done, total: progress("evaluate", done, total))
 
 
-def _outputs(model: nn.Module, data: TaskData, progress: Progress) -> tuple[np.ndarray, dict[str, Any]]:
-    """Logits (samples, classes) of all dev samples, and what `evaluate` returns."""
-    logits = predict(model, data.dev, data.pad_id, progress=lambda done, total: progress("evaluate", done, total))
-    labels, names, groups = label_array(data.dev), data.classes or (), group_array(data.dev)
-    return logits, {
-        "metric": data.task.metric,
-        "value": metric_named(data.task.metric, names, groups)(logits, labels),
-        **{name: metric_named(name, names, groups)(logits, labels) for name in data.task.secondary_metrics},
-        "interval": interval(data.task.metric, logits, labels, classes=names, groups=groups),
-        "dev_samples": len(labels) if groups is None else len(np.unique(groups)),  # of what is scored
-    }
+def _scores(logits: np.ndarray, data: TaskData) -> Scores:
+    """The task metric of all dev samples, with its 95 % bootstrap interval, and the task's further metrics."""
+    task, labels, names, groups = data.task, label_array(data.dev), data.classes or (), group_array(data.dev)
+    return Scores(
+        metric=task.metric,
+        value=finite(metric_named(task.metric, names, groups)(logits, labels)),
+        interval=finite_interval(*interval(task.metric, logits, labels, classes=names, groups=groups)),
+        dev_samples=len(labels) if groups is None else len(np.unique(groups)),  # of what is scored
+        secondary_metrics={
+            name: finite(metric_named(name, names, groups)(logits, labels)) for name in task.secondary_metrics
+        },
+    )
 
 
-def _table_cost(model: nn.Module, logits: np.ndarray, data: TaskData, progress: Progress) -> dict[str, Any]:
-    """What rounding the embedding table costs by itself, where it is planned INT8: the dev metric of the same weights with the
-    float table minus that of the `logits` with the rounded one, in points, and its 95 % paired interval."""
-    found = tables(model)
-    if not found:
-        return {}
-    for table in found:
-        table.rounds = False
-    before = predict(model, data.dev, data.pad_id, progress=lambda done, total: progress("evaluate", done, total))
-    for table in found:
-        table.rounds = True
+@dataclass(frozen=True)
+class _EmbeddingCost:
+    """Points of the metric that rounding the embedding table costs, and their 95 % paired interval."""
+
+    drop: float | None
+    interval: tuple[float, float] | None
+
+
+def _embedding_cost(model: nn.Module, logits: np.ndarray, data: TaskData, progress: Progress) -> _EmbeddingCost | None:
+    """What rounding the embedding table costs by itself, None where it is not planned INT8: the dev metric of the same weights
+    with the float table minus that of the `logits` with the rounded one."""
+    embeddings = quant_embeddings(model)
+    if not embeddings:
+        return None
+    for embedding in embeddings:
+        embedding.rounds = False
+    before = _dev_logits(model, data, progress)
+    for embedding in embeddings:
+        embedding.rounds = True
     metric, labels, names, groups = data.task.metric, label_array(data.dev), data.classes or (), group_array(data.dev)
     value = metric_named(metric, names, groups)
     low, high = paired_interval(metric, before, logits, labels, classes=names, groups=groups)
     drop = 100 * (value(before, labels) - value(logits, labels))
-    return {"table_drop": drop, "table_drop_interval": [100 * low, 100 * high]}
+    return _EmbeddingCost(finite(drop), finite_interval(100 * low, 100 * high))
+
+
+def _save(
+    model: nn.Module,
+    tokenizer: FastTokenizer,
+    source: ModelSource,
+    result: Result,
+    metrics: DenseMetrics | CompressionMetrics,
+    logits: np.ndarray,
+    data: TaskData,
+    compressed: tuple[CompressionPlan, dict[str, np.ndarray]] | None = None,
+) -> None:
+    """Write everything that a finished run leaves: the checkpoint, with its plan and scales where it is `compressed`, and the
+    outputs on dev. The first process alone writes; the others wait for it. (What it writes is what it takes: eight things.)"""
+    if distributed.rank():
+        distributed.wait()
+        return
+    if result.outputs is not None:
+        _save_outputs(result.outputs, logits, data)
+    with atomic_dir(result.directory) as scratch:
+        with quiet_transformers():
+            cast(Saved, model).save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+        pooling = getattr(model, "pooling", None)
+        if pooling is not None:
+            hidden = size_of(source.config, source.family.hidden_key)
+            write_pooling(scratch, pooling, hidden, int(tokenizer.model_max_length), source.path)
+        (scratch / METRICS_FILE).write_text(encode(metrics.to_dict()), encoding="utf-8")
+        if (result.work_dir / LOG_FILE).is_file():
+            shutil.copyfile(result.work_dir / LOG_FILE, scratch / LOG_FILE)
+        if compressed is not None:
+            save_plan(scratch, *compressed)
+            open_checkpoint(scratch).require_valid()
+    shutil.rmtree(result.work_dir, ignore_errors=True)
+    distributed.wait()
 
 
 def _save_outputs(file: Path, logits: np.ndarray, data: TaskData) -> None:
-    groups = group_array(data.dev)
-    beside = (
-        {"labels": label_array(data.dev)} if groups is None else {"labels": label_array(data.dev), "groups": groups}
-    )
-    save_file({"logits": logits, **beside}, file)
-
-
-def _save_model(
-    model: nn.Module, tokenizer: Any, directory: Path, metrics: Mapping[str, Any], work_dir: Path, source: Source
-) -> None:
-    with quiet():
-        model.save_pretrained(directory)  # type: ignore[operator]
-        tokenizer.save_pretrained(directory)
-    pooling = getattr(model, "pooling", None)
-    if pooling is not None:
-        hidden = size_of(source.config, source.family.hidden_key)
-        write_pooling(directory, pooling, hidden, int(tokenizer.model_max_length), source.path)
-    (directory / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-    if (work_dir / LOG_FILE).is_file():
-        shutil.copyfile(work_dir / LOG_FILE, directory / LOG_FILE)
+    arrays, groups = {"logits": logits, "labels": label_array(data.dev)}, group_array(data.dev)
+    if groups is not None:
+        arrays["groups"] = groups
+    save_file(arrays, file)

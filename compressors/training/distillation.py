@@ -2,57 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from compressors.distributed import summed, world_size
+from compressors.pruning.admm import Admm
+from compressors.settings import Losses
+from compressors.training.divergence import OUTPUT_LOSSES
 
 
-def logits_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) of the class distributions, times T**2 (Hinton et al. 2015); (batch, classes)."""
-    target = (teacher.float() / temperature).log_softmax(dim=-1)
-    found = (student.float() / temperature).log_softmax(dim=-1)
-    return functional.kl_div(found, target, log_target=True, reduction="batchmean") * temperature**2
+class Student(nn.Module):
+    """A model with its losses, which the Trainer sees as an ordinary module: its state includes ADMM's Z and U.
 
-
-def labels_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean KL(teacher || student) of independent yes-or-no labels; logits (batch, labels).
-
-    A label with logit z is a choice between two classes with logits z and 0, so this is `logits_loss` of those.
+    `teacher` is held outside the module tree: it is neither trained nor saved.
     """
-    return logits_loss(two_classes(student).flatten(0, -2), two_classes(teacher).flatten(0, -2))
 
+    accepts_loss_kwargs = False  # read by the Trainer: the loss is a plain mean over the batch
 
-def two_classes(logits: Tensor) -> Tensor:
-    """(..., 2): class logits of which softmax gives (sigmoid(z), 1 - sigmoid(z))."""
-    return torch.stack([logits, torch.zeros_like(logits)], dim=-1)
+    def __init__(
+        self,
+        model: nn.Module,
+        losses: Losses,
+        teacher: nn.Module | None,
+        admm: Admm | None,
+        output_kind: str = "softmax",
+    ) -> None:
+        super().__init__()
+        self._output_loss, self._by_token = OUTPUT_LOSSES[output_kind], output_kind != "span"
+        self.model, self.losses, self.admm = model, losses, admm
+        self._teacher = [teacher] if teacher is not None else []
 
-
-def score_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error of regression scores (batch, scores)."""
-    return functional.mse_loss(student.float(), teacher.float())
-
-
-def vector_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared distance of embeddings (batch, features), each relative to the teacher's squared length.
-
-    For vectors of length 1 it is 2 (1 - cosine). Other lengths are learned, too: some indexes compare by dot product.
-    """
-    return (student.float() - teacher.float()).square().sum(-1).div(squared_length(teacher.float())).mean()
-
-
-def squared_length(vectors: Tensor) -> Tensor:
-    """(batch,): never 0, so that one may divide by it."""
-    return vectors.square().sum(-1).clamp(min=1e-12)
-
-
-def spans_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean KL(teacher || student) of where answers begin and where they end, each a distribution over the sequence; logits
-    (batch, sequence, 2), with padding far below all others."""
-    return logits_loss(student.transpose(1, 2).flatten(0, 1), teacher.transpose(1, 2).flatten(0, 1))
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """Loss and logits of a padded batch with ``labels``."""
+        deep = self.losses.hidden > 0
+        taught = None
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        if self.losses.task == 0:
+            batch = inputs
+        if self._teacher:  # first: what it needs on its way is free again before the student keeps its activations
+            with torch.no_grad():
+                taught = self._teacher[0](**inputs, output_hidden_states=deep)
+        output = self.model(**batch, output_hidden_states=deep and taught is not None)
+        loss = output.logits.new_zeros(()) if output.loss is None else self.losses.task * output.loss
+        if taught is not None:
+            ours, theirs = output.logits, taught.logits
+            if ours.dim() == 3 and self._by_token:  # (batch, sequence, classes): padding says nothing
+                real = batch["attention_mask"].bool()
+                ours, theirs = ours[real], theirs[real]
+            loss = loss + self.losses.logits * self._output_loss(ours, theirs)
+            if deep:
+                loss = loss + self.losses.hidden * hidden_loss(
+                    output.hidden_states, taught.hidden_states, batch["attention_mask"]
+                )
+        return {"loss": loss, "logits": output.logits}
 
 
 def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor) -> Tensor:
@@ -62,19 +67,9 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], attention_
     ``torchrun`` the mean of all processes' losses is the loss of the whole batch, whichever process has the long sentences.
     """
     tokens = attention_mask.bool()
-    wanted = [target[tokens].float() for target in teacher]  # (tokens, features)
-    energies = summed(torch.stack([target.square().sum() for target in wanted])).clamp(min=1e-12)
+    references = [hidden[tokens].float() for hidden in teacher]  # (tokens, features)
+    energies = summed(torch.stack([reference.square().sum() for reference in references])).clamp(min=1e-12)
     total = torch.zeros((), device=attention_mask.device)
-    for found, target, energy in zip(student, wanted, energies, strict=True):
-        total = total + functional.mse_loss(found[tokens].float(), target, reduction="sum") / energy
+    for hidden, reference, energy in zip(student, references, energies, strict=True):
+        total = total + functional.mse_loss(hidden[tokens].float(), reference, reduction="sum") / energy
     return total * world_size() / len(student)
-
-
-# How student and teacher are held together, by `nxm_export.contract.tasks.Task.output_kind`.
-AGREEMENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "softmax": logits_loss,
-    "sigmoid": labels_loss,
-    "identity": score_loss,
-    "vector": vector_loss,
-    "span": spans_loss,
-}

@@ -1,7 +1,7 @@
-"""Which INT8 outputs a model can bear, measured before training starts.
+"""Which INT8 outputs cost a model too much, measured before training starts.
 
 What a block writes into the residual stream has, in some models and layers, a few channels far larger than all others
-(Bondarenko et al. 2021, arXiv 2109.12948). One step for the whole tensor then leaves the others a handful of codes, and no
+(Bondarenko et al. 2021, arXiv 2109.12948). One scale for the whole tensor then leaves the others a handful of codes, and no
 training of a compressed model's length brings that back (docs/search.md). Such outputs are better left in float: the product
 itself stays on integers, and its kernel writes 16 bit.
 """
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from compressors.quantization.fake_quant import quant_linears
-from compressors.search.sensitivity import divergence, real_logits
 from compressors.training.augmentation import distorted
-from compressors.training.trainer import Progress, collate
+from compressors.training.callbacks import Progress
+from compressors.training.divergence import divergence, real_logits
+from compressors.training.trainer import collate
 from nxm_export.data.examples import Features, sorted_batches
 
 SAMPLES = 128
@@ -36,8 +37,8 @@ def output_costs(
     """By weight: mean divergence per sample that its output quantizer brings by itself, against none of `outputs` quantized.
 
     In nats for classes, relative to the squared size for vectors and to the variance for scores. The samples are distorted
-    ones (`compressors.training.augmentation`): of those that it was trained on a model is too sure for a change to show.
-    `student` is prepared and calibrated, and comes back as it was. `progress` hears ("outputs", done, of how many).
+    ones (`compressors.training.augmentation`) of `features`: of those that it was trained on a model is too sure for a change
+    to show. `student` is prepared and calibrated, and comes back as it was. `progress` hears ("outputs", done, of how many).
     """
     layers = quant_linears(student)
     quantizers = {
@@ -47,24 +48,22 @@ def output_costs(
     }
     if not quantizers:
         return {}
-    rng = random.Random(seed)
-    picked = rng.sample(list(features), min(SAMPLES, len(features)))
-    pool = [token for sample in picked for token in sample["input_ids"][1:-1]]
-    samples = [distorted(sample, pool, rng) for sample in picked] if pool else picked
+    samples = _distorted_samples(features, seed)
     batches = [collate([samples[i] for i in batch], pad_id) for batch in sorted_batches(samples, 32)]
     was_training = student.training
     student.eval()
     for name in quantizers:
         layers[name].output_quantizer = None
-    wanted = _answers(student, batches, output_kind)
-    scale = float(torch.cat(wanted).double().var()) if output_kind == "identity" else 1.0
+    reference = _answers(student, batches, output_kind)
+    scale = float(torch.cat(reference).double().var()) if output_kind == "identity" else 1.0
     costs = {}
     for done, (name, quantizer) in enumerate(quantizers.items()):
         progress("outputs", done, len(quantizers))
         layers[name].output_quantizer = quantizer
-        found = _answers(student, batches, output_kind)
+        actual = _answers(student, batches, output_kind)
         layers[name].output_quantizer = None
-        total = sum(divergence(ours, theirs, output_kind) for ours, theirs in zip(wanted, found, strict=True))
+        pairs = zip(reference, actual, strict=True)
+        total = sum(divergence(expected, logits, output_kind) for expected, logits in pairs)
         costs[name] = total / len(samples) / max(scale, 1e-12)
     progress("outputs", len(quantizers), len(quantizers))
     for name, quantizer in quantizers.items():
@@ -73,10 +72,18 @@ def output_costs(
     return costs
 
 
+def _distorted_samples(features: Sequence[Features], seed: int) -> list[Features]:
+    rng = random.Random(seed)
+    picked = rng.sample(list(features), min(SAMPLES, len(features)))
+    pool = [token for sample in picked for token in sample["input_ids"][1:-1]]
+    return [distorted(sample, pool, rng) for sample in picked] if pool else picked
+
+
 def _answers(student: nn.Module, batches: Sequence[Mapping[str, Tensor]], output_kind: str) -> list[Tensor]:
+    """Logits of every batch."""
     device = next(student.parameters()).device
-    found = []
+    answers = []
     for batch in batches:
         inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-        found.append(real_logits(student(**inputs).logits, inputs["attention_mask"], output_kind))
-    return found
+        answers.append(real_logits(student(**inputs).logits, inputs["attention_mask"], output_kind))
+    return answers

@@ -1,44 +1,65 @@
-"""The phases of one compression run: calibrate -> find the masks -> harden (hard projection) -> masked QAT.
+"""The phases of one compression run: calibrate -> find the masks -> fix them (hard projection) -> masked QAT.
 
 The recipe (`compressors.settings.RECIPES`) says how masks are found: by second-order pruning or by magnitude at once, by ADMM or
-SR-STE in a phase of training. Each phase is a `compressors.training.trainer.run_phase`; what ADMM adds to it (penalty, dual updates) is a
-callback here.
+SR-STE in a phase of training. Each phase is a `compressors.training.trainer.run_phase`; what ADMM adds to it (penalty, dual
+updates) is in `compressors.training.admm_schedule`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
-from compressors.models import Source, load_model
+from compressors.models import ModelSource, load_model
 from compressors.pruning.admm import Admm
 from compressors.pruning.permutation import permute_channels, permute_residual, residual_order
-from compressors.pruning.sparsegpt import input_moments, prune_layers
-from compressors.quantization.fake_quant import QuantLinear, calibrate, prepare, quant_linears, require_invariants
+from compressors.pruning.sparsegpt import input_hessians, prune_layers
+from compressors.quantization.fake_quant import QuantLinear, quant_linears
+from compressors.quantization.preparation import calibrate, prepare, require_invariants
 from compressors.settings import Settings
+from compressors.training.admm_schedule import WATCHED_SAMPLES, AdmmCallback, PaperSchedule, Ramp, Schedule
 from compressors.training.augmentation import require_augmentable
+from compressors.training.callbacks import LOG_FILE, JsonLog, Progress, TrainerCallback
 from compressors.training.default_recipe import training_of
 from compressors.training.output_sensitivity import output_costs
 from compressors.training.task_data import TaskData
-from compressors.training.trainer import LOG_FILE, JsonLog, Phase, Progress, collate, mean_loss, run_phase, wants_bf16
+from compressors.training.trainer import (
+    Phase,
+    PhaseData,
+    collate,
+    mean_loss,
+    run_phase,
+    steps_of,
+    wants_bf16,
+)
+from nxm_export.contract.checkpoint_metrics import PermutationFacts, TrainingFacts
 from nxm_export.contract.families import size_of
 from nxm_export.contract.placement import residual_output_weights
 from nxm_export.contract.plan import CompressionPlan
-from nxm_export.data.examples import cut, sorted_batches
+from nxm_export.data.examples import sorted_batches, split_indices
 
-MAX_DUAL_UPDATES = 16
-# What hardening would cost is watched at every fourth dual update and on this many held-out samples: at all of them, and on
-# 256, it took as long as a sixth of the phase.
-WATCH_EVERY, WATCHED_SAMPLES = 4, 64
+Layers = Mapping[str, QuantLinear]
+
+
+@dataclass(frozen=True)
+class MaskSearch:
+    """What the phase that looks for the masks did: steps of ADMM with the residual that is left, or of SR-STE, or none."""
+
+    admm_steps: int | None = None
+    residual: float | None = None
+    sr_ste_steps: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of whichever it was."""
+        return (self.admm_steps or 0) + (self.sr_ste_steps or 0)
 
 
 class Job:
@@ -46,7 +67,7 @@ class Job:
 
     def __init__(
         self,
-        source: Source,
+        source: ModelSource,
         data: TaskData,
         plan: CompressionPlan,
         settings: Settings,
@@ -57,126 +78,118 @@ class Job:
         self.settings, self.work_dir, self.progress = settings, work_dir, progress
         width = size_of(source.config, source.family.hidden_key)
         self.training = training_of(settings, data.task, width)
-        # A slice of train that no phase trains on: it tells what hardening would cost, and dev is never asked.
-        held_out, rest = cut(data.train, min(256, len(data.train) // 20), settings.seed)
+        # A slice of train that no phase trains on: it tells what fixing the masks would cost, and dev is never asked.
+        held_out, rest = split_indices(data.train, min(256, len(data.train) // 20), settings.seed)
         self.held_out = [data.train[i] for i in sorted(held_out)]
         self.train = [data.train[i] for i in sorted(rest)]
         self.steps = settings.steps or steps_of(self.train, settings.epochs, settings.batch_size)
+        self.phase_data = PhaseData(
+            self.train,
+            data.pad_id,
+            work_dir,
+            settings.seed,
+            settings.precision,
+            data.task.output_kind,
+            self.training.augment,
+            progress,
+        )
 
-    def run(self) -> tuple[nn.Module, dict[str, Any]]:
-        """Calibrate, find the masks, harden, masked QAT; returns the trained student (not yet baked) and facts for the metrics."""
+    def run(self) -> tuple[nn.Module, TrainingFacts]:
+        """Calibrate, find the masks, fix them, masked QAT; returns the trained student (not yet baked) and what was done."""
         settings = self.settings
         if self.training.augment and self.training.losses.task:
             require_augmentable(self.data.task)
         set_seed(settings.seed)
-        student = load_model(self.source, self.data.task, gelu=settings.gelu)
-        teacher = (
-            load_model(self.source, self.data.task).requires_grad_(False)
-            if settings.distill and settings.recipe != "paper"
-            else None
-        )
-        _without_dropout(student)
-        prepare(student, self.plan, self.source.family, self.source.config)
-        self._freeze(student)
+        student, teacher = self._student(), self._teacher()
         self._calibrate(student)
         in_float = self._leave_in_float(student)
         layers = quant_linears(student)
         if settings.mask_scores == "activation":
-            moments = input_moments(student, self._calibration_batches(), diagonal=True)
+            squares = input_hessians(student, self._calibration_batches(), diagonal=True)
             for name, layer in layers.items():
-                layer.importance = moments[name].sqrt()
-        permuted = self._permute(student, teacher) if settings.permute else {}
-        facts: dict[str, Any] = {
-            "recipe": settings.recipe,
-            "steps": self.steps,
-            "train_samples": len(self.train),
-            "held_out_samples": len(self.held_out),
-        }
-        if in_float:
-            facts["outputs_in_float"] = in_float
-        if permuted:
-            before_, after = (sum(shares) / len(permuted) for shares in zip(*permuted.values(), strict=True))
-            facts["permutation"] = {"matrices": len(permuted), "kept_before": before_, "kept_after": after}
-        if settings.recipe == "obs":
-            prune_layers(layers, input_moments(student, self._calibration_batches()))
-        before = 0  # steps of the phase that looks for the masks
-        if settings.recipe in ("nxm", "paper"):
-            facts |= self._admm(student, layers, teacher)
-            before = facts["admm_steps"]
-        elif settings.recipe == "sr-ste":
-            before = facts["sr_ste_steps"] = self._sr_ste(student, layers, teacher)
-        for layer in layers.values():
-            layer.harden()
-        qat_steps = 0 if settings.recipe in ("paper", "one-shot") else self.steps - before
+                layer.importance = squares[name].sqrt()
+        permutation = self._permute(student, teacher) if settings.permute else None
+        searched = self._find_masks(student, layers, teacher)
+        freeze_masks(layers)
         if settings.recipe == "one-shot":
-            facts["steps"] = 0
             self._calibrate(student)  # again: nothing else will fit the ranges to the weights as they are now
+        qat_steps = 0 if settings.recipe in ("paper", "one-shot") else self.steps - searched.steps
         if qat_steps > 0:
-            phase = Phase(
-                "qat", qat_steps, self.training.learning_rate, settings.batch_size, losses=self.training.losses
-            )
-            self._run(student, phase, teacher)
+            self._run(student, self._phase("qat", qat_steps), teacher)
         require_invariants(student)
-        return student, facts | {"qat_steps": qat_steps, "mask_hash": mask_hash(layers)}
+        residual = searched.residual
+        return student, TrainingFacts(
+            recipe=settings.recipe,
+            steps=0 if settings.recipe == "one-shot" else self.steps,
+            train_samples=len(self.train),
+            held_out_samples=len(self.held_out),
+            qat_steps=qat_steps,
+            mask_hash=mask_hash(layers),
+            outputs_in_float=in_float,
+            permutation=permutation,
+            admm=None if residual is None else settings.admm,
+            admm_steps=searched.admm_steps,
+            residual=residual,
+            residual_gate_passed=None if residual is None else residual <= settings.residual_gate,
+            sr_ste_steps=searched.sr_ste_steps,
+        )
 
-    def _admm(self, student: nn.Module, layers: Mapping[str, QuantLinear], teacher: nn.Module | None) -> dict[str, Any]:
+    def _student(self) -> nn.Module:
+        """The model that is compressed, with the plan's quantizers in it."""
+        student = load_model(self.source, self.data.task, gelu=self.settings.gelu)
+        _without_dropout(student)
+        prepare(student, self.plan, self.source.family, self.source.config)
+        self._freeze(student)
+        return student
+
+    def _teacher(self) -> nn.Module | None:
+        if not self.settings.distill or self.settings.recipe == "paper":
+            return None
+        return load_model(self.source, self.data.task).requires_grad_(False)
+
+    def _phase(self, name: str, steps: int, scheduler: str = "linear") -> Phase:
+        training, batch_size = self.training, self.settings.batch_size
+        return Phase(name, steps, training.learning_rate, batch_size, losses=training.losses, scheduler=scheduler)
+
+    def _find_masks(self, student: nn.Module, layers: Layers, teacher: nn.Module | None) -> MaskSearch:
+        """Whatever the recipe does before masks are fixed."""
+        recipe = self.settings.recipe
+        if recipe == "obs":
+            prune_layers(layers, input_hessians(student, self._calibration_batches()))
+        if recipe in ("nxm", "paper"):
+            return self._admm(student, layers, teacher)
+        return self._sr_ste(student, layers, teacher) if recipe == "sr-ste" else MaskSearch()
+
+    def _admm(self, student: nn.Module, layers: Layers, teacher: nn.Module | None) -> MaskSearch:
         """The ADMM phase; goes on, up to twice a tenth of all steps, while the residual is above the gate."""
         settings = self.settings
         paper = settings.recipe == "paper"
-        admm = Admm.of(
-            layers,
-            settings.admm,
-            1.0 if paper else settings.damping,
-            warm_dual=paper,
-        )
+        admm = Admm.of(layers, settings.admm, 1.0 if paper else settings.damping, warm_dual=paper)
         steps = self.steps if paper else max(1, round(self.steps * settings.admm_share))
-        schedule: _Schedule = (
-            _PaperSchedule(steps_of(self.train, 1.0, settings.batch_size))
+        schedule: Schedule = (
+            PaperSchedule(steps_of(self.train, 1.0, settings.batch_size))
             if paper
-            else _Ramp(admm, steps, self.training.learning_rate, settings.strength, settings.dual_updates)
+            else Ramp(admm, steps, self.training.learning_rate, settings.strength, settings.dual_updates)
         )
         done = 0
         for name, count in (("admm", steps), ("admm-more-1", self.steps // 10), ("admm-more-2", self.steps // 10)):
             if name != "admm" and (paper or count < 1 or admm.residual() <= settings.residual_gate):
                 break
-            phase = Phase(
-                name,
-                count,
-                self.training.learning_rate,
-                settings.batch_size,
-                losses=self.training.losses,
-                scheduler="linear" if paper else "constant_with_warmup",
-            )
-            watch = _AdmmCallback(
-                admm, schedule, JsonLog(self.work_dir / LOG_FILE, name), lambda: self._projected_loss(student, admm)
-            )
+            phase = self._phase(name, count, "linear" if paper else "constant_with_warmup")
+            log = JsonLog(self.work_dir / LOG_FILE, name)
+            watch = AdmmCallback(admm, schedule, log, lambda: self._projected_loss(student, admm))
             self._run(student, phase, teacher, admm, watch)
             done += count
-            schedule = _Ramp(admm, max(1, count), self.training.learning_rate, (settings.strength[1],) * 2, 1)
-        residual = admm.residual()
-        return {
-            "admm": settings.admm,
-            "admm_steps": done,
-            "residual": residual,
-            "residual_gate_passed": residual <= settings.residual_gate,
-        }
+            schedule = Ramp(admm, max(1, count), self.training.learning_rate, (settings.strength[1],) * 2, 1)
+        return MaskSearch(admm_steps=done, residual=admm.residual())
 
-    def _sr_ste(self, student: nn.Module, layers: Mapping[str, QuantLinear], teacher: nn.Module | None) -> int:
-        """Train with masks that follow the weights; returns the steps."""
-        settings = self.settings
-        steps = max(1, round(self.steps * settings.sr_ste_share))
+    def _sr_ste(self, student: nn.Module, layers: Layers, teacher: nn.Module | None) -> MaskSearch:
+        """Train with masks that follow the weights."""
+        steps = max(1, round(self.steps * self.settings.sr_ste_share))
         for layer in layers.values():
-            layer.follow_decay = settings.sr_ste_decay
-        phase = Phase(
-            "sr-ste",
-            steps,
-            self.training.learning_rate,
-            settings.batch_size,
-            losses=self.training.losses,
-            scheduler="constant_with_warmup",
-        )
-        self._run(student, phase, teacher)
-        return steps
+            layer.sr_ste_decay = self.settings.sr_ste_decay
+        self._run(student, self._phase("sr-ste", steps, "constant_with_warmup"), teacher)
+        return MaskSearch(sr_ste_steps=steps)
 
     def _run(
         self,
@@ -186,10 +199,7 @@ class Job:
         admm: Admm | None = None,
         *callbacks: TrainerCallback,
     ) -> None:
-        run_phase(
-            student, self.train, self.data.pad_id, phase, work_dir=self.work_dir, seed=self.settings.seed, precision=self.settings.precision,
-            teacher=teacher, admm=admm, callbacks=callbacks, progress=self.progress, save_every=save_every(phase.steps), output_kind=self.data.task.output_kind, augment=self.training.augment,
-        )  # fmt: skip
+        run_phase(student, phase, self.phase_data, teacher=teacher, admm=admm, callbacks=callbacks)
         require_invariants(student)
 
     def _projected_loss(self, student: nn.Module, admm: Admm) -> float | None:
@@ -205,10 +215,8 @@ class Job:
         limit = self.settings.output_limit
         if limit is None:
             return {}
-        costs = output_costs(
-            student, residual_output_weights(self.plan), self.train, self.data.pad_id, self.data.task.output_kind, self.settings.seed,
-            self.progress,
-        )  # fmt: skip
+        outputs, kind = residual_output_weights(self.plan), self.data.task.output_kind
+        costs = output_costs(student, outputs, self.train, self.data.pad_id, kind, self.settings.seed, self.progress)
         costly = {name: cost for name, cost in costs.items() if cost > limit}
         layers = quant_linears(student)
         for name in costly:
@@ -218,20 +226,23 @@ class Job:
         self.plan = replace(self.plan, weights={**self.plan.weights, **specs})
         return costly
 
-    def _permute(self, student: nn.Module, teacher: nn.Module | None) -> dict[str, tuple[float, float]]:
+    def _permute(self, student: nn.Module, teacher: nn.Module | None) -> PermutationFacts | None:
         """Reorder channels of the student, and those of the residual stream in the teacher, too: hidden states are compared.
 
         An embedding's own channels stay: its vectors are stored, and compared with those of the dense model.
         """
         family, config = self.source.family, self.source.config
         shares = permute_channels(student, self.plan, family, config)
-        if self.data.task.output_kind == "vector":
-            return shares
-        order, kept = residual_order(student, self.plan, family, config)
-        for model in (student, teacher):
-            if model is not None and kept:
-                permute_residual(model, order, family, config)
-        return shares | kept
+        if self.data.task.output_kind != "vector":
+            order, residual_shares = residual_order(student, self.plan, family, config)
+            for model in (student, teacher):
+                if model is not None and residual_shares:
+                    permute_residual(model, order, family, config)
+            shares = shares | residual_shares
+        if not shares:
+            return None
+        before, after = (sum(column) / len(shares) for column in zip(*shares.values(), strict=True))
+        return PermutationFacts(len(shares), before, after)
 
     def _freeze(self, student: nn.Module) -> None:
         if self.settings.recipe == "paper":
@@ -261,82 +272,13 @@ class Job:
         )
 
 
-class _Schedule(Protocol):
-    """When ADMM updates its dual, and how hard it pulls at a step (counted from 1)."""
-
-    def penalize(self, admm: Admm, step: int) -> None: ...
-
-    def updates_at(self, step: int) -> bool: ...
+def freeze_masks(layers: Layers) -> None:
+    """Fix the mask of every layer, and zero what it masks."""
+    for layer in layers.values():
+        layer.freeze_mask()
 
 
-class _Ramp:
-    """Evenly spaced dual updates; after each, rho for a strength that grows geometrically from first to last.
-
-    Under Adam a weight moves by at most the learning rate a step, whatever pulls it. Where the number of updates is not
-    set, they are spaced so that between two of them a weight can travel the distance that a dropped one has to go:
-    updating the dual more often only piles up U before W has followed, and the mask flips back and forth.
-    """
-
-    def __init__(
-        self, admm: Admm, steps: int, learning_rate: float, strength: tuple[float, float], updates: int | None
-    ) -> None:
-        self.steps, (self.first, self.last) = steps, strength
-        if updates is None:
-            updates = round(steps * learning_rate / max(admm.mean_gap(), 1e-12))
-        updates = max(1, min(updates, steps, MAX_DUAL_UPDATES))
-        self.dual_steps = {round((i + 1) * steps / updates) for i in range(updates)}
-
-    def penalize(self, admm: Admm, step: int) -> None:
-        if step == 1 or step - 1 in self.dual_steps:
-            admm.set_strength(self.first * (self.last / self.first) ** (step / self.steps))
-        admm.add_penalty()
-
-    def updates_at(self, step: int) -> bool:
-        return step in self.dual_steps
-
-
-class _PaperSchedule:
-    """The authors': a constant penalty and one dual update at the end of every epoch."""
-
-    rho = 4e-3  # the middle of their grid
-
-    def __init__(self, epoch_steps: int) -> None:
-        self.epoch_steps = epoch_steps
-
-    def penalize(self, admm: Admm, step: int) -> None:
-        if step == 1:
-            admm.set_rho(self.rho)
-        admm.add_penalty()
-
-    def updates_at(self, step: int) -> bool:
-        return step % self.epoch_steps == 0
-
-
-class _AdmmCallback(TrainerCallback):
-    """The penalty before every optimizer step (the Trainer has clipped by then), and the dual updates after some."""
-
-    def __init__(
-        self, admm: Admm, schedule: _Schedule, log: JsonLog, projected_loss: Callable[[], float | None]
-    ) -> None:
-        self.admm, self.schedule, self.log, self.projected_loss = admm, schedule, log, projected_loss
-        self.updates = 0
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Add the penalty to the clipped task gradient."""
-        self.schedule.penalize(self.admm, state.global_step + 1)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Update the dual where the schedule says so, and log what it did."""
-        if not self.schedule.updates_at(state.global_step):
-            return
-        update = self.admm.dual_update()
-        watched = {"projected_loss": self.projected_loss()} if self.updates % WATCH_EVERY == 0 else {}
-        self.updates += 1
-        if state.is_world_process_zero:
-            self.log.write(state.global_step, residual=update.residual, flips=update.flips, **watched)
-
-
-def mask_hash(layers: Mapping[str, QuantLinear]) -> str:
+def mask_hash(layers: Layers) -> str:
     """sha256 over all masks, in model order."""
     digest = hashlib.sha256()
     for name, layer in layers.items():
@@ -358,13 +300,3 @@ def _without_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-
-
-def steps_of(samples: Sequence[Any], epochs: float, batch_size: int) -> int:
-    """Optimizer steps of a number of epochs."""
-    return max(1, math.ceil(epochs * len(samples) / batch_size))
-
-
-def save_every(steps: int) -> int:
-    """Steps between training checkpoints: a tenth of a phase is the most that a kill can cost."""
-    return max(1, math.ceil(steps / 10))

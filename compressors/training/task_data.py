@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from compressors.models import Source, max_length
+from compressors.models import ModelSource, max_length
 from compressors.settings import Settings
 from nxm_export.contract.tasks import Task
 from nxm_export.data.examples import Columns, Examples, Features, encode
 from nxm_export.data.label_kinds import LABELS, labelled, load_labelled, names_for
 from nxm_export.errors import DataError
+from nxm_export.hf.protocols import FastTokenizer
+
+
+@dataclass(frozen=True)
+class TaskDataRequest:
+    """Which data: files or names of train and, where there is one, dev; their columns; at most `train_limit` samples of train."""
+
+    task: Task
+    train: str
+    dev: str | None = None
+    columns: Columns = Columns()
+    train_limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -25,20 +36,14 @@ class TaskData:
 
 
 def read_task_data(
-    source: Source,
-    task: Task,
-    train: str,
-    dev: str | None,
-    settings: Settings,
-    columns: Columns,
-    tokenizer: Any,
-    train_limit: int | None = None,
+    source: ModelSource, request: TaskDataRequest, tokenizer: FastTokenizer, settings: Settings
 ) -> TaskData:
     """Read and tokenize train and, if given, dev; class names come from the model's head where it fits, else from train.
 
     Sets the tokenizer's maximum length, which is saved with the model.
     """
-    raw = load_labelled(train, "train", columns, task)
+    task, columns = request.task, request.columns
+    raw = load_labelled(request.train, "train", columns, task)
     classes = names_for(raw, task, source.classes() if source.head_fits(task) else None)
     length = tokenizer.model_max_length = max_length(source, tokenizer, task, settings.max_length)
 
@@ -46,11 +51,11 @@ def read_task_data(
         return encode(tokenizer.backend_tokenizer, examples, length, source.family.inputs)
 
     examples = labelled(raw, task, classes)
-    if train_limit:
-        examples = examples.sample(train_limit, settings.seed)
+    if request.train_limit:
+        examples = examples.sample(request.train_limit, settings.seed)
     held_out: list[Features] = []
-    if dev is not None:
-        raw_dev = load_labelled(dev, "dev", columns, task)
+    if request.dev is not None:
+        raw_dev = load_labelled(request.dev, "dev", columns, task)
         if not LABELS[task.label].separate and (raw.pairs is None) != (raw_dev.pairs is None):
             raise DataError(
                 f"{raw.source} and {raw_dev.source} differ: only one of them has a second text; "

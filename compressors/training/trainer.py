@@ -2,43 +2,48 @@
 
 The Trainer brings accumulation, mixed precision, logging, checkpoints and ``torchrun``. This module adds
 
-* `Student`: the model with its losses (task, distillation), so that the Trainer sees an ordinary module whose state
-  includes ADMM's Z and U, masks, ranges and steps;
+* the student with its losses (`compressors.training.distillation`), so that the Trainer sees an ordinary module whose state
+  includes ADMM's Z and U, masks and scales;
 * a data order that is written down before training starts (`schedule`), so that a resumed run, or one on several
   processes, sees the same batches;
-* callbacks for progress, the JSON-lines log, completeness of checkpoints, and NaN.
+* callbacks (`compressors.training.callbacks`).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
 
-from compressors.distributed import wait, world_size
+from compressors.distributed import world_size
 from compressors.pruning.admm import Admm
 from compressors.quantization.fake_quant import quant_linears
 from compressors.settings import PRECISIONS, Losses
 from compressors.training.augmentation import augmented
-from compressors.training.distillation import AGREEMENT, hidden_loss
+from compressors.training.callbacks import (
+    COMPLETE,
+    LOG_FILE,
+    CompleteCallback,
+    JsonLog,
+    Progress,
+    ProgressCallback,
+    TrainerCallback,
+)
+from compressors.training.distillation import Student
 from nxm_export.data.examples import NO_LABEL, Features, filled, label_array, pad, sorted_batches
 from nxm_export.errors import DataError
 
-Progress = Callable[[str, int, int], None]  # (what, done, total)
-LOG_FILE = "train_log.jsonl"
 _PAD_TO = "pad_to"  # of a sample: the length of its whole batch, of which this process may have a part
-COMPLETE = "nxm_complete"  # marks a training checkpoint that was written to its end
 
 
 @dataclass(frozen=True)
@@ -53,50 +58,8 @@ class Phase:
     weight_decay: float = 0.01
     scheduler: str = "linear"
     losses: Losses = Losses()
-    step_learning_rate: float | None = None  # of quantizer steps; None = learning_rate
-
-
-class Student(nn.Module):
-    """A model with its losses. `teacher` is held outside the module tree: it is neither trained nor saved."""
-
-    accepts_loss_kwargs = False  # read by the Trainer: the loss is a plain mean over the batch
-
-    def __init__(
-        self,
-        model: nn.Module,
-        losses: Losses,
-        teacher: nn.Module | None,
-        admm: Admm | None,
-        output_kind: str = "softmax",
-    ) -> None:
-        super().__init__()
-        self._agree, self._by_token = AGREEMENT[output_kind], output_kind != "span"
-        self.model, self.losses, self.admm = model, losses, admm
-        self._teacher = [teacher] if teacher is not None else []
-
-    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        """Loss and logits of a padded batch with ``labels``."""
-        deep = self.losses.hidden > 0
-        wanted = None
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        if self.losses.task == 0:
-            batch = inputs
-        if self._teacher:  # first: what it needs on its way is free again before the student keeps its activations
-            with torch.no_grad():
-                wanted = self._teacher[0](**inputs, output_hidden_states=deep)
-        found = self.model(**batch, output_hidden_states=deep and wanted is not None)
-        loss = found.logits.new_zeros(()) if found.loss is None else self.losses.task * found.loss
-        if wanted is not None:
-            ours, theirs = found.logits, wanted.logits
-            if ours.dim() == 3 and self._by_token:  # (batch, sequence, classes): padding says nothing
-                real = batch["attention_mask"].bool()
-                ours, theirs = ours[real], theirs[real]
-            loss = loss + self.losses.logits * self._agree(ours, theirs)
-            if deep:
-                loss = loss + self.losses.hidden * hidden_loss(
-                    found.hidden_states, wanted.hidden_states, batch["attention_mask"]
-                )
-        return {"loss": loss, "logits": found.logits}
+    scale_learning_rate: float | None = None  # of quantizers' scales; None = learning_rate
+    save_every: int | None = None  # steps between training checkpoints; None = a tenth of the phase
 
 
 def schedule(features: Sequence[Features], steps: int, batch_size: int, seed: int) -> list[int]:
@@ -119,9 +82,9 @@ def schedule(features: Sequence[Features], steps: int, batch_size: int, seed: in
     return order[: steps * batch_size]
 
 
-def _in_batches(features: Sequence[Features], order: Sequence[int], batch_size: int) -> list[dict[str, Any]]:
+def _in_batches(features: Sequence[Features], order: Sequence[int], batch_size: int) -> list[Features]:
     """The samples in their order, each with the length of the longest in its batch, to which every process pads its part."""
-    samples = []
+    samples: list[Features] = []
     for start in range(0, len(order), batch_size):
         batch = [features[i] for i in order[start : start + batch_size]]
         longest = max(len(sample["input_ids"]) for sample in batch)
@@ -129,57 +92,66 @@ def _in_batches(features: Sequence[Features], order: Sequence[int], batch_size: 
     return samples
 
 
+@dataclass(frozen=True)
+class PhaseData:
+    """What the phases of a run share: the samples, and where and how they are trained on.
+
+    Results and training checkpoints lie in `work_dir`. `output_kind` is the task's (`nxm_export.contract.tasks.Task`), `augment`
+    the share of distorted samples (`compressors.training.augmentation`).
+    """
+
+    features: Sequence[Features]
+    pad_id: int
+    work_dir: Path
+    seed: int
+    precision: str = "auto"
+    output_kind: str = "softmax"
+    augment: float = 0.0
+    progress: Progress = lambda what, done, total: None
+
+
 def run_phase(
     model: nn.Module,
-    features: Sequence[Features],
-    pad_id: int,
     phase: Phase,
+    data: PhaseData,
     *,
-    work_dir: Path,
-    seed: int,
-    precision: str = "auto",
     teacher: nn.Module | None = None,
     admm: Admm | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-    progress: Progress = lambda what, done, total: None,
-    save_every: int | None = None,
-    output_kind: str = "softmax",
-    augment: float = 0.0,
 ) -> None:
-    """Train `model` in place for one phase; `output_kind` is the task's, see `nxm_export.contract.tasks.Task`; `augment` is the share of
-    distorted samples (`compressors.training.augmentation`).
+    """Train `model` in place for one phase.
 
     Resumes from the newest complete checkpoint in ``work_dir/phase.name``; a phase that was finished is loaded.
     """
-    set_seed(seed)
-    directory, finished = work_dir / phase.name, work_dir / f"{phase.name}.safetensors"
-    student = Student(model, phase.losses, teacher, admm, output_kind)
+    set_seed(data.seed)
+    directory, finished = data.work_dir / phase.name, data.work_dir / f"{phase.name}.safetensors"
+    student = Student(model, phase.losses, teacher, admm, data.output_kind)
     if finished.is_file():
         student.load_state_dict(load_file(finished))
-        progress(phase.name, phase.steps, phase.steps)
+        data.progress(phase.name, phase.steps, phase.steps)
         return
     resume = _newest_complete(directory)
-    arguments = training_arguments(phase, directory, seed, precision, save_every)
-    # Steps of weights that the forward pass leaves in float have no gradient, and DDP wants to be told.
+    arguments = training_arguments(phase, directory, data.seed, data.precision)
+    # Scales of weights that the forward pass leaves in float have no gradient, and DDP wants to be told.
     arguments.ddp_find_unused_parameters = any(
         layer.spec.weight_bits and not layer.quantize_weight for layer in quant_linears(model).values()
     )
     student.to(arguments.device)
     if teacher is not None:
         teacher.eval().to(arguments.device)
-    order = schedule(features, phase.steps, phase.batch_size, seed)
-    if augment:
-        features, order = augmented(features, order, phase.batch_size, augment, seed)
-    log = JsonLog(work_dir / LOG_FILE, phase.name)
+    features, order = data.features, schedule(data.features, phase.steps, phase.batch_size, data.seed)
+    if data.augment:
+        features, order = augmented(features, order, phase.batch_size, data.augment, data.seed)
+    log = JsonLog(data.work_dir / LOG_FILE, phase.name)
     trainer = Trainer(
         model=student,
         args=arguments,
-        train_dataset=_in_batches(features, order, phase.batch_size),  # type: ignore[arg-type]  # any sequence will do
-        data_collator=lambda samples: collate(samples, pad_id),
-        optimizers=(_optimizer(student, phase), None),  # type: ignore[arg-type]  # the schedule is the Trainer's
-        callbacks=[log, _ProgressCallback(phase, progress), *callbacks, _CompleteCallback()],
+        train_dataset=_in_batches(features, order, phase.batch_size),
+        data_collator=lambda samples: collate(samples, data.pad_id),
+        optimizers=(optimizer_of(student, phase), None),  # the schedule is the Trainer's
+        callbacks=[log, ProgressCallback(phase.name, phase.steps, data.progress), *callbacks, CompleteCallback()],
     )
-    trainer.remove_callback(_printer())
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.accelerator.wait_for_everyone()  # each lists the directory as its training ends
     if trainer.is_world_process_zero():
@@ -190,9 +162,7 @@ def run_phase(
     trainer.accelerator.wait_for_everyone()
 
 
-def training_arguments(
-    phase: Phase, directory: Path, seed: int, precision: str, save_every: int | None
-) -> TrainingArguments:
+def training_arguments(phase: Phase, directory: Path, seed: int, precision: str) -> TrainingArguments:
     """Arguments of a phase for this machine; `batch_size` is divided over the processes of ``torchrun``."""
     world = world_size()
     if phase.batch_size % world:
@@ -215,7 +185,7 @@ def training_arguments(
         logging_steps=max(1, phase.steps // 100),
         logging_nan_inf_filter=False,
         save_strategy="steps",
-        save_steps=save_every or max(1, phase.steps),
+        save_steps=phase.save_every or save_every(phase.steps),
         save_total_limit=1,
         seed=seed,
         report_to=[],
@@ -232,7 +202,7 @@ def wants_bf16(precision: str) -> bool:
     if precision != "auto":
         return precision == "bf16"
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     return bool(torch.cpu.get_capabilities().get("avx512_bf16")) if hasattr(torch.cpu, "get_capabilities") else False
 
 
@@ -273,7 +243,7 @@ def predict(
     model.eval()
     device = next(model.parameters()).device
     batches = sorted_batches(features, batch_size)
-    found: list[tuple[int, np.ndarray]] = []
+    logits_by_sample: list[tuple[int, np.ndarray]] = []
     for number, indices in enumerate(batches):
         batch = collate([features[i] for i in indices], pad_id)
         batch.pop("labels", None)
@@ -281,11 +251,11 @@ def predict(
         rows = logits.float().cpu().numpy()
         if rows.ndim == 3:  # a row for every token: without those of padding
             rows = [row[: len(features[i]["input_ids"])] for row, i in zip(rows, indices, strict=True)]
-        found += zip(indices, rows, strict=True)
+        logits_by_sample += zip(indices, rows, strict=True)
         if progress:
             progress(number + 1, len(batches))
     model.train(was_training)
-    return filled([logits for _, logits in sorted(found, key=lambda item: item[0])], 0.0)
+    return filled([logits for _, logits in sorted(logits_by_sample, key=lambda item: item[0])], 0.0)
 
 
 @torch.no_grad()
@@ -302,97 +272,42 @@ def mean_loss(model: nn.Module, features: Sequence[Features], pad_id: int, *, ba
     return total / len(features)
 
 
-def _optimizer(student: Student, phase: Phase) -> torch.optim.Optimizer:
-    """AdamW; no weight decay on biases, norms and quantizer steps, and a learning rate of their own for the steps."""
+def optimizer_of(student: nn.Module, phase: Phase) -> torch.optim.Optimizer:
+    """AdamW; no weight decay on biases, norms and quantizers' scales, and a learning rate of their own for the scales."""
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    steps: list[nn.Parameter] = []
+    scales: list[nn.Parameter] = []
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad:
             continue
         if name.endswith("log_scale"):
-            steps.append(parameter)
+            scales.append(parameter)
         else:
             (decay if parameter.dim() > 1 else plain).append(parameter)
     groups = [
         {"params": decay, "weight_decay": phase.weight_decay},
         {"params": plain, "weight_decay": 0.0},
-        {"params": steps, "weight_decay": 0.0, "lr": phase.step_learning_rate or phase.learning_rate},
+        {"params": scales, "weight_decay": 0.0, "lr": phase.scale_learning_rate or phase.learning_rate},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=phase.learning_rate, fused=True)
 
 
+def steps_of(samples: Sequence[Features], epochs: float, batch_size: int) -> int:
+    """Optimizer steps of a number of epochs."""
+    return max(1, math.ceil(epochs * len(samples) / batch_size))
+
+
+def save_every(steps: int) -> int:
+    """Steps between training checkpoints: a tenth of a phase is the most that a kill can cost."""
+    return max(1, math.ceil(steps / 10))
+
+
 def _newest_complete(directory: Path) -> Path | None:
     """The newest training checkpoint that was written to its end; incomplete ones are removed."""
-    found: list[tuple[int, Path]] = []
+    complete: list[tuple[int, Path]] = []
     for path in directory.glob("checkpoint-*"):
         if (path / COMPLETE).is_file():
-            found.append((int(path.name.rpartition("-")[2]), path))
+            complete.append((int(path.name.rpartition("-")[2]), path))
         else:
             shutil.rmtree(path, ignore_errors=True)
-    return max(found)[1] if found else None
-
-
-class JsonLog(TrainerCallback):
-    """Appends metrics to ``train_log.jsonl``; a resumed phase first drops what it will log again."""
-
-    def __init__(self, file: Path, phase: str) -> None:
-        self.file, self.phase = file, phase
-
-    def write(self, step: int, **values: Any) -> None:
-        """Append one line."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"phase": self.phase, "step": step, **values}) + "\n")
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Drop this phase's lines beyond the step that it starts from."""
-        if not state.is_world_process_zero or not self.file.is_file():
-            return
-        lines = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines() if _is_json(line)]
-        kept = [line for line in lines if line["phase"] != self.phase or line["step"] <= state.global_step]
-        self.file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
-        """Log, and stop at a loss that is no number."""
-        logs = logs or {}
-        loss = logs.get("loss")
-        if loss is not None and not math.isfinite(loss):
-            raise DataError(
-                f"the loss is {loss} at step {state.global_step} of phase {self.phase!r}; lower the learning rate, or try --precision fp32"
-            )
-        if state.is_world_process_zero and loss is not None:
-            values = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs}
-            self.write(state.global_step, **values)
-
-
-class _ProgressCallback(TrainerCallback):
-    def __init__(self, phase: Phase, progress: Progress) -> None:
-        self.phase, self.progress = phase, progress
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress(self.phase.name, state.global_step, self.phase.steps)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress(self.phase.name, state.global_step, self.phase.steps)
-
-
-class _CompleteCallback(TrainerCallback):
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        wait()  # each writes the state of its random numbers
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
-
-
-def _is_json(line: str) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False  # the last line of a killed run may be cut
-    return True
-
-
-def _printer() -> type[TrainerCallback]:
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback
+    return max(complete)[1] if complete else None

@@ -1,4 +1,5 @@
-"""Which CPU backend is the fastest here, for these shapes? Built with each, timed interleaved, and the winner kept.
+"""Which CPU backend is the fastest here, for these shapes? Built with each, timed interleaved, and the winner is
+chosen.
 
 The candidates are the installed ones of `cpu_backends()`, in that order. The first is the reference; another wins only
 when it is faster beyond noise: when the geometric mean over the shapes of its speed-ups lies above 1, and that of the
@@ -10,15 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from engines.base import BuildOptions, Engine, LoadOptions, backend, cpu_backends, spec_of
 from engines.benchmark.latency import VOCABULARY, BenchReport, bench, feeds_for
 from nxm_export.errors import EngineError, EngineUnavailable
+from nxm_export.storage.json_files import Json, to_builtins
 
 NAME = "auto"
 SHAPES = ((1, 32), (1, 128), (8, 32), (8, 128))  # (batch, sequence), unless the user says others
@@ -28,7 +29,7 @@ Measure = Callable[[Mapping[str, Engine], Sequence[tuple[int, int]]], BenchRepor
 
 
 @dataclass(frozen=True)
-class Row:
+class Candidate:
     """A candidate: median milliseconds by shape, and its speed-up over the first as a geometric mean with lower and
     upper end."""
 
@@ -40,17 +41,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that was kept, why, and what was measured; `left_out` says why other backends were no candidates."""
+    """The backend that was chosen, why, and what was measured; `left_out` says why other backends were no
+    candidates."""
 
     backend: str
     why: str
     shapes: tuple[tuple[int, int], ...]
-    rows: tuple[Row, ...]
+    candidates: tuple[Candidate, ...]
     left_out: Mapping[str, str]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The form of the passport's ``options.auto`` and of ``--json``."""
-        return asdict(self)
+        return dict(to_builtins(self))
 
 
 def build_candidates(onnx: Path, work: Path, options: BuildOptions) -> tuple[dict[str, Path], dict[str, str]]:
@@ -93,14 +95,14 @@ def choose(
     left out. Raises `EngineError` for shapes that the model does not take, and when no engine is left.
     """
     spec = spec_of(next(iter(engines.values())))
-    wanted = tuple(shapes or dict.fromkeys((b, min(s, spec.max_length) if spec else s) for b, s in SHAPES))
+    requested = tuple(shapes or dict.fromkeys((b, min(s, spec.max_length) if spec else s) for b, s in SHAPES))
     vocabulary = min(VOCABULARY, spec.limits.get("input_ids", VOCABULARY)) if spec else VOCABULARY
     refused = dict(left_out)
     with ExitStack() as stack:
         loaded: dict[str, Engine] = {}
         for name, directory in engines.items():
             engine = stack.enter_context(backend(name).load(directory, LoadOptions(threads)))
-            outputs = engine.run(feeds_for(engine, *wanted[0], vocabulary, 0))
+            outputs = engine.run(feeds_for(engine, *requested[0], vocabulary, 0))
             if all(np.isfinite(array).all() for array in outputs.values()):
                 loaded[name] = engine
             else:
@@ -108,10 +110,10 @@ def choose(
         if not loaded:
             raise EngineError(f"no backend gives finite outputs: {', '.join(refused)}; run `nxm compare --bisect`")
         if measure is None:
-            report = bench(loaded, tuple(dict.fromkeys(wanted)), rounds=ROUNDS, vocabulary=vocabulary)
+            report = bench(loaded, tuple(dict.fromkeys(requested)), rounds=ROUNDS, vocabulary=vocabulary)
         else:
-            report = measure(loaded, wanted)
-    return judge(report, wanted, refused)
+            report = measure(loaded, requested)
+    return judge(report, requested, refused)
 
 
 def judge(report: BenchReport, shapes: Sequence[tuple[int, int]], left_out: Mapping[str, str]) -> Choice:
@@ -120,37 +122,43 @@ def judge(report: BenchReport, shapes: Sequence[tuple[int, int]], left_out: Mapp
     for timing in report.timings:
         timings.setdefault(timing.name, {})[timing.batch, timing.sequence] = timing.median
     ratios = {(ratio.name, ratio.batch, ratio.sequence): ratio for ratio in report.ratios}
-    first, rows = next(iter(timings)), []
+    first, candidates = next(iter(timings)), []
     for name, by_shape in timings.items():
-        found = [ratios[name, batch, sequence] for batch, sequence in shapes] if name != first else []
-        mean = _geometric([ratio.speedup for ratio in found])
-        ends = tuple(_geometric([ratio.interval[end] for ratio in found]) for end in (0, 1))
-        rows.append(Row(name, tuple(by_shape[shape] for shape in shapes), mean, (ends[0], ends[1])))
-    best = max(rows, key=lambda row: row.speedup)
-    kept = best if best.interval[0] > 1.0 else rows[0]
-    return Choice(kept.backend, _why(rows, best, kept, left_out), tuple(shapes), tuple(rows), dict(left_out))
+        own = [ratios[name, batch, sequence] for batch, sequence in shapes] if name != first else []
+        mean = _geometric([ratio.speedup for ratio in own])
+        ends = tuple(_geometric([ratio.interval[end] for ratio in own]) for end in (0, 1))
+        candidates.append(Candidate(name, tuple(by_shape[shape] for shape in shapes), mean, (ends[0], ends[1])))
+    best = max(candidates, key=lambda candidate: candidate.speedup)
+    chosen = best if best.interval[0] > 1.0 else candidates[0]
+    why = _why(candidates, best, chosen, left_out)
+    return Choice(chosen.backend, why, tuple(shapes), tuple(candidates), dict(left_out))
 
 
-def _why(rows: Sequence[Row], best: Row, kept: Row, left_out: Mapping[str, str]) -> str:
-    if len(rows) == 1:
+def _why(candidates: Sequence[Candidate], best: Candidate, chosen: Candidate, left_out: Mapping[str, str]) -> str:
+    if len(candidates) == 1:
         others = "; ".join(f"{name}: {why}" for name, why in left_out.items())
-        return f"{kept.backend} is the only candidate ({others})" if others else f"{kept.backend} is the only candidate"
-    low, high = best.interval
-    if kept is best and best is not rows[0]:
         return (
-            f"{best.backend} is {best.speedup:.2f}x as fast as {rows[0].backend} over these shapes "
+            f"{chosen.backend} is the only candidate ({others})"
+            if others
+            else f"{chosen.backend} is the only candidate"
+        )
+    low, high = best.interval
+    if chosen is best and best is not candidates[0]:
+        return (
+            f"{best.backend} is {best.speedup:.2f}x as fast as {candidates[0].backend} over these shapes "
             f"({low:.2f} to {high:.2f})"
         )
-    runner_up = max(rows[1:], key=lambda row: row.speedup)
+    runner_up = max(candidates[1:], key=lambda candidate: candidate.speedup)
     low, high = runner_up.interval
     if high < 1.0:
         return (
-            f"{runner_up.backend} is slower: {runner_up.speedup:.2f}x as fast as {kept.backend} "
+            f"{runner_up.backend} is slower: {runner_up.speedup:.2f}x as fast as {chosen.backend} "
             f"({low:.2f} to {high:.2f})"
         )
     return (
-        f"a tie: {runner_up.backend} is {runner_up.speedup:.2f}x as fast as {kept.backend} ({low:.2f} to {high:.2f}), "
-        f"which is within noise, and {kept.backend} comes first"
+        f"a tie: {runner_up.backend} is {runner_up.speedup:.2f}x as fast as {chosen.backend} "
+        f"({low:.2f} to {high:.2f}), "
+        f"which is within noise, and {chosen.backend} comes first"
     )
 
 

@@ -1,42 +1,91 @@
 """Load on inference servers: how many requests a second, how fast, how many errors, at a given number of clients.
 
-Every client is a thread with one connection that sends the next request when it has the answer (a closed loop).
-Requests are made before the clock starts, and the answer's head is all that is parsed, so little of the machine goes to
-the clients. Several servers are measured in one go, in rounds whose order rotates: on a noisy machine, only that
-compares them. Any server of the Open Inference Protocol will do: ours, Triton, KServe.
+Every client is a thread with one connection that sends the next request when it has the answer (a closed loop). Bodies
+are made before the clock starts. Several servers are measured in one go, in rounds whose order rotates: on a noisy
+machine, only that compares them. Any server of the Open Inference Protocol will do: ours, Triton, KServe.
+
+A request that fails is counted; a client that fails is an error of the whole run, and so is a server that answers
+nothing: neither may look like a slow server.
 """
 
 from __future__ import annotations
 
 import json
-import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
-from urllib.parse import urlsplit
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from types import TracebackType
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 
+from engines.benchmark.latency import rotated
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.data.examples import Features, pad
 from nxm_export.errors import DataError, ServeError
+from nxm_export.storage.json_files import Json, to_builtins
 
 SCHEMA = "nxm-load/1"
 TIMEOUT = 60.0  # seconds without a byte before a client gives its request up
+WARM_UP = 1.0  # seconds, and at most a quarter of the time that is measured
 ENCODINGS = ("binary", "json")
 
 
 @dataclass(frozen=True)
-class Target:
-    """A server's model and the requests to send it: whole HTTP messages, used in turn."""
+class InferenceRequest:
+    """Body of a request, and the headers that say what is in it."""
+
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model on a running server, and the requests to send it, used in turn. `path` is that of its inference."""
 
     name: str
     host: str
     port: int
-    requests: Sequence[bytes]
+    path: str
+    requests: Sequence[InferenceRequest]
+    https: bool = False
+
+    @property
+    def address(self) -> str:
+        """Host and port."""
+        return f"{self.host}:{self.port}"
+
+
+class Client:
+    """One connection to a served model, kept open from request to request. A context manager."""
+
+    def __init__(self, served: ServedModel) -> None:
+        kind = HTTPSConnection if served.https else HTTPConnection
+        self._connection = kind(served.host, served.port, timeout=TIMEOUT)
+        self._path = served.path
+
+    def send(self, request: InferenceRequest) -> tuple[int, bytes]:
+        """(status, body) of the answer; raises `OSError` or `HTTPException` when it does not come whole, and connects
+        anew for the next request."""
+        try:
+            self._connection.request("POST", self._path, request.body, dict(request.headers))
+            answer = self._connection.getresponse()
+            return answer.status, answer.read()
+        except (OSError, HTTPException):
+            self._connection.close()
+            raise
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._connection.close()
 
 
 @dataclass(frozen=True)
@@ -60,18 +109,14 @@ class LoadResult:
 class LoadReport:
     """All results of a run."""
 
-    results: list[LoadResult]
+    results: tuple[LoadResult, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The form of ``--json``."""
-        return {"schema": SCHEMA, **asdict(self)}
-
-    def find(self, name: str, clients: int) -> LoadResult:
-        """The result of a server at a number of clients."""
-        return next(r for r in self.results if (r.name, r.clients) == (name, clients))
+        return {"schema": SCHEMA, **to_builtins(self)}
 
 
-def token_target(
+def with_tokens(
     name: str,
     url: str,
     model: str,
@@ -80,143 +125,122 @@ def token_target(
     *,
     multiple: int = 1,
     encoding: str = "binary",
-) -> Target:
-    """Requests of one sample each, as tokens; lengths are padded up to a multiple of `multiple`."""
+) -> ServedModel:
+    """A model with requests of one sample each, as tokens; lengths are padded up to a multiple of `multiple`."""
     if encoding not in ENCODINGS:
         raise ServeError(f"unknown encoding {encoding!r}; choose one of {', '.join(ENCODINGS)}")
-    messages = []
+    requests = []
     for sample in features:
         length = -(-len(sample["input_ids"]) // multiple) * multiple
         tensors = pad([sample], spec.pad_id, min(length, spec.max_length))
-        messages.append(_tensors(tensors, binary=encoding == "binary"))
-    return _target(name, url, model, messages)
+        requests.append(_binary_request(tensors) if encoding == "binary" else _json_request(tensors))
+    return _served(name, url, model, requests)
 
 
-def text_target(name: str, url: str, model: str, texts: Sequence[str | tuple[str, str]]) -> Target:
-    """Requests of one text or one pair of texts each, as JSON, for a model that tokenizes by itself."""
-    messages: list[tuple[dict[str, str], bytes]] = []
+def with_text(name: str, url: str, model: str, texts: Sequence[str | tuple[str, str]]) -> ServedModel:
+    """A model that tokenizes by itself, with requests of one text or one pair of texts each, as JSON."""
+    requests = []
     for text in texts:
         parts = (text,) if isinstance(text, str) else text
         inputs = [
             {"name": part_name, "datatype": "BYTES", "shape": [1, 1], "data": [part]}
             for part_name, part in zip(("text", "text_pair"), parts, strict=False)
         ]
-        messages.append(({}, json.dumps({"inputs": inputs}).encode()))
-    return _target(name, url, model, messages)
+        requests.append(_json_body(inputs))
+    return _served(name, url, model, requests)
 
 
-def measure(
-    targets: Sequence[Target], clients: Sequence[int], *, seconds: float, rounds: int = 3, warm_up: float = 1.0
-) -> LoadReport:
-    """Load every target for `seconds` a round at every number of clients; raises `ServeError` when one does not
-    answer."""
-    if not targets or not clients or rounds < 1:
+def measure(models: Sequence[ServedModel], clients: Sequence[int], *, seconds: float, rounds: int = 3) -> LoadReport:
+    """Load every model for `seconds` a round at every number of clients, each time after a warm-up of up to `WARM_UP`.
+
+    Raises `ServeError` for a model that refuses the first request, or that answers none at one number of clients, and
+    when a client fails.
+    """
+    if not models or not clients or rounds < 1:
         raise ServeError("a load test needs at least one server, one number of clients and one round")
-    for target in targets:
-        _probe(target)
-    taken: dict[tuple[str, int], list[_Round]] = {(t.name, c): [] for t in targets for c in clients}
+    for served in models:
+        _require_answer(served)
+    taken: dict[tuple[str, int], list[Round]] = {(served.name, count): [] for served in models for count in clients}
     for number in range(rounds):
         for count in clients:
-            start = number % len(targets)
-            for target in [*targets[start:], *targets[:start]]:
-                run_round(target, count, warm_up)
-                taken[target.name, count].append(run_round(target, count, seconds))
-    return LoadReport([_summary(name, count, found) for (name, count), found in taken.items()])
+            for served in rotated(list(models), number):
+                run_round(served, count, min(WARM_UP, seconds / 4))
+                taken[served.name, count].append(run_round(served, count, seconds))
+    return LoadReport(tuple(_summary(name, count, loads) for (name, count), loads in taken.items()))
 
 
 @dataclass(frozen=True)
-class _Round:
+class Round:
+    """Seconds of every answered request, what failed, and how long it all took."""
+
     latencies: np.ndarray
     errors: Counter[str]
     seconds: float
 
 
-def run_round(target: Target, clients: int, seconds: float) -> _Round:
-    """One closed loop of `clients` for `seconds`."""
-    lists: list[list[float]] = [[] for _ in range(clients)]
-    errors: list[Counter[str]] = [Counter() for _ in range(clients)]
-    stop = time.perf_counter() + seconds
-    threads = [
-        threading.Thread(target=_client, args=(target, i, clients, stop, lists[i], errors[i])) for i in range(clients)
-    ]
+def run_round(served: ServedModel, clients: int, seconds: float) -> Round:
+    """One closed loop of `clients` for `seconds`; raises `ServeError` with its cause when a client fails."""
     began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    loops = [_ClosedLoop(served, number, clients, began + seconds) for number in range(clients)]
+    failed = threading.Event()
+    with ThreadPoolExecutor(clients, "load-client") as pool:
+        futures = [pool.submit(loop.run, failed) for loop in loops]
     passed = time.perf_counter() - began
-    return _Round(np.array([t for found in lists for t in found]), sum(errors, Counter()), passed)
+    error = next(filter(None, (future.exception() for future in futures)), None)
+    if error is not None:
+        raise ServeError(f"{served.name}: a client of the load test failed: {error!r}; nothing was measured") from error
+    latencies = np.array([latency for loop in loops for latency in loop.latencies])
+    return Round(latencies, sum((loop.errors for loop in loops), Counter()), passed)
 
 
-def exchange(connection: socket.socket, message: bytes) -> tuple[int, bytes, bool]:
-    """Send one HTTP request and read its answer: (status, body, whether the connection stays open).
+class _ClosedLoop:
+    """One client: it sends every `stride`-th request, from `first` on, until the clock says `stop`."""
 
-    Raises `OSError` when the connection breaks. Only answers with a Content-Length are understood, which is what
-    inference servers give.
-    """
-    connection.sendall(message)
-    data = b""
-    while (end := data.find(b"\r\n\r\n")) < 0:
-        data += _more(connection)
-    head = data[:end].lower()
-    fields = dict(line.split(b":", 1) for line in head.split(b"\r\n")[1:] if b":" in line)
-    length = int(fields.get(b"content-length", b"0"))
-    body = [data[end + 4 :]]
-    missing = length - len(body[0])
-    while missing > 0:
-        body.append(_more(connection))
-        missing -= len(body[-1])
-    return int(head.split(b" ", 2)[1]), b"".join(body), fields.get(b"connection", b"").strip() != b"close"
+    def __init__(self, served: ServedModel, first: int, stride: int, stop: float) -> None:
+        self.latencies: list[float] = []
+        self.errors: Counter[str] = Counter()
+        self._served, self._first, self._stride, self._stop = served, first, stride, stop
 
-
-def _more(connection: socket.socket) -> bytes:
-    data = connection.recv(1 << 16)
-    if not data:
-        raise ConnectionResetError("the server closed the connection before its answer was complete")
-    return data
-
-
-def _client(target: Target, index: int, step: int, stop: float, latencies: list[float], errors: Counter[str]) -> None:
-    connection: socket.socket | None = None
-    position = index
-    while (began := time.perf_counter()) < stop:
+    def run(self, failed: threading.Event) -> None:
+        """Send until `stop`, or until another client sets `failed`; sets it when this one fails."""
+        requests, position = self._served.requests, self._first
         try:
-            if connection is None:
-                connection = socket.create_connection((target.host, target.port), TIMEOUT)
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            status, _, open_ = exchange(connection, target.requests[position % len(target.requests)])
-        except OSError as error:
-            errors[type(error).__name__] += 1
-            open_ = False
-            time.sleep(0.01)  # a server that is gone must not be hammered
-        else:
-            if status == 200:
-                latencies.append(time.perf_counter() - began)
-            else:
-                errors[f"HTTP {status}"] += 1
-        position += step
-        if connection is not None and not open_:
-            connection.close()
-            connection = None
-    if connection is not None:
-        connection.close()
+            with Client(self._served) as client:
+                while (began := time.perf_counter()) < self._stop and not failed.is_set():
+                    try:
+                        status, _ = client.send(requests[position % len(requests)])
+                    except (OSError, HTTPException) as error:
+                        self.errors[type(error).__name__] += 1
+                        time.sleep(0.01)  # a server that is gone must not be hammered
+                    else:
+                        if status == 200:
+                            self.latencies.append(time.perf_counter() - began)
+                        else:
+                            self.errors[f"HTTP {status}"] += 1
+                    position += self._stride
+        except BaseException:
+            failed.set()
+            raise
 
 
-def _probe(target: Target) -> None:
+def _require_answer(served: ServedModel) -> None:
     try:
-        with socket.create_connection((target.host, target.port), TIMEOUT) as connection:
-            status, body, _ = exchange(connection, target.requests[0])
-    except OSError as error:
-        raise ServeError(
-            f"{target.name}: no answer from {target.host}:{target.port} ({error}); is it running?"
-        ) from error
+        with Client(served) as client:
+            status, body = client.send(served.requests[0])
+    except (OSError, HTTPException) as error:
+        raise ServeError(f"{served.name}: no answer from {served.address} ({error!r}); is it running?") from error
     if status != 200:
-        raise ServeError(f"{target.name}: the first request got status {status}: {body[:300].decode(errors='replace')}")
+        raise ServeError(f"{served.name}: the first request got status {status}: {body[:300].decode(errors='replace')}")
 
 
-def _summary(name: str, clients: int, rounds: Sequence[_Round]) -> LoadResult:
+def _summary(name: str, clients: int, rounds: Sequence[Round]) -> LoadResult:
+    errors = sum((r.errors for r in rounds), Counter[str]())
+    answered = [r for r in rounds if len(r.latencies)]
+    if not answered:
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in errors.items()) or "no answer came in time"
+        raise ServeError(f"{name}: all requests of {clients} clients failed ({kinds}); look into the server's log")
     speeds = [len(r.latencies) / r.seconds for r in rounds]
-    p50, p99 = ([float(np.percentile(r.latencies, q)) * 1e3 for r in rounds if len(r.latencies)] for q in (50, 99))
+    p50, p99 = ([float(np.percentile(r.latencies, q)) * 1e3 for r in answered] for q in (50, 99))
     return LoadResult(
         name=name,
         clients=clients,
@@ -224,43 +248,49 @@ def _summary(name: str, clients: int, rounds: Sequence[_Round]) -> LoadResult:
         throughput_range=(min(speeds), max(speeds)),
         p50=float(np.median(p50)),
         p99=float(np.median(p99)),
-        p99_range=(min(p99, default=float("nan")), max(p99, default=float("nan"))),
+        p99_range=(min(p99), max(p99)),
         answered=sum(len(r.latencies) for r in rounds),
-        errors=dict(sum((r.errors for r in rounds), Counter())),
+        errors=dict(errors),
         rounds=len(rounds),
     )
 
 
-def _tensors(tensors: Mapping[str, np.ndarray], *, binary: bool) -> tuple[dict[str, str], bytes]:
-    """Headers and body of a request with int64 tensors."""
-    inputs: list[dict[str, Any]] = []
-    blobs = []
-    for name, array in tensors.items():
-        entry: dict[str, Any] = {"name": name, "datatype": "INT64", "shape": list(array.shape)}
-        if binary:
-            blobs.append(array.astype("<i8").tobytes())
-            entry["parameters"] = {"binary_data_size": len(blobs[-1])}
-        else:
-            entry["data"] = array.ravel().tolist()
-        inputs.append(entry)
-    request: dict[str, Any] = {"inputs": inputs}
-    if not binary:
-        return {}, json.dumps(request).encode()
-    head = json.dumps({**request, "parameters": {"binary_data_output": True}}).encode()
-    return {"Inference-Header-Content-Length": str(len(head))}, head + b"".join(blobs)
+def _json_request(tensors: Mapping[str, np.ndarray]) -> InferenceRequest:
+    """int64 tensors as lists of numbers."""
+    return _json_body([{**_described(name, array), "data": array.ravel().tolist()} for name, array in tensors.items()])
 
 
-def _target(name: str, url: str, model: str, messages: Sequence[tuple[dict[str, str], bytes]]) -> Target:
+def _json_body(inputs: Sequence[Mapping[str, Json]]) -> InferenceRequest:
+    return InferenceRequest({"Content-Type": "application/json"}, json.dumps({"inputs": inputs}).encode())
+
+
+def _binary_request(tensors: Mapping[str, np.ndarray]) -> InferenceRequest:
+    """int64 tensors as their bytes behind the JSON that describes them; the answer is asked for in bytes, too."""
+    blobs = [array.astype("<i8").tobytes() for array in tensors.values()]
+    inputs = [
+        {**_described(name, array), "parameters": {"binary_data_size": len(blob)}}
+        for (name, array), blob in zip(tensors.items(), blobs, strict=True)
+    ]
+    head = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
+    headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))}
+    return InferenceRequest(headers, head + b"".join(blobs))
+
+
+def _described(name: str, array: np.ndarray) -> dict[str, Json]:
+    return {"name": name, "datatype": "INT64", "shape": list(array.shape)}
+
+
+def _served(name: str, url: str, model: str, requests: Sequence[InferenceRequest]) -> ServedModel:
     parts = urlsplit(url if "//" in url else f"http://{url}")
-    if parts.scheme != "http" or not parts.hostname:
+    try:
+        port = parts.port
+    except ValueError:
+        port = -1
+    extra = parts.query or parts.fragment or parts.username
+    if parts.scheme not in ("http", "https") or not parts.hostname or extra or port == -1:
         raise ServeError(f"{url!r} is not a server's address; write it as http://127.0.0.1:8000")
-    if not messages:
+    if not requests:
         raise DataError("no samples to send")
-    port = parts.port or 80
-    requests = []
-    for headers, body in messages:
-        kind = "application/octet-stream" if headers else "application/json"
-        lines = [f"POST /v2/models/{model}/infer HTTP/1.1", f"Host: {parts.hostname}:{port}", f"Content-Type: {kind}"]
-        lines += [f"{key}: {value}" for key, value in headers.items()] + [f"Content-Length: {len(body)}", "", ""]
-        requests.append("\r\n".join(lines).encode("ascii") + body)
-    return Target(name, parts.hostname, port, requests)
+    https = parts.scheme == "https"
+    path = f"{parts.path.rstrip('/')}/v2/models/{quote(model, safe='')}/infer"
+    return ServedModel(name, parts.hostname, port or (443 if https else 80), path, requests, https)

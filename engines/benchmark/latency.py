@@ -14,20 +14,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from engines.base import Closing, Engine
 from nxm_export.data.bootstrap import bootstrap_interval
 from nxm_export.errors import EngineError
+from nxm_export.storage.json_files import Json, read_record, to_builtins
 
+SCHEMA = "nxm-bench/1"
 T = TypeVar("T")
 WARMUP = 3
 # ONNX Runtime's threads were seen to slow another runtime on two cores for 45 ms after their last run.
 SETTLE_S = 0.06
-VOCABULARY = 1000  # token ids are drawn below; no encoder's table is smaller, but for tests
+VOCABULARY = 1000  # token ids are drawn below; no encoder's embedding is smaller, but for tests
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,19 @@ class Ratio:
 class BenchReport:
     """All timings, all ratios against the first engine (the dense INT8 twin, where there is one), and the verdict."""
 
-    timings: list[Timing]
-    ratios: list[Ratio]
+    timings: tuple[Timing, ...]
+    ratios: tuple[Ratio, ...]
     verdict: str | None = None
     unmeasured: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The form of ``bench/*.json`` and ``--json``."""
-        return {"schema": "nxm-bench/1", **asdict(self)}
+        return {"schema": SCHEMA, **to_builtins(self)}
+
+
+def read_bench_report(file: Path) -> BenchReport:
+    """The report in a file of ``bench/``; raises `ArtifactError` by file and field."""
+    return read_record(file, BenchReport, schema=SCHEMA, way_out="run `nxm bench` again")
 
 
 def bench(
@@ -101,7 +109,7 @@ def bench(
             if name != names[0]:
                 speedup, bounds = paired(np.array(taken[names[0]]), np.array(taken[name]), seed)
                 ratios.append(Ratio(name, names[0], batch, sequence, speedup, bounds))
-    return BenchReport(timings, ratios)
+    return BenchReport(tuple(timings), tuple(ratios))
 
 
 def sparse_verdict(report: BenchReport, sparse: str, dense: str, sparse_share: float | None, gpu: str) -> str:

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
@@ -24,7 +23,9 @@ from engines.base import Engine
 from engines.benchmark.latency import paired, rotated
 from nxm_export.data.examples import Features, pad
 from nxm_export.errors import EngineError
+from nxm_export.storage.json_files import Json, to_builtins
 
+SCHEMA = "nxm-text-bench/1"
 ORDERS = ("arrival", "bucketed", "fixed")
 FIXED = 128
 BATCH, ROUNDS = 32, 7
@@ -61,12 +62,12 @@ class TextReport:
     tokens: tuple[float, int]
     tokenised_per_second: float
     rounds: int
-    timings: list[TextTiming]
-    seconds: dict[str, list[float]]
+    timings: tuple[TextTiming, ...]
+    seconds: Mapping[str, Sequence[float]]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The form of ``--json``."""
-        return {"schema": "nxm-text-bench/1", **asdict(self)}
+        return {"schema": SCHEMA, **to_builtins(self)}
 
 
 def batches(lengths: Sequence[int], order: str, size: int) -> list[list[int]]:
@@ -89,25 +90,23 @@ def run_text(
 
     Outputs must have one row a sentence (no axis over tokens).
     """
-    found: dict[str, list[Any]] = {name: [None] * len(features) for name in engine.outputs}
-    for indices in batches([len(sample["input_ids"]) for sample in features], order, batch):
+    computed: dict[str, dict[int, np.ndarray]] = {name: {} for name in engine.outputs}
+    for indices in batches([_length(sample) for sample in features], order, batch):
         feeds = pad([features[i] for i in indices], pad_id, fixed if order == "fixed" else None)
-        for name, rows in engine.run(feeds).items():
-            for i, row in zip(indices, rows, strict=True):
-                found[name][i] = row
-    return {name: np.stack(rows) for name, rows in found.items()}
+        for name, values in engine.run(feeds).items():
+            computed[name].update(zip(indices, values, strict=True))
+    return {name: np.stack([values[i] for i in range(len(features))]) for name, values in computed.items()}
 
 
 def bench_text(
     engines: Mapping[str, Engine],
-    tokenise: Callable[[], list[Features]],
+    tokenise: Callable[[], Sequence[Features]],
     *,
     pad_id: int,
     limit: int,
     batch: int = BATCH,
     rounds: int = ROUNDS,
     others: Mapping[str, Callable[[], float]] = MappingProxyType({}),
-    seed: int = 0,
 ) -> TextReport:
     """Time `engines` over the sentences that `tokenise` makes features of (at most `limit` tokens each).
 
@@ -117,41 +116,83 @@ def bench_text(
     features = tokenise()
     if not engines or not features or rounds < 1 or batch < 1:
         raise EngineError("a bench of text needs at least one engine, one sentence, a batch of 1 and one round")
-    lengths = [len(sample["input_ids"]) for sample in features]
-    fixed = max(min(FIXED, limit), max(lengths))
-    jobs = [(name, order) for name in engines for order in ORDERS]
-    theirs: dict[str, list[float]] = {name: [] for name in others}
-    taken: dict[tuple[str, str], list[float]] = {job: [] for job in jobs}
-    tokenising: list[float] = []
+    text = _Text(features, batch, max(min(FIXED, limit), *map(_length, features)), pad_id)
     for engine in engines.values():  # warm-up: kernels for every shape, pages of memory
-        run_text(engine, features, "bucketed", batch=batch, fixed=fixed, pad_id=pad_id)
+        text.seconds(engine, "bucketed")
+    taken: dict[tuple[str, str], list[float]] = {(name, order): [] for name in engines for order in ORDERS}
+    theirs: dict[str, list[float]] = {name: [] for name in others}
+    tokenising: list[float] = []
     for number in range(rounds):
         began = time.perf_counter()
         tokenise()
         tokenising.append(time.perf_counter() - began)
         for name, work in rotated(list(others.items()), number):
             theirs[name].append(work())
-        for name, order in rotated(jobs, number):
-            began = time.perf_counter()
-            run_text(engines[name], features, order, batch=batch, fixed=fixed, pad_id=pad_id)
-            taken[name, order].append(time.perf_counter() - began)
-    count, tokenised = len(features), np.array(tokenising)
-    timings = []
-    for name, order in jobs:
-        alone = np.array(taken[name, order])
-        low, middle, high = np.percentile(count / (alone + tokenised), [25, 50, 75])
-        arrival = np.array(taken[name, "arrival"]) + tokenised
-        speedup, interval = (None, None) if order == "arrival" else paired(arrival, alone + tokenised, seed)
+        for name, order in rotated(list(taken), number):
+            taken[name, order].append(text.seconds(engines[name], order))
+    tokenised = np.array(tokenising)
+    seconds = {f"{name} {order}": (np.array(times) + tokenised).tolist() for (name, order), times in taken.items()}
+    return TextReport(
+        sentences=len(features),
+        batch=batch,
+        fixed=text.fixed,
+        tokens=(float(np.mean(text.lengths)), max(text.lengths)),
+        tokenised_per_second=float(np.median(len(features) / tokenised)),
+        rounds=rounds,
+        timings=tuple(_timing(text, name, order, taken, tokenised) for name, order in taken),
+        seconds=seconds | theirs,
+    )
+
+
+def _length(sample: Features) -> int:
+    """Length of a sample in tokens."""
+    return len(sample["input_ids"])
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Sentences in tokens, and how they are put into batches."""
+
+    features: Sequence[Features]
+    batch: int
+    fixed: int
+    pad_id: int
+
+    @property
+    def lengths(self) -> list[int]:
+        return [_length(sample) for sample in self.features]
+
+    def seconds(self, engine: Engine, order: str) -> float:
+        """What an engine takes for all of them, in one of `ORDERS`."""
+        began = time.perf_counter()
+        run_text(engine, self.features, order, batch=self.batch, fixed=self.fixed, pad_id=self.pad_id)
+        return time.perf_counter() - began
+
+    def padding(self, order: str) -> float:
+        """The share of computed tokens that are padding."""
+        lengths = self.lengths
         computed = sum(
-            len(indices) * (fixed if order == "fixed" else max(lengths[i] for i in indices))
-            for indices in batches(lengths, order, batch)
+            len(indices) * (self.fixed if order == "fixed" else max(lengths[i] for i in indices))
+            for indices in batches(lengths, order, self.batch)
         )
-        timings.append(
-            TextTiming(
-                name, order, 1.0 - sum(lengths) / computed, float(middle), (float(low), float(high)),
-                float(np.median(count / alone)), speedup, interval,
-            )
-        )  # fmt: skip
-    rate = float(np.median(count / tokenised))
-    seconds = {f"{name} {order}": (np.array(taken[name, order]) + tokenised).tolist() for name, order in jobs} | theirs
-    return TextReport(count, batch, fixed, (float(np.mean(lengths)), max(lengths)), rate, rounds, timings, seconds)
+        return 1.0 - sum(lengths) / computed
+
+
+def _timing(
+    text: _Text, name: str, order: str, taken: Mapping[tuple[str, str], Sequence[float]], tokenised: np.ndarray
+) -> TextTiming:
+    """Of one engine and order: `taken` are the seconds of all of them by round, `tokenised` those of the tokenizer."""
+    count, alone = len(text.features), np.array(taken[name, order])
+    low, middle, high = np.percentile(count / (alone + tokenised), [25, 50, 75])
+    arrival = np.array(taken[name, "arrival"]) + tokenised
+    speedup, interval = (None, None) if order == "arrival" else paired(arrival, alone + tokenised)
+    return TextTiming(
+        name=name,
+        order=order,
+        padding=text.padding(order),
+        sentences_per_second=float(middle),
+        quartiles=(float(low), float(high)),
+        without_tokenisation=float(np.median(count / alone)),
+        speedup=speedup,
+        interval=interval,
+    )

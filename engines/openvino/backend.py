@@ -1,8 +1,8 @@
 """OpenVINO on the CPU: the engine file is the exported graph as it stands, symmetric INT8 pairs and all.
 
-Everything that OpenVINO would choose by the machine is said: float layers run in float32 (its default is bfloat16 where
-the CPU has it, which is another network than the checkpoint's), one stream with a stated number of threads, not pinned to
-cores (several engines in one server would be pinned to the same ones). Shapes stay free.
+Everything that OpenVINO would choose by the machine is said: float layers run in float32 (its default is bfloat16
+where the CPU has it, which is another network than the checkpoint's), one stream with a stated number of threads, not
+pinned to cores (several engines in one server would be pinned to the same ones). Shapes stay free.
 
 Which products ran on integers is read off its execution graph, layer by layer: `products`.
 """

@@ -3,8 +3,8 @@
 Build rewrites the graph's symmetric INT8 activations to UINT8 with zero point 128, which changes no result
 (``q_u8 = q_s8 + 128``, same scale) and lets every linear layer run as an integer product: the kernels for x86 take
 unsigned activations and signed weights, and with signed activations most layers would run in float. Products and
-attention then become operators of ONNX Runtime's own (`engines.ort.graph_rewrites`), and an optimization of the runtime that
-costs more than it saves is left out (`SLOW_FUSIONS`). What each is worth was measured: docs/performance.md.
+attention then become operators of ONNX Runtime's own (`engines.ort.graph_rewrites`), and an optimization of the runtime
+that costs more than it saves is left out (`SLOW_FUSIONS`). What each is worth was measured: docs/performance.md.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 NAME = "ort"
 CAPABILITIES = BackendCapabilities("cpu", threads=True, runs_onnx=True)
 ENGINE_FILE = "model.onnx"
-# ONNX Runtime 1.32 on x86-64: SkipLayerNormalization takes three times as long as the Add and the LayerNormalization that
-# it replaces, and BiasGelu twice as long as Add and Gelu.
+# ONNX Runtime 1.32 on x86-64: SkipLayerNormalization takes three times as long as the Add and the LayerNormalization
+# that it replaces, and BiasGelu twice as long as Add and Gelu.
 SLOW_FUSIONS = ("SkipLayerNormFusion", "BiasGeluFusion")
 _INTEGER_PRODUCTS = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulInteger")
 
@@ -182,8 +182,8 @@ def _left_out(passport: EnginePassport) -> list[str]:
 def unsigned_activations(model: ir.Model) -> int:
     """Rewrite every INT8 activation pair with zero point 0 to UINT8 with zero point 128, in place; returns the pairs.
 
-    Exact: codes move by 128 and so does the zero point. Pairs on weights stay signed, and so do codes that anything but a
-    DequantizeLinear reads.
+    Exact: codes move by 128 and so does the zero point. Pairs on weights stay signed, and so do codes that anything
+    but a DequantizeLinear reads.
     """
     import onnx_ir as ir
 

@@ -8,7 +8,6 @@ runtime from fusing across it, so the operators that run with and without are co
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,7 +48,7 @@ class BlockOutputEngine:
     """An engine with `names`, its values by boundary, among its outputs. `kernels` are the operators of which it runs
     another number than the engine itself, (engine, this one); None where that cannot be told."""
 
-    engine: AbstractContextManager[Engine]
+    engine: Engine
     names: Mapping[str, str]
     kernels: Mapping[str, tuple[int, int]] | None
 

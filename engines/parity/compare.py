@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -174,7 +173,7 @@ class Part:
             perturbation=perturbation,
         )
 
-    def load(self) -> AbstractContextManager[Engine]:
+    def load(self) -> Engine:
         """The engine itself."""
         return backend(self.passport.backend).load(self.directory)
 
@@ -487,7 +486,7 @@ def _tolerance_text(part: Part) -> str:
 
 def _apart(spec: IOSpec, name: str, changed: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """|changed - expected|; per token the longest sample may not be among them, so `changed` may be shorter."""
-    return np.abs(changed - (expected[:, : changed.shape[1]] if _per_token(spec, name) else expected))
+    return np.asarray(np.abs(changed - (expected[:, : changed.shape[1]] if _per_token(spec, name) else expected)))
 
 
 def _per_token(spec: IOSpec, name: str) -> bool:

@@ -84,10 +84,10 @@ def decisions(values: np.ndarray, reading: Reading) -> np.ndarray | None:
     is above 0 (1 or 0), or, for spans (samples, sequence), the position where an answer begins or ends, of those
     allowed; None for scores, which decide nothing."""
     if reading.output_kind == "span":
-        return _among(values, reading.allowed).argmax(-1)
+        return np.asarray(_among(values, reading.allowed).argmax(-1))
     if reading.output_kind == "sigmoid":
-        return (values > 0).astype(int)
-    return values.argmax(-1) if reading.output_kind == "softmax" and values.shape[-1] > 1 else None
+        return np.asarray(values > 0, dtype=int)
+    return np.asarray(values.argmax(-1)) if reading.output_kind == "softmax" and values.shape[-1] > 1 else None
 
 
 def _among(values: np.ndarray, allowed: np.ndarray | None) -> np.ndarray:

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nxm_export.contract.checkpoint_metrics import METRICS_FILE, CompressionMetrics, read_metrics
 from nxm_export.errors import DataError, EngineError
-from nxm_export.storage.json_files import read_json
 
 QUANTITIES = {
     "drop": "points of the task metric below the checkpoint's",
@@ -100,16 +100,15 @@ def parse_gate(text: str) -> Gate:
 def table_drop(checkpoint: Path) -> float:
     """Points that a checkpoint's INT8 embedding table cost, from its ``metrics.json``; `DataError` where it does not
     say."""
-    file = checkpoint / "metrics.json"
-    metrics = read_json(file, "compress again") if file.is_file() else None
-    value = metrics.get("table_drop") if isinstance(metrics, dict) else None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    metrics = read_metrics(checkpoint) if (checkpoint / METRICS_FILE).is_file() else None
+    drop = metrics.table_drop if isinstance(metrics, CompressionMetrics) else None
+    if drop is None:
         raise DataError(
             "a gate on table needs a checkpoint that `nxm compress --embedding int8` made, and "
             f"{checkpoint} has no table_drop in "
             "its metrics.json; drop the gate, or compress with it"
         )
-    return float(value)
+    return drop
 
 
 def check_gate(gate: Gate, quantities: Mapping[str, float]) -> GateResult:

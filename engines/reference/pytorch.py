@@ -41,10 +41,10 @@ EMBEDDINGS = "embeddings"  # the boundary in front of the first block
 class Perturbation:
     """Errors that a correct engine may make, made on purpose. Their effect is what an engine is allowed to differ by.
 
-    `rounding_noise` is the size of a random relative error on what every linear layer reads, as a shorter float type would
-    make it, and with `everywhere` also on what every module of the model reads and writes: a block by itself rounds there,
-    too. `one_step_shift` moves one random code of every sample's first token by one step in every quantized tensor: the
-    least that a quantizer can err.
+    `rounding_noise` is the size of a random relative error on what every linear layer reads, as a shorter float type
+    would make it, and with `everywhere` also on what every module of the model reads and writes: a block by itself
+    rounds there, too. `one_step_shift` moves one random code of every sample's first token by one step in every
+    quantized tensor: the least that a quantizer can err.
     """
 
     rounding_noise: float = 0.0
@@ -63,9 +63,9 @@ def load(
 ) -> TorchEngine:
     """Load a checkpoint directory, compressed or dense, as an engine.
 
-    `plan` is the plan as exported (an export may drop output quantizers), by default the checkpoint's; scales are rounded
-    to `scale_dtype` as the exporter rounds them to the graph's dtype. `exact` computes in float64.
-    Raises `ArtifactError` for a checkpoint that is damaged or breaks its plan, and `ExportError` for one whose head is not
+    `plan` is the plan as exported (an export may drop output quantizers), by default the checkpoint's; scales are
+    rounded to `scale_dtype` as the exporter rounds them to the graph's dtype. `exact` computes in float64. Raises
+    `ArtifactError` for a checkpoint that is damaged or breaks its plan, and `ExportError` for one whose head is not
     that of `task`.
     """
     engine = TorchEngine(Path(checkpoint), task, exact=exact, perturbation=perturbation)
@@ -77,7 +77,7 @@ def load(
 
 
 class TorchEngine(Closing):
-    """A checkpoint on the CPU, its weights as they are stored; `quantize` adds its scales. See `engines.base.Engine`."""
+    """A checkpoint on the CPU (see `engines.base.Engine`), weights as they are stored; `quantize` adds the scales."""
 
     def __init__(self, path: Path, task: str, *, exact: bool, perturbation: Perturbation) -> None:
         try:

@@ -1,4 +1,4 @@
-"""The HTTP face: routes of the Open Inference Protocol, errors as JSON, request ids, deadlines, disconnects.
+"""HTTP: routes of the Open Inference Protocol, errors as JSON, request ids, deadlines, disconnects.
 
 An answer is a result or ``{"error": "..."}`` with a status: 400 for a malformed request, 404 for an unknown model, 413
 for a body that is too large, 503 with Retry-After when the queue is full, 504 when the deadline passed, 500 with a
@@ -18,9 +18,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from engines.serving.batching import Ticket
+from engines.serving.batching import QueuedRequest
 from engines.serving.metrics import Metrics, Observation
 from engines.serving.model import Endpoint, Model
 from engines.serving.protocol import HEADER_LENGTH, InferRequest, parse_infer, parse_json, render_infer
@@ -28,6 +28,14 @@ from engines.serving.repository import Repository
 from engines.serving.text import text_size
 from nxm_export import __version__
 from nxm_export.errors import NxmError, RequestRefused
+from nxm_export.storage.json_files import Json
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.routing import Route
+    from starlette.types import Receive
 
 log = logging.getLogger("nxm.serve")
 OPENAPI_FILE = Path(__file__).with_name("openapi.json")
@@ -80,55 +88,49 @@ class Service:
         """True while requests are welcome."""
         return self._started and not self.draining
 
-    def application(self) -> Any:
-        """The Starlette application."""
+    def application(self) -> Starlette:
+        """The ASGI application."""
         from starlette.applications import Starlette
         from starlette.exceptions import HTTPException
+
+        handlers = {RequestRefused: _refused, HTTPException: _http_error}
+        application = Starlette(routes=self._routes(), exception_handlers=handlers, lifespan=self._lifespan)
+        application.router.redirect_slashes = False  # a redirect would be neither a result nor an error
+        return application
+
+    def _routes(self) -> list[Route]:
         from starlette.responses import FileResponse, JSONResponse, Response
         from starlette.routing import Route
 
-        def found(request: Any) -> Endpoint:
-            return self.repository.find(request.path_params["model"], request.path_params.get("version"))
+        async def metadata(request: Request) -> Response:
+            return JSONResponse(self._metadata(self._endpoint(request)))
 
-        async def infer(request: Any) -> Any:
-            return await self._answer(request)
-
-        async def metadata(request: Any) -> Any:
-            return JSONResponse(self._metadata(found(request)))
-
-        async def model_ready(request: Any) -> Any:
-            found(request)
+        async def model_ready(request: Request) -> Response:
+            self._endpoint(request)
             return Response(status_code=200 if self.ready else 503)
 
-        async def server_ready(_: Any) -> Any:
+        async def server_ready(_: Request) -> Response:
             return Response(status_code=200 if self.ready else 503)
 
-        async def live(_: Any) -> Any:
+        async def live(_: Request) -> Response:
             return Response()
 
-        async def server(_: Any) -> Any:
+        async def server(_: Request) -> Response:
             return JSONResponse({"name": "nxm-export", "version": __version__, "extensions": EXTENSIONS})
 
-        async def index(request: Any) -> Any:
+        async def index(request: Request) -> Response:
             return JSONResponse(self._index(await self._body(request)))
 
-        async def metrics(_: Any) -> Any:
+        async def metrics(_: Request) -> Response:
             text, kind = self.metrics.text()
             return Response(text, headers={"content-type": kind})
 
-        async def openapi(_: Any) -> Any:
+        async def openapi(_: Request) -> Response:
             return FileResponse(OPENAPI_FILE, media_type="application/json")
 
-        async def refused(_: Any, error: Any) -> Any:
-            return JSONResponse({"error": str(error)}, error.status, _headers(error))
-
-        async def http_error(_: Any, error: Any) -> Any:
-            text = {404: "no such path; see /openapi.json", 405: "this path does not take this method"}
-            return JSONResponse({"error": text.get(error.status_code, error.detail)}, error.status_code, error.headers)
-
         both = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
-        routes = [
-            *(Route(f"{path}/infer", infer, methods=["POST"]) for path in both),
+        return [
+            *(Route(f"{path}/infer", self._answer, methods=["POST"]) for path in both),
             *(Route(f"{path}/ready", model_ready) for path in both),
             *(Route(path, metadata) for path in both),
             Route("/v2/health/live", live),
@@ -138,12 +140,12 @@ class Service:
             Route("/metrics", metrics),
             Route("/openapi.json", openapi),
         ]
-        handlers: Any = {RequestRefused: refused, HTTPException: http_error}
-        application = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
-        application.router.redirect_slashes = False  # a redirect would be neither a result nor an error
-        return application
 
-    async def _answer(self, request: Any) -> Any:
+    def _endpoint(self, request: Request) -> Endpoint:
+        """What the path of a request names; raises `RequestRefused` (404)."""
+        return self.repository.find(request.path_params["model"], request.path_params.get("version"))
+
+    async def _answer(self, request: Request) -> Response:
         """An inference request's response; errors become JSON here, so that each is counted and has its request id."""
         from starlette.responses import JSONResponse, Response
 
@@ -155,7 +157,7 @@ class Service:
         status, reason = 200, ""
         try:
             body = await self._body(request)
-            endpoint = self.repository.find(request.path_params["model"], request.path_params.get("version"))
+            endpoint = self._endpoint(request)
             model = endpoint.model
             model.users += 1
             try:
@@ -187,37 +189,37 @@ class Service:
         return response
 
     async def _infer(
-        self, endpoint: Endpoint, request: Any, body: bytes, began: float
+        self, endpoint: Endpoint, request: Request, body: bytes, began: float
     ) -> tuple[list[tuple[bytes, bytes]], bytes]:
         model = endpoint.model
         asked = parse_infer(body, request.headers.get(HEADER_LENGTH), endpoint.inputs, endpoint.outputs)
         loop = asyncio.get_running_loop()
-        large = endpoint.face is not None and text_size(asked.tensors) > INLINE_TEXT
+        large = endpoint.text_frontend is not None and text_size(asked.tensors) > INLINE_TEXT
         if large:
             feeds = await loop.run_in_executor(self._tokenizing, endpoint.feeds, asked)
         else:
             feeds = endpoint.feeds(asked)
         timeout = min(asked.timeout or self.limits.timeout, self.limits.timeout)
         done: asyncio.Future[None] = loop.create_future()
-        ticket = Ticket(feeds, began + timeout, done)
-        model.queue.submit(ticket)
-        timer = loop.call_at(loop.time() + ticket.deadline - time.monotonic(), _expire, done, timeout)
+        queued = QueuedRequest(feeds, began + timeout, done)
+        model.queue.submit(queued)
+        timer = loop.call_at(loop.time() + queued.deadline - time.monotonic(), _expire, done, timeout)
         watcher = loop.create_task(_watch(request.receive, done))
         try:
             await done
         except BaseException:
-            model.queue.cancel(ticket)
+            model.queue.cancel(queued)
             raise
         finally:
             timer.cancel()
             watcher.cancel()
-        if ticket.error is not None:
-            raise ticket.error
+        if queued.error is not None:
+            raise queued.error
         if large:  # an answer is looked up in the tokens of its text
-            return await loop.run_in_executor(self._tokenizing, _render, endpoint, asked, ticket)
-        return _render(endpoint, asked, ticket)
+            return await loop.run_in_executor(self._tokenizing, _render, endpoint, asked, queued)
+        return _render(endpoint, asked, queued)
 
-    async def _body(self, request: Any) -> bytes:
+    async def _body(self, request: Request) -> bytes:
         """The whole body; raises `RequestRefused`: 413 beyond the limit, 415 for a compressed one."""
         if request.headers.get("content-encoding", "identity") != "identity":
             raise RequestRefused(415, "compressed requests are not taken; send it plain")
@@ -242,7 +244,7 @@ class Service:
             raise RequestRefused(413, f"the body is larger than {limit} bytes")
         return b"".join(chunks)
 
-    def _metadata(self, endpoint: Endpoint) -> dict[str, Any]:
+    def _metadata(self, endpoint: Endpoint) -> dict[str, Json]:
         """The model metadata of the protocol, with the hash of the engine that answers."""
         return {
             "name": endpoint.name,
@@ -253,17 +255,17 @@ class Service:
             "parameters": {"engine_sha256": endpoint.model.passport.engine_sha256},
         }
 
-    def _index(self, body: bytes) -> list[dict[str, Any]]:
+    def _index(self, body: bytes) -> list[dict[str, str]]:
         asked = parse_json(body) if body.strip() else {}
         if not isinstance(asked, dict) or not isinstance(asked.get("ready", False), bool):
             raise RequestRefused(400, 'the body must be empty or a JSON object like {"ready": true}')
         return self.repository.index()
 
     @contextlib.asynccontextmanager
-    async def _lifespan(self, _: Any) -> AsyncIterator[None]:
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
 
-        def deliver(batch: Sequence[Ticket]) -> None:
+        def deliver(batch: Sequence[QueuedRequest]) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is gone when a drain was forced
                 loop.call_soon_threadsafe(_finish, batch)
 
@@ -294,7 +296,7 @@ class Service:
                 old = self.repository.current(key)
                 facts = {"model": old.name, "version": old.version, "directory": str(old.directory)}
                 try:
-                    model = await loop.run_in_executor(self._loading, self.repository.claim(key))
+                    model = await loop.run_in_executor(self._loading, self.repository.begin_reload(key))
                 except NxmError as error:
                     self.metrics.reloaded(old, "refused")
                     log.error(
@@ -315,10 +317,26 @@ class Service:
                 await loop.run_in_executor(self._loading, model.close)
 
 
-def _finish(batch: Sequence[Ticket]) -> None:
-    for ticket in batch:
-        if not ticket.tag.done():
-            ticket.tag.set_result(None)
+async def _refused(_: Request, error: Exception) -> Response:
+    from starlette.responses import JSONResponse
+
+    assert isinstance(error, RequestRefused), "it is registered for these alone"
+    return JSONResponse({"error": str(error)}, error.status, _headers(error))
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    from starlette.exceptions import HTTPException
+    from starlette.responses import JSONResponse
+
+    assert isinstance(error, HTTPException), "it is registered for these alone"
+    text = {404: "no such path; see /openapi.json", 405: "this path does not take this method"}
+    return JSONResponse({"error": text.get(error.status_code, error.detail)}, error.status_code, error.headers)
+
+
+def _finish(batch: Sequence[QueuedRequest]) -> None:
+    for queued in batch:
+        if queued.answered is not None and not queued.answered.done():
+            queued.answered.set_result(None)
 
 
 def _expire(done: asyncio.Future[None], timeout: float) -> None:
@@ -326,7 +344,7 @@ def _expire(done: asyncio.Future[None], timeout: float) -> None:
         done.set_exception(RequestRefused(504, f"no result within {timeout:g} seconds"))
 
 
-async def _watch(receive: Callable[[], Any], done: asyncio.Future[None]) -> None:
+async def _watch(receive: Receive, done: asyncio.Future[None]) -> None:
     """End the wait when the client goes away: what it asked for must not take an engine's time."""
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -334,8 +352,8 @@ async def _watch(receive: Callable[[], Any], done: asyncio.Future[None]) -> None
         done.set_exception(_Disconnected())
 
 
-def _render(endpoint: Endpoint, asked: InferRequest, ticket: Ticket) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    return render_infer(endpoint.name, endpoint.model.version, asked, endpoint.results(asked, ticket.outputs))
+def _render(endpoint: Endpoint, asked: InferRequest, queued: QueuedRequest) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    return render_infer(endpoint.name, endpoint.model.version, asked, endpoint.results(asked, queued.outputs))
 
 
 def _headers(error: RequestRefused) -> dict[str, str]:

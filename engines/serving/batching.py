@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -24,7 +24,10 @@ from engines.base import Engine
 from engines.serving.shapes import Bucket, Buckets
 from nxm_export.errors import RequestRefused
 
-Deliver = Callable[[Sequence["Ticket"]], None]
+if TYPE_CHECKING:
+    import asyncio
+
+Deliver = Callable[[Sequence["QueuedRequest"]], None]
 
 
 class Observer(Protocol):
@@ -35,17 +38,19 @@ class Observer(Protocol):
         ...
 
 
-class Ticket:
-    """A request in the queue: feeds (rows, length) by input name, then its outputs or its error. `tag` is the
-    caller's."""
+class QueuedRequest:
+    """A request in the queue: feeds (rows, length) by input name, then its outputs or its error. `answered`
+    is the future that its caller waits for."""
 
-    __slots__ = ("bucket", "deadline", "enqueued", "error", "feeds", "length", "outputs", "rows", "tag")
+    __slots__ = ("answered", "bucket", "deadline", "enqueued", "error", "feeds", "length", "outputs", "rows")
 
-    def __init__(self, feeds: Mapping[str, np.ndarray], deadline: float, tag: Any = None) -> None:
+    def __init__(
+        self, feeds: Mapping[str, np.ndarray], deadline: float, answered: asyncio.Future[None] | None = None
+    ) -> None:
         self.feeds = feeds
         self.rows, self.length = next(iter(feeds.values())).shape
         self.deadline = deadline  # on the clock of `time.monotonic`
-        self.tag = tag
+        self.answered = answered
         self.bucket = 0
         self.enqueued = 0.0
         self.outputs: dict[str, np.ndarray] = {}
@@ -68,35 +73,35 @@ class BatchQueue:
     def __init__(self, buckets: Buckets, limits: Limits) -> None:
         self._buckets = buckets
         self._limits = limits
-        self._waiting: list[deque[Ticket]] = [deque() for _ in buckets.buckets]
+        self._waiting: list[deque[QueuedRequest]] = [deque() for _ in buckets.buckets]
         self._condition = threading.Condition()
         self._closed = False
         self.rows = 0
 
-    def submit(self, ticket: Ticket) -> None:
+    def submit(self, request: QueuedRequest) -> None:
         """Queue a request; raises `RequestRefused`: 400 when it can never run, 503 when the queue is full."""
-        ticket.bucket = self._buckets.index(ticket.rows, ticket.length)
+        request.bucket = self._buckets.index(request.rows, request.length)
         with self._condition:
             if self._closed:
                 raise RequestRefused(503, "the model is being unloaded", retry_after=1)
-            if self.rows + ticket.rows > self._limits.max_rows:
+            if self.rows + request.rows > self._limits.max_rows:
                 raise RequestRefused(503, f"{self.rows} rows are waiting already; try again later", retry_after=1)
-            ticket.enqueued = time.monotonic()
-            self._waiting[ticket.bucket].append(ticket)
-            self.rows += ticket.rows
+            request.enqueued = time.monotonic()
+            self._waiting[request.bucket].append(request)
+            self.rows += request.rows
             self._condition.notify()
 
-    def cancel(self, ticket: Ticket) -> bool:
+    def cancel(self, request: QueuedRequest) -> bool:
         """Take a request back; False when an engine has it already."""
         with self._condition:
             try:
-                self._waiting[ticket.bucket].remove(ticket)
+                self._waiting[request.bucket].remove(request)
             except ValueError:
                 return False
-            self.rows -= ticket.rows
+            self.rows -= request.rows
             return True
 
-    def take(self) -> tuple[Bucket, list[Ticket]] | None:
+    def take(self) -> tuple[Bucket, list[QueuedRequest]] | None:
         """The next batch, never empty; blocks. None once the queue is closed and empty."""
         with self._condition:
             while True:
@@ -109,17 +114,17 @@ class BatchQueue:
                 bucket, queue = self._buckets.buckets[index], self._waiting[index]
                 rest = oldest + self._limits.max_delay - time.monotonic()
                 most = min(bucket.most, self._limits.merge)
-                if rest <= 0 or self._closed or sum(ticket.rows for ticket in queue) >= most:
+                if rest <= 0 or self._closed or sum(request.rows for request in queue) >= most:
                     return bucket, self._cut(queue, most)
                 self._condition.wait(rest)
 
-    def _cut(self, queue: deque[Ticket], most: int) -> list[Ticket]:
-        batch: list[Ticket] = []
+    def _cut(self, queue: deque[QueuedRequest], most: int) -> list[QueuedRequest]:
+        batch: list[QueuedRequest] = []
         rows = 0
         while queue and (not batch or rows + queue[0].rows <= most):
-            ticket = queue.popleft()
-            rows += ticket.rows
-            batch.append(ticket)
+            request = queue.popleft()
+            rows += request.rows
+            batch.append(request)
         self.rows -= rows
         return batch
 
@@ -143,13 +148,13 @@ def run_worker(
     `pads` hold the padding value of each input, `sequence_axes` the axis of an output that runs along the sequence. A
     request that cannot run is answered with its error and takes no other down: a failed batch is run again one by one.
     """
-    while (found := queue.take()) is not None:
-        bucket, batch = found
+    while (taken := queue.take()) is not None:
+        bucket, batch = taken
         now = time.monotonic()
-        late = [ticket for ticket in batch if ticket.deadline < now]
-        for ticket in late:
-            ticket.error = RequestRefused(504, "the deadline passed while the request was waiting")
-        batch = [ticket for ticket in batch if ticket.deadline >= now]
+        late = [request for request in batch if request.deadline < now]
+        for request in late:
+            request.error = RequestRefused(504, "the deadline passed while the request was waiting")
+        batch = [request for request in batch if request.deadline >= now]
         if late:
             deliver(late)
         if not batch:
@@ -158,41 +163,41 @@ def run_worker(
             rows, tokens = run_batch(engine, bucket, batch, pads, sequence_axes)
         except Exception:  # an engine may raise anything; nothing may end this thread
             rows, tokens = _one_by_one(engine, bucket, batch, pads, sequence_axes)
-        padding = 1.0 - sum(ticket.rows * ticket.length for ticket in batch) / tokens if tokens else 0.0
-        observer.batch(rows, padding, time.monotonic() - now, [now - ticket.enqueued for ticket in batch])
+        padding = 1.0 - sum(request.rows * request.length for request in batch) / tokens if tokens else 0.0
+        observer.batch(rows, padding, time.monotonic() - now, [now - request.enqueued for request in batch])
         deliver(batch)
 
 
 def _one_by_one(
-    engine: Engine, bucket: Bucket, batch: Sequence[Ticket], *options: Mapping[str, int]
+    engine: Engine, bucket: Bucket, batch: Sequence[QueuedRequest], *options: Mapping[str, int]
 ) -> tuple[int, int]:
     rows = tokens = 0
-    for ticket in batch:
+    for request in batch:
         try:
-            ran = run_batch(engine, bucket, [ticket], *options)
+            ran = run_batch(engine, bucket, [request], *options)
             rows, tokens = rows + ran[0], tokens + ran[1]
         except Exception as error:
-            ticket.error = error
+            request.error = error
     return rows, tokens
 
 
 def run_batch(
     engine: Engine,
     bucket: Bucket,
-    batch: Sequence[Ticket],
+    batch: Sequence[QueuedRequest],
     pads: Mapping[str, int],
     sequence_axes: Mapping[str, int],
 ) -> tuple[int, int]:
-    """Run `batch` as one rectangle and give every ticket its own rows; returns (rows of requests, tokens computed)."""
-    rows = sum(ticket.rows for ticket in batch)
-    length = bucket.length if bucket.fixed else max(ticket.length for ticket in batch)
+    """Run `batch` as one rectangle and give every request its own rows; returns (rows of requests, tokens computed)."""
+    rows = sum(request.rows for request in batch)
+    length = bucket.length if bucket.fixed else max(request.length for request in batch)
     feeds = {}
     for name, pad in pads.items():
         array = np.full((max(rows, bucket.least), length), pad, np.int64)
         start = 0
-        for ticket in batch:
-            array[start : start + ticket.rows, : ticket.length] = ticket.feeds[name]
-            start += ticket.rows
+        for request in batch:
+            array[start : start + request.rows, : request.length] = request.feeds[name]
+            start += request.rows
         array[rows:] = array[0]  # rows that only fill the engine's least batch: a copy of a real one stays finite
         feeds[name] = array
     outputs = engine.run(feeds)
@@ -200,10 +205,10 @@ def run_batch(
         if len(array) < rows or not np.isfinite(array[:rows]).all():
             raise ArithmeticError(f"output {name} of shape {array.shape} is not finite or has too few rows for {rows}")
     start = 0
-    for ticket in batch:
+    for request in batch:
         for name, array in outputs.items():
-            part = array[start : start + ticket.rows]
+            part = array[start : start + request.rows]
             axis = sequence_axes.get(name)
-            ticket.outputs[name] = part if axis is None else part.take(range(ticket.length), axis=axis)
-        start += ticket.rows
+            request.outputs[name] = part if axis is None else part.take(range(request.length), axis=axis)
+        start += request.rows
     return rows, max(rows, bucket.least) * length

@@ -13,7 +13,7 @@ import json
 import sys
 import termios
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from engines.serving.app import Service
@@ -33,11 +33,14 @@ class ConnectionLimits:
 
 
 def protocol_class(service: Service, limits: ConnectionLimits) -> type[asyncio.Protocol]:
-    """uvicorn's HTTP protocol with these limits; counts the connections in the service's metrics."""
+    """uvicorn's HTTP protocol with these limits; counts the connections in the service's metrics.
+
+    One long function, since the class needs its base, and that is imported when a server starts.
+    """
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
     class Guarded(HttpToolsProtocol):
-        def connection_made(self, transport: Any) -> None:
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             service.metrics.connections.set(len(self.connections))
             self._arriving = False  # a request has begun and is not yet whole
@@ -105,16 +108,21 @@ def protocol_class(service: Service, limits: ConnectionLimits) -> type[asyncio.P
         def _refuse(self, status: int, message: str) -> None:
             if self.transport.is_closing():
                 return
-            words = {400: "Bad Request", 408: "Request Timeout", 431: "Headers Too Large", 503: "Service Unavailable"}
-            body = json.dumps({"error": message}).encode("ascii")
-            head = (
-                f"HTTP/1.1 {status} {words[status]}\r\ncontent-type: application/json\r\n"
-                f"content-length: {len(body)}\r\nconnection: close\r\nretry-after: 1\r\n\r\n"
-            )
-            self.transport.write(head.encode("ascii") + body)
+            self.transport.write(_refusal(status, message))
             self.transport.close()
 
     return Guarded
+
+
+def _refusal(status: int, message: str) -> bytes:
+    """A whole answer that ends the connection."""
+    words = {400: "Bad Request", 408: "Request Timeout", 431: "Headers Too Large", 503: "Service Unavailable"}
+    body = json.dumps({"error": message}).encode("ascii")
+    head = (
+        f"HTTP/1.1 {status} {words[status]}\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\nconnection: close\r\nretry-after: 1\r\n\r\n"
+    )
+    return head.encode("ascii") + body
 
 
 def _unread(transport: asyncio.Transport) -> int:

@@ -6,10 +6,14 @@ Labels come from the models that are served, never from a request: a client cann
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    from prometheus_client.metrics import MetricWrapperBase
+
     from engines.serving.model import Model
+
+Kind = TypeVar("Kind", bound="MetricWrapperBase")
 
 REASONS = ("malformed", "unknown_model", "too_large", "queue_full", "deadline", "disconnected", "failed")
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
@@ -26,18 +30,19 @@ class Metrics:
         self.registry = CollectorRegistry()
         model = ("model", "version")
 
-        def made(kind: Any, name: str, text: str, labels: Sequence[str] = model, **options: Any) -> Any:
-            return kind(f"nxm_{name}", text, labels, registry=self.registry, **options)
+        def made(kind: type[Kind], name: str, text: str, labels: Sequence[str] = model) -> Kind:
+            return kind(f"nxm_{name}", text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(f"nxm_{name}", text, model, registry=self.registry, buckets=buckets)
 
         self._requests = made(Counter, "requests", "Inference requests answered, by HTTP status.", (*model, "code"))
         self._rejected = made(Counter, "rejected", "Inference requests not answered with a result.", (*model, "reason"))
-        self._queue = made(Histogram, "queue_seconds", "Time that a request waited for its batch.", buckets=_SECONDS)
-        self._request = made(Histogram, "request_seconds", "Time from body read to answer.", buckets=_SECONDS)
-        self._compute = made(Histogram, "compute_seconds", "Time of a batch in the engine.", buckets=_SECONDS)
-        self._rows = made(Histogram, "batch_rows", "Rows of requests in a batch.", buckets=_ROWS)
-        self._padding = made(
-            Histogram, "batch_padding_ratio", "Share of a batch's tokens that is padding.", buckets=_SHARES
-        )
+        self._queue = histogram("queue_seconds", "Time that a request waited for its batch.", _SECONDS)
+        self._request = histogram("request_seconds", "Time from body read to answer.", _SECONDS)
+        self._compute = histogram("compute_seconds", "Time of a batch in the engine.", _SECONDS)
+        self._rows = histogram("batch_rows", "Rows of requests in a batch.", _ROWS)
+        self._padding = histogram("batch_padding_ratio", "Share of a batch's tokens that is padding.", _SHARES)
         self._waiting = made(Gauge, "queue_rows", "Rows waiting now.")
         self._engine = made(Gauge, "engine_info", "The engine that answers now.", (*model, "backend", "sha256"))
         self._reloads = made(

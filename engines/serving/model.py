@@ -23,7 +23,7 @@ from engines.passport import EnginePassport, load_passport
 from engines.serving.batching import BatchQueue, Deliver, Limits, Observer, run_worker
 from engines.serving.protocol import InferRequest, TensorSpec
 from engines.serving.shapes import Bucket, plan_buckets
-from engines.serving.text import TextFace
+from engines.serving.text import TextFrontend
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.errors import ArtifactError, NxmError, ParityError, RequestRefused, ServeError
 
@@ -52,18 +52,18 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A model name of the protocol: the engine itself, or its text face."""
+    """A model name of the protocol: the engine itself, or its text frontend."""
 
     name: str
     model: Model
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    face: TextFace | None = None
+    text_frontend: TextFrontend | None = None
 
     def feeds(self, request: InferRequest) -> dict[str, np.ndarray]:
         """The engine's feeds, all of one shape (rows, length) and within the model's tables."""
-        if self.face is not None:
-            return self.face.tokens(request.tensors)
+        if self.text_frontend is not None:
+            return self.text_frontend.tokens(request.tensors)
         shapes = {array.shape for array in request.tensors.values()}
         if len(shapes) != 1:
             raise RequestRefused(400, f"all inputs must have one shape (batch, sequence), got {sorted(shapes)}")
@@ -73,10 +73,11 @@ class Endpoint:
 
     def results(self, request: InferRequest, outputs: Mapping[str, np.ndarray]) -> dict[str, tuple[str, np.ndarray]]:
         """(datatype, array) of every output by name, from what the engine gave for the request."""
-        found = {name: ("FP32", array) for name, array in outputs.items()}
-        if self.face is not None:
-            found |= {name: ("BYTES", array) for name, array in self.face.words(request.tensors, outputs).items()}
-        return found
+        results = {name: ("FP32", array) for name, array in outputs.items()}
+        if self.text_frontend is not None:
+            words = self.text_frontend.words(request.tensors, outputs)
+            results |= {name: ("BYTES", array) for name, array in words.items()}
+        return results
 
 
 class Model:
@@ -109,8 +110,12 @@ class Model:
         outputs = tuple(TensorSpec(name, "FP32", shapes[name]) for name in self.spec.outputs)
         self.endpoints = [Endpoint(name, self, inputs, outputs)]
         if options.text:
-            face = TextFace(directory, self.spec)
-            self.endpoints.append(Endpoint(name + TEXT_SUFFIX, self, face.inputs, (*outputs, *face.outputs), face))
+            text_frontend = TextFrontend(directory, self.spec)
+            self.endpoints.append(
+                Endpoint(
+                    name + TEXT_SUFFIX, self, text_frontend.inputs, (*outputs, *text_frontend.outputs), text_frontend
+                )
+            )
 
     @property
     def platform(self) -> str:

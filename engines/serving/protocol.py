@@ -16,18 +16,19 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 
 from nxm_export.errors import RequestRefused
+from nxm_export.storage.json_files import Json
 
 HEADER_LENGTH = "inference-header-content-length"
 SIZES = {"INT64": 8, "FP32": 4}  # bytes an element; BYTES elements vary
-_DTYPES: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
+_DTYPES: dict[str, np.dtype[np.generic]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
 _JSON_TYPES: dict[str, set[type]] = {"INT64": {int}, "FP32": {int, float}, "BYTES": {str}}
 _MAX_DIMENSION = 2**31 - 1
-_NOTHING: dict[str, Any] = {}
+_NOTHING: dict[str, Json] = {}
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     optional: bool = False
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """The form of the model metadata."""
         return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
 
@@ -83,7 +84,7 @@ def parse_infer(
     return InferRequest(
         _member(request, "id", str, None, required=False),
         tensors,
-        _wanted(request, parameters, [spec.name for spec in outputs]),
+        _requested_outputs(request, parameters, [spec.name for spec in outputs]),
         _timeout(parameters),
     )
 
@@ -96,7 +97,7 @@ def render_infer(
     described, blobs = [], []
     for name, binary in request.outputs:
         datatype, array = results[name]
-        entry: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
+        entry: dict[str, Json] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
         if binary:
             blob = _pack(array) if datatype == "BYTES" else array.astype(_DTYPES[datatype], copy=False).tobytes()
             entry["parameters"] = {"binary_data_size": len(blob)}
@@ -104,7 +105,7 @@ def render_infer(
         else:
             entry["data"] = array.ravel().tolist()
         described.append(entry)
-    answer: dict[str, Any] = {"model_name": model, "model_version": version, "outputs": described}
+    answer: dict[str, Json] = {"model_name": model, "model_version": version, "outputs": described}
     if request.id is not None:
         answer["id"] = request.id
     head = json.dumps(answer, separators=(",", ":")).encode("ascii")
@@ -117,7 +118,7 @@ def render_infer(
     return headers, b"".join((head, *blobs))
 
 
-def parse_json(body: bytes) -> Any:
+def parse_json(body: bytes) -> Json:
     """Strict JSON: UTF-8, no NaN or infinity, no duplicate keys, no absurd nesting; raises `RequestRefused` (400)."""
     return _json(memoryview(body))
 
@@ -135,7 +136,7 @@ def _split(body: bytes, header_length: str | None) -> tuple[memoryview, memoryvi
     return view[:length], view[length:]
 
 
-def _json(text: memoryview) -> Any:
+def _json(text: memoryview) -> Json:
     try:
         return _DECODER.decode(str(text, "utf-8"))
     except UnicodeDecodeError as error:
@@ -146,21 +147,21 @@ def _json(text: memoryview) -> Any:
         raise RequestRefused(400, f"the body is not JSON: {error}") from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
         raise RequestRefused(400, "a JSON object has the same key twice")
-    return found
+    return members
 
 
-def _no_constant(text: str) -> Any:
+def _no_constant(text: str) -> NoReturn:
     raise RequestRefused(400, f"{text} is not JSON")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
-def _member(where: Mapping[str, Any], key: str, kind: type, default: Any, *, required: bool = True) -> Any:
+def _member(where: Mapping[str, Json], key: str, kind: type, default: Json, *, required: bool = True) -> Json:
     """A member of a JSON object, of the type `kind`; `default` None means that it must be there where `required`."""
     value = where.get(key, default)
     if type(value) is kind or (value is None and not required):
@@ -169,7 +170,7 @@ def _member(where: Mapping[str, Any], key: str, kind: type, default: Any, *, req
     raise RequestRefused(400, f"{key!r} must be {words[kind]}")
 
 
-def _tensor(entry: Mapping[str, Any], spec: TensorSpec, raw: memoryview) -> tuple[np.ndarray, memoryview]:
+def _tensor(entry: Mapping[str, Json], spec: TensorSpec, raw: memoryview) -> tuple[np.ndarray, memoryview]:
     """The tensor of an input entry, and what is left of the binary part."""
     datatype = entry.get("datatype")
     if datatype != spec.datatype:
@@ -198,18 +199,18 @@ def _tensor(entry: Mapping[str, Any], spec: TensorSpec, raw: memoryview) -> tupl
     return np.frombuffer(blob, _DTYPES[spec.datatype]).reshape(shape), rest
 
 
-def _shape(shape: Any, spec: TensorSpec) -> tuple[int, ...]:
+def _shape(shape: Json, spec: TensorSpec) -> tuple[int, ...]:
     if type(shape) is not list or len(shape) != len(spec.shape):
-        wanted = f"the model takes {list(spec.shape)}, where -1 is free"
-        raise RequestRefused(400, f"input {spec.name!r} has shape {shape!s:.80}; {wanted}")
-    for size, want in zip(shape, spec.shape, strict=True):
-        if type(size) is not int or not 1 <= size <= _MAX_DIMENSION or want not in (-1, size):
-            wanted = f"the model takes {list(spec.shape)}, where -1 is any whole number from 1"
-            raise RequestRefused(400, f"input {spec.name!r} has shape {shape!s:.80}; {wanted}")
+        takes = f"the model takes {list(spec.shape)}, where -1 is free"
+        raise RequestRefused(400, f"input {spec.name!r} has shape {shape!s:.80}; {takes}")
+    for size, expected in zip(shape, spec.shape, strict=True):
+        if type(size) is not int or not 1 <= size <= _MAX_DIMENSION or expected not in (-1, size):
+            takes = f"the model takes {list(spec.shape)}, where -1 is any whole number from 1"
+            raise RequestRefused(400, f"input {spec.name!r} has shape {shape!s:.80}; {takes}")
     return tuple(shape)
 
 
-def _from_json(data: Any, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
+def _from_json(data: Json, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
     """Nested or flat JSON data as an array; numbers must be of the datatype already, nothing is rounded."""
     if type(data) is not list:
         raise RequestRefused(400, f"the data of {spec.name!r} must be a list")
@@ -242,16 +243,16 @@ def _unpack(blob: memoryview, spec: TensorSpec, shape: tuple[int, ...]) -> np.nd
     _check(
         count * 4 <= len(blob), f"input {spec.name!r} says {count} elements, and its {len(blob)} bytes cannot hold them"
     )
-    found, start = [], 0
+    items, start = [], 0
     for _ in range(count):
         _check(start + 4 <= len(blob), f"the bytes of {spec.name!r} end within an element")
         (length,) = struct.unpack_from("<I", blob, start)
         start += 4
         _check(start + length <= len(blob), f"the bytes of {spec.name!r} end within an element")
-        found.append(bytes(blob[start : start + length]))
+        items.append(bytes(blob[start : start + length]))
         start += length
     _check(start == len(blob), f"{len(blob) - start} bytes follow the last element of {spec.name!r}")
-    return _objects(found, shape)
+    return _objects(items, shape)
 
 
 def _pack(array: np.ndarray) -> bytes:
@@ -265,32 +266,34 @@ def _objects(items: list[bytes], shape: tuple[int, ...]) -> np.ndarray:
     return array.reshape(shape)
 
 
-def _wanted(request: Mapping[str, Any], parameters: Mapping[str, Any], known: Sequence[str]) -> list[tuple[str, bool]]:
+def _requested_outputs(
+    request: Mapping[str, Json], parameters: Mapping[str, Json], known: Sequence[str]
+) -> list[tuple[str, bool]]:
     """(output, wants binary) pairs; all of them in the model's order where none is named."""
     all_binary = _flag(parameters, "binary_data_output", default=False)
     asked = _member(request, "outputs", list, [])
     if not asked:
         return [(name, all_binary) for name in known]
-    wanted: dict[str, bool] = {}
+    requested: dict[str, bool] = {}
     for entry in asked:
         _check(isinstance(entry, dict), "every requested output must be a JSON object")
         name = _member(entry, "name", str, None)
         _check(name in known, f"unexpected output {name!r:.80}; the model gives {', '.join(known)}")
-        _check(name not in wanted, f"output {name!r} is asked for twice")
+        _check(name not in requested, f"output {name!r} is asked for twice")
         options = _member(entry, "parameters", dict, {})
         _check("shared_memory_region" not in options, "shared memory is not offered")
         _check(not options.get("classification"), "the classification extension is not offered; read the logits")
-        wanted[name] = _flag(options, "binary_data", default=all_binary)
-    return list(wanted.items())
+        requested[name] = _flag(options, "binary_data", default=all_binary)
+    return list(requested.items())
 
 
-def _flag(where: Mapping[str, Any], key: str, *, default: bool) -> bool:
+def _flag(where: Mapping[str, Json], key: str, *, default: bool) -> bool:
     value = where.get(key, default)
     _check(isinstance(value, bool), f"{key!r} must be true or false")
     return bool(value)
 
 
-def _timeout(parameters: Mapping[str, Any]) -> float | None:
+def _timeout(parameters: Mapping[str, Json]) -> float | None:
     """Seconds, out of ``timeout`` in microseconds (Triton's schedule policy extension); 0 means none."""
     value = parameters.get("timeout")
     if value is None:

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from engines.passport import PASSPORT_FILE, load_passport
 from engines.serving.model import Endpoint, Model, ModelOptions, open_model
@@ -23,7 +22,7 @@ Signature = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
-class Source:
+class EngineSource:
     """What to serve: an engine directory under a name and a version."""
 
     name: str
@@ -31,28 +30,28 @@ class Source:
     directory: Path
 
     @classmethod
-    def parse(cls, text: str) -> Source:
+    def parse(cls, text: str) -> EngineSource:
         """``[NAME[:VERSION]=]DIR``; the name is the directory's and the version 1 where they are left out."""
         label, separator, directory = text.partition("=")
         if not separator:
             label, directory = "", text
         name, colon, version = label.partition(":")
         path = Path(directory)
-        found = cls(name or path.resolve().name, version if colon else "1", path)
-        if not _NAME.match(found.name):
+        source = cls(name or path.resolve().name, version if colon else "1", path)
+        if not _NAME.match(source.name):
             raise ServeError(
-                f"{found.name!r} cannot be a model's name (letters, digits, . _ -); write "
+                f"{source.name!r} cannot be a model's name (letters, digits, . _ -); write "
                 f"NAME={directory or 'ENGINE_DIR'}"
             )
-        if not found.version.isdecimal() or int(found.version) < 1 or len(found.version) > 18:
-            raise ServeError(f"{text}: version {found.version!r} is not a number from 1")
-        return found
+        if not source.version.isdecimal() or int(source.version) < 1 or len(source.version) > 18:
+            raise ServeError(f"{text}: version {source.version!r} is not a number from 1")
+        return source
 
 
 class Repository:
     """All models of a server. Changed on the event loop only, where it is also read."""
 
-    def __init__(self, sources: Sequence[Source], options: ModelOptions) -> None:
+    def __init__(self, sources: Sequence[EngineSource], options: ModelOptions) -> None:
         if not sources:
             raise ServeError("nothing to serve: give at least one engine directory")
         self._options = options
@@ -95,7 +94,7 @@ class Repository:
         """The versions of an endpoint that exists, rising."""
         return sorted(self._endpoints[name], key=int)
 
-    def index(self) -> list[dict[str, Any]]:
+    def index(self) -> list[dict[str, str]]:
         """The repository index of the protocol."""
         return [
             {"name": name, "version": version, "state": "READY", "reason": ""}
@@ -108,18 +107,18 @@ class Repository:
 
         A directory that is being written, or replaced at this moment, is left for the next call.
         """
-        found = []
+        keys = []
         for key, source in self._sources.items():
             now = signature(source.directory)
             if now is None or now == self._seen[key]:
                 self._pending.pop(key, None)
             elif self._pending.get(key) == now:
-                found.append(key)
+                keys.append(key)
             else:
                 self._pending[key] = now
-        return found
+        return keys
 
-    def claim(self, key: tuple[str, str]) -> Callable[[], Model]:
+    def begin_reload(self, key: tuple[str, str]) -> Callable[[], Model]:
         """A function that loads a changed directory (and blocks: call it off the event loop; raises like `open_model`).
 
         A directory that it refuses is not tried again until it changes again.
@@ -148,7 +147,7 @@ class Repository:
             others = self._endpoints.setdefault(endpoint.name, {})
             taken = others.get(model.version)
             if taken is not None and taken.model.name != model.name:
-                raise ServeError(f"{endpoint.name} is both a model and the text face of one; choose another name")
+                raise ServeError(f"{endpoint.name} is both a model and the text frontend of one; choose another name")
             others[model.version] = endpoint
 
 

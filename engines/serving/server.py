@@ -21,13 +21,18 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from engines.serving.app import RequestLimits, Service
 from engines.serving.connection import ConnectionLimits, protocol_class
 from engines.serving.model import GATES, ModelOptions, gate_state
-from engines.serving.repository import Repository, Source
+from engines.serving.repository import EngineSource, Repository
 from nxm_export.errors import EngineUnavailable, ServeError
+from nxm_export.storage.json_files import Json
+
+if TYPE_CHECKING:
+    import uvicorn
 
 log = logging.getLogger("nxm.serve")
 _KEEP_ALIVE = 75  # seconds; longer than what clients and balancers keep idle connections for
@@ -52,7 +57,7 @@ class ServerOptions:
 
 
 def serve(
-    sources: Sequence[Source], models: ModelOptions = ModelOptions(), options: ServerOptions = ServerOptions()
+    sources: Sequence[EngineSource], models: ModelOptions = ModelOptions(), options: ServerOptions = ServerOptions()
 ) -> None:
     """Serve engine directories until SIGTERM or SIGINT; the one call behind ``nxm serve``.
 
@@ -118,13 +123,13 @@ def _bind(options: ServerOptions) -> socket.socket:
     return listener
 
 
-def _server(service: Service, options: ServerOptions) -> Any:
+def _server(service: Service, options: ServerOptions) -> uvicorn.Server:
     import uvicorn
 
     class Server(uvicorn.Server):
         """uvicorn's server with a stop that loses nothing."""
 
-        def handle_exit(self, sig: int, frame: Any) -> None:
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if service.draining and sig == signal.SIGINT:
                 self.force_exit = True
             if not service.draining:
@@ -135,9 +140,7 @@ def _server(service: Service, options: ServerOptions) -> Any:
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             for listener in sockets or []:
                 _turn_away(listener)
-            await asyncio.sleep(
-                _TAKE_OVER
-            )  # in which handshakes end, and the loop accepts what the kernel has accepted
+            await asyncio.sleep(_TAKE_OVER)  # handshakes end, and the loop accepts what the kernel has accepted
             await super().shutdown(sockets)
 
     config = uvicorn.Config(
@@ -165,11 +168,8 @@ def _turn_away(listener: socket.socket) -> None:
     else may be dropped: whoever has our answer to its SYN is connected, as far as it knows, and only its ACK tells us.
     A client that comes now is refused once the socket is closed, before it has sent anything.
     """
-    flags, syn, ack = (
-        13,
-        0x02,
-        0x10,
-    )  # of the TCP header, where the filter begins: the byte that holds flags, and two of them
+    # Of the TCP header, where the filter begins: the byte that holds flags, and two of them.
+    flags, syn, ack = 13, 0x02, 0x10
     program = b"".join(
         struct.pack("HBBI", *instruction)  # linux/filter.h: code, how far to jump if true and if false, operand
         for instruction in (
@@ -180,8 +180,8 @@ def _turn_away(listener: socket.socket) -> None:
             (0x06, 0, 0, 0xFFFFFFFF),  # keep
         )
     )
-    kept = ctypes.create_string_buffer(program)
-    fprog = struct.pack("HP", len(program) // 8, ctypes.addressof(kept))
+    buffer = ctypes.create_string_buffer(program)
+    fprog = struct.pack("HP", len(program) // 8, ctypes.addressof(buffer))
     with contextlib.suppress(OSError):
         listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
 
@@ -195,7 +195,7 @@ class _JsonLines(logging.Formatter):
     """One JSON object a line: time, level, event, and the facts of a record."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
+        line: dict[str, Json] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "event": record.getMessage(),

@@ -61,30 +61,30 @@ def plan_buckets(
     when `lengths` are no lengths of this engine.
     """
     longest = min(max_length, max((p.maximum[1] for p in profiles), default=max_length))
-    wanted = sorted({*(usual_lengths(longest) if lengths is None else lengths), longest})
-    if wanted[0] < 1 or wanted[-1] > longest:
+    requested = sorted({*(usual_lengths(longest) if lengths is None else lengths), longest})
+    if requested[0] < 1 or requested[-1] > longest:
         raise ServeError(f"--buckets must be lengths from 1 to {longest}, the longest that this engine takes")
-    found = []
-    for length in wanted:
+    buckets = []
+    for length in requested:
         if not profiles:
-            found.append(Bucket(length, 1, max_batch))
+            buckets.append(Bucket(length, 1, max_batch))
             continue
         fitting = [p for p in profiles if p.minimum[1] <= length <= p.maximum[1] and p.minimum[0] <= max_batch]
         if fitting:
             best = max(fitting, key=lambda p: p.maximum[0])
-            found.append(Bucket(length, best.minimum[0], min(max_batch, best.maximum[0]), fixed=True))
-    if not found:
+            buckets.append(Bucket(length, best.minimum[0], min(max_batch, best.maximum[0]), fixed=True))
+    if not buckets:
         raise ServeError(f"no profile of the engine takes batches of {max_batch} rows or less; raise --max-batch")
-    return Buckets(tuple(found))
+    return Buckets(tuple(buckets))
 
 
 def usual_lengths(longest: int) -> list[int]:
     """4, 8, 12 ... 32, 40, 48 ... 64, 80, 96 ... 128, 160 ...: steps of 4 up to 32 tokens, doubling with every
     octave."""
-    lengths, length, step = [], 0, 4
+    lengths, length, rise = [], 0, 4
     while length < longest:
-        length = min(length + step, longest)
+        length = min(length + rise, longest)
         lengths.append(length)
-        if length >= 8 * step:
-            step *= 2
+        if length >= 8 * rise:
+            rise *= 2
     return lengths

@@ -1,4 +1,4 @@
-"""Sentences in, class names out; questions and contexts in, answers out: the optional text face of a served engine.
+"""Sentences in, class names out; questions and contexts in, answers out: the optional text frontend of a served engine.
 
 Tokens come from the same code as in training and comparison (`nxm_export.data.examples.encode`), with the tokenizer
 that lies in the engine's directory. A text longer than the model's positions is cut, as it was in training; one that is
@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,12 +21,13 @@ from nxm_export.data.examples import Examples, Features, encode, label_array, lo
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.question_answering import Window, best_span, windows
 from nxm_export.errors import DataError, RequestRefused
+from nxm_export.storage.json_files import Json
 
 TEXT, PAIR, LABEL, ANSWER = "text", "text_pair", "label", "answer"
 BYTES_PER_TOKEN = 64  # no tokenizer of this family makes tokens that long out of text that anyone would write
 
 
-class TextFace:
+class TextFrontend:
     """Tokenizes for one engine. May be called from several threads: they take turns at the tokenizer."""
 
     def __init__(self, directory: Path, spec: IOSpec) -> None:
@@ -53,13 +53,13 @@ class TextFace:
         return pad(self._features(tensors), self._spec.pad_id)
 
     def words(self, tensors: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The `outputs` of this face (rows, 1) by name, for a request's BYTES tensors and the engine's outputs: classes
-        by the largest logit of the first output, answers as `nxm compare` finds them."""
+        """The `outputs` of this frontend (rows, 1) by name, for a request's BYTES tensors and the engine's outputs:
+        classes by the largest logit of the first output, answers as `nxm compare` finds them."""
         if self._spans:
             logits = scored_outputs(TASKS[self._spec.task], outputs)
-            found = [Window.unpack(label) for label in label_array(self._features(tensors))]
-            spans = [best_span(row, window) for row, window in zip(logits, found, strict=True)]
-            answers = [window.answer(start, end) for window, (_, start, end) in zip(found, spans, strict=True)]
+            asked = [Window.unpack(label) for label in label_array(self._features(tensors))]
+            spans = [best_span(row, window) for row, window in zip(logits, asked, strict=True)]
+            answers = [window.answer(start, end) for window, (_, start, end) in zip(asked, spans, strict=True)]
             return {ANSWER: np.array([[answer] for answer in answers], object)}
         if not self.outputs:
             return {}
@@ -80,7 +80,7 @@ class TextFace:
             )
         if pairs is not None and len(pairs) != len(texts):
             raise RequestRefused(400, f"{TEXT} has {len(texts)} rows and {PAIR} has {len(pairs)}")
-        no_labels: list[Any] = [()] * len(texts) if self._spans else [0] * len(texts)
+        no_labels: list[Json] = [()] * len(texts) if self._spans else [0] * len(texts)
         examples = Examples(texts, pairs, no_labels, "request", encoder=windows if self._spans else None)
         try:
             with self._turn:
@@ -99,15 +99,15 @@ class TextFace:
 
     def _decode(self, name: str, array: np.ndarray) -> list[str]:
         limit = BYTES_PER_TOKEN * self._spec.max_length
-        found = []
+        texts = []
         for row, item in enumerate(array.ravel()):
             if len(item) > limit:
                 raise RequestRefused(400, f"row {row} of {name} has {len(item)} bytes; at most {limit} are served")
             try:
-                found.append(item.decode("utf-8"))
+                texts.append(item.decode("utf-8"))
             except UnicodeDecodeError as error:
                 raise RequestRefused(400, f"row {row} of {name} is not UTF-8 (byte {error.start})") from None
-        return found
+        return texts
 
 
 def names_classes(spec: IOSpec) -> bool:

@@ -24,8 +24,8 @@ _ADVICE = {
     "axis": "the pruner went along the wrong axis: prune 2:4 along the input channels (K) and fine-tune again",
     "scales": "quantize again with symmetric INT8 (zero point 0) and one scale per output channel",
     "float-input": "quantize its input, too: one QuantizeLinear/DequantizeLinear pair with a static scale",
-    "float-output": "quantize its output: a QuantizeLinear/DequantizeLinear pair behind bias and activation, so that INT8 "
-    "leaves",
+    "float-output": "quantize its output: a QuantizeLinear/DequantizeLinear pair behind bias and activation, so that "
+    "INT8 leaves",
     "op-form": "write it in the other form (in nxm: export --lowering conv1x1 or matmul)",
     "alignment": f"pad K and N to multiples of {ALIGNMENT} (with zeros, which change nothing), or keep it dense",
     "no-kernel": "no change to the file helps on this GPU with this TensorRT; keep the dense engine",

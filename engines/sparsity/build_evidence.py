@@ -1,7 +1,7 @@
-"""What a build and an engine say about themselves: layers and their kernels, the builder's lists of sparse layers, times.
+"""What a build and an engine say about themselves: layers, kernels, the builder's lists of sparse layers, times.
 
-Read from the files beside an engine and nowhere else; `engines.sparsity.report` judges. The wordings are those of TensorRT
-8.6 to 11 and of TensorRT-RTX.
+Read from the files beside an engine and nowhere else; `engines.sparsity.report` judges. The wordings are those of
+TensorRT 8.6 to 11 and of TensorRT-RTX.
 """
 
 from __future__ import annotations
@@ -17,10 +17,21 @@ from nxm_export.storage.json_files import Json, convert, read_json
 LOG_FILE = "build.log"
 LAYERS_FILE = "layers.json"
 MEASURED_FILE = "measured.json"
-_PRODUCT_KINDS = ("gemm", "correlation", "caskconvolution", "caskgemmconvolution", "caskgemmmatrixmultiply", "mha", "matrixmultiply", "convolution", "fc")  # fmt: skip
+_PRODUCT_KINDS = (
+    "gemm",
+    "correlation",
+    "caskconvolution",
+    "caskgemmconvolution",
+    "caskgemmmatrixmultiply",
+    "mha",
+    "matrixmultiply",
+    "convolution",
+    "fc",
+)
 _LAYER = re.compile(
-    r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\](?:, Constants: \[(?P<constants>.*?)\])?"
-    r", Outputs: \[(?P<outputs>.*?)\](?:, \w+: [^,\[\]{}]*?)*?, TacticName: (?P<tactic>.*?), StreamId: \d+, Metadata: ?(?P<metadata>.*)$"
+    r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\]"
+    r"(?:, Constants: \[(?P<constants>.*?)\])?, Outputs: \[(?P<outputs>.*?)\](?:, \w+: [^,\[\]{}]*?)*?"
+    r", TacticName: (?P<tactic>.*?), StreamId: \d+, Metadata: ?(?P<metadata>.*)$"
 )
 _DATATYPE = re.compile(r"(?:Format/)?Datatype: (\w+)")
 _ONNX = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
@@ -29,7 +40,8 @@ _ELIGIBLE = re.compile(
     r"\(Sparsity\) (?:Layers eligible for sparse math|Found \d+ layer\(s\) eligible to use sparse tactics):?(.*)$"
 )
 _PICKED = re.compile(
-    r"\(Sparsity\) (?:TRT inference plan picked sparse implementation for layers|Chose \d+ layer\(s\) using sparse tactics):?(.*)$"
+    r"\(Sparsity\) (?:TRT inference plan picked sparse implementation for layers"
+    r"|Chose \d+ layer\(s\) using sparse tactics):?(.*)$"
 )
 
 
@@ -81,8 +93,8 @@ class InspectedEngine:
 
 @dataclass(frozen=True)
 class MeasuredLayers:
-    """The file ``measured.json``: mean milliseconds of every layer at one `shape` (batch, sequence), and the names of kernels
-    that a profiler saw, where one was asked."""
+    """The file ``measured.json``: mean milliseconds of every layer at one `shape` (batch, sequence), and the names of
+    kernels that a profiler saw, where one was asked."""
 
     engine_sha256: str
     shape: tuple[int, int]
@@ -101,7 +113,7 @@ class SparsityLog:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What an engine and its build say. Times are milliseconds by layer name; `running` are kernels seen by a profiler."""
+    """What an engine and its build say: milliseconds by layer name; `running` are kernels that a profiler saw."""
 
     layers: Sequence[LayerInfo] = ()
     log: SparsityLog = SparsityLog()

@@ -1,7 +1,7 @@
 """What kernel names say, and which sparse kernels exist at all (the catalogue ``sparse_kernels.json``).
 
-A kernel's name is the only proof of a sparse product. The rules are deliberately narrow: a name that they do not know is
-unknown, and unknown never counts as sparse.
+A kernel's name is the only proof of a sparse product. The rules are deliberately narrow: a name that they do not know
+is unknown, and unknown never counts as sparse.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Existence:
 class CatalogueEntry:
     """Products, by patterns with ``*``, for which a sparse kernel exists, does not, or nobody has looked (None).
 
-    `version` is the beginning of a TensorRT version, in whole parts: 10.1 is not 10.14. `source` is a key of the sources.
+    `version` is the beginning of a TensorRT version, in whole parts: 10.1 is not 10.14. `source` is a key of the
+    sources.
     """
 
     backend: str | tuple[str, ...]

@@ -1,10 +1,10 @@
-"""The sparsity report: for every weight matrix, was 2:4 planned, is it in the integers along K, could a sparse kernel run,
-does one run, and if not, why.
+"""The sparsity report: for every weight matrix, was 2:4 planned, is it in the integers along K, could a sparse kernel
+run, does one run, and if not, why.
 
-Evidence, from strong to weak: the kernel's name in the engine inspector's report (and, where a profile was taken, among
-the kernels that really ran); the builder's own lists of sparse layers, in both wordings; the layers that a verbose build
-prints. ``HasSparseWeights`` only says that the builder saw the pattern: it is never proof. Whatever contradicts itself, or
-is missing, is unknown, and unknown counts as not sparse.
+Evidence, from strong to weak: the kernel's name in the engine inspector's report (and, where a profile was taken,
+among the kernels that really ran); the builder's own lists of sparse layers, in both wordings; the layers that a
+verbose build prints. ``HasSparseWeights`` only says that the builder saw the pattern: it is never proof. Whatever
+contradicts itself, or is missing, is unknown, and unknown counts as not sparse.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ REASONS = {
 
 @dataclass(frozen=True)
 class SparsityTarget:
-    """What a graph is judged for: the runtime and its version, the GPU's compute capability (several, joined by commas, for
-    an engine that was built without one), and whether the build allows sparse kernels."""
+    """What a graph is judged for: the runtime and its version, the GPU's compute capability (several, joined by
+    commas, for an engine that was built without one), and whether the build allows sparse kernels."""
 
     backend: str
     version: str
@@ -93,7 +93,8 @@ class WeightFacts:
 
 @dataclass(frozen=True)
 class WeightSparsity:
-    """What is known of one matrix. `eligible` and `chosen` are None where unknown; `reason` is a key of `REASONS`, None when sparse runs.
+    """What is known of one matrix. `eligible` and `chosen` are None where unknown; `reason` is a key of `REASONS`,
+    None when sparse runs.
 
     `saved_ms` is the dense twin's time for the layers around this matrix minus this engine's; `shared_with` other
     matrices when the builder merged them into one product.
@@ -153,7 +154,8 @@ class SparsityReport:
         if actual < share:
             why = ", ".join(f"{count} x {reason}" for reason, count in self.counts.items() if reason != "sparse")
             raise ParityError(
-                f"{actual:.1%} of the planned-sparse weights provably run sparse, {share:.1%} required; the others: {why}"
+                f"{actual:.1%} of the planned-sparse weights provably run sparse, {share:.1%} required; "
+                f"the others: {why}"
             )
 
     def to_dict(self) -> dict[str, Json]:
@@ -172,16 +174,27 @@ class SparsityReport:
 def judge(
     facts: Iterable[MatrixFacts], evidence: Evidence | None, target: SparsityTarget, twin: Evidence | None = None
 ) -> SparsityReport:
-    """The report on matrices. Without `evidence` a graph is judged alone: nothing can be chosen. `twin` is the evidence of
-    the dense engine of the same graph, for the time that sparsity saves."""
+    """The report on matrices. Without `evidence` a graph is judged alone: nothing can be chosen. `twin` is the
+    evidence of the dense engine of the same graph, for the time that sparsity saves."""
     weights = []
     for fact in facts:
         obstacle, detail, eligible = _obstacle(fact, target)
         weight = WeightSparsity(
-            name=fact.name, k=fact.k, n=fact.n, form=fact.form, planned=fact.planned, planned_sparse=fact.planned_sparse,
-            pattern_float=fact.pattern_float, pattern_int8=fact.pattern_int8, sparse_along_k=fact.sparse_along_k,
-            eligible=eligible, chosen=None, kernel=None, reason=obstacle, detail=detail,
-        )  # fmt: skip
+            name=fact.name,
+            k=fact.k,
+            n=fact.n,
+            form=fact.form,
+            planned=fact.planned,
+            planned_sparse=fact.planned_sparse,
+            pattern_float=fact.pattern_float,
+            pattern_int8=fact.pattern_int8,
+            sparse_along_k=fact.sparse_along_k,
+            eligible=eligible,
+            chosen=None,
+            kernel=None,
+            reason=obstacle,
+            detail=detail,
+        )
         if evidence is None:
             weight = replace(weight, chosen=False if not fact.sparse_along_k else None, reason=obstacle or "no-engine")
         else:
@@ -300,7 +313,7 @@ def _product_ms(node: str, evidence: Evidence) -> float | None:
 
 
 def write_weight_facts(out: Path, model: ir.Model, target: SparsityTarget) -> None:
-    """Write ``weights.json``: what the graph offers and what it was built for; `read_sparsity_report` adds the evidence."""
+    """Write ``weights.json``: what the graph offers, and what it was built for."""
     from nxm_export.graph.sparsity_scan import matrix_facts
 
     record = WeightFacts(
@@ -317,7 +330,8 @@ def write_weight_facts(out: Path, model: ir.Model, target: SparsityTarget) -> No
 def read_sparsity_report(
     directory: Path, twin: Path | None = None, running: Iterable[str] | None = None
 ) -> SparsityReport:
-    """Judge an engine directory by all that lies in it; `twin` is the dense engine's, `running` kernel names of a profile.
+    """Judge an engine directory by all that lies in it; `twin` is the dense engine's, `running` kernel names of a
+    profile.
 
     Raises `ArtifactError` when the directory has no ``weights.json``, or one that is damaged.
     """

@@ -1,7 +1,8 @@
-"""TensorRT on the GPU it is built for: 10 and 11 strongly typed, 8.6 weakly typed (see `engines.tensorrt.builder_process`).
+"""TensorRT on the GPU it is built for: 10 and 11 strongly typed, 8.6 weakly typed (see
+`engines.tensorrt.builder_process`).
 
-An engine is tied to the TensorRT version and the GPU that timed its kernels; its passport says which, and `load` refuses
-another one before anything is deserialized.
+An engine is tied to the TensorRT version and the GPU that timed its kernels; its passport says which, and `load`
+refuses another one before anything is deserialized.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from engines.base import BackendCapabilities, BuildOptions, LoadOptions, copy_companions, spec_of
+from engines.base import BackendCapabilities, BuildOptions, LoadOptions, copy_companions
 from engines.passport import BuildFacts, EnginePassport, load_passport
 from engines.sparsity.build_evidence import LOG_FILE
 from engines.sparsity.report import SparsityReport, SparsityTarget, read_sparsity_report, write_weight_facts
@@ -26,7 +27,7 @@ from engines.tensorrt.builder_process import (
     usable_cache,
 )
 from engines.tensorrt.cuda_driver import device_facts
-from engines.tensorrt.profiles import default_profile, require_positions
+from engines.tensorrt.profiles import profiles_for
 from engines.tensorrt.runtime import TensorRTEngine
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.storage.json_files import Json
@@ -62,8 +63,8 @@ class TensorRTFacts:
 def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -> EnginePassport:
     """Write an engine directory with ``model.engine``, ``build.log``, ``layers.json`` and the timing cache.
 
-    Raises `EngineUnavailable` without TensorRT or a GPU, `ExportError` for a graph that TensorRT would refuse or degrade,
-    `EngineError` for everything that the builder refuses.
+    Raises `EngineUnavailable` without TensorRT or a GPU, `ExportError` for a graph that TensorRT would refuse or
+    degrade, `EngineError` for everything that the builder refuses.
     """
     from nxm_export.graph.graph_weights import load_graph
     from nxm_export.graph.verifier import verify
@@ -73,8 +74,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     model = load_graph(onnx)
     verify(onnx).require()
     _require_typing(model, trt.__version__, onnx)
-    profiles = tuple(options.profiles) or (default_profile(_max_length(onnx.parent)),)
-    require_positions(profiles, _max_length(onnx.parent))
+    profiles = profiles_for(options.profiles, onnx.parent)
     facts = _facts(trt, device)
     cache = _cache(options, facts)
     request = BuildRequest(
@@ -141,11 +141,6 @@ def _runtime() -> TensorRT:
 
 def _facts(trt: TensorRT, device: Mapping[str, str]) -> dict[str, str]:
     return {"tensorrt": trt.__version__, "gpu": device["gpu"], "compute_capability": device["compute_capability"]}
-
-
-def _max_length(directory: Path) -> int:
-    spec = spec_of(directory)
-    return spec.max_length if spec else 512
 
 
 def _require_typing(model: ir.Model, version: str, onnx: Path) -> None:

@@ -1,12 +1,12 @@
 """One TensorRT build, in a child process: parse, configure, build, inspect. TensorRT 8.6, 10, 11 and TensorRT-RTX.
 
-A process of its own because polygraphy decides between TensorRT and TensorRT-RTX once per process, because a crash of the
-builder must not take us along, and because everything that the builder prints then is ``build.log``. Polygraphy creates
-network, configuration and engine; what it lacks is here: parser errors by layer, a timing cache that is checked instead
-of dropped without a word, ``build_route``, and the inspector's report per profile.
+A process of its own because polygraphy decides between TensorRT and TensorRT-RTX once per process, because a crash of
+the builder must not take us along, and because everything that the builder prints then is ``build.log``. Polygraphy
+creates network, configuration and engine; what it lacks is here: parser errors by layer, a timing cache that is
+checked instead of dropped without a word, ``build_route``, and the inspector's report per profile.
 
-TensorRT 10 and later are strongly typed: types come from the graph. 8.6 is weakly typed: its graph is float32, and flags
-allow INT8 and FP16.
+TensorRT 10 and later are strongly typed: types come from the graph. 8.6 is weakly typed: its graph is float32, and
+flags allow INT8 and FP16.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class TimingCacheRequest:
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """One build. `module` is tensorrt or tensorrt_rtx; `onnx`, `engine` and `directory` are paths; `compute_capabilities`
-    are for RTX; `inspect` writes the inspector's report, which needs a GPU."""
+    """One build. `module` is tensorrt or tensorrt_rtx; `onnx`, `engine` and `directory` are paths;
+    `compute_capabilities` are for RTX; `inspect` writes the inspector's report, which needs a GPU."""
 
     module: str
     onnx: str
@@ -351,9 +351,9 @@ def _set_route(config: BuilderConfig, route: str | None) -> None:
     for part in route.split():
         name = part.lstrip("-").partition("=")[0]
         if name not in options:
+            known = ", ".join(sorted(options)) or "it lists none"
             raise _Refused(
-                f"this TensorRT does not list {name!r} among its build routes ({', '.join(sorted(options)) or 'it lists none'}); "
-                "leave --build-route out"
+                f"this TensorRT does not list {name!r} among its build routes ({known}); leave --build-route out"
             )
     config.build_route = route
     if config.build_route != route:

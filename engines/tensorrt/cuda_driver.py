@@ -1,7 +1,7 @@
 """The little of CUDA that running and timing a TensorRT engine needs, through the driver library alone.
 
-``libcuda.so.1`` comes with every NVIDIA driver, so an engine host needs no CUDA toolkit, no torch and no cuda-python. The
-device's primary context is used, which is the one that TensorRT (through the runtime API) uses, too.
+``libcuda.so.1`` comes with every NVIDIA driver, so an engine host needs no CUDA toolkit, no torch and no cuda-python.
+The device's primary context is used, which is the one that TensorRT (through the runtime API) uses, too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from nxm_export.errors import EngineError, EngineUnavailable
 _LIBRARY = "libcuda.so.1"
 _COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 _NO_GPU = "building and running TensorRT engines needs an NVIDIA GPU and its driver"
-_SIGNATURES: Mapping[str, tuple[Any, ...]] = {
+_SIGNATURES: Mapping[str, tuple[type, ...]] = {
     "cuInit": (ctypes.c_uint,),
     "cuDriverGetVersion": (ctypes.POINTER(ctypes.c_int),),
     "cuDeviceGetCount": (ctypes.POINTER(ctypes.c_int),),
@@ -76,7 +75,7 @@ class Device:
         self._call("cuStreamCreate", ctypes.byref(stream), 1)  # non-blocking: no implicit order with the default stream
         self.stream = int(stream.value or 0)
 
-    def _call(self, name: str, *arguments: Any) -> None:
+    def _call(self, name: str, *arguments: object) -> None:
         _check(self._driver, name, *arguments)
 
     def activate(self) -> None:
@@ -134,7 +133,7 @@ class Device:
             self.stream = 0
 
 
-def _driver() -> Any:
+def _driver() -> ctypes.CDLL:
     try:
         driver = ctypes.CDLL(_LIBRARY)
     except OSError as error:
@@ -147,7 +146,7 @@ def _driver() -> Any:
     return driver
 
 
-def _check(driver: Any, name: str, *arguments: Any) -> None:
+def _check(driver: ctypes.CDLL, name: str, *arguments: object) -> None:
     code = getattr(driver, name)(*arguments)
     if code:
         text = ctypes.c_char_p()

@@ -1,20 +1,23 @@
-"""Optimization profiles: the ranges of shapes that a TensorRT engine is tuned for, by default or from the user's lengths.
+"""Optimization profiles: the ranges of shapes that a TensorRT engine is tuned for, by default or from the user's
+lengths.
 
 Every sequence is padded to the profile that holds it, at worst to that profile's maximum; few profiles waste work on
-padding, many waste memory and build time. Given a histogram of lengths, `choose_buckets` finds the boundaries that waste
-least, exactly, by dynamic programming over the multiples of `STEP`.
+padding, many waste memory and build time. Given a histogram of lengths, `choose_buckets` finds the boundaries that
+waste least, exactly, by dynamic programming over the multiples of `STEP`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from engines.base import Profile
+from engines.base import Profile, spec_of
 from nxm_export.errors import EngineError
 
 STEP = 16  # tokens; INT8 kernels work on tiles of 16 or 32 rows
 MAX_BATCH, BEST_BATCH = 32, 8
+UNKNOWN_LENGTH = 512  # tokens that a model takes whose graph has no spec beside it
 
 
 def default_profile(max_length: int, batch: int = MAX_BATCH) -> Profile:
@@ -23,38 +26,38 @@ def default_profile(max_length: int, batch: int = MAX_BATCH) -> Profile:
 
 
 def choose_buckets(lengths: Iterable[int], count: int, max_length: int) -> list[int]:
-    """At most `count` rising boundaries (multiples of `STEP`, the last one holds the longest) that minimise the sum over
-    samples of boundary minus length."""
+    """At most `count` rising boundaries (multiples of `STEP`, the last one holds the longest) that minimise the sum
+    over samples of boundary minus length."""
     histogram = Counter(lengths)
     if not histogram or count < 1:
         raise EngineError("choosing profiles needs at least one length and one profile")
     if min(histogram) < 1 or max(histogram) > max_length:
         raise EngineError(
-            f"lengths run from {min(histogram)} to {max(histogram)} tokens, and the model takes 1 to {max_length}; truncate them"
+            f"lengths run from {min(histogram)} to {max(histogram)} tokens, and the model takes 1 to {max_length}; "
+            "truncate them"
         )
     edges = sorted({min(max_length, -(-length // STEP) * STEP) for length in histogram})
     at = [sum(n for length, n in histogram.items() if length <= edge) for edge in edges]  # samples up to each edge
-    infinity = float("inf")
-    # cost[j] after b buckets: the least padded tokens when edge j closes the last of b buckets
-    cost = [at[j] * edges[j] for j in range(len(edges))]
-    cuts: list[list[int]] = [[-1] * len(edges)]
-    best: list[float] = list(map(float, cost))
-    total, chosen = best[-1], 0
+    # After b buckets: padded[j] are the least padded tokens when edge j closes the last of them, and origin[j] is the
+    # edge that closes the one before it.
+    padded = [float(samples * edge) for samples, edge in zip(at, edges, strict=True)]
+    origins = [[-1] * len(edges)]
+    total, chosen = padded[-1], 0
     for _ in range(1, min(count, len(edges))):
-        row, cut = [infinity] * len(edges), [-1] * len(edges)
+        longer, origin = [float("inf")] * len(edges), [-1] * len(edges)
         for j in range(len(edges)):
             for i in range(j):
-                tokens = best[i] + (at[j] - at[i]) * edges[j]
-                if tokens < row[j]:
-                    row[j], cut[j] = tokens, i
-        best = row
-        cuts.append(cut)
-        if best[-1] < total:
-            total, chosen = best[-1], len(cuts) - 1
+                tokens = padded[i] + (at[j] - at[i]) * edges[j]
+                if tokens < longer[j]:
+                    longer[j], origin[j] = tokens, i
+        padded = longer
+        origins.append(origin)
+        if padded[-1] < total:
+            total, chosen = padded[-1], len(origins) - 1
     picked, j = [], len(edges) - 1
     for level in range(chosen, -1, -1):
         picked.append(edges[j])
-        j = cuts[level][j]
+        j = origins[level][j]
     return picked[::-1]
 
 
@@ -72,7 +75,8 @@ def profiles_from_lengths(
 
 
 def parse_profile(text: str) -> Profile:
-    """``8x128`` (that shape alone is best, everything below runs), or ``1x1,8x128,32x512`` as minimum, optimum, maximum."""
+    """The profile of ``8x128`` (best; everything below runs) or of ``1x1,8x128,32x512`` (minimum, optimum,
+    maximum)."""
     try:
         shapes = [tuple(int(size) for size in part.lower().split("x")) for part in text.split(",")]
     except ValueError:
@@ -80,9 +84,21 @@ def parse_profile(text: str) -> Profile:
     pairs = [(shape[0], shape[1]) for shape in shapes if len(shape) == 2]
     if len(pairs) != len(shapes) or len(pairs) not in (1, 3):
         raise EngineError(
-            f"not a profile: {text!r}; write batch x sequence as 8x128, or minimum, optimum, maximum as 1x1,8x128,32x512"
+            f"not a profile: {text!r}; write batch x sequence as 8x128, or minimum, optimum, maximum as "
+            "1x1,8x128,32x512"
         )
     return Profile(*pairs) if len(pairs) == 3 else Profile((1, 1), pairs[0], pairs[0])
+
+
+def profiles_for(given: Sequence[Profile], directory: Path) -> tuple[Profile, ...]:
+    """The profiles to build for: those `given`, or one for everything that the model of a graph directory takes.
+
+    Raises `EngineError` for a given one that is longer than that.
+    """
+    spec = spec_of(directory)
+    max_length = spec.max_length if spec else UNKNOWN_LENGTH
+    require_positions(given, max_length)
+    return tuple(given) or (default_profile(max_length),)
 
 
 def require_positions(profiles: Sequence[Profile], max_length: int) -> None:
@@ -90,7 +106,8 @@ def require_positions(profiles: Sequence[Profile], max_length: int) -> None:
     for profile in profiles:
         if profile.maximum[1] > max_length:
             raise EngineError(
-                f"a profile goes to {profile.maximum[1]} tokens, and the model takes at most {max_length}; lower its maximum"
+                f"a profile goes to {profile.maximum[1]} tokens, and the model takes at most {max_length}; "
+                "lower its maximum"
             )
 
 

@@ -13,13 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from engines.base import BackendCapabilities, BuildOptions, LoadOptions, copy_companions, spec_of
+from engines.base import BackendCapabilities, BuildOptions, LoadOptions, copy_companions
 from engines.passport import BuildFacts, EnginePassport, load_passport
 from engines.sparsity.build_evidence import LOG_FILE, integer_products, parse_layers
 from engines.sparsity.report import SparsityReport, SparsityTarget, read_sparsity_report, write_weight_facts
 from engines.tensorrt.builder_process import BuildRequest, build_in_child
 from engines.tensorrt.cuda_driver import device_facts
-from engines.tensorrt.profiles import default_profile, require_positions
+from engines.tensorrt.profiles import profiles_for
 from engines.tensorrt.runtime import TensorRTEngine
 from nxm_export.errors import EngineError, EngineUnavailable
 from nxm_export.storage.json_files import Json
@@ -39,7 +39,7 @@ COMPUTE_CAPABILITIES = ((8, 6), (8, 9), (12, 0))  # Ampere, Ada and Blackwell RT
 
 @dataclass(frozen=True)
 class IntegerProducts:
-    """How many of the graph's quantized products the builder runs on integers, and the names of those that it does not."""
+    """How many quantized products of the graph the builder runs on integers, and which ones in float."""
 
     planned_products: int
     integer_products: int
@@ -49,7 +49,7 @@ class IntegerProducts:
 
 @dataclass(frozen=True)
 class RtxFacts:
-    """How many products the builder runs on integers (None where the passport does not say), and the sparsity report."""
+    """How many products run on integers (None where the passport does not say), and the sparsity report."""
 
     backend: str
     integer_products: int | None
@@ -66,8 +66,8 @@ class RtxFacts:
 def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -> EnginePassport:
     """Write an engine directory with ``model.engine`` and ``build.log``.
 
-    Raises `EngineUnavailable` without TensorRT-RTX, `ExportError` for a graph that it would refuse or degrade, `EngineError`
-    for everything that the builder refuses, and for INT8 convolutions that it built in float.
+    Raises `EngineUnavailable` without TensorRT-RTX, `ExportError` for a graph that it would refuse or degrade,
+    `EngineError` for everything that the builder refuses, and for INT8 convolutions that it built in float.
     """
     _require_installed()
     from nxm_export.graph.graph_weights import load_graph
@@ -78,8 +78,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     verify(onnx).require()
     if options.build_route is not None:
         raise EngineError("TensorRT-RTX has no build routes; leave --build-route out, or build with --backend trt")
-    profiles = tuple(options.profiles) or (default_profile(_max_length(onnx.parent)),)
-    require_positions(profiles, _max_length(onnx.parent))
+    profiles = profiles_for(options.profiles, onnx.parent)
     request = BuildRequest(  # without a timing cache: kernels are timed where the engine runs
         MODULE,
         onnx=str(onnx),
@@ -120,8 +119,8 @@ def load(directory: str | Path, options: LoadOptions = LoadOptions()) -> TensorR
     built = passport.device.get("compute_capabilities", "unknown")
     if capability not in built.split(", "):
         raise EngineError(
-            f"{directory}: built for compute capability {built}, and this GPU has {capability}; TensorRT-RTX runs on RTX "
-            "GPUs only"
+            f"{directory}: built for compute capability {built}, and this GPU has {capability}; "
+            "TensorRT-RTX runs on RTX GPUs only"
         )
     trt = cast("TensorRT", importlib.import_module(MODULE))
     return TensorRTEngine(trt, directory / ENGINE_FILE, engine, f"rebuild it: {passport.rebuild_command()}")
@@ -164,11 +163,6 @@ def _require_integer_convolutions(model: ir.Model, float_products: Sequence[str]
             f"{onnx}: TensorRT-RTX runs {len(in_float)} INT8 convolutions in float, such as {in_float[0]}. "
             "Export with --lowering matmul, or build with --backend trt"
         )
-
-
-def _max_length(directory: Path) -> int:
-    spec = spec_of(directory)
-    return spec.max_length if spec else 512
 
 
 def _facts() -> dict[str, str]:

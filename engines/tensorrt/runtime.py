@@ -1,7 +1,7 @@
 """A TensorRT engine at work: deserialize, choose a profile per shape, run, time. TensorRT 8.6, 10, 11 and TensorRT-RTX.
 
-Own code instead of polygraphy's runner, because the profile must be chosen per call, sequences beyond it refused by name,
-and time taken by CUDA events on the device.
+Own code instead of polygraphy's runner, because the profile must be chosen per call, sequences beyond it refused by
+name, and time taken by CUDA events on the device.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _NUMPY: Mapping[str, type[np.generic]] = {
 class TensorRTEngine(Closing):
     """A deserialized engine on the first GPU. See `engines.base.Engine`.
 
-    `engine` are the bytes of `file`, as they were hashed. Batches beyond the largest profile run in slices; sequences beyond
-    it are refused. Device buffers grow and are used again.
+    `engine` are the bytes of `file`, as they were hashed. Batches beyond the largest profile run in slices; sequences
+    beyond it are refused. Device buffers grow and are used again.
     """
 
     clock = "CUDA events"

@@ -17,21 +17,20 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from engines.passport import EnginePassport, load_passport
-from engines.serving.repository import Source
+from engines.passport import EnginePassport, PlanSummary, load_passport
+from engines.serving.repository import EngineSource
 from engines.serving.shapes import plan_buckets
 from engines.serving.text import BYTES_PER_TOKEN, names_classes
 from engines.triton.check_manifest import MANIFEST, same_version
-from engines.triton.config import BACKENDS, KINDS, engine_config, text_configs
+from engines.triton.config import BACKENDS, KINDS, Instances, engine_config, text_configs
 from engines.triton.deploy import DEFAULT_IMAGE, deployment_files
 from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec, load_spec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError, ServeError
 from nxm_export.storage.atomic import atomic_dir
 from nxm_export.storage.hashing import file_hash, file_hashes
-from nxm_export.storage.json_files import to_builtins
+from nxm_export.storage.json_files import Json, encode, to_builtins
 
 SCHEMA = "nxm-triton/1"
 VERSION = "1"
@@ -55,7 +54,32 @@ class TritonOptions:
 
 
 @dataclass(frozen=True)
-class _Group:
+class EngineFacts:
+    """What a manifest says of one engine; the words are those of its passport."""
+
+    engine_sha256: str
+    onnx_sha256: str
+    requires: Mapping[str, str]
+    plan: PlanSummary | None
+
+
+@dataclass(frozen=True)
+class TritonManifest:
+    """What a repository was made of, and the sha256 of every file that Triton loads. `tensorrt` is the version that its
+    plans need, None without plans. `engines.triton.check_manifest` reads it, in the container."""
+
+    image: str
+    tensorrt: str | None
+    models: Mapping[str, Sequence[EngineFacts]]
+    files: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Json]:
+        """The form of ``manifest.json`` and ``--json``."""
+        return {"schema": SCHEMA, **to_builtins(self)}
+
+
+@dataclass(frozen=True)
+class _Model:
     """Engine directories that are one model: one, or several for different compute capabilities."""
 
     name: str
@@ -65,43 +89,42 @@ class _Group:
 
 
 def export_repository(
-    sources: Sequence[Source], out: Path | str, options: TritonOptions = TritonOptions()
-) -> dict[str, Any]:
+    sources: Sequence[EngineSource], out: Path | str, options: TritonOptions = TritonOptions()
+) -> TritonManifest:
     """Write the repository `out` and return its manifest; `sources` of one name are one model for several GPUs.
 
     An existing `out` is replaced if it is a repository of ours. Raises `ServeError` for engines that Triton cannot
     load, `ArtifactError` for damaged ones.
     """
     out = Path(out)
-    groups = [_group(name, sources) for name in dict.fromkeys(source.name for source in sources)]
-    if not groups:
+    served = [_model_of(name, sources) for name in dict.fromkeys(source.name for source in sources)]
+    if not served:
         raise ServeError("nothing to hand over: give at least one engine directory")
     if out.is_dir() and any(out.iterdir()) and not (out / CHECK).is_file():  # an engine directory, for example
         raise ArtifactError(f"{out} exists and is no repository of ours (no {CHECK}); choose another --out")
-    tensorrt = _tensorrt(groups, options)
+    tensorrt = _tensorrt(served, options)
     with atomic_dir(out) as scratch:
-        for group in groups:
-            _write_model(scratch, group, options)
-        gpu = any(_kind(group.passports[0], options) == "gpu" for group in groups)
+        for model in served:
+            _write_model(scratch, model, options)
+        gpu = any(_kind(model.passports[0], options) == "gpu" for model in served)
         models = sorted(path.name for path in scratch.iterdir())
-        manifest = {
-            "schema": SCHEMA,
-            "image": options.image,
-            "tensorrt": tensorrt,
-            "models": {group.name: [_facts(p) for p in group.passports] for group in groups},
-            "files": file_hashes(scratch),
-        }
-        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        manifest = TritonManifest(
+            image=options.image,
+            tensorrt=tensorrt,
+            models={model.name: [_facts(p) for p in model.passports] for model in served},
+            files=file_hashes(scratch),
+        )
+        (scratch / MANIFEST).write_text(encode(manifest, SCHEMA), encoding="utf-8")
         shutil.copyfile(_HERE / CHECK, scratch / CHECK)
-        tag = f"{groups[0].name.lower()}:{file_hash(scratch / MANIFEST)[:12]}"
+        tag = f"{served[0].name.lower()}:{file_hash(scratch / MANIFEST)[:12]}"
         for name, text in deployment_files(
-            groups[0].name, tag, models, options.image, text=options.text, gpu=gpu
+            served[0].name, tag, models, options.image, text=options.text, gpu=gpu
         ).items():
             (scratch / name).write_text(text, encoding="utf-8")
     return manifest
 
 
-def _group(name: str, sources: Sequence[Source]) -> _Group:
+def _model_of(name: str, sources: Sequence[EngineSource]) -> _Model:
     directories = tuple(source.directory for source in sources if source.name == name)
     passports = tuple(load_passport(directory) for directory in directories)
     for directory, passport in zip(directories, passports, strict=True):
@@ -124,43 +147,35 @@ def _group(name: str, sources: Sequence[Source]) -> _Group:
             raise ServeError(f"{name}: the engines differ in their inputs, outputs or profiles; build them alike")
         if len({passport.onnx_sha256 for passport in passports}) > 1:
             raise ServeError(f"{name}: the engines come from different graphs; build all of them from one")
-    return _Group(name, directories, passports, load_spec(directories[0]))
+    return _Model(name, directories, passports, load_spec(directories[0]))
 
 
-def _write_model(repository: Path, group: _Group, options: TritonOptions) -> None:
-    first, spec = group.passports[0], group.spec
-    version = repository / group.name / VERSION
+def _write_model(repository: Path, model: _Model, options: TritonOptions) -> None:
+    first, spec = model.passports[0], model.spec
+    version = repository / model.name / VERSION
     version.mkdir(parents=True)
     files: dict[str, str] = {}
     default = BACKENDS[first.backend][2]
-    for directory, passport in zip(group.directories, group.passports, strict=True):
+    for directory, passport in zip(model.directories, model.passports, strict=True):
         capability = str(passport.device.get("compute_capability", "")) if first.backend == "trt" else ""
         files[capability] = default if not capability else f"model_sm{capability.replace('.', '')}.plan"
         data = passport.read_engine(directory, passport.requires)  # the machine it runs on is checked there, not here
         (version / files[capability]).write_bytes(data)
     kind = _kind(first, options)
-    config = engine_config(
-        group.name,
-        first,
-        spec,
-        kind=kind,
-        instances=options.instances,
-        max_batch=options.max_batch,
-        threads=options.threads,
-        files=files,
-    )
-    (repository / group.name / "config.pbtxt").write_text(config, encoding="utf-8")
+    instances = Instances(kind, options.instances, options.threads)
+    config = engine_config(model.name, first, spec, instances, max_batch=options.max_batch, files=files)
+    (repository / model.name / "config.pbtxt").write_text(config, encoding="utf-8")
     if options.text:
-        _write_text_face(repository, group, options)
+        _write_text_frontend(repository, model, options)
 
 
-def _write_text_face(repository: Path, group: _Group, options: TritonOptions) -> None:
-    first, spec, directory = group.passports[0], group.spec, group.directories[0]
+def _write_text_frontend(repository: Path, model: _Model, options: TritonOptions) -> None:
+    first, spec, directory = model.passports[0], model.spec, model.directories[0]
     if not (directory / TOKENIZER_FILE).is_file():
         raise ArtifactError(f"{directory} has no {TOKENIZER_FILE}, which --text needs; copy it from the checkpoint")
     if TASKS[spec.task].output_kind == "span":
         raise ServeError(
-            f"{group.name}: --text gives no answers in words for {spec.task} on Triton, only "
+            f"{model.name}: --text gives no answers in words for {spec.task} on Triton, only "
             "positions of tokens that its clients "
             "do not see; hand it over without --text, or serve it with `nxm serve --text`"
         )
@@ -171,14 +186,14 @@ def _write_text_face(repository: Path, group: _Group, options: TritonOptions) ->
         raise ServeError(f"{directory}: {spec.task} reads a query and a document at once; use --text-pair")
     labels = names_classes(spec)
     buckets = plan_buckets(spec.max_length, options.max_batch, first.profiles)
-    configs = text_configs(group.name, first, spec, max_batch=options.max_batch, pair=options.pair, labels=labels)
+    configs = text_configs(model.name, first, spec, max_batch=options.max_batch, pair=options.pair, labels=labels)
     for name, text in configs.items():
         (repository / name / VERSION).mkdir(parents=True)
         (repository / name / "config.pbtxt").write_text(text, encoding="utf-8")
-    tokenizer = repository / f"{group.name}_tokenizer" / VERSION
+    tokenizer = repository / f"{model.name}_tokenizer" / VERSION
     shutil.copyfile(_HERE / "tokenizer_model.py", tokenizer / "model.py")
     shutil.copyfile(directory / TOKENIZER_FILE, tokenizer / TOKENIZER_FILE)
-    settings: dict[str, Any] = {
+    settings = {
         "inputs": {binding.name: binding.dtype for binding in first.tensors("inputs")},
         "lengths": [bucket.length for bucket in buckets.buckets],
         "max_length": min(spec.max_length, buckets.longest.length),
@@ -188,7 +203,7 @@ def _write_text_face(repository: Path, group: _Group, options: TritonOptions) ->
     }
     (tokenizer / "text.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     if labels:
-        last = repository / f"{group.name}_labels" / VERSION
+        last = repository / f"{model.name}_labels" / VERSION
         shutil.copyfile(_HERE / "labels_model.py", last / "model.py")
         names = {"output": first.tensors("outputs")[0].name, "labels": list(spec.labels)}
         (last / "labels.json").write_text(json.dumps(names, indent=1) + "\n", encoding="utf-8")
@@ -201,31 +216,26 @@ def _kind(passport: EnginePassport, options: TritonOptions) -> str:
     return kind
 
 
-def _tensorrt(groups: Sequence[_Group], options: TritonOptions) -> str | None:
+def _tensorrt(served: Sequence[_Model], options: TritonOptions) -> str | None:
     """The one TensorRT version that all plans need; None without plans."""
-    needed = {p.requires.get("tensorrt") for group in groups for p in group.passports if p.backend == "trt"}
+    needed = {p.requires.get("tensorrt") for model in served for p in model.passports if p.backend == "trt"}
     if not needed:
         return None
     if None in needed:
         raise ServeError("a TensorRT engine's passport does not name its TensorRT version; build it again")
-    found = sorted(str(version) for version in needed)
-    if len(found) > 1:
+    versions = sorted(str(version) for version in needed)
+    if len(versions) > 1:
         raise ServeError(
-            f"the engines need TensorRT {' and '.join(found)}, and one container has one; build them alike"
+            f"the engines need TensorRT {' and '.join(versions)}, and one container has one; build them alike"
         )
-    if options.tensorrt is not None and not same_version(found[0], options.tensorrt):
+    if options.tensorrt is not None and not same_version(versions[0], options.tensorrt):
         raise ServeError(
-            f"the engines were built by TensorRT {found[0]}, and the container has "
+            f"the engines were built by TensorRT {versions[0]}, and the container has "
             f"{options.tensorrt}: it would refuse them; "
             "choose the container with that version, or build the engines in this one"
         )
-    return found[0]
+    return versions[0]
 
 
-def _facts(passport: EnginePassport) -> Mapping[str, Any]:
-    return {
-        "engine_sha256": passport.engine_sha256,
-        "onnx_sha256": passport.onnx_sha256,
-        "requires": dict(passport.requires),
-        "plan": to_builtins(passport.plan),
-    }
+def _facts(passport: EnginePassport) -> EngineFacts:
+    return EngineFacts(passport.engine_sha256, passport.onnx_sha256, dict(passport.requires), passport.plan)

@@ -42,33 +42,33 @@ def problems(repository: Path, tensorrt: str | None) -> list[str]:
         files, needed = dict(manifest["files"]), manifest["tensorrt"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{repository / MANIFEST}: cannot be read ({error!r})"]
-    found = []
+    complaints = []
     for name, digest in files.items():
         file = repository / name
         if not file.is_file():
-            found.append(f"{name} is missing")
+            complaints.append(f"{name} is missing")
         elif hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-            found.append(f"{name} is not the file that was written")
+            complaints.append(f"{name} is not the file that was written")
     if needed is not None and not same_version(needed, tensorrt):
-        found.append(
+        complaints.append(
             f"the plans were built by TensorRT {needed}, and this container has {tensorrt or 'none'}; "
             "take the container with that version, or build the engines again in this one"
         )
-    return found
+    return complaints
 
 
-def same_version(needed: str, found: str | None) -> bool:
+def same_version(needed: str, actual: str | None) -> bool:
     """Whether major, minor and patch agree; a build number behind them does not matter to a plan."""
-    return found is not None and needed.split(".")[:3] == found.split(".")[:3]
+    return actual is not None and needed.split(".")[:3] == actual.split(".")[:3]
 
 
 def main(arguments: list[str]) -> int:
     """Print what is wrong and return 1, or run the command."""
     repository, command = Path(arguments[0]), arguments[2:]
-    found = problems(repository, installed_tensorrt())
-    for problem in found:
+    complaints = problems(repository, installed_tensorrt())
+    for problem in complaints:
         print(f"check_manifest: {problem}", file=sys.stderr)
-    if found:
+    if complaints:
         return 1
     if command:
         os.execvp(command[0], command)

@@ -10,11 +10,11 @@ then a lone request can wait for half a second (measured on Triton 2.51; docs/se
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from engines.base import Binding, Profile
 from engines.passport import EnginePassport
-from engines.triton.pbtxt import Word, dump
+from engines.triton.pbtxt import Message, Word, dump
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.errors import ServeError
 
@@ -29,15 +29,23 @@ _TYPES = {
 KINDS = {"cpu": "KIND_CPU", "gpu": "KIND_GPU"}
 
 
+@dataclass(frozen=True)
+class Instances:
+    """How many copies of a model run, on what (one of `KINDS`), and, of an ONNX Runtime engine, with how many CPU
+    threads each."""
+
+    kind: str
+    count: int = 1
+    threads: int | None = None
+
+
 def engine_config(
     name: str,
     passport: EnginePassport,
     spec: IOSpec,
+    instances: Instances,
     *,
-    kind: str,
-    instances: int,
     max_batch: int,
-    threads: int | None,
     files: Mapping[str, str],
 ) -> str:
     """The configuration of an engine; `files` are the model files of one version by compute capability, "" for any."""
@@ -48,7 +56,7 @@ def engine_config(
         raise ServeError(f"{name}: the engine has a fixed batch; build it with a profile whose batch is free")
     rows = batch_size(name, profiles, max_batch)
     by_capability = {capability: file for capability, file in files.items() if capability}
-    group: dict[str, Any] = {"kind": Word(KINDS[kind]), "count": instances}
+    group: Message = {"kind": Word(KINDS[instances.kind]), "count": instances.count}
     if profiles and passport.backend == "trt":
         group["profile"] = [str(i) for i in range(len(profiles))]
     return _header(name, passport) + dump(
@@ -64,7 +72,7 @@ def engine_config(
             "version_policy": {"latest": {"num_versions": 1}},
             "dynamic_batching": {"max_queue_delay_microseconds": 0},
             "instance_group": [group],
-            "parameters": _threads(threads) if passport.backend == "ort" else [],
+            "parameters": _threads(instances.threads) if passport.backend == "ort" else [],
             "model_warmup": [_warm_up(rows, profile, inputs) for profile in profiles or (_any_shape(spec),)],
         }
     )
@@ -76,75 +84,71 @@ def batch_size(name: str, profiles: Sequence[Profile], max_batch: int) -> int:
     Triton has one limit for all lengths, and its batcher makes batches of any size up to it. Raises `ServeError` when
     not even a single row always fits: unlike `engines.serving`, Triton does not fill batches up.
     """
-    found = max_batch
+    most = max_batch
     for length in range(1, max((p.maximum[1] for p in profiles), default=0) + 1):
         fitting = [p for p in profiles if p.minimum[1] <= length <= p.maximum[1]]
         rows = 0
-        while rows < found and any(p.minimum[0] <= rows + 1 <= p.maximum[0] for p in fitting):
+        while rows < most and any(p.minimum[0] <= rows + 1 <= p.maximum[0] for p in fitting):
             rows += 1
         if fitting and not rows:
             raise ServeError(
                 f"{name}: no profile takes a single row of {length} tokens, and Triton may send one; "
                 "build the engine with profiles that begin at batch 1"
             )
-        found = rows if fitting else found
-    return found
+        most = rows if fitting else most
+    return most
 
 
 def text_configs(
     name: str, passport: EnginePassport, spec: IOSpec, *, max_batch: int, pair: bool, labels: bool
 ) -> dict[str, str]:
-    """Configurations of the text face: a tokenizer, an ensemble, and a model that names classes, by model name."""
+    """Configurations of the text frontend: a tokenizer, an ensemble, and a model that names classes, by model name."""
     inputs, outputs = passport.tensors("inputs"), passport.tensors("outputs")
     texts = [_text(key) for key in (("text", "text_pair") if pair else ("text",))]
     batch = batch_size(name, passport.profiles, max_batch)
-    python = {"backend": "python", "max_batch_size": batch}
-    workers = {"instance_group": [{"kind": Word("KIND_CPU"), "count": 1}]}
-    names = {"tokenizer": f"{name}_tokenizer", "labels": f"{name}_labels", "text": f"{name}_text"}
+    python: Message = {"backend": "python", "max_batch_size": batch}
+    workers: Message = {"instance_group": [{"kind": Word("KIND_CPU"), "count": 1}]}
+    tokenizer, namer, ensemble = f"{name}_tokenizer", f"{name}_labels", f"{name}_text"
     first = outputs[0]
-    steps = [
-        {
-            "model_name": names["tokenizer"],
-            "model_version": -1,
-            "input_map": [{"key": t["name"], "value": t["name"]} for t in texts],
-            "output_map": [{"key": b.name, "value": f"tokens_{b.name}"} for b in inputs],
-        },
-        {
-            "model_name": name,
-            "model_version": -1,
-            "input_map": [{"key": b.name, "value": f"tokens_{b.name}"} for b in inputs],
-            "output_map": [
-                {"key": b.name, "value": f"engine_{b.name}" if labels and b is first else b.name} for b in outputs
-            ],
-        },
+    tokens = {b.name: f"tokens_{b.name}" for b in inputs}
+    given = {b.name: f"engine_{b.name}" if labels and b is first else b.name for b in outputs}
+    stages = [
+        _stage(tokenizer, {key: key for key in ("text", "text_pair")[: len(texts)]}, tokens),
+        _stage(name, tokens, given),
     ]
-    found = {
-        names["tokenizer"]: {
-            "name": names["tokenizer"], **python, "input": texts, "output": [_tensor(b) for b in inputs], **workers,
+    messages: dict[str, Message] = {
+        tokenizer: {
+            "name": tokenizer, **python, "input": texts, "output": [_tensor(b) for b in inputs], **workers,
         }
     }  # fmt: skip
     if labels:
         # The logits pass through this model: an ensemble does not compute an output of its own that nobody asks for,
-        # and would then wait for it when only the label is wanted (seen on Triton 2.51).
-        passed = {**_tensor(first), "name": f"engine_{first.name}"}
-        steps.append({
-            "model_name": names["labels"],
-            "model_version": -1,
-            "input_map": [{"key": passed["name"], "value": passed["name"]}],
-            "output_map": [{"key": name, "value": name} for name in (first.name, "label")],
-        })  # fmt: skip
-        found[names["labels"]] = {
-            "name": names["labels"], **python, "input": [passed], "output": [_tensor(first), _text("label")], **workers,
+        # and would then wait for it when only the label is asked for (seen on Triton 2.51).
+        passed = f"engine_{first.name}"
+        stages.append(_stage(namer, {passed: passed}, {key: key for key in (first.name, "label")}))
+        messages[namer] = {
+            "name": namer, **python, "input": [{**_tensor(first), "name": passed}],
+            "output": [_tensor(first), _text("label")], **workers,
         }  # fmt: skip
-    found[names["text"]] = {
-        "name": names["text"],
+    messages[ensemble] = {
+        "name": ensemble,
         "platform": "ensemble",
         "max_batch_size": batch,
         "input": texts,
         "output": [*(_tensor(b) for b in outputs), *([_text("label")] if labels else [])],
-        "ensemble_scheduling": {"step": steps},
+        "ensemble_scheduling": {"step": stages},
     }
-    return {key: dump(message) for key, message in found.items()}
+    return {key: dump(message) for key, message in messages.items()}
+
+
+def _stage(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> Message:
+    """One model of an ensemble: its inputs and outputs, and what the ensemble calls them."""
+    return {
+        "model_name": model,
+        "model_version": -1,
+        "input_map": [{"key": key, "value": value} for key, value in inputs.items()],
+        "output_map": [{"key": key, "value": value} for key, value in outputs.items()],
+    }
 
 
 def _header(name: str, passport: EnginePassport) -> str:
@@ -153,17 +157,17 @@ def _header(name: str, passport: EnginePassport) -> str:
     return f"# {name}: engine sha256 {passport.engine_sha256}\n# built with {built}; written by `nxm triton`\n"
 
 
-def _tensor(binding: Binding) -> dict[str, Any]:
+def _tensor(binding: Binding) -> Message:
     if binding.dtype not in _TYPES:
         raise ServeError(f"{binding.name}: Triton has no type for {binding.dtype}")
     return {"name": binding.name, "data_type": Word(_TYPES[binding.dtype]), "dims": list(binding.shape[1:])}
 
 
-def _text(name: str) -> dict[str, Any]:
+def _text(name: str) -> Message:
     return {"name": name, "data_type": Word("TYPE_STRING"), "dims": [1]}
 
 
-def _threads(threads: int | None) -> list[dict[str, Any]]:
+def _threads(threads: int | None) -> list[Message]:
     """Parameters of Triton's onnxruntime backend; without them every instance starts a thread per core."""
     if threads is None:
         return []
@@ -175,7 +179,7 @@ def _any_shape(spec: IOSpec) -> Profile:
     return Profile((1, 1), (1, middle), (1, spec.max_length))
 
 
-def _warm_up(rows: int, profile: Profile, inputs: Sequence[Binding]) -> dict[str, Any]:
+def _warm_up(rows: int, profile: Profile, inputs: Sequence[Binding]) -> Message:
     batch, length = min(rows, profile.optimum[0]), profile.optimum[1]
     return {
         "name": f"batch {batch} length {length}",

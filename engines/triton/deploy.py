@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+
+from nxm_export.storage.json_files import Json
 
 # The container of Triton 2.51, the release whose core loads these repositories in the tests.
 DEFAULT_IMAGE = "nvcr.io/nvidia/tritonserver:24.10-py3"
@@ -45,8 +46,8 @@ def _dockerfile(models: Sequence[str], image: str, *, text: bool) -> str:
     return "\n".join([*lines, f"EXPOSE {' '.join(map(str, PORTS.values()))}", f"CMD {json.dumps(command)}", ""])
 
 
-def _compose(tag: str, *, gpu: bool) -> dict[str, Any]:
-    service: dict[str, Any] = {
+def _compose(tag: str, *, gpu: bool) -> dict[str, Json]:
+    service: dict[str, Json] = {
         "build": ".",
         "image": tag,
         "ports": [f"127.0.0.1:{port}:{port}" for port in PORTS.values()],
@@ -63,8 +64,8 @@ def _compose(tag: str, *, gpu: bool) -> dict[str, Any]:
     return {"services": {"triton": service}}
 
 
-def _kserve(name: str, tag: str, *, gpu: bool) -> dict[str, Any]:
-    container: dict[str, Any] = {
+def _kserve(name: str, tag: str, *, gpu: bool) -> dict[str, Json]:
+    container: dict[str, Json] = {
         "name": "kserve-container",
         "image": tag,
         "ports": [{"containerPort": PORTS["http"], "protocol": "TCP"}],
@@ -81,7 +82,7 @@ def _kserve(name: str, tag: str, *, gpu: bool) -> dict[str, Any]:
     }
 
 
-def _yaml(value: Any, indent: int = 0) -> str:
+def _yaml(value: Json, indent: int = 0) -> str:
     """Block YAML of dicts and lists, with scalars as JSON."""
     margin = "  " * indent
     if isinstance(value, dict):

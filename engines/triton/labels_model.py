@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
 
 import numpy as np
 
@@ -23,7 +22,7 @@ class TritonPythonModel:
             settings = json.load(stream)
         self.output, self.labels = settings["output"], settings["labels"]
 
-    def execute(self, requests: list[Any]) -> list[Any]:
+    def execute(self, requests: list[object]) -> list[object]:
         """Name the largest logit of every row."""
         import triton_python_backend_utils as backend
 

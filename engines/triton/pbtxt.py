@@ -6,8 +6,8 @@ definition in the tests, and by the real server.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 
 class Word(str):
@@ -16,7 +16,11 @@ class Word(str):
     __slots__ = ()
 
 
-def dump(message: Mapping[str, Any], indent: int = 0) -> str:
+Value: TypeAlias = "bool | int | str | Mapping[str, Value] | Sequence[Value] | None"
+Message: TypeAlias = "dict[str, Value]"
+
+
+def dump(message: Mapping[str, Value], indent: int = 0) -> str:
     """The text of a message; None and empty lists are left out."""
     lines = []
     for key, value in message.items():
@@ -25,7 +29,7 @@ def dump(message: Mapping[str, Any], indent: int = 0) -> str:
     return "".join(lines)
 
 
-def _field(key: str, value: Any, indent: int) -> list[str]:
+def _field(key: str, value: Value, indent: int) -> list[str]:
     margin = "  " * indent
     if value is None or value == []:
         return []
@@ -36,11 +40,11 @@ def _field(key: str, value: Any, indent: int) -> list[str]:
     return [f"{margin}{key}: {_scalar(value)}\n"]
 
 
-def _is_scalars(values: list[Any]) -> bool:
+def _is_scalars(values: Sequence[Value]) -> bool:
     return not any(isinstance(value, Mapping) for value in values)
 
 
-def _scalar(value: Any) -> str:
+def _scalar(value: Value) -> str:
     if isinstance(value, Word):
         return str(value)
     if isinstance(value, bool):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class TritonPythonModel:
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(self.settings["max_length"])
 
-    def execute(self, requests: list[Any]) -> list[Any]:
+    def execute(self, requests: list[object]) -> list[object]:
         """Tokenize every request by itself; a bad one gets an error of its own."""
         import triton_python_backend_utils as backend
 
@@ -45,20 +45,21 @@ class TritonPythonModel:
                 responses.append(backend.InferenceResponse([], backend.TritonError(str(error))))
         return responses
 
-    def _texts(self, backend: Any, request: Any, name: str) -> list[str]:
+    def _texts(self, backend: ModuleType, request: object, name: str) -> list[str]:
         limit = self.settings["max_bytes"]
-        found = []
+        texts = []
         for row, item in enumerate(backend.get_input_tensor_by_name(request, name).as_numpy().ravel()):
             if len(item) > limit:
                 raise ValueError(f"row {row} of {name} has {len(item)} bytes; at most {limit} are served")
             try:
-                found.append(item.decode("utf-8"))
+                texts.append(item.decode("utf-8"))
             except UnicodeDecodeError as error:
                 raise ValueError(f"row {row} of {name} is not UTF-8 (byte {error.start})") from None
-        return found
+        return texts
 
     def _encode(self, texts: list[str], pairs: list[str] | None) -> dict[str, np.ndarray]:
-        rows: Any = texts if pairs is None else list(zip(texts, pairs))  # noqa: B905 - of one shape, says the config
+        # Of one shape, says the config.
+        rows = texts if pairs is None else list(zip(texts, pairs))  # noqa: B905
         encodings = self.tokenizer.encode_batch(rows)
         longest = max(len(encoding.ids) for encoding in encodings)
         length = next(bucket for bucket in self.settings["lengths"] if bucket >= longest)

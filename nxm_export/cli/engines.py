@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from nxm_export.cli.group import main
-from nxm_export.cli.options import (
-    columns_of,
-    json_option,
-    numbers_of,
-    shape_of,
+from nxm_export.cli.engine_tables import (
+    print_choice,
+    print_diagnosis,
+    print_inspection,
+    print_latency,
+    print_load,
+    print_text_throughput,
 )
-from nxm_export.cli.output import show_facts, show_result
-from nxm_export.cli.tables import print_bisects, print_facts, print_parity, print_table, progress_bars
+from nxm_export.cli.group import main
+from nxm_export.cli.options import columns_of, json_option, numbers_of, shape_of
+from nxm_export.cli.output import show_result
+from nxm_export.cli.parity_tables import print_bisects, print_comparison
+from nxm_export.cli.progress import progress_bars
+from nxm_export.cli.tables import print_facts
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import NxmError
+from nxm_export.storage.json_files import Json
+
+if TYPE_CHECKING:
+    from engines.base import BuildOptions
+    from nxm_export.progress import Progress
 
 
 @main.command()
@@ -76,12 +86,44 @@ from nxm_export.errors import NxmError
 )
 @click.option("--data", metavar="FILE", help="With --checkpoint: labelled samples to compare on.")
 @json_option
-def build(source: Path, backend: str, out: Path, json: bool, **options: Any) -> None:
+def build(source: Path, backend: str, out: Path, json: bool, **options: Json) -> None:
     """Build an engine directory from an ONNX graph (or, with --twins, three from a checkpoint)."""
-    from engines.base import BuildOptions, cpu_backends
     from engines.benchmark.fastest_backend import NAME as AUTO
-    from engines.tensorrt.profiles import parse_profile
-    from nxm_export.pipeline.engine_commands import build_engine, build_fastest
+    from nxm_export.pipeline.engine_commands import (
+        DataProfiles,
+        ParityCheck,
+        build_engine,
+        build_fastest,
+        build_twin_engines,
+    )
+    from nxm_export.pipeline.sparsity_twins import TwinGraphs
+
+    _require_build_usage(backend, options)
+    profiles_from = DataProfiles(options["lengths"], options["max_profiles"]) if options["lengths"] else None
+    with progress_bars(enabled=not json) as progress:
+        settings = _build_options(options, progress)
+        if backend == AUTO:
+            shapes = [shape_of(text) for text in options["shapes"]] or None
+            check = ParityCheck(options["checkpoint"], options["data"]) if options["checkpoint"] else None
+            fastest = build_fastest(source, out, settings, shapes=shapes, check=check)
+            facts = {**fastest.passport.to_dict(), "path": str(out)}
+            show_result(lambda: facts, json, lambda: print_choice(fastest.choice, facts))
+            return
+        if options["twins"]:
+            graphs = TwinGraphs(options["target"] or "trt", options["lowering"])
+            built = build_twin_engines(
+                source, out, backend, settings, profiles_from=profiles_from, graphs=graphs
+            ).to_dict()
+        else:
+            built = build_engine(source, out, backend, settings, profiles_from=profiles_from).to_dict()
+    built |= {"path": str(out)}
+    show_result(lambda: built, json, lambda: print_facts("built", built))
+
+
+def _require_build_usage(backend: str, options: dict[str, Json]) -> None:
+    """Raise wrong usage for options of `nxm build` that do not go together."""
+    from engines.base import cpu_backends
+    from engines.benchmark.fastest_backend import NAME as AUTO
 
     automatic = [f"--{name.removesuffix('s')}" for name in ("shapes", "checkpoint", "data") if options[name]]
     if automatic and backend != AUTO:
@@ -97,44 +139,23 @@ def build(source: Path, backend: str, out: Path, json: bool, **options: Any) -> 
     cache = options["timing_cache"]
     if cache is not None and not cache.is_file():
         raise click.BadParameter(f"{cache}: no such file", param_hint="--timing-cache")
-    with progress_bars(enabled=not json) as progress:
-        settings = BuildOptions(
-            threads=options["threads"],
-            profiles=[parse_profile(text) for text in options["profiles"]],
-            sparse=options["sparse"],
-            level=options["level"],
-            workspace_bytes=options["workspace"] * 2**20 if options["workspace"] else None,
-            build_route=options["build_route"],
-            timing_cache=cache,
-            require_timing_cache=cache is not None,
-            progress=progress,
-        )
-        if backend == AUTO:
-            shapes = [shape_of(text) for text in options["shapes"]] or None
-            result, choice = build_fastest(
-                source, out, settings, shapes=shapes, checkpoint=options["checkpoint"], data=options["data"]
-            )
-            show_result({**result, "path": str(out)}, json, lambda facts: _print_choice(choice, facts))
-            return
-        result = build_engine(
-            source, out, backend, settings, lengths=options["lengths"], profiles=options["max_profiles"], twins=options["twins"],
-            export_options={"target": options["target"] or "trt", "lowering": options["lowering"]},
-        )  # fmt: skip
-    show_result({**result, "path": str(out)}, json, lambda facts: print_facts("built", facts))
 
 
-def _print_choice(choice: Any, facts: dict[str, Any]) -> None:
-    """The candidates' timings, what was kept and why, then the passport."""
-    shapes = [f"{batch}x{sequence}, ms" for batch, sequence in choice.shapes]
-    rows = [
-        (row.backend, *(f"{value:.3g}" for value in row.latency_ms), f"{row.speedup:.2f}x" if number else "reference")
-        for number, row in enumerate(choice.rows)
-    ]
-    print_table("candidates, medians of interleaved rounds", ("backend", *shapes, "speed"), rows)
-    for name, why in choice.left_out.items():
-        click.echo(f"left out: {name}: {why}")
-    click.echo(f"kept {choice.backend}: {choice.why}")
-    print_facts("built", facts)
+def _build_options(options: dict[str, Json], progress: Progress) -> BuildOptions:
+    from engines.base import BuildOptions
+    from engines.tensorrt.profiles import parse_profile
+
+    return BuildOptions(
+        threads=options["threads"],
+        profiles=[parse_profile(text) for text in options["profiles"]],
+        sparse=options["sparse"],
+        level=options["level"],
+        workspace_bytes=options["workspace"] * 2**20 if options["workspace"] else None,
+        build_route=options["build_route"],
+        timing_cache=options["timing_cache"],
+        require_timing_cache=options["timing_cache"] is not None,
+        progress=progress,
+    )
 
 
 @main.command()
@@ -153,12 +174,12 @@ def _print_choice(choice: Any, facts: dict[str, Any]) -> None:
 def inspect(
     path: Path, twin: Path | None, kernels: Path | None, measure: bool, require_sparse: str | None, json: bool
 ) -> None:
-    """Print the facts of an ONNX graph, an engine directory or a run; for TensorRT, which weights run sparse and why not."""
+    """Print the facts of an ONNX graph, an engine directory or a run; for TensorRT, which weights run sparse."""
     from nxm_export.pipeline import inspection
 
     share = None if require_sparse is None else _share(require_sparse)
-    result = inspection.inspect_path(path, twin=twin, kernels=kernels, measure=measure)
-    show_result(result, json, lambda facts: show_facts(str(path), facts))
+    facts = inspection.inspect_path(path, twin=twin, kernels=kernels, measure=measure)
+    show_result(facts.to_dict, json, lambda: print_inspection(str(path), facts))
     if share is not None:
         inspection.require_sparse(path, share, twin=twin, kernels=kernels)
 
@@ -175,7 +196,8 @@ def inspect(
     "gates",
     multiple=True,
     metavar="GATE",
-    help="Exit 3 unless it holds: 'drop<=0.5' (metric points), 'drop(mcc)<=0.5' (of another metric), 'flips<=0.5%', 'max_abs<=0.1', 'cosine>=0.99' (embeddings) or 'table<=0.5' (an INT8 embedding table); may be repeated.",
+    help="Exit 3 unless it holds: 'drop<=0.5' (metric points), 'drop(mcc)<=0.5' (of another metric), 'flips<=0.5%', "
+    "'max_abs<=0.1', 'cosine>=0.99' (embeddings) or 'table<=0.5' (an INT8 embedding table); may be repeated.",
 )
 @click.option("--bisect", is_flag=True, help="Find the first encoder block that parts from the checkpoint.")
 @json_option
@@ -183,18 +205,16 @@ def compare(
     checkpoint: Path,
     engines: tuple[Path, ...],
     data: str,
-    text: str | None,
-    text_pair: str | None,
-    label: str | None,
     gates: tuple[str, ...],
     bisect: bool,
     json: bool,
+    **columns: str | None,
 ) -> None:
     """Compare ENGINES with the CHECKPOINT they were made from, and with each other, on real samples.
 
-    Exits with 3 when one differs, a probe fails or a gate does not hold. An engine that cannot run here (its runtime or GPU
-    is missing) is skipped with the reason; that fails the command only with --gate, since the gate was not checked (3), or
-    when no engine is left (1). With --bisect, block by block instead, and exits with 3 when a block parts.
+    Exits with 3 when one differs, a probe fails or a gate does not hold. An engine that cannot run here (its runtime or
+    GPU is missing) is skipped with the reason; that fails the command only with --gate, since the gate was not checked
+    (3), or when no engine is left (1). With --bisect, block by block instead, and exits with 3 when a block parts.
     """
     from engines.parity.gates import parse_gate
     from nxm_export.pipeline import engine_commands
@@ -208,16 +228,16 @@ def compare(
         raise click.UsageError("--bisect compares blocks, and --gate whole engines; give one of them")
     if len({engine.resolve() for engine in engines}) < len(engines):
         raise click.UsageError("the same engine is given twice")
-    columns = columns_of(text, text_pair, label)
+    named = columns_of(columns["text"], columns["text_pair"], columns["label"])
     if bisect:
-        found = engine_commands.bisect_engines(checkpoint, engines, data, columns)
-        show_result([report.to_dict() for report in found], json, lambda _: print_bisects(found))
-        for report in found:
+        reports = engine_commands.bisect_engines(checkpoint, engines, data, named)
+        show_result(lambda: [report.to_dict() for report in reports], json, lambda: print_bisects(reports))
+        for report in reports:
             report.require()
         return
-    compared = engine_commands.compare_engines(checkpoint, engines, data, columns, gates)
-    show_result(compared.to_list(), json, lambda _: print_parity(compared.reports, compared.skipped))
-    compared.require()
+    comparison = engine_commands.compare_engines(checkpoint, engines, data, named, gates)
+    show_result(comparison.to_list, json, lambda: print_comparison(comparison))
+    comparison.require()
 
 
 @main.command()
@@ -237,7 +257,8 @@ def compare(
 @click.option(
     "--data",
     metavar="FILE",
-    help="Time ENGINES over this text, tokenisation included. With --serve: samples to send, as tokens of ENGINES' tokenizer, else as text.",
+    help="Time ENGINES over this text, tokenisation included. With --serve: samples to send, as tokens of ENGINES' "
+    "tokenizer, else as text.",
 )
 @click.option(
     "--task",
@@ -262,103 +283,41 @@ def compare(
 )
 @json_option
 def bench(
-    engines: tuple[Path, ...], shapes: tuple[str, ...], rounds: int, threads: int | None, json: bool, **load: Any
+    engines: tuple[Path, ...],
+    shapes: tuple[str, ...],
+    rounds: int | None,
+    threads: int | None,
+    json: bool,
+    **options: Json,
 ) -> None:
     """Time ENGINES interleaved (speed-ups are against the first), or load running servers with --serve."""
-    batch = load.pop("batch")
-    if load["urls"]:
-        _bench_servers(engines, rounds or 3, json, **load)
+    from nxm_export.pipeline.engine_commands import bench_engines, bench_text
+
+    if options["urls"]:
+        _bench_servers(engines, rounds or 3, json, options)
         return
     if not engines:
         raise click.UsageError("missing ENGINES (or --serve URL)")
-    if batch and not load["data"]:
+    if options["batch"] and not options["data"]:
         raise click.UsageError("--batch is for --data")
-    if load["data"]:
-        from nxm_export.pipeline.engine_commands import bench_text
-
-        text = bench_text(engines, load["data"], batch=batch, rounds=rounds, threads=threads)
-        show_result(text.to_dict(), json, lambda _: _print_text(text))
+    if options["data"]:
+        text = bench_text(engines, options["data"], batch=options["batch"], rounds=rounds, threads=threads)
+        show_result(text.to_dict, json, lambda: print_text_throughput(text))
         return
-    from nxm_export.pipeline.engine_commands import bench_engines
-
     report = bench_engines(engines, [shape_of(text) for text in shapes], rounds or 30, threads)
-
-    def show_rows(_: Any) -> None:
-        speed = {(ratio.name, ratio.batch, ratio.sequence): ratio for ratio in report.ratios}
-        rows = []
-        for timing in report.timings:
-            ratio = speed.get((timing.name, timing.batch, timing.sequence))
-            note = (
-                f"{ratio.speedup:.2f}x ({ratio.interval[0]:.2f} to {ratio.interval[1]:.2f})" if ratio else "reference"
-            )
-            rows.append(
-                (
-                    timing.name,
-                    f"{timing.batch}x{timing.sequence}",
-                    timing.median,
-                    f"{timing.quartiles[0]:.3g} to {timing.quartiles[1]:.3g}",
-                    note,
-                )
-            )
-        print_table("latency, milliseconds", ("engine", "batch x sequence", "median", "middle half", "speed"), rows)
-        click.echo(f"clock: {report.timings[0].clock}")
-        for missing in report.unmeasured:
-            click.echo(f"not measured: {missing}")
-        if report.verdict:
-            click.echo(f"verdict: {report.verdict}")
-
-    show_result(report.to_dict(), json, show_rows)
+    show_result(report.to_dict, json, lambda: print_latency(report))
 
 
-def _print_text(report: Any) -> None:
-    rows = [
-        (
-            row.name,
-            row.order,
-            f"{row.padding:.0%}",
-            f"{row.sentences_per_second:.1f}",
-            f"{row.quartiles[0]:.1f} to {row.quartiles[1]:.1f}",
-            f"{row.without_tokenisation:.1f}",
-            "reference"
-            if row.interval is None
-            else f"{row.speedup:.2f}x ({row.interval[0]:.2f} to {row.interval[1]:.2f})",
-        )
-        for row in report.timings
-    ]
-    columns = ("engine", "order", "padding", "sentences a second", "middle half", "engine alone", "speed")
-    print_table(f"{report.sentences} sentences in batches of {report.batch}", columns, rows)
-    click.echo(
-        f"{report.tokens[0]:.1f} tokens a sentence, at most {report.tokens[1]}; fixed pads to {report.fixed}; "
-        f"the tokenizer alone: {report.tokenised_per_second:.0f} sentences a second"
-    )
+def _bench_servers(engines: tuple[Path, ...], rounds: int, json: bool, options: dict[str, Json]) -> None:
+    from nxm_export.pipeline.engine_commands import LoadRequests, LoadRounds, load_servers
 
-
-def _bench_servers(
-    engines: tuple[Path, ...], rounds: int, json: bool, *, urls: tuple[str, ...], model: str | None, data: str | None,
-    task: str, clients: str, seconds: float, encoding: str,
-) -> None:  # fmt: skip
-    from nxm_export.pipeline.engine_commands import load_servers
-
+    model, data = options["model"], options["data"]
     if not model or not data or len(engines) > 1:
         raise click.UsageError("--serve needs --model and --data, and at most one engine directory (for its tokenizer)")
-    numbers = numbers_of(clients, "--clients", "numbers of clients")
-    report = load_servers(urls, model, data, engines[0] if engines else None, numbers, seconds, rounds, encoding, task)
-    columns = ("server", "clients", "answers a second", "lowest to highest", "p50 ms", "p99 ms", "errors")
-    rows = [
-        (
-            found.name,
-            found.clients,
-            f"{found.throughput:.1f}",
-            f"{found.throughput_range[0]:.1f} to {found.throughput_range[1]:.1f}",
-            f"{found.p50:.2f}",
-            f"{found.p99:.2f}",
-            ", ".join(f"{count} x {kind}" for kind, count in found.errors.items()) or "none",
-        )
-        for found in report.results
-    ]
-    show_result(
-        report.to_dict(), json, lambda _: print_table(f"load on {model}, medians of {rounds} rounds", columns, rows)
-    )
+    clients = numbers_of(options["clients"], "--clients", "numbers of clients")
+    requests = LoadRequests(data, engines[0] if engines else None, options["encoding"], options["task"])
+    report = load_servers(options["urls"], model, requests, LoadRounds(clients, options["seconds"], rounds))
+    show_result(report.to_dict, json, lambda: print_load(report, model, rounds))
 
 
 @main.command()
@@ -376,15 +335,17 @@ def _bench_servers(
 )
 @json_option
 def doctor(file: Path | None, backend: str, trt_version: str, gpu: str, json: bool) -> None:
-    """Say what this machine can build and run; with FILE (any ONNX), which of its matrices can run sparse, and what to fix."""
+    """Say what this machine can build and run; with FILE (any ONNX), which matrices can run sparse, and what to fix."""
     if file is None:
         from nxm_export.pipeline.environment import report
 
-        show_result(report(), json, lambda facts: print_facts("this machine", facts))
+        machine = report()
+        show_result(machine.to_dict, json, lambda: print_facts("this machine", machine.to_dict()))
         return
     from nxm_export.pipeline.inspection import doctor_file
 
-    show_result(doctor_file(file, backend, trt_version, gpu), json, lambda facts: show_facts(str(file), facts))
+    diagnosis = doctor_file(file, backend, trt_version, gpu)
+    show_result(diagnosis.to_dict, json, lambda: print_diagnosis(diagnosis))
 
 
 def _share(text: str) -> float:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from nxm_export.cli.group import main
-from nxm_export.cli.options import (
-    json_option,
-    pattern_of,
-)
+from nxm_export.cli.options import json_option, pattern_of
 from nxm_export.cli.output import show_result
 from nxm_export.cli.tables import print_facts, print_table
 from nxm_export.contract.plan import GRAPH_PLACEMENTS
 from nxm_export.contract.tasks import TASKS
+from nxm_export.storage.json_files import Json
+
+if TYPE_CHECKING:
+    from nxm_export.contract.verify_report import VerifyReport
 
 
 @main.command()
@@ -53,7 +54,7 @@ from nxm_export.contract.tasks import TASKS
 @click.option("--task", type=click.Choice(list(TASKS)), help="[default: what the checkpoint's head says]")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the graph.")
 @json_option
-def export(checkpoint: Path, out: Path, json: bool, **options: Any) -> None:
+def export(checkpoint: Path, out: Path, json: bool, **options: Json) -> None:
     """Write CHECKPOINT as a Q/DQ ONNX graph (a float graph, for a checkpoint without plan)."""
     from nxm_export.graph.exporter import export as export_graph
 
@@ -65,7 +66,7 @@ def export(checkpoint: Path, out: Path, json: bool, **options: Any) -> None:
         "scale_rounding": done.scale_rounding,
         "verified": done.report.passed,
     }
-    show_result(result, json, lambda facts: print_facts("exported", facts))
+    show_result(lambda: result, json, lambda: print_facts("exported", result))
 
 
 @main.command()
@@ -73,38 +74,39 @@ def export(checkpoint: Path, out: Path, json: bool, **options: Any) -> None:
 @click.option("--pattern", help="Require this N:M of every quantized weight (files of ours carry their plan).")
 @json_option
 def verify(onnx: Path, pattern: str | None, json: bool) -> None:
-    """Check any ONNX file by itself: N:M along K on the stored integers, scales, zero points, Q/DQ pairs. Exit 3 on problems."""
+    """Check any ONNX file: N:M along K on the stored integers, scales, zero points, Q/DQ pairs. Exit 3 on problems."""
     from nxm_export.graph.verifier import verify as verify_graph
 
     report = verify_graph(onnx, pattern=pattern_of(pattern) if pattern else None)
 
-    def show_rows(_: Any) -> None:
-        columns = ("weight", "op", "K x N", "stored", "scales", "zeros", "N:M", "planned")
-        rows = [
-            (
-                weight.name.removesuffix(".weight"),
-                weight.op,
-                f"{weight.k}x{weight.n}",
-                weight.stored,
-                f"per {weight.scale_axis}" if weight.scale_axis else "none",
-                f"{weight.zeros:.1%}",
-                weight.pattern or "dense",
-                weight.planned or "",
-            )
-            for weight in report.weights
-        ]
-        print_table(str(onnx), columns, rows)
-        problems = report.all_problems
-        for problem in problems:
-            click.echo(f"problem: {problem}")
-        if report.embedding:
-            tokens, features = report.embedding
-            click.echo(f"word-embedding table: INT8, {tokens}x{features}, one scale per row")
-        click.echo(
-            f"{len(report.weights)} weights, {report.quantize_nodes} Q and {report.dequantize_nodes} DQ nodes: "
-            f"{f'{len(problems)} problems' if problems else 'no problem found'}"
-        )
-
-    show_result(report.to_dict(), json, show_rows)
+    show_result(report.to_dict, json, lambda: _print_verification(str(onnx), report))
     if not report.passed:
         sys.exit(3)
+
+
+def _print_verification(title: str, report: VerifyReport) -> None:
+    columns = ("weight", "op", "K x N", "stored", "scales", "zeros", "N:M", "planned")
+    rows = [
+        (
+            weight.name.removesuffix(".weight"),
+            weight.op,
+            f"{weight.k}x{weight.n}",
+            weight.stored,
+            f"per {weight.scale_axis}" if weight.scale_axis else "none",
+            f"{weight.zeros:.1%}",
+            weight.pattern or "dense",
+            weight.planned or "",
+        )
+        for weight in report.weights
+    ]
+    print_table(title, columns, rows)
+    problems = report.all_problems
+    for problem in problems:
+        click.echo(f"problem: {problem}")
+    if report.embedding:
+        tokens, features = report.embedding
+        click.echo(f"word-embedding table: INT8, {tokens}x{features}, one scale per row")
+    click.echo(
+        f"{len(report.weights)} weights, {report.quantize_nodes} Q and {report.dequantize_nodes} DQ nodes: "
+        f"{f'{len(problems)} problems' if problems else 'no problem found'}"
+    )

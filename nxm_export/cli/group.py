@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import click
 
 from nxm_export import __version__
 from nxm_export.errors import NxmError
-from nxm_export.packages import require_own_packages
 
 
 class _Group(click.Group):
     """Turns our errors into one line and an exit code; anything else is a bug and keeps its traceback."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except NxmError as error:
@@ -38,7 +36,6 @@ class _Group(click.Group):
 @click.version_option(__version__, prog_name="nxm")
 def main() -> None:
     """Compress BERT-family encoders to N:M sparsity and low-bit integers; export, build, prove and run them."""
-    require_own_packages()
     command = click.get_current_context().invoked_subcommand
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and command not in ("compress", "search"):
         raise click.UsageError(f"nxm {command} is no work for torchrun; only nxm compress and nxm search are")

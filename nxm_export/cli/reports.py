@@ -19,11 +19,10 @@ from nxm_export.cli.output import show_result
 )
 @json_option
 def report_page(run_directory: Path, out: Path | None, search: Path | None, json: bool) -> None:
-    """Write one HTML page of a run, finished or not: verdicts, plots, every matrix, provenance; needs no network to read."""
+    """Write one HTML page of a run, finished or not: verdicts, plots, every matrix, provenance; needs no network."""
     from nxm_export.reporting import report
 
-    path = report(run_directory, out, search=search)
-    show_result({"path": str(path), "bytes": path.stat().st_size}, json, lambda facts: click.echo(facts["path"]))
+    _show_file(report(run_directory, out, search=search), json)
 
 
 @main.command()
@@ -34,5 +33,8 @@ def card(path: Path, out: Path, json: bool) -> None:
     """Write a Hugging Face model card of an engine directory or a run at PATH, every number from its files."""
     from nxm_export.reporting import card as write_card
 
-    written = write_card(path, out)
-    show_result({"path": str(written), "bytes": written.stat().st_size}, json, lambda facts: click.echo(facts["path"]))
+    _show_file(write_card(path, out), json)
+
+
+def _show_file(file: Path, json: bool) -> None:
+    show_result(lambda: {"path": str(file), "bytes": file.stat().st_size}, json, lambda: click.echo(file))

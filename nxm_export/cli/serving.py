@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from nxm_export.cli.group import main
-from nxm_export.cli.options import (
-    json_option,
-    numbers_of,
-)
+from nxm_export.cli.options import json_option, numbers_of
 from nxm_export.cli.output import show_result
 from nxm_export.cli.tables import print_table
+from nxm_export.storage.json_files import Json
 
 
 @main.command()
@@ -68,17 +65,17 @@ from nxm_export.cli.tables import print_table
     "--drain-seconds", type=click.FloatRange(min=0), default=30.0, show_default=True, help="How long SIGTERM may take."
 )
 @click.option("--access-log", is_flag=True, help="Log every inference request.")
-def serve(engines: tuple[str, ...], **options: Any) -> None:
+def serve(engines: tuple[str, ...], **options: Json) -> None:
     """Serve ENGINE_DIRs over HTTP (Open Inference Protocol v2: tritonclient and KServe clients work) until SIGTERM."""
     from engines.serving.app import RequestLimits
     from engines.serving.connection import ConnectionLimits
     from engines.serving.model import ModelOptions
-    from engines.serving.repository import Source
+    from engines.serving.repository import EngineSource
     from engines.serving.server import ServerOptions
     from engines.serving.server import serve as serve_engines
 
     serve_engines(
-        [Source.parse(text) for text in engines],
+        [EngineSource.parse(text) for text in engines],
         ModelOptions(
             instances=options["instances"],
             threads=options["threads"],
@@ -118,14 +115,14 @@ def serve(engines: tuple[str, ...], **options: Any) -> None:
     "--container-tensorrt", metavar="X.Y.Z", help="TensorRT in that container; refuse engines that need another."
 )
 @json_option
-def triton(engines: tuple[str, ...], out: Path, json: bool, **options: Any) -> None:
+def triton(engines: tuple[str, ...], out: Path, json: bool, **options: Json) -> None:
     """Write a Triton model repository from ENGINE_DIRs; several of one NAME are one model for several GPUs."""
-    from engines.serving.repository import Source
+    from engines.serving.repository import EngineSource
     from engines.triton import TritonOptions, export_repository
     from engines.triton.deploy import DEFAULT_IMAGE
 
     manifest = export_repository(
-        [Source.parse(text) for text in engines],
+        [EngineSource.parse(text) for text in engines],
         out,
         TritonOptions(
             text=options["text"] or options["text_pair"],
@@ -138,4 +135,5 @@ def triton(engines: tuple[str, ...], out: Path, json: bool, **options: Any) -> N
             tensorrt=options["container_tensorrt"],
         ),
     )
-    show_result(manifest, json, lambda facts: print_table(str(out), ("file", "sha256"), list(facts["files"].items())))
+    files = list(manifest.files.items())
+    show_result(manifest.to_dict, json, lambda: print_table(str(out), ("file", "sha256"), files))

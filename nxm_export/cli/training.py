@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
@@ -25,9 +26,15 @@ from nxm_export.cli.options import (
     settings_of,
 )
 from nxm_export.cli.output import show_result
-from nxm_export.cli.tables import print_estimate, print_facts, print_search, print_summary, print_table, progress_bars
+from nxm_export.cli.progress import progress_bars
+from nxm_export.cli.run_tables import print_estimate, print_search, print_summary
+from nxm_export.cli.tables import print_facts, print_table
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.tasks import TASKS
+from nxm_export.storage.json_files import Json
+
+if TYPE_CHECKING:
+    from nxm_export.pipeline.run import Request
 
 
 @main.command()
@@ -39,13 +46,12 @@ from nxm_export.contract.tasks import TASKS
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/demo with --demo]")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, how long it takes and how large it gets.")
 @json_option
-def run(demo: bool, model: str | None, out: Path | None, dry_run: bool, json: bool, **options: Any) -> None:
+def run(demo: bool, model: str | None, out: Path | None, dry_run: bool, json: bool, **options: Json) -> None:
     """Compress, export, build, compare and time a model, into one run directory; up-to-date stages are skipped.
 
     Exits with 3 when an engine differs from its checkpoint.
     """
     from nxm_export.pipeline.run import run as run_all
-    from nxm_export.pipeline.summary import require_passed
 
     given = {
         name
@@ -63,12 +69,13 @@ def run(demo: bool, model: str | None, out: Path | None, dry_run: bool, json: bo
         if dry_run:
             from nxm_export.pipeline.estimate import estimate
 
-            show_result(estimate(request), json, print_estimate)
+            result = estimate(request)
+            show_result(result.to_dict, json, lambda: print_estimate(result))
             return
     with progress_bars(enabled=not json) as progress:
         summary = run_all(request, out, progress=progress)
-    show_result(summary, json, print_summary)
-    require_passed(summary)
+    show_result(summary.to_dict, json, lambda: print_summary(summary))
+    summary.require_passed()
 
 
 @main.command()
@@ -76,9 +83,10 @@ def run(demo: bool, model: str | None, out: Path | None, dry_run: bool, json: bo
 @json_option
 def show(run_directory: Path, json: bool) -> None:
     """Print the final table of a run again."""
-    from nxm_export.pipeline.summary import read_summary
+    from nxm_export.contract.run_summary import read_summary
 
-    show_result(read_summary(run_directory), json, print_summary)
+    summary = read_summary(run_directory)
+    show_result(summary.to_dict, json, lambda: print_summary(summary))
 
 
 @main.command()
@@ -91,7 +99,7 @@ def show(run_directory: Path, json: bool) -> None:
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the compressed checkpoint.")
 @json_option
-def compress(model: str, plan_file: Path | None, out: Path, json: bool, **options: Any) -> None:
+def compress(model: str, plan_file: Path | None, out: Path, json: bool, **options: Json) -> None:
     """Compress MODEL (a directory or hub id), fine-tuning it first where it has no head for the task."""
     from nxm_export.pipeline.run import compress_model
 
@@ -100,7 +108,8 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **option
     request = _request(model, options)
     with progress_bars(enabled=not json) as progress:
         metrics = compress_model(request, out, plan_file=plan_file, progress=progress)
-    show_result({**metrics.to_dict(), "path": str(out)}, json, lambda result: print_facts("compressed", result))
+    facts = {**metrics.to_dict(), "path": str(out)}
+    show_result(lambda: facts, json, lambda: print_facts("compressed", facts))
 
 
 @main.command()
@@ -115,29 +124,27 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **option
 @SEARCH_TRAINING_OPTIONS
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of plan.json and the evidence.")
 @json_option
-def search(model: str, task: str, train: str, out: Path, json: bool, **options: Any) -> None:
+def search(model: str, task: str, train: str, out: Path, json: bool, **options: Json) -> None:
     """Search a different (pattern, bits) per weight of MODEL, which must have its task head, under a budget."""
-    from nxm_export.pipeline.run import search_plan
+    from compressors.search.plan_search import search as search_plan
 
     table = options["latency_table"]
-    changes: dict[str, object] = {}
-    if table is not None:
-        changes["latencies"] = read_latencies(table)
+    changes: dict[str, object] = {} if table is None else {"latencies": read_latencies(table)}
     of_compression = click.get_current_context().get_parameter_source("compression")
     if options["bytes"] is not None and of_compression is ParameterSource.DEFAULT:
         changes["compression"] = None  # either of them is the budget
     with progress_bars(enabled=not json) as progress:
         result = search_plan(
             model,
-            task,
-            train,
-            out,
-            settings_of(SearchSettings, options, **changes),
-            settings_of(Settings, options),
-            columns_of(options["text"], options["text_pair"], options["label"]),
-            progress,
+            task=task,
+            train=train,
+            out=out,
+            settings=settings_of(SearchSettings, options, **changes),
+            training=settings_of(Settings, options),
+            columns=columns_of(options["text"], options["text_pair"], options["label"]),
+            progress=progress,
         )
-    show_result(result.to_dict(), json, print_search)
+    show_result(result.to_dict, json, lambda: print_search(result))
 
 
 @main.command()
@@ -148,11 +155,8 @@ def pack(checkpoint: Path, out: Path, json: bool) -> None:
     """Write CHECKPOINT as one file at its true size: packed bits, N:M indices, scales."""
     from nxm_export.contract.packed_checkpoint import pack as pack_checkpoint
 
-    show_result(
-        pack_checkpoint(checkpoint, out).to_dict(),
-        json,
-        lambda sizes: print_table(str(out), ("what", "bytes"), list(sizes.items())),
-    )
+    sizes = pack_checkpoint(checkpoint, out).to_dict()
+    show_result(lambda: sizes, json, lambda: print_table(str(out), ("what", "bytes"), list(sizes.items())))
 
 
 @main.command()
@@ -170,19 +174,21 @@ def _spec(pattern: str, bits: str) -> WeightSpec:
         raise click.BadParameter(
             f"{bits!r} is neither a number of bits from 2 to 8 nor 'none'", param_hint="--weight-bits"
         )
-    found = WeightSpec(
+    spec = WeightSpec(
         None if pattern == "none" else pattern_of(pattern),
         None if bits == "none" else int(bits),
         None if bits == "none" else 8,
     )
-    if found.is_dense:
+    if spec.is_dense:
         raise click.UsageError("--pattern none and --weight-bits none leave nothing to compress")
-    return found
+    return spec
 
 
-def _request(model: str, options: dict[str, Any], **changes: Any) -> Any:
+def _request(model: str, options: dict[str, Json], changes: Mapping[str, Json] | None = None) -> Request:
+    """What `nxm run` and `nxm compress` were asked; `changes` win over options: ``train``, ``dev``, ``settings``."""
     from nxm_export.pipeline.run import Request
 
+    changes = changes or {}
     placement = options["placement"] if options["weight_bits"] != "none" else "inputs"
     return Request(
         model=model,
@@ -201,8 +207,8 @@ def _request(model: str, options: dict[str, Any], **changes: Any) -> Any:
     )
 
 
-def _demo_request(out: Path, options: dict[str, Any], scratch: str | None) -> Any:
-    """The demo's request; its data go into the run, or into `scratch`. Options that were given win over the demo's own."""
+def _demo_request(out: Path, options: dict[str, Json], scratch: str | None) -> Request:
+    """The demo's request; its data go into the run, or into `scratch`. Options on the command line win."""
     from nxm_export.pipeline import demo
     from nxm_export.storage.run_dir import RunDir
 
@@ -222,4 +228,5 @@ def _demo_request(out: Path, options: dict[str, Any], scratch: str | None) -> An
         )
     }
     settings = {**chosen, "dense_freeze_embeddings": True}
-    return _request(str(model), options, train=str(data / "train.tsv"), dev=str(data / "dev.tsv"), settings=settings)
+    changes = {"train": str(data / "train.tsv"), "dev": str(data / "dev.tsv"), "settings": settings}
+    return _request(str(model), options, changes)

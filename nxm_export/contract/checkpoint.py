@@ -54,7 +54,8 @@ class Checkpoint:
         return read_tensor(self.path, name)
 
     def weight_scale(self, name: str) -> np.ndarray:
-        """Scales float32 of a quantized weight, per output channel (out,), or of an INT8 embedding table, per row (tokens,)."""
+        """Scales float32 of a quantized weight, per output channel (out,), or of an INT8 embedding table, per row
+        (tokens,)."""
         return self._scale(f"{name}_scale")
 
     def input_scale(self, name: str) -> float:
@@ -77,15 +78,15 @@ class Checkpoint:
         return self.scales[key]
 
     def codes(self, name: str) -> np.ndarray:
-        """Integer codes int8 (out, in) of a quantized weight, or (tokens, features) of an embedding table that is planned INT8:
-        dividing baked values by their scale gives them back exactly."""
+        """Integer codes int8 (out, in) of a quantized weight, or (tokens, features) of an embedding table that is
+        planned INT8: dividing baked values by their scale gives them back exactly."""
         scale = self.weight_scale(name)
         codes: np.ndarray = np.rint(self.weight(name) / scale[:, None]).astype(np.int8)
         return codes
 
     def require_valid(self) -> None:
-        """Raise `ArtifactError` unless every planned weight keeps its pattern and lies on its integer grid, and so does an
-        embedding table that is planned INT8."""
+        """Raise `ArtifactError` unless every planned weight keeps its pattern and lies on its integer grid, and so does
+        an embedding table that is planned INT8."""
         self.plan.require_fits(self.family.model_type, self.family.weights(self.config))
         for name, spec in self.plan.weights.items():
             weight = self.weight(name)
@@ -112,7 +113,8 @@ class Checkpoint:
             table, shape = self.weight(self.family.word_embedding), self.family.word_embedding_shape(self.config)
             if table.shape != shape:
                 raise ArtifactError(
-                    f"{self.path}: {self.family.word_embedding} is {table.shape} on disk and {shape} by config.json; restore one of them"
+                    f"{self.path}: {self.family.word_embedding} is {table.shape} on disk and {shape} by config.json; "
+                    "restore one of them"
                 )
             if not np.isfinite(table).all():
                 raise ArtifactError(
@@ -155,7 +157,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     plan_file = path / PLAN_FILE
     if not plan_file.is_file():
         raise ArtifactError(
-            f"{path} has no {PLAN_FILE}: it is a plain model, not a compressed checkpoint; run `nxm compress` on it first"
+            f"{path} has no {PLAN_FILE}: it is a plain model, not a compressed checkpoint; run `nxm compress` on it "
+            "first"
         )
     plan = CompressionPlan.load(plan_file)
     plan.require_fits(family.model_type, family.weights(config))
@@ -197,15 +200,16 @@ def require_safetensors(path: Path) -> None:
             f"torch.load(f, weights_only=True).items()}}, {str(path / WEIGHTS_FILE)!r}, {{'format': 'pt'}})"
         )
         raise ArtifactError(
-            f"{pickles[0]} is a pickle, and loading a pickle runs code of whoever wrote it. If you trust it, convert it once: "
+            f"{pickles[0]} is a pickle, and loading a pickle runs code of whoever wrote it. If you trust it, convert "
+            "it once: "
             f"python -c {shlex.quote(script)}"
         )
     raise ArtifactError(f"{path} has no {WEIGHTS_FILE}: no weights to load")
 
 
 def read_tensor(path: Path, name: str) -> np.ndarray:
-    """One tensor of a (possibly sharded) safetensors model, as float32 numpy; `name` is that of a task model, as in a plan, and
-    a directory that holds the encoder alone has it without the family's prefix."""
+    """One tensor of a (possibly sharded) safetensors model, as float32 numpy; `name` is that of a task model, as in a
+    plan, and a directory that holds the encoder alone has it without the family's prefix."""
     from safetensors import SafetensorError, safe_open
 
     file = _shard_of(path, name)
@@ -223,7 +227,8 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
 
 
 def task_at(path: Path, config: Mapping[str, Json]) -> str | None:
-    """The task of a model directory: that of its head, or ``embedding`` where sentence-transformers' files say how to pool."""
+    """The task of a model directory: that of its head, or ``embedding`` where sentence-transformers' files say how to
+    pool."""
     return task_of(config) or ("embedding" if is_embedding(path) else None)
 
 
@@ -288,6 +293,7 @@ def require_pattern(weight: np.ndarray, pattern: NMPattern, name: str, source: s
     """Raise `ArtifactError` naming the first group of `weight` (out, in) that breaks `pattern`."""
     for channel, first in pattern_violations(weight, pattern):
         raise ArtifactError(
-            f"{source}: {name} is planned {pattern}, but output channel {channel} keeps more than {pattern.n} of inputs "
+            f"{source}: {name} is planned {pattern}, but output channel {channel} keeps more than {pattern.n} of "
+            "inputs "
             f"{first}..{first + pattern.m - 1}. Compress again, or plan this weight dense."
         )

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from nxm_export.errors import ArtifactError
 from nxm_export.storage.json_files import Json, convert, parse_json, read_json, require_schema, to_builtins
@@ -62,17 +62,15 @@ class PermutationFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressionMetrics(Scores):
-    """Of a compressed checkpoint.
+class TrainingFacts:
+    """How a checkpoint was compressed.
 
     `steps` are all optimizer steps, `qat_steps` those with fixed masks. `admm`, `admm_steps`, `residual` (||W - Z|| / ||W||
     before masks were fixed) and `residual_gate_passed` are of recipes with ADMM; `sr_ste_steps` is of SR-STE.
     `outputs_in_float` has the divergence that each output quantizer would have cost which was left out for it, by weight.
-    `table_drop` is what rounding the embedding table to INT8 costs by itself, in points of the metric, with its 95 % paired
-    interval. `mask_hash` is the sha256 over all masks.
+    `mask_hash` is the sha256 over all masks.
     """
 
-    kind: Literal["compressed"] = "compressed"
     recipe: str
     steps: int
     train_samples: int
@@ -86,12 +84,26 @@ class CompressionMetrics(Scores):
     residual: float | None = None
     residual_gate_passed: bool | None = None
     sr_ste_steps: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionMetrics(TrainingFacts, Scores):
+    """Of a compressed checkpoint: its scores, how it was compressed, and what its INT8 embedding table costs.
+
+    `table_drop` is what rounding the embedding table to INT8 costs by itself, in points of the metric, with its 95 % paired
+    interval; None where the table is in float.
+    """
+
+    kind: Literal["compressed"] = "compressed"
     table_drop: float | None = None
     table_drop_interval: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Json]:
         """What ``metrics.json`` holds."""
         return {"schema": METRICS_SCHEMA, **to_builtins(self)}
+
+
+Kind = TypeVar("Kind", DenseMetrics, CompressionMetrics)
 
 
 def finite(number: float) -> float | None:
@@ -108,6 +120,16 @@ def read_metrics(directory: str | Path) -> DenseMetrics | CompressionMetrics:
     """The metrics of a checkpoint directory; raises `ArtifactError` that names file, field and what is wrong with it."""
     file = Path(directory) / METRICS_FILE
     return _metrics_of(read_json(file, _WAY_OUT), str(file))
+
+
+def read_metrics_of(kind: type[Kind], directory: str | Path) -> Kind:
+    """`read_metrics` of a directory that must hold one kind of them; raises `ArtifactError` for the other."""
+    metrics = read_metrics(directory)
+    if not isinstance(metrics, kind):
+        raise ArtifactError(
+            f"{Path(directory) / METRICS_FILE}: kind: these are metrics of a {metrics.kind} model; {_WAY_OUT}"
+        )
+    return metrics
 
 
 def decode_metrics(text: str, source: str) -> DenseMetrics | CompressionMetrics:
@@ -134,6 +156,6 @@ def _upgraded(value: Mapping[str, Json]) -> dict[str, Json]:
     return {**fields, "kind": kind, "secondary_metrics": secondary}
 
 
-def score_fields(scores: Scores) -> dict[str, Json]:
-    """The fields of `Scores` alone, to make one of its two kinds with."""
-    return {entry.name: getattr(scores, entry.name) for entry in dataclasses.fields(Scores)}
+def fields_of(record: Scores | TrainingFacts) -> dict[str, Json]:
+    """The fields of a record by name, to make a larger one with."""
+    return {entry.name: getattr(record, entry.name) for entry in dataclasses.fields(record)}

@@ -28,12 +28,12 @@ OUTPUT_ROLES = ("query", "key", "value", "attention_output", "ffn_down")
 class Family:
     """One Hugging Face ``model_type``.
 
-    `base` is the encoder's attribute in a task model, `block` the module path of encoder block ``i`` inside it, `linears`
-    the six compressible linear layers of a block by role, `words` the module path of the word-embedding table. The `*_key`
-    fields name the sizes in ``config.json``.
+    `base` is the encoder's attribute in a task model, `block` the module path of encoder block ``i`` inside it,
+    `linears` the six compressible linear layers of a block by role, `words` the module path of the word-embedding
+    table. The `*_key` fields name the sizes in ``config.json``.
 
-    With `shared_keys`, the names of how many groups of blocks there are and how many blocks are in a group, the layers of
-    the model share those groups (ALBERT), and `block` has ``{group}`` and ``{i}``: a block then runs more than once
+    With `shared_keys`, the names of how many groups of blocks there are and how many blocks are in a group, the layers
+    of the model share those groups (ALBERT), and `block` has ``{group}`` and ``{i}``: a block then runs more than once
     (`runs`), and a matrix has one weight, one input scale and one output scale for all of its uses.
     """
 
@@ -60,7 +60,8 @@ class Family:
         return list(dict.fromkeys(self.runs(config)))
 
     def runs(self, config: Mapping[str, Json]) -> list[str]:
-        """Module paths of the encoder blocks in the order in which they run; one that is shared stands there for every run."""
+        """Module paths of the encoder blocks in the order in which they run; one that is shared stands there for every
+        run."""
         layers = size_of(config, self.layers_key)
         if self.shared_keys is None:
             return [f"{self.base}.{self.block.format(i=i)}" for i in range(layers)]
@@ -125,8 +126,9 @@ class Family:
     ) -> CompressionPlan:
         """The same pattern and bits for every weight but those that a `keep_dense` glob matches.
 
-        `placement` is one of `PLACEMENTS`; ``ffn-only`` leaves attention's matrices their pattern and 16 bit. `residual` and
-        `embedding` are as in `CompressionPlan`. A glob that hits nothing is a `PlanError`; so are a plan without a weight to compress and a pattern that an input size does not allow.
+        `placement` is one of `PLACEMENTS`; ``ffn-only`` leaves attention's matrices their pattern and 16 bit.
+        `residual` and `embedding` are as in `CompressionPlan`. A glob that hits nothing is a `PlanError`; so are a plan
+        without a weight to compress and a pattern that an input size does not allow.
         """
         shapes = self.weights(config)
         weights = {name: self.placed(name, spec, placement) for name in shapes}

@@ -85,6 +85,7 @@ def load_spec(directory: str | Path) -> IOSpec:
     spec = read_record(file, IOSpec, schema=SCHEMA, way_out="export or build again")
     if spec.task not in TASKS or not spec.inputs or not set(spec.inputs) <= set(INPUTS) or spec.max_length < 1:
         raise ArtifactError(
-            f"{file}: task {spec.task!r} with inputs {spec.inputs} is nothing that this version knows; export or build again"
+            f"{file}: task {spec.task!r} with inputs {spec.inputs} is nothing that this version knows; export or build "
+            "again"
         )
     return spec

@@ -6,11 +6,11 @@ A planned weight is stored as
     <name>.index    for N:M, which of the C(M, N) supports each group has: ceil(log2 C(M, N)) bits a group
     <name>_scale    float32 per output channel
 
-A word-embedding table that is planned INT8 is stored like a dense 8-bit weight, with a scale per row (token). Everything else of
-the model (other embeddings, biases, norms, head) is stored as it is, and the directory's other files (config,
-plan, tokenizer) travel in the header, with a sha256 of all tensors; further safetensors files are not part of the model
-and stay behind. The payload is ``plan.stored_bits("packed")`` for the planned weights plus the table and the rest, to
-within the byte that each tensor is rounded up to. A support of fewer than N non-zeros is filled up with zeros.
+A word-embedding table that is planned INT8 is stored like a dense 8-bit weight, with a scale per row (token).
+Everything else of the model (other embeddings, biases, norms, head) is stored as it is, and the directory's other files
+(config, plan, tokenizer) travel in the header, with a sha256 of all tensors; further safetensors files are not part of
+the model and stay behind. The payload is ``plan.stored_bits("packed")`` for the planned weights plus the table and the
+rest, to within the byte that each tensor is rounded up to. A support of fewer than N non-zeros is filled up with zeros.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def pack(checkpoint: str | Path, out: str | Path) -> PackedSizes:
 
 
 def unpack(file: str | Path, out: str | Path) -> Path:
-    """Write the directory that `pack` read, every tensor bit-equal, and return it; raises `ArtifactError` for a file that is
-    none of ours."""
+    """Write the directory that `pack` read, every tensor bit-equal, and return it; raises `ArtifactError` for a file
+    that is none of ours."""
     from safetensors.numpy import save_file
 
     file, out = Path(file), Path(out)
@@ -180,8 +180,8 @@ def _digest(tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def formula_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of the whole model by the ``packed`` counting: the planned weights, and an INT8 embedding table, by formula,
-    everything else as stored."""
+    """Bytes of the whole model by the ``packed`` counting: the planned weights, and an INT8 embedding table, by
+    formula, everything else as stored."""
     from safetensors import safe_open
 
     rest, specs = 0, _packed_specs(checkpoint.plan)
@@ -198,7 +198,8 @@ def formula_bytes(checkpoint: Checkpoint) -> int:
 
 
 def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
-    """Unsigned `values` below ``2**bits``, as a bit string of `bits` each, in bytes; the lowest bit of a value first."""
+    """Unsigned `values` below ``2**bits``, as a bit string of `bits` each, in bytes; the lowest bit of a value
+    first."""
     flat = np.ascontiguousarray(values, np.uint16 if bits > 8 else np.uint8).reshape(-1)
     if bits == 8:
         return flat
@@ -275,7 +276,8 @@ def _pack_weight(checkpoint: Checkpoint, name: str, spec: WeightSpec) -> dict[st
     weight = checkpoint.weight(name)
     if not spec.is_dense and np.signbit(weight[weight == 0]).any():
         raise ArtifactError(
-            f"{checkpoint.path}: {name} holds negative zeros, which a code has no sign for: it would not come back bit by bit; "
+            f"{checkpoint.path}: {name} holds negative zeros, which a code has no sign for: it would not come back bit "
+            "by bit; "
             "compress again, or add 0.0 to the weight"
         )
     if spec.weight_bits is None:

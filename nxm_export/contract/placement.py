@@ -1,7 +1,7 @@
 """Which of a plan's activation quantizers a graph keeps.
 
-Training places quantizers (`nxm_export.contract.families.Family.placed`); an export may leave some of them out, because runtimes
-differ in what they make of them, and can never add one that was not trained.
+Training places quantizers (`nxm_export.contract.families.Family.placed`); an export may leave some of them out, because
+runtimes differ in what they make of them, and can never add one that was not trained.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def placement_of(plan: CompressionPlan) -> str:
 def at_placement(plan: CompressionPlan, placement: str) -> CompressionPlan:
     """The plan that a graph of this placement (one of `GRAPH_PLACEMENTS`) holds.
 
-    ``float`` keeps the baked weights (those of the embedding table, too) and nothing else, ``inputs`` the pairs before the
-    planned products, ``inputs-outputs`` also those behind them (and on the residual, where it is planned), ``products``
-    those before every product, the two inside attention included, ``attention`` all of these.
-    Raises `PlanError` for a placement that the plan was not trained for: quantizers can be dropped, never added.
+    ``float`` keeps the baked weights (those of the embedding table, too) and nothing else, ``inputs`` the pairs before
+    the planned products, ``inputs-outputs`` also those behind them (and on the residual, where it is planned),
+    ``products`` those before every product, the two inside attention included, ``attention`` all of these. Raises
+    `PlanError` for a placement that the plan was not trained for: quantizers can be dropped, never added.
     """
     if placement not in GRAPH_PLACEMENTS:
         raise PlanError(f"unknown placement {placement!r}; choose one of {', '.join(GRAPH_PLACEMENTS)}")
@@ -56,7 +56,8 @@ def at_placement(plan: CompressionPlan, placement: str) -> CompressionPlan:
             return replace(plan, weights={**plan.weights, **dropped})
         if trained == "products":
             raise PlanError(
-                "this plan trained no quantizers behind the products; use placement products, or compress again with attention"
+                "this plan trained no quantizers behind the products; use placement products, or compress again with "
+                "attention"
             )
         return plan
     quantized = [spec for spec in plan.weights.values() if spec.weight_bits]

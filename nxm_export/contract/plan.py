@@ -27,8 +27,8 @@ from nxm_export.storage.json_files import decode, encode, read_text, to_builtins
 SCHEMA = "nxm-plan/1"
 _WAY_OUT = "write it again with `nxm compress` or `nxm search`"
 COUNTINGS = ("hw", "packed", "values")
-# What training may place: pairs before each planned product; behind it, too; before every product, those inside attention
-# included; all of these; before the FFN's products only.
+# What training may place: pairs before each planned product; behind it, too; before every product, those inside
+# attention included; all of these; before the FFN's products only.
 PLACEMENTS = ("inputs", "inputs-outputs", "products", "attention", "ffn-only")
 # What a graph may keep of it, from nothing to everything that was trained.
 GRAPH_PLACEMENTS = ("float", "inputs", "inputs-outputs", "products", "attention")
@@ -90,8 +90,8 @@ class WeightSpec:
     """What happens to one weight matrix.
 
     `pattern=None` is dense, `weight_bits=None` is unquantized (deployed in 16 bit). `input_bits` and `output_bits` are
-    the static per-tensor activation quantizers before and after the matrix product: 8 or None. A weight in the plan with
-    all four None is an explicit "leave it in 16 bit".
+    the static per-tensor activation quantizers before and after the matrix product: 8 or None. A weight in the plan
+    with all four None is an explicit "leave it in 16 bit".
     """
 
     pattern: NMPattern | None = None
@@ -124,7 +124,7 @@ class WeightSpec:
 
     @classmethod
     def parse(cls, text: str, *, output_bits: int | None = None) -> WeightSpec:
-        """Read a menu entry: ``2:4+W8``, ``W4``, ``2:4`` or ``dense``; quantized entries get an INT8 input."""
+        """Read a weight option: ``2:4+W8``, ``W4``, ``2:4`` or ``dense``; quantized entries get an INT8 input."""
         pattern, bits = None, None
         for part in [] if text.strip().lower() == "dense" else text.split("+"):
             part = part.strip()
@@ -181,11 +181,11 @@ class CompressionPlan:
     """Every compressible weight of one model, by parameter name, with its spec; dense ones are listed too.
 
     `shapes` are (out, in). `attention` says how the two products inside attention run: ``float``, or ``int8`` (both of
-    them with softmax in between quantized at 1/127: TensorRT fuses all or nothing). `residual` says what goes around the
-    layers: ``float``, or ``int8``: where query, key and value, or the FFN's first matrix, read a quantized tensor, everything
-    that reads that tensor reads its quantized value, so that the residual connection can travel as INT8, too. `embedding`
-    says how the word-embedding table is stored: ``float``, or ``int8``: codes in [-127, 127] and one scale per row (token).
-    No counting includes the table: they are about the matrices.
+    them with softmax in between quantized at 1/127: TensorRT fuses all or nothing). `residual` says what goes around
+    the layers: ``float``, or ``int8``: where query, key and value, or the FFN's first matrix, read a quantized tensor,
+    everything that reads that tensor reads its quantized value, so that the residual connection can travel as INT8,
+    too. `embedding` says how the word-embedding table is stored: ``float``, or ``int8``: codes in [-127, 127] and one
+    scale per row (token). No counting includes the table: they are about the matrices.
     """
 
     model_type: str
@@ -237,7 +237,8 @@ class CompressionPlan:
         return sum(spec.stored_bits(self.shapes[name], counting) for name, spec in self.weights.items())
 
     def compression(self, counting: str = "hw") -> float:
-        """1 - compressed/FP32 over the planned matrices (the encoder's matrix weights; no embeddings, biases or norms)."""
+        """1 - compressed/FP32 over the planned matrices (the encoder's matrix weights; no embeddings, biases or
+        norms)."""
         elements = sum(out * in_ for out, in_ in self.shapes.values())
         return 1.0 - self.stored_bits(counting) / (elements * REFERENCE_BITS)
 
@@ -258,7 +259,8 @@ class CompressionPlan:
 
     @classmethod
     def from_json(cls, text: str, *, source: str = "plan") -> CompressionPlan:
-        """Read the text of ``nxm_plan.json``; `source` names the file in errors. Unknown schemas and fields are refused."""
+        """Read the text of ``nxm_plan.json``; `source` names the file in errors. Unknown schemas and fields are
+        refused."""
         file = decode(text, _PlanFile, schema=SCHEMA, source=source, way_out=_WAY_OUT, error=PlanError)
         try:
             weights = {name: entry.spec(name) for name, entry in file.weights.items()}

@@ -1,8 +1,10 @@
-"""Sentence embeddings: how a model pools its tokens into one vector, read from sentence-transformers' files and written back.
+"""Sentence embeddings: how a model pools its tokens into one vector, read from sentence-transformers' files and written
+back.
 
-A sentence-transformers directory says in ``modules.json`` what follows the encoder. `POOLINGS` and a normalisation to length
-1 become part of the model here, and so of the graph; any other module is refused, because leaving it out would give other
-vectors. The saved files are such that ``SentenceTransformer(directory)`` gives what the engine gives, but for quantization.
+A sentence-transformers directory says in ``modules.json`` what follows the encoder. `POOLINGS` and a normalisation to
+length 1 become part of the model here, and so of the graph; any other module is refused, because leaving it out would
+give other vectors. The saved files are such that ``SentenceTransformer(directory)`` gives what the engine gives, but
+for quantization.
 """
 
 from __future__ import annotations
@@ -91,18 +93,21 @@ def is_embedding(directory: Path) -> bool:
 
 
 def read_pooling(directory: Path) -> Pooling:
-    """The pooling that a sentence-transformers directory describes; `ArtifactError` for what cannot be computed here."""
+    """The pooling that a sentence-transformers directory describes; `ArtifactError` for what cannot be computed
+    here."""
     file = directory / MODULES_FILE
     if not file.is_file():
         raise ArtifactError(
-            f"{directory} has no {MODULES_FILE}: it does not say how its tokens become one embedding. Train or save the "
+            f"{directory} has no {MODULES_FILE}: it does not say how its tokens become one embedding. Train or save "
+            "the "
             "model with sentence-transformers first; a plain encoder's vectors mean little"
         )
     kinds = [(module.type.rpartition(".")[2], module.path) for module in _read(file, list[_Module])]
     names = [kind for kind, _ in kinds]
     if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise ArtifactError(
-            f"{file}: modules {', '.join(names) or 'none'}; supported are Transformer, Pooling and then at most Normalize"
+            f"{file}: modules {', '.join(names) or 'none'}; supported are Transformer, Pooling and then at most "
+            "Normalize"
         )
     if kinds[0][1]:
         raise ArtifactError(
@@ -113,8 +118,8 @@ def read_pooling(directory: Path) -> Pooling:
 
 
 def write_pooling(directory: Path, pooling: Pooling, hidden: int, max_length: int, source: Path) -> None:
-    """Make a saved encoder of size `hidden` a sentence-transformers model of at most `max_length` tokens; what `source`, the
-    model it came from, says of prompts and similarity is kept."""
+    """Make a saved encoder of size `hidden` a sentence-transformers model of at most `max_length` tokens; what
+    `source`, the model it came from, says of prompts and similarity is kept."""
     kinds = [("Transformer", ""), ("Pooling", _POOLING), *([("Normalize", _NORMALIZE)] if pooling.normalize else [])]
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}

@@ -1,4 +1,5 @@
-"""The tasks that a model can have: head, outputs, labels and metric of each, in one entry; everything else follows from it.
+"""The tasks that a model can have: head, outputs, labels and metric of each, in one entry; everything else follows from
+it.
 
 Read from ``config.json`` alone, so that a host without torch can use them.
 """
@@ -16,16 +17,16 @@ from nxm_export.storage.json_files import Json
 class Task:
     """One kind of head, and the one place that says what is particular about it.
 
-    `auto_class` is the transformers class, None for an encoder with a pooling behind it (`nxm_export.contract.pooling`), `outputs`
-    the graph outputs with their axes, `label` the kind of label that its
-    data has (`nxm_export.data.label_kinds.LABELS`), `metric` one of `nxm_export.data.metrics`. `output_kind` says what the first output means:
-    ``softmax`` over the last axis, ``sigmoid`` of every entry, ``identity``, ``vector`` for a row that means something only
-    as a whole, or ``span`` for two outputs, start and end, each with a softmax over the sequence; the distillation loss, the
-    search's divergence and the decisions that parity counts follow from it.
-    `problem_type` is transformers' word where several tasks share a class. `serves` names another task whose checkpoints have
-    the very head that this one needs. Without `own_loss`, distillation alone trains: labels are for the metric. `texts` says
-    how many texts a row of the model's input is: ``one``, ``two``, or ``any`` of both. `secondary_metrics` are given
-    with the task's own.
+    `auto_class` is the transformers class, None for an encoder with a pooling behind it
+    (`nxm_export.contract.pooling`), `outputs` the graph outputs with their axes, `label` the kind of label that its
+    data has (`nxm_export.data.label_kinds.LABELS`), `metric` one of `nxm_export.data.metrics`. `output_kind` says what
+    the first output means: ``softmax`` over the last axis, ``sigmoid`` of every entry, ``identity``, ``vector`` for a
+    row that means something only as a whole, or ``span`` for two outputs, start and end, each with a softmax over the
+    sequence; the distillation loss, the search's divergence and the decisions that parity counts follow from it.
+    `problem_type` is transformers' word where several tasks share a class. `serves` names another task whose
+    checkpoints have the very head that this one needs. Without `own_loss`, distillation alone trains: labels are for
+    the metric. `texts` says how many texts a row of the model's input is: ``one``, ``two``, or ``any`` of both.
+    `secondary_metrics` are given with the task's own.
     """
 
     name: str
@@ -53,43 +54,84 @@ TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task(
-            "classification", _SEQUENCE, "accuracy", {"logits": ("batch", "classes")}, "class", "softmax",
-            "single_label_classification", secondary_metrics=("f1", "mcc"),
+            "classification",
+            _SEQUENCE,
+            "accuracy",
+            {"logits": ("batch", "classes")},
+            "class",
+            "softmax",
+            "single_label_classification",
+            secondary_metrics=("f1", "mcc"),
         ),
         Task(
-            "regression", _SEQUENCE, "pearson", {"logits": ("batch", "scores")}, "score", "identity", "regression",
+            "regression",
+            _SEQUENCE,
+            "pearson",
+            {"logits": ("batch", "scores")},
+            "score",
+            "identity",
+            "regression",
             secondary_metrics=("spearman",),
         ),
         Task(
-            "multi-label", _SEQUENCE, "micro_f1", {"logits": ("batch", "labels")}, "classes", "sigmoid",
+            "multi-label",
+            _SEQUENCE,
+            "micro_f1",
+            {"logits": ("batch", "labels")},
+            "classes",
+            "sigmoid",
             "multi_label_classification",
         ),
         Task(
-            "token-classification", _TOKENS, "entity_f1", {"logits": ("batch", "sequence", "classes")}, "tags", "softmax",
+            "token-classification",
+            _TOKENS,
+            "entity_f1",
+            {"logits": ("batch", "sequence", "classes")},
+            "tags",
+            "softmax",
         ),
         Task(
-            "embedding", None, "cosine_spearman", {"embedding": ("batch", "hidden")}, "pair-score", "vector", own_loss=False,
+            "embedding",
+            None,
+            "cosine_spearman",
+            {"embedding": ("batch", "hidden")},
+            "pair-score",
+            "vector",
+            own_loss=False,
             texts="one",
         ),
-        # transformers has no word for ranking. Its loss for several labels, with one label, is the usual one of cross-encoders.
+        # transformers has no word for ranking. Its loss for several labels, with one label, is the usual one of
+        # cross-encoders.
         Task(
-            "reranking", _SEQUENCE, "ndcg_at_10", {"logits": ("batch", "scores")}, "relevance", "identity",
-            "multi_label_classification", serves="regression", texts="two",
+            "reranking",
+            _SEQUENCE,
+            "ndcg_at_10",
+            {"logits": ("batch", "scores")},
+            "relevance",
+            "identity",
+            "multi_label_classification",
+            serves="regression",
+            texts="two",
         ),
         Task(
-            "question-answering", "AutoModelForQuestionAnswering", "squad_f1",
-            {"start_logits": ("batch", "sequence"), "end_logits": ("batch", "sequence")}, "answers", "span", texts="two",
+            "question-answering",
+            "AutoModelForQuestionAnswering",
+            "squad_f1",
+            {"start_logits": ("batch", "sequence"), "end_logits": ("batch", "sequence")},
+            "answers",
+            "span",
+            texts="two",
             secondary_metrics=("exact_match",),
         ),
     )
-}  # fmt: skip
+}
 
 
 def labels_of(config: Mapping[str, Json]) -> tuple[str, ...]:
     """Class names of the head that a ``config.json`` describes, by index.
 
-    transformers leaves ``id2label`` out for two classes without names of their own. Raises `ArtifactError` when the field
-    is no map from 0, 1, 2, ... to names.
+    transformers leaves ``id2label`` out for two classes without names of their own. Raises `ArtifactError` when the
+    field is no map from 0, 1, 2, ... to names.
     """
     names = config.get("id2label")
     if names is None:
@@ -103,7 +145,8 @@ def labels_of(config: Mapping[str, Json]) -> tuple[str, ...]:
 def task_of(config: Mapping[str, Json]) -> str | None:
     """The task of the head in a ``config.json``, or None when it has no head of a supported kind.
 
-    A cross-encoder of others has one score and does not say what for: it counts as regression, which ``reranking`` serves, too.
+    A cross-encoder of others has one score and does not say what for: it counts as regression, which ``reranking``
+    serves, too.
     """
     architectures = config.get("architectures")
     architecture = str((architectures or [""])[0]) if isinstance(architectures, list) else ""

@@ -1,4 +1,5 @@
-"""``verify.json``: what `nxm verify` says about an ONNX file. No heavy imports, so that a host without onnx can read it."""
+"""``verify.json``: what `nxm verify` says about an ONNX file. No heavy imports, so that a host without onnx can read
+it."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ VERIFY_FILE = "verify.json"
 
 @dataclass(frozen=True)
 class WeightReport:
-    """One weight matrix. `pattern` is the tightest well-known N:M that the stored values follow along K, `zeros` the share
-    of weights that are zero."""
+    """One weight matrix. `pattern` is the tightest well-known N:M that the stored values follow along K, `zeros` the
+    share of weights that are zero."""
 
     name: str
     op: str
@@ -31,8 +32,8 @@ class WeightReport:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """All weights and the problems of the graph as a whole. `embedding` is the size (tokens, features) of a word-embedding
-    table that is stored in INT8."""
+    """All weights and the problems of the graph as a whole. `embedding` is the size (tokens, features) of a
+    word-embedding table that is stored in INT8."""
 
     file: str
     weights: tuple[WeightReport, ...]
@@ -65,7 +66,8 @@ class VerifyReport:
 
 
 def read_verify_report(file: Path) -> VerifyReport:
-    """Read a ``verify.json``; raises `ArtifactError`, also when it says ``passed`` and lists problems, or the reverse."""
+    """Read a ``verify.json``; raises `ArtifactError`, also when it says ``passed`` and lists problems, or the
+    reverse."""
     way_out = "export again"
     data = read_json(file, way_out)
     require_schema(data, SCHEMA, str(file), ArtifactError)

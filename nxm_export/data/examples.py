@@ -1,7 +1,7 @@
 """Task data: local files (`nxm_export.data.readers`) or a GLUE task from the hub, to token batches.
 
-A file is read once into `Examples` (texts and labels, in file order), with every complaint naming the file and line. A label
-counts without the spaces around it, and a whole number is the same class however it is written (1 and 1.0).
+A file is read once into `Examples` (texts and labels, in file order), with every complaint naming the file and line. A
+label counts without the spaces around it, and a whole number is the same class however it is written (1 and 1.0).
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from nxm_export.data.readers import FORMATS, read_rows
 from nxm_export.errors import ArtifactError, DataError
 
-Features = Mapping[str, Any]  # token lists by input name, and of `BESIDE_INPUTS` what there is
-BESIDE_INPUTS = (
-    "labels",
-    "group",
-    "span",
-)  # of a sample: its label, the number of the group that it is scored with, its answer's place
-Cell = Callable[[Mapping[str, Any], str, str], Any]  # row, column and place to what the cell holds
+DataRow = Mapping[str, object]  # of a data file: cells by column
+Cell = Callable[[DataRow, str, str], "RawLabel"]  # row, column and place to what the cell holds
+# A label as the file has it: text, several texts, or answers (text and where it begins); None where the file has none.
+RawLabel = str | tuple[str, ...] | tuple[tuple[str, int], ...] | None
+# A label as a number: class, score, a row of 0 and 1 or of shares, tags by token; answers stay as they are.
+Label = int | float | list[int] | list[float] | tuple[tuple[str, int], ...]
+Features = Mapping[str, Any]  # of one sample: token lists by input name, and of `ANNOTATIONS` what there is
+ANNOTATIONS = ("labels", "group", "span")  # its label, the number of the group it is scored with, its answer's place
 
 # The usual columns of text and second text, in order of preference: GLUE's own, then what else is common.
 TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (
@@ -59,20 +60,22 @@ class Columns:
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts (with a second text each, for pair tasks) and labels: class indices, floats for regression, a row of 0 and 1
-    for several classes. With `per_token` a label is the list of class indices of the text's tokens, which one space separates.
+    """Texts (with a second text each, for pair tasks) and labels: class indices, floats for regression, a row of 0 and
+    1 for several classes. With `per_token` a label is the list of class indices of the text's tokens, which one space
+    separates.
 
-    `groups` are numbers of what is scored together, such as the candidates of one query; None where every example is scored
-    by itself. No part of the examples ever splits a group. `encoder` makes samples of them in a way of its own, with the
-    parameters of `encode`: that of questions makes several of one example (see `nxm_export.data.question_answering`)."""
+    `groups` are numbers of what is scored together, such as the candidates of one query; None where every example is
+    scored by itself. No part of the examples ever splits a group. `encoder` makes samples of them in a way of its own,
+    with the parameters of `encode`: that of questions makes several of one example (see
+    `nxm_export.data.question_answering`)."""
 
     texts: list[str]
     pairs: list[str] | None
-    labels: list[Any]
+    labels: Sequence[Label]
     source: str
     per_token: bool = False
     groups: list[int] | None = None
-    encoder: Callable[[Any, Examples, int, Sequence[str]], list[Features]] | None = None
+    encoder: Callable[[Tokenizer, Examples, int, Sequence[str]], list[Features]] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -80,8 +83,8 @@ class Examples:
     def subset(self, indices: Sequence[int]) -> Examples:
         """The examples at `indices`, in that order; `DataError` where that would split a group."""
         if self.groups is not None:
-            whole, kept = Counter(self.groups), Counter(self.groups[i] for i in indices)
-            split = [group for group in kept if kept[group] != whole[group]]
+            whole, part = Counter(self.groups), Counter(self.groups[i] for i in indices)
+            split = [group for group in part if part[group] != whole[group]]
             if split:
                 raise DataError(
                     f"{self.source}: a part of it would split group {min(split)}, which is scored as a whole"
@@ -96,7 +99,8 @@ class Examples:
         )
 
     def split(self, held_out: int, seed: int) -> tuple[Examples, Examples]:
-        """(rest, held-out slice), shuffled by `seed`; the slice has `held_out` examples, and the rest of its last group."""
+        """(rest, held-out slice), shuffled by `seed`; the slice has `held_out` examples, and the rest of its last
+        group."""
         units = members(self.groups, len(self))
         order, slice_ = random.Random(seed).sample(range(len(units)), len(units)), list[int]()
         while order and len(slice_) < held_out:
@@ -104,7 +108,8 @@ class Examples:
         return self.subset([i for unit in order for i in units[unit]]), self.subset(sorted(slice_))
 
     def sample(self, count: int, seed: int) -> Examples:
-        """At most `count` examples (whole groups), drawn by `seed`, in file order; `DataError` where no group is that small."""
+        """At most `count` examples (whole groups), drawn by `seed`, in file order; `DataError` where no group is that
+        small."""
         if count >= len(self):
             return self
         if self.groups is None:
@@ -123,7 +128,7 @@ class RawExamples:
 
     texts: list[str]
     pairs: list[str] | None
-    labels: list[Any]
+    labels: Sequence[RawLabel]
     places: list[str]
     source: str
 
@@ -133,15 +138,16 @@ def load_raw(
     split: str,
     columns: Columns = Columns(),
     *,
-    text: Cell | None = None,
+    text: Callable[[DataRow, str, str], str] | None = None,
     label: Cell | None = None,
     per_token: bool = False,
     unlabelled: bool = False,
 ) -> RawExamples:
     """Read a data file, or the `split` (train or dev) of a GLUE task name; raises `DataError`.
 
-    `text` and `label` read a cell (row, column, place), by default as text; with `per_token` the usual columns are those of
-    texts that are split into tokens, and with `unlabelled` a file need not have labels. See `nxm_export.data.label_kinds.load_labelled` for the data of a task.
+    `text` and `label` read a cell (row, column, place), by default as text; with `per_token` the usual columns are
+    those of texts that are split into tokens, and with `unlabelled` a file need not have labels. See
+    `nxm_export.data.label_kinds.load_labelled` for the data of a task.
     """
     read_text, read_label = text or text_of, label or label_text
     path = Path(source)
@@ -173,35 +179,44 @@ def load_raw(
 
 def class_names(train: RawExamples) -> list[str]:
     """The class labels of a training file, sorted (numerically when all are integers); at least two."""
-    found = sorted(set(train.labels), key=lambda label: (0, int(label), label) if _is_integer(label) else (1, 0, label))
-    if len(found) < 2:
+    texts = {_one_text(label) for label in train.labels}
+    names = sorted(texts, key=lambda label: (0, int(label), label) if _is_integer(label) else (1, 0, label))
+    if len(names) < 2:
         raise DataError(
-            f"{train.source}: only one class, {found[0]!r}; a classifier needs at least two. Is --label the right column?"
+            f"{train.source}: only one class, {names[0]!r}; a classifier needs at least two. Is --label the right "
+            "column?"
         )
-    if len(found) > max(100, len(train.labels) // 4):
+    if len(names) > max(100, len(train.labels) // 4):
         raise DataError(
-            f"{train.source}: {len(found)} different labels in {len(train.labels)} rows; is this a regression (--task regression)?"
+            f"{train.source}: {len(names)} different labels in {len(train.labels)} rows; is this a regression (--task "
+            "regression)?"
         )
-    return found
+    return names
 
 
 def with_classes(raw: RawExamples, classes: Sequence[str]) -> Examples:
     """Turn label texts into class indices; a label outside `classes` is a `DataError` with its line."""
     index = {name: i for i, name in enumerate(classes)}
     labels = []
-    for label, place in zip(raw.labels, raw.places, strict=True):
+    for label, place in zip(map(_one_text, raw.labels), raw.places, strict=True):
         if label not in index:
             raise DataError(
-                f"{place}: label {label!r} is none of the model's classes {list(classes)[:10]}; fix the row, or retrain with these labels"
+                f"{place}: label {label!r} is none of the model's classes {list(classes)[:10]}; fix the row, or "
+                "retrain with these labels"
             )
         labels.append(index[label])
     return Examples(raw.texts, raw.pairs, labels, raw.source)
 
 
 def with_scores(raw: RawExamples) -> Examples:
-    """Turn label texts into regression scores; anything that is not a finite number is a `DataError` with its line."""
-    labels = []
-    for label, place in zip(raw.labels, raw.places, strict=True):
+    """The examples with `scores_of` them."""
+    return Examples(raw.texts, raw.pairs, scores_of(raw), raw.source)
+
+
+def scores_of(raw: RawExamples) -> list[float]:
+    """Label texts as regression scores; anything that is not a finite number is a `DataError` with its line."""
+    scores = []
+    for label, place in zip(map(_one_text, raw.labels), raw.places, strict=True):
         try:
             score = float(label)
         except ValueError as error:
@@ -210,25 +225,84 @@ def with_scores(raw: RawExamples) -> Examples:
             ) from error
         if not math.isfinite(score):
             raise DataError(f"{place}: label {label!r} is not a finite number; fix the row")
-        labels.append(score)
-    return Examples(raw.texts, raw.pairs, labels, raw.source)
+        scores.append(score)
+    return scores
 
 
-def load_tokenizer(directory: Path) -> Any:
+def _one_text(label: RawLabel) -> str:
+    """A label that is one text, as `label_text` reads it."""
+    assert isinstance(label, str)
+    return label
+
+
+class Encoding(Protocol):
+    """What `tokenizers` makes of one text, or of a pair of texts: lists with an entry for every token."""
+
+    @property
+    def ids(self) -> list[int]:
+        """Numbers of the tokens."""
+
+    @property
+    def attention_mask(self) -> list[int]:
+        """1 for a token, 0 for padding."""
+
+    @property
+    def type_ids(self) -> list[int]:
+        """0 for tokens of the first text, 1 for those of the second."""
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]:
+        """Character ranges in the token's own text."""
+
+    @property
+    def sequence_ids(self) -> list[int | None]:
+        """Which text a token belongs to; None for special tokens."""
+
+    @property
+    def overflowing(self) -> Sequence[Encoding]:
+        """The encodings of what a truncation left over."""
+
+
+class Tokenizer(Protocol):
+    """What is used of a `tokenizers.Tokenizer`."""
+
+    def num_special_tokens_to_add(self, is_pair: bool) -> int:
+        """How many special tokens a text, or a pair of texts, gets."""
+
+    def no_padding(self) -> None:
+        """Make encodings as long as their texts."""
+
+    def no_truncation(self) -> None:
+        """Keep every token."""
+
+    def enable_truncation(self, max_length: int, *, stride: int = 0, strategy: str = "longest_first") -> None:
+        """Cut encodings at `max_length` tokens; what overflows shares `stride` tokens with what went before."""
+
+    def encode(self, sequence: str, pair: str | None = None) -> Encoding:
+        """The encoding of a text, or of a pair of texts."""
+
+    def encode_batch(
+        self, input: Sequence[str | tuple[str, str]], *, add_special_tokens: bool = True
+    ) -> Sequence[Encoding]:
+        """The encodings of texts, or of pairs of texts."""
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
     """The `tokenizers.Tokenizer` of a checkpoint, graph or engine directory; raises `ArtifactError`."""
     file = directory / "tokenizer.json"
     if not file.is_file():
         raise ArtifactError(f"{file} is missing; copy it from the model, or save its fast tokenizer there")
-    from tokenizers import Tokenizer
+    import tokenizers
 
     try:
-        return Tokenizer.from_file(str(file))
+        return cast("Tokenizer", tokenizers.Tokenizer.from_file(str(file)))
     except Exception as error:  # the tokenizers library raises plain Exception
         raise ArtifactError(f"{file}: not a readable tokenizer ({error})") from error
 
 
-def encode(tokenizer: Any, examples: Examples, max_length: int, inputs: Sequence[str]) -> list[Features]:
-    """Token features per example (per window of one, for questions), not padded: those of `inputs`, ``labels``, and ``group`` where examples have one.
+def encode(tokenizer: Tokenizer, examples: Examples, max_length: int, inputs: Sequence[str]) -> list[Features]:
+    """Token features per example (per window of one, for questions), not padded: those of `inputs`, ``labels``, and
+    ``group`` where examples have one.
 
     `tokenizer` is a `tokenizers.Tokenizer`: training and serving go through the same code. Raises `DataError` when
     `max_length` tokens have no room for text.
@@ -242,13 +316,14 @@ def encode(tokenizer: Any, examples: Examples, max_length: int, inputs: Sequence
         )
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
-    rows: Any = examples.texts if examples.pairs is None else list(zip(examples.texts, examples.pairs, strict=True))
     names = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-    encodings = tokenizer.encode_batch(rows)
+    encodings = tokenizer.encode_batch(
+        examples.texts if examples.pairs is None else list(zip(examples.texts, examples.pairs, strict=True))
+    )
     made: list[Features] = [
         {
             **{name: getattr(encoding, names[name]) for name in inputs},
-            "labels": _first_pieces(encoding.offsets, text, label) if examples.per_token else label,
+            "labels": _first_pieces(encoding.offsets, text, cast("list[int]", label)) if examples.per_token else label,
         }
         for encoding, text, label in zip(encodings, examples.texts, examples.labels, strict=True)
     ]
@@ -260,8 +335,8 @@ def encode(tokenizer: Any, examples: Examples, max_length: int, inputs: Sequence
 def _first_pieces(offsets: Sequence[tuple[int, int]], text: str, tags: Sequence[int]) -> list[int]:
     """A label for every piece that the tokenizer made: the tag where a token of the text begins, `NO_LABEL` elsewhere.
 
-    `offsets` are the pieces' character ranges in `text`, (0, 0) for special tokens. Some tokenizers count the space before
-    a token to it, so the first character that is no space decides.
+    `offsets` are the pieces' character ranges in `text`, (0, 0) for special tokens. Some tokenizers count the space
+    before a token to it, so the first character that is no space decides.
     """
     token_at, token = [], 0
     for character in text:
@@ -279,13 +354,14 @@ def _first_pieces(offsets: Sequence[tuple[int, int]], text: str, tags: Sequence[
 
 
 def members(groups: Iterable[int] | None, samples: int) -> list[list[int]]:
-    """The indices of the samples of each group, in order of its first; without groups every sample is one of its own."""
+    """The indices of the samples of each group, in order of its first; without groups every sample is one of its
+    own."""
     if groups is None:
         return [[i] for i in range(samples)]
-    found: dict[int, list[int]] = {}
+    indices: dict[int, list[int]] = {}
     for i, group in enumerate(groups):
-        found.setdefault(int(group), []).append(i)
-    return list(found.values())
+        indices.setdefault(int(group), []).append(i)
+    return list(indices.values())
 
 
 def group_array(features: Sequence[Features]) -> np.ndarray | None:
@@ -293,7 +369,7 @@ def group_array(features: Sequence[Features]) -> np.ndarray | None:
     return np.array([sample["group"] for sample in features], np.int64) if "group" in features[0] else None
 
 
-def cut(features: Sequence[Features], count: int, seed: int) -> tuple[list[int], list[int]]:
+def split_indices(features: Sequence[Features], count: int, seed: int) -> tuple[list[int], list[int]]:
     """Indices in an order drawn by `seed`: (`count` of them and the rest of their last group, all others)."""
     units = members(group_array(features), len(features)) if features else []
     order, picked = list(np.random.default_rng(seed).permutation(len(units))), list[int]()
@@ -302,14 +378,14 @@ def cut(features: Sequence[Features], count: int, seed: int) -> tuple[list[int],
     return picked, [i for unit in order for i in units[unit]]
 
 
-def inputs_of(sample: Features) -> dict[str, Any]:
+def inputs_of(sample: Features) -> dict[str, list[int]]:
     """What a model reads of a sample."""
-    return {name: value for name, value in sample.items() if name not in BESIDE_INPUTS}
+    return {name: value for name, value in sample.items() if name not in ANNOTATIONS}
 
 
 def label_array(features: Sequence[Features]) -> np.ndarray:
-    """The labels of samples in one array (samples, ...); those of tokens are filled up with `NO_LABEL`, and texts are bytes
-    filled up with 0."""
+    """The labels of samples in one array (samples, ...); those of tokens are filled up with `NO_LABEL`, and texts are
+    bytes filled up with 0."""
     if isinstance(features[0]["labels"], str):
         return filled([np.frombuffer(sample["labels"].encode(), np.uint8) for sample in features], 0)
     return filled([np.asarray(sample["labels"]) for sample in features], NO_LABEL)
@@ -376,7 +452,7 @@ def _require_column(name: str, names: list[str], path: Path) -> None:
         raise DataError(f"{path}: no column {name!r}; it has {', '.join(names)}")
 
 
-def text_of(row: Mapping[str, Any], column: str, place: str) -> str:
+def text_of(row: DataRow, column: str, place: str) -> str:
     """A cell that holds text; raises `DataError`."""
     value = value_of(row, column, place)
     if not isinstance(value, str):
@@ -390,7 +466,7 @@ def text_of(row: Mapping[str, Any], column: str, place: str) -> str:
     return value
 
 
-def label_text(row: Mapping[str, Any], column: str, place: str) -> str:
+def label_text(row: DataRow, column: str, place: str) -> str:
     """The label as text; whole numbers without the point that some tools write."""
     value = value_of(row, column, place)
     if not isinstance(value, (str, int, float)):
@@ -405,7 +481,7 @@ def label_text(row: Mapping[str, Any], column: str, place: str) -> str:
     return text
 
 
-def value_of(row: Mapping[str, Any], column: str, place: str) -> Any:
+def value_of(row: DataRow, column: str, place: str) -> object:
     """What a cell holds; a missing one is a `DataError`."""
     if row.get(column) is None:
         raise DataError(f"{place}: column {column!r} is missing in this row; every row needs it")

@@ -1,13 +1,14 @@
 """Extractive question answering: questions about a text, read from files, cut into windows, answered and scored.
 
-A question with a long context becomes several samples: windows of tokens that overlap, each with the whole question. They
-are one group: the answer to the question is the best span over all of its windows, and it is scored once. What the score
-needs (the window's text, where its tokens lie in it, the gold answers) travels with each sample as its label, packed into
-one string, so that any runtime's logits can be scored.
+A question with a long context becomes several samples: windows of tokens that overlap, each with the whole question.
+They are one group: the answer to the question is the best span over all of its windows, and it is scored once. What the
+score needs (the window's text, where its tokens lie in it, the gold answers) travels with each sample as its label,
+packed into one string, so that any runtime's logits can be scored.
 
-Exact match and F1 are those of SQuAD 1.1 (Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text",
-EMNLP 2016, and the evaluation script published with it): answers are compared without case, punctuation, articles and
-surplus white space, and the best of the gold answers counts. Questions without an answer (SQuAD 2.0) are refused.
+Exact match and F1 are those of SQuAD 1.1 (Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of
+Text", EMNLP 2016, and the evaluation script published with it): answers are compared without case, punctuation,
+articles and surplus white space, and the best of the gold answers counts. Questions without an answer (SQuAD 2.0) are
+refused.
 """
 
 from __future__ import annotations
@@ -21,11 +22,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 
-from nxm_export.data.examples import Columns, Examples, Features, RawExamples, members, text_of
+from nxm_export.data.examples import (
+    Columns,
+    DataRow,
+    Encoding,
+    Examples,
+    Features,
+    RawExamples,
+    Tokenizer,
+    members,
+    text_of,
+)
 from nxm_export.data.readers import read_rows
 from nxm_export.errors import DataError
 
@@ -41,15 +52,15 @@ Answer = tuple[str, int]  # its text, and the character of the context at which 
 def load_questions(source: str, columns: Columns) -> RawExamples:
     """Questions (texts), contexts (pairs) and gold answers (labels: tuples of `Answer`) of a file; raises `DataError`.
 
-    The file is SQuAD's own JSON, or has a row for every question: its text, the context, and ``answers`` (``{"text": [...],
-    "answer_start": [...]}``, or a list of such with one answer each) or ``answer`` and ``answer_start``.
+    The file is SQuAD's own JSON, or has a row for every question: its text, the context, and ``answers`` (``{"text":
+    [...], "answer_start": [...]}``, or a list of such with one answer each) or ``answer`` and ``answer_start``.
     """
     path = Path(source)
     if not path.is_file():
         raise DataError(f"{source}: no such file; give SQuAD's JSON, or a row for every question (docs/tasks.md)")
     rows = _squad_rows(path) if path.suffix.lower() == ".json" else None
     if rows is None:
-        rows = [_row(row, columns, place) for place, row in read_rows(path)]
+        rows = [_question_in(row, columns, place) for place, row in read_rows(path)]
     if not rows:
         raise DataError(f"{path}: no questions in it; the file is empty or has only a header")
     for place, question, context, answers in rows:
@@ -63,10 +74,10 @@ def load_questions(source: str, columns: Columns) -> RawExamples:
     )
 
 
-_Row = tuple[str, str, str, tuple[Answer, ...]]  # place, question, context, answers
+_Question = tuple[str, str, str, tuple[Answer, ...]]  # place, question, context, answers
 
 
-def _squad_rows(path: Path) -> list[_Row] | None:
+def _squad_rows(path: Path) -> list[_Question] | None:
     """The questions of SQuAD's JSON; None for a file that is JSON lines."""
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -74,7 +85,7 @@ def _squad_rows(path: Path) -> list[_Row] | None:
         return None  # read as lines, which names the line
     if not isinstance(data, dict) or "data" not in data:
         return None
-    found = []
+    questions = []
     try:
         for a, article in enumerate(data["data"]):
             for p, paragraph in enumerate(article["paragraphs"]):
@@ -82,15 +93,16 @@ def _squad_rows(path: Path) -> list[_Row] | None:
                     place = f"{path}: data[{a}].paragraphs[{p}].qas[{q}]"
                     answers = answers_of({**entry, "answers": entry.get("answers", [])}, "answers", place)
                     texts = (text_of(entry, "question", place), text_of(paragraph, "context", place))
-                    found.append((place, *texts, answers))
+                    questions.append((place, *texts, answers))
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path}: not SQuAD's JSON ({error!r}); it has data, paragraphs (context, qas), and question and answers in each"
+            f"{path}: not SQuAD's JSON ({error!r}); it has data, paragraphs (context, qas), and question and answers "
+            "in each"
         ) from error
-    return found
+    return questions
 
 
-def _row(row: Mapping[str, Any], columns: Columns, place: str) -> _Row:
+def _question_in(row: DataRow, columns: Columns, place: str) -> _Question:
     label = columns.label or ("answers" if "answers" in row else "answer")
     question, context = columns.text or "question", columns.pair or "context"
     for column, flag in ((question, "--text"), (context, "--text-pair"), (label, "--label")):
@@ -99,7 +111,7 @@ def _row(row: Mapping[str, Any], columns: Columns, place: str) -> _Row:
     return place, text_of(row, question, place), text_of(row, context, place), answers_of(row, label, place)
 
 
-def answers_of(row: Mapping[str, Any], column: str, place: str) -> tuple[Answer, ...]:
+def answers_of(row: DataRow, column: str, place: str) -> tuple[Answer, ...]:
     """The gold answers of a row, as any of the usual ways has them; raises `DataError`."""
     value = row.get(column)
     if isinstance(value, str) and value.strip()[:1] in ("{", "[") and row.get("answer_start") is None:
@@ -118,12 +130,13 @@ def answers_of(row: Mapping[str, Any], column: str, place: str) -> tuple[Answer,
         raise DataError(f"{place}: column {column!r} holds {value!r}, which is no answer with its answer_start")
     if not value or row.get("is_impossible"):
         raise DataError(
-            f"{place}: a question without an answer; SQuAD 2.0 is not supported: leave such questions out, or use SQuAD 1.1"
+            f"{place}: a question without an answer; SQuAD 2.0 is not supported: leave such questions out, or use "
+            "SQuAD 1.1"
         )
     return tuple((text_of(answer, "text", place), _start(answer.get("answer_start"), place)) for answer in value)
 
 
-def _start(value: Any, place: str) -> int:
+def _start(value: object, place: str) -> int:
     text = str(value).strip()
     if isinstance(value, bool) or not (text.isascii() and text.isdecimal()):
         raise DataError(
@@ -172,20 +185,20 @@ class Window:
 
 
 def windows(
-    tokenizer: Any, examples: Examples, max_length: int, inputs: Sequence[str], overlap: int | None = None
+    tokenizer: Tokenizer, examples: Examples, max_length: int, inputs: Sequence[str], overlap: int | None = None
 ) -> list[Features]:
-    """Samples of at most `max_length` tokens for all questions: those of `inputs`, ``labels`` (a packed `Window`), ``span``
-    (start and end position of the first gold answer, `NO_ANSWER` where the window does not hold it) and ``group`` (the
-    number of the question).
+    """Samples of at most `max_length` tokens for all questions: those of `inputs`, ``labels`` (a packed `Window`),
+    ``span`` (start and end position of the first gold answer, `NO_ANSWER` where the window does not hold it) and
+    ``group`` (the number of the question).
 
-    `overlap` is how many tokens of context two windows of a question share, by default `OVERLAP`, but at most half of what
-    they hold. Raises `DataError` for a question that leaves no room, and for an `overlap` that leaves nothing new.
+    `overlap` is how many tokens of context two windows of a question share, by default `OVERLAP`, but at most half of
+    what they hold. Raises `DataError` for a question that leaves no room, and for an `overlap` that leaves nothing new.
     """
     special, made = tokenizer.num_special_tokens_to_add(True), list[Features]()
     tokenizer.no_padding()
     tokenizer.no_truncation()
     assert examples.pairs is not None
-    lengths = [len(found.ids) for found in tokenizer.encode_batch(examples.texts, add_special_tokens=False)]
+    lengths = [len(encoding.ids) for encoding in tokenizer.encode_batch(examples.texts, add_special_tokens=False)]
     for number, (question, context, length) in enumerate(zip(examples.texts, examples.pairs, lengths, strict=True)):
         place = f"{examples.source}: question {number + 1} ({question[:40]!r})"
         room = max_length - special - length
@@ -203,12 +216,13 @@ def windows(
         tokenizer.enable_truncation(max_length, stride=shared, strategy="only_second")
         whole = tokenizer.encode(question, context)
         for encoding in (whole, *whole.overflowing):
-            made.append(_sample(encoding, context, examples.labels[number], inputs, number, place))
+            answers = cast("tuple[Answer, ...]", examples.labels[number])
+            made.append(_sample(encoding, context, answers, inputs, number, place))
     return made
 
 
 def _sample(
-    encoding: Any, context: str, answers: Sequence[Answer], inputs: Sequence[str], number: int, place: str
+    encoding: Encoding, context: str, answers: Sequence[Answer], inputs: Sequence[str], number: int, place: str
 ) -> Features:
     names = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
     at = [i for i, sequence in enumerate(encoding.sequence_ids) if sequence == 1]
@@ -241,8 +255,8 @@ def _span(offsets: Sequence[tuple[int, int]], first: int, answer: Answer) -> lis
 
 
 def best_span(logits: np.ndarray, window: Window, longest: int = MAX_ANSWER) -> tuple[float, int, int]:
-    """(score, start, end) of the span of context tokens with the highest sum of start and end logit (sequence, 2); at most
-    `longest` tokens. A question token or padding is never part of it."""
+    """(score, start, end) of the span of context tokens with the highest sum of start and end logit (sequence, 2); at
+    most `longest` tokens. A question token or padding is never part of it."""
     count = len(window.starts)
     starts, ends = logits[window.first : window.first + count].T.astype(np.float64)
     padded = np.concatenate([ends, np.full(longest - 1, -np.inf)])
@@ -256,15 +270,16 @@ def answer_scores(
 ) -> np.ndarray:
     """(questions, 2): exact match and F1 of every question's best span over its windows.
 
-    Logits are (windows, sequence, 2), start and end; labels packed windows (see `Window.unpack`), groups their questions.
+    Logits are (windows, sequence, 2), start and end; labels packed windows (see `Window.unpack`), groups their
+    questions.
     """
     rows = []
     for unit in members(groups, len(labels)):
-        found = [Window.unpack(labels[i]) for i in unit]
-        spans = [best_span(logits[i], window) for i, window in zip(unit, found, strict=True)]
+        windows_of = [Window.unpack(labels[i]) for i in unit]
+        spans = [best_span(logits[i], window) for i, window in zip(unit, windows_of, strict=True)]
         best = max(range(len(unit)), key=lambda at: spans[at][0])
-        predicted, wanted = found[best].answer(*spans[best][1:]), found[best].answers
-        rows.append((max(exact(predicted, gold) for gold in wanted), max(f1(predicted, gold) for gold in wanted)))
+        predicted, answers = windows_of[best].answer(*spans[best][1:]), windows_of[best].answers
+        rows.append((max(exact(predicted, gold) for gold in answers), max(f1(predicted, gold) for gold in answers)))
     return np.array(rows, np.float64)
 
 

@@ -10,14 +10,13 @@ import csv
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from nxm_export.errors import DataError
 
 FORMATS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".conll")
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
     """(place, row) of a data file; the place is ``file:line``. Raises `DataError`."""
     suffix = path.suffix.lower()
     try:
@@ -29,11 +28,11 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if suffix in (".jsonl", ".json"):
                 yield from _json_rows(path, stream)
             elif suffix == ".tsv":
-                yield from _table_rows(path, _tsv_lines(stream))
+                yield from _delimited_rows(path, _tsv_lines(stream))
             elif suffix == ".conll":
                 yield from _conll_rows(path, stream)
             elif suffix == ".csv":
-                yield from _table_rows(path, _csv_lines(path, stream))
+                yield from _delimited_rows(path, _csv_lines(path, stream))
             else:
                 raise DataError(f"{path}: unknown format {suffix or 'without suffix'}; use {', '.join(FORMATS)}")
     except UnicodeDecodeError as error:
@@ -67,7 +66,7 @@ def _csv_lines(path: Path, stream: Iterable[str]) -> Iterator[tuple[int, list[st
         raise DataError(f"{path}:{reader.line_num}: malformed line ({error})") from error
 
 
-def _table_rows(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _delimited_rows(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Iterator[tuple[str, dict[str, object]]]:
     _, first = next(lines, (0, []))
     header = [name.strip() for name in first]
     if not any(header):
@@ -85,7 +84,7 @@ def _table_rows(path: Path, lines: Iterator[tuple[int, list[str]]]) -> Iterator[
         yield f"{path}:{number}", dict(zip(header, row, strict=True))
 
 
-def _json_rows(path: Path, stream: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_rows(path: Path, stream: Iterable[str]) -> Iterator[tuple[str, dict[str, object]]]:
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
@@ -98,7 +97,7 @@ def _json_rows(path: Path, stream: Iterable[str]) -> Iterator[tuple[str, dict[st
         yield f"{path}:{number}", row
 
 
-def _conll_rows(path: Path, stream: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _conll_rows(path: Path, stream: Iterable[str]) -> Iterator[tuple[str, dict[str, object]]]:
     """Sentences of a CoNLL file: a token a line, its tag in the last column, an empty line between sentences."""
     tokens: list[str] = []
     tags: list[str] = []
@@ -116,7 +115,7 @@ def _conll_rows(path: Path, stream: Iterable[str]) -> Iterator[tuple[str, dict[s
             tokens, tags = [], []
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:

@@ -1,4 +1,5 @@
-"""A plan goes into a traced graph: folded weights, and a quantize/dequantize pair on every tensor that it has in INT8."""
+"""A plan goes into a traced graph: folded weights, and a quantize/dequantize pair on every tensor that it has in
+INT8."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ def quantize(
     """Put `plan` into the traced `model`, from the codes and scales of `checkpoint`; weights are `stored` as the target
     wants.
 
-    Returns the largest relative change of a scale by rounding it to `dtype`. Raises `ExportError` for a scale that does not
-    fit `dtype`, and for a graph that computes attention in another way than this function knows.
+    Returns the largest relative change of a scale by rounding it to `dtype`. Raises `ExportError` for a scale that does
+    not fit `dtype`, and for a graph that computes attention in another way than this function knows.
     """
     family, graph = checkpoint.family, model.graph
     scales = _Scales(checkpoint, numpy_dtype(dtype))

@@ -1,12 +1,12 @@
 """A checkpoint directory becomes ``model.onnx``: trace, restore meaning by name, put in the quantizers, tidy, verify.
 
-Targets (`TARGETS`): ``cpu`` is a float32 graph at opset 20, ``trt`` a float16 (or bfloat16) one at opset 21 for strongly
-typed TensorRT (10 and later, and RTX), ``trt8`` a float32 one at opset 17 for the weakly typed TensorRT 8.6, whose parser
-takes weights in float with their own QuantizeLinear. All hold symmetric INT8 pairs with zero point 0. A directory without a
-plan gives the float graph: the baseline that a compressed engine is compared with.
+Targets (`TARGETS`): ``cpu`` is a float32 graph at opset 20, ``trt`` a float16 (or bfloat16) one at opset 21 for
+strongly typed TensorRT (10 and later, and RTX), ``trt8`` a float32 one at opset 17 for the weakly typed TensorRT 8.6,
+whose parser takes weights in float with their own QuantizeLinear. All hold symmetric INT8 pairs with zero point 0. A
+directory without a plan gives the float graph: the baseline that a compressed engine is compared with.
 
-The attention mask is one finite additive constant, made from the mask input inside the graph: -inf or the smallest float
-turns into NaN in half precision as soon as a row is all padding.
+The attention mask is one finite additive constant, made from the mask input inside the graph: -inf or the smallest
+float turns into NaN in half precision as soon as a row is all padding.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ METADATA_SCHEMA = "nxm-onnx/2"
 
 @dataclass(frozen=True)
 class GraphTarget:
-    """What a graph is made for: float dtype of the graph, opset, how weights are stored, which quantizers stay (None: all
-    that were trained), and how an embedding table that is planned INT8 is stored."""
+    """What a graph is made for: float dtype of the graph, opset, how weights are stored, which quantizers stay (None:
+    all that were trained), and how an embedding table that is planned INT8 is stored."""
 
     name: str
     dtype: str
@@ -72,8 +72,8 @@ class GraphTarget:
 
 
 TARGETS = {
-    # At opset 21 ONNX Runtime 1.32 cannot load the plain file: it moves pairs through reshapes with output_dtype INT8, then
-    # makes their zero points UINT8. Below 20 there is no Gelu.
+    # At opset 21 ONNX Runtime 1.32 cannot load the plain file: it moves pairs through reshapes with output_dtype INT8,
+    # then makes their zero points UINT8. Below 20 there is no Gelu.
     "cpu": GraphTarget("cpu", "float32", 20, "inputs", embedding="int8"),
     "trt": GraphTarget("trt", "float16", 21, None),
     "trt8": GraphTarget("trt8", "float32", 17, None, stored="float"),
@@ -105,13 +105,13 @@ def export(
 ) -> Exported:
     """Write ``model.onnx``, ``verify.json``, ``spec.json`` and the tokenizer to `out`, from a checkpoint directory.
 
-    The keywords are the options of ``nxm export``, one each. `dtype` (float32, float16, bfloat16) and `placement` (one of
-    `GRAPH_PLACEMENTS`) override the target's; a placement can only drop quantizers that the plan trained, never add some.
-    An embedding table that is planned INT8 is stored so by target ``cpu``; the others store the same values in float, and
-    their graph's plan says float. `lowering` is one of `LOWERINGS`. `precision_overrides` computes LayerNorm and softmax in
-    another float dtype than the graph's. `max_length` (tokens) lowers the longest input that the graph is meant for; INT8
-    attention, where trained, is exported up to 512 tokens and runs in float above.
-    Raises `ExportError`, `ArtifactError`, `PlanError`; a graph that breaks its plan is never written.
+    The keywords are the options of ``nxm export``, one each. `dtype` (float32, float16, bfloat16) and `placement` (one
+    of `GRAPH_PLACEMENTS`) override the target's; a placement can only drop quantizers that the plan trained, never add
+    some. An embedding table that is planned INT8 is stored so by target ``cpu``; the others store the same values in
+    float, and their graph's plan says float. `lowering` is one of `LOWERINGS`. `precision_overrides` computes LayerNorm
+    and softmax in another float dtype than the graph's. `max_length` (tokens) lowers the longest input that the graph
+    is meant for; INT8 attention, where trained, is exported up to 512 tokens and runs in float above. Raises
+    `ExportError`, `ArtifactError`, `PlanError`; a graph that breaks its plan is never written.
     """
     path, out = Path(checkpoint), Path(out)
     require_replaceable(out)
@@ -177,7 +177,7 @@ class _GraphSettings:
 def _made(opened: _OpenedModel, settings: _GraphSettings) -> tuple[ir.Model, float]:
     """The finished graph with its metadata, and the largest relative change of a scale by its dtype."""
     plan, checkpoint, dtype = settings.plan, opened.checkpoint, settings.dtype
-    model = _trace(opened, dtype, max(settings.target.opset, 18))
+    model = _trace(opened.path, opened.task, opened.family, dtype, max(settings.target.opset, 18))
     matrices = opened.family.weights(opened.config)
     int8_embedding = [opened.family.word_embedding] if plan and plan.embedding == "int8" else []
     _require_same_weights(model, opened.path, [*matrices, *int8_embedding], dtype)
@@ -252,11 +252,10 @@ def _task_of(path: Path, config: Mapping[str, Json]) -> str:
     return task
 
 
-def _trace(opened: _OpenedModel, dtype: str, opset: int) -> ir.Model:
+def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> ir.Model:
     """The float graph, not yet optimized, its initializers under the parameters' own names."""
     import torch
 
-    family, task = opened.family, opened.task
     floats = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if dtype not in floats:
         raise ExportError(f"unknown dtype {dtype!r}; choose one of {', '.join(floats)}")
@@ -275,10 +274,10 @@ def _trace(opened: _OpenedModel, dtype: str, opset: int) -> ir.Model:
             outputs = self.model(**inputs)
             return tuple(outputs[name].float() for name in task.outputs)
 
-    model = load_task_model(opened.path, task, dtype=dtype)
+    model = load_task_model(path, task, dtype=dtype)
     with _silence():
         batch = torch.export.Dim("batch")
-        sequence = torch.export.Dim("sequence", max=family.max_positions(model.config.to_dict()))
+        sequence = torch.export.Dim("sequence", max=family.max_positions(read_config(path)))
         # One object twice would be traced as one input.
         examples = tuple(torch.ones(2, 7, dtype=torch.long) for _ in family.inputs)
         program = torch.onnx.export(
@@ -327,7 +326,8 @@ def _require_same_weights(model: ir.Model, path: Path, names: Iterable[str], dty
         values = None if traced is None else array_of(traced)
         if values is not None and not np.array_equal(values, expected):
             raise ExportError(
-                f"{name}: the traced graph holds other values than the checkpoint; this is a bug, please report it with "
+                f"{name}: the traced graph holds other values than the checkpoint; this is a bug, please report it "
+                "with "
                 "the model"
             )
 
@@ -395,7 +395,8 @@ def _lower_opset(model: ir.Model, opset: int) -> None:
             old = None
         if old != onnx.defs.get_schema(node.op_type, now, "").since_version:
             raise ExportError(
-                f"{node.op_type} means another thing in opset {opset} than in {now}, so this model cannot be written for it; "
+                f"{node.op_type} means another thing in opset {opset} than in {now}, so this model cannot be written "
+                "for it; "
                 "use another target"
             )
     model.opset_imports[""] = opset

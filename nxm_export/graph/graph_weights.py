@@ -1,4 +1,5 @@
-"""The weight matrices of any ONNX graph, whoever made it: what is stored, along which axis it is reduced, how it is scaled.
+"""The weight matrices of any ONNX graph, whoever made it: what is stored, along which axis it is reduced, how it is
+scaled.
 
 This is the only place that knows layouts. A weight is found from the node that multiplies by it, back through
 dequantize, quantize, transpose and reshape, to a constant; it is presented as a matrix (K, N), whatever its layout.
@@ -59,9 +60,9 @@ _PROTOBUF_LIMIT = 1_800_000_000  # bytes; protobuf itself ends at 2 GB
 class GraphWeight:
     """One weight matrix as a product node reads it.
 
-    `matrix` is (K, N): the stored integers, or floats for an unquantized weight (for a QuantizeLinear on a constant, the
-    integers that it yields). `scale_axis` is ``N``, ``K``, ``block`` (several scales along K) or ``tensor``, None without
-    scale.
+    `matrix` is (K, N): the stored integers, or floats for an unquantized weight (for a QuantizeLinear on a constant,
+    the integers that it yields). `scale_axis` is ``N``, ``K``, ``block`` (several scales along K) or ``tensor``, None
+    without scale.
     """
 
     name: str
@@ -129,7 +130,8 @@ def parameter_of(name: str) -> str:
 
 
 def load_graph(file: str | Path) -> ir.Model:
-    """Read an ONNX file, its local functions inlined; raises `ArtifactError` when it is missing, truncated or not ONNX."""
+    """Read an ONNX file, its local functions inlined; raises `ArtifactError` when it is missing, truncated or not
+    ONNX."""
     import onnx_ir.passes.common as passes
 
     file = Path(file)
@@ -179,7 +181,8 @@ def graph_weights(model: ir.Model, *, integers: bool = True) -> Iterator[GraphWe
 
 
 def array_of(value: ir.Value | None) -> np.ndarray | None:
-    """The values of a constant, or None for anything else; 4-bit integers come as 8-bit ones, 8- and 16-bit floats as float32.
+    """The values of a constant, or None for anything else; 4-bit integers come as 8-bit ones, 8- and 16-bit floats as
+    float32.
 
     Raises `ArtifactError` when the constant's data are missing or damaged.
     """
@@ -200,7 +203,8 @@ def array_of(value: ir.Value | None) -> np.ndarray | None:
 
 @dataclass
 class _TracedConstant:
-    """A constant and what was done to it on the way to the product. `axes[i]` is what axis i was in the stored tensor."""
+    """A constant and what was done to it on the way to the product. `axes[i]` is what axis i was in the stored
+    tensor."""
 
     name: str
     stored: str

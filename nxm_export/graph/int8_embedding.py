@@ -4,9 +4,9 @@
 
     float(Gather(codes, ids)) * Gather(scales, ids)        codes (tokens, features) INT8, scales (tokens, 1) float32
 
-Rows are looked up before anything is dequantized, so no runtime can fold the table back to float when it loads the graph,
-and a batch pays for its own tokens alone. The arithmetic is float32 in graphs of any dtype: the product of a code and its
-scale is then the checkpoint's value, bit for bit.
+Rows are looked up before anything is dequantized, so no runtime can fold the table back to float when it loads the
+graph, and a batch pays for its own tokens alone. The arithmetic is float32 in graphs of any dtype: the product of a
+code and its scale is then the checkpoint's value, bit for bit.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ CODES, SCALE = "_quantized", "_scale"  # behind the parameter's name
 
 
 def fold_int8_embedding(graph: ir.Graph, name: str, codes: np.ndarray, scale: np.ndarray, dtype: np.dtype) -> str:
-    """Replace the float table `name` by INT8 `codes` (tokens, features) and `scale` (tokens,) wherever rows are looked up.
+    """Replace the float table `name` by INT8 `codes` (tokens, features) and `scale` (tokens,) wherever rows are looked
+    up.
 
-    `dtype` is the graph's. Returns `embedding_hash`. Raises `ExportError` when the table is missing or read in any other way.
+    `dtype` is the graph's. Returns `embedding_hash`. Raises `ExportError` when the table is missing or read in any
+    other way.
     """
     if name not in graph.initializers:
         raise ExportError(
@@ -69,7 +71,8 @@ def embedding_hash(codes: np.ndarray, scale: np.ndarray) -> str:
 
 
 def stored_embedding(graph: ir.Graph, name: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """(INT8 codes (tokens, features), float32 scales (tokens, 1)) of a table that `fold_int8_embedding` put in, None where there is none."""
+    """(INT8 codes (tokens, features), float32 scales (tokens, 1)) of a table that `fold_int8_embedding` put in, None
+    where there is none."""
     codes, scale = (array_of(graph.initializers.get(f"{name}{suffix}")) for suffix in (CODES, SCALE))
     if codes is None or scale is None or codes.dtype != np.int8 or scale.dtype != np.float32:
         return None

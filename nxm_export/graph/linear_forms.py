@@ -1,9 +1,10 @@
 """How a linear layer is written in the graph: as MatMul, Gemm or 1x1 convolution (`LOWERINGS`).
 
-The three mean the same; runtimes have different kernels for them. A traced graph has ``MatMul(x, Transpose(W)) + bias`` on
-x (batch, sequence, K). Gemm takes a matrix, a convolution an image of one pixel per token, so both get a reshape in front,
-``(batch * sequence, K)`` or ``(batch * sequence, K, 1, 1)``, and one behind: no data moves. `cancel_reshapes` then takes
-out the pairs that meet around elementwise nodes, so that a product, GELU and the quantizer behind it stay neighbours.
+The three mean the same; runtimes have different kernels for them. A traced graph has ``MatMul(x, Transpose(W)) + bias``
+on x (batch, sequence, K). Gemm takes a matrix, a convolution an image of one pixel per token, so both get a reshape in
+front, ``(batch * sequence, K)`` or ``(batch * sequence, K, 1, 1)``, and one behind: no data moves. `cancel_reshapes`
+then takes out the pairs that meet around elementwise nodes, so that a product, GELU and the quantizer behind it stay
+neighbours.
 """
 
 from __future__ import annotations
@@ -129,8 +130,8 @@ def cancel_reshapes(graph: ir.Graph) -> int:
 
 
 def _region(restore: ir.Node) -> tuple[list[ir.Node], list[ir.Node]] | None:
-    """The elementwise nodes behind a reshape to tokens, and the reshapes to rows that end them; None when something else
-    reads a value in between."""
+    """The elementwise nodes behind a reshape to tokens, and the reshapes to rows that end them; None when something
+    else reads a value in between."""
     region: list[ir.Node] = []
     back: list[ir.Node] = []
     inside = {id(restore.outputs[0])}

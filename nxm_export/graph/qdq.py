@@ -1,9 +1,9 @@
 """Quantize/dequantize pairs in an ONNX graph: the reference arithmetic, and the two edits that put pairs in.
 
 A weight becomes an INT8 initializer and a DequantizeLinear with one scale per output channel; an activation becomes a
-QuantizeLinear and DequantizeLinear with one static scale and zero point 0. Both edits find their place by parameter name
-in a graph that still has its parameters under their own names (`linears_of`), never by shape or order: query, key and
-value have equal shapes, and a swap would be silent.
+QuantizeLinear and DequantizeLinear with one static scale and zero point 0. Both edits find their place by parameter
+name in a graph that still has its parameters under their own names (`linears_of`), never by shape or order: query, key
+and value have equal shapes, and a swap would be silent.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from nxm_export.errors import ExportError
@@ -19,7 +20,7 @@ from nxm_export.errors import ExportError
 INT8 = (-128, 127)
 
 
-def quantize(x: np.ndarray, scale: np.ndarray | float, qmin: int = INT8[0], qmax: int = INT8[1]) -> np.ndarray:
+def quantize(x: np.ndarray, scale: npt.ArrayLike, qmin: int = INT8[0], qmax: int = INT8[1]) -> np.ndarray:
     """``clip(round_half_even(x / scale), qmin, qmax)`` as int8: ONNX QuantizeLinear with zero point 0.
 
     Half precision is divided in float32, as runtimes do; its own rounding of the quotient would make ties of its own.
@@ -29,7 +30,7 @@ def quantize(x: np.ndarray, scale: np.ndarray | float, qmin: int = INT8[0], qmax
     return codes
 
 
-def dequantize(codes: np.ndarray, scale: np.ndarray | float, dtype: np.dtype | type = np.float32) -> np.ndarray:
+def dequantize(codes: np.ndarray, scale: npt.ArrayLike, dtype: np.dtype | type = np.float32) -> np.ndarray:
     """``codes * scale``: ONNX DequantizeLinear, zero point 0."""
     values: np.ndarray = codes.astype(dtype) * np.asarray(scale, dtype)
     return values
@@ -48,14 +49,15 @@ class Linear:
 
 
 def linears_of(graph: ir.Graph, parameter: str) -> list[Linear]:
-    """Every linear layer that multiplies by the transpose of initializer `parameter` (out, in), in the order of the graph;
-    shared weights have several.
+    """Every linear layer that multiplies by the transpose of initializer `parameter` (out, in), in the order of the
+    graph; shared weights have several.
 
     Raises `ExportError` when the parameter is missing or used in any other way.
     """
     if parameter not in graph.initializers:
         raise ExportError(
-            f"the exported graph has no initializer {parameter}; this transformers version names its modules differently"
+            f"the exported graph has no initializer {parameter}; this transformers version names its modules "
+            "differently"
         )
     linears = []
     for transpose in graph.initializers[parameter].consumers():
@@ -81,7 +83,8 @@ def linears_of(graph: ir.Graph, parameter: str) -> list[Linear]:
 
 
 def use_name(name: str, use: int) -> str:
-    """The name of a node or value for the use of a shared weight with this number: from the second on, it says which."""
+    """The name of a node or value for the use of a shared weight with this number: from the second on, it says
+    which."""
     return name if use == 0 else f"{name}.use{use + 1}"
 
 
@@ -124,9 +127,10 @@ def fold_weight_qdq(
 ) -> None:
     """Replace the weight of `linear` by INT8 `codes` (out, in) and a DequantizeLinear per output channel.
 
-    The initializer is stored as the product reads it: (in, out) for a MatMul, (out, in) for a Gemm, (out, in, 1, 1) for a
-    convolution. `scale` (out,) has the graph's float dtype. With `stored="float"` the initializer holds ``code * scale``
-    and a QuantizeLinear stands in front, for parsers that take no INT8 constants. Layers that share a weight share it.
+    The initializer is stored as the product reads it: (in, out) for a MatMul, (out, in) for a Gemm, (out, in, 1, 1) for
+    a convolution. `scale` (out,) has the graph's float dtype. With `stored="float"` the initializer holds ``code *
+    scale`` and a QuantizeLinear stands in front, for parsers that take no INT8 constants. Layers that share a weight
+    share it.
     """
     dequantized = graph.initializers.get(f"{name}_zero_point")
     if dequantized is not None:
@@ -160,7 +164,8 @@ def fold_weight_qdq(
 def insert_activation_qdq(
     graph: ir.Graph, value: ir.Value, scale: np.ndarray, name: str, users: list[ir.Node] | None = None, *, use: int = 0
 ) -> ir.Value:
-    """Put a QuantizeLinear/DequantizeLinear pair on `value`, for all its readers or only for `users`; returns the new value.
+    """Put a QuantizeLinear/DequantizeLinear pair on `value`, for all its readers or only for `users`; returns the new
+    value.
 
     `scale` is a 0-d array in the graph's float dtype; a scale that is not positive, or subnormal in that dtype, raises.
     Pairs of one `name` at several places (`use`, from 0) share one scale.

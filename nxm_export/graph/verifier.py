@@ -1,8 +1,8 @@
 """Checks on an ONNX file alone, whoever made it: N:M along K on the stored integers, scales, zero points, pairs.
 
-Needs no checkpoint and runs nothing. Problems are what would make TensorRT refuse the graph or run it in float, and what
-would make any runtime compute something else than the plan inside the file says. `VerifyReport.require` turns them into
-an `ExportError`.
+Needs no checkpoint and runs nothing. Problems are what would make TensorRT refuse the graph or run it in float, and
+what would make any runtime compute something else than the plan inside the file says. `VerifyReport.require` turns them
+into an `ExportError`.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ _DYNAMIC = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLS
 
 def verify(file: str | Path, *, plan: CompressionPlan | None = None, pattern: NMPattern | None = None) -> VerifyReport:
     """Check an ONNX file. The plan inside the file, or `plan`, says what each weight must follow; `pattern` says it for
-    every quantized weight of a file without plan, which must then hold some. Raises `ArtifactError` when the file cannot
-    be read, and `PlanError` for a plan inside it that cannot.
+    every quantized weight of a file without plan, which must then hold some. Raises `ArtifactError` when the file
+    cannot be read, and `PlanError` for a plan inside it that cannot.
     """
     model = load_graph(file)
     plan = plan or embedded_plan(model, str(file))
@@ -155,7 +155,8 @@ def _check_scale(weight: GraphWeight) -> list[str]:
     problems = []
     if weight.scale_axis == "K":
         problems.append(
-            "its scales lie along K, the reduced axis: no integer kernel can apply them, and TensorRT silently runs the "
+            "its scales lie along K, the reduced axis: no integer kernel can apply them, and TensorRT silently runs "
+            "the "
             "product in float"
         )
     if weight.scale_axis == "block":
@@ -236,7 +237,8 @@ def _check_activation(node: ir.Node) -> Iterator[str]:
     else:
         yield from (f"{_name(node)}: its scale {problem}" for problem in _scale_problems(scale))
     if zero is not None and np.any(zero):
-        yield f"{_name(node)}: zero point {int(zero.reshape(-1)[0])} is not 0, and TensorRT refuses asymmetric activations"
+        value = int(zero.reshape(-1)[0])
+        yield f"{_name(node)}: zero point {value} is not 0, and TensorRT refuses asymmetric activations"
 
 
 def _operands(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from nxm_export.contract.pooling import Pooling
+from nxm_export.hf.protocols import ModelClass
 
 
-def embedding_model(model_type: str, pooling: Pooling) -> Any:
+def embedding_model(model_type: str, pooling: Pooling) -> ModelClass:
     """The transformers class of a sentence-embedding model: the family's encoder, and the pooling behind it.
 
     Parameters have the family's prefix, as in its other task models. The class has the encoder's own name, which
@@ -29,12 +30,12 @@ def embedding_model(model_type: str, pooling: Pooling) -> Any:
     class Output(ModelOutput):  # type: ignore[misc]  # untyped
         """`embedding` is (batch, hidden); `logits` is the same, under the name that training reads of any task."""
 
-        loss: Any = None
-        embedding: Any = None
-        hidden_states: Any = None
+        loss: torch.Tensor | None = None
+        embedding: torch.Tensor | None = None
+        hidden_states: tuple[torch.Tensor, ...] | None = None
 
         @property
-        def logits(self) -> Any:
+        def logits(self) -> torch.Tensor | None:
             return self.embedding
 
     base: Any = encoder.__bases__[0]
@@ -42,17 +43,23 @@ def embedding_model(model_type: str, pooling: Pooling) -> Any:
     class SentenceEmbedding(base):  # type: ignore[misc]  # untyped
         """The encoder under the family's prefix, and `pooling`."""
 
-        def __init__(self, config: Any) -> None:
+        def __init__(self, config: object) -> None:
             super().__init__(config)
             self.pooling = pooling
             setattr(self, encoder.base_model_prefix, encoder(config, **options))
             self.post_init()
 
-        def forward(self, input_ids: Any, attention_mask: Any, labels: Any = None, **inputs: Any) -> Any:
+        def forward(
+            self,
+            input_ids: torch.Tensor,
+            attention_mask: torch.Tensor,
+            labels: torch.Tensor | None = None,
+            **inputs: object,
+        ) -> Output:
             """The embeddings. The mask is (batch, sequence) of 0 and 1, or, as in exported graphs, (batch, 1, 1, sequence) to be
             added to the scores. `labels`, scores of pairs, train nothing; they are taken because every batch has them."""
-            found = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
-            tokens = found.last_hidden_state
+            states = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+            tokens = states.last_hidden_state
             # Sums over a sentence and squares do not fit float16, whatever the encoder computes in.
             tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
             if pooling.mode == "cls":
@@ -66,7 +73,7 @@ def embedding_model(model_type: str, pooling: Pooling) -> Any:
             if pooling.normalize:
                 # Not functional.normalize: its ReduceL2 means another thing before opset 18.
                 vector = vector / (vector * vector).sum(dim=-1, keepdim=True).sqrt().clamp(min=1e-12)
-            return Output(embedding=vector, hidden_states=found.hidden_states)
+            return Output(embedding=vector, hidden_states=states.hidden_states)
 
     SentenceEmbedding.__name__ = encoder.__name__
-    return SentenceEmbedding
+    return cast(ModelClass, SentenceEmbedding)

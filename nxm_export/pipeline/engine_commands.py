@@ -1,26 +1,61 @@
-"""What is done with engine directories: build them, compare them with their checkpoint, time them, load their servers."""
+"""What is done with engine directories: built, compared with their checkpoint, timed, loaded through their servers."""
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nxm_export.contract.io_spec import load_spec
-from nxm_export.data.examples import Columns
+from nxm_export.data.examples import Columns, Features
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.pipeline.inspection import sparsity_of
 from nxm_export.storage.atomic import atomic_dir
 from nxm_export.storage.hashing import file_hash
 
 if TYPE_CHECKING:
-    from engines.base import BuildOptions
+    from engines.base import BuildOptions, Engine, Profile
+    from engines.benchmark.fastest_backend import Choice, Measure
+    from engines.benchmark.http_load import LoadReport
+    from engines.benchmark.latency import BenchReport
+    from engines.benchmark.text_throughput import TextReport
+    from engines.parity.bisect_reports import BisectReport
+    from engines.parity.reports import Comparison
+    from engines.passport import EnginePassport
+    from nxm_export.pipeline.sparsity_twins import BuiltTwins, TwinGraphs
 
 SHAPES = ((1, 32), (8, 64))  # (batch, sequence) that are timed unless others are given
+
+
+@dataclass(frozen=True)
+class DataProfiles:
+    """Optimization profiles, at most `count`, that come from the token lengths of a data file."""
+
+    data: str
+    count: int = 3
+    columns: Columns = Columns()
+
+
+@dataclass(frozen=True)
+class ParityCheck:
+    """What an engine must agree with to be kept: a checkpoint, on the labelled samples of a data file."""
+
+    checkpoint: str | Path
+    data: str
+    columns: Columns = Columns()
+
+
+@dataclass(frozen=True)
+class FastestBuild:
+    """The engine that was kept, and how it was chosen."""
+
+    passport: EnginePassport
+    choice: Choice
 
 
 def build_engine(
@@ -29,31 +64,47 @@ def build_engine(
     name: str = "ort",
     options: BuildOptions | None = None,
     *,
-    lengths: str | None = None,
-    profiles: int = 3,
-    columns: Columns = Columns(),
-    twins: bool = False,
-    export_options: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Build an engine directory from an ONNX file, or, with `twins`, three of them from a checkpoint directory.
+    profiles_from: DataProfiles | None = None,
+) -> EnginePassport:
+    """Build the engine directory `out` from an ONNX file by the backend `name`; its passport is returned."""
+    from engines.base import backend
 
-    With `lengths` (a data file) the optimization profiles, at most `profiles`, come from its token lengths. Returns the
-    facts of the passport, or of the twins.
-    """
-    from engines.base import BuildOptions, backend
-    from engines.tensorrt.builder_process import CACHE_FILE
+    source, out = Path(source), Path(out)
+    options = _build_options(options, out, source.parent, profiles_from)
+    with atomic_dir(out) as scratch:
+        return backend(name).build(source, scratch, options)
+
+
+def build_twin_engines(
+    checkpoint: str | Path,
+    out: str | Path,
+    name: str,
+    options: BuildOptions | None = None,
+    *,
+    profiles_from: DataProfiles | None = None,
+    graphs: TwinGraphs | None = None,
+) -> BuiltTwins:
+    """Export a checkpoint and build its FP16, dense INT8 and sparse INT8 engines below `out`."""
     from nxm_export.pipeline.sparsity_twins import TwinGraphs, build_twins
 
-    source, out, options = Path(source), Path(out), options or BuildOptions()
-    if options.timing_cache is None and (out / CACHE_FILE).is_file():  # of the engine that is built anew
+    checkpoint, out = Path(checkpoint), Path(out)
+    options = _build_options(options, out, checkpoint, profiles_from)
+    return build_twins(checkpoint, out, name, options, graphs or TwinGraphs())
+
+
+def _build_options(
+    options: BuildOptions | None, out: Path, tokenizer: Path, profiles_from: DataProfiles | None
+) -> BuildOptions:
+    """The options with the timing cache that lies in `out`, and with profiles by the tokenizer in a directory."""
+    from engines.base import BuildOptions
+    from engines.tensorrt.builder_process import CACHE_FILE
+
+    options = options or BuildOptions()
+    if options.timing_cache is None and (out / CACHE_FILE).is_file():
         options = replace(options, timing_cache=out / CACHE_FILE)
-    if lengths is not None:
-        options = replace(options, profiles=_profiles(source if twins else source.parent, lengths, profiles, columns))
-    if twins:
-        return build_twins(source, out, name, options, TwinGraphs(**(export_options or {}))).to_dict()
-    with atomic_dir(out) as scratch:
-        passport = backend(name).build(source, scratch, options)
-    return passport.to_dict()
+    if profiles_from is not None:
+        options = replace(options, profiles=_profiles(tokenizer, profiles_from))
+    return options
 
 
 def build_fastest(
@@ -62,15 +113,14 @@ def build_fastest(
     options: BuildOptions | None = None,
     *,
     shapes: Sequence[tuple[int, int]] | None = None,
-    checkpoint: str | Path | None = None,
-    data: str | None = None,
-    columns: Columns = Columns(),
-    measure: Any = None,
-) -> tuple[dict[str, Any], Any]:
-    """Build an ONNX file with every CPU backend, time them and keep the fastest; (facts of its passport, `Choice`).
+    check: ParityCheck | None = None,
+    measure: Measure | None = None,
+) -> FastestBuild:
+    """Build an ONNX file with every CPU backend, time them, and keep the fastest as the engine directory `out`.
 
-    With `checkpoint` and `data` only engines that pass `nxm compare` are candidates, and the parity report comes with the
-    engine. `measure` times loaded engines (see `engines.benchmark.fastest_backend.choose`); by default they are timed by `engines.benchmark.latency`.
+    With `check` only engines that pass the comparison are candidates, and the parity report comes with the engine.
+    `measure` times loaded engines (see `engines.benchmark.fastest_backend.choose`); by default
+    `engines.benchmark.latency` does. Raises `EngineError` where no engine is left.
     """
     from engines.base import BuildOptions
     from engines.benchmark import fastest_backend
@@ -79,52 +129,57 @@ def build_fastest(
     source, out, options = Path(source), Path(out), options or BuildOptions()
     with atomic_dir(out) as scratch, TemporaryDirectory() as work:
         engines, left_out = fastest_backend.build_candidates(source, Path(work), options)
-        checked = checkpoint is not None and data is not None
-        if checkpoint is not None and data is not None:
-            for report in compare_engines(checkpoint, list(engines.values()), data, columns).reports:
+        if check is not None:
+            comparison = compare_engines(check.checkpoint, list(engines.values()), check.data, check.columns)
+            for report in comparison.reports:
                 if not report.passed:
                     name = Path(report.engine).name
                     engines.pop(name)
                     left_out[name] = "it does not compute what the checkpoint computes"
             if not engines:
-                raise EngineError(f"{source}: no engine passes the comparison with {checkpoint}; run `nxm compare`")
+                raise EngineError(
+                    f"{source}: no engine passes the comparison with {check.checkpoint}; run `nxm compare`"
+                )
         choice = fastest_backend.choose(engines, left_out, shapes, threads=options.threads, measure=measure)
-        kept = Path(work) / choice.backend
-        shutil.copytree(kept, scratch, dirs_exist_ok=True)
+        shutil.copytree(Path(work) / choice.backend, scratch, dirs_exist_ok=True)
         passport = load_passport(scratch)
-        facts = {**choice.to_dict(), "parity": "passed" if checked else "not checked"}
+        facts = {**choice.to_dict(), "parity": "not checked" if check is None else "passed"}
         passport = replace(passport, options={**passport.options, "auto": facts})
         passport.save(scratch)
-    return passport.to_dict(), choice
+    return FastestBuild(passport, choice)
 
 
-def _profiles(directory: Path, data: str, count: int, columns: Columns) -> list[Any]:
-    """Optimization profiles from the token lengths of a data file, by the tokenizer of a graph or checkpoint directory."""
+def _profiles(directory: Path, source: DataProfiles) -> list[Profile]:
+    """Optimization profiles from the token lengths of a data file, by the tokenizer of a directory."""
     from engines.tensorrt.profiles import profiles_from_lengths
-    from nxm_export.contract.families import family_of
-    from nxm_export.contract.io_spec import SPEC_FILE
     from nxm_export.contract.tasks import task_named
     from nxm_export.data.examples import encode, load_tokenizer
     from nxm_export.data.label_kinds import LABELS, load_labelled, read_by_model
 
-    if (directory / SPEC_FILE).is_file():
-        spec = load_spec(directory)
-        limit, task = spec.max_length, spec.task
-    else:
-        from nxm_export.contract.checkpoint import read_config, task_at
-
-        config = read_config(directory)
-        limit = family_of(config, source=str(directory)).max_positions(config)
-        task = task_at(directory, config) or "classification"
-    raw, tokenizer = load_labelled(data, "train", columns, task_named(task)), load_tokenizer(directory)
-    examples = LABELS[task_named(task).label].apply(raw, ()) if task_named(task).output_kind == "span" else None
-    if examples is not None:  # as many windows as its contexts take
-        found = encode(tokenizer, examples, limit, ("input_ids",))
-        return profiles_from_lengths([len(sample["input_ids"]) for sample in found], limit, count=count)
+    limit, task = _limit_and_task(directory)
+    kind = task_named(task)
+    raw, tokenizer = load_labelled(source.data, "train", source.columns, kind), load_tokenizer(directory)
+    if kind.output_kind == "span":  # as many windows as its contexts take
+        windows = encode(tokenizer, LABELS[kind.label].apply(raw, ()), limit, ("input_ids",))
+        return profiles_from_lengths([len(window["input_ids"]) for window in windows], limit, count=source.count)
     tokenizer.no_padding()
     tokenizer.enable_truncation(limit)
-    rows = read_by_model(raw, task_named(task))
-    return profiles_from_lengths([len(found.ids) for found in tokenizer.encode_batch(rows)], limit, count=count)
+    encodings = tokenizer.encode_batch(read_by_model(raw, kind))
+    return profiles_from_lengths([len(encoding.ids) for encoding in encodings], limit, count=source.count)
+
+
+def _limit_and_task(directory: Path) -> tuple[int, str]:
+    """(longest input in tokens, task) of a graph or checkpoint directory."""
+    from nxm_export.contract.checkpoint import read_config, task_at
+    from nxm_export.contract.families import family_of
+    from nxm_export.contract.io_spec import SPEC_FILE
+
+    if (directory / SPEC_FILE).is_file():
+        spec = load_spec(directory)
+        return spec.max_length, spec.task
+    config = read_config(directory)
+    limit = family_of(config, source=str(directory)).max_positions(config)
+    return limit, task_at(directory, config) or "classification"
 
 
 def compare_engines(
@@ -133,25 +188,26 @@ def compare_engines(
     data: str,
     columns: Columns = Columns(),
     gates: Sequence[str] = (),
-) -> Any:
-    """Compare engine directories with the checkpoint and with each other on one labelled data file; returns a
-    `Comparison`: a `ParityReport` of each, and the reason where one cannot run here.
+) -> Comparison:
+    """Compare engine directories with the checkpoint and with each other on one labelled data file: a report of each,
+    and the reason where one cannot run here.
 
     `gates` are such as ``drop<=0.5`` (see `engines.parity.gates`).
     """
     from engines.parity.compare import compare_all
     from engines.parity.gates import parse_gate
 
-    wanted = [parse_gate(gate) for gate in gates]
-    return compare_all(checkpoint, engines, _shared_features(engines, data, columns), gates=wanted)
+    parsed = [parse_gate(gate) for gate in gates]
+    return compare_all(checkpoint, engines, _shared_features(engines, data, columns), gates=parsed)
 
 
 def bisect_engines(
     checkpoint: str | Path, engines: Sequence[str | Path], data: str, columns: Columns = Columns()
-) -> list[Any]:
-    """Find the first block where each engine parts from the checkpoint in PyTorch; one `BisectReport` each.
+) -> list[BisectReport]:
+    """Find the first block where each engine parts from the checkpoint in PyTorch; a report each.
 
-    Engines are built again with the blocks' outputs as graph outputs; those of TensorRT from a new export of the checkpoint.
+    Engines are built again with the blocks' outputs as graph outputs; those of TensorRT from a new export of the
+    checkpoint.
     """
     from engines.base import backend
     from engines.parity.bisect import bisect
@@ -170,7 +226,7 @@ def bisect_engines(
 
 
 def _export_again(checkpoint: Path, engine: Path, out: Path) -> Path:
-    """The graph that an engine was built from, made again as its passport says; `ArtifactError` if it becomes another."""
+    """The graph that an engine was built from, made again; raises `ArtifactError` if it becomes another."""
     from engines.passport import load_passport
     from nxm_export.graph.exporter import export
 
@@ -191,22 +247,23 @@ def _export_again(checkpoint: Path, engine: Path, out: Path) -> Path:
     ).path
     if file_hash(made) != passport.onnx_sha256:
         raise ArtifactError(
-            f"{engine}: a new export of {checkpoint} is not the graph that it was built from (another version of a library, or "
-            "other weights), so its blocks cannot be compared; build the engine from a new export and bisect that"
+            f"{engine}: a new export of {checkpoint} is not the graph that it was built from (another version of a "
+            "library, or other weights), so its blocks cannot be compared; build the engine from a new export and "
+            "bisect that"
         )
     return made
 
 
-def _shared_features(engines: Sequence[str | Path], data: str, columns: Columns) -> list[Any]:
+def _shared_features(engines: Sequence[str | Path], data: str, columns: Columns) -> list[Features]:
     """The data in tokens, as all of `engines` take it; `ArtifactError` where their tokenizers differ."""
     directories = [Path(engine) for engine in engines]
     limit = min(load_spec(directory).max_length for directory in directories)
     first, *rest = [features_of(directory, data, columns, limit) for directory in directories]
-    for directory, found in zip(directories[1:], rest, strict=True):
-        if found != first:
+    for directory, features in zip(directories[1:], rest, strict=True):
+        if features != first:
             raise ArtifactError(
-                f"{directory} reads the data in other tokens or labels than {directories[0]}; they cannot be compared with each "
-                "other: build both from one checkpoint, or compare them one by one"
+                f"{directory} reads the data in other tokens or labels than {directories[0]}; they cannot be compared "
+                "with each other: build both from one checkpoint, or compare them one by one"
             )
     return first
 
@@ -216,44 +273,59 @@ def bench_engines(
     shapes: Sequence[tuple[int, int]] = SHAPES,
     rounds: int = 30,
     threads: int | None = None,
-) -> Any:
-    """Time engine directories (a twins directory stands for its three) against each other; returns a `BenchReport`.
+) -> BenchReport:
+    """Time engine directories (a twins directory stands for its three) against each other.
 
     Engines that this machine cannot run are named in the report with the reason, unless none is left.
     """
     from engines.base import LoadOptions, backend
-    from engines.benchmark.latency import bench, sparse_verdict
+    from engines.benchmark.latency import bench
     from engines.passport import load_passport
-    from nxm_export.pipeline.sparsity_twins import DENSE, SPARSE, is_twins, twin_directories
+    from nxm_export.pipeline.sparsity_twins import is_twins, twin_directories
 
     given = [Path(path) for path in engines]
     paths = [part for path in given for part in (twin_directories(path) if is_twins(path) else [path])]
     if len({path.resolve() for path in paths}) < len(paths):
         raise EngineError("the same engine is given twice; copy its directory to time it against itself")
-    named = len({path.resolve().name for path in paths}) == len(paths)
     passports = {path: load_passport(path) for path in paths}
     unmeasured: dict[str, str] = {}
+    twins: dict[str, tuple[str, Path]] = {}
     with ExitStack() as stack:
-        loaded = {}
-        names = {}
-        for path in paths:
-            name = path.resolve().name if named else str(path)
-            runtime = backend(passports[path].backend)
+        loaded: dict[str, Engine] = {}
+        for path, name in zip(paths, _names(paths), strict=True):
             try:
+                runtime = backend(passports[path].backend)
                 loaded[name] = stack.enter_context(runtime.load(path, LoadOptions(threads)))
-                names[passports[path].twin] = (name, path)
             except EngineUnavailable as error:
                 unmeasured[name] = str(error)
+            else:
+                if twin := passports[path].twin:
+                    twins[twin] = (name, path)
         if not loaded:
             raise EngineUnavailable(f"nothing could be timed here: {'; '.join(dict.fromkeys(unmeasured.values()))}")
         report = bench(loaded, shapes, rounds=rounds, vocabulary=_vocabulary(paths))
-    verdict = None
-    if DENSE in names and SPARSE in names:
-        (dense, _), (sparse, path) = names[DENSE], names[SPARSE]
-        gpu = passports[path].device.get("gpu", "this GPU")
-        verdict = sparse_verdict(report, sparse, dense, sparsity_of(path, None, None).sparse_share, gpu)
-    missing = tuple(f"{name}: {why}" for name, why in unmeasured.items())
-    return replace(report, verdict=verdict, unmeasured=missing)
+    absent = tuple(f"{name}: {why}" for name, why in unmeasured.items())
+    return replace(report, verdict=_verdict(report, twins, passports), unmeasured=absent)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The directories' own names, or their paths where two have the same name."""
+    names = [path.resolve().name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def _verdict(
+    report: BenchReport, twins: Mapping[str, tuple[str, Path]], passports: Mapping[Path, EnginePassport]
+) -> str | None:
+    """Whether 2:4 pays on this GPU, where both INT8 twins were timed; `twins` are (name, directory) by their part."""
+    from engines.benchmark.latency import sparse_verdict
+    from nxm_export.pipeline.sparsity_twins import DENSE, SPARSE
+
+    if DENSE not in twins or SPARSE not in twins:
+        return None
+    (dense, _), (sparse, path) = twins[DENSE], twins[SPARSE]
+    gpu = passports[path].device.get("gpu", "this GPU")
+    return sparse_verdict(report, sparse, dense, sparsity_of(path).sparse_share, gpu)
 
 
 def bench_text(
@@ -265,11 +337,11 @@ def bench_text(
     threads: int | None = None,
     columns: Columns = Columns(),
     others: Mapping[str, Callable[[], float]] | None = None,
-) -> Any:
-    """Sentences a second of CPU engine directories over the text of a data file; returns a `TextReport`.
+) -> TextReport:
+    """Sentences a second of CPU engine directories over the text of a data file.
 
-    All engines must read the text in the same tokens and give one answer a sentence. `others` are timed between them (see
-    `engines.benchmark.text_throughput`).
+    All engines must read the text in the same tokens and give one answer a sentence. `others` are timed between them
+    (see `engines.benchmark.text_throughput`).
     """
     from engines.base import LoadOptions, backend, cpu_backends
     from engines.benchmark import text_throughput
@@ -285,20 +357,16 @@ def bench_text(
         if any("sequence" in axes for axes in load_spec(path).outputs.values()):
             raise EngineError(f"{path}: it has an answer for every token; text is timed for one answer a sentence")
     _shared_features(paths, data, columns)
-    spec = load_spec(paths[0])
     limit = min(load_spec(path).max_length for path in paths)
-    names = [path.resolve().name for path in paths]
-    if len(set(names)) < len(names):
-        names = [str(path) for path in paths]
     with ExitStack() as stack:
         loaded = {
             name: stack.enter_context(backend(load_passport(path).backend).load(path, LoadOptions(threads)))
-            for name, path in zip(names, paths, strict=True)
+            for name, path in zip(_names(paths), paths, strict=True)
         }
         return text_throughput.bench_text(
             loaded,
             _tokeniser(paths[0], data, columns, limit),
-            pad_id=spec.pad_id,
+            pad_id=load_spec(paths[0]).pad_id,
             limit=limit,
             batch=batch or text_throughput.BATCH,
             rounds=rounds or text_throughput.ROUNDS,
@@ -306,7 +374,7 @@ def bench_text(
         )
 
 
-def _tokeniser(directory: Path, data: str, columns: Columns, limit: int) -> Callable[[], list[Any]]:
+def _tokeniser(directory: Path, data: str, columns: Columns, limit: int) -> Callable[[], list[Features]]:
     """A function that makes token features of a data file's text, which is read here, once."""
     from nxm_export.contract.tasks import TASKS
     from nxm_export.data.examples import encode, load_tokenizer
@@ -329,42 +397,48 @@ def _vocabulary(engines: Sequence[Path]) -> int:
     return min([VOCABULARY, *(spec.limits["input_ids"] for spec in specs if spec and "input_ids" in spec.limits)])
 
 
-def load_servers(
-    urls: Sequence[str],
-    model: str,
-    data: str,
-    engine: Path | None,
-    clients: Sequence[int],
-    seconds: float,
-    rounds: int,
-    encoding: str,
-    task: str = "classification",
-) -> Any:
-    """Load running servers with the samples of a data file; returns a `LoadReport`.
+@dataclass(frozen=True)
+class LoadRequests:
+    """What servers are asked: the samples of a data file, in an order that is shuffled once.
 
-    With an `engine` directory they are sent as tokens of its tokenizer, else as text: what a model of `task` reads, a text or a
-    pair of texts a request. Their order is shuffled once.
+    With an `engine` directory they are sent as tokens of its tokenizer in an `encoding` (``binary`` or ``json``), else
+    as text: what a model of `task` reads, a text or a pair of texts a request.
     """
-    import random
 
-    from engines.benchmark.http_load import measure, text_target, token_target
-    from nxm_export.contract.io_spec import load_spec
+    data: str
+    engine: Path | None = None
+    encoding: str = "binary"
+    task: str = "classification"
+
+
+@dataclass(frozen=True)
+class LoadRounds:
+    """How servers are loaded: with each number of `clients` at once, for `seconds` a round."""
+
+    clients: Sequence[int]
+    seconds: float
+    rounds: int
+
+
+def load_servers(urls: Sequence[str], model: str, requests: LoadRequests, load: LoadRounds) -> LoadReport:
+    """Load running servers that have the model of this name with requests, and time their answers."""
+    from engines.benchmark.http_load import measure, with_text, with_tokens
     from nxm_export.contract.tasks import task_named
-    from nxm_export.data.examples import Columns
     from nxm_export.data.label_kinds import load_labelled, read_by_model
 
-    if engine is None:
-        kind = task_named(task)
-        texts = read_by_model(load_labelled(data, "dev", Columns(), kind), kind)
+    if requests.engine is None:
+        task = task_named(requests.task)
+        texts = read_by_model(load_labelled(requests.data, "dev", Columns(), task), task)
         texts = random.Random(0).sample(texts, len(texts))
-        targets = [text_target(url, url, model, texts) for url in urls]
+        targets = [with_text(url, url, model, texts) for url in urls]
     else:
-        features = features_of(engine, data, Columns())
+        features = features_of(requests.engine, requests.data, Columns())
         features = random.Random(0).sample(features, len(features))
-        targets = [token_target(url, url, model, features, load_spec(engine), encoding=encoding) for url in urls]
-    return measure(targets, clients, seconds=seconds, rounds=rounds)
+        spec = load_spec(requests.engine)
+        targets = [with_tokens(url, url, model, features, spec, encoding=requests.encoding) for url in urls]
+    return measure(targets, load.clients, seconds=load.seconds, rounds=load.rounds)
 
 
-def features_of(directory: Path, data: str, columns: Columns, limit: int | None = None) -> list[Any]:
+def features_of(directory: Path, data: str, columns: Columns, limit: int | None = None) -> list[Features]:
     """A labelled data file in tokens (at most `limit`), by the tokenizer and labels of a graph or engine directory."""
     return _tokeniser(directory, data, columns, limit or load_spec(directory).max_length)()

@@ -7,9 +7,10 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Any
 
 # The smallest extra that brings a module of somebody else's.
 _EXTRAS = {
@@ -42,26 +43,59 @@ def install_advice(extra: str) -> str:
     return f"pip install 'nxm-export[{extra}]'"
 
 
-def report() -> dict[str, Any]:
-    """Facts about Python, CPU, memory, GPU and driver, and per capability whether it works or what to install."""
+@dataclass(frozen=True)
+class MachineReport:
+    """Facts about this machine, and per capability whether it works (``ready: ...``) or what to install."""
+
+    nxm_export: str
+    python: str
+    system: str
+    cpu: str
+    integer_instructions: str
+    gpu: str
+    compress: str
+    export: str
+    backends: Mapping[str, str]
+    serve: str
+
+    def to_dict(self) -> dict[str, str]:
+        """The form of ``nxm doctor --json``; a backend is ``backend NAME``."""
+        return {
+            "nxm-export": self.nxm_export,
+            "python": self.python,
+            "system": self.system,
+            "cpu": self.cpu,
+            "integer instructions": self.integer_instructions,
+            "gpu": self.gpu,
+            "compress": self.compress,
+            "export": self.export,
+            **{f"backend {name}": state for name, state in self.backends.items()},
+            "serve": self.serve,
+        }
+
+
+def report() -> MachineReport:
+    """What this machine is, and what it can build and run."""
     from engines.passport import cpu_device
 
     cpu = cpu_device()
-    return {
-        "nxm-export": _version("nxm-export") or "source tree",
-        "python": platform.python_version(),
-        "system": cpu["system"],
-        "cpu": f"{cpu.get('name', 'unknown')}, {len(os.sched_getaffinity(0))} cores",
-        "integer instructions": cpu.get("features") or "none known: INT8 may be slower than FP32 here",
-        "gpu": _gpu(),
-        "compress": _needs(("torch", "transformers", "accelerate", "scikit-learn"), "train"),
-        "export": _needs(("torch", "transformers", "onnx", "onnxscript", "onnx-ir"), "export"),
-        "backend ort": _needs(("onnxruntime", "onnx", "onnx-ir"), "ort"),
-        "backend openvino": _needs(("openvino", "onnx", "onnx-ir"), "openvino"),
-        "backend trt": _trt(),
-        "backend trt_rtx": _needs(("tensorrt-rtx-cu13", "polygraphy"), "trt-rtx") + _rtx_note(),
-        "serve": _needs(("starlette", "uvicorn", "httptools", "prometheus-client"), "serve"),
-    }
+    return MachineReport(
+        nxm_export=_version("nxm-export") or "source tree",
+        python=platform.python_version(),
+        system=cpu["system"],
+        cpu=f"{cpu.get('name', 'unknown')}, {len(os.sched_getaffinity(0))} cores",
+        integer_instructions=cpu.get("features") or "none known: INT8 may be slower than FP32 here",
+        gpu=_gpu(),
+        compress=_needs(("torch", "transformers", "accelerate", "scikit-learn"), "train"),
+        export=_needs(("torch", "transformers", "onnx", "onnxscript", "onnx-ir"), "export"),
+        backends={
+            "ort": _needs(("onnxruntime", "onnx", "onnx-ir"), "ort"),
+            "openvino": _needs(("openvino", "onnx", "onnx-ir"), "openvino"),
+            "trt": _trt(),
+            "trt_rtx": _needs(("tensorrt-rtx-cu13", "polygraphy"), "trt-rtx") + _rtx_note(),
+        },
+        serve=_needs(("starlette", "uvicorn", "httptools", "prometheus-client"), "serve"),
+    )
 
 
 def _version(distribution: str) -> str | None:
@@ -83,8 +117,8 @@ def _gpu() -> str:
     if tool is None:
         return "no NVIDIA driver found (nvidia-smi is not there)"
     query = ["--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader"]
-    found = subprocess.run([tool, *query], capture_output=True, text=True, timeout=30, check=False)
-    return "; ".join(found.stdout.strip().splitlines()) or f"nvidia-smi failed: {found.stderr.strip()[:200]}"
+    answer = subprocess.run([tool, *query], capture_output=True, text=True, timeout=30, check=False)
+    return "; ".join(answer.stdout.strip().splitlines()) or f"nvidia-smi failed: {answer.stderr.strip()[:200]}"
 
 
 def _trt() -> str:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nxm_export.contract.plan import COUNTINGS
+from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.data.label_kinds import labelled, load_labelled, names_for, read_by_model
+from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
+    from compressors.models import ModelSource
+    from nxm_export.contract.tasks import Task
     from nxm_export.pipeline.run import Request
 
-# Work of one training step in units of a plain forward and backward pass: the dense model once; the compressed model with
-# fake quantization, and a forward pass of the teacher.
+# Work of one training step in units of a plain forward and backward pass: the dense model once; the compressed model
+# with fake quantization, and a forward pass of the teacher.
 _COMPRESS_FACTOR = 1.9
 _WORDS_TO_TOKENS = 1.35  # of English under a BERT vocabulary
 _GRAPHS = 4  # exported, built and compared
@@ -21,25 +26,74 @@ _SECONDS_PER_GRAPH = 12.0  # tracing, mostly
 _PASSES = 4  # over the held-out data for every compared engine: itself and the reference, which runs in float64
 
 
-def estimate(request: Request) -> dict[str, Any]:
+@dataclass(frozen=True)
+class RunEstimate:
+    """What a run would do: samples, the plan, optimizer steps, seconds by stage, and bytes of what it writes.
+
+    `dense_steps` is 0 where the model has a head for the task already. `other_seconds` are of export, build, comparison
+    and timing. Seconds are good to a factor of two.
+    """
+
+    train_samples: int
+    dev_samples: int
+    plan: Mapping[str, int]
+    embedding: str
+    compression: Mapping[str, float]
+    dense_steps: int
+    dense_seconds: float
+    steps: int
+    seconds: float
+    other_seconds: float
+    checkpoint_bytes: int
+    fp32_onnx_bytes: int
+    onnx_bytes: int
+
+    def to_dict(self) -> dict[str, Json]:
+        """The form of ``--json``."""
+        return asdict(self)
+
+
+def estimate(request: Request) -> RunEstimate:
     """Samples, steps, seconds and bytes by stage; nothing is written.
 
     Data is read and the plan made, so that their mistakes show here. Seconds come from a matrix product timed on this
-    machine and are good to a factor of two.
+    machine.
     """
     from compressors.models import resolve
     from nxm_export.contract.tasks import task_named
 
     source = resolve(request.model, request.revision)
-    plan = source.family.uniform_plan(
-        source.config,
-        request.spec,
-        placement=request.placement,
-        keep_dense=request.keep_dense,
-        residual=request.residual,
-        embedding=request.embedding,
-    )
+    plan = request.uniform_plan(source)
     task = task_named(request.task)
+    texts, dev_samples, fits = _data(request, source, task)
+    settings, count = request.settings, min(len(texts), request.train_limit or len(texts))
+    tokens = min(settings.max_length or 512, _mean_words(texts) * _WORDS_TO_TOKENS + 2)
+    flops_per_sample = tokens * 2 * sum(out * in_ for out, in_ in plan.shapes.values())
+    speed = _flops()
+    step = settings.batch_size * flops_per_sample * 3 / speed  # forward once, backward twice
+    dense_steps = 0 if fits else settings.dense_steps or round(settings.dense_epochs * count / settings.batch_size)
+    steps = settings.steps or round(settings.epochs * count / settings.batch_size)
+    weights = sum(file.stat().st_size for file in Path(source.path).glob("*.safetensors"))
+    return RunEstimate(
+        train_samples=count,
+        dev_samples=dev_samples,
+        plan=plan.pattern_counts,
+        embedding=plan.embedding,
+        compression={counting: plan.compression(counting) for counting in COUNTINGS},
+        dense_steps=dense_steps,
+        dense_seconds=round(dense_steps * step, 1),
+        steps=steps,
+        seconds=round(steps * step * _COMPRESS_FACTOR, 1),
+        other_seconds=round(_GRAPHS * (_SECONDS_PER_GRAPH + _PASSES * dev_samples * flops_per_sample / speed), 1),
+        checkpoint_bytes=2 * weights,
+        fp32_onnx_bytes=weights,
+        onnx_bytes=weights - _saved_bytes(plan, source),
+    )
+
+
+def _data(request: Request, source: ModelSource, task: Task) -> tuple[list[str], int, bool]:
+    """(texts that are trained on, held-out samples, whether the model has a head for the task); raises `DataError` for
+    data that does not fit the task or the head."""
     train, dev = (
         load_labelled(file, split, request.columns, task)
         for file, split in ((request.train, "train"), (request.dev, "dev"))
@@ -47,42 +101,24 @@ def estimate(request: Request) -> dict[str, Any]:
     fits = source.head_fits(task)
     names = names_for(train, task, source.classes() if fits else None)
     labelled(train, task, names), labelled(dev, task, names)
-    read = read_by_model(train, task)
-    settings, count = request.settings, min(len(read), request.train_limit or len(read))
-    texts = [text if isinstance(text, str) else " ".join(text) for text in read]
-    words = sum(len(text.split()) for text in texts[:2000]) / min(2000, len(texts))
-    tokens = min(settings.max_length or 512, words * _WORDS_TO_TOKENS + 2)
-    elements = sum(out * in_ for out, in_ in plan.shapes.values())
-    flops_per_sample, speed = tokens * elements * 2, _flops()
-    step = settings.batch_size * flops_per_sample * 3 / speed  # forward once, backward twice
-    dense_steps = 0 if fits else settings.dense_steps or round(settings.dense_epochs * count / settings.batch_size)
-    steps = settings.steps or round(settings.epochs * count / settings.batch_size)
-    weights = _weight_bytes(source.path)
+    texts = [text if isinstance(text, str) else " ".join(text) for text in read_by_model(train, task)]
+    return texts, len(dev.texts), fits
+
+
+def _mean_words(texts: Sequence[str]) -> float:
+    some = texts[:2000]
+    return sum(len(text.split()) for text in some) / len(some)
+
+
+def _saved_bytes(plan: CompressionPlan, source: ModelSource) -> int:
+    """How much smaller than FP32 the plan makes a graph: codes of 1 byte for floats of 4."""
     saved = sum(
         plan.shapes[name][0] * plan.shapes[name][1] * 3 for name, spec in plan.weights.items() if spec.weight_bits
     )
     if plan.embedding == "int8":
-        tokens_known, features = source.family.word_embedding_shape(source.config)
-        saved += tokens_known * (features * 3 - 4)  # codes of 1 byte for floats of 4, and a scale per row
-    return {
-        "train_samples": count,
-        "dev_samples": len(dev.texts),
-        "plan": plan.pattern_counts,
-        "embedding": plan.embedding,
-        "compression": {counting: plan.compression(counting) for counting in COUNTINGS},
-        "dense_steps": dense_steps,
-        "dense_seconds": round(dense_steps * step, 1),
-        "steps": steps,
-        "seconds": round(steps * step * _COMPRESS_FACTOR, 1),
-        "other_seconds": round(_GRAPHS * (_SECONDS_PER_GRAPH + _PASSES * len(dev.texts) * flops_per_sample / speed), 1),
-        "checkpoint_bytes": 2 * weights,
-        "fp32_onnx_bytes": weights,
-        "onnx_bytes": weights - saved,
-    }
-
-
-def _weight_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        tokens, features = source.family.word_embedding_shape(source.config)
+        saved += tokens * (features * 3 - 4)  # and a scale per row
+    return saved
 
 
 def _flops() -> float:

@@ -2,68 +2,143 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nxm_export.errors import ArtifactError, EngineError
 from nxm_export.storage.atomic import write_atomic
+from nxm_export.storage.json_files import Json, encode, to_builtins
 
 if TYPE_CHECKING:
+    from engines.base import EngineFacts
+    from engines.passport import EnginePassport
+    from engines.sparsity.advice import Advice
     from engines.sparsity.report import SparsityReport
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """Facts of an ONNX file: inputs and outputs as ``dtype shape``, operators by type, and what its exporter noted."""
+
+    opset: int | None
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    operators: Mapping[str, int]
+    metadata: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Json]:
+        """The form of ``--json``; metadata stand beside the other fields."""
+        fields = {key: getattr(self, key) for key in ("opset", "inputs", "outputs", "operators")}
+        return {**fields, **self.metadata}
+
+
+@dataclass(frozen=True)
+class EngineInspection:
+    """What an engine directory says: its passport, its backend's own facts, and, where its backend has sparse kernels,
+    the report of which matrices run on one."""
+
+    passport: EnginePassport
+    facts: EngineFacts
+    sparsity: SparsityReport | None
+
+    def to_dict(self) -> dict[str, Json]:
+        """The form of ``--json``: facts and report in one, then the passport."""
+        sparsity = {} if self.sparsity is None else self.sparsity.to_dict()
+        return {**self.facts.to_dict(), **sparsity, "passport": to_builtins(self.passport)}
+
+
+@dataclass(frozen=True)
+class RunInspection:
+    """The engines of a run by name."""
+
+    run: str
+    engines: Mapping[str, EngineInspection]
+
+    def to_dict(self) -> dict[str, Json]:
+        """The form of ``--json``."""
+        return {"run": self.run, "engines": {name: engine.to_dict() for name, engine in self.engines.items()}}
+
+
+@dataclass(frozen=True)
+class FileDiagnosis:
+    """Any ONNX file, judged without building it: which of its matrices can run sparse, what to do about the others, and
+    what `nxm verify` finds wrong with it."""
+
+    file: str
+    sparsity: SparsityReport
+    advice: tuple[Advice, ...]
+    problems: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Json]:
+        """The form of ``--json``."""
+        advice, problems = to_builtins(self.advice), list(self.problems)
+        return {"file": self.file, **self.sparsity.to_dict(), "advice": advice, "problems": problems}
 
 
 def inspect_path(
     path: str | Path, *, twin: Path | None = None, kernels: Path | None = None, measure: bool = False
-) -> dict[str, Any]:
-    """Facts of an ONNX file, an engine directory, a twins directory or a run; TensorRT engines with their sparsity report.
+) -> GraphFacts | EngineInspection | RunInspection:
+    """Facts of an ONNX file, of an engine directory, or of all engines of a run.
 
-    `twin` is the dense engine's directory, for the time that sparsity saves; `kernels` a text file with one name of a
-    kernel that ran per line (any profiler's list); `measure` times every layer here and now, which needs the GPU.
+    A twins directory stands for its sparse engine, judged against the dense one. `twin` is the dense engine's
+    directory, for the time that sparsity saves; `kernels` a text file with one name of a kernel that ran per line (any
+    profiler's list); `measure` times every layer here and now, which needs the GPU.
     """
-    from engines.passport import PASSPORT_FILE, load_passport
+    from engines.passport import PASSPORT_FILE
     from nxm_export.pipeline.sparsity_twins import is_twins, twin_directories
     from nxm_export.storage.run_dir import MANIFEST
 
     path = Path(path)
     if (path / MANIFEST).is_file():
-        found = sorted(file.parent for file in (path / "engines").glob(f"*/{PASSPORT_FILE}"))
-        return {"run": str(path), "engines": {engine.name: inspect_path(engine) for engine in found}}
+        directories = sorted(file.parent for file in (path / "engines").glob(f"*/{PASSPORT_FILE}"))
+        return RunInspection(str(path), {directory.name: inspect_engine(directory) for directory in directories})
     if is_twins(path):
         dense, sparse, other = twin_directories(path)
         if measure:
             measure_layers(dense)
             measure_layers(other)
-        return inspect_path(sparse, twin=dense, kernels=kernels, measure=measure)
+        return inspect_engine(sparse, twin=dense, kernels=kernels, measure=measure)
     if path.is_dir():
-        from engines.base import backend
+        return inspect_engine(path, twin=twin, kernels=kernels, measure=measure)
+    return _graph_facts(path)
 
-        passport = load_passport(path)
-        runtime = backend(passport.backend)
-        if not runtime.CAPABILITIES.sparse_kernels:
-            return {**runtime.inspect(path).to_dict(), "passport": passport.to_dict()}
-        if measure:
-            measure_layers(path)
-        facts = runtime.inspect(path).to_dict()
-        return {**facts, **sparsity_of(path, twin, kernels).to_dict(), "passport": passport.to_dict()}
+
+def inspect_engine(
+    directory: Path, *, twin: Path | None = None, kernels: Path | None = None, measure: bool = False
+) -> EngineInspection:
+    """Facts of an engine directory; options as in `inspect_path`."""
+    from engines.base import backend
+    from engines.passport import load_passport
+
+    passport = load_passport(directory)
+    runtime = backend(passport.backend)
+    if not runtime.CAPABILITIES.sparse_kernels:
+        return EngineInspection(passport, runtime.inspect(directory), None)
+    if measure:
+        measure_layers(directory)
+    return EngineInspection(passport, runtime.inspect(directory), sparsity_of(directory, twin, kernels))
+
+
+def _graph_facts(file: Path) -> GraphFacts:
     from nxm_export.graph.graph_weights import load_graph
 
-    model = load_graph(path)
+    model = load_graph(file)
     counts: dict[str, int] = {}
     for node in model.graph.all_nodes():
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    metadata = {key: value for key, value in model.metadata_props.items() if key != "nxm.plan"}
-    return {
-        "opset": model.opset_imports.get(""),
-        "inputs": {value.name: f"{value.dtype} {value.shape}" for value in model.graph.inputs},
-        "outputs": {value.name: f"{value.dtype} {value.shape}" for value in model.graph.outputs},
-        "operators": dict(sorted(counts.items())),
-        **metadata,
-    }
+    return GraphFacts(
+        opset=model.opset_imports.get(""),
+        inputs={str(value.name): f"{value.dtype} {value.shape}" for value in model.graph.inputs},
+        outputs={str(value.name): f"{value.dtype} {value.shape}" for value in model.graph.outputs},
+        operators=dict(sorted(counts.items())),
+        metadata={key: value for key, value in model.metadata_props.items() if key != "nxm.plan"},
+    )
 
 
 def require_sparse(path: Path, share: float, *, twin: Path | None = None, kernels: Path | None = None) -> None:
-    """The gate: `ParityError` unless `share` of the planned-sparse weights provably run sparse in the engine at `path`."""
+    """Raise `ParityError` unless `share` of the planned-sparse weights provably run sparse in the engine at `path`."""
     from engines.base import backend
     from engines.passport import load_passport
     from nxm_export.pipeline.sparsity_twins import is_twins, twin_directories
@@ -77,10 +152,11 @@ def require_sparse(path: Path, share: float, *, twin: Path | None = None, kernel
     sparsity_of(path, twin, kernels).require_sparse(share)
 
 
-def sparsity_of(path: Path, twin: Path | None, kernels: Path | None) -> SparsityReport:
-    """The sparsity report of an engine directory (see `engines.sparsity.report`); `kernels` is a file with one name of a
-    kernel a line."""
+def sparsity_of(directory: Path, twin: Path | None = None, kernels: Path | None = None) -> SparsityReport:
+    """The sparsity report of an engine directory (see `engines.sparsity.report`).
 
+    `kernels` is a file with one name of a kernel a line; `ArtifactError` where it is missing.
+    """
     from engines.sparsity.report import read_sparsity_report
 
     running = None
@@ -88,7 +164,7 @@ def sparsity_of(path: Path, twin: Path | None, kernels: Path | None) -> Sparsity
         if not kernels.is_file():
             raise ArtifactError(f"{kernels}: no such file; give a text file with one kernel name per line")
         running = [line.strip() for line in kernels.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return read_sparsity_report(path, twin, running)
+    return read_sparsity_report(directory, twin, running)
 
 
 def measure_layers(directory: Path, rounds: int = 20) -> None:
@@ -97,7 +173,6 @@ def measure_layers(directory: Path, rounds: int = 20) -> None:
     from engines.benchmark.latency import feeds_for
     from engines.passport import load_passport
     from engines.sparsity.build_evidence import MEASURED_FILE, MeasuredLayers
-    from nxm_export.storage.json_files import encode
 
     passport = load_passport(directory)
     with backend(passport.backend).load(directory) as engine:
@@ -111,8 +186,8 @@ def measure_layers(directory: Path, rounds: int = 20) -> None:
     write_atomic(directory / MEASURED_FILE, encode(measured))
 
 
-def doctor_file(file: Path, backend_name: str, version: str, compute_capability: str) -> dict[str, Any]:
-    """Any ONNX file's rows, judged for a TensorRT version and GPU without building, and advice per matrix."""
+def doctor_file(file: Path, backend_name: str, version: str, compute_capability: str) -> FileDiagnosis:
+    """Any ONNX file's matrices, judged for a TensorRT version and GPU without building, and advice for each."""
     from engines.sparsity.advice import advise
     from engines.sparsity.report import SparsityTarget, judge
     from nxm_export.graph.graph_weights import load_graph
@@ -121,9 +196,4 @@ def doctor_file(file: Path, backend_name: str, version: str, compute_capability:
 
     facts = matrix_facts(load_graph(file), str(file))
     report = judge(facts, None, SparsityTarget(backend_name, version, compute_capability))
-    return {
-        "file": str(file),
-        **report.to_dict(),
-        "advice": [asdict(advice) for advice in advise(facts, report)],
-        "problems": verify(file).problems,
-    }
+    return FileDiagnosis(str(file), report, tuple(advise(facts, report)), verify(file).problems)

@@ -1,4 +1,5 @@
-"""Twins: the same checkpoint as FP16, dense INT8 and sparse INT8 engines, same shapes, so that 2:4 can be judged by itself.
+"""Twins: the same checkpoint as FP16, dense INT8 and sparse INT8 engines, same shapes, so that 2:4 can be judged by
+itself.
 
 The INT8 twins share one graph and differ in one flag; the FP16 twin is the float graph of the same compressed weights.
 All share a timing cache, so that they differ in nothing that the builder measured twice.

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from nxm_export.contract.checkpoint_metrics import CompressionMetrics, DenseMetrics, finite, read_metrics_of
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
-from nxm_export.errors import ArtifactError, EngineError, ParityError
-from nxm_export.storage.json_files import read_json, require_schema
+from nxm_export.contract.run_summary import (
+    EngineParity,
+    Likeness,
+    RtxBuild,
+    RunSummary,
+    ShapeLatency,
+    Speedup,
+    TrainingFacts,
+)
+from nxm_export.contract.tasks import TASKS
+from nxm_export.storage.json_files import convert
 from nxm_export.storage.run_dir import RunDir
 
-SUMMARY_SCHEMA = "nxm-summary/1"
+if TYPE_CHECKING:
+    from engines.benchmark.latency import BenchReport
+    from engines.parity.reports import ParityReport
 
 
 def kind_of(plan: CompressionPlan) -> str:
@@ -20,126 +35,129 @@ def kind_of(plan: CompressionPlan) -> str:
     return "int8" if any(spec.weight_bits for spec in plan.weights.values()) else "sparse"
 
 
-def read_summary(root: str | Path) -> dict[str, Any]:
-    """The summary of a finished run; raises `ArtifactError` for a directory that is no run or not finished."""
-    directory = RunDir.open(root)
-    file = directory.path("summary", "summary.json")
-    if not file.is_file():
-        raise ArtifactError(f"{root}: this run has no summary yet; run the same `nxm run` again to finish it")
-    summary = read_json(file, "run the same `nxm run` again")
-    require_schema(summary, SUMMARY_SCHEMA, str(file), ArtifactError)
-    return _at(summary, directory.root)
+@dataclass(frozen=True)
+class BuildResults:
+    """What became of the engines of a run: `graphs` holds the graph of each that was built, `missing` why others cannot
+    be built or run here, `failed` why others could not be built."""
+
+    graphs: Mapping[str, str]
+    missing: Mapping[str, str]
+    failed: Mapping[str, str]
 
 
-def require_passed(summary: Mapping[str, Any]) -> None:
-    """Raise `ParityError` for an engine that differs from its checkpoint, `EngineError` for one that could not be built."""
-    differing = [name for name, report in summary["parity"].items() if not report["passed"]]
-    if differing:
-        raise ParityError(
-            f"parity failed for {', '.join(differing)}: see {summary['artifacts'][f'parity {differing[0]}']}"
-        )
-    for name, why in summary["failed"].items():
-        raise EngineError(f"{name} could not be built: {why}")
+def summarize(directory: RunDir, plan: CompressionPlan, graphs: Sequence[str], engines: BuildResults) -> RunSummary:
+    """The numbers of the run; paths are relative to it."""
+    from engines.benchmark.latency import read_bench_report
+    from engines.parity.reports import PARITY_FILE, read_parity_report
 
-
-def _at(summary: dict[str, Any], root: Path) -> dict[str, Any]:
-    """The summary with its artifacts' paths, which are stored relative to the run, from where the run lies now."""
-    return {**summary, "artifacts": {name: str(root / path) for name, path in summary["artifacts"].items()}}
-
-
-def summarize(
-    directory: RunDir,
-    plan: CompressionPlan,
-    graphs: Sequence[str],
-    engines: Mapping[str, str],
-    missing: Mapping[str, str],
-    failed: Mapping[str, str],
-) -> dict[str, Any]:
-    """The numbers of the run; paths are relative to it.
-
-    `missing` says which engines were not built or not run and why, `failed` which could not be built.
-    """
-    import numpy as np
-
-    from engines.parity.decisions import cosines
-    from nxm_export.contract.tasks import TASKS
-    from nxm_export.data.metrics import paired_interval, scored_outputs
-
-    def read(*parts: str) -> dict[str, Any]:
-        return dict(read_json(directory.path(*parts), "run the same `nxm run` again"))
-
-    dense, compressed, latency = (
-        read("dense", "metrics.json"),
-        read("checkpoint", "metrics.json"),
-        read("bench", "latency.json"),
-    )
-    compared = [name for name in engines if name not in missing]
-    reports = {name: read("compare", name, "parity.json") for name in compared}
+    dense = read_metrics_of(DenseMetrics, directory.path("dense"))
+    compressed = read_metrics_of(CompressionMetrics, directory.path("checkpoint"))
+    latency = read_bench_report(directory.path("bench", "latency.json"))
+    compared = [name for name in engines.graphs if name not in engines.missing]
+    reports = {name: read_parity_report(directory.path("compare", name, PARITY_FILE)) for name in compared}
     main, reference = f"ort-cpu-{kind_of(plan)}", "ort-cpu-fp32"
-    outputs = {name: np.load(directory.path("compare", name, "outputs.npz")) for name in (main, reference)}
-    labels, groups = outputs[main]["labels"], outputs[main].get("groups")
-    task = TASKS[load_spec(directory.path("onnx", "cpu")).task]
-    first = reports[main]["outputs"][0]["output"]
-    alike = cosines(outputs[reference][first], outputs[main][first]) if task.output_kind == "vector" else None
-    rtx = next((name for name in engines if name.startswith("trt_rtx")), None)
-    return {
-        "schema": SUMMARY_SCHEMA,
-        "metric": dense["metric"],
-        "dev_samples": dense["dev_samples"],
-        "dense": dense["value"],
-        "compressed": reports[main]["engine_value"],
-        "difference_interval": paired_interval(
-            dense["metric"],
-            scored_outputs(task, outputs[main]),
-            scored_outputs(task, outputs[reference]),
-            labels,
-            classes=load_spec(directory.path("onnx", "cpu")).labels,
-            groups=groups,
-        ),
-        **({} if alike is None else {"cosine_to_dense": {"mean": float(alike.mean()), "least": float(alike.min())}}),
-        "checkpoint": compressed["value"],
-        "compression": {counting: plan.compression(counting) for counting in COUNTINGS},
-        "plan": plan.pattern_counts,
-        "embedding": plan.embedding,
-        "parity": {
-            name: {
-                "agreement": min(output["agreement"] for output in report["outputs"]),
-                "max_abs": max(output["max_abs"] for output in report["outputs"]),
-                "passed": report["passed"],
-                "value": report["engine_value"],
-            }
-            for name, report in reports.items()
-        },
-        "latency_ms": {
-            f"{timing['name']} {timing['batch']}x{timing['sequence']}": {
-                "batch": timing["batch"],
-                "seq": timing["sequence"],
-                "median": timing["median"],
-            }
-            for timing in latency["timings"]
-        },
-        "speedup": latency["ratios"],
-        "onnx_bytes": {name: directory.path("onnx", name, "model.onnx").stat().st_size for name in graphs},
-        "trt_rtx": read("engines", rtx, "passport.json")["options"] if rtx else None,
-        "missing": dict(missing),
-        "failed": dict(failed),
-        "training": {
-            key: compressed.get(key)
-            for key in (
-                "recipe",
-                "admm_steps",
-                "qat_steps",
-                "residual",
-                "residual_gate_passed",
-                "mask_hash",
-                "table_drop",
-            )
-        },
-        "artifacts": {
+    interval, likeness = _against_dense(directory, dense.metric, main, reference)
+    rtx = next((name for name in engines.graphs if name.startswith("trt_rtx")), None)
+    return RunSummary(
+        metric=dense.metric,
+        dev_samples=dense.dev_samples,
+        dense=dense.value,
+        compressed=reports[main].engine_value,
+        difference_interval=interval,
+        cosine_to_dense=likeness,
+        checkpoint=compressed.value,
+        compression={counting: plan.compression(counting) for counting in COUNTINGS},
+        plan=plan.pattern_counts,
+        embedding=plan.embedding,
+        parity={name: _parity(report) for name, report in reports.items()},
+        latency_ms=_latency(latency),
+        speedup=_speedup(latency),
+        onnx_bytes={name: directory.path("onnx", name, "model.onnx").stat().st_size for name in graphs},
+        trt_rtx=_rtx_build(directory.path("engines", rtx)) if rtx else None,
+        missing=dict(engines.missing),
+        failed=dict(engines.failed),
+        training=_training(compressed),
+        artifacts={
             "dense": "dense",
             "checkpoint": "checkpoint",
             **{f"onnx {name}": f"onnx/{name}/model.onnx" for name in graphs},
-            **{f"engine {name}": f"engines/{name}" for name in engines},
-            **{f"parity {name}": f"compare/{name}/parity.json" for name in compared},
+            **{f"engine {name}": f"engines/{name}" for name in engines.graphs},
+            **{f"parity {name}": f"compare/{name}/{PARITY_FILE}" for name in compared},
         },
+    )
+
+
+def _against_dense(
+    directory: RunDir, metric: str, main: str, reference: str
+) -> tuple[tuple[float | None, float | None], Likeness | None]:
+    """(paired 95 % interval of the compressed minus the dense metric, how alike their embeddings are)."""
+    from engines.parity.compare import OUTPUTS_FILE
+    from engines.parity.decisions import cosines
+    from nxm_export.data.metrics import paired_interval, scored_outputs
+
+    spec = load_spec(directory.path("onnx", "cpu"))
+    task = TASKS[spec.task]
+    ours, theirs = (np.load(directory.path("compare", name, OUTPUTS_FILE)) for name in (main, reference))
+    low, high = paired_interval(
+        metric,
+        scored_outputs(task, ours),
+        scored_outputs(task, theirs),
+        ours["labels"],
+        classes=spec.labels,
+        groups=ours.get("groups"),
+    )
+    if task.output_kind != "vector":
+        return (finite(low), finite(high)), None
+    first = next(iter(task.outputs))
+    alike = cosines(theirs[first], ours[first])
+    return (finite(low), finite(high)), Likeness(float(alike.mean()), float(alike.min()))
+
+
+def _rtx_build(directory: Path) -> RtxBuild:
+    from engines.passport import PASSPORT_FILE, load_passport
+
+    options = load_passport(directory).options
+    source, way_out = str(directory / PASSPORT_FILE), "run the same `nxm run` again"
+    return convert(options, RtxBuild, source=source, way_out=way_out, foreign=True)
+
+
+def _parity(report: ParityReport) -> EngineParity:
+    outputs = report.outputs
+    return EngineParity(
+        agreement=_worst([output.agreement for output in outputs], min),
+        max_abs=_worst([output.max_abs for output in outputs], max),
+        passed=report.passed,
+        value=report.engine_value,
+    )
+
+
+def _worst(values: Sequence[float | None], choose: Callable[[Sequence[float]], float]) -> float | None:
+    """The worst of the outputs' values; None where one of them has none."""
+    numbers = [value for value in values if value is not None]
+    return choose(numbers) if len(numbers) == len(values) else None
+
+
+def _latency(report: BenchReport) -> dict[str, ShapeLatency]:
+    return {
+        f"{timing.name} {timing.batch}x{timing.sequence}": ShapeLatency(timing.batch, timing.sequence, timing.median)
+        for timing in report.timings
     }
+
+
+def _speedup(report: BenchReport) -> tuple[Speedup, ...]:
+    return tuple(
+        Speedup(ratio.name, ratio.reference, ratio.batch, ratio.sequence, ratio.speedup, ratio.interval)
+        for ratio in report.ratios
+    )
+
+
+def _training(metrics: CompressionMetrics) -> TrainingFacts:
+    return TrainingFacts(
+        recipe=metrics.recipe,
+        admm_steps=metrics.admm_steps,
+        qat_steps=metrics.qat_steps,
+        residual=metrics.residual,
+        residual_gate_passed=metrics.residual_gate_passed,
+        mask_hash=metrics.mask_hash,
+        table_drop=metrics.table_drop,
+    )

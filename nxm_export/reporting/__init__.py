@@ -1,7 +1,8 @@
 """What people look at: one HTML page of a run, and a model card, both made from the files that the stages wrote.
 
 `nxm report` and `nxm card`. Nothing is measured here and no number is typed: facts are read (`facts`), judged in words
-(`verdicts`), drawn (`plots`) and put into templates (`page`, `hub_card`). A run may be unfinished; what is missing is said.
+(`verdicts`), drawn (`plots`) and put into templates (`page`, `hub_card`). A run may be unfinished; what is missing is
+said.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ REPORT_FILE = "report.html"
 def report(run: str | Path, out: str | Path | None = None, *, search: str | Path | None = None) -> Path:
     """Write the page of a run directory to `out` (``RUN/report.html`` by default) and return its path.
 
-    `search` is a directory of `nxm search` to show beside the run (``RUN/search`` by default). Raises `ArtifactError` when
-    `run` is no run or nothing has been made in it yet; needs jinja2 and matplotlib (``nxm-export[report]``).
+    `search` is a directory of `nxm search` to show beside the run (``RUN/search`` by default). Raises `ArtifactError`
+    when `run` is no run or nothing has been made in it yet; needs jinja2 and matplotlib (``nxm-export[report]``).
     """
     from nxm_export.reporting.page import render
     from nxm_export.reporting.plots import pictures

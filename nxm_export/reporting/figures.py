@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Generic, TypeVar
 
-# kind -> text; the same digits as in `nxm_export.cli.tables`, which tests/nxm_export/reporting/test_report.py holds
-FORMATS: dict[str, Callable[[Any], str]] = {
+from nxm_export.storage.json_files import Json
+
+Value = float | int | str | bool | None
+Key = str | int
+T_co = TypeVar("T_co", covariant=True)
+
+# kind -> text of a number; the same digits as `nxm show` prints (tests/nxm_export/reporting/test_page.py)
+FORMATS: dict[str, Callable[[float], str]] = {
     "score": lambda value: f"{value:.4f}",
     "signed": lambda value: f"{value:+.4f}",
     "share": lambda value: f"{value:.2%}",
@@ -27,9 +33,15 @@ class Figure:
     Without a pointer it is the size of the file, or was computed from it.
     """
 
-    value: Any
+    value: Value
     file: str
     pointer: str | None = None
+
+    @property
+    def number(self) -> float | None:
+        """The value as a number; None where it is none, as for a NaN."""
+        value = self.value
+        return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
     def shown(self, kind: str) -> Shown:
         """The figure as text of a kind (a key of `FORMATS`)."""
@@ -51,10 +63,7 @@ class Shown:
             return "NaN" if self.kind == "error" else "none"
         if isinstance(value, bool):
             return "yes" if value else "no"
-        try:
-            return FORMATS[self.kind](value)
-        except (TypeError, ValueError):
-            return str(value)
+        return value if isinstance(value, str) else FORMATS[self.kind](value)
 
     @property
     def json(self) -> str:
@@ -63,23 +72,68 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A JSON file of a run: its name, relative to the run, and what it holds."""
+class RunFile(Generic[T_co]):
+    """A JSON file of a run: its name, relative to the run, what it holds, and its JSON as it stands there."""
 
     file: str
-    data: Any
+    content: T_co
+    json: Json
 
-    def at(self, *keys: str | int) -> Figure | None:
-        """The value at a path of keys and indices, None where it is not there."""
-        found = self.data
+    def figure(self, *keys: Key) -> Figure | None:
+        """The value at a path of field names, keys and indices; None where a key, or what holds it, is missing.
+
+        A file of a former schema may hold the value elsewhere or not at all: then the figure has no pointer.
+        """
+        node: object = self.content
         for key in keys:
-            try:
-                found = found[key]
-            except (KeyError, IndexError, TypeError):
+            if node is None or (isinstance(node, Mapping) and key not in node):
                 return None
-        return Figure(found, self.file, pointer(*keys))
+            node = _child(node, key)
+        return self._figure_of(node, keys)
+
+    def figures(self) -> Iterator[tuple[tuple[Key, ...], Figure]]:
+        """Every value in the file with its path; those that are None are left out."""
+        for keys, value in _leaves(self.content, ()):
+            yield keys, self._figure_of(value, keys)
+
+    def _figure_of(self, value: object, keys: tuple[Key, ...]) -> Figure:
+        if not (value is None or isinstance(value, (float, int, str))):
+            raise TypeError(f"{self.file}: {pointer(*keys)} is no single value")
+        return Figure(value, self.file, pointer(*keys) if _stands_at(self.json, keys, value) else None)
 
 
-def pointer(*keys: str | int) -> str:
+def _child(node: object, key: Key) -> object:
+    if isinstance(node, Mapping):
+        return node[key]
+    if isinstance(key, int):
+        assert isinstance(node, Sequence)
+        return node[key]
+    return getattr(node, key)
+
+
+def _leaves(node: object, keys: tuple[Key, ...]) -> Iterator[tuple[tuple[Key, ...], object]]:
+    if is_dataclass(node):
+        for field in fields(node):
+            yield from _leaves(getattr(node, field.name), (*keys, field.name))
+    elif isinstance(node, Mapping):
+        for key, item in node.items():
+            yield from _leaves(item, (*keys, key))
+    elif isinstance(node, Sequence) and not isinstance(node, str):
+        for number, item in enumerate(node):
+            yield from _leaves(item, (*keys, number))
+    elif node is not None:
+        yield keys, node
+
+
+def _stands_at(data: Json, keys: tuple[Key, ...], value: Value) -> bool:
+    for key in keys:
+        try:
+            data = data[key]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return bool(data == value)
+
+
+def pointer(*keys: Key) -> str:
     """An RFC 6901 JSON pointer."""
     return "".join(f"/{str(key).replace('~', '~0').replace('/', '~1')}" for key in keys)

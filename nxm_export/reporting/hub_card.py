@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jinja2
 from markupsafe import Markup
@@ -19,8 +19,8 @@ from nxm_export import __version__
 from nxm_export.contract.plan import COUNTINGS
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError
-from nxm_export.reporting.figures import Shown
-from nxm_export.reporting.run_facts import Engine, Run, read_engine_directory, read_run
+from nxm_export.reporting.figures import Figure, RunFile, Shown
+from nxm_export.reporting.run_facts import EngineEntry, Run, read_engine_directory, read_run
 from nxm_export.reporting.verdicts import (
     COUNTED,
     Piece,
@@ -32,7 +32,12 @@ from nxm_export.reporting.verdicts import (
     metric,
     verdicts,
 )
+from nxm_export.storage.json_files import Json
 from nxm_export.storage.run_dir import MANIFEST
+
+if TYPE_CHECKING:
+    from engines.parity.reports import ParityReport
+    from engines.passport import EnginePassport
 
 # task -> what the hub calls it
 PIPELINES = {
@@ -44,7 +49,7 @@ PIPELINES = {
     "embedding": "sentence-similarity",
     "reranking": "text-ranking",
 }
-_BESIDE = list(dict.fromkeys(name for task in TASKS.values() for name in task.secondary_metrics))
+_SECONDARY = list(dict.fromkeys(name for task in TASKS.values() for name in task.secondary_metrics))
 _SPECIAL = re.compile(r"([\\`*_\[\]|#$~!])")
 
 
@@ -54,11 +59,11 @@ def render(source: Path) -> str:
     if run.doubts:
         raise ArtifactError(f"{source}: no card of files that contradict each other: {run.doubts[0]}")
     engine = main_engine(run) or next(iter(run.engines), None)
-    task = run.spec.data.get("task") if run.spec else None
-    options = _options(run, engine)
+    task = run.spec.task if run.spec else None
     low, high = run.figure("difference_interval", 0), run.figure("difference_interval", 1)
-    samples = run.figure("dev_samples") or (engine.parity.at("samples") if engine and engine.parity else None)
-    samples = samples or (run.compressed.at("dev_samples") if run.compressed else None)
+    samples = run.figure("dev_samples") or (engine.parity.figure("samples") if engine and engine.parity else None)
+    samples = samples or (run.compressed.figure("dev_samples") if run.compressed else None)
+    counted = [(counting, compression(run, counting), COUNTED[counting]) for counting in COUNTINGS]
     return (
         _environment()
         .get_template("card.md.j2")
@@ -66,22 +71,22 @@ def render(source: Path) -> str:
             run=run,
             name=run.name,
             front=_front_matter(run, engine, task),
-            model_type=run.config.get("model_type", "unknown"),
+            model_type=run.model_type or "unknown",
             task=task or "unknown",
-            labels=(run.spec.data.get("labels") or []) if run.spec else [],
-            max_length=run.spec.data.get("max_length") if run.spec else None,
-            options=options,
+            labels=run.spec.labels if run.spec else (),
+            max_length=run.spec.max_length if run.spec else None,
+            options=_options(run, engine),
             metric=metric(run) if compressed_value(run) else None,
             dense=_text(dense_value(run), "score"),
             compressed=_text(compressed_value(run), "score"),
             low=_text(low, "signed"),
             high=_text(high, "signed"),
             samples=_text(samples, "general"),
-            beside=list(_beside(run, engine)),
-            compression=[(c, _text(found, "share"), COUNTED[c]) for c in COUNTINGS if (found := compression(run, c))],
-            engines=[_engine(e) for e in run.engines if e.passport is not None],
-            parity=[row for e in run.engines for row in _parity(e)],
-            reasons=dict.fromkeys(str(e.parity.data.get("reason")) for e in run.engines if e.parity),
+            secondary=list(_secondary(run, engine)),
+            compression=[(counting, _text(figure, "share"), what) for counting, figure, what in counted if figure],
+            engines=[_engine(e, e.passport.content) for e in run.engines if e.passport is not None],
+            parity=[row for e in run.engines if e.parity for row in _parity(e.name, e.parity)],
+            reasons=dict.fromkeys(e.parity.content.reason for e in run.engines if e.parity),
             verdicts=[_verdict(v) for v in verdicts(run) if v.state != "absent"],
             training=_training(run),
             **_usage(run, engine),
@@ -92,7 +97,7 @@ def render(source: Path) -> str:
 
 
 def _environment() -> jinja2.Environment:
-    """Templates of this package, in which everything that a file said is escaped for markdown unless it is marked safe."""
+    """Templates of this package, in which everything is escaped for markdown unless it is marked safe."""
     return jinja2.Environment(
         loader=jinja2.PackageLoader("nxm_export", "reporting"),
         undefined=jinja2.StrictUndefined,
@@ -108,10 +113,10 @@ def markdown(text: str) -> str:
     return _SPECIAL.sub(r"\\\1", flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
-def _front_matter(run: Run, engine: Engine | None, task: str | None) -> Markup:
+def _front_matter(run: Run, engine: EngineEntry | None, task: str | None) -> Markup:
     """The YAML head. JSON is YAML, so every value is written as JSON."""
     tags = ["nxm-export", "onnx", *_option_tags(run, engine)]
-    head: dict[str, Any] = {"library_name": "onnx", "tags": tags}
+    head: dict[str, Json] = {"library_name": "onnx", "tags": tags}
     if task in PIPELINES:
         head["pipeline_tag"] = PIPELINES[task]
     value = compressed_value(run)
@@ -132,15 +137,16 @@ def _front_matter(run: Run, engine: Engine | None, task: str | None) -> Markup:
     return Markup("\n".join(lines))
 
 
-def _options(run: Run, engine: Engine | None) -> dict[str, Any]:
+def _options(run: Run, engine: EngineEntry | None) -> Mapping[str, int]:
+    """Matrices by option of the plan."""
     if run.plan is not None:
-        return dict(run.plan.pattern_counts)
-    found = engine.passport.at("plan", "options") if engine and engine.passport else None
-    return dict(found.value) if found and isinstance(found.value, dict) else {}
+        return run.plan.pattern_counts
+    plan = engine.passport.content.plan if engine and engine.passport else None
+    return plan.options if plan else {}
 
 
-def _option_tags(run: Run, engine: Engine | None) -> Iterator[str]:
-    parts = [part for option in _options(run, engine) for part in str(option).split("+")]
+def _option_tags(run: Run, engine: EngineEntry | None) -> Iterator[str]:
+    parts = [part for option in _options(run, engine) for part in option.split("+")]
     for part in dict.fromkeys(parts):
         if part.startswith("W") and part[1:].isdecimal():
             yield f"int{part[1:]}"
@@ -148,45 +154,29 @@ def _option_tags(run: Run, engine: Engine | None) -> Iterator[str]:
             yield f"sparsity-{part.replace(':', '-')}"
 
 
-def _engine(engine: Engine) -> dict[str, Any]:
-    data: Mapping[str, Any] = engine.passport.data if engine.passport else {}
-    graph, device, versions = (data.get(key) or {} for key in ("graph", "device", "versions"))
-    package = {"ort": "onnxruntime", "openvino": "openvino", "trt": "tensorrt", "trt_rtx": "tensorrt-rtx-cu13"}.get(
-        str(data.get("backend")), ""
-    )
+def _engine(engine: EngineEntry, passport: EnginePassport) -> dict[str, str]:
+    packages = {"ort": "onnxruntime", "openvino": "openvino", "trt": "tensorrt", "trt_rtx": "tensorrt-rtx-cu13"}
+    version = passport.versions.get(packages.get(passport.backend, ""), "")
+    graph, device = passport.graph, passport.device
     return {
         "name": engine.name,
-        "backend": f"{data.get('backend')} {versions.get(package, '')}".strip(),
+        "backend": f"{passport.backend} {version}".strip(),
         "graph": f"{graph.get('dtype', 'unknown')}, {graph.get('placement', 'unknown')}",
         "device": device.get("gpu") or device.get("name") or "unknown",
         "megabytes": _text(engine.bytes, "megabytes"),
-        "requires": ", ".join(f"{key} {value}" for key, value in (data.get("requires") or {}).items()) or "none",
-        "sha256": data.get("engine_sha256"),
+        "requires": ", ".join(f"{key} {value}" for key, value in passport.requires.items()) or "none",
+        "sha256": passport.engine_sha256,
     }
 
 
-def _parity(engine: Engine) -> Iterator[dict[str, Any]]:
-    outputs = engine.parity.at("outputs") if engine.parity else None
-    for number in range(len(outputs.value) if outputs and isinstance(outputs.value, list) else 0):
-        shown = {
-            key: _text(engine.parity.at("outputs", number, key) if engine.parity else None, kind)
-            for key, kind in (
-                ("agreement", "share"),
-                ("max_abs", "error"),
-                ("max_tolerance", "error"),
-                ("passed", "general"),
-            )
-        }
-        name = outputs.value[number].get("output") if outputs else ""
-        yield {
-            **shown,
-            "name": engine.name,
-            "output": name,
-            "samples": engine.parity.data.get("samples") if engine.parity else None,
-        }
+def _parity(name: str, report: RunFile[ParityReport]) -> Iterator[dict[str, Json]]:
+    kinds = {"agreement": "share", "max_abs": "error", "max_tolerance": "error", "passed": "general"}
+    for number, output in enumerate(report.content.outputs):
+        shown = {key: _text(report.figure("outputs", number, key), kind) for key, kind in kinds.items()}
+        yield {**shown, "name": name, "output": output.output, "samples": report.content.samples}
 
 
-def _verdict(verdict: Verdict) -> dict[str, Any]:
+def _verdict(verdict: Verdict) -> dict[str, object]:
     return {
         "title": verdict.title,
         "word": verdict.word,
@@ -199,32 +189,35 @@ def _pieces(pieces: tuple[Piece, ...]) -> str:
     return "".join(piece.text if isinstance(piece, Shown) else piece for piece in pieces)
 
 
-def _text(figure: Any, kind: str) -> str:
-    return "not known" if figure is None else str(figure.shown(kind).text)
+def _text(figure: Figure | None, kind: str) -> str:
+    return "not known" if figure is None else figure.shown(kind).text
 
 
-def _beside(run: Run, engine: Engine | None) -> Iterator[tuple[str, str, str]]:
-    """Further metrics of the task: name, of the dense model, of the engine (of the checkpoint where no engine was compared)."""
-    for name in _BESIDE:
-        of_engine = engine.parity.at("secondary_metrics", name, 1) if engine and engine.parity else None
-        compressed = of_engine or (run.compressed.at(name) if run.compressed else None)
+def _secondary(run: Run, engine: EngineEntry | None) -> Iterator[tuple[str, str, str]]:
+    """Further metrics of the task: (name, of the dense model, of the engine or else of the checkpoint)."""
+    for name in _SECONDARY:
+        of_engine = engine.parity.figure("secondary_metrics", name, 1) if engine and engine.parity else None
+        compressed = of_engine or (run.compressed.figure("secondary_metrics", name) if run.compressed else None)
         if compressed is not None:
-            yield name, _text(run.dense.at(name) if run.dense else None, "score"), _text(compressed, "score")
+            dense = run.dense.figure("secondary_metrics", name) if run.dense else None
+            yield name, _text(dense, "score"), _text(compressed, "score")
 
 
 def _training(run: Run) -> dict[str, str]:
     """The facts of compression training, without the metric, which stands elsewhere."""
-    source = run.compressed
-    shown = {"schema", "metric", "value", "interval", *_BESIDE}
-    keys = [key for key in source.data if key not in shown] if source else []
-    return {key.replace("_", " "): _text(source.at(key), "general") for key in keys} if source else {}
+    figures = run.compressed.figures() if run.compressed else ()
+    shown = ("kind", "metric", "value", "interval", "secondary_metrics")
+    return {
+        " ".join(str(key).replace("_", " ") for key in keys): figure.shown("general").text
+        for keys, figure in figures
+        if keys[0] not in shown
+    }
 
 
-def _usage(run: Run, engine: Engine | None) -> dict[str, Markup]:
+def _usage(run: Run, engine: EngineEntry | None) -> dict[str, Markup]:
     """Names for the lines of Python: identifiers only, whatever the files say."""
-    backend = str(engine.passport.data.get("backend")) if engine and engine.passport else "ort"
-    inputs = run.spec.data.get("inputs") if run.spec else None
-    names = [name for name in inputs if str(name).isidentifier()] if isinstance(inputs, list) else ["input_ids"]
+    backend = engine.passport.content.backend if engine and engine.passport else "ort"
+    names = [name for name in run.spec.inputs if name.isidentifier()] if run.spec else ["input_ids"]
     return {
         "backend": Markup(backend if backend.isidentifier() else "ort"),
         "feeds": Markup(", ".join(f'"{name}": {name}' for name in names)),
@@ -242,7 +235,7 @@ def _unknown(run: Run) -> Iterator[str]:
         yield "whether the engine computes what its checkpoint computes: it was not compared"
     if not (run.benches or run.summary):
         yield "how fast it is: it was not timed"
-    if not any(row.get("chosen") is True for engine in run.engines for row in engine.truth):
+    if not any(row.chosen is True for engine in run.engines for row in engine.matrices):
         yield "whether any matrix runs on a sparse kernel: no engine proves it"
     for gap in run.missing:
         if gap.command is None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from nxm_export.contract.checkpoint import Checkpoint, read_tensor
 from nxm_export.contract.families import ROLES
 from nxm_export.contract.plan import NMPattern, WeightSpec
+from nxm_export.contract.verify_report import VerifyReport, WeightReport
 from nxm_export.errors import NxmError
-from nxm_export.reporting.figures import Figure, Source, pointer
+from nxm_export.reporting.figures import Figure, RunFile
 from nxm_export.reporting.run_files import Files
 
 SAMPLE_ROWS, SAMPLE_COLUMNS = 32, 64  # of the picture of one matrix
@@ -21,9 +22,9 @@ SAMPLE_ROWS, SAMPLE_COLUMNS = 32, 64  # of the picture of one matrix
 
 @dataclass(frozen=True)
 class Matrix:
-    """One weight matrix of the plan. `stored`, `pattern` and `zeros` are by graph, as `nxm verify` found them in the file;
-    `sensitivity` is the search's divergence of the planned option, `projection` what the projection of the dense weights
-    onto the plan loses: ``|W - P(W)|^2 / |W|^2``."""
+    """One weight matrix of the plan. `stored`, `pattern` and `zeros` are by graph, as `nxm verify` found them in the
+    file; `sensitivity` is the search's divergence of the planned option, `projection` what the projection of the dense
+    weights onto the plan loses: ``|W - P(W)|^2 / |W|^2``."""
 
     name: str
     block: int | None
@@ -43,17 +44,17 @@ class Sample:
     """The corner of one stored matrix: integer codes (rows, columns), or floats where the plan leaves them."""
 
     name: str
-    values: np.ndarray
+    values: npt.NDArray[np.float32 | np.int8]
     spec: WeightSpec
 
 
 def matrices(
     root: Path,
     checkpoint: Checkpoint | None,
-    verified: Mapping[str, Source | None],
+    verified: Mapping[str, RunFile[VerifyReport] | None],
     sensitivity: Mapping[tuple[str, str], float] | None,
 ) -> Iterator[Matrix]:
-    """Every matrix of the plan; `verified` are the verify.json of each graph, `sensitivity` the search's table, if any."""
+    """Every matrix of the plan; `verified` are the verify.json of each graph, `sensitivity` what a search measured."""
     if checkpoint is None:
         return
     places = {
@@ -61,9 +62,11 @@ def matrices(
         for number, block in enumerate(checkpoint.family.blocks(checkpoint.config))
         for role in ROLES
     }
-    rows_of = {graph: _rows_of(source) for graph, source in verified.items()}
+    by_name = {graph: _by_name(report) for graph, report in verified.items() if report is not None}
     for name, spec in checkpoint.plan.weights.items():
-        found = {graph: rows[name] for graph, rows in rows_of.items() if name in rows and rows[name].get("planned")}
+        reports = {
+            graph: weights[name] for graph, weights in by_name.items() if name in weights and weights[name][0].planned
+        }
         block, role = places.get(name, (None, None))
         yield Matrix(
             name,
@@ -71,29 +74,23 @@ def matrices(
             role,
             checkpoint.plan.shapes[name],
             spec,
-            {graph: str(row.get("stored")) for graph, row in found.items()},
-            {graph: row.get("pattern") for graph, row in found.items()},
-            {
-                graph: Figure(row["zeros"], *row["place"])
-                for graph, row in found.items()
-                if isinstance(row.get("zeros"), float)
-            },
-            tuple(dict.fromkeys(str(problem) for row in found.values() for problem in row.get("problems", []))),
+            {graph: report.stored for graph, (report, _) in reports.items()},
+            {graph: report.pattern for graph, (report, _) in reports.items()},
+            {graph: zeros for graph, (_, zeros) in reports.items()},
+            tuple(dict.fromkeys(problem for report, _ in reports.values() for problem in report.problems)),
             None if sensitivity is None else sensitivity.get((name, str(spec))),
             None if sensitivity else _projection(root / "dense", name, spec),
         )
 
 
-def _rows_of(verify: Source | None) -> dict[str, Mapping[str, Any]]:
-    """The rows of a verify.json by matrix, each with the ``place`` of its zeros."""
-    rows = verify.data.get("weights") if verify else None
-    if verify is None or not isinstance(rows, list):
-        return {}
-    return {
-        str(row.get("name")): {**row, "place": (verify.file, pointer("weights", number, "zeros"))}
-        for number, row in enumerate(rows)
-        if isinstance(row, dict)
-    }
+def _by_name(verified: RunFile[VerifyReport]) -> dict[str, tuple[WeightReport, Figure]]:
+    """What `nxm verify` found of every matrix, with the share of its zeros as a figure."""
+    reports = {}
+    for number, report in enumerate(verified.content.weights):
+        zeros = verified.figure("weights", number, "zeros")
+        assert zeros is not None
+        reports[report.name] = (report, zeros)
+    return reports
 
 
 def _projection(dense: Path, name: str, spec: WeightSpec) -> float | None:
@@ -104,9 +101,9 @@ def _projection(dense: Path, name: str, spec: WeightSpec) -> float | None:
     return projection_error(weight, spec)
 
 
-def projection_error(weight: np.ndarray, spec: WeightSpec) -> float:
-    """``|W - P(W)|^2 / |W|^2`` of a dense weight (out, in), float32: the N of every M largest kept along the input axis,
-    then rounded to the nearest of ``2 * qmax + 1`` even steps up to the largest of each output channel."""
+def projection_error(weight: npt.NDArray[np.float32], spec: WeightSpec) -> float:
+    """``|W - P(W)|^2 / |W|^2`` of a dense weight (out, in), float32: the N of every M largest kept along the input
+    axis, then rounded to the nearest of ``2 * qmax + 1`` even steps up to the largest of each output channel."""
     w = weight.astype(np.float64)
     z = w
     if spec.pattern is not None and w.shape[1] % spec.pattern.m == 0:
@@ -119,12 +116,12 @@ def projection_error(weight: np.ndarray, spec: WeightSpec) -> float:
     return float(np.square(w - z).sum() / total) if total else 0.0
 
 
-def _keep_largest(w: np.ndarray, pattern: NMPattern) -> np.ndarray:
+def _keep_largest(w: npt.NDArray[np.float64], pattern: NMPattern) -> npt.NDArray[np.float64]:
     groups = w.reshape(w.shape[0], -1, pattern.m)
     order = np.argsort(-np.abs(groups), axis=-1, kind="stable")  # ties go to the lower index
-    kept = np.zeros(groups.shape, bool)
-    np.put_along_axis(kept, order[..., : pattern.n], True, axis=-1)
-    return np.asarray(np.where(kept, groups, 0.0).reshape(w.shape))
+    nonzero_mask = np.zeros(groups.shape, bool)
+    np.put_along_axis(nonzero_mask, order[..., : pattern.n], True, axis=-1)
+    return np.asarray(np.where(nonzero_mask, groups, 0.0).reshape(w.shape))
 
 
 def sample(checkpoint: Checkpoint | None, files: Files) -> Sample | None:

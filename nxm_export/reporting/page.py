@@ -1,4 +1,5 @@
-"""The page itself: tables of a run, the pictures, one template, one style sheet, and a policy that allows nothing else."""
+"""The page itself: tables of a run, the pictures, one template, one style sheet, and a policy that allows nothing
+else."""
 
 from __future__ import annotations
 
@@ -7,31 +8,44 @@ import hashlib
 import json
 import shlex
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jinja2
 from markupsafe import Markup
 
 from nxm_export import __version__
 from nxm_export.contract.plan import COUNTINGS, NMPattern
+from nxm_export.contract.run_summary import TrainingFacts
 from nxm_export.errors import PlanError
-from nxm_export.reporting.figures import Figure, Shown, Source, pointer
+from nxm_export.reporting.figures import Figure, RunFile, Shown, pointer
 from nxm_export.reporting.matrices import Matrix
 from nxm_export.reporting.parity_tables import parity_tables
 from nxm_export.reporting.plots import Picture
 from nxm_export.reporting.run_facts import Run
-from nxm_export.reporting.tables import Cell, Code, Table, or_dash, pair
+from nxm_export.reporting.tables import Cell, Code, PageTable, or_dash, pair
 from nxm_export.reporting.verdicts import (
     COUNTED,
     compressed_value,
     compression,
     dense_value,
+    dev_samples,
     main_engine,
     metric,
     ratios,
     verdicts,
 )
+from nxm_export.storage.run_dir import MANIFEST
+
+if TYPE_CHECKING:
+    from engines.sparsity.report import WeightSparsity
+
+
+_TRAINING_KEYS = (
+    "recipe", "admm", "admm_steps", "qat_steps", "steps", "train_samples", "held_out_samples", "residual",
+    "residual_gate_passed", "mask_hash",
+)  # fmt: skip
 
 
 def environment() -> jinja2.Environment:
@@ -61,13 +75,14 @@ def render(run: Run, pictures: Mapping[str, Picture]) -> str:
         .render(
             run=run,
             style=Markup(style),
-            policy=f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'",
+            policy="default-src 'none'; "
+            f"style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'",
             verdicts=verdicts(run),
             pictures=pictures,
             drawn=drawn,
             subject=_subject(run),
             counts=_counts(run),
-            labels=_labels(run),
+            labels=run.spec.labels if run.spec else (),
             version=__version__,
             tables={
                 "accuracy": _accuracy(run),
@@ -80,7 +95,7 @@ def render(run: Run, pictures: Mapping[str, Picture]) -> str:
                 "versions": _versions(run),
                 "engines": _engines(run),
                 "reasons": _reasons(run),
-                "hashes": Table(
+                "hashes": PageTable(
                     "Files that this page was made from",
                     ("file", "sha256"),
                     [(Code(file), Code(digest)) for file, digest in sorted(run.files.items())],
@@ -88,9 +103,7 @@ def render(run: Run, pictures: Mapping[str, Picture]) -> str:
             },
             parity=[table for table in parity_tables(run) if table.rows],
             reasons=dict.fromkeys(
-                str(engine.parity.data["reason"])
-                for engine in run.engines
-                if engine.parity and engine.parity.data.get("reason")
+                engine.parity.content.reason for engine in run.engines if engine.parity and engine.parity.content.reason
             ),
             bench_notes=list(_bench_notes(run)),
         )
@@ -98,9 +111,8 @@ def render(run: Run, pictures: Mapping[str, Picture]) -> str:
 
 
 def _subject(run: Run) -> str:
-    kind = run.config.get("model_type")
-    task = run.spec.data.get("task") if run.spec else None
-    return ", ".join(str(part) for part in (kind, task) if part)
+    task = run.spec.task if run.spec else None
+    return ", ".join(part for part in (run.model_type, task) if part)
 
 
 def _counts(run: Run) -> list[tuple[str, Shown]]:
@@ -112,58 +124,46 @@ def _counts(run: Run) -> list[tuple[str, Shown]]:
     ]
 
 
-def _labels(run: Run) -> list[str]:
-    labels = run.spec.data.get("labels") if run.spec else None
-    return [str(label) for label in labels] if isinstance(labels, list) else []
-
-
-def _accuracy(run: Run) -> Table:
+def _accuracy(run: Run) -> PageTable:
     rows: list[tuple[Cell, ...]] = []
     engine = main_engine(run)
     parity = engine.parity if engine else None
-
-    def between(source: Source | None, key: str = "interval") -> Cell:
-        return pair(source.at(key, 0), source.at(key, 1), "score") if source else "-"
-
     if dense := dense_value(run):
-        rows.append(("dense, FP32", dense.shown("score"), between(run.dense), ""))
-    if run.compressed and (value := run.figure("checkpoint") or run.compressed.at("value")):
+        rows.append(("dense, FP32", dense.shown("score"), _interval(run.dense), ""))
+    if run.compressed and (value := run.figure("checkpoint") or run.compressed.figure("value")):
         counts = ", ".join(f"{count} x {name}" for name, count in (run.plan.pattern_counts if run.plan else {}).items())
         if run.plan and run.plan.embedding == "int8":
             counts += ", INT8 embedding table"
-        rows.append(("compressed, PyTorch", value.shown("score"), between(run.compressed), counts))
+        rows.append(("compressed, PyTorch", value.shown("score"), _interval(run.compressed), counts))
     low, high = run.figure("difference_interval", 0), run.figure("difference_interval", 1)
-    if parity and (value := compressed_value(run)):
-        note: Cell = (
-            ("difference to dense: ", low.shown("signed"), " to ", high.shown("signed"), " (95 %, paired)")
-            if low and high
-            else ""
-        )
+    if engine and parity and (value := compressed_value(run)):
+        note: Cell = ""
+        if low and high:
+            note = ("difference to dense: ", low.shown("signed"), " to ", high.shown("signed"), " (95 %, paired)")
         rows.append(
-            (
-                f"compressed, engine {engine.name if engine else ''}",
-                value.shown("score"),
-                between(parity, "engine_interval"),
-                note,
-            )
+            (f"compressed, engine {engine.name}", value.shown("score"), _interval(parity, "engine_interval"), note)
         )
-    samples = run.figure("dev_samples") or (run.dense.at("dev_samples") if run.dense else None)
+    samples = dev_samples(run)
     on = f" on {samples.value} held-out samples" if samples else ""
-    return Table(f"{metric(run)}{on}", ("model", f"#{metric(run)}", "#95 % interval", "note"), rows)
+    return PageTable(f"{metric(run)}{on}", ("model", f"#{metric(run)}", "#95 % interval", "note"), rows)
 
 
-def _compression(run: Run) -> Table:
+def _interval(source: RunFile[object] | None, key: str = "interval") -> Cell:
+    return pair(source.figure(key, 0), source.figure(key, 1), "score") if source else "-"
+
+
+def _compression(run: Run) -> PageTable:
     rows = [
         (counting, figure.shown("share"), COUNTED[counting])
         for counting in COUNTINGS
         if (figure := compression(run, counting))
     ]
-    return Table(
+    return PageTable(
         "Compression of the encoder's matrices, against FP32", ("counting", "#compression", "what is counted"), rows
     )
 
 
-def _sizes(run: Run) -> Table:
+def _sizes(run: Run) -> PageTable:
     rows: list[tuple[Cell, ...]] = []
     for graph in run.graphs:
         if size := run.figure("onnx_bytes", graph.name) or graph.bytes:
@@ -177,41 +177,28 @@ def _sizes(run: Run) -> Table:
             rows.append(
                 (f"planned matrices in an INT8 engine, {label}", "computed from the plan", size.shown("megabytes"))
             )
-    return Table("Bytes of files and engines", ("what", "kind", "#MB"), rows)
+    return PageTable("Bytes of files and engines", ("what", "kind", "#MB"), rows)
 
 
-def _latency(run: Run) -> Table:
-    speed = {(row["name"].value, row["batch"].value, row["sequence"].value): row for row in ratios(run)}
+def _latency(run: Run) -> PageTable:
+    speed = {(ratio.name, ratio.batch, ratio.sequence): ratio for ratio in ratios(run)}
     rows: list[tuple[Cell, ...]] = []
     for bench in run.benches:
-        timings = bench.data.get("timings")
-        for number, row in enumerate(timings if isinstance(timings, list) else []):
-            name, batch, sequence = (row.get(key) for key in ("name", "batch", "sequence"))
-            median = run.figure("latency_ms", f"{name} {batch}x{sequence}", "median") or bench.at(
-                "timings", number, "median"
-            )
-            ratio = speed.get((name, batch, sequence))
-            note: Cell = "reference"
-            if ratio:
-                note = (
-                    ratio["speedup"].shown("ratio"),
-                    "x (",
-                    ratio["low"].shown("ratio"),
-                    " to ",
-                    ratio["high"].shown("ratio"),
-                    ")",
-                )
-            low, high = (bench.at("timings", number, "quartiles", side) for side in (0, 1))
+        for number, timing in enumerate(bench.content.timings):
+            shape = f"{timing.batch}x{timing.sequence}"
+            median = run.figure("latency_ms", f"{timing.name} {shape}", "median")
+            ratio = speed.get((timing.name, timing.batch, timing.sequence))
+            low, high = (bench.figure("timings", number, "quartiles", side) for side in (0, 1))
             rows.append(
                 (
-                    Code(str(name)),
-                    f"{batch}x{sequence}",
-                    or_dash(median, "milliseconds"),
+                    Code(timing.name),
+                    shape,
+                    or_dash(median or bench.figure("timings", number, "median"), "milliseconds"),
                     pair(low, high, "milliseconds"),
-                    note,
+                    ratio.pieces if ratio else "reference",
                 )
             )
-    return Table(
+    return PageTable(
         "Latency, engines interleaved",
         ("engine", "batch x tokens", "#median ms", "#middle half, ms", "#speed against the first (95 %)"),
         rows,
@@ -220,27 +207,29 @@ def _latency(run: Run) -> Table:
 
 def _bench_notes(run: Run) -> Iterator[str]:
     for bench in run.benches:
-        if bench.data.get("verdict"):
-            yield f"Verdict: {bench.data['verdict']}"
-        for missing in bench.data.get("unmeasured") or []:
-            yield f"Not measured: {missing}"
+        if bench.content.verdict:
+            yield f"Verdict: {bench.content.verdict}"
+        yield from (f"Not measured: {absent}" for absent in bench.content.unmeasured)
 
 
-def _training(run: Run) -> Table:
-    keys = ("recipe", "admm", "admm_steps", "qat_steps", "steps", "train_samples", "held_out_samples", "residual", "residual_gate_passed", "mask_hash")  # fmt: skip
-    rows = [
-        (key.replace("_", " "), figure.shown("general"))
-        for key in keys
-        if (figure := run.figure("training", key) or (run.compressed.at(key) if run.compressed else None))
-    ]
-    return Table("Compression training", ("what", "value"), rows)
+def _training(run: Run) -> PageTable:
+    if run.compressed is None:
+        return PageTable("Compression training", ("what", "value"), [])
+    of_summary = {field.name for field in fields(TrainingFacts)}
+    rows = []
+    for key in _TRAINING_KEYS:
+        figure = (run.figure("training", key) if key in of_summary else None) or run.compressed.figure(key)
+        if figure and figure.value is not None:
+            rows.append((key.replace("_", " "), figure.shown("general")))
+    return PageTable("Compression training", ("what", "value"), rows)
 
 
-def _matrices(run: Run) -> Table:
-    trt = [engine for engine in run.engines if engine.is_trt and engine.truth]
-    truth = {engine.name: {row["name"]: row for row in engine.truth} for engine in trt}
+def _matrices(run: Run) -> PageTable:
+    engines = [engine for engine in run.engines if engine.matrices]
+    kernels = {engine.name: {matrix.name: matrix for matrix in engine.matrices} for engine in engines}
     measured = any(matrix.sensitivity is not None for matrix in run.matrices)
-    columns = ("matrix", "#out x in", "planned", "stored as", "N:M found", "#zeros", "2:4 along K", "#sensitivity" if measured else "#projection error")  # fmt: skip
+    error_column = "#sensitivity" if measured else "#projection error"
+    columns = ("matrix", "#out x in", "planned", "stored as", "N:M found", "#zeros", "2:4 along K", error_column)
     rows = []
     for matrix in run.matrices:
         error = matrix.sensitivity if measured else matrix.projection
@@ -255,13 +244,13 @@ def _matrices(run: Run) -> Table:
                 or_dash(zeros, "share"),
                 _sparse_along_k(matrix),
                 "-" if error is None else f"{error:.2g}" if measured else f"{error:.2%}",
-                *(_kernel(truth[engine.name].get(matrix.name)) for engine in trt),
+                *(_kernel(kernels[engine.name].get(matrix.name)) for engine in engines),
                 "; ".join(matrix.problems) or "none",
             )
         )
-    return Table(
+    return PageTable(
         "Every matrix: planned, and found on the stored numbers of the graphs",
-        (*columns, *(f"kernel, {engine.name}" for engine in trt), "problems"),
+        (*columns, *(f"kernel, {engine.name}" for engine in engines), "problems"),
         rows,
     )
 
@@ -277,82 +266,88 @@ def _sparse_along_k(matrix: Matrix) -> str:
     if not matrix.pattern:
         return "unknown"
     try:
-        found = [pattern is not None and NMPattern.parse(pattern).implies_2_4 for pattern in matrix.pattern.values()]
+        sparse = [pattern is not None and NMPattern.parse(pattern).implies_2_4 for pattern in matrix.pattern.values()]
     except PlanError:
         return "unknown"
-    return "yes" if all(found) else "no"
+    return "yes" if all(sparse) else "no"
 
 
-def _kernel(row: Mapping[str, Any] | None) -> str:
-    if row is None:
+def _kernel(matrix: WeightSparsity | None) -> str:
+    if matrix is None:
         return "unknown"
-    kernel, reason = str(row.get("kernel") or "").split("_tilesize")[0], row.get("reason")
-    if row.get("chosen") is True:
+    kernel = (matrix.kernel or "").split("_tilesize")[0]
+    if matrix.chosen is True:
         return f"sparse: {kernel}" if kernel else "sparse"
-    word = "unknown" if row.get("chosen") is None else f"dense: {kernel}" if kernel else "dense"
-    return f"{word} ({reason})" if reason else word
+    word = "unknown" if matrix.chosen is None else f"dense: {kernel}" if kernel else "dense"
+    return f"{word} ({matrix.reason})" if matrix.reason else word
 
 
-def _reasons(run: Run) -> Table:
+def _reasons(run: Run) -> PageTable:
     """What the reasons in the kernel columns mean."""
     from engines.sparsity.report import REASONS
 
     planned = {matrix.name for matrix in run.matrices}
-    rows_of = [row for engine in run.engines for row in engine.truth if row.get("name") in planned]
-    used = {str(row["reason"]) for row in rows_of if row.get("reason")}
+    rows_of = [row for engine in run.engines for row in engine.matrices if row.name in planned]
+    used = {row.reason for row in rows_of if row.reason}
     rows = [(Code(reason), REASONS.get(reason, "")) for reason in sorted(used)]
-    return Table("Why a matrix is not known to run sparse", ("reason", "means"), rows)
+    return PageTable("Why a matrix is not known to run sparse", ("reason", "means"), rows)
 
 
-def _stages(run: Run) -> Table:
+def _stages(run: Run) -> PageTable:
     rows = []
     for name, record in run.stages.items():
         hashes = [f"{label} {digest}" for label, digest in record.inputs.items()]
         rows.append(
             (
                 Code(name),
-                Shown(Figure(record.seconds, "manifest.json", pointer("stages", name, "seconds")), "general"),
+                Figure(record.seconds, MANIFEST, pointer("stages", name, "seconds")).shown("general"),
                 "-" if record.seed is None else str(record.seed),
                 Code(shlex.join(record.command)),
                 Code(", ".join(hashes) or "none"),
             )
         )
-    return Table("Stages of the run", ("stage", "#seconds", "#seed", "command", "inputs, sha256"), rows)
+    return PageTable("Stages of the run", ("stage", "#seconds", "#seed", "command", "inputs, sha256"), rows)
 
 
-def _versions(run: Run) -> Table:
-    found: dict[str, dict[str, list[str]]] = {}
+def _versions(run: Run) -> PageTable:
+    stages_by: dict[str, dict[str, list[str]]] = {}  # package -> version -> stages
     for stage, record in run.stages.items():
         for package, version in record.versions.items():
-            found.setdefault(package, {}).setdefault(version, []).append(stage)
+            stages_by.setdefault(package, {}).setdefault(version, []).append(stage)
     rows = [
         (
             Code(package),
-            versions.popitem()[0]
+            next(iter(versions))
             if len(versions) == 1
-            else "; ".join(f"{v} in {', '.join(s)}" for v, s in versions.items()),
+            else "; ".join(f"{version} in {', '.join(stages)}" for version, stages in versions.items()),
         )
-        for package, versions in found.items()
+        for package, versions in stages_by.items()
     ]
-    return Table("Versions", ("package", "version"), rows)
+    return PageTable("Versions", ("package", "version"), rows)
 
 
-def _engines(run: Run) -> Table:
+def _engines(run: Run) -> PageTable:
     rows = []
     for engine in run.engines:
         if engine.passport is None:
             continue
-        data = engine.passport.data
-        graph, device = (data.get(key) if isinstance(data.get(key), dict) else {} for key in ("graph", "device"))
+        passport = engine.passport.content
+        graph, device = passport.graph, passport.device
         rows.append(
             (
                 Code(engine.name),
-                f"{data.get('backend')}, {graph.get('dtype', 'unknown')}, {graph.get('placement', 'unknown')}",
-                str(device.get("gpu") or device.get("name") or device.get("kind") or "unknown"),
-                str(data.get("created", "unknown")),
-                Code(str(data.get("engine_sha256"))),
-                Code(str(data.get("onnx_sha256"))),
-                Code(json.dumps(data.get("options"), default=str)),
+                f"{passport.backend}, {graph.get('dtype', 'unknown')}, {graph.get('placement', 'unknown')}",
+                device.get("gpu") or device.get("name") or device.get("kind") or "unknown",
+                passport.created,
+                Code(passport.engine_sha256),
+                Code(passport.onnx_sha256),
+                Code(json.dumps(passport.options, default=str)),
             )
         )
-    return Table("Engines, from their passports", ("engine", "backend, dtype, placement", "built on", "created", "engine sha256", "ONNX sha256", "options"), rows)  # fmt: skip
+    return PageTable(
+        "Engines, from their passports",
+        (
+            "engine", "backend, dtype, placement", "built on", "created", "engine sha256", "ONNX sha256", "options",
+        ),
+        rows,
+    )  # fmt: skip

@@ -2,182 +2,181 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from nxm_export.reporting.figures import Figure, Source
-from nxm_export.reporting.run_facts import Run
-from nxm_export.reporting.tables import Cell, Code, Table, or_dash, pair
-from nxm_export.reporting.verdicts import Piece, metric
+from nxm_export.reporting.figures import Figure, Key, RunFile
+from nxm_export.reporting.run_facts import EngineEntry, Run
+from nxm_export.reporting.tables import Cell, Code, PageTable, of, or_dash, pair
+from nxm_export.reporting.verdicts import metric
 
-_KNOWN_PARITY = {
-    "schema", "passed", "engine", "engine_sha256", "backend", "samples", "outputs", "metric", "reference_value",
-    "reference_interval", "engine_value", "engine_interval", "reason", "pairs", "secondary_metrics",
-}  # fmt: skip
+if TYPE_CHECKING:
+    from engines.parity.reports import ParityReport
+
 _VERDICTS = {True: "pass", False: "FAIL", None: "does not apply"}
-_KNOWN_OUTPUT = {
-    "output", "max_abs", "mean_abs", "cosine", "agreement", "worst_sample", "max_tolerance", "mean_tolerance",
-    "unexcused_flips", "passed", "unchanged_share", "unchanged_required", "nonfinite",
+# What the tables above show already of parity.json, and of each of its outputs.
+_SHOWN = {
+    "passed", "engine", "engine_sha256", "backend", "samples", "metric", "reference_value", "reference_interval",
+    "engine_value", "engine_interval", "reason", "pairs", "secondary_metrics", "probes", "gates",
 }  # fmt: skip
-_EXTRA_ROWS = 200  # of one comparison; what is beyond stays in its file
+_SHOWN_OF_OUTPUT = {
+    "output", "max_abs", "mean_abs", "cosine", "agreement", "worst_sample", "max_tolerance", "mean_tolerance",
+    "unexcused_flips", "passed", "unchanged_share", "unchanged_required",
+}  # fmt: skip
+_REST_ROWS = 200  # of one comparison; what is beyond stays in its file
 
 
-def parity_tables(run: Run) -> Iterator[Table]:
+def parity_tables(run: Run) -> Iterator[PageTable]:
     """All of them; one without rows is not shown."""
-    rows: list[tuple[Cell, ...]] = []
-    for engine in run.engines:
-        report = engine.parity
-        outputs = report.at("outputs") if report else None
-        if report is None or outputs is None:
-            continue
-        for number in range(len(outputs.value) if isinstance(outputs.value, list) else 0):
-            only = len(outputs.value) == 1  # a summary has one number for all outputs
-
-            def at(
-                key: str,
-                kind: str,
-                number: int = number,
-                report: Source = report,
-                only: bool = only,
-                name: str = engine.name,
-            ) -> Cell:
-                return or_dash(
-                    (run.figure("parity", name, key) if only else None) or report.at("outputs", number, key), kind
-                )
-
-            value = run.figure("parity", engine.name, "value") or report.at("engine_value")
-            passed = report.at("outputs", number, "passed")
-            rows.append(
-                (
-                    Code(engine.name),
-                    Code(str(report.data["outputs"][number].get("output"))),
-                    at("agreement", "share"),
-                    (at("max_abs", "error"), " of ", at("max_tolerance", "error")),  # type: ignore[arg-type]
-                    (at("mean_abs", "error"), " of ", at("mean_tolerance", "error")),  # type: ignore[arg-type]
-                    at("unchanged_share", "share"),
-                    at("cosine", "general"),
-                    at("unexcused_flips", "general"),
-                    or_dash(value, "score"),
-                    "pass" if passed and passed.value is True else "FAIL",
-                )
-            )
-    columns = ("engine", "output", "#equal argmax", "#max |diff| of tolerated", "#mean |diff| of tolerated", "#equal samples", "#cosine", "#flips beyond tolerance", f"#{metric(run)}", "verdict")  # fmt: skip
-    yield Table("Parity: engine against its own checkpoint in PyTorch, same samples", columns, rows)
-    yield Table(
+    compared = [(engine, engine.parity) for engine in run.engines if engine.parity is not None]
+    yield PageTable(
+        "Parity: engine against its own checkpoint in PyTorch, same samples",
+        (
+            "engine", "output", "#equal argmax", "#max |diff| of tolerated", "#mean |diff| of tolerated",
+            "#equal samples", "#cosine", "#flips beyond tolerance", f"#{metric(run)}", "verdict",
+        ),
+        [row for engine, report in compared for row in _outputs(run, engine.name, report)],
+    )  # fmt: skip
+    yield PageTable(
         "Engines against each other, same samples: two that round differently differ lawfully",
-        ("engine", "and", "output", "#max |diff|", "#mean |diff|", "#cosine", "#equal argmax", f"#{metric(run)}, 95 % paired"),
+        (
+            "engine", "and", "output", "#max |diff|", "#mean |diff|", "#cosine", "#equal argmax",
+            f"#{metric(run)}, 95 % paired",
+        ),
         list(_pairs(run)),
     )  # fmt: skip
-    blocks = [
-        (
-            Code(engine.name),
-            Code(block.block),
-            (block.max_abs.shown("error"), " of ", _piece(block.tolerance)),
-            (_piece(block.own), " of ", _piece(block.own_tolerance)) if block.own else "-",
-            {True: "pass", False: "PARTS", None: "not judged"}[block.passed] if block.own else "-",
-        )
-        for engine in run.engines
-        for block in engine.blocks
-    ]
-    yield Table(
-        "Parity by block: the accumulated error, and the isolated one of the block itself, which decides",
+    yield PageTable(
+        "Parity by block: the error accumulated so far, and what the block adds by itself, which decides",
         ("engine", "block", "#max |diff| of tolerated", "#isolated max |diff| of tolerated", "verdict"),
-        blocks,
+        [row for engine in run.engines for row in _blocks(engine)],
     )
-    beside = [
+    secondary = [
         (
             Code(engine.name),
             name,
-            or_dash(engine.parity.at("secondary_metrics", name, 0), "score"),
-            or_dash(engine.parity.at("secondary_metrics", name, 1), "score"),
+            or_dash(report.figure("secondary_metrics", name, 0), "score"),
+            or_dash(report.figure("secondary_metrics", name, 1), "score"),
         )
-        for engine in run.engines
-        if engine.parity
-        for name in (engine.parity.data.get("secondary_metrics") or {})
+        for engine, report in compared
+        for name in report.content.secondary_metrics
     ]
-    yield Table("Other metrics of the task", ("engine", "metric", "#checkpoint", "#engine"), beside)
-    for caption, key, name, limit in (
-        ("Probes: inputs that break engines", "probes", "name", "tolerated"),
-        ("Gates that were asked for", "gates", "gate", "limit"),
-    ):
-        titles = ("engine", key.removesuffix("s"), "#found", f"#{limit}", "verdict", "what is asked")
-        yield Table(caption, titles, list(_checks(run, key, name, limit)))
-    for engine in run.engines:
-        extra = list(_extra(engine.parity))[:_EXTRA_ROWS] if engine.parity else []
-        yield Table(f"{engine.name}: what else its parity.json says", ("what", "found"), extra)
+    yield PageTable("Other metrics of the task", ("engine", "metric", "#checkpoint", "#engine"), secondary)
+    yield PageTable(
+        "Probes: inputs that break engines",
+        ("engine", "probe", "#found", "#tolerated", "verdict", "what is asked"),
+        [row for engine, report in compared for row in _probes(engine.name, report)],
+    )
+    yield PageTable(
+        "Gates that were asked for",
+        ("engine", "gate", "#found", "#limit", "verdict", "what is asked"),
+        [row for engine, report in compared for row in _gates(engine.name, report)],
+    )
+    for engine, report in compared:
+        rest = list(_rest(report))[:_REST_ROWS]
+        yield PageTable(f"{engine.name}: what else its parity.json says", ("what", "value"), rest)
 
 
-def _piece(figure: Figure | None) -> Piece:
-    return figure.shown("error") if figure else "-"
+def _outputs(run: Run, name: str, report: RunFile[ParityReport]) -> Iterator[tuple[Cell, ...]]:
+    """A row for each output of a comparison, with the summary's numbers where it has them."""
+    outputs = report.content.outputs
+    value = run.figure("parity", name, "value") or report.figure("engine_value")
+    for number, output in enumerate(outputs):
+
+        def at(key: str, number: int = number) -> Figure | None:
+            return report.figure("outputs", number, key)
+
+        def summed(key: str, number: int = number) -> Figure | None:
+            """The summary's number, which is the worst of all outputs: that of an only one."""
+            return (run.figure("parity", name, key) if len(outputs) == 1 else None) or at(key, number)
+
+        yield (
+            Code(name),
+            Code(output.output),
+            or_dash(summed("agreement"), "share"),
+            of(summed("max_abs"), at("max_tolerance"), "error"),
+            of(at("mean_abs"), at("mean_tolerance"), "error"),
+            or_dash(at("unchanged_share"), "share"),
+            or_dash(at("cosine"), "general"),
+            or_dash(at("unexcused_flips"), "general"),
+            or_dash(value, "score"),
+            "pass" if output.passed else "FAIL",
+        )
 
 
 def _pairs(run: Run) -> Iterator[tuple[Cell, ...]]:
     """Every two engines once, by the comparison of the one that stands first."""
-    names = {engine.passport.data["engine_sha256"]: engine.name for engine in reversed(run.engines) if engine.passport}
-    seen: set[tuple[str, ...]] = set()
+    names = {engine.passport.content.engine_sha256: engine.name for engine in reversed(run.engines) if engine.passport}
+    seen: set[tuple[str, str, str]] = set()
     for engine in run.engines:
         report = engine.parity
-        entries = report.data.get("pairs") if report is not None else None
-        for number, entry in enumerate(entries if isinstance(entries, list) else []):
+        for number, entry in enumerate(report.content.pairs if report else ()):
             assert report is not None
-            other = names.get(entry.get("other_sha256"), entry["other"])
-            if (other, engine.name, entry["output"]) in seen:
+            other = names.get(entry.other_sha256, entry.other)
+            if (other, engine.name, entry.output) in seen:
                 continue
-            seen.add((engine.name, other, entry["output"]))
+            seen.add((engine.name, other, entry.output))
             yield (
                 Code(engine.name),
                 Code(other),
-                Code(entry["output"]),
-                or_dash(report.at("pairs", number, "max_abs"), "error"),
-                or_dash(report.at("pairs", number, "mean_abs"), "error"),
-                or_dash(report.at("pairs", number, "cosine"), "general"),
-                or_dash(report.at("pairs", number, "agreement"), "share"),
+                Code(entry.output),
+                or_dash(report.figure("pairs", number, "max_abs"), "error"),
+                or_dash(report.figure("pairs", number, "mean_abs"), "error"),
+                or_dash(report.figure("pairs", number, "cosine"), "general"),
+                or_dash(report.figure("pairs", number, "agreement"), "share"),
                 pair(
-                    report.at("pairs", number, "difference_interval", 0),
-                    report.at("pairs", number, "difference_interval", 1),
+                    report.figure("pairs", number, "difference_interval", 0),
+                    report.figure("pairs", number, "difference_interval", 1),
                     "signed",
                 ),
             )
 
 
-def _checks(run: Run, key: str, name: str, limit: str) -> Iterator[tuple[Cell, ...]]:
-    """A row for each entry of a list in every engine's parity.json, under `key`: what it is called (`name`), what was found,
-    what would have been too much (`limit`), whether it passed, and why it is asked."""
-    for engine in run.engines:
-        report = engine.parity
-        entries = report.data.get(key) if report is not None else None
-        for number, entry in enumerate(entries if isinstance(entries, list) else []):
-            assert report is not None
-            passed = report.at(key, number, "passed")
-            yield (
-                Code(engine.name),
-                str(entry.get(name, "")) if isinstance(entry, Mapping) else "",
-                *(
-                    "-"
-                    if passed is not None and passed.value is None
-                    else or_dash(report.at(key, number, part), "error")
-                    for part in ("actual", limit)
-                ),
-                _VERDICTS.get(passed.value, "FAIL") if passed is not None else "FAIL",
-                str(entry.get("reason", "")) if isinstance(entry, Mapping) else "",
-            )
+def _blocks(engine: EngineEntry) -> Iterator[tuple[Cell, ...]]:
+    for number, block in enumerate(engine.blocks):
 
+        def at(key: str, number: int = number) -> Figure | None:
+            return engine.bisection.figure("blocks", number, key) if engine.bisection else None
 
-def _extra(report: Source) -> Iterator[tuple[Cell, Cell]]:
-    """What a comparison says beyond what the tables above have, such as other backends; named by path."""
-    for keys in _leaves(report.data, ()):
-        known = keys[0] in _KNOWN_PARITY and not (
-            keys[0] == "outputs" and len(keys) > 2 and keys[2] not in _KNOWN_OUTPUT
+        yield (
+            Code(engine.name),
+            Code(block.block),
+            of(at("accumulated_max_abs"), at("accumulated_max_tolerance"), "error"),
+            of(at("isolated_max_abs"), at("isolated_max_tolerance"), "error"),
+            {True: "pass", False: "PARTS", None: "not judged"}[block.passed],
         )
-        known = known or (keys[0] in ("probes", "gates") and isinstance(report.data[str(keys[0])], list))
-        figure = report.at(*keys)
-        if not known and keys[0] not in ("blocks", "layers") and figure is not None:
+
+
+def _probes(name: str, report: RunFile[ParityReport]) -> Iterator[tuple[Cell, ...]]:
+    for number, probe in enumerate(report.content.probes):
+        applies = probe.passed is not None
+        yield (
+            Code(name),
+            probe.name,
+            or_dash(report.figure("probes", number, "actual"), "error") if applies else "-",
+            or_dash(report.figure("probes", number, "tolerated"), "error") if applies else "-",
+            _VERDICTS[probe.passed],
+            probe.reason,
+        )
+
+
+def _gates(name: str, report: RunFile[ParityReport]) -> Iterator[tuple[Cell, ...]]:
+    for number, gate in enumerate(report.content.gates):
+        yield (
+            Code(name),
+            gate.gate,
+            or_dash(report.figure("gates", number, "actual"), "error"),
+            or_dash(report.figure("gates", number, "limit"), "error"),
+            _VERDICTS[gate.passed],
+            gate.reason,
+        )
+
+
+def _rest(report: RunFile[ParityReport]) -> Iterator[tuple[Cell, Cell]]:
+    """What a comparison says beyond what the tables above have, named by path."""
+    for keys, figure in report.figures():
+        if not _is_shown(keys):
             yield Code(".".join(map(str, keys))), figure.shown("general")
 
 
-def _leaves(value: Any, keys: tuple[str | int, ...]) -> Iterator[tuple[str | int, ...]]:
-    if isinstance(value, (dict, list)):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _leaves(item, (*keys, key))
-    elif keys:
-        yield keys
+def _is_shown(keys: tuple[Key, ...]) -> bool:
+    return keys[0] in _SHOWN or (keys[0] == "outputs" and keys[2] in _SHOWN_OF_OUTPUT)

@@ -1,29 +1,47 @@
 """What a run directory holds, as plain data: whatever stages there are, and what is missing, damaged or changed since.
 
 Nothing is computed here that a stage measures: numbers keep the file and the place that they were read from
-(`nxm_export.reporting.figures.Figure`). Every file that is read is hashed and compared with the manifest; an engine with its
-passport; a comparison with the engine that it names. What does not agree is said, and never silently shown.
+(`nxm_export.reporting.figures.Figure`). Every file that is read is hashed and compared with the manifest; an engine
+with its passport; a comparison with the engine that it names. What does not agree is said, and never silently shown.
 """
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from nxm_export.contract.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint, read_config
+from nxm_export.contract.checkpoint_metrics import METRICS_FILE, CompressionMetrics, DenseMetrics, read_metrics_of
+from nxm_export.contract.io_spec import IOSpec, load_spec
 from nxm_export.contract.plan import CompressionPlan
+from nxm_export.contract.run_summary import DIRECTORY, SUMMARY_FILE, RunSummary, read_summary_file
+from nxm_export.contract.search_result import SEARCH_FILE, SearchResult, read_search_result
+from nxm_export.contract.verify_report import VERIFY_FILE, VerifyReport, read_verify_report
 from nxm_export.errors import ArtifactError, NxmError
-from nxm_export.reporting.figures import Figure, Source
+from nxm_export.reporting.figures import Figure, Key, RunFile
 from nxm_export.reporting.matrices import Matrix, Sample, matrices, sample
-from nxm_export.reporting.run_files import PASSPORT, Files
+from nxm_export.reporting.run_files import Files
 from nxm_export.storage.hashing import file_hash
-from nxm_export.storage.run_dir import MANIFEST, RunDir, StageRecord
+from nxm_export.storage.json_files import Json
+from nxm_export.storage.run_dir import MANIFEST, Manifest, RunDir, StageRecord
 
-SUMMARY = "summary/summary.json"
-_TRT = ("trt", "trt_rtx")
+if TYPE_CHECKING:
+    from engines.benchmark.latency import BenchReport
+    from engines.parity.bisect_reports import BisectReport, BlockParity
+    from engines.parity.reports import ParityReport
+    from engines.passport import EnginePassport
+    from engines.sparsity.report import SparsityReport, WeightSparsity
+
+    Judged = TypeVar("Judged", ParityReport, BisectReport)
+
+Metrics = TypeVar("Metrics", DenseMetrics, CompressionMetrics)
+PASSPORT = "passport.json"
+SUMMARY = f"{DIRECTORY}/{SUMMARY_FILE}"
 
 
 @dataclass(frozen=True)
@@ -36,65 +54,53 @@ class Gap:
 
 
 @dataclass(frozen=True)
-class Graph:
+class GraphEntry:
     """One exported graph: its size, and what `nxm verify` found on it."""
 
     name: str
     bytes: Figure | None
-    verify: Source | None
+    verify: RunFile[VerifyReport] | None
 
 
 @dataclass(frozen=True)
-class BlockError:
-    """How far two backends are apart behind one block of the encoder, from a bisection or a comparison per layer.
-
-    `max_abs` has travelled through all blocks so far; `own` is what this block adds, which `passed` judges (None where
-    nobody did: its input was not finite, or the file has no verdicts).
-    """
-
-    block: str
-    max_abs: Figure
-    tolerance: Figure | None
-    own: Figure | None = None
-    own_tolerance: Figure | None = None
-    passed: bool | None = None
-
-
-@dataclass(frozen=True)
-class Engine:
+class EngineEntry:
     """One engine directory, or a comparison whose engine is gone.
 
-    `truth` are the rows of `engines.sparsity.report` (which matrix runs sparse, on which kernel), empty where a backend has none.
-    `blocks` are errors per encoder block where somebody looked for them.
+    `bisection` has errors per encoder block, where somebody looked for them; `sparsity` says which matrix runs sparse,
+    on which kernel, None where the backend has no sparse kernels.
     """
 
     name: str
-    passport: Source | None
+    passport: RunFile[EnginePassport] | None
     bytes: Figure | None
-    parity: Source | None
-    blocks: tuple[BlockError, ...]
-    truth: tuple[Mapping[str, Any], ...]
-    sparse_share: float | None
+    parity: RunFile[ParityReport] | None
+    bisection: RunFile[BisectReport] | None
+    sparsity: SparsityReport | None
+    sparse_kernels: bool = False  # its backend has them
 
     @property
     def parts_in(self) -> str | None:
         """The first block that a bisection found to part from the checkpoint."""
-        return next((block.block for block in self.blocks if block.passed is False), None)
+        return self.bisection.content.first_diverging if self.bisection else None
 
     @property
-    def is_trt(self) -> bool:
-        """True for TensorRT and TensorRT-RTX, the runtimes that have sparse kernels."""
-        return self.passport is not None and self.passport.data.get("backend") in _TRT
+    def blocks(self) -> tuple[BlockParity, ...]:
+        """The blocks of the bisection, if there is one."""
+        return self.bisection.content.blocks if self.bisection else ()
+
+    @property
+    def matrices(self) -> tuple[WeightSparsity, ...]:
+        """What is known of each matrix's kernel."""
+        return tuple(self.sparsity.weights) if self.sparsity else ()
 
 
 @dataclass(frozen=True)
-class Search:
-    """A directory of `nxm search`; `trials` are the rows of its CSV file, `front` its best plans at
-    other compressions, `planned` whether the run uses its plan."""
+class SearchEntry:
+    """A directory of `nxm search`; `trials` are the rows of its CSV file, `planned` says whether the run uses its
+    plan."""
 
-    source: Source
-    trials: tuple[Mapping[str, Any], ...]
-    front: tuple[Mapping[str, Any], ...]
+    result: RunFile[SearchResult]
+    trials: tuple[Mapping[str, str], ...]
     sensitivity: Mapping[tuple[str, str], float]
     planned: bool
 
@@ -105,31 +111,31 @@ class Run:
 
     root: Path
     stages: Mapping[str, StageRecord]
-    summary: Source | None
-    dense: Source | None
-    compressed: Source | None
-    config: Mapping[str, Any]
-    spec: Source | None
-    plan: CompressionPlan | None
-    graphs: tuple[Graph, ...]
-    engines: tuple[Engine, ...]
-    benches: tuple[Source, ...]
-    logs: Mapping[str, tuple[Mapping[str, Any], ...]]
-    matrices: tuple[Matrix, ...]
-    sample: Sample | None
-    search: Search | None
-    files: Mapping[str, str]
-    missing: tuple[Gap, ...]
-    doubts: tuple[str, ...]
+    summary: RunFile[RunSummary] | None = None
+    dense: RunFile[DenseMetrics] | None = None
+    compressed: RunFile[CompressionMetrics] | None = None
+    model_type: str | None = None
+    spec: IOSpec | None = None
+    plan: CompressionPlan | None = None
+    graphs: tuple[GraphEntry, ...] = ()
+    engines: tuple[EngineEntry, ...] = ()
+    benches: tuple[RunFile[BenchReport], ...] = ()
+    logs: Mapping[str, tuple[Mapping[str, Json], ...]] = field(default_factory=dict)
+    matrices: tuple[Matrix, ...] = ()
+    sample: Sample | None = None
+    search: SearchEntry | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    missing: tuple[Gap, ...] = ()
+    doubts: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """The run directory's own name."""
         return self.root.resolve().name
 
-    def figure(self, *keys: str | int) -> Figure | None:
+    def figure(self, *keys: Key) -> Figure | None:
         """A value of the summary, None where there is no summary or no such value."""
-        return None if self.summary is None else self.summary.at(*keys)
+        return None if self.summary is None else self.summary.figure(*keys)
 
 
 def read_run(root: str | Path, search: str | Path | None = None) -> Run:
@@ -139,45 +145,32 @@ def read_run(root: str | Path, search: str | Path | None = None) -> Run:
     """
     directory = RunDir.open(root)
     root, stages = directory.root, directory.manifest.stages
-    recorded: dict[str, str] = {}
-    for record in stages.values():
-        recorded.update(record.outputs)
-    files = Files(root, recorded)
+    files = Files(root, _recorded(directory.manifest))
     checkpoint = _checkpoint(files)
-    plan = checkpoint.plan if checkpoint else None
-    graphs = tuple(_graphs(files, stages))
-    engines = tuple(_engines(files, stages))
-    summary = files.json(SUMMARY)
-    compressed, dense = files.json("checkpoint/metrics.json"), files.json("dense/metrics.json")
-    if not (graphs or engines or compressed or dense or summary):
-        raise ArtifactError(f"{root}: nothing has been made in this run yet; run {_again(stages)} to go on with it")
-    searched = _search(root, search, plan)
     run = Run(
         root=root,
         stages=stages,
-        summary=summary,
-        dense=dense,
-        compressed=compressed,
-        config=_config(root),
-        spec=next(filter(None, (files.json(f"onnx/{graph.name}/spec.json") for graph in graphs)), None),
-        plan=plan,
-        graphs=graphs,
-        engines=engines,
-        benches=tuple(filter(None, (files.json(file, "latency.json") for file in _below(root, "bench", "*.json")))),
+        summary=files.decoded(SUMMARY, read_summary_file),
+        dense=files.decoded(f"dense/{METRICS_FILE}", partial(_metrics, DenseMetrics)),
+        compressed=files.decoded(f"checkpoint/{METRICS_FILE}", partial(_metrics, CompressionMetrics)),
+        model_type=_model_type(root),
+        plan=checkpoint.plan if checkpoint else None,
+        graphs=tuple(_graphs(files, stages)),
+        engines=tuple(_engines(files, stages)),
+        benches=tuple(_benches(files)),
+    )
+    if not (run.graphs or run.engines or run.compressed or run.dense or run.summary):
+        raise ArtifactError(f"{root}: nothing has been made in this run yet; run {_again(stages)} to go on with it")
+    searched = _search(root, search, run.plan)
+    verified = {graph.name: graph.verify for graph in run.graphs}
+    run = replace(
+        run,
+        spec=next(filter(None, (_spec(files, f"onnx/{graph.name}") for graph in run.graphs)), None),
         logs={stage: rows for stage in ("dense", "checkpoint") if (rows := files.lines(f"{stage}/train_log.jsonl"))},
-        matrices=tuple(
-            matrices(
-                root,
-                checkpoint,
-                {graph.name: graph.verify for graph in graphs},
-                searched.sensitivity if searched else None,
-            )
-        ),
+        matrices=tuple(matrices(root, checkpoint, verified, searched.sensitivity if searched else None)),
         sample=sample(checkpoint, files),
         search=searched,
         files=files.hashes,
-        missing=(),
-        doubts=(),
     )
     doubts = (*files.doubts, *_contradictions(run))
     return replace(run, missing=tuple(_missing(run, search)), doubts=doubts)
@@ -193,40 +186,53 @@ def read_engine_directory(directory: Path) -> Run:
     if engine.passport is None:
         reason = files.doubts[0] if files.doubts else f"it has no {PASSPORT} and no {MANIFEST}"
         raise ArtifactError(f"{directory} is neither an engine directory nor a run: {reason}")
-    graph = engine.passport.data.get("graph")
+    spec = _spec(files, "")
     return Run(
         root=directory,
         stages={},
-        summary=None,
-        dense=None,
-        compressed=None,
-        config=graph if isinstance(graph, dict) else {},
-        spec=files.json("spec.json"),
-        plan=None,
-        graphs=(),
+        model_type=engine.passport.content.graph.get("model_type"),
+        spec=spec,
         engines=(engine,),
-        benches=(),
-        logs={},
-        matrices=(),
-        sample=None,
-        search=None,
         files=files.hashes,
-        missing=(),
         doubts=tuple(files.doubts),
     )
+
+
+def _recorded(manifest: Manifest) -> dict[str, str]:
+    """The sha256 of every file that a stage wrote."""
+    return {file: digest for record in manifest.stages.values() for file, digest in record.outputs.items()}
 
 
 def _below(root: Path, directory: str, pattern: str) -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in (root / directory).glob(pattern) if path.is_file())
 
 
-def _config(root: Path) -> Mapping[str, Any]:
+def _metrics(kind: type[Metrics], file: Path) -> Metrics:
+    return read_metrics_of(kind, file.parent)
+
+
+def _benches(files: Files) -> Iterator[RunFile[BenchReport]]:
+    from engines.benchmark.latency import read_bench_report
+
+    for file in _below(files.root, "bench", "*.json"):
+        if report := files.decoded(file, read_bench_report):
+            yield report
+
+
+def _spec(files: Files, directory: str) -> IOSpec | None:
+    spec = files.decoded(_join(directory, "spec.json"), lambda file: load_spec(file.parent))
+    return spec.content if spec else None
+
+
+def _model_type(root: Path) -> str | None:
+    """What the model's config calls it."""
     for stage in ("checkpoint", "dense"):
         try:
-            return read_config(root / stage)
+            model_type = read_config(root / stage).get("model_type")
         except ArtifactError:
             continue
-    return {}
+        return None if model_type is None else str(model_type)
+    return None
 
 
 def _checkpoint(files: Files) -> Checkpoint | None:
@@ -246,13 +252,14 @@ def _in_order(names: list[str], stages: Iterable[str], verb: str) -> list[str]:
     return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
 
 
-def _graphs(files: Files, stages: Iterable[str]) -> Iterator[Graph]:
+def _graphs(files: Files, stages: Iterable[str]) -> Iterator[GraphEntry]:
     names = [file.split("/")[1] for file in _below(files.root, "onnx", "*/model.onnx")]
     for name in _in_order(names, stages, "export"):
-        yield Graph(name, files.size(f"onnx/{name}/model.onnx"), files.json(f"onnx/{name}/verify.json"))
+        verify = files.decoded(f"onnx/{name}/{VERIFY_FILE}", read_verify_report)
+        yield GraphEntry(name, files.size(f"onnx/{name}/model.onnx"), verify)
 
 
-def _engines(files: Files, stages: Iterable[str]) -> Iterator[Engine]:
+def _engines(files: Files, stages: Iterable[str]) -> Iterator[EngineEntry]:
     """Engine directories at any depth (twins are three in one), and comparisons whose engine is gone."""
     made = [file.removesuffix(f"/{PASSPORT}") for file in _below(files.root, "engines", f"**/{PASSPORT}")]
     names = [directory.removeprefix("engines/") for directory in made]
@@ -261,94 +268,85 @@ def _engines(files: Files, stages: Iterable[str]) -> Iterator[Engine]:
         yield read_engine(files, name, f"engines/{name}", [f"compare/{name}", f"engines/{name}"])
 
 
-def read_engine(files: Files, name: str, directory: str, evidence: list[str]) -> Engine:
+def read_engine(files: Files, name: str, directory: str, evidence: list[str]) -> EngineEntry:
     """One engine `directory` below the root of `files`; `evidence` are directories that may hold its comparison."""
-    passport = files.json(_join(directory, PASSPORT))
-    parity = next(filter(None, (files.json(_join(place, "parity.json")) for place in evidence)), None)
-    bisected = [files.json(_join(place, "bisect.json")) for place in evidence]
-    engine = None
+    from engines.base import BACKENDS, backend
+    from engines.parity.bisect_reports import BISECT_FILE, read_bisect_report
+    from engines.parity.reports import PARITY_FILE, read_parity_report
+    from engines.passport import load_passport
+
+    passport = files.decoded(_join(directory, PASSPORT), lambda file: load_passport(file.parent))
+    reports = [files.decoded(_join(place, PARITY_FILE), read_parity_report) for place in evidence]
+    parity = next(filter(None, reports), None)
+    bisections = [files.decoded(_join(place, BISECT_FILE), read_bisect_report) for place in evidence]
+    size, sparsity, sparse_kernels = None, None, False
     if passport is not None:
-        file = _join(directory, Path(str(passport.data.get("engine", ""))).name)
-        engine = files.size(file)
-        wanted = str(passport.data.get("engine_sha256"))
-        if engine is None:
-            files.doubts.append(f"{file} is missing, and the passport beside it names it")
-        elif file_hash(files.root / file) != wanted:
-            files.doubts.append(f"{file} is not the engine of its passport (its sha256 differs); build it again")
-        parity = _of_this_engine(files, parity, passport.file, wanted)
-        bisected = [_of_this_engine(files, source, passport.file, wanted) for source in bisected]
-    blocks = [block for source in bisected for block in _blocks(source)]
-    truth, share = _truth(files, directory, passport)
-    return Engine(name, passport, engine, parity, tuple(blocks or _blocks(parity)), truth, share)
+        size = _checked_engine(files, directory, passport.content)
+        parity = _of_this_engine(files, parity, passport)
+        bisections = [_of_this_engine(files, bisection, passport) for bisection in bisections]
+        runtime = passport.content.backend
+        sparse_kernels = runtime in BACKENDS and backend(runtime).CAPABILITIES.sparse_kernels
+        sparsity = _sparsity(files, directory) if sparse_kernels else None
+    bisection = next(filter(None, bisections), None)
+    return EngineEntry(name, passport, size, parity, bisection, sparsity, sparse_kernels)
 
 
-def worst_output(report: Source, key: str, *, least: bool = False) -> Figure | None:
-    """The largest (or smallest) value of a comparison's outputs, which is the one that a summary has; that of the first output
-    where one of them has none."""
-    values = [output.get(key) for output in report.data["outputs"]]
-    numbers = [value for value in values if isinstance(value, (int, float))]
-    if not numbers or len(numbers) < len(values):
-        return report.at("outputs", 0, key)
-    return report.at("outputs", numbers.index(min(numbers) if least else max(numbers)), key)
+def _checked_engine(files: Files, directory: str, passport: EnginePassport) -> Figure | None:
+    """Bytes of the engine file that a passport names, None where it is missing; another file is a doubt."""
+    file = _join(directory, passport.engine)
+    size = files.size(file)
+    if size is None:
+        files.doubts.append(f"{file} is missing, and the passport beside it names it")
+    elif file_hash(files.root / file) != passport.engine_sha256:
+        files.doubts.append(f"{file} is not the engine of its passport (its sha256 differs); build it again")
+    return size
 
 
-def _of_this_engine(files: Files, source: Source | None, passport: str, sha256: str) -> Source | None:
-    """The result, unless it names another engine than the passport does."""
-    if source is None or source.data.get("engine_sha256") == sha256:
-        return source
+def _of_this_engine(
+    files: Files, report: RunFile[Judged] | None, passport: RunFile[EnginePassport]
+) -> RunFile[Judged] | None:
+    """The report, unless it names another engine than the passport does."""
+    if report is None or report.content.engine_sha256 == passport.content.engine_sha256:
+        return report
     files.doubts.append(
-        f"{source.file} compared another engine than the one of {passport} (their sha256 differ): it is not shown; compare again"
+        f"{report.file} compared another engine than the one of {passport.file} (their sha256 differ): it is not "
+        "shown; compare again"
     )
     return None
+
+
+def worst_output(report: RunFile[ParityReport], key: str, *, least: bool = False) -> Figure | None:
+    """The largest (or smallest) value of a comparison's outputs, which is the one that a summary has; None is the
+    worst."""
+    figures = [report.figure("outputs", number, key) for number in range(len(report.content.outputs))]
+    known = [figure for figure in figures if figure is not None]
+    sign = -1.0 if least else 1.0
+    return max(known, key=lambda figure: math.inf if figure.number is None else sign * figure.number, default=None)
 
 
 def _join(directory: str, name: str) -> str:
     return f"{directory}/{name}" if directory else name
 
 
-def _blocks(source: Source | None) -> Iterator[BlockError]:
-    """Errors per block: a list ``blocks`` (or ``layers``) of objects with a name and ``max_abs``."""
-    for key in ("blocks", "layers"):
-        rows = source.data.get(key) if source is not None else None
-        if source is None or not isinstance(rows, list):
-            continue
-        for number, row in enumerate(rows):
-            error = source.at(key, number, "accumulated_max_abs") or source.at(key, number, "max_abs")
-            if isinstance(row, dict) and error is not None:
-                name = next((row[part] for part in ("block", "layer", "name", "output") if part in row), number)
-                passed = row.get("passed")
-                yield BlockError(
-                    str(name),
-                    error,
-                    source.at(key, number, "accumulated_max_tolerance") or source.at(key, number, "max_tolerance"),
-                    source.at(key, number, "isolated_max_abs"),
-                    source.at(key, number, "isolated_max_tolerance"),
-                    passed if isinstance(passed, bool) else None,
-                )
-
-
-def _truth(files: Files, directory: str, passport: Source | None) -> tuple[tuple[Mapping[str, Any], ...], float | None]:
-    if passport is None or passport.data.get("backend") not in _TRT:
-        return (), None
+def _sparsity(files: Files, directory: str) -> SparsityReport | None:
     from engines.sparsity.report import read_sparsity_report
 
     try:
-        report = read_sparsity_report(files.root / directory)
+        return read_sparsity_report(files.root / directory)
     except NxmError as error:
         files.doubts.append(f"{directory or '.'}: which kernels run cannot be read ({error})")
-        return (), None
-    return tuple(report.to_dict()["weights"]), report.sparse_share
+        return None
 
 
-def _search(root: Path, given: str | Path | None, plan: CompressionPlan | None) -> Search | None:
+def _search(root: Path, given: str | Path | None, plan: CompressionPlan | None) -> SearchEntry | None:
     directory = Path(given) if given is not None else root / "search"
-    if not (directory / "search.json").is_file():
+    if not (directory / SEARCH_FILE).is_file():
         if given is not None:
-            raise ArtifactError(f"{directory} has no search.json; give the --out of an `nxm search`")
+            raise ArtifactError(f"{directory} has no {SEARCH_FILE}; give the --out of an `nxm search`")
         return None
     files = Files(directory, {})
-    source = files.json("search.json")
-    if source is None:
+    result = files.decoded(SEARCH_FILE, read_search_result)
+    if result is None:
         raise ArtifactError(f"{directory}: {files.doubts[0]}")
     try:
         same = plan is not None and CompressionPlan.load(directory / "plan.json") == plan
@@ -359,40 +357,38 @@ def _search(root: Path, given: str | Path | None, plan: CompressionPlan | None) 
         try:
             sensitivity[row["weight"], row["option"]] = float(row["kl"])
         except (KeyError, TypeError, ValueError):
-            continue  # of an interrupted or foreign table
-    front = source.data.get("pareto")
-    rows = tuple(row for row in front if isinstance(row, dict)) if isinstance(front, list) else ()
-    return Search(source, files.rows("trials.csv"), rows, sensitivity, same)
+            continue  # of an interrupted or foreign file
+    return SearchEntry(result, files.rows("trials.csv"), sensitivity, same)
 
 
 def _contradictions(run: Run) -> Iterator[str]:
     """Numbers of the summary that the files behind it no longer say."""
     pairs: list[tuple[tuple[str, ...], Figure | None]] = [
-        (("dense",), run.dense.at("value") if run.dense else None),
-        (("checkpoint",), run.compressed.at("value") if run.compressed else None),
+        (("dense",), run.dense.figure("value") if run.dense else None),
+        (("checkpoint",), run.compressed.figure("value") if run.compressed else None),
     ]
     for engine in run.engines:
         if engine.parity is None:
             continue
         report = engine.parity
         pairs += [
-            (("parity", engine.name, "passed"), report.at("passed")),
-            (("parity", engine.name, "value"), report.at("engine_value")),
+            (("parity", engine.name, "passed"), report.figure("passed")),
+            (("parity", engine.name, "value"), report.figure("engine_value")),
             (("parity", engine.name, "agreement"), worst_output(report, "agreement", least=True)),
             (("parity", engine.name, "max_abs"), worst_output(report, "max_abs")),
         ]
-    for keys, found in pairs:
-        said = run.figure(*keys)
-        if said is not None and found is not None and said.value != found.value:
+    for keys, actual in pairs:
+        recorded = run.figure(*keys)
+        if recorded is not None and actual is not None and recorded.value != actual.value:
             yield (
-                f"{said.file} says {said.value} for {' '.join(keys)}, and {found.file} says {found.value}; run the same "
-                "command again to bring the summary up to date"
+                f"{recorded.file} says {recorded.value} for {' '.join(keys)}, and {actual.file} says {actual.value}; "
+                "run the same command again to bring the summary up to date"
             )
 
 
 def _missing(run: Run, search: str | Path | None) -> Iterator[Gap]:
     again, root = _again(run.stages), shlex.quote(str(run.root))
-    stages = (
+    stages: tuple[tuple[str, object, str], ...] = (
         ("the dense model's metric", run.dense, "the stage dense has not finished"),
         ("the compressed model and its plan", run.plan, "the stage compress has not finished"),
         ("the graphs and what was found stored in them", run.graphs, "no graph was exported"),
@@ -402,27 +398,25 @@ def _missing(run: Run, search: str | Path | None) -> Iterator[Gap]:
         ("the paired interval of the difference to the dense model", run.summary, "the run has no summary"),
         ("training curves", run.logs, "no training log lies in the run"),
     )
-    for what, found, why in stages:
-        if not found:
-            yield Gap(what, why, again)
-    for kind, why in (("missing", ""), ("failed", "could not be built: ")):
-        engines = run.summary.data.get(kind) if run.summary else None
-        for name, reason in (engines if isinstance(engines, dict) else {}).items():
-            yield Gap(f"engine {name}", f"{why}{reason}")
+    yield from (Gap(what, why, again) for what, present, why in stages if not present)
+    if run.summary is not None:
+        yield from (Gap(f"engine {name}", why) for name, why in run.summary.content.missing.items())
+        failed = run.summary.content.failed.items()
+        yield from (Gap(f"engine {name}", f"could not be built: {why}") for name, why in failed)
     if search is None and run.search is None:
         yield Gap(
             "the trade-off of other plans, and the measured sensitivity of every matrix",
             "no search was made for this run",
             f"nxm search {root}/dense --train TRAIN --out {root}/search",
         )
-    trt = [engine for engine in run.engines if engine.is_trt]
+    engines = [engine for engine in run.engines if engine.sparse_kernels]
     sparse = run.plan is not None and any(s.pattern and s.pattern.implies_2_4 for s in run.plan.weights.values())
-    known = [row for engine in trt for row in engine.truth if row.get("planned_sparse") and row["chosen"] is not None]
+    known = [row for engine in engines for row in engine.matrices if row.planned_sparse and row.chosen is not None]
     if run.graphs and sparse and not known:
         yield Gap(
             "which matrices run on sparse kernels",
             "kernels are chosen on the GPU, and no engine of this run was built on one"
-            if trt
+            if engines
             else "no TensorRT engine was built",
             f"nxm build {root}/onnx/trt/model.onnx --backend trt --out {root}/engines/trt",
         )
@@ -431,6 +425,6 @@ def _missing(run: Run, search: str | Path | None) -> Iterator[Gap]:
 def _again(stages: Mapping[str, StageRecord]) -> str:
     """The command of this run, as it was typed where the manifest knows it."""
     for record in stages.values():
-        if record.command[1:2] == ("run",):
+        if len(record.command) > 1 and record.command[1] == "run":
             return shlex.join(["nxm", *record.command[1:]])
     return "the same `nxm run`"

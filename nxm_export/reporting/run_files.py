@@ -1,35 +1,28 @@
-"""The files of a run, read with suspicion: hashed, of a known schema and shape, or left out and said to be wrong."""
+"""The files of a run, read with suspicion: hashed, and decoded by their own readers, or left out and said to be
+wrong."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from nxm_export.errors import ArtifactError
-from nxm_export.reporting.figures import Figure, Source
-from nxm_export.reporting.shapes import SHAPES, misfit
+from nxm_export.errors import ArtifactError, NxmError
+from nxm_export.reporting.figures import Figure, RunFile
 from nxm_export.storage.hashing import file_hash
-from nxm_export.storage.json_files import parse_json
+from nxm_export.storage.json_files import Json, read_json
 from nxm_export.storage.run_dir import MANIFEST
 
-PASSPORT = "passport.json"
-# What each file must be: its schema up to the slash. Another version of it is not read; a newer nxm-export may mean other
-# things by the same names.
-_SCHEMAS = {"summary.json": "nxm-summary/1", PASSPORT: "nxm-passport/2", "search.json": "nxm-search/1"}
-# Newer versions of these may add fields; what is known of them is shown.
-_FAMILIES = {
-    "parity.json": "nxm-parity",
-    "bisect.json": "nxm-bisect",
-    "latency.json": "nxm-bench",
-    "verify.json": "nxm-verify",
-}
+T = TypeVar("T")
 
 
 class Files:
-    """Reads files below one directory, and remembers what was wrong with them."""
+    """Reads files below one directory, and remembers what was wrong with them.
+
+    `recorded` are the sha256 that the manifest has, by file; `hashes` those of the files that were read.
+    """
 
     def __init__(self, root: Path, recorded: Mapping[str, str]) -> None:
         self.root, self.recorded = root, recorded
@@ -43,9 +36,25 @@ class Files:
         self.hashes[file] = file_hash(self.root / file)
         if self.recorded.get(file, self.hashes[file]) != self.hashes[file]:
             self.doubts.append(
-                f"{file} is not the file that its stage wrote (its sha256 differs from the one in {MANIFEST}); run the same "
-                "command again to make it anew"
+                f"{file} is not the file that its stage wrote (its sha256 differs from the one in {MANIFEST}); run the "
+                "same command again to make it anew"
             )
+
+    def doubt(self, error: Exception) -> None:
+        """Remember what a reader says of a file, which it names by its path."""
+        self.doubts.append(str(error).removeprefix(f"{self.root}/"))
+
+    def decoded(self, file: str, read: Callable[[Path], T]) -> RunFile[T] | None:
+        """A JSON file by its own reader; None where it is missing, or is not what the reader takes."""
+        path = self.root / file
+        if not path.is_file():
+            return None
+        try:
+            self.check(file)
+            return RunFile(file, read(path), read_json(path, "make it again"))
+        except (NxmError, OSError) as error:
+            self.doubt(error)
+            return None
 
     def text(self, file: str) -> str | None:
         """A text file, None where it is missing or cannot be read."""
@@ -59,44 +68,22 @@ class Files:
             self.doubts.append(f"{file} cannot be read ({error}); make it again")
             return None
 
-    def json(self, file: str, kind: str | None = None) -> Source | None:
-        """A JSON object of the schema that its name, or the name `kind`, asks for; None where it is missing or not that."""
-        text = self.text(file)
-        if text is None:
-            return None
-        try:
-            data = parse_json(text, file, "make it again", ArtifactError)
-        except ArtifactError as error:
-            self.doubts.append(str(error))
-            return None
-        name = kind or Path(file).name
-        schema = data.get("schema") if isinstance(data, dict) else None
-        family = str(schema).partition("/")[0]
-        if not isinstance(data, dict) or schema != _SCHEMAS.get(name, schema) or family != _FAMILIES.get(name, family):
-            wanted = _SCHEMAS.get(name) or _FAMILIES.get(name) or "a JSON object"
-            self.doubts.append(f"{file} is of schema {schema!r}, not {wanted}: it is not shown; make it again")
-            return None
-        if wrong := misfit(data, SHAPES.get(name, {})):
-            self.doubts.append(f"{file} is malformed at {wrong}: it is not shown; make it again")
-            return None
-        return Source(file, data)
-
     def rows(self, file: str) -> tuple[Mapping[str, str], ...]:
         """The rows of a CSV file with a header."""
         text = self.text(file)
         return () if text is None else tuple(csv.DictReader(text.splitlines()))
 
-    def lines(self, file: str) -> tuple[Mapping[str, Any], ...]:
+    def lines(self, file: str) -> tuple[Mapping[str, Json], ...]:
         """The objects of a JSON-lines file; a last line that was cut is left out."""
-        found = []
+        values = []
         for line in (self.text(file) or "").splitlines():
             try:
                 value = json.loads(line)
             except ValueError:
                 continue
             if isinstance(value, dict):
-                found.append(value)
-        return tuple(found)
+                values.append(value)
+        return tuple(values)
 
     def size(self, file: str) -> Figure | None:
         """Bytes of a file, None where it is missing."""

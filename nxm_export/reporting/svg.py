@@ -1,4 +1,5 @@
-"""From matplotlib's SVG to one that a page with a strict content security policy can hold, in the colours of its theme."""
+"""From matplotlib's SVG to one that a page with a strict content security policy can hold, in the colours of its
+theme."""
 
 from __future__ import annotations
 
@@ -59,15 +60,15 @@ def _restyle(element: ElementTree.Element) -> None:
 
 def _declarations(style: str) -> Mapping[str, str]:
     """CSS declarations by name, ``font`` taken apart, as it is no attribute of its own."""
-    found: dict[str, str] = {}
+    declared: dict[str, str] = {}
     for declaration in style.split(";"):
         name, _, value = (part.strip() for part in declaration.partition(":"))
         if name == "font":
             size = re.search(r"([\d.]+)px", value)
-            found |= {"font-size": size[1]} if size else {}
+            declared |= {"font-size": size[1]} if size else {}
         elif name and not name.startswith("font-family"):
-            found[name] = value
-    return found
+            declared[name] = value
+    return declared
 
 
 def _rename(element: ElementTree.Element, key: str, links: set[str]) -> None:

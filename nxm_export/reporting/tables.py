@@ -20,8 +20,9 @@ Cell = Piece | Code | tuple[Piece | Code, ...]
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table: its caption, column titles (a leading ``#`` aligns to the right) and rows; the first cell heads its row."""
+class PageTable:
+    """A table of the page: its caption, column titles (a leading ``#`` aligns to the right) and rows; the first cell
+    heads its row."""
 
     caption: str
     columns: tuple[str, ...]
@@ -33,6 +34,11 @@ def pair(low: Figure | None, high: Figure | None, kind: str) -> Cell:
     return (low.shown(kind), " to ", high.shown(kind)) if low and high else "-"
 
 
-def or_dash(figure: Figure | None, kind: str) -> Cell:
+def or_dash(figure: Figure | None, kind: str) -> Piece:
     """The figure, a dash where there is none."""
     return figure.shown(kind) if figure else "-"
+
+
+def of(actual: Figure | None, tolerated: Figure | None, kind: str) -> Cell:
+    """A figure and the most that it may be."""
+    return (or_dash(actual, kind), " of ", or_dash(tolerated, kind))

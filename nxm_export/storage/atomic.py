@@ -1,7 +1,7 @@
 """Files and directories that appear whole or not at all, one writer at a time, and disk errors that say which file.
 
-The lock is the kernel's, on the directory itself, so it ends with its process, however that ends. On file systems without
-locks nothing is locked.
+The lock is the kernel's, on the directory itself, so it ends with its process, however that ends. On file systems
+without locks nothing is locked.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ _DISK_TEXTS = (
 
 @contextlib.contextmanager
 def exclusive(directory: Path, busy: str) -> Iterator[None]:
-    """Hold the kernel's lock on `directory`; raises `ArtifactError` with the text `busy` when another process holds it."""
+    """Hold the kernel's lock on `directory`; raises `ArtifactError` with the text `busy` when another process holds
+    it."""
     import fcntl  # not on Windows, where this module must still import
 
     handle = os.open(directory, os.O_RDONLY)
@@ -67,8 +68,9 @@ def exclusive(directory: Path, busy: str) -> Iterator[None]:
 def atomic_dir(target: Path, *, replace_any: bool = False) -> Iterator[Path]:
     """A scratch directory that becomes `target` if the block succeeds, and disappears if it does not.
 
-    An existing `target` is replaced when it is empty or one of `OWN_DIRECTORIES`, or with `replace_any`; anything else is
-    refused before the block runs, and so is a `target` that another process is writing. Disk errors become `ArtifactError`.
+    An existing `target` is replaced when it is empty or one of `OWN_DIRECTORIES`, or with `replace_any`; anything else
+    is refused before the block runs, and so is a `target` that another process is writing. Disk errors become
+    `ArtifactError`.
     """
     target = Path(os.path.abspath(target))
     if not replace_any:
@@ -104,7 +106,8 @@ def require_replaceable(target: Path) -> None:
         raise ArtifactError(f"{target}: cannot be read ({error.strerror}); choose another --out") from error
     if files and not any(files.issuperset(marks) for marks in OWN_DIRECTORIES):
         raise ArtifactError(
-            f"{target} exists and nxm-export did not make it: it would be replaced as a whole. Choose another --out, or remove it"
+            f"{target} exists and nxm-export did not make it: it would be replaced as a whole. Choose another --out, "
+            "or remove it"
         )
 
 

@@ -1,12 +1,12 @@
 """JSON files: one decoder for all that this project writes, and one writer.
 
-A file is one frozen dataclass. `decode` makes it from text and refuses, by file and field: text that is no JSON, a key that
-stands there twice, NaN and infinity (JSON has neither; a number like 1e999 is infinite, too), nesting that no file of ours
-has, another schema, a missing field, a field of another type, and a field that the dataclass does not know. msgspec does the
-types; it lets unknown fields pass, so what was read is held against what would be written again.
+A file is one frozen dataclass. `decode` makes it from text and refuses, by file and field: text that is no JSON, a key
+that stands there twice, NaN and infinity (JSON has neither; a number like 1e999 is infinite, too), nesting that no file
+of ours has, another schema, a missing field, a field of another type, and a field that the dataclass does not know.
+msgspec does the types; it lets unknown fields pass, so what was read is held against what would be written again.
 
-`encode` writes such a dataclass. It refuses NaN and infinity, too: a number that is not there is None, and whoever computes
-it decides that.
+`encode` writes such a dataclass. It refuses NaN and infinity, too: a number that is not there is None, and whoever
+computes it decides that.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _PATH_STEP = re.compile(
 
 
 def parse_json(text: str, source: str, way_out: str, error: type[Exception]) -> Json:
-    """The value of a JSON text; one that JSON does not allow, or that names a key twice, is an `error` with `source` and
-    `way_out`."""
+    """The value of a JSON text; one that JSON does not allow, or that names a key twice, is an `error` with `source`
+    and `way_out`."""
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite_float)
         _require_shallow(value)
@@ -56,8 +56,8 @@ def read_text(file: Path, way_out: str, error: type[Exception] = ArtifactError) 
 
 
 def read_json(file: Path, way_out: str) -> Json:
-    """The value of a JSON file of others, such as config.json; raises `ArtifactError` with `way_out` when it cannot be read
-    or is not JSON."""
+    """The value of a JSON file of others, such as config.json; raises `ArtifactError` with `way_out` when it cannot be
+    read or is not JSON."""
     return parse_json(read_text(file, way_out), str(file), way_out, ArtifactError)
 
 
@@ -73,8 +73,8 @@ def decode(
 ) -> T:
     """The `kind` (a dataclass) that a JSON text of this `schema` holds.
 
-    `older` reads former schemas: by name, a function from such a file's object to that of `schema`, both without the field
-    ``schema``. Raises `error` with `source`, the field, what is wrong with it, and `way_out`.
+    `older` reads former schemas: by name, a function from such a file's object to that of `schema`, both without the
+    field ``schema``. Raises `error` with `source`, the field, what is wrong with it, and `way_out`.
     """
     value = parse_json(text, source, way_out, error)
     actual = value.get("schema") if isinstance(value, dict) else None
@@ -144,8 +144,8 @@ def encode(record: object, schema: str | None = None) -> str:
 
 
 def to_builtins(record: object) -> Json:
-    """A record as JSON values: dictionaries, lists, strings, numbers; raises `ValueError` that names the field for NaN and
-    infinity."""
+    """A record as JSON values: dictionaries, lists, strings, numbers; raises `ValueError` that names the field for NaN
+    and infinity."""
     return _finite_lists(msgspec.to_builtins(record, str_keys=True, enc_hook=_plain), type(record).__name__)
 
 
@@ -163,7 +163,8 @@ def require_schema(data: Json, schema: str, source: str, error: type[Exception] 
 
 
 def _plain(value: object) -> Json:
-    """What msgspec does not know, as JSON: NumPy's numbers and truth values are Python's, a path and the like is its text."""
+    """What msgspec does not know, as JSON: NumPy's numbers and truth values are Python's, a path and the like is its
+    text."""
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):

@@ -1,8 +1,8 @@
 """One directory per run, and a manifest that says what made every file in it.
 
-A stage is a function from input files and options to one output path. Its record in ``manifest.json`` holds the hashes of
-both sides, so a stage whose inputs, options and outputs are unchanged is skipped, and a changed one runs again. Outputs
-are written under another name and renamed when complete: a stage that is killed leaves nothing half-written.
+A stage is a function from input files and options to one output path. Its record in ``manifest.json`` holds the hashes
+of both sides, so a stage whose inputs, options and outputs are unchanged is skipped, and a changed one runs again.
+Outputs are written under another name and renamed when complete: a stage that is killed leaves nothing half-written.
 
 A run directory, and a directory being written, belong to one process at a time. The lock is the kernel's, on the
 directory itself, so it ends with its process, however that ends. On file systems without locks nothing is locked.
@@ -102,8 +102,8 @@ class RunDir:
     ) -> bool:
         """Bring ``root/output`` up to date with `work`; True when it ran, False when it was up to date.
 
-        `work` gets a fresh directory, fills it, and the directory becomes `output` when it returns. `inputs` are files or
-        directories by label; their hashes, `options` and `seed` decide whether the stage is up to date.
+        `work` gets a fresh directory, fills it, and the directory becomes `output` when it returns. `inputs` are files
+        or directories by label; their hashes, `options` and `seed` decide whether the stage is up to date.
         """
         chosen = to_builtins(dict(options or {}))
         hashes = {label: tree_hash(path) for label, path in (inputs or {}).items()}

@@ -1,4 +1,5 @@
-"""Reranking: candidates of one query stay together, are scored by nDCG@10, and cross-encoders of others serve as they are."""
+"""Reranking: candidates of one query stay together, are scored by nDCG@10, and cross-encoders of others serve as they
+are."""
 
 from __future__ import annotations
 
@@ -32,9 +33,9 @@ def dcg(gains: list[float]) -> float:
     return sum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains[:10]))
 
 
-def ndcg(scores: list[float], truth: list[float]) -> float:
-    ranked = [gain for _, gain in sorted(zip(scores, truth, strict=True), key=lambda pair: -pair[0])]
-    return dcg(ranked) / dcg(sorted(truth, reverse=True))
+def ndcg(scores: list[float], grades: list[float]) -> float:
+    ranked = [gain for _, gain in sorted(zip(scores, grades, strict=True), key=lambda pair: -pair[0])]
+    return dcg(ranked) / dcg(sorted(grades, reverse=True))
 
 
 class TestMetric:
@@ -43,34 +44,34 @@ class TestMetric:
         rng = np.random.default_rng(0)
         sizes = [5, 1, 30, 4, 2, 12, 7]  # more than ten, and one alone
         groups = rng.permutation(np.repeat(np.arange(7), sizes))
-        scores, truth = rng.normal(size=(61, 1)), rng.integers(0, 4, (61, 1)) / 3
-        truth[groups == 3] = 0.0  # nothing relevant: any order is as good
-        truth[np.flatnonzero(groups == 4)] = [[1.0], [0.0]]
+        scores, grades = rng.normal(size=(61, 1)), rng.integers(0, 4, (61, 1)) / 3
+        grades[groups == 3] = 0.0  # nothing relevant: any order is as good
+        grades[np.flatnonzero(groups == 4)] = [[1.0], [0.0]]
         seen = [group for group in dict.fromkeys(groups.tolist()) if group not in (1, 3)]
-        wanted = [ndcg(scores[groups == group, 0].tolist(), truth[groups == group, 0].tolist()) for group in seen]
-        return scores, truth, groups, wanted
+        expected = [ndcg(scores[groups == group, 0].tolist(), grades[groups == group, 0].tolist()) for group in seen]
+        return scores, grades, groups, expected
 
     def test_it_is_the_mean_over_queries(self) -> None:
-        scores, truth, groups, wanted = self.data()
-        found = metric_named("ndcg_at_10", (), groups)(scores, truth)
-        assert found == pytest.approx(np.mean(wanted), abs=1e-12)
-        assert metric_named("ndcg_at_10", (), groups)(truth, truth) == 1.0
+        scores, grades, groups, expected = self.data()
+        actual = metric_named("ndcg_at_10", (), groups)(scores, grades)
+        assert actual == pytest.approx(np.mean(expected), abs=1e-12)
+        assert metric_named("ndcg_at_10", (), groups)(grades, grades) == 1.0
 
     def test_the_interval_resamples_queries(self) -> None:
-        scores, truth, groups, wanted = self.data()
+        scores, grades, groups, expected = self.data()
         generator = np.random.default_rng(3)
-        means = [np.mean(np.array(wanted)[generator.integers(0, 5, size=5)]) for _ in range(1000)]
-        found = interval("ndcg_at_10", scores, truth, seed=3, groups=groups)
-        assert found == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=1e-12)
+        means = [np.mean(np.array(expected)[generator.integers(0, 5, size=5)]) for _ in range(1000)]
+        actual = interval("ndcg_at_10", scores, grades, seed=3, groups=groups)
+        assert actual == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=1e-12)
 
     def test_without_anything_to_rank_there_is_no_number(self) -> None:
-        for groups, truth in ((np.arange(4), [1.0, 0, 1, 0]), (np.zeros(4, int), [1.0] * 4), (None, [1.0, 0, 0, 0])):
+        for groups, grades in ((np.arange(4), [1.0, 0, 1, 0]), (np.zeros(4, int), [1.0] * 4), (None, [1.0, 0, 0, 0])):
             with pytest.raises(DataError, match="no query has two candidates of different relevance"):
-                metric_named("ndcg_at_10", (), groups)(np.ones((4, 1)), np.array(truth)[:, None])
+                metric_named("ndcg_at_10", (), groups)(np.ones((4, 1)), np.array(grades)[:, None])
 
     def test_nan_shows(self) -> None:
-        found = metric_named("ndcg_at_10", (), np.zeros(2, int))(np.array([[np.nan], [1.0]]), np.array([[1.0], [0.0]]))
-        assert np.isnan(found)
+        actual = metric_named("ndcg_at_10", (), np.zeros(2, int))(np.array([[np.nan], [1.0]]), np.array([[1.0], [0.0]]))
+        assert np.isnan(actual)
 
 
 class TestData:
@@ -80,9 +81,9 @@ class TestData:
         return labelled(load_labelled(str(file), "train", Columns(), TASK), TASK, None)
 
     def test_candidates_of_one_query_are_a_group_wherever_they_stand(self, tmp_path: Path) -> None:
-        found = self.read(tmp_path, "query\tpassage\trelevance\nq\ta\t2\nr\tb\t0\nq\tc\t1\n")
-        assert (found.texts, found.pairs, found.groups) == (["q", "r", "q"], ["a", "b", "c"], [0, 1, 0])
-        assert found.labels == [[1.0], [0.0], [0.5]]
+        examples = self.read(tmp_path, "query\tpassage\trelevance\nq\ta\t2\nr\tb\t0\nq\tc\t1\n")
+        assert (examples.texts, examples.pairs, examples.groups) == (["q", "r", "q"], ["a", "b", "c"], [0, 1, 0])
+        assert examples.labels == [[1.0], [0.0], [0.5]]
 
     @pytest.mark.parametrize(
         ("row", "message"),
@@ -129,23 +130,23 @@ class TestHead:
         train, dev = tiny.write_data(tmp_path, "reranking")
         options: dict[str, Any] = {"task": "reranking", "train": str(train), "dev": str(dev), "settings": Settings()}
         metrics = finetune(path, out=tmp_path / "out", **options)
-        assert (metrics["steps"], metrics["metric"]) == (0, "ndcg_at_10")
+        assert (metrics.steps, metrics.metric) == (0, "ndcg_at_10")
         assert task_of(read_config(tmp_path / "out")) == "reranking"
         assert load_spec(export(path, tmp_path / "graph", task="reranking").path.parent).task == "reranking"
 
     def test_the_loss_is_the_binary_cross_entropy_of_the_relevance(self, tmp_path: Path) -> None:
         model = load_model(resolve(tiny.write_model("bert", tmp_path, head="reranking")), TASK).eval()
         ids, relevance = torch.randint(5, 5 + len(tiny.WORDS), (3, 6)), torch.tensor([[1.0], [0.0], [0.5]])
-        found = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=relevance)
-        p = torch.sigmoid(found.logits.double())
-        wanted = -(relevance * p.log() + (1 - relevance) * (1 - p).log()).mean()
-        assert float(found.loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)  # float32
+        outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=relevance)
+        p = torch.sigmoid(outputs.logits.double())
+        expected = -(relevance * p.log() + (1 - relevance) * (1 - p).log()).mean()
+        assert float(outputs.loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)  # float32
 
 
 def test_a_ranking_that_knows_the_answer_beats_one_by_chance(tiny_checkpoint: Callable[..., Path]) -> None:
     """What the tiny data can tell: its metric is far from 1 for random scores."""
     dev = tiny_checkpoint("bert", task="reranking").parent / "dev.tsv"
-    found = labelled(load_labelled(str(dev), "dev", Columns(), TASK), TASK, None)
-    value = metric_named("ndcg_at_10", (), np.array(found.groups))
-    random = np.random.default_rng(0).normal(size=(50, len(found), 1))
-    assert np.mean([value(scores, np.array(found.labels)) for scores in random]) < 0.8
+    examples = labelled(load_labelled(str(dev), "dev", Columns(), TASK), TASK, None)
+    value = metric_named("ndcg_at_10", (), np.array(examples.groups))
+    random = np.random.default_rng(0).normal(size=(50, len(examples), 1))
+    assert np.mean([value(scores, np.array(examples.labels)) for scores in random]) < 0.8

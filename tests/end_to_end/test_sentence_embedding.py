@@ -1,4 +1,5 @@
-"""Sentence embeddings: the pooling inside the model, sentence-transformers' files, and what trains and measures them."""
+"""Sentence embeddings: the pooling inside the model, sentence-transformers' files, and what trains and measures
+them."""
 
 from __future__ import annotations
 
@@ -15,11 +16,10 @@ from scipy.stats import spearmanr
 
 from compressors.models import load_model, resolve
 from compressors.search.plan_search import search
-from compressors.search.sensitivity import divergence
 from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
 from compressors.training.compress import compress, finetune
-from compressors.training.distillation import vector_loss
+from compressors.training.divergence import divergence, vector_loss
 from engines.parity.compare import compare
 from engines.parity.decisions import cosines
 from engines.parity.gates import check_gate, parse_gate
@@ -131,14 +131,15 @@ class TestModel:
         mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
         with torch.no_grad():
             hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
-            found = model(input_ids=ids, attention_mask=mask).embedding.numpy()
+            actual = model(input_ids=ids, attention_mask=mask).embedding.numpy()
             added = model(
                 input_ids=ids, attention_mask=((1.0 - mask.float()) * -1e4)[:, None, None, :]
             ).embedding.numpy()
-        wanted = by_hand(hidden.double().numpy(), lengths, pooling)
-        np.testing.assert_allclose(found, wanted, atol=1e-6)  # float32 sums
-        # Of a row without tokens, its first one says nothing: how attention spreads over padding differs by the mask's kind.
-        np.testing.assert_allclose(found[:3], added[:3], atol=1e-5)
+        expected = by_hand(hidden.double().numpy(), lengths, pooling)
+        np.testing.assert_allclose(actual, expected, atol=1e-6)  # float32 sums
+        # Of a row without tokens, its first one says nothing: how attention spreads over padding differs by the mask's
+        # kind.
+        np.testing.assert_allclose(actual[:3], added[:3], atol=1e-5)
         assert np.isfinite(added).all()
 
     @pytest.mark.parametrize("mode", ["mean", "cls"])
@@ -150,9 +151,9 @@ class TestModel:
             for block in model.bert.encoder.layer:
                 block.output.LayerNorm.weight.mul_(2000.0)
             mask = torch.tensor([[1] * 40, [0] * 40])
-            found = model(input_ids=torch.full((2, 40), 7), attention_mask=mask).embedding
-        assert torch.isfinite(found).all()
-        assert float(found[0].norm()) == pytest.approx(1.0, abs=1e-3)
+            actual = model(input_ids=torch.full((2, 40), 7), attention_mask=mask).embedding
+        assert torch.isfinite(actual).all()
+        assert float(actual[0].norm()) == pytest.approx(1.0, abs=1e-3)
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_weights_are_named_as_in_every_task_model(self, tmp_path: Path, family: str) -> None:
@@ -198,8 +199,8 @@ class TestOthersReadTheCompressedCheckpoint:
         model, tokenizer = AutoModel.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
         with torch.no_grad():
             rows = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].numpy() for text in self.TEXTS]
-        wanted = np.array([by_hand(row[None], [len(row)], Pooling("mean", True))[0] for row in rows])
-        np.testing.assert_allclose(embeddings(path, list(self.TEXTS)), wanted, atol=1e-6)  # float32, other batches
+        expected = np.array([by_hand(row[None], [len(row)], Pooling("mean", True))[0] for row in rows])
+        np.testing.assert_allclose(embeddings(path, list(self.TEXTS)), expected, atol=1e-6)  # float32, other batches
 
     def test_sentence_transformers(self, tiny_checkpoint: Callable[..., Path]) -> None:
         library = pytest.importorskip(
@@ -208,8 +209,8 @@ class TestOthersReadTheCompressedCheckpoint:
         path = tiny_checkpoint("bert", task="embedding")
         model = library.SentenceTransformer(str(path), device="cpu")
         assert model.max_seq_length == tiny.POSITIONS
-        wanted = model.encode(list(self.TEXTS))
-        np.testing.assert_allclose(embeddings(path, list(self.TEXTS)), wanted, atol=1e-6)  # float32, other batches
+        expected = model.encode(list(self.TEXTS))
+        np.testing.assert_allclose(embeddings(path, list(self.TEXTS)), expected, atol=1e-6)  # float32, other batches
 
 
 class TestData:
@@ -219,15 +220,15 @@ class TestData:
         return labelled(load_labelled(str(file), split, Columns(), TASK), TASK, None)
 
     def test_the_sentences_of_a_pair_are_two_samples_of_a_group(self, tmp_path: Path) -> None:
-        found = self.read(tmp_path, "sentence1\tsentence2\tscore\na\tb\t1\nc\td\t0.5\n", "dev")
-        assert (found.texts, found.pairs, found.groups) == (["a", "b", "c", "d"], None, [0, 0, 1, 1])
-        assert found.labels == [1.0, 1.0, 0.5, 0.5]
+        examples = self.read(tmp_path, "sentence1\tsentence2\tscore\na\tb\t1\nc\td\t0.5\n", "dev")
+        assert (examples.texts, examples.pairs, examples.groups) == (["a", "b", "c", "d"], None, [0, 0, 1, 1])
+        assert examples.labels == [1.0, 1.0, 0.5, 0.5]
 
     @pytest.mark.parametrize("text", ["text\na\nb\n", "sentence\tlabel\na\t1\nb\t0\n"])
     def test_plain_sentences_train(self, tmp_path: Path, text: str) -> None:
-        found = self.read(tmp_path, text)
-        assert (found.texts, found.groups) == (["a", "b"], None)
-        assert np.isnan(found.labels).all()
+        examples = self.read(tmp_path, text)
+        assert (examples.texts, examples.groups) == (["a", "b"], None)
+        assert np.isnan(examples.labels).all()
         with pytest.raises(DataError, match=r"data\.tsv: task embedding is scored on pairs of texts"):
             self.read(tmp_path, "sentence\tlabel\na\t1\nb\t0\n", "dev")
 
@@ -260,14 +261,14 @@ class TestMetric:
         labels = scores[groups]
         pairs = [[i for i in range(40) if groups[i] == group] for group in range(20)]
         cosine = [vectors[i] @ vectors[j] / np.linalg.norm(vectors[i]) / np.linalg.norm(vectors[j]) for i, j in pairs]
-        wanted = spearmanr(cosine, scores).statistic
-        assert metric_named("cosine_spearman", (), groups)(vectors, labels) == pytest.approx(wanted, abs=1e-12)
+        expected = spearmanr(cosine, scores).statistic
+        assert metric_named("cosine_spearman", (), groups)(vectors, labels) == pytest.approx(expected, abs=1e-12)
         generator, values = np.random.default_rng(3), []
         for _ in range(1000):
             pick = generator.integers(0, 20, size=20)
             values.append(spearmanr(np.array(cosine)[pick], scores[pick]).statistic)
-        found = interval("cosine_spearman", vectors, labels, seed=3, groups=groups)
-        assert found == pytest.approx(np.percentile(values, [2.5, 97.5]), abs=1e-12)
+        actual = interval("cosine_spearman", vectors, labels, seed=3, groups=groups)
+        assert actual == pytest.approx(np.percentile(values, [2.5, 97.5]), abs=1e-12)
 
     @pytest.mark.parametrize("groups", [None, np.array([0, 0, 0, 1]), np.array([0, 1, 2, 2])])
     def test_what_is_no_pair_is_refused(self, groups: Any) -> None:
@@ -291,9 +292,12 @@ class TestAgreement:
         assert float(vector_loss(torch.zeros(1, 8), torch.zeros(1, 8))) == 0.0
 
     def test_cosines_are_of_each_sample(self) -> None:
-        wanted, found = np.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]), np.array([[2.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
-        np.testing.assert_allclose(cosines(wanted, found), [1.0, np.sqrt(0.5), 1.0])
-        assert np.isnan(cosines(wanted, np.full((3, 2), np.nan))[:2]).all()
+        expected, actual = (
+            np.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]),
+            np.array([[2.0, 0.0], [1.0, 1.0], [1.0, 1.0]]),
+        )
+        np.testing.assert_allclose(cosines(expected, actual), [1.0, np.sqrt(0.5), 1.0])
+        assert np.isnan(cosines(expected, np.full((3, 2), np.nan))[:2]).all()
 
     def test_a_gate_on_the_cosine_says_at_least(self) -> None:
         gate = parse_gate(" cosine >= 0.99")
@@ -345,8 +349,9 @@ def test_a_plan_is_searched_from_plain_sentences(tmp_path: Path) -> None:
     settings = SearchSettings(
         candidate_specs=("2:4+W4", "W8", "dense"), compression=0.8, samples=8, held_out=8, swaps=1
     )
-    found = search(path, task="embedding", train=str(train), out=tmp_path / "out", settings=settings, training=TINY)
-    assert 0 < found["best"]["joint"] < 4  # 4 is the opposite direction
+    result = search(path, task="embedding", train=str(train), out=tmp_path / "out", settings=settings, training=TINY)
+    assert result.best.joint is not None
+    assert 0 < result.best.joint < 4  # 4 is the opposite direction
     assert len((tmp_path / "out" / "sensitivity.csv").read_text().splitlines()) == 1 + 2 * 12
 
 
@@ -377,17 +382,17 @@ def test_every_target_pools_in_float32(target: str, tmp_path: Path, tiny_checkpo
     assert {str(node.outputs[0].dtype) for node in tail} == {"FLOAT"}
     if target == "trt":
         pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed; pip install 'nxm-export[trt-rtx]'")
-        facts = build_engine(tmp_path / "graph" / "model.onnx", tmp_path / "engine", "trt_rtx")
-        assert facts["options"]["integer_products"] == 12
+        passport = build_engine(tmp_path / "graph" / "model.onnx", tmp_path / "engine", "trt_rtx")
+        assert passport.options["integer_products"] == 12
 
 
 def test_the_model_is_loaded_with_its_pooling_for_training(tmp_path: Path) -> None:
     source = resolve(tiny.write_model("roberta", tmp_path, head="embedding"))
-    found = load_model(source, TASK)(
+    outputs = load_model(source, TASK)(
         input_ids=torch.full((2, 5), 6), attention_mask=torch.ones(2, 5, dtype=torch.long), labels=torch.zeros(2)
     )
-    assert found.loss is None
-    assert found.logits is found.embedding
+    assert outputs.loss is None
+    assert outputs.logits is outputs.embedding
     shutil.rmtree(tmp_path / "1_Pooling")
     with pytest.raises(ArtifactError, match="1_Pooling"):
         load_model(source, TASK)

@@ -1,4 +1,5 @@
-"""Every task goes all the way: data, compression, export, ONNX Runtime, comparison; and its data errors name the line."""
+"""Every task goes all the way: data, compression, export, ONNX Runtime, comparison; and its data errors name the
+line."""
 
 from __future__ import annotations
 
@@ -108,16 +109,16 @@ class TestMetrics:
         logits = rng.normal(size=(40, 11, 5)) + 2 * (np.arange(5) == labels[..., None])
         true = [[tags[i] for i in row if i != NO_LABEL] for row in labels]
         predicted = [
-            [tags[i] for i, kept in zip(found, row, strict=True) if kept != NO_LABEL]
-            for found, row in zip(logits.argmax(-1), labels, strict=True)
+            [tags[i] for i, label in zip(predicted, row, strict=True) if label != NO_LABEL]
+            for predicted, row in zip(logits.argmax(-1), labels, strict=True)
         ]
         assert metric_named("entity_f1", tags)(logits, labels) == pytest.approx(seqeval_f1(true, predicted), abs=1e-12)
 
     def test_micro_f1_is_that_of_scikit_learn(self) -> None:
         rng = np.random.default_rng(0)
         logits, labels = rng.normal(size=(50, 4)), (rng.random((50, 4)) > 0.6).astype(np.float32)
-        wanted = f1_score(labels, logits > 0, average="micro")
-        assert metric_named("micro_f1")(logits, labels) == pytest.approx(wanted, abs=1e-12)
+        expected = f1_score(labels, logits > 0, average="micro")
+        assert metric_named("micro_f1")(logits, labels) == pytest.approx(expected, abs=1e-12)
 
     def test_nothing_predicted_and_nothing_true_is_zero(self) -> None:
         assert metric_named("micro_f1")(np.full((3, 2), -1.0), np.zeros((3, 2))) == 0.0
@@ -142,8 +143,8 @@ class TestMetrics:
     @pytest.mark.parametrize("label", [0, 1])
     def test_one_class_scores_without_a_word(self, label: int) -> None:
         right, labels = np.eye(2)[[label] * 4], np.full(4, label)
-        found = [metric_named(name)(right, labels) for name in ("accuracy", "f1", "mcc")]
-        assert found == [1.0, float(label), 0.0]
+        actual = [metric_named(name)(right, labels) for name in ("accuracy", "f1", "mcc")]
+        assert actual == [1.0, float(label), 0.0]
 
     @pytest.mark.parametrize("metric", [*METRICS, "micro_f1", "entity_f1", "ndcg_at_10", "cosine_spearman"])
     def test_one_nan_makes_a_metric_nan_with_its_intervals(self, metric: str) -> None:
@@ -225,9 +226,9 @@ class TestTags:
             read(tmp_path, "token-classification", conll, "conll"),
             read(tmp_path, "token-classification", "\n".join(json.dumps(line) for line in lines), "jsonl"),
         ]
-        for found in both:
-            assert found.texts == ["Anna sleeps", "in Rome"]
-            assert found.labels == [[2, 0], [0, 1]]  # O, B-LOC, B-PER
+        for examples in both:
+            assert examples.texts == ["Anna sleeps", "in Rome"]
+            assert examples.labels == [[2, 0], [0, 1]]  # O, B-LOC, B-PER
 
     @pytest.mark.parametrize(
         ("row", "message"),
@@ -260,7 +261,8 @@ class TestTags:
 
     @pytest.mark.parametrize("space_counts", [False, True])
     def test_the_first_piece_of_a_token_has_its_tag(self, space_counts: bool) -> None:
-        """Pieces of at most two characters, so that tokens split; byte-level tokenizers count the space to the token."""
+        """Pieces of at most two characters, so that tokens split; byte-level tokenizers count the space to the
+        token."""
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
         made = Tokenizer(models.WordLevel({"?": 0, "[CLS]": 1}, unk_token="?"))
@@ -279,9 +281,9 @@ class TestTags:
         samples = [
             {"input_ids": [5] * n, "attention_mask": [1] * n, "labels": [NO_LABEL, *range(n - 1)]} for n in (2, 4)
         ]
-        wanted = [[NO_LABEL, 0, NO_LABEL, NO_LABEL], [NO_LABEL, 0, 1, 2]]
-        np.testing.assert_array_equal(label_array(samples), wanted)
-        np.testing.assert_array_equal(collate(samples, 0)["labels"].numpy(), wanted)
+        expected = [[NO_LABEL, 0, NO_LABEL, NO_LABEL], [NO_LABEL, 0, 1, 2]]
+        np.testing.assert_array_equal(label_array(samples), expected)
+        np.testing.assert_array_equal(collate(samples, 0)["labels"].numpy(), expected)
         assert pad(samples, 0)["input_ids"].shape == (2, 4)
         longer = [
             {**sample, "pad_to": 6} for sample in samples
@@ -293,36 +295,35 @@ class TestParity:
     def test_padding_decides_nothing(self) -> None:
         rng = np.random.default_rng(0)
         lengths = [2, 5, 3]
-        wanted = rng.normal(size=(3, 5, 4))
-        found, noise = wanted.copy(), np.zeros_like(wanted)
+        expected = rng.normal(size=(3, 5, 4))
+        actual, noise = expected.copy(), np.zeros_like(expected)
         for row, length in enumerate(lengths):
-            wanted[row, length:] = found[row, length:] = 0
-        found[1, 4] = -wanted[1, 4]
+            expected[row, length:] = actual[row, length:] = 0
+        actual[1, 4] = -expected[1, 4]
         report = compare_output(
-            "logits", Expectation(wanted, noise, noise), found, Reading(lengths=lengths), quantized=True
+            "logits", Expectation(expected, noise, noise), actual, Reading(lengths=lengths), quantized=True
         )
         assert report.agreement == pytest.approx(1 - 1 / sum(lengths))
         assert report.worst_sample == 1
-        assert report.mean_abs == pytest.approx(2 * np.abs(wanted[1, 4]).sum() / (sum(lengths) * 4))
+        assert report.mean_abs == pytest.approx(2 * np.abs(expected[1, 4]).sum() / (sum(lengths) * 4))
         assert not report.passed
 
     def test_labels_decide_each_for_itself(self) -> None:
-        wanted = np.array([[2.0, -3.0], [0.05, 1.0]])
-        found = wanted - np.array([[0.0, 0.0], [0.1, 0.0]])
-        error = np.full_like(wanted, 0.1)
-        expectation, reading = Expectation(wanted, error, error), Reading("sigmoid")
-        report = compare_output("logits", expectation, found, reading, quantized=True)
+        expected = np.array([[2.0, -3.0], [0.05, 1.0]])
+        actual = expected - np.array([[0.0, 0.0], [0.1, 0.0]])
+        error = np.full_like(expected, 0.1)
+        expectation, reading = Expectation(expected, error, error), Reading("sigmoid")
+        report = compare_output("logits", expectation, actual, reading, quantized=True)
         assert (report.agreement, report.unexcused_flips) == (0.75, 0)  # the margin was within the tolerance
-        found[0, 0] = -2.0
-        assert compare_output("logits", expectation, found, reading, quantized=True).unexcused_flips == 1
+        actual[0, 0] = -2.0
+        assert compare_output("logits", expectation, actual, reading, quantized=True).unexcused_flips == 1
 
 
 def test_labels_agree_where_every_label_is_a_choice_of_its_own() -> None:
     """Against Bernoulli divergences, one at a time."""
     import torch
 
-    from compressors.search.sensitivity import divergence
-    from compressors.training.distillation import labels_loss
+    from compressors.training.divergence import divergence, labels_loss
 
     torch.manual_seed(0)
     student, teacher = torch.randn(3, 4), torch.randn(3, 4)

@@ -1,4 +1,5 @@
-"""What every runtime promises, tried on every runtime of `BACKENDS` and on the PyTorch reference; what is not here is skipped with its reason."""
+"""What every runtime promises, tried on every runtime of `BACKENDS` and on the PyTorch reference; what is not here is
+skipped with its reason."""
 
 from __future__ import annotations
 
@@ -45,6 +46,10 @@ from tests.support import baked, onnx_text, tiny
 from tests.support.variants import variants
 
 RUNTIMES = [*BACKENDS, "torch_eager"]
+TOO_LONG = f"a sequence of {tiny.POSITIONS + 1} tokens is longer than the model's {tiny.POSITIONS}"
+BAD_PROFILE = {"minimum": [1, 1], "optimum": [1, 8], "maximum": [1]}
+FALLING_PROFILE = {"minimum": [4, 4], "optimum": [2, 2], "maximum": [8, 8]}
+BAD_BINDING = {"name": "x", "dtype": "int64", "shape": "all"}
 
 if TYPE_CHECKING:  # what `backend` promises of the modules of `BACKENDS`, held by mypy
     _MODULES: tuple[Backend, ...] = (ort_backend, openvino_backend, tensorrt_backend, rtx_backend)
@@ -100,7 +105,9 @@ class TestProtocol:
         assert cpu_backends() == ("ort", "openvino")
         for name in BACKENDS:
             capabilities = backend(name).CAPABILITIES
-            assert capabilities.threads == capabilities.runs_onnx == (name in cpu_backends())
+            on_cpu = name in cpu_backends()
+            assert capabilities.threads == capabilities.runs_onnx == on_cpu
+            assert capabilities.layer_times == capabilities.sparse_kernels == (not on_cpu)
         assert issubclass(TensorRTEngine, LayerTimedEngine)
         assert not issubclass(ort_backend.OrtEngine, LayerTimedEngine)
 
@@ -117,13 +124,16 @@ class TestRun:
         feeds = baked.feeds("bert", batch, sequence, padding=padding)
         before = {name: array.copy() for name, array in feeds.items()}
         first = engine.run(feeds)["logits"]
-        assert (first.shape, first.dtype) == ((batch, 2), np.float32)
+        assert first.shape == (batch, 2)
+        assert first.dtype == np.float32
         assert first.flags.writeable
-        kept = first.copy()
+        before_second_run = first.copy()
         second = engine.run(feeds)["logits"]
         second += 1.0
-        np.testing.assert_array_equal(first, kept)
-        np.testing.assert_array_equal(engine.run(feeds)["logits"], kept)  # the same input gives the same output
+        np.testing.assert_array_equal(first, before_second_run)
+        np.testing.assert_array_equal(
+            engine.run(feeds)["logits"], before_second_run
+        )  # the same input gives the same output
         for name, array in feeds.items():
             np.testing.assert_array_equal(array, before[name])
 
@@ -136,19 +146,34 @@ class TestRun:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda feeds: feeds.pop("attention_mask"), "the engine takes input_ids, attention_mask, token_type_ids; got"),
+            (
+                lambda feeds: feeds.pop("attention_mask"),
+                "the engine takes input_ids, attention_mask, token_type_ids; got",
+            ),
             (lambda feeds: feeds.update(extra=feeds["input_ids"]), "the engine takes input_ids"),
             (lambda feeds: feeds.clear(), "got nothing"),
-            (lambda feeds: feeds.update(input_ids=feeds["input_ids"].astype(np.int32)), "inputs must be int64; input_ids is int32"),
+            (
+                lambda feeds: feeds.update(input_ids=feeds["input_ids"].astype(np.int32)),
+                "inputs must be int64; input_ids is int32",
+            ),
             (lambda feeds: feeds.update(input_ids=feeds["input_ids"][:1]), "inputs must share one non-empty shape"),
-            (lambda feeds: feeds.update({name: array[:0] for name, array in feeds.items()}), "inputs must share one non-empty shape"),
-            (lambda feeds: feeds.update({name: array[0] for name, array in feeds.items()}), "inputs must share one non-empty shape"),
-            (lambda feeds: feeds.update(baked.feeds("bert", 1, tiny.POSITIONS + 1)), f"a sequence of {tiny.POSITIONS + 1} tokens is longer than the model's {tiny.POSITIONS}"),
-            (lambda feeds: feeds.update(input_ids=feeds["input_ids"] + 1000), "input_ids holds 10.. to 10.., and the model takes 0 to 35"),
+            (
+                lambda feeds: feeds.update({name: array[:0] for name, array in feeds.items()}),
+                "inputs must share one non-empty shape",
+            ),
+            (
+                lambda feeds: feeds.update({name: array[0] for name, array in feeds.items()}),
+                "inputs must share one non-empty shape",
+            ),
+            (lambda feeds: feeds.update(baked.feeds("bert", 1, tiny.POSITIONS + 1)), TOO_LONG),
+            (
+                lambda feeds: feeds.update(input_ids=feeds["input_ids"] + 1000),
+                "input_ids holds 10.. to 10.., and the model takes 0 to 35",
+            ),
             (lambda feeds: feeds.update(input_ids=feeds["input_ids"] - 1000), "input_ids holds -"),
             (lambda feeds: feeds.update(token_type_ids=feeds["token_type_ids"] + 2), "token_type_ids holds 2 to 2"),
         ],
-    )  # fmt: skip
+    )
     def test_what_the_model_has_no_answer_for_is_refused(
         self, engine: Engine, change: Callable[[dict[str, Any]], Any], message: str
     ) -> None:
@@ -181,6 +206,7 @@ class TestDirectory:
         graph = tiny_graph("bert", "inputs-outputs", "cpu" if capabilities.device == "cpu" else "trt") / "model.onnx"
         assert passport.onnx_sha256 == file_hash(graph)
         assert passport.engine_sha256 == file_hash(directory / passport.engine)
+        assert bool(passport.profiles) == capabilities.optimization_profiles
         assert passport.graph["task"] == "classification"
         assert passport.graph["placement"] == "inputs-outputs"
         assert passport.plan is not None
@@ -271,23 +297,47 @@ class TestTampering:
             (None, "has no passport.json: it is not an engine directory; make one with `nxm build`"),
             ("{", "passport.json: not valid JSON"),
             ("[]", "not a nxm-passport/2 file"),
-            ('{"schema": "nxm-passport/2"}', "passport.json: Object missing required field `backend`; build the engine again"),
+            (
+                '{"schema": "nxm-passport/2"}',
+                "passport.json: Object missing required field `backend`; build the engine again",
+            ),
             ('{"schema": "nxm-passport/1"}', "passport.json: malformed nxm-passport/1 file"),
-            (lambda data: {**data, "schema": "nxm-passport/9"}, "schema nxm-passport/9 is not the nxm-passport/2 that this version reads"),
+            (
+                lambda data: {**data, "schema": "nxm-passport/9"},
+                "schema nxm-passport/9 is not the nxm-passport/2 that this version reads",
+            ),
             (lambda data: {**data, "colour": "red"}, "passport.json: unknown field colour"),
-            (lambda data: {**data, "plan": {**data["plan"], "colour": "red"}}, "passport.json: unknown field plan.colour"),
+            (
+                lambda data: {**data, "plan": {**data["plan"], "colour": "red"}},
+                "passport.json: unknown field plan.colour",
+            ),
             (lambda data: {**data, "engine": 5}, "passport.json: engine: Expected `str`, got `int`"),
             (lambda data: {**data, "requires": []}, "passport.json: requires: Expected `object`, got `array`"),
-            (lambda data: {**data, "plan": {**data["plan"], "compression": {"hw": float("nan")}}}, "passport.json: not valid JSON (NaN is not a JSON number)"),
-            (lambda data: {**data, "options": {"auto": nested(100)}}, "passport.json: not valid JSON (nested more than 64 deep)"),
-            (lambda data: {**data, "profiles": [{"minimum": [1, 1], "optimum": [1, 8], "maximum": [1]}]}, "passport.json: profiles[0].maximum: Expected `array` of length 2, got 1"),
-            (lambda data: {**data, "profiles": [{"minimum": [4, 4], "optimum": [2, 2], "maximum": [8, 8]}]}, "passport.json: profile sizes must rise from 1"),
-            (lambda data: {**data, "bindings": {"inputs": [{"name": "x", "dtype": "int64", "shape": "all"}]}}, "passport.json: bindings.inputs[0].shape: Expected `array`, got `str`"),
+            (
+                lambda data: {**data, "plan": {**data["plan"], "compression": {"hw": float("nan")}}},
+                "passport.json: not valid JSON (NaN is not a JSON number)",
+            ),
+            (
+                lambda data: {**data, "options": {"auto": nested(100)}},
+                "passport.json: not valid JSON (nested more than 64 deep)",
+            ),
+            (
+                lambda data: {**data, "profiles": [BAD_PROFILE]},
+                "passport.json: profiles[0].maximum: Expected `array` of length 2, got 1",
+            ),
+            (lambda data: {**data, "profiles": [FALLING_PROFILE]}, "passport.json: profile sizes must rise from 1"),
+            (
+                lambda data: {**data, "bindings": {"inputs": [BAD_BINDING]}},
+                "passport.json: bindings.inputs[0].shape: Expected `array`, got `str`",
+            ),
             (lambda data: {**data, "engine": "../model.onnx"}, "names an engine outside its directory"),
             (lambda data: {**data, "backend": "tflite"}, "unknown backend 'tflite'; choose one of ort"),
-            (lambda data: {**data, "requires": {"moon": "full"}}, "was built for moon full, and this machine has moon none; rebuild it here: nxm build"),
+            (
+                lambda data: {**data, "requires": {"moon": "full"}},
+                "was built for moon full, and this machine has moon none; rebuild it here: nxm build",
+            ),
         ],
-    )  # fmt: skip
+    )
     def test_a_passport_that_is_not_right_is_refused(self, copy: Path, text: Any, message: str) -> None:
         file = copy / "passport.json"
         if text is None:
@@ -298,7 +348,8 @@ class TestTampering:
             self.load(copy)
 
     def test_a_passport_of_the_first_schema_is_read(self, copy: Path) -> None:
-        """It had an empty plan for none, named the embedding only where it was INT8, and called precision overrides islands."""
+        """It had an empty plan for none, named the embedding only where it was INT8, and called precision overrides
+        islands."""
         passport = load_passport(copy)
         former = {"schema": "nxm-passport/1", **passport.to_dict()}
         del former["plan"]["embedding"]
@@ -398,16 +449,17 @@ def test_profiles_rise() -> None:
 
 def test_threads_are_recorded_and_used(tmp_path: Path, tiny_graph: Callable[..., Path]) -> None:
     (tmp_path / "engine").mkdir()
-    passport = backend("ort").build(tiny_graph() / "model.onnx", tmp_path / "engine", BuildOptions(threads=1))
-    assert passport.options["threads"] == 1
-    with backend("ort").load(tmp_path / "engine") as engine:
-        assert engine._session.get_session_options().intra_op_num_threads == 1
-    with backend("ort").load(tmp_path / "engine", LoadOptions(threads=2)) as engine:
-        assert engine._session.get_session_options().intra_op_num_threads == 2
+    passport = ort_backend.build(tiny_graph() / "model.onnx", tmp_path / "engine", BuildOptions(threads=1))
+    assert passport.threads == 1
+    for options, expected in ((LoadOptions(), 1), (LoadOptions(threads=2), 2)):
+        with ort_backend.load(tmp_path / "engine", options) as engine:
+            session: Any = engine._session
+            assert session.get_session_options().intra_op_num_threads == expected
 
 
 def test_a_child_process_takes_our_modules_wherever_it_is_started(tmp_path: Path) -> None:
-    """A run directory has an ``engines`` folder; with a file in it, ``python -m`` from there would take that for ours."""
+    """A run directory has an ``engines`` folder; with a file in it, ``python -m`` from there would take that for
+    ours."""
     for package in ("engines", "nxm_export"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("raise SystemExit('the wrong package')")

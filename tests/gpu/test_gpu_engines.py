@@ -55,8 +55,8 @@ def test_the_flag_makes_the_difference_between_the_twins(twins: tuple[Path, Path
 
     sparse, dense = (read_sparsity_report(twins[1] / name) for name in ("int8-sparse", "int8-dense"))
     assert dense.sparse_share == 0
-    assert {row.chosen for row in sparse.weights} <= {True, False, None}
-    known = [row for row in sparse.weights if row.planned_sparse and row.kernel]
+    assert {weight.chosen for weight in sparse.weights} <= {True, False, None}
+    known = [weight for weight in sparse.weights if weight.planned_sparse and weight.kernel]
     assert known, "the engine inspector names no kernel: the report cannot prove anything on this TensorRT"
 
 
@@ -77,4 +77,4 @@ def test_a_corrupt_engine_is_an_error_and_no_crash(twins: tuple[Path, Path], tmp
     data[:64] = b"\\0" * 64
     (tmp_path / "model.engine").write_bytes(data)
     with pytest.raises(EngineError, match="cannot load it"):
-        TensorRTEngine(trt._runtime(), tmp_path / "model.engine", "rebuild it")
+        TensorRTEngine(trt._runtime(), tmp_path / "model.engine", bytes(data), "rebuild it")

@@ -1,14 +1,15 @@
-"""Compressed checkpoints without training, in a fraction of a second: magnitude mask, max-abs scales, ranges of random input.
+"""Compressed checkpoints without training, in a fraction of a second: magnitude mask, max-abs scales, ranges of random
+input.
 
 Written with numpy alone, so that exporter and engines are tested on files that `compressors` had no part in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from nxm_export.contract.checkpoint import read_config, save_plan
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from tests.support import tiny
+
+if TYPE_CHECKING:
+    import torch
 
 
 def write_checkpoint(
@@ -31,11 +35,11 @@ def write_checkpoint(
     layers: int = 1,
     classes: tuple[str, ...] = ("0", "1"),
     seed: int = 0,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> Path:
     """Write a tiny compressed checkpoint of `family` to `out` and return it.
 
-    `spec` is a menu entry such as ``2:4+W8``; `specs` are others, for the weights that a glob matches.
+    `spec` is a spec such as ``2:4+W8``; `specs` are others, for the weights that a glob matches.
     """
     from safetensors.numpy import load_file, save_file
 
@@ -60,7 +64,8 @@ def write_checkpoint(
 
 
 def baked(weight: np.ndarray, spec: WeightSpec) -> tuple[np.ndarray, np.ndarray | None]:
-    """(weight on the pattern and grid of `spec`, scales (out,)); keeps the largest of every group, scales by max-abs."""
+    """(weight on the pattern and grid of `spec`, scales (out,)); keeps the largest of every group, scales by
+    max-abs."""
     out, in_ = weight.shape
     if spec.pattern:
         groups = np.abs(weight).reshape(out, in_ // spec.pattern.m, spec.pattern.m)
@@ -121,8 +126,8 @@ def _ranges(path: Path, plan: CompressionPlan, task: str) -> dict[str, np.ndarra
     model = load_task_model(path, TASKS[task])
     largest: dict[str, float] = {}
 
-    def watch(name: str) -> Any:
-        def hook(_: Any, args: tuple[Any, ...], output: Any) -> None:
+    def watch(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+        def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             for kind, tensor in (("input_scale", args[0]), ("output_scale", output)):
                 largest[f"{name}.{kind}"] = max(largest.get(f"{name}.{kind}", 0.0), float(tensor.abs().max()))
 
@@ -136,10 +141,10 @@ def _ranges(path: Path, plan: CompressionPlan, task: str) -> dict[str, np.ndarra
         for seed in range(3):
             batch = feeds(family, 8, tiny.POSITIONS, padding=5, seed=seed + 100)
             model(**{key: torch.from_numpy(value) for key, value in batch.items()})
-    wanted = {
+    quantized = {
         f"{name.removesuffix('.weight')}.{kind}"
         for name, spec in plan.weights.items()
         for kind, bits in (("input_scale", spec.input_bits), ("output_scale", spec.output_bits))
         if bits
     }
-    return {key: np.asarray(value / 127.0, np.float32) for key, value in largest.items() if key in wanted}
+    return {key: np.asarray(value / 127.0, np.float32) for key, value in largest.items() if key in quantized}

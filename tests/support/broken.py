@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +16,7 @@ from nxm_export.storage.hashing import file_hash
 BLOCK = "bert.encoder.layer.1"
 
 
-def write_engine(healthy: Path, out: Path, edit: Callable[[Any], None]) -> Path:
+def write_engine(healthy: Path, out: Path, edit: Callable[[ir.Model], None]) -> Path:
     """A copy of the engine `healthy` with its graph changed by `edit`."""
     shutil.copytree(healthy, out)
     model = load_graph(out / "model.onnx")
@@ -29,28 +28,29 @@ def write_engine(healthy: Path, out: Path, edit: Callable[[Any], None]) -> Path:
     return out
 
 
-def _change(model: Any, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+def _change(model: ir.Model, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
     value = model.graph.initializers[name]
+    assert value.const_value is not None
     array = np.ascontiguousarray(change(value.const_value.numpy()))
     value.const_value = ir.tensor(array, dtype=value.const_value.dtype, name=name)
 
 
-def scale_doubled(model: Any) -> None:
+def scale_doubled(model: ir.Model) -> None:
     """The input scale of one matrix, on both sides of the pair: it clips half as early and rounds twice as coarsely."""
     _change(model, f"{BLOCK}.output.dense.input_scale", lambda scale: scale * scale.dtype.type(2))
 
 
-def matrix_transposed(model: Any) -> None:
+def matrix_transposed(model: ir.Model) -> None:
     """A square matrix the wrong way round, which no shape reveals."""
     _change(model, f"{BLOCK}.attention.self.value.weight_quantized", lambda codes: codes.T)
 
 
-def pair_dropped(model: Any) -> None:
+def pair_dropped(model: ir.Model) -> None:
     """The pair in front of the FFN's second product."""
     drop_pair(model, f"{BLOCK}.output.dense.input_quantize", f"{BLOCK}.output.dense")
 
 
-def drop_pair(model: Any, quantizer: str, name: str) -> None:
+def drop_pair(model: ir.Model, quantizer: str, name: str) -> None:
     """The product of this name reads what it would have read without the quantizer of that name in front of it."""
     nodes = {node.name: node for node in model.graph}
     x = nodes[quantizer].inputs[0]
@@ -64,7 +64,7 @@ def drop_pair(model: Any, quantizer: str, name: str) -> None:
         user.replace_input_with(index, with_bias.outputs[0])
 
 
-def overflowing(model: Any) -> None:
+def overflowing(model: ir.Model) -> None:
     """LayerNorm's weight as large as float16 goes: what it multiplies by more than 1 is infinite in a float16 graph.
 
     It is the last block's, whose output no quantizer reads: one would clip the infinities away.

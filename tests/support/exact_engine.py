@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from engines.parity.gates import GateResult
 from engines.parity.reports import PARITY_FILE, SCHEMA, ParityReport
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.storage.json_files import encode
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 WORDS = ("good", "bad", "film", "plot", "a", "the", "not", "very")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -52,15 +56,16 @@ _WORK = """
 """
 
 
-def table(seed: int = 0) -> np.ndarray:
+def token_values(seed: int = 0) -> np.ndarray:
     """(tokens, 2) whole numbers; another seed is another model."""
     return np.random.default_rng(seed).integers(-9, 10, (len(VOCABULARY), 2)).astype(np.float32)
 
 
 def expected(feeds: dict[str, np.ndarray], seed: int = 0) -> np.ndarray:
     """The logits (batch, 2), by the formula."""
-    summed = table(seed)[feeds["input_ids"]] + feeds["token_type_ids"][..., None]
-    return (summed * feeds["attention_mask"][..., None]).sum(axis=1).astype(np.float32)
+    summed = token_values(seed)[feeds["input_ids"]] + feeds["token_type_ids"][..., None]
+    logits: np.ndarray = (summed * feeds["attention_mask"][..., None]).sum(axis=1).astype(np.float32)
+    return logits
 
 
 def feeds_of(lengths: Sequence[int], seed: int = 0) -> dict[str, np.ndarray]:
@@ -80,7 +85,7 @@ def write_graph(out: Path, seed: int = 0, work: int = 0) -> Path:
     graph = onnx.parser.parse_model(GRAPH.replace("WORK", _WORK if work else _NO_WORK))
     if work:
         graph.graph.initializer.append(onnx.numpy_helper.from_array(np.array([work, work]), "work_shape"))
-    graph.graph.initializer.append(onnx.numpy_helper.from_array(table(seed), "table"))
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(token_values(seed), "table"))
     onnx.checker.check_model(graph)
     onnx.save(graph, out / "model.onnx")
     limits = {"input_ids": len(VOCABULARY), "attention_mask": 2, "token_type_ids": 2}
@@ -90,7 +95,7 @@ def write_graph(out: Path, seed: int = 0, work: int = 0) -> Path:
     return out / "model.onnx"
 
 
-def tokenizer():  # type: ignore[no-untyped-def]
+def tokenizer() -> Tokenizer:
     """Words by the vocabulary, framed as BERT frames them."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

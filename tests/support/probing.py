@@ -6,22 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compressors.models import Source, load_model, load_tokenizer, resolve
+from compressors.models import ModelSource, load_model, load_tokenizer, resolve
 from compressors.search.plan_search import _batches
 from compressors.search.selection import Selector
-from compressors.search.sensitivity import Batches, Probe
+from compressors.search.sensitivity import Batches, SensitivityProbe
 from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
-from compressors.training.task_data import read_task_data
+from compressors.training.task_data import TaskDataRequest, read_task_data
 from nxm_export.contract.tasks import task_named
-from nxm_export.data.examples import Columns, Features
+from nxm_export.data.examples import Features
 from tests.support import tiny
 
 
 @dataclass(frozen=True)
 class Probed:
-    source: Source
-    probe: Probe
+    source: ModelSource
+    probe: SensitivityProbe
     features: list[Features]
     pad_id: int
 
@@ -39,5 +39,7 @@ def probed(directory: Path, family: str = "bert", **sizes: Any) -> Probed:
     made = tiny.write_model(family, directory / family, head="classification", **sizes)
     train, _ = tiny.write_data(directory / "data")
     source, task = resolve(made), task_named("classification")
-    data = read_task_data(source, task, str(train), None, Settings(), Columns(), load_tokenizer(source))
-    return Probed(source, Probe(load_model(source, task), source.family, source.config), data.train, data.pad_id)
+    data = read_task_data(source, TaskDataRequest(task, str(train)), load_tokenizer(source), Settings())
+    return Probed(
+        source, SensitivityProbe(load_model(source, task), source.family, source.config), data.train, data.pad_id
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engines.base import Engine, backend
-from engines.serving.repository import Source
+from engines.serving.repository import EngineSource
 from engines.triton import TritonOptions, export_repository
 from tests.support import exact_engine
 from tools.benchmarks.servers import CannotStart, Running, nxm_serve, triton, triton_venv
@@ -42,7 +42,7 @@ def _seconds(engine: Engine) -> float:
 
 @pytest.fixture(scope="session")
 def ours(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """`nxm serve` with the exact engine as ``exact``, and its text face."""
+    """`nxm serve` with the exact engine as ``exact``, and its text frontend."""
     with nxm_serve(tmp_path_factory.mktemp("ours") / "log", f"exact={engine}", "--text", "--access-log") as running:
         yield running
 
@@ -51,7 +51,7 @@ def ours(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run
 def triton_repository(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `nxm triton --text` writes of the exact engine."""
     out = tmp_path_factory.mktemp("triton") / "repository"
-    export_repository([Source("exact", "1", engine)], out, TritonOptions(text=True, threads=1))
+    export_repository([EngineSource("exact", "1", engine)], out, TritonOptions(text=True, threads=1))
     return out
 
 

@@ -1,19 +1,24 @@
-"""Compressed checkpoints of tiny seeded models, one per family and preset, made without training: for TensorRT's tests."""
+"""Compressed checkpoints of tiny seeded models, one per family and preset, made without training: for TensorRT's
+tests."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.trt_models import Checkpoints, compressed, tiny_config
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory, _trace_kept: None) -> Checkpoints:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, _trace_cached: None) -> Checkpoints:
     """``checkpoints("bert", placement="attention", ...)``: a directory; equal arguments give the same one."""
-    made: dict[tuple, Path] = {}
+    made: dict[tuple[object, ...], Path] = {}
 
     def make(
         family: str = "bert", placement: str = "inputs-outputs", residual: str = "float", gelu: str = "gelu",
@@ -34,22 +39,21 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, _trace_kept: None) -> 
 
 
 @pytest.fixture(scope="session")
-def _trace_kept() -> Iterator[None]:
+def _trace_cached() -> Iterator[None]:
     """Tracing takes seconds, and graphs of one model differ only in what is done to the trace: keep and copy it."""
     import hashlib
 
     from nxm_export.graph import exporter
 
-    trace, kept = exporter._trace, {}
+    trace = exporter._trace
+    traces: dict[tuple[str, str, str, int], ir.Model] = {}
 
-    def traced(path, task, family, dtype, opset):
-        digest = hashlib.sha256(
-            (path / "model.safetensors").read_bytes() + (path / "config.json").read_bytes()
-        ).hexdigest()
-        key = (digest, task.name, dtype, opset)
-        if key not in kept:
-            kept[key] = trace(path, task, family, dtype, opset)
-        return kept[key].clone()
+    def traced(opened: exporter._OpenedModel, dtype: str, opset: int) -> ir.Model:
+        files = ((opened.path / name).read_bytes() for name in ("model.safetensors", "config.json"))
+        key = (hashlib.sha256(b"".join(files)).hexdigest(), opened.task.name, dtype, opset)
+        if key not in traces:
+            traces[key] = trace(opened, dtype, opset)
+        return traces[key].clone()
 
     exporter._trace = traced
     yield

@@ -20,8 +20,8 @@ from compressors.pruning.admm import Admm
 from compressors.search.plan_search import search
 from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
+from compressors.training import admm_schedule
 from compressors.training import compress as compressing
-from compressors.training import phases
 from nxm_export.contract.plan import CompressionPlan
 
 TRAINING = Settings(
@@ -40,7 +40,7 @@ SEARCH = SearchSettings(samples=24, held_out=24, swaps=6, compression=0.87, fina
 def job(desk: Path, out: Path) -> dict[str, Any]:
     """Search, then compress under the plan found, into `out`; returns hashes of ADMM's state and of the trained weights."""
     states: list[str] = []
-    update, bake, before_step = Admm.dual_update, compressing.bake, phases._AdmmCallback.on_pre_optimizer_step
+    update, bake, before_step = Admm.dual_update, compressing.bake, admm_schedule.AdmmCallback.on_pre_optimizer_step
 
     def watched_update(admm: Admm) -> Any:
         found = update(admm)
@@ -63,7 +63,7 @@ def job(desk: Path, out: Path) -> dict[str, Any]:
     search(desk / "dense", out=out / "found", settings=SEARCH, training=TRAINING, **data)  # type: ignore[arg-type]
     plan = CompressionPlan.load(out / "found" / "plan.json")
     Admm.dual_update, compressing.bake = watched_update, watched_bake  # type: ignore[method-assign]
-    phases._AdmmCallback.on_pre_optimizer_step = watched_step  # type: ignore[method-assign]
+    admm_schedule.AdmmCallback.on_pre_optimizer_step = watched_step  # type: ignore[method-assign]
     try:
         metrics = compressing.compress(
             desk / "dense", plan=plan, out=out / "checkpoint", dev=str(desk / "dev.tsv"), settings=TRAINING, **data
@@ -80,8 +80,8 @@ def job(desk: Path, out: Path) -> dict[str, Any]:
         )
     finally:
         Admm.dual_update, compressing.bake = update, bake  # type: ignore[method-assign]
-        phases._AdmmCallback.on_pre_optimizer_step = before_step  # type: ignore[method-assign]
-    return {"states": states, "metrics": metrics}
+        admm_schedule.AdmmCallback.on_pre_optimizer_step = before_step  # type: ignore[method-assign]
+    return {"states": states, "metrics": metrics.to_dict()}
 
 
 def _dawdle(out: Path) -> None:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Checkpoints = Callable[..., Path]
 
 
-def tiny_config(family: str, gelu: str = "gelu", hidden: int = 128, layers: int = 1, positions: int = 64):
+def tiny_config(
+    family: str, gelu: str = "gelu", hidden: int = 128, layers: int = 1, positions: int = 64
+) -> PreTrainedConfig:
     import transformers
 
     common = {"vocab_size": 1024, "num_labels": 3, "pad_token_id": 0}
     if family == "distilbert":
         return transformers.DistilBertConfig(
-            dim=hidden, hidden_dim=4 * hidden, n_layers=layers, n_heads=2, max_position_embeddings=positions, activation=gelu,
-            seq_classif_dropout=0.0, **common,
+            dim=hidden, hidden_dim=4 * hidden, n_layers=layers, n_heads=2, max_position_embeddings=positions,
+            activation=gelu, seq_classif_dropout=0.0, **common,
         )  # fmt: skip
     kinds = {
         "bert": transformers.BertConfig,
@@ -25,15 +33,14 @@ def tiny_config(family: str, gelu: str = "gelu", hidden: int = 128, layers: int 
     }
     extra = {"embedding_size": hidden} if family in ("electra", "albert") else {}
     return kinds[family](
-        hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=2, hidden_act=gelu,
+        hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=2,
+        hidden_act=gelu,
         max_position_embeddings=positions + (2 if family == "roberta" else 0), **common, **extra,
     )  # fmt: skip
 
 
-def feeds_for(inputs, batch: int, sequence: int, seed: int = 0):
+def feeds_for(inputs: Sequence[str], batch: int, sequence: int, seed: int = 0) -> dict[str, np.ndarray]:
     """int64 inputs: random ids, the second half of the last row padding."""
-    import numpy as np
-
     ids = np.random.default_rng(seed).integers(3, 64, size=(batch, sequence))
     mask = np.ones_like(ids)
     mask[-1, sequence // 2 :] = 0
@@ -42,13 +49,19 @@ def feeds_for(inputs, batch: int, sequence: int, seed: int = 0):
 
 
 def compressed(
-    out: Path, config, placement: str, residual: str = "float", keep_dense: tuple[str, ...] = (), spec: str = "2:4+W8"
+    out: Path,
+    config: PreTrainedConfig,
+    placement: str,
+    residual: str = "float",
+    keep_dense: tuple[str, ...] = (),
+    spec: str = "2:4+W8",
 ) -> Path:
     """A random model under a uniform plan, calibrated on random tokens, pruned by magnitude, baked; no training."""
     import torch
     import transformers
 
-    from compressors.quantization.fake_quant import bake, calibrate, prepare, quant_linears
+    from compressors.quantization.fake_quant import quant_linears
+    from compressors.quantization.preparation import bake, calibrate, prepare
     from nxm_export.contract.checkpoint import open_checkpoint, save_plan
     from nxm_export.contract.families import FAMILIES
     from nxm_export.contract.plan import WeightSpec
@@ -70,7 +83,7 @@ def compressed(
     batch = {name: torch.from_numpy(value) for name, value in feeds_for(family.inputs, 4, 16).items()}
     calibrate(model, [batch], 99.9)
     for layer in quant_linears(model).values():
-        layer.harden()
+        layer.freeze_mask()
     with torch.inference_mode():
         logits = model(**batch).logits
     scales = bake(model, plan)

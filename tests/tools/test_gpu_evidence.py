@@ -19,7 +19,7 @@ def bench(verdict: str, *shapes: tuple[int, int, float, float, float]) -> BenchR
         for name, median in zip((FP16, DENSE, SPARSE), times, strict=True):
             timings.append(Timing(name, batch, sequence, median, (median, median), 3))
         ratios.append(Ratio(SPARSE, DENSE, batch, sequence, times[1] / times[2], (1.2, 1.4)))
-    return BenchReport(timings, ratios, verdict)
+    return BenchReport(tuple(timings), tuple(ratios), verdict)
 
 
 LARGE = Result(

@@ -15,6 +15,11 @@ class Answer:
     headers: dict[str, str]
     body: bytes
 
+    @property
+    def stays_open(self) -> bool:
+        """Whether the server keeps the connection for another request."""
+        return self.headers.get("connection", "").lower() != "close"
+
     def json(self) -> Json:
         return json.loads(self.body)
 

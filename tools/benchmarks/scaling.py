@@ -212,7 +212,7 @@ def calibrate_here(sequences: int) -> dict[str, Json]:
     import torch
 
     from compressors.malloc import keep_freed_memory
-    from compressors.quantization.fake_quant import calibrate
+    from compressors.quantization.preparation import calibrate
     from tools.benchmarks.training import prepared
 
     keep_freed_memory()

@@ -28,9 +28,9 @@ from pathlib import Path
 import numpy as np
 
 from engines.base import LoadOptions, backend
-from engines.benchmark.http_load import Target, run_round, text_target, token_target
+from engines.benchmark.http_load import Client, ServedModel, run_round, with_text, with_tokens
 from engines.passport import cpu_device, load_passport
-from engines.serving.repository import Source
+from engines.serving.repository import EngineSource
 from engines.triton import TritonOptions, export_repository
 from nxm_export.contract.io_spec import IOSpec, load_spec
 from nxm_export.data.examples import Examples, Features, encode, load_raw, load_tokenizer, pad, with_classes
@@ -39,7 +39,6 @@ from nxm_export.storage.json_files import encode as encode_json
 from nxm_export.storage.json_files import read_record
 from tools import ROOT
 from tools.benchmarks.measuring import RECORDS
-from tools.benchmarks.raw_http import connect, read
 from tools.benchmarks.servers import Running, free_port, nxm_serve, started, triton, triton_venv
 from tools.rendering import render, write_section
 
@@ -167,7 +166,9 @@ def start_servers(engine: Path, scratch: Path, stack: contextlib.ExitStack) -> d
     venv = triton_venv()
     if isinstance(venv, Path):
         repository = scratch / "repository"
-        export_repository([Source("m", "1", engine)], repository, TritonOptions(text=True, instances=cores, threads=1))
+        export_repository(
+            [EngineSource("m", "1", engine)], repository, TritonOptions(text=True, instances=cores, threads=1)
+        )
         servers[DOUBLE] = stack.enter_context(triton(repository, scratch / "triton", venv))
         servers[PADDED] = servers[DOUBLE]
     for name, start in (("MLServer", mlserver), ("KServe SDK", kserve)):
@@ -178,25 +179,25 @@ def start_servers(engine: Path, scratch: Path, stack: contextlib.ExitStack) -> d
     return servers
 
 
-def requests_of(work: Work, servers: dict[str, Running]) -> dict[str, dict[str, Target]]:
+def requests_of(work: Work, servers: dict[str, Running]) -> dict[str, dict[str, ServedModel]]:
     """The requests of every kind to every server that takes them; Triton merges requests of equal shape only, so that a
     client that knows it pads."""
     features, spec = work.features, work.spec
     urls = {name: server.url for name, server in servers.items()}
     binary = [name for name in urls if name.startswith(("nxm", "Triton")) and name != PADDED]
-    tokens = {name: token_target(name, urls[name], "m", features, spec) for name in binary}
+    tokens = {name: with_tokens(name, urls[name], "m", features, spec) for name in binary}
     if PADDED in urls:
-        tokens[PADDED] = token_target(PADDED, urls[PADDED], "m", features, spec, multiple=8)
+        tokens[PADDED] = with_tokens(PADDED, urls[PADDED], "m", features, spec, multiple=8)
     others = [name for name in urls if name not in (PADDED, ALONE)]
     texts = [name for name in (OURS, DOUBLE) if name in urls]
     return {
         TOKENS: tokens,
-        TOKENS_JSON: {name: token_target(name, urls[name], "m", features, spec, encoding="json") for name in others},
-        TEXT_JSON: {name: text_target(name, urls[name], "m_text", work.examples.texts) for name in texts},
+        TOKENS_JSON: {name: with_tokens(name, urls[name], "m", features, spec, encoding="json") for name in others},
+        TEXT_JSON: {name: with_text(name, urls[name], "m_text", work.examples.texts) for name in texts},
     }
 
 
-def sample(target: Target, server: Running, seconds: float, into: Samples) -> None:
+def sample(target: ServedModel, server: Running, seconds: float, into: Samples) -> None:
     """One round of one server, after a short warm-up."""
     run_round(target, into.clients, min(1.0, seconds / 4))
     before = cpu_seconds(server.process.pid)
@@ -214,7 +215,7 @@ def sample(target: Target, server: Running, seconds: float, into: Samples) -> No
         print(f"{target.name}, {into.clients} clients: {dict(load.errors)}", file=sys.stderr, flush=True)
 
 
-def protocol_overhead(work: Work, targets: dict[str, Target], rounds: int) -> dict[str, float]:
+def protocol_overhead(work: Work, targets: dict[str, ServedModel], rounds: int) -> dict[str, float]:
     """Median extra milliseconds of a request over a bare loop that calls the engine with the same samples, one by one.
 
     Loop and servers take turns of 40 requests, so that a slow spell of the machine hits all of them.
@@ -234,14 +235,13 @@ def protocol_overhead(work: Work, targets: dict[str, Target], rounds: int) -> di
     return {name: float(np.median(np.array(times) - np.array(bare))) * 1e3 for name, times in served.items()}
 
 
-def one_by_one(target: Target, indices: Sequence[int]) -> list[float]:
+def one_by_one(target: ServedModel, indices: Sequence[int]) -> list[float]:
     """Seconds of each of these requests, on one connection."""
     times = []
-    with connect(target.port, 30) as connection:
+    with Client(target) as client:
         for i in indices:
             began = time.perf_counter()
-            connection.sendall(target.requests[i])
-            status = read(connection).status
+            status, _ = client.send(target.requests[i])
             times.append(time.perf_counter() - began)
             assert status == 200
     return times

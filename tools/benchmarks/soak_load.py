@@ -161,7 +161,7 @@ class _Soak:
             status = str(answer.status)
             self.report.statuses[status] = self.report.statuses.get(status, 0) + 1
         self.count(right=int(good), wrong=int(answer.status == 200 and not good))
-        return answer.headers.get("connection", "").lower() != "close"
+        return answer.stays_open
 
 
 def reloads_done(server: Running) -> Counter[str]:

@@ -26,11 +26,14 @@ from transformers import TrainerCallback
 
 from compressors.malloc import keep_freed_memory
 from compressors.pruning.admm import Admm
-from compressors.quantization.fake_quant import prepare, quant_linears
+from compressors.quantization.fake_quant import quant_linears
+from compressors.quantization.preparation import prepare
 from compressors.settings import Losses, Settings
+from compressors.training.admm_schedule import MAX_DUAL_UPDATES, WATCH_EVERY, WATCHED_SAMPLES
 from compressors.training.default_recipe import MEASURED_WIDTH, training_of
-from compressors.training.phases import MAX_DUAL_UPDATES, WATCH_EVERY, WATCHED_SAMPLES, freeze_embeddings
-from compressors.training.trainer import Phase, Student, _optimizer, mean_loss, run_phase, wants_bf16
+from compressors.training.distillation import Student
+from compressors.training.phases import freeze_embeddings
+from compressors.training.trainer import Phase, PhaseData, mean_loss, optimizer_of, run_phase, wants_bf16
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.tasks import task_named
@@ -152,11 +155,11 @@ def arm(kind: str, name: str, bf16: bool, mode: str = "mask") -> tuple[Arm, Admm
     layers = quant_linears(model)
     if kind.startswith("qat"):
         for layer in layers.values():
-            layer.harden()
+            layer.freeze_mask()
     if kind.startswith("admm"):
         admm = Admm.of(layers, mode, settings.damping)
     student = Student(model, losses, teacher, admm).train()
-    made = Arm(student, _optimizer(student, Phase("bench", 1, training.learning_rate)), bf16)
+    made = Arm(student, optimizer_of(student, Phase("bench", 1, training.learning_rate)), bf16)
     if admm is not None and kind != "admm without penalty":
         admm.set_rho(1e-3)
         made.before = admm.add_penalty
@@ -275,15 +278,10 @@ def train_in_this_process(kind: str, name: str, batch: int, sequence: int, preci
     with tempfile.TemporaryDirectory() as scratch:
         run_phase(
             student.model,
-            features,
-            0,
-            Phase("bench", 3, 1e-4, batch, losses=student.losses),
-            work_dir=Path(scratch),
-            seed=0,
-            precision=precision,
+            Phase("bench", 3, 1e-4, batch, losses=student.losses, save_every=2),
+            PhaseData(features, 0, Path(scratch), seed=0, precision=precision),
             teacher=student._teacher[0] if student._teacher else None,
             admm=admm,
-            save_every=2,
             callbacks=[_Penalty(admm)] if admm else [],
         )
     return {"before": before, "peak": peak_bytes()}

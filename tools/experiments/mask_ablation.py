@@ -15,8 +15,9 @@ import numpy as np
 
 from compressors.malloc import keep_freed_memory
 from compressors.pruning.permutation import permute_channels, permute_residual, residual_order
-from compressors.pruning.sparsegpt import input_moments
-from compressors.quantization.fake_quant import bake, prepare, quant_linears
+from compressors.pruning.sparsegpt import input_hessians
+from compressors.quantization.fake_quant import quant_linears
+from compressors.quantization.preparation import bake, prepare
 from nxm_export.contract.plan import WeightSpec
 from tools.experiments.one_shot import Dense, parser
 
@@ -43,16 +44,16 @@ def pruned(dense: Dense, pattern: str, permuted: str, activation: bool) -> str:
     model = dense.model()
     prepare(model, plan, family, config)
     layers = quant_linears(model)
-    moments = input_moments(model, dense.batches(SAMPLES), diagonal=True) if activation else {}
+    squares = input_hessians(model, dense.batches(SAMPLES), diagonal=True) if activation else {}
     for name, layer in layers.items():
-        layer.importance = moments[name].sqrt() if activation else None
+        layer.importance = squares[name].sqrt() if activation else None
     shares = permute_channels(model, plan, family, config) if permuted else {}
     if permuted.endswith("residual"):
         order, residual_shares = residual_order(model, plan, family, config)
         permute_residual(model, order, family, config)
         shares |= residual_shares
     for layer in layers.values():
-        layer.harden()
+        layer.freeze_mask()
     bake(model, plan)
     logits = dense.predict(model)
     accuracy = (logits.argmax(-1) == dense.labels).mean()

@@ -11,20 +11,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from compressors.models import Source, load_model, load_tokenizer, resolve
-from compressors.search.sensitivity import divergence
+from compressors.models import ModelSource, load_model, load_tokenizer, resolve
 from compressors.settings import Settings
-from compressors.training.task_data import TaskData, read_task_data
+from compressors.training.divergence import divergence
+from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
 from compressors.training.trainer import collate, predict
 from nxm_export.contract.tasks import Task, task_named
-from nxm_export.data.examples import Columns, label_array, sorted_batches
+from nxm_export.data.examples import label_array, sorted_batches
 
 
 @dataclass(frozen=True)
 class Dense:
     """A dense classifier with its training and dev data."""
 
-    source: Source
+    source: ModelSource
     task: Task
     data: TaskData
 
@@ -33,8 +33,8 @@ class Dense:
         """From the arguments of `parser`."""
         source, task = resolve(arguments.dense), task_named("classification")
         settings = Settings(max_length=arguments.max_length)
-        tokenizer = load_tokenizer(source)
-        data = read_task_data(source, task, arguments.train, arguments.dev, settings, Columns(), tokenizer, None)
+        request = TaskDataRequest(task, arguments.train, arguments.dev)
+        data = read_task_data(source, request, load_tokenizer(source), settings)
         return cls(source, task, data)
 
     def model(self) -> nn.Module:

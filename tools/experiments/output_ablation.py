@@ -10,7 +10,8 @@ One line per choice: mean KL(dense || quantized) in nats, agreement with the den
 from __future__ import annotations
 
 from compressors.malloc import keep_freed_memory
-from compressors.quantization.fake_quant import calibrate, prepare, quant_linears
+from compressors.quantization.fake_quant import quant_linears
+from compressors.quantization.preparation import calibrate, prepare
 from compressors.settings import Settings
 from compressors.training.output_sensitivity import output_costs
 from nxm_export.contract.placement import residual_output_weights

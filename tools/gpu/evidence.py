@@ -193,7 +193,7 @@ def measure(variant: Variant, plan: Plan) -> Result:
         log = (sparse / "build.log").read_text(encoding="utf-8", errors="replace").splitlines()
         result = replace(
             result,
-            sparsity=_sparsity(inspect_path(sparse, twin=dense)),
+            sparsity=_sparsity(inspect_path(sparse, twin=dense).to_dict()),
             log=tuple(line for line in log if "(Sparsity)" in line),
             parity=parity(checkpoint, work, max(sequence for _, sequence in shapes)),
             bench=bench_engines([work], shapes, plan.rounds, None),
@@ -223,7 +223,8 @@ def one_shot(variant: Variant, directory: Path) -> Path:
     import torch
     import transformers
 
-    from compressors.quantization.fake_quant import bake, calibrate, prepare, quant_linears
+    from compressors.quantization.fake_quant import quant_linears
+    from compressors.quantization.preparation import bake, calibrate, prepare
     from nxm_export.contract.checkpoint import open_checkpoint, save_plan
     from nxm_export.contract.families import FAMILIES, GELUS
     from nxm_export.contract.plan import WeightSpec
@@ -251,7 +252,7 @@ def one_shot(variant: Variant, directory: Path) -> Path:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
     calibrate(model, [batch], 99.99)
     for layer in quant_linears(model).values():
-        layer.harden()
+        layer.freeze_mask()
     scales = bake(model, plan)
     with atomic_dir(out) as scratch:
         model.save_pretrained(scratch)
@@ -288,7 +289,7 @@ def force(work: Path, settings: BuildOptions) -> Forced:
     out = work.with_name(f"{work.name}-must")
     try:
         build_engine(work / "onnx" / "int8" / "model.onnx", out, "trt", replace(settings, build_route=MUST_BE_SPARSE))
-        return Forced(share=_sparsity(inspect_path(out)).share)
+        return Forced(share=_sparsity(inspect_path(out).to_dict()).share)
     except NxmError as error:
         return Forced(error=str(error))
 

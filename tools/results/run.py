@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import TypedDict
 
 from compressors.models import resolve
-from compressors.search.plan_search import TABLE_FILE, search
-from compressors.search.sensitivity import divergence
+from compressors.search.plan_search import SENSITIVITY_FILE, search
 from compressors.search.settings import SearchSettings
 from compressors.settings import DENSE_FIELDS, Settings
 from compressors.training.compress import compress, finetune
 from compressors.training.default_recipe import training_of
-from nxm_export.cli.tables import Progress
+from compressors.training.divergence import divergence
 from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.families import size_of
 from nxm_export.contract.packed_checkpoint import pack
@@ -33,6 +32,7 @@ from nxm_export.contract.search_result import SEARCH_FILE, read_search_result
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.metrics import metric_named
 from nxm_export.errors import ArtifactError, DataError
+from nxm_export.progress import Progress
 from nxm_export.storage.atomic import write_atomic
 from nxm_export.storage.hashing import file_hash
 from nxm_export.storage.json_files import Json, read_json
@@ -123,10 +123,10 @@ class Measure:
         plan, searched = self._plan(row, seed, teacher.path)
         out = self._directory(seed) / row.slug
         with self._timed(out, seed) as (clock, progress):
-            compress(teacher.path, plan=plan, out=out, settings=settings, progress=progress, **self._data(out))
+            metrics = compress(
+                teacher.path, plan=plan, out=out, settings=settings, progress=progress, **self._data(out)
+            )
         record, labels = self._record(row, seed, out, _compress_part(settings), clock.seconds)
-        metrics = read_metrics(out)
-        assert isinstance(metrics, CompressionMetrics)
         facts = CompressionFacts(
             recipe=metrics.recipe,
             kl_to_dense=_kl(teacher.path, out),
@@ -165,10 +165,10 @@ class Measure:
                     training=self._settings(row, seed),
                     progress=progress,
                 )
-        if (out / TABLE_FILE).is_file():
+        if (out / SENSITIVITY_FILE).is_file():
             sensitivities = self.store.sensitivity_file(seed)
             sensitivities.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(sensitivities, (out / TABLE_FILE).read_bytes())
+            write_atomic(sensitivities, (out / SENSITIVITY_FILE).read_bytes())
         result = read_search_result(out / SEARCH_FILE)
         plan = CompressionPlan.from_json((out / "plan.json").read_text(encoding="utf-8"), source=str(out / "plan.json"))
         return plan, SearchFacts(result.method, result.budget, result.best, result.samples, result.cost)

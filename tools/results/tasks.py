@@ -123,5 +123,7 @@ def _headless_cola(file: Path) -> RawExamples | None:
 
 def _write(raw: RawExamples, file: Path) -> None:
     pairs = raw.pairs if raw.pairs is not None else [""] * len(raw.texts)
-    lines = ["\t".join((text, pair, label)) for text, pair, label in zip(raw.texts, pairs, raw.labels, strict=True)]
+    lines = [
+        "\t".join((text, pair, str(label))) for text, pair, label in zip(raw.texts, pairs, raw.labels, strict=True)
+    ]
     file.write_text("\n".join(["sentence1\tsentence2\tlabel", *lines]) + "\n", encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,19 @@ from torch import Tensor
 
 from compressors.models import load_model, resolve
 from compressors.projections import magnitude_scores
-from compressors.pruning.permutation import channel_order, kept_sum, permute_channels, permute_residual, residual_order
-from compressors.pruning.sparsegpt import input_moments
-from compressors.quantization.fake_quant import calibrate, prepare, quant_linears
+from compressors.pruning.permutation import (
+    channel_order,
+    permute_channels,
+    permute_residual,
+    residual_order,
+    retained_sum,
+)
+from compressors.pruning.sparsegpt import input_hessians
+from compressors.quantization.fake_quant import quant_linears
+from compressors.quantization.preparation import calibrate, prepare
 from compressors.training.phases import Job
 from nxm_export.contract.checkpoint import open_checkpoint
+from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.contract.tasks import TASKS
@@ -43,7 +50,7 @@ def test_the_order_is_a_permutation_that_keeps_more(pattern: NMPattern) -> None:
     scores = randn(24, 64).abs() * (1 + torch.arange(64) % 5)
     order = channel_order(scores, pattern)
     assert sorted(order.tolist()) == list(range(64))
-    assert kept_sum(scores[:, order], pattern) > 1.01 * kept_sum(scores, pattern)
+    assert retained_sum(scores[:, order], pattern) > 1.01 * retained_sum(scores, pattern)
     assert torch.equal(order, channel_order(scores, pattern))
 
 
@@ -52,11 +59,11 @@ def test_the_gain_of_every_swap_is_what_swapping_gains(pattern: NMPattern) -> No
     """After enough rounds no swap of two channels is left that keeps more by over a ten-thousandth, tried one by one."""
     scores = randn(12, 16, seed=3).abs()
     order = channel_order(scores, pattern, rounds=200)
-    kept = float(kept_sum(scores[:, order], pattern))
+    kept = float(retained_sum(scores[:, order], pattern))
     for i, j in itertools.combinations(range(16), 2):
         swapped = order.clone()
         swapped[[i, j]] = order[[j, i]]
-        assert float(kept_sum(scores[:, swapped], pattern)) <= kept * (1 + 1.01e-4)  # where the search stops
+        assert float(retained_sum(scores[:, swapped], pattern)) <= kept * (1 + 1.01e-4)  # where the search stops
 
 
 def test_the_search_comes_close_to_the_best_of_all_orders() -> None:
@@ -64,10 +71,10 @@ def test_the_search_comes_close_to_the_best_of_all_orders() -> None:
     for seed in range(12):
         scores = randn(6, 8, seed=seed).abs()
         best = max(
-            float(kept_sum(scores[:, [*group, *(c for c in range(8) if c not in group)]], NMPattern(2, 4)))
+            float(retained_sum(scores[:, [*group, *(c for c in range(8) if c not in group)]], NMPattern(2, 4)))
             for group in itertools.combinations(range(8), 4)
         )
-        ratios.append(float(kept_sum(scores[:, channel_order(scores, NMPattern(2, 4))], NMPattern(2, 4))) / best)
+        ratios.append(float(retained_sum(scores[:, channel_order(scores, NMPattern(2, 4))], NMPattern(2, 4))) / best)
     assert sum(ratios) / len(ratios) > 0.99  # a local optimum of swaps; mean over 12 matrices
     assert max(ratios) <= 1 + 1e-6
 
@@ -101,9 +108,11 @@ def test_a_compression_with_both_options_gives_a_valid_checkpoint(tmp_path: Path
         "bert", tmp_path, dense_steps=4, settings={"recipe": "nxm", "permute": True, "mask_scores": "activation"}
     )
     open_checkpoint(checkpoint).require_valid()
-    metrics = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))
-    assert metrics["permutation"]["matrices"] == 12
-    assert metrics["permutation"]["kept_after"] > metrics["permutation"]["kept_before"]
+    metrics = read_metrics(checkpoint)
+    assert isinstance(metrics, CompressionMetrics)
+    assert metrics.permutation is not None
+    assert metrics.permutation.matrices == 12
+    assert metrics.permutation.kept_after > metrics.permutation.kept_before
 
 
 def test_a_run_that_permutes_gives_its_teacher_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +120,7 @@ def test_a_run_that_permutes_gives_its_teacher_the_same_order(tmp_path: Path, mo
     before: list[Any] = []
     gaps: list[float] = []
 
-    def watched(student: Any, samples: Any, pad_id: int, phase: Any, *, teacher: Any, **_: Any) -> None:
+    def watched(student: Any, phase: Any, data: Any, *, teacher: Any, **_: Any) -> None:
         dense = load_model(before[0], TASKS["classification"]).eval()
         wanted, found = answers(dense).hidden_states[1], answers(teacher.eval()).hidden_states[1]
         assert not torch.allclose(found, wanted, atol=1e-3)  # it was reordered
@@ -167,7 +176,7 @@ def test_prepared_layers_move_with_their_steps_and_importance(scores: str, tmp_p
     calibrate(model, [batch], 99.99)
     layers = quant_linears(model)
     if scores == "activation":
-        for name, moment in input_moments(model, [batch], diagonal=True).items():
+        for name, moment in input_hessians(model, [batch], diagonal=True).items():
             layers[name].importance = moment.sqrt()
     before = {name: magnitude_scores(layer.weight.detach(), layer.importance).sum() for name, layer in layers.items()}
     with torch.no_grad():
@@ -183,5 +192,5 @@ def test_prepared_layers_move_with_their_steps_and_importance(scores: str, tmp_p
         torch.testing.assert_close(after.sum(), before[name])  # each weight still has the importance of its own input
     for name, (was, now) in (shares | kept).items():
         scores_now = magnitude_scores(layers[name].weight.detach(), layers[name].importance)
-        assert float(kept_sum(scores_now, NMPattern(2, 4)) / scores_now.sum()) == pytest.approx(now, rel=1e-5)
+        assert float(retained_sum(scores_now, NMPattern(2, 4)) / scores_now.sum()) == pytest.approx(now, rel=1e-5)
         assert was <= now or name in kept

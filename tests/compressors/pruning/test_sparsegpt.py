@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from compressors.projections import project_nm
-from compressors.pruning.sparsegpt import input_moments, prune
-from compressors.quantization.fake_quant import prepare
+from compressors.pruning.sparsegpt import input_hessians, prune
+from compressors.quantization.preparation import prepare
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from tests.compressors.quantization.test_fake_quant import CONFIG, FAMILY, Block
 
@@ -17,26 +17,26 @@ def correlated(samples: int, size: int, seed: int) -> torch.Tensor:
     return torch.randn(samples, size, generator=generator) @ torch.randn(size, size, generator=generator)
 
 
-def output_error(weight: torch.Tensor, pruned: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+def output_error(weight: torch.Tensor, pruned: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     difference = (weight - pruned).double()
-    return ((difference @ moments.double()) * difference).sum(dim=1)
+    return ((difference @ hessian.double()) * difference).sum(dim=1)
 
 
 @pytest.mark.parametrize("pattern", [NMPattern(2, 4), NMPattern(1, 4), NMPattern(1, 2)], ids=str)
 def test_one_group_comes_close_to_the_best_support_with_refitted_weights(pattern: NMPattern) -> None:
     """For a single group the optimum is known: every support, its weights solved exactly."""
     x = correlated(256, pattern.m, 0)
-    moments = x.T @ x / len(x)
+    hessian = x.T @ x / len(x)
     weight = torch.randn(32, pattern.m, generator=torch.Generator().manual_seed(1))
-    found = output_error(weight, prune(weight, moments, pattern, damping=1e-6), moments)
+    found = output_error(weight, prune(weight, hessian, pattern, damping=1e-6), hessian)
     best = torch.full((32,), float("inf"), dtype=torch.float64)
     for support in itertools.combinations(range(pattern.m), pattern.n):
         kept = list(support)
         solved = torch.zeros_like(weight)
-        solved[:, kept] = torch.linalg.solve(moments[kept][:, kept], moments[kept] @ weight.T).T
-        best = torch.minimum(best, output_error(weight, solved, moments))
+        solved[:, kept] = torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ weight.T).T
+        best = torch.minimum(best, output_error(weight, solved, hessian))
     # Greedy and left to right, so not optimal: within a factor of the best, and far below magnitude.
-    magnitude = output_error(weight, project_nm(weight, pattern), moments)
+    magnitude = output_error(weight, project_nm(weight, pattern), hessian)
     assert (found >= best - 1e-6).all()
     assert found.sum() < 0.8 * magnitude.sum()
 
@@ -45,11 +45,11 @@ def test_one_group_comes_close_to_the_best_support_with_refitted_weights(pattern
 def test_result_follows_the_pattern_and_beats_magnitude(pattern: NMPattern) -> None:
     size = 48 * pattern.m
     x = correlated(2 * size, size, 2)
-    moments = x.T @ x / len(x)
+    hessian = x.T @ x / len(x)
     weight = torch.randn(16, size, generator=torch.Generator().manual_seed(3))
-    pruned = prune(weight, moments, pattern)
+    pruned = prune(weight, hessian, pattern)
     assert ((pruned != 0).reshape(16, -1, pattern.m).sum(-1) <= pattern.n).all()
-    errors = [float(output_error(weight, z, moments).sum()) for z in (pruned, project_nm(weight, pattern))]
+    errors = [float(output_error(weight, z, hessian).sum()) for z in (pruned, project_nm(weight, pattern))]
     assert errors[0] < 0.7 * errors[1]
 
 
@@ -59,9 +59,9 @@ def test_uncorrelated_inputs_of_equal_size_give_magnitude_pruning() -> None:
 
 
 def test_inputs_that_are_always_zero_do_not_break_it() -> None:
-    moments = torch.eye(8)
-    moments[3, 3] = 0.0
-    assert torch.isfinite(prune(torch.randn(4, 8), moments, NMPattern(2, 4))).all()
+    hessian = torch.eye(8)
+    hessian[3, 3] = 0.0
+    assert torch.isfinite(prune(torch.randn(4, 8), hessian, NMPattern(2, 4))).all()
 
 
 def test_the_diagonal_of_the_moments_is_the_same_without_the_matrix() -> None:
@@ -71,7 +71,7 @@ def test_the_diagonal_of_the_moments_is_the_same_without_the_matrix() -> None:
         "input_ids": torch.arange(1, 9).reshape(2, 4),
         "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
     }
-    whole, diagonal = (input_moments(model, [batch, batch], diagonal=only) for only in (False, True))
+    whole, diagonal = (input_hessians(model, [batch, batch], diagonal=only) for only in (False, True))
     assert len(whole) == len(diagonal) == 6
     for name in whole:
         torch.testing.assert_close(diagonal[name], whole[name].diagonal())

@@ -11,17 +11,9 @@ from torch import Tensor, nn
 
 from compressors.projections import nm_mask
 from compressors.quantization.autograd import FakeQuantize
-from compressors.quantization.fake_quant import (
-    ActivationQuantizer,
-    QuantLinear,
-    activation_quantizers,
-    bake,
-    calibrate,
-    prepare,
-    quant_linears,
-    require_invariants,
-)
+from compressors.quantization.fake_quant import ActivationQuantizer, QuantLinear, activation_quantizers, quant_linears
 from compressors.quantization.observers import HistogramObserver
+from compressors.quantization.preparation import bake, calibrate, prepare, require_invariants
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.errors import ArtifactError, DataError, PlanError
@@ -96,7 +88,7 @@ def outputs_and_gradients(layer: QuantLinear, x: Tensor, forward: Callable[[Tens
 def test_every_gradient_of_a_layer_is_that_of_the_definition(bits: int, bias: bool, state: str) -> None:
     layer = quantized_layer(WeightSpec(NMPattern(2, 4), bits, 8), bias=bias)
     if state == "hardened":
-        layer.harden()
+        layer.freeze_mask()
     layer.quantize_weight = state != "weight in float"
     with torch.no_grad():
         layer.log_scale.sub_(0.4)  # narrower than fitted, so that weights are clipped, too
@@ -111,7 +103,7 @@ def test_every_gradient_of_a_layer_is_that_of_the_definition(bits: int, bias: bo
 
 def test_gradients_under_bfloat16_are_as_good_as_those_of_a_plain_layer() -> None:
     layer, plain = quantized_layer(WeightSpec(NMPattern(2, 4), 4, 8), 64, 128), nn.Linear(128, 64)
-    layer.harden()
+    layer.freeze_mask()
     x = randn(40, 128, seed=4)
 
     def error(module: nn.Module) -> dict[str, float]:
@@ -142,7 +134,7 @@ def test_gradients_under_bfloat16_are_as_good_as_those_of_a_plain_layer() -> Non
 @pytest.mark.parametrize("bias", [True, False])
 def test_layer_is_integer_arithmetic(bits: int, bias: bool) -> None:
     layer = quantized_layer(WeightSpec(NMPattern(2, 4), bits, 8), bias=bias)
-    layer.harden()
+    layer.freeze_mask()
     x = randn(5, 3, 16)
     xq = np.clip(np.rint((x / 0.02).numpy()), -128, 127).astype(np.int64)
     scale = layer.weight_scale.numpy()
@@ -156,7 +148,7 @@ def test_layer_is_integer_arithmetic(bits: int, bias: bool) -> None:
 
 def test_bfloat16_autocast_multiplies_the_same_integers() -> None:
     layer = quantized_layer()
-    layer.harden()
+    layer.freeze_mask()
     x = randn(7, 16)
     exact = layer(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -174,7 +166,7 @@ def test_masked_weights_stay_zero_through_any_training() -> None:
         optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05, weight_decay=0.1)
         for step in range(30):
             if step == 10:
-                layer.harden()  # momentum of ten dense steps is still in the optimizer ...
+                layer.freeze_mask()  # momentum of ten dense steps is still in the optimizer ...
                 optimizer = torch.optim.AdamW(
                     layer.parameters(), lr=0.05, weight_decay=0.1
                 )  # ... so a phase starts anew
@@ -189,7 +181,7 @@ def test_masked_weights_stay_zero_through_any_training() -> None:
 
 def test_sr_ste_follows_the_weight_and_its_gradient_is_the_definition() -> None:
     layer = quantized_layer(WeightSpec(NMPattern(2, 4)), bias=False)
-    layer.follow_decay = 0.5
+    layer.sr_ste_decay = 0.5
     x, upstream = randn(3, 16, seed=1), randn(3, 12, seed=2)
     mask = nm_mask(layer.weight.detach().abs(), NMPattern(2, 4))
     output = layer(x)
@@ -199,14 +191,14 @@ def test_sr_ste_follows_the_weight_and_its_gradient_is_the_definition() -> None:
     with torch.no_grad():  # the smallest of the first group becomes its largest, and is in at the next pass
         layer.weight[0, int(layer.weight[0, :4].abs().argmin())] = 9.0
     torch.testing.assert_close(layer(x)[:, 0], x @ (layer.weight * nm_mask(layer.weight.abs(), NMPattern(2, 4)))[0])
-    layer.harden()
+    layer.freeze_mask()
     layer(x).sum().backward()
     require_invariants(layer)
 
 
 def test_a_revived_weight_is_noticed() -> None:
     layer = quantized_layer()
-    layer.harden()
+    layer.freeze_mask()
     assert layer.mask is not None
     with torch.no_grad():
         layer.weight[~layer.mask] = 0.5
@@ -217,7 +209,7 @@ def test_a_revived_weight_is_noticed() -> None:
 @pytest.mark.parametrize("bits", [2, 4, 8, None])
 def test_baked_weights_lie_on_pattern_and_grid_exactly(bits: int | None) -> None:
     layer = quantized_layer(WeightSpec(NMPattern(2, 4), bits, 8 if bits else None))
-    layer.harden()
+    layer.freeze_mask()
     weight, scale = layer.baked()
     assert ((weight != 0).reshape(12, 4, 4).sum(-1) <= 2).all()
     if bits is None:

@@ -1,64 +1,129 @@
 """The knapsack against every choice there is."""
 
-import itertools
+from __future__ import annotations
 
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressors.search import knapsack
+from compressors.search.knapsack import Latency, choose
 from nxm_export.errors import PlanError
 
+CASES = 200
 
-def by_enumeration(losses: list[list[float]], costs: list[list[int]], budget: int) -> float:
-    """The least loss of every feasible choice."""
-    return min(
-        (
-            sum(losses[i][o] for i, o in enumerate(choice))
-            for choice in itertools.product(*(range(len(options)) for options in costs))
-            if sum(costs[i][o] for i, o in enumerate(choice)) <= budget
-        ),
-        default=float("inf"),
-    )
+
+@dataclass(frozen=True)
+class Problem:
+    """A small knapsack, and what enumeration says of it."""
+
+    losses: list[list[float]]
+    bits: list[list[int]]
+    budget: int
+    latency: Latency | None
+
+    def loss(self, choice: tuple[int, ...] | list[int]) -> float:
+        return math.fsum(self.losses[item][option] for item, option in enumerate(choice))
+
+    def fits(self, choice: tuple[int, ...] | list[int]) -> bool:
+        if sum(self.bits[item][option] for item, option in enumerate(choice)) > self.budget:
+            return False
+        latency = self.latency
+        return latency is None or sum(latency.milliseconds[i][o] for i, o in enumerate(choice)) <= latency.limit
+
+    def by_enumeration(self) -> float:
+        """The least loss of every feasible choice; infinite where there is none."""
+        choices = itertools.product(*(range(len(options)) for options in self.bits))
+        return min((self.loss(choice) for choice in choices if self.fits(choice)), default=math.inf)
+
+
+def random_problem(seed: int, largest_loss: float, *, limited: bool) -> Problem:
+    rng = np.random.default_rng(seed)
+    items, options = int(rng.integers(3, 7)), int(rng.integers(2, 6))
+    losses = (rng.random((items, options)) ** 2 * largest_loss).tolist()
+    sizes = rng.choice([1, 8, 64], (items, options))
+    bits = (rng.integers(1, 60, (items, options)) * sizes).tolist()
+    least, most = sum(map(min, bits)), sum(map(max, bits))
+    budget = int(least + rng.random() * (most - least))
+    if not limited:
+        return Problem(losses, bits, budget, None)
+    milliseconds = rng.random((items, options)).tolist()
+    fast, slow = sum(map(min, milliseconds)), sum(map(max, milliseconds))
+    return Problem(losses, bits, budget, Latency(milliseconds, fast + rng.random() * (slow - fast) / 2))
+
+
+@pytest.mark.parametrize("limited", [False, True], ids=["bits", "bits and latency"])
+@pytest.mark.parametrize("largest_loss", [1.0, 1e-7])
+def test_choice_is_as_good_as_the_best_of_all(largest_loss: float, limited: bool) -> None:
+    infeasible = 0
+    for seed in range(CASES):
+        problem = random_problem(seed, largest_loss, limited=limited)
+        best = problem.by_enumeration()
+        if math.isinf(best):
+            infeasible += 1
+            with pytest.raises(PlanError, match=r"no choice of options fits the budget of \d+ and the limit"):
+                choose(problem.losses, problem.bits, problem.budget, problem.latency)
+            continue
+        chosen = choose(problem.losses, problem.bits, problem.budget, problem.latency)
+        assert problem.fits(chosen), seed
+        assert problem.loss(chosen) == pytest.approx(best, rel=1e-9, abs=0.0), seed
+    assert infeasible < CASES / 2
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[list[list[float]], list[list[int]], int]:
+def problems(draw: st.DrawFn) -> Problem:
     sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
-    unit = draw(st.sampled_from([1, 3, 12288]))
-    losses = [[draw(st.integers(0, 50)) / 7 for _ in range(size)] for size in sizes]
-    costs = [[draw(st.integers(1, 20)) * unit for _ in range(size)] for size in sizes]
-    return losses, costs, draw(st.integers(1, 60)) * unit + draw(st.integers(0, 2))
+    unit = draw(st.sampled_from([1, 3, 12288, 1_000_003]))
+    # One option may lose a million times as much as the differences that decide.
+    scales = draw(st.lists(st.sampled_from([1e-7, 1e-3, 1.0]), min_size=20, max_size=20))
+    losses = [
+        [draw(st.integers(0, 50)) / 7 * scales[4 * item + option] for option in range(size)]
+        for item, size in enumerate(sizes)
+    ]
+    bits = [[draw(st.integers(1, 20)) * unit for _ in range(size)] for size in sizes]
+    budget = draw(st.integers(1, 60)) * unit + draw(st.integers(0, 2))
+    latency = None
+    if draw(st.booleans()):
+        milliseconds = [[draw(st.integers(0, 20)) / 8 for _ in range(size)] for size in sizes]
+        latency = Latency(milliseconds, draw(st.integers(0, 60)) / 8)
+    return Problem(losses, bits, budget, latency)
 
 
 @given(problems())
-@settings(max_examples=300, deadline=None)
-def test_choice_is_as_good_as_the_best_of_all(problem: tuple[list[list[float]], list[list[int]], int]) -> None:
-    losses, costs, budget = problem
-    best = by_enumeration(losses, costs, budget)
-    if best == float("inf"):
-        with pytest.raises(PlanError, match="the smallest one needs"):
-            knapsack.choose(losses, costs, budget)
+@settings(max_examples=CASES, deadline=None)
+def test_losses_of_any_scale_equal_choices_and_full_budgets(problem: Problem) -> None:
+    best = problem.by_enumeration()
+    if math.isinf(best):
+        with pytest.raises(PlanError, match="no choice of options fits the budget"):
+            choose(problem.losses, problem.bits, problem.budget, problem.latency)
         return
-    chosen = knapsack.choose(losses, costs, budget)
-    assert sum(costs[i][o] for i, o in enumerate(chosen)) <= budget
-    assert sum(losses[i][o] for i, o in enumerate(chosen)) == pytest.approx(best)
-
-
-@given(problems())
-@settings(max_examples=60, deadline=None)
-def test_a_budget_of_many_units_is_still_feasible(problem: tuple[list[list[float]], list[list[int]], int]) -> None:
-    losses, costs, budget = problem
-    huge = [[cost * 1_000_003 + 1 for cost in options] for options in costs]  # no common divisor
-    wide = budget * 1_000_003 + 10
-    if sum(min(options) for options in huge) > wide:
-        return
-    chosen = knapsack.choose(losses, huge, wide)
-    assert sum(huge[i][o] for i, o in enumerate(chosen)) <= wide
+    chosen = choose(problem.losses, problem.bits, problem.budget, problem.latency)
+    assert problem.fits(chosen)
+    assert problem.loss(chosen) == pytest.approx(best, rel=1e-6, abs=0.0)
 
 
 def test_an_option_that_no_budget_reaches_is_never_taken() -> None:
     losses = [[0.0, 5.0], [float("inf"), 1.0]]
-    assert knapsack.choose(losses, [[2**60, 3], [2**60, 4]], 7) == [1, 1]
-    with pytest.raises(PlanError, match="needs 7"):
-        knapsack.choose(losses, [[2**60, 3], [2**60, 4]], 6)
+    assert choose(losses, [[2**60, 3], [2**60, 4]], 7) == [1, 1]
+    with pytest.raises(PlanError, match="the smallest one needs 7"):
+        choose(losses, [[2**60, 3], [2**60, 4]], 6)
+
+
+def test_a_budget_is_kept_to_the_bit() -> None:
+    bits = [[10**9 + 1, 10**9], [10**9 + 1, 10**9]]
+    assert choose([[0.0, 1.0], [0.0, 1.5]], bits, 2 * 10**9 + 1) == [1, 0]
+
+
+def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """``nxm search --json`` has its result on stdout, and nothing else."""
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        losses = (np.exp(2 * rng.normal(size=(288, 5))) * [8, 4, 2, 1, 0]).tolist()
+        weights = rng.choice([384 * 384, 384 * 1536], 288).tolist()
+        bits = [[int(weight * bits) + 12288 for bits in (2.75, 4, 5, 8, 16)] for weight in weights]
+        choose(losses, bits, sum(weights) * 4)
+    assert capfd.readouterr() == ("", "")

@@ -197,7 +197,7 @@ def test_the_papers_search_and_json(desk: Path, tmp_path: Path) -> None:
         (("--pareto", "a"), 1, "not a list of numbers"),
         (("--pareto", "0.99"), 1, "compression 0.99 by counting hw is out of reach"),
         (("--latency-ms", "3"), 1, "go together"),
-        (("--latency-table", "missing.json", "--latency-ms", "3"), 1, "missing.json: not a readable latency table"),
+        (("--latency-table", "missing.json", "--latency-ms", "3"), 1, "missing.json: cannot be read"),
         (("--task", "regression"), 1, "has no regression head"),
         (("--latency-table", "ms.json", "--latency-ms", "-1"), 2, "-1 is not a positive number"),
         (
@@ -284,7 +284,7 @@ def test_a_killed_search_goes_on_with_what_it_measured(
     command = [sys.executable, "-c", KILLED, str(desk), str(out), "sensitivity"]
     assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
     assert not out.exists()
-    part = sensitivity.read_table(tmp_path / ".out.work" / "sensitivity-0.csv")
+    part = sensitivity.read_sensitivities(tmp_path / ".out.work" / "sensitivity-0.csv")
     assert {entry.weight.split(".")[3] for entry in part} == {"0"}, "the first block is on disk"
     plain = sensitivity._measure_block
 

@@ -36,7 +36,7 @@ def measured(model: Probed, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     def make(**settings: Any) -> Selector:
         selector = model.selector(**{"compression": 0.85, "swaps": 12, **SIZES, **settings})
         key = (settings.get("candidate_specs"), settings.get("placement"))
-        selector.measure_table(tables.setdefault(key, tmp_path_factory.mktemp("table")))
+        selector.measure_sensitivities(tables.setdefault(key, tmp_path_factory.mktemp("table")))
         return selector
 
     return make

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compressors.models import load_model
 from compressors.search import sensitivity
-from compressors.search.sensitivity import Entry, OneShot, measure, read_table
+from compressors.search.sensitivity import OneShot, Sensitivity, measure, read_sensitivities
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.contract.tasks import task_named
 from nxm_export.errors import ArtifactError, DataError
@@ -20,7 +20,7 @@ from tests.support import tiny
 from tests.support.probing import Probed, probed
 
 SPECS = [WeightSpec.parse(option) for option in ("2:4+W4", "W4", "2:4")]
-Table = dict[tuple[str, str], Entry]
+Table = dict[tuple[str, str], Sensitivity]
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +97,12 @@ def slow_statistics(found: Probed, weight: str) -> tuple[Tensor, Tensor]:
         seen["x"], seen["y"] = args[0], output
 
     model.get_submodule(weight.removesuffix(".weight")).register_forward_hook(keep)
-    moments, fisher, tokens = torch.zeros(()).double(), torch.zeros(()).double(), 0
+    hessian, fisher, tokens = torch.zeros(()).double(), torch.zeros(()).double(), 0
     for batch in found.batches(0, 24, batch_size=1):
         model(**batch).loss.backward()
         x, g = seen["x"][0].detach().double(), seen["y"].grad[0].double()  # type: ignore[index]
-        moments, fisher, tokens = moments + x.T @ x, fisher + g.square().sum(0), tokens + len(x)
-    return moments / tokens, fisher / tokens
+        hessian, fisher, tokens = hessian + x.T @ x, fisher + g.square().sum(0), tokens + len(x)
+    return hessian / tokens, fisher / tokens
 
 
 def test_fisher_is_the_sum_over_outputs_of_errors_weighted_by_squared_gradients(
@@ -112,10 +112,10 @@ def test_fisher_is_the_sum_over_outputs_of_errors_weighted_by_squared_gradients(
     table = table_of(found, tmp_path)
     one_shot = OneShot(found.probe, found.probe.statistics(found.batches(0, 24), 99.99))
     for weight in found.probe.weights[1::5]:  # a key, which shares query's statistics, and one of every other kind
-        moments, fisher = slow_statistics(found, weight)
+        hessian, fisher = slow_statistics(found, weight)
         for option in SPECS:
             error = (found.probe.layer(weight).weight.detach() - one_shot(weight, option)[0]).double()
-            wanted = sum(float(fisher[o] * (error[o] @ moments @ error[o])) for o in range(len(error)))
+            wanted = sum(float(fisher[o] * (error[o] @ hessian @ error[o])) for o in range(len(error)))
             # float32 sums over some hundred tokens, in another order and without padding
             assert table[weight, str(option)].fisher == pytest.approx(wanted, rel=1e-3)
 
@@ -243,7 +243,7 @@ def test_measured_blocks_are_not_measured_again(
     found, measured = models("bert"), list[int]()
     plain = sensitivity._measure_block
 
-    def counting(*arguments: Any) -> list[Entry]:
+    def counting(*arguments: Any) -> list[Sensitivity]:
         measured.append(arguments[-1])
         if len(measured) == 2:
             raise KeyboardInterrupt
@@ -258,7 +258,7 @@ def test_measured_blocks_are_not_measured_again(
     assert measured == [0, 1, 1]
     monkeypatch.undo()
     assert table_of(found, tmp_path / "at-once") == table
-    part = read_table(tmp_path / "sensitivity-0.csv")
+    part = read_sensitivities(tmp_path / "sensitivity-0.csv")
     assert [(entry.weight, entry.option) for entry in part] == list(table)
 
 

@@ -9,18 +9,19 @@ import pytest
 from click.testing import CliRunner
 
 from compressors.models import load_model, load_tokenizer, resolve
-from compressors.quantization.fake_quant import calibrate, prepare, quant_linears
+from compressors.quantization.fake_quant import quant_linears
+from compressors.quantization.preparation import calibrate, prepare
 from compressors.settings import Settings
 from compressors.training.output_sensitivity import output_costs
-from compressors.training.task_data import read_task_data
+from compressors.training.task_data import TaskDataRequest, read_task_data
 from compressors.training.trainer import collate
 from nxm_export.cli import main
 from nxm_export.contract.checkpoint import open_checkpoint
+from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.placement import residual_output_weights
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import Columns
 from nxm_export.graph.exporter import export
 from nxm_export.graph.verifier import verify
 from tests.support import tiny
@@ -34,7 +35,7 @@ def test_an_output_whose_step_is_coarse_costs_most(task: str, tmp_path: Path) ->
     """A channel a hundred times as loud as the others makes the step as coarse as it is made here."""
     source = resolve(tiny.write_model("bert", tmp_path / "model", head=task))
     train, _ = tiny.write_data(tmp_path, task)
-    data = read_task_data(source, TASKS[task], str(train), None, Settings(), Columns(), load_tokenizer(source))
+    data = read_task_data(source, TaskDataRequest(TASKS[task], str(train)), load_tokenizer(source), Settings())
     plan = source.family.uniform_plan(source.config, WeightSpec.parse("W8"))
     outputs = residual_output_weights(plan)
     assert len(outputs) == 4  # of two blocks: attention's and the FFN's
@@ -65,9 +66,10 @@ def test_costly_outputs_are_float_in_the_checkpoint_and_in_its_graphs(tmp_path: 
     opened = open_checkpoint(checkpoint)
     opened.require_valid()
     names = residual_output_weights(opened.plan)
-    told = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))["outputs_in_float"]
-    assert sorted(told) == sorted(names)
-    assert all(cost > 0 for cost in told.values())
+    metrics = read_metrics(checkpoint)
+    assert isinstance(metrics, CompressionMetrics)
+    assert sorted(metrics.outputs_in_float) == sorted(names)
+    assert all(cost > 0 for cost in metrics.outputs_in_float.values())
     kept = {name for name, spec in opened.plan.weights.items() if spec.output_bits}
     assert kept == {name for name in opened.plan.weights if FAMILIES["bert"].role(name) in ("query", "key", "value")}
     for target in ("cpu", "trt"):
@@ -78,7 +80,7 @@ def test_a_matrix_that_is_left_dense_has_no_output_to_measure(tmp_path: Path) ->
     source = resolve(tiny.write_model("bert", tmp_path / "model", head="classification"))
     train, _ = tiny.write_data(tmp_path, "classification")
     task = TASKS["classification"]
-    data = read_task_data(source, task, str(train), None, Settings(), Columns(), load_tokenizer(source))
+    data = read_task_data(source, TaskDataRequest(task, str(train)), load_tokenizer(source), Settings())
     plan = source.family.uniform_plan(source.config, WeightSpec.parse("W8"), keep_dense=[COARSE])
     model = load_model(source, task)
     prepare(model, plan, source.family, source.config)
@@ -140,4 +142,6 @@ def test_without_a_limit_every_output_is_int8(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     plan = open_checkpoint(checkpoint).plan
     assert all(plan.weights[name].output_bits == 8 for name in residual_output_weights(plan))
-    assert "outputs_in_float" not in json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))
+    metrics = read_metrics(checkpoint)
+    assert isinstance(metrics, CompressionMetrics)
+    assert not metrics.outputs_in_float

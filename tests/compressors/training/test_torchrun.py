@@ -127,7 +127,7 @@ def test_only_the_first_process_leaves_files(desk: Path, one: dict[str, Any], tw
 def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(DataError, match="batch size 16 is not divisible by 3 processes"):
-        training_arguments(Phase("qat", 1, 1e-4, 16), tmp_path, 0, "fp32", None)
+        training_arguments(Phase("qat", 1, 1e-4, 16), tmp_path, 0, "fp32")
 
 
 @pytest.mark.parametrize("command", ["run", "export", "bench"])

@@ -15,9 +15,11 @@ import torch
 
 from compressors.models import resolve
 from compressors.settings import Settings
+from compressors.training.callbacks import Progress
 from compressors.training.compress import compress, finetune
-from compressors.training.trainer import Progress, schedule
+from compressors.training.trainer import schedule
 from nxm_export.contract.checkpoint import open_checkpoint
+from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.errors import DataError, PlanError
 from tests.support import tiny
@@ -95,7 +97,7 @@ def run(
     spec: str = "2:4+W8",
     progress: Progress = lambda what, done, total: None,
     **settings: Any,
-) -> dict[str, Any]:
+) -> CompressionMetrics:
     return compress(
         prepared / "dense",
         task="classification",
@@ -109,10 +111,13 @@ def run(
 
 
 def test_dense_model_learns_and_keeps_its_metrics(prepared: Path) -> None:
-    metrics = json.loads((prepared / "dense" / "metrics.json").read_text())
-    assert metrics["value"] > 0.85
-    assert metrics["interval"][0] <= metrics["value"] <= metrics["interval"][1]
-    assert metrics["dev_samples"] == tiny.DEV_SAMPLES
+    metrics = read_metrics(prepared / "dense")
+    assert metrics.value is not None
+    assert metrics.interval is not None
+    low, high = metrics.interval
+    assert metrics.value > 0.85
+    assert low <= metrics.value <= high
+    assert metrics.dev_samples == tiny.DEV_SAMPLES
 
 
 def test_a_model_whose_head_fits_is_not_trained_again(prepared: Path, tmp_path: Path) -> None:
@@ -124,8 +129,8 @@ def test_a_model_whose_head_fits_is_not_trained_again(prepared: Path, tmp_path: 
         out=tmp_path / "kept",
         settings=Settings(**FAST),
     )
-    assert metrics["steps"] == 0
-    assert metrics["value"] == json.loads((prepared / "dense" / "metrics.json").read_text())["value"]
+    assert metrics.steps == 0
+    assert metrics.value == read_metrics(prepared / "dense").value
 
 
 @pytest.mark.parametrize(
@@ -141,28 +146,27 @@ def test_every_recipe_gives_a_valid_checkpoint_and_logs_what_it_did(
     phases = {line["phase"] for line in lines}
     if recipe == "nxm":
         assert {"admm", "qat"} <= phases
-        assert metrics["admm_steps"] + metrics["qat_steps"] == 60
+        assert (metrics.admm_steps or 0) + metrics.qat_steps == 60
         updates = [line for line in lines if "residual" in line]
         assert {"residual", "flips", "projected_loss"} <= set(updates[0])
-        assert metrics["residual"] < updates[0]["residual"]
+        assert metrics.residual is not None
+        assert metrics.residual < updates[0]["residual"]
     elif recipe in ("magnitude", "obs"):
         assert phases == {"qat"}
     elif recipe == "sr-ste":
         assert phases == {"sr-ste", "qat"}
-        assert (metrics["sr_ste_steps"], metrics["qat_steps"]) == (48, 12)
+        assert (metrics.sr_ste_steps, metrics.qat_steps) == (48, 12)
     elif recipe == "one-shot":
         assert not phases
-        assert (metrics["steps"], metrics["qat_steps"]) == (0, 0)
+        assert (metrics.steps, metrics.qat_steps) == (0, 0)
     else:
         assert phases == {"admm"}
-        assert metrics["qat_steps"] == 0
+        assert metrics.qat_steps == 0
 
 
 def test_the_second_order_recipe_keeps_other_weights_than_magnitude(prepared: Path, tmp_path: Path) -> None:
-    found = {
-        recipe: run(prepared, tmp_path / recipe, recipe=recipe, steps=1)["mask_hash"] for recipe in ("obs", "magnitude")
-    }
-    assert found["obs"] != found["magnitude"]
+    one, other = (run(prepared, tmp_path / recipe, recipe=recipe, steps=1).mask_hash for recipe in ("obs", "magnitude"))
+    assert one != other
 
 
 @pytest.mark.parametrize("mode", ["mask", "joint", "joint-ste"])
@@ -174,9 +178,11 @@ def test_every_admm_mode_takes_every_kind_of_plan(prepared: Path, tmp_path: Path
 
 def test_compression_keeps_the_accuracy_of_an_easy_task(prepared: Path, tmp_path: Path) -> None:
     metrics = run(prepared, tmp_path / "checkpoint", "2:4+W4", steps=60)
-    dense = json.loads((prepared / "dense" / "metrics.json").read_text())["value"]
+    dense = read_metrics(prepared / "dense").value
     # The classes are separated by single words; one sample of the dev set is 0.016.
-    assert metrics["value"] >= dense - 0.05
+    assert metrics.value is not None
+    assert dense is not None
+    assert metrics.value >= dense - 0.05
 
 
 def test_baked_weights_load_with_plain_transformers(prepared: Path, tmp_path: Path) -> None:
@@ -200,7 +206,7 @@ def test_what_a_run_with_another_plan_left_behind_is_not_used(prepared: Path, tm
         run(prepared, tmp_path / "checkpoint", "1:4+W8", recipe="nxm", progress=interrupted)
     assert list((tmp_path / ".checkpoint.work").glob("admm*.safetensors"))  # a finished phase, of the other plan
     metrics = run(prepared, tmp_path / "checkpoint", "2:4+W8", recipe="nxm")
-    assert metrics["mask_hash"] == run(prepared, tmp_path / "alone", "2:4+W8", recipe="nxm")["mask_hash"]
+    assert metrics.mask_hash == run(prepared, tmp_path / "alone", "2:4+W8", recipe="nxm").mask_hash
 
 
 SCRIPT = """
@@ -217,7 +223,7 @@ metrics = compress(
     plan=source.family.uniform_plan(source.config, WeightSpec.parse("2:4+W4")), out=out, settings=Settings(**settings),
     progress=lambda what, done, total: print(what, done, flush=True),
 )
-print(json.dumps(metrics))
+print(json.dumps(metrics.to_dict()))
 """
 
 

@@ -17,14 +17,15 @@ from engines.benchmark.latency import BenchReport, bench
 from engines.passport import load_passport
 from nxm_export.cli import main
 from nxm_export.errors import EngineError
-from nxm_export.pipeline.engine_commands import build_fastest
+from nxm_export.pipeline.engine_commands import ParityCheck, build_fastest
 from tests.support import onnx_text
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed; pip install 'nxm-export[openvino]'")
 
 
 class Paced:
-    """An engine whose every run takes as long as it is told, by its own clock: `engines.benchmark.latency` does the rest."""
+    """An engine whose every run takes as long as it is told, by its own clock: `engines.benchmark.latency` does the
+    rest."""
 
     clock = "told"
 
@@ -69,13 +70,13 @@ def test_the_fastest_beyond_noise_is_kept_and_the_passport_says_why(
     ort: list[float], openvino: list[float], kept: str, why: str, graph: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "engine"
-    facts, choice = build_fastest(graph, out, shapes=[(1, 4), (2, 6)], measure=told(ort=ort, openvino=openvino))
+    built = build_fastest(graph, out, shapes=[(1, 4), (2, 6)], measure=told(ort=ort, openvino=openvino))
     passport = load_passport(out)
-    assert choice.backend == passport.backend == facts["backend"] == kept
+    assert built.choice.backend == passport.backend == built.passport.backend == kept
     recorded = passport.options["auto"]
     assert re.search(why, recorded["why"])
     assert recorded["shapes"] == [[1, 4], [2, 6]]
-    assert [row["backend"] for row in recorded["rows"]] == ["ort", "openvino"]
+    assert [row["backend"] for row in recorded["candidates"]] == ["ort", "openvino"]
     assert recorded["parity"] == "not checked"
     assert {path.name for path in out.iterdir()} == {"model.onnx", "passport.json", "spec.json", "tokenizer.json"}
 
@@ -86,10 +87,13 @@ def test_the_mix_of_shapes_decides(graph: Path, tmp_path: Path) -> None:
     def measure(engines: Mapping[str, Engine], shapes: Sequence[tuple[int, int]]) -> BenchReport:
         speed = {(1, 1): (4.0, 1.0), (1, 5): (1.0, 2.0)}
         reports = [told(ort=[speed[s][0]], openvino=[speed[s][1]])(engines, [s]) for s in dict.fromkeys(shapes)]
-        return BenchReport([t for r in reports for t in r.timings], [x for r in reports for x in r.ratios])
+        return BenchReport(
+            tuple(timing for report in reports for timing in report.timings),
+            tuple(ratio for report in reports for ratio in report.ratios),
+        )
 
     for shapes, kept in (([(1, 1), (1, 5)], "openvino"), ([(1, 1), *[(1, 5)] * 4], "ort")):
-        _, choice = build_fastest(graph, tmp_path / kept, shapes=shapes, measure=measure)
+        choice = build_fastest(graph, tmp_path / kept, shapes=shapes, measure=measure).choice
         assert choice.backend == kept
 
 
@@ -119,10 +123,13 @@ def test_an_engine_that_fails_the_comparison_is_no_candidate(
 
     monkeypatch.setattr(openvino, "build", broken)
     checkpoint = tiny_checkpoint("bert")
-    _, choice = build_fastest(
-        tiny_graph("bert", "inputs-outputs") / "model.onnx", tmp_path / "engine", shapes=[(1, 4)],
-        checkpoint=checkpoint, data=str(checkpoint.parent / "dev.tsv"), measure=told(ort=[2.0], openvino=[1.0]),
-    )  # fmt: skip
+    choice = build_fastest(
+        tiny_graph("bert", "inputs-outputs") / "model.onnx",
+        tmp_path / "engine",
+        shapes=[(1, 4)],
+        check=ParityCheck(checkpoint, str(checkpoint.parent / "dev.tsv")),
+        measure=told(ort=[2.0], openvino=[1.0]),
+    ).choice
     assert choice.backend == "ort"
     assert choice.left_out == {"openvino": "it does not compute what the checkpoint computes"}
     assert "only candidate" in choice.why
@@ -136,7 +143,7 @@ def test_a_backend_that_is_missing_is_left_out_with_what_to_install(
     import sys
 
     monkeypatch.setitem(sys.modules, "openvino", None)
-    _, choice = build_fastest(graph, tmp_path / "engine", shapes=[(1, 4)], measure=told(ort=[1.0]))
+    choice = build_fastest(graph, tmp_path / "engine", shapes=[(1, 4)], measure=told(ort=[1.0])).choice
     assert choice.backend == "ort"
     assert "pip install 'nxm-export[openvino]'" in choice.left_out["openvino"]
 

@@ -25,9 +25,9 @@ LENGTHS = [2, 8, 3, 8, 2]
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("size", [1, 2, 5, 9])
 def test_every_sentence_is_in_one_batch(order: str, size: int) -> None:
-    found = batches(LENGTHS, order, size)
-    assert sorted(i for batch in found for i in batch) == list(range(len(LENGTHS)))
-    assert all(len(batch) == size for batch in found[:-1])
+    made = batches(LENGTHS, order, size)
+    assert sorted(i for batch in made for i in batch) == list(range(len(LENGTHS)))
+    assert all(len(batch) == size for batch in made[:-1])
 
 
 def test_buckets_hold_sentences_of_about_one_length() -> None:
@@ -45,10 +45,10 @@ def test_an_unknown_order_or_an_empty_batch_is_refused(order: str, size: int) ->
 def test_answers_are_those_of_each_sentence_alone_and_in_order(order: str, tiny_engine: Callable[..., Path]) -> None:
     features = baked.features(11)
     with backend("ort").load(tiny_engine("ort")) as engine:
-        found = run_text(engine, features, order, batch=4, fixed=tiny.POSITIONS, pad_id=0)["logits"]
+        actual = run_text(engine, features, order, batch=4, fixed=tiny.POSITIONS, pad_id=0)["logits"]
         alone = np.concatenate([engine.run(pad([sample], 0))["logits"] for sample in features])
     # Sums over padding round differently, and one code that moves by a step changes these logits by some 0.05.
-    np.testing.assert_allclose(found, alone, atol=0.1)
+    np.testing.assert_allclose(actual, alone, atol=0.1)
     assert np.abs(alone - alone[::-1]).max() > 0.2  # in another order they would differ by more
 
 

@@ -1,4 +1,5 @@
-"""OpenVINO runs the exported file as it stands, in float32 where it is float, and its execution graph proves the rest."""
+"""OpenVINO runs the exported file as it stands, in float32 where it is float, and its execution graph proves the
+rest."""
 
 from __future__ import annotations
 
@@ -69,9 +70,9 @@ def test_a_planned_product_that_runs_in_float_is_named(tiny_graph: Callable[...,
     nodes = {node.name: node for node in model.graph}
     nodes[name].replace_input_with(0, nodes[f"{name}.input_quantize"].inputs[0])
     save_graph(model, tmp_path / "model.onnx")
-    facts = build_engine(tmp_path / "model.onnx", tmp_path / "engine", "openvino", BuildOptions(threads=1))
-    assert facts["options"]["float_products"] == [f"{name}.weight"]
-    assert facts["options"]["integer_products"] == 11
+    passport = build_engine(tmp_path / "model.onnx", tmp_path / "engine", "openvino", BuildOptions(threads=1))
+    assert passport.options["float_products"] == [f"{name}.weight"]
+    assert passport.options["integer_products"] == 11
 
 
 @pytest.mark.parametrize("placement", ["inputs", "inputs-outputs"])
@@ -86,10 +87,10 @@ def test_it_agrees_with_onnx_runtime_and_with_pytorch(
         backend("ort").load(tiny_engine("ort", "bert", placement)) as other,
         pytorch.load(tiny_checkpoint("bert"), task="classification", plan=plan, exact=True) as reference,
     ):
-        found = ours.run(feeds)["logits"]
+        actual = ours.run(feeds)["logits"]
         # A code that moves by one step changes these logits by some 0.05; in bfloat16 nearly all would.
-        np.testing.assert_allclose(found, other.run(feeds)["logits"], atol=0.1)
-        np.testing.assert_allclose(found, reference.run(feeds)["logits"], atol=0.1)
+        np.testing.assert_allclose(actual, other.run(feeds)["logits"], atol=0.1)
+        np.testing.assert_allclose(actual, reference.run(feeds)["logits"], atol=0.1)
 
 
 @pytest.mark.parametrize("placement", ["products", "attention"])
@@ -100,6 +101,7 @@ def test_int8_attention_agrees_with_pytorch(placement: str, tmp_path: Path) -> N
     graph = export(checkpoint, tmp_path / "graph", placement=placement).path
     build_engine(graph, tmp_path / "engine", "openvino")
     plan = open_part(checkpoint, tmp_path / "engine").plan
+    assert plan is not None
     assert placement_of(plan) == placement
     feeds = baked.feeds("bert", 8, 12, padding=4)
     with (
@@ -123,13 +125,13 @@ def test_float_layers_run_in_float32(tiny_checkpoint: Callable[..., Path], tmp_p
 
 
 def test_its_quantizer_errs_no_further_from_a_tie_than_the_tolerance_says(tmp_path: Path) -> None:
-    """It rounds x * (1/s) + 128 in float32: within 2**-17 of a code of a tie, and two roundings of x and 1/s more, it may
-    choose the other code; further away it never does. That is where `QUANTIZER_ROUNDING` comes from."""
+    """It rounds x * (1/s) + 128 in float32: within 2**-17 of a code of a tie, and two roundings of x and 1/s more, it
+    may choose the other code; further away it never does. That is where `QUANTIZER_ROUNDING` comes from."""
     import openvino
 
     from engines.openvino.backend import settings
 
-    core, step = openvino.Core(), np.float64(np.float32(0.0371))
+    core, scale = openvino.Core(), np.float64(np.float32(0.0371))
     file = onnx_text.save(CODES, tmp_path / "codes.onnx", opset=20)
     compiled = core.compile_model(core.read_model(file), "CPU", settings(1))
     codes = np.random.default_rng(0).integers(-100, 100, (5000, 4)).astype(np.float64)
@@ -137,8 +139,8 @@ def test_its_quantizer_errs_no_further_from_a_tie_than_the_tolerance_says(tmp_pa
 
     def wrong(distance: float) -> float:
         """Share of wrong codes for values this far, in codes, above a tie."""
-        x = ((codes + 0.5 + distance) * step).astype(np.float32)
-        exact = np.rint(x.astype(np.float64) / step)
+        x = ((codes + 0.5 + distance) * scale).astype(np.float32)
+        exact = np.rint(x.astype(np.float64) / scale)
         return float((np.rint(compiled({"x": x})[0] / np.float32(0.0371)) != exact).mean())
 
     assert wrong(4 * window) == 0.0
@@ -161,12 +163,12 @@ def test_its_blocks_can_be_compared(
     features = features_of(engine, str(checkpoint.parent / "dev.tsv"), Columns())
     report = bisect(checkpoint, engine, features, graph=engine / "model.onnx")
     report.require()
-    assert [row.passed for row in report.blocks] == [True] * 4
+    assert [block.passed for block in report.blocks] == [True] * 4
 
 
 def test_threads_are_recorded_and_used(tmp_path: Path, tiny_graph: Callable[..., Path]) -> None:
-    facts = build_engine(tiny_graph() / "model.onnx", tmp_path / "engine", "openvino", BuildOptions(threads=1))
-    assert facts["options"]["threads"] == 1
+    passport = build_engine(tiny_graph() / "model.onnx", tmp_path / "engine", "openvino", BuildOptions(threads=1))
+    assert passport.threads == 1
     for threads, expected in ((None, 1), (2, 2)):
         with openvino_backend.load(tmp_path / "engine", LoadOptions(threads)) as engine:
             request: Any = engine._request

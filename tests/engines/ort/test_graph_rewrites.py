@@ -1,5 +1,5 @@
-"""What the build does to a graph for ONNX Runtime: exact where it says exact, float rounding where it says so, and no touch
-to graphs of another form."""
+"""What the build does to a graph for ONNX Runtime: exact where it says exact, float rounding where it says so, and no
+touch to graphs of another form."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from engines.ort import backend as ort
@@ -34,21 +35,21 @@ g (float[batch, 2] x) => (float[batch, 3] y)
 X = {"x": np.array([[1.0, -3.5], [70.0, 0.24], [-64.0, 63.5]], np.float32)}
 
 
-def run_steps(
-    graph: Path, feeds: Mapping[str, np.ndarray], steps: list[Callable[[object], int]], scratch: Path
+def run_rewritten(
+    graph: Path, feeds: Mapping[str, np.ndarray], rewrites: list[Callable[[ir.Model], int]], scratch: Path
 ) -> tuple[np.ndarray, list[int]]:
-    """Logits after `steps` were applied to the graph, run node by node, and what each step counted."""
+    """Logits after `rewrites` were applied to the graph, run node by node, and what each of them counted."""
     model = load_graph(graph)
-    counts = [step(model) for step in steps]
-    save_graph(model, scratch / "stepped.onnx")
-    return onnx_text.run(scratch / "stepped.onnx", feeds)["logits"], counts
+    counts = [rewrite(model) for rewrite in rewrites]
+    save_graph(model, scratch / "rewritten.onnx")
+    return onnx_text.run(scratch / "rewritten.onnx", feeds)["logits"], counts
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_unsigned_activations_change_no_bit(placement: str, tiny_graph: Callable[..., Path], tmp_path: Path) -> None:
     feeds, graph = baked.feeds("bert", 6, 11, padding=4), tiny_graph("bert", placement) / "model.onnx"
-    signed, _ = run_steps(graph, feeds, [], tmp_path)
-    unsigned, counts = run_steps(graph, feeds, [unsigned_activations], tmp_path)
+    signed, _ = run_rewritten(graph, feeds, [], tmp_path)
+    unsigned, counts = run_rewritten(graph, feeds, [unsigned_activations], tmp_path)
     assert counts[0] > 0
     np.testing.assert_array_equal(unsigned, signed)
 
@@ -59,16 +60,18 @@ def test_integer_products_and_fused_attention_differ_by_float_rounding_alone(
     placement: str, family: str, tiny_graph: Callable[..., Path], tmp_path: Path
 ) -> None:
     feeds, graph = baked.feeds(family, 6, 11, padding=4), tiny_graph(family, placement) / "model.onnx"
-    plain, _ = run_steps(graph, feeds, [unsigned_activations], tmp_path)
-    products, counts = run_steps(graph, feeds, [unsigned_activations, integer_products], tmp_path)
+    plain, _ = run_rewritten(graph, feeds, [unsigned_activations], tmp_path)
+    products, counts = run_rewritten(graph, feeds, [unsigned_activations, integer_products], tmp_path)
     assert counts[1] == 12
-    everything, counts = run_steps(graph, feeds, [unsigned_activations, integer_products, fused_attention], tmp_path)
+    everything, counts = run_rewritten(
+        graph, feeds, [unsigned_activations, integer_products, fused_attention], tmp_path
+    )
     assert counts[2] == 2
-    for found in (products, everything):
+    for actual in (products, everything):
         # Rounding leaves most samples alone; where it moves a code by one step, these logits move by some 0.05 at most.
-        close = np.abs(found - plain).max(axis=1) < 1e-5
+        close = np.abs(actual - plain).max(axis=1) < 1e-5
         assert close.mean() >= 0.5
-        np.testing.assert_allclose(found, plain, atol=0.1)
+        np.testing.assert_allclose(actual, plain, atol=0.1)
 
 
 def test_a_product_of_codes_is_what_the_pairs_say() -> None:
@@ -108,8 +111,6 @@ def test_a_bias_that_others_read_or_that_is_no_row_stays_outside() -> None:
 
 def test_attention_with_another_mask_is_left_alone(tiny_graph: Callable[..., Path]) -> None:
     """The fused operator is told one value for padding; a graph that adds another keeps its own operators."""
-    import onnx_ir as ir
-
     model = load_graph(tiny_graph("bert", "inputs") / "model.onnx")
     for node in model.graph:
         for index, value in enumerate(node.inputs):

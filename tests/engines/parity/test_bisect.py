@@ -1,4 +1,5 @@
-"""Four engines broken on purpose: the gate catches each, and the bisect names the block; a healthy engine passes both."""
+"""Four engines broken on purpose: the gate catches each, and the bisect names the block; a healthy engine passes
+both."""
 
 from __future__ import annotations
 
@@ -119,11 +120,11 @@ def test_a_block_that_reads_what_it_would_have_read_anyway_writes_the_same(famil
     feeds = baked.feeds(family, 3, 9, padding=2)
     with pytorch.load(checkpoint, task="classification", exact=True) as reference:
         plain = reference.run(feeds)
-        outputs, found = reference.run_blocks(feeds)
-        again, given = reference.run_blocks(feeds, found)
+        outputs, crossed = reference.run_blocks(feeds)
+        again, given = reference.run_blocks(feeds, crossed)
     np.testing.assert_array_equal(outputs["logits"], plain["logits"])
-    assert len(found) == 3
-    for name, value in found.items():
+    assert len(crossed) == 3
+    for name, value in crossed.items():
         np.testing.assert_allclose(given[name], value, atol=1e-5)
     np.testing.assert_allclose(again["logits"], plain["logits"], atol=1e-5)
 

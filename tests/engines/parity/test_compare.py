@@ -29,15 +29,32 @@ def nxm(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize(("text", "value", "passed"), [("drop<=0.5", 0.5, True), (" flips <= 0.5% ", 0.51, False), ("max_abs<=1e-3", np.nan, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "value", "passed"),
+    [("drop<=0.5", 0.5, True), (" flips <= 0.5% ", 0.51, False), ("max_abs<=1e-3", np.nan, False)],
+)
 def test_a_gate_holds_up_to_its_limit_and_nan_passes_none(text: str, value: float, passed: bool) -> None:
     gate = parse_gate(text)
     assert check_gate(gate, {gate.quantity: value}).passed is passed
 
 
 @pytest.mark.parametrize(
-    "text", ["drop", "drop<0.5", "speed<=1", "drop<=0.5%", "flips<=0.5", "flips<=101%", "drop<=-1", "drop<=1e999", "drop<=.", "flips(mcc)<=1%", "drop()<=1", ""]
-)  # fmt: skip
+    "text",
+    [
+        "drop",
+        "drop<0.5",
+        "speed<=1",
+        "drop<=0.5%",
+        "flips<=0.5",
+        "flips<=101%",
+        "drop<=-1",
+        "drop<=1e999",
+        "drop<=.",
+        "flips(mcc)<=1%",
+        "drop()<=1",
+        "",
+    ],
+)
 def test_a_gate_that_could_mean_two_things_is_wrong_usage(text: str, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"write |a limit|not a number|cannot flip"):
         parse_gate(text)
@@ -55,7 +72,11 @@ def test_changed_classes_are_listed_by_margin() -> None:
     expected = np.array([[0.0, 1.0], [0.0, 0.1], [3.0, 0.0], [5.0, 0.0]])
     actual = np.array([[1.0, 0.0], [0.1, 0.0], [0.0, 3.0], [5.0, 0.0]])
     listed = flips(expected, actual, tolerance=0.1)
-    assert [(flip.sample, flip.margin, flip.excused) for flip in listed] == [(2, 3.0, False), (0, 1.0, False), (1, 0.1, True)]  # fmt: skip
+    assert [(flip.sample, flip.margin, flip.excused) for flip in listed] == [
+        (2, 3.0, False),
+        (0, 1.0, False),
+        (1, 0.1, True),
+    ]
 
 
 class Exact:
@@ -121,7 +142,10 @@ def test_two_engines_and_their_checkpoint(
     tiny_checkpoint: Callable[..., Path], tiny_engine: Callable[..., Path], tmp_path: Path
 ) -> None:
     checkpoint = tiny_checkpoint("bert")
-    engines = [shutil.copytree(tiny_engine("ort", "bert", placement), tmp_path / placement) for placement in ("inputs", "inputs-outputs")]  # fmt: skip
+    engines = [
+        shutil.copytree(tiny_engine("ort", "bert", placement), tmp_path / placement)
+        for placement in ("inputs", "inputs-outputs")
+    ]
     data = checkpoint.parent / "dev.tsv"
     result = nxm("compare", checkpoint, *engines, f"--data={data}", "--gate=drop<=0", "--gate=flips<=0%")
     assert result.exit_code == 0, result.output
@@ -223,7 +247,14 @@ class TestRefused:
 
     def test_a_label_that_the_engine_does_not_have(self, checkpoint: Path, engine: Path, tmp_path: Path) -> None:
         (tmp_path / "dev.tsv").write_text("sentence\tlabel\na good film\tmaybe\n")
-        self.refused("dev.tsv:2: label 'maybe' is none of the model's classes", 1, checkpoint, engine, f"--data={tmp_path / 'dev.tsv'}", engine=engine)  # fmt: skip
+        self.refused(
+            "dev.tsv:2: label 'maybe' is none of the model's classes",
+            1,
+            checkpoint,
+            engine,
+            f"--data={tmp_path / 'dev.tsv'}",
+            engine=engine,
+        )
 
     def test_an_empty_dev_set(self, checkpoint: Path, engine: Path, tmp_path: Path) -> None:
         (tmp_path / "dev.tsv").write_text("sentence\tlabel\n")
@@ -269,7 +300,15 @@ class TestRefused:
         other = shutil.copytree(engine, tmp_path / "other")
         tiny.write_tokenizer("roberta", other)
         (other / "tokenizer_config.json").unlink()
-        self.refused("reads the data in other tokens", 1, checkpoint, engine, other, f"--data={checkpoint.parent / 'dev.tsv'}", engine=engine)  # fmt: skip
+        self.refused(
+            "reads the data in other tokens",
+            1,
+            checkpoint,
+            engine,
+            other,
+            f"--data={checkpoint.parent / 'dev.tsv'}",
+            engine=engine,
+        )
         assert load_spec(other) == load_spec(engine)
 
     def test_the_same_engine_twice(self, checkpoint: Path, engine: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from engines.base import backend
-from engines.serving.repository import Source
+from engines.serving.repository import EngineSource
 from engines.triton import TritonOptions, export_repository
 from nxm_export.data.examples import Examples, label_array, pad
 from nxm_export.data.question_answering import Window, windows
@@ -56,19 +56,19 @@ def ask(server: Running, **texts: list[str]) -> dict[str, Any]:
 
 def test_the_answer_is_the_best_span_of_the_context(server: Running, engine: Path) -> None:
     """Against the engine itself on tokens made here, and all spans tried one by one."""
-    found = ask(server, text=[QUESTION] * 3, text_pair=CONTEXTS)
+    answers = ask(server, text=[QUESTION] * 3, text_pair=CONTEXTS)
     examples = Examples([QUESTION] * 3, CONTEXTS, [()] * 3, "x")
     with backend("ort").load(engine) as loaded:
         samples = windows(tiny.tokenizer(), examples, tiny.POSITIONS, loaded.inputs)
         outputs = loaded.run(pad(samples, 0))
     for name, array in outputs.items():
-        np.testing.assert_allclose(np.reshape(found[name]["data"], found[name]["shape"]), array, atol=1e-4)
+        np.testing.assert_allclose(np.reshape(answers[name]["data"], answers[name]["shape"]), array, atol=1e-4)
     for row, (context, label) in enumerate(zip(CONTEXTS, label_array(samples), strict=True)):
         window, words = Window.unpack(label), len(context.split())
         spans = [(i, j) for i in range(words) for j in range(i, words)]
         start, end = outputs["start_logits"][row], outputs["end_logits"][row]
         i, j = max(spans, key=lambda span: start[window.first + span[0]] + end[window.first + span[1]])
-        answer = found["answer"]["data"][row]
+        answer = answers["answer"]["data"][row]
         assert answer in context
         assert answer.split() == context.split()[i : j + 1]
 
@@ -77,11 +77,14 @@ def test_the_answer_is_the_best_span_of_the_context(server: Running, engine: Pat
     ("texts", "message"),
     [
         ({"text": [QUESTION]}, "text_pair"),
-        ({"text": [QUESTION], "text_pair": ["film " * 100]}, "row 0 of text_pair and its question take more than 48 tokens"),
+        (
+            {"text": [QUESTION], "text_pair": ["film " * 100]},
+            "row 0 of text_pair and its question take more than 48 tokens",
+        ),
         ({"text": ["film " * 60], "text_pair": ["film"]}, "leave no room for context in 48"),
         ({"text": [QUESTION], "text_pair": [" "]}, "its context has no tokens"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_answered_is_refused(server: Running, texts: dict[str, list[str]], message: str) -> None:
     with pytest.raises(urllib.error.HTTPError) as refused:
         ask(server, **texts)
@@ -90,10 +93,10 @@ def test_what_cannot_be_answered_is_refused(server: Running, texts: dict[str, li
 
 
 def test_triton_is_handed_tokens_alone(engine: Path, tmp_path: Path) -> None:
-    export_repository([Source("qa", "1", engine)], tmp_path / "tokens", TritonOptions(threads=1))
+    export_repository([EngineSource("qa", "1", engine)], tmp_path / "tokens", TritonOptions(threads=1))
     config = (tmp_path / "tokens" / "qa" / "config.pbtxt").read_text()
     for name in ("start_logits", "end_logits"):
         assert f'name: "{name}"' in config
     with pytest.raises(ServeError, match="gives no answers in words for question-answering on Triton"):
-        export_repository([Source("qa", "1", engine)], tmp_path / "text", TritonOptions(text=True, threads=1))
+        export_repository([EngineSource("qa", "1", engine)], tmp_path / "text", TritonOptions(text=True, threads=1))
     assert not (tmp_path / "text").exists()

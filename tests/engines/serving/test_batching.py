@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from engines.base import LoadOptions, Profile
 from engines.ort import backend as ort
-from engines.serving.batching import BatchQueue, Limits, Ticket, run_batch, run_worker
+from engines.serving.batching import BatchQueue, Limits, QueuedRequest, run_batch, run_worker
 from engines.serving.shapes import Bucket, plan_buckets
 from nxm_export.errors import EngineError, RequestRefused
 from tests.support.exact_engine import MAX_LENGTH, expected, feeds_of
@@ -24,8 +24,20 @@ PADS = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0}
 FOREVER = float("inf")
 
 
-def ticket(lengths: Sequence[int], seed: int = 0, deadline: float = FOREVER) -> Ticket:
-    return Ticket(feeds_of(lengths, seed), deadline, tag=seed)
+class Numbered(QueuedRequest):
+    """A request that a test knows again."""
+
+    def __init__(self, lengths: Sequence[int], number: int, deadline: float) -> None:
+        super().__init__(feeds_of(lengths, number), deadline)
+        self.number = number
+
+
+def queued(lengths: Sequence[int], number: int = 0, deadline: float = FOREVER) -> Numbered:
+    return Numbered(lengths, number, deadline)
+
+
+def numbers(batch: Sequence[QueuedRequest]) -> list[int]:
+    return [one.number for one in batch if isinstance(one, Numbered)]
 
 
 class Seen:
@@ -40,10 +52,10 @@ class Seen:
         self.paddings.append(padding)
 
 
-def run_all(engine: Any, queue: BatchQueue) -> tuple[list[Ticket], Seen]:
+def run_all(engine: Any, queue: BatchQueue) -> tuple[list[QueuedRequest], Seen]:
     """Close the queue and run what is in it, in this thread."""
     queue.close()
-    delivered: list[Ticket] = []
+    delivered: list[QueuedRequest] = []
     seen = Seen()
     run_worker(engine, queue, delivered.extend, seen, PADS, {})
     return delivered, seen
@@ -56,13 +68,13 @@ def test_every_request_gets_the_bits_it_gets_alone_however_it_is_batched(
 ) -> None:
     profiles = [Profile((2, 4), (4, 24), (6, MAX_LENGTH))] if profiled else []
     queue = BatchQueue(plan_buckets(MAX_LENGTH, 6, profiles), Limits(merge=6))
-    tickets = [ticket(lengths, seed) for seed, lengths in enumerate(requests)]
-    for one in tickets:
+    all_queued = [queued(lengths, seed) for seed, lengths in enumerate(requests)]
+    for one in all_queued:
         queue.submit(one)
     delivered, seen = run_all(exact, queue)
-    assert {id(one) for one in delivered} == {id(one) for one in tickets}
+    assert {id(one) for one in delivered} == {id(one) for one in all_queued}
     assert sum(seen.rows) == sum(len(lengths) for lengths in requests)
-    for one in tickets:
+    for one in all_queued:
         assert one.error is None
         np.testing.assert_array_equal(one.outputs["logits"], expected(dict(one.feeds)))
 
@@ -75,37 +87,37 @@ def exact(engine: Path) -> Any:
 def test_the_head_that_waited_longest_picks_the_bucket_and_its_own_kind_comes_along() -> None:
     queue = BatchQueue(plan_buckets(MAX_LENGTH, 8, ()), Limits())
     for seed, length in enumerate((30, 7, 31, 8, 29)):
-        queue.submit(ticket([length], seed))
+        queue.submit(queued([length], seed))
     first, second = queue.take(), queue.take()
     assert first is not None
     assert second is not None
-    assert (first[0].length, [t.tag for t in first[1]]) == (32, [0, 2, 4])
-    assert (second[0].length, [t.tag for t in second[1]]) == (8, [1, 3])
+    assert (first[0].length, numbers(first[1])) == (32, [0, 2, 4])
+    assert (second[0].length, numbers(second[1])) == (8, [1, 3])
     assert queue.rows == 0
 
 
 def test_a_batch_holds_no_more_than_it_may_and_a_large_request_runs_alone() -> None:
     queue = BatchQueue(plan_buckets(MAX_LENGTH, 8, ()), Limits(merge=3))
     for seed, rows in enumerate((2, 1, 1, 7, 1)):
-        queue.submit(ticket([5] * rows, seed))
+        queue.submit(queued([5] * rows, seed))
     taken = [queue.take() for _ in range(4)]
-    assert [[t.tag for t in batch[1]] for batch in taken if batch] == [[0, 1], [2], [3], [4]]
+    assert [numbers(batch[1]) for batch in taken if batch] == [[0, 1], [2], [3], [4]]
 
 
 def test_a_full_queue_refuses_with_503_and_takes_again_when_there_is_room() -> None:
     queue = BatchQueue(plan_buckets(MAX_LENGTH, 8, ()), Limits(max_rows=3))
-    queue.submit(ticket([5, 5]))
+    queue.submit(queued([5, 5]))
     with pytest.raises(RequestRefused, match="2 rows are waiting") as refused:
-        queue.submit(ticket([5, 5]))
+        queue.submit(queued([5, 5]))
     assert (refused.value.status, refused.value.retry_after) == (503, 1)
-    queue.submit(ticket([5]))
+    queue.submit(queued([5]))
     queue.take()
-    queue.submit(ticket([5, 5]))
+    queue.submit(queued([5, 5]))
 
 
 def test_a_cancelled_request_makes_room_and_is_not_run() -> None:
     queue = BatchQueue(plan_buckets(MAX_LENGTH, 8, ()), Limits(max_rows=2))
-    first, second = ticket([5], 1), ticket([6], 2)
+    first, second = queued([5], 1), queued([6], 2)
     queue.submit(first)
     queue.submit(second)
     assert queue.cancel(first)
@@ -118,7 +130,7 @@ def test_a_cancelled_request_makes_room_and_is_not_run() -> None:
 
 def test_a_request_whose_deadline_passed_gets_504_and_costs_no_engine_time(exact: Any) -> None:
     queue = BatchQueue(plan_buckets(MAX_LENGTH, 8, ()), Limits())
-    late, in_time = ticket([5], 1, deadline=time.monotonic() - 1), ticket([6], 2)
+    late, in_time = queued([5], 1, deadline=time.monotonic() - 1), queued([6], 2)
     queue.submit(late)
     queue.submit(in_time)
     _, seen = run_all(exact, queue)
@@ -130,10 +142,10 @@ def test_a_request_whose_deadline_passed_gets_504_and_costs_no_engine_time(exact
 
 def test_a_closed_queue_refuses_new_requests_and_still_hands_out_the_old() -> None:
     queue = BatchQueue(plan_buckets(MAX_LENGTH, 8, ()), Limits())
-    queue.submit(ticket([5], 1))
+    queue.submit(queued([5], 1))
     queue.close()
     with pytest.raises(RequestRefused, match="unloaded"):
-        queue.submit(ticket([5], 2))
+        queue.submit(queued([5], 2))
     assert queue.take() is not None
     assert queue.take() is None
 
@@ -141,20 +153,20 @@ def test_a_closed_queue_refuses_new_requests_and_still_hands_out_the_old() -> No
 def test_without_delay_an_idle_engine_runs_a_lone_request_at_once_and_with_delay_it_waits_for_company() -> None:
     for delay, together in ((0.0, 1), (0.5, 2)):
         queue = BatchQueue(plan_buckets(MAX_LENGTH, 8, ()), Limits(max_delay=delay))
-        found: list[int] = []
-        taker = threading.Thread(target=lambda queue=queue, found=found: found.append(len(queue.take()[1])))
+        sizes: list[int] = []
+        taker = threading.Thread(target=lambda queue=queue, sizes=sizes: sizes.append(len(queue.take()[1])))
         taker.start()
-        queue.submit(ticket([5], 1))
+        queue.submit(queued([5], 1))
         time.sleep(0.1)
-        queue.submit(ticket([5], 2))
+        queue.submit(queued([5], 2))
         taker.join(5)
-        assert found == [together]
+        assert sizes == [together]
 
 
 def test_a_delay_ends_when_the_batch_is_full() -> None:
     queue = BatchQueue(plan_buckets(MAX_LENGTH, 8, ()), Limits(max_delay=60.0, merge=2))
-    queue.submit(ticket([5], 1))
-    queue.submit(ticket([5], 2))
+    queue.submit(queued([5], 1))
+    queue.submit(queued([5], 2))
     began = time.monotonic()
     assert queue.take() is not None
     assert time.monotonic() - began < 10
@@ -177,16 +189,16 @@ class Poisoned:
 
 def test_a_request_that_makes_the_engine_fail_takes_no_other_down(exact: Any) -> None:
     queue = BatchQueue(plan_buckets(MAX_LENGTH, 8, ()), Limits())
-    tickets = [ticket([6], seed) for seed in range(4)]
-    for one in tickets:
+    all_queued = [queued([6], seed) for seed in range(4)]
+    for one in all_queued:
         one.feeds["input_ids"][one.feeds["input_ids"] == 11] = 4
-    tickets[2].feeds["input_ids"][0, 3] = 11
-    for one in tickets:
+    all_queued[2].feeds["input_ids"][0, 3] = 11
+    for one in all_queued:
         queue.submit(one)
     delivered, _ = run_all(Poisoned(exact), queue)
     assert len(delivered) == 4
-    assert [type(one.error) for one in tickets] == [type(None), type(None), EngineError, type(None)]
-    np.testing.assert_array_equal(tickets[3].outputs["logits"], expected(dict(tickets[3].feeds)))
+    assert [type(one.error) for one in all_queued] == [type(None), type(None), EngineError, type(None)]
+    np.testing.assert_array_equal(all_queued[3].outputs["logits"], expected(dict(all_queued[3].feeds)))
 
 
 @pytest.mark.parametrize("bad", [np.full((1, 2), np.nan, np.float32), np.zeros((0, 2), np.float32)])
@@ -196,7 +208,7 @@ def test_an_output_that_is_not_finite_or_too_short_is_an_error(bad: np.ndarray) 
             return {"logits": bad}
 
     with pytest.raises(ArithmeticError, match="not finite or has too few rows"):
-        run_batch(Broken(None), Bucket(8, 1, 8), [ticket([5])], PADS, {})  # type: ignore[arg-type]
+        run_batch(Broken(None), Bucket(8, 1, 8), [queued([5])], PADS, {})  # type: ignore[arg-type]
 
 
 def test_an_output_along_the_sequence_is_cut_to_each_request() -> None:
@@ -204,7 +216,7 @@ def test_an_output_along_the_sequence_is_cut_to_each_request() -> None:
         def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             return {"hidden": feeds["input_ids"][..., None].astype(np.float32)}
 
-    batch = [ticket([3], 1), ticket([7, 5], 2)]
+    batch = [queued([3], 1), queued([7, 5], 2)]
     rows, tokens = run_batch(Echo(None), Bucket(8, 4, 8, fixed=True), batch, PADS, {"hidden": 1})  # type: ignore[arg-type]
     assert (rows, tokens) == (3, 32)  # 4 rows of 8: the profile's least batch
     for one in batch:
@@ -213,10 +225,10 @@ def test_an_output_along_the_sequence_is_cut_to_each_request() -> None:
 
 def test_many_submitters_and_two_engines_lose_and_double_nothing(engine: Path) -> None:
     queue = BatchQueue(plan_buckets(MAX_LENGTH, 8, ()), Limits(max_rows=10_000))
-    delivered: list[Ticket] = []
+    delivered: list[QueuedRequest] = []
     lock = threading.Lock()
 
-    def deliver(batch: Sequence[Ticket]) -> None:
+    def deliver(batch: Sequence[QueuedRequest]) -> None:
         with lock:
             delivered.extend(batch)
 
@@ -228,8 +240,13 @@ def test_many_submitters_and_two_engines_lose_and_double_nothing(engine: Path) -
     ]
     for worker in workers:
         worker.start()
-    tickets = [[ticket([1 + (seed * 7 + i) % MAX_LENGTH], seed * 1000 + i) for i in range(50)] for seed in range(8)]
-    submitters = [threading.Thread(target=lambda mine=mine: [queue.submit(one) for one in mine]) for mine in tickets]
+    all_queued = [[queued([1 + (seed * 7 + i) % MAX_LENGTH], seed * 1000 + i) for i in range(50)] for seed in range(8)]
+
+    def submit(mine: Sequence[QueuedRequest]) -> None:
+        for one in mine:
+            queue.submit(one)
+
+    submitters = [threading.Thread(target=submit, args=(mine,)) for mine in all_queued]
     for submitter in submitters:
         submitter.start()
     for submitter in submitters:
@@ -237,5 +254,5 @@ def test_many_submitters_and_two_engines_lose_and_double_nothing(engine: Path) -
     queue.close()
     for worker in workers:
         worker.join(30)
-    assert sorted(one.tag for one in delivered) == sorted(one.tag for mine in tickets for one in mine)
+    assert sorted(numbers(delivered)) == sorted(one.number for mine in all_queued for one in mine)
     assert all(np.array_equal(one.outputs["logits"], expected(dict(one.feeds))) for one in delivered)

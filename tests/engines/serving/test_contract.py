@@ -30,7 +30,9 @@ SERVERS = (
 
 @pytest.fixture(params=SERVERS)
 def server(request: pytest.FixtureRequest) -> Running:
-    return request.getfixturevalue(request.param)
+    running = request.getfixturevalue(request.param)
+    assert isinstance(running, Running)
+    return running
 
 
 @pytest.fixture
@@ -61,7 +63,10 @@ def outputs(*names: str, binary: bool = True) -> list[Any]:
 def logits_of(texts: list[str]) -> np.ndarray:
     """By the tokenizer and the formula, padded to the longest."""
     encoded = tokenizer().encode_batch(texts)
-    feeds = {name: np.zeros((len(texts), max(len(e.ids) for e in encoded)), np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}  # fmt: skip
+    feeds = {
+        name: np.zeros((len(texts), max(len(e.ids) for e in encoded)), np.int64)
+        for name in ("input_ids", "attention_mask", "token_type_ids")
+    }
     for row, encoding in enumerate(encoded):
         feeds["input_ids"][row, : len(encoding.ids)] = encoding.ids
         feeds["attention_mask"][row, : len(encoding.ids)] = 1
@@ -127,13 +132,13 @@ def test_an_answer_names_model_version_and_request(client: Any) -> None:
 @pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])
 def test_texts_are_tokenized_and_classes_named(client: Any, binary: bool) -> None:
     texts = ["good film", "a very bad plot", "not good", "Größe 電影 🎬", ""]
-    wanted = logits_of(texts)
+    expected_logits = logits_of(texts)
     result = client.infer(
         "exact_text", text_input(texts, binary=binary), outputs=outputs("logits", "label", binary=binary)
     )
-    np.testing.assert_array_equal(result.as_numpy("logits"), wanted)
-    found = [item.decode() if isinstance(item, bytes) else item for item in result.as_numpy("label").ravel()]
-    assert found == [LABELS[i] for i in wanted.argmax(-1)]
+    np.testing.assert_array_equal(result.as_numpy("logits"), expected_logits)
+    names = [item.decode() if isinstance(item, bytes) else item for item in result.as_numpy("label").ravel()]
+    assert names == [LABELS[i] for i in expected_logits.argmax(-1)]
 
 
 def test_a_text_that_is_too_long_is_cut_as_in_training(client: Any) -> None:
@@ -218,8 +223,8 @@ def test_many_clients_at_once_get_each_their_own_answer(server: Running) -> None
         with client_http.InferenceServerClient(server.address) as made:
             for step in range(6):
                 feeds = feeds_of([1 + (seed * 11 + step * 5) % MAX_LENGTH], seed * 100 + step)
-                found = made.infer("exact", token_inputs(feeds)).as_numpy("logits")
-                if not np.array_equal(found, expected(feeds)):
+                actual = made.infer("exact", token_inputs(feeds)).as_numpy("logits")
+                if not np.array_equal(actual, expected(feeds)):
                     return False
         return True
 
@@ -231,12 +236,12 @@ def test_many_clients_at_once_get_each_their_own_answer(server: Running) -> None
 def test_both_servers_give_equal_logits_and_labels_on_random_sentences(ours: Running, real_triton: Running) -> None:
     random = np.random.default_rng(0)
     texts = [" ".join(random.choice(VOCABULARY[4:], size)) for size in random.integers(1, 60, 100)]
-    found = []
+    answers = []
     for running in (ours, real_triton):
         with client_http.InferenceServerClient(running.address) as made:
             results = [made.infer("exact_text", text_input([text])) for text in texts]
-        found.append([(r.as_numpy("logits").tolist(), r.as_numpy("label").tolist()) for r in results])
-    assert found[0] == found[1]
+        answers.append([(r.as_numpy("logits").tolist(), r.as_numpy("label").tolist()) for r in results])
+    assert answers[0] == answers[1]
 
 
 _GRPC = """
@@ -259,8 +264,17 @@ def test_triton_answers_grpc_with_the_same_logits(real_triton: Running) -> None:
     venv = triton_venv()
     feeds = feeds_of([5, 9])
     child = subprocess.run(
-        [f"{venv}/bin/python", "-c", _GRPC, f"127.0.0.1:{real_triton.grpc_port}", json.dumps({k: v.tolist() for k, v in feeds.items()})],
-        capture_output=True, text=True, check=False, env={"PATH": ""},
-    )  # fmt: skip
+        [
+            f"{venv}/bin/python",
+            "-c",
+            _GRPC,
+            f"127.0.0.1:{real_triton.grpc_port}",
+            json.dumps({k: v.tolist() for k, v in feeds.items()}),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": ""},
+    )
     assert child.returncode == 0, child.stderr
     np.testing.assert_array_equal(json.loads(child.stdout), expected(feeds))

@@ -18,8 +18,8 @@ TEXT = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 
 
 def block(language: str) -> str:
-    (found,) = re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
-    return str(found)
+    (block,) = re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    return str(block)
 
 
 def test_the_example_for_curl_is_answered_with_class_names(ours: Running) -> None:
@@ -34,10 +34,10 @@ def test_the_example_for_curl_is_answered_with_class_names(ours: Running) -> Non
 
 def test_the_example_for_python_runs(ours: Running) -> None:
     pytest.importorskip("tritonclient.http", reason="tritonclient is not installed; pip install -e '.[dev]'")
-    found: dict[str, object] = {}
+    names: dict[str, object] = {}
     code = block("python").replace("127.0.0.1:8000", ours.address).replace('"engine"', '"exact"')
-    exec(compile(code, "docs/serving.md", "exec"), found)
-    assert found["logits"].shape == (1, 2)  # type: ignore[attr-defined]
+    exec(compile(code, "docs/serving.md", "exec"), names)
+    assert names["logits"].shape == (1, 2)  # type: ignore[attr-defined]
 
 
 def test_every_metric_is_listed_and_no_other(ours: Running) -> None:

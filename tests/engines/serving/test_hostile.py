@@ -24,8 +24,27 @@ from tools.benchmarks.servers import Running
 INFER, TEXT = "/v2/models/exact/infer", "/v2/models/exact_text/infer"
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
 JUNK: tuple[Any, ...] = (
-    None, True, 0, -1, 1.5, 1e300, 2**63, -(2**63) - 1, 10**400, "", "x", "\u0000", "../..", [], [[]], [None], {}, {"a": []}, [1] * 1000, ["1", "2"],
-)  # fmt: skip
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    1e300,
+    2**63,
+    -(2**63) - 1,
+    10**400,
+    "",
+    "x",
+    "\u0000",
+    "../..",
+    [],
+    [[]],
+    [None],
+    {},
+    {"a": []},
+    [1] * 1000,
+    ["1", "2"],
+)
 Request = tuple[str, str, bytes, tuple[str, ...]]  # what, path, body, headers
 
 
@@ -133,6 +152,7 @@ def wrong_bytes(rng: random.Random) -> Iterator[Request]:
         (2**40, 64, 64),
     ):
         yield f"sizes {sizes}", INFER, *framed(*binary(sizes))
+    size: object
     for size in (-1, 1.5, "64", None, True, [], 10**30):
         head, blob = binary()
         head["inputs"][rng.randrange(3)]["parameters"]["binary_data_size"] = size
@@ -233,10 +253,31 @@ def wrong_texts() -> Iterator[Request]:
 
 def wrong_models() -> Iterator[Request]:
     names = (
-        "nobody", "EXACT", "exact%00", "exact%20", "..", "%2e%2e", "..%2f..%2f..%2fetc%2fpasswd", "%2fetc%2fpasswd", "exact%2f..%2fexact",
-        "exact/../../etc/passwd", "....//", "exact;id", "$(id)", "%F0%9F%8E%AC", "a" * 8000, "exact/versions/..", "exact/versions/%2e%2e/1", "exact/versions/0",
-        "exact/versions/01", "exact/versions/1e0", "exact/versions/-1", "exact/versions/" + "9" * 500, "C:%5cwindows", "%c0%ae%c0%ae",
-    )  # fmt: skip
+        "nobody",
+        "EXACT",
+        "exact%00",
+        "exact%20",
+        "..",
+        "%2e%2e",
+        "..%2f..%2f..%2fetc%2fpasswd",
+        "%2fetc%2fpasswd",
+        "exact%2f..%2fexact",
+        "exact/../../etc/passwd",
+        "....//",
+        "exact;id",
+        "$(id)",
+        "%F0%9F%8E%AC",
+        "a" * 8000,
+        "exact/versions/..",
+        "exact/versions/%2e%2e/1",
+        "exact/versions/0",
+        "exact/versions/01",
+        "exact/versions/1e0",
+        "exact/versions/-1",
+        "exact/versions/" + "9" * 500,
+        "C:%5cwindows",
+        "%c0%ae%c0%ae",
+    )
     for name in names:
         yield f"model {name[:30]}", f"/v2/models/{name}/infer", json.dumps(good()).encode(), ()
 

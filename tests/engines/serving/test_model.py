@@ -12,7 +12,7 @@ import pytest
 from engines.passport import load_passport
 from engines.serving.model import ModelOptions, open_model
 from engines.serving.protocol import InferRequest, TensorSpec
-from engines.serving.repository import Repository, Source
+from engines.serving.repository import EngineSource, Repository
 from nxm_export.errors import ArtifactError, NxmError, ParityError, RequestRefused, ServeError
 from tests.support import exact_engine
 
@@ -177,7 +177,7 @@ def test_values_without_a_row_or_meaning_are_refused(engine: Path) -> None:
     ],
 )
 def test_a_source_is_named_or_takes_the_directorys_name(text: str, name: str, version: str, directory: str) -> None:
-    assert Source.parse(text) == Source(name, version, Path(directory))
+    assert EngineSource.parse(text) == EngineSource(name, version, Path(directory))
 
 
 @pytest.mark.parametrize(
@@ -185,21 +185,23 @@ def test_a_source_is_named_or_takes_the_directorys_name(text: str, name: str, ve
 )
 def test_a_name_that_could_be_mistaken_is_refused(text: str) -> None:
     with pytest.raises(ServeError):
-        Source.parse(text)
+        EngineSource.parse(text)
 
 
 def test_names_that_collide_are_refused(engine: Path) -> None:
     with pytest.raises(ServeError, match="same name and version"):
-        Repository([Source("m", "1", engine), Source("m", "1", engine)], ONE)
-    both = Repository([Source("m_text", "1", engine), Source("m", "1", engine)], ModelOptions(instances=1, text=True))
-    with pytest.raises(ServeError, match="both a model and the text face"):
+        Repository([EngineSource("m", "1", engine), EngineSource("m", "1", engine)], ONE)
+    both = Repository(
+        [EngineSource("m_text", "1", engine), EngineSource("m", "1", engine)], ModelOptions(instances=1, text=True)
+    )
+    with pytest.raises(ServeError, match="both a model and the text frontend"):
         both.open()
     with pytest.raises(ServeError, match="nothing to serve"):
         Repository([], ONE)
 
 
 def test_versions_are_found_by_number_and_the_highest_is_the_default(engine: Path) -> None:
-    repository = Repository([Source("m", version, engine) for version in ("9", "10", "2")], ONE)
+    repository = Repository([EngineSource("m", version, engine) for version in ("9", "10", "2")], ONE)
     repository.open()
     assert repository.find("m", None).model.version == "10"
     assert repository.find("m", "2").model.version == "2"

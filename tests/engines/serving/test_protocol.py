@@ -40,12 +40,12 @@ def test_binary_and_json_tensors_arrive_as_they_were_sent(ids: np.ndarray, mask:
     flat = [entry("ids", ids, data=ids.ravel().tolist()), entry("mask", mask, data=mask.tolist())]
     mixed = [binary[0], flat[1]]
     for inputs, blobs in ((binary, (ids.tobytes(), mask.tobytes())), (flat, ()), (mixed, (ids.tobytes(),))):
-        found = parse_infer(*message({"inputs": inputs}, *blobs), [IDS, MASK], [LOGITS])
-        np.testing.assert_array_equal(found.tensors["ids"], ids)
-        np.testing.assert_array_equal(found.tensors["mask"], mask)
+        request = parse_infer(*message({"inputs": inputs}, *blobs), [IDS, MASK], [LOGITS])
+        np.testing.assert_array_equal(request.tensors["ids"], ids)
+        np.testing.assert_array_equal(request.tensors["mask"], mask)
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=("Cs",)), max_size=20), min_size=1, max_size=5))
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), min_size=1, max_size=5))
 def test_texts_arrive_as_they_were_sent_in_both_forms(texts: list[str]) -> None:
     encoded = [text.encode() for text in texts]
     blob = b"".join(len(item).to_bytes(4, "little") + item for item in encoded)
@@ -55,8 +55,8 @@ def test_texts_arrive_as_they_were_sent_in_both_forms(texts: list[str]) -> None:
         ({**meta, "parameters": {"binary_data_size": len(blob)}}, (blob,)),
     ):
         body, length = message({"inputs": [request]}, *blobs)
-        found = parse_infer(body, length or str(len(body)), [TEXT], [LOGITS])
-        assert [item for row in found.tensors["text"] for item in row] == encoded
+        parsed = parse_infer(body, length or str(len(body)), [TEXT], [LOGITS])
+        assert [item for row in parsed.tensors["text"] for item in row] == encoded
 
 
 @given(arrays)
@@ -73,8 +73,8 @@ def test_an_answer_reads_back_bit_for_bit_in_both_forms(array: np.ndarray) -> No
         (output,) = answer["outputs"]
         assert output["shape"] == list(logits.shape)
         assert (output["datatype"], "data" in output) == ("FP32", not parameters)
-        found = np.frombuffer(content[int(length) :], "<f4") if length else np.array(output["data"], np.float32)
-        np.testing.assert_array_equal(found.reshape(logits.shape), logits)
+        actual = np.frombuffer(content[int(length) :], "<f4") if length else np.array(output["data"], np.float32)
+        np.testing.assert_array_equal(actual.reshape(logits.shape), logits)
 
 
 def test_labels_are_strings_in_json_and_length_prefixed_bytes_in_binary() -> None:
@@ -225,16 +225,20 @@ json_values = st.recursive(
 )
 
 
-@given(st.sampled_from(["id", "inputs", "outputs", "parameters"]), st.sampled_from(["", "name", "datatype", "shape", "data", "parameters"]), json_values)  # fmt: skip
+@given(
+    st.sampled_from(["id", "inputs", "outputs", "parameters"]),
+    st.sampled_from(["", "name", "datatype", "shape", "data", "parameters"]),
+    json_values,
+)
 def test_any_json_in_any_place_is_refused_or_parsed(key: str, inner: str, value: object) -> None:
     request: dict[str, object] = {"inputs": [dict(ONE)], key: value}
     if inner and key == "inputs":
         request["inputs"] = [{**ONE, inner: value}]
     try:
-        found = parse_infer(json.dumps(request).encode(), None, [IDS], [LOGITS])
+        parsed = parse_infer(json.dumps(request).encode(), None, [IDS], [LOGITS])
     except RequestRefused:
         return
-    assert found.tensors["ids"].tolist() == [[1, 2]] or inner == "data"
+    assert parsed.tensors["ids"].tolist() == [[1, 2]] or inner == "data"
 
 
 def test_an_optional_input_may_be_left_out_and_nothing_else() -> None:
@@ -246,9 +250,9 @@ def test_an_optional_input_may_be_left_out_and_nothing_else() -> None:
 
 
 def test_a_timeout_is_in_microseconds_and_zero_is_none() -> None:
-    for sent, wanted in ((2_500_000, 2.5), (0, None)):
+    for sent, seconds in ((2_500_000, 2.5), (0, None)):
         body = json.dumps({"inputs": [ONE], "parameters": {"timeout": sent}}).encode()
-        assert parse_infer(body, None, [IDS], [LOGITS]).timeout == wanted
+        assert parse_infer(body, None, [IDS], [LOGITS]).timeout == seconds
 
 
 def test_parse_json_takes_what_it_should() -> None:

@@ -11,13 +11,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from engines.benchmark.http_load import Target, exchange, run_round
+from engines.benchmark.http_load import InferenceRequest, ServedModel, run_round
 from engines.passport import load_passport
 from engines.serving.app import OPENAPI_FILE
 from nxm_export.cli import main
@@ -27,6 +28,7 @@ from tools.benchmarks.raw_http import Answer, connect, read, request, send
 from tools.benchmarks.servers import Running, free_port, nxm_serve
 
 INFER = "/v2/models/exact/infer"
+LENGTHS = (3, 9, 21, 40)
 
 
 def body_of(feeds: dict[str, np.ndarray], **more: object) -> bytes:
@@ -241,13 +243,13 @@ def test_half_closed_connections_are_let_go(busy: Running) -> None:
 
 def test_a_request_that_never_arrives_whole_is_408_and_an_idle_connection_is_closed(busy: Running) -> None:
     message = request("POST", INFER, body_of(feeds_of([3])))
-    for part in (10, len(message) - 5):
-        with connect(busy.port) as connection:
-            connection.sendall(message[:part])
+    with connect(busy.port) as in_head, connect(busy.port) as in_body, connect(busy.port) as idle:
+        in_head.sendall(message[:10])
+        in_body.sendall(message[:-5])
+        for connection in (in_head, in_body):
             answer = read(connection)
             assert (answer.status, answer.headers["connection"]) == (408, "close")
-    with connect(busy.port) as connection:
-        assert connection.recv(1) == b""
+        assert idle.recv(1) == b""
 
 
 def test_slow_loris_clients_do_not_keep_others_out_for_long(busy: Running) -> None:
@@ -290,9 +292,10 @@ def test_the_busy_server_never_failed(busy: Running) -> None:
     assert busy.process.poll() is None
 
 
-def load_target(server: Running, lengths: tuple[int, ...] = (3, 9, 21, 40)) -> Target:
-    messages = [request("POST", INFER, body_of(feeds_of([n], n))) for n in lengths]
-    return Target("under test", "127.0.0.1", server.port, messages)
+def served_model(server: Running, *bodies: bytes) -> ServedModel:
+    """The exact model of a server, to be sent `bodies`, or, without, four of different lengths."""
+    requests = [InferenceRequest({}, body) for body in bodies or [body_of(feeds_of([n], n)) for n in LENGTHS]]
+    return ServedModel("under test", "127.0.0.1", server.port, INFER, requests)
 
 
 class ClosedLoop(threading.Thread):
@@ -306,7 +309,8 @@ class ClosedLoop(threading.Thread):
         self.stop = threading.Event()
 
     def run(self) -> None:
-        message = load_target(self.server).requests[self.index % 4]
+        length = LENGTHS[self.index % len(LENGTHS)]
+        message = request("POST", INFER, body_of(feeds_of([length], length)))
         connection: socket.socket | None = None
         while not self.stop.is_set():
             if connection is None:
@@ -315,14 +319,15 @@ class ClosedLoop(threading.Thread):
                 except ConnectionRefusedError:
                     return  # the server takes no more connections: nothing was sent, nothing is lost
             try:
-                status, _, stays = exchange(connection, message)
+                connection.sendall(message)
+                answer = read(connection)
             except OSError as error:
                 self.lost.append(repr(error))
                 return
-            if status != 200:
-                self.lost.append(f"status {status}")
+            if answer.status != 200:
+                self.lost.append(f"status {answer.status}")
             self.answered += 1
-            if not stays:
+            if not answer.stays_open:
                 connection.close()
                 connection = None
 
@@ -378,8 +383,11 @@ def test_a_changed_engine_directory_is_reloaded_under_load_without_a_lost_reques
         served.rename(tmp_path / "old")
         newer.rename(served)
         new = load_passport(served).engine_sha256
-        metadata = lambda: send(server.port, "GET", "/v2/models/exact").json()["parameters"]["engine_sha256"]  # noqa: E731
-        assert eventually(lambda: metadata() == new)
+
+        def serving() -> object:
+            return send(server.port, "GET", "/v2/models/exact").json()["parameters"]["engine_sha256"]
+
+        assert eventually(lambda: serving() == new)
         np.testing.assert_array_equal(logits(send(server.port, "POST", INFER, body_of(feeds))), expected(feeds, 1))
         for client in clients:
             client.stop.set()
@@ -410,7 +418,12 @@ def test_several_models_and_versions_serve_side_by_side(engine: Path, tmp_path: 
     other = exact_engine.build(tmp_path / "other", seed=1)
     feeds = feeds_of([7])
     with nxm_serve(tmp_path / "log", f"exact={engine}", f"exact:2={other}", f"alone={other}") as server:
-        for path, seed in ((INFER, 1), ("/v2/models/exact/versions/1/infer", 0), ("/v2/models/exact/versions/2/infer", 1), ("/v2/models/alone/infer", 1)):  # fmt: skip
+        for path, seed in (
+            (INFER, 1),
+            ("/v2/models/exact/versions/1/infer", 0),
+            ("/v2/models/exact/versions/2/infer", 1),
+            ("/v2/models/alone/infer", 1),
+        ):
             np.testing.assert_array_equal(
                 logits(send(server.port, "POST", path, body_of(feeds))), expected(feeds, seed)
             )
@@ -466,12 +479,11 @@ def test_the_log_is_json_lines_that_name_the_engine(ours: Running, engine: Path)
 
 
 def test_the_load_tool_counts_answers_and_errors(ours: Running) -> None:
-    good = run_round(load_target(ours), 4, 0.5)
+    good = run_round(served_model(ours), 4, 0.5)
     assert len(good.latencies) > 20
     assert not good.errors
-    bad = Target("bad", "127.0.0.1", ours.port, [request("POST", INFER, b"{}")])
-    assert set(run_round(bad, 2, 0.2).errors) == {"HTTP 400"}
-    gone = Target("gone", "127.0.0.1", free_port(), [b""])
+    assert set(run_round(served_model(ours, b"{}"), 2, 0.2).errors) == {"HTTP 400"}
+    gone = replace(served_model(ours), port=free_port())
     assert set(run_round(gone, 1, 0.2).errors) == {"ConnectionRefusedError"}
 
 
@@ -500,9 +512,9 @@ def test_bench_serve_loads_a_running_server(ours: Running, engine: Path, tmp_pat
         ]
         result = CliRunner().invoke(main, command)
         assert result.exit_code == 0, result.output
-        (found,) = json.loads(result.stdout)["results"]
-        assert found["answered"] > 10
-        assert found["errors"] == {}
+        (load,) = json.loads(result.stdout)["results"]
+        assert load["answered"] > 10
+        assert load["errors"] == {}
     nobody = CliRunner().invoke(
         main, ["bench", "--model", "x", "--serve", f"http://127.0.0.1:{free_port()}", "--data", str(data)]
     )

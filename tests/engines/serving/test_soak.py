@@ -19,9 +19,16 @@ def test_a_soaked_server_loses_nothing_and_keeps_its_size(engine: Path, tmp_path
     served = Path(shutil.copytree(engine, tmp_path / "served"))
     feeds = [feeds_of([n, 1 + n // 2], n) for n in range(1, MAX_LENGTH + 1)]
     bodies = [
-        json.dumps({"inputs": [{"name": k, "datatype": "INT64", "shape": list(v.shape), "data": v.ravel().tolist()} for k, v in f.items()]}).encode()
+        json.dumps(
+            {
+                "inputs": [
+                    {"name": k, "datatype": "INT64", "shape": list(v.shape), "data": v.ravel().tolist()}
+                    for k, v in f.items()
+                ]
+            }
+        ).encode()
         for f in feeds
-    ]  # fmt: skip
+    ]
     answers = [expected(f) for f in feeds]
     load = Load(
         "/v2/models/exact/infer", bodies, lambda i, logits: np.array_equal(logits, answers[i]), reload_every=1.0

@@ -20,11 +20,11 @@ SYN, PSH, ACK, RST = 0x02, 0x08, 0x10, 0x04
 
 
 @pytest.mark.parametrize(
-    ("flags", "kept"),
+    ("flags", "passes"),
     [(SYN, False), (ACK, True), (ACK | PSH, True), (SYN | ACK, True), (RST, True), (SYN | 0xC0, False)],
     ids=["SYN", "ACK", "data", "SYN-ACK", "RST", "SYN with congestion bits"],
 )
-def test_only_new_connections_are_turned_away(flags: int, kept: bool) -> None:
+def test_only_new_connections_are_turned_away(flags: int, passes: bool) -> None:
     """The kernel runs the same program on the datagrams of a socket pair: here each is a TCP header."""
     receiver, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with receiver, sender:
@@ -32,7 +32,7 @@ def test_only_new_connections_are_turned_away(flags: int, kept: bool) -> None:
         _turn_away(receiver)
         header = struct.pack("!HHIIBBHHH", 40000, 8000, 1, 1, 5 << 4, flags, 1024, 0, 0)
         sender.send(header)
-        if kept:
+        if passes:
             assert receiver.recv(64) == header
         else:
             with pytest.raises(BlockingIOError):

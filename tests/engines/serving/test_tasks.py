@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 from engines.ort import backend as ort
 from engines.serving.protocol import TensorSpec
-from engines.serving.repository import Source
-from engines.serving.text import TextFace
+from engines.serving.repository import EngineSource
+from engines.serving.text import TextFrontend
 from engines.triton import TritonOptions, export_repository
 from nxm_export.cli import main
 from nxm_export.contract.io_spec import load_spec
@@ -22,7 +22,7 @@ from nxm_export.data.examples import Columns, pad
 from nxm_export.errors import RequestRefused, ServeError
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.engine_commands import build_engine, features_of
-from tests.support import tiny
+from tests.support import baked, tiny
 from tools.benchmarks.servers import nxm_serve
 
 pytest.importorskip("torch", reason="torch makes the checkpoints; pip install -e '.[dev]'")
@@ -33,14 +33,14 @@ SHAPES = {
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> Callable[[str], Path]:
-    """``built(task)``: an engine directory of a tiny model; made once."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``built(task)``: an engine directory of a tiny model that nobody trained; made once."""
     made: dict[str, Path] = {}
 
     def make(task: str) -> Path:
         if task not in made:
             home = tmp_path_factory.mktemp(task)
-            graph = export(tiny_checkpoint("bert", task=task), home / "graph").path
+            graph = export(baked.write_checkpoint("bert", home / "checkpoint", task=task), home / "graph").path
             build_engine(graph, home / "engine", "ort")
             made[task] = home / "engine"
         return made[task]
@@ -54,10 +54,10 @@ def bytes_of(*texts: str) -> np.ndarray:
 
 @pytest.mark.parametrize("task", SHAPES)
 def test_a_served_text_gives_what_the_compared_tokens_give(
-    task: str, built: Callable[[str], Path], tiny_checkpoint: Callable[..., Path], tmp_path: Path
+    task: str, built: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Over HTTP, against the engine run by hand on the tokens that `nxm compare` takes."""
-    engine, data = built(task), tiny_checkpoint("bert", task=task).parent / "dev.tsv"
+    engine, (_, data) = built(task), tiny.write_data(tmp_path, task)
     name, columns = SHAPES[task].name, SHAPES[task].shape[1]
     rows = [line.split("\t") for line in data.read_text(encoding="utf-8").splitlines()[1:4]]
     if task == "embedding":  # the sentences of a pair are two rows
@@ -66,7 +66,7 @@ def test_a_served_text_gives_what_the_compared_tokens_give(
         texts = {"text": [row[0] for row in rows], "text_pair": [row[1] for row in rows]}
     count = len(texts["text"])
     with ort.load(engine) as loaded:
-        wanted = loaded.run(pad(features_of(engine, str(data), Columns())[:count], 0))[name]
+        expected = loaded.run(pad(features_of(engine, str(data), Columns())[:count], 0))[name]
     body = {
         "inputs": [
             {"name": key, "datatype": "BYTES", "shape": [count, 1], "data": value} for key, value in texts.items()
@@ -80,10 +80,10 @@ def test_a_served_text_gives_what_the_compared_tokens_give(
             described = json.load(answer)["outputs"]
     assert described == [{"name": name, "datatype": "FP32", "shape": [-1, columns]}]
     assert (output["name"], output["datatype"], output["shape"]) == (name, "FP32", [count, columns])
-    found = np.array(output["data"]).reshape(count, columns)
-    np.testing.assert_allclose(
-        found, wanted, atol=0.02 * np.abs(wanted).max()
-    )  # a code may move in another batch shape
+    actual = np.array(output["data"]).reshape(count, columns)
+    tolerance = 0.02 * np.abs(expected).max()  # a code may move in another batch shape
+    np.testing.assert_allclose(actual, expected, atol=tolerance)
+    assert np.abs(expected - expected[::-1]).max() > 2 * tolerance, "the texts differ, and so must what they give"
 
 
 def test_bench_serve_sends_both_texts_to_models_that_read_two(built: Callable[[str], Path], tmp_path: Path) -> None:
@@ -101,20 +101,20 @@ def test_bench_serve_sends_both_texts_to_models_that_read_two(built: Callable[[s
             load = ["--clients", "1", "--seconds", "0.2", "--rounds", "1"]
             done = CliRunner().invoke(main, ["bench", *where, *load, "--task", task])
             assert done.exit_code == 0, done.output
-            (found,) = json.loads(done.stdout)["results"]
-            assert found["answered"] > 0
-            assert found["errors"] == {}
+            (result,) = json.loads(done.stdout)["results"]
+            assert result["answered"] > 0
+            assert result["errors"] == {}
         done = CliRunner().invoke(main, ["bench", *where, *load, "--task", "embedding"])
         assert done.exit_code == 1
         assert "Traceback" not in done.output
 
 
 def test_the_wrong_number_of_texts_is_refused(built: Callable[[str], Path]) -> None:
-    faces = {task: TextFace(built(task), load_spec(built(task))) for task in SHAPES}
+    frontends = {task: TextFrontend(built(task), load_spec(built(task))) for task in SHAPES}
     with pytest.raises(RequestRefused, match="embedding reads one text a row"):
-        faces["embedding"].tokens({"text": bytes_of("a"), "text_pair": bytes_of("b")})
+        frontends["embedding"].tokens({"text": bytes_of("a"), "text_pair": bytes_of("b")})
     with pytest.raises(RequestRefused, match=r"reranking needs text \(the query\) and text_pair \(the document\)"):
-        faces["reranking"].tokens({"text": bytes_of("a")})
+        frontends["reranking"].tokens({"text": bytes_of("a")})
 
 
 @pytest.mark.parametrize(("task", "dims"), [("embedding", f"{tiny.HIDDEN}"), ("reranking", "1")])
@@ -122,7 +122,7 @@ def test_triton_has_the_outputs_and_the_texts(
     task: str, dims: str, built: Callable[[str], Path], tmp_path: Path
 ) -> None:
     pair = task == "reranking"
-    sources = [Source("m", "1", built(task))]
+    sources = [EngineSource("m", "1", built(task))]
     export_repository(sources, tmp_path / "repo", TritonOptions(text=True, pair=pair, threads=1))
     assert {path.name for path in (tmp_path / "repo").iterdir() if path.is_dir()} == {"m", "m_tokenizer", "m_text"}
     text = (tmp_path / "repo" / "m_text" / "config.pbtxt").read_text()

@@ -1,4 +1,5 @@
-"""Files that other tools make of a 2:4 model, for the doctor: ``python foreign.py {ort,modelopt} OUT.onnx [dense.onnx]``.
+"""Files that other tools make of a 2:4 model, for the doctor: ``python foreign.py {ort,modelopt} OUT.onnx
+[dense.onnx]``.
 
 The model is a chain of linear layers pruned 2:4 by magnitude, as ASP leaves it, in plain float ONNX.
 """
@@ -45,23 +46,29 @@ def by_ort(source: Path, out: Path) -> None:
     """ONNX Runtime's static quantization, symmetric INT8 per channel, as for TensorRT."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # of a library without types
         def __init__(self) -> None:
             rng = np.random.default_rng(1)
             self.batches = iter([{"x": rng.normal(size=(32, 256)).astype(np.float32)} for _ in range(4)])
 
-        def get_next(self):
+        def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.batches, None)
 
     quantize_static(
-        source, out, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-        activation_type=QuantType.QInt8, weight_type=QuantType.QInt8, extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
-    )  # fmt: skip
+        source,
+        out,
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QInt8,
+        weight_type=QuantType.QInt8,
+        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+    )
 
 
 def by_modelopt(source: Path, out: Path) -> None:
     """NVIDIA ModelOpt's ONNX post-training quantization."""
-    from modelopt.onnx.quantization import quantize
+    from modelopt.onnx.quantization import quantize  # type: ignore[import-not-found]  # in another interpreter
 
     data = np.random.default_rng(1).normal(size=(128, 256)).astype(np.float32)
     quantize(

@@ -33,17 +33,20 @@ def lines(name: str) -> list[str]:
     return (GOLDEN / name).read_text(encoding="utf-8").splitlines()
 
 
-def fact(**changes) -> MatrixFacts:
+def fact(**changes: Any) -> MatrixFacts:
     """A matrix with everything that a sparse INT8 kernel on an A100 wants."""
     good = MatrixFacts(
         name="w", node="node", form="matmul", k=768, n=768, planned="2:4+W8", planned_sparse=True, pattern_float="2:4",
-        pattern_int8="2:4", sparse_along_k=True, sparse_along_n=False, broken_groups=0, groups=147456, integer_weight=True,
-        integer_input=True, scales_along_k=False, has_zero_point=False, output="int8", epilogue="none",
+        pattern_int8="2:4", sparse_along_k=True, sparse_along_n=False, broken_groups=0, groups=147456,
+        integer_weight=True, integer_input=True, scales_along_k=False, has_zero_point=False, output="int8",
+        epilogue="none",
     )  # fmt: skip
     return replace(good, **changes)
 
 
-def layer(kernel: str, name: str = "node_myl0_1", kind: str = "gemm", onnx=("node",), **changes) -> LayerInfo:
+def layer(
+    kernel: str, name: str = "node_myl0_1", kind: str = "gemm", onnx: tuple[str, ...] = ("node",), **changes: Any
+) -> LayerInfo:
     return LayerInfo(name, kind, ("Int8",), ("Int8",), ("Int8",), kernel, onnx, **changes)
 
 
@@ -65,31 +68,44 @@ def judged(fact_: MatrixFacts, evidence: Evidence | None, target: SparsityTarget
     ],
 )
 def test_a_kernels_name_says_whether_it_is_sparse_and_integer(name: str, sparse: bool, integer: bool) -> None:
-    found = kernel_named(name)
-    assert found is not None
-    assert (found.sparse, found.integer) == (sparse, integer)
+    kernel = kernel_named(name)
+    assert kernel is not None
+    assert (kernel.sparse, kernel.integer) == (sparse, integer)
 
 
-@pytest.mark.parametrize("name", [None, "", "__myelin_CASK_STUB", "__myl_SparseGemm_0xf254", "0x00000000000003e8", "sparse", "my_sparse_gemm"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        None,
+        "",
+        "__myelin_CASK_STUB",
+        "__myl_SparseGemm_0xf254",
+        "0x00000000000003e8",
+        "sparse",
+        "my_sparse_gemm",
+    ],
+)
 def test_names_that_no_rule_knows_are_unknown(name: str | None) -> None:
     assert kernel_named(name) is None
 
 
 def test_both_families_of_sparsity_lines_are_read_and_empty_lists_are_not_silence() -> None:
     old, new = parse_sparsity_log(lines("log-8.6.txt")), parse_sparsity_log(lines("log-11.txt"))
-    assert old.eligible == {"MatMul_401", "Conv_619", "Relu_620", "Conv_621", "Add_627", "Relu_628"}
-    assert old.picked == {"Conv_619", "Relu_620"}
-    assert new.picked == {"bert.encoder.layer.10.output.dense"}
-    assert new.eligible == {"bert.encoder.layer.1.output.dense", "bert.encoder.layer.10.output.dense", "a", "b"}
+    assert old.eligible == frozenset({"MatMul_401", "Conv_619", "Relu_620", "Conv_621", "Add_627", "Relu_628"})
+    assert old.picked == frozenset({"Conv_619", "Relu_620"})
+    assert new.picked == frozenset({"bert.encoder.layer.10.output.dense"})
+    assert new.eligible == frozenset(
+        {"bert.encoder.layer.1.output.dense", "bert.encoder.layer.10.output.dense", "a", "b"}
+    )
     assert parse_sparsity_log(lines("log-8.txt")).picked == frozenset()
     assert parse_sparsity_log(lines("log-empty.txt")) == SparsityLog(frozenset(), frozenset())
     assert parse_sparsity_log(["nothing of that kind"]) == SparsityLog(None, None)
 
 
 def test_lists_of_several_subgraphs_are_joined() -> None:
-    assert parse_sparsity_log(lines("log-8.6.txt") + lines("log-11.txt")).picked == {
+    assert parse_sparsity_log(lines("log-8.6.txt") + lines("log-11.txt")).picked == frozenset({
         "Conv_619", "Relu_620", "bert.encoder.layer.10.output.dense",
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 def test_layer_lines_of_tensorrt_10_give_kernel_types_and_onnx_names() -> None:
@@ -104,7 +120,7 @@ def test_layer_lines_of_tensorrt_10_give_kernel_types_and_onnx_names() -> None:
 def test_inspector_reports_of_10_and_11_give_the_same_facts() -> None:
     ten = parse_inspector(json.loads((GOLDEN / "inspector-10.json").read_text(encoding="utf-8")))
     eleven = parse_inspector(json.loads((GOLDEN / "inspector-11.json").read_text(encoding="utf-8")))
-    assert [found.saw_sparse_weights for found in ten] == [True, True]
+    assert [layer.saw_sparse_weights for layer in ten] == [True, True]
     assert ten[0].onnx == ("resnetv15_stage3_conv4_fwd", "resnetv15_stage3_batchnorm4_fwd")
     assert ten[0].is_integer_product
     assert len(eleven) == 1, "the layer of the other profile is not this profile's"
@@ -116,14 +132,14 @@ def test_inspector_reports_of_10_and_11_give_the_same_facts() -> None:
 
 
 def test_a_sparse_kernel_in_the_inspector_is_proof() -> None:
-    found = judged(fact(), Evidence([layer(SPARSE_GEMM)]))
-    assert (found.eligible, found.chosen, found.reason, found.kernel) == (True, True, None, SPARSE_GEMM)
+    weight = judged(fact(), Evidence([layer(SPARSE_GEMM)]))
+    assert (weight.eligible, weight.chosen, weight.reason, weight.kernel) == (True, True, None, SPARSE_GEMM)
 
 
 def test_has_sparse_weights_alone_is_no_proof() -> None:
     """NVIDIA/TensorRT issue 4694: HasSparseWeights is 1, and the kernel is dense."""
-    found = judged(fact(output="float16"), Evidence([layer(DENSE_GEMM, saw_sparse_weights=True)]))
-    assert (found.chosen, found.reason) == (False, "float-output")
+    weight = judged(fact(output="float16"), Evidence([layer(DENSE_GEMM, saw_sparse_weights=True)]))
+    assert (weight.chosen, weight.reason) == (False, "float-output")
 
 
 def test_every_profile_must_run_sparse() -> None:
@@ -152,15 +168,17 @@ def test_a_sparse_kernel_that_the_profiler_never_saw_is_a_contradiction() -> Non
         (Evidence([layer("sm80_xmma_sparse_gemm_f16f16_f16f32_f32_tn_n")]), False, "float-kernel"),
     ],
 )
-def test_unknown_and_contradicting_evidence_never_counts_as_sparse(evidence, chosen, reason) -> None:
+def test_unknown_and_contradicting_evidence_never_counts_as_sparse(
+    evidence: Evidence, chosen: bool | None, reason: str | None
+) -> None:
     report = judge([fact()], evidence, A100)
     assert (report.weights[0].chosen, report.weights[0].reason) == (chosen, reason)
     assert report.sparse_share == (1.0 if chosen else 0.0)
 
 
 def test_a_sparse_kernel_on_a_matrix_without_the_pattern_is_a_contradiction() -> None:
-    found = judged(fact(sparse_along_k=False, broken_groups=9), Evidence([layer(SPARSE_GEMM)]))
-    assert (found.chosen, found.reason) == (None, "contradiction")
+    weight = judged(fact(sparse_along_k=False, broken_groups=9), Evidence([layer(SPARSE_GEMM)]))
+    assert (weight.chosen, weight.reason) == (None, "contradiction")
 
 
 @pytest.mark.parametrize(
@@ -180,10 +198,10 @@ def test_a_sparse_kernel_on_a_matrix_without_the_pattern_is_a_contradiction() ->
         ({}, replace(A100, sparse_flag=False), "flag-off"),
     ],
 )
-def test_every_obstacle_has_its_reason(changes, target, reason) -> None:
-    found = judged(fact(**changes), Evidence([layer(DENSE_GEMM)]), target)
-    assert (found.chosen, found.reason) == (False, reason)
-    assert found.detail
+def test_every_obstacle_has_its_reason(changes: dict[str, Any], target: SparsityTarget, reason: str) -> None:
+    weight = judged(fact(**changes), Evidence([layer(DENSE_GEMM)]), target)
+    assert (weight.chosen, weight.reason) == (False, reason)
+    assert weight.detail
 
 
 def test_small_matrices_and_lost_races_are_told_apart() -> None:
@@ -197,9 +215,9 @@ def test_merged_products_name_each_other_and_time_is_against_the_twin() -> None:
     name = "v+k+node_myl0_1"
     mine = Evidence([layer(SPARSE_GEMM, name, onnx=("v", "k", "node"))], layer_ms={name: 0.5})
     twin = Evidence([layer(DENSE_GEMM, "other", onnx=("v", "k", "node"))], layer_ms={"other": 0.75})
-    found = judge([fact()], mine, A100, twin).weights[0]
-    assert found.shared_with == ("k", "v")
-    assert found.saved_ms == pytest.approx(0.25, abs=1e-12)  # a difference of two numbers given here
+    weight = judge([fact()], mine, A100, twin).weights[0]
+    assert weight.shared_with == ("k", "v")
+    assert weight.saved_ms == pytest.approx(0.25, abs=1e-12)  # a difference of two numbers given here
 
 
 def test_the_gate_counts_planned_elements_and_unknown_as_not_sparse() -> None:
@@ -251,5 +269,5 @@ def test_advice_says_which_matrices_are_one_fix_away() -> None:
         fact(name="two fixes", output="float16", integer_input=False),
         fact(name="classifier", sparse_along_k=False, planned_sparse=False, broken_groups=100000),
     ]
-    found = {advice.name: advice.one_fix_away for advice in advise(facts, judge(facts, None, A100))}
-    assert found == {"ready": False, "axis": True, "nearly": True, "output": True, "two fixes": False}
+    one_fix_away = {advice.name: advice.one_fix_away for advice in advise(facts, judge(facts, None, A100))}
+    assert one_fix_away == {"ready": False, "axis": True, "nearly": True, "output": True, "two fixes": False}

@@ -1,7 +1,8 @@
 """The API of installed TensorRT bindings as JSON: ``python api_surface.py MODULE OUT [SOURCE]``.
 
-Runs in whatever interpreter has the bindings. They need no GPU for this, and their libraries may be empty stubs: symbols
-are looked up when they are called, and nothing is called here. Only classes that we or polygraphy use are kept.
+Runs in whatever interpreter has the bindings. They need no GPU for this, and their libraries may be empty stubs:
+symbols are looked up when they are called, and nothing is called here. Only classes that we or polygraphy use are
+written.
 """
 
 import importlib
@@ -10,54 +11,90 @@ import json
 import os
 import re
 import sys
+from typing import Any
 
-CLASSES = (
-    "Builder", "BuilderFlag", "DataType", "DeviceType", "Dims", "EngineCapability", "EngineInspector", "ExecutionContextAllocationStrategy",
-    "HardwareCompatibilityLevel", "IBuilderConfig", "ICudaEngine", "IExecutionContext", "IHostMemory", "ILogger", "INetworkDefinition",
-    "IOptimizationProfile", "IProfiler", "IProgressMonitor", "ITensor", "ITimingCache", "LayerInformationFormat", "LayerType", "Logger",
-    "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser", "OnnxParserFlag", "ParserError", "PreviewFeature", "ProfilingVerbosity",
-    "QuantizationFlag", "Runtime", "RuntimePlatform", "TacticSource", "TensorIOMode", "TilingOptimizationLevel", "ComputeCapability",
-)  # fmt: skip
+CLASSES = [
+    "Builder",
+    "BuilderFlag",
+    "DataType",
+    "DeviceType",
+    "Dims",
+    "EngineCapability",
+    "EngineInspector",
+    "ExecutionContextAllocationStrategy",
+    "HardwareCompatibilityLevel",
+    "IBuilderConfig",
+    "ICudaEngine",
+    "IExecutionContext",
+    "IHostMemory",
+    "ILogger",
+    "INetworkDefinition",
+    "IOptimizationProfile",
+    "IProfiler",
+    "IProgressMonitor",
+    "ITensor",
+    "ITimingCache",
+    "LayerInformationFormat",
+    "LayerType",
+    "Logger",
+    "MemoryPoolType",
+    "NetworkDefinitionCreationFlag",
+    "OnnxParser",
+    "OnnxParserFlag",
+    "ParserError",
+    "PreviewFeature",
+    "ProfilingVerbosity",
+    "QuantizationFlag",
+    "Runtime",
+    "RuntimePlatform",
+    "TacticSource",
+    "TensorIOMode",
+    "TilingOptimizationLevel",
+    "ComputeCapability",
+]
 
 
-def surface(module):
-    found = {}
+def surface(module: Any) -> dict[str, Any]:
+    classes: dict[str, Any] = {}
     for name in CLASSES:
         kind = getattr(module, name, None)
         if kind is None:
             continue
         members = getattr(kind, "__members__", None)
         if members is not None:
-            found[name] = {"enum": {key: int(value) for key, value in members.items()}}
+            classes[name] = {"enum": {key: int(value) for key, value in members.items()}}
             continue
-        methods, properties, enums, constants = {}, [], {}, {}
+        methods: dict[str, list[list[str]]] = {}
+        properties: list[str] = []
+        enums: dict[str, dict[str, int]] = {}
+        constants: dict[str, str] = {}
         for attribute in sorted(dir(kind)):
             if attribute.startswith("_") and attribute not in ("__init__", "__getitem__", "__len__", "__iter__"):
                 continue
-            value = inspect.getattr_static(kind, attribute, None)
+            value: object = inspect.getattr_static(kind, attribute, None)
             if isinstance(value, property):
                 properties.append(attribute)
             elif hasattr(value, "__members__") and isinstance(value, type):
-                enums[attribute] = {key: int(member) for key, member in value.__members__.items()}
+                enums[attribute] = {key: int(member) for key, member in getattr(value, "__members__").items()}  # noqa: B009
             elif hasattr(type(value), "__members__"):
                 constants[attribute] = type(value).__name__
             elif callable(getattr(kind, attribute)):
                 methods[attribute] = signatures(attribute, getattr(kind, attribute).__doc__ or "")
-        found[name] = {"methods": methods, "properties": properties, "enums": enums, "constants": constants}
-    return found
+        classes[name] = {"methods": methods, "properties": properties, "enums": enums, "constants": constants}
+    return classes
 
 
-def signatures(name, text):
+def signatures(name: str, text: str) -> list[list[str]]:
     """Parameters of every overload: names, with a trailing ``=`` where a default exists."""
-    found = []
+    overloads = []
     for line in text.splitlines():
         match = re.match(rf"(?:\d+\. )?{re.escape(name)}\((.*)\)(?: ->.*)?$", line.strip())
         if match and match[1] != "*args, **kwargs":
-            found.append(parameters(match[1]))
-    return found
+            overloads.append(parameters(match[1]))
+    return overloads
 
 
-def parameters(text):
+def parameters(text: str) -> list[str]:
     parts, depth, start = [], 0, 0
     for i, char in enumerate(text + ","):
         depth += char in "[(<{"

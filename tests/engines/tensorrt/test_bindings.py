@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,15 +18,16 @@ GOLDEN = ROOT / "tests" / "golden" / "trt"
 SOURCES = ("builder_process.py", "runtime.py", "backend.py", "rtx_backend.py")
 OPTIONAL = {"8.6": {"IProgressMonitor"}}  # used behind hasattr
 STUB = "nvinfer nvinfer_plugin nvonnxparser"
-STUB_SYMBOLS = (
-    "createInferBuilder_INTERNAL createInferRefitter_INTERNAL createInferRuntime_INTERNAL createNvOnnxParserRefitter_INTERNAL "
-    "createNvOnnxParser_INTERNAL getBuilderPluginRegistry getNvOnnxParserVersion getPluginRegistry initLibNvInferPlugins"
-)
+STUB_SYMBOLS = """
+    createInferBuilder_INTERNAL createInferRefitter_INTERNAL createInferRuntime_INTERNAL
+    createNvOnnxParserRefitter_INTERNAL createNvOnnxParser_INTERNAL getBuilderPluginRegistry getNvOnnxParserVersion
+    getPluginRegistry initLibNvInferPlugins
+"""
 
 
 def references() -> set[tuple[str, ...]]:
     """Every ``trt.A`` and ``trt.A.B`` of our sources, as (A,) or (A, B)."""
-    found = set()
+    references = set()
     for name in SOURCES:
         for node in ast.walk(ast.parse((ROOT / "engines" / "tensorrt" / name).read_text(encoding="utf-8"))):
             parts = []
@@ -36,8 +38,8 @@ def references() -> set[tuple[str, ...]]:
                 (isinstance(node, ast.Name) and node.id == "trt")
                 or (parts[-1] == "_trt" and isinstance(node, ast.Name) and node.id == "self")
             ):
-                found.add(tuple(part for part in reversed(parts) if part != "_trt")[:2])
-    return {parts for parts in found if parts and not parts[0].startswith("_")}
+                references.add(tuple(part for part in reversed(parts) if part != "_trt")[:2])
+    return {parts for parts in references if parts and not parts[0].startswith("_")}
 
 
 @pytest.mark.parametrize("version", ["8.6", "10.3", "11.4", "rtx-1.7"])
@@ -68,11 +70,12 @@ def test_what_tensorrt_11_removed_is_used_nowhere() -> None:
         assert gone not in text
 
 
-def dump(python: str, module: str, out: Path, env: dict[str, str]) -> dict:
-    command = [python, TESTS / "api_surface.py", module, out]
+def dump(python: str, module: str, out: Path, env: dict[str, str]) -> dict[str, Any]:
+    command = [python, str(TESTS / "api_surface.py"), module, str(out)]
     done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(out.read_text(encoding="utf-8"))
+    surface: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return surface
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="compiling stub libraries needs gcc")
@@ -86,27 +89,29 @@ def test_the_recorded_api_of_11_4_is_that_of_the_real_bindings(tmp_path: Path) -
     source.write_text("".join(f"void *{name}(void) {{ return 0; }}\n" for name in STUB_SYMBOLS.split()))
     for name in STUB.split():
         library = f"lib{name}.so.11"
-        command = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", tmp_path / library, source]
+        command = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", str(tmp_path / library), str(source)]
         subprocess.run(command, check=True)
-    (place,) = importlib.util.find_spec("tensorrt_bindings").submodule_search_locations
+    spec = importlib.util.find_spec("tensorrt_bindings")
+    assert spec is not None
+    (place,) = spec.submodule_search_locations or [""]
     paths = os.pathsep.join(
         [str(Path(place).parent), os.environ.get("PYTHONPATH", "")]
     )  # it may lie outside this environment
     environment = {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": paths}
-    found = dump(sys.executable, "tensorrt_bindings", tmp_path / "api.json", environment)
+    actual = dump(sys.executable, "tensorrt_bindings", tmp_path / "api.json", environment)
     recorded = json.loads((GOLDEN / "api-11.4.json").read_text(encoding="utf-8"))
-    if found["version"] != recorded["version"]:
-        pytest.skip(f"the installed bindings are {found['version']}, the record is of {recorded['version']}")
-    assert found["classes"] == recorded["classes"]
+    if actual["version"] != recorded["version"]:
+        pytest.skip(f"the installed bindings are {actual['version']}, the record is of {recorded['version']}")
+    assert actual["classes"] == recorded["classes"]
 
 
 def test_the_recorded_api_of_rtx_is_that_of_the_installed_one(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'nxm-export[trt-rtx]'")
-    found = dump(sys.executable, "tensorrt_rtx", tmp_path / "api.json", {})
+    actual = dump(sys.executable, "tensorrt_rtx", tmp_path / "api.json", {})
     recorded = json.loads((GOLDEN / "api-rtx-1.7.json").read_text(encoding="utf-8"))
-    if found["version"] != recorded["version"]:
-        pytest.skip(f"the installed TensorRT-RTX is {found['version']}, the record is of {recorded['version']}")
-    assert found["classes"] == recorded["classes"]
+    if actual["version"] != recorded["version"]:
+        pytest.skip(f"the installed TensorRT-RTX is {actual['version']}, the record is of {recorded['version']}")
+    assert actual["classes"] == recorded["classes"]
 
 
 @pytest.mark.skipif(
@@ -118,9 +123,9 @@ def test_the_recorded_api_of_8_6_is_that_of_the_real_wheel(tmp_path: Path) -> No
     source = tmp_path / "stub.c"
     source.write_text("int nothing;\n")
     for library in ("libcublas.so.12", "libcublasLt.so.12", "libcudnn.so.8"):
-        command = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", tmp_path / library, source]
+        command = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{library}", "-o", str(tmp_path / library), str(source)]
         subprocess.run(command, check=True)
     python = os.environ["NXM_TENSORRT_86_PYTHON"]
-    found = dump(python, "tensorrt", tmp_path / "api.json", {"LD_LIBRARY_PATH": str(tmp_path)})
+    actual = dump(python, "tensorrt", tmp_path / "api.json", {"LD_LIBRARY_PATH": str(tmp_path)})
     recorded = json.loads((GOLDEN / "api-8.6.json").read_text(encoding="utf-8"))
-    assert (found["version"], found["classes"]) == (recorded["version"], recorded["classes"])
+    assert (actual["version"], actual["classes"]) == (recorded["version"], recorded["classes"])

@@ -1,5 +1,6 @@
 """Optimization profiles: the buckets waste least, by brute force, and every shape finds the smallest that holds it."""
 
+from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
@@ -18,7 +19,7 @@ from engines.tensorrt.profiles import (
 from nxm_export.errors import EngineError
 
 
-def padded(lengths, edges) -> int:
+def padded(lengths: Sequence[int], edges: Sequence[int]) -> int:
     return sum(min(edge for edge in edges if edge >= length) for length in lengths)
 
 
@@ -33,9 +34,9 @@ def test_no_other_buckets_of_the_same_number_pad_less(count: int, seed: int) -> 
         (*rest, top) for size in range(count) for rest in combinations([edge for edge in grid if edge < top], size)
     ]
     best = min(padded(lengths, edges) for edges in every)
-    found = choose_buckets(lengths, count, 128)
-    assert len(found) <= count
-    assert padded(lengths, found) == best
+    buckets = choose_buckets(lengths, count, 128)
+    assert len(buckets) <= count
+    assert padded(lengths, buckets) == best
 
 
 def test_profiles_hold_every_length_up_to_the_models_limit() -> None:

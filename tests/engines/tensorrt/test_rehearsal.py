@@ -1,8 +1,9 @@
-"""Everything that needs a GPU, rehearsed: our code against a fake TensorRT with the real bindings' API, and a fake driver.
+"""Everything that needs a GPU, rehearsed: our code against a fake TensorRT with the real bindings' API, and a fake
+driver.
 
 The fakes refuse any class, flag, property or parameter that the real bindings of that version lack (see
-``tests/engines/tensorrt/fakes/tensorrt``). What they compute is ONNX Runtime's; what they say about kernels is made up. So this proves
-that our code runs to its end and reads what it gets, and nothing about TensorRT.
+``tests/engines/tensorrt/fakes/tensorrt``). What they compute is ONNX Runtime's; what they say about kernels is made
+up. So this proves that our code runs to its end and reads what it gets, and nothing about TensorRT.
 """
 
 import json
@@ -18,12 +19,13 @@ import pytest
 from nxm_export.graph.exporter import export
 from tests.support.trt_models import Checkpoints, feeds_for
 from tests.support.variants import variants
-from tools.benchmarks.raw_http import send
+from tools.benchmarks.raw_http import Answer, send
 from tools.benchmarks.servers import free_port, started
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "trt"
+BuiltEngine = tuple[str, Path]  # TensorRT's version, and the engine directory
 VERSIONS = {"11.4": ("trt", "matmul"), "10.3": ("trt", "gemm"), "8.6": ("trt8", "conv1x1")}
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="compiling the fake CUDA driver needs gcc")
@@ -58,7 +60,9 @@ def checkpoint(checkpoints: Checkpoints) -> Path:
 
 
 @pytest.fixture(scope="session", params=variants(VERSIONS, ("11.4",)))
-def engine(request: pytest.FixtureRequest, driver: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
+def engine(
+    request: pytest.FixtureRequest, driver: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> BuiltEngine:
     """(version, directory) of an engine with two profiles, built by the fake of that version."""
     target, lowering = VERSIONS[request.param]
     root = tmp_path_factory.mktemp("engine")
@@ -82,10 +86,11 @@ def engine(request: pytest.FixtureRequest, driver: Path, checkpoint: Path, tmp_p
     return request.param, root / "engine"
 
 
-def test_an_engine_directory_is_complete_and_says_where_it_may_run(engine) -> None:
+def test_an_engine_directory_is_complete_and_says_where_it_may_run(engine: BuiltEngine) -> None:
     version, directory = engine
     names = {file.name for file in directory.iterdir()}
-    assert {"model.engine", "passport.json", "spec.json", "build.log", "layers.json", "weights.json", "timing.cache", "timing.cache.json"} <= names  # fmt: skip
+    assert {"model.engine", "passport.json", "spec.json", "build.log", "layers.json", "weights.json"} <= names
+    assert {"timing.cache", "timing.cache.json"} <= names
     passport = json.loads((directory / "passport.json").read_text())
     assert passport["requires"]["gpu"] == "Fake A100"
     assert passport["requires"]["tensorrt"].startswith(version)
@@ -101,20 +106,20 @@ def test_an_engine_directory_is_complete_and_says_where_it_may_run(engine) -> No
     assert built["set"]["profiling_verbosity"] in ("2", "ProfilingVerbosity.DETAILED")
 
 
-def test_the_truth_report_reads_this_versions_inspector_and_log(engine, driver: Path) -> None:
+def test_the_sparsity_report_reads_this_versions_inspector_and_log(engine: BuiltEngine, driver: Path) -> None:
     version, directory = engine
     env = environment(driver, version)
     facts = json.loads(nxm(env, "inspect", directory, "--require-sparse", "60%", "--json"))
-    planned = [row for row in facts["weights"] if row["planned_sparse"]]
+    planned = [weight for weight in facts["weights"] if weight["planned_sparse"]]
     assert len(planned) == 6
-    assert all(row["chosen"] is True and "sparse" in row["kernel"] for row in planned)
+    assert all(weight["chosen"] is True and "sparse" in weight["kernel"] for weight in planned)
     seen = directory.parent / "kernels.txt"
     seen.write_text("some_other_kernel\n")
     text = nxm(env, "inspect", directory, "--kernels", seen, "--require-sparse", "60%", code=3)
     assert "6 x contradiction" in text, "a kernel that no profiler saw running proves nothing"
 
 
-def test_an_engine_runs_every_shape_its_profiles_hold_and_refuses_the_rest(engine, driver: Path) -> None:
+def test_an_engine_runs_every_shape_its_profiles_hold_and_refuses_the_rest(engine: BuiltEngine, driver: Path) -> None:
     version, directory = engine
     script = """
 import json, sys
@@ -156,7 +161,7 @@ except EngineError as error:
 
 @pytest.mark.parametrize("engine", variants(["8.6", "11.4"], ("11.4",)), indirect=True)
 def test_an_engine_is_served_by_its_profiles_with_the_logits_it_gives_alone(
-    engine, driver: Path, tmp_path: Path
+    engine: BuiltEngine, driver: Path, tmp_path: Path
 ) -> None:
     version, directory = engine
     env, port = environment(driver, version), free_port()
@@ -166,7 +171,8 @@ import json, sys
 from engines.tensorrt import backend as trt
 from tests.support.trt_models import feeds_for
 with trt.load(sys.argv[1]) as engine:
-    print(json.dumps([engine.run(feeds_for(engine.inputs, *shape))["logits"].tolist() for shape in json.loads(sys.argv[2])]))
+    logits = [engine.run(feeds_for(engine.inputs, *shape))["logits"].tolist() for shape in json.loads(sys.argv[2])]
+    print(json.dumps(logits))
 """
     alone = subprocess.run(
         [sys.executable, "-c", script, directory, json.dumps(shapes)],
@@ -178,17 +184,17 @@ with trt.load(sys.argv[1]) as engine:
         names = [entry["name"] for entry in metadata["inputs"]]
         assert metadata["platform"] == "tensorrt_plan"
 
-        def ask(rows: int, length: int):
+        def ask(rows: int, length: int) -> Answer:
             inputs = [
                 {"name": name, "datatype": "INT64", "shape": [rows, length], "data": array.ravel().tolist()}
                 for name, array in feeds_for(names, rows, length).items()
             ]
             return send(port, "POST", "/v2/models/m/infer", json.dumps({"inputs": inputs}).encode())
 
-        for shape, wanted in zip(shapes, json.loads(alone.stdout), strict=True):
+        for shape, expected in zip(shapes, json.loads(alone.stdout), strict=True):
             (output,) = ask(*shape).json()["outputs"]
             # float sums in another order may move a quantizer's input over the edge of a step
-            assert np.abs(np.reshape(output["data"], output["shape"]) - wanted).max() < 0.05
+            assert np.abs(np.reshape(output["data"], output["shape"]) - expected).max() < 0.05
         for rows, length, complaint in ((1, 49, "longer than the 48"), (5, 48, "larger than the 4")):
             refused = ask(rows, length)
             assert (refused.status, complaint in refused.json()["error"]) == (400, True)
@@ -196,7 +202,7 @@ with trt.load(sys.argv[1]) as engine:
 
 @pytest.mark.parametrize("engine", ["8.6", "11.4"], indirect=True)
 def test_a_triton_configuration_has_the_profiles_and_types_of_the_plan_itself(
-    engine, driver: Path, tmp_path: Path
+    engine: BuiltEngine, driver: Path, tmp_path: Path
 ) -> None:
     version, directory = engine
     nxm(environment(driver, version), "triton", f"m={directory}", "--out", tmp_path / "repository")
@@ -213,7 +219,7 @@ def test_a_triton_configuration_has_the_profiles_and_types_of_the_plan_itself(
 
 @pytest.mark.parametrize("engine", ["11.4"], indirect=True)
 def test_another_gpu_version_or_file_is_refused_before_anything_is_deserialized(
-    engine, driver: Path, tmp_path: Path
+    engine: BuiltEngine, driver: Path, tmp_path: Path
 ) -> None:
     version, directory = engine
     other = "10.3" if version != "10.3" else "11.4"
@@ -233,7 +239,9 @@ def test_another_gpu_version_or_file_is_refused_before_anything_is_deserialized(
 
 
 @pytest.mark.parametrize("engine", ["11.4"], indirect=True)
-def test_a_corrupt_engine_with_a_matching_passport_keeps_tensorrts_words(engine, driver: Path, tmp_path: Path) -> None:
+def test_a_corrupt_engine_with_a_matching_passport_keeps_tensorrts_words(
+    engine: BuiltEngine, driver: Path, tmp_path: Path
+) -> None:
     from nxm_export.storage.hashing import file_hash
 
     version, directory = engine
@@ -251,7 +259,7 @@ def test_a_corrupt_engine_with_a_matching_passport_keeps_tensorrts_words(engine,
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["11.4"], indirect=True)
 def test_a_timing_cache_is_used_again_and_a_bad_one_is_refused_or_replaced(
-    engine, driver: Path, tmp_path: Path
+    engine: BuiltEngine, driver: Path, tmp_path: Path
 ) -> None:
     version, directory = engine
     env, graph = environment(driver, version), directory.parent / "graph" / "model.onnx"
@@ -273,7 +281,7 @@ def test_a_timing_cache_is_used_again_and_a_bad_one_is_refused_or_replaced(
     assert "nothing says what it was measured on" in nxm(env, *build, "--timing-cache", cache, code=1)
 
 
-def test_build_routes_pass_only_where_they_are_listed(engine, driver: Path, tmp_path: Path) -> None:
+def test_build_routes_pass_only_where_they_are_listed(engine: BuiltEngine, driver: Path, tmp_path: Path) -> None:
     version, directory = engine
     env, graph = environment(driver, version), directory.parent / "graph" / "model.onnx"
     build = ["build", graph, "--backend", "trt", "--out", tmp_path / "out", "--json"]
@@ -286,7 +294,7 @@ def test_build_routes_pass_only_where_they_are_listed(engine, driver: Path, tmp_
         assert "it lists none" in nxm(env, *build, "--build-route", "-conv_use_long_w=off", code=1)
 
 
-def test_a_graph_for_the_other_kind_of_tensorrt_is_refused(engine, driver: Path, tmp_path: Path) -> None:
+def test_a_graph_for_the_other_kind_of_tensorrt_is_refused(engine: BuiltEngine, driver: Path, tmp_path: Path) -> None:
     version, directory = engine
     other = "11.4" if version == "8.6" else "8.6"
     graph = directory.parent / "graph" / "model.onnx"
@@ -306,26 +314,28 @@ def test_twins_are_built_timed_and_judged(driver: Path, checkpoint: Path, tmp_pa
     assert {timing["clock"] for timing in report["timings"]} == {"CUDA events"}
     assert report["verdict"].startswith(("2:4 pays from batch x sequence >= ", "do not use 2:4 here: "))
     facts = json.loads(nxm(env, "inspect", tmp_path / "twins", "--measure", "--json"))
-    saved = [row["saved_ms"] for row in facts["weights"] if row["planned_sparse"]]
+    saved = [weight["saved_ms"] for weight in facts["weights"] if weight["planned_sparse"]]
     assert saved == pytest.approx([0.01] * 6, abs=1e-9)  # the fake's layers take 0.02 ms dense and 0.01 ms sparse
     dense = json.loads(nxm(env, "inspect", tmp_path / "twins" / "int8-dense", "--json"))
-    assert {row["reason"] for row in dense["weights"] if row["planned_sparse"]} == {"flag-off"}
+    assert {weight["reason"] for weight in dense["weights"] if weight["planned_sparse"]} == {"flag-off"}
     assert dense["sparse_share"] == 0
 
 
 def test_issue_4694_and_its_fix_in_the_report(driver: Path, checkpoint: Path, tmp_path: Path) -> None:
     """The fake chooses dense for float outputs, as TensorRT does there; the report must say why."""
-    env, found = environment(driver, "8.6"), {}
+    env, reports = environment(driver, "8.6"), {}
     for placement in ("inputs", "inputs-outputs"):
         graph = export(checkpoint, tmp_path / placement, target="trt8", placement=placement)
         nxm(env, "build", graph.path, "--backend", "trt", "--out", tmp_path / f"{placement}-engine")
-        found[placement] = json.loads(nxm(env, "inspect", tmp_path / f"{placement}-engine", "--json"))
-    dense = {row["name"].split(".")[-2] for row in found["inputs"]["weights"] if row["reason"] == "float-output"}
+        reports[placement] = json.loads(nxm(env, "inspect", tmp_path / f"{placement}-engine", "--json"))
+    dense = {
+        weight["name"].split(".")[-2] for weight in reports["inputs"]["weights"] if weight["reason"] == "float-output"
+    }
     assert dense == {"query", "key", "value", "dense"}
-    assert found["inputs"]["counts"]["sparse"] == 1, (
+    assert reports["inputs"]["counts"]["sparse"] == 1, (
         "the FFN's first matrix: its GELU is followed by the next quantizer"
     )
-    assert found["inputs-outputs"]["counts"]["sparse"] == 6
+    assert reports["inputs-outputs"]["counts"]["sparse"] == 6
 
 
 def test_without_tensorrt_it_says_what_to_install(checkpoint: Path, tmp_path: Path) -> None:
@@ -349,7 +359,7 @@ def test_the_evidence_tool_runs_to_its_page(driver: Path, tmp_path: Path) -> Non
     version, only = "8.6", "inputs-tanh-matmul"
     row = "| tiny-inputs-tanh-matmul | 1 / 6 | 33.3% | 5 float-output |"
     command = [sys.executable, "-m", "tools.gpu.evidence", "--models", "tiny", "--shapes", "1x8,4x32"]
-    command += ["--rounds", "3", "--only", only, "--out", tmp_path / "docs", "--work", tmp_path / "work"]
+    command += ["--rounds", "3", "--only", only, "--out", str(tmp_path / "docs"), "--work", str(tmp_path / "work")]
     env = environment(driver, version)
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ import onnx.parser
 import pytest
 
 from engines.base import BuildOptions, Profile
-from engines.sparsity.build_evidence import parse_layers
+from engines.sparsity.build_evidence import LayerInfo, parse_layers
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import INT8_ATTENTION, PLACEMENTS
 from nxm_export.errors import ArtifactError, EngineError, ExportError, ParityError
@@ -26,7 +26,7 @@ from tests.support.variants import variants
 PROFILES = {"batch 1": Profile((1, 16), (1, 16), (1, 16)), "dynamic": Profile((1, 1), (4, 32), (8, 64))}
 
 
-def layers_of(directory: Path):
+def layers_of(directory: Path) -> list[LayerInfo]:
     return parse_layers((directory / "build.log").read_text(encoding="utf-8", errors="replace").splitlines())
 
 
@@ -62,19 +62,20 @@ def test_every_planned_product_runs_on_integers_and_attention_is_fused_as_planne
 def test_the_report_says_that_no_gpu_chose_kernels_and_the_gate_fails_closed(
     checkpoints: Checkpoints, tmp_path: Path
 ) -> None:
-    from nxm_export.pipeline.inspection import inspect_path, require_sparse
+    from nxm_export.pipeline.inspection import inspect_engine, require_sparse
 
     graph = export(checkpoints("bert", "inputs-outputs"), tmp_path / "graph", target="trt")
     rtx_backend.build(graph.path, tmp_path)
-    facts = inspect_path(tmp_path)
-    planned = [row for row in facts["weights"] if row["planned_sparse"]]
-    assert {(row["chosen"], row["reason"], row["pattern_int8"]) for row in planned} == {(None, "no-gpu", "2:4")}
-    assert facts["sparse_share"] == 0
+    sparsity = inspect_engine(tmp_path).sparsity
+    assert sparsity is not None
+    planned = [weight for weight in sparsity.weights if weight.planned_sparse]
+    assert {(weight.chosen, weight.reason, weight.pattern_int8) for weight in planned} == {(None, "no-gpu", "2:4")}
+    assert sparsity.sparse_share == 0
     with pytest.raises(ParityError, match="6 x no-gpu"):
         require_sparse(tmp_path, 0.01)
     (tmp_path / "weights.json").unlink()
     with pytest.raises(ArtifactError, match=r"weights\.json is missing"):
-        inspect_path(tmp_path)
+        inspect_engine(tmp_path)
 
 
 def test_convolutions_that_the_builder_put_into_float_are_refused_with_the_reason(
@@ -151,7 +152,8 @@ def test_behind_our_check_tensorrt_says_what_we_say_it_says(tmp_path: Path, monk
 
 def test_a_graph_that_tensorrt_cannot_parse_keeps_its_message_and_names_the_layer(tmp_path: Path) -> None:
     model = onnx.parser.parse_model(
-        '<ir_version: 10, opset_import: ["" : 21, "example" : 1]> agraph (float[2, 4] x) => (float[2, 4] y) { y = example.Mystery(x) }'
+        '<ir_version: 10, opset_import: ["" : 21, "example" : 1]>'
+        "agraph (float[2, 4] x) => (float[2, 4] y) { y = example.Mystery(x) }"
     )
     model.graph.node[0].name = "encoder.layer.7.mystery"
     onnx.save(model, tmp_path / "model.onnx")
@@ -171,10 +173,10 @@ def test_profiles_outside_the_models_positions_and_build_routes_are_refused(
 
 def test_progress_comes_from_the_builder(checkpoints: Checkpoints, tmp_path: Path) -> None:
     graph = export(checkpoints("bert", "inputs"), tmp_path / "graph", target="trt")
-    seen: list[tuple[str, int, int]] = []
-    rtx_backend.build(graph.path, tmp_path, BuildOptions(progress=lambda *step: seen.append(step)))
-    assert seen
-    assert all(0 <= done <= total for _, done, total in seen)
-    for what in {what for what, _, _ in seen}:
-        last = [step for step in seen if step[0] == what][-1]
-        assert last[1] == last[2], "every phase ends"
+    reports: list[tuple[str, int, int]] = []
+    rtx_backend.build(graph.path, tmp_path, BuildOptions(progress=lambda *report: reports.append(report)))
+    assert reports
+    assert all(0 <= done <= total for _, done, total in reports)
+    for phase in {phase for phase, _, _ in reports}:
+        _, done, total = [report for report in reports if report[0] == phase][-1]
+        assert done == total, "every phase ends"

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 
 from engines.base import Profile
 from engines.passport import PASSPORT_FILE
-from engines.serving.repository import Source
+from engines.serving.repository import EngineSource
 from engines.tensorrt.profiles import pick
 from engines.triton import TritonOptions, export_repository
 from engines.triton.check_manifest import problems, version_text
@@ -59,11 +59,11 @@ def plan_directory(source: Path, out: Path, capability: str, **changes: Any) -> 
 
 
 @pytest.fixture(scope="module")
-def plans(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Source]:
+def plans(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> list[EngineSource]:
     """Engines for two compute capabilities, of one name."""
     home = tmp_path_factory.mktemp("plans")
     return [
-        Source("planned", "1", plan_directory(engine, home / name, capability))
+        EngineSource("planned", "1", plan_directory(engine, home / name, capability))
         for name, capability in (("sm80", "8.0"), ("sm90", "9.0"))
     ]
 
@@ -87,19 +87,20 @@ def parse(*files: Path) -> dict[str, Any]:
     """Configurations by name; raises `text_format.ParseError` for what Triton would not read."""
     from google.protobuf import json_format, text_format
 
-    found = {}
+    configs = {}
     for file in files:
         config = text_format.Parse(file.read_text(encoding="utf-8"), definition().ModelConfig())
-        found[config.name] = json_format.MessageToDict(config, preserving_proto_field_name=True)
-    return found
+        configs[config.name] = json_format.MessageToDict(config, preserving_proto_field_name=True)
+    return configs
 
 
 def test_the_configuration_of_plans_says_everything_that_the_passport_knows(
-    plans: list[Source], tmp_path: Path
+    plans: list[EngineSource], tmp_path: Path
 ) -> None:
     export_repository(plans, tmp_path / "repo", TritonOptions(instances=2, max_batch=16))
     config = parse(tmp_path / "repo" / "planned" / "config.pbtxt")["planned"]
-    zeros = [{"key": name, "value": {"data_type": "TYPE_INT32", "zero_data": True}} for name in ("input_ids", "attention_mask", "token_type_ids")]  # fmt: skip
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    zero = {"data_type": "TYPE_INT32", "zero_data": True}
     assert config == {
         "name": "planned",
         "backend": "tensorrt",
@@ -107,16 +108,20 @@ def test_the_configuration_of_plans_says_everything_that_the_passport_knows(
         "max_batch_size": 4,  # what the profile of the long sequences has room for
         "default_model_filename": "model_sm80.plan",
         "cc_model_filenames": {"8.0": "model_sm80.plan", "9.0": "model_sm90.plan"},
-        "input": [{"name": name, "data_type": "TYPE_INT32", "dims": ["-1"]} for name in ("input_ids", "attention_mask", "token_type_ids")],
+        "input": [{"name": name, "data_type": "TYPE_INT32", "dims": ["-1"]} for name in names],
         "output": [{"name": "logits", "data_type": "TYPE_FP32", "dims": ["2"]}],
         "version_policy": {"latest": {"num_versions": 1}},
         "dynamic_batching": {},  # with no delay and no queue policy: see the module text of engines.triton.config
         "instance_group": [{"kind": "KIND_GPU", "count": 2, "profile": ["0", "1"]}],
         "model_warmup": [
-            {"name": f"batch {batch} length {length}", "batch_size": batch, "inputs": {z["key"]: {**z["value"], "dims": [str(length)]} for z in zeros}}
+            {
+                "name": f"batch {batch} length {length}",
+                "batch_size": batch,
+                "inputs": {name: {**zero, "dims": [str(length)]} for name in names},
+            }
             for batch, length in ((4, 16), (2, 48))
         ],
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(
@@ -147,12 +152,14 @@ def test_an_engine_that_takes_no_single_row_is_not_handed_over() -> None:
 
 
 def test_the_text_face_is_an_ensemble_of_tokenizer_engine_and_labels(engine: Path, tmp_path: Path) -> None:
-    export_repository([Source("m", "1", engine)], tmp_path / "repo", TritonOptions(text=True, pair=True, threads=1))
-    found = parse(*sorted((tmp_path / "repo").glob("*/config.pbtxt")))
-    assert set(found) == {"m", "m_tokenizer", "m_labels", "m_text"}
-    assert found["m"]["parameters"] == {"intra_op_thread_count": {"string_value": "1"}}
-    assert found["m"]["instance_group"] == [{"kind": "KIND_CPU", "count": 1}]
-    ensemble = found["m_text"]
+    export_repository(
+        [EngineSource("m", "1", engine)], tmp_path / "repo", TritonOptions(text=True, pair=True, threads=1)
+    )
+    configs = parse(*sorted((tmp_path / "repo").glob("*/config.pbtxt")))
+    assert set(configs) == {"m", "m_tokenizer", "m_labels", "m_text"}
+    assert configs["m"]["parameters"] == {"intra_op_thread_count": {"string_value": "1"}}
+    assert configs["m"]["instance_group"] == [{"kind": "KIND_CPU", "count": 1}]
+    ensemble = configs["m_text"]
     assert [i["name"] for i in ensemble["input"]] == ["text", "text_pair"]
     assert [(o["name"], o["data_type"]) for o in ensemble["output"]] == [
         ("logits", "TYPE_FP32"),
@@ -163,7 +170,7 @@ def test_the_text_face_is_an_ensemble_of_tokenizer_engine_and_labels(engine: Pat
 
 
 def test_a_field_that_triton_does_not_know_is_found(engine: Path, tmp_path: Path) -> None:
-    export_repository([Source("m", "1", engine)], tmp_path / "repo")
+    export_repository([EngineSource("m", "1", engine)], tmp_path / "repo")
     file = tmp_path / "repo" / "m" / "config.pbtxt"
     file.write_text(file.read_text() + "max_queue_delay: 3\n")
     from google.protobuf import text_format
@@ -178,13 +185,13 @@ def test_pbtxt_escapes_what_a_string_may_hold() -> None:
 
 
 @pytest.fixture(scope="module")
-def plan_server(plans: list[Source], engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def plan_server(plans: list[EngineSource], engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Triton on a repository with plans for two GPUs (as KIND_CPU: there is none here) and a model of two sentences."""
     venv = triton_venv()
     if isinstance(venv, str):
         pytest.skip(venv)
     home = tmp_path_factory.mktemp("plan-repository")
-    sources = [*plans, Source("pairs", "1", engine)]
+    sources = [*plans, EngineSource("pairs", "1", engine)]
     export_repository(sources, home / "repo", TritonOptions(text=True, pair=True, kind="cpu"))
     with triton(home / "repo", home / "log", venv) as running:
         yield running
@@ -214,18 +221,18 @@ def test_pairs_of_sentences_run_through_the_ensemble(plan_server: Running, model
     encoding = exact_engine.tokenizer().encode("good film", "bad")
     feeds = {"input_ids": encoding.ids, "attention_mask": encoding.attention_mask, "token_type_ids": encoding.type_ids}
     with client_http.InferenceServerClient(plan_server.address) as client:
-        found = client.infer(model, inputs).as_numpy("logits")
-    np.testing.assert_array_equal(found, exact_engine.expected({k: np.array([v]) for k, v in feeds.items()}))
+        actual = client.infer(model, inputs).as_numpy("logits")
+    np.testing.assert_array_equal(actual, exact_engine.expected({k: np.array([v]) for k, v in feeds.items()}))
 
 
-def test_a_manifest_names_every_file_and_notices_a_change(plans: list[Source], tmp_path: Path) -> None:
+def test_a_manifest_names_every_file_and_notices_a_change(plans: list[EngineSource], tmp_path: Path) -> None:
     manifest = export_repository(plans, tmp_path / "repo", TritonOptions(text=True))
     repository = tmp_path / "repo"
-    assert manifest == json.loads((repository / "manifest.json").read_text())
+    assert json.loads(json.dumps(manifest.to_dict())) == json.loads((repository / "manifest.json").read_text())
     written = {
         p.relative_to(repository).as_posix() for p in repository.rglob("*") if p.is_file() and p.parent != repository
     }
-    assert set(manifest["files"]) == written
+    assert set(manifest.files) == written
     assert problems(repository, "10.14.1") == []
     (repository / "planned" / "1" / "model_sm80.plan").write_bytes(b"other")
     (repository / "planned_tokenizer" / "1" / "model.py").unlink()
@@ -235,23 +242,27 @@ def test_a_manifest_names_every_file_and_notices_a_change(plans: list[Source], t
     ]
 
 
-@pytest.mark.parametrize(("version", "fits"), [("10.14.1", True), ("10.14.1.48", True), ("10.14.2", False), ("8.6.1", False), (None, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("version", "fits"), [("10.14.1", True), ("10.14.1.48", True), ("10.14.2", False), ("8.6.1", False), (None, False)]
+)
 def test_plans_want_the_containers_tensorrt(
-    plans: list[Source], tmp_path: Path, version: str | None, fits: bool
+    plans: list[EngineSource], tmp_path: Path, version: str | None, fits: bool
 ) -> None:
     export_repository(plans, tmp_path / "repo")
     assert (problems(tmp_path / "repo", version) == []) is fits
 
 
-@pytest.mark.parametrize(("number", "text"), [(8601, "8.6.1"), (8503, "8.5.3"), (100001, "10.0.1"), (101401, "10.14.1"), (110400, "11.4.0")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "text"), [(8601, "8.6.1"), (8503, "8.5.3"), (100001, "10.0.1"), (101401, "10.14.1"), (110400, "11.4.0")]
+)
 def test_tensorrts_version_number_is_read_as_nvidia_writes_it(number: int, text: str) -> None:
     assert version_text(number) == text
 
 
 def test_the_check_runs_alone_and_starts_the_server_only_when_all_is_well(
-    engine: Path, plans: list[Source], tmp_path: Path
+    engine: Path, plans: list[EngineSource], tmp_path: Path
 ) -> None:
-    export_repository([Source("m", "1", engine)], tmp_path / "onnx")
+    export_repository([EngineSource("m", "1", engine)], tmp_path / "onnx")
     export_repository(plans, tmp_path / "plans")
     compiler = shutil.which("cc") or shutil.which("gcc")
     library = tmp_path / "lib"
@@ -282,8 +293,8 @@ def test_the_check_runs_alone_and_starts_the_server_only_when_all_is_well(
         assert run("plans", str(library)).stdout == "started\n"
 
 
-def test_container_files_are_yaml_and_copy_every_model(plans: list[Source], engine: Path, tmp_path: Path) -> None:
-    sources = [*plans, Source("m", "1", engine)]
+def test_container_files_are_yaml_and_copy_every_model(plans: list[EngineSource], engine: Path, tmp_path: Path) -> None:
+    sources = [*plans, EngineSource("m", "1", engine)]
     export_repository(sources, tmp_path / "repo", TritonOptions(text=True, image="registry.example/triton:1"))
     repository = tmp_path / "repo"
     models = {path.name for path in repository.iterdir() if path.is_dir()}
@@ -309,30 +320,48 @@ def test_container_files_are_yaml_and_copy_every_model(plans: list[Source], engi
         ({"backend": "trt_rtx"}, "no backend for trt_rtx engines"),
         ({"bindings": {}}, "does not say what the engine's inputs are"),
         ({"requires": {}}, "does not name its TensorRT version"),
-        ({"bindings": {"inputs": [{"name": "x", "dtype": "int64", "shape": [8, -1]}], "outputs": [{"name": "y", "dtype": "float32", "shape": [8, 2]}]}}, "fixed batch"),
-        ({"bindings": {"inputs": [{"name": "x", "dtype": "complex64", "shape": [-1, -1]}], "outputs": [{"name": "y", "dtype": "float32", "shape": [-1, 2]}]}}, "no type for complex64"),
+        (
+            {
+                "bindings": {
+                    "inputs": [{"name": "x", "dtype": "int64", "shape": [8, -1]}],
+                    "outputs": [{"name": "y", "dtype": "float32", "shape": [8, 2]}],
+                }
+            },
+            "fixed batch",
+        ),
+        (
+            {
+                "bindings": {
+                    "inputs": [{"name": "x", "dtype": "complex64", "shape": [-1, -1]}],
+                    "outputs": [{"name": "y", "dtype": "float32", "shape": [-1, 2]}],
+                }
+            },
+            "no type for complex64",
+        ),
         ({"engine_sha256": "0" * 64}, "is not the engine of its passport"),
     ],
-)  # fmt: skip
+)
 def test_what_triton_cannot_load_is_refused_and_nothing_is_left(
     engine: Path, tmp_path: Path, changes: dict[str, Any], complaint: str
 ) -> None:
     directory = plan_directory(engine, tmp_path / "engine", "8.0", **changes)
     with pytest.raises((ServeError, ArtifactError), match=complaint):
-        export_repository([Source("m", "1", directory)], tmp_path / "repo")
+        export_repository([EngineSource("m", "1", directory)], tmp_path / "repo")
     assert [path.name for path in tmp_path.iterdir()] == ["engine"]
 
 
 def test_engines_of_one_name_must_be_one_model_for_different_gpus(
-    plans: list[Source], engine: Path, tmp_path: Path
+    plans: list[EngineSource], engine: Path, tmp_path: Path
 ) -> None:
-    same = Source("planned", "1", plan_directory(engine, tmp_path / "same", "8.0"))
-    other = Source("planned", "1", plan_directory(engine, tmp_path / "other", "8.6", onnx_sha256="0" * 64))
-    built = Source("planned", "1", plan_directory(engine, tmp_path / "built", "8.6", profiles=PROFILES[:1]))
-    newer = Source("newer", "1", plan_directory(engine, tmp_path / "newer", "8.6", requires={"tensorrt": "11.0.0"}))
+    same = EngineSource("planned", "1", plan_directory(engine, tmp_path / "same", "8.0"))
+    other = EngineSource("planned", "1", plan_directory(engine, tmp_path / "other", "8.6", onnx_sha256="0" * 64))
+    built = EngineSource("planned", "1", plan_directory(engine, tmp_path / "built", "8.6", profiles=PROFILES[:1]))
+    newer = EngineSource(
+        "newer", "1", plan_directory(engine, tmp_path / "newer", "8.6", requires={"tensorrt": "11.0.0"})
+    )
     for sources, complaint in (
         ([*plans, same], "different compute capabilities"),
-        ([plans[0], Source("planned", "1", engine)], "different compute capabilities"),
+        ([plans[0], EngineSource("planned", "1", engine)], "different compute capabilities"),
         ([*plans, other], "different graphs"),
         ([*plans, built], "differ in their inputs, outputs or profiles"),
         ([*plans, newer], "need TensorRT 10.14.1.48 and 11.0.0"),
@@ -348,14 +377,14 @@ def test_only_a_repository_of_ours_is_replaced(engine: Path, tmp_path: Path) -> 
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("keep")
     with pytest.raises(ArtifactError, match="no repository of ours"):
-        export_repository([Source("m", "1", engine)], tmp_path / "notes")
+        export_repository([EngineSource("m", "1", engine)], tmp_path / "notes")
     assert (tmp_path / "notes" / "mine.txt").read_text() == "keep"
     copy = Path(shutil.copytree(engine, tmp_path / "engine"))
     with pytest.raises(ArtifactError, match="no repository of ours"):
-        export_repository([Source("m", "1", copy)], copy)
+        export_repository([EngineSource("m", "1", copy)], copy)
     assert (copy / PASSPORT_FILE).is_file()
     for name in ("first", "second"):
-        export_repository([Source(name, "1", engine)], tmp_path / "repo")
+        export_repository([EngineSource(name, "1", engine)], tmp_path / "repo")
     assert [path.name for path in (tmp_path / "repo").iterdir() if path.is_dir()] == ["second"]
 
 

@@ -1,4 +1,5 @@
-"""The plan: N:M parsing, bit accounting against numbers worked out by hand, and a text form that refuses what it cannot mean."""
+"""The plan: N:M parsing, bit accounting against numbers worked out by hand, and a text form that refuses what it cannot
+mean."""
 
 from __future__ import annotations
 
@@ -69,7 +70,9 @@ def test_index_bits_stay_exact_where_floating_point_logarithms_do_not() -> None:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_a_pattern_implies_2_4_when_no_matrix_of_it_breaks_2_4(pattern: NMPattern) -> None:
     width = math.lcm(pattern.m, 4)
-    supports = [np.isin(range(pattern.m), kept) for kept in itertools.combinations(range(pattern.m), pattern.n)]
+    supports = [
+        np.isin(range(pattern.m), positions) for positions in itertools.combinations(range(pattern.m), pattern.n)
+    ]
     if len(supports) ** (width // pattern.m) > 200_000:
         pytest.skip("too many matrices to enumerate")
     rows = itertools.product(supports, repeat=width // pattern.m)
@@ -146,12 +149,12 @@ def test_a_row_that_is_no_multiple_of_four_is_padded_for_the_hardware() -> None:
 
 
 @pytest.mark.parametrize("text", ["2:4+W8", "W4", "2:4", "dense"])
-def test_a_menu_entry_is_printed_as_it_is_parsed(text: str) -> None:
+def test_a_weight_option_is_printed_as_it_is_parsed(text: str) -> None:
     assert str(WeightSpec.parse(text)) == text
 
 
 @pytest.mark.parametrize("text", ["", "W", "8", "2:4+W8+W4", "2:4+1:4", "W8+", "float"])
-def test_what_is_no_menu_entry_is_refused(text: str) -> None:
+def test_what_is_no_weight_option_is_refused(text: str) -> None:
     with pytest.raises(PlanError, match="not a weight option"):
         WeightSpec.parse(text)
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from nxm_export.data.bootstrap import RESAMPLES, bootstrap_interval, resamples
+from nxm_export.data.metrics import interval
 
 
 def test_an_interval_holds_the_middle_95_percent_of_the_resampled_statistics() -> None:
@@ -34,3 +35,12 @@ def test_nan_stays_nan() -> None:
     low, high = bootstrap_interval(4, lambda picks: math.nan)
     assert math.isnan(low)
     assert math.isnan(high)
+
+
+def test_accuracy_of_a_thousand_draws_is_that_of_scikit_learn() -> None:
+    from sklearn.metrics import accuracy_score
+
+    generator = np.random.default_rng(2)
+    labels, logits = generator.integers(0, 3, 37), generator.normal(size=(37, 3))
+    expected = bootstrap_interval(37, lambda picks: float(accuracy_score(labels[picks], logits[picks].argmax(-1))))
+    assert interval("accuracy", logits, labels) == expected

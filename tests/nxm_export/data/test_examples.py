@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,16 @@ def write(tmp_path: Path, name: str, content: str | bytes) -> str:
     return str(file)
 
 
-def tsv(rows: list[tuple[str, ...]], header: str = "sentence1\tsentence2\tlabel", end: str = "\n") -> str:
+def tsv(rows: Sequence[tuple[str, ...]], header: str = "sentence1\tsentence2\tlabel", end: str = "\n") -> str:
     return end.join([header, *("\t".join(row) for row in rows)]) + end
 
 
-def csv_text(rows: list[tuple[str, ...]], end: str = "\n") -> str:
+def csv_text(rows: Sequence[tuple[str, ...]], end: str = "\n") -> str:
     quoted = [",".join('"' + cell.replace('"', '""') + '"' for cell in row) for row in rows]
     return end.join(["sentence1,sentence2,label", *quoted]) + end
 
 
-def jsonl(rows: list[tuple[str, ...]]) -> str:
+def jsonl(rows: Sequence[tuple[str, ...]]) -> str:
     return "".join(json.dumps({"sentence1": a, "sentence2": b, "label": int(c)}) + "\n" for a, b, c in rows)
 
 
@@ -147,9 +148,21 @@ def test_any_text_survives_jsonl(tmp_path_factory: pytest.TempPathFactory, rows:
         ("d.csv", 'sentence,label\na,1\n"b,1\n', "d.csv:3: malformed line (unexpected end of data)"),
         ("d.csv", 'sentence,label\n"a"b,1\n', "d.csv:2: malformed line"),
         ("d.tsv", "sentence\tlabel\tlabel\na\t1\t0\n", "d.tsv:1: column 'label' is named twice"),
-        ("d.tsv", "text1\tscore1\na\t1\n", "none of the usual text columns (sentence1, question, question1, premise, text1, query, text"),
-        ("d.tsv", "sentence\tx\na\t1\n", "none of the usual label columns (label, labels, score, relevance) among sentence, x; name it with --label"),
-        ("d.tsv", b"sentence\tlabel\nok\t1\ncaf\xe9\t1\n", "d.tsv:3: not UTF-8; convert the file, for example with iconv"),
+        (
+            "d.tsv",
+            "text1\tscore1\na\t1\n",
+            "none of the usual text columns (sentence1, question, question1, premise, text1, query, text",
+        ),
+        (
+            "d.tsv",
+            "sentence\tx\na\t1\n",
+            "none of the usual label columns (label, labels, score, relevance) among sentence, x; name it with --label",
+        ),
+        (
+            "d.tsv",
+            b"sentence\tlabel\nok\t1\ncaf\xe9\t1\n",
+            "d.tsv:3: not UTF-8; convert the file, for example with iconv",
+        ),
         ("d.csv", b"sentence,label\nok,1\ncaf\xe9,1\n", "d.csv:3: not UTF-8"),
         ("d.jsonl", b'{"text": "caf\xe9", "label": 1}\n', "d.jsonl:1: not UTF-8"),
         ("d.tsv", "sentence\tlabel\na\t1\n".encode("utf-16"), "d.tsv:1: not UTF-8"),
@@ -170,7 +183,7 @@ def test_any_text_survives_jsonl(tmp_path_factory: pytest.TempPathFactory, rows:
         ("d.txt", "sentence\tlabel\na\t1\n", "unknown format .txt; use .tsv, .csv, .jsonl, .json, .parquet"),
         ("data", "sentence\tlabel\na\t1\n", "unknown format without suffix"),
     ],
-)  # fmt: skip
+)
 def test_a_malformed_file_is_refused_with_its_place(
     tmp_path: Path, name: str, content: str | bytes, message: str
 ) -> None:
@@ -227,8 +240,8 @@ def test_an_empty_second_column_is_no_pair(tmp_path: Path) -> None:
     assert raw.pairs is None
 
 
-def labels(tmp_path: Path, *found: str) -> Any:
-    return load_raw(write(tmp_path, "d.tsv", tsv([("x", label) for label in found], header="text\tlabel")), "train")
+def labels(tmp_path: Path, *texts: str) -> Any:
+    return load_raw(write(tmp_path, "d.tsv", tsv([("x", label) for label in texts], header="text\tlabel")), "train")
 
 
 def test_class_names_are_sorted_as_numbers_where_they_are(tmp_path: Path) -> None:
@@ -272,7 +285,7 @@ def test_a_score_that_is_none_has_its_line(tmp_path: Path, label: str, message: 
 def test_a_split_and_a_sample_keep_every_example_once() -> None:
     examples = Examples([f"t{i}" for i in range(20)], [f"p{i}" for i in range(20)], list(range(20)), "x")
     rest, held_out = examples.split(5, seed=3)
-    assert sorted(rest.labels + held_out.labels) == list(range(20))
+    assert sorted([*rest.labels, *held_out.labels]) == list(range(20))
     assert len(held_out) == 5
     assert all(
         t[1:] == p[1:] == str(label) for t, p, label in zip(rest.texts, rest.pairs or [], rest.labels, strict=True)
@@ -283,15 +296,15 @@ def test_a_split_and_a_sample_keep_every_example_once() -> None:
 
 def test_tokens_and_pairs_are_what_the_tokenizer_says() -> None:
     examples = Examples(["good film", "a"], ["very long story", "bad"], [1, 0], "x")
-    found = encode(tiny.tokenizer(), examples, 6, ("input_ids", "attention_mask", "token_type_ids"))
-    assert [len(sample["input_ids"]) for sample in found] == [6, 5]  # [CLS] and two [SEP] stay, words are cut
-    assert found[1]["token_type_ids"] == [0, 0, 0, 1, 1]
-    batch = pad(found, pad_id=9)
+    samples = encode(tiny.tokenizer(), examples, 6, ("input_ids", "attention_mask", "token_type_ids"))
+    assert [len(sample["input_ids"]) for sample in samples] == [6, 5]  # [CLS] and two [SEP] stay, words are cut
+    assert samples[1]["token_type_ids"] == [0, 0, 0, 1, 1]
+    batch = pad(samples, pad_id=9)
     assert batch["input_ids"].dtype == np.int64
     assert batch["input_ids"][1, -1] == 9
     assert batch["attention_mask"].tolist() == [[1] * 6, [1] * 5 + [0]]
     assert "labels" not in batch
-    assert pad(found, 0, length=8)["input_ids"].shape == (2, 8)
+    assert pad(samples, 0, length=8)["input_ids"].shape == (2, 8)
 
 
 @pytest.mark.parametrize(("pairs", "length"), [(None, 2), (["very long story"], 3)])

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from nxm_export.data.examples import Examples, cut, encode, group_array, inputs_of, members, pad
+from nxm_export.data.examples import Examples, encode, group_array, inputs_of, members, pad, split_indices
 from nxm_export.data.metrics import accuracy, interval, paired_interval
 from nxm_export.errors import DataError
 from tests.support import tiny
@@ -27,17 +27,17 @@ class TestExamples:
     @pytest.mark.parametrize("seed", range(5))
     def test_a_split_keeps_every_example_once_and_every_group_whole(self, seed: int) -> None:
         rest, held_out = examples().split(5, seed)
-        assert sorted(rest.labels + held_out.labels) == list(range(12))
+        assert sorted([*rest.labels, *held_out.labels]) == list(range(12))
         assert 5 <= len(held_out) < 5 + 3  # the largest group has 3
         assert whole(rest)
         assert whole(held_out)
 
     @pytest.mark.parametrize("seed", range(5))
     def test_a_sample_has_whole_groups_and_at_most_what_was_asked(self, seed: int) -> None:
-        found = examples().sample(6, seed)
-        assert 0 < len(found) <= 6
-        assert whole(found)
-        assert found.labels == sorted(found.labels)
+        drawn = examples().sample(6, seed)
+        assert 0 < len(drawn) <= 6
+        assert whole(drawn)
+        assert drawn.labels == sorted(drawn.labels)
 
     def test_what_would_split_a_group_is_refused(self) -> None:
         with pytest.raises(DataError, match="would split group 1"):
@@ -61,13 +61,13 @@ def test_tokens_carry_their_group_and_models_never_read_it() -> None:
 
 def test_a_cut_of_features_keeps_groups_and_is_a_permutation_without_them() -> None:
     grouped = [{"input_ids": [1], "labels": 0, "group": group} for group in GROUPS]
-    picked, rest = cut(grouped, 4, seed=1)
+    picked, rest = split_indices(grouped, 4, seed=1)
     assert sorted(picked + rest) == list(range(12))
     assert not {GROUPS[i] for i in picked} & {GROUPS[i] for i in rest}
     plain = [inputs_of(sample) for sample in grouped]
     order = np.random.default_rng(1).permutation(12).tolist()
-    assert cut(plain, 4, seed=1) == (order[:4], order[4:])
-    assert cut(plain, 0, seed=1)[0] == []
+    assert split_indices(plain, 4, seed=1) == (order[:4], order[4:])
+    assert split_indices(plain, 0, seed=1)[0] == []
 
 
 def test_members_are_in_order_of_their_first() -> None:
@@ -85,8 +85,8 @@ def test_an_interval_resamples_groups() -> None:
         pick = [i for group in drawn for i in group]
         values.append(accuracy(logits[pick], labels[pick]))
         differences.append(values[-1] - accuracy(other[pick], labels[pick]))
-    found = interval("accuracy", logits, labels, seed=3, groups=groups)
-    assert found == tuple(np.percentile(values, [2.5, 97.5]))
+    actual = interval("accuracy", logits, labels, seed=3, groups=groups)
+    assert actual == tuple(np.percentile(values, [2.5, 97.5]))
     paired = paired_interval("accuracy", logits, other, labels, seed=3, groups=groups)
     assert paired == tuple(np.percentile(differences, [2.5, 97.5]))
-    assert found != interval("accuracy", logits, labels, seed=3)
+    assert actual != interval("accuracy", logits, labels, seed=3)

@@ -52,31 +52,58 @@ class TestFiles:
         ("name", "text"),
         [
             ("a.json", squad([{"text": "superb", "answer_start": 16}])),
-            ("a.jsonl", json.dumps({"question": "which actor", "context": CONTEXT, "answers": {"text": ["superb"], "answer_start": [16]}})),
-            ("a.json", json.dumps({"question": "which actor", "context": CONTEXT, "answers": [{"text": "superb", "answer_start": 16}]})),
-            ("a.jsonl", json.dumps({"question": "which actor", "context": CONTEXT, "answer": "superb", "answer_start": 16})),
+            (
+                "a.jsonl",
+                json.dumps(
+                    {
+                        "question": "which actor",
+                        "context": CONTEXT,
+                        "answers": {"text": ["superb"], "answer_start": [16]},
+                    }
+                ),
+            ),
+            (
+                "a.json",
+                json.dumps(
+                    {"question": "which actor", "context": CONTEXT, "answers": [{"text": "superb", "answer_start": 16}]}
+                ),
+            ),
+            (
+                "a.jsonl",
+                json.dumps({"question": "which actor", "context": CONTEXT, "answer": "superb", "answer_start": 16}),
+            ),
             ("a.csv", f"question,context,answer,answer_start\nwhich actor,{CONTEXT},superb,16\n"),
-            ("a.csv", f'question,context,answers\nwhich actor,{CONTEXT},"{{""text"": [""superb""], ""answer_start"": [16]}}"\n'),
+            (
+                "a.csv",
+                "question,context,answers\n"
+                f'which actor,{CONTEXT},"{{""text"": [""superb""], ""answer_start"": [16]}}"\n',
+            ),
             ("a.tsv", f"question\tcontext\tanswer\tanswer_start\nwhich actor\t{CONTEXT}\tsuperb\t16\n"),
         ],
-    )  # fmt: skip
+    )
     def test_all_ways_of_writing_a_question_mean_the_same(self, tmp_path: Path, name: str, text: str) -> None:
-        found = read(tmp_path / name, text)
-        assert (found.texts, found.pairs, found.labels) == (["which actor"], [CONTEXT], [(("superb", 16),)])
+        questions = read(tmp_path / name, text)
+        assert (questions.texts, questions.pairs, questions.labels) == (["which actor"], [CONTEXT], [(("superb", 16),)])
 
     def test_parquet_and_other_column_names(self, tmp_path: Path) -> None:
         parquet = pytest.importorskip("pyarrow.parquet")
         arrow = pytest.importorskip("pyarrow")
         rows = {"q": ["which actor"], "c": [CONTEXT], "a": [{"text": ["superb", "a superb"], "answer_start": [16, 14]}]}
-        parquet.write_table(arrow.table(rows), tmp_path / "a.parquet")
+        parquet.write_sensitivities(arrow.table(rows), tmp_path / "a.parquet")
         raw = load_labelled(str(tmp_path / "a.parquet"), "dev", Columns("q", "c", "a"), TASK)
         assert raw.labels == [(("superb", 16), ("a superb", 14))]
 
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            (squad([{"text": "dull", "answer_start": 16}]), "the answer 'dull' does not stand at character 16 .* does not hold it at all"),
-            (squad([{"text": "superb", "answer_start": 15}]), "'superb' does not stand at character 15 .* it stands at 16"),
+            (
+                squad([{"text": "dull", "answer_start": 16}]),
+                "the answer 'dull' does not stand at character 16 .* does not hold it at all",
+            ),
+            (
+                squad([{"text": "superb", "answer_start": 15}]),
+                "'superb' does not stand at character 15 .* it stands at 16",
+            ),
             (squad([{"text": "superb", "answer_start": 999}]), "it stands at 16"),
             (squad([{"text": "superb", "answer_start": -1}]), "answer_start -1 is no character number"),
             (squad([{"text": "superb"}]), "answer_start None is no character number"),
@@ -87,7 +114,7 @@ class TestFiles:
             ('{"data": [{"paragraphs": 3}]}', "not SQuAD's JSON"),
             ('{"data": []}', "no questions in it"),
         ],
-    )  # fmt: skip
+    )
     def test_a_bad_question_is_named(self, tmp_path: Path, text: str, message: str) -> None:
         with pytest.raises(DataError, match=rf"a\.json.*{message}"):
             read(tmp_path / "a.json", text)
@@ -97,12 +124,15 @@ class TestFiles:
         [
             ({"question": "q", "answers": []}, "no column 'context'; it has question, answers"),
             ({"question": "q", "context": "c"}, "no column 'answer'"),
-            ({"question": "q", "context": "c", "answers": {"text": ["c"], "answer_start": [0, 1]}}, "two lists of one length"),
+            (
+                {"question": "q", "context": "c", "answers": {"text": ["c"], "answer_start": [0, 1]}},
+                "two lists of one length",
+            ),
             ({"question": "q", "context": "c", "answers": "[1"}, "are no JSON"),
             ({"question": "q", "context": "c", "answers": 3}, "which is no answer"),
             ({"question": "", "context": "c", "answer": "c", "answer_start": 0}, "the question is empty"),
         ],
-    )  # fmt: skip
+    )
     def test_a_bad_row_is_named_by_its_line(self, tmp_path: Path, row: dict[str, Any], message: str) -> None:
         good = {"question": "q", "context": "c", "answers": {"text": ["c"], "answer_start": [0]}}
         with pytest.raises(DataError, match=rf"a\.jsonl:2: .*{message}"):
@@ -130,13 +160,13 @@ class TestWindows:
         tokenizer, length, overlap = tiny.tokenizer(family), 16, 4
         (question,), (context,) = (given := example(words, begin, count)).texts, given.pairs or []
         room = length - len(question.split()) - tokenizer.num_special_tokens_to_add(True)
-        found = windows(tokenizer, given, length, INPUTS[:2], overlap)
+        samples = windows(tokenizer, given, length, INPUTS[:2], overlap)
         ids = [tokenizer.token_to_id(word) for word in context.split()]
         starts = [0]
         while starts[-1] + room < words:
             starts.append(starts[-1] + room - overlap)
-        assert len(found) == len(starts)
-        for sample, at in zip(found, starts, strict=True):
+        assert len(samples) == len(starts)
+        for sample, at in zip(samples, starts, strict=True):
             first = len(question.split()) + (3 if family == "roberta" else 2)
             part = ids[at : at + room]
             assert sample["input_ids"][first : first + len(part)] == part
@@ -144,16 +174,16 @@ class TestWindows:
             window = Window.unpack(label_array([sample])[0])
             assert (window.first, window.text) == (first, " ".join(context.split()[at : at + room]))
             inside = at <= begin and begin + count <= at + len(part)
-            wanted = [first + begin - at, first + begin - at + count - 1] if inside else [NO_ANSWER, NO_ANSWER]
-            assert sample["span"] == wanted
+            expected = [first + begin - at, first + begin - at + count - 1] if inside else [NO_ANSWER, NO_ANSWER]
+            assert sample["span"] == expected
             if inside:
-                assert window.answer(*wanted) == " ".join(context.split()[begin : begin + count])
+                assert window.answer(*expected) == " ".join(context.split()[begin : begin + count])
             assert sample["group"] == 0
 
     def test_the_overlap_is_at_most_half_a_window_unless_it_is_given(self) -> None:
         room = 16 - 2 - 3
-        found = windows(tiny.tokenizer(), example(40, 0, 1), 16, INPUTS)
-        texts = [Window.unpack(row).text.split() for row in label_array(found)]
+        samples = windows(tiny.tokenizer(), example(40, 0, 1), 16, INPUTS)
+        texts = [Window.unpack(row).text.split() for row in label_array(samples)]
         assert texts[0][room - room // 2 :] == texts[1][: room // 2]
 
     @pytest.mark.parametrize("overlap", [11, 20, -1])
@@ -175,7 +205,8 @@ def unit(text: str, answers: list[str], first: int = 3) -> np.ndarray:
     """The label of a window whose tokens are the words of `text`."""
     ends = list(itertools.accumulate(len(word) + 1 for word in text.split()))
     starts = [0, *ends[:-1]]
-    return label_array([{"labels": Window(first, text, starts, [end - 1 for end in ends], answers).pack()}])[0]
+    window = Window(first, text, starts, [end - 1 for end in ends], answers)
+    return np.asarray(label_array([{"labels": window.pack()}])[0])
 
 
 class TestScores:
@@ -193,7 +224,8 @@ class TestScores:
         ],
     )
     def test_exact_match_and_f1_by_hand(self, predicted: str, gold: str, em: float, score: float) -> None:
-        assert (exact(predicted, gold), f1(predicted, gold)) == (em, pytest.approx(score))
+        assert exact(predicted, gold) == em
+        assert f1(predicted, gold) == pytest.approx(score)
 
     def test_the_best_span_is_that_of_all_pairs(self) -> None:
         rng = np.random.default_rng(0)
@@ -201,8 +233,8 @@ class TestScores:
             window = Window(5, "", list(range(count)), list(range(1, count + 1)), [])
             logits = rng.normal(size=(60, 2))
             pairs = [(i, j) for i in range(5, 5 + count) for j in range(i, min(i + longest, 5 + count))]
-            wanted = max(pairs, key=lambda pair: logits[pair[0], 0] + logits[pair[1], 1])
-            assert best_span(logits, window, longest)[1:] == wanted
+            expected = max(pairs, key=lambda pair: logits[pair[0], 0] + logits[pair[1], 1])
+            assert best_span(logits, window, longest)[1:] == expected
 
     def test_a_question_position_or_padding_never_wins(self) -> None:
         label, logits = unit("good film", ["good film"]), np.zeros((1, 9, 2))
@@ -223,28 +255,29 @@ class TestScores:
         logits[2, 3, 0], logits[2, 4, 1] = 1.0, 1.0  # long story: half of it
         groups = np.array([7, 7, 9])
         rows = answer_scores(logits, labels, (), groups)
-        np.testing.assert_allclose(rows, [[1, 1], [0, 2 / 3]])
+        np.testing.assert_allclose(rows, [[1.0, 1.0], [0.0, 2 / 3]])
         assert metric_named("squad_f1", (), groups)(logits, labels) == pytest.approx(5 / 6)
         assert metric_named("exact_match", (), groups)(logits, labels) == 0.5
         low, high = interval("squad_f1", logits, labels, groups=groups)
-        assert (low, high) == (pytest.approx(2 / 3), 1.0)  # two questions, drawn as wholes
+        assert low == pytest.approx(2 / 3)  # two questions, drawn as wholes
+        assert high == 1.0
 
 
 class TestParity:
     def test_decisions_are_positions_of_the_context(self) -> None:
-        wanted = np.array([[9.0, 1.0, 3.0, 2.9, 0.0], [9.0, 5.0, 1.0, 0.0, 0.0]])
+        expected = np.array([[9.0, 1.0, 3.0, 2.9, 0.0], [9.0, 5.0, 1.0, 0.0, 0.0]])
         allowed = np.array([[False, True, True, True, False], [False, True, True, False, False]])
-        lengths, noise = [4, 3], np.full_like(wanted, 0.1)
-        found = wanted.copy()
-        found[0, 0], found[0, 3] = 8.95, 3.1  # the question token stays first everywhere, and is not asked
-        expectation, reading = Expectation(wanted, noise, noise), Reading("span", lengths, allowed)
-        report = compare_output("start_logits", expectation, found, reading, quantized=True)
+        lengths, noise = [4, 3], np.full_like(expected, 0.1)
+        actual = expected.copy()
+        actual[0, 0], actual[0, 3] = 8.95, 3.1  # the question token stays first everywhere, and is not asked
+        expectation, reading = Expectation(expected, noise, noise), Reading("span", lengths, allowed)
+        report = compare_output("start_logits", expectation, actual, reading, quantized=True)
         assert (report.agreement, report.flips, report.unexcused_flips) == (0.5, 1, 0)
         (flip,) = report.worst_flips
         assert (flip.sample, flip.position, flip.reference, flip.engine) == (0, (), 2, 3)
         assert flip.margin == pytest.approx(0.1)
-        found[1, 1], found[1, 2] = 1.0, 5.0
-        report = compare_output("start_logits", expectation, found, reading, quantized=True)
+        actual[1, 1], actual[1, 2] = 1.0, 5.0
+        report = compare_output("start_logits", expectation, actual, reading, quantized=True)
         assert report.unexcused_flips == 1
         assert not report.passed
 
@@ -270,33 +303,32 @@ class TestTraining:
         batch = self.batch()
         assert batch["labels"].tolist() == [[5, 6], [8, 8]]
         with torch.no_grad():
-            found, total = model(**batch), 0.0
+            outputs, total = model(**batch), 0.0
         for i in range(2):
             real = batch["attention_mask"][i].bool()
             with torch.no_grad():
                 alone = model(**{name: array[i : i + 1, real] for name, array in batch.items() if name != "labels"})
             for k, logits in enumerate((alone.start_logits, alone.end_logits)):
                 total -= float(logits.double().log_softmax(-1)[0, batch["labels"][i, k]])
-        assert float(found.loss) == pytest.approx(total / 4, rel=1e-5)  # float32 sums
-        assert torch.equal(found.logits[1, :, 0], found.start_logits[1])
+        assert float(outputs.loss) == pytest.approx(total / 4, rel=1e-5)  # float32 sums
+        assert torch.equal(outputs.logits[1, :, 0], outputs.start_logits[1])
 
     def test_student_and_teacher_are_held_together_along_the_sequence(self, model: Any) -> None:
         """Against divergences of each row without its padding; the search's divergence is their sum."""
         import torch
 
-        from compressors.search.sensitivity import divergence, real_logits
-        from compressors.training.distillation import spans_loss
+        from compressors.training.divergence import divergence, real_logits, spans_loss
 
         batch = self.batch()
         with torch.no_grad():
-            wanted = model(**batch).logits
-        found = wanted + torch.randn(wanted.shape, generator=torch.Generator().manual_seed(0))
-        found = found.masked_fill(~batch["attention_mask"].bool()[..., None], -1e4)
+            expected = model(**batch).logits
+        actual = expected + torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
+        actual = actual.masked_fill(~batch["attention_mask"].bool()[..., None], -1e4)
         total = 0.0
         for i, k in itertools.product(range(2), range(2)):
             real = batch["attention_mask"][i].bool()
-            p, q = (logits.double()[i, real, k].log_softmax(-1) for logits in (wanted, found))
+            p, q = (logits.double()[i, real, k].log_softmax(-1) for logits in (expected, actual))
             total += float((p.exp() * (p - q)).sum())
-        assert float(spans_loss(found, wanted)) == pytest.approx(total / 4, rel=1e-4)  # float32 sums
-        both = (real_logits(logits, batch["attention_mask"], "span") for logits in (wanted, found))
-        assert divergence(*both, "span") == pytest.approx(total, rel=1e-6)
+        assert float(spans_loss(actual, expected)) == pytest.approx(total / 4, rel=1e-4)  # float32 sums
+        first, second = (real_logits(logits, batch["attention_mask"], "span") for logits in (expected, actual))
+        assert divergence(first, second, "span") == pytest.approx(total, rel=1e-6)

@@ -38,17 +38,17 @@ class Made:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.found: dict[str, tuple[Path, Path]] = {}
+        self.paths: dict[str, tuple[Path, Path]] = {}
         self.done: dict[Path, Exported] = {}  # by graph directory
 
     def __call__(self, family: str, *, options: dict[str, Any] | None = None, **checkpoint: Any) -> tuple[Path, Path]:
         """(checkpoint directory, graph directory)"""
         key = f"{family} {sorted(checkpoint.items())} {sorted((options or {}).items())}"
-        if key not in self.found:
-            path, graph = (self.root / f"{kind}-{len(self.found)}" for kind in ("checkpoint", "graph"))
+        if key not in self.paths:
+            path, graph = (self.root / f"{kind}-{len(self.paths)}" for kind in ("checkpoint", "graph"))
             baked.write_checkpoint(family, path, **checkpoint)
-            self.found[key], self.done[graph] = (path, graph), export(path, graph, **(options or {}))
-        return self.found[key]
+            self.paths[key], self.done[graph] = (path, graph), export(path, graph, **(options or {}))
+        return self.paths[key]
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +86,13 @@ class TestEveryFamilyAndTask:
         checkpoint, graph = exported
         model = load_graph(graph / "model.onnx")
         verify(graph / "model.onnx", plan=checkpoint.plan).require()
-        found = {weight.name.removesuffix("_quantized"): weight for weight in graph_weights(model)}
-        assert set(checkpoint.plan.weights) <= set(found)
+        by_name = {weight.name.removesuffix("_quantized"): weight for weight in graph_weights(model)}
+        assert set(checkpoint.plan.weights) <= set(by_name)
         for name in checkpoint.plan.weights:
-            np.testing.assert_array_equal(found[name].matrix, checkpoint.codes(name).T)
-            np.testing.assert_array_equal(found[name].scale, checkpoint.weight_scale(name))
-            assert found[name].matrix.dtype == np.int8
-            assert found[name].scale_axis == "N"
+            np.testing.assert_array_equal(by_name[name].matrix, checkpoint.codes(name).T)
+            np.testing.assert_array_equal(by_name[name].scale, checkpoint.weight_scale(name))
+            assert by_name[name].matrix.dtype == np.int8
+            assert by_name[name].scale_axis == "N"
 
     def test_products_are_named_by_their_module(self, exported: tuple[Checkpoint, Path]) -> None:
         checkpoint, graph = exported
@@ -168,11 +168,11 @@ class TestEveryFamilyAndTask:
         with pytorch.load(checkpoint.path, task=task, exact=True) as reference:
             answers = reference.run(feeds)
         assert set(outputs) == set(answers) == set(TASKS[task].outputs)
-        for found, wanted in ((outputs[name], answers[name]) for name in answers):
-            assert found.shape == wanted.shape
-            np.testing.assert_allclose(found, wanted, atol=0.02 * max(1.0, float(np.abs(wanted).max())))
+        for actual, expected in ((outputs[name], answers[name]) for name in answers):
+            assert actual.shape == expected.shape
+            np.testing.assert_allclose(actual, expected, atol=0.02 * max(1.0, float(np.abs(expected).max())))
             if batch > 1:
-                assert (np.abs(found - wanted) < 1e-5).reshape(batch, -1).all(axis=1).mean() >= 0.5
+                assert (np.abs(actual - expected) < 1e-5).reshape(batch, -1).all(axis=1).mean() >= 0.5
 
     def test_a_row_of_padding_alone_is_finite(self, exported: tuple[Checkpoint, Path], family: str) -> None:
         _, graph = exported
@@ -208,20 +208,21 @@ def test_a_trained_model_of_each_family_runs_alike_in_both_runtimes(
         def run(self, feeds: Any) -> Any:
             return onnx_text.run(graph / "model.onnx", feeds, optimize=True)
 
-    found = run_all(Graph(), features, spec)["logits"]  # type: ignore[arg-type]
+    actual = run_all(Graph(), features, spec)["logits"]  # type: ignore[arg-type]
     for exact in (False, True):
         with pytorch.load(checkpoint, task=spec.task, plan=plan, exact=exact) as reference:
-            wanted = run_all(reference, features, spec)["logits"]
-        assert (found.argmax(-1) == wanted.argmax(-1)).all()
-        error = np.abs(found - wanted).max(axis=-1)
+            expected = run_all(reference, features, spec)["logits"]
+        assert (actual.argmax(-1) == expected.argmax(-1)).all()
+        error = np.abs(actual - expected).max(axis=-1)
         assert np.median(error) < 1e-5  # no code moved in most sentences
-        assert error.max() < 0.1 * np.abs(wanted).max()
+        assert error.max() < 0.1 * np.abs(expected).max()
     labels = np.array([sample["labels"] for sample in features])
-    assert (found.argmax(-1) == labels).mean() > 0.8  # it learned something, so the comparison means something
+    assert (actual.argmax(-1) == labels).mean() > 0.8  # it learned something, so the comparison means something
 
 
 class TestSharedLayers:
-    """ALBERT: three layers of two blocks, so that one runs twice and the other once; with INT8 attention and residual."""
+    """ALBERT: three layers of two blocks, so that one runs twice and the other once; with INT8 attention and
+    residual."""
 
     @pytest.fixture(scope="class")
     def checkpoint(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -271,12 +272,12 @@ class TestSharedLayers:
         assert len([row for row in done.report.weights if row.planned]) == len(plan.weights)
         if target == "cpu":
             feeds = baked.feeds("albert", 6, 12, padding=4)
-            found = onnx_text.run(done.path, feeds)["logits"]
+            actual = onnx_text.run(done.path, feeds)["logits"]
             with pytorch.load(checkpoint, task="classification", plan=plan, exact=True) as reference:
-                wanted = reference.run(feeds)["logits"]
+                expected = reference.run(feeds)["logits"]
             # as above: most rows differ by float32 rounding alone, and a code that moves shows in the second digit
-            np.testing.assert_allclose(found, wanted, atol=0.02 * max(1.0, float(np.abs(wanted).max())))
-            assert (np.abs(found - wanted) < 1e-5).all(axis=1).mean() >= 0.5
+            np.testing.assert_allclose(actual, expected, atol=0.02 * max(1.0, float(np.abs(expected).max())))
+            assert (np.abs(actual - expected) < 1e-5).all(axis=1).mean() >= 0.5
 
 
 class TestTensorRtTarget:
@@ -311,12 +312,12 @@ class TestTensorRtTarget:
         path, graph = made("bert", options={"target": "trt", "dtype": "float16"})
         feeds = baked.feeds("bert", 8, 12, padding=3)
         feeds["attention_mask"][1] = 0
-        found = onnx_text.run(graph / "model.onnx", feeds)["logits"]
-        assert np.isfinite(found).all()
+        actual = onnx_text.run(graph / "model.onnx", feeds)["logits"]
+        assert np.isfinite(actual).all()
         with pytorch.load(path, task="classification", scale_dtype="float16", exact=True) as reference:
-            wanted = reference.run(feeds)["logits"]
+            expected = reference.run(feeds)["logits"]
         rows = [row for row in range(8) if row != 1]  # what a row of padding alone gives is nobody's business
-        np.testing.assert_allclose(found[rows], wanted[rows], atol=0.05)  # codes move by half precision sums
+        np.testing.assert_allclose(actual[rows], expected[rows], atol=0.05)  # codes move by half precision sums
 
     def test_a_scale_that_float16_cannot_hold_is_refused_and_nothing_is_written(self, tmp_path: Path) -> None:
         path = baked.write_checkpoint("bert", tmp_path / "checkpoint")
@@ -343,12 +344,12 @@ class TestPlans:
     def test_every_weight_follows_its_own_spec_under_its_own_name(self, mixed: tuple[Path, Path]) -> None:
         checkpoint, model = open_checkpoint(mixed[0]), load_graph(mixed[1] / "model.onnx")
         rows = {row.name: row for row in verify(mixed[1] / "model.onnx").weights}
-        found = {weight.name.removesuffix("_quantized"): weight for weight in graph_weights(model)}
+        by_name = {weight.name.removesuffix("_quantized"): weight for weight in graph_weights(model)}
         for name, spec in checkpoint.plan.weights.items():
-            assert found[name].node.name == name.removesuffix(".weight")
+            assert by_name[name].node.name == name.removesuffix(".weight")
             assert (rows[name].stored, rows[name].planned) == ("INT8" if spec.weight_bits else "FLOAT", str(spec))
-            wanted = checkpoint.codes(name) if spec.weight_bits else checkpoint.weight(name)
-            np.testing.assert_array_equal(found[name].matrix, wanted.T)
+            expected = checkpoint.codes(name) if spec.weight_bits else checkpoint.weight(name)
+            np.testing.assert_array_equal(by_name[name].matrix, expected.T)
         assert {row.pattern for name, row in rows.items() if name.endswith("key.weight")} == {"2:4"}
         products = {node.name: node for node in nodes(model, "MatMul")}
         for role, quantized in (("query", False), ("key", False), ("value", True)):
@@ -359,9 +360,9 @@ class TestPlans:
         feeds = baked.feeds("bert", 4, 10, padding=2)
         plan = at_placement(open_checkpoint(mixed[0]).plan, "inputs")
         with pytorch.load(mixed[0], task="classification", plan=plan, exact=True) as reference:
-            wanted = reference.run(feeds)["logits"]
-        found = onnx_text.run(mixed[1] / "model.onnx", feeds)["logits"]
-        np.testing.assert_allclose(found, wanted, atol=0.02)  # a code or two may move by a step
+            expected = reference.run(feeds)["logits"]
+        actual = onnx_text.run(mixed[1] / "model.onnx", feeds)["logits"]
+        np.testing.assert_allclose(actual, expected, atol=0.02)  # a code or two may move by a step
 
     def test_the_default_placement_is_the_targets_or_all_that_was_trained(
         self, made: Made, mixed: tuple[Path, Path]

@@ -1,4 +1,5 @@
-"""Weights are found in any graph, whatever the layout and whoever made it: by hand, by ONNX Runtime's quantizers, as polygraphy sees them."""
+"""Weights are found in any graph, whatever the layout and whoever made it: by hand, by ONNX Runtime's quantizers, as
+polygraphy sees them."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def layer(
 ) -> ir.Model:
     shape = ", ".join(map(str, weight.shape))
     return onnx_text.model(
-        f"g ({inputs}) => (float y) <{kind}[{shape}] w = {text_of(weight)}, float[3] s = {{1, 2, 4}}, float t = {{0.5}}, "
+        f"g ({inputs}) => (float y) <{kind}[{shape}] w = {text_of(weight)}, float[3] s = {{1, 2, 4}}, float t = "
+        f"{{0.5}}, "
         f"int8[3] z = {{0, 0, 0}}{more}> {{ {body} }}"
     )
 
@@ -44,23 +46,57 @@ def layer(
 LAYOUTS = {
     "MatMul": (W, "d = DequantizeLinear <axis = 1>(w, s, z) y = MatMul(x, d)"),
     "MatMul, last axis": (W, "d = DequantizeLinear <axis = -1>(w, s, z) y = MatMul(x, d)"),
-    "MatMul, transposed": (W.T, "d = DequantizeLinear <axis = 0>(w, s, z) t2 = Transpose <perm = [1, 0]>(d) y = MatMul(x, t2)"),
+    "MatMul, transposed": (
+        W.T,
+        "d = DequantizeLinear <axis = 0>(w, s, z) t2 = Transpose <perm = [1, 0]>(d) y = MatMul(x, t2)",
+    ),
     "MatMul, transposed before": (W.T, "t2 = Transpose(w) d = DequantizeLinear <axis = 1>(t2, s, z) y = MatMul(x, d)"),
-    "MatMul, twice transposed": (W, "a = Transpose(w) b = Transpose(a) d = DequantizeLinear <axis = 1>(b, s, z) y = MatMul(x, d)"),
+    "MatMul, twice transposed": (
+        W,
+        "a = Transpose(w) b = Transpose(a) d = DequantizeLinear <axis = 1>(b, s, z) y = MatMul(x, d)",
+    ),
     "MatMul, stacked by one": (W[None], "d = DequantizeLinear <axis = 2>(w, s, z) y = MatMul(x, d)"),
-    "MatMul, unsqueezed": (W, "d = DequantizeLinear <axis = 1>(w, s, z) a = Constant <value_ints = [0]>() u = Unsqueeze(d, a) y = MatMul(x, u)"),
-    "MatMul, squeezed": (W[None], "d = DequantizeLinear <axis = 2>(w, s, z) a = Constant <value_ints = [0]>() u = Squeeze(d, a) y = MatMul(x, u)"),
-    "MatMul, squeezed everywhere": (W[None, :, None, :], "d = DequantizeLinear <axis = 3>(w, s, z) u = Squeeze(d) y = MatMul(x, u)"),
-    "MatMul, reshaped": (W[None], "d = DequantizeLinear <axis = 2>(w, s, z) a = Constant <value_ints = [4, -1]>() u = Reshape(d, a) y = MatMul(x, u)"),
-    "MatMul, reshaped with zeros": (W[:, None], "d = DequantizeLinear <axis = 2>(w, s, z) a = Constant <value_ints = [0, 3]>() u = Reshape(d, a) y = MatMul(x, u)"),
+    "MatMul, unsqueezed": (
+        W,
+        "d = DequantizeLinear <axis = 1>(w, s, z) a = Constant <value_ints = [0]>() u = Unsqueeze(d, a) y = MatMul(x, "
+        "u)",
+    ),
+    "MatMul, squeezed": (
+        W[None],
+        "d = DequantizeLinear <axis = 2>(w, s, z) a = Constant <value_ints = [0]>() u = Squeeze(d, a) y = MatMul(x, u)",
+    ),
+    "MatMul, squeezed everywhere": (
+        W[None, :, None, :],
+        "d = DequantizeLinear <axis = 3>(w, s, z) u = Squeeze(d) y = MatMul(x, u)",
+    ),
+    "MatMul, reshaped": (
+        W[None],
+        "d = DequantizeLinear <axis = 2>(w, s, z) a = Constant <value_ints = [4, -1]>() u = Reshape(d, a) y = "
+        "MatMul(x, u)",
+    ),
+    "MatMul, reshaped with zeros": (
+        W[:, None],
+        "d = DequantizeLinear <axis = 2>(w, s, z) a = Constant <value_ints = [0, 3]>() u = Reshape(d, a) y = MatMul(x, "
+        "u)",
+    ),
     "MatMul, weight on the left": (W.T, "d = DequantizeLinear <axis = 0>(w, s, z) y = MatMul(d, x)"),
-    "MatMul, identity and cast": (W, "i = Identity(w) d = DequantizeLinear <axis = 1>(i, s, z) c = Cast <to = 10>(d) h = Cast <to = 10>(x) y = MatMul(h, c)"),
+    "MatMul, identity and cast": (
+        W,
+        "i = Identity(w) d = DequantizeLinear <axis = 1>(i, s, z) c = Cast <to = 10>(d) h = Cast <to = 10>(x) y = "
+        "MatMul(h, c)",
+    ),
     "Gemm": (W, "d = DequantizeLinear <axis = 1>(w, s, z) y = Gemm(x, d)"),
     "Gemm, transB": (W.T, "d = DequantizeLinear <axis = 0>(w, s, z) y = Gemm <transB = 1>(x, d)"),
-    "FusedMatMul, transB": (W.T, "d = DequantizeLinear <axis = 0>(w, s, z) y = com.microsoft.FusedMatMul <transB = 1>(x, d)"),
-    "Conv 1x1": (W.T[:, :, None, None], "d = DequantizeLinear <axis = 0>(w, s, z) y = Conv <kernel_shape = [1, 1]>(x, d)"),
+    "FusedMatMul, transB": (
+        W.T,
+        "d = DequantizeLinear <axis = 0>(w, s, z) y = com.microsoft.FusedMatMul <transB = 1>(x, d)",
+    ),
+    "Conv 1x1": (
+        W.T[:, :, None, None],
+        "d = DequantizeLinear <axis = 0>(w, s, z) y = Conv <kernel_shape = [1, 1]>(x, d)",
+    ),
     "Conv 1": (W.T[:, :, None], "d = DequantizeLinear <axis = 0>(w, s, z) y = Conv <kernel_shape = [1]>(x, d)"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -121,8 +157,12 @@ def test_asymmetric_weights_are_zero_at_their_zero_point() -> None:
     more = ", uint8[3] u = {128, 128, 128}, uint8 v = {128}"
     per_channel = layer("d = DequantizeLinear <axis = 1>(w, s, u) y = MatMul(x, d)", shifted, kind="uint8", more=more)
     per_tensor = layer("d = DequantizeLinear(w, t, v) y = MatMul(x, d)", shifted, kind="uint8", more=more)
-    fake = layer("q = QuantizeLinear(w, t, v) d = DequantizeLinear(q, t, v) y = MatMul(x, d)",
-                 W.astype(np.float32) / 2, kind="float", more=more)  # fmt: skip
+    fake = layer(
+        "q = QuantizeLinear(w, t, v) d = DequantizeLinear(q, t, v) y = MatMul(x, d)",
+        W.astype(np.float32) / 2,
+        kind="float",
+        more=more,
+    )
     for model in (per_channel, per_tensor, fake):
         assert only_weight(model).follows(PATTERN)
         np.testing.assert_array_equal(only_weight(model).nonzero_mask(), W != 0)
@@ -150,22 +190,22 @@ def test_a_convolution_is_reduced_along_its_channels() -> None:
     weight = rng.integers(1, 9, (3, 8, 2, 2)).astype(np.int8)
     weight[:, [0, 1, 4, 5]] = 0  # 2:4 along C at every place of the kernel
     model = layer("d = DequantizeLinear <axis = 0>(w, s, z) y = Conv(x, d)", weight, inputs="float[batch, 8, 9, 9] x")
-    found = only_weight(model)
-    assert (found.k, found.n, found.pattern()) == (32, 3, PATTERN)
+    read = only_weight(model)
+    assert (read.k, read.n, read.pattern()) == (32, 3, PATTERN)
 
 
 @pytest.mark.parametrize("pattern", ["1:2", "2:4", "1:4", "2:8", "4:8"])
 def test_the_tightest_pattern_is_named(pattern: str) -> None:
-    wanted = NMPattern.parse(pattern)
+    expected = NMPattern.parse(pattern)
     rng = np.random.default_rng(1)
     weight = rng.integers(1, 9, (64, 16)).astype(np.int8)
     for column in range(16):
-        for start in range(0, 64, wanted.m):
-            weight[start + rng.permutation(wanted.m)[wanted.n :], column] = 0
-    found = only_weight(layer("d = DequantizeLinear(w, t) y = MatMul(x, d)", weight))
-    assert found.pattern() == wanted
+        for start in range(0, 64, expected.m):
+            weight[start + rng.permutation(expected.m)[expected.n :], column] = 0
+    read = only_weight(layer("d = DequantizeLinear(w, t) y = MatMul(x, d)", weight))
+    assert read.pattern() == expected
     slow = sum((weight[start : start + 4, column] != 0).sum() > 1 for column in range(16) for start in range(0, 64, 4))
-    assert found.violations(NMPattern(1, 4)) == slow
+    assert read.violations(NMPattern(1, 4)) == slow
 
 
 def test_a_tail_shorter_than_m_is_counted_and_never_follows() -> None:
@@ -205,7 +245,8 @@ class TestOnnxRuntimeFormats:
         sparse[np.arange(16) % 4 < 2] = 0
         text = f"""
             g (float[batch, 16] x) => (float[batch, 8] y)
-            <float[16, 8] sparse = {text_of(sparse)}, float[8, 8] dense = {text_of(dense)}, float[8] b = {text_of(np.ones(8))}>
+            <float[16, 8] sparse = {text_of(sparse)}, float[8, 8] dense = {text_of(dense)},
+             float[8] b = {text_of(np.ones(8))}>
             {{ [one] m = MatMul(x, sparse) h = Add(m, b) r = Relu(h) [two] y = MatMul(r, dense) }}
         """
         return onnx_text.save(text, tmp_path_factory.mktemp("ort") / "float.onnx")
@@ -213,7 +254,7 @@ class TestOnnxRuntimeFormats:
     def quantize(self, source: Path, out: Path, **options: Any) -> Path:
         from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
-        class Reader(CalibrationDataReader):
+        class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
             def __init__(self) -> None:
                 generator = np.random.default_rng(0)
                 self.batches = iter([{"x": generator.normal(size=(4, 16)).astype(np.float32)} for _ in range(4)])
@@ -230,8 +271,12 @@ class TestOnnxRuntimeFormats:
     def test_static(self, source: Path, tmp_path: Path, form: str, kind: str, per_channel: bool) -> None:
         from onnxruntime.quantization import QuantFormat, QuantType
 
-        options = {"quant_format": QuantFormat[form], "weight_type": QuantType[kind], "per_channel": per_channel,
-                   "activation_type": QuantType.QUInt8}  # fmt: skip
+        options = {
+            "quant_format": QuantFormat[form],
+            "weight_type": QuantType[kind],
+            "per_channel": per_channel,
+            "activation_type": QuantType.QUInt8,
+        }
         weights = {w.name: w for w in graph_weights(load_graph(self.quantize(source, tmp_path / "q.onnx", **options)))}
         self.check(weights, per_channel)
         assert {w.node.op_type for w in weights.values()} == {"QLinearMatMul" if form == "QOperator" else "MatMul"}
@@ -283,10 +328,11 @@ def test_polygraphy_finds_the_same_float_weights_sparse(tmp_path: Path) -> None:
     arrays["w2"][:, np.arange(16) % 4 >= 2] = 0  # along N of a MatMul: not sparse
     arrays["w3"][:, np.arange(16) % 4 >= 2] = 0  # along K of a Gemm with transB
     declared = ", ".join(f"float[16, 16] {name} = {text_of(array)}" for name, array in arrays.items())
-    text = f"g (float[b, 16] x) => (float[b, 16] y) <{declared}> {{ a = MatMul(x, w0) c = MatMul(a, w1) d = MatMul(c, w2) y = Gemm <transB = 1>(d, w3) }}"
+    nodes = "a = MatMul(x, w0) c = MatMul(a, w1) d = MatMul(c, w2) y = Gemm <transB = 1>(d, w3)"
+    text = f"g (float[b, 16] x) => (float[b, 16] y) <{declared}> {{ {nodes} }}"
     file = onnx_text.save(text, tmp_path / "m.onnx")
     command = [sys.executable, "-c", "from polygraphy.tools import main; main()", "inspect", "sparsity", str(file)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    theirs = {name: kind == "sparse" for kind, name in re.findall(r"Found (sparse|non-sparse) tensor: (\w+)", said)}
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    theirs = {name: kind == "sparse" for kind, name in re.findall(r"Found (sparse|non-sparse) tensor: (\w+)", report)}
     ours = {weight.name: weight.follows(PATTERN) for weight in graph_weights(load_graph(file))}
     assert ours == theirs == {"w0": False, "w1": True, "w2": False, "w3": True}

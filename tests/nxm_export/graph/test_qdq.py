@@ -26,8 +26,9 @@ from nxm_export.graph.qdq import (
 )
 from tests.support import onnx_text
 
-# Scales are powers of two and values multiples of 1/4, so every float operation below is exact and the integer answer is
-# the only right one. The inputs hold ties (x.5 steps round to the even code) and values beyond both ends of the range.
+# Scales are powers of two and values multiples of 1/4, so every float operation below is exact and the integer answer
+# is the only right one. The inputs hold ties (x.5 steps round to the even code) and values beyond both ends of the
+# range.
 X = np.array(
     [[0.25, 0.75, 1.25, -0.25, -0.75, 3.5, -64.25, 100.0], [63.5, 63.75, -64.0, 64.0, 0.0, 0.5, -0.5, 2.25]], np.float32
 )
@@ -73,8 +74,8 @@ def by_integers(x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("optimize", [False, True], ids=["as written", "fused"])
 def test_a_graph_of_pairs_computes_what_integers_compute(optimize: bool) -> None:
-    found = onnx_text.run(onnx_text.model(QDQ), {"x": X}, optimize=optimize)["y"]
-    np.testing.assert_array_equal(found, by_integers(X))
+    actual = onnx_text.run(onnx_text.model(QDQ), {"x": X}, optimize=optimize)["y"]
+    np.testing.assert_array_equal(actual, by_integers(X))
 
 
 def test_the_reference_arithmetic_computes_what_integers_compute() -> None:
@@ -183,20 +184,20 @@ _float32 = st.floats(-1e4, 1e4, width=32)
 
 @given(hnp.arrays(np.float32, 32, elements=_float32), st.floats(2**-10, 8, width=32))
 def test_reference_and_runtime_quantize_alike(x: np.ndarray, scale: float) -> None:
-    found = onnx_text.run(
+    actual = onnx_text.run(
         onnx_text.model(QUANTIZE.replace("KIND", "float")), {"x": x, "s": np.array(scale, np.float32)}
     )
-    np.testing.assert_array_equal(found["q"], quantize(x, np.float32(scale)))
-    np.testing.assert_array_equal(found["d"], dequantize(found["q"], np.float32(scale)))
+    np.testing.assert_array_equal(actual["q"], quantize(x, np.float32(scale)))
+    np.testing.assert_array_equal(actual["d"], dequantize(actual["q"], np.float32(scale)))
 
 
 @given(hnp.arrays(np.float16, 32, elements=st.floats(-1000, 1000, width=16)), st.floats(2**-6, 8, width=16))
 def test_reference_and_runtime_quantize_alike_in_half_precision(x: np.ndarray, scale: float) -> None:
-    found = onnx_text.run(
+    actual = onnx_text.run(
         onnx_text.model(QUANTIZE.replace("KIND", "float16")), {"x": x, "s": np.array(scale, np.float16)}
     )
-    np.testing.assert_array_equal(found["q"], quantize(x, np.float16(scale)))
-    np.testing.assert_array_equal(found["d"], dequantize(found["q"], np.float16(scale), np.float16))
+    np.testing.assert_array_equal(actual["q"], quantize(x, np.float16(scale)))
+    np.testing.assert_array_equal(actual["d"], dequantize(actual["q"], np.float16(scale), np.float16))
 
 
 class TestUnsigned:
@@ -206,10 +207,10 @@ class TestUnsigned:
     def test_it_changes_no_bit(self, x: np.ndarray) -> None:
         signed, unsigned = onnx_text.model(QDQ), onnx_text.model(QDQ)
         assert unsigned_activations(unsigned) == 1
-        wanted = onnx_text.run(signed, {"x": x})["y"]
+        expected = onnx_text.run(signed, {"x": x})["y"]
         for optimize in (False, True):
             # Sums of products of codes below 2**24 are exact in float32, so fused integers must agree as well.
-            np.testing.assert_array_equal(onnx_text.run(unsigned, {"x": x}, optimize=optimize)["y"], wanted)
+            np.testing.assert_array_equal(onnx_text.run(unsigned, {"x": x}, optimize=optimize)["y"], expected)
 
     def test_codes_and_zero_point_move_by_128_and_the_weight_stays(self) -> None:
         model = onnx_text.model(QDQ)

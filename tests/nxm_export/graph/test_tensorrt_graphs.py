@@ -1,7 +1,9 @@
-"""Graphs for TensorRT mean what was trained: every preset, family and lowering gives the numbers of PyTorch's fake quantizers."""
+"""Graphs for TensorRT mean what was trained: every preset, family and lowering gives the numbers of PyTorch's fake
+quantizers."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,15 +21,16 @@ from nxm_export.graph.sparsity_scan import matrix_facts
 from tests.support.trt_models import Checkpoints, feeds_for
 from tests.support.variants import variants
 
-# Float32 sums in another order differ by a few units in the last place (1e-7 at logits of about 1); a code that moved by one
-# step would change them by 1e-3 or more, and the inputs here are chosen by seed so that none lies that close to a boundary.
+# Float32 sums in another order differ by a few units in the last place (1e-7 at logits of about 1); a code that moved
+# by one step would change them by 1e-3 or more, and the inputs here are chosen by seed so that none lies that close to
+# a boundary.
 CLOSE = 2e-5
 ONE_CODE = 0.02  # what these logits move by when rounding puts a code on the next step
 
 
-def require_same(found: np.ndarray, wanted: np.ndarray, what: str = "") -> None:
+def require_same(actual: np.ndarray, expected: np.ndarray, what: str = "") -> None:
     """Two runtimes round sums differently, so a code may land one step off; a sample without one agrees to rounding."""
-    gap = np.abs(found - wanted)
+    gap = np.abs(actual - expected)
     assert gap.max() < ONE_CODE, what
     assert (gap.max(axis=1) < CLOSE).any(), what
 
@@ -36,7 +39,8 @@ def run_onnx(file: Path, batch: int = 4, sequence: int = 16) -> np.ndarray:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # the graph as it is written
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    return session.run(None, feeds_for([value.name for value in session.get_inputs()], batch, sequence))[0]
+    feeds = feeds_for([value.name for value in session.get_inputs()], batch, sequence)
+    return np.asarray(session.run(None, feeds)[0])
 
 
 def nodes(file: Path) -> list[str]:
@@ -54,8 +58,8 @@ def test_every_preset_of_every_family_means_the_same_in_pytorch_and_onnx(
         done = export(checkpoint, tmp_path / lowering, target="trt", dtype="float32", lowering=lowering)
         require_same(run_onnx(done.path), trained, lowering)
     with pytorch.load(checkpoint, task="classification") as reference:
-        found = reference.run(feeds_for(reference.inputs, 4, 16))["logits"]
-    require_same(found, trained)
+        actual = reference.run(feeds_for(reference.inputs, 4, 16))["logits"]
+    require_same(actual, trained)
 
 
 def test_presets_are_not_all_the_same_network(checkpoints: Checkpoints) -> None:
@@ -72,10 +76,10 @@ def test_the_gelu_that_was_trained_is_the_one_in_the_graph(checkpoints: Checkpoi
     checkpoint = checkpoints("bert", "inputs-outputs", gelu=gelu)
     done = export(checkpoint, tmp_path / "graph", target="trt", dtype="float32")
     model = load_graph(done.path)
-    wanted = "tanh" if "tanh" in gelu else "erf"
-    assert model.metadata_props["nxm.gelu"] == wanted
+    expected = "tanh" if "tanh" in gelu else "erf"
+    assert model.metadata_props["nxm.gelu"] == expected
     wide = next(fact for fact in matrix_facts(model, "") if fact.name.endswith("intermediate.dense.weight"))
-    assert (wide.epilogue, wide.output) == (f"gelu_{wanted}", "int8")
+    assert (wide.epilogue, wide.output) == (f"gelu_{expected}", "int8")
     require_same(run_onnx(done.path), torch.load(checkpoint / "fake_quant_logits.pt").numpy())
 
 
@@ -111,7 +115,8 @@ def test_between_the_ffns_products_no_reshape_is_left(checkpoints: Checkpoints, 
 
 
 def test_issue_4694_and_its_fix_are_two_presets(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """Q/DQ on inputs only lets FP16 leave every product, and there is no sparse kernel for that; with outputs, INT8 leaves."""
+    """Q/DQ on inputs only lets FP16 leave every product, and there is no sparse kernel for that; with outputs, INT8
+    leaves."""
     checkpoint = checkpoints("bert", "inputs-outputs")
     outputs = {}
     for placement in ("inputs", "inputs-outputs"):
@@ -143,7 +148,7 @@ def test_precision_overrides_compute_layernorm_and_softmax_in_another_dtype(
 def test_int8_attention_ends_at_512_tokens(checkpoints: Checkpoints, tmp_path: Path) -> None:
     checkpoint = checkpoints("bert", "attention", positions=600)
 
-    def placement(out: str, **options) -> str:
+    def placement(out: str, **options: Any) -> str:
         done = export(checkpoint, tmp_path / out, target="trt", dtype="float32", **options)
         return load_graph(done.path).metadata_props["nxm.placement"]
 

@@ -11,13 +11,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 from nxm_export.cli import main
+from nxm_export.storage.json_files import Json
 from tests.support import tiny
 from tests.support.variants import variants
 
@@ -50,7 +50,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
 
 
 @pytest.fixture(scope="module")
-def finished(desk: Desk) -> tuple[Path, dict[str, Any], str]:
+def finished(desk: Desk) -> tuple[Path, dict[str, Json], str]:
     """(run directory, what --json printed, what stood on stderr)"""
     out = desk.home / "run"
     process = desk.start(*desk.arguments(out, "--json"))
@@ -64,7 +64,7 @@ def states(run: Path) -> dict[str, int]:
     return {str(file.relative_to(run)): file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
 
 
-def test_the_json_has_what_scripts_need(finished: tuple[Path, dict[str, Any], str]) -> None:
+def test_the_json_has_what_scripts_need(finished: tuple[Path, dict[str, Json], str]) -> None:
     run, summary, _ = finished
     assert summary["metric"] == "accuracy"
     assert summary["dev_samples"] == tiny.DEV_SAMPLES
@@ -83,11 +83,11 @@ def test_the_json_has_what_scripts_need(finished: tuple[Path, dict[str, Any], st
     assert {Path(path).is_relative_to(run) for path in summary["artifacts"].values()} == {True}
 
 
-def test_json_means_no_progress_and_no_chatter_of_libraries(finished: tuple[Path, dict[str, Any], str]) -> None:
+def test_json_means_no_progress_and_no_chatter_of_libraries(finished: tuple[Path, dict[str, Json], str]) -> None:
     assert finished[2] == ""
 
 
-def test_run_again_skips_everything_and_says_the_same(desk: Desk, finished: tuple[Path, dict[str, Any], str]) -> None:
+def test_run_again_skips_everything_and_says_the_same(desk: Desk, finished: tuple[Path, dict[str, Json], str]) -> None:
     run, summary, _ = finished
     before = states(run)
     again = desk.nxm(*desk.arguments(run, "--json"))
@@ -98,7 +98,7 @@ def test_run_again_skips_everything_and_says_the_same(desk: Desk, finished: tupl
 
 
 def test_a_moved_run_shows_its_table_from_where_it_lies(
-    desk: Desk, finished: tuple[Path, dict[str, Any], str], tmp_path: Path
+    desk: Desk, finished: tuple[Path, dict[str, Json], str], tmp_path: Path
 ) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(finished[0], moved)
@@ -111,7 +111,7 @@ def test_a_moved_run_shows_its_table_from_where_it_lies(
 
 @pytest.mark.slow
 def test_other_options_are_worked_out_again_from_the_stage_that_they_touch(
-    desk: Desk, finished: tuple[Path, dict[str, Any], str], tmp_path: Path
+    desk: Desk, finished: tuple[Path, dict[str, Json], str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
@@ -141,7 +141,7 @@ def test_a_placement_that_no_graph_with_outputs_can_hold_leaves_that_engine_out(
 
 @pytest.mark.parametrize("mark", variants(["qat", "dense"], ("qat",)))
 def test_killed_and_run_again_it_ends_as_if_nothing_had_happened(
-    desk: Desk, finished: tuple[Path, dict[str, Any], str], tmp_path: Path, mark: str
+    desk: Desk, finished: tuple[Path, dict[str, Json], str], tmp_path: Path, mark: str
 ) -> None:
     run = tmp_path / "run"
     if mark == "qat":  # the dense model is there: only compression is killed
@@ -155,9 +155,9 @@ def test_killed_and_run_again_it_ends_as_if_nothing_had_happened(
     again = desk.nxm(*desk.arguments(run, "--json"))
     assert again.exit_code == 0, again.output
     summary = json.loads(again.stdout)
-    wanted = finished[1]
-    assert (summary["dense"], summary["compressed"]) == (wanted["dense"], wanted["compressed"])
-    masks = [json.loads((Path(s["artifacts"]["checkpoint"]) / "metrics.json").read_text()) for s in (summary, wanted)]
+    expected = finished[1]
+    assert (summary["dense"], summary["compressed"]) == (expected["dense"], expected["compressed"])
+    masks = [json.loads((Path(s["artifacts"]["checkpoint"]) / "metrics.json").read_text()) for s in (summary, expected)]
     assert masks[0]["mask_hash"] == masks[1]["mask_hash"]
 
 
@@ -238,7 +238,7 @@ def test_a_directory_that_may_not_be_written_is_named(desk: Desk, tmp_path: Path
 
 
 def test_an_engine_of_another_checkpoint_fails_the_gate(
-    desk: Desk, finished: tuple[Path, dict[str, Any], str], tmp_path: Path
+    desk: Desk, finished: tuple[Path, dict[str, Json], str], tmp_path: Path
 ) -> None:
     """The same plan, one scale doubled: the engine is not what this checkpoint says."""
     from safetensors.numpy import load_file, save_file

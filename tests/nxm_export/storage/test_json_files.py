@@ -28,7 +28,8 @@ class Window:
 
 @dataclass(frozen=True)
 class House:
-    """A record with everything that a file of ours has: nested records, mappings, lists, numbers and what may be missing."""
+    """A record with everything that a file of ours has: nested records, mappings, lists, numbers and what may be
+    missing."""
 
     name: str
     windows: dict[str, Window] = field(default_factory=dict)
@@ -77,7 +78,8 @@ def nested(levels: int) -> str:
         ("3", "house.json: not a nxm-house/2 file (schema is None)"),
         (
             edited(lambda data: data.update(schema="nxm-house/3")),
-            "house.json: schema nxm-house/3 is not the nxm-house/2 that this version reads; use the nxm-export that wrote",
+            "house.json: schema nxm-house/3 is not the nxm-house/2 that this version reads; use the nxm-export that "
+            "wrote",
         ),
         (edited(lambda data: data.update(schema="nxm-plan/1")), "house.json: not a nxm-house/2 file"),
         (edited(lambda data: data.update(schema=["nxm-house/2"])), "house.json: not a nxm-house/2 file"),

@@ -171,8 +171,15 @@ class TestForeign:
 
 class TestAtomicDir:
     @pytest.mark.parametrize(
-        "files", [("config.json", "nxm_plan.json"), ("config.json", "metrics.json"), ("model.onnx", "spec.json"), ("passport.json",), ()],
-    )  # fmt: skip
+        "files",
+        [
+            ("config.json", "nxm_plan.json"),
+            ("config.json", "metrics.json"),
+            ("model.onnx", "spec.json"),
+            ("passport.json",),
+            (),
+        ],
+    )
     def test_a_directory_of_ours_is_replaced_as_a_whole(self, tmp_path: Path, files: tuple[str, ...]) -> None:
         target = tmp_path / "out"
         target.mkdir()
@@ -307,8 +314,8 @@ class TestDeath:
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         whole = {"old": ["build.log", "deep"], "new": ["file"]}
-        kept = [path for path in run.root.iterdir() if path.is_dir() and path.name != "manifest.json"]
-        assert any(sorted(file.name for file in path.iterdir()) in whole.values() for path in kept)
+        complete = [path for path in run.root.iterdir() if path.is_dir() and path.name != "manifest.json"]
+        assert any(sorted(file.name for file in path.iterdir()) in whole.values() for path in complete)
         assert RunDir(run.root).stage("make", "out", Work("new"), options={"x": 2})
         assert sorted(path.name for path in run.root.iterdir()) == ["manifest.json", "out"]
 
@@ -359,7 +366,8 @@ class TestDisk:
         "write",
         [
             "(scratch / 'big').write_bytes(bytes(1_000_000))",
-            "import numpy, safetensors.numpy; safetensors.numpy.save_file({'a': numpy.zeros(1_000_000)}, scratch / 'big')",
+            "import numpy, safetensors.numpy; safetensors.numpy.save_file({'a': numpy.zeros(1_000_000)}, scratch / "
+            "'big')",
             "import torch; torch.save(torch.zeros(1_000_000), scratch / 'big')",
         ],
         ids=["plain", "safetensors", "torch"],

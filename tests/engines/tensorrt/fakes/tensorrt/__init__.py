@@ -1,9 +1,10 @@
 """A stand-in for TensorRT whose API is that of the real bindings and whose behaviour is rehearsal, not truth.
 
-Classes, methods, parameters, properties and enums come from the JSON that ``api_surface.py`` wrote from the real bindings
-(``NXM_FAKE_TENSORRT`` names the file): anything that the real thing lacks raises here, too. Behind it, "engines" are run by
-ONNX Runtime on the fake driver's memory, and kernels are named by a rule of thumb: sparse for 2:4 weights with INT8 out, if
-the flag is set. So the rehearsal runs every line of ours up to numbers, and proves nothing about TensorRT.
+Classes, methods, parameters, properties and enums come from the JSON that ``api_surface.py`` wrote from the real
+bindings (``NXM_FAKE_TENSORRT`` names the file): anything that the real thing lacks raises here, too. Behind it,
+"engines" are run by ONNX Runtime on the fake driver's memory, and kernels are named by a rule of thumb: sparse for 2:4
+weights with INT8 out, if the flag is set. So the rehearsal runs every line of ours up to numbers, and proves nothing
+about TensorRT.
 """
 
 import base64
@@ -12,10 +13,22 @@ import enum
 import json
 import os
 import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+# Made of the recorded API by `_build_classes`, as all other names of TensorRT are; named here for readers and type
+# checkers.
+BuilderFlag: Any = None
+DataType: Any = None
+IHostMemory: Any = None
+ILogger: Any = None
+LayerInformationFormat: Any = None
+TensorIOMode: Any = None
+
+Overloads = Sequence[Sequence[str]]
 _API = json.loads(Path(os.environ["NXM_FAKE_TENSORRT"]).read_text(encoding="utf-8"))
 __version__ = _API["version"]
 _MAGIC = b"fake engine\n"
@@ -25,8 +38,8 @@ _DENSE = "sm80_xmma_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x64_stage4_warpsize2
 _FLOAT = "sm80_xmma_gemm_f16f16_f16f16_f16_nn_n_tilesize32x32x64_stage6_warpsize2x2x1_tensor16x8x16"
 
 
-def _method(kind, name, overloads, behaviour):
-    def call(self, *args, **kwargs):
+def _method(kind: str, name: str, overloads: Overloads, behaviour: Callable[..., Any] | None) -> Callable[..., Any]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if overloads and not any(_binds(parameters, args, kwargs) for parameters in overloads):
             raise TypeError(f"{kind}.{name} of TensorRT {__version__} takes {overloads}, got {args} {kwargs}")
         if behaviour is None:
@@ -36,7 +49,7 @@ def _method(kind, name, overloads, behaviour):
     return call
 
 
-def _binds(parameters, args, kwargs):
+def _binds(parameters: Sequence[str], args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
     names = [name.rstrip("=") for name in parameters]
     if len(args) > len(names) or any(name not in names[len(args) :] for name in kwargs):
         return False
@@ -44,33 +57,33 @@ def _binds(parameters, args, kwargs):
     return all(name.endswith("=") or name in given for name in parameters)
 
 
-def _property(name, behaviour):
-    def get(self):
+def _property(name: str, behaviour: Any) -> property:
+    def get(self: Any) -> Any:
         if name in self.__dict__.get("_set", {}):
             return self.__dict__["_set"][name]
         if behaviour is None:
             raise NotImplementedError(f"the fake has no behaviour for property {type(self).__name__}.{name}")
         return behaviour(self) if callable(behaviour) else behaviour
 
-    def put(self, value):
+    def put(self: Any, value: object) -> None:
         self.__dict__.setdefault("_set", {})[name] = value
 
     return property(get, put)
 
 
-def _refuse(self, name, value):
+def _refuse(self: object, name: str, value: object) -> None:
     if not name.startswith("_") and not isinstance(getattr(type(self), name, None), property):
         raise AttributeError(f"{type(self).__name__} of TensorRT {__version__} has no property {name!r}")
     object.__setattr__(self, name, value)
 
 
-def _build_classes():
+def _build_classes() -> None:
     for name, entry in _API["classes"].items():
         if "enum" in entry:
             globals()[name] = enum.IntEnum(name, entry["enum"])
             continue
         behaviour = _BEHAVIOUR.get(name, {})
-        body = {key: _property(key, behaviour.get(key)) for key in entry["properties"]}
+        body: dict[str, Any] = {key: _property(key, behaviour.get(key)) for key in entry["properties"]}
         for key, overloads in entry["methods"].items():
             body[key] = _method(
                 name, key, overloads, behaviour.get(key, (lambda self: None) if key == "__init__" else None)
@@ -79,7 +92,9 @@ def _build_classes():
             body[key] = enum.IntEnum(key, members)
         for key, kind in entry["constants"].items():
             body[key] = body[kind][key] if kind in body else globals()["ILogger"].Severity[key]
-        bases = (globals()["ILogger"],) if name == "Logger" else (bytes,) if name == "IHostMemory" else (object,)
+        bases: tuple[type, ...] = (
+            (globals()["ILogger"],) if name == "Logger" else (bytes,) if name == "IHostMemory" else (object,)
+        )
         if name == "IHostMemory":
             body = {"nbytes": property(len), "__enter__": lambda self: self, "__exit__": lambda self, *_: None}
         elif not name.startswith("I") or name not in ("ILogger", "IProfiler", "IProgressMonitor"):
@@ -87,20 +102,20 @@ def _build_classes():
         globals()[name] = type(name, bases, body)
 
 
-def _made(name, **attributes):
+def _made(name: str, **attributes: object) -> Any:
     made = object.__new__(globals()[name])
     made.__dict__.update(attributes)
     return made
 
 
-def init_libnvinfer_plugins(logger, namespace):
+def init_libnvinfer_plugins(logger: object, namespace: str) -> bool:
     return True
 
 
 # Network and parser
 
 
-def _parse_from_file(self, model):
+def _parse_from_file(self: Any, model: str) -> bool:
     import onnx
 
     network = self.__dict__["_network"]
@@ -113,24 +128,26 @@ def _parse_from_file(self, model):
     return not errors
 
 
-def _io(network, values):
+def _io(network: Any, values: str) -> list[Any]:
     return [_made("ITensor", _value=value) for value in network.__dict__["_graph"].__getattribute__(values)]
 
 
-def _shape(value):
+def _shape(value: Any) -> tuple[int, ...]:
     return tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in value.type.tensor_type.shape.dim)
 
 
 # Building
 
 
-def _products(file, sparse_flag):
+def _products(file: str, sparse_flag: bool) -> tuple[list[dict[str, Any]], list[str], list[str]]:
     """A layer per product with a constant weight, and the names for the builder's sparse lists."""
     from nxm_export.graph.graph_weights import load_graph
     from nxm_export.graph.sparsity_scan import matrix_facts
 
-    layers, eligible, picked = [], [], []
-    for fact in matrix_facts(load_graph(file), str(file)):
+    layers: list[dict[str, Any]] = []
+    eligible: list[str] = []
+    picked: list[str] = []
+    for fact in matrix_facts(load_graph(Path(file)), file):
         sparse = (
             sparse_flag and fact.sparse_along_k and fact.integer_weight and fact.integer_input and fact.output == "int8"
         )
@@ -148,10 +165,10 @@ def _products(file, sparse_flag):
     return layers, eligible, picked
 
 
-def _build_serialized_network(self, network, config):
+def _build_serialized_network(self: Any, network: Any, config: Any) -> Any:
     state = config.__dict__
     log = self.__dict__["_logger"].log
-    layers, eligible, picked = _products(network.__dict__["_onnx"], int(BuilderFlag.SPARSE_WEIGHTS) in state["_flags"])  # noqa: F821
+    layers, eligible, picked = _products(network.__dict__["_onnx"], int(BuilderFlag.SPARSE_WEIGHTS) in state["_flags"])
     monitor = state.get("_set", {}).get("progress_monitor")
     if monitor is not None:
         monitor.phase_start("Building Engine", None, 2)
@@ -165,8 +182,8 @@ def _build_serialized_network(self, network, config):
         if _MAJOR >= 11
         else ("(Sparsity) Layers eligible for sparse math: ", "(Sparsity) TRT inference plan picked sparse implementation for layers: ")
     )  # fmt: skip
-    log(ILogger.Severity.INFO, texts[0] + ", ".join(eligible))  # noqa: F821
-    log(ILogger.Severity.INFO, texts[1] + ", ".join(picked))  # noqa: F821
+    log(ILogger.Severity.INFO, texts[0] + ", ".join(eligible))
+    log(ILogger.Severity.INFO, texts[1] + ", ".join(picked))
     graph = network.__dict__["_graph"]
     described = {
         "version": __version__,
@@ -175,18 +192,18 @@ def _build_serialized_network(self, network, config):
         "profiles": [profile.__dict__["_shapes"] for profile in state["_profiles"]],
         "inputs": {value.name: _shape(value) for value in graph.input},
         "outputs": {value.name: _shape(value) for value in graph.output},
-        "flags": sorted(BuilderFlag(flag).name for flag in state["_flags"]),  # noqa: F821
+        "flags": sorted(BuilderFlag(flag).name for flag in state["_flags"]),
         "set": {key: str(value) for key, value in state.get("_set", {}).items()},
     }
-    return IHostMemory(_MAGIC + json.dumps(described).encode())  # noqa: F821
+    return IHostMemory(_MAGIC + json.dumps(described).encode())
 
 
-def _set_timing_cache(self, cache, ignore_mismatch):
+def _set_timing_cache(self: Any, cache: object, ignore_mismatch: bool) -> bool:
     self.__dict__["_cache"] = cache
     return True
 
 
-def _create_timing_cache(self, serialized_timing_cache):
+def _create_timing_cache(self: Any, serialized_timing_cache: bytes) -> Any:
     data = bytes(serialized_timing_cache)
     if data and not data.startswith(b"fake cache"):
         return None
@@ -196,20 +213,20 @@ def _create_timing_cache(self, serialized_timing_cache):
 # Running
 
 
-def _deserialize(self, serialized_engine):
+def _deserialize(self: Any, serialized_engine: bytes) -> Any:
     data = bytes(serialized_engine)
     if not data.startswith(_MAGIC):
-        self.__dict__["_logger"].log(ILogger.Severity.ERROR, "Serialization assertion magicTagRead == magicTag failed")  # noqa: F821
+        self.__dict__["_logger"].log(ILogger.Severity.ERROR, "Serialization assertion magicTagRead == magicTag failed")
         return None
     return _made("ICudaEngine", _facts=json.loads(data[len(_MAGIC) :]))
 
 
-def _names(engine):
+def _names(engine: Any) -> list[str]:
     facts = engine.__dict__["_facts"]
     return [*facts["inputs"], *facts["outputs"]]
 
 
-def _execute(self, stream_handle):
+def _execute(self: Any, stream_handle: int) -> bool:
     import onnxruntime
 
     facts, addresses = self.__dict__["_facts"], self.__dict__["_addresses"]
@@ -220,9 +237,9 @@ def _execute(self, stream_handle):
         self.__dict__["_session"] = onnxruntime.InferenceSession(
             base64.b64decode(facts["onnx"]), options, providers=["CPUExecutionProvider"]
         )
-    wanted = np.int32 if _MAJOR < 10 else np.int64
+    dtype: type[np.generic] = np.int32 if _MAJOR < 10 else np.int64
     feeds = {
-        name: _memory(addresses[name], self.__dict__["_shapes"][name], wanted).astype(np.int64)
+        name: _memory(addresses[name], self.__dict__["_shapes"][name], dtype).astype(np.int64)
         for name in facts["inputs"]
     }
     for name, array in zip(facts["outputs"], self.__dict__["_session"].run(list(facts["outputs"]), feeds), strict=True):
@@ -234,12 +251,14 @@ def _execute(self, stream_handle):
     return True
 
 
-def _memory(address, shape, dtype):
+def _memory(address: int, shape: Sequence[int], dtype: type[np.generic]) -> np.ndarray:
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype).reshape(shape)
+    memory: Any = (ctypes.c_char * size).from_address(address)
+    array: np.ndarray = np.frombuffer(memory, dtype=dtype).reshape(shape)
+    return array
 
 
-def _set_input_shape(self, name, shape):
+def _set_input_shape(self: Any, name: str, shape: Sequence[int]) -> bool:
     index = self.__dict__["_profile"]
     low, _, high = self.__dict__["_facts"]["profiles"][index][name]
     if not all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True)):
@@ -248,7 +267,7 @@ def _set_input_shape(self, name, shape):
     return True
 
 
-def _context_shape(self, name):
+def _context_shape(self: Any, name: str) -> Any:
     shapes, facts = self.__dict__["_shapes"], self.__dict__["_facts"]
     if name in shapes:
         return shapes[name]
@@ -256,21 +275,21 @@ def _context_shape(self, name):
     return (batch, *facts["outputs"][name][1:])
 
 
-def _put(key, value):
-    def behaviour(self, *args):
+def _put(key: str, value: object) -> Callable[..., bool]:
+    def behaviour(self: Any, *args: object) -> bool:
         self.__dict__[key] = args[0] if args else value
         return True
 
     return behaviour
 
 
-def _information(self, format):
+def _information(self: Any, format: object) -> str:
     context = self.__dict__["_set"]["execution_context"]
-    assert format == LayerInformationFormat.JSON  # noqa: F821
+    assert format == LayerInformationFormat.JSON
     return json.dumps({"Layers": context.__dict__["_facts"]["layers"]})
 
 
-_BEHAVIOUR = {
+_BEHAVIOUR: dict[str, dict[str, Any]] = {
     "Logger": {"__init__": lambda self, *_: None, "log": lambda self, severity, msg: None},
     "Builder": {
         "__init__": lambda self, logger: self.__dict__.update(_logger=logger),
@@ -295,7 +314,7 @@ _BEHAVIOUR = {
         "name": lambda self: self.__dict__["_value"].name,
         "shape": lambda self: _shape(self.__dict__["_value"]),
         "is_shape_tensor": False,
-        "dtype": lambda self: DataType.INT64 if _MAJOR >= 10 else DataType.INT32,  # noqa: F821
+        "dtype": lambda self: DataType.INT64 if _MAJOR >= 10 else DataType.INT32,
     },
     "OnnxParser": {
         "__init__": lambda self, network, logger: self.__dict__.update(_network=network, _errors=[]),
@@ -336,7 +355,7 @@ _BEHAVIOUR = {
         "build_route": "",
     },
     "ITimingCache": {
-        "serialize": lambda self: IHostMemory(self.__dict__["_data"]),  # noqa: F821
+        "serialize": lambda self: IHostMemory(self.__dict__["_data"]),
         "combine": lambda self, input_cache, ignore_mismatch: True,
     },
     "Runtime": {"__init__": lambda self, logger: self.__dict__.update(_logger=logger), "deserialize_cuda_engine": _deserialize},
@@ -344,8 +363,8 @@ _BEHAVIOUR = {
         "num_io_tensors": lambda self: len(_names(self)),
         "num_optimization_profiles": lambda self: len(self.__dict__["_facts"]["profiles"]),
         "get_tensor_name": lambda self, index: _names(self)[index],
-        "get_tensor_mode": lambda self, name: TensorIOMode.INPUT if name in self.__dict__["_facts"]["inputs"] else TensorIOMode.OUTPUT,  # noqa: F821
-        "get_tensor_dtype": lambda self, name: DataType.FLOAT if name in self.__dict__["_facts"]["outputs"] else DataType.INT64 if _MAJOR >= 10 else DataType.INT32,  # noqa: F821
+        "get_tensor_mode": lambda self, name: TensorIOMode.INPUT if name in self.__dict__["_facts"]["inputs"] else TensorIOMode.OUTPUT,
+        "get_tensor_dtype": lambda self, name: DataType.FLOAT if name in self.__dict__["_facts"]["outputs"] else DataType.INT64 if _MAJOR >= 10 else DataType.INT32,
         "get_tensor_shape": lambda self, name: tuple({**self.__dict__["_facts"]["inputs"], **self.__dict__["_facts"]["outputs"]}[name]),
         "get_tensor_profile_shape": lambda self, name, profile_index: [tuple(shape) for shape in self.__dict__["_facts"]["profiles"][profile_index][name]],
         "create_execution_context": lambda self, *_: _made("IExecutionContext", _facts=self.__dict__["_facts"], _shapes={}, _addresses={}, _profile=0),

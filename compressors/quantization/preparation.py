@@ -1,0 +1,214 @@
+"""The pair `prepare` / `bake`: it puts a plan's quantizers into a model and takes them out again, and what lies between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compressors.quantization.autograd import ACTIVATION_QMAX, ACTIVATION_QMIN, compute_dtype, fake_quantize
+from compressors.quantization.embedding import QuantEmbedding, quant_embeddings
+from compressors.quantization.fake_quant import ActivationQuantizer, QuantLinear, activation_quantizers, quant_linears
+from compressors.quantization.observers import HistogramObserver
+from nxm_export.contract.families import Family
+from nxm_export.contract.plan import CompressionPlan
+from nxm_export.errors import ArtifactError
+from nxm_export.storage.json_files import Json
+
+SOFTMAX_SCALE = 1.0 / 127.0  # probabilities lie in [0, 1], so the scale needs no calibration
+
+
+def prepare(model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, Json]) -> None:
+    """Put the plan's quantizers into `model`, in place; `bake` takes them out again.
+
+    Query, key and value read one tensor, so those of them that are quantized share one input quantizer.
+    """
+    plan.require_fits(family.model_type, family.weights(config))
+    family.require_placement(plan)
+    layers: dict[str, QuantLinear] = {}
+    for name, spec in plan.weights.items():
+        if spec.is_dense:
+            continue
+        path = name.removesuffix(".weight")
+        layer = QuantLinear(model.get_submodule(path), spec, name)  # type: ignore[arg-type]  # families name linears
+        _replace(model, path, layer)
+        layers[name] = layer
+    for block in family.blocks(config):
+        first = _quantize_inputs(layers, block, family)
+        if plan.residual == "int8":
+            _quantize_residuals(model, block, family, first, layers.get(f"{family.linear(block, 'ffn_up')}.weight"))
+    if plan.embedding == "int8":
+        path = family.word_embedding.removesuffix(".weight")
+        _replace(model, path, QuantEmbedding(model.get_submodule(path), family.word_embedding))  # type: ignore[arg-type]
+    device = next(model.parameters()).device
+    model.to(device)
+    if plan.attention == "int8":
+        use_int8_attention(model)
+
+
+def _quantize_inputs(layers: Mapping[str, QuantLinear], block: str, family: Family) -> QuantLinear | None:
+    """Give the layers of a block their input quantizers; returns the one whose quantizer query, key and value share."""
+    first: QuantLinear | None = None
+    for role in ("query", "key", "value"):
+        layer = layers.get(f"{family.linear(block, role)}.weight")
+        if layer is None or not layer.spec.input_bits:
+            continue
+        if first is None:
+            first, layer.input_quantizer = layer, ActivationQuantizer()
+        else:
+            assert first.input_quantizer is not None
+            layer.share_input(first.input_quantizer)
+    for role in ("attention_output", "ffn_up", "ffn_down"):
+        layer = layers.get(f"{family.linear(block, role)}.weight")
+        if layer is not None and layer.spec.input_bits:
+            layer.input_quantizer = ActivationQuantizer()
+    return first
+
+
+def _quantize_residuals(
+    model: nn.Module, block: str, family: Family, attention: QuantLinear | None, ffn: QuantLinear | None
+) -> None:
+    """Quantize what a block and its FFN read for all readers; quantizing again inside the layers then changes nothing."""
+
+    def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        assert attention is not None
+        assert attention.input_quantizer is not None
+        return attention.input_quantizer(args[0]), *args[1:]
+
+    def behind(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        assert ffn is not None
+        assert ffn.input_quantizer is not None
+        return cast(Tensor, ffn.input_quantizer(output))
+
+    if attention is not None:
+        attention.residual_hooks.append(model.get_submodule(block).register_forward_pre_hook(before))
+    if ffn is not None and ffn.input_quantizer is not None:
+        norm = model.get_submodule(f"{block}.{family.attention_norm}")
+        ffn.residual_hooks.append(norm.register_forward_hook(behind))
+
+
+@torch.no_grad()
+def bake(model: nn.Module, plan: CompressionPlan) -> dict[str, np.ndarray]:
+    """Replace prepared layers by plain ones with baked weights, in place; returns the scales as saved on disk.
+
+    Planned weights that are not quantized are rounded to float16 values: that is how they are counted and deployed.
+    """
+    for name, spec in plan.weights.items():
+        if spec.is_dense:
+            parameter = model.get_parameter(name)
+            parameter.copy_(parameter.half())
+    scales: dict[str, np.ndarray] = {}
+    for name, layer in quant_linears(model).items():
+        path = name.removesuffix(".weight")
+        for hook in layer.residual_hooks:
+            hook.remove()
+        weight, scale = layer.baked()
+        if scale is not None:
+            scales[f"{name}_scale"] = scale.cpu().numpy()
+        for kind, quantizer in (("input_scale", layer.reads), ("output_scale", layer.output_quantizer)):
+            if quantizer is not None:
+                scales[f"{path}.{kind}"] = quantizer.scale.cpu().numpy().reshape(())
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        plain.weight = nn.Parameter(weight)
+        if layer.bias is not None:
+            plain.bias = layer.bias
+        _replace(model, path, plain)
+    for table in quant_embeddings(model):
+        baked, scale = table.baked()
+        scales[f"{table.name}_scale"] = scale.cpu().numpy()
+        _replace(model, table.name.removesuffix(".weight"), table.plain(baked))
+    return scales
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    percentile: float,
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Set every activation scale from the `percentile` of |x| over `batches`, padding excluded, in constant memory."""
+    quantizers = activation_quantizers(model)
+    device = next(model.parameters()).device
+    with _observing(quantizers), torch.no_grad():
+        for batch in batches:
+            inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+            for quantizer in quantizers:
+                quantizer.token_mask = inputs["attention_mask"].bool()
+            model(**inputs)
+            advance()
+        scales = [
+            quantizer.observer.scale(ACTIVATION_QMAX, percentile) for quantizer in quantizers if quantizer.observer
+        ]
+    for quantizer, scale in zip(quantizers, scales, strict=True):
+        quantizer.set_scale(scale)
+
+
+@contextmanager
+def _observing(quantizers: list[ActivationQuantizer]) -> Iterator[None]:
+    for quantizer in quantizers:
+        quantizer.observer = HistogramObserver()
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.observer = quantizer.token_mask = None
+
+
+def require_invariants(model: nn.Module) -> None:
+    """Raise `ArtifactError` if a layer with a fixed mask has a weight outside it, or more than N of M."""
+    for name, layer in quant_linears(model).items():
+        if layer.mask is None or layer.spec.pattern is None:
+            continue
+        revived = int((layer.weight.detach()[~layer.mask] != 0).sum())
+        nonzeros = layer.mask.reshape(-1, layer.spec.pattern.m).sum(dim=-1)
+        if revived or bool((nonzeros != layer.spec.pattern.n).any()):
+            raise ArtifactError(
+                f"{name}: {revived} masked weights came back to life, or its mask is not {layer.spec.pattern}; this is a bug"
+            )
+
+
+class _HasAttention(Protocol):
+    def set_attn_implementation(self, name: str) -> None: ...
+
+
+def use_int8_attention(model: nn.Module) -> None:
+    """Route attention through quantized probabilities; query, key and value are quantized at their layers' outputs."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register("nxm_int8", _int8_attention)
+    AttentionMaskInterface.register("nxm_int8", eager_mask)
+    cast(_HasAttention, model).set_attn_implementation("nxm_int8")
+
+
+def _int8_attention(
+    module: nn.Module,
+    query: Tensor,  # (batch, heads, sequence, head)
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: object,
+) -> tuple[Tensor, Tensor]:
+    """Attention with INT8 probabilities; the signature is that of transformers' attention functions."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = scores.softmax(dim=-1)
+    scale = torch.tensor([SOFTMAX_SCALE], device=query.device)
+    probabilities = fake_quantize(probabilities, scale, ACTIVATION_QMIN, ACTIVATION_QMAX)
+    probabilities = functional.dropout(probabilities.to(compute_dtype(query)), dropout, module.training)
+    context = torch.matmul(probabilities, value.to(probabilities.dtype)).transpose(1, 2).contiguous()
+    return context, probabilities
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,122 @@
+"""What a training phase does between steps: progress, the JSON-lines log, NaN, and marks on complete checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from compressors.distributed import wait
+from nxm_export.errors import DataError
+
+if TYPE_CHECKING:
+    # transformers has no types; these are those of its callbacks that are used here.
+    class TrainerCallback:
+        """What a Trainer calls."""
+
+        def on_train_begin(self, args: Arguments, state: State, control: object, **_: object) -> None:
+            """Before the first step."""
+
+        def on_pre_optimizer_step(self, args: Arguments, state: State, control: object, **_: object) -> None:
+            """Behind the backward pass and clipping."""
+
+        def on_step_end(self, args: Arguments, state: State, control: object, **_: object) -> None:
+            """Behind every optimizer step."""
+
+        def on_save(self, args: Arguments, state: State, control: object, **_: object) -> None:
+            """Behind every training checkpoint."""
+
+        def on_log(
+            self, args: Arguments, state: State, control: object, logs: Mapping[str, float] | None = None, **_: object
+        ) -> None:
+            """Every few steps."""
+else:
+    from transformers import TrainerCallback
+
+Progress = Callable[[str, int, int], None]  # (what, done, total)
+LOG_FILE = "train_log.jsonl"
+COMPLETE = "nxm_complete"  # marks a training checkpoint that was written to its end
+
+
+class Arguments(Protocol):
+    """What is used of transformers' TrainingArguments."""
+
+    output_dir: str
+
+
+class State(Protocol):
+    """What is used of transformers' TrainerState."""
+
+    global_step: int
+    is_world_process_zero: bool
+
+
+class JsonLog(TrainerCallback):
+    """Appends metrics to ``train_log.jsonl``; a resumed phase first drops what it will log again."""
+
+    def __init__(self, file: Path, phase: str) -> None:
+        self.file, self.phase = file, phase
+
+    def write(self, step: int, **values: float | None) -> None:
+        """Append one line."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"phase": self.phase, "step": step, **values}) + "\n")
+
+    def on_train_begin(self, args: Arguments, state: State, control: object, **_: object) -> None:
+        """Drop this phase's lines beyond the step that it starts from."""
+        if not state.is_world_process_zero or not self.file.is_file():
+            return
+        lines = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines() if _is_json(line)]
+        earlier = [line for line in lines if line["phase"] != self.phase or line["step"] <= state.global_step]
+        self.file.write_text("".join(json.dumps(line) + "\n" for line in earlier), encoding="utf-8")
+
+    def on_log(
+        self, args: Arguments, state: State, control: object, logs: Mapping[str, float] | None = None, **_: object
+    ) -> None:
+        """Log, and stop at a loss that is no number."""
+        logs = logs or {}
+        loss = logs.get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise DataError(
+                f"the loss is {loss} at step {state.global_step} of phase {self.phase!r}; lower the learning rate, or try "
+                "--precision fp32"
+            )
+        if state.is_world_process_zero and loss is not None:
+            values = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+            self.write(state.global_step, **values)
+
+
+class ProgressCallback(TrainerCallback):
+    """Reports the steps of a phase."""
+
+    def __init__(self, phase: str, steps: int, progress: Progress) -> None:
+        self.phase, self.steps, self.progress = phase, steps, progress
+
+    def on_train_begin(self, args: Arguments, state: State, control: object, **_: object) -> None:
+        """Report the step that a resumed phase starts from."""
+        self.progress(self.phase, state.global_step, self.steps)
+
+    def on_step_end(self, args: Arguments, state: State, control: object, **_: object) -> None:
+        """Report every step."""
+        self.progress(self.phase, state.global_step, self.steps)
+
+
+class CompleteCallback(TrainerCallback):
+    """Marks a training checkpoint as complete when all processes have written their part."""
+
+    def on_save(self, args: Arguments, state: State, control: object, **_: object) -> None:
+        """Mark the checkpoint that was saved."""
+        wait()  # each writes the state of its random numbers
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False  # the last line of a killed run may be cut
+    return True

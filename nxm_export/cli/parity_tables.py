@@ -1,0 +1,158 @@
+"""Tables of comparisons: an engine against its checkpoint, engines against each other, and block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nxm_export.cli.tables import print_table, score_text, share_text
+
+if TYPE_CHECKING:
+    from engines.parity.bisect_reports import BisectReport
+    from engines.parity.decisions import Pair
+    from engines.parity.reports import Comparison, ParityReport, Skipped
+    from engines.parity.tolerance import OutputParity
+
+_VERDICTS = {True: "pass", False: "FAIL", None: "does not apply"}
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Outputs, probes and gates of every engine, then the engines in pairs, and those that could not run here."""
+    for report in comparison.reports:
+        for output in report.outputs:
+            _print_output(report, output)
+        _print_checks(report)
+        print(f"tolerance: {report.reason}")
+    _print_pairs(comparison.reports)
+    _print_skipped(comparison.skipped)
+
+
+def _print_output(report: ParityReport, output: OutputParity) -> None:
+    steps = "" if output.max_steps is None else f", {output.max_steps:.2f} steps"
+    mean_steps = "" if output.mean_steps is None else f", {output.mean_steps:.3f} steps"
+    rows: list[tuple[str, object, str]] = [
+        ("largest |difference|", f"{_error(output.max_abs)}{steps}", f"at most {output.max_tolerance:.4g}"),
+        ("mean |difference|", f"{_error(output.mean_abs)}{mean_steps}", f"at most {output.mean_tolerance:.4g}"),
+        ("equal samples", f"{output.unchanged_share:.1%}", f"at least {output.unchanged_required:.1%}"),
+        ("cosine", "-" if output.cosine is None else f"{output.cosine:.8f}", ""),
+        ("NaN or infinity", output.nonfinite, "none"),
+        ("equal argmax", share_text(output.agreement), ""),
+        ("classes changed beyond the tolerance", output.unexcused_flips, "none"),
+        *[
+            (
+                "changed class",
+                f"sample {flip.sample}: {flip.reference} to {flip.engine}",
+                f"margin {flip.margin:.4g}, {'excused' if flip.excused else 'NOT excused'}",
+            )
+            for flip in output.worst_flips
+        ],
+        ("worst sample", output.worst_sample, ""),
+        (
+            f"{report.metric} of the engine, 95 % interval",
+            f"{score_text(report.engine_value)}{_bounds(report.engine_interval)}",
+            f"checkpoint {report.reference_value:.4f}",
+        ),
+        *[
+            (f"{name} of the engine", score_text(ours), f"checkpoint {score_text(theirs)}")
+            for name, (theirs, ours) in report.secondary_metrics.items()
+        ],
+        ("engine - checkpoint, 95 %, paired", _difference(report), ""),
+        ("verdict", "pass" if output.passed else "FAIL", ""),
+    ]
+    title = f"{report.engine}: {output.output} of {report.samples} samples against the checkpoint in PyTorch"
+    print_table(title, ("what", "found", "required"), rows)
+
+
+def _print_checks(report: ParityReport) -> None:
+    rows = [
+        (
+            check.name,
+            _VERDICTS[check.passed],
+            "" if check.actual is None else f"{check.actual:.4g}, at most {check.tolerated:.4g}",
+            check.reason,
+        )
+        for check in report.probes
+    ]
+    rows += [(f"gate {gate.gate}", _VERDICTS[gate.passed], "", gate.reason) for gate in report.gates]
+    print_table(f"{report.engine}: probes and gates", ("what", "verdict", "found", "about"), rows)
+
+
+def _print_pairs(reports: Sequence[ParityReport]) -> None:
+    """Every two engines once; nothing for a single engine."""
+    rows = [
+        (
+            report.engine,
+            pair.other,
+            pair.output,
+            _error(pair.max_abs),
+            _error(pair.mean_abs),
+            "-" if pair.cosine is None else f"{pair.cosine:.6f}",
+            share_text(pair.agreement),
+            _difference(pair),
+        )
+        for number, report in enumerate(reports)
+        for pair in report.pairs
+        if pair.other in [later.engine for later in reports[number + 1 :]]
+    ]
+    if rows:
+        columns = ("engine", "and", "output", "max", "mean", "cosine", "equal argmax", "metric difference, 95 %")
+        print_table("engines against each other", columns, rows)
+
+
+def _print_skipped(skipped: Sequence[Skipped]) -> None:
+    if skipped:
+        rows = [(engine.engine, engine.backend, engine.reason) for engine in skipped]
+        print_table("skipped: not run here, so not compared", ("engine", "backend", "why"), rows)
+
+
+def print_bisects(reports: Sequence[BisectReport]) -> None:
+    """The blocks of every engine, and what the comparison says about the engine that was built for it."""
+    for report in reports:
+        _print_bisect(report)
+
+
+def _print_bisect(report: BisectReport) -> None:
+    rows = [
+        (
+            block.block,
+            _error(block.accumulated_max_abs),
+            _steps_text(block.accumulated_steps),
+            _error(block.isolated_max_abs),
+            _steps_text(block.isolated_steps),
+            f"{block.isolated_unchanged_share:.1%}",
+            {True: "pass", False: "PARTS", None: "not judged"}[block.passed],
+            "" if block.passed else block.reason,
+        )
+        for block in report.blocks
+    ]
+    columns = ("behind", "accumulated max", "steps", "isolated max", "steps", "tokens equal", "verdict", "why")
+    print_table(f"{report.engine}: {report.tokens} tokens against the checkpoint, block by block", columns, rows)
+    print(f"tolerance: {report.reason}")
+    print(f"first block that parts: {report.first_diverging or 'none'}")
+    if report.kernels is None:
+        print("whether block outputs changed kernels is not known for this backend")
+    else:
+        changed = ", ".join(f"{name} {before} to {after}" for name, (before, after) in report.kernels.items())
+        print(f"kernels changed by block outputs: {changed or 'none'}")
+    print(
+        f"outputs of the engine with block outputs equal the engine's bit for bit: {'yes' if report.outputs_equal else 'NO'}"
+    )
+
+
+def _steps_text(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _error(value: float | None) -> str:
+    """An error; NaN and infinity leave none."""
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+def _difference(of: ParityReport | Pair) -> str:
+    """A metric's difference with its interval."""
+    return "NaN" if of.difference is None else f"{of.difference:+.4f}{_bounds(of.difference_interval, '+.4f')}"
+
+
+def _bounds(interval: tuple[float, float] | None, form: str = ".4f") -> str:
+    """An interval in brackets; a single sample has none."""
+    return "" if interval is None else f" ({interval[0]:{form}} to {interval[1]:{form}})"

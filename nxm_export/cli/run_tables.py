@@ -1,0 +1,162 @@
+"""Tables of a run, of what a run would do, and of a search."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from nxm_export.cli.tables import print_table, score_text, share_text, speed_text
+from nxm_export.contract.plan import COUNTINGS
+
+if TYPE_CHECKING:
+    from nxm_export.contract.run_summary import RunSummary
+    from nxm_export.contract.search_result import PlanScore, SearchResult
+    from nxm_export.pipeline.estimate import RunEstimate
+
+
+def print_estimate(estimate: RunEstimate) -> None:
+    """What a run would do."""
+    rows = [
+        ("training samples", str(estimate.train_samples)),
+        ("held-out samples", str(estimate.dev_samples)),
+        ("plan", _counts(estimate.plan, estimate.embedding)),
+        ("compression", ", ".join(f"{counting} {value:.2%}" for counting, value in estimate.compression.items())),
+        ("dense fine-tuning", _steps(estimate.dense_steps, estimate.dense_seconds)),
+        ("compression training", _steps(estimate.steps, estimate.seconds)),
+        ("export, build, compare, time", f"about {_duration(estimate.other_seconds)}"),
+        ("dense model and checkpoint", f"about {estimate.checkpoint_bytes / 1e6:.0f} MB"),
+        ("FP32 graph", f"about {estimate.fp32_onnx_bytes / 1e6:.0f} MB"),
+        ("compressed graph", f"about {estimate.onnx_bytes / 1e6:.0f} MB"),
+    ]
+    print_table("what `nxm run` would do", ("stage", "estimate"), rows)
+
+
+def _steps(steps: int, seconds: float) -> str:
+    return f"{steps} steps, about {_duration(seconds)}" if steps else "none: the model has a head for this task"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+
+
+def _counts(plan: Mapping[str, int], embedding: str = "float") -> str:
+    counts = [f"{count} x {name}" for name, count in plan.items()]
+    return ", ".join([*counts, *(["INT8 embedding table"] if embedding == "int8" else [])])
+
+
+def print_search(result: SearchResult) -> None:
+    """The finalists of a search, its Pareto front and its cost."""
+    timed = result.best.milliseconds is not None
+    _print_plans("finalists", [(plan.origin, plan) for plan in result.finalists], timed)
+    _print_plans("tied", [(f"{tie}: {plan.origin}", plan) for tie, plan in result.tied.items()], timed)
+    _print_plans("at other compressions", [(plan.origin, plan) for plan in result.pareto], timed)
+    cost = result.cost
+    print_table("cost", ("step", "seconds"), list(cost.seconds.items()))
+    share = "an unknown part (resumed)" if cost.share_of_full_run is None else f"{cost.share_of_full_run:.1%}"
+    print(
+        f"that is {share} of a compression run of {cost.full_run.steps} steps, which takes about "
+        f"{cost.full_run.estimated_seconds:.0f} seconds here"
+    )
+
+
+def _print_plans(title: str, plans: Sequence[tuple[str, PlanScore]], timed: bool) -> None:
+    """A table of (label, plan), with milliseconds where they were `timed`; nothing for no plans."""
+    if plans:
+        columns = ("plan", "divergence one-shot", *COUNTINGS, *(["ms"] if timed else []), "options")
+        rows = [
+            (
+                label,
+                plan.joint,
+                *(f"{plan.compression(counting):.2%}" for counting in COUNTINGS),
+                *([plan.milliseconds] if timed else []),
+                _counts(plan.options),
+            )
+            for label, plan in plans
+        ]
+        print_table(title, columns, rows)
+
+
+def print_summary(summary: RunSummary) -> None:
+    """The final tables of a run."""
+    _print_quality(summary)
+    compression = summary.compression
+    print_table(
+        "compression of the encoder's matrices, against FP32",
+        ("counting", "compression", "what is counted"),
+        [
+            ("hw", f"{compression['hw']:.2%}", "2:4 as tensor cores store it, index and scales included"),
+            ("packed", f"{compression['packed']:.2%}", "smallest lossless file, index and scales included"),
+            ("values", f"{compression['values']:.2%}", "kept values alone, as papers count"),
+        ],
+    )
+    sizes = [(name, f"{size / 1e6:.1f}") for name, size in summary.onnx_bytes.items()]
+    print_table("graphs", ("graph", "MB"), sizes)
+    _print_engine_parity(summary)
+    _print_latency(summary)
+    print_table("TensorRT-RTX", ("what", "value"), _rtx_rows(summary))
+    root = os.path.commonpath(summary.artifacts.values())
+    paths = [(name, os.path.relpath(path, root)) for name, path in summary.artifacts.items()]
+    print_table(f"where everything lies, in {root}", ("what", "path"), paths)
+
+
+def _print_quality(summary: RunSummary) -> None:
+    low, high = summary.difference_interval
+    known = low is not None and high is not None  # not for a single sample, nor with NaN in the outputs
+    rows = [
+        ("dense, FP32", score_text(summary.dense), ""),
+        ("compressed, PyTorch", score_text(summary.checkpoint), _counts(summary.plan, summary.embedding)),
+        (
+            "compressed, ONNX Runtime",
+            score_text(summary.compressed),
+            f"difference to dense: {low:+.4f} to {high:+.4f} (95 %)" if known else "no interval",
+        ),
+    ]
+    if alike := summary.cosine_to_dense:
+        rows.append(("its cosine to the dense embeddings", f"{alike.mean:.4f}", f"the least {alike.least:.4f}"))
+    title = f"{summary.metric} on {summary.dev_samples} held-out samples"
+    print_table(title, ("model", summary.metric, "note"), rows)
+
+
+def _print_engine_parity(summary: RunSummary) -> None:
+    rows = [
+        (
+            name,
+            share_text(report.agreement),
+            "NaN" if report.max_abs is None else f"{report.max_abs:.2g}",
+            score_text(report.value),
+            "pass" if report.passed else "FAIL",
+        )
+        for name, report in summary.parity.items()
+    ]
+    print_table(
+        "parity: engine against its own checkpoint in PyTorch, same samples",
+        ("engine", "equal argmax", "max |diff|", summary.metric, "verdict"),
+        rows,
+    )
+
+
+def _print_latency(summary: RunSummary) -> None:
+    speedups = {(ratio.name, ratio.batch, ratio.sequence): ratio for ratio in summary.speedup}
+    rows = []
+    for name, timing in summary.latency_ms.items():
+        engine, _, shape = name.rpartition(" ")
+        ratio = speedups.get((engine, timing.batch, timing.seq))
+        note = speed_text(ratio.speedup, ratio.interval) if ratio else "reference"
+        rows.append((engine, shape, f"{timing.median:.2f}", note))
+    print_table(
+        "latency on this CPU, interleaved", ("engine", "batch x seq", "median ms", "speed against FP32 (95 %)"), rows
+    )
+
+
+def _rtx_rows(summary: RunSummary) -> list[tuple[str, str]]:
+    rtx, absent = summary.trt_rtx, {**summary.missing, **summary.failed}
+    why = [reason for name, reason in absent.items() if name.startswith("trt_rtx")]
+    if rtx is None:
+        return [("engine", why[0] if why else "not built")]
+    return [
+        ("engine", "built ahead of time, without a GPU"),
+        ("INT8 matrix products", f"{rtx.integer_products} of {rtx.planned_products} planned"),
+        ("2:4 kernels", rtx.sparse_kernels),
+        *[("run here", reason) for reason in why],
+    ]

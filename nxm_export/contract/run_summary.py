@@ -1,0 +1,157 @@
+"""``summary.json``: what a run comes to, each number as the stage that measured it wrote it.
+
+`nxm run` writes it, `nxm show` prints it, a report reads it. Paths in the file are relative to the run, so that a run
+can be moved; in a `RunSummary` that was read they are paths from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nxm_export.errors import ArtifactError, EngineError, ParityError
+from nxm_export.storage.json_files import Json, encode, read_record, to_builtins
+from nxm_export.storage.run_dir import RunDir
+
+SCHEMA = "nxm-summary/1"
+SUMMARY_FILE = "summary.json"
+DIRECTORY = "summary"  # of the run
+
+
+@dataclass(frozen=True)
+class EngineParity:
+    """One engine against its own checkpoint: the worst of its outputs, and its value of the run's metric.
+
+    `agreement` is None where an output has no argmax; `max_abs` and `value` are None where the engine gave NaN.
+    """
+
+    agreement: float | None
+    max_abs: float | None
+    passed: bool
+    value: float | None
+
+
+@dataclass(frozen=True)
+class ShapeLatency:
+    """Median milliseconds of one engine at one shape (`batch`, `seq`)."""
+
+    batch: int
+    seq: int
+    median: float
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times faster `name` is than `reference` at one shape, with its 95 % interval."""
+
+    name: str
+    reference: str
+    batch: int
+    sequence: int
+    speedup: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Cosine of the compressed model's embeddings to the dense model's, over the held-out samples."""
+
+    mean: float
+    least: float
+
+
+@dataclass(frozen=True)
+class RtxBuild:
+    """What the passport of the TensorRT-RTX engine says of its build (see `engines.tensorrt.rtx_backend`).
+
+    `integer_products` of `planned_products` quantized matrix products run on integers, `float_products` do not.
+    """
+
+    planned_products: int
+    integer_products: int
+    float_products: tuple[str, ...]
+    sparse_kernels: str
+    sparse: bool = True
+    level: int | None = None
+    twin: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What compression training did; None where the recipe has no such thing."""
+
+    recipe: str | None = None
+    admm_steps: int | None = None
+    qat_steps: int | None = None
+    residual: float | None = None
+    residual_gate_passed: bool | None = None
+    mask_hash: str | None = None
+    table_drop: float | None = None
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """The numbers of one finished run.
+
+    `dense`, `checkpoint` and `compressed` are the metric of the dense model, of the compressed checkpoint in PyTorch,
+    and of the compressed ONNX Runtime engine; None stands for NaN. `difference_interval` is the paired 95 % interval of
+    compressed - dense, None where one sample or a NaN allows none. `compression` is by counting, `plan` the number of
+    matrices by option, `latency_ms` by ``ENGINE BATCHxSEQUENCE``, `onnx_bytes` by graph. `trt_rtx` is the
+    TensorRT-RTX build. `missing` says which engines were not built or not run and why, `failed` which could not be
+    built.
+    """
+
+    metric: str
+    dev_samples: int
+    dense: float | None
+    compressed: float | None
+    difference_interval: tuple[float | None, float | None]
+    checkpoint: float | None
+    compression: Mapping[str, float]
+    plan: Mapping[str, int]
+    parity: Mapping[str, EngineParity]
+    latency_ms: Mapping[str, ShapeLatency]
+    speedup: tuple[Speedup, ...]
+    onnx_bytes: Mapping[str, int]
+    trt_rtx: RtxBuild | None
+    missing: Mapping[str, str]
+    failed: Mapping[str, str]
+    training: TrainingFacts
+    artifacts: Mapping[str, str]
+    embedding: str = "float"
+    cosine_to_dense: Likeness | None = None  # of embedding models
+
+    def to_dict(self) -> dict[str, Json]:
+        """The form of ``summary.json`` and ``--json``."""
+        return {"schema": SCHEMA, **to_builtins(self)}
+
+    def to_json(self) -> str:
+        """The text of ``summary.json``."""
+        return encode(self, SCHEMA)
+
+    def require_passed(self) -> None:
+        """Raise `ParityError` for an engine that differs from its checkpoint, `EngineError` for one that could not be
+        built."""
+        differing = [name for name, report in self.parity.items() if not report.passed]
+        if differing:
+            raise ParityError(
+                f"parity failed for {', '.join(differing)}: see {self.artifacts[f'parity {differing[0]}']}"
+            )
+        for name, why in self.failed.items():
+            raise EngineError(f"{name} could not be built: {why}")
+
+
+def read_summary_file(file: Path) -> RunSummary:
+    """The summary in a file, with paths as they are stored; raises `ArtifactError` with the field that is wrong."""
+    return read_record(file, RunSummary, schema=SCHEMA, way_out="run the same `nxm run` again")
+
+
+def read_summary(root: str | Path) -> RunSummary:
+    """The summary of a finished run; raises `ArtifactError` for a directory that is no run or not finished."""
+    directory = RunDir.open(root)
+    file = directory.path(DIRECTORY, SUMMARY_FILE)
+    if not file.is_file():
+        raise ArtifactError(f"{root}: this run has no summary yet; run the same `nxm run` again to finish it")
+    summary = read_summary_file(file)
+    return replace(summary, artifacts={name: str(directory.root / path) for name, path in summary.artifacts.items()})

@@ -1,0 +1,43 @@
+"""What this project uses of transformers' objects, which have no types of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from nxm_export.data.examples import Tokenizer
+
+
+class TaskOutput(Protocol):
+    """What a task model returns for a batch."""
+
+    loss: torch.Tensor | None
+    logits: torch.Tensor
+    hidden_states: Sequence[torch.Tensor] | None
+
+
+class Saved(Protocol):
+    """A model or tokenizer that writes itself as a Hugging Face directory."""
+
+    def save_pretrained(self, save_directory: Path) -> object:
+        """Write its files to a directory."""
+
+
+class FastTokenizer(Saved, Protocol):
+    """A fast tokenizer. `backend_tokenizer` is its `tokenizers.Tokenizer`."""
+
+    is_fast: bool
+    model_max_length: int
+    pad_token_id: int | None
+    backend_tokenizer: Tokenizer
+
+
+class ModelClass(Protocol):
+    """A class of transformers' models."""
+
+    def from_pretrained(self, path: Path, **options: object) -> tuple[torch.nn.Module, Mapping[str, object]]:
+        """The model of a directory and, with ``output_loading_info``, what was missing in it."""

@@ -1,0 +1,101 @@
+"""The files beside an engine that a sparsity report is judged by: read whole, or refused by file and field."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.sparsity.build_evidence import InspectedEngine, InspectedProfile, MeasuredLayers, read_evidence
+from engines.sparsity.report import WeightFacts, read_sparsity_report
+from nxm_export.contract.matrix_facts import MatrixFacts
+from nxm_export.errors import ArtifactError
+from nxm_export.storage.json_files import encode
+
+SPARSE = "sm80_xmma_sparse_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x128_stage3_warpsize2x2x1_sptensor16x8x64"
+FACT = MatrixFacts(
+    name="w", node="node", form="matmul", k=768, n=768, planned="2:4+W8", planned_sparse=True, pattern_float="2:4",
+    pattern_int8="2:4", sparse_along_k=True, sparse_along_n=False, broken_groups=0, groups=147456, integer_weight=True,
+    integer_input=True, scales_along_k=False, has_zero_point=False, output="int8", epilogue="none",
+)  # fmt: skip
+FACTS = WeightFacts("trt", "8.6.0", "8.0", has_gpu=True, sparse_flag=True, facts=(FACT,))
+LAYER = {"Name": "node_myl0_1 [profile 0]", "LayerType": "gemm", "TacticName": SPARSE, "Metadata": "[ONNX Layer: node]"}
+INSPECTED = InspectedEngine((InspectedProfile(0, (8, 128), {"Layers": [LAYER]}),))
+MEASURED = MeasuredLayers("ab", (8, 128), 20, {"node_myl0_1 [profile 0]": 0.5})
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """What a build and `nxm inspect --measure` leave beside an engine."""
+    (tmp_path / "weights.json").write_text(encode(FACTS, "nxm-weights/1"))
+    (tmp_path / "layers.json").write_text(encode(INSPECTED))
+    (tmp_path / "measured.json").write_text(encode(MEASURED))
+    return tmp_path
+
+
+def edit(file: Path, change: Callable[[Any], object]) -> None:
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+
+
+def test_a_report_is_made_of_all_that_lies_there(directory: Path) -> None:
+    (weight,) = read_sparsity_report(directory).weights
+    assert (weight.chosen, weight.kernel) == (True, SPARSE)
+    evidence = read_evidence(directory)
+    assert evidence.layer_ms == {"node_myl0_1": 0.5}
+    assert evidence.running is None
+    report = read_sparsity_report(directory, running=["another kernel"])
+    assert report.weights[0].reason == "contradiction"
+
+
+def test_the_time_saved_is_the_twins_less_the_engines(
+    directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    twin = tmp_path_factory.mktemp("twin")
+    (twin / "layers.json").write_text(encode(INSPECTED))
+    (twin / "measured.json").write_text(encode(replace(MEASURED, layer_ms={"node_myl0_1": 0.75})))
+    assert read_sparsity_report(directory, twin).weights[0].saved_ms == 0.25
+
+
+def test_a_profilers_kernels_are_taken_from_the_measurement(directory: Path) -> None:
+    (directory / "measured.json").write_text(encode(replace(MEASURED, kernels=("another kernel",))))
+    assert read_sparsity_report(directory).weights[0].reason == "contradiction"
+
+
+def test_a_measurement_without_kernels_and_facts_of_the_former_schema_are_read(directory: Path) -> None:
+    expected = read_sparsity_report(directory)
+    edit(directory / "measured.json", lambda data: data.pop("kernels"))
+    edit(directory / "weights.json", lambda data: data.update(schema="nxm-truth/1"))
+    assert read_sparsity_report(directory) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("weights.json", lambda data: data.update(schema="nxm-plan/1"), "weights.json: not a nxm-weights/1 file"),
+        ("weights.json", lambda data: data.update(has_gpu="no"), "weights.json: has_gpu: Expected `bool`, got `str`"),
+        ("weights.json", lambda data: data["facts"][0].pop("k"), r"weights.json: facts\[0\]: .*required field `k`"),
+        ("weights.json", lambda data: data["facts"][0].update(q=1), r"weights.json: unknown field facts\[0\]\.q"),
+        ("layers.json", lambda data: data["profiles"][0].update(shape=[8]), r"layers.json: profiles\[0\]\.shape: "),
+        ("layers.json", lambda data: data.update(more=1), "layers.json: unknown field more"),
+        ("measured.json", lambda data: data.update(layer_ms={"a": "fast"}), "measured.json: layer_ms.*got `str`"),
+        ("measured.json", lambda data: data.update(rounds=float("nan")), "measured.json: not valid JSON .*NaN"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name_and_field(
+    directory: Path, name: str, change: Callable[[Any], object], message: str
+) -> None:
+    edit(directory / name, change)
+    with pytest.raises(ArtifactError, match=message):
+        read_sparsity_report(directory)
+
+
+def test_without_facts_there_is_no_report(directory: Path) -> None:
+    (directory / "weights.json").unlink()
+    with pytest.raises(ArtifactError, match=r"weights\.json is missing: .* build it again"):
+        read_sparsity_report(directory)

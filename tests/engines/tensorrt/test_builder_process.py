@@ -1,0 +1,122 @@
+"""What the builder's process says is taken as it is meant or refused, and a timing cache is used only where it fits."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.base import Profile
+from engines.tensorrt import builder_process
+from engines.tensorrt.builder_process import BuildRequest, build_in_child, seal_cache, usable_cache
+from nxm_export.errors import EngineError
+from nxm_export.progress import silent
+
+IDENTITY = {"tensorrt": "11.4", "gpu": "A GPU"}
+FACTS = '{"facts": {"tensorrt": "11.4", "strongly_typed": true, "bindings": {"inputs": [], "outputs": []}}}'
+
+
+@pytest.fixture
+def child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., BuildRequest]:
+    """``child("line", ...)``: the request of a build whose process writes these lines as its report, and an engine."""
+
+    def make(*lines: str, torn: str = "", code: int = 0) -> BuildRequest:
+        report = "".join(f"{line}\n" for line in lines) + torn
+        script = f"""
+import os, sys
+open({str(tmp_path / "model.engine")!r}, "w").close()
+os.write(int(sys.argv[2]), {report.encode()!r})
+print("[E] the last words")
+sys.exit({code})
+"""
+        command = [sys.executable, "-c", script]
+        monkeypatch.setattr(builder_process, "module_command", lambda module, *arguments: [*command, *arguments])
+        return BuildRequest(
+            "tensorrt",
+            onnx="model.onnx",
+            engine=str(tmp_path / "model.engine"),
+            directory=str(tmp_path),
+            profiles=(Profile((1, 1), (8, 64), (8, 64)),),
+            sparse=True,
+            level=None,
+            workspace_bytes=None,
+            inspect=False,
+        )
+
+    return make
+
+
+def test_progress_and_facts_are_handed_on(child: Callable[..., BuildRequest], tmp_path: Path) -> None:
+    progress: list[tuple[str, int, int]] = []
+    request = child('{"progress": {"phase": "Building", "done": 1, "total": 2}}', FACTS)
+    built = build_in_child(request, tmp_path / "build.log", lambda *report: progress.append(report))
+    assert progress == [("Building", 1, 2)]
+    assert (built.tensorrt, built.strongly_typed, built.cache_refused) == ("11.4", True, None)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"error": "layer x: no"}'], r"model\.onnx: layer x: no \(log: .*build\.log\)"),
+        ([], r"the builder ended with 0 and wrote no engine: \[E\] the last words"),
+        (["what is this"], r"the builder's report: not valid JSON .* see its log: .*build\.log"),
+        (
+            ['{"progress": {"phase": 5, "done": 1, "total": 2}}'],
+            r"the builder's report: progress\.phase: Expected `str`",
+        ),
+        (['{"weather": "fine"}'], r"the builder's report: unknown field weather"),
+    ],
+)
+def test_everything_else_is_an_error_with_the_log(
+    child: Callable[..., BuildRequest], tmp_path: Path, lines: list[str], message: str
+) -> None:
+    with pytest.raises(EngineError, match=message):
+        build_in_child(child(*lines), tmp_path / "build.log", silent)
+
+
+def test_a_builder_that_is_killed_while_it_writes_is_quoted_from_its_log(
+    child: Callable[..., BuildRequest], tmp_path: Path
+) -> None:
+    request = child(FACTS, torn='{"progress": {"phase": "Buil', code=9)
+    with pytest.raises(EngineError, match=r"the builder ended with 9 and wrote no engine: \[E\] the last words"):
+        build_in_child(request, tmp_path / "build.log", silent)
+
+
+def test_a_timing_cache_fits_where_it_was_measured(tmp_path: Path) -> None:
+    cache = tmp_path / "timing.cache"
+    assert usable_cache(cache, IDENTITY) == "there is none"
+    cache.write_bytes(b"times")
+    seal_cache(cache, IDENTITY)
+    assert usable_cache(cache, IDENTITY) is None
+    other = usable_cache(cache, {**IDENTITY, "gpu": "Another"})
+    assert other == "it was measured on tensorrt 11.4, gpu A GPU, and this is tensorrt 11.4, gpu Another"
+    cache.write_bytes(b"torn")
+    assert "it is damaged" in str(usable_cache(cache, IDENTITY))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda seal: seal.update(identity=[]), "identity: Expected `object`, got `array`"),
+        (lambda seal: seal.update(colour="red"), "unknown field colour"),
+        (lambda seal: seal.update(schema="nxm-timing-cache/9"), "schema nxm-timing-cache/9 is not"),
+        (lambda seal: seal.clear(), "not a nxm-timing-cache/1 file"),
+    ],
+)
+def test_a_cache_whose_seal_is_damaged_is_not_used(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    cache = tmp_path / "timing.cache"
+    cache.write_bytes(b"times")
+    seal_cache(cache, IDENTITY)
+    file = tmp_path / "timing.cache.json"
+    seal = json.loads(file.read_text())
+    change(seal)
+    file.write_text(json.dumps(seal))
+    reason = str(usable_cache(cache, IDENTITY))
+    assert "so nothing says what it was measured on" in reason
+    assert message in reason

@@ -1,0 +1,90 @@
+"""What `nxm inspect` and `nxm doctor` know: facts of graphs, engines and runs, and what this machine can do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from nxm_export.cli import main
+from nxm_export.errors import EngineError
+from nxm_export.pipeline import environment
+from nxm_export.pipeline.inspection import (
+    EngineInspection,
+    GraphFacts,
+    RunInspection,
+    inspect_path,
+    measure_layers,
+    require_sparse,
+)
+from nxm_export.storage.run_dir import RunDir
+from tests.support import onnx_text
+
+GRAPH = """
+agraph (float[batch, 4] x) => (float[batch, 4] y) {
+    a = Relu(x)
+    b = Relu(a)
+    y = Identity(b)
+}
+"""
+
+
+def test_a_graph_has_its_opset_inputs_operators_and_metadata(tmp_path: Path) -> None:
+    facts = inspect_path(onnx_text.save(GRAPH, tmp_path / "graph.onnx"))
+    assert isinstance(facts, GraphFacts)
+    assert facts.opset == 21
+    assert list(facts.inputs) == ["x"]
+    assert facts.operators == {"Identity": 1, "Relu": 2}
+    assert facts.to_dict() == {
+        "opset": 21, "inputs": facts.inputs, "outputs": facts.outputs, "operators": facts.operators, **facts.metadata,
+    }  # fmt: skip
+
+
+def test_an_engine_has_its_passport_and_a_run_its_engines_by_name(
+    tmp_path: Path, tiny_engine: Callable[..., Path]
+) -> None:
+    root = RunDir(tmp_path / "run").root
+    for name in ("ort-a", "ort-b"):
+        shutil.copytree(tiny_engine("ort"), root / "engines" / name)
+    facts = inspect_path(root)
+    assert isinstance(facts, RunInspection)
+    assert list(facts.engines) == ["ort-a", "ort-b"]
+    one = inspect_path(root / "engines" / "ort-a")
+    assert isinstance(one, EngineInspection)
+    assert one == facts.engines["ort-a"]
+    assert one.sparsity is None, "ONNX Runtime has no sparse kernels"
+    assert one.to_dict()["passport"]["engine_sha256"] == one.passport.engine_sha256
+    printed = json.loads(CliRunner().invoke(main, ["inspect", str(root), "--json"]).stdout)
+    assert printed == json.loads(json.dumps(facts.to_dict()))
+
+
+def test_what_needs_sparse_kernels_or_layer_times_is_refused_for_engines_without(
+    tiny_engine: Callable[..., Path],
+) -> None:
+    with pytest.raises(EngineError, match="only TensorRT engines run sparse kernels"):
+        require_sparse(tiny_engine("ort"), 0.5)
+    with pytest.raises(EngineError, match="engines of ort do not time their layers; leave --measure out"):
+        measure_layers(tiny_engine("ort"))
+
+
+def test_a_machine_says_of_everything_that_it_is_ready_or_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "version", lambda name: "1.0")
+    ready = environment.report().to_dict()
+    assert set(ready) == {
+        "nxm-export", "python", "system", "cpu", "integer instructions", "gpu", "compress", "export", "backend ort",
+        "backend openvino", "backend trt", "backend trt_rtx", "serve",
+    }  # fmt: skip
+    assert ready["backend ort"] == "ready: onnxruntime 1.0, onnx 1.0, onnx-ir 1.0"
+
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(environment, "version", absent)
+    missing = environment.report()
+    assert missing.nxm_export == "source tree"
+    assert missing.backends["ort"] == "missing onnxruntime, onnx, onnx-ir: pip install 'nxm-export[ort]'"

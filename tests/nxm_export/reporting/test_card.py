@@ -1,0 +1,77 @@
+"""The model card of a run or an engine directory: its numbers are those of the files, and what no file says is
+listed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nxm_export.contract.checkpoint_metrics import read_metrics
+from nxm_export.errors import ArtifactError
+from nxm_export.reporting import card
+from nxm_export.reporting.hub_card import markdown
+from nxm_export.storage.json_files import Json
+
+pytestmark = pytest.mark.slow  # a whole run is made for them
+
+
+def front_matter(text: str) -> dict[str, Json]:
+    head = yaml.safe_load(text.split("---\n")[1])
+    assert isinstance(head, dict)
+    return head
+
+
+def test_the_card_of_a_run_has_its_numbers_and_says_what_it_does_not_know(finished: Path, tmp_path: Path) -> None:
+    text = card(finished, tmp_path / "README.md").read_text(encoding="utf-8")
+    summary = json.loads((finished / "summary" / "summary.json").read_text(encoding="utf-8"))
+    head = front_matter(text)
+    assert head["pipeline_tag"] == "text-classification"
+    assert head["model-index"][0]["results"][0]["metrics"] == [{"type": "accuracy", "value": summary["compressed"]}]
+    assert "license" not in head, "no file says it"
+    low, high = summary["difference_interval"]
+    for line in (
+        f"| dense | {summary['dense']:.4f} |",
+        f"| compressed | {summary['compressed']:.4f} |",
+        f"| difference, 95 % paired interval | {low:+.4f} to {high:+.4f} |",
+        f"| hw | {summary['compression']['hw']:.2%} |",
+    ):
+        assert line in text
+    dense = read_metrics(finished / "dense").secondary_metrics
+    parity = json.loads((finished / "compare" / "ort-cpu-int8" / "parity.json").read_text(encoding="utf-8"))
+    for name in ("f1", "mcc"):
+        assert f"| {name} | {dense[name]:.4f} | {parity['secondary_metrics'][name][1]:.4f} |" in text
+    for engine in finished.glob("engines/*/passport.json"):
+        assert json.loads(engine.read_text(encoding="utf-8"))["engine_sha256"] in text
+    unknown = text.partition("## What this card does not know")[2]
+    assert "licence" in unknown
+    assert "sparse kernel: no engine proves it" in unknown
+
+
+def test_the_card_of_an_engine_directory_knows_what_lies_in_it(finished: Path, tmp_path: Path) -> None:
+    engine = Path(shutil.copytree(finished / "engines" / "ort-cpu-int8", tmp_path / "engine"))
+    text = card(engine, tmp_path / "README.md").read_text(encoding="utf-8")
+    parity = json.loads((engine / "parity.json").read_text(encoding="utf-8"))
+    assert f"| compressed | {parity['engine_value']:.4f} |" in text
+    assert "| dense | not known |" in text
+    assert "how far it is from the dense model" in text
+    (engine / "parity.json").unlink()
+    text = card(engine, tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "model-index" not in front_matter(text), "no value without a comparison"
+    assert "it was not compared" in text
+
+
+def test_names_cannot_break_out_of_the_card(finished: Path, tmp_path: Path) -> None:
+    text = card(finished, tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "<script>" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert markdown("a|b\n# c [x](y) `d` *e*") == r"a\|b \# c \[x\](y) \`d\` \*e\*"
+
+
+def test_a_directory_that_is_neither_makes_no_card(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="neither an engine directory nor a run"):
+        card(tmp_path, tmp_path / "README.md")
+    assert not (tmp_path / "README.md").exists()

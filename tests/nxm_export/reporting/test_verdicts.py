@@ -1,0 +1,113 @@
+"""Numbers of a page and what is said of them: places in files, and words that do not flatter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nxm_export.contract.checkpoint_metrics import DenseMetrics
+from nxm_export.contract.run_summary import RunSummary
+from nxm_export.reporting.figures import Figure, RunFile
+from nxm_export.reporting.run_facts import EngineEntry, Run
+from nxm_export.reporting.verdicts import compressed_value, dev_samples, metric, verdicts
+from tests.support.records import PASSPORT, SUMMARY
+
+
+def words(summary: RunSummary) -> dict[str, str]:
+    """The word of every verdict on a run that has a summary and one engine."""
+    engine = EngineEntry("ort-cpu-int8", RunFile("passport.json", PASSPORT, {}), None, None, None, None)
+    source = RunFile("summary/summary.json", summary, summary.to_dict())
+    run = Run(root=Path("run"), stages={}, summary=source, engines=(engine,))
+    return {verdict.key: verdict.word for verdict in verdicts(run)}
+
+
+@pytest.mark.parametrize(
+    ("interval", "word"),
+    [
+        ((-0.04, -0.01), "worse than dense"),
+        ((-0.04, 0.0), "not told apart"),
+        ((-0.01, 0.02), "not told apart"),
+        ((0.01, 0.02), "better than dense"),
+        ((None, 0.02), "no interval"),
+    ],
+)
+def test_accuracy_is_judged_by_the_paired_interval(interval: tuple[float | None, float | None], word: str) -> None:
+    assert words(replace(SUMMARY, difference_interval=interval))["accuracy"] == word
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "word"),
+    [
+        ((1.2, 1.4), (1.1, 1.3), "faster"),
+        ((1.2, 1.4), (0.9, 1.3), "not everywhere"),
+        ((0.9, 1.1), (0.8, 0.9), "not told apart"),
+        ((0.6, 0.7), (0.8, 0.9), "slower"),
+    ],
+)
+def test_speed_is_judged_at_every_shape(first: tuple[float, float], second: tuple[float, float], word: str) -> None:
+    (ratio,) = SUMMARY.speedup
+    speedup = (replace(ratio, interval=first), replace(ratio, batch=8, interval=second))
+    assert words(replace(SUMMARY, speedup=speedup))["speed"] == word
+
+
+def test_a_run_without_anything_claims_nothing() -> None:
+    run = Run(root=Path("run"), stages={})
+    assert {verdict.state for verdict in verdicts(run)} == {"absent"}
+    assert metric(run) == "metric"
+    assert compressed_value(run) is None
+
+
+def test_without_a_summary_the_stages_own_files_speak() -> None:
+    dense = DenseMetrics(metric="mcc", value=0.5, interval=None, dev_samples=7, steps=3)
+    run = Run(root=Path("run"), stages={}, dense=RunFile("dense/metrics.json", dense, dense.to_dict()))
+    assert metric(run) == "mcc"
+    assert dev_samples(run) == Figure(7, "dense/metrics.json", "/dev_samples")
+
+
+def test_a_figure_has_the_pointer_to_its_place_in_the_file() -> None:
+    source = RunFile("summary/summary.json", SUMMARY, SUMMARY.to_dict())
+    assert source.figure("speedup", 0, "interval", 1) == Figure(1.75, source.file, "/speedup/0/interval/1")
+    assert source.figure("latency_ms", "ort-cpu-int8 1x32", "median") == Figure(
+        0.25, source.file, "/latency_ms/ort-cpu-int8 1x32/median"
+    )
+    assert source.figure("parity", "no such engine", "passed") is None
+    assert source.figure("cosine_to_dense", "mean") is None
+    with pytest.raises(AttributeError):
+        source.figure("mood")
+    with pytest.raises(TypeError, match="/plan is no single value"):
+        source.figure("plan")
+
+
+def test_a_value_that_stands_elsewhere_in_a_former_file_has_no_pointer() -> None:
+    former = {**SUMMARY.to_dict(), "dense": 0.25}
+    del former["dev_samples"]
+    source = RunFile("summary/summary.json", SUMMARY, former)
+    assert source.figure("dense") == Figure(0.75, source.file)
+    assert source.figure("dev_samples") == Figure(64, source.file)
+    assert source.figure("compressed") == Figure(0.5, source.file, "/compressed")
+
+
+def test_every_value_of_a_file_is_named_by_its_path_and_none_is_left_out() -> None:
+    source = RunFile("summary/summary.json", SUMMARY, SUMMARY.to_dict())
+    figures = {keys: figure.value for keys, figure in source.figures()}
+    assert figures["trt_rtx", "float_products", 0] == "pooler"
+    assert figures["training", "recipe"] == "obs"
+    assert ("training", "admm_steps") not in figures, "it has none"
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "text"),
+    [
+        (None, "error", "NaN"),
+        (None, "score", "none"),
+        (True, "general", "yes"),
+        ("unknown", "general", "unknown"),
+        (0.5, "share", "50.00%"),
+        (3, "general", "3"),
+        (2_500_000, "megabytes", "2.5"),
+    ],
+)
+def test_a_figure_is_written_by_its_kind(value: float | str | bool | None, kind: str, text: str) -> None:
+    assert Figure(value, "file").shown(kind).text == text

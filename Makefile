@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip
 INSTALL := $(PIP) install --quiet --disable-pip-version-check $(PIP_ARGS)
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-slow static check clean
+.PHONY: help setup demo test test-slow static check coverage clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -46,6 +46,9 @@ static: $(STAMP)
 
 check: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" tools/check
+
+coverage: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" tools/check --coverage
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo

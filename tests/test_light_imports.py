@@ -1,4 +1,5 @@
-"""The contract and the engines import with numpy and msgspec alone, on Python 3.10 too; the command line answers ``--help`` at once."""
+"""The contract and the engines import with numpy and msgspec alone, on Python 3.10 too; the command line answers
+``--help`` at once."""
 
 from __future__ import annotations
 
@@ -16,8 +17,22 @@ from nxm_export.cli import main
 from tests.test_layering import LIGHT_LAYERS, MODULES, layer
 
 LIGHT = sorted(name for name in MODULES if layer(name) in LIGHT_LAYERS)
-HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino", "tensorrt_rtx", "polygraphy", "rich",
-         "starlette", "uvicorn", "prometheus_client", "tokenizers")  # fmt: skip
+HEAVY = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "tensorrt_rtx",
+    "polygraphy",
+    "rich",
+    "starlette",
+    "uvicorn",
+    "prometheus_client",
+    "tokenizers",
+)
 
 # Refuses every module that is not in the standard library, numpy, msgspec or ours, then imports the light ones.
 _ONLY_NUMPY = f"""
@@ -25,7 +40,8 @@ import importlib, sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
-        if top not in sys.stdlib_module_names and top not in ("numpy", "msgspec", "nxm_export", "compressors", "engines", "sitecustomize"):
+        here = ("numpy", "msgspec", "nxm_export", "compressors", "engines", "sitecustomize")
+        if top not in sys.stdlib_module_names and top not in here:
             raise ImportError("this host has numpy and msgspec only, and something imports " + name)
 sys.meta_path.insert(0, Refuse())
 for module in {LIGHT!r}:

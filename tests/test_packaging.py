@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from nxm_export.pipeline import environment
 from tests.conftest import ROOT
 from tests.test_layering import PACKAGES
 from tests.test_light_imports import LIGHT
@@ -19,12 +20,12 @@ from tests.test_light_imports import LIGHT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
-    """Run a command outside the source tree, as a user would: without our PYTHONPATH, with the network of this machine."""
+def run(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command outside the source tree, as a user would: without our PYTHONPATH, with this machine's network."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=False, env=environment, **options
-    )  # type: ignore[call-overload]
+        list(map(str, command)), capture_output=True, text=True, check=False, env=environment, cwd=cwd
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_the_wheel_carries_licence_notice_and_entry_point(wheel: Path) -> None:
     assert "Apache License" in text["licenses/LICENSE"]
     assert "rotten_tomatoes" in text["licenses/NOTICE"]
     assert "nxm = nxm_export.cli:main" in text["entry_points.txt"]
-    assert "Requires-Python: >=3.11" in text["METADATA"]
+    assert "Requires-Python: >=3.10" in text["METADATA"]
 
 
 def test_nxm_answers_in_a_clean_environment(clean: Path, tmp_path: Path) -> None:
@@ -118,6 +119,28 @@ def test_a_command_that_needs_an_extra_says_which(clean: Path, tmp_path: Path, c
     assert done.returncode == 1
     assert f"nxm-export[{extra}]" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_only_training_and_export_need_a_newer_python_than_the_rest() -> None:
+    extras = PROJECT["optional-dependencies"]
+    marked = {extra for extra, needs in extras.items() if any("python_version >= '3.11'" in need for need in needs)}
+    assert marked == {"train", "export"}
+    assert not [need for need in PROJECT["dependencies"] if "python_version" in need]
+
+
+@pytest.mark.parametrize(
+    ("extra", "version"), [("train", (3, 10)), ("export", (3, 10)), ("ort", (3, 10)), ("train", (3, 11))]
+)
+def test_a_host_with_python_3_10_is_told_what_it_cannot_do(
+    extra: str, version: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.version_info", (*version, 0))
+    advice = environment.install_advice(extra)
+    if extra != "ort" and version < (3, 11):
+        assert "training and export need Python 3.11 or newer" in advice
+        assert "copy the engine directory here" in advice
+    else:
+        assert advice == f"pip install 'nxm-export[{extra}]'"
 
 
 def test_every_optional_import_of_the_tests_is_in_the_dev_extra() -> None:

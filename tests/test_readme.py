@@ -16,8 +16,8 @@ from click.testing import CliRunner
 
 from nxm_export.cli import main
 from tests.conftest import ROOT
-from tests.support.rawhttp import send
-from tests.support.servers import free_port, started
+from tools.benchmarks.raw_http import send
+from tools.benchmarks.servers import free_port, started
 from tools.readme_table import BEGIN, END, table
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,102 +1,68 @@
 """Print the result table of the README from a run directory; ``--write`` puts it into the README.
 
-python tools/readme_table.py runs/demo --write
+python -m tools.readme_table runs/demo --write
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-README = Path(__file__).parent.parent / "README.md"
+from engines.passport import load_passport
+from nxm_export.contract.run_summary import RunSummary, read_summary
+from nxm_export.storage.atomic import write_atomic
+from tools import ROOT
+from tools.rendering import render
+
+README = ROOT / "README.md"
 BEGIN, END = "<!-- result table -->\n", "<!-- end of result table -->\n"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median milliseconds of both ONNX Runtime engines at one shape, and the paired speed-up with its interval."""
+
+    batch: int
+    tokens: int
+    fp32_ms: float
+    int8_ms: float
+    speedup: float
+    low: float
+    high: float
 
 
 def table(run: Path) -> str:
     """The markdown table of a finished run, every number from a file in it."""
-    from nxm_export.contract.run_summary import read_summary
-
-    summary = read_summary(run).to_dict()
-    device = json.loads((run / "engines" / "ort-cpu-int8" / "passport.json").read_text(encoding="utf-8"))["device"]
-    rows = [
-        ("", "dense, FP32", " and ".join(summary["plan"])),
-        ("---", "---", "---"),
-        *_quality(summary),
-        *_size(summary),
-        *_latency(summary, device),
-        *_rtx(summary),
-    ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
-
-
-def _quality(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    low, high = (f"{bound * 100:+.1f}" for bound in summary["difference_interval"])
-    parity = summary["parity"]
-    return [
-        (
-            f"{summary['metric']}, {summary['dev_samples']} held-out sentences",
-            f"{summary['dense']:.4f}",
-            f"{summary['compressed']:.4f} (difference {low} to {high} points, 95 % paired)",
-        ),
-        (
-            "engine and its checkpoint in PyTorch choose the same class",
-            f"{parity['ort-cpu-fp32']['agreement']:.2%}",
-            f"{parity['ort-cpu-int8']['agreement']:.2%}",
-        ),
-    ]
+    summary = read_summary(run)
+    low, high = (float("nan") if bound is None else 100 * bound for bound in summary.difference_interval)
+    text = render(
+        "readme_table.md.j2",
+        summary=summary,
+        low=low,
+        high=high,
+        megabytes={name: size / 1e6 for name, size in summary.onnx_bytes.items()},
+        latencies=list(_latencies(summary)),
+        cpu=load_passport(run / "engines" / "ort-cpu-int8").device.get("name", "unknown CPU"),
+    )
+    return f"{text}\n"
 
 
-def _size(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    embeddings = "word embeddings in INT8" if summary.get("embedding") == "int8" else "embeddings stay FP32"
-    compression, size = summary["compression"], {name: value / 1e6 for name, value in summary["onnx_bytes"].items()}
-    return [
-        (
-            "encoder matrices: bits saved against FP32",
-            "",
-            f"{compression['hw']:.1%} as tensor cores store 2:4, with index and scales; {compression['packed']:.1%} packed; "
-            f"{compression['values']:.1%} counting kept values alone",
-        ),
-        (
-            "ONNX file",
-            f"{size['dense']:.1f} MB",
-            f"{size['cpu']:.1f} MB for the CPU ({embeddings}), {size['trt']:.1f} MB for TensorRT (FP16)",
-        ),
-    ]
-
-
-def _latency(summary: dict[str, Any], device: dict[str, str]) -> list[tuple[str, str, str]]:
-    ratios = {(r["name"], r["batch"], r["sequence"]): r for r in summary["speedup"]}
-    rows = []
-    for name, timing in summary["latency_ms"].items():
-        if name.startswith("ort-cpu-fp32 "):
-            shape = timing["batch"], timing["seq"]
-            ratio = ratios[("ort-cpu-int8", *shape)]
-            other = summary["latency_ms"][name.replace("fp32", "int8")]
-            rows.append(
-                (
-                    f"ONNX Runtime, batch {shape[0]} x {shape[1]} tokens, {device.get('name', 'unknown CPU')}",
-                    f"{timing['median']:.1f} ms",
-                    f"{other['median']:.1f} ms ({ratio['speedup']:.2f}x, {ratio['interval'][0]:.2f} to {ratio['interval'][1]:.2f})",
-                )
-            )
-    return rows
-
-
-def _rtx(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    rtx = summary.get("trt_rtx")
-    if not rtx:
-        return [("TensorRT-RTX engine", "", "not built on this machine")]
-    integer = f"{rtx['integer_products']} of {rtx['planned_products']} matrix products in INT8"
-    sparse = str(rtx["sparse_kernels"])
-    return [("TensorRT-RTX engine", "", f"built: {integer}; sparse kernels {sparse}")]
+def _latencies(summary: RunSummary) -> Iterator[Latency]:
+    ratios = {(ratio.name, ratio.batch, ratio.sequence): ratio for ratio in summary.speedup}
+    timings = summary.latency_ms
+    for name in (name for name in timings if name.startswith("ort-cpu-fp32 ")):
+        batch, tokens = timings[name].batch, timings[name].seq
+        ratio = ratios["ort-cpu-int8", batch, tokens]
+        int8 = timings[name.replace("fp32", "int8")].median
+        yield Latency(batch, tokens, timings[name].median, int8, ratio.speedup, *ratio.interval)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write", action="store_true", help="write the table into the README")
     chosen = parser.parse_args()
     made = table(chosen.run)
     if not chosen.write:
@@ -104,7 +70,7 @@ def main() -> None:
         return
     before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
-    README.write_text(f"{before}{BEGIN}{made}{END}{after}", encoding="utf-8")
+    write_atomic(README, f"{before}{BEGIN}{made}{END}{after}")
 
 
 if __name__ == "__main__":

@@ -20,14 +20,12 @@ class _Group(click.Group):
             click.echo(f"nxm: {error}", err=True)
             ctx.exit(error.exit_code)
         except ModuleNotFoundError as error:
-            from nxm_export.pipeline.environment import extra_of
+            from nxm_export.pipeline.environment import extra_of, install_advice
 
             extra = extra_of(error.name)
             if extra is None:
                 raise
-            click.echo(
-                f"nxm: this needs {error.name}, which is not installed; pip install 'nxm-export[{extra}]'", err=True
-            )
+            click.echo(f"nxm: this needs {error.name}, which is not installed; {install_advice(extra)}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("nxm: interrupted; run the same command again to go on from here", err=True)

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -22,12 +23,24 @@ _EXTRAS = {
     "parquet": ("pyarrow",),
     "report": ("jinja2", "markupsafe", "matplotlib"),
 }
+_NEED_311 = ("train", "export")  # as their markers in pyproject.toml say
 
 
 def extra_of(module: str | None) -> str | None:
     """The extra to install for a module that is missing, None for one that no extra brings."""
     top = (module or "").partition(".")[0]
     return next((extra for extra, modules in _EXTRAS.items() if top in modules), None)
+
+
+def install_advice(extra: str) -> str:
+    """How to get an extra here, in a line; below Python 3.11 there is no way to some."""
+    if extra in _NEED_311 and sys.version_info < (3, 11):
+        here = platform.python_version()
+        return (
+            f"training and export need Python 3.11 or newer, and this is {here}: do that on another machine and copy the "
+            "engine directory here"
+        )
+    return f"pip install 'nxm-export[{extra}]'"
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,7 @@ def _version(distribution: str) -> str | None:
 def _needs(distributions: tuple[str, ...], extra: str) -> str:
     missing = [name for name in distributions if _version(name) is None]
     if missing:
-        return f"missing {', '.join(missing)}: pip install 'nxm-export[{extra}]'"
+        return f"missing {', '.join(missing)}: {install_advice(extra)}"
     return "ready: " + ", ".join(f"{name} {_version(name)}" for name in distributions)
 
 

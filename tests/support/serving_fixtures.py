@@ -12,7 +12,7 @@ from engines.base import Engine, backend
 from engines.serving.repository import EngineSource
 from engines.triton import TritonOptions, export_repository
 from tests.support import exact_engine
-from tests.support.servers import CannotStart, Running, nxm_serve, triton, triton_venv
+from tools.benchmarks.servers import CannotStart, Running, nxm_serve, triton, triton_venv
 
 
 @pytest.fixture(scope="session")

@@ -4,37 +4,52 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from tools.measuring import ROOT, fitted_exponent, paired_ratio, write_section
+from tools import ROOT
+from tools.benchmarks import cpu, scaling, training
+from tools.benchmarks.measuring import DOCUMENT, fitted_exponent, load_record, paired_ratio
+from tools.rendering import read_section, write_section
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tool", "said"), [("training", "| tiny, 4 x 16 | masked QAT |"), ("scaling", "| small |")])
-def test_a_bench_runs_to_its_end(tool: str, said: str) -> None:
+@pytest.mark.parametrize(("tool", "row"), [("training", "| tiny, 4 x 16 | masked QAT |"), ("scaling", "| small |")])
+def test_a_bench_runs_to_its_end(tool: str, row: str) -> None:
     child = subprocess.run(
-        [sys.executable, "-m", f"tools.bench_{tool}", "--smoke"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", f"tools.benchmarks.{tool}", "--smoke"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert child.returncode == 0, child.stderr[-3000:]
-    assert said in child.stdout
+    assert row in child.stdout
+
+
+@pytest.mark.parametrize(("name", "tool"), [("cpu", cpu), ("training", training), ("scaling", scaling)])
+def test_the_committed_section_is_that_of_the_committed_record(name: str, tool: ModuleType) -> None:
+    assert read_section(DOCUMENT, tool.TOOL) == tool.section(load_record(name))
 
 
 def test_ratios_are_paired_within_rounds() -> None:
     busy = [1.0, 10.0, 2.0, 5.0]  # the machine's load differs from round to round, and hits both alike
-    found = paired_ratio([1.2 * seconds for seconds in busy], busy)
-    assert found["ratio"] == pytest.approx(1.2)
-    assert found["interval"] == pytest.approx([1.2, 1.2])
+    result = paired_ratio([1.2 * seconds for seconds in busy], busy)
+    assert result["ratio"] == pytest.approx(1.2)
+    assert result["interval"] == pytest.approx([1.2, 1.2])
 
 
 def test_exponents_are_those_of_powers() -> None:
     assert fitted_exponent([1, 10, 100], [3, 3 * 10**1.5, 3 * 10**3]) == pytest.approx(1.5)
 
 
-def test_a_section_is_replaced_and_nothing_else(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_section_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     file = tmp_path / "performance.md"
     file.write_text("before\n<!-- x: begin -->\nold\n<!-- x: end -->\nafter\n", encoding="utf-8")
-    write_section("x", "new", file)
+    write_section(file, "x", "new")
     assert file.read_text(encoding="utf-8") == "before\n<!-- x: begin -->\nnew\n<!-- x: end -->\nafter\n"
+    assert read_section(file, "x") == "new"
     with pytest.raises(RuntimeError, match="has no section"):
-        write_section("y", "new", file)
+        write_section(file, "y", "new")

@@ -1,30 +1,68 @@
 """The measuring tool: runs only what is missing, keeps predictions, and renders what they say."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
+from compressors.search.settings import SearchSettings
 from compressors.settings import Losses, Settings
+from nxm_export.contract.search_result import FullRun, PlanScore, SampleCounts, SearchBudget, SearchCost
 from nxm_export.data.metrics import interval, mcc, metric_named, paired_interval
-from nxm_export.errors import ArtifactError, DataError, PlanError
+from nxm_export.errors import ArtifactError, DataError, NxmError, PlanError
+from nxm_export.storage.json_files import Json
 from tests.support import tiny
-from tools.results import store, tasks
+from tools import ROOT
+from tools.results import tasks
 from tools.results.__main__ import main
 from tools.results.bootstrap import resampled
+from tools.results.page import render
+from tools.results.records import (
+    Compression,
+    CompressionFacts,
+    Machine,
+    PlanFacts,
+    Record,
+    Samples,
+    SearchFacts,
+    Sizes,
+    TrainingFacts,
+    decode_classes,
+    digest,
+    one_hot,
+)
 from tools.results.rows import STANDARD, row_named, rows_named
 from tools.results.run import changed
 from tools.results.statistics import TaskStatistics, overall
-from tools.results.table import render
+from tools.results.store import RESULTS, TaskStore
 
 FAST = [
-    "--max-length", "48", "--dense-steps", "30", "--steps", "4", "--batch-size", "16", "--learning-rate", "1e-3", "--precision", "fp32",
-    "--dense-learning-rates", "3e-3", "--search-samples", "32", "--search-held-out", "32", "--threads", "1",
-]  # fmt: skip
+    "--max-length",
+    "48",
+    "--dense-steps",
+    "30",
+    "--steps",
+    "4",
+    "--batch-size",
+    "16",
+    "--learning-rate",
+    "1e-3",
+    "--precision",
+    "fp32",
+    "--dense-learning-rates",
+    "3e-3",
+    "--search-samples",
+    "32",
+    "--search-held-out",
+    "32",
+    "--threads",
+    "1",
+]
 ROWS = "dense,dense-longer,one-shot-2:4+W4,magnitude-2:4+W4,nxm-2:4+W4,searched-packed-87.5"
 
 
@@ -55,56 +93,65 @@ def measure(place: Path, rows: str, *more: str, seeds: str = "0") -> int:
     return main(["run", "--task", "cola", "--rows", rows, "--seeds", seeds, *paths, *where, *FAST, *more])
 
 
-def records(place: Path) -> dict[str, dict[str, Any]]:
-    return {file.name: json.loads(file.read_text()) for file in (place / "results" / "cola").glob("*-s0.json")}
+def cola(place: Path) -> TaskStore:
+    return TaskStore(place / "results", tasks.task_named("cola"))
+
+
+def records(place: Path) -> dict[str, Record]:
+    return {record.row: record for record in cola(place).records() if record.seed == 0}
+
+
+def facts_of(record: Record) -> CompressionFacts:
+    assert record.compressed is not None
+    return record.compressed
 
 
 def test_every_row_is_measured_from_one_dense_model(place: Path) -> None:
-    found = records(place)
-    assert set(found) == {f"{row_named(name).slug}-s0.json" for name in ROWS.split(",")}
-    teacher = found["dense-s0.json"]["weights_sha256"]
-    assert {facts["teacher_sha256"] for name, facts in found.items() if name != "dense-s0.json"} == {teacher}
-    ours, oneshot = found["nxm-2of4+W4-s0.json"], found["one-shot-2of4+W4-s0.json"]
-    assert (ours["steps"], oneshot["steps"], found["dense-longer-s0.json"]["steps"]) == (4, 0, 4)
-    assert (
-        ours["bytes"]["packed"] < ours["bytes"]["engine_sparse"] < ours["bytes"]["engine_dense"] < ours["bytes"]["fp32"]
-    )
-    assert ours["compression"]["values"] == 1 - 4 / 2 / 32
-    assert ours["dev_reads"] == 1
-    assert 0 < ours["kl_to_dense"] < 5
-    assert set(ours["plan"]["weights"].values()) == {"2:4+W4"}
-    searched = found["searched-packed-87.5-s0.json"]
-    assert searched["compression"]["packed"] >= 0.875
-    assert (place / "results" / "cola" / "sensitivity-s0.csv").is_file()
+    measured = records(place)
+    assert set(measured) == {row_named(name).name for name in ROWS.split(",")}
+    teacher = measured["dense"].weights_sha256
+    assert {record.teacher_sha256 for row, record in measured.items() if row != "dense"} == {teacher}
+    steps = {row: measured[row].steps for row in ("nxm-2:4+W4", "one-shot-2:4+W4", "dense-longer")}
+    assert steps == {"nxm-2:4+W4": 4, "one-shot-2:4+W4": 0, "dense-longer": 4}
+    ours = facts_of(measured["nxm-2:4+W4"])
+    assert ours.bytes.packed < ours.bytes.engine_sparse < ours.bytes.engine_dense < ours.bytes.fp32
+    assert ours.compression.values == 1 - 4 / 2 / 32
+    assert measured["nxm-2:4+W4"].dev_reads == 1
+    assert ours.kl_to_dense is not None
+    assert 0 < ours.kl_to_dense < 5
+    assert set(ours.plan.weights.values()) == {"2:4+W4"}
+    assert facts_of(measured["searched-packed-87.5"]).compression.packed >= 0.875
+    assert cola(place).sensitivity_file(0).is_file()
 
 
 def test_a_record_holds_what_its_predictions_say_and_no_path(place: Path) -> None:
-    labels = store.decode(json.loads((place / "results" / "cola" / "labels.json").read_text())["labels"])
+    labels = decode_classes(cola(place).labels())
     lines = (place / "glue" / "dev.tsv").read_text().splitlines()[1:]
     assert labels.tolist() == [int(line.split("\t")[1]) for line in lines]
-    for name, facts in records(place).items():
-        assert facts["metrics"]["mcc"]["value"] == mcc(store.one_hot(facts["predictions"], 2), labels), name
-        assert str(place) not in json.dumps(facts), name
+    for row, record in records(place).items():
+        assert record.metrics["mcc"].value == mcc(one_hot(record.predictions, 2), labels), row
+    assert str(place) not in cola(place).file.read_text()
     checkpoint = json.loads((place / "work" / "cola" / "s0" / "nxm-2of4+W4" / "metrics.json").read_text())
-    predictions = store.decode(records(place)["nxm-2of4+W4-s0.json"]["predictions"])
+    predictions = decode_classes(records(place)["nxm-2:4+W4"].predictions)
     assert checkpoint["value"] == float((predictions == labels).mean())
 
 
 def test_nothing_is_measured_twice_and_a_deleted_record_is_measured_again(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = {file: file.stat().st_mtime_ns for file in (place / "results" / "cola").iterdir()}
+    file = cola(place).file
+    written, before = file.stat().st_mtime_ns, file.read_text().splitlines()
     assert measure(place, ROWS) == 0
     assert "0 measured, 6 were there" in capsys.readouterr().err
-    assert {file: file.stat().st_mtime_ns for file in (place / "results" / "cola").iterdir()} == files
-    gone = place / "results" / "cola" / "magnitude-2of4+W4-s0.json"
-    before = json.loads(gone.read_text())
-    gone.unlink()
+    assert file.stat().st_mtime_ns == written
+    (gone,) = [number for number, line in enumerate(before) if '"row": "magnitude-2:4+W4"' in line]
+    file.write_text("".join(f"{line}\n" for line in [*before[:gone], *before[gone + 1 :]]))
     assert measure(place, ROWS) == 0
-    changed = {file for file in files if file.stat().st_mtime_ns != files[file]}
-    assert changed == {gone}
-    assert json.loads(gone.read_text())["predictions"] == before["predictions"]
-    assert json.loads(gone.read_text())["mask_sha256"] == before["mask_sha256"]
+    after = file.read_text().splitlines()
+    assert [number for number in range(len(before)) if after[number] != before[number]] in ([], [gone])
+    old, new = (json.loads(lines[gone]) for lines in (before, after))
+    assert new["predictions"] == old["predictions"]
+    assert new["compressed"]["mask_sha256"] == old["compressed"]["mask_sha256"]
 
 
 def test_other_settings_are_told_and_do_not_replace_a_record_or_the_dense_model(
@@ -126,19 +173,19 @@ def test_other_settings_are_told_and_do_not_replace_a_record_or_the_dense_model(
 def test_the_dense_grid_is_decided_on_held_out_training_sentences(place: Path, tmp_path: Path) -> None:
     options = ["--dense-learning-rates", "1e-6,3e-3", "--held-out", "40", "--results", str(tmp_path / "results")]
     assert measure(place, "dense", *options, "--work", str(tmp_path / "work")) == 0
-    grid = json.loads((tmp_path / "results" / "cola" / "dense-grid.json").read_text())
-    scores = {entry["learning_rate"]: entry["score"] for entry in grid["tried"]}
+    store = cola(tmp_path)
+    grid = store.grid()
+    assert grid is not None
+    scores = {rate: score for (rate, _), score in grid.scores.items()}
     assert scores[3e-3] > scores[1e-6]
-    dense = json.loads((tmp_path / "results" / "cola" / "dense-s0.json").read_text())
-    assert dense["settings"]["dense_learning_rate"] == 3e-3
+    assert records(tmp_path)["dense"].settings["dense_learning_rate"] == 3e-3
     train = set((tmp_path / "work" / "cola" / "data" / "train.tsv").read_text().splitlines())
     held_out = (tmp_path / "work" / "cola" / "grid" / "data" / "dev.tsv").read_text().splitlines()
     assert len(held_out) == 41
     assert set(held_out) <= train
     page = tmp_path / "docs" / "results.md"
     assert "the best one is what every dense row uses" in render(tmp_path / "results", page).text
-    grid["tried"] = [{**entry, "score": -entry["score"]} for entry in grid["tried"]]
-    (tmp_path / "results" / "cola" / "dense-grid.json").write_text(json.dumps(grid))
+    store.write_grid(replace(grid, tried=tuple(replace(entry, score=-entry.score) for entry in grid.tried)))
     assert (
         "dense rows use 0.003 and 3 epochs, which this grid did not choose" in render(tmp_path / "results", page).text
     )
@@ -156,7 +203,7 @@ def test_render_makes_a_document_from_real_records(place: Path) -> None:
 def test_a_change_of_the_search_reaches_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def stop(*_: Any, settings: Any, **__: Any) -> None:
+    def stop(*_: object, settings: SearchSettings, **__: object) -> None:
         asked.append((settings.method, settings.samples, settings.held_out))
         raise DataError("enough")
 
@@ -175,24 +222,67 @@ def test_pictures_are_drawn_and_the_same_each_time(place: Path) -> None:
     assert [image.read_bytes() for image in images] == first
 
 
-Write = Callable[..., None]
+class Book:
+    """A results directory that records with given predictions are put into."""
+
+    def __init__(self, results: Path) -> None:
+        self.results = results
+
+    def write(self, task: str, row: str, seed: int, labels: str, predictions: str, **more: Json) -> None:
+        record = Record(
+            task=task,
+            row=row_named(row).name,
+            seed=seed,
+            model="a model",
+            data_sha256="d",
+            settings={"dense_learning_rate": 1e-4},
+            metrics={},
+            samples=Samples(100, len(labels)),
+            steps=10,
+            epochs=1.0,
+            seconds=5.0,
+            dev_reads=1,
+            versions={"commit": "abc1234"},
+            machine=Machine("a CPU", "", 2),
+            classes=2,
+            labels_sha256=digest(labels),
+            predictions=predictions,
+        )
+        self.store(task).add(replace(record, **more), labels)
+
+    def store(self, task: str) -> TaskStore:
+        return TaskStore(self.results, tasks.task_named(task))
+
+    def statistics(self, task: str) -> TaskStatistics:
+        return TaskStatistics(tasks.task_named(task), self.store(task).labelled_records())
+
+    def page(self) -> str:
+        return render(self.results, self.results / "docs" / "results.md").text
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> tuple[Path, Write]:
-    """A results directory, and a function that puts a record with given predictions into it."""
+def book(tmp_path: Path) -> Book:
+    return Book(tmp_path)
 
-    def write(task: str, row: str, seed: int, labels: str, predictions: str, **more: Any) -> None:
-        named = tasks.task_named(task)
-        facts = {
-            "model": "a model", "settings": {"dense_learning_rate": 1e-4}, "samples": {"train": 100, "dev": len(labels)}, "steps": 10,
-            "epochs": 1.0, "seconds": 5.0, "dev_reads": 1, "versions": {"commit": "abc1234"}, "machine": {"cpu": "a CPU", "features": "", "threads": 2}, "classes": 2,
-            "labels_sha256": store.digest(labels), "predictions": predictions,
-        }  # fmt: skip
-        facts |= more
-        store.write(tmp_path, named, row_named(row), seed, facts, labels)
 
-    return tmp_path, write
+def compressed(hw: float = 0.9, kl: float | None = None, **more: Json) -> CompressionFacts:
+    """What a compressed row's record holds, every counting and size alike."""
+    facts = CompressionFacts(
+        recipe="nxm",
+        kl_to_dense=kl,
+        training=TrainingFacts(qat_steps=1, held_out_samples=1),
+        mask_sha256="m",
+        compression=Compression(hw, hw, hw),
+        bytes=Sizes(1, 1, 1, 1, 1),
+        plan=PlanFacts({"W4": 3}, {}),
+    )
+    return replace(facts, **more)
+
+
+def searched(resumed: bool) -> SearchFacts:
+    best = PlanScore(origin="knapsack", predicted=None, joint=None, hw=0.9, packed=0.9, values=0.9, options={"W4": 3})
+    cost = SearchCost({"all": 7.0}, FullRun(10, 5.0), resumed, None)
+    return SearchFacts("nxm", SearchBudget("hw", 0.875, None, None), best, SampleCounts(32, 32), cost)
 
 
 def flipped(labels: str, *positions: int) -> str:
@@ -202,24 +292,15 @@ def flipped(labels: str, *positions: int) -> str:
 LABELS = "0110101101" * 4
 
 
-def test_the_numbers_of_a_fixed_set_of_records(kept: tuple[Path, Write]) -> None:
-    results, write = kept
+def test_the_numbers_of_a_fixed_set_of_records(book: Book) -> None:
+    facts = compressed(
+        compression=Compression(hw=0.9, packed=0.90, values=0.9375),
+        bytes=Sizes(fp32=8_000_000, packed=800_000, engine_sparse=1_250_000, engine_dense=2_000_000, file=3_000_000),
+    )
     for seed, dense, ours in ((0, (1, 2), (1, 2, 3, 4)), (1, (5, 6), (5, 6, 7, 8, 9, 10))):
-        write("rte", "dense", seed, LABELS, flipped(LABELS, *dense), weights_sha256=f"w{seed}")
-        compressed = {
-            "recipe": "nxm",
-            "compression": {"values": 0.9375, "packed": 0.90, "hw": 0.9},
-            "teacher_sha256": "w0",
-        }
-        sizes = {
-            "fp32": 8_000_000,
-            "packed": 800_000,
-            "engine_sparse": 1_250_000,
-            "engine_dense": 2_000_000,
-            "file": 3_000_000,
-        }
-        write("rte", "nxm-2:4+W4", seed, LABELS, flipped(LABELS, *ours), **compressed, bytes=sizes)
-    text = render(results, results / "docs" / "results.md").text
+        book.write("rte", "dense", seed, LABELS, flipped(LABELS, *dense), weights_sha256=f"w{seed}")
+        book.write("rte", "nxm-2:4+W4", seed, LABELS, flipped(LABELS, *ours), teacher_sha256="w0", compressed=facts)
+    text = book.page()
     scores = next(line for line in text.splitlines() if "(`nxm-2:4+W4`)" in line)
     # 36 and 34 of 40 right: 90 and 85, mean 87.5, sd 5/sqrt(2); dense 95 both; 87.5/95 = 92.105 %
     assert "| 87.50 |" in scores
@@ -231,34 +312,20 @@ def test_the_numbers_of_a_fixed_set_of_records(kept: tuple[Path, Write]) -> None
     assert "; 2) | –" in difference
 
 
-def test_agreement_divergence_and_rivals_stand_in_the_page(kept: tuple[Path, Write]) -> None:
-    results, write = kept
+def test_agreement_divergence_and_rivals_stand_in_the_page(book: Book) -> None:
+    def write(row: str, facts: CompressionFacts, *wrong: int, **more: Json) -> None:
+        book.write("rte", row, 0, LABELS, flipped(LABELS, *wrong), compressed=facts, **more)
 
-    def compressed(row: str, hw: float, kl: float, *wrong: int, **more: Any) -> None:
-        sizes = dict.fromkeys(("fp32", "packed", "engine_sparse", "engine_dense", "file"), 1_000_000)
-        facts = {
-            "recipe": "nxm",
-            "compression": {"values": hw, "packed": hw, "hw": hw},
-            "bytes": sizes,
-            "kl_to_dense": kl,
-        }
-        write("rte", row, 0, LABELS, flipped(LABELS, *wrong), **facts, **more)
-
-    def searched(resumed: bool) -> dict[str, Any]:
-        cost = {"seconds": {"all": 7.0}, "resumed": resumed}
-        found = {"method": "nxm", "budget": {}, "best": {"origin": "knapsack"}, "samples": 32, "cost": cost}
-        return {"search": found, "plan": {"options": {"W4": 3}}}
-
-    write("rte", "dense", 0, LABELS, flipped(LABELS, 1, 2))
-    compressed("magnitude-2:4+W4", 0.90, 0.5, 1, 2, 3, 4, 5, 6)
-    compressed("obs-2:4+W4", 0.90, 0.25, 1, 2, 3, 4)
-    compressed("nxm-2:4+W4", 0.90, 0.2, 1, 2, 3)
-    compressed("obs-W4", 0.87, 0.125, 1, 2)
-    compressed("obs-2:4+W4-layers", 0.90, 0.2, 1, 2, 3)
-    compressed("magnitude-2:4+W4-slow", 0.90, 0.2, 1, 2, 3, versions={"commit": "abc1234-dirty"})
-    compressed("searched-hw-87.5", 0.875, 0.1, 1, **searched(resumed=False))
-    compressed("paper-search-hw-87.5", 0.875, 0.3, 1, 2, 3, **searched(resumed=True))
-    page = render(results, results / "docs" / "results.md").text
+    book.write("rte", "dense", 0, LABELS, flipped(LABELS, 1, 2))
+    write("magnitude-2:4+W4", compressed(0.90, 0.5), 1, 2, 3, 4, 5, 6)
+    write("obs-2:4+W4", compressed(0.90, 0.25), 1, 2, 3, 4)
+    write("nxm-2:4+W4", compressed(0.90, 0.2), 1, 2, 3)
+    write("obs-W4", compressed(0.87, 0.125), 1, 2)
+    write("obs-2:4+W4-layers", compressed(0.90, 0.2), 1, 2, 3)
+    write("magnitude-2:4+W4-slow", compressed(0.90, 0.2), 1, 2, 3, versions={"commit": "abc1234-dirty"})
+    write("searched-hw-87.5", compressed(0.875, 0.1, search=searched(resumed=False)), 1)
+    write("paper-search-hw-87.5", compressed(0.875, 0.3, search=searched(resumed=True)), 1, 2, 3)
+    page = book.page()
     ours = next(line for line in page.splitlines() if "(`obs-2:4+W4`)" in line)
     assert ours.endswith("| 95.00 | 0.250 |")  # 2 of 40 answers differ from the dense model's
     assert next(line for line in page.splitlines() if line.startswith("| dense (`dense`)")).endswith("| – | – | – |")
@@ -283,38 +350,33 @@ def test_agreement_divergence_and_rivals_stand_in_the_page(kept: tuple[Path, Wri
     assert "| +5.00 (" in line  # 39 of 40 against 37
 
 
-def test_ablations_stand_apart_behind_the_rows_that_change_nothing(kept: tuple[Path, Write]) -> None:
-    results, write = kept
-    write("rte", "dense", 0, LABELS, flipped(LABELS, 1, 2))
+def test_ablations_stand_apart_behind_the_rows_that_change_nothing(book: Book) -> None:
+    book.write("rte", "dense", 0, LABELS, flipped(LABELS, 1, 2))
     for row in ("nxm-2:4+W4", "nxm-2:4+W4-slow"):
-        write("rte", row, 0, LABELS, flipped(LABELS, 1, 2, 3), recipe="nxm")
-    first, second = render(results, results / "docs" / "results.md").text.split(
-        ": ablations, and rows with other training"
-    )
+        book.write("rte", row, 0, LABELS, flipped(LABELS, 1, 2, 3), compressed=compressed())
+    first, second = book.page().split(": ablations, and rows with other training")
     assert "(`nxm-2:4+W4`)" in first
     assert "(`nxm-2:4+W4`)" not in second
     assert "(`nxm-2:4+W4-slow`)" not in first
     assert "(`nxm-2:4+W4-slow`)" in second
 
 
-def test_intervals_of_one_seed_are_those_of_the_product(kept: tuple[Path, Write]) -> None:
-    results, write = kept
+def test_intervals_of_one_seed_are_those_of_the_product(book: Book) -> None:
     rng = np.random.default_rng(0)
     labels = "".join(rng.choice(list("01"), 120))
     for row in ("dense", "magnitude-2:4+W8", "nxm-2:4+W8"):
-        write("cola", row, 0, labels, flipped(labels, *rng.choice(120, 20, replace=False)))
-    task = tasks.task_named("cola")
-    loaded = {record.row: record for record in store.read(results, task)}
-    found = TaskStatistics(task, list(loaded.values()))
-    ours, truth = loaded["nxm-2:4+W8"].logits, store.decode(labels)
+        book.write("cola", row, 0, labels, flipped(labels, *rng.choice(120, 20, replace=False)))
+    statistics = book.statistics("cola")
+    logits = {row: labelled.logits for (row, _), labelled in statistics.records.items()}
+    ours, right = logits["nxm-2:4+W8"], decode_classes(labels)
     for reference in ("dense", "magnitude-2:4+W8"):
-        difference = found.difference("nxm-2:4+W8", reference)
+        difference = statistics.difference("nxm-2:4+W8", reference)
         assert difference is not None
         # The last digits come from another order of additions.
-        wanted = paired_interval("mcc", ours, loaded[reference].logits, truth)
-        assert difference.interval == pytest.approx(wanted, abs=1e-12)
-    assert found.interval("nxm-2:4+W8") == pytest.approx(interval("mcc", ours, truth), abs=1e-12)
-    assert found.difference("dense", "dense") is None
+        expected = paired_interval("mcc", ours, logits[reference], right)
+        assert difference.interval == pytest.approx(expected, abs=1e-12)
+    assert statistics.interval("nxm-2:4+W8") == pytest.approx(interval("mcc", ours, right), abs=1e-12)
+    assert statistics.difference("dense", "dense") is None
 
 
 @pytest.mark.parametrize(("metric", "classes"), [("accuracy", 2), ("accuracy", 3), ("f1", 2), ("mcc", 2), ("mcc", 3)])
@@ -324,105 +386,142 @@ def test_resampled_metrics_are_those_of_scikit_learn(metric: str, classes: int) 
         rng.integers(0, classes, 12),
         rng.integers(0, classes, 12),
     )  # few: some resamples are one class
-    found, draws = resampled(metric, predictions, labels, classes), np.random.default_rng(0)
+    values, draws = resampled(metric, predictions, labels, classes), np.random.default_rng(0)
     for number in range(DRAWS):
         pick = draws.integers(0, 12, size=12)
-        wanted = metric_named(metric)(np.eye(classes)[predictions[pick]], labels[pick])
-        assert found[number] == pytest.approx(wanted, abs=1e-12)  # rounding of a few additions
+        expected = metric_named(metric)(np.eye(classes)[predictions[pick]], labels[pick])
+        assert values[number] == pytest.approx(expected, abs=1e-12)  # rounding of a few additions
 
 
-def test_several_seeds_widen_an_interval_when_they_disagree(kept: tuple[Path, Write]) -> None:
-    results, write = kept
+def test_several_seeds_widen_an_interval_when_they_disagree(book: Book) -> None:
     for seed, wrong in ((0, 0), (1, 20)):
-        write("rte", "dense", seed, LABELS, flipped(LABELS, *range(wrong)))
-    task = tasks.task_named("rte")
-    low, high = TaskStatistics(task, store.read(results, task)).interval("dense")
+        book.write("rte", "dense", seed, LABELS, flipped(LABELS, *range(wrong)))
+    low, high = book.statistics("rte").interval("dense")
     assert low < 0.6  # both draws the bad seed: 50 % right
     assert high == 1.0  # both draws the good one
 
 
-def test_retention_over_tasks_is_the_ratio_of_means_with_the_mean_of_ratios_beside(kept: tuple[Path, Write]) -> None:
-    results, write = kept
+def test_retention_over_tasks_is_the_ratio_of_means_with_the_mean_of_ratios_beside(book: Book) -> None:
     for name, dense, ours in (("rte", 10, 12), ("sst2", 4, 10)):  # wrong of 40
-        write(name, "dense", 0, LABELS, flipped(LABELS, *range(dense)))
-        write(name, "dense-longer", 0, LABELS, flipped(LABELS, *range(ours)))
-    both = [TaskStatistics(task, store.read(results, task)) for task in store.tasks_with_results(results)]
-    found = overall(both, "dense-longer")
-    assert found is not None
-    assert found[0].value == pytest.approx((28 + 30) / (30 + 36))
-    assert found[1] == pytest.approx((28 / 30 + 30 / 36) / 2)
-    assert found[0].interval is not None
-    assert found[0].interval[0] < found[0].value < found[0].interval[1]
-    write("rte", "magnitude-2:4+W4", 0, LABELS, LABELS)
-    text = render(results, results / "docs" / "results.md").text
+        book.write(name, "dense", 0, LABELS, flipped(LABELS, *range(dense)))
+        book.write(name, "dense-longer", 0, LABELS, flipped(LABELS, *range(ours)))
+    both = overall([book.statistics(name) for name in ("rte", "sst2")], "dense-longer")
+    assert both is not None
+    assert both[0].value == pytest.approx((28 + 30) / (30 + 36))
+    assert both[1] == pytest.approx((28 / 30 + 30 / 36) / 2)
+    assert both[0].interval is not None
+    assert both[0].interval[0] < both[0].value < both[0].interval[1]
+    book.write("rte", "magnitude-2:4+W4", 0, LABELS, LABELS)
+    text = book.page()
     together = text[text.index("## GLUE tasks together") :].split("\n## ")[0]
     assert "| `dense-longer` | RTE (1), SST-2 (1) |" in together
     assert "magnitude" not in together  # one task has it: nothing is put together
 
 
-def test_no_retention_of_a_dense_model_that_knows_nothing(kept: tuple[Path, Write]) -> None:
-    results, write = kept
-    write("cola", "dense", 0, LABELS, "1" * 40)  # MCC 0
-    write("cola", "dense-longer", 0, LABELS, LABELS)
-    task = tasks.task_named("cola")
-    assert TaskStatistics(task, store.read(results, task)).retention("dense-longer") is None
-    write("cola", "dense", 0, LABELS, flipped(LABELS, *range(17)))  # little above 0, and below in some resamples
-    found = TaskStatistics(task, store.read(results, task)).retention("dense-longer")
-    assert found is not None
-    assert found.value > 1
-    assert found.interval is None
+def test_no_retention_of_a_dense_model_that_knows_nothing(book: Book) -> None:
+    book.write("cola", "dense", 0, LABELS, "1" * 40)  # MCC 0
+    book.write("cola", "dense-longer", 0, LABELS, LABELS)
+    assert book.statistics("cola").retention("dense-longer") is None
+    book.write("cola", "dense", 0, LABELS, flipped(LABELS, *range(17)))  # little above 0, and below in some resamples
+    retention = book.statistics("cola").retention("dense-longer")
+    assert retention is not None
+    assert retention.value > 1
+    assert retention.interval is None
 
 
-def test_records_with_other_settings_are_named(kept: tuple[Path, Write]) -> None:
-    results, write = kept
-    compressed = {"recipe": "nxm", "compression": {"values": 0.9, "packed": 0.9, "hw": 0.9}}
-    compressed["bytes"] = dict.fromkeys(("fp32", "packed", "engine_sparse", "engine_dense", "file"), 1)
+def test_records_with_other_settings_are_named(book: Book) -> None:
     for row, epochs in (("nxm-2:4+W4", 6.0), ("magnitude-2:4+W4", 6.0), ("sr-ste-2:4+W4", 9.0)):
         settings = {"learning_rate": 1e-4, "epochs": epochs, "recipe": row.partition("-")[0]}
-        write("rte", row, 0, LABELS, LABELS, **compressed, settings=settings)
-    text = render(results, results / "docs" / "results.md").text
+        book.write("rte", row, 0, LABELS, LABELS, compressed=compressed(), settings=settings)
+    text = book.page()
     assert "`sr-ste-2:4+W4`, seed 0, was measured with other settings: epochs 9.0 (usual 6.0)." in text
     assert text.count("was measured with other settings") == 1
 
 
-def test_the_score_of_mrpc_is_the_mean_of_f1_and_accuracy(kept: tuple[Path, Write]) -> None:
-    results, write = kept
-    write("mrpc", "dense", 0, "1100", "1000")
-    task = tasks.task_named("mrpc")
-    found = TaskStatistics(task, store.read(results, task))
-    assert found.score("dense", 0) == pytest.approx((2 / 3 + 3 / 4) / 2)
+def test_the_score_of_mrpc_is_the_mean_of_f1_and_accuracy(book: Book) -> None:
+    book.write("mrpc", "dense", 0, "1100", "1000")
+    assert book.statistics("mrpc").score("dense", 0) == pytest.approx((2 / 3 + 3 / 4) / 2)
 
 
-def test_damaged_records_are_refused(kept: tuple[Path, Write]) -> None:
-    results, write = kept
-    write("rte", "dense", 0, LABELS, LABELS)
-    file, task = results / "rte" / "dense-s0.json", tasks.task_named("rte")
-    facts = json.loads(file.read_text())
-    file.write_text(json.dumps(facts | {"predictions": "01"}))
-    with pytest.raises(ArtifactError, match="other dev sentences"):
-        store.read(results, task)
-    file.write_text("{")
-    with pytest.raises(ArtifactError, match="not readable"):
-        store.read(results, task)
-    labels = results / "rte" / "labels.json"
-    labels.write_text(labels.read_text().replace(LABELS, flipped(LABELS, 0)))
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (f'"predictions": "{LABELS}"', '"predictions": "01"', "other dev sentences"),
+        ('"seed": 0', '"seed": 0.5', "rte.jsonl:1: seed: "),
+        ('"seconds": 5.0', '"seconds": NaN', "NaN is not a JSON number"),
+        ('"seconds": 5.0', '"seconds": 5.0, "colour": "red"', "unknown field colour"),
+        ("nxm-result/2", "nxm-result/1", "schema nxm-result/1 is not the nxm-result/2"),
+        ("}", "", "rte.jsonl:1: not valid JSON"),
+    ],
+)
+def test_damaged_records_are_refused_by_line_and_field(book: Book, old: str, new: str, message: str) -> None:
+    book.write("rte", "dense", 0, LABELS, LABELS)
+    store = book.store("rte")
+    text = store.file.read_text()
+    assert old in text
+    store.file.write_text(text.replace(old, new))
+    with pytest.raises(NxmError, match=message):
+        store.labelled_records()
+
+
+def test_damaged_labels_are_refused(book: Book) -> None:
+    book.write("rte", "dense", 0, LABELS, LABELS)
+    file = book.store("rte").labels_file
+    file.write_text(file.read_text().replace(LABELS, flipped(LABELS, 0)))
     with pytest.raises(ArtifactError, match="sha256"):
-        store.read_labels(results, task)
+        book.store("rte").labels()
+
+
+def test_a_new_record_is_one_new_line_at_its_place(book: Book) -> None:
+    for row, seed in (("nxm-2:4+W4-slow", 0), ("obs-2:4+W4", 1), ("dense", 0)):
+        book.write("rte", row, seed, LABELS, LABELS)
+    before = book.store("rte").file.read_text().splitlines()
+    book.write("rte", "obs-2:4+W4", 0, LABELS, LABELS, compressed=compressed(kl=0.25))
+    after = book.store("rte").file.read_text().splitlines()
+    assert [line for line in after if line in before] == before
+    assert [(record.row, record.seed) for record in book.store("rte").records()] == [
+        ("dense", 0), ("obs-2:4+W4", 0), ("obs-2:4+W4", 1), ("nxm-2:4+W4-slow", 0),
+    ]  # fmt: skip
+    assert len({tuple(json.loads(line)) for line in after}) == 1, "every line has the same keys"
+
+
+def test_processes_that_write_at_the_same_time_lose_nothing(book: Book) -> None:
+    seeds = range(12)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda seed: book.write("rte", "dense", seed, LABELS, LABELS), seeds))
+    assert [record.seed for record in book.store("rte").records()] == list(seeds)
+
+
+def test_the_committed_page_is_that_of_the_committed_records(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:  # this page has all resamples
+        for module in ("nxm_export.data.bootstrap", "tools.results.bootstrap", "tools.results.statistics"):
+            patch.setattr(f"{module}.RESAMPLES", 1000)
+        assert render(RESULTS, tmp_path / "results.md").text == (ROOT / "docs" / "results.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
     ("task", "lines", "sentence", "pair", "labels"),
     [
-        ("cola", ["gj04\t1\t\tThe \"car\" honked.", "gj04\t0\t*\tHim left."], 'The "car" honked.', "", ["1", "0"]),
+        ("cola", ['gj04\t1\t\tThe "car" honked.', "gj04\t0\t*\tHim left."], 'The "car" honked.', "", ["1", "0"]),
         ("cola", ["sentence1\tsentence2\tlabel", "He left.\t\t1", "Him left.\t\t0"], "He left.", "", ["1", "0"]),
         ("sst2", ["sentence\tlabel", "fine film \t1", "dull \t0"], "fine film ", "", ["1", "0"]),
-        ("rte", ["index\tsentence1\tsentence2\tlabel", "0\tA b.\tC.\tentailment", "1\tD.\tE.\tnot_entailment"], "A b.", "C.",
-         ["entailment", "not_entailment"]),
-        ("mrpc", ["\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String", "1\t7\t8\tA b.\t\"C.", "0\t7\t9\tD.\tE."], "A b.", '"C.',
-         ["1", "0"]),
+        (
+            "rte",
+            ["index\tsentence1\tsentence2\tlabel", "0\tA b.\tC.\tentailment", "1\tD.\tE.\tnot_entailment"],
+            "A b.",
+            "C.",
+            ["entailment", "not_entailment"],
+        ),
+        (
+            "mrpc",
+            ["\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String", '1\t7\t8\tA b.\t"C.', "0\t7\t9\tD.\tE."],
+            "A b.",
+            '"C.',
+            ["1", "0"],
+        ),
     ],
     ids=["CoLA as shipped", "CoLA with a header", "SST-2", "RTE", "MRPC"],
-)  # fmt: skip
+)
 def test_glue_files_are_read_as_shipped(
     tmp_path: Path, task: str, lines: list[str], sentence: str, pair: str, labels: list[str]
 ) -> None:

@@ -6,19 +6,24 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from nxm_export.errors import DataError, NxmError
-from tools.results import store, tasks
+from nxm_export.storage.json_files import Json
+from tools import ROOT
+from tools.results import tasks
 from tools.results.rows import STANDARD, rows_named
+from tools.results.store import RESULTS, TaskStore
 
-ROOT = Path(__file__).parents[2]
+if TYPE_CHECKING:
+    from tools.results.run import Protocol
+
 _PATH = click.Path(path_type=Path)
 _TASK = click.option("--task", "task_name", required=True, type=click.Choice(list(tasks.TASKS)))
 _DATA = click.option("--data", type=_PATH, help="GLUE directory with train.tsv and dev.tsv; none for rotten_tomatoes.")
-_RESULTS = click.option("--results", type=_PATH, default=store.RESULTS, help="Where the records are.")
+_RESULTS = click.option("--results", type=_PATH, default=RESULTS, help="Where the records are.")
 _WORK = click.option("--work", type=_PATH, default=ROOT / "runs" / "results", help="Checkpoints; never committed.")
 _THREADS = click.option("--threads", type=click.IntRange(1), help="CPU threads.")
 
@@ -54,7 +59,7 @@ def cli() -> None: ...
 @_THREADS
 @_WORK
 @_RESULTS
-def run(**options: Any) -> None:
+def run(**options: Json) -> None:
     """Measure the rows that have no record yet."""
     from nxm_export.cli.progress import progress_bars
     from tools.results.run import Measure, say
@@ -63,11 +68,12 @@ def run(**options: Any) -> None:
     seeds = [int(seed) for seed in _numbers(options["seeds"], "--seeds")]
     files = tasks.prepare(task, options["data"], options["work"] / task.name / "data")
     protocol = _protocol(task, options)
-    written = Measure(task, files, protocol, options["results"], options["work"], progress_bars).run(rows, seeds)
-    say(f"{len(written)} measured, {len(rows) * len(seeds) - len(written)} were there")
+    store = TaskStore(options["results"], task)
+    measured = Measure(store, files, protocol, options["work"], progress_bars).run(rows, seeds)
+    say(f"{measured} measured, {len(rows) * len(seeds) - measured} were there")
 
 
-def _protocol(task: tasks.Task, options: dict[str, Any]) -> Any:
+def _protocol(task: tasks.Task, options: dict[str, Json]) -> Protocol:
     from compressors.models import resolve
     from compressors.search.settings import SearchSettings
     from compressors.settings import Settings
@@ -98,7 +104,7 @@ def render(results: Path, document: Path) -> None:
     """Write docs/results.md and its pictures from the records, without training."""
     from importlib.util import find_spec
 
-    from tools.results.table import render as write
+    from tools.results.page import render as write
 
     rendered = write(results, document)
     click.echo(f"{document}, {len(rendered.images)} pictures")
@@ -108,12 +114,12 @@ def render(results: Path, document: Path) -> None:
 
 def _numbers(text: str, option: str) -> list[float]:
     try:
-        found = [float(part) for part in text.split(",") if part.strip()]
+        numbers = [float(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
         raise DataError(f"{option} {text!r} is not a list of numbers separated by commas") from error
-    if not found:
+    if not numbers:
         raise DataError(f"{option} names nothing")
-    return found
+    return numbers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nxm_export.errors import ArtifactError
 from tools.results.rows import row_named
 from tools.results.statistics import TaskStatistics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLORS = {
     "obs": "#17becf",
@@ -25,16 +29,16 @@ SEARCHED = "#9467bd"
 
 
 def accuracy_against_compression(statistics: TaskStatistics, counting: str, file: Path) -> bool:
-    """Mean score of every compressed row but ablations over its compression, with the 95 % interval, and the dense row as a line.
+    """Mean score of every compressed row but ablations over its compression, with the 95 % interval.
 
-    Draws nothing, and says so by False, for fewer than two different compressions.
+    The dense row is a line. Draws nothing, and says so by False, for fewer than two different compressions.
     """
     points = []
     for row in (row for row in statistics.rows if not row_named(row).changes):
-        facts = statistics.records[row, statistics.seeds(row)[0]].facts
-        if "compression" in facts:
-            sizes = [statistics.records[row, seed].facts["compression"][counting] for seed in statistics.seeds(row)]
-            points.append((100 * float(np.mean(sizes)), row, facts["recipe"]))
+        facts = statistics.compressed(row)
+        if facts:
+            sizes = [fact.compression.by(counting) for fact in facts]
+            points.append((100 * float(np.mean(sizes)), row, facts[0].recipe))
     if len({round(size, 1) for size, _, _ in points}) < 2:
         return False
     figure, axes = _figure(7.2, 4.4)
@@ -59,12 +63,13 @@ def accuracy_against_compression(statistics: TaskStatistics, counting: str, file
     return True
 
 
-def sensitivity_map(table: Path, file: Path) -> None:
-    """Heat map of a search's table: one line per weight, one column per option, log10 of the KL to the dense model."""
-    with table.open(encoding="utf-8", newline="") as stream:
+def sensitivity_map(sensitivities: Path, file: Path) -> None:
+    """Heat map of a search's sensitivities: one line per weight, one column per option, log10 of the KL to the dense
+    model."""
+    with sensitivities.open(encoding="utf-8", newline="") as stream:
         rows = [(row["weight"], row["option"], float(row["kl"])) for row in csv.DictReader(stream)]
     if not rows:
-        raise ArtifactError(f"{table}: no rows in it; remove it")
+        raise ArtifactError(f"{sensitivities}: no rows in it; remove it")
     weights = list(dict.fromkeys(weight for weight, _, _ in rows))
     options = list(dict.fromkeys(option for _, option, _ in rows))
     values = np.full((len(weights), len(options)), np.nan)
@@ -87,7 +92,7 @@ def _short(weights: Sequence[str]) -> list[str]:
     return [".".join(part[shared:]) for part in parts]
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
@@ -96,6 +101,6 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def _save(figure: Any, file: Path) -> None:
+def _save(figure: Figure, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, format="svg", metadata={"Date": None})

@@ -1,19 +1,19 @@
 """Which rows there are: each a name, how its plan is made, and what it changes in `Settings`.
 
-A row's name says all about it: ``dense``, ``dense-longer``, ``RECIPE-OPTION`` as in ``nxm-2:4+W8``, the same with changes
-(`CHANGES`) behind it as in ``nxm-2:4+W4-permuted-activation``, or
-``searched-COUNTING-PERCENT`` and ``paper-search-COUNTING-PERCENT`` as in ``searched-hw-87.5``. So every recipe can be
-measured at every option; `STANDARD` are those that the table is about, in its order.
+A row's name says all about it: ``dense``, ``dense-longer``, ``RECIPE-OPTION`` as in ``nxm-2:4+W8``, the same with
+changes (`CHANGES`) behind it as in ``nxm-2:4+W4-permuted-activation``, or ``searched-COUNTING-PERCENT`` and
+``paper-search-COUNTING-PERCENT`` as in ``searched-hw-87.5``. So every recipe can be measured at every option;
+`STANDARD` are those that the table is about, in its order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from nxm_export.contract.plan import COUNTINGS, WeightSpec
 from nxm_export.errors import NxmError, PlanError
+from nxm_export.storage.json_files import Json
 
 DEFAULT_RECIPE = "obs"
 RECIPE_TITLES = {
@@ -28,13 +28,13 @@ RECIPE_TITLES = {
 
 @dataclass(frozen=True)
 class Change:
-    """An ablation: what its title says, which `Settings` differ, which arguments of `Family.uniform_plan`, and which
+    """An ablation: its title, which `Settings` differ, which arguments of `Family.uniform_plan`, which
     `SearchSettings`."""
 
     title: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Json] = field(default_factory=dict)
     plan: Mapping[str, str] = field(default_factory=dict)
-    search: Mapping[str, Any] = field(default_factory=dict)
+    search: Mapping[str, Json] = field(default_factory=dict)
 
 
 CHANGES = {  # by what a row's name ends in
@@ -84,7 +84,7 @@ STANDARD = (
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table. `option` is the uniform plan's, `search` (method, counting, compression) a searched one's."""
+    """One row. `option` is the uniform plan's, `search` (method, counting, compression) a searched one's."""
 
     name: str
     title: str
@@ -99,9 +99,9 @@ class Row:
         return self.recipe is None
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Json]:
         """The settings that this row changes, by name."""
-        changed: dict[str, Any] = {} if self.recipe is None else {"recipe": self.recipe}
+        changed: dict[str, Json] = {} if self.recipe is None else {"recipe": self.recipe}
         for change in self.changes:
             losses = {**changed.get("losses", {}), **CHANGES[change].settings.get("losses", {})}
             changed |= CHANGES[change].settings
@@ -114,7 +114,7 @@ class Row:
         return {name: value for change in self.changes for name, value in CHANGES[change].plan.items()}
 
     @property
-    def searching(self) -> dict[str, Any]:
+    def searching(self) -> dict[str, Json]:
         """How its search differs from the default one: fields of `SearchSettings`."""
         return {name: value for change in self.changes for name, value in CHANGES[change].search.items()}
 
@@ -176,8 +176,9 @@ def row_named(name: str) -> Row:
             title = ", ".join([f"{option}, {RECIPE_TITLES[recipe]}", *titles])
             return Row(full, title, recipe, str(option), changes=tuple(changes))
     raise PlanError(
-        f"unknown row {name!r}; give dense, dense-longer, RECIPE-OPTION ({', '.join(RECIPE_TITLES)}; 2:4+W8 and the like), "
-        f"searched-COUNTING-PERCENT or paper-search-COUNTING-PERCENT ({', '.join(COUNTINGS)}), or all: {', '.join(STANDARD)}"
+        f"unknown row {name!r}; give dense, dense-longer, RECIPE-OPTION ({', '.join(RECIPE_TITLES)}; 2:4+W8 and the "
+        f"like), searched-COUNTING-PERCENT or paper-search-COUNTING-PERCENT ({', '.join(COUNTINGS)}), "
+        f"or all: {', '.join(STANDARD)}"
     )
 
 
@@ -195,8 +196,8 @@ def position(name: str) -> tuple[int, str]:
 
 def _ending(name: str, but: list[str]) -> str | None:
     """The longest of `CHANGES` that a name ends in, and that is not among those found already."""
-    found = [change for change in CHANGES if name.endswith(f"-{change}") and change not in but]
-    return max(found, key=len, default=None)
+    fitting = [change for change in CHANGES if name.endswith(f"-{change}") and change not in but]
+    return max(fitting, key=len, default=None)
 
 
 def _is_percent(text: str) -> bool:

@@ -1,7 +1,7 @@
 """Measure what is missing: per seed one dense model, and every other row from that same model.
 
-Training lies in a work directory (never in the repository); an interrupted row goes on from there. A row whose record is
-there is left alone, whatever else has changed: delete its file to measure it again.
+Training lies in a work directory (never in the repository); an interrupted row goes on from there. A row whose record
+is there is left alone, whatever else has changed: delete its line to measure it again.
 """
 
 from __future__ import annotations
@@ -9,15 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from compressors.models import resolve
 from compressors.search.plan_search import SENSITIVITY_FILE, search
@@ -29,7 +27,7 @@ from compressors.training.divergence import divergence
 from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.families import size_of
 from nxm_export.contract.packed_checkpoint import pack
-from nxm_export.contract.plan import COUNTINGS, CompressionPlan, WeightSpec
+from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.search_result import SEARCH_FILE, read_search_result
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.metrics import metric_named
@@ -37,13 +35,34 @@ from nxm_export.errors import ArtifactError, DataError
 from nxm_export.progress import Progress
 from nxm_export.storage.atomic import write_atomic
 from nxm_export.storage.hashing import file_hash
-from tools.results import store, tasks
+from nxm_export.storage.json_files import Json, read_json
+from tools import provenance
+from tools.results import tasks
 from tools.results.bootstrap import resampled
+from tools.results.records import (
+    Classes,
+    Compression,
+    CompressionFacts,
+    Grid,
+    GridEntry,
+    Machine,
+    MetricValue,
+    PlanFacts,
+    Record,
+    Samples,
+    SearchFacts,
+    Sizes,
+    TrainingFacts,
+    decode_classes,
+    digest,
+    encode_classes,
+    one_hot,
+)
 from tools.results.rows import Row
 from tools.results.statistics import percentiles
+from tools.results.store import TaskStore
 
-GRID_SCHEMA = "nxm-result-grid/1"
-ROOT = Path(__file__).parents[2]
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn")
 Bars = Callable[[], contextlib.AbstractContextManager[Progress]]
 
 
@@ -63,31 +82,30 @@ class Protocol:
 class Measure:
     """The measurements of one task."""
 
-    def __init__(
-        self, task: tasks.Task, files: tasks.TaskFiles, protocol: Protocol, results: Path, work: Path, bars: Bars
-    ) -> None:
-        self.task, self.files, self.protocol, self.bars = task, files, protocol, bars
-        self.results, self.work = results, work / task.name
+    def __init__(self, store: TaskStore, files: tasks.TaskFiles, protocol: Protocol, work: Path, bars: Bars) -> None:
+        self.store, self.task, self.files, self.protocol, self.bars = store, store.task, files, protocol, bars
+        self.work = work / store.task.name
 
-    def run(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Path]:
-        """Measure the rows whose records are missing; returns the records written."""
-        written = []
+    def run(self, rows: Sequence[Row], seeds: Sequence[int]) -> int:
+        """Measure the rows whose records are missing; returns how many there were."""
+        written = 0
         for seed in seeds:
             for row in rows:
-                file = store.file_of(self.results, self.task, row, seed)
-                if file.is_file():
-                    self._note_changes(file, row, seed)
+                known = self.store.find(row.name, seed)
+                if known is not None:
+                    self._note_changes(known, row, seed)
                     continue
                 say(f"{self.task.name}: {row.name}, seed {seed}")
-                facts, labels = self._dense(row, seed) if row.is_dense else self._compressed(row, seed)
-                written.append(store.write(self.results, self.task, row, seed, facts, labels))
+                record, labels = self._dense(row, seed) if row.is_dense else self._compressed(row, seed)
+                self.store.add(record, labels)
+                written += 1
         return written
 
-    def _dense(self, row: Row, seed: int) -> tuple[dict[str, Any], str]:
+    def _dense(self, row: Row, seed: int) -> tuple[Record, str]:
         teacher = self._teacher(seed)
         if row.name == "dense":
-            facts, labels = self._facts(teacher.path, teacher.settings.dense_part(), teacher.seconds)
-            return facts | {"weights_sha256": teacher.sha256}, labels
+            record, labels = self._record(row, seed, teacher.path, teacher.settings.dense_part(), teacher.seconds)
+            return replace(record, weights_sha256=teacher.sha256), labels
         longer = replace(
             teacher.settings,
             dense_epochs=self.protocol.settings.epochs,
@@ -96,68 +114,64 @@ class Measure:
         out = self._directory(seed) / row.slug
         with self._timed(out, seed) as (clock, progress):
             finetune(teacher.path, out=out, settings=longer, further=True, progress=progress, **self._data(out))
-        facts, labels = self._facts(out, longer.dense_part(), clock.seconds)
+        record, labels = self._record(row, seed, out, longer.dense_part(), clock.seconds)
         self._drop(out)
-        return facts | {"teacher_sha256": teacher.sha256}, labels
+        return replace(record, teacher_sha256=teacher.sha256), labels
 
-    def _compressed(self, row: Row, seed: int) -> tuple[dict[str, Any], str]:
+    def _compressed(self, row: Row, seed: int) -> tuple[Record, str]:
         teacher, settings = self._teacher(seed), self._settings(row, seed)
-        plan, search_facts = self._plan(row, seed, teacher.path)
+        plan, searched = self._plan(row, seed, teacher.path)
         out = self._directory(seed) / row.slug
         with self._timed(out, seed) as (clock, progress):
             metrics = compress(
                 teacher.path, plan=plan, out=out, settings=settings, progress=progress, **self._data(out)
             )
-        facts, labels = self._facts(out, _compress_part(settings), clock.seconds)
-        facts |= {
-            "recipe": metrics.recipe,
-            "kl_to_dense": _kl(teacher.path, out),
-            "teacher_sha256": teacher.sha256,
-            "training": _training_part(metrics),
-            "mask_sha256": metrics.mask_hash,
-            "compression": {counting: plan.compression(counting) for counting in COUNTINGS},
-            "bytes": _bytes(plan, out),
-            "plan": {
-                "options": plan.pattern_counts,
-                "weights": {name: str(spec) for name, spec in plan.weights.items()},
-            },
-        }
+        record, labels = self._record(row, seed, out, _compress_part(settings), clock.seconds)
+        facts = CompressionFacts(
+            recipe=metrics.recipe,
+            kl_to_dense=_kl(teacher.path, out),
+            training=_training(metrics),
+            mask_sha256=metrics.mask_hash,
+            compression=Compression(*(plan.compression(counting) for counting in ("hw", "packed", "values"))),
+            bytes=_bytes(plan, out),
+            plan=PlanFacts(dict(plan.pattern_counts), {name: str(spec) for name, spec in plan.weights.items()}),
+            search=searched,
+        )
         self._drop(out)
-        return facts | search_facts, labels
+        return replace(record, teacher_sha256=teacher.sha256, compressed=facts), labels
 
     def _settings(self, row: Row, seed: int) -> Settings:
         source = resolve(self.protocol.model)
         width = size_of(source.config, source.family.hidden_key)
         return changed(replace(self.protocol.settings, seed=seed), row.settings, width)
 
-    def _plan(self, row: Row, seed: int, teacher: Path) -> tuple[CompressionPlan, dict[str, Any]]:
+    def _plan(self, row: Row, seed: int, teacher: Path) -> tuple[CompressionPlan, SearchFacts | None]:
         """The row's plan, and for a searched one what the search says."""
         if row.option is not None:
             source = resolve(teacher)
-            return source.family.uniform_plan(source.config, WeightSpec.parse(row.option), **row.plan), {}
+            return source.family.uniform_plan(source.config, WeightSpec.parse(row.option), **row.plan), None
         assert row.search is not None
         method, counting, compression = row.search
         out = self._directory(seed) / f"{row.slug}.search"
         if not (out / SEARCH_FILE).is_file():
-            wanted: dict[str, Any] = {"method": method, "counting": counting, "compression": compression, "seed": seed}
-            chosen = replace(self.protocol.search, **wanted | row.searching)
+            asked: dict[str, Json] = {"method": method, "counting": counting, "compression": compression, "seed": seed}
             with self.bars() as progress:
                 search(
                     teacher,
                     task="classification",
                     train=str(self.files.train),
                     out=out,
-                    settings=chosen,
+                    settings=replace(self.protocol.search, **asked | row.searching),
                     training=self._settings(row, seed),
                     progress=progress,
                 )
         if (out / SENSITIVITY_FILE).is_file():
-            (self.results / self.task.name).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(out / SENSITIVITY_FILE, self.results / self.task.name / f"sensitivity-s{seed}.csv")
-        result = read_search_result(out / SEARCH_FILE).to_dict()
-        facts = {key: result[key] for key in ("method", "budget", "best", "samples", "cost")}
+            sensitivities = self.store.sensitivity_file(seed)
+            sensitivities.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(sensitivities, (out / SENSITIVITY_FILE).read_bytes())
+        result = read_search_result(out / SEARCH_FILE)
         plan = CompressionPlan.from_json((out / "plan.json").read_text(encoding="utf-8"), source=str(out / "plan.json"))
-        return plan, {"search": facts}
+        return plan, SearchFacts(result.method, result.budget, result.best, result.samples, result.cost)
 
     def _teacher(self, seed: int) -> Teacher:
         """The dense model of a seed, trained if it is not there; every row of the seed starts from it."""
@@ -173,11 +187,11 @@ class Measure:
             with self._timed(out, seed) as (clock, progress):
                 finetune(self.protocol.model, out=out, settings=settings, progress=progress, **self._data(out))
             write_atomic(note, json.dumps(made_by | {"seconds": clock.seconds}, indent=1) + "\n")
-        known = json.loads(note.read_text(encoding="utf-8"))
+        known = read_json(note, f"remove it and {out}")
         if {key: known[key] for key in made_by} != made_by:
             raise ArtifactError(
                 f"{out} was trained with other settings, data or from another model; give another --work, or remove it "
-                f"and {note} and the records of {self.task.name} with seed {seed}"
+                f"and {note} and the lines of {self.store.file} with seed {seed}"
             )
         return Teacher(out, settings, known["seconds"], file_hash(out / "model.safetensors"))
 
@@ -186,93 +200,79 @@ class Measure:
         rate, epochs = grid[0] if len(grid) == 1 else self._choose(grid)
         return replace(self.protocol.settings, dense_learning_rate=rate, dense_epochs=epochs, seed=seed)
 
-    def _choose(self, grid: Sequence[tuple[float, float]]) -> tuple[float, float]:
-        """The (learning rate, epochs) that do best on a held-out slice of train, with seed 0; kept beside the records."""
-        file = self.results / self.task.name / "dense-grid.json"
-        head = {
-            "schema": GRID_SCHEMA,
-            "model": self.protocol.model_name,
-            "data_sha256": self.files.digest,
-            "held_out": self.protocol.held_out,
-        }
-        known: dict[str, Any] = head | {"tried": []}
-        if file.is_file():
-            known = json.loads(file.read_text(encoding="utf-8"))
-        if {key: known.get(key) for key in head} != head:
-            raise ArtifactError(f"{file} was measured with another model, data or --held-out; move it away")
-        tried = {(entry["learning_rate"], entry["epochs"]): entry for entry in known["tried"]}
+    def _choose(self, choices: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        """The (learning rate, epochs) that do best on a slice held out of train, with seed 0; kept with the records."""
+        empty = Grid(self.protocol.model_name, self.files.digest, self.protocol.held_out)
+        grid = self.store.grid() or empty
+        if replace(grid, tried=()) != empty:
+            raise ArtifactError(
+                f"{self.store.grid_file} was measured with another model, data or --held-out; move it away"
+            )
         slices = tasks.cut(self.files.train, self.work / "grid" / "data", self.protocol.held_out, seed=0)
-        for rate, epochs in grid:
-            if (rate, epochs) in tried:
-                continue
-            say(f"{self.task.name}: dense grid, learning rate {rate:g}, {epochs:g} epochs")
-            settings = replace(self.protocol.settings, dense_learning_rate=rate, dense_epochs=epochs, seed=0)
-            out = self.work / "grid" / f"{rate:g}-{epochs:g}"
-            with self._timed(out, 0) as (clock, progress):
-                finetune(
-                    self.protocol.model,
-                    task="classification",
-                    train=str(slices.train),
-                    dev=str(slices.dev),
-                    out=out,
-                    settings=settings,
-                    outputs=_outputs_file(out),
-                    progress=progress,
-                )
-            predictions, labels, classes = _outputs(out)
-            values = [
-                metric_named(name)(store.one_hot(predictions, classes), store.decode(labels))
-                for name in self.task.metrics
-            ]
-            score = sum(values) / len(values)
-            entry = {"learning_rate": rate, "epochs": epochs, "score": score, "seconds": round(clock.seconds, 1)}
-            tried[rate, epochs] = entry
-            shutil.rmtree(out)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, json.dumps(head | {"tried": list(tried.values())}, indent=1) + "\n")
-        return max(grid, key=lambda pair: tried[pair]["score"])  # of equals the first
+        for rate, epochs in choices:
+            if (rate, epochs) not in grid.scores:
+                grid = replace(grid, tried=(*grid.tried, self._try(slices, rate, epochs)))
+                self.store.write_grid(grid)
+        return max(choices, key=lambda choice: grid.scores[choice])  # of equals the first
 
-    def _facts(self, out: Path, settings: Mapping[str, Any], seconds: float) -> tuple[dict[str, Any], str]:
+    def _try(self, slices: tasks.TaskFiles, rate: float, epochs: float) -> GridEntry:
+        """Train a dense model on a slice of train and score it on the rest."""
+        say(f"{self.task.name}: dense grid, learning rate {rate:g}, {epochs:g} epochs")
+        settings = replace(self.protocol.settings, dense_learning_rate=rate, dense_epochs=epochs, seed=0)
+        out = self.work / "grid" / f"{rate:g}-{epochs:g}"
+        with self._timed(out, 0) as (clock, progress):
+            finetune(
+                self.protocol.model,
+                task="classification",
+                train=str(slices.train),
+                dev=str(slices.dev),
+                out=out,
+                settings=settings,
+                outputs=_outputs_file(out),
+                progress=progress,
+            )
+        answers = Answers.of(out)
+        score = sum(answers.metric(name) for name in self.task.metrics) / len(self.task.metrics)
+        shutil.rmtree(out)
+        return GridEntry(rate, epochs, score, round(clock.seconds, 1))
+
+    def _record(
+        self, row: Row, seed: int, out: Path, settings: Mapping[str, Json], seconds: float
+    ) -> tuple[Record, str]:
         """What every record holds, from a finished checkpoint; and the dev labels."""
-        predictions, labels, classes = _outputs(out)
-        metrics = read_metrics(out)
-        logits, wanted = store.one_hot(predictions, classes), store.decode(labels)
+        answers, metrics = Answers.of(out), read_metrics(out)
         trained = metrics.train_samples if isinstance(metrics, CompressionMetrics) else _lines(self.files.train)
-        facts = {
-            "model": self.protocol.model_name,
-            "data_sha256": self.files.digest,
-            "settings": _json(settings),
-            "metrics": {
-                name: {
-                    "value": metric_named(name)(logits, wanted),
-                    "interval": percentiles(resampled(name, store.decode(predictions), wanted, classes)),
-                }
-                for name in self.task.metrics
-            },
-            "samples": {"train": trained, "dev": len(labels)},
-            "steps": metrics.steps,
-            "epochs": round(metrics.steps * settings["batch_size"] / trained, 3),
-            "seconds": round(seconds, 1),
-            "dev_reads": 2
-            if getattr(metrics, "table_drop", None) is not None
-            else 1,  # the second time without the INT8 table
-            "versions": versions(),
-            "machine": machine(),
-            "classes": classes,
-            "labels_sha256": store.digest(labels),
-            "predictions": predictions,
-        }
-        return facts, labels
+        twice = isinstance(metrics, CompressionMetrics) and metrics.table_drop is not None
+        record = Record(
+            task=self.task.name,
+            row=row.name,
+            seed=seed,
+            model=self.protocol.model_name,
+            data_sha256=self.files.digest,
+            settings=_json(settings),
+            metrics={name: MetricValue(answers.metric(name), answers.interval(name)) for name in self.task.metrics},
+            samples=Samples(trained, len(answers.labels)),
+            steps=metrics.steps,
+            epochs=round(metrics.steps * settings["batch_size"] / trained, 3),
+            seconds=round(seconds, 1),
+            dev_reads=2 if twice else 1,  # the second time without the INT8 table
+            versions=provenance.versions(PACKAGES),
+            machine=machine(),
+            classes=answers.classes,
+            labels_sha256=digest(answers.labels),
+            predictions=answers.predictions,
+        )
+        return record, answers.labels
 
-    def _note_changes(self, file: Path, row: Row, seed: int) -> None:
+    def _note_changes(self, known: Record, row: Row, seed: int) -> None:
         """Say so when a record was made with other settings than those asked for now."""
         if row.is_dense:
             return
-        known = DEFAULTS | json.loads(file.read_text(encoding="utf-8")).get("settings", {})
+        then = DEFAULTS | known.settings
         asked = _json(_compress_part(self._settings(row, seed)))
-        differ = sorted(key for key in asked if known[key] != asked[key])
+        differ = sorted(key for key in asked if then[key] != asked[key])
         if differ:
-            say(f"kept as it is, though measured with another {', '.join(differ)}: {file}")
+            say(f"left as it is, though measured with another {', '.join(differ)}: {self.store.file}, {row.name}")
 
     @contextlib.contextmanager
     def _timed(self, out: Path, seed: int) -> Iterator[tuple[Clock, Progress]]:
@@ -289,9 +289,13 @@ class Measure:
             yield clock, both
         clock.stop()
 
-    def _data(self, out: Path) -> dict[str, Any]:
-        files = {"train": str(self.files.train), "dev": str(self.files.dev), "outputs": _outputs_file(out)}
-        return {"task": "classification", **files}
+    def _data(self, out: Path) -> DataArguments:
+        return {
+            "task": "classification",
+            "train": str(self.files.train),
+            "dev": str(self.files.dev),
+            "outputs": _outputs_file(out),
+        }
 
     def _directory(self, seed: int) -> Path:
         return self.work / f"s{seed}"
@@ -299,6 +303,48 @@ class Measure:
     def _drop(self, out: Path) -> None:
         if self.protocol.discard:
             shutil.rmtree(out)
+
+
+class DataArguments(TypedDict):
+    """The arguments that `finetune` and `compress` share: what is learned, from which files, and where answers go."""
+
+    task: str
+    train: str
+    dev: str
+    outputs: Path
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a finished checkpoint says on dev, and what is right; one character per sentence."""
+
+    predictions: str
+    labels: str
+    classes: int
+
+    @classmethod
+    def of(cls, directory: Path) -> Answers:
+        """Read them from beside the checkpoint's directory."""
+        from safetensors.numpy import load_file
+
+        file = _outputs_file(directory)
+        if not file.is_file():
+            raise DataError(f"{file} is missing: what {directory} says on dev is not known; remove both")
+        arrays = load_file(file)
+        logits = arrays["logits"]
+        return cls(encode_classes(logits.argmax(axis=-1)), encode_classes(arrays["labels"]), logits.shape[-1])
+
+    def metric(self, name: str) -> float:
+        """A metric by its name."""
+        return metric_named(name)(one_hot(self.predictions, self.classes), self._right)
+
+    def interval(self, name: str) -> tuple[float, float]:
+        """Its 95 % bootstrap interval."""
+        return percentiles(resampled(name, decode_classes(self.predictions), self._right, self.classes))
+
+    @property
+    def _right(self) -> Classes:
+        return decode_classes(self.labels)
 
 
 @dataclass(frozen=True)
@@ -341,34 +387,15 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def versions(
-    names: Sequence[str] = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn"),
-) -> dict[str, str]:
-    """Of the packages that numbers depend on, and the commit of this source tree, ``-dirty`` where code was changed since."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    commit = git("describe", "--always", "--exclude=*")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!docs")
-    return {name: version(name) for name in names} | {"commit": f"{commit or 'unknown'}{'-dirty' if changed else ''}"}
-
-
-def machine() -> dict[str, Any]:
+def machine() -> Machine:
     """CPU model and instruction sets, GPU if there is one, and the threads that torch uses."""
     import torch
 
     from engines.passport import cpu_device
 
     cpu = cpu_device()
-    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return {
-        "cpu": cpu.get("name", "unknown"),
-        "features": cpu.get("features", ""),
-        **gpu,
-        "threads": torch.get_num_threads(),
-    }
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return Machine(cpu.get("name", "unknown"), cpu.get("features", ""), torch.get_num_threads(), gpu)
 
 
 def _outputs_file(directory: Path) -> Path:
@@ -376,70 +403,67 @@ def _outputs_file(directory: Path) -> Path:
     return directory.with_name(f"{directory.name}.outputs.safetensors")
 
 
-def _outputs(directory: Path) -> tuple[str, str, int]:
-    """(predictions, labels, classes) of a finished checkpoint."""
-    from safetensors.numpy import load_file
-
-    file = _outputs_file(directory)
-    if not file.is_file():
-        raise DataError(f"{file} is missing: what {directory} says on dev is not known; remove both")
-    arrays = load_file(file)
-    return store.encode(arrays["logits"].argmax(axis=-1)), store.encode(arrays["labels"]), arrays["logits"].shape[-1]
-
-
 def _kl(dense: Path, checkpoint: Path) -> float:
     """Mean KL(dense || checkpoint) of the answers on dev, in nats."""
     from safetensors.torch import load_file
 
-    wanted, found = (load_file(_outputs_file(directory))["logits"] for directory in (dense, checkpoint))
-    return divergence(wanted, found) / len(found)
+    reference, logits = (load_file(_outputs_file(directory))["logits"] for directory in (dense, checkpoint))
+    return divergence(reference, logits) / len(logits)
 
 
-def _bytes(plan: CompressionPlan, checkpoint: Path) -> dict[str, int]:
-    """Of the planned matrices: FP32, stored (`packed`), in an INT8 engine; of the whole model: the file of ``nxm pack``."""
+def _training(metrics: CompressionMetrics) -> TrainingFacts:
+    return TrainingFacts(
+        qat_steps=metrics.qat_steps,
+        held_out_samples=metrics.held_out_samples,
+        outputs_in_float=dict(metrics.outputs_in_float) or None,
+        admm=metrics.admm,
+        admm_steps=metrics.admm_steps,
+        residual=metrics.residual,
+        residual_gate_passed=metrics.residual_gate_passed,
+        sr_ste_steps=metrics.sr_ste_steps,
+        permutation=metrics.permutation,
+        table_drop=metrics.table_drop,
+        table_drop_interval=metrics.table_drop_interval,
+    )
+
+
+def _bytes(plan: CompressionPlan, checkpoint: Path) -> Sizes:
+    """Of the planned matrices: FP32, stored (`packed`), in an INT8 engine; of the whole model: the file of ``nxm
+    pack``."""
     with tempfile.TemporaryDirectory() as scratch:
         packed = pack(checkpoint, Path(scratch) / "packed.safetensors")
-    elements = sum(out * in_ for out, in_ in plan.shapes.values())
-    return {
-        "fp32": 4 * elements,
-        "packed": -(-plan.stored_bits("packed") // 8),
-        "engine_sparse": plan.engine_bytes(sparse=True),
-        "engine_dense": plan.engine_bytes(sparse=False),
-        "file": packed.file_bytes,
-    }
+    return Sizes(
+        fp32=4 * sum(out * in_ for out, in_ in plan.shapes.values()),
+        packed=-(-plan.stored_bits("packed") // 8),
+        engine_sparse=plan.engine_bytes(sparse=True),
+        engine_dense=plan.engine_bytes(sparse=False),
+        file=packed.file_bytes,
+    )
 
 
-def changed(settings: Settings, changes: Mapping[str, Any], width: int) -> Settings:
-    """`settings` with a row's changes, those of a loss by the names of its terms, and with what both leave open for a model
-    of this hidden size."""
+def changed(settings: Settings, changes: Mapping[str, Json], width: int) -> Settings:
+    """`settings` with a row's changes, and with what both leave open for a model of this hidden size.
+
+    The changes of a loss are by the names of its terms.
+    """
     plain = replace(settings, **{name: value for name, value in changes.items() if name != "losses"})
     training = training_of(plain, task_named("classification"), width)
     losses = replace(training.losses, **changes.get("losses", {}))
     return replace(plain, learning_rate=training.learning_rate, losses=losses, augment=training.augment)
 
 
-def _training_part(metrics: CompressionMetrics) -> dict[str, Any]:
-    """What a record says of the training itself: what its recipe has of these."""
-    names = (
-        *("admm", "admm_steps", "sr_ste_steps", "qat_steps", "residual", "residual_gate_passed", "permutation"),
-        *("outputs_in_float", "table_drop", "table_drop_interval", "held_out_samples"),
-    )
-    values = metrics.to_dict()
-    return {name: values[name] for name in names if values[name] not in (None, {})}
-
-
-def _compress_part(settings: Settings) -> dict[str, Any]:
+def _compress_part(settings: Settings) -> dict[str, Json]:
     """The settings that compression reads; threads are told with the machine."""
     return {key: value for key, value in asdict(settings).items() if key not in (*DENSE_FIELDS, "threads")}
 
 
-def _json(value: Mapping[str, Any]) -> dict[str, Any]:
+def _json(value: Mapping[str, Json]) -> dict[str, Json]:
     """As it comes back out of a JSON file."""
     return dict(json.loads(json.dumps(value)))
 
 
 # Of compression. A record made before there was a setting was made without what it brought.
-DEFAULTS: dict[str, Any] = _json(_compress_part(Settings(augment=0.0, output_limit=None)))
+DEFAULTS: dict[str, Json] = _json(_compress_part(Settings(augment=0.0, output_limit=None)))
 
 
 def _lines(file: Path) -> int:

@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from nxm_export.data.bootstrap import RESAMPLES
 from nxm_export.data.metrics import metric_named
 from tools.results.bootstrap import resampled
-from tools.results.store import Record
+from tools.results.records import Classes, CompressionFacts, Interval, LabelledRecord, Record
 from tools.results.tasks import Task
 
-Interval = tuple[float, float]
+Scores = npt.NDArray[np.float64]  # of resamples, (RESAMPLES,)
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ class Retention:
 class TaskStatistics:
     """Scores of every (row, seed) of a task, as measured and resampled."""
 
-    def __init__(self, task: Task, records: Sequence[Record]) -> None:
+    def __init__(self, task: Task, records: Sequence[LabelledRecord]) -> None:
         self.task = task
-        self.records = {(record.row, record.seed): record for record in records}
+        self.records = {(labelled.record.row, labelled.record.seed): labelled for labelled in records}
         self.values = {key: _metrics(task, record) for key, record in self.records.items()}  # metric -> value
-        self._resampled: dict[tuple[str, int], np.ndarray] = {}
+        self._resampled: dict[tuple[str, int], Scores] = {}
 
     @property
     def rows(self) -> list[str]:
@@ -59,6 +60,14 @@ class TaskStatistics:
     def seeds(self, row: str) -> list[int]:
         """Seeds of a row, ascending."""
         return sorted(seed for name, seed in self.records if name == row)
+
+    def of(self, row: str) -> list[Record]:
+        """Records of a row, by seed; none for a row that was not measured."""
+        return [self.records[row, seed].record for seed in self.seeds(row)]
+
+    def compressed(self, row: str) -> list[CompressionFacts]:
+        """What the records of a row say of compression; none for a dense row."""
+        return [record.compressed for record in self.of(row) if record.compressed is not None]
 
     def score(self, row: str, seed: int) -> float:
         """Mean of the task's metrics."""
@@ -86,7 +95,7 @@ class TaskStatistics:
         return Difference(float(value), percentiles(drawn), tuple(common))
 
     def retention(self, row: str, reference: str = "dense") -> Retention | None:
-        """Ratio of mean scores to the dense row; None without a common seed, or where the dense row scores 0 or less."""
+        """Ratio of mean scores to the dense row; None without a common seed, or where that row scores 0 or less."""
         common = [seed for seed in self.seeds(row) if (reference, seed) in self.records]
         if not common:
             return None
@@ -101,13 +110,13 @@ class TaskStatistics:
         pairs = [(_classes(self.records[row, seed])[0], _classes(self.records[reference, seed])[0]) for seed in common]
         return float(np.mean([(ours == theirs).mean() for ours, theirs in pairs])) if pairs else None
 
-    def resampled(self, row: str, seeds: Sequence[int]) -> np.ndarray:
+    def resampled(self, row: str, seeds: Sequence[int]) -> Scores:
         """Mean score over resampled `seeds` on resampled sentences, (RESAMPLES,); the same draws for every row."""
         scores = np.stack([self._resampled_scores(row, seed) for seed in seeds])  # (seeds, RESAMPLES)
         draws = np.random.default_rng(1).integers(0, len(seeds), size=scores.T.shape)  # (RESAMPLES, seeds)
         return np.asarray(np.take_along_axis(scores, draws.T, axis=0).mean(axis=0))
 
-    def _resampled_scores(self, row: str, seed: int) -> np.ndarray:
+    def _resampled_scores(self, row: str, seed: int) -> Scores:
         key = (row, seed)
         if key not in self._resampled:
             record = self.records[key]
@@ -128,14 +137,14 @@ def overall(tasks: Sequence[TaskStatistics], row: str) -> tuple[Retention, float
         pairs.append((means, task.resampled(row, common), task.resampled("dense", common)))
     # Tasks are independent, but their resamples come from one generator: each is put in an order of its own.
     orders = [np.random.default_rng(100 + number).permutation(RESAMPLES) for number in range(len(pairs))]
-    ours = np.sum([found[order] for (_, found, _), order in zip(pairs, orders, strict=True)], axis=0)
-    theirs = np.sum([found[order] for (_, _, found), order in zip(pairs, orders, strict=True)], axis=0)
+    ours = np.sum([drawn[order] for (_, drawn, _), order in zip(pairs, orders, strict=True)], axis=0)
+    theirs = np.sum([drawn[order] for (_, _, drawn), order in zip(pairs, orders, strict=True)], axis=0)
     both = _ratio(sum(means[0] for means, _, _ in pairs), sum(means[1] for means, _, _ in pairs), ours, theirs)
     ratios = [means[0] / means[1] for means, _, _ in pairs]
     return None if both is None else (both, float(np.mean(ratios)))
 
 
-def _ratio(ours: float, theirs: float, drawn: np.ndarray, drawn_theirs: np.ndarray) -> Retention | None:
+def _ratio(ours: float, theirs: float, drawn: Scores, drawn_theirs: Scores) -> Retention | None:
     """Retention from the two means and their resamples."""
     if theirs <= 0:
         return None
@@ -147,16 +156,16 @@ def deviation(values: Sequence[float]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def percentiles(values: np.ndarray) -> Interval:
+def percentiles(values: Scores) -> Interval:
     """The middle 95 %."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
-def _classes(record: Record) -> tuple[np.ndarray, np.ndarray, int]:
+def _classes(labelled: LabelledRecord) -> tuple[Classes, Classes, int]:
     """(predictions, labels, number of classes)."""
-    return record.logits.argmax(axis=-1), record.labels, record.logits.shape[-1]
+    return labelled.predictions, labelled.labels, labelled.record.classes
 
 
-def _metrics(task: Task, record: Record) -> dict[str, float]:
-    return {name: metric_named(name)(record.logits, record.labels) for name in task.metrics}
+def _metrics(task: Task, labelled: LabelledRecord) -> dict[str, float]:
+    return {name: metric_named(name)(labelled.logits, labelled.labels) for name in task.metrics}

@@ -1,131 +1,138 @@
-"""What is kept of a measurement: one JSON file per (task, row, seed), and the dev labels of a task once.
+"""Where records lie: ``TASK.jsonl`` with a line per row and seed, beside it ``TASK/`` with labels, grid and
+sensitivities.
 
-Predictions are one character per dev sentence (`DIGITS`), in file order. No file holds a path of the machine.
+A line is written as soon as its row is measured, and the file is replaced as a whole, under a lock: whatever is
+interrupted or runs at the same time, no line is lost. Lines are in the order of rows and seeds, so that a new one is
+one line of a diff.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from hashlib import sha256
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from nxm_export.errors import ArtifactError, DataError
-from nxm_export.storage.atomic import write_atomic
-from nxm_export.storage.json_files import require_schema
-from tools.results.rows import Row, position
+from nxm_export.storage.atomic import make_directory, write_atomic
+from nxm_export.storage.json_files import decode, encode, read_record, to_builtins
+from tools import ROOT
+from tools.results.records import Grid, LabelledRecord, Labels, Record, decode_classes, digest
+from tools.results.rows import position
 from tools.results.tasks import TASKS, Task
 
-SCHEMA, LABELS_SCHEMA = "nxm-result/1", "nxm-result-labels/1"
-RESULTS = Path(__file__).parents[2] / "results"
-DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+SCHEMA, LABELS_SCHEMA, GRID_SCHEMA = "nxm-result/2", "nxm-result-labels/1", "nxm-result-grid/1"
+RESULTS = ROOT / "results"
 
 
-@dataclass(frozen=True)
-class Record:
-    """One measurement, with the labels that belong to its predictions."""
+class TaskStore:
+    """The records of one task, under a directory of results."""
 
-    task: Task
-    facts: Mapping[str, Any]
-    labels: np.ndarray
-
-    @property
-    def row(self) -> str:
-        """Name of the row."""
-        return str(self.facts["row"])
+    def __init__(self, results: Path, task: Task) -> None:
+        self.task, self.results = task, results
+        self.file = results / f"{task.name}.jsonl"
+        self.directory = results / task.name
 
     @property
-    def seed(self) -> int:
-        """Seed of data order, heads and everything else."""
-        return int(self.facts["seed"])
+    def labels_file(self) -> Path:
+        return self.directory / "labels.json"
 
-    @cached_property
-    def logits(self) -> np.ndarray:
-        """Predictions as one-hot (samples, classes): metrics ask for the highest output only."""
-        return one_hot(self.facts["predictions"], int(self.facts["classes"]))
+    @property
+    def grid_file(self) -> Path:
+        return self.directory / "dense-grid.json"
+
+    def sensitivity_file(self, seed: int) -> Path:
+        """The sensitivities that the searches of this seed measured: a CSV file with a line per weight and option."""
+        return self.directory / f"sensitivity-s{seed}.csv"
+
+    def sensitivity_files(self) -> list[Path]:
+        """Those that are there, in the order of seeds."""
+        return sorted(self.directory.glob("sensitivity-s*.csv"))
+
+    def records(self) -> list[Record]:
+        """Every record, in the order of rows and seeds; raises `ArtifactError` that names the line that is damaged."""
+        if not self.file.is_file():
+            return []
+        lines = self.file.read_text(encoding="utf-8").splitlines()
+        return [self._decode(line, number) for number, line in enumerate(lines, start=1)]
+
+    def labelled_records(self) -> list[LabelledRecord]:
+        """Every record with the task's labels; one whose predictions are for other dev sentences is refused."""
+        labels = self.labels()
+        for number, record in enumerate(self.records(), start=1):
+            if record.labels_sha256 != digest(labels) or len(record.predictions) != len(labels):
+                raise ArtifactError(
+                    f"{self.file}:{number}: its predictions are for other dev sentences than {self.labels_file}; "
+                    "delete the line"
+                )
+        return [LabelledRecord(record, decode_classes(labels)) for record in self.records()]
+
+    def find(self, row: str, seed: int) -> Record | None:
+        """The record of a row and seed, or None."""
+        return next((record for record in self.records() if (record.row, record.seed) == (row, seed)), None)
+
+    def add(self, record: Record, labels: str) -> None:
+        """Write a record at its place, and the task's labels with the first one; labels other than those kept are
+        refused."""
+        with self._locked():
+            if not self.labels_file.is_file():
+                write_atomic(self.labels_file, encode(Labels(digest(labels), labels), LABELS_SCHEMA))
+            elif self.labels() != labels:
+                raise DataError(
+                    f"{self.labels_file}: the dev set is another one than the results there are of; "
+                    f"move {self.file} and {self.directory} away"
+                )
+            others = [old for old in self.records() if (old.row, old.seed) != (record.row, record.seed)]
+            self._write([*others, record])
+
+    def labels(self) -> str:
+        """The dev labels, one character each."""
+        known = read_record(self.labels_file, Labels, schema=LABELS_SCHEMA, way_out="restore the file")
+        if digest(known.labels) != known.sha256:
+            raise ArtifactError(f"{self.labels_file}: the labels are not those of its sha256; restore the file")
+        return known.labels
+
+    def grid(self) -> Grid | None:
+        """The dense grid, or None where none was tried."""
+        if not self.grid_file.is_file():
+            return None
+        return read_record(
+            self.grid_file, Grid, schema=GRID_SCHEMA, way_out="restore it, or delete it and measure again"
+        )
+
+    def write_grid(self, grid: Grid) -> None:
+        """Replace the dense grid."""
+        make_directory(self.directory)
+        write_atomic(self.grid_file, encode(grid, GRID_SCHEMA))
+
+    def _decode(self, line: str, number: int) -> Record:
+        source = f"{self.file}:{number}"
+        return decode(
+            line, Record, schema=SCHEMA, source=source, way_out="restore the line, or delete it and measure again"
+        )
+
+    def _write(self, records: Sequence[Record]) -> None:
+        ordered = sorted(records, key=lambda record: (position(record.row), record.seed))
+        # `asdict` first: a decoded record then has the fields, too, that stood there with their default or not at all
+        lines = (json.dumps({"schema": SCHEMA, **to_builtins(asdict(record))}, allow_nan=False) for record in ordered)
+        write_atomic(self.file, "".join(f"{line}\n" for line in lines))
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Wait until no other process writes to this task's records."""
+        make_directory(self.directory)
+        handle = os.open(self.directory, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
 
 
-def file_of(results: Path, task: Task, row: Row, seed: int) -> Path:
-    """Where the record of a measurement lies."""
-    return results / task.name / f"{row.slug}-s{seed}.json"
-
-
-def encode(classes: np.ndarray) -> str:
-    """Class indices as one character each."""
-    if classes.size and int(classes.max()) >= len(DIGITS):
-        raise DataError(f"more than {len(DIGITS)} classes cannot be stored")
-    return "".join(DIGITS[int(found)] for found in classes)
-
-
-def decode(text: str) -> np.ndarray:
-    """Class indices, int64, of a string that `encode` made."""
-    return np.array([DIGITS.index(digit) for digit in text], np.int64)
-
-
-def one_hot(text: str, classes: int) -> np.ndarray:
-    """Float64 (samples, classes) with 1 at each prediction."""
-    return np.eye(classes)[decode(text)]
-
-
-def digest(text: str) -> str:
-    """sha256 of predictions or labels."""
-    return sha256(text.encode()).hexdigest()
-
-
-def write(results: Path, task: Task, row: Row, seed: int, facts: Mapping[str, Any], labels: str) -> Path:
-    """Write a record, and the task's labels with the first one; labels that differ from those kept are refused."""
-    file, kept = file_of(results, task, row, seed), results / task.name / "labels.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if not kept.is_file():
-        write_atomic(kept, _text({"schema": LABELS_SCHEMA, "sha256": digest(labels), "labels": labels}))
-    elif read_labels(results, task) != labels:
-        raise DataError(f"{kept}: the dev set is another one than the results there are of; move {kept.parent} away")
-    write_atomic(file, _text({"schema": SCHEMA, "task": task.name, "row": row.name, "seed": seed, **facts}))
-    return file
-
-
-def read_labels(results: Path, task: Task) -> str:
-    """The dev labels of a task, one character each."""
-    file = results / task.name / "labels.json"
-    data = _json(file, LABELS_SCHEMA)
-    if digest(data["labels"]) != data["sha256"]:
-        raise ArtifactError(f"{file}: the labels are not those of its sha256; restore the file")
-    return str(data["labels"])
-
-
-def read(results: Path, task: Task) -> list[Record]:
-    """Every record of a task, in the order of rows and seeds."""
-    found = list(_records(results, task))
-    return sorted(found, key=lambda record: (position(record.row), record.seed))
-
-
-def tasks_with_results(results: Path) -> list[Task]:
-    """The tasks that have a record."""
-    return [task for task in TASKS.values() if list((results / task.name).glob("*-s[0-9]*.json"))]
-
-
-def _records(results: Path, task: Task) -> Iterator[Record]:
-    labels = read_labels(results, task)
-    for file in sorted((results / task.name).glob("*-s[0-9]*.json")):
-        facts = _json(file, SCHEMA)
-        if facts["labels_sha256"] != digest(labels) or len(facts["predictions"]) != len(labels):
-            raise ArtifactError(f"{file}: its predictions are for other dev sentences than labels.json; delete it")
-        yield Record(task, facts, decode(labels))
-
-
-def _json(file: Path, schema: str) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{file}: not readable ({error}); restore it, or delete it and measure again") from error
-    require_schema(data, schema, str(file), ArtifactError)
-    return dict(data)
-
-
-def _text(data: Mapping[str, Any]) -> str:
-    return json.dumps(data, indent=1) + "\n"
+def stores(results: Path) -> list[TaskStore]:
+    """The tasks that have records."""
+    return [store for task in TASKS.values() if (store := TaskStore(results, task)).file.is_file()]

@@ -1,4 +1,4 @@
-"""The tasks that are measured, and their data brought into one form: ``sentence1, sentence2, label`` in two TSV files."""
+"""The tasks that are measured, and their data in one form: ``sentence1, sentence2, label`` in two TSV files."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class TaskFiles:
 
 
 def prepare(task: Task, data: Path | None, out: Path) -> TaskFiles:
-    """Write ``train.tsv`` and ``dev.tsv`` of `task` to `out`, from a GLUE directory `data` or from the demo's package."""
+    """Write ``train.tsv`` and ``dev.tsv`` to `out`, from a GLUE directory `data` or from the demo's package."""
     if task.glue and data is None:
         raise DataError(f"{task.title} needs --data: a directory with GLUE's train.tsv and dev.tsv")
     if not task.glue and data is not None:
@@ -101,8 +101,8 @@ def _read(task: Task, file: Path, split: str) -> RawExamples:
     """One file, as GLUE ships it or with a header of the usual column names."""
     if not file.is_file():
         raise DataError(f"{file}: no such file; --data is a directory with train.tsv and dev.tsv")
-    if task.name == "cola" and (found := _headless_cola(file)) is not None:
-        return found
+    if task.name == "cola" and (examples := _headless_cola(file)) is not None:
+        return examples
     first = file.open(encoding="utf-8-sig").readline().rstrip("\r\n").split("\t")
     if task.columns is not None and set(task.columns.values()) <= set(first):
         return load_raw(str(file), split, Columns(**task.columns))

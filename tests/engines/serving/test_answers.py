@@ -21,7 +21,7 @@ from nxm_export.errors import ServeError
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.engine_commands import build_engine
 from tests.support import baked, tiny
-from tests.support.servers import Running, nxm_serve
+from tools.benchmarks.servers import Running, nxm_serve
 
 QUESTION = "which film"
 CONTEXTS = ["a good film with two actor", "the Story  very dark", "superb"]

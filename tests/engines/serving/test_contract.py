@@ -1,7 +1,7 @@
 """One contract, the real client, two servers: what works with `nxm serve` works with Triton, with the same answers.
 
 Triton here is the real server (its core, HTTP and gRPC front ends, batcher and ensemble) on the repository that
-`nxm triton` wrote; the backend that computes is a double on ONNX Runtime (`tests/support/triton_doubles`).
+`nxm triton` wrote; the backend that computes is a double on ONNX Runtime (`tools/benchmarks/triton_doubles`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from tests.support.exact_engine import LABELS, MAX_LENGTH, VOCABULARY, expected, feeds_of, tokenizer
-from tests.support.rawhttp import Answer, send
-from tests.support.servers import Running, triton_venv
+from tools.benchmarks.raw_http import Answer, send
+from tools.benchmarks.servers import Running, triton_venv
 
 client_http = pytest.importorskip("tritonclient.http", reason="tritonclient is not installed; pip install -e '.[dev]'")
 errors = pytest.importorskip("tritonclient.utils")

@@ -10,8 +10,9 @@ from click.testing import CliRunner
 
 from engines.serving.metrics import REASONS
 from nxm_export.cli import main
-from tests.support.rawhttp import send
-from tests.support.servers import ROOT, Running
+from tools import ROOT
+from tools.benchmarks.raw_http import send
+from tools.benchmarks.servers import Running
 
 TEXT = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 

@@ -24,8 +24,8 @@ from engines.serving.app import OPENAPI_FILE
 from nxm_export.cli import main
 from tests.support import exact_engine
 from tests.support.exact_engine import expected, feeds_of
-from tests.support.rawhttp import Answer, connect, read, request, send
-from tests.support.servers import Running, free_port, nxm_serve
+from tools.benchmarks.raw_http import Answer, connect, read, request, send
+from tools.benchmarks.servers import Running, free_port, nxm_serve
 
 INFER = "/v2/models/exact/infer"
 LENGTHS = (3, 9, 21, 40)

@@ -1,4 +1,4 @@
-"""The soak of `tests/support/soak.py`, short; `python -m tools.soak` runs it for as long as you like."""
+"""The soak of `tools/benchmarks/soak_load.py`, short; `python -m tools.benchmarks.soak` runs it for as long as you like."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.support.exact_engine import MAX_LENGTH, expected, feeds_of
-from tests.support.servers import nxm_serve
-from tests.support.soak import reloads_done, soak
+from tools.benchmarks.servers import nxm_serve
+from tools.benchmarks.soak_load import Load, reloads_done, soak
 
 
 @pytest.mark.slow
@@ -29,18 +29,13 @@ def test_a_soaked_server_loses_nothing_and_keeps_its_size(engine: Path, tmp_path
         ).encode()
         for f in feeds
     ]
-    expected_logits = [expected(f) for f in feeds]
+    answers = [expected(f) for f in feeds]
+    load = Load(
+        "/v2/models/exact/infer", bodies, lambda i, logits: np.array_equal(logits, answers[i]), reload_every=1.0
+    )
     arguments = (f"exact={served}", "--watch-seconds", "0.1", "--read-timeout-ms", "500")
     with nxm_serve(tmp_path / "log", *arguments) as server:
-        report = soak(
-            server,
-            served,
-            "/v2/models/exact/infer",
-            bodies,
-            lambda i, logits: np.array_equal(logits, expected_logits[i]),
-            seconds=10,
-            reload_every=1.0,
-        )
+        report = soak(server, served, load, seconds=10)
         assert report.problems(memory_growth=16) == [], report
         assert report.right > 500
         assert min(report.aborted, report.garbage, report.stuck) > 0

@@ -13,8 +13,8 @@ import pytest
 
 from engines.serving import connection as connections
 from engines.serving.server import _turn_away
-from tests.support.rawhttp import connect, read, request
-from tests.support.servers import nxm_serve
+from tools.benchmarks.raw_http import connect, read, request
+from tools.benchmarks.servers import nxm_serve
 
 SYN, PSH, ACK, RST = 0x02, 0x08, 0x10, 0x04
 

@@ -23,7 +23,7 @@ from nxm_export.errors import RequestRefused, ServeError
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.engine_commands import build_engine, features_of
 from tests.support import baked, tiny
-from tests.support.servers import nxm_serve
+from tools.benchmarks.servers import nxm_serve
 
 pytest.importorskip("torch", reason="torch makes the checkpoints; pip install -e '.[dev]'")
 SHAPES = {

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from nxm_export.graph.exporter import export
-from tests.support.rawhttp import Answer, send
-from tests.support.servers import free_port, started
 from tests.support.trt_models import Checkpoints, feeds_for
 from tests.support.variants import variants
+from tools.benchmarks.raw_http import Answer, send
+from tools.benchmarks.servers import free_port, started
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parents[2]
@@ -358,7 +358,7 @@ def test_without_tensorrt_it_says_what_to_install(checkpoint: Path, tmp_path: Pa
 def test_the_evidence_tool_runs_to_its_page(driver: Path, tmp_path: Path) -> None:
     version, only = "8.6", "inputs-tanh-matmul"
     row = "| tiny-inputs-tanh-matmul | 1 / 6 | 33.3% | 5 float-output |"
-    command = [sys.executable, str(ROOT / "tools" / "gpu_evidence.py"), "--models", "tiny", "--shapes", "1x8,4x32"]
+    command = [sys.executable, "-m", "tools.gpu.evidence", "--models", "tiny", "--shapes", "1x8,4x32"]
     command += ["--rounds", "3", "--only", only, "--out", str(tmp_path / "docs"), "--work", str(tmp_path / "work")]
     env = environment(driver, version)
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -30,7 +30,7 @@ from nxm_export.cli import main
 from nxm_export.errors import ArtifactError, ServeError
 from nxm_export.storage.hashing import file_hash
 from tests.support import exact_engine
-from tests.support.servers import Running, triton, triton_venv
+from tools.benchmarks.servers import Running, triton, triton_venv
 
 PROFILES = [
     {"minimum": [1, 4], "optimum": [4, 16], "maximum": [8, 32]},

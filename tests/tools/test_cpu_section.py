@@ -1,0 +1,136 @@
+"""The section of the CPU measurements says what its record says: ratios, what was wanted, and what was missed."""
+
+from __future__ import annotations
+
+import pytest
+
+from nxm_export.storage.json_files import Json
+from tools.benchmarks import cpu
+from tools.benchmarks.cpu import OPENVINO, ORT
+from tools.benchmarks.cpu_section import PEER, section
+
+
+def latency(batch: int, sequence: int, over_float: float, over_peer: tuple[float, float, float]) -> dict[str, Json]:
+    ratio, *interval = over_peer
+    medians = {"FP32, ort": 20.0, "FP32, openvino": 22.0, ORT: 10.0, OPENVINO: 8.0, PEER: 8.5}
+    return {
+        "batch": batch,
+        "sequence": sequence,
+        "rounds": 30,
+        "median_ms": medians,
+        "quartiles_ms": {name: [value - 0.5, value + 0.5] for name, value in medians.items()},
+        "ratios": {
+            "ort over its own FP32": {"of": ORT, "against": "FP32, ort", "ratio": 2.0, "interval": [1.9, 2.1]},
+            "our fastest over the best FP32": {
+                "of": OPENVINO,
+                "against": "FP32, ort",
+                "ratio": over_float,
+                "interval": [2.0, 3.0],
+            },
+            "our fastest over NNCF": {"of": OPENVINO, "against": PEER, "ratio": ratio, "interval": interval},
+        },
+    }
+
+
+@pytest.fixture
+def record() -> dict[str, Json]:
+    timing = {"name": "INT8-2of4-ort", "padding": 0.3, "quartiles": [90.0, 110.0], "without_tokenisation": 120.0}
+    return {
+        "schema": cpu.SCHEMA,
+        "machine": {"name": "a CPU", "features": "avx512_vnni", "threads": 2, "cores": 2},
+        "load_average_before": 0.0,
+        "versions": {"onnxruntime": "1.32.0"},
+        "peer": "nncf 3.4.0, openvino 2026.4.1",
+        "text_peers": "sentence-transformers 5.7.0",
+        "model": {"model_type": "bert", "plan": {"2:4+W8": 36}, "compression": 0.84},
+        "bytes": {"FP32, ort": 90_900_000, ORT: 59_200_000},
+        "parity": [
+            {
+                "engine": ORT,
+                "passed": False,
+                "metric": "accuracy",
+                "samples": 853,
+                "checkpoint": 0.84,
+                "value": 0.83,
+                "agreement": 0.99,
+                "mean_abs": 0.003,
+                "mean_tolerance": 0.01,
+            }
+        ],
+        "latency": [latency(1, 32, 2.5, (1.02, 0.99, 1.05)), latency(8, 128, 2.5, (0.96, 0.94, 0.98))],
+        "text": {
+            "sentences": 853,
+            "batch": 32,
+            "fixed": 128,
+            "tokens": [27.3, 60],
+            "tokenised_per_second": 20000.0,
+            "rounds": 3,
+            "timings": [
+                {**timing, "order": "arrival", "sentences_per_second": 100.0, "speedup": None, "interval": None},
+                {**timing, "order": "bucketed", "sentences_per_second": 150.0, "speedup": 1.5, "interval": [1.4, 1.6]},
+            ],
+            "seconds": {
+                "INT8-2of4-ort arrival": [8.5, 8.5, 8.5],
+                "INT8-2of4-ort bucketed": [5.7, 5.7, 5.7],
+                "sentence-transformers, ONNX INT8": [11.4, 11.4, 11.4],
+            },
+        },
+        "profile": [
+            {
+                "engine": ORT,
+                "batch": 1,
+                "sequence": 32,
+                "milliseconds": {"MatMulIntegerToFloat": 3.0, "Gelu": 1.0},
+                "int8_gops": 400.0,
+            }
+        ],
+        "peaks": {"int8_gops": 800.0, "fp32_gops": 150.0},
+        "seconds": 300,
+    }
+
+
+def row_of(text: str, start: str) -> list[str]:
+    line = next(line for line in text.splitlines() if line.startswith(f"| {start}"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_every_engine_is_in_the_table_with_its_size(record: dict[str, Json]) -> None:
+    text = section(record)
+    assert row_of(text, ORT + " |")[1:] == ["59.2", "10.00 (9.50 to 10.50)", "10.00 (9.50 to 10.50)"]
+    assert row_of(text, PEER)[1] == "–"
+
+
+def test_every_row_has_a_cell_for_every_column(record: dict[str, Json]) -> None:
+    for block in section(record).split("\n\n"):
+        rows = [line for line in block.splitlines() if line.startswith("|")]
+        assert len({row.count("|") for row in rows}) <= 1, block
+
+
+def test_what_was_missed_is_said(record: dict[str, Json]) -> None:
+    text = section(record)
+    assert row_of(text, "ort >= 2x")[1:] == ["holds: 2.00", "holds: 2.00"]
+    assert row_of(text, "our fastest >= 2.2x")[1:] == ["holds: 2.50 of 2.2", "MISSED: 2.50 of 2.7"]
+    first, second = row_of(text, "time of our fastest over NNCF's")[1:]
+    assert first.startswith("holds: 0.98")
+    assert second.startswith("MISSED: 1.04 (1.02 to 1.06)")
+    assert row_of(text, ORT + " | 84.00")[-1] == "FAILED"
+
+
+def test_peers_of_text_are_paired_with_our_best(record: dict[str, Json]) -> None:
+    cells = row_of(section(record), "sentence-transformers, ONNX INT8")
+    assert cells[3] == "75 (75 to 75)"
+    assert cells[4] == "INT8-2of4-ort bucketed is 2.00 (2.00 to 2.00) times as fast"
+
+
+def test_without_peers_the_page_says_so(record: dict[str, Json]) -> None:
+    record["peer"] = record["text_peers"] = None
+    for row in record["latency"]:
+        del row["ratios"]["our fastest over NNCF"]
+    text = section(record)
+    assert "time of our fastest over NNCF" not in text
+    assert "NXM_TEXT_PEERS_PYTHON" in text
+
+
+def test_the_roofline_divides_by_the_measured_peak(record: dict[str, Json]) -> None:
+    # 3 of 4 ms in products at half of the peak: at the peak they would take 1.5 ms, and the rest 1 ms.
+    assert row_of(section(record), "1x32 | 400")[1:] == ["400", "50%", "75%", "2.50"]

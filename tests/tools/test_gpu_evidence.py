@@ -1,0 +1,78 @@
+"""The page of evidence from a GPU says what its results say: kernels, latencies, the aim, and what failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engines.benchmark.latency import BenchReport, Ratio, Timing
+from tools.gpu.evidence import DENSE, FP16, SPARSE, Forced, Parity, Result, Sparsity, Variant, write_page
+
+DEVICE = {"gpu": "NVIDIA H100 X", "compute_capability": "9.0", "driver": "580.1", "cuda": "13.0"}
+
+
+def bench(verdict: str, *shapes: tuple[int, int, float, float, float]) -> BenchReport:
+    """Medians of FP16, dense and sparse INT8 at each (batch, sequence)."""
+    timings, ratios = [], []
+    for batch, sequence, *times in shapes:
+        for name, median in zip((FP16, DENSE, SPARSE), times, strict=True):
+            timings.append(Timing(name, batch, sequence, median, (median, median), 3))
+        ratios.append(Ratio(SPARSE, DENSE, batch, sequence, times[1] / times[2], (1.2, 1.4)))
+    return BenchReport(tuple(timings), tuple(ratios), verdict)
+
+
+LARGE = Result(
+    Variant("bert-large", "attention", "tanh", "conv1x1"),
+    [(128, 384), (1, 128)],
+    build_seconds=12.5,
+    sparsity=Sparsity(2, 1, 0.5, {"sparse": 1, "float-output": 1, "not-planned": 3}),
+    parity={SPARSE: Parity(True, 0.1, 0.2), DENSE: Parity(False, 0.3, 0.2)},
+    bench=bench("sparse wins", (128, 384, 9.5, 5.25, 4.0), (1, 128, 1.0, 0.9, 0.95)),
+)
+FAILED = Result(Variant("minilm", "inputs", "erf", "matmul"), [(1, 128)], error="a | pipe\nand a line")
+DENSE_ONLY = Result(
+    Variant("minilm", "attention", "tanh", "matmul"),
+    [(1, 128)],
+    build_seconds=3.0,
+    sparsity=Sparsity(1, 0, 0.0, {"sparse": 0}),
+    parity={SPARSE: Parity(True, 0.1, 0.2)},
+    bench=bench("no difference", (1, 128, 1.0, 0.9, 0.95)),
+    forced=Forced(error="no such kernel | here"),
+)
+
+
+def page(tmp_path: Path, *results: Result) -> str:
+    return write_page(tmp_path, DEVICE, "8.6.0", results).read_text(encoding="utf-8")
+
+
+def test_the_page_holds_every_result_losing_ones_too(tmp_path: Path) -> None:
+    text = page(tmp_path, LARGE, FAILED, DENSE_ONLY)
+    assert text.startswith("# NVIDIA H100 X, TensorRT 8.6.0\n\nCompute capability 9.0, driver 580.1, CUDA 13.0, ")
+    for line in (
+        f"| {LARGE.variant.name} | 1 / 2 | 50.0% | 1 float-output | int8-sparse: pass, int8-dense: FAIL | 12.5 |",
+        "| minilm-inputs-erf-matmul | - | - | error: a \\| pipe and a line | - | - |",
+        "| minilm-attention-tanh-matmul | 0 / 1 | 0.0% | - | int8-sparse: pass | 3.0 |",
+        "| bert-large-attention-tanh-conv1x1 | 128x384 | 9.5000 | 5.2500 | 4.0000 | 1.31 (1.20 to 1.40) | 2.38 |",
+        "- minilm-attention-tanh-matmul: no difference",
+        "- minilm-attention-tanh-matmul: error: no such kernel \\| here",
+    ):
+        assert line in text.splitlines(), line
+    assert {file.name for file in (tmp_path / "nvidia-h100-x-8.6.0").iterdir()} == {
+        f"{result.variant.name}.json" for result in (LARGE, FAILED, DENSE_ONLY)
+    }
+
+
+@pytest.mark.parametrize(
+    ("sparse", "verdict"),
+    [
+        (4.0, " Reached: 1.31x and 2.38x, with bert-large-attention-tanh-conv1x1."),
+        (5.0, " Missed: 1.05x and 1.90x, with "),
+    ],
+)
+def test_the_aim_is_reached_or_missed(tmp_path: Path, sparse: float, verdict: str) -> None:
+    variant = LARGE.variant
+    result = Result(variant, [(128, 384)], sparsity=LARGE.sparsity, bench=bench("x", (128, 384, 9.5, 5.25, sparse)))
+    aim = next(line for line in page(tmp_path, result).splitlines() if line.startswith("Aim: "))
+    assert verdict in aim
+    assert page(tmp_path, DENSE_ONLY).count("Not measured here.") == 1

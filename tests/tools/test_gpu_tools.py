@@ -1,0 +1,257 @@
+"""The tools for a GPU machine start, rehearse without a GPU, and say what is missing where they cannot."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import hashlib
+import importlib
+import json
+import lzma
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from tools import ROOT
+from tools.gpu import training_probe
+from tools.gpu.cusparselt import __main__ as cusparselt
+from tools.gpu.tensorrt86 import LIBRARIES, VERSION, evidence, graphs, pack, unpack
+from tools.gpu.tensorrt86.manifest import Manifest
+
+COMMANDS = (
+    "evidence", "sparse_kernels", "training_probe", "cusparselt.__main__", "fake_accelerator.__main__", "tensorrt86.pack",
+    "tensorrt86.unpack", "tensorrt86.graphs", "tensorrt86.engines", "tensorrt86.evidence",
+)  # fmt: skip
+# What the carried Python 3.10 imports there, besides the packages that keep to it anyway.
+ON_310 = ("__init__", "rendering", "gpu/__init__", "gpu/evidence", "gpu/tensorrt86/__init__", "gpu/tensorrt86/engines")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_what_it_does(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        importlib.import_module(f"tools.gpu.{command}").main(["--help"])
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
+    assert "usage: " in shown
+    assert len(shown) > 300
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("evidence", ["--work", "{}"], "needs an NVIDIA GPU and its driver"),
+        ("cusparselt.__main__", ["--out", "{}/x.json"], "no CUDA device here; --rehearse"),
+        ("training_probe", ["run", "{}", "--out", "{}"], "no CUDA device here; --cpu-only"),
+        ("tensorrt86.unpack", ["--folder", "{}"], "manifest.json is missing"),
+        ("tensorrt86.engines", ["{}", "{}", "a:b:1x8"], "TensorRT is not installed"),
+        ("tensorrt86.evidence", ["--out", "{}", "--place", "{}"], "python310 is missing"),
+        ("sparse_kernels", ["{}/lib.so"], "no such file"),
+    ],
+)
+def test_what_is_missing_is_said_in_a_line(
+    command: str, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    filled = [argument.format(tmp_path) for argument in arguments]
+    assert importlib.import_module(f"tools.gpu.{command}").main(filled) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("module", ON_310)
+def test_what_the_carried_python_imports_keeps_its_syntax(module: str) -> None:
+    ast.parse((ROOT / "tools" / f"{module}.py").read_text(encoding="utf-8"), feature_version=(3, 10))
+
+
+# cuSPARSELt
+
+
+def test_products_and_a_layer_are_rehearsed_on_the_cpu(tmp_path: Path) -> None:
+    file = tmp_path / "out" / "report.json"
+    options = ["--rehearse", "--models", "tiny", "--rows", "128", "--out", str(file)]
+    child = subprocess.run(
+        [sys.executable, "-m", "tools.gpu.cusparselt", *options], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr[-2000:]
+    report = json.loads(file.read_text(encoding="utf-8"))
+    assert report["problems"] == report["skipped"] == []
+    assert {gemm["name"] for gemm in report["gemms"]} == {"ffn-up", "ffn-down", "qkv", "proj"}
+    for gemm in report["gemms"]:
+        assert gemm["failed"] == {}
+        assert gemm["deviations"]["int8 2:4, int32"] == gemm["deviations"]["int_mm against float64"] == 0
+        assert gemm["deviations"]["int8 2:4, fp16"] < 1e-3  # FP16 rounds to 2^-11
+    (layer,) = report["layers"]
+    assert layer["errors"]["int8 2:4, int32 against int8"] == 0
+    assert layer["errors"]["int8 against fp16"] < 0.05
+    assert "tiny ffn-up 128 512 128: " in child.stdout
+
+
+def test_the_budget_ends_the_measuring_and_what_was_not_reached_is_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--rehearse", "--models", "tiny", "--rows", "128", "--budget", "0"]
+    assert cusparselt.main([*options, "--out", str(tmp_path / "x.json")]) == 1
+    assert "not reached: tiny ffn-up 128, " in capsys.readouterr().out
+
+
+def test_the_most_telling_products_come_first() -> None:
+    names = [str(job) for job in cusparselt.jobs(["bert-base", "minilm"], [4096, 128, 1024])]
+    assert names[:5] == [f"bert-base {name} 4096" for name in ("ffn-up", "ffn-down", "qkv", "proj", "layer")]
+    assert names.index("minilm layer 4096") < names.index("bert-base ffn-up 1024")
+
+
+# Training
+
+
+@pytest.mark.slow
+def test_training_is_rehearsed_on_the_cpu(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    run = tiny_checkpoint("bert").parent
+    assert training_probe.main(["pack", str(run), "--data", str(run), "--out", str(tmp_path / "data")]) == 0
+    options = ["--cpu-only", "--steps", "2", "--cpu-steps", "2", "--out", str(tmp_path / "out"), "--only", "obs"]
+    assert training_probe.main(["run", str(tmp_path / "data"), *options]) == 0
+    report = json.loads((tmp_path / "out" / "training_probe.json").read_text(encoding="utf-8"))
+    outcome = report["runs"]["obs-cpu"]
+    assert outcome["error"] is None
+    assert outcome["metrics"]["steps"] == 2
+    assert outcome["phases"]
+
+
+def test_equal_checkpoints_are_alike_and_others_are_not(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    weight = np.array([[1.0, 0.0], [0.0, 2.0]], np.float32)
+    save_file({"a.weight": weight, "embeddings.weight": weight}, tmp_path / "a.safetensors")
+    save_file(
+        {"a.weight": weight + np.eye(2, dtype=np.float32)[::-1], "embeddings.weight": weight},
+        tmp_path / "b.safetensors",
+    )
+    same = training_probe.alike(tmp_path / "a.safetensors", tmp_path / "a.safetensors")
+    assert same == training_probe.Alike(1.0, 1.0, 0.0)
+    other = training_probe.alike(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert other == training_probe.Alike(equal_masks=0.5, equal_weights=0.5, largest_difference=1.0)
+
+
+# The fake accelerator
+
+
+@pytest.mark.slow
+def test_the_fake_accelerator_trains_a_step_and_punishes_a_cpu_tensor(tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler here (g++)")
+    file = tmp_path / "report.json"
+    command = [sys.executable, "-m", "tools.gpu.fake_accelerator", "--step", "--out", str(file)]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if "failed:" in child.stderr:
+        pytest.skip(f"the extension cannot be compiled here: {child.stderr.strip().splitlines()[-1]}")
+    assert child.returncode == 0, child.stderr
+    report = json.loads(file.read_text(encoding="utf-8"))
+    assert report["error"] is None
+    assert report["metrics"]["moved"] > 0
+    assert report["events"]["mismatch in aten::addmm: elsewhere"] == 1
+
+
+# TensorRT 8.6
+
+
+@pytest.fixture
+def carried(tmp_path: Path) -> tuple[Path, Path]:
+    """A folder of chunks of 100 bytes with small stand-ins for the members, and a place to put them together."""
+    wheel, packed = tmp_path / "wheel", tmp_path / "packed"
+    wheel.mkdir()
+    packed.mkdir()
+    base = tmp_path / "base"
+    (base / "py").mkdir(parents=True)
+    (base / "py" / "hello").write_text("hello", encoding="utf-8")
+    with tarfile.open(tmp_path / "base.tar", "w") as archive:
+        archive.add(base / "py", "py")
+    members = [("base", tmp_path / "base.tar")]
+    for number, name in enumerate(LIBRARIES):
+        (wheel / name).write_bytes(np.random.default_rng(number).bytes(150))
+        members.append((name, wheel / name))
+    for name, file in members:
+        (packed / f"{name}.xz").write_bytes(lzma.compress(file.read_bytes()))
+    pack.cut([(name, packed / f"{name}.xz") for name, _ in members], wheel, tmp_path / "folder", chunk_bytes=100)
+    return tmp_path / "folder", tmp_path / "place"
+
+
+def test_chunks_are_put_together_whatever_their_order(carried: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, place = carried
+    manifest = Manifest.read(folder / "manifest.json")
+    names = [chunk.name for chunk in manifest.chunks]
+    assert len(names) > 5
+    options = ["--folder", str(folder), "--place", str(place)]
+    for name in reversed(names[1:]):
+        assert unpack.main([name, *options]) == 2, "something is missing"
+    assert not (place / "py").exists()
+    assert unpack.main([names[0], *options]) == 0
+    assert (place / "py" / "hello").read_text(encoding="utf-8") == "hello"
+    for name in LIBRARIES:
+        assert (place / "trt" / "tensorrt" / name).read_bytes() == (tmp_path / "wheel" / name).read_bytes()
+    launcher = subprocess.run(["sh", "-n", str(place / "python310")], capture_output=True, text=True, check=False)
+    assert launcher.returncode == 0, launcher.stderr
+
+
+def test_a_damaged_chunk_is_refused(carried: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, place = carried
+    (folder / "c02" / "part").write_bytes(b"x" * 100)
+    assert unpack.main(["c02", "--folder", str(folder), "--place", str(place)]) == 1
+    assert "chunk c02 is not what was sent" in capsys.readouterr().err
+    assert unpack.main(["c99", "--folder", str(folder), "--place", str(place)]) == 1
+    assert "there is no chunk c99" in capsys.readouterr().err
+
+
+def test_a_wheel_that_is_not_what_its_record_says_is_refused(tmp_path: Path) -> None:
+    info = tmp_path / f"tensorrt-{VERSION}.dist-info"
+    info.mkdir()
+    (tmp_path / "tensorrt").mkdir()
+    (tmp_path / "tensorrt" / "a.so").write_bytes(b"good")
+    digest = base64.urlsafe_b64encode(hashlib.sha256(b"good").digest()).rstrip(b"=").decode()
+    (info / "RECORD").write_text(f"tensorrt/a.so,sha256={digest},4\n", encoding="utf-8")
+    pack.verify(tmp_path)
+    (tmp_path / "tensorrt" / "a.so").write_bytes(b"evil")
+    with pytest.raises(pack.CannotPack, match=r"tensorrt/a\.so is not what"):
+        pack.verify(tmp_path)
+
+
+def test_shapes_are_mended_without_changing_what_a_graph_computes() -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "length", 8])
+    outputs = [helper.make_tensor_value_info(name, TensorProto.INT64, [None]) for name in ("first", "all", "last")]
+    nodes = [
+        helper.make_node("Shape", ["x"], ["first"], "a", start=0, end=2),
+        helper.make_node("Shape", ["x"], ["all"], "b"),
+        helper.make_node("Shape", ["x"], ["last"], "c", start=1),
+    ]
+    graph = helper.make_graph(nodes, "shapes", [x], outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+    def run() -> list[list[int]]:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        return [value.tolist() for value in session.run(None, {"x": np.zeros((3, 5, 8), np.float32)})]
+
+    assert run() == [[3, 5], [3, 5, 8], [5, 8]]
+    assert graphs.mend_shapes(model) == 2
+    onnx.checker.check_model(model)
+    assert not [node for node in model.graph.node if node.op_type == "Shape" and node.attribute]
+    assert run() == [[3, 5], [3, 5, 8], [5, 8]]
+    assert graphs.mend_shapes(model) == 0
+
+
+def test_every_mend_is_still_needed_and_makes_valid_code(tmp_path: Path) -> None:
+    tree = evidence.mended_tree(tmp_path / "tree")
+    for file, old, new in evidence.MENDS:
+        assert (ROOT / file).read_text(encoding="utf-8").count(old) == 1, f"{file} has changed: is the mend needed?"
+        text = (tree / file).read_text(encoding="utf-8")
+        assert new in text
+        ast.parse(text)

@@ -1,0 +1,330 @@
+"""Measure CPU engines of one checkpoint against FP32 and the strongest peer, all interleaved.
+
+    python -m tools.benchmarks.cpu run CHECKPOINT --dense DENSE --data dev.tsv    the record and the document
+    python -m tools.benchmarks.cpu render                                         the document again
+
+The record is results/performance/cpu.json, the document a section of docs/performance.md.
+
+CHECKPOINT was compressed with `--placement attention`: graphs of fewer quantizers come out of it, too. One run exports
+and builds everything, holds compressed engines against their checkpoint (`nxm compare`), times all engines at fixed
+shapes and over the text of the data file, profiles operators, and measures what large matrix products reach on this
+machine. With NXM_PEERS_PYTHON, an interpreter with openvino and nncf, OpenVINO's own INT8 model of the dense checkpoint
+takes part; with NXM_TEXT_PEERS_PYTHON, one with sentence-transformers, optimum-onnx, optimum-intel and datasets, so do
+its INT8 backends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from engines.base import BuildOptions, Engine, LoadOptions, backend
+from engines.benchmark.latency import feeds_for, interleaved, paired
+from engines.openvino.backend import OpenVinoEngine
+from engines.ort.backend import ENGINE_FILE
+from engines.passport import cpu_device
+from nxm_export.contract.checkpoint import open_checkpoint
+from nxm_export.contract.io_spec import load_spec
+from nxm_export.contract.placement import placement_of
+from nxm_export.data.examples import Columns, load_raw, pad
+from nxm_export.graph.exporter import export
+from nxm_export.pipeline.demo import model_directory
+from nxm_export.pipeline.engine_commands import bench_text, build_engine, compare_engines, features_of
+from nxm_export.storage.atomic import write_atomic
+from nxm_export.storage.hashing import file_hash
+from nxm_export.storage.json_files import Json, encode, read_json
+from tools import ROOT
+from tools.benchmarks.cpu_profile import onnxruntime_profile, openvino_profiles, peaks
+from tools.benchmarks.cpu_section import PEER, section
+from tools.benchmarks.measuring import DOCUMENT, RECORDS
+from tools.provenance import versions
+from tools.rendering import write_section
+
+RECORD, TOOL = RECORDS / "cpu.json", "tools/benchmarks/cpu.py"
+SCHEMA = "nxm-cpu-bench/1"
+EXPERIMENTS = ROOT / "tools" / "experiments"
+PEERS, TEXT_PEERS = "NXM_PEERS_PYTHON", "NXM_TEXT_PEERS_PYTHON"
+LONGEST = 128
+SHAPES = ((1, 32), (1, 128), (8, 32), (8, 128))
+ROUNDS = {(1, 32): 500, (1, 128): 100, (8, 32): 80, (8, 128): 40}
+# name: (checkpoint, placement, backend); `ort` and `openvino` beside "FP32" are the dense checkpoint's graph
+ENGINES = {
+    "FP32, ort": ("dense", None, "ort"),
+    "FP32, openvino": ("dense", None, "openvino"),
+    "INT8 2:4, ort": ("compressed", "inputs", "ort"),
+    "INT8 2:4, openvino": ("compressed", "inputs", "openvino"),
+    "INT8 2:4, outputs too, ort": ("compressed", "inputs-outputs", "ort"),
+    "INT8 2:4, outputs too, openvino": ("compressed", "inputs-outputs", "openvino"),
+    "INT8 2:4, all products, ort": ("compressed", "products", "ort"),
+    "INT8 2:4, all products, openvino": ("compressed", "products", "openvino"),
+    "INT8 2:4, attention too, ort": ("compressed", "attention", "ort"),
+    "INT8 2:4, attention too, openvino": ("compressed", "attention", "openvino"),
+}
+OURS = tuple(name for name, (which, _, _) in ENGINES.items() if which == "compressed")
+ORT, OPENVINO, BOTH, PRODUCTS, ATTENTION = OURS[0], OURS[1], OURS[3], OURS[5], OURS[7]
+COMPARED = (ORT, OPENVINO, BOTH, PRODUCTS, ATTENTION)
+CALIBRATION = 100  # sentences for NNCF, which needs some and learns nothing from more here
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and write the record.
+
+    Long, because it is one list of measurements in their order: nothing is built while something is timed.
+    """
+    began = time.monotonic()
+    threads = args.threads or len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(dir=args.work) as scratch, ExitStack() as stack:
+        work = Path(scratch)
+        directories = _build(args, work, threads)
+        _say("built", began)
+        parity = [] if args.no_compare else _compare(args.checkpoint, directories, args.data)
+        _say("compared", began)
+        for directory in directories.values():  # the tokenizer may stop earlier than the model has positions
+            replace(load_spec(directory), max_length=LONGEST).save(directory)
+        loaded: dict[str, Engine] = {
+            name: stack.enter_context(backend(ENGINES[name][2]).load(directory, LoadOptions(threads=threads)))
+            for name, directory in directories.items()
+        }
+        peer = _peer(directories, args.data, work, threads)
+        if peer is not None:
+            loaded[PEER] = stack.enter_context(peer)
+        _say("peer made" if peer else f"no peer: {PEERS} is not set", began)
+        latency = [_latency(loaded, shape, max(3, int(ROUNDS[shape] * args.scale))) for shape in SHAPES]
+        _say("timed shapes", began)
+        workers, made_by = _workers(args, work, stack)
+        texts = bench_text(
+            [directories[ORT], directories[PRODUCTS]],
+            str(args.data),
+            threads=threads,
+            rounds=max(3, int(7 * args.scale)),
+            others=workers,
+        )
+        _say("timed text", began)
+        profile = [
+            onnxruntime_profile(directories[name], name, shape, threads)
+            for name in ("FP32, ort", ORT)
+            for shape in SHAPES
+        ]
+        models = {name: directories[name] / ENGINE_FILE for name in (PRODUCTS, ATTENTION)}
+        if peer is not None:
+            models[PEER] = peer.model
+        profile += openvino_profiles(models, SHAPES[0], threads)
+        reached = peaks(threads, work)
+        _say("profiled", began)
+        record = {
+            "schema": SCHEMA,
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": cpu_device() | {"threads": threads, "cores": len(os.sched_getaffinity(0))},
+            "load_average_before": args.load_average,
+            "versions": versions(("onnxruntime", "openvino", "onnx", "torch", "transformers", "numpy", "tokenizers")),
+            "peer": peer.made_by if peer else None,
+            "text_peers": made_by,
+            "model": _model(args.checkpoint),
+            "bytes": {name: (directory / ENGINE_FILE).stat().st_size for name, directory in directories.items()}
+            | ({PEER: peer.bytes} if peer else {}),
+            "data_sha256": file_hash(args.data),
+            "parity": parity,
+            "latency": latency,
+            "text": texts.to_dict(),
+            "profile": profile,
+            "peaks": reached,
+            "seconds": round(time.monotonic() - began),
+        }
+    args.record.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(args.record, encode(record))
+    _say(f"wrote {args.record}", began)
+    render(args)
+
+
+def _build(args: argparse.Namespace, work: Path, threads: int) -> dict[str, Path]:
+    """Export each graph once and build every engine from it; directories by name."""
+    if placement_of(open_checkpoint(args.checkpoint).plan) != "attention":
+        raise SystemExit(
+            f"{args.checkpoint} was trained without INT8 attention; compress it with --placement attention"
+        )
+    checkpoints = {"dense": args.dense, "compressed": args.checkpoint}
+    graphs: dict[tuple[str, str | None], Path] = {}
+    directories = {}
+    for number, (name, (which, placement, runtime)) in enumerate(ENGINES.items()):
+        if (which, placement) not in graphs:
+            out = work / f"graph{number}"
+            graphs[which, placement] = export(checkpoints[which], out, target="cpu", placement=placement).path
+        directories[name] = work / name.replace(" ", "-").replace(",", "").replace(":", "of")
+        build_engine(graphs[which, placement], directories[name], runtime, BuildOptions(threads=threads))
+    return directories
+
+
+def _compare(checkpoint: Path, directories: Mapping[str, Path], data: Path) -> list[dict[str, Json]]:
+    """What `nxm compare` says about our engines, with the accuracy gate of half a point."""
+    engines = [directories[name] for name in COMPARED]
+    reports = compare_engines(checkpoint, engines, str(data), gates=["drop<=0.5"]).reports
+    return [
+        {
+            "engine": name,
+            "passed": report.passed,
+            "metric": report.metric,
+            "samples": report.samples,
+            "checkpoint": report.reference_value,
+            "value": report.engine_value,
+            "difference_interval": report.difference_interval,
+            "agreement": report.outputs[0].agreement,
+            "mean_abs": report.outputs[0].mean_abs,
+            "mean_tolerance": report.outputs[0].mean_tolerance,
+        }
+        for name, report in zip(COMPARED, reports, strict=True)
+    ]
+
+
+class Peer(OpenVinoEngine):
+    """A model that OpenVINO wrote, run with the same settings as ours."""
+
+    def __init__(self, model: Path, threads: int, made_by: str) -> None:
+        import openvino
+
+        from engines.openvino.backend import settings
+
+        compiled = openvino.Core().compile_model(str(model), "CPU", settings(threads))
+        self.directory, self._spec, self.made_by, self.model = model.parent, None, made_by, model
+        self.bytes = sum(part.stat().st_size for part in (model, model.with_suffix(".bin")))
+        self.inputs = tuple(port.get_any_name() for port in compiled.inputs)
+        self.outputs = tuple(port.get_any_name() for port in compiled.outputs)
+        self._request = compiled.create_infer_request()
+
+
+def _peer(directories: Mapping[str, Path], data: Path, work: Path, threads: int) -> Peer | None:
+    """NNCF's INT8 model of the dense graph, calibrated on sentences of the data file (inputs alone, no labels)."""
+    python = os.environ.get(PEERS)
+    if not python:
+        return None
+    dense = directories["FP32, openvino"]
+    features, pad_id = features_of(dense, str(data), Columns())[:CALIBRATION], load_spec(dense).pad_id
+    arrays = {
+        f"{number}/{name}": array
+        for number, sample in enumerate(features)
+        for name, array in pad([sample], pad_id).items()
+    }
+    np.savez(work / "calibration.npz", allow_pickle=False, **arrays)
+    command = [python, str(EXPERIMENTS / "nncf_peer.py"), str(dense / ENGINE_FILE), str(work / "calibration.npz")]
+    done = subprocess.run([*command, str(work / "peer.xml")], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{PEERS}: the peer could not be made:\n{done.stderr[-2000:]}")
+    return Peer(work / "peer.xml", threads, done.stdout.strip().splitlines()[-1])
+
+
+def _workers(
+    args: argparse.Namespace, work: Path, stack: ExitStack
+) -> tuple[dict[str, Callable[[], float]], str | None]:
+    """sentence-transformers' INT8 backends as workers that encode the same sentences, and their versions."""
+    python = os.environ.get(TEXT_PEERS)
+    if not python:
+        return {}, None
+    sentences, scratch = work / "sentences.txt", work / "text-peers"
+    scratch.mkdir()
+    sentences.write_text("\n".join(" ".join(text.split()) for text in load_raw(str(args.data), "dev").texts), "utf-8")
+    command = [python, str(EXPERIMENTS / "st_peer.py"), str(model_directory()), str(sentences), str(scratch)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    environment.pop("OMP_NUM_THREADS", None)
+    log = stack.enter_context((work / "text-peers.log").open("w", encoding="utf-8"))
+    worker = stack.enter_context(
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1, env=environment
+        )
+    )
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    answers, questions = worker.stdout, worker.stdin
+    stack.callback(questions.close)
+    line = next((line for line in answers if line.startswith("ready ")), "ready []")
+    made = json.loads(line.removeprefix("ready "))
+
+    def ask(name: str) -> Callable[[], float]:
+        def seconds() -> float:
+            questions.write(f"{name}\n")
+            questions.flush()
+            return float(answers.readline())
+
+        seconds()  # warm-up
+        return seconds
+
+    for reason in (work / "text-peers.log").read_text(encoding="utf-8").splitlines():
+        if "INT8: " in reason:
+            print(reason, file=sys.stderr)
+    return {f"sentence-transformers, {name}": ask(name) for name, _ in made}, made[0][1] if made else None
+
+
+def _latency(loaded: Mapping[str, Engine], shape: tuple[int, int], rounds: int) -> dict[str, Json]:
+    """Median milliseconds by engine, and the paired ratios that the tables need; larger is faster."""
+    timers = {name: engine.timer(feeds_for(engine, *shape, 1000, 0)) for name, engine in loaded.items()}
+    taken = {name: np.array(times) for name, times in interleaved(timers, rounds, settle=True).items()}
+    medians = {name: float(np.median(times)) for name, times in taken.items()}
+    best_float = min((name for name in taken if name.startswith("FP32")), key=medians.__getitem__)
+    best = min(OURS, key=medians.__getitem__)
+    pairs = {
+        "ort over its own FP32": ("FP32, ort", ORT),
+        "our fastest over the best FP32": (best_float, best),
+        **({"our fastest over NNCF": (PEER, best), "ort over NNCF": (PEER, ORT)} if PEER in taken else {}),
+    }
+    return {
+        "batch": shape[0],
+        "sequence": shape[1],
+        "rounds": rounds,
+        "median_ms": medians,
+        "quartiles_ms": {name: np.percentile(times, [25, 75]).tolist() for name, times in taken.items()},
+        "ratios": {
+            what: {"of": name, "against": reference, "ratio": ratio, "interval": interval}
+            for what, (reference, name) in pairs.items()
+            for ratio, interval in [paired(taken[reference], taken[name])]
+        },
+    }
+
+
+def _model(checkpoint: Path) -> dict[str, Json]:
+    plan = open_checkpoint(checkpoint).plan
+    return {"model_type": plan.model_type, "plan": plan.pattern_counts, "compression": plan.compression()}
+
+
+def _say(what: str, began: float) -> None:
+    print(f"{time.monotonic() - began:6.0f} s  {what}", file=sys.stderr, flush=True)
+
+
+def render(args: argparse.Namespace) -> None:
+    """Write the section of a record."""
+    write_section(args.document, TOOL, section(read_json(args.record, "restore it, or measure again")))
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    measure = commands.add_parser("run", help="measure, and write the record and the section of docs/performance.md")
+    measure.add_argument("checkpoint", type=Path, help="compressed checkpoint")
+    measure.add_argument("--dense", type=Path, required=True, help="the dense checkpoint that it was made from")
+    measure.add_argument("--data", type=Path, required=True, help="labelled sentences")
+    measure.add_argument("--threads", type=int, help="[default: all cores]")
+    measure.add_argument("--work", type=Path, help="directory for what is thrown away afterwards")
+    measure.add_argument("--scale", type=float, default=1.0, help="rounds times this, to try the command out")
+    measure.add_argument("--no-compare", action="store_true", help="leave out the comparison with the checkpoint")
+    measure.set_defaults(call=run)
+    write = commands.add_parser("render", help="write the section of docs/performance.md again, from the record")
+    write.set_defaults(call=render)
+    for command in (measure, write):
+        command.add_argument("--record", type=Path, default=RECORD)
+        command.add_argument("--document", type=Path, default=DOCUMENT)
+    args = parser.parse_args()
+    args.load_average = os.getloadavg()[0]
+    args.call(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The section of docs/performance.md that `tools.benchmarks.cpu` writes from its record: tables, aims, and what missed
+them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from engines.benchmark.latency import paired
+from nxm_export.storage.json_files import Json
+from tools.rendering import render
+
+PEER = "INT8 dense by NNCF, openvino"
+Row = Mapping[str, Json]
+Cells = list[list[str]]
+
+
+def section(record: Mapping[str, Json]) -> str:
+    """The section of a record; the text stands in ``cpu.md.j2``."""
+    machine, latency = record["machine"], record["latency"]
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    return render(
+        "benchmarks/cpu.md.j2",
+        plan=", ".join(f"{count} x {option}" for option, count in record["model"]["plan"].items()),
+        machine=f"{machine.get('name', 'unknown')}, {machine.get('features', '')}, "
+        f"{machine['threads']} threads on {machine['cores']} cores",
+        load=f"{record['load_average_before']:.2f}",
+        versions=f"{versions}; peer: {record['peer']}" if record["peer"] else versions,
+        seconds=record["seconds"],
+        shapes=[f"{row['batch']}x{row['sequence']}" for row in latency],
+        latencies=_latencies(record),
+        speedups=[[what, *(_ratio(row["ratios"][what]) for row in latency)] for what in latency[0]["ratios"]],
+        aims=[[what, *map(verdict, latency)] for what, verdict in _aims(bool(record["peer"])).items()],
+        parity=[_parity(entry) for entry in record["parity"]],
+        parity_of=record["parity"][0] if record["parity"] else {},
+        text=record["text"],
+        texts=_texts(record["text"]),
+        text_peers=record["text_peers"],
+        profile=[_profile(entry) for entry in record["profile"]],
+        peaks=record["peaks"],
+        roofline=[
+            _roofline(entry, record["peaks"]["int8_gops"]) for entry in record["profile"] if entry.get("int8_gops")
+        ],
+    )
+
+
+def _latencies(record: Mapping[str, Json]) -> Cells:
+    latency, sizes = record["latency"], record["bytes"]
+    return [
+        [
+            name,
+            f"{sizes[name] / 1e6:.1f}" if name in sizes else "–",
+            *(_middle(row["median_ms"][name], *row["quartiles_ms"][name]) for row in latency),
+        ]
+        for name in latency[0]["median_ms"]
+    ]
+
+
+def _aims(with_peer: bool) -> dict[str, Callable[[Row], str]]:
+    """What was aimed at, by its words: a function from a row of latencies to the verdict."""
+
+    def at_least(what: str, limit: float) -> Callable[[Row], str]:
+        def verdict(row: Row) -> str:
+            ratio = row["ratios"][what]["ratio"]
+            return f"{_holds(ratio >= limit)}: {ratio:.2f}"
+
+        return verdict
+
+    def best(row: Row) -> str:
+        limit = 2.7 if row["batch"] > 1 else 2.2
+        return at_least("our fastest over the best FP32", limit)(row) + f" of {limit}"
+
+    def peer(row: Row) -> str:
+        ratio = row["ratios"]["our fastest over NNCF"]
+        time, low, high = 1.0 / ratio["ratio"], 1.0 / ratio["interval"][1], 1.0 / ratio["interval"][0]
+        return f"{_holds(time <= 1.0 or low <= 1.0 <= high <= 1.05)}: {_middle(time, low, high)}"
+
+    aims: dict[str, Callable[[Row], str]] = {
+        "ort >= 2x its own FP32": at_least("ort over its own FP32", 2.0),
+        "our fastest >= 2.2x the best FP32 (2.7x at batch 8)": best,
+    }
+    if with_peer:
+        aims["time of our fastest over NNCF's <= 1.00, or an interval that holds 1.00 and ends by 1.05"] = peer
+    return aims
+
+
+def _parity(entry: Row) -> list[str]:
+    return [
+        entry["engine"],
+        f"{100 * entry['checkpoint']:.2f}",
+        f"{100 * entry['value']:.2f}",
+        f"{100 * entry['agreement']:.2f}",
+        f"{entry['mean_abs']:.4f} ({entry['mean_tolerance']:.4f})",
+        "passed" if entry["passed"] else "FAILED",
+    ]
+
+
+def _texts(text: Mapping[str, Json]) -> Cells:
+    """A row for every engine and order, and one for every peer, which is paired with our fastest bucketed engine."""
+    rows = [
+        [
+            row["name"],
+            row["order"] + (f" {text['fixed']}" if row["order"] == "fixed" else ""),
+            f"{row['padding']:.0%}",
+            _middle(row["sentences_per_second"], *row["quartiles"], digits=0),
+            "1" if row["interval"] is None else _middle(row["speedup"], *row["interval"]),
+            f"{row['without_tokenisation']:.0f}",
+        ]
+        for row in text["timings"]
+    ]
+    seconds = {name: np.array(taken) for name, taken in text["seconds"].items()}
+    ours = [f"{row['name']} {row['order']}" for row in text["timings"]]
+    best = min((name for name in ours if name.endswith(" bucketed")), key=lambda name: float(np.median(seconds[name])))
+    for name in (name for name in seconds if name not in ours):
+        low, middle, high = np.percentile(text["sentences"] / seconds[name], [25, 50, 75])
+        ratio, interval = paired(seconds[name], seconds[best])
+        ahead = f"{best} is {_middle(ratio, *interval)} times as fast"
+        rows.append([name, "its own", "–", _middle(middle, low, high, digits=0), ahead, "–"])
+    return rows
+
+
+def _profile(entry: Row) -> list[str]:
+    total = sum(entry["milliseconds"].values())
+    top = list(entry["milliseconds"].items())[:6]
+    shares = ", ".join(f"{operator} {100 * ms / total:.0f} %" for operator, ms in top)
+    return [entry["engine"], f"{entry['batch']}x{entry['sequence']}", f"{total:.2f}", shares]
+
+
+def _roofline(entry: Row, peak: float) -> list[str]:
+    total, products, reached = (
+        sum(entry["milliseconds"].values()),
+        entry["milliseconds"]["MatMulIntegerToFloat"],
+        entry["int8_gops"],
+    )
+    share = products / total
+    return [
+        f"{entry['batch']}x{entry['sequence']}",
+        f"{reached:.0f}",
+        f"{reached / peak:.0%}",
+        f"{share:.0%}",
+        f"{products * reached / peak + total * (1 - share):.2f}",
+    ]
+
+
+def _holds(holds: bool) -> str:
+    return "holds" if holds else "MISSED"
+
+
+def _ratio(ratio: Mapping[str, Json]) -> str:
+    return _middle(ratio["ratio"], *ratio["interval"])
+
+
+def _middle(value: float, low: float, high: float, *, digits: int = 2) -> str:
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"

@@ -1,0 +1,110 @@
+"""What the benchmarks share: paired ratios, peak memory, processes of their own, records under results/performance."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from nxm_export.storage.atomic import write_atomic
+from nxm_export.storage.json_files import Json, encode, read_json
+from tools import ROOT
+from tools.provenance import versions
+
+RECORDS = ROOT / "results" / "performance"
+DOCUMENT = ROOT / "docs" / "performance.md"
+
+
+def paired_ratio(times: Sequence[float], reference: Sequence[float], seed: int = 0) -> dict[str, Json]:
+    """Median of the ratios of interleaved rounds, with its 95 % bootstrap interval over rounds."""
+    ratios = np.array(times) / np.array(reference)
+    return {"ratio": float(np.median(ratios)), "interval": _interval(ratios, seed)}
+
+
+def median_of(times: Sequence[float], seed: int = 0) -> dict[str, Json]:
+    """Median, with its 95 % bootstrap interval over rounds."""
+    return {"median": float(np.median(times)), "interval": _interval(np.array(times), seed)}
+
+
+def _interval(values: npt.NDArray[np.float64], seed: int) -> list[float]:
+    resampled = np.random.default_rng(seed).choice(values, (1000, len(values)))
+    return [float(bound) for bound in np.percentile(np.median(resampled, axis=1), [2.5, 97.5])]
+
+
+def fitted_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """Slope of log(values) over log(sizes) by least squares: 1 for what grows linearly."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def peak_bytes() -> int:
+    """High-water mark of this process's resident memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def in_child(module: str, *arguments: str) -> dict[str, Json]:
+    """The JSON object that ``python -m module arguments`` prints last.
+
+    A process of its own has memory marks of its own. Raises `RuntimeError` with the end of its stderr when it fails.
+    """
+    child = subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if child.returncode:
+        raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n{child.stderr[-2000:]}")
+    answer: dict[str, Json] = json.loads(child.stdout.splitlines()[-1])
+    return answer
+
+
+def circumstances(threads: int, packages: Sequence[str]) -> dict[str, Json]:
+    """When, on what and with which versions: the head of a record."""
+    from engines.passport import cpu_device
+
+    cpu = cpu_device()
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": cpu.get("name", "unknown"),
+        "features": cpu.get("features", ""),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": threads,
+        "load": round(os.getloadavg()[0], 2),
+        "versions": versions(packages),
+    }
+
+
+def save_record(name: str, record: Mapping[str, Json]) -> Path:
+    """Write ``results/performance/NAME.json``; raises `ValueError` that names the field for a number that is not
+    finite."""
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    file = RECORDS / f"{name}.json"
+    write_atomic(file, encode(record))
+    return file
+
+
+def load_record(name: str) -> dict[str, Json]:
+    """The record of this name."""
+    record: dict[str, Json] = read_json(RECORDS / f"{name}.json", "restore it, or measure again")
+    return record
+
+
+def where_and_when(head: Mapping[str, Json]) -> str:
+    """A record's head as a sentence."""
+    packages = ", ".join(f"{name} {number}" for name, number in head["versions"].items())
+    return (
+        f"Measured {head['date']} on {head['cores']} cores ({head['cpu']}, {head['features']}), "
+        f"{head['threads']} threads; "
+        f"{packages}; load average at the end {head['load']:.1f}."
+    )

@@ -1,0 +1,1 @@
+"""Ablations, and the other projects that benchmarks compare with; those run in environments of their own."""

@@ -1,0 +1,22 @@
+"""What numbers depend on: versions of packages, the commit of this tree, the machine."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from tools import ROOT
+
+
+def versions(names: Sequence[str]) -> dict[str, str]:
+    """Of these packages, and the commit of this tree; ``-dirty`` where more than records and documents were changed
+    since."""
+    commit = _git("describe", "--always", "--exclude=*")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!docs")
+    return {name: version(name) for name in names} | {"commit": f"{commit or 'unknown'}{'-dirty' if changed else ''}"}
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

@@ -30,11 +30,11 @@ TOKENS, OUT, IN = 256, 64, 128
 SPEC = WeightSpec(NMPattern(2, 4), 4, 8)
 
 
-class Passes(TorchDispatchMode):
+class Passes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own __init_subclass__
     """Counts operators, by name, that write at least `least` elements; views write none."""
 
     def __init__(self, least: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.least = least
         self.counts: Counter[str] = Counter()
 
@@ -66,7 +66,8 @@ def passes_of_a_step(module: nn.Module) -> Counter[str]:
     upstream = {dtype: torch.randn(TOKENS, OUT, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    with Passes(OUT * IN) as passes:
+    passes = Passes(OUT * IN)
+    with passes:
         with torch.autocast("cpu", torch.bfloat16):
             y = module(x)
         y.backward(upstream[y.dtype])

@@ -162,13 +162,15 @@ def _require_answered(question: str, context: str, answers: Sequence[Answer], pl
 @dataclass(frozen=True)
 class Window:
     """What it takes to score a window: its context tokens begin at position `first` and are the characters `starts` to
-    `ends` of `text`, a part of the context; `answers` are the gold ones of the question."""
+    `ends` of `text`, a part of the context that begins at its character `offset`; `answers` are the gold ones
+    of the question."""
 
     first: int
     text: str
     starts: list[int]
     ends: list[int]
     answers: list[str]
+    offset: int = 0
 
     def pack(self) -> str:
         """As one ASCII string."""
@@ -236,6 +238,7 @@ def _sample(
         [start - low for start, _ in offsets],
         [end - low for _, end in offsets],
         [text for text, _ in answers],
+        low,
     )
     return {
         **{name: getattr(encoding, names[name]) for name in inputs},

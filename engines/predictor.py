@@ -1,0 +1,223 @@
+"""Texts in, typed answers out, from an engine directory alone: its tokenizer, its labels and its task.
+
+Needs the engine's runtime and the tokenizers package, neither torch nor transformers::
+
+    with Predictor("engine") as predictor:
+        predictor.predict(["a wonderful film"])   # [Prediction(label='positive', score=0.98)]
+
+A text is tokenized as in training and comparison. One that is longer than the model's input is cut at its end, and
+`Predictor.shortened` counts such texts; the context of a question is never cut, but read in windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from engines.base import Engine, Profile, backend
+from engines.passport import load_passport
+from engines.serving.shapes import plan_buckets
+from nxm_export.contract.io_spec import IOSpec, load_spec
+from nxm_export.contract.tasks import TASKS
+from nxm_export.data.examples import Examples, Features, encode, label_array, load_tokenizer, pad, sorted_batches
+from nxm_export.data.metrics import scored_outputs
+from nxm_export.data.predictions import (
+    AnyPrediction,
+    Array,
+    Word,
+    of_classes,
+    of_labels,
+    of_scores,
+    of_spans,
+    of_tags,
+    of_vectors,
+)
+from nxm_export.data.question_answering import Window, windows
+from nxm_export.errors import DataError, EngineError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
+Text = str | tuple[str, str]  # a text, or a pair: (text, second text), (query, document), (question, context)
+BATCH = 32  # texts that run at once
+_PAIR = {"question-answering": "(question, context)", "reranking": "(query, document)"}
+
+
+class Predictor:
+    """A loaded engine directory that answers texts. Close it, or use it as a context manager.
+
+    `threads` are those of an engine on the CPU; by default as it was built. Raises `EngineUnavailable` where the engine
+    cannot run here, and `ArtifactError` for a directory that is none of ours or that has no ``spec.json``.
+    """
+
+    def __init__(self, directory: str | Path, *, threads: int | None = None) -> None:
+        self.directory = Path(directory)
+        self.shortened = 0
+        self.spec: IOSpec = load_spec(self.directory)
+        self._task = TASKS[self.spec.task]
+        self._tokenizer = load_tokenizer(self.directory)
+        passport = load_passport(self.directory)
+        self._profiles: Sequence[Profile] = passport.shape_profiles()
+        options = {"threads": threads} if threads else {}
+        self._engine: Engine = backend(passport.backend).load(self.directory, **options)
+
+    def predict(self, texts: Iterable[Text], *, batch: int = BATCH) -> list[AnyPrediction]:
+        """One result for every text, in order; its type is that of the engine's task (`nxm_export.data.predictions`).
+
+        Pairs are tuples: a second text for classifiers of pairs, a document for a query, a context for a question. `batch`
+        texts run at once. Raises `DataError` for input that the task does not read, with its position, and `EngineError`
+        for an engine whose outputs are not finite.
+        """
+        if isinstance(texts, str):
+            raise DataError(f"predict takes a list of texts; write [{texts[:40]!r}]")
+        if batch < 1:
+            raise DataError(f"a batch has at least one text, got {batch}")
+        rows = list(texts)
+        self._require_readable(rows)
+        if not rows:
+            return []
+        if self._task.link == "span":
+            return [*self._answers(rows, batch)]
+        encodings = self._tokenized(rows)
+        names = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+        features = [{name: getattr(made, names[name]) for name in self.spec.inputs} for made in encodings]
+        values = self._run(features, batch)
+        if self.spec.task == "token-classification":
+            return [
+                of_tags(value, _words(made, str(text)), str(text), self.spec.labels)
+                for value, made, text in zip(values, encodings, rows, strict=True)
+            ]
+        stacked = np.stack(values)
+        if self._task.link == "softmax":
+            return [*of_classes(stacked, self.spec.labels)]
+        if self._task.link == "sigmoid":
+            return [*of_labels(stacked, self.spec.labels)]
+        return [*of_vectors(stacked)] if self._task.link == "vector" else [*of_scores(stacked)]
+
+    def close(self) -> None:
+        """Free the engine; calling it again does nothing."""
+        self._engine.close()
+
+    def __enter__(self) -> Predictor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _require_readable(self, rows: Sequence[object]) -> None:
+        """Raise `DataError` unless all rows are texts, or all are pairs, as the task reads them."""
+        reads, task = self._task.texts, self.spec.task
+        for number, row in enumerate(rows):
+            pair = isinstance(row, (tuple, list))
+            parts = list(row) if isinstance(row, (tuple, list)) else [row]
+            if not all(isinstance(part, str) for part in parts) or len(parts) != (2 if pair else 1):
+                raise DataError(f"text {number} is {row!r}; give a string, or a pair of two strings")
+            if pair and (reads == "one" or task == "token-classification"):
+                raise DataError(f"text {number} is a pair, and {task} reads one text at a time; give strings")
+            if not pair and reads == "two":
+                raise DataError(f"text {number} is one string, and {task} reads pairs: {_PAIR[task]}")
+            if pair != isinstance(rows[0], (tuple, list)):
+                raise DataError(f"text {number} is {'a pair' if pair else 'one string'}, unlike text 0; give one kind")
+            for part in parts:
+                try:
+                    str(part).encode("utf-8")
+                except UnicodeEncodeError as error:
+                    raise DataError(f"text {number} holds half a surrogate pair, which is no text; mend it") from error
+
+    def _tokenized(self, rows: Sequence[Text]) -> list[Encoding]:
+        """Tokens of every text, cut at the longest input; texts that were cut are counted."""
+        longest = self._longest()
+        special = self._tokenizer.num_special_tokens_to_add(not isinstance(rows[0], str))
+        if longest <= special:
+            raise DataError(
+                f"{self.directory}: its input of {longest} tokens leaves no room beside {special} special ones"
+            )
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(longest)
+        encodings: list[Encoding] = self._tokenizer.encode_batch(
+            [row if isinstance(row, str) else tuple(row) for row in rows]
+        )
+        self.shortened += sum(bool(made.overflowing) for made in encodings)
+        return encodings
+
+    def _answers(self, rows: Sequence[Text], batch: int) -> Iterable[AnyPrediction]:
+        questions, contexts = ([row[side] for row in rows] for side in (0, 1))
+        empty: list[object] = [()] * len(questions)
+        examples = Examples(questions, contexts, empty, "predict", encoder=windows)
+        features = encode(self._tokenizer, examples, self._longest(), self.spec.inputs)
+        values = self._run(features, batch)
+        labels = label_array(features)
+        for _, members in groupby(range(len(features)), key=lambda i: features[i]["group"]):
+            own = list(members)
+            yield of_spans([values[i] for i in own], [Window.unpack(labels[i]) for i in own])
+
+    def _longest(self) -> int:
+        """Tokens of the longest input: the model's, or what the engine has profiles for."""
+        return min(self.spec.max_length, max((p.maximum[1] for p in self._profiles), default=self.spec.max_length))
+
+    def _run(self, features: Sequence[Features], batch: int) -> list[Array]:
+        """What the task's metric reads, of every sample: logits (classes), (tokens, tags), (tokens, 2), or a vector."""
+        results: list[Array | None] = [None] * len(features)
+        for indices, rows, length in self._batches(features, batch):
+            samples = [features[i] for i in indices]
+            feeds = _with_rows(pad(samples, self.spec.pad_id, length), rows)
+            outputs = scored_outputs(self._task, self._engine.run(feeds))
+            if not np.isfinite(outputs[: len(indices)]).all():
+                raise EngineError(f"{self.directory}: the engine gives NaN or infinity; run `nxm compare` on it")
+            for row, i in enumerate(indices):
+                tokens = len(features[i]["input_ids"])
+                results[i] = outputs[row, :tokens] if "sequence" in self.spec.outputs[self._first] else outputs[row]
+        return [result for result in results if result is not None]
+
+    @property
+    def _first(self) -> str:
+        return next(iter(self.spec.outputs))
+
+    def _batches(self, features: Sequence[Features], batch: int) -> Iterable[tuple[list[int], int, int | None]]:
+        """(samples, rows to run, length to pad to): as the engine's profiles have room, or by length without any."""
+        if not self._profiles:
+            for indices in sorted_batches(features, batch):
+                yield indices, len(indices), None
+            return
+        least = min(profile.minimum[0] for profile in self._profiles)
+        buckets = plan_buckets(self._longest(), max(batch, least), self._profiles)
+        lengths = [len(sample["input_ids"]) for sample in features]
+        place = [buckets.index(1, length) for length in lengths]
+        for at, bucket in enumerate(buckets.buckets):
+            members = [i for i, chosen in enumerate(place) if chosen == at]
+            for start in range(0, len(members), bucket.most):
+                indices = members[start : start + bucket.most]
+                yield indices, max(len(indices), bucket.least), bucket.length
+
+
+def _with_rows(feeds: Mapping[str, npt.NDArray[np.int64]], rows: int) -> dict[str, npt.NDArray[np.int64]]:
+    """`feeds` with their last row repeated up to `rows`: engines of a profile may need a least batch."""
+    return {
+        name: np.concatenate([array, np.repeat(array[-1:], rows - len(array), axis=0)]) if len(array) < rows else array
+        for name, array in feeds.items()
+    }
+
+
+def _words(made: Encoding, text: str) -> list[Word]:
+    """The words of a text, as the tokenizer splits it: their characters, and their first tokens."""
+    words: list[Word] = []
+    latest: int | None = None
+    for token, (number, (start, end)) in enumerate(zip(made.word_ids, made.offsets, strict=True)):
+        while start < end and text[start].isspace():  # some tokenizers count the space before a word to it
+            start += 1
+        if number is None or start == end:
+            continue
+        if number == latest:
+            words[-1] = Word(words[-1].start, end, words[-1].token)
+        else:
+            words.append(Word(start, end, token))
+        latest = number
+    return words

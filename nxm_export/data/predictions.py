@@ -1,0 +1,207 @@
+"""What a model says about a text, as typed results: one kind for each task, made from the model's raw outputs.
+
+==========================  =====================================================================
+task                        result of one text, or of one pair of texts
+==========================  =====================================================================
+``classification``          `Prediction`: the label, and its probability by softmax
+``multi-label``             `LabelSet`: every label whose probability by sigmoid is above 0.5
+``regression, reranking``   `Score`: the number as the head gives it
+``token-classification``    `TaggedText`: the entities, with their places in the text
+``question-answering``      `Answer`: a part of the context, its place, and its probability
+``embedding``               `Embedding`: the vector
+==========================  =====================================================================
+
+All have ``to_dict()``. Nothing here needs torch or a runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from nxm_export.data.question_answering import Window, best_span
+from nxm_export.storage.json_files import Json, to_builtins
+
+Array = npt.NDArray[np.float32]
+OUTSIDE = "O"  # the tag of a word that belongs to no entity
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One class: its name, and its probability in [0, 1]."""
+
+    label: str
+    score: float
+
+    def to_dict(self) -> dict[str, Json]:
+        """JSON form."""
+        return dict(to_builtins(self))
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """All labels that hold, most probable first; none is an answer, too."""
+
+    labels: tuple[Prediction, ...]
+
+    def to_dict(self) -> dict[str, Json]:
+        """JSON form."""
+        return dict(to_builtins(self))
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number as the head gives it: of a text, or of how relevant a document is to a query."""
+
+    score: float
+
+    def to_dict(self) -> dict[str, Json]:
+        """JSON form."""
+        return dict(to_builtins(self))
+
+
+@dataclass(frozen=True)
+class Entity:
+    """The characters `start` to `end` (exclusive) of the text, `text`, are a `label`; `score` is the mean probability of its words' tags."""
+
+    label: str
+    text: str
+    start: int
+    end: int
+    score: float
+
+
+@dataclass(frozen=True)
+class TaggedText:
+    """The entities of a text, in its order."""
+
+    entities: tuple[Entity, ...]
+
+    def to_dict(self) -> dict[str, Json]:
+        """JSON form."""
+        return dict(to_builtins(self))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The characters `start` to `end` (exclusive) of the context, `text`, answer the question; `score` is the probability of
+    that start times that of that end, over the whole context."""
+
+    text: str
+    start: int
+    end: int
+    score: float
+
+    def to_dict(self) -> dict[str, Json]:
+        """JSON form."""
+        return dict(to_builtins(self))
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """The vector of a text, float32 (features,)."""
+
+    vector: Array
+
+    def to_dict(self) -> dict[str, Json]:
+        """JSON form: the vector as a list."""
+        return {"vector": [float(value) for value in self.vector]}
+
+
+AnyPrediction = Prediction | LabelSet | Score | TaggedText | Answer | Embedding
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a text: its characters `start` to `end`, and the position of its first token."""
+
+    start: int
+    end: int
+    token: int
+
+
+def of_classes(logits: Array, labels: Sequence[str]) -> list[Prediction]:
+    """The most probable class of every row of (rows, classes); of equal ones the first."""
+    probabilities = _softmax(logits)
+    best = probabilities.argmax(axis=-1)
+    return [Prediction(labels[i], float(row[i])) for i, row in zip(best, probabilities, strict=True)]
+
+
+def of_labels(logits: Array, labels: Sequence[str]) -> list[LabelSet]:
+    """The labels with a logit above 0 of every row of (rows, labels), most probable first."""
+    probabilities = 1.0 / (1.0 + np.exp(-logits.astype(np.float64)))
+    return [
+        LabelSet(tuple(Prediction(labels[i], float(row[i])) for i in np.argsort(-row, kind="stable") if values[i] > 0))
+        for values, row in zip(logits, probabilities, strict=True)
+    ]
+
+
+def of_scores(logits: Array) -> list[Score]:
+    """The number of every row of (rows, 1)."""
+    return [Score(float(row[0])) for row in logits]
+
+
+def of_tags(logits: Array, words: Sequence[Word], text: str, labels: Sequence[str]) -> TaggedText:
+    """The entities of one text, from its tokens' logits (sequence, tags): a word has the tag of its first token.
+
+    Tags are those of the IOB schemes. ``B-`` and ``S-`` begin an entity; ``I-`` and ``E-`` go on with one of the same name,
+    and begin one where there is none; ``E-`` and ``S-`` end it.
+    """
+    probabilities = _softmax(logits)
+    groups: list[tuple[str, list[Word], list[float]]] = []
+    open_ = False
+    for word in words:
+        row = probabilities[word.token]
+        at = int(row.argmax())
+        mark, _, name = labels[at].partition("-")
+        if labels[at] == OUTSIDE:
+            open_ = False
+            continue
+        if not (open_ and mark in ("I", "E") and groups[-1][0] == name):
+            groups.append((name or labels[at], [], []))
+        groups[-1][1].append(word)
+        groups[-1][2].append(float(row[at]))
+        open_ = mark in ("B", "I")
+    return TaggedText(
+        tuple(
+            Entity(name, text[parts[0].start : parts[-1].end], parts[0].start, parts[-1].end, float(np.mean(scores)))
+            for name, parts, scores in groups
+        )
+    )
+
+
+def of_spans(logits: Sequence[Array], windows: Sequence[Window]) -> Answer:
+    """The best span over all windows of one question, each with logits (sequence, 2): the one that comparison and scoring
+    choose, with the highest sum of start and end."""
+    spans = [best_span(rows, window) for rows, window in zip(logits, windows, strict=True)]
+    best = max(range(len(spans)), key=lambda i: spans[i][0])
+    total, first, last = spans[best]
+    window = windows[best]
+    start = window.offset + window.starts[first - window.first]
+    normaliser = sum(_log_sum_exp(np.concatenate(list(_context(logits, windows, side)))) for side in (0, 1))
+    text = window.answer(first, last)
+    return Answer(text, start, start + len(text), float(np.exp(total - normaliser)))
+
+
+def of_vectors(vectors: Array) -> list[Embedding]:
+    """The vector of every row of (rows, features)."""
+    return [Embedding(row.copy()) for row in vectors]
+
+
+def _context(logits: Sequence[Array], windows: Sequence[Window], side: int) -> Iterator[npt.NDArray[np.float64]]:
+    for rows, window in zip(logits, windows, strict=True):
+        yield rows[window.first : window.first + len(window.starts), side].astype(np.float64)
+
+
+def _softmax(logits: Array) -> npt.NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    weights: npt.NDArray[np.float64] = np.exp(shifted)
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def _log_sum_exp(values: npt.NDArray[np.float64]) -> float:
+    highest = float(values.max())
+    return highest + float(np.log(np.exp(values - highest).sum()))

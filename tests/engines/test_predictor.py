@@ -1,0 +1,184 @@
+"""`Predictor` on an engine of every task, against the same model in PyTorch, one text at a time; and what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engines.base import BuildOptions
+from engines.ort.backend import build
+from engines.predictor import Predictor, Text
+from nxm_export.contract.tasks import TASKS
+from nxm_export.data.predictions import Answer, Embedding, LabelSet, Prediction, Score, TaggedText
+from nxm_export.errors import ArtifactError, DataError
+from nxm_export.graph.exporter import export
+from tests.support import tiny
+
+TEXTS = [
+    "a good film",
+    "the dull story with the very cold actor",
+    "superb",
+    "two long scene and the new plot of a film",
+    "",
+]
+PAIRS = [(text, "the good scene") for text in TEXTS]
+QUESTIONS = [
+    (tiny.QUESTION, "a very good warm film"),
+    (tiny.QUESTION, "the story " * 40 + "superb film"),
+    ("a film", "two"),
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """(model directory, engine directory) of a task, dense, made once."""
+    kept: dict[str, tuple[Path, Path]] = {}
+
+    def make(task: str) -> tuple[Path, Path]:
+        if task not in kept:
+            home = tmp_path_factory.mktemp(task)
+            model = tiny.write_model("bert", home / "model", head=task, classes=("bad", "good"))
+            graph = export(model, home / "graph", task=task)
+            (home / "engine").mkdir()
+            build(graph.path, home / "engine", BuildOptions(threads=1))
+            kept[task] = model, home / "engine"
+        return kept[task]
+
+    return make
+
+
+def torch_outputs(model: Path, task: str, text: Text) -> dict[str, np.ndarray]:
+    """The model's own outputs for one text, without padding."""
+    import torch
+
+    from nxm_export.hf.model_loading import load_task_model
+
+    tokenizer = tiny.tokenizer()
+    tokenizer.enable_truncation(tiny.POSITIONS)
+    encoded = tokenizer.encode(*([text] if isinstance(text, str) else text))
+    batch = {"input_ids": encoded.ids, "attention_mask": encoded.attention_mask, "token_type_ids": encoded.type_ids}
+    with torch.no_grad():
+        outputs = load_task_model(model, TASKS[task])(**{name: torch.tensor([row]) for name, row in batch.items()})
+    return {name: getattr(outputs, name)[0].numpy() for name in TASKS[task].outputs}
+
+
+@pytest.mark.parametrize("rows", [TEXTS, PAIRS], ids=["texts", "pairs"])
+def test_classes_are_those_of_the_model(made: Callable[[str], tuple[Path, Path]], rows: list[Text]) -> None:
+    model, engine = made("classification")
+    with Predictor(engine) as predictor:
+        results = predictor.predict(rows, batch=2)
+    for text, result in zip(rows, results, strict=True):
+        logits = torch_outputs(model, "classification", text)["logits"]
+        assert isinstance(result, Prediction)
+        assert result.label == ("bad", "good")[int(logits.argmax())]
+        probability = np.exp(logits.max()) / np.exp(logits).sum()
+        assert result.score == pytest.approx(float(probability), abs=1e-5)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("task", ["regression", "reranking", "multi-label", "embedding"])
+def test_scores_labels_and_vectors_are_those_of_the_model(made: Callable[[str], tuple[Path, Path]], task: str) -> None:
+    model, engine = made(task)
+    rows: list[Text] = [*PAIRS] if task == "reranking" else [*TEXTS]
+    with Predictor(engine) as predictor:
+        results = predictor.predict(rows)
+    for text, result in zip(rows, results, strict=True):
+        output = next(iter(torch_outputs(model, task, text).values()))
+        if isinstance(result, Score):
+            assert result.score == pytest.approx(float(output[0]), abs=1e-5)
+        elif isinstance(result, LabelSet):
+            expected = {name for name, logit in zip(tiny.CLASSES[task], output, strict=True) if logit > 0}
+            assert {label.label for label in result.labels} == expected
+        else:
+            assert isinstance(result, Embedding)
+            np.testing.assert_allclose(result.vector, output, atol=1e-5)
+
+
+def test_every_word_has_the_tag_of_its_first_token(made: Callable[[str], tuple[Path, Path]]) -> None:
+    model, engine = made("token-classification")
+    with Predictor(engine) as predictor:
+        results = predictor.predict(TEXTS)
+    found = 0
+    for text, result in zip(TEXTS, results, strict=True):
+        assert isinstance(result, TaggedText)
+        tags = torch_outputs(model, "token-classification", text)["logits"].argmax(axis=-1)
+        words = text.split(" ") if text else []
+        names = [tiny.CLASSES["token-classification"][tag] for tag in tags[1 : 1 + len(words)]]
+        expected = [(name[2:], word) for name, word in zip(names, words, strict=True) if name != "O"]
+        assert [(entity.label, entity.text) for entity in result.entities] == expected
+        assert all(text[entity.start : entity.end] == entity.text for entity in result.entities)
+        found += len(expected)
+    assert found, "the model tags something"
+
+
+def test_an_answer_stands_in_the_context_where_it_says(made: Callable[[str], tuple[Path, Path]]) -> None:
+    _, engine = made("question-answering")
+    with Predictor(engine) as predictor:
+        results = predictor.predict(QUESTIONS)
+        alone = [predictor.predict([row])[0] for row in QUESTIONS]
+    for (_, context), result, again in zip(QUESTIONS, results, alone, strict=True):
+        assert isinstance(result, Answer)
+        assert isinstance(again, Answer)
+        assert context[result.start : result.end] == result.text != ""
+        assert (again.text, again.start) == (result.text, result.start), "batches and windows change nothing"
+        assert 0 < result.score <= 1
+
+
+def test_a_text_that_is_cut_is_counted(made: Callable[[str], tuple[Path, Path]]) -> None:
+    _, engine = made("classification")
+    with Predictor(engine) as predictor:
+        predictor.predict(["film " * 45, "film " * 47, "film " * 400])
+        assert predictor.shortened == 2, "46 words and two special tokens fit into 48"
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "message"),
+    [
+        ("classification", "a film", "predict takes a list"),
+        ("classification", ["a", 3], "text 1 is 3; give a string"),
+        ("classification", ["a", ("a", "b")], "text 1 is a pair, unlike text 0"),
+        ("classification", [("a", "b", "c")], "a pair of two strings"),
+        ("classification", ["\ud800"], "half a surrogate"),
+        ("embedding", [("a", "b")], "embedding reads one text"),
+        ("token-classification", [("a", "b")], "reads one text"),
+        ("reranking", ["a"], r"pairs: \(query, document\)"),
+        ("question-answering", ["a"], r"pairs: \(question, context\)"),
+        ("question-answering", [("film " * 60, "a")], "leave no room"),
+    ],
+)
+def test_what_a_task_does_not_read_is_refused_by_position(
+    made: Callable[[str], tuple[Path, Path]], task: str, rows: Any, message: str
+) -> None:
+    with Predictor(made(task)[1]) as predictor, pytest.raises(DataError, match=message):
+        predictor.predict(rows)
+
+
+def test_nothing_in_is_nothing_out(made: Callable[[str], tuple[Path, Path]]) -> None:
+    with Predictor(made("classification")[1]) as predictor:
+        assert predictor.predict([]) == []
+
+
+def test_a_directory_without_a_tokenizer_is_refused(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    shutil.copytree(made("classification")[1], tmp_path / "engine")
+    (tmp_path / "engine" / "tokenizer.json").unlink()
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json is missing"):
+        Predictor(tmp_path / "engine")
+
+
+def test_predicting_needs_neither_torch_nor_transformers(made: Callable[[str], tuple[Path, Path]]) -> None:
+    code = f"""
+import sys
+from engines.predictor import Predictor
+with Predictor({str(made("classification")[1])!r}) as predictor:
+    print(predictor.predict(["a good film"])[0])
+assert not {{"torch", "transformers"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Prediction(label=")

@@ -82,7 +82,7 @@ class Predictor:
         self._require_readable(rows)
         if not rows:
             return []
-        if self._task.link == "span":
+        if self._task.output_kind == "span":
             return [*self._answers(rows, batch)]
         encodings = self._tokenized(rows)
         names = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
@@ -94,11 +94,11 @@ class Predictor:
                 for value, made, text in zip(values, encodings, rows, strict=True)
             ]
         stacked = np.stack(values)
-        if self._task.link == "softmax":
+        if self._task.output_kind == "softmax":
             return [*of_classes(stacked, self.spec.labels)]
-        if self._task.link == "sigmoid":
+        if self._task.output_kind == "sigmoid":
             return [*of_labels(stacked, self.spec.labels)]
-        return [*of_vectors(stacked)] if self._task.link == "vector" else [*of_scores(stacked)]
+        return [*of_vectors(stacked)] if self._task.output_kind == "vector" else [*of_scores(stacked)]
 
     def close(self) -> None:
         """Free the engine; calling it again does nothing."""

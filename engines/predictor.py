@@ -39,12 +39,13 @@ from nxm_export.data.predictions import (
     of_vectors,
 )
 from nxm_export.data.question_answering import Window, windows
+from nxm_export.data.texts import Text
 from nxm_export.errors import DataError, EngineError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
-Text = str | tuple[str, str]  # a text, or a pair: (text, second text), (query, document), (question, context)
+
 BATCH = 32  # texts that run at once
 _PAIR = {"question-answering": "(question, context)", "reranking": "(query, document)"}
 

@@ -1,3 +1,187 @@
-"""nxm-export: compress BERT-family encoders to N:M sparsity and low-bit integers, export, build, prove and serve them."""
+"""nxm-export: compress BERT-family encoders to N:M sparsity and low-bit integers, export, build, prove and serve them.
+
+::
+
+    import nxm_export as nxm
+
+    model = nxm.load("my-model", task="classification")
+    small = model.compress("train.csv", dev="dev.csv", pattern="2:4", weight_bits=8, out="small")
+    engine = small.export("graph").build("engine", backend="auto")
+    engine.compare("dev.csv").require()
+    engine.predict(["a wonderful film"])      # [Prediction(label='positive', score=0.98)]
+
+The same stages are functions on paths: `compress`, `export`, `verify`, `build`, `compare`, ... What `__all__` lists is
+public: it changes in a release with a new second number alone, and the changelog says so. Everything else, submodules of this
+package, `compressors` and `engines` among them, may change at any time. Nothing is imported before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from compressors.search.settings import SearchSettings
+    from compressors.settings import Settings
+    from engines.base import BuildOptions, Profile
+    from engines.benchmark.latency import BenchReport
+    from engines.benchmark.text_throughput import TextReport
+    from engines.parity.compare import Comparison, ParityReport
+    from engines.passport import EnginePassport
+    from nxm_export.api.handles import CompressedModel, EngineDirectory, Graph, Model, load, open_engine
+    from nxm_export.api.stages import (
+        bench,
+        bench_text,
+        build,
+        card,
+        compare,
+        compress,
+        doctor,
+        estimate,
+        export,
+        inspect,
+        pack,
+        predict,
+        report,
+        run,
+        search,
+        serve,
+        show,
+        triton,
+        unpack,
+        verify,
+    )
+    from nxm_export.contract.checkpoint_metrics import CompressionMetrics, DenseMetrics
+    from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
+    from nxm_export.contract.run_summary import RunSummary
+    from nxm_export.contract.search_result import SearchResult
+    from nxm_export.data.examples import Columns
+    from nxm_export.data.predictions import Answer, Embedding, Entity, LabelSet, Prediction, Score, TaggedText
+    from nxm_export.errors import (
+        ArtifactError,
+        DataError,
+        EngineError,
+        EngineUnavailable,
+        ExportError,
+        NxmError,
+        ParityError,
+        PlanError,
+        ServeError,
+    )
+
+# Public name -> the module that has it. Tests hold it against the imports above.
+_HOMES = {
+    **dict.fromkeys(
+        ("load", "open_engine", "Model", "CompressedModel", "Graph", "EngineDirectory"), "nxm_export.api.handles"
+    ),
+    **dict.fromkeys(
+        (
+            *("run", "compress", "search", "export", "verify", "build", "compare", "bench", "bench_text", "predict"),
+            *("pack", "unpack", "inspect", "doctor", "estimate", "show", "report", "card", "serve", "triton"),
+        ),
+        "nxm_export.api.stages",
+    ),
+    **dict.fromkeys(("CompressionPlan", "NMPattern", "WeightSpec"), "nxm_export.contract.plan"),
+    **dict.fromkeys(("CompressionMetrics", "DenseMetrics"), "nxm_export.contract.checkpoint_metrics"),
+    **dict.fromkeys(
+        ("Prediction", "LabelSet", "Score", "Entity", "TaggedText", "Answer", "Embedding"),
+        "nxm_export.data.predictions",
+    ),
+    **dict.fromkeys(
+        (
+            *("NxmError", "PlanError", "DataError", "ArtifactError", "ExportError", "EngineError"),
+            *("EngineUnavailable", "ParityError", "ServeError"),
+        ),
+        "nxm_export.errors",
+    ),
+    "Columns": "nxm_export.data.examples",
+    "Settings": "compressors.settings",
+    "SearchSettings": "compressors.search.settings",
+    "SearchResult": "nxm_export.contract.search_result",
+    "RunSummary": "nxm_export.contract.run_summary",
+    "BuildOptions": "engines.base",
+    "Profile": "engines.base",
+    "EnginePassport": "engines.passport",
+    "Comparison": "engines.parity.compare",
+    "ParityReport": "engines.parity.compare",
+    "BenchReport": "engines.benchmark.latency",
+    "TextReport": "engines.benchmark.text_throughput",
+}
+
+__all__ = [  # noqa: RUF022  (in the order in which one meets them)
+    "load",
+    "open_engine",
+    "Model",
+    "CompressedModel",
+    "Graph",
+    "EngineDirectory",
+    "run",
+    "compress",
+    "search",
+    "export",
+    "verify",
+    "build",
+    "compare",
+    "bench",
+    "bench_text",
+    "predict",
+    "pack",
+    "unpack",
+    "inspect",
+    "doctor",
+    "estimate",
+    "show",
+    "report",
+    "card",
+    "serve",
+    "triton",
+    "Settings",
+    "SearchSettings",
+    "BuildOptions",
+    "Profile",
+    "Columns",
+    "WeightSpec",
+    "NMPattern",
+    "CompressionPlan",
+    "RunSummary",
+    "CompressionMetrics",
+    "DenseMetrics",
+    "SearchResult",
+    "EnginePassport",
+    "Comparison",
+    "ParityReport",
+    "BenchReport",
+    "TextReport",
+    "Prediction",
+    "LabelSet",
+    "Score",
+    "Entity",
+    "TaggedText",
+    "Answer",
+    "Embedding",
+    "NxmError",
+    "PlanError",
+    "DataError",
+    "ArtifactError",
+    "ExportError",
+    "EngineError",
+    "EngineUnavailable",
+    "ParityError",
+    "ServeError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> object:
+    """A public name, from the module that has it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value  # asked for once
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

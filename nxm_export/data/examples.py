@@ -166,7 +166,7 @@ def load_raw(
         first, second = _only_column(columns.text, TOKEN_COLUMNS, names, path, "token", "--text"), None
         third: str | None = _only_column(columns.label, TAG_COLUMNS, names, path, "tag", "--label")
     else:
-        first, second = _text_columns(columns, names, path)
+        first, second = text_columns(columns, names, path)
         third = None
         if not unlabelled or columns.label or set(LABEL_COLUMNS) & set(names):
             third = _only_column(columns.label, LABEL_COLUMNS, names, path, "label", "--label")
@@ -419,7 +419,7 @@ def sorted_batches(features: Sequence[Features], batch_size: int) -> list[list[i
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _text_columns(asked: Columns, names: list[str], path: Path) -> tuple[str, str | None]:
+def text_columns(asked: Columns, names: list[str], path: Path) -> tuple[str, str | None]:
     """The columns of text and second text: as asked, else the first usual ones that are all there."""
     for column in filter(None, (asked.text, asked.pair)):
         _require_column(column, names, path)

@@ -14,9 +14,10 @@ import pytest
 
 from engines.base import BuildOptions
 from engines.ort.backend import build
-from engines.predictor import Predictor, Text
+from engines.predictor import Predictor
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.predictions import Answer, Embedding, LabelSet, Prediction, Score, TaggedText
+from nxm_export.data.texts import Text
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.graph.exporter import export
 from tests.support import tiny

@@ -1,0 +1,266 @@
+"""The stages as objects: a `Model` becomes a `CompressedModel`, a `Graph`, an `EngineDirectory`; each is a directory on disk.
+
+An object holds a path and what was measured on the way, no weights and no open engine, so it costs nothing to keep. The type
+of its predictions goes along: of ``load(..., task="classification")`` come lists of `Prediction`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar, cast, overload
+
+from nxm_export.api import stages
+from nxm_export.contract.io_spec import load_spec
+from nxm_export.contract.tasks import task_named
+from nxm_export.data.examples import Columns
+from nxm_export.data.predictions import AnyPrediction, Answer, Embedding, LabelSet, Prediction, Score, TaggedText
+from nxm_export.errors import ArtifactError, DataError
+from nxm_export.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from compressors.search.settings import SearchSettings
+    from compressors.settings import Settings
+    from engines.base import BuildOptions
+    from engines.benchmark.latency import BenchReport
+    from engines.parity.compare import Comparison
+    from engines.passport import EnginePassport
+    from nxm_export.data.texts import Text
+    from nxm_export.contract.checkpoint_metrics import CompressionMetrics
+    from nxm_export.contract.plan import CompressionPlan
+    from nxm_export.contract.search_result import SearchResult
+    from nxm_export.graph.exporter import Exported
+    from nxm_export.graph.verifier import VerifyReport
+
+P = TypeVar("P", bound=AnyPrediction)
+
+
+class Model(Generic[P]):
+    """A model to start from: a Hugging Face directory or hub id, and the task that it is for. Made by `load`."""
+
+    def __init__(self, source: str, task: str, revision: str | None = None) -> None:
+        self.source, self.task, self.revision = source, task, revision
+
+    def __repr__(self) -> str:
+        return f"Model({self.source!r}, task={self.task!r})"
+
+    def compress(
+        self,
+        train: str | Path,
+        *,
+        dev: str | Path,
+        out: str | Path,
+        pattern: str | None = "2:4",
+        weight_bits: int | None = 8,
+        plan: CompressionPlan | str | Path | None = None,
+        settings: Settings | None = None,
+        columns: Columns = Columns(),
+        options: stages.PlanOptions = stages.PlanOptions(),
+        progress: Progress = silent,
+    ) -> CompressedModel[P]:
+        """Compress to the checkpoint directory `out`; see `nxm_export.compress` for the parameters.
+
+        Nine parameters: five say what goes in and where it goes, three what is done to it.
+        """
+        metrics = stages.compress(
+            self.source,
+            train=train,
+            dev=dev,
+            out=out,
+            task=self.task,
+            pattern=pattern,
+            weight_bits=weight_bits,
+            plan=plan,
+            settings=settings,
+            columns=columns,
+            options=options,
+            revision=self.revision,
+            progress=progress,
+        )
+        return CompressedModel(out, metrics)
+
+    def search(
+        self,
+        train: str | Path,
+        *,
+        out: str | Path,
+        settings: SearchSettings | None = None,
+        columns: Columns = Columns(),
+        progress: Progress = silent,
+    ) -> SearchResult:
+        """Search a different (pattern, bits) for every weight; ``out/plan.json`` is a plan for `compress`."""
+        return stages.search(
+            self.source, train=train, out=out, task=self.task, settings=settings, columns=columns, progress=progress
+        )
+
+
+class CompressedModel(Generic[P]):
+    """A checkpoint directory that `Model.compress` wrote; `metrics` are what it measured."""
+
+    def __init__(self, path: str | Path, metrics: CompressionMetrics) -> None:
+        self.path, self.metrics = Path(path), metrics
+
+    def __repr__(self) -> str:
+        return f"CompressedModel({str(self.path)!r})"
+
+    @property
+    def plan(self) -> CompressionPlan:
+        """What every weight got."""
+        from nxm_export.contract.checkpoint import open_checkpoint
+
+        return open_checkpoint(self.path).plan
+
+    def export(self, out: str | Path, *, target: str = "cpu", placement: str | None = None) -> Graph[P]:
+        """Export to the graph directory `out`; see `nxm_export.export` for more choices."""
+        return Graph(Path(out), stages.export(self.path, out, target=target, placement=placement))
+
+    def pack(self, out: str | Path) -> Path:
+        """Write the checkpoint as one file at its true size; returns its path."""
+        stages.pack(self.path, out)
+        return Path(out)
+
+
+class Graph(Generic[P]):
+    """A graph directory: ``model.onnx`` and what is beside it; `exported` says what the export made."""
+
+    def __init__(self, path: str | Path, exported: Exported) -> None:
+        self.path, self.exported = Path(path), exported
+
+    def __repr__(self) -> str:
+        return f"Graph({str(self.path)!r})"
+
+    def verify(self) -> VerifyReport:
+        """Check the file by itself: see `nxm_export.verify`."""
+        return stages.verify(self.path)
+
+    def build(
+        self, out: str | Path, *, backend: str = "ort", options: BuildOptions | None = None
+    ) -> EngineDirectory[P]:
+        """Build the engine directory `out`: ``ort``, ``openvino``, ``trt``, ``trt_rtx``, or ``auto``, the fastest on this CPU."""
+        stages.build(self.path, out, backend=backend, options=options)
+        return EngineDirectory(out)
+
+
+class EngineDirectory(Generic[P]):
+    """An engine directory, wherever it was copied to. Raises `ArtifactError` where there is none."""
+
+    def __init__(self, path: str | Path) -> None:
+        from engines.passport import load_passport
+
+        self.path = Path(path)
+        self.passport: EnginePassport = load_passport(self.path)
+
+    def __repr__(self) -> str:
+        return f"EngineDirectory({str(self.path)!r}, backend={self.passport.backend!r})"
+
+    def compare(
+        self,
+        data: str | Path,
+        *,
+        reference: str | Path | None = None,
+        gates: Sequence[str] = (),
+        columns: Columns = Columns(),
+    ) -> Comparison:
+        """Compare with the checkpoint on labelled data; see `nxm_export.compare`."""
+        return stages.compare([self.path], data, reference=reference, gates=gates, columns=columns)
+
+    def predict(self, texts: Iterable[Text], *, batch: int = 32, threads: int | None = None) -> list[P]:
+        """One typed result for every text or pair of texts; see `nxm_export.predict`. Loads the engine each time: to answer many
+        calls, serve it."""
+        return cast("list[P]", stages.predict(self.path, texts, batch=batch, threads=threads))
+
+    def bench(self, shapes: Sequence[tuple[int, int]] = stages.SHAPES, *, rounds: int = 30) -> BenchReport:
+        """Time it at shapes of (batch, sequence); see `nxm_export.bench`."""
+        return stages.bench([self.path], shapes, rounds=rounds)
+
+
+@overload
+def load(
+    model: str | Path, *, task: Literal["classification"], revision: str | None = None
+) -> Model[Prediction]: ...
+
+
+@overload
+def load(model: str | Path, *, task: Literal["multi-label"], revision: str | None = None) -> Model[LabelSet]: ...
+
+
+@overload
+def load(
+    model: str | Path, *, task: Literal["regression", "reranking"], revision: str | None = None
+) -> Model[Score]: ...
+
+
+@overload
+def load(
+    model: str | Path, *, task: Literal["token-classification"], revision: str | None = None
+) -> Model[TaggedText]: ...
+
+
+@overload
+def load(
+    model: str | Path, *, task: Literal["question-answering"], revision: str | None = None
+) -> Model[Answer]: ...
+
+
+@overload
+def load(model: str | Path, *, task: Literal["embedding"], revision: str | None = None) -> Model[Embedding]: ...
+
+
+@overload
+def load(model: str | Path, *, task: str | None = None, revision: str | None = None) -> Model[AnyPrediction]: ...
+
+
+def load(model: str | Path, *, task: str | None = None, revision: str | None = None) -> Model[AnyPrediction]:
+    """A model to work with: a Hugging Face directory or hub id, for one of the tasks of docs/tasks.md.
+
+    Without a `task` it is that of the model's head, which has to be in a directory here. Nothing is loaded yet but
+    ``config.json``. Raises `ArtifactError` for a directory that is no model, `PlanError` for an unknown task, `DataError`
+    for a model without a head and no `task`.
+    """
+    from nxm_export.contract.checkpoint import read_config, task_at
+    from nxm_export.contract.families import family_of
+
+    path = Path(model)
+    if path.is_dir():
+        config = read_config(path)
+        family_of(config, source=str(path / "config.json"))
+        task = task or task_at(path, config)
+    if task is None:
+        raise DataError(f"{model}: its head does not say for what task it is; give one, as in task='classification'")
+    return Model(str(model), task_named(task).name, revision)
+
+
+@overload
+def open_engine(path: str | Path, *, task: Literal["classification"]) -> EngineDirectory[Prediction]: ...
+
+
+@overload
+def open_engine(path: str | Path, *, task: Literal["multi-label"]) -> EngineDirectory[LabelSet]: ...
+
+
+@overload
+def open_engine(path: str | Path, *, task: Literal["regression", "reranking"]) -> EngineDirectory[Score]: ...
+
+
+@overload
+def open_engine(path: str | Path, *, task: Literal["token-classification"]) -> EngineDirectory[TaggedText]: ...
+
+
+@overload
+def open_engine(path: str | Path, *, task: Literal["question-answering"]) -> EngineDirectory[Answer]: ...
+
+
+@overload
+def open_engine(path: str | Path, *, task: Literal["embedding"]) -> EngineDirectory[Embedding]: ...
+
+
+@overload
+def open_engine(path: str | Path, *, task: str | None = None) -> EngineDirectory[AnyPrediction]: ...
+
+
+def open_engine(path: str | Path, *, task: str | None = None) -> EngineDirectory[AnyPrediction]:
+    """An engine directory that lies on this disk; with `task`, `ArtifactError` unless it is for that task."""
+    engine: EngineDirectory[AnyPrediction] = EngineDirectory(path)
+    if task is not None and load_spec(path).task != task_named(task).name:
+        raise ArtifactError(f"{path} is an engine for {load_spec(path).task}, not for {task}")
+    return engine

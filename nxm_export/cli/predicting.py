@@ -1,0 +1,91 @@
+"""The command that answers texts: predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from nxm_export.cli.group import main
+from nxm_export.cli.options import columns_of, json_option
+from nxm_export.cli.output import show_result
+from nxm_export.contract.io_spec import load_spec
+from nxm_export.contract.tasks import TASKS, Task
+from nxm_export.data.predictions import AnyPrediction, Answer, Embedding, LabelSet, Prediction, TaggedText
+from nxm_export.data.texts import Text, read_texts
+from nxm_export.errors import DataError
+
+
+@main.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.argument("texts", nargs=-1, metavar="[TEXT]...")
+@click.option("--data", metavar="FILE", help="Answer the texts of this file; labels in it are not read.")
+@click.option("--text", help="Its column of the text.  [default: sentence, sentence1, text, ...]")
+@click.option("--text-pair", help="Its column of the second text.")
+@click.option(
+    "--pairs", is_flag=True, help="Take TEXTs two by two; by itself where the task reads pairs: question and context."
+)
+@click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Texts that run at once.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: as built]")
+@json_option
+def predict(engine: Path, texts: tuple[str, ...], data: str | None, pairs: bool, json: bool, **options: object) -> None:
+    """Answer TEXTs with ENGINE: a class, labels, a score, entities, an answer or a vector, as its task has it.
+
+    Eight parameters, since click gives every option one. Needs the engine's directory alone, neither torch nor transformers.
+    """
+    from engines.predictor import Predictor
+
+    task = TASKS[load_spec(engine).task]
+    if bool(texts) == bool(data):
+        raise click.UsageError("give TEXTs, or --data with a file of them")
+    if data is None and (options["text"] or options["text_pair"]):
+        raise click.UsageError("--text and --text-pair name columns of --data")
+    columns = columns_of(_text(options["text"]), _text(options["text_pair"]), None)
+    rows = read_texts(data, columns, task) if data else _rows(texts, pairs or task.texts == "two", task)
+    with Predictor(engine, threads=_number(options["threads"])) as predictor:
+        results = predictor.predict(rows, batch=_number(options["batch"]) or 1)
+        shortened = predictor.shortened
+    answers = [{"text": row, **result.to_dict()} for row, result in zip(rows, results, strict=True)]
+    show_result(answers, json, lambda _: _print(rows, results))
+    if shortened:
+        longest = load_spec(engine).max_length
+        click.echo(f"nxm: {shortened} of {len(rows)} texts were cut at {longest} tokens, the engine's longest input", err=True)
+
+
+def _rows(texts: Sequence[str], pairs: bool, task: Task) -> list[Text]:
+    if not pairs:
+        return [*texts]
+    if len(texts) % 2:
+        raise click.UsageError(f"{len(texts)} TEXTs are not pairs; {task.name} reads them two by two here")
+    return [*zip(texts[::2], texts[1::2], strict=True)]
+
+
+def _print(rows: Sequence[Text], results: Sequence[AnyPrediction]) -> None:
+    """One line for every text: the answer, how sure it is, and the text."""
+    for row, result in zip(rows, results, strict=True):
+        shown = row if isinstance(row, str) else " | ".join(row)
+        click.echo(f"{_line(result)}\t{' '.join(shown.split())}")
+
+
+def _line(result: AnyPrediction) -> str:
+    if isinstance(result, Prediction):
+        return f"{result.label}\t{result.score:.3f}"
+    if isinstance(result, LabelSet):
+        return ", ".join(f"{label.label} {label.score:.3f}" for label in result.labels) or "no label"
+    if isinstance(result, TaggedText):
+        return ", ".join(f"{entity.label}: {entity.text}" for entity in result.entities) or "no entity"
+    if isinstance(result, Answer):
+        return f"{result.text}\t{result.score:.3f}"
+    if isinstance(result, Embedding):
+        first = " ".join(f"{value:.3f}" for value in result.vector[:3])
+        return f"{len(result.vector)} numbers: {first} ..."
+    return f"{result.score:.4g}"
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _number(value: object) -> int | None:
+    return value if isinstance(value, int) else None

@@ -1,0 +1,63 @@
+"""Texts without labels, to be answered: what `nxm predict` reads of a data file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nxm_export.contract.tasks import Task
+from nxm_export.data.examples import TOKEN_COLUMNS, Columns, text_columns, text_of
+from nxm_export.data.question_answering import load_questions
+from nxm_export.data.readers import FORMATS, read_rows
+from nxm_export.errors import DataError
+
+Text = str | tuple[str, str]  # a text, or a pair: (text, second text), (query, document), (question, context)
+
+
+def read_texts(source: str | Path, columns: Columns, task: Task) -> list[Text]:
+    """The texts of a data file, in its order, as a task reads them; labels that it may have are not looked at.
+
+    Columns are those of training data. A task that reads one text at a time gets the first of two columns; lists of tokens are
+    joined with spaces. Raises `DataError` with file and line.
+    """
+    path = Path(source)
+    if not path.is_file():
+        raise DataError(f"{source}: no such file; give a {', '.join(FORMATS)} file with the texts")
+    if task.output_kind == "span":
+        return _questions(path, columns)
+    rows = list(read_rows(path))
+    if not rows:
+        raise DataError(f"{path}: no texts in it; the file is empty or has only a header")
+    names = list(rows[0][1])
+    tokens = next((name for name in TOKEN_COLUMNS if name in names), None)
+    if task.label == "tags" and columns.text is None and tokens is not None:
+        return [_joined(row.get(tokens), tokens, place) for place, row in rows]
+    first, second = text_columns(columns, names, path)
+    if second is None or task.texts == "one" or task.label == "tags":
+        return [text_of(row, first, place) for place, row in rows]
+    pairs = [(text_of(row, first, place), text_of(row, second, place)) for place, row in rows]
+    # GLUE's single-sentence files as some mirrors write them have an empty second column.
+    if task.texts == "any" and not any(pair[1] for pair in pairs):
+        return [text for text, _ in pairs]
+    return [*pairs]
+
+
+def _questions(path: Path, columns: Columns) -> list[Text]:
+    question, context = columns.text or "question", columns.pair or "context"
+    if path.suffix.lower() == ".json":  # SQuAD's own form
+        raw = load_questions(str(path), columns)
+        return list(zip(raw.texts, raw.pairs or [], strict=True))
+    pairs: list[Text] = []
+    for place, row in read_rows(path):
+        for column, flag in ((question, "--text"), (context, "--text-pair")):
+            if column not in row:
+                raise DataError(f"{place}: no column {column!r}; it has {', '.join(row)}; name it with {flag}")
+        pairs.append((text_of(row, question, place), text_of(row, context, place)))
+    if not pairs:
+        raise DataError(f"{path}: no questions in it; the file is empty or has only a header")
+    return pairs
+
+
+def _joined(tokens: object, column: str, place: str) -> str:
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise DataError(f"{place}: column {column!r} holds {tokens!r}; tokens are a list of texts")
+    return " ".join(tokens)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from engines.base import Engine, Profile, backend
+from engines.base import Engine, LoadOptions, Profile, backend
 from engines.passport import load_passport
 from engines.serving.shapes import plan_buckets
 from nxm_export.contract.io_spec import IOSpec, load_spec
@@ -64,9 +64,8 @@ class Predictor:
         self._task = TASKS[self.spec.task]
         self._tokenizer = load_tokenizer(self.directory)
         passport = load_passport(self.directory)
-        self._profiles: Sequence[Profile] = passport.shape_profiles()
-        options = {"threads": threads} if threads else {}
-        self._engine: Engine = backend(passport.backend).load(self.directory, **options)
+        self._profiles: Sequence[Profile] = passport.profiles
+        self._engine: Engine = backend(passport.backend).load(self.directory, LoadOptions(threads))
 
     def predict(self, texts: Iterable[Text], *, batch: int = BATCH) -> list[AnyPrediction]:
         """One result for every text, in order; its type is that of the engine's task (`nxm_export.data.predictions`).

@@ -1,0 +1,451 @@
+"""The stages as functions on paths. Each does what the command of its name does, and returns what that command prints as a record.
+
+Keyword arguments are many, because a stage has many choices and every one has a default; what belongs together is one object
+(`PlanOptions`, ``Settings``, ``Columns``, ``BuildOptions``). Errors are those of `nxm_export.errors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nxm_export.contract.origin import recorded_checkpoint
+from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
+from nxm_export.data.examples import Columns
+from nxm_export.data.predictions import AnyPrediction
+from nxm_export.errors import ArtifactError, EngineError, PlanError
+from nxm_export.pipeline.engine_commands import SHAPES
+from nxm_export.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from compressors.search.settings import SearchSettings
+    from compressors.settings import Settings
+    from engines.base import BuildOptions
+    from engines.benchmark.latency import BenchReport
+    from engines.benchmark.text_throughput import TextReport
+    from engines.parity.reports import Comparison
+    from engines.passport import EnginePassport
+    from engines.serving.model import ModelOptions
+    from engines.serving.server import ServerOptions
+    from engines.triton import RepositoryManifest, TritonOptions
+    from nxm_export.contract.checkpoint_metrics import CompressionMetrics
+    from nxm_export.contract.packed_checkpoint import PackedSizes
+    from nxm_export.contract.run_summary import RunSummary
+    from nxm_export.contract.search_result import SearchResult
+    from nxm_export.contract.verify_report import VerifyReport
+    from nxm_export.data.texts import Text
+    from nxm_export.graph.exporter import Exported
+    from nxm_export.pipeline.environment import MachineReport
+    from nxm_export.pipeline.estimate import RunEstimate
+    from nxm_export.pipeline.inspection import EngineInspection, FileDiagnosis, GraphFacts, RunInspection
+    from nxm_export.pipeline.run import Request
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a uniform plan has beside pattern and bits.
+
+    `placement` says where activation quantizers stand, `residual` and `embedding` whether the residual connections and the
+    word-embedding table are ``float`` or ``int8``, `keep_dense` are globs of weights to leave alone (docs/concepts.md).
+    """
+
+    placement: str = "inputs-outputs"
+    residual: str = "float"
+    embedding: str = "float"
+    keep_dense: tuple[str, ...] = ()
+
+
+def run(
+    model: str | Path,
+    *,
+    train: str | Path,
+    dev: str | Path,
+    out: str | Path,
+    task: str = "classification",
+    pattern: str | None = "2:4",
+    weight_bits: int | None = 8,
+    settings: Settings | None = None,
+    columns: Columns = Columns(),
+    options: PlanOptions = PlanOptions(),
+    revision: str | None = None,
+    train_limit: int | None = None,
+    progress: Progress = silent,
+) -> RunSummary:
+    """Compress, export, build, compare and time a model, into the run directory `out`; stages that are up to date are skipped.
+
+    `require_passed` of the summary raises where an engine differs from its checkpoint. Parameters are those of `compress`.
+    """
+    from nxm_export.pipeline.run import run as run_all
+
+    request = _request(model, train, dev, task, _spec(pattern, weight_bits), settings, columns, options)
+    return run_all(_with(request, revision, train_limit), out, progress=progress)
+
+
+def estimate(
+    model: str | Path,
+    *,
+    train: str | Path,
+    dev: str | Path,
+    task: str = "classification",
+    pattern: str | None = "2:4",
+    weight_bits: int | None = 8,
+    settings: Settings | None = None,
+    columns: Columns = Columns(),
+    options: PlanOptions = PlanOptions(),
+    revision: str | None = None,
+    train_limit: int | None = None,
+) -> RunEstimate:
+    """What `run` would do, how long it would take here, roughly, and how large the results are; writes nothing."""
+    from nxm_export.pipeline.estimate import estimate as estimate_run
+
+    request = _request(model, train, dev, task, _spec(pattern, weight_bits), settings, columns, options)
+    return estimate_run(_with(request, revision, train_limit))
+
+
+def compress(
+    model: str | Path,
+    *,
+    train: str | Path,
+    dev: str | Path,
+    out: str | Path,
+    task: str = "classification",
+    pattern: str | None = "2:4",
+    weight_bits: int | None = 8,
+    plan: CompressionPlan | str | Path | None = None,
+    settings: Settings | None = None,
+    columns: Columns = Columns(),
+    options: PlanOptions = PlanOptions(),
+    revision: str | None = None,
+    train_limit: int | None = None,
+    progress: Progress = silent,
+) -> CompressionMetrics:
+    """Compress a model (a directory or hub id) to the checkpoint directory `out`, fine-tuning it first where it has no head.
+
+    `train` and `dev` are data files (docs/tasks.md). Every weight gets `pattern` (N kept of every M; None: dense) and
+    `weight_bits` (2 to 8; None: unquantized) with INT8 inputs, unless a `plan` or its file says otherwise. `settings` say how
+    to train. Raises `DataError`, `PlanError` and `ArtifactError` before anything is trained.
+    """
+    from nxm_export.pipeline.run import compress_model
+
+    spec = WeightSpec.parse("dense") if plan is not None else _spec(pattern, weight_bits)
+    request = _request(model, train, dev, task, spec, settings, columns, options)
+    return compress_model(_with(request, revision, train_limit), out, plan=plan, progress=progress)
+
+
+def search(
+    model: str | Path,
+    *,
+    train: str | Path,
+    out: str | Path,
+    task: str = "classification",
+    settings: SearchSettings | None = None,
+    training: Settings | None = None,
+    columns: Columns = Columns(),
+    progress: Progress = silent,
+) -> SearchResult:
+    """Search a different (pattern, bits) for every weight of a model with its task head; ``out/plan.json`` is the best plan.
+
+    `settings` hold the budget, by default 87.5 % compression; `training` is the compression that the plan is for.
+    """
+    from compressors.search.plan_search import search as search_plan
+    from compressors.search.settings import SearchSettings
+    from compressors.settings import Settings
+
+    return search_plan(
+        str(model),
+        task=task,
+        train=str(train),
+        out=Path(out),
+        settings=settings or SearchSettings(),
+        training=training or Settings(),
+        columns=columns,
+        progress=progress,
+    )
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    target: str = "cpu",
+    task: str | None = None,
+    dtype: str | None = None,
+    placement: str | None = None,
+    lowering: str = "matmul",
+    precision_overrides: str | None = None,
+    max_length: int | None = None,
+) -> Exported:
+    """Write a checkpoint directory as a Q/DQ ONNX graph directory, a dense one as a float graph.
+
+    `target` is ``cpu`` (float32), ``trt`` (float16, for TensorRT 10 and later and RTX) or ``trt8`` (for TensorRT 8.6); `dtype`,
+    `placement`, `lowering`, `precision_overrides` (the dtype of LayerNorm and softmax) and `max_length` override what it means.
+    """
+    from nxm_export.graph.exporter import export as export_graph
+
+    return export_graph(
+        checkpoint,
+        out,
+        target=target,
+        task=task,
+        dtype=dtype,
+        placement=placement,
+        lowering=lowering,
+        precision_overrides=precision_overrides,
+        max_length=max_length,
+    )
+
+
+def verify(graph: str | Path, *, pattern: str | NMPattern | None = None) -> VerifyReport:
+    """Check an ONNX file, or the one in a graph directory, by itself: N:M along K on the stored integers, scales, Q/DQ pairs.
+
+    `pattern` is required of every quantized weight of a file without a plan. `require` of the report raises for problems.
+    """
+    from nxm_export.graph.verifier import verify as verify_graph
+
+    return verify_graph(_onnx(graph), pattern=NMPattern.parse(pattern) if isinstance(pattern, str) else pattern)
+
+
+def build(
+    graph: str | Path,
+    out: str | Path,
+    *,
+    backend: str = "ort",
+    options: BuildOptions | None = None,
+    shapes: Sequence[tuple[int, int]] | None = None,
+    data: str | Path | None = None,
+    reference: str | Path | None = None,
+) -> EnginePassport:
+    """Build the engine directory `out` from an ONNX file or a graph directory; returns its passport.
+
+    `backend` is ``ort``, ``openvino``, ``trt``, ``trt_rtx``, or ``auto``: the fastest of those on this CPU, at `shapes` of
+    (batch, sequence). With `data`, labelled samples, ``auto`` keeps only an engine that passes `compare`, with the checkpoint
+    that is recorded beside the graph, or with `reference`.
+    """
+    from nxm_export.pipeline.engine_commands import ParityCheck, build_engine, build_fastest
+
+    if backend != "auto":
+        if shapes is not None or data is not None or reference is not None:
+            raise EngineError(f"shapes, data and reference are for backend='auto'; {backend} is built without them")
+        return build_engine(_onnx(graph), out, backend, options)
+    check = None
+    if data is not None:
+        check = ParityCheck(reference or recorded_checkpoint(_onnx(graph).parent), str(data))
+    return build_fastest(_onnx(graph), out, options, shapes=shapes, check=check).passport
+
+
+def compare(
+    engines: str | Path | Sequence[str | Path],
+    data: str | Path,
+    *,
+    reference: str | Path | None = None,
+    gates: Sequence[str] = (),
+    columns: Columns = Columns(),
+) -> Comparison:
+    """Run engine directories and the checkpoint that they were made from on the same labelled data, and compare them.
+
+    The checkpoint is the one that the first engine records; where that is gone, or the directory was copied alone, name it as
+    `reference`. `gates` are such as ``drop<=0.5`` (docs/parity.md). `require` of the result raises `ParityError` for an engine
+    that differs and for a gate that does not hold.
+    """
+    from nxm_export.pipeline.engine_commands import compare_engines
+
+    paths = _paths(engines)
+    return compare_engines(reference or recorded_checkpoint(paths[0]), paths, str(data), columns, gates)
+
+
+def predict(
+    engine: str | Path, texts: Iterable[Text], *, batch: int = 32, threads: int | None = None
+) -> list[AnyPrediction]:
+    """What an engine directory says about texts, or pairs of them: one typed result each, in order.
+
+    Needs neither torch nor transformers. The engine is loaded for this call; to answer many calls, serve it, or keep an
+    `engines.predictor.Predictor`.
+    """
+    from engines.predictor import Predictor
+
+    with Predictor(engine, threads=threads) as predictor:
+        return predictor.predict(texts, batch=batch)
+
+
+def bench(
+    engines: str | Path | Sequence[str | Path],
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    *,
+    rounds: int = 30,
+    threads: int | None = None,
+) -> BenchReport:
+    """Time engine directories interleaved at `shapes` of (batch, sequence); speed-ups are against the first."""
+    from nxm_export.pipeline.engine_commands import bench_engines
+
+    return bench_engines(_paths(engines), shapes, rounds, threads)
+
+
+def bench_text(
+    engines: str | Path | Sequence[str | Path],
+    data: str | Path,
+    *,
+    batch: int | None = None,
+    rounds: int | None = None,
+    threads: int | None = None,
+    columns: Columns = Columns(),
+) -> TextReport:
+    """Sentences a second of CPU engine directories over the text of a data file, tokenisation included."""
+    from nxm_export.pipeline.engine_commands import bench_text as bench_engines
+
+    return bench_engines(
+        _paths(engines), str(data), batch=batch, rounds=rounds, threads=threads, columns=columns
+    )
+
+
+def pack(checkpoint: str | Path, out: str | Path) -> PackedSizes:
+    """Write a checkpoint directory as one file at its true size: packed bits, N:M indices, scales."""
+    from nxm_export.contract.packed_checkpoint import pack as pack_checkpoint
+
+    return pack_checkpoint(checkpoint, out)
+
+
+def unpack(file: str | Path, out: str | Path) -> Path:
+    """Write a packed file back as the checkpoint directory that it was, bit by bit; returns its path."""
+    from nxm_export.contract.packed_checkpoint import unpack as unpack_file
+
+    return unpack_file(file, out)
+
+
+def inspect(
+    path: str | Path, *, twin: str | Path | None = None, measure: bool = False
+) -> GraphFacts | EngineInspection | RunInspection:
+    """Facts of an ONNX file, an engine directory or a run; for TensorRT, which weights run sparse and why the others do not."""
+    from nxm_export.pipeline.inspection import inspect_path
+
+    return inspect_path(path, twin=None if twin is None else Path(twin), measure=measure)
+
+
+def doctor() -> MachineReport:
+    """What this machine can build and run, and what to install for the rest."""
+    from nxm_export.pipeline.environment import report as machine_report
+
+    return machine_report()
+
+
+def diagnose(
+    graph: str | Path, *, backend: str = "trt", version: str = "11.4", compute_capability: str = "8.9"
+) -> FileDiagnosis:
+    """Judge any ONNX file for a TensorRT version and a GPU without building it: which matrices can run sparse, and what to do."""
+    from nxm_export.pipeline.inspection import doctor_file
+
+    return doctor_file(_onnx(graph), backend, version, compute_capability)
+
+
+def show(run_directory: str | Path) -> RunSummary:
+    """The summary of a run that is complete."""
+    from nxm_export.contract.run_summary import read_summary
+
+    return read_summary(run_directory)
+
+
+def report(run_directory: str | Path, out: str | Path | None = None, *, search: str | Path | None = None) -> Path:
+    """Write one HTML page of a run, finished or not, by default ``report.html`` in it; returns its path."""
+    from nxm_export.reporting import report as write_report
+
+    return write_report(run_directory, out, search=search)
+
+
+def card(source: str | Path, out: str | Path) -> Path:
+    """Write a Hugging Face model card of an engine directory or a run; returns its path."""
+    from nxm_export.reporting import card as write_card
+
+    return write_card(source, out)
+
+
+def serve(
+    engines: str | Path | Sequence[str | Path],
+    *,
+    models: ModelOptions | None = None,
+    server: ServerOptions | None = None,
+) -> None:
+    """Serve engine directories over HTTP (Open Inference Protocol v2) until SIGTERM or SIGINT.
+
+    Each is ``DIR`` or ``NAME[:VERSION]=DIR``.
+    """
+    from engines.serving.model import ModelOptions
+    from engines.serving.repository import EngineSource
+    from engines.serving.server import ServerOptions
+    from engines.serving.server import serve as serve_engines
+
+    sources = [EngineSource.parse(str(engine)) for engine in _paths(engines)]
+    serve_engines(sources, models or ModelOptions(), server or ServerOptions())
+
+
+def triton(
+    engines: str | Path | Sequence[str | Path], out: str | Path, *, options: TritonOptions | None = None
+) -> RepositoryManifest:
+    """Write a Triton model repository from engine directories (``DIR`` or ``NAME=DIR``); returns its manifest."""
+    from engines.serving.repository import EngineSource
+    from engines.triton import TritonOptions, export_repository
+
+    sources = [EngineSource.parse(str(engine)) for engine in _paths(engines)]
+    return export_repository(sources, out, options or TritonOptions())
+
+
+def _paths(engines: str | Path | Sequence[str | Path]) -> list[str | Path]:
+    paths = [engines] if isinstance(engines, (str, Path)) else [*engines]
+    if not paths:
+        raise EngineError("no engine is given; give at least one engine directory")
+    return paths
+
+
+def _onnx(graph: str | Path) -> Path:
+    """The ONNX file of a graph directory, or the file itself."""
+    path = Path(graph)
+    if not path.is_dir():
+        return path
+    if not (path / "model.onnx").is_file():
+        raise ArtifactError(f"{path} has no model.onnx: it is not a graph directory; make one with nxm_export.export")
+    return path / "model.onnx"
+
+
+def _spec(pattern: str | None, weight_bits: int | None) -> WeightSpec:
+    spec = WeightSpec(
+        None if pattern is None else NMPattern.parse(pattern), weight_bits, None if weight_bits is None else 8
+    )
+    if spec.is_dense:
+        raise PlanError("pattern None and weight_bits None leave nothing to compress; give one of them")
+    return spec
+
+
+def _request(
+    model: str | Path,
+    train: str | Path,
+    dev: str | Path,
+    task: str,
+    spec: WeightSpec,
+    settings: Settings | None,
+    columns: Columns,
+    options: PlanOptions,
+) -> Request:
+    """The request of a run. Eight parameters: the choices that `run`, `estimate` and `compress` share, as they got them."""
+    from compressors.settings import Settings
+    from nxm_export.pipeline.run import Request
+
+    quantized = spec.weight_bits is not None
+    return Request(
+        model=str(model),
+        task=task,
+        train=str(train),
+        dev=str(dev),
+        spec=spec,
+        settings=settings or Settings(),
+        columns=columns,
+        placement=options.placement if quantized else "inputs",
+        residual=options.residual if quantized else "float",
+        embedding=options.embedding,
+        keep_dense=options.keep_dense,
+    )
+
+
+def _with(request: Request, revision: str | None, train_limit: int | None) -> Request:
+    from dataclasses import replace
+
+    return replace(request, revision=revision, train_limit=train_limit)

@@ -7,13 +7,16 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+import nxm_export as nxm
 from nxm_export.cli import main
 from tests.conftest import ROOT
 from tools.benchmarks.raw_http import send
@@ -23,8 +26,11 @@ from tools.readme_table import BEGIN, END, table
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PYTHON = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str, document: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +88,37 @@ def test_the_commands_leave_what_they_promise(commands_have_run: Path) -> None:
     }
 
 
-def test_the_python_of_the_readme_runs(commands_have_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_of_the_readme_and_of_its_page_runs(
+    commands_have_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stages that take minutes with the usual settings train for a few steps here."""
     monkeypatch.chdir(commands_have_run)
-    stages = commands_have_run / "runs" / "mine" / "manifest.json"
-    before = stages.read_text()
+    few = partial(nxm.Settings, steps=4, calibration_samples=64)
+    monkeypatch.setattr("compressors.settings.Settings", few)
     namespace: dict[str, object] = {}
-    for number, block in enumerate(blocks("python")):
-        assert len([line for line in block.splitlines() if line.strip()]) <= 5
-        if "serve(" in block:
-            serves_until_stopped(["-c", block], commands_have_run)
-            continue
-        exec(compile(block, f"README.md, Python block {number + 1}", "exec"), namespace)
-    assert stages.read_text() == before, "the same request from Python finds every stage up to date"
-    assert namespace["logits"].shape == (1, 2)  # type: ignore[attr-defined]
+    for document, texts in (("README.md", blocks("python")), ("docs/python.md", blocks("python", PYTHON))):
+        for number, block in enumerate(texts):
+            exec(compile(block, f"{document}, Python block {number + 1}", "exec"), namespace)
+    assert (commands_have_run / "small-engine" / "passport.json").is_file()
+    assert isinstance(namespace["prediction"], nxm.Prediction)
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_and_of_its_page_passes_strict_mypy(tmp_path: Path) -> None:
+    """As in a user's own project: the package is installed, and its types are all that mypy knows of it."""
+    for name, texts in (("readme.py", blocks("python")), ("page.py", blocks("python", PYTHON))):
+        (tmp_path / name).write_text("\n".join(texts) + "\nreveal_type(engine.predict(['a']))\n", encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-m", "mypy", "--strict", "--config-file", os.devnull, name],
+            env={**os.environ, "MYPYPATH": str(ROOT)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        ours = [line for line in done.stdout.splitlines() if line.startswith(name)]
+        assert [line for line in ours if "error" in line] == [], done.stdout
+        assert "list[nxm_export.data.predictions.Prediction]" in done.stdout
 
 
 def test_every_command_is_shown(commands_have_run: Path) -> None:

@@ -1,0 +1,168 @@
+"""`import nxm_export as nxm`: what is public, that it costs nothing to import, and that it does what it says."""
+
+from __future__ import annotations
+
+import ast
+import json
+import pkgutil
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import nxm_export as nxm
+from tests.conftest import ROOT
+from tests.support import baked, tiny
+
+PUBLIC = [name for name in nxm.__all__ if name != "__version__"]
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def imported_for_types() -> dict[str, str]:
+    """Name -> module of the imports under TYPE_CHECKING: what a type checker takes the public names to be."""
+    tree = ast.parse((ROOT / "nxm_export" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    return {
+        alias.name: node.module or ""
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+
+
+def test_every_public_name_is_there_with_a_docstring() -> None:
+    assert len(set(nxm.__all__)) == len(nxm.__all__)
+    for name in PUBLIC:
+        assert getattr(nxm, name).__doc__, f"nxm.{name} has no docstring"
+    assert set(nxm.__all__) <= set(dir(nxm))
+
+
+def test_a_type_checker_sees_the_names_that_there_are() -> None:
+    imports = imported_for_types()
+    assert set(imports) == set(PUBLIC)
+    for name, module in imports.items():
+        assert nxm._HOMES[name] == module, f"{name} comes from two modules"
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'prune'"):
+        nxm.prune  # noqa: B018
+
+
+def test_importing_loads_nothing_and_no_submodule_changes_a_public_name() -> None:
+    code = f"""
+import sys
+import nxm_export as nxm
+assert not {{"numpy", "torch", "transformers", "onnx", "onnxruntime", "click"}} & set(sys.modules), "the import is instant"
+before = {{name: getattr(nxm, name) for name in {nxm.__all__!r}}}
+import importlib, pkgutil
+for found in pkgutil.walk_packages(nxm.__path__, "nxm_export."):
+    if found.name != "nxm_export.__main__":
+        importlib.import_module(found.name)
+changed = [name for name, value in before.items() if getattr(nxm, name) is not value]
+assert not changed, changed
+"""
+    python(code)
+
+
+def test_no_public_name_is_a_submodule() -> None:
+    submodules = {found.name for found in pkgutil.iter_modules(nxm.__path__)}
+    assert not submodules & set(nxm.__all__)
+
+
+def test_predicting_loads_neither_torch_nor_transformers(tiny_engine: Callable[..., Path]) -> None:
+    code = f"""
+import sys
+import nxm_export as nxm
+print(nxm.open_engine({str(tiny_engine())!r}).predict(["a good film"])[0].label)
+assert not {{"torch", "transformers"}} & set(sys.modules)
+"""
+    assert python(code).strip() in ("0", "1")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a compressed checkpoint, its graph and its engine, and the data; read it only."""
+    home = tmp_path_factory.mktemp("small")
+    tiny.write_data(home)
+    baked.write_checkpoint("bert", home / "checkpoint")
+    nxm.export(home / "checkpoint", home / "graph")
+    nxm.build(home / "graph", home / "engine")
+    return home
+
+
+def test_objects_take_a_model_all_the_way(tmp_path: Path) -> None:
+    train, dev = tiny.write_data(tmp_path)
+    tiny.write_model("bert", tmp_path / "model", head="classification", layers=1)
+    model = nxm.load(tmp_path / "model", task="classification")
+    settings = nxm.Settings(steps=4, calibration_samples=64, batch_size=16)
+    compressed = model.compress(train, dev=dev, out=tmp_path / "small", settings=settings)
+    assert compressed.metrics.recipe == "obs"
+    assert compressed.plan.pattern_counts == {"2:4+W8": 6}
+    graph = compressed.export(tmp_path / "graph")
+    assert graph.verify().passed
+    engine = graph.build(tmp_path / "engine", backend="auto")
+    comparison = engine.compare(dev)
+    comparison.require()
+    (prediction,) = engine.predict(["a good film"])
+    assert isinstance(prediction, nxm.Prediction)
+    assert prediction.label in ("0", "1")
+    assert [timing.batch for timing in engine.bench([(1, 8)], rounds=2).timings] == [1]
+    assert compressed.pack(tmp_path / "small.safetensors").is_file()
+
+
+def test_compare_uses_the_recorded_checkpoint_and_says_when_it_is_gone(small: Path, tmp_path: Path) -> None:
+    nxm.compare(small / "engine", small / "dev.tsv").require()
+    shutil.copytree(small / "engine", tmp_path / "engine")
+    (tmp_path / "engine" / "origin.json").unlink()
+    with pytest.raises(nxm.ArtifactError, match="does not record the checkpoint"):
+        nxm.compare(tmp_path / "engine", small / "dev.tsv")
+    nxm.compare(tmp_path / "engine", small / "dev.tsv", reference=small / "checkpoint").require()
+    moved = {"schema": "nxm-origin/1", "checkpoint": str(tmp_path / "gone")}
+    (tmp_path / "engine" / "origin.json").write_text(json.dumps(moved))
+    with pytest.raises(nxm.ArtifactError, match=r"gone, which is not there \(any more\); name the checkpoint"):
+        nxm.compare(tmp_path / "engine", small / "dev.tsv")
+
+
+def test_a_wrong_reference_is_refused(small: Path, tmp_path: Path) -> None:
+    other = baked.write_checkpoint("bert", tmp_path / "other", seed=1)
+    with pytest.raises(nxm.ArtifactError, match="was built from other weights"):
+        nxm.compare(small / "engine", small / "dev.tsv", reference=other)
+
+
+def test_the_task_of_an_engine_is_checked(small: Path) -> None:
+    assert nxm.open_engine(small / "engine", task="classification").passport.backend == "ort"
+    with pytest.raises(nxm.ArtifactError, match="is an engine for classification, not for embedding"):
+        nxm.open_engine(small / "engine", task="embedding")
+
+
+def test_a_model_knows_its_task_from_its_head(small: Path, tmp_path: Path) -> None:
+    assert nxm.load(small / "checkpoint").task == "classification"
+    encoder = tiny.write_model("bert", tmp_path / "encoder")
+    with pytest.raises(nxm.DataError, match="give one, as in task='classification'"):
+        nxm.load(encoder)
+    with pytest.raises(nxm.PlanError, match="unknown task 'summarisation'"):
+        nxm.load(encoder, task="summarisation")
+
+
+def test_options_of_auto_are_refused_elsewhere(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(nxm.EngineError, match="are for backend='auto'"):
+        nxm.build(small / "graph", tmp_path / "engine", data=small / "dev.tsv")
+
+
+def test_a_directory_without_a_graph_is_named(tmp_path: Path) -> None:
+    with pytest.raises(nxm.ArtifactError, match=r"has no model\.onnx"):
+        nxm.verify(tmp_path)
+
+
+def test_nothing_to_compress_is_an_error_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(nxm.PlanError, match="nothing to compress"):
+        nxm.compress(tmp_path, train="a", dev="b", out=tmp_path / "c", pattern=None, weight_bits=None)

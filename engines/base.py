@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, cast, runtime_checkable
 import numpy as np
 
 from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec
+from nxm_export.contract.origin import ORIGIN_FILE
 from nxm_export.errors import EngineError
 from nxm_export.progress import Progress, silent
 from nxm_export.storage.json_files import Json
@@ -259,7 +260,7 @@ def spec_of(directory: Path) -> IOSpec | None:
 
 def copy_companions(source: Path, out: Path) -> None:
     """Copy what makes an engine directory self-contained from the graph's directory; an ONNX file alone has none."""
-    for name in (SPEC_FILE, TOKENIZER_FILE):
+    for name in (SPEC_FILE, TOKENIZER_FILE, ORIGIN_FILE):
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
 

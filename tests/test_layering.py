@@ -33,6 +33,7 @@ LAYERS = {
     "engines": "engines",
     "nxm_export.pipeline": "pipeline",
     "nxm_export.reporting": "reporting",
+    "nxm_export.api": "api",
     "nxm_export.cli": "cli",
     "nxm_export.__main__": "cli",
     "nxm_export": "public",
@@ -127,6 +128,16 @@ ALLOWED = {
         "compressors": "lazy",
         "engines": "lazy",
     },
+    "api": _CONTRACT
+    | {
+        "api": "eager",
+        "pipeline": "eager",
+        "settings": "eager",
+        "reporting": "lazy",
+        "graph": "lazy",
+        "compressors": "lazy",
+        "engines": "lazy",
+    },
     "public": {},
 }
 # What importing a module of this layer may load besides the standard library.
@@ -142,6 +153,7 @@ EAGER_THIRD_PARTY = {
     "engines": {"numpy"},
     "reporting": {"numpy", "jinja2", "markupsafe", "matplotlib"},
     "pipeline": {"numpy"},
+    "api": set(),
     "cli": {"click"},
     "public": set(),
 }

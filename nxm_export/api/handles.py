@@ -14,7 +14,7 @@ from nxm_export.api import stages
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.examples import Columns
-from nxm_export.data.predictions import AnyPrediction, Answer, Embedding, LabelSet, Prediction, Score, TaggedText
+from nxm_export.data.predictions import Answer, AnyPrediction, Embedding, LabelSet, Prediction, Score, TaggedText
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.progress import Progress, silent
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from engines.benchmark.latency import BenchReport
     from engines.parity.compare import Comparison
     from engines.passport import EnginePassport
-    from nxm_export.data.texts import Text
     from nxm_export.contract.checkpoint_metrics import CompressionMetrics
     from nxm_export.contract.plan import CompressionPlan
     from nxm_export.contract.search_result import SearchResult
+    from nxm_export.data.texts import Text
     from nxm_export.graph.exporter import Exported
     from nxm_export.graph.verifier import VerifyReport
 
@@ -175,9 +175,7 @@ class EngineDirectory(Generic[P]):
 
 
 @overload
-def load(
-    model: str | Path, *, task: Literal["classification"], revision: str | None = None
-) -> Model[Prediction]: ...
+def load(model: str | Path, *, task: Literal["classification"], revision: str | None = None) -> Model[Prediction]: ...
 
 
 @overload
@@ -197,9 +195,7 @@ def load(
 
 
 @overload
-def load(
-    model: str | Path, *, task: Literal["question-answering"], revision: str | None = None
-) -> Model[Answer]: ...
+def load(model: str | Path, *, task: Literal["question-answering"], revision: str | None = None) -> Model[Answer]: ...
 
 
 @overload

@@ -294,9 +294,7 @@ def bench_text(
     """Sentences a second of CPU engine directories over the text of a data file, tokenisation included."""
     from nxm_export.pipeline.engine_commands import bench_text as bench_engines
 
-    return bench_engines(
-        _paths(engines), str(data), batch=batch, rounds=rounds, threads=threads, columns=columns
-    )
+    return bench_engines(_paths(engines), str(data), batch=batch, rounds=rounds, threads=threads, columns=columns)
 
 
 def pack(checkpoint: str | Path, out: str | Path) -> PackedSizes:

@@ -12,9 +12,8 @@ from nxm_export.cli.options import columns_of, json_option
 from nxm_export.cli.output import show_result
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.tasks import TASKS, Task
-from nxm_export.data.predictions import AnyPrediction, Answer, Embedding, LabelSet, Prediction, TaggedText
+from nxm_export.data.predictions import Answer, AnyPrediction, Embedding, LabelSet, Prediction, TaggedText
 from nxm_export.data.texts import Text, read_texts
-from nxm_export.errors import DataError
 
 
 @main.command()
@@ -46,11 +45,13 @@ def predict(engine: Path, texts: tuple[str, ...], data: str | None, pairs: bool,
     with Predictor(engine, threads=_number(options["threads"])) as predictor:
         results = predictor.predict(rows, batch=_number(options["batch"]) or 1)
         shortened = predictor.shortened
-    answers = [{"text": row, **result.to_dict()} for row, result in zip(rows, results, strict=True)]
+    answers = [{"input": row, **result.to_dict()} for row, result in zip(rows, results, strict=True)]
     show_result(answers, json, lambda _: _print(rows, results))
     if shortened:
         longest = load_spec(engine).max_length
-        click.echo(f"nxm: {shortened} of {len(rows)} texts were cut at {longest} tokens, the engine's longest input", err=True)
+        click.echo(
+            f"nxm: {shortened} of {len(rows)} texts were cut at {longest} tokens, the engine's longest input", err=True
+        )
 
 
 def _rows(texts: Sequence[str], pairs: bool, task: Task) -> list[Text]:

@@ -35,6 +35,7 @@ from nxm_export.contract.checkpoint import (
 )
 from nxm_export.contract.families import Family, family_of
 from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
+from nxm_export.contract.origin import Origin
 from nxm_export.contract.placement import at_placement, placement_of
 from nxm_export.contract.plan import INT8_ATTENTION, CompressionPlan, WeightSpec
 from nxm_export.contract.pooling import read_pooling
@@ -134,6 +135,7 @@ def export(
         report.require()
         (scratch / VERIFY_FILE).write_text(encode(report.to_dict()), encoding="utf-8")
         opened.spec.save(scratch)
+        Origin(str(path.resolve())).save(scratch)
         if (path / TOKENIZER_FILE).is_file():
             shutil.copyfile(path / TOKENIZER_FILE, scratch / TOKENIZER_FILE)
     file = out / "model.onnx"

@@ -68,25 +68,27 @@ def test_every_task_answers_in_words_and_as_json(
     assert len(shown.stdout.splitlines()) == 1
     (answer,) = json.loads(predict(engine_for(task), *texts, "--json").stdout)
     assert field in answer
-    assert answer["text"] == (texts[0] if len(texts) == 1 else list(texts))
+    assert answer["input"] == (texts[0] if len(texts) == 1 else list(texts))
 
 
-@pytest.mark.parametrize("task", ["classification", "token-classification", "reranking", "question-answering", "embedding"])
+@pytest.mark.parametrize(
+    "task", ["classification", "token-classification", "reranking", "question-answering", "embedding"]
+)
 def test_a_file_gives_what_its_texts_give(engine_for: Callable[[str], Path], task: str, tmp_path: Path) -> None:
     _, dev = tiny.write_data(tmp_path, task)
     answers = json.loads(predict(engine_for(task), "--data", dev, "--json").stdout)
     assert len(answers) == tiny.DEV_SAMPLES
-    texts = [answer["text"] for answer in answers[:2]]
+    texts = [answer["input"] for answer in answers[:2]]
     arguments = texts if isinstance(texts[0], str) else [part for pair in texts for part in pair]
     again = json.loads(predict(engine_for(task), *arguments, "--json").stdout)
-    assert [one["text"] for one in again] == texts
+    assert [one["input"] for one in again] == texts
     assert all(again[i].keys() == answers[i].keys() for i in range(2))
 
 
 def test_two_texts_at_a_time_for_a_classifier_of_pairs(engine_for: Callable[[str], Path]) -> None:
     engine = engine_for("classification")
     (answer,) = json.loads(predict(engine, "a good", "film", "--pairs", "--json").stdout)
-    assert answer["text"] == ["a good", "film"]
+    assert answer["input"] == ["a good", "film"]
 
 
 def test_a_text_that_was_cut_is_said(engine_for: Callable[[str], Path]) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,16 @@ from engines.passport import load_passport
 from engines.serving.shapes import plan_buckets
 from nxm_export.contract.io_spec import IOSpec, load_spec
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import Examples, Features, encode, label_array, load_tokenizer, pad, sorted_batches
+from nxm_export.data.examples import (
+    Encoding,
+    Examples,
+    Features,
+    encode,
+    label_array,
+    load_tokenizer,
+    pad,
+    sorted_batches,
+)
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.predictions import (
     AnyPrediction,
@@ -41,10 +49,6 @@ from nxm_export.data.predictions import (
 from nxm_export.data.question_answering import Window, windows
 from nxm_export.data.texts import Text
 from nxm_export.errors import DataError, EngineError
-
-if TYPE_CHECKING:
-    from tokenizers import Encoding
-
 
 BATCH = 32  # texts that run at once
 _PAIR = {"question-answering": "(question, context)", "reranking": "(query, document)"}
@@ -132,7 +136,7 @@ class Predictor:
                 except UnicodeEncodeError as error:
                     raise DataError(f"text {number} holds half a surrogate pair, which is no text; mend it") from error
 
-    def _tokenized(self, rows: Sequence[Text]) -> list[Encoding]:
+    def _tokenized(self, rows: Sequence[Text]) -> Sequence[Encoding]:
         """Tokens of every text, cut at the longest input; texts that were cut are counted."""
         longest = self._longest()
         special = self._tokenizer.num_special_tokens_to_add(not isinstance(rows[0], str))
@@ -142,15 +146,13 @@ class Predictor:
             )
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(longest)
-        encodings: list[Encoding] = self._tokenizer.encode_batch(
-            [row if isinstance(row, str) else tuple(row) for row in rows]
-        )
+        encodings = self._tokenizer.encode_batch(rows)
         self.shortened += sum(bool(made.overflowing) for made in encodings)
         return encodings
 
     def _answers(self, rows: Sequence[Text], batch: int) -> Iterable[AnyPrediction]:
         questions, contexts = ([row[side] for row in rows] for side in (0, 1))
-        empty: list[object] = [()] * len(questions)
+        empty: list[tuple[tuple[str, int], ...]] = [()] * len(questions)
         examples = Examples(questions, contexts, empty, "predict", encoder=windows)
         features = encode(self._tokenizer, examples, self._longest(), self.spec.inputs)
         values = self._run(features, batch)

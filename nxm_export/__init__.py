@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from engines.base import BuildOptions, Profile
     from engines.benchmark.latency import BenchReport
     from engines.benchmark.text_throughput import TextReport
-    from engines.parity.compare import Comparison, ParityReport
+    from engines.parity.reports import Comparison, ParityReport
     from engines.passport import EnginePassport
     from nxm_export.api.handles import CompressedModel, EngineDirectory, Graph, Model, load, open_engine
     from nxm_export.api.stages import (
@@ -104,8 +104,8 @@ _HOMES = {
     "BuildOptions": "engines.base",
     "Profile": "engines.base",
     "EnginePassport": "engines.passport",
-    "Comparison": "engines.parity.compare",
-    "ParityReport": "engines.parity.compare",
+    "Comparison": "engines.parity.reports",
+    "ParityReport": "engines.parity.reports",
     "BenchReport": "engines.benchmark.latency",
     "TextReport": "engines.benchmark.text_throughput",
 }

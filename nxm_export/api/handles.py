@@ -16,6 +16,7 @@ from nxm_export.contract.tasks import task_named
 from nxm_export.data.examples import Columns
 from nxm_export.data.predictions import Answer, AnyPrediction, Embedding, LabelSet, Prediction, Score, TaggedText
 from nxm_export.errors import ArtifactError, DataError
+from nxm_export.pipeline.engine_commands import SHAPES
 from nxm_export.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -23,19 +24,19 @@ if TYPE_CHECKING:
     from compressors.settings import Settings
     from engines.base import BuildOptions
     from engines.benchmark.latency import BenchReport
-    from engines.parity.compare import Comparison
+    from engines.parity.reports import Comparison
     from engines.passport import EnginePassport
     from nxm_export.contract.checkpoint_metrics import CompressionMetrics
     from nxm_export.contract.plan import CompressionPlan
     from nxm_export.contract.search_result import SearchResult
+    from nxm_export.contract.verify_report import VerifyReport
     from nxm_export.data.texts import Text
     from nxm_export.graph.exporter import Exported
-    from nxm_export.graph.verifier import VerifyReport
 
-P = TypeVar("P", bound=AnyPrediction)
+P_co = TypeVar("P_co", bound=AnyPrediction, covariant=True)
 
 
-class Model(Generic[P]):
+class Model(Generic[P_co]):
     """A model to start from: a Hugging Face directory or hub id, and the task that it is for. Made by `load`."""
 
     def __init__(self, source: str, task: str, revision: str | None = None) -> None:
@@ -57,7 +58,7 @@ class Model(Generic[P]):
         columns: Columns = Columns(),
         options: stages.PlanOptions = stages.PlanOptions(),
         progress: Progress = silent,
-    ) -> CompressedModel[P]:
+    ) -> CompressedModel[P_co]:
         """Compress to the checkpoint directory `out`; see `nxm_export.compress` for the parameters.
 
         Nine parameters: five say what goes in and where it goes, three what is done to it.
@@ -94,7 +95,7 @@ class Model(Generic[P]):
         )
 
 
-class CompressedModel(Generic[P]):
+class CompressedModel(Generic[P_co]):
     """A checkpoint directory that `Model.compress` wrote; `metrics` are what it measured."""
 
     def __init__(self, path: str | Path, metrics: CompressionMetrics) -> None:
@@ -110,7 +111,7 @@ class CompressedModel(Generic[P]):
 
         return open_checkpoint(self.path).plan
 
-    def export(self, out: str | Path, *, target: str = "cpu", placement: str | None = None) -> Graph[P]:
+    def export(self, out: str | Path, *, target: str = "cpu", placement: str | None = None) -> Graph[P_co]:
         """Export to the graph directory `out`; see `nxm_export.export` for more choices."""
         return Graph(Path(out), stages.export(self.path, out, target=target, placement=placement))
 
@@ -120,7 +121,7 @@ class CompressedModel(Generic[P]):
         return Path(out)
 
 
-class Graph(Generic[P]):
+class Graph(Generic[P_co]):
     """A graph directory: ``model.onnx`` and what is beside it; `exported` says what the export made."""
 
     def __init__(self, path: str | Path, exported: Exported) -> None:
@@ -135,13 +136,13 @@ class Graph(Generic[P]):
 
     def build(
         self, out: str | Path, *, backend: str = "ort", options: BuildOptions | None = None
-    ) -> EngineDirectory[P]:
+    ) -> EngineDirectory[P_co]:
         """Build the engine directory `out`: ``ort``, ``openvino``, ``trt``, ``trt_rtx``, or ``auto``, the fastest on this CPU."""
         stages.build(self.path, out, backend=backend, options=options)
         return EngineDirectory(out)
 
 
-class EngineDirectory(Generic[P]):
+class EngineDirectory(Generic[P_co]):
     """An engine directory, wherever it was copied to. Raises `ArtifactError` where there is none."""
 
     def __init__(self, path: str | Path) -> None:
@@ -164,12 +165,12 @@ class EngineDirectory(Generic[P]):
         """Compare with the checkpoint on labelled data; see `nxm_export.compare`."""
         return stages.compare([self.path], data, reference=reference, gates=gates, columns=columns)
 
-    def predict(self, texts: Iterable[Text], *, batch: int = 32, threads: int | None = None) -> list[P]:
+    def predict(self, texts: Iterable[Text], *, batch: int = 32, threads: int | None = None) -> list[P_co]:
         """One typed result for every text or pair of texts; see `nxm_export.predict`. Loads the engine each time: to answer many
         calls, serve it."""
-        return cast("list[P]", stages.predict(self.path, texts, batch=batch, threads=threads))
+        return cast("list[P_co]", stages.predict(self.path, texts, batch=batch, threads=threads))
 
-    def bench(self, shapes: Sequence[tuple[int, int]] = stages.SHAPES, *, rounds: int = 30) -> BenchReport:
+    def bench(self, shapes: Sequence[tuple[int, int]] = SHAPES, *, rounds: int = 30) -> BenchReport:
         """Time it at shapes of (batch, sequence); see `nxm_export.bench`."""
         return stages.bench([self.path], shapes, rounds=rounds)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from engines.passport import EnginePassport
     from engines.serving.model import ModelOptions
     from engines.serving.server import ServerOptions
-    from engines.triton import RepositoryManifest, TritonOptions
+    from engines.triton import TritonManifest, TritonOptions
     from nxm_export.contract.checkpoint_metrics import CompressionMetrics
     from nxm_export.contract.packed_checkpoint import PackedSizes
     from nxm_export.contract.run_summary import RunSummary
@@ -378,7 +378,7 @@ def serve(
 
 def triton(
     engines: str | Path | Sequence[str | Path], out: str | Path, *, options: TritonOptions | None = None
-) -> RepositoryManifest:
+) -> TritonManifest:
     """Write a Triton model repository from engine directories (``DIR`` or ``NAME=DIR``); returns its manifest."""
     from engines.serving.repository import EngineSource
     from engines.triton import TritonOptions, export_repository

@@ -46,7 +46,7 @@ def predict(engine: Path, texts: tuple[str, ...], data: str | None, pairs: bool,
         results = predictor.predict(rows, batch=_number(options["batch"]) or 1)
         shortened = predictor.shortened
     answers = [{"input": row, **result.to_dict()} for row, result in zip(rows, results, strict=True)]
-    show_result(answers, json, lambda _: _print(rows, results))
+    show_result(lambda: answers, json, lambda: _print(rows, results))
     if shortened:
         longest = load_spec(engine).max_length
         click.echo(

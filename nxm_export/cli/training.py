@@ -107,7 +107,7 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **option
         raise click.UsageError("missing --train or --dev")
     request = _request(model, options)
     with progress_bars(enabled=not json) as progress:
-        metrics = compress_model(request, out, plan_file=plan_file, progress=progress)
+        metrics = compress_model(request, out, plan=plan_file, progress=progress)
     facts = {**metrics.to_dict(), "path": str(out)}
     show_result(lambda: facts, json, lambda: print_facts("compressed", facts))
 

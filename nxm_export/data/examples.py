@@ -255,6 +255,10 @@ class Encoding(Protocol):
         """Character ranges in the token's own text."""
 
     @property
+    def word_ids(self) -> list[int | None]:
+        """Which word of its text a token belongs to, as the tokenizer splits it; None for special tokens."""
+
+    @property
     def sequence_ids(self) -> list[int | None]:
         """Which text a token belongs to; None for special tokens."""
 

@@ -122,11 +122,15 @@ def run(request: Request, out: str | Path, *, progress: Progress = silent) -> Ru
 
 
 def compress_model(
-    request: Request, out: str | Path, *, plan_file: str | Path | None = None, progress: Progress = silent
+    request: Request,
+    out: str | Path,
+    *,
+    plan: CompressionPlan | str | Path | None = None,
+    progress: Progress = silent,
 ) -> CompressionMetrics:
     """Fine-tune where the model has no head for the task, then compress it to the checkpoint directory `out`.
 
-    The dense model is kept in the run directory ``<out>-dense``, and is made again when anything that it depends on
+    A `plan`, or its file, wins over the request's pattern, bits and places. The dense model is kept in the run directory ``<out>-dense``, and is made again when anything that it depends on
     changed.
     """
     out = Path(out)
@@ -136,11 +140,11 @@ def compress_model(
     from compressors.training.compress import compress
 
     source = resolve(request.model, request.revision)
-    if plan_file is not None:
-        plan = CompressionPlan.load(plan_file)
-        plan.require_fits(source.family.model_type, source.family.weights(source.config))
-    else:
+    if plan is None:
         plan = request.uniform_plan(source)
+    else:
+        plan = plan if isinstance(plan, CompressionPlan) else CompressionPlan.load(plan)
+        plan.require_fits(source.family.model_type, source.family.weights(source.config))
     model = source.path
     if not source.head_fits(task_named(request.task)):
         if world_size() > 1:

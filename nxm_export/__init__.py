@@ -178,6 +178,9 @@ def __getattr__(name: str) -> object:
     """A public name, from the module that has it."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from nxm_export.packages import require_own_packages
+
+    require_own_packages()  # a folder of the user's named `engines` or `compressors` is said to be in the way
     value: object = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value  # asked for once
     return value

@@ -199,7 +199,8 @@ def _context(logits: Sequence[Array], windows: Sequence[Window], side: int) -> I
 def _softmax(logits: Array) -> npt.NDArray[np.float64]:
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     weights: npt.NDArray[np.float64] = np.exp(shifted)
-    return weights / weights.sum(axis=-1, keepdims=True)
+    shares: npt.NDArray[np.float64] = weights / weights.sum(axis=-1, keepdims=True)
+    return shares
 
 
 def _log_sum_exp(values: npt.NDArray[np.float64]) -> float:

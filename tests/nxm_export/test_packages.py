@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COMMAND = ["-m", "nxm_export", "doctor"]
 LIBRARY = ["-c", "import nxm_export.pipeline"]
+PUBLIC = ["-c", "import nxm_export; nxm_export.load"]
 
 
 def python(arguments: list[str], directory: Path) -> subprocess.CompletedProcess[str]:
@@ -39,8 +40,9 @@ def test_the_command_names_the_folder_and_the_way_out_in_one_line(package: Path)
     assert line == f"{expected} or run from another directory"
 
 
-def test_the_library_says_the_same_as_an_error(package: Path) -> None:
-    done = python(LIBRARY, package.parent)
+@pytest.mark.parametrize("arguments", [LIBRARY, PUBLIC])
+def test_the_library_says_the_same_as_an_error(package: Path, arguments: list[str]) -> None:
+    done = python(arguments, package.parent)
     assert done.returncode == 1
     assert f"NxmError: {package.name} is {package}, not the package of nxm-export" in done.stderr.splitlines()[-1]
 

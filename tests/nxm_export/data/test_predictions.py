@@ -64,13 +64,15 @@ def test_an_entity_has_its_place_and_the_mean_probability_of_its_words() -> None
     logits[2] = [0.0, math.log(9.0)]  # 9/10
     logits[3] = [5.0, 0.0]
     (entity,) = of_tags(logits, words_of("New York ends"), "New York ends", ("O", "I-LOC")).entities
-    assert entity == Entity("LOC", "New York", 0, 8, pytest.approx((0.75 + 0.9) / 2))
+    assert entity.score == pytest.approx((0.75 + 0.9) / 2)
+    assert entity == Entity("LOC", "New York", 0, 8, entity.score)
 
 
 def test_the_class_is_the_largest_logit_with_its_softmax() -> None:
     logits = np.array([[0.0, math.log(4.0)], [1000.0, -1000.0]], np.float32)  # no overflow
     first, second = of_classes(logits, ("bad", "good"))
-    assert (first.label, first.score) == ("good", pytest.approx(0.8))
+    assert first.label == "good"
+    assert first.score == pytest.approx(0.8)
     assert (second.label, second.score) == ("bad", 1.0)
     assert first.to_dict() == {"label": "good", "score": first.score}
 
@@ -78,7 +80,8 @@ def test_the_class_is_the_largest_logit_with_its_softmax() -> None:
 def test_labels_hold_above_one_half_most_probable_first() -> None:
     (result,) = of_labels(np.array([[0.1, -0.1, 2.0, 0.0]], np.float32), ("a", "b", "c", "d"))
     assert [label.label for label in result.labels] == ["c", "a"]
-    assert result.labels[0] == Prediction("c", pytest.approx(1 / (1 + math.exp(-2))))
+    assert result.labels[0].score == pytest.approx(1 / (1 + math.exp(-2)))
+    assert isinstance(result.labels[0], Prediction)
     assert of_labels(np.array([[-1.0]], np.float32), ("a",))[0].labels == ()
 
 

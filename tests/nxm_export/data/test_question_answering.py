@@ -89,7 +89,7 @@ class TestFiles:
         parquet = pytest.importorskip("pyarrow.parquet")
         arrow = pytest.importorskip("pyarrow")
         rows = {"q": ["which actor"], "c": [CONTEXT], "a": [{"text": ["superb", "a superb"], "answer_start": [16, 14]}]}
-        parquet.write_sensitivities(arrow.table(rows), tmp_path / "a.parquet")
+        parquet.write_table(arrow.table(rows), tmp_path / "a.parquet")
         raw = load_labelled(str(tmp_path / "a.parquet"), "dev", Columns("q", "c", "a"), TASK)
         assert raw.labels == [(("superb", 16), ("a superb", 14))]
 

@@ -1,10 +1,11 @@
-"""Compression on CUDA from the working tree: steps a second, memory, metrics, waits for the device; then masks against the CPU.
+"""Compression on CUDA from the working tree: steps a second, memory, metrics, waits for the device; then masks against
+the CPU.
 
     python -m tools.gpu.training_probe pack RUN --out .gpu-probe      here, from a finished `nxm run`: 45 MiB, weights as FP16
     python3 -m tools.gpu.training_probe run .gpu-probe --out $OUT --budget 240      on the GPU machine
 
-What is measured first matters most. Masks are compared last: the CPU is slow. Without a GPU `run` says so; ``--cpu-only``
-rehearses the parts of it that need none.
+What is measured first matters most. Masks are compared last: the CPU is slow. Without a GPU `run` says so;
+``--cpu-only`` rehearses the parts of it that need none.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
     python -m tools.gpu.tensorrt86.pack [--fast]
 
-What is there is kept: run the same command again after an interruption. Compressing takes long (about 1.2 MB/s of one core:
-the builder resource of 991 MB comes to 255 MB); ``--fast`` compresses little, to rehearse the mechanics.
+What is there is kept: run the same command again after an interruption. Compressing takes long (about 1.2 MB/s of one
+core: the builder resource of 991 MB comes to 255 MB); ``--fast`` compresses little, to rehearse the mechanics.
 
-libnvinfer needs neither cuBLAS nor cuDNN. The bindings and the parser ask the plugin library for one function and the Caffe
-and UFF parsers for a few, and the real libraries need cuBLAS and cuDNN; no engine of ours has a plugin, so stubs stand in for
-them. (Stubs of cuBLAS itself do not load: "undefined symbol: cublasDestroy_v2".)
+libnvinfer needs neither cuBLAS nor cuDNN. The bindings and the parser ask the plugin library for one function and the
+Caffe and UFF parsers for a few, and the real libraries need cuBLAS and cuDNN; no engine of ours has a plugin, so stubs
+stand in for them. (Stubs of cuBLAS itself do not load: "undefined symbol: cublasDestroy_v2".)
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def verify(unpacked: Path) -> None:
 
 
 def make_base(wheel: Path) -> Path:
-    """A folder with Python 3.10 (py), its packages (site), system libraries (lib), bindings and stubs (trt), and site312."""
+    """A folder with Python 3.10 (py), its packages (site), system libraries (lib), bindings and stubs (trt), and
+    site312."""
     base = CACHE / BASE
     if (base / "complete").is_file():
         return base

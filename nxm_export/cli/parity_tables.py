@@ -135,7 +135,8 @@ def _print_bisect(report: BisectReport) -> None:
         changed = ", ".join(f"{name} {before} to {after}" for name, (before, after) in report.kernels.items())
         print(f"kernels changed by block outputs: {changed or 'none'}")
     print(
-        f"outputs of the engine with block outputs equal the engine's bit for bit: {'yes' if report.outputs_equal else 'NO'}"
+        "outputs of the engine with block outputs equal the engine's bit for bit: "
+        f"{'yes' if report.outputs_equal else 'NO'}"
     )
 
 

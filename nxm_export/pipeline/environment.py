@@ -37,8 +37,8 @@ def install_advice(extra: str) -> str:
     if extra in _NEED_311 and sys.version_info < (3, 11):
         here = platform.python_version()
         return (
-            f"training and export need Python 3.11 or newer, and this is {here}: do that on another machine and copy the "
-            "engine directory here"
+            f"training and export need Python 3.11 or newer, and this is {here}: do that on another machine and copy "
+            "the engine directory here"
         )
     return f"pip install 'nxm-export[{extra}]'"
 

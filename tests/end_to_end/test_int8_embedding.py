@@ -33,7 +33,7 @@ from engines.parity.gates import parse_gate
 from nxm_export.cli import main
 from nxm_export.contract import packed_checkpoint
 from nxm_export.contract.checkpoint import open_checkpoint, read_tensor
-from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics_of
+from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics, read_metrics_of
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.placement import at_placement
 from nxm_export.contract.plan import CompressionPlan, WeightSpec

@@ -41,7 +41,7 @@ def test_data_of_pairs_and_scores_is_read_back(tmp_path: Path) -> None:
     raw = load_raw(str(train), "train", Columns())
     assert raw.pairs is not None
     assert len(raw.texts) == tiny.TRAIN_SAMPLES
-    assert {float(label) for label in raw.labels} >= {-1.0, 1.0}
+    assert {float(str(label)) for label in raw.labels} >= {-1.0, 1.0}
 
 
 def test_the_suite_cannot_reach_the_network() -> None:

@@ -33,9 +33,18 @@ from tools.gpu.tensorrt86.manifest import Chunk, Manifest, Member, sha256_of
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nxm-export" / "tensorrt86"
 CHUNK_BYTES = 56 << 20
 SITE310 = (
-    "numpy<2", "onnx==1.23.*", "onnx-ir", "ml-dtypes", "polygraphy", "safetensors", "msgspec", "click", "rich", "tokenizers",
+    "numpy<2",
+    "onnx==1.23.*",
+    "onnx-ir",
+    "ml-dtypes",
+    "polygraphy",
+    "safetensors",
+    "msgspec",
+    "click",
+    "rich",
+    "tokenizers",
     "typing_extensions",
-)  # fmt: skip
+)
 SITE312 = ("msgspec",)  # the machine's own Python has torch, transformers, onnx and onnxscript
 LEFT_OUT = ("__pycache__", "test", "tests", "site-packages", "idlelib", "tkinter", "turtledemo", "ensurepip", "lib2to3")
 SYSTEM_LIBRARIES = ("libffi.so.8", "libz.so.1", "libbz2.so.1.0", "liblzma.so.5", "libuuid.so.1")

@@ -30,7 +30,7 @@ TOKENS, OUT, IN = 256, 64, 128
 SPEC = WeightSpec(NMPattern(2, 4), 4, 8)
 
 
-class Passes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
+class Passes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own __init_subclass__
     """Counts operators, by name, that write at least `least` elements; views write none."""
 
     def __init__(self, least: int) -> None:

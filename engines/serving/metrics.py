@@ -31,7 +31,8 @@ class Metrics:
         model = ("model", "version")
 
         def made(kind: type[Kind], name: str, text: str, labels: Sequence[str] = model) -> Kind:
-            return kind(f"nxm_{name}", text, labels, registry=self.registry)
+            metric: Kind = kind(f"nxm_{name}", text, labels, registry=self.registry)
+            return metric
 
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(f"nxm_{name}", text, model, registry=self.registry, buckets=buckets)

@@ -78,7 +78,7 @@ def write_model(
         model = transformers.AutoModel.from_config(config)
     elif head == "embedding":
         pooling = Pooling("mean", normalize=True)
-        model = embedding_model(family, pooling)(config)  # type: ignore[operator]  # a class of transformers
+        model = embedding_model(family, pooling)(config)  # type: ignore[operator]  # transformers' classes have no types
         out.mkdir(parents=True, exist_ok=True)
         write_pooling(out, pooling, hidden, POSITIONS, out)
     else:
@@ -89,8 +89,7 @@ def write_model(
         config.label2id = {name: i for i, name in enumerate(names)}
         if head != "classification":  # as in published checkpoints, which seldom say so of classifiers
             config.problem_type = task.problem_type
-        assert task.auto_class is not None
-        model = getattr(transformers, task.auto_class).from_config(config)
+        model = getattr(transformers, str(task.auto_class)).from_config(config)
     model.save_pretrained(out)
     write_tokenizer(family, out)
     return out

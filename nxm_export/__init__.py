@@ -1,3 +1,3 @@
-"""nxm-export: compress BERT-family encoders to N:M sparsity and low-bit integers, export, build, prove and serve them."""
+"""nxm-export: compress BERT-family encoders to N:M sparsity and low-bit integers, export, build and serve them."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,5 @@
-"""The whole suite runs offline, on one thread per process, with fixed seeds; models are made on the spot (`tests/support/tiny.py`)."""
+"""The whole suite runs offline, on one thread per process, with fixed seeds; models are made on the spot
+(`tests/support/tiny.py`)."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``tiny_checkpoint(family, **options)``: a compressed tiny checkpoint (see `tiny.compress_tiny`), made once a session.
+    """``tiny_checkpoint(family, **options)``: a compressed tiny checkpoint (see `tiny.compress_tiny`), made once a
+    session.
 
     Read it only: other tests get the same directory.
     """
@@ -87,7 +89,8 @@ def tiny_graph(
     tiny_checkpoint: Callable[..., Path],
     traced_once: Callable[[pytest.MonkeyPatch], None],
 ) -> Callable[..., Path]:
-    """``tiny_graph(family, placement)``: the graph directory of a trained tiny checkpoint, made once a session; read it only."""
+    """``tiny_graph(family, placement)``: the graph directory of a trained tiny checkpoint, made once a session; read it
+    only."""
     made: dict[tuple[str, ...], Path] = {}
 
     def make(family: str = "bert", placement: str = "inputs-outputs", target: str = "cpu") -> Path:
@@ -108,7 +111,8 @@ def tiny_graph(
 
 @pytest.fixture(scope="session")
 def tiny_engine(tmp_path_factory: pytest.TempPathFactory, tiny_graph: Callable[..., Path]) -> Callable[..., Path]:
-    """``tiny_engine(backend, family, placement)``: an engine directory of a trained tiny model, made once; read it only."""
+    """``tiny_engine(backend, family, placement)``: an engine directory of a trained tiny model, made once; read it
+    only."""
     made: dict[tuple[str, ...], Path] = {}
 
     from engines.base import cpu_backends

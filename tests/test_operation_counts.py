@@ -109,7 +109,8 @@ def test_the_penalty_takes_three_passes_in_place_for_each_weight() -> None:
     admm.set_rho(1.0)
     for constraint in admm._all():
         constraint.weight.grad = torch.zeros_like(constraint.weight)
-    with Passes(OUT * IN) as passes:
+    passes = Passes(OUT * IN)
+    with passes:
         admm.add_penalty()
     assert dict(passes.counts) == {"add": 4, "sub": 2}
 
@@ -117,11 +118,13 @@ def test_the_penalty_takes_three_passes_in_place_for_each_weight() -> None:
 @pytest.mark.parametrize(("mode", "limit"), [("mask", 14), ("joint", 16)])
 def test_a_dual_update_takes_a_fixed_number_of_passes(mode: str, limit: int) -> None:
     """Whole matrices only: the search for a scale runs over kept weights, of which there are half as many."""
-    with Passes(OUT * IN) as passes:
+    passes = Passes(OUT * IN)
+    with passes:
         admm_of(mode).dual_update()
     made = passes.total
     admm = admm_of(mode)
-    with Passes(OUT * IN) as passes:
+    passes = Passes(OUT * IN)
+    with passes:
         admm.dual_update()
     assert passes.total <= 2 * limit  # two weights
     assert (
@@ -139,7 +142,8 @@ def test_the_scale_search_never_works_on_dropped_weights() -> None:
 
 
 def stored_bytes(checkpoint: Path) -> int:
-    """What the graph has to hold: INT8 codes, a float32 scale and an INT8 zero point per output channel, the rest as it is."""
+    """What the graph has to hold: INT8 codes, a float32 scale and an INT8 zero point per output channel, the rest as it
+    is."""
     total = 0
     with safe_open(checkpoint / "model.safetensors", framework="numpy") as tensors:
         for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
@@ -150,8 +154,8 @@ def stored_bytes(checkpoint: Path) -> int:
 
 
 def test_a_block_more_is_as_many_nodes_and_bytes_more(tmp_path: Path) -> None:
-    """In the `inputs` placement: four quantized tensors a block (one for query, key and value), and ten pairs' second halves,
-    of which six are weights'."""
+    """In the `inputs` placement: four quantized tensors a block (one for query, key and value), and ten pairs' second
+    halves, of which six are weights'."""
     sizes, nodes, stored, pairs = [], [], [], []
     for layers in (1, 2):
         checkpoint = write_checkpoint("bert", tmp_path / f"checkpoint-{layers}", layers=layers)

@@ -1,4 +1,4 @@
-"""Every command and every line of Python in the README runs, in its order, on a tiny model; its links lead somewhere."""
+"""Every command and every line of Python in the README runs, in order, on a tiny model; its links lead somewhere."""
 
 from __future__ import annotations
 

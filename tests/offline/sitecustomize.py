@@ -1,4 +1,5 @@
-"""No connection leaves this machine. Python imports a module of this name at its start when its directory is on PYTHONPATH.
+"""No connection leaves this machine. Python imports a module of this name at its start when its directory is on
+PYTHONPATH.
 
 `tests/conftest.py` puts it there, so that processes started by tests are held to it, too. It covers sockets that Python
 opens; a C library with sockets of its own would pass, and none of those in use here has any.

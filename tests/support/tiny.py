@@ -61,9 +61,9 @@ def write_model(
 ) -> Path:
     """Write a Hugging Face directory with random weights and its tokenizer to `out`, and return it.
 
-    `head` is None for an encoder alone (what pretraining leaves), else a task; `classes` are those of ``classification``.
-    For ``embedding`` it is a sentence-transformers directory with the mean of the tokens, at length 1.
-    `options` are more fields of an ALBERT's configuration.
+    `head` is None for an encoder alone (what pretraining leaves), else a task; `classes` are those of
+    ``classification``. For ``embedding`` it is a sentence-transformers directory with the mean of the tokens, at length
+    1. `options` are more fields of an ALBERT's configuration.
     """
     import torch
     import transformers
@@ -127,15 +127,15 @@ def tokenizer(family: str = "bert") -> Any:
 
 
 def write_data(out: Path, task: str = "classification", *, pairs: bool = False, seed: int = 0) -> tuple[Path, Path]:
-    """Write ``train.tsv`` and ``dev.tsv`` to `out` (columns ``sentence``, ``sentence2`` with `pairs`, ``label``) and return them;
-    for token classification ``train.jsonl`` and ``dev.jsonl`` (``tokens``, ``tags``), for reranking the columns ``query``,
-    ``document`` and ``relevance``, for question answering ``train.jsonl`` (``question``, ``context``, ``answers``) and
-    ``dev.json``, in SQuAD's form.
+    """Write ``train.tsv`` and ``dev.tsv`` to `out` (columns ``sentence``, ``sentence2`` with `pairs`, ``label``) and
+    return them; for token classification ``train.jsonl`` and ``dev.jsonl`` (``tokens``, ``tags``), for reranking the
+    columns ``query``, ``document`` and ``relevance``, for question answering ``train.jsonl`` (``question``,
+    ``context``, ``answers``) and ``dev.json``, in SQuAD's form.
 
-    Labels are 1 when good words outnumber bad ones; regression labels are the difference of the two counts; the labels of
-    multi-label say which kinds of words there are, the tags which kind each word is. Sentences are as similar as they share
-    words, and documents as relevant as they hold good words. Answers are the good words of a text that has them in one
-    place; every eighth text is longer than the model's input.
+    Labels are 1 when good words outnumber bad ones; regression labels are the difference of the two counts; the labels
+    of multi-label say which kinds of words there are, the tags which kind each word is. Sentences are as similar as
+    they share words, and documents as relevant as they hold good words. Answers are the good words of a text that has
+    them in one place; every eighth text is longer than the model's input.
     """
     out.mkdir(parents=True, exist_ok=True)
     if task == "question-answering":
@@ -161,7 +161,8 @@ def write_data(out: Path, task: str = "classification", *, pairs: bool = False, 
                 lines.append(f"{' '.join(words)}\t{' '.join(other)}\t{shared:.3f}")
                 continue
             if task == "reranking":
-                query = f"{NEUTRAL[len(lines) // CANDIDATES % len(NEUTRAL)]} {WORDS[len(lines) // CANDIDATES % len(WORDS)]} film"
+                group = len(lines) // CANDIDATES
+                query = f"{NEUTRAL[group % len(NEUTRAL)]} {WORDS[group % len(WORDS)]} film"
                 lines.append(f"{query}\t{' '.join(words)}\t{sum(word in GOOD for word in words)}")
                 continue
             half = len(words) // 2
@@ -232,8 +233,8 @@ def compress_tiny(
 ) -> Path:
     """Fine-tune and compress a tiny model for real, into ``out/dense`` and ``out/checkpoint``; returns the checkpoint.
 
-    ``out/encoder`` is the model it started from, ``out/train.tsv`` and ``out/dev.tsv`` its data. `settings` are more fields
-    of `compressors.training.compress.Settings`.
+    ``out/encoder`` is the model it started from, ``out/train.tsv`` and ``out/dev.tsv`` its data. `settings` are more
+    fields of `compressors.training.compress.Settings`.
     """
     from compressors.models import resolve
     from compressors.settings import Settings

@@ -28,9 +28,17 @@ from tools.gpu.tensorrt86 import LIBRARIES, VERSION, evidence, graphs, pack, unp
 from tools.gpu.tensorrt86.manifest import Manifest
 
 COMMANDS = (
-    "evidence", "sparse_kernels", "training_probe", "cusparselt.__main__", "fake_accelerator.__main__", "tensorrt86.pack",
-    "tensorrt86.unpack", "tensorrt86.graphs", "tensorrt86.engines", "tensorrt86.evidence",
-)  # fmt: skip
+    "evidence",
+    "sparse_kernels",
+    "training_probe",
+    "cusparselt.__main__",
+    "fake_accelerator.__main__",
+    "tensorrt86.pack",
+    "tensorrt86.unpack",
+    "tensorrt86.graphs",
+    "tensorrt86.engines",
+    "tensorrt86.evidence",
+)
 # What the carried Python 3.10 imports there, besides the packages that keep to it anyway.
 ON_310 = ("__init__", "rendering", "gpu/__init__", "gpu/evidence", "gpu/tensorrt86/__init__", "gpu/tensorrt86/engines")
 

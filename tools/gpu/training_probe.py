@@ -1,10 +1,11 @@
-"""Compression on CUDA from the working tree: steps a second, memory, metrics, waits for the device; then masks against the CPU.
+"""Compression on CUDA from the working tree: steps a second, memory, metrics, waits for the device; then masks against
+the CPU.
 
-    python -m tools.gpu.training_probe pack RUN --out .gpu-probe      here, from a finished `nxm run`: 45 MiB, weights as FP16
+    python -m tools.gpu.training_probe pack RUN --out .gpu-probe     here, from a finished `nxm run`: 45 MiB
     python3 -m tools.gpu.training_probe run .gpu-probe --out $OUT --budget 240      on the GPU machine
 
-What is measured first matters most. Masks are compared last: the CPU is slow. Without a GPU `run` says so; ``--cpu-only``
-rehearses the parts of it that need none.
+What is measured first matters most. Masks are compared last: the CPU is slow. Without a GPU `run` says so;
+``--cpu-only`` rehearses the parts of it that need none.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Request:
 
 @dataclass
 class Phase:
-    """A phase of a compression by its progress calls; the rate leaves the first five steps out (allocations, kernels)."""
+    """A phase of a compression by its progress calls; its rate is without the first five steps, which allocate."""
 
     seconds: float = 0.0
     done: int = 0
@@ -66,7 +67,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Alike:
-    """How alike two compressed checkpoints are: shares of equal mask entries and of equal weights, largest difference."""
+    """How alike two checkpoints are: shares of equal mask entries and of equal weights, largest difference."""
 
     equal_masks: float
     equal_weights: float

@@ -1,4 +1,5 @@
-"""The soak of `tools/benchmarks/soak_load.py`, short; `python -m tools.benchmarks.soak` runs it for as long as you like."""
+"""The soak of `tools/benchmarks/soak_load.py`, short; `python -m tools.benchmarks.soak` runs it for as long as you
+like."""
 
 from __future__ import annotations
 

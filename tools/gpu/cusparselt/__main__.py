@@ -1,4 +1,4 @@
-"""What is measured, in order of value, until the budget is spent: the JSON after every measurement, tables at the end."""
+"""What is measured, in order of value, until the budget is spent: JSON after every measurement, tables at the end."""
 
 from __future__ import annotations
 

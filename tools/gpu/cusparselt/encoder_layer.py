@@ -1,7 +1,9 @@
-"""One post-norm encoder layer in every type: FP16, FP8 dense, INT8 dense, INT8 2:4 with int32 output and with FP16 output.
+"""One post-norm encoder layer in every type: FP16, FP8 dense, INT8 dense, INT8 2:4 with int32 output and with FP16
+output.
 
-INT8 dense is `_int_mm`, with scale and bias in a second kernel; "int8 2:4, int32" has the same second kernel, "int8 2:4"
-has scale and bias inside the product. What stands between the products is compiled once, so that all run the same kernels.
+INT8 dense is `_int_mm`, with scale and bias in a second kernel; "int8 2:4, int32" has the same second kernel, "int8
+2:4" has scale and bias inside the product. What stands between the products is compiled once, so that all run the same
+kernels.
 """
 
 from __future__ import annotations

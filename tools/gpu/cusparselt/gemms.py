@@ -1,7 +1,7 @@
 """One matrix product of an encoder in every type: FP16, FP8 and INT8 dense, INT8 and FP16 2:4; microseconds and errors.
 
-`_int_mm` writes int32 and leaves scale and bias to a second kernel: "int8 2:4, int32" is its like-for-like partner. FP8 dense
-has the same peak with scale and bias inside, and stands for an INT8 dense product that has its epilogue inside.
+`_int_mm` writes int32 and leaves scale and bias to a second kernel: "int8 2:4, int32" is its like-for-like partner. FP8
+dense has the same peak with scale and bias inside, and stands for an INT8 dense product that has its epilogue inside.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """INT8 products through torch, dense (`_int_mm`) and 2:4 (`_cslt_sparse_mm`): which forms run, and which are right.
 
-What torch 2.11 with cuSPARSELt 0.8.0 documents or does: INT8 in gives INT8, INT32, FP16 or BF16 out; `alpha` is a float32 for
-every output channel; the bias has the type of the output, but float32 with INT8 output, and nothing checks it; `out_dtype`
-must be left out for INT8; the dense operand must be transposed; sizes are multiples of 16 and at least 32; `_int_mm` wants
-M > 16, and K and N in multiples of 8. A plan is made at every call, which CUDA graphs hide.
+What torch 2.11 with cuSPARSELt 0.8.0 documents or does: INT8 in gives INT8, INT32, FP16 or BF16 out; `alpha` is a
+float32 for every output channel; the bias has the type of the output, but float32 with INT8 output, and nothing checks
+it; `out_dtype` must be left out for INT8; the dense operand must be transposed; sizes are multiples of 16 and at least
+32; `_int_mm` wants M > 16, and K and N in multiples of 8. A plan is made at every call, which CUDA graphs hide.
 
 Shapes: activations (M, K), weights (N, K), results (M, N).
 """
@@ -40,7 +40,8 @@ class Form:
 
 @dataclass
 class Choice:
-    """What `Products.try_forms` found best for an output type; `bias` is the type that a bias must have, None for no bias."""
+    """What `Products.try_forms` found best for an output type; `bias` is the type that a bias must have, None for no
+    bias."""
 
     transposed: bool = True
     bias: str | None = None

@@ -1,7 +1,8 @@
-"""Microseconds of a call on the device: of replayed CUDA graphs, else of the profiler's kernels, else of eager launches.
+"""Microseconds of a call on the device: of replayed CUDA graphs, else of the profiler's kernels, else of eager
+launches.
 
-A number is the median of CUDA-event times. Calls are rotated over copies of their operands, so that small ones do not stay
-in the L2 cache. Without a GPU (a rehearsal) it is one wall-clock time.
+A number is the median of CUDA-event times. Calls are rotated over copies of their operands, so that small ones do not
+stay in the L2 cache. Without a GPU (a rehearsal) it is one wall-clock time.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class Timer:
             torch.cuda.synchronize()
 
     def time(self, kind: str, copies: Sequence[Call]) -> Timing:
-        """Time a call, given once for each copy of its operands; `kind` names calls that a graph can hold or not, alike."""
+        """Time a call, given once for each copy of its operands; `kind` names calls that a graph can hold or not,
+        alike."""
         if self.device == "cpu":
             began = time.perf_counter()
             copies[0]()

@@ -1,7 +1,8 @@
 """A device for torch that is no CPU to it and lives in host memory: finds tensors on the wrong device without a GPU.
 
-``FakeTensorMode`` cannot do it: with ``device="cuda"`` it aborts on a CPU build of torch as soon as a tensor needs gradients.
-`install` compiles the extension (once for each version of torch; about a minute) and makes the device ``fakegpu`` known.
+``FakeTensorMode`` cannot do it: with ``device="cuda"`` it aborts on a CPU build of torch as soon as a tensor needs
+gradients. `install` compiles the extension (once for each version of torch; about a minute) and makes the device
+``fakegpu`` known.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Train on the fake accelerator: a tensor on the wrong device raises, and waits for the device are counted by line of ours.
+"""Train on the fake accelerator: a tensor on the wrong device raises, and waits for the device are counted by line of
+ours.
 
     python -m tools.gpu.fake_accelerator --step                        one step of a linear layer: does the device work?
     python -m tools.gpu.fake_accelerator RUN --recipe nxm --steps 30   a whole compression of a tiny BERT
 
-RUN is a finished `nxm run`, for its tokenizer and its data. The model is random and tiny; checkpoints are not written, for
-torch.save knows no storage of this device. The report is JSON, on stdout or in ``--out``.
+RUN is a finished `nxm run`, for its tokenizer and its data. The model is random and tiny; checkpoints are not written,
+for torch.save knows no storage of this device. The report is JSON, on stdout or in ``--out``.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """TensorRT 8.6.0 on a machine without network: carried in chunks, put together there, and asked for evidence.
 
-    python -m tools.gpu.tensorrt86.pack                          here, once: about 25 minutes of one core, 6 chunks of 56 MiB
-    python3 -m tools.gpu.tensorrt86.unpack c01                   there, with each chunk that arrived
-    python3 -m tools.gpu.tensorrt86.evidence --budget 330        there, when nothing is missing
+    python -m tools.gpu.tensorrt86.pack                     here, once: about 25 minutes of one core, 6 chunks
+    python3 -m tools.gpu.tensorrt86.unpack c01              there, with each chunk that arrived
+    python3 -m tools.gpu.tensorrt86.evidence --budget 330   there, when nothing is missing
 
-Why chunks: only what lies in the repository's folder travels, and no more than 64 MiB at a time. Why a Python of its own: the
-8.6 wheel stops at Python 3.10, and that machine's torch is in 3.12; graphs are made by one and built by the other.
+Why chunks: only what lies in the repository's folder travels, and no more than 64 MiB at a time. Why a Python of its
+own: the 8.6 wheel stops at Python 3.10, and that machine's torch is in 3.12; graphs are made by one and built by the
+other.
 """
 
 from pathlib import Path

@@ -2,8 +2,8 @@
 
     /tmp/nxm-trt86/python310 -m tools.gpu.tensorrt86.engines WORK OUT --budget 300 --level 3 STEP...
 
-A STEP is ``variant:twin+twin:batchxlength+batchxlength``. Graphs come from `tools.gpu.tensorrt86.graphs`, which may still be
-at work: a step waits for its own. ``OUT/engines.json`` is written after every engine.
+A STEP is ``variant:twin+twin:batchxlength+batchxlength``. Graphs come from `tools.gpu.tensorrt86.graphs`, which may
+still be at work: a step waits for its own. ``OUT/engines.json`` is written after every engine.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Evidence with TensorRT 8.6.0 in order of value, until the seconds are over; after `unpack` said that nothing is missing.
+"""Evidence with TensorRT 8.6.0 in order of value, until the seconds are over; after `unpack` said that nothing is
+missing.
 
     python3 -m tools.gpu.tensorrt86.evidence --out $OUT --budget 330
 
-Graphs are made by this Python, which has torch, in the background while the carried Python 3.10 builds engines; both work in a
-copy of the tree with what 8.6 needs (`mended_tree`). Expect the first two steps in 330 seconds.
+Graphs are made by this Python, which has torch, in the background while the carried Python 3.10 builds engines; both
+work in a copy of the tree with what 8.6 needs (`mended_tree`). Expect the first two steps in 330 seconds.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ VARIANTS = (
     ("bert-large,attention,tanh,conv1x1", "int8-sparse+int8-dense", "128x384+32x384"),
     ("bert-base,inputs-outputs,tanh,conv1x1", "int8-sparse+int8-dense", "128x128"),
 )
-# (file, text of the tree, what 8.6 needs): each is here because the tree has it the other way, and a test holds that it has.
+# (file, text of the tree, what 8.6 needs): each is here because the tree has it the other way, and a test holds that it
+# has.
 MENDS = (
     (
-        # With the INT8 flag and a graph without Q/DQ, 8.6 stops at "Calibration failure occurred with no scaling factors":
-        # the FP16 twin must be built without it.
+        # With the INT8 flag and a graph without Q/DQ, 8.6 stops at "Calibration failure occurred with no scaling
+        # factors": the FP16 twin must be built without it.
         "engines/tensorrt/builder_process.py",
         'options |= {"int8": True, "fp16": True}',
         'options |= {"int8": b"QuantizeLinear" in Path(request.onnx).read_bytes(), "fp16": True}',

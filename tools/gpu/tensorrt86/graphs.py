@@ -2,8 +2,8 @@
 
     python3 -m tools.gpu.tensorrt86.graphs WORK minilm,attention,tanh,conv1x1 ...
 
-Each variant is a folder ``WORK/onnx/VARIANT`` with ``int8/model.onnx``, ``float/model.onnx`` and ``reference.npz``; the file
-``ready`` in it says that it is complete.
+Each variant is a folder ``WORK/onnx/VARIANT`` with ``int8/model.onnx``, ``float/model.onnx`` and ``reference.npz``; the
+file ``ready`` in it says that it is complete.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from tools.gpu.evidence import Variant, one_shot
 def mend_shapes(model: onnx.ModelProto) -> int:
     """Write every ``Shape`` with `start` or `end` as Shape and Gather, in place; returns how many there were.
 
-    The ONNX parser of TensorRT 8 and 9 ignores both attributes (it reads them since 10.0), so that a graph of ours with 1x1
-    convolutions is refused or misread. ONNX Runtime does not show it. Of no effect once the exporter writes none for ``trt8``.
+    The ONNX parser of TensorRT 8 and 9 ignores both attributes (it reads them since 10.0), so that a graph of ours with
+    1x1 convolutions is refused or misread. ONNX Runtime does not show it. Of no effect once the exporter writes none
+    for ``trt8``.
     """
     graph = model.graph
     ranks = {

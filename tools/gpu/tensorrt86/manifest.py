@@ -1,4 +1,4 @@
-"""What travels: members, compressed one after another, cut into chunks. Standard library alone: it is read there, too."""
+"""What travels: compressed members in a row, cut into chunks. Standard library alone, for it is read there, too."""
 
 from __future__ import annotations
 

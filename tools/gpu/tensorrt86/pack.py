@@ -2,12 +2,12 @@
 
     python -m tools.gpu.tensorrt86.pack [--fast]
 
-What is there is kept: run the same command again after an interruption. Compressing takes long (about 1.2 MB/s of one core:
-the builder resource of 991 MB comes to 255 MB); ``--fast`` compresses little, to rehearse the mechanics.
+What is there is kept: run the same command again after an interruption. Compressing takes long (about 1.2 MB/s of one
+core: the builder resource of 991 MB comes to 255 MB); ``--fast`` compresses little, to rehearse the mechanics.
 
-libnvinfer needs neither cuBLAS nor cuDNN. The bindings and the parser ask the plugin library for one function and the Caffe
-and UFF parsers for a few, and the real libraries need cuBLAS and cuDNN; no engine of ours has a plugin, so stubs stand in for
-them. (Stubs of cuBLAS itself do not load: "undefined symbol: cublasDestroy_v2".)
+libnvinfer needs neither cuBLAS nor cuDNN. The bindings and the parser ask the plugin library for one function and the
+Caffe and UFF parsers for a few, and the real libraries need cuBLAS and cuDNN; no engine of ours has a plugin, so stubs
+stand in for them. (Stubs of cuBLAS itself do not load: "undefined symbol: cublasDestroy_v2".)
 """
 
 from __future__ import annotations
@@ -33,9 +33,18 @@ from tools.gpu.tensorrt86.manifest import Chunk, Manifest, Member, sha256_of
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nxm-export" / "tensorrt86"
 CHUNK_BYTES = 56 << 20
 SITE310 = (
-    "numpy<2", "onnx==1.23.*", "onnx-ir", "ml-dtypes", "polygraphy", "safetensors", "msgspec", "click", "rich", "tokenizers",
+    "numpy<2",
+    "onnx==1.23.*",
+    "onnx-ir",
+    "ml-dtypes",
+    "polygraphy",
+    "safetensors",
+    "msgspec",
+    "click",
+    "rich",
+    "tokenizers",
     "typing_extensions",
-)  # fmt: skip
+)
 SITE312 = ("msgspec",)  # the machine's own Python has torch, transformers, onnx and onnxscript
 LEFT_OUT = ("__pycache__", "test", "tests", "site-packages", "idlelib", "tkinter", "turtledemo", "ensurepip", "lib2to3")
 SYSTEM_LIBRARIES = ("libffi.so.8", "libz.so.1", "libbz2.so.1.0", "liblzma.so.5", "libuuid.so.1")
@@ -85,7 +94,8 @@ def verify(unpacked: Path) -> None:
 
 
 def make_base(wheel: Path) -> Path:
-    """A folder with Python 3.10 (py), its packages (site), system libraries (lib), bindings and stubs (trt), and site312."""
+    """A folder with Python 3.10 (py), its packages (site), system libraries (lib), bindings and stubs (trt), and
+    site312."""
     base = CACHE / BASE
     if (base / "complete").is_file():
         return base

@@ -74,9 +74,9 @@ class Predictor:
     def predict(self, texts: Iterable[Text], *, batch: int = BATCH) -> list[AnyPrediction]:
         """One result for every text, in order; its type is that of the engine's task (`nxm_export.data.predictions`).
 
-        Pairs are tuples: a second text for classifiers of pairs, a document for a query, a context for a question. `batch`
-        texts run at once. Raises `DataError` for input that the task does not read, with its position, and `EngineError`
-        for an engine whose outputs are not finite.
+        Pairs are tuples: a second text for classifiers of pairs, a document for a query, a context for a question.
+        `batch` texts run at once. Raises `DataError` for input that the task does not read, with its position, and
+        `EngineError` for an engine whose outputs are not finite.
         """
         if isinstance(texts, str):
             raise DataError(f"predict takes a list of texts; write [{texts[:40]!r}]")

@@ -11,8 +11,8 @@
     engine.predict(["a wonderful film"])      # [Prediction(label='positive', score=0.98)]
 
 The same stages are functions on paths: `compress`, `export`, `verify`, `build`, `compare`, ... What `__all__` lists is
-public: it changes in a release with a new second number alone, and the changelog says so. Everything else, submodules of this
-package, `compressors` and `engines` among them, may change at any time. Nothing is imported before it is used.
+public: it changes in a release with a new second number alone, and the changelog says so. Everything else, submodules
+of this package, `compressors` and `engines` among them, may change at any time. Nothing is imported before it is used.
 """
 
 from __future__ import annotations

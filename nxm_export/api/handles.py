@@ -1,7 +1,8 @@
-"""The stages as objects: a `Model` becomes a `CompressedModel`, a `Graph`, an `EngineDirectory`; each is a directory on disk.
+"""The stages as objects: a `Model` becomes a `CompressedModel`, a `Graph`, an `EngineDirectory`; each is a directory
+on disk.
 
-An object holds a path and what was measured on the way, no weights and no open engine, so it costs nothing to keep. The type
-of its predictions goes along: of ``load(..., task="classification")`` come lists of `Prediction`.
+An object holds a path and what was measured on the way, no weights and no open engine, so it costs nothing to keep.
+The type of its predictions goes along: of ``load(..., task="classification")`` come lists of `Prediction`.
 """
 
 from __future__ import annotations
@@ -137,7 +138,8 @@ class Graph(Generic[P_co]):
     def build(
         self, out: str | Path, *, backend: str = "ort", options: BuildOptions | None = None
     ) -> EngineDirectory[P_co]:
-        """Build the engine directory `out`: ``ort``, ``openvino``, ``trt``, ``trt_rtx``, or ``auto``, the fastest on this CPU."""
+        """Build the engine directory `out`: ``ort``, ``openvino``, ``trt``, ``trt_rtx``, or ``auto``, the fastest on
+        this CPU."""
         stages.build(self.path, out, backend=backend, options=options)
         return EngineDirectory(out)
 
@@ -166,8 +168,8 @@ class EngineDirectory(Generic[P_co]):
         return stages.compare([self.path], data, reference=reference, gates=gates, columns=columns)
 
     def predict(self, texts: Iterable[Text], *, batch: int = 32, threads: int | None = None) -> list[P_co]:
-        """One typed result for every text or pair of texts; see `nxm_export.predict`. Loads the engine each time: to answer many
-        calls, serve it."""
+        """One typed result for every text or pair of texts; see `nxm_export.predict`. Loads the engine each time: to
+        answer many calls, serve it."""
         return cast("list[P_co]", stages.predict(self.path, texts, batch=batch, threads=threads))
 
     def bench(self, shapes: Sequence[tuple[int, int]] = SHAPES, *, rounds: int = 30) -> BenchReport:
@@ -211,8 +213,8 @@ def load(model: str | Path, *, task: str | None = None, revision: str | None = N
     """A model to work with: a Hugging Face directory or hub id, for one of the tasks of docs/tasks.md.
 
     Without a `task` it is that of the model's head, which has to be in a directory here. Nothing is loaded yet but
-    ``config.json``. Raises `ArtifactError` for a directory that is no model, `PlanError` for an unknown task, `DataError`
-    for a model without a head and no `task`.
+    ``config.json``. Raises `ArtifactError` for a directory that is no model, `PlanError` for an unknown task,
+    `DataError` for a model without a head and no `task`.
     """
     from nxm_export.contract.checkpoint import read_config, task_at
     from nxm_export.contract.families import family_of

@@ -1,7 +1,8 @@
-"""The stages as functions on paths. Each does what the command of its name does, and returns what that command prints as a record.
+"""The stages as functions on paths. Each does what the command of its name does, and returns what that command prints
+as a record.
 
-Keyword arguments are many, because a stage has many choices and every one has a default; what belongs together is one object
-(`PlanOptions`, ``Settings``, ``Columns``, ``BuildOptions``). Errors are those of `nxm_export.errors`.
+Keyword arguments are many, because a stage has many choices and every one has a default; what belongs together is one
+object (`PlanOptions`, ``Settings``, ``Columns``, ``BuildOptions``). Errors are those of `nxm_export.errors`.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ if TYPE_CHECKING:
 class PlanOptions:
     """What a uniform plan has beside pattern and bits.
 
-    `placement` says where activation quantizers stand, `residual` and `embedding` whether the residual connections and the
-    word-embedding table are ``float`` or ``int8``, `keep_dense` are globs of weights to leave alone (docs/concepts.md).
+    `placement` says where activation quantizers stand, `residual` and `embedding` whether the residual connections and
+    the word-embedding table are ``float`` or ``int8``, `keep_dense` are globs of weights to leave alone
+    (docs/concepts.md).
     """
 
     placement: str = "inputs-outputs"
@@ -73,9 +75,11 @@ def run(
     train_limit: int | None = None,
     progress: Progress = silent,
 ) -> RunSummary:
-    """Compress, export, build, compare and time a model, into the run directory `out`; stages that are up to date are skipped.
+    """Compress, export, build, compare and time a model, into the run directory `out`; stages that are up to date are
+    skipped.
 
-    `require_passed` of the summary raises where an engine differs from its checkpoint. Parameters are those of `compress`.
+    `require_passed` of the summary raises where an engine differs from its checkpoint. Parameters are those of
+    `compress`.
     """
     from nxm_export.pipeline.run import run as run_all
 
@@ -121,11 +125,12 @@ def compress(
     train_limit: int | None = None,
     progress: Progress = silent,
 ) -> CompressionMetrics:
-    """Compress a model (a directory or hub id) to the checkpoint directory `out`, fine-tuning it first where it has no head.
+    """Compress a model (a directory or hub id) to the checkpoint directory `out`, fine-tuning it first where it has no
+    head.
 
     `train` and `dev` are data files (docs/tasks.md). Every weight gets `pattern` (N kept of every M; None: dense) and
-    `weight_bits` (2 to 8; None: unquantized) with INT8 inputs, unless a `plan` or its file says otherwise. `settings` say how
-    to train. Raises `DataError`, `PlanError` and `ArtifactError` before anything is trained.
+    `weight_bits` (2 to 8; None: unquantized) with INT8 inputs, unless a `plan` or its file says otherwise. `settings`
+    say how to train. Raises `DataError`, `PlanError` and `ArtifactError` before anything is trained.
     """
     from nxm_export.pipeline.run import compress_model
 
@@ -145,7 +150,8 @@ def search(
     columns: Columns = Columns(),
     progress: Progress = silent,
 ) -> SearchResult:
-    """Search a different (pattern, bits) for every weight of a model with its task head; ``out/plan.json`` is the best plan.
+    """Search a different (pattern, bits) for every weight of a model with its task head; ``out/plan.json`` is the best
+    plan.
 
     `settings` hold the budget, by default 87.5 % compression; `training` is the compression that the plan is for.
     """
@@ -179,8 +185,9 @@ def export(
 ) -> Exported:
     """Write a checkpoint directory as a Q/DQ ONNX graph directory, a dense one as a float graph.
 
-    `target` is ``cpu`` (float32), ``trt`` (float16, for TensorRT 10 and later and RTX) or ``trt8`` (for TensorRT 8.6); `dtype`,
-    `placement`, `lowering`, `precision_overrides` (the dtype of LayerNorm and softmax) and `max_length` override what it means.
+    `target` is ``cpu`` (float32), ``trt`` (float16, for TensorRT 10 and later and RTX) or ``trt8`` (for TensorRT 8.6);
+    `dtype`, `placement`, `lowering`, `precision_overrides` (the dtype of LayerNorm and softmax) and `max_length`
+    override what it means.
     """
     from nxm_export.graph.exporter import export as export_graph
 
@@ -198,9 +205,11 @@ def export(
 
 
 def verify(graph: str | Path, *, pattern: str | NMPattern | None = None) -> VerifyReport:
-    """Check an ONNX file, or the one in a graph directory, by itself: N:M along K on the stored integers, scales, Q/DQ pairs.
+    """Check an ONNX file, or the one in a graph directory, by itself: N:M along K on the stored integers, scales, Q/DQ
+    pairs.
 
-    `pattern` is required of every quantized weight of a file without a plan. `require` of the report raises for problems.
+    `pattern` is required of every quantized weight of a file without a plan. `require` of the report raises for
+    problems.
     """
     from nxm_export.graph.verifier import verify as verify_graph
 
@@ -219,9 +228,9 @@ def build(
 ) -> EnginePassport:
     """Build the engine directory `out` from an ONNX file or a graph directory; returns its passport.
 
-    `backend` is ``ort``, ``openvino``, ``trt``, ``trt_rtx``, or ``auto``: the fastest of those on this CPU, at `shapes` of
-    (batch, sequence). With `data`, labelled samples, ``auto`` keeps only an engine that passes `compare`, with the checkpoint
-    that is recorded beside the graph, or with `reference`.
+    `backend` is ``ort``, ``openvino``, ``trt``, ``trt_rtx``, or ``auto``: the fastest of those on this CPU, at
+    `shapes` of (batch, sequence). With `data`, labelled samples, ``auto`` keeps only an engine that passes `compare`,
+    with the checkpoint that is recorded beside the graph, or with `reference`.
     """
     from nxm_export.pipeline.engine_commands import ParityCheck, build_engine, build_fastest
 
@@ -245,9 +254,9 @@ def compare(
 ) -> Comparison:
     """Run engine directories and the checkpoint that they were made from on the same labelled data, and compare them.
 
-    The checkpoint is the one that the first engine records; where that is gone, or the directory was copied alone, name it as
-    `reference`. `gates` are such as ``drop<=0.5`` (docs/parity.md). `require` of the result raises `ParityError` for an engine
-    that differs and for a gate that does not hold.
+    The checkpoint is the one that the first engine records; where that is gone, or the directory was copied alone,
+    name it as `reference`. `gates` are such as ``drop<=0.5`` (docs/parity.md). `require` of the result raises
+    `ParityError` for an engine that differs and for a gate that does not hold.
     """
     from nxm_export.pipeline.engine_commands import compare_engines
 
@@ -314,7 +323,8 @@ def unpack(file: str | Path, out: str | Path) -> Path:
 def inspect(
     path: str | Path, *, twin: str | Path | None = None, measure: bool = False
 ) -> GraphFacts | EngineInspection | RunInspection:
-    """Facts of an ONNX file, an engine directory or a run; for TensorRT, which weights run sparse and why the others do not."""
+    """Facts of an ONNX file, an engine directory or a run; for TensorRT, which weights run sparse and why the others
+    do not."""
     from nxm_export.pipeline.inspection import inspect_path
 
     return inspect_path(path, twin=None if twin is None else Path(twin), measure=measure)
@@ -330,7 +340,8 @@ def doctor() -> MachineReport:
 def diagnose(
     graph: str | Path, *, backend: str = "trt", version: str = "11.4", compute_capability: str = "8.9"
 ) -> FileDiagnosis:
-    """Judge any ONNX file for a TensorRT version and a GPU without building it: which matrices can run sparse, and what to do."""
+    """Judge any ONNX file for a TensorRT version and a GPU without building it: which matrices can run sparse, and
+    what to do."""
     from nxm_export.pipeline.inspection import doctor_file
 
     return doctor_file(_onnx(graph), backend, version, compute_capability)
@@ -423,7 +434,8 @@ def _request(
     columns: Columns,
     options: PlanOptions,
 ) -> Request:
-    """The request of a run. Eight parameters: the choices that `run`, `estimate` and `compress` share, as they got them."""
+    """The request of a run. Eight parameters: the choices that `run`, `estimate` and `compress` share, as they got
+    them."""
     from compressors.settings import Settings
     from nxm_export.pipeline.run import Request
 

@@ -31,7 +31,7 @@ from nxm_export.data.texts import Text, read_texts
 def predict(engine: Path, texts: tuple[str, ...], data: str | None, pairs: bool, json: bool, **options: object) -> None:
     """Answer TEXTs with ENGINE: a class, labels, a score, entities, an answer or a vector, as its task has it.
 
-    Eight parameters, since click gives every option one. Needs the engine's directory alone, neither torch nor transformers.
+    Needs the engine's directory alone, neither torch nor transformers.
     """
     from engines.predictor import Predictor
 

@@ -1,7 +1,8 @@
 """``origin.json``: which checkpoint a graph or an engine was made from, and where that lay on the machine that made it.
 
-It lies beside the graph and beside every engine built from it, so that a comparison knows its reference. It is a hint: what
-belongs together is decided by the hash of the weights, and a directory that was copied elsewhere may have lost its origin.
+It lies beside the graph and beside every engine built from it, so that a comparison knows its reference. It is a hint:
+what belongs together is decided by the hash of the weights, and a directory that was copied elsewhere may have lost
+its origin.
 """
 
 from __future__ import annotations

@@ -65,7 +65,8 @@ class Score:
 
 @dataclass(frozen=True)
 class Entity:
-    """The characters `start` to `end` (exclusive) of the text, `text`, are a `label`; `score` is the mean probability of its words' tags."""
+    """The characters `start` to `end` (exclusive) of the text, `text`, are a `label`; `score` is the mean probability
+    of its words' tags."""
 
     label: str
     text: str
@@ -87,8 +88,8 @@ class TaggedText:
 
 @dataclass(frozen=True)
 class Answer:
-    """The characters `start` to `end` (exclusive) of the context, `text`, answer the question; `score` is the probability of
-    that start times that of that end, over the whole context."""
+    """The characters `start` to `end` (exclusive) of the context, `text`, answer the question; `score` is the
+    probability of that start times that of that end, over the whole context."""
 
     text: str
     start: int
@@ -147,8 +148,8 @@ def of_scores(logits: Array) -> list[Score]:
 def of_tags(logits: Array, words: Sequence[Word], text: str, labels: Sequence[str]) -> TaggedText:
     """The entities of one text, from its tokens' logits (sequence, tags): a word has the tag of its first token.
 
-    Tags are those of the IOB schemes. ``B-`` and ``S-`` begin an entity; ``I-`` and ``E-`` go on with one of the same name,
-    and begin one where there is none; ``E-`` and ``S-`` end it.
+    Tags are those of the IOB schemes. ``B-`` and ``S-`` begin an entity; ``I-`` and ``E-`` go on with one of the same
+    name, and begin one where there is none; ``E-`` and ``S-`` end it.
     """
     probabilities = _softmax(logits)
     groups: list[tuple[str, list[Word], list[float]]] = []
@@ -174,8 +175,8 @@ def of_tags(logits: Array, words: Sequence[Word], text: str, labels: Sequence[st
 
 
 def of_spans(logits: Sequence[Array], windows: Sequence[Window]) -> Answer:
-    """The best span over all windows of one question, each with logits (sequence, 2): the one that comparison and scoring
-    choose, with the highest sum of start and end."""
+    """The best span over all windows of one question, each with logits (sequence, 2): the one that comparison and
+    scoring choose, with the highest sum of start and end."""
     spans = [best_span(rows, window) for rows, window in zip(logits, windows, strict=True)]
     best = max(range(len(spans)), key=lambda i: spans[i][0])
     total, first, last = spans[best]

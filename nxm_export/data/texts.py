@@ -16,8 +16,8 @@ Text = str | tuple[str, str]  # a text, or a pair: (text, second text), (query, 
 def read_texts(source: str | Path, columns: Columns, task: Task) -> list[Text]:
     """The texts of a data file, in its order, as a task reads them; labels that it may have are not looked at.
 
-    Columns are those of training data. A task that reads one text at a time gets the first of two columns; lists of tokens are
-    joined with spaces. Raises `DataError` with file and line.
+    Columns are those of training data. A task that reads one text at a time gets the first of two columns; lists of
+    tokens are joined with spaces. Raises `DataError` with file and line.
     """
     path = Path(source)
     if not path.is_file():

@@ -130,8 +130,8 @@ def compress_model(
 ) -> CompressionMetrics:
     """Fine-tune where the model has no head for the task, then compress it to the checkpoint directory `out`.
 
-    A `plan`, or its file, wins over the request's pattern, bits and places. The dense model is kept in the run directory ``<out>-dense``, and is made again when anything that it depends on
-    changed.
+    A `plan`, or its file, wins over the request's pattern, bits and places. The dense model is kept in the run
+    directory ``<out>-dense``, and is made again when anything that it depends on changed.
     """
     out = Path(out)
     require_replaceable(out)

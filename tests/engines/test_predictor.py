@@ -1,4 +1,4 @@
-"""`Predictor` on an engine of every task, against the same model in PyTorch, one text at a time; and what it refuses."""
+"""`Predictor` on an engine of every task, against the same model in PyTorch, text by text; and what it refuses."""
 
 from __future__ import annotations
 

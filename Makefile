@@ -23,7 +23,7 @@ help:
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt requirements-demo.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nxm-export needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ": name another one, as in PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "training, export and tests need Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ": name another one, as in PYTHON=python3.12")'
 	@echo "installing into $(VENV), once: 2 GB, or 6 GB with the CUDA build of torch (docs/install.md); some minutes" >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# torch first and alone: which build of it is installed decides about several GB (docs/install.md)

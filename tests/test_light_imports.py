@@ -99,7 +99,7 @@ def test_help_of_a_command_says_what_it_does_and_what_it_takes(command: str) -> 
     assert summary.endswith(".")
 
 
-def _python310() -> str | None:
+def python310() -> str | None:
     """A Python 3.10 on this machine: on the path, or one of pyenv's."""
     found = [shutil.which("python3.10"), *map(str, Path.home().glob(".pyenv/versions/3.10.*/bin/python"))]
     for candidate in filter(None, found):
@@ -114,7 +114,7 @@ def _python310() -> str | None:
 @pytest.fixture(scope="session")
 def numpy_on_310(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The interpreter of a Python 3.10 environment that holds numpy, msgspec and nothing else."""
-    interpreter = _python310()
+    interpreter = python310()
     if interpreter is None:
         pytest.skip("no Python 3.10 on this machine (python3.10 on PATH, or one of pyenv's)")
     home = tmp_path_factory.mktemp("python310")

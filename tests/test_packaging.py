@@ -15,7 +15,7 @@ import pytest
 from nxm_export.pipeline import environment
 from tests.conftest import ROOT
 from tests.test_layering import PACKAGES
-from tests.test_light_imports import LIGHT
+from tests.test_light_imports import LIGHT, python310
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -141,6 +141,25 @@ def test_a_host_with_python_3_10_is_told_what_it_cannot_do(
         assert "copy the engine directory here" in advice
     else:
         assert advice == f"pip install 'nxm-export[{extra}]'"
+
+
+@pytest.mark.slow
+def test_the_wheel_answers_on_python_3_10(wheel: Path, tmp_path: Path) -> None:
+    interpreter = python310()
+    if interpreter is None:
+        pytest.skip("no Python 3.10 on this machine (python3.10 on PATH, or one of pyenv's)")
+    run(interpreter, "-m", "venv", "--without-pip", tmp_path / "venv")
+    bin_ = tmp_path / "venv" / "bin"
+    pip = (sys.executable, "-m", "pip", "--python", bin_ / "python", "--quiet", "--disable-pip-version-check")
+    installed = run(*pip, "install", wheel)
+    if installed.returncode:
+        pytest.skip(f"the dependencies cannot be installed here: {installed.stderr.strip().splitlines()[-1:]}")
+    helped = run(bin_ / "nxm", "--help", cwd=tmp_path)
+    assert helped.returncode == 0, helped.stderr
+    refused = run(bin_ / "nxm", "compress", "m", "--train", "a", "--dev", "b", "--out", "c", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "training and export need Python 3.11 or newer" in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 def test_every_optional_import_of_the_tests_is_in_the_dev_extra() -> None:

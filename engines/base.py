@@ -7,6 +7,7 @@ alone::
     model.engine or model.onnx   what the runtime reads, in its own format
     passport.json                what made it: hashes, versions, device, profiles, plan, command
     spec.json, tokenizer.json    what goes in and out
+    origin.json                  which checkpoint it was made from
 """
 
 from __future__ import annotations

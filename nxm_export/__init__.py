@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from engines.benchmark.text_throughput import TextReport
     from engines.parity.reports import Comparison, ParityReport
     from engines.passport import EnginePassport
-    from nxm_export.api.handles import CompressedModel, EngineDirectory, Graph, Model, load, open_engine
-    from nxm_export.api.stages import (
+    from nxm_export.api.functions import (
         PlanOptions,
         bench,
         bench_text,
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
         unpack,
         verify,
     )
+    from nxm_export.api.objects import CompressedModel, EngineDirectory, Graph, Model, load, open_engine
     from nxm_export.contract.checkpoint_metrics import CompressionMetrics, DenseMetrics
     from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
     from nxm_export.contract.run_summary import RunSummary
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
 # Public name -> the module that has it. Tests hold it against the imports above.
 _HOMES = {
     **dict.fromkeys(
-        ("load", "open_engine", "Model", "CompressedModel", "Graph", "EngineDirectory"), "nxm_export.api.handles"
+        ("load", "open_engine", "Model", "CompressedModel", "Graph", "EngineDirectory"), "nxm_export.api.objects"
     ),
     **dict.fromkeys(
         (
@@ -96,7 +96,7 @@ _HOMES = {
             ),
             "diagnose",
         ),
-        "nxm_export.api.stages",
+        "nxm_export.api.functions",
     ),
     **dict.fromkeys(("CompressionPlan", "NMPattern", "WeightSpec"), "nxm_export.contract.plan"),
     **dict.fromkeys(("CompressionMetrics", "DenseMetrics"), "nxm_export.contract.checkpoint_metrics"),
@@ -195,7 +195,7 @@ def __getattr__(name: str) -> object:
     """A public name, from the module that has it."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from nxm_export.packages import require_own_packages
+    from nxm_export.own_packages import require_own_packages
 
     require_own_packages()  # a folder of the user's named `engines` or `compressors` is said to be in the way
     value: object = getattr(importlib.import_module(_HOMES[name]), name)

@@ -21,7 +21,7 @@ PACKAGES = ("nxm_export", "compressors", "engines")
 LAYERS = {
     "nxm_export.errors": "errors",
     "nxm_export.progress": "errors",
-    "nxm_export.packages": "errors",
+    "nxm_export.own_packages": "errors",
     "nxm_export.storage": "storage",
     "nxm_export.contract": "contract",
     "nxm_export.data": "data",

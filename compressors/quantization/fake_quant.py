@@ -1,4 +1,4 @@
-"""Layers with fake quantization and learned scales; `compressors.quantization.preparation` puts them into a model.
+"""Layers with fake quantization and learned scales; `compressors.quantization.prepare_bake` puts them into a model.
 
 Codes and their gradients are those of `compressors.quantization.autograd`. Scales are learned as logarithms, so that
 they stay positive.

@@ -2,7 +2,7 @@
 model.
 
 The training data is cut into a held-out slice, which judges, and the rest, which calibrates and trains; the dev set is
-not even opened. After the one-shot selection (see `compressors.search.selection`) finalists may go through short
+not even opened. After the one-shot selection (see `compressors.search.plan_selection`) finalists may go through short
 compression runs, half of them staying after each round: what does best one-shot is not always what trains best.
 """
 
@@ -21,16 +21,16 @@ from torch import nn
 
 from compressors import distributed
 from compressors.models import ModelSource, load_model, load_tokenizer, resolve
-from compressors.process import prepare_process
-from compressors.quantization.preparation import prepare
-from compressors.search.selection import Selection, Selector, Trial, write_trials
+from compressors.process_setup import prepare_process
+from compressors.quantization.prepare_bake import prepare
+from compressors.search.plan_selection import Selection, Selector, Trial, write_trials
 from compressors.search.sensitivity import Batches, Sensitivity, SensitivityProbe, write_sensitivities
 from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
 from compressors.training.callbacks import Progress
 from compressors.training.default_recipe import training_of
 from compressors.training.distillation import Student
-from compressors.training.divergence import divergence, real_logits
+from compressors.training.output_divergence import divergence, real_logits
 from compressors.training.phases import Job, freeze_embeddings
 from compressors.training.resume import request_hash, take_ownership
 from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data

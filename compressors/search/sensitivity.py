@@ -29,7 +29,7 @@ from compressors.projections import mse_scale, project_nm
 from compressors.pruning.sparsegpt import prune
 from compressors.quantization.autograd import ACTIVATION_QMAX, ACTIVATION_QMIN
 from compressors.quantization.observers import HistogramObserver
-from compressors.training.divergence import divergence, real_logits
+from compressors.training.output_divergence import divergence, real_logits
 from nxm_export.contract.families import Family
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.errors import ArtifactError, DataError

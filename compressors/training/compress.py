@@ -18,9 +18,9 @@ from transformers import set_seed
 
 from compressors import distributed
 from compressors.models import ModelSource, load_model, load_tokenizer, resolve
-from compressors.process import prepare_process
+from compressors.process_setup import prepare_process
 from compressors.quantization.embedding import quant_embeddings
-from compressors.quantization.preparation import bake
+from compressors.quantization.prepare_bake import bake
 from compressors.settings import Settings
 from compressors.training.callbacks import LOG_FILE, Progress
 from compressors.training.phases import Job, freeze_embeddings

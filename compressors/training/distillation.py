@@ -11,7 +11,7 @@ from torch.nn import functional
 from compressors.distributed import summed, world_size
 from compressors.pruning.admm import Admm
 from compressors.settings import Losses
-from compressors.training.divergence import OUTPUT_LOSSES
+from compressors.training.output_divergence import OUTPUT_LOSSES
 
 
 class Student(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compressors.quantization.fake_quant import quant_linears
 from compressors.training.augmentation import distorted
 from compressors.training.callbacks import Progress
-from compressors.training.divergence import divergence, real_logits
+from compressors.training.output_divergence import divergence, real_logits
 from compressors.training.trainer import collate
 from nxm_export.data.examples import Features, sorted_batches
 

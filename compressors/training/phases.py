@@ -22,7 +22,7 @@ from compressors.pruning.admm import Admm
 from compressors.pruning.permutation import permute_channels, permute_residual, residual_order
 from compressors.pruning.sparsegpt import input_hessians, prune_layers
 from compressors.quantization.fake_quant import QuantLinear, quant_linears
-from compressors.quantization.preparation import calibrate, prepare, require_invariants
+from compressors.quantization.prepare_bake import calibrate, prepare, require_invariants
 from compressors.settings import Settings
 from compressors.training.admm_schedule import WATCHED_SAMPLES, AdmmCallback, PaperSchedule, Ramp, Schedule
 from compressors.training.augmentation import require_augmentable
@@ -41,8 +41,8 @@ from compressors.training.trainer import (
 )
 from nxm_export.contract.checkpoint_metrics import PermutationFacts, TrainingFacts
 from nxm_export.contract.families import size_of
-from nxm_export.contract.placement import residual_output_weights
 from nxm_export.contract.plan import CompressionPlan
+from nxm_export.contract.quantizer_placement import residual_output_weights
 from nxm_export.data.examples import sorted_batches, split_indices
 
 Layers = Mapping[str, QuantLinear]

@@ -21,7 +21,7 @@ from typing import TypeVar
 import numpy as np
 
 from engines.base import Closing, Engine
-from nxm_export.data.bootstrap import bootstrap_interval
+from nxm_export.data.bootstrap_intervals import bootstrap_interval
 from nxm_export.errors import EngineError
 from nxm_export.storage.json_files import Json, read_record, to_builtins
 

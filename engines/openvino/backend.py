@@ -34,7 +34,7 @@ from nxm_export.errors import EngineError, EngineUnavailable
 from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
-    from engines.openvino.api import CompiledModel, Port, Request, RuntimeInfo
+    from engines.openvino.bindings import CompiledModel, Port, Request, RuntimeInfo
 
 NAME = "openvino"
 CAPABILITIES = BackendCapabilities("cpu", threads=True, runs_onnx=True)

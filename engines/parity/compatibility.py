@@ -13,8 +13,8 @@ from engines.passport import EnginePassport, PlanSummary
 from nxm_export.contract.checkpoint import PLAN_FILE, open_checkpoint, read_config, weights_hash
 from nxm_export.contract.families import family_of
 from nxm_export.contract.io_spec import IOSpec
-from nxm_export.contract.placement import at_placement
 from nxm_export.contract.plan import CompressionPlan
+from nxm_export.contract.quantizer_placement import at_placement
 from nxm_export.contract.tasks import TASKS, labels_of
 from nxm_export.errors import ArtifactError
 

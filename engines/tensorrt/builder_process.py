@@ -30,7 +30,7 @@ from nxm_export.storage.hashing import file_hash
 from nxm_export.storage.json_files import convert, encode, parse_json, read_record, to_builtins
 
 if TYPE_CHECKING:
-    from engines.tensorrt.api import BuilderConfig, Network, Parser, Tensor, TensorRT
+    from engines.tensorrt.bindings import BuilderConfig, Network, Parser, Tensor, TensorRT
 
 CACHE_FILE = "timing.cache"
 SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"

@@ -27,7 +27,7 @@ from nxm_export.storage.json_files import Json
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from engines.tensorrt.api import TensorRT
+    from engines.tensorrt.bindings import TensorRT
 
 NAME = "trt_rtx"
 CAPABILITIES = BackendCapabilities("gpu", optimization_profiles=True, sparse_kernels=True, layer_times=True)

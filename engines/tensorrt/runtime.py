@@ -18,7 +18,7 @@ from engines.tensorrt.profiles import pick
 from nxm_export.errors import EngineError
 
 if TYPE_CHECKING:
-    from engines.tensorrt.api import CudaEngine, ExecutionContext, Runtime, TensorRT
+    from engines.tensorrt.bindings import CudaEngine, ExecutionContext, Runtime, TensorRT
 
 _NUMPY: Mapping[str, type[np.generic]] = {
     "FLOAT": np.float32,

@@ -8,7 +8,7 @@ instant.
 import sys
 
 from nxm_export.errors import NxmError
-from nxm_export.packages import require_own_packages
+from nxm_export.own_packages import require_own_packages
 
 try:
     require_own_packages()  # before anything imports them: the commands take their options from `compressors`

@@ -19,7 +19,7 @@ from nxm_export.cli.group import main
 from nxm_export.cli.options import columns_of, json_option, numbers_of, shape_of
 from nxm_export.cli.output import show_result
 from nxm_export.cli.parity_tables import print_bisects, print_comparison
-from nxm_export.cli.progress import progress_bars
+from nxm_export.cli.progress_bars import progress_bars
 from nxm_export.cli.tables import print_facts
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import NxmError

@@ -26,7 +26,7 @@ from nxm_export.cli.options import (
     settings_of,
 )
 from nxm_export.cli.output import show_result
-from nxm_export.cli.progress import progress_bars
+from nxm_export.cli.progress_bars import progress_bars
 from nxm_export.cli.run_tables import print_estimate, print_search, print_summary
 from nxm_export.cli.tables import print_facts, print_table
 from nxm_export.contract.plan import WeightSpec

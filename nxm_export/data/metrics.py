@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nxm_export.contract.tasks import Task
-from nxm_export.data.bootstrap import bootstrap_interval
+from nxm_export.data.bootstrap_intervals import bootstrap_interval
 from nxm_export.data.examples import NO_LABEL, members
 from nxm_export.data.question_answering import answer_scores
 from nxm_export.errors import DataError

@@ -36,9 +36,9 @@ from nxm_export.contract.checkpoint import (
 from nxm_export.contract.families import Family, family_of
 from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
 from nxm_export.contract.origin import Origin
-from nxm_export.contract.placement import at_placement, placement_of
 from nxm_export.contract.plan import INT8_ATTENTION, CompressionPlan, WeightSpec
 from nxm_export.contract.pooling import read_pooling
+from nxm_export.contract.quantizer_placement import at_placement, placement_of
 from nxm_export.contract.tasks import Task, labels_of, task_named
 from nxm_export.contract.verify_report import VERIFY_FILE, VerifyReport
 from nxm_export.errors import ExportError

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.io_spec import load_spec
-from nxm_export.contract.placement import placement_of
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
+from nxm_export.contract.quantizer_placement import placement_of
 from nxm_export.contract.run_summary import DIRECTORY as SUMMARY_DIRECTORY
 from nxm_export.contract.run_summary import SUMMARY_FILE, RunSummary, read_summary
 from nxm_export.contract.tasks import task_named

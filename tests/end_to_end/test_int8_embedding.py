@@ -24,7 +24,7 @@ from torch import nn
 
 from compressors.models import load_model, resolve
 from compressors.quantization.embedding import QuantEmbedding, quant_embeddings, row_codes
-from compressors.quantization.preparation import bake, prepare
+from compressors.quantization.prepare_bake import bake, prepare
 from compressors.settings import Settings
 from compressors.training.compress import compress
 from compressors.training.resume import request_hash
@@ -35,8 +35,8 @@ from nxm_export.contract import packed_checkpoint
 from nxm_export.contract.checkpoint import open_checkpoint, read_tensor
 from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics, read_metrics_of
 from nxm_export.contract.families import FAMILIES
-from nxm_export.contract.placement import at_placement
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
+from nxm_export.contract.quantizer_placement import at_placement
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError, DataError, ExportError
 from nxm_export.graph.exporter import TARGETS, export

@@ -19,7 +19,7 @@ from compressors.search.plan_search import search
 from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
 from compressors.training.compress import compress, finetune
-from compressors.training.divergence import divergence, vector_loss
+from compressors.training.output_divergence import divergence, vector_loss
 from engines.parity.compare import compare
 from engines.parity.decisions import cosines
 from engines.parity.gates import check_gate, parse_gate

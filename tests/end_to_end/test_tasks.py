@@ -326,7 +326,7 @@ def test_labels_agree_where_every_label_is_a_choice_of_its_own() -> None:
     """Against Bernoulli divergences, one at a time."""
     import torch
 
-    from compressors.training.divergence import divergence, labels_loss
+    from compressors.training.output_divergence import divergence, labels_loss
 
     torch.manual_seed(0)
     student, teacher = torch.randn(3, 4), torch.randn(3, 4)

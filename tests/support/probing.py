@@ -8,7 +8,7 @@ from typing import Any
 
 from compressors.models import ModelSource, load_model, load_tokenizer, resolve
 from compressors.search.plan_search import _batches
-from compressors.search.selection import Selector
+from compressors.search.plan_selection import Selector
 from compressors.search.sensitivity import Batches, SensitivityProbe
 from compressors.search.settings import SearchSettings
 from compressors.settings import Settings

@@ -20,7 +20,7 @@ from torch import nn
 
 from compressors import distributed
 from compressors.pruning.admm import Admm, DualUpdate
-from compressors.quantization.preparation import bake
+from compressors.quantization.prepare_bake import bake
 from compressors.search.plan_search import search
 from compressors.search.settings import SearchSettings
 from compressors.settings import Settings

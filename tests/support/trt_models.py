@@ -61,7 +61,7 @@ def compressed(
     import transformers
 
     from compressors.quantization.fake_quant import quant_linears
-    from compressors.quantization.preparation import bake, calibrate, prepare
+    from compressors.quantization.prepare_bake import bake, calibrate, prepare
     from nxm_export.contract.checkpoint import open_checkpoint, save_plan
     from nxm_export.contract.families import FAMILIES
     from nxm_export.contract.plan import WeightSpec

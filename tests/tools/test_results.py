@@ -72,7 +72,7 @@ DRAWS = 100  # resamples in these tests: scikit-learn needs a millisecond for ea
 @pytest.fixture(scope="module", autouse=True)
 def _few_resamples() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("nxm_export.data.bootstrap", "tools.results.bootstrap", "tools.results.statistics"):
+        for module in ("nxm_export.data.bootstrap_intervals", "tools.results.bootstrap", "tools.results.statistics"):
             patch.setattr(f"{module}.RESAMPLES", DRAWS)
         yield
 
@@ -494,7 +494,7 @@ def test_processes_that_write_at_the_same_time_lose_nothing(book: Book) -> None:
 
 def test_the_committed_page_is_that_of_the_committed_records(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:  # this page has all resamples
-        for module in ("nxm_export.data.bootstrap", "tools.results.bootstrap", "tools.results.statistics"):
+        for module in ("nxm_export.data.bootstrap_intervals", "tools.results.bootstrap", "tools.results.statistics"):
             patch.setattr(f"{module}.RESAMPLES", 1000)
         assert render(RESULTS, tmp_path / "results.md").text == (ROOT / "docs" / "results.md").read_text("utf-8")
 

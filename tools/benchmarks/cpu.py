@@ -36,7 +36,7 @@ from engines.ort.backend import ENGINE_FILE
 from engines.passport import cpu_device
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.io_spec import load_spec
-from nxm_export.contract.placement import placement_of
+from nxm_export.contract.quantizer_placement import placement_of
 from nxm_export.data.examples import Columns, load_raw, pad
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.demo import model_directory

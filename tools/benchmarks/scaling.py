@@ -211,8 +211,8 @@ def calibrate_here(sequences: int) -> dict[str, Json]:
     """Seconds and peak memory of calibrating a MiniLM-L6 on this many sequences of 32 tokens."""
     import torch
 
-    from compressors.malloc import keep_freed_memory
-    from compressors.quantization.preparation import calibrate
+    from compressors.allocator import keep_freed_memory
+    from compressors.quantization.prepare_bake import calibrate
     from tools.benchmarks.training import prepared
 
     keep_freed_memory()

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from compressors.malloc import keep_freed_memory
+from compressors.allocator import keep_freed_memory
 from compressors.pruning.admm import Admm
 from compressors.quantization.fake_quant import quant_linears
-from compressors.quantization.preparation import prepare
+from compressors.quantization.prepare_bake import prepare
 from compressors.settings import Losses, Settings
 from compressors.training.admm_schedule import MAX_DUAL_UPDATES, WATCH_EVERY, WATCHED_SAMPLES
 from compressors.training.default_recipe import MEASURED_WIDTH, training_of

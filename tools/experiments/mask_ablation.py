@@ -13,11 +13,11 @@ from itertools import product
 
 import numpy as np
 
-from compressors.malloc import keep_freed_memory
+from compressors.allocator import keep_freed_memory
 from compressors.pruning.permutation import permute_channels, permute_residual, residual_order
 from compressors.pruning.sparsegpt import input_hessians
 from compressors.quantization.fake_quant import quant_linears
-from compressors.quantization.preparation import bake, prepare
+from compressors.quantization.prepare_bake import bake, prepare
 from nxm_export.contract.plan import WeightSpec
 from tools.experiments.one_shot import Dense, parser
 

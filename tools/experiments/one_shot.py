@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compressors.models import ModelSource, load_model, load_tokenizer, resolve
 from compressors.settings import Settings
-from compressors.training.divergence import divergence
+from compressors.training.output_divergence import divergence
 from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
 from compressors.training.trainer import collate, predict
 from nxm_export.contract.tasks import Task, task_named

@@ -9,13 +9,13 @@ One line per choice: mean KL(dense || quantized) in nats, agreement with the den
 
 from __future__ import annotations
 
-from compressors.malloc import keep_freed_memory
+from compressors.allocator import keep_freed_memory
 from compressors.quantization.fake_quant import quant_linears
-from compressors.quantization.preparation import calibrate, prepare
+from compressors.quantization.prepare_bake import calibrate, prepare
 from compressors.settings import Settings
 from compressors.training.output_sensitivity import output_costs
-from nxm_export.contract.placement import residual_output_weights
 from nxm_export.contract.plan import WeightSpec
+from nxm_export.contract.quantizer_placement import residual_output_weights
 from nxm_export.data.metrics import mcc
 from tools.experiments.one_shot import Dense, parser
 

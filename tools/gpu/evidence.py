@@ -224,7 +224,7 @@ def one_shot(variant: Variant, directory: Path) -> Path:
     import transformers
 
     from compressors.quantization.fake_quant import quant_linears
-    from compressors.quantization.preparation import bake, calibrate, prepare
+    from compressors.quantization.prepare_bake import bake, calibrate, prepare
     from nxm_export.contract.checkpoint import open_checkpoint, save_plan
     from nxm_export.contract.families import FAMILIES, GELUS
     from nxm_export.contract.plan import WeightSpec

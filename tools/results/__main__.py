@@ -61,7 +61,7 @@ def cli() -> None: ...
 @_RESULTS
 def run(**options: Json) -> None:
     """Measure the rows that have no record yet."""
-    from nxm_export.cli.progress import progress_bars
+    from nxm_export.cli.progress_bars import progress_bars
     from tools.results.run import Measure, say
 
     task, rows = tasks.task_named(options["task_name"]), rows_named(options["row_names"])

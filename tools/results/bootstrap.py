@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from nxm_export.data.bootstrap import RESAMPLES, resamples
+from nxm_export.data.bootstrap_intervals import RESAMPLES, resamples
 from nxm_export.errors import DataError
 from tools.results.records import Classes
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nxm_export.data.bootstrap import RESAMPLES
+from nxm_export.data.bootstrap_intervals import RESAMPLES
 from nxm_export.storage.atomic import make_directory, write_atomic
 from tools import rendering
 from tools.results import plots

@@ -23,7 +23,7 @@ from compressors.search.settings import SearchSettings
 from compressors.settings import DENSE_FIELDS, Settings
 from compressors.training.compress import compress, finetune
 from compressors.training.default_recipe import training_of
-from compressors.training.divergence import divergence
+from compressors.training.output_divergence import divergence
 from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.families import size_of
 from nxm_export.contract.packed_checkpoint import pack

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from nxm_export.data.bootstrap import RESAMPLES
+from nxm_export.data.bootstrap_intervals import RESAMPLES
 from nxm_export.data.metrics import metric_named
 from tools.results.bootstrap import resampled
 from tools.results.records import Classes, CompressionFacts, Interval, LabelledRecord, Record

@@ -21,7 +21,7 @@ from compressors.pruning.permutation import (
 )
 from compressors.pruning.sparsegpt import input_hessians
 from compressors.quantization.fake_quant import quant_linears
-from compressors.quantization.preparation import calibrate, prepare
+from compressors.quantization.prepare_bake import calibrate, prepare
 from compressors.training.phases import Job
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics

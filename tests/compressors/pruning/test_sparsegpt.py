@@ -7,7 +7,7 @@ import torch
 
 from compressors.projections import project_nm
 from compressors.pruning.sparsegpt import input_hessians, prune
-from compressors.quantization.preparation import prepare
+from compressors.quantization.prepare_bake import prepare
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from tests.compressors.quantization.test_fake_quant import CONFIG, FAMILY, Block
 

@@ -14,7 +14,7 @@ from compressors.projections import nm_mask
 from compressors.quantization.autograd import fake_quantize
 from compressors.quantization.fake_quant import ActivationQuantizer, QuantLinear, activation_quantizers, quant_linears
 from compressors.quantization.observers import HistogramObserver
-from compressors.quantization.preparation import bake, calibrate, prepare, require_invariants
+from compressors.quantization.prepare_bake import bake, calibrate, prepare, require_invariants
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.errors import ArtifactError, DataError, PlanError

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from compressors.models import load_model, load_tokenizer, resolve
 from compressors.quantization.fake_quant import quant_linears
-from compressors.quantization.preparation import calibrate, prepare
+from compressors.quantization.prepare_bake import calibrate, prepare
 from compressors.settings import Settings
 from compressors.training.output_sensitivity import output_costs
 from compressors.training.task_data import TaskDataRequest, read_task_data
@@ -19,8 +19,8 @@ from nxm_export.cli import main
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.families import FAMILIES
-from nxm_export.contract.placement import residual_output_weights
 from nxm_export.contract.plan import WeightSpec
+from nxm_export.contract.quantizer_placement import residual_output_weights
 from nxm_export.contract.tasks import TASKS
 from nxm_export.graph.exporter import export
 from nxm_export.graph.verifier import verify

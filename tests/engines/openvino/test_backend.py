@@ -19,7 +19,7 @@ from engines.parity.compare import open_part
 from engines.parity.tolerance import QUANTIZER_ROUNDING
 from engines.passport import load_passport
 from engines.reference import pytorch
-from nxm_export.contract.placement import placement_of
+from nxm_export.contract.quantizer_placement import placement_of
 from nxm_export.data.examples import Columns
 from nxm_export.errors import EngineError
 from nxm_export.pipeline.engine_commands import build_engine, features_of

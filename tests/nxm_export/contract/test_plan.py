@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nxm_export.contract.families import FAMILIES
-from nxm_export.contract.placement import at_placement, placement_of
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan, NMPattern, WeightSpec
+from nxm_export.contract.quantizer_placement import at_placement, placement_of
 from nxm_export.errors import PlanError
 
 BASE = {

@@ -317,7 +317,7 @@ class TestTraining:
         """Against divergences of each row without its padding; the search's divergence is their sum."""
         import torch
 
-        from compressors.training.divergence import divergence, real_logits, spans_loss
+        from compressors.training.output_divergence import divergence, real_logits, spans_loss
 
         batch = self.batch()
         with torch.no_grad():

@@ -19,7 +19,7 @@ from engines.reference import pytorch
 from nxm_export.contract.checkpoint import Checkpoint, open_checkpoint
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.io_spec import load_spec
-from nxm_export.contract.placement import at_placement
+from nxm_export.contract.quantizer_placement import at_placement
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError, ExportError, NxmError, PlanError
 from nxm_export.graph import exporter

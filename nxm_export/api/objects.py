@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar, cast, overload
 
-from nxm_export.api import stages
+from nxm_export.api import functions
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.examples import Columns
@@ -57,14 +57,14 @@ class Model(Generic[P_co]):
         plan: CompressionPlan | str | Path | None = None,
         settings: Settings | None = None,
         columns: Columns = Columns(),
-        options: stages.PlanOptions = stages.PlanOptions(),
+        options: functions.PlanOptions = functions.PlanOptions(),
         progress: Progress = silent,
     ) -> CompressedModel[P_co]:
         """Compress to the checkpoint directory `out`; see `nxm_export.compress` for the parameters.
 
         Nine parameters: five say what goes in and where it goes, three what is done to it.
         """
-        metrics = stages.compress(
+        metrics = functions.compress(
             self.source,
             train=train,
             dev=dev,
@@ -91,7 +91,7 @@ class Model(Generic[P_co]):
         progress: Progress = silent,
     ) -> SearchResult:
         """Search a different (pattern, bits) for every weight; ``out/plan.json`` is a plan for `compress`."""
-        return stages.search(
+        return functions.search(
             self.source, train=train, out=out, task=self.task, settings=settings, columns=columns, progress=progress
         )
 
@@ -114,11 +114,11 @@ class CompressedModel(Generic[P_co]):
 
     def export(self, out: str | Path, *, target: str = "cpu", placement: str | None = None) -> Graph[P_co]:
         """Export to the graph directory `out`; see `nxm_export.export` for more choices."""
-        return Graph(Path(out), stages.export(self.path, out, target=target, placement=placement))
+        return Graph(Path(out), functions.export(self.path, out, target=target, placement=placement))
 
     def pack(self, out: str | Path) -> Path:
         """Write the checkpoint as one file at its true size; returns its path."""
-        stages.pack(self.path, out)
+        functions.pack(self.path, out)
         return Path(out)
 
 
@@ -133,14 +133,14 @@ class Graph(Generic[P_co]):
 
     def verify(self) -> VerifyReport:
         """Check the file by itself: see `nxm_export.verify`."""
-        return stages.verify(self.path)
+        return functions.verify(self.path)
 
     def build(
         self, out: str | Path, *, backend: str = "ort", options: BuildOptions | None = None
     ) -> EngineDirectory[P_co]:
         """Build the engine directory `out`: ``ort``, ``openvino``, ``trt``, ``trt_rtx``, or ``auto``, the fastest on
         this CPU."""
-        stages.build(self.path, out, backend=backend, options=options)
+        functions.build(self.path, out, backend=backend, options=options)
         return EngineDirectory(out)
 
 
@@ -165,16 +165,16 @@ class EngineDirectory(Generic[P_co]):
         columns: Columns = Columns(),
     ) -> Comparison:
         """Compare with the checkpoint on labelled data; see `nxm_export.compare`."""
-        return stages.compare([self.path], data, reference=reference, gates=gates, columns=columns)
+        return functions.compare([self.path], data, reference=reference, gates=gates, columns=columns)
 
     def predict(self, texts: Iterable[Text], *, batch: int = 32, threads: int | None = None) -> list[P_co]:
         """One typed result for every text or pair of texts; see `nxm_export.predict`. Loads the engine each time: to
         answer many calls, serve it."""
-        return cast("list[P_co]", stages.predict(self.path, texts, batch=batch, threads=threads))
+        return cast("list[P_co]", functions.predict(self.path, texts, batch=batch, threads=threads))
 
     def bench(self, shapes: Sequence[tuple[int, int]] = SHAPES, *, rounds: int = 30) -> BenchReport:
         """Time it at shapes of (batch, sequence); see `nxm_export.bench`."""
-        return stages.bench([self.path], shapes, rounds=rounds)
+        return functions.bench([self.path], shapes, rounds=rounds)
 
 
 @overload

@@ -73,7 +73,7 @@ def test_a_package_that_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "nxm_export").mkdir()
     for name in ("__init__.py", "errors.py", "packages.py"):
         (tmp_path / "nxm_export" / name).write_text((ROOT / "nxm_export" / name).read_text())
-    code = "from nxm_export.packages import require_own_packages; require_own_packages()"
+    code = "from nxm_export.own_packages import require_own_packages; require_own_packages()"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-S", "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
@@ -83,7 +83,7 @@ def test_a_package_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_looking_imports_nothing(tmp_path: Path) -> None:
     code = """
 import sys
-from nxm_export.packages import require_own_packages
+from nxm_export.own_packages import require_own_packages
 before = set(sys.modules)
 require_own_packages()
 print(sorted(name for name in set(sys.modules) - before))

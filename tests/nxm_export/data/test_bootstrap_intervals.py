@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from nxm_export.data.bootstrap import RESAMPLES, bootstrap_interval, resamples
+from nxm_export.data.bootstrap_intervals import RESAMPLES, bootstrap_interval, resamples
 from nxm_export.data.metrics import interval
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from compressors.search.knapsack import Latency, choose
 from compressors.search.sensitivity import Batches, OneShot, Sensitivity, SensitivityProbe, measure
 from compressors.search.settings import MIXES, SearchSettings
-from compressors.training.divergence import divergence
+from compressors.training.output_divergence import divergence
 from nxm_export.contract.checkpoint_metrics import finite
 from nxm_export.contract.plan import COUNTINGS, INT8_ATTENTION, REFERENCE_BITS, CompressionPlan, WeightSpec
 from nxm_export.contract.search_result import PlanScore

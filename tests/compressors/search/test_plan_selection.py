@@ -13,7 +13,7 @@ import torch
 
 from compressors.models import load_model
 from compressors.projections import project_joint, project_nm
-from compressors.search.selection import Choice, Selector, Trial
+from compressors.search.plan_selection import Choice, Selector, Trial
 from compressors.search.settings import COST_SHARE, DEFAULT_CANDIDATES, SearchSettings
 from nxm_export.contract.plan import COUNTINGS, WeightSpec
 from nxm_export.contract.tasks import task_named

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from compressors import distributed
-from compressors.malloc import keep_freed_memory
+from compressors.allocator import keep_freed_memory
 
 
 def prepare_process(threads: int | None = None) -> None:

@@ -138,7 +138,7 @@ ALLOWED = {
         "compressors": "lazy",
         "engines": "lazy",
     },
-    "public": {},
+    "public": {"errors": "lazy"},
 }
 # What importing a module of this layer may load besides the standard library.
 EAGER_THIRD_PARTY = {

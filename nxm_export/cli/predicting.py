@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from nxm_export.cli.group import main
 from nxm_export.cli.options import columns_of, json_option
 from nxm_export.cli.output import show_result
-from nxm_export.contract.io_spec import load_spec
-from nxm_export.contract.tasks import TASKS, Task
-from nxm_export.data.predictions import Answer, AnyPrediction, Embedding, LabelSet, Prediction, TaggedText
-from nxm_export.data.texts import Text, read_texts
+
+if TYPE_CHECKING:
+    from nxm_export.contract.tasks import Task
+    from nxm_export.data.predictions import AnyPrediction
+    from nxm_export.data.texts import Text
 
 
 @main.command()
@@ -34,6 +36,9 @@ def predict(engine: Path, texts: tuple[str, ...], data: str | None, pairs: bool,
     Needs the engine's directory alone, neither torch nor transformers.
     """
     from engines.predictor import Predictor
+    from nxm_export.contract.io_spec import load_spec
+    from nxm_export.contract.tasks import TASKS
+    from nxm_export.data.texts import read_texts
 
     task = TASKS[load_spec(engine).task]
     if bool(texts) == bool(data):
@@ -66,10 +71,13 @@ def _print(rows: Sequence[Text], results: Sequence[AnyPrediction]) -> None:
     """One line for every text: the answer, how sure it is, and the text."""
     for row, result in zip(rows, results, strict=True):
         shown = row if isinstance(row, str) else " | ".join(row)
-        click.echo(f"{_line(result)}\t{' '.join(shown.split())}")
+        click.echo(f"{line_of(result)}\t{' '.join(shown.split())}")
 
 
-def _line(result: AnyPrediction) -> str:
+def line_of(result: AnyPrediction) -> str:
+    """A result in words, for a line of its own."""
+    from nxm_export.data.predictions import Answer, Embedding, LabelSet, Prediction, TaggedText
+
     if isinstance(result, Prediction):
         return f"{result.label}\t{result.score:.3f}"
     if isinstance(result, LabelSet):

@@ -202,7 +202,7 @@ class TestDirectory:
         capabilities = backend(passport.backend).CAPABILITIES
         if capabilities.sparse_kernels:
             files.remove("weights.json")  # the sparsity report's facts of every weight
-        assert files == {passport.engine, "passport.json", "spec.json", "tokenizer.json"}
+        assert files == {passport.engine, "passport.json", "spec.json", "tokenizer.json", "origin.json"}
         graph = tiny_graph("bert", "inputs-outputs", "cpu" if capabilities.device == "cpu" else "trt") / "model.onnx"
         assert passport.onnx_sha256 == file_hash(graph)
         assert passport.engine_sha256 == file_hash(directory / passport.engine)

@@ -45,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path
     def make(task: str) -> tuple[Path, Path]:
         if task not in kept:
             home = tmp_path_factory.mktemp(task)
-            model = tiny.write_model("bert", home / "model", head=task, classes=("bad", "good"))
+            model = tiny.write_model("bert", home / "model", head=task, classes=("bad", "good"), layers=1)
             graph = export(model, home / "graph", task=task)
             (home / "engine").mkdir()
             build(graph.path, home / "engine", BuildOptions(threads=1))

@@ -71,7 +71,7 @@ def test_another_package_that_was_imported_before_is_noticed(tmp_path: Path) -> 
 def test_a_package_that_is_not_there_is_named(tmp_path: Path) -> None:
     """Without site-packages, next to a copy of `nxm_export` that came alone."""
     (tmp_path / "nxm_export").mkdir()
-    for name in ("__init__.py", "errors.py", "packages.py"):
+    for name in ("__init__.py", "errors.py", "own_packages.py"):
         (tmp_path / "nxm_export" / name).write_text((ROOT / "nxm_export" / name).read_text())
     code = "from nxm_export.own_packages import require_own_packages; require_own_packages()"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

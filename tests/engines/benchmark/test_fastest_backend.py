@@ -78,7 +78,9 @@ def test_the_fastest_beyond_noise_is_kept_and_the_passport_says_why(
     assert recorded["shapes"] == [[1, 4], [2, 6]]
     assert [row["backend"] for row in recorded["candidates"]] == ["ort", "openvino"]
     assert recorded["parity"] == "not checked"
-    assert {path.name for path in out.iterdir()} == {"model.onnx", "passport.json", "spec.json", "tokenizer.json"}
+    assert {path.name for path in out.iterdir()} == {
+        *("model.onnx", "passport.json", "spec.json", "tokenizer.json", "origin.json")
+    }
 
 
 def test_the_mix_of_shapes_decides(graph: Path, tmp_path: Path) -> None:

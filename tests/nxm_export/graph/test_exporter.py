@@ -151,7 +151,7 @@ class TestEveryFamilyAndTask:
         assert model.opset_imports[""] == TARGETS["cpu"].opset
         assert set(model.opset_imports) == {""}
         assert (spec.task, spec.max_length, spec.pad_id) == (task, tiny.POSITIONS, 1 if family == "roberta" else 0)
-        files = {"model.onnx", "spec.json", "tokenizer.json", "verify.json"}
+        files = {"model.onnx", "spec.json", "tokenizer.json", "verify.json", "origin.json"}
         assert {path.name for path in graph.iterdir()} == files
 
     @pytest.mark.parametrize(

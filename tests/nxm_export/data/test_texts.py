@@ -1,0 +1,80 @@
+"""Texts of a data file, as each task reads them, whatever labels stand beside them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nxm_export.contract.tasks import TASKS
+from nxm_export.data.examples import Columns
+from nxm_export.data.texts import Text, read_texts
+from nxm_export.errors import DataError
+from tests.support import tiny
+
+CLASSIFICATION = TASKS["classification"]
+
+
+def write(file: Path, *lines: str) -> Path:
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_dev_data_of_every_task_has_texts(task: str, tmp_path: Path) -> None:
+    _, dev = tiny.write_data(tmp_path, task)
+    texts = read_texts(dev, Columns(), TASKS[task])
+    assert len(texts) == tiny.DEV_SAMPLES
+    pairs = TASKS[task].texts == "two"
+    assert all(isinstance(text, tuple) == pairs for text in texts)
+
+
+def test_labels_are_not_read(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.tsv", "sentence\tlabel", "good\tnowhere", "bad\t")
+    assert read_texts(file, Columns(), CLASSIFICATION) == ["good", "bad"]
+
+
+def test_two_columns_are_pairs_for_a_task_that_may_read_them(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.tsv", "sentence1\tsentence2", "a\tb", "c\td")
+    expected: list[Text] = [("a", "b"), ("c", "d")]
+    assert read_texts(file, Columns(), CLASSIFICATION) == expected
+    assert read_texts(file, Columns(), TASKS["embedding"]) == ["a", "c"]
+    empty = write(tmp_path / "b.tsv", "sentence1\tsentence2", "a\t", "c\t")
+    assert read_texts(empty, Columns(), CLASSIFICATION) == ["a", "c"], "a second column that is empty is none"
+
+
+def test_tokens_are_joined_with_spaces(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", json.dumps({"tokens": ["Anna", "lives"]}))
+    assert read_texts(file, Columns(), TASKS["token-classification"]) == ["Anna lives"]
+    plain = write(tmp_path / "b.jsonl", json.dumps({"text": "Anna lives"}))
+    assert read_texts(plain, Columns(), TASKS["token-classification"]) == ["Anna lives"]
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", "body,title", "long,short")
+    assert read_texts(file, Columns("body"), CLASSIFICATION) == ["long"]
+    assert read_texts(file, Columns("title", "body"), CLASSIFICATION) == [("short", "long")]
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "task", "message"),
+    [
+        ("a.tsv", ("sentence",), "classification", "no texts in it"),
+        ("a.tsv", ("other", "x"), "classification", "none of the usual text columns"),
+        ("a.jsonl", ('{"tokens": [1]}',), "token-classification", "a.jsonl:1: column 'tokens' holds"),
+        ("a.jsonl", ('{"text": 3}',), "classification", "a.jsonl:1: column 'text' holds 3"),
+        ("a.jsonl", ('{"question": "a"}',), "question-answering", "a.jsonl:1: no column 'context'"),
+        ("a.xyz", ("a",), "classification", "unknown format"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_its_line(
+    tmp_path: Path, name: str, lines: tuple[str, ...], task: str, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        read_texts(write(tmp_path / name, *lines), Columns(), TASKS[task])
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.tsv: no such file"):
+        read_texts(tmp_path / "nowhere.tsv", Columns(), CLASSIFICATION)

@@ -29,7 +29,7 @@ from nxm_export.contract.pooling import is_embedding
 from nxm_export.contract.tasks import Task, task_of
 from nxm_export.errors import ArtifactError
 from nxm_export.storage.hashing import file_hash
-from nxm_export.storage.json_files import Json, read_json
+from nxm_export.storage.json_files import Json, read_foreign_json
 
 PLAN_FILE = "nxm_plan.json"
 SCALES_FILE = "nxm_scales.safetensors"
@@ -181,7 +181,7 @@ def read_config(path: Path) -> dict[str, Json]:
     if not (path / "config.json").is_file():
         raise ArtifactError(f"{path} has no config.json: not a Hugging Face model directory")
     require_safetensors(path)
-    config = read_json(path / "config.json", "restore it from the model")
+    config = read_foreign_json(path / "config.json", "restore it from the model")
     if not isinstance(config, dict):
         raise ArtifactError(f"{path / 'config.json'}: not a JSON object")
     return config
@@ -255,7 +255,7 @@ def _shard_of(path: Path, name: str) -> Path:
     if not index.is_file():
         raise ArtifactError(f"{path} has no {WEIGHTS_FILE}: no weights to load")
     try:
-        shards = read_json(index, "restore it from the model")["weight_map"]
+        shards = read_foreign_json(index, "restore it from the model")["weight_map"]
         shard = str(shards[name if name in shards else _own_name(name)])
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{index}: {name} is not in the weight map") from error

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.json_files import Json, convert, parse_json, read_json, require_schema, to_builtins
+from nxm_export.storage.json_files import (
+    Json,
+    convert,
+    nonfinite_as_none,
+    parse_json,
+    read_text,
+    require_schema,
+    to_builtins,
+)
 
 METRICS_FILE = "metrics.json"
 METRICS_SCHEMA = "nxm-metrics/1"
@@ -121,7 +129,13 @@ def read_metrics(directory: str | Path) -> DenseMetrics | CompressionMetrics:
     """The metrics of a checkpoint directory; raises `ArtifactError` that names file, field and what is wrong with
     it."""
     file = Path(directory) / METRICS_FILE
-    return _metrics_of(read_json(file, _WAY_OUT), str(file))
+    value = _json_of(file)
+    if "schema" not in value:
+        value = _upgraded(value)
+    fields = {key: entry for key, entry in value.items() if key != "schema"}
+    if fields.get("kind") == "dense":
+        return convert(fields, DenseMetrics, source=str(file), way_out=_WAY_OUT)
+    return convert(fields, CompressionMetrics, source=str(file), way_out=_WAY_OUT)
 
 
 def read_metrics_of(kind: type[Kind], directory: str | Path) -> Kind:
@@ -134,26 +148,25 @@ def read_metrics_of(kind: type[Kind], directory: str | Path) -> Kind:
     return metrics
 
 
-def decode_metrics(text: str, source: str) -> DenseMetrics | CompressionMetrics:
-    """`read_metrics` of a text; `source` is the name of its file in errors."""
-    return _metrics_of(parse_json(text, source, _WAY_OUT, ArtifactError), source)
-
-
-def _metrics_of(value: Json, source: str) -> DenseMetrics | CompressionMetrics:
+def _json_of(file: Path) -> dict[str, Json]:
+    """The JSON object in a ``metrics.json``. Files without a schema are of former versions, which wrote NaN for a
+    number that could not be computed: it is None here. Files with one are refused for it."""
+    text = read_text(file, _WAY_OUT)
+    value = parse_json(text, str(file), _WAY_OUT, ArtifactError, foreign=True)
     if isinstance(value, dict) and "schema" not in value and "metric" in value:
-        fields = _upgraded(value)
-    else:
-        require_schema(value, METRICS_SCHEMA, source, ArtifactError)
-        fields = {key: entry for key, entry in value.items() if key != "schema"}
-    if fields.get("kind") == "dense":
-        return convert(fields, DenseMetrics, source=source, way_out=_WAY_OUT)
-    return convert(fields, CompressionMetrics, source=source, way_out=_WAY_OUT)
+        return dict(nonfinite_as_none(value))
+    value = parse_json(text, str(file), _WAY_OUT, ArtifactError)
+    require_schema(value, METRICS_SCHEMA, str(file), ArtifactError)
+    return dict(value)
 
 
 def _upgraded(value: Mapping[str, Json]) -> dict[str, Json]:
     """The fields of a file that was written before the file had a schema."""
     fields = {key: entry for key, entry in value.items() if key not in _UNVERSIONED_SECONDARY}
     secondary = {name: value[name] for name in _UNVERSIONED_SECONDARY if name in value}
+    for name, bounds in fields.items():
+        if name.endswith("interval") and isinstance(bounds, list) and None in bounds:
+            fields[name] = None
     kind = "compressed" if "recipe" in value else "dense"
     return {**fields, "kind": kind, "secondary_metrics": secondary}
 

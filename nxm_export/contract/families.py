@@ -187,7 +187,7 @@ class Family:
 
     def max_positions(self, config: Mapping[str, Json]) -> int:
         """Longest sequence, in tokens, that the position embeddings allow."""
-        reserved = int(config.get("pad_token_id") or 0) + 1 if self.positions_after_padding else 0
+        reserved = pad_id_of(config) + 1 if self.positions_after_padding else 0
         return size_of(config, "max_position_embeddings") - reserved
 
 
@@ -267,6 +267,14 @@ def family_of(config: Mapping[str, Json], *, source: str = "config.json") -> Fam
     if config.get("is_decoder") or config.get("add_cross_attention"):
         raise ArtifactError(f"{source}: decoders are not supported; only encoders of: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
+
+
+def pad_id_of(config: Mapping[str, Json]) -> int:
+    """The id of padding in ``config.json``, 0 where it names none; `ArtifactError` when it is no integer."""
+    value = config.get("pad_token_id")
+    if value is not None and type(value) is not int:
+        raise ArtifactError(f"config.json: pad_token_id must be an integer, got {value!r}; is the file complete?")
+    return value or 0
 
 
 def size_of(config: Mapping[str, Json], key: str) -> int:

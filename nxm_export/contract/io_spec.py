@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nxm_export.contract.families import Family
+from nxm_export.contract.families import Family, pad_id_of, size_of
 from nxm_export.contract.pooling import read_pooling
 from nxm_export.contract.tasks import TASKS, Task, labels_of
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.json_files import Json, convert, encode, read_json, read_record
+from nxm_export.storage.json_files import Json, convert, encode, read_foreign_json, read_record
 
 SCHEMA = "nxm-spec/1"
 SPEC_FILE = "spec.json"
@@ -43,17 +43,16 @@ class IOSpec:
         tokenizer_config = directory / "tokenizer_config.json"
         if tokenizer_config.is_file():
             way_out = "restore it from the model"
-            data = read_json(tokenizer_config, way_out)
+            data = read_foreign_json(tokenizer_config, way_out)
             settings = convert(data, _TokenizerSettings, source=str(tokenizer_config), way_out=way_out, foreign=True)
             if settings.model_max_length and settings.model_max_length >= 1:  # transformers writes 1e30 for "no limit"
-                limit = min(limit, int(settings.model_max_length))
+                limit = int(min(limit, settings.model_max_length))
         if task.auto_class is None:
             limit = min(limit, read_pooling(directory).max_length or limit)
-        limits = {
-            "input_ids": config.get("vocab_size"),
-            "attention_mask": 2,
-            "token_type_ids": config.get("type_vocab_size"),
-        }
+        limits = {"attention_mask": 2}
+        for name, key in (("input_ids", "vocab_size"), ("token_type_ids", "type_vocab_size")):
+            if config.get(key):
+                limits[name] = size_of(config, key)
         return cls(
             config["model_type"],
             task.name,
@@ -61,8 +60,8 @@ class IOSpec:
             dict(task.outputs),
             labels_of(config) if task.names_labels else (),
             limit,
-            int(config.get("pad_token_id") or 0),
-            {name: int(limit) for name, limit in limits.items() if limit and name in family.inputs},
+            pad_id_of(config),
+            {name: limits[name] for name in INPUTS if name in limits and name in family.inputs},
         )
 
     def save(self, directory: Path) -> None:
@@ -87,5 +86,18 @@ def load_spec(directory: str | Path) -> IOSpec:
         raise ArtifactError(
             f"{file}: task {spec.task!r} with inputs {spec.inputs} is nothing that this version knows; export or build "
             "again"
+        )
+    task = TASKS[spec.task]
+    unlike = {name: spec.outputs.get(name) for name, axes in task.outputs.items() if spec.outputs.get(name) != axes}
+    if unlike:
+        name, axes = next(iter(unlike.items()))
+        raise ArtifactError(
+            f"{file}: outputs: {spec.task} gives {name} with the axes {task.outputs[name]}, here they are {axes}; "
+            "export or build again"
+        )
+    fewest = 2 if task.output_kind == "softmax" else 1
+    if task.names_labels and len(spec.labels) < fewest:
+        raise ArtifactError(
+            f"{file}: labels: {spec.task} has at least {fewest}, here are {len(spec.labels)}; export or build again"
         )
     return spec

@@ -5,7 +5,6 @@ report.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from nxm_export.storage.json_files import Json
@@ -40,11 +39,6 @@ class MatrixFacts:
     has_zero_point: bool
     output: str
     epilogue: str
-
-    @classmethod
-    def of(cls, data: Mapping[str, Json]) -> MatrixFacts:
-        """From its JSON form (`asdict`)."""
-        return cls(**data)
 
     def to_dict(self) -> dict[str, Json]:
         """JSON form."""

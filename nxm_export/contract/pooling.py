@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.json_files import Json, convert, encode, read_json
+from nxm_export.storage.json_files import Json, convert, encode, read_foreign_json
 
 MODULES_FILE = "modules.json"
 POOLINGS = ("mean", "cls")
@@ -174,7 +174,7 @@ def _require_plain_text(directory: Path) -> int | None:
 
 def _read(file: Path, kind: type[T]) -> T:
     way_out = "restore it from the model"
-    return convert(read_json(file, way_out), kind, source=str(file), way_out=way_out, foreign=True)
+    return convert(read_foreign_json(file, way_out), kind, source=str(file), way_out=way_out, foreign=True)
 
 
 def _write(file: Path, data: Json) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nxm_export.storage.json_files import Json, decode, read_record, to_builtins
+from nxm_export.storage.json_files import Json, read_record, to_builtins
 
 SEARCH_FILE = "search.json"
 SEARCH_SCHEMA = "nxm-search/1"
@@ -117,8 +117,3 @@ class SearchResult:
 def read_search_result(file: str | Path) -> SearchResult:
     """The result in a ``search.json``; raises `ArtifactError` that names file, field and what is wrong with it."""
     return read_record(Path(file), SearchResult, schema=SEARCH_SCHEMA, way_out=_WAY_OUT)
-
-
-def decode_search_result(text: str, source: str) -> SearchResult:
-    """`read_search_result` of a text; `source` is the name of its file in errors."""
-    return decode(text, SearchResult, schema=SEARCH_SCHEMA, source=source, way_out=_WAY_OUT)

@@ -12,7 +12,7 @@ from typing import TypeVar
 from nxm_export.errors import ArtifactError, NxmError
 from nxm_export.reporting.figures import Figure, RunFile
 from nxm_export.storage.hashing import file_hash
-from nxm_export.storage.json_files import Json, read_json
+from nxm_export.storage.json_files import Json, nonfinite_as_none, read_foreign_json
 from nxm_export.storage.run_dir import MANIFEST
 
 T = TypeVar("T")
@@ -51,7 +51,8 @@ class Files:
             return None
         try:
             self.check(file)
-            return RunFile(file, read(path), read_json(path, "make it again"))
+            content = read(path)  # refuses NaN, but for files of former versions, where it is None
+            return RunFile(file, content, nonfinite_as_none(read_foreign_json(path, "make it again")))
         except (NxmError, OSError) as error:
             self.doubt(error)
             return None

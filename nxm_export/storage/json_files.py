@@ -7,6 +7,9 @@ msgspec does the types; it lets unknown fields pass, so what was read is held ag
 
 `encode` writes such a dataclass. It refuses NaN and infinity, too: a number that is not there is None, and whoever
 computes it decides that.
+
+Files of others hold what Python's own writer lets through: `read_foreign_json` takes NaN and infinity as they stand
+there, and whoever uses such a number looks at it first.
 """
 
 from __future__ import annotations
@@ -34,11 +37,12 @@ _PATH_STEP = re.compile(
 )  # of msgspec's paths: a field, an index, "..." for a key of a mapping
 
 
-def parse_json(text: str, source: str, way_out: str, error: type[Exception]) -> Json:
+def parse_json(text: str, source: str, way_out: str, error: type[Exception], *, foreign: bool = False) -> Json:
     """The value of a JSON text; one that JSON does not allow, or that names a key twice, is an `error` with `source`
-    and `way_out`."""
+    and `way_out`. A `foreign` text, one of others, may hold NaN, infinity and numbers that are too large for one."""
+    constant, number = (float, float) if foreign else (_no_constant, _finite_float)
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite_float)
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=constant, parse_float=number)
         _require_shallow(value)
     except (ValueError, RecursionError) as reason:
         raise error(f"{source}: not valid JSON ({reason}); {way_out}") from reason
@@ -56,9 +60,24 @@ def read_text(file: Path, way_out: str, error: type[Exception] = ArtifactError) 
 
 
 def read_json(file: Path, way_out: str) -> Json:
-    """The value of a JSON file of others, such as config.json; raises `ArtifactError` with `way_out` when it cannot be
-    read or is not JSON."""
+    """The value of a JSON file of this project; raises `ArtifactError` with `way_out` when it cannot be read or is not
+    JSON."""
     return parse_json(read_text(file, way_out), str(file), way_out, ArtifactError)
+
+
+def read_foreign_json(file: Path, way_out: str) -> Json:
+    """The value of a JSON file of others, such as config.json, which may hold NaN and infinity; raises `ArtifactError`
+    as `read_json` does."""
+    return parse_json(read_text(file, way_out), str(file), way_out, ArtifactError, foreign=True)
+
+
+def nonfinite_as_none(value: Json) -> Json:
+    """A parsed JSON value with None for every NaN and infinity in it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: nonfinite_as_none(entry) for key, entry in value.items()}
+    return [nonfinite_as_none(entry) for entry in value] if isinstance(value, list) else value
 
 
 def decode(

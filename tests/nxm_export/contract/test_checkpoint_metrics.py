@@ -4,6 +4,7 @@ by name."""
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from nxm_export.contract.checkpoint_metrics import (
     CompressionMetrics,
     DenseMetrics,
     PermutationFacts,
-    decode_metrics,
     finite,
     finite_interval,
     read_metrics,
@@ -27,7 +27,6 @@ from nxm_export.contract.search_result import (
     SearchBudget,
     SearchCost,
     SearchResult,
-    decode_search_result,
     read_search_result,
 )
 from nxm_export.errors import ArtifactError
@@ -82,13 +81,29 @@ def test_metrics_are_read_back_as_they_were(metrics: DenseMetrics | CompressionM
     assert read_metrics(tmp_path) == metrics
 
 
-def test_metrics_without_a_schema_are_those_of_former_versions() -> None:
+def metrics_in(directory: Path, text: str) -> DenseMetrics | CompressionMetrics:
+    """What `read_metrics` makes of a file with this text."""
+    (directory / "metrics.json").write_text(text, encoding="utf-8")
+    return read_metrics(directory)
+
+
+def test_metrics_without_a_schema_are_those_of_former_versions(tmp_path: Path) -> None:
     old = {"metric": "accuracy", "value": 0.5, "f1": 0.5, "interval": [0.25, 0.75], "dev_samples": 4, "steps": 12}
-    assert decode_metrics(json.dumps({**old, "revision": None}), "metrics.json") == DENSE
+    assert metrics_in(tmp_path, json.dumps({**old, "revision": None})) == DENSE
     training = {"recipe": "obs", "train_samples": 9, "held_out_samples": 0, "qat_steps": 12, "mask_hash": "ab"}
-    actual = decode_metrics(json.dumps({**old, **training}), "metrics.json")
+    actual = metrics_in(tmp_path, json.dumps({**old, **training}))
     assert isinstance(actual, CompressionMetrics)
     assert (actual.recipe, actual.secondary_metrics, actual.admm_steps) == ("obs", {"f1": 0.5}, None)
+
+
+def test_nan_of_a_former_version_is_none_and_nan_of_this_one_is_refused(tmp_path: Path) -> None:
+    old = '{"metric":"accuracy","value":1.0,"interval":[NaN,NaN],"dev_samples":1,"steps":3,"revision":null}'
+    actual = metrics_in(tmp_path, old)
+    assert actual == DenseMetrics(metric="accuracy", value=1.0, interval=None, dev_samples=1, steps=3)
+    assert metrics_in(tmp_path, old.replace("1.0", "NaN").replace("[NaN", "[0.5")) == replace(actual, value=None)
+    new = json.dumps({**actual.to_dict(), "interval": [math.nan, math.nan]})
+    with pytest.raises(ArtifactError, match=r"metrics\.json: not valid JSON \(NaN is not a JSON number\)"):
+        metrics_in(tmp_path, new)
 
 
 @pytest.mark.parametrize(
@@ -106,10 +121,10 @@ def test_metrics_without_a_schema_are_those_of_former_versions() -> None:
         ({"kind": "small"}, "metrics.json: kind: Invalid enum value 'small'"),
     ],
 )  # fmt: skip
-def test_damaged_metrics_are_refused_by_file_and_field(change: dict[str, Json], message: str) -> None:
+def test_damaged_metrics_are_refused_by_file_and_field(change: dict[str, Json], message: str, tmp_path: Path) -> None:
     text = json.dumps({**COMPRESSED.to_dict(), **change})
     with pytest.raises(ArtifactError) as error:
-        decode_metrics(text, "metrics.json")
+        metrics_in(tmp_path, text)
     assert message in str(error.value)
 
 
@@ -141,7 +156,10 @@ def test_a_search_result_is_read_back_as_it_was(tmp_path: Path) -> None:
         ({"seed": "0"}, "search.json: seed: Expected `int`, got `str`"),
     ],
 )
-def test_a_damaged_search_result_is_refused_by_file_and_field(change: dict[str, Json], message: str) -> None:
+def test_a_damaged_search_result_is_refused_by_file_and_field(
+    change: dict[str, Json], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "search.json").write_text(json.dumps({**SEARCH.to_dict(), **change}), encoding="utf-8")
     with pytest.raises(ArtifactError) as error:
-        decode_search_result(json.dumps({**SEARCH.to_dict(), **change}), "search.json")
+        read_search_result(tmp_path / "search.json")
     assert message in str(error.value)

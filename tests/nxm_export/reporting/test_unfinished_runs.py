@@ -13,7 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from nxm_export.cli import main
+from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.errors import ArtifactError
+from nxm_export.pipeline.summary import BuildResults, summarize
 from nxm_export.reporting import card, report
 from nxm_export.reporting.page import render
 from nxm_export.reporting.run_facts import read_run
@@ -153,6 +155,20 @@ def test_a_field_of_another_type_is_told_and_never_a_traceback(
             assert render(read_run(bare), {}).endswith("</html>")
     finally:
         path.write_text(whole, encoding="utf-8")
+
+
+def test_a_run_whose_metrics_a_former_version_wrote_is_summed_up_and_shown(copied: Path) -> None:
+    old = '{"metric":"accuracy","value":1.0,"interval":[NaN,NaN],"dev_samples":1,"steps":3,"revision":null}'
+    (copied / "dense" / "metrics.json").write_text(old, encoding="utf-8")
+    plan = open_checkpoint(copied / "checkpoint").plan
+    names = ("ort-cpu-fp32", "ort-cpu-int8")
+    engines = BuildResults(dict.fromkeys(names, "cpu"), {}, {})
+    summary = summarize(RunDir.open(copied), plan, ["cpu"], engines)
+    assert (summary.dense, summary.dev_samples) == (1.0, 1)
+    run = read_run(copied)
+    assert run.dense is not None
+    assert run.dense.content.interval is None
+    assert render(run, {}).endswith("</html>")
 
 
 def test_sparsity_is_not_claimed_without_a_kernel_that_proves_it(finished: Path, copied: Path) -> None:

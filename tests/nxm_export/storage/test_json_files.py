@@ -15,7 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nxm_export.errors import ArtifactError, PlanError
-from nxm_export.storage.json_files import Json, convert, decode, encode, read_json, read_record, to_builtins
+from nxm_export.storage.json_files import (
+    Json,
+    convert,
+    decode,
+    encode,
+    read_foreign_json,
+    read_json,
+    read_record,
+    to_builtins,
+)
 
 SCHEMA = "nxm-house/2"
 
@@ -233,6 +242,16 @@ def test_a_json_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes
     if content is not None:
         (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(ArtifactError, match=rf"x\.json: {message}.*; do this"):
+        read_json(tmp_path / "x.json", "do this")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("NaN", math.nan), ("Infinity", math.inf), ("-Infinity", -math.inf), ("1e400", math.inf)]
+)
+def test_a_file_of_others_may_hold_numbers_that_json_does_not_have(tmp_path: Path, text: str, value: float) -> None:
+    (tmp_path / "x.json").write_text(f'{{"a": [{text}]}}', encoding="utf-8")
+    assert read_foreign_json(tmp_path / "x.json", "do this")["a"] == pytest.approx([value], nan_ok=True)
+    with pytest.raises(ArtifactError, match=r"x\.json: not valid JSON .*; do this"):
         read_json(tmp_path / "x.json", "do this")
 
 

@@ -32,10 +32,20 @@ import numpy as np
 
 from engines.base import Engine, backend
 from engines.parity.compatibility import plan_of, require_alike, require_from, require_outputs
-from engines.parity.decisions import DECIDING, Pair, Reading, agreement, cosines, distance, nonfinite_values, spread
+from engines.parity.decisions import (
+    DECIDING,
+    Pair,
+    Reading,
+    agreement,
+    apart,
+    cosines,
+    distance,
+    nonfinite_values,
+    spread,
+)
 from engines.parity.gates import Gate, check_gate, table_drop
 from engines.parity.probes import Expected, Loaded, ProbeResult, finite_probe, probe, probe_samples
-from engines.parity.reports import PARITY_FILE, SCHEMA, Comparison, ParityReport, Skipped, verdict
+from engines.parity.reports import PARITY_FILE, Comparison, ParityReport, Skipped, report_text, verdict
 from engines.parity.tolerance import (
     DTYPE_ROUNDING,
     MAX_FACTOR,
@@ -59,7 +69,6 @@ from nxm_export.data.metrics import interval, metric_named, paired_interval, req
 from nxm_export.data.question_answering import context_mask
 from nxm_export.errors import ArtifactError, DataError, EngineUnavailable, ParityError
 from nxm_export.storage.atomic import write_atomic
-from nxm_export.storage.json_files import encode
 
 OUTPUTS_FILE = (
     "outputs.npz"  # what the engine gave for every sample, labels and groups: paired statistics need them all
@@ -115,8 +124,9 @@ def compare_all(
     for run in runs:
         others = [other for other in runs if other.part.directory != run.part.directory]
         reports.append(_report(run, others, samples, gates, beforehand))
-    for run, report in zip(runs, reports, strict=True):
-        write_atomic(run.part.directory / PARITY_FILE, encode(report, SCHEMA))
+    texts = [report_text(report) for report in reports]
+    for run, text in zip(runs, texts, strict=True):
+        write_atomic(run.part.directory / PARITY_FILE, text)
         packed = io.BytesIO()
         np.savez(packed, **{**run.outputs, **samples.answers})  # type: ignore[arg-type]  # names of files, not options
         write_atomic(run.part.directory / OUTPUTS_FILE, packed.getvalue())
@@ -320,7 +330,8 @@ def _measure(checkpoint: Path, part: Part, samples: _Samples) -> _Reference:
         require_outputs(part.directory, spec, reference.outputs, str(checkpoint))
         expected = run_all(reference, samples.features, spec, samples.batch_size)
         answers = {name: run_all(reference, [sample], spec) for name, sample in probed.items()}
-    _require_finite(checkpoint, expected)
+    for outputs in (expected, *answers.values()):
+        _require_finite(checkpoint, outputs)
 
     def change(changed: pytorch.TorchEngine, count: int) -> _Change:
         """By at most `count` samples, spread over all."""
@@ -328,10 +339,17 @@ def _measure(checkpoint: Path, part: Part, samples: _Samples) -> _Reference:
         with changed:
             outputs = run_all(changed, [samples.features[i] for i in picks], spec, samples.batch_size)
             copies = {name: run_all(changed, [sample] * PROBE_COPIES, spec) for name, sample in probed.items()}
-        _require_finite(checkpoint, outputs)
+        for given in (outputs, *copies.values()):
+            _require_finite(checkpoint, given)
         return _Change(
-            {name: _apart(spec, name, outputs[name], expected[name][picks]) for name in spec.outputs},
-            {key: {name: largest(copies[key][name] - answers[key][name]) for name in spec.outputs} for key in probed},
+            {
+                name: apart(_cut_to(spec, name, expected[name][picks], outputs[name]), outputs[name])
+                for name in spec.outputs
+            },
+            {
+                key: {name: largest(apart(answers[key][name], copies[key][name])) for name in spec.outputs}
+                for key in probed
+            },
         )
 
     noise = change(part.load_reference(checkpoint, perturbation=Perturbation(part.rounding)), NOISE_SAMPLES)
@@ -484,9 +502,9 @@ def _tolerance_text(part: Part) -> str:
     )
 
 
-def _apart(spec: IOSpec, name: str, changed: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """|changed - expected|; per token the longest sample may not be among them, so `changed` may be shorter."""
-    return np.asarray(np.abs(changed - (expected[:, : changed.shape[1]] if _per_token(spec, name) else expected)))
+def _cut_to(spec: IOSpec, name: str, expected: np.ndarray, changed: np.ndarray) -> np.ndarray:
+    """`expected` as long as `changed`: per token, the longest sample may not be among those that were run again."""
+    return expected[:, : changed.shape[1]] if _per_token(spec, name) else expected
 
 
 def _per_token(spec: IOSpec, name: str) -> bool:

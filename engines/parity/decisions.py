@@ -29,14 +29,15 @@ class Reading:
 class Flip:
     """A sample (and position, in outputs that have some) whose class changed.
 
-    `margin` is how far the reference's class led its second: the wider, the worse the change.
+    `margin` is how far the reference's class led its second: the wider, the worse the change; None where it has no
+    second, as an answer of which one position is allowed.
     """
 
     sample: int
     position: tuple[int, ...]
     reference: int
     engine: int
-    margin: float
+    margin: float | None
     excused: bool
 
 
@@ -62,7 +63,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far one set of values is from another; None where either holds NaN or infinity."""
+    """How far one set of values is from another; None where either holds NaN or infinity, or where a number is too
+    large for one."""
 
     max_abs: float | None
     mean_abs: float | None
@@ -120,12 +122,12 @@ def flips(expected: np.ndarray, actual: np.ndarray, tolerance: float, reading: R
             tuple(int(i) for i in at[1:]),
             int(before[tuple(at)]),
             int(after[tuple(at)]),
-            float(margin[tuple(at)]),
+            float(margin[tuple(at)]) if np.isfinite(margin[tuple(at)]) else None,
             bool(margin[tuple(at)] <= 2 * tolerance),
         )
         for at in np.argwhere(before != after)
     ]
-    return sorted(made, key=lambda flip: -flip.margin)
+    return sorted(made, key=lambda flip: -np.inf if flip.margin is None else -flip.margin)
 
 
 def agreement(expected: np.ndarray, actual: np.ndarray, reading: Reading = Reading()) -> float | None:
@@ -143,8 +145,16 @@ def distance(expected: np.ndarray, actual: np.ndarray, lengths: Sequence[int] | 
     """How far `actual` is from `expected`; the mean leaves out what stands behind a sample's length in tokens."""
     if nonfinite_values(expected) or nonfinite_values(actual):
         return Distance(None, None, None)
-    error = np.abs(actual - expected)
-    return Distance(float(error.max()), mean_of(error, lengths), cosine(expected, actual))
+    error = apart(expected, actual)
+    with np.errstate(over="ignore", invalid="ignore"):
+        numbers = float(error.max()), mean_of(error, lengths), cosine(expected, actual)
+    return Distance(*(number if np.isfinite(number) else None for number in numbers))
+
+
+def apart(expected: np.ndarray, actual: np.ndarray) -> np.ndarray:
+    """|actual - expected| in float64, which holds what float32 values are apart."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(np.abs(actual.astype(np.float64) - expected.astype(np.float64)))
 
 
 def mean_of(change: np.ndarray, lengths: Sequence[int] | None) -> float:
@@ -161,12 +171,14 @@ def nonfinite_values(values: np.ndarray) -> int:
 
 def cosine(expected: np.ndarray, actual: np.ndarray) -> float:
     """Cosine of all values of an output; 1.0 where either is all zero."""
+    expected, actual = expected.astype(np.float64), actual.astype(np.float64)
     norms = float(np.linalg.norm(expected) * np.linalg.norm(actual))
     return float((expected * actual).sum() / norms) if norms else 1.0
 
 
 def cosines(expected: np.ndarray, actual: np.ndarray) -> np.ndarray:
     """(samples,): cosine of every sample's vector with its counterpart; 1.0 where either is all zero, NaN stays."""
+    expected, actual = expected.astype(np.float64), actual.astype(np.float64)
     lengths = np.linalg.norm(expected, axis=-1) * np.linalg.norm(actual, axis=-1)
     products = (expected * actual).sum(axis=-1)
     return np.asarray(np.where(lengths == 0.0, 1.0, products / np.where(lengths == 0.0, 1.0, lengths)))

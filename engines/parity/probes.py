@@ -19,7 +19,7 @@ from functools import partial
 import numpy as np
 
 from engines.base import Engine, Profile
-from engines.parity.decisions import nonfinite_values
+from engines.parity.decisions import apart, nonfinite_values
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.data.examples import Features, inputs_of, pad
 from nxm_export.errors import EngineError
@@ -215,7 +215,9 @@ def _judged(
     worst: tuple[float, float, float] = (-1.0, 0.0, 0.0)  # error in tolerances, error, tolerance
     for output, tolerance in contrast.tolerances.items():
         pairs = zip(contrast.actual, contrast.expected, strict=True)
-        error_ = max(float(np.abs(ours[output] - theirs[output]).max()) for ours, theirs in pairs)
+        error_ = max(float(apart(theirs[output], ours[output]).max()) for ours, theirs in pairs)
+        if not np.isfinite((error_, tolerance)).all():
+            return ProbeResult(name, False, None, None, f"{about}: {output} is too far off for a number")
         worst = max(worst, (error_ / tolerance if tolerance else np.inf if error_ else 0.0, error_, tolerance))
     _, actual, tolerated = worst
     return ProbeResult(name, actual <= tolerated, actual, tolerated, about)

@@ -11,7 +11,7 @@ from engines.parity.gates import GateResult
 from engines.parity.probes import ProbeResult
 from engines.parity.tolerance import OutputParity
 from nxm_export.errors import ParityError
-from nxm_export.storage.json_files import Json, read_record, to_builtins
+from nxm_export.storage.json_files import Json, encode, read_record, to_builtins
 
 SCHEMA = "nxm-parity/2"
 PARITY_FILE = "parity.json"
@@ -134,6 +134,18 @@ def verdict(outputs: Sequence[OutputParity], probes: Sequence[ProbeResult], gate
         and not any(probe.passed is False for probe in probes)
         and all(gate.passed for gate in gates)
     )
+
+
+def report_text(report: ParityReport) -> str:
+    """The text of ``parity.json``; raises `ParityError` that names engine and field for a number that JSON does not
+    have."""
+    try:
+        return encode(report, SCHEMA)
+    except ValueError as reason:
+        raise ParityError(
+            f"{report.engine}: the comparison gives no number to write ({reason}); what the checkpoint or the engine "
+            "gives here is too large, or not a number: compress it again"
+        ) from reason
 
 
 def read_parity_report(file: Path) -> ParityReport:

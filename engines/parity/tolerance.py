@@ -13,6 +13,7 @@ from engines.parity.decisions import (
     Flip,
     Reading,
     agreement,
+    apart,
     distance,
     flips,
     mean_of,
@@ -122,7 +123,7 @@ def compare_output(
     decision.
     """
     expected, lengths, samples = expectation.values, reading.lengths, len(expectation.values)
-    error = np.abs(actual - expected)
+    error = apart(expected, actual)
     low, tolerated = floor(expected), expectation.max_tolerance
     mean_tolerance = _mean_tolerance(expectation, lengths)
     same, same_noise = unchanged_share(error, low), unchanged_share(expectation.rounding_noise, low)

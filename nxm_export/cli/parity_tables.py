@@ -9,7 +9,7 @@ from nxm_export.cli.tables import print_table, score_text, share_text
 
 if TYPE_CHECKING:
     from engines.parity.bisect_reports import BisectReport
-    from engines.parity.decisions import Pair
+    from engines.parity.decisions import Flip, Pair
     from engines.parity.reports import Comparison, ParityReport, Skipped
     from engines.parity.tolerance import OutputParity
 
@@ -42,7 +42,7 @@ def _print_output(report: ParityReport, output: OutputParity) -> None:
             (
                 "changed class",
                 f"sample {flip.sample}: {flip.reference} to {flip.engine}",
-                f"margin {flip.margin:.4g}, {'excused' if flip.excused else 'NOT excused'}",
+                f"margin {_margin(flip)}, {'excused' if flip.excused else 'NOT excused'}",
             )
             for flip in output.worst_flips
         ],
@@ -145,6 +145,10 @@ def _steps_text(value: float | None) -> str:
 def _error(value: float | None) -> str:
     """An error; NaN and infinity leave none."""
     return "not finite" if value is None else f"{value:.4g}"
+
+
+def _margin(flip: Flip) -> str:
+    return "without a rival" if flip.margin is None else f"{flip.margin:.4g}"
 
 
 def _difference(of: ParityReport | Pair) -> str:

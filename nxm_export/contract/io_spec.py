@@ -88,12 +88,10 @@ def load_spec(directory: str | Path) -> IOSpec:
             "again"
         )
     task = TASKS[spec.task]
-    unlike = {name: spec.outputs.get(name) for name, axes in task.outputs.items() if spec.outputs.get(name) != axes}
-    if unlike:
-        name, axes = next(iter(unlike.items()))
+    if any(spec.outputs.get(name) != axes for name, axes in task.outputs.items()):
         raise ArtifactError(
-            f"{file}: outputs: {spec.task} gives {name} with the axes {task.outputs[name]}, here they are {axes}; "
-            "export or build again"
+            f"{file}: outputs: {spec.task} gives {_shown(task.outputs)}, here are {_shown(spec.outputs)}; export or "
+            "build again"
         )
     fewest = 2 if task.output_kind == "softmax" else 1
     if task.names_labels and len(spec.labels) < fewest:
@@ -101,3 +99,7 @@ def load_spec(directory: str | Path) -> IOSpec:
             f"{file}: labels: {spec.task} has at least {fewest}, here are {len(spec.labels)}; export or build again"
         )
     return spec
+
+
+def _shown(outputs: Mapping[str, tuple[str, ...]]) -> str:
+    return ", ".join(f"{name} ({', '.join(axes)})" for name, axes in outputs.items()) or "none"

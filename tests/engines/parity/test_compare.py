@@ -13,13 +13,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from engines.parity.bisect import bisect
-from engines.parity.compare import compare_all
-from engines.parity.decisions import flips
+from engines.parity.compare import Part, compare, compare_all
+from engines.parity.decisions import Distance, Reading, distance, flips
 from engines.parity.gates import check_gate, parse_gate
 from engines.parity.probes import Expected, Loaded, probe, probe_samples
 from nxm_export.cli import main
 from nxm_export.contract.io_spec import IOSpec, load_spec
-from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
+from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable, ParityError
 from tests.engines.parity.test_bisect import dev_features
 from tests.support import baked, tiny
 from tests.support.broken import write_engine
@@ -77,6 +77,23 @@ def test_changed_classes_are_listed_by_margin() -> None:
         (0, 1.0, False),
         (1, 0.1, True),
     ]
+
+
+def test_an_answer_without_a_rival_changes_by_no_number_and_comes_first() -> None:
+    expected, actual = np.array([[3.0, 0.0], [5.0, 0.0]]), np.array([[0.0, 3.0], [0.0, 5.0]])
+    reading = Reading("span", allowed=np.array([[True, True], [True, False]]))
+    assert [(flip.sample, flip.margin) for flip in flips(expected, actual, 0.1, reading)] == [(0, 3.0)]
+    listed = flips(np.array([[3.0, 0.0], [5.0, -np.inf]]), actual, 0.1, Reading())
+    assert [(flip.sample, flip.margin, flip.excused) for flip in listed] == [(1, None, False), (0, 3.0, False)]
+
+
+def test_a_distance_that_float32_does_not_hold_has_a_number_and_one_beyond_float64_has_none() -> None:
+    wide = np.array([[3e38, -3e38]], np.float32)
+    away = distance(wide, -wide)
+    assert [away.max_abs, away.mean_abs] == pytest.approx([6e38, 6e38])
+    assert away.cosine == pytest.approx(-1.0)
+    wider = np.array([[1e308, -1e308]])
+    assert distance(wider, -wider) == Distance(None, None, None)
 
 
 class Exact:
@@ -154,7 +171,7 @@ def test_two_engines_and_their_checkpoint(
         assert report["passed"] is True
         assert [gate["gate"] for gate in report["gates"]] == ["drop<=0", "flips<=0%"]
         assert {probe["passed"] for probe in report["probes"]} == {True}
-        outputs = [np.load(directory / "outputs.npz")["logits"] for directory in (engine, other)]
+        outputs = [np.load(directory / "outputs.npz")["logits"].astype(np.float64) for directory in (engine, other)]
         (pair,) = report["pairs"]
         assert pair["other"] == str(other)
         assert pair["max_abs"] == float(np.abs(outputs[0] - outputs[1]).max())
@@ -164,6 +181,78 @@ def test_two_engines_and_their_checkpoint(
     assert failed.exit_code == 3
     assert "the gate max_abs<=0 failed: largest |difference| of any output: " in failed.stderr
     assert json.loads((engines[0] / "parity.json").read_text())["passed"] is False
+
+
+class TestNotFinite:
+    """Engines, and checkpoints, whose outputs are no numbers or hardly any."""
+
+    @pytest.fixture
+    def checkpoint(self, tiny_checkpoint: Callable[..., Path]) -> Path:
+        return tiny_checkpoint("bert")
+
+    @pytest.fixture
+    def engine(self, tiny_engine: Callable[..., Path], tmp_path: Path) -> Path:
+        return shutil.copytree(tiny_engine("ort"), tmp_path / "engine")
+
+    @pytest.mark.parametrize(("value", "expected"), [(-np.inf, None), (np.nan, None), (3e38, 3e38), (-3e38, 3e38)])
+    def test_an_engine_fails_and_its_report_is_written(
+        self, checkpoint: Path, engine: Path, value: float, expected: float | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        spoil(monkeypatch, "load", lambda logits: np.where(np.arange(logits.shape[1]) == 0, value, logits))
+        report = compare(checkpoint, engine, dev_features(checkpoint, engine)[:4])
+        assert json.loads((engine / "parity.json").read_text()) == json.loads(json.dumps(report.to_dict()))
+        assert not report.passed
+        alone = next(probe for probe in report.probes if probe.name == "one token")
+        assert [report.outputs[0].max_abs, alone.actual] == [None if expected is None else pytest.approx(expected)] * 2
+        assert alone.passed is False
+
+    def test_values_of_all_of_float32_fail_with_the_gap_between_them(
+        self, checkpoint: Path, engine: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        signs = iter(range(10**6))
+        spoil(monkeypatch, "load", lambda logits: np.full_like(logits, 3e38 * (-1) ** next(signs)))
+        report = compare(checkpoint, engine, dev_features(checkpoint, engine)[:4])
+        alone = next(probe for probe in report.probes if probe.name == "permuted batch")
+        assert alone.passed is False
+        assert alone.actual == pytest.approx(6e38)
+
+    @pytest.mark.parametrize(("run", "rows"), [(2, 1), (4, 1), (5, 4)], ids=["answer", "change", "copies"])
+    def test_a_checkpoint_is_refused_wherever_it_is_run(
+        self, checkpoint: Path, engine: Path, run: int, rows: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of one sample and two probes: what it gives for all, for each probe, and as much again with noise."""
+        given: list[int] = []
+
+        def change(logits: np.ndarray) -> np.ndarray:
+            given.append(len(logits))
+            return logits * np.nan if len(given) == run else logits
+
+        spoil(monkeypatch, "load_reference", change)
+        with pytest.raises(ParityError, match="the checkpoint itself gives NaN or infinity in PyTorch"):
+            compare(checkpoint, engine, dev_features(checkpoint, engine)[:1])
+        assert given[run - 1] == rows
+        assert not (engine / "parity.json").exists()
+
+    def test_a_number_that_cannot_be_written_is_named(
+        self, checkpoint: Path, engine: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("engines.parity.compare._Samples.score", lambda *_: np.nan)
+        with pytest.raises(ParityError, match=r"engine: .*ParityReport\.reference_value is nan"):
+            compare(checkpoint, engine, dev_features(checkpoint, engine)[:4])
+        assert not (engine / "parity.json").exists()
+
+
+def spoil(patch: pytest.MonkeyPatch, method: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Let what `Part.<method>` opens give changed logits."""
+    opened = getattr(Part, method)
+
+    def changed(part: Part, *arguments: object, **options: object) -> Any:
+        engine = opened(part, *arguments, **options)
+        run = engine.run
+        engine.run = lambda feeds: {name: change(array).astype(np.float32) for name, array in run(feeds).items()}
+        return engine
+
+    patch.setattr(Part, method, changed)
 
 
 class TestSkipped:
@@ -264,7 +353,11 @@ class TestRefused:
         ("file", "change", "message"),
         [
             ("spec.json", {"labels": ["bad", "good"]}, "has the labels ['bad', 'good']"),
-            ("spec.json", {"outputs": {"scores": ["batch", "classes"]}}, "its spec names the outputs scores, and"),
+            (
+                "spec.json",
+                {"outputs": {"scores": ["batch", "classes"]}},
+                "gives logits (batch, classes), here are scores",
+            ),
             ("spec.json", {"model_type": "electra"}, "is of the electra family"),
             ("passport.json", {"graph": {"weights": "0" * 64}}, "engines of different checkpoints cannot be compared"),
         ],

@@ -191,17 +191,18 @@ __all__ = [  # noqa: RUF022  (in the order in which one meets them)
 ]
 
 
-def __getattr__(name: str) -> object:
-    """A public name, from the module that has it."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from nxm_export.own_packages import require_own_packages
+if not TYPE_CHECKING:  # a type checker knows the imports above, and takes any other name for the error that it is
 
-    require_own_packages()  # a folder of the user's named `engines` or `compressors` is said to be in the way
-    value: object = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value  # asked for once
-    return value
+    def __getattr__(name: str) -> object:
+        """A public name, from the module that has it."""
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from nxm_export.own_packages import require_own_packages
 
+        require_own_packages()  # a folder of the user's named `engines` or `compressors` is said to be in the way
+        value: object = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value  # asked for once
+        return value
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

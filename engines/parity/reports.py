@@ -122,6 +122,15 @@ class Comparison:
                 f"run here: {engine.reason}"
             )
 
+    @property
+    def passed(self) -> bool:
+        """False where `require` raises."""
+        return all(report.passed for report in self.reports) and not (self.gates and self.skipped)
+
+    def to_dict(self) -> dict[str, Json]:
+        """All of it in one record: whether `require` is content, the gates, and `to_list` as ``engines``."""
+        return {"passed": self.passed, "gates": list(self.gates), "engines": self.to_list()}
+
     def to_list(self) -> list[dict[str, Json]]:
         """The form of ``--json``: the reports, then what was skipped."""
         return [*(report.to_dict() for report in self.reports), *(engine.to_dict() for engine in self.skipped)]

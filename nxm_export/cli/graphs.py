@@ -58,15 +58,8 @@ def export(checkpoint: Path, out: Path, json: bool, **options: Json) -> None:
     """Write CHECKPOINT as a Q/DQ ONNX graph (a float graph, for a checkpoint without plan)."""
     from nxm_export.graph.exporter import export as export_graph
 
-    done = export_graph(checkpoint, out, **options)
-    result = {
-        "path": str(done.path),
-        "bytes": done.bytes,
-        "nodes": done.nodes,
-        "scale_rounding": done.scale_rounding,
-        "verified": done.report.passed,
-    }
-    show_result(lambda: result, json, lambda: print_facts("exported", result))
+    exported = export_graph(checkpoint, out, **options)
+    show_result(exported.to_dict, json, lambda: print_facts("exported", exported.to_dict()))
 
 
 @main.command()

@@ -91,6 +91,17 @@ class Exported:
     scale_rounding: float
     report: VerifyReport
 
+    def to_dict(self) -> dict[str, Json]:
+        """The form of ``--json``: the path as text, and of the report whether it passed (the whole lies beside the
+        graph)."""
+        return {
+            "path": str(self.path),
+            "bytes": self.bytes,
+            "nodes": self.nodes,
+            "scale_rounding": self.scale_rounding,
+            "verified": self.report.passed,
+        }
+
 
 def export(
     checkpoint: str | Path,

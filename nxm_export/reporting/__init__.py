@@ -10,7 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from nxm_export.errors import ArtifactError
+from nxm_export.own_packages import require_own_packages
 from nxm_export.storage.atomic import write_atomic
+
+require_own_packages()  # what is in here imports `compressors` and `engines`
 
 REPORT_FILE = "report.html"
 

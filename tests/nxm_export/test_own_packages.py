@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,13 @@ ROOT = Path(__file__).parents[2]
 COMMAND = ["-m", "nxm_export", "doctor"]
 LIBRARY = ["-c", "import nxm_export.pipeline"]
 PUBLIC = ["-c", "import nxm_export; nxm_export.load"]
+
+
+def importing_modules() -> list[str]:
+    """One module of every subpackage of `nxm_export` that imports `compressors` or `engines`, at its top or later."""
+    line = re.compile(r"^ *(from|import) (compressors|engines)\b", re.MULTILINE)
+    files = [file for file in sorted((ROOT / "nxm_export").glob("*/*.py")) if line.search(file.read_text("utf-8"))]
+    return [f"nxm_export.{name}.{file.stem}" for name, file in {file.parent.name: file for file in files}.items()]
 
 
 def python(arguments: list[str], directory: Path) -> subprocess.CompletedProcess[str]:
@@ -45,6 +53,22 @@ def test_the_library_says_the_same_as_an_error(package: Path, arguments: list[st
     done = python(arguments, package.parent)
     assert done.returncode == 1
     assert f"NxmError: {package.name} is {package}, not the package of nxm-export" in done.stderr.splitlines()[-1]
+
+
+def test_the_subpackages_that_need_them_are_those_we_know() -> None:
+    assert {name.split(".")[1] for name in importing_modules()} == {"api", "cli", "pipeline", "reporting"}
+
+
+@pytest.mark.parametrize("module", importing_modules())
+def test_every_subpackage_that_needs_them_looks_before_it_imports(package: Path, module: str) -> None:
+    done = python(["-c", f"import {module}"], package.parent)
+    assert done.returncode == 1
+    assert f"{package.name} is {package}, not the package of nxm-export" in done.stderr.splitlines()[-1]
+
+
+def test_the_functions_of_a_subpackage_look_too(package: Path) -> None:
+    done = python(["-c", "from nxm_export.reporting import card"], package.parent)
+    assert f"NxmError: {package.name} is {package}, not the package" in done.stderr
 
 
 def test_a_module_of_that_name_is_noticed_too(tmp_path: Path) -> None:

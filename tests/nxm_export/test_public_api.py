@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import pkgutil
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ def python(code: str) -> str:
 def imported_for_types() -> dict[str, str]:
     """Name -> module of the imports under TYPE_CHECKING: what a type checker takes the public names to be."""
     tree = ast.parse((ROOT / "nxm_export" / "__init__.py").read_text(encoding="utf-8"))
-    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and isinstance(node.test, ast.Name)]
     return {
         alias.name: node.module or "" for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
@@ -51,7 +52,23 @@ def test_a_type_checker_sees_the_names_that_there_are() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'prune'"):
-        nxm.prune  # noqa: B018
+        nxm.prune  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.slow
+def test_a_type_checker_refuses_a_name_that_is_mistyped(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text("import nxm_export as nxm\nnxm.compress\nnxm.compres\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--config-file", os.devnull, "user.py"],
+        env={**os.environ, "MYPYPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    errors = [line for line in done.stdout.splitlines() if line.startswith("user.py") and "error" in line]
+    assert [line.split(":")[1] for line in errors] == ["3"], done.stdout
+    assert 'has no attribute "compres"' in errors[0]
 
 
 def test_importing_loads_nothing_and_no_submodule_changes_a_public_name() -> None:

@@ -15,7 +15,7 @@ from engines.parity.bisect_reports import SCHEMA as BISECT_SCHEMA
 from engines.parity.decisions import Pair, Reading
 from engines.parity.gates import check_gate, parse_gate
 from engines.parity.probes import ProbeResult, finite_probe
-from engines.parity.reports import PARITY_FILE, SCHEMA, ParityReport, read_parity_report
+from engines.parity.reports import PARITY_FILE, SCHEMA, Comparison, ParityReport, Skipped, read_parity_report
 from engines.parity.tolerance import Expectation, OutputParity, compare_output
 from nxm_export.errors import ArtifactError, ParityError
 from nxm_export.storage.json_files import Json, encode
@@ -52,6 +52,27 @@ def report_of(actual: np.ndarray) -> ParityReport:
         pairs=(Pair("engines/other", "1" * 64, "logits", 0.5, 0.25, 0.75, 1.0, 0.0, (-0.5, 0.5)),),
         secondary_metrics={"mcc": (1.0, None)},
     )
+
+
+@pytest.mark.parametrize(
+    ("actual", "skipped", "gates"),
+    [(EXPECTED, 0, ()), (EXPECTED, 1, ()), (EXPECTED, 1, ("drop<=1",)), (np.full_like(EXPECTED, np.nan), 0, ())],
+)
+def test_a_comparison_says_in_its_record_what_require_says(
+    actual: np.ndarray, skipped: int, gates: tuple[str, ...]
+) -> None:
+    absent = Skipped("engines/trt", "2" * 64, "trt", "no GPU")
+    comparison = Comparison((report_of(actual),), (absent,) * skipped, gates)
+    try:
+        comparison.require()
+    except ParityError:
+        passed = False
+    else:
+        passed = True
+    record = json.loads(json.dumps(comparison.to_dict()))
+    assert record["passed"] == passed
+    assert record["gates"] == [*gates]
+    assert record["engines"] == json.loads(json.dumps(comparison.to_list()))
 
 
 def block(name: str, *, passed: bool | None) -> BlockParity:

@@ -27,7 +27,6 @@ from compressors.search.plan_selection import Selection, Selector, Trial, write_
 from compressors.search.sensitivity import Batches, Sensitivity, SensitivityProbe, write_sensitivities
 from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
-from compressors.training.callbacks import Progress
 from compressors.training.default_recipe import training_of
 from compressors.training.distillation import Student
 from compressors.training.output_divergence import divergence, real_logits
@@ -50,6 +49,7 @@ from nxm_export.contract.search_result import (
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.examples import Columns, Features, sorted_batches, split_indices
 from nxm_export.errors import ArtifactError, DataError
+from nxm_export.progress import Progress, silent
 from nxm_export.storage.atomic import atomic_dir
 from nxm_export.storage.json_files import encode
 
@@ -68,7 +68,7 @@ def search(
     training: Settings = Settings(),
     columns: Columns = Columns(),
     work_dir: Path | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> SearchResult:
     """Search a plan for a dense task model and write ``plan.json`` and its evidence to the directory `out`.
 

@@ -17,7 +17,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,9 +35,9 @@ from nxm_export.contract.search_result import PlanScore
 from nxm_export.data.examples import Features, filled, group_array, label_array
 from nxm_export.data.metrics import metric_named
 from nxm_export.errors import PlanError
+from nxm_export.progress import Progress, silent
 from nxm_export.storage.json_files import Json
 
-Progress = Callable[[str, int, int], None]
 Choice = tuple[int, ...]  # index into the candidate specs, per weight in model order
 
 
@@ -89,7 +89,7 @@ class Selector:
         settings: SearchSettings,
         calibration: Batches,
         held_out: Batches,
-        progress: Progress = lambda what, done, total: None,
+        progress: Progress = silent,
     ) -> None:
         self.probe, self.family, self.settings, self.progress = probe, probe.family, settings, progress
         self.calibration, self.held_out = calibration, held_out

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from compressors.distributed import wait
 from nxm_export.errors import DataError
+from nxm_export.progress import Progress
 
 if TYPE_CHECKING:
     # transformers has no types; these are those of its callbacks that are used here.
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 else:
     from transformers import TrainerCallback
 
-Progress = Callable[[str, int, int], None]  # (what, done, total)
 LOG_FILE = "train_log.jsonl"
 COMPLETE = "nxm_complete"  # marks a training checkpoint that was written to its end
 

@@ -22,7 +22,7 @@ from compressors.process_setup import prepare_process
 from compressors.quantization.embedding import quant_embeddings
 from compressors.quantization.prepare_bake import bake
 from compressors.settings import Settings
-from compressors.training.callbacks import LOG_FILE, Progress
+from compressors.training.callbacks import LOG_FILE
 from compressors.training.phases import Job, freeze_embeddings
 from compressors.training.resume import request_hash, take_ownership
 from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
@@ -46,6 +46,7 @@ from nxm_export.data.metrics import interval, metric_named, paired_interval
 from nxm_export.errors import DataError
 from nxm_export.hf.model_loading import quiet_transformers
 from nxm_export.hf.protocols import FastTokenizer, Saved
+from nxm_export.progress import Progress, silent
 from nxm_export.storage.atomic import atomic_dir
 from nxm_export.storage.json_files import encode
 
@@ -83,7 +84,7 @@ def finetune(
     work_dir: Path | None = None,
     further: bool = False,
     outputs: Path | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> DenseMetrics:
     """Fine-tune a dense task model and save it to `out` with ``metrics.json``; a model whose head fits is kept as it
     is.
@@ -140,7 +141,7 @@ def compress(
     train_limit: int | None = None,
     work_dir: Path | None = None,
     outputs: Path | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> CompressionMetrics:
     """Compress a dense task model under `plan` and save the checkpoint to `out` with ``metrics.json``.
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from compressors.quantization.fake_quant import quant_linears
 from compressors.training.augmentation import distorted
-from compressors.training.callbacks import Progress
 from compressors.training.output_divergence import divergence, real_logits
 from compressors.training.trainer import collate
 from nxm_export.data.examples import Features, sorted_batches
+from nxm_export.progress import Progress, silent
 
 SAMPLES = 128
 
@@ -32,7 +32,7 @@ def output_costs(
     pad_id: int,
     output_kind: str,
     seed: int,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, float]:
     """By weight: mean divergence per sample that its output quantizer brings by itself, against none of `outputs`
     quantized.

@@ -26,7 +26,7 @@ from compressors.quantization.prepare_bake import calibrate, prepare, require_in
 from compressors.settings import Settings
 from compressors.training.admm_schedule import WATCHED_SAMPLES, AdmmCallback, PaperSchedule, Ramp, Schedule
 from compressors.training.augmentation import require_augmentable
-from compressors.training.callbacks import LOG_FILE, JsonLog, Progress, TrainerCallback
+from compressors.training.callbacks import LOG_FILE, JsonLog, TrainerCallback
 from compressors.training.default_recipe import training_of
 from compressors.training.output_sensitivity import output_costs
 from compressors.training.task_data import TaskData
@@ -44,6 +44,7 @@ from nxm_export.contract.families import size_of
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.quantizer_placement import residual_output_weights
 from nxm_export.data.examples import sorted_batches, split_indices
+from nxm_export.progress import Progress
 
 Layers = Mapping[str, QuantLinear]
 

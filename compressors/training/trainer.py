@@ -36,13 +36,13 @@ from compressors.training.callbacks import (
     LOG_FILE,
     CompleteCallback,
     JsonLog,
-    Progress,
     ProgressCallback,
     TrainerCallback,
 )
 from compressors.training.distillation import Student
 from nxm_export.data.examples import NO_LABEL, Features, filled, label_array, pad, sorted_batches
 from nxm_export.errors import DataError
+from nxm_export.progress import Progress, silent
 
 _PAD_TO = "pad_to"  # of a sample: the length of its whole batch, of which this process may have a part
 
@@ -109,7 +109,7 @@ class PhaseData:
     precision: str = "auto"
     output_kind: str = "softmax"
     augment: float = 0.0
-    progress: Progress = lambda what, done, total: None
+    progress: Progress = silent
 
 
 def run_phase(

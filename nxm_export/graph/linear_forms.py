@@ -18,20 +18,9 @@ from nxm_export.errors import ExportError
 from nxm_export.graph.qdq import Linear, add_initializer
 
 LOWERINGS = ("matmul", "gemm", "conv1x1")
-_ELEMENTWISE = (
-    "Gelu",
-    "Relu",
-    "Erf",
-    "Tanh",
-    "Mul",
-    "Add",
-    "Div",
-    "Sub",
-    "Pow",
-    "Cast",
-    "QuantizeLinear",
-    "DequantizeLinear",
-)
+# What computes one element of its output from one of its input.
+ELEMENTWISE = ("Gelu", "Relu", "Erf", "Tanh", "Mul", "Add", "Div", "Sub", "Pow", "Cast")
+_BETWEEN_RESHAPES = (*ELEMENTWISE, "QuantizeLinear", "DequantizeLinear")
 
 
 @dataclass
@@ -142,7 +131,7 @@ def _region(restore: ir.Node) -> tuple[list[ir.Node], list[ir.Node]] | None:
             continue
         if node.op_type == "Reshape" and (node.inputs[0].name or "") + "_rows" == node.name:  # type: ignore[union-attr]
             back.append(node)
-        elif node.op_type in _ELEMENTWISE and not node.outputs[0].is_graph_output():
+        elif node.op_type in _BETWEEN_RESHAPES and not node.outputs[0].is_graph_output():
             region.append(node)
             inside |= {id(value) for value in node.outputs}
             frontier += [user for value in node.outputs for user in value.consumers()]

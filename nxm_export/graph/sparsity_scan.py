@@ -15,11 +15,12 @@ import onnx_ir as ir
 from nxm_export.contract.matrix_facts import MatrixFacts
 from nxm_export.contract.plan import CompressionPlan, NMPattern
 from nxm_export.graph.graph_weights import GraphWeight, graph_weights, parameter_of
+from nxm_export.graph.linear_forms import ELEMENTWISE
 from nxm_export.graph.verifier import embedded_plan
 
 SPARSE = NMPattern(2, 4)
 _FORMS = {"MatMul": "matmul", "FusedMatMul": "matmul", "Gemm": "gemm"}
-_ELEMENTWISE = ("Gelu", "Relu", "Erf", "Tanh", "Mul", "Add", "Div", "Sub", "Pow", "Cast", "Reshape", "Identity")
+_EPILOGUE = (*ELEMENTWISE, "Reshape", "Identity")  # between a product and the quantizers that read it
 _MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten")
 _FLOATS = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
 
@@ -115,7 +116,7 @@ def _output(node: ir.Node) -> tuple[str, str]:
         grown = False
         for user in [user for value in inside for user in value.consumers()]:
             known = [read in inside or read is None or _is_constant(read) for read in user.inputs]
-            if user not in region and user.op_type in _ELEMENTWISE and (user.op_type == "Reshape" or all(known)):
+            if user not in region and user.op_type in _EPILOGUE and (user.op_type == "Reshape" or all(known)):
                 region.append(user)
                 inside += user.outputs
                 grown = True

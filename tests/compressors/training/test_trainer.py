@@ -15,13 +15,13 @@ import torch
 
 from compressors.models import resolve
 from compressors.settings import Settings
-from compressors.training.callbacks import Progress
 from compressors.training.compress import compress, finetune
 from compressors.training.trainer import schedule
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.errors import DataError, PlanError
+from nxm_export.progress import Progress
 from tests.support import tiny
 from tests.support.variants import variants
 

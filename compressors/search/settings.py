@@ -10,7 +10,7 @@ from compressors.settings import OPTION, Option, options_of
 from nxm_export.contract.families import ROLES
 from nxm_export.contract.plan import COUNTINGS, PLACEMENTS
 from nxm_export.errors import ArtifactError, DataError, PlanError
-from nxm_export.storage.json_files import read_json
+from nxm_export.storage.json_files import convert, read_json
 
 DEFAULT_CANDIDATES = ("2:4+W4", "W4", "2:4+W8", "W8", "dense")
 METHODS = ("nxm", "paper")
@@ -132,7 +132,7 @@ def read_latencies(file: Path) -> dict[str, dict[str, float]]:
     """Milliseconds by role and option, from the JSON file of a latency table; raises `ArtifactError` for another
     file."""
     way_out = "a latency table is JSON, {role: {option: milliseconds}}"
-    table = read_json(file, way_out)
-    if not isinstance(table, dict) or not table or not all(isinstance(row, dict) and row for row in table.values()):
+    table = convert(read_json(file, way_out), dict[str, dict[str, float]], source=str(file), way_out=way_out)
+    if not table or not all(table.values()):
         raise ArtifactError(f"{file}: holds no rows of numbers by option; {way_out}")
     return table

@@ -10,13 +10,19 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from engines.sparsity.kernel_names import kernel_named
-from nxm_export.storage.json_files import Json, convert, read_json
+from nxm_export.errors import ArtifactError
+from nxm_export.storage.json_files import Json, convert, read_json, require_schema
 
 LOG_FILE = "build.log"
 LAYERS_FILE = "layers.json"
+LAYERS_SCHEMA = "nxm-layers/1"
 MEASURED_FILE = "measured.json"
+MEASURED_SCHEMA = "nxm-measured/1"
+_BUILD_AGAIN = "build the engine again"
+T = TypeVar("T")
 _PRODUCT_KINDS = (
     "gemm",
     "correlation",
@@ -92,6 +98,27 @@ class InspectedEngine:
 
 
 @dataclass(frozen=True)
+class _InspectorLayer:
+    """A layer of TensorRT's inspector report, by its words; tensors have more fields than are read."""
+
+    Name: str = ""
+    LayerType: str = ""
+    Inputs: tuple[Mapping[str, Json] | str, ...] = ()
+    Constants: tuple[Mapping[str, Json] | str, ...] = ()
+    Outputs: tuple[Mapping[str, Json] | str, ...] = ()
+    TacticName: str | None = None
+    Metadata: str | None = None
+    HasSparseWeights: int | bool = 0
+
+
+@dataclass(frozen=True)
+class _InspectorReport:
+    """TensorRT's inspector report; a layer without details is its name."""
+
+    Layers: tuple[_InspectorLayer | str, ...] = ()
+
+
+@dataclass(frozen=True)
 class MeasuredLayers:
     """The file ``measured.json``: mean milliseconds of every layer at one `shape` (batch, sequence), and the names of
     kernels that a profiler saw, where one was asked."""
@@ -141,39 +168,42 @@ def parse_layers(lines: Iterable[str]) -> list[LayerInfo]:
     return layers
 
 
-def parse_inspector(information: Mapping[str, Json], profile: int = 0) -> list[LayerInfo]:
+def parse_inspector(
+    information: Mapping[str, Json], profile: int = 0, *, source: str = "the inspector's report"
+) -> list[LayerInfo]:
     """The layers of an engine inspector's JSON report: TensorRT 8.6 and 10 (``Format/Datatype``) and 11 (``Datatype``).
 
-    Layers of another profile, as their names say, are skipped. A report without details gives names only.
+    Layers of another profile, as their names say, are skipped. A report without details gives names only. Raises
+    `ArtifactError` with `source` and the field for another report.
     """
     layers = []
-    for entry in information.get("Layers", []):
-        if isinstance(entry, str):
-            entry = {"Name": entry}
-        name = str(entry.get("Name", ""))
+    report = convert(information, _InspectorReport, source=source, way_out=_BUILD_AGAIN, foreign=True)
+    for entry in report.Layers:
+        layer = _InspectorLayer(entry) if isinstance(entry, str) else entry
+        name = layer.Name
         other = _PROFILE.search(name)
         if other and int(other[1]) != profile:
             continue
         name = _PROFILE.sub("", name)
-        onnx = tuple(_ONNX.findall(str(entry.get("Metadata", "")))) or tuple(_parts(name))
+        onnx = tuple(_ONNX.findall(layer.Metadata or "")) or tuple(_parts(name))
         layers.append(
             LayerInfo(
                 name,
-                str(entry.get("LayerType", "")),
-                tuple(_tensor_type(tensor) for tensor in entry.get("Inputs", [])),
-                tuple(_tensor_type(tensor) for tensor in entry.get("Constants", [])),
-                tuple(_tensor_type(tensor) for tensor in entry.get("Outputs", [])),
-                str(entry.get("TacticName", "")),
+                layer.LayerType,
+                tuple(map(_tensor_type, layer.Inputs)),
+                tuple(map(_tensor_type, layer.Constants)),
+                tuple(map(_tensor_type, layer.Outputs)),
+                layer.TacticName or "",
                 onnx,
                 profile,
-                bool(entry.get("HasSparseWeights", 0)),
+                bool(layer.HasSparseWeights),
             )
         )
     return layers
 
 
-def _tensor_type(tensor: object) -> str:
-    if not isinstance(tensor, Mapping):
+def _tensor_type(tensor: Mapping[str, Json] | str) -> str:
+    if isinstance(tensor, str):
         return ""
     return str(tensor.get("Datatype") or tensor.get("Format/Datatype") or "")
 
@@ -224,19 +254,30 @@ def read_evidence(directory: Path, running: Iterable[str] | None = None) -> Evid
         lines = (directory / LOG_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
         layers, log = parse_layers(lines), parse_sparsity_log(lines)
     if (directory / LAYERS_FILE).is_file():
-        inspected = _inspected(directory / LAYERS_FILE)
-        layers = [layer for part in inspected.profiles for layer in parse_inspector(part.information, part.profile)]
+        layers = _inspected_layers(directory / LAYERS_FILE)
     measured = _measured(directory / MEASURED_FILE) if (directory / MEASURED_FILE).is_file() else None
     kernels = running if running is not None else measured.kernels if measured else None
     times = {_PROFILE.sub("", name): ms for name, ms in measured.layer_ms.items()} if measured else {}
     return Evidence(layers, log, times, None if kernels is None else frozenset(kernels))
 
 
-def _inspected(file: Path) -> InspectedEngine:
-    way_out = "build the engine again"
-    return convert(read_json(file, way_out), InspectedEngine, source=str(file), way_out=way_out)
+def _inspected_layers(file: Path) -> list[LayerInfo]:
+    inspected = _read(file, InspectedEngine, LAYERS_SCHEMA, _BUILD_AGAIN)
+    return [
+        layer
+        for at, part in enumerate(inspected.profiles)
+        for layer in parse_inspector(part.information, part.profile, source=f"{file}: profiles[{at}].information")
+    ]
 
 
 def _measured(file: Path) -> MeasuredLayers:
-    way_out = "delete it, or measure again with `nxm inspect --measure`"
-    return convert(read_json(file, way_out), MeasuredLayers, source=str(file), way_out=way_out)
+    return _read(file, MeasuredLayers, MEASURED_SCHEMA, "delete it, or measure again with `nxm inspect --measure`")
+
+
+def _read(file: Path, kind: type[T], schema: str, way_out: str) -> T:
+    """The record in a file of this schema, or in one that was written before the file had a schema."""
+    value = read_json(file, way_out)
+    if isinstance(value, dict) and "schema" in value:
+        require_schema(value, schema, str(file), ArtifactError)
+        value = {key: entry for key, entry in value.items() if key != "schema"}
+    return convert(value, kind, source=str(file), way_out=way_out)

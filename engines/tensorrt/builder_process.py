@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, cast
 
 from engines.base import Binding, Profile, module_command
 from engines.passport import Bindings
-from engines.sparsity.build_evidence import LAYERS_FILE, InspectedEngine, InspectedProfile
+from engines.sparsity.build_evidence import LAYERS_FILE, LAYERS_SCHEMA, InspectedEngine, InspectedProfile
 from nxm_export.errors import ArtifactError, EngineError
 from nxm_export.progress import Progress
 from nxm_export.storage.hashing import file_hash
@@ -213,7 +213,7 @@ def run_build(request: BuildRequest, report: Report) -> None:
     report(BuilderMessage(facts=BuiltFacts(trt.__version__, strongly_typed, _bindings(network), refusal)))
     if request.inspect:
         layers = InspectedEngine(_inspect(trt, bytes(engine), request.profiles))
-        (directory / LAYERS_FILE).write_text(encode(layers), encoding="utf-8")
+        (directory / LAYERS_FILE).write_text(encode(layers, LAYERS_SCHEMA), encoding="utf-8")
 
 
 def _parse(trt: TensorRT, onnx: str, strongly_typed: bool) -> tuple[object, Network, Parser]:
@@ -388,7 +388,9 @@ def _inspect(trt: TensorRT, engine_bytes: bytes, profiles: Sequence[Profile]) ->
 
 
 def _main(request_text: str, descriptor: str) -> int:
-    request = convert(json.loads(request_text), BuildRequest, source="the build request", way_out="build again")
+    source, way_out = "the build request", "build again"
+    value = parse_json(request_text, source, way_out, EngineError)
+    request = convert(value, BuildRequest, source=source, way_out=way_out, error=EngineError)
     with os.fdopen(int(descriptor), "w", encoding="utf-8") as stream:
 
         def report(message: BuilderMessage) -> None:

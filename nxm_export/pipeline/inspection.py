@@ -172,7 +172,7 @@ def measure_layers(directory: Path, rounds: int = 20) -> None:
     from engines.base import LayerTimedEngine, backend
     from engines.benchmark.latency import feeds_for
     from engines.passport import load_passport
-    from engines.sparsity.build_evidence import MEASURED_FILE, MeasuredLayers
+    from engines.sparsity.build_evidence import MEASURED_FILE, MEASURED_SCHEMA, MeasuredLayers
 
     passport = load_passport(directory)
     with backend(passport.backend).load(directory) as engine:
@@ -183,7 +183,7 @@ def measure_layers(directory: Path, rounds: int = 20) -> None:
         batch, sequence = passport.profiles[0].optimum
         times = engine.layer_times(feeds_for(engine, batch, sequence, 1000, 0), rounds)
     measured = MeasuredLayers(passport.engine_sha256, (batch, sequence), rounds, times)
-    write_atomic(directory / MEASURED_FILE, encode(measured))
+    write_atomic(directory / MEASURED_FILE, encode(measured, MEASURED_SCHEMA))
 
 
 def doctor_file(file: Path, backend_name: str, version: str, compute_capability: str) -> FileDiagnosis:

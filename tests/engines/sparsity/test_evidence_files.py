@@ -10,11 +10,18 @@ from typing import Any
 
 import pytest
 
-from engines.sparsity.build_evidence import InspectedEngine, InspectedProfile, MeasuredLayers, read_evidence
+from engines.sparsity.build_evidence import (
+    LAYERS_SCHEMA,
+    MEASURED_SCHEMA,
+    InspectedEngine,
+    InspectedProfile,
+    MeasuredLayers,
+    read_evidence,
+)
 from engines.sparsity.report import WeightFacts, read_sparsity_report
 from nxm_export.contract.matrix_facts import MatrixFacts
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.json_files import encode
+from nxm_export.storage.json_files import Json, encode
 
 SPARSE = "sm80_xmma_sparse_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x128_stage3_warpsize2x2x1_sptensor16x8x64"
 FACT = MatrixFacts(
@@ -32,8 +39,8 @@ MEASURED = MeasuredLayers("ab", (8, 128), 20, {"node_myl0_1 [profile 0]": 0.5})
 def directory(tmp_path: Path) -> Path:
     """What a build and `nxm inspect --measure` leave beside an engine."""
     (tmp_path / "weights.json").write_text(encode(FACTS, "nxm-weights/1"))
-    (tmp_path / "layers.json").write_text(encode(INSPECTED))
-    (tmp_path / "measured.json").write_text(encode(MEASURED))
+    (tmp_path / "layers.json").write_text(encode(INSPECTED, LAYERS_SCHEMA))
+    (tmp_path / "measured.json").write_text(encode(MEASURED, MEASURED_SCHEMA))
     return tmp_path
 
 
@@ -41,6 +48,12 @@ def edit(file: Path, change: Callable[[Any], object]) -> None:
     data = json.loads(file.read_text())
     change(data)
     file.write_text(json.dumps(data))
+
+
+def inspected(data: dict[str, Json]) -> dict[str, Json]:
+    """TensorRT's own report in a ``layers.json``."""
+    information: dict[str, Json] = data["profiles"][0]["information"]
+    return information
 
 
 def test_a_report_is_made_of_all_that_lies_there(directory: Path) -> None:
@@ -57,19 +70,20 @@ def test_the_time_saved_is_the_twins_less_the_engines(
     directory: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     twin = tmp_path_factory.mktemp("twin")
-    (twin / "layers.json").write_text(encode(INSPECTED))
-    (twin / "measured.json").write_text(encode(replace(MEASURED, layer_ms={"node_myl0_1": 0.75})))
+    (twin / "layers.json").write_text(encode(INSPECTED, LAYERS_SCHEMA))
+    (twin / "measured.json").write_text(encode(replace(MEASURED, layer_ms={"node_myl0_1": 0.75}), MEASURED_SCHEMA))
     assert read_sparsity_report(directory, twin).weights[0].saved_ms == 0.25
 
 
 def test_a_profilers_kernels_are_taken_from_the_measurement(directory: Path) -> None:
-    (directory / "measured.json").write_text(encode(replace(MEASURED, kernels=("another kernel",))))
+    (directory / "measured.json").write_text(encode(replace(MEASURED, kernels=("another kernel",)), MEASURED_SCHEMA))
     assert read_sparsity_report(directory).weights[0].reason == "contradiction"
 
 
 def test_a_measurement_without_kernels_and_facts_of_the_former_schema_are_read(directory: Path) -> None:
     expected = read_sparsity_report(directory)
-    edit(directory / "measured.json", lambda data: data.pop("kernels"))
+    edit(directory / "measured.json", lambda data: (data.pop("kernels"), data.pop("schema")))
+    edit(directory / "layers.json", lambda data: data.pop("schema"))
     edit(directory / "weights.json", lambda data: data.update(schema="nxm-truth/1"))
     assert read_sparsity_report(directory) == expected
 
@@ -83,6 +97,15 @@ def test_a_measurement_without_kernels_and_facts_of_the_former_schema_are_read(d
         ("weights.json", lambda data: data["facts"][0].update(q=1), r"weights.json: unknown field facts\[0\]\.q"),
         ("layers.json", lambda data: data["profiles"][0].update(shape=[8]), r"layers.json: profiles\[0\]\.shape: "),
         ("layers.json", lambda data: data.update(more=1), "layers.json: unknown field more"),
+        ("layers.json", lambda data: data.update(schema="nxm-layers/9"), "schema nxm-layers/9 is not the nxm-layers/1"),
+        ("layers.json", lambda data: inspected(data).update(Layers=[1]), r"information: Layers\[0\]: .*got `int`"),
+        ("layers.json", lambda data: inspected(data).update(Layers=None), r"information: Layers: .*got `null`"),
+        (
+            "layers.json",
+            lambda data: inspected(data)["Layers"][0].update(Inputs=None),
+            r"Layers\[0\]\.Inputs: .*`null`",
+        ),
+        ("measured.json", lambda data: data.update(schema="nxm-plan/1"), "measured.json: not a nxm-measured/1 file"),
         ("measured.json", lambda data: data.update(layer_ms={"a": "fast"}), "measured.json: layer_ms.*got `str`"),
         ("measured.json", lambda data: data.update(rounds=float("nan")), "measured.json: not valid JSON .*NaN"),
     ],

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from compressors.distributed import wait
+from nxm_export.contract.train_log import TrainLogLine, read_train_log
 from nxm_export.errors import DataError
 from nxm_export.progress import Progress
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 else:
     from transformers import TrainerCallback
 
-LOG_FILE = "train_log.jsonl"
 COMPLETE = "nxm_complete"  # marks a training checkpoint that was written to its end
 
 
@@ -63,15 +62,15 @@ class JsonLog(TrainerCallback):
         """Append one line."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"phase": self.phase, "step": step, **values}) + "\n")
+            stream.write(TrainLogLine(self.phase, step, **values).to_text())
 
     def on_train_begin(self, args: Arguments, state: State, control: object, **_: object) -> None:
         """Drop this phase's lines beyond the step that it starts from."""
         if not state.is_world_process_zero or not self.file.is_file():
             return
-        lines = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines() if _is_json(line)]
-        earlier = [line for line in lines if line["phase"] != self.phase or line["step"] <= state.global_step]
-        self.file.write_text("".join(json.dumps(line) + "\n" for line in earlier), encoding="utf-8")
+        lines = read_train_log(self.file)
+        earlier = [line for line in lines if line.phase != self.phase or line.step <= state.global_step]
+        self.file.write_text("".join(line.to_text() for line in earlier), encoding="utf-8")
 
     def on_log(
         self, args: Arguments, state: State, control: object, logs: Mapping[str, float] | None = None, **_: object
@@ -113,11 +112,3 @@ class CompleteCallback(TrainerCallback):
         wait()  # each writes the state of its random numbers
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
-
-
-def _is_json(line: str) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False  # the last line of a killed run may be cut
-    return True

@@ -22,7 +22,6 @@ from compressors.process_setup import prepare_process
 from compressors.quantization.embedding import quant_embeddings
 from compressors.quantization.prepare_bake import bake
 from compressors.settings import Settings
-from compressors.training.callbacks import LOG_FILE
 from compressors.training.phases import Job, freeze_embeddings
 from compressors.training.resume import request_hash, take_ownership
 from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
@@ -41,6 +40,7 @@ from nxm_export.contract.families import size_of
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.pooling import read_pooling, write_pooling
 from nxm_export.contract.tasks import Task, task_named
+from nxm_export.contract.train_log import TRAIN_LOG_FILE
 from nxm_export.data.examples import Columns, group_array, label_array
 from nxm_export.data.metrics import interval, metric_named, paired_interval
 from nxm_export.errors import DataError
@@ -262,8 +262,8 @@ def _save(
             hidden = size_of(source.config, source.family.hidden_key)
             write_pooling(scratch, pooling, hidden, int(tokenizer.model_max_length), source.path)
         (scratch / METRICS_FILE).write_text(encode(metrics.to_dict()), encoding="utf-8")
-        if (result.work_dir / LOG_FILE).is_file():
-            shutil.copyfile(result.work_dir / LOG_FILE, scratch / LOG_FILE)
+        if (result.work_dir / TRAIN_LOG_FILE).is_file():
+            shutil.copyfile(result.work_dir / TRAIN_LOG_FILE, scratch / TRAIN_LOG_FILE)
         if compressed is not None:
             save_plan(scratch, *compressed)
             open_checkpoint(scratch).require_valid()

@@ -26,7 +26,7 @@ from compressors.quantization.prepare_bake import calibrate, prepare, require_in
 from compressors.settings import Settings
 from compressors.training.admm_schedule import WATCHED_SAMPLES, AdmmCallback, PaperSchedule, Ramp, Schedule
 from compressors.training.augmentation import require_augmentable
-from compressors.training.callbacks import LOG_FILE, JsonLog, TrainerCallback
+from compressors.training.callbacks import JsonLog, TrainerCallback
 from compressors.training.default_recipe import training_of
 from compressors.training.output_sensitivity import output_costs
 from compressors.training.task_data import TaskData
@@ -43,6 +43,7 @@ from nxm_export.contract.checkpoint_metrics import PermutationFacts, TrainingFac
 from nxm_export.contract.families import size_of
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.quantizer_placement import residual_output_weights
+from nxm_export.contract.train_log import TRAIN_LOG_FILE
 from nxm_export.data.examples import sorted_batches, split_indices
 from nxm_export.progress import Progress
 
@@ -179,7 +180,7 @@ class Job:
             if name != "admm" and (paper or count < 1 or admm.residual() <= settings.residual_gate):
                 break
             phase = self._phase(name, count, "linear" if paper else "constant_with_warmup")
-            log = JsonLog(self.work_dir / LOG_FILE, name)
+            log = JsonLog(self.work_dir / TRAIN_LOG_FILE, name)
             watch = AdmmCallback(admm, schedule, log, lambda: self._projected_loss(student, admm))
             self._run(student, phase, teacher, admm, watch)
             done += count

@@ -33,13 +33,13 @@ from compressors.settings import PRECISIONS, Losses
 from compressors.training.augmentation import augmented
 from compressors.training.callbacks import (
     COMPLETE,
-    LOG_FILE,
     CompleteCallback,
     JsonLog,
     ProgressCallback,
     TrainerCallback,
 )
 from compressors.training.distillation import Student
+from nxm_export.contract.train_log import TRAIN_LOG_FILE
 from nxm_export.data.examples import NO_LABEL, Features, filled, label_array, pad, sorted_batches
 from nxm_export.errors import DataError
 from nxm_export.progress import Progress, silent
@@ -144,7 +144,7 @@ def run_phase(
     features, order = data.features, schedule(data.features, phase.steps, phase.batch_size, data.seed)
     if data.augment:
         features, order = augmented(features, order, phase.batch_size, data.augment, data.seed)
-    log = JsonLog(data.work_dir / LOG_FILE, phase.name)
+    log = JsonLog(data.work_dir / TRAIN_LOG_FILE, phase.name)
     trainer = Trainer(
         model=student,
         args=arguments,

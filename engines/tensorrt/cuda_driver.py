@@ -74,6 +74,7 @@ class Device:
         self.activate()
         self._call("cuStreamCreate", ctypes.byref(stream), 1)  # non-blocking: no implicit order with the default stream
         self.stream = int(stream.value or 0)
+        self._events: list[int] = []
 
     def _call(self, name: str, *arguments: object) -> None:
         _check(self._driver, name, *arguments)
@@ -105,10 +106,11 @@ class Device:
         self._call("cuStreamSynchronize", self.stream)
 
     def event(self) -> int:
-        """A new event that can be timed."""
+        """A new event that can be timed; it lasts until `close`."""
         event = ctypes.c_void_p()
         self._call("cuEventCreate", ctypes.byref(event), 0)
-        return int(event.value or 0)
+        self._events.append(int(event.value or 0))
+        return self._events[-1]
 
     def record(self, event: int) -> None:
         """Record `event` in the stream."""
@@ -121,13 +123,11 @@ class Device:
         self._call("cuEventElapsedTime", ctypes.byref(value), start, end)
         return float(value.value)
 
-    def destroy_event(self, event: int) -> None:
-        """Give an event back."""
-        self._call("cuEventDestroy_v2", event)
-
     def close(self) -> None:
-        """Give the stream and the context back; calling it again does nothing."""
+        """Give the events, the stream and the context back; calling it again does nothing."""
         if self.stream:
+            while self._events:
+                self._call("cuEventDestroy_v2", self._events.pop())
             self._call("cuStreamDestroy_v2", self.stream)
             self._call("cuDevicePrimaryCtxRelease_v2", self._device)
             self.stream = 0

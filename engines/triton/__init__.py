@@ -12,7 +12,6 @@ The same client code works on `nxm serve` and on Triton: same protocol, model na
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from engines.passport import EnginePassport, PlanSummary, load_passport
 from engines.serving.repository import EngineSource
 from engines.serving.shapes import plan_buckets
 from engines.serving.text import BYTES_PER_TOKEN, names_classes
-from engines.triton.check_manifest import MANIFEST, same_version
+from engines.triton.check_manifest import MANIFEST, SCHEMA, same_version
 from engines.triton.config import BACKENDS, KINDS, Instances, engine_config, text_configs
 from engines.triton.deploy import DEFAULT_IMAGE, deployment_files
 from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec, load_spec
@@ -32,7 +31,8 @@ from nxm_export.storage.atomic import atomic_dir
 from nxm_export.storage.hashing import file_hash, file_hashes
 from nxm_export.storage.json_files import Json, encode, to_builtins
 
-SCHEMA = "nxm-triton/1"
+TEXT_SCHEMA = "nxm-triton-text/1"
+LABELS_SCHEMA = "nxm-triton-labels/1"
 VERSION = "1"
 CHECK = "check_manifest.py"
 _HERE = Path(__file__).parent
@@ -201,12 +201,12 @@ def _write_text_frontend(repository: Path, model: _Model, options: TritonOptions
         "pad_id": spec.pad_id,
         "pair": options.pair,
     }
-    (tokenizer / "text.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    (tokenizer / "text.json").write_text(encode(settings, TEXT_SCHEMA), encoding="utf-8")
     if labels:
         last = repository / f"{model.name}_labels" / VERSION
         shutil.copyfile(_HERE / "labels_model.py", last / "model.py")
         names = {"output": first.tensors("outputs")[0].name, "labels": list(spec.labels)}
-        (last / "labels.json").write_text(json.dumps(names, indent=1) + "\n", encoding="utf-8")
+        (last / "labels.json").write_text(encode(names, LABELS_SCHEMA), encoding="utf-8")
 
 
 def _kind(passport: EnginePassport, options: TritonOptions) -> str:

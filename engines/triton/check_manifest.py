@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+SCHEMA = "nxm-triton/1"
 _LIBRARIES = ("libnvinfer.so", "libnvinfer.so.11", "libnvinfer.so.10", "libnvinfer.so.8")
 
 
@@ -39,6 +40,11 @@ def problems(repository: Path, tensorrt: str | None) -> list[str]:
     """Everything that does not fit; `tensorrt` is the version here."""
     try:
         manifest = json.loads((repository / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["schema"] != SCHEMA:
+            return [
+                f"{repository / MANIFEST}: schema {manifest['schema']} is not the {SCHEMA} that this program reads; "
+                "take the check_manifest.py that was written with it"
+            ]
         files, needed = dict(manifest["files"]), manifest["tensorrt"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{repository / MANIFEST}: cannot be read ({error!r})"]

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nxm_export.errors import PlanError, some
-from nxm_export.storage.json_files import decode, encode, read_text, to_builtins
+from nxm_export.storage.json_files import Json, decode, encode, read_text, to_builtins
 
 SCHEMA = "nxm-plan/1"
 _WAY_OUT = "write it again with `nxm compress` or `nxm search`"
@@ -246,8 +246,8 @@ class CompressionPlan:
         """Bytes of the planned matrices inside an INT8 engine, with or without sparse storage."""
         return sum(spec.engine_bits(self.shapes[name], sparse=sparse) for name, spec in self.weights.items()) // 8
 
-    def to_json(self) -> str:
-        """The text of ``nxm_plan.json``."""
+    def to_dict(self) -> dict[str, Json]:
+        """What ``nxm_plan.json`` holds."""
         # Readers that do not know a field yet refuse only the plans that use it: what is None or float is left out.
         newer = {name: getattr(self, name) for name in ("residual", "embedding") if getattr(self, name) != "float"}
         weights = {}
@@ -255,7 +255,12 @@ class CompressionPlan:
             pattern = str(spec.pattern) if spec.pattern else None
             entry = _WeightEntry(self.shapes[name], pattern, spec.weight_bits, spec.input_bits, spec.output_bits)
             weights[name] = {key: value for key, value in to_builtins(entry).items() if value is not None}
-        return encode({"model_type": self.model_type, "attention": self.attention, **newer, "weights": weights}, SCHEMA)
+        named = {"model_type": self.model_type, "attention": self.attention}
+        return {"schema": SCHEMA, **named, **newer, "weights": weights}
+
+    def to_json(self) -> str:
+        """The text of ``nxm_plan.json``."""
+        return encode(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str, *, source: str = "plan") -> CompressionPlan:

@@ -200,7 +200,7 @@ def _train(directory: RunDir, request: Request, plan: CompressionPlan, model: Pa
         "checkpoint",
         lambda scratch: _into(scratch, work),
         inputs={"dense": directory.path("dense"), **files},
-        options={**names, "plan": json.loads(plan.to_json()), "settings": asdict(settings)},
+        options={**names, "plan": plan.to_dict(), "settings": asdict(settings)},
         seed=request.settings.seed,
     )
     shutil.rmtree(directory.path("work"), ignore_errors=True)

@@ -9,7 +9,6 @@ cannot see it.
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -477,15 +476,14 @@ def _training_series(run: Run) -> tuple[dict[str, list[tuple[float, float]]], li
     for stage, lines in run.logs.items():
         phase = None
         for line in lines:
-            if not isinstance(line.get("step"), int):
-                continue
-            if line.get("phase") != phase:
-                phase, start = line.get("phase"), end
-                phases.append((start, str(phase or stage)))
-            end = max(end, start + line["step"])
+            if line.phase != phase:
+                phase, start = line.phase, end
+                phases.append((start, phase or stage))
+            end = max(end, start + line.step)
             for key, points in series.items():
-                if isinstance(line.get(key), float) and math.isfinite(line[key]):
-                    points.append((start + line["step"], line[key]))
+                value: float | None = getattr(line, key)
+                if value is not None:
+                    points.append((start + line.step, value))
     return {key: points for key, points in series.items() if points}, phases, end
 
 

@@ -21,13 +21,13 @@ from nxm_export.contract.io_spec import IOSpec, load_spec
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.run_summary import DIRECTORY, SUMMARY_FILE, RunSummary, read_summary_file
 from nxm_export.contract.search_result import SEARCH_FILE, SearchResult, read_search_result
+from nxm_export.contract.train_log import TRAIN_LOG_FILE, TrainLogLine, read_train_log
 from nxm_export.contract.verify_report import VERIFY_FILE, VerifyReport, read_verify_report
 from nxm_export.errors import ArtifactError, NxmError
 from nxm_export.reporting.figures import Figure, Key, RunFile
 from nxm_export.reporting.matrices import Matrix, Sample, matrices, sample
 from nxm_export.reporting.run_files import Files
 from nxm_export.storage.hashing import file_hash
-from nxm_export.storage.json_files import Json
 from nxm_export.storage.run_dir import MANIFEST, Manifest, RunDir, StageRecord
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Run:
     graphs: tuple[GraphEntry, ...] = ()
     engines: tuple[EngineEntry, ...] = ()
     benches: tuple[RunFile[BenchReport], ...] = ()
-    logs: Mapping[str, tuple[Mapping[str, Json], ...]] = field(default_factory=dict)
+    logs: Mapping[str, tuple[TrainLogLine, ...]] = field(default_factory=dict)
     matrices: tuple[Matrix, ...] = ()
     sample: Sample | None = None
     search: SearchEntry | None = None
@@ -166,7 +166,11 @@ def read_run(root: str | Path, search: str | Path | None = None) -> Run:
     run = replace(
         run,
         spec=next(filter(None, (_spec(files, f"onnx/{graph.name}") for graph in run.graphs)), None),
-        logs={stage: rows for stage in ("dense", "checkpoint") if (rows := files.lines(f"{stage}/train_log.jsonl"))},
+        logs={
+            stage: rows
+            for stage in ("dense", "checkpoint")
+            if (rows := files.lines(f"{stage}/{TRAIN_LOG_FILE}", read_train_log))
+        },
         matrices=tuple(matrices(root, checkpoint, verified, searched.sensitivity if searched else None)),
         sample=sample(checkpoint, files),
         search=searched,

@@ -4,7 +4,6 @@ wrong."""
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -12,7 +11,7 @@ from typing import TypeVar
 from nxm_export.errors import ArtifactError, NxmError
 from nxm_export.reporting.figures import Figure, RunFile
 from nxm_export.storage.hashing import file_hash
-from nxm_export.storage.json_files import Json, nonfinite_as_none, read_foreign_json
+from nxm_export.storage.json_files import nonfinite_as_none, read_foreign_json
 from nxm_export.storage.run_dir import MANIFEST
 
 T = TypeVar("T")
@@ -74,17 +73,18 @@ class Files:
         text = self.text(file)
         return () if text is None else tuple(csv.DictReader(text.splitlines()))
 
-    def lines(self, file: str) -> tuple[Mapping[str, Json], ...]:
-        """The objects of a JSON-lines file; a last line that was cut is left out."""
-        values = []
-        for line in (self.text(file) or "").splitlines():
-            try:
-                value = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(value, dict):
-                values.append(value)
-        return tuple(values)
+    def lines(self, file: str, read: Callable[[Path], tuple[T, ...]]) -> tuple[T, ...]:
+        """The records of a JSON-lines file by its own reader; none where it is missing, or is not what the reader
+        takes."""
+        path = self.root / file
+        if not path.is_file():
+            return ()
+        try:
+            self.check(file)
+            return read(path)
+        except (NxmError, OSError) as error:
+            self.doubt(error)
+            return ()
 
     def size(self, file: str) -> Figure | None:
         """Bytes of a file, None where it is missing."""

@@ -151,6 +151,33 @@ def read_record(
     return decode(text, kind, schema=schema, source=str(file), way_out=way_out, older=older, error=error)
 
 
+def read_lines(file: Path, kind: type[T], *, way_out: str) -> tuple[T, ...]:
+    """The records of a JSON-lines file, whose lines have no schema; raises `ArtifactError` with the number of the line.
+
+    A last line that was cut, as its writer was killed, is left out. NaN and infinity are None: former versions wrote
+    them for a number that could not be computed.
+    """
+    text = read_text(file, way_out)
+    records = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        source, is_cut = f"{file}:{number}", number == text.count("\n") + 1
+        if is_cut and not line:
+            continue
+        try:
+            value = parse_json(line, source, way_out, ArtifactError, foreign=True)
+        except ArtifactError:
+            if is_cut:
+                continue
+            raise
+        records.append(convert(nonfinite_as_none(value), kind, source=source, way_out=way_out))
+    return tuple(records)
+
+
+def encode_line(record: object) -> str:
+    """A line of a JSON-lines file, with its end; raises `ValueError` as `encode` does."""
+    return json.dumps(to_builtins(record), allow_nan=False) + "\n"
+
+
 def encode(record: object, schema: str | None = None) -> str:
     """The text of a JSON file that holds `record` (a dataclass, or plain JSON values), under `schema`.
 

@@ -240,6 +240,12 @@ def test_a_manifest_names_every_file_and_notices_a_change(plans: list[EngineSour
         "planned/1/model_sm80.plan is not the file that was written",
         "planned_tokenizer/1/model.py is missing",
     ]
+    (repository / "manifest.json").write_text(json.dumps({**manifest.to_dict(), "schema": "nxm-triton/9"}))
+    (complaint,) = problems(repository, "10.14.1")
+    assert "schema nxm-triton/9 is not the nxm-triton/1 that this program reads" in complaint
+    (repository / "manifest.json").write_text(json.dumps({"files": {}, "tensorrt": None}))
+    (complaint,) = problems(repository, "10.14.1")
+    assert "cannot be read (KeyError('schema'))" in complaint
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # steps on masked QAT; ``magnitude`` does so with the mask by magnitude; ``nxm`` looks for the mask by ADMM first, ours
 # (damped, distilled); ``sr-ste`` lets the mask follow the weight through most of the steps (Zhou et al. 2021, arXiv
 # 2102.04010), then fixes it; ``one-shot`` is magnitude and calibration alone, no training; ``paper`` follows what is
-# known of the authors' recipe.
+# known of the authors' recipe (docs/search.md says where it differs).
 RECIPES = ("obs", "nxm", "magnitude", "sr-ste", "one-shot", "paper")
 # What masks are chosen by: |W|, or |W| times the root mean square of each input over the calibration samples.
 MASK_SCORES = ("magnitude", "activation")
@@ -30,14 +30,6 @@ MASK_SCORES = ("magnitude", "activation")
 # pass).
 ADMM_KINDS = ("mask", "joint", "joint-ste")
 PRECISIONS = ("auto", "fp32", "bf16")
-PAPER_DIFFERENCES = (
-    "as the authors: one dual update per epoch, undamped; a constant penalty; no distillation; no training after "
-    "projection; "
-    "embeddings, norms and head frozen",
-    "not as the authors: static per-tensor activations (theirs: dynamic per token); one weight scale per channel "
-    "(theirs: "
-    "per 32 rows); narrow weight range; exactly N kept per group; the penalty is added after clipping (theirs: before)",
-)
 # The settings that change the dense model, and those that dense fine-tuning and compression share.
 DENSE_FIELDS = ("dense_epochs", "dense_steps", "dense_learning_rate", "dense_freeze_embeddings")
 SHARED_FIELDS = ("batch_size", "max_length", "precision", "seed")

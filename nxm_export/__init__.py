@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from engines.parity.reports import Comparison, ParityReport
     from engines.passport import EnginePassport
     from nxm_export.api.functions import (
+        Default,
         PlanOptions,
         bench,
         bench_text,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         doctor,
         estimate,
         export,
+        finetune,
         inspect,
         pack,
         predict,
@@ -83,6 +85,8 @@ _HOMES = {
             *("run", "compress", "search", "export", "verify", "build", "compare", "bench", "bench_text", "predict"),
             *(
                 "PlanOptions",
+                "Default",
+                "finetune",
                 "pack",
                 "unpack",
                 "inspect",
@@ -133,6 +137,7 @@ __all__ = [  # noqa: RUF022  (in the order in which one meets them)
     "Graph",
     "EngineDirectory",
     "run",
+    "finetune",
     "compress",
     "search",
     "export",
@@ -154,6 +159,7 @@ __all__ = [  # noqa: RUF022  (in the order in which one meets them)
     "serve",
     "triton",
     "PlanOptions",
+    "Default",
     "Settings",
     "SearchSettings",
     "BuildOptions",

@@ -11,10 +11,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import nxm_export as nxm
+from nxm_export.cli import main
 from tests.conftest import ROOT
 from tests.support import baked, tiny
 
@@ -176,6 +179,109 @@ def test_options_of_auto_are_refused_elsewhere(small: Path, tmp_path: Path) -> N
 def test_a_directory_without_a_graph_is_named(tmp_path: Path) -> None:
     with pytest.raises(nxm.ArtifactError, match=r"has no model\.onnx"):
         nxm.verify(tmp_path)
+
+
+def test_an_engine_directory_is_no_graph(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(nxm.ArtifactError, match="is an engine directory; give the graph"):
+        nxm.build(small / "engine", tmp_path / "engine")
+
+
+def test_a_graph_directory_stands_for_its_file_everywhere(small: Path, tmp_path: Path) -> None:
+    graph = small / "graph"
+    assert nxm.verify(graph) == nxm.verify(graph / "model.onnx")
+    assert nxm.inspect(graph).to_dict() == nxm.inspect(graph / "model.onnx").to_dict()
+    assert nxm.diagnose(graph) == nxm.diagnose(graph / "model.onnx")
+    commands = (["verify"], ["inspect"], ["doctor"], ["build", "--out", str(tmp_path / "engine")])
+    for name, *options in commands:
+        results = [
+            CliRunner().invoke(main, [name, str(path), *options, "--json"]) for path in (graph, graph / "model.onnx")
+        ]
+        assert [result.exit_code for result in results] == [0, 0], f"{name}: {results[0].output}"
+        if name != "build":  # a passport has a time
+            assert results[0].stdout == results[1].stdout, name
+
+
+def compressed(tmp_path: Path, **choices: Any) -> None:
+    """What `compress` says of its choices, before it looks for the model."""
+    nxm.compress(tmp_path / "none", train="a", dev="b", out=tmp_path / "c", **choices)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        (
+            {"weight_bits": None, "options": nxm.PlanOptions(residual="int8")},
+            "residual int8: activations are quantized",
+        ),
+        (
+            {"weight_bits": None, "options": nxm.PlanOptions(placement="attention", residual="int8")},
+            "placement attention and residual int8",
+        ),
+        ({"plan": "p.json", "pattern": "2:4"}, "so pattern would be dropped"),
+        ({"plan": "p.json", "weight_bits": 8}, "so weight_bits would be dropped"),
+        (
+            {"plan": "p.json", "pattern": None, "options": nxm.PlanOptions(embedding="int8")},
+            "so pattern, options would",
+        ),
+    ],
+)
+def test_what_was_asked_is_never_dropped(tmp_path: Path, choices: dict[str, Any], message: str) -> None:
+    with pytest.raises(nxm.PlanError, match=message):
+        compressed(tmp_path, **choices)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"pattern": None},
+        {"weight_bits": None},
+        {"weight_bits": None, "options": nxm.PlanOptions(placement="inputs")},
+        {"plan": "p.json"},
+        {"options": nxm.PlanOptions(placement="attention", residual="int8")},
+    ],
+)
+def test_what_goes_together_gets_as_far_as_the_model(tmp_path: Path, choices: dict[str, Any]) -> None:
+    with pytest.raises(nxm.ArtifactError, match="none: no such directory"):
+        compressed(tmp_path, **choices)
+
+
+def test_one_glob_without_a_tuple_is_refused() -> None:
+    with pytest.raises(nxm.PlanError, match=r"write \('\*x\*',\)"):
+        nxm.PlanOptions(keep_dense="*x*")  # type: ignore[arg-type]
+
+
+def test_no_threads_are_refused(small: Path) -> None:
+    with pytest.raises(nxm.DataError, match="at least one thread, got 0"):
+        nxm.predict(small / "engine", ["a"], threads=0)
+
+
+def test_a_search_refuses_the_revision_that_it_cannot_take(tmp_path: Path) -> None:
+    model = nxm.load("owner/name", task="classification", revision="main")
+    with pytest.raises(nxm.ArtifactError, match="a search takes no revision"):
+        model.search("a", out=tmp_path)
+
+
+def test_a_path_that_is_no_model_directory_is_refused_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(nxm.ArtifactError, match="is a file; give the directory"):
+        nxm.load(file, task="classification")
+    for missing in (tmp_path / "gone", Path("gone"), "./gone", "~/gone", "a/b/c", f"{tmp_path}/gone"):
+        with pytest.raises(nxm.ArtifactError, match="no such directory; give the directory"):
+            nxm.load(missing, task="classification")
+    for name in ("bert-base-uncased", "owner/name"):
+        assert nxm.load(name, task="classification").source == name
+
+
+def test_finetune_makes_the_dense_model(tmp_path: Path) -> None:
+    train, dev = tiny.write_data(tmp_path)
+    encoder = tiny.write_model("bert", tmp_path / "encoder", layers=1)
+    settings = nxm.Settings(dense_steps=2, batch_size=16)
+    metrics = nxm.finetune(encoder, train=train, dev=dev, out=tmp_path / "dense", settings=settings)
+    assert isinstance(metrics, nxm.DenseMetrics)
+    assert metrics.steps == 2
+    assert nxm.load(tmp_path / "dense").task == "classification"
 
 
 def test_nothing_to_compress_is_an_error_before_anything_is_read(tmp_path: Path) -> None:

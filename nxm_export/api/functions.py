@@ -352,6 +352,7 @@ def bench(
     """Time engine directories interleaved at `shapes` of (batch, sequence); speed-ups are against the first."""
     from nxm_export.pipeline.engine_commands import bench_engines
 
+    _require_threads(threads)
     return bench_engines(_paths(engines), shapes, rounds, threads)
 
 
@@ -367,6 +368,7 @@ def bench_text(
     """Sentences a second of CPU engine directories over the text of a data file, tokenisation included."""
     from nxm_export.pipeline.engine_commands import bench_text as bench_engines
 
+    _require_threads(threads)
     return bench_engines(_paths(engines), str(data), batch=batch, rounds=rounds, threads=threads, columns=columns)
 
 
@@ -467,6 +469,11 @@ def _paths(engines: str | Path | Sequence[str | Path]) -> list[str | Path]:
     if not paths:
         raise EngineError("no engine is given; give at least one engine directory")
     return paths
+
+
+def _require_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise EngineError(f"an engine runs on at least one thread, got {threads}; leave it out to time it as built")
 
 
 def _spec(pattern: str | None, weight_bits: int | None) -> WeightSpec:

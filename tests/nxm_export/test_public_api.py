@@ -348,6 +348,10 @@ def test_one_glob_without_a_tuple_is_refused() -> None:
 def test_no_threads_are_refused(small: Path) -> None:
     with pytest.raises(nxm.DataError, match="at least one thread, got 0"):
         nxm.predict(small / "engine", ["a"], threads=0)
+    with pytest.raises(nxm.EngineError, match="at least one thread, got 0"):
+        nxm.bench(small / "engine", [(1, 8)], threads=0)
+    with pytest.raises(nxm.EngineError, match="at least one thread, got 0"):
+        nxm.bench_text(small / "engine", small / "dev.tsv", threads=0)
 
 
 def test_a_search_refuses_the_revision_that_it_cannot_take(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ from nxm_export.data.predictions import (
 )
 from nxm_export.data.question_answering import Window, windows
 from nxm_export.data.texts import Text
-from nxm_export.errors import DataError, EngineError
+from nxm_export.errors import ArtifactError, DataError, EngineError
 
 BATCH = 32  # texts that run at once
 _PAIR = {"question-answering": "(question, context)", "reranking": "(query, document)"}
@@ -58,10 +58,15 @@ class Predictor:
     """A loaded engine directory that answers texts. Close it, or use it as a context manager.
 
     `threads` are those of an engine on the CPU; by default as it was built. Raises `EngineUnavailable` where the engine
-    cannot run here, and `ArtifactError` for a directory that is none of ours or that has no ``spec.json``.
+    cannot run here, `ArtifactError` for a directory that is none of ours or that has no ``spec.json``, and `DataError`
+    for less than one thread.
     """
 
     def __init__(self, directory: str | Path, *, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise DataError(
+                f"an engine runs on at least one thread, got {threads}; leave it out for those it was built with"
+            )
         self.directory = Path(directory)
         self.shortened = 0
         self.spec: IOSpec = load_spec(self.directory)
@@ -76,7 +81,8 @@ class Predictor:
 
         Pairs are tuples: a second text for classifiers of pairs, a document for a query, a context for a question.
         `batch` texts run at once. Raises `DataError` for input that the task does not read, with its position, and
-        `EngineError` for an engine whose outputs are not finite.
+        `EngineError` for an engine whose outputs are not finite, and `ArtifactError` for one that has not as many
+        classes as labels.
         """
         if isinstance(texts, str):
             raise DataError(f"predict takes a list of texts; write [{texts[:40]!r}]")
@@ -172,12 +178,22 @@ class Predictor:
             samples = [features[i] for i in indices]
             feeds = _with_rows(pad(samples, self.spec.pad_id, length), rows)
             outputs = scored_outputs(self._task, self._engine.run(feeds))
+            self._require_labelled(outputs)
             if not np.isfinite(outputs[: len(indices)]).all():
                 raise EngineError(f"{self.directory}: the engine gives NaN or infinity; run `nxm compare` on it")
             for row, i in enumerate(indices):
                 tokens = len(features[i]["input_ids"])
                 results[i] = outputs[row, :tokens] if "sequence" in self.spec.outputs[self._first] else outputs[row]
         return [result for result in results if result is not None]
+
+    def _require_labelled(self, outputs: Array) -> None:
+        """Raise `ArtifactError` unless there is a label for every class of the outputs."""
+        labels = len(self.spec.labels)
+        if self._task.output_kind in ("softmax", "sigmoid") and outputs.shape[-1] != labels:
+            raise ArtifactError(
+                f"{self.directory}: its engine gives {outputs.shape[-1]} numbers, and its spec.json names {labels} "
+                "labels; build it again from its graph"
+            )
 
     @property
     def _first(self) -> str:

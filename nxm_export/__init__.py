@@ -30,7 +30,12 @@ if TYPE_CHECKING:
     from engines.benchmark.text_throughput import TextReport
     from engines.parity.reports import Comparison, ParityReport
     from engines.passport import EnginePassport
+    from engines.predictor import Predictor
+    from engines.serving.model import ModelOptions
+    from engines.serving.server import ServerOptions
+    from engines.triton import TritonManifest, TritonOptions
     from nxm_export.api.functions import (
+        Default,
         PlanOptions,
         bench,
         bench_text,
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
         doctor,
         estimate,
         export,
+        finetune,
         inspect,
         pack,
         predict,
@@ -56,11 +62,23 @@ if TYPE_CHECKING:
     )
     from nxm_export.api.objects import CompressedModel, EngineDirectory, Graph, Model, load, open_engine
     from nxm_export.contract.checkpoint_metrics import CompressionMetrics, DenseMetrics
+    from nxm_export.contract.packed_checkpoint import PackedSizes
     from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
     from nxm_export.contract.run_summary import RunSummary
     from nxm_export.contract.search_result import SearchResult
+    from nxm_export.contract.verify_report import VerifyReport
     from nxm_export.data.examples import Columns
-    from nxm_export.data.predictions import Answer, Embedding, Entity, LabelSet, Prediction, Score, TaggedText
+    from nxm_export.data.predictions import (
+        Answer,
+        AnyPrediction,
+        Embedding,
+        Entity,
+        LabelSet,
+        Prediction,
+        Score,
+        TaggedText,
+    )
+    from nxm_export.data.texts import Text
     from nxm_export.errors import (
         ArtifactError,
         DataError,
@@ -72,6 +90,11 @@ if TYPE_CHECKING:
         PlanError,
         ServeError,
     )
+    from nxm_export.graph.exporter import Exported
+    from nxm_export.pipeline.environment import MachineReport
+    from nxm_export.pipeline.estimate import RunEstimate
+    from nxm_export.pipeline.inspection import EngineInspection, FileDiagnosis, GraphFacts, RunInspection
+    from nxm_export.progress import Progress
 
 # Public name -> the module that has it. Tests hold it against the imports above.
 _HOMES = {
@@ -83,6 +106,8 @@ _HOMES = {
             *("run", "compress", "search", "export", "verify", "build", "compare", "bench", "bench_text", "predict"),
             *(
                 "PlanOptions",
+                "Default",
+                "finetune",
                 "pack",
                 "unpack",
                 "inspect",
@@ -101,7 +126,7 @@ _HOMES = {
     **dict.fromkeys(("CompressionPlan", "NMPattern", "WeightSpec"), "nxm_export.contract.plan"),
     **dict.fromkeys(("CompressionMetrics", "DenseMetrics"), "nxm_export.contract.checkpoint_metrics"),
     **dict.fromkeys(
-        ("Prediction", "LabelSet", "Score", "Entity", "TaggedText", "Answer", "Embedding"),
+        ("Prediction", "LabelSet", "Score", "Entity", "TaggedText", "Answer", "Embedding", "AnyPrediction"),
         "nxm_export.data.predictions",
     ),
     **dict.fromkeys(
@@ -111,6 +136,20 @@ _HOMES = {
         ),
         "nxm_export.errors",
     ),
+    "Predictor": "engines.predictor",
+    "ModelOptions": "engines.serving.model",
+    "ServerOptions": "engines.serving.server",
+    **dict.fromkeys(("TritonManifest", "TritonOptions"), "engines.triton"),
+    "PackedSizes": "nxm_export.contract.packed_checkpoint",
+    "VerifyReport": "nxm_export.contract.verify_report",
+    "Text": "nxm_export.data.texts",
+    "Exported": "nxm_export.graph.exporter",
+    "MachineReport": "nxm_export.pipeline.environment",
+    "RunEstimate": "nxm_export.pipeline.estimate",
+    **dict.fromkeys(
+        ("EngineInspection", "FileDiagnosis", "GraphFacts", "RunInspection"), "nxm_export.pipeline.inspection"
+    ),
+    "Progress": "nxm_export.progress",
     "Columns": "nxm_export.data.examples",
     "Settings": "compressors.settings",
     "SearchSettings": "compressors.search.settings",
@@ -133,6 +172,7 @@ __all__ = [  # noqa: RUF022  (in the order in which one meets them)
     "Graph",
     "EngineDirectory",
     "run",
+    "finetune",
     "compress",
     "search",
     "export",
@@ -154,23 +194,41 @@ __all__ = [  # noqa: RUF022  (in the order in which one meets them)
     "serve",
     "triton",
     "PlanOptions",
+    "Default",
     "Settings",
     "SearchSettings",
     "BuildOptions",
     "Profile",
+    "ModelOptions",
+    "ServerOptions",
+    "TritonOptions",
     "Columns",
+    "Progress",
     "WeightSpec",
     "NMPattern",
     "CompressionPlan",
     "RunSummary",
+    "RunEstimate",
     "CompressionMetrics",
     "DenseMetrics",
     "SearchResult",
+    "Exported",
+    "VerifyReport",
+    "PackedSizes",
+    "GraphFacts",
+    "EngineInspection",
+    "RunInspection",
+    "FileDiagnosis",
+    "MachineReport",
+    "TritonManifest",
     "EnginePassport",
     "Comparison",
     "ParityReport",
     "BenchReport",
     "TextReport",
+    "Predictor",
+    "Text",
+    "AnyPrediction",
     "Prediction",
     "LabelSet",
     "Score",

@@ -8,7 +8,8 @@ object (`PlanOptions`, ``Settings``, ``Columns``, ``BuildOptions``). Errors are 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,9 @@ from nxm_export.contract.origin import recorded_checkpoint
 from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
 from nxm_export.data.examples import Columns
 from nxm_export.data.predictions import AnyPrediction
-from nxm_export.errors import ArtifactError, EngineError, PlanError
+from nxm_export.errors import EngineError, PlanError
 from nxm_export.pipeline.engine_commands import SHAPES
+from nxm_export.pipeline.graph_file import onnx_file
 from nxm_export.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from engines.serving.model import ModelOptions
     from engines.serving.server import ServerOptions
     from engines.triton import TritonManifest, TritonOptions
-    from nxm_export.contract.checkpoint_metrics import CompressionMetrics
+    from nxm_export.contract.checkpoint_metrics import CompressionMetrics, DenseMetrics
     from nxm_export.contract.packed_checkpoint import PackedSizes
     from nxm_export.contract.run_summary import RunSummary
     from nxm_export.contract.search_result import SearchResult
@@ -48,15 +50,32 @@ if TYPE_CHECKING:
 class PlanOptions:
     """What a uniform plan has beside pattern and bits.
 
-    `placement` says where activation quantizers stand, `residual` and `embedding` whether the residual connections and
-    the word-embedding table are ``float`` or ``int8``, `keep_dense` are globs of weights to leave alone
-    (docs/concepts.md).
+    `placement` says where activation quantizers stand (None: ``inputs-outputs``, where weights are quantized),
+    `residual` and `embedding` whether the residual connections and the word-embedding table are ``float`` or ``int8``,
+    `keep_dense` are globs of weights to leave alone (docs/concepts.md). Raises `PlanError` for one glob that is not
+    in a tuple.
     """
 
-    placement: str = "inputs-outputs"
+    placement: str | None = None
     residual: str = "float"
     embedding: str = "float"
     keep_dense: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep_dense, str):
+            raise PlanError(f"keep_dense takes several globs; write ({self.keep_dense!r},)")
+
+
+class Default(Enum):
+    """`DEFAULT` stands for an argument that was not given, where None has a meaning of its own."""
+
+    DEFAULT = "default"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+DEFAULT = Default.DEFAULT
 
 
 def run(
@@ -108,6 +127,43 @@ def estimate(
     return estimate_run(_with(request, revision, train_limit))
 
 
+def finetune(
+    model: str | Path,
+    *,
+    train: str | Path,
+    dev: str | Path,
+    out: str | Path,
+    task: str = "classification",
+    settings: Settings | None = None,
+    columns: Columns = Columns(),
+    revision: str | None = None,
+    train_limit: int | None = None,
+    further: bool = False,
+    progress: Progress = silent,
+) -> DenseMetrics:
+    """Train a dense model with a task head and write it to the directory `out`, with what it scores on `dev`.
+
+    A model whose head fits the task already is written as it is, unless it is to be trained `further`. `compress` does
+    this by itself where there is no head; the dense settings (`Settings.dense_steps` and its like) are for it.
+    """
+    from compressors.settings import Settings
+    from compressors.training.compress import finetune as finetune_model
+
+    return finetune_model(
+        model,
+        task=task,
+        train=str(train),
+        dev=str(dev),
+        out=out,
+        settings=settings or Settings(),
+        columns=columns,
+        revision=revision,
+        train_limit=train_limit,
+        further=further,
+        progress=progress,
+    )
+
+
 def compress(
     model: str | Path,
     *,
@@ -115,8 +171,8 @@ def compress(
     dev: str | Path,
     out: str | Path,
     task: str = "classification",
-    pattern: str | None = "2:4",
-    weight_bits: int | None = 8,
+    pattern: str | Default | None = DEFAULT,
+    weight_bits: int | Default | None = DEFAULT,
     plan: CompressionPlan | str | Path | None = None,
     settings: Settings | None = None,
     columns: Columns = Columns(),
@@ -128,13 +184,21 @@ def compress(
     """Compress a model (a directory or hub id) to the checkpoint directory `out`, fine-tuning it first where it has no
     head.
 
-    `train` and `dev` are data files (docs/tasks.md). Every weight gets `pattern` (N kept of every M; None: dense) and
-    `weight_bits` (2 to 8; None: unquantized) with INT8 inputs, unless a `plan` or its file says otherwise. `settings`
-    say how to train. Raises `DataError`, `PlanError` and `ArtifactError` before anything is trained.
+    `train` and `dev` are data files (docs/tasks.md). Every weight gets `pattern` (N kept of every M, by default 2:4;
+    None: dense) and `weight_bits` (2 to 8, by default 8; None: unquantized) with INT8 inputs, or what a `plan` or its
+    file says, which stands instead of pattern, bits and `options`. `settings` say how to train. Raises `DataError`,
+    `PlanError` and `ArtifactError` before anything is trained.
     """
-    from nxm_export.pipeline.run import compress_model
+    from nxm_export.pipeline.run import compress_model, require_plan_alone
 
-    spec = WeightSpec.parse("dense") if plan is not None else _spec(pattern, weight_bits)
+    given = {"pattern": pattern, "weight_bits": weight_bits}
+    names = [name for name, value in given.items() if not isinstance(value, Default)]
+    require_plan_alone(plan, [*names, *(["options"] if options != PlanOptions() else [])])
+    spec = WeightSpec()  # a plan's, which says more
+    if plan is None:
+        spec = _spec(
+            "2:4" if isinstance(pattern, Default) else pattern, 8 if isinstance(weight_bits, Default) else weight_bits
+        )
     request = _request(model, train, dev, task, spec, settings, columns, options)
     return compress_model(_with(request, revision, train_limit), out, plan=plan, progress=progress)
 
@@ -213,7 +277,7 @@ def verify(graph: str | Path, *, pattern: str | NMPattern | None = None) -> Veri
     """
     from nxm_export.graph.verifier import verify as verify_graph
 
-    return verify_graph(_onnx(graph), pattern=NMPattern.parse(pattern) if isinstance(pattern, str) else pattern)
+    return verify_graph(onnx_file(graph), pattern=NMPattern.parse(pattern) if isinstance(pattern, str) else pattern)
 
 
 def build(
@@ -237,11 +301,11 @@ def build(
     if backend != "auto":
         if shapes is not None or data is not None or reference is not None:
             raise EngineError(f"shapes, data and reference are for backend='auto'; {backend} is built without them")
-        return build_engine(_onnx(graph), out, backend, options)
+        return build_engine(graph, out, backend, options)
     check = None
     if data is not None:
-        check = ParityCheck(reference or recorded_checkpoint(_onnx(graph).parent), str(data))
-    return build_fastest(_onnx(graph), out, options, shapes=shapes, check=check).passport
+        check = ParityCheck(reference or recorded_checkpoint(onnx_file(graph).parent), str(data))
+    return build_fastest(graph, out, options, shapes=shapes, check=check).passport
 
 
 def compare(
@@ -269,8 +333,8 @@ def predict(
 ) -> list[AnyPrediction]:
     """What an engine directory says about texts, or pairs of them: one typed result each, in order.
 
-    Needs neither torch nor transformers. The engine is loaded for this call; to answer many calls, serve it, or keep an
-    `engines.predictor.Predictor`.
+    Needs neither torch nor transformers. The engine is loaded for this call; to answer many calls, keep a
+    `Predictor`, or serve it.
     """
     from engines.predictor import Predictor
 
@@ -288,6 +352,7 @@ def bench(
     """Time engine directories interleaved at `shapes` of (batch, sequence); speed-ups are against the first."""
     from nxm_export.pipeline.engine_commands import bench_engines
 
+    _require_threads(threads)
     return bench_engines(_paths(engines), shapes, rounds, threads)
 
 
@@ -303,6 +368,7 @@ def bench_text(
     """Sentences a second of CPU engine directories over the text of a data file, tokenisation included."""
     from nxm_export.pipeline.engine_commands import bench_text as bench_engines
 
+    _require_threads(threads)
     return bench_engines(_paths(engines), str(data), batch=batch, rounds=rounds, threads=threads, columns=columns)
 
 
@@ -323,8 +389,8 @@ def unpack(file: str | Path, out: str | Path) -> Path:
 def inspect(
     path: str | Path, *, twin: str | Path | None = None, measure: bool = False
 ) -> GraphFacts | EngineInspection | RunInspection:
-    """Facts of an ONNX file, an engine directory or a run; for TensorRT, which weights run sparse and why the others
-    do not."""
+    """Facts of an ONNX file, a graph or engine directory, or a run; for TensorRT, which weights run sparse and why the
+    others do not."""
     from nxm_export.pipeline.inspection import inspect_path
 
     return inspect_path(path, twin=None if twin is None else Path(twin), measure=measure)
@@ -340,11 +406,11 @@ def doctor() -> MachineReport:
 def diagnose(
     graph: str | Path, *, backend: str = "trt", version: str = "11.4", compute_capability: str = "8.9"
 ) -> FileDiagnosis:
-    """Judge any ONNX file for a TensorRT version and a GPU without building it: which matrices can run sparse, and
-    what to do."""
+    """Judge any ONNX file, or the one in a graph directory, for a TensorRT version and a GPU without building it: which
+    matrices can run sparse, and what to do."""
     from nxm_export.pipeline.inspection import doctor_file
 
-    return doctor_file(_onnx(graph), backend, version, compute_capability)
+    return doctor_file(Path(graph), backend, version, compute_capability)
 
 
 def show(run_directory: str | Path) -> RunSummary:
@@ -405,14 +471,9 @@ def _paths(engines: str | Path | Sequence[str | Path]) -> list[str | Path]:
     return paths
 
 
-def _onnx(graph: str | Path) -> Path:
-    """The ONNX file of a graph directory, or the file itself."""
-    path = Path(graph)
-    if not path.is_dir():
-        return path
-    if not (path / "model.onnx").is_file():
-        raise ArtifactError(f"{path} has no model.onnx: it is not a graph directory; make one with nxm_export.export")
-    return path / "model.onnx"
+def _require_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise EngineError(f"an engine runs on at least one thread, got {threads}; leave it out to time it as built")
 
 
 def _spec(pattern: str | None, weight_bits: int | None) -> WeightSpec:
@@ -439,7 +500,6 @@ def _request(
     from compressors.settings import Settings
     from nxm_export.pipeline.run import Request
 
-    quantized = spec.weight_bits is not None
     return Request(
         model=str(model),
         task=task,
@@ -448,14 +508,12 @@ def _request(
         spec=spec,
         settings=settings or Settings(),
         columns=columns,
-        placement=options.placement if quantized else "inputs",
-        residual=options.residual if quantized else "float",
+        placement=options.placement,
+        residual=options.residual,
         embedding=options.embedding,
         keep_dense=options.keep_dense,
     )
 
 
 def _with(request: Request, revision: str | None, train_limit: int | None) -> Request:
-    from dataclasses import replace
-
     return replace(request, revision=revision, train_limit=train_limit)

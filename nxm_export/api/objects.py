@@ -52,18 +52,17 @@ class Model(Generic[P_co]):
         *,
         dev: str | Path,
         out: str | Path,
-        pattern: str | None = "2:4",
-        weight_bits: int | None = 8,
+        pattern: str | functions.Default | None = functions.DEFAULT,
+        weight_bits: int | functions.Default | None = functions.DEFAULT,
         plan: CompressionPlan | str | Path | None = None,
         settings: Settings | None = None,
         columns: Columns = Columns(),
         options: functions.PlanOptions = functions.PlanOptions(),
+        train_limit: int | None = None,
         progress: Progress = silent,
     ) -> CompressedModel[P_co]:
-        """Compress to the checkpoint directory `out`; see `nxm_export.compress` for the parameters.
-
-        Nine parameters: five say what goes in and where it goes, three what is done to it.
-        """
+        """Compress to the checkpoint directory `out`; see `nxm_export.compress` for the parameters, which are as many
+        here, but for the model's own."""
         metrics = functions.compress(
             self.source,
             train=train,
@@ -77,6 +76,7 @@ class Model(Generic[P_co]):
             columns=columns,
             options=options,
             revision=self.revision,
+            train_limit=train_limit,
             progress=progress,
         )
         return CompressedModel(out, metrics)
@@ -87,12 +87,28 @@ class Model(Generic[P_co]):
         *,
         out: str | Path,
         settings: SearchSettings | None = None,
+        training: Settings | None = None,
         columns: Columns = Columns(),
         progress: Progress = silent,
     ) -> SearchResult:
-        """Search a different (pattern, bits) for every weight; ``out/plan.json`` is a plan for `compress`."""
+        """Search a different (pattern, bits) for every weight; ``out/plan.json`` is a plan for `compress`, with the
+        settings `training`.
+
+        The model is a directory: raises `ArtifactError` where a hub `revision` was asked for.
+        """
+        if self.revision is not None:
+            raise ArtifactError(
+                f"{self.source}: a search takes no revision; fetch {self.revision} of it to a directory, and load that"
+            )
         return functions.search(
-            self.source, train=train, out=out, task=self.task, settings=settings, columns=columns, progress=progress
+            self.source,
+            train=train,
+            out=out,
+            task=self.task,
+            settings=settings,
+            training=training,
+            columns=columns,
+            progress=progress,
         )
 
 
@@ -112,9 +128,29 @@ class CompressedModel(Generic[P_co]):
 
         return open_checkpoint(self.path).plan
 
-    def export(self, out: str | Path, *, target: str = "cpu", placement: str | None = None) -> Graph[P_co]:
-        """Export to the graph directory `out`; see `nxm_export.export` for more choices."""
-        return Graph(Path(out), functions.export(self.path, out, target=target, placement=placement))
+    def export(
+        self,
+        out: str | Path,
+        *,
+        target: str = "cpu",
+        dtype: str | None = None,
+        placement: str | None = None,
+        lowering: str = "matmul",
+        precision_overrides: str | None = None,
+        max_length: int | None = None,
+    ) -> Graph[P_co]:
+        """Export to the graph directory `out`; see `nxm_export.export`, whose choices these are, but for the task."""
+        exported = functions.export(
+            self.path,
+            out,
+            target=target,
+            dtype=dtype,
+            placement=placement,
+            lowering=lowering,
+            precision_overrides=precision_overrides,
+            max_length=max_length,
+        )
+        return Graph(out, exported)
 
     def pack(self, out: str | Path) -> Path:
         """Write the checkpoint as one file at its true size; returns its path."""
@@ -169,12 +205,14 @@ class EngineDirectory(Generic[P_co]):
 
     def predict(self, texts: Iterable[Text], *, batch: int = 32, threads: int | None = None) -> list[P_co]:
         """One typed result for every text or pair of texts; see `nxm_export.predict`. Loads the engine each time: to
-        answer many calls, serve it."""
+        answer many calls, keep a `Predictor`."""
         return cast("list[P_co]", functions.predict(self.path, texts, batch=batch, threads=threads))
 
-    def bench(self, shapes: Sequence[tuple[int, int]] = SHAPES, *, rounds: int = 30) -> BenchReport:
+    def bench(
+        self, shapes: Sequence[tuple[int, int]] = SHAPES, *, rounds: int = 30, threads: int | None = None
+    ) -> BenchReport:
         """Time it at shapes of (batch, sequence); see `nxm_export.bench`."""
-        return functions.bench([self.path], shapes, rounds=rounds)
+        return functions.bench([self.path], shapes, rounds=rounds, threads=threads)
 
 
 @overload
@@ -213,8 +251,8 @@ def load(model: str | Path, *, task: str | None = None, revision: str | None = N
     """A model to work with: a Hugging Face directory or hub id, for one of the tasks of docs/tasks.md.
 
     Without a `task` it is that of the model's head, which has to be in a directory here. Nothing is loaded yet but
-    ``config.json``. Raises `ArtifactError` for a directory that is no model, `PlanError` for an unknown task,
-    `DataError` for a model without a head and no `task`.
+    ``config.json``. Raises `ArtifactError` for a directory that is no model, for a file, and for a path that is not
+    there; `PlanError` for an unknown task, `DataError` for a model without a head and no `task`.
     """
     from nxm_export.contract.checkpoint import read_config, task_at
     from nxm_export.contract.families import family_of
@@ -224,6 +262,12 @@ def load(model: str | Path, *, task: str | None = None, revision: str | None = N
         config = read_config(path)
         family_of(config, source=str(path / "config.json"))
         task = task or task_at(path, config)
+    elif path.exists():
+        raise ArtifactError(f"{model} is a file; give the directory of a model, or a hub id")
+    elif isinstance(model, Path) or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise ArtifactError(
+            f"{model}: no such directory; give the directory of a model, or a hub id such as owner/name"
+        )
     if task is None:
         raise DataError(f"{model}: its head does not say for what task it is; give one, as in task='classification'")
     return Model(str(model), task_named(task).name, revision)

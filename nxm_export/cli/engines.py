@@ -87,7 +87,7 @@ if TYPE_CHECKING:
 @click.option("--data", metavar="FILE", help="With --checkpoint: labelled samples to compare on.")
 @json_option
 def build(source: Path, backend: str, out: Path, json: bool, **options: Json) -> None:
-    """Build an engine directory from an ONNX graph (or, with --twins, three from a checkpoint)."""
+    """Build an engine directory from an ONNX file or a graph directory (or, with --twins, three from a checkpoint)."""
     from engines.benchmark.fastest_backend import NAME as AUTO
     from nxm_export.pipeline.engine_commands import (
         DataProfiles,
@@ -174,7 +174,7 @@ def _build_options(options: dict[str, Json], progress: Progress) -> BuildOptions
 def inspect(
     path: Path, twin: Path | None, kernels: Path | None, measure: bool, require_sparse: str | None, json: bool
 ) -> None:
-    """Print the facts of an ONNX graph, an engine directory or a run; for TensorRT, which weights run sparse."""
+    """Print the facts of an ONNX file, a graph, an engine or a run; for TensorRT, which weights run sparse."""
     from nxm_export.pipeline import inspection
 
     share = None if require_sparse is None else _share(require_sparse)
@@ -335,7 +335,10 @@ def _bench_servers(engines: tuple[Path, ...], rounds: int, json: bool, options: 
 )
 @json_option
 def doctor(file: Path | None, backend: str, trt_version: str, gpu: str, json: bool) -> None:
-    """Say what this machine can build and run; with FILE (any ONNX), which matrices can run sparse, and what to fix."""
+    """Say what this machine can build and run; with FILE, which matrices can run sparse, and what to fix.
+
+    FILE is any ONNX file, or a graph directory.
+    """
     if file is None:
         from nxm_export.pipeline.environment import report
 

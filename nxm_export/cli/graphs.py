@@ -67,9 +67,14 @@ def export(checkpoint: Path, out: Path, json: bool, **options: Json) -> None:
 @click.option("--pattern", help="Require this N:M of every quantized weight (files of ours carry their plan).")
 @json_option
 def verify(onnx: Path, pattern: str | None, json: bool) -> None:
-    """Check any ONNX file: N:M along K on the stored integers, scales, zero points, Q/DQ pairs. Exit 3 on problems."""
-    from nxm_export.graph.verifier import verify as verify_graph
+    """Check any ONNX file, or a graph directory's: N:M along K on the stored integers, scales, zero points, Q/DQ pairs.
 
+    Exit 3 on problems.
+    """
+    from nxm_export.graph.verifier import verify as verify_graph
+    from nxm_export.pipeline.graph_file import onnx_file
+
+    onnx = onnx_file(onnx)
     report = verify_graph(onnx, pattern=pattern_of(pattern) if pattern else None)
 
     show_result(report.to_dict, json, lambda: _print_verification(str(onnx), report))

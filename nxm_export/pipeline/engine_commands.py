@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.data.examples import Columns, Features
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
+from nxm_export.pipeline.graph_file import onnx_file
 from nxm_export.pipeline.inspection import sparsity_of
 from nxm_export.storage.atomic import atomic_dir
 from nxm_export.storage.hashing import file_hash
@@ -66,10 +67,11 @@ def build_engine(
     *,
     profiles_from: DataProfiles | None = None,
 ) -> EnginePassport:
-    """Build the engine directory `out` from an ONNX file by the backend `name`; its passport is returned."""
+    """Build the engine directory `out` from an ONNX file or a graph directory by the backend `name`; its passport is
+    returned."""
     from engines.base import backend
 
-    source, out = Path(source), Path(out)
+    source, out = onnx_file(source), Path(out)
     options = _build_options(options, out, source.parent, profiles_from)
     with atomic_dir(out) as scratch:
         return backend(name).build(source, scratch, options)
@@ -116,7 +118,8 @@ def build_fastest(
     check: ParityCheck | None = None,
     measure: Measure | None = None,
 ) -> FastestBuild:
-    """Build an ONNX file with every CPU backend, time them, and keep the fastest as the engine directory `out`.
+    """Build an ONNX file, or a graph directory's, with every CPU backend, time them, and keep the fastest as the
+    engine directory `out`.
 
     With `check` only engines that pass the comparison are candidates, and the parity report comes with the engine.
     `measure` times loaded engines (see `engines.benchmark.fastest_backend.choose`); by default
@@ -126,7 +129,7 @@ def build_fastest(
     from engines.benchmark import fastest_backend
     from engines.passport import load_passport
 
-    source, out, options = Path(source), Path(out), options or BuildOptions()
+    source, out, options = onnx_file(source), Path(out), options or BuildOptions()
     with atomic_dir(out) as scratch, TemporaryDirectory() as work:
         engines, left_out = fastest_backend.build_candidates(source, Path(work), options)
         if check is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nxm_export.errors import ArtifactError, EngineError
+from nxm_export.pipeline.graph_file import is_graph_directory, onnx_file
 from nxm_export.storage.atomic import write_atomic
 from nxm_export.storage.json_files import Json, encode, to_builtins
 
@@ -80,7 +81,7 @@ class FileDiagnosis:
 def inspect_path(
     path: str | Path, *, twin: Path | None = None, kernels: Path | None = None, measure: bool = False
 ) -> GraphFacts | EngineInspection | RunInspection:
-    """Facts of an ONNX file, of an engine directory, or of all engines of a run.
+    """Facts of an ONNX file (or the one in a graph directory), of an engine directory, or of all engines of a run.
 
     A twins directory stands for its sparse engine, judged against the dense one. `twin` is the dense engine's
     directory, for the time that sparsity saves; `kernels` a text file with one name of a kernel that ran per line (any
@@ -100,9 +101,9 @@ def inspect_path(
             measure_layers(dense)
             measure_layers(other)
         return inspect_engine(sparse, twin=dense, kernels=kernels, measure=measure)
-    if path.is_dir():
+    if path.is_dir() and not is_graph_directory(path):
         return inspect_engine(path, twin=twin, kernels=kernels, measure=measure)
-    return _graph_facts(path)
+    return _graph_facts(onnx_file(path))
 
 
 def inspect_engine(
@@ -187,13 +188,15 @@ def measure_layers(directory: Path, rounds: int = 20) -> None:
 
 
 def doctor_file(file: Path, backend_name: str, version: str, compute_capability: str) -> FileDiagnosis:
-    """Any ONNX file's matrices, judged for a TensorRT version and GPU without building, and advice for each."""
+    """The matrices of any ONNX file (or the one in a graph directory), judged for a TensorRT version and GPU without
+    building, and advice for each."""
     from engines.sparsity.advice import advise
     from engines.sparsity.report import SparsityTarget, judge
     from nxm_export.graph.graph_weights import load_graph
     from nxm_export.graph.sparsity_scan import matrix_facts
     from nxm_export.graph.verifier import verify
 
+    file = onnx_file(file)
     facts = matrix_facts(load_graph(file), str(file))
     report = judge(facts, None, SparsityTarget(backend_name, version, compute_capability))
     return FileDiagnosis(str(file), report, tuple(advise(facts, report)), verify(file).problems)

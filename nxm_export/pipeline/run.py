@@ -29,7 +29,7 @@ from nxm_export.contract.run_summary import DIRECTORY as SUMMARY_DIRECTORY
 from nxm_export.contract.run_summary import SUMMARY_FILE, RunSummary, read_summary
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.examples import Columns, Features
-from nxm_export.errors import DataError, EngineError, EngineUnavailable
+from nxm_export.errors import DataError, EngineError, EngineUnavailable, PlanError
 from nxm_export.pipeline.engine_commands import SHAPES, features_of
 from nxm_export.pipeline.summary import BuildResults, kind_of, summarize
 from nxm_export.progress import Progress, silent
@@ -62,7 +62,11 @@ _NEEDED = ("torch", "transformers", "accelerate", "sklearn", "scipy", "onnx", "o
 
 @dataclass(frozen=True)
 class Request:
-    """What to run: a model (directory or hub id), a task, its data, how to compress and how to train."""
+    """What to run: a model (directory or hub id), a task, its data, how to compress and how to train.
+
+    `placement` None is ``inputs-outputs``, or ``inputs`` where weights are not quantized. Raises `PlanError` for a
+    placement or residual that only quantized weights can have, where they are not.
+    """
 
     model: str
     task: str
@@ -71,22 +75,42 @@ class Request:
     spec: WeightSpec
     settings: Settings
     columns: Columns = Columns()
-    placement: str = "inputs-outputs"
+    placement: str | None = None
     residual: str = "float"
     embedding: str = "float"
     keep_dense: Sequence[str] = ()
     revision: str | None = None
     train_limit: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.spec.weight_bits is not None:
+            return
+        dropped = [f"placement {self.placement}"] if self.placement not in (None, "inputs") else []
+        dropped += [f"residual {self.residual}"] if self.residual != "float" else []
+        if dropped:
+            raise PlanError(
+                f"{' and '.join(dropped)}: activations are quantized only where weights are, and these weights are "
+                "not; give weight bits, or leave that out"
+            )
+
     def uniform_plan(self, source: ModelSource) -> CompressionPlan:
         """The plan that gives every matrix of a model the same `spec`, but for those that are kept dense."""
         return source.family.uniform_plan(
             source.config,
             self.spec,
-            placement=self.placement,
+            placement=self.placement or ("inputs" if self.spec.weight_bits is None else "inputs-outputs"),
             keep_dense=self.keep_dense,
             residual=self.residual,
             embedding=self.embedding,
+        )
+
+
+def require_plan_alone(plan: CompressionPlan | str | Path | None, given: Sequence[str]) -> None:
+    """Raise `PlanError` where a plan comes with choices (their names) that it makes itself: it would win silently."""
+    if plan is not None and given:
+        raise PlanError(
+            f"a plan says itself what every weight gets, so {', '.join(given)} would be dropped; give the plan "
+            "alone, or no plan"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,17 @@ def test_what_a_task_does_not_read_is_refused_by_position(
 def test_nothing_in_is_nothing_out(made: Callable[[str], tuple[Path, Path]]) -> None:
     with Predictor(made("classification")[1]) as predictor:
         assert predictor.predict([]) == []
+
+
+@pytest.mark.parametrize("task", ["classification", "multi-label", "token-classification"])
+def test_labels_that_are_not_as_many_as_the_classes_are_refused(
+    made: Callable[[str], tuple[Path, Path]], tmp_path: Path, task: str
+) -> None:
+    shutil.copytree(made(task)[1], tmp_path / "engine")
+    spec = json.loads((tmp_path / "engine" / "spec.json").read_text())
+    (tmp_path / "engine" / "spec.json").write_text(json.dumps({**spec, "labels": [*spec["labels"], "more"]}))
+    with Predictor(tmp_path / "engine") as predictor, pytest.raises(ArtifactError, match="build it again"):
+        predictor.predict(["a good film"])
 
 
 def test_a_directory_without_a_tokenizer_is_refused(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:

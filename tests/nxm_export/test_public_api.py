@@ -6,19 +6,24 @@ import ast
 import json
 import os
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import nxm_export as nxm
+from nxm_export.cli import main
 from tests.conftest import ROOT
 from tests.support import baked, tiny
 
 PUBLIC = [name for name in nxm.__all__ if name != "__version__"]
+ALIASES = {"Progress", "Text", "AnyPrediction"}  # of types of Python or of ours, which have their own docstrings
 
 
 def python(code: str) -> str:
@@ -38,7 +43,7 @@ def imported_for_types() -> dict[str, str]:
 
 def test_every_public_name_is_there_with_a_docstring() -> None:
     assert len(set(nxm.__all__)) == len(nxm.__all__)
-    for name in PUBLIC:
+    for name in set(PUBLIC) - ALIASES:
         assert getattr(nxm, name).__doc__, f"nxm.{name} has no docstring"
     assert set(nxm.__all__) <= set(dir(nxm))
 
@@ -53,6 +58,98 @@ def test_a_type_checker_sees_the_names_that_there_are() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'prune'"):
         nxm.prune  # type: ignore[attr-defined]  # noqa: B018
+
+
+# Names in signatures that are no types to know: any JSON, the type variable of results, and a module.
+NO_TYPES = {"Json", "P_co", "functions"}
+# Methods of public classes that stay inside: backends issue passports, and read of which tensors an engine has.
+INSIDE = {("EnginePassport", "issue"), ("EnginePassport", "tensors")}
+
+
+def module_tree(module: str) -> ast.Module:
+    file = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    file = file if file.is_file() else file.with_suffix("") / "__init__.py"
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def own_names(tree: ast.Module) -> set[str]:
+    """What a module's annotations may name of this project: what it imports from it, its classes and its aliases."""
+    imported = [
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        and str(node.module).split(".")[0] in ("nxm_export", "compressors", "engines")
+        for alias in node.names
+    ]
+    classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    assigned = [
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    ]
+    return {*imported, *classes, *assigned}
+
+
+def annotated_names(function: ast.FunctionDef, own: set[str]) -> set[str]:
+    """Those of a module's `own` names that a signature names, and attributes of them."""
+    arguments = function.args
+    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+    annotations = [function.returns, *(argument.annotation for argument in every if argument is not None)]
+    nodes = [node for annotation in annotations if annotation is not None for node in ast.walk(annotation)]
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) in own]
+    return {node.id for node in nodes if isinstance(node, ast.Name)} & own | {node.attr for node in attributes}
+
+
+def public_functions(name: str, tree: ast.Module) -> list[tuple[str, ast.FunctionDef]]:
+    """The function of this name (with its overloads), or the methods of the class that others may call."""
+    made: list[tuple[str, ast.FunctionDef]] = []
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            made.append((name, node))
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            methods = [child for child in node.body if isinstance(child, ast.FunctionDef)]
+            callable_ = [child for child in methods if not child.name.startswith("_") or child.name.startswith("__")]
+            made += [(f"{name}.{child.name}", child) for child in callable_ if (name, child.name) not in INSIDE]
+    return made
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_type_of_ours_in_a_public_signature_is_public(name: str) -> None:
+    tree = module_tree(nxm._HOMES[name])
+    for where, function in public_functions(name, tree):
+        assert annotated_names(function, own_names(tree)) - NO_TYPES <= set(PUBLIC), where
+
+
+def table_rows() -> list[str]:
+    """The functions in the table of docs/python.md."""
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8").partition("| function | command | returns |")[2]
+    return [
+        name for row in page.splitlines() if row.startswith("| `") for name in re.findall(r"`(\w+)`", row.split("|")[1])
+    ]
+
+
+def test_the_table_of_functions_has_all_of_them() -> None:
+    tree = module_tree("nxm_export.api.functions")
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in PUBLIC}
+    assert len(table_rows()) == len(set(table_rows()))
+    assert set(table_rows()) == functions
+
+
+@pytest.mark.parametrize("name", table_rows())
+def test_what_a_function_returns_has_a_record(name: str) -> None:
+    """`to_dict`, but for what is a path, a list of results, or nothing."""
+    ((_, function),) = public_functions(name, module_tree("nxm_export.api.functions"))
+    assert function.returns is not None
+    returned = ast.unparse(function.returns)
+    plain = {"Path": "unpack report card", "list[AnyPrediction]": "predict", "None": "serve"}
+    assert (returned in plain) == (name in " ".join(plain.values()).split())
+    if returned in plain:
+        assert name in plain[returned].split()
+        return
+    for kind in returned.split(" | "):
+        assert callable(getattr(getattr(nxm, kind), "to_dict", None)), f"{name} returns {kind}"
 
 
 @pytest.mark.slow
@@ -176,6 +273,113 @@ def test_options_of_auto_are_refused_elsewhere(small: Path, tmp_path: Path) -> N
 def test_a_directory_without_a_graph_is_named(tmp_path: Path) -> None:
     with pytest.raises(nxm.ArtifactError, match=r"has no model\.onnx"):
         nxm.verify(tmp_path)
+
+
+def test_an_engine_directory_is_no_graph(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(nxm.ArtifactError, match="is an engine directory; give the graph"):
+        nxm.build(small / "engine", tmp_path / "engine")
+
+
+def test_a_graph_directory_stands_for_its_file_everywhere(small: Path, tmp_path: Path) -> None:
+    graph = small / "graph"
+    assert nxm.verify(graph) == nxm.verify(graph / "model.onnx")
+    assert nxm.inspect(graph).to_dict() == nxm.inspect(graph / "model.onnx").to_dict()
+    assert nxm.diagnose(graph) == nxm.diagnose(graph / "model.onnx")
+    commands = (["verify"], ["inspect"], ["doctor"], ["build", "--out", str(tmp_path / "engine")])
+    for name, *options in commands:
+        results = [
+            CliRunner().invoke(main, [name, str(path), *options, "--json"]) for path in (graph, graph / "model.onnx")
+        ]
+        assert [result.exit_code for result in results] == [0, 0], f"{name}: {results[0].output}"
+        if name != "build":  # a passport has a time
+            assert results[0].stdout == results[1].stdout, name
+
+
+def compressed(tmp_path: Path, **choices: Any) -> None:
+    """What `compress` says of its choices, before it looks for the model."""
+    nxm.compress(tmp_path / "none", train="a", dev="b", out=tmp_path / "c", **choices)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        (
+            {"weight_bits": None, "options": nxm.PlanOptions(residual="int8")},
+            "residual int8: activations are quantized",
+        ),
+        (
+            {"weight_bits": None, "options": nxm.PlanOptions(placement="attention", residual="int8")},
+            "placement attention and residual int8",
+        ),
+        ({"plan": "p.json", "pattern": "2:4"}, "so pattern would be dropped"),
+        ({"plan": "p.json", "weight_bits": 8}, "so weight_bits would be dropped"),
+        (
+            {"plan": "p.json", "pattern": None, "options": nxm.PlanOptions(embedding="int8")},
+            "so pattern, options would",
+        ),
+    ],
+)
+def test_what_was_asked_is_never_dropped(tmp_path: Path, choices: dict[str, Any], message: str) -> None:
+    with pytest.raises(nxm.PlanError, match=message):
+        compressed(tmp_path, **choices)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"pattern": None},
+        {"weight_bits": None},
+        {"weight_bits": None, "options": nxm.PlanOptions(placement="inputs")},
+        {"plan": "p.json"},
+        {"options": nxm.PlanOptions(placement="attention", residual="int8")},
+    ],
+)
+def test_what_goes_together_gets_as_far_as_the_model(tmp_path: Path, choices: dict[str, Any]) -> None:
+    with pytest.raises(nxm.ArtifactError, match="none: no such directory"):
+        compressed(tmp_path, **choices)
+
+
+def test_one_glob_without_a_tuple_is_refused() -> None:
+    with pytest.raises(nxm.PlanError, match=r"write \('\*x\*',\)"):
+        nxm.PlanOptions(keep_dense="*x*")  # type: ignore[arg-type]
+
+
+def test_no_threads_are_refused(small: Path) -> None:
+    with pytest.raises(nxm.DataError, match="at least one thread, got 0"):
+        nxm.predict(small / "engine", ["a"], threads=0)
+    with pytest.raises(nxm.EngineError, match="at least one thread, got 0"):
+        nxm.bench(small / "engine", [(1, 8)], threads=0)
+    with pytest.raises(nxm.EngineError, match="at least one thread, got 0"):
+        nxm.bench_text(small / "engine", small / "dev.tsv", threads=0)
+
+
+def test_a_search_refuses_the_revision_that_it_cannot_take(tmp_path: Path) -> None:
+    model = nxm.load("owner/name", task="classification", revision="main")
+    with pytest.raises(nxm.ArtifactError, match="a search takes no revision"):
+        model.search("a", out=tmp_path)
+
+
+def test_a_path_that_is_no_model_directory_is_refused_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(nxm.ArtifactError, match="is a file; give the directory"):
+        nxm.load(file, task="classification")
+    for missing in (tmp_path / "gone", Path("gone"), "./gone", "~/gone", "a/b/c", f"{tmp_path}/gone"):
+        with pytest.raises(nxm.ArtifactError, match="no such directory; give the directory"):
+            nxm.load(missing, task="classification")
+    for name in ("bert-base-uncased", "owner/name"):
+        assert nxm.load(name, task="classification").source == name
+
+
+def test_finetune_makes_the_dense_model(tmp_path: Path) -> None:
+    train, dev = tiny.write_data(tmp_path)
+    encoder = tiny.write_model("bert", tmp_path / "encoder", layers=1)
+    settings = nxm.Settings(dense_steps=2, batch_size=16)
+    metrics = nxm.finetune(encoder, train=train, dev=dev, out=tmp_path / "dense", settings=settings)
+    assert isinstance(metrics, nxm.DenseMetrics)
+    assert metrics.steps == 2
+    assert nxm.load(tmp_path / "dense").task == "classification"
 
 
 def test_nothing_to_compress_is_an_error_before_anything_is_read(tmp_path: Path) -> None:

@@ -1,22 +1,15 @@
 """How a model is fine-tuned and compressed: recipe, phases, optimizer steps, learning rates. Loads no torch.
 
-A field with an `Option` is an option of the command line, too; its choices, range, default and help stand here alone
-(`nxm_export.cli.options` makes the options from them).
+A field with an `Option` is an option of the command line, too (`nxm_export.contract.options`).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from nxm_export.contract.families import GELUS
+from nxm_export.contract.options import OPTION, Option, options_of
 from nxm_export.errors import DataError, PlanError
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 # ``obs``, the default, fixes mask and weights by second-order pruning (`compressors.pruning.sparsegpt`) and spends all
 # steps on masked QAT; ``magnitude`` does so with the mask by magnitude; ``nxm`` looks for the mask by ADMM first, ours
@@ -33,54 +26,6 @@ PRECISIONS = ("auto", "fp32", "bf16")
 # The settings that change the dense model, and those that dense fine-tuning and compression share.
 DENSE_FIELDS = ("dense_epochs", "dense_steps", "dense_learning_rate", "dense_freeze_embeddings")
 SHARED_FIELDS = ("batch_size", "max_length", "precision", "seed")
-OPTION = "option"  # the key of a field's metadata
-
-
-@dataclass(frozen=True)
-class Option:
-    """A setting as the command line offers it; the field gives its type and its default.
-
-    A number is at least `least` and at most `most`, or more than `above` and less than `below`; a text is one of
-    `choices`. `flag` is the option's name where it is not the field's. `negates` says that the flag switches the
-    setting off. `infinity_is_none`: the option takes ``inf`` for the setting's None, which is no limit.
-    """
-
-    help: str | None = None
-    flag: str | None = None
-    choices: tuple[str, ...] = ()
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
-    below: float | None = None
-    metavar: str | None = None
-    negates: bool = False
-    infinity_is_none: bool = False
-
-    def require(self, name: str, value: object) -> None:
-        """Raise `PlanError` for a value that is none of the choices, `DataError` for one outside the range."""
-        what = name.replace("_", " ")
-        if self.choices and value is not None and value not in self.choices:
-            raise PlanError(f"unknown {what} {value!r}; choose one of {', '.join(self.choices)}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return
-        bounds = (
-            (self.least, "at least", value >= (self.least or 0)),
-            (self.most, "at most", value <= (self.most or 0)),
-            (self.above, "more than", value > (self.above or 0)),
-            (self.below, "less than", value < (self.below or 0)),
-        )
-        for bound, words, fits in bounds:
-            if bound is not None and not fits:
-                raise DataError(f"{what} must be {words} {bound:g}, got {value}")
-        if not math.isfinite(value):
-            raise DataError(f"{what} must be a finite number, got {value}")
-
-
-def options_of(settings: type[DataclassInstance] | DataclassInstance) -> Iterator[tuple[str, Option]]:
-    """(field, option) of the settings that are options, in their order."""
-    for entry in dataclasses.fields(settings):
-        if OPTION in entry.metadata:
-            yield entry.name, entry.metadata[OPTION]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
 
+from nxm_export.contract.choices import SPARSE_KERNELS
 from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec
 from nxm_export.contract.origin import ORIGIN_FILE
 from nxm_export.errors import EngineError
@@ -103,7 +104,7 @@ class BuildOptions:
 
     threads: int | None = None
     profiles: Sequence[Profile] = ()
-    sparse: bool = True
+    sparse: bool = SPARSE_KERNELS
     level: int | None = None
     workspace_bytes: int | None = None
     build_route: str | None = None

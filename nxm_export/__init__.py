@@ -31,9 +31,8 @@ if TYPE_CHECKING:
     from engines.parity.reports import Comparison, ParityReport
     from engines.passport import EnginePassport
     from engines.predictor import Predictor
-    from engines.serving.model import ModelOptions
-    from engines.serving.server import ServerOptions
-    from engines.triton import TritonManifest, TritonOptions
+    from engines.serving.settings import ModelOptions, ServerOptions, TritonOptions
+    from engines.triton import TritonManifest
     from nxm_export.api.functions import (
         Default,
         PlanOptions,
@@ -137,9 +136,8 @@ _HOMES = {
         "nxm_export.errors",
     ),
     "Predictor": "engines.predictor",
-    "ModelOptions": "engines.serving.model",
-    "ServerOptions": "engines.serving.server",
-    **dict.fromkeys(("TritonManifest", "TritonOptions"), "engines.triton"),
+    **dict.fromkeys(("ModelOptions", "ServerOptions", "TritonOptions"), "engines.serving.settings"),
+    "TritonManifest": "engines.triton",
     "PackedSizes": "nxm_export.contract.packed_checkpoint",
     "VerifyReport": "nxm_export.contract.verify_report",
     "Text": "nxm_export.data.texts",

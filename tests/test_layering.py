@@ -30,6 +30,7 @@ LAYERS = {
     "compressors.settings": "settings",
     "compressors.search.settings": "settings",
     "compressors": "compressors",
+    "engines.serving.settings": "engine settings",
     "engines": "engines",
     "nxm_export.pipeline": "pipeline",
     "nxm_export.reporting": "reporting",
@@ -107,7 +108,8 @@ ALLOWED = {
     "graph": _CONTRACT | {"graph": "eager", "hf": "eager"},
     "settings": {"errors": "eager", "storage": "eager", "contract": "eager", "settings": "eager"},
     "compressors": _CONTRACT | {"settings": "eager", "compressors": "eager", "hf": "eager"},
-    "engines": _CONTRACT | {"engines": "eager", "graph": "lazy", "hf": "eager"},
+    "engine settings": {"errors": "eager", "contract": "eager"},
+    "engines": _CONTRACT | {"engine settings": "eager", "engines": "eager", "graph": "lazy", "hf": "eager"},
     "reporting": _CONTRACT | {"reporting": "eager", "engines": "lazy"},
     "pipeline": _CONTRACT
     | {
@@ -122,6 +124,7 @@ ALLOWED = {
     | {
         "cli": "eager",
         "settings": "eager",
+        "engine settings": "eager",
         "pipeline": "lazy",
         "reporting": "lazy",
         "graph": "lazy",
@@ -133,6 +136,7 @@ ALLOWED = {
         "api": "eager",
         "pipeline": "eager",
         "settings": "eager",
+        "engine settings": "lazy",
         "reporting": "lazy",
         "graph": "lazy",
         "compressors": "lazy",
@@ -149,6 +153,7 @@ EAGER_THIRD_PARTY = {
     "hf": set(),
     "graph": {"numpy", "onnx_ir"},
     "settings": set(),
+    "engine settings": set(),
     "compressors": {"numpy", "safetensors", "torch", "transformers"},
     "engines": {"numpy"},
     "reporting": {"numpy", "jinja2", "markupsafe", "matplotlib"},
@@ -158,7 +163,7 @@ EAGER_THIRD_PARTY = {
     "public": set(),
 }
 # These run on hosts of engines: Python 3.10, without torch and transformers.
-LIGHT_LAYERS = ("errors", "storage", "contract", "data", "settings", "hf", "engines", "public")
+LIGHT_LAYERS = ("errors", "storage", "contract", "data", "settings", "engine settings", "hf", "engines", "public")
 
 
 @pytest.mark.parametrize("module", MODULES)

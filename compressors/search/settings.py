@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from compressors.settings import OPTION, Option, options_of
+from nxm_export.contract.choices import PLACEMENT, STORAGE, STORAGES
 from nxm_export.contract.families import ROLES
+from nxm_export.contract.options import OPTION, Option, options_of
 from nxm_export.contract.plan import COUNTINGS, PLACEMENTS
 from nxm_export.errors import ArtifactError, DataError, PlanError
 from nxm_export.storage.json_files import convert, read_json
@@ -48,13 +49,11 @@ class SearchSettings:
         default="hw", metadata={OPTION: Option("How the budget is counted.", flag="--count", choices=tuple(COUNTINGS))}
     )
     method: str = field(default="nxm", metadata={OPTION: Option(choices=METHODS)})
-    placement: str = field(default="inputs-outputs", metadata={OPTION: Option(choices=tuple(PLACEMENTS))})
+    placement: str = field(default=PLACEMENT, metadata={OPTION: Option(choices=tuple(PLACEMENTS))})
     embedding: str = field(
-        default="float",
+        default=STORAGE,
         metadata={
-            OPTION: Option(
-                "How every plan stores the word-embedding table; no budget counts it.", choices=("float", "int8")
-            )
+            OPTION: Option("How every plan stores the word-embedding table; no budget counts it.", choices=STORAGES)
         },
     )
     samples: int | None = field(

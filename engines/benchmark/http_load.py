@@ -24,6 +24,7 @@ from urllib.parse import quote, urlsplit
 import numpy as np
 
 from engines.benchmark.latency import rotated
+from nxm_export.contract.choices import TOKEN_ENCODING, TOKEN_ENCODINGS
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.data.examples import Features, pad
 from nxm_export.errors import DataError, ServeError
@@ -32,7 +33,6 @@ from nxm_export.storage.json_files import Json, to_builtins
 SCHEMA = "nxm-load/1"
 TIMEOUT = 60.0  # seconds without a byte before a client gives its request up
 WARM_UP = 1.0  # seconds, and at most a quarter of the time that is measured
-ENCODINGS = ("binary", "json")
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,11 @@ def with_tokens(
     spec: IOSpec,
     *,
     multiple: int = 1,
-    encoding: str = "binary",
+    encoding: str = TOKEN_ENCODING,
 ) -> ServedModel:
     """A model with requests of one sample each, as tokens; lengths are padded up to a multiple of `multiple`."""
-    if encoding not in ENCODINGS:
-        raise ServeError(f"unknown encoding {encoding!r}; choose one of {', '.join(ENCODINGS)}")
+    if encoding not in TOKEN_ENCODINGS:
+        raise ServeError(f"unknown encoding {encoding!r}; choose one of {', '.join(TOKEN_ENCODINGS)}")
     requests = []
     for sample in features:
         length = -(-len(sample["input_ids"]) // multiple) * multiple

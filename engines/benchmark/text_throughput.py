@@ -21,6 +21,7 @@ import numpy as np
 
 from engines.base import Engine
 from engines.benchmark.latency import paired, rotated
+from nxm_export.contract.choices import TEXT_BATCH
 from nxm_export.data.examples import Features, pad
 from nxm_export.errors import EngineError
 from nxm_export.storage.json_files import Json, to_builtins
@@ -28,7 +29,7 @@ from nxm_export.storage.json_files import Json, to_builtins
 SCHEMA = "nxm-text-bench/1"
 ORDERS = ("arrival", "bucketed", "fixed")
 FIXED = 128
-BATCH, ROUNDS = 32, 7
+ROUNDS = 7
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def bench_text(
     *,
     pad_id: int,
     limit: int,
-    batch: int = BATCH,
+    batch: int = TEXT_BATCH,
     rounds: int = ROUNDS,
     others: Mapping[str, Callable[[], float]] = MappingProxyType({}),
 ) -> TextReport:

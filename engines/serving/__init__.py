@@ -2,6 +2,7 @@
 
 ::
 
+    settings.py     options and limits                               nothing
     server.py       sockets, signals, start and stop                 uvicorn
     connection.py   limits of one connection                         uvicorn
     app.py          routes, errors, request ids                      starlette

@@ -16,7 +16,6 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ from engines.serving.metrics import Metrics, Observation
 from engines.serving.model import Endpoint, Model
 from engines.serving.protocol import HEADER_LENGTH, InferRequest, parse_infer, parse_json, render_infer
 from engines.serving.repository import Repository
+from engines.serving.settings import RequestLimits
 from engines.serving.text import text_size
 from nxm_export import __version__
 from nxm_export.errors import NxmError, RequestRefused
@@ -51,14 +51,6 @@ _REASONS = {
     504: "deadline",
 }
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}\Z")
-
-
-@dataclass(frozen=True)
-class RequestLimits:
-    """`max_body` in bytes; `timeout` in seconds, of a request that sets none and the longest that one may set."""
-
-    max_body: int = 4 << 20
-    timeout: float = 10.0
 
 
 class _Disconnected(Exception):

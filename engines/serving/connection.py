@@ -12,24 +12,15 @@ import fcntl
 import json
 import sys
 import termios
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from engines.serving.settings import ConnectionLimits
 
 if TYPE_CHECKING:
     from engines.serving.app import Service
 
 _GRACE = 0.5  # seconds that an idle connection may still begin a request in, when the server stops
 _LOOK_AGAIN = 0.05  # seconds
-
-
-@dataclass(frozen=True)
-class ConnectionLimits:
-    """`connections` at once; `read_timeout` seconds for a request to arrive whole; `head` bytes of request line and
-    headers."""
-
-    connections: int = 512
-    read_timeout: float = 10.0
-    head: int = 32 << 10
 
 
 def protocol_class(service: Service, limits: ConnectionLimits) -> type[asyncio.Protocol]:

@@ -22,32 +22,14 @@ from engines.parity.reports import PARITY_FILE, read_parity_report
 from engines.passport import EnginePassport, load_passport
 from engines.serving.batching import BatchQueue, Deliver, Limits, Observer, run_worker
 from engines.serving.protocol import InferRequest, TensorSpec
+from engines.serving.settings import ModelOptions
 from engines.serving.shapes import Bucket, plan_buckets
 from engines.serving.text import TextFrontend
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.errors import ArtifactError, NxmError, ParityError, RequestRefused, ServeError
 
-GATES = ("not-failed", "passed", "off")
 TEXT_SUFFIX = "_text"
 CPU_MERGE = 4  # short sentences keep a core busy: beyond this a batch gains almost nothing and its first request waits
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """How engines are served. None lets the engine decide: `instances` and `threads` from the cores, `lengths` from its
-    profiles, `merge` (rows that different requests make a batch of) from its device. `expect_sha256` not empty means
-    that every engine's hash must be among them."""
-
-    instances: int | None = None
-    threads: int | None = None
-    max_batch: int = 32
-    merge: int | None = None
-    lengths: tuple[int, ...] | None = None
-    max_queue: int = 512
-    max_delay: float = 0.0
-    text: bool = False
-    gate: str = "not-failed"
-    expect_sha256: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.passport import PASSPORT_FILE, load_passport
-from engines.serving.model import Endpoint, Model, ModelOptions, open_model
+from engines.serving.model import Endpoint, Model, open_model
+from engines.serving.settings import ModelOptions
 from nxm_export.errors import NxmError, RequestRefused, ServeError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")

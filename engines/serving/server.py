@@ -20,14 +20,14 @@ import struct
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from engines.serving.app import RequestLimits, Service
-from engines.serving.connection import ConnectionLimits, protocol_class
-from engines.serving.model import GATES, ModelOptions, gate_state
+from engines.serving.app import Service
+from engines.serving.connection import protocol_class
+from engines.serving.model import gate_state
 from engines.serving.repository import EngineSource, Repository
+from engines.serving.settings import GATES, ModelOptions, ServerOptions
 from nxm_export.errors import EngineUnavailable, ServeError
 from nxm_export.storage.json_files import Json
 
@@ -39,21 +39,6 @@ _KEEP_ALIVE = 75  # seconds; longer than what clients and balancers keep idle co
 _BACKLOG = 1024
 _SO_ATTACH_FILTER = 26  # asm-generic/socket.h; not in Python's socket module
 _TAKE_OVER = 0.25  # seconds; no less than a client's round trip
-
-
-@dataclass(frozen=True)
-class ServerOptions:
-    """Where and how a server listens. `drain` is how many seconds a stop waits for what is under way, `watch` how often
-    engine directories are looked at (0: never)."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    allow_remote: bool = False
-    drain: float = 30.0
-    watch: float = 2.0
-    access_log: bool = False
-    requests: RequestLimits = RequestLimits()
-    connections: ConnectionLimits = ConnectionLimits()
 
 
 def serve(

@@ -19,11 +19,12 @@ from pathlib import Path
 
 from engines.passport import EnginePassport, PlanSummary, load_passport
 from engines.serving.repository import EngineSource
+from engines.serving.settings import TritonOptions
 from engines.serving.shapes import plan_buckets
 from engines.serving.text import BYTES_PER_TOKEN, names_classes
 from engines.triton.check_manifest import MANIFEST, SCHEMA, same_version
 from engines.triton.config import BACKENDS, KINDS, Instances, engine_config, text_configs
-from engines.triton.deploy import DEFAULT_IMAGE, deployment_files
+from engines.triton.deploy import deployment_files
 from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec, load_spec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError, ServeError
@@ -36,21 +37,6 @@ LABELS_SCHEMA = "nxm-triton-labels/1"
 VERSION = "1"
 CHECK = "check_manifest.py"
 _HERE = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class TritonOptions:
-    """How a repository is written. `kind` (cpu or gpu) is by default what the engine runs on; `threads` are those of an
-    ONNX Runtime instance on a CPU; `tensorrt` is the version in the target container, where it is known already."""
-
-    text: bool = False
-    pair: bool = False
-    kind: str | None = None
-    instances: int = 1
-    threads: int | None = None
-    max_batch: int = 32
-    image: str = DEFAULT_IMAGE
-    tensorrt: str | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from engines.base import Binding, Profile
 from engines.passport import EnginePassport
+from engines.serving.settings import INSTANCE_KINDS
 from engines.triton.pbtxt import Message, Word, dump
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.errors import ServeError
@@ -26,7 +27,7 @@ _TYPES = {
     "bool": "TYPE_BOOL", "int8": "TYPE_INT8", "uint8": "TYPE_UINT8", "int32": "TYPE_INT32", "int64": "TYPE_INT64",
     "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "float32": "TYPE_FP32", "float64": "TYPE_FP64",
 }  # fmt: skip
-KINDS = {"cpu": "KIND_CPU", "gpu": "KIND_GPU"}
+KINDS = {kind: f"KIND_{kind.upper()}" for kind in INSTANCE_KINDS}
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 
 from nxm_export.storage.json_files import Json
 
-# The container of Triton 2.51, the release whose core loads these repositories in the tests.
-DEFAULT_IMAGE = "nvcr.io/nvidia/tritonserver:24.10-py3"
 PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
 
 

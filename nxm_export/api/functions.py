@@ -13,12 +13,25 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nxm_export.contract.choices import (
+    BACKEND,
+    BENCH_ROUNDS,
+    BENCH_SHAPES,
+    COMPUTE_CAPABILITY,
+    LOWERING,
+    PATTERN,
+    STORAGE,
+    TARGET,
+    TASK,
+    TENSORRT_BACKENDS,
+    TENSORRT_VERSION,
+    WEIGHT_BITS,
+)
 from nxm_export.contract.origin import recorded_checkpoint
 from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
 from nxm_export.data.examples import Columns
 from nxm_export.data.predictions import AnyPrediction
 from nxm_export.errors import EngineError, PlanError
-from nxm_export.pipeline.engine_commands import SHAPES
 from nxm_export.pipeline.graph_file import onnx_file
 from nxm_export.progress import Progress, silent
 
@@ -30,9 +43,8 @@ if TYPE_CHECKING:
     from engines.benchmark.text_throughput import TextReport
     from engines.parity.reports import Comparison
     from engines.passport import EnginePassport
-    from engines.serving.model import ModelOptions
-    from engines.serving.server import ServerOptions
-    from engines.triton import TritonManifest, TritonOptions
+    from engines.serving.settings import ModelOptions, ServerOptions, TritonOptions
+    from engines.triton import TritonManifest
     from nxm_export.contract.checkpoint_metrics import CompressionMetrics, DenseMetrics
     from nxm_export.contract.packed_checkpoint import PackedSizes
     from nxm_export.contract.run_summary import RunSummary
@@ -57,8 +69,8 @@ class PlanOptions:
     """
 
     placement: str | None = None
-    residual: str = "float"
-    embedding: str = "float"
+    residual: str = STORAGE
+    embedding: str = STORAGE
     keep_dense: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -84,9 +96,9 @@ def run(
     train: str | Path,
     dev: str | Path,
     out: str | Path,
-    task: str = "classification",
-    pattern: str | None = "2:4",
-    weight_bits: int | None = 8,
+    task: str = TASK,
+    pattern: str | None = PATTERN,
+    weight_bits: int | None = WEIGHT_BITS,
     settings: Settings | None = None,
     columns: Columns = Columns(),
     options: PlanOptions = PlanOptions(),
@@ -111,9 +123,9 @@ def estimate(
     *,
     train: str | Path,
     dev: str | Path,
-    task: str = "classification",
-    pattern: str | None = "2:4",
-    weight_bits: int | None = 8,
+    task: str = TASK,
+    pattern: str | None = PATTERN,
+    weight_bits: int | None = WEIGHT_BITS,
     settings: Settings | None = None,
     columns: Columns = Columns(),
     options: PlanOptions = PlanOptions(),
@@ -133,7 +145,7 @@ def finetune(
     train: str | Path,
     dev: str | Path,
     out: str | Path,
-    task: str = "classification",
+    task: str = TASK,
     settings: Settings | None = None,
     columns: Columns = Columns(),
     revision: str | None = None,
@@ -170,7 +182,7 @@ def compress(
     train: str | Path,
     dev: str | Path,
     out: str | Path,
-    task: str = "classification",
+    task: str = TASK,
     pattern: str | Default | None = DEFAULT,
     weight_bits: int | Default | None = DEFAULT,
     plan: CompressionPlan | str | Path | None = None,
@@ -197,7 +209,8 @@ def compress(
     spec = WeightSpec()  # a plan's, which says more
     if plan is None:
         spec = _spec(
-            "2:4" if isinstance(pattern, Default) else pattern, 8 if isinstance(weight_bits, Default) else weight_bits
+            PATTERN if isinstance(pattern, Default) else pattern,
+            WEIGHT_BITS if isinstance(weight_bits, Default) else weight_bits,
         )
     request = _request(model, train, dev, task, spec, settings, columns, options)
     return compress_model(_with(request, revision, train_limit), out, plan=plan, progress=progress)
@@ -208,7 +221,7 @@ def search(
     *,
     train: str | Path,
     out: str | Path,
-    task: str = "classification",
+    task: str = TASK,
     settings: SearchSettings | None = None,
     training: Settings | None = None,
     columns: Columns = Columns(),
@@ -239,11 +252,11 @@ def export(
     checkpoint: str | Path,
     out: str | Path,
     *,
-    target: str = "cpu",
+    target: str = TARGET,
     task: str | None = None,
     dtype: str | None = None,
     placement: str | None = None,
-    lowering: str = "matmul",
+    lowering: str = LOWERING,
     precision_overrides: str | None = None,
     max_length: int | None = None,
 ) -> Exported:
@@ -284,7 +297,7 @@ def build(
     graph: str | Path,
     out: str | Path,
     *,
-    backend: str = "ort",
+    backend: str = BACKEND,
     options: BuildOptions | None = None,
     shapes: Sequence[tuple[int, int]] | None = None,
     data: str | Path | None = None,
@@ -344,9 +357,9 @@ def predict(
 
 def bench(
     engines: str | Path | Sequence[str | Path],
-    shapes: Sequence[tuple[int, int]] = SHAPES,
+    shapes: Sequence[tuple[int, int]] = BENCH_SHAPES,
     *,
-    rounds: int = 30,
+    rounds: int = BENCH_ROUNDS,
     threads: int | None = None,
 ) -> BenchReport:
     """Time engine directories interleaved at `shapes` of (batch, sequence); speed-ups are against the first."""
@@ -404,7 +417,11 @@ def doctor() -> MachineReport:
 
 
 def diagnose(
-    graph: str | Path, *, backend: str = "trt", version: str = "11.4", compute_capability: str = "8.9"
+    graph: str | Path,
+    *,
+    backend: str = TENSORRT_BACKENDS[0],
+    version: str = TENSORRT_VERSION,
+    compute_capability: str = COMPUTE_CAPABILITY,
 ) -> FileDiagnosis:
     """Judge any ONNX file, or the one in a graph directory, for a TensorRT version and a GPU without building it: which
     matrices can run sparse, and what to do."""
@@ -444,10 +461,9 @@ def serve(
 
     Each is ``DIR`` or ``NAME[:VERSION]=DIR``.
     """
-    from engines.serving.model import ModelOptions
     from engines.serving.repository import EngineSource
-    from engines.serving.server import ServerOptions
     from engines.serving.server import serve as serve_engines
+    from engines.serving.settings import ModelOptions, ServerOptions
 
     sources = [EngineSource.parse(str(engine)) for engine in _paths(engines)]
     serve_engines(sources, models or ModelOptions(), server or ServerOptions())
@@ -458,7 +474,8 @@ def triton(
 ) -> TritonManifest:
     """Write a Triton model repository from engine directories (``DIR`` or ``NAME=DIR``); returns its manifest."""
     from engines.serving.repository import EngineSource
-    from engines.triton import TritonOptions, export_repository
+    from engines.serving.settings import TritonOptions
+    from engines.triton import export_repository
 
     sources = [EngineSource.parse(str(engine)) for engine in _paths(engines)]
     return export_repository(sources, out, options or TritonOptions())

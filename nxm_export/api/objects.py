@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar, cast, overload
 
 from nxm_export.api import functions
+from nxm_export.contract.choices import BACKEND, BENCH_ROUNDS, BENCH_SHAPES, LOWERING, TARGET
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.examples import Columns
 from nxm_export.data.predictions import Answer, AnyPrediction, Embedding, LabelSet, Prediction, Score, TaggedText
 from nxm_export.errors import ArtifactError, DataError
-from nxm_export.pipeline.engine_commands import SHAPES
 from nxm_export.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -132,10 +132,10 @@ class CompressedModel(Generic[P_co]):
         self,
         out: str | Path,
         *,
-        target: str = "cpu",
+        target: str = TARGET,
         dtype: str | None = None,
         placement: str | None = None,
-        lowering: str = "matmul",
+        lowering: str = LOWERING,
         precision_overrides: str | None = None,
         max_length: int | None = None,
     ) -> Graph[P_co]:
@@ -172,7 +172,7 @@ class Graph(Generic[P_co]):
         return functions.verify(self.path)
 
     def build(
-        self, out: str | Path, *, backend: str = "ort", options: BuildOptions | None = None
+        self, out: str | Path, *, backend: str = BACKEND, options: BuildOptions | None = None
     ) -> EngineDirectory[P_co]:
         """Build the engine directory `out`: ``ort``, ``openvino``, ``trt``, ``trt_rtx``, or ``auto``, the fastest on
         this CPU."""
@@ -209,7 +209,11 @@ class EngineDirectory(Generic[P_co]):
         return cast("list[P_co]", functions.predict(self.path, texts, batch=batch, threads=threads))
 
     def bench(
-        self, shapes: Sequence[tuple[int, int]] = SHAPES, *, rounds: int = 30, threads: int | None = None
+        self,
+        shapes: Sequence[tuple[int, int]] = BENCH_SHAPES,
+        *,
+        rounds: int = BENCH_ROUNDS,
+        threads: int | None = None,
     ) -> BenchReport:
         """Time it at shapes of (batch, sequence); see `nxm_export.bench`."""
         return functions.bench([self.path], shapes, rounds=rounds, threads=threads)

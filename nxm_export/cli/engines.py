@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,25 +17,126 @@ from nxm_export.cli.engine_tables import (
     print_text_throughput,
 )
 from nxm_export.cli.group import main
-from nxm_export.cli.options import columns_of, json_option, numbers_of, shape_of
+from nxm_export.cli.options import columns_of, json_option, numbers_of, shape_of, typed
 from nxm_export.cli.output import show_result
 from nxm_export.cli.parity_tables import print_bisects, print_comparison
 from nxm_export.cli.progress_bars import progress_bars
 from nxm_export.cli.tables import print_facts
+from nxm_export.contract.choices import (
+    BACKEND,
+    BENCH_ROUNDS,
+    BENCH_SHAPES,
+    COMPUTE_CAPABILITY,
+    LOAD_ROUNDS,
+    LOWERING,
+    LOWERINGS,
+    MAX_PROFILES,
+    SPARSE_KERNELS,
+    TASK,
+    TENSORRT_BACKENDS,
+    TENSORRT_VERSION,
+    TEXT_BATCH,
+    TOKEN_ENCODING,
+    TOKEN_ENCODINGS,
+)
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import NxmError
-from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
     from engines.base import BuildOptions
+    from nxm_export.pipeline.sparsity_twins import TwinGraphs
     from nxm_export.progress import Progress
+
+
+@dataclass(frozen=True)
+class _BuildOptions:
+    """The options of ``nxm build`` beside where to and with which backend."""
+
+    threads: int | None
+    profiles: tuple[str, ...]
+    lengths: str | None
+    max_profiles: int
+    sparse: bool
+    level: int | None
+    workspace: int | None
+    timing_cache: Path | None
+    build_route: str | None
+    twins: bool
+    lowering: str
+    target: str | None
+    shapes: tuple[str, ...]
+    checkpoint: Path | None
+    data: str | None
+
+    def require_usage(self, backend: str) -> None:
+        """Raise wrong usage for options that do not go together."""
+        from engines.base import cpu_backends
+        from engines.benchmark.fastest_backend import NAME as AUTO
+
+        of_auto = (("--shape", self.shapes), ("--checkpoint", self.checkpoint), ("--data", self.data))
+        automatic = [flag for flag, value in of_auto if value]
+        if automatic and backend != AUTO:
+            raise click.UsageError(f"{automatic[0]} is for --backend auto")
+        if backend == AUTO and (self.twins or self.lengths or self.profiles):
+            raise click.UsageError(
+                "--twins, --lengths and --profile are for TensorRT; --backend auto builds for the CPU"
+            )
+        if bool(self.checkpoint) != bool(self.data):
+            raise click.UsageError("--checkpoint and --data belong together")
+        if self.threads and backend not in (*cpu_backends(), AUTO):
+            raise click.UsageError(f"--threads is for engines on the CPU; {backend} has no use for it")
+        if self.lengths and self.profiles:
+            raise click.UsageError("--lengths and --profile are two ways to say the same; give one of them")
+        if self.timing_cache is not None and not self.timing_cache.is_file():
+            raise click.BadParameter(f"{self.timing_cache}: no such file", param_hint="--timing-cache")
+
+    def of_engine(self, progress: Progress) -> BuildOptions:
+        """What the build itself is told."""
+        from engines.base import BuildOptions
+        from engines.tensorrt.profiles import parse_profile
+
+        return BuildOptions(
+            threads=self.threads,
+            profiles=[parse_profile(text) for text in self.profiles],
+            sparse=self.sparse,
+            level=self.level,
+            workspace_bytes=self.workspace * 2**20 if self.workspace else None,
+            build_route=self.build_route,
+            timing_cache=self.timing_cache,
+            require_timing_cache=self.timing_cache is not None,
+            progress=progress,
+        )
+
+    def of_twins(self) -> TwinGraphs:
+        """How the graphs of twins are exported."""
+        from nxm_export.pipeline.sparsity_twins import TwinGraphs
+
+        graphs = TwinGraphs(lowering=self.lowering)
+        return replace(graphs, target=self.target) if self.target else graphs
+
+
+@dataclass(frozen=True)
+class _BenchOptions:
+    """The options of ``nxm bench`` beside the engines."""
+
+    shapes: tuple[str, ...]
+    rounds: int | None
+    threads: int | None
+    urls: tuple[str, ...]
+    model: str | None
+    data: str | None
+    task: str
+    batch: int | None
+    clients: str
+    seconds: float
+    encoding: str
 
 
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option(
     "--backend",
-    default="ort",
+    default=BACKEND,
     show_default=True,
     help="ort, openvino, trt, trt_rtx; auto: the fastest on this CPU.",
 )
@@ -51,11 +153,13 @@ if TYPE_CHECKING:
 @click.option(
     "--max-profiles",
     type=click.IntRange(min=1),
-    default=3,
+    default=MAX_PROFILES,
     show_default=True,
     help="At most this many, with --lengths.",
 )
-@click.option("--sparse/--no-sparse", default=True, show_default=True, help="Let the builder use 2:4 kernels.")
+@click.option(
+    "--sparse/--no-sparse", default=SPARSE_KERNELS, show_default=True, help="Let the builder use 2:4 kernels."
+)
 @click.option("--level", type=click.IntRange(0, 5), help="Builder optimization level.  [default: TensorRT's]")
 @click.option(
     "--workspace", type=click.IntRange(min=1), metavar="MIB", help="Limit of scratch memory.  [default: TensorRT's]"
@@ -71,8 +175,8 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--lowering",
-    type=click.Choice(["matmul", "gemm", "conv1x1"]),
-    default="matmul",
+    type=click.Choice(LOWERINGS),
+    default=LOWERING,
     help="Of linear layers, with --twins.",
 )
 @click.option("--target", help="Graph target, with --twins.  [default: trt; trt8 for TensorRT 8.6]")
@@ -86,7 +190,7 @@ if TYPE_CHECKING:
 )
 @click.option("--data", metavar="FILE", help="With --checkpoint: labelled samples to compare on.")
 @json_option
-def build(source: Path, backend: str, out: Path, json: bool, **options: Json) -> None:
+def build(source: Path, backend: str, out: Path, json: bool, **values: object) -> None:
     """Build an engine directory from an ONNX file or a graph directory (or, with --twins, three from a checkpoint)."""
     from engines.benchmark.fastest_backend import NAME as AUTO
     from nxm_export.pipeline.engine_commands import (
@@ -96,66 +200,27 @@ def build(source: Path, backend: str, out: Path, json: bool, **options: Json) ->
         build_fastest,
         build_twin_engines,
     )
-    from nxm_export.pipeline.sparsity_twins import TwinGraphs
 
-    _require_build_usage(backend, options)
-    profiles_from = DataProfiles(options["lengths"], options["max_profiles"]) if options["lengths"] else None
+    options = typed(_BuildOptions, values)
+    options.require_usage(backend)
+    profiles_from = DataProfiles(options.lengths, options.max_profiles) if options.lengths else None
     with progress_bars(enabled=not json) as progress:
-        settings = _build_options(options, progress)
+        settings = options.of_engine(progress)
         if backend == AUTO:
-            shapes = [shape_of(text) for text in options["shapes"]] or None
-            check = ParityCheck(options["checkpoint"], options["data"]) if options["checkpoint"] else None
+            shapes = [shape_of(text) for text in options.shapes] or None
+            check = ParityCheck(options.checkpoint, options.data) if options.checkpoint and options.data else None
             fastest = build_fastest(source, out, settings, shapes=shapes, check=check)
             facts = {**fastest.passport.to_dict(), "path": str(out)}
             show_result(lambda: facts, json, lambda: print_choice(fastest.choice, facts))
             return
-        if options["twins"]:
-            graphs = TwinGraphs(options["target"] or "trt", options["lowering"])
+        if options.twins:
             built = build_twin_engines(
-                source, out, backend, settings, profiles_from=profiles_from, graphs=graphs
+                source, out, backend, settings, profiles_from=profiles_from, graphs=options.of_twins()
             ).to_dict()
         else:
             built = build_engine(source, out, backend, settings, profiles_from=profiles_from).to_dict()
     built |= {"path": str(out)}
     show_result(lambda: built, json, lambda: print_facts("built", built))
-
-
-def _require_build_usage(backend: str, options: dict[str, Json]) -> None:
-    """Raise wrong usage for options of `nxm build` that do not go together."""
-    from engines.base import cpu_backends
-    from engines.benchmark.fastest_backend import NAME as AUTO
-
-    automatic = [f"--{name.removesuffix('s')}" for name in ("shapes", "checkpoint", "data") if options[name]]
-    if automatic and backend != AUTO:
-        raise click.UsageError(f"{automatic[0]} is for --backend auto")
-    if backend == AUTO and (options["twins"] or options["lengths"] or options["profiles"]):
-        raise click.UsageError("--twins, --lengths and --profile are for TensorRT; --backend auto builds for the CPU")
-    if bool(options["checkpoint"]) != bool(options["data"]):
-        raise click.UsageError("--checkpoint and --data belong together")
-    if options["threads"] and backend not in (*cpu_backends(), AUTO):
-        raise click.UsageError(f"--threads is for engines on the CPU; {backend} has no use for it")
-    if options["lengths"] and options["profiles"]:
-        raise click.UsageError("--lengths and --profile are two ways to say the same; give one of them")
-    cache = options["timing_cache"]
-    if cache is not None and not cache.is_file():
-        raise click.BadParameter(f"{cache}: no such file", param_hint="--timing-cache")
-
-
-def _build_options(options: dict[str, Json], progress: Progress) -> BuildOptions:
-    from engines.base import BuildOptions
-    from engines.tensorrt.profiles import parse_profile
-
-    return BuildOptions(
-        threads=options["threads"],
-        profiles=[parse_profile(text) for text in options["profiles"]],
-        sparse=options["sparse"],
-        level=options["level"],
-        workspace_bytes=options["workspace"] * 2**20 if options["workspace"] else None,
-        build_route=options["build_route"],
-        timing_cache=options["timing_cache"],
-        require_timing_cache=options["timing_cache"] is not None,
-        progress=progress,
-    )
 
 
 @main.command()
@@ -246,11 +311,11 @@ def compare(
     "--shape",
     "shapes",
     multiple=True,
-    default=("1x32", "8x64"),
+    default=tuple(f"{batch}x{sequence}" for batch, sequence in BENCH_SHAPES),
     show_default=True,
     help="batch x sequence; may be repeated.",
 )
-@click.option("--rounds", type=click.IntRange(min=1), help="[default: 30; 3 with --serve]")
+@click.option("--rounds", type=click.IntRange(min=1), help=f"[default: {BENCH_ROUNDS}; {LOAD_ROUNDS} with --serve]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: as built]")
 @click.option("--serve", "urls", multiple=True, metavar="URL", help="Load running servers instead; may be repeated.")
 @click.option("--model", help="With --serve: the model's name there.")
@@ -263,11 +328,11 @@ def compare(
 @click.option(
     "--task",
     type=click.Choice(list(TASKS)),
-    default="classification",
+    default=TASK,
     show_default=True,
     help="With --serve and no ENGINES: what the data is for.",
 )
-@click.option("--batch", type=click.IntRange(min=1), help="With --data: sentences a batch.  [default: 32]")
+@click.option("--batch", type=click.IntRange(min=1), help=f"With --data: sentences a batch.  [default: {TEXT_BATCH}]")
 @click.option(
     "--clients", default="1,8,32", show_default=True, metavar="N,N,...", help="With --serve: clients at once."
 )
@@ -276,59 +341,58 @@ def compare(
 )
 @click.option(
     "--encoding",
-    type=click.Choice(["binary", "json"]),
-    default="binary",
+    type=click.Choice(TOKEN_ENCODINGS),
+    default=TOKEN_ENCODING,
     show_default=True,
     help="With --serve: of tokens.",
 )
 @json_option
-def bench(
-    engines: tuple[Path, ...],
-    shapes: tuple[str, ...],
-    rounds: int | None,
-    threads: int | None,
-    json: bool,
-    **options: Json,
-) -> None:
+def bench(engines: tuple[Path, ...], json: bool, **values: object) -> None:
     """Time ENGINES interleaved (speed-ups are against the first), or load running servers with --serve."""
     from nxm_export.pipeline.engine_commands import bench_engines, bench_text
 
-    if options["urls"]:
-        _bench_servers(engines, rounds or 3, json, options)
+    options = typed(_BenchOptions, values)
+    if options.urls:
+        _bench_servers(engines, options, json)
         return
     if not engines:
         raise click.UsageError("missing ENGINES (or --serve URL)")
-    if options["batch"] and not options["data"]:
+    if options.batch and not options.data:
         raise click.UsageError("--batch is for --data")
-    if options["data"]:
-        text = bench_text(engines, options["data"], batch=options["batch"], rounds=rounds, threads=threads)
+    if options.data:
+        text = bench_text(engines, options.data, batch=options.batch, rounds=options.rounds, threads=options.threads)
         show_result(text.to_dict, json, lambda: print_text_throughput(text))
         return
-    report = bench_engines(engines, [shape_of(text) for text in shapes], rounds or 30, threads)
+    shapes = [shape_of(text) for text in options.shapes]
+    report = bench_engines(engines, shapes, options.rounds or BENCH_ROUNDS, options.threads)
     show_result(report.to_dict, json, lambda: print_latency(report))
 
 
-def _bench_servers(engines: tuple[Path, ...], rounds: int, json: bool, options: dict[str, Json]) -> None:
+def _bench_servers(engines: tuple[Path, ...], options: _BenchOptions, json: bool) -> None:
     from nxm_export.pipeline.engine_commands import LoadRequests, LoadRounds, load_servers
 
-    model, data = options["model"], options["data"]
+    model, data, rounds = options.model, options.data, options.rounds or LOAD_ROUNDS
     if not model or not data or len(engines) > 1:
         raise click.UsageError("--serve needs --model and --data, and at most one engine directory (for its tokenizer)")
-    clients = numbers_of(options["clients"], "--clients", "numbers of clients")
-    requests = LoadRequests(data, engines[0] if engines else None, options["encoding"], options["task"])
-    report = load_servers(options["urls"], model, requests, LoadRounds(clients, options["seconds"], rounds))
+    clients = numbers_of(options.clients, "--clients", "numbers of clients")
+    requests = LoadRequests(data, engines[0] if engines else None, options.encoding, options.task)
+    report = load_servers(options.urls, model, requests, LoadRounds(clients, options.seconds, rounds))
     show_result(report.to_dict, json, lambda: print_load(report, model, rounds))
 
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path), required=False)
 @click.option(
-    "--backend", type=click.Choice(["trt", "trt_rtx"]), default="trt", show_default=True, help="Judge FILE for it."
+    "--backend",
+    type=click.Choice(TENSORRT_BACKENDS),
+    default=TENSORRT_BACKENDS[0],
+    show_default=True,
+    help="Judge FILE for it.",
 )
-@click.option("--version", "trt_version", default="11.4", show_default=True, help="Its version.")
+@click.option("--version", "trt_version", default=TENSORRT_VERSION, show_default=True, help="Its version.")
 @click.option(
     "--gpu",
-    default="8.9",
+    default=COMPUTE_CAPABILITY,
     show_default=True,
     metavar="CAPABILITY",
     help="Compute capability, as 8.0 (A100), 8.9 (L4), 9.0 (H100).",

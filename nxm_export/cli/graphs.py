@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from nxm_export.cli.group import main
-from nxm_export.cli.options import json_option, pattern_of
+from nxm_export.cli.options import json_option, pattern_of, typed
 from nxm_export.cli.output import show_result
 from nxm_export.cli.tables import print_facts, print_table
+from nxm_export.contract.choices import FLOAT_TYPES, LOWERING, LOWERINGS, TARGET
 from nxm_export.contract.plan import GRAPH_PLACEMENTS
 from nxm_export.contract.tasks import TASKS
-from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
     from nxm_export.contract.verify_report import VerifyReport
+
+
+@dataclass(frozen=True)
+class _ExportOptions:
+    """The options of ``nxm export`` that override what its target means, and the target."""
+
+    target: str
+    dtype: str | None
+    placement: str | None
+    lowering: str
+    precision_overrides: str | None
+    max_length: int | None
+    task: str | None
 
 
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
     "--target",
-    default="cpu",
+    default=TARGET,
     show_default=True,
     help="cpu (FP32 graph), trt (FP16 graph, opset 21) or trt8 (FP32 graph, opset 17, for TensorRT 8.6).",
 )
-@click.option(
-    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the graph.  [default: the target's]"
-)
+@click.option("--dtype", type=click.Choice(FLOAT_TYPES), help="Of the graph.  [default: the target's]")
 @click.option(
     "--placement",
     type=click.Choice(GRAPH_PLACEMENTS),
@@ -38,14 +50,14 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--lowering",
-    type=click.Choice(["matmul", "gemm", "conv1x1"]),
-    default="matmul",
+    type=click.Choice(LOWERINGS),
+    default=LOWERING,
     show_default=True,
     help="Of linear layers.",
 )
 @click.option(
     "--precision-overrides",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
+    type=click.Choice(FLOAT_TYPES),
     help="Of LayerNorm and softmax.  [default: the graph's]",
 )
 @click.option(
@@ -54,11 +66,22 @@ if TYPE_CHECKING:
 @click.option("--task", type=click.Choice(list(TASKS)), help="[default: what the checkpoint's head says]")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the graph.")
 @json_option
-def export(checkpoint: Path, out: Path, json: bool, **options: Json) -> None:
+def export(checkpoint: Path, out: Path, json: bool, **values: object) -> None:
     """Write CHECKPOINT as a Q/DQ ONNX graph (a float graph, for a checkpoint without plan)."""
     from nxm_export.graph.exporter import export as export_graph
 
-    exported = export_graph(checkpoint, out, **options)
+    options = typed(_ExportOptions, values)
+    exported = export_graph(
+        checkpoint,
+        out,
+        target=options.target,
+        task=options.task,
+        dtype=options.dtype,
+        placement=options.placement,
+        lowering=options.lowering,
+        precision_overrides=options.precision_overrides,
+        max_length=options.max_length,
+    )
     show_result(exported.to_dict, json, lambda: print_facts("exported", exported.to_dict()))
 
 

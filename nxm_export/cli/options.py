@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args, get_origin, 
 import click
 
 from compressors.search.settings import SearchSettings
-from compressors.settings import Option, Settings, options_of
+from compressors.settings import Settings
+from nxm_export.contract.choices import PATTERN, PLACEMENT, STORAGE, STORAGES, TASK, WEIGHT_BITS
+from nxm_export.contract.options import Option, options_of
 from nxm_export.contract.plan import PLACEMENTS, NMPattern
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import PlanError
@@ -25,7 +27,7 @@ else:
     FloatType = click.ParamType  # which older versions of click do not parametrize
 
 Command = TypeVar("Command", bound=Callable[..., object])
-Settings_ = TypeVar("Settings_", bound=Settings | SearchSettings)
+Record = TypeVar("Record", bound="DataclassInstance")
 
 
 class Decorator(Protocol):
@@ -69,28 +71,30 @@ def options(*options: Decorator) -> Decorator:
 
 PLAN_OPTIONS = options(
     click.option(
-        "--pattern", default="2:4", show_default=True, help="N:M kept of every M along the input axis, or 'none'."
+        "--pattern", default=PATTERN, show_default=True, help="N:M kept of every M along the input axis, or 'none'."
     ),
-    click.option("--weight-bits", default="8", show_default=True, help="2 to 8, or 'none' for unquantized weights."),
+    click.option(
+        "--weight-bits", default=str(WEIGHT_BITS), show_default=True, help="2 to 8, or 'none' for unquantized weights."
+    ),
     click.option(
         "--placement",
         type=click.Choice(PLACEMENTS),
-        default="inputs-outputs",
+        default=PLACEMENT,
         show_default=True,
         help="Activation quantizers: before planned products; behind them, too; before all products, also attention's; "
         "all of these; the FFN's only.",
     ),
     click.option(
         "--residual",
-        type=click.Choice(["float", "int8"]),
-        default="float",
+        type=click.Choice(STORAGES),
+        default=STORAGE,
         show_default=True,
         help="What goes around the layers.",
     ),
     click.option(
         "--embedding",
-        type=click.Choice(["float", "int8"]),
-        default="float",
+        type=click.Choice(STORAGES),
+        default=STORAGE,
         show_default=True,
         help="How the word-embedding table is stored; int8 in `cpu` graphs and packed files.",
     ),
@@ -99,7 +103,7 @@ PLAN_OPTIONS = options(
 
 
 DATA_OPTIONS = options(
-    click.option("--task", type=click.Choice(list(TASKS)), default="classification", show_default=True),
+    click.option("--task", type=click.Choice(list(TASKS)), default=TASK, show_default=True),
     click.option("--train", metavar="FILE", help="TSV, CSV, JSONL, Parquet, CoNLL or SQuAD JSON, or a GLUE task name."),
     click.option("--dev", metavar="FILE", help="Held-out data, or the same GLUE task name."),
     click.option("--text", help="Column of the text.  [default: sentence, sentence1, text, ...]"),
@@ -125,6 +129,8 @@ def setting_option(settings: type[DataclassInstance], name: str, **changes: str 
     kind = _click_type(entry, _number_of(annotation))
     if isinstance(default, tuple):
         default = ",".join(map(str, default))
+    if entry.scale != 1 and default is not None:
+        default *= entry.scale
     callback = (lambda _, __, number: limit_of(number)) if entry.infinity_is_none else None
     return click.option(
         flag,
@@ -138,10 +144,19 @@ def setting_option(settings: type[DataclassInstance], name: str, **changes: str 
     )
 
 
-def settings_of(kind: type[Settings_], values: Mapping[str, Any], **changes: object) -> Settings_:
+def typed(kind: type[Record], values: Mapping[str, object]) -> Record:
+    """The `values` of a command's options as a dataclass that has one field for each of them, of the same name.
+
+    Click calls a command with keywords that no type checker knows. This is the one place where they get their types:
+    what the command does with the fields is checked.
+    """
+    return kind(**{entry.name: values[entry.name] for entry in fields(kind)})
+
+
+def settings_of(kind: type[Record], values: Mapping[str, object], **changes: object) -> Record:
     """The settings that the `values` of a command's options make; `changes` win over them. An option that the command
     lacks leaves its setting as it is."""
-    made: dict[str, Any] = {}
+    made: dict[str, object] = {}
     for name, entry in options_of(kind):
         if name not in values:
             continue
@@ -149,7 +164,9 @@ def settings_of(kind: type[Settings_], values: Mapping[str, Any], **changes: obj
         if entry.negates:
             value = not value
         elif get_origin(annotation) is tuple:
-            value = _listed(value, get_args(annotation)[0])
+            value = _listed(str(value), get_args(annotation)[0])
+        elif entry.scale != 1 and isinstance(value, float):
+            value = _number_of(annotation)(value / entry.scale)
         made[name] = value
     return kind(**{**made, **changes})
 
@@ -175,18 +192,23 @@ def _number_of(annotation: Any) -> type:
 def _click_type(entry: Option, kind: type) -> click.ParamType[Any]:
     if entry.choices:
         return click.Choice(entry.choices)
-    if kind is int:
+    if kind is int and entry.scale == 1:
         least, most = (None if bound is None else int(bound) for bound in (entry.least, entry.most))
         return click.IntRange(least, most)
     if kind is float and entry.above == 0 and entry.below is None:
         return Positive()
-    if kind is float and (entry.least, entry.most, entry.above, entry.below) != (None,) * 4:
-        low, high = (
-            entry.least if entry.above is None else entry.above,
-            entry.most if entry.below is None else entry.below,
-        )
+    if kind is not str and (entry.least, entry.most, entry.above, entry.below) != (None,) * 4:
+        low = _bound(entry.least if entry.above is None else entry.above, entry.scale)
+        high = _bound(entry.most if entry.below is None else entry.below, entry.scale)
         return click.FloatRange(low, high, min_open=entry.above is not None, max_open=entry.below is not None)
-    return click.FLOAT if kind is float else click.STRING
+    return click.STRING if kind is str else click.FLOAT
+
+
+def _bound(bound: float | None, scale: float) -> float | None:
+    """A setting's bound in the option's unit; whole where it can be, as the help shows it."""
+    if bound is None:
+        return None
+    return int(bound * scale) if float(bound * scale).is_integer() else bound * scale
 
 
 def _listed(text: str, kind: type) -> tuple[Any, ...]:

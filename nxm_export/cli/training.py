@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -24,17 +25,49 @@ from nxm_export.cli.options import (
     json_option,
     pattern_of,
     settings_of,
+    typed,
 )
 from nxm_export.cli.output import show_result
 from nxm_export.cli.progress_bars import progress_bars
 from nxm_export.cli.run_tables import print_estimate, print_search, print_summary
 from nxm_export.cli.tables import print_facts, print_table
+from nxm_export.contract.choices import TASK
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.tasks import TASKS
-from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
     from nxm_export.pipeline.run import Request
+
+
+@dataclass(frozen=True)
+class _PlanAndData:
+    """The options of ``nxm run`` and ``nxm compress`` that say what is compressed: `PLAN_OPTIONS`, `DATA_OPTIONS`."""
+
+    pattern: str
+    weight_bits: str
+    placement: str
+    residual: str
+    embedding: str
+    keep_dense: tuple[str, ...]
+    task: str
+    train: str | None
+    dev: str | None
+    text: str | None
+    text_pair: str | None
+    label: str | None
+    train_limit: int | None
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class _SearchOptions:
+    """The options of ``nxm search`` that are no settings as they are."""
+
+    bytes: int | None
+    latency_table: Path | None
+    text: str | None
+    text_pair: str | None
+    label: str | None
 
 
 @main.command()
@@ -46,17 +79,16 @@ if TYPE_CHECKING:
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/demo with --demo]")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, how long it takes and how large it gets.")
 @json_option
-def run(demo: bool, model: str | None, out: Path | None, dry_run: bool, json: bool, **options: Json) -> None:
+def run(demo: bool, model: str | None, out: Path | None, dry_run: bool, json: bool, **values: object) -> None:
     """Compress, export, build, compare and time a model, into one run directory; up-to-date stages are skipped.
 
     Exits with 3 when an engine differs from its checkpoint.
     """
     from nxm_export.pipeline.run import run as run_all
 
+    options = typed(_PlanAndData, values)
     given = {
-        name
-        for name, option in (("--model", model), ("--train", options["train"]), ("--dev", options["dev"]))
-        if option
+        name for name, option in (("--model", model), ("--train", options.train), ("--dev", options.dev)) if option
     }
     if demo and given:
         raise click.UsageError(f"--demo brings its own model and data; drop {', '.join(sorted(given))}")
@@ -65,7 +97,10 @@ def run(demo: bool, model: str | None, out: Path | None, dry_run: bool, json: bo
         raise click.UsageError(f"missing {', '.join(missing)} (or use --demo)")
     with TemporaryDirectory() if demo and dry_run else nullcontext(None) as scratch:  # a dry run writes nothing
         out = out or Path("runs/demo")
-        request = _demo_request(out, options, scratch) if demo else _request(str(model), options)
+        if demo:
+            request = _demo_request(out, options, values, scratch)
+        else:
+            request = _request(str(model), options, settings_of(Settings, values))
         if dry_run:
             from nxm_export.pipeline.estimate import estimate
 
@@ -99,13 +134,14 @@ def show(run_directory: Path, json: bool) -> None:
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the compressed checkpoint.")
 @json_option
-def compress(model: str, plan_file: Path | None, out: Path, json: bool, **options: Json) -> None:
+def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values: object) -> None:
     """Compress MODEL (a directory or hub id), fine-tuning it first where it has no head for the task."""
     from nxm_export.pipeline.run import compress_model
 
-    if not options["train"] or not options["dev"]:
+    options = typed(_PlanAndData, values)
+    if not options.train or not options.dev:
         raise click.UsageError("missing --train or --dev")
-    request = _request(model, options)
+    request = _request(model, options, settings_of(Settings, values))
     with progress_bars(enabled=not json) as progress:
         metrics = compress_model(request, out, plan=plan_file, progress=progress)
     facts = {**metrics.to_dict(), "path": str(out)}
@@ -114,7 +150,7 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **option
 
 @main.command()
 @click.argument("model")
-@click.option("--task", type=click.Choice(list(TASKS)), default="classification", show_default=True)
+@click.option("--task", type=click.Choice(list(TASKS)), default=TASK, show_default=True)
 @click.option("--train", required=True, metavar="FILE", help="Training data; the search never reads dev data.")
 @click.option("--text")
 @click.option("--text-pair")
@@ -124,14 +160,15 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **option
 @SEARCH_TRAINING_OPTIONS
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of plan.json and the evidence.")
 @json_option
-def search(model: str, task: str, train: str, out: Path, json: bool, **options: Json) -> None:
+def search(model: str, task: str, train: str, out: Path, json: bool, **values: object) -> None:
     """Search a different (pattern, bits) per weight of MODEL, which must have its task head, under a budget."""
     from compressors.search.plan_search import search as search_plan
 
-    table = options["latency_table"]
+    options = typed(_SearchOptions, values)
+    table = options.latency_table
     changes: dict[str, object] = {} if table is None else {"latencies": read_latencies(table)}
     of_compression = click.get_current_context().get_parameter_source("compression")
-    if options["bytes"] is not None and of_compression is ParameterSource.DEFAULT:
+    if options.bytes is not None and of_compression is ParameterSource.DEFAULT:
         changes["compression"] = None  # either of them is the budget
     with progress_bars(enabled=not json) as progress:
         result = search_plan(
@@ -139,9 +176,9 @@ def search(model: str, task: str, train: str, out: Path, json: bool, **options: 
             task=task,
             train=train,
             out=out,
-            settings=settings_of(SearchSettings, options, **changes),
-            training=settings_of(Settings, options),
-            columns=columns_of(options["text"], options["text_pair"], options["label"]),
+            settings=settings_of(SearchSettings, values, **changes),
+            training=settings_of(Settings, values),
+            columns=columns_of(options.text, options.text_pair, options.label),
             progress=progress,
         )
     show_result(result.to_dict, json, lambda: print_search(result))
@@ -184,30 +221,31 @@ def _spec(pattern: str, bits: str) -> WeightSpec:
     return spec
 
 
-def _request(model: str, options: dict[str, Json], changes: Mapping[str, Json] | None = None) -> Request:
-    """What `nxm run` and `nxm compress` were asked; `changes` win over options: ``train``, ``dev``, ``settings``."""
+def _request(model: str, options: _PlanAndData, settings: Settings) -> Request:
+    """What ``nxm run`` and ``nxm compress`` were asked; both have made sure of train and dev data."""
     from nxm_export.pipeline.run import Request
 
-    changes = changes or {}
-    placement = options["placement"] if options["weight_bits"] != "none" else "inputs"
+    assert options.train
+    assert options.dev
+    of_placement = click.get_current_context().get_parameter_source("placement")
     return Request(
         model=model,
-        task=options["task"],
-        train=changes.get("train", options["train"]),
-        dev=changes.get("dev", options["dev"]),
-        spec=_spec(options["pattern"], options["weight_bits"]),
-        settings=settings_of(Settings, options, **changes.get("settings", {})),
-        columns=columns_of(options["text"], options["text_pair"], options["label"]),
-        placement=placement,
-        residual=options["residual"] if options["weight_bits"] != "none" else "float",
-        embedding=options["embedding"],
-        keep_dense=options["keep_dense"],
-        revision=options["revision"],
-        train_limit=options["train_limit"],
+        task=options.task,
+        train=options.train,
+        dev=options.dev,
+        spec=_spec(options.pattern, options.weight_bits),
+        settings=settings,
+        columns=columns_of(options.text, options.text_pair, options.label),
+        placement=None if of_placement is ParameterSource.DEFAULT else options.placement,
+        residual=options.residual,
+        embedding=options.embedding,
+        keep_dense=options.keep_dense,
+        revision=options.revision,
+        train_limit=options.train_limit,
     )
 
 
-def _demo_request(out: Path, options: dict[str, Json], scratch: str | None) -> Request:
+def _demo_request(out: Path, options: _PlanAndData, values: Mapping[str, object], scratch: str | None) -> Request:
     """The demo's request; its data go into the run, or into `scratch`. Options on the command line win."""
     from nxm_export.pipeline import demo
     from nxm_export.storage.run_dir import RunDir
@@ -227,6 +265,6 @@ def _demo_request(out: Path, options: dict[str, Json], scratch: str | None) -> R
             for option in same.get(name, (name,))
         )
     }
-    settings = {**chosen, "dense_freeze_embeddings": True}
-    changes = {"train": str(data / "train.tsv"), "dev": str(data / "dev.tsv"), "settings": settings}
-    return _request(str(model), options, changes)
+    settings = settings_of(Settings, values, **chosen, dense_freeze_embeddings=True)
+    options = replace(options, train=str(data / "train.tsv"), dev=str(data / "dev.tsv"))
+    return _request(str(model), options, settings)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+from nxm_export.contract.choices import PLACEMENT, STORAGE
 from nxm_export.contract.plan import INT8_ATTENTION, PLACEMENTS, CompressionPlan, WeightSpec
 from nxm_export.errors import ArtifactError, PlanError, some
 from nxm_export.storage.json_files import Json
@@ -119,10 +120,10 @@ class Family:
         config: Mapping[str, Json],
         spec: WeightSpec,
         *,
-        placement: str = "inputs-outputs",
+        placement: str = PLACEMENT,
         keep_dense: Iterable[str] = (),
-        residual: str = "float",
-        embedding: str = "float",
+        residual: str = STORAGE,
+        embedding: str = STORAGE,
     ) -> CompressionPlan:
         """The same pattern and bits for every weight but those that a `keep_dense` glob matches.
 

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nxm_export.contract.choices import STORAGES
 from nxm_export.errors import PlanError, some
 from nxm_export.storage.json_files import Json, decode, encode, read_text, to_builtins
 
@@ -197,7 +198,7 @@ class CompressionPlan:
 
     def __post_init__(self) -> None:
         for field in ("attention", "residual", "embedding"):
-            if getattr(self, field) not in ("float", "int8"):
+            if getattr(self, field) not in STORAGES:
                 raise PlanError(f"{field} must be float or int8, got {getattr(self, field)!r}")
         if not self.weights:
             raise PlanError("a plan names at least one weight; this one names none")

@@ -33,6 +33,7 @@ from nxm_export.contract.checkpoint import (
     task_at,
     weights_hash,
 )
+from nxm_export.contract.choices import FLOAT_TYPES, LOWERING, TARGET
 from nxm_export.contract.families import Family, family_of
 from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
 from nxm_export.contract.origin import Origin
@@ -107,11 +108,11 @@ def export(
     checkpoint: str | Path,
     out: str | Path,
     *,
-    target: str = "cpu",
+    target: str = TARGET,
     task: str | None = None,
     dtype: str | None = None,
     placement: str | None = None,
-    lowering: str = "matmul",
+    lowering: str = LOWERING,
     precision_overrides: str | None = None,
     max_length: int | None = None,
 ) -> Exported:
@@ -240,7 +241,7 @@ def _placed(plan: CompressionPlan, target: GraphTarget, placement: str | None, m
 def _require_overridable(precision_overrides: str | None, dtype: str, target: GraphTarget) -> None:
     if precision_overrides is None:
         return
-    if precision_overrides not in ("float32", "float16", "bfloat16") or precision_overrides == dtype:
+    if precision_overrides not in FLOAT_TYPES or precision_overrides == dtype:
         raise ExportError(
             f"precision_overrides must be a float dtype other than the graph's {dtype}, got {precision_overrides!r}"
         )

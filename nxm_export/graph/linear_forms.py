@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from nxm_export.contract.choices import LOWERINGS
 from nxm_export.errors import ExportError
 from nxm_export.graph.qdq import Linear, add_initializer
 
-LOWERINGS = ("matmul", "gemm", "conv1x1")
 # What computes one element of its output from one of its input.
 ELEMENTWISE = ("Gelu", "Relu", "Erf", "Tanh", "Mul", "Add", "Div", "Sub", "Pow", "Cast")
 _BETWEEN_RESHAPES = (*ELEMENTWISE, "QuantizeLinear", "DequantizeLinear")

@@ -11,6 +11,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from nxm_export.contract.choices import (
+    BACKEND,
+    BENCH_ROUNDS,
+    BENCH_SHAPES,
+    LOWERING,
+    MAX_PROFILES,
+    TASK,
+    TEXT_BATCH,
+    TOKEN_ENCODING,
+)
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.data.examples import Columns, Features
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
@@ -30,15 +40,13 @@ if TYPE_CHECKING:
     from engines.passport import EnginePassport
     from nxm_export.pipeline.sparsity_twins import BuiltTwins, TwinGraphs
 
-SHAPES = ((1, 32), (8, 64))  # (batch, sequence) that are timed unless others are given
-
 
 @dataclass(frozen=True)
 class DataProfiles:
     """Optimization profiles, at most `count`, that come from the token lengths of a data file."""
 
     data: str
-    count: int = 3
+    count: int = MAX_PROFILES
     columns: Columns = Columns()
 
 
@@ -62,7 +70,7 @@ class FastestBuild:
 def build_engine(
     source: str | Path,
     out: str | Path,
-    name: str = "ort",
+    name: str = BACKEND,
     options: BuildOptions | None = None,
     *,
     profiles_from: DataProfiles | None = None,
@@ -182,7 +190,7 @@ def _limit_and_task(directory: Path) -> tuple[int, str]:
         return spec.max_length, spec.task
     config = read_config(directory)
     limit = family_of(config, source=str(directory)).max_positions(config)
-    return limit, task_at(directory, config) or "classification"
+    return limit, task_at(directory, config) or TASK
 
 
 def compare_engines(
@@ -244,7 +252,7 @@ def _export_again(checkpoint: Path, engine: Path, out: Path) -> Path:
         task=spec.task,
         dtype=dtype,
         placement=facts.get("placement") if passport.plan else None,
-        lowering=facts.get("lowering", "matmul") if passport.plan else "matmul",
+        lowering=facts.get("lowering", LOWERING) if passport.plan else LOWERING,
         precision_overrides=None if overrides == dtype else overrides,
         max_length=spec.max_length,
     ).path
@@ -273,8 +281,8 @@ def _shared_features(engines: Sequence[str | Path], data: str, columns: Columns)
 
 def bench_engines(
     engines: Sequence[str | Path],
-    shapes: Sequence[tuple[int, int]] = SHAPES,
-    rounds: int = 30,
+    shapes: Sequence[tuple[int, int]] = BENCH_SHAPES,
+    rounds: int = BENCH_ROUNDS,
     threads: int | None = None,
 ) -> BenchReport:
     """Time engine directories (a twins directory stands for its three) against each other.
@@ -371,7 +379,7 @@ def bench_text(
             _tokeniser(paths[0], data, columns, limit),
             pad_id=load_spec(paths[0]).pad_id,
             limit=limit,
-            batch=batch or text_throughput.BATCH,
+            batch=batch or TEXT_BATCH,
             rounds=rounds or text_throughput.ROUNDS,
             others=others or {},
         )
@@ -410,8 +418,8 @@ class LoadRequests:
 
     data: str
     engine: Path | None = None
-    encoding: str = "binary"
-    task: str = "classification"
+    encoding: str = TOKEN_ENCODING
+    task: str = TASK
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nxm_export.contract.checkpoint import open_checkpoint
+from nxm_export.contract.choices import BENCH_SHAPES, PLACEMENT, STORAGE
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.quantizer_placement import placement_of
@@ -30,7 +31,7 @@ from nxm_export.contract.run_summary import SUMMARY_FILE, RunSummary, read_summa
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.examples import Columns, Features
 from nxm_export.errors import DataError, EngineError, EngineUnavailable, PlanError
-from nxm_export.pipeline.engine_commands import SHAPES, features_of
+from nxm_export.pipeline.engine_commands import features_of
 from nxm_export.pipeline.summary import BuildResults, kind_of, summarize
 from nxm_export.progress import Progress, silent
 from nxm_export.storage.atomic import require_replaceable, write_atomic
@@ -76,8 +77,8 @@ class Request:
     settings: Settings
     columns: Columns = Columns()
     placement: str | None = None
-    residual: str = "float"
-    embedding: str = "float"
+    residual: str = STORAGE
+    embedding: str = STORAGE
     keep_dense: Sequence[str] = ()
     revision: str | None = None
     train_limit: int | None = None
@@ -98,7 +99,7 @@ class Request:
         return source.family.uniform_plan(
             source.config,
             self.spec,
-            placement=self.placement or ("inputs" if self.spec.weight_bits is None else "inputs-outputs"),
+            placement=self.placement or ("inputs" if self.spec.weight_bits is None else PLACEMENT),
             keep_dense=self.keep_dense,
             residual=self.residual,
             embedding=self.embedding,
@@ -368,7 +369,7 @@ def _bench(directory: RunDir, engines: Iterable[str], progress: Progress) -> Non
 
     names = [name for name in engines if name.startswith("ort-")]
     limit = load_spec(directory.path("onnx", "cpu")).max_length
-    shapes = list(dict.fromkeys((batch, min(sequence, limit)) for batch, sequence in SHAPES))
+    shapes = list(dict.fromkeys((batch, min(sequence, limit)) for batch, sequence in BENCH_SHAPES))
 
     def work(scratch: Path) -> None:
         progress("bench", 0, 1)

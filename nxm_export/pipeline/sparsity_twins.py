@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nxm_export.contract.choices import LOWERING
 from nxm_export.storage.atomic import atomic_dir
 from nxm_export.storage.json_files import Json, encode, read_record, to_builtins
 
@@ -30,7 +31,7 @@ class TwinGraphs:
     placement."""
 
     target: str = "trt"
-    lowering: str = "matmul"
+    lowering: str = LOWERING
     placement: str | None = None
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from engines.base import Engine, backend
 from engines.serving.repository import EngineSource
-from engines.triton import TritonOptions, export_repository
+from engines.serving.settings import TritonOptions
+from engines.triton import export_repository
 from tests.support import exact_engine
 from tools.benchmarks.servers import CannotStart, Running, nxm_serve, triton, triton_venv
 

@@ -31,7 +31,8 @@ from engines.base import LoadOptions, backend
 from engines.benchmark.http_load import Client, ServedModel, run_round, with_text, with_tokens
 from engines.passport import cpu_device, load_passport
 from engines.serving.repository import EngineSource
-from engines.triton import TritonOptions, export_repository
+from engines.serving.settings import TritonOptions
+from engines.triton import export_repository
 from nxm_export.contract.io_spec import IOSpec, load_spec
 from nxm_export.data.examples import Examples, Features, encode, load_raw, load_tokenizer, pad, with_classes
 from nxm_export.storage.atomic import write_atomic

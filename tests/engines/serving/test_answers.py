@@ -14,7 +14,8 @@ import pytest
 
 from engines.base import backend
 from engines.serving.repository import EngineSource
-from engines.triton import TritonOptions, export_repository
+from engines.serving.settings import TritonOptions
+from engines.triton import export_repository
 from nxm_export.data.examples import Examples, label_array, pad
 from nxm_export.data.question_answering import Window, windows
 from nxm_export.errors import ServeError

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from engines.passport import load_passport
-from engines.serving.model import ModelOptions, open_model
+from engines.serving.model import open_model
 from engines.serving.protocol import InferRequest, TensorSpec
 from engines.serving.repository import EngineSource, Repository
+from engines.serving.settings import ModelOptions
 from nxm_export.errors import ArtifactError, NxmError, ParityError, RequestRefused, ServeError
 from tests.support import exact_engine
 

@@ -14,8 +14,9 @@ from click.testing import CliRunner
 from engines.ort import backend as ort
 from engines.serving.protocol import TensorSpec
 from engines.serving.repository import EngineSource
+from engines.serving.settings import TritonOptions
 from engines.serving.text import TextFrontend
-from engines.triton import TritonOptions, export_repository
+from engines.triton import export_repository
 from nxm_export.cli import main
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.data.examples import Columns, pad

@@ -21,8 +21,9 @@ from click.testing import CliRunner
 from engines.base import Profile
 from engines.passport import PASSPORT_FILE
 from engines.serving.repository import EngineSource
+from engines.serving.settings import TritonOptions
 from engines.tensorrt.profiles import pick
-from engines.triton import TritonOptions, export_repository
+from engines.triton import export_repository
 from engines.triton.check_manifest import problems, version_text
 from engines.triton.config import batch_size
 from engines.triton.pbtxt import Word, dump

@@ -3,15 +3,26 @@ default."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from compressors.search.settings import SearchSettings
-from compressors.settings import Settings, options_of
+from compressors.settings import Settings
+from engines.serving.settings import ConnectionLimits, ModelOptions, RequestLimits, ServerOptions, TritonOptions
 from nxm_export.cli import main
 from nxm_export.cli.options import settings_of
+from nxm_export.contract.options import options_of
+from nxm_export.contract.plan import WeightSpec
+from nxm_export.progress import silent
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # Settings that are for callers in Python alone. A new field is an option, or stands here.
 PYTHON_ONLY = {
@@ -20,21 +31,41 @@ PYTHON_ONLY = {
         *("sr_ste_share", "sr_ste_decay", "losses", "calibration_samples", "percentile"),
     },
     SearchSettings: {"batch_size", "percentile", "latencies"},
+    ModelOptions: {"lengths", "expect_sha256"},  # which --buckets and --expect-sha256 give as texts
+    ServerOptions: {"requests", "connections"},
+    RequestLimits: set(),
+    ConnectionLimits: {"head"},
+    TritonOptions: {"image"},  # which --image gives
 }
-COMMANDS = [("run", Settings), ("compress", Settings), ("search", SearchSettings)]
+COMMANDS = [
+    ("run", Settings),
+    ("compress", Settings),
+    ("search", SearchSettings),
+    ("serve", ModelOptions),
+    ("serve", ServerOptions),
+    ("serve", RequestLimits),
+    ("serve", ConnectionLimits),
+    ("triton", TritonOptions),
+]
+# What a command cannot do without.
+REQUIRED = {
+    "run": [],
+    "compress": ["model", "--out", "o"],
+    "search": ["model", "--train", "t", "--out", "o"],
+    "serve": ["engine"],
+    "triton": ["engine", "--out", "o"],
+}
 
 
-@pytest.mark.parametrize("kind", [Settings, SearchSettings])
-def test_a_field_of_the_settings_is_an_option_or_said_to_be_none(kind: type[Settings] | type[SearchSettings]) -> None:
+@pytest.mark.parametrize("kind", PYTHON_ONLY)
+def test_a_field_of_the_settings_is_an_option_or_said_to_be_none(kind: type[DataclassInstance]) -> None:
     options = {name for name, _ in options_of(kind)}
     assert options.isdisjoint(PYTHON_ONLY[kind])
     assert options | PYTHON_ONLY[kind] == {entry.name for entry in fields(kind)}
 
 
 @pytest.mark.parametrize(("command", "kind"), COMMANDS)
-def test_every_option_of_the_settings_is_on_the_command_line(
-    command: str, kind: type[Settings] | type[SearchSettings]
-) -> None:
+def test_every_option_of_the_settings_is_on_the_command_line(command: str, kind: type[DataclassInstance]) -> None:
     parameters = {str(parameter.name): parameter for parameter in main.commands[command].params}
     for name, option in options_of(kind):
         flag = option.flag or f"--{name.replace('_', '-')}"
@@ -44,10 +75,9 @@ def test_every_option_of_the_settings_is_on_the_command_line(
 
 @pytest.mark.parametrize(("command", "kind"), COMMANDS)
 def test_a_command_without_options_has_the_settings_of_a_caller_without_arguments(
-    command: str, kind: type[Settings] | type[SearchSettings]
+    command: str, kind: type[DataclassInstance]
 ) -> None:
-    given = ["model", "--train", "t", "--out", "o"] if command != "run" else []
-    context = main.commands[command].make_context(command, given)
+    context = main.commands[command].make_context(command, list(REQUIRED[command]))
     assert settings_of(kind, context.params) == kind()
 
 
@@ -75,6 +105,103 @@ def test_options_reach_their_settings() -> None:
     )
 
 
+def test_an_option_in_another_unit_reaches_its_setting_in_the_setting_s_unit() -> None:
+    given = ["engine", "--timeout-ms", "1500", "--max-body-mb", "0.5", "--max-delay-ms", "2", "--read-timeout-ms", "1"]
+    values = main.commands["serve"].make_context("serve", given).params
+    assert settings_of(RequestLimits, values) == RequestLimits(max_body=512 * 1024, timeout=1.5)
+    assert settings_of(ModelOptions, values) == ModelOptions(max_delay=0.002)
+    assert settings_of(ConnectionLimits, values) == ConnectionLimits(read_timeout=0.001)
+    assert type(settings_of(RequestLimits, values).max_body) is int
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--timeout-ms", "0.9"), ("--max-body-mb", "0.0009"), ("--port", "65536"), ("--gate", "maybe")]
+)
+def test_the_ranges_of_serving_are_in_the_unit_of_the_option(flag: str, value: str) -> None:
+    with pytest.raises(click.BadParameter):
+        main.commands["serve"].make_context("serve", ["engine", flag, value])
+
+
+class _Called(Exception):
+    """The function behind a command was called, and need not run."""
+
+
+def _arguments_of(
+    monkeypatch: pytest.MonkeyPatch, function: Callable[..., object], command: Sequence[str]
+) -> dict[str, object]:
+    """What a command calls `function` with: every parameter by its name, those that were left out, too."""
+    calls: list[inspect.BoundArguments] = []
+
+    def record(*positional: object, **named: object) -> None:
+        bound = inspect.signature(function).bind(*positional, **named)
+        bound.apply_defaults()
+        calls.append(bound)
+        raise _Called
+
+    monkeypatch.setattr(f"{function.__module__}.{function.__name__}", record)
+    with pytest.raises(_Called):
+        main.main(list(command), standalone_mode=False)
+    return calls[0].arguments
+
+
+def _defaults_of(function: Callable[..., object]) -> dict[str, object]:
+    parameters = inspect.signature(function).parameters.values()
+    return {entry.name: entry.default for entry in parameters if entry.default is not entry.empty}
+
+
+def test_a_command_without_options_calls_its_function_with_the_function_s_own_defaults(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from nxm_export.graph.exporter import export
+    from nxm_export.pipeline.engine_commands import bench_engines
+
+    for function, command in ((export, ["export", "c", "--out", "o"]), (bench_engines, ["bench", "e"])):
+        defaults = {
+            name: list(value) if name == "shapes" and isinstance(value, tuple) else value
+            for name, value in _defaults_of(function).items()
+        }
+        arguments = _arguments_of(monkeypatch, function, command)
+        assert {name: arguments[name] for name in defaults} == defaults
+
+
+def test_a_build_without_options_is_told_what_a_caller_without_arguments_tells_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from engines.base import BuildOptions
+    from nxm_export.pipeline.engine_commands import DataProfiles, build_engine
+    from nxm_export.pipeline.sparsity_twins import TwinGraphs
+
+    command = ["build", "graph.onnx", "--out", "o"]
+    arguments = _arguments_of(monkeypatch, build_engine, command)
+    options = arguments["options"]
+    assert isinstance(options, BuildOptions)
+    assert replace(options, progress=silent, profiles=()) == BuildOptions()
+    assert arguments["name"] == _defaults_of(build_engine)["name"]
+    assert _arguments_of(monkeypatch, build_engine, [*command, "--lengths", "f"])["profiles_from"] == DataProfiles("f")
+    monkeypatch.undo()
+    from nxm_export.pipeline.engine_commands import build_twin_engines
+
+    graphs = _arguments_of(monkeypatch, build_twin_engines, [*command, "--backend", "trt", "--twins"])["graphs"]
+    assert graphs == TwinGraphs()
+
+
+def test_a_run_without_options_asks_for_what_a_caller_without_arguments_asks_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from nxm_export.pipeline.run import Request, compress_model
+
+    command = ["compress", "m", "--train", "t", "--dev", "d", "--out", "o"]
+    request = _arguments_of(monkeypatch, compress_model, command)["request"]
+    assert request == Request(
+        model="m",
+        task="classification",
+        train="t",
+        dev="d",
+        spec=WeightSpec.parse("2:4+W8"),
+        settings=Settings(),
+    )
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -90,3 +217,13 @@ def test_the_ranges_of_the_settings_hold_on_the_command_line(given: tuple[str, .
     with pytest.raises(click.BadParameter) as error:
         main.commands["compress"].make_context("compress", ["m", "--out", "o", *given])
     assert message in error.value.message
+
+
+@pytest.mark.parametrize("asked", [("--placement", "attention"), ("--residual", "int8")])
+def test_quantized_activations_are_not_dropped_silently_where_weights_stay_unquantized(asked: tuple[str, str]) -> None:
+    command = ["compress", "m", "--train", "t", "--dev", "d", "--out", "o", "--weight-bits", "none", *asked]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1
+    assert (
+        f"{asked[0].removeprefix('--')} {asked[1]}: activations are quantized only where weights are" in result.output
+    )

@@ -1,0 +1,27 @@
+"""Choices and defaults that the command line shares with the functions behind it. Loads nothing.
+
+What belongs to one settings class stands on its fields instead (`nxm_export.contract.options`).
+"""
+
+TASK = "classification"
+TARGET = "cpu"  # of a graph
+LOWERINGS = ("matmul", "gemm", "conv1x1")  # how a linear layer is written in a graph
+LOWERING = "matmul"
+FLOAT_TYPES = ("float32", "float16", "bfloat16")  # of a graph
+BACKEND = "ort"
+TENSORRT_BACKENDS = ("trt", "trt_rtx")
+MAX_PROFILES = 3  # of an engine whose profiles come from data
+SPARSE_KERNELS = True  # the builder may use them
+TENSORRT_VERSION, COMPUTE_CAPABILITY = "11.4", "8.9"  # that an ONNX file is judged for
+BENCH_SHAPES = ((1, 32), (8, 64))  # (batch, sequence)
+BENCH_ROUNDS = 30
+TEXT_BATCH = 32  # sentences
+LOAD_ROUNDS = 3
+TOKEN_ENCODINGS = ("binary", "json")  # of a request's tensors
+TOKEN_ENCODING = "binary"
+# The plan that every matrix gets where no other is given.
+PATTERN = "2:4"
+WEIGHT_BITS = 8
+PLACEMENT = "inputs-outputs"
+STORAGES = ("float", "int8")  # of attention, of the residual connections, of the word-embedding table
+STORAGE = "float"

@@ -6,9 +6,9 @@ from __future__ import annotations
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import numpy as np
@@ -16,6 +16,9 @@ import pytest
 
 from tests.offline import sitecustomize
 from tests.support import tiny
+
+if TYPE_CHECKING:
+    from tests.support.shared_traces import SharedTraces
 
 ROOT = Path(__file__).parent.parent
 pytest_plugins = ("tests.support.serving_fixtures", "tests.support.tensorrt_fixtures")
@@ -60,35 +63,20 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
     return make
 
 
-@pytest.fixture(scope="session")
-def traced_once() -> Callable[[pytest.MonkeyPatch], None]:
-    """``traced_once(patch)``: let exports take a trace that was made before, while the patch lasts.
+@pytest.fixture(scope="session", autouse=True)
+def shared_traces() -> Iterator[SharedTraces]:
+    """Exports of this process trace every architecture once (see `SharedTraces`)."""
+    from nxm_export.graph import exporter
+    from tests.support.shared_traces import SharedTraces
 
-    Tracing takes nearly all the time of an export, and two placements of a checkpoint have one trace.
-    """
-    traced: dict[str, Any] = {}
-
-    def install(patch: pytest.MonkeyPatch) -> None:
-        from nxm_export.graph import exporter
-
-        trace = exporter._trace
-
-        def once(*arguments: Any) -> Any:
-            if str(arguments) not in traced:
-                traced[str(arguments)] = trace(*arguments)
-            return traced[str(arguments)].clone()
-
-        patch.setattr(exporter, "_trace", once)
-
-    return install
+    with pytest.MonkeyPatch.context() as patch:
+        traces = SharedTraces(exporter._trace)
+        patch.setattr(exporter, "_trace", traces)
+        yield traces
 
 
 @pytest.fixture(scope="session")
-def tiny_graph(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_checkpoint: Callable[..., Path],
-    traced_once: Callable[[pytest.MonkeyPatch], None],
-) -> Callable[..., Path]:
+def tiny_graph(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> Callable[..., Path]:
     """``tiny_graph(family, placement)``: the graph directory of a trained tiny checkpoint, made once a session; read it
     only."""
     made: dict[tuple[str, ...], Path] = {}
@@ -99,11 +87,7 @@ def tiny_graph(
         key = (family, placement, target)
         if key not in made:
             out = tmp_path_factory.mktemp("graph") / "-".join(key)
-            with pytest.MonkeyPatch.context() as patch:
-                traced_once(patch)
-                made[key] = exporter.export(
-                    tiny_checkpoint(family), out, target=target, placement=placement
-                ).path.parent
+            made[key] = exporter.export(tiny_checkpoint(family), out, target=target, placement=placement).path.parent
         return made[key]
 
     return make

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,19 +48,36 @@ def _seeded() -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``tiny_checkpoint(family, **options)``: a compressed tiny checkpoint (see `tiny.compress_tiny`), made once a
-    session.
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """``made_once(name, make)``: the directory that ``make(directory)`` filled, in whichever worker came first.
 
-    Read it only: other tests get the same directory.
+    Read it only: other tests, in this process and in others, get the same directory.
     """
-    made: dict[str, Path] = {}
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made-once"
+    shared.mkdir(exist_ok=True)
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        directory = shared / re.sub(r"[^\w.=+:-]+", "-", name)
+        with directory.with_suffix(f"{directory.suffix}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a worker that dies lets go of it
+            complete = directory.with_suffix(f"{directory.suffix}.complete")
+            if not complete.exists():
+                make(directory)
+                complete.touch()
+        return directory
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Callable[..., Path]:
+    """``tiny_checkpoint(family, **options)``: a compressed tiny checkpoint (see `tiny.compress_tiny`), made once; read
+    it only."""
 
     def make(family: str = "bert", **options: Any) -> Path:
-        key = f"{family} {sorted(options.items())}"
-        if key not in made:
-            made[key] = tiny.compress_tiny(family, tmp_path_factory.mktemp(family), **options)
-        return made[key]
+        name = f"trained {family} {sorted(options.items())}"
+        return made_once(name, lambda out: tiny.compress_tiny(family, out, **options)) / "checkpoint"
 
     return make
 
@@ -76,41 +95,38 @@ def shared_traces() -> Iterator[SharedTraces]:
 
 
 @pytest.fixture(scope="session")
-def tiny_graph(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> Callable[..., Path]:
-    """``tiny_graph(family, placement)``: the graph directory of a trained tiny checkpoint, made once a session; read it
-    only."""
-    made: dict[tuple[str, ...], Path] = {}
+def tiny_graph(
+    made_once: Callable[[str, Callable[[Path], object]], Path], tiny_checkpoint: Callable[..., Path]
+) -> Callable[..., Path]:
+    """``tiny_graph(family, placement)``: the graph directory of a trained tiny checkpoint, made once; read it only."""
 
     def make(family: str = "bert", placement: str = "inputs-outputs", target: str = "cpu") -> Path:
         from nxm_export.graph import exporter
 
-        key = (family, placement, target)
-        if key not in made:
-            out = tmp_path_factory.mktemp("graph") / "-".join(key)
-            made[key] = exporter.export(tiny_checkpoint(family), out, target=target, placement=placement).path.parent
-        return made[key]
+        checkpoint = tiny_checkpoint(family)
+        return made_once(
+            f"graph {family} {placement} {target}",
+            lambda out: exporter.export(checkpoint, out, target=target, placement=placement),
+        )
 
     return make
 
 
 @pytest.fixture(scope="session")
-def tiny_engine(tmp_path_factory: pytest.TempPathFactory, tiny_graph: Callable[..., Path]) -> Callable[..., Path]:
+def tiny_engine(
+    made_once: Callable[[str, Callable[[Path], object]], Path], tiny_graph: Callable[..., Path]
+) -> Callable[..., Path]:
     """``tiny_engine(backend, family, placement)``: an engine directory of a trained tiny model, made once; read it
     only."""
-    made: dict[tuple[str, ...], Path] = {}
-
     from engines.base import cpu_backends
 
     def make(backend: str = "ort", family: str = "bert", placement: str = "inputs-outputs") -> Path:
         from nxm_export.pipeline.engine_commands import build_engine
 
-        key = (backend, family, placement)
-        if key not in made:
-            target = "cpu" if backend in cpu_backends() else "trt"
-            out = tmp_path_factory.mktemp("engine") / "-".join(key)
-            build_engine(tiny_graph(family, placement, target) / "model.onnx", out, backend)
-            made[key] = out
-        return made[key]
+        graph = tiny_graph(family, placement, "cpu" if backend in cpu_backends() else "trt")
+        return made_once(
+            f"engine {backend} {family} {placement}", lambda out: build_engine(graph / "model.onnx", out, backend)
+        )
 
     return make
 

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import numpy as np
@@ -16,6 +18,9 @@ import pytest
 
 from tests.offline import sitecustomize
 from tests.support import tiny
+
+if TYPE_CHECKING:
+    from tests.support.shared_traces import SharedTraces
 
 ROOT = Path(__file__).parent.parent
 pytest_plugins = ("tests.support.serving_fixtures", "tests.support.tensorrt_fixtures")
@@ -43,90 +48,85 @@ def _seeded() -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``tiny_checkpoint(family, **options)``: a compressed tiny checkpoint (see `tiny.compress_tiny`), made once a
-    session.
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """``made_once(name, make)``: the directory that ``make(directory)`` filled, in whichever worker came first.
 
-    Read it only: other tests get the same directory.
+    Read it only: other tests, in this process and in others, get the same directory.
     """
-    made: dict[str, Path] = {}
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made-once"
+    shared.mkdir(exist_ok=True)
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        directory = shared / re.sub(r"[^\w.=+:-]+", "-", name)
+        with directory.with_suffix(f"{directory.suffix}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a worker that dies lets go of it
+            complete = directory.with_suffix(f"{directory.suffix}.complete")
+            if not complete.exists():
+                make(directory)
+                complete.touch()
+        return directory
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Callable[..., Path]:
+    """``tiny_checkpoint(family, **options)``: a compressed tiny checkpoint (see `tiny.compress_tiny`), made once; read
+    it only."""
 
     def make(family: str = "bert", **options: Any) -> Path:
-        key = f"{family} {sorted(options.items())}"
-        if key not in made:
-            made[key] = tiny.compress_tiny(family, tmp_path_factory.mktemp(family), **options)
-        return made[key]
+        name = f"trained {family} {sorted(options.items())}"
+        return made_once(name, lambda out: tiny.compress_tiny(family, out, **options)) / "checkpoint"
 
     return make
 
 
-@pytest.fixture(scope="session")
-def traced_once() -> Callable[[pytest.MonkeyPatch], None]:
-    """``traced_once(patch)``: let exports take a trace that was made before, while the patch lasts.
+@pytest.fixture(scope="session", autouse=True)
+def shared_traces() -> Iterator[SharedTraces]:
+    """Exports of this process trace every architecture once (see `SharedTraces`)."""
+    from nxm_export.graph import exporter
+    from tests.support.shared_traces import SharedTraces
 
-    Tracing takes nearly all the time of an export, and two placements of a checkpoint have one trace.
-    """
-    traced: dict[str, Any] = {}
-
-    def install(patch: pytest.MonkeyPatch) -> None:
-        from nxm_export.graph import exporter
-
-        trace = exporter._trace
-
-        def once(*arguments: Any) -> Any:
-            if str(arguments) not in traced:
-                traced[str(arguments)] = trace(*arguments)
-            return traced[str(arguments)].clone()
-
-        patch.setattr(exporter, "_trace", once)
-
-    return install
+    with pytest.MonkeyPatch.context() as patch:
+        traces = SharedTraces(exporter._trace)
+        patch.setattr(exporter, "_trace", traces)
+        yield traces
 
 
 @pytest.fixture(scope="session")
 def tiny_graph(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_checkpoint: Callable[..., Path],
-    traced_once: Callable[[pytest.MonkeyPatch], None],
+    made_once: Callable[[str, Callable[[Path], object]], Path], tiny_checkpoint: Callable[..., Path]
 ) -> Callable[..., Path]:
-    """``tiny_graph(family, placement)``: the graph directory of a trained tiny checkpoint, made once a session; read it
-    only."""
-    made: dict[tuple[str, ...], Path] = {}
+    """``tiny_graph(family, placement)``: the graph directory of a trained tiny checkpoint, made once; read it only."""
 
     def make(family: str = "bert", placement: str = "inputs-outputs", target: str = "cpu") -> Path:
         from nxm_export.graph import exporter
 
-        key = (family, placement, target)
-        if key not in made:
-            out = tmp_path_factory.mktemp("graph") / "-".join(key)
-            with pytest.MonkeyPatch.context() as patch:
-                traced_once(patch)
-                made[key] = exporter.export(
-                    tiny_checkpoint(family), out, target=target, placement=placement
-                ).path.parent
-        return made[key]
+        checkpoint = tiny_checkpoint(family)
+        return made_once(
+            f"graph {family} {placement} {target}",
+            lambda out: exporter.export(checkpoint, out, target=target, placement=placement),
+        )
 
     return make
 
 
 @pytest.fixture(scope="session")
-def tiny_engine(tmp_path_factory: pytest.TempPathFactory, tiny_graph: Callable[..., Path]) -> Callable[..., Path]:
+def tiny_engine(
+    made_once: Callable[[str, Callable[[Path], object]], Path], tiny_graph: Callable[..., Path]
+) -> Callable[..., Path]:
     """``tiny_engine(backend, family, placement)``: an engine directory of a trained tiny model, made once; read it
     only."""
-    made: dict[tuple[str, ...], Path] = {}
-
     from engines.base import cpu_backends
 
     def make(backend: str = "ort", family: str = "bert", placement: str = "inputs-outputs") -> Path:
         from nxm_export.pipeline.engine_commands import build_engine
 
-        key = (backend, family, placement)
-        if key not in made:
-            target = "cpu" if backend in cpu_backends() else "trt"
-            out = tmp_path_factory.mktemp("engine") / "-".join(key)
-            build_engine(tiny_graph(family, placement, target) / "model.onnx", out, backend)
-            made[key] = out
-        return made[key]
+        graph = tiny_graph(family, placement, "cpu" if backend in cpu_backends() else "trt")
+        return made_once(
+            f"engine {backend} {family} {placement}", lambda out: build_engine(graph / "model.onnx", out, backend)
+        )
 
     return make
 

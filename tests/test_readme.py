@@ -19,8 +19,8 @@ from click.testing import CliRunner
 import nxm_export as nxm
 from nxm_export.cli import main
 from tests.conftest import ROOT
-from tools.benchmarks.raw_http import send
 from tools.benchmarks.servers import free_port, started
+from tools.raw_http import send
 from tools.readme_table import BEGIN, END, table
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -2,7 +2,7 @@
 similarity of a pair, how relevant a document is to its query, or answers.
 
 A `LabelKind` is the one place that knows how such a label is written in a data file, which names a head needs for it,
-and what it becomes in `Examples`. A task names its kind (`nxm_export.contract.families.Task.label`).
+and what it becomes in `Examples`. A task names its kind (`nxm_export.contract.tasks.Task.label`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What people look at: one HTML page of a run, and a model card, both made from the files that the stages wrote.
 
-`nxm report` and `nxm card`. Nothing is measured here and no number is typed: facts are read (`facts`), judged in words
-(`verdicts`), drawn (`plots`) and put into templates (`page`, `hub_card`). A run may be unfinished; what is missing is
-said.
+`nxm report` and `nxm card`. Nothing is measured here and no number is typed: facts are read (`run_facts`), judged in
+words (`verdicts`), drawn (`plots`) and put into templates (`page`, `hub_card`). A run may be unfinished; what is
+missing is said.
 """
 
 from __future__ import annotations

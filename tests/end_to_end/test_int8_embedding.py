@@ -246,11 +246,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def graphs(
-    checkpoints: Callable[..., Path],
-    tmp_path_factory: pytest.TempPathFactory,
-    traced_once: Callable[[pytest.MonkeyPatch], None],
-) -> Callable[..., Path]:
+def graphs(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``graphs(family, embedding, **options)``: the graph of that checkpoint, with its table stored so; read it
     only."""
     made: dict[str, Path] = {}
@@ -260,7 +256,6 @@ def graphs(
         if key not in made:
             out = tmp_path_factory.mktemp("graphs") / "graph"
             with pytest.MonkeyPatch.context() as patch:
-                traced_once(patch)
                 if embedding == "float":  # as TensorRT's targets have it
                     patch.setitem(TARGETS, "cpu", replace(TARGETS["cpu"], embedding="float"))
                 made[key] = export(checkpoints(family), out, **options).path

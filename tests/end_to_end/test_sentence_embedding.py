@@ -1,9 +1,7 @@
-"""Sentence embeddings: the pooling inside the model, sentence-transformers' files, and what trains and measures
-them."""
+"""Sentence embeddings: the pooling inside the model, other programs that read it, and what trains and measures it."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,17 +19,16 @@ from compressors.settings import Settings
 from compressors.training.compress import compress, finetune
 from compressors.training.output_divergence import divergence, vector_loss
 from engines.parity.compare import compare
-from engines.parity.decisions import cosines
-from engines.parity.gates import check_gate, parse_gate
+from engines.parity.gates import parse_gate
 from nxm_export.contract.checkpoint import has_head, read_config, read_tensor, task_at
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import WeightSpec
-from nxm_export.contract.pooling import Pooling, read_pooling, write_pooling
+from nxm_export.contract.pooling import Pooling, write_pooling
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.examples import Columns, Examples, encode, label_array, load_tokenizer, pad
 from nxm_export.data.label_kinds import labelled, load_labelled
 from nxm_export.data.metrics import interval, metric_named
-from nxm_export.errors import ArtifactError, DataError, EngineError
+from nxm_export.errors import ArtifactError, DataError
 from nxm_export.graph.exporter import export
 from nxm_export.graph.graph_weights import load_graph
 from nxm_export.hf.model_loading import load_task_model
@@ -42,72 +39,6 @@ from tests.support.variants import variants
 
 TASK = TASKS["embedding"]
 TINY = Settings(steps=2, batch_size=16, calibration_samples=32, precision="fp32")
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    """A sentence-transformers directory without its weights."""
-    write_pooling(tmp_path, Pooling("mean", True), 32, 48, tmp_path)
-    return tmp_path
-
-
-def change(file: Path, **fields: Any) -> None:
-    file.write_text(json.dumps({**(json.loads(file.read_text()) if file.is_file() else {}), **fields}))
-
-
-class TestFiles:
-    @pytest.mark.parametrize("pooling", [Pooling("mean", True, 48), Pooling("cls", False, 7)])
-    def test_what_is_written_is_read(self, tmp_path: Path, pooling: Pooling) -> None:
-        write_pooling(tmp_path, pooling, 32, pooling.max_length or 0, tmp_path)
-        assert read_pooling(tmp_path) == pooling
-
-    def test_newer_versions_name_one_mode(self, directory: Path) -> None:
-        (directory / "1_Pooling" / "config.json").write_text('{"embedding_dimension": 32, "pooling_mode": "cls"}')
-        assert read_pooling(directory).mode == "cls"
-
-    @pytest.mark.parametrize(
-        ("file", "fields", "message"),
-        [
-            ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pooling mean with max; .* one of mean, cls"),
-            ("1_Pooling/config.json", {"pooling_mode": "lasttoken"}, "pooling lasttoken"),
-            ("1_Pooling/config.json", {"include_prompt": False}, "leaves the prompt's tokens out"),
-            ("config_sentence_transformers.json", {"default_prompt_name": "query"}, "puts the prompt 'query' before"),
-            ("sentence_bert_config.json", {"do_lower_case": True}, "lower-cases texts in front"),
-        ],
-    )
-    def test_what_cannot_be_computed_is_refused(
-        self, directory: Path, file: str, fields: dict[str, Any], message: str
-    ) -> None:
-        change(directory / file, **fields)
-        with pytest.raises(ArtifactError, match=message):
-            read_pooling(directory)
-
-    @pytest.mark.parametrize(
-        ("modules", "message"),
-        [
-            (["Transformer", "Pooling", "Dense"], "modules Transformer, Pooling, Dense; supported are"),
-            (["Transformer"], "modules Transformer; supported"),
-            ([], "modules none; supported"),
-        ],
-    )
-    def test_unknown_modules_are_refused(self, directory: Path, modules: list[str], message: str) -> None:
-        listed = [{"type": f"sentence_transformers.models.{name}", "path": ""} for name in modules]
-        (directory / "modules.json").write_text(json.dumps(listed))
-        with pytest.raises(ArtifactError, match=message):
-            read_pooling(directory)
-
-    @pytest.mark.parametrize("text", ["{}", "[3]", '[{"path": ""}]', "[", ""])
-    def test_damaged_ones_too(self, directory: Path, text: str) -> None:
-        (directory / "modules.json").write_text(text)
-        with pytest.raises(ArtifactError, match=r"modules\.json"):
-            read_pooling(directory)
-
-    def test_an_encoder_in_a_directory_of_its_own_is_refused(self, directory: Path) -> None:
-        modules = json.loads((directory / "modules.json").read_text())
-        modules[0]["path"] = "0_Transformer"
-        (directory / "modules.json").write_text(json.dumps(modules))
-        with pytest.raises(ArtifactError, match="the encoder lies in '0_Transformer'"):
-            read_pooling(directory)
 
 
 def by_hand(hidden: np.ndarray, lengths: list[int], pooling: Pooling) -> np.ndarray:
@@ -292,27 +223,6 @@ class TestAgreement:
         assert divergence(teacher, student, "vector") == pytest.approx(float((2 - 2 * cosine).sum()), rel=1e-5)
         assert float(vector_loss(3 * teacher, teacher)) == pytest.approx(4.0, rel=1e-5)  # lengths count, too
         assert float(vector_loss(torch.zeros(1, 8), torch.zeros(1, 8))) == 0.0
-
-    def test_cosines_are_of_each_sample(self) -> None:
-        expected, actual = (
-            np.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]),
-            np.array([[2.0, 0.0], [1.0, 1.0], [1.0, 1.0]]),
-        )
-        np.testing.assert_allclose(cosines(expected, actual), [1.0, np.sqrt(0.5), 1.0])
-        assert np.isnan(cosines(expected, np.full((3, 2), np.nan))[:2]).all()
-
-    def test_a_gate_on_the_cosine_says_at_least(self) -> None:
-        gate = parse_gate(" cosine >= 0.99")
-        assert str(gate) == "cosine>=0.99"
-        assert check_gate(gate, {"cosine": 0.995}).passed
-        assert not check_gate(gate, {"cosine": 0.98}).passed
-        assert not check_gate(gate, {"cosine": float("nan")}).passed
-        assert "at least 0.99" in check_gate(gate, {"cosine": 0.98}).reason
-
-    @pytest.mark.parametrize("text", ["cosine<=0.99", "drop>=1", "cosine>=99%", "cosine>=1.5", "cosine>=x", "cosine=1"])
-    def test_other_forms_are_refused(self, text: str) -> None:
-        with pytest.raises(EngineError, match=text.replace("+", r"\+")):
-            parse_gate(text)
 
 
 class TestRefusals:

@@ -3,23 +3,15 @@ tests."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.trt_models import Checkpoints, compressed, tiny_config
 
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
-    from nxm_export.contract.families import Family
-    from nxm_export.contract.tasks import Task
-
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory, _trace_cached: None) -> Checkpoints:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     """``checkpoints("bert", placement="attention", ...)``: a directory; equal arguments give the same one."""
     made: dict[tuple[object, ...], Path] = {}
 
@@ -39,25 +31,3 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, _trace_cached: None) -
         return made[key]
 
     return make
-
-
-@pytest.fixture(scope="session")
-def _trace_cached() -> Iterator[None]:
-    """Tracing takes seconds, and graphs of one model differ only in what is done to the trace: keep and copy it."""
-    import hashlib
-
-    from nxm_export.graph import exporter
-
-    trace = exporter._trace
-    traces: dict[tuple[str, str, str, int], ir.Model] = {}
-
-    def traced(path: Path, task: Task, family: Family, dtype: str, opset: int) -> ir.Model:
-        files = ((path / name).read_bytes() for name in ("model.safetensors", "config.json"))
-        key = (hashlib.sha256(b"".join(files)).hexdigest(), task.name, dtype, opset)
-        if key not in traces:
-            traces[key] = trace(path, task, family, dtype, opset)
-        return traces[key].clone()
-
-    exporter._trace = traced
-    yield
-    exporter._trace = trace

@@ -1,4 +1,4 @@
-"""The section of the CPU measurements says what its record says: ratios, what was wanted, and what was missed."""
+"""The section of the CPU measurements says what its record says: ratios, its targets, and those that were missed."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from tools.benchmarks.raw_http import connect, read, request, send
 from tools.benchmarks.servers import Running
+from tools.raw_http import connect, read, request, send
 
 ABORTS = 0.05  # share of requests whose client goes away
 GARBAGE = 0.01

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -316,7 +315,6 @@ def test_saving_takes_place_often_enough_to_matter(prepared: Path, tmp_path: Pat
     child.kill()
     child.wait()
     assert len(set(seen)) >= 5
-    time.sleep(0)
 
 
 def test_threads_setting_is_obeyed(prepared: Path, tmp_path: Path) -> None:

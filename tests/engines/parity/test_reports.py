@@ -146,13 +146,6 @@ def test_values_that_are_not_finite_have_no_distance_and_are_counted(bad: float)
         report_of(actual).require()
 
 
-def test_a_gate_on_what_is_not_finite_has_no_number_and_says_so() -> None:
-    result = check_gate(parse_gate("max_abs<=0.1"), {"max_abs": math.nan})
-    assert (result.actual, result.passed) == (None, False)
-    assert "not a number" in result.reason
-    assert "at most 0.1" in result.reason
-
-
 @pytest.mark.parametrize(
     ("path", "value", "complaint"),
     [

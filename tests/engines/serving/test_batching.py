@@ -150,17 +150,33 @@ def test_a_closed_queue_refuses_new_requests_and_still_hands_out_the_old() -> No
     assert queue.take() is None
 
 
-def test_without_delay_an_idle_engine_runs_a_lone_request_at_once_and_with_delay_it_waits_for_company() -> None:
-    for delay, together in ((0.0, 1), (0.5, 2)):
-        queue = BatchQueue(plan_buckets(MAX_LENGTH, 8, ()), Limits(max_delay=delay))
-        sizes: list[int] = []
-        taker = threading.Thread(target=lambda queue=queue, sizes=sizes: sizes.append(len(queue.take()[1])))
-        taker.start()
-        queue.submit(queued([5], 1))
-        time.sleep(0.1)
-        queue.submit(queued([5], 2))
-        taker.join(5)
-        assert sizes == [together]
+def test_without_delay_an_idle_engine_runs_a_lone_request_at_once() -> None:
+    queue = BatchQueue(plan_buckets(MAX_LENGTH, 8, ()), Limits(max_delay=0.0))
+    queue.submit(queued([5], 1))
+    taken = queue.take()
+    assert taken is not None
+    assert len(taken[1]) == 1
+
+
+def test_with_delay_a_lone_request_waits_for_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = BatchQueue(plan_buckets(MAX_LENGTH, 8, ()), Limits(max_delay=60.0))
+    delayed, wait = threading.Event(), queue._condition.wait
+
+    def noted(timeout: float | None = None) -> bool:
+        if timeout is not None:
+            delayed.set()
+        return wait(timeout)
+
+    monkeypatch.setattr(queue._condition, "wait", noted)
+    sizes: list[int] = []
+    taker = threading.Thread(target=lambda: sizes.append(len((queue.take() or (None, []))[1])))
+    queue.submit(queued([5], 1))
+    taker.start()
+    assert delayed.wait(5)
+    queue.submit(queued([5], 2))
+    queue.close()
+    taker.join(5)
+    assert sizes == [2]
 
 
 def test_a_delay_ends_when_the_batch_is_full() -> None:

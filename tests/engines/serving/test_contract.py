@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from tests.support.exact_engine import LABELS, MAX_LENGTH, VOCABULARY, expected, feeds_of, tokenizer
-from tools.benchmarks.raw_http import Answer, send
 from tools.benchmarks.servers import Running, triton_venv
+from tools.raw_http import Answer, send
 
 client_http = pytest.importorskip("tritonclient.http", reason="tritonclient is not installed; pip install -e '.[dev]'")
 errors = pytest.importorskip("tritonclient.utils")

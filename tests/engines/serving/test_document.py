@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from engines.serving.metrics import REASONS
 from nxm_export.cli import main
 from tools import ROOT
-from tools.benchmarks.raw_http import send
 from tools.benchmarks.servers import Running
+from tools.raw_http import send
 
 TEXT = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from tests.support.exact_engine import MAX_LENGTH, VOCABULARY, expected, feeds_of
-from tools.benchmarks.raw_http import connect, read, request, send
 from tools.benchmarks.servers import Running
+from tools.raw_http import connect, read, request, send
 
 INFER, TEXT = "/v2/models/exact/infer", "/v2/models/exact_text/infer"
 NAMES = ("input_ids", "attention_mask", "token_type_ids")

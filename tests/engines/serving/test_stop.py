@@ -13,8 +13,8 @@ import pytest
 
 from engines.serving import connection as connections
 from engines.serving.server import _turn_away
-from tools.benchmarks.raw_http import connect, read, request
 from tools.benchmarks.servers import nxm_serve
+from tools.raw_http import connect, read, request, send
 
 SYN, PSH, ACK, RST = 0x02, 0x08, 0x10, 0x04
 
@@ -80,10 +80,10 @@ def test_a_request_that_arrives_in_two_parts_across_a_stop_is_answered(
             connection.sendall(message)
             assert read(connection).status == 200
         connection.sendall(message[:20])
-        time.sleep(0.1)
+        assert send(server.port, "GET", "/v2/health/live").status == 200  # the server has read what came before
         server.process.send_signal(signal.SIGTERM)
         assert idle.recv(1) == b"", "an idle connection is closed once its time to begin a request is over"
-        time.sleep(2 * connections._LOOK_AGAIN)
+        time.sleep(2 * connections._LOOK_AGAIN)  # a look at what has not arrived, which leaves no trace
         connection.sendall(message[20:])
         answer = read(connection)
         assert answer.headers["connection"] == "close"

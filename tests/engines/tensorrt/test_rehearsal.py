@@ -19,8 +19,8 @@ import pytest
 from nxm_export.graph.exporter import export
 from tests.support.trt_models import Checkpoints, feeds_for
 from tests.support.variants import variants
-from tools.benchmarks.raw_http import Answer, send
 from tools.benchmarks.servers import free_port, started
+from tools.raw_http import Answer, send
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parents[2]

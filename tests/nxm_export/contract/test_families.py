@@ -8,7 +8,6 @@ import pytest
 
 from nxm_export.contract.families import FAMILIES, OUTPUT_ROLES, ROLES, family_of
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
-from nxm_export.contract.tasks import TASKS, labels_of, task_named, task_of
 from nxm_export.errors import ArtifactError, PlanError
 from tests.support import tiny
 
@@ -82,40 +81,6 @@ def test_groups_that_never_run_are_refused() -> None:
 def test_a_size_that_is_none_is_named(value: object) -> None:
     with pytest.raises(ArtifactError, match="num_hidden_layers must be a positive integer"):
         FAMILIES["bert"].blocks({"num_hidden_layers": value})
-
-
-def test_two_classes_without_names_are_what_transformers_calls_them() -> None:
-    """transformers leaves id2label out of config.json when the names are its own."""
-    assert labels_of({}) == ("LABEL_0", "LABEL_1")
-    assert labels_of({"id2label": {"1": "pos", "0": "neg"}}) == ("neg", "pos")
-    assert labels_of({"id2label": {str(i): str(i) for i in range(11)}}) == tuple(str(i) for i in range(11))
-
-
-@pytest.mark.parametrize("names", [[], "ab", {"a": "b"}, {"1": "a"}, {"0": "a", "2": "b"}])
-def test_class_names_that_are_no_map_are_refused(names: object) -> None:
-    with pytest.raises(ArtifactError, match="id2label must map"):
-        labels_of({"id2label": names})
-
-
-@pytest.mark.parametrize(
-    ("config", "task"),
-    [
-        ({"architectures": ["BertForSequenceClassification"]}, "classification"),
-        ({"architectures": ["BertForSequenceClassification"], "id2label": {"0": "score"}}, "regression"),
-        ({"architectures": ["BertModel"]}, None),
-        ({"architectures": []}, None),
-        ({"architectures": None}, None),
-        ({"architectures": "BertForSequenceClassification"}, None),
-        ({}, None),
-    ],
-)
-def test_the_task_of_a_head(config: dict[str, Any], task: str | None) -> None:
-    assert task_of(config) == task
-
-
-def test_an_unknown_task_is_refused_with_the_list() -> None:
-    with pytest.raises(PlanError, match=f"choose one of {', '.join(TASKS)}"):
-        task_named("translation")
 
 
 def test_quantizers_stand_only_where_the_family_has_a_place_for_them() -> None:

@@ -247,13 +247,10 @@ class TestSharedLayers:
         self,
         checkpoint: Path,
         tmp_path: Path,
-        traced_once: Callable[[pytest.MonkeyPatch], None],
-        monkeypatch: pytest.MonkeyPatch,
         target: str,
         placement: str,
         lowering: str,
     ) -> None:
-        traced_once(monkeypatch)
         opened = open_checkpoint(checkpoint)
         plan = at_placement(opened.plan, placement)
         done = export(checkpoint, tmp_path / "graph", target=target, placement=placement, lowering=lowering)

@@ -4,7 +4,6 @@ attacker would call them."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ CLASSES = ("<script>alert(1)</script>", "a \"b\" & 'c' | $x$ </style>")
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, traced_once: Callable[[pytest.MonkeyPatch], None]) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of a tiny model, read only."""
     from compressors.settings import Settings
     from nxm_export.pipeline.run import Request, run
@@ -38,9 +37,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, traced_once: Callable[[py
         WeightSpec.parse("2:4+W8"),
         settings,
     )
-    with pytest.MonkeyPatch.context() as patch:
-        traced_once(patch)
-        run(request, home / "run")
+    run(request, home / "run")
     return home / "run"
 
 

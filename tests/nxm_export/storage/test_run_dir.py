@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.atomic import atomic_dir, is_disk_error, require_replaceable, write_atomic
+from nxm_export.storage.atomic import write_atomic
 from nxm_export.storage.hashing import file_hash, tree_hash
 from nxm_export.storage.run_dir import RunDir
 
@@ -167,64 +167,6 @@ class TestForeign:
         with pytest.raises(ValueError, match=r"dict\.rates\[1\] is nan"):
             run.stage("make", "out", work, options={"rates": (1.0, float("nan"))})
         assert work.calls == 0
-
-
-class TestAtomicDir:
-    @pytest.mark.parametrize(
-        "files",
-        [
-            ("config.json", "nxm_plan.json"),
-            ("config.json", "metrics.json"),
-            ("model.onnx", "spec.json"),
-            ("passport.json",),
-            (),
-        ],
-    )
-    def test_a_directory_of_ours_is_replaced_as_a_whole(self, tmp_path: Path, files: tuple[str, ...]) -> None:
-        target = tmp_path / "out"
-        target.mkdir()
-        for name in files:
-            (target / name).write_text("old")
-        with atomic_dir(target) as scratch:
-            assert {path.name for path in target.iterdir()} == set(files)
-            (scratch / "new").write_text("new")
-        assert [path.name for path in target.iterdir()] == ["new"]
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-    @pytest.mark.parametrize("files", [("thesis.tex",), ("metrics.json",), ("config.json",), ("model.onnx",)])
-    def test_a_foreign_directory_is_never_replaced(self, tmp_path: Path, files: tuple[str, ...]) -> None:
-        for name in files:
-            (tmp_path / name).write_text("years of work")
-        refused = pytest.raises(ArtifactError, match="nxm-export did not make it: it would be replaced as a whole")
-        with refused, atomic_dir(tmp_path):
-            pytest.fail("the work began")
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
-
-    def test_files_links_and_the_root_are_never_replaced(self, tmp_path: Path) -> None:
-        (tmp_path / "file").write_text("")
-        (tmp_path / "link").symlink_to(tmp_path)
-        for target in (tmp_path / "file", tmp_path / "link", Path("/")):
-            with pytest.raises(ArtifactError, match="is not a directory of nxm-export"):
-                require_replaceable(target)
-
-    def test_leftovers_of_a_killed_process_are_cleared(self, tmp_path: Path) -> None:
-        (tmp_path / ".out.partial" / "deep").mkdir(parents=True)
-        (tmp_path / ".out.partial" / "half").write_text("half")
-        with atomic_dir(tmp_path / "out") as scratch:
-            assert list(scratch.iterdir()) == []
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-    def test_two_writers_of_one_directory_are_told_apart(self, tmp_path: Path) -> None:
-        with atomic_dir(tmp_path / "out") as scratch:
-            (scratch / "mine").write_text("")
-            refused = pytest.raises(ArtifactError, match="is being written by another nxm process; wait for it")
-            with refused, atomic_dir(tmp_path / "out"):
-                pytest.fail("both write")
-        assert (tmp_path / "out" / "mine").is_file()
-
-    def test_a_foreign_error_keeps_its_type(self, tmp_path: Path) -> None:
-        with pytest.raises(ZeroDivisionError), atomic_dir(tmp_path / "out"):
-            1 / 0  # noqa: B018
 
 
 def child(tmp_path: Path, code: str, **options: Any) -> subprocess.Popen[str]:
@@ -401,34 +343,3 @@ class TestDisk:
             assert not RunDir.open(run.root).stage("make", "out", Work("old"))
         finally:
             subprocess.run(["umount", disk], check=True)
-
-    def test_a_directory_that_is_not_writable_is_named(self, tmp_path: Path) -> None:
-        if os.geteuid() == 0:
-            pytest.skip("root may write everywhere")
-        tmp_path.chmod(0o500)
-        with pytest.raises(ArtifactError, match="cannot create the run directory"):
-            RunDir(tmp_path / "run")
-        with pytest.raises(ArtifactError, match="cannot be written"), atomic_dir(tmp_path / "out"):
-            pass
-
-    def test_a_path_below_a_file_is_named(self, tmp_path: Path) -> None:
-        (tmp_path / "file").write_text("")
-        with pytest.raises(ArtifactError, match="cannot be made"), atomic_dir(tmp_path / "file" / "out"):
-            pass
-        with pytest.raises(ArtifactError, match="cannot be written"):
-            write_atomic(tmp_path / "file" / "x.json", "{}")
-
-    def test_only_disk_errors_are_disk_errors(self) -> None:
-        chained = RuntimeError("writer failed")
-        chained.__cause__ = OSError(28, "No space left on device")
-        assert is_disk_error(chained)
-        assert not is_disk_error(FileNotFoundError(2, "No such file or directory"))
-        assert not is_disk_error(ValueError("x"))
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    file = tmp_path / "a.json"
-    write_atomic(file, "old")
-    write_atomic(file, b"new")
-    assert file.read_bytes() == b"new"
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

@@ -1,0 +1,87 @@
+"""Gates: how they are written, up to where they hold, and what passes none."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from engines.parity.gates import check_gate, parse_gate
+from nxm_export.cli import main
+from nxm_export.errors import EngineError
+
+
+def nxm(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "passed"),
+    [("drop<=0.5", 0.5, True), (" flips <= 0.5% ", 0.51, False), ("max_abs<=1e-3", np.nan, False)],
+)
+def test_a_gate_holds_up_to_its_limit_and_nan_passes_none(text: str, value: float, passed: bool) -> None:
+    gate = parse_gate(text)
+    assert check_gate(gate, {gate.quantity: value}).passed is passed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "drop",
+        "drop<0.5",
+        "speed<=1",
+        "drop<=0.5%",
+        "flips<=0.5",
+        "flips<=101%",
+        "drop<=-1",
+        "drop<=1e999",
+        "drop<=.",
+        "flips(mcc)<=1%",
+        "drop()<=1",
+        "",
+    ],
+)
+def test_a_gate_that_could_mean_two_things_is_wrong_usage(text: str, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"write |a limit|not a number|cannot flip"):
+        parse_gate(text)
+    assert nxm("compare", tmp_path, tmp_path, "--data=x.tsv", f"--gate={text}").exit_code == 2
+
+
+def test_a_gate_may_name_another_metric_of_the_task() -> None:
+    gate = parse_gate("drop(mcc)<=0.5")
+    assert str(gate) == "drop(mcc)<=0.5"
+    assert check_gate(gate, {"drop": 9.0, "drop(mcc)": 0.25}).passed
+    assert not check_gate(gate, {"drop": 0.0, "drop(mcc)": 0.75}).passed
+
+
+def test_a_drop_equal_to_its_limit_passes_however_it_was_rounded() -> None:
+    gate = parse_gate("drop<=0.5")
+    one_of_200 = 100 * (172 / 200 - 171 / 200)
+    assert one_of_200 > 0.5  # by a rounding error
+    assert check_gate(gate, {"drop": one_of_200}).passed
+    assert not check_gate(gate, {"drop": 100 * (853 / 1000 - 847 / 1000)}).passed
+
+
+def test_a_gate_on_what_is_not_finite_has_no_number_and_says_so() -> None:
+    result = check_gate(parse_gate("max_abs<=0.1"), {"max_abs": math.nan})
+    assert (result.actual, result.passed) == (None, False)
+    assert "not a number" in result.reason
+    assert "at most 0.1" in result.reason
+
+
+def test_a_gate_on_the_cosine_says_at_least() -> None:
+    gate = parse_gate(" cosine >= 0.99")
+    assert str(gate) == "cosine>=0.99"
+    assert check_gate(gate, {"cosine": 0.995}).passed
+    assert not check_gate(gate, {"cosine": 0.98}).passed
+    assert not check_gate(gate, {"cosine": float("nan")}).passed
+    assert "at least 0.99" in check_gate(gate, {"cosine": 0.98}).reason
+
+
+@pytest.mark.parametrize("text", ["cosine<=0.99", "drop>=1", "cosine>=99%", "cosine>=1.5", "cosine>=x", "cosine=1"])
+def test_other_forms_are_refused(text: str) -> None:
+    with pytest.raises(EngineError, match=text.replace("+", r"\+")):
+        parse_gate(text)

@@ -1,0 +1,72 @@
+"""Each probe catches the fault that it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engines.parity.probes import Expected, Loaded, probe, probe_samples
+from nxm_export.contract.io_spec import IOSpec
+from tests.support import baked
+
+
+class Exact:
+    """An engine whose answer is the sum of the real tokens: right but for the fault that a test gives it."""
+
+    inputs, outputs, clock = ("input_ids", "attention_mask"), ("logits",), "none"
+
+    def __init__(self, fault: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None) -> None:
+        self.fault = fault
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        ids, mask = feeds["input_ids"], feeds["attention_mask"]
+        sums = (ids * mask).sum(axis=1).astype(np.float32)
+        if self.fault is not None:
+            sums = self.fault(sums, mask).astype(np.float32)
+        return {"logits": np.stack([sums, -sums], axis=1)}
+
+
+FAULTS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "one token": lambda sums, mask: sums + (mask.sum(axis=1) == 1),
+    "maximum length": lambda sums, mask: sums + (mask.sum(axis=1) == 40),
+    "all-padding row": lambda sums, mask: sums / mask.sum(axis=1),  # 0 / 0 where a row is all padding
+    "alone as in a batch": lambda sums, mask: sums + len(sums),
+    "permuted batch": lambda sums, mask: sums + np.arange(len(sums)),
+    "extra padding": lambda sums, mask: sums + mask.shape[1],
+}
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_each_probe_catches_the_fault_it_is_for(fault: str | None) -> None:
+    features = [
+        {key: value[:20] if key != "labels" else value for key, value in sample.items() if key != "token_type_ids"}
+        for sample in baked.features(8, family="distilbert")
+    ]
+    spec = IOSpec(
+        "distilbert",
+        "classification",
+        Exact.inputs,
+        {"logits": ("batch", "classes")},
+        ("0", "1"),
+        40,
+        0,
+    )
+    samples = probe_samples(features, spec, ())
+    right: Any = Exact()
+    answers = {
+        name: right.run({key: np.array([values]) for key, values in sample.items()}) for name, sample in samples.items()
+    }
+    tolerances = {"logits": 0.5}
+    engine: Any = Exact(FAULTS[fault] if fault else None)
+    with np.errstate(invalid="ignore"):
+        results = probe(
+            Loaded(engine, spec), features, tolerances, Expected(samples, answers, dict.fromkeys(samples, tolerances))
+        )
+    verdicts = {result.name: result.passed for result in results}
+    assert list(verdicts) == list(FAULTS)
+    assert (False in verdicts.values()) == (fault is not None)
+    if fault is not None:
+        assert verdicts[fault] is False

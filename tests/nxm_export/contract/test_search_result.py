@@ -16,7 +16,6 @@ from nxm_export.contract.search_result import (
     SearchBudget,
     SearchCost,
     SearchResult,
-    decode_search_result,
     read_search_result,
 )
 from nxm_export.errors import ArtifactError
@@ -56,7 +55,10 @@ def test_a_search_result_is_read_back_as_it_was(tmp_path: Path) -> None:
         ({"seed": "0"}, "search.json: seed: Expected `int`, got `str`"),
     ],
 )
-def test_a_damaged_search_result_is_refused_by_file_and_field(change: dict[str, Json], message: str) -> None:
+def test_a_damaged_search_result_is_refused_by_file_and_field(
+    change: dict[str, Json], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "search.json").write_text(json.dumps({**SEARCH.to_dict(), **change}), encoding="utf-8")
     with pytest.raises(ArtifactError) as error:
-        decode_search_result(json.dumps({**SEARCH.to_dict(), **change}), "search.json")
+        read_search_result(tmp_path / "search.json")
     assert message in str(error.value)

@@ -24,6 +24,7 @@ from nxm_export.contract.checkpoint import (
 )
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import NMPattern, WeightSpec
+from nxm_export.contract.pooling import read_pooling
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError, ExportError, NxmError, PlanError
 from nxm_export.hf.model_loading import load_task_model
@@ -99,6 +100,23 @@ def test_a_sharded_model_is_read_like_a_whole_one(good: Path, copy: Path) -> Non
         (copy / "model.safetensors.index.json").write_text(json.dumps(spoiled))
         with pytest.raises(ArtifactError, match=message):
             open_checkpoint(copy).weight(QUERY)
+
+
+def test_files_of_others_may_hold_numbers_that_json_does_not_have(good: Path, copy: Path) -> None:
+    index = {"metadata": {"loss": float("nan")}, "weight_map": {QUERY: "model-00001-of-00001.safetensors"}}
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((copy / "config.json").read_text())
+    text = json.dumps({**config, "initial_score": float("-inf")}).replace("-Infinity", '-Infinity, "limit": 1e400')
+    (copy / "config.json").write_text(text)
+    assert (read_config(copy)["initial_score"], read_config(copy)["limit"]) == (-np.inf, np.inf)
+    np.testing.assert_array_equal(read_tensor(copy, QUERY), open_checkpoint(good).weight(QUERY))
+    modules = [{"type": f"x.{name}", "path": path} for name, path in (("Transformer", ""), ("Pooling", "Pooling"))]
+    (copy / "modules.json").write_text(json.dumps([{**module, "weight": float("nan")} for module in modules]))
+    (copy / "Pooling").mkdir()
+    (copy / "Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true, "scale": 1e400}')
+    (copy / "sentence_bert_config.json").write_text('{"max_seq_length": 16, "scale": Infinity}')
+    assert read_pooling(copy).max_length == 16
 
 
 def remove(name: str) -> Callable[[Path], None]:

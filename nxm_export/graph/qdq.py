@@ -207,7 +207,7 @@ def require_scale(scale: np.ndarray, name: str) -> None:
 def _smallest_normal(dtype: np.dtype) -> float:
     import ml_dtypes
 
-    return float(ml_dtypes.finfo(dtype).smallest_normal)
+    return float(ml_dtypes.finfo(dtype).smallest_normal)  # type: ignore[no-untyped-call]  # its one class without types
 
 
 def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:

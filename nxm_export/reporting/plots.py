@@ -28,10 +28,12 @@ from nxm_export.reporting.svg import INK, LINE, MUTED, SERIES, inline
 from nxm_export.reporting.verdicts import compressed_value, compression, dense_value, main_engine, metric
 
 if TYPE_CHECKING:
+    from matplotlib.typing import ColorType, RcKeyType
+
     from engines.benchmark.latency import Timing
     from engines.parity.tolerance import OutputParity
 
-_STYLE = {
+_STYLE: dict[RcKeyType, object] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "nxm-report",
     "text.parse_math": False,  # names come from users, and may hold dollar signs
@@ -271,7 +273,7 @@ def _map_axes(blocks: Sequence[int]) -> tuple[Canvas, Axes]:
     return canvas, axes
 
 
-def _contrast(color: tuple[float, ...]) -> str:
+def _contrast(color: ColorType) -> str:
     red, green, blue = to_rgb(color)
     return "#111111" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
 

@@ -165,7 +165,7 @@ def test_a_weight_in_any_other_use_is_refused(change: tuple[str, str], message: 
 @pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf, "subnormal"])
 def test_a_scale_must_be_a_normal_number_of_its_dtype(dtype: str, bad: Any) -> None:
     kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
-    smallest = float(ml_dtypes.finfo(kind).smallest_normal)
+    smallest = float(ml_dtypes.finfo(kind).smallest_normal)  # type: ignore[no-untyped-call]
     require_scale(np.array([1.0, smallest], kind), "w")
     value = smallest / 2 if bad == "subnormal" else bad
     with pytest.raises(

@@ -9,12 +9,10 @@ import pytest
 from nxm_export.graph import exporter
 from tests.support import baked
 from tests.support.shared_traces import SharedTraces
-from tests.support.variants import variants
 
 
-@pytest.mark.parametrize(
-    ("target", "dtype"), variants([("cpu", "float32"), ("trt", "bfloat16")], (("trt", "bfloat16"),))
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "dtype"), [("cpu", "float32"), ("trt", "bfloat16")])
 def test_a_shared_trace_gives_the_file_of_a_trace_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_traces: SharedTraces, target: str, dtype: str
 ) -> None:

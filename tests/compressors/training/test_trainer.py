@@ -196,6 +196,7 @@ def test_baked_weights_load_with_plain_transformers(prepared: Path, tmp_path: Pa
         assert ((loaded != 0).reshape(-1, 4).sum(axis=-1) <= 2).all()
 
 
+@pytest.mark.slow
 def test_what_a_run_with_another_plan_left_behind_is_not_used(prepared: Path, tmp_path: Path) -> None:
     def interrupted(phase: str, done: int, steps: int) -> None:
         if phase == "qat":

@@ -14,6 +14,7 @@ def embedding_model(model_type: str, pooling: Pooling) -> ModelClass:
 
     Parameters have the family's prefix, as in its other task models. The class has the encoder's own name, which
     ``config.json`` then tells other tools, because that is what a sentence-transformers directory holds.
+    Long, because a class is made here: its bases are known only once transformers is loaded.
     """
     import inspect
 

@@ -3,7 +3,7 @@
 Needs the engine's runtime and the tokenizers package, neither torch nor transformers::
 
     with Predictor("engine") as predictor:
-        predictor.predict(["a wonderful film"])   # [Prediction(label='positive', score=0.98)]
+        predictor.predict(["a wonderful film"])   # such as [Prediction(label='positive', score=0.98)]
 
 A text is tokenized as in training and comparison. One that is longer than the model's input is cut at its end, and
 `Predictor.shortened` counts such texts; the context of a question is never cut, but read in windows.

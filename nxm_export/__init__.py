@@ -8,7 +8,7 @@
     small = model.compress("train.csv", dev="dev.csv", pattern="2:4", weight_bits=8, out="small")
     engine = small.export("graph").build("engine", backend="auto")
     engine.compare("dev.csv").require()
-    engine.predict(["a wonderful film"])      # [Prediction(label='positive', score=0.98)]
+    engine.predict(["a wonderful film"])      # such as [Prediction(label='positive', score=0.98)]
 
 The same stages are functions on paths: `compress`, `export`, `verify`, `build`, `compare`, ... What `__all__` lists is
 public: it changes in a release with a new second number alone, and the changelog says so. Everything else, submodules

@@ -1,7 +1,7 @@
 """Who may import whom, read from the source. The picture is in docs/concepts.md.
 
 An import is *eager* when importing the module runs it, *lazy* when it stands inside a function. Imports under
-``if TYPE_CHECKING`` run never, and count only against the direction between layers.
+``if TYPE_CHECKING`` run never, and count only between `compressors` and `engines`, which do not know each other at all.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ Groups = np.ndarray | None
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
     """Share of samples whose highest logit is their label; logits (samples, classes)."""
-    return float((logits.argmax(axis=-1) == labels).mean())  # scikit-learn takes 50 times as long for the same number
+    return float((logits.argmax(axis=-1) == labels).mean())  # bootstraps call this thousands of times
 
 
 def f1(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from nxm_export.contract.matrix_facts import MatrixFacts
+from nxm_export.contract.matrix_facts import MatrixFacts, ScannedProducts
 from nxm_export.contract.plan import CompressionPlan, NMPattern
 from nxm_export.graph.graph_weights import GraphWeight, graph_weights, parameter_of
 from nxm_export.graph.linear_forms import ELEMENTWISE
@@ -25,11 +25,18 @@ _MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten")
 _FLOATS = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
 
 
-def matrix_facts(model: ir.Model, source: str) -> list[MatrixFacts]:
-    """The facts of every weight matrix, in graph order; `source` names the file in errors."""
+def scan_products(model: ir.Model, source: str) -> ScannedProducts:
+    """Every product with a constant operand: the facts of those that were read, and what was not read; `source` names
+    the file in errors."""
     plan = embedded_plan(model, source)
     floats = {id(weight.node): weight for weight in graph_weights(model, integers=False)}
-    return [_facts(weight, floats.get(id(weight.node), weight), plan) for weight in graph_weights(model)]
+    facts = [_facts(weight, floats.get(id(weight.node), weight), plan) for weight in graph_weights(model)]
+    return ScannedProducts(tuple(facts), ())
+
+
+def matrix_facts(model: ir.Model, source: str) -> list[MatrixFacts]:
+    """The facts of every weight matrix that was read, in graph order; `source` names the file in errors."""
+    return list(scan_products(model, source).facts)
 
 
 def _facts(weight: GraphWeight, unrounded: GraphWeight, plan: CompressionPlan | None) -> MatrixFacts:
@@ -60,6 +67,10 @@ def _facts(weight: GraphWeight, unrounded: GraphWeight, plan: CompressionPlan | 
         has_zero_point=weight.zero_point is not None and bool(np.any(weight.zero_point)),
         output=output,
         epilogue=epilogue,
+        op=weight.node.op_type,
+        stored=weight.stored,
+        run=weight.k,
+        scales_in_blocks=weight.scale_axis == "block",
     )
 
 

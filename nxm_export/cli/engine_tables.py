@@ -68,7 +68,7 @@ def print_diagnosis(diagnosis: FileDiagnosis) -> None:
 
 
 def _print_facts(title: str, facts: Mapping[str, object]) -> None:
-    apart = ("weights", "advice", "problems", "parsed", "passport", "schema")
+    apart = ("weights", "advice", "problems", "parsed", "products", "unread", "passport", "schema")
     rows = [(key, value) for key, value in facts.items() if key not in apart]
     print_table(title, ("what", "value"), rows)
 
@@ -76,6 +76,9 @@ def _print_facts(title: str, facts: Mapping[str, object]) -> None:
 def _print_matrices(report: SparsityReport) -> None:
     columns = ("weight", "K x N", "planned", "float > INT8", "eligible", "sparse", "kernel", "saved ms", "why not")
     print_table("weights", columns, [_matrix_row(matrix) for matrix in report.weights])
+    click.echo(str(report.products))
+    for product in report.unread:
+        click.echo(f"not read: {product}")
     for reason, detail in {matrix.reason: matrix.detail for matrix in report.weights if matrix.reason}.items():
         click.echo(f"{reason}: {detail}")
     for hint in dict.fromkeys(matrix.hint for matrix in report.weights if matrix.hint):

@@ -130,6 +130,6 @@ def _print_verification(title: str, report: VerifyReport) -> None:
         tokens, features = report.embedding
         click.echo(f"word-embedding table: INT8, {tokens}x{features}, one scale per row")
     click.echo(
-        f"{report.summary}; {report.quantize_nodes} Q and {report.dequantize_nodes} DQ nodes: "
+        f"{report.products}; {report.quantize_nodes} Q and {report.dequantize_nodes} DQ nodes: "
         f"{f'{len(problems)} problems' if problems else 'no problem found'}"
     )

@@ -20,11 +20,11 @@ class MatrixFacts:
     gemm, conv1x1, conv or the operator's name; `output` the dtype that leaves the product with its bias and activation.
 
     `op` is the operator, `operand` which of its inputs the weight is (``input 1``). `stored` is the type in the file,
-    `codes` the type that a DequantizeLinear or an integer operator reads (``INT8`` for INT4 that is cast first; None
-    for floats). `run` is how many elements of K lie together: the channels of one group of a convolution; no group of
-    four crosses its end. `groups_of_channels` is the convolution's. `scales_in_blocks` says that one output channel has
-    several scales along K. `scale_problems` is what is wrong with the scales themselves.
-    """
+    `codes` the type that is multiplied: what a DequantizeLinear or an integer operator reads (``INT8`` for INT4 that is
+    cast first), otherwise that of the operand (``FLOAT`` for integers that the graph scales by itself); None in records
+    of older versions. `run` is how many elements of K lie together: the channels of one group of a convolution; no
+    group of four crosses its end. `groups_of_channels` is the convolution's. `scales_in_blocks` says that one output
+    channel has several scales along K. `scale_problems` is what is wrong with the scales themselves."""
 
     name: str
     node: str
@@ -84,6 +84,13 @@ class ScannedProducts:
     unread: tuple[UnreadProduct, ...]
 
 
-def counted(products: int, read: int, sparse: int) -> str:
-    """How many products there are, in the words of every command; `sparse` are those that are 2:4 along K."""
-    return f"{products} products, {read} read, {sparse} sparse"
+@dataclass(frozen=True)
+class ProductCounts:
+    """How many products multiply by a constant, of how many it was read, and of how many of these it is 2:4 along K."""
+
+    found: int
+    read: int
+    sparse: int
+
+    def __str__(self) -> str:
+        return f"{self.found} products, {self.read} read, {self.sparse} sparse"

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from nxm_export.contract.matrix_facts import UnreadProduct, counted
+from nxm_export.contract.matrix_facts import ProductCounts, UnreadProduct
 from nxm_export.contract.plan import NMPattern
 from nxm_export.errors import ArtifactError, ExportError
 from nxm_export.storage.json_files import Json, convert, read_json, require_schema, to_builtins
@@ -69,16 +69,11 @@ class VerifyReport:
         return f"{weight.name} ({', '.join(weight.nodes)})" if shared and weight.nodes else weight.name
 
     @property
-    def counts(self) -> tuple[int, int, int]:
-        """Products that multiply by a constant, those of them whose weight was read, and those that are 2:4 along K."""
+    def products(self) -> ProductCounts:
+        """How many products there are, were read, and are sparse."""
         read = sum(max(len(weight.nodes), 1) for weight in self.weights)
         sparse = sum(max(len(weight.nodes), 1) for weight in self.weights if weight.is_sparse)
-        return read + len(self.unread), read, sparse
-
-    @property
-    def summary(self) -> str:
-        """The counts in words."""
-        return counted(*self.counts)
+        return ProductCounts(read + len(self.unread), read, sparse)
 
     def require(self) -> None:
         """Raise `ExportError` naming the first problem, unless `passed`."""
@@ -89,9 +84,8 @@ class VerifyReport:
 
     def to_dict(self) -> dict[str, Json]:
         """The form of ``verify.json`` and ``--json``."""
-        products, read, sparse = self.counts
-        counts: dict[str, Json] = {"products": products, "read": read, "sparse": sparse}
-        return {"schema": SCHEMA, "passed": self.passed, "counts": counts, **to_builtins(self)}
+        products = to_builtins(self.products)
+        return {"schema": SCHEMA, "passed": self.passed, "products": products, **to_builtins(self)}
 
 
 def read_verify_report(file: Path) -> VerifyReport:
@@ -100,7 +94,7 @@ def read_verify_report(file: Path) -> VerifyReport:
     way_out = "export again"
     data = read_json(file, way_out)
     require_schema(data, SCHEMA, str(file), ArtifactError)
-    fields = {key: value for key, value in data.items() if key not in ("schema", "passed", "counts")}
+    fields = {key: value for key, value in data.items() if key not in ("schema", "passed", "products")}
     report = convert(fields, VerifyReport, source=str(file), way_out=way_out)
     if data.get("passed") is not report.passed:
         raise ArtifactError(

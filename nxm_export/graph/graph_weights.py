@@ -25,7 +25,7 @@ from nxm_export.graph.constant_values import ConstantValues, NotComputed, plain,
 from nxm_export.graph.dependence import Dependence
 from nxm_export.graph.products import NotRead, Operand, name_of, operands
 from nxm_export.graph.sparse_tensors import densify
-from nxm_export.graph.weight_codes import Codes, Origins, dequantized, origins_of, scaled_by_operator
+from nxm_export.graph.weight_codes import Codes, Origins, dequantized, origins_of, scaled_by_operator, type_name
 
 _DETECTED = (NMPattern(1, 4), NMPattern(2, 8), NMPattern(1, 2), NMPattern(2, 4), NMPattern(4, 8))
 _PROTOBUF_LIMIT = 1_800_000_000  # bytes; protobuf itself ends at 2 GB
@@ -37,12 +37,11 @@ class GraphWeight:
     """One weight matrix as a product node reads it.
 
     `matrix` is (K, N): the integers that a DequantizeLinear or the operator itself scales, otherwise the values.
-    `operand` is the input of `node` that it is; `stored` the type in the file and `codes` the type in front of the
-    DequantizeLinear (None: floats). `scale_axis` is ``N``, ``K``, ``block`` (several scales along K) or ``tensor``,
-    None without scale; `zero_point` has a shape that `matrix` broadcasts with, or another that nothing here knows.
-    `quantized` says that integers of 16 bits or fewer made it, in whatever way. K consists of runs of `run` elements
-    that lie together. `unrounded` is the matrix in front of a QuantizeLinear of constants.
-    """
+    `operand` is the input of `node` that it is; `stored` the type in the file and `codes` the type of the matrix: of
+    what DequantizeLinear reads, where there is one. `scale_axis` is ``N``, ``K``, ``block`` (several scales along K) or
+    ``tensor``, None without scale; `zero_point` has a shape that `matrix` broadcasts with, or another that nothing here
+    knows. `quantized` says that stored integers or a QuantizeLinear made it, in whatever way. K consists of runs of `run`
+    elements that lie together. `unrounded` is the matrix in front of a QuantizeLinear of constants."""
 
     name: str
     node: ir.Node
@@ -52,7 +51,7 @@ class GraphWeight:
     scale_axis: str | None
     zero_point: np.ndarray | None
     operand: str
-    codes: str | None
+    codes: str
     quantized: bool
     run: int
     unrounded: np.ndarray | None = None
@@ -70,13 +69,13 @@ class GraphWeight:
     @property
     def is_quantized(self) -> bool:
         """True when the product reads integers: its operand is an integer tensor, or dequantized from one."""
-        return self.codes is not None and self.matrix.dtype.kind in "iu"
+        return self.matrix.dtype.kind in "iu"
 
     def before_rounding(self) -> GraphWeight:
         """The weight as it was in front of a QuantizeLinear in the file; itself when the file stores the integers."""
         if self.unrounded is None:
             return self
-        return replace(self, matrix=self.unrounded, zero_point=None, codes=None, unrounded=None)
+        return replace(self, matrix=self.unrounded, zero_point=None, codes="FLOAT", unrounded=None)
 
     def nonzero_mask(self) -> npt.NDArray[np.bool_]:
         """Boolean (K, N): which weights are not zero (not the zero point, for an asymmetric weight)."""
@@ -240,7 +239,8 @@ class _Reader:
         codes = scaled_by_operator(operand, self.constants)
         if codes is None and not operand.product.reads_codes:
             codes = dequantized(value, self.constants)
-        read = operand.matrix(plain(self.constants.array(value)) if codes is None else codes.codes)
+        values = self.constants.array(value) if codes is None else codes.codes
+        read = operand.matrix(plain(values))
         scale, axis = (None, None) if codes is None else _scales(codes, operand)
         floats = None if codes is None or codes.floats is None else operand.matrix(codes.floats).array
         return GraphWeight(
@@ -252,7 +252,7 @@ class _Reader:
             scale_axis=axis,
             zero_point=None if codes is None else _zeros(codes, operand, read.array.shape),
             operand=operand.label,
-            codes=None if codes is None else codes.kind,
+            codes=type_name(values) if codes is None else codes.kind,
             quantized=codes is not None or origins.quantized,
             run=read.run,
             unrounded=floats,

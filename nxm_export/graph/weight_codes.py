@@ -160,7 +160,7 @@ def scaled_by_operator(operand: Operand, constants: ConstantValues) -> Codes | N
 
     raw = constants.array(value)
     floats = _unrounded(value, constants)
-    return Codes(plain(raw), _type_name(raw), parameter(scale_at), parameter(zero_at), False, floats)
+    return Codes(plain(raw), type_name(raw), parameter(scale_at), parameter(zero_at), False, floats)
 
 
 def _unrounded(value: ir.Value | None, constants: ConstantValues) -> np.ndarray | None:
@@ -280,8 +280,9 @@ def _kind(constants: ConstantValues, node: ir.Node) -> str:
     value = node.inputs[0]
     if value is None:
         raise NotComputed("a DequantizeLinear has no input")
-    return _type_name(constants.array(value))
+    return type_name(constants.array(value))
 
 
-def _type_name(array: np.ndarray) -> str:
+def type_name(array: np.ndarray) -> str:
+    """ONNX's name of an array's type."""
     return ir.DataType.from_numpy(array.dtype).name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -210,14 +210,14 @@ def doctor_file(
     from engines.sparsity.targets import sparsity_target, target_problems
     from engines.tensorrt.rtx_parser import ask_parser
     from nxm_export.graph.graph_weights import load_graph
-    from nxm_export.graph.sparsity_scan import matrix_facts
+    from nxm_export.graph.sparsity_scan import scan_products
     from nxm_export.graph.tensorrt_parser import parser_of, parser_problems
     from nxm_export.graph.verifier import verify
 
     target = sparsity_target(backend_name, version, gpu)
     file = onnx_file(file)
     model = load_graph(file)
-    facts = matrix_facts(model, str(file))
+    scanned = scan_products(model, str(file))
     checked = verify(file)
     answer = ask_parser(file) if parse else None
     problems = [FileProblem(problem, weight.name) for weight in checked.weights for problem in weight.problems]
@@ -228,6 +228,6 @@ def doctor_file(
     problems += target_problems(target)
     if answer is not None:
         problems += [FileProblem(f"{error} ({answer.parser}'s parser refuses it)") for error in answer.errors]
-    report = judge(facts, None, target, problems=problems)
-    advice = tuple(advise(facts, report, problems))
+    report = replace(judge(scanned.facts, None, target, problems=problems), unread=scanned.unread)
+    advice = tuple(advise(scanned.facts, report, problems))
     return FileDiagnosis(str(file), report, advice, tuple(map(str, problems)), answer)

@@ -28,7 +28,6 @@ from engines.serving.settings import RequestLimits
 from engines.serving.text import text_size
 from nxm_export import __version__
 from nxm_export.errors import NxmError, RequestRefused
-from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -236,7 +235,7 @@ class Service:
             raise RequestRefused(413, f"the body is larger than {limit} bytes")
         return b"".join(chunks)
 
-    def _metadata(self, endpoint: Endpoint) -> dict[str, Json]:
+    def _metadata(self, endpoint: Endpoint) -> dict[str, object]:
         """The model metadata of the protocol, with the hash of the engine that answers."""
         return {
             "name": endpoint.name,

@@ -16,19 +16,20 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import numpy as np
 
 from nxm_export.errors import RequestRefused
-from nxm_export.storage.json_files import Json
+
+T = TypeVar("T")
 
 HEADER_LENGTH = "inference-header-content-length"
 SIZES = {"INT64": 8, "FP32": 4}  # bytes an element; BYTES elements vary
 _DTYPES: dict[str, np.dtype[np.generic]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
 _JSON_TYPES: dict[str, set[type]] = {"INT64": {int}, "FP32": {int, float}, "BYTES": {str}}
 _MAX_DIMENSION = 2**31 - 1
-_NOTHING: dict[str, Json] = {}
+_NOTHING: dict[str, object] = {}
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     optional: bool = False
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of the model metadata."""
         return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
 
@@ -67,10 +68,10 @@ def parse_infer(
     parameters = _member(request, "parameters", dict, _NOTHING)
     expected = {spec.name: spec for spec in inputs}
     tensors: dict[str, np.ndarray] = {}
-    for entry in _member(request, "inputs", list, None):
+    for entry in _member(request, "inputs", list):
         if type(entry) is not dict:
             raise RequestRefused(400, "every input must be a JSON object")
-        name = _member(entry, "name", str, None)
+        name = _member(entry, "name", str)
         if name not in expected:
             raise RequestRefused(400, f"unexpected input {name!r:.80}; the model takes {', '.join(expected)}")
         if name in tensors:
@@ -82,7 +83,7 @@ def parse_infer(
     if raw:
         raise RequestRefused(400, f"{len(raw)} bytes follow the last binary tensor")
     return InferRequest(
-        _member(request, "id", str, None, required=False),
+        None if request.get("id") is None else _member(request, "id", str),
         tensors,
         _requested_outputs(request, parameters, [spec.name for spec in outputs]),
         _timeout(parameters),
@@ -97,7 +98,7 @@ def render_infer(
     described, blobs = [], []
     for name, binary in request.outputs:
         datatype, array = results[name]
-        entry: dict[str, Json] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
+        entry: dict[str, object] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
         if binary:
             blob = _pack(array) if datatype == "BYTES" else array.astype(_DTYPES[datatype], copy=False).tobytes()
             entry["parameters"] = {"binary_data_size": len(blob)}
@@ -105,7 +106,7 @@ def render_infer(
         else:
             entry["data"] = array.ravel().tolist()
         described.append(entry)
-    answer: dict[str, Json] = {"model_name": model, "model_version": version, "outputs": described}
+    answer: dict[str, object] = {"model_name": model, "model_version": version, "outputs": described}
     if request.id is not None:
         answer["id"] = request.id
     head = json.dumps(answer, separators=(",", ":")).encode("ascii")
@@ -118,7 +119,7 @@ def render_infer(
     return headers, b"".join((head, *blobs))
 
 
-def parse_json(body: bytes) -> Json:
+def parse_json(body: bytes) -> object:
     """Strict JSON: UTF-8, no NaN or infinity, no duplicate keys, no absurd nesting; raises `RequestRefused` (400)."""
     return _json(memoryview(body))
 
@@ -136,7 +137,7 @@ def _split(body: bytes, header_length: str | None) -> tuple[memoryview, memoryvi
     return view[:length], view[length:]
 
 
-def _json(text: memoryview) -> Json:
+def _json(text: memoryview) -> object:
     try:
         return _DECODER.decode(str(text, "utf-8"))
     except UnicodeDecodeError as error:
@@ -147,7 +148,7 @@ def _json(text: memoryview) -> Json:
         raise RequestRefused(400, f"the body is not JSON: {error}") from None
 
 
-def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     members = dict(pairs)
     if len(members) != len(pairs):
         raise RequestRefused(400, "a JSON object has the same key twice")
@@ -161,16 +162,16 @@ def _no_constant(text: str) -> NoReturn:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
-def _member(where: Mapping[str, Json], key: str, kind: type, default: Json, *, required: bool = True) -> Json:
-    """A member of a JSON object, of the type `kind`; `default` None means that it must be there where `required`."""
+def _member(where: Mapping[str, object], key: str, kind: type[T], default: T | None = None) -> T:
+    """A member of a JSON object, of the type `kind`; it must be there where there is no `default`."""
     value = where.get(key, default)
-    if type(value) is kind or (value is None and not required):
+    if type(value) is kind:
         return value
     words: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
     raise RequestRefused(400, f"{key!r} must be {words[kind]}")
 
 
-def _tensor(entry: Mapping[str, Json], spec: TensorSpec, raw: memoryview) -> tuple[np.ndarray, memoryview]:
+def _tensor(entry: Mapping[str, object], spec: TensorSpec, raw: memoryview) -> tuple[np.ndarray, memoryview]:
     """The tensor of an input entry, and what is left of the binary part."""
     datatype = entry.get("datatype")
     if datatype != spec.datatype:
@@ -199,7 +200,7 @@ def _tensor(entry: Mapping[str, Json], spec: TensorSpec, raw: memoryview) -> tup
     return np.frombuffer(blob, _DTYPES[spec.datatype]).reshape(shape), rest
 
 
-def _shape(shape: Json, spec: TensorSpec) -> tuple[int, ...]:
+def _shape(shape: object, spec: TensorSpec) -> tuple[int, ...]:
     if type(shape) is not list or len(shape) != len(spec.shape):
         takes = f"the model takes {list(spec.shape)}, where -1 is free"
         raise RequestRefused(400, f"input {spec.name!r} has shape {shape!s:.80}; {takes}")
@@ -210,7 +211,7 @@ def _shape(shape: Json, spec: TensorSpec) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _from_json(data: Json, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
+def _from_json(data: object, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
     """Nested or flat JSON data as an array; numbers must be of the datatype already, nothing is rounded."""
     if type(data) is not list:
         raise RequestRefused(400, f"the data of {spec.name!r} must be a list")
@@ -267,7 +268,7 @@ def _objects(items: list[bytes], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _requested_outputs(
-    request: Mapping[str, Json], parameters: Mapping[str, Json], known: Sequence[str]
+    request: Mapping[str, object], parameters: Mapping[str, object], known: Sequence[str]
 ) -> list[tuple[str, bool]]:
     """(output, wants binary) pairs; all of them in the model's order where none is named."""
     all_binary = _flag(parameters, "binary_data_output", default=False)
@@ -276,8 +277,9 @@ def _requested_outputs(
         return [(name, all_binary) for name in known]
     requested: dict[str, bool] = {}
     for entry in asked:
-        _check(isinstance(entry, dict), "every requested output must be a JSON object")
-        name = _member(entry, "name", str, None)
+        if type(entry) is not dict:
+            raise RequestRefused(400, "every requested output must be a JSON object")
+        name = _member(entry, "name", str)
         _check(name in known, f"unexpected output {name!r:.80}; the model gives {', '.join(known)}")
         _check(name not in requested, f"output {name!r} is asked for twice")
         options = _member(entry, "parameters", dict, {})
@@ -287,18 +289,19 @@ def _requested_outputs(
     return list(requested.items())
 
 
-def _flag(where: Mapping[str, Json], key: str, *, default: bool) -> bool:
+def _flag(where: Mapping[str, object], key: str, *, default: bool) -> bool:
     value = where.get(key, default)
     _check(isinstance(value, bool), f"{key!r} must be true or false")
     return bool(value)
 
 
-def _timeout(parameters: Mapping[str, Json]) -> float | None:
+def _timeout(parameters: Mapping[str, object]) -> float | None:
     """Seconds, out of ``timeout`` in microseconds (Triton's schedule policy extension); 0 means none."""
     value = parameters.get("timeout")
     if value is None:
         return None
-    _check(type(value) is int and 0 <= value <= 2**63, "'timeout' must be a whole number of microseconds")
+    if type(value) is not int or not 0 <= value <= 2**63:
+        raise RequestRefused(400, "'timeout' must be a whole number of microseconds")
     return value / 1e6 if value else None
 
 

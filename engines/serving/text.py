@@ -17,11 +17,10 @@ import numpy as np
 from engines.serving.protocol import TensorSpec
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import Examples, Features, encode, label_array, load_tokenizer, pad
+from nxm_export.data.examples import Examples, Features, Label, encode, label_array, load_tokenizer, pad
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.question_answering import Window, best_span, windows
 from nxm_export.errors import DataError, RequestRefused
-from nxm_export.storage.json_files import Json
 
 TEXT, PAIR, LABEL, ANSWER = "text", "text_pair", "label", "answer"
 BYTES_PER_TOKEN = 64  # no tokenizer of this family makes tokens that long out of text that anyone would write
@@ -80,7 +79,7 @@ class TextFrontend:
             )
         if pairs is not None and len(pairs) != len(texts):
             raise RequestRefused(400, f"{TEXT} has {len(texts)} rows and {PAIR} has {len(pairs)}")
-        no_labels: list[Json] = [()] * len(texts) if self._spans else [0] * len(texts)
+        no_labels: list[Label] = [()] * len(texts) if self._spans else [0] * len(texts)
         examples = Examples(texts, pairs, no_labels, "request", encoder=windows if self._spans else None)
         try:
             with self._turn:

@@ -43,7 +43,7 @@ from nxm_export.pipeline.demo import model_directory
 from nxm_export.pipeline.engine_commands import bench_text, build_engine, compare_engines, features_of
 from nxm_export.storage.atomic import write_atomic
 from nxm_export.storage.hashing import file_hash
-from nxm_export.storage.json_files import Json, encode, read_json
+from nxm_export.storage.json_files import Json, as_object, encode, read_json
 from tools import ROOT
 from tools.benchmarks.cpu_profile import onnxruntime_profile, openvino_profiles, peaks
 from tools.benchmarks.cpu_section import PEER, section
@@ -300,7 +300,7 @@ def _say(what: str, began: float) -> None:
 
 def render(args: argparse.Namespace) -> None:
     """Write the section of a record."""
-    write_section(args.document, TOOL, section(read_json(args.record, "restore it, or measure again")))
+    write_section(args.document, TOOL, section(as_object(read_json(args.record, "restore it, or measure again"))))
 
 
 def main() -> None:

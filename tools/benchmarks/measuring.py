@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nxm_export.storage.atomic import write_atomic
-from nxm_export.storage.json_files import Json, encode, read_json
+from nxm_export.storage.json_files import Json, as_object, encode, read_json
 from tools import ROOT
 from tools.provenance import versions
 
@@ -96,8 +96,7 @@ def save_record(name: str, record: Mapping[str, Json]) -> Path:
 
 def load_record(name: str) -> dict[str, Json]:
     """The record of this name."""
-    record: dict[str, Json] = read_json(RECORDS / f"{name}.json", "restore it, or measure again")
-    return record
+    return as_object(read_json(RECORDS / f"{name}.json", "restore it, or measure again"))
 
 
 def where_and_when(head: Mapping[str, Json]) -> str:

@@ -214,7 +214,7 @@ class Probe:
         from nxm_export.contract.checkpoint_metrics import read_metrics
         from nxm_export.contract.families import family_of
         from nxm_export.contract.plan import WeightSpec
-        from nxm_export.storage.json_files import to_builtins
+        from nxm_export.storage.json_files import to_json_object
 
         on_gpu = self.has_gpu and not request.on_cpu
         config = json.loads((self.dense / "config.json").read_text(encoding="utf-8"))
@@ -244,7 +244,7 @@ class Probe:
                     settings=settings,
                     progress=rates,
                 )
-            outcome.metrics = to_builtins(read_metrics(out))
+            outcome.metrics = to_json_object(read_metrics(out))
         except Exception as error:
             outcome.error = f"{type(error).__name__}: {error}"[:600]
             outcome.trace = traceback.format_exc()[-3000:]

@@ -35,7 +35,7 @@ from nxm_export.errors import ArtifactError, DataError
 from nxm_export.progress import Progress
 from nxm_export.storage.atomic import write_atomic
 from nxm_export.storage.hashing import file_hash
-from nxm_export.storage.json_files import Json, read_json
+from nxm_export.storage.json_files import Json, convert, encode, read_json
 from tools import provenance
 from tools.results import tasks
 from tools.results.bootstrap import resampled
@@ -176,24 +176,21 @@ class Measure:
     def _teacher(self, seed: int) -> Teacher:
         """The dense model of a seed, trained if it is not there; every row of the seed starts from it."""
         settings = self._dense_settings(seed)
-        made_by = {
-            "model": self.protocol.model_name,
-            "data_sha256": self.files.digest,
-            "settings": _json(settings.dense_part()),
-        }
+        made_by = DenseNote(self.protocol.model_name, self.files.digest, _json(settings.dense_part()))
         out = self._directory(seed) / "dense"
         note = out.with_name("dense.json")
         if not (out / "metrics.json").is_file() or not note.is_file():
             with self._timed(out, seed) as (clock, progress):
                 finetune(self.protocol.model, out=out, settings=settings, progress=progress, **self._data(out))
-            write_atomic(note, json.dumps(made_by | {"seconds": clock.seconds}, indent=1) + "\n")
-        known = read_json(note, f"remove it and {out}")
-        if {key: known[key] for key in made_by} != made_by:
+            write_atomic(note, encode(replace(made_by, seconds=clock.seconds)))
+        way_out = f"remove it and {out}"
+        known = convert(read_json(note, way_out), DenseNote, source=str(note), way_out=way_out)
+        if replace(known, seconds=0.0) != made_by:
             raise ArtifactError(
                 f"{out} was trained with other settings, data or from another model; give another --work, or remove it "
                 f"and {note} and the lines of {self.store.file} with seed {seed}"
             )
-        return Teacher(out, settings, known["seconds"], file_hash(out / "model.safetensors"))
+        return Teacher(out, settings, known.seconds, file_hash(out / "model.safetensors"))
 
     def _dense_settings(self, seed: int) -> Settings:
         grid = self.protocol.grid
@@ -345,6 +342,16 @@ class Answers:
     @property
     def _right(self) -> Classes:
         return decode_classes(self.labels)
+
+
+@dataclass(frozen=True)
+class DenseNote:
+    """The file ``dense.json``: what a dense model was trained from, and in how many seconds."""
+
+    model: str
+    data_sha256: str
+    settings: dict[str, object]
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,13 @@ import numbers
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
 from nxm_export.errors import ArtifactError, PlanError
 
 T = TypeVar("T")
-Json = Any  # what json.loads returns
 Upgrade = Callable[[dict[str, object]], dict[str, object]]
 
 _DEEPEST = 64

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from engines.sparsity.build_evidence import Evidence, LayerInfo, read_evidence
 from engines.sparsity.kernel_names import Existence, kernel_named, sparse_kernel_exists
-from nxm_export.contract.matrix_facts import MatrixFacts
+from nxm_export.contract.matrix_facts import MatrixFacts, ProductCounts, UnreadProduct
 from nxm_export.errors import ArtifactError, ParityError
 from nxm_export.storage.json_files import encode, read_record, to_builtins
 
@@ -84,6 +84,7 @@ class WeightFacts:
     has_gpu: bool
     sparse_flag: bool
     facts: tuple[MatrixFacts, ...]
+    unread: tuple[UnreadProduct, ...] = ()
 
     @property
     def target(self) -> SparsityTarget:
@@ -120,10 +121,18 @@ class WeightSparsity:
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """All matrices of one engine or graph, and what they were judged for."""
+    """All matrices of one engine or graph, and what they were judged for. `unread` are the products of the graph whose
+    matrix was not read, of which nothing is said."""
 
     target: SparsityTarget
     weights: tuple[WeightSparsity, ...]
+    unread: tuple[UnreadProduct, ...] = ()
+
+    @property
+    def products(self) -> ProductCounts:
+        """How many products there are, were read, and are 2:4 along K."""
+        sparse = sum(weight.sparse_along_k for weight in self.weights)
+        return ProductCounts(len(self.weights) + len(self.unread), len(self.weights), sparse)
 
     @property
     def planned_elements(self) -> int:
@@ -167,6 +176,8 @@ class SparsityReport:
             "compute_capability": self.target.compute_capability,
             "sparse_share": self.sparse_share,
             "counts": self.counts,
+            "products": to_builtins(self.products),
+            "unread": to_builtins(self.unread),
             "weights": [to_builtins(weight) for weight in self.weights],
         }
 
@@ -314,15 +325,17 @@ def _product_ms(node: str, evidence: Evidence) -> float | None:
 
 def write_weight_facts(out: Path, model: ir.Model, target: SparsityTarget) -> None:
     """Write ``weights.json``: what the graph offers, and what it was built for."""
-    from nxm_export.graph.sparsity_scan import matrix_facts
+    from nxm_export.graph.sparsity_scan import scan_products
 
+    scanned = scan_products(model, str(out))
     record = WeightFacts(
         backend=target.backend,
         version=target.version,
         compute_capability=target.compute_capability,
         has_gpu=target.has_gpu,
         sparse_flag=target.sparse_flag,
-        facts=tuple(matrix_facts(model, str(out))),
+        facts=scanned.facts,
+        unread=scanned.unread,
     )
     (out / FACTS_FILE).write_text(encode(record, FACTS_SCHEMA), encoding="utf-8")
 
@@ -343,4 +356,5 @@ def read_sparsity_report(
     former = {"nxm-truth/1": lambda fields: fields}  # the same fields under another name
     record = read_record(file, WeightFacts, schema=FACTS_SCHEMA, way_out="build the engine again", older=former)
     dense = read_evidence(twin) if twin is not None else None
-    return judge(record.facts, read_evidence(directory, running), record.target, dense)
+    report = judge(record.facts, read_evidence(directory, running), record.target, dense)
+    return replace(report, unread=record.unread)

@@ -61,13 +61,20 @@ def print_diagnosis(diagnosis: FileDiagnosis) -> None:
 
 
 def _print_facts(title: str, facts: Mapping[str, object]) -> None:
-    rows = [(key, value) for key, value in facts.items() if key not in ("weights", "advice", "passport", "schema")]
+    rows = [
+        (key, value)
+        for key, value in facts.items()
+        if key not in ("weights", "advice", "products", "unread", "passport", "schema")
+    ]
     print_table(title, ("what", "value"), rows)
 
 
 def _print_matrices(report: SparsityReport) -> None:
     columns = ("weight", "K x N", "planned", "float > INT8", "eligible", "sparse", "kernel", "saved ms", "why not")
     print_table("weights", columns, [_matrix_row(matrix) for matrix in report.weights])
+    click.echo(str(report.products))
+    for product in report.unread:
+        click.echo(f"not read: {product}")
     for reason, detail in {matrix.reason: matrix.detail for matrix in report.weights if matrix.reason}.items():
         click.echo(f"{reason}: {detail}")
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from nxm_export.contract.matrix_facts import MatrixFacts
+from nxm_export.contract.matrix_facts import MatrixFacts, ScannedProducts, UnreadProduct
 from nxm_export.contract.plan import CompressionPlan, NMPattern
-from nxm_export.graph.graph_weights import GraphWeight, graph_weights, parameter_of
+from nxm_export.graph.graph_weights import GraphWeight, graph_products, parameter_of
 from nxm_export.graph.linear_forms import ELEMENTWISE
-from nxm_export.graph.verifier import embedded_plan
+from nxm_export.graph.products import groups_of, name_of
+from nxm_export.graph.verifier import embedded_plan, scale_problems
 
 SPARSE = NMPattern(2, 4)
 _FORMS = {"MatMul": "matmul", "FusedMatMul": "matmul", "Gemm": "gemm"}
@@ -25,14 +26,25 @@ _MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten")
 _FLOATS = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
 
 
-def matrix_facts(model: ir.Model, source: str) -> list[MatrixFacts]:
-    """The facts of every weight matrix, in graph order; `source` names the file in errors."""
+def scan_products(model: ir.Model, source: str) -> ScannedProducts:
+    """Every product with a constant operand: the facts of those that were read, and what was not read; `source` names
+    the file in errors."""
     plan = embedded_plan(model, source)
-    floats = {id(weight.node): weight for weight in graph_weights(model, integers=False)}
-    return [_facts(weight, floats.get(id(weight.node), weight), plan) for weight in graph_weights(model)]
+    facts, unread = [], []
+    for found in graph_products(model):
+        if isinstance(found, UnreadProduct):
+            unread.append(found)
+        else:
+            facts.append(_facts(found, plan))
+    return ScannedProducts(tuple(facts), tuple(unread))
 
 
-def _facts(weight: GraphWeight, unrounded: GraphWeight, plan: CompressionPlan | None) -> MatrixFacts:
+def matrix_facts(model: ir.Model, source: str) -> list[MatrixFacts]:
+    """The facts of every weight matrix that was read, in graph order; `source` names the file in errors."""
+    return list(scan_products(model, source).facts)
+
+
+def _facts(weight: GraphWeight, plan: CompressionPlan | None) -> MatrixFacts:
     name = parameter_of(weight.name)
     spec = plan.weights.get(name) if plan else None
     output, epilogue = _output(weight.node)
@@ -42,24 +54,32 @@ def _facts(weight: GraphWeight, unrounded: GraphWeight, plan: CompressionPlan | 
         form = "conv1x1" if set(shape) <= {1} else "conv"
     return MatrixFacts(
         name=name,
-        node=weight.node.name or "",
+        node=name_of(weight.node),
         form=form,
         k=weight.k,
         n=weight.n,
         planned=str(spec) if spec else None,
         planned_sparse=bool(spec and spec.pattern and spec.pattern.implies_2_4),
-        pattern_float=_text(unrounded.pattern()),
+        pattern_float=_text(weight.before_rounding().pattern()),
         pattern_int8=_text(weight.pattern()) if weight.is_quantized else None,
         sparse_along_k=weight.follows(SPARSE),
         sparse_along_n=_follows_along_n(weight),
         broken_groups=weight.violations(SPARSE),
-        groups=-(-weight.k // SPARSE.m) * weight.n,
+        groups=weight.groups(SPARSE),
         integer_weight=weight.is_quantized,
         integer_input=_integer_input(weight),
         scales_along_k=weight.scale_axis == "K",
         has_zero_point=weight.zero_point is not None and bool(np.any(weight.zero_point)),
         output=output,
         epilogue=epilogue,
+        op=weight.node.op_type,
+        operand=weight.operand,
+        stored=weight.stored,
+        codes=weight.codes,
+        run=weight.run,
+        groups_of_channels=groups_of(weight.node),
+        scales_in_blocks=weight.scale_axis == "block",
+        scale_problems=tuple(scale_problems(weight)),
     )
 
 
@@ -69,7 +89,7 @@ def _text(pattern: NMPattern | None) -> str | None:
 
 def _follows_along_n(weight: GraphWeight) -> bool:
     nonzero_mask = weight.nonzero_mask()
-    if weight.n % SPARSE.m or nonzero_mask.mean() > SPARSE.density:
+    if not weight.matrix.size or weight.n % SPARSE.m or nonzero_mask.mean() > SPARSE.density:
         return False
     return bool((nonzero_mask.reshape(weight.k, -1, SPARSE.m).sum(axis=-1) <= SPARSE.n).all())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -193,10 +193,11 @@ def doctor_file(file: Path, backend_name: str, version: str, compute_capability:
     from engines.sparsity.advice import advise
     from engines.sparsity.report import SparsityTarget, judge
     from nxm_export.graph.graph_weights import load_graph
-    from nxm_export.graph.sparsity_scan import matrix_facts
+    from nxm_export.graph.sparsity_scan import scan_products
     from nxm_export.graph.verifier import verify
 
     file = onnx_file(file)
-    facts = matrix_facts(load_graph(file), str(file))
-    report = judge(facts, None, SparsityTarget(backend_name, version, compute_capability))
-    return FileDiagnosis(str(file), report, tuple(advise(facts, report)), verify(file).problems)
+    scanned = scan_products(load_graph(file), str(file))
+    report = judge(scanned.facts, None, SparsityTarget(backend_name, version, compute_capability))
+    report = replace(report, unread=scanned.unread)
+    return FileDiagnosis(str(file), report, tuple(advise(scanned.facts, report)), verify(file).problems)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +70,7 @@ def test_paths_and_methods_that_do_not_exist_get_a_json_error(ours: Running) -> 
     for method, path, status in (
         ("GET", "/", 404), ("GET", "/v2/", 404), ("GET", "/v3", 404), ("GET", INFER, 405), ("POST", "/metrics", 405),
         ("DELETE", "/v2/models/exact", 405), ("POST", "/v2/repository/models/exact/unload", 404),
-        ("GET", "/v2/models/exact/config", 404), ("GET", "/v2/models/exact/versions/x/ready", 404),
+        ("GET", "/v2/models/nobody/config", 404), ("GET", "/v2/models/exact/versions/x/ready", 404),
     ):  # fmt: skip
         answer = send(ours.port, method, path)
         assert (answer.status, set(answer.json())) == (status, {"error"}), (method, path)
@@ -145,8 +147,24 @@ def test_a_chunked_body_within_the_limit_is_served(ours: Running) -> None:
     np.testing.assert_array_equal(logits(answer), expected(feeds))
 
 
-def test_a_compressed_body_is_415(ours: Running) -> None:
-    assert send(ours.port, "POST", INFER, b"{}", "Content-Encoding: gzip").status == 415
+def test_a_compressed_body_is_served_within_the_limit_of_a_plain_one(ours: Running) -> None:
+    feeds = feeds_of([6])
+    body = body_of(feeds)
+    for coding, compressed in (
+        ("gzip", gzip.compress(body)),
+        ("deflate", zlib.compress(body)),
+        ("deflate", zlib.compress(body)[2:-4]),
+        ("identity", body),
+        ("", body),
+    ):
+        answer = send(ours.port, "POST", INFER, compressed, f"Content-Encoding: {coding}")
+        np.testing.assert_array_equal(logits(answer), expected(feeds))
+    bomb = gzip.compress(b" " * (64 << 20))
+    assert len(bomb) < 1 << 20
+    answer = send(ours.port, "POST", INFER, bomb, "Content-Encoding: gzip")
+    assert (answer.status, "more than 4194304 bytes" in answer.json()["error"]) == (413, True)
+    assert send(ours.port, "POST", INFER, body, "Content-Encoding: gzip").status == 400
+    assert send(ours.port, "POST", INFER, body, "Content-Encoding: br").status == 415
 
 
 def test_the_index_takes_an_empty_body_or_an_object(ours: Running) -> None:

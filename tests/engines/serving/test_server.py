@@ -97,6 +97,47 @@ def test_every_reference_in_the_openapi_file_resolves() -> None:
     assert names
 
 
+def test_health_answers_have_the_bodies_that_kserves_client_reads(ours: Running) -> None:
+    for path, body in (
+        ("/v2/health/live", {"live": True}),
+        ("/v2/health/ready", {"ready": True}),
+        ("/v2/models/exact/ready", {"name": "exact", "ready": True}),
+        ("/v2/models/exact_text/versions/1/ready", {"name": "exact_text", "ready": True}),
+    ):
+        answer = send(ours.port, "GET", path)
+        assert (answer.status, answer.json(), answer.headers["content-type"]) == (200, body, "application/json")
+
+
+def test_config_and_statistics_are_what_perf_analyzer_reads(ours: Running) -> None:
+    """Its model parser takes names and shapes from the metadata, and strips the batch if the configuration has one."""
+    config = send(ours.port, "GET", "/v2/models/exact/versions/1/config").json()
+    assert (config["name"], config["backend"], config["max_batch_size"]) == ("exact", "onnxruntime", 32)
+    assert config["input"][0] == {"name": "input_ids", "data_type": "TYPE_INT64", "dims": [-1], "optional": False}
+    assert config["output"] == [{"name": "logits", "data_type": "TYPE_FP32", "dims": [2]}]
+    text = send(ours.port, "GET", "/v2/models/exact_text/config").json()
+    assert [(entry["data_type"], entry["dims"], entry["optional"]) for entry in text["input"]] == [
+        ("TYPE_STRING", [1], False), ("TYPE_STRING", [1], True),
+    ]  # fmt: skip
+
+    def stats() -> tuple[int, int, dict[str, dict[str, int]]]:
+        (one,) = send(ours.port, "GET", "/v2/models/exact/stats").json()["model_stats"]
+        assert (one["name"], one["version"]) == ("exact", "1")
+        return one["inference_count"], one["execution_count"], one["inference_stats"]
+
+    rows, runs, before = stats()
+    for lengths in ([3], [4, 5]):
+        assert send(ours.port, "POST", INFER, body_of(feeds_of(lengths))).status == 200
+    assert send(ours.port, "POST", INFER, b"{").status == 400
+    more_rows, more_runs, after = stats()
+    assert (more_rows - rows, more_runs - runs) == (3, 2)
+    for what, count in (("success", 2), ("fail", 1), ("queue", 2), ("compute_infer", 2)):
+        assert after[what]["count"] - before[what]["count"] == count, what
+        assert after[what]["ns"] > before[what]["ns"], what
+    everything = send(ours.port, "GET", "/v2/models/stats").json()["model_stats"]
+    assert [entry["name"] for entry in everything] == ["exact", "exact_text"]
+    assert send(ours.port, "GET", "/v2/models/exact/versions/7/stats").status == 404
+
+
 def test_a_request_id_is_kept_if_it_is_sane_and_made_up_if_not(ours: Running) -> None:
     body = body_of(feeds_of([3]))
     assert send(ours.port, "POST", INFER, body, "X-Request-Id: trace/7:a").headers["x-request-id"] == "trace/7:a"

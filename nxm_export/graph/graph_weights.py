@@ -40,8 +40,8 @@ class GraphWeight:
     `operand` is the input of `node` that it is; `stored` the type in the file and `codes` the type of the matrix: of
     what DequantizeLinear reads, where there is one. `scale_axis` is ``N``, ``K``, ``block`` (several scales along K) or
     ``tensor``, None without scale; `zero_point` has a shape that `matrix` broadcasts with, or another that nothing here
-    knows. `quantized` says that stored integers or a QuantizeLinear made it, in whatever way. K consists of runs of `run`
-    elements that lie together. `unrounded` is the matrix in front of a QuantizeLinear of constants."""
+    knows. `quantized` says that stored integers or a QuantizeLinear made it, in whatever way. K consists of runs of
+    `run` elements that lie together. `unrounded` is the matrix in front of a QuantizeLinear of constants."""
 
     name: str
     node: ir.Node

@@ -29,7 +29,6 @@ from engines.serving.model import gate_state
 from engines.serving.repository import EngineSource, Repository
 from engines.serving.settings import GATES, ModelOptions, ServerOptions
 from nxm_export.errors import EngineUnavailable, ServeError
-from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
     import uvicorn
@@ -180,7 +179,7 @@ class _JsonLines(logging.Formatter):
     """One JSON object a line: time, level, event, and the facts of a record."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Json] = {
+        line: dict[str, object] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "event": record.getMessage(),

@@ -18,7 +18,7 @@ from engines.sparsity.build_evidence import Evidence, LayerInfo, read_evidence
 from engines.sparsity.kernel_names import Existence, kernel_named, sparse_kernel_exists
 from nxm_export.contract.matrix_facts import MatrixFacts, ProductCounts, UnreadProduct
 from nxm_export.errors import ArtifactError, ParityError
-from nxm_export.storage.json_files import Json, encode, read_record, to_builtins
+from nxm_export.storage.json_files import encode, read_record, to_builtins
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -201,7 +201,7 @@ class SparsityReport:
                 f"the others: {why}"
             )
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
         return {
             "schema": SCHEMA,

@@ -30,7 +30,6 @@ from engines.tensorrt.cuda_driver import device_facts
 from engines.tensorrt.profiles import profiles_for
 from engines.tensorrt.runtime import TensorRTEngine
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
-from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -55,7 +54,7 @@ class TensorRTFacts:
     requires: Mapping[str, str]
     sparsity: SparsityReport
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``: the report's fields stand beside the others."""
         return {"backend": self.backend, "requires": dict(self.requires), **self.sparsity.to_dict()}
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from nxm_export.storage.json_files import Json
-
 
 @dataclass(frozen=True)
 class MatrixFacts:
@@ -54,7 +52,7 @@ class MatrixFacts:
     scales_in_blocks: bool = False
     scale_problems: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """JSON form."""
         return asdict(self)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from nxm_export.contract.matrix_facts import ProductCounts, UnreadProduct
 from nxm_export.contract.plan import NMPattern
 from nxm_export.errors import ArtifactError, ExportError
-from nxm_export.storage.json_files import Json, convert, read_json, require_schema, to_builtins
+from nxm_export.storage.json_files import convert, read_json, require_schema, to_json_object
 
 SCHEMA = "nxm-verify/1"
 VERIFY_FILE = "verify.json"
@@ -82,22 +82,20 @@ class VerifyReport:
             more = f" (and {len(others)} more problems)" if others else ""
             raise ExportError(f"{self.file}: {first}{more}")
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``verify.json`` and ``--json``."""
-        products = to_builtins(self.products)
-        return {"schema": SCHEMA, "passed": self.passed, "products": products, **to_builtins(self)}
+        products = to_json_object(self.products)
+        return {"schema": SCHEMA, "passed": self.passed, "products": products, **to_json_object(self)}
 
 
 def read_verify_report(file: Path) -> VerifyReport:
     """Read a ``verify.json``; raises `ArtifactError`, also when it says ``passed`` and lists problems, or the
     reverse."""
     way_out = "export again"
-    data = read_json(file, way_out)
-    require_schema(data, SCHEMA, str(file), ArtifactError)
-    fields = {key: value for key, value in data.items() if key not in ("schema", "passed", "products")}
+    fields = require_schema(read_json(file, way_out), SCHEMA, str(file), ArtifactError)
+    passed = fields.pop("passed", None)
+    fields.pop("products", None)  # counts of what the report lists
     report = convert(fields, VerifyReport, source=str(file), way_out=way_out)
-    if data.get("passed") is not report.passed:
-        raise ArtifactError(
-            f"{file}: passed is {data.get('passed')}, and it lists {len(report.all_problems)} problems; {way_out}"
-        )
+    if passed is not report.passed:
+        raise ArtifactError(f"{file}: passed is {passed}, and it lists {len(report.all_problems)} problems; {way_out}")
     return report

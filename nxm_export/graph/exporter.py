@@ -51,7 +51,7 @@ from nxm_export.graph.qdq import add_initializer, fold_float_weight, linears_of,
 from nxm_export.graph.verifier import verify
 from nxm_export.hf.model_loading import load_task_model
 from nxm_export.storage.atomic import atomic_dir, require_replaceable
-from nxm_export.storage.json_files import Json, encode
+from nxm_export.storage.json_files import encode
 
 MASKED = -1e4  # added to the attention scores of padding: finite in float16, and exp() of it is 0
 INT8_ATTENTION_TOKENS = 512  # TensorRT has no fused INT8 attention beyond (NVIDIA/TensorRT issue 3724)
@@ -92,7 +92,7 @@ class Exported:
     scale_rounding: float
     report: VerifyReport
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``: the path as text, and of the report whether it passed (the whole lies beside the
         graph)."""
         return {
@@ -160,7 +160,7 @@ class _OpenedModel:
     """What is exported: a checkpoint directory, read; `checkpoint` is None for one without a plan."""
 
     path: Path
-    config: Mapping[str, Json]
+    config: Mapping[str, object]
     family: Family
     task: Task
     spec: IOSpec
@@ -259,7 +259,7 @@ def target_named(name: str) -> GraphTarget:
     return TARGETS[name]
 
 
-def _task_of(path: Path, config: Mapping[str, Json]) -> str:
+def _task_of(path: Path, config: Mapping[str, object]) -> str:
     """The task that a checkpoint's head serves, from its ``config.json``."""
     task = task_at(path, config)
     if task is None:
@@ -454,7 +454,7 @@ def _metadata(opened: _OpenedModel, settings: _GraphSettings, hashes: Mapping[st
         **hashes,
         **({"pooling": str(read_pooling(opened.path))} if task.auto_class is None else {}),
         "schema": METADATA_SCHEMA,
-        "model_type": opened.config["model_type"],
+        "model_type": opened.family.model_type,
         "task": task.name,
         "target": settings.target.name,
         "dtype": settings.dtype,

@@ -40,8 +40,8 @@ class GraphWeight:
     `operand` is the input of `node` that it is; `stored` the type in the file and `codes` the type of the matrix: of
     what DequantizeLinear reads, where there is one. `scale_axis` is ``N``, ``K``, ``block`` (several scales along K) or
     ``tensor``, None without scale; `zero_point` has a shape that `matrix` broadcasts with, or another that nothing here
-    knows. `quantized` says that stored integers or a QuantizeLinear made it, in whatever way. K consists of runs of `run`
-    elements that lie together. `unrounded` is the matrix in front of a QuantizeLinear of constants."""
+    knows. `quantized` says that stored integers or a QuantizeLinear made it, in whatever way. K consists of runs of
+    `run` elements that lie together. `unrounded` is the matrix in front of a QuantizeLinear of constants."""
 
     name: str
     node: ir.Node
@@ -233,7 +233,7 @@ class _Reader:
             operand.matrix(np.zeros(0))
             return None
         if self.constants.dependence(value) is not Dependence.NOTHING:
-            raise NotRead("it depends on the shape of an input, or on what an If or a Loop does")
+            raise NotRead("an input of the graph decides its shape or its scale, or which branch of an If gives it")
         if operand.product.is_unknown and self._rank(value) < 2:
             return None  # a matrix may be a weight of an operator of which nothing is known; a vector is none
         codes = scaled_by_operator(operand, self.constants)
@@ -288,10 +288,8 @@ def _zeros(codes: Codes, operand: Operand, shape: tuple[int, ...]) -> np.ndarray
     zero = codes.zero
     if zero is None:
         return None
-    if zero.values.size == 1:
-        return zero.values.reshape(())
-    if not np.any(zero.values):
-        return zero.values
+    if zero.values.size == 1 or not np.any(zero.values):  # all alike
+        return zero.values[:1]
     if zero.index is not None:
         return np.asarray(zero.values[operand.matrix(zero.index).array])
     if operand.product.reads_codes and zero.values.size == shape[1]:

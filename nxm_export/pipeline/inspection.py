@@ -11,7 +11,7 @@ from nxm_export.contract.choices import COMPUTE_CAPABILITY
 from nxm_export.errors import ArtifactError, EngineError
 from nxm_export.pipeline.graph_file import is_graph_directory, onnx_file
 from nxm_export.storage.atomic import write_atomic
-from nxm_export.storage.json_files import Json, encode, to_builtins
+from nxm_export.storage.json_files import encode, to_builtins
 
 if TYPE_CHECKING:
     from engines.base import EngineFacts
@@ -31,7 +31,7 @@ class GraphFacts:
     operators: Mapping[str, int]
     metadata: Mapping[str, str]
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``; metadata stand beside the other fields."""
         fields = {key: getattr(self, key) for key in ("opset", "inputs", "outputs", "operators")}
         return {**fields, **self.metadata}
@@ -46,7 +46,7 @@ class EngineInspection:
     facts: EngineFacts
     sparsity: SparsityReport | None
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``: facts and report in one, then the passport."""
         sparsity = {} if self.sparsity is None else self.sparsity.to_dict()
         return {**self.facts.to_dict(), **sparsity, "passport": to_builtins(self.passport)}
@@ -59,7 +59,7 @@ class RunInspection:
     run: str
     engines: Mapping[str, EngineInspection]
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
         return {"run": self.run, "engines": {name: engine.to_dict() for name, engine in self.engines.items()}}
 
@@ -76,7 +76,7 @@ class FileDiagnosis:
     problems: tuple[str, ...]
     parsed: ParserAnswer | None = None
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
         advice, problems, parsed = to_builtins(self.advice), list(self.problems), to_builtins(self.parsed)
         return {"file": self.file, **self.sparsity.to_dict(), "advice": advice, "problems": problems, "parsed": parsed}

@@ -21,6 +21,7 @@ from engines.sparsity.kernel_names import Existence, kernel_named, sparse_kernel
 from engines.sparsity.report import REASONS, FileProblem, SparsityTarget, WeightSparsity, judge
 from nxm_export.contract.matrix_facts import MatrixFacts
 from nxm_export.errors import ParityError
+from nxm_export.storage.json_files import as_objects
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "trt"
 SPARSE_GEMM = "sm80_xmma_sparse_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x128_stage3_warpsize2x2x1_sptensor16x8x64"
@@ -280,7 +281,7 @@ def test_the_gate_counts_planned_elements_and_unknown_as_not_sparse() -> None:
 
 
 def test_the_json_has_the_documented_keys() -> None:
-    entry = judge([fact()], None, A100).to_dict()["weights"][0]
+    entry = as_objects(judge([fact()], None, A100).to_dict()["weights"])[0]
     assert {"name", "k", "n", "planned", "sparse_along_k", "eligible", "chosen", "kernel", "reason"} <= set(entry)
     assert entry["reason"] in REASONS
 

@@ -169,6 +169,31 @@ def test_convolutions_need_four_channels_a_group_and_groups_are_another_kernel(
     require_one_judgement(found)
 
 
+@pytest.mark.parametrize("shape", [(64, 32), (4, 64, 32)])
+@pytest.mark.parametrize("left", [False, True])
+def test_of_a_weight_on_the_left_or_in_a_stack_no_kernel_is_known(
+    shape: tuple[int, ...], left: bool, tmp_path: Path
+) -> None:
+    values = np.ones(shape, np.float32)
+    values[..., np.arange(64) % 4 < 2, :] = 0
+    rows = np.ascontiguousarray(np.swapaxes(values, -1, -2)) if left else values
+    order = ["w", "x"] if left else ["x", "w"]
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", order, ["y"], "product")],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(rows, "w")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    found = doctor_file(tmp_path / "m.onnx", "trt", "8.6", "8.0")
+    (weight,) = found.sparsity.weights
+    assert weight.sparse_along_k
+    usual = not left and len(shape) == 2
+    assert (weight.eligible, weight.reason) == ((True, "no-engine") if usual else (None, "kernel-unknown"))
+    require_one_judgement(found)
+
+
 def require_one_judgement(found: FileDiagnosis) -> None:
     """What must hold of every file: rows, advice, counts and problems are of one mind."""
     data = json.loads(json.dumps(found.to_dict()))

@@ -237,14 +237,18 @@ class Service:
         return b"".join(chunks)
 
     def _metadata(self, endpoint: Endpoint) -> dict[str, Json]:
-        """The model metadata of the protocol, with the hash of the engine that answers."""
+        """The model metadata of the protocol, with the hashes of the engine that answers."""
+        passport = endpoint.model.passport
         return {
             "name": endpoint.name,
             "versions": self.repository.versions(endpoint.name),
             "platform": endpoint.model.platform,
             "inputs": [spec.to_dict() for spec in endpoint.inputs],
             "outputs": [spec.to_dict() for spec in endpoint.outputs],
-            "parameters": {"engine_sha256": endpoint.model.passport.engine_sha256},
+            "parameters": {
+                "engine_sha256": passport.engine_sha256,
+                **({"contents_sha256": passport.contents_sha256} if passport.contents_sha256 else {}),
+            },
         }
 
     def _index(self, body: bytes) -> list[dict[str, str]]:

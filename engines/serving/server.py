@@ -23,11 +23,12 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from engines.admission import gate_state
 from engines.serving.app import Service
 from engines.serving.connection import protocol_class
-from engines.serving.model import gate_state
 from engines.serving.repository import EngineSource, Repository
-from engines.serving.settings import GATES, ModelOptions, ServerOptions
+from engines.serving.settings import ModelOptions, ServerOptions
+from nxm_export.contract.choices import GATES
 from nxm_export.errors import EngineUnavailable, ServeError
 from nxm_export.storage.json_files import Json
 
@@ -62,6 +63,7 @@ def serve(
             log.info("loaded", extra={"facts": {
                 "model": model.name, "version": model.version, "directory": str(model.directory),
                 "backend": model.passport.backend, "sha256": model.passport.engine_sha256,
+                "contents_sha256": model.passport.contents_sha256, "covers": model.passport.covers,
                 "parity": gate_state(model.directory, model.passport),
                 "lengths": [bucket.length for bucket in model.buckets.buckets],
                 "rows": model.buckets.longest.most,

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
 from engines.serving.protocol import TensorSpec
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import Examples, Features, encode, label_array, load_tokenizer, pad
+from nxm_export.data.examples import Examples, Features, Tokenizer, encode, label_array, pad
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.question_answering import Window, best_span, windows
 from nxm_export.errors import DataError, RequestRefused
@@ -30,8 +29,8 @@ BYTES_PER_TOKEN = 64  # no tokenizer of this family makes tokens that long out o
 class TextFrontend:
     """Tokenizes for one engine. May be called from several threads: they take turns at the tokenizer."""
 
-    def __init__(self, directory: Path, spec: IOSpec) -> None:
-        self._tokenizer = load_tokenizer(directory)
+    def __init__(self, tokenizer: Tokenizer, spec: IOSpec) -> None:
+        self._tokenizer = tokenizer
         self._spec = spec
         self._turn = threading.Lock()  # a tokenizer is not to be configured while another thread uses it
         self._spans = TASKS[spec.task].output_kind == "span"

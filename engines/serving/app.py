@@ -19,12 +19,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engines.admission import gate_state
 from engines.serving.batching import QueuedRequest
 from engines.serving.metrics import Metrics, Observation
 from engines.serving.model import Endpoint, Model
+from engines.serving.open_files import AcceptFailures
 from engines.serving.protocol import HEADER_LENGTH, InferRequest, parse_infer, parse_json, render_infer
 from engines.serving.repository import Repository
 from engines.serving.settings import RequestLimits
+from engines.serving.spare_connections import SPARE
 from engines.serving.text import text_size
 from nxm_export import __version__
 from nxm_export.errors import NxmError, RequestRefused
@@ -65,7 +68,8 @@ class Service:
         self.metrics = Metrics()
         self.limits = limits
         self.draining = False
-        self._started = False
+        self.failure: Exception | None = None  # why the models could not be loaded
+        self.give_up: Callable[[], None] = lambda: None  # called when they could not
         self._watch = watch
         self._access_log = access_log
         self._observations: dict[Model, Observation] = {}
@@ -78,7 +82,7 @@ class Service:
     @property
     def ready(self) -> bool:
         """True while requests are welcome."""
-        return self._started and not self.draining
+        return self.repository.ready and not self.draining
 
     def application(self) -> Starlette:
         """The ASGI application."""
@@ -98,8 +102,8 @@ class Service:
             return JSONResponse(self._metadata(self._endpoint(request)))
 
         async def model_ready(request: Request) -> Response:
-            self._endpoint(request)
-            return Response(status_code=200 if self.ready else 503)
+            withdrawn = self._endpoint(request).model.withdrawn
+            return Response(status_code=503 if self.draining or withdrawn else 200)
 
         async def server_ready(_: Request) -> Response:
             return Response(status_code=200 if self.ready else 503)
@@ -149,6 +153,8 @@ class Service:
         status, reason = 200, ""
         try:
             body = await self._body(request)
+            if request.scope.get(SPARE):
+                raise RequestRefused(503, str(request.scope[SPARE]), retry_after=1, reason="connections")
             endpoint = self._endpoint(request)
             model = endpoint.model
             model.users += 1
@@ -161,7 +167,7 @@ class Service:
             response.raw_headers += [*headers, (b"x-request-id", id_.encode("ascii"))]
         except RequestRefused as error:
             status, reason = error.status, str(error)
-            self.metrics.rejected(model, _REASONS[status])
+            self.metrics.rejected(model, error.reason or _REASONS[status])
             self.metrics.answered(model, status)
             response = JSONResponse({"error": reason}, status, {"x-request-id": id_, **_headers(error)})
         except _Disconnected:
@@ -184,6 +190,7 @@ class Service:
         self, endpoint: Endpoint, request: Request, body: bytes, began: float
     ) -> tuple[list[tuple[bytes, bytes]], bytes]:
         model = endpoint.model
+        model.require_serving()
         asked = parse_infer(body, request.headers.get(HEADER_LENGTH), endpoint.inputs, endpoint.outputs)
         loop = asyncio.get_running_loop()
         large = endpoint.text_frontend is not None and text_size(asked.tensors) > INLINE_TEXT
@@ -269,18 +276,32 @@ class Service:
             self._observations[model] = self.metrics.watch(model)
             model.start(deliver, self._observations[model])
 
-        for model in self.repository.models:
-            begin(model)
-        watching = loop.create_task(self._reload_changed(begin))
-        self._started = True
+        loop.set_exception_handler(AcceptFailures().handle)
+        running = loop.create_task(self._open(begin))
         try:
             yield
         finally:
-            self._started = False
-            watching.cancel()
+            self.draining = True
+            self.repository.stop_opening()
+            running.cancel()
             self._tokenizing.shutdown()
             await loop.run_in_executor(self._loading, self.repository.close)
             self._loading.shutdown()
+
+    async def _open(self, begin: Callable[[Model], None]) -> None:
+        """Load the models and start them, then watch their directories; `failure` says why they cannot be loaded."""
+        began = time.monotonic()
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._loading, self.repository.open)
+        except Exception as error:  # whoever runs the server raises it again
+            self.failure = error
+            self.give_up()
+            return
+        for model in self.repository.models:
+            begin(model)
+            log.info("loaded", extra={"facts": _facts_of(model)})
+        log.info("ready", extra={"facts": {"seconds": round(time.monotonic() - began, 3)}})
+        await self._reload_changed(begin)
 
     async def _reload_changed(self, begin: Callable[[Model], None]) -> None:
         """Look at the engine directories every `watch` seconds (never, at 0), load what changed, close what is
@@ -288,9 +309,13 @@ class Service:
         loop = asyncio.get_running_loop()
         while self._watch:
             await asyncio.sleep(self._watch)
-            for key in self.repository.changed():
+            for change in self.repository.changed():
+                key = change.key
                 old = self.repository.current(key)
                 facts = {"model": old.name, "version": old.version, "directory": str(old.directory)}
+                if not change.reload:
+                    _judge(old, await loop.run_in_executor(self._loading, self.repository.begin_judging(key)))
+                    continue
                 try:
                     model = await loop.run_in_executor(self._loading, self.repository.begin_reload(key))
                 except NxmError as error:
@@ -306,11 +331,37 @@ class Service:
                 begin(model)
                 self.repository.replace(key, model)
                 self.metrics.reloaded(model, "done")
-                log.info("reloaded", extra={"facts": {**facts, "sha256": model.passport.engine_sha256}})
+                log.info("reloaded", extra={"facts": _facts_of(model)})
             for model in [model for model in self.repository.retired if not model.users]:
                 self.repository.retired.remove(model)
                 self._observations.pop(model)
                 await loop.run_in_executor(self._loading, model.close)
+
+
+def _judge(model: Model, objection: str | None) -> None:
+    """Withdraw a model to whose parity there is an objection, and let one go on to which there is none any more."""
+    facts = {"model": model.name, "version": model.version, "directory": str(model.directory)}
+    if objection is not None and model.withdrawn is None:
+        log.error("withdrawn; it answers no more", extra={"facts": {**facts, "reason": objection}})
+    elif objection is None and model.withdrawn is not None:
+        log.info("goes on; its parity is good enough again", extra={"facts": facts})
+    model.withdrawn = objection
+
+
+def _facts_of(model: Model) -> dict[str, Json]:
+    """What the log says of a model that begins to serve."""
+    return {
+        "model": model.name,
+        "version": model.version,
+        "directory": str(model.directory),
+        "backend": model.passport.backend,
+        "sha256": model.passport.engine_sha256,
+        "contents_sha256": model.passport.contents_sha256,
+        "covers": model.passport.covers,
+        "parity": gate_state(model.directory, model.passport),
+        "lengths": [bucket.length for bucket in model.buckets.buckets],
+        "rows": model.buckets.longest.most,
+    }
 
 
 async def _refused(_: Request, error: Exception) -> Response:

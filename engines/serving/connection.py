@@ -12,9 +12,10 @@ import fcntl
 import json
 import sys
 import termios
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from engines.serving.settings import ConnectionLimits
+from engines.serving.spare_connections import PATIENCE, SPARE, SpareConnections
 
 if TYPE_CHECKING:
     from engines.serving.app import Service
@@ -30,6 +31,9 @@ def protocol_class(service: Service, limits: ConnectionLimits) -> type[asyncio.P
     """
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+    spare = SpareConnections()
+    full = f"{limits.connections} connections are open already; try again later"
+
     class Guarded(HttpToolsProtocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -37,14 +41,17 @@ def protocol_class(service: Service, limits: ConnectionLimits) -> type[asyncio.P
             self._arriving = False  # a request has begun and is not yet whole
             self._in_head = False
             self._head = self._chunk = 0  # bytes of the head so far, and of the last read
-            self._timer = self.loop.call_later(limits.read_timeout, self._too_slow)
+            self._is_spare = len(self.connections) > limits.connections
+            if self._is_spare:
+                spare.take(self)
+            patience = min(PATIENCE, limits.read_timeout) if self._is_spare else limits.read_timeout
+            self._timer = self.loop.call_later(patience, self._too_slow)
             if service.draining:
                 self.loop.call_later(_GRACE, self._leave)
-            if len(self.connections) > limits.connections:
-                self._refuse(503, f"{limits.connections} connections are open already; try again later")
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._timer.cancel()
+            spare.leave(self)
             super().connection_lost(exc)
             service.metrics.connections.set(len(self.connections))
 
@@ -65,8 +72,13 @@ def protocol_class(service: Service, limits: ConnectionLimits) -> type[asyncio.P
         def on_headers_complete(self) -> None:
             self._in_head = False
             super().on_headers_complete()
-            if service.draining:
+            if self._is_spare and len(self.connections) <= limits.connections:  # others have left since
+                self._is_spare = False
+                spare.leave(self)
+            if service.draining or self._is_spare:
                 self.cycle.keep_alive = False
+            if self._is_spare:
+                cast("dict[str, object]", self.scope)[SPARE] = full  # a key of ours
 
         def on_message_complete(self) -> None:
             self._arriving = False
@@ -79,6 +91,9 @@ def protocol_class(service: Service, limits: ConnectionLimits) -> type[asyncio.P
                 self.loop.call_later(_GRACE, self._leave)
             else:
                 super().shutdown()
+
+        def let_go(self) -> None:
+            self._refuse(503, full)
 
         def _leave(self) -> None:
             """Close, unless a request is arriving; one may have arrived that the loop has not read yet."""

@@ -79,6 +79,7 @@ class Model:
         self.buckets = plan_buckets(self.spec.max_length, options.max_batch, passport.profiles, options.lengths)
         merge = options.max_batch if options.merge is None else options.merge
         self.queue = BatchQueue(self.buckets, Limits(options.max_queue, options.max_delay, merge))
+        self.withdrawn: str | None = None  # why it must not answer any more; set on the event loop alone
         self.users = 0  # requests between look-up and answer; counted on the event loop alone
         self._engines = engines
         self._threads: list[threading.Thread] = []
@@ -123,6 +124,13 @@ class Model:
         for engine in self._engines:
             engine.close()
         _return_freed_memory()
+
+    def require_serving(self) -> None:
+        """Raise `RequestRefused` (503) when the model was withdrawn."""
+        if self.withdrawn is not None:
+            raise RequestRefused(
+                503, f"model {self.name!r} was withdrawn: its parity is not what --gate asks for", reason="withdrawn"
+            )
 
     def require_range(self, name: str, array: np.ndarray) -> None:
         """Raise `RequestRefused` (400) for values that the model has no row or no meaning for."""

@@ -81,8 +81,9 @@ class ConnectionLimits:
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Where and how a server listens. `drain` is how many seconds a stop waits for what is under way, `watch` how often
-    engine directories are looked at (0: never)."""
+    """Where and how a server listens. `drain` is how many seconds a stop waits for what is under way, `shutdown_delay`
+    how many it goes on taking connections before, not ready, `watch` how often engine directories are looked at (0:
+    never)."""
 
     host: str = field(default="127.0.0.1", metadata={OPTION: Option()})
     port: int = field(default=8000, metadata={OPTION: Option("0 takes a free one.", least=0, most=65535)})
@@ -91,6 +92,10 @@ class ServerOptions:
     )
     drain: float = field(
         default=30.0, metadata={OPTION: Option("How long SIGTERM may take.", flag="--drain-seconds", least=0)}
+    )
+    shutdown_delay: float = field(
+        default=0.0,
+        metadata={OPTION: Option("Seconds to go on, not ready, after SIGTERM.", flag="--shutdown-delay", least=0)},
     )
     watch: float = field(
         default=2.0, metadata={OPTION: Option("Look for changed engines; 0 never.", flag="--watch-seconds", least=0)}

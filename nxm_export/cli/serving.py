@@ -59,6 +59,7 @@ class _ServeOptions:
 @expect_sha256_option
 @setting_option(ServerOptions, "watch")
 @setting_option(ServerOptions, "drain")
+@setting_option(ServerOptions, "shutdown_delay")
 @setting_option(ServerOptions, "access_log")
 def serve(engines: tuple[str, ...], **values: object) -> None:
     """Serve ENGINE_DIRs over HTTP (Open Inference Protocol v2: tritonclient and KServe clients work) until SIGTERM."""

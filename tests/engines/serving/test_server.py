@@ -255,7 +255,8 @@ def test_slow_loris_clients_do_not_keep_others_out_for_long(busy: Running) -> No
     slow = [connect(busy.port) for _ in range(12)]
     for connection in slow:
         connection.sendall(b"POST /v2/models/exact/infer HTTP/1.1\r\nHost: a\r\nX-Slow: ")
-    refused = send(busy.port, "GET", "/v2/health/live")
+    body = body_of(feeds_of([3]))
+    refused = send(busy.port, "POST", INFER, body)
     assert refused.status == 503
     assert "12 connections are open already" in refused.json()["error"]
 
@@ -263,7 +264,7 @@ def test_slow_loris_clients_do_not_keep_others_out_for_long(busy: Running) -> No
         for connection in slow:
             with contextlib.suppress(OSError):  # closed by then
                 connection.sendall(b"a")
-        return send(busy.port, "GET", "/v2/health/live").status == 200
+        return send(busy.port, "POST", INFER, body).status == 200
 
     assert eventually(let_in, 5)
     for connection in slow:
@@ -460,7 +461,8 @@ def test_what_cannot_be_served_is_one_line_and_an_exit_code(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         places["taken"] = taken.getsockname()[1]
-        result = CliRunner().invoke(main, ["serve", *(argument.format(**places) for argument in arguments)])
+        port = [] if "--port" in arguments else ["--port", "0"]
+        result = CliRunner().invoke(main, ["serve", *port, *(argument.format(**places) for argument in arguments)])
     assert result.exit_code == status, result.output
     assert complaint in result.output
     assert "Traceback" not in result.output

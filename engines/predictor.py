@@ -152,7 +152,8 @@ class Predictor:
             )
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(longest)
-        encodings = self._tokenizer.encode_batch(rows)
+        # A second text that is empty is none, as in training.
+        encodings = self._tokenizer.encode_batch([row if isinstance(row, str) or row[1] else row[0] for row in rows])
         self.shortened += sum(bool(made.overflowing) for made in encodings)
         return encodings
 

@@ -28,7 +28,8 @@ class TritonPythonModel:
             self.settings = json.load(stream)
         self.tokenizer = Tokenizer.from_file(os.path.join(here, "tokenizer.json"))
         self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(self.settings["max_length"])
+        side = (self.tokenizer.truncation or {}).get("direction", "right")  # the tokenizer's own
+        self.tokenizer.enable_truncation(self.settings["max_length"], direction=side)
 
     def execute(self, requests: list[object]) -> list[object]:
         """Tokenize every request by itself; a bad one gets an error of its own."""

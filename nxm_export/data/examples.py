@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,8 +17,10 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
+from nxm_export.contract.io_spec import TOKENIZER_FILE
 from nxm_export.data.readers import FORMATS, TOKEN_FORMATS, format_of, read_rows
 from nxm_export.data.token_labels import NO_LABEL, erased_tokens, joined, piece_labels
+from nxm_export.data.tokenizer_settings import direction_of, read_tokenizer_settings, settle
 from nxm_export.errors import ArtifactError, DataError, notice
 
 DataRow = Mapping[str, object]  # of a data file: cells by column
@@ -324,7 +327,13 @@ class Tokenizer(Protocol):
     def no_truncation(self) -> None:
         """Keep every token."""
 
-    def enable_truncation(self, max_length: int, *, stride: int = 0, strategy: str = "longest_first") -> None:
+    @property
+    def truncation(self) -> Mapping[str, object] | None:
+        """How it cuts, ``direction`` (left or right) among it, or None where it does not."""
+
+    def enable_truncation(
+        self, max_length: int, *, stride: int = 0, strategy: str = "longest_first", direction: str = "right"
+    ) -> None:
         """Cut encodings at `max_length` tokens; what overflows shares `stride` tokens with what went before."""
 
     def encode(self, sequence: str, pair: str | None = None) -> Encoding:
@@ -337,16 +346,37 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The `tokenizers.Tokenizer` of a checkpoint, graph or engine directory; raises `ArtifactError`."""
-    file = directory / "tokenizer.json"
+    """The `tokenizers.Tokenizer` of a checkpoint, graph or engine directory, with the model's own settings in it;
+    raises `ArtifactError`."""
+    file = directory / TOKENIZER_FILE
     if not file.is_file():
         raise ArtifactError(f"{file} is missing; copy it from the model, or save its fast tokenizer there")
     import tokenizers
 
     try:
-        return cast("Tokenizer", tokenizers.Tokenizer.from_file(str(file)))
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises plain Exception
         raise ArtifactError(f"{file}: not a readable tokenizer ({error})") from error
+    settle(tokenizer, read_tokenizer_settings(directory))
+    return cast("Tokenizer", tokenizer)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy ``tokenizer.json`` to where ``tokenizer_config.json`` is not: with what that says in it; raises
+    `ArtifactError`."""
+    import tokenizers
+
+    settings = read_tokenizer_settings(source)
+    if settings.cuts_left or not settings.types:
+        cast("tokenizers.Tokenizer", load_tokenizer(source)).save(str(target / TOKENIZER_FILE))
+    else:
+        shutil.copyfile(source / TOKENIZER_FILE, target / TOKENIZER_FILE)
+
+
+def cut_at(tokenizer: Tokenizer, length: int) -> None:
+    """Make encodings as long as their texts, and at most `length` tokens, cut at the tokenizer's own side."""
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(length, direction=direction_of(tokenizer))
 
 
 def encode(tokenizer: Tokenizer, examples: Examples, max_length: int, inputs: Sequence[str]) -> list[Features]:
@@ -363,8 +393,7 @@ def encode(tokenizer: Tokenizer, examples: Examples, max_length: int, inputs: Se
         raise DataError(
             f"max length {max_length} leaves no room for text beside {special} special tokens; raise --max-length"
         )
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length)
+    cut_at(tokenizer, max_length)
     names = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
     encodings = tokenizer.encode_batch(list(as_read(examples.texts, examples.pairs)))
     labels = examples.labels if examples.tokens is None else _token_labels(examples, examples.tokens, encodings)

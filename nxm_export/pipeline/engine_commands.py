@@ -164,7 +164,7 @@ def _profiles(directory: Path, source: DataProfiles) -> list[Profile]:
     """Optimization profiles from the token lengths of a data file, by the tokenizer of a directory."""
     from engines.tensorrt.profiles import profiles_from_lengths
     from nxm_export.contract.tasks import task_named
-    from nxm_export.data.examples import encode, load_tokenizer
+    from nxm_export.data.examples import cut_at, encode, load_tokenizer
     from nxm_export.data.label_kinds import LABELS, load_labelled, read_by_model
 
     limit, task = _limit_and_task(directory)
@@ -173,8 +173,7 @@ def _profiles(directory: Path, source: DataProfiles) -> list[Profile]:
     if kind.output_kind == "span":  # as many windows as its contexts take
         windows = encode(tokenizer, LABELS[kind.label].apply(raw, {}), limit, ("input_ids",))
         return profiles_from_lengths([len(window["input_ids"]) for window in windows], limit, count=source.count)
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(limit)
+    cut_at(tokenizer, limit)
     encodings = tokenizer.encode_batch(read_by_model(raw, kind))
     return profiles_from_lengths([len(encoding.ids) for encoding in encodings], limit, count=source.count)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -18,9 +17,10 @@ from engines.serving.long_texts import beginning, beginnings
 from engines.serving.protocol import TensorSpec
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import Examples, Features, Label, encode, label_array, load_tokenizer, pad
+from nxm_export.data.examples import Examples, Features, Label, Tokenizer, encode, label_array, pad
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.question_answering import Window, best_span, windows
+from nxm_export.data.tokenizer_settings import direction_of
 from nxm_export.errors import DataError, RequestRefused, ServeError
 
 TEXT, PAIR, LABEL, ANSWER = "text", "text_pair", "label", "answer"
@@ -30,9 +30,9 @@ LETTERS_PER_TOKEN = 64  # no tokenizer of this family makes tokens that long out
 class TextFrontend:
     """Tokenizes for one engine. May be called from several threads: they take turns at the tokenizer."""
 
-    def __init__(self, directory: Path, spec: IOSpec, longest: int | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, spec: IOSpec, longest: int | None = None) -> None:
         """`longest` is the most tokens that the engine takes, where those are fewer than the model's positions."""
-        self._tokenizer = load_tokenizer(directory)
+        self._tokenizer = tokenizer
         self._spec = spec
         self._max_length = min(spec.max_length, longest or spec.max_length)
         self._turn = threading.Lock()  # a tokenizer is not to be configured while another thread uses it
@@ -113,6 +113,9 @@ class TextFrontend:
         tokens, longest = self._max_length, LETTERS_PER_TOKEN * self._max_length
         if max(map(len, [*texts, *(pairs or [])])) <= longest:
             return texts, pairs
+        if direction_of(self._tokenizer) == "left":  # it reads texts from their ends
+            row = max(range(len(texts)), key=lambda row: max(len(texts[row]), len(pairs[row]) if pairs else 0))
+            raise RequestRefused(400, f"row {row} has more than {longest} characters; at most that many are served")
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         cut = []

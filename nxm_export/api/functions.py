@@ -18,6 +18,7 @@ from nxm_export.contract.choices import (
     BENCH_ROUNDS,
     BENCH_SHAPES,
     COMPUTE_CAPABILITY,
+    GATE,
     LOWERING,
     PATTERN,
     STORAGE,
@@ -341,16 +342,16 @@ def compare(
 
 
 def predict(
-    engine: str | Path, texts: Iterable[Text], *, batch: int = 32, threads: int | None = None
+    engine: str | Path, texts: Iterable[Text], *, batch: int = 32, threads: int | None = None, gate: str = GATE
 ) -> list[AnyPrediction]:
     """What an engine directory says about texts, or pairs of them: one typed result each, in order.
 
-    Needs neither torch nor transformers. The engine is loaded for this call; to answer many calls, keep a
-    `Predictor`, or serve it.
+    `gate` is which ``parity.json`` it must have: ``not-failed``, ``passed`` or ``off`` (any). Needs neither torch nor
+    transformers. The engine is loaded for this call; to answer many calls, keep a `Predictor`, or serve it.
     """
     from engines.predictor import Predictor
 
-    with Predictor(engine, threads=threads) as predictor:
+    with Predictor(engine, threads=threads, gate=gate) as predictor:
         return predictor.predict(texts, batch=batch)
 
 

@@ -17,7 +17,7 @@ from nxm_export.cli.engine_tables import (
     print_text_throughput,
 )
 from nxm_export.cli.group import main
-from nxm_export.cli.options import columns_of, json_option, numbers_of, shape_of, typed
+from nxm_export.cli.options import LABEL_MAP_OPTION, columns_of, json_option, numbers_of, shape_of, typed
 from nxm_export.cli.output import show_result
 from nxm_export.cli.parity_tables import print_bisects, print_comparison
 from nxm_export.cli.progress_bars import progress_bars
@@ -256,6 +256,7 @@ def inspect(
 @click.option("--text")
 @click.option("--text-pair")
 @click.option("--label")
+@LABEL_MAP_OPTION
 @click.option(
     "--gate",
     "gates",
@@ -293,7 +294,7 @@ def compare(
         raise click.UsageError("--bisect compares blocks, and --gate whole engines; give one of them")
     if len({engine.resolve() for engine in engines}) < len(engines):
         raise click.UsageError("the same engine is given twice")
-    named = columns_of(columns["text"], columns["text_pair"], columns["label"])
+    named = columns_of(columns["text"], columns["text_pair"], columns["label"], columns["label_map"])
     if bisect:
         reports = engine_commands.bisect_engines(checkpoint, engines, data, named)
         show_result(lambda: [report.to_dict() for report in reports], json, lambda: print_bisects(reports))

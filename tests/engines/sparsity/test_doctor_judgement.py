@@ -309,3 +309,26 @@ def test_only_what_is_plain_is_ready_and_every_answer_is_of_one_mind(
 @given(st.one_of(PRODUCTS, PAIRED), TARGETS)
 def test_only_what_is_plain_is_ready_in_many_graphs(product: QdqProduct, target: tuple[str, str | None, str]) -> None:
     check(product, target)
+
+
+def refused_without_a_word(product: QdqProduct) -> bool:
+    """True when the parser of TensorRT-RTX refuses what the doctor has no problem with."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'nxm-export[trt-rtx]'")
+    with TemporaryDirectory() as directory:
+        found = doctor_file(product.save(Path(directory) / "model.onnx"), "trt_rtx", None, "RTX 4090")
+    logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
+    network = trt.Builder(logger).create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    return not found.problems and not trt.OnnxParser(network, logger).parse(product.model().SerializeToString())
+
+
+@settings(HERE, max_examples=25)
+@given(st.one_of(PRODUCTS, PAIRED))
+def test_what_tensorrt_rtx_refuses_has_a_problem(product: QdqProduct) -> None:
+    assert not refused_without_a_word(product)
+
+
+@pytest.mark.slow  # the same, more often
+@settings(HERE, max_examples=1000)
+@given(st.one_of(PRODUCTS, PAIRED))
+def test_what_tensorrt_rtx_refuses_has_a_problem_in_many_graphs(product: QdqProduct) -> None:
+    assert not refused_without_a_word(product)

@@ -37,11 +37,12 @@ class GraphWeight:
     """One weight matrix as a product node reads it.
 
     `matrix` is (K, N): the integers that a DequantizeLinear or the operator itself scales, otherwise the values.
-    `operand` is the input of `node` that it is; `stored` the type in the file and `codes` the type of the matrix: of
-    what DequantizeLinear reads, where there is one. `scale_axis` is ``N``, ``K``, ``block`` (several scales along K) or
-    ``tensor``, None without scale; `zero_point` has a shape that `matrix` broadcasts with, or another that nothing here
-    knows. `quantized` says that stored integers or a QuantizeLinear made it, in whatever way. K consists of runs of
-    `run` elements that lie together. `unrounded` is the matrix in front of a QuantizeLinear of constants."""
+    `operand` is the input of `node` that it is; `stored` the type in the file and `codes` the type of the matrix:
+    of what DequantizeLinear reads, where there is one. `scale_axis` is ``N``, ``K``, ``block`` (several scales
+    along K) or ``tensor``, None without scale; `zero_point` has a shape that `matrix` broadcasts with, or another
+    that nothing here knows. `quantized` says that stored integers or a QuantizeLinear made it, in whatever way. K
+    consists of runs of `run` elements that lie together. `unrounded` is the matrix in front of a QuantizeLinear of
+    constants, and `moved_by` names operators that take a part of it or join it, behind its DequantizeLinear."""
 
     name: str
     node: ir.Node
@@ -55,6 +56,7 @@ class GraphWeight:
     quantized: bool
     run: int
     unrounded: np.ndarray | None = None
+    moved_by: tuple[str, ...] = ()
 
     @property
     def k(self) -> int:
@@ -256,6 +258,7 @@ class _Reader:
             quantized=codes is not None or origins.quantized,
             run=read.run,
             unrounded=floats,
+            moved_by=() if codes is None else codes.moved_by,
         )
 
     def _rank(self, value: ir.Value) -> int:

@@ -343,7 +343,8 @@ def test_doctor_calls_no_part_of_a_weight_ready_and_tells_the_products_of_one_we
     plain = f"""g (float[b, 64] x) => (float o) <{held("w", whole)}, {ONE}, int8 z = {{0}}>
         {{ {pair.format(1, "x")} e = DequantizeLinear(w, s, z) [one] a = MatMul(d1, e) {pair.format(2, "a")}
         o = Identity(d2) }}"""
-    parted = f"""g (float[b, 64] x) => (float o, float p) <{held("w", np.hstack([whole, whole]))}, {ONE}, int8 z = {{0}}>
+    parted = f"""g (float[b, 64] x) => (float o, float p)
+        <{held("w", np.hstack([whole, whole]))}, {ONE}, int8 z = {{0}}>
         {{ {pair.format(1, "x")} e = DequantizeLinear(w, s, z) l, r = Split <axis=1, num_outputs=2>(e)
         [one] a = MatMul(d1, l) {pair.format(2, "a")} o = Identity(d2)
         [two] c = MatMul(d1, r) {pair.format(3, "c")} p = Identity(d3) }}"""

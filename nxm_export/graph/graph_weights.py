@@ -24,6 +24,7 @@ from nxm_export.contract.plan import NMPattern
 from nxm_export.errors import ArtifactError
 from nxm_export.graph.constant_values import ConstantValues, NotComputed, plain, stored_array
 from nxm_export.graph.dependence import Dependence
+from nxm_export.graph.node_checks import malformed_nodes
 from nxm_export.graph.products import NotRead, Operand, name_of, operands
 from nxm_export.graph.sparse_tensors import densify
 from nxm_export.graph.weight_codes import Codes, Origins, dequantized, origins_of, scaled_by_operator, type_name
@@ -38,12 +39,14 @@ class GraphWeight:
     """One weight matrix as a product node reads it.
 
     `matrix` is (K, N): the integers that a DequantizeLinear or the operator itself scales, otherwise the values.
-    `operand` is the input of `node` that it is; `stored` the type in the file and `codes` the type of the matrix: of
-    what DequantizeLinear reads, where there is one. `scale_axis` is ``N``, ``K``, ``block`` (several scales along K) or
-    ``tensor``, None without scale; `zero_point` has a shape that `matrix` broadcasts with, or another that nothing here
-    knows. `quantized` says that stored integers or a QuantizeLinear made it, in whatever way. K consists of runs of
-    `run` elements that lie together. `stack` is how many matrices the operand has (of a convolution it says nothing).
-    `unrounded` is the matrix in front of a QuantizeLinear of constants."""
+    `operand` is the input of `node` that it is; `stored` the type in the file and `codes` the type of the matrix:
+    of what DequantizeLinear reads, where there is one. `scale_axis` is ``N``, ``K``, ``block`` (several scales
+    along K) or ``tensor``, None without scale; `zero_point` has a shape that `matrix` broadcasts with, or another
+    that nothing here knows. `quantized` says that stored integers or a QuantizeLinear made it, in whatever way. K
+    consists of runs of `run` elements that lie together. `stack` is how many matrices the operand has (not said of
+    convolutions). `unrounded` is the matrix in front of a QuantizeLinear of constants, and `moved_by` names
+    operators that take a part of it or join it, behind its DequantizeLinear.
+    """
 
     name: str
     node: ir.Node
@@ -58,6 +61,7 @@ class GraphWeight:
     run: int
     stack: int = 1
     unrounded: np.ndarray | None = None
+    moved_by: tuple[str, ...] = ()
 
     @property
     def k(self) -> int:
@@ -130,7 +134,7 @@ def parameter_of(name: str) -> str:
 
 def load_graph(file: str | Path) -> ir.Model:
     """Read an ONNX file, its local functions inlined and its sparse tensors made dense (`sparse_tensors` names them);
-    raises `ArtifactError` when it is missing, truncated or not ONNX."""
+    raises `ArtifactError` when it is missing, truncated or not ONNX, or has nodes that nothing can run."""
     import onnx_ir.passes.common as passes
 
     file = Path(file)
@@ -144,11 +148,14 @@ def load_graph(file: str | Path) -> ir.Model:
             raise ValueError("no nodes, or no opset")
         if model.functions:
             passes.InlinePass()(model)
-        return model
     except Exception as error:  # protobuf, external data and IR errors come as many types
         raise ArtifactError(
             f"{file}: not a readable ONNX model ({_first_line(error)}); it is truncated, or another format"
         ) from error
+    malformed = next(malformed_nodes(model), None)
+    if malformed is not None:
+        raise ArtifactError(f"{file}: {malformed}: no runtime can run that; export it again")
+    return model
 
 
 def _loaded(file: Path) -> ir.Model:
@@ -260,6 +267,7 @@ class _Reader:
             run=read.run,
             stack=math.prod(values.shape[:-2]),
             unrounded=floats,
+            moved_by=() if codes is None else codes.moved_by,
         )
 
     def _rank(self, value: ir.Value) -> int:

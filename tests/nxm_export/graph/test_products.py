@@ -18,6 +18,7 @@ from nxm_export.contract.matrix_facts import UnreadProduct
 from nxm_export.contract.plan import NMPattern
 from nxm_export.graph.graph_weights import GraphWeight, graph_products, load_graph
 from nxm_export.graph.verifier import verify
+from nxm_export.pipeline.inspection import doctor_file
 from tests.support import onnx_text
 
 PATTERN = NMPattern(2, 4)
@@ -332,3 +333,26 @@ def test_a_cycle_ends(tmp_path: Path) -> None:
     assert isinstance(product, UnreadProduct)
     assert "reads its own output" in product.reason
     assert isinstance(model, ir.Model)
+
+
+def test_doctor_calls_no_part_of_a_weight_ready_and_tells_the_products_of_one_weight_apart(tmp_path: Path) -> None:
+    """Everything is right for a sparse kernel, but for a Split between DequantizeLinear and the products: nobody knows
+    whether TensorRT sees integer weights behind it."""
+    whole = np.ones((64, 64), np.int8) * (np.arange(64) % 4 < 2)[:, None].astype(np.int8)
+    pair = "q{0} = QuantizeLinear({1}, s, z) d{0} = DequantizeLinear(q{0}, s, z)"
+    plain = f"""g (float[b, 64] x) => (float o) <{held("w", whole)}, {ONE}, int8 z = {{0}}>
+        {{ {pair.format(1, "x")} e = DequantizeLinear(w, s, z) [one] a = MatMul(d1, e) {pair.format(2, "a")}
+        o = Identity(d2) }}"""
+    parted = f"""g (float[b, 64] x) => (float o, float p)
+        <{held("w", np.hstack([whole, whole]))}, {ONE}, int8 z = {{0}}>
+        {{ {pair.format(1, "x")} e = DequantizeLinear(w, s, z) l, r = Split <axis=1, num_outputs=2>(e)
+        [one] a = MatMul(d1, l) {pair.format(2, "a")} o = Identity(d2)
+        [two] c = MatMul(d1, r) {pair.format(3, "c")} p = Identity(d3) }}"""
+    printed = {}
+    for name, text in (("plain", plain), ("parted", parted)):
+        found(text, tmp_path)
+        diagnosis = doctor_file(tmp_path / "model.onnx", "trt", "8.6", "8.0")
+        assert not diagnosis.problems
+        printed[name] = [(weight.name, weight.node, weight.ready) for weight in diagnosis.sparsity.weights]
+    assert printed == {"plain": [("w", "one", True)], "parted": [("w", "one", False), ("w", "two", False)]}
+    assert all(weight.reason == "kernel-unknown" and "Split" in weight.detail for weight in diagnosis.sparsity.weights)

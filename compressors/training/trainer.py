@@ -44,8 +44,6 @@ from nxm_export.data.examples import NO_LABEL, Features, filled, label_array, pa
 from nxm_export.errors import DataError
 from nxm_export.progress import Progress, silent
 
-_PAD_TO = "pad_to"  # of a sample: the length of its whole batch, of which this process may have a part
-
 
 @dataclass(frozen=True)
 class Phase:
@@ -90,7 +88,7 @@ def _in_batches(features: Sequence[Features], order: Sequence[int], batch_size: 
     for start in range(0, len(order), batch_size):
         batch = [features[i] for i in order[start : start + batch_size]]
         longest = max(len(sample["input_ids"]) for sample in batch)
-        samples += [{**sample, _PAD_TO: longest} for sample in batch]
+        samples += [{**sample, "pad_to": longest} for sample in batch]
     return samples
 
 
@@ -214,9 +212,8 @@ def collate(samples: Sequence[Features], pad_id: int) -> dict[str, Tensor]:
 
     Labels of tokens are padded like the tokens, with `NO_LABEL`.
     """
-    longest = samples[0].get(_PAD_TO)
-    samples = [{name: value for name, value in sample.items() if name != _PAD_TO} for sample in samples]
-    batch = {name: torch.from_numpy(array) for name, array in pad(samples, pad_id, longest).items()}
+    padded = pad(samples, pad_id, samples[0].get("pad_to"))
+    batch = {name: torch.from_numpy(array) for name, array in padded.items()}
     if "span" in samples[0]:
         batch["labels"] = torch.tensor([sample["span"] for sample in samples])
     elif "labels" in samples[0]:

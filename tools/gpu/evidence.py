@@ -23,6 +23,7 @@ from pathlib import Path
 from engines.base import BuildOptions, Profile
 from engines.benchmark.latency import BenchReport
 from engines.sparsity.report import SparsityReport
+from nxm_export.data.examples import Features
 from nxm_export.errors import NxmError
 from nxm_export.storage.atomic import atomic_dir, write_atomic
 from nxm_export.storage.json_files import encode, read_record
@@ -270,7 +271,7 @@ def parity(checkpoint: Path, work: Path, longest: int) -> dict[str, Parity]:
     from engines.parity.compare import compare
 
     rng = np.random.default_rng(0)
-    features = []
+    features: list[Features] = []
     for _ in range(32):
         length = int(rng.integers(4, min(48, longest) + 1))
         ids = [int(token) for token in rng.integers(5, 30522, size=length)]

@@ -19,6 +19,7 @@ from compressors.training.trainer import schedule
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
+from nxm_export.data.examples import Features
 from nxm_export.errors import DataError, PlanError
 from nxm_export.progress import Progress
 from tests.support import tiny
@@ -34,7 +35,7 @@ FAST: dict[str, Any] = {
 }
 
 
-def features_of_lengths(lengths: list[int]) -> list[dict[str, Any]]:
+def features_of_lengths(lengths: list[int]) -> list[Features]:
     return [{"input_ids": [5] * length} for length in lengths]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import nn
@@ -99,7 +99,7 @@ def load_tokenizer(source: ModelSource) -> FastTokenizer:
 
     try:
         with quiet_transformers():
-            tokenizer: FastTokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+            tokenizer = cast("FastTokenizer", AutoTokenizer.from_pretrained(source.path, trust_remote_code=False))
     except Exception as error:  # tokenizers raise many kinds for damaged files
         raise ArtifactError(f"{source.path}: its tokenizer cannot be loaded ({error})") from error
     if not tokenizer.is_fast:

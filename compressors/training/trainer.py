@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from compressors.distributed import world_size
@@ -36,12 +36,12 @@ from compressors.training.callbacks import (
     CompleteCallback,
     JsonLog,
     ProgressCallback,
-    TrainerCallback,
 )
 from compressors.training.distillation import Student
 from nxm_export.contract.train_log import TRAIN_LOG_FILE
 from nxm_export.data.examples import NO_LABEL, Features, filled, label_array, pad, sorted_batches
 from nxm_export.errors import DataError
+from nxm_export.hf.model_loading import quiet_log
 from nxm_export.progress import Progress, silent
 
 
@@ -152,7 +152,8 @@ def run_phase(
         callbacks=[log, ProgressCallback(phase.name, phase.steps, data.progress), *callbacks, CompleteCallback()],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with quiet_log():  # the Trainer says, for one, how it sorts checkpoints that were written within a second
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.accelerator.wait_for_everyone()  # each lists the directory as its training ends
     if trainer.is_world_process_zero():
         partial = finished.with_suffix(".partial")

@@ -60,7 +60,18 @@ from tools.rendering import render, write_section
 
 TOOL = "tools/benchmarks/training.py"
 FILE = RECORDS / "training.json"
-MODELS = {
+
+
+class Sizes(TypedDict):
+    """Of a BERT, by the names of its configuration."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+
+
+MODELS: dict[str, Sizes] = {
     "MiniLM-L6": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12},
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     "BERT-base, 3 of 12 blocks": {
@@ -366,7 +377,7 @@ def train_in_this_process(kind: str, name: str, batch: int, sequence: int, preci
     return {"before": before, "peak": peak_bytes()}
 
 
-class _Penalty(TrainerCallback):  # type: ignore[misc]  # transformers comes without types
+class _Penalty(TrainerCallback):
     """Adds the penalty and updates the duals after every step, more often than any phase does."""
 
     def __init__(self, admm: Admm) -> None:

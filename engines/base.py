@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from engines.passport import EnginePassport
 
+COMPANIONS = (SPEC_FILE, TOKENIZER_FILE)  # what is served beside the engine: the passport has their hashes
 BACKENDS = {
     "ort": "engines.ort.backend",
     "openvino": "engines.openvino.backend",
@@ -261,7 +262,7 @@ def spec_of(directory: Path) -> IOSpec | None:
 
 def copy_companions(source: Path, out: Path) -> None:
     """Copy what makes an engine directory self-contained from the graph's directory; an ONNX file alone has none."""
-    for name in (SPEC_FILE, TOKENIZER_FILE, ORIGIN_FILE):
+    for name in (*COMPANIONS, ORIGIN_FILE):
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
 

@@ -66,6 +66,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     degrade, `EngineError` for everything that the builder refuses.
     """
     from nxm_export.graph.graph_weights import load_graph
+    from nxm_export.graph.tensorrt_parser import parser_of, require_read_right
     from nxm_export.graph.verifier import verify
 
     onnx = Path(onnx)
@@ -73,6 +74,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     model = load_graph(onnx)
     verify(onnx).require()
     _require_typing(model, trt.__version__, onnx)
+    require_read_right(model, parser_of(NAME, trt.__version__), str(onnx))
     profiles = profiles_for(options.profiles, onnx.parent)
     facts = _facts(trt, device)
     cache = _cache(options, facts)

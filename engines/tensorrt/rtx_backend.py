@@ -70,11 +70,13 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     """
     _require_installed()
     from nxm_export.graph.graph_weights import load_graph
+    from nxm_export.graph.tensorrt_parser import parser_of, require_read_right
     from nxm_export.graph.verifier import verify
 
     onnx = Path(onnx)
     model = load_graph(onnx)
     verify(onnx).require()
+    require_read_right(model, parser_of(NAME, version(PACKAGE)), str(onnx))
     if options.build_route is not None:
         raise EngineError("TensorRT-RTX has no build routes; leave --build-route out, or build with --backend trt")
     profiles = profiles_for(options.profiles, onnx.parent)

@@ -18,6 +18,7 @@ import numpy as np
 
 from nxm_export.data.readers import FORMATS, read_rows
 from nxm_export.errors import ArtifactError, DataError
+from nxm_export.storage.json_files import read_text
 
 DataRow = Mapping[str, object]  # of a data file: cells by column
 Cell = Callable[[DataRow, str, str], "RawLabel"]  # row, column and place to what the cell holds
@@ -315,11 +316,18 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     file = directory / "tokenizer.json"
     if not file.is_file():
         raise ArtifactError(f"{file} is missing; copy it from the model, or save its fast tokenizer there")
+    return parse_tokenizer(read_text(file, "copy it from the model"), file)
+
+
+def parse_tokenizer(text: str, file: Path) -> Tokenizer:
+    """The `tokenizers.Tokenizer` that `text`, read from `file`, holds; raises `ArtifactError`."""
     import tokenizers
 
     try:
-        return cast("Tokenizer", tokenizers.Tokenizer.from_file(str(file)))
-    except Exception as error:  # the tokenizers library raises plain Exception
+        return cast("Tokenizer", tokenizers.Tokenizer.from_str(text))
+    except BaseException as error:  # the library raises plain Exception, and what its Rust code panics with is not one
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ArtifactError(f"{file}: not a readable tokenizer ({error})") from error
 
 

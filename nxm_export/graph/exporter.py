@@ -209,6 +209,7 @@ def _made(opened: _OpenedModel, settings: _GraphSettings) -> tuple[ir.Model, flo
     if settings.precision_overrides:
         _override_precision(model, settings.precision_overrides, dtype)
     if settings.target.opset < 18:
+        _write_whole_shapes(model.graph)
         _lower_opset(model, settings.target.opset)
     _name_axes(model, opened.task)
     model.metadata_props.update(_metadata(opened, settings, hashes))
@@ -395,6 +396,22 @@ def _override_precision(model: ir.Model, precision: str, dtype: str) -> None:
             for i, read in enumerate(user.inputs):
                 if read is output:
                     user.replace_input_with(i, back.outputs[0])
+
+
+def _write_whole_shapes(graph: ir.Graph) -> None:
+    """Write every Shape with `start` or `end` as Shape and Gather: the parser of TensorRT 8 and 9 ignores both, and
+    gives all sizes."""
+    for node in [node for node in graph if node.op_type == "Shape" and node.attributes]:
+        value, output = node.inputs[0], node.outputs[0]
+        if value is None or value.shape is None:
+            raise ExportError(f"{node.name}: the rank of what it measures is not known; use another target")
+        start, end = (node.attributes[key].as_int() if key in node.attributes else None for key in ("start", "end"))
+        axes = np.arange(len(value.shape), dtype=np.int64)[start:end]
+        whole = ir.node("Shape", [value], name=node.name)
+        whole.outputs[0].name = f"{output.name}_all"
+        kept = add_initializer(graph, f"{output.name}_axes", axes)
+        picked = ir.node("Gather", [whole.outputs[0], kept], attributes={"axis": 0}, name=f"{node.name}_pick")
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [whole, picked], [output], picked.outputs)
 
 
 def _lower_opset(model: ir.Model, opset: int) -> None:

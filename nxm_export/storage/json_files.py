@@ -36,7 +36,9 @@ _PATH_STEP = re.compile(
 )  # of msgspec's paths: a field, an index, "..." for a key of a mapping
 
 
-def parse_json(text: str, source: str, way_out: str, error: type[Exception], *, foreign: bool = False) -> object:
+def parse_json(
+    text: str, source: str, way_out: str, error: Callable[[str], Exception], *, foreign: bool = False
+) -> object:
     """The value of a JSON text; one that JSON does not allow, or that names a key twice, is an `error` with `source`
     and `way_out`. A `foreign` text, one of others, may hold NaN, infinity and numbers that are too large for one."""
     constant, number = (float, float) if foreign else (_no_constant, _finite_float)
@@ -250,8 +252,9 @@ def _plain(value: object) -> object:
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice!r:.80} stands there twice")
     return value
 
 
@@ -262,7 +265,7 @@ def _no_constant(name: str) -> float:
 def _finite_float(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is too large for a number")
+        raise ValueError(f"{text:.40} is too large for a number")
     return number
 
 

@@ -34,6 +34,7 @@ from nxm_export.data.examples import (
     label_array,
     pad,
     sorted_batches,
+    tokens_of,
 )
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.predictions import (
@@ -105,8 +106,7 @@ class Predictor:
         if self._task.output_kind == "span":
             return [*self._answers(rows, batch)]
         encodings = self._tokenized(rows)
-        names = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-        features = [{name: getattr(made, names[name]) for name in self.spec.inputs} for made in encodings]
+        features = [tokens_of(made, self.spec.inputs) for made in encodings]
         values = self._run(features, batch)
         if self.spec.task == "token-classification":
             return [

@@ -206,7 +206,7 @@ def unit(text: str, answers: list[str], first: int = 3) -> np.ndarray:
     ends = list(itertools.accumulate(len(word) + 1 for word in text.split()))
     starts = [0, *ends[:-1]]
     window = Window(first, text, starts, [end - 1 for end in ends], answers)
-    return np.asarray(label_array([{"labels": window.pack()}])[0])
+    return np.asarray(label_array([{"input_ids": [], "labels": window.pack()}])[0])
 
 
 class TestScores:

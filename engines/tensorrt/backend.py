@@ -27,7 +27,7 @@ from engines.tensorrt.builder_process import (
     usable_cache,
 )
 from engines.tensorrt.cuda_driver import device_facts
-from engines.tensorrt.profiles import profiles_for
+from engines.tensorrt.profiles import graph_inputs, profiles_for
 from engines.tensorrt.runtime import TensorRTEngine
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.storage.json_files import Json
@@ -74,7 +74,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     model = load_graph(onnx)
     verify(onnx).require()
     _require_typing(model, trt.__version__, onnx)
-    profiles = profiles_for(options.profiles, onnx.parent)
+    profiles = profiles_for(options.profiles, onnx.parent, graph_inputs(model))
     facts = _facts(trt, device)
     cache = _cache(options, facts)
     request = BuildRequest(

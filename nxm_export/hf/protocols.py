@@ -35,6 +35,9 @@ class FastTokenizer(Saved, Protocol):
     pad_token_id: int | None
     backend_tokenizer: Tokenizer
 
+    def convert_ids_to_tokens(self, ids: int) -> str:
+        """The token of an id."""
+
 
 class ModelClass(Protocol):
     """A class of transformers' models."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -110,9 +111,10 @@ def run(demo: bool, model: str | None, out: Path | None, dry_run: bool, json: bo
             result = estimate(request)
             show_result(result.to_dict, json, lambda: print_estimate(result))
             return
+    head = _say_of_head(request)
     with progress_bars(enabled=not json) as progress:
         summary = run_all(request, out, progress=progress)
-    show_result(summary.to_dict, json, lambda: print_summary(summary))
+    show_result(lambda: {**summary.to_dict(), "head": head}, json, lambda: print_summary(summary))
     summary.require_passed()
 
 
@@ -149,9 +151,10 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values
         raise click.UsageError("missing --train or --dev")
     require_plan_alone(plan_file, _given_plan_options())
     request = _request(model, options, settings_of(Settings, values))
+    head = _say_of_head(request)
     with progress_bars(enabled=not json) as progress:
         metrics = compress_model(request, out, plan=plan_file, progress=progress)
-    facts = {**metrics.to_dict(), "path": str(out)}
+    facts = {**metrics.to_dict(), "head": head, "path": str(out)}
     show_result(lambda: facts, json, lambda: print_facts("compressed", facts))
 
 
@@ -212,6 +215,18 @@ def unpack(file: Path, out: Path) -> None:
     from nxm_export.contract.packed_checkpoint import unpack as unpack_file
 
     click.echo(unpack_file(file, out))
+
+
+def _say_of_head(request: Request) -> str:
+    """Say before training, on stderr, that the head is made anew; what ``--json`` says of it."""
+    from nxm_export.pipeline.run import head_notice
+
+    notice = head_notice(request)
+    if notice is None:
+        return "kept"
+    if not int(os.environ.get("RANK", "0")):
+        click.echo(f"nxm: {notice}", err=True)
+    return "new"
 
 
 def _spec(pattern: str, bits: str) -> WeightSpec:

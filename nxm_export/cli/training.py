@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from compressors.settings import Settings
 from nxm_export.cli.group import main
 from nxm_export.cli.options import (
     DATA_OPTIONS,
+    LABEL_MAP_OPTION,
     PLAN_OPTIONS,
     SEARCH_OPTIONS,
     SEARCH_TRAINING_OPTIONS,
@@ -56,6 +56,7 @@ class _PlanAndData:
     text: str | None
     text_pair: str | None
     label: str | None
+    label_map: str | None
     train_limit: int | None
     revision: str | None
 
@@ -69,6 +70,7 @@ class _SearchOptions:
     text: str | None
     text_pair: str | None
     label: str | None
+    label_map: str | None
 
 
 @main.command()
@@ -108,7 +110,7 @@ def run(demo: bool, model: str | None, out: Path | None, dry_run: bool, json: bo
             result = estimate(request)
             show_result(result.to_dict, json, lambda: print_estimate(result))
             return
-    head = _say_of_head(request)
+    head = _head_of(request)
     with progress_bars(enabled=not json) as progress:
         summary = run_all(request, out, progress=progress)
     show_result(lambda: {**summary.to_dict(), "head": head}, json, lambda: print_summary(summary))
@@ -144,7 +146,7 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values
     if not options.train or not options.dev:
         raise click.UsageError("missing --train or --dev")
     request = _request(model, options, settings_of(Settings, values))
-    head = _say_of_head(request)
+    head = _head_of(request)
     with progress_bars(enabled=not json) as progress:
         metrics = compress_model(request, out, plan=plan_file, progress=progress)
     facts = {**metrics.to_dict(), "head": head, "path": str(out)}
@@ -158,6 +160,7 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values
 @click.option("--text")
 @click.option("--text-pair")
 @click.option("--label")
+@LABEL_MAP_OPTION
 @SEARCH_OPTIONS
 @click.option("--latency-table", type=click.Path(path_type=Path), help="JSON: {role: {option: milliseconds}}.")
 @SEARCH_TRAINING_OPTIONS
@@ -181,7 +184,7 @@ def search(model: str, task: str, train: str, out: Path, json: bool, **values: o
             out=out,
             settings=settings_of(SearchSettings, values, **changes),
             training=settings_of(Settings, values),
-            columns=columns_of(options.text, options.text_pair, options.label),
+            columns=columns_of(options.text, options.text_pair, options.label, options.label_map),
             progress=progress,
         )
     show_result(result.to_dict, json, lambda: print_search(result))
@@ -209,16 +212,11 @@ def unpack(file: Path, out: Path) -> None:
     click.echo(unpack_file(file, out))
 
 
-def _say_of_head(request: Request) -> str:
-    """Say before training, on stderr, that the head is made anew; what ``--json`` says of it."""
+def _head_of(request: Request) -> str:
+    """What ``--json`` says of the head: ``kept``, or ``new`` where one is trained first."""
     from nxm_export.pipeline.run import head_notice
 
-    notice = head_notice(request)
-    if notice is None:
-        return "kept"
-    if not int(os.environ.get("RANK", "0")):
-        click.echo(f"nxm: {notice}", err=True)
-    return "new"
+    return "kept" if head_notice(request) is None else "new"
 
 
 def _spec(pattern: str, bits: str) -> WeightSpec:
@@ -250,7 +248,7 @@ def _request(model: str, options: _PlanAndData, settings: Settings) -> Request:
         dev=options.dev,
         spec=_spec(options.pattern, options.weight_bits),
         settings=settings,
-        columns=columns_of(options.text, options.text_pair, options.label),
+        columns=columns_of(options.text, options.text_pair, options.label, options.label_map),
         placement=None if of_placement is ParameterSource.DEFAULT else options.placement,
         residual=options.residual,
         embedding=options.embedding,

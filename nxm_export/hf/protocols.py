@@ -33,7 +33,11 @@ class FastTokenizer(Saved, Protocol):
     is_fast: bool
     model_max_length: int
     pad_token_id: int | None
+    all_special_ids: list[int]
     backend_tokenizer: Tokenizer
+
+    def __len__(self) -> int:
+        """How many tokens it knows."""
 
     def convert_ids_to_tokens(self, ids: int) -> str:
         """The token of an id."""

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
-from nxm_export.data.label_kinds import labelled, load_labelled, names_for, read_by_model
+from nxm_export.data.label_kinds import classes_of, labelled, load_labelled, read_by_model
 from nxm_export.data.scorable import require_scorable
-from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
     from compressors.models import ModelSource
@@ -49,7 +48,7 @@ class RunEstimate:
     fp32_onnx_bytes: int
     onnx_bytes: int
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
         return asdict(self)
 
@@ -100,9 +99,10 @@ def _data(request: Request, source: ModelSource, task: Task) -> tuple[list[str],
         for file, split in ((request.train, "train"), (request.dev, "dev"))
     )
     fits = source.head_fits(task)
-    names = names_for(train, task, source.classes() if fits else None)
-    labelled(train, task, names)
-    require_scorable(task, labelled(dev, task, names), names)
+    classes = classes_of(train, task, source.classes() if fits else None)
+    labelled(train, task, classes)
+    dev_classes = classes_of(dev, task, source.classes()) if fits else classes
+    require_scorable(task, labelled(dev, task, dev_classes), None if dev_classes is None else dev_classes.names)
     texts = [text if isinstance(text, str) else " ".join(text) for text in read_by_model(train, task)]
     return texts, len(dev.texts), fits
 

@@ -94,7 +94,8 @@ def test_no_value_of_any_key_is_more_than_an_error_of_ours(change: dict[str, obj
             with contextlib.suppress(NxmError):
                 config = read_config(directory)
                 family = family_of(config)
-                if isinstance(config.get("num_hidden_layers"), int) and config["num_hidden_layers"] < 99:
+                layers = config.get("num_hidden_layers")
+                if isinstance(layers, int) and layers < 99:
                     family.uniform_plan(config, WeightSpec.parse("2:4+W8"))
                 has_head(directory, config, task)
                 IOSpec.of(directory, config, family, task)

@@ -9,7 +9,7 @@ import pytest
 
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.examples import Columns
-from nxm_export.data.label_kinds import labelled, load_labelled, names_for
+from nxm_export.data.label_kinds import classes_of, labelled, load_labelled
 from nxm_export.data.scorable import require_scorable
 from nxm_export.errors import DataError
 
@@ -39,11 +39,11 @@ def test_it_is_refused_with_the_reason_and_taken_where_labels_vary(name: str, tm
     classes = ["x", "y"] if name == "multi-label" else None
     file.write_text(text.format(*good))
     raw = load_labelled(str(file), "dev", columns, task)
-    require_scorable(task, labelled(raw, task, classes or names_for(raw, task, None)), classes)
+    require_scorable(task, labelled(raw, task, classes_of(raw, task, classes)), classes)
     file.write_text(text.format(*bad))
     raw = load_labelled(str(file), "dev", columns, task)
     with pytest.raises(DataError, match=rf"dev\.tsv: no metric can score it: {reason}"):
-        require_scorable(task, labelled(raw, task, classes), classes)
+        require_scorable(task, labelled(raw, task, classes_of(raw, task, classes)), classes)
 
 
 def test_candidates_that_are_all_alike_are_nothing_to_rank(tmp_path: Path) -> None:
@@ -60,7 +60,8 @@ def test_sentences_without_an_entity_have_no_entity_f1(tags: str, refused: bool,
     file = tmp_path / "dev.conll"
     file.write_text("".join(f"w {tag}\n" for tag in tags.split()) + "\n")
     task = TASKS["token-classification"]
-    examples = labelled(load_labelled(str(file), "dev", Columns(), task), task, ["O", "B-X"])
+    raw = load_labelled(str(file), "dev", Columns(), task)
+    examples = labelled(raw, task, classes_of(raw, task, ["O", "B-X"]))
     if refused:
         with pytest.raises(DataError, match="every tag is O"):
             require_scorable(task, examples, ["O", "B-X"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -111,7 +110,7 @@ def run(demo: bool, model: str | None, out: Path | None, dry_run: bool, json: bo
             result = estimate(request)
             show_result(result.to_dict, json, lambda: print_estimate(result))
             return
-    head = _say_of_head(request)
+    head = _head_of(request)
     with progress_bars(enabled=not json) as progress:
         summary = run_all(request, out, progress=progress)
     show_result(lambda: {**summary.to_dict(), "head": head}, json, lambda: print_summary(summary))
@@ -151,7 +150,7 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values
         raise click.UsageError("missing --train or --dev")
     require_plan_alone(plan_file, _given_plan_options())
     request = _request(model, options, settings_of(Settings, values))
-    head = _say_of_head(request)
+    head = _head_of(request)
     with progress_bars(enabled=not json) as progress:
         metrics = compress_model(request, out, plan=plan_file, progress=progress)
     facts = {**metrics.to_dict(), "head": head, "path": str(out)}
@@ -217,16 +216,11 @@ def unpack(file: Path, out: Path) -> None:
     click.echo(unpack_file(file, out))
 
 
-def _say_of_head(request: Request) -> str:
-    """Say before training, on stderr, that the head is made anew; what ``--json`` says of it."""
+def _head_of(request: Request) -> str:
+    """What ``--json`` says of the head: ``kept``, or ``new`` where one is trained first."""
     from nxm_export.pipeline.run import head_notice
 
-    notice = head_notice(request)
-    if notice is None:
-        return "kept"
-    if not int(os.environ.get("RANK", "0")):
-        click.echo(f"nxm: {notice}", err=True)
-    return "new"
+    return "kept" if head_notice(request) is None else "new"
 
 
 def _spec(pattern: str, bits: str) -> WeightSpec:

@@ -30,7 +30,7 @@ from nxm_export.contract.run_summary import DIRECTORY as SUMMARY_DIRECTORY
 from nxm_export.contract.run_summary import SUMMARY_FILE, RunSummary, read_summary
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.examples import Columns, Features
-from nxm_export.errors import DataError, EngineError, EngineUnavailable, PlanError
+from nxm_export.errors import DataError, EngineError, EngineUnavailable, PlanError, notice
 from nxm_export.pipeline.engine_commands import features_of
 from nxm_export.pipeline.estimate import saved_bytes
 from nxm_export.pipeline.summary import BuildResults, kind_of, summarize
@@ -132,6 +132,7 @@ def run(request: Request, out: str | Path, *, progress: Progress = silent) -> Ru
         source = resolve(request.model, request.revision)
         plan = request.uniform_plan(source)
         _require_space(directory.root, source, plan)
+        _say(_head_notice(request, source))
         _train(directory, request, plan, source.path, progress)
         plan = open_checkpoint(directory.path("checkpoint")).plan  # outputs that cost too much are no longer in it
         graphs = _export(directory, request, plan, progress)
@@ -180,6 +181,7 @@ def compress_model(
                 f"{request.model} has no {request.task} head; fine-tune it in one process first: under torchrun "
                 "`nxm compress` takes the dense task model"
             )
+        _say(_head_notice(request, source))
         directory = RunDir(out.with_name(f"{out.name}-dense"))
         with directory.lock():
             _finetune(directory, request, source.path, progress)
@@ -204,12 +206,21 @@ def head_notice(request: Request) -> str | None:
     """What is said before a head is trained anew, None where the model keeps its own."""
     from compressors.models import resolve
 
-    source, task = resolve(request.model, request.revision), task_named(request.task)
+    return _head_notice(request, resolve(request.model, request.revision))
+
+
+def _head_notice(request: Request, source: ModelSource) -> str | None:
+    task = task_named(request.task)
     if source.head_fits(task):
         return None
     own = task_at(source.path, source.config)
     had = f"its {own} head is dropped" if own else f"it has no {task.name} head"
     return f"{request.model}: {had}, and a new {task.name} head is trained before it is compressed"
+
+
+def _say(text: str | None) -> None:
+    if text is not None:
+        notice(text)
 
 
 def _require_space(root: Path, source: ModelSource, plan: CompressionPlan) -> None:

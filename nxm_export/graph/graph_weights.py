@@ -9,6 +9,7 @@ integers in front of that, moved as the scaled values are moved. What cannot be 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,12 +38,13 @@ class GraphWeight:
     """One weight matrix as a product node reads it.
 
     `matrix` is (K, N): the integers that a DequantizeLinear or the operator itself scales, otherwise the values.
-    `operand` is the input of `node` that it is; `stored` the type in the file and `codes` the type of the matrix:
-    of what DequantizeLinear reads, where there is one. `scale_axis` is ``N``, ``K``, ``block`` (several scales
-    along K) or ``tensor``, None without scale; `zero_point` has a shape that `matrix` broadcasts with, or another
-    that nothing here knows. `quantized` says that stored integers or a QuantizeLinear made it, in whatever way. K
-    consists of runs of `run` elements that lie together. `unrounded` is the matrix in front of a QuantizeLinear of
-    constants, and `moved_by` names operators that take a part of it or join it, behind its DequantizeLinear."""
+    `operand` is the input of `node` that it is; `stored` the type in the file and `codes` the type of the matrix: of
+    what DequantizeLinear reads, where there is one. `scale_axis` is ``N``, ``K``, ``block`` (several scales along K) or
+    ``tensor``, None without scale; `zero_point` has a shape that `matrix` broadcasts with, or another that nothing here
+    knows. `quantized` says that stored integers or a QuantizeLinear made it, in whatever way. K consists of runs of
+    `run` elements that lie together. `stack` is how many matrices the operand has (of a convolution it says nothing).
+    `unrounded` is the matrix in front of a QuantizeLinear of constants, and `moved_by` names operators that take a part
+    of it or join it, behind its DequantizeLinear."""
 
     name: str
     node: ir.Node
@@ -55,6 +57,7 @@ class GraphWeight:
     codes: str
     quantized: bool
     run: int
+    stack: int = 1
     unrounded: np.ndarray | None = None
     moved_by: tuple[str, ...] = ()
 
@@ -257,6 +260,7 @@ class _Reader:
             codes=type_name(values) if codes is None else codes.kind,
             quantized=codes is not None or origins.quantized,
             run=read.run,
+            stack=math.prod(values.shape[:-2]),
             unrounded=floats,
             moved_by=() if codes is None else codes.moved_by,
         )

@@ -5,8 +5,8 @@ Needs the engine's runtime and the tokenizers package, neither torch nor transfo
     with Predictor("engine") as predictor:
         predictor.predict(["a wonderful film"])   # such as [Prediction(label='positive', score=0.98)]
 
-A text is tokenized as in training and comparison. One that is longer than the model's input is cut at its end, and
-`Predictor.shortened` counts such texts; the context of a question is never cut, but read in windows.
+A text is tokenized as in training and comparison. One that is longer than the model's input is cut where its tokenizer
+cuts, and `Predictor.shortened` counts such texts; the context of a question is never cut, but read in windows.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from nxm_export.data.examples import (
     Encoding,
     Examples,
     Features,
+    cut_at,
     encode,
     label_array,
     pad,
@@ -159,9 +160,9 @@ class Predictor:
             raise DataError(
                 f"{self.directory}: its input of {longest} tokens leaves no room beside {special} special ones"
             )
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(longest)
-        encodings = self._tokenizer.encode_batch(rows)
+        cut_at(self._tokenizer, longest)
+        # A second text that is empty is none, as in training.
+        encodings = self._tokenizer.encode_batch([row if isinstance(row, str) or row[1] else row[0] for row in rows])
         self.shortened += sum(bool(made.overflowing) for made in encodings)
         return encodings
 

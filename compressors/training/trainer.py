@@ -39,7 +39,8 @@ from compressors.training.callbacks import (
 )
 from compressors.training.distillation import Student
 from nxm_export.contract.train_log import TRAIN_LOG_FILE
-from nxm_export.data.examples import NO_LABEL, Features, filled, label_array, pad, sorted_batches
+from nxm_export.data.examples import Features, filled, label_array, pad, sorted_batches
+from nxm_export.data.token_labels import training_labels
 from nxm_export.errors import DataError
 from nxm_export.hf.model_loading import quiet_log
 from nxm_export.progress import Progress, silent
@@ -211,17 +212,17 @@ def collate(samples: Sequence[Features], pad_id: int) -> dict[str, Tensor]:
     """Pad samples to the longest of the batch; labels become int64 classes or float32 scores, or the place of the
     answer (batch, 2).
 
-    Labels of tokens are padded like the tokens, with `NO_LABEL`.
+    Labels of tokens are padded like the tokens (`nxm_export.data.token_labels.training_labels`).
     """
     padded = pad(samples, pad_id, samples[0].get("pad_to"))
     batch = {name: torch.from_numpy(array) for name, array in padded.items()}
     if "span" in samples[0]:
         batch["labels"] = torch.tensor([sample["span"] for sample in samples])
     elif "labels" in samples[0]:
-        labels = torch.from_numpy(label_array(samples))
-        if labels.dim() == 2 and not labels.is_floating_point():
-            width = batch["input_ids"].shape[1]
-            labels = nn.functional.pad(labels, (0, width - labels.shape[1]), value=NO_LABEL)
+        array = label_array(samples)
+        if array.ndim == 2 and array.dtype.kind == "i":
+            array = training_labels(array, batch["input_ids"].shape[1])
+        labels = torch.from_numpy(array)
         batch["labels"] = labels.float() if labels.is_floating_point() else labels
     return batch
 

@@ -17,7 +17,7 @@ from nxm_export.cli.engine_tables import (
     print_text_throughput,
 )
 from nxm_export.cli.group import main
-from nxm_export.cli.options import columns_of, json_option, numbers_of, shape_of, typed
+from nxm_export.cli.options import LABEL_MAP_OPTION, columns_of, json_option, numbers_of, shape_of, typed
 from nxm_export.cli.output import show_result
 from nxm_export.cli.parity_tables import print_bisects, print_comparison
 from nxm_export.cli.progress_bars import progress_bars
@@ -256,6 +256,7 @@ def inspect(
 @click.option("--text")
 @click.option("--text-pair")
 @click.option("--label")
+@LABEL_MAP_OPTION
 @click.option(
     "--gate",
     "gates",
@@ -298,7 +299,7 @@ def compare(
     if checkpoint is None:
         checkpoint = recorded_checkpoint(engines[0])
         click.echo(f"the checkpoint is {checkpoint}, which {engines[0]} records", err=True)
-    named = columns_of(columns["text"], columns["text_pair"], columns["label"])
+    named = columns_of(columns["text"], columns["text_pair"], columns["label"], columns["label_map"])
     if bisect:
         reports = engine_commands.bisect_engines(checkpoint, engines, data, named)
         show_result(lambda: [report.to_dict() for report in reports], json, lambda: print_bisects(reports))

@@ -179,10 +179,7 @@ def test_a_command_without_options_calls_its_function_with_the_function_s_own_de
     from nxm_export.pipeline.engine_commands import bench_engines
 
     for function, command in ((export, ["export", "c", "--out", "o"]), (bench_engines, ["bench", "e"])):
-        defaults = {
-            name: list(value) if name == "shapes" and isinstance(value, tuple) else value
-            for name, value in _defaults_of(function).items()
-        }
+        defaults = _defaults_of(function)
         arguments = _arguments_of(monkeypatch, function, command)
         assert {name: arguments[name] for name in defaults} == defaults
 

@@ -26,7 +26,7 @@ from nxm_export.data.examples import Columns, Examples, Features, Tokenizer
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.pipeline.graph_file import onnx_file
 from nxm_export.pipeline.inspection import sparsity_of
-from nxm_export.storage.atomic import atomic_dir
+from nxm_export.storage.atomic import atomic_dir, require_apart
 from nxm_export.storage.hashing import file_hash
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def build_engine(
     from engines.base import backend
 
     source, out = onnx_file(source), Path(out)
+    require_apart(out, source)
     options = _build_options(options, out, source.parent, profiles_from)
     with atomic_dir(out) as scratch:
         return backend(name).build(source, scratch, options)
@@ -98,6 +99,7 @@ def build_twin_engines(
     from nxm_export.pipeline.sparsity_twins import TwinGraphs, build_twins
 
     checkpoint, out = Path(checkpoint), Path(out)
+    require_apart(out, checkpoint)
     options = _build_options(options, out, checkpoint, profiles_from)
     return build_twins(checkpoint, out, name, options, graphs or TwinGraphs())
 
@@ -138,6 +140,7 @@ def build_fastest(
     from engines.passport import load_passport
 
     source, out, options = onnx_file(source), Path(out), options or BuildOptions()
+    require_apart(out, source, *([] if check is None else [check.checkpoint, check.data]))
     with atomic_dir(out) as scratch, TemporaryDirectory() as work:
         engines, left_out = fastest_backend.build_candidates(source, Path(work), options)
         if check is not None:

@@ -34,7 +34,7 @@ from nxm_export.errors import DataError, EngineError, EngineUnavailable, PlanErr
 from nxm_export.pipeline.engine_commands import features_of
 from nxm_export.pipeline.summary import BuildResults, kind_of, summarize
 from nxm_export.progress import Progress, silent
-from nxm_export.storage.atomic import require_replaceable, write_atomic
+from nxm_export.storage.atomic import require_apart, require_replaceable, write_atomic
 from nxm_export.storage.json_files import Json
 from nxm_export.storage.run_dir import RunDir
 
@@ -129,6 +129,7 @@ def run(request: Request, out: str | Path, *, progress: Progress = silent) -> Ru
     directory = RunDir(out)
     with directory.lock():
         source = resolve(request.model, request.revision)
+        require_apart(directory.root, source.path)
         _train(directory, request, request.uniform_plan(source), source.path, progress)
         plan = open_checkpoint(directory.path("checkpoint")).plan  # outputs that cost too much are no longer in it
         graphs = _export(directory, request, plan, progress)
@@ -165,6 +166,8 @@ def compress_model(
     from compressors.training.compress import compress
 
     source = resolve(request.model, request.revision)
+    files = [] if plan is None or isinstance(plan, CompressionPlan) else [plan]
+    require_apart(out, source.path, request.train, request.dev, *files, within=False)
     if plan is None:
         plan = request.uniform_plan(source)
     else:

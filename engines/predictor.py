@@ -11,7 +11,7 @@ cuts, and `Predictor.shortened` counts such texts; the context of a question is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
@@ -19,10 +19,11 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from engines.admission import admitted
 from engines.base import Engine, LoadOptions, Profile, backend
-from engines.passport import load_passport
 from engines.serving.shapes import plan_buckets
-from nxm_export.contract.io_spec import IOSpec, load_spec
+from nxm_export.contract.choices import GATE
+from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.examples import (
     Encoding,
@@ -31,7 +32,6 @@ from nxm_export.data.examples import (
     cut_at,
     encode,
     label_array,
-    load_tokenizer,
     pad,
     sorted_batches,
 )
@@ -58,22 +58,31 @@ _PAIR = {"question-answering": "(question, context)", "reranking": "(query, docu
 class Predictor:
     """A loaded engine directory that answers texts. Close it, or use it as a context manager.
 
-    `threads` are those of an engine on the CPU; by default as it was built. Raises `EngineUnavailable` where the engine
-    cannot run here, `ArtifactError` for a directory that is none of ours or that has no ``spec.json``, and `DataError`
-    for less than one thread.
+    `threads` are those of an engine on the CPU; by default as it was built. `gate` is which ``parity.json`` the engine
+    must have (one of `nxm_export.contract.choices.GATES`), `expect_sha256` the hashes of which its own, or that of all
+    its contents, must be one. Raises `EngineUnavailable` where the engine cannot run here, `ArtifactError` for a
+    directory that is none of ours or whose files are not those of its passport, `ParityError` for a parity that is not
+    good enough for `gate`, `ServeError` for a hash that was not expected, and `DataError` for less than one thread.
     """
 
-    def __init__(self, directory: str | Path, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        threads: int | None = None,
+        gate: str = GATE,
+        expect_sha256: Collection[str] = (),
+    ) -> None:
         if threads is not None and threads < 1:
             raise DataError(
                 f"an engine runs on at least one thread, got {threads}; leave it out for those it was built with"
             )
         self.directory = Path(directory)
         self.shortened = 0
-        self.spec: IOSpec = load_spec(self.directory)
+        passport = admitted(self.directory, gate, expect_sha256)
+        self.spec: IOSpec = passport.load_spec(self.directory)
         self._task = TASKS[self.spec.task]
-        self._tokenizer = load_tokenizer(self.directory)
-        passport = load_passport(self.directory)
+        self._tokenizer = passport.load_tokenizer(self.directory)
         self._profiles: Sequence[Profile] = passport.profiles
         self._engine: Engine = backend(passport.backend).load(self.directory, LoadOptions(threads))
 

@@ -65,12 +65,13 @@ class ServeError(NxmError):
 
 class RequestRefused(ServeError):
     """A request that a server answers with the HTTP `status` and this message, and `retry_after` seconds where it may
-    help."""
+    help. `reason` is what it is counted as, where its status does not say that."""
 
-    def __init__(self, status: int, message: str, *, retry_after: int | None = None) -> None:
+    def __init__(self, status: int, message: str, *, retry_after: int | None = None, reason: str | None = None) -> None:
         super().__init__(message)
         self.status = status
         self.retry_after = retry_after
+        self.reason = reason
 
 
 def some(names: Iterable[str]) -> str:

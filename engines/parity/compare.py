@@ -61,7 +61,7 @@ from engines.parity.tolerance import (
 from engines.passport import EnginePassport, load_passport
 from engines.reference import pytorch
 from engines.reference.pytorch import Perturbation
-from nxm_export.contract.io_spec import IOSpec, load_spec
+from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.tasks import TASKS, Task
 from nxm_export.data.examples import Features, filled, group_array, label_array, pad, sorted_batches
@@ -196,7 +196,8 @@ class Part:
 
 def open_part(checkpoint: Path, directory: Path) -> Part:
     """An engine directory, checked against its checkpoint; raises `ArtifactError`."""
-    passport, spec = load_passport(directory), load_spec(directory)
+    passport = load_passport(directory)
+    spec = passport.load_spec(directory)
     plan = plan_of(checkpoint, directory, passport)
     require_from(checkpoint, directory, passport, spec)
     return Part(directory, passport, spec, plan)
@@ -456,6 +457,7 @@ def _report(
         probes=run.probes,
         gates=checked,
         pairs=tuple(pair for other in others for pair in _pairs(run, other, samples)),
+        contents_sha256=part.passport.contents_sha256,
     )
 
 

@@ -2,7 +2,7 @@
 
 BYTES text (batch, 1) to token tensors (batch, length), padded to the next of ``lengths``: Triton's batcher merges equal
 shapes only, so without buckets almost nothing would share a batch. It stands alone in the container: the `tokenizers`
-package, and ``tokenizer.json`` and ``text.json`` beside it.
+package, and ``tokenizer.json``, ``text.json`` and ``long_texts.py`` (`engines.serving.long_texts`) beside it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ class TritonPythonModel:
             self.settings = json.load(stream)
         self.tokenizer = Tokenizer.from_file(os.path.join(here, "tokenizer.json"))
         self.tokenizer.no_padding()
-        side = (self.tokenizer.truncation or {}).get("direction", "right")  # the tokenizer's own
-        self.tokenizer.enable_truncation(self.settings["max_length"], direction=side)
+        self.side = (self.tokenizer.truncation or {}).get("direction", "right")  # the tokenizer's own
 
     def execute(self, requests: list[object]) -> list[object]:
         """Tokenize every request by itself; a bad one gets an error of its own."""
@@ -47,11 +46,8 @@ class TritonPythonModel:
         return responses
 
     def _texts(self, backend: ModuleType, request: object, name: str) -> list[str]:
-        limit = self.settings["max_bytes"]
         texts = []
         for row, item in enumerate(backend.get_input_tensor_by_name(request, name).as_numpy().ravel()):
-            if len(item) > limit:
-                raise ValueError(f"row {row} of {name} has {len(item)} bytes; at most {limit} are served")
             try:
                 texts.append(item.decode("utf-8"))
             except UnicodeDecodeError as error:
@@ -59,8 +55,8 @@ class TritonPythonModel:
         return texts
 
     def _encode(self, texts: list[str], pairs: list[str] | None) -> dict[str, np.ndarray]:
-        # Of one shape, says the config.
-        rows = texts if pairs is None else list(zip(texts, pairs))  # noqa: B905
+        rows = self._cut(texts, pairs)
+        self.tokenizer.enable_truncation(self.settings["max_length"], direction=self.side)
         encodings = self.tokenizer.encode_batch(rows)
         longest = max(len(encoding.ids) for encoding in encodings)
         length = next(bucket for bucket in self.settings["lengths"] if bucket >= longest)
@@ -72,3 +68,26 @@ class TritonPythonModel:
                 row[: len(values)] = values
             tensors[name] = array
         return tensors
+
+    def _cut(self, texts: list[str], pairs: list[str] | None) -> list[str] | list[tuple[str, str]]:
+        """The rows, far too long texts cut where that changes no token, as `nxm serve` does."""
+        from long_texts import beginning, beginnings  # type: ignore[import-not-found]
+
+        limits = (self._count, self.settings["max_length"], self.settings["longest_run"])
+        if self.side == "left":
+            return self._short(texts, pairs)
+        self.tokenizer.no_truncation()
+        if pairs is None:
+            return [beginning(text, *limits) for text in texts]
+        return [beginnings(text, pair, *limits) for text, pair in zip(texts, pairs)]  # noqa: B905 - the config's shape
+
+    def _short(self, texts: list[str], pairs: list[str] | None) -> list[str] | list[tuple[str, str]]:
+        """The rows; one that is far too long is refused, since the tokenizer reads texts from their ends."""
+        longest = self.settings["longest_run"]
+        for row, size in enumerate(max(map(len, both)) for both in zip(texts, pairs or texts)):  # noqa: B905
+            if size > longest:
+                raise ValueError(f"row {row} has {size} characters; at most {longest} are served")
+        return texts if pairs is None else list(zip(texts, pairs))  # noqa: B905 - the config's shape
+
+    def _count(self, text: str) -> int:
+        return len(self.tokenizer.encode(text, add_special_tokens=False).ids)

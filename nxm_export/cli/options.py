@@ -69,6 +69,22 @@ def options(*options: Decorator) -> Decorator:
     return decorate
 
 
+def expect_sha256_option(command: Command) -> Command:
+    """The option --expect-sha256; `expected_hashes` reads it."""
+    return click.option(
+        "--expect-sha256",
+        multiple=True,
+        metavar="HEX",
+        help="Take only engines whose file, or whose contents, have this hash; may be repeated.",
+    )(command)
+
+
+def expected_hashes(values: Mapping[str, object]) -> frozenset[str]:
+    """The hashes of the option --expect-sha256."""
+    given = values["expect_sha256"]
+    return frozenset(str(digest).lower() for digest in given) if isinstance(given, tuple) else frozenset()
+
+
 PLAN_OPTIONS = options(
     click.option(
         "--pattern", default=PATTERN, show_default=True, help="N:M kept of every M along the input axis, or 'none'."

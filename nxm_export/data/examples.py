@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
@@ -22,6 +22,10 @@ from nxm_export.data.readers import FORMATS, TOKEN_FORMATS, format_of, read_rows
 from nxm_export.data.token_labels import NO_LABEL, erased_tokens, joined, piece_labels
 from nxm_export.data.tokenizer_settings import direction_of, read_tokenizer_settings, settle
 from nxm_export.errors import ArtifactError, DataError, notice
+from nxm_export.storage.json_files import read_text
+
+if TYPE_CHECKING:
+    import tokenizers
 
 DataRow = Mapping[str, object]  # of a data file: cells by column
 Cell = Callable[[DataRow, str, str], "RawLabel"]  # row, column and place to what the cell holds
@@ -351,20 +355,26 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     file = directory / TOKENIZER_FILE
     if not file.is_file():
         raise ArtifactError(f"{file} is missing; copy it from the model, or save its fast tokenizer there")
+    tokenizer = parse_tokenizer(read_text(file, "copy it from the model"), file)
+    settle(cast("tokenizers.Tokenizer", tokenizer), read_tokenizer_settings(directory))
+    return tokenizer
+
+
+def parse_tokenizer(text: str, file: Path) -> Tokenizer:
+    """The `tokenizers.Tokenizer` that `text`, read from `file`, holds; raises `ArtifactError`."""
     import tokenizers
 
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the tokenizers library raises plain Exception
+        return cast("Tokenizer", tokenizers.Tokenizer.from_str(text))
+    except BaseException as error:  # the library raises plain Exception, and what its Rust code panics with is not one
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ArtifactError(f"{file}: not a readable tokenizer ({error})") from error
-    settle(tokenizer, read_tokenizer_settings(directory))
-    return cast("Tokenizer", tokenizer)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy ``tokenizer.json`` to where ``tokenizer_config.json`` is not: with what that says in it; raises
     `ArtifactError`."""
-    import tokenizers
 
     settings = read_tokenizer_settings(source)
     if settings.cuts_left or not settings.types:

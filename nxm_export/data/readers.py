@@ -137,7 +137,7 @@ def _json_object(line: str, place: str) -> dict[str, object]:
 
 def _json_array(path: Path, text: str) -> Iterator[tuple[str, dict[str, object]]]:
     rows = parse_json(text, str(path), "one array of objects, or one object a line", DataError, foreign=True)
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
         if not isinstance(row, dict):
             raise DataError(f"{path}: item {number}: not a JSON object; an array holds one object a sample")
         yield f"{path}: item {number}", row

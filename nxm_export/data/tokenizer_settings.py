@@ -8,13 +8,13 @@ that training, comparison and serving, which take ``tokenizer.json`` alone, make
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.json_files import Json, convert, parse_json, read_foreign_json
+from nxm_export.storage.json_files import as_object, as_objects, convert, entry_at, parse_json, read_foreign_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -64,7 +64,7 @@ def settle(tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> bool
     if not settings.types:
         import tokenizers
 
-        data = parse_json(tokenizer.to_str(), "tokenizer.json", _WAY_OUT, ArtifactError, foreign=True)
+        data = as_object(parse_json(tokenizer.to_str(), "tokenizer.json", _WAY_OUT, ArtifactError, foreign=True))
         untyped = _untyped(data["post_processor"])
         if untyped != data["post_processor"]:
             made = tokenizers.Tokenizer.from_str(json.dumps({**data, "post_processor": untyped}))
@@ -86,29 +86,31 @@ def direction_of(tokenizer: Cutting) -> str:
     return str((tokenizer.truncation or {}).get("direction", "right"))
 
 
-def _untyped(processor: Json) -> Json:
+def _untyped(processor: object) -> dict[str, object]:
     """A post-processor that gives every token type 0."""
     if processor is None:
         return _template([], [])
-    kind = processor["type"]
-    if kind == "Sequence":
-        return {**processor, "processors": [_untyped(part) for part in processor["processors"]]}
-    if kind == "TemplateProcessing":
-        return {**processor, **{form: [_first_type(piece) for piece in processor[form]] for form in ("single", "pair")}}
-    return _template([processor["cls"]], [processor["sep"]]) if kind == "BertProcessing" else processor
+    fields = as_object(processor)
+    if fields["type"] == "Sequence":
+        return {**fields, "processors": [_untyped(part) for part in as_objects(fields["processors"])]}
+    if fields["type"] == "TemplateProcessing":
+        forms = {form: [_first_type(piece) for piece in as_objects(fields[form])] for form in ("single", "pair")}
+        return {**fields, **forms}
+    return _template([fields["cls"]], [fields["sep"]]) if fields["type"] == "BertProcessing" else fields
 
 
-def _first_type(piece: Json) -> Json:
-    return {name: {**entry, "type_id": 0} for name, entry in piece.items()}
+def _first_type(piece: Mapping[str, object]) -> dict[str, object]:
+    return {name: {**as_object(entry), "type_id": 0} for name, entry in piece.items()}
 
 
-def _template(before: list[Json], behind: list[Json]) -> Json:
+def _template(before: Sequence[object], behind: Sequence[object]) -> dict[str, object]:
     """A template that puts special tokens, (text, id) each, around a text and behind each of two."""
+    first, last = ([(str(entry_at(token, 0)), entry_at(token, 1)) for token in tokens] for tokens in (before, behind))
 
-    def special(tokens: list[Json]) -> list[Json]:
+    def special(tokens: Sequence[tuple[str, object]]) -> list[object]:
         return [{"SpecialToken": {"id": text, "type_id": 0}} for text, _ in tokens]
 
-    single = [*special(before), {"Sequence": {"id": "A", "type_id": 0}}, *special(behind)]
-    known = {text: {"id": text, "ids": [number], "tokens": [text]} for text, number in (*before, *behind)}
-    pair = [*single, {"Sequence": {"id": "B", "type_id": 0}}, *special(behind)]
+    single = [*special(first), {"Sequence": {"id": "A", "type_id": 0}}, *special(last)]
+    known = {text: {"id": text, "ids": [number], "tokens": [text]} for text, number in (*first, *last)}
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 0}}, *special(last)]
     return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": known}

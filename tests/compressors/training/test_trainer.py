@@ -420,6 +420,6 @@ def test_numbers_that_the_head_counts_otherwise_are_refused_and_a_map_states_the
     }
     plan, refused = plan_for(tmp_path / "model"), pytest.raises(DataError, match="fewer than by guessing")
     with pytest.warns(Notice), refused:
-        compress(tmp_path / "model", plan=plan, out=tmp_path / "compressed", task="classification", **data)
+        compress(tmp_path / "model", plan=plan, out=tmp_path / "compressed", **data)
     assert not (tmp_path / "compressed").exists()
     assert evaluated(Columns(label_map={"0": "bad", "1": "good"})) == read_metrics(prepared / "dense").value

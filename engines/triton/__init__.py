@@ -31,7 +31,7 @@ from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.examples import parse_tokenizer
 from nxm_export.errors import ArtifactError, ServeError
-from nxm_export.storage.atomic import atomic_dir
+from nxm_export.storage.atomic import atomic_dir, require_apart
 from nxm_export.storage.hashing import file_hash, file_hashes
 from nxm_export.storage.json_files import encode, to_json_object
 
@@ -92,6 +92,7 @@ def export_repository(
     if out.is_dir() and any(out.iterdir()) and not (out / CHECK).is_file():  # an engine directory, for example
         raise ArtifactError(f"{out} exists and is no repository of ours (no {CHECK}); choose another --out")
     _require_distinct(served, options)
+    require_apart(out, *(directory for model in served for directory in model.directories))
     tensorrt = _tensorrt(served, options)
     with atomic_dir(out) as scratch:
         for model in served:

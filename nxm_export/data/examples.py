@@ -282,7 +282,7 @@ class Tokenizer(Protocol):
     def enable_truncation(self, max_length: int, *, stride: int = 0, strategy: str = "longest_first") -> None:
         """Cut encodings at `max_length` tokens; what overflows shares `stride` tokens with what went before."""
 
-    def encode(self, sequence: str, pair: str | None = None) -> Encoding:
+    def encode(self, sequence: str, pair: str | None = None, *, add_special_tokens: bool = True) -> Encoding:
         """The encoding of a text, or of a pair of texts."""
 
     def encode_batch(

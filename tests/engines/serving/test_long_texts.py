@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import resource
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram, WordPiece
 from tokenizers.processors import TemplateProcessing
 
-from engines.serving.long_texts import beginning, beginnings
+from engines.serving.long_texts import Tokens, beginning, beginnings, encode_long, share
 
 LETTERS = "abcdef"
 SPECIAL = [("[CLS]", 0), ("[SEP]", 1)]
@@ -19,7 +21,7 @@ SPECIAL = [("[CLS]", 0), ("[SEP]", 1)]
 
 def framed(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=SPECIAL
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=SPECIAL
     )
     return tokenizer
 
@@ -85,7 +87,30 @@ def test_a_beginning_has_the_tokens_of_the_whole_text(name: str, text: str, toke
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(texts, texts, st.integers(4, 41))
 @settings(max_examples=60)
-def test_two_texts_share_the_tokens_as_the_whole_ones_do(name: str, first: str, second: str, tokens: int) -> None:
+def test_a_pair_is_put_together_as_the_library_does(name: str, first: str, second: str, tokens: int) -> None:
+    """With special tokens in front, between and behind, and whichever text is the longer one."""
+    tokenizer = TOKENIZERS[name]
+    tokenizer.enable_truncation(tokens)
+    whole = tokenizer.encode(first, second)
+    actual = encode_long(tokenizer, (first, second), tokens)
+    assert actual == Tokens(whole.ids, whole.attention_mask, whole.type_ids)
+    tokenizer.enable_truncation(tokens)
+    whole = tokenizer.encode(first)
+    assert encode_long(tokenizer, (first,), tokens) == Tokens(whole.ids, whole.attention_mask, whole.type_ids)
+
+
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(1, 50))
+def test_two_texts_share_the_room_as_the_library_shares_it(first: int, second: int, room: int) -> None:
+    tokenizer = TOKENIZERS["word-piece"]
+    tokenizer.enable_truncation(room + 3)
+    sequences = [each for each in tokenizer.encode("a " * first, "b " * second).sequence_ids if each is not None]
+    assert share(first, second, room) == (sequences.count(0), sequences.count(1))
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(texts, texts, st.integers(4, 41))
+@settings(max_examples=60)
+def test_two_beginnings_share_the_tokens_as_the_whole_texts_do(name: str, first: str, second: str, tokens: int) -> None:
     tokenizer = TOKENIZERS[name]
     count = counting(tokenizer)
     short = beginnings(first, second, count, tokens, 30)
@@ -94,6 +119,17 @@ def test_two_texts_share_the_tokens_as_the_whole_ones_do(name: str, first: str, 
         return  # as good as equally long: which of them gets the odd token is not worth all of their tokens
     tokenizer.enable_truncation(tokens)
     assert tokenizer.encode(*short).ids == tokenizer.encode(first, second).ids
+
+
+def test_a_long_pair_costs_little_time_and_space() -> None:
+    """The library alone makes a combination of every two parts that it has cut away: here a quarter of a million."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.process_time()
+    for texts in (("a " * 20_000, "b " * 20_000), ("a." * 900, "." * 2000)):
+        tokens = encode_long(TOKENIZERS["word-piece"], texts, 48)
+        assert len(tokens.ids) == 48
+    assert time.process_time() - began < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
 
 
 def test_megabytes_are_not_read_for_a_few_tokens() -> None:

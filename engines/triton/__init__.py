@@ -19,7 +19,7 @@ from pathlib import Path
 
 from engines.passport import EnginePassport, PlanSummary, load_passport
 from engines.serving import long_texts
-from engines.serving.repository import EngineSource
+from engines.serving.repository import EngineSource, require_distinct_names
 from engines.serving.settings import TritonOptions
 from engines.serving.shapes import plan_buckets
 from engines.serving.text import PAIR, TEXT, names_classes
@@ -36,6 +36,7 @@ from nxm_export.storage.json_files import Json, encode, to_builtins
 TEXT_SCHEMA = "nxm-triton-text/1"
 LABELS_SCHEMA = "nxm-triton-labels/1"
 VERSION = "1"
+TEXT_SUFFIXES = ("_text", "_tokenizer", "_labels")  # of the models that --text adds to one
 CHECK = "check_manifest.py"
 _HERE = Path(__file__).parent
 
@@ -84,6 +85,8 @@ def export_repository(
     load, `ArtifactError` for damaged ones.
     """
     out = Path(out)
+    if options.text:
+        require_distinct_names(sources, TEXT_SUFFIXES)
     served = [_model_of(name, sources) for name in dict.fromkeys(source.name for source in sources)]
     if not served:
         raise ServeError("nothing to hand over: give at least one engine directory")

@@ -29,13 +29,13 @@ from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_
 from nxm_export.contract.origin import ORIGIN_FILE
 from nxm_export.errors import EngineError
 from nxm_export.progress import Progress, silent
-from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from engines.passport import EnginePassport
 
+COMPANIONS = (SPEC_FILE, TOKENIZER_FILE)  # what is served beside the engine: the passport has their hashes
 BACKENDS = {
     "ort": "engines.ort.backend",
     "openvino": "engines.openvino.backend",
@@ -165,7 +165,7 @@ class EngineFacts(Protocol):
         """The name of the backend in `BACKENDS`."""
         ...
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
         ...
 
@@ -262,7 +262,7 @@ def spec_of(directory: Path) -> IOSpec | None:
 
 def copy_companions(source: Path, out: Path) -> None:
     """Copy what makes an engine directory self-contained from the graph's directory; an ONNX file alone has none."""
-    for name in (SPEC_FILE, TOKENIZER_FILE, ORIGIN_FILE):
+    for name in (*COMPANIONS, ORIGIN_FILE):
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
 

@@ -5,13 +5,13 @@ Needs the engine's runtime and the tokenizers package, neither torch nor transfo
     with Predictor("engine") as predictor:
         predictor.predict(["a wonderful film"])   # such as [Prediction(label='positive', score=0.98)]
 
-A text is tokenized as in training and comparison. One that is longer than the model's input is cut at its end, and
-`Predictor.shortened` counts such texts; the context of a question is never cut, but read in windows.
+A text is tokenized as in training and comparison. One that is longer than the model's input is cut where its tokenizer
+cuts, and `Predictor.shortened` counts such texts; the context of a question is never cut, but read in windows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
@@ -19,18 +19,19 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from engines.admission import admitted
 from engines.base import Engine, LoadOptions, Profile, backend
-from engines.passport import load_passport
 from engines.serving.shapes import plan_buckets
-from nxm_export.contract.io_spec import IOSpec, load_spec
+from nxm_export.contract.choices import GATE
+from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.examples import (
     Encoding,
     Examples,
     Features,
+    cut_at,
     encode,
     label_array,
-    load_tokenizer,
     pad,
     sorted_batches,
 )
@@ -57,22 +58,31 @@ _PAIR = {"question-answering": "(question, context)", "reranking": "(query, docu
 class Predictor:
     """A loaded engine directory that answers texts. Close it, or use it as a context manager.
 
-    `threads` are those of an engine on the CPU; by default as it was built. Raises `EngineUnavailable` where the engine
-    cannot run here, `ArtifactError` for a directory that is none of ours or that has no ``spec.json``, and `DataError`
-    for less than one thread.
+    `threads` are those of an engine on the CPU; by default as it was built. `gate` is which ``parity.json`` the engine
+    must have (one of `nxm_export.contract.choices.GATES`), `expect_sha256` the hashes of which its own, or that of all
+    its contents, must be one. Raises `EngineUnavailable` where the engine cannot run here, `ArtifactError` for a
+    directory that is none of ours or whose files are not those of its passport, `ParityError` for a parity that is not
+    good enough for `gate`, `ServeError` for a hash that was not expected, and `DataError` for less than one thread.
     """
 
-    def __init__(self, directory: str | Path, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        threads: int | None = None,
+        gate: str = GATE,
+        expect_sha256: Collection[str] = (),
+    ) -> None:
         if threads is not None and threads < 1:
             raise DataError(
                 f"an engine runs on at least one thread, got {threads}; leave it out for those it was built with"
             )
         self.directory = Path(directory)
         self.shortened = 0
-        self.spec: IOSpec = load_spec(self.directory)
+        passport = admitted(self.directory, gate, expect_sha256)
+        self.spec: IOSpec = passport.load_spec(self.directory)
         self._task = TASKS[self.spec.task]
-        self._tokenizer = load_tokenizer(self.directory)
-        passport = load_passport(self.directory)
+        self._tokenizer = passport.load_tokenizer(self.directory)
         self._profiles: Sequence[Profile] = passport.profiles
         self._engine: Engine = backend(passport.backend).load(self.directory, LoadOptions(threads))
 
@@ -150,9 +160,9 @@ class Predictor:
             raise DataError(
                 f"{self.directory}: its input of {longest} tokens leaves no room beside {special} special ones"
             )
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(longest)
-        encodings = self._tokenizer.encode_batch(rows)
+        cut_at(self._tokenizer, longest)
+        # A second text that is empty is none, as in training.
+        encodings = self._tokenizer.encode_batch([row if isinstance(row, str) or row[1] else row[0] for row in rows])
         self.shortened += sum(bool(made.overflowing) for made in encodings)
         return encodings
 

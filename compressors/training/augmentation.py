@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from numbers import Integral
 
 from nxm_export.contract.tasks import Task
-from nxm_export.data.examples import NO_LABEL, Features, inputs_of
+from nxm_export.data.examples import Features, inputs_of
+from nxm_export.data.token_labels import NO_LABEL
 from nxm_export.errors import DataError
 
 DROPPED, REPLACED, SWAPPED = 0.10, 0.15, 0.10  # shares of a sample's tokens

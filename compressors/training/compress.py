@@ -32,7 +32,6 @@ from nxm_export.contract.checkpoint_metrics import (
     CompressionMetrics,
     DenseMetrics,
     Scores,
-    fields_of,
     finite,
     finite_interval,
 )
@@ -42,6 +41,7 @@ from nxm_export.contract.pooling import read_pooling, write_pooling
 from nxm_export.contract.tasks import Task, task_named
 from nxm_export.contract.train_log import TRAIN_LOG_FILE
 from nxm_export.data.examples import Columns, group_array, label_array
+from nxm_export.data.label_order import ROWS, require_label_order
 from nxm_export.data.metrics import interval, metric_named, paired_interval
 from nxm_export.errors import DataError
 from nxm_export.hf.model_loading import quiet_transformers
@@ -105,6 +105,7 @@ def finetune(
         raise DataError(
             f"{model}: task {task} has no loss to train a dense model by; train it with sentence-transformers first"
         )
+    _require_label_order(network, data, dev)
     steps = 0
     if further or not fits:
         steps = settings.dense_steps or steps_of(data.train, settings.dense_epochs, settings.batch_size)
@@ -123,7 +124,7 @@ def finetune(
         )
         run_phase(network, phase, work)
     logits = _dev_logits(network, data, progress)
-    metrics = DenseMetrics(**fields_of(_scores(logits, data)), steps=steps, revision=source.revision)
+    metrics = DenseMetrics.of(_scores(logits, data), steps=steps, revision=source.revision)
     _save(network, tokenizer, source, result, metrics, logits, data)
     return metrics
 
@@ -154,14 +155,16 @@ def compress(
     plan.require_fits(source.family.model_type, source.family.weights(source.config))
     tokenizer = load_tokenizer(source)
     data = read_task_data(source, TaskDataRequest(kind, train, dev, columns, train_limit), tokenizer, settings)
+    if data.numbered:
+        _require_label_order(load_model(source, kind), data, dev)
     _take_ownership(result.work_dir, source, data, settings, plan)
     job = Job(source, data, plan, settings, result.work_dir, progress)
     student, facts = job.run()
     logits = _dev_logits(student, data, progress)  # with activation quantizers, so before baking
     cost = _embedding_cost(student, logits, data, progress)
-    metrics = CompressionMetrics(
-        **fields_of(_scores(logits, data)),
-        **fields_of(facts),
+    metrics = CompressionMetrics.of(
+        _scores(logits, data),
+        facts,
         table_drop=None if cost is None else cost.drop,
         table_drop_interval=None if cost is None else cost.interval,
     )
@@ -180,6 +183,13 @@ def _require_trainable(source: ModelSource, task: Task, settings: Settings, name
         raise DataError(
             f"{name} has no {task.name} head; fine-tune it first (`nxm compress` and `nxm run` do so by themselves)"
         )
+
+
+def _require_label_order(model: nn.Module, data: TaskData, source: str) -> None:
+    """Raise `DataError` where labels are numbers that cannot be those of the head's classes."""
+    if data.numbered:
+        first = data.dev[:ROWS]
+        require_label_order(predict(model, first, data.pad_id), label_array(first), data.classes or (), source)
 
 
 def _take_ownership(

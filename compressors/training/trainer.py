@@ -40,7 +40,8 @@ from compressors.training.callbacks import (
 )
 from compressors.training.distillation import Student
 from nxm_export.contract.train_log import TRAIN_LOG_FILE
-from nxm_export.data.examples import NO_LABEL, Features, filled, label_array, pad, sorted_batches
+from nxm_export.data.examples import Features, filled, label_array, pad, sorted_batches
+from nxm_export.data.token_labels import training_labels
 from nxm_export.errors import DataError
 from nxm_export.progress import Progress, silent
 
@@ -212,7 +213,7 @@ def collate(samples: Sequence[Features], pad_id: int) -> dict[str, Tensor]:
     """Pad samples to the longest of the batch; labels become int64 classes or float32 scores, or the place of the
     answer (batch, 2).
 
-    Labels of tokens are padded like the tokens, with `NO_LABEL`.
+    Labels of tokens are padded like the tokens (`nxm_export.data.token_labels.training_labels`).
     """
     longest = samples[0].get(_PAD_TO)
     samples = [{name: value for name, value in sample.items() if name != _PAD_TO} for sample in samples]
@@ -220,10 +221,10 @@ def collate(samples: Sequence[Features], pad_id: int) -> dict[str, Tensor]:
     if "span" in samples[0]:
         batch["labels"] = torch.tensor([sample["span"] for sample in samples])
     elif "labels" in samples[0]:
-        labels = torch.from_numpy(label_array(samples))
-        if labels.dim() == 2 and not labels.is_floating_point():
-            width = batch["input_ids"].shape[1]
-            labels = nn.functional.pad(labels, (0, width - labels.shape[1]), value=NO_LABEL)
+        array = label_array(samples)
+        if array.ndim == 2 and array.dtype.kind == "i":
+            array = training_labels(array, batch["input_ids"].shape[1])
+        labels = torch.from_numpy(array)
         batch["labels"] = labels.float() if labels.is_floating_point() else labels
     return batch
 

@@ -38,30 +38,45 @@ def is_long(texts: Sequence[str], max_length: int) -> bool:
 
 
 def encode_long(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> Tokens:
-    """The tokens of a text, or of a pair of texts: those that the tokenizer makes of it when it is cut at `max_length`.
+    """The tokens of a text, or of a pair of texts: those that the tokenizer makes of it when it is cut at `max_length`,
+    at the side where this tokenizer cuts.
 
-    The tokenizer's truncation is changed. Raises `ValueError` for texts with more than 64 characters a token that the
-    model takes and no end of a word among them.
+    Raises `ValueError` for texts with more than 64 characters a token that the model takes, unless the tokenizer cuts
+    behind and there is an end of a word among so many.
     """
     longest = LETTERS_PER_TOKEN * max_length
+    from_left = (tokenizer.truncation or {}).get("direction") == "left"
+    if from_left and max(map(len, texts)) > longest:
+        raise ValueError(f"more than {longest} characters, and this model reads a text from its end")
     tokenizer.no_truncation()
+    try:
+        tokens = _pair(tokenizer, texts, max_length, from_left) if len(texts) == 2 else None
+        if tokens is None:
+            texts = [beginning(text, _counting(tokenizer), max_length, longest) for text in texts]
+    finally:
+        tokenizer.enable_truncation(max_length, direction="left" if from_left else "right")
+    if tokens is not None:
+        return tokens
+    encoding = tokenizer.encode(*texts)
+    return Tokens(encoding.ids, encoding.attention_mask, encoding.type_ids)
 
-    def count(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False).ids)
 
-    if len(texts) == 1:
-        text = beginning(texts[0], count, max_length, longest)
-        tokenizer.enable_truncation(max_length)
-        return _tokens(tokenizer.encode(text))
-    first, second = beginnings(texts[0], texts[1], count, max_length, longest)
-    left, right = (tokenizer.encode(text, add_special_tokens=False) for text in (first, second))
-    if not left.ids or not right.ids:  # then nothing is combined
-        tokenizer.enable_truncation(max_length)
-        return _tokens(tokenizer.encode(first, second))
-    room = max_length - tokenizer.num_special_tokens_to_add(True)
-    shares = share(len(left.ids), len(right.ids), room)
-    frame = tokenizer.encode(first[: left.offsets[0][1]], second[: right.offsets[0][1]])
-    return _framed(frame, (left.ids[: shares[0]], right.ids[: shares[1]]))
+def _pair(tokenizer: Tokenizer, texts: Sequence[str], max_length: int, from_left: bool) -> Tokens | None:
+    """The tokens of a pair of texts; None where one of them has no token, since then nothing is combined."""
+    longest = LETTERS_PER_TOKEN * max_length
+    texts = beginnings(texts[0], texts[1], _counting(tokenizer), max_length, longest)
+    left, right = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
+    if not left.ids or not right.ids:
+        return None
+    first, second = share(len(left.ids), len(right.ids), max_length - tokenizer.num_special_tokens_to_add(True))
+    frame = tokenizer.encode(texts[0][: left.offsets[0][1]], texts[1][: right.offsets[0][1]])
+    if from_left:
+        return _framed(frame, (left.ids[len(left.ids) - first :], right.ids[len(right.ids) - second :]))
+    return _framed(frame, (left.ids[:first], right.ids[:second]))
+
+
+def _counting(tokenizer: Tokenizer) -> Count:
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def share(first: int, second: int, room: int) -> tuple[int, int]:
@@ -131,7 +146,3 @@ def _framed(frame: Encoding, texts: tuple[list[int], list[int]]) -> Tokens:
         made.type_ids.extend(types if part is None else types[:1] * len(ids))
         at += size
     return made
-
-
-def _tokens(encoding: Encoding) -> Tokens:
-    return Tokens(encoding.ids, encoding.attention_mask, encoding.type_ids)

@@ -18,20 +18,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from nxm_export.errors import RequestRefused
-from nxm_export.storage.json_files import Json
 from nxm_export.storage.json_files import parse_json as parse_text
+
+T = TypeVar("T")
 
 HEADER_LENGTH = "inference-header-content-length"
 SIZES = {"INT64": 8, "FP32": 4}  # bytes an element; BYTES elements vary
 _DTYPES: dict[str, np.dtype[np.generic]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
 _JSON_TYPES: dict[str, set[type]] = {"INT64": {int}, "FP32": {int, float}, "BYTES": {str}}
 _MAX_DIMENSION = 2**31 - 1
-_NOTHING: dict[str, Json] = {}
+_NOTHING: dict[str, object] = {}
 _malformed = partial(RequestRefused, 400)
 
 
@@ -44,7 +45,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     optional: bool = False
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of the model metadata."""
         return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
 
@@ -92,10 +93,10 @@ def parse_infer(
     parameters = _member(request, "parameters", dict, _NOTHING)
     expected = {spec.name: spec for spec in inputs}
     tensors: dict[str, np.ndarray] = {}
-    for entry in _member(request, "inputs", list, None):
+    for entry in _member(request, "inputs", list):
         if type(entry) is not dict:
             raise RequestRefused(400, "every input must be a JSON object")
-        name = _member(entry, "name", str, None)
+        name = _member(entry, "name", str)
         if name not in expected:
             raise RequestRefused(400, f"unexpected input {name!r:.80}; the model takes {', '.join(expected)}")
         if name in tensors:
@@ -107,7 +108,7 @@ def parse_infer(
     if raw:
         raise RequestRefused(400, f"{len(raw)} bytes follow the last binary tensor")
     return InferRequest(
-        _member(request, "id", str, None, required=False),
+        None if request.get("id") is None else _member(request, "id", str),
         tensors,
         _requested_outputs(request, parameters, outputs),
         _timeout(parameters),
@@ -124,7 +125,7 @@ def render_infer(
         datatype, array = results[name]
         if classes:
             datatype, array = "BYTES", _largest(array, classes)
-        entry: dict[str, Json] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
+        entry: dict[str, object] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
         if binary:
             blob = _pack(array) if datatype == "BYTES" else array.astype(_DTYPES[datatype], copy=False).tobytes()
             entry["parameters"] = {"binary_data_size": len(blob)}
@@ -132,7 +133,7 @@ def render_infer(
         else:
             entry["data"] = array.ravel().tolist()
         described.append(entry)
-    answer: dict[str, Json] = {"model_name": model, "model_version": version, "outputs": described}
+    answer: dict[str, object] = {"model_name": model, "model_version": version, "outputs": described}
     if request.id is not None:
         answer["id"] = request.id
     head = json.dumps(answer, separators=(",", ":")).encode("ascii")
@@ -145,7 +146,7 @@ def render_infer(
     return headers, b"".join((head, *blobs))
 
 
-def parse_json(body: bytes | memoryview) -> Json:
+def parse_json(body: bytes | memoryview) -> object:
     """Strict JSON: UTF-8, no NaN or infinity, no duplicate keys, no absurd nesting; raises `RequestRefused` (400)."""
     try:
         text = str(body, "utf-8")
@@ -168,18 +169,19 @@ def split_body(body: bytes, header_length: str | None) -> tuple[memoryview, memo
     return view[:length], view[length:]
 
 
-def _member(where: Mapping[str, Json], key: str, kind: type, default: Json, *, required: bool = True) -> Json:
-    """A member of a JSON object, of the type `kind`; `default` None means that it must be there where `required`."""
+def _member(where: Mapping[str, object], key: str, kind: type[T], default: T | None = None) -> T:
+    """A member of a JSON object, of the type `kind`; null is as if it were not there, and without a `default` it must
+    be."""
     value = where.get(key)
     value = default if value is None else value
-    if type(value) is kind or (value is None and not required):
+    if type(value) is kind:
         return value
     words: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
     raise RequestRefused(400, f"{key!r} must be {words[kind]}")
 
 
 def _tensor(
-    entry: Mapping[str, Json], spec: TensorSpec, raw: memoryview, require_fits: Callable[[tuple[int, ...]], None]
+    entry: Mapping[str, object], spec: TensorSpec, raw: memoryview, require_fits: Callable[[tuple[int, ...]], None]
 ) -> tuple[np.ndarray, memoryview]:
     """The tensor of an input entry, and what is left of the binary part."""
     datatype = entry.get("datatype")
@@ -211,7 +213,7 @@ def _tensor(
     return np.frombuffer(blob, _DTYPES[spec.datatype]).reshape(shape), rest
 
 
-def _shape(shape: Json, spec: TensorSpec) -> tuple[int, ...]:
+def _shape(shape: object, spec: TensorSpec) -> tuple[int, ...]:
     """The shape of an input, as `spec` has it: texts may also be a list of them."""
     if spec.datatype == "BYTES" and spec.shape == (-1, 1) and type(shape) is list and len(shape) == 1:
         shape = [*shape, 1]
@@ -225,7 +227,7 @@ def _shape(shape: Json, spec: TensorSpec) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _from_json(data: Json, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
+def _from_json(data: object, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
     """Nested or flat JSON data as an array; numbers must be of the datatype already, nothing is rounded."""
     if type(data) is not list:
         raise RequestRefused(400, f"the data of {spec.name!r} must be a list")
@@ -282,7 +284,7 @@ def _objects(items: list[bytes], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _requested_outputs(
-    request: Mapping[str, Json], parameters: Mapping[str, Json], outputs: Sequence[TensorSpec]
+    request: Mapping[str, object], parameters: Mapping[str, object], outputs: Sequence[TensorSpec]
 ) -> list[RequestedOutput]:
     """What is asked for, all outputs where none is named, in the order of the answer.
 
@@ -295,8 +297,9 @@ def _requested_outputs(
         return [RequestedOutput(name, all_binary) for name in known]
     requested: dict[str, RequestedOutput] = {}
     for entry in asked:
-        _check(isinstance(entry, dict), "every requested output must be a JSON object")
-        name = _member(entry, "name", str, None)
+        if type(entry) is not dict:
+            raise RequestRefused(400, "every requested output must be a JSON object")
+        name = _member(entry, "name", str)
         _check(name in known, f"unexpected output {name!r:.80}; the model gives {', '.join(known)}")
         _check(name not in requested, f"output {name!r} is asked for twice")
         options = _member(entry, "parameters", dict, _NOTHING)
@@ -319,18 +322,19 @@ def _largest(array: np.ndarray, classes: int) -> np.ndarray:
     return np.array([[f"{row[i]:f}:{i}" for i in best] for row, best in zip(flat, order, strict=True)], object)
 
 
-def _flag(where: Mapping[str, Json], key: str, *, default: bool) -> bool:
+def _flag(where: Mapping[str, object], key: str, *, default: bool) -> bool:
     value = where.get(key)
     _check(value is None or isinstance(value, bool), f"{key!r} must be true or false")
     return default if value is None else bool(value)
 
 
-def _timeout(parameters: Mapping[str, Json]) -> float | None:
+def _timeout(parameters: Mapping[str, object]) -> float | None:
     """Seconds, out of ``timeout`` in microseconds (Triton's schedule policy extension); 0 means none."""
     value = parameters.get("timeout")
     if value is None:
         return None
-    _check(type(value) is int and 0 <= value <= 2**63, "'timeout' must be a whole number of microseconds")
+    if type(value) is not int or not 0 <= value <= 2**63:
+        raise RequestRefused(400, "'timeout' must be a whole number of microseconds")
     return value / 1e6 if value else None
 
 

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from nxm_export.storage.json_files import Json
-
 if TYPE_CHECKING:
     from engines.serving.batching import Observer
     from engines.serving.model import Endpoint, Model
@@ -34,7 +32,7 @@ class Duration:
         self.count += count
         self.seconds += seconds
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """Triton's form."""
         return {"count": self.count, "ns": round(1e9 * self.seconds)}
 
@@ -58,7 +56,7 @@ class EngineStatistics:
             self._compute.setdefault(rows, Duration()).add(seconds)
             self._requests += len(waits)
 
-    def to_dict(self, answers: AnswerStatistics) -> dict[str, Json]:
+    def to_dict(self, answers: AnswerStatistics) -> dict[str, object]:
         """Triton's form, for the name that gave these `answers`."""
         with self._lock:
             compute = sorted((rows, d.count, d.seconds) for rows, d in self._compute.items())
@@ -109,7 +107,7 @@ class AnswerStatistics:
         self.success.add(seconds)
 
 
-def model_config(endpoint: Endpoint) -> dict[str, Json]:
+def model_config(endpoint: Endpoint) -> dict[str, object]:
     """What ``/config`` answers: how this server runs the model. Dims are without the batch."""
     model: Model = endpoint.model
     return {

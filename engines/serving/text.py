@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -18,11 +17,10 @@ from engines.serving.long_texts import LETTERS_PER_TOKEN, encode_long, is_long
 from engines.serving.protocol import TensorSpec
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import Examples, Features, encode, label_array, load_tokenizer, pad
+from nxm_export.data.examples import Examples, Features, Label, Tokenizer, encode, label_array, pad
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.question_answering import Window, best_span, windows
 from nxm_export.errors import DataError, RequestRefused, ServeError
-from nxm_export.storage.json_files import Json
 
 TEXT, PAIR, LABEL, ANSWER = "text", "text_pair", "label", "answer"
 _FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
@@ -31,9 +29,9 @@ _FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_i
 class TextFrontend:
     """Tokenizes for one engine. May be called from several threads: they take turns at the tokenizer."""
 
-    def __init__(self, directory: Path, spec: IOSpec, longest: int | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, spec: IOSpec, longest: int | None = None) -> None:
         """`longest` is the most tokens that the engine takes, where those are fewer than the model's positions."""
-        self._tokenizer = load_tokenizer(directory)
+        self._tokenizer = tokenizer
         self._spec = spec
         self._max_length = min(spec.max_length, longest or spec.max_length)
         self._turn = threading.Lock()  # a tokenizer is not to be configured while another thread uses it
@@ -96,7 +94,7 @@ class TextFrontend:
 
     def _encoded(self, texts: list[str], pairs: list[str] | None) -> list[Features]:
         """Tokens of the texts, as training makes them of the same ones; call it in turn."""
-        no_labels: list[Json] = [()] * len(texts) if self._spans else [0] * len(texts)
+        no_labels: list[Label] = [()] * len(texts) if self._spans else [0] * len(texts)
         examples = Examples(texts, pairs, no_labels, "request", encoder=windows if self._spans else None)
         try:
             if self._spans:

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.passport import EnginePassport, PlanSummary, load_passport
+from engines.admission import admitted
+from engines.passport import EnginePassport, PlanSummary, companion_hashes
 from engines.serving import long_texts
 from engines.serving.repository import EngineSource, require_distinct_names
 from engines.serving.settings import TritonOptions
@@ -26,12 +27,13 @@ from engines.serving.text import PAIR, TEXT, names_classes
 from engines.triton.check_manifest import MANIFEST, SCHEMA, same_version
 from engines.triton.config import BACKENDS, KINDS, Instances, engine_config, text_configs
 from engines.triton.deploy import deployment_files
-from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec, load_spec
+from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
 from nxm_export.contract.tasks import TASKS
+from nxm_export.data.examples import parse_tokenizer
 from nxm_export.errors import ArtifactError, ServeError
 from nxm_export.storage.atomic import atomic_dir
 from nxm_export.storage.hashing import file_hash, file_hashes
-from nxm_export.storage.json_files import Json, encode, to_builtins
+from nxm_export.storage.json_files import encode, to_json_object
 
 TEXT_SCHEMA = "nxm-triton-text/1"
 LABELS_SCHEMA = "nxm-triton-labels/1"
@@ -61,9 +63,9 @@ class TritonManifest:
     models: Mapping[str, Sequence[EngineFacts]]
     files: Mapping[str, str]
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``manifest.json`` and ``--json``."""
-        return {"schema": SCHEMA, **to_builtins(self)}
+        return {"schema": SCHEMA, **to_json_object(self)}
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def export_repository(
     out = Path(out)
     if options.text:
         require_distinct_names(sources, TEXT_SUFFIXES)
-    served = [_model_of(name, sources) for name in dict.fromkeys(source.name for source in sources)]
+    served = [_model_of(name, sources, options) for name in dict.fromkeys(source.name for source in sources)]
     if not served:
         raise ServeError("nothing to hand over: give at least one engine directory")
     if out.is_dir() and any(out.iterdir()) and not (out / CHECK).is_file():  # an engine directory, for example
@@ -114,9 +116,9 @@ def export_repository(
     return manifest
 
 
-def _model_of(name: str, sources: Sequence[EngineSource]) -> _Model:
+def _model_of(name: str, sources: Sequence[EngineSource], options: TritonOptions) -> _Model:
     directories = tuple(source.directory for source in sources if source.name == name)
-    passports = tuple(load_passport(directory) for directory in directories)
+    passports = tuple(admitted(directory, options.gate, options.expect_sha256) for directory in directories)
     for directory, passport in zip(directories, passports, strict=True):
         if passport.backend not in BACKENDS:
             raise ServeError(
@@ -137,7 +139,13 @@ def _model_of(name: str, sources: Sequence[EngineSource]) -> _Model:
             raise ServeError(f"{name}: the engines differ in their inputs, outputs or profiles; build them alike")
         if len({passport.onnx_sha256 for passport in passports}) > 1:
             raise ServeError(f"{name}: the engines come from different graphs; build all of them from one")
-    return _Model(name, directories, passports, load_spec(directories[0]))
+        for directory in directories[1:]:
+            if companion_hashes(directory) != companion_hashes(directories[0]):
+                raise ServeError(
+                    f"{name}: {directory} has other labels or another tokenizer than {directories[0]}; build all of "
+                    "them from one graph directory"
+                )
+    return _Model(name, directories, passports, first.load_spec(directories[0]))
 
 
 def _write_model(repository: Path, model: _Model, options: TritonOptions) -> None:
@@ -161,8 +169,12 @@ def _write_model(repository: Path, model: _Model, options: TritonOptions) -> Non
 
 def _write_text_frontend(repository: Path, model: _Model, options: TritonOptions) -> None:
     first, spec, directory = model.passports[0], model.spec, model.directories[0]
-    if not (directory / TOKENIZER_FILE).is_file():
-        raise ArtifactError(f"{directory} has no {TOKENIZER_FILE}, which --text needs; copy it from the checkpoint")
+    text = first.read_companion(directory, TOKENIZER_FILE)
+    if text is None:
+        raise ArtifactError(
+            f"{directory} has no {TOKENIZER_FILE}, which --text needs; put it beside the graph and build again"
+        )
+    parse_tokenizer(text, directory / TOKENIZER_FILE)  # what cannot be read is refused here, not in the container
     if TASKS[spec.task].output_kind == "span":
         raise ServeError(
             f"{model.name}: --text gives no answers in words for {spec.task} on Triton, only "
@@ -178,12 +190,12 @@ def _write_text_frontend(repository: Path, model: _Model, options: TritonOptions
     buckets = plan_buckets(spec.max_length, options.max_batch, first.profiles)
     texts = {TEXT: False} if wants == "one" else {TEXT: False, PAIR: not options.pair}
     configs = text_configs(model.name, first, spec, max_batch=options.max_batch, texts=texts, labels=labels)
-    for name, text in configs.items():
+    for name, config in configs.items():
         (repository / name / VERSION).mkdir(parents=True)
-        (repository / name / "config.pbtxt").write_text(text, encoding="utf-8")
+        (repository / name / "config.pbtxt").write_text(config, encoding="utf-8")
     tokenizer = repository / f"{model.name}_tokenizer" / VERSION
     shutil.copyfile(_HERE / "tokenizer_model.py", tokenizer / "model.py")
-    shutil.copyfile(directory / TOKENIZER_FILE, tokenizer / TOKENIZER_FILE)
+    (tokenizer / TOKENIZER_FILE).write_bytes(text.encode("utf-8"))
     shutil.copyfile(long_texts.__file__, tokenizer / Path(long_texts.__file__).name)
     settings = {
         "inputs": {binding.name: binding.dtype for binding in first.tensors("inputs")},

@@ -33,6 +33,7 @@ class TritonPythonModel:
             self.settings = json.load(stream)
         self.tokenizer = Tokenizer.from_file(os.path.join(here, "tokenizer.json"))
         self.tokenizer.no_padding()
+        self.side = (self.tokenizer.truncation or {}).get("direction", "right")  # the tokenizer's own
 
     def execute(self, requests: list[object]) -> list[object]:
         """Tokenize every request by itself; a bad one gets an error of its own."""
@@ -83,6 +84,6 @@ class TritonPythonModel:
 
         most = self.settings["max_length"]
         short = [row if len(row) == 2 else row[0] for row in rows if not is_long(row, most)]
-        self.tokenizer.enable_truncation(most)
+        self.tokenizer.enable_truncation(most, direction=self.side)
         made = iter(self.tokenizer.encode_batch(short))
         return [encode_long(self.tokenizer, row, most) if is_long(row, most) else next(made) for row in rows]

@@ -17,6 +17,7 @@ from compressors.settings import Settings
 from nxm_export.cli.group import main
 from nxm_export.cli.options import (
     DATA_OPTIONS,
+    LABEL_MAP_OPTION,
     PLAN_OPTIONS,
     SEARCH_OPTIONS,
     SEARCH_TRAINING_OPTIONS,
@@ -55,6 +56,7 @@ class _PlanAndData:
     text: str | None
     text_pair: str | None
     label: str | None
+    label_map: str | None
     train_limit: int | None
     revision: str | None
 
@@ -68,6 +70,7 @@ class _SearchOptions:
     text: str | None
     text_pair: str | None
     label: str | None
+    label_map: str | None
 
 
 @main.command()
@@ -155,6 +158,7 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values
 @click.option("--text")
 @click.option("--text-pair")
 @click.option("--label")
+@LABEL_MAP_OPTION
 @SEARCH_OPTIONS
 @click.option("--latency-table", type=click.Path(path_type=Path), help="JSON: {role: {option: milliseconds}}.")
 @SEARCH_TRAINING_OPTIONS
@@ -178,7 +182,7 @@ def search(model: str, task: str, train: str, out: Path, json: bool, **values: o
             out=out,
             settings=settings_of(SearchSettings, values, **changes),
             training=settings_of(Settings, values),
-            columns=columns_of(options.text, options.text_pair, options.label),
+            columns=columns_of(options.text, options.text_pair, options.label, options.label_map),
             progress=progress,
         )
     show_result(result.to_dict, json, lambda: print_search(result))
@@ -235,7 +239,7 @@ def _request(model: str, options: _PlanAndData, settings: Settings) -> Request:
         dev=options.dev,
         spec=_spec(options.pattern, options.weight_bits),
         settings=settings,
-        columns=columns_of(options.text, options.text_pair, options.label),
+        columns=columns_of(options.text, options.text_pair, options.label, options.label_map),
         placement=None if of_placement is ParameterSource.DEFAULT else options.placement,
         residual=options.residual,
         embedding=options.embedding,

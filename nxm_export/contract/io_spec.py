@@ -13,11 +13,12 @@ from nxm_export.contract.families import Family, pad_id_of, size_of
 from nxm_export.contract.pooling import read_pooling
 from nxm_export.contract.tasks import TASKS, Task, labels_of
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.json_files import Json, convert, encode, read_foreign_json, read_record
+from nxm_export.storage.json_files import convert, decode, encode, read_foreign_json, read_text
 
 SCHEMA = "nxm-spec/1"
 SPEC_FILE = "spec.json"
 TOKENIZER_FILE = "tokenizer.json"
+_WAY_OUT = "export or build again"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -37,7 +38,7 @@ class IOSpec:
     limits: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, directory: Path, config: Mapping[str, Json], family: Family, task: Task) -> IOSpec:
+    def of(cls, directory: Path, config: Mapping[str, object], family: Family, task: Task) -> IOSpec:
         """The spec of a checkpoint directory; the tokenizer's own maximum length wins where it is shorter."""
         limit = family.max_positions(config)
         tokenizer_config = directory / "tokenizer_config.json"
@@ -54,7 +55,7 @@ class IOSpec:
             if config.get(key):
                 limits[name] = size_of(config, key)
         return cls(
-            config["model_type"],
+            family.model_type,
             task.name,
             family.inputs,
             dict(task.outputs),
@@ -81,7 +82,12 @@ def load_spec(directory: str | Path) -> IOSpec:
     file = Path(directory) / SPEC_FILE
     if not file.is_file():
         raise ArtifactError(f"{directory} has no {SPEC_FILE}: it is not a graph or engine directory of nxm-export")
-    spec = read_record(file, IOSpec, schema=SCHEMA, way_out="export or build again")
+    return parse_spec(read_text(file, _WAY_OUT), file)
+
+
+def parse_spec(text: str, file: Path) -> IOSpec:
+    """The spec that `text`, read from `file`, holds; raises `ArtifactError`."""
+    spec = decode(text, IOSpec, schema=SCHEMA, source=str(file), way_out=_WAY_OUT)
     if spec.task not in TASKS or not spec.inputs or not set(spec.inputs) <= set(INPUTS) or spec.max_length < 1:
         raise ArtifactError(
             f"{file}: task {spec.task!r} with inputs {spec.inputs} is nothing that this version knows; export or build "

@@ -33,7 +33,11 @@ class FastTokenizer(Saved, Protocol):
     is_fast: bool
     model_max_length: int
     pad_token_id: int | None
+    all_special_ids: list[int]
     backend_tokenizer: Tokenizer
+
+    def __len__(self) -> int:
+        """How many tokens it knows."""
 
 
 class ModelClass(Protocol):

@@ -18,7 +18,7 @@ from nxm_export.cli import main
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.errors import ArtifactError, EngineUnavailable, ParityError
 from tests.engines.parity.test_bisect import dev_features
-from tests.support import tiny
+from tests.support import exact_engine, tiny
 from tests.support.broken import write_engine
 
 
@@ -240,6 +240,7 @@ class TestRefused:
         for key, value in change.items():
             data[key] = {**data[key], **value} if key == "graph" else value
         (engine / file).write_text(json.dumps(data))
+        exact_engine.cover(engine)
         self.refused(message, 1, checkpoint, engine, f"--data={checkpoint.parent / 'dev.tsv'}", engine=engine)
 
     def test_a_gate_on_a_metric_that_the_task_has_not(self, checkpoint: Path, engine: Path) -> None:
@@ -264,6 +265,7 @@ class TestRefused:
         other = shutil.copytree(engine, tmp_path / "other")
         tiny.write_tokenizer("roberta", other)
         (other / "tokenizer_config.json").unlink()
+        exact_engine.cover(other)
         self.refused(
             "reads the data in other tokens",
             1,

@@ -14,6 +14,7 @@ from tokenizers.models import BPE, Unigram, WordPiece
 from tokenizers.processors import TemplateProcessing
 
 from engines.serving.long_texts import Tokens, beginning, beginnings, encode_long, share
+from nxm_export.data.tokenizer_settings import direction_of
 
 LETTERS = "abcdef"
 SPECIAL = [("[CLS]", 0), ("[SEP]", 1)]
@@ -85,18 +86,26 @@ def test_a_beginning_has_the_tokens_of_the_whole_text(name: str, text: str, toke
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@given(texts, texts, st.integers(4, 41))
+@given(texts, texts, st.integers(4, 41), st.sampled_from(["right", "left"]))
 @settings(max_examples=60)
-def test_a_pair_is_put_together_as_the_library_does(name: str, first: str, second: str, tokens: int) -> None:
+def test_tokens_are_put_together_as_by_the_library(name: str, first: str, second: str, tokens: int, side: str) -> None:
     """With special tokens in front, between and behind, and whichever text is the longer one."""
     tokenizer = TOKENIZERS[name]
-    tokenizer.enable_truncation(tokens)
-    whole = tokenizer.encode(first, second)
-    actual = encode_long(tokenizer, (first, second), tokens)
-    assert actual == Tokens(whole.ids, whole.attention_mask, whole.type_ids)
-    tokenizer.enable_truncation(tokens)
-    whole = tokenizer.encode(first)
-    assert encode_long(tokenizer, (first,), tokens) == Tokens(whole.ids, whole.attention_mask, whole.type_ids)
+    for row in ((first, second), (first,)):
+        if side == "left" and max(map(len, row)) > 64 * tokens:
+            continue
+        tokenizer.enable_truncation(tokens, direction=side)
+        whole = tokenizer.encode(*row)
+        assert encode_long(tokenizer, row, tokens) == Tokens(whole.ids, whole.attention_mask, whole.type_ids)
+        assert direction_of(tokenizer) == side  # which says how the next text is cut
+
+
+def test_a_model_that_reads_from_the_end_does_not_read_megabytes_for_that() -> None:
+    tokenizer = TOKENIZERS["word-piece"]
+    tokenizer.enable_truncation(10, direction="left")
+    with pytest.raises(ValueError, match="more than 640 characters, and this model reads a text from its end"):
+        encode_long(tokenizer, ("a " * 321,), 10)
+    tokenizer.enable_truncation(10)
 
 
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(1, 50))

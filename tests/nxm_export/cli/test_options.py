@@ -35,7 +35,7 @@ PYTHON_ONLY = {
     ServerOptions: {"requests", "connections"},
     RequestLimits: set(),
     ConnectionLimits: {"head"},
-    TritonOptions: {"image"},  # which --image gives
+    TritonOptions: {"image", "expect_sha256"},  # which --image and --expect-sha256 give
 }
 COMMANDS = [
     ("run", Settings),

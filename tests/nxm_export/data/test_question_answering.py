@@ -37,7 +37,7 @@ CONTEXT = "the film with a superb actor"
 
 def read(file: Path, text: str, columns: Columns = Columns()) -> Examples:
     file.write_text(text, encoding="utf-8")
-    return labelled(load_labelled(str(file), "train", columns, TASK), TASK, ())
+    return labelled(load_labelled(str(file), "train", columns, TASK), TASK, None)
 
 
 def squad(answers: Any, context: str = CONTEXT, **more: Any) -> str:

@@ -359,7 +359,7 @@ class Tokenizer(Protocol):
     ) -> None:
         """Cut encodings at `max_length` tokens; what overflows shares `stride` tokens with what went before."""
 
-    def encode(self, sequence: str, pair: str | None = None) -> Encoding:
+    def encode(self, sequence: str, pair: str | None = None, *, add_special_tokens: bool = True) -> Encoding:
         """The encoding of a text, or of a pair of texts."""
 
     def encode_batch(

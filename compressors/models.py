@@ -17,7 +17,6 @@ from nxm_export.contract.tasks import Task, labels_of
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.hf.model_loading import Loading, load_pretrained, quiet_transformers
 from nxm_export.hf.protocols import FastTokenizer, TaskOutput
-from nxm_export.storage.json_files import Json
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
@@ -27,7 +26,7 @@ class ModelSource:
     """A model on this disk. `revision` is the commit it was fetched at, None for a local directory."""
 
     path: Path
-    config: Mapping[str, Json]
+    config: Mapping[str, object]
     family: Family
     revision: str | None = None
 

@@ -29,7 +29,6 @@ from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_
 from nxm_export.contract.origin import ORIGIN_FILE
 from nxm_export.errors import EngineError
 from nxm_export.progress import Progress, silent
-from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -166,7 +165,7 @@ class EngineFacts(Protocol):
         """The name of the backend in `BACKENDS`."""
         ...
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
         ...
 

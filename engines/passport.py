@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from engines.base import COMPANIONS, Binding, Profile
 from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec, parse_spec
@@ -24,11 +24,13 @@ from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.data.examples import load_tokenizer, parse_tokenizer
 from nxm_export.errors import ArtifactError, EngineError
 from nxm_export.storage.hashing import file_hash
-from nxm_export.storage.json_files import Json, encode, read_record, to_builtins
+from nxm_export.storage.json_files import as_object, encode, read_record, to_json_object
 from nxm_export.storage.versions import installed_versions
 
 if TYPE_CHECKING:
     from nxm_export.data.examples import Tokenizer
+
+T = TypeVar("T")
 
 SCHEMA = "nxm-passport/2"
 PASSPORT_FILE = "passport.json"
@@ -68,7 +70,7 @@ class BuildFacts:
 
     device: Mapping[str, str]
     requires: Mapping[str, str]
-    options: Mapping[str, Json]
+    options: Mapping[str, object]
     graph: Mapping[str, str]
     bindings: Bindings
     profiles: tuple[Profile, ...] = ()
@@ -91,7 +93,7 @@ class EnginePassport:
     profiles: tuple[Profile, ...]
     graph: Mapping[str, str]
     plan: PlanSummary | None
-    options: Mapping[str, Json]
+    options: Mapping[str, object]
     command: tuple[str, ...]
     created: str
     bindings: Bindings = Bindings()
@@ -147,19 +149,34 @@ class EnginePassport:
     @property
     def threads(self) -> int | None:
         """The CPU threads that the engine was built with; None: all cores of the process."""
-        threads = self.options.get("threads")
-        return threads if isinstance(threads, int) else None
+        return self.whole_option("threads")
 
     @property
     def twin(self) -> str | None:
         """The engine's part in a comparison of twins (see `nxm build --twins`)."""
-        twin = self.options.get("twin")
-        return twin if isinstance(twin, str) else None
+        return self.text_option("twin")
 
-    def to_dict(self) -> dict[str, Json]:
+    def whole_option(self, name: str) -> int | None:
+        """An option that is a whole number, or None where it was not recorded; raises `ArtifactError` for another."""
+        value = self.options.get(name)
+        if value is not None and type(value) is not int:
+            raise ArtifactError(
+                f"{PASSPORT_FILE}: options.{name} must be a whole number, got {value!r}; build the engine again"
+            )
+        return value
+
+    def text_option(self, name: str) -> str | None:
+        """An option that is a text, or None where it was not recorded; raises `ArtifactError` for another."""
+        value = self.options.get(name)
+        if value is not None and not isinstance(value, str):
+            raise ArtifactError(
+                f"{PASSPORT_FILE}: options.{name} must be a text, got {value!r}; build the engine again"
+            )
+        return value
+
+    def to_dict(self) -> dict[str, object]:
         """JSON form, without the schema."""
-        fields: dict[str, Json] = to_builtins(self)
-        return fields
+        return to_json_object(self)
 
     def save(self, directory: Path) -> None:
         """Write ``passport.json``."""
@@ -270,11 +287,17 @@ class EnginePassport:
             parts += ["--profile", ",".join("x".join(map(str, shape)) for shape in shapes)]
         if self.options.get("sparse") is False:
             parts.append("--no-sparse")
-        for option, key in (("--level", "level"), ("--workspace", "workspace_bytes"), ("--threads", "threads")):
-            if self.options.get(key) is not None:
-                parts += [option, str(self.options[key] // 2**20 if key == "workspace_bytes" else self.options[key])]
-        if self.options.get("build_route"):
-            parts += ["--build-route", f"'{self.options['build_route']}'"]
+        workspace, route = self.whole_option("workspace_bytes"), self.text_option("build_route")
+        numbers = {
+            "--level": self.whole_option("level"),
+            "--workspace": None if workspace is None else workspace // 2**20,
+            "--threads": self.threads,
+        }
+        for option, number in numbers.items():
+            if number is not None:
+                parts += [option, str(number)]
+        if route:
+            parts += ["--build-route", f"'{route}'"]
         return " ".join([*parts, "--out", "ENGINE_DIR"])
 
 
@@ -311,13 +334,13 @@ def load_passport(directory: str | Path) -> EnginePassport:
     return passport
 
 
-def _of_first_schema(fields: dict[str, Json]) -> dict[str, Json]:
+def _of_first_schema(fields: dict[str, object]) -> dict[str, object]:
     """Schema 1 wrote an empty plan for none and left the embedding out where it was float."""
-    plan = {"embedding": "float", **fields["plan"]} if fields["plan"] else None
-    return {**fields, "plan": plan, "graph": _current_names(fields["graph"])}
+    plan = {"embedding": "float", **as_object(fields["plan"])} if fields["plan"] else None
+    return {**fields, "plan": plan, "graph": _current_names(as_object(fields["graph"]))}
 
 
-def _current_names(graph: Mapping[str, str]) -> dict[str, str]:
+def _current_names(graph: Mapping[str, T]) -> dict[str, T]:
     """The facts of a graph under today's names, from those of nxm-onnx/1."""
     renamed = {"islands": "precision_overrides", "table": "embedding_sha256"}
     return {renamed.get(key, key): text for key, text in graph.items()}

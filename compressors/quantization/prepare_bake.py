@@ -19,12 +19,11 @@ from compressors.quantization.observers import HistogramObserver
 from nxm_export.contract.families import Family
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.json_files import Json
 
 SOFTMAX_SCALE = 1.0 / 127.0  # probabilities lie in [0, 1], so the scale needs no calibration
 
 
-def prepare(model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, Json]) -> None:
+def prepare(model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, object]) -> None:
     """Put the plan's quantizers into `model`, in place; `bake` takes them out again.
 
     Query, key and value read one tensor, so those of them that are quantized share one input quantizer.

@@ -32,7 +32,6 @@ from nxm_export.contract.checkpoint_metrics import (
     CompressionMetrics,
     DenseMetrics,
     Scores,
-    fields_of,
     finite,
     finite_interval,
 )
@@ -123,7 +122,7 @@ def finetune(
         )
         run_phase(network, phase, work)
     logits = _dev_logits(network, data, progress)
-    metrics = DenseMetrics(**fields_of(_scores(logits, data)), steps=steps, revision=source.revision)
+    metrics = DenseMetrics.of(_scores(logits, data), steps=steps, revision=source.revision)
     _save(network, tokenizer, source, result, metrics, logits, data)
     return metrics
 
@@ -159,9 +158,9 @@ def compress(
     student, facts = job.run()
     logits = _dev_logits(student, data, progress)  # with activation quantizers, so before baking
     cost = _embedding_cost(student, logits, data, progress)
-    metrics = CompressionMetrics(
-        **fields_of(_scores(logits, data)),
-        **fields_of(facts),
+    metrics = CompressionMetrics.of(
+        _scores(logits, data),
+        facts,
         table_drop=None if cost is None else cost.drop,
         table_drop_interval=None if cost is None else cost.interval,
     )

@@ -19,7 +19,7 @@ import numpy as np
 from engines.base import BuildOptions, Engine, LoadOptions, backend, cpu_backends, spec_of
 from engines.benchmark.latency import VOCABULARY, BenchReport, bench, feeds_for
 from nxm_export.errors import EngineError, EngineUnavailable
-from nxm_export.storage.json_files import Json, to_builtins
+from nxm_export.storage.json_files import to_json_object
 
 NAME = "auto"
 SHAPES = ((1, 32), (1, 128), (8, 32), (8, 128))  # (batch, sequence), unless the user says others
@@ -50,9 +50,9 @@ class Choice:
     candidates: tuple[Candidate, ...]
     left_out: Mapping[str, str]
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of the passport's ``options.auto`` and of ``--json``."""
-        return dict(to_builtins(self))
+        return to_json_object(self)
 
 
 def build_candidates(onnx: Path, work: Path, options: BuildOptions) -> tuple[dict[str, Path], dict[str, str]]:

@@ -23,7 +23,7 @@ import numpy as np
 from engines.base import Closing, Engine
 from nxm_export.data.bootstrap_intervals import bootstrap_interval
 from nxm_export.errors import EngineError
-from nxm_export.storage.json_files import Json, read_record, to_builtins
+from nxm_export.storage.json_files import read_record, to_json_object
 
 SCHEMA = "nxm-bench/1"
 T = TypeVar("T")
@@ -67,9 +67,9 @@ class BenchReport:
     verdict: str | None = None
     unmeasured: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``bench/*.json`` and ``--json``."""
-        return {"schema": SCHEMA, **to_builtins(self)}
+        return {"schema": SCHEMA, **to_json_object(self)}
 
 
 def read_bench_report(file: Path) -> BenchReport:

@@ -31,7 +31,6 @@ from engines.base import (
 )
 from engines.passport import Bindings, BuildFacts, EnginePassport, cpu_device, load_passport
 from nxm_export.errors import EngineError, EngineUnavailable
-from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
     from engines.openvino.bindings import CompiledModel, Port, Request, RuntimeInfo
@@ -63,7 +62,7 @@ class OpenVinoFacts:
     operators: Mapping[str, int]
     task: str | None
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
         return asdict(self)
 

@@ -31,7 +31,6 @@ from engines.base import (
 from engines.ort.graph_rewrites import fused_attention, integer_products
 from engines.passport import Bindings, BuildFacts, EnginePassport, cpu_device, load_passport
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
-from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -78,7 +77,7 @@ class OrtFacts:
     operators: Mapping[str, int]
     task: str | None
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
         return asdict(self)
 
@@ -184,7 +183,12 @@ def operators(file: Path, passport: EnginePassport, *, level: str | None = None)
 
 def left_out(passport: EnginePassport) -> list[str]:
     """The optimizers that an engine is loaded without, by its passport."""
-    return [str(name) for name in passport.options.get("disabled_optimizers", ())]
+    names = passport.options.get("disabled_optimizers", ())
+    if not isinstance(names, (list, tuple)):
+        raise ArtifactError(
+            f"passport.json: options.disabled_optimizers must be a list, got {names!r}; build the engine again"
+        )
+    return [str(name) for name in names]
 
 
 def unsigned_activations(model: ir.Model) -> int:

@@ -41,6 +41,10 @@ class Endpoint:
     outputs: tuple[TensorSpec, ...]
     text_frontend: TextFrontend | None = None
 
+    def require_fits(self, shape: tuple[int, ...]) -> None:
+        """Raise `RequestRefused` (400) for an input with more rows or tokens than this model takes."""
+        self.model.buckets.index(shape[0], 1 if self.text_frontend is not None else shape[1])
+
     def feeds(self, request: InferRequest) -> dict[str, np.ndarray]:
         """The engine's feeds, all of one shape (rows, length) and within the model's tables."""
         if self.text_frontend is not None:
@@ -92,7 +96,7 @@ class Model:
         outputs = tuple(TensorSpec(name, "FP32", shapes[name]) for name in self.spec.outputs)
         self.endpoints = [Endpoint(name, self, inputs, outputs)]
         if options.text:
-            text_frontend = TextFrontend(passport.load_tokenizer(directory), self.spec)
+            text_frontend = TextFrontend(passport.load_tokenizer(directory), self.spec, self.buckets.longest.length)
             self.endpoints.append(
                 Endpoint(
                     name + TEXT_SUFFIX, self, text_frontend.inputs, (*outputs, *text_frontend.outputs), text_frontend

@@ -33,7 +33,6 @@ from engines.serving.settings import ModelOptions, ServerOptions
 from engines.serving.spare_connections import ROOM
 from nxm_export.contract.choices import GATES
 from nxm_export.errors import EngineUnavailable, ServeError
-from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
     import uvicorn
@@ -195,7 +194,7 @@ class _JsonLines(logging.Formatter):
     """One JSON object a line: time, level, event, and the facts of a record."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Json] = {
+        line: dict[str, object] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "event": record.getMessage(),

@@ -20,10 +20,11 @@ from pathlib import Path
 from engines.admission import admitted
 from engines.ort.session_levels import SessionLevel, closest_level
 from engines.passport import EnginePassport, PlanSummary, companion_hashes
+from engines.serving import long_texts
 from engines.serving.repository import EngineSource
 from engines.serving.settings import TritonOptions
 from engines.serving.shapes import plan_buckets
-from engines.serving.text import BYTES_PER_TOKEN, names_classes
+from engines.serving.text import LETTERS_PER_TOKEN, names_classes
 from engines.triton.check_manifest import MANIFEST, SCHEMA, same_version
 from engines.triton.config import BACKENDS, KINDS, Instances, engine_config, text_configs
 from engines.triton.deploy import deployment_files
@@ -33,7 +34,7 @@ from nxm_export.data.examples import parse_tokenizer
 from nxm_export.errors import ArtifactError, ServeError
 from nxm_export.storage.atomic import atomic_dir
 from nxm_export.storage.hashing import file_hash, file_hashes
-from nxm_export.storage.json_files import Json, encode, to_builtins
+from nxm_export.storage.json_files import encode, to_json_object
 
 TEXT_SCHEMA = "nxm-triton-text/1"
 LABELS_SCHEMA = "nxm-triton-labels/1"
@@ -65,9 +66,9 @@ class TritonManifest:
     models: Mapping[str, Sequence[EngineFacts]]
     files: Mapping[str, str]
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``manifest.json`` and ``--json``."""
-        return {"schema": SCHEMA, **to_builtins(self)}
+        return {"schema": SCHEMA, **to_json_object(self)}
 
 
 @dataclass(frozen=True)
@@ -200,11 +201,13 @@ def _write_text_frontend(repository: Path, model: _Model, options: TritonOptions
     tokenizer = repository / f"{model.name}_tokenizer" / VERSION
     shutil.copyfile(_HERE / "tokenizer_model.py", tokenizer / "model.py")
     (tokenizer / TOKENIZER_FILE).write_bytes(text.encode("utf-8"))
+    shutil.copyfile(long_texts.__file__, tokenizer / Path(long_texts.__file__).name)
+    most = min(spec.max_length, buckets.longest.length)
     settings = {
         "inputs": {binding.name: binding.dtype for binding in first.tensors("inputs")},
         "lengths": [bucket.length for bucket in buckets.buckets],
-        "max_length": min(spec.max_length, buckets.longest.length),
-        "max_bytes": BYTES_PER_TOKEN * spec.max_length,
+        "max_length": most,
+        "longest_run": LETTERS_PER_TOKEN * most,
         "pad_id": spec.pad_id,
         "pair": options.pair,
     }

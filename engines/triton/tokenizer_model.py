@@ -2,7 +2,7 @@
 
 BYTES text (batch, 1) to token tensors (batch, length), padded to the next of ``lengths``: Triton's batcher merges equal
 shapes only, so without buckets almost nothing would share a batch. It stands alone in the container: the `tokenizers`
-package, and ``tokenizer.json`` and ``text.json`` beside it.
+package, and ``tokenizer.json``, ``text.json`` and ``long_texts.py`` (`engines.serving.long_texts`) beside it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ class TritonPythonModel:
             self.settings = json.load(stream)
         self.tokenizer = Tokenizer.from_file(os.path.join(here, "tokenizer.json"))
         self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(self.settings["max_length"])
 
     def execute(self, requests: list[object]) -> list[object]:
         """Tokenize every request by itself; a bad one gets an error of its own."""
@@ -46,11 +45,8 @@ class TritonPythonModel:
         return responses
 
     def _texts(self, backend: ModuleType, request: object, name: str) -> list[str]:
-        limit = self.settings["max_bytes"]
         texts = []
         for row, item in enumerate(backend.get_input_tensor_by_name(request, name).as_numpy().ravel()):
-            if len(item) > limit:
-                raise ValueError(f"row {row} of {name} has {len(item)} bytes; at most {limit} are served")
             try:
                 texts.append(item.decode("utf-8"))
             except UnicodeDecodeError as error:
@@ -58,8 +54,8 @@ class TritonPythonModel:
         return texts
 
     def _encode(self, texts: list[str], pairs: list[str] | None) -> dict[str, np.ndarray]:
-        # Of one shape, says the config.
-        rows = texts if pairs is None else list(zip(texts, pairs))  # noqa: B905
+        rows = self._cut(texts, pairs)
+        self.tokenizer.enable_truncation(self.settings["max_length"])
         encodings = self.tokenizer.encode_batch(rows)
         longest = max(len(encoding.ids) for encoding in encodings)
         length = next(bucket for bucket in self.settings["lengths"] if bucket >= longest)
@@ -71,3 +67,16 @@ class TritonPythonModel:
                 row[: len(values)] = values
             tensors[name] = array
         return tensors
+
+    def _cut(self, texts: list[str], pairs: list[str] | None) -> list[str] | list[tuple[str, str]]:
+        """The rows, far too long texts cut where that changes no token, as `nxm serve` does."""
+        from long_texts import beginning, beginnings  # type: ignore[import-not-found]
+
+        limits = (self._count, self.settings["max_length"], self.settings["longest_run"])
+        self.tokenizer.no_truncation()
+        if pairs is None:
+            return [beginning(text, *limits) for text in texts]
+        return [beginnings(text, pair, *limits) for text, pair in zip(texts, pairs)]  # noqa: B905 - the config's shape
+
+    def _count(self, text: str) -> int:
+        return len(self.tokenizer.encode(text, add_special_tokens=False).ids)

@@ -25,7 +25,6 @@ from nxm_export.contract.choices import (
     TARGET,
     TASK,
     TENSORRT_BACKENDS,
-    TENSORRT_VERSION,
     WEIGHT_BITS,
 )
 from nxm_export.contract.origin import recorded_checkpoint
@@ -421,14 +420,19 @@ def diagnose(
     graph: str | Path,
     *,
     backend: str = TENSORRT_BACKENDS[0],
-    version: str = TENSORRT_VERSION,
+    version: str | None = None,
     compute_capability: str = COMPUTE_CAPABILITY,
+    parse: bool = False,
 ) -> FileDiagnosis:
     """Judge any ONNX file, or the one in a graph directory, for a TensorRT version and a GPU without building it: which
-    matrices can run sparse, and what to do."""
+    matrices can run sparse, and what to do.
+
+    `version` is by default the backend's newest that is known here; `compute_capability` may be a name, too
+    (``8.9``, ``L4``); `parse` asks the parser of the installed TensorRT-RTX as well.
+    """
     from nxm_export.pipeline.inspection import doctor_file
 
-    return doctor_file(Path(graph), backend, version, compute_capability)
+    return doctor_file(Path(graph), backend, version, compute_capability, parse=parse)
 
 
 def show(run_directory: str | Path) -> RunSummary:

@@ -54,22 +54,35 @@ def print_inspection(title: str, facts: GraphFacts | EngineInspection | RunInspe
 
 
 def print_diagnosis(diagnosis: FileDiagnosis) -> None:
-    """What `nxm doctor` says of a file: facts, its matrices, and advice for them."""
+    """What `nxm doctor` says of a file: facts, its matrices, advice for them, and its problems."""
     _print_facts(diagnosis.file, diagnosis.to_dict())
     _print_matrices(diagnosis.sparsity)
     _print_advice(diagnosis.advice)
+    for problem in diagnosis.problems:
+        click.echo(f"problem: {problem}")
+    if diagnosis.parsed is not None:
+        verdict = "takes it, which proves no sparse kernel" if diagnosis.parsed.accepted else "refuses it"
+        click.echo(f"{diagnosis.parsed.parser}'s parser {verdict}")
+        for warning in diagnosis.parsed.warnings:
+            click.echo(f"it warns: {warning}")
 
 
 def _print_facts(title: str, facts: Mapping[str, object]) -> None:
-    rows = [(key, value) for key, value in facts.items() if key not in ("weights", "advice", "passport", "schema")]
+    apart = ("weights", "advice", "problems", "parsed", "products", "unread", "passport", "schema")
+    rows = [(key, value) for key, value in facts.items() if key not in apart]
     print_table(title, ("what", "value"), rows)
 
 
 def _print_matrices(report: SparsityReport) -> None:
     columns = ("weight", "K x N", "planned", "float > INT8", "eligible", "sparse", "kernel", "saved ms", "why not")
     print_table("weights", columns, [_matrix_row(matrix) for matrix in report.weights])
+    click.echo(str(report.products))
+    for product in report.unread:
+        click.echo(f"not read: {product}")
     for reason, detail in {matrix.reason: matrix.detail for matrix in report.weights if matrix.reason}.items():
         click.echo(f"{reason}: {detail}")
+    for hint in dict.fromkeys(matrix.hint for matrix in report.weights if matrix.hint):
+        click.echo(f"hint: {hint}")
 
 
 def _matrix_row(matrix: WeightSparsity) -> tuple[str, ...]:

@@ -34,13 +34,13 @@ from nxm_export.contract.choices import (
     SPARSE_KERNELS,
     TASK,
     TENSORRT_BACKENDS,
-    TENSORRT_VERSION,
+    TENSORRT_VERSIONS,
     TEXT_BATCH,
     TOKEN_ENCODING,
     TOKEN_ENCODINGS,
 )
 from nxm_export.contract.tasks import TASKS
-from nxm_export.errors import NxmError
+from nxm_export.errors import EngineError, NxmError
 
 if TYPE_CHECKING:
     from engines.base import BuildOptions
@@ -389,16 +389,22 @@ def _bench_servers(engines: tuple[Path, ...], options: _BenchOptions, json: bool
     show_default=True,
     help="Judge FILE for it.",
 )
-@click.option("--version", "trt_version", default=TENSORRT_VERSION, show_default=True, help="Its version.")
+@click.option(
+    "--version",
+    "trt_version",
+    help="Its version, such as 8.6 or 10.3; 10 is 10.0.  [default: "
+    f"{', '.join(f'{version} for {name}' for name, version in TENSORRT_VERSIONS.items())}]",
+)
 @click.option(
     "--gpu",
     default=COMPUTE_CAPABILITY,
     show_default=True,
-    metavar="CAPABILITY",
-    help="Compute capability, as 8.0 (A100), 8.9 (L4), 9.0 (H100).",
+    metavar="GPU",
+    help="Its compute capability or name: 8.9, 89, sm_89, L4, 'RTX 4090'.",
 )
+@click.option("--parse", is_flag=True, help="Ask the parser of the installed TensorRT-RTX, too.")
 @json_option
-def doctor(file: Path | None, backend: str, trt_version: str, gpu: str, json: bool) -> None:
+def doctor(file: Path | None, backend: str, trt_version: str | None, gpu: str, parse: bool, json: bool) -> None:
     """Say what this machine can build and run; with FILE, which matrices can run sparse, and what to fix.
 
     FILE is any ONNX file, or a graph directory.
@@ -409,9 +415,14 @@ def doctor(file: Path | None, backend: str, trt_version: str, gpu: str, json: bo
         machine = report()
         show_result(machine.to_dict, json, lambda: print_facts("this machine", machine.to_dict()))
         return
+    from engines.sparsity.targets import sparsity_target
     from nxm_export.pipeline.inspection import doctor_file
 
-    diagnosis = doctor_file(file, backend, trt_version, gpu)
+    try:
+        sparsity_target(backend, trt_version, gpu)
+    except EngineError as error:
+        raise click.UsageError(str(error)) from error
+    diagnosis = doctor_file(file, backend, trt_version, gpu, parse=parse)
     show_result(diagnosis.to_dict, json, lambda: print_diagnosis(diagnosis))
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import click
 
-from nxm_export.storage.json_files import Json, encode
+from nxm_export.storage.json_files import encode
 
 
-def show_result(to_json: Callable[[], Json], json: bool, show: Callable[[], object]) -> None:
+def show_result(to_json: Callable[[], object], json: bool, show: Callable[[], object]) -> None:
     """Print what `to_json` returns, or call `show`, which prints tables; under torchrun only the first process does."""
     if int(os.environ.get("RANK", "0")):
         return

@@ -29,7 +29,7 @@ from nxm_export.contract.pooling import is_embedding
 from nxm_export.contract.tasks import Task, task_of
 from nxm_export.errors import ArtifactError
 from nxm_export.storage.hashing import file_hash
-from nxm_export.storage.json_files import Json, read_foreign_json
+from nxm_export.storage.json_files import convert, read_foreign_json
 
 PLAN_FILE = "nxm_plan.json"
 SCALES_FILE = "nxm_scales.safetensors"
@@ -44,7 +44,7 @@ class Checkpoint:
     """An opened compressed checkpoint. Weights are read one at a time, never all at once."""
 
     path: Path
-    config: Mapping[str, Json]
+    config: Mapping[str, object]
     family: Family
     plan: CompressionPlan
     scales: Mapping[str, np.ndarray]
@@ -174,7 +174,7 @@ def save_plan(path: Path, plan: CompressionPlan, scales: Mapping[str, np.ndarray
     save_file({key: np.asarray(value, np.float32) for key, value in scales.items()}, path / SCALES_FILE)
 
 
-def read_config(path: Path) -> dict[str, Json]:
+def read_config(path: Path) -> dict[str, object]:
     """``config.json`` of a Hugging Face directory; pickled weights are refused here, before anything loads them."""
     if not path.is_dir():
         raise ArtifactError(f"{path}: no such directory")
@@ -226,13 +226,13 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
     return tensor.astype(np.float32, copy=False)
 
 
-def task_at(path: Path, config: Mapping[str, Json]) -> str | None:
+def task_at(path: Path, config: Mapping[str, object]) -> str | None:
     """The task of a model directory: that of its head, or ``embedding`` where sentence-transformers' files say how to
     pool."""
     return task_of(config) or ("embedding" if is_embedding(path) else None)
 
 
-def has_head(path: Path, config: Mapping[str, Json], task: Task) -> bool:
+def has_head(path: Path, config: Mapping[str, object], task: Task) -> bool:
     """True when a model directory has the head that `task` needs."""
     served = task_at(path, config)
     return served is not None and served in (task.name, task.serves)
@@ -254,14 +254,22 @@ def _shard_of(path: Path, name: str) -> Path:
     index = path / INDEX_FILE
     if not index.is_file():
         raise ArtifactError(f"{path} has no {WEIGHTS_FILE}: no weights to load")
-    try:
-        shards = read_foreign_json(index, "restore it from the model")["weight_map"]
-        shard = str(shards[name if name in shards else _own_name(name)])
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{index}: {name} is not in the weight map") from error
+    way_out = "restore it from the model"
+    read = read_foreign_json(index, way_out)
+    shards = convert(read, _ShardIndex, source=str(index), way_out=way_out, foreign=True).weight_map
+    shard = shards.get(name, shards.get(_own_name(name)))
+    if shard is None:
+        raise ArtifactError(f"{index}: {name} is not in the weight map")
     if Path(shard).name != shard:
         raise ArtifactError(f"{index}: the weight map points out of the directory ({shard})")
     return path / shard
+
+
+@dataclass(frozen=True)
+class _ShardIndex:
+    """What is read of the index of a sharded model: the file of every tensor."""
+
+    weight_map: Mapping[str, str]
 
 
 def _own_name(name: str) -> str:

@@ -13,7 +13,7 @@ from nxm_export.contract.families import Family, pad_id_of, size_of
 from nxm_export.contract.pooling import read_pooling
 from nxm_export.contract.tasks import TASKS, Task, labels_of
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.json_files import Json, convert, decode, encode, read_foreign_json, read_text
+from nxm_export.storage.json_files import convert, decode, encode, read_foreign_json, read_text
 
 SCHEMA = "nxm-spec/1"
 SPEC_FILE = "spec.json"
@@ -38,7 +38,7 @@ class IOSpec:
     limits: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, directory: Path, config: Mapping[str, Json], family: Family, task: Task) -> IOSpec:
+    def of(cls, directory: Path, config: Mapping[str, object], family: Family, task: Task) -> IOSpec:
         """The spec of a checkpoint directory; the tokenizer's own maximum length wins where it is shorter."""
         limit = family.max_positions(config)
         tokenizer_config = directory / "tokenizer_config.json"
@@ -55,7 +55,7 @@ class IOSpec:
             if config.get(key):
                 limits[name] = size_of(config, key)
         return cls(
-            config["model_type"],
+            family.model_type,
             task.name,
             family.inputs,
             dict(task.outputs),

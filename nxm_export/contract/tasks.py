@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nxm_export.errors import ArtifactError, PlanError
-from nxm_export.storage.json_files import Json
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ TASKS: dict[str, Task] = {
 }
 
 
-def labels_of(config: Mapping[str, Json]) -> tuple[str, ...]:
+def labels_of(config: Mapping[str, object]) -> tuple[str, ...]:
     """Class names of the head that a ``config.json`` describes, by index.
 
     transformers leaves ``id2label`` out for two classes without names of their own. Raises `ArtifactError` when the
@@ -142,14 +141,13 @@ def labels_of(config: Mapping[str, Json]) -> tuple[str, ...]:
     return tuple(by_index[str(i)] for i in range(len(by_index)))
 
 
-def task_of(config: Mapping[str, Json]) -> str | None:
+def task_of(config: Mapping[str, object]) -> str | None:
     """The task of the head in a ``config.json``, or None when it has no head of a supported kind.
 
     A cross-encoder of others has one score and does not say what for: it counts as regression, which ``reranking``
     serves, too.
     """
-    architectures = config.get("architectures")
-    architecture = str((architectures or [""])[0]) if isinstance(architectures, list) else ""
+    architecture = _architecture(config)
     matching = [
         task
         for task in TASKS.values()
@@ -161,6 +159,18 @@ def task_of(config: Mapping[str, Json]) -> str | None:
             return "reranking" if several else "regression"
         return "multi-label" if several else "classification"
     return matching[0].name if matching else None
+
+
+def _architecture(config: Mapping[str, object]) -> str:
+    """The class that a ``config.json`` names, empty where it names none; `ArtifactError` when it is no text."""
+    names = config.get("architectures")
+    if names is None or names == []:
+        return ""
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise ArtifactError(
+            f"config.json: architectures must be a list of class names, got {names!r}; is the file complete?"
+        )
+    return names[0]
 
 
 def task_named(name: str) -> Task:

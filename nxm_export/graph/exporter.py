@@ -51,7 +51,7 @@ from nxm_export.graph.qdq import add_initializer, fold_float_weight, linears_of,
 from nxm_export.graph.verifier import verify
 from nxm_export.hf.model_loading import load_task_model
 from nxm_export.storage.atomic import atomic_dir, require_replaceable
-from nxm_export.storage.json_files import Json, encode
+from nxm_export.storage.json_files import encode
 
 MASKED = -1e4  # added to the attention scores of padding: finite in float16, and exp() of it is 0
 INT8_ATTENTION_TOKENS = 512  # TensorRT has no fused INT8 attention beyond (NVIDIA/TensorRT issue 3724)
@@ -92,7 +92,7 @@ class Exported:
     scale_rounding: float
     report: VerifyReport
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``: the path as text, and of the report whether it passed (the whole lies beside the
         graph)."""
         return {
@@ -160,7 +160,7 @@ class _OpenedModel:
     """What is exported: a checkpoint directory, read; `checkpoint` is None for one without a plan."""
 
     path: Path
-    config: Mapping[str, Json]
+    config: Mapping[str, object]
     family: Family
     task: Task
     spec: IOSpec
@@ -209,6 +209,7 @@ def _made(opened: _OpenedModel, settings: _GraphSettings) -> tuple[ir.Model, flo
     if settings.precision_overrides:
         _override_precision(model, settings.precision_overrides, dtype)
     if settings.target.opset < 18:
+        _write_whole_shapes(model.graph)
         _lower_opset(model, settings.target.opset)
     _name_axes(model, opened.task)
     model.metadata_props.update(_metadata(opened, settings, hashes))
@@ -258,7 +259,7 @@ def target_named(name: str) -> GraphTarget:
     return TARGETS[name]
 
 
-def _task_of(path: Path, config: Mapping[str, Json]) -> str:
+def _task_of(path: Path, config: Mapping[str, object]) -> str:
     """The task that a checkpoint's head serves, from its ``config.json``."""
     task = task_at(path, config)
     if task is None:
@@ -397,6 +398,22 @@ def _override_precision(model: ir.Model, precision: str, dtype: str) -> None:
                     user.replace_input_with(i, back.outputs[0])
 
 
+def _write_whole_shapes(graph: ir.Graph) -> None:
+    """Write every Shape with `start` or `end` as Shape and Gather: the parser of TensorRT 8 and 9 ignores both, and
+    gives all sizes."""
+    for node in [node for node in graph if node.op_type == "Shape" and node.attributes]:
+        value, output = node.inputs[0], node.outputs[0]
+        if value is None or value.shape is None:
+            raise ExportError(f"{node.name}: the rank of what it measures is not known; use another target")
+        start, end = (node.attributes[key].as_int() if key in node.attributes else None for key in ("start", "end"))
+        axes = np.arange(len(value.shape), dtype=np.int64)[start:end]
+        whole = ir.node("Shape", [value], name=node.name)
+        whole.outputs[0].name = f"{output.name}_all"
+        kept = add_initializer(graph, f"{output.name}_axes", axes)
+        picked = ir.node("Gather", [whole.outputs[0], kept], attributes={"axis": 0}, name=f"{node.name}_pick")
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [whole, picked], [output], picked.outputs)
+
+
 def _lower_opset(model: ir.Model, opset: int) -> None:
     """Say an older opset, where every operator of the graph meant the same in it; else `ExportError`."""
     import onnx.defs
@@ -437,7 +454,7 @@ def _metadata(opened: _OpenedModel, settings: _GraphSettings, hashes: Mapping[st
         **hashes,
         **({"pooling": str(read_pooling(opened.path))} if task.auto_class is None else {}),
         "schema": METADATA_SCHEMA,
-        "model_type": opened.config["model_type"],
+        "model_type": opened.family.model_type,
         "task": task.name,
         "target": settings.target.name,
         "dtype": settings.dtype,

@@ -18,7 +18,6 @@ from nxm_export.contract.tasks import Task
 from nxm_export.errors import ArtifactError, ExportError
 from nxm_export.hf.protocols import ModelClass
 from nxm_export.hf.sentence_embedding import embedding_model
-from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
     import torch
@@ -38,17 +37,17 @@ class Loading:
     new_head: bool = False
 
 
-def model_class(path: Path, config: Mapping[str, Json], task: Task) -> ModelClass:
+def model_class(path: Path, config: Mapping[str, object], task: Task) -> ModelClass:
     """The transformers class that loads a model directory for `task`; `ArtifactError` for an unknown pooling."""
     import transformers
 
     if task.auto_class is None:
-        return embedding_model(str(config["model_type"]), read_pooling(path))
+        return embedding_model(family_of(config, source=str(path)).model_type, read_pooling(path))
     return cast(ModelClass, getattr(transformers, task.auto_class))
 
 
 def load_pretrained(
-    path: Path, config: Mapping[str, Json], task: Task, loading: Loading = Loading()
+    path: Path, config: Mapping[str, object], task: Task, loading: Loading = Loading()
 ) -> torch.nn.Module:
     """The transformers model of a directory on the CPU, with all of its weights.
 
@@ -95,7 +94,7 @@ def load_task_model(path: Path, task: Task, *, dtype: str = "float32") -> torch.
     return load_pretrained(path, config, task, Loading(dtype=dtype)).eval()
 
 
-def _require_weights(path: Path, config: Mapping[str, Json], report: Mapping[str, object], *, new_head: bool) -> None:
+def _require_weights(path: Path, config: Mapping[str, object], report: Mapping[str, object], *, new_head: bool) -> None:
     missing, mismatched = (
         cast("list[str | tuple[str, ...]]", report[f"{kind}_keys"]) for kind in ("missing", "mismatched")
     )

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.data.label_kinds import labelled, load_labelled, names_for, read_by_model
-from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
     from compressors.models import ModelSource
@@ -48,7 +47,7 @@ class RunEstimate:
     fp32_onnx_bytes: int
     onnx_bytes: int
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
         return asdict(self)
 

@@ -35,7 +35,6 @@ from nxm_export.pipeline.engine_commands import features_of
 from nxm_export.pipeline.summary import BuildResults, kind_of, summarize
 from nxm_export.progress import Progress, silent
 from nxm_export.storage.atomic import require_replaceable, write_atomic
-from nxm_export.storage.json_files import Json
 from nxm_export.storage.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -263,7 +262,7 @@ def _finetune(directory: RunDir, request: Request, model: Path, progress: Progre
     )
 
 
-def _data(request: Request) -> tuple[dict[str, Path], dict[str, Json]]:
+def _data(request: Request) -> tuple[dict[str, Path], dict[str, object]]:
     """(files of data, which are hashed; options of data, among them the names of data that is no file)."""
     sources = {"train": request.train, "dev": request.dev}
     files = {label: Path(source) for label, source in sources.items() if Path(source).is_file()}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from nxm_export.contract.choices import LOWERING
 from nxm_export.storage.atomic import atomic_dir
-from nxm_export.storage.json_files import Json, encode, read_record, to_builtins
+from nxm_export.storage.json_files import encode, read_record, to_json_object
 
 if TYPE_CHECKING:
     from engines.base import BuildOptions
@@ -50,9 +50,9 @@ class BuiltTwins:
     backend: str
     twins: Mapping[str, TwinHashes]
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
-        return {"schema": SCHEMA, **to_builtins(self)}
+        return {"schema": SCHEMA, **to_json_object(self)}
 
 
 def build_twins(

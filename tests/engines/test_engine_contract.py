@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,9 @@ from nxm_export.data.examples import load_tokenizer
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.pipeline.engine_commands import build_engine
 from nxm_export.storage.hashing import file_hash
+from nxm_export.storage.json_files import as_object
 from tests.support import baked, onnx_text, tiny
+from tests.support.records import PASSPORT
 from tests.support.variants import variants
 
 RUNTIMES = [*BACKENDS, "torch_eager"]
@@ -352,11 +355,12 @@ class TestTampering:
         islands."""
         passport = load_passport(copy)
         former = {"schema": "nxm-passport/1", **passport.to_dict()}
-        del former["plan"]["embedding"]
-        former["graph"]["islands"] = former["graph"].pop("precision_overrides")
+        graph = as_object(former["graph"])
+        del as_object(former["plan"])["embedding"]
+        graph["islands"] = graph.pop("precision_overrides")
         (copy / "passport.json").write_text(json.dumps(former))
         assert load_passport(copy) == passport
-        former["graph"]["table"] = "00"
+        graph["table"] = "00"
         (copy / "passport.json").write_text(json.dumps(former))
         assert load_passport(copy).graph["embedding_sha256"] == "00"
         (copy / "passport.json").write_text(json.dumps({**former, "plan": {}}))
@@ -470,3 +474,23 @@ def test_a_child_process_takes_our_modules_wherever_it_is_started(tmp_path: Path
         module_command("nxm_export", "--version"), cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.stdout.startswith("nxm, version"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threads": "two"}, "passport.json: options.threads must be a whole number, got 'two'; build"),
+        ({"workspace_bytes": True}, "passport.json: options.workspace_bytes must be a whole number, got True"),
+        ({"level": 5, "build_route": ["a"]}, "passport.json: options.build_route must be a text, got ['a']"),
+    ],
+    ids=str,
+)
+def test_a_recorded_option_of_another_type_is_refused_by_name(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ArtifactError, match=re.escape(message)):
+        replace(PASSPORT, options=options).rebuild_command()
+
+
+def test_the_command_that_rebuilds_has_the_recorded_options() -> None:
+    options = {"sparse": False, "level": 5, "workspace_bytes": 1 << 30, "threads": 2, "build_route": "a=b"}
+    command = replace(PASSPORT, options=options).rebuild_command()
+    assert command.endswith("--no-sparse --level 5 --workspace 1024 --threads 2 --build-route 'a=b' --out ENGINE_DIR")

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from engines.serving.metrics import REASONS
 from nxm_export.cli import main
+from tests.support.infer_answers import outputs_of
 from tools import ROOT
 from tools.benchmarks.servers import Running
 from tools.raw_http import send
@@ -29,8 +30,7 @@ def test_the_example_for_curl_is_answered_with_class_names(ours: Running) -> Non
     path = url.removeprefix("http://127.0.0.1:8000").replace("engine", "exact")
     # what curl sends with -d, which is no JSON type
     answer = send(ours.port, "POST", path, body.encode(), "Content-Type: application/x-www-form-urlencoded")
-    outputs = {output["name"]: output for output in answer.json()["outputs"]}
-    assert len(outputs["label"]["data"]) == 2
+    assert len(outputs_of(answer)["label"]) == 2
 
 
 def test_the_example_for_python_runs(ours: Running) -> None:

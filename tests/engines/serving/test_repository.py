@@ -12,6 +12,7 @@ import pytest
 from engines.serving.repository import Change, EngineSource, Repository
 from engines.serving.settings import ModelOptions
 from nxm_export.errors import ArtifactError, ParityError, RequestRefused
+from nxm_export.storage.json_files import as_objects, entry_at
 from tests.engines.serving.test_server import INFER, body_of, eventually, log_lines, metric
 from tests.support import exact_engine
 from tests.support.exact_engine import feeds_of
@@ -148,10 +149,10 @@ def test_a_server_withdraws_a_model_whose_parity_turns_failed_and_takes_it_back(
         assert send(server.port, "GET", "/v2/health/live").status == 200
         assert send(server.port, "GET", "/v2/models/exact/ready").status == 503
         refused = send(server.port, "POST", INFER, body)
-        assert (refused.status, "was withdrawn" in refused.json()["error"]) == (503, True)
-        states = send(server.port, "POST", "/v2/repository/index").json()
+        assert (refused.status, "was withdrawn" in str(entry_at(refused.json(), "error"))) == (503, True)
+        states = as_objects(send(server.port, "POST", "/v2/repository/index").json())
         assert {entry["state"] for entry in states} == {"UNAVAILABLE"}
-        assert "parity with its checkpoint failed" in states[0]["reason"]
+        assert "parity with its checkpoint failed" in str(states[0]["reason"])
         assert metric(server, 'nxm_rejected_total{model="exact",reason="withdrawn"') == 1
         assert metric(server, "nxm_ready") == 0
         exact_engine.write_parity(copy, passed=True)

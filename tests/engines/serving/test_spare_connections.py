@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from engines.serving.spare_connections import ROOM, SpareConnections
+from nxm_export.storage.json_files import entry_at
 from tests.engines.serving.test_server import INFER, body_of, eventually, metric
 from tests.support.exact_engine import feeds_of
 from tools.benchmarks.servers import Running, nxm_serve
@@ -62,7 +63,7 @@ def test_probes_are_answered_while_idle_connections_hold_every_place(server: Run
         assert time.monotonic() - began < len(PROBES * 3)  # a second each, and in fact some milliseconds
         refused = send(server.port, "POST", INFER, body_of(feeds_of([3])))
         assert refused.status == 503
-        assert f"{LIMIT} connections are open already" in refused.json()["error"]
+        assert f"{LIMIT} connections are open already" in str(entry_at(refused.json(), "error"))
         assert int(refused.headers["retry-after"]) >= 1
     assert eventually(lambda: send(server.port, "POST", INFER, body_of(feeds_of([3]))).status == 200)
 

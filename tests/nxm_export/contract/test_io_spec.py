@@ -12,7 +12,6 @@ from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.io_spec import INPUTS, IOSpec, load_spec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.json_files import Json
 
 SPEC = IOSpec("bert", "classification", INPUTS, {"logits": ("batch", "classes")}, ("a", "b"), 8, 0)
 
@@ -34,7 +33,7 @@ def test_a_spec_is_read_back_as_it_was(tmp_path: Path) -> None:
     ],
 )
 def test_a_spec_that_does_not_fit_its_task_is_refused_by_field(
-    change: dict[str, Json], message: str, tmp_path: Path
+    change: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     SPEC.save(tmp_path)
     file = tmp_path / "spec.json"

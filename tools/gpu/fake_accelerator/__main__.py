@@ -69,7 +69,7 @@ def compression(options: argparse.Namespace, work: Path) -> Rehearsal:
     from compressors.training.compress import compress
     from nxm_export.contract.families import family_of
     from nxm_export.contract.plan import WeightSpec
-    from nxm_export.storage.json_files import to_builtins
+    from nxm_export.storage.json_files import to_json_object
 
     data = options.data or options.run / "data"
     dense = work / "dense"
@@ -97,7 +97,7 @@ def compression(options: argparse.Namespace, work: Path) -> Rehearsal:
             out=work / "out",
             settings=settings,
         )
-    return Rehearsal(metrics=to_builtins(metrics))
+    return Rehearsal(metrics=to_json_object(metrics))
 
 
 def _write_model(tokenizer: Path, out: Path) -> None:

@@ -1,0 +1,134 @@
+"""What surrounds a product: in what type its input was quantized, and in what type its output leaves.
+
+A quantizer need not touch the product: nodes that only move elements may stand between, and behind it bias and
+activation, which every kernel does on the way out.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from nxm_export.graph.graph_weights import array_of
+from nxm_export.graph.linear_forms import ELEMENTWISE
+
+MOVES = ("Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
+_PARTS = ("Slice", "Gather", "Split", "Concat")  # these move codes, too, and change which ones
+_FLOATS = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
+
+
+def codes_type(value: ir.Value | None) -> str | None:
+    """ONNX's name of the element type of a value (``INT8``), where the graph says it; for a QuantizeLinear the type
+    that ONNX means by its zero point, its ``output_dtype``, or the absence of both (UINT8)."""
+    while value is not None:
+        if value.dtype is not None:
+            return value.dtype.name
+        tensor, node = ir.convenience.get_const_tensor(value), value.producer()
+        if tensor is not None:
+            return tensor.dtype.name
+        if node is None:
+            return None
+        if node.op_type == "QuantizeLinear":
+            return _quantized_type(node)
+        if node.op_type == "Cast" and "to" in node.attributes:
+            return ir.DataType(node.attributes["to"].as_int()).name
+        if node.op_type not in (*MOVES, *_PARTS):
+            return None
+        value = node.inputs[0]
+    return None
+
+
+def quantizer_behind(value: ir.Value | None) -> ir.Node | None:
+    """The QuantizeLinear whose codes a value is, behind nodes that only move them."""
+    node = None if value is None else value.producer()
+    while node is not None and node.op_type in (*MOVES, *_PARTS):
+        node = None if node.inputs[0] is None else node.inputs[0].producer()
+    return node if node is not None and node.op_type == "QuantizeLinear" else None
+
+
+def input_codes(value: ir.Value | None) -> str | None:
+    """The type of the codes (``INT8``) that a product's input is dequantized from; None for a float input."""
+    node = None if value is None else value.producer()
+    while node is not None and node.op_type in MOVES:
+        node = None if node.inputs[0] is None else node.inputs[0].producer()
+    if node is None or node.op_type != "DequantizeLinear":
+        return None
+    return codes_type(node.inputs[0])
+
+
+def reads_an_input(value: ir.Value | None) -> bool:
+    """True when a value depends on an input of its graph that no initializer stands in for."""
+    seen: set[int] = set()
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if value is None or id(value) in seen:
+            continue
+        seen.add(id(value))
+        node = value.producer()
+        if node is not None:
+            stack += node.inputs
+        elif value.const_value is None:
+            return True
+    return False
+
+
+def output_type(node: ir.Node) -> tuple[str, str]:
+    """(type that leaves a product behind bias and activation, which activation): ``int8`` when everything that leaves
+    is read through 8-bit quantizers of one scale, and no float of it is an output of the graph."""
+    inside, ends, used = _region(node)
+    epilogue = "none"
+    if "Relu" in used:
+        epilogue = "relu"
+    elif "Tanh" in used or any(_is_tanh(user) for value in inside for user in value.consumers()):
+        epilogue = "gelu_tanh"
+    elif "Erf" in used or "Gelu" in used:
+        epilogue = "gelu_erf"
+    seen = any(value.is_graph_output() for value in inside)
+    if ends and not seen and _quantize_alike(ends):
+        return "int8", epilogue
+    if node.op_type.startswith("QLinear"):
+        return (codes_type(node.outputs[0]) or "int8").lower(), epilogue
+    dtype = node.outputs[0].dtype
+    return _FLOATS.get(dtype.name, dtype.name.lower()) if dtype is not None else "float", epilogue
+
+
+def _region(node: ir.Node) -> tuple[list[ir.Value], list[ir.Node], set[str]]:
+    """What a kernel does on the way out: its values, the nodes that read them from outside, and its operators."""
+    region: list[ir.Node] = []
+    inside = list(node.outputs[:1])
+    grown = True
+    while grown:  # a decomposed GELU reads the product twice: go on until nothing more belongs to it
+        grown = False
+        for user in [user for value in inside for user in value.consumers()]:
+            if user in region or not (user.op_type in MOVES or user.op_type in ELEMENTWISE):
+                continue
+            known = [read is None or read in inside or not reads_an_input(read) for read in user.inputs]
+            if all(known) or (user.op_type in MOVES and known[0]):
+                region.append(user)
+                inside += user.outputs
+                grown = True
+    ends = [user for value in inside for user in value.consumers() if user not in region]
+    return inside, ends, {user.op_type for user in region}
+
+
+def _quantize_alike(ends: list[ir.Node]) -> bool:
+    if any(end.op_type != "QuantizeLinear" or _quantized_type(end) not in ("INT8", "UINT8") for end in ends):
+        return False
+    scales = [array_of(end.inputs[1]) for end in ends]
+    first = scales[0]
+    return first is not None and all(scale is not None and np.array_equal(first, scale) for scale in scales)
+
+
+def _quantized_type(node: ir.Node) -> str:
+    zero = node.inputs[2] if len(node.inputs) > 2 else None
+    given = node.attributes["output_dtype"].as_int() if "output_dtype" in node.attributes else 0
+    return (codes_type(zero) if zero is not None else None) or (ir.DataType(given).name if given else "UINT8")
+
+
+def _is_tanh(node: ir.Node) -> bool:
+    return (
+        node.op_type == "Gelu"
+        and "approximate" in node.attributes
+        and node.attributes["approximate"].as_string() == "tanh"
+    )

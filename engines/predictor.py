@@ -12,6 +12,7 @@ A text is tokenized as in training and comparison. One that is longer than the m
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +24,7 @@ from engines.admission import admitted
 from engines.base import Engine, LoadOptions, Profile, backend
 from engines.serving.shapes import plan_buckets
 from nxm_export.contract.choices import GATE
-from nxm_export.contract.io_spec import IOSpec
+from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.examples import (
     Encoding,
@@ -33,6 +34,7 @@ from nxm_export.data.examples import (
     label_array,
     pad,
     sorted_batches,
+    tokenizer_failures,
 )
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.predictions import (
@@ -161,7 +163,8 @@ class Predictor:
             )
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(longest)
-        encodings = self._tokenizer.encode_batch(rows)
+        with self._tokenizing():
+            encodings = self._tokenizer.encode_batch(rows)
         self.shortened += sum(bool(made.overflowing) for made in encodings)
         return encodings
 
@@ -169,12 +172,16 @@ class Predictor:
         questions, contexts = ([row[side] for row in rows] for side in (0, 1))
         empty: list[tuple[tuple[str, int], ...]] = [()] * len(questions)
         examples = Examples(questions, contexts, empty, "predict", encoder=windows)
-        features = encode(self._tokenizer, examples, self._longest(), self.spec.inputs)
+        with self._tokenizing():
+            features = encode(self._tokenizer, examples, self._longest(), self.spec.inputs)
         values = self._run(features, batch)
         labels = label_array(features)
         for _, members in groupby(range(len(features)), key=lambda i: features[i]["group"]):
             own = list(members)
             yield of_spans([values[i] for i in own], [Window.unpack(labels[i]) for i in own])
+
+    def _tokenizing(self) -> AbstractContextManager[None]:
+        return tokenizer_failures(f"{self.directory / TOKENIZER_FILE}: it fails on these texts")
 
     def _longest(self) -> int:
         """Tokens of the longest input: the model's, or what the engine has profiles for."""

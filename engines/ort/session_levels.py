@@ -76,16 +76,13 @@ def _tried(directory: Path, passport: EnginePassport, spec: IOSpec, level: str) 
     other = open_session(file, 1, model=data, level=level)
     generator, largest = np.random.default_rng(0), 0.0
     for batch, sequence in _SHAPES:
-        feeds = {}
-        for binding in passport.tensors("inputs"):
-            shape = (batch, *(min(sequence, spec.max_length) if size < 0 else size for size in binding.shape[1:]))
-            least = 1 if binding.name == "attention_mask" else 0
-            values = generator.integers(least, spec.limits.get(binding.name, 2), shape)
-            feeds[binding.name] = values.astype(binding.dtype)
         try:
+            feeds = _feeds(passport, spec, batch, sequence, generator)
             outputs = proven.run(None, feeds), other.run(None, feeds)
         except Exception as error:  # onnxruntime raises its own types, which are no stable API
-            raise EngineError(f"{directory}: ONNX Runtime failed: {error}") from error
+            raise EngineError(
+                f"{directory}: the engine does not run with the inputs that its passport names: {error}; build it again"
+            ) from error
         for ours, theirs in zip(*outputs, strict=True):
             largest = max(largest, float(np.abs(ours - theirs).max()))
     counts = tuple(
@@ -93,3 +90,15 @@ def _tried(directory: Path, passport: EnginePassport, spec: IOSpec, level: str) 
         for counted in (operators(file, passport), operators(file, passport, level=level))
     )
     return SessionLevel(level, largest, (counts[0], counts[1]))
+
+
+def _feeds(
+    passport: EnginePassport, spec: IOSpec, batch: int, sequence: int, generator: np.random.Generator
+) -> dict[str, np.ndarray]:
+    feeds = {}
+    for binding in passport.tensors("inputs"):
+        shape = (batch, *(min(sequence, spec.max_length) if size < 0 else size for size in binding.shape[1:]))
+        is_mask = binding.name == "attention_mask"
+        values = np.ones(shape) if is_mask else generator.integers(0, spec.limits.get(binding.name, 2), shape)
+        feeds[binding.name] = values.astype(binding.dtype)
+    return feeds

@@ -21,6 +21,7 @@ from engines.admission import admitted
 from engines.ort.session_levels import SessionLevel, closest_level
 from engines.passport import EnginePassport, PlanSummary, companion_hashes
 from engines.serving import long_texts
+from engines.serving.model import require_labelled
 from engines.serving.repository import EngineSource
 from engines.serving.settings import TritonOptions
 from engines.serving.shapes import plan_buckets
@@ -168,6 +169,13 @@ def _write_model(repository: Path, model: _Model, options: TritonOptions) -> Non
     config = engine_config(
         model.name, first, spec, instances, max_batch=options.max_batch, files=files, session=model.session
     )
+    names = {binding.name for binding in first.tensors("inputs")}
+    if names != set(spec.inputs):
+        raise ServeError(
+            f"{model.name}: spec.json has the inputs {', '.join(spec.inputs)}, and the engine takes "
+            f"{', '.join(sorted(names))}; build it again"
+        )
+    require_labelled(model.directories[0], spec, first.tensors("outputs")[0].shape)
     (repository / model.name / "config.pbtxt").write_text(config, encoding="utf-8")
     if options.text:
         _write_text_frontend(repository, model, options)

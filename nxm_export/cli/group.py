@@ -7,6 +7,7 @@ import os
 import click
 
 from nxm_export import __version__
+from nxm_export.cli.output import one_line
 from nxm_export.errors import NxmError
 
 
@@ -17,7 +18,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except NxmError as error:
-            click.echo(f"nxm: {error}", err=True)
+            click.echo(f"nxm: {one_line(str(error))}", err=True)
             ctx.exit(error.exit_code)
         except ModuleNotFoundError as error:
             from nxm_export.pipeline.environment import extra_of, install_advice

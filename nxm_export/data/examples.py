@@ -6,10 +6,11 @@ label counts without the spaces around it, and a whole number is the same class 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -17,7 +18,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from nxm_export.data.readers import FORMATS, read_rows
-from nxm_export.errors import ArtifactError, DataError
+from nxm_export.errors import ArtifactError, DataError, NxmError
 from nxm_export.storage.json_files import read_text
 
 DataRow = Mapping[str, object]  # of a data file: cells by column
@@ -304,12 +305,27 @@ def parse_tokenizer(text: str, file: Path) -> Tokenizer:
     """The `tokenizers.Tokenizer` that `text`, read from `file`, holds; raises `ArtifactError`."""
     import tokenizers
 
+    with tokenizer_failures(f"{file}: not a readable tokenizer"):
+        made = cast("Tokenizer", tokenizers.Tokenizer.from_str(text))
+    with tokenizer_failures(f"{file}: not a usable tokenizer"), contextlib.suppress(Exception):
+        made.encode_batch(["a", ("a", "a")])  # a panic is no Exception; a vocabulary without "a" gives one
+    return made
+
+
+@contextlib.contextmanager
+def tokenizer_failures(what: str) -> Iterator[None]:
+    """Turn what the tokenizers library fails with into an `ArtifactError` that begins with `what`.
+
+    It raises plain Exception, and what its Rust code panics with is not even one.
+    """
     try:
-        return cast("Tokenizer", tokenizers.Tokenizer.from_str(text))
-    except BaseException as error:  # the library raises plain Exception, and what its Rust code panics with is not one
+        yield
+    except NxmError:
+        raise
+    except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ArtifactError(f"{file}: not a readable tokenizer ({error})") from error
+        raise ArtifactError(f"{what} ({' '.join(str(error).split())})") from error
 
 
 def encode(tokenizer: Tokenizer, examples: Examples, max_length: int, inputs: Sequence[str]) -> list[Features]:

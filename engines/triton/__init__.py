@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.admission import admitted
+from engines.ort.session_levels import SessionLevel, closest_level
 from engines.passport import EnginePassport, PlanSummary, companion_hashes
 from engines.serving import long_texts
+from engines.serving.model import require_labelled
 from engines.serving.repository import EngineSource, require_distinct_names
 from engines.serving.settings import TritonOptions
 from engines.serving.shapes import plan_buckets
@@ -45,12 +47,15 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What a manifest says of one engine; the words are those of its passport."""
+    """What a manifest says of one engine; the words are those of its passport. `session` is how its ONNX Runtime
+    session in Triton stands to the proven one, None for other engines."""
 
     engine_sha256: str
+    contents_sha256: str | None
     onnx_sha256: str
     requires: Mapping[str, str]
     plan: PlanSummary | None
+    session: SessionLevel | None
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class _Model:
     directories: tuple[Path, ...]
     passports: tuple[EnginePassport, ...]
     spec: IOSpec
+    session: SessionLevel | None
 
 
 def export_repository(
@@ -105,7 +111,7 @@ def export_repository(
         manifest = TritonManifest(
             image=options.image,
             tensorrt=tensorrt,
-            models={model.name: [_facts(p) for p in model.passports] for model in served},
+            models={model.name: [_facts(p, model.session) for p in model.passports] for model in served},
             files=file_hashes(scratch),
         )
         (scratch / MANIFEST).write_text(encode(manifest, SCHEMA), encoding="utf-8")
@@ -159,7 +165,9 @@ def _model_of(name: str, sources: Sequence[EngineSource], options: TritonOptions
                     f"{name}: {directory} has other labels or another tokenizer than {directories[0]}; build all of "
                     "them from one graph directory"
                 )
-    return _Model(name, directories, passports, first.load_spec(directories[0]))
+    spec = first.load_spec(directories[0])
+    session = closest_level(directories[0], first, spec) if first.backend == "ort" else None
+    return _Model(name, directories, passports, spec, session)
 
 
 def _write_model(repository: Path, model: _Model, options: TritonOptions) -> None:
@@ -175,7 +183,16 @@ def _write_model(repository: Path, model: _Model, options: TritonOptions) -> Non
         (version / files[capability]).write_bytes(data)
     kind = _kind(first, options)
     instances = Instances(kind, options.instances, options.threads)
-    config = engine_config(model.name, first, spec, instances, max_batch=options.max_batch, files=files)
+    config = engine_config(
+        model.name, first, spec, instances, max_batch=options.max_batch, files=files, session=model.session
+    )
+    names = {binding.name for binding in first.tensors("inputs")}
+    if names != set(spec.inputs):
+        raise ServeError(
+            f"{model.name}: spec.json has the inputs {', '.join(spec.inputs)}, and the engine takes "
+            f"{', '.join(sorted(names))}; build it again"
+        )
+    require_labelled(model.directories[0], spec, first.tensors("outputs")[0].shape)
     (repository / model.name / "config.pbtxt").write_text(config, encoding="utf-8")
     if options.text:
         _write_text_frontend(repository, model, options)
@@ -254,5 +271,12 @@ def _tensorrt(served: Sequence[_Model], options: TritonOptions) -> str | None:
     return versions[0]
 
 
-def _facts(passport: EnginePassport) -> EngineFacts:
-    return EngineFacts(passport.engine_sha256, passport.onnx_sha256, dict(passport.requires), passport.plan)
+def _facts(passport: EnginePassport, session: SessionLevel | None) -> EngineFacts:
+    return EngineFacts(
+        passport.engine_sha256,
+        passport.contents_sha256,
+        passport.onnx_sha256,
+        dict(passport.requires),
+        passport.plan,
+        session,
+    )

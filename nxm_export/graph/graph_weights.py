@@ -39,14 +39,13 @@ class GraphWeight:
     """One weight matrix as a product node reads it.
 
     `matrix` is (K, N): the integers that a DequantizeLinear or the operator itself scales, otherwise the values.
-    `operand` is the input of `node` that it is; `stored` the type in the file and `codes` the type of the matrix:
-    of what DequantizeLinear reads, where there is one. `scale_axis` is ``N``, ``K``, ``block`` (several scales
-    along K) or ``tensor``, None without scale; `zero_point` has a shape that `matrix` broadcasts with, or another
-    that nothing here knows. `quantized` says that stored integers or a QuantizeLinear made it, in whatever way. K
-    consists of runs of `run` elements that lie together. `stack` is how many matrices the operand has (not said of
-    convolutions). `unrounded` is the matrix in front of a QuantizeLinear of constants, and `moved_by` names
-    operators that take a part of it or join it, behind its DequantizeLinear.
-    """
+    `operand` is the input of `node` that it is; `stored` the type in the file and `codes` the type of the matrix: of
+    what DequantizeLinear reads, where there is one. `scale_axis` is ``N``, ``K``, ``block`` (several scales along K) or
+    ``tensor``, None without scale; `zero_point` has a shape that `matrix` broadcasts with, or another that nothing here
+    knows. `quantized` says that stored integers or a QuantizeLinear made it, in whatever way. K consists of runs of
+    `run` elements that lie together. `stack` is how many matrices the operand has (of a convolution it says nothing).
+    `unrounded` is the matrix in front of a QuantizeLinear of constants, and `moved_by` names operators that take a part
+    of it or join it, behind its DequantizeLinear."""
 
     name: str
     node: ir.Node

@@ -287,6 +287,12 @@ def _unbuilt(fact: MatrixFacts, weight: WeightSparsity, target: SparsityTarget) 
         return weight.reason, weight.detail
     if weight.eligible:
         return "no-engine", ""
+    if fact.moved_by:
+        operators = ", ".join(fact.moved_by)
+        return "kernel-unknown", (
+            f"{operators} between its DequantizeLinear and the product: whether TensorRT makes one integer product of "
+            "them is not known. Store the weight as the product reads it"
+        )
     source = target.kernel_for(fact, form=fact.form, output=fact.output).source
     return "kernel-unknown", f"{REASONS['kernel-unknown']}. {source}"
 
@@ -300,7 +306,7 @@ def _obstacle(fact: MatrixFacts, target: SparsityTarget) -> tuple[str | None, st
         return "flag-off", "", False
     kernel = target.kernel_for(fact, form=fact.form, output=fact.output)
     if kernel.exists is not False:
-        return None, "", kernel.exists
+        return None, "", None if fact.moved_by else kernel.exists
     if fact.output != "int8" and target.kernel_for(fact, form=fact.form, output="int8").exists:
         return "float-output", f"{REASONS['float-output']} (it writes {fact.output}). {kernel.source}", False
     for form in ("conv1x1", "matmul"):

@@ -77,6 +77,7 @@ def _facts(weight: GraphWeight, plan: CompressionPlan | None) -> MatrixFacts:
         groups_of_channels=groups_of(weight.node),
         scales_in_blocks=weight.scale_axis == "block",
         scale_problems=tuple(scale_problems(weight)),
+        moved_by=weight.moved_by,
     )
 
 

@@ -63,8 +63,14 @@ def verify(file: str | Path, *, plan: CompressionPlan | None = None, pattern: NM
     every quantized weight of a file without plan, which must then hold some. Raises `ArtifactError` when the file
     cannot be read, and `PlanError` for a plan inside it that cannot.
     """
-    model = load_graph(file)
-    plan = plan or embedded_plan(model, str(file))
+    return verify_model(load_graph(file), str(file), plan=plan, pattern=pattern)
+
+
+def verify_model(
+    model: ir.Model, source: str, *, plan: CompressionPlan | None = None, pattern: NMPattern | None = None
+) -> VerifyReport:
+    """As `verify`, of a graph that `load_graph` read; `source` names its file in the report and in errors."""
+    plan = plan or embedded_plan(model, source)
     reports, unread, quantized = _check_products(model, plan, pattern)
     problems, stored = list(_check_pairs(model)), None
     problems += [
@@ -91,7 +97,7 @@ def verify(file: str | Path, *, plan: CompressionPlan | None = None, pattern: NM
     count = Counter(node.op_type for node in model.graph.all_nodes())
     size = None if stored is None else (stored[0].shape[0], stored[0].shape[1])
     pairs = count["QuantizeLinear"], count["DequantizeLinear"]
-    return VerifyReport(str(file), reports, tuple(problems), *pairs, size, unread)
+    return VerifyReport(source, reports, tuple(problems), *pairs, size, unread)
 
 
 def embedded_plan(model: ir.Model, source: str) -> CompressionPlan | None:

@@ -39,6 +39,7 @@ from nxm_export.data.examples import (
     Tokenizer,
     members,
     text_of,
+    tokens_of,
 )
 from nxm_export.data.readers import format_of, opened, read_rows
 from nxm_export.errors import DataError, notice
@@ -257,10 +258,9 @@ def _window(encoding: Encoding, context: str, answers: Sequence[Answer], place: 
 def _sample(
     encoding: Encoding, window: Window, answers: Sequence[Answer], inputs: Sequence[str], number: int
 ) -> Features:
-    names = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
     offsets = encoding.offsets[window.first : window.first + len(window.starts)]
     return {
-        **{name: getattr(encoding, names[name]) for name in inputs},
+        **tokens_of(encoding, inputs),
         "labels": window.pack(),
         "span": _span(offsets, window.first, answers[0]) if answers else [NO_ANSWER, NO_ANSWER],
         "group": number,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from engines.parity.decisions import Reading
 from engines.parity.tolerance import Expectation, compare_output
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import Columns, Examples, encode, label_array
+from nxm_export.data.examples import Columns, Examples, Features, encode, label_array
 from nxm_export.data.label_kinds import labelled, load_labelled
 from nxm_export.data.metrics import interval, metric_named
 from nxm_export.data.question_answering import (
@@ -214,7 +214,7 @@ def unit(text: str, answers: list[str], first: int = 3) -> np.ndarray:
     ends = list(itertools.accumulate(len(word) + 1 for word in text.split()))
     starts = [0, *ends[:-1]]
     window = Window(first, text, starts, [end - 1 for end in ends], answers)
-    return np.asarray(label_array([{"labels": window.pack()}])[0])
+    return np.asarray(label_array([{"input_ids": [], "labels": window.pack()}])[0])
 
 
 class TestScores:
@@ -315,10 +315,10 @@ class TestNoAnswer:
         np.testing.assert_allclose(answer_scores(logits, label[None]), [expected])
 
     def test_no_answer_wins_only_where_it_does_in_every_window(self) -> None:
-        packed = []
+        packed: list[Features] = []
         for text in ("a dull film", "superb actor"):
             window = dataclasses.replace(Window.unpack(unit(text, [])), nullable=True)
-            packed.append({"labels": window.pack()})
+            packed.append({"input_ids": [], "labels": window.pack()})
         logits, groups = np.zeros((2, 8, 2)), np.array([0, 0])
         logits[:, 0] = 3.0
         assert answer_scores(logits, label_array(packed), (), groups).tolist() == [[1.0, 1.0]]

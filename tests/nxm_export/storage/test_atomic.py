@@ -117,3 +117,22 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     write_atomic(file, b"new")
     assert file.read_bytes() == b"new"
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_log_of_what_failed_stays_and_the_error_names_it(tmp_path: Path) -> None:
+    target = tmp_path / "engine"
+
+    def fail() -> None:
+        with atomic_dir(target, kept_log="build.log") as scratch:
+            (scratch / "part").mkdir()
+            (scratch / "part" / "build.log").write_text("what went wrong")
+            raise ArtifactError(f"it failed (log: {scratch / 'part' / 'build.log'})")
+
+    with pytest.raises(ArtifactError) as failure:
+        fail()
+    assert str(failure.value) == f"it failed (log: {target}.build.log)"
+    assert (tmp_path / "engine.build.log").read_text() == "what went wrong"
+    assert [file.name for file in tmp_path.iterdir()] == ["engine.build.log"]
+    with pytest.raises(ArtifactError) as failure, atomic_dir(target, kept_log="build.log"):
+        raise ArtifactError("before there was a log")
+    assert str(failure.value) == "before there was a log"

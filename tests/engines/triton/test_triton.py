@@ -182,7 +182,7 @@ def test_the_second_text_is_optional_as_on_nxm_serve(engine: Path, tmp_path: Pat
 @pytest.mark.parametrize("suffix", ["text", "tokenizer", "labels"])
 def test_a_model_with_the_name_of_anothers_part_is_refused(engine: Path, tmp_path: Path, suffix: str) -> None:
     sources = [EngineSource("m", "1", engine), EngineSource(f"m_{suffix}", "1", engine)]
-    with pytest.raises(ServeError, match=f"m_{suffix} is both a model and the text frontend of m, or a part of it"):
+    with pytest.raises(ServeError, match=f"m and m_{suffix} both need the name m_{suffix}"):
         export_repository(sources, tmp_path / "repo", TritonOptions(text=True, threads=1))
     assert not (tmp_path / "repo").exists()
     export_repository(sources, tmp_path / "repo", TritonOptions(threads=1))

@@ -247,7 +247,9 @@ class Service:
                 try:
                     return prepare()
                 except RequestRefused as error:  # what it refers to is let go of, before the collector sees it
-                    refused = RequestRefused(error.status, str(error), retry_after=error.retry_after)
+                    refused = RequestRefused(
+                        error.status, str(error), retry_after=error.retry_after, reason=error.reason
+                    )
             raise refused
 
         loop = asyncio.get_running_loop()

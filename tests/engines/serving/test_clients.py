@@ -204,3 +204,22 @@ def test_a_deadline_runs_from_the_first_byte(engine: Path, tmp_path: Path) -> No
                 assert (answer.status, "0.7 seconds" in error_of(answer)) == (504, True)
                 connection.sendall(message)  # and the next one has its own
                 assert read(connection).status == 200
+
+
+def test_bodies_that_are_held_are_bounded_in_all(engine: Path, tmp_path: Path) -> None:
+    """Hundreds of connections, each with most of a body: what is beyond 32 of the largest is refused, and only that."""
+    unfinished = request("POST", INFER, b" " * 9_000)[:-1]
+    with nxm_serve(tmp_path / "log", f"exact={engine}", "--max-body-mb", "0.01") as server:
+        waiting = [connect(server.port) for _ in range(60)]
+        for connection in waiting:
+            connection.sendall(unfinished)
+
+        def refused() -> bool:
+            answer = send(server.port, "POST", INFER, b" " * 9_000)
+            return answer.status == 503 and "bytes of requests are held already" in error_of(answer)
+
+        assert eventually(refused)
+        assert send(server.port, "GET", "/v2/health/ready").status == 200
+        for connection in waiting:
+            connection.close()
+        assert eventually(lambda: send(server.port, "POST", INFER, body_of(feeds_of([6]))).status == 200)

@@ -117,7 +117,7 @@ def load_tokenizer(source: ModelSource) -> FastTokenizer:
         )
     try:
         with quiet_transformers():
-            tokenizer: FastTokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+            tokenizer = cast("FastTokenizer", AutoTokenizer.from_pretrained(source.path, trust_remote_code=False))
     except Exception as error:  # tokenizers raise many kinds for damaged files
         raise ArtifactError(f"{source.path}: its tokenizer cannot be loaded ({error})") from error
     if not tokenizer.is_fast:

@@ -17,13 +17,12 @@ from engines.serving.long_texts import LETTERS_PER_TOKEN, encode_long, is_long
 from engines.serving.protocol import TensorSpec
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import Examples, Features, Label, Tokenizer, encode, label_array, pad
+from nxm_export.data.examples import Examples, Features, Label, Tokenizer, encode, label_array, pad, tokens_of
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.question_answering import Window, best_span, windows
 from nxm_export.errors import DataError, RequestRefused, ServeError
 
 TEXT, PAIR, LABEL, ANSWER = "text", "text_pair", "label", "answer"
-_FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
 
 class TextFrontend:
@@ -117,7 +116,7 @@ class TextFrontend:
             tokens = encode_long(self._tokenizer, texts, self._max_length)
         except ValueError as error:
             raise RequestRefused(400, f"row {row}: {error}") from error
-        return {**{name: getattr(tokens, _FIELDS[name]) for name in self._spec.inputs}, "labels": 0}
+        return {**tokens_of(tokens, self._spec.inputs), "labels": 0}
 
     def _decode(self, name: str, array: np.ndarray) -> list[str]:
         limit = LETTERS_PER_TOKEN * self._max_length

@@ -9,7 +9,9 @@ from typing import TextIO
 import click
 
 from nxm_export import __version__
+from nxm_export.cli.output import one_line
 from nxm_export.errors import Notice, NxmError
+from nxm_export.storage.atomic import FULL_ERRNOS
 
 
 class _Group(click.Group):
@@ -22,7 +24,7 @@ class _Group(click.Group):
                 warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except NxmError as error:
-            click.echo(f"nxm: {error}", err=True)
+            click.echo(f"nxm: {one_line(str(error))}", err=True)
             ctx.exit(error.exit_code)
         except ModuleNotFoundError as error:
             from nxm_export.pipeline.environment import extra_of, install_advice
@@ -31,6 +33,13 @@ class _Group(click.Group):
             if extra is None:
                 raise
             click.echo(f"nxm: this needs {error.name}, which is not installed; {install_advice(extra)}", err=True)
+            ctx.exit(1)
+        except OSError as error:
+            if error.errno not in FULL_ERRNOS:
+                raise
+            click.echo(
+                f"nxm: {error.filename or 'a file'}: cannot be written ({error.strerror}); free the space", err=True
+            )
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("nxm: interrupted; run the same command again to go on from here", err=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nxm_export.data.examples import Columns
 
     FloatType = click.ParamType[float]
+    OptionType = click.ParamType[str] | click.ParamType[int] | click.ParamType[float]
 else:
     FloatType = click.ParamType  # which older versions of click do not parametrize
 
@@ -151,7 +152,7 @@ def setting_option(settings: type[DataclassInstance], name: str, **changes: str 
     kind = _click_type(entry, _number_of(annotation))
     if isinstance(default, tuple):
         default = ",".join(map(str, default))
-    if entry.scale != 1 and default is not None:
+    if entry.scale != 1 and isinstance(default, (int, float)):
         default *= entry.scale
     callback = (lambda _, __, number: limit_of(number)) if entry.infinity_is_none else None
     return click.option(
@@ -201,17 +202,17 @@ def limit_of(number: float) -> float | None:
     return None if math.isinf(number) else number
 
 
-def _defaults(settings: type[DataclassInstance]) -> dict[str, Any]:
+def _defaults(settings: type[DataclassInstance]) -> dict[str, object]:
     return {entry.name: entry.default for entry in fields(settings)}
 
 
-def _number_of(annotation: Any) -> type:
+def _number_of(annotation: object) -> type:
     """int, float or str of an annotation such as ``float | None``; str of a tuple, whose items commas separate."""
     kinds = [kind for kind in get_args(annotation) or (annotation,) if kind in (int, float, str)]
     return kinds[0] if kinds and get_origin(annotation) is not tuple else str
 
 
-def _click_type(entry: Option, kind: type) -> click.ParamType[Any]:
+def _click_type(entry: Option, kind: type) -> OptionType:
     if entry.choices:
         return click.Choice(entry.choices)
     if kind is int and entry.scale == 1:
@@ -233,7 +234,7 @@ def _bound(bound: float | None, scale: float) -> float | None:
     return int(bound * scale) if float(bound * scale).is_integer() else bound * scale
 
 
-def _listed(text: str, kind: type) -> tuple[Any, ...]:
+def _listed(text: str, kind: type) -> tuple[object, ...]:
     """The items of a text, separated by commas."""
     parts = [part.strip() for part in text.split(",")]
     if kind is str:

@@ -6,6 +6,7 @@ label counts without the spaces around it, and a whole number is the same class 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import shutil
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, TypedDict, cast
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from nxm_export.contract.io_spec import TOKENIZER_FILE
 from nxm_export.data.readers import FORMATS, TOKEN_FORMATS, format_of, read_rows
 from nxm_export.data.token_labels import NO_LABEL, erased_tokens, joined, piece_labels
 from nxm_export.data.tokenizer_settings import direction_of, read_tokenizer_settings, settle
-from nxm_export.errors import ArtifactError, DataError, notice
+from nxm_export.errors import ArtifactError, DataError, NxmError, notice
 from nxm_export.storage.json_files import read_text
 
 if TYPE_CHECKING:
@@ -33,8 +34,27 @@ Cell = Callable[[DataRow, str, str], "RawLabel"]  # row, column and place to wha
 RawLabel = str | tuple[str, ...] | tuple[tuple[str, int], ...] | None
 # A label as a number: class, score, a row of 0 and 1 or of shares, tags by token; answers stay as they are.
 Label = int | float | list[int] | list[float] | tuple[tuple[str, int], ...]
-Features = Mapping[str, Any]  # of one sample: token lists by input name, and of `ANNOTATIONS` what there is
-ANNOTATIONS = ("labels", "group", "span")  # its label, the number of the group it is scored with, its answer's place
+
+
+class _TokenIds(TypedDict):
+    input_ids: list[int]
+
+
+class Features(_TokenIds, total=False):
+    """One sample: the tokens that a model reads, and what else is known of it.
+
+    `labels` is its label (a text for answers, see `nxm_export.data.question_answering`), `group` the number of the
+    group that it is scored with, `span` its answer's first and last token, `pad_to` the length of its whole batch, of
+    which this process may have a part.
+    """
+
+    attention_mask: list[int]
+    token_type_ids: list[int]
+    labels: Label | str
+    group: int
+    span: list[int]
+    pad_to: int
+
 
 # The usual columns of text and second text, in order of preference: GLUE's own, then what else is common.
 TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (
@@ -287,8 +307,8 @@ def _one_text(label: RawLabel) -> str:
     return label
 
 
-class Encoding(Protocol):
-    """What `tokenizers` makes of one text, or of a pair of texts: lists with an entry for every token."""
+class TokenLists(Protocol):
+    """The tokens of one text, or of a pair of texts: lists with an entry for every token."""
 
     @property
     def ids(self) -> list[int]:
@@ -301,6 +321,10 @@ class Encoding(Protocol):
     @property
     def type_ids(self) -> list[int]:
         """0 for tokens of the first text, 1 for those of the second."""
+
+
+class Encoding(TokenLists, Protocol):
+    """What `tokenizers` makes of one text, or of a pair of texts."""
 
     @property
     def offsets(self) -> list[tuple[int, int]]:
@@ -364,12 +388,27 @@ def parse_tokenizer(text: str, file: Path) -> Tokenizer:
     """The `tokenizers.Tokenizer` that `text`, read from `file`, holds; raises `ArtifactError`."""
     import tokenizers
 
+    with tokenizer_failures(f"{file}: not a readable tokenizer"):
+        made = cast("Tokenizer", tokenizers.Tokenizer.from_str(text))
+    with tokenizer_failures(f"{file}: not a usable tokenizer"), contextlib.suppress(Exception):
+        made.encode_batch(["a", ("a", "a")])  # a panic is no Exception; a vocabulary without "a" gives one
+    return made
+
+
+@contextlib.contextmanager
+def tokenizer_failures(what: str) -> Iterator[None]:
+    """Turn what the tokenizers library fails with into an `ArtifactError` that begins with `what`.
+
+    It raises plain Exception, and what its Rust code panics with is not even one.
+    """
     try:
-        return cast("Tokenizer", tokenizers.Tokenizer.from_str(text))
-    except BaseException as error:  # the library raises plain Exception, and what its Rust code panics with is not one
+        yield
+    except NxmError:
+        raise
+    except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ArtifactError(f"{file}: not a readable tokenizer ({error})") from error
+        raise ArtifactError(f"{what} ({' '.join(str(error).split())})") from error
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -404,12 +443,10 @@ def encode(tokenizer: Tokenizer, examples: Examples, max_length: int, inputs: Se
             f"max length {max_length} leaves no room for text beside {special} special tokens; raise --max-length"
         )
     cut_at(tokenizer, max_length)
-    names = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
     encodings = tokenizer.encode_batch(list(as_read(examples.texts, examples.pairs)))
     labels = examples.labels if examples.tokens is None else _token_labels(examples, examples.tokens, encodings)
     made: list[Features] = [
-        {**{name: getattr(encoding, names[name]) for name in inputs}, "labels": label}
-        for encoding, label in zip(encodings, labels, strict=True)
+        {**tokens_of(encoding, inputs), "labels": label} for encoding, label in zip(encodings, labels, strict=True)
     ]
     if examples.groups is None:
         return made
@@ -464,17 +501,43 @@ def split_indices(features: Sequence[Features], count: int, seed: int) -> tuple[
     return picked, [i for unit in order for i in units[unit]]
 
 
+def tokens_of(encoding: TokenLists, inputs: Sequence[str]) -> Features:
+    """A sample of the `inputs` of an encoding, without a label."""
+    named = {
+        "input_ids": encoding.ids,
+        "attention_mask": encoding.attention_mask,
+        "token_type_ids": encoding.type_ids,
+    }
+    return sample_of({name: named[name] for name in inputs})
+
+
+def sample_of(inputs: Mapping[str, list[int]]) -> Features:
+    """A sample of what a model reads, by the names of its inputs, without a label."""
+    sample: Features = {"input_ids": inputs["input_ids"]}
+    if "attention_mask" in inputs:
+        sample["attention_mask"] = inputs["attention_mask"]
+    if "token_type_ids" in inputs:
+        sample["token_type_ids"] = inputs["token_type_ids"]
+    return sample
+
+
 def inputs_of(sample: Features) -> dict[str, list[int]]:
-    """What a model reads of a sample."""
-    return {name: value for name, value in sample.items() if name not in ANNOTATIONS}
+    """What a model reads of a sample, by the names of its inputs."""
+    inputs = {"input_ids": sample["input_ids"]}
+    if "attention_mask" in sample:
+        inputs["attention_mask"] = sample["attention_mask"]
+    if "token_type_ids" in sample:
+        inputs["token_type_ids"] = sample["token_type_ids"]
+    return inputs
 
 
 def label_array(features: Sequence[Features]) -> np.ndarray:
     """The labels of samples in one array (samples, ...); those of tokens are filled up with `NO_LABEL`, and texts are
     bytes filled up with 0."""
-    if isinstance(features[0]["labels"], str):
-        return filled([np.frombuffer(sample["labels"].encode(), np.uint8) for sample in features], 0)
-    return filled([np.asarray(sample["labels"]) for sample in features], NO_LABEL)
+    labels = [sample["labels"] for sample in features]
+    if isinstance(labels[0], str):
+        return filled([np.frombuffer(str(text).encode(), np.uint8) for text in labels], 0)
+    return filled([np.asarray(label) for label in labels], NO_LABEL)
 
 
 def filled(arrays: Sequence[np.ndarray], fill: float) -> np.ndarray:
@@ -490,11 +553,12 @@ def filled(arrays: Sequence[np.ndarray], fill: float) -> np.ndarray:
 def pad(samples: Sequence[Features], pad_id: int, length: int | None = None) -> dict[str, np.ndarray]:
     """One batch: every input as int64 (batch, sequence), padded on the right to the longest sample or to `length`."""
     longest = length or max(len(sample["input_ids"]) for sample in samples)
+    inputs = [inputs_of(sample) for sample in samples]
     batch = {}
-    for name in inputs_of(samples[0]):
+    for name in inputs[0]:
         array = np.full((len(samples), longest), pad_id if name == "input_ids" else 0, np.int64)
-        for row, sample in zip(array, samples, strict=True):
-            row[: len(sample[name])] = sample[name]
+        for row, values in zip(array, inputs, strict=True):
+            row[: len(values[name])] = values[name]
         batch[name] = array
     return batch
 

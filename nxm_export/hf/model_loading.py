@@ -7,7 +7,7 @@ import contextlib
 import logging
 import shlex
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -188,16 +188,24 @@ def _may_be_left_out(name: str, new_head: bool) -> bool:
 def quiet_transformers() -> Iterator[None]:
     """Inside the block, transformers shows no progress bars, load reports or warnings: what matters of them becomes an
     error."""
+    with quiet_log(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def quiet_log() -> Iterator[None]:
+    """`quiet_transformers`, and Python's own warnings stay: for training, where they may come from elsewhere."""
     from transformers.utils import logging as transformers_logging
 
+    show_bars = cast("Callable[[], None]", transformers_logging.enable_progress_bar)
+    hide_bars = cast("Callable[[], None]", transformers_logging.disable_progress_bar)
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
+    hide_bars()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         transformers_logging.set_verbosity(level)
         if bars:
-            transformers_logging.enable_progress_bar()
+            show_bars()

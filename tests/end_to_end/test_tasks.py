@@ -20,7 +20,7 @@ from engines.parity.decisions import DECIDING
 from engines.parity.gates import Gate
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import Columns, Examples, encode, label_array, pad
+from nxm_export.data.examples import Columns, Examples, Features, encode, label_array, pad
 from nxm_export.data.label_kinds import LABELS, classes_of, labelled, load_labelled
 from nxm_export.data.metrics import (
     METRICS,
@@ -274,14 +274,14 @@ class TestTags:
     def test_batches_fill_labels_with_what_is_not_scored(self) -> None:
         from compressors.training.trainer import collate
 
-        samples = [
+        samples: list[Features] = [
             {"input_ids": [5] * n, "attention_mask": [1] * n, "labels": [NO_LABEL, *range(n - 1)]} for n in (2, 4)
         ]
         expected = [[NO_LABEL, 0, NO_LABEL, NO_LABEL], [NO_LABEL, 0, 1, 2]]
         np.testing.assert_array_equal(label_array(samples), expected)
         np.testing.assert_array_equal(collate(samples, 0)["labels"].numpy(), expected)
         assert pad(samples, 0)["input_ids"].shape == (2, 4)
-        longer = [
+        longer: list[Features] = [
             {**sample, "pad_to": 6} for sample in samples
         ]  # on several processes: to the longest of the whole batch
         assert collate(longer, 0)["labels"].shape == (2, 6)

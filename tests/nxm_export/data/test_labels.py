@@ -229,8 +229,10 @@ class TestErasedTokens:
         examples = Examples([joined(tokens)], None, [[0, 1, 2, 3, 4, 0]], "x", tokens=[tokens])
         with pytest.warns(Notice, match="leaves nothing of 1 of 6"):
             (sample,) = encode(erasing(), examples, 4, ("input_ids",))
-        assert sample["labels"][:4] == [NO_LABEL, 0, 2, NO_LABEL]
-        assert len(sample["labels"]) == 5, "the one between the two words that are left"
+        labels = sample["labels"]
+        assert isinstance(labels, list)
+        assert labels[:4] == [NO_LABEL, 0, 2, NO_LABEL]
+        assert len(labels) == 5, "the one between the two words that are left"
 
 
 class TestSchemes:

@@ -8,16 +8,23 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pytest
 
+from engines.serving.text import TextFrontend
+from nxm_export.contract.io_spec import load_spec
+from nxm_export.errors import ServeError
 from nxm_export.storage.json_files import as_object, entry_at
 from tests.engines.serving.test_server import INFER, body_of, eventually, log_lines, logits, metric
 from tests.support import exact_engine
 from tests.support.exact_engine import MAX_LENGTH, expected, feeds_of
 from tools.benchmarks.servers import Running, nxm_serve
 from tools.raw_http import Answer, connect, read, request, send
+
+if TYPE_CHECKING:
+    from nxm_export.data.examples import Tokenizer
 
 TEXT = "/v2/models/exact_text/infer"
 ONE_TEXT = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1, 1], "data": ["a good film"]}]}
@@ -156,40 +163,59 @@ def test_a_request_with_more_rows_or_tokens_than_are_served_is_refused_at_once(o
 def test_control_characters_reach_no_log(ours: Running) -> None:
     for odd in ("%1b%5b31m", "%c2%9b31m", "%7f", "%e2%80%ae", "%00"):
         assert send(ours.port, "POST", f"/v2/models/{odd}/infer", b"{}").status == 404
-    body = {"inputs": [{"name": "\x1b[2J\x9b\ud800", "datatype": "INT64"}]}
+    body = {"inputs": [{"name": "\x1b[2J\x9b\u202e", "datatype": "INT64"}]}
     answer = send(ours.port, "POST", INFER, json.dumps(body).encode())
     assert (answer.status, error_of(answer).isascii()) == (400, True)
-    assert eventually(lambda: any("\\ud800" in str(line.get("reason")) for line in log_lines(ours)))
+    assert eventually(lambda: any("\\x1b[2J" in str(line.get("reason")) for line in log_lines(ours)))
     text = ours.log.read_bytes()
     assert b"31m" in text  # it is there, for whoever reads JSON
     assert all(byte == 10 or 32 <= byte < 127 for byte in text)
 
 
+class Panic(BaseException):
+    """As pyo3's PanicException: no `Exception`, so that ordinary handlers miss it."""
+
+
+def test_a_panic_of_the_tokenizer_is_a_failure_like_any_other(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = exact_engine.tokenizer()
+    frontend = TextFrontend(cast("Tokenizer", tokenizer), load_spec(engine))
+
+    def panics(*_: object, **__: object) -> None:
+        raise Panic("byte index 1 is not a char boundary")
+
+    for text, function in ((b"good", "encode"), (b"good " * 2_000, "encode_long")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"engines.serving.text.{function}", panics)
+            with pytest.raises(ServeError, match=r"the tokenizer failed \(Panic: byte index 1"):
+                frontend.tokens({"text": np.array([[text]], object)})
+        assert frontend.tokens({"text": np.array([[text]], object)})["input_ids"].size  # and goes on
+
+
 @pytest.fixture
-def panicking(engine: Path, tmp_path: Path) -> Path:
-    """An engine directory whose tokenizer the library loads, and in which it panics."""
-    copy = Path(shutil.copytree(engine, tmp_path / "panicking"))
+def failing(engine: Path, tmp_path: Path) -> Path:
+    """An engine directory whose tokenizer fails for words that it does not know."""
+    copy = Path(shutil.copytree(engine, tmp_path / "failing"))
     tokenizer = json.loads((copy / "tokenizer.json").read_text())
-    tokenizer["pre_tokenizer"] = {"type": "FixedLength", "length": 0}
+    tokenizer["model"]["unk_token"] = "[MISSING]"
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
     exact_engine.cover(copy)
     return copy
 
 
-def test_a_panic_of_the_tokenizer_is_an_error_in_json_and_the_server_goes_on(panicking: Path, tmp_path: Path) -> None:
-    with nxm_serve(tmp_path / "log", f"exact={panicking}", "--text", "--gate", "off") as server:
-        for data in ("good", "good " * 2_000):  # on the event loop, and in a thread
+def test_a_failure_of_the_tokenizer_is_an_error_in_json_and_the_server_goes_on(failing: Path, tmp_path: Path) -> None:
+    with nxm_serve(tmp_path / "log", f"exact={failing}", "--text", "--gate", "off") as server:
+        for text, status in (("unknown", 500), ("unknown " * 2_000, 500), ("good", 200), ("good " * 2_000, 200)):
             body = json.dumps(
-                {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": [data]}]}
+                {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": [text]}]}
             ).encode()
-            answer = send(server.port, "POST", TEXT, body, "X-Request-Id: it-panics")
-            assert (answer.status, answer.json()) == (500, {"error": "internal error; the log has request it-panics"})
-        feeds = feeds_of([6])
-        np.testing.assert_array_equal(logits(send(server.port, "POST", INFER, body_of(feeds))), expected(feeds))
-        assert metric(server, "nxm_requests_total") == 3
+            answer = send(server.port, "POST", TEXT, body, "X-Request-Id: it-fails")
+            assert answer.status == status
+            if status == 500:
+                assert answer.json() == {"error": "internal error; the log has request it-fails"}
+        assert metric(server, "nxm_requests_total") == 4
     errors = [line for line in server.log.read_text().splitlines() if '"level": "error"' in line]
     assert len(errors) == 2
-    assert all("the tokenizer failed (PanicException: chunk size must be non-zero)" in line for line in errors)
+    assert all("the tokenizer failed (Exception: WordLevel error: Missing [UNK]" in line for line in errors)
 
 
 def test_a_deadline_runs_from_the_first_byte(engine: Path, tmp_path: Path) -> None:

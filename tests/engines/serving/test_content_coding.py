@@ -16,6 +16,7 @@ from engines.serving.content_coding import coding_of, inflated
 from nxm_export.errors import RequestRefused
 
 LIMIT = 1000
+ABC = gzip.compress(b"abc", mtime=0)
 
 
 def bare(data: bytes) -> bytes:

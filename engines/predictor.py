@@ -5,8 +5,8 @@ Needs the engine's runtime and the tokenizers package, neither torch nor transfo
     with Predictor("engine") as predictor:
         predictor.predict(["a wonderful film"])   # such as [Prediction(label='positive', score=0.98)]
 
-A text is tokenized as in training and comparison. One that is longer than the model's input is cut at its end, and
-`Predictor.shortened` counts such texts; the context of a question is never cut, but read in windows.
+A text is tokenized as in training and comparison. One that is longer than the model's input is cut where its tokenizer
+cuts, and `Predictor.shortened` counts such texts; the context of a question is never cut, but read in windows.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ from nxm_export.data.examples import (
     Encoding,
     Examples,
     Features,
+    cut_at,
     encode,
     label_array,
     pad,
     sorted_batches,
     tokenizer_failures,
+    tokens_of,
 )
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.predictions import (
@@ -106,8 +108,7 @@ class Predictor:
         if self._task.output_kind == "span":
             return [*self._answers(rows, batch)]
         encodings = self._tokenized(rows)
-        names = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-        features = [{name: getattr(made, names[name]) for name in self.spec.inputs} for made in encodings]
+        features = [tokens_of(made, self.spec.inputs) for made in encodings]
         values = self._run(features, batch)
         if self.spec.task == "token-classification":
             return [
@@ -161,10 +162,11 @@ class Predictor:
             raise DataError(
                 f"{self.directory}: its input of {longest} tokens leaves no room beside {special} special ones"
             )
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(longest)
+        cut_at(self._tokenizer, longest)
+        # A second text that is empty is none, as in training.
+        texts = [row if isinstance(row, str) or row[1] else row[0] for row in rows]
         with self._tokenizing():
-            encodings = self._tokenizer.encode_batch(rows)
+            encodings = self._tokenizer.encode_batch(texts)
         self.shortened += sum(bool(made.overflowing) for made in encodings)
         return encodings
 

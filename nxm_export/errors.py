@@ -19,6 +19,7 @@ this project is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 
@@ -77,3 +78,13 @@ def some(names: Iterable[str]) -> str:
     """The first few names, for a message."""
     shown = sorted(names)
     return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
+
+
+class Notice(UserWarning):
+    """What somebody should know about data or a model that are used all the same; the command line prints it as one
+    line on stderr."""
+
+
+def notice(text: str) -> None:
+    """Say `text` as a `Notice`."""
+    warnings.warn(text, Notice, stacklevel=2)

@@ -41,6 +41,7 @@ from nxm_export.contract.pooling import read_pooling, write_pooling
 from nxm_export.contract.tasks import Task, task_named
 from nxm_export.contract.train_log import TRAIN_LOG_FILE
 from nxm_export.data.examples import Columns, group_array, label_array
+from nxm_export.data.label_order import ROWS, require_label_order
 from nxm_export.data.metrics import interval, metric_named, paired_interval
 from nxm_export.errors import DataError
 from nxm_export.hf.model_loading import quiet_transformers
@@ -104,6 +105,7 @@ def finetune(
         raise DataError(
             f"{model}: task {task} has no loss to train a dense model by; train it with sentence-transformers first"
         )
+    _require_label_order(network, data, dev)
     steps = 0
     if further or not fits:
         steps = settings.dense_steps or steps_of(data.train, settings.dense_epochs, settings.batch_size)
@@ -153,6 +155,8 @@ def compress(
     plan.require_fits(source.family.model_type, source.family.weights(source.config))
     tokenizer = load_tokenizer(source)
     data = read_task_data(source, TaskDataRequest(kind, train, dev, columns, train_limit), tokenizer, settings)
+    if data.numbered:
+        _require_label_order(load_model(source, kind), data, dev)
     _take_ownership(result.work_dir, source, data, settings, plan)
     job = Job(source, data, plan, settings, result.work_dir, progress)
     student, facts = job.run()
@@ -179,6 +183,13 @@ def _require_trainable(source: ModelSource, task: Task, settings: Settings, name
         raise DataError(
             f"{name} has no {task.name} head; fine-tune it first (`nxm compress` and `nxm run` do so by themselves)"
         )
+
+
+def _require_label_order(model: nn.Module, data: TaskData, source: str) -> None:
+    """Raise `DataError` where labels are numbers that cannot be those of the head's classes."""
+    if data.numbered:
+        first = data.dev[:ROWS]
+        require_label_order(predict(model, first, data.pad_id), label_array(first), data.classes or (), source)
 
 
 def _take_ownership(

@@ -8,7 +8,7 @@ from compressors.models import ModelSource, max_length
 from compressors.settings import Settings
 from nxm_export.contract.tasks import Task
 from nxm_export.data.examples import Columns, Examples, Features, encode
-from nxm_export.data.label_kinds import LABELS, labelled, load_labelled, names_for
+from nxm_export.data.label_kinds import LABELS, classes_of, labelled, load_labelled
 from nxm_export.errors import DataError
 from nxm_export.hf.protocols import FastTokenizer
 
@@ -27,13 +27,15 @@ class TaskDataRequest:
 
 @dataclass(frozen=True)
 class TaskData:
-    """Training and evaluation data of one task, tokenized."""
+    """Training and evaluation data of one task, tokenized. `numbered`: labels are numbers, which are taken for indices
+    of the head's `classes`."""
 
     task: Task
     train: list[Features]
     dev: list[Features]
     pad_id: int
     classes: list[str] | None
+    numbered: bool = False
 
 
 def read_task_data(
@@ -46,7 +48,8 @@ def read_task_data(
     """
     task, columns = request.task, request.columns
     raw = load_labelled(request.train, "train", columns, task)
-    classes = names_for(raw, task, source.classes() if source.head_fits(task) else None)
+    head = source.classes() if source.head_fits(task) else None
+    classes = dev_classes = classes_of(raw, task, head)
     length = tokenizer.model_max_length = max_length(source, tokenizer, task, settings.max_length)
 
     def tokens(examples: Examples) -> list[Features]:
@@ -63,5 +66,8 @@ def read_task_data(
                 f"{raw.source} and {raw_dev.source} differ: only one of them has a second text; "
                 "name the columns with --text and --text-pair"
             )
-        held_out = tokens(labelled(raw_dev, task, classes))
-    return TaskData(task, tokens(examples), held_out, int(tokenizer.pad_token_id or 0), classes)
+        dev_classes = classes if head is None else classes_of(raw_dev, task, head)
+        held_out = tokens(labelled(raw_dev, task, dev_classes))
+    names = None if classes is None else list(classes.names)
+    numbered = any(found is not None and found.numbered for found in (classes, dev_classes))
+    return TaskData(task, tokens(examples), held_out, int(tokenizer.pad_token_id or 0), names, numbered)

@@ -20,6 +20,7 @@ from nxm_export.contract.tasks import TASKS
 from nxm_export.data.examples import Examples, Features, Label, Tokenizer, encode, label_array, pad
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.question_answering import Window, best_span, windows
+from nxm_export.data.tokenizer_settings import direction_of
 from nxm_export.errors import DataError, RequestRefused, ServeError
 
 TEXT, PAIR, LABEL, ANSWER = "text", "text_pair", "label", "answer"
@@ -112,6 +113,9 @@ class TextFrontend:
         tokens, longest = self._max_length, LETTERS_PER_TOKEN * self._max_length
         if max(map(len, [*texts, *(pairs or [])])) <= longest:
             return texts, pairs
+        if direction_of(self._tokenizer) == "left":  # it reads texts from their ends
+            row = max(range(len(texts)), key=lambda row: max(len(texts[row]), len(pairs[row]) if pairs else 0))
+            raise RequestRefused(400, f"row {row} has more than {longest} characters; at most that many are served")
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         cut = []

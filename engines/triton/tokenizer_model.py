@@ -28,6 +28,7 @@ class TritonPythonModel:
             self.settings = json.load(stream)
         self.tokenizer = Tokenizer.from_file(os.path.join(here, "tokenizer.json"))
         self.tokenizer.no_padding()
+        self.side = (self.tokenizer.truncation or {}).get("direction", "right")  # the tokenizer's own
 
     def execute(self, requests: list[object]) -> list[object]:
         """Tokenize every request by itself; a bad one gets an error of its own."""
@@ -55,7 +56,7 @@ class TritonPythonModel:
 
     def _encode(self, texts: list[str], pairs: list[str] | None) -> dict[str, np.ndarray]:
         rows = self._cut(texts, pairs)
-        self.tokenizer.enable_truncation(self.settings["max_length"])
+        self.tokenizer.enable_truncation(self.settings["max_length"], direction=self.side)
         encodings = self.tokenizer.encode_batch(rows)
         longest = max(len(encoding.ids) for encoding in encodings)
         length = next(bucket for bucket in self.settings["lengths"] if bucket >= longest)
@@ -73,10 +74,20 @@ class TritonPythonModel:
         from long_texts import beginning, beginnings  # type: ignore[import-not-found]
 
         limits = (self._count, self.settings["max_length"], self.settings["longest_run"])
+        if self.side == "left":
+            return self._short(texts, pairs)
         self.tokenizer.no_truncation()
         if pairs is None:
             return [beginning(text, *limits) for text in texts]
         return [beginnings(text, pair, *limits) for text, pair in zip(texts, pairs)]  # noqa: B905 - the config's shape
+
+    def _short(self, texts: list[str], pairs: list[str] | None) -> list[str] | list[tuple[str, str]]:
+        """The rows; one that is far too long is refused, since the tokenizer reads texts from their ends."""
+        longest = self.settings["longest_run"]
+        for row, size in enumerate(max(map(len, both)) for both in zip(texts, pairs or texts)):  # noqa: B905
+            if size > longest:
+                raise ValueError(f"row {row} has {size} characters; at most {longest} are served")
+        return texts if pairs is None else list(zip(texts, pairs))  # noqa: B905 - the config's shape
 
     def _count(self, text: str) -> int:
         return len(self.tokenizer.encode(text, add_special_tokens=False).ids)

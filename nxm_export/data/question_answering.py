@@ -36,6 +36,7 @@ from nxm_export.data.examples import (
     Tokenizer,
     members,
     text_of,
+    tokens_of,
 )
 from nxm_export.data.readers import read_rows
 from nxm_export.errors import DataError
@@ -226,7 +227,6 @@ def windows(
 def _sample(
     encoding: Encoding, context: str, answers: Sequence[Answer], inputs: Sequence[str], number: int, place: str
 ) -> Features:
-    names = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
     at = [i for i, sequence in enumerate(encoding.sequence_ids) if sequence == 1]
     if not at:
         raise DataError(f"{place}: its context has no tokens; fix the row or remove it")
@@ -241,7 +241,7 @@ def _sample(
         low,
     )
     return {
-        **{name: getattr(encoding, names[name]) for name in inputs},
+        **tokens_of(encoding, inputs),
         "labels": window.pack(),
         "span": _span(offsets, at[0], answers[0]) if answers else [NO_ANSWER, NO_ANSWER],
         "group": number,

@@ -15,7 +15,6 @@ import contextlib
 import io
 import json
 import logging
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -42,6 +41,7 @@ from nxm_export.contract.pooling import read_pooling
 from nxm_export.contract.quantizer_placement import at_placement, placement_of
 from nxm_export.contract.tasks import Task, labels_of, task_named
 from nxm_export.contract.verify_report import VERIFY_FILE, VerifyReport
+from nxm_export.data.examples import copy_tokenizer
 from nxm_export.errors import ExportError
 from nxm_export.graph.apply_plan import numpy_dtype, quantize
 from nxm_export.graph.graph_weights import array_of, save_graph
@@ -149,7 +149,7 @@ def export(
         opened.spec.save(scratch)
         Origin(str(path.resolve())).save(scratch)
         if (path / TOKENIZER_FILE).is_file():
-            shutil.copyfile(path / TOKENIZER_FILE, scratch / TOKENIZER_FILE)
+            copy_tokenizer(path, scratch)
     file = out / "model.onnx"
     size = sum(part.stat().st_size for part in out.glob("model.onnx*"))
     return Exported(file, size, len(model.graph), rounding, report)

@@ -22,7 +22,7 @@ from nxm_export.contract.choices import (
     TOKEN_ENCODING,
 )
 from nxm_export.contract.io_spec import load_spec
-from nxm_export.data.examples import Columns, Features
+from nxm_export.data.examples import Columns, Examples, Features, Tokenizer
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.pipeline.graph_file import onnx_file
 from nxm_export.pipeline.inspection import sparsity_of
@@ -164,17 +164,16 @@ def _profiles(directory: Path, source: DataProfiles) -> list[Profile]:
     """Optimization profiles from the token lengths of a data file, by the tokenizer of a directory."""
     from engines.tensorrt.profiles import profiles_from_lengths
     from nxm_export.contract.tasks import task_named
-    from nxm_export.data.examples import encode, load_tokenizer
+    from nxm_export.data.examples import cut_at, encode, load_tokenizer
     from nxm_export.data.label_kinds import LABELS, load_labelled, read_by_model
 
     limit, task = _limit_and_task(directory)
     kind = task_named(task)
     raw, tokenizer = load_labelled(source.data, "train", source.columns, kind), load_tokenizer(directory)
     if kind.output_kind == "span":  # as many windows as its contexts take
-        windows = encode(tokenizer, LABELS[kind.label].apply(raw, ()), limit, ("input_ids",))
+        windows = encode(tokenizer, LABELS[kind.label].apply(raw, {}), limit, ("input_ids",))
         return profiles_from_lengths([len(window["input_ids"]) for window in windows], limit, count=source.count)
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(limit)
+    cut_at(tokenizer, limit)
     encodings = tokenizer.encode_batch(read_by_model(raw, kind))
     return profiles_from_lengths([len(encoding.ids) for encoding in encodings], limit, count=source.count)
 
@@ -209,7 +208,8 @@ def compare_engines(
     from engines.parity.gates import parse_gate
 
     parsed = [parse_gate(gate) for gate in gates]
-    return compare_all(checkpoint, engines, _shared_features(engines, data, columns), gates=parsed)
+    features, numbered = _shared_features(engines, data, columns)
+    return compare_all(checkpoint, engines, features, gates=parsed, numbered=numbered)
 
 
 def bisect_engines(
@@ -224,7 +224,7 @@ def bisect_engines(
     from engines.parity.bisect import bisect
     from engines.passport import load_passport
 
-    features, reports = _shared_features(engines, data, columns), []
+    (features, _), reports = _shared_features(engines, data, columns), []
     for engine in map(Path, engines):
         passport = load_passport(engine)
         if backend(passport.backend).CAPABILITIES.runs_onnx:
@@ -265,18 +265,20 @@ def _export_again(checkpoint: Path, engine: Path, out: Path) -> Path:
     return made
 
 
-def _shared_features(engines: Sequence[str | Path], data: str, columns: Columns) -> list[Features]:
-    """The data in tokens, as all of `engines` take it; `ArtifactError` where their tokenizers differ."""
+def _shared_features(engines: Sequence[str | Path], data: str, columns: Columns) -> tuple[list[Features], bool]:
+    """(the data in tokens, as all of `engines` take it; whether its labels are numbers that are taken for those of
+    their classes); `ArtifactError` where their tokenizers differ."""
     directories = [Path(engine) for engine in engines]
     limit = min(load_spec(directory).max_length for directory in directories)
-    first, *rest = [features_of(directory, data, columns, limit) for directory in directories]
+    read = [_labelled_texts(directory, data, columns, limit) for directory in directories]
+    first, *rest = [texts.tokens() for texts in read]
     for directory, features in zip(directories[1:], rest, strict=True):
         if features != first:
             raise ArtifactError(
                 f"{directory} reads the data in other tokens or labels than {directories[0]}; they cannot be compared "
                 "with each other: build both from one checkpoint, or compare them one by one"
             )
-    return first
+    return first, read[0].numbered
 
 
 def bench_engines(
@@ -376,7 +378,7 @@ def bench_text(
         }
         return text_throughput.bench_text(
             loaded,
-            _tokeniser(paths[0], data, columns, limit),
+            _labelled_texts(paths[0], data, columns, limit).tokens,
             pad_id=load_spec(paths[0]).pad_id,
             limit=limit,
             batch=batch or TEXT_BATCH,
@@ -385,18 +387,40 @@ def bench_text(
         )
 
 
-def _tokeniser(directory: Path, data: str, columns: Columns, limit: int) -> Callable[[], list[Features]]:
-    """A function that makes token features of a data file's text, which is read here, once."""
-    from nxm_export.contract.tasks import TASKS
-    from nxm_export.data.examples import encode, load_tokenizer
-    from nxm_export.data.label_kinds import labelled, load_labelled, names_for
+@dataclass(frozen=True)
+class _LabelledTexts:
+    """The examples of a data file, and how an engine makes tokens of them. `numbered`: their labels are numbers, which
+    are taken for those of its classes."""
 
-    spec = load_spec(directory)
+    examples: Examples
+    tokenizer: Tokenizer
+    length: int
+    inputs: tuple[str, ...]
+    numbered: bool
+
+    def tokens(self) -> list[Features]:
+        """The samples."""
+        from nxm_export.data.examples import encode
+
+        return encode(self.tokenizer, self.examples, self.length, self.inputs)
+
+
+def _labelled_texts(directory: Path, data: str, columns: Columns, limit: int) -> _LabelledTexts:
+    """A data file, read with the tokenizer and labels of a graph or engine directory."""
+    from engines.passport import PASSPORT_FILE, load_passport
+    from nxm_export.contract.tasks import TASKS
+    from nxm_export.data.examples import load_tokenizer
+    from nxm_export.data.label_kinds import classes_of, labelled, load_labelled
+
+    passport = load_passport(directory) if (directory / PASSPORT_FILE).is_file() else None
+    spec = load_spec(directory) if passport is None else passport.load_spec(directory)
     task = TASKS[spec.task]
     raw = load_labelled(data, "dev", columns, task)
-    examples = labelled(raw, task, names_for(raw, task, spec.labels))
-    tokenizer = load_tokenizer(directory)
-    return lambda: encode(tokenizer, examples, min(limit, spec.max_length), spec.inputs)
+    classes = classes_of(raw, task, spec.labels)
+    numbered = classes is not None and classes.numbered
+    tokenizer = load_tokenizer(directory) if passport is None else passport.load_tokenizer(directory)
+    length = min(limit, spec.max_length)
+    return _LabelledTexts(labelled(raw, task, classes), tokenizer, length, spec.inputs, numbered)
 
 
 def _vocabulary(engines: Sequence[Path]) -> int:
@@ -452,4 +476,4 @@ def load_servers(urls: Sequence[str], model: str, requests: LoadRequests, load: 
 
 def features_of(directory: Path, data: str, columns: Columns, limit: int | None = None) -> list[Features]:
     """A labelled data file in tokens (at most `limit`), by the tokenizer and labels of a graph or engine directory."""
-    return _tokeniser(directory, data, columns, limit or load_spec(directory).max_length)()
+    return _labelled_texts(directory, data, columns, limit or load_spec(directory).max_length).tokens()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
-from nxm_export.data.label_kinds import labelled, load_labelled, names_for, read_by_model
+from nxm_export.data.label_kinds import classes_of, labelled, load_labelled, read_by_model
 
 if TYPE_CHECKING:
     from compressors.models import ModelSource
@@ -98,8 +98,9 @@ def _data(request: Request, source: ModelSource, task: Task) -> tuple[list[str],
         for file, split in ((request.train, "train"), (request.dev, "dev"))
     )
     fits = source.head_fits(task)
-    names = names_for(train, task, source.classes() if fits else None)
-    labelled(train, task, names), labelled(dev, task, names)
+    classes = classes_of(train, task, source.classes() if fits else None)
+    labelled(train, task, classes)
+    labelled(dev, task, classes_of(dev, task, source.classes()) if fits else classes)
     texts = [text if isinstance(text, str) else " ".join(text) for text in read_by_model(train, task)]
     return texts, len(dev.texts), fits
 

@@ -1,6 +1,7 @@
 """Training phases: the order of the data, recipes, invariants, and a run that is killed and resumed."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from compressors.training.trainer import schedule
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
+from nxm_export.data.examples import Features
 from nxm_export.errors import DataError, PlanError
 from nxm_export.progress import Progress
 from tests.support import tiny
@@ -34,7 +36,7 @@ FAST: dict[str, Any] = {
 }
 
 
-def features_of_lengths(lengths: list[int]) -> list[dict[str, Any]]:
+def features_of_lengths(lengths: list[int]) -> list[Features]:
     return [{"input_ids": [5] * length} for length in lengths]
 
 
@@ -161,6 +163,21 @@ def test_every_recipe_gives_a_valid_checkpoint_and_logs_what_it_did(
     else:
         assert phases == {"admm"}
         assert metrics.qat_steps == 0
+
+
+def test_what_the_trainer_says_of_checkpoints_within_a_second_is_not_shown(prepared: Path, tmp_path: Path) -> None:
+    heard: list[str] = []
+    handler, logger = logging.Handler(), logging.getLogger("transformers.trainer_utils")
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    once = vars(logging.Logger)["warning_once"]
+    once.cache_clear()  # it speaks once a process
+    logger.addHandler(handler)
+    try:
+        run(prepared, tmp_path / "checkpoint", steps=20, recipe="magnitude")
+    finally:
+        logger.removeHandler(handler)
+    assert once.cache_info().currsize, "it had something to say"
+    assert heard == []
 
 
 def test_the_second_order_recipe_keeps_other_weights_than_magnitude(prepared: Path, tmp_path: Path) -> None:

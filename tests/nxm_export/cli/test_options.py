@@ -105,6 +105,29 @@ def test_options_reach_their_settings() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--pattern", "2:4"],  # the default, and asked for all the same
+        ["--weight-bits", "4"],
+        ["--placement", "attention"],
+        ["--residual", "int8"],
+        ["--embedding", "int8"],
+        ["--keep-dense", "*"],
+    ],
+    ids=" ".join,
+)
+def test_a_plan_is_given_alone(given: list[str]) -> None:
+    """It would win silently; the plan's file is not even looked for."""
+    arguments = ["compress", "m", "--train", "t", "--dev", "d", "--out", "o", "--plan", "none.json"]
+    result = CliRunner().invoke(main, [*arguments, *given])
+    assert result.exit_code == 1
+    assert f"a plan says itself what every weight gets, so {given[0]} would be dropped" in result.stderr
+    alone = CliRunner().invoke(main, arguments)
+    assert "would be dropped" not in alone.stderr
+    assert alone.exit_code == 1
+
+
 def test_an_option_in_another_unit_reaches_its_setting_in_the_setting_s_unit() -> None:
     given = ["engine", "--timeout-ms", "1500", "--max-body-mb", "0.5", "--max-delay-ms", "2", "--read-timeout-ms", "1"]
     values = main.commands["serve"].make_context("serve", given).params

@@ -37,7 +37,7 @@ CONTEXT = "the film with a superb actor"
 
 def read(file: Path, text: str, columns: Columns = Columns()) -> Examples:
     file.write_text(text, encoding="utf-8")
-    return labelled(load_labelled(str(file), "train", columns, TASK), TASK, ())
+    return labelled(load_labelled(str(file), "train", columns, TASK), TASK, None)
 
 
 def squad(answers: Any, context: str = CONTEXT, **more: Any) -> str:
@@ -206,7 +206,7 @@ def unit(text: str, answers: list[str], first: int = 3) -> np.ndarray:
     ends = list(itertools.accumulate(len(word) + 1 for word in text.split()))
     starts = [0, *ends[:-1]]
     window = Window(first, text, starts, [end - 1 for end in ends], answers)
-    return np.asarray(label_array([{"labels": window.pack()}])[0])
+    return np.asarray(label_array([{"input_ids": [], "labels": window.pack()}])[0])
 
 
 class TestScores:

@@ -24,7 +24,7 @@ from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.data.examples import load_tokenizer, parse_tokenizer
 from nxm_export.errors import ArtifactError, EngineError
 from nxm_export.storage.hashing import file_hash
-from nxm_export.storage.json_files import as_object, encode, read_record, to_json_object
+from nxm_export.storage.json_files import as_object, convert, encode, read_record, to_json_object
 from nxm_export.storage.versions import installed_versions
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SCHEMA = "nxm-passport/2"
+_MOST_THREADS = 65536
 PASSPORT_FILE = "passport.json"
 
 
@@ -331,7 +332,33 @@ def load_passport(directory: str | Path) -> EnginePassport:
         raise ArtifactError(f"{file}: {error}; build the engine again") from error
     if not passport.engine or passport.engine != Path(passport.engine).name:
         raise ArtifactError(f"{file}: names an engine outside its directory ({passport.engine!r}); do not use it")
+    _require_options(passport, file)
     return passport
+
+
+@dataclass(frozen=True)
+class _KnownOptions:
+    """The options that are read again, with their types; a backend may write more of its own."""
+
+    threads: int | None = None
+    disabled_optimizers: tuple[str, ...] = ()
+    sparse: bool | None = None
+    level: int | None = None
+    workspace_bytes: int | None = None
+    build_route: str | None = None
+    twin: str | None = None
+    planned_products: int | None = None
+    integer_products: int | None = None
+    float_products: tuple[str, ...] = ()
+    sparse_kernels: str | None = None
+
+
+def _require_options(passport: EnginePassport, file: Path) -> None:
+    """Raise `ArtifactError` where an option has another type than it was written with."""
+    way_out = "build the engine again"
+    options = convert(dict(passport.options), _KnownOptions, source=f"{file}: options", way_out=way_out, foreign=True)
+    if options.threads is not None and not 1 <= options.threads <= _MOST_THREADS:
+        raise ArtifactError(f"{file}: options: threads is {options.threads}, and a machine has 1 or more; {way_out}")
 
 
 def _of_first_schema(fields: dict[str, object]) -> dict[str, object]:

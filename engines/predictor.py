@@ -163,10 +163,11 @@ class Predictor:
                 f"{self.directory}: its input of {longest} tokens leaves no room beside {special} special ones"
             )
         cut_at(self._tokenizer, longest)
-        # A second text that is empty is none, as in training.
-        texts = [row if isinstance(row, str) or row[1] else row[0] for row in rows]
         with self._tokenizing():
-            encodings = self._tokenizer.encode_batch(texts)
+            # A second text that is empty is none, as in training.
+            encodings = self._tokenizer.encode_batch(
+                [row if isinstance(row, str) or row[1] else row[0] for row in rows]
+            )
         self.shortened += sum(bool(made.overflowing) for made in encodings)
         return encodings
 

@@ -44,6 +44,8 @@ from nxm_export.data.token_labels import training_labels
 from nxm_export.errors import DataError
 from nxm_export.hf.model_loading import quiet_log
 from nxm_export.progress import Progress, silent
+from nxm_export.storage.atomic import disk_errors
+from nxm_export.storage.disk_space import require_space, written_in
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ def run_phase(
     student.to(arguments.device)
     if teacher is not None:
         teacher.eval().to(arguments.device)
+    _require_space(student, phase, data.work_dir)
     features, order = data.features, schedule(data.features, phase.steps, phase.batch_size, data.seed)
     if data.augment:
         features, order = augmented(features, order, phase.batch_size, data.augment, data.seed)
@@ -153,15 +156,27 @@ def run_phase(
         callbacks=[log, ProgressCallback(phase.name, phase.steps, data.progress), *callbacks, CompleteCallback()],
     )
     trainer.remove_callback(PrinterCallback)
-    with quiet_log():  # the Trainer says, for one, how it sorts checkpoints that were written within a second
+    # The Trainer says, for one, how it sorts checkpoints that were written within a second.
+    with quiet_log(), disk_errors(data.work_dir):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.accelerator.wait_for_everyone()  # each lists the directory as its training ends
     if trainer.is_world_process_zero():
         partial = finished.with_suffix(".partial")
-        save_file({name: tensor.contiguous() for name, tensor in student.state_dict().items()}, partial)
-        partial.replace(finished)
+        with disk_errors(finished):
+            save_file({name: tensor.contiguous() for name, tensor in student.state_dict().items()}, partial)
+            partial.replace(finished)
         shutil.rmtree(directory, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+
+
+def _require_space(student: nn.Module, phase: Phase, work_dir: Path) -> None:
+    """Raise `ArtifactError` where the disk has no room for a phase: its training checkpoints, of which the former goes
+    when the next one is complete, and its result."""
+    state = sum(tensor.numel() * tensor.element_size() for tensor in student.state_dict().values())
+    moments = 2 * sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)  # AdamW's
+    checkpoints = min(2, phase.steps // (phase.save_every or save_every(phase.steps)))
+    needed = checkpoints * (state + moments) + state - written_in(work_dir / phase.name)
+    require_space(work_dir, needed, f"the phase {phase.name}, with its training checkpoints,")
 
 
 def training_arguments(phase: Phase, directory: Path, seed: int, precision: str) -> TrainingArguments:

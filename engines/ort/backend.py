@@ -23,6 +23,7 @@ from engines.base import (
     BuildOptions,
     Closing,
     LoadOptions,
+    as_bound,
     copy_companions,
     require_feeds,
     require_within,
@@ -88,7 +89,8 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     Raises `EngineError`, `EngineUnavailable`, and `ArtifactError` for a file that is no ONNX graph.
     """
     _require_runtime()
-    from nxm_export.graph.graph_weights import load_graph, save_graph
+    from nxm_export.graph.external_data import save_in_one_file
+    from nxm_export.graph.graph_weights import load_graph
 
     onnx = Path(onnx)
     model = load_graph(onnx)
@@ -97,9 +99,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         "integer_products": integer_products(model),
         "fused_attention": fused_attention(model),
     }
-    save_graph(model, out / ENGINE_FILE)
-    if (out / f"{ENGINE_FILE}.data").exists():
-        raise EngineError(f"{onnx}: more than 2 GB do not fit into one ONNX file, which an engine directory has to be")
+    save_in_one_file(model, out / ENGINE_FILE, onnx)
     copy_companions(onnx.parent, out)
     # What it would refuse on every start, it refuses here.
     session = open_session(out / ENGINE_FILE, options.threads, SLOW_FUSIONS)
@@ -134,8 +134,14 @@ class OrtEngine(Closing):
         threads = options.threads or passport.threads
         session = open_session(directory / ENGINE_FILE, threads, left_out(passport), model=model)
         self._session: Session | None = session
-        self.inputs = tuple(value.name for value in session.get_inputs())
+        self._bindings = tuple(_binding(value) for value in session.get_inputs())
+        self.inputs = tuple(binding.name for binding in self._bindings)
         self.outputs = tuple(value.name for value in session.get_outputs())
+
+    @property
+    def input_bindings(self) -> tuple[Binding, ...]:
+        """The inputs as the engine file has them."""
+        return self._bindings
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name."""
@@ -143,8 +149,9 @@ class OrtEngine(Closing):
             raise EngineError(f"{self.directory}: this engine was closed")
         require_feeds(self, feeds)
         require_within(self._spec, feeds)
+        bound = {binding.name: as_bound(binding, feeds[binding.name]) for binding in self._bindings}
         try:
-            outputs = self._session.run(None, dict(feeds))
+            outputs = self._session.run(None, bound)
         except Exception as error:  # onnxruntime raises its own types, which are no stable API
             raise EngineError(f"{self.directory}: ONNX Runtime failed: {error}") from error
         return {name: array.astype(np.float32, copy=False) for name, array in zip(self.outputs, outputs, strict=True)}

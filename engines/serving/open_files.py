@@ -10,7 +10,6 @@ import logging
 import os
 import resource
 import time
-from typing import Any
 
 from nxm_export.errors import ServeError
 
@@ -46,7 +45,7 @@ class AcceptFailures:
         self._since = float("-inf")
         self._left_out = 0
 
-    def handle(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    def handle(self, loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
         """What `asyncio.loop.set_exception_handler` takes."""
         error = context.get("exception")
         if not isinstance(error, OSError) or error.errno not in _NONE_LEFT:

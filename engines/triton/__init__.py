@@ -22,10 +22,10 @@ from engines.ort.session_levels import SessionLevel, closest_level
 from engines.passport import EnginePassport, PlanSummary, companion_hashes
 from engines.serving import long_texts
 from engines.serving.model import require_labelled
-from engines.serving.repository import EngineSource
+from engines.serving.repository import EngineSource, require_distinct_names
 from engines.serving.settings import TritonOptions
 from engines.serving.shapes import plan_buckets
-from engines.serving.text import LETTERS_PER_TOKEN, names_classes
+from engines.serving.text import PAIR, TEXT, names_classes
 from engines.triton.check_manifest import MANIFEST, SCHEMA, same_version
 from engines.triton.config import BACKENDS, KINDS, Instances, engine_config, text_configs
 from engines.triton.deploy import deployment_files
@@ -33,13 +33,14 @@ from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.examples import parse_tokenizer
 from nxm_export.errors import ArtifactError, ServeError
-from nxm_export.storage.atomic import atomic_dir
+from nxm_export.storage.atomic import atomic_dir, require_apart
 from nxm_export.storage.hashing import file_hash, file_hashes
 from nxm_export.storage.json_files import encode, to_json_object
 
 TEXT_SCHEMA = "nxm-triton-text/1"
 LABELS_SCHEMA = "nxm-triton-labels/1"
 VERSION = "1"
+TEXT_SUFFIXES = ("_text", "_tokenizer", "_labels")  # of the models that --text adds to one
 CHECK = "check_manifest.py"
 _HERE = Path(__file__).parent
 
@@ -92,11 +93,13 @@ def export_repository(
     load, `ArtifactError` for damaged ones.
     """
     out = Path(out)
+    require_distinct_names(sources, TEXT_SUFFIXES if options.text else (), folded=True)
     served = [_model_of(name, sources, options) for name in dict.fromkeys(source.name for source in sources)]
     if not served:
         raise ServeError("nothing to hand over: give at least one engine directory")
     if out.is_dir() and any(out.iterdir()) and not (out / CHECK).is_file():  # an engine directory, for example
         raise ArtifactError(f"{out} exists and is no repository of ours (no {CHECK}); choose another --out")
+    require_apart(out, *(directory for model in served for directory in model.directories))
     tensorrt = _tensorrt(served, options)
     with atomic_dir(out) as scratch:
         for model in served:
@@ -202,7 +205,8 @@ def _write_text_frontend(repository: Path, model: _Model, options: TritonOptions
         raise ServeError(f"{directory}: {spec.task} reads a query and a document at once; use --text-pair")
     labels = names_classes(spec)
     buckets = plan_buckets(spec.max_length, options.max_batch, first.profiles)
-    configs = text_configs(model.name, first, spec, max_batch=options.max_batch, pair=options.pair, labels=labels)
+    texts = {TEXT: False} if wants == "one" else {TEXT: False, PAIR: not options.pair}
+    configs = text_configs(model.name, first, spec, max_batch=options.max_batch, texts=texts, labels=labels)
     for name, config in configs.items():
         (repository / name / VERSION).mkdir(parents=True)
         (repository / name / "config.pbtxt").write_text(config, encoding="utf-8")
@@ -210,14 +214,12 @@ def _write_text_frontend(repository: Path, model: _Model, options: TritonOptions
     shutil.copyfile(_HERE / "tokenizer_model.py", tokenizer / "model.py")
     (tokenizer / TOKENIZER_FILE).write_bytes(text.encode("utf-8"))
     shutil.copyfile(long_texts.__file__, tokenizer / Path(long_texts.__file__).name)
-    most = min(spec.max_length, buckets.longest.length)
     settings = {
         "inputs": {binding.name: binding.dtype for binding in first.tensors("inputs")},
         "lengths": [bucket.length for bucket in buckets.buckets],
-        "max_length": most,
-        "longest_run": LETTERS_PER_TOKEN * most,
+        "max_length": min(spec.max_length, buckets.longest.length),
         "pad_id": spec.pad_id,
-        "pair": options.pair,
+        "texts": list(texts),
     }
     (tokenizer / "text.json").write_text(encode(settings, TEXT_SCHEMA), encoding="utf-8")
     if labels:

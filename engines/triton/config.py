@@ -114,11 +114,14 @@ def batch_size(name: str, profiles: Sequence[Profile], max_batch: int) -> int:
 
 
 def text_configs(
-    name: str, passport: EnginePassport, spec: IOSpec, *, max_batch: int, pair: bool, labels: bool
+    name: str, passport: EnginePassport, spec: IOSpec, *, max_batch: int, texts: Mapping[str, bool], labels: bool
 ) -> dict[str, str]:
-    """Configurations of the text frontend: a tokenizer, an ensemble, and a model that names classes, by model name."""
+    """Configurations of the text frontend: a tokenizer, an ensemble, and a model that names classes, by model name.
+
+    `texts` are the inputs by name, and whether a request may leave them out.
+    """
     inputs, outputs = passport.tensors("inputs"), passport.tensors("outputs")
-    texts = [_text(key) for key in (("text", "text_pair") if pair else ("text",))]
+    words = [{**_text(key), **({"optional": True} if optional else {})} for key, optional in texts.items()]
     batch = batch_size(name, passport.profiles, max_batch)
     python: Message = {"backend": "python", "max_batch_size": batch}
     workers: Message = {"instance_group": [{"kind": Word("KIND_CPU"), "count": 1}]}
@@ -127,12 +130,12 @@ def text_configs(
     tokens = {b.name: f"tokens_{b.name}" for b in inputs}
     given = {b.name: f"engine_{b.name}" if labels and b is first else b.name for b in outputs}
     stages = [
-        _stage(tokenizer, {key: key for key in ("text", "text_pair")[: len(texts)]}, tokens),
+        _stage(tokenizer, {key: key for key in texts}, tokens),
         _stage(name, tokens, given),
     ]
     messages: dict[str, Message] = {
         tokenizer: {
-            "name": tokenizer, **python, "input": texts, "output": [_tensor(b) for b in inputs], **workers,
+            "name": tokenizer, **python, "input": words, "output": [_tensor(b) for b in inputs], **workers,
         }
     }  # fmt: skip
     if labels:
@@ -148,7 +151,7 @@ def text_configs(
         "name": ensemble,
         "platform": "ensemble",
         "max_batch_size": batch,
-        "input": texts,
+        "input": words,
         "output": [*(_tensor(b) for b in outputs), *([_text("label")] if labels else [])],
         "ensemble_scheduling": {"step": stages},
     }

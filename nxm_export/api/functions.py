@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from nxm_export.contract.choices import (
     BACKEND,
     BENCH_ROUNDS,
-    BENCH_SHAPES,
     COMPUTE_CAPABILITY,
     GATE,
     LOWERING,
@@ -357,12 +356,13 @@ def predict(
 
 def bench(
     engines: str | Path | Sequence[str | Path],
-    shapes: Sequence[tuple[int, int]] = BENCH_SHAPES,
+    shapes: Sequence[tuple[int, int]] | None = None,
     *,
     rounds: int = BENCH_ROUNDS,
     threads: int | None = None,
 ) -> BenchReport:
-    """Time engine directories interleaved at `shapes` of (batch, sequence); speed-ups are against the first."""
+    """Time engine directories interleaved at `shapes` of (batch, sequence), by default those of ``nxm bench``;
+    speed-ups are against the first."""
     from nxm_export.pipeline.engine_commands import bench_engines
 
     _require_threads(threads)
@@ -442,18 +442,26 @@ def show(run_directory: str | Path) -> RunSummary:
     return read_summary(run_directory)
 
 
-def report(run_directory: str | Path, out: str | Path | None = None, *, search: str | Path | None = None) -> Path:
-    """Write one HTML page of a run, finished or not, by default ``report.html`` in it; returns its path."""
+def report(
+    run_directory: str | Path,
+    out: str | Path | None = None,
+    *,
+    search: str | Path | None = None,
+    force: bool = False,
+) -> Path:
+    """Write one HTML page of a run, finished or not, by default ``report.html`` in it; returns its path. A file at
+    `out` is replaced with `force` alone."""
     from nxm_export.reporting import report as write_report
 
-    return write_report(run_directory, out, search=search)
+    return write_report(run_directory, out, search=search, force=force)
 
 
-def card(source: str | Path, out: str | Path) -> Path:
-    """Write a Hugging Face model card of an engine directory or a run; returns its path."""
+def card(source: str | Path, out: str | Path, *, force: bool = False) -> Path:
+    """Write a Hugging Face model card of an engine directory or a run; returns its path. A file at `out` is replaced
+    with `force` alone."""
     from nxm_export.reporting import card as write_card
 
-    return write_card(source, out)
+    return write_card(source, out, force=force)
 
 
 def serve(

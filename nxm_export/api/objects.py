@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar, cast, overload
 
 from nxm_export.api import functions
-from nxm_export.contract.choices import BACKEND, BENCH_ROUNDS, BENCH_SHAPES, GATE, LOWERING, TARGET
+from nxm_export.contract.choices import BACKEND, BENCH_ROUNDS, GATE, LOWERING, TARGET
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.examples import Columns
@@ -212,7 +212,7 @@ class EngineDirectory(Generic[P_co]):
 
     def bench(
         self,
-        shapes: Sequence[tuple[int, int]] = BENCH_SHAPES,
+        shapes: Sequence[tuple[int, int]] | None = None,
         *,
         rounds: int = BENCH_ROUNDS,
         threads: int | None = None,

@@ -317,9 +317,8 @@ def compare(
     "--shape",
     "shapes",
     multiple=True,
-    default=tuple(f"{batch}x{sequence}" for batch, sequence in BENCH_SHAPES),
-    show_default=True,
-    help="batch x sequence; may be repeated.",
+    help="batch x sequence; may be repeated.  "
+    f"[default: {', '.join(f'{batch}x{sequence}' for batch, sequence in BENCH_SHAPES)}, or what ENGINES have fixed]",
 )
 @click.option("--rounds", type=click.IntRange(min=1), help=f"[default: {BENCH_ROUNDS}; {LOAD_ROUNDS} with --serve]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: as built]")
@@ -369,7 +368,7 @@ def bench(engines: tuple[Path, ...], json: bool, **values: object) -> None:
         text = bench_text(engines, options.data, batch=options.batch, rounds=options.rounds, threads=options.threads)
         show_result(text.to_dict, json, lambda: print_text_throughput(text))
         return
-    shapes = [shape_of(text) for text in options.shapes]
+    shapes = [shape_of(text) for text in options.shapes] or None
     report = bench_engines(engines, shapes, options.rounds or BENCH_ROUNDS, options.threads)
     show_result(report.to_dict, json, lambda: print_latency(report))
 

@@ -11,6 +11,7 @@ import click
 from nxm_export import __version__
 from nxm_export.cli.output import one_line
 from nxm_export.errors import Notice, NxmError
+from nxm_export.storage.atomic import FULL_ERRNOS
 
 
 class _Group(click.Group):
@@ -32,6 +33,13 @@ class _Group(click.Group):
             if extra is None:
                 raise
             click.echo(f"nxm: this needs {error.name}, which is not installed; {install_advice(extra)}", err=True)
+            ctx.exit(1)
+        except OSError as error:
+            if error.errno not in FULL_ERRNOS:
+                raise
+            click.echo(
+                f"nxm: {error.filename or 'a file'}: cannot be written ({error.strerror}); free the space", err=True
+            )
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("nxm: interrupted; run the same command again to go on from here", err=True)

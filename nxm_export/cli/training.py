@@ -110,9 +110,10 @@ def run(demo: bool, model: str | None, out: Path | None, dry_run: bool, json: bo
             result = estimate(request)
             show_result(result.to_dict, json, lambda: print_estimate(result))
             return
+    head = _head_of(request)
     with progress_bars(enabled=not json) as progress:
         summary = run_all(request, out, progress=progress)
-    show_result(summary.to_dict, json, lambda: print_summary(summary))
+    show_result(lambda: {**summary.to_dict(), "head": head}, json, lambda: print_summary(summary))
     summary.require_passed()
 
 
@@ -149,9 +150,10 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values
         raise click.UsageError("missing --train or --dev")
     require_plan_alone(plan_file, _given_plan_options())
     request = _request(model, options, settings_of(Settings, values))
+    head = _head_of(request)
     with progress_bars(enabled=not json) as progress:
         metrics = compress_model(request, out, plan=plan_file, progress=progress)
-    facts = {**metrics.to_dict(), "path": str(out)}
+    facts = {**metrics.to_dict(), "head": head, "path": str(out)}
     show_result(lambda: facts, json, lambda: print_facts("compressed", facts))
 
 
@@ -212,6 +214,13 @@ def unpack(file: Path, out: Path) -> None:
     from nxm_export.contract.packed_checkpoint import unpack as unpack_file
 
     click.echo(unpack_file(file, out))
+
+
+def _head_of(request: Request) -> str:
+    """What ``--json`` says of the head: ``kept``, or ``new`` where one is trained first."""
+    from nxm_export.pipeline.run import head_notice
+
+    return "kept" if head_notice(request) is None else "new"
 
 
 def _spec(pattern: str, bits: str) -> WeightSpec:

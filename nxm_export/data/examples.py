@@ -307,8 +307,8 @@ def _one_text(label: RawLabel) -> str:
     return label
 
 
-class Encoding(Protocol):
-    """What `tokenizers` makes of one text, or of a pair of texts: lists with an entry for every token."""
+class TokenLists(Protocol):
+    """The tokens of one text, or of a pair of texts: lists with an entry for every token."""
 
     @property
     def ids(self) -> list[int]:
@@ -321,6 +321,10 @@ class Encoding(Protocol):
     @property
     def type_ids(self) -> list[int]:
         """0 for tokens of the first text, 1 for those of the second."""
+
+
+class Encoding(TokenLists, Protocol):
+    """What `tokenizers` makes of one text, or of a pair of texts."""
 
     @property
     def offsets(self) -> list[tuple[int, int]]:
@@ -360,7 +364,7 @@ class Tokenizer(Protocol):
     ) -> None:
         """Cut encodings at `max_length` tokens; what overflows shares `stride` tokens with what went before."""
 
-    def encode(self, sequence: str, pair: str | None = None) -> Encoding:
+    def encode(self, sequence: str, pair: str | None = None, *, add_special_tokens: bool = True) -> Encoding:
         """The encoding of a text, or of a pair of texts."""
 
     def encode_batch(
@@ -497,7 +501,7 @@ def split_indices(features: Sequence[Features], count: int, seed: int) -> tuple[
     return picked, [i for unit in order for i in units[unit]]
 
 
-def tokens_of(encoding: Encoding, inputs: Sequence[str]) -> Features:
+def tokens_of(encoding: TokenLists, inputs: Sequence[str]) -> Features:
     """A sample of the `inputs` of an encoding, without a label."""
     named = {
         "input_ids": encoding.ids,

@@ -9,6 +9,7 @@ integers in front of that, moved as the scaled values are moved. What cannot be 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,9 +21,10 @@ import onnx_ir as ir
 
 from nxm_export.contract.matrix_facts import UnreadProduct
 from nxm_export.contract.plan import NMPattern
-from nxm_export.errors import ArtifactError
+from nxm_export.errors import ArtifactError, NxmError
 from nxm_export.graph.constant_values import ConstantValues, NotComputed, plain, stored_array
 from nxm_export.graph.dependence import Dependence
+from nxm_export.graph.node_checks import first_malformed
 from nxm_export.graph.products import NotRead, Operand, name_of, operands
 from nxm_export.graph.sparse_tensors import densify
 from nxm_export.graph.weight_codes import Codes, Origins, dequantized, origins_of, scaled_by_operator, type_name
@@ -41,7 +43,9 @@ class GraphWeight:
     what DequantizeLinear reads, where there is one. `scale_axis` is ``N``, ``K``, ``block`` (several scales along K) or
     ``tensor``, None without scale; `zero_point` has a shape that `matrix` broadcasts with, or another that nothing here
     knows. `quantized` says that stored integers or a QuantizeLinear made it, in whatever way. K consists of runs of
-    `run` elements that lie together. `unrounded` is the matrix in front of a QuantizeLinear of constants."""
+    `run` elements that lie together. `stack` is how many matrices the operand has (of a convolution it says nothing).
+    `unrounded` is the matrix in front of a QuantizeLinear of constants, and `moved_by` names operators that take a part
+    of it or join it, behind its DequantizeLinear."""
 
     name: str
     node: ir.Node
@@ -54,7 +58,9 @@ class GraphWeight:
     codes: str
     quantized: bool
     run: int
+    stack: int = 1
     unrounded: np.ndarray | None = None
+    moved_by: tuple[str, ...] = ()
 
     @property
     def k(self) -> int:
@@ -141,6 +147,9 @@ def load_graph(file: str | Path) -> ir.Model:
             raise ValueError("no nodes, or no opset")
         if model.functions:
             passes.InlinePass()(model)
+        malformed = first_malformed(model)
+        if malformed is not None:
+            raise ValueError(malformed)
         return model
     except Exception as error:  # protobuf, external data and IR errors come as many types
         raise ArtifactError(
@@ -224,16 +233,21 @@ class _Reader:
             origins = origins_of(value)
         try:
             return self._weight(operand, value, origins)
+        except NxmError:
+            raise
         except (NotRead, NotComputed) as why:
-            name = origins.name or (value.name if value is not None else "") or "its weight"
-            return UnreadProduct(name, name_of(node), node.op_type, operand.label, str(why))
+            reason = str(why)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
+            reason = f"it, or what makes it, is malformed ({_first_line(error)})"
+        name = origins.name or (value.name if value is not None else "") or "its weight"
+        return UnreadProduct(name, name_of(node), node.op_type, operand.label, reason)
 
     def _weight(self, operand: Operand, value: ir.Value | None, origins: Origins) -> GraphWeight | None:
         if value is None:
             operand.matrix(np.zeros(0))
             return None
         if self.constants.dependence(value) is not Dependence.NOTHING:
-            raise NotRead("it depends on the shape of an input, or on what an If or a Loop does")
+            raise NotRead("an input of the graph decides its shape or its scale, or which branch of an If gives it")
         if operand.product.is_unknown and self._rank(value) < 2:
             return None  # a matrix may be a weight of an operator of which nothing is known; a vector is none
         codes = scaled_by_operator(operand, self.constants)
@@ -255,7 +269,9 @@ class _Reader:
             codes=type_name(values) if codes is None else codes.kind,
             quantized=codes is not None or origins.quantized,
             run=read.run,
+            stack=math.prod(values.shape[:-2]),
             unrounded=floats,
+            moved_by=() if codes is None else codes.moved_by,
         )
 
     def _rank(self, value: ir.Value) -> int:
@@ -288,10 +304,8 @@ def _zeros(codes: Codes, operand: Operand, shape: tuple[int, ...]) -> np.ndarray
     zero = codes.zero
     if zero is None:
         return None
-    if zero.values.size == 1:
-        return zero.values.reshape(())
-    if not np.any(zero.values):
-        return zero.values
+    if zero.values.size == 1 or not np.any(zero.values):  # all alike
+        return zero.values[:1]
     if zero.index is not None:
         return np.asarray(zero.values[operand.matrix(zero.index).array])
     if operand.product.reads_codes and zero.values.size == shape[1]:

@@ -40,6 +40,9 @@ class FastTokenizer(Saved, Protocol):
     def __len__(self) -> int:
         """How many tokens it knows."""
 
+    def convert_ids_to_tokens(self, ids: int) -> str:
+        """The token of an id."""
+
 
 class ModelClass(Protocol):
     """A class of transformers' models."""

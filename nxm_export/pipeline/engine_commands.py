@@ -26,7 +26,7 @@ from nxm_export.data.examples import Columns, Examples, Features, Tokenizer
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.pipeline.graph_file import onnx_file
 from nxm_export.pipeline.inspection import sparsity_of
-from nxm_export.storage.atomic import atomic_dir
+from nxm_export.storage.atomic import atomic_dir, require_apart
 from nxm_export.storage.hashing import file_hash
 
 if TYPE_CHECKING:
@@ -78,10 +78,12 @@ def build_engine(
     """Build the engine directory `out` from an ONNX file or a graph directory by the backend `name`; its passport is
     returned."""
     from engines.base import backend
+    from engines.sparsity.build_evidence import LOG_FILE
 
     source, out = onnx_file(source), Path(out)
+    require_apart(out, source)
     options = _build_options(options, out, source.parent, profiles_from)
-    with atomic_dir(out) as scratch:
+    with atomic_dir(out, kept_log=LOG_FILE) as scratch:
         return backend(name).build(source, scratch, options)
 
 
@@ -98,6 +100,7 @@ def build_twin_engines(
     from nxm_export.pipeline.sparsity_twins import TwinGraphs, build_twins
 
     checkpoint, out = Path(checkpoint), Path(out)
+    require_apart(out, checkpoint)
     options = _build_options(options, out, checkpoint, profiles_from)
     return build_twins(checkpoint, out, name, options, graphs or TwinGraphs())
 
@@ -138,6 +141,7 @@ def build_fastest(
     from engines.passport import load_passport
 
     source, out, options = onnx_file(source), Path(out), options or BuildOptions()
+    require_apart(out, source, *([] if check is None else [check.checkpoint, check.data]))
     with atomic_dir(out) as scratch, TemporaryDirectory() as work:
         engines, left_out = fastest_backend.build_candidates(source, Path(work), options)
         if check is not None:
@@ -283,16 +287,17 @@ def _shared_features(engines: Sequence[str | Path], data: str, columns: Columns)
 
 def bench_engines(
     engines: Sequence[str | Path],
-    shapes: Sequence[tuple[int, int]] = BENCH_SHAPES,
+    shapes: Sequence[tuple[int, int]] | None = None,
     rounds: int = BENCH_ROUNDS,
     threads: int | None = None,
 ) -> BenchReport:
-    """Time engine directories (a twins directory stands for its three) against each other.
+    """Time engine directories (a twins directory stands for its three) against each other, at `shapes` of (batch,
+    sequence); without any at `BENCH_SHAPES`, with the batch or length that the engines have fixed.
 
     Engines that this machine cannot run are named in the report with the reason, unless none is left.
     """
     from engines.base import LoadOptions, backend
-    from engines.benchmark.latency import bench
+    from engines.benchmark.latency import bench, fitted_shapes
     from engines.passport import load_passport
     from nxm_export.pipeline.sparsity_twins import is_twins, twin_directories
 
@@ -316,6 +321,7 @@ def bench_engines(
                     twins[twin] = (name, path)
         if not loaded:
             raise EngineUnavailable(f"nothing could be timed here: {'; '.join(dict.fromkeys(unmeasured.values()))}")
+        shapes = shapes or fitted_shapes(loaded.values(), BENCH_SHAPES)
         report = bench(loaded, shapes, rounds=rounds, vocabulary=_vocabulary(paths))
     absent = tuple(f"{name}: {why}" for name, why in unmeasured.items())
     return replace(report, verdict=_verdict(report, twins, passports), unmeasured=absent)
@@ -423,13 +429,14 @@ def _labelled_texts(directory: Path, data: str, columns: Columns, limit: int) ->
     return _LabelledTexts(labelled(raw, task, classes), tokenizer, length, spec.inputs, numbered)
 
 
-def _vocabulary(engines: Sequence[Path]) -> int:
-    """Token ids below this exist in every engine."""
+def _vocabulary(engines: Sequence[Path]) -> int | None:
+    """Token ids below this exist in every engine; None where one has no spec that says so."""
     from engines.base import spec_of
     from engines.benchmark.latency import VOCABULARY
 
     specs = [spec_of(path) for path in engines]
-    return min([VOCABULARY, *(spec.limits["input_ids"] for spec in specs if spec and "input_ids" in spec.limits)])
+    known = [spec.limits.get("input_ids", VOCABULARY) for spec in specs if spec is not None]
+    return min([VOCABULARY, *known]) if len(known) == len(specs) else None
 
 
 @dataclass(frozen=True)

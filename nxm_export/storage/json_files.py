@@ -1,9 +1,10 @@
 """JSON files: one decoder for all that this project writes, and one writer.
 
 A file is one frozen dataclass. `decode` makes it from text and refuses, by file and field: text that is no JSON, a key
-that stands there twice, NaN and infinity (JSON has neither; a number like 1e999 is infinite, too), nesting that no file
-of ours has, another schema, a missing field, a field of another type, and a field that the dataclass does not know.
-msgspec does the types; it lets unknown fields pass, so what was read is held against what would be written again.
+that stands there twice, NaN and infinity (JSON has neither; a number like 1e999 is infinite, too), an integer beyond 64
+bits, nesting that no file of ours has, another schema, a missing field, a field of another type, and a field that the
+dataclass does not know. msgspec does the types; it lets unknown fields pass, so what was read is held against what
+would be written again.
 
 `encode` writes such a dataclass. It refuses NaN and infinity, too: a number that is not there is None, and whoever
 computes it decides that.
@@ -43,9 +44,11 @@ def parse_json(
     """The value of a JSON text; one that JSON does not allow, or that names a key twice, is an `error` with `source`
     and `way_out`, and so is half a surrogate pair. A `foreign` text, one of others, may hold those, NaN, infinity and
     numbers that are too large for one."""
-    constant, number = (float, float) if foreign else (_no_constant, _finite_float)
+    constant, number, integer = (float, float, int) if foreign else (_no_constant, _finite_float, _machine_integer)
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=constant, parse_float=number)
+        value = json.loads(
+            text, object_pairs_hook=_unique_keys, parse_constant=constant, parse_float=number, parse_int=integer
+        )
         _require_shallow(value)
         if not foreign:
             _require_characters(text, value)
@@ -270,6 +273,13 @@ def _finite_float(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text:.40} is too large for a number")
+    return number
+
+
+def _machine_integer(text: str) -> int:
+    number = int(text)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{text[:20]}{'...' if len(text) > 20 else ''} is too large for an integer")
     return number
 
 

@@ -92,13 +92,30 @@ def test_the_text_face_is_an_ensemble_of_tokenizer_engine_and_labels(engine: Pat
     assert configs["m"]["parameters"] == {"intra_op_thread_count": {"string_value": "1"}}
     assert configs["m"]["instance_group"] == [{"kind": "KIND_CPU", "count": 1}]
     ensemble = configs["m_text"]
-    assert [i["name"] for i in ensemble["input"]] == ["text", "text_pair"]
+    assert [(i["name"], i.get("optional", False)) for i in ensemble["input"]] == [("text", False), ("text_pair", False)]
     assert [(o["name"], o["data_type"]) for o in ensemble["output"]] == [
         ("logits", "TYPE_FP32"),
         ("label", "TYPE_STRING"),
     ]
     assert [step["model_name"] for step in ensemble["ensemble_scheduling"]["step"]] == ["m_tokenizer", "m", "m_labels"]
     assert "instance_group" not in ensemble
+
+
+def test_the_second_text_is_optional_as_on_nxm_serve(engine: Path, tmp_path: Path) -> None:
+    export_repository([EngineSource("m", "1", engine)], tmp_path / "repo", TritonOptions(text=True, threads=1))
+    configs = parse(*sorted((tmp_path / "repo").glob("*/config.pbtxt")))
+    for name in ("m_tokenizer", "m_text"):
+        inputs = [(i["name"], i.get("optional", False)) for i in configs[name]["input"]]
+        assert inputs == [("text", False), ("text_pair", True)]
+
+
+@pytest.mark.parametrize("suffix", ["text", "tokenizer", "labels"])
+def test_a_model_with_the_name_of_anothers_part_is_refused(engine: Path, tmp_path: Path, suffix: str) -> None:
+    sources = [EngineSource("m", "1", engine), EngineSource(f"m_{suffix}", "1", engine)]
+    with pytest.raises(ServeError, match=f"m and m_{suffix} both need the name m_{suffix}"):
+        export_repository(sources, tmp_path / "repo", TritonOptions(text=True, threads=1))
+    assert not (tmp_path / "repo").exists()
+    export_repository(sources, tmp_path / "repo", TritonOptions(threads=1))
 
 
 def test_a_field_that_triton_does_not_know_is_found(engine: Path, tmp_path: Path) -> None:

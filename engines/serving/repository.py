@@ -223,7 +223,7 @@ class Repository:
 
 
 def require_distinct_names(sources: Sequence[EngineSource], suffixes: Sequence[str], *, folded: bool = False) -> None:
-    """Raise `ServeError` if two models have one name: their own, or with one of `suffixes` that of what belongs to them.
+    """Raise `ServeError` if two models have one name: their own, or with one of `suffixes` that of a part of them.
 
     No version makes that right: whoever asks for the highest one would get this or that. `folded` names become
     directories, and some file systems take A for a.

@@ -42,12 +42,14 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do about one matrix; whether that is all it takes, or whether it is ready as it stands."""
+    """What to do about one matrix, which the product `node` reads; whether that is all it takes, or whether it is ready
+    as it stands."""
 
     name: str
     advice: str
     one_fix_away: bool
     ready: bool
+    node: str = ""
 
 
 def advise(facts: Sequence[MatrixFacts], report: SparsityReport, problems: Sequence[FileProblem] = ()) -> list[Advice]:
@@ -66,10 +68,10 @@ def advise(facts: Sequence[MatrixFacts], report: SparsityReport, problems: Seque
                 if nearly
                 else f"prune it 2:4 along K and fine-tune: {keep}"
             )
-            advice.append(Advice(weight.name, text, nearly and away, ready=False))
+            advice.append(Advice(weight.name, text, nearly and away, ready=False, node=weight.node))
         elif reason in _ADVICE:
             text = _ADVICE[reason]
             if reason in ("no-engine", "kernel-unknown") and weight.type != "int8":
                 text = "2:4 along K, in float: quantize weight, input and output to INT8, or build it as sparse FP16"
-            advice.append(Advice(weight.name, text, away, weight.ready))
+            advice.append(Advice(weight.name, text, away, weight.ready, weight.node))
     return advice

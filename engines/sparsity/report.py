@@ -82,9 +82,19 @@ class SparsityTarget:
             version=self.version,
             compute_capability=self.compute_capability,
             weights=weight_type(fact),
-            form=f"grouped {form}" if fact.groups_of_channels > 1 else form,
+            form=_kernel_form(fact, form),
             output=output,
         )
+
+
+def _kernel_form(fact: MatrixFacts, form: str) -> str:
+    """The form in the words of the catalogue, which knows of one matrix on the right; others have names of their
+    own, of which it knows nothing."""
+    if fact.groups_of_channels > 1:
+        return f"grouped {form}"
+    if fact.stack > 1:
+        return f"stacked {form}"
+    return f"left {form}" if fact.operand == "input 0" else form
 
 
 @dataclass(frozen=True)
@@ -287,6 +297,12 @@ def _unbuilt(fact: MatrixFacts, weight: WeightSparsity, target: SparsityTarget) 
         return weight.reason, weight.detail
     if weight.eligible:
         return "no-engine", ""
+    if fact.moved_by:
+        operators = ", ".join(fact.moved_by)
+        return "kernel-unknown", (
+            f"{operators} between its DequantizeLinear and the product: whether TensorRT makes one integer product of "
+            "them is not known. Store the weight as the product reads it"
+        )
     source = target.kernel_for(fact, form=fact.form, output=fact.output).source
     return "kernel-unknown", f"{REASONS['kernel-unknown']}. {source}"
 
@@ -300,7 +316,7 @@ def _obstacle(fact: MatrixFacts, target: SparsityTarget) -> tuple[str | None, st
         return "flag-off", "", False
     kernel = target.kernel_for(fact, form=fact.form, output=fact.output)
     if kernel.exists is not False:
-        return None, "", kernel.exists
+        return None, "", None if fact.moved_by else kernel.exists
     if fact.output != "int8" and target.kernel_for(fact, form=fact.form, output="int8").exists:
         return "float-output", f"{REASONS['float-output']} (it writes {fact.output}). {kernel.source}", False
     for form in ("conv1x1", "matmul"):

@@ -75,7 +75,7 @@ def _print_facts(title: str, facts: Mapping[str, object]) -> None:
 
 def _print_matrices(report: SparsityReport) -> None:
     columns = ("weight", "K x N", "planned", "float > INT8", "eligible", "sparse", "kernel", "saved ms", "why not")
-    print_table("weights", columns, [_matrix_row(matrix) for matrix in report.weights])
+    print_table("weights", columns, [_matrix_row(_label(matrix, report.weights), matrix) for matrix in report.weights])
     click.echo(str(report.products))
     for product in report.unread:
         click.echo(f"not read: {product}")
@@ -85,9 +85,16 @@ def _print_matrices(report: SparsityReport) -> None:
         click.echo(f"hint: {hint}")
 
 
-def _matrix_row(matrix: WeightSparsity) -> tuple[str, ...]:
+def _label(one: WeightSparsity | Advice, all_rows: Sequence[WeightSparsity | Advice]) -> str:
+    """A matrix's name, and the product that reads it where other products read it, too."""
+    name = one.name.removesuffix(".weight")
+    shared = sum(other.name == one.name for other in all_rows) > 1
+    return f"{name} ({one.node})" if shared and one.node else name
+
+
+def _matrix_row(label: str, matrix: WeightSparsity) -> tuple[str, ...]:
     return (
-        matrix.name.removesuffix(".weight"),
+        label,
         f"{matrix.k}x{matrix.n} {matrix.form}",
         matrix.planned or "-",
         f"{matrix.pattern_float or 'dense'} > {matrix.pattern_int8 or 'dense'}",
@@ -106,7 +113,7 @@ def _known(value: bool | None) -> str:
 def _print_advice(advice: Sequence[Advice]) -> None:
     if advice:
         rows = [
-            (entry.name, "ready" if entry.ready else "yes" if entry.one_fix_away else "no", entry.advice)
+            (_label(entry, advice), "ready" if entry.ready else "yes" if entry.one_fix_away else "no", entry.advice)
             for entry in advice
         ]
         print_table("advice", ("weight", "one fix away", "what to do"), rows)

@@ -109,7 +109,7 @@ def _print_verification(title: str, report: VerifyReport) -> None:
     columns = ("weight", "op", "K x N", "stored", "scales", "zeros", "N:M", "planned")
     rows = [
         (
-            report.label(weight).removesuffix(".weight"),
+            label.removesuffix(".weight"),
             weight.op,
             f"{weight.k}x{weight.n}",
             weight.stored,
@@ -118,7 +118,7 @@ def _print_verification(title: str, report: VerifyReport) -> None:
             weight.pattern or "dense",
             weight.planned or "",
         )
-        for weight in report.weights
+        for label, weight in zip(report.labels, report.weights, strict=True)
     ]
     print_table(title, columns, rows)
     problems = report.all_problems

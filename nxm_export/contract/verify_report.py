@@ -60,13 +60,17 @@ class VerifyReport:
     @property
     def all_problems(self) -> list[str]:
         """The problems of every weight, with its name, then those of the whole graph."""
-        of_weights = [f"{self.label(weight)}: {problem}" for weight in self.weights for problem in weight.problems]
-        return [*of_weights, *self.problems]
+        labelled = zip(self.labels, self.weights, strict=True)
+        return [*(f"{label}: {problem}" for label, weight in labelled for problem in weight.problems), *self.problems]
 
-    def label(self, weight: WeightReport) -> str:
-        """A weight's name, and the products that read it where the name alone could mean another one."""
-        shared = Counter(other.name for other in self.weights)[weight.name] > 1
-        return f"{weight.name} ({', '.join(weight.nodes)})" if shared and weight.nodes else weight.name
+    @property
+    def labels(self) -> list[str]:
+        """Every weight's name, with the products that read it where the name alone could mean another one."""
+        count = Counter(weight.name for weight in self.weights)
+        return [
+            f"{weight.name} ({', '.join(weight.nodes)})" if count[weight.name] > 1 and weight.nodes else weight.name
+            for weight in self.weights
+        ]
 
     @property
     def products(self) -> ProductCounts:

@@ -2,7 +2,8 @@
 
 An initializer that an input of the same name may override is none of the graph's inputs here: whoever runs the file as
 it is multiplies by what lies in it. What only decides *whether* or *how often* something runs (the condition of an If,
-the number of rounds of a Loop) counts as a shape does: the data that it lets through lie in the file.
+the number of rounds of a Loop), how stored integers are scaled, or which part of a tensor is taken, counts as a shape
+does: the data that it lets through lie in the file.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ class Dependence(IntEnum):
 
 
 _RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
+# The data of these are their first input; the others say how to scale, lay or cut them.
+_ONE_DATA_INPUT = (
+    "DequantizeLinear", "QuantizeLinear", "Reshape", "Expand", "Tile", "Slice", "Squeeze", "Unsqueeze", "Split", "Pad",
+    "Trilu",
+)  # fmt: skip
 _Edge = tuple[ir.Value, ir.Value, Dependence]  # from, to, and the most that goes along
 
 
@@ -67,6 +73,9 @@ def _edges(node: ir.Node) -> Iterator[_Edge]:
     inside = subgraphs(node)
     if (node.op_type == "If" and inside) or node.op_type in ("Shape", "Size"):
         yield from _all(node.inputs, node.outputs, Dependence.SHAPES)
+    elif node.op_type in _ONE_DATA_INPUT:
+        yield from _all(node.inputs[:1], node.outputs, Dependence.INPUTS)
+        yield from _all(node.inputs[1:], node.outputs, Dependence.SHAPES)
     elif node.op_type == "Loop" and inside:
         yield from _loop(node, inside[0])
     elif node.op_type in ("Scan", "SequenceMap") and inside and len(inside[0].inputs) == len(node.inputs):

@@ -9,6 +9,7 @@ integers in front of that, moved as the scaled values are moved. What cannot be 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,7 +42,9 @@ class GraphWeight:
     what DequantizeLinear reads, where there is one. `scale_axis` is ``N``, ``K``, ``block`` (several scales along K) or
     ``tensor``, None without scale; `zero_point` has a shape that `matrix` broadcasts with, or another that nothing here
     knows. `quantized` says that stored integers or a QuantizeLinear made it, in whatever way. K consists of runs of
-    `run` elements that lie together. `unrounded` is the matrix in front of a QuantizeLinear of constants."""
+    `run` elements that lie together. `stack` is how many matrices the operand has (of a convolution it says nothing).
+    `unrounded` is the matrix in front of a QuantizeLinear of constants, and `moved_by` names operators that take a part
+    of it or join it, behind its DequantizeLinear."""
 
     name: str
     node: ir.Node
@@ -54,7 +57,9 @@ class GraphWeight:
     codes: str
     quantized: bool
     run: int
+    stack: int = 1
     unrounded: np.ndarray | None = None
+    moved_by: tuple[str, ...] = ()
 
     @property
     def k(self) -> int:
@@ -233,7 +238,7 @@ class _Reader:
             operand.matrix(np.zeros(0))
             return None
         if self.constants.dependence(value) is not Dependence.NOTHING:
-            raise NotRead("it depends on the shape of an input, or on what an If or a Loop does")
+            raise NotRead("an input of the graph decides its shape or its scale, or which branch of an If gives it")
         if operand.product.is_unknown and self._rank(value) < 2:
             return None  # a matrix may be a weight of an operator of which nothing is known; a vector is none
         codes = scaled_by_operator(operand, self.constants)
@@ -255,7 +260,9 @@ class _Reader:
             codes=type_name(values) if codes is None else codes.kind,
             quantized=codes is not None or origins.quantized,
             run=read.run,
+            stack=math.prod(values.shape[:-2]),
             unrounded=floats,
+            moved_by=() if codes is None else codes.moved_by,
         )
 
     def _rank(self, value: ir.Value) -> int:
@@ -288,10 +295,8 @@ def _zeros(codes: Codes, operand: Operand, shape: tuple[int, ...]) -> np.ndarray
     zero = codes.zero
     if zero is None:
         return None
-    if zero.values.size == 1:
-        return zero.values.reshape(())
-    if not np.any(zero.values):
-        return zero.values
+    if zero.values.size == 1 or not np.any(zero.values):  # all alike
+        return zero.values[:1]
     if zero.index is not None:
         return np.asarray(zero.values[operand.matrix(zero.index).array])
     if operand.product.reads_codes and zero.values.size == shape[1]:

@@ -21,6 +21,7 @@ _MOVES = frozenset({
     "Cast", "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "SpaceToDepth",
     "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
 })  # fmt: skip
+_LAYING = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Cast")  # all of it, in another shape
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 _INTEGERS = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16, ir.DataType.INT32)
 
@@ -61,7 +62,8 @@ class Parameter:
 class Codes:
     """The integers (or small floats) of a weight, laid out as the product's operand is; `kind` their type.
 
-    `floats` are the values in front of a QuantizeLinear of constants, `blocked` says that scales belong to blocks.
+    `floats` are the values in front of a QuantizeLinear of constants, `blocked` says that scales belong to blocks;
+    `moved_by` names what takes a part of the scaled values or joins them.
     """
 
     codes: np.ndarray
@@ -70,6 +72,7 @@ class Codes:
     zero: Parameter | None
     blocked: bool
     floats: np.ndarray | None
+    moved_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,8 @@ def dequantized(value: ir.Value, constants: ConstantValues) -> Codes | None:
     blocked = any(_block_size(node) for node in path.starts)
     floats = [_unrounded(node.inputs[0], constants) for node in path.starts]
     unrounded = None if any(array is None for array in floats) else moved(floats)
-    return Codes(moved(codes), kinds.pop(), parameter(scales), parameter(zeros), blocked, unrounded)
+    parting = tuple(dict.fromkeys(node.op_type for node in path.moves if node.op_type not in _LAYING))
+    return Codes(moved(codes), kinds.pop(), parameter(scales), parameter(zeros), blocked, unrounded, parting)
 
 
 def scaled_by_operator(operand: Operand, constants: ConstantValues) -> Codes | None:

@@ -12,6 +12,7 @@ cuts, and `Predictor.shortened` counts such texts; the context of a question is 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +24,7 @@ from engines.admission import admitted
 from engines.base import Engine, LoadOptions, Profile, backend
 from engines.serving.shapes import plan_buckets
 from nxm_export.contract.choices import GATE
-from nxm_export.contract.io_spec import IOSpec
+from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.examples import (
     Encoding,
@@ -34,6 +35,7 @@ from nxm_export.data.examples import (
     label_array,
     pad,
     sorted_batches,
+    tokenizer_failures,
     tokens_of,
 )
 from nxm_export.data.metrics import scored_outputs
@@ -161,8 +163,11 @@ class Predictor:
                 f"{self.directory}: its input of {longest} tokens leaves no room beside {special} special ones"
             )
         cut_at(self._tokenizer, longest)
-        # A second text that is empty is none, as in training.
-        encodings = self._tokenizer.encode_batch([row if isinstance(row, str) or row[1] else row[0] for row in rows])
+        with self._tokenizing():
+            # A second text that is empty is none, as in training.
+            encodings = self._tokenizer.encode_batch(
+                [row if isinstance(row, str) or row[1] else row[0] for row in rows]
+            )
         self.shortened += sum(bool(made.overflowing) for made in encodings)
         return encodings
 
@@ -170,12 +175,16 @@ class Predictor:
         questions, contexts = ([row[side] for row in rows] for side in (0, 1))
         empty: list[tuple[tuple[str, int], ...]] = [()] * len(questions)
         examples = Examples(questions, contexts, empty, "predict", encoder=windows)
-        features = encode(self._tokenizer, examples, self._longest(), self.spec.inputs)
+        with self._tokenizing():
+            features = encode(self._tokenizer, examples, self._longest(), self.spec.inputs)
         values = self._run(features, batch)
         labels = label_array(features)
         for _, members in groupby(range(len(features)), key=lambda i: features[i]["group"]):
             own = list(members)
             yield of_spans([values[i] for i in own], [Window.unpack(labels[i]) for i in own])
+
+    def _tokenizing(self) -> AbstractContextManager[None]:
+        return tokenizer_failures(f"{self.directory / TOKENIZER_FILE}: it fails on these texts")
 
     def _longest(self) -> int:
         """Tokens of the longest input: the model's, or what the engine has profiles for."""

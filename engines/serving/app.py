@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -239,6 +240,14 @@ class Service:
             asked = parse_infer(plain, length, endpoint.inputs, endpoint.outputs, endpoint.require_fits)
             return asked, endpoint.feeds(asked)
 
+        def prepare_large() -> tuple[InferRequest, dict[str, np.ndarray]]:
+            with _uncollected():
+                try:
+                    return prepare()
+                except RequestRefused as error:  # what it refers to is let go of, before the collector sees it
+                    refused = RequestRefused(error.status, str(error), retry_after=error.retry_after)
+            raise refused
+
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
         timer = _expire_at(began + limits.timeout, done, limits.timeout)
@@ -246,7 +255,7 @@ class Service:
         queued: QueuedRequest | None = None
         try:
             inline = not coding and _is_small(endpoint, body, length)
-            asked, feeds = prepare() if inline else await self._in_thread(prepare, done)
+            asked, feeds = prepare() if inline else await self._in_thread(prepare_large, done)
             timeout = min(asked.timeout or limits.timeout, limits.timeout)
             if asked.timeout is not None:
                 timer.cancel()
@@ -474,6 +483,17 @@ def _error(status: int, text: str, headers: Mapping[str, str]) -> Response:
     from starlette.responses import Response
 
     return Response(json.dumps({"error": text}), status, headers, "application/json")
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: one looks at every object of a large request, holding the interpreter's lock for
+    as long, and there are no cycles in JSON."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _is_small(endpoint: Endpoint, body: bytes, length: str | None) -> bool:

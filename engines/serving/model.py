@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,9 @@ from engines.serving.protocol import InferRequest, TensorSpec
 from engines.serving.settings import ModelOptions
 from engines.serving.shapes import Bucket, plan_buckets
 from engines.serving.text import TextFrontend
-from nxm_export.errors import NxmError, RequestRefused, ServeError
+from nxm_export.contract.io_spec import IOSpec
+from nxm_export.contract.tasks import TASKS
+from nxm_export.errors import ArtifactError, NxmError, RequestRefused, ServeError
 
 TEXT_SUFFIX = "_text"
 CPU_MERGE = 4  # short sentences keep a core busy: beyond this a batch gains almost nothing and its first request waits
@@ -91,7 +93,13 @@ class Model:
         self._sequence_axes = {
             name: axes.index("sequence") for name, axes in self.spec.outputs.items() if "sequence" in axes
         }
+        if set(self.spec.inputs) != set(engines[0].inputs):
+            raise ServeError(
+                f"{directory}: spec.json has the inputs {', '.join(self.spec.inputs)}, and the engine takes "
+                f"{', '.join(engines[0].inputs)}; build it again"
+            )
         shapes = self._warm_up()
+        require_labelled(directory, self.spec, shapes[next(iter(self.spec.outputs))])
         inputs = tuple(TensorSpec(name, "INT64", (-1, -1)) for name in engines[0].inputs)
         outputs = tuple(TensorSpec(name, "FP32", shapes[name]) for name in self.spec.outputs)
         self.endpoints = [Endpoint(name, self, inputs, outputs)]
@@ -177,6 +185,15 @@ class Model:
             raise ServeError(
                 f"{self.directory}: the engine fails at batch {shape[0]} and length {shape[1]}: {error}"
             ) from error
+
+
+def require_labelled(directory: Path, spec: IOSpec, shape: Sequence[int]) -> None:
+    """Raise `ArtifactError` unless there is a label for every class of the first output, which has this shape."""
+    if spec.labels and TASKS[spec.task].names_labels and shape[-1] not in (-1, len(spec.labels)):
+        raise ArtifactError(
+            f"{directory}: its engine gives {shape[-1]} numbers, and its spec.json names {len(spec.labels)} labels; "
+            "build it again from its graph"
+        )
 
 
 def open_model(name: str, version: str, directory: Path, options: ModelOptions) -> Model:

@@ -18,11 +18,12 @@ from engines.admission import admitted, require_gate
 from engines.base import COMPANIONS
 from engines.parity.reports import PARITY_FILE
 from engines.passport import PASSPORT_FILE, load_passport
-from engines.serving.model import Endpoint, Model, open_model
+from engines.serving.model import TEXT_SUFFIX, Endpoint, Model, open_model
 from engines.serving.settings import ModelOptions
 from nxm_export.errors import NxmError, ParityError, RequestRefused, ServeError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
+_VERSION = re.compile(r"[1-9][0-9]{0,17}\Z")
 _File = tuple[int, int, int]  # inode, time of its last change in nanoseconds, bytes
 
 
@@ -64,8 +65,12 @@ class EngineSource:
                 f"{source.name!r} cannot be a model's name (letters, digits, . _ -); write "
                 f"NAME={directory or 'ENGINE_DIR'}"
             )
-        if not source.version.isdecimal() or int(source.version) < 1 or len(source.version) > 18:
-            raise ServeError(f"{text}: version {source.version!r} is not a number from 1")
+        if not _VERSION.match(source.version):
+            raise ServeError(
+                f"{text}: version {source.version!r} is not a number from 1 as it is written in a path (7, not 07)"
+            )
+        if not directory:
+            raise ServeError(f"{text!r} names no engine directory; write NAME:VERSION=ENGINE_DIR")
         return source
 
 
@@ -89,14 +94,21 @@ class Repository:
         self._endpoints: dict[str, dict[str, Endpoint]] = {}
 
     def require_admitted(self) -> None:
-        """Raise for the first directory that is refused without loading it: see `engines.admission.admitted`."""
+        """Raise for names that collide, and for the first directory that is refused without loading it: see
+        `engines.admission.admitted`."""
+        self._require_distinct_names()
         for source in self._sources.values():
             passport = admitted(source.directory, self._options.gate, self._options.expect_sha256)
             passport.load_spec(source.directory)
 
+    def _require_distinct_names(self) -> None:
+        if self._options.text:
+            require_distinct_names(list(self._sources.values()), [TEXT_SUFFIX])
+
     def open(self) -> None:
         """Load all models, unless `stop_opening` comes first; raises what `open_model` raises for the first that is
         refused. Blocks; nothing is found before it is done."""
+        self._require_distinct_names()
         try:
             for key, source in self._sources.items():
                 if self._stopping:
@@ -207,10 +219,25 @@ class Repository:
         self._models[key] = model
         for endpoint in model.endpoints:
             others = self._endpoints.setdefault(endpoint.name, {})
-            taken = others.get(model.version)
-            if taken is not None and taken.model.name != model.name:
-                raise ServeError(f"{endpoint.name} is both a model and the text frontend of one; choose another name")
             others[model.version] = endpoint
+
+
+def require_distinct_names(sources: Sequence[EngineSource], suffixes: Sequence[str], *, folded: bool = False) -> None:
+    """Raise `ServeError` if two models have one name: their own, or with one of `suffixes` that of what belongs to them.
+
+    No version makes that right: whoever asks for the highest one would get this or that. `folded` names become
+    directories, and some file systems take A for a.
+    """
+    owners: dict[str, str] = {}
+    for name in dict.fromkeys(source.name for source in sources):
+        for suffix in ("", *suffixes):
+            full = name + suffix
+            owner = owners.setdefault(full.lower() if folded else full, name)
+            if owner != name:
+                raise ServeError(
+                    f"{owner} and {name} both need the name {full}, a model's or that of the text frontend of one, or "
+                    "of a part of it; rename one of them"
+                )
 
 
 def _objection(model: Model, gate: str) -> str | None:

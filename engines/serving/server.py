@@ -191,7 +191,8 @@ def _host(listener: socket.socket) -> str:
 
 
 class _JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, event, and the facts of a record."""
+    """One JSON object a line: time, level, event, and the facts of a record. In ASCII: whatever a client or a file is
+    called, no control character reaches a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -202,7 +203,7 @@ class _JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return json.dumps(line, default=str)
 
 
 def _configure_log() -> None:

@@ -115,7 +115,7 @@ class TritonOptions:
     expect_sha256: frozenset[str] = frozenset()
     text: bool = field(default=False, metadata={OPTION: Option("Add NAME_text: sentences in, class names out.")})
     pair: bool = field(
-        default=False, metadata={OPTION: Option("The same for models of two sentences.", flag="--text-pair")}
+        default=False, metadata={OPTION: Option("The same, and text_pair must be there.", flag="--text-pair")}
     )
     kind: str | None = field(
         default=None, metadata={OPTION: Option("Where instances run.  [default: as built]", choices=INSTANCE_KINDS)}

@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from nxm_export.data.examples import Encoding
 
 _FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
@@ -37,27 +42,31 @@ class TritonPythonModel:
         responses = []
         for request in requests:
             try:
-                texts = self._texts(backend, request, "text")
-                pairs = self._texts(backend, request, "text_pair") if self.settings["pair"] else None
-                tensors = [backend.Tensor(name, array) for name, array in self._encode(texts, pairs).items()]
+                # None for a second text that may be left out and is.
+                given = [self._texts(backend, request, name) for name in self.settings["texts"]]
+                texts = [each for each in given if each is not None]
+                tensors = [backend.Tensor(name, array) for name, array in self._encode(*texts).items()]
                 responses.append(backend.InferenceResponse(tensors))
             except ValueError as error:
                 responses.append(backend.InferenceResponse([], backend.TritonError(str(error))))
         return responses
 
-    def _texts(self, backend: ModuleType, request: object, name: str) -> list[str]:
+    def _texts(self, backend: ModuleType, request: object, name: str) -> list[str] | None:
+        tensor = backend.get_input_tensor_by_name(request, name)
+        if tensor is None:
+            return None
         texts = []
-        for row, item in enumerate(backend.get_input_tensor_by_name(request, name).as_numpy().ravel()):
+        for row, item in enumerate(tensor.as_numpy().ravel()):
             try:
                 texts.append(item.decode("utf-8"))
             except UnicodeDecodeError as error:
                 raise ValueError(f"row {row} of {name} is not UTF-8 (byte {error.start})") from None
         return texts
 
-    def _encode(self, texts: list[str], pairs: list[str] | None) -> dict[str, np.ndarray]:
-        rows = self._cut(texts, pairs)
-        self.tokenizer.enable_truncation(self.settings["max_length"], direction=self.side)
-        encodings = self.tokenizer.encode_batch(rows)
+    def _encode(self, texts: list[str], pairs: list[str] | None = None) -> dict[str, np.ndarray]:
+        # Of one shape, says the config.
+        rows = [(text,) for text in texts] if pairs is None else list(zip(texts, pairs))  # noqa: B905
+        encodings = self._encodings(rows)
         longest = max(len(encoding.ids) for encoding in encodings)
         length = next(bucket for bucket in self.settings["lengths"] if bucket >= longest)
         tensors = {}
@@ -69,25 +78,12 @@ class TritonPythonModel:
             tensors[name] = array
         return tensors
 
-    def _cut(self, texts: list[str], pairs: list[str] | None) -> list[str] | list[tuple[str, str]]:
-        """The rows, far too long texts cut where that changes no token, as `nxm serve` does."""
-        from long_texts import beginning, beginnings  # type: ignore[import-not-found]
+    def _encodings(self, rows: Sequence[tuple[str, ...]]) -> list[Encoding]:
+        """The tokens of every row, as `nxm serve` makes them."""
+        from long_texts import encode_long, is_long  # type: ignore[import-not-found]
 
-        limits = (self._count, self.settings["max_length"], self.settings["longest_run"])
-        if self.side == "left":
-            return self._short(texts, pairs)
-        self.tokenizer.no_truncation()
-        if pairs is None:
-            return [beginning(text, *limits) for text in texts]
-        return [beginnings(text, pair, *limits) for text, pair in zip(texts, pairs)]  # noqa: B905 - the config's shape
-
-    def _short(self, texts: list[str], pairs: list[str] | None) -> list[str] | list[tuple[str, str]]:
-        """The rows; one that is far too long is refused, since the tokenizer reads texts from their ends."""
-        longest = self.settings["longest_run"]
-        for row, size in enumerate(max(map(len, both)) for both in zip(texts, pairs or texts)):  # noqa: B905
-            if size > longest:
-                raise ValueError(f"row {row} has {size} characters; at most {longest} are served")
-        return texts if pairs is None else list(zip(texts, pairs))  # noqa: B905 - the config's shape
-
-    def _count(self, text: str) -> int:
-        return len(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        most = self.settings["max_length"]
+        short = [row if len(row) == 2 else row[0] for row in rows if not is_long(row, most)]
+        self.tokenizer.enable_truncation(most, direction=self.side)
+        made = iter(self.tokenizer.encode_batch(short))
+        return [encode_long(self.tokenizer, row, most) if is_long(row, most) else next(made) for row in rows]

@@ -9,6 +9,7 @@ from typing import TextIO
 import click
 
 from nxm_export import __version__
+from nxm_export.cli.output import one_line
 from nxm_export.errors import Notice, NxmError
 from nxm_export.storage.atomic import FULL_ERRNOS
 
@@ -23,7 +24,7 @@ class _Group(click.Group):
                 warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except NxmError as error:
-            click.echo(f"nxm: {error}", err=True)
+            click.echo(f"nxm: {one_line(str(error))}", err=True)
             ctx.exit(error.exit_code)
         except ModuleNotFoundError as error:
             from nxm_export.pipeline.environment import extra_of, install_advice

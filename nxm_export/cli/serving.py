@@ -107,5 +107,9 @@ def triton(engines: tuple[str, ...], out: Path, image: str | None, json: bool, *
         expect_sha256=expected_hashes(values),
     )
     manifest = export_repository([EngineSource.parse(text) for text in engines], out, options)
+    for name, engines_of_it in manifest.models.items():
+        for facts in engines_of_it:
+            if facts.session is not None and facts.session.difference != 0:
+                click.echo(f"nxm: {name}: its session in Triton: {facts.session.words}", err=True)
     files = list(manifest.files.items())
     show_result(manifest.to_dict, json, lambda: print_table(str(out), ("file", "sha256"), files))

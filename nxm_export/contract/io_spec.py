@@ -18,6 +18,7 @@ from nxm_export.storage.json_files import convert, decode, encode, read_foreign_
 SCHEMA = "nxm-spec/1"
 SPEC_FILE = "spec.json"
 TOKENIZER_FILE = "tokenizer.json"
+_MOST_ROWS = 2**31  # of a table: more than any has
 _WAY_OUT = "export or build again"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -93,6 +94,7 @@ def parse_spec(text: str, file: Path) -> IOSpec:
             f"{file}: task {spec.task!r} with inputs {spec.inputs} is nothing that this version knows; export or build "
             "again"
         )
+    _require_limits(spec, file)
     task = TASKS[spec.task]
     if any(spec.outputs.get(name) != axes for name, axes in task.outputs.items()):
         raise ArtifactError(
@@ -105,6 +107,16 @@ def parse_spec(text: str, file: Path) -> IOSpec:
             f"{file}: labels: {spec.task} has at least {fewest}, here are {len(spec.labels)}; export or build again"
         )
     return spec
+
+
+def _require_limits(spec: IOSpec, file: Path) -> None:
+    for name, limit in spec.limits.items():
+        if name not in spec.inputs or not (2 if name == "attention_mask" else 1) <= limit < _MOST_ROWS:
+            raise ArtifactError(f"{file}: limits: {limit} values of {name!r} are none of a model; {_WAY_OUT}")
+    if not 0 <= spec.pad_id < spec.limits.get("input_ids", _MOST_ROWS):
+        raise ArtifactError(f"{file}: pad_id: {spec.pad_id} is no token of the model; {_WAY_OUT}")
+    if spec.max_length >= _MOST_ROWS:
+        raise ArtifactError(f"{file}: max_length: {spec.max_length} tokens are none of a model; {_WAY_OUT}")
 
 
 def _shown(outputs: Mapping[str, tuple[str, ...]]) -> str:

@@ -6,6 +6,7 @@ label counts without the spaces around it, and a whole number is the same class 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import shutil
@@ -21,7 +22,7 @@ from nxm_export.contract.io_spec import TOKENIZER_FILE
 from nxm_export.data.readers import FORMATS, TOKEN_FORMATS, format_of, read_rows
 from nxm_export.data.token_labels import NO_LABEL, erased_tokens, joined, piece_labels
 from nxm_export.data.tokenizer_settings import direction_of, read_tokenizer_settings, settle
-from nxm_export.errors import ArtifactError, DataError, notice
+from nxm_export.errors import ArtifactError, DataError, NxmError, notice
 from nxm_export.storage.json_files import read_text
 
 if TYPE_CHECKING:
@@ -306,8 +307,8 @@ def _one_text(label: RawLabel) -> str:
     return label
 
 
-class Encoding(Protocol):
-    """What `tokenizers` makes of one text, or of a pair of texts: lists with an entry for every token."""
+class TokenLists(Protocol):
+    """The tokens of one text, or of a pair of texts: lists with an entry for every token."""
 
     @property
     def ids(self) -> list[int]:
@@ -320,6 +321,10 @@ class Encoding(Protocol):
     @property
     def type_ids(self) -> list[int]:
         """0 for tokens of the first text, 1 for those of the second."""
+
+
+class Encoding(TokenLists, Protocol):
+    """What `tokenizers` makes of one text, or of a pair of texts."""
 
     @property
     def offsets(self) -> list[tuple[int, int]]:
@@ -359,7 +364,7 @@ class Tokenizer(Protocol):
     ) -> None:
         """Cut encodings at `max_length` tokens; what overflows shares `stride` tokens with what went before."""
 
-    def encode(self, sequence: str, pair: str | None = None) -> Encoding:
+    def encode(self, sequence: str, pair: str | None = None, *, add_special_tokens: bool = True) -> Encoding:
         """The encoding of a text, or of a pair of texts."""
 
     def encode_batch(
@@ -383,12 +388,27 @@ def parse_tokenizer(text: str, file: Path) -> Tokenizer:
     """The `tokenizers.Tokenizer` that `text`, read from `file`, holds; raises `ArtifactError`."""
     import tokenizers
 
+    with tokenizer_failures(f"{file}: not a readable tokenizer"):
+        made = cast("Tokenizer", tokenizers.Tokenizer.from_str(text))
+    with tokenizer_failures(f"{file}: not a usable tokenizer"), contextlib.suppress(Exception):
+        made.encode_batch(["a", ("a", "a")])  # a panic is no Exception; a vocabulary without "a" gives one
+    return made
+
+
+@contextlib.contextmanager
+def tokenizer_failures(what: str) -> Iterator[None]:
+    """Turn what the tokenizers library fails with into an `ArtifactError` that begins with `what`.
+
+    It raises plain Exception, and what its Rust code panics with is not even one.
+    """
     try:
-        return cast("Tokenizer", tokenizers.Tokenizer.from_str(text))
-    except BaseException as error:  # the library raises plain Exception, and what its Rust code panics with is not one
+        yield
+    except NxmError:
+        raise
+    except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ArtifactError(f"{file}: not a readable tokenizer ({error})") from error
+        raise ArtifactError(f"{what} ({' '.join(str(error).split())})") from error
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -481,7 +501,7 @@ def split_indices(features: Sequence[Features], count: int, seed: int) -> tuple[
     return picked, [i for unit in order for i in units[unit]]
 
 
-def tokens_of(encoding: Encoding, inputs: Sequence[str]) -> Features:
+def tokens_of(encoding: TokenLists, inputs: Sequence[str]) -> Features:
     """A sample of the `inputs` of an encoding, without a label."""
     named = {
         "input_ids": encoding.ids,

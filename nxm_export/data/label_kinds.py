@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 from nxm_export.contract.tasks import Task
@@ -334,7 +335,8 @@ def _with_tags(raw: RawExamples, index: Mapping[str, int]) -> Examples:
 
 def _with_answers(raw: RawExamples, _: Mapping[str, int]) -> Examples:
     answers = [cast("tuple[Answer, ...]", label) for label in raw.labels]
-    return Examples(raw.texts, raw.pairs, answers, raw.source, encoder=windows)
+    nullable = not all(answers)  # said of the whole file, and so true of every part of it
+    return Examples(raw.texts, raw.pairs, answers, raw.source, encoder=partial(windows, nullable=nullable))
 
 
 LABELS: dict[str, LabelKind] = {

@@ -15,7 +15,7 @@ from nxm_export.data.examples import (
     text_of,
 )
 from nxm_export.data.question_answering import load_questions
-from nxm_export.data.readers import FORMATS, read_rows
+from nxm_export.data.readers import FORMATS, format_of, read_rows
 from nxm_export.data.token_labels import joined
 from nxm_export.errors import DataError
 
@@ -54,7 +54,7 @@ def read_texts(source: str | Path, columns: Columns, task: Task) -> list[Text]:
 
 def _questions(path: Path, columns: Columns) -> list[Text]:
     question, context = columns.text or "question", columns.pair or "context"
-    if path.suffix.lower() == ".json":  # SQuAD's own form
+    if format_of(path) == ".json":  # SQuAD's own form
         raw = load_questions(str(path), columns)
         return list(zip(raw.texts, raw.pairs or [], strict=True))
     pairs: list[Text] = []

@@ -50,7 +50,7 @@ from nxm_export.graph.linear_forms import Lowering
 from nxm_export.graph.qdq import add_initializer, fold_float_weight, linears_of, use_name
 from nxm_export.graph.verifier import verify
 from nxm_export.hf.model_loading import load_task_model
-from nxm_export.storage.atomic import atomic_dir, require_replaceable
+from nxm_export.storage.atomic import atomic_dir, require_apart, require_replaceable
 from nxm_export.storage.json_files import encode
 
 MASKED = -1e4  # added to the attention scores of padding: finite in float16, and exp() of it is 0
@@ -128,6 +128,7 @@ def export(
     """
     path, out = Path(checkpoint), Path(out)
     require_replaceable(out)
+    require_apart(out, path)
     chosen = target_named(target)
     _require_overridable(precision_overrides, dtype or chosen.dtype, chosen)
     opened = _OpenedModel.of(path, task, max_length)

@@ -26,7 +26,7 @@ from nxm_export.data.examples import Columns, Examples, Features, Tokenizer
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.pipeline.graph_file import onnx_file
 from nxm_export.pipeline.inspection import sparsity_of
-from nxm_export.storage.atomic import atomic_dir
+from nxm_export.storage.atomic import atomic_dir, require_apart
 from nxm_export.storage.hashing import file_hash
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def build_engine(
     from engines.sparsity.build_evidence import LOG_FILE
 
     source, out = onnx_file(source), Path(out)
+    require_apart(out, source)
     options = _build_options(options, out, source.parent, profiles_from)
     with atomic_dir(out, kept_log=LOG_FILE) as scratch:
         return backend(name).build(source, scratch, options)
@@ -99,6 +100,7 @@ def build_twin_engines(
     from nxm_export.pipeline.sparsity_twins import TwinGraphs, build_twins
 
     checkpoint, out = Path(checkpoint), Path(out)
+    require_apart(out, checkpoint)
     options = _build_options(options, out, checkpoint, profiles_from)
     return build_twins(checkpoint, out, name, options, graphs or TwinGraphs())
 
@@ -139,6 +141,7 @@ def build_fastest(
     from engines.passport import load_passport
 
     source, out, options = onnx_file(source), Path(out), options or BuildOptions()
+    require_apart(out, source, *([] if check is None else [check.checkpoint, check.data]))
     with atomic_dir(out) as scratch, TemporaryDirectory() as work:
         engines, left_out = fastest_backend.build_candidates(source, Path(work), options)
         if check is not None:

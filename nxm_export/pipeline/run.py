@@ -35,7 +35,7 @@ from nxm_export.pipeline.engine_commands import features_of
 from nxm_export.pipeline.estimate import saved_bytes
 from nxm_export.pipeline.summary import BuildResults, kind_of, summarize
 from nxm_export.progress import Progress, silent
-from nxm_export.storage.atomic import require_replaceable, write_atomic
+from nxm_export.storage.atomic import require_apart, require_replaceable, write_atomic
 from nxm_export.storage.disk_space import require_space, written_in
 from nxm_export.storage.run_dir import RunDir
 
@@ -130,6 +130,7 @@ def run(request: Request, out: str | Path, *, progress: Progress = silent) -> Ru
     directory = RunDir(out)
     with directory.lock():
         source = resolve(request.model, request.revision)
+        require_apart(directory.root, source.path)
         plan = request.uniform_plan(source)
         _require_space(directory.root, source, plan)
         _say(_head_notice(request, source))
@@ -169,6 +170,8 @@ def compress_model(
     from compressors.training.compress import compress
 
     source = resolve(request.model, request.revision)
+    files = [] if plan is None or isinstance(plan, CompressionPlan) else [plan]
+    require_apart(out, source.path, request.train, request.dev, *files, within=False)
     if plan is None:
         plan = request.uniform_plan(source)
     else:

@@ -130,6 +130,20 @@ def require_replaceable(target: Path) -> None:
         )
 
 
+def require_apart(out: Path, *inputs: str | Path, within: bool = True) -> None:
+    """Raise `ArtifactError` where writing the directory `out` would remove one of the `inputs` (files or directories;
+    what is neither is left to whoever reads it), or, without `within`, would change one: through links, too."""
+    target = out.resolve()
+    for given in map(Path, inputs):
+        if not given.exists():
+            continue
+        source = given.resolve()
+        if source == target or target in source.parents:
+            raise ArtifactError(f"{out} would be replaced, and {given} is or lies in it; choose another --out")
+        if not within and source in target.parents:
+            raise ArtifactError(f"{out} lies in {given}, which is read; choose another --out")
+
+
 def make_directory(directory: Path) -> None:
     """Make a directory and those above it; raises `ArtifactError` where that cannot be."""
     try:

@@ -32,6 +32,7 @@ T = TypeVar("T")
 Upgrade = Callable[[dict[str, object]], dict[str, object]]
 
 _DEEPEST = 64
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _PATH_STEP = re.compile(
     r"\.(\w+)|\[(\d+|\.\.\.)\]"
 )  # of msgspec's paths: a field, an index, "..." for a key of a mapping
@@ -41,13 +42,16 @@ def parse_json(
     text: str, source: str, way_out: str, error: Callable[[str], Exception], *, foreign: bool = False
 ) -> object:
     """The value of a JSON text; one that JSON does not allow, or that names a key twice, is an `error` with `source`
-    and `way_out`. A `foreign` text, one of others, may hold NaN, infinity and numbers that are too large for one."""
+    and `way_out`, and so is half a surrogate pair. A `foreign` text, one of others, may hold those, NaN, infinity and
+    numbers that are too large for one."""
     constant, number, integer = (float, float, int) if foreign else (_no_constant, _finite_float, _machine_integer)
     try:
         value = json.loads(
             text, object_pairs_hook=_unique_keys, parse_constant=constant, parse_float=number, parse_int=integer
         )
         _require_shallow(value)
+        if not foreign:
+            _require_characters(text, value)
     except (ValueError, RecursionError) as reason:
         raise error(f"{source}: not valid JSON ({reason}); {way_out}") from reason
     return value
@@ -277,6 +281,16 @@ def _machine_integer(text: str) -> int:
     if not -(2**63) <= number < 2**63:
         raise ValueError(f"{text[:20]}{'...' if len(text) > 20 else ''} is too large for an integer")
     return number
+
+
+def _require_characters(text: str, value: object) -> None:
+    """Refuse half a surrogate pair, which JSON can write and no file or terminal can."""
+    if not _SURROGATE.search(text):
+        return
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError("half a surrogate pair is no character") from error
 
 
 def _require_shallow(value: object) -> None:

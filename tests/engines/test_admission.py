@@ -182,3 +182,36 @@ def test_labels_that_change_between_the_check_and_the_reading_are_noticed(
     other_tokenizer(copy)
     with pytest.raises(NxmError, match="built with"):
         passport.load_tokenizer(copy)
+
+
+@pytest.mark.parametrize("answer", [served, handed_over], ids=["serve", "triton"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": ["a", "b", "c"]}, "its engine gives 2 numbers, and its spec.json names 3 labels"),
+        (
+            {"inputs": ["input_ids", "attention_mask"], "limits": {}},
+            "spec.json has the inputs input_ids, attention_mask, and the engine takes",
+        ),
+    ],
+)
+def test_a_spec_that_does_not_fit_the_engine_is_refused_before_it_answers(
+    copy: Path, answer: Answering, changes: dict[str, object], message: str
+) -> None:
+    file = copy / "spec.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    exact_engine.cover(copy)
+    with pytest.raises(NxmError, match=message):
+        answer(copy, "off", frozenset())
+
+
+@way
+def test_a_tokenizer_that_panics_is_an_error_and_no_crash(copy: Path, answer: Answering) -> None:
+    """Its post-processor names a special token that it does not have, which the library finds out when it encodes."""
+    file = copy / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["post_processor"]["special_tokens"].popitem()
+    file.write_text(json.dumps(tokenizer))
+    exact_engine.cover(copy)
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json: not a \w+ tokenizer"):
+        answer(copy, "off", frozenset())

@@ -183,8 +183,12 @@ def test_a_source_is_named_or_takes_the_directorys_name(text: str, name: str, ve
 
 
 @pytest.mark.parametrize(
-    "text", ["../x=a", "a/b=c", "-m=a", "m:0=a", "m:x=a", "m:=a", "a b=c", "m:99999999999999999999=a", "é=a"]
-)
+    "text",
+    [
+        "../x=a", "a/b=c", "-m=a", "m:0=a", "m:x=a", "m:=a", "a b=c", "m:99999999999999999999=a", "é=a",
+        "m:01=a", "m:007=a", "m:1_0=a", "m:+1=a", "m: 1=a", "m:\u0661=a", "m:1.0=a", "m=", "m:7=", "=", "",
+    ],
+)  # fmt: skip
 def test_a_name_that_could_be_mistaken_is_refused(text: str) -> None:
     with pytest.raises(ServeError):
         EngineSource.parse(text)
@@ -193,11 +197,13 @@ def test_a_name_that_could_be_mistaken_is_refused(text: str) -> None:
 def test_names_that_collide_are_refused(engine: Path) -> None:
     with pytest.raises(ServeError, match="same name and version"):
         Repository([EngineSource("m", "1", engine), EngineSource("m", "1", engine)], ONE)
-    both = Repository(
-        [EngineSource("m_text", "1", engine), EngineSource("m", "1", engine)], ModelOptions(instances=1, text=True)
-    )
-    with pytest.raises(ServeError, match="both a model and the text frontend"):
-        both.open()
+    for version in ("1", "2"):  # of another version, too: without one, the highest answers
+        sources = [EngineSource("m_text", version, engine), EngineSource("m", "1", engine)]
+        with pytest.raises(ServeError, match="m and m_text both need the name m_text"):
+            Repository(sources, ModelOptions(instances=1, text=True)).open()
+    without_text = Repository(sources, ONE)
+    without_text.open()
+    without_text.close()
     with pytest.raises(ServeError, match="nothing to serve"):
         Repository([], ONE)
 

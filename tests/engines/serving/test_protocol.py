@@ -127,7 +127,7 @@ WORDS = {"name": "text", "datatype": "BYTES", "shape": [1, 1]}
         ({"inputs": [{**ONE, "data": [1, "2"]}]}, "is not INT64"),
         ({"inputs": [{**ONE, "data": [1, True]}]}, "is not INT64"),
         ({"inputs": [{**ONE, "data": [1, None]}]}, "is not INT64"),
-        ({"inputs": [{**ONE, "data": [1, 2**63]}]}, "does not fit INT64"),
+        ({"inputs": [{**ONE, "data": [1, 2**63]}]}, "too large for an integer"),
         ({"inputs": [{k: v for k, v in ONE.items() if k != "data"}]}, "has no data"),
         ({"inputs": [{**ONE, "parameters": {"binary_data_size": 16}}]}, "send one of them"),
         ({"inputs": [{**ONE, "parameters": {"shared_memory_region": "x"}}]}, "shared memory is not offered"),

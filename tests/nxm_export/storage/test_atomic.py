@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.atomic import atomic_dir, is_disk_error, require_replaceable, write_atomic
+from nxm_export.storage.atomic import atomic_dir, is_disk_error, require_apart, require_replaceable, write_atomic
 from nxm_export.storage.run_dir import RunDir
 
 
@@ -64,6 +64,21 @@ class TestAtomicDir:
             with refused, atomic_dir(tmp_path / "out"):
                 pytest.fail("both write")
         assert (tmp_path / "out" / "mine").is_file()
+
+    @pytest.mark.parametrize("out", ["in", "in/..", "link", "other/../in", "in/sub/.."])
+    @pytest.mark.parametrize("given", ["in", "in/file", "in/sub"])
+    def test_what_is_read_is_never_replaced(self, tmp_path: Path, given: str, out: str) -> None:
+        (tmp_path / "in" / "sub").mkdir(parents=True)
+        (tmp_path / "in" / "file").write_text("")
+        (tmp_path / "other").mkdir()
+        (tmp_path / "link").symlink_to("in")
+        with pytest.raises(ArtifactError, match=r"would be replaced, and .* is or lies in it"):
+            require_apart(tmp_path / out, tmp_path / given)
+        require_apart(tmp_path / "in" / "new", tmp_path / given)
+        require_apart(tmp_path / "innocent", tmp_path / given, "no-such-file", within=False)
+        if given != "in/file":
+            with pytest.raises(ArtifactError, match="which is read; choose another"):
+                require_apart(tmp_path / given / "new", tmp_path / given, within=False)
 
     def test_a_foreign_error_keeps_its_type(self, tmp_path: Path) -> None:
         with pytest.raises(ZeroDivisionError), atomic_dir(tmp_path / "out"):

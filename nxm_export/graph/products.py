@@ -154,8 +154,8 @@ def _conv_transpose(node: ir.Node, index: int, array: np.ndarray) -> Matrix:
 
 
 def groups_of(node: ir.Node) -> int:
-    """The groups of channels of a convolution."""
-    return node.attributes["group"].as_int() if "group" in node.attributes else 1
+    """The groups of channels of a convolution; 1 for another product."""
+    return node.attributes["group"].as_int() if "Conv" in node.op_type and "group" in node.attributes else 1
 
 
 def _recurrent(node: ir.Node, index: int, array: np.ndarray) -> Matrix:

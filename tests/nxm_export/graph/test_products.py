@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 
 from nxm_export.contract.matrix_facts import UnreadProduct
 from nxm_export.contract.plan import NMPattern
+from nxm_export.errors import ArtifactError
 from nxm_export.graph.graph_weights import GraphWeight, graph_products, load_graph
 from nxm_export.graph.verifier import verify
 from nxm_export.pipeline.inspection import doctor_file
@@ -356,3 +357,21 @@ def test_doctor_calls_no_part_of_a_weight_ready_and_tells_the_products_of_one_we
         printed[name] = [(weight.name, weight.node, weight.ready) for weight in diagnosis.sparsity.weights]
     assert printed == {"plain": [("w", "one", True)], "parted": [("w", "one", False), ("w", "two", False)]}
     assert all(weight.reason == "kernel-unknown" and "Split" in weight.detail for weight in diagnosis.sparsity.weights)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ("y = Transpose <perm = 1>(w)", r"node Transpose \(Transpose\) has an attribute perm of type INT"),
+        ("y = Gather <axis = 1.5>(w, x)", "attribute axis of type FLOAT, and it must be INT"),
+        ("y = Cast(w)", "has no attribute to"),
+        ("y = Cast <to = 77>(w)", "names the type 77, which ONNX does not have"),
+        ("y = MatMul(w)", "has no input B"),
+        ("y = Concat <axis = 0>()", "has 0 inputs, and needs 1"),
+        ("y = Constant()", "has 0 attributes"),
+        ("y = com.microsoft.DequantizeLinear(w)", "has no input x_scale"),
+    ],
+)
+def test_a_malformed_node_is_refused_when_the_file_is_read(nodes: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        found(f"g (float[b, 16] x) => (float y) <{held('w', DENSE)}> {{ {nodes} }}", tmp_path)

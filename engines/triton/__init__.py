@@ -126,6 +126,8 @@ def _model_of(name: str, sources: Sequence[EngineSource], options: TritonOptions
     directories = tuple(source.directory for source in sources if source.name == name)
     passports = tuple(admitted(directory, options.gate, options.expect_sha256) for directory in directories)
     for directory, passport in zip(directories, passports, strict=True):
+        passport.notice_coverage(directory)
+    for directory, passport in zip(directories, passports, strict=True):
         if passport.backend not in BACKENDS:
             raise ServeError(
                 f"{directory}: Triton has no backend for {passport.backend} engines; build one of "

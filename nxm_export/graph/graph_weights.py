@@ -133,7 +133,7 @@ def parameter_of(name: str) -> str:
 
 def load_graph(file: str | Path) -> ir.Model:
     """Read an ONNX file, its local functions inlined and its sparse tensors made dense (`sparse_tensors` names them);
-    raises `ArtifactError` when it is missing, truncated or not ONNX."""
+    raises `ArtifactError` when it is missing, truncated or not ONNX, or has nodes that nothing can run."""
     import onnx_ir.passes.common as passes
 
     file = Path(file)
@@ -147,14 +147,14 @@ def load_graph(file: str | Path) -> ir.Model:
             raise ValueError("no nodes, or no opset")
         if model.functions:
             passes.InlinePass()(model)
-        malformed = first_malformed(model)
-        if malformed is not None:
-            raise ValueError(malformed)
-        return model
     except Exception as error:  # protobuf, external data and IR errors come as many types
         raise ArtifactError(
             f"{file}: not a readable ONNX model ({_first_line(error)}); it is truncated, or another format"
         ) from error
+    malformed = first_malformed(model)
+    if malformed is not None:
+        raise ArtifactError(f"{file}: {malformed}: no runtime can run that; export it again")
+    return model
 
 
 def _loaded(file: Path) -> ir.Model:

@@ -1,4 +1,4 @@
-"""Nodes that no runtime can run: too few inputs, attributes that are missing or of another type than the operator's.
+"""Nodes that no runtime can run: too few inputs or outputs, attributes that are missing or of a wrong type.
 
 Whoever walks a graph later may rely on what is checked here. ONNX's own checker refuses more, among it files that every
 runtime takes, so it is not asked.
@@ -38,6 +38,8 @@ def _wrong(node: ir.Node, domain: str, version: int | None) -> str | None:
     missing = _missing_input(node, schema)
     if missing is not None:
         return missing
+    if len(node.outputs) < schema.min_output:
+        return f"has {len(node.outputs)} outputs, and needs {schema.min_output}"
     newest = _schema(node.op_type, domain, None) or schema
     for name, attribute in node.attributes.items():
         declared = schema.attributes.get(name) or newest.attributes.get(name)

@@ -1,4 +1,4 @@
-"""Nodes that no runtime can run: too few inputs, attributes that are missing or of another type than the operator's.
+"""Nodes that no runtime can run: with too few inputs, too many outputs, attributes that are missing or of a wrong type.
 
 Whoever walks a graph later may rely on what is checked here. ONNX's own checker refuses more, among it files that every
 runtime takes, so it is not asked.
@@ -35,7 +35,7 @@ def _wrong(node: ir.Node, domain: str, version: int | None) -> str | None:
         schema = _schema(node.op_type, "", None)
     if schema is None:
         return None
-    missing = _missing_input(node, schema)
+    missing = _wrong_count(node, schema)
     if missing is not None:
         return missing
     newest = _schema(node.op_type, domain, None) or schema
@@ -76,7 +76,7 @@ def _schema(operator: str, domain: str, version: int | None) -> onnx.defs.OpSche
         return None
 
 
-def _missing_input(node: ir.Node, schema: onnx.defs.OpSchema) -> str | None:
+def _wrong_count(node: ir.Node, schema: onnx.defs.OpSchema) -> str | None:
     import onnx
 
     for at, formal in enumerate(schema.inputs):
@@ -85,6 +85,8 @@ def _missing_input(node: ir.Node, schema: onnx.defs.OpSchema) -> str | None:
             return f"has no input {formal.name}"
     if len(node.inputs) < schema.min_input:
         return f"has {len(node.inputs)} inputs, and needs {schema.min_input}"
+    if len(node.outputs) > schema.max_output:
+        return f"has {len(node.outputs)} outputs, and its operator has {schema.max_output}"
     return None
 
 

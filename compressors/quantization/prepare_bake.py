@@ -94,15 +94,24 @@ def _quantize_residuals(
 
 
 @torch.no_grad()
+def round_as_stored(model: nn.Module, plan: CompressionPlan) -> None:
+    """Give a prepared model, in place, the weights that `bake` stores: on their patterns and grids, and in 16 bit where
+    they are not quantized. Doing it again changes nothing."""
+    for name, spec in plan.weights.items():
+        if spec.is_dense:
+            parameter = model.get_parameter(name)
+            parameter.copy_(parameter.half())
+    for layer in quant_linears(model).values():
+        layer.weight.copy_(layer.baked()[0])
+
+
+@torch.no_grad()
 def bake(model: nn.Module, plan: CompressionPlan) -> dict[str, np.ndarray]:
     """Replace prepared layers by plain ones with baked weights, in place; returns the scales as saved on disk.
 
     Planned weights that are not quantized are rounded to float16 values: that is how they are counted and deployed.
     """
-    for name, spec in plan.weights.items():
-        if spec.is_dense:
-            parameter = model.get_parameter(name)
-            parameter.copy_(parameter.half())
+    round_as_stored(model, plan)
     scales: dict[str, np.ndarray] = {}
     for name, layer in quant_linears(model).items():
         path = name.removesuffix(".weight")

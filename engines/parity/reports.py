@@ -26,7 +26,7 @@ class ParityReport:
     speaks of the difference and not of the samples. `secondary_metrics` are further metrics of the task: (checkpoint,
     engine). What NaN or infinity in the engine's outputs leaves without a value is None, and so is the interval of a
     single sample. `passed` is what outputs, probes and gates say together (see `verdict`); a report that contradicts
-    them is refused.
+    them is refused. `contents_sha256` is that of the engine's passport: of the engine with its labels and tokenizer.
     """
 
     passed: bool
@@ -47,6 +47,7 @@ class ParityReport:
     gates: tuple[GateResult, ...]
     pairs: tuple[Pair, ...]
     secondary_metrics: Mapping[str, tuple[float | None, float | None]]
+    contents_sha256: str | None = None
 
     def __post_init__(self) -> None:
         if self.passed != verdict(self.outputs, self.probes, self.gates):

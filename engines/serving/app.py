@@ -13,27 +13,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from engines.admission import gate_state
 from engines.serving.batching import QueuedRequest
 from engines.serving.connection import BEGAN
 from engines.serving.content_coding import coding_of, inflated
 from engines.serving.metrics import Metrics, Observation
 from engines.serving.model import Endpoint, Model
+from engines.serving.open_files import AcceptFailures
 from engines.serving.protocol import HEADER_LENGTH, InferRequest, parse_infer, parse_json, render_infer
 from engines.serving.repository import Repository
 from engines.serving.settings import RequestLimits
+from engines.serving.spare_connections import SPARE
 from engines.serving.statistics import AnswerStatistics, EngineStatistics, model_config
 from nxm_export import __version__
 from nxm_export.errors import NxmError, RequestRefused
@@ -85,7 +89,8 @@ class Service:
         self.metrics = Metrics()
         self.limits = limits
         self.draining = False
-        self._started = False
+        self.failure: Exception | None = None  # why the models could not be loaded
+        self.give_up: Callable[[], None] = lambda: None  # called when they could not
         self._watch = watch
         self._access_log = access_log
         self._observations: dict[Model, Observation] = {}
@@ -101,7 +106,7 @@ class Service:
     @property
     def ready(self) -> bool:
         """True while requests are welcome."""
-        return self._started and not self.draining
+        return self.repository.ready and not self.draining
 
     def application(self) -> Starlette:
         """The ASGI application."""
@@ -121,8 +126,9 @@ class Service:
             return JSONResponse(self._metadata(self._endpoint(request)))
 
         async def model_ready(request: Request) -> Response:
-            name = self._endpoint(request).name
-            return JSONResponse({"name": name, "ready": self.ready}, 200 if self.ready else 503)
+            endpoint = self._endpoint(request)
+            ready = not self.draining and endpoint.model.withdrawn is None
+            return JSONResponse({"name": endpoint.name, "ready": ready}, 200 if ready else 503)
 
         async def server_ready(_: Request) -> Response:
             return JSONResponse({"ready": self.ready}, 200 if self.ready else 503)
@@ -183,6 +189,8 @@ class Service:
         status, reason, body = 200, "", b""
         try:
             body = await self._body(request)
+            if request.scope.get(SPARE):
+                raise RequestRefused(503, str(request.scope[SPARE]), retry_after=1, reason="connections")
             endpoint = self._endpoint(request)
             model = endpoint.model
             model.users += 1
@@ -195,7 +203,7 @@ class Service:
             response.raw_headers += [*headers, (b"x-request-id", id_.encode("ascii"))]
         except RequestRefused as error:
             status, reason = error.status, str(error)
-            self.metrics.rejected(model, _REASONS[status])
+            self.metrics.rejected(model, error.reason or _REASONS[status])
             self.metrics.answered(model, status)
             response = _error(status, reason, {"x-request-id": id_, **_headers(error)})
         except _Disconnected:
@@ -222,6 +230,7 @@ class Service:
         self, endpoint: Endpoint, request: Request, body: bytes, began: float
     ) -> tuple[list[tuple[bytes, bytes]], bytes]:
         """Headers and body of the answer to a request whose first byte came at `began`."""
+        endpoint.model.require_serving()
         queue, limits = endpoint.model.queue, self.limits
         coding = coding_of(", ".join(request.headers.getlist("content-encoding")))
         length = request.headers.get(HEADER_LENGTH)
@@ -231,6 +240,14 @@ class Service:
             asked = parse_infer(plain, length, endpoint.inputs, endpoint.outputs, endpoint.require_fits)
             return asked, endpoint.feeds(asked)
 
+        def prepare_large() -> tuple[InferRequest, dict[str, np.ndarray]]:
+            with _uncollected():
+                try:
+                    return prepare()
+                except RequestRefused as error:  # what it refers to is let go of, before the collector sees it
+                    refused = RequestRefused(error.status, str(error), retry_after=error.retry_after)
+            raise refused
+
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
         timer = _expire_at(began + limits.timeout, done, limits.timeout)
@@ -238,7 +255,7 @@ class Service:
         queued: QueuedRequest | None = None
         try:
             inline = not coding and _is_small(endpoint, body, length)
-            asked, feeds = prepare() if inline else await self._in_thread(prepare, done)
+            asked, feeds = prepare() if inline else await self._in_thread(prepare_large, done)
             timeout = min(asked.timeout or limits.timeout, limits.timeout)
             if asked.timeout is not None:
                 timer.cancel()
@@ -326,14 +343,18 @@ class Service:
         ]
 
     def _metadata(self, endpoint: Endpoint) -> dict[str, object]:
-        """The model metadata of the protocol, with the hash of the engine that answers."""
+        """The model metadata of the protocol, with the hashes of the engine that answers."""
+        passport = endpoint.model.passport
         return {
             "name": endpoint.name,
             "versions": self.repository.versions(endpoint.name),
             "platform": endpoint.model.platform,
             "inputs": [spec.to_dict() for spec in endpoint.inputs],
             "outputs": [spec.to_dict() for spec in endpoint.outputs],
-            "parameters": {"engine_sha256": endpoint.model.passport.engine_sha256},
+            "parameters": {
+                "engine_sha256": passport.engine_sha256,
+                **({"contents_sha256": passport.contents_sha256} if passport.contents_sha256 else {}),
+            },
         }
 
     def _index(self, body: bytes) -> list[dict[str, str]]:
@@ -355,18 +376,32 @@ class Service:
             self._statistics[model] = EngineStatistics(self._observations[model])
             model.start(deliver, self._statistics[model])
 
-        for model in self.repository.models:
-            begin(model)
-        watching = loop.create_task(self._reload_changed(begin))
-        self._started = True
+        loop.set_exception_handler(AcceptFailures().handle)
+        running = loop.create_task(self._open(begin))
         try:
             yield
         finally:
-            self._started = False
-            watching.cancel()
+            self.draining = True
+            self.repository.stop_opening()
+            running.cancel()
             self._working.shutdown()
             await loop.run_in_executor(self._loading, self.repository.close)
             self._loading.shutdown()
+
+    async def _open(self, begin: Callable[[Model], None]) -> None:
+        """Load the models and start them, then watch their directories; `failure` says why they cannot be loaded."""
+        began = time.monotonic()
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._loading, self.repository.open)
+        except Exception as error:  # whoever runs the server raises it again
+            self.failure = error
+            self.give_up()
+            return
+        for model in self.repository.models:
+            begin(model)
+            log.info("loaded", extra={"facts": _facts_of(model)})
+        log.info("ready", extra={"facts": {"seconds": round(time.monotonic() - began, 3)}})
+        await self._reload_changed(begin)
 
     async def _reload_changed(self, begin: Callable[[Model], None]) -> None:
         """Look at the engine directories every `watch` seconds (never, at 0), load what changed, close what is
@@ -374,9 +409,13 @@ class Service:
         loop = asyncio.get_running_loop()
         while self._watch:
             await asyncio.sleep(self._watch)
-            for key in self.repository.changed():
+            for change in self.repository.changed():
+                key = change.key
                 old = self.repository.current(key)
                 facts = {"model": old.name, "version": old.version, "directory": str(old.directory)}
+                if not change.reload:
+                    _judge(old, await loop.run_in_executor(self._loading, self.repository.begin_judging(key)))
+                    continue
                 try:
                     model = await loop.run_in_executor(self._loading, self.repository.begin_reload(key))
                 except NxmError as error:
@@ -392,12 +431,38 @@ class Service:
                 begin(model)
                 self.repository.replace(key, model)
                 self.metrics.reloaded(model, "done")
-                log.info("reloaded", extra={"facts": {**facts, "sha256": model.passport.engine_sha256}})
+                log.info("reloaded", extra={"facts": _facts_of(model)})
             for model in [model for model in self.repository.retired if not model.users]:
                 self.repository.retired.remove(model)
                 self._observations.pop(model)
                 self._statistics.pop(model)
                 await loop.run_in_executor(self._loading, model.close)
+
+
+def _judge(model: Model, objection: str | None) -> None:
+    """Withdraw a model to whose parity there is an objection, and let one go on to which there is none any more."""
+    facts = {"model": model.name, "version": model.version, "directory": str(model.directory)}
+    if objection is not None and model.withdrawn is None:
+        log.error("withdrawn; it answers no more", extra={"facts": {**facts, "reason": objection}})
+    elif objection is None and model.withdrawn is not None:
+        log.info("goes on; its parity is good enough again", extra={"facts": facts})
+    model.withdrawn = objection
+
+
+def _facts_of(model: Model) -> dict[str, object]:
+    """What the log says of a model that begins to serve."""
+    return {
+        "model": model.name,
+        "version": model.version,
+        "directory": str(model.directory),
+        "backend": model.passport.backend,
+        "sha256": model.passport.engine_sha256,
+        "contents_sha256": model.passport.contents_sha256,
+        "covers": model.passport.covers,
+        "parity": gate_state(model.directory, model.passport),
+        "lengths": [bucket.length for bucket in model.buckets.buckets],
+        "rows": model.buckets.longest.most,
+    }
 
 
 async def _refused(_: Request, error: Exception) -> Response:
@@ -418,6 +483,17 @@ def _error(status: int, text: str, headers: Mapping[str, str]) -> Response:
     from starlette.responses import Response
 
     return Response(json.dumps({"error": text}), status, headers, "application/json")
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: one looks at every object of a large request, holding the interpreter's lock for
+    as long, and there are no cycles in JSON."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _is_small(endpoint: Endpoint, body: bytes, length: str | None) -> bool:

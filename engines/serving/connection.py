@@ -14,10 +14,11 @@ import fcntl
 import json
 import sys
 import termios
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from engines.serving.framing import Framing, OversizedHead
 from engines.serving.settings import ConnectionLimits
+from engines.serving.spare_connections import PATIENCE, SPARE, SpareConnections
 
 if TYPE_CHECKING:
     from engines.serving.app import Service
@@ -38,6 +39,9 @@ def protocol_class(service: Service, limits: ConnectionLimits) -> type[asyncio.P
     import httptools
     from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+    spare = SpareConnections()
+    full = f"{limits.connections} connections are open already; try again later"
 
     class Flow(FlowControl):
         """Reads on only while little waits to be parsed."""
@@ -60,16 +64,19 @@ def protocol_class(service: Service, limits: ConnectionLimits) -> type[asyncio.P
             self._began = 0.0  # when it began
             self._refused = False
             self._going_on: asyncio.Handle | None = None  # what parses on in the loop's next round
-            self._timer = self.loop.call_later(limits.read_timeout, self._too_slow)
+            self._is_spare = len(self.connections) > limits.connections
+            if self._is_spare:
+                spare.take(self)
+            self._patience = min(PATIENCE, limits.read_timeout) if self._is_spare else limits.read_timeout
+            self._timer = self.loop.call_later(self._patience, self._too_slow)
             if service.draining:
                 self.loop.call_later(_GRACE, self._leave)
-            if len(self.connections) > limits.connections:
-                self._refuse(503, f"{limits.connections} connections are open already; try again later")
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._timer.cancel()
             if self._going_on is not None:
                 self._going_on.cancel()
+            spare.leave(self)
             super().connection_lost(exc)
             service.metrics.connections.set(len(self.connections))
 
@@ -90,7 +97,7 @@ def protocol_class(service: Service, limits: ConnectionLimits) -> type[asyncio.P
                 if not self._arriving:
                     self._arriving, self._began = True, self.loop.time()
                     self._timer.cancel()
-                    self._timer = self.loop.call_later(limits.read_timeout, self._too_slow)
+                    self._timer = self.loop.call_later(self._patience, self._too_slow)
             try:
                 for _ in range(_PIECES):
                     piece = self._framing.take()
@@ -116,8 +123,13 @@ def protocol_class(service: Service, limits: ConnectionLimits) -> type[asyncio.P
             self._framing.begin_body(self.headers)
             self.scope["state"][BEGAN] = self._began
             super().on_headers_complete()
-            if service.draining:
+            if self._is_spare and len(self.connections) <= limits.connections:  # others have left since
+                self._is_spare = False
+                spare.leave(self)
+            if service.draining or self._is_spare:
                 self.cycle.keep_alive = False
+            if self._is_spare:
+                cast("dict[str, object]", self.scope)[SPARE] = full  # a key of ours
 
         def on_message_complete(self) -> None:
             self._arriving = False
@@ -148,6 +160,9 @@ def protocol_class(service: Service, limits: ConnectionLimits) -> type[asyncio.P
             else:
                 super().shutdown()
 
+        def let_go(self) -> None:
+            self._refuse(503, full)
+
         def _leave(self) -> None:
             """Close, unless a request is arriving; one may have arrived that the loop has not read yet."""
             if self._arriving or _unread(self.transport):
@@ -157,7 +172,7 @@ def protocol_class(service: Service, limits: ConnectionLimits) -> type[asyncio.P
 
         def _too_slow(self) -> None:
             if self._arriving and (self._framing.in_head or not self.cycle.response_started):
-                self._refuse(408, f"the request did not arrive within {limits.read_timeout:g} seconds")
+                self._refuse(408, f"the request did not arrive within {self._patience:g} seconds")
             else:
                 self.transport.close()  # nothing was asked, or it is answered already
 

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 Kind = TypeVar("Kind", bound="MetricWrapperBase")
 
-REASONS = ("malformed", "unknown_model", "too_large", "queue_full", "deadline", "disconnected", "failed")
+REASONS = (
+    "malformed", "unknown_model", "too_large", "queue_full", "connections", "loading", "withdrawn", "deadline",
+    "disconnected", "failed",
+)  # fmt: skip
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 _SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75)

@@ -9,30 +9,28 @@ so one that takes more than a window is refused.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from engines.serving.long_texts import beginning, beginnings
+from engines.serving.long_texts import LETTERS_PER_TOKEN, encode_long, is_long
 from engines.serving.protocol import TensorSpec
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import Examples, Features, Label, encode, label_array, load_tokenizer, pad
+from nxm_export.data.examples import Examples, Features, Label, Tokenizer, encode, label_array, pad, tokens_of
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.question_answering import Window, best_span, windows
 from nxm_export.errors import DataError, RequestRefused, ServeError
 
 TEXT, PAIR, LABEL, ANSWER = "text", "text_pair", "label", "answer"
-LETTERS_PER_TOKEN = 64  # no tokenizer of this family makes tokens that long out of text that anyone would write
 
 
 class TextFrontend:
     """Tokenizes for one engine. May be called from several threads: they take turns at the tokenizer."""
 
-    def __init__(self, directory: Path, spec: IOSpec, longest: int | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, spec: IOSpec, longest: int | None = None) -> None:
         """`longest` is the most tokens that the engine takes, where those are fewer than the model's positions."""
-        self._tokenizer = load_tokenizer(directory)
+        self._tokenizer = tokenizer
         self._spec = spec
         self._max_length = min(spec.max_length, longest or spec.max_length)
         self._turn = threading.Lock()  # a tokenizer is not to be configured while another thread uses it
@@ -96,11 +94,16 @@ class TextFrontend:
     def _encoded(self, texts: list[str], pairs: list[str] | None) -> list[Features]:
         """Tokens of the texts, as training makes them of the same ones; call it in turn."""
         no_labels: list[Label] = [()] * len(texts) if self._spans else [0] * len(texts)
+        examples = Examples(texts, pairs, no_labels, "request", encoder=windows if self._spans else None)
         try:
-            if not self._spans:
-                texts, pairs = self._cut(texts, pairs)
-            examples = Examples(texts, pairs, no_labels, "request", encoder=windows if self._spans else None)
-            return encode(self._tokenizer, examples, self._max_length, self._spec.inputs)
+            if self._spans:
+                return encode(self._tokenizer, examples, self._max_length, self._spec.inputs)
+            rows = [(text,) for text in texts] if pairs is None else list(zip(texts, pairs, strict=True))
+            long = {row for row, each in enumerate(rows) if is_long(each, self._max_length)}
+            short = [row for row in range(len(rows)) if row not in long]
+            made = encode(self._tokenizer, examples.subset(short), self._max_length, self._spec.inputs)
+            short_features = iter(made)
+            return [self._long(row, rows[row]) if row in long else next(short_features) for row in range(len(rows))]
         except DataError as error:  # a question that leaves no room, a context without tokens
             raise RequestRefused(400, str(error)) from error
         except (RequestRefused, KeyboardInterrupt, SystemExit):
@@ -108,27 +111,12 @@ class TextFrontend:
         except BaseException as error:  # a panic of the tokenizers library is no `Exception`
             raise ServeError(f"the tokenizer failed ({type(error).__name__}: {error})") from error
 
-    def _cut(self, texts: list[str], pairs: list[str] | None) -> tuple[list[str], list[str] | None]:
-        """Texts that are far too long, cut where that changes no token."""
-        tokens, longest = self._max_length, LETTERS_PER_TOKEN * self._max_length
-        if max(map(len, [*texts, *(pairs or [])])) <= longest:
-            return texts, pairs
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        cut = []
-        for row, (text, pair) in enumerate(zip(texts, pairs or texts, strict=True)):
-            try:
-                if pairs is None:
-                    cut.append((beginning(text, self._count, tokens, longest), ""))
-                else:
-                    cut.append(beginnings(text, pair, self._count, tokens, longest))
-            except ValueError as error:
-                raise RequestRefused(400, f"row {row}: {error}") from error
-        return [text for text, _ in cut], None if pairs is None else [pair for _, pair in cut]
-
-    def _count(self, text: str) -> int:
-        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
-        return len(encoding.ids)
+    def _long(self, row: int, texts: Sequence[str]) -> Features:
+        try:
+            tokens = encode_long(self._tokenizer, texts, self._max_length)
+        except ValueError as error:
+            raise RequestRefused(400, f"row {row}: {error}") from error
+        return {**tokens_of(tokens, self._spec.inputs), "labels": 0}
 
     def _decode(self, name: str, array: np.ndarray) -> list[str]:
         limit = LETTERS_PER_TOKEN * self._max_length

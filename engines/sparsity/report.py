@@ -82,9 +82,19 @@ class SparsityTarget:
             version=self.version,
             compute_capability=self.compute_capability,
             weights=weight_type(fact),
-            form=f"grouped {form}" if fact.groups_of_channels > 1 else form,
+            form=_kernel_form(fact, form),
             output=output,
         )
+
+
+def _kernel_form(fact: MatrixFacts, form: str) -> str:
+    """The form in the words of the catalogue, which knows of one matrix on the right; others have names of their
+    own, of which it knows nothing."""
+    if fact.groups_of_channels > 1:
+        return f"grouped {form}"
+    if fact.stack > 1:
+        return f"stacked {form}"
+    return f"left {form}" if fact.operand == "input 0" else form
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from engines.tensorrt.builder_process import (
     usable_cache,
 )
 from engines.tensorrt.cuda_driver import device_facts
-from engines.tensorrt.profiles import profiles_for
+from engines.tensorrt.profiles import graph_inputs, profiles_for
 from engines.tensorrt.runtime import TensorRTEngine
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 
@@ -75,7 +75,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     verify(onnx).require()
     _require_typing(model, trt.__version__, onnx)
     require_read_right(model, parser_of(NAME, trt.__version__), str(onnx))
-    profiles = profiles_for(options.profiles, onnx.parent)
+    profiles = profiles_for(options.profiles, onnx.parent, graph_inputs(model))
     facts = _facts(trt, device)
     cache = _cache(options, facts)
     request = BuildRequest(

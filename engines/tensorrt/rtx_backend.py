@@ -19,7 +19,7 @@ from engines.sparsity.build_evidence import LOG_FILE, integer_products, parse_la
 from engines.sparsity.report import SparsityReport, SparsityTarget, read_sparsity_report, write_weight_facts
 from engines.tensorrt.builder_process import BuildRequest, build_in_child
 from engines.tensorrt.cuda_driver import device_facts
-from engines.tensorrt.profiles import profiles_for
+from engines.tensorrt.profiles import graph_inputs, profiles_for
 from engines.tensorrt.runtime import TensorRTEngine
 from nxm_export.errors import EngineError, EngineUnavailable
 
@@ -79,7 +79,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     require_read_right(model, parser_of(NAME, version(PACKAGE)), str(onnx))
     if options.build_route is not None:
         raise EngineError("TensorRT-RTX has no build routes; leave --build-route out, or build with --backend trt")
-    profiles = profiles_for(options.profiles, onnx.parent)
+    profiles = profiles_for(options.profiles, onnx.parent, graph_inputs(model))
     request = BuildRequest(  # without a timing cache: kernels are timed where the engine runs
         MODULE,
         onnx=str(onnx),

@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from nxm_export.data.examples import Encoding
 
 _FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
@@ -28,6 +33,7 @@ class TritonPythonModel:
             self.settings = json.load(stream)
         self.tokenizer = Tokenizer.from_file(os.path.join(here, "tokenizer.json"))
         self.tokenizer.no_padding()
+        self.side = (self.tokenizer.truncation or {}).get("direction", "right")  # the tokenizer's own
 
     def execute(self, requests: list[object]) -> list[object]:
         """Tokenize every request by itself; a bad one gets an error of its own."""
@@ -36,27 +42,31 @@ class TritonPythonModel:
         responses = []
         for request in requests:
             try:
-                texts = self._texts(backend, request, "text")
-                pairs = self._texts(backend, request, "text_pair") if self.settings["pair"] else None
-                tensors = [backend.Tensor(name, array) for name, array in self._encode(texts, pairs).items()]
+                # None for a second text that may be left out and is.
+                given = [self._texts(backend, request, name) for name in self.settings["texts"]]
+                texts = [each for each in given if each is not None]
+                tensors = [backend.Tensor(name, array) for name, array in self._encode(*texts).items()]
                 responses.append(backend.InferenceResponse(tensors))
             except ValueError as error:
                 responses.append(backend.InferenceResponse([], backend.TritonError(str(error))))
         return responses
 
-    def _texts(self, backend: ModuleType, request: object, name: str) -> list[str]:
+    def _texts(self, backend: ModuleType, request: object, name: str) -> list[str] | None:
+        tensor = backend.get_input_tensor_by_name(request, name)
+        if tensor is None:
+            return None
         texts = []
-        for row, item in enumerate(backend.get_input_tensor_by_name(request, name).as_numpy().ravel()):
+        for row, item in enumerate(tensor.as_numpy().ravel()):
             try:
                 texts.append(item.decode("utf-8"))
             except UnicodeDecodeError as error:
                 raise ValueError(f"row {row} of {name} is not UTF-8 (byte {error.start})") from None
         return texts
 
-    def _encode(self, texts: list[str], pairs: list[str] | None) -> dict[str, np.ndarray]:
-        rows = self._cut(texts, pairs)
-        self.tokenizer.enable_truncation(self.settings["max_length"])
-        encodings = self.tokenizer.encode_batch(rows)
+    def _encode(self, texts: list[str], pairs: list[str] | None = None) -> dict[str, np.ndarray]:
+        # Of one shape, says the config.
+        rows = [(text,) for text in texts] if pairs is None else list(zip(texts, pairs))  # noqa: B905
+        encodings = self._encodings(rows)
         longest = max(len(encoding.ids) for encoding in encodings)
         length = next(bucket for bucket in self.settings["lengths"] if bucket >= longest)
         tensors = {}
@@ -68,15 +78,12 @@ class TritonPythonModel:
             tensors[name] = array
         return tensors
 
-    def _cut(self, texts: list[str], pairs: list[str] | None) -> list[str] | list[tuple[str, str]]:
-        """The rows, far too long texts cut where that changes no token, as `nxm serve` does."""
-        from long_texts import beginning, beginnings  # type: ignore[import-not-found]
+    def _encodings(self, rows: Sequence[tuple[str, ...]]) -> list[Encoding]:
+        """The tokens of every row, as `nxm serve` makes them."""
+        from long_texts import encode_long, is_long  # type: ignore[import-not-found]
 
-        limits = (self._count, self.settings["max_length"], self.settings["longest_run"])
-        self.tokenizer.no_truncation()
-        if pairs is None:
-            return [beginning(text, *limits) for text in texts]
-        return [beginnings(text, pair, *limits) for text, pair in zip(texts, pairs)]  # noqa: B905 - the config's shape
-
-    def _count(self, text: str) -> int:
-        return len(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        most = self.settings["max_length"]
+        short = [row if len(row) == 2 else row[0] for row in rows if not is_long(row, most)]
+        self.tokenizer.enable_truncation(most, direction=self.side)
+        made = iter(self.tokenizer.encode_batch(short))
+        return [encode_long(self.tokenizer, row, most) if is_long(row, most) else next(made) for row in rows]

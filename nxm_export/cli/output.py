@@ -18,3 +18,11 @@ def show_result(to_json: Callable[[], object], json: bool, show: Callable[[], ob
         click.echo(encode(to_json()), nl=False)
     else:
         show()
+
+
+def one_line(text: str) -> str:
+    """A message as one line that a terminal shows as it is: runtimes write several, and files hold any character."""
+    line = " ".join(part.strip() for part in text.splitlines() if part.strip())
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in line
+    )

@@ -35,6 +35,7 @@ PLAN_FILE = "nxm_plan.json"
 SCALES_FILE = "nxm_scales.safetensors"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_config.json"  # of PEFT
 EMBEDDING_QMAX = 127  # of an INT8 embedding table
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -178,6 +179,7 @@ def read_config(path: Path) -> dict[str, object]:
     """``config.json`` of a Hugging Face directory; pickled weights are refused here, before anything loads them."""
     if not path.is_dir():
         raise ArtifactError(f"{path}: no such directory")
+    _require_merged(path)
     if not (path / "config.json").is_file():
         raise ArtifactError(f"{path} has no config.json: not a Hugging Face model directory")
     require_safetensors(path)
@@ -185,6 +187,31 @@ def read_config(path: Path) -> dict[str, object]:
     if not isinstance(config, dict):
         raise ArtifactError(f"{path / 'config.json'}: not a JSON object")
     return config
+
+
+def _require_merged(path: Path) -> None:
+    """Refuse a directory that PEFT wrote: an adapter is the difference to a model that lies elsewhere."""
+    file = path / ADAPTER_FILE
+    if not file.is_file():
+        return
+    if (path / WEIGHTS_FILE).is_file() or (path / INDEX_FILE).is_file():
+        raise ArtifactError(
+            f"{path} holds a model and a PEFT adapter ({ADAPTER_FILE}), and whether the one has the other in it nobody "
+            f"says; if it has, remove {ADAPTER_FILE} and adapter_model.safetensors"
+        )
+    adapter = read_foreign_json(file, "restore it from the model")
+    kind = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
+    name = kind.get(str(adapter.get("task_type")) if isinstance(adapter, dict) else "", "")
+    merged = f"{path}-merged"
+    script = (
+        f"import peft, transformers as t; m = peft.AutoPeftModel{name}.from_pretrained({str(path)!r}); "
+        f"m.merge_and_unload().save_pretrained({merged!r}); "
+        f"t.AutoTokenizer.from_pretrained(m.peft_config['default'].base_model_name_or_path).save_pretrained({merged!r})"
+    )
+    raise ArtifactError(
+        f"{path} is a PEFT adapter ({ADAPTER_FILE}), not a model: merge it into the model it was trained on, and use "
+        f"{merged}: python -c {shlex.quote(script)}"
+    )
 
 
 def require_safetensors(path: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from nxm_export.contract.choices import PLACEMENT, STORAGE
+from nxm_export.contract.config_checks import require_honoured
 from nxm_export.contract.plan import INT8_ATTENTION, PLACEMENTS, CompressionPlan, WeightSpec
 from nxm_export.errors import ArtifactError, PlanError, some
 
@@ -258,7 +259,8 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(config: Mapping[str, object], *, source: str = "config.json") -> Family:
-    """The family of a ``config.json``; families that are not supported are refused with the list of those that are."""
+    """The family of a ``config.json``; families that are not supported are refused with the list of those that are,
+    and so is what no family honours (`nxm_export.contract.config_checks`)."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ArtifactError(
@@ -266,7 +268,9 @@ def family_of(config: Mapping[str, object], *, source: str = "config.json") -> F
         )
     if flag_of(config, "is_decoder") or flag_of(config, "add_cross_attention"):
         raise ArtifactError(f"{source}: decoders are not supported; only encoders of: {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    require_honoured(config, family.activation_key, source)
+    return family
 
 
 def pad_id_of(config: Mapping[str, object]) -> int:

@@ -17,14 +17,14 @@ class MatrixFacts:
     four along K that keep more than two; `sparse_along_n` is True for a pattern on the wrong axis. `form` is matmul,
     gemm, conv1x1, conv or the operator's name; `output` the dtype that leaves the product with its bias and activation.
 
-    `op` is the operator, `operand` which of its inputs the weight is (``input 1``). `stored` is the type in the
-    file, `codes` the type that is multiplied: what a DequantizeLinear or an integer operator reads (``INT8`` for
-    INT4 that is cast first), otherwise that of the operand (``FLOAT`` for integers that the graph scales by
-    itself); None in records of older versions. `moved_by` are operators between DequantizeLinear and product that a
-    weight usually has not there, such as Split. `run` is how many elements of K lie together: the channels of one
-    group of a convolution; no group of four crosses its end. `groups_of_channels` is the convolution's.
-    `scales_in_blocks` says that one output channel has several scales along K. `scale_problems` is what is wrong
-    with the scales themselves."""
+    `op` is the operator, `operand` which of its inputs the weight is (``input 1``). `stored` is the type in the file,
+    `codes` the type that is multiplied: what a DequantizeLinear or an integer operator reads (``INT8`` for INT4 that is
+    cast first), otherwise that of the operand (``FLOAT`` for integers that the graph scales by itself); None in records
+    of older versions. `moved_by` are operators between DequantizeLinear and product that a weight usually has not
+    there, such as Split. `run` is how many elements of K lie together: the channels of one group of a convolution; no
+    group of four crosses its end. `groups_of_channels` is the convolution's. `scales_in_blocks` says that one output
+    channel has several scales along K. `scale_problems` is what is wrong with the scales themselves. `stack` is how
+    many matrices lie side by side in N, each for a part of the input."""
 
     name: str
     node: str
@@ -54,6 +54,7 @@ class MatrixFacts:
     scales_in_blocks: bool = False
     scale_problems: tuple[str, ...] = ()
     moved_by: tuple[str, ...] = ()
+    stack: int = 1
 
     def to_dict(self) -> dict[str, object]:
         """JSON form."""

@@ -129,14 +129,21 @@ TASKS: dict[str, Task] = {
 def labels_of(config: Mapping[str, object]) -> tuple[str, ...]:
     """Class names of the head that a ``config.json`` describes, by index.
 
-    transformers leaves ``id2label`` out for two classes without names of their own. Raises `ArtifactError` when the
-    field is no map from 0, 1, 2, ... to names.
+    transformers leaves ``id2label`` out for two classes without names of their own, and others for any number of them.
+    Raises `ArtifactError` when the field is no map from 0, 1, 2, ... to names (texts, or whole numbers), or the number
+    is none.
     """
     names = config.get("id2label")
     if names is None:
-        return ("LABEL_0", "LABEL_1")
+        count = config.get("num_labels")
+        if count is not None and (type(count) is not int or count < 1):
+            raise ArtifactError(f"config.json: num_labels must be a number of classes, got {count!r}")
+        return tuple(f"LABEL_{i}" for i in range(2 if count is None else count))
     if not isinstance(names, Mapping) or {str(key) for key in names} != {str(i) for i in range(len(names))}:
         raise ArtifactError(f"config.json: id2label must map 0, 1, 2, ... to class names, got {names!r}")
+    for key, name in names.items():
+        if not isinstance(name, str) and type(name) is not int:
+            raise ArtifactError(f"config.json: id2label: the name of class {key} must be a text, got {name!r}")
     by_index = {str(key): str(name) for key, name in names.items()}
     return tuple(by_index[str(i)] for i in range(len(by_index)))
 

@@ -15,7 +15,6 @@ import contextlib
 import io
 import json
 import logging
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -42,6 +41,7 @@ from nxm_export.contract.pooling import read_pooling
 from nxm_export.contract.quantizer_placement import at_placement, placement_of
 from nxm_export.contract.tasks import Task, labels_of, task_named
 from nxm_export.contract.verify_report import VERIFY_FILE, VerifyReport
+from nxm_export.data.examples import copy_tokenizer
 from nxm_export.errors import ExportError
 from nxm_export.graph.apply_plan import numpy_dtype, quantize
 from nxm_export.graph.graph_weights import array_of, save_graph
@@ -50,7 +50,7 @@ from nxm_export.graph.linear_forms import Lowering
 from nxm_export.graph.qdq import add_initializer, fold_float_weight, linears_of, use_name
 from nxm_export.graph.verifier import verify
 from nxm_export.hf.model_loading import load_task_model
-from nxm_export.storage.atomic import atomic_dir, require_replaceable
+from nxm_export.storage.atomic import atomic_dir, require_apart, require_replaceable
 from nxm_export.storage.json_files import encode
 
 MASKED = -1e4  # added to the attention scores of padding: finite in float16, and exp() of it is 0
@@ -128,6 +128,7 @@ def export(
     """
     path, out = Path(checkpoint), Path(out)
     require_replaceable(out)
+    require_apart(out, path)
     chosen = target_named(target)
     _require_overridable(precision_overrides, dtype or chosen.dtype, chosen)
     opened = _OpenedModel.of(path, task, max_length)
@@ -149,7 +150,7 @@ def export(
         opened.spec.save(scratch)
         Origin(str(path.resolve())).save(scratch)
         if (path / TOKENIZER_FILE).is_file():
-            shutil.copyfile(path / TOKENIZER_FILE, scratch / TOKENIZER_FILE)
+            copy_tokenizer(path, scratch)
     file = out / "model.onnx"
     size = sum(part.stat().st_size for part in out.glob("model.onnx*"))
     return Exported(file, size, len(model.graph), rounding, report)

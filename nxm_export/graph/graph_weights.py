@@ -9,6 +9,7 @@ integers in front of that, moved as the scaled values are moved. What cannot be 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,7 +24,7 @@ from nxm_export.contract.plan import NMPattern
 from nxm_export.errors import ArtifactError, NxmError
 from nxm_export.graph.constant_values import ConstantValues, NotComputed, plain, stored_array
 from nxm_export.graph.dependence import Dependence
-from nxm_export.graph.node_checks import first_malformed
+from nxm_export.graph.node_checks import malformed_nodes
 from nxm_export.graph.products import NotRead, Operand, name_of, operands
 from nxm_export.graph.sparse_tensors import densify
 from nxm_export.graph.weight_codes import Codes, Origins, dequantized, origins_of, scaled_by_operator, type_name
@@ -38,12 +39,13 @@ class GraphWeight:
     """One weight matrix as a product node reads it.
 
     `matrix` is (K, N): the integers that a DequantizeLinear or the operator itself scales, otherwise the values.
-    `operand` is the input of `node` that it is; `stored` the type in the file and `codes` the type of the matrix:
-    of what DequantizeLinear reads, where there is one. `scale_axis` is ``N``, ``K``, ``block`` (several scales
-    along K) or ``tensor``, None without scale; `zero_point` has a shape that `matrix` broadcasts with, or another
-    that nothing here knows. `quantized` says that stored integers or a QuantizeLinear made it, in whatever way. K
-    consists of runs of `run` elements that lie together. `unrounded` is the matrix in front of a QuantizeLinear of
-    constants, and `moved_by` names operators that take a part of it or join it, behind its DequantizeLinear."""
+    `operand` is the input of `node` that it is; `stored` the type in the file and `codes` the type of the matrix: of
+    what DequantizeLinear reads, where there is one. `scale_axis` is ``N``, ``K``, ``block`` (several scales along K) or
+    ``tensor``, None without scale; `zero_point` has a shape that `matrix` broadcasts with, or another that nothing here
+    knows. `quantized` says that stored integers or a QuantizeLinear made it, in whatever way. K consists of runs of
+    `run` elements that lie together. `stack` is how many matrices the operand has (of a convolution it says nothing).
+    `unrounded` is the matrix in front of a QuantizeLinear of constants, and `moved_by` names operators that take a part
+    of it or join it, behind its DequantizeLinear."""
 
     name: str
     node: ir.Node
@@ -56,6 +58,7 @@ class GraphWeight:
     codes: str
     quantized: bool
     run: int
+    stack: int = 1
     unrounded: np.ndarray | None = None
     moved_by: tuple[str, ...] = ()
 
@@ -130,7 +133,7 @@ def parameter_of(name: str) -> str:
 
 def load_graph(file: str | Path) -> ir.Model:
     """Read an ONNX file, its local functions inlined and its sparse tensors made dense (`sparse_tensors` names them);
-    raises `ArtifactError` when it is missing, truncated or not ONNX."""
+    raises `ArtifactError` when it is missing, truncated or not ONNX, or has nodes that nothing can run."""
     import onnx_ir.passes.common as passes
 
     file = Path(file)
@@ -144,14 +147,14 @@ def load_graph(file: str | Path) -> ir.Model:
             raise ValueError("no nodes, or no opset")
         if model.functions:
             passes.InlinePass()(model)
-        malformed = first_malformed(model)
-        if malformed is not None:
-            raise ValueError(malformed)
-        return model
     except Exception as error:  # protobuf, external data and IR errors come as many types
         raise ArtifactError(
             f"{file}: not a readable ONNX model ({_first_line(error)}); it is truncated, or another format"
         ) from error
+    malformed = next(malformed_nodes(model), None)
+    if malformed is not None:
+        raise ArtifactError(f"{file}: {malformed}: no runtime can run that; export it again")
+    return model
 
 
 def _loaded(file: Path) -> ir.Model:
@@ -266,6 +269,7 @@ class _Reader:
             codes=type_name(values) if codes is None else codes.kind,
             quantized=codes is not None or origins.quantized,
             run=read.run,
+            stack=math.prod(values.shape[:-2]),
             unrounded=floats,
             moved_by=() if codes is None else codes.moved_by,
         )

@@ -6,6 +6,8 @@ activation, which every kernel does on the way out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnx_ir as ir
 
@@ -17,43 +19,48 @@ _PARTS = ("Slice", "Gather", "Split", "Concat")  # these move codes, too, and ch
 _FLOATS = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
 
 
+def values_behind(value: ir.Value | None, through: tuple[str, ...]) -> Iterator[ir.Value]:
+    """A value, then the ones that it is made of by the first input of nodes of these operators; a malformed graph may
+    hold a circle, which is gone round once."""
+    seen: set[int] = set()
+    while value is not None and id(value) not in seen:
+        seen.add(id(value))
+        yield value
+        node = value.producer()
+        value = node.inputs[0] if node is not None and node.op_type in through and node.inputs else None
+
+
 def codes_type(value: ir.Value | None) -> str | None:
     """ONNX's name of the element type of a value (``INT8``), where the graph says it; for a QuantizeLinear the type
     that ONNX means by its zero point, its ``output_dtype``, or the absence of both (UINT8)."""
-    while value is not None:
-        if value.dtype is not None:
-            return value.dtype.name
-        tensor, node = ir.convenience.get_const_tensor(value), value.producer()
+    for moved in values_behind(value, (*MOVES, *_PARTS)):
+        if moved.dtype is not None:
+            return moved.dtype.name
+        tensor, node = ir.convenience.get_const_tensor(moved), moved.producer()
         if tensor is not None:
             return tensor.dtype.name
-        if node is None:
-            return None
-        if node.op_type == "QuantizeLinear":
+        if node is not None and node.op_type == "QuantizeLinear":
             return _quantized_type(node)
-        if node.op_type == "Cast" and "to" in node.attributes:
+        if node is not None and node.op_type == "Cast" and "to" in node.attributes:
             return ir.DataType(node.attributes["to"].as_int()).name
-        if node.op_type not in (*MOVES, *_PARTS):
-            return None
-        value = node.inputs[0]
     return None
 
 
 def quantizer_behind(value: ir.Value | None) -> ir.Node | None:
     """The QuantizeLinear whose codes a value is, behind nodes that only move them."""
-    node = None if value is None else value.producer()
-    while node is not None and node.op_type in (*MOVES, *_PARTS):
-        node = None if node.inputs[0] is None else node.inputs[0].producer()
-    return node if node is not None and node.op_type == "QuantizeLinear" else None
+    return _made_by("QuantizeLinear", value, (*MOVES, *_PARTS))
 
 
 def input_codes(value: ir.Value | None) -> str | None:
     """The type of the codes (``INT8``) that a product's input is dequantized from; None for a float input."""
-    node = None if value is None else value.producer()
-    while node is not None and node.op_type in MOVES:
-        node = None if node.inputs[0] is None else node.inputs[0].producer()
-    if node is None or node.op_type != "DequantizeLinear":
-        return None
-    return codes_type(node.inputs[0])
+    node = _made_by("DequantizeLinear", value, MOVES)
+    return None if node is None else codes_type(node.inputs[0])
+
+
+def _made_by(op: str, value: ir.Value | None, through: tuple[str, ...]) -> ir.Node | None:
+    """The node of this operator that makes a value, behind nodes that only move it."""
+    nodes = [moved.producer() for moved in values_behind(value, through)]
+    return nodes[-1] if nodes and nodes[-1] is not None and nodes[-1].op_type == op else None
 
 
 def reads_an_input(value: ir.Value | None) -> bool:

@@ -75,6 +75,7 @@ def _facts(weight: GraphWeight, plan: CompressionPlan | None) -> MatrixFacts:
         codes=weight.codes,
         run=weight.run,
         groups_of_channels=groups_of(weight.node),
+        stack=weight.stack if form in _FORMS.values() else 1,
         scales_in_blocks=weight.scale_axis == "block",
         scale_problems=tuple(scale_problems(weight)),
         moved_by=weight.moved_by,

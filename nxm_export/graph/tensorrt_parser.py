@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from nxm_export.errors import ExportError
 from nxm_export.graph.graph_weights import array_of
-from nxm_export.graph.quantized_values import codes_type, quantizer_behind
+from nxm_export.graph.quantized_values import codes_type, quantizer_behind, values_behind
 from nxm_export.storage.json_files import read_record
 
 OPERATORS_FILE = Path(__file__).with_name("tensorrt_operators.json")
@@ -242,7 +242,7 @@ def _quantizer_shapes(node: ir.Node, parser: Parser) -> Iterator[ParserProblem]:
     if scale.size == 0 or (scale.ndim > 1 and not blocked):
         text = f"has scales of shape {scale.shape}; {parser.name} takes one, or one per channel in one dimension"
         yield ParserProblem("scale-shape", named, text, parser.source)
-    shape = None if node.inputs[0] is None else node.inputs[0].shape
+    shape = _shape(node.inputs[0])
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
     if scale.size > 1 and not blocked and shape is not None:
         size = shape[axis] if -len(shape) <= axis < len(shape) else None
@@ -262,7 +262,7 @@ def _odd_int4(node: ir.Node, parser: Parser) -> Iterator[ParserProblem]:
     """Two INT4 codes are one byte, so that rows of an odd length cannot be."""
     if parser.known != "10.1" or node.op_type not in _QUANTIZERS:
         return
-    shape = None if node.inputs[0] is None else node.inputs[0].shape
+    shape = _shape(node.inputs[0])
     last = shape[-1] if shape else None
     written = codes_type(node.outputs[0] if node.op_type == "QuantizeLinear" else node.inputs[0])
     if written == "INT4" and isinstance(last, int) and last % 2:
@@ -289,6 +289,26 @@ _RULES: tuple[Callable[[ir.Node, Parser], Iterator[ParserProblem]], ...] = (
     _odd_int4,
     _shape_slice,
 )
+
+
+def _shape(value: ir.Value | None) -> list[int | None] | None:
+    """The shape of a value, also behind nodes that keep or turn it; None for a size that the graph does not say."""
+    turned: list[ir.Node] = []
+    shape: list[int | None] | None = None
+    for moved in values_behind(value, ("Cast", "Identity", "Transpose", *_QUANTIZERS)):
+        if moved.shape is not None:
+            shape = [size if isinstance(size, int) else None for size in moved.shape]
+            break
+        if (node := moved.producer()) is not None and node.op_type == "Transpose":
+            turned.append(node)
+    if shape is None:
+        return None
+    for node in reversed(turned):
+        order = list(node.attributes["perm"].as_ints()) if "perm" in node.attributes else list(range(len(shape)))[::-1]
+        if sorted(order) != list(range(len(shape))):
+            return None
+        shape = [shape[axis] for axis in order]
+    return shape
 
 
 def _name(node: ir.Node) -> str:

@@ -30,6 +30,7 @@ from nxm_export.graph.graph_weights import (
 )
 from nxm_export.graph.int8_embedding import embedding_hash, misread, stored_embedding
 from nxm_export.graph.products import PACKED_PRODUCTS, name_of
+from nxm_export.graph.quantized_values import values_behind
 
 # Nodes that hand integer codes on as they are, and nodes that read codes by themselves.
 _MOVES_CODES = (
@@ -284,12 +285,8 @@ def _operands(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
 
 def _is_constant(value: ir.Value | None) -> bool:
     """True for a constant, and for what only rearranges or quantizes one."""
-    while value is not None and ir.convenience.get_const_tensor(value) is None:
-        node = value.producer()
-        if node is None or node.op_type not in ("QuantizeLinear", "Transpose", "Reshape", "Identity", "Cast"):
-            return False
-        value = node.inputs[0]
-    return value is not None
+    through = ("QuantizeLinear", "Transpose", "Reshape", "Identity", "Cast")
+    return any(ir.convenience.get_const_tensor(moved) is not None for moved in values_behind(value, through))
 
 
 def _from_codes(value: ir.Value | None) -> bool:
@@ -316,8 +313,7 @@ def _goes_into_pair(value: ir.Value) -> bool:
 
 def _behind(value: ir.Value | None) -> ir.Node | None:
     """The node that made a value, looking through nodes that only move it."""
-    node = None if value is None else value.producer()
-    while node is not None and node.op_type in _MOVES_CODES:
-        value = node.inputs[0]
-        node = None if value is None else value.producer()
+    node = None
+    for moved in values_behind(value, _MOVES_CODES):
+        node = moved.producer()
     return node

@@ -177,6 +177,7 @@ def measure_layers(directory: Path, rounds: int = 20) -> None:
     from engines.base import LayerTimedEngine, backend
     from engines.benchmark.latency import feeds_for
     from engines.passport import load_passport
+    from engines.sample_inputs import nearest_shape
     from engines.sparsity.build_evidence import MEASURED_FILE, MEASURED_SCHEMA, MeasuredLayers
 
     passport = load_passport(directory)
@@ -185,7 +186,7 @@ def measure_layers(directory: Path, rounds: int = 20) -> None:
             raise EngineError(
                 f"{directory}: engines of {passport.backend} do not time their layers; leave --measure out"
             )
-        batch, sequence = passport.profiles[0].optimum
+        batch, sequence = nearest_shape(engine.input_bindings, *passport.profiles[0].optimum)
         times = engine.layer_times(feeds_for(engine, batch, sequence, 1000, 0), rounds)
     measured = MeasuredLayers(passport.engine_sha256, (batch, sequence), rounds, times)
     write_atomic(directory / MEASURED_FILE, encode(measured, MEASURED_SCHEMA))

@@ -60,12 +60,13 @@ def build_twins(
 ) -> BuiltTwins:
     """Export and build all three into directories under `out`; returns what ``twins.json`` says. All or nothing."""
     from engines.base import backend
+    from engines.sparsity.build_evidence import LOG_FILE
     from engines.tensorrt.builder_process import CACHE_FILE
     from nxm_export.graph.exporter import export
 
     runtime = backend(backend_name)
     hashes: dict[str, TwinHashes] = {}
-    with atomic_dir(out) as scratch:
+    with atomic_dir(out, kept_log=LOG_FILE) as scratch:
         for kind, placement in (("int8", graphs.placement), ("float", "float")):
             target, lowering = graphs.target, graphs.lowering
             export(checkpoint, scratch / "onnx" / kind, target=target, lowering=lowering, placement=placement)

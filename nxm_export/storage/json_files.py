@@ -1,9 +1,10 @@
 """JSON files: one decoder for all that this project writes, and one writer.
 
 A file is one frozen dataclass. `decode` makes it from text and refuses, by file and field: text that is no JSON, a key
-that stands there twice, NaN and infinity (JSON has neither; a number like 1e999 is infinite, too), nesting that no file
-of ours has, another schema, a missing field, a field of another type, and a field that the dataclass does not know.
-msgspec does the types; it lets unknown fields pass, so what was read is held against what would be written again.
+that stands there twice, NaN and infinity (JSON has neither; a number like 1e999 is infinite, too), an integer beyond 64
+bits, nesting that no file of ours has, another schema, a missing field, a field of another type, and a field that the
+dataclass does not know. msgspec does the types; it lets unknown fields pass, so what was read is held against what
+would be written again.
 
 `encode` writes such a dataclass. It refuses NaN and infinity, too: a number that is not there is None, and whoever
 computes it decides that.
@@ -31,6 +32,7 @@ T = TypeVar("T")
 Upgrade = Callable[[dict[str, object]], dict[str, object]]
 
 _DEEPEST = 64
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _PATH_STEP = re.compile(
     r"\.(\w+)|\[(\d+|\.\.\.)\]"
 )  # of msgspec's paths: a field, an index, "..." for a key of a mapping
@@ -40,11 +42,16 @@ def parse_json(
     text: str, source: str, way_out: str, error: Callable[[str], Exception], *, foreign: bool = False
 ) -> object:
     """The value of a JSON text; one that JSON does not allow, or that names a key twice, is an `error` with `source`
-    and `way_out`. A `foreign` text, one of others, may hold NaN, infinity and numbers that are too large for one."""
-    constant, number = (float, float) if foreign else (_no_constant, _finite_float)
+    and `way_out`, and so is half a surrogate pair. A `foreign` text, one of others, may hold those, NaN, infinity and
+    numbers that are too large for one."""
+    constant, number, integer = (float, float, int) if foreign else (_no_constant, _finite_float, _machine_integer)
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=constant, parse_float=number)
+        value = json.loads(
+            text, object_pairs_hook=_unique_keys, parse_constant=constant, parse_float=number, parse_int=integer
+        )
         _require_shallow(value)
+        if not foreign:
+            _require_characters(text, value)
     except (ValueError, RecursionError) as reason:
         raise error(f"{source}: not valid JSON ({reason}); {way_out}") from reason
     return value
@@ -267,6 +274,23 @@ def _finite_float(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{text:.40} is too large for a number")
     return number
+
+
+def _machine_integer(text: str) -> int:
+    number = int(text)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{text[:20]}{'...' if len(text) > 20 else ''} is too large for an integer")
+    return number
+
+
+def _require_characters(text: str, value: object) -> None:
+    """Refuse half a surrogate pair, which JSON can write and no file or terminal can."""
+    if not _SURROGATE.search(text):
+        return
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError("half a surrogate pair is no character") from error
 
 
 def _require_shallow(value: object) -> None:

@@ -99,11 +99,13 @@ class RunDir:
         inputs: Mapping[str, Path] | None = None,
         options: Mapping[str, object] | None = None,
         seed: int | None = None,
+        kept_log: str | None = None,
     ) -> bool:
         """Bring ``root/output`` up to date with `work`; True when it ran, False when it was up to date.
 
         `work` gets a fresh directory, fills it, and the directory becomes `output` when it returns. `inputs` are files
-        or directories by label; their hashes, `options` and `seed` decide whether the stage is up to date.
+        or directories by label; their hashes, `options` and `seed` decide whether the stage is up to date. `kept_log`
+        stays when `work` fails (see `atomic_dir`).
         """
         chosen = to_json_object(dict(options or {}))
         hashes = {label: tree_hash(path) for label, path in (inputs or {}).items()}
@@ -114,7 +116,7 @@ class RunDir:
             if previous and unchanged and _outputs_hold(previous.outputs, self.root):
                 return False
             started = time.monotonic()
-            with atomic_dir(target, replace_any=True) as scratch:
+            with atomic_dir(target, replace_any=True, kept_log=kept_log) as scratch:
                 work(scratch)
             record = StageRecord(
                 options=chosen,

@@ -91,10 +91,9 @@ class _Maker:
         product = self.product
         codes = sparse_codes(product.dense)
         if product.weight_pair:
-            floats = (codes * 0.01).astype(np.float32)
-            back = [move for move in product.weight_moves if move == "Transpose"]
-            value = self.array("w", floats.T if len(back) % 2 else floats)
-            for at, move in enumerate(product.weight_moves):
+            moves, floats = _moved_to((codes * 0.01).astype(np.float32), product.weight_moves)
+            value = self.array("w", floats)
+            for at, move in enumerate(moves):
                 value = self.move(move, value, f"weight_move{at}", [str(K), str(N)])
         elif product.weight_type == "FLOAT":
             return self.array("w", codes.astype(np.float32))
@@ -146,6 +145,18 @@ class _Maker:
     def array(self, name: str, values: np.ndarray) -> str:
         self.constants.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
         return name
+
+
+def _moved_to(matrix: np.ndarray, moves: tuple[str, ...]) -> tuple[tuple[str, ...], np.ndarray]:
+    """(moves that end in the shape of `matrix`, what they make `matrix` of)."""
+    places = np.arange(matrix.size).reshape(matrix.shape)
+    for move in moves:
+        places = places.T if move == "Transpose" else places.reshape(matrix.shape) if move == "Reshape" else places
+    if places.shape != matrix.shape:
+        moves, places = (*moves, "Transpose"), places.T
+    start = np.empty(matrix.size, matrix.dtype)
+    start[places.reshape(-1)] = matrix.reshape(-1)
+    return moves, start.reshape(matrix.shape)
 
 
 def _type(name: str) -> int:

@@ -33,7 +33,7 @@ from engines.base import BuildOptions, Engine, LoadOptions, backend
 from engines.benchmark.latency import feeds_for, interleaved, paired
 from engines.openvino.backend import OpenVinoEngine
 from engines.ort.backend import ENGINE_FILE
-from engines.passport import cpu_device
+from engines.passport import companion_hashes, cpu_device, load_passport
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.quantizer_placement import placement_of
@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
         _say("compared", began)
         for directory in directories.values():  # the tokenizer may stop earlier than the model has positions
             replace(load_spec(directory), max_length=LONGEST).save(directory)
+            replace(load_passport(directory), companions=companion_hashes(directory)).save(directory)
         loaded: dict[str, Engine] = {
             name: stack.enter_context(backend(ENGINES[name][2]).load(directory, LoadOptions(threads=threads)))
             for name, directory in directories.items()

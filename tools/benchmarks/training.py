@@ -38,6 +38,7 @@ from compressors.training.trainer import Phase, PhaseData, mean_loss, optimizer_
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.tasks import task_named
+from nxm_export.data.examples import Features
 from tools.benchmarks.measuring import (
     DOCUMENT,
     RECORDS,
@@ -59,7 +60,18 @@ from tools.rendering import render, write_section
 
 TOOL = "tools/benchmarks/training.py"
 FILE = RECORDS / "training.json"
-MODELS = {
+
+
+class Sizes(TypedDict):
+    """Of a BERT, by the names of its configuration."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+
+
+MODELS: dict[str, Sizes] = {
     "MiniLM-L6": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12},
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     "BERT-base, 3 of 12 blocks": {
@@ -220,6 +232,14 @@ def batches(batch: int, sequence: int) -> Iterator[dict[str, Tensor]]:
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
+def samples_of(batch: dict[str, Tensor]) -> list[Features]:
+    """The samples of a batch without padding."""
+    return [
+        {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": int(label)}
+        for ids, label in zip(batch["input_ids"], batch["labels"], strict=True)
+    ]
+
+
 def arm(kind: str, name: str, bf16: bool, mode: str = "mask") -> tuple[Arm, Admm | None]:
     """The arm of this name (one of `ARMS`), and its ADMM state if it has one."""
     settings, admm = Settings(), None
@@ -325,10 +345,7 @@ def time_watch(name: str, sequence: int, repeats: int, bf16: bool) -> Median:
     built, admm = arm("admm", name, bf16)
     assert admm is not None
     sample = next(batches(WATCHED_SAMPLES, sequence))
-    features = [
-        {"input_ids": ids.tolist(), "attention_mask": [1] * sequence, "labels": int(label)}
-        for ids, label in zip(sample["input_ids"], sample["labels"], strict=True)
-    ]
+    features = samples_of(sample)
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -346,9 +363,7 @@ def train_in_this_process(kind: str, name: str, batch: int, sequence: int, preci
     del built.optimizer  # `run_phase` makes its own
     student = built.student
     features = [
-        {"input_ids": ids.tolist(), "attention_mask": [1] * sequence, "labels": int(label)}
-        for sample, _ in zip(batches(batch, sequence), range(3), strict=False)
-        for ids, label in zip(sample["input_ids"], sample["labels"], strict=True)
+        sample for made, _ in zip(batches(batch, sequence), range(3), strict=False) for sample in samples_of(made)
     ]
     with tempfile.TemporaryDirectory() as scratch:
         run_phase(
@@ -362,7 +377,7 @@ def train_in_this_process(kind: str, name: str, batch: int, sequence: int, preci
     return {"before": before, "peak": peak_bytes()}
 
 
-class _Penalty(TrainerCallback):  # type: ignore[misc]  # transformers comes without types
+class _Penalty(TrainerCallback):
     """Adds the penalty and updates the duals after every step, more often than any phase does."""
 
     def __init__(self, admm: Admm) -> None:

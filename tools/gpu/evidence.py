@@ -19,11 +19,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from engines.base import BuildOptions, Profile
 from engines.benchmark.latency import BenchReport
 from engines.sparsity.report import SparsityReport
+from nxm_export.data.examples import Features
 from nxm_export.errors import NxmError
+from nxm_export.hf.protocols import AutoClass
 from nxm_export.storage.atomic import atomic_dir, write_atomic
 from nxm_export.storage.json_files import encode, read_record
 from tools.rendering import render
@@ -244,9 +247,9 @@ def one_shot(variant: Variant, directory: Path) -> Path:
         num_attention_heads=heads,
         max_position_embeddings=positions,
         hidden_act=GELUS[variant.gelu],
-        num_labels=2,
     )
-    model = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
+    made = cast("AutoClass", transformers.AutoModelForSequenceClassification)
+    model = torch.nn.Module.eval(made.from_config(config, attn_implementation="eager"))
     family, facts = FAMILIES["bert"], config.to_dict()
     plan = family.uniform_plan(facts, WeightSpec.parse("2:4+W8"), placement="attention")
     prepare(model, plan, family, facts)
@@ -270,7 +273,7 @@ def parity(checkpoint: Path, work: Path, longest: int) -> dict[str, Parity]:
     from engines.parity.compare import compare
 
     rng = np.random.default_rng(0)
-    features = []
+    features: list[Features] = []
     for _ in range(32):
         length = int(rng.integers(4, min(48, longest) + 1))
         ids = [int(token) for token in rng.integers(5, 30522, size=length)]

@@ -32,6 +32,7 @@ class Paced:
 
     def __init__(self, engine: Engine, milliseconds: Sequence[float]) -> None:
         self.inputs, self.outputs, self._told = engine.inputs, engine.outputs, milliseconds
+        self.input_bindings = engine.input_bindings
 
     def timer(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], float]:
         number = -1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import resource
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,8 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram, WordPiece
 from tokenizers.processors import TemplateProcessing
 
-from engines.serving.long_texts import beginning, beginnings
+from engines.serving.long_texts import Tokens, beginning, beginnings, encode_long, share
+from nxm_export.data.tokenizer_settings import direction_of
 
 LETTERS = "abcdef"
 SPECIAL = [("[CLS]", 0), ("[SEP]", 1)]
@@ -19,7 +22,7 @@ SPECIAL = [("[CLS]", 0), ("[SEP]", 1)]
 
 def framed(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=SPECIAL
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=SPECIAL
     )
     return tokenizer
 
@@ -83,9 +86,40 @@ def test_a_beginning_has_the_tokens_of_the_whole_text(name: str, text: str, toke
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
+@given(texts, texts, st.integers(4, 41), st.sampled_from(["right", "left"]))
+@settings(max_examples=60)
+def test_tokens_are_put_together_as_by_the_library(name: str, first: str, second: str, tokens: int, side: str) -> None:
+    """With special tokens in front, between and behind, and whichever text is the longer one."""
+    tokenizer = TOKENIZERS[name]
+    for row in ((first, second), (first,)):
+        if side == "left" and max(map(len, row)) > 64 * tokens:
+            continue
+        tokenizer.enable_truncation(tokens, direction=side)
+        whole = tokenizer.encode(*row)
+        assert encode_long(tokenizer, row, tokens) == Tokens(whole.ids, whole.attention_mask, whole.type_ids)
+        assert direction_of(tokenizer) == side  # which says how the next text is cut
+
+
+def test_a_model_that_reads_from_the_end_does_not_read_megabytes_for_that() -> None:
+    tokenizer = TOKENIZERS["word-piece"]
+    tokenizer.enable_truncation(10, direction="left")
+    with pytest.raises(ValueError, match="more than 640 characters, and this model reads a text from its end"):
+        encode_long(tokenizer, ("a " * 321,), 10)
+    tokenizer.enable_truncation(10)
+
+
+@given(st.integers(0, 60), st.integers(0, 60), st.integers(1, 50))
+def test_two_texts_share_the_room_as_the_library_shares_it(first: int, second: int, room: int) -> None:
+    tokenizer = TOKENIZERS["word-piece"]
+    tokenizer.enable_truncation(room + 3)
+    sequences = [each for each in tokenizer.encode("a " * first, "b " * second).sequence_ids if each is not None]
+    assert share(first, second, room) == (sequences.count(0), sequences.count(1))
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
 @given(texts, texts, st.integers(4, 41))
 @settings(max_examples=60)
-def test_two_texts_share_the_tokens_as_the_whole_ones_do(name: str, first: str, second: str, tokens: int) -> None:
+def test_two_beginnings_share_the_tokens_as_the_whole_texts_do(name: str, first: str, second: str, tokens: int) -> None:
     tokenizer = TOKENIZERS[name]
     count = counting(tokenizer)
     short = beginnings(first, second, count, tokens, 30)
@@ -94,6 +128,17 @@ def test_two_texts_share_the_tokens_as_the_whole_ones_do(name: str, first: str, 
         return  # as good as equally long: which of them gets the odd token is not worth all of their tokens
     tokenizer.enable_truncation(tokens)
     assert tokenizer.encode(*short).ids == tokenizer.encode(first, second).ids
+
+
+def test_a_long_pair_costs_little_time_and_space() -> None:
+    """The library alone makes a combination of every two parts that it has cut away: here a quarter of a million."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.process_time()
+    for texts in (("a " * 20_000, "b " * 20_000), ("a." * 900, "." * 2000)):
+        tokens = encode_long(TOKENIZERS["word-piece"], texts, 48)
+        assert len(tokens.ids) == 48
+    assert time.process_time() - began < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
 
 
 def test_megabytes_are_not_read_for_a_few_tokens() -> None:

@@ -319,7 +319,8 @@ def test_slow_loris_clients_do_not_keep_others_out_for_long(busy: Running) -> No
     slow = [connect(busy.port) for _ in range(12)]
     for connection in slow:
         connection.sendall(b"POST /v2/models/exact/infer HTTP/1.1\r\nHost: a\r\nX-Slow: ")
-    refused = send(busy.port, "GET", "/v2/health/live")
+    body = body_of(feeds_of([3]))
+    refused = send(busy.port, "POST", INFER, body)
     assert refused.status == 503
     assert "12 connections are open already" in str(entry_at(refused.json(), "error"))
 
@@ -327,7 +328,7 @@ def test_slow_loris_clients_do_not_keep_others_out_for_long(busy: Running) -> No
         for connection in slow:
             with contextlib.suppress(OSError):  # closed by then
                 connection.sendall(b"a")
-        return send(busy.port, "GET", "/v2/health/live").status == 200
+        return send(busy.port, "POST", INFER, body).status == 200
 
     assert eventually(let_in, 5)
     for connection in slow:
@@ -501,7 +502,7 @@ def test_several_models_and_versions_serve_side_by_side(engine: Path, tmp_path: 
         (["{engine}", "--host", "0.0.0.0"], "no authentication", 1),
         (["{engine}", "--host", "192.0.2.1", "--allow-remote"], "cannot be bound", 1),
         (["{engine}", "--port", "{taken}"], "cannot be bound (Address already in use)", 1),
-        (["{engine}", "--expect-sha256", "00"], "not among those expected", 1),
+        (["{engine}", "--expect-sha256", "00"], "neither is among those expected", 1),
         (["{failed}"], "parity with its checkpoint failed", 3),
         (["{engine}", "--gate", "passed", "m={unchecked}"], "never checked", 3),
         (["/nowhere"], "has no passport.json", 1),
@@ -519,12 +520,13 @@ def test_what_cannot_be_served_is_one_line_and_an_exit_code(
         places[name] = Path(shutil.copytree(engine, tmp_path / name))
         (tmp_path / name / "parity.json").unlink()
         if parity is not None:
-            exact_engine.write_parity(tmp_path / name, load_passport(engine).engine_sha256, passed=parity)
+            exact_engine.write_parity(tmp_path / name, passed=parity)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         places["taken"] = taken.getsockname()[1]
-        result = CliRunner().invoke(main, ["serve", *(argument.format(**places) for argument in arguments)])
+        port = [] if "--port" in arguments else ["--port", "0"]
+        result = CliRunner().invoke(main, ["serve", *port, *(argument.format(**places) for argument in arguments)])
     assert result.exit_code == status, result.output
     assert complaint in result.output
     assert "Traceback" not in result.output

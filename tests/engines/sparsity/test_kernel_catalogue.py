@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.sparsity.kernel_names import sparse_kernel_exists
+from engines.sparsity.kernel_names import kernel_named, sparse_kernel_exists
 from tools.gpu.sparse_kernels import count
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'nxm-export[trt-rtx]'")
@@ -23,13 +23,20 @@ _CUTLASS = re.compile(
 RUNS = {"80": ("8.0",), "86": ("8.6", "8.9"), "90": ("9.0",), "100": ("10.0",), "120": ("12.0",)}
 
 
-def named() -> set[tuple[str, str, str, str]]:
-    """(compute capability, form, type multiplied, type written) of every sparse product that the library names."""
+def library_names() -> list[str]:
     spec = find_spec("tensorrt_rtx_libs")
     assert spec is not None
     assert spec.origin is not None
+    return list(count(Path(spec.origin).with_name("libtensorrt_rtx.so.1")))
+
+
+def named() -> set[tuple[str, str, str, str]]:
+    """(compute capability, form, type multiplied, type written) of every sparse product that the library names."""
     found = set()
-    for name in count(Path(spec.origin).with_name("libtensorrt_rtx.so.1")):
+    for name in library_names():
+        kernel = kernel_named(name)
+        assert kernel is not None, name
+        assert (kernel.sparse, kernel.integer) == (True, bool(re.search("_(i8|s8)", name))), name
         if match := _XMMA.match(f"{name}_"):
             architecture, form, read, written = match.groups()
         elif match := _CUTLASS.match(f"{name}_"):

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from engines.base import Profile
+from engines.base import LoadOptions, Profile
+from engines.ort import backend as ort
 from engines.passport import PASSPORT_FILE
 from engines.serving.repository import EngineSource
 from engines.serving.settings import TritonOptions
@@ -30,7 +31,7 @@ from engines.triton.pbtxt import Word, dump
 from nxm_export.cli import main
 from nxm_export.errors import ArtifactError, ServeError
 from nxm_export.storage.hashing import file_hash
-from tests.support import exact_engine
+from tests.support import baked, exact_engine
 from tools.benchmarks.servers import Running, triton, triton_venv
 
 PROFILES = [
@@ -161,13 +162,30 @@ def test_the_text_face_is_an_ensemble_of_tokenizer_engine_and_labels(engine: Pat
     assert configs["m"]["parameters"] == {"intra_op_thread_count": {"string_value": "1"}}
     assert configs["m"]["instance_group"] == [{"kind": "KIND_CPU", "count": 1}]
     ensemble = configs["m_text"]
-    assert [i["name"] for i in ensemble["input"]] == ["text", "text_pair"]
+    assert [(i["name"], i.get("optional", False)) for i in ensemble["input"]] == [("text", False), ("text_pair", False)]
     assert [(o["name"], o["data_type"]) for o in ensemble["output"]] == [
         ("logits", "TYPE_FP32"),
         ("label", "TYPE_STRING"),
     ]
     assert [step["model_name"] for step in ensemble["ensemble_scheduling"]["step"]] == ["m_tokenizer", "m", "m_labels"]
     assert "instance_group" not in ensemble
+
+
+def test_the_second_text_is_optional_as_on_nxm_serve(engine: Path, tmp_path: Path) -> None:
+    export_repository([EngineSource("m", "1", engine)], tmp_path / "repo", TritonOptions(text=True, threads=1))
+    configs = parse(*sorted((tmp_path / "repo").glob("*/config.pbtxt")))
+    for name in ("m_tokenizer", "m_text"):
+        inputs = [(i["name"], i.get("optional", False)) for i in configs[name]["input"]]
+        assert inputs == [("text", False), ("text_pair", True)]
+
+
+@pytest.mark.parametrize("suffix", ["text", "tokenizer", "labels"])
+def test_a_model_with_the_name_of_anothers_part_is_refused(engine: Path, tmp_path: Path, suffix: str) -> None:
+    sources = [EngineSource("m", "1", engine), EngineSource(f"m_{suffix}", "1", engine)]
+    with pytest.raises(ServeError, match=f"m_{suffix} is both a model and the text frontend of m, or a part of it"):
+        export_repository(sources, tmp_path / "repo", TritonOptions(text=True, threads=1))
+    assert not (tmp_path / "repo").exists()
+    export_repository(sources, tmp_path / "repo", TritonOptions(threads=1))
 
 
 def test_a_field_that_triton_does_not_know_is_found(engine: Path, tmp_path: Path) -> None:
@@ -400,3 +418,44 @@ def test_the_command_writes_a_repository_and_names_its_files(engine: Path, tmp_p
     assert result.exit_code == 0, result.output
     assert set(json.loads(result.stdout)["models"]) == {"m"}
     assert (tmp_path / "repo" / "m_text" / "config.pbtxt").is_file()
+
+
+def test_an_onnx_engine_is_configured_as_it_was_proven(tiny_engine: Callable[..., Path], tmp_path: Path) -> None:
+    export = EngineSource("m", "1", tiny_engine("ort"))
+    manifest = export_repository([export], tmp_path / "repo")
+    assert parse(tmp_path / "repo" / "m" / "config.pbtxt")["m"]["optimization"] == {"graph": {"level": -1}}
+    (facts,) = manifest.models["m"]
+    assert facts.session is not None
+    assert (facts.session.level, facts.session.difference) == ("basic", 0.0)
+    assert "# ONNX Runtime with basic optimizations: outputs are those of the proven one" in (
+        tmp_path / "repo" / "m" / "config.pbtxt"
+    ).read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_triton_gives_the_bits_of_the_proven_session(tiny_engine: Callable[..., Path], tmp_path: Path) -> None:
+    """The real server, with the double that reads the level as the compiled backend does; with all optimizers it
+    gives others."""
+    client_http = pytest.importorskip("tritonclient.http")
+    venv = triton_venv()
+    if isinstance(venv, str):
+        pytest.skip(venv)
+    directory, answers = tiny_engine("ort"), []
+    feeds = baked.feeds("bert", 6, 11, padding=4)
+    inputs = []
+    for name, array in feeds.items():
+        inputs.append(client_http.InferInput(name, array.shape, "INT64"))
+        inputs[-1].set_data_from_numpy(array)
+    export_repository([EngineSource("m", "1", directory)], tmp_path / "repo", TritonOptions(threads=1))
+    config = tmp_path / "repo" / "m" / "config.pbtxt"
+    for text in (config.read_text(), config.read_text().replace("level: -1", "level: 0")):
+        config.write_text(text)
+        with (
+            triton(tmp_path / "repo", tmp_path / "log", venv) as running,
+            client_http.InferenceServerClient(running.address) as client,
+        ):
+            answers.append(client.infer("m", inputs).as_numpy("logits"))
+    with ort.load(directory, LoadOptions(threads=1)) as engine:
+        proven = engine.run(feeds)["logits"]
+    np.testing.assert_array_equal(answers[0], proven)
+    assert not np.array_equal(answers[1], proven)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from nxm_export.contract.families import FAMILIES, OUTPUT_ROLES, ROLES, family_of
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.errors import ArtifactError, PlanError
+from nxm_export.hf.protocols import AutoClass
 from tests.support import tiny
 
 
@@ -23,7 +24,8 @@ def test_the_weights_of_a_family_are_those_of_transformers(name: str, tmp_path: 
     path = tiny.write_model(name, tmp_path, head="classification")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     family = FAMILIES[name]
-    model = transformers.AutoModelForSequenceClassification.from_config(transformers.AutoConfig.from_pretrained(path))
+    made = cast("AutoClass", transformers.AutoModelForSequenceClassification)
+    model = made.from_config(transformers.AutoConfig.from_pretrained(path))
     linears = {
         f"{path}.weight": tuple(module.weight.shape)
         for path, module in model.named_modules()

@@ -43,6 +43,13 @@ def test_the_task_of_a_head(config: dict[str, Any], task: str | None) -> None:
     assert task_of(config) == task
 
 
+@pytest.mark.parametrize("name", [None, 0.5, True, ["a"]])
+def test_a_class_name_that_is_no_text_is_refused(name: object) -> None:
+    with pytest.raises(ArtifactError, match=r"config\.json: id2label: the name of class 1 must be a text, got"):
+        labels_of({"id2label": {"0": "a", "1": name}})
+    assert labels_of({"id2label": {"0": 0, "1": 1}}) == ("0", "1"), "as some write them"
+
+
 @pytest.mark.parametrize("names", ["BertForSequenceClassification", [1], {"0": "BertModel"}], ids=str)
 def test_architectures_that_are_no_list_of_names_are_refused(names: object) -> None:
     with pytest.raises(ArtifactError, match=r"config\.json: architectures must be a list of class names"):

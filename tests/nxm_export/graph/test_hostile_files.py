@@ -27,7 +27,7 @@ ATTRIBUTES = ("axis", "group", "transB", "equation", "perm", "block_size", "to",
 def whole() -> onnx.ModelProto:
     """A file with most of what the reader looks at: quantizers, a Split, a branch, a convolution, a cell."""
     rng = np.random.default_rng(0)
-    held = {
+    held: dict[str, np.ndarray] = {
         "w": rng.integers(-9, 9, (16, 32)).astype(np.int8),
         "s": np.ones(32, np.float32),
         "z": np.zeros(32, np.int8),

@@ -21,6 +21,7 @@ from nxm_export.storage.json_files import (
     decode,
     encode,
     entry_at,
+    parse_json,
     read_foreign_json,
     read_json,
     read_record,
@@ -117,7 +118,10 @@ def nested(levels: int) -> str:
         (edited(lambda data: data.update(size=[2, 4.0])), "house.json: size[1]: Expected `int`, got `float`"),
         (edited(lambda data: data.update(size=[2, True])), "house.json: size[1]: Expected `int`, got `bool`"),
         (edited(lambda data: data.update(price="1.5")), "house.json: price: Expected `float | null`, got `str`"),
-        (edited(lambda data: data.update(price=10**400)), "house.json: price: Number out of range"),
+        (
+            edited(lambda data: data.update(price=10**400)),
+            "house.json: not valid JSON (10000000000000000000... is too large for an integer)",
+        ),
         (edited(lambda data: data.update(windows=[])), "house.json: windows: Expected `object`, got `array`"),
         (
             edited(lambda data: as_object(data["windows"]).update({"a.b": {"width": "wide"}})),
@@ -268,3 +272,14 @@ def test_a_record_that_cannot_be_read_is_an_error_of_the_given_class(tmp_path: P
             (tmp_path / name).write_bytes(content)
         with pytest.raises(PlanError, match=rf"{name}: {message}.*; do this"):
             read_record(tmp_path / name, House, schema=SCHEMA, way_out="do this", error=PlanError)
+
+
+@pytest.mark.parametrize("text", ['{"a": "\\ud800"}', '["\\uDFFF"]', '{"\\ud83d": 1}', '"\\ud83d\\u0041"'])
+def test_half_a_surrogate_pair_is_refused(text: str) -> None:
+    with pytest.raises(ArtifactError, match="half a surrogate pair is no character"):
+        parse_json(text, "a.json", "write it again", ArtifactError)
+    parse_json(text, "a.json", "write it again", ArtifactError, foreign=True)
+
+
+def test_a_whole_surrogate_pair_is_one_character() -> None:
+    assert parse_json('"\\ud83d\\ude00 \\\\ud800"', "a.json", "write it again", ArtifactError) == "\U0001f600 \\ud800"

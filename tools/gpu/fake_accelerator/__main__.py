@@ -17,10 +17,11 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import cast
 from unittest import mock
 
 import torch
@@ -114,7 +115,6 @@ def _write_model(tokenizer: Path, out: Path) -> None:
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=64,
-        num_labels=2,
     )
     transformers.BertForSequenceClassification(config).save_pretrained(out)
 
@@ -127,7 +127,7 @@ def _training_on(device: torch.device) -> Iterator[None]:
 
     state = PartialState(cpu=True)
     state._shared_state["device"] = device
-    real_device = transformers.TrainingArguments.device.fget
+    real_device = cast("Callable[[object], object]", vars(transformers.TrainingArguments)["device"].fget)
 
     def asked_device(arguments: object) -> torch.device:
         real_device(arguments)  # sets itself up

@@ -22,7 +22,7 @@ from engines.base import COMPANIONS, Binding, Profile
 from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec, parse_spec
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.data.examples import load_tokenizer, parse_tokenizer
-from nxm_export.errors import ArtifactError, EngineError
+from nxm_export.errors import ArtifactError, EngineError, notice
 from nxm_export.storage.hashing import file_hash
 from nxm_export.storage.json_files import as_object, convert, encode, read_record, to_json_object
 from nxm_export.storage.versions import installed_versions
@@ -146,6 +146,14 @@ class EnginePassport:
         if self.companions is None:
             return "the engine alone"
         return f"the engine and {' and '.join(sorted(self.companions)) or 'nothing beside it'}"
+
+    def notice_coverage(self, directory: Path) -> None:
+        """Say so where nothing vouches for the labels and the tokenizer."""
+        if self.companions is None:
+            notice(
+                f"{directory}: its passport covers {self.covers}, so nothing says that {SPEC_FILE} and "
+                f"{TOKENIZER_FILE} are those it was built with; build it again"
+            )
 
     @property
     def threads(self) -> int | None:

@@ -83,6 +83,7 @@ class Predictor:
         self.directory = Path(directory)
         self.shortened = 0
         passport = admitted(self.directory, gate, expect_sha256)
+        passport.notice_coverage(self.directory)
         self.spec: IOSpec = passport.load_spec(self.directory)
         self._task = TASKS[self.spec.task]
         self._tokenizer = passport.load_tokenizer(self.directory)

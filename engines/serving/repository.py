@@ -222,18 +222,21 @@ class Repository:
             others[model.version] = endpoint
 
 
-def require_distinct_names(sources: Sequence[EngineSource], suffixes: Sequence[str]) -> None:
-    """Raise `ServeError` if a name is that of a model and, with one of `suffixes`, of what belongs to another model.
+def require_distinct_names(sources: Sequence[EngineSource], suffixes: Sequence[str], *, folded: bool = False) -> None:
+    """Raise `ServeError` if two models need one name: their own, or with one of `suffixes` that of a part of theirs.
 
-    No version makes that right: whoever asks for the highest one would get this or that.
+    No version makes that right: whoever asks for the highest one would get this or that. `folded` names become
+    directories, and some file systems take A for a.
     """
-    names = {source.name for source in sources}
-    for name in sorted(names):
-        for suffix in suffixes:
-            if name + suffix in names:
+    owners: dict[str, str] = {}
+    for name in sorted({source.name for source in sources}):
+        for suffix in ("", *suffixes):
+            full = name + suffix
+            owner = owners.setdefault(full.lower() if folded else full, name)
+            if owner != name:
                 raise ServeError(
-                    f"{name + suffix} is both a model and the text frontend of {name}, or a part of it; choose another "
-                    "name"
+                    f"{owner} and {name} both need the name {full}, a model's or that of the text frontend of one, or "
+                    "of a part of it; rename one of them"
                 )
 
 

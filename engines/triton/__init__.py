@@ -93,14 +93,12 @@ def export_repository(
     load, `ArtifactError` for damaged ones.
     """
     out = Path(out)
-    if options.text:
-        require_distinct_names(sources, TEXT_SUFFIXES)
+    require_distinct_names(sources, TEXT_SUFFIXES if options.text else (), folded=True)
     served = [_model_of(name, sources, options) for name in dict.fromkeys(source.name for source in sources)]
     if not served:
         raise ServeError("nothing to hand over: give at least one engine directory")
     if out.is_dir() and any(out.iterdir()) and not (out / CHECK).is_file():  # an engine directory, for example
         raise ArtifactError(f"{out} exists and is no repository of ours (no {CHECK}); choose another --out")
-    _require_distinct(served, options)
     require_apart(out, *(directory for model in served for directory in model.directories))
     tensorrt = _tensorrt(served, options)
     with atomic_dir(out) as scratch:
@@ -124,21 +122,11 @@ def export_repository(
     return manifest
 
 
-def _require_distinct(served: Sequence[_Model], options: TritonOptions) -> None:
-    """Raise `ServeError` where two models would be one directory: ``a`` with --text has ``a_text`` beside it, and some
-    file systems take A for a."""
-    owners: dict[str, str] = {}
-    for model in served:
-        parts = ("", "_tokenizer", "_labels", "_text") if options.text else ("",)
-        for name in (f"{model.name}{part}" for part in parts):
-            owner = owners.setdefault(name.lower(), model.name)
-            if owner != model.name:
-                raise ServeError(f"{owner} and {model.name}: both need a model called {name}; rename one of them")
-
-
 def _model_of(name: str, sources: Sequence[EngineSource], options: TritonOptions) -> _Model:
     directories = tuple(source.directory for source in sources if source.name == name)
     passports = tuple(admitted(directory, options.gate, options.expect_sha256) for directory in directories)
+    for directory, passport in zip(directories, passports, strict=True):
+        passport.notice_coverage(directory)
     for directory, passport in zip(directories, passports, strict=True):
         if passport.backend not in BACKENDS:
             raise ServeError(

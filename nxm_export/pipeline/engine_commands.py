@@ -413,16 +413,19 @@ class _LabelledTexts:
 
 def _labelled_texts(directory: Path, data: str, columns: Columns, limit: int) -> _LabelledTexts:
     """A data file, read with the tokenizer and labels of a graph or engine directory."""
+    from engines.passport import PASSPORT_FILE, load_passport
     from nxm_export.contract.tasks import TASKS
     from nxm_export.data.examples import load_tokenizer
     from nxm_export.data.label_kinds import classes_of, labelled, load_labelled
 
-    spec = load_spec(directory)
+    passport = load_passport(directory) if (directory / PASSPORT_FILE).is_file() else None
+    spec = load_spec(directory) if passport is None else passport.load_spec(directory)
     task = TASKS[spec.task]
     raw = load_labelled(data, "dev", columns, task)
     classes = classes_of(raw, task, spec.labels)
     numbered = classes is not None and classes.numbered
-    tokenizer, length = load_tokenizer(directory), min(limit, spec.max_length)
+    tokenizer = load_tokenizer(directory) if passport is None else passport.load_tokenizer(directory)
+    length = min(limit, spec.max_length)
     return _LabelledTexts(labelled(raw, task, classes), tokenizer, length, spec.inputs, numbered)
 
 

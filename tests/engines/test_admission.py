@@ -147,6 +147,16 @@ def test_a_report_of_a_former_version_still_vouches_for_a_former_engine(copy: Pa
     assert gate_state(copy, passport) == "passed"
 
 
+@pytest.mark.parametrize("command", [["predict", "{}", "good"], ["triton", "m={}", "--out", "{}-repository"]])
+def test_the_commands_say_where_a_passport_covers_the_engine_alone(copy: Path, command: list[str]) -> None:
+    arguments = [part.format(copy) for part in command]
+    assert "covers" not in CliRunner().invoke(main, arguments).stderr
+    covering_the_engine_alone(copy)
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert f"note: {copy}: its passport covers the engine alone, so nothing says that spec.json" in result.stderr
+
+
 def test_an_unknown_gate_is_refused(engine: Path) -> None:
     with pytest.raises(ServeError, match="unknown gate 'maybe'; choose one of not-failed, passed, off"):
         admitted(engine, "maybe")

@@ -199,7 +199,7 @@ def test_names_that_collide_are_refused(engine: Path) -> None:
         Repository([EngineSource("m", "1", engine), EngineSource("m", "1", engine)], ONE)
     for version in ("1", "2"):  # of another version, too: without one, the highest answers
         sources = [EngineSource("m_text", version, engine), EngineSource("m", "1", engine)]
-        with pytest.raises(ServeError, match="m_text is both a model and the text frontend of m"):
+        with pytest.raises(ServeError, match="m and m_text both need the name m_text"):
             Repository(sources, ModelOptions(instances=1, text=True)).open()
     without_text = Repository(sources, ONE)
     without_text.open()

@@ -127,7 +127,7 @@ WORDS = {"name": "text", "datatype": "BYTES", "shape": [1, 1]}
         ({"inputs": [{**ONE, "data": [1, "2"]}]}, "is not INT64"),
         ({"inputs": [{**ONE, "data": [1, True]}]}, "is not INT64"),
         ({"inputs": [{**ONE, "data": [1, None]}]}, "is not INT64"),
-        ({"inputs": [{**ONE, "data": [1, 2**63]}]}, "does not fit INT64"),
+        ({"inputs": [{**ONE, "data": [1, 2**63]}]}, "too large for an integer"),
         ({"inputs": [{k: v for k, v in ONE.items() if k != "data"}]}, "has no data"),
         ({"inputs": [{**ONE, "parameters": {"binary_data_size": 16}}]}, "send one of them"),
         ({"inputs": [{**ONE, "parameters": {"shared_memory_region": "x"}}]}, "shared memory is not offered"),
@@ -170,7 +170,7 @@ def test_a_malformed_request_is_refused_with_the_reason(request_: object, compla
         (b'{"a": 1e400}', None, "too large for a number"),
         (b'{"a": -1' + b"0" * 400 + b".0}", None, "too large for a number"),
         (b"[" * 70 + b"]" * 70, None, "nested more than 64 deep"),
-        (b"\xef\xbb\xbf{}", None, "BOM"),
+        (b"\xef\xbb\xbf{}", None, "not valid JSON"),
     ],
 )
 def test_a_body_that_is_not_strict_json_is_refused(body: bytes, length: str | None, complaint: str) -> None:

@@ -1,4 +1,4 @@
-"""Nodes that no runtime can run: too few inputs or outputs, attributes that are missing or of a wrong type.
+"""Nodes that no runtime can run: inputs, outputs or attributes that are missing, too many, or of a wrong type.
 
 Whoever walks a graph later may rely on what is checked here. ONNX's own checker refuses more, among it files that every
 runtime takes, so it is not asked.
@@ -40,6 +40,8 @@ def _wrong(node: ir.Node, domain: str, version: int | None) -> str | None:
         return missing
     if len(node.outputs) < schema.min_output:
         return f"has {len(node.outputs)} outputs, and needs {schema.min_output}"
+    if len(node.outputs) > schema.max_output:
+        return f"has {len(node.outputs)} outputs, and its operator has {schema.max_output}"
     newest = _schema(node.op_type, domain, None) or schema
     for name, attribute in node.attributes.items():
         declared = schema.attributes.get(name) or newest.attributes.get(name)

@@ -369,6 +369,7 @@ def test_doctor_calls_no_part_of_a_weight_ready_and_tells_the_products_of_one_we
         ("y = MatMul(w)", "has no input B"),
         ("y = Concat <axis = 0>()", "has 0 inputs, and needs 1"),
         ("y = Constant()", "has 0 attributes"),
+        ("y, z = Identity(w)", "has 2 outputs, and its operator has 1"),
         ("y = com.microsoft.DequantizeLinear(w)", "has no input x_scale"),
     ],
 )

@@ -24,7 +24,7 @@ from nxm_export.contract.plan import NMPattern
 from nxm_export.errors import ArtifactError, NxmError
 from nxm_export.graph.constant_values import ConstantValues, NotComputed, plain, stored_array
 from nxm_export.graph.dependence import Dependence
-from nxm_export.graph.node_checks import first_malformed
+from nxm_export.graph.node_checks import malformed_nodes
 from nxm_export.graph.products import NotRead, Operand, name_of, operands
 from nxm_export.graph.sparse_tensors import densify
 from nxm_export.graph.weight_codes import Codes, Origins, dequantized, origins_of, scaled_by_operator, type_name
@@ -151,7 +151,7 @@ def load_graph(file: str | Path) -> ir.Model:
         raise ArtifactError(
             f"{file}: not a readable ONNX model ({_first_line(error)}); it is truncated, or another format"
         ) from error
-    malformed = first_malformed(model)
+    malformed = next(malformed_nodes(model), None)
     if malformed is not None:
         raise ArtifactError(f"{file}: {malformed}: no runtime can run that; export it again")
     return model

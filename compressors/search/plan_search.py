@@ -32,7 +32,7 @@ from compressors.training.output_divergence import divergence, real_logits
 from compressors.training.phases import Job, freeze_embeddings
 from compressors.training.resume import claimed, request_hash, take_ownership
 from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
-from compressors.training.trainer import collate, schedule, steps_of, wants_bf16
+from compressors.training.trainer import collate, require_counted_alike, schedule, steps_of, wants_bf16
 from nxm_export.contract.checkpoint_metrics import finite
 from nxm_export.contract.families import size_of
 from nxm_export.contract.search_result import (
@@ -90,6 +90,7 @@ def search(
     held_out, rest = _cut(data.train, settings)
     data = replace(data, train=rest, dev=held_out)
     dense = load_model(source, kind).to(distributed.device())
+    require_counted_alike(dense, data, train)
     probe = SensitivityProbe(dense, source.family, source.config, kind.output_kind)
     batches = [_batches(part, data.pad_id, settings.batch_size) for part in (rest[: settings.samples], held_out)]
     selector = Selector(probe, source.config, settings, batches[0], batches[1], progress)

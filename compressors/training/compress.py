@@ -25,7 +25,7 @@ from compressors.settings import Settings
 from compressors.training.phases import Job, freeze_embeddings
 from compressors.training.resume import claimed, request_hash, take_ownership
 from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
-from compressors.training.trainer import Phase, PhaseData, predict, run_phase, steps_of
+from compressors.training.trainer import Phase, PhaseData, predict, require_counted_alike, run_phase, steps_of
 from nxm_export.contract.checkpoint import open_checkpoint, save_plan
 from nxm_export.contract.checkpoint_metrics import (
     METRICS_FILE,
@@ -41,7 +41,6 @@ from nxm_export.contract.pooling import read_pooling, write_pooling
 from nxm_export.contract.tasks import Task, task_named
 from nxm_export.contract.train_log import TRAIN_LOG_FILE
 from nxm_export.data.examples import Columns, group_array, label_array
-from nxm_export.data.label_order import ROWS, require_label_order
 from nxm_export.data.metrics import interval, metric_named, paired_interval
 from nxm_export.errors import DataError
 from nxm_export.hf.model_loading import quiet_transformers
@@ -106,7 +105,7 @@ def finetune(
         raise DataError(
             f"{model}: task {task} has no loss to train a dense model by; train it with sentence-transformers first"
         )
-    _require_label_order(network, data, dev)
+    require_counted_alike(network, data, dev)
     with claimed(result.directory, result.work_dir) as scratch:
         steps = 0
         if further or not fits:
@@ -159,7 +158,7 @@ def compress(
     tokenizer = load_tokenizer(source)
     data = read_task_data(source, TaskDataRequest(kind, train, dev, columns, train_limit), tokenizer, settings)
     if data.numbered:
-        _require_label_order(load_model(source, kind), data, dev)
+        require_counted_alike(load_model(source, kind), data, dev)
     with claimed(result.directory, result.work_dir) as scratch:
         _take_ownership(result.work_dir, source, data, settings, plan)
         job = Job(source, data, plan, settings, result.work_dir, progress)
@@ -188,13 +187,6 @@ def _require_trainable(source: ModelSource, task: Task, settings: Settings, name
         raise DataError(
             f"{name} has no {task.name} head; fine-tune it first (`nxm compress` and `nxm run` do so by themselves)"
         )
-
-
-def _require_label_order(model: nn.Module, data: TaskData, source: str) -> None:
-    """Raise `DataError` where labels are numbers that cannot be those of the head's classes."""
-    if data.numbered:
-        first = data.dev[:ROWS]
-        require_label_order(predict(model, first, data.pad_id), label_array(first), data.classes or (), source)
 
 
 def _take_ownership(

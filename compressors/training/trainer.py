@@ -38,8 +38,10 @@ from compressors.training.callbacks import (
     ProgressCallback,
 )
 from compressors.training.distillation import Student
+from compressors.training.task_data import TaskData
 from nxm_export.contract.train_log import TRAIN_LOG_FILE
 from nxm_export.data.examples import Features, filled, label_array, pad, sorted_batches
+from nxm_export.data.label_order import ROWS, require_label_order
 from nxm_export.data.token_labels import training_labels
 from nxm_export.errors import DataError
 from nxm_export.hf.model_loading import quiet_log
@@ -272,6 +274,14 @@ def predict(
             progress(number + 1, len(batches))
     model.train(was_training)
     return filled([logits for _, logits in sorted(logits_by_sample, key=lambda item: item[0])], 0.0)
+
+
+def require_counted_alike(model: nn.Module, data: TaskData, source: str) -> None:
+    """Raise `DataError` where labels are numbers that cannot be those of the classes of `model`, by the first samples
+    of dev."""
+    if data.numbered:
+        first = data.dev[:ROWS]
+        require_label_order(predict(model, first, data.pad_id), label_array(first), data.classes or (), source)
 
 
 @torch.no_grad()

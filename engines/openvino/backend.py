@@ -89,17 +89,17 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     """
     _require_runtime()
     from nxm_export.graph.external_data import has_external_data, save_in_one_file
-    from nxm_export.graph.graph_weights import load_graph
+    from nxm_export.graph.graph_weights import load_graph, sparse_tensors
     from nxm_export.graph.verifier import embedded_plan
 
     onnx = Path(onnx)
     model = load_graph(onnx)
-    if has_external_data(model):
+    if has_external_data(model) or sparse_tensors(model):  # it reads neither
         save_in_one_file(model, out / ENGINE_FILE, onnx)
     else:
         shutil.copyfile(onnx, out / ENGINE_FILE)
     copy_companions(onnx.parent, out)
-    compiled = _compile(out / ENGINE_FILE, (out / ENGINE_FILE).read_bytes(), options.threads)
+    compiled = _compile(onnx, (out / ENGINE_FILE).read_bytes(), options.threads)
     plan = embedded_plan(model, str(onnx))
     planned = [name for name, spec in plan.weights.items() if spec.weight_bits] if plan else []
     integer, in_float = _split(planned, products(compiled))
@@ -167,7 +167,7 @@ class OpenVinoEngine(Closing):
                 for index, name in enumerate(self.outputs)
             }
         except RuntimeError as error:
-            raise EngineError(f"{self.directory}: OpenVINO failed: {error}") from error
+            raise EngineError(f"{self.directory}: OpenVINO failed: {_in_a_line(error)}") from error
 
     def close(self) -> None:
         """Drop the request and with it the model."""
@@ -250,8 +250,15 @@ def _compile(file: Path, model: bytes, threads: int | None) -> CompiledModel:
     try:
         compiled: CompiledModel = core.compile_model(core.read_model(model, b""), "CPU", settings(threads))
     except RuntimeError as error:
-        raise EngineError(f"{file}: OpenVINO cannot load it: {error}") from error
+        raise EngineError(f"{file}: OpenVINO cannot load it: {_in_a_line(error)}") from error
     return compiled
+
+
+def _in_a_line(error: RuntimeError) -> str:
+    """OpenVINO's words without the places in its source that they come from."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
+    return "; ".join(said or lines)
 
 
 def _bindings(ports: Sequence[Port], names: Collection[str | None]) -> tuple[Binding, ...]:

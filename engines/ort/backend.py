@@ -102,7 +102,10 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     save_in_one_file(model, out / ENGINE_FILE, onnx)
     copy_companions(onnx.parent, out)
     # What it would refuse on every start, it refuses here.
-    session = open_session(out / ENGINE_FILE, options.threads, SLOW_FUSIONS)
+    try:
+        session = open_session(out / ENGINE_FILE, options.threads, SLOW_FUSIONS)
+    except EngineError as error:  # of the file that was given, not of the one that goes again
+        raise EngineError(str(error).replace(str(out / ENGINE_FILE), str(onnx))) from error
     facts = BuildFacts(
         device=cpu_device(),
         requires={},  # ONNX files run on any machine and version

@@ -232,6 +232,8 @@ class Service:
         """Headers and body of the answer to a request whose first byte came at `began`."""
         endpoint.model.require_serving()
         queue, limits = endpoint.model.queue, self.limits
+        if time.monotonic() > began + limits.timeout:
+            raise _late(limits.timeout)
         coding = coding_of(", ".join(request.headers.getlist("content-encoding")))
         length = request.headers.get(HEADER_LENGTH)
 
@@ -245,7 +247,9 @@ class Service:
                 try:
                     return prepare()
                 except RequestRefused as error:  # what it refers to is let go of, before the collector sees it
-                    refused = RequestRefused(error.status, str(error), retry_after=error.retry_after)
+                    refused = RequestRefused(
+                        error.status, str(error), retry_after=error.retry_after, reason=error.reason
+                    )
             raise refused
 
         loop = asyncio.get_running_loop()
@@ -517,7 +521,11 @@ def _expire_at(deadline: float, done: asyncio.Future[None], timeout: float) -> a
 
 def _expire(done: asyncio.Future[None], timeout: float) -> None:
     if not done.done():
-        done.set_exception(RequestRefused(504, f"no result within {timeout:g} seconds"))
+        done.set_exception(_late(timeout))
+
+
+def _late(timeout: float) -> RequestRefused:
+    return RequestRefused(504, f"no result within {timeout:g} seconds")
 
 
 async def _watch(receive: Receive, done: asyncio.Future[None]) -> None:

@@ -43,7 +43,7 @@ class Metrics:
         self._requests = made(Counter, "requests", "Inference requests answered, by HTTP status.", (*model, "code"))
         self._rejected = made(Counter, "rejected", "Inference requests not answered with a result.", (*model, "reason"))
         self._queue = histogram("queue_seconds", "Time that a request waited for its batch.", _SECONDS)
-        self._request = histogram("request_seconds", "Time from body read to answer.", _SECONDS)
+        self._request = histogram("request_seconds", "Time from the first byte of a request to its answer.", _SECONDS)
         self._compute = histogram("compute_seconds", "Time of a batch in the engine.", _SECONDS)
         self._rows = histogram("batch_rows", "Rows of requests in a batch.", _ROWS)
         self._padding = histogram("batch_padding_ratio", "Share of a batch's tokens that is padding.", _SHARES)

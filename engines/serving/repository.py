@@ -223,13 +223,13 @@ class Repository:
 
 
 def require_distinct_names(sources: Sequence[EngineSource], suffixes: Sequence[str], *, folded: bool = False) -> None:
-    """Raise `ServeError` if two models have one name: their own, or with one of `suffixes` that of a part of them.
+    """Raise `ServeError` if two models need one name: their own, or with one of `suffixes` that of a part of theirs.
 
     No version makes that right: whoever asks for the highest one would get this or that. `folded` names become
     directories, and some file systems take A for a.
     """
     owners: dict[str, str] = {}
-    for name in dict.fromkeys(source.name for source in sources):
+    for name in sorted({source.name for source in sources}):
         for suffix in ("", *suffixes):
             full = name + suffix
             owner = owners.setdefault(full.lower() if folded else full, name)

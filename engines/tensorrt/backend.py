@@ -67,12 +67,12 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     """
     from nxm_export.graph.graph_weights import load_graph
     from nxm_export.graph.tensorrt_parser import parser_of, require_read_right
-    from nxm_export.graph.verifier import verify
+    from nxm_export.graph.verifier import verify_model
 
     onnx = Path(onnx)
     trt, device = _runtime(), device_facts()
     model = load_graph(onnx)
-    verify(onnx).require()
+    verify_model(model, str(onnx)).require()
     _require_typing(model, trt.__version__, onnx)
     require_read_right(model, parser_of(NAME, trt.__version__), str(onnx))
     profiles = profiles_for(options.profiles, onnx.parent, graph_inputs(model))

@@ -71,11 +71,11 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     _require_installed()
     from nxm_export.graph.graph_weights import load_graph
     from nxm_export.graph.tensorrt_parser import parser_of, require_read_right
-    from nxm_export.graph.verifier import verify
+    from nxm_export.graph.verifier import verify_model
 
     onnx = Path(onnx)
     model = load_graph(onnx)
-    verify(onnx).require()
+    verify_model(model, str(onnx)).require()
     require_read_right(model, parser_of(NAME, version(PACKAGE)), str(onnx))
     if options.build_route is not None:
         raise EngineError("TensorRT-RTX has no build routes; leave --build-route out, or build with --backend trt")

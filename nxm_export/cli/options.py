@@ -126,7 +126,11 @@ LABEL_MAP_OPTION = click.option(
 )
 DATA_OPTIONS = options(
     click.option("--task", type=click.Choice(list(TASKS)), default=TASK, show_default=True),
-    click.option("--train", metavar="FILE", help="TSV, CSV, JSONL, Parquet, CoNLL or SQuAD JSON, or a GLUE task name."),
+    click.option(
+        "--train",
+        metavar="FILE",
+        help="TSV, CSV, JSON, Parquet, CoNLL or SQuAD, packed (.gz) or not, or a GLUE task name.",
+    ),
     click.option("--dev", metavar="FILE", help="Held-out data, or the same GLUE task name."),
     click.option("--text", help="Column of the text.  [default: sentence, sentence1, text, ...]"),
     click.option("--text-pair", help="Column of the second text.  [default: sentence2, if there is one]"),

@@ -159,7 +159,10 @@ def stored_array(value: ir.Value) -> np.ndarray | None:
     """
     try:
         tensor = ir.convenience.get_const_tensor(value)
-        return None if tensor is None else np.asarray(tensor.numpy())
+        if tensor is None:
+            return None
+        _require_whole(tensor)
+        return np.asarray(tensor.numpy())
     except Exception as error:  # data in another file, or of another size than the shape says
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ArtifactError(
@@ -174,6 +177,19 @@ def plain(array: np.ndarray) -> np.ndarray:
         return array
     name = array.dtype.name
     return array.astype(np.int8 if name.startswith("int") else np.uint8 if name.startswith("uint") else np.float32)
+
+
+def _require_whole(tensor: ir.TensorProtocol) -> None:
+    """Raise `ValueError` when a tensor of 2 or 4 bits holds less than its shape says: onnx_ir would read the rest as
+    zeros, which look like a pattern."""
+    if tensor.dtype.bitwidth >= 8:
+        return
+    needed = -(-tensor.size * tensor.dtype.bitwidth // 8)
+    proto = tensor.raw if isinstance(tensor, ir.serde.TensorProtoTensor) else None
+    packed = proto is not None and not proto.HasField("raw_data")  # one byte in each number of int32_data
+    stored = len(proto.int32_data) if proto is not None and packed else len(tensor.tobytes())
+    if stored < needed:
+        raise ValueError(f"{stored} bytes, and its shape needs {needed}")
 
 
 def _evaluated(node: ir.Node, inputs: Sequence[np.ndarray | None], opsets: Mapping[str, int]) -> list[np.ndarray]:

@@ -24,7 +24,7 @@ from nxm_export.contract.plan import NMPattern
 from nxm_export.errors import ArtifactError, NxmError
 from nxm_export.graph.constant_values import ConstantValues, NotComputed, plain, stored_array
 from nxm_export.graph.dependence import Dependence
-from nxm_export.graph.node_checks import first_malformed
+from nxm_export.graph.node_checks import malformed_nodes
 from nxm_export.graph.products import NotRead, Operand, name_of, operands
 from nxm_export.graph.sparse_tensors import densify
 from nxm_export.graph.weight_codes import Codes, Origins, dequantized, origins_of, scaled_by_operator, type_name
@@ -133,7 +133,7 @@ def parameter_of(name: str) -> str:
 
 def load_graph(file: str | Path) -> ir.Model:
     """Read an ONNX file, its local functions inlined and its sparse tensors made dense (`sparse_tensors` names them);
-    raises `ArtifactError` when it is missing, truncated or not ONNX."""
+    raises `ArtifactError` when it is missing, truncated or not ONNX, or has nodes that nothing can run."""
     import onnx_ir.passes.common as passes
 
     file = Path(file)
@@ -147,14 +147,14 @@ def load_graph(file: str | Path) -> ir.Model:
             raise ValueError("no nodes, or no opset")
         if model.functions:
             passes.InlinePass()(model)
-        malformed = first_malformed(model)
-        if malformed is not None:
-            raise ValueError(malformed)
-        return model
     except Exception as error:  # protobuf, external data and IR errors come as many types
         raise ArtifactError(
             f"{file}: not a readable ONNX model ({_first_line(error)}); it is truncated, or another format"
         ) from error
+    malformed = next(malformed_nodes(model), None)
+    if malformed is not None:
+        raise ArtifactError(f"{file}: {malformed}: no runtime can run that; export it again")
+    return model
 
 
 def _loaded(file: Path) -> ir.Model:

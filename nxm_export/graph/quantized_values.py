@@ -33,14 +33,18 @@ def values_behind(value: ir.Value | None, through: tuple[str, ...]) -> Iterator[
 def codes_type(value: ir.Value | None) -> str | None:
     """ONNX's name of the element type of a value (``INT8``), where the graph says it; for a QuantizeLinear the type
     that ONNX means by its zero point, its ``output_dtype``, or the absence of both (UINT8)."""
+    quantizer = quantizer_behind(value)
+    return _declared_type(value) or (None if quantizer is None else _quantized_type(quantizer))
+
+
+def _declared_type(value: ir.Value | None) -> str | None:
+    """The element type of a value that the file itself or a Cast states."""
     for moved in values_behind(value, (*MOVES, *_PARTS)):
         if moved.dtype is not None:
             return moved.dtype.name
         tensor, node = ir.convenience.get_const_tensor(moved), moved.producer()
         if tensor is not None:
             return tensor.dtype.name
-        if node is not None and node.op_type == "QuantizeLinear":
-            return _quantized_type(node)
         if node is not None and node.op_type == "Cast" and "to" in node.attributes:
             return ir.DataType(node.attributes["to"].as_int()).name
     return None
@@ -130,7 +134,7 @@ def _quantize_alike(ends: list[ir.Node]) -> bool:
 def _quantized_type(node: ir.Node) -> str:
     zero = node.inputs[2] if len(node.inputs) > 2 else None
     given = node.attributes["output_dtype"].as_int() if "output_dtype" in node.attributes else 0
-    return (codes_type(zero) if zero is not None else None) or (ir.DataType(given).name if given else "UINT8")
+    return _declared_type(zero) or (ir.DataType(given).name if given else "UINT8")
 
 
 def _is_tanh(node: ir.Node) -> bool:

@@ -274,8 +274,8 @@ def _check_activation(node: ir.Node) -> Iterator[str]:
     else:
         yield from (f"{name_of(node)}: its scale {problem}" for problem in _scale_problems(scale))
     if zero is not None and np.any(zero):
-        value = int(zero.reshape(-1)[0])
-        yield f"{name_of(node)}: zero point {value} is not 0, and TensorRT refuses asymmetric activations"
+        value = zero.reshape(-1)[0]  # a float in a file of somebody else
+        yield f"{name_of(node)}: zero point {value:g} is not 0, and TensorRT refuses asymmetric activations"
 
 
 def _operands(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:

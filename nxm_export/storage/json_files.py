@@ -44,11 +44,9 @@ def parse_json(
     """The value of a JSON text; one that JSON does not allow, or that names a key twice, is an `error` with `source`
     and `way_out`, and so is half a surrogate pair. A `foreign` text, one of others, may hold those, NaN, infinity and
     numbers that are too large for one."""
-    constant, number, integer = (float, float, int) if foreign else (_no_constant, _finite_float, _machine_integer)
+    decoder = _FOREIGN if foreign else _STRICT if _LARGE_NUMBER.search(text) else _FAST
     try:
-        value = json.loads(
-            text, object_pairs_hook=_unique_keys, parse_constant=constant, parse_float=number, parse_int=integer
-        )
+        value = decoder.decode(text)
         _require_shallow(value)
         if not foreign:
             _require_characters(text, value)
@@ -283,6 +281,15 @@ def _machine_integer(text: str) -> int:
     return number
 
 
+# Where no number can be too large, none is handed to a function: that takes most of the time of a long list.
+_LARGE_NUMBER = re.compile(r"[0-9]{19}|[eE][+]?[0-9]{2}")
+_STRICT = json.JSONDecoder(
+    object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite_float, parse_int=_machine_integer
+)
+_FAST = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+_FOREIGN = json.JSONDecoder(object_pairs_hook=_unique_keys)
+
+
 def _require_characters(text: str, value: object) -> None:
     """Refuse half a surrogate pair, which JSON can write and no file or terminal can."""
     if not _SURROGATE.search(text):
@@ -296,13 +303,13 @@ def _require_characters(text: str, value: object) -> None:
 def _require_shallow(value: object) -> None:
     level, depth = [value], 0
     while level:
-        if depth > _DEEPEST:
+        if depth >= _DEEPEST:
             raise ValueError(f"nested more than {_DEEPEST} deep")
         level = [
             item
             for entry in level
-            if isinstance(entry, (dict, list))
-            for item in (entry.values() if isinstance(entry, dict) else entry)
+            for item in (entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list) else ())
+            if type(item) is list or type(item) is dict
         ]
         depth += 1
 

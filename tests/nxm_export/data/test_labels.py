@@ -47,7 +47,7 @@ def texts(*labels: Any, key: str = "label") -> list[dict[str, Any]]:
 
 
 class TestNumbers:
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=30, deadline=None)
     @given(rows=st.lists(st.lists(st.integers(0, len(TAGS) - 1), min_size=1, max_size=6), min_size=1, max_size=5))
     def test_tags_as_numbers_score_as_their_names_do(
         self, tmp_path_factory: pytest.TempPathFactory, rows: list[list[int]]
@@ -200,7 +200,7 @@ class TestErasedTokens:
         assert metric_named("entity_f1", TAGS)(logits, labels) == expected
         assert training_labels(labels, 6).tolist() == [[NO_LABEL, 1, 4, NO_LABEL, NO_LABEL, NO_LABEL]]
 
-    @settings(max_examples=80, deadline=None)
+    @settings(max_examples=40, deadline=None)
     @given(
         sentence=st.lists(
             st.tuples(st.sampled_from(["a", "film", "\u200b", "\u00a0", "the\u200bplot"]), st.integers(0, 4)),
@@ -236,7 +236,7 @@ class TestErasedTokens:
 
 
 class TestSchemes:
-    @settings(max_examples=80, deadline=None)
+    @settings(max_examples=40, deadline=None)
     @given(parts=st.lists(st.tuples(st.sampled_from([None, "PER", "LOC"]), st.integers(1, 3)), min_size=1, max_size=6))
     def test_bilou_bioes_and_bio_mark_the_same_entities(
         self, tmp_path_factory: pytest.TempPathFactory, parts: list[tuple[str | None, int]]

@@ -113,3 +113,22 @@ def test_a_file_that_only_lies_beside_is_nobody_s_business(tmp_path: Path) -> No
             build_engine(file, tmp_path / name, name)
         except NxmError as error:
             pytest.fail(str(error))
+
+
+def test_a_sparse_initializer_is_stored_dense(tmp_path: Path) -> None:
+    """Which OpenVINO does not read."""
+    values, at = np.array([2.0, 3.0], np.float32), np.array([0, 5], np.int64)  # of 2 x 3
+    sparse = helper.make_sparse_tensor(numpy_helper.from_array(values, "w"), numpy_helper.from_array(at, "at"), [2, 3])
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", 2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b", 3])],
+        sparse_initializer=[sparse],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "net.onnx")
+    for name in BACKENDS:
+        build_engine(tmp_path / "net.onnx", tmp_path / name, name)
+        with backend(name).load(tmp_path / name) as engine:
+            np.testing.assert_array_equal(engine.run({"x": np.ones((1, 2), np.float32)})["y"], [[2.0, 0.0, 3.0]])

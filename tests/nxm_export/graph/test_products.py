@@ -362,14 +362,15 @@ def test_doctor_calls_no_part_of_a_weight_ready_and_tells_the_products_of_one_we
 @pytest.mark.parametrize(
     ("nodes", "message"),
     [
-        ("y = Transpose <perm = 1>(w)", r"node Transpose \(Transpose\) has an attribute perm of type INT"),
-        ("y = Gather <axis = 1.5>(w, x)", "attribute axis of type FLOAT, and it must be INT"),
+        ("y = Transpose <perm = 1>(w)", r"\(Transpose\) has perm of type INT, which is INTS"),
+        ("y = Gather <axis = 1.5>(w, x)", "has axis of type FLOAT, which is INT"),
         ("y = Cast(w)", "has no attribute to"),
-        ("y = Cast <to = 77>(w)", "names the type 77, which ONNX does not have"),
-        ("y = MatMul(w)", "has no input B"),
-        ("y = Concat <axis = 0>()", "has 0 inputs, and needs 1"),
-        ("y = Constant()", "has 0 attributes"),
-        ("y = com.microsoft.DequantizeLinear(w)", "has no input x_scale"),
+        ("y = Cast <to = 77>(w)", "has to 77, and there is no such element type"),
+        ("y = MatMul(w)", "has 1 inputs and needs 2"),
+        ("y = Concat <axis = 0>()", "has 0 inputs and needs 1"),
+        ("y = Constant()", "has the attributes none"),
+        ("y, z = Identity(w)", "has 2 outputs, and its operator has 1"),
+        ("y = com.microsoft.DequantizeLinear(w)", "has 1 inputs and needs 2"),
     ],
 )
 def test_a_malformed_node_is_refused_when_the_file_is_read(nodes: str, message: str, tmp_path: Path) -> None:

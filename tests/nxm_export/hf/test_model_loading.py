@@ -17,6 +17,7 @@ from nxm_export.errors import ArtifactError
 from nxm_export.hf.model_loading import load_task_model
 from nxm_export.hf.protocols import AutoClass
 from tests.support import tiny
+from tests.support.variants import variants
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,11 @@ def with_copy(old: str, new: str) -> Callable[[Weights], Weights]:
 
 
 @pytest.mark.parametrize(
-    ("family", "head"), [(family, "classification") for family in tiny.FAMILIES] + [("bert", None)]
+    ("family", "head"),
+    variants(
+        [*((family, "classification") for family in tiny.FAMILIES), ("bert", None)],
+        (("bert", "classification"), ("albert", "classification"), ("bert", None)),
+    ),
 )
 @pytest.mark.parametrize(
     ("old", "new"),

@@ -283,3 +283,24 @@ def test_half_a_surrogate_pair_is_refused(text: str) -> None:
 
 def test_a_whole_surrogate_pair_is_one_character() -> None:
     assert parse_json('"\\ud83d\\ude00 \\\\ud800"', "a.json", "write it again", ArtifactError) == "\U0001f600 \\ud800"
+
+
+@given(
+    st.lists(
+        st.integers(-(2**70), 2**70).map(str)
+        | st.integers(2**63 - 3, 2**63 + 3).map(str)
+        | st.floats(allow_nan=False, allow_infinity=False).map(repr)
+        | st.from_regex(r"-?(0|[1-9][0-9]{0,25})(\.[0-9]{1,25})?([eE][+-]?[0-9]{1,4})?", fullmatch=True),
+        max_size=4,
+    )
+)
+def test_a_number_is_refused_exactly_where_it_is_too_large(numbers: list[str]) -> None:
+    """Whichever of the two decoders is taken: the fast one is for texts without a large number."""
+    text = "[" + ", ".join(numbers) + "]"
+    values = json.loads(text)
+    fits = [math.isfinite(v) if isinstance(v, float) else -(2**63) <= v < 2**63 for v in values]
+    if all(fits):
+        assert parse_json(text, "here", "there", ArtifactError) == values
+    else:
+        with pytest.raises(ArtifactError, match="too large"):
+            parse_json(text, "here", "there", ArtifactError)

@@ -18,7 +18,7 @@ from nxm_export.errors import ArtifactError, ParityError, ServeError
 def admitted(directory: Path, gate: str = GATE, expect_sha256: Collection[str] = ()) -> EnginePassport:
     """The passport of an engine directory that may answer.
 
-    Its files are not looked at here: `load_spec`, `load_tokenizer` and `read_engine` of the passport hash what they
+    Its files are not looked at here: `covered_spec`, `covered_tokenizer` and `read_engine` hash what they
     read.
     Raises `ArtifactError` without a passport, `ServeError` for a hash that was not expected and for an unknown gate,
     `ParityError` for a parity that is not good enough for `gate` (one of `GATES`).

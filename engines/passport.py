@@ -220,16 +220,6 @@ class EnginePassport:
         for name in COMPANIONS if self.companions is not None else ():
             self._require_companion(name, companion_hash(directory / name), directory / name)
 
-    def load_spec(self, directory: Path) -> IOSpec:
-        """``spec.json`` beside the engine, hashed as it is read; raises `ArtifactError`."""
-        text = self.read_companion(directory, SPEC_FILE)
-        return load_spec(directory) if text is None else parse_spec(text, directory / SPEC_FILE)
-
-    def load_tokenizer(self, directory: Path) -> Tokenizer:
-        """The tokenizer beside the engine, hashed as it is read; raises `ArtifactError`."""
-        text = self.read_companion(directory, TOKENIZER_FILE)
-        return load_tokenizer(directory) if text is None else parse_tokenizer(text, directory / TOKENIZER_FILE)
-
     def read_companion(self, directory: Path, name: str) -> str | None:
         """The text of one of `COMPANIONS`, hashed as it is read; None where the engine has none.
 
@@ -308,6 +298,18 @@ class EnginePassport:
         if route:
             parts += ["--build-route", f"'{route}'"]
         return " ".join([*parts, "--out", "ENGINE_DIR"])
+
+
+def covered_spec(directory: Path, passport: EnginePassport) -> IOSpec:
+    """``spec.json`` beside an engine, hashed as it is read; raises `ArtifactError`."""
+    text = passport.read_companion(directory, SPEC_FILE)
+    return load_spec(directory) if text is None else parse_spec(text, directory / SPEC_FILE)
+
+
+def covered_tokenizer(directory: Path, passport: EnginePassport) -> Tokenizer:
+    """The tokenizer beside an engine, hashed as it is read; raises `ArtifactError`."""
+    text = passport.read_companion(directory, TOKENIZER_FILE)
+    return load_tokenizer(directory) if text is None else parse_tokenizer(text, directory / TOKENIZER_FILE)
 
 
 def companion_hash(file: Path) -> str | None:

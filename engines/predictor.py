@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from engines.admission import admitted
 from engines.base import Engine, LoadOptions, Profile, backend
+from engines.passport import covered_spec, covered_tokenizer
 from engines.serving.shapes import plan_buckets
 from nxm_export.contract.choices import GATE
 from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
@@ -84,9 +85,9 @@ class Predictor:
         self.shortened = 0
         passport = admitted(self.directory, gate, expect_sha256)
         passport.notice_coverage(self.directory)
-        self.spec: IOSpec = passport.load_spec(self.directory)
+        self.spec: IOSpec = covered_spec(self.directory, passport)
         self._task = TASKS[self.spec.task]
-        self._tokenizer = passport.load_tokenizer(self.directory)
+        self._tokenizer = covered_tokenizer(self.directory, passport)
         self._profiles: Sequence[Profile] = passport.profiles
         self._engine: Engine = backend(passport.backend).load(self.directory, LoadOptions(threads))
 

@@ -58,7 +58,7 @@ from engines.parity.tolerance import (
     floor,
     largest,
 )
-from engines.passport import EnginePassport, load_passport
+from engines.passport import EnginePassport, covered_spec, load_passport
 from engines.reference import pytorch
 from engines.reference.pytorch import Perturbation
 from nxm_export.contract.io_spec import IOSpec
@@ -197,7 +197,7 @@ class Part:
 def open_part(checkpoint: Path, directory: Path) -> Part:
     """An engine directory, checked against its checkpoint; raises `ArtifactError`."""
     passport = load_passport(directory)
-    spec = passport.load_spec(directory)
+    spec = covered_spec(directory, passport)
     plan = plan_of(checkpoint, directory, passport)
     require_from(checkpoint, directory, passport, spec)
     return Part(directory, passport, spec, plan)

@@ -19,7 +19,7 @@ import numpy as np
 
 from engines.admission import admitted
 from engines.base import Engine, LoadOptions, backend
-from engines.passport import EnginePassport
+from engines.passport import EnginePassport, covered_spec, covered_tokenizer
 from engines.serving.batching import BatchQueue, Deliver, Limits, Observer, run_worker
 from engines.serving.protocol import InferRequest, TensorSpec
 from engines.serving.settings import ModelOptions
@@ -81,7 +81,7 @@ class Model:
     ) -> None:
         self.name, self.version, self.directory = name, version, directory
         self.passport = passport
-        self.spec = passport.load_spec(directory)
+        self.spec = covered_spec(directory, passport)
         self.buckets = plan_buckets(self.spec.max_length, options.max_batch, passport.profiles, options.lengths)
         merge = options.max_batch if options.merge is None else options.merge
         self.queue = BatchQueue(self.buckets, Limits(options.max_queue, options.max_delay, merge))
@@ -104,7 +104,7 @@ class Model:
         outputs = tuple(TensorSpec(name, "FP32", shapes[name]) for name in self.spec.outputs)
         self.endpoints = [Endpoint(name, self, inputs, outputs)]
         if options.text:
-            text_frontend = TextFrontend(passport.load_tokenizer(directory), self.spec, self.buckets.longest.length)
+            text_frontend = TextFrontend(covered_tokenizer(directory, passport), self.spec, self.buckets.longest.length)
             self.endpoints.append(
                 Endpoint(
                     name + TEXT_SUFFIX, self, text_frontend.inputs, (*outputs, *text_frontend.outputs), text_frontend

@@ -17,7 +17,7 @@ from pathlib import Path
 from engines.admission import admitted, require_gate
 from engines.base import COMPANIONS
 from engines.parity.reports import PARITY_FILE
-from engines.passport import PASSPORT_FILE, load_passport
+from engines.passport import PASSPORT_FILE, covered_spec, load_passport
 from engines.serving.model import TEXT_SUFFIX, Endpoint, Model, open_model
 from engines.serving.settings import ModelOptions
 from nxm_export.errors import NxmError, ParityError, RequestRefused, ServeError
@@ -99,7 +99,7 @@ class Repository:
         self._require_distinct_names()
         for source in self._sources.values():
             passport = admitted(source.directory, self._options.gate, self._options.expect_sha256)
-            passport.load_spec(source.directory)
+            covered_spec(source.directory, passport)
 
     def _require_distinct_names(self) -> None:
         if self._options.text:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from engines.admission import admitted
 from engines.ort.session_levels import SessionLevel, closest_level
-from engines.passport import EnginePassport, PlanSummary, companion_hashes
+from engines.passport import EnginePassport, PlanSummary, companion_hashes, covered_spec
 from engines.serving import long_texts
 from engines.serving.model import require_labelled
 from engines.serving.repository import EngineSource, require_distinct_names
@@ -153,7 +153,7 @@ def _model_of(name: str, sources: Sequence[EngineSource], options: TritonOptions
                     f"{name}: {directory} has other labels or another tokenizer than {directories[0]}; build all of "
                     "them from one graph directory"
                 )
-    spec = first.load_spec(directories[0])
+    spec = covered_spec(directories[0], first)
     session = closest_level(directories[0], first, spec) if first.backend == "ort" else None
     return _Model(name, directories, passports, spec, session)
 

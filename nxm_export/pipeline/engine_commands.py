@@ -413,18 +413,18 @@ class _LabelledTexts:
 
 def _labelled_texts(directory: Path, data: str, columns: Columns, limit: int) -> _LabelledTexts:
     """A data file, read with the tokenizer and labels of a graph or engine directory."""
-    from engines.passport import PASSPORT_FILE, load_passport
+    from engines.passport import PASSPORT_FILE, covered_spec, covered_tokenizer, load_passport
     from nxm_export.contract.tasks import TASKS
     from nxm_export.data.examples import load_tokenizer
     from nxm_export.data.label_kinds import classes_of, labelled, load_labelled
 
     passport = load_passport(directory) if (directory / PASSPORT_FILE).is_file() else None
-    spec = load_spec(directory) if passport is None else passport.load_spec(directory)
+    spec = load_spec(directory) if passport is None else covered_spec(directory, passport)
     task = TASKS[spec.task]
     raw = load_labelled(data, "dev", columns, task)
     classes = classes_of(raw, task, spec.labels)
     numbered = classes is not None and classes.numbered
-    tokenizer = load_tokenizer(directory) if passport is None else passport.load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory) if passport is None else covered_tokenizer(directory, passport)
     length = min(limit, spec.max_length)
     return _LabelledTexts(labelled(raw, task, classes), tokenizer, length, spec.inputs, numbered)
 

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from engines.admission import admitted, gate_state
-from engines.passport import load_passport
+from engines.passport import covered_spec, covered_tokenizer, load_passport
 from engines.predictor import Predictor
 from engines.serving.model import open_model
 from engines.serving.repository import EngineSource
@@ -188,10 +188,10 @@ def test_labels_that_change_between_the_check_and_the_reading_are_noticed(
     passport.require_here(copy, {})
     swap_labels(copy)
     with pytest.raises(NxmError, match="built with"):
-        passport.load_spec(copy)
+        covered_spec(copy, passport)
     other_tokenizer(copy)
     with pytest.raises(NxmError, match="built with"):
-        passport.load_tokenizer(copy)
+        covered_tokenizer(copy, passport)
 
 
 @pytest.mark.parametrize("answer", [served, handed_over], ids=["serve", "triton"])

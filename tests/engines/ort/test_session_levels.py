@@ -14,7 +14,7 @@ from engines.base import LoadOptions
 from engines.ort import backend as ort
 from engines.ort.backend import ENGINE_FILE, open_session
 from engines.ort.session_levels import ALL, BASIC, SessionLevel, closest_level
-from engines.passport import EnginePassport, load_passport
+from engines.passport import EnginePassport, covered_spec, load_passport
 from nxm_export.contract.io_spec import IOSpec
 from tests.support import baked
 from tests.support.variants import variants
@@ -24,7 +24,7 @@ FAMILIES = variants(("bert", "roberta", "distilbert", "electra", "albert"), ("be
 
 def opened(directory: Path) -> tuple[EnginePassport, IOSpec]:
     passport = load_passport(directory)
-    return passport, passport.load_spec(directory)
+    return passport, covered_spec(directory, passport)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -67,8 +67,6 @@ NO_TYPES = {"P_co", "functions"}
 INSIDE = {
     ("EnginePassport", "issue"),
     ("EnginePassport", "tensors"),
-    ("EnginePassport", "load_spec"),
-    ("EnginePassport", "load_tokenizer"),
     ("DenseMetrics", "of"),
     ("CompressionMetrics", "of"),
 }

@@ -169,8 +169,8 @@ def compress(
         metrics = CompressionMetrics.of(
             _scores(logits, data),
             facts,
-            table_drop=None if cost is None else cost.drop,
-            table_drop_interval=None if cost is None else cost.interval,
+            embedding_table_drop=None if cost is None else cost.drop,
+            embedding_table_drop_interval=None if cost is None else cost.interval,
         )
         scales = bake(student, job.plan)
         _save(student, tokenizer, source, scratch, result, metrics, logits, data, (job.plan, scales))

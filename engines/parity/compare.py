@@ -43,7 +43,7 @@ from engines.parity.decisions import (
     nonfinite_values,
     spread,
 )
-from engines.parity.gates import Gate, check_gate, table_drop
+from engines.parity.gates import Gate, check_gate, embedding_table_drop
 from engines.parity.probes import Expected, Loaded, ProbeResult, finite_probe, probe, probe_samples
 from engines.parity.reports import PARITY_FILE, Comparison, ParityReport, Skipped, report_text, verdict
 from engines.parity.tolerance import (
@@ -115,7 +115,9 @@ def compare_all(
     require_alike([(part.directory, part.spec) for part in parts])
     samples = _Samples(features, parts[0].spec, batch_size)
     _require_askable(gates, samples)
-    beforehand = {"table": table_drop(checkpoint)} if any(gate.quantity == "table" for gate in gates) else {}
+    beforehand = {}
+    if any(gate.quantity == "embedding_table" for gate in gates):
+        beforehand["embedding_table"] = embedding_table_drop(checkpoint)
     parts, skipped = _runnable(parts)
     references: dict[str, _Reference] = {}  # engines of one dtype and placement share it
     runs = []

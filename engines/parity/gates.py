@@ -6,8 +6,8 @@
 * ``flips<=0.5%``: at most that share of the samples changes its class.
 * ``max_abs<=0.1``: no value of any output differs by more.
 * ``cosine>=0.99``: no sample's embedding has a lower cosine with the checkpoint's.
-* ``table<=0.5``: what rounding the embedding table to INT8 cost, in points. The checkpoint has the rounded table, so no
-  comparison with it can tell; ``nxm compress`` measured it on its dev data, with all else equal.
+* ``embedding_table<=0.5``: what rounding the embedding table to INT8 cost, in points. The checkpoint has the rounded
+  table, so no comparison with it can tell; ``nxm compress`` measured it on its dev data, with all else equal.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ QUANTITIES = {
     "flips": "% of the samples with another class",
     "max_abs": "largest |difference| of any output",
     "cosine": "lowest cosine of a sample's embedding with the checkpoint's",
-    "table": "points of the task metric that rounding the embedding table cost, on the dev data of `nxm compress`",
+    "embedding_table": "points of the task metric that rounding the embedding table cost, on `nxm compress`'s dev data",
 }
 LEAST = ("cosine",)  # the more the better: a gate says at least
 _FORM = re.compile(r"\s*(\w+)(?:\((\w+)\))?\s*([<>]=)\s*([0-9.eE+-]+)\s*(%?)\s*")
@@ -34,8 +34,8 @@ _FORM = re.compile(r"\s*(\w+)(?:\((\w+)\))?\s*([<>]=)\s*([0-9.eE+-]+)\s*(%?)\s*"
 
 @dataclass(frozen=True)
 class Gate:
-    """``quantity <= limit`` (of `LEAST`: ``>=``); drop and table are in metric points, flips in percent, max_abs in the
-    output's own unit."""
+    """``quantity <= limit`` (of `LEAST`: ``>=``); drop and embedding_table are in metric points, flips in percent,
+    max_abs in the output's own unit."""
 
     quantity: str
     limit: float
@@ -69,7 +69,7 @@ def parse_gate(text: str) -> Gate:
     if match is None or match[1] not in QUANTITIES or (match[2] and match[1] != "drop"):
         raise EngineError(
             f"{text!r} is not a gate; write drop<=0.5 (metric points; of another metric drop(mcc)<=0.5), flips<=0.5%, "
-            "max_abs<=0.1, cosine>=0.99 or table<=0.5"
+            "max_abs<=0.1, cosine>=0.99 or embedding_table<=0.5"
         )
     quantity, metric, sign, number, percent = match.groups()
     if (sign == ">=") != (quantity in LEAST):
@@ -86,7 +86,7 @@ def parse_gate(text: str) -> Gate:
         unit = {
             "flips": "a share in percent: flips<=0.5%",
             "drop": "metric points: drop<=0.5",
-            "table": "metric points: table<=0.5",
+            "embedding_table": "metric points: embedding_table<=0.5",
             "cosine": "a number: cosine>=0.99",
         }
         raise EngineError(f"{text!r}: write {unit.get(quantity, 'the difference itself: max_abs<=0.1')}")
@@ -97,15 +97,15 @@ def parse_gate(text: str) -> Gate:
     return Gate(quantity, limit, metric)
 
 
-def table_drop(checkpoint: Path) -> float:
+def embedding_table_drop(checkpoint: Path) -> float:
     """Points that a checkpoint's INT8 embedding table cost, from its ``metrics.json``; `DataError` where it does not
     say."""
     metrics = read_metrics(checkpoint) if (checkpoint / METRICS_FILE).is_file() else None
-    drop = metrics.table_drop if isinstance(metrics, CompressionMetrics) else None
+    drop = metrics.embedding_table_drop if isinstance(metrics, CompressionMetrics) else None
     if drop is None:
         raise DataError(
-            "a gate on table needs a checkpoint that `nxm compress --embedding int8` made, and "
-            f"{checkpoint} has no table_drop in "
+            "a gate on embedding_table needs a checkpoint that `nxm compress --embedding int8` made, and "
+            f"{checkpoint} has no embedding_table_drop in "
             "its metrics.json; drop the gate, or compress with it"
         )
     return drop

@@ -263,7 +263,7 @@ def inspect(
     multiple=True,
     metavar="GATE",
     help="Exit 3 unless it holds: 'drop<=0.5' (metric points), 'drop(mcc)<=0.5' (of another metric), 'flips<=0.5%', "
-    "'max_abs<=0.1', 'cosine>=0.99' (embeddings) or 'table<=0.5' (an INT8 embedding table); may be repeated.",
+    "'max_abs<=0.1', 'cosine>=0.99' (embeddings) or 'embedding_table<=0.5' (an INT8 embedding table); may be repeated.",
 )
 @click.option("--bisect", is_flag=True, help="Find the first encoder block that parts from the checkpoint.")
 @json_option

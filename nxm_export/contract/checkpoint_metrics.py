@@ -24,7 +24,14 @@ from nxm_export.storage.json_files import (
 )
 
 METRICS_FILE = "metrics.json"
-METRICS_SCHEMA = "nxm-metrics/1"
+METRICS_SCHEMA = "nxm-metrics/2"
+_FIRST_SCHEMA = "nxm-metrics/1"
+_RENAMED = {  # since the first schema
+    "table_drop": "embedding_table_drop",
+    "table_drop_interval": "embedding_table_drop_interval",
+    "kept_before": "retained_before",
+    "kept_after": "retained_after",
+}
 _WAY_OUT = "make the checkpoint again"
 # Files without a schema hold these metrics beside the task's own, among all other fields.
 _UNVERSIONED_SECONDARY = ("f1", "mcc", "spearman", "exact_match")
@@ -78,8 +85,8 @@ class PermutationFacts:
     mask scores the patterns keep without and with it."""
 
     matrices: int
-    kept_before: float
-    kept_after: float
+    retained_before: float
+    retained_after: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +118,13 @@ class TrainingFacts:
 class CompressionMetrics(TrainingFacts, Scores):
     """Of a compressed checkpoint: its scores, how it was compressed, and what its INT8 embedding table costs.
 
-    `table_drop` is what rounding the embedding table to INT8 costs by itself, in points of the metric, with its 95 %
-    paired interval; None where the table is in float.
+    `embedding_table_drop` is what rounding the embedding table to INT8 costs by itself, in points of the metric, with
+    its 95 % paired interval; None where the table is in float.
     """
 
     kind: Literal["compressed"] = "compressed"
-    table_drop: float | None = None
-    table_drop_interval: tuple[float, float] | None = None
+    embedding_table_drop: float | None = None
+    embedding_table_drop_interval: tuple[float, float] | None = None
 
     @classmethod
     def of(
@@ -125,8 +132,8 @@ class CompressionMetrics(TrainingFacts, Scores):
         scores: Scores,
         facts: TrainingFacts,
         *,
-        table_drop: float | None,
-        table_drop_interval: tuple[float, float] | None,
+        embedding_table_drop: float | None,
+        embedding_table_drop_interval: tuple[float, float] | None,
     ) -> CompressionMetrics:
         """The metrics with these scores and these facts of the training."""
         return cls(
@@ -148,8 +155,8 @@ class CompressionMetrics(TrainingFacts, Scores):
             residual=facts.residual,
             residual_gate_passed=facts.residual_gate_passed,
             sr_ste_steps=facts.sr_ste_steps,
-            table_drop=table_drop,
-            table_drop_interval=table_drop_interval,
+            embedding_table_drop=embedding_table_drop,
+            embedding_table_drop_interval=embedding_table_drop_interval,
         )
 
     def to_dict(self) -> dict[str, object]:
@@ -198,7 +205,18 @@ def _fields_at(file: Path) -> dict[str, object]:
     if isinstance(value, dict) and "schema" not in value and "metric" in value:
         return _upgraded(as_object(nonfinite_as_none(value)))
     value = parse_json(text, str(file), _WAY_OUT, ArtifactError)
+    if isinstance(value, dict) and value.get("schema") == _FIRST_SCHEMA:
+        return _renamed(require_schema(value, _FIRST_SCHEMA, str(file), ArtifactError))
     return require_schema(value, METRICS_SCHEMA, str(file), ArtifactError)
+
+
+def _renamed(fields: Mapping[str, object]) -> dict[str, object]:
+    """The fields of the first schema, and of files without one, under today's names."""
+    renamed = {_RENAMED.get(key, key): entry for key, entry in fields.items()}
+    permutation = renamed.get("permutation")
+    if isinstance(permutation, dict):
+        renamed["permutation"] = {_RENAMED.get(key, key): entry for key, entry in permutation.items()}
+    return renamed
 
 
 def _upgraded(value: Mapping[str, object]) -> dict[str, object]:
@@ -209,4 +227,4 @@ def _upgraded(value: Mapping[str, object]) -> dict[str, object]:
         if name.endswith("interval") and isinstance(bounds, list) and None in bounds:
             fields[name] = None
     kind = "compressed" if "recipe" in value else "dense"
-    return {**fields, "kind": kind, "secondary_metrics": secondary}
+    return {**_renamed(fields), "kind": kind, "secondary_metrics": secondary}

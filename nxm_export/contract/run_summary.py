@@ -87,7 +87,7 @@ class TrainingFacts:
     residual: float | None = None
     residual_gate_passed: bool | None = None
     mask_hash: str | None = None
-    table_drop: float | None = None
+    embedding_table_drop: float | None = None
 
 
 @dataclass(frozen=True)

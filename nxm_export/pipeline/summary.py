@@ -159,5 +159,5 @@ def _training(metrics: CompressionMetrics) -> TrainingFacts:
         residual=metrics.residual,
         residual_gate_passed=metrics.residual_gate_passed,
         mask_hash=metrics.mask_hash,
-        table_drop=metrics.table_drop,
+        embedding_table_drop=metrics.embedding_table_drop,
     )

@@ -184,16 +184,16 @@ class TestTraining:
     def test_what_the_table_costs_by_itself_is_measured(self, trained: Path) -> None:
         metrics = read_metrics(trained)
         assert isinstance(metrics, CompressionMetrics)
-        assert metrics.table_drop is not None
-        assert metrics.table_drop_interval is not None
-        low, high = metrics.table_drop_interval
-        assert low <= metrics.table_drop <= high
-        assert abs(metrics.table_drop) <= 100 * 2 / tiny.DEV_SAMPLES  # two samples of an easy task
+        assert metrics.embedding_table_drop is not None
+        assert metrics.embedding_table_drop_interval is not None
+        low, high = metrics.embedding_table_drop_interval
+        assert low <= metrics.embedding_table_drop <= high
+        assert abs(metrics.embedding_table_drop) <= 100 * 2 / tiny.DEV_SAMPLES  # two samples of an easy task
 
     def test_a_float_plan_measures_nothing_of_the_kind(self, tiny_checkpoint: Callable[..., Path]) -> None:
         metrics = read_metrics(tiny_checkpoint("bert"))
         assert isinstance(metrics, CompressionMetrics)
-        assert (metrics.table_drop, metrics.table_drop_interval) == (None, None)
+        assert (metrics.embedding_table_drop, metrics.embedding_table_drop_interval) == (None, None)
 
     @pytest.mark.slow
     def test_an_interrupted_run_ends_where_one_without_interruption_does(
@@ -578,7 +578,7 @@ class TestEngine:
     def test_it_passes_parity_and_its_passport_names_the_table(
         self, trained: Path, engine: Path, features: list[Any]
     ) -> None:
-        report = compare(trained, engine, features, gates=[parse_gate("table<=5")])
+        report = compare(trained, engine, features, gates=[parse_gate("embedding_table<=5")])
         assert report.passed
         passport = json.loads((engine / "passport.json").read_text())
         checkpoint = open_checkpoint(trained)
@@ -592,9 +592,9 @@ class TestEngine:
         self, trained: Path, engine: Path, features: list[Any], tmp_path: Path, cost: float, passed: bool
     ) -> None:
         copy = shutil.copytree(trained, tmp_path / "checkpoint")
-        metrics = replace(read_metrics_of(CompressionMetrics, copy), table_drop=cost)
+        metrics = replace(read_metrics_of(CompressionMetrics, copy), embedding_table_drop=cost)
         (copy / "metrics.json").write_text(encode(metrics.to_dict()), encoding="utf-8")
-        report = compare(copy, engine, features, gates=[parse_gate("table<=0.5")])
+        report = compare(copy, engine, features, gates=[parse_gate("embedding_table<=0.5")])
         assert (report.passed, report.gates[0].passed) == (passed, passed)
 
     def test_the_gate_is_refused_where_the_cost_is_not_known(
@@ -602,16 +602,19 @@ class TestEngine:
     ) -> None:
         copy = shutil.copytree(trained, tmp_path / "checkpoint")
         metrics = json.loads((copy / "metrics.json").read_text())
-        for cost, error, message in ((None, DataError, "has no table_drop"), (float("nan"), ArtifactError, "NaN is")):
-            (copy / "metrics.json").write_text(json.dumps({**metrics, "table_drop": cost}))
+        for cost, error, message in (
+            (None, DataError, "has no embedding_table_drop"),
+            (float("nan"), ArtifactError, "NaN is"),
+        ):
+            (copy / "metrics.json").write_text(json.dumps({**metrics, "embedding_table_drop": cost}))
             with pytest.raises(error, match=message):
-                compare(copy, engine, features, gates=[parse_gate("table<=0.5")])
+                compare(copy, engine, features, gates=[parse_gate("embedding_table<=0.5")])
 
     def test_the_gate_is_refused_where_no_table_was_rounded(
         self, tiny_checkpoint: Callable[..., Path], tiny_engine: Callable[..., Path], features: list[Any]
     ) -> None:
-        with pytest.raises(DataError, match=r"a gate on table needs a checkpoint that .* --embedding int8"):
-            compare(tiny_checkpoint(), tiny_engine(), features, gates=[parse_gate("table<=0.5")])
+        with pytest.raises(DataError, match=r"a gate on embedding_table needs a checkpoint that .* --embedding int8"):
+            compare(tiny_checkpoint(), tiny_engine(), features, gates=[parse_gate("embedding_table<=0.5")])
 
 
 class TestCommands:

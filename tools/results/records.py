@@ -95,8 +95,8 @@ class TrainingFacts:
     residual_gate_passed: bool | None = None
     sr_ste_steps: int | None = None
     permutation: PermutationFacts | None = None
-    table_drop: float | None = None
-    table_drop_interval: Interval | None = None
+    embedding_table_drop: float | None = None
+    embedding_table_drop_interval: Interval | None = None
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,7 @@ class Measure:
         """What every record holds, from a finished checkpoint; and the dev labels."""
         answers, metrics = Answers.of(out), read_metrics(out)
         trained = metrics.train_samples if isinstance(metrics, CompressionMetrics) else _lines(self.files.train)
-        twice = isinstance(metrics, CompressionMetrics) and metrics.table_drop is not None
+        twice = isinstance(metrics, CompressionMetrics) and metrics.embedding_table_drop is not None
         record = Record(
             task=self.task.name,
             row=row.name,
@@ -427,8 +427,8 @@ def _training(metrics: CompressionMetrics) -> TrainingFacts:
         residual_gate_passed=metrics.residual_gate_passed,
         sr_ste_steps=metrics.sr_ste_steps,
         permutation=metrics.permutation,
-        table_drop=metrics.table_drop,
-        table_drop_interval=metrics.table_drop_interval,
+        embedding_table_drop=metrics.embedding_table_drop,
+        embedding_table_drop_interval=metrics.embedding_table_drop_interval,
     )
 
 

@@ -113,7 +113,7 @@ def test_a_compression_with_both_options_gives_a_valid_checkpoint(tmp_path: Path
     assert isinstance(metrics, CompressionMetrics)
     assert metrics.permutation is not None
     assert metrics.permutation.matrices == 12
-    assert metrics.permutation.kept_after > metrics.permutation.kept_before
+    assert metrics.permutation.retained_after > metrics.permutation.retained_before
 
 
 def test_a_run_that_permutes_gives_its_teacher_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

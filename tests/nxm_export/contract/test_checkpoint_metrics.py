@@ -42,8 +42,8 @@ COMPRESSED = CompressionMetrics(
     admm_steps=8,
     residual=0.125,
     residual_gate_passed=False,
-    table_drop=-0.5,
-    table_drop_interval=(-1.0, 0.0),
+    embedding_table_drop=-0.5,
+    embedding_table_drop_interval=(-1.0, 0.0),
 )
 
 
@@ -79,8 +79,10 @@ def test_metrics_have_every_field_of_what_they_are_made_of() -> None:
     )
     dense = DenseMetrics.of(scores, steps=12, revision="main")
     assert fields_of(dense) == {**fields_of(scores), "kind": "dense", "steps": 12, "revision": "main"}
-    compressed = CompressionMetrics.of(scores, facts, table_drop=-0.5, table_drop_interval=(-1.0, 0.0))
-    table = {"table_drop": -0.5, "table_drop_interval": (-1.0, 0.0)}
+    compressed = CompressionMetrics.of(
+        scores, facts, embedding_table_drop=-0.5, embedding_table_drop_interval=(-1.0, 0.0)
+    )
+    table = {"embedding_table_drop": -0.5, "embedding_table_drop_interval": (-1.0, 0.0)}
     assert fields_of(compressed) == {**fields_of(scores), **fields_of(facts), "kind": "compressed", **table}
 
 
@@ -112,12 +114,12 @@ def test_nan_of_a_former_version_is_none_and_nan_of_this_one_is_refused(tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": "nxm-metrics/9"}, "schema nxm-metrics/9 is not the nxm-metrics/1"),
+        ({"schema": "nxm-metrics/9"}, "schema nxm-metrics/9 is not the nxm-metrics/2"),
         ({"value": "high"}, "metrics.json: value: Expected `float | null`, got `str`"),
         ({"steps": 1.5}, "metrics.json: steps: Expected `int`"),
         ({"bias": 1}, "metrics.json: unknown field bias"),
         (
-            {"permutation": {"matrices": 1, "kept_before": 0.5, "kept_after": 0.5, "rows": 1}},
+            {"permutation": {"matrices": 1, "retained_before": 0.5, "retained_after": 0.5, "rows": 1}},
             "unknown field permutation.rows",
         ),
         ({"value": float("nan")}, "NaN is not a JSON number"),
@@ -129,6 +131,16 @@ def test_damaged_metrics_are_refused_by_file_and_field(change: dict[str, object]
     with pytest.raises(ArtifactError) as error:
         metrics_in(tmp_path, text)
     assert message in str(error.value)
+
+
+def test_the_first_schema_is_read_under_todays_names(tmp_path: Path) -> None:
+    facts = PermutationFacts(matrices=2, retained_before=0.5, retained_after=0.75)
+    metrics = replace(COMPRESSED, permutation=facts)
+    text = json.dumps({**metrics.to_dict(), "schema": "nxm-metrics/1"})
+    for now, then in (("embedding_table_drop", "table_drop"), ("retained_", "kept_")):
+        assert now in text
+        text = text.replace(now, then)
+    assert metrics_in(tmp_path, text) == metrics
 
 
 def test_a_directory_without_metrics_says_so(tmp_path: Path) -> None:

@@ -110,10 +110,9 @@ def run(demo: bool, model: str | None, out: Path | None, dry_run: bool, json: bo
             result = estimate(request)
             show_result(result.to_dict, json, lambda: print_estimate(result))
             return
-    head = _head_of(request)
     with progress_bars(enabled=not json) as progress:
         summary = run_all(request, out, progress=progress)
-    show_result(lambda: {**summary.to_dict(), "head": head}, json, lambda: print_summary(summary))
+    show_result(summary.to_dict, json, lambda: print_summary(summary))
     summary.require_passed()
 
 

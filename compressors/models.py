@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import nn
@@ -14,11 +14,22 @@ from nxm_export.contract.checkpoint import has_head, read_config, require_safete
 from nxm_export.contract.families import GELUS, Family, family_of
 from nxm_export.contract.pooling import read_pooling
 from nxm_export.contract.tasks import Task, labels_of
+from nxm_export.data.tokenizer_settings import read_tokenizer_settings, settle
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.hf.model_loading import Loading, load_pretrained, quiet_transformers
 from nxm_export.hf.protocols import FastTokenizer, TaskOutput
-from nxm_export.storage.json_files import Json
 
+if TYPE_CHECKING:
+    import tokenizers
+
+_VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
@@ -27,7 +38,7 @@ class ModelSource:
     """A model on this disk. `revision` is the commit it was fetched at, None for a local directory."""
 
     path: Path
-    config: Mapping[str, Json]
+    config: Mapping[str, object]
     family: Family
     revision: str | None = None
 
@@ -95,16 +106,25 @@ def _fetch(name: str, revision: str | None) -> tuple[Path, str]:
 
 
 def load_tokenizer(source: ModelSource) -> FastTokenizer:
-    """The model's fast tokenizer; raises `ArtifactError` when it has none."""
+    """The model's fast tokenizer, with its own settings in what makes its tokens; raises `ArtifactError` when it has
+    none."""
     from transformers import AutoTokenizer
 
+    if not any((source.path / name).is_file() for name in _VOCABULARIES):  # transformers would make an empty one up
+        raise ArtifactError(
+            f"{source.path} has no tokenizer ({', '.join(_VOCABULARIES)}); copy its files from the model that it was "
+            "trained from"
+        )
     try:
         with quiet_transformers():
-            tokenizer: FastTokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+            tokenizer = cast("FastTokenizer", AutoTokenizer.from_pretrained(source.path, trust_remote_code=False))
     except Exception as error:  # tokenizers raise many kinds for damaged files
         raise ArtifactError(f"{source.path}: its tokenizer cannot be loaded ({error})") from error
     if not tokenizer.is_fast:
         raise ArtifactError(f"{source.path}: it has no fast tokenizer (tokenizer.json), which engines need")
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ArtifactError(f"{source.path}: its tokenizer knows no token but special ones; restore its vocabulary")
+    settle(cast("tokenizers.Tokenizer", tokenizer.backend_tokenizer), read_tokenizer_settings(source.path))
     return tokenizer
 
 

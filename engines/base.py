@@ -29,13 +29,13 @@ from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_
 from nxm_export.contract.origin import ORIGIN_FILE
 from nxm_export.errors import EngineError
 from nxm_export.progress import Progress, silent
-from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from engines.passport import EnginePassport
 
+COMPANIONS = (SPEC_FILE, TOKENIZER_FILE)  # what is served beside the engine: the passport has their hashes
 BACKENDS = {
     "ort": "engines.ort.backend",
     "openvino": "engines.openvino.backend",
@@ -90,6 +90,15 @@ class Binding:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def is_tokens(self) -> bool:
+        """True for integers of (batch, sequence): `Engine.run` takes them as int64, whichever integers the file has."""
+        return len(self.shape) == 2 and self.dtype in ("int64", "int32")
+
+    def __str__(self) -> str:
+        sizes = ", ".join("?" if size < 0 else str(size) for size in self.shape)
+        return f"{self.name} of {self.dtype} ({sizes})"
+
 
 @dataclass(frozen=True)
 class BuildOptions:
@@ -129,8 +138,13 @@ class Engine(Protocol):
     outputs: tuple[str, ...]
     clock: str
 
+    @property
+    def input_bindings(self) -> tuple[Binding, ...]:
+        """The inputs as the engine file has them."""
+        ...
+
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name, float32, for int64 inputs (batch, sequence) by name."""
+        """Outputs by name, float32, for inputs by name: tokens are int64 (batch, sequence), others as their binding."""
         ...
 
     def timer(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], float]:
@@ -165,7 +179,7 @@ class EngineFacts(Protocol):
         """The name of the backend in `BACKENDS`."""
         ...
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
         ...
 
@@ -201,9 +215,15 @@ class Backend(Protocol):
 
 
 class Closing:
-    """The context manager half of `Engine`, and timing by the wall clock."""
+    """The context manager half of `Engine`, timing by the wall clock, and inputs that are tokens of any shape."""
 
     clock = "wall clock"
+    inputs: tuple[str, ...]
+
+    @property
+    def input_bindings(self) -> tuple[Binding, ...]:
+        """The inputs as the engine file has them."""
+        return tuple(Binding(name, "int64", (-1, -1)) for name in self.inputs)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name."""
@@ -262,21 +282,41 @@ def spec_of(directory: Path) -> IOSpec | None:
 
 def copy_companions(source: Path, out: Path) -> None:
     """Copy what makes an engine directory self-contained from the graph's directory; an ONNX file alone has none."""
-    for name in (SPEC_FILE, TOKENIZER_FILE, ORIGIN_FILE):
+    for name in (*COMPANIONS, ORIGIN_FILE):
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
 
 
 def require_feeds(engine: Engine, feeds: Mapping[str, np.ndarray]) -> None:
-    """Raise `EngineError` unless `feeds` are the engine's inputs, as int64 arrays of one shape (batch, sequence)."""
+    """Raise `EngineError` unless `feeds` are the engine's inputs: tokens as int64 arrays of one shape (batch,
+    sequence), others in their own type, and all in the sizes that the engine has fixed."""
     if set(feeds) != set(engine.inputs):
         raise EngineError(f"the engine takes {', '.join(engine.inputs)}; got {', '.join(feeds) or 'nothing'}")
-    shapes = {array.shape for array in feeds.values()}
-    if len(shapes) != 1 or len(next(iter(shapes))) != 2 or 0 in next(iter(shapes)):
+    bindings = engine.input_bindings
+    tokens = {binding.name: feeds[binding.name] for binding in bindings if binding.is_tokens}
+    shapes = {array.shape for array in tokens.values()}
+    if tokens and (len(shapes) != 1 or len(next(iter(shapes))) != 2 or 0 in next(iter(shapes))):
         raise EngineError(f"inputs must share one non-empty shape (batch, sequence); got {sorted(shapes)}")
-    wrong = [name for name, array in feeds.items() if array.dtype != np.int64]
+    wrong = [name for name, array in tokens.items() if array.dtype != np.int64]
     if wrong:
         raise EngineError(f"inputs must be int64; {', '.join(wrong)} is {feeds[wrong[0]].dtype}")
+    for binding in bindings:
+        array, sizes = feeds[binding.name], binding.shape
+        fits = len(sizes) == array.ndim and all(
+            size in (-1, given) for size, given in zip(sizes, array.shape, strict=True)
+        )
+        if not fits or not (binding.is_tokens or array.dtype.name == binding.dtype):
+            raise EngineError(f"the engine takes {binding}; got {array.dtype} of shape {array.shape}")
+
+
+def as_bound(binding: Binding, array: np.ndarray) -> np.ndarray:
+    """`array` in the type that the engine file has: some take tokens as int32. Raises `EngineError` for a value that
+    does not fit."""
+    if not binding.is_tokens or binding.dtype == array.dtype.name:
+        return array
+    if array.size and (array.max() > 2**31 - 1 or array.min() < -(2**31)):
+        raise EngineError(f"{binding.name} holds values beyond 32 bits, which this engine's input has")
+    return array.astype(binding.dtype)
 
 
 def require_within(spec: IOSpec | None, feeds: Mapping[str, np.ndarray]) -> None:

@@ -1,8 +1,10 @@
 """The engine's passport: what made it and where it may run, checked before anything is deserialized.
 
-It vouches for integrity (this is the file that was built, from that graph, by those versions), not for authenticity:
-whoever can replace the engine can replace its passport. It never changes after the build; results of comparing or
-timing an engine are files beside it that name its hash.
+It covers the engine file and what is served beside it: ``spec.json`` with the labels, and the tokenizer. A passport of
+before that covers the engine alone, and whoever reads it says so. It vouches for integrity (these are the files that
+were built, from that graph, by those versions), not for authenticity: whoever can replace the engine can replace its
+passport. It never changes after the build; results of comparing or timing an engine are files beside it that name its
+hash.
 """
 
 from __future__ import annotations
@@ -14,16 +16,24 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from engines.base import Binding, Profile
+from engines.base import COMPANIONS, Binding, Profile
+from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec, parse_spec
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
-from nxm_export.errors import ArtifactError, EngineError
+from nxm_export.data.examples import load_tokenizer, parse_tokenizer
+from nxm_export.errors import ArtifactError, EngineError, notice
 from nxm_export.storage.hashing import file_hash
-from nxm_export.storage.json_files import Json, encode, read_record, to_builtins
+from nxm_export.storage.json_files import as_object, convert, encode, read_record, to_json_object
 from nxm_export.storage.versions import installed_versions
 
+if TYPE_CHECKING:
+    from nxm_export.data.examples import Tokenizer
+
+T = TypeVar("T")
+
 SCHEMA = "nxm-passport/2"
+_MOST_THREADS = 65536
 PASSPORT_FILE = "passport.json"
 
 
@@ -61,7 +71,7 @@ class BuildFacts:
 
     device: Mapping[str, str]
     requires: Mapping[str, str]
-    options: Mapping[str, Json]
+    options: Mapping[str, object]
     graph: Mapping[str, str]
     bindings: Bindings
     profiles: tuple[Profile, ...] = ()
@@ -70,7 +80,9 @@ class BuildFacts:
 @dataclass(frozen=True)
 class EnginePassport:
     """See the module text and `BuildFacts`. `graph` is what the exporter wrote into the ONNX file, without the plan;
-    `plan` is None for a model without one; no `profiles` mean that the engine takes any shape that the model takes."""
+    `plan` is None for a model without one; no `profiles` mean that the engine takes any shape that the model takes.
+    `companions` has the sha256 of each of `COMPANIONS` that was there; None in a passport that covers the engine alone.
+    """
 
     backend: str
     engine: str
@@ -82,10 +94,11 @@ class EnginePassport:
     profiles: tuple[Profile, ...]
     graph: Mapping[str, str]
     plan: PlanSummary | None
-    options: Mapping[str, Json]
+    options: Mapping[str, object]
     command: tuple[str, ...]
     created: str
     bindings: Bindings = Bindings()
+    companions: Mapping[str, str] | None = None
 
     @classmethod
     def issue(cls, backend: str, engine: Path, onnx: Path, facts: BuildFacts) -> EnginePassport:
@@ -112,26 +125,67 @@ class EnginePassport:
             command=(Path(sys.argv[0]).name, *sys.argv[1:]),
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             bindings=facts.bindings,
+            companions=companion_hashes(engine.parent),
         )
         passport.save(engine.parent)
         return passport
 
     @property
+    def contents_sha256(self) -> str | None:
+        """One hash of all that is served: of what ``sha256sum`` prints for the engine file and its companions, by name.
+        None where the passport covers the engine alone."""
+        if self.companions is None:
+            return None
+        hashes = {**self.companions, self.engine: self.engine_sha256}
+        lines = "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes))
+        return hashlib.sha256(lines.encode("utf-8")).hexdigest()
+
+    @property
+    def covers(self) -> str:
+        """What the passport vouches for, in words."""
+        if self.companions is None:
+            return "the engine alone"
+        return f"the engine and {' and '.join(sorted(self.companions)) or 'nothing beside it'}"
+
+    def notice_coverage(self, directory: Path) -> None:
+        """Say so where nothing vouches for the labels and the tokenizer."""
+        if self.companions is None:
+            notice(
+                f"{directory}: its passport covers {self.covers}, so nothing says that {SPEC_FILE} and "
+                f"{TOKENIZER_FILE} are those it was built with; build it again"
+            )
+
+    @property
     def threads(self) -> int | None:
         """The CPU threads that the engine was built with; None: all cores of the process."""
-        threads = self.options.get("threads")
-        return threads if isinstance(threads, int) else None
+        return self.whole_option("threads")
 
     @property
     def twin(self) -> str | None:
         """The engine's part in a comparison of twins (see `nxm build --twins`)."""
-        twin = self.options.get("twin")
-        return twin if isinstance(twin, str) else None
+        return self.text_option("twin")
 
-    def to_dict(self) -> dict[str, Json]:
+    def whole_option(self, name: str) -> int | None:
+        """An option that is a whole number, or None where it was not recorded; raises `ArtifactError` for another."""
+        value = self.options.get(name)
+        if value is not None and type(value) is not int:
+            raise ArtifactError(
+                f"{PASSPORT_FILE}: options.{name} must be a whole number, got {value!r}; build the engine again"
+            )
+        return value
+
+    def text_option(self, name: str) -> str | None:
+        """An option that is a text, or None where it was not recorded; raises `ArtifactError` for another."""
+        value = self.options.get(name)
+        if value is not None and not isinstance(value, str):
+            raise ArtifactError(
+                f"{PASSPORT_FILE}: options.{name} must be a text, got {value!r}; build the engine again"
+            )
+        return value
+
+    def to_dict(self) -> dict[str, object]:
         """JSON form, without the schema."""
-        fields: dict[str, Json] = to_builtins(self)
-        return fields
+        return to_json_object(self)
 
     def save(self, directory: Path) -> None:
         """Write ``passport.json``."""
@@ -151,6 +205,7 @@ class EnginePassport:
                 f"{file} is not the engine of its passport (sha256 {actual[:12]}..., built as "
                 f"{self.engine_sha256[:12]}...); build it again"
             )
+        self.require_companions(directory)
         wrong = [key for key, value in self.requires.items() if facts.get(key) != value]
         if wrong:
             built = ", ".join(f"{key} {self.requires[key]}" for key in wrong)
@@ -158,6 +213,59 @@ class EnginePassport:
             raise ArtifactError(
                 f"{file} was built for {built}, and this machine has {here}; rebuild it here: {self.rebuild_command()}"
             )
+
+    def require_companions(self, directory: Path) -> None:
+        """Raise `ArtifactError` unless the companions in `directory` are those that the engine was built with; of a
+        passport that covers the engine alone, any are."""
+        for name in COMPANIONS if self.companions is not None else ():
+            self._require_companion(name, companion_hash(directory / name), directory / name)
+
+    def load_spec(self, directory: Path) -> IOSpec:
+        """``spec.json`` beside the engine, hashed as it is read; raises `ArtifactError`."""
+        text = self.read_companion(directory, SPEC_FILE)
+        return load_spec(directory) if text is None else parse_spec(text, directory / SPEC_FILE)
+
+    def load_tokenizer(self, directory: Path) -> Tokenizer:
+        """The tokenizer beside the engine, hashed as it is read; raises `ArtifactError`."""
+        text = self.read_companion(directory, TOKENIZER_FILE)
+        return load_tokenizer(directory) if text is None else parse_tokenizer(text, directory / TOKENIZER_FILE)
+
+    def read_companion(self, directory: Path, name: str) -> str | None:
+        """The text of one of `COMPANIONS`, hashed as it is read; None where the engine has none.
+
+        Raises `ArtifactError` for one that is not as the passport has it, or that is no text.
+        """
+        file = directory / name
+        if name not in (self.companions or ()) and not file.exists():
+            return None
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError:
+            data = None
+        except OSError as error:
+            raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from error
+        if self.companions is not None:
+            self._require_companion(name, None if data is None else hashlib.sha256(data).hexdigest(), file)
+        try:
+            return None if data is None else data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ArtifactError(f"{file}: not a JSON file (it is not UTF-8 text); build the engine again") from error
+
+    def _require_companion(self, name: str, actual: str | None, file: Path) -> None:
+        built = (self.companions or {}).get(name)
+        if actual == built:
+            return
+        if built is None:
+            raise ArtifactError(
+                f"{file} was not there when the engine was built, so nothing says that it belongs to it; put it beside "
+                "the graph and build the engine again"
+            )
+        if actual is None:
+            raise ArtifactError(f"{file} is missing: the passport beside it names it; restore it, or build again")
+        raise ArtifactError(
+            f"{file} is not the one that the engine was built with (sha256 {actual[:12]}..., built with "
+            f"{built[:12]}...); restore it, or build the engine again"
+        )
 
     def read_engine(self, directory: Path, facts: Mapping[str, str]) -> bytes:
         """The engine file's bytes, hashed as they are returned: one that is swapped after the check cannot be loaded.
@@ -188,12 +296,29 @@ class EnginePassport:
             parts += ["--profile", ",".join("x".join(map(str, shape)) for shape in shapes)]
         if self.options.get("sparse") is False:
             parts.append("--no-sparse")
-        for option, key in (("--level", "level"), ("--workspace", "workspace_bytes"), ("--threads", "threads")):
-            if self.options.get(key) is not None:
-                parts += [option, str(self.options[key] // 2**20 if key == "workspace_bytes" else self.options[key])]
-        if self.options.get("build_route"):
-            parts += ["--build-route", f"'{self.options['build_route']}'"]
+        workspace, route = self.whole_option("workspace_bytes"), self.text_option("build_route")
+        numbers = {
+            "--level": self.whole_option("level"),
+            "--workspace": None if workspace is None else workspace // 2**20,
+            "--threads": self.threads,
+        }
+        for option, number in numbers.items():
+            if number is not None:
+                parts += [option, str(number)]
+        if route:
+            parts += ["--build-route", f"'{route}'"]
         return " ".join([*parts, "--out", "ENGINE_DIR"])
+
+
+def companion_hash(file: Path) -> str | None:
+    """sha256 of a file beside an engine, None where it is not there; raises `ArtifactError` when it cannot be read."""
+    return file_hash(file) if file.exists() else None
+
+
+def companion_hashes(directory: Path) -> dict[str, str]:
+    """The sha256 of every companion that lies in an engine directory, by name."""
+    hashes = {name: companion_hash(directory / name) for name in COMPANIONS}
+    return {name: digest for name, digest in hashes.items() if digest is not None}
 
 
 def load_passport(directory: str | Path) -> EnginePassport:
@@ -215,16 +340,42 @@ def load_passport(directory: str | Path) -> EnginePassport:
         raise ArtifactError(f"{file}: {error}; build the engine again") from error
     if not passport.engine or passport.engine != Path(passport.engine).name:
         raise ArtifactError(f"{file}: names an engine outside its directory ({passport.engine!r}); do not use it")
+    _require_options(passport, file)
     return passport
 
 
-def _of_first_schema(fields: dict[str, Json]) -> dict[str, Json]:
+@dataclass(frozen=True)
+class _KnownOptions:
+    """The options that are read again, with their types; a backend may write more of its own."""
+
+    threads: int | None = None
+    disabled_optimizers: tuple[str, ...] = ()
+    sparse: bool | None = None
+    level: int | None = None
+    workspace_bytes: int | None = None
+    build_route: str | None = None
+    twin: str | None = None
+    planned_products: int | None = None
+    integer_products: int | None = None
+    float_products: tuple[str, ...] = ()
+    sparse_kernels: str | None = None
+
+
+def _require_options(passport: EnginePassport, file: Path) -> None:
+    """Raise `ArtifactError` where an option has another type than it was written with."""
+    way_out = "build the engine again"
+    options = convert(dict(passport.options), _KnownOptions, source=f"{file}: options", way_out=way_out, foreign=True)
+    if options.threads is not None and not 1 <= options.threads <= _MOST_THREADS:
+        raise ArtifactError(f"{file}: options: threads is {options.threads}, and a machine has 1 or more; {way_out}")
+
+
+def _of_first_schema(fields: dict[str, object]) -> dict[str, object]:
     """Schema 1 wrote an empty plan for none and left the embedding out where it was float."""
-    plan = {"embedding": "float", **fields["plan"]} if fields["plan"] else None
-    return {**fields, "plan": plan, "graph": _current_names(fields["graph"])}
+    plan = {"embedding": "float", **as_object(fields["plan"])} if fields["plan"] else None
+    return {**fields, "plan": plan, "graph": _current_names(as_object(fields["graph"]))}
 
 
-def _current_names(graph: Mapping[str, str]) -> dict[str, str]:
+def _current_names(graph: Mapping[str, T]) -> dict[str, T]:
     """The facts of a graph under today's names, from those of nxm-onnx/1."""
     renamed = {"islands": "precision_overrides", "table": "embedding_sha256"}
     return {renamed.get(key, key): text for key, text in graph.items()}

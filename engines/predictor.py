@@ -5,13 +5,14 @@ Needs the engine's runtime and the tokenizers package, neither torch nor transfo
     with Predictor("engine") as predictor:
         predictor.predict(["a wonderful film"])   # such as [Prediction(label='positive', score=0.98)]
 
-A text is tokenized as in training and comparison. One that is longer than the model's input is cut at its end, and
-`Predictor.shortened` counts such texts; the context of a question is never cut, but read in windows.
+A text is tokenized as in training and comparison. One that is longer than the model's input is cut where its tokenizer
+cuts, and `Predictor.shortened` counts such texts; the context of a question is never cut, but read in windows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
@@ -19,20 +20,23 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from engines.admission import admitted
 from engines.base import Engine, LoadOptions, Profile, backend
-from engines.passport import load_passport
 from engines.serving.shapes import plan_buckets
-from nxm_export.contract.io_spec import IOSpec, load_spec
+from nxm_export.contract.choices import GATE
+from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.examples import (
     Encoding,
     Examples,
     Features,
+    cut_at,
     encode,
     label_array,
-    load_tokenizer,
     pad,
     sorted_batches,
+    tokenizer_failures,
+    tokens_of,
 )
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.predictions import (
@@ -57,22 +61,32 @@ _PAIR = {"question-answering": "(question, context)", "reranking": "(query, docu
 class Predictor:
     """A loaded engine directory that answers texts. Close it, or use it as a context manager.
 
-    `threads` are those of an engine on the CPU; by default as it was built. Raises `EngineUnavailable` where the engine
-    cannot run here, `ArtifactError` for a directory that is none of ours or that has no ``spec.json``, and `DataError`
-    for less than one thread.
+    `threads` are those of an engine on the CPU; by default as it was built. `gate` is which ``parity.json`` the engine
+    must have (one of `nxm_export.contract.choices.GATES`), `expect_sha256` the hashes of which its own, or that of all
+    its contents, must be one. Raises `EngineUnavailable` where the engine cannot run here, `ArtifactError` for a
+    directory that is none of ours or whose files are not those of its passport, `ParityError` for a parity that is not
+    good enough for `gate`, `ServeError` for a hash that was not expected, and `DataError` for less than one thread.
     """
 
-    def __init__(self, directory: str | Path, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        threads: int | None = None,
+        gate: str = GATE,
+        expect_sha256: Collection[str] = (),
+    ) -> None:
         if threads is not None and threads < 1:
             raise DataError(
                 f"an engine runs on at least one thread, got {threads}; leave it out for those it was built with"
             )
         self.directory = Path(directory)
         self.shortened = 0
-        self.spec: IOSpec = load_spec(self.directory)
+        passport = admitted(self.directory, gate, expect_sha256)
+        passport.notice_coverage(self.directory)
+        self.spec: IOSpec = passport.load_spec(self.directory)
         self._task = TASKS[self.spec.task]
-        self._tokenizer = load_tokenizer(self.directory)
-        passport = load_passport(self.directory)
+        self._tokenizer = passport.load_tokenizer(self.directory)
         self._profiles: Sequence[Profile] = passport.profiles
         self._engine: Engine = backend(passport.backend).load(self.directory, LoadOptions(threads))
 
@@ -95,8 +109,7 @@ class Predictor:
         if self._task.output_kind == "span":
             return [*self._answers(rows, batch)]
         encodings = self._tokenized(rows)
-        names = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-        features = [{name: getattr(made, names[name]) for name in self.spec.inputs} for made in encodings]
+        features = [tokens_of(made, self.spec.inputs) for made in encodings]
         values = self._run(features, batch)
         if self.spec.task == "token-classification":
             return [
@@ -150,9 +163,12 @@ class Predictor:
             raise DataError(
                 f"{self.directory}: its input of {longest} tokens leaves no room beside {special} special ones"
             )
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(longest)
-        encodings = self._tokenizer.encode_batch(rows)
+        cut_at(self._tokenizer, longest)
+        with self._tokenizing():
+            # A second text that is empty is none, as in training.
+            encodings = self._tokenizer.encode_batch(
+                [row if isinstance(row, str) or row[1] else row[0] for row in rows]
+            )
         self.shortened += sum(bool(made.overflowing) for made in encodings)
         return encodings
 
@@ -160,12 +176,16 @@ class Predictor:
         questions, contexts = ([row[side] for row in rows] for side in (0, 1))
         empty: list[tuple[tuple[str, int], ...]] = [()] * len(questions)
         examples = Examples(questions, contexts, empty, "predict", encoder=windows)
-        features = encode(self._tokenizer, examples, self._longest(), self.spec.inputs)
+        with self._tokenizing():
+            features = encode(self._tokenizer, examples, self._longest(), self.spec.inputs)
         values = self._run(features, batch)
         labels = label_array(features)
         for _, members in groupby(range(len(features)), key=lambda i: features[i]["group"]):
             own = list(members)
             yield of_spans([values[i] for i in own], [Window.unpack(labels[i]) for i in own])
+
+    def _tokenizing(self) -> AbstractContextManager[None]:
+        return tokenizer_failures(f"{self.directory / TOKENIZER_FILE}: it fails on these texts")
 
     def _longest(self) -> int:
         """Tokens of the longest input: the model's, or what the engine has profiles for."""

@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     )
     from nxm_export.api.objects import CompressedModel, EngineDirectory, Graph, Model, load, open_engine
     from nxm_export.contract.checkpoint_metrics import CompressionMetrics, DenseMetrics
+    from nxm_export.contract.matrix_facts import ProductCounts
     from nxm_export.contract.packed_checkpoint import PackedSizes
     from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
     from nxm_export.contract.run_summary import RunSummary
@@ -140,6 +141,7 @@ _HOMES = {
     "TritonManifest": "engines.triton",
     "PackedSizes": "nxm_export.contract.packed_checkpoint",
     "VerifyReport": "nxm_export.contract.verify_report",
+    "ProductCounts": "nxm_export.contract.matrix_facts",
     "Text": "nxm_export.data.texts",
     "Exported": "nxm_export.graph.exporter",
     "MachineReport": "nxm_export.pipeline.environment",
@@ -212,6 +214,7 @@ __all__ = [  # noqa: RUF022  (in the order in which one meets them)
     "SearchResult",
     "Exported",
     "VerifyReport",
+    "ProductCounts",
     "PackedSizes",
     "GraphFacts",
     "EngineInspection",

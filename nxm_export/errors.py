@@ -19,6 +19,7 @@ this project is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 
@@ -64,15 +65,26 @@ class ServeError(NxmError):
 
 class RequestRefused(ServeError):
     """A request that a server answers with the HTTP `status` and this message, and `retry_after` seconds where it may
-    help."""
+    help. `reason` is what it is counted as, where its status does not say that."""
 
-    def __init__(self, status: int, message: str, *, retry_after: int | None = None) -> None:
+    def __init__(self, status: int, message: str, *, retry_after: int | None = None, reason: str | None = None) -> None:
         super().__init__(message)
         self.status = status
         self.retry_after = retry_after
+        self.reason = reason
 
 
 def some(names: Iterable[str]) -> str:
     """The first few names, for a message."""
     shown = sorted(names)
     return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
+
+
+class Notice(UserWarning):
+    """What somebody should know about data or a model that are used all the same; the command line prints it as one
+    line on stderr."""
+
+
+def notice(text: str) -> None:
+    """Say `text` as a `Notice`."""
+    warnings.warn(text, Notice, stacklevel=2)

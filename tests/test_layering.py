@@ -213,6 +213,19 @@ def test_tools_import_no_tests(file: Path) -> None:
     assert not {found.target for found in imports(file) if found.target.partition(".")[0] == "tests"}
 
 
+@pytest.mark.parametrize("folder", [*PACKAGES, "tools"])
+def test_nothing_is_typed_as_anything(folder: str) -> None:
+    """``object``, narrowed where it is read, or a record: `Any` switches the type checker off for all that it meets."""
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        names = {
+            alias.name
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            if isinstance(node, ast.ImportFrom) and node.module == "typing"
+            for alias in node.names
+        }
+        assert "Any" not in names, f"{file} imports typing.Any"
+
+
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = {
         module: {i.target for i in found if i.target in MODULES and i.when != "typing"}

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 import nxm_export as nxm
 from nxm_export.cli import main
+from nxm_export.storage.json_files import as_objects, entry_at
 from tests.conftest import ROOT
 from tools.benchmarks.servers import free_port, started
 from tools.raw_http import send
@@ -52,11 +53,11 @@ def serves_until_stopped(arguments: list[str], desk: Path) -> None:
     with started(command, dict(os.environ), port, desk / "serve.log", cwd=desk) as server:
         inputs = [
             {"name": entry["name"], "datatype": entry["datatype"], "shape": [1, 4], "data": [1, 1, 1, 1]}
-            for entry in send(port, "GET", "/v2/models/engine").json()["inputs"]
+            for entry in as_objects(entry_at(send(port, "GET", "/v2/models/engine").json(), "inputs"))
         ]
         answer = send(port, "POST", "/v2/models/engine/infer", json.dumps({"inputs": inputs}).encode())
         assert answer.status == 200, answer.body
-        assert answer.json()["outputs"][0]["shape"] == [1, 2]
+        assert entry_at(answer.json(), "outputs", 0, "shape") == [1, 2]
         assert server.stop() == 0
 
 

@@ -6,8 +6,6 @@ import json
 import socket
 from dataclasses import dataclass
 
-from nxm_export.storage.json_files import Json
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -20,7 +18,7 @@ class Answer:
         """Whether the server keeps the connection for another request."""
         return self.headers.get("connection", "").lower() != "close"
 
-    def json(self) -> Json:
+    def json(self) -> object:
         return json.loads(self.body)
 
 

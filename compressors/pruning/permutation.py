@@ -29,7 +29,6 @@ from compressors.quantization.fake_quant import QuantLinear
 from nxm_export.contract.families import Family, size_of
 from nxm_export.contract.plan import CompressionPlan, NMPattern
 from nxm_export.errors import PlanError
-from nxm_export.storage.json_files import Json
 
 ROUNDS = 40  # at most; each takes the best swaps that touch no group twice
 _LEAST_GAIN = 1e-4  # of what is kept: a round that gains less is the last
@@ -44,7 +43,7 @@ RetainedShares = dict[str, tuple[float, float]]
 
 @torch.no_grad()
 def permute_channels(
-    model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, Json], rounds: int = ROUNDS
+    model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, object], rounds: int = ROUNDS
 ) -> RetainedShares:
     """Reorder the free channels inside the blocks of `model`, in place, for the patterns of `plan`.
 
@@ -70,7 +69,7 @@ def permute_channels(
 
 @torch.no_grad()
 def residual_order(
-    model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, Json], rounds: int = ROUNDS
+    model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, object], rounds: int = ROUNDS
 ) -> tuple[Tensor, RetainedShares]:
     """The order (hidden,) of the residual stream under which what reads it keeps more, and every matrix that this
     concerns.
@@ -94,7 +93,7 @@ def residual_order(
 
 
 @torch.no_grad()
-def permute_residual(model: nn.Module, order: Tensor, family: Family, config: Mapping[str, Json]) -> None:
+def permute_residual(model: nn.Module, order: Tensor, family: Family, config: Mapping[str, object]) -> None:
     """Give the residual stream of `model` another `order` (hidden,), in place; its outputs stay what they were.
 
     Outside the blocks every feature axis of the hidden size is moved, of whatever module: what reads one that was

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,10 +19,9 @@ from torch.nn import functional
 ACTIVATION_QMIN, ACTIVATION_QMAX = -128, 127
 
 
-class FunctionCtx(Protocol):
+class _Ctx(Protocol):
     """What autograd hands from a forward pass to its backward pass; the functions here add attributes of their own."""
 
-    saved_tensors: tuple[Any, ...]  # tensors, and None where a tensor was optional
     needs_input_grad: tuple[bool, ...]
     range: tuple[int, int]
     qmax: int
@@ -31,6 +30,18 @@ class FunctionCtx(Protocol):
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         """Keep tensors for the backward pass."""
+
+
+class FunctionCtx(_Ctx, Protocol):
+    """Of a function all of whose tensors are there."""
+
+    saved_tensors: tuple[Tensor, ...]
+
+
+class ProductCtx(_Ctx, Protocol):
+    """Of `IntegerProduct`: codes, their scale, the weight, its scales, its mask, and what was multiplied."""
+
+    saved_tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]
 
 
 class Codes(torch.autograd.Function):
@@ -96,7 +107,7 @@ class IntegerProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: ProductCtx,
         codes: Tensor,
         input_scale: Tensor,
         weight: Tensor,
@@ -120,7 +131,7 @@ class IntegerProduct(torch.autograd.Function):
         return scaled.to(dtype)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: ProductCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         codes, input_scale, weight, weight_scale, nonzero_mask, multiplied = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         grad_bias = rows.sum(dim=0, dtype=torch.float32) if ctx.has_bias else None

@@ -19,12 +19,11 @@ from compressors.quantization.observers import HistogramObserver
 from nxm_export.contract.families import Family
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.json_files import Json
 
 SOFTMAX_SCALE = 1.0 / 127.0  # probabilities lie in [0, 1], so the scale needs no calibration
 
 
-def prepare(model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, Json]) -> None:
+def prepare(model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, object]) -> None:
     """Put the plan's quantizers into `model`, in place; `bake` takes them out again.
 
     Query, key and value read one tensor, so those of them that are quantized share one input quantizer.
@@ -95,15 +94,24 @@ def _quantize_residuals(
 
 
 @torch.no_grad()
+def round_as_stored(model: nn.Module, plan: CompressionPlan) -> None:
+    """Give a prepared model, in place, the weights that `bake` stores: on their patterns and grids, and in 16 bit where
+    they are not quantized. Doing it again changes nothing."""
+    for name, spec in plan.weights.items():
+        if spec.is_dense:
+            parameter = model.get_parameter(name)
+            parameter.copy_(parameter.half())
+    for layer in quant_linears(model).values():
+        layer.weight.copy_(layer.baked()[0])
+
+
+@torch.no_grad()
 def bake(model: nn.Module, plan: CompressionPlan) -> dict[str, np.ndarray]:
     """Replace prepared layers by plain ones with baked weights, in place; returns the scales as saved on disk.
 
     Planned weights that are not quantized are rounded to float16 values: that is how they are counted and deployed.
     """
-    for name, spec in plan.weights.items():
-        if spec.is_dense:
-            parameter = model.get_parameter(name)
-            parameter.copy_(parameter.half())
+    round_as_stored(model, plan)
     scales: dict[str, np.ndarray] = {}
     for name, layer in quant_linears(model).items():
         path = name.removesuffix(".weight")

@@ -9,7 +9,6 @@ compression runs, half of them staying after each round: what does best one-shot
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,9 +30,9 @@ from compressors.training.default_recipe import training_of
 from compressors.training.distillation import Student
 from compressors.training.output_divergence import divergence, real_logits
 from compressors.training.phases import Job, freeze_embeddings
-from compressors.training.resume import request_hash, take_ownership
+from compressors.training.resume import claimed, request_hash, take_ownership
 from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
-from compressors.training.trainer import collate, schedule, steps_of, wants_bf16
+from compressors.training.trainer import collate, require_counted_alike, schedule, steps_of, wants_bf16
 from nxm_export.contract.checkpoint_metrics import finite
 from nxm_export.contract.families import size_of
 from nxm_export.contract.search_result import (
@@ -50,7 +49,7 @@ from nxm_export.contract.tasks import task_named
 from nxm_export.data.examples import Columns, Features, sorted_batches, split_indices
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.progress import Progress, silent
-from nxm_export.storage.atomic import atomic_dir
+from nxm_export.storage.atomic import require_apart
 from nxm_export.storage.json_files import encode
 
 SENSITIVITY_FILE = "sensitivity.csv"
@@ -82,6 +81,7 @@ def search(
     if not source.head_fits(kind):
         raise DataError(f"{model} has no {task} head; fine-tune it first (`nxm run` and `nxm compress` do)")
     replace_any = _require_replaceable(out)
+    require_apart(out, source.path, train, within=False)
     work_dir = work_dir or out.with_name(f".{out.name}.work")
     data = read_task_data(source, TaskDataRequest(kind, train, columns=columns), load_tokenizer(source), training)
     full_steps = training.steps or steps_of(data.train, training.epochs, training.batch_size)
@@ -90,26 +90,25 @@ def search(
     held_out, rest = _cut(data.train, settings)
     data = replace(data, train=rest, dev=held_out)
     dense = load_model(source, kind).to(distributed.device())
+    require_counted_alike(dense, data, train)
     probe = SensitivityProbe(dense, source.family, source.config, kind.output_kind)
     batches = [_batches(part, data.pad_id, settings.batch_size) for part in (rest[: settings.samples], held_out)]
     selector = Selector(probe, source.config, settings, batches[0], batches[1], progress)
-    # Only now: what is refused above leaves nothing behind.
-    resumed = take_ownership(work_dir, request_hash(source, [*data.dev, *data.train], settings, training))
-    selection = distributed.agreed(_select(selector, settings, data, train, work_dir))
-    runs = _Runs(source, data, dense, training, work_dir, progress)
-    seconds = dict(selection.seconds)
-    finalists, rounds = runs.halved(selection.finalists, settings.halving, seconds)
-    full_seconds = full_steps * runs.step_seconds(finalists[0])
-    seconds["all"] = round(time.monotonic() - began, 3)
-    # Of a resumed search, the seconds before it was interrupted are not counted.
-    share = None if resumed else round(seconds["all"] / full_seconds, 4)
-    cost = SearchCost(seconds, FullRun(full_steps, round(full_seconds, 3)), resumed, share)
-    result = _result(selection, finalists, rounds, settings, cost)
-    if not distributed.rank():  # only the first process writes
-        with atomic_dir(out, replace_any=replace_any) as scratch:
+    with claimed(out, work_dir, replace_any=replace_any) as scratch:
+        # Only now: what is refused above leaves nothing behind.
+        resumed = take_ownership(work_dir, request_hash(source, [*data.dev, *data.train], settings, training))
+        selection = distributed.agreed(_select(selector, settings, data, train, work_dir))
+        runs = _Runs(source, data, dense, training, work_dir, progress)
+        seconds = dict(selection.seconds)
+        finalists, rounds = runs.halved(selection.finalists, settings.halving, seconds)
+        full_seconds = full_steps * runs.step_seconds(finalists[0])
+        seconds["all"] = round(time.monotonic() - began, 3)
+        # Of a resumed search, the seconds before it was interrupted are not counted.
+        share = None if resumed else round(seconds["all"] / full_seconds, 4)
+        cost = SearchCost(seconds, FullRun(full_steps, round(full_seconds, 3)), resumed, share)
+        result = _result(selection, finalists, rounds, settings, cost)
+        if not distributed.rank():  # only the first process writes
             _write(scratch, selection, finalists, selector.sensitivities, result)
-        shutil.rmtree(work_dir, ignore_errors=True)
-    distributed.wait()
     return result
 
 

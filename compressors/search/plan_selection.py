@@ -36,7 +36,6 @@ from nxm_export.data.examples import Features, filled, group_array, label_array
 from nxm_export.data.metrics import metric_named
 from nxm_export.errors import PlanError
 from nxm_export.progress import Progress, silent
-from nxm_export.storage.json_files import Json
 
 Choice = tuple[int, ...]  # index into the candidate specs, per weight in model order
 
@@ -85,7 +84,7 @@ class Selector:
     def __init__(
         self,
         probe: SensitivityProbe,
-        config: Mapping[str, Json],
+        config: Mapping[str, object],
         settings: SearchSettings,
         calibration: Batches,
         held_out: Batches,

@@ -34,7 +34,6 @@ from nxm_export.contract.families import Family
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.hf.protocols import TaskOutput
-from nxm_export.storage.json_files import Json
 
 Batches = Sequence[Mapping[str, Tensor]]
 COLUMNS = ("weight", "option", "kl", "fisher")
@@ -71,7 +70,7 @@ class SensitivityProbe:
     """A dense model whose planned layers can be compressed one-shot and put back."""
 
     def __init__(
-        self, model: nn.Module, family: Family, config: Mapping[str, Json], output_kind: str = "softmax"
+        self, model: nn.Module, family: Family, config: Mapping[str, object], output_kind: str = "softmax"
     ) -> None:
         self.model, self.family, self.output_kind = model.eval(), family, output_kind
         self.weights = list(family.weights(config))

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from transformers import TrainerCallback
 
 from compressors.pruning.admm import Admm
-from compressors.training.callbacks import Arguments, JsonLog, State, TrainerCallback
+from compressors.training.callbacks import JsonLog
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 MAX_DUAL_UPDATES = 16
 # What fixing the masks would cost is watched at every fourth dual update and on this many held-out samples: at all of
@@ -80,11 +85,13 @@ class AdmmCallback(TrainerCallback):
         self.admm, self.schedule, self.log, self.projected_loss = admm, schedule, log, projected_loss
         self.updates = 0
 
-    def on_pre_optimizer_step(self, args: Arguments, state: State, control: object, **_: object) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         """Add the penalty to the clipped task gradient."""
         self.schedule.penalize(self.admm, state.global_step + 1)
 
-    def on_step_end(self, args: Arguments, state: State, control: object, **_: object) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Update the dual where the schedule says so, and log what it did."""
         if not self.schedule.updates_at(state.global_step):
             return

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from numbers import Integral
 
 from nxm_export.contract.tasks import Task
-from nxm_export.data.examples import NO_LABEL, Features, inputs_of
+from nxm_export.data.examples import Features, inputs_of, sample_of
+from nxm_export.data.token_labels import NO_LABEL
 from nxm_export.errors import DataError
 
 DROPPED, REPLACED, SWAPPED = 0.10, 0.15, 0.10  # shares of a sample's tokens
@@ -60,7 +61,7 @@ def distorted(sample: Features, pool: Sequence[int], rng: random.Random) -> Feat
         one, other = ids[places[a]], ids[places[a + 1]]
         if one not in fixed and other not in fixed and rng.random() < SWAPPED:
             places[a], places[a + 1] = places[a + 1], places[a]
-    changed = {name: [sample[name][i] for i in places] for name in inputs_of(sample)}
+    changed = {name: [values[i] for i in places] for name, values in inputs_of(sample).items()}
     changed["input_ids"] = [
         token if token in fixed or rng.random() >= REPLACED else rng.choice(pool) for token in changed["input_ids"]
     ]
@@ -69,4 +70,4 @@ def distorted(sample: Features, pool: Sequence[int], rng: random.Random) -> Feat
         labels = [NO_LABEL] * len(places)
     elif isinstance(labels, Integral):
         labels = NO_LABEL
-    return {**sample, **changed, "labels": labels}
+    return {**sample, **sample_of(changed), "labels": labels}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
+
+from transformers import TrainerCallback
 
 from compressors.distributed import wait
 from nxm_export.contract.train_log import TrainLogLine, read_train_log
@@ -13,43 +15,9 @@ from nxm_export.errors import DataError
 from nxm_export.progress import Progress
 
 if TYPE_CHECKING:
-    # transformers has no types; these are those of its callbacks that are used here.
-    class TrainerCallback:
-        """What a Trainer calls."""
-
-        def on_train_begin(self, args: Arguments, state: State, control: object, **_: object) -> None:
-            """Before the first step."""
-
-        def on_pre_optimizer_step(self, args: Arguments, state: State, control: object, **_: object) -> None:
-            """Behind the backward pass and clipping."""
-
-        def on_step_end(self, args: Arguments, state: State, control: object, **_: object) -> None:
-            """Behind every optimizer step."""
-
-        def on_save(self, args: Arguments, state: State, control: object, **_: object) -> None:
-            """Behind every training checkpoint."""
-
-        def on_log(
-            self, args: Arguments, state: State, control: object, logs: Mapping[str, float] | None = None, **_: object
-        ) -> None:
-            """Every few steps."""
-else:
-    from transformers import TrainerCallback
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 COMPLETE = "nxm_complete"  # marks a training checkpoint that was written to its end
-
-
-class Arguments(Protocol):
-    """What is used of transformers' TrainingArguments."""
-
-    output_dir: str
-
-
-class State(Protocol):
-    """What is used of transformers' TrainerState."""
-
-    global_step: int
-    is_world_process_zero: bool
 
 
 class JsonLog(TrainerCallback):
@@ -64,7 +32,9 @@ class JsonLog(TrainerCallback):
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(TrainLogLine(self.phase, step, **values).to_text())
 
-    def on_train_begin(self, args: Arguments, state: State, control: object, **_: object) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         """Drop this phase's lines beyond the step that it starts from."""
         if not state.is_world_process_zero or not self.file.is_file():
             return
@@ -73,7 +43,12 @@ class JsonLog(TrainerCallback):
         self.file.write_text("".join(line.to_text() for line in earlier), encoding="utf-8")
 
     def on_log(
-        self, args: Arguments, state: State, control: object, logs: Mapping[str, float] | None = None, **_: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: object,
     ) -> None:
         """Log, and stop at a loss that is no number."""
         logs = logs or {}
@@ -95,11 +70,13 @@ class ProgressCallback(TrainerCallback):
     def __init__(self, phase: str, steps: int, progress: Progress) -> None:
         self.phase, self.steps, self.progress = phase, steps, progress
 
-    def on_train_begin(self, args: Arguments, state: State, control: object, **_: object) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         """Report the step that a resumed phase starts from."""
         self.progress(self.phase, state.global_step, self.steps)
 
-    def on_step_end(self, args: Arguments, state: State, control: object, **_: object) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Report every step."""
         self.progress(self.phase, state.global_step, self.steps)
 
@@ -107,8 +84,8 @@ class ProgressCallback(TrainerCallback):
 class CompleteCallback(TrainerCallback):
     """Marks a training checkpoint as complete when all processes have written their part."""
 
-    def on_save(self, args: Arguments, state: State, control: object, **_: object) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Mark the checkpoint that was saved."""
         wait()  # each writes the state of its random numbers
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and args.output_dir is not None:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()

@@ -20,19 +20,18 @@ from compressors import distributed
 from compressors.models import ModelSource, load_model, load_tokenizer, resolve
 from compressors.process_setup import prepare_process
 from compressors.quantization.embedding import quant_embeddings
-from compressors.quantization.prepare_bake import bake
+from compressors.quantization.prepare_bake import bake, round_as_stored
 from compressors.settings import Settings
 from compressors.training.phases import Job, freeze_embeddings
-from compressors.training.resume import request_hash, take_ownership
+from compressors.training.resume import claimed, request_hash, take_ownership
 from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
-from compressors.training.trainer import Phase, PhaseData, predict, run_phase, steps_of
+from compressors.training.trainer import Phase, PhaseData, predict, require_counted_alike, run_phase, steps_of
 from nxm_export.contract.checkpoint import open_checkpoint, save_plan
 from nxm_export.contract.checkpoint_metrics import (
     METRICS_FILE,
     CompressionMetrics,
     DenseMetrics,
     Scores,
-    fields_of,
     finite,
     finite_interval,
 )
@@ -47,7 +46,7 @@ from nxm_export.errors import DataError
 from nxm_export.hf.model_loading import quiet_transformers
 from nxm_export.hf.protocols import FastTokenizer, Saved
 from nxm_export.progress import Progress, silent
-from nxm_export.storage.atomic import atomic_dir
+from nxm_export.storage.atomic import require_apart
 from nxm_export.storage.json_files import encode
 
 
@@ -95,6 +94,7 @@ def finetune(
     """
     prepare_process(settings.threads)
     source, kind, result = resolve(model, revision), task_named(task), Result.at(out, work_dir, outputs)
+    require_apart(result.directory, source.path, train, dev, within=False)
     tokenizer = load_tokenizer(source)
     data = read_task_data(source, TaskDataRequest(kind, train, dev, columns, train_limit), tokenizer, settings)
     fits = source.head_fits(kind)
@@ -105,26 +105,28 @@ def finetune(
         raise DataError(
             f"{model}: task {task} has no loss to train a dense model by; train it with sentence-transformers first"
         )
-    steps = 0
-    if further or not fits:
-        steps = settings.dense_steps or steps_of(data.train, settings.dense_epochs, settings.batch_size)
-        _take_ownership(result.work_dir, source, data, settings)
-        if settings.dense_freeze_embeddings:
-            freeze_embeddings(network)
-        phase = Phase("dense", steps, settings.dense_learning_rate, settings.batch_size)
-        work = PhaseData(
-            data.train,
-            data.pad_id,
-            result.work_dir,
-            settings.seed,
-            settings.precision,
-            kind.output_kind,
-            progress=progress,
-        )
-        run_phase(network, phase, work)
-    logits = _dev_logits(network, data, progress)
-    metrics = DenseMetrics(**fields_of(_scores(logits, data)), steps=steps, revision=source.revision)
-    _save(network, tokenizer, source, result, metrics, logits, data)
+    require_counted_alike(network, data, dev)
+    with claimed(result.directory, result.work_dir) as scratch:
+        steps = 0
+        if further or not fits:
+            steps = settings.dense_steps or steps_of(data.train, settings.dense_epochs, settings.batch_size)
+            _take_ownership(result.work_dir, source, data, settings)
+            if settings.dense_freeze_embeddings:
+                freeze_embeddings(network)
+            phase = Phase("dense", steps, settings.dense_learning_rate, settings.batch_size)
+            work = PhaseData(
+                data.train,
+                data.pad_id,
+                result.work_dir,
+                settings.seed,
+                settings.precision,
+                kind.output_kind,
+                progress=progress,
+            )
+            run_phase(network, phase, work)
+        logits = _dev_logits(network, data, progress)
+        metrics = DenseMetrics.of(_scores(logits, data), steps=steps, revision=source.revision)
+        _save(network, tokenizer, source, scratch, result, metrics, logits, data)
     return metrics
 
 
@@ -150,23 +152,28 @@ def compress(
     """
     prepare_process(settings.threads)
     source, kind, result = resolve(model), task_named(task), Result.at(out, work_dir, outputs)
+    require_apart(result.directory, source.path, train, dev, within=False)
     _require_trainable(source, kind, settings, str(model))
     plan.require_fits(source.family.model_type, source.family.weights(source.config))
     tokenizer = load_tokenizer(source)
     data = read_task_data(source, TaskDataRequest(kind, train, dev, columns, train_limit), tokenizer, settings)
-    _take_ownership(result.work_dir, source, data, settings, plan)
-    job = Job(source, data, plan, settings, result.work_dir, progress)
-    student, facts = job.run()
-    logits = _dev_logits(student, data, progress)  # with activation quantizers, so before baking
-    cost = _embedding_cost(student, logits, data, progress)
-    metrics = CompressionMetrics(
-        **fields_of(_scores(logits, data)),
-        **fields_of(facts),
-        table_drop=None if cost is None else cost.drop,
-        table_drop_interval=None if cost is None else cost.interval,
-    )
-    scales = bake(student, job.plan)
-    _save(student, tokenizer, source, result, metrics, logits, data, (job.plan, scales))
+    if data.numbered:
+        require_counted_alike(load_model(source, kind), data, dev)
+    with claimed(result.directory, result.work_dir) as scratch:
+        _take_ownership(result.work_dir, source, data, settings, plan)
+        job = Job(source, data, plan, settings, result.work_dir, progress)
+        student, facts = job.run()
+        round_as_stored(student, job.plan)  # what is scored is what is saved
+        logits = _dev_logits(student, data, progress)  # with activation quantizers, so before baking
+        cost = _embedding_cost(student, logits, data, progress)
+        metrics = CompressionMetrics.of(
+            _scores(logits, data),
+            facts,
+            table_drop=None if cost is None else cost.drop,
+            table_drop_interval=None if cost is None else cost.interval,
+        )
+        scales = bake(student, job.plan)
+        _save(student, tokenizer, source, scratch, result, metrics, logits, data, (job.plan, scales))
     return metrics
 
 
@@ -239,36 +246,33 @@ def _save(
     model: nn.Module,
     tokenizer: FastTokenizer,
     source: ModelSource,
+    scratch: Path,
     result: Result,
     metrics: DenseMetrics | CompressionMetrics,
     logits: np.ndarray,
     data: TaskData,
     compressed: tuple[CompressionPlan, dict[str, np.ndarray]] | None = None,
 ) -> None:
-    """Write everything that a finished run leaves: the checkpoint, with its plan and scales where it is `compressed`,
-    and the outputs on dev. The first process alone writes; the others wait for it. (What it writes is what it takes:
-    eight things.)"""
+    """Write everything that a finished run leaves: the checkpoint into `scratch`, with its plan and scales where it is
+    `compressed`, and the outputs on dev. The first process alone writes. (What it writes is what it takes: nine
+    things.)"""
     if distributed.rank():
-        distributed.wait()
         return
     if result.outputs is not None:
         _save_outputs(result.outputs, logits, data)
-    with atomic_dir(result.directory) as scratch:
-        with quiet_transformers():
-            cast(Saved, model).save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
-        pooling = getattr(model, "pooling", None)
-        if pooling is not None:
-            hidden = size_of(source.config, source.family.hidden_key)
-            write_pooling(scratch, pooling, hidden, int(tokenizer.model_max_length), source.path)
-        (scratch / METRICS_FILE).write_text(encode(metrics.to_dict()), encoding="utf-8")
-        if (result.work_dir / TRAIN_LOG_FILE).is_file():
-            shutil.copyfile(result.work_dir / TRAIN_LOG_FILE, scratch / TRAIN_LOG_FILE)
-        if compressed is not None:
-            save_plan(scratch, *compressed)
-            open_checkpoint(scratch).require_valid()
-    shutil.rmtree(result.work_dir, ignore_errors=True)
-    distributed.wait()
+    with quiet_transformers():
+        cast(Saved, model).save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+    pooling = getattr(model, "pooling", None)
+    if pooling is not None:
+        hidden = size_of(source.config, source.family.hidden_key)
+        write_pooling(scratch, pooling, hidden, int(tokenizer.model_max_length), source.path)
+    (scratch / METRICS_FILE).write_text(encode(metrics.to_dict()), encoding="utf-8")
+    if (result.work_dir / TRAIN_LOG_FILE).is_file():
+        shutil.copyfile(result.work_dir / TRAIN_LOG_FILE, scratch / TRAIN_LOG_FILE)
+    if compressed is not None:
+        save_plan(scratch, *compressed)
+        open_checkpoint(scratch).require_valid()
 
 
 def _save_outputs(file: Path, logits: np.ndarray, data: TaskData) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from compressors.models import ModelSource, load_model
 from compressors.pruning.admm import Admm
@@ -29,7 +29,7 @@ from compressors.quantization.prepare_bake import calibrate, prepare, require_in
 from compressors.settings import SECOND_ORDER, Settings
 from compressors.training.admm_schedule import WATCHED_SAMPLES, AdmmCallback, PaperSchedule, Ramp, Schedule
 from compressors.training.augmentation import require_augmentable
-from compressors.training.callbacks import JsonLog, TrainerCallback
+from compressors.training.callbacks import JsonLog
 from compressors.training.default_recipe import training_of
 from compressors.training.output_sensitivity import output_costs
 from compressors.training.task_data import TaskData

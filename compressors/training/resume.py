@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from compressors import distributed
 from compressors.models import ModelSource
 from nxm_export.data.examples import Features
-from nxm_export.storage.atomic import make_directory, write_atomic
+from nxm_export.storage.atomic import atomic_dir, make_directory, write_atomic
 from nxm_export.storage.hashing import file_hash
 
 if TYPE_CHECKING:
@@ -31,6 +32,21 @@ def request_hash(source: ModelSource, samples: Iterable[Features], *settings: Da
     for sample in samples:
         digest.update(repr(sorted(sample.items())).encode())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def claimed(out: Path, work_dir: Path, *, replace_any: bool = False) -> Iterator[Path]:
+    """A directory that becomes `out` when the block is done (`nxm_export.storage.atomic.atomic_dir`); `work_dir` is
+    then removed. Work is done inside the block, so that of two processes with one `out` the second is refused before it
+    touches what the first is doing. Under torchrun the first process has it, and the others, which write nothing, wait
+    for it at the end."""
+    if distributed.rank():
+        yield out
+    else:
+        with atomic_dir(out, replace_any=replace_any) as scratch:
+            yield scratch
+        shutil.rmtree(work_dir, ignore_errors=True)
+    distributed.wait()
 
 
 def take_ownership(work_dir: Path, request: str) -> bool:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from compressors.models import ModelSource, max_length
 from compressors.settings import Settings
+from nxm_export.contract.families import size_of
 from nxm_export.contract.tasks import Task
 from nxm_export.data.examples import Columns, Examples, Features, encode
-from nxm_export.data.label_kinds import LABELS, labelled, load_labelled, names_for
-from nxm_export.errors import DataError
+from nxm_export.data.label_kinds import LABELS, classes_of, labelled, load_labelled
+from nxm_export.data.scorable import require_scorable
+from nxm_export.errors import ArtifactError, DataError, some
 from nxm_export.hf.protocols import FastTokenizer
 
 
@@ -27,13 +29,15 @@ class TaskDataRequest:
 
 @dataclass(frozen=True)
 class TaskData:
-    """Training and evaluation data of one task, tokenized."""
+    """Training and evaluation data of one task, tokenized. `numbered`: labels are numbers, which are taken for indices
+    of the head's `classes`."""
 
     task: Task
     train: list[Features]
     dev: list[Features]
     pad_id: int
     classes: list[str] | None
+    numbered: bool = False
 
 
 def read_task_data(
@@ -46,7 +50,8 @@ def read_task_data(
     """
     task, columns = request.task, request.columns
     raw = load_labelled(request.train, "train", columns, task)
-    classes = names_for(raw, task, source.classes() if source.head_fits(task) else None)
+    head = source.classes() if source.head_fits(task) else None
+    classes = dev_classes = classes_of(raw, task, head)
     length = tokenizer.model_max_length = max_length(source, tokenizer, task, settings.max_length)
 
     def tokens(examples: Examples) -> list[Features]:
@@ -63,5 +68,29 @@ def read_task_data(
                 f"{raw.source} and {raw_dev.source} differ: only one of them has a second text; "
                 "name the columns with --text and --text-pair"
             )
-        held_out = tokens(labelled(raw_dev, task, classes))
-    return TaskData(task, tokens(examples), held_out, int(tokenizer.pad_token_id or 0), classes)
+        dev_classes = classes if head is None else classes_of(raw_dev, task, head)
+        scored = labelled(raw_dev, task, dev_classes)
+        require_scorable(task, scored, None if dev_classes is None else dev_classes.names)
+        held_out = tokens(scored)
+    names = None if classes is None else list(classes.names)
+    numbered = any(found is not None and found.numbered for found in (classes, dev_classes))
+    data = TaskData(task, tokens(examples), held_out, int(tokenizer.pad_token_id or 0), names, numbered)
+    _require_rows(source, data, tokenizer)
+    return data
+
+
+def _require_rows(source: ModelSource, data: TaskData, tokenizer: FastTokenizer) -> None:
+    """Raise `ArtifactError` where the tokenizer gives tokens that the model's table has no row for."""
+    rows = size_of(source.config, "vocab_size")
+    samples = (*data.train, *data.dev)
+    if max([data.pad_id, *(max(sample["input_ids"], default=0) for sample in samples)]) < rows:
+        return
+    beyond = {token for sample in samples for token in sample["input_ids"] if token >= rows} | (
+        {data.pad_id} if data.pad_id >= rows else set()
+    )
+    words = some(f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in beyond)
+    raise ArtifactError(
+        f"{source.path}: its tokenizer has {len(beyond)} tokens in this data that the model's table of {rows} "
+        f"embeddings has not: {words}. Resize the model (resize_token_embeddings(len(tokenizer))) and train it, or "
+        "take the tokens out of the tokenizer"
+    )

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from compressors.distributed import world_size
@@ -36,15 +36,18 @@ from compressors.training.callbacks import (
     CompleteCallback,
     JsonLog,
     ProgressCallback,
-    TrainerCallback,
 )
 from compressors.training.distillation import Student
+from compressors.training.task_data import TaskData
 from nxm_export.contract.train_log import TRAIN_LOG_FILE
-from nxm_export.data.examples import NO_LABEL, Features, filled, label_array, pad, sorted_batches
+from nxm_export.data.examples import Features, filled, label_array, pad, sorted_batches
+from nxm_export.data.label_order import ROWS, require_label_order
+from nxm_export.data.token_labels import training_labels
 from nxm_export.errors import DataError
+from nxm_export.hf.model_loading import quiet_log
 from nxm_export.progress import Progress, silent
-
-_PAD_TO = "pad_to"  # of a sample: the length of its whole batch, of which this process may have a part
+from nxm_export.storage.atomic import disk_errors
+from nxm_export.storage.disk_space import require_space, written_in
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def _in_batches(features: Sequence[Features], order: Sequence[int], batch_size: 
     for start in range(0, len(order), batch_size):
         batch = [features[i] for i in order[start : start + batch_size]]
         longest = max(len(sample["input_ids"]) for sample in batch)
-        samples += [{**sample, _PAD_TO: longest} for sample in batch]
+        samples += [{**sample, "pad_to": longest} for sample in batch]
     return samples
 
 
@@ -141,6 +144,7 @@ def run_phase(
     student.to(arguments.device)
     if teacher is not None:
         teacher.eval().to(arguments.device)
+    _require_space(student, phase, data.work_dir)
     features, order = data.features, schedule(data.features, phase.steps, phase.batch_size, data.seed)
     if data.augment:
         features, order = augmented(features, order, phase.batch_size, data.augment, data.seed)
@@ -154,14 +158,27 @@ def run_phase(
         callbacks=[log, ProgressCallback(phase.name, phase.steps, data.progress), *callbacks, CompleteCallback()],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    # The Trainer says, for one, how it sorts checkpoints that were written within a second.
+    with quiet_log(), disk_errors(data.work_dir):
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.accelerator.wait_for_everyone()  # each lists the directory as its training ends
     if trainer.is_world_process_zero():
         partial = finished.with_suffix(".partial")
-        save_file({name: tensor.contiguous() for name, tensor in student.state_dict().items()}, partial)
-        partial.replace(finished)
+        with disk_errors(finished):
+            save_file({name: tensor.contiguous() for name, tensor in student.state_dict().items()}, partial)
+            partial.replace(finished)
         shutil.rmtree(directory, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+
+
+def _require_space(student: nn.Module, phase: Phase, work_dir: Path) -> None:
+    """Raise `ArtifactError` where the disk has no room for a phase: its training checkpoints, of which the former goes
+    when the next one is complete, and its result."""
+    state = sum(tensor.numel() * tensor.element_size() for tensor in student.state_dict().values())
+    moments = 2 * sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)  # AdamW's
+    checkpoints = min(2, phase.steps // (phase.save_every or save_every(phase.steps)))
+    needed = checkpoints * (state + moments) + state - written_in(work_dir / phase.name)
+    require_space(work_dir, needed, f"the phase {phase.name}, with its training checkpoints,")
 
 
 def training_arguments(phase: Phase, directory: Path, seed: int, precision: str) -> TrainingArguments:
@@ -212,18 +229,17 @@ def collate(samples: Sequence[Features], pad_id: int) -> dict[str, Tensor]:
     """Pad samples to the longest of the batch; labels become int64 classes or float32 scores, or the place of the
     answer (batch, 2).
 
-    Labels of tokens are padded like the tokens, with `NO_LABEL`.
+    Labels of tokens are padded like the tokens (`nxm_export.data.token_labels.training_labels`).
     """
-    longest = samples[0].get(_PAD_TO)
-    samples = [{name: value for name, value in sample.items() if name != _PAD_TO} for sample in samples]
-    batch = {name: torch.from_numpy(array) for name, array in pad(samples, pad_id, longest).items()}
+    padded = pad(samples, pad_id, samples[0].get("pad_to"))
+    batch = {name: torch.from_numpy(array) for name, array in padded.items()}
     if "span" in samples[0]:
         batch["labels"] = torch.tensor([sample["span"] for sample in samples])
     elif "labels" in samples[0]:
-        labels = torch.from_numpy(label_array(samples))
-        if labels.dim() == 2 and not labels.is_floating_point():
-            width = batch["input_ids"].shape[1]
-            labels = nn.functional.pad(labels, (0, width - labels.shape[1]), value=NO_LABEL)
+        array = label_array(samples)
+        if array.ndim == 2 and array.dtype.kind == "i":
+            array = training_labels(array, batch["input_ids"].shape[1])
+        labels = torch.from_numpy(array)
         batch["labels"] = labels.float() if labels.is_floating_point() else labels
     return batch
 
@@ -258,6 +274,14 @@ def predict(
             progress(number + 1, len(batches))
     model.train(was_training)
     return filled([logits for _, logits in sorted(logits_by_sample, key=lambda item: item[0])], 0.0)
+
+
+def require_counted_alike(model: nn.Module, data: TaskData, source: str) -> None:
+    """Raise `DataError` where labels are numbers that cannot be those of the classes of `model`, by the first samples
+    of dev."""
+    if data.numbered:
+        first = data.dev[:ROWS]
+        require_label_order(predict(model, first, data.pad_id), label_array(first), data.classes or (), source)
 
 
 @torch.no_grad()

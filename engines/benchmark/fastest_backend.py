@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from engines.base import BuildOptions, Engine, LoadOptions, backend, cpu_backends, spec_of
-from engines.benchmark.latency import VOCABULARY, BenchReport, bench, feeds_for
+from engines.benchmark.latency import VOCABULARY, BenchReport, bench, feeds_for, fitted_shapes
 from nxm_export.errors import EngineError, EngineUnavailable
-from nxm_export.storage.json_files import Json, to_builtins
+from nxm_export.storage.json_files import to_json_object
 
 NAME = "auto"
 SHAPES = ((1, 32), (1, 128), (8, 32), (8, 128))  # (batch, sequence), unless the user says others
@@ -50,9 +50,9 @@ class Choice:
     candidates: tuple[Candidate, ...]
     left_out: Mapping[str, str]
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of the passport's ``options.auto`` and of ``--json``."""
-        return dict(to_builtins(self))
+        return to_json_object(self)
 
 
 def build_candidates(onnx: Path, work: Path, options: BuildOptions) -> tuple[dict[str, Path], dict[str, str]]:
@@ -91,29 +91,43 @@ def choose(
     """Time engine directories by `measure` (`engines.benchmark.latency`, unless another is given) and say which to
     keep.
 
-    Without `shapes` they are `SHAPES`, shortened to what the model takes. An engine whose outputs are not finite is
-    left out. Raises `EngineError` for shapes that the model does not take, and when no engine is left.
+    Without `shapes` they are `SHAPES`, as far as the model takes them. An engine that cannot run, or whose outputs are
+    not finite, is left out. Raises `EngineError` for shapes that the model does not take, and when no engine is left.
     """
     spec = spec_of(next(iter(engines.values())))
-    requested = tuple(shapes or dict.fromkeys((b, min(s, spec.max_length) if spec else s) for b, s in SHAPES))
-    vocabulary = min(VOCABULARY, spec.limits.get("input_ids", VOCABULARY)) if spec else VOCABULARY
+    vocabulary = min(VOCABULARY, spec.limits.get("input_ids", VOCABULARY)) if spec else None
     refused = dict(left_out)
     with ExitStack() as stack:
         loaded: dict[str, Engine] = {}
         for name, directory in engines.items():
-            engine = stack.enter_context(backend(name).load(directory, LoadOptions(threads)))
-            outputs = engine.run(feeds_for(engine, *requested[0], vocabulary, 0))
-            if all(np.isfinite(array).all() for array in outputs.values()):
-                loaded[name] = engine
-            else:
-                refused[name] = "its outputs are not finite"
+            loaded[name] = stack.enter_context(backend(name).load(directory, LoadOptions(threads)))
+        default = [(batch, min(sequence, spec.max_length) if spec else sequence) for batch, sequence in SHAPES]
+        requested = tuple(shapes) if shapes else fitted_shapes(loaded.values(), default)
+        for name, engine in list(loaded.items()):
+            why = _unusable(engine, feeds_for(engine, *requested[0], vocabulary, 0))
+            if why is not None:
+                refused[name] = why
+                del loaded[name]
         if not loaded:
-            raise EngineError(f"no backend gives finite outputs: {', '.join(refused)}; run `nxm compare --bisect`")
+            reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
+            raise EngineError(
+                f"no backend can be timed with made-up inputs ({reasons}); build with one of them, such as --backend "
+                "ort, or run `nxm compare --bisect`"
+            )
         if measure is None:
             report = bench(loaded, tuple(dict.fromkeys(requested)), rounds=ROUNDS, vocabulary=vocabulary)
         else:
             report = measure(loaded, requested)
     return judge(report, requested, refused)
+
+
+def _unusable(engine: Engine, feeds: Mapping[str, np.ndarray]) -> str | None:
+    """Why an engine is no candidate, None when it runs `feeds` and its outputs are finite."""
+    try:
+        outputs = engine.run(feeds)
+    except EngineError as error:
+        return str(error)
+    return None if all(np.isfinite(array).all() for array in outputs.values()) else "its outputs are not finite"
 
 
 def judge(report: BenchReport, shapes: Sequence[tuple[int, int]], left_out: Mapping[str, str]) -> Choice:

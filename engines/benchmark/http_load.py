@@ -28,7 +28,7 @@ from nxm_export.contract.choices import TOKEN_ENCODING, TOKEN_ENCODINGS
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.data.examples import Features, pad
 from nxm_export.errors import DataError, ServeError
-from nxm_export.storage.json_files import Json, to_builtins
+from nxm_export.storage.json_files import to_json_object
 
 SCHEMA = "nxm-load/1"
 TIMEOUT = 60.0  # seconds without a byte before a client gives its request up
@@ -111,9 +111,9 @@ class LoadReport:
 
     results: tuple[LoadResult, ...]
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
-        return {"schema": SCHEMA, **to_builtins(self)}
+        return {"schema": SCHEMA, **to_json_object(self)}
 
 
 def with_tokens(
@@ -260,7 +260,7 @@ def _json_request(tensors: Mapping[str, np.ndarray]) -> InferenceRequest:
     return _json_body([{**_described(name, array), "data": array.ravel().tolist()} for name, array in tensors.items()])
 
 
-def _json_body(inputs: Sequence[Mapping[str, Json]]) -> InferenceRequest:
+def _json_body(inputs: Sequence[Mapping[str, object]]) -> InferenceRequest:
     return InferenceRequest({"Content-Type": "application/json"}, json.dumps({"inputs": inputs}).encode())
 
 
@@ -276,7 +276,7 @@ def _binary_request(tensors: Mapping[str, np.ndarray]) -> InferenceRequest:
     return InferenceRequest(headers, head + b"".join(blobs))
 
 
-def _described(name: str, array: np.ndarray) -> dict[str, Json]:
+def _described(name: str, array: np.ndarray) -> dict[str, object]:
     return {"name": name, "datatype": "INT64", "shape": list(array.shape)}
 
 

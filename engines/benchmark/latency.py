@@ -13,7 +13,7 @@ pays on this GPU, if it does.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,9 +21,10 @@ from typing import TypeVar
 import numpy as np
 
 from engines.base import Closing, Engine
+from engines.sample_inputs import nearest_shape, require_shape, sample_feeds
 from nxm_export.data.bootstrap_intervals import bootstrap_interval
 from nxm_export.errors import EngineError
-from nxm_export.storage.json_files import Json, read_record, to_builtins
+from nxm_export.storage.json_files import read_record, to_json_object
 
 SCHEMA = "nxm-bench/1"
 T = TypeVar("T")
@@ -67,9 +68,9 @@ class BenchReport:
     verdict: str | None = None
     unmeasured: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``bench/*.json`` and ``--json``."""
-        return {"schema": SCHEMA, **to_builtins(self)}
+        return {"schema": SCHEMA, **to_json_object(self)}
 
 
 def read_bench_report(file: Path) -> BenchReport:
@@ -82,13 +83,14 @@ def bench(
     shapes: Sequence[tuple[int, int]],
     *,
     rounds: int = 30,
-    vocabulary: int = VOCABULARY,
+    vocabulary: int | None = VOCABULARY,
     seed: int = 0,
 ) -> BenchReport:
-    """Time `engines` at `shapes` (batch, sequence) with random token ids below `vocabulary` and no padding.
+    """Time `engines` at `shapes` (batch, sequence) with random token ids below `vocabulary` and no padding, or what
+    `engines.sample_inputs` makes up.
 
-    The first engine is the reference of the ratios. Raises `EngineError` for no engines, shapes or rounds, and for an
-    engine with inputs of unknown meaning.
+    The first engine is the reference of the ratios. Raises `EngineError` for no engines, shapes or rounds, and for
+    shapes that an engine does not take.
     """
     if not engines or not shapes or rounds < 1:
         raise EngineError("a bench needs at least one engine, one shape and one round")
@@ -146,16 +148,22 @@ def _at(ratio: Ratio) -> str:
     return f"{ratio.speedup:.2f}x ({low:.2f} to {high:.2f}) at {ratio.batch}x{ratio.sequence}"
 
 
-def feeds_for(engine: Engine, batch: int, sequence: int, vocabulary: int, seed: int) -> dict[str, np.ndarray]:
-    """Random token ids below `vocabulary`, no padding, for every input of `engine`."""
-    ids = np.random.default_rng(seed).integers(min(5, vocabulary - 1), vocabulary, size=(batch, sequence))
-    unknown = set(engine.inputs) - {"input_ids", "attention_mask", "token_type_ids"}
-    if unknown:
-        raise EngineError(
-            f"cannot make up values for the inputs {', '.join(sorted(unknown))}; only token inputs are timed"
-        )
-    values = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-    return {name: values[name] for name in engine.inputs}
+def feeds_for(engine: Engine, batch: int, sequence: int, vocabulary: int | None, seed: int) -> dict[str, np.ndarray]:
+    """Random token ids below `vocabulary` (None: nobody knows it), no padding, and made-up values for inputs that are
+    no tokens; raises `EngineError` for a shape that `engine` does not take."""
+    require_shape(engine.input_bindings, batch, sequence)
+    return sample_feeds(engine.input_bindings, batch, sequence, vocabulary, seed)
+
+
+def fitted_shapes(engines: Iterable[Engine], shapes: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """`shapes` with the batch and the length that the engines have fixed, each once."""
+    bindings = [engine.input_bindings for engine in engines]
+    fitted = []
+    for shape in shapes:
+        for inputs in bindings:
+            shape = nearest_shape(inputs, *shape)
+        fitted.append(shape)
+    return tuple(dict.fromkeys(fitted))
 
 
 def interleaved(

@@ -24,7 +24,7 @@ from engines.benchmark.latency import paired, rotated
 from nxm_export.contract.choices import TEXT_BATCH
 from nxm_export.data.examples import Features, pad
 from nxm_export.errors import EngineError
-from nxm_export.storage.json_files import Json, to_builtins
+from nxm_export.storage.json_files import to_json_object
 
 SCHEMA = "nxm-text-bench/1"
 ORDERS = ("arrival", "bucketed", "fixed")
@@ -66,9 +66,9 @@ class TextReport:
     timings: tuple[TextTiming, ...]
     seconds: Mapping[str, Sequence[float]]
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
-        return {"schema": SCHEMA, **to_builtins(self)}
+        return {"schema": SCHEMA, **to_json_object(self)}
 
 
 def batches(lengths: Sequence[int], order: str, size: int) -> list[list[int]]:

@@ -1,4 +1,5 @@
-"""OpenVINO on the CPU: the engine file is the exported graph as it stands, symmetric INT8 pairs and all.
+"""OpenVINO on the CPU: the engine file is the exported graph as it stands, symmetric INT8 pairs and all (weights that
+lie in files beside it are taken in).
 
 Everything that OpenVINO would choose by the machine is said: float layers run in float32 (its default is bfloat16
 where the CPU has it, which is another network than the checkpoint's), one stream with a stated number of threads, not
@@ -9,9 +10,10 @@ Which products ran on integers is read off its execution graph, layer by layer: 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,14 +26,15 @@ from engines.base import (
     BuildOptions,
     Closing,
     LoadOptions,
+    as_bound,
     copy_companions,
     require_feeds,
     require_within,
     spec_of,
 )
 from engines.passport import Bindings, BuildFacts, EnginePassport, cpu_device, load_passport
+from engines.sample_inputs import sample_feeds
 from nxm_export.errors import EngineError, EngineUnavailable
-from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
     from engines.openvino.bindings import CompiledModel, Port, Request, RuntimeInfo
@@ -63,7 +66,7 @@ class OpenVinoFacts:
     operators: Mapping[str, int]
     task: str | None
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
         return asdict(self)
 
@@ -79,22 +82,24 @@ class _Layer:
 
 
 def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -> EnginePassport:
-    """Write an engine directory: the graph unchanged, its passport and companions.
+    """Write an engine directory: the graph unchanged but that it is one file, its passport and companions.
 
     The passport's options say which planned products run on integers here and which do not. Raises `EngineError`,
     `EngineUnavailable`, and `ArtifactError` for a file that is no ONNX graph.
     """
     _require_runtime()
-    from nxm_export.graph.graph_weights import load_graph
+    from nxm_export.graph.external_data import has_external_data, save_in_one_file
+    from nxm_export.graph.graph_weights import load_graph, sparse_tensors
     from nxm_export.graph.verifier import embedded_plan
 
     onnx = Path(onnx)
     model = load_graph(onnx)
-    if onnx.with_name(f"{onnx.name}.data").exists():
-        raise EngineError(f"{onnx}: weights beside the file (over 2 GB) do not fit into one, which an engine has to be")
-    shutil.copyfile(onnx, out / ENGINE_FILE)
+    if has_external_data(model) or sparse_tensors(model):  # it reads neither
+        save_in_one_file(model, out / ENGINE_FILE, onnx)
+    else:
+        shutil.copyfile(onnx, out / ENGINE_FILE)
     copy_companions(onnx.parent, out)
-    compiled = _compile(out / ENGINE_FILE, (out / ENGINE_FILE).read_bytes(), options.threads)
+    compiled = _compile(onnx, (out / ENGINE_FILE).read_bytes(), options.threads)
     plan = embedded_plan(model, str(onnx))
     planned = [name for name, spec in plan.weights.items() if spec.weight_bits] if plan else []
     integer, in_float = _split(planned, products(compiled))
@@ -110,7 +115,8 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         },
         graph=model.metadata_props,
         bindings=Bindings(
-            tuple(_binding(port) for port in compiled.inputs), tuple(_binding(port) for port in compiled.outputs)
+            _bindings(compiled.inputs, [value.name for value in model.graph.inputs]),
+            _bindings(compiled.outputs, [value.name for value in model.graph.outputs]),
         ),
     )
     return EnginePassport.issue(NAME, out / ENGINE_FILE, onnx, facts)
@@ -120,19 +126,29 @@ def load(directory: str | Path, options: LoadOptions = LoadOptions()) -> OpenVin
     """Load an engine directory; without a number of threads anywhere all cores of this process work."""
     directory = Path(directory)
     passport = load_passport(directory)
-    return OpenVinoEngine(directory, passport.read_engine(directory, {}), options.threads or passport.threads)
+    return OpenVinoEngine(directory, passport.read_engine(directory, {}), passport, options)
 
 
 class OpenVinoEngine(Closing):
     """A compiled model with one inference request. See `engines.base.Engine`."""
 
-    def __init__(self, directory: Path, model: bytes, threads: int | None) -> None:
+    def __init__(
+        self, directory: Path, model: bytes, passport: EnginePassport, options: LoadOptions = LoadOptions()
+    ) -> None:
         self.directory = directory
         self._spec = spec_of(directory)
-        compiled = _compile(directory / ENGINE_FILE, model, threads)
-        self.inputs = tuple(_name(port) for port in compiled.inputs)
-        self.outputs = tuple(_name(port) for port in compiled.outputs)
+        compiled = _compile(directory / ENGINE_FILE, model, options.threads or passport.threads)
+        recorded = passport.bindings
+        self._bindings = _bindings(compiled.inputs, [binding.name for binding in recorded.inputs])
+        self.inputs = tuple(binding.name for binding in self._bindings)
+        outputs = _bindings(compiled.outputs, [binding.name for binding in recorded.outputs])
+        self.outputs = tuple(binding.name for binding in outputs)
         self._request: Request | None = compiled.create_infer_request()
+
+    @property
+    def input_bindings(self) -> tuple[Binding, ...]:
+        """The inputs as the engine file has them."""
+        return self._bindings
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name."""
@@ -141,7 +157,9 @@ class OpenVinoEngine(Closing):
             raise EngineError(f"{self.directory}: this engine was closed")
         require_feeds(self, feeds)
         require_within(self._spec, feeds)
-        contiguous = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        contiguous = {
+            binding.name: np.ascontiguousarray(as_bound(binding, feeds[binding.name])) for binding in self._bindings
+        }
         try:
             request.infer(contiguous, share_inputs=True)
             return {  # copies: the next run writes there
@@ -149,7 +167,7 @@ class OpenVinoEngine(Closing):
                 for index, name in enumerate(self.outputs)
             }
         except RuntimeError as error:
-            raise EngineError(f"{self.directory}: OpenVINO failed: {error}") from error
+            raise EngineError(f"{self.directory}: OpenVINO failed: {_in_a_line(error)}") from error
 
     def close(self) -> None:
         """Drop the request and with it the model."""
@@ -172,10 +190,10 @@ def inspect(directory: str | Path) -> OpenVinoFacts:
 
 def products(compiled: CompiledModel) -> list[MatrixProduct]:
     """The matrix products of a compiled model as its execution graph has them, after a run where one can be made up."""
-    inputs = [port.get_partial_shape() for port in compiled.inputs]
-    if all(len(shape) == 2 for shape in inputs):  # kernels for free shapes are chosen at the first run
-        ones = {_name(port): np.ones((1, 8), port.get_element_type().to_dtype()) for port in compiled.inputs}
-        compiled.create_infer_request().infer(ones)
+    inputs = _bindings(compiled.inputs, ())
+    with contextlib.suppress(EngineError, RuntimeError):  # values that a graph of others does not take
+        feeds = sample_feeds(inputs, 1, 8, None)  # kernels for free shapes are chosen at the first run
+        compiled.create_infer_request().infer({each.name: as_bound(each, feeds[each.name]) for each in inputs})
     return [
         MatrixProduct(layer.names.partition(",")[0], layer.precision, layer.kernel)
         for layer in _layers(compiled)
@@ -232,15 +250,26 @@ def _compile(file: Path, model: bytes, threads: int | None) -> CompiledModel:
     try:
         compiled: CompiledModel = core.compile_model(core.read_model(model, b""), "CPU", settings(threads))
     except RuntimeError as error:
-        raise EngineError(f"{file}: OpenVINO cannot load it: {error}") from error
+        raise EngineError(f"{file}: OpenVINO cannot load it: {_in_a_line(error)}") from error
     return compiled
 
 
-def _name(port: Port) -> str:
-    return str(port.get_any_name())
+def _in_a_line(error: RuntimeError) -> str:
+    """OpenVINO's words without the places in its source that they come from."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
+    return "; ".join(said or lines)
 
 
-def _binding(port: Port) -> Binding:
-    """A model's input or output; sizes that are not fixed are free."""
-    shape = tuple(size.get_length() if size.is_static else -1 for size in port.get_partial_shape())
-    return Binding(_name(port), np.dtype(port.get_element_type().to_dtype()).name, shape)
+def _bindings(ports: Sequence[Port], names: Collection[str | None]) -> tuple[Binding, ...]:
+    """A model's inputs or outputs. A port may have several names, as behind an Identity: it is the one in `names`,
+    those of the graph, that counts."""
+    return tuple(_binding(port, names) for port in ports)
+
+
+def _binding(port: Port, names: Collection[str | None]) -> Binding:
+    """A model's input or output; sizes that are not fixed are free, and one whose number of axes is has none."""
+    sizes = port.get_partial_shape()
+    shape = () if sizes.rank.is_dynamic else tuple(size.get_length() if size.is_static else -1 for size in sizes)
+    name = next((name for name in sorted(port.get_names()) if name in names), port.get_any_name())
+    return Binding(name, np.dtype(port.get_element_type().to_dtype()).name, shape)

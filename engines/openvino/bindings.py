@@ -18,8 +18,16 @@ class Size(Protocol):
         ...
 
 
+class Rank(Protocol):
+    """The number of axes of a shape."""
+
+    is_dynamic: bool
+
+
 class Shape(Protocol):
     """A shape, some of whose sizes may be free."""
+
+    rank: Rank
 
     def __len__(self) -> int: ...
 
@@ -39,6 +47,10 @@ class Port(Protocol):
 
     def get_any_name(self) -> str:
         """One of its names."""
+        ...
+
+    def get_names(self) -> set[str]:
+        """All of its names."""
         ...
 
     def get_partial_shape(self) -> Shape:

@@ -23,6 +23,7 @@ from engines.base import (
     BuildOptions,
     Closing,
     LoadOptions,
+    as_bound,
     copy_companions,
     require_feeds,
     require_within,
@@ -31,7 +32,6 @@ from engines.base import (
 from engines.ort.graph_rewrites import fused_attention, integer_products
 from engines.passport import Bindings, BuildFacts, EnginePassport, cpu_device, load_passport
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
-from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -42,10 +42,10 @@ ENGINE_FILE = "model.onnx"
 # ONNX Runtime 1.32 on x86-64: SkipLayerNormalization takes three times as long as the Add and the LayerNormalization
 # that it replaces, and BiasGelu twice as long as Add and Gelu.
 SLOW_FUSIONS = ("SkipLayerNormFusion", "BiasGeluFusion")
-_INTEGER_PRODUCTS = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulInteger")
+INTEGER_PRODUCTS = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulInteger")
 
 
-class _SessionValue(Protocol):
+class SessionValue(Protocol):
     """An input or output of a session (``onnxruntime.NodeArg``): type as ``tensor(int64)``, sizes or their names."""
 
     name: str
@@ -53,14 +53,20 @@ class _SessionValue(Protocol):
     shape: Sequence[int | str | None]
 
 
-class _Session(Protocol):
+class Session(Protocol):
     """What is used of ``onnxruntime.InferenceSession``."""
 
-    def get_inputs(self) -> Sequence[_SessionValue]: ...
+    def get_inputs(self) -> Sequence[SessionValue]:
+        """The graph's inputs, in their order."""
+        ...
 
-    def get_outputs(self) -> Sequence[_SessionValue]: ...
+    def get_outputs(self) -> Sequence[SessionValue]:
+        """The graph's outputs, in their order."""
+        ...
 
-    def run(self, names: None, feeds: dict[str, np.ndarray]) -> Sequence[np.ndarray]: ...
+    def run(self, names: None, feeds: dict[str, np.ndarray]) -> Sequence[np.ndarray]:
+        """All outputs, in their order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class OrtFacts:
     operators: Mapping[str, int]
     task: str | None
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
         return asdict(self)
 
@@ -83,7 +89,8 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     Raises `EngineError`, `EngineUnavailable`, and `ArtifactError` for a file that is no ONNX graph.
     """
     _require_runtime()
-    from nxm_export.graph.graph_weights import load_graph, save_graph
+    from nxm_export.graph.external_data import save_in_one_file
+    from nxm_export.graph.graph_weights import load_graph
 
     onnx = Path(onnx)
     model = load_graph(onnx)
@@ -92,12 +99,13 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         "integer_products": integer_products(model),
         "fused_attention": fused_attention(model),
     }
-    save_graph(model, out / ENGINE_FILE)
-    if (out / f"{ENGINE_FILE}.data").exists():
-        raise EngineError(f"{onnx}: more than 2 GB do not fit into one ONNX file, which an engine directory has to be")
+    save_in_one_file(model, out / ENGINE_FILE, onnx)
     copy_companions(onnx.parent, out)
     # What it would refuse on every start, it refuses here.
-    session = _session(out / ENGINE_FILE, options.threads, SLOW_FUSIONS)
+    try:
+        session = open_session(out / ENGINE_FILE, options.threads, SLOW_FUSIONS)
+    except EngineError as error:  # of the file that was given, not of the one that goes again
+        raise EngineError(str(error).replace(str(out / ENGINE_FILE), str(onnx))) from error
     facts = BuildFacts(
         device=cpu_device(),
         requires={},  # ONNX files run on any machine and version
@@ -127,10 +135,16 @@ class OrtEngine(Closing):
         self.directory = directory
         self._spec = spec_of(directory)
         threads = options.threads or passport.threads
-        session = _session(directory / ENGINE_FILE, threads, _left_out(passport), model=model)
-        self._session: _Session | None = session
-        self.inputs = tuple(value.name for value in session.get_inputs())
+        session = open_session(directory / ENGINE_FILE, threads, left_out(passport), model=model)
+        self._session: Session | None = session
+        self._bindings = tuple(_binding(value) for value in session.get_inputs())
+        self.inputs = tuple(binding.name for binding in self._bindings)
         self.outputs = tuple(value.name for value in session.get_outputs())
+
+    @property
+    def input_bindings(self) -> tuple[Binding, ...]:
+        """The inputs as the engine file has them."""
+        return self._bindings
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name."""
@@ -138,8 +152,9 @@ class OrtEngine(Closing):
             raise EngineError(f"{self.directory}: this engine was closed")
         require_feeds(self, feeds)
         require_within(self._spec, feeds)
+        bound = {binding.name: as_bound(binding, feeds[binding.name]) for binding in self._bindings}
         try:
-            outputs = self._session.run(None, dict(feeds))
+            outputs = self._session.run(None, bound)
         except Exception as error:  # onnxruntime raises its own types, which are no stable API
             raise EngineError(f"{self.directory}: ONNX Runtime failed: {error}") from error
         return {name: array.astype(np.float32, copy=False) for name, array in zip(self.outputs, outputs, strict=True)}
@@ -155,12 +170,13 @@ def inspect(directory: str | Path) -> OrtFacts:
     passport, spec = load_passport(directory), spec_of(directory)
     passport.require_here(directory, {})
     counts = operators(directory / ENGINE_FILE, passport)
-    integer = sum(counts.get(operator, 0) for operator in _INTEGER_PRODUCTS)
+    integer = sum(counts.get(operator, 0) for operator in INTEGER_PRODUCTS)
     return OrtFacts(NAME, integer, dict(sorted(counts.items())), spec.task if spec else None)
 
 
-def operators(file: Path, passport: EnginePassport) -> dict[str, int]:
-    """How many operators of each type ONNX Runtime runs for an ONNX file, loaded as an engine of `passport`."""
+def operators(file: Path, passport: EnginePassport, *, level: str | None = None) -> dict[str, int]:
+    """How many operators of each type ONNX Runtime runs for an ONNX file, loaded as an engine of `passport`, or with
+    every optimizer of a `level`."""
     import tempfile
 
     from nxm_export.graph.graph_weights import load_graph
@@ -168,15 +184,21 @@ def operators(file: Path, passport: EnginePassport) -> dict[str, int]:
     counts: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as scratch:
         optimized = Path(scratch) / "optimized.onnx"
-        _session(file, passport.threads, _left_out(passport), optimized=optimized)
+        without = left_out(passport) if level is None else ()
+        open_session(file, passport.threads, without, optimized=optimized, level=level)
         for node in load_graph(optimized).graph:
             counts[node.op_type] = counts.get(node.op_type, 0) + 1
     return counts
 
 
-def _left_out(passport: EnginePassport) -> list[str]:
+def left_out(passport: EnginePassport) -> list[str]:
     """The optimizers that an engine is loaded without, by its passport."""
-    return [str(name) for name in passport.options.get("disabled_optimizers", ())]
+    names = passport.options.get("disabled_optimizers", ())
+    if not isinstance(names, (list, tuple)):
+        raise ArtifactError(
+            f"passport.json: options.disabled_optimizers must be a list, got {names!r}; build the engine again"
+        )
+    return [str(name) for name in names]
 
 
 def unsigned_activations(model: ir.Model) -> int:
@@ -223,22 +245,27 @@ def _require_runtime() -> None:
         raise EngineUnavailable("ONNX Runtime is not installed; pip install 'nxm-export[ort]'") from error
 
 
-def _binding(value: _SessionValue) -> Binding:
+def _binding(value: SessionValue) -> Binding:
     """A session's input or output; sizes with a name are free."""
     element = value.type.removeprefix("tensor(").removesuffix(")")
     shape = tuple(size if isinstance(size, int) else -1 for size in value.shape)
     return Binding(value.name, {"float": "float32", "double": "float64"}.get(element, element), shape)
 
 
-def _session(
+def open_session(
     file: Path,
     threads: int | None,
     without: Sequence[str] = (),
     *,
     optimized: Path | None = None,
     model: bytes | None = None,
-) -> _Session:
-    """A session on `file`, or on the bytes `model` that were read from it, without the optimizers that are named."""
+    level: str | None = None,
+) -> Session:
+    """A session on `file`, or on the bytes `model` that were read from it, without the optimizers that are named.
+
+    `level` is ONNX Runtime's optimization level, ``basic`` or ``all``, which is also its default. Raises `EngineError`,
+    `EngineUnavailable`, and `ArtifactError` for a file that is not there.
+    """
     _require_runtime()
     import onnxruntime as runtime
 
@@ -248,10 +275,12 @@ def _session(
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    if level == "basic":
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     try:
-        session: _Session = runtime.InferenceSession(
+        session: Session = runtime.InferenceSession(
             model or str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(without)
         )
     except Exception as error:  # onnxruntime raises its own types, which are no stable API

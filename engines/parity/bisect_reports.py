@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nxm_export.errors import ParityError
-from nxm_export.storage.json_files import Json, read_record, to_builtins
+from nxm_export.storage.json_files import as_objects, read_record, to_json_object
 
 SCHEMA = "nxm-bisect/2"
 BISECT_FILE = "bisect.json"
@@ -74,9 +74,9 @@ class BisectReport:
             if block.block == self.first_diverging:
                 raise ParityError(f"{self.engine}: it parts from the checkpoint in {block.block}: {block.reason}")
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``bisect.json`` and ``--json``."""
-        return {"schema": SCHEMA, **to_builtins(self)}
+        return {"schema": SCHEMA, **to_json_object(self)}
 
 
 def first_diverging(blocks: Sequence[BlockParity]) -> str | None:
@@ -104,7 +104,7 @@ _BLOCK_1 = {
 }
 
 
-def _from_1(fields: dict[str, Json]) -> dict[str, Json]:
+def _from_1(fields: dict[str, object]) -> dict[str, object]:
     """A file of nxm-bisect/1 had other words."""
-    blocks = [{_BLOCK_1.get(key, key): value for key, value in block.items()} for block in fields["blocks"]]
+    blocks = [{_BLOCK_1.get(key, key): value for key, value in block.items()} for block in as_objects(fields["blocks"])]
     return {**fields, "blocks": blocks}

@@ -17,7 +17,6 @@ from engines.passport import EnginePassport
 from engines.reference.pytorch import EMBEDDINGS
 from nxm_export.contract.families import Family
 from nxm_export.errors import ArtifactError, EngineError
-from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -32,7 +31,7 @@ class BlockBoundaries:
     query: str
 
     @classmethod
-    def of(cls, family: Family, config: Mapping[str, Json]) -> BlockBoundaries:
+    def of(cls, family: Family, config: Mapping[str, object]) -> BlockBoundaries:
         """The boundaries of a model."""
         runs = list(zip(family.run_names(config), family.runs(config), strict=True))
         return cls(runs, family.linear(runs[0][1], "query"))
@@ -142,13 +141,12 @@ def built_with_block_outputs(
     out.mkdir()
     save_graph(model, source / "model.onnx")
     copy_companions(directory, source)
-    recorded = passport.options
     options = BuildOptions(
         profiles=passport.profiles,
-        sparse=bool(recorded.get("sparse", True)),
-        level=recorded.get("level"),
-        workspace_bytes=recorded.get("workspace_bytes"),
-        build_route=recorded.get("build_route"),
+        sparse=bool(passport.options.get("sparse", True)),
+        level=passport.whole_option("level"),
+        workspace_bytes=passport.whole_option("workspace_bytes"),
+        build_route=passport.text_option("build_route"),
     )
     runtime = backend(passport.backend)
     try:

@@ -61,10 +61,11 @@ from engines.parity.tolerance import (
 from engines.passport import EnginePassport, load_passport
 from engines.reference import pytorch
 from engines.reference.pytorch import Perturbation
-from nxm_export.contract.io_spec import IOSpec, load_spec
+from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.tasks import TASKS, Task
 from nxm_export.data.examples import Features, filled, group_array, label_array, pad, sorted_batches
+from nxm_export.data.label_order import ROWS, require_label_order
 from nxm_export.data.metrics import interval, metric_named, paired_interval, require_scorable, scored_outputs
 from nxm_export.data.question_answering import context_mask
 from nxm_export.errors import ArtifactError, DataError, EngineUnavailable, ParityError
@@ -96,12 +97,14 @@ def compare_all(
     *,
     gates: Sequence[Gate] = (),
     batch_size: int = 32,
+    numbered: bool = False,
 ) -> Comparison:
     """Run a checkpoint and engine directories made from it on the same samples; writes ``parity.json`` and
     ``outputs.npz`` beside every engine that runs here.
 
-    `features` are token features with ``labels`` (see `nxm_export.data.examples.encode`). Raises `EngineUnavailable`
-    when no engine can run here, `DataError` for data that does not fit, `ArtifactError` for engines of another
+    `features` are token features with ``labels`` (see `nxm_export.data.examples.encode`); with `numbered` the data has
+    numbers for labels, whose order is then looked at. Raises `EngineUnavailable` when no engine can run here,
+    `DataError` for data that does not fit, `ArtifactError` for engines of another
     checkpoint and for engines that cannot be compared with each other, `ParityError` for a checkpoint whose own outputs
     are not finite; then nothing is written.
     """
@@ -118,7 +121,10 @@ def compare_all(
     runs = []
     for part in parts:
         if part.key not in references:
-            references[part.key] = _measure(checkpoint, part, samples)
+            reference = references[part.key] = _measure(checkpoint, part, samples)
+            if numbered:
+                logits = samples.scored(reference.outputs)[:ROWS]
+                require_label_order(logits, samples.labels[:ROWS], samples.spec.labels, "the data")
         runs.append(_run(part, references[part.key], samples))
     reports = []
     for run in runs:
@@ -190,7 +196,8 @@ class Part:
 
 def open_part(checkpoint: Path, directory: Path) -> Part:
     """An engine directory, checked against its checkpoint; raises `ArtifactError`."""
-    passport, spec = load_passport(directory), load_spec(directory)
+    passport = load_passport(directory)
+    spec = passport.load_spec(directory)
     plan = plan_of(checkpoint, directory, passport)
     require_from(checkpoint, directory, passport, spec)
     return Part(directory, passport, spec, plan)
@@ -450,6 +457,7 @@ def _report(
         probes=run.probes,
         gates=checked,
         pairs=tuple(pair for other in others for pair in _pairs(run, other, samples)),
+        contents_sha256=part.passport.contents_sha256,
     )
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from engines.base import Engine, Profile
 from engines.parity.decisions import apart, nonfinite_values
 from nxm_export.contract.io_spec import IOSpec
-from nxm_export.data.examples import Features, inputs_of, pad
+from nxm_export.data.examples import Features, inputs_of, pad, sample_of
 from nxm_export.errors import EngineError
 
 BATCH = 8  # samples of the batch probes
@@ -78,7 +78,7 @@ class Loaded:
     def rows(self, samples: Sequence[Features], length: int) -> Rows:
         """Outputs of each sample of one batch, without what belongs to padding; raises `EngineError` for NaN and
         infinity."""
-        outputs = self.engine.run(pad([inputs_of(sample) for sample in samples], self.spec.pad_id, length))
+        outputs = self.engine.run(pad(samples, self.spec.pad_id, length))
         wrong = [name for name, array in outputs.items() if nonfinite_values(array)]
         if wrong:
             raise EngineError(f"NaN or infinity in {', '.join(wrong)}")
@@ -142,7 +142,8 @@ def _batch_probes(loaded: Loaded, features: Sequence[Features], tolerances: Mapp
     samples = [_cut(features[i], min(len(features[i]["input_ids"]), limit)) for i in picks]
     length = max(len(sample["input_ids"]) for sample in samples)
     longer = min(length + PADDING, limit)
-    empty = {name: [0] * length for name in loaded.spec.inputs} | {"input_ids": [loaded.spec.pad_id] * length}
+    zeros = {name: [0] * length for name in loaded.spec.inputs}
+    empty = sample_of(zeros | {"input_ids": [loaded.spec.pad_id] * length})
 
     def together() -> Rows:
         return loaded.rows(samples, length)
@@ -225,7 +226,7 @@ def _judged(
 
 def _cut(sample: Features, length: int) -> Features:
     """The sample with exactly `length` tokens: cut, or repeated."""
-    return {name: _resized(value, length) for name, value in inputs_of(sample).items()}
+    return sample_of({name: _resized(value, length) for name, value in inputs_of(sample).items()})
 
 
 def _resized(values: Sequence[int], length: int) -> list[int]:

@@ -11,7 +11,7 @@ from engines.parity.gates import GateResult
 from engines.parity.probes import ProbeResult
 from engines.parity.tolerance import OutputParity
 from nxm_export.errors import ParityError
-from nxm_export.storage.json_files import Json, encode, read_record, to_builtins
+from nxm_export.storage.json_files import as_objects, encode, entry_at, read_record, to_json_object
 
 SCHEMA = "nxm-parity/2"
 PARITY_FILE = "parity.json"
@@ -26,7 +26,7 @@ class ParityReport:
     speaks of the difference and not of the samples. `secondary_metrics` are further metrics of the task: (checkpoint,
     engine). What NaN or infinity in the engine's outputs leaves without a value is None, and so is the interval of a
     single sample. `passed` is what outputs, probes and gates say together (see `verdict`); a report that contradicts
-    them is refused.
+    them is refused. `contents_sha256` is that of the engine's passport: of the engine with its labels and tokenizer.
     """
 
     passed: bool
@@ -47,6 +47,7 @@ class ParityReport:
     gates: tuple[GateResult, ...]
     pairs: tuple[Pair, ...]
     secondary_metrics: Mapping[str, tuple[float | None, float | None]]
+    contents_sha256: str | None = None
 
     def __post_init__(self) -> None:
         if self.passed != verdict(self.outputs, self.probes, self.gates):
@@ -68,9 +69,9 @@ class ParityReport:
             if not gate.passed:
                 raise ParityError(f"{self.engine}: the gate {gate.gate} failed: {gate.reason}")
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``parity.json`` and ``--json``."""
-        return {"schema": SCHEMA, **to_builtins(self)}
+        return {"schema": SCHEMA, **to_json_object(self)}
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Skipped:
     backend: str
     reason: str
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """Its entry in ``--json``: `passed` is null, and `skipped` the reason."""
         return {
             "schema": SCHEMA,
@@ -127,11 +128,11 @@ class Comparison:
         """False where `require` raises."""
         return all(report.passed for report in self.reports) and not (self.gates and self.skipped)
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """All of it in one record: whether `require` is content, the gates, and `to_list` as ``engines``."""
         return {"passed": self.passed, "gates": list(self.gates), "engines": self.to_list()}
 
-    def to_list(self) -> list[dict[str, Json]]:
+    def to_list(self) -> list[dict[str, object]]:
         """The form of ``--json``: the reports, then what was skipped."""
         return [*(report.to_dict() for report in self.reports), *(engine.to_dict() for engine in self.skipped)]
 
@@ -162,31 +163,39 @@ def read_parity_report(file: Path) -> ParityReport:
     return read_record(file, ParityReport, schema=SCHEMA, way_out=_WAY_OUT, older={"nxm-parity/1": _from_1})
 
 
-def _from_1(fields: dict[str, Json]) -> dict[str, Json]:
+def _from_1(fields: dict[str, object]) -> dict[str, object]:
     """A file of nxm-parity/1: other words, null for every NaN, and no count of such values for each output."""
     new = dict(fields)
     new["secondary_metrics"] = new.pop("beside")
-    new["probes"] = [_actual(probe) for probe in new["probes"]]
-    new["gates"] = [_actual(gate) for gate in new["gates"]]
-    nonfinite = int(new["probes"][0]["actual"]) if new["probes"] else 0  # of all outputs together
-    new["outputs"] = [_output_from_1(output, nonfinite) for output in new["outputs"]]
+    probes = [_actual(probe) for probe in as_objects(new["probes"])]
+    new["probes"] = probes
+    new["gates"] = [_actual(gate) for gate in as_objects(new["gates"])]
+    nonfinite = _whole(probes[0]["actual"]) if probes else 0  # of all outputs together
+    new["outputs"] = [_output_from_1(output, nonfinite) for output in as_objects(new["outputs"])]
     for key in ("reference_interval", "engine_interval", "difference_interval"):
         new[key] = _interval_from_1(new[key])
     new["pairs"] = [
-        {**pair, "difference_interval": _interval_from_1(pair["difference_interval"])} for pair in new["pairs"]
+        {**pair, "difference_interval": _interval_from_1(pair["difference_interval"])}
+        for pair in as_objects(new["pairs"])
     ]
     return new
 
 
-def _output_from_1(output: dict[str, Json], nonfinite: int) -> dict[str, Json]:
+def _output_from_1(output: dict[str, object], nonfinite: int) -> dict[str, object]:
     names = {"quiet": "unchanged_share", "quiet_required": "unchanged_required", "step": "one_step_shift"}
     renamed = {names.get(key, key): value for key, value in output.items()}
     return {**renamed, "nonfinite": 0 if output["max_abs"] is not None else nonfinite}
 
 
-def _actual(row: dict[str, Json]) -> dict[str, Json]:
+def _actual(row: dict[str, object]) -> dict[str, object]:
     return {"actual" if key == "found" else key: value for key, value in row.items()}
 
 
-def _interval_from_1(bounds: Json) -> Json:
-    return None if bounds[0] is None else bounds
+def _whole(number: object) -> int:
+    if not isinstance(number, (int, float)):
+        raise TypeError(f"{number!r:.80} is no number")
+    return int(number)
+
+
+def _interval_from_1(bounds: object) -> object:
+    return None if entry_at(bounds, 0) is None else bounds

@@ -3,32 +3,44 @@
 An answer is a result or ``{"error": "..."}`` with a status: 400 for a malformed request, 404 for an unknown model, 413
 for a body that is too large, 503 with Retry-After when the queue is full, 504 when the deadline passed, 500 with a
 request id (and nothing else; the log has the rest) for a failure of ours.
+
+The event loop answers everybody, so nothing that grows with a request is done on it: a body that is not small is
+inflated, parsed and tokenized in a thread, and a large answer is written there. The deadline runs from the first byte
+of a request, through all of this.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
+import json
 import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+
+from engines.admission import gate_state
 from engines.serving.batching import QueuedRequest
+from engines.serving.connection import BEGAN
+from engines.serving.content_coding import coding_of, inflated
 from engines.serving.metrics import Metrics, Observation
 from engines.serving.model import Endpoint, Model
+from engines.serving.open_files import AcceptFailures
 from engines.serving.protocol import HEADER_LENGTH, InferRequest, parse_infer, parse_json, render_infer
 from engines.serving.repository import Repository
 from engines.serving.settings import RequestLimits
-from engines.serving.text import text_size
+from engines.serving.spare_connections import SPARE
+from engines.serving.statistics import AnswerStatistics, EngineStatistics, model_config
 from nxm_export import __version__
 from nxm_export.errors import NxmError, RequestRefused
-from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -39,9 +51,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("nxm.serve")
 OPENAPI_FILE = Path(__file__).with_name("openapi.json")
-EXTENSIONS = ("binary_tensor_data", "model_repository", "schedule_policy")
-INLINE_TEXT = 4096  # bytes that are tokenized on the event loop (well under a millisecond); more goes to a thread
+EXTENSIONS = (
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "model_repository",
+    "schedule_policy",
+    "statistics",
+)
+# What is done on the event loop, well under a millisecond each; more goes to a thread.
+INLINE_TEXT = 4096  # bytes of a request that holds texts
+INLINE_JSON = 32 << 10  # bytes of JSON of a request that holds tokens
+INLINE_VALUES = 4096  # numbers in an answer
 _DRAINED = 16  # a body of up to this many times the limit is read and dropped, so that the client gets to read its 413
+_BODIES = 32  # so many bodies of the largest size may be held at once
 _REASONS = {
     400: "malformed",
     404: "unknown_model",
@@ -50,6 +73,7 @@ _REASONS = {
     503: "queue_full",
     504: "deadline",
 }
+_T = TypeVar("_T")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}\Z")
 
 
@@ -65,11 +89,15 @@ class Service:
         self.metrics = Metrics()
         self.limits = limits
         self.draining = False
-        self._started = False
+        self.failure: Exception | None = None  # why the models could not be loaded
+        self.give_up: Callable[[], None] = lambda: None  # called when they could not
         self._watch = watch
         self._access_log = access_log
         self._observations: dict[Model, Observation] = {}
-        self._tokenizing = ThreadPoolExecutor(1, "tokenize")
+        self._statistics: dict[Model, EngineStatistics] = {}
+        self._answers: dict[tuple[str, str], AnswerStatistics] = {}  # by name and version
+        self._held = 0  # bytes of bodies that have arrived and are not answered
+        self._working = ThreadPoolExecutor(1, "requests")
         self._loading = ThreadPoolExecutor(1, "load")
         self._prefix = os.urandom(4).hex()
         self._numbers = itertools.count(1)
@@ -78,7 +106,7 @@ class Service:
     @property
     def ready(self) -> bool:
         """True while requests are welcome."""
-        return self._started and not self.draining
+        return self.repository.ready and not self.draining
 
     def application(self) -> Starlette:
         """The ASGI application."""
@@ -98,20 +126,29 @@ class Service:
             return JSONResponse(self._metadata(self._endpoint(request)))
 
         async def model_ready(request: Request) -> Response:
-            self._endpoint(request)
-            return Response(status_code=200 if self.ready else 503)
+            endpoint = self._endpoint(request)
+            ready = not self.draining and endpoint.model.withdrawn is None
+            return JSONResponse({"name": endpoint.name, "ready": ready}, 200 if ready else 503)
 
         async def server_ready(_: Request) -> Response:
-            return Response(status_code=200 if self.ready else 503)
+            return JSONResponse({"ready": self.ready}, 200 if self.ready else 503)
 
         async def live(_: Request) -> Response:
-            return Response()
+            return JSONResponse({"live": True})
+
+        async def config(request: Request) -> Response:
+            return JSONResponse(model_config(self._endpoint(request)))
+
+        async def stats(request: Request) -> Response:
+            return JSONResponse({"model_stats": self._model_stats(request)})
 
         async def server(_: Request) -> Response:
             return JSONResponse({"name": "nxm-export", "version": __version__, "extensions": EXTENSIONS})
 
         async def index(request: Request) -> Response:
-            return JSONResponse(self._index(await self._body(request)))
+            body = await self._body(request)
+            self._held -= len(body)
+            return JSONResponse(self._index(body))
 
         async def metrics(_: Request) -> Response:
             text, kind = self.metrics.text()
@@ -122,6 +159,9 @@ class Service:
 
         both = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
         return [
+            Route("/v2/models/stats", stats),
+            *(Route(f"{path}/stats", stats) for path in both),
+            *(Route(f"{path}/config", config) for path in both),
             *(Route(f"{path}/infer", self._answer, methods=["POST"]) for path in both),
             *(Route(f"{path}/ready", model_ready) for path in both),
             *(Route(path, metadata) for path in both),
@@ -139,16 +179,18 @@ class Service:
 
     async def _answer(self, request: Request) -> Response:
         """An inference request's response; errors become JSON here, so that each is counted and has its request id."""
-        from starlette.responses import JSONResponse, Response
+        from starlette.responses import Response
 
-        began = time.monotonic()
+        began = request.scope.get("state", {}).get(BEGAN, time.monotonic())
         id_ = request.headers.get("x-request-id", "")
         if not _REQUEST_ID.match(id_):
             id_ = f"{self._prefix}-{next(self._numbers)}"
         model: Model | None = None
-        status, reason = 200, ""
+        status, reason, body = 200, "", b""
         try:
             body = await self._body(request)
+            if request.scope.get(SPARE):
+                raise RequestRefused(503, str(request.scope[SPARE]), retry_after=1, reason="connections")
             endpoint = self._endpoint(request)
             model = endpoint.model
             model.users += 1
@@ -161,9 +203,9 @@ class Service:
             response.raw_headers += [*headers, (b"x-request-id", id_.encode("ascii"))]
         except RequestRefused as error:
             status, reason = error.status, str(error)
-            self.metrics.rejected(model, _REASONS[status])
+            self.metrics.rejected(model, error.reason or _REASONS[status])
             self.metrics.answered(model, status)
-            response = JSONResponse({"error": reason}, status, {"x-request-id": id_, **_headers(error)})
+            response = _error(status, reason, {"x-request-id": id_, **_headers(error)})
         except _Disconnected:
             status, reason = 499, "the client went away"
             self.metrics.rejected(model, "disconnected")
@@ -173,7 +215,11 @@ class Service:
             log.error("request failed", extra={"facts": {"request": id_}}, exc_info=error)
             self.metrics.rejected(model, "failed")
             self.metrics.answered(model, status)
-            response = JSONResponse({"error": f"internal error; the log has request {id_}"}, 500, {"x-request-id": id_})
+            response = _error(500, f"internal error; the log has request {id_}", {"x-request-id": id_})
+        finally:
+            self._held -= len(body)
+        if status != 200 and model is not None:
+            self._answers_of(endpoint).fail.add(time.monotonic() - began)
         if self._access_log:
             name = request.path_params["model"] if model is None else f"{model.name}:{model.version}"
             facts = {"request": id_, "model": name, "status": status, "ms": round(1e3 * (time.monotonic() - began), 3)}
@@ -183,68 +229,136 @@ class Service:
     async def _infer(
         self, endpoint: Endpoint, request: Request, body: bytes, began: float
     ) -> tuple[list[tuple[bytes, bytes]], bytes]:
-        model = endpoint.model
-        asked = parse_infer(body, request.headers.get(HEADER_LENGTH), endpoint.inputs, endpoint.outputs)
+        """Headers and body of the answer to a request whose first byte came at `began`."""
+        endpoint.model.require_serving()
+        queue, limits = endpoint.model.queue, self.limits
+        if time.monotonic() > began + limits.timeout:
+            raise _late(limits.timeout)
+        coding = coding_of(", ".join(request.headers.getlist("content-encoding")))
+        length = request.headers.get(HEADER_LENGTH)
+
+        def prepare() -> tuple[InferRequest, dict[str, np.ndarray]]:
+            plain = inflated(body, coding, limits.max_body)
+            asked = parse_infer(plain, length, endpoint.inputs, endpoint.outputs, endpoint.require_fits)
+            return asked, endpoint.feeds(asked)
+
+        def prepare_large() -> tuple[InferRequest, dict[str, np.ndarray]]:
+            with _uncollected():
+                try:
+                    return prepare()
+                except RequestRefused as error:  # what it refers to is let go of, before the collector sees it
+                    refused = RequestRefused(
+                        error.status, str(error), retry_after=error.retry_after, reason=error.reason
+                    )
+            raise refused
+
         loop = asyncio.get_running_loop()
-        large = endpoint.text_frontend is not None and text_size(asked.tensors) > INLINE_TEXT
-        if large:
-            feeds = await loop.run_in_executor(self._tokenizing, endpoint.feeds, asked)
-        else:
-            feeds = endpoint.feeds(asked)
-        timeout = min(asked.timeout or self.limits.timeout, self.limits.timeout)
         done: asyncio.Future[None] = loop.create_future()
-        queued = QueuedRequest(feeds, began + timeout, done)
-        model.queue.submit(queued)
-        timer = loop.call_at(loop.time() + queued.deadline - time.monotonic(), _expire, done, timeout)
+        timer = _expire_at(began + limits.timeout, done, limits.timeout)
         watcher = loop.create_task(_watch(request.receive, done))
+        queued: QueuedRequest | None = None
         try:
+            inline = not coding and _is_small(endpoint, body, length)
+            asked, feeds = prepare() if inline else await self._in_thread(prepare_large, done)
+            timeout = min(asked.timeout or limits.timeout, limits.timeout)
+            if asked.timeout is not None:
+                timer.cancel()
+                timer = _expire_at(began + timeout, done, timeout)
+            queued = QueuedRequest(feeds, began + timeout, done)
+            queue.submit(queued)
             await done
         except BaseException:
-            model.queue.cancel(queued)
+            if queued is not None:
+                queue.cancel(queued)
             raise
         finally:
             timer.cancel()
             watcher.cancel()
+            if done.done() and not done.cancelled():
+                done.exception()  # nobody else asks for it when the request has failed already
         if queued.error is not None:
             raise queued.error
-        if large:  # an answer is looked up in the tokens of its text
-            return await loop.run_in_executor(self._tokenizing, _render, endpoint, asked, queued)
-        return _render(endpoint, asked, queued)
+        if inline and sum(array.size for array in queued.outputs.values()) <= INLINE_VALUES:
+            answer = _render(endpoint, asked, queued)
+        else:  # numbers become text, and an answer is looked up in the tokens of its text
+            answer = await loop.run_in_executor(self._working, _render, endpoint, asked, queued)
+        self._answers_of(endpoint).answered(queued.rows, time.monotonic() - began)
+        return answer
+
+    async def _in_thread(self, work: Callable[[], _T], done: asyncio.Future[None]) -> _T:
+        """What `work` gives, done off the event loop; raises what `done` raises when that ends before."""
+        future = asyncio.get_running_loop().run_in_executor(self._working, work)
+        await asyncio.wait((future, done), return_when=asyncio.FIRST_COMPLETED)
+        if not future.done():
+            future.cancel()  # no work at all, if it has not begun
+            done.result()
+        return future.result()
 
     async def _body(self, request: Request) -> bytes:
-        """The whole body; raises `RequestRefused`: 413 beyond the limit, 415 for a compressed one."""
-        if request.headers.get("content-encoding", "identity") != "identity":
-            raise RequestRefused(415, "compressed requests are not taken; send it plain")
+        """The whole body, as it was sent, whose bytes count as held until the caller takes them off; raises
+        `RequestRefused`: 413 beyond the limit, 503 when too many bytes are held already."""
         limit = self.limits.max_body
         declared = request.headers.get("content-length", "0")
         if declared.isdecimal() and int(declared) > _DRAINED * limit:
             raise RequestRefused(413, f"the body is larger than {limit} bytes")
-        chunks, size, more = [], 0, True
-        while more:
-            message = await request.receive()
-            if message["type"] == "http.disconnect":
-                raise _Disconnected
-            more = message.get("more_body", False)
-            size += len(message["body"])
-            if size <= limit:
-                chunks.append(message["body"])
-            else:
-                chunks.clear()
-            if size > _DRAINED * limit:
-                break
-        if size > limit:
-            raise RequestRefused(413, f"the body is larger than {limit} bytes")
+        chunks, size, held, more = list[bytes](), 0, 0, True
+        try:
+            while more and size <= _DRAINED * limit:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise _Disconnected
+                more = message.get("more_body", False)
+                chunk = message["body"]
+                size += len(chunk)
+                if size > limit:
+                    chunks.clear()
+                    self._held, held = self._held - held, 0
+                    continue
+                if self._held + len(chunk) > _BODIES * limit:
+                    raise RequestRefused(503, f"{self._held} bytes of requests are held already", retry_after=1)
+                chunks.append(chunk)
+                self._held, held = self._held + len(chunk), held + len(chunk)
+            if size > limit:
+                raise RequestRefused(413, f"the body is larger than {limit} bytes")
+        except BaseException:
+            self._held -= held
+            raise
         return b"".join(chunks)
 
-    def _metadata(self, endpoint: Endpoint) -> dict[str, Json]:
-        """The model metadata of the protocol, with the hash of the engine that answers."""
+    def _answers_of(self, endpoint: Endpoint) -> AnswerStatistics:
+        return self._answers.setdefault((endpoint.name, endpoint.model.version), AnswerStatistics())
+
+    def _model_stats(self, request: Request) -> list[dict[str, object]]:
+        """Statistics of what the path of a request names: a version, a model, or all."""
+        name, version = request.path_params.get("model"), request.path_params.get("version")
+        if name is None:
+            endpoints = [self.repository.find(each["name"], each["version"]) for each in self.repository.index()]
+        else:
+            one = self.repository.find(name, version)
+            versions = [version] if version else self.repository.versions(one.name)
+            endpoints = [self.repository.find(one.name, each) for each in versions]
+        return [
+            {
+                "name": endpoint.name,
+                "version": endpoint.model.version,
+                **self._statistics[endpoint.model].to_dict(self._answers_of(endpoint)),
+            }
+            for endpoint in endpoints
+        ]
+
+    def _metadata(self, endpoint: Endpoint) -> dict[str, object]:
+        """The model metadata of the protocol, with the hashes of the engine that answers."""
+        passport = endpoint.model.passport
         return {
             "name": endpoint.name,
             "versions": self.repository.versions(endpoint.name),
             "platform": endpoint.model.platform,
             "inputs": [spec.to_dict() for spec in endpoint.inputs],
             "outputs": [spec.to_dict() for spec in endpoint.outputs],
-            "parameters": {"engine_sha256": endpoint.model.passport.engine_sha256},
+            "parameters": {
+                "engine_sha256": passport.engine_sha256,
+                **({"contents_sha256": passport.contents_sha256} if passport.contents_sha256 else {}),
+            },
         }
 
     def _index(self, body: bytes) -> list[dict[str, str]]:
@@ -263,20 +377,35 @@ class Service:
 
         def begin(model: Model) -> None:
             self._observations[model] = self.metrics.watch(model)
-            model.start(deliver, self._observations[model])
+            self._statistics[model] = EngineStatistics(self._observations[model])
+            model.start(deliver, self._statistics[model])
 
-        for model in self.repository.models:
-            begin(model)
-        watching = loop.create_task(self._reload_changed(begin))
-        self._started = True
+        loop.set_exception_handler(AcceptFailures().handle)
+        running = loop.create_task(self._open(begin))
         try:
             yield
         finally:
-            self._started = False
-            watching.cancel()
-            self._tokenizing.shutdown()
+            self.draining = True
+            self.repository.stop_opening()
+            running.cancel()
+            self._working.shutdown()
             await loop.run_in_executor(self._loading, self.repository.close)
             self._loading.shutdown()
+
+    async def _open(self, begin: Callable[[Model], None]) -> None:
+        """Load the models and start them, then watch their directories; `failure` says why they cannot be loaded."""
+        began = time.monotonic()
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._loading, self.repository.open)
+        except Exception as error:  # whoever runs the server raises it again
+            self.failure = error
+            self.give_up()
+            return
+        for model in self.repository.models:
+            begin(model)
+            log.info("loaded", extra={"facts": _facts_of(model)})
+        log.info("ready", extra={"facts": {"seconds": round(time.monotonic() - began, 3)}})
+        await self._reload_changed(begin)
 
     async def _reload_changed(self, begin: Callable[[Model], None]) -> None:
         """Look at the engine directories every `watch` seconds (never, at 0), load what changed, close what is
@@ -284,9 +413,13 @@ class Service:
         loop = asyncio.get_running_loop()
         while self._watch:
             await asyncio.sleep(self._watch)
-            for key in self.repository.changed():
+            for change in self.repository.changed():
+                key = change.key
                 old = self.repository.current(key)
                 facts = {"model": old.name, "version": old.version, "directory": str(old.directory)}
+                if not change.reload:
+                    _judge(old, await loop.run_in_executor(self._loading, self.repository.begin_judging(key)))
+                    continue
                 try:
                     model = await loop.run_in_executor(self._loading, self.repository.begin_reload(key))
                 except NxmError as error:
@@ -302,27 +435,76 @@ class Service:
                 begin(model)
                 self.repository.replace(key, model)
                 self.metrics.reloaded(model, "done")
-                log.info("reloaded", extra={"facts": {**facts, "sha256": model.passport.engine_sha256}})
+                log.info("reloaded", extra={"facts": _facts_of(model)})
             for model in [model for model in self.repository.retired if not model.users]:
                 self.repository.retired.remove(model)
                 self._observations.pop(model)
+                self._statistics.pop(model)
                 await loop.run_in_executor(self._loading, model.close)
 
 
-async def _refused(_: Request, error: Exception) -> Response:
-    from starlette.responses import JSONResponse
+def _judge(model: Model, objection: str | None) -> None:
+    """Withdraw a model to whose parity there is an objection, and let one go on to which there is none any more."""
+    facts = {"model": model.name, "version": model.version, "directory": str(model.directory)}
+    if objection is not None and model.withdrawn is None:
+        log.error("withdrawn; it answers no more", extra={"facts": {**facts, "reason": objection}})
+    elif objection is None and model.withdrawn is not None:
+        log.info("goes on; its parity is good enough again", extra={"facts": facts})
+    model.withdrawn = objection
 
+
+def _facts_of(model: Model) -> dict[str, object]:
+    """What the log says of a model that begins to serve."""
+    return {
+        "model": model.name,
+        "version": model.version,
+        "directory": str(model.directory),
+        "backend": model.passport.backend,
+        "sha256": model.passport.engine_sha256,
+        "contents_sha256": model.passport.contents_sha256,
+        "covers": model.passport.covers,
+        "parity": gate_state(model.directory, model.passport),
+        "lengths": [bucket.length for bucket in model.buckets.buckets],
+        "rows": model.buckets.longest.most,
+    }
+
+
+async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestRefused), "it is registered for these alone"
-    return JSONResponse({"error": str(error)}, error.status, _headers(error))
+    return _error(error.status, str(error), _headers(error))
 
 
 async def _http_error(_: Request, error: Exception) -> Response:
     from starlette.exceptions import HTTPException
-    from starlette.responses import JSONResponse
 
     assert isinstance(error, HTTPException), "it is registered for these alone"
     text = {404: "no such path; see /openapi.json", 405: "this path does not take this method"}
-    return JSONResponse({"error": text.get(error.status_code, error.detail)}, error.status_code, error.headers)
+    return _error(error.status_code, text.get(error.status_code, error.detail), error.headers or {})
+
+
+def _error(status: int, text: str, headers: Mapping[str, str]) -> Response:
+    """An error as JSON in ASCII, whatever characters of a request it repeats."""
+    from starlette.responses import Response
+
+    return Response(json.dumps({"error": text}), status, headers, "application/json")
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: one looks at every object of a large request, holding the interpreter's lock for
+    as long, and there are no cycles in JSON."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _is_small(endpoint: Endpoint, body: bytes, length: str | None) -> bool:
+    """Whether an uncompressed request takes no time worth a thread; binary tensors take none at all."""
+    if endpoint.text_frontend is not None:
+        return len(body) <= INLINE_TEXT
+    return len(body) <= INLINE_JSON or (length is not None and length.isdecimal() and len(length) <= 4)
 
 
 def _finish(batch: Sequence[QueuedRequest]) -> None:
@@ -331,9 +513,19 @@ def _finish(batch: Sequence[QueuedRequest]) -> None:
             queued.answered.set_result(None)
 
 
+def _expire_at(deadline: float, done: asyncio.Future[None], timeout: float) -> asyncio.TimerHandle:
+    """Ends the wait at `deadline`, on `time.monotonic`."""
+    loop = asyncio.get_running_loop()
+    return loop.call_at(loop.time() + deadline - time.monotonic(), _expire, done, timeout)
+
+
 def _expire(done: asyncio.Future[None], timeout: float) -> None:
     if not done.done():
-        done.set_exception(RequestRefused(504, f"no result within {timeout:g} seconds"))
+        done.set_exception(_late(timeout))
+
+
+def _late(timeout: float) -> RequestRefused:
+    return RequestRefused(504, f"no result within {timeout:g} seconds")
 
 
 async def _watch(receive: Receive, done: asyncio.Future[None]) -> None:

@@ -78,6 +78,11 @@ class BatchQueue:
         self._closed = False
         self.rows = 0
 
+    @property
+    def max_delay(self) -> float:
+        """Seconds that a batch which is not full waits for more."""
+        return self._limits.max_delay
+
     def submit(self, request: QueuedRequest) -> None:
         """Queue a request; raises `RequestRefused`: 400 when it can never run, 503 when the queue is full."""
         request.bucket = self._buckets.index(request.rows, request.length)

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 Kind = TypeVar("Kind", bound="MetricWrapperBase")
 
-REASONS = ("malformed", "unknown_model", "too_large", "queue_full", "deadline", "disconnected", "failed")
+REASONS = (
+    "malformed", "unknown_model", "too_large", "queue_full", "connections", "loading", "withdrawn", "deadline",
+    "disconnected", "failed",
+)  # fmt: skip
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 _SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75)
@@ -40,7 +43,7 @@ class Metrics:
         self._requests = made(Counter, "requests", "Inference requests answered, by HTTP status.", (*model, "code"))
         self._rejected = made(Counter, "rejected", "Inference requests not answered with a result.", (*model, "reason"))
         self._queue = histogram("queue_seconds", "Time that a request waited for its batch.", _SECONDS)
-        self._request = histogram("request_seconds", "Time from body read to answer.", _SECONDS)
+        self._request = histogram("request_seconds", "Time from the first byte of a request to its answer.", _SECONDS)
         self._compute = histogram("compute_seconds", "Time of a batch in the engine.", _SECONDS)
         self._rows = histogram("batch_rows", "Rows of requests in a batch.", _ROWS)
         self._padding = histogram("batch_padding_ratio", "Share of a batch's tokens that is padding.", _SHARES)

@@ -10,23 +10,24 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from engines.admission import admitted
 from engines.base import Engine, LoadOptions, backend
-from engines.parity.reports import PARITY_FILE, read_parity_report
-from engines.passport import EnginePassport, load_passport
+from engines.passport import EnginePassport
 from engines.serving.batching import BatchQueue, Deliver, Limits, Observer, run_worker
 from engines.serving.protocol import InferRequest, TensorSpec
 from engines.serving.settings import ModelOptions
 from engines.serving.shapes import Bucket, plan_buckets
 from engines.serving.text import TextFrontend
-from nxm_export.contract.io_spec import load_spec
-from nxm_export.errors import ArtifactError, NxmError, ParityError, RequestRefused, ServeError
+from nxm_export.contract.io_spec import IOSpec
+from nxm_export.contract.tasks import TASKS
+from nxm_export.errors import ArtifactError, NxmError, RequestRefused, ServeError
 
 TEXT_SUFFIX = "_text"
 CPU_MERGE = 4  # short sentences keep a core busy: beyond this a batch gains almost nothing and its first request waits
@@ -41,6 +42,10 @@ class Endpoint:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     text_frontend: TextFrontend | None = None
+
+    def require_fits(self, shape: tuple[int, ...]) -> None:
+        """Raise `RequestRefused` (400) for an input with more rows or tokens than this model takes."""
+        self.model.buckets.index(shape[0], 1 if self.text_frontend is not None else shape[1])
 
     def feeds(self, request: InferRequest) -> dict[str, np.ndarray]:
         """The engine's feeds, all of one shape (rows, length) and within the model's tables."""
@@ -76,10 +81,11 @@ class Model:
     ) -> None:
         self.name, self.version, self.directory = name, version, directory
         self.passport = passport
-        self.spec = load_spec(directory)
+        self.spec = passport.load_spec(directory)
         self.buckets = plan_buckets(self.spec.max_length, options.max_batch, passport.profiles, options.lengths)
         merge = options.max_batch if options.merge is None else options.merge
         self.queue = BatchQueue(self.buckets, Limits(options.max_queue, options.max_delay, merge))
+        self.withdrawn: str | None = None  # why it must not answer any more; set on the event loop alone
         self.users = 0  # requests between look-up and answer; counted on the event loop alone
         self._engines = engines
         self._threads: list[threading.Thread] = []
@@ -87,12 +93,18 @@ class Model:
         self._sequence_axes = {
             name: axes.index("sequence") for name, axes in self.spec.outputs.items() if "sequence" in axes
         }
+        if set(self.spec.inputs) != set(engines[0].inputs):
+            raise ServeError(
+                f"{directory}: spec.json has the inputs {', '.join(self.spec.inputs)}, and the engine takes "
+                f"{', '.join(engines[0].inputs)}; build it again"
+            )
         shapes = self._warm_up()
+        require_labelled(directory, self.spec, shapes[next(iter(self.spec.outputs))])
         inputs = tuple(TensorSpec(name, "INT64", (-1, -1)) for name in engines[0].inputs)
         outputs = tuple(TensorSpec(name, "FP32", shapes[name]) for name in self.spec.outputs)
         self.endpoints = [Endpoint(name, self, inputs, outputs)]
         if options.text:
-            text_frontend = TextFrontend(directory, self.spec)
+            text_frontend = TextFrontend(passport.load_tokenizer(directory), self.spec, self.buckets.longest.length)
             self.endpoints.append(
                 Endpoint(
                     name + TEXT_SUFFIX, self, text_frontend.inputs, (*outputs, *text_frontend.outputs), text_frontend
@@ -124,6 +136,13 @@ class Model:
         for engine in self._engines:
             engine.close()
         _return_freed_memory()
+
+    def require_serving(self) -> None:
+        """Raise `RequestRefused` (503) when the model was withdrawn."""
+        if self.withdrawn is not None:
+            raise RequestRefused(
+                503, f"model {self.name!r} was withdrawn: its parity is not what --gate asks for", reason="withdrawn"
+            )
 
     def require_range(self, name: str, array: np.ndarray) -> None:
         """Raise `RequestRefused` (400) for values that the model has no row or no meaning for."""
@@ -168,19 +187,22 @@ class Model:
             ) from error
 
 
+def require_labelled(directory: Path, spec: IOSpec, shape: Sequence[int]) -> None:
+    """Raise `ArtifactError` unless there is a label for every class of the first output, which has this shape."""
+    if spec.labels and TASKS[spec.task].names_labels and shape[-1] not in (-1, len(spec.labels)):
+        raise ArtifactError(
+            f"{directory}: its engine gives {shape[-1]} numbers, and its spec.json names {len(spec.labels)} labels; "
+            "build it again from its graph"
+        )
+
+
 def open_model(name: str, version: str, directory: Path, options: ModelOptions) -> Model:
     """Check an engine directory, load it `options.instances` times and warm it up.
 
     Raises `ArtifactError` for a passport that does not fit the file or the machine, `ServeError` for a hash that was
     not expected, `ParityError` for a failed gate, `EngineUnavailable` where it cannot run.
     """
-    passport = load_passport(directory)
-    if options.expect_sha256 and passport.engine_sha256 not in options.expect_sha256:
-        raise ServeError(
-            f"{directory}: the engine's sha256 is {passport.engine_sha256}, which is not among those expected; "
-            "serve the right directory, or expect this one with --expect-sha256"
-        )
-    require_gate(directory, passport, options.gate)
+    passport = admitted(directory, options.gate, options.expect_sha256)
     runtime = backend(passport.backend)
     on_cpu = runtime.CAPABILITIES.device == "cpu"
     cores = len(os.sched_getaffinity(0))
@@ -200,28 +222,3 @@ def _return_freed_memory() -> None:
     behind."""
     with suppress(OSError, AttributeError):  # no glibc here
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def gate_state(directory: Path, passport: EnginePassport) -> str:
-    """``passed``, ``failed`` or ``unchecked``: what the parity report beside an engine says about this very file."""
-    if not (directory / PARITY_FILE).exists():
-        return "unchecked"
-    try:
-        report = read_parity_report(directory / PARITY_FILE)
-    except ArtifactError:
-        return "failed"  # a report that cannot be read vouches for nothing
-    if report.engine_sha256 != passport.engine_sha256:
-        return "unchecked"
-    return "passed" if report.passed else "failed"
-
-
-def require_gate(directory: Path, passport: EnginePassport, gate: str) -> None:
-    """Raise `ParityError` unless the engine's parity is good enough for `gate` (one of `GATES`)."""
-    state = gate_state(directory, passport)
-    if gate == "off" or state == "passed" or (state == "unchecked" and gate == "not-failed"):
-        return
-    what = "failed" if state == "failed" else "was never checked for this engine file"
-    raise ParityError(
-        f"{directory}: parity with its checkpoint {what} ({PARITY_FILE}); run `nxm compare`, or "
-        "serve it anyway with --gate off"
-    )

@@ -3,9 +3,10 @@
 Functions on bytes and arrays; nothing here knows of queues or sockets. A body is JSON, or JSON followed by the tensors'
 raw bytes (little-endian, row-major; BYTES elements each behind a four-byte length), where the header
 ``Inference-Header-Content-Length`` says how long the JSON is. Whatever a client may get wrong is a `RequestRefused`
-with an HTTP status, found before anything of a declared size is allocated.
+with an HTTP status, found before anything of a declared size is allocated. A member that is null counts as left out:
+clients that write all members of their classes, such as KServe's, send many of these.
 
-Specification: KServe "Open Inference Protocol" and Triton's "Binary Tensor Data Extension".
+Specification: KServe "Open Inference Protocol", and Triton's extensions for binary tensors and classification.
 """
 
 from __future__ import annotations
@@ -13,22 +14,26 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
-from typing import NoReturn
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from nxm_export.errors import RequestRefused
-from nxm_export.storage.json_files import Json
+from nxm_export.storage.json_files import parse_json as parse_text
+
+T = TypeVar("T")
 
 HEADER_LENGTH = "inference-header-content-length"
 SIZES = {"INT64": 8, "FP32": 4}  # bytes an element; BYTES elements vary
 _DTYPES: dict[str, np.dtype[np.generic]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4")}
 _JSON_TYPES: dict[str, set[type]] = {"INT64": {int}, "FP32": {int, float}, "BYTES": {str}}
 _MAX_DIMENSION = 2**31 - 1
-_NOTHING: dict[str, Json] = {}
+_NOTHING: dict[str, object] = {}
+_malformed = partial(RequestRefused, 400)
 
 
 @dataclass(frozen=True)
@@ -40,51 +45,72 @@ class TensorSpec:
     shape: tuple[int, ...]
     optional: bool = False
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of the model metadata."""
         return {"name": self.name, "datatype": self.datatype, "shape": list(self.shape)}
 
 
+class RequestedOutput(NamedTuple):
+    """An output that a request wants: as binary data or JSON, and, above 0, only its `classes` largest values."""
+
+    name: str
+    binary: bool
+    classes: int = 0
+
+
 @dataclass(frozen=True)
 class InferRequest:
-    """A parsed request. `tensors` are arrays of the declared shapes (object arrays of `bytes` for BYTES); `outputs` are
-    (name, wants binary) in the order asked for; `timeout` is in seconds."""
+    """A parsed request. `tensors` are arrays of the declared shapes (object arrays of `bytes` for BYTES), texts of
+    shape (rows, 1) also where the request says [rows]; `outputs` are in the order of the answer; `timeout` is in
+    seconds."""
 
     id: str | None
     tensors: Mapping[str, np.ndarray]
-    outputs: Sequence[tuple[str, bool]]
+    outputs: Sequence[RequestedOutput]
     timeout: float | None
 
 
+def _any_shape(shape: tuple[int, ...]) -> None:
+    """What a model without limits says."""
+
+
 def parse_infer(
-    body: bytes, header_length: str | None, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
+    body: bytes,
+    header_length: str | None,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    require_fits: Callable[[tuple[int, ...]], None] = _any_shape,
 ) -> InferRequest:
-    """The request in `body`, which must fit the model's `inputs` and `outputs`; raises `RequestRefused` (400)."""
-    head, raw = _split(body, header_length)
-    request = _json(head)
+    """The request in `body`, which must fit the model's `inputs` and `outputs`; raises `RequestRefused` (400).
+
+    `require_fits` refuses a shape that is larger than what the model takes. It is asked before there is any work for
+    the tensor of that shape.
+    """
+    head, raw = split_body(body, header_length)
+    request = parse_json(head)
     if type(request) is not dict:
         raise RequestRefused(400, "the request must be a JSON object")
     parameters = _member(request, "parameters", dict, _NOTHING)
     expected = {spec.name: spec for spec in inputs}
     tensors: dict[str, np.ndarray] = {}
-    for entry in _member(request, "inputs", list, None):
+    for entry in _member(request, "inputs", list):
         if type(entry) is not dict:
             raise RequestRefused(400, "every input must be a JSON object")
-        name = _member(entry, "name", str, None)
+        name = _member(entry, "name", str)
         if name not in expected:
             raise RequestRefused(400, f"unexpected input {name!r:.80}; the model takes {', '.join(expected)}")
         if name in tensors:
             raise RequestRefused(400, f"input {name!r} is given twice")
-        tensors[name], raw = _tensor(entry, expected[name], raw)
+        tensors[name], raw = _tensor(entry, expected[name], raw, require_fits)
     missing = [name for name, spec in expected.items() if name not in tensors and not spec.optional]
     if missing:
         raise RequestRefused(400, f"missing input {', '.join(missing)}; the model takes {', '.join(expected)}")
     if raw:
         raise RequestRefused(400, f"{len(raw)} bytes follow the last binary tensor")
     return InferRequest(
-        _member(request, "id", str, None, required=False),
+        None if request.get("id") is None else _member(request, "id", str),
         tensors,
-        _requested_outputs(request, parameters, [spec.name for spec in outputs]),
+        _requested_outputs(request, parameters, outputs),
         _timeout(parameters),
     )
 
@@ -95,9 +121,11 @@ def render_infer(
     """Headers and body of an answer; `results` are (datatype, array) by output name, object arrays of `str` for
     BYTES."""
     described, blobs = [], []
-    for name, binary in request.outputs:
+    for name, binary, classes in request.outputs:
         datatype, array = results[name]
-        entry: dict[str, Json] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
+        if classes:
+            datatype, array = "BYTES", _largest(array, classes)
+        entry: dict[str, object] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
         if binary:
             blob = _pack(array) if datatype == "BYTES" else array.astype(_DTYPES[datatype], copy=False).tobytes()
             entry["parameters"] = {"binary_data_size": len(blob)}
@@ -105,7 +133,7 @@ def render_infer(
         else:
             entry["data"] = array.ravel().tolist()
         described.append(entry)
-    answer: dict[str, Json] = {"model_name": model, "model_version": version, "outputs": described}
+    answer: dict[str, object] = {"model_name": model, "model_version": version, "outputs": described}
     if request.id is not None:
         answer["id"] = request.id
     head = json.dumps(answer, separators=(",", ":")).encode("ascii")
@@ -118,12 +146,17 @@ def render_infer(
     return headers, b"".join((head, *blobs))
 
 
-def parse_json(body: bytes) -> Json:
+def parse_json(body: bytes | memoryview) -> object:
     """Strict JSON: UTF-8, no NaN or infinity, no duplicate keys, no absurd nesting; raises `RequestRefused` (400)."""
-    return _json(memoryview(body))
+    try:
+        text = str(body, "utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestRefused(400, f"the body is not JSON: it is not UTF-8 (byte {error.start})") from None
+    return parse_text(text, "the body", "send JSON (RFC 8259)", _malformed)
 
 
-def _split(body: bytes, header_length: str | None) -> tuple[memoryview, memoryview]:
+def split_body(body: bytes, header_length: str | None) -> tuple[memoryview, memoryview]:
+    """The JSON of a body, and the binary tensors behind it; raises `RequestRefused` (400)."""
     view = memoryview(body)
     if header_length is None:
         return view, view[:0]
@@ -136,55 +169,36 @@ def _split(body: bytes, header_length: str | None) -> tuple[memoryview, memoryvi
     return view[:length], view[length:]
 
 
-def _json(text: memoryview) -> Json:
-    try:
-        return _DECODER.decode(str(text, "utf-8"))
-    except UnicodeDecodeError as error:
-        raise RequestRefused(400, f"the JSON is not UTF-8 (byte {error.start})") from None
-    except RecursionError:
-        raise RequestRefused(400, "the JSON is nested too deeply") from None
-    except ValueError as error:  # syntax, and numbers with too many digits
-        raise RequestRefused(400, f"the body is not JSON: {error}") from None
-
-
-def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise RequestRefused(400, "a JSON object has the same key twice")
-    return members
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise RequestRefused(400, f"{text} is not JSON")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
-
-
-def _member(where: Mapping[str, Json], key: str, kind: type, default: Json, *, required: bool = True) -> Json:
-    """A member of a JSON object, of the type `kind`; `default` None means that it must be there where `required`."""
-    value = where.get(key, default)
-    if type(value) is kind or (value is None and not required):
+def _member(where: Mapping[str, object], key: str, kind: type[T], default: T | None = None) -> T:
+    """A member of a JSON object, of the type `kind`; null is as if it were not there, and without a `default` it must
+    be."""
+    value = where.get(key)
+    value = default if value is None else value
+    if type(value) is kind:
         return value
     words: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
     raise RequestRefused(400, f"{key!r} must be {words[kind]}")
 
 
-def _tensor(entry: Mapping[str, Json], spec: TensorSpec, raw: memoryview) -> tuple[np.ndarray, memoryview]:
+def _tensor(
+    entry: Mapping[str, object], spec: TensorSpec, raw: memoryview, require_fits: Callable[[tuple[int, ...]], None]
+) -> tuple[np.ndarray, memoryview]:
     """The tensor of an input entry, and what is left of the binary part."""
     datatype = entry.get("datatype")
     if datatype != spec.datatype:
         raise RequestRefused(400, f"input {spec.name!r} has datatype {datatype!r:.40}; the model takes {spec.datatype}")
     shape = _shape(entry.get("shape"), spec)
+    require_fits(shape)
+    data = entry.get("data")
     parameters = _member(entry, "parameters", dict, _NOTHING)
-    if "shared_memory_region" in parameters:
+    if parameters.get("shared_memory_region") is not None:
         raise RequestRefused(400, "shared memory is not offered; send the tensor")
     size = parameters.get("binary_data_size")
     if size is None:
-        if "data" not in entry:
+        if data is None:
             raise RequestRefused(400, f"input {spec.name!r} has no data")
-        return _from_json(entry["data"], spec, shape), raw
-    if "data" in entry:
+        return _from_json(data, spec, shape), raw
+    if data is not None:
         raise RequestRefused(400, f"input {spec.name!r} has data and a binary_data_size; send one of them")
     if type(size) is not int or not 0 <= size <= len(raw):
         raise RequestRefused(400, f"binary_data_size of {spec.name!r} is not within the body's bytes")
@@ -199,7 +213,10 @@ def _tensor(entry: Mapping[str, Json], spec: TensorSpec, raw: memoryview) -> tup
     return np.frombuffer(blob, _DTYPES[spec.datatype]).reshape(shape), rest
 
 
-def _shape(shape: Json, spec: TensorSpec) -> tuple[int, ...]:
+def _shape(shape: object, spec: TensorSpec) -> tuple[int, ...]:
+    """The shape of an input, as `spec` has it: texts may also be a list of them."""
+    if spec.datatype == "BYTES" and spec.shape == (-1, 1) and type(shape) is list and len(shape) == 1:
+        shape = [*shape, 1]
     if type(shape) is not list or len(shape) != len(spec.shape):
         takes = f"the model takes {list(spec.shape)}, where -1 is free"
         raise RequestRefused(400, f"input {spec.name!r} has shape {shape!s:.80}; {takes}")
@@ -210,7 +227,7 @@ def _shape(shape: Json, spec: TensorSpec) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _from_json(data: Json, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
+def _from_json(data: object, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
     """Nested or flat JSON data as an array; numbers must be of the datatype already, nothing is rounded."""
     if type(data) is not list:
         raise RequestRefused(400, f"the data of {spec.name!r} must be a list")
@@ -267,38 +284,57 @@ def _objects(items: list[bytes], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _requested_outputs(
-    request: Mapping[str, Json], parameters: Mapping[str, Json], known: Sequence[str]
-) -> list[tuple[str, bool]]:
-    """(output, wants binary) pairs; all of them in the model's order where none is named."""
+    request: Mapping[str, object], parameters: Mapping[str, object], outputs: Sequence[TensorSpec]
+) -> list[RequestedOutput]:
+    """What is asked for, all outputs where none is named, in the order of the answer.
+
+    That is Triton's, whatever the request's is: words before the engine's own outputs, and these as in the engine.
+    """
     all_binary = _flag(parameters, "binary_data_output", default=False)
+    known = {spec.name: spec for spec in sorted(outputs, key=lambda spec: spec.datatype != "BYTES")}
     asked = _member(request, "outputs", list, [])
     if not asked:
-        return [(name, all_binary) for name in known]
-    requested: dict[str, bool] = {}
+        return [RequestedOutput(name, all_binary) for name in known]
+    requested: dict[str, RequestedOutput] = {}
     for entry in asked:
-        _check(isinstance(entry, dict), "every requested output must be a JSON object")
-        name = _member(entry, "name", str, None)
+        if type(entry) is not dict:
+            raise RequestRefused(400, "every requested output must be a JSON object")
+        name = _member(entry, "name", str)
         _check(name in known, f"unexpected output {name!r:.80}; the model gives {', '.join(known)}")
         _check(name not in requested, f"output {name!r} is asked for twice")
-        options = _member(entry, "parameters", dict, {})
-        _check("shared_memory_region" not in options, "shared memory is not offered")
-        _check(not options.get("classification"), "the classification extension is not offered; read the logits")
-        requested[name] = _flag(options, "binary_data", default=all_binary)
-    return list(requested.items())
+        options = _member(entry, "parameters", dict, _NOTHING)
+        _check(options.get("shared_memory_region") is None, "shared memory is not offered")
+        classes = options.get("classification") or 0
+        _check(type(classes) is int and classes >= 0, "'classification' must be a whole number of classes")
+        _check(
+            not classes or known[name].datatype != "BYTES",
+            f"output {name!r} holds words, which have no 'classification'; ask for that of another output",
+        )
+        requested[name] = RequestedOutput(name, _flag(options, "binary_data", default=all_binary), classes)
+    return [requested[name] for name in known if name in requested]
 
 
-def _flag(where: Mapping[str, Json], key: str, *, default: bool) -> bool:
-    value = where.get(key, default)
-    _check(isinstance(value, bool), f"{key!r} must be true or false")
-    return bool(value)
+def _largest(array: np.ndarray, classes: int) -> np.ndarray:
+    """The `classes` largest values of every row and where they stand, ``"value:index"`` in Triton's form: (rows, at
+    most `classes`)."""
+    flat = array.reshape(len(array), -1)
+    order = np.argsort(-flat, axis=1, kind="stable")[:, :classes]
+    return np.array([[f"{row[i]:f}:{i}" for i in best] for row, best in zip(flat, order, strict=True)], object)
 
 
-def _timeout(parameters: Mapping[str, Json]) -> float | None:
+def _flag(where: Mapping[str, object], key: str, *, default: bool) -> bool:
+    value = where.get(key)
+    _check(value is None or isinstance(value, bool), f"{key!r} must be true or false")
+    return default if value is None else bool(value)
+
+
+def _timeout(parameters: Mapping[str, object]) -> float | None:
     """Seconds, out of ``timeout`` in microseconds (Triton's schedule policy extension); 0 means none."""
     value = parameters.get("timeout")
     if value is None:
         return None
-    _check(type(value) is int and 0 <= value <= 2**63, "'timeout' must be a whole number of microseconds")
+    if type(value) is not int or not 0 <= value <= 2**63:
+        raise RequestRefused(400, "'timeout' must be a whole number of microseconds")
     return value / 1e6 if value else None
 
 

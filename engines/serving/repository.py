@@ -2,8 +2,9 @@
 
 Names are looked up in a dict; no part of a request ever becomes a path. A changed engine directory is loaded beside the
 old engine, checked and warmed up like at the start, and takes its place between two requests; the old engine answers
-what it has and goes. A directory that is refused leaves the old engine serving, whose file was verified when it was
-read.
+what it has and goes. A directory that is refused leaves the old engine serving, whose files were verified when they
+were read, and is tried again when anything in it changes, such as the parity report that it lacked. A report that comes
+for the engine that serves decides whether it goes on, as ``--gate`` has it.
 """
 
 from __future__ import annotations
@@ -13,13 +14,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engines.admission import admitted, require_gate
+from engines.base import COMPANIONS
+from engines.parity.reports import PARITY_FILE
 from engines.passport import PASSPORT_FILE, load_passport
-from engines.serving.model import Endpoint, Model, open_model
+from engines.serving.model import TEXT_SUFFIX, Endpoint, Model, open_model
 from engines.serving.settings import ModelOptions
-from nxm_export.errors import NxmError, RequestRefused, ServeError
+from nxm_export.errors import NxmError, ParityError, RequestRefused, ServeError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
-Signature = tuple[tuple[int, int, int], ...]
+_VERSION = re.compile(r"[1-9][0-9]{0,17}\Z")
+_File = tuple[int, int, int]  # inode, time of its last change in nanoseconds, bytes
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What changes when an engine directory is written again: the files that are served, and the parity report."""
+
+    contents: tuple[_File | None, ...]
+    parity: _File | None
+
+
+@dataclass(frozen=True)
+class Change:
+    """A directory that changed: it is to be loaded again, or, where only the parity report is new, judged again."""
+
+    key: tuple[str, str]
+    reload: bool
 
 
 @dataclass(frozen=True)
@@ -44,8 +65,12 @@ class EngineSource:
                 f"{source.name!r} cannot be a model's name (letters, digits, . _ -); write "
                 f"NAME={directory or 'ENGINE_DIR'}"
             )
-        if not source.version.isdecimal() or int(source.version) < 1 or len(source.version) > 18:
-            raise ServeError(f"{text}: version {source.version!r} is not a number from 1")
+        if not _VERSION.match(source.version):
+            raise ServeError(
+                f"{text}: version {source.version!r} is not a number from 1 as it is written in a path (7, not 07)"
+            )
+        if not directory:
+            raise ServeError(f"{text!r} names no engine directory; write NAME:VERSION=ENGINE_DIR")
         return source
 
 
@@ -58,22 +83,51 @@ class Repository:
         self._options = options
         self._models: dict[tuple[str, str], Model] = {}
         self._seen: dict[tuple[str, str], Signature | None] = {}
-        self._pending: dict[tuple[str, str], Signature | None] = {}
+        self._pending: dict[tuple[str, str], Signature] = {}
+        self._refused: set[tuple[str, str]] = set()
+        self._stopping = False
+        self.opened = False  # every model is loaded
         self.retired: list[Model] = []
         self._sources = {(source.name, source.version): source for source in sources}
         if len(self._sources) != len(sources):
             raise ServeError("two engine directories have the same name and version; write NAME:VERSION=ENGINE_DIR")
         self._endpoints: dict[str, dict[str, Endpoint]] = {}
 
+    def require_admitted(self) -> None:
+        """Raise for names that collide, and for the first directory that is refused without loading it: see
+        `engines.admission.admitted`."""
+        self._require_distinct_names()
+        for source in self._sources.values():
+            passport = admitted(source.directory, self._options.gate, self._options.expect_sha256)
+            passport.load_spec(source.directory)
+
+    def _require_distinct_names(self) -> None:
+        if self._options.text:
+            require_distinct_names(list(self._sources.values()), [TEXT_SUFFIX])
+
     def open(self) -> None:
-        """Load all models; raises what `open_model` raises for the first that is refused."""
+        """Load all models, unless `stop_opening` comes first; raises what `open_model` raises for the first that is
+        refused. Blocks; nothing is found before it is done."""
+        self._require_distinct_names()
         try:
             for key, source in self._sources.items():
+                if self._stopping:
+                    return
                 self._seen[key] = signature(source.directory)
                 self._put(key, open_model(source.name, source.version, source.directory, self._options))
         except BaseException:
             self.close()
             raise
+        self.opened = True
+
+    def stop_opening(self) -> None:
+        """Load no more models; the one that is being loaded ends first."""
+        self._stopping = True
+
+    @property
+    def ready(self) -> bool:
+        """True when every model is loaded and none was withdrawn."""
+        return self.opened and all(model.withdrawn is None for model in self._models.values())
 
     @property
     def models(self) -> list[Model]:
@@ -81,7 +135,10 @@ class Repository:
         return list(self._models.values())
 
     def find(self, name: str, version: str | None) -> Endpoint:
-        """An endpoint by name, of the highest version where none is asked for; raises `RequestRefused` (404)."""
+        """An endpoint by name, of the highest version where none is asked for; raises `RequestRefused` (404, and 503
+        while the models are loaded)."""
+        if not self.opened:
+            raise RequestRefused(503, "the models are being loaded; try again later", retry_after=1, reason="loading")
         versions = self._endpoints.get(name)
         if versions is None:
             raise RequestRefused(404, f"no model is called {name!r:.80}; this server has {', '.join(self._endpoints)}")
@@ -97,41 +154,57 @@ class Repository:
 
     def index(self) -> list[dict[str, str]]:
         """The repository index of the protocol."""
+        if not self.opened:
+            return [
+                {"name": name, "version": version, "state": "LOADING", "reason": ""} for name, version in self._sources
+            ]
+        states = {model: "READY" if model.withdrawn is None else "UNAVAILABLE" for model in self._models.values()}
         return [
-            {"name": name, "version": version, "state": "READY", "reason": ""}
+            {"name": name, "version": version, "state": states[model], "reason": model.withdrawn or ""}
             for name in self._endpoints
             for version in self.versions(name)
+            for model in [self._endpoints[name][version].model]
         ]
 
-    def changed(self) -> list[tuple[str, str]]:
-        """Keys whose directory changed since it was loaded, and has held still since the last call.
+    def changed(self) -> list[Change]:
+        """Directories that changed since they were looked at, and have held still since the last call.
 
         A directory that is being written, or replaced at this moment, is left for the next call.
         """
-        keys = []
+        changes = []
         for key, source in self._sources.items():
-            now = signature(source.directory)
-            if now is None or now == self._seen[key]:
+            seen, now = self._seen[key], signature(source.directory)
+            if now is None or now == seen:
                 self._pending.pop(key, None)
             elif self._pending.get(key) == now:
-                keys.append(key)
+                anew = seen is None or now.contents != seen.contents or key in self._refused
+                changes.append(Change(key, anew))
             else:
                 self._pending[key] = now
-        return keys
+        return changes
 
     def begin_reload(self, key: tuple[str, str]) -> Callable[[], Model]:
         """A function that loads a changed directory (and blocks: call it off the event loop; raises like `open_model`).
 
-        A directory that it refuses is not tried again until it changes again.
+        A directory that it refuses is not tried again until anything in it changes again.
         """
         source = self._sources[key]
         self._seen[key] = self._pending.pop(key)
+        self._refused.add(key)  # until it has taken its place
         return lambda: open_model(source.name, source.version, source.directory, self._options)
 
     def replace(self, key: tuple[str, str], model: Model) -> None:
         """Let `model` serve from now on; the old one is in `retired` until nobody uses it."""
         self.retired.append(self._models[key])
         self._put(key, model)
+        self._refused.discard(key)
+
+    def begin_judging(self, key: tuple[str, str]) -> Callable[[], str | None]:
+        """A function that says why the model under a key must not go on, by the parity report beside it now (None: it
+        may); it blocks, as that of `begin_reload` does."""
+        self._seen[key] = self._pending.pop(key)
+        model = self._models[key]
+        return lambda: _objection(model, self._options.gate)
 
     def current(self, key: tuple[str, str]) -> Model:
         """The model that serves under a key."""
@@ -146,17 +219,52 @@ class Repository:
         self._models[key] = model
         for endpoint in model.endpoints:
             others = self._endpoints.setdefault(endpoint.name, {})
-            taken = others.get(model.version)
-            if taken is not None and taken.model.name != model.name:
-                raise ServeError(f"{endpoint.name} is both a model and the text frontend of one; choose another name")
             others[model.version] = endpoint
+
+
+def require_distinct_names(sources: Sequence[EngineSource], suffixes: Sequence[str], *, folded: bool = False) -> None:
+    """Raise `ServeError` if two models need one name: their own, or with one of `suffixes` that of a part of theirs.
+
+    No version makes that right: whoever asks for the highest one would get this or that. `folded` names become
+    directories, and some file systems take A for a.
+    """
+    owners: dict[str, str] = {}
+    for name in sorted({source.name for source in sources}):
+        for suffix in ("", *suffixes):
+            full = name + suffix
+            owner = owners.setdefault(full.lower() if folded else full, name)
+            if owner != name:
+                raise ServeError(
+                    f"{owner} and {name} both need the name {full}, a model's or that of the text frontend of one, or "
+                    "of a part of it; rename one of them"
+                )
+
+
+def _objection(model: Model, gate: str) -> str | None:
+    try:
+        if load_passport(model.directory) != model.passport:
+            return model.withdrawn  # what lies there is another engine, of which its report speaks
+        require_gate(model.directory, model.passport, gate)
+    except ParityError as error:
+        return str(error)
+    except NxmError:
+        return model.withdrawn
+    return None
 
 
 def signature(directory: Path) -> Signature | None:
     """What changes when an engine directory is written again; None while it is not whole."""
     try:
-        engine = directory / load_passport(directory).engine
-        files = [(directory / PASSPORT_FILE).stat(), engine.stat()]
-    except (OSError, NxmError):
+        engine = load_passport(directory).engine
+    except NxmError:
+        engine = PASSPORT_FILE  # one that cannot be read is refused when it is loaded, and the log says why
+    served = [_file(directory / name) for name in (PASSPORT_FILE, engine, *COMPANIONS)]
+    return None if None in served[:2] else Signature(tuple(served), _file(directory / PARITY_FILE))
+
+
+def _file(file: Path) -> _File | None:
+    try:
+        facts = file.stat()
+    except OSError:
         return None
-    return tuple((file.st_ino, file.st_mtime_ns, file.st_size) for file in files)
+    return facts.st_ino, facts.st_mtime_ns, facts.st_size

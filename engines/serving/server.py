@@ -1,7 +1,8 @@
 """Start, run and stop a server: bind, load, warm up, listen; on SIGTERM finish what was begun.
 
-The socket is bound before the engines are loaded, so a taken port fails in a moment, and listens only after they are
-warm, so nobody is kept waiting by a server that is not ready. Stopping loses nothing that has arrived: connections that
+The socket is bound and listens before the engines are loaded, so a taken port fails in a moment, and whoever asks
+meanwhile is told: alive, not ready, 503 for a request. After SIGTERM the server may go on for a while, not ready, until
+balancers have learnt that (``--shutdown-delay``). Stopping loses nothing that has arrived: connections that
 the kernel accepted are taken over, every request on an open connection is answered, and only then the engines go.
 """
 
@@ -13,6 +14,7 @@ import ctypes
 import ipaddress
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -25,11 +27,12 @@ from typing import TYPE_CHECKING
 
 from engines.serving.app import Service
 from engines.serving.connection import protocol_class
-from engines.serving.model import gate_state
+from engines.serving.open_files import require_open_files
 from engines.serving.repository import EngineSource, Repository
-from engines.serving.settings import GATES, ModelOptions, ServerOptions
+from engines.serving.settings import ModelOptions, ServerOptions
+from engines.serving.spare_connections import ROOM
+from nxm_export.contract.choices import GATES
 from nxm_export.errors import EngineUnavailable, ServeError
-from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
     import uvicorn
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("nxm.serve")
 _KEEP_ALIVE = 75  # seconds; longer than what clients and balancers keep idle connections for
 _BACKLOG = 1024
+_BURST = 64  # connections that are accepted in one turn of the event loop, before any of them is looked at
 _SO_ATTACH_FILTER = 26  # asm-generic/socket.h; not in Python's socket module
 _TAKE_OVER = 0.25  # seconds; no less than a client's round trip
 
@@ -46,8 +50,9 @@ def serve(
 ) -> None:
     """Serve engine directories until SIGTERM or SIGINT; the one call behind ``nxm serve``.
 
-    Raises before it listens: `ServeError` for an address that is taken or not local without `allow_remote`, and what
-    `engines.serving.model.open_model` raises for an engine that is refused.
+    Raises before it listens: `ServeError` for an address that is taken or not local without `allow_remote`, and for
+    fewer open files than its connections need. Raises later what `engines.serving.model.open_model` raises for an
+    engine that is refused.
     """
     _require_installed()
     if models.gate not in GATES:
@@ -56,21 +61,15 @@ def serve(
     listener = _bind(options)
     try:
         repository = Repository(sources, models)
-        began = time.monotonic()
-        repository.open()
-        for model in repository.models:
-            log.info("loaded", extra={"facts": {
-                "model": model.name, "version": model.version, "directory": str(model.directory),
-                "backend": model.passport.backend, "sha256": model.passport.engine_sha256,
-                "parity": gate_state(model.directory, model.passport),
-                "lengths": [bucket.length for bucket in model.buckets.buckets],
-                "rows": model.buckets.longest.most,
-            }})  # fmt: skip
+        repository.require_admitted()
+        require_open_files(options.connections.connections + ROOM + _BURST)
         service = Service(repository, options.requests, watch=options.watch, access_log=options.access_log)
         server = _server(service, options)
         url = f"http://{_host(listener)}:{listener.getsockname()[1]}"
-        log.info("listening", extra={"facts": {"url": url, "seconds": round(time.monotonic() - began, 3)}})
+        log.info("listening", extra={"facts": {"url": url}})
         server.run(sockets=[listener])
+        if service.failure is not None:
+            raise service.failure
     finally:
         listener.close()
 
@@ -114,13 +113,26 @@ def _server(service: Service, options: ServerOptions) -> uvicorn.Server:
     class Server(uvicorn.Server):
         """uvicorn's server with a stop that loses nothing."""
 
+        stop_at = math.inf
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            for listener in sockets or []:
+                listener.listen(_BACKLOG)  # asyncio takes one number for this queue and for its burst
+
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            if service.draining and sig == signal.SIGINT:
-                self.force_exit = True
-            if not service.draining:
-                log.info("draining", extra={"facts": {"signal": signal.Signals(sig).name}})
+            if service.draining:
+                self.force_exit = self.should_exit and sig == signal.SIGINT
+                self.should_exit = True  # told again, it waits no longer
+                return
             service.draining = True
-            self.should_exit = True
+            facts = {"signal": signal.Signals(sig).name, "delay_seconds": options.shutdown_delay}
+            log.info("draining", extra={"facts": facts})
+            self.stop_at = time.monotonic() + options.shutdown_delay
+
+        async def on_tick(self, counter: int) -> bool:
+            self.should_exit = self.should_exit or time.monotonic() >= self.stop_at
+            return await super().on_tick(counter)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             for listener in sockets or []:
@@ -140,9 +152,11 @@ def _server(service: Service, options: ServerOptions) -> uvicorn.Server:
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=max(1, round(options.drain)),
-        backlog=_BACKLOG,
+        backlog=_BURST,
     )
-    return Server(config)
+    server = Server(config)
+    service.give_up = lambda: setattr(server, "should_exit", True)
+    return server
 
 
 def _turn_away(listener: socket.socket) -> None:
@@ -177,10 +191,11 @@ def _host(listener: socket.socket) -> str:
 
 
 class _JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, event, and the facts of a record."""
+    """One JSON object a line: time, level, event, and the facts of a record. In ASCII: whatever a client or a file is
+    called, no control character reaches a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Json] = {
+        line: dict[str, object] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "event": record.getMessage(),
@@ -188,7 +203,7 @@ class _JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return json.dumps(line, default=str)
 
 
 def _configure_log() -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nxm_export.contract.choices import GATE, GATES
 from nxm_export.contract.options import OPTION, Option
 
-GATES = ("not-failed", "passed", "off")
 INSTANCE_KINDS = ("cpu", "gpu")
 # The container of Triton 2.51, the release whose core loads these repositories in the tests.
 TRITON_IMAGE = "nvcr.io/nvidia/tritonserver:24.10-py3"
@@ -22,7 +22,7 @@ _MEBIBYTES = 2.0**-20  # in a byte
 class ModelOptions:
     """How engines are served. None lets the engine decide: `instances` and `threads` from the cores, `lengths` from its
     profiles, `merge` (rows that different requests make a batch of) from its device. `max_delay` is in seconds.
-    `expect_sha256` not empty means that every engine's hash must be among them."""
+    `expect_sha256` not empty means that the hash of every engine, or of all its contents, must be among them."""
 
     instances: int | None = field(
         default=None, metadata={OPTION: Option("Copies of each engine.  [default: CPU cores; 1 on a GPU]", least=1)}
@@ -47,9 +47,7 @@ class ModelOptions:
         metadata={OPTION: Option("Wait for company.", flag="--max-delay-ms", least=0, scale=_MILLISECONDS)},
     )
     text: bool = field(default=False, metadata={OPTION: Option("Serve NAME_text, too: sentences in, class names out.")})
-    gate: str = field(
-        default="not-failed", metadata={OPTION: Option("Which parity.json an engine must have.", choices=GATES)}
-    )
+    gate: str = field(default=GATE, metadata={OPTION: Option("Which parity.json an engine must have.", choices=GATES)})
     expect_sha256: frozenset[str] = frozenset()
 
 
@@ -83,8 +81,9 @@ class ConnectionLimits:
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Where and how a server listens. `drain` is how many seconds a stop waits for what is under way, `watch` how often
-    engine directories are looked at (0: never)."""
+    """Where and how a server listens. `drain` is how many seconds a stop waits for what is under way, `shutdown_delay`
+    how many it goes on taking connections before, not ready, `watch` how often engine directories are looked at (0:
+    never)."""
 
     host: str = field(default="127.0.0.1", metadata={OPTION: Option()})
     port: int = field(default=8000, metadata={OPTION: Option("0 takes a free one.", least=0, most=65535)})
@@ -93,6 +92,10 @@ class ServerOptions:
     )
     drain: float = field(
         default=30.0, metadata={OPTION: Option("How long SIGTERM may take.", flag="--drain-seconds", least=0)}
+    )
+    shutdown_delay: float = field(
+        default=0.0,
+        metadata={OPTION: Option("Seconds to go on, not ready, after SIGTERM.", flag="--shutdown-delay", least=0)},
     )
     watch: float = field(
         default=2.0, metadata={OPTION: Option("Look for changed engines; 0 never.", flag="--watch-seconds", least=0)}
@@ -108,9 +111,11 @@ class TritonOptions:
     those of an ONNX Runtime instance on a CPU; `tensorrt` is the version in the target container, where it is known
     already."""
 
+    gate: str = field(default=GATE, metadata={OPTION: Option("Which parity.json an engine must have.", choices=GATES)})
+    expect_sha256: frozenset[str] = frozenset()
     text: bool = field(default=False, metadata={OPTION: Option("Add NAME_text: sentences in, class names out.")})
     pair: bool = field(
-        default=False, metadata={OPTION: Option("The same for models of two sentences.", flag="--text-pair")}
+        default=False, metadata={OPTION: Option("The same, and text_pair must be there.", flag="--text-pair")}
     )
     kind: str | None = field(
         default=None, metadata={OPTION: Option("Where instances run.  [default: as built]", choices=INSTANCE_KINDS)}

@@ -38,6 +38,11 @@ class Buckets:
         """The bucket of the longest sequences."""
         return self.buckets[-1]
 
+    @property
+    def most(self) -> int:
+        """Rows of the largest request that any bucket has room for."""
+        return max(bucket.most for bucket in self.buckets)
+
     def index(self, rows: int, length: int) -> int:
         """Index of the first bucket for a request of this shape; raises `RequestRefused` (400) when none has room."""
         if length > self.longest.length:

@@ -1,38 +1,38 @@
 """Sentences in, class names out; questions and contexts in, answers out: the optional text frontend of a served engine.
 
 Tokens come from the same code as in training and comparison (`nxm_export.data.examples.encode`), with the tokenizer
-that lies in the engine's directory. A text longer than the model's positions is cut, as it was in training; one that is
-absurdly long is refused, because the whole of it would be read before it is cut. A context is never cut: the answer
-could be in the part that is gone, so one that takes more than a window is refused.
+that lies in the engine's directory. A text longer than the model's positions is cut, as it was in training, without
+reading all of it (`engines.serving.long_texts`). A context is never cut: the answer could be in the part that is gone,
+so one that takes more than a window is refused.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from engines.serving.long_texts import LETTERS_PER_TOKEN, encode_long, is_long
 from engines.serving.protocol import TensorSpec
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import Examples, Features, encode, label_array, load_tokenizer, pad
+from nxm_export.data.examples import Examples, Features, Label, Tokenizer, encode, label_array, pad, tokens_of
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.question_answering import Window, best_span, windows
-from nxm_export.errors import DataError, RequestRefused
-from nxm_export.storage.json_files import Json
+from nxm_export.errors import DataError, RequestRefused, ServeError
 
 TEXT, PAIR, LABEL, ANSWER = "text", "text_pair", "label", "answer"
-BYTES_PER_TOKEN = 64  # no tokenizer of this family makes tokens that long out of text that anyone would write
 
 
 class TextFrontend:
     """Tokenizes for one engine. May be called from several threads: they take turns at the tokenizer."""
 
-    def __init__(self, directory: Path, spec: IOSpec) -> None:
-        self._tokenizer = load_tokenizer(directory)
+    def __init__(self, tokenizer: Tokenizer, spec: IOSpec, longest: int | None = None) -> None:
+        """`longest` is the most tokens that the engine takes, where those are fewer than the model's positions."""
+        self._tokenizer = tokenizer
         self._spec = spec
+        self._max_length = min(spec.max_length, longest or spec.max_length)
         self._turn = threading.Lock()  # a tokenizer is not to be configured while another thread uses it
         self._spans = TASKS[spec.task].output_kind == "span"
 
@@ -80,28 +80,49 @@ class TextFrontend:
             )
         if pairs is not None and len(pairs) != len(texts):
             raise RequestRefused(400, f"{TEXT} has {len(texts)} rows and {PAIR} has {len(pairs)}")
-        no_labels: list[Json] = [()] * len(texts) if self._spans else [0] * len(texts)
-        examples = Examples(texts, pairs, no_labels, "request", encoder=windows if self._spans else None)
-        try:
-            with self._turn:
-                features = encode(self._tokenizer, examples, self._spec.max_length, self._spec.inputs)
-        except DataError as error:  # a question that leaves no room, a context without tokens
-            raise RequestRefused(400, str(error)) from error
+        with self._turn:
+            features = self._encoded(texts, pairs)
         if self._spans and len(features) > len(texts):
             groups = [sample["group"] for sample in features]
             row = next(row for row in range(len(texts)) if groups.count(row) > 1)
             raise RequestRefused(
                 400,
-                f"row {row} of {PAIR} and its question take more than {self._spec.max_length} "
-                "tokens; ask about it in parts",
+                f"row {row} of {PAIR} and its question take more than {self._max_length} tokens; ask about it in parts",
             )
         return features
 
+    def _encoded(self, texts: list[str], pairs: list[str] | None) -> list[Features]:
+        """Tokens of the texts, as training makes them of the same ones; call it in turn."""
+        no_labels: list[Label] = [()] * len(texts) if self._spans else [0] * len(texts)
+        examples = Examples(texts, pairs, no_labels, "request", encoder=windows if self._spans else None)
+        try:
+            if self._spans:
+                return encode(self._tokenizer, examples, self._max_length, self._spec.inputs)
+            rows = [(text,) for text in texts] if pairs is None else list(zip(texts, pairs, strict=True))
+            long = {row for row, each in enumerate(rows) if is_long(each, self._max_length)}
+            short = [row for row in range(len(rows)) if row not in long]
+            made = encode(self._tokenizer, examples.subset(short), self._max_length, self._spec.inputs)
+            short_features = iter(made)
+            return [self._long(row, rows[row]) if row in long else next(short_features) for row in range(len(rows))]
+        except DataError as error:  # a question that leaves no room, a context without tokens
+            raise RequestRefused(400, str(error)) from error
+        except (RequestRefused, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the tokenizers library is no `Exception`
+            raise ServeError(f"the tokenizer failed ({type(error).__name__}: {error})") from error
+
+    def _long(self, row: int, texts: Sequence[str]) -> Features:
+        try:
+            tokens = encode_long(self._tokenizer, texts, self._max_length)
+        except ValueError as error:
+            raise RequestRefused(400, f"row {row}: {error}") from error
+        return {**tokens_of(tokens, self._spec.inputs), "labels": 0}
+
     def _decode(self, name: str, array: np.ndarray) -> list[str]:
-        limit = BYTES_PER_TOKEN * self._spec.max_length
+        limit = LETTERS_PER_TOKEN * self._max_length
         texts = []
         for row, item in enumerate(array.ravel()):
-            if len(item) > limit:
+            if self._spans and len(item) > limit:
                 raise RequestRefused(400, f"row {row} of {name} has {len(item)} bytes; at most {limit} are served")
             try:
                 texts.append(item.decode("utf-8"))
@@ -113,8 +134,3 @@ class TextFrontend:
 def names_classes(spec: IOSpec) -> bool:
     """True when the first output holds classes that have names, one of which is the sample's."""
     return bool(spec.labels) and next(iter(spec.outputs.values())) == ("batch", "classes")
-
-
-def text_size(tensors: Mapping[str, np.ndarray]) -> int:
-    """Bytes of text in a request."""
-    return sum(len(item) for array in tensors.values() for item in array.ravel())

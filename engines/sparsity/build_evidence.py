@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from engines.sparsity.kernel_names import kernel_named
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.json_files import Json, convert, read_json, require_schema
+from nxm_export.storage.json_files import convert, read_json, require_schema
 
 LOG_FILE = "build.log"
 LAYERS_FILE = "layers.json"
@@ -87,7 +87,7 @@ class InspectedProfile:
 
     profile: int
     shape: tuple[int, int]
-    information: Mapping[str, Json]
+    information: Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ class _InspectorLayer:
 
     Name: str = ""
     LayerType: str = ""
-    Inputs: tuple[Mapping[str, Json] | str, ...] = ()
-    Constants: tuple[Mapping[str, Json] | str, ...] = ()
-    Outputs: tuple[Mapping[str, Json] | str, ...] = ()
+    Inputs: tuple[Mapping[str, object] | str, ...] = ()
+    Constants: tuple[Mapping[str, object] | str, ...] = ()
+    Outputs: tuple[Mapping[str, object] | str, ...] = ()
     TacticName: str | None = None
     Metadata: str | None = None
     HasSparseWeights: int | bool = 0
@@ -169,7 +169,7 @@ def parse_layers(lines: Iterable[str]) -> list[LayerInfo]:
 
 
 def parse_inspector(
-    information: Mapping[str, Json], profile: int = 0, *, source: str = "the inspector's report"
+    information: Mapping[str, object], profile: int = 0, *, source: str = "the inspector's report"
 ) -> list[LayerInfo]:
     """The layers of an engine inspector's JSON report: TensorRT 8.6 and 10 (``Format/Datatype``) and 11 (``Datatype``).
 
@@ -202,7 +202,7 @@ def parse_inspector(
     return layers
 
 
-def _tensor_type(tensor: Mapping[str, Json] | str) -> str:
+def _tensor_type(tensor: Mapping[str, object] | str) -> str:
     if isinstance(tensor, str):
         return ""
     return str(tensor.get("Datatype") or tensor.get("Format/Datatype") or "")

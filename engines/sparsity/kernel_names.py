@@ -55,8 +55,8 @@ class Existence:
 class CatalogueEntry:
     """Products, by patterns with ``*``, for which a sparse kernel exists, does not, or nobody has looked (None).
 
-    `version` is the beginning of a TensorRT version, in whole parts: 10.1 is not 10.14. `source` is a key of the
-    sources.
+    `weights` is the type that is multiplied (``int8``, ``float16``, ``float`` for floats of an unknown type). `version`
+    is the beginning of a TensorRT version, in whole parts: 10.1 is not 10.14. `source` is a key of the sources.
     """
 
     backend: str | tuple[str, ...]
@@ -86,11 +86,11 @@ def _catalogue() -> KernelCatalogue:
 
 
 def sparse_kernel_exists(
-    *, backend: str, version: str, compute_capability: str, integer: bool, form: str, output: str
+    *, backend: str, version: str, compute_capability: str, weights: str, form: str, output: str
 ) -> Existence:
     """The catalogue's answer for one product; a list of compute capabilities must agree, or the answer is None."""
     answers = [
-        _lookup(backend, version, capability.strip(), "int8" if integer else "float", form, output)
+        _lookup(backend, version, capability.strip(), weights, form, output)
         for capability in compute_capability.split(",")
     ]
     sources = " ".join(dict.fromkeys(answer.source for answer in answers))

@@ -1,5 +1,5 @@
 """The sparsity report: for every weight matrix, was 2:4 planned, is it in the integers along K, could a sparse kernel
-run, does one run, and if not, why.
+run, does one run, and if not, why. This is the only judge: advice and `nxm doctor` follow its reasons.
 
 Evidence, from strong to weak: the kernel's name in the engine inspector's report (and, where a profile was taken,
 among the kernels that really ran); the builder's own lists of sparse layers, in both wordings; the layers that a
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from engines.sparsity.build_evidence import Evidence, LayerInfo, read_evidence
 from engines.sparsity.kernel_names import Existence, kernel_named, sparse_kernel_exists
-from nxm_export.contract.matrix_facts import MatrixFacts
+from nxm_export.contract.matrix_facts import MatrixFacts, ProductCounts, UnreadProduct
 from nxm_export.errors import ArtifactError, ParityError
-from nxm_export.storage.json_files import Json, encode, read_record, to_builtins
+from nxm_export.storage.json_files import encode, read_record, to_builtins
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -26,15 +26,28 @@ if TYPE_CHECKING:
 SCHEMA = "nxm-sparsity/1"
 FACTS_SCHEMA = "nxm-weights/1"
 FACTS_FILE = "weights.json"
-ALIGNMENT = 32  # elements; tiles of the sparse INT8 kernels
+ALIGNMENT = 32  # elements of INT8
+_ALIGNMENT_HINT = (
+    f"K and N are best multiples of {ALIGNMENT}: TensorRT pads others without a word (NVIDIA's TensorRT developer "
+    "guide, Optimizing for Tensor Cores)"
+)
 SMALL = 256  # below it, dense kernels win (NVIDIA/TensorRT issues 3849 and 4065)
+_QUANTIZED = ("int8",)  # what sparse integer kernels multiply
+_FLOATS = ("float", "float16", "bfloat16", "float32", "float8")
+_CONVOLUTIONS = ("conv", "conv1x1")
 REASONS = {
+    "empty": "it has no elements",
+    "k-multiple": "K is not a multiple of 4",
+    "channels": "the channels of a group are not a multiple of 4, and groups of four lie along the channels",
+    "depthwise": "a depthwise convolution reduces one channel: it has no groups of four",
+    "weight-type": "its weight is no INT8 tensor: sparse integer kernels multiply INT8",
+    "refused": "TensorRT or `nxm build` refuses the file",
+    "kernel-unknown": "whether this TensorRT has a sparse kernel for it on this GPU is not known",
     "not-planned": "no 2:4 was planned for it, and it is dense",
     "pattern": "not 2:4 along K",
     "axis": "2:4 along N, the output channels; sparse kernels read it along K",
-    "scales": "its scales lie along K or its zero point is not 0: it cannot run in integers",
-    "float-input": "its input is not quantized, so the product runs in float",
-    "alignment": f"K and N must be multiples of {ALIGNMENT} for sparse INT8 kernels",
+    "scales": "its scales or zero points are none that integer kernels can apply",
+    "float-input": "its input is not quantized to INT8, so the product runs in float",
     "flag-off": "built without the flag that allows sparse kernels",
     "float-output": "sparse INT8 kernels here write INT8, and this product writes float: quantize its output",
     "op-form": "sparse kernels here exist for another form of the product (see --lowering)",
@@ -68,10 +81,32 @@ class SparsityTarget:
             backend=self.backend,
             version=self.version,
             compute_capability=self.compute_capability,
-            integer=fact.integer_weight,
-            form=form,
+            weights=weight_type(fact),
+            form=_kernel_form(fact, form),
             output=output,
         )
+
+
+def _kernel_form(fact: MatrixFacts, form: str) -> str:
+    """The form in the words of the catalogue, which knows of one matrix on the right; others have names of their
+    own, of which it knows nothing."""
+    if fact.groups_of_channels > 1:
+        return f"grouped {form}"
+    if fact.stack > 1:
+        return f"stacked {form}"
+    return f"left {form}" if fact.operand == "input 0" else form
+
+
+@dataclass(frozen=True)
+class FileProblem:
+    """Why a file is refused, or is computed otherwise than it says; `matrix` is the name of the matrix that it is of,
+    None for the file as a whole."""
+
+    text: str
+    matrix: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.matrix}: {self.text}" if self.matrix else self.text
 
 
 @dataclass(frozen=True)
@@ -84,6 +119,7 @@ class WeightFacts:
     has_gpu: bool
     sparse_flag: bool
     facts: tuple[MatrixFacts, ...]
+    unread: tuple[UnreadProduct, ...] = ()
 
     @property
     def target(self) -> SparsityTarget:
@@ -97,7 +133,8 @@ class WeightSparsity:
     None when sparse runs.
 
     `saved_ms` is the dense twin's time for the layers around this matrix minus this engine's; `shared_with` other
-    matrices when the builder merged them into one product.
+    matrices when the builder merged them into one product. `node` is the product's, `type` what it multiplies by
+    (``int8``, ``float16``, ...); `hint` may make it faster and stands in no way.
     """
 
     name: str
@@ -116,14 +153,30 @@ class WeightSparsity:
     detail: str
     saved_ms: float | None = None
     shared_with: tuple[str, ...] = ()
+    node: str = ""
+    type: str = ""
+    hint: str | None = None
+
+    @property
+    def ready(self) -> bool:
+        """True when nothing in the file stands in the way of a sparse INT8 kernel that is known to exist."""
+        return self.reason == "no-engine" and self.eligible is True and self.type in _QUANTIZED
 
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """All matrices of one engine or graph, and what they were judged for."""
+    """All matrices of one engine or graph, and what they were judged for. `unread` are the products of the graph whose
+    matrix was not read, of which nothing is said."""
 
     target: SparsityTarget
     weights: tuple[WeightSparsity, ...]
+    unread: tuple[UnreadProduct, ...] = ()
+
+    @property
+    def products(self) -> ProductCounts:
+        """How many products there are, were read, and are 2:4 along K."""
+        sparse = sum(weight.sparse_along_k for weight in self.weights)
+        return ProductCounts(len(self.weights) + len(self.unread), len(self.weights), sparse)
 
     @property
     def planned_elements(self) -> int:
@@ -158,7 +211,7 @@ class SparsityReport:
                 f"the others: {why}"
             )
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
         return {
             "schema": SCHEMA,
@@ -167,18 +220,29 @@ class SparsityReport:
             "compute_capability": self.target.compute_capability,
             "sparse_share": self.sparse_share,
             "counts": self.counts,
+            "products": to_builtins(self.products),
+            "unread": to_builtins(self.unread),
             "weights": [to_builtins(weight) for weight in self.weights],
         }
 
 
 def judge(
-    facts: Iterable[MatrixFacts], evidence: Evidence | None, target: SparsityTarget, twin: Evidence | None = None
+    facts: Iterable[MatrixFacts],
+    evidence: Evidence | None,
+    target: SparsityTarget,
+    twin: Evidence | None = None,
+    problems: Sequence[FileProblem] = (),
 ) -> SparsityReport:
-    """The report on matrices. Without `evidence` a graph is judged alone: nothing can be chosen. `twin` is the
-    evidence of the dense engine of the same graph, for the time that sparsity saves."""
+    """The report on matrices.
+
+    Without `evidence` a graph is judged alone: nothing can be chosen, and nothing is eligible while the file has
+    `problems`. `twin` is the evidence of the dense engine of the same graph, for the time that
+    sparsity saves."""
     weights = []
     for fact in facts:
         obstacle, detail, eligible = _obstacle(fact, target)
+        if obstacle is None and problems:
+            obstacle, detail, eligible = "refused", f"{REASONS['refused']}: {problems[0]}", False
         weight = WeightSparsity(
             name=fact.name,
             k=fact.k,
@@ -194,9 +258,13 @@ def judge(
             kernel=None,
             reason=obstacle,
             detail=detail,
+            node=fact.node,
+            type=weight_type(fact),
+            hint=_ALIGNMENT_HINT if _is_int8(fact) and (fact.k % ALIGNMENT or fact.n % ALIGNMENT) else None,
         )
         if evidence is None:
-            weight = replace(weight, chosen=False if not fact.sparse_along_k else None, reason=obstacle or "no-engine")
+            reason, detail = _unbuilt(fact, weight, target)
+            weight = replace(weight, chosen=None if fact.sparse_along_k else False, reason=reason, detail=detail)
         else:
             weight = _with_evidence(weight, fact, evidence, obstacle, target)
             weight = _with_times(weight, fact, evidence, twin)
@@ -205,25 +273,50 @@ def judge(
     return SparsityReport(target, tuple(weights))
 
 
+def weight_type(fact: MatrixFacts) -> str:
+    """The type that a product multiplies by, in the words of the catalogue: ``int8``, ``int4``, ``float16``, ...;
+    ``float`` where the record does not say which."""
+    written = fact.codes or fact.stored
+    if fact.codes is None and fact.integer_weight and "INT" not in fact.stored:
+        written = "INT8"  # floats that the graph quantizes, or a record that does not say
+    if written in ("INT8", "UINT8"):
+        return "int8"
+    known = {"FLOAT": "float32", "DOUBLE": "float32", "BFLOAT16": "bfloat16", "FLOAT16": "float16", "": "float"}
+    if written.startswith("FLOAT8"):
+        return "float8"
+    return known.get(written, written.lower())
+
+
+def _is_int8(fact: MatrixFacts) -> bool:
+    return weight_type(fact) == "int8"
+
+
+def _unbuilt(fact: MatrixFacts, weight: WeightSparsity, target: SparsityTarget) -> tuple[str, str]:
+    """(reason, detail) of a matrix in a graph alone."""
+    if weight.reason is not None:
+        return weight.reason, weight.detail
+    if weight.eligible:
+        return "no-engine", ""
+    if fact.moved_by:
+        operators = ", ".join(fact.moved_by)
+        return "kernel-unknown", (
+            f"{operators} between its DequantizeLinear and the product: whether TensorRT makes one integer product of "
+            "them is not known. Store the weight as the product reads it"
+        )
+    source = target.kernel_for(fact, form=fact.form, output=fact.output).source
+    return "kernel-unknown", f"{REASONS['kernel-unknown']}. {source}"
+
+
 def _obstacle(fact: MatrixFacts, target: SparsityTarget) -> tuple[str | None, str, bool | None]:
     """(what stands in a sparse kernel's way, its detail, whether the matrix is eligible) from the graph alone."""
-    if not fact.sparse_along_k:
-        if fact.sparse_along_n:
-            return "axis", "", False
-        if not fact.planned_sparse and fact.broken_groups > fact.groups // 100:
-            return "not-planned", "", False
-        return "pattern", f"{fact.broken_groups} of {fact.groups} groups of four along K keep more than two", False
-    if fact.integer_weight and (fact.scales_along_k or fact.has_zero_point):
-        return "scales", "", False
-    if fact.integer_weight and not fact.integer_input:
-        return "float-input", "", False
-    if fact.k % ALIGNMENT or fact.n % ALIGNMENT:
-        return "alignment", f"K {fact.k} x N {fact.n}: {REASONS['alignment']}", False
+    obstacle = _of_pattern(fact) or _of_numbers(fact)
+    if obstacle is not None:
+        return *obstacle, False
     if not target.sparse_flag:
         return "flag-off", "", False
     kernel = target.kernel_for(fact, form=fact.form, output=fact.output)
     if kernel.exists is not False:
-        return None, "", kernel.exists
+        return None, "", None if fact.moved_by else kernel.exists
     if fact.output != "int8" and target.kernel_for(fact, form=fact.form, output="int8").exists:
         return "float-output", f"{REASONS['float-output']} (it writes {fact.output}). {kernel.source}", False
     for form in ("conv1x1", "matmul"):
@@ -231,6 +324,46 @@ def _obstacle(fact: MatrixFacts, target: SparsityTarget) -> tuple[str | None, st
             text = f"sparse kernels here exist for {form} with INT8 output, and this is {fact.form}. {kernel.source}"
             return "op-form", text, False
     return "no-kernel", f"{REASONS['no-kernel']}. {kernel.source}", False
+
+
+def _of_pattern(fact: MatrixFacts) -> tuple[str, str] | None:
+    """(reason, detail) when the elements do not lie as a sparse kernel reads them."""
+    if not fact.k or not fact.n:
+        return "empty", ""
+    if fact.form in _CONVOLUTIONS and fact.run == 1 and fact.groups_of_channels > 1:
+        return "depthwise", ""
+    if fact.form in _CONVOLUTIONS and fact.run % 4:
+        return (
+            "channels",
+            f"it has {fact.run} input channels{' a group' if fact.groups_of_channels > 1 else ''}, and "
+            + ("groups of four lie along the channels of one kernel position: that is no multiple of 4"),
+        )
+    if fact.k % 4:
+        return "k-multiple", f"K is {fact.k}, which is not a multiple of 4"
+    if fact.sparse_along_k:
+        return None
+    if fact.sparse_along_n:
+        return "axis", ""
+    if not fact.planned_sparse and fact.broken_groups > fact.groups // 100:
+        return "not-planned", ""
+    return "pattern", f"{fact.broken_groups} of {fact.groups} groups of four along K keep more than two"
+
+
+def _of_numbers(fact: MatrixFacts) -> tuple[str, str] | None:
+    """(reason, detail) when the numbers, weight or input, are none that a sparse kernel multiplies."""
+    if fact.scale_problems:
+        return "scales", f"{REASONS['scales']}: {'; '.join(fact.scale_problems)}"
+    if fact.integer_weight and fact.scales_in_blocks:
+        return "scales", f"{REASONS['scales']}: they lie in blocks along K"
+    if fact.integer_weight and (fact.scales_along_k or fact.has_zero_point):
+        what = "they lie along K, the reduced axis" if fact.scales_along_k else "its zero point is not 0"
+        return "scales", f"{REASONS['scales']}: {what}"
+    kind = weight_type(fact)
+    if kind not in (*_QUANTIZED, *_FLOATS):
+        return "weight-type", f"its weight is {kind.upper()}: sparse integer kernels multiply INT8"
+    if _is_int8(fact) and not fact.integer_input:
+        return "float-input", ""
+    return None
 
 
 def _with_evidence(
@@ -253,7 +386,7 @@ def _with_evidence(
                 weight, chosen=None, reason="contradiction",
                 detail="the engine names a sparse kernel for a matrix that is not 2:4 along K, or without the flag",
             )  # fmt: skip
-        if sparse and fact.integer_weight and not all(kernel is not None and kernel.integer for kernel in kernels):
+        if sparse and _is_int8(fact) and not all(kernel is not None and kernel.integer for kernel in kernels):
             return replace(weight, eligible=True, chosen=False, reason="float-kernel")
         if evidence.running is not None and not all(_ran(layer.kernel, evidence.running) for layer in products):
             return replace(
@@ -314,15 +447,17 @@ def _product_ms(node: str, evidence: Evidence) -> float | None:
 
 def write_weight_facts(out: Path, model: ir.Model, target: SparsityTarget) -> None:
     """Write ``weights.json``: what the graph offers, and what it was built for."""
-    from nxm_export.graph.sparsity_scan import matrix_facts
+    from nxm_export.graph.sparsity_scan import scan_products
 
+    scanned = scan_products(model, str(out))
     record = WeightFacts(
         backend=target.backend,
         version=target.version,
         compute_capability=target.compute_capability,
         has_gpu=target.has_gpu,
         sparse_flag=target.sparse_flag,
-        facts=tuple(matrix_facts(model, str(out))),
+        facts=scanned.facts,
+        unread=scanned.unread,
     )
     (out / FACTS_FILE).write_text(encode(record, FACTS_SCHEMA), encoding="utf-8")
 
@@ -343,4 +478,5 @@ def read_sparsity_report(
     former = {"nxm-truth/1": lambda fields: fields}  # the same fields under another name
     record = read_record(file, WeightFacts, schema=FACTS_SCHEMA, way_out="build the engine again", older=former)
     dense = read_evidence(twin) if twin is not None else None
-    return judge(record.facts, read_evidence(directory, running), record.target, dense)
+    report = judge(record.facts, read_evidence(directory, running), record.target, dense)
+    return replace(report, unread=record.unread)

@@ -27,10 +27,9 @@ from engines.tensorrt.builder_process import (
     usable_cache,
 )
 from engines.tensorrt.cuda_driver import device_facts
-from engines.tensorrt.profiles import profiles_for
+from engines.tensorrt.profiles import graph_inputs, profiles_for
 from engines.tensorrt.runtime import TensorRTEngine
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
-from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -55,7 +54,7 @@ class TensorRTFacts:
     requires: Mapping[str, str]
     sparsity: SparsityReport
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``: the report's fields stand beside the others."""
         return {"backend": self.backend, "requires": dict(self.requires), **self.sparsity.to_dict()}
 
@@ -67,14 +66,16 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     degrade, `EngineError` for everything that the builder refuses.
     """
     from nxm_export.graph.graph_weights import load_graph
-    from nxm_export.graph.verifier import verify
+    from nxm_export.graph.tensorrt_parser import parser_of, require_read_right
+    from nxm_export.graph.verifier import verify_model
 
     onnx = Path(onnx)
     trt, device = _runtime(), device_facts()
     model = load_graph(onnx)
-    verify(onnx).require()
+    verify_model(model, str(onnx)).require()
     _require_typing(model, trt.__version__, onnx)
-    profiles = profiles_for(options.profiles, onnx.parent)
+    require_read_right(model, parser_of(NAME, trt.__version__), str(onnx))
+    profiles = profiles_for(options.profiles, onnx.parent, graph_inputs(model))
     facts = _facts(trt, device)
     cache = _cache(options, facts)
     request = BuildRequest(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, cast
 
 from engines.base import Binding, Profile, module_command
 from engines.passport import Bindings
+from engines.sample_inputs import shape_at
 from engines.sparsity.build_evidence import LAYERS_FILE, LAYERS_SCHEMA, InspectedEngine, InspectedProfile
 from nxm_export.errors import ArtifactError, EngineError
 from nxm_export.progress import Progress
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 CACHE_FILE = "timing.cache"
 SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 STRONGLY_TYPED_SINCE = 10
+# Lines that name no cause: a machine without a driver (the RTX builder needs none), and what follows an error.
+_NOISE = ("cudaError 35", "CUDA driver version is insufficient", "Invalid Engine", "Invalid Node", "ModelImporter.cpp")
+_SHAPES_REFUSED = re.compile(r"values for profile \d+ violate shape constraints|Dimension mismatch for tensor")
 SEAL_SCHEMA = "nxm-timing-cache/1"
 
 
@@ -86,11 +91,13 @@ class PhaseProgress:
 
 @dataclass(frozen=True)
 class BuilderMessage:
-    """One line from the child: exactly one of these."""
+    """One line from the child: exactly one of these. An `error` is in words for the user; what a `failure` was, the
+    builder's log says better."""
 
     progress: PhaseProgress | None = None
     facts: BuiltFacts | None = None
     error: str | None = None
+    failure: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,7 @@ def build_in_child(request: BuildRequest, log: Path, progress: Progress) -> Buil
         os.close(writing)
         facts: BuiltFacts | None = None
         error: str | None = None
+        failure: str | None = None
         try:
             for line in reports:
                 if not line.endswith("\n"):
@@ -125,16 +133,19 @@ def build_in_child(request: BuildRequest, log: Path, progress: Progress) -> Buil
                 if message.progress is not None:
                     progress(message.progress.phase, message.progress.done, message.progress.total)
                 facts, error = message.facts or facts, message.error or error
+                failure = message.failure or failure
         finally:
             if child.poll() is None and sys.exc_info()[0] is not None:
                 child.terminate()
             code = child.wait()
     if error is not None:
         raise EngineError(f"{request.onnx}: {error} (log: {log})")
+    if failure is not None:
+        cause = _cause(log, request.profiles) or failure
+        raise EngineError(f"{request.onnx}: the builder failed: {cause} (log: {log})")
     if code or facts is None or not Path(request.engine).is_file():
-        raise EngineError(
-            f"{request.onnx}: the builder ended with {code} and wrote no engine: {last_error(log)} (log: {log})"
-        )
+        cause = _cause(log, request.profiles) or "no error text"
+        raise EngineError(f"{request.onnx}: the builder ended with {code} and wrote no engine: {cause} (log: {log})")
     return facts
 
 
@@ -144,11 +155,29 @@ def _message(line: str, log: Path) -> BuilderMessage:
     return convert(value, BuilderMessage, source=source, way_out=way_out, error=EngineError)
 
 
-def last_error(log: Path) -> str:
-    """The last line of a build log that reads as an error."""
+def _cause(log: Path, profiles: Sequence[Profile]) -> str | None:
+    """What a build log says went wrong: the first error that means something, and what to do about it where that is
+    known."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     errors = [line.strip() for line in lines if line.startswith("[E]") or "Error" in line or "error" in line]
-    return errors[-1] if errors else "no error text"
+    telling = [line for line in errors if not any(noise in line for noise in _NOISE)]
+    cause = next(iter(telling or errors[-1:]), None)
+    if cause is not None and _SHAPES_REFUSED.search(cause):
+        ranges = "; ".join(
+            f"{p.minimum[0]}x{p.minimum[1]} to {p.maximum[0]}x{p.maximum[1]}, best {p.optimum[0]}x{p.optimum[1]}"
+            for p in profiles
+        )
+        cause += (
+            f". The graph does not take every shape of the profile ({ranges}, batch x sequence), as where a table of "
+            "positions is shorter; give --profile with shapes that it takes"
+        )
+    return cause
+
+
+def _without_noise(text: str) -> str:
+    """A parser's words without the lines that every failure here ends in."""
+    lines = [line.strip() for line in text.splitlines()]
+    return " ".join(line for line in lines if line and not any(noise in line for noise in _NOISE))
 
 
 def usable_cache(cache: Path, identity: Mapping[str, str]) -> str | None:
@@ -230,22 +259,22 @@ def _parse(trt: TensorRT, onnx: str, strongly_typed: bool) -> tuple[object, Netw
     for error in errors:
         node = error.node()
         name = names[node] if 0 <= node < len(names) else "the graph"
-        texts.append(f"{name}: {error.desc()}")
+        texts.append(f"{name}: {_without_noise(error.desc())}")
     raise _Refused(f"TensorRT cannot parse it: {'; '.join(texts) or 'no reason given'}")
 
 
 def _bindings(network: Network) -> Bindings:
     """A network's inputs and outputs, as the passport has them."""
-    names = {"float": "float32", "half": "float16", "bf16": "bfloat16"}
-
-    def binding(tensor: Tensor) -> Binding:
-        dtype = tensor.dtype.name.lower()
-        return Binding(tensor.name, names.get(dtype, dtype), tuple(map(int, tensor.shape)))
-
     return Bindings(
-        tuple(binding(network.get_input(i)) for i in range(network.num_inputs)),
-        tuple(binding(network.get_output(i)) for i in range(network.num_outputs)),
+        tuple(_binding(network.get_input(i)) for i in range(network.num_inputs)),
+        tuple(_binding(network.get_output(i)) for i in range(network.num_outputs)),
     )
+
+
+def _binding(tensor: Tensor) -> Binding:
+    dtype = tensor.dtype.name.lower()
+    name = {"float": "float32", "half": "float16", "bf16": "bfloat16"}.get(dtype, dtype)
+    return Binding(tensor.name, name, tuple(map(int, tensor.shape)))
 
 
 def _node_names(onnx: str) -> list[str]:
@@ -265,13 +294,10 @@ def _config(trt: TensorRT, network: Network, request: BuildRequest, strongly_typ
         profile = TrtProfile()
         for i in range(network.num_inputs):
             tensor = network.get_input(i)
-            if -1 in tuple(tensor.shape):
-                if len(tuple(tensor.shape)) != 2:
-                    raise _Refused(
-                        f"input {tensor.name} has shape {tuple(tensor.shape)}; only (batch, sequence) may be dynamic. "
-                        "Export the graph with fixed sizes"
-                    )
-                profile.add(tensor.name, sizes.minimum, sizes.optimum, sizes.maximum)
+            binding = _binding(tensor)
+            if -1 in binding.shape:
+                shapes = (shape_at(binding, *size) for size in (sizes.minimum, sizes.optimum, sizes.maximum))
+                profile.add(tensor.name, *shapes)
         profiles.append(profile)
     options: dict[str, object] = {
         "profiles": profiles,
@@ -404,7 +430,7 @@ def _main(request_text: str, descriptor: str) -> int:
             return 1
         except Exception as failure:  # polygraphy and TensorRT raise many kinds; the log has the rest
             print(f"[E] {failure}", file=sys.stderr, flush=True)
-            report(BuilderMessage(error=f"the builder failed: {type(failure).__name__}: {failure}"))
+            report(BuilderMessage(failure=f"{type(failure).__name__}: {failure}"))
             return 1
     return 0
 

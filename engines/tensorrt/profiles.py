@@ -11,9 +11,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from engines.base import Profile, spec_of
+from engines.base import Binding, Profile, spec_of
+from engines.sample_inputs import nearest_shape
 from nxm_export.errors import EngineError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 STEP = 16  # tokens; INT8 kernels work on tiles of 16 or 32 rows
 MAX_BATCH, BEST_BATCH = 32, 8
@@ -90,15 +95,49 @@ def parse_profile(text: str) -> Profile:
     return Profile(*pairs) if len(pairs) == 3 else Profile((1, 1), pairs[0], pairs[0])
 
 
-def profiles_for(given: Sequence[Profile], directory: Path) -> tuple[Profile, ...]:
-    """The profiles to build for: those `given`, or one for everything that the model of a graph directory takes.
+def profiles_for(given: Sequence[Profile], directory: Path, inputs: Sequence[Binding]) -> tuple[Profile, ...]:
+    """The profiles to build for: those `given`, or one for everything that the model of a graph directory takes; with
+    the batch or the length that the graph's `inputs` have fixed.
 
-    Raises `EngineError` for a given one that is longer than that.
+    Raises `EngineError` for a given one that is longer than the model, or without the size that is fixed.
     """
+    empty = next((binding for binding in inputs if 0 in binding.shape), None)
+    if empty is not None:
+        raise EngineError(f"the graph's input {empty} has a size of 0: there is nothing to build")
     spec = spec_of(directory)
-    max_length = spec.max_length if spec else UNKNOWN_LENGTH
-    require_positions(given, max_length)
-    return tuple(given) or (default_profile(max_length),)
+    if given and spec:
+        require_positions(given, spec.max_length)
+    for profile in given:
+        _require_fixed(profile, inputs)
+    profiles = given or (default_profile(spec.max_length if spec else UNKNOWN_LENGTH),)
+    fitted = (
+        Profile(*(nearest_shape(inputs, *shape) for shape in (profile.minimum, profile.optimum, profile.maximum)))
+        for profile in profiles
+    )
+    return tuple(dict.fromkeys(fitted))
+
+
+def _require_fixed(profile: Profile, inputs: Sequence[Binding]) -> None:
+    """Raise `EngineError` where `profile` leaves out the batch or length that is fixed."""
+    fixed = nearest_shape(inputs, 0, 0)  # 0 where it is free
+    for name, size, low, high in zip(("batch", "sequence"), fixed, profile.minimum, profile.maximum, strict=True):
+        if size and not low <= size <= high:
+            raise EngineError(
+                f"a profile has {name} {low} to {high}, and the graph takes {size} alone: its inputs are "
+                f"{', '.join(map(str, inputs))}"
+            )
+
+
+def graph_inputs(model: ir.Model) -> tuple[Binding, ...]:
+    """The inputs of a graph that no initializer stands for; a size that is not a number is free."""
+    bindings = []
+    for value in model.graph.inputs:
+        if value.name in model.graph.initializers:
+            continue
+        dtype = value.dtype.name.lower() if value.dtype is not None else "unknown"
+        sizes = () if value.shape is None else tuple(size if isinstance(size, int) else -1 for size in value.shape)
+        bindings.append(Binding(value.name or "", {"float": "float32", "double": "float64"}.get(dtype, dtype), sizes))
+    return tuple(bindings)
 
 
 def require_positions(profiles: Sequence[Profile], max_length: int) -> None:

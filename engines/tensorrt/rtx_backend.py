@@ -19,10 +19,9 @@ from engines.sparsity.build_evidence import LOG_FILE, integer_products, parse_la
 from engines.sparsity.report import SparsityReport, SparsityTarget, read_sparsity_report, write_weight_facts
 from engines.tensorrt.builder_process import BuildRequest, build_in_child
 from engines.tensorrt.cuda_driver import device_facts
-from engines.tensorrt.profiles import profiles_for
+from engines.tensorrt.profiles import graph_inputs, profiles_for
 from engines.tensorrt.runtime import TensorRTEngine
 from nxm_export.errors import EngineError, EngineUnavailable
-from nxm_export.storage.json_files import Json
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -57,7 +56,7 @@ class RtxFacts:
     sparse_kernels: str | None
     sparsity: SparsityReport
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``: the report's fields stand beside the others."""
         facts = {key: getattr(self, key) for key in ("integer_products", "planned_products", "sparse_kernels")}
         return {"backend": self.backend, **facts, **self.sparsity.to_dict()}
@@ -71,14 +70,16 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     """
     _require_installed()
     from nxm_export.graph.graph_weights import load_graph
-    from nxm_export.graph.verifier import verify
+    from nxm_export.graph.tensorrt_parser import parser_of, require_read_right
+    from nxm_export.graph.verifier import verify_model
 
     onnx = Path(onnx)
     model = load_graph(onnx)
-    verify(onnx).require()
+    verify_model(model, str(onnx)).require()
+    require_read_right(model, parser_of(NAME, version(PACKAGE)), str(onnx))
     if options.build_route is not None:
         raise EngineError("TensorRT-RTX has no build routes; leave --build-route out, or build with --backend trt")
-    profiles = profiles_for(options.profiles, onnx.parent)
+    profiles = profiles_for(options.profiles, onnx.parent, graph_inputs(model))
     request = BuildRequest(  # without a timing cache: kernels are timed where the engine runs
         MODULE,
         onnx=str(onnx),
@@ -128,12 +129,12 @@ def load(directory: str | Path, options: LoadOptions = LoadOptions()) -> TensorR
 
 def inspect(directory: str | Path) -> RtxFacts:
     """Facts of an engine directory: how many products the builder runs on integers, and the report per weight."""
-    options = load_passport(directory).options
+    passport = load_passport(directory)
     return RtxFacts(
         NAME,
-        options.get("integer_products"),
-        options.get("planned_products"),
-        options.get("sparse_kernels"),
+        passport.whole_option("integer_products"),
+        passport.whole_option("planned_products"),
+        passport.text_option("sparse_kernels"),
         read_sparsity_report(Path(directory)),
     )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engines.base import Closing, Profile, require_feeds, require_within, spec_of
+from engines.base import Binding, Closing, Profile, as_bound, require_feeds, require_within, spec_of
 from engines.tensorrt.cuda_driver import Device
 from engines.tensorrt.profiles import pick
 from nxm_export.errors import EngineError
@@ -58,15 +58,24 @@ class TensorRTEngine(Closing):
         self.inputs = tuple(name for name in names if is_input[name])
         self.outputs = tuple(name for name in names if not is_input[name])
         self._types = {name: self._type(loaded, name) for name in names}
+        self._bindings = tuple(
+            Binding(name, np.dtype(self._types[name]).name, tuple(map(int, loaded.get_tensor_shape(name))))
+            for name in self.inputs
+        )
         self.profiles = tuple(self._profile(loaded, i) for i in range(loaded.num_optimization_profiles))
         self._contexts: dict[int, ExecutionContext] = {}
         self._buffers: dict[str, tuple[int, int]] = {}  # name -> (address, bytes)
+
+    @property
+    def input_bindings(self) -> tuple[Binding, ...]:
+        """The inputs as the engine file has them."""
+        return self._bindings
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name, float32."""
         require_feeds(self, feeds)
         require_within(self._spec, feeds)
-        batch, sequence = next(iter(feeds.values())).shape
+        batch, sequence = _batch_and_sequence(feeds[self.inputs[0]].shape)
         largest = max((p.maximum[0] for p in self.profiles if p.minimum[1] <= sequence <= p.maximum[1]), default=batch)
         parts = [
             self._run({name: array[start : start + largest] for name, array in feeds.items()})
@@ -139,13 +148,14 @@ class TensorRTEngine(Closing):
             raise EngineError(f"{self.file}: this engine was closed")
         device = self._device
         device.activate()
-        context = self._context(*next(iter(feeds.values())).shape)
+        context = self._context(*_batch_and_sequence(feeds[self.inputs[0]].shape))
+        by_name = {binding.name: binding for binding in self._bindings}
         for name, array in feeds.items():
             if not context.set_input_shape(name, array.shape):
                 raise EngineError(
                     f"{self.file}: TensorRT refuses shape {array.shape} for {name}: {' '.join(self._messages)}"
                 )
-            typed = np.ascontiguousarray(self._narrowed(name, array))
+            typed = np.ascontiguousarray(as_bound(by_name[name], array))
             device.upload(self._bound(context, name, typed.nbytes), typed)
             device.synchronize()  # `typed` may be gone before an asynchronous copy
         for name in self.outputs:
@@ -154,13 +164,6 @@ class TensorRTEngine(Closing):
                 raise EngineError(f"{self.file}: the shape of {name} is still unknown with all inputs given: {shape}")
             self._bound(context, name, int(np.prod(shape)) * np.dtype(self._types[name]).itemsize)
         return device, context
-
-    def _narrowed(self, name: str, array: np.ndarray) -> np.ndarray:
-        """int64 token ids as the engine takes them: TensorRT 8.6 has no int64."""
-        dtype = np.dtype(self._types[name])
-        if dtype == np.int32 and array.size and (array.max() > 2**31 - 1 or array.min() < -(2**31)):
-            raise EngineError(f"{self.file}: {name} holds values beyond 32 bits, which this engine's input has")
-        return array.astype(dtype)
 
     def _bound(self, context: ExecutionContext, name: str, size: int) -> int:
         assert self._device is not None
@@ -196,7 +199,7 @@ class TensorRTEngine(Closing):
 
     def _profile(self, engine: CudaEngine, index: int) -> Profile:
         shapes = [tuple(shape) for shape in engine.get_tensor_profile_shape(self.inputs[0], index)]
-        low, best, high = ((int(shape[0]), int(shape[1])) for shape in shapes)
+        low, best, high = (_batch_and_sequence(shape) for shape in shapes)
         return Profile(low, best, high)
 
     def _type(self, engine: CudaEngine, name: str) -> type[np.generic]:
@@ -206,6 +209,12 @@ class TensorRTEngine(Closing):
                 f"{self.file}: {name} is {kind}, which has no numpy type; export a graph with float32 outputs"
             )
         return _NUMPY[kind]
+
+
+def _batch_and_sequence(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The first two sizes of a shape; 1 where it has none."""
+    batch, sequence = (*map(int, shape), 1, 1)[:2]
+    return batch, sequence
 
 
 def _logger(trt: TensorRT, messages: list[str]) -> object:

@@ -17,36 +17,45 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.passport import EnginePassport, PlanSummary, load_passport
-from engines.serving.repository import EngineSource
+from engines.admission import admitted
+from engines.ort.session_levels import SessionLevel, closest_level
+from engines.passport import EnginePassport, PlanSummary, companion_hashes
+from engines.serving import long_texts
+from engines.serving.model import require_labelled
+from engines.serving.repository import EngineSource, require_distinct_names
 from engines.serving.settings import TritonOptions
 from engines.serving.shapes import plan_buckets
-from engines.serving.text import BYTES_PER_TOKEN, names_classes
+from engines.serving.text import PAIR, TEXT, names_classes
 from engines.triton.check_manifest import MANIFEST, SCHEMA, same_version
 from engines.triton.config import BACKENDS, KINDS, Instances, engine_config, text_configs
 from engines.triton.deploy import deployment_files
-from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec, load_spec
+from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
 from nxm_export.contract.tasks import TASKS
+from nxm_export.data.examples import parse_tokenizer
 from nxm_export.errors import ArtifactError, ServeError
-from nxm_export.storage.atomic import atomic_dir
+from nxm_export.storage.atomic import atomic_dir, require_apart
 from nxm_export.storage.hashing import file_hash, file_hashes
-from nxm_export.storage.json_files import Json, encode, to_builtins
+from nxm_export.storage.json_files import encode, to_json_object
 
 TEXT_SCHEMA = "nxm-triton-text/1"
 LABELS_SCHEMA = "nxm-triton-labels/1"
 VERSION = "1"
+TEXT_SUFFIXES = ("_text", "_tokenizer", "_labels")  # of the models that --text adds to one
 CHECK = "check_manifest.py"
 _HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What a manifest says of one engine; the words are those of its passport."""
+    """What a manifest says of one engine; the words are those of its passport. `session` is how its ONNX Runtime
+    session in Triton stands to the proven one, None for other engines."""
 
     engine_sha256: str
+    contents_sha256: str | None
     onnx_sha256: str
     requires: Mapping[str, str]
     plan: PlanSummary | None
+    session: SessionLevel | None
 
 
 @dataclass(frozen=True)
@@ -59,9 +68,9 @@ class TritonManifest:
     models: Mapping[str, Sequence[EngineFacts]]
     files: Mapping[str, str]
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``manifest.json`` and ``--json``."""
-        return {"schema": SCHEMA, **to_builtins(self)}
+        return {"schema": SCHEMA, **to_json_object(self)}
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,7 @@ class _Model:
     directories: tuple[Path, ...]
     passports: tuple[EnginePassport, ...]
     spec: IOSpec
+    session: SessionLevel | None
 
 
 def export_repository(
@@ -83,11 +93,13 @@ def export_repository(
     load, `ArtifactError` for damaged ones.
     """
     out = Path(out)
-    served = [_model_of(name, sources) for name in dict.fromkeys(source.name for source in sources)]
+    require_distinct_names(sources, TEXT_SUFFIXES if options.text else (), folded=True)
+    served = [_model_of(name, sources, options) for name in dict.fromkeys(source.name for source in sources)]
     if not served:
         raise ServeError("nothing to hand over: give at least one engine directory")
     if out.is_dir() and any(out.iterdir()) and not (out / CHECK).is_file():  # an engine directory, for example
         raise ArtifactError(f"{out} exists and is no repository of ours (no {CHECK}); choose another --out")
+    require_apart(out, *(directory for model in served for directory in model.directories))
     tensorrt = _tensorrt(served, options)
     with atomic_dir(out) as scratch:
         for model in served:
@@ -97,7 +109,7 @@ def export_repository(
         manifest = TritonManifest(
             image=options.image,
             tensorrt=tensorrt,
-            models={model.name: [_facts(p) for p in model.passports] for model in served},
+            models={model.name: [_facts(p, model.session) for p in model.passports] for model in served},
             files=file_hashes(scratch),
         )
         (scratch / MANIFEST).write_text(encode(manifest, SCHEMA), encoding="utf-8")
@@ -110,9 +122,11 @@ def export_repository(
     return manifest
 
 
-def _model_of(name: str, sources: Sequence[EngineSource]) -> _Model:
+def _model_of(name: str, sources: Sequence[EngineSource], options: TritonOptions) -> _Model:
     directories = tuple(source.directory for source in sources if source.name == name)
-    passports = tuple(load_passport(directory) for directory in directories)
+    passports = tuple(admitted(directory, options.gate, options.expect_sha256) for directory in directories)
+    for directory, passport in zip(directories, passports, strict=True):
+        passport.notice_coverage(directory)
     for directory, passport in zip(directories, passports, strict=True):
         if passport.backend not in BACKENDS:
             raise ServeError(
@@ -133,7 +147,15 @@ def _model_of(name: str, sources: Sequence[EngineSource]) -> _Model:
             raise ServeError(f"{name}: the engines differ in their inputs, outputs or profiles; build them alike")
         if len({passport.onnx_sha256 for passport in passports}) > 1:
             raise ServeError(f"{name}: the engines come from different graphs; build all of them from one")
-    return _Model(name, directories, passports, load_spec(directories[0]))
+        for directory in directories[1:]:
+            if companion_hashes(directory) != companion_hashes(directories[0]):
+                raise ServeError(
+                    f"{name}: {directory} has other labels or another tokenizer than {directories[0]}; build all of "
+                    "them from one graph directory"
+                )
+    spec = first.load_spec(directories[0])
+    session = closest_level(directories[0], first, spec) if first.backend == "ort" else None
+    return _Model(name, directories, passports, spec, session)
 
 
 def _write_model(repository: Path, model: _Model, options: TritonOptions) -> None:
@@ -149,7 +171,16 @@ def _write_model(repository: Path, model: _Model, options: TritonOptions) -> Non
         (version / files[capability]).write_bytes(data)
     kind = _kind(first, options)
     instances = Instances(kind, options.instances, options.threads)
-    config = engine_config(model.name, first, spec, instances, max_batch=options.max_batch, files=files)
+    config = engine_config(
+        model.name, first, spec, instances, max_batch=options.max_batch, files=files, session=model.session
+    )
+    names = {binding.name for binding in first.tensors("inputs")}
+    if names != set(spec.inputs):
+        raise ServeError(
+            f"{model.name}: spec.json has the inputs {', '.join(spec.inputs)}, and the engine takes "
+            f"{', '.join(sorted(names))}; build it again"
+        )
+    require_labelled(model.directories[0], spec, first.tensors("outputs")[0].shape)
     (repository / model.name / "config.pbtxt").write_text(config, encoding="utf-8")
     if options.text:
         _write_text_frontend(repository, model, options)
@@ -157,8 +188,12 @@ def _write_model(repository: Path, model: _Model, options: TritonOptions) -> Non
 
 def _write_text_frontend(repository: Path, model: _Model, options: TritonOptions) -> None:
     first, spec, directory = model.passports[0], model.spec, model.directories[0]
-    if not (directory / TOKENIZER_FILE).is_file():
-        raise ArtifactError(f"{directory} has no {TOKENIZER_FILE}, which --text needs; copy it from the checkpoint")
+    text = first.read_companion(directory, TOKENIZER_FILE)
+    if text is None:
+        raise ArtifactError(
+            f"{directory} has no {TOKENIZER_FILE}, which --text needs; put it beside the graph and build again"
+        )
+    parse_tokenizer(text, directory / TOKENIZER_FILE)  # what cannot be read is refused here, not in the container
     if TASKS[spec.task].output_kind == "span":
         raise ServeError(
             f"{model.name}: --text gives no answers in words for {spec.task} on Triton, only "
@@ -172,20 +207,21 @@ def _write_text_frontend(repository: Path, model: _Model, options: TritonOptions
         raise ServeError(f"{directory}: {spec.task} reads a query and a document at once; use --text-pair")
     labels = names_classes(spec)
     buckets = plan_buckets(spec.max_length, options.max_batch, first.profiles)
-    configs = text_configs(model.name, first, spec, max_batch=options.max_batch, pair=options.pair, labels=labels)
-    for name, text in configs.items():
+    texts = {TEXT: False} if wants == "one" else {TEXT: False, PAIR: not options.pair}
+    configs = text_configs(model.name, first, spec, max_batch=options.max_batch, texts=texts, labels=labels)
+    for name, config in configs.items():
         (repository / name / VERSION).mkdir(parents=True)
-        (repository / name / "config.pbtxt").write_text(text, encoding="utf-8")
+        (repository / name / "config.pbtxt").write_text(config, encoding="utf-8")
     tokenizer = repository / f"{model.name}_tokenizer" / VERSION
     shutil.copyfile(_HERE / "tokenizer_model.py", tokenizer / "model.py")
-    shutil.copyfile(directory / TOKENIZER_FILE, tokenizer / TOKENIZER_FILE)
+    (tokenizer / TOKENIZER_FILE).write_bytes(text.encode("utf-8"))
+    shutil.copyfile(long_texts.__file__, tokenizer / Path(long_texts.__file__).name)
     settings = {
         "inputs": {binding.name: binding.dtype for binding in first.tensors("inputs")},
         "lengths": [bucket.length for bucket in buckets.buckets],
         "max_length": min(spec.max_length, buckets.longest.length),
-        "max_bytes": BYTES_PER_TOKEN * spec.max_length,
         "pad_id": spec.pad_id,
-        "pair": options.pair,
+        "texts": list(texts),
     }
     (tokenizer / "text.json").write_text(encode(settings, TEXT_SCHEMA), encoding="utf-8")
     if labels:
@@ -223,5 +259,12 @@ def _tensorrt(served: Sequence[_Model], options: TritonOptions) -> str | None:
     return versions[0]
 
 
-def _facts(passport: EnginePassport) -> EngineFacts:
-    return EngineFacts(passport.engine_sha256, passport.onnx_sha256, dict(passport.requires), passport.plan)
+def _facts(passport: EnginePassport, session: SessionLevel | None) -> EngineFacts:
+    return EngineFacts(
+        passport.engine_sha256,
+        passport.contents_sha256,
+        passport.onnx_sha256,
+        dict(passport.requires),
+        passport.plan,
+        session,
+    )

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from engines.base import Binding, Profile
+from engines.ort.session_levels import BASIC, SessionLevel
 from engines.passport import EnginePassport
 from engines.serving.settings import INSTANCE_KINDS
 from engines.triton.pbtxt import Message, Word, dump
@@ -27,6 +28,7 @@ _TYPES = {
     "bool": "TYPE_BOOL", "int8": "TYPE_INT8", "uint8": "TYPE_UINT8", "int32": "TYPE_INT32", "int64": "TYPE_INT64",
     "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "float32": "TYPE_FP32", "float64": "TYPE_FP64",
 }  # fmt: skip
+_BASIC = -1  # the level, as Triton's onnxruntime backend numbers them
 KINDS = {kind: f"KIND_{kind.upper()}" for kind in INSTANCE_KINDS}
 
 
@@ -48,8 +50,12 @@ def engine_config(
     *,
     max_batch: int,
     files: Mapping[str, str],
+    session: SessionLevel | None = None,
 ) -> str:
-    """The configuration of an engine; `files` are the model files of one version by compute capability, "" for any."""
+    """The configuration of an engine; `files` are the model files of one version by compute capability, "" for any.
+
+    `session` says at which level of optimization ONNX Runtime comes closest to the proven session.
+    """
     backend, platform, default = BACKENDS[passport.backend]
     profiles = passport.profiles
     inputs, outputs = passport.tensors("inputs"), passport.tensors("outputs")
@@ -60,22 +66,29 @@ def engine_config(
     group: Message = {"kind": Word(KINDS[instances.kind]), "count": instances.count}
     if profiles and passport.backend == "trt":
         group["profile"] = [str(i) for i in range(len(profiles))]
-    return _header(name, passport) + dump(
-        {
-            "name": name,
-            "backend": backend,
-            "platform": platform,
-            "max_batch_size": rows,
-            "default_model_filename": files.get("", next(iter(by_capability.values()), default)),
-            "cc_model_filenames": [{"key": cc, "value": file} for cc, file in by_capability.items()],
-            "input": [_tensor(binding) for binding in inputs],
-            "output": [_tensor(binding) for binding in outputs],
-            "version_policy": {"latest": {"num_versions": 1}},
-            "dynamic_batching": {"max_queue_delay_microseconds": 0},
-            "instance_group": [group],
-            "parameters": _threads(instances.threads) if passport.backend == "ort" else [],
-            "model_warmup": [_warm_up(rows, profile, inputs) for profile in profiles or (_any_shape(spec),)],
-        }
+    return (
+        _header(name, passport)
+        + _session_comment(session)
+        + dump(
+            {
+                "name": name,
+                "backend": backend,
+                "platform": platform,
+                "max_batch_size": rows,
+                "default_model_filename": files.get("", next(iter(by_capability.values()), default)),
+                "cc_model_filenames": [{"key": cc, "value": file} for cc, file in by_capability.items()],
+                "input": [_tensor(binding) for binding in inputs],
+                "output": [_tensor(binding) for binding in outputs],
+                "version_policy": {"latest": {"num_versions": 1}},
+                "dynamic_batching": {"max_queue_delay_microseconds": 0},
+                "instance_group": [group],
+                "optimization": {"graph": {"level": _BASIC}}
+                if session is not None and session.level == BASIC
+                else None,
+                "parameters": _threads(instances.threads) if passport.backend == "ort" else [],
+                "model_warmup": [_warm_up(rows, profile, inputs) for profile in profiles or (_any_shape(spec),)],
+            }
+        )
     )
 
 
@@ -101,11 +114,14 @@ def batch_size(name: str, profiles: Sequence[Profile], max_batch: int) -> int:
 
 
 def text_configs(
-    name: str, passport: EnginePassport, spec: IOSpec, *, max_batch: int, pair: bool, labels: bool
+    name: str, passport: EnginePassport, spec: IOSpec, *, max_batch: int, texts: Mapping[str, bool], labels: bool
 ) -> dict[str, str]:
-    """Configurations of the text frontend: a tokenizer, an ensemble, and a model that names classes, by model name."""
+    """Configurations of the text frontend: a tokenizer, an ensemble, and a model that names classes, by model name.
+
+    `texts` are the inputs by name, and whether a request may leave them out.
+    """
     inputs, outputs = passport.tensors("inputs"), passport.tensors("outputs")
-    texts = [_text(key) for key in (("text", "text_pair") if pair else ("text",))]
+    words = [{**_text(key), **({"optional": True} if optional else {})} for key, optional in texts.items()]
     batch = batch_size(name, passport.profiles, max_batch)
     python: Message = {"backend": "python", "max_batch_size": batch}
     workers: Message = {"instance_group": [{"kind": Word("KIND_CPU"), "count": 1}]}
@@ -114,12 +130,12 @@ def text_configs(
     tokens = {b.name: f"tokens_{b.name}" for b in inputs}
     given = {b.name: f"engine_{b.name}" if labels and b is first else b.name for b in outputs}
     stages = [
-        _stage(tokenizer, {key: key for key in ("text", "text_pair")[: len(texts)]}, tokens),
+        _stage(tokenizer, {key: key for key in texts}, tokens),
         _stage(name, tokens, given),
     ]
     messages: dict[str, Message] = {
         tokenizer: {
-            "name": tokenizer, **python, "input": texts, "output": [_tensor(b) for b in inputs], **workers,
+            "name": tokenizer, **python, "input": words, "output": [_tensor(b) for b in inputs], **workers,
         }
     }  # fmt: skip
     if labels:
@@ -135,7 +151,7 @@ def text_configs(
         "name": ensemble,
         "platform": "ensemble",
         "max_batch_size": batch,
-        "input": texts,
+        "input": words,
         "output": [*(_tensor(b) for b in outputs), *([_text("label")] if labels else [])],
         "ensemble_scheduling": {"step": stages},
     }
@@ -156,6 +172,10 @@ def _header(name: str, passport: EnginePassport) -> str:
     version = passport.requires.get("tensorrt")
     built = f"TensorRT {version}, {passport.device.get('gpu', 'GPU')}" if version else passport.backend
     return f"# {name}: engine sha256 {passport.engine_sha256}\n# built with {built}; written by `nxm triton`\n"
+
+
+def _session_comment(session: SessionLevel | None) -> str:
+    return "" if session is None else f"# ONNX Runtime with {session.level} optimizations: {session.words}\n"
 
 
 def _tensor(binding: Binding) -> Message:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from nxm_export.storage.json_files import Json
-
 PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
 
 
@@ -44,8 +42,8 @@ def _dockerfile(models: Sequence[str], image: str, *, text: bool) -> str:
     return "\n".join([*lines, f"EXPOSE {' '.join(map(str, PORTS.values()))}", f"CMD {json.dumps(command)}", ""])
 
 
-def _compose(tag: str, *, gpu: bool) -> dict[str, Json]:
-    service: dict[str, Json] = {
+def _compose(tag: str, *, gpu: bool) -> dict[str, object]:
+    service: dict[str, object] = {
         "build": ".",
         "image": tag,
         "ports": [f"127.0.0.1:{port}:{port}" for port in PORTS.values()],
@@ -62,8 +60,8 @@ def _compose(tag: str, *, gpu: bool) -> dict[str, Json]:
     return {"services": {"triton": service}}
 
 
-def _kserve(name: str, tag: str, *, gpu: bool) -> dict[str, Json]:
-    container: dict[str, Json] = {
+def _kserve(name: str, tag: str, *, gpu: bool) -> dict[str, object]:
+    container: dict[str, object] = {
         "name": "kserve-container",
         "image": tag,
         "ports": [{"containerPort": PORTS["http"], "protocol": "TCP"}],
@@ -80,12 +78,13 @@ def _kserve(name: str, tag: str, *, gpu: bool) -> dict[str, Json]:
     }
 
 
-def _yaml(value: Json, indent: int = 0) -> str:
+def _yaml(value: object, indent: int = 0) -> str:
     """Block YAML of dicts and lists, with scalars as JSON."""
     margin = "  " * indent
+    items: list[tuple[str, object]] = []
     if isinstance(value, dict):
         items = [(f"{margin}{key}:", item) for key, item in value.items()]
-    else:
+    elif isinstance(value, list):
         items = [(f"{margin}-", item) for item in value]
     text = ""
     for head, item in items:

@@ -2,16 +2,21 @@
 
 BYTES text (batch, 1) to token tensors (batch, length), padded to the next of ``lengths``: Triton's batcher merges equal
 shapes only, so without buckets almost nothing would share a batch. It stands alone in the container: the `tokenizers`
-package, and ``tokenizer.json`` and ``text.json`` beside it.
+package, and ``tokenizer.json``, ``text.json`` and ``long_texts.py`` (`engines.serving.long_texts`) beside it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from nxm_export.data.examples import Encoding
 
 _FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
@@ -28,7 +33,7 @@ class TritonPythonModel:
             self.settings = json.load(stream)
         self.tokenizer = Tokenizer.from_file(os.path.join(here, "tokenizer.json"))
         self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(self.settings["max_length"])
+        self.side = (self.tokenizer.truncation or {}).get("direction", "right")  # the tokenizer's own
 
     def execute(self, requests: list[object]) -> list[object]:
         """Tokenize every request by itself; a bad one gets an error of its own."""
@@ -37,30 +42,31 @@ class TritonPythonModel:
         responses = []
         for request in requests:
             try:
-                texts = self._texts(backend, request, "text")
-                pairs = self._texts(backend, request, "text_pair") if self.settings["pair"] else None
-                tensors = [backend.Tensor(name, array) for name, array in self._encode(texts, pairs).items()]
+                # None for a second text that may be left out and is.
+                given = [self._texts(backend, request, name) for name in self.settings["texts"]]
+                texts = [each for each in given if each is not None]
+                tensors = [backend.Tensor(name, array) for name, array in self._encode(*texts).items()]
                 responses.append(backend.InferenceResponse(tensors))
             except ValueError as error:
                 responses.append(backend.InferenceResponse([], backend.TritonError(str(error))))
         return responses
 
-    def _texts(self, backend: ModuleType, request: object, name: str) -> list[str]:
-        limit = self.settings["max_bytes"]
+    def _texts(self, backend: ModuleType, request: object, name: str) -> list[str] | None:
+        tensor = backend.get_input_tensor_by_name(request, name)
+        if tensor is None:
+            return None
         texts = []
-        for row, item in enumerate(backend.get_input_tensor_by_name(request, name).as_numpy().ravel()):
-            if len(item) > limit:
-                raise ValueError(f"row {row} of {name} has {len(item)} bytes; at most {limit} are served")
+        for row, item in enumerate(tensor.as_numpy().ravel()):
             try:
                 texts.append(item.decode("utf-8"))
             except UnicodeDecodeError as error:
                 raise ValueError(f"row {row} of {name} is not UTF-8 (byte {error.start})") from None
         return texts
 
-    def _encode(self, texts: list[str], pairs: list[str] | None) -> dict[str, np.ndarray]:
+    def _encode(self, texts: list[str], pairs: list[str] | None = None) -> dict[str, np.ndarray]:
         # Of one shape, says the config.
-        rows = texts if pairs is None else list(zip(texts, pairs))  # noqa: B905
-        encodings = self.tokenizer.encode_batch(rows)
+        rows = [(text,) for text in texts] if pairs is None else list(zip(texts, pairs))  # noqa: B905
+        encodings = self._encodings(rows)
         longest = max(len(encoding.ids) for encoding in encodings)
         length = next(bucket for bucket in self.settings["lengths"] if bucket >= longest)
         tensors = {}
@@ -71,3 +77,13 @@ class TritonPythonModel:
                 row[: len(values)] = values
             tensors[name] = array
         return tensors
+
+    def _encodings(self, rows: Sequence[tuple[str, ...]]) -> list[Encoding]:
+        """The tokens of every row, as `nxm serve` makes them."""
+        from long_texts import encode_long, is_long  # type: ignore[import-not-found]
+
+        most = self.settings["max_length"]
+        short = [row if len(row) == 2 else row[0] for row in rows if not is_long(row, most)]
+        self.tokenizer.enable_truncation(most, direction=self.side)
+        made = iter(self.tokenizer.encode_batch(short))
+        return [encode_long(self.tokenizer, row, most) if is_long(row, most) else next(made) for row in rows]

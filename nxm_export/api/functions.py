@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING
 from nxm_export.contract.choices import (
     BACKEND,
     BENCH_ROUNDS,
-    BENCH_SHAPES,
     COMPUTE_CAPABILITY,
+    GATE,
     LOWERING,
     PATTERN,
     STORAGE,
     TARGET,
     TASK,
     TENSORRT_BACKENDS,
-    TENSORRT_VERSION,
     WEIGHT_BITS,
 )
 from nxm_export.contract.origin import recorded_checkpoint
@@ -342,27 +341,28 @@ def compare(
 
 
 def predict(
-    engine: str | Path, texts: Iterable[Text], *, batch: int = 32, threads: int | None = None
+    engine: str | Path, texts: Iterable[Text], *, batch: int = 32, threads: int | None = None, gate: str = GATE
 ) -> list[AnyPrediction]:
     """What an engine directory says about texts, or pairs of them: one typed result each, in order.
 
-    Needs neither torch nor transformers. The engine is loaded for this call; to answer many calls, keep a
-    `Predictor`, or serve it.
+    `gate` is which ``parity.json`` it must have: ``not-failed``, ``passed`` or ``off`` (any). Needs neither torch nor
+    transformers. The engine is loaded for this call; to answer many calls, keep a `Predictor`, or serve it.
     """
     from engines.predictor import Predictor
 
-    with Predictor(engine, threads=threads) as predictor:
+    with Predictor(engine, threads=threads, gate=gate) as predictor:
         return predictor.predict(texts, batch=batch)
 
 
 def bench(
     engines: str | Path | Sequence[str | Path],
-    shapes: Sequence[tuple[int, int]] = BENCH_SHAPES,
+    shapes: Sequence[tuple[int, int]] | None = None,
     *,
     rounds: int = BENCH_ROUNDS,
     threads: int | None = None,
 ) -> BenchReport:
-    """Time engine directories interleaved at `shapes` of (batch, sequence); speed-ups are against the first."""
+    """Time engine directories interleaved at `shapes` of (batch, sequence), by default those of ``nxm bench``;
+    speed-ups are against the first."""
     from nxm_export.pipeline.engine_commands import bench_engines
 
     _require_threads(threads)
@@ -420,14 +420,19 @@ def diagnose(
     graph: str | Path,
     *,
     backend: str = TENSORRT_BACKENDS[0],
-    version: str = TENSORRT_VERSION,
+    version: str | None = None,
     compute_capability: str = COMPUTE_CAPABILITY,
+    parse: bool = False,
 ) -> FileDiagnosis:
     """Judge any ONNX file, or the one in a graph directory, for a TensorRT version and a GPU without building it: which
-    matrices can run sparse, and what to do."""
+    matrices can run sparse, and what to do.
+
+    `version` is by default the backend's newest that is known here; `compute_capability` may be a name, too
+    (``8.9``, ``L4``); `parse` asks the parser of the installed TensorRT-RTX as well.
+    """
     from nxm_export.pipeline.inspection import doctor_file
 
-    return doctor_file(Path(graph), backend, version, compute_capability)
+    return doctor_file(Path(graph), backend, version, compute_capability, parse=parse)
 
 
 def show(run_directory: str | Path) -> RunSummary:
@@ -437,18 +442,26 @@ def show(run_directory: str | Path) -> RunSummary:
     return read_summary(run_directory)
 
 
-def report(run_directory: str | Path, out: str | Path | None = None, *, search: str | Path | None = None) -> Path:
-    """Write one HTML page of a run, finished or not, by default ``report.html`` in it; returns its path."""
+def report(
+    run_directory: str | Path,
+    out: str | Path | None = None,
+    *,
+    search: str | Path | None = None,
+    force: bool = False,
+) -> Path:
+    """Write one HTML page of a run, finished or not, by default ``report.html`` in it; returns its path. A file at
+    `out` is replaced with `force` alone."""
     from nxm_export.reporting import report as write_report
 
-    return write_report(run_directory, out, search=search)
+    return write_report(run_directory, out, search=search, force=force)
 
 
-def card(source: str | Path, out: str | Path) -> Path:
-    """Write a Hugging Face model card of an engine directory or a run; returns its path."""
+def card(source: str | Path, out: str | Path, *, force: bool = False) -> Path:
+    """Write a Hugging Face model card of an engine directory or a run; returns its path. A file at `out` is replaced
+    with `force` alone."""
     from nxm_export.reporting import card as write_card
 
-    return write_card(source, out)
+    return write_card(source, out, force=force)
 
 
 def serve(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar, cast, overload
 
 from nxm_export.api import functions
-from nxm_export.contract.choices import BACKEND, BENCH_ROUNDS, BENCH_SHAPES, LOWERING, TARGET
+from nxm_export.contract.choices import BACKEND, BENCH_ROUNDS, GATE, LOWERING, TARGET
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.examples import Columns
@@ -203,14 +203,16 @@ class EngineDirectory(Generic[P_co]):
         """Compare with the checkpoint on labelled data; see `nxm_export.compare`."""
         return functions.compare([self.path], data, reference=reference, gates=gates, columns=columns)
 
-    def predict(self, texts: Iterable[Text], *, batch: int = 32, threads: int | None = None) -> list[P_co]:
+    def predict(
+        self, texts: Iterable[Text], *, batch: int = 32, threads: int | None = None, gate: str = GATE
+    ) -> list[P_co]:
         """One typed result for every text or pair of texts; see `nxm_export.predict`. Loads the engine each time: to
         answer many calls, keep a `Predictor`."""
-        return cast("list[P_co]", functions.predict(self.path, texts, batch=batch, threads=threads))
+        return cast("list[P_co]", functions.predict(self.path, texts, batch=batch, threads=threads, gate=gate))
 
     def bench(
         self,
-        shapes: Sequence[tuple[int, int]] = BENCH_SHAPES,
+        shapes: Sequence[tuple[int, int]] | None = None,
         *,
         rounds: int = BENCH_ROUNDS,
         threads: int | None = None,

@@ -54,27 +54,47 @@ def print_inspection(title: str, facts: GraphFacts | EngineInspection | RunInspe
 
 
 def print_diagnosis(diagnosis: FileDiagnosis) -> None:
-    """What `nxm doctor` says of a file: facts, its matrices, and advice for them."""
+    """What `nxm doctor` says of a file: facts, its matrices, advice for them, and its problems."""
     _print_facts(diagnosis.file, diagnosis.to_dict())
     _print_matrices(diagnosis.sparsity)
     _print_advice(diagnosis.advice)
+    for problem in diagnosis.problems:
+        click.echo(f"problem: {problem}")
+    if diagnosis.parsed is not None:
+        verdict = "takes it, which proves no sparse kernel" if diagnosis.parsed.accepted else "refuses it"
+        click.echo(f"{diagnosis.parsed.parser}'s parser {verdict}")
+        for warning in diagnosis.parsed.warnings:
+            click.echo(f"it warns: {warning}")
 
 
 def _print_facts(title: str, facts: Mapping[str, object]) -> None:
-    rows = [(key, value) for key, value in facts.items() if key not in ("weights", "advice", "passport", "schema")]
+    apart = ("weights", "advice", "problems", "parsed", "products", "unread", "passport", "schema")
+    rows = [(key, value) for key, value in facts.items() if key not in apart]
     print_table(title, ("what", "value"), rows)
 
 
 def _print_matrices(report: SparsityReport) -> None:
     columns = ("weight", "K x N", "planned", "float > INT8", "eligible", "sparse", "kernel", "saved ms", "why not")
-    print_table("weights", columns, [_matrix_row(matrix) for matrix in report.weights])
+    print_table("weights", columns, [_matrix_row(_label(matrix, report.weights), matrix) for matrix in report.weights])
+    click.echo(str(report.products))
+    for product in report.unread:
+        click.echo(f"not read: {product}")
     for reason, detail in {matrix.reason: matrix.detail for matrix in report.weights if matrix.reason}.items():
         click.echo(f"{reason}: {detail}")
+    for hint in dict.fromkeys(matrix.hint for matrix in report.weights if matrix.hint):
+        click.echo(f"hint: {hint}")
 
 
-def _matrix_row(matrix: WeightSparsity) -> tuple[str, ...]:
+def _label(one: WeightSparsity | Advice, all_rows: Sequence[WeightSparsity | Advice]) -> str:
+    """A matrix's name, and the product that reads it where other products read it, too."""
+    name = one.name.removesuffix(".weight")
+    shared = sum(other.name == one.name for other in all_rows) > 1
+    return f"{name} ({one.node})" if shared and one.node else name
+
+
+def _matrix_row(label: str, matrix: WeightSparsity) -> tuple[str, ...]:
     return (
-        matrix.name.removesuffix(".weight"),
+        label,
         f"{matrix.k}x{matrix.n} {matrix.form}",
         matrix.planned or "-",
         f"{matrix.pattern_float or 'dense'} > {matrix.pattern_int8 or 'dense'}",
@@ -93,7 +113,7 @@ def _known(value: bool | None) -> str:
 def _print_advice(advice: Sequence[Advice]) -> None:
     if advice:
         rows = [
-            (entry.name, "ready" if entry.ready else "yes" if entry.one_fix_away else "no", entry.advice)
+            (_label(entry, advice), "ready" if entry.ready else "yes" if entry.one_fix_away else "no", entry.advice)
             for entry in advice
         ]
         print_table("advice", ("weight", "one fix away", "what to do"), rows)

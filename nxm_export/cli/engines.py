@@ -17,7 +17,7 @@ from nxm_export.cli.engine_tables import (
     print_text_throughput,
 )
 from nxm_export.cli.group import main
-from nxm_export.cli.options import columns_of, json_option, numbers_of, shape_of, typed
+from nxm_export.cli.options import LABEL_MAP_OPTION, columns_of, json_option, numbers_of, shape_of, typed
 from nxm_export.cli.output import show_result
 from nxm_export.cli.parity_tables import print_bisects, print_comparison
 from nxm_export.cli.progress_bars import progress_bars
@@ -34,13 +34,14 @@ from nxm_export.contract.choices import (
     SPARSE_KERNELS,
     TASK,
     TENSORRT_BACKENDS,
-    TENSORRT_VERSION,
+    TENSORRT_VERSIONS,
     TEXT_BATCH,
     TOKEN_ENCODING,
     TOKEN_ENCODINGS,
 )
+from nxm_export.contract.origin import recorded_checkpoint
 from nxm_export.contract.tasks import TASKS
-from nxm_export.errors import NxmError
+from nxm_export.errors import EngineError, NxmError
 
 if TYPE_CHECKING:
     from engines.base import BuildOptions
@@ -250,12 +251,12 @@ def inspect(
 
 
 @main.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("engines", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("paths", metavar="[CHECKPOINT] ENGINES...", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--data", required=True, metavar="FILE", help="Labelled samples to compare on.")
 @click.option("--text")
 @click.option("--text-pair")
 @click.option("--label")
+@LABEL_MAP_OPTION
 @click.option(
     "--gate",
     "gates",
@@ -267,8 +268,7 @@ def inspect(
 @click.option("--bisect", is_flag=True, help="Find the first encoder block that parts from the checkpoint.")
 @json_option
 def compare(
-    checkpoint: Path,
-    engines: tuple[Path, ...],
+    paths: tuple[Path, ...],
     data: str,
     gates: tuple[str, ...],
     bisect: bool,
@@ -276,6 +276,8 @@ def compare(
     **columns: str | None,
 ) -> None:
     """Compare ENGINES with the CHECKPOINT they were made from, and with each other, on real samples.
+
+    Without CHECKPOINT it is the one that the first engine records, where that is still there.
 
     Exits with 3 when one differs, a probe fails or a gate does not hold. An engine that cannot run here (its runtime or
     GPU is missing) is skipped with the reason; that fails the command only with --gate, since the gate was not checked
@@ -291,9 +293,13 @@ def compare(
             raise click.BadParameter(str(error), param_hint="--gate") from error
     if bisect and gates:
         raise click.UsageError("--bisect compares blocks, and --gate whole engines; give one of them")
+    checkpoint, engines = _checkpoint_and_engines(paths)
     if len({engine.resolve() for engine in engines}) < len(engines):
         raise click.UsageError("the same engine is given twice")
-    named = columns_of(columns["text"], columns["text_pair"], columns["label"])
+    if checkpoint is None:
+        checkpoint = recorded_checkpoint(engines[0])
+        click.echo(f"the checkpoint is {checkpoint}, which {engines[0]} records", err=True)
+    named = columns_of(columns["text"], columns["text_pair"], columns["label"], columns["label_map"])
     if bisect:
         reports = engine_commands.bisect_engines(checkpoint, engines, data, named)
         show_result(lambda: [report.to_dict() for report in reports], json, lambda: print_bisects(reports))
@@ -311,9 +317,8 @@ def compare(
     "--shape",
     "shapes",
     multiple=True,
-    default=tuple(f"{batch}x{sequence}" for batch, sequence in BENCH_SHAPES),
-    show_default=True,
-    help="batch x sequence; may be repeated.",
+    help="batch x sequence; may be repeated.  "
+    f"[default: {', '.join(f'{batch}x{sequence}' for batch, sequence in BENCH_SHAPES)}, or what ENGINES have fixed]",
 )
 @click.option("--rounds", type=click.IntRange(min=1), help=f"[default: {BENCH_ROUNDS}; {LOAD_ROUNDS} with --serve]")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: as built]")
@@ -363,7 +368,7 @@ def bench(engines: tuple[Path, ...], json: bool, **values: object) -> None:
         text = bench_text(engines, options.data, batch=options.batch, rounds=options.rounds, threads=options.threads)
         show_result(text.to_dict, json, lambda: print_text_throughput(text))
         return
-    shapes = [shape_of(text) for text in options.shapes]
+    shapes = [shape_of(text) for text in options.shapes] or None
     report = bench_engines(engines, shapes, options.rounds or BENCH_ROUNDS, options.threads)
     show_result(report.to_dict, json, lambda: print_latency(report))
 
@@ -389,16 +394,22 @@ def _bench_servers(engines: tuple[Path, ...], options: _BenchOptions, json: bool
     show_default=True,
     help="Judge FILE for it.",
 )
-@click.option("--version", "trt_version", default=TENSORRT_VERSION, show_default=True, help="Its version.")
+@click.option(
+    "--version",
+    "trt_version",
+    help="Its version, such as 8.6 or 10.3; 10 is 10.0.  [default: "
+    f"{', '.join(f'{version} for {name}' for name, version in TENSORRT_VERSIONS.items())}]",
+)
 @click.option(
     "--gpu",
     default=COMPUTE_CAPABILITY,
     show_default=True,
-    metavar="CAPABILITY",
-    help="Compute capability, as 8.0 (A100), 8.9 (L4), 9.0 (H100).",
+    metavar="GPU",
+    help="Its compute capability or name: 8.9, 89, sm_89, L4, 'RTX 4090'.",
 )
+@click.option("--parse", is_flag=True, help="Ask the parser of the installed TensorRT-RTX, too.")
 @json_option
-def doctor(file: Path | None, backend: str, trt_version: str, gpu: str, json: bool) -> None:
+def doctor(file: Path | None, backend: str, trt_version: str | None, gpu: str, parse: bool, json: bool) -> None:
     """Say what this machine can build and run; with FILE, which matrices can run sparse, and what to fix.
 
     FILE is any ONNX file, or a graph directory.
@@ -409,10 +420,26 @@ def doctor(file: Path | None, backend: str, trt_version: str, gpu: str, json: bo
         machine = report()
         show_result(machine.to_dict, json, lambda: print_facts("this machine", machine.to_dict()))
         return
+    from engines.sparsity.targets import sparsity_target
     from nxm_export.pipeline.inspection import doctor_file
 
-    diagnosis = doctor_file(file, backend, trt_version, gpu)
+    try:
+        sparsity_target(backend, trt_version, gpu)
+    except EngineError as error:
+        raise click.UsageError(str(error)) from error
+    diagnosis = doctor_file(file, backend, trt_version, gpu, parse=parse)
     show_result(diagnosis.to_dict, json, lambda: print_diagnosis(diagnosis))
+
+
+def _checkpoint_and_engines(paths: tuple[Path, ...]) -> tuple[Path | None, tuple[Path, ...]]:
+    """The checkpoint, None where the first path is an engine directory, and the engines."""
+    from engines.passport import PASSPORT_FILE
+
+    if (paths[0] / PASSPORT_FILE).is_file():
+        return None, paths
+    if len(paths) == 1:
+        raise click.UsageError(f"{paths[0]} has no {PASSPORT_FILE}: name an engine directory, behind the checkpoint")
+    return paths[0], paths[1:]
 
 
 def _share(text: str) -> float:

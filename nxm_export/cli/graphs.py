@@ -109,7 +109,7 @@ def _print_verification(title: str, report: VerifyReport) -> None:
     columns = ("weight", "op", "K x N", "stored", "scales", "zeros", "N:M", "planned")
     rows = [
         (
-            weight.name.removesuffix(".weight"),
+            label.removesuffix(".weight"),
             weight.op,
             f"{weight.k}x{weight.n}",
             weight.stored,
@@ -118,16 +118,18 @@ def _print_verification(title: str, report: VerifyReport) -> None:
             weight.pattern or "dense",
             weight.planned or "",
         )
-        for weight in report.weights
+        for label, weight in zip(report.labels, report.weights, strict=True)
     ]
     print_table(title, columns, rows)
     problems = report.all_problems
+    for product in report.unread:
+        click.echo(f"not read: {product}")
     for problem in problems:
         click.echo(f"problem: {problem}")
     if report.embedding:
         tokens, features = report.embedding
         click.echo(f"word-embedding table: INT8, {tokens}x{features}, one scale per row")
     click.echo(
-        f"{len(report.weights)} weights, {report.quantize_nodes} Q and {report.dequantize_nodes} DQ nodes: "
+        f"{report.products}; {report.quantize_nodes} Q and {report.dequantize_nodes} DQ nodes: "
         f"{f'{len(problems)} problems' if problems else 'no problem found'}"
     )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import warnings
+from typing import TextIO
 
 import click
 
 from nxm_export import __version__
-from nxm_export.errors import NxmError
+from nxm_export.cli.output import one_line
+from nxm_export.errors import Notice, NxmError
+from nxm_export.storage.atomic import FULL_ERRNOS
 
 
 class _Group(click.Group):
@@ -15,9 +19,12 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.simplefilter("default", Notice)
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
         except NxmError as error:
-            click.echo(f"nxm: {error}", err=True)
+            click.echo(f"nxm: {one_line(str(error))}", err=True)
             ctx.exit(error.exit_code)
         except ModuleNotFoundError as error:
             from nxm_export.pipeline.environment import extra_of, install_advice
@@ -27,9 +34,31 @@ class _Group(click.Group):
                 raise
             click.echo(f"nxm: this needs {error.name}, which is not installed; {install_advice(extra)}", err=True)
             ctx.exit(1)
+        except OSError as error:
+            if error.errno not in FULL_ERRNOS:
+                raise
+            click.echo(
+                f"nxm: {error.filename or 'a file'}: cannot be written ({error.strerror}); free the space", err=True
+            )
+            ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("nxm: interrupted; run the same command again to go on from here", err=True)
             ctx.exit(130)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A notice of ours as one line, of the first process alone; other warnings as Python shows them."""
+    if not issubclass(category, Notice):
+        click.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True, nl=False)
+    elif not int(os.environ.get("RANK", "0")):
+        click.echo(f"note: {message}", err=True)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

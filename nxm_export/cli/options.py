@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nxm_export.data.examples import Columns
 
     FloatType = click.ParamType[float]
+    OptionType = click.ParamType[str] | click.ParamType[int] | click.ParamType[float]
 else:
     FloatType = click.ParamType  # which older versions of click do not parametrize
 
@@ -69,6 +70,22 @@ def options(*options: Decorator) -> Decorator:
     return decorate
 
 
+def expect_sha256_option(command: Command) -> Command:
+    """The option --expect-sha256; `expected_hashes` reads it."""
+    return click.option(
+        "--expect-sha256",
+        multiple=True,
+        metavar="HEX",
+        help="Take only engines whose file, or whose contents, have this hash; may be repeated.",
+    )(command)
+
+
+def expected_hashes(values: Mapping[str, object]) -> frozenset[str]:
+    """The hashes of the option --expect-sha256."""
+    given = values["expect_sha256"]
+    return frozenset(str(digest).lower() for digest in given) if isinstance(given, tuple) else frozenset()
+
+
 PLAN_OPTIONS = options(
     click.option(
         "--pattern", default=PATTERN, show_default=True, help="N:M kept of every M along the input axis, or 'none'."
@@ -102,13 +119,23 @@ PLAN_OPTIONS = options(
 )
 
 
+LABEL_MAP_OPTION = click.option(
+    "--label-map",
+    metavar="LABEL=CLASS,...",
+    help="Which class of the model a label of the data stands for, where it is not the class's name.",
+)
 DATA_OPTIONS = options(
     click.option("--task", type=click.Choice(list(TASKS)), default=TASK, show_default=True),
-    click.option("--train", metavar="FILE", help="TSV, CSV, JSONL, Parquet, CoNLL or SQuAD JSON, or a GLUE task name."),
+    click.option(
+        "--train",
+        metavar="FILE",
+        help="TSV, CSV, JSON, Parquet, CoNLL or SQuAD, packed (.gz) or not, or a GLUE task name.",
+    ),
     click.option("--dev", metavar="FILE", help="Held-out data, or the same GLUE task name."),
     click.option("--text", help="Column of the text.  [default: sentence, sentence1, text, ...]"),
     click.option("--text-pair", help="Column of the second text.  [default: sentence2, if there is one]"),
     click.option("--label", help="Column of the label.  [default: label]"),
+    LABEL_MAP_OPTION,
     click.option("--train-limit", type=click.IntRange(min=1), help="Use a sample of this many training examples."),
     click.option("--revision", help="Branch, tag or commit of a hub model."),
 )
@@ -129,7 +156,7 @@ def setting_option(settings: type[DataclassInstance], name: str, **changes: str 
     kind = _click_type(entry, _number_of(annotation))
     if isinstance(default, tuple):
         default = ",".join(map(str, default))
-    if entry.scale != 1 and default is not None:
+    if entry.scale != 1 and isinstance(default, (int, float)):
         default *= entry.scale
     callback = (lambda _, __, number: limit_of(number)) if entry.infinity_is_none else None
     return click.option(
@@ -179,17 +206,17 @@ def limit_of(number: float) -> float | None:
     return None if math.isinf(number) else number
 
 
-def _defaults(settings: type[DataclassInstance]) -> dict[str, Any]:
+def _defaults(settings: type[DataclassInstance]) -> dict[str, object]:
     return {entry.name: entry.default for entry in fields(settings)}
 
 
-def _number_of(annotation: Any) -> type:
+def _number_of(annotation: object) -> type:
     """int, float or str of an annotation such as ``float | None``; str of a tuple, whose items commas separate."""
     kinds = [kind for kind in get_args(annotation) or (annotation,) if kind in (int, float, str)]
     return kinds[0] if kinds and get_origin(annotation) is not tuple else str
 
 
-def _click_type(entry: Option, kind: type) -> click.ParamType[Any]:
+def _click_type(entry: Option, kind: type) -> OptionType:
     if entry.choices:
         return click.Choice(entry.choices)
     if kind is int and entry.scale == 1:
@@ -211,7 +238,7 @@ def _bound(bound: float | None, scale: float) -> float | None:
     return int(bound * scale) if float(bound * scale).is_integer() else bound * scale
 
 
-def _listed(text: str, kind: type) -> tuple[Any, ...]:
+def _listed(text: str, kind: type) -> tuple[object, ...]:
     """The items of a text, separated by commas."""
     parts = [part.strip() for part in text.split(",")]
     if kind is str:
@@ -241,11 +268,23 @@ SEARCH_TRAINING_OPTIONS = options(
 )
 
 
-def columns_of(text: str | None, pair: str | None, label: str | None) -> Columns:
-    """The columns of a data file, as --text, --text-pair and --label name them."""
+def columns_of(text: str | None, pair: str | None, label: str | None, label_map: str | None = None) -> Columns:
+    """The columns of a data file, as --text, --text-pair and --label name them, and what --label-map says of labels."""
     from nxm_export.data.examples import Columns
 
-    return Columns(text, pair, label)
+    return Columns(text, pair, label, _label_map(label_map or ""))
+
+
+def _label_map(text: str) -> dict[str, str]:
+    """Classes by label, of a text such as 0=bad,1=good."""
+    entries = [entry.partition("=") for entry in text.split(",") if entry.strip()]
+    made = {label.strip(): name.strip() for label, _, name in entries}
+    if len(made) < len(entries) or not all(label and name for label, name in made.items()):
+        raise click.BadParameter(
+            f"{text!r} does not say once for each label which class it is; write it as in 0=bad,1=good",
+            param_hint="--label-map",
+        )
+    return made
 
 
 def shape_of(text: str) -> tuple[int, int]:

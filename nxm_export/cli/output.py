@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import click
 
-from nxm_export.storage.json_files import Json, encode
+from nxm_export.storage.json_files import encode
 
 
-def show_result(to_json: Callable[[], Json], json: bool, show: Callable[[], object]) -> None:
+def show_result(to_json: Callable[[], object], json: bool, show: Callable[[], object]) -> None:
     """Print what `to_json` returns, or call `show`, which prints tables; under torchrun only the first process does."""
     if int(os.environ.get("RANK", "0")):
         return
@@ -18,3 +18,11 @@ def show_result(to_json: Callable[[], Json], json: bool, show: Callable[[], obje
         click.echo(encode(to_json()), nl=False)
     else:
         show()
+
+
+def one_line(text: str) -> str:
+    """A message as one line that a terminal shows as it is: runtimes write several, and files hold any character."""
+    line = " ".join(part.strip() for part in text.splitlines() if part.strip())
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in line
+    )

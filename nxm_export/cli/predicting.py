@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
+from engines.serving.settings import ModelOptions
 from nxm_export.cli.group import main
-from nxm_export.cli.options import columns_of, json_option
+from nxm_export.cli.options import (
+    columns_of,
+    expect_sha256_option,
+    expected_hashes,
+    json_option,
+    setting_option,
+    settings_of,
+)
 from nxm_export.cli.output import show_result
 
 if TYPE_CHECKING:
@@ -29,6 +37,8 @@ if TYPE_CHECKING:
 )
 @click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Texts that run at once.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: as built]")
+@setting_option(ModelOptions, "gate")
+@expect_sha256_option
 @json_option
 def predict(engine: Path, texts: tuple[str, ...], data: str | None, pairs: bool, json: bool, **options: object) -> None:
     """Answer TEXTs with ENGINE: a class, labels, a score, entities, an answer or a vector, as its task has it.
@@ -47,7 +57,10 @@ def predict(engine: Path, texts: tuple[str, ...], data: str | None, pairs: bool,
         raise click.UsageError("--text and --text-pair name columns of --data")
     columns = columns_of(_text(options["text"]), _text(options["text_pair"]), None)
     rows = read_texts(data, columns, task) if data else _rows(texts, pairs or task.texts == "two", task)
-    with Predictor(engine, threads=_number(options["threads"])) as predictor:
+    proof = settings_of(ModelOptions, options)
+    with Predictor(
+        engine, threads=_number(options["threads"]), gate=proof.gate, expect_sha256=expected_hashes(options)
+    ) as predictor:
         results = predictor.predict(rows, batch=_number(options["batch"]) or 1)
         shortened = predictor.shortened
     answers = [{"input": row, **result.to_dict()} for row, result in zip(rows, results, strict=True)]

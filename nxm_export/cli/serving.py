@@ -16,7 +16,15 @@ from engines.serving.settings import (
     TritonOptions,
 )
 from nxm_export.cli.group import main
-from nxm_export.cli.options import json_option, numbers_of, setting_option, settings_of, typed
+from nxm_export.cli.options import (
+    expect_sha256_option,
+    expected_hashes,
+    json_option,
+    numbers_of,
+    setting_option,
+    settings_of,
+    typed,
+)
 from nxm_export.cli.output import show_result
 from nxm_export.cli.tables import print_table
 
@@ -26,7 +34,6 @@ class _ServeOptions:
     """The options of ``nxm serve`` that stand for no setting as they are."""
 
     buckets: str | None
-    expect_sha256: tuple[str, ...]
 
 
 @main.command()
@@ -49,11 +56,10 @@ class _ServeOptions:
 @setting_option(ConnectionLimits, "connections")
 @setting_option(ConnectionLimits, "read_timeout")
 @setting_option(ModelOptions, "gate")
-@click.option(
-    "--expect-sha256", multiple=True, metavar="HEX", help="Serve only engines of these hashes; may be repeated."
-)
+@expect_sha256_option
 @setting_option(ServerOptions, "watch")
 @setting_option(ServerOptions, "drain")
+@setting_option(ServerOptions, "shutdown_delay")
 @setting_option(ServerOptions, "access_log")
 def serve(engines: tuple[str, ...], **values: object) -> None:
     """Serve ENGINE_DIRs over HTTP (Open Inference Protocol v2: tritonclient and KServe clients work) until SIGTERM."""
@@ -64,7 +70,7 @@ def serve(engines: tuple[str, ...], **values: object) -> None:
     models = replace(
         settings_of(ModelOptions, values),
         lengths=numbers_of(options.buckets, "--buckets", "lengths") if options.buckets else None,
-        expect_sha256=frozenset(digest.lower() for digest in options.expect_sha256),
+        expect_sha256=expected_hashes(values),
     )
     server = replace(
         settings_of(ServerOptions, values),
@@ -77,6 +83,8 @@ def serve(engines: tuple[str, ...], **values: object) -> None:
 @main.command()
 @click.argument("engines", metavar="[NAME=]ENGINE_DIR...", nargs=-1, required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Model repository to write.")
+@setting_option(TritonOptions, "gate")
+@expect_sha256_option
 @setting_option(TritonOptions, "text")
 @setting_option(TritonOptions, "pair")
 @setting_option(TritonOptions, "kind")
@@ -92,7 +100,16 @@ def triton(engines: tuple[str, ...], out: Path, image: str | None, json: bool, *
     from engines.triton import export_repository
 
     options = settings_of(TritonOptions, values)
-    options = replace(options, text=options.text or options.pair, image=image or TRITON_IMAGE)
+    options = replace(
+        options,
+        text=options.text or options.pair,
+        image=image or TRITON_IMAGE,
+        expect_sha256=expected_hashes(values),
+    )
     manifest = export_repository([EngineSource.parse(text) for text in engines], out, options)
+    for name, engines_of_it in manifest.models.items():
+        for facts in engines_of_it:
+            if facts.session is not None and facts.session.difference != 0:
+                click.echo(f"nxm: {name}: its session in Triton: {facts.session.words}", err=True)
     files = list(manifest.files.items())
     show_result(manifest.to_dict, json, lambda: print_table(str(out), ("file", "sha256"), files))

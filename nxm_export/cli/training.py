@@ -17,6 +17,7 @@ from compressors.settings import Settings
 from nxm_export.cli.group import main
 from nxm_export.cli.options import (
     DATA_OPTIONS,
+    LABEL_MAP_OPTION,
     PLAN_OPTIONS,
     SEARCH_OPTIONS,
     SEARCH_TRAINING_OPTIONS,
@@ -55,6 +56,7 @@ class _PlanAndData:
     text: str | None
     text_pair: str | None
     label: str | None
+    label_map: str | None
     train_limit: int | None
     revision: str | None
 
@@ -68,6 +70,7 @@ class _SearchOptions:
     text: str | None
     text_pair: str | None
     label: str | None
+    label_map: str | None
 
 
 @main.command()
@@ -107,9 +110,10 @@ def run(demo: bool, model: str | None, out: Path | None, dry_run: bool, json: bo
             result = estimate(request)
             show_result(result.to_dict, json, lambda: print_estimate(result))
             return
+    head = _head_of(request)
     with progress_bars(enabled=not json) as progress:
         summary = run_all(request, out, progress=progress)
-    show_result(summary.to_dict, json, lambda: print_summary(summary))
+    show_result(lambda: {**summary.to_dict(), "head": head}, json, lambda: print_summary(summary))
     summary.require_passed()
 
 
@@ -130,21 +134,26 @@ def show(run_directory: Path, json: bool) -> None:
 @PLAN_OPTIONS
 @TRAINING_OPTIONS
 @click.option(
-    "--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file; wins over --pattern to --keep-dense."
+    "--plan",
+    "plan_file",
+    type=click.Path(path_type=Path),
+    help="A plan file: it says what --pattern to --keep-dense say, and stands in their place.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the compressed checkpoint.")
 @json_option
 def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values: object) -> None:
     """Compress MODEL (a directory or hub id), fine-tuning it first where it has no head for the task."""
-    from nxm_export.pipeline.run import compress_model
+    from nxm_export.pipeline.run import compress_model, require_plan_alone
 
     options = typed(_PlanAndData, values)
     if not options.train or not options.dev:
         raise click.UsageError("missing --train or --dev")
+    require_plan_alone(plan_file, _given_plan_options())
     request = _request(model, options, settings_of(Settings, values))
+    head = _head_of(request)
     with progress_bars(enabled=not json) as progress:
         metrics = compress_model(request, out, plan=plan_file, progress=progress)
-    facts = {**metrics.to_dict(), "path": str(out)}
+    facts = {**metrics.to_dict(), "head": head, "path": str(out)}
     show_result(lambda: facts, json, lambda: print_facts("compressed", facts))
 
 
@@ -155,6 +164,7 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values
 @click.option("--text")
 @click.option("--text-pair")
 @click.option("--label")
+@LABEL_MAP_OPTION
 @SEARCH_OPTIONS
 @click.option("--latency-table", type=click.Path(path_type=Path), help="JSON: {role: {option: milliseconds}}.")
 @SEARCH_TRAINING_OPTIONS
@@ -178,7 +188,7 @@ def search(model: str, task: str, train: str, out: Path, json: bool, **values: o
             out=out,
             settings=settings_of(SearchSettings, values, **changes),
             training=settings_of(Settings, values),
-            columns=columns_of(options.text, options.text_pair, options.label),
+            columns=columns_of(options.text, options.text_pair, options.label, options.label_map),
             progress=progress,
         )
     show_result(result.to_dict, json, lambda: print_search(result))
@@ -206,6 +216,13 @@ def unpack(file: Path, out: Path) -> None:
     click.echo(unpack_file(file, out))
 
 
+def _head_of(request: Request) -> str:
+    """What ``--json`` says of the head: ``kept``, or ``new`` where one is trained first."""
+    from nxm_export.pipeline.run import head_notice
+
+    return "kept" if head_notice(request) is None else "new"
+
+
 def _spec(pattern: str, bits: str) -> WeightSpec:
     if bits != "none" and not (bits.isascii() and bits.isdecimal() and 2 <= int(bits) <= 8):
         raise click.BadParameter(
@@ -219,6 +236,17 @@ def _spec(pattern: str, bits: str) -> WeightSpec:
     if spec.is_dense:
         raise click.UsageError("--pattern none and --weight-bits none leave nothing to compress")
     return spec
+
+
+def _given_plan_options() -> list[str]:
+    """Those of `PLAN_OPTIONS` that the command line gives, as it writes them."""
+    context = click.get_current_context()
+    names = ("pattern", "weight_bits", "placement", "residual", "embedding", "keep_dense")
+    return [
+        f"--{name.replace('_', '-')}"
+        for name in names
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT
+    ]
 
 
 def _request(model: str, options: _PlanAndData, settings: Settings) -> Request:
@@ -235,7 +263,7 @@ def _request(model: str, options: _PlanAndData, settings: Settings) -> Request:
         dev=options.dev,
         spec=_spec(options.pattern, options.weight_bits),
         settings=settings,
-        columns=columns_of(options.text, options.text_pair, options.label),
+        columns=columns_of(options.text, options.text_pair, options.label, options.label_map),
         placement=None if of_placement is ParameterSource.DEFAULT else options.placement,
         residual=options.residual,
         embedding=options.embedding,

@@ -29,12 +29,13 @@ from nxm_export.contract.pooling import is_embedding
 from nxm_export.contract.tasks import Task, task_of
 from nxm_export.errors import ArtifactError
 from nxm_export.storage.hashing import file_hash
-from nxm_export.storage.json_files import Json, read_foreign_json
+from nxm_export.storage.json_files import convert, read_foreign_json
 
 PLAN_FILE = "nxm_plan.json"
 SCALES_FILE = "nxm_scales.safetensors"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_config.json"  # of PEFT
 EMBEDDING_QMAX = 127  # of an INT8 embedding table
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -44,7 +45,7 @@ class Checkpoint:
     """An opened compressed checkpoint. Weights are read one at a time, never all at once."""
 
     path: Path
-    config: Mapping[str, Json]
+    config: Mapping[str, object]
     family: Family
     plan: CompressionPlan
     scales: Mapping[str, np.ndarray]
@@ -174,10 +175,11 @@ def save_plan(path: Path, plan: CompressionPlan, scales: Mapping[str, np.ndarray
     save_file({key: np.asarray(value, np.float32) for key, value in scales.items()}, path / SCALES_FILE)
 
 
-def read_config(path: Path) -> dict[str, Json]:
+def read_config(path: Path) -> dict[str, object]:
     """``config.json`` of a Hugging Face directory; pickled weights are refused here, before anything loads them."""
     if not path.is_dir():
         raise ArtifactError(f"{path}: no such directory")
+    _require_merged(path)
     if not (path / "config.json").is_file():
         raise ArtifactError(f"{path} has no config.json: not a Hugging Face model directory")
     require_safetensors(path)
@@ -185,6 +187,31 @@ def read_config(path: Path) -> dict[str, Json]:
     if not isinstance(config, dict):
         raise ArtifactError(f"{path / 'config.json'}: not a JSON object")
     return config
+
+
+def _require_merged(path: Path) -> None:
+    """Refuse a directory that PEFT wrote: an adapter is the difference to a model that lies elsewhere."""
+    file = path / ADAPTER_FILE
+    if not file.is_file():
+        return
+    if (path / WEIGHTS_FILE).is_file() or (path / INDEX_FILE).is_file():
+        raise ArtifactError(
+            f"{path} holds a model and a PEFT adapter ({ADAPTER_FILE}), and whether the one has the other in it nobody "
+            f"says; if it has, remove {ADAPTER_FILE} and adapter_model.safetensors"
+        )
+    adapter = read_foreign_json(file, "restore it from the model")
+    kind = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
+    name = kind.get(str(adapter.get("task_type")) if isinstance(adapter, dict) else "", "")
+    merged = f"{path}-merged"
+    script = (
+        f"import peft, transformers as t; m = peft.AutoPeftModel{name}.from_pretrained({str(path)!r}); "
+        f"m.merge_and_unload().save_pretrained({merged!r}); "
+        f"t.AutoTokenizer.from_pretrained(m.peft_config['default'].base_model_name_or_path).save_pretrained({merged!r})"
+    )
+    raise ArtifactError(
+        f"{path} is a PEFT adapter ({ADAPTER_FILE}), not a model: merge it into the model it was trained on, and use "
+        f"{merged}: python -c {shlex.quote(script)}"
+    )
 
 
 def require_safetensors(path: Path) -> None:
@@ -226,13 +253,13 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
     return tensor.astype(np.float32, copy=False)
 
 
-def task_at(path: Path, config: Mapping[str, Json]) -> str | None:
+def task_at(path: Path, config: Mapping[str, object]) -> str | None:
     """The task of a model directory: that of its head, or ``embedding`` where sentence-transformers' files say how to
     pool."""
     return task_of(config) or ("embedding" if is_embedding(path) else None)
 
 
-def has_head(path: Path, config: Mapping[str, Json], task: Task) -> bool:
+def has_head(path: Path, config: Mapping[str, object], task: Task) -> bool:
     """True when a model directory has the head that `task` needs."""
     served = task_at(path, config)
     return served is not None and served in (task.name, task.serves)
@@ -254,14 +281,22 @@ def _shard_of(path: Path, name: str) -> Path:
     index = path / INDEX_FILE
     if not index.is_file():
         raise ArtifactError(f"{path} has no {WEIGHTS_FILE}: no weights to load")
-    try:
-        shards = read_foreign_json(index, "restore it from the model")["weight_map"]
-        shard = str(shards[name if name in shards else _own_name(name)])
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{index}: {name} is not in the weight map") from error
+    way_out = "restore it from the model"
+    read = read_foreign_json(index, way_out)
+    shards = convert(read, _ShardIndex, source=str(index), way_out=way_out, foreign=True).weight_map
+    shard = shards.get(name, shards.get(_own_name(name)))
+    if shard is None:
+        raise ArtifactError(f"{index}: {name} is not in the weight map")
     if Path(shard).name != shard:
         raise ArtifactError(f"{index}: the weight map points out of the directory ({shard})")
     return path / shard
+
+
+@dataclass(frozen=True)
+class _ShardIndex:
+    """What is read of the index of a sharded model: the file of every tensor."""
+
+    weight_map: Mapping[str, str]
 
 
 def _own_name(name: str) -> str:

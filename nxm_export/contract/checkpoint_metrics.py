@@ -6,7 +6,6 @@ not be computed is None: an interval of a single sample, say, or a metric of out
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,13 +14,13 @@ from typing import Literal, TypeVar
 
 from nxm_export.errors import ArtifactError
 from nxm_export.storage.json_files import (
-    Json,
+    as_object,
     convert,
     nonfinite_as_none,
     parse_json,
     read_text,
     require_schema,
-    to_builtins,
+    to_json_object,
 )
 
 METRICS_FILE = "metrics.json"
@@ -55,9 +54,22 @@ class DenseMetrics(Scores):
     steps: int
     revision: str | None = None
 
-    def to_dict(self) -> dict[str, Json]:
+    @classmethod
+    def of(cls, scores: Scores, *, steps: int, revision: str | None) -> DenseMetrics:
+        """The metrics with these scores."""
+        return cls(
+            metric=scores.metric,
+            value=scores.value,
+            interval=scores.interval,
+            dev_samples=scores.dev_samples,
+            secondary_metrics=scores.secondary_metrics,
+            steps=steps,
+            revision=revision,
+        )
+
+    def to_dict(self) -> dict[str, object]:
         """What ``metrics.json`` holds."""
-        return {"schema": METRICS_SCHEMA, **to_builtins(self)}
+        return {"schema": METRICS_SCHEMA, **to_json_object(self)}
 
 
 @dataclass(frozen=True)
@@ -107,9 +119,42 @@ class CompressionMetrics(TrainingFacts, Scores):
     table_drop: float | None = None
     table_drop_interval: tuple[float, float] | None = None
 
-    def to_dict(self) -> dict[str, Json]:
+    @classmethod
+    def of(
+        cls,
+        scores: Scores,
+        facts: TrainingFacts,
+        *,
+        table_drop: float | None,
+        table_drop_interval: tuple[float, float] | None,
+    ) -> CompressionMetrics:
+        """The metrics with these scores and these facts of the training."""
+        return cls(
+            metric=scores.metric,
+            value=scores.value,
+            interval=scores.interval,
+            dev_samples=scores.dev_samples,
+            secondary_metrics=scores.secondary_metrics,
+            recipe=facts.recipe,
+            steps=facts.steps,
+            train_samples=facts.train_samples,
+            held_out_samples=facts.held_out_samples,
+            qat_steps=facts.qat_steps,
+            mask_hash=facts.mask_hash,
+            outputs_in_float=facts.outputs_in_float,
+            permutation=facts.permutation,
+            admm=facts.admm,
+            admm_steps=facts.admm_steps,
+            residual=facts.residual,
+            residual_gate_passed=facts.residual_gate_passed,
+            sr_ste_steps=facts.sr_ste_steps,
+            table_drop=table_drop,
+            table_drop_interval=table_drop_interval,
+        )
+
+    def to_dict(self) -> dict[str, object]:
         """What ``metrics.json`` holds."""
-        return {"schema": METRICS_SCHEMA, **to_builtins(self)}
+        return {"schema": METRICS_SCHEMA, **to_json_object(self)}
 
 
 Kind = TypeVar("Kind", DenseMetrics, CompressionMetrics)
@@ -129,10 +174,7 @@ def read_metrics(directory: str | Path) -> DenseMetrics | CompressionMetrics:
     """The metrics of a checkpoint directory; raises `ArtifactError` that names file, field and what is wrong with
     it."""
     file = Path(directory) / METRICS_FILE
-    value = _json_of(file)
-    if "schema" not in value:
-        value = _upgraded(value)
-    fields = {key: entry for key, entry in value.items() if key != "schema"}
+    fields = _fields_at(file)
     if fields.get("kind") == "dense":
         return convert(fields, DenseMetrics, source=str(file), way_out=_WAY_OUT)
     return convert(fields, CompressionMetrics, source=str(file), way_out=_WAY_OUT)
@@ -148,19 +190,18 @@ def read_metrics_of(kind: type[Kind], directory: str | Path) -> Kind:
     return metrics
 
 
-def _json_of(file: Path) -> dict[str, Json]:
-    """The JSON object in a ``metrics.json``. Files without a schema are of former versions, which wrote NaN for a
-    number that could not be computed: it is None here. Files with one are refused for it."""
+def _fields_at(file: Path) -> dict[str, object]:
+    """The fields of a ``metrics.json``. Files without a schema are of former versions, which wrote NaN for a number
+    that could not be computed: it is None here. Files with one are refused for it."""
     text = read_text(file, _WAY_OUT)
     value = parse_json(text, str(file), _WAY_OUT, ArtifactError, foreign=True)
     if isinstance(value, dict) and "schema" not in value and "metric" in value:
-        return dict(nonfinite_as_none(value))
+        return _upgraded(as_object(nonfinite_as_none(value)))
     value = parse_json(text, str(file), _WAY_OUT, ArtifactError)
-    require_schema(value, METRICS_SCHEMA, str(file), ArtifactError)
-    return dict(value)
+    return require_schema(value, METRICS_SCHEMA, str(file), ArtifactError)
 
 
-def _upgraded(value: Mapping[str, Json]) -> dict[str, Json]:
+def _upgraded(value: Mapping[str, object]) -> dict[str, object]:
     """The fields of a file that was written before the file had a schema."""
     fields = {key: entry for key, entry in value.items() if key not in _UNVERSIONED_SECONDARY}
     secondary = {name: value[name] for name in _UNVERSIONED_SECONDARY if name in value}
@@ -169,8 +210,3 @@ def _upgraded(value: Mapping[str, Json]) -> dict[str, Json]:
             fields[name] = None
     kind = "compressed" if "recipe" in value else "dense"
     return {**fields, "kind": kind, "secondary_metrics": secondary}
-
-
-def fields_of(record: Scores | TrainingFacts) -> dict[str, Json]:
-    """The fields of a record by name, to make a larger one with."""
-    return {entry.name: getattr(record, entry.name) for entry in dataclasses.fields(record)}

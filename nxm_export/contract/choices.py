@@ -9,10 +9,14 @@ LOWERINGS = ("matmul", "gemm", "conv1x1")  # how a linear layer is written in a 
 LOWERING = "matmul"
 FLOAT_TYPES = ("float32", "float16", "bfloat16")  # of a graph
 BACKEND = "ort"
+GATES = ("not-failed", "passed", "off")  # which parity.json an engine must have before it answers
+GATE = "not-failed"
 TENSORRT_BACKENDS = ("trt", "trt_rtx")
 MAX_PROFILES = 3  # of an engine whose profiles come from data
 SPARSE_KERNELS = True  # the builder may use them
-TENSORRT_VERSION, COMPUTE_CAPABILITY = "11.4", "8.9"  # that an ONNX file is judged for
+# What an ONNX file is judged for: of each backend, the version that most is known of, and the GPU.
+TENSORRT_VERSIONS = {"trt": "11.4", "trt_rtx": "1.7"}
+COMPUTE_CAPABILITY = "8.9"
 BENCH_SHAPES = ((1, 32), (8, 64))  # (batch, sequence)
 BENCH_ROUNDS = 30
 TEXT_BATCH = 32  # sentences

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from nxm_export.contract.choices import PLACEMENT, STORAGE
+from nxm_export.contract.config_checks import require_honoured
 from nxm_export.contract.plan import INT8_ATTENTION, PLACEMENTS, CompressionPlan, WeightSpec
 from nxm_export.errors import ArtifactError, PlanError, some
-from nxm_export.storage.json_files import Json
 
 ROLES = ("query", "key", "value", "attention_output", "ffn_up", "ffn_down")
 # GELU by its exact form (the error function) or by tanh: what ``config.json`` calls them, and other names for the same.
@@ -56,11 +56,11 @@ class Family:
     words: str = "embeddings.word_embeddings"
     embedding_key: str | None = None  # size of the table's rows, where it is not the hidden size
 
-    def blocks(self, config: Mapping[str, Json]) -> list[str]:
+    def blocks(self, config: Mapping[str, object]) -> list[str]:
         """Module paths of the encoder blocks, each once, in the order in which they first run."""
         return list(dict.fromkeys(self.runs(config)))
 
-    def runs(self, config: Mapping[str, Json]) -> list[str]:
+    def runs(self, config: Mapping[str, object]) -> list[str]:
         """Module paths of the encoder blocks in the order in which they run; one that is shared stands there for every
         run."""
         layers = size_of(config, self.layers_key)
@@ -77,7 +77,7 @@ class Family:
             for i in range(inner)
         ]
 
-    def run_names(self, config: Mapping[str, Json]) -> list[str]:
+    def run_names(self, config: Mapping[str, object]) -> list[str]:
         """A name for every run of a block: its path, and for a block with several runs which of them (from 1)."""
         runs = self.runs(config)
         return [
@@ -89,7 +89,7 @@ class Family:
         """Module path of one linear layer of a block."""
         return f"{block}.{self.linears[role]}"
 
-    def weights(self, config: Mapping[str, Json]) -> dict[str, tuple[int, int]]:
+    def weights(self, config: Mapping[str, object]) -> dict[str, tuple[int, int]]:
         """Every compressible parameter name with its shape (out, in), in the order in which the model runs them."""
         hidden, wide = size_of(config, self.hidden_key), size_of(config, self.intermediate_key)
         shapes = {"ffn_up": (wide, hidden), "ffn_down": (hidden, wide)}
@@ -104,7 +104,7 @@ class Family:
         """Parameter name of the word-embedding table, (tokens, features)."""
         return f"{self.base}.{self.words}.weight"
 
-    def word_embedding_shape(self, config: Mapping[str, Json]) -> tuple[int, int]:
+    def word_embedding_shape(self, config: Mapping[str, object]) -> tuple[int, int]:
         """(tokens, features) of the word-embedding table."""
         return size_of(config, "vocab_size"), size_of(config, self.embedding_key or self.hidden_key)
 
@@ -117,7 +117,7 @@ class Family:
 
     def uniform_plan(
         self,
-        config: Mapping[str, Json],
+        config: Mapping[str, object],
         spec: WeightSpec,
         *,
         placement: str = PLACEMENT,
@@ -177,16 +177,16 @@ class Family:
         if plan.residual == "int8" and not any(spec.input_bits for spec in plan.weights.values()):
             raise PlanError("residual int8 shares the quantizers of the layers' inputs, and this plan has none")
 
-    def gelu(self, config: Mapping[str, Json]) -> str | None:
+    def gelu(self, config: Mapping[str, object]) -> str | None:
         """Which GELU the FFN has, ``erf`` or ``tanh``; None for another activation."""
-        name = str(config.get(self.activation_key, "gelu"))
+        name = text_of(config, self.activation_key) or "gelu"
         return "tanh" if name in _TANH_GELUS else "erf" if name in ("gelu", "gelu_python") else None
 
-    def heads(self, config: Mapping[str, Json]) -> int:
+    def heads(self, config: Mapping[str, object]) -> int:
         """Number of attention heads."""
         return size_of(config, self.heads_key)
 
-    def max_positions(self, config: Mapping[str, Json]) -> int:
+    def max_positions(self, config: Mapping[str, object]) -> int:
         """Longest sequence, in tokens, that the position embeddings allow."""
         reserved = pad_id_of(config) + 1 if self.positions_after_padding else 0
         return size_of(config, "max_position_embeddings") - reserved
@@ -258,19 +258,22 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(config: Mapping[str, Json], *, source: str = "config.json") -> Family:
-    """The family of a ``config.json``; families that are not supported are refused with the list of those that are."""
+def family_of(config: Mapping[str, object], *, source: str = "config.json") -> Family:
+    """The family of a ``config.json``; families that are not supported are refused with the list of those that are,
+    and so is what no family honours (`nxm_export.contract.config_checks`)."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ArtifactError(
             f"{source}: model_type {model_type!r} is not supported; supported families: {', '.join(FAMILIES)}"
         )
-    if config.get("is_decoder") or config.get("add_cross_attention"):
+    if flag_of(config, "is_decoder") or flag_of(config, "add_cross_attention"):
         raise ArtifactError(f"{source}: decoders are not supported; only encoders of: {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    require_honoured(config, family.activation_key, source)
+    return family
 
 
-def pad_id_of(config: Mapping[str, Json]) -> int:
+def pad_id_of(config: Mapping[str, object]) -> int:
     """The id of padding in ``config.json``, 0 where it names none; `ArtifactError` when it is no integer."""
     value = config.get("pad_token_id")
     if value is not None and type(value) is not int:
@@ -278,7 +281,23 @@ def pad_id_of(config: Mapping[str, Json]) -> int:
     return value or 0
 
 
-def size_of(config: Mapping[str, Json], key: str) -> int:
+def text_of(config: Mapping[str, object], key: str) -> str | None:
+    """A text in ``config.json``, None where it is missing; `ArtifactError` when it is no text."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ArtifactError(f"config.json: {key} must be a text, got {value!r}; is the file complete?")
+    return value
+
+
+def flag_of(config: Mapping[str, object], key: str) -> bool:
+    """A truth value in ``config.json``, False where it is missing; `ArtifactError` when it is none."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ArtifactError(f"config.json: {key} must be true or false, got {value!r}; is the file complete?")
+    return bool(value)
+
+
+def size_of(config: Mapping[str, object], key: str) -> int:
     """A size in ``config.json``; `ArtifactError` when it is missing or no positive integer."""
     value = config.get(key)
     if type(value) is not int or value < 1:

@@ -13,11 +13,13 @@ from nxm_export.contract.families import Family, pad_id_of, size_of
 from nxm_export.contract.pooling import read_pooling
 from nxm_export.contract.tasks import TASKS, Task, labels_of
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.json_files import Json, convert, encode, read_foreign_json, read_record
+from nxm_export.storage.json_files import convert, decode, encode, read_foreign_json, read_text
 
 SCHEMA = "nxm-spec/1"
 SPEC_FILE = "spec.json"
 TOKENIZER_FILE = "tokenizer.json"
+_MOST_ROWS = 2**31  # of a table: more than any has
+_WAY_OUT = "export or build again"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -37,7 +39,7 @@ class IOSpec:
     limits: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, directory: Path, config: Mapping[str, Json], family: Family, task: Task) -> IOSpec:
+    def of(cls, directory: Path, config: Mapping[str, object], family: Family, task: Task) -> IOSpec:
         """The spec of a checkpoint directory; the tokenizer's own maximum length wins where it is shorter."""
         limit = family.max_positions(config)
         tokenizer_config = directory / "tokenizer_config.json"
@@ -54,7 +56,7 @@ class IOSpec:
             if config.get(key):
                 limits[name] = size_of(config, key)
         return cls(
-            config["model_type"],
+            family.model_type,
             task.name,
             family.inputs,
             dict(task.outputs),
@@ -81,12 +83,18 @@ def load_spec(directory: str | Path) -> IOSpec:
     file = Path(directory) / SPEC_FILE
     if not file.is_file():
         raise ArtifactError(f"{directory} has no {SPEC_FILE}: it is not a graph or engine directory of nxm-export")
-    spec = read_record(file, IOSpec, schema=SCHEMA, way_out="export or build again")
+    return parse_spec(read_text(file, _WAY_OUT), file)
+
+
+def parse_spec(text: str, file: Path) -> IOSpec:
+    """The spec that `text`, read from `file`, holds; raises `ArtifactError`."""
+    spec = decode(text, IOSpec, schema=SCHEMA, source=str(file), way_out=_WAY_OUT)
     if spec.task not in TASKS or not spec.inputs or not set(spec.inputs) <= set(INPUTS) or spec.max_length < 1:
         raise ArtifactError(
             f"{file}: task {spec.task!r} with inputs {spec.inputs} is nothing that this version knows; export or build "
             "again"
         )
+    _require_limits(spec, file)
     task = TASKS[spec.task]
     if any(spec.outputs.get(name) != axes for name, axes in task.outputs.items()):
         raise ArtifactError(
@@ -99,6 +107,16 @@ def load_spec(directory: str | Path) -> IOSpec:
             f"{file}: labels: {spec.task} has at least {fewest}, here are {len(spec.labels)}; export or build again"
         )
     return spec
+
+
+def _require_limits(spec: IOSpec, file: Path) -> None:
+    for name, limit in spec.limits.items():
+        if name not in spec.inputs or not (2 if name == "attention_mask" else 1) <= limit < _MOST_ROWS:
+            raise ArtifactError(f"{file}: limits: {limit} values of {name!r} are none of a model; {_WAY_OUT}")
+    if not 0 <= spec.pad_id < spec.limits.get("input_ids", _MOST_ROWS):
+        raise ArtifactError(f"{file}: pad_id: {spec.pad_id} is no token of the model; {_WAY_OUT}")
+    if spec.max_length >= _MOST_ROWS:
+        raise ArtifactError(f"{file}: max_length: {spec.max_length} tokens are none of a model; {_WAY_OUT}")
 
 
 def _shown(outputs: Mapping[str, tuple[str, ...]]) -> str:

@@ -35,7 +35,7 @@ from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
 from nxm_export.errors import ArtifactError
 from nxm_export.storage.atomic import atomic_dir, disk_errors, make_directory
-from nxm_export.storage.json_files import Json, convert, parse_json, require_schema, to_builtins
+from nxm_export.storage.json_files import convert, parse_json, require_schema, to_json_object
 
 T = TypeVar("T")
 
@@ -51,9 +51,9 @@ class PackedSizes:
     payload_bytes: int
     formula_bytes: int
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
-        return dict(to_builtins(self))
+        return to_json_object(self)
 
 
 def pack(checkpoint: str | Path, out: str | Path) -> PackedSizes:
@@ -117,7 +117,7 @@ def unpack(file: str | Path, out: str | Path) -> Path:
     weights = {name.removeprefix("plain/"): tensor for name, tensor in tensors.items() if name.startswith("plain/")}
     for name, spec in _packed_specs(plan).items():
         shape = plan.shapes.get(name) or FAMILIES[plan.model_type].word_embedding_shape(
-            _header_entry(file, metadata, "file/config.json", dict[str, Json])
+            _header_entry(file, metadata, "file/config.json", dict[str, object])
         )
         weights[name] = _unpack_weight(tensors, name, spec, shape, scales.get(f"{name}_scale"), file)
     with atomic_dir(out) as scratch:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from nxm_export.contract.choices import STORAGES
 from nxm_export.errors import PlanError, some
-from nxm_export.storage.json_files import Json, decode, encode, read_text, to_builtins
+from nxm_export.storage.json_files import decode, encode, read_text, to_json_object
 
 SCHEMA = "nxm-plan/1"
 _WAY_OUT = "write it again with `nxm compress` or `nxm search`"
@@ -247,7 +247,7 @@ class CompressionPlan:
         """Bytes of the planned matrices inside an INT8 engine, with or without sparse storage."""
         return sum(spec.engine_bits(self.shapes[name], sparse=sparse) for name, spec in self.weights.items()) // 8
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """What ``nxm_plan.json`` holds."""
         # Readers that do not know a field yet refuse only the plans that use it: what is None or float is left out.
         newer = {name: getattr(self, name) for name in ("residual", "embedding") if getattr(self, name) != "float"}
@@ -255,7 +255,7 @@ class CompressionPlan:
         for name, spec in self.weights.items():
             pattern = str(spec.pattern) if spec.pattern else None
             entry = _WeightEntry(self.shapes[name], pattern, spec.weight_bits, spec.input_bits, spec.output_bits)
-            weights[name] = {key: value for key, value in to_builtins(entry).items() if value is not None}
+            weights[name] = {key: value for key, value in to_json_object(entry).items() if value is not None}
         named = {"model_type": self.model_type, "attention": self.attention}
         return {"schema": SCHEMA, **named, **newer, "weights": weights}
 

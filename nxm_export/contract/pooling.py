@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.json_files import Json, convert, encode, read_foreign_json
+from nxm_export.storage.json_files import convert, encode, read_foreign_json
 
 MODULES_FILE = "modules.json"
 POOLINGS = ("mean", "cls")
@@ -177,5 +177,5 @@ def _read(file: Path, kind: type[T]) -> T:
     return convert(read_foreign_json(file, way_out), kind, source=str(file), way_out=way_out, foreign=True)
 
 
-def _write(file: Path, data: Json) -> None:
+def _write(file: Path, data: object) -> None:
     file.write_text(encode(data), encoding="utf-8")

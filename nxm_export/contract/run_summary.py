@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nxm_export.errors import ArtifactError, EngineError, ParityError
-from nxm_export.storage.json_files import Json, encode, read_record, to_builtins
+from nxm_export.storage.json_files import encode, read_record, to_json_object
 from nxm_export.storage.run_dir import RunDir
 
 SCHEMA = "nxm-summary/1"
@@ -122,9 +122,9 @@ class RunSummary:
     embedding: str = "float"
     cosine_to_dense: Likeness | None = None  # of embedding models
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``summary.json`` and ``--json``."""
-        return {"schema": SCHEMA, **to_builtins(self)}
+        return {"schema": SCHEMA, **to_json_object(self)}
 
     def to_json(self) -> str:
         """The text of ``summary.json``."""

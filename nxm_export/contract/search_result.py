@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nxm_export.storage.json_files import Json, read_record, to_builtins
+from nxm_export.storage.json_files import read_record, to_json_object
 
 SEARCH_FILE = "search.json"
 SEARCH_SCHEMA = "nxm-search/1"
@@ -109,9 +109,9 @@ class SearchResult:
     pareto: tuple[ParetoPlan, ...] = ()
     tied: Mapping[str, PlanScore] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """What ``search.json`` holds."""
-        return {"schema": SEARCH_SCHEMA, **to_builtins(self)}
+        return {"schema": SEARCH_SCHEMA, **to_json_object(self)}
 
 
 def read_search_result(file: str | Path) -> SearchResult:

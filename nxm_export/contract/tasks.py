@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nxm_export.errors import ArtifactError, PlanError
-from nxm_export.storage.json_files import Json
 
 
 @dataclass(frozen=True)
@@ -127,29 +126,35 @@ TASKS: dict[str, Task] = {
 }
 
 
-def labels_of(config: Mapping[str, Json]) -> tuple[str, ...]:
+def labels_of(config: Mapping[str, object]) -> tuple[str, ...]:
     """Class names of the head that a ``config.json`` describes, by index.
 
-    transformers leaves ``id2label`` out for two classes without names of their own. Raises `ArtifactError` when the
-    field is no map from 0, 1, 2, ... to names.
+    transformers leaves ``id2label`` out for two classes without names of their own, and others for any number of them.
+    Raises `ArtifactError` when the field is no map from 0, 1, 2, ... to names (texts, or whole numbers), or the number
+    is none.
     """
     names = config.get("id2label")
     if names is None:
-        return ("LABEL_0", "LABEL_1")
+        count = config.get("num_labels")
+        if count is not None and (type(count) is not int or count < 1):
+            raise ArtifactError(f"config.json: num_labels must be a number of classes, got {count!r}")
+        return tuple(f"LABEL_{i}" for i in range(2 if count is None else count))
     if not isinstance(names, Mapping) or {str(key) for key in names} != {str(i) for i in range(len(names))}:
         raise ArtifactError(f"config.json: id2label must map 0, 1, 2, ... to class names, got {names!r}")
+    for key, name in names.items():
+        if not isinstance(name, str) and type(name) is not int:
+            raise ArtifactError(f"config.json: id2label: the name of class {key} must be a text, got {name!r}")
     by_index = {str(key): str(name) for key, name in names.items()}
     return tuple(by_index[str(i)] for i in range(len(by_index)))
 
 
-def task_of(config: Mapping[str, Json]) -> str | None:
+def task_of(config: Mapping[str, object]) -> str | None:
     """The task of the head in a ``config.json``, or None when it has no head of a supported kind.
 
     A cross-encoder of others has one score and does not say what for: it counts as regression, which ``reranking``
     serves, too.
     """
-    architectures = config.get("architectures")
-    architecture = str((architectures or [""])[0]) if isinstance(architectures, list) else ""
+    architecture = _architecture(config)
     matching = [
         task
         for task in TASKS.values()
@@ -161,6 +166,18 @@ def task_of(config: Mapping[str, Json]) -> str | None:
             return "reranking" if several else "regression"
         return "multi-label" if several else "classification"
     return matching[0].name if matching else None
+
+
+def _architecture(config: Mapping[str, object]) -> str:
+    """The class that a ``config.json`` names, empty where it names none; `ArtifactError` when it is no text."""
+    names = config.get("architectures")
+    if names is None or names == []:
+        return ""
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise ArtifactError(
+            f"config.json: architectures must be a list of class names, got {names!r}; is the file complete?"
+        )
+    return names[0]
 
 
 def task_named(name: str) -> Task:

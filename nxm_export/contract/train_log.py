@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nxm_export.storage.json_files import encode_line, nonfinite_as_none, read_lines, to_builtins
+from nxm_export.storage.json_files import encode_line, nonfinite_as_none, read_lines, to_json_object
 
 TRAIN_LOG_FILE = "train_log.jsonl"
 
@@ -31,7 +31,7 @@ class TrainLogLine:
     def to_text(self) -> str:
         """The line of the file, with its end."""
         fields = nonfinite_as_none(vars(self))
-        return encode_line({key: value for key, value in to_builtins(fields).items() if value is not None})
+        return encode_line({key: value for key, value in to_json_object(fields).items() if value is not None})
 
 
 def read_train_log(file: Path) -> tuple[TrainLogLine, ...]:

@@ -3,11 +3,14 @@ it."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from nxm_export.contract.matrix_facts import ProductCounts, UnreadProduct
+from nxm_export.contract.plan import NMPattern
 from nxm_export.errors import ArtifactError, ExportError
-from nxm_export.storage.json_files import Json, convert, read_json, require_schema, to_builtins
+from nxm_export.storage.json_files import convert, read_json, require_schema, to_json_object
 
 SCHEMA = "nxm-verify/1"
 VERIFY_FILE = "verify.json"
@@ -16,7 +19,7 @@ VERIFY_FILE = "verify.json"
 @dataclass(frozen=True)
 class WeightReport:
     """One weight matrix. `pattern` is the tightest well-known N:M that the stored values follow along K, `zeros` the
-    share of weights that are zero."""
+    share of weights that are zero. `nodes` are the products that read it alike."""
 
     name: str
     op: str
@@ -28,12 +31,18 @@ class WeightReport:
     pattern: str | None
     planned: str | None
     problems: tuple[str, ...]
+    nodes: tuple[str, ...] = ()
+
+    @property
+    def is_sparse(self) -> bool:
+        """True when it is 2:4 along K, or tighter."""
+        return self.pattern is not None and NMPattern.parse(self.pattern).implies_2_4
 
 
 @dataclass(frozen=True)
 class VerifyReport:
     """All weights and the problems of the graph as a whole. `embedding` is the size (tokens, features) of a
-    word-embedding table that is stored in INT8."""
+    word-embedding table that is stored in INT8. `unread` are the products whose weight was not read."""
 
     file: str
     weights: tuple[WeightReport, ...]
@@ -41,6 +50,7 @@ class VerifyReport:
     quantize_nodes: int = 0
     dequantize_nodes: int = 0
     embedding: tuple[int, int] | None = None
+    unread: tuple[UnreadProduct, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -50,8 +60,24 @@ class VerifyReport:
     @property
     def all_problems(self) -> list[str]:
         """The problems of every weight, with its name, then those of the whole graph."""
-        of_weights = [f"{weight.name}: {problem}" for weight in self.weights for problem in weight.problems]
-        return [*of_weights, *self.problems]
+        labelled = zip(self.labels, self.weights, strict=True)
+        return [*(f"{label}: {problem}" for label, weight in labelled for problem in weight.problems), *self.problems]
+
+    @property
+    def labels(self) -> list[str]:
+        """Every weight's name, with the products that read it where the name alone could mean another one."""
+        count = Counter(weight.name for weight in self.weights)
+        return [
+            f"{weight.name} ({', '.join(weight.nodes)})" if count[weight.name] > 1 and weight.nodes else weight.name
+            for weight in self.weights
+        ]
+
+    @property
+    def products(self) -> ProductCounts:
+        """How many products there are, were read, and are sparse."""
+        read = sum(max(len(weight.nodes), 1) for weight in self.weights)
+        sparse = sum(max(len(weight.nodes), 1) for weight in self.weights if weight.is_sparse)
+        return ProductCounts(read + len(self.unread), read, sparse)
 
     def require(self) -> None:
         """Raise `ExportError` naming the first problem, unless `passed`."""
@@ -60,21 +86,20 @@ class VerifyReport:
             more = f" (and {len(others)} more problems)" if others else ""
             raise ExportError(f"{self.file}: {first}{more}")
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``verify.json`` and ``--json``."""
-        return {"schema": SCHEMA, "passed": self.passed, **to_builtins(self)}
+        products = to_json_object(self.products)
+        return {"schema": SCHEMA, "passed": self.passed, "products": products, **to_json_object(self)}
 
 
 def read_verify_report(file: Path) -> VerifyReport:
     """Read a ``verify.json``; raises `ArtifactError`, also when it says ``passed`` and lists problems, or the
     reverse."""
     way_out = "export again"
-    data = read_json(file, way_out)
-    require_schema(data, SCHEMA, str(file), ArtifactError)
-    fields = {key: value for key, value in data.items() if key not in ("schema", "passed")}
+    fields = require_schema(read_json(file, way_out), SCHEMA, str(file), ArtifactError)
+    passed = fields.pop("passed", None)
+    fields.pop("products", None)  # counts of what the report lists
     report = convert(fields, VerifyReport, source=str(file), way_out=way_out)
-    if data.get("passed") is not report.passed:
-        raise ArtifactError(
-            f"{file}: passed is {data.get('passed')}, and it lists {len(report.all_problems)} problems; {way_out}"
-        )
+    if passed is not report.passed:
+        raise ArtifactError(f"{file}: passed is {passed}, and it lists {len(report.all_problems)} problems; {way_out}")
     return report

@@ -6,18 +6,27 @@ label counts without the spaces around it, and a whole number is the same class 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, TypedDict, cast
 
 import numpy as np
 
-from nxm_export.data.readers import FORMATS, read_rows
-from nxm_export.errors import ArtifactError, DataError
+from nxm_export.contract.io_spec import TOKENIZER_FILE
+from nxm_export.data.readers import FORMATS, TOKEN_FORMATS, format_of, read_rows
+from nxm_export.data.token_labels import NO_LABEL, erased_tokens, joined, piece_labels
+from nxm_export.data.tokenizer_settings import direction_of, read_tokenizer_settings, settle
+from nxm_export.errors import ArtifactError, DataError, NxmError, notice
+from nxm_export.storage.json_files import read_text
+
+if TYPE_CHECKING:
+    import tokenizers
 
 DataRow = Mapping[str, object]  # of a data file: cells by column
 Cell = Callable[[DataRow, str, str], "RawLabel"]  # row, column and place to what the cell holds
@@ -25,8 +34,27 @@ Cell = Callable[[DataRow, str, str], "RawLabel"]  # row, column and place to wha
 RawLabel = str | tuple[str, ...] | tuple[tuple[str, int], ...] | None
 # A label as a number: class, score, a row of 0 and 1 or of shares, tags by token; answers stay as they are.
 Label = int | float | list[int] | list[float] | tuple[tuple[str, int], ...]
-Features = Mapping[str, Any]  # of one sample: token lists by input name, and of `ANNOTATIONS` what there is
-ANNOTATIONS = ("labels", "group", "span")  # its label, the number of the group it is scored with, its answer's place
+
+
+class _TokenIds(TypedDict):
+    input_ids: list[int]
+
+
+class Features(_TokenIds, total=False):
+    """One sample: the tokens that a model reads, and what else is known of it.
+
+    `labels` is its label (a text for answers, see `nxm_export.data.question_answering`), `group` the number of the
+    group that it is scored with, `span` its answer's first and last token, `pad_to` the length of its whole batch, of
+    which this process may have a part.
+    """
+
+    attention_mask: list[int]
+    token_type_ids: list[int]
+    labels: Label | str
+    group: int
+    span: list[int]
+    pad_to: int
+
 
 # The usual columns of text and second text, in order of preference: GLUE's own, then what else is common.
 TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (
@@ -45,24 +73,26 @@ TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (
 )
 LABEL_COLUMNS = ("label", "labels", "score", "relevance")
 TOKEN_COLUMNS, TAG_COLUMNS = ("tokens", "words"), ("tags", "ner_tags", "labels")
+_MANY_CLASSES = 100  # more of them are believed where each has two samples, and none is a fraction
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
-NO_LABEL = -100  # of a token that is not scored: the value that PyTorch's cross entropy ignores
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold the text, the second text and the label; None means the usual names."""
+    """Which columns hold the text, the second text and the label; None means the usual names. `label_map` says which
+    class a label of the file stands for, where it is not the class's own name."""
 
     text: str | None = None
     pair: str | None = None
     label: str | None = None
+    label_map: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Examples:
     """Texts (with a second text each, for pair tasks) and labels: class indices, floats for regression, a row of 0 and
-    1 for several classes. With `per_token` a label is the list of class indices of the text's tokens, which one space
-    separates.
+    1 for several classes. With `tokens`, those that each text is joined of (`token_labels.joined`), a label is the list
+    of their class indices.
 
     `groups` are numbers of what is scored together, such as the candidates of one query; None where every example is
     scored by itself. No part of the examples ever splits a group. `encoder` makes samples of them in a way of its own,
@@ -73,7 +103,7 @@ class Examples:
     pairs: list[str] | None
     labels: Sequence[Label]
     source: str
-    per_token: bool = False
+    tokens: Sequence[Sequence[str]] | None = None
     groups: list[int] | None = None
     encoder: Callable[[Tokenizer, Examples, int, Sequence[str]], list[Features]] | None = None
 
@@ -95,6 +125,7 @@ class Examples:
             texts=[self.texts[i] for i in indices],
             pairs=pairs,
             labels=[self.labels[i] for i in indices],
+            tokens=None if self.tokens is None else [self.tokens[i] for i in indices],
             groups=None if self.groups is None else [self.groups[i] for i in indices],
         )
 
@@ -124,13 +155,28 @@ class Examples:
 
 @dataclass(frozen=True)
 class RawExamples:
-    """Examples whose labels are still the text of the file, or tuples of such; None where the file has no labels."""
+    """Examples whose labels are still the text of the file, or tuples of such; None where the file has no labels.
+    `tokens` are those that texts are joined of, where labels belong to tokens; `width` is how many classes labels say
+    yes or no to, where the file has them as rows of 0 and 1."""
 
     texts: list[str]
     pairs: list[str] | None
     labels: Sequence[RawLabel]
     places: list[str]
     source: str
+    tokens: list[tuple[str, ...]] | None = None
+    width: int | None = None
+
+    def kept(self, keep: Sequence[bool]) -> RawExamples:
+        """The examples that are to be kept."""
+        return replace(
+            self,
+            texts=[text for text, kept in zip(self.texts, keep, strict=True) if kept],
+            pairs=None if self.pairs is None else [text for text, kept in zip(self.pairs, keep, strict=True) if kept],
+            labels=[label for label, kept in zip(self.labels, keep, strict=True) if kept],
+            places=[place for place, kept in zip(self.places, keep, strict=True) if kept],
+            tokens=None if self.tokens is None else [row for row, kept in zip(self.tokens, keep, strict=True) if kept],
+        )
 
 
 def load_raw(
@@ -138,18 +184,16 @@ def load_raw(
     split: str,
     columns: Columns = Columns(),
     *,
-    text: Callable[[DataRow, str, str], str] | None = None,
     label: Cell | None = None,
-    per_token: bool = False,
+    tokens: Callable[[DataRow, str, str], tuple[str, ...]] | None = None,
     unlabelled: bool = False,
 ) -> RawExamples:
     """Read a data file, or the `split` (train or dev) of a GLUE task name; raises `DataError`.
 
-    `text` and `label` read a cell (row, column, place), by default as text; with `per_token` the usual columns are
-    those of texts that are split into tokens, and with `unlabelled` a file need not have labels. See
+    `label` reads a cell (row, column, place), by default as text; where `tokens` reads the text's, the usual columns
+    are those of texts that are split into tokens, and with `unlabelled` a file need not have labels. See
     `nxm_export.data.label_kinds.load_labelled` for the data of a task.
     """
-    read_text, read_label = text or text_of, label or label_text
     path = Path(source)
     if not path.is_file() and source.lower() in GLUE_TASKS:
         path = _glue_file(source.lower(), split)
@@ -161,20 +205,36 @@ def load_raw(
     rows = list(read_rows(path))
     if not rows:
         raise DataError(f"{path}: no examples in it; the file is empty or has only a header")
-    names = list(rows[0][1])
-    if per_token:
-        first, second = _only_column(columns.text, TOKEN_COLUMNS, names, path, "token", "--text"), None
-        third: str | None = _only_column(columns.label, TAG_COLUMNS, names, path, "tag", "--label")
-    else:
-        first, second = text_columns(columns, names, path)
-        third = None
-        if not unlabelled or columns.label or set(LABEL_COLUMNS) & set(names):
-            third = _only_column(columns.label, LABEL_COLUMNS, names, path, "label", "--label")
-    texts = [read_text(row, first, place) for place, row in rows]
-    pairs = [read_text(row, second, place) for place, row in rows] if second else None
-    labels = [read_label(row, third, place) if third else None for place, row in rows]
+    names, places, read_label = column_names(rows), [place for place, _ in rows], label or label_text
+    if tokens is not None:
+        first = _only_column(columns.text, TOKEN_COLUMNS, names, path, "token", "--text")
+        third = _only_column(columns.label, TAG_COLUMNS, names, path, "tag", "--label")
+        split_texts = [tokens(row, first, place) for place, row in rows]
+        tags = [read_label(row, third, place) for place, row in rows]
+        return RawExamples([joined(text) for text in split_texts], None, tags, places, str(path), split_texts)
+    require_table(path)
+    first, second = text_columns(columns, names, path)
+    labelled = not unlabelled or columns.label or set(LABEL_COLUMNS) & set(names)
+    third_ = _only_column(columns.label, LABEL_COLUMNS, names, path, "label", "--label") if labelled else None
+    texts = [text_of(row, first, place) for place, row in rows]
+    pairs = [second_text_of(row, second, place) for place, row in rows] if second else None
+    labels = [read_label(row, third_, place) if third_ else None for place, row in rows]
     # GLUE's single-sentence files as some mirrors write them have an empty second column.
-    return RawExamples(texts, pairs if pairs and any(pairs) else None, labels, [place for place, _ in rows], str(path))
+    return RawExamples(texts, pairs if pairs and any(pairs) else None, labels, places, str(path))
+
+
+def column_names(rows: Sequence[tuple[str, DataRow]]) -> list[str]:
+    """The columns of all rows: those of JSON need not have the same."""
+    return list(dict.fromkeys(name for _, row in rows for name in row))
+
+
+def require_table(path: Path) -> None:
+    """Raise `DataError` for a file of tokens and tags, where whole texts are wanted."""
+    if format_of(path) in TOKEN_FORMATS:
+        raise DataError(
+            f"{path}: {format_of(path)} is a token and its tag a line, for --task token-classification; name a table "
+            "of texts .tsv or .csv"
+        )
 
 
 def class_names(train: RawExamples) -> list[str]:
@@ -186,7 +246,8 @@ def class_names(train: RawExamples) -> list[str]:
             f"{train.source}: only one class, {names[0]!r}; a classifier needs at least two. Is --label the right "
             "column?"
         )
-    if len(names) > max(100, len(train.labels) // 4):
+    fractions = all(_is_number(name) for name in names) and not all(_is_integer(name) for name in names)
+    if len(names) > _MANY_CLASSES and (fractions or len(train.labels) < 2 * len(names)):
         raise DataError(
             f"{train.source}: {len(names)} different labels in {len(train.labels)} rows; is this a regression (--task "
             "regression)?"
@@ -194,18 +255,29 @@ def class_names(train: RawExamples) -> list[str]:
     return names
 
 
-def with_classes(raw: RawExamples, classes: Sequence[str]) -> Examples:
-    """Turn label texts into class indices; a label outside `classes` is a `DataError` with its line."""
-    index = {name: i for i, name in enumerate(classes)}
+def index_of(names: Sequence[str]) -> dict[str, int]:
+    """Class indices by name; labels have no space around them, and names of a model may."""
+    own = {name: i for i, name in enumerate(names)}
+    stripped = {name.strip(): i for i, name in enumerate(names)}
+    return stripped | own if len(stripped) == len(own) else own
+
+
+def with_classes(raw: RawExamples, index: Mapping[str, int]) -> Examples:
+    """Turn label texts into class indices; a label outside of `index` is a `DataError` with its line."""
     labels = []
     for label, place in zip(map(_one_text, raw.labels), raw.places, strict=True):
         if label not in index:
-            raise DataError(
-                f"{place}: label {label!r} is none of the model's classes {list(classes)[:10]}; fix the row, or "
-                "retrain with these labels"
-            )
+            raise unknown_label(label, place, index)
         labels.append(index[label])
     return Examples(raw.texts, raw.pairs, labels, raw.source)
+
+
+def unknown_label(label: str, place: str, index: Mapping[str, int]) -> DataError:
+    """The error for a label that is no class of the model."""
+    return DataError(
+        f"{place}: label {label!r} is none of the model's classes {list(index)[:10]}; fix the row, say which class it "
+        "stands for with --label-map, or retrain with these labels"
+    )
 
 
 def with_scores(raw: RawExamples) -> Examples:
@@ -235,8 +307,8 @@ def _one_text(label: RawLabel) -> str:
     return label
 
 
-class Encoding(Protocol):
-    """What `tokenizers` makes of one text, or of a pair of texts: lists with an entry for every token."""
+class TokenLists(Protocol):
+    """The tokens of one text, or of a pair of texts: lists with an entry for every token."""
 
     @property
     def ids(self) -> list[int]:
@@ -249,6 +321,10 @@ class Encoding(Protocol):
     @property
     def type_ids(self) -> list[int]:
         """0 for tokens of the first text, 1 for those of the second."""
+
+
+class Encoding(TokenLists, Protocol):
+    """What `tokenizers` makes of one text, or of a pair of texts."""
 
     @property
     def offsets(self) -> list[tuple[int, int]]:
@@ -279,10 +355,16 @@ class Tokenizer(Protocol):
     def no_truncation(self) -> None:
         """Keep every token."""
 
-    def enable_truncation(self, max_length: int, *, stride: int = 0, strategy: str = "longest_first") -> None:
+    @property
+    def truncation(self) -> Mapping[str, object] | None:
+        """How it cuts, ``direction`` (left or right) among it, or None where it does not."""
+
+    def enable_truncation(
+        self, max_length: int, *, stride: int = 0, strategy: str = "longest_first", direction: str = "right"
+    ) -> None:
         """Cut encodings at `max_length` tokens; what overflows shares `stride` tokens with what went before."""
 
-    def encode(self, sequence: str, pair: str | None = None) -> Encoding:
+    def encode(self, sequence: str, pair: str | None = None, *, add_special_tokens: bool = True) -> Encoding:
         """The encoding of a text, or of a pair of texts."""
 
     def encode_batch(
@@ -292,16 +374,58 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The `tokenizers.Tokenizer` of a checkpoint, graph or engine directory; raises `ArtifactError`."""
-    file = directory / "tokenizer.json"
+    """The `tokenizers.Tokenizer` of a checkpoint, graph or engine directory, with the model's own settings in it;
+    raises `ArtifactError`."""
+    file = directory / TOKENIZER_FILE
     if not file.is_file():
         raise ArtifactError(f"{file} is missing; copy it from the model, or save its fast tokenizer there")
+    tokenizer = parse_tokenizer(read_text(file, "copy it from the model"), file)
+    settle(cast("tokenizers.Tokenizer", tokenizer), read_tokenizer_settings(directory))
+    return tokenizer
+
+
+def parse_tokenizer(text: str, file: Path) -> Tokenizer:
+    """The `tokenizers.Tokenizer` that `text`, read from `file`, holds; raises `ArtifactError`."""
     import tokenizers
 
+    with tokenizer_failures(f"{file}: not a readable tokenizer"):
+        made = cast("Tokenizer", tokenizers.Tokenizer.from_str(text))
+    with tokenizer_failures(f"{file}: not a usable tokenizer"), contextlib.suppress(Exception):
+        made.encode_batch(["a", ("a", "a")])  # a panic is no Exception; a vocabulary without "a" gives one
+    return made
+
+
+@contextlib.contextmanager
+def tokenizer_failures(what: str) -> Iterator[None]:
+    """Turn what the tokenizers library fails with into an `ArtifactError` that begins with `what`.
+
+    It raises plain Exception, and what its Rust code panics with is not even one.
+    """
     try:
-        return cast("Tokenizer", tokenizers.Tokenizer.from_file(str(file)))
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise ArtifactError(f"{file}: not a readable tokenizer ({error})") from error
+        yield
+    except NxmError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ArtifactError(f"{what} ({' '.join(str(error).split())})") from error
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy ``tokenizer.json`` to where ``tokenizer_config.json`` is not: with what that says in it; raises
+    `ArtifactError`."""
+
+    settings = read_tokenizer_settings(source)
+    if settings.cuts_left or not settings.types:
+        cast("tokenizers.Tokenizer", load_tokenizer(source)).save(str(target / TOKENIZER_FILE))
+    else:
+        shutil.copyfile(source / TOKENIZER_FILE, target / TOKENIZER_FILE)
+
+
+def cut_at(tokenizer: Tokenizer, length: int) -> None:
+    """Make encodings as long as their texts, and at most `length` tokens, cut at the tokenizer's own side."""
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(length, direction=direction_of(tokenizer))
 
 
 def encode(tokenizer: Tokenizer, examples: Examples, max_length: int, inputs: Sequence[str]) -> list[Features]:
@@ -318,43 +442,38 @@ def encode(tokenizer: Tokenizer, examples: Examples, max_length: int, inputs: Se
         raise DataError(
             f"max length {max_length} leaves no room for text beside {special} special tokens; raise --max-length"
         )
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length)
-    names = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-    encodings = tokenizer.encode_batch(
-        examples.texts if examples.pairs is None else list(zip(examples.texts, examples.pairs, strict=True))
-    )
+    cut_at(tokenizer, max_length)
+    encodings = tokenizer.encode_batch(list(as_read(examples.texts, examples.pairs)))
+    labels = examples.labels if examples.tokens is None else _token_labels(examples, examples.tokens, encodings)
     made: list[Features] = [
-        {
-            **{name: getattr(encoding, names[name]) for name in inputs},
-            "labels": _first_pieces(encoding.offsets, text, cast("list[int]", label)) if examples.per_token else label,
-        }
-        for encoding, text, label in zip(encodings, examples.texts, examples.labels, strict=True)
+        {**tokens_of(encoding, inputs), "labels": label} for encoding, label in zip(encodings, labels, strict=True)
     ]
     if examples.groups is None:
         return made
     return [{**sample, "group": group} for sample, group in zip(made, examples.groups, strict=True)]
 
 
-def _first_pieces(offsets: Sequence[tuple[int, int]], text: str, tags: Sequence[int]) -> list[int]:
-    """A label for every piece that the tokenizer made: the tag where a token of the text begins, `NO_LABEL` elsewhere.
+def as_read(texts: Sequence[str], pairs: Sequence[str] | None) -> Iterator[str | tuple[str, str]]:
+    """What a model reads of each sample: a text, or a pair of texts; a second text that is empty is none."""
+    for text, pair in zip(texts, pairs or [""] * len(texts), strict=True):
+        yield (text, pair) if pair else text
 
-    `offsets` are the pieces' character ranges in `text`, (0, 0) for special tokens. Some tokenizers count the space
-    before a token to it, so the first character that is no space decides.
-    """
-    token_at, token = [], 0
-    for character in text:
-        token += character == " "
-        token_at.append(token)
-    labels, latest = [], -1
-    for start, end in offsets:
-        while start < end and text[start] == " ":
-            start += 1
-        begins = start < end and token_at[start] != latest
-        if begins:
-            latest = token_at[start]
-        labels.append(tags[latest] if begins else NO_LABEL)
-    return labels
+
+def _token_labels(
+    examples: Examples, tokens: Sequence[Sequence[str]], encodings: Sequence[Encoding]
+) -> list[list[int]]:
+    """The labels of all pieces; says how many tokens have no piece."""
+    made = [
+        piece_labels(encoding, row, cast("list[int]", label))
+        for encoding, row, label in zip(encodings, tokens, examples.labels, strict=True)
+    ]
+    erased = sum(erased_tokens(labels) for labels in made)
+    if erased:
+        notice(
+            f"{examples.source}: the tokenizer leaves nothing of {erased} of {sum(map(len, tokens))} tokens, such as "
+            "zero-width ones; they are scored as if the model said O"
+        )
+    return made
 
 
 def members(groups: Iterable[int] | None, samples: int) -> list[list[int]]:
@@ -382,17 +501,43 @@ def split_indices(features: Sequence[Features], count: int, seed: int) -> tuple[
     return picked, [i for unit in order for i in units[unit]]
 
 
+def tokens_of(encoding: TokenLists, inputs: Sequence[str]) -> Features:
+    """A sample of the `inputs` of an encoding, without a label."""
+    named = {
+        "input_ids": encoding.ids,
+        "attention_mask": encoding.attention_mask,
+        "token_type_ids": encoding.type_ids,
+    }
+    return sample_of({name: named[name] for name in inputs})
+
+
+def sample_of(inputs: Mapping[str, list[int]]) -> Features:
+    """A sample of what a model reads, by the names of its inputs, without a label."""
+    sample: Features = {"input_ids": inputs["input_ids"]}
+    if "attention_mask" in inputs:
+        sample["attention_mask"] = inputs["attention_mask"]
+    if "token_type_ids" in inputs:
+        sample["token_type_ids"] = inputs["token_type_ids"]
+    return sample
+
+
 def inputs_of(sample: Features) -> dict[str, list[int]]:
-    """What a model reads of a sample."""
-    return {name: value for name, value in sample.items() if name not in ANNOTATIONS}
+    """What a model reads of a sample, by the names of its inputs."""
+    inputs = {"input_ids": sample["input_ids"]}
+    if "attention_mask" in sample:
+        inputs["attention_mask"] = sample["attention_mask"]
+    if "token_type_ids" in sample:
+        inputs["token_type_ids"] = sample["token_type_ids"]
+    return inputs
 
 
 def label_array(features: Sequence[Features]) -> np.ndarray:
     """The labels of samples in one array (samples, ...); those of tokens are filled up with `NO_LABEL`, and texts are
     bytes filled up with 0."""
-    if isinstance(features[0]["labels"], str):
-        return filled([np.frombuffer(sample["labels"].encode(), np.uint8) for sample in features], 0)
-    return filled([np.asarray(sample["labels"]) for sample in features], NO_LABEL)
+    labels = [sample["labels"] for sample in features]
+    if isinstance(labels[0], str):
+        return filled([np.frombuffer(str(text).encode(), np.uint8) for text in labels], 0)
+    return filled([np.asarray(label) for label in labels], NO_LABEL)
 
 
 def filled(arrays: Sequence[np.ndarray], fill: float) -> np.ndarray:
@@ -408,11 +553,12 @@ def filled(arrays: Sequence[np.ndarray], fill: float) -> np.ndarray:
 def pad(samples: Sequence[Features], pad_id: int, length: int | None = None) -> dict[str, np.ndarray]:
     """One batch: every input as int64 (batch, sequence), padded on the right to the longest sample or to `length`."""
     longest = length or max(len(sample["input_ids"]) for sample in samples)
+    inputs = [inputs_of(sample) for sample in samples]
     batch = {}
-    for name in inputs_of(samples[0]):
+    for name in inputs[0]:
         array = np.full((len(samples), longest), pad_id if name == "input_ids" else 0, np.int64)
-        for row, sample in zip(array, samples, strict=True):
-            row[: len(sample[name])] = sample[name]
+        for row, values in zip(array, inputs, strict=True):
+            row[: len(values[name])] = values[name]
         batch[name] = array
     return batch
 
@@ -470,6 +616,11 @@ def text_of(row: DataRow, column: str, place: str) -> str:
     return value
 
 
+def second_text_of(row: DataRow, column: str, place: str) -> str:
+    """A cell that holds a second text, which a row need not have."""
+    return "" if row.get(column) is None else text_of(row, column, place)
+
+
 def label_text(row: DataRow, column: str, place: str) -> str:
     """The label as text; whole numbers without the point that some tools write."""
     value = value_of(row, column, place)
@@ -490,6 +641,14 @@ def value_of(row: DataRow, column: str, place: str) -> object:
     if row.get(column) is None:
         raise DataError(f"{place}: column {column!r} is missing in this row; every row needs it")
     return row[column]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_integer(text: str) -> bool:
@@ -518,4 +677,4 @@ def _glue_columns(task: str, columns: Columns) -> Columns:
         "mnli": ("premise", "hypothesis"),
         "qnli": ("question", "sentence"),
     }.get(task, ("sentence1", "sentence2"))
-    return Columns(columns.text or text, columns.pair or pair, columns.label or "label")
+    return replace(columns, text=columns.text or text, pair=columns.pair or pair, label=columns.label or "label")

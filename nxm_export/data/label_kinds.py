@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 from nxm_export.contract.tasks import Task
@@ -22,36 +22,53 @@ from nxm_export.data.examples import (
     Examples,
     RawExamples,
     RawLabel,
+    as_read,
     class_names,
+    index_of,
     label_text,
     load_raw,
     scores_of,
     text_of,
+    unknown_label,
     value_of,
     with_classes,
     with_scores,
 )
 from nxm_export.data.question_answering import Answer, answers_of, load_questions, windows
-from nxm_export.errors import DataError
+from nxm_export.data.readers import TAG
+from nxm_export.data.token_labels import NO_LABEL, OUTSIDE
+from nxm_export.errors import DataError, notice, some
 
 SPAN_ENDS = ("start", "end")  # what the two outputs of a head for answers stand for
-OUTSIDE = "O"  # the tag of a token that belongs to no entity
-_TAG = re.compile(r"O|[BIES]-\S+")
+NO_CLASS = ("-1", str(NO_LABEL))  # what stands for a missing label, in GLUE's test data and in tensors
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a head by index (`names`), and which of them a label of the data means (`index`).
+
+    `numbered`: the data has numbers, which are taken for indices of the head; nothing but the score tells whether the
+    data count the classes in that order.
+    """
+
+    names: tuple[str, ...]
+    index: Mapping[str, int]
+    numbered: bool = False
 
 
 @dataclass(frozen=True)
 class LabelKind:
     """How one kind of label is read (`cell`: row, column, place), named and turned into numbers.
 
-    `names` gives the class names of a training file, `apply` the examples for given names. `per_token` labels have one
-    tag for every token of a pre-split text, which stands in the column that is otherwise the text. `pairs` need a
-    second text; where the model reads the two `separate`, each is an example of its own, and training data needs
-    neither pair nor label. `load` reads a file in which labels are more than a cell each.
+    `names` gives the class names of a training file, `apply` the examples for the index of every name. `per_token`
+    labels have one tag for every token of a pre-split text, which stands in the column that is otherwise the text.
+    `pairs` need a second text; where the model reads the two `separate`, each is an example of its own, and training
+    data needs neither pair nor label. `load` reads a file in which labels are more than a cell each.
     """
 
     cell: Cell
     names: Callable[[RawExamples], list[str]] | None
-    apply: Callable[[RawExamples, Sequence[str]], Examples]
+    apply: Callable[[RawExamples, Mapping[str, int]], Examples]
     per_token: bool = False
     pairs: bool = False
     separate: bool = False
@@ -59,43 +76,109 @@ class LabelKind:
 
 
 def load_labelled(source: str, split: str, columns: Columns, task: Task) -> RawExamples:
-    """Read a data file (or a GLUE task) whose labels are of this task's kind; raises `DataError` with file and line."""
+    """Read a data file (or a GLUE task) whose labels are of this task's kind; raises `DataError` with file and line.
+
+    Labels that the map of `columns` names are what it says. Rows without a label (-1) and without tokens are left out.
+    """
     kind = LABELS[task.label]
+    if columns.label_map and (kind.names is None or kind.load is not None):
+        raise DataError(f"{source}: task {task.name} has no classes that labels could stand for; drop --label-map")
     if kind.load is not None:
         return kind.load(source, columns)
     if kind.pairs:
         plain = kind.separate and split == "train"
         return _require_pairs(load_raw(source, split, columns, label=kind.cell, unlabelled=plain), task, plain)
     if not kind.per_token:
-        return load_raw(source, split, columns, label=kind.cell)
+        raw = load_raw(source, split, columns, label=kind.cell)
+        if kind.names is None:
+            return raw
+        return _without_unlabelled(_mapped(_without_hot_rows(raw), columns.label_map))
     if columns.pair is not None:
         raise DataError(f"{source}: task {task.name} takes one text; drop --text-pair")
-    return _require_aligned(load_raw(source, split, columns, text=_tokens, label=kind.cell, per_token=True))
+    return _mapped(_aligned(load_raw(source, split, columns, label=kind.cell, tokens=_tokens)), columns.label_map)
 
 
-def names_for(raw: RawExamples, task: Task, head: Sequence[str] | None) -> list[str] | None:
-    """Class names for the examples: the head's, or its indices where the data labels by number; without a head, those
-    of the data. None for tasks without classes."""
+def classes_of(raw: RawExamples, task: Task, head: Sequence[str] | None) -> Classes | None:
+    """The classes of the examples: the head's, by name or else by number; without a head, those of the data. None for
+    tasks without classes. Labels that fit neither are left to `labelled`, which names their line."""
     kind = LABELS[task.label]
     if kind.names is None:
         return None
     if head is None:
-        return kind.names(raw)
-    numbers, used = [str(i) for i in range(len(head))], _used(raw)
-    return numbers if used <= set(numbers) and not used <= set(head) else list(head)
+        names = tuple(kind.names(raw))
+        return Classes(names, index_of(names))
+    by_name = index_of(head)
+    used = _used(raw) - ({*NO_CLASS} if kind.per_token else set())
+    if kind.per_token:
+        by_name = {**{tag: by_name[form] for tag in used for form in _forms(tag)[::-1] if form in by_name}, **by_name}
+    by_number = {str(i): i for i in range(len(head))}
+    numbered = bool(used) and used <= set(by_number) and not used <= set(by_name)
+    if numbered:
+        shown = ", ".join(f"{i} is {name!r}" for i, name in enumerate(head[:10])) + ", ..." * (len(head) > 10)
+        notice(f"{raw.source}: labels are numbers, taken for those of the model's classes: {shown}")
+    return Classes(tuple(head), by_number if numbered else by_name, numbered)
 
 
-def labelled(raw: RawExamples, task: Task, names: Sequence[str] | None) -> Examples:
+def labelled(raw: RawExamples, task: Task, classes: Classes | None) -> Examples:
     """The examples with their labels as numbers; raises `DataError` with the line of one that does not fit."""
-    return LABELS[task.label].apply(raw, names or ())
+    return LABELS[task.label].apply(raw, {} if classes is None else classes.index)
+
+
+def _forms(tag: str) -> tuple[str, ...]:
+    """A tag, the same in BIOES and BILOU, and the one of BIO that marks the same entity, in order of preference."""
+    mark, separator, name = tag.partition("-")
+    others = {"L": "EI", "E": "LI", "U": "SB", "S": "UB"}.get(mark, "")
+    return (tag, *(f"{other}{separator}{name}" for other in others))
+
+
+def _mapped(raw: RawExamples, label_map: Mapping[str, str]) -> RawExamples:
+    """The examples with every label replaced by what the map says it stands for."""
+    if not label_map:
+        return raw
+    used = _used(raw)
+    if not used & set(label_map) and not used <= set(label_map.values()):
+        raise DataError(f"{raw.source}: no label is {min(label_map)!r}, as --label-map says; it has {some(used)}")
+
+    def meant(label: RawLabel) -> RawLabel:
+        if isinstance(label, str):
+            return label_map.get(label, label)
+        return tuple(label_map.get(name, name) for name in _texts(label))
+
+    return replace(raw, labels=[meant(label) for label in raw.labels])
+
+
+def _without_unlabelled(raw: RawExamples) -> RawExamples:
+    """The examples that have a label: -1 stands for none."""
+    keep = [not set(_texts(label)) & set(NO_CLASS) for label in raw.labels]
+    if all(keep):
+        return raw
+    advice = "if -1 is a class, name it with --label-map=-1=NAME"
+    if len({label for label, kept in zip(raw.labels, keep, strict=True) if kept}) < 2:
+        raise DataError(
+            f"{raw.source}: {keep.count(False)} of {len(keep)} labels are -1, which stands for no label, and the "
+            f"others are no two classes; {advice}"
+        )
+    notice(f"{raw.source}: {keep.count(False)} of {len(keep)} rows are left out: -1 stands for no label; {advice}")
+    return raw.kept(keep)
+
+
+def _without_hot_rows(raw: RawExamples) -> RawExamples:
+    """Labels as names where the file has a row of 0 and 1 for every example, an entry for each class."""
+    rows = [label for label in raw.labels if not isinstance(label, str)]
+    widths = {len(_texts(row)) for row in rows}
+    if len(rows) < len(raw.labels) or len(widths) != 1 or min(widths) < 2:
+        return raw
+    if not {name for row in rows for name in _texts(row)} <= {"0", "1"}:
+        return raw
+    labels = [tuple(str(i) for i, hot in enumerate(_texts(row)) if hot == "1") for row in rows]
+    return replace(raw, labels=labels, width=min(widths))
 
 
 def read_by_model(raw: RawExamples, task: Task) -> list[str | tuple[str, str]]:
     """What the model reads, sample by sample: a text, or a pair of texts at once."""
-    if raw.pairs is None:
-        return list(raw.texts)
-    pairs = zip(raw.texts, raw.pairs, strict=True)
-    return [text for pair in pairs for text in pair] if LABELS[task.label].separate else list(pairs)
+    if raw.pairs is not None and LABELS[task.label].separate:
+        return [text for pair in zip(raw.texts, raw.pairs, strict=True) for text in pair]
+    return list(as_read(raw.texts, raw.pairs))
 
 
 def _require_pairs(raw: RawExamples, task: Task, plain: bool) -> RawExamples:
@@ -112,7 +195,7 @@ def _require_pairs(raw: RawExamples, task: Task, plain: bool) -> RawExamples:
     return raw
 
 
-def _with_pair_score(raw: RawExamples, _: Sequence[str]) -> Examples:
+def _with_pair_score(raw: RawExamples, _: Mapping[str, int]) -> Examples:
     """Two examples for each pair, one for each text, in a group; a text without a partner is in none. Scores that the
     file does not have are NaN: they are for the metric alone."""
     if raw.pairs is None:
@@ -124,7 +207,7 @@ def _with_pair_score(raw: RawExamples, _: Sequence[str]) -> Examples:
     return Examples(texts, None, [scores[i] for i in groups], raw.source, groups=groups)
 
 
-def _with_relevance(raw: RawExamples, _: Sequence[str]) -> Examples:
+def _with_relevance(raw: RawExamples, _: Mapping[str, int]) -> Examples:
     """Candidates, those of one query (an equal text) in a group; relevance as a share of the file's highest, because
     the loss takes probabilities and the metric any scale."""
     grades = scores_of(raw)
@@ -167,92 +250,93 @@ def _several(row: DataRow, column: str, place: str) -> tuple[str, ...]:
         parts = [value]
     else:
         raise DataError(f"{place}: labels {value!r} are neither names nor a list of names")
-    names = tuple(label_text({column: part}, column, place) for part in parts)
-    if len(set(names)) < len(names):
-        raise DataError(f"{place}: labels {list(names)} name a class twice; fix the row")
-    return names
+    return tuple(label_text({column: int(part) if isinstance(part, bool) else part}, column, place) for part in parts)
 
 
 def _several_names(train: RawExamples) -> list[str]:
+    if train.width is not None:
+        return [str(i) for i in range(train.width)]
     singles = [(name, place) for label, place in zip(train.labels, train.places, strict=True) for name in _texts(label)]
     if not singles:
         raise DataError(f"{train.source}: no example has a label; is --label the right column?")
     return class_names(replace(train, labels=[name for name, _ in singles], places=[place for _, place in singles]))
 
 
-def _with_several(raw: RawExamples, classes: Sequence[str]) -> Examples:
-    index = {name: i for i, name in enumerate(classes)}
+def _with_several(raw: RawExamples, index: Mapping[str, int]) -> Examples:
+    count = len(set(index.values()))
+    if raw.width not in (None, count):
+        raise DataError(f"{raw.source}: labels are rows of {raw.width} times 0 or 1, and the model has {count} classes")
     rows = []
-    for label, place in zip(map(_texts, raw.labels), raw.places, strict=True):
-        for name in label:
-            if name not in index:
-                raise DataError(
-                    f"{place}: label {name!r} is none of the model's classes {list(classes)[:10]}; fix the row, or "
-                    "retrain with these labels"
-                )
-        rows.append([float(name in label) for name in classes])
+    for names, place in zip(map(_texts, raw.labels), raw.places, strict=True):
+        unknown = next((name for name in names if name not in index), None)
+        if unknown is not None:
+            raise unknown_label(unknown, place, index)
+        if len(set(names)) < len(names):
+            raise DataError(f"{place}: labels {list(names)} name a class twice; fix the row")
+        classes = {index[name] for name in names}
+        rows.append([float(i in classes) for i in range(count)])
     return Examples(raw.texts, raw.pairs, rows, raw.source)
 
 
-def _strings(row: DataRow, column: str, place: str, what: str) -> list[str]:
+def _strings(row: DataRow, column: str, place: str, what: str) -> tuple[str, ...]:
     value = value_of(row, column, place)
-    if not isinstance(value, (list, tuple)) or not value:
+    if not isinstance(value, (list, tuple)):
         raise DataError(f"{place}: column {column!r} holds {value!r}; {what} are a list, one entry a token")
-    return [text_of({column: item}, column, place) if isinstance(item, str) else str(item) for item in value]
+    return tuple(text_of({column: item}, column, place) if isinstance(item, str) else str(item) for item in value)
 
 
-def _tokens(row: DataRow, column: str, place: str) -> str:
-    """The tokens with one space between them: what the model reads when it is served the same text."""
+def _tokens(row: DataRow, column: str, place: str) -> tuple[str, ...]:
     tokens = _strings(row, column, place, "tokens")
-    for token in tokens:
-        if not token or len(token.split()) != 1 or token.split() != [token]:
-            raise DataError(f"{place}: token {token!r} is empty or holds white space; fix the row")
-    return " ".join(tokens)
+    if "" in tokens:
+        raise DataError(f"{place}: token {tokens.index('')} is empty; fix the row")
+    return tokens
 
 
 def _tags(row: DataRow, column: str, place: str) -> tuple[str, ...]:
     return tuple(tag.strip() for tag in _strings(row, column, place, "tags"))
 
 
-def _require_aligned(raw: RawExamples) -> RawExamples:
-    for text, tags, place in zip(raw.texts, map(_texts, raw.labels), raw.places, strict=True):
-        if len(text.split(" ")) != len(tags):
-            raise DataError(f"{place}: {len(text.split(' '))} tokens and {len(tags)} tags; every token needs one tag")
-    return raw
+def _aligned(raw: RawExamples) -> RawExamples:
+    """The sentences that have tokens, each with a tag for every token."""
+    assert raw.tokens is not None
+    for tokens, tags, place in zip(raw.tokens, map(_texts, raw.labels), raw.places, strict=True):
+        if len(tokens) != len(tags):
+            raise DataError(f"{place}: {len(tokens)} tokens and {len(tags)} tags; every token needs one tag")
+    if not any(raw.tokens):
+        raise DataError(f"{raw.source}: no sentence has a token")
+    return raw.kept([bool(tokens) for tokens in raw.tokens])
 
 
 def _tag_names(train: RawExamples) -> list[str]:
     """``O`` first, then the others in order; raises `DataError` for tags that do not mark entities."""
     for names, place in zip(train.labels, train.places, strict=True):
         for tag in _texts(names):
-            if not _TAG.fullmatch(tag):
+            if not (TAG.fullmatch(tag) or tag in NO_CLASS):
                 raise DataError(
-                    f"{place}: tag {tag!r} is none of O, B-NAME, I-NAME (or E-, S-); write the entities in one of the "
-                    "IOB schemes, by name"
+                    f"{place}: tag {tag!r} is none of O, B-NAME, I-NAME (or E-, S-, L-, U-); write the entities in one "
+                    "of the IOB schemes, by name, or say what stands for what: --label-map 0=O,1=B-NAME"
                 )
-    tags = sorted(_used(train) - {OUTSIDE})
+    tags = sorted(_used(train) - {OUTSIDE, *NO_CLASS})
     if not tags:
         raise DataError(f"{train.source}: every tag is {OUTSIDE}; there is no entity to learn")
     return [OUTSIDE, *tags]
 
 
-def _with_tags(raw: RawExamples, classes: Sequence[str]) -> Examples:
-    index = {name: i for i, name in enumerate(classes)}
+def _with_tags(raw: RawExamples, index: Mapping[str, int]) -> Examples:
+    known = {**dict.fromkeys(NO_CLASS, NO_LABEL), **index}
     rows = []
     for tags, place in zip(map(_texts, raw.labels), raw.places, strict=True):
-        unknown = next((tag for tag in tags if tag not in index), None)
+        unknown = next((tag for tag in tags if tag not in known), None)
         if unknown is not None:
-            raise DataError(
-                f"{place}: tag {unknown!r} is none of the model's classes {list(classes)[:10]}; fix the row, or "
-                "retrain with these tags"
-            )
-        rows.append([index[tag] for tag in tags])
-    return Examples(raw.texts, None, rows, raw.source, per_token=True)
+            raise unknown_label(unknown, place, index)
+        rows.append([known[tag] for tag in tags])
+    return Examples(raw.texts, None, rows, raw.source, tokens=raw.tokens)
 
 
-def _with_answers(raw: RawExamples, _: Sequence[str]) -> Examples:
+def _with_answers(raw: RawExamples, _: Mapping[str, int]) -> Examples:
     answers = [cast("tuple[Answer, ...]", label) for label in raw.labels]
-    return Examples(raw.texts, raw.pairs, answers, raw.source, encoder=windows)
+    nullable = not all(answers)  # said of the whole file, and so true of every part of it
+    return Examples(raw.texts, raw.pairs, answers, raw.source, encoder=partial(windows, nullable=nullable))
 
 
 LABELS: dict[str, LabelKind] = {

@@ -15,8 +15,9 @@ import numpy as np
 
 from nxm_export.contract.tasks import Task
 from nxm_export.data.bootstrap_intervals import bootstrap_interval
-from nxm_export.data.examples import NO_LABEL, members
+from nxm_export.data.examples import members
 from nxm_export.data.question_answering import answer_scores
+from nxm_export.data.token_labels import OUTSIDE, scored_tags
 from nxm_export.errors import DataError
 
 RANKS = 10  # of a ranking that count
@@ -85,8 +86,8 @@ def entity_counts(
     """(samples, 3): right, predicted and true entities of every sample, as CoNLL counts them (seqeval): an entity is
     right when its type and both ends are.
 
-    Logits are (samples, sequence, classes), labels (samples, sequence) with -100 for what is not scored; `classes` are
-    the tags by index.
+    Logits are (samples, sequence, classes), labels (samples, at least sequence) as `token_labels.piece_labels` makes
+    them; `classes` are the tags by index.
     """
     from seqeval.metrics.sequence_labeling import get_entities
 
@@ -94,9 +95,7 @@ def entity_counts(
         raise DataError(f"entity F1 needs the {logits.shape[-1]} tag names of the model, got {len(classes)}")
     rows = []
     for predicted, true in zip(logits.argmax(axis=-1), labels, strict=True):
-        scored = true != NO_LABEL
-        actual = set(get_entities([classes[i] for i in predicted[scored]]))
-        expected = set(get_entities([classes[i] for i in true[scored]]))
+        actual, expected = (set(get_entities(tags)) for tags in scored_tags(predicted, true, classes))
         rows.append((len(actual & expected), len(actual), len(expected)))
     return np.array(rows)
 
@@ -240,7 +239,8 @@ def require_scorable(name: str, labels: np.ndarray, classes: Sequence[str] = (),
         raise DataError(f"{source}: every label is {labels.flat[0]:g}, so there is no correlation to score")
     if name == "micro_f1" and not (labels > 0).any():
         raise DataError(f"{source}: no sample has a label, so micro F1 is 0 whatever is predicted")
-    if name == "entity_f1" and not ((labels != NO_LABEL) & (labels != list(classes).index("O"))).any():
+    outside = classes.index(OUTSIDE) if OUTSIDE in classes else -1
+    if name == "entity_f1" and not ((labels >= 0) & (labels != outside)).any():
         raise DataError(f"{source}: no token belongs to an entity, so entity F1 is 0 whatever is predicted")
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nxm_export.data.question_answering import Window, best_span
-from nxm_export.storage.json_files import Json, to_builtins
+from nxm_export.storage.json_files import to_json_object
 
 Array = npt.NDArray[np.float32]
 OUTSIDE = "O"  # the tag of a word that belongs to no entity
@@ -36,9 +36,9 @@ class Prediction:
     label: str
     score: float
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """JSON form."""
-        return dict(to_builtins(self))
+        return to_json_object(self)
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class LabelSet:
 
     labels: tuple[Prediction, ...]
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """JSON form."""
-        return dict(to_builtins(self))
+        return to_json_object(self)
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Score:
 
     score: float
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """JSON form."""
-        return dict(to_builtins(self))
+        return to_json_object(self)
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class TaggedText:
 
     entities: tuple[Entity, ...]
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """JSON form."""
-        return dict(to_builtins(self))
+        return to_json_object(self)
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ class Answer:
     end: int
     score: float
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """JSON form."""
-        return dict(to_builtins(self))
+        return to_json_object(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ class Embedding:
 
     vector: Array
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """JSON form: the vector as a list."""
         return {"vector": [float(value) for value in self.vector]}
 

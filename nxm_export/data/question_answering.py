@@ -7,8 +7,11 @@ packed into one string, so that any runtime's logits can be scored.
 
 Exact match and F1 are those of SQuAD 1.1 (Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of
 Text", EMNLP 2016, and the evaluation script published with it): answers are compared without case, punctuation,
-articles and surplus white space, and the best of the gold answers counts. Questions without an answer (SQuAD 2.0) are
-refused.
+articles and surplus white space, and the best of the gold answers counts.
+
+Where a file has questions without an answer, all of its questions are scored as in SQuAD 2.0 (Rajpurkar et al., "Know
+What You Don't Know", ACL 2018, and its script): no answer is predicted where the first token, where training points
+then, has in every window a higher sum of start and end logit than the best span.
 """
 
 from __future__ import annotations
@@ -36,9 +39,11 @@ from nxm_export.data.examples import (
     Tokenizer,
     members,
     text_of,
+    tokens_of,
 )
-from nxm_export.data.readers import read_rows
-from nxm_export.errors import DataError
+from nxm_export.data.readers import format_of, opened, read_rows
+from nxm_export.errors import DataError, notice
+from nxm_export.storage.json_files import parse_json
 
 MAX_ANSWER = 30  # tokens of the longest answer that is looked for
 OVERLAP = 128  # tokens of context that two windows share; at most half of what a window holds
@@ -58,13 +63,16 @@ def load_questions(source: str, columns: Columns) -> RawExamples:
     path = Path(source)
     if not path.is_file():
         raise DataError(f"{source}: no such file; give SQuAD's JSON, or a row for every question (docs/tasks.md)")
-    rows = _squad_rows(path) if path.suffix.lower() == ".json" else None
+    rows = _squad_rows(path) if format_of(path) == ".json" else None
     if rows is None:
         rows = [_question_in(row, columns, place) for place, row in read_rows(path)]
     if not rows:
         raise DataError(f"{path}: no questions in it; the file is empty or has only a header")
     for place, question, context, answers in rows:
         _require_answered(question, context, answers, place)
+    unanswered = sum(not answers for _, _, _, answers in rows)
+    if unanswered:
+        notice(f"{path}: {unanswered} of {len(rows)} questions have no answer; all are scored as in SQuAD 2.0")
     return RawExamples(
         [question for _, question, _, _ in rows],
         [context for _, _, context, _ in rows],
@@ -80,8 +88,10 @@ _Question = tuple[str, str, str, tuple[Answer, ...]]  # place, question, context
 def _squad_rows(path: Path) -> list[_Question] | None:
     """The questions of SQuAD's JSON; None for a file that is JSON lines."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError, RecursionError):
+        with opened(path) as stream:
+            text = stream.read().decode("utf-8-sig")
+        data = parse_json(text, str(path), "give SQuAD's JSON", DataError, foreign=True)
+    except (ValueError, DataError):
         return None  # read as lines, which names the line
     if not isinstance(data, dict) or "data" not in data:
         return None
@@ -91,7 +101,7 @@ def _squad_rows(path: Path) -> list[_Question] | None:
             for p, paragraph in enumerate(article["paragraphs"]):
                 for q, entry in enumerate(paragraph["qas"]):
                     place = f"{path}: data[{a}].paragraphs[{p}].qas[{q}]"
-                    answers = answers_of({**entry, "answers": entry.get("answers", [])}, "answers", place)
+                    answers = answers_of({**entry, "answers": entry["answers"]}, "answers", place)
                     texts = (text_of(entry, "question", place), text_of(paragraph, "context", place))
                     questions.append((place, *texts, answers))
     except (KeyError, TypeError, AttributeError) as error:
@@ -112,13 +122,12 @@ def _question_in(row: DataRow, columns: Columns, place: str) -> _Question:
 
 
 def answers_of(row: DataRow, column: str, place: str) -> tuple[Answer, ...]:
-    """The gold answers of a row, as any of the usual ways has them; raises `DataError`."""
+    """The gold answers of a row, as any of the usual ways has them, none where it has no answer; raises `DataError`."""
     value = row.get(column)
     if isinstance(value, str) and value.strip()[:1] in ("{", "[") and row.get("answer_start") is None:
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise DataError(f"{place}: answers {value!r} are no JSON ({error}); fix the row") from error
+        value = parse_json(value, f"{place}: answers {value!r}", "fix the row", DataError, foreign=True)
+    if isinstance(value, str) and not value.strip():  # as a table says that there is none
+        value = []
     if isinstance(value, str):
         value = [{"text": value, "answer_start": row.get("answer_start")}]
     if isinstance(value, Mapping):
@@ -128,11 +137,8 @@ def answers_of(row: DataRow, column: str, place: str) -> tuple[Answer, ...]:
         value = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
     if not isinstance(value, list) or not all(isinstance(answer, Mapping) for answer in value):
         raise DataError(f"{place}: column {column!r} holds {value!r}, which is no answer with its answer_start")
-    if not value or row.get("is_impossible"):
-        raise DataError(
-            f"{place}: a question without an answer; SQuAD 2.0 is not supported: leave such questions out, or use "
-            "SQuAD 1.1"
-        )
+    if value and row.get("is_impossible") is True:
+        raise DataError(f"{place}: is_impossible says that there is no answer, and here are answers; fix the row")
     return tuple((text_of(answer, "text", place), _start(answer.get("answer_start"), place)) for answer in value)
 
 
@@ -163,7 +169,7 @@ def _require_answered(question: str, context: str, answers: Sequence[Answer], pl
 class Window:
     """What it takes to score a window: its context tokens begin at position `first` and are the characters `starts` to
     `ends` of `text`, a part of the context that begins at its character `offset`; `answers` are the gold ones
-    of the question."""
+    of the question. `nullable`: that there is no answer may be one."""
 
     first: int
     text: str
@@ -171,6 +177,7 @@ class Window:
     ends: list[int]
     answers: list[str]
     offset: int = 0
+    nullable: bool = False
 
     def pack(self) -> str:
         """As one ASCII string."""
@@ -187,14 +194,21 @@ class Window:
 
 
 def windows(
-    tokenizer: Tokenizer, examples: Examples, max_length: int, inputs: Sequence[str], overlap: int | None = None
+    tokenizer: Tokenizer,
+    examples: Examples,
+    max_length: int,
+    inputs: Sequence[str],
+    overlap: int | None = None,
+    *,
+    nullable: bool = False,
 ) -> list[Features]:
     """Samples of at most `max_length` tokens for all questions: those of `inputs`, ``labels`` (a packed `Window`),
     ``span`` (start and end position of the first gold answer, `NO_ANSWER` where the window does not hold it) and
     ``group`` (the number of the question).
 
     `overlap` is how many tokens of context two windows of a question share, by default `OVERLAP`, but at most half of
-    what they hold. Raises `DataError` for a question that leaves no room, and for an `overlap` that leaves nothing new.
+    what they hold. `nullable`: no answer may be the answer. Raises `DataError` for a question that leaves no room, and
+    for an `overlap` that leaves nothing new.
     """
     special, made = tokenizer.num_special_tokens_to_add(True), list[Features]()
     tokenizer.no_padding()
@@ -219,31 +233,36 @@ def windows(
         whole = tokenizer.encode(question, context)
         for encoding in (whole, *whole.overflowing):
             answers = cast("tuple[Answer, ...]", examples.labels[number])
-            made.append(_sample(encoding, context, answers, inputs, number, place))
+            window = _window(encoding, context, answers, place, nullable)
+            made.append(_sample(encoding, window, answers, inputs, number))
     return made
 
 
-def _sample(
-    encoding: Encoding, context: str, answers: Sequence[Answer], inputs: Sequence[str], number: int, place: str
-) -> Features:
-    names = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+def _window(encoding: Encoding, context: str, answers: Sequence[Answer], place: str, nullable: bool) -> Window:
     at = [i for i, sequence in enumerate(encoding.sequence_ids) if sequence == 1]
     if not at:
         raise DataError(f"{place}: its context has no tokens; fix the row or remove it")
     offsets = encoding.offsets[at[0] : at[-1] + 1]
     low, high = offsets[0][0], offsets[-1][1]
-    window = Window(
+    return Window(
         at[0],
         context[low:high],
         [start - low for start, _ in offsets],
         [end - low for _, end in offsets],
         [text for text, _ in answers],
         low,
+        nullable,
     )
+
+
+def _sample(
+    encoding: Encoding, window: Window, answers: Sequence[Answer], inputs: Sequence[str], number: int
+) -> Features:
+    offsets = encoding.offsets[window.first : window.first + len(window.starts)]
     return {
-        **{name: getattr(encoding, names[name]) for name in inputs},
+        **tokens_of(encoding, inputs),
         "labels": window.pack(),
-        "span": _span(offsets, at[0], answers[0]) if answers else [NO_ANSWER, NO_ANSWER],
+        "span": _span(offsets, window.first, answers[0]) if answers else [NO_ANSWER, NO_ANSWER],
         "group": number,
     }
 
@@ -282,7 +301,13 @@ def answer_scores(
         spans = [best_span(logits[i], window) for i, window in zip(unit, windows_of, strict=True)]
         best = max(range(len(unit)), key=lambda at: spans[at][0])
         predicted, answers = windows_of[best].answer(*spans[best][1:]), windows_of[best].answers
-        rows.append((max(exact(predicted, gold) for gold in answers), max(f1(predicted, gold) for gold in answers)))
+        if not windows_of[best].nullable:
+            rows.append((max(exact(predicted, gold) for gold in answers), max(f1(predicted, gold) for gold in answers)))
+            continue
+        if min(float(logits[i, NO_ANSWER].astype(np.float64).sum()) for i in unit) > spans[best][0]:
+            predicted = ""
+        golds = [gold for gold in answers if normalized(gold)] or [""]
+        rows.append((max(exact(predicted, gold) for gold in golds), max(f1_or_none(predicted, gold) for gold in golds)))
     return np.array(rows, np.float64)
 
 
@@ -310,3 +335,11 @@ def f1(predicted: str, gold: str) -> float:
     ours, theirs = normalized(predicted).split(), normalized(gold).split()
     common = sum((Counter(ours) & Counter(theirs)).values())
     return 2 * common / (len(ours) + len(theirs)) if common else 0.0
+
+
+def f1_or_none(predicted: str, gold: str) -> float:
+    """`f1`, but where nothing is left of one of them, 1 if nothing is of both: SQuAD 2.0's, in which that is an
+    answer."""
+    if normalized(predicted) and normalized(gold):
+        return f1(predicted, gold)
+    return float(normalized(predicted) == normalized(gold))

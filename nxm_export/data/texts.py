@@ -5,9 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from nxm_export.contract.tasks import Task
-from nxm_export.data.examples import TOKEN_COLUMNS, Columns, text_columns, text_of
+from nxm_export.data.examples import (
+    TOKEN_COLUMNS,
+    Columns,
+    column_names,
+    require_table,
+    second_text_of,
+    text_columns,
+    text_of,
+)
 from nxm_export.data.question_answering import load_questions
-from nxm_export.data.readers import FORMATS, read_rows
+from nxm_export.data.readers import FORMATS, format_of, read_rows
+from nxm_export.data.token_labels import joined
 from nxm_export.errors import DataError
 
 Text = str | tuple[str, str]  # a text, or a pair: (text, second text), (query, document), (question, context)
@@ -27,14 +36,16 @@ def read_texts(source: str | Path, columns: Columns, task: Task) -> list[Text]:
     rows = list(read_rows(path))
     if not rows:
         raise DataError(f"{path}: no texts in it; the file is empty or has only a header")
-    names = list(rows[0][1])
+    names = column_names(rows)
     tokens = next((name for name in TOKEN_COLUMNS if name in names), None)
     if task.label == "tags" and columns.text is None and tokens is not None:
         return [_joined(row.get(tokens), tokens, place) for place, row in rows]
+    require_table(path)
     first, second = text_columns(columns, names, path)
     if second is None or task.texts == "one" or task.label == "tags":
         return [text_of(row, first, place) for place, row in rows]
-    pairs = [(text_of(row, first, place), text_of(row, second, place)) for place, row in rows]
+    read_second = text_of if task.texts == "two" else second_text_of
+    pairs = [(text_of(row, first, place), read_second(row, second, place)) for place, row in rows]
     # GLUE's single-sentence files as some mirrors write them have an empty second column.
     if task.texts == "any" and not any(pair[1] for pair in pairs):
         return [text for text, _ in pairs]
@@ -43,7 +54,7 @@ def read_texts(source: str | Path, columns: Columns, task: Task) -> list[Text]:
 
 def _questions(path: Path, columns: Columns) -> list[Text]:
     question, context = columns.text or "question", columns.pair or "context"
-    if path.suffix.lower() == ".json":  # SQuAD's own form
+    if format_of(path) == ".json":  # SQuAD's own form
         raw = load_questions(str(path), columns)
         return list(zip(raw.texts, raw.pairs or [], strict=True))
     pairs: list[Text] = []
@@ -60,4 +71,4 @@ def _questions(path: Path, columns: Columns) -> list[Text]:
 def _joined(tokens: object, column: str, place: str) -> str:
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise DataError(f"{place}: column {column!r} holds {tokens!r}; tokens are a list of texts")
-    return " ".join(tokens)
+    return joined(tokens)

@@ -15,7 +15,6 @@ import contextlib
 import io
 import json
 import logging
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -42,6 +41,7 @@ from nxm_export.contract.pooling import read_pooling
 from nxm_export.contract.quantizer_placement import at_placement, placement_of
 from nxm_export.contract.tasks import Task, labels_of, task_named
 from nxm_export.contract.verify_report import VERIFY_FILE, VerifyReport
+from nxm_export.data.examples import copy_tokenizer
 from nxm_export.errors import ExportError
 from nxm_export.graph.apply_plan import numpy_dtype, quantize
 from nxm_export.graph.graph_weights import array_of, save_graph
@@ -50,8 +50,8 @@ from nxm_export.graph.linear_forms import Lowering
 from nxm_export.graph.qdq import add_initializer, fold_float_weight, linears_of, use_name
 from nxm_export.graph.verifier import verify
 from nxm_export.hf.model_loading import load_task_model
-from nxm_export.storage.atomic import atomic_dir, require_replaceable
-from nxm_export.storage.json_files import Json, encode
+from nxm_export.storage.atomic import atomic_dir, require_apart, require_replaceable
+from nxm_export.storage.json_files import encode
 
 MASKED = -1e4  # added to the attention scores of padding: finite in float16, and exp() of it is 0
 INT8_ATTENTION_TOKENS = 512  # TensorRT has no fused INT8 attention beyond (NVIDIA/TensorRT issue 3724)
@@ -92,7 +92,7 @@ class Exported:
     scale_rounding: float
     report: VerifyReport
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``: the path as text, and of the report whether it passed (the whole lies beside the
         graph)."""
         return {
@@ -128,6 +128,7 @@ def export(
     """
     path, out = Path(checkpoint), Path(out)
     require_replaceable(out)
+    require_apart(out, path)
     chosen = target_named(target)
     _require_overridable(precision_overrides, dtype or chosen.dtype, chosen)
     opened = _OpenedModel.of(path, task, max_length)
@@ -149,7 +150,7 @@ def export(
         opened.spec.save(scratch)
         Origin(str(path.resolve())).save(scratch)
         if (path / TOKENIZER_FILE).is_file():
-            shutil.copyfile(path / TOKENIZER_FILE, scratch / TOKENIZER_FILE)
+            copy_tokenizer(path, scratch)
     file = out / "model.onnx"
     size = sum(part.stat().st_size for part in out.glob("model.onnx*"))
     return Exported(file, size, len(model.graph), rounding, report)
@@ -160,7 +161,7 @@ class _OpenedModel:
     """What is exported: a checkpoint directory, read; `checkpoint` is None for one without a plan."""
 
     path: Path
-    config: Mapping[str, Json]
+    config: Mapping[str, object]
     family: Family
     task: Task
     spec: IOSpec
@@ -209,6 +210,7 @@ def _made(opened: _OpenedModel, settings: _GraphSettings) -> tuple[ir.Model, flo
     if settings.precision_overrides:
         _override_precision(model, settings.precision_overrides, dtype)
     if settings.target.opset < 18:
+        _write_whole_shapes(model.graph)
         _lower_opset(model, settings.target.opset)
     _name_axes(model, opened.task)
     model.metadata_props.update(_metadata(opened, settings, hashes))
@@ -258,7 +260,7 @@ def target_named(name: str) -> GraphTarget:
     return TARGETS[name]
 
 
-def _task_of(path: Path, config: Mapping[str, Json]) -> str:
+def _task_of(path: Path, config: Mapping[str, object]) -> str:
     """The task that a checkpoint's head serves, from its ``config.json``."""
     task = task_at(path, config)
     if task is None:
@@ -397,6 +399,22 @@ def _override_precision(model: ir.Model, precision: str, dtype: str) -> None:
                     user.replace_input_with(i, back.outputs[0])
 
 
+def _write_whole_shapes(graph: ir.Graph) -> None:
+    """Write every Shape with `start` or `end` as Shape and Gather: the parser of TensorRT 8 and 9 ignores both, and
+    gives all sizes."""
+    for node in [node for node in graph if node.op_type == "Shape" and node.attributes]:
+        value, output = node.inputs[0], node.outputs[0]
+        if value is None or value.shape is None:
+            raise ExportError(f"{node.name}: the rank of what it measures is not known; use another target")
+        start, end = (node.attributes[key].as_int() if key in node.attributes else None for key in ("start", "end"))
+        axes = np.arange(len(value.shape), dtype=np.int64)[start:end]
+        whole = ir.node("Shape", [value], name=node.name)
+        whole.outputs[0].name = f"{output.name}_all"
+        kept = add_initializer(graph, f"{output.name}_axes", axes)
+        picked = ir.node("Gather", [whole.outputs[0], kept], attributes={"axis": 0}, name=f"{node.name}_pick")
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [whole, picked], [output], picked.outputs)
+
+
 def _lower_opset(model: ir.Model, opset: int) -> None:
     """Say an older opset, where every operator of the graph meant the same in it; else `ExportError`."""
     import onnx.defs
@@ -437,7 +455,7 @@ def _metadata(opened: _OpenedModel, settings: _GraphSettings, hashes: Mapping[st
         **hashes,
         **({"pooling": str(read_pooling(opened.path))} if task.auto_class is None else {}),
         "schema": METADATA_SCHEMA,
-        "model_type": opened.config["model_type"],
+        "model_type": opened.family.model_type,
         "task": task.name,
         "target": settings.target.name,
         "dtype": settings.dtype,

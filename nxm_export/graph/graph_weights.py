@@ -1,69 +1,51 @@
 """The weight matrices of any ONNX graph, whoever made it: what is stored, along which axis it is reduced, how it is
 scaled.
 
-This is the only place that knows layouts. A weight is found from the node that multiplies by it, back through
-dequantize, quantize, transpose and reshape, to a constant; it is presented as a matrix (K, N), whatever its layout.
+Every product one of whose operands depends on no input of the graph is found (`nxm_export.graph.products`), and the
+operand is computed as the operators compute it (`nxm_export.graph.constant_values`): whatever stands between the stored
+constants and the product, the matrix is what the product reads. Where a DequantizeLinear scales it, the matrix is the
+integers in front of that, moved as the scaled values are moved. What cannot be read says why, and is never left out.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from nxm_export.contract.matrix_facts import UnreadProduct
 from nxm_export.contract.plan import NMPattern
-from nxm_export.errors import ArtifactError
+from nxm_export.errors import ArtifactError, NxmError
+from nxm_export.graph.constant_values import ConstantValues, NotComputed, plain, stored_array
+from nxm_export.graph.dependence import Dependence
+from nxm_export.graph.node_checks import malformed_nodes
+from nxm_export.graph.products import NotRead, Operand, name_of, operands
+from nxm_export.graph.sparse_tensors import densify
+from nxm_export.graph.weight_codes import Codes, Origins, dequantized, origins_of, scaled_by_operator, type_name
 
-# Where each product keeps its weight.
-_WEIGHT_INPUT = {
-    "MatMul": 1,
-    "Gemm": 1,
-    "Conv": 1,
-    "FusedMatMul": 1,
-    "FusedGemm": 1,
-    "MatMulInteger": 1,
-    "MatMulIntegerToFloat": 1,
-    "DynamicQuantizeMatMul": 1,
-    "ConvInteger": 1,
-    "Attention": 1,
-    "QAttention": 1,
-    "QLinearMatMul": 3,
-    "QGemm": 3,
-    "QLinearConv": 3,
-}
-# Where those that quantize by themselves keep the weight's scale and zero point; None where a later node scales.
-_SCALE_INPUTS: dict[str, tuple[int | None, int]] = {
-    "QLinearMatMul": (4, 5),
-    "QGemm": (4, 5),
-    "QLinearConv": (4, 5),
-    "QAttention": (4, 7),
-    "MatMulIntegerToFloat": (3, 5),
-    "DynamicQuantizeMatMul": (2, 3),
-    "MatMulInteger": (None, 3),
-    "ConvInteger": (None, 3),
-}
-_CONVOLUTIONS = ("Conv", "ConvInteger", "QLinearConv")
-# Products whose weights are packed in a layout of their own, which nothing here reads.
-PACKED_PRODUCTS = ("MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "MoE", "QMoE")
 _DETECTED = (NMPattern(1, 4), NMPattern(2, 8), NMPattern(1, 2), NMPattern(2, 4), NMPattern(4, 8))
-_LONGEST_CHAIN = 16  # nodes between a constant and the product; a malformed graph may hold a cycle
-_OUTPUT_CHANNELS = -2  # a scale axis that is the output's by definition of the node
 _PROTOBUF_LIMIT = 1_800_000_000  # bytes; protobuf itself ends at 2 GB
+_SPARSE_TENSORS = "nxm.sparse_tensors"
 
 
 @dataclass(frozen=True)
 class GraphWeight:
     """One weight matrix as a product node reads it.
 
-    `matrix` is (K, N): the stored integers, or floats for an unquantized weight (for a QuantizeLinear on a constant,
-    the integers that it yields). `scale_axis` is ``N``, ``K``, ``block`` (several scales along K) or ``tensor``, None
-    without scale.
-    """
+    `matrix` is (K, N): the integers that a DequantizeLinear or the operator itself scales, otherwise the values.
+    `operand` is the input of `node` that it is; `stored` the type in the file and `codes` the type of the matrix: of
+    what DequantizeLinear reads, where there is one. `scale_axis` is ``N``, ``K``, ``block`` (several scales along K) or
+    ``tensor``, None without scale; `zero_point` has a shape that `matrix` broadcasts with, or another that nothing here
+    knows. `quantized` says that stored integers or a QuantizeLinear made it, in whatever way. K consists of runs of
+    `run` elements that lie together. `stack` is how many matrices the operand has (of a convolution it says nothing).
+    `unrounded` is the matrix in front of a QuantizeLinear of constants, and `moved_by` names operators that take a part
+    of it or join it, behind its DequantizeLinear."""
 
     name: str
     node: ir.Node
@@ -72,6 +54,13 @@ class GraphWeight:
     scale: np.ndarray | None
     scale_axis: str | None
     zero_point: np.ndarray | None
+    operand: str
+    codes: str
+    quantized: bool
+    run: int
+    stack: int = 1
+    unrounded: np.ndarray | None = None
+    moved_by: tuple[str, ...] = ()
 
     @property
     def k(self) -> int:
@@ -85,35 +74,48 @@ class GraphWeight:
 
     @property
     def is_quantized(self) -> bool:
-        """True when the product's weight operand is an integer tensor or comes from one."""
+        """True when the product reads integers: its operand is an integer tensor, or dequantized from one."""
         return self.matrix.dtype.kind in "iu"
+
+    def before_rounding(self) -> GraphWeight:
+        """The weight as it was in front of a QuantizeLinear in the file; itself when the file stores the integers."""
+        if self.unrounded is None:
+            return self
+        return replace(self, matrix=self.unrounded, zero_point=None, codes="FLOAT", unrounded=None)
 
     def nonzero_mask(self) -> npt.NDArray[np.bool_]:
         """Boolean (K, N): which weights are not zero (not the zero point, for an asymmetric weight)."""
+        return self._nonzero_mask
+
+    @cached_property
+    def _nonzero_mask(self) -> npt.NDArray[np.bool_]:
         zero = self.zero_point
         if zero is None or not self.is_quantized or not np.any(zero):
-            zero = np.zeros((), self.matrix.dtype)
-        elif zero.size == 1:
-            zero = zero.reshape(())
-        elif self.scale_axis in ("N", None) and zero.size == self.n:  # MatMulInteger has zero points and no scales
-            zero = zero.reshape(1, -1)
-        elif self.scale_axis == "K" and zero.size == self.k:
-            zero = zero.reshape(-1, 1)
-        else:  # zero points in no known layout: nothing can be called zero
+            return np.asarray(self.matrix != np.zeros((), self.matrix.dtype), bool)
+        try:
+            np.broadcast_to(zero, self.matrix.shape)
+        except ValueError:  # zero points in no known layout: nothing can be called zero
             return np.ones(self.matrix.shape, bool)
         return np.asarray(self.matrix != zero, bool)
 
     def follows(self, pattern: NMPattern) -> bool:
-        """True when every M consecutive weights along K, in every output channel, keep at most N."""
-        return self.k % pattern.m == 0 and self.violations(pattern) == 0
+        """True when every M consecutive weights along K, in every output channel, keep at most N; an empty matrix
+        follows nothing."""
+        return bool(self.matrix.size) and self.run % pattern.m == 0 and self.violations(pattern) == 0
+
+    def groups(self, pattern: NMPattern) -> int:
+        """Number of groups of M along K; a tail of a run that is shorter than M counts as one."""
+        return self.k // self.run * -(-self.run // pattern.m) * self.n if self.run else 0
 
     def violations(self, pattern: NMPattern) -> int:
-        """Number of groups along K that keep more than N of M; a tail shorter than M counts as a group."""
-        nonzero_mask = self.nonzero_mask()
-        tail = -self.k % pattern.m
+        """Number of `groups` along K that keep more than N of M."""
+        if not self.matrix.size:
+            return 0
+        mask = self.nonzero_mask().reshape(self.k // self.run, self.run, self.n)
+        tail = -self.run % pattern.m
         if tail:
-            nonzero_mask = np.concatenate([nonzero_mask, np.zeros((tail, self.n), bool)])
-        return int((nonzero_mask.reshape(-1, pattern.m, self.n).sum(axis=1) > pattern.n).sum())
+            mask = np.concatenate([mask, np.zeros((len(mask), tail, self.n), bool)], axis=1)
+        return int((mask.reshape(-1, pattern.m, self.n).sum(axis=1, dtype=np.uint8) > pattern.n).sum())
 
     def pattern(self) -> NMPattern | None:
         """The tightest well-known pattern that the weight follows along K, or None when it is dense."""
@@ -130,8 +132,8 @@ def parameter_of(name: str) -> str:
 
 
 def load_graph(file: str | Path) -> ir.Model:
-    """Read an ONNX file, its local functions inlined; raises `ArtifactError` when it is missing, truncated or not
-    ONNX."""
+    """Read an ONNX file, its local functions inlined and its sparse tensors made dense (`sparse_tensors` names them);
+    raises `ArtifactError` when it is missing, truncated or not ONNX, or has nodes that nothing can run."""
     import onnx_ir.passes.common as passes
 
     file = Path(file)
@@ -140,16 +142,38 @@ def load_graph(file: str | Path) -> ir.Model:
         what = f"a directory, not an ONNX file{inside}" if file.is_dir() else "no such file"
         raise ArtifactError(f"{file}: {what}")
     try:
-        model = ir.load(file)
+        model = _loaded(file)
         if not len(model.graph) or not model.opset_imports:
             raise ValueError("no nodes, or no opset")
         if model.functions:
             passes.InlinePass()(model)
-        return model
     except Exception as error:  # protobuf, external data and IR errors come as many types
         raise ArtifactError(
             f"{file}: not a readable ONNX model ({_first_line(error)}); it is truncated, or another format"
         ) from error
+    malformed = next(malformed_nodes(model), None)
+    if malformed is not None:
+        raise ArtifactError(f"{file}: {malformed}: no runtime can run that; export it again")
+    return model
+
+
+def _loaded(file: Path) -> ir.Model:
+    """As onnx_ir loads a file, but for sparse tensors, which it does not know."""
+    import onnx
+
+    proto = onnx.load(file, load_external_data=False)
+    sparse = densify(proto)
+    model = ir.from_proto(proto)
+    ir.external_data.set_base_dir(model.graph, file.parent)
+    model.meta[_SPARSE_TENSORS] = tuple(sparse)
+    return model
+
+
+def sparse_tensors(model: ir.Model) -> tuple[str, ...]:
+    """The constants that the file of a model that `load_graph` read keeps as sparse tensors."""
+    names = model.meta.get(_SPARSE_TENSORS, ())
+    assert isinstance(names, tuple)
+    return names
 
 
 def save_graph(model: ir.Model, file: Path) -> None:
@@ -162,22 +186,23 @@ def save_graph(model: ir.Model, file: Path) -> None:
     ir.save(model, file)
 
 
-def graph_weights(model: ir.Model, *, integers: bool = True) -> Iterator[GraphWeight]:
-    """Every product with a constant weight, in graph order; products of two activations are skipped.
+def graph_weights(model: ir.Model) -> Iterator[GraphWeight]:
+    """Every weight of a product that can be read, in graph order; see `graph_products`."""
+    return (found for found in graph_products(model) if isinstance(found, GraphWeight))
 
-    With `integers=False` a QuantizeLinear on a constant is looked through: the matrix holds the floats in front of it.
+
+def graph_products(model: ir.Model) -> Iterator[GraphWeight | UnreadProduct]:
+    """Every operand of a product that depends on no input of the graph, in graph order: read, or why it was not.
+
+    What a product makes of constants alone is a constant itself, and no product of the running model. An operand that
+    depends on the shape of an input, though not on its data, is never read, and is there.
     """
+    reader = _Reader(model)
     for node in model.graph.all_nodes():
-        if node.op_type not in _WEIGHT_INPUT:
-            continue
-        constant, left = _constant_behind(_input(node, _WEIGHT_INPUT[node.op_type]), integers), False
-        if constant is None and node.op_type == "MatMul":
-            constant, left = _constant_behind(_input(node, 0), integers), True
-        if constant is None or constant.array.ndim < 2:
-            continue
-        weight = _as_matrix(node, constant, left)
-        if weight is not None:
-            yield weight
+        for operand in operands(node):
+            found = reader.read(operand)
+            if found is not None:
+                yield found
 
 
 def array_of(value: ir.Value | None) -> np.ndarray | None:
@@ -186,185 +211,106 @@ def array_of(value: ir.Value | None) -> np.ndarray | None:
 
     Raises `ArtifactError` when the constant's data are missing or damaged.
     """
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    if tensor is None:
-        return None
-    try:
-        array = tensor.numpy()
-    except Exception as error:  # data in another file, or of another size than the shape says
-        raise ArtifactError(
-            f"the data of constant {value.name if value else ''} cannot be read ({_first_line(error)}); "
-            "the file is truncated, or its .data file is missing"
-        ) from error
-    if tensor.dtype in (ir.DataType.INT4, ir.DataType.UINT4):
-        return array.astype(np.int8 if tensor.dtype == ir.DataType.INT4 else np.uint8)
-    return array.astype(np.float32) if array.dtype.kind not in "biuf" else array
+    array = None if value is None else stored_array(value)
+    return None if array is None else plain(array)
 
 
-@dataclass
-class _TracedConstant:
-    """A constant and what was done to it on the way to the product. `axes[i]` is what axis i was in the stored
-    tensor."""
+class _Reader:
+    """Reads operands of products of one model."""
 
-    name: str
-    stored: str
-    array: np.ndarray
-    axes: list[int]
-    scale: np.ndarray | None = None
-    scale_axis: int | None = None  # in the stored tensor
-    blocked: bool = False
-    zero_point: np.ndarray | None = None
+    def __init__(self, model: ir.Model) -> None:
+        self.constants = ConstantValues(model)
 
+    def read(self, operand: Operand) -> GraphWeight | UnreadProduct | None:
+        """The weight, or why it was not read; None when the operand is no constant."""
+        node, value = operand.node, operand.value
+        if value is None:
+            origins = Origins((), quantized=False)
+        else:
+            runs = max((self.constants.dependence(output) for output in node.outputs), default=Dependence.NOTHING)
+            if self.constants.dependence(value) >= runs:
+                return None
+            origins = origins_of(value)
+        try:
+            return self._weight(operand, value, origins)
+        except NxmError:
+            raise
+        except (NotRead, NotComputed) as why:
+            reason = str(why)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
+            reason = f"it, or what makes it, is malformed ({_first_line(error)})"
+        name = origins.name or (value.name if value is not None else "") or "its weight"
+        return UnreadProduct(name, name_of(node), node.op_type, operand.label, reason)
 
-def _constant_behind(value: ir.Value | None, integers: bool) -> _TracedConstant | None:
-    """The constant that `value` comes from, with everything on the way applied; None when it comes from none."""
-    chain: list[ir.Node] = []
-    while value is not None and (array := array_of(value)) is None:
-        node = value.producer()
-        if node is None or node.op_type not in _APPLIED or len(chain) == _LONGEST_CHAIN:
+    def _weight(self, operand: Operand, value: ir.Value | None, origins: Origins) -> GraphWeight | None:
+        if value is None:
+            operand.matrix(np.zeros(0))
             return None
-        chain.append(node)
-        value = _input(node, 0)
-    if value is None or array is None:
-        return None
-    tensor = ir.convenience.get_const_tensor(value)
-    constant: _TracedConstant | None = _TracedConstant(
-        value.name or "", str(tensor.dtype) if tensor else "", array, list(range(array.ndim))
-    )
-    for node in reversed(chain):
-        looked_through = node.op_type == "QuantizeLinear" and not integers
-        if constant is not None and not looked_through:
-            constant = _APPLIED[node.op_type](constant, node)
-    return constant
+        if self.constants.dependence(value) is not Dependence.NOTHING:
+            raise NotRead("an input of the graph decides its shape or its scale, or which branch of an If gives it")
+        if operand.product.is_unknown and self._rank(value) < 2:
+            return None  # a matrix may be a weight of an operator of which nothing is known; a vector is none
+        codes = scaled_by_operator(operand, self.constants)
+        if codes is None and not operand.product.reads_codes:
+            codes = dequantized(value, self.constants)
+        values = self.constants.array(value) if codes is None else codes.codes
+        read = operand.matrix(plain(values))
+        scale, axis = (None, None) if codes is None else _scales(codes, operand)
+        floats = None if codes is None or codes.floats is None else operand.matrix(codes.floats).array
+        return GraphWeight(
+            name=origins.name or value.name or "",
+            node=operand.node,
+            matrix=read.array,
+            stored=origins.stored or str(value.dtype),
+            scale=scale,
+            scale_axis=axis,
+            zero_point=None if codes is None else _zeros(codes, operand, read.array.shape),
+            operand=operand.label,
+            codes=type_name(values) if codes is None else codes.kind,
+            quantized=codes is not None or origins.quantized,
+            run=read.run,
+            stack=math.prod(values.shape[:-2]),
+            unrounded=floats,
+            moved_by=() if codes is None else codes.moved_by,
+        )
+
+    def _rank(self, value: ir.Value) -> int:
+        return len(value.shape) if value.shape is not None else self.constants.array(value).ndim
 
 
-def _scaled(constant: _TracedConstant, node: ir.Node) -> _TracedConstant | None:
-    """QuantizeLinear or DequantizeLinear on a constant."""
-    scale = array_of(_input(node, 1))
+def _scales(codes: Codes, operand: Operand) -> tuple[np.ndarray | None, str | None]:
+    """The scales and their axis; one per output channel in the order of the matrix's columns."""
+    scale = codes.scale
     if scale is None:
+        return None, None
+    if scale.values.size == 1:
+        return scale.values, "tensor"
+    if codes.blocked:
+        return scale.values, "block"
+    if scale.index is None:  # an operator's own, or as many as fit no axis
+        return scale.values, "N"
+    index = operand.matrix(scale.index).array
+    if not index.size:
+        return scale.values, "N"
+    if (index == index[:1]).all():
+        return scale.values[index[0]], "N"
+    if (index == index[:, :1]).all():
+        return scale.values[index[:, 0]], "K"
+    return scale.values, "block"
+
+
+def _zeros(codes: Codes, operand: Operand, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The zero points, in a shape that the matrix broadcasts with, unless they fit none of its axes."""
+    zero = codes.zero
+    if zero is None:
         return None
-    ndim = constant.array.ndim
-    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
-    if scale.size > 1 and not -ndim <= axis < ndim:
-        return None
-    constant.scale, constant.zero_point = scale, array_of(_input(node, 2))
-    constant.blocked = "block_size" in node.attributes and node.attributes["block_size"].as_int() > 0
-    constant.scale_axis = constant.axes[axis] if scale.size > 1 else None
-    if node.op_type == "QuantizeLinear":
-        return None if constant.blocked else _quantized(constant, axis)
-    return constant
-
-
-def _quantized(constant: _TracedConstant, axis: int) -> _TracedConstant | None:
-    """The integers that a QuantizeLinear on a constant yields."""
-    assert constant.scale is not None
-    zero = np.zeros((), np.uint8) if constant.zero_point is None else constant.zero_point  # what ONNX defaults to
-    shape = [-1 if i == axis % constant.array.ndim else 1 for i in range(constant.array.ndim)]
-    scale = constant.scale.reshape(shape) if constant.scale.size > 1 else constant.scale.reshape(())
-    shift = zero.reshape(shape) if zero.size > 1 else zero.reshape(())
-    limits = np.iinfo(zero.dtype)
-    try:
-        codes = np.rint(constant.array.astype(np.float32) / scale.astype(np.float32)) + shift.astype(np.float32)
-    except ValueError:
-        return None  # as many scales as nothing here has
-    constant.array, constant.zero_point = np.clip(codes, limits.min, limits.max).astype(zero.dtype), zero
-    return constant
-
-
-def _transposed(constant: _TracedConstant, node: ir.Node) -> _TracedConstant | None:
-    ndim = constant.array.ndim
-    order = list(node.attributes["perm"].as_ints()) if "perm" in node.attributes else list(range(ndim))[::-1]
-    if sorted(order) != list(range(ndim)):
-        return None
-    constant.array, constant.axes = constant.array.transpose(order), [constant.axes[i] for i in order]
-    return constant
-
-
-def _reshaped(constant: _TracedConstant, node: ir.Node) -> _TracedConstant | None:
-    """Only reshapes that add or drop axes of size 1 keep the meaning of the others."""
-    sizes = _new_sizes(constant.array.shape, node)
-    real = [(size, axis) for size, axis in zip(constant.array.shape, constant.axes, strict=True) if size != 1]
-    if sizes is None or [size for size in sizes if size != 1] != [size for size, _ in real]:
-        return None
-    axes = iter([axis for _, axis in real])
-    constant.axes = [next(axes) if size != 1 else -1 for size in sizes]
-    constant.array = constant.array.reshape(sizes)
-    return constant
-
-
-def _new_sizes(shape: tuple[int, ...], node: ir.Node) -> list[int] | None:
-    operand = array_of(_input(node, 1))
-    if node.op_type == "Reshape":
-        if operand is None:
-            return None
-        sizes = [shape[i] if size == 0 and i < len(shape) else int(size) for i, size in enumerate(operand)]
-        if -1 in sizes:
-            known = math.prod(size for size in sizes if size != -1)
-            sizes[sizes.index(-1)] = math.prod(shape) // known if known else 0
-        return sizes
-    axes = operand.reshape(-1).tolist() if operand is not None else None
-    if "axes" in node.attributes:  # before opset 13
-        axes = list(node.attributes["axes"].as_ints())
-    if node.op_type == "Squeeze":
-        dropped = {axis % len(shape) for axis in axes} if axes else {i for i, size in enumerate(shape) if size == 1}
-        return [size for i, size in enumerate(shape) if i not in dropped]
-    if axes is None:
-        return None
-    sizes, rank = list(shape), len(shape) + len(axes)
-    for axis in sorted(axis % rank for axis in axes):
-        sizes.insert(axis, 1)
-    return sizes
-
-
-def _unchanged(constant: _TracedConstant, node: ir.Node) -> _TracedConstant | None:
-    return constant
-
-
-_APPLIED = {
-    "DequantizeLinear": _scaled,
-    "QuantizeLinear": _scaled,
-    "Transpose": _transposed,
-    "Reshape": _reshaped,
-    "Unsqueeze": _reshaped,
-    "Squeeze": _reshaped,
-    "Identity": _unchanged,
-    "Cast": _unchanged,
-}
-
-
-def _as_matrix(node: ir.Node, constant: _TracedConstant, left: bool) -> GraphWeight | None:
-    array, axes = constant.array, constant.axes
-    matrix: np.ndarray
-    if node.op_type in _CONVOLUTIONS:  # (N, C, kernel...), reduced along C and the kernel
-        k_axis = axes[1]
-        # (N, kernel..., C): groups of M lie along C
-        matrix = np.moveaxis(array, 1, -1).reshape(array.shape[0], -1).T
-    elif math.prod(array.shape[:-2]) != 1:
-        return None  # a stack of matrices is no linear layer
-    elif left or (node.op_type in ("Gemm", "FusedGemm", "QGemm", "FusedMatMul") and _is_set(node, "transB")):
-        k_axis, matrix = axes[-1], array.reshape(array.shape[-2:]).T
-    else:
-        k_axis, matrix = axes[-2], array.reshape(array.shape[-2:])
-    scale, scale_axis, zero = constant.scale, constant.scale_axis, constant.zero_point
-    if node.op_type in _SCALE_INPUTS and scale is None:
-        at_scale, at_zero = _SCALE_INPUTS[node.op_type]
-        scale = None if at_scale is None else array_of(_input(node, at_scale))
-        zero, scale_axis = array_of(_input(node, at_zero)), _OUTPUT_CHANNELS
-    if scale is None:
-        kind = None
-    elif scale.size == 1:
-        kind = "tensor"
-    else:
-        kind = "block" if constant.blocked else "K" if scale_axis == k_axis else "N"
-    return GraphWeight(constant.name, node, matrix, constant.stored, scale, kind, zero)
-
-
-def _input(node: ir.Node, index: int) -> ir.Value | None:
-    return node.inputs[index] if index < len(node.inputs) else None
-
-
-def _is_set(node: ir.Node, attribute: str) -> bool:
-    return attribute in node.attributes and bool(node.attributes[attribute].as_int())
+    if zero.values.size == 1 or not np.any(zero.values):  # all alike
+        return zero.values[:1]
+    if zero.index is not None:
+        return np.asarray(zero.values[operand.matrix(zero.index).array])
+    if operand.product.reads_codes and zero.values.size == shape[1]:
+        return zero.values.reshape(1, -1)
+    return zero.values.reshape(-1, 1, 1, 1)
 
 
 def _first_line(error: Exception) -> str:

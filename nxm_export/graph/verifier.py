@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,20 @@ import onnx_ir as ir
 
 from nxm_export.contract.checkpoint import EMBEDDING_QMAX
 from nxm_export.contract.families import FAMILIES
+from nxm_export.contract.matrix_facts import UnreadProduct
 from nxm_export.contract.plan import CompressionPlan, NMPattern
 from nxm_export.contract.verify_report import VerifyReport, WeightReport
 from nxm_export.graph.graph_weights import (
-    PACKED_PRODUCTS,
     GraphWeight,
     array_of,
-    graph_weights,
+    graph_products,
     load_graph,
     parameter_of,
+    sparse_tensors,
 )
 from nxm_export.graph.int8_embedding import embedding_hash, misread, stored_embedding
+from nxm_export.graph.products import PACKED_PRODUCTS, name_of
+from nxm_export.graph.quantized_values import values_behind
 
 # Nodes that hand integer codes on as they are, and nodes that read codes by themselves.
 _MOVES_CODES = (
@@ -60,12 +64,21 @@ def verify(file: str | Path, *, plan: CompressionPlan | None = None, pattern: NM
     every quantized weight of a file without plan, which must then hold some. Raises `ArtifactError` when the file
     cannot be read, and `PlanError` for a plan inside it that cannot.
     """
-    model = load_graph(file)
-    plan = plan or embedded_plan(model, str(file))
-    weights = list(graph_weights(model))
-    # A weight that several products read alike is one report, and one to be counted.
-    reports = tuple(dict.fromkeys(_check_weight(weight, plan, pattern) for weight in weights))
+    return verify_model(load_graph(file), str(file), plan=plan, pattern=pattern)
+
+
+def verify_model(
+    model: ir.Model, source: str, *, plan: CompressionPlan | None = None, pattern: NMPattern | None = None
+) -> VerifyReport:
+    """As `verify`, of a graph that `load_graph` read; `source` names its file in the report and in errors."""
+    plan = plan or embedded_plan(model, source)
+    reports, unread, quantized = _check_products(model, plan, pattern)
     problems, stored = list(_check_pairs(model)), None
+    problems += [
+        f"{name} is a sparse tensor, which TensorRT does not take; store it dense" for name in sparse_tensors(model)
+    ]
+    if plan or pattern:
+        problems += [str(product) for product in unread]
     if plan:
         present = {report.name for report in reports}
         missing = [name for name, spec in plan.weights.items() if not spec.is_dense and name not in present]
@@ -80,12 +93,12 @@ def verify(file: str | Path, *, plan: CompressionPlan | None = None, pattern: NM
                     f"{family.word_embedding}: {problem}" for problem in _check_embedding(model, family.word_embedding)
                 ]
                 stored = stored_embedding(model.graph, family.word_embedding)
-    elif pattern and not any(weight.is_quantized for weight in weights):
+    elif pattern and not quantized and not unread:
         problems.append(f"{pattern} is required of quantized weights, and the graph has none")
     count = Counter(node.op_type for node in model.graph.all_nodes())
     size = None if stored is None else (stored[0].shape[0], stored[0].shape[1])
     pairs = count["QuantizeLinear"], count["DequantizeLinear"]
-    return VerifyReport(str(file), reports, tuple(problems), *pairs, size)
+    return VerifyReport(source, reports, tuple(problems), *pairs, size, unread)
 
 
 def embedded_plan(model: ir.Model, source: str) -> CompressionPlan | None:
@@ -94,18 +107,31 @@ def embedded_plan(model: ir.Model, source: str) -> CompressionPlan | None:
     return CompressionPlan.from_json(text, source=f"{source} (metadata)") if text else None
 
 
+def _check_products(
+    model: ir.Model, plan: CompressionPlan | None, pattern: NMPattern | None
+) -> tuple[tuple[WeightReport, ...], tuple[UnreadProduct, ...], bool]:
+    """(a report for every weight, once for all products that read it alike; what was not read; whether any weight is
+    quantized)."""
+    nodes: dict[WeightReport, list[str]] = {}
+    unread = []
+    quantized = False
+    for found in graph_products(model):
+        if isinstance(found, UnreadProduct):
+            unread.append(found)
+        else:
+            quantized |= found.quantized
+            nodes.setdefault(_check_weight(found, plan, pattern), []).append(name_of(found.node))
+    reports = (replace(report, nodes=tuple(dict.fromkeys(names))) for report, names in nodes.items())
+    return tuple(reports), tuple(unread), quantized
+
+
 def _check_weight(weight: GraphWeight, plan: CompressionPlan | None, pattern: NMPattern | None) -> WeightReport:
     name = parameter_of(weight.name)
     spec = plan.weights.get(name) if plan else None
-    required = spec.pattern if spec else pattern if weight.is_quantized else None
+    required = spec.pattern if spec else pattern if weight.quantized else None
     problems = []
     if required and not weight.follows(required):
-        groups = -(-weight.k // required.m) * weight.n
-        problems.append(
-            f"not {required} along K: {weight.violations(required)} of {groups} groups keep more than {required.n}"
-            if weight.violations(required)
-            else f"not {required} along K: K is {weight.k}, which is not divisible by {required.m}"
-        )
+        problems.append(f"not {required} along K: {_why_not(weight, required)}")
     if spec and spec.qmax is not None:
         if not weight.is_quantized:
             problems.append(f"planned {spec}, and stored as {weight.stored}")
@@ -115,7 +141,7 @@ def _check_weight(weight: GraphWeight, plan: CompressionPlan | None, pattern: NM
             problems.append("its input is planned INT8, and no QuantizeLinear and DequantizeLinear stand before it")
         if spec.output_bits and not _goes_into_pair(weight.node.outputs[0]):
             problems.append("its output is planned INT8, and no QuantizeLinear stands behind it")
-    problems += _check_scale(weight)
+    problems += scale_problems(weight)
     return WeightReport(
         name=name,
         op=weight.node.op_type,
@@ -128,6 +154,16 @@ def _check_weight(weight: GraphWeight, plan: CompressionPlan | None, pattern: NM
         planned=str(spec) if spec else None,
         problems=tuple(problems),
     )
+
+
+def _why_not(weight: GraphWeight, pattern: NMPattern) -> str:
+    if not weight.matrix.size:
+        return f"it is empty, {weight.k} x {weight.n}"
+    if weight.run % pattern.m:
+        what = "K" if weight.run == weight.k else "the number of channels that are summed at one place of the kernel"
+        return f"{what} is not a multiple of {pattern.m}: it is {weight.run}"
+    broken, groups = weight.violations(pattern), weight.groups(pattern)
+    return f"{broken} of {groups} groups keep more than {pattern.n}"
 
 
 def _check_embedding(model: ir.Model, name: str) -> Iterator[str]:
@@ -151,7 +187,8 @@ def _check_embedding(model: ir.Model, name: str) -> Iterator[str]:
     yield from misread(model.graph, name)
 
 
-def _check_scale(weight: GraphWeight) -> list[str]:
+def scale_problems(weight: GraphWeight) -> list[str]:
+    """What is wrong with the scales and zero points of a weight."""
     problems = []
     if weight.scale_axis == "K":
         problems.append(
@@ -188,7 +225,7 @@ def _check_pairs(model: ir.Model) -> Iterator[str]:
     quantized: dict[int, list[ir.Node]] = {}
     for node in model.graph.all_nodes():
         if node.op_type in _DYNAMIC:
-            yield f"{_name(node)}: dynamic quantization, which TensorRT does not take; calibrate static scales"
+            yield f"{name_of(node)}: dynamic quantization, which TensorRT does not take; calibrate static scales"
         elif node.op_type.startswith("QLinear") or node.op_type in ("QGemm", "QAttention", *PACKED_PRODUCTS):
             others[node.op_type] += 1
         elif node.op_type == "QuantizeLinear":
@@ -200,7 +237,7 @@ def _check_pairs(model: ir.Model) -> Iterator[str]:
     for nodes in quantized.values():
         if len(nodes) > 1:
             yield (
-                f"{', '.join(map(_name, nodes))}: {len(nodes)} QuantizeLinear nodes on one tensor; "
+                f"{', '.join(map(name_of, nodes))}: {len(nodes)} QuantizeLinear nodes on one tensor; "
                 "its readers only run as one product behind one pair"
             )
     for op, count in sorted(others.items()):
@@ -213,7 +250,7 @@ def _check_readers(node: ir.Node) -> Iterator[str]:
     output = node.outputs[0]
     others = [user.op_type for user in output.consumers() if user.op_type not in _READS_CODES]
     if others or not (output.consumers() or output.is_graph_output()):
-        yield f"{_name(node)}: quantizes into {', '.join(others) or 'nothing'}; an orphan without DequantizeLinear"
+        yield f"{name_of(node)}: quantizes into {', '.join(others) or 'nothing'}; an orphan without DequantizeLinear"
     mine = [array_of(value) for value in _operands(node)]
     for user in output.consumers():
         if user.op_type != "DequantizeLinear":
@@ -222,23 +259,23 @@ def _check_readers(node: ir.Node) -> Iterator[str]:
             ("scale", "zero point"), mine, (array_of(value) for value in _operands(user)), strict=True
         ):
             if one is not None and other is not None and not np.array_equal(one.reshape(-1), other.reshape(-1)):
-                yield f"{_name(node)}: quantizes with another {what} than {_name(user)} dequantizes with"
+                yield f"{name_of(node)}: quantizes with another {what} than {name_of(user)} dequantizes with"
 
 
 def _check_activation(node: ir.Node) -> Iterator[str]:
     """One half of a pair on an activation."""
     if node.op_type == "DequantizeLinear" and not _from_codes(node.inputs[0]):
-        yield f"{_name(node)}: dequantizes what nothing quantized"
+        yield f"{name_of(node)}: dequantizes what nothing quantized"
     scale, zero = (array_of(value) for value in _operands(node))
     if scale is None:
-        yield f"{_name(node)}: its scale is not a constant: dynamic quantization, which TensorRT does not take"
+        yield f"{name_of(node)}: its scale is not a constant: dynamic quantization, which TensorRT does not take"
     elif scale.size != 1:
-        yield f"{_name(node)}: {scale.size} scales on an activation; only one per tensor can run in integers"
+        yield f"{name_of(node)}: {scale.size} scales on an activation; only one per tensor can run in integers"
     else:
-        yield from (f"{_name(node)}: its scale {problem}" for problem in _scale_problems(scale))
+        yield from (f"{name_of(node)}: its scale {problem}" for problem in _scale_problems(scale))
     if zero is not None and np.any(zero):
-        value = int(zero.reshape(-1)[0])
-        yield f"{_name(node)}: zero point {value} is not 0, and TensorRT refuses asymmetric activations"
+        value = zero.reshape(-1)[0]  # a float in a file of somebody else
+        yield f"{name_of(node)}: zero point {value:g} is not 0, and TensorRT refuses asymmetric activations"
 
 
 def _operands(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
@@ -246,18 +283,10 @@ def _operands(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
     return node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
 
 
-def _name(node: ir.Node) -> str:
-    return node.name or f"{node.op_type} of {node.outputs[0].name}"
-
-
 def _is_constant(value: ir.Value | None) -> bool:
     """True for a constant, and for what only rearranges or quantizes one."""
-    while value is not None and ir.convenience.get_const_tensor(value) is None:
-        node = value.producer()
-        if node is None or node.op_type not in ("QuantizeLinear", "Transpose", "Reshape", "Identity", "Cast"):
-            return False
-        value = node.inputs[0]
-    return value is not None
+    through = ("QuantizeLinear", "Transpose", "Reshape", "Identity", "Cast")
+    return any(ir.convenience.get_const_tensor(moved) is not None for moved in values_behind(value, through))
 
 
 def _from_codes(value: ir.Value | None) -> bool:
@@ -284,8 +313,7 @@ def _goes_into_pair(value: ir.Value) -> bool:
 
 def _behind(value: ir.Value | None) -> ir.Node | None:
     """The node that made a value, looking through nodes that only move it."""
-    node = None if value is None else value.producer()
-    while node is not None and node.op_type in _MOVES_CODES:
-        value = node.inputs[0]
-        node = None if value is None else value.producer()
+    node = None
+    for moved in values_behind(value, _MOVES_CODES):
+        node = moved.producer()
     return node

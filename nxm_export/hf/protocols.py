@@ -1,4 +1,4 @@
-"""What this project uses of transformers' objects, which have no types of their own."""
+"""What this project uses of transformers' objects, where their own types say less."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from nxm_export.data.examples import Tokenizer
 
@@ -33,11 +34,28 @@ class FastTokenizer(Saved, Protocol):
     is_fast: bool
     model_max_length: int
     pad_token_id: int | None
+    all_special_ids: list[int]
     backend_tokenizer: Tokenizer
+
+    def __len__(self) -> int:
+        """How many tokens it knows."""
+
+    def convert_ids_to_tokens(self, ids: int) -> str:
+        """The token of an id."""
 
 
 class ModelClass(Protocol):
     """A class of transformers' models."""
 
-    def from_pretrained(self, path: Path, **options: object) -> tuple[torch.nn.Module, Mapping[str, object]]:
+    def from_pretrained(self, path: Path, **options: object) -> tuple[PreTrainedModel, Mapping[str, object]]:
         """The model of a directory and, with ``output_loading_info``, what was missing in it."""
+
+    def __call__(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """A model with random weights."""
+
+
+class AutoClass(Protocol):
+    """One of transformers' ``AutoModel...``, which choose the class of a model by its configuration."""
+
+    def from_config(self, config: PreTrainedConfig, **options: object) -> PreTrainedModel:
+        """A model with random weights."""

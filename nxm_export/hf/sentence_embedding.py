@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from nxm_export.contract.pooling import Pooling
 from nxm_export.hf.protocols import ModelClass
@@ -22,13 +22,14 @@ def embedding_model(model_type: str, pooling: Pooling) -> ModelClass:
     import transformers
     from transformers.utils.generic import ModelOutput
 
-    encoder: Any = transformers.MODEL_MAPPING[type(transformers.AutoConfig.for_model(model_type))]
+    kind = type(transformers.AutoConfig.for_model(model_type))
+    encoder = cast("type[transformers.PreTrainedModel]", transformers.MODEL_MAPPING[kind])
     options = (
         {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(encoder.__init__).parameters else {}
     )
 
     @dataclass
-    class Output(ModelOutput):  # type: ignore[misc]  # untyped
+    class Output(ModelOutput):
         """`embedding` is (batch, hidden); `logits` is the same, under the name that training reads of any task."""
 
         loss: torch.Tensor | None = None
@@ -39,12 +40,12 @@ def embedding_model(model_type: str, pooling: Pooling) -> ModelClass:
         def logits(self) -> torch.Tensor | None:
             return self.embedding
 
-    base: Any = encoder.__bases__[0]
+    base = cast("type[transformers.PreTrainedModel]", encoder.__bases__[0])
 
-    class SentenceEmbedding(base):  # type: ignore[misc]  # untyped
+    class SentenceEmbedding(base):  # type: ignore[misc, valid-type]  # of the family: known once it runs
         """The encoder under the family's prefix, and `pooling`."""
 
-        def __init__(self, config: object) -> None:
+        def __init__(self, config: transformers.PreTrainedConfig) -> None:
             super().__init__(config)
             self.pooling = pooling
             setattr(self, encoder.base_model_prefix, encoder(config, **options))

@@ -22,11 +22,11 @@ from nxm_export.contract.choices import (
     TOKEN_ENCODING,
 )
 from nxm_export.contract.io_spec import load_spec
-from nxm_export.data.examples import Columns, Features
+from nxm_export.data.examples import Columns, Examples, Features, Tokenizer
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.pipeline.graph_file import onnx_file
 from nxm_export.pipeline.inspection import sparsity_of
-from nxm_export.storage.atomic import atomic_dir
+from nxm_export.storage.atomic import atomic_dir, require_apart
 from nxm_export.storage.hashing import file_hash
 
 if TYPE_CHECKING:
@@ -78,10 +78,12 @@ def build_engine(
     """Build the engine directory `out` from an ONNX file or a graph directory by the backend `name`; its passport is
     returned."""
     from engines.base import backend
+    from engines.sparsity.build_evidence import LOG_FILE
 
     source, out = onnx_file(source), Path(out)
+    require_apart(out, source)
     options = _build_options(options, out, source.parent, profiles_from)
-    with atomic_dir(out) as scratch:
+    with atomic_dir(out, kept_log=LOG_FILE) as scratch:
         return backend(name).build(source, scratch, options)
 
 
@@ -98,6 +100,7 @@ def build_twin_engines(
     from nxm_export.pipeline.sparsity_twins import TwinGraphs, build_twins
 
     checkpoint, out = Path(checkpoint), Path(out)
+    require_apart(out, checkpoint)
     options = _build_options(options, out, checkpoint, profiles_from)
     return build_twins(checkpoint, out, name, options, graphs or TwinGraphs())
 
@@ -138,6 +141,7 @@ def build_fastest(
     from engines.passport import load_passport
 
     source, out, options = onnx_file(source), Path(out), options or BuildOptions()
+    require_apart(out, source, *([] if check is None else [check.checkpoint, check.data]))
     with atomic_dir(out) as scratch, TemporaryDirectory() as work:
         engines, left_out = fastest_backend.build_candidates(source, Path(work), options)
         if check is not None:
@@ -164,17 +168,16 @@ def _profiles(directory: Path, source: DataProfiles) -> list[Profile]:
     """Optimization profiles from the token lengths of a data file, by the tokenizer of a directory."""
     from engines.tensorrt.profiles import profiles_from_lengths
     from nxm_export.contract.tasks import task_named
-    from nxm_export.data.examples import encode, load_tokenizer
+    from nxm_export.data.examples import cut_at, encode, load_tokenizer
     from nxm_export.data.label_kinds import LABELS, load_labelled, read_by_model
 
     limit, task = _limit_and_task(directory)
     kind = task_named(task)
     raw, tokenizer = load_labelled(source.data, "train", source.columns, kind), load_tokenizer(directory)
     if kind.output_kind == "span":  # as many windows as its contexts take
-        windows = encode(tokenizer, LABELS[kind.label].apply(raw, ()), limit, ("input_ids",))
+        windows = encode(tokenizer, LABELS[kind.label].apply(raw, {}), limit, ("input_ids",))
         return profiles_from_lengths([len(window["input_ids"]) for window in windows], limit, count=source.count)
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(limit)
+    cut_at(tokenizer, limit)
     encodings = tokenizer.encode_batch(read_by_model(raw, kind))
     return profiles_from_lengths([len(encoding.ids) for encoding in encodings], limit, count=source.count)
 
@@ -209,7 +212,8 @@ def compare_engines(
     from engines.parity.gates import parse_gate
 
     parsed = [parse_gate(gate) for gate in gates]
-    return compare_all(checkpoint, engines, _shared_features(engines, data, columns), gates=parsed)
+    features, numbered = _shared_features(engines, data, columns)
+    return compare_all(checkpoint, engines, features, gates=parsed, numbered=numbered)
 
 
 def bisect_engines(
@@ -224,7 +228,7 @@ def bisect_engines(
     from engines.parity.bisect import bisect
     from engines.passport import load_passport
 
-    features, reports = _shared_features(engines, data, columns), []
+    (features, _), reports = _shared_features(engines, data, columns), []
     for engine in map(Path, engines):
         passport = load_passport(engine)
         if backend(passport.backend).CAPABILITIES.runs_onnx:
@@ -265,32 +269,35 @@ def _export_again(checkpoint: Path, engine: Path, out: Path) -> Path:
     return made
 
 
-def _shared_features(engines: Sequence[str | Path], data: str, columns: Columns) -> list[Features]:
-    """The data in tokens, as all of `engines` take it; `ArtifactError` where their tokenizers differ."""
+def _shared_features(engines: Sequence[str | Path], data: str, columns: Columns) -> tuple[list[Features], bool]:
+    """(the data in tokens, as all of `engines` take it; whether its labels are numbers that are taken for those of
+    their classes); `ArtifactError` where their tokenizers differ."""
     directories = [Path(engine) for engine in engines]
     limit = min(load_spec(directory).max_length for directory in directories)
-    first, *rest = [features_of(directory, data, columns, limit) for directory in directories]
+    read = [_labelled_texts(directory, data, columns, limit) for directory in directories]
+    first, *rest = [texts.tokens() for texts in read]
     for directory, features in zip(directories[1:], rest, strict=True):
         if features != first:
             raise ArtifactError(
                 f"{directory} reads the data in other tokens or labels than {directories[0]}; they cannot be compared "
                 "with each other: build both from one checkpoint, or compare them one by one"
             )
-    return first
+    return first, read[0].numbered
 
 
 def bench_engines(
     engines: Sequence[str | Path],
-    shapes: Sequence[tuple[int, int]] = BENCH_SHAPES,
+    shapes: Sequence[tuple[int, int]] | None = None,
     rounds: int = BENCH_ROUNDS,
     threads: int | None = None,
 ) -> BenchReport:
-    """Time engine directories (a twins directory stands for its three) against each other.
+    """Time engine directories (a twins directory stands for its three) against each other, at `shapes` of (batch,
+    sequence); without any at `BENCH_SHAPES`, with the batch or length that the engines have fixed.
 
     Engines that this machine cannot run are named in the report with the reason, unless none is left.
     """
     from engines.base import LoadOptions, backend
-    from engines.benchmark.latency import bench
+    from engines.benchmark.latency import bench, fitted_shapes
     from engines.passport import load_passport
     from nxm_export.pipeline.sparsity_twins import is_twins, twin_directories
 
@@ -314,6 +321,7 @@ def bench_engines(
                     twins[twin] = (name, path)
         if not loaded:
             raise EngineUnavailable(f"nothing could be timed here: {'; '.join(dict.fromkeys(unmeasured.values()))}")
+        shapes = shapes or fitted_shapes(loaded.values(), BENCH_SHAPES)
         report = bench(loaded, shapes, rounds=rounds, vocabulary=_vocabulary(paths))
     absent = tuple(f"{name}: {why}" for name, why in unmeasured.items())
     return replace(report, verdict=_verdict(report, twins, passports), unmeasured=absent)
@@ -376,7 +384,7 @@ def bench_text(
         }
         return text_throughput.bench_text(
             loaded,
-            _tokeniser(paths[0], data, columns, limit),
+            _labelled_texts(paths[0], data, columns, limit).tokens,
             pad_id=load_spec(paths[0]).pad_id,
             limit=limit,
             batch=batch or TEXT_BATCH,
@@ -385,27 +393,50 @@ def bench_text(
         )
 
 
-def _tokeniser(directory: Path, data: str, columns: Columns, limit: int) -> Callable[[], list[Features]]:
-    """A function that makes token features of a data file's text, which is read here, once."""
-    from nxm_export.contract.tasks import TASKS
-    from nxm_export.data.examples import encode, load_tokenizer
-    from nxm_export.data.label_kinds import labelled, load_labelled, names_for
+@dataclass(frozen=True)
+class _LabelledTexts:
+    """The examples of a data file, and how an engine makes tokens of them. `numbered`: their labels are numbers, which
+    are taken for those of its classes."""
 
-    spec = load_spec(directory)
+    examples: Examples
+    tokenizer: Tokenizer
+    length: int
+    inputs: tuple[str, ...]
+    numbered: bool
+
+    def tokens(self) -> list[Features]:
+        """The samples."""
+        from nxm_export.data.examples import encode
+
+        return encode(self.tokenizer, self.examples, self.length, self.inputs)
+
+
+def _labelled_texts(directory: Path, data: str, columns: Columns, limit: int) -> _LabelledTexts:
+    """A data file, read with the tokenizer and labels of a graph or engine directory."""
+    from engines.passport import PASSPORT_FILE, load_passport
+    from nxm_export.contract.tasks import TASKS
+    from nxm_export.data.examples import load_tokenizer
+    from nxm_export.data.label_kinds import classes_of, labelled, load_labelled
+
+    passport = load_passport(directory) if (directory / PASSPORT_FILE).is_file() else None
+    spec = load_spec(directory) if passport is None else passport.load_spec(directory)
     task = TASKS[spec.task]
     raw = load_labelled(data, "dev", columns, task)
-    examples = labelled(raw, task, names_for(raw, task, spec.labels))
-    tokenizer = load_tokenizer(directory)
-    return lambda: encode(tokenizer, examples, min(limit, spec.max_length), spec.inputs)
+    classes = classes_of(raw, task, spec.labels)
+    numbered = classes is not None and classes.numbered
+    tokenizer = load_tokenizer(directory) if passport is None else passport.load_tokenizer(directory)
+    length = min(limit, spec.max_length)
+    return _LabelledTexts(labelled(raw, task, classes), tokenizer, length, spec.inputs, numbered)
 
 
-def _vocabulary(engines: Sequence[Path]) -> int:
-    """Token ids below this exist in every engine."""
+def _vocabulary(engines: Sequence[Path]) -> int | None:
+    """Token ids below this exist in every engine; None where one has no spec that says so."""
     from engines.base import spec_of
     from engines.benchmark.latency import VOCABULARY
 
     specs = [spec_of(path) for path in engines]
-    return min([VOCABULARY, *(spec.limits["input_ids"] for spec in specs if spec and "input_ids" in spec.limits)])
+    known = [spec.limits.get("input_ids", VOCABULARY) for spec in specs if spec is not None]
+    return min([VOCABULARY, *known]) if len(known) == len(specs) else None
 
 
 @dataclass(frozen=True)
@@ -452,4 +483,4 @@ def load_servers(urls: Sequence[str], model: str, requests: LoadRequests, load: 
 
 def features_of(directory: Path, data: str, columns: Columns, limit: int | None = None) -> list[Features]:
     """A labelled data file in tokens (at most `limit`), by the tokenizer and labels of a graph or engine directory."""
-    return _tokeniser(directory, data, columns, limit or load_spec(directory).max_length)()
+    return _labelled_texts(directory, data, columns, limit or load_spec(directory).max_length).tokens()

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
-from nxm_export.data.label_kinds import labelled, load_labelled, names_for, read_by_model
-from nxm_export.storage.json_files import Json
+from nxm_export.data.label_kinds import classes_of, labelled, load_labelled, read_by_model
+from nxm_export.data.scorable import require_scorable
 
 if TYPE_CHECKING:
     from compressors.models import ModelSource
@@ -48,7 +48,7 @@ class RunEstimate:
     fp32_onnx_bytes: int
     onnx_bytes: int
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
         return asdict(self)
 
@@ -88,7 +88,7 @@ def estimate(request: Request) -> RunEstimate:
         other_seconds=round(_GRAPHS * (_SECONDS_PER_GRAPH + _PASSES * dev_samples * flops_per_sample / speed), 1),
         checkpoint_bytes=2 * weights,
         fp32_onnx_bytes=weights,
-        onnx_bytes=weights - _saved_bytes(plan, source),
+        onnx_bytes=weights - saved_bytes(plan, source),
     )
 
 
@@ -100,8 +100,10 @@ def _data(request: Request, source: ModelSource, task: Task) -> tuple[list[str],
         for file, split in ((request.train, "train"), (request.dev, "dev"))
     )
     fits = source.head_fits(task)
-    names = names_for(train, task, source.classes() if fits else None)
-    labelled(train, task, names), labelled(dev, task, names)
+    classes = classes_of(train, task, source.classes() if fits else None)
+    labelled(train, task, classes)
+    dev_classes = classes_of(dev, task, source.classes()) if fits else classes
+    require_scorable(task, labelled(dev, task, dev_classes), None if dev_classes is None else dev_classes.names)
     texts = [text if isinstance(text, str) else " ".join(text) for text in read_by_model(train, task)]
     return texts, len(dev.texts), fits
 
@@ -111,7 +113,7 @@ def _mean_words(texts: Sequence[str]) -> float:
     return sum(len(text.split()) for text in some) / len(some)
 
 
-def _saved_bytes(plan: CompressionPlan, source: ModelSource) -> int:
+def saved_bytes(plan: CompressionPlan, source: ModelSource) -> int:
     """How much smaller than FP32 the plan makes a graph: codes of 1 byte for floats of 4."""
     saved = sum(
         plan.shapes[name][0] * plan.shapes[name][1] * 3 for name, spec in plan.weights.items() if spec.weight_bits

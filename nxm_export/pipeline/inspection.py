@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nxm_export.contract.choices import COMPUTE_CAPABILITY
 from nxm_export.errors import ArtifactError, EngineError
 from nxm_export.pipeline.graph_file import is_graph_directory, onnx_file
 from nxm_export.storage.atomic import write_atomic
-from nxm_export.storage.json_files import Json, encode, to_builtins
+from nxm_export.storage.json_files import encode, to_builtins
 
 if TYPE_CHECKING:
     from engines.base import EngineFacts
     from engines.passport import EnginePassport
     from engines.sparsity.advice import Advice
     from engines.sparsity.report import SparsityReport
+    from engines.tensorrt.rtx_parser import ParserAnswer
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class GraphFacts:
     operators: Mapping[str, int]
     metadata: Mapping[str, str]
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``; metadata stand beside the other fields."""
         fields = {key: getattr(self, key) for key in ("opset", "inputs", "outputs", "operators")}
         return {**fields, **self.metadata}
@@ -44,7 +46,7 @@ class EngineInspection:
     facts: EngineFacts
     sparsity: SparsityReport | None
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``: facts and report in one, then the passport."""
         sparsity = {} if self.sparsity is None else self.sparsity.to_dict()
         return {**self.facts.to_dict(), **sparsity, "passport": to_builtins(self.passport)}
@@ -57,7 +59,7 @@ class RunInspection:
     run: str
     engines: Mapping[str, EngineInspection]
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
         return {"run": self.run, "engines": {name: engine.to_dict() for name, engine in self.engines.items()}}
 
@@ -65,17 +67,19 @@ class RunInspection:
 @dataclass(frozen=True)
 class FileDiagnosis:
     """Any ONNX file, judged without building it: which of its matrices can run sparse, what to do about the others, and
-    what `nxm verify` finds wrong with it."""
+    what is wrong with it: what `nxm verify` finds, what TensorRT's parser refuses or misreads, and, where it was asked,
+    what an installed parser says (`parsed`). A file with problems has no matrix that is ready."""
 
     file: str
     sparsity: SparsityReport
     advice: tuple[Advice, ...]
     problems: tuple[str, ...]
+    parsed: ParserAnswer | None = None
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
-        advice, problems = to_builtins(self.advice), list(self.problems)
-        return {"file": self.file, **self.sparsity.to_dict(), "advice": advice, "problems": problems}
+        advice, problems, parsed = to_builtins(self.advice), list(self.problems), to_builtins(self.parsed)
+        return {"file": self.file, **self.sparsity.to_dict(), "advice": advice, "problems": problems, "parsed": parsed}
 
 
 def inspect_path(
@@ -173,6 +177,7 @@ def measure_layers(directory: Path, rounds: int = 20) -> None:
     from engines.base import LayerTimedEngine, backend
     from engines.benchmark.latency import feeds_for
     from engines.passport import load_passport
+    from engines.sample_inputs import nearest_shape
     from engines.sparsity.build_evidence import MEASURED_FILE, MEASURED_SCHEMA, MeasuredLayers
 
     passport = load_passport(directory)
@@ -181,22 +186,49 @@ def measure_layers(directory: Path, rounds: int = 20) -> None:
             raise EngineError(
                 f"{directory}: engines of {passport.backend} do not time their layers; leave --measure out"
             )
-        batch, sequence = passport.profiles[0].optimum
+        batch, sequence = nearest_shape(engine.input_bindings, *passport.profiles[0].optimum)
         times = engine.layer_times(feeds_for(engine, batch, sequence, 1000, 0), rounds)
     measured = MeasuredLayers(passport.engine_sha256, (batch, sequence), rounds, times)
     write_atomic(directory / MEASURED_FILE, encode(measured, MEASURED_SCHEMA))
 
 
-def doctor_file(file: Path, backend_name: str, version: str, compute_capability: str) -> FileDiagnosis:
+def doctor_file(
+    file: Path,
+    backend_name: str,
+    version: str | None = None,
+    gpu: str = COMPUTE_CAPABILITY,
+    *,
+    parse: bool = False,
+) -> FileDiagnosis:
     """The matrices of any ONNX file (or the one in a graph directory), judged for a TensorRT version and GPU without
-    building, and advice for each."""
-    from engines.sparsity.advice import advise
-    from engines.sparsity.report import SparsityTarget, judge
-    from nxm_export.graph.graph_weights import load_graph
-    from nxm_export.graph.sparsity_scan import matrix_facts
-    from nxm_export.graph.verifier import verify
+    building, and advice for each.
 
+    `version` and `gpu` are as people write them; `EngineError` for what is not understood. `parse` asks the parser of
+    the installed TensorRT-RTX, too: `EngineUnavailable` where there is none. What it takes is not ready for that.
+    """
+    from engines.sparsity.advice import advise
+    from engines.sparsity.report import FileProblem, judge
+    from engines.sparsity.targets import sparsity_target, target_problems
+    from engines.tensorrt.rtx_parser import ask_parser
+    from nxm_export.graph.graph_weights import load_graph
+    from nxm_export.graph.sparsity_scan import scan_products
+    from nxm_export.graph.tensorrt_parser import parser_of, parser_problems
+    from nxm_export.graph.verifier import verify_model
+
+    target = sparsity_target(backend_name, version, gpu)
     file = onnx_file(file)
-    facts = matrix_facts(load_graph(file), str(file))
-    report = judge(facts, None, SparsityTarget(backend_name, version, compute_capability))
-    return FileDiagnosis(str(file), report, tuple(advise(facts, report)), verify(file).problems)
+    model = load_graph(file)
+    scanned = scan_products(model, str(file))
+    checked = verify_model(model, str(file))
+    answer = ask_parser(file) if parse else None
+    problems = [FileProblem(problem, weight.name) for weight in checked.weights for problem in weight.problems]
+    problems += map(FileProblem, checked.problems)
+    problems += [
+        FileProblem(str(problem)) for problem in parser_problems(model, parser_of(backend_name, target.version))
+    ]
+    problems += target_problems(target)
+    if answer is not None:
+        problems += [FileProblem(f"{error} ({answer.parser}'s parser refuses it)") for error in answer.errors]
+    report = replace(judge(scanned.facts, None, target, problems=problems), unread=scanned.unread)
+    advice = tuple(advise(scanned.facts, report, problems))
+    return FileDiagnosis(str(file), report, advice, tuple(map(str, problems)), answer)

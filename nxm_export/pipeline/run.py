@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nxm_export.contract.checkpoint import open_checkpoint
+from nxm_export.contract.checkpoint import open_checkpoint, task_at
 from nxm_export.contract.choices import BENCH_SHAPES, PLACEMENT, STORAGE
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
@@ -30,12 +30,13 @@ from nxm_export.contract.run_summary import DIRECTORY as SUMMARY_DIRECTORY
 from nxm_export.contract.run_summary import SUMMARY_FILE, RunSummary, read_summary
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.examples import Columns, Features
-from nxm_export.errors import DataError, EngineError, EngineUnavailable, PlanError
+from nxm_export.errors import DataError, EngineError, EngineUnavailable, PlanError, notice
 from nxm_export.pipeline.engine_commands import features_of
+from nxm_export.pipeline.estimate import saved_bytes
 from nxm_export.pipeline.summary import BuildResults, kind_of, summarize
 from nxm_export.progress import Progress, silent
-from nxm_export.storage.atomic import require_replaceable, write_atomic
-from nxm_export.storage.json_files import Json
+from nxm_export.storage.atomic import require_apart, require_replaceable, write_atomic
+from nxm_export.storage.disk_space import require_space, written_in
 from nxm_export.storage.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -129,7 +130,11 @@ def run(request: Request, out: str | Path, *, progress: Progress = silent) -> Ru
     directory = RunDir(out)
     with directory.lock():
         source = resolve(request.model, request.revision)
-        _train(directory, request, request.uniform_plan(source), source.path, progress)
+        require_apart(directory.root, source.path)
+        plan = request.uniform_plan(source)
+        _require_space(directory.root, source, plan)
+        _say(_head_notice(request, source))
+        _train(directory, request, plan, source.path, progress)
         plan = open_checkpoint(directory.path("checkpoint")).plan  # outputs that cost too much are no longer in it
         graphs = _export(directory, request, plan, progress)
         built = _build(directory, graphs, plan, progress)
@@ -165,6 +170,8 @@ def compress_model(
     from compressors.training.compress import compress
 
     source = resolve(request.model, request.revision)
+    files = [] if plan is None or isinstance(plan, CompressionPlan) else [plan]
+    require_apart(out, source.path, request.train, request.dev, *files, within=False)
     if plan is None:
         plan = request.uniform_plan(source)
     else:
@@ -177,6 +184,7 @@ def compress_model(
                 f"{request.model} has no {request.task} head; fine-tune it in one process first: under torchrun "
                 "`nxm compress` takes the dense task model"
             )
+        _say(_head_notice(request, source))
         directory = RunDir(out.with_name(f"{out.name}-dense"))
         with directory.lock():
             _finetune(directory, request, source.path, progress)
@@ -195,6 +203,35 @@ def compress_model(
         train_limit=request.train_limit,
         progress=progress,
     )
+
+
+def head_notice(request: Request) -> str | None:
+    """What is said before a head is trained anew, None where the model keeps its own."""
+    from compressors.models import resolve
+
+    return _head_notice(request, resolve(request.model, request.revision))
+
+
+def _head_notice(request: Request, source: ModelSource) -> str | None:
+    task = task_named(request.task)
+    if source.head_fits(task):
+        return None
+    own = task_at(source.path, source.config)
+    had = f"its {own} head is dropped" if own else f"it has no {task.name} head"
+    return f"{request.model}: {had}, and a new {task.name} head is trained before it is compressed"
+
+
+def _say(text: str | None) -> None:
+    if text is not None:
+        notice(text)
+
+
+def _require_space(root: Path, source: ModelSource, plan: CompressionPlan) -> None:
+    """Raise `ArtifactError` where the disk has no room for what a run keeps: two models, its graphs and its engines."""
+    weights = sum(file.stat().st_size for file in source.path.glob("*.safetensors"))
+    graph = weights - saved_bytes(plan, source)
+    needed = 4 * weights + 4 * graph  # dense and compressed, the dense graph and engine; two graphs and their engines
+    require_space(root, needed - written_in(root), "a run, with its models, graphs and engines,")
 
 
 def _train(directory: RunDir, request: Request, plan: CompressionPlan, model: Path, progress: Progress) -> None:
@@ -263,7 +300,7 @@ def _finetune(directory: RunDir, request: Request, model: Path, progress: Progre
     )
 
 
-def _data(request: Request) -> tuple[dict[str, Path], dict[str, Json]]:
+def _data(request: Request) -> tuple[dict[str, Path], dict[str, object]]:
     """(files of data, which are hashed; options of data, among them the names of data that is no file)."""
     sources = {"train": request.train, "dev": request.dev}
     files = {label: Path(source) for label, source in sources.items() if Path(source).is_file()}
@@ -305,6 +342,7 @@ def _export(directory: RunDir, request: Request, plan: CompressionPlan, progress
 def _build(directory: RunDir, graphs: Sequence[str], plan: CompressionPlan, progress: Progress) -> BuildResults:
     """Build every engine of the run that this machine can build."""
     from engines.base import backend
+    from engines.sparsity.build_evidence import LOG_FILE
 
     kind = kind_of(plan)
     made: dict[str, str] = {}
@@ -322,6 +360,7 @@ def _build(directory: RunDir, graphs: Sequence[str], plan: CompressionPlan, prog
                 partial(backend(runtime).build, directory.path("onnx", graph, "model.onnx")),
                 inputs={"onnx": directory.path("onnx", graph)},
                 options={"backend": runtime},
+                kept_log=LOG_FILE,
             )
             made[name] = graph
         except EngineUnavailable as error:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from nxm_export.contract.choices import LOWERING
 from nxm_export.storage.atomic import atomic_dir
-from nxm_export.storage.json_files import Json, encode, read_record, to_builtins
+from nxm_export.storage.json_files import encode, read_record, to_json_object
 
 if TYPE_CHECKING:
     from engines.base import BuildOptions
@@ -50,9 +50,9 @@ class BuiltTwins:
     backend: str
     twins: Mapping[str, TwinHashes]
 
-    def to_dict(self) -> dict[str, Json]:
+    def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
-        return {"schema": SCHEMA, **to_builtins(self)}
+        return {"schema": SCHEMA, **to_json_object(self)}
 
 
 def build_twins(
@@ -60,12 +60,13 @@ def build_twins(
 ) -> BuiltTwins:
     """Export and build all three into directories under `out`; returns what ``twins.json`` says. All or nothing."""
     from engines.base import backend
+    from engines.sparsity.build_evidence import LOG_FILE
     from engines.tensorrt.builder_process import CACHE_FILE
     from nxm_export.graph.exporter import export
 
     runtime = backend(backend_name)
     hashes: dict[str, TwinHashes] = {}
-    with atomic_dir(out) as scratch:
+    with atomic_dir(out, kept_log=LOG_FILE) as scratch:
         for kind, placement in (("int8", graphs.placement), ("float", "float")):
             target, lowering = graphs.target, graphs.lowering
             export(checkpoint, scratch / "onnx" / kind, target=target, lowering=lowering, placement=placement)

@@ -7,6 +7,7 @@ missing is said.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from nxm_export.errors import ArtifactError
@@ -18,12 +19,16 @@ require_own_packages()  # what is in here imports `compressors` and `engines`
 REPORT_FILE = "report.html"
 
 
-def report(run: str | Path, out: str | Path | None = None, *, search: str | Path | None = None) -> Path:
-    """Write the page of a run directory to `out` (``RUN/report.html`` by default) and return its path.
+def report(
+    run: str | Path, out: str | Path | None = None, *, search: str | Path | None = None, force: bool = False
+) -> Path:
+    """Write the page of a run directory to `out` and return its path; by default it is ``RUN/report.html``, again and
+    again, and a file that is at another `out` is replaced with `force` alone.
 
     `search` is a directory of `nxm search` to show beside the run (``RUN/search`` by default). Raises `ArtifactError`
     when `run` is no run or nothing has been made in it yet; needs jinja2 and matplotlib (``nxm-export[report]``).
     """
+    _require_new(out, force)
     from nxm_export.reporting.page import render
     from nxm_export.reporting.plots import pictures
     from nxm_export.reporting.run_facts import read_run
@@ -32,14 +37,26 @@ def report(run: str | Path, out: str | Path | None = None, *, search: str | Path
     return _write(Path(out) if out is not None else facts.root / REPORT_FILE, render(facts, pictures(facts)))
 
 
-def card(source: str | Path, out: str | Path) -> Path:
-    """Write the model card of an engine directory or a run to `out` and return its path.
+def card(source: str | Path, out: str | Path, *, force: bool = False) -> Path:
+    """Write the model card of an engine directory or a run to `out` and return its path; a file that is there is
+    replaced with `force` alone.
 
     Raises `ArtifactError` when `source` is neither; needs jinja2 (``nxm-export[report]``).
     """
+    _require_new(out, force)
     from nxm_export.reporting.hub_card import render
 
     return _write(Path(out), render(Path(source)))
+
+
+def _require_new(out: str | Path | None, force: bool) -> None:
+    """Refuse what is at `out` already, before anything is read or drawn; a directory even with `force`."""
+    if out is None or not os.path.lexists(out):
+        return
+    if Path(out).is_dir():
+        raise ArtifactError(f"{out} is a directory; name the file to write as --out")
+    if not force:
+        raise ArtifactError(f"{out} exists and would be overwritten; give --force, or choose another --out")
 
 
 def _write(out: Path, text: str) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Generic, TypeVar
 
-from nxm_export.storage.json_files import Json
+from nxm_export.storage.json_files import entry_at
 
 Value = float | int | str | bool | None
 Key = str | int
@@ -77,7 +77,7 @@ class RunFile(Generic[T_co]):
 
     file: str
     content: T_co
-    json: Json
+    json: object
 
     def figure(self, *keys: Key) -> Figure | None:
         """The value at a path of field names, keys and indices; None where a key, or what holds it, is missing.
@@ -125,13 +125,11 @@ def _leaves(node: object, keys: tuple[Key, ...]) -> Iterator[tuple[tuple[Key, ..
         yield keys, node
 
 
-def _stands_at(data: Json, keys: tuple[Key, ...], value: Value) -> bool:
-    for key in keys:
-        try:
-            data = data[key]
-        except (KeyError, IndexError, TypeError):
-            return False
-    return bool(data == value)
+def _stands_at(data: object, keys: tuple[Key, ...], value: Value) -> bool:
+    try:
+        return entry_at(data, *keys) == value
+    except LookupError:
+        return False
 
 
 def pointer(*keys: Key) -> str:

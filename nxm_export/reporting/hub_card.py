@@ -32,7 +32,6 @@ from nxm_export.reporting.verdicts import (
     metric,
     verdicts,
 )
-from nxm_export.storage.json_files import Json
 from nxm_export.storage.run_dir import MANIFEST
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def markdown(text: str) -> str:
 def _front_matter(run: Run, engine: EngineEntry | None, task: str | None) -> Markup:
     """The YAML head. JSON is YAML, so every value is written as JSON."""
     tags = ["nxm-export", "onnx", *_option_tags(run, engine)]
-    head: dict[str, Json] = {"library_name": "onnx", "tags": tags}
+    head: dict[str, object] = {"library_name": "onnx", "tags": tags}
     if task in PIPELINES:
         head["pipeline_tag"] = PIPELINES[task]
     value = compressed_value(run)
@@ -169,7 +168,7 @@ def _engine(engine: EngineEntry, passport: EnginePassport) -> dict[str, str]:
     }
 
 
-def _parity(name: str, report: RunFile[ParityReport]) -> Iterator[dict[str, Json]]:
+def _parity(name: str, report: RunFile[ParityReport]) -> Iterator[dict[str, object]]:
     kinds = {"agreement": "share", "max_abs": "error", "max_tolerance": "error", "passed": "general"}
     for number, output in enumerate(report.content.outputs):
         shown = {key: _text(report.figure("outputs", number, key), kind) for key, kind in kinds.items()}

@@ -25,7 +25,8 @@ OWN_DIRECTORIES = (
 )
 
 
-_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})  # of writing, whatever was written
+_DISK_ERRNOS = FULL_ERRNOS | {errno.EACCES, errno.EPERM, errno.EIO}
 
 
 # Libraries that write files themselves turn the system's error into their own; its text stays.
@@ -65,9 +66,11 @@ def exclusive(directory: Path, busy: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_dir(target: Path, *, replace_any: bool = False) -> Iterator[Path]:
+def atomic_dir(target: Path, *, replace_any: bool = False, kept_log: str | None = None) -> Iterator[Path]:
     """A scratch directory that becomes `target` if the block succeeds, and disappears if it does not.
 
+    Of one that disappears with an error of ours, the newest file named `kept_log`, at any depth, stays beside `target`
+    as ``<target>.<kept_log>``, and the error names it.
     An existing `target` is replaced when it is empty or one of `OWN_DIRECTORIES`, or with `replace_any`; anything else
     is refused before the block runs, and so is a `target` that another process is writing. Disk errors become
     `ArtifactError`.
@@ -90,8 +93,24 @@ def atomic_dir(target: Path, *, replace_any: bool = False) -> Iterator[Path]:
                     target.rename(old)
                 scratch.rename(target)
                 shutil.rmtree(old, ignore_errors=True)
+        except NxmError as error:
+            if kept_log is not None:
+                _keep_log(error, scratch, kept_log, target)
+            raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _keep_log(error: NxmError, scratch: Path, name: str, target: Path) -> None:
+    """Move the newest log of a scratch directory beside `target`, and let `error` say where it is."""
+    logs = sorted(scratch.rglob(name), key=lambda file: file.stat().st_mtime_ns)
+    if not logs:
+        return
+    kept = target.with_name(f"{target.name}.{name}")
+    with contextlib.suppress(OSError):  # the error is worth more than its log
+        logs[-1].replace(kept)
+        message = str(error).replace(str(logs[-1]), str(kept))
+        error.args = (message if str(kept) in message else f"{message} (log: {kept})",)
 
 
 def require_replaceable(target: Path) -> None:
@@ -109,6 +128,20 @@ def require_replaceable(target: Path) -> None:
             f"{target} exists and nxm-export did not make it: it would be replaced as a whole. Choose another --out, "
             "or remove it"
         )
+
+
+def require_apart(out: Path, *inputs: str | Path, within: bool = True) -> None:
+    """Raise `ArtifactError` where writing the directory `out` would remove one of the `inputs` (files or directories;
+    what is neither is left to whoever reads it), or, without `within`, would change one: through links, too."""
+    target = out.resolve()
+    for given in map(Path, inputs):
+        if not given.exists():
+            continue
+        source = given.resolve()
+        if source == target or target in source.parents:
+            raise ArtifactError(f"{out} would be replaced, and {given} is or lies in it; choose another --out")
+        if not within and source in target.parents:
+            raise ArtifactError(f"{out} lies in {given}, which is read; choose another --out")
 
 
 def make_directory(directory: Path) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from nxm_export.errors import ArtifactError
 from nxm_export.storage.atomic import atomic_dir, exclusive, write_atomic
 from nxm_export.storage.hashing import file_hash, file_hashes, tree_hash
-from nxm_export.storage.json_files import Json, encode, read_record, to_builtins
+from nxm_export.storage.json_files import encode, read_record, to_json_object
 from nxm_export.storage.versions import installed_versions
 
 SCHEMA = "nxm-run/1"
@@ -35,7 +35,7 @@ class StageRecord:
     `options` are the stage's own JSON: they are compared, never interpreted.
     """
 
-    options: dict[str, Json]
+    options: dict[str, object]
     inputs: dict[str, str]
     seed: int | None
     outputs: dict[str, str]
@@ -99,13 +99,15 @@ class RunDir:
         inputs: Mapping[str, Path] | None = None,
         options: Mapping[str, object] | None = None,
         seed: int | None = None,
+        kept_log: str | None = None,
     ) -> bool:
         """Bring ``root/output`` up to date with `work`; True when it ran, False when it was up to date.
 
         `work` gets a fresh directory, fills it, and the directory becomes `output` when it returns. `inputs` are files
-        or directories by label; their hashes, `options` and `seed` decide whether the stage is up to date.
+        or directories by label; their hashes, `options` and `seed` decide whether the stage is up to date. `kept_log`
+        stays when `work` fails (see `atomic_dir`).
         """
-        chosen = to_builtins(dict(options or {}))
+        chosen = to_json_object(dict(options or {}))
         hashes = {label: tree_hash(path) for label, path in (inputs or {}).items()}
         target = self.root / output
         with self.lock():
@@ -114,7 +116,7 @@ class RunDir:
             if previous and unchanged and _outputs_hold(previous.outputs, self.root):
                 return False
             started = time.monotonic()
-            with atomic_dir(target, replace_any=True) as scratch:
+            with atomic_dir(target, replace_any=True, kept_log=kept_log) as scratch:
                 work(scratch)
             record = StageRecord(
                 options=chosen,

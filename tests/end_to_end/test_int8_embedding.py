@@ -38,6 +38,7 @@ from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.quantizer_placement import at_placement
 from nxm_export.contract.tasks import TASKS
+from nxm_export.data.examples import Features
 from nxm_export.errors import ArtifactError, DataError, ExportError
 from nxm_export.graph.exporter import TARGETS, export
 from nxm_export.graph.graph_weights import load_graph, save_graph
@@ -571,7 +572,7 @@ class TestEngine:
         return out / "ort"
 
     @pytest.fixture(scope="class")
-    def features(self) -> list[dict[str, Any]]:
+    def features(self) -> list[Features]:
         return baked.features()
 
     def test_it_passes_parity_and_its_passport_names_the_table(

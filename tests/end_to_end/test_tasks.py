@@ -20,8 +20,8 @@ from engines.parity.decisions import DECIDING
 from engines.parity.gates import Gate
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import NO_LABEL, Columns, Examples, encode, label_array, pad
-from nxm_export.data.label_kinds import LABELS, labelled, load_labelled, names_for
+from nxm_export.data.examples import Columns, Examples, Features, encode, label_array, pad
+from nxm_export.data.label_kinds import LABELS, classes_of, labelled, load_labelled
 from nxm_export.data.metrics import (
     METRICS,
     interval,
@@ -30,6 +30,7 @@ from nxm_export.data.metrics import (
     require_scorable,
     scored_outputs,
 )
+from nxm_export.data.token_labels import NO_LABEL
 from nxm_export.errors import DataError
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.engine_commands import build_engine, features_of
@@ -178,7 +179,7 @@ def read(tmp_path: Path, task: str, text: str, suffix: str, head: Any = None) ->
     file = tmp_path / f"data.{suffix}"
     file.write_text(text, encoding="utf-8")
     raw = load_labelled(str(file), "train", Columns(), TASKS[task])
-    return labelled(raw, TASKS[task], names_for(raw, TASKS[task], head))
+    return labelled(raw, TASKS[task], classes_of(raw, TASKS[task], head))
 
 
 class TestSeveralLabels:
@@ -229,8 +230,8 @@ class TestTags:
         ("row", "message"),
         [
             ({"tokens": ["a", "b"], "tags": ["O"]}, "2 tokens and 1 tags"),
-            ({"tokens": ["a b"], "tags": ["O"]}, "token 'a b' is empty or holds white space"),
-            ({"tokens": [], "tags": []}, "one entry a token"),
+            ({"tokens": [""], "tags": ["O"]}, "token 0 is empty"),
+            ({"tokens": [], "tags": ["O"]}, "0 tokens and 1 tags"),
             ({"tokens": "a b", "tags": ["O", "O"]}, "one entry a token"),
             ({"tokens": ["a"], "tags": [3]}, "tag '3' is none of O, B-NAME"),
             ({"tokens": ["a"], "tags": ["PER"]}, "tag 'PER' is none of O, B-NAME"),
@@ -249,7 +250,7 @@ class TestTags:
     def test_tags_without_entity_and_unknown_ones_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="there is no entity to learn"):
             read(tmp_path, "token-classification", '{"tokens":["a"],"tags":["O"]}', "jsonl")
-        with pytest.raises(DataError, match=r"data\.jsonl:1: tag '.*' is none of the model's classes"):
+        with pytest.raises(DataError, match=r"data\.jsonl:1: label '.*' is none of the model's classes"):
             read(tmp_path, "token-classification", '{"tokens":["a"],"tags":["B-X"]}', "jsonl", ["O", "B-LOC"])
         with pytest.raises(DataError, match=r"data\.conll:2: 'b' is a token without a tag"):
             read(tmp_path, "token-classification", "a O\nb\n", "conll")
@@ -264,7 +265,7 @@ class TestTags:
         pattern = r" ?\S{1,2}" if space_counts else r"\S{1,2}"
         made.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
         made.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 1)])
-        examples = Examples(["abcde f ghi"], None, [[7, 8, 9]], "x", per_token=True)
+        examples = Examples(["abcde f ghi"], None, [[7, 8, 9]], "x", tokens=[("abcde", "f", "ghi")])
         (whole,), (cut,) = (encode(made, examples, length, ("input_ids",)) for length in (20, 5))
         x = NO_LABEL
         assert whole["labels"] == [x, 7, x, x, 8, 9, x]
@@ -273,14 +274,14 @@ class TestTags:
     def test_batches_fill_labels_with_what_is_not_scored(self) -> None:
         from compressors.training.trainer import collate
 
-        samples = [
+        samples: list[Features] = [
             {"input_ids": [5] * n, "attention_mask": [1] * n, "labels": [NO_LABEL, *range(n - 1)]} for n in (2, 4)
         ]
         expected = [[NO_LABEL, 0, NO_LABEL, NO_LABEL], [NO_LABEL, 0, 1, 2]]
         np.testing.assert_array_equal(label_array(samples), expected)
         np.testing.assert_array_equal(collate(samples, 0)["labels"].numpy(), expected)
         assert pad(samples, 0)["input_ids"].shape == (2, 4)
-        longer = [
+        longer: list[Features] = [
             {**sample, "pad_to": 6} for sample in samples
         ]  # on several processes: to the longest of the whole batch
         assert collate(longer, 0)["labels"].shape == (2, 6)
@@ -307,8 +308,8 @@ def test_tiny_data_of_every_task_can_be_read(tmp_path: Path) -> None:
         train, dev = tiny.write_data(tmp_path / task.name, task.name)
         raw = load_labelled(str(train), "train", Columns(), task)
         assert {path.parent for path in (train, dev)} == {tmp_path / task.name}
-        names = names_for(raw, task, None)
+        names = classes_of(raw, task, None)
         each = 2 if LABELS[task.label].separate else 1  # a pair is two samples of an embedding model
         assert len(labelled(raw, task, names)) == tiny.TRAIN_SAMPLES * each
         assert len(load_labelled(str(dev), "dev", Columns(), task).texts) == tiny.DEV_SAMPLES
-        assert names is None or len(names) == len(tiny.CLASSES.get(task.name, "01"))
+        assert names is None or len(names.names) == len(tiny.CLASSES.get(task.name, "01"))

@@ -3,39 +3,28 @@ skipped with its reason."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 
 from engines.base import (
     BACKENDS,
-    Backend,
     BuildOptions,
     Engine,
-    LayerTimedEngine,
     LoadOptions,
-    Profile,
     backend,
     cpu_backends,
-    module_command,
 )
-from engines.openvino import backend as openvino_backend
 from engines.ort import backend as ort_backend
 from engines.passport import load_passport
 from engines.reference import pytorch
-from engines.tensorrt import backend as tensorrt_backend
-from engines.tensorrt import rtx_backend
-from engines.tensorrt.runtime import TensorRTEngine
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.data.examples import load_tokenizer
@@ -47,16 +36,6 @@ from tests.support.variants import variants
 
 RUNTIMES = [*BACKENDS, "torch_eager"]
 TOO_LONG = f"a sequence of {tiny.POSITIONS + 1} tokens is longer than the model's {tiny.POSITIONS}"
-BAD_PROFILE = {"minimum": [1, 1], "optimum": [1, 8], "maximum": [1]}
-FALLING_PROFILE = {"minimum": [4, 4], "optimum": [2, 2], "maximum": [8, 8]}
-BAD_BINDING = {"name": "x", "dtype": "int64", "shape": "all"}
-
-if TYPE_CHECKING:  # what `backend` promises of the modules of `BACKENDS`, held by mypy
-    _MODULES: tuple[Backend, ...] = (ort_backend, openvino_backend, tensorrt_backend, rtx_backend)
-
-
-def nested(depth: int) -> Any:
-    return {"deeper": nested(depth - 1)} if depth else {}
 
 
 def open_engine(name: str, tiny_engine: Callable[..., Path], tiny_checkpoint: Callable[..., Path]) -> Engine:
@@ -74,42 +53,6 @@ def engine(
 ) -> Iterator[Engine]:
     with open_engine(request.param, tiny_engine, tiny_checkpoint) as loaded:
         yield loaded
-
-
-@pytest.fixture(scope="module", params=BACKENDS)
-def directory(request: pytest.FixtureRequest, tiny_engine: Callable[..., Path]) -> Path:
-    """An engine directory of each backend that can build here; read it only."""
-    try:
-        return tiny_engine(request.param)
-    except EngineUnavailable as error:
-        pytest.skip(f"{request.param}: {error}")
-
-
-@pytest.fixture
-def copy(directory: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(directory, tmp_path / "copied alone")
-
-
-class TestProtocol:
-    def test_mypy_holds_every_backend_against_the_protocol(self) -> None:
-        modules = (ort_backend, openvino_backend, tensorrt_backend, rtx_backend)
-        assert {module.NAME: module.__name__ for module in modules} == BACKENDS
-
-    @pytest.mark.parametrize("name", BACKENDS)
-    def test_a_module_has_the_three_functions_with_the_parameters_of_the_protocol(self, name: str) -> None:
-        for function in ("build", "load", "inspect"):
-            expected = list(inspect.signature(getattr(Backend, function)).parameters)[1:]  # without self
-            assert list(inspect.signature(getattr(backend(name), function)).parameters) == expected
-
-    def test_capabilities_say_where_a_backend_runs_and_what_it_times(self) -> None:
-        assert cpu_backends() == ("ort", "openvino")
-        for name in BACKENDS:
-            capabilities = backend(name).CAPABILITIES
-            on_cpu = name in cpu_backends()
-            assert capabilities.threads == capabilities.runs_onnx == on_cpu
-            assert capabilities.layer_times == capabilities.sparse_kernels == (not on_cpu)
-        assert issubclass(TensorRTEngine, LayerTimedEngine)
-        assert not issubclass(ort_backend.OrtEngine, LayerTimedEngine)
 
 
 class TestRun:
@@ -261,115 +204,6 @@ except EngineUnavailable as error:
         assert done.stdout == "ran (1, 2)\n", done.stderr
 
 
-class TestTampering:
-    def load(self, path: Path) -> None:
-        backend(load_passport(path).backend).load(path)
-
-    @pytest.mark.parametrize("at", [0, 0.5, 1])
-    def test_one_flipped_byte_is_found(self, copy: Path, at: float) -> None:
-        file = copy / load_passport(copy).engine
-        data = bytearray(file.read_bytes())
-        data[min(int(at * len(data)), len(data) - 1)] ^= 1
-        file.write_bytes(data)
-        with pytest.raises(ArtifactError, match=r"is not the engine of its passport .* build it again"):
-            self.load(copy)
-
-    def test_another_models_engine_is_found(self, copy: Path, tiny_engine: Callable[..., Path]) -> None:
-        passport = load_passport(copy)
-        other = tiny_engine(passport.backend, "bert", "inputs")
-        shutil.copy(other / passport.engine, copy / passport.engine)
-        with pytest.raises(ArtifactError, match="is not the engine of its passport"):
-            self.load(copy)
-
-    def test_a_missing_engine_is_named(self, copy: Path) -> None:
-        (copy / load_passport(copy).engine).unlink()
-        with pytest.raises(ArtifactError, match="is missing"):
-            self.load(copy)
-
-    def test_a_missing_tokenizer_is_named_where_it_is_needed(self, copy: Path) -> None:
-        (copy / "tokenizer.json").unlink()
-        with pytest.raises(ArtifactError, match=r"tokenizer\.json is missing; copy it from the model"):
-            load_tokenizer(copy)
-
-    @pytest.mark.parametrize(
-        ("text", "message"),
-        [
-            (None, "has no passport.json: it is not an engine directory; make one with `nxm build`"),
-            ("{", "passport.json: not valid JSON"),
-            ("[]", "not a nxm-passport/2 file"),
-            (
-                '{"schema": "nxm-passport/2"}',
-                "passport.json: Object missing required field `backend`; build the engine again",
-            ),
-            ('{"schema": "nxm-passport/1"}', "passport.json: malformed nxm-passport/1 file"),
-            (
-                lambda data: {**data, "schema": "nxm-passport/9"},
-                "schema nxm-passport/9 is not the nxm-passport/2 that this version reads",
-            ),
-            (lambda data: {**data, "colour": "red"}, "passport.json: unknown field colour"),
-            (
-                lambda data: {**data, "plan": {**data["plan"], "colour": "red"}},
-                "passport.json: unknown field plan.colour",
-            ),
-            (lambda data: {**data, "engine": 5}, "passport.json: engine: Expected `str`, got `int`"),
-            (lambda data: {**data, "requires": []}, "passport.json: requires: Expected `object`, got `array`"),
-            (
-                lambda data: {**data, "plan": {**data["plan"], "compression": {"hw": float("nan")}}},
-                "passport.json: not valid JSON (NaN is not a JSON number)",
-            ),
-            (
-                lambda data: {**data, "options": {"auto": nested(100)}},
-                "passport.json: not valid JSON (nested more than 64 deep)",
-            ),
-            (
-                lambda data: {**data, "profiles": [BAD_PROFILE]},
-                "passport.json: profiles[0].maximum: Expected `array` of length 2, got 1",
-            ),
-            (lambda data: {**data, "profiles": [FALLING_PROFILE]}, "passport.json: profile sizes must rise from 1"),
-            (
-                lambda data: {**data, "bindings": {"inputs": [BAD_BINDING]}},
-                "passport.json: bindings.inputs[0].shape: Expected `array`, got `str`",
-            ),
-            (lambda data: {**data, "engine": "../model.onnx"}, "names an engine outside its directory"),
-            (lambda data: {**data, "backend": "tflite"}, "unknown backend 'tflite'; choose one of ort"),
-            (
-                lambda data: {**data, "requires": {"moon": "full"}},
-                "was built for moon full, and this machine has moon none; rebuild it here: nxm build",
-            ),
-        ],
-    )
-    def test_a_passport_that_is_not_right_is_refused(self, copy: Path, text: Any, message: str) -> None:
-        file = copy / "passport.json"
-        if text is None:
-            file.unlink()
-        else:
-            file.write_text(text if isinstance(text, str) else json.dumps(text(json.loads(file.read_text()))))
-        with pytest.raises((ArtifactError, EngineError), match=re.escape(message)):
-            self.load(copy)
-
-    def test_a_passport_of_the_first_schema_is_read(self, copy: Path) -> None:
-        """It had an empty plan for none, named the embedding only where it was INT8, and called precision overrides
-        islands."""
-        passport = load_passport(copy)
-        former = {"schema": "nxm-passport/1", **passport.to_dict()}
-        del former["plan"]["embedding"]
-        former["graph"]["islands"] = former["graph"].pop("precision_overrides")
-        (copy / "passport.json").write_text(json.dumps(former))
-        assert load_passport(copy) == passport
-        former["graph"]["table"] = "00"
-        (copy / "passport.json").write_text(json.dumps(former))
-        assert load_passport(copy).graph["embedding_sha256"] == "00"
-        (copy / "passport.json").write_text(json.dumps({**former, "plan": {}}))
-        assert load_passport(copy).plan is None
-
-    def test_a_link_out_of_the_directory_is_refused(self, copy: Path, directory: Path) -> None:
-        file = copy / load_passport(copy).engine
-        file.unlink()
-        file.symlink_to(directory / file.name)
-        with pytest.raises((ArtifactError, EngineUnavailable)):
-            self.load(copy)
-
-
 @pytest.mark.parametrize("family", variants(FAMILIES, ("bert",)))
 def test_tensorrt_rtx_builds_every_family_with_all_products_in_int8(
     family: str, tiny_engine: Callable[..., Path]
@@ -406,8 +240,12 @@ class TestForeign:
         build_engine(onnx_text.save(self.TEXT, tmp_path / "foreign.onnx"), tmp_path / "engine")
         assert {path.name for path in (tmp_path / "engine").iterdir()} == {"model.onnx", "passport.json"}
         assert backend("ort").inspect(tmp_path / "engine").to_dict()["integer_products"] == 0
-        with backend("ort").load(tmp_path / "engine") as engine, pytest.raises(EngineError, match="must be int64"):
-            engine.run({"x": np.ones((1, 4), np.float32)})
+        with backend("ort").load(tmp_path / "engine") as engine:
+            assert engine.run({"x": np.ones((1, 4), np.float32)})
+            with pytest.raises(EngineError, match=r"takes x of float32 \(\?, 4\); got int64 of shape \(1, 4\)"):
+                engine.run({"x": np.ones((1, 4), np.int64)})
+            with pytest.raises(EngineError, match=r"got float32 of shape \(1, 5\)"):
+                engine.run({"x": np.ones((1, 5), np.float32)})
 
     @pytest.mark.parametrize("name", BACKENDS)
     @pytest.mark.parametrize(
@@ -426,12 +264,9 @@ class TestForeign:
         if isinstance(caught.value, EngineUnavailable):
             pytest.skip(str(caught.value))
         assert message in str(caught.value)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.onnx"]
-
-
-def test_an_unknown_backend_is_refused_with_the_list() -> None:
-    with pytest.raises(EngineError, match=f"unknown backend 'cuda'; choose one of {', '.join(BACKENDS)}"):
-        backend("cuda")
+        log = f"(log: {tmp_path / 'engine.build.log'})"  # of TensorRT's builders
+        kept = ["engine.build.log"] if log in str(caught.value) else []
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.onnx", *kept]
 
 
 def test_a_runtime_that_is_not_installed_says_what_to_install(
@@ -443,13 +278,6 @@ def test_a_runtime_that_is_not_installed_says_what_to_install(
         backend("ort").load(path)
 
 
-def test_profiles_rise() -> None:
-    Profile((1, 1), (1, 8), (4, 8))
-    for sizes in (((2, 1), (1, 8), (4, 8)), ((1, 1), (1, 9), (4, 8)), ((0, 1), (1, 8), (4, 8))):
-        with pytest.raises(EngineError, match="profile sizes must rise from 1"):
-            Profile(*sizes)
-
-
 def test_threads_are_recorded_and_used(tmp_path: Path, tiny_graph: Callable[..., Path]) -> None:
     (tmp_path / "engine").mkdir()
     passport = ort_backend.build(tiny_graph() / "model.onnx", tmp_path / "engine", BuildOptions(threads=1))
@@ -458,15 +286,3 @@ def test_threads_are_recorded_and_used(tmp_path: Path, tiny_graph: Callable[...,
         with ort_backend.load(tmp_path / "engine", options) as engine:
             session: Any = engine._session
             assert session.get_session_options().intra_op_num_threads == expected
-
-
-def test_a_child_process_takes_our_modules_wherever_it_is_started(tmp_path: Path) -> None:
-    """A run directory has an ``engines`` folder; with a file in it, ``python -m`` from there would take that for
-    ours."""
-    for package in ("engines", "nxm_export"):
-        (tmp_path / package).mkdir()
-        (tmp_path / package / "__init__.py").write_text("raise SystemExit('the wrong package')")
-    done = subprocess.run(
-        module_command("nxm_export", "--version"), cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.stdout.startswith("nxm, version"), done.stderr

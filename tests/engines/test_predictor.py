@@ -21,7 +21,7 @@ from nxm_export.data.predictions import Answer, Embedding, LabelSet, Prediction,
 from nxm_export.data.texts import Text
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.graph.exporter import export
-from tests.support import tiny
+from tests.support import exact_engine, tiny
 
 TEXTS = [
     "a good film",
@@ -173,6 +173,7 @@ def test_labels_that_are_not_as_many_as_the_classes_are_refused(
     shutil.copytree(made(task)[1], tmp_path / "engine")
     spec = json.loads((tmp_path / "engine" / "spec.json").read_text())
     (tmp_path / "engine" / "spec.json").write_text(json.dumps({**spec, "labels": [*spec["labels"], "more"]}))
+    exact_engine.cover(tmp_path / "engine")
     with Predictor(tmp_path / "engine") as predictor, pytest.raises(ArtifactError, match="build it again"):
         predictor.predict(["a good film"])
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from nxm_export.data.examples import Features, sample_of
 from nxm_export.errors import EngineUnavailable
 from tests.support.trt_models import compressed, feeds_for, tiny_config
 
@@ -42,10 +43,10 @@ def test_the_sparse_engine_computes_what_pytorch_computes(twins: tuple[Path, Pat
     from engines.parity.compare import compare
 
     checkpoint, directory = twins
-    features = []
+    features: list[Features] = []
     for seed in range(16):
         feeds = feeds_for(("input_ids", "attention_mask", "token_type_ids"), 1, 24, seed)
-        features.append({**{name: value[0].tolist() for name, value in feeds.items()}, "labels": 0})
+        features.append({**sample_of({name: value[0].tolist() for name, value in feeds.items()}), "labels": 0})
     for name in ("int8-sparse", "int8-dense", "fp16"):
         compare(checkpoint, directory / name, features).require()
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nxm_export.contract.checkpoint import read_config, save_plan
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
+from nxm_export.data.examples import Features, sample_of
 from tests.support import tiny
 
 if TYPE_CHECKING:
@@ -85,22 +86,17 @@ def baked_table(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(table / scale[:, None]).astype(np.float32) * scale[:, None] + np.float32(0), scale
 
 
-def features(samples: int = 24, *, family: str = "bert", seed: int = 0, classes: int = 2) -> list[dict[str, Any]]:
+def features(samples: int = 24, *, family: str = "bert", seed: int = 0, classes: int = 2) -> list[Features]:
     """Token features of random sentences with labels, of mixed lengths up to the longest."""
     rng = np.random.default_rng(seed)
     vocabulary = len(tiny.WORDS) + 5
-    made = []
+    made: list[Features] = []
     for _ in range(samples):
         length = int(rng.integers(2, tiny.POSITIONS + 1))
         ids = rng.integers(5, vocabulary, length)
-        made.append(
-            {
-                "input_ids": ids.tolist(),
-                "attention_mask": [1] * length,
-                **({"token_type_ids": [0] * length} if "token_type_ids" in FAMILIES[family].inputs else {}),
-                "labels": int(rng.integers(classes)),
-            }
-        )
+        inputs = {"input_ids": ids.tolist(), "attention_mask": [1] * length, "token_type_ids": [0] * length}
+        sample = sample_of({name: inputs[name] for name in FAMILIES[family].inputs})
+        made.append({**sample, "labels": int(rng.integers(classes))})
     return made
 
 

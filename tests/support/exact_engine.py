@@ -8,6 +8,7 @@ but known to be so only when it runs, is added: an engine that takes its time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from engines.base import BuildOptions
 from engines.ort import backend as ort
 from engines.parity.gates import GateResult
 from engines.parity.reports import PARITY_FILE, SCHEMA, ParityReport
+from engines.passport import companion_hashes, load_passport
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.storage.json_files import encode
 
@@ -114,18 +116,19 @@ def build(out: Path, seed: int = 0, parity: bool | None = None, work: int = 0) -
     """An engine directory, with a parity report that says `parity` unless that is None."""
     onnx = write_graph(out.with_name(f"{out.name}-graph"), seed, work)
     out.mkdir()
-    passport = ort.build(onnx, out, BuildOptions(threads=1))
+    ort.build(onnx, out, BuildOptions(threads=1))
     if parity is not None:
-        write_parity(out, passport.engine_sha256, passed=parity)
+        write_parity(out, passed=parity)
     return out
 
 
-def write_parity(engine: Path, sha256: str, *, passed: bool) -> None:
+def write_parity(engine: Path, *, passed: bool) -> None:
     """A parity report beside an engine, of one gate that held or failed."""
+    passport = load_passport(engine)
     report = ParityReport(
         passed=passed,
         engine=str(engine),
-        engine_sha256=sha256,
+        engine_sha256=passport.engine_sha256,
         backend="ort",
         samples=1,
         outputs=(),
@@ -141,5 +144,11 @@ def write_parity(engine: Path, sha256: str, *, passed: bool) -> None:
         gates=(GateResult("drop<=0.5", 0.0 if passed else 1.0, 0.5, passed, "points"),),
         pairs=(),
         secondary_metrics={},
+        contents_sha256=passport.contents_sha256,
     )
     (engine / PARITY_FILE).write_text(encode(report, SCHEMA), encoding="utf-8")
+
+
+def cover(engine: Path) -> None:
+    """Let the passport of an engine directory cover its companions as they are now, as if it was built with them."""
+    replace(load_passport(engine), companions=companion_hashes(engine)).save(engine)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
-from nxm_export.storage.json_files import Json
+from nxm_export.storage.json_files import entry_at
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -61,15 +61,15 @@ class Page(HTMLParser):
         return [element for element in self.elements if element.tag in tags]
 
 
-def follow(data: Json, pointer: str) -> Json:
+def follow(data: object, pointer: str) -> object:
     """The value at an RFC 6901 pointer."""
     for part in pointer.split("/")[1:]:
         key = part.replace("~1", "/").replace("~0", "~")
-        data = data[int(key)] if isinstance(data, list) else data[key]
+        data = entry_at(data, int(key) if isinstance(data, list) else key)
     return data
 
 
-def leaves(data: Json, pointer: str = "") -> Iterator[tuple[str, Json]]:
+def leaves(data: object, pointer: str = "") -> Iterator[tuple[str, object]]:
     if isinstance(data, dict):
         for key, value in data.items():
             yield from leaves(value, f"{pointer}/{str(key).replace('~', '~0').replace('/', '~1')}")

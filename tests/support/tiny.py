@@ -10,7 +10,9 @@ import json
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from nxm_export.hf.protocols import AutoClass
 
 GOOD = ("good", "great", "fine", "superb", "lovely", "warm", "clever", "bright")
 BAD = ("bad", "poor", "dull", "awful", "weak", "cold", "silly", "dark")
@@ -75,10 +77,10 @@ def write_model(
     torch.manual_seed(seed)
     config = _config(family, hidden, intermediate, layers, options)
     if head is None:
-        model = transformers.AutoModel.from_config(config)
+        model = cast("AutoClass", transformers.AutoModel).from_config(config)
     elif head == "embedding":
         pooling = Pooling("mean", normalize=True)
-        model = embedding_model(family, pooling)(config)  # type: ignore[operator]  # transformers' classes have no types
+        model = embedding_model(family, pooling)(config)
         out.mkdir(parents=True, exist_ok=True)
         write_pooling(out, pooling, hidden, POSITIONS, out)
     else:
@@ -89,7 +91,7 @@ def write_model(
         config.label2id = {name: i for i, name in enumerate(names)}
         if head != "classification":  # as in published checkpoints, which seldom say so of classifiers
             config.problem_type = task.problem_type
-        model = getattr(transformers, str(task.auto_class)).from_config(config)
+        model = cast("AutoClass", getattr(transformers, str(task.auto_class))).from_config(config)
     model.save_pretrained(out)
     write_tokenizer(family, out)
     return out
@@ -284,7 +286,7 @@ def _config(family: str, hidden: int, intermediate: int, layers: int, options: M
 
     # Wider than the usual 0.02: a tiny network with tiny weights would compute next to nothing.
     common: dict[str, Any] = {"vocab_size": len(WORDS) + 5, "initializer_range": 0.1, "pad_token_id": 0}
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,

@@ -17,6 +17,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from compressors import distributed
 from compressors.pruning.admm import Admm, DualUpdate
@@ -25,7 +26,6 @@ from compressors.search.plan_search import search
 from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
 from compressors.training.admm_schedule import AdmmCallback
-from compressors.training.callbacks import Arguments, State
 from compressors.training.compress import compress
 from nxm_export.contract.checkpoint_metrics import CompressionMetrics
 from nxm_export.contract.plan import CompressionPlan
@@ -58,7 +58,9 @@ def job(desk: Path, out: Path) -> dict[str, object]:
         states.append(_hash(student))
         return bake(student, plan)
 
-    def watched_step(self: AdmmCallback, args: Arguments, state: State, control: object, **extra: Any) -> None:
+    def watched_step(
+        self: AdmmCallback, args: TrainingArguments, state: TrainerState, control: TrainerControl, **extra: Any
+    ) -> None:
         file = out / f"gradients-{distributed.rank()}.pt"
         if not file.exists():  # of the first step, of the whole batch, clipped
             torch.save(

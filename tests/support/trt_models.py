@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
+
+from nxm_export.hf.protocols import AutoClass
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -19,13 +21,14 @@ def tiny_config(
 ) -> PreTrainedConfig:
     import transformers
 
-    common = {"vocab_size": 1024, "num_labels": 3, "pad_token_id": 0}
+    labels = {number: f"LABEL_{number}" for number in range(3)}
+    ids = {name: number for number, name in labels.items()}
     if family == "distilbert":
         return transformers.DistilBertConfig(
             dim=hidden, hidden_dim=4 * hidden, n_layers=layers, n_heads=2, max_position_embeddings=positions,
-            activation=gelu, seq_classif_dropout=0.0, **common,
+            activation=gelu, seq_classif_dropout=0.0, vocab_size=1024, pad_token_id=0, id2label=labels, label2id=ids,
         )  # fmt: skip
-    kinds = {
+    kinds: dict[str, Callable[..., PreTrainedConfig]] = {
         "bert": transformers.BertConfig,
         "roberta": transformers.RobertaConfig,
         "electra": transformers.ElectraConfig,
@@ -35,7 +38,8 @@ def tiny_config(
     return kinds[family](
         hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=2,
         hidden_act=gelu,
-        max_position_embeddings=positions + (2 if family == "roberta" else 0), **common, **extra,
+        max_position_embeddings=positions + (2 if family == "roberta" else 0),
+        vocab_size=1024, pad_token_id=0, id2label=labels, label2id=ids, **extra,
     )  # fmt: skip
 
 
@@ -68,7 +72,8 @@ def compressed(
 
     torch.manual_seed(0)
     family = FAMILIES[config.model_type]
-    model = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
+    made = cast("AutoClass", transformers.AutoModelForSequenceClassification)
+    model = torch.nn.Module.eval(made.from_config(config, attn_implementation="eager"))
     for name, parameter in model.named_parameters():  # large enough that quantization and attention matter
         if name.endswith(".weight") and parameter.dim() == 2 and "embedding" not in name:
             torch.nn.init.normal_(parameter, std=0.08)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from nxm_export.errors import ArtifactError
+from nxm_export.storage.json_files import as_object, as_objects
 from tools import ROOT
 from tools.benchmarks import cpu, scaling, training
 from tools.benchmarks.measuring import DOCUMENT, fitted_exponent, load_record, paired_ratio
@@ -29,9 +32,17 @@ def test_a_bench_runs_to_its_end(tool: str, row: str) -> None:
     assert row in child.stdout
 
 
-@pytest.mark.parametrize(("name", "tool"), [("cpu", cpu), ("training", training), ("scaling", scaling)])
-def test_the_committed_section_is_that_of_the_committed_record(name: str, tool: ModuleType) -> None:
-    assert read_section(DOCUMENT, tool.TOOL) == tool.section(load_record(name))
+@pytest.mark.parametrize("tool", [cpu, training, scaling], ids=lambda tool: str(tool.__name__))
+def test_the_committed_section_is_that_of_the_committed_record(tool: ModuleType) -> None:
+    assert read_section(DOCUMENT, tool.TOOL) == tool.section(load_record(tool.FILE, tool.Record))
+
+
+def test_a_record_of_another_form_is_refused_by_file_and_field(tmp_path: Path) -> None:
+    record = as_object(json.loads(training.FILE.read_text(encoding="utf-8")))
+    as_objects(record["steps"])[0]["batch"] = "32"
+    (tmp_path / "other.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"other\.json: steps\[0\]\.batch: Expected `int`.*restore it, or measure"):
+        load_record(tmp_path / "other.json", training.Record)
 
 
 def test_ratios_are_paired_within_rounds() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from nxm_export.storage.json_files import Json
 from tools.benchmarks import cpu
 from tools.benchmarks.cpu import OPENVINO, ORT
+from tools.benchmarks.cpu_record import LatencyRow, Record, TextTimings
 from tools.benchmarks.cpu_section import PEER, section
 
 
-def latency(batch: int, sequence: int, over_float: float, over_peer: tuple[float, float, float]) -> dict[str, Json]:
+def latency(batch: int, sequence: int, over_float: float, over_peer: tuple[float, float, float]) -> LatencyRow:
     ratio, *interval = over_peer
     medians = {"FP32, ort": 20.0, "FP32, openvino": 22.0, ORT: 10.0, OPENVINO: 8.0, PEER: 8.5}
     return {
@@ -33,8 +33,17 @@ def latency(batch: int, sequence: int, over_float: float, over_peer: tuple[float
 
 
 @pytest.fixture
-def record() -> dict[str, Json]:
-    timing = {"name": "INT8-2of4-ort", "padding": 0.3, "quartiles": [90.0, 110.0], "without_tokenisation": 120.0}
+def record() -> Record:
+    arrival: TextTimings = {
+        "name": "INT8-2of4-ort",
+        "order": "arrival",
+        "padding": 0.3,
+        "sentences_per_second": 100.0,
+        "quartiles": (90.0, 110.0),
+        "without_tokenisation": 120.0,
+        "speedup": None,
+        "interval": None,
+    }
     return {
         "schema": cpu.SCHEMA,
         "machine": {"name": "a CPU", "features": "avx512_vnni", "threads": 2, "cores": 2},
@@ -52,6 +61,7 @@ def record() -> dict[str, Json]:
                 "samples": 853,
                 "checkpoint": 0.84,
                 "value": 0.83,
+                "difference_interval": (-0.02, 0.0),
                 "agreement": 0.99,
                 "mean_abs": 0.003,
                 "mean_tolerance": 0.01,
@@ -62,12 +72,12 @@ def record() -> dict[str, Json]:
             "sentences": 853,
             "batch": 32,
             "fixed": 128,
-            "tokens": [27.3, 60],
+            "tokens": (27.3, 60),
             "tokenised_per_second": 20000.0,
             "rounds": 3,
             "timings": [
-                {**timing, "order": "arrival", "sentences_per_second": 100.0, "speedup": None, "interval": None},
-                {**timing, "order": "bucketed", "sentences_per_second": 150.0, "speedup": 1.5, "interval": [1.4, 1.6]},
+                arrival,
+                {**arrival, "order": "bucketed", "sentences_per_second": 150.0, "speedup": 1.5, "interval": (1.4, 1.6)},
             ],
             "seconds": {
                 "INT8-2of4-ort arrival": [8.5, 8.5, 8.5],
@@ -94,19 +104,19 @@ def row_of(text: str, start: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_every_engine_is_in_the_table_with_its_size(record: dict[str, Json]) -> None:
+def test_every_engine_is_in_the_table_with_its_size(record: Record) -> None:
     text = section(record)
     assert row_of(text, ORT + " |")[1:] == ["59.2", "10.00 (9.50 to 10.50)", "10.00 (9.50 to 10.50)"]
     assert row_of(text, PEER)[1] == "–"
 
 
-def test_every_row_has_a_cell_for_every_column(record: dict[str, Json]) -> None:
+def test_every_row_has_a_cell_for_every_column(record: Record) -> None:
     for block in section(record).split("\n\n"):
         rows = [line for line in block.splitlines() if line.startswith("|")]
         assert len({row.count("|") for row in rows}) <= 1, block
 
 
-def test_what_was_missed_is_said(record: dict[str, Json]) -> None:
+def test_what_was_missed_is_said(record: Record) -> None:
     text = section(record)
     assert row_of(text, "ort >= 2x")[1:] == ["holds: 2.00", "holds: 2.00"]
     assert row_of(text, "our fastest >= 2.2x")[1:] == ["holds: 2.50 of 2.2", "MISSED: 2.50 of 2.7"]
@@ -116,13 +126,13 @@ def test_what_was_missed_is_said(record: dict[str, Json]) -> None:
     assert row_of(text, ORT + " | 84.00")[-1] == "FAILED"
 
 
-def test_peers_of_text_are_paired_with_our_best(record: dict[str, Json]) -> None:
+def test_peers_of_text_are_paired_with_our_best(record: Record) -> None:
     cells = row_of(section(record), "sentence-transformers, ONNX INT8")
     assert cells[3] == "75 (75 to 75)"
     assert cells[4] == "INT8-2of4-ort bucketed is 2.00 (2.00 to 2.00) times as fast"
 
 
-def test_without_peers_the_page_says_so(record: dict[str, Json]) -> None:
+def test_without_peers_the_page_says_so(record: Record) -> None:
     record["peer"] = record["text_peers"] = None
     for row in record["latency"]:
         del row["ratios"]["our fastest over NNCF"]
@@ -131,6 +141,6 @@ def test_without_peers_the_page_says_so(record: dict[str, Json]) -> None:
     assert "NXM_TEXT_PEERS_PYTHON" in text
 
 
-def test_the_roofline_divides_by_the_measured_peak(record: dict[str, Json]) -> None:
+def test_the_roofline_divides_by_the_measured_peak(record: Record) -> None:
     # 3 of 4 ms in products at half of the peak: at the peak they would take 1.5 ms, and the rest 1 ms.
     assert row_of(section(record), "1x32 | 400")[1:] == ["400", "50%", "75%", "2.50"]

@@ -9,7 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from tools.experiments import mask_ablation, output_ablation
+from tests.support import onnx_text
+from tools.experiments import mask_ablation, output_ablation, polygraphy_peer
 
 
 @pytest.mark.parametrize(
@@ -39,3 +40,13 @@ def test_an_ablation_runs_to_its_end(
     shown = capsys.readouterr().out
     for line in lines:
         assert any(row.startswith(line) for row in shown.splitlines()), shown
+
+
+def test_what_polygraphy_reads_is_set_beside_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("polygraphy", reason="comparing with polygraphy needs the extra `trt-rtx`")
+    text = """g (float[b, 4] x) => (float[b, 2] y, float[b, 2] z)
+        <float[4, 2] w = {1,1, 1,1, 0,0, 0,0}, float[4, 4] v = {1,1,1,1, 1,1,1,1, 1,1,1,1, 1,1,1,1}>
+        { [one] y = MatMul(x, w) a, b = Split <axis = 1, num_outputs = 2>(v) [two] z = MatMul(x, b) }"""
+    file = onnx_text.save(text, tmp_path / "model.onnx")
+    assert polygraphy_peer.main([str(file)]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == ["| model | w: 2:4 | w (one): 2:4, v (two): dense | none |"]

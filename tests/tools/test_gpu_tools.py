@@ -16,15 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
 
 from tools import ROOT
 from tools.gpu import training_probe
 from tools.gpu.cusparselt import __main__ as cusparselt
-from tools.gpu.tensorrt86 import LIBRARIES, VERSION, evidence, graphs, pack, unpack
+from tools.gpu.tensorrt86 import LIBRARIES, VERSION, evidence, pack, unpack
 from tools.gpu.tensorrt86.manifest import Manifest
 
 COMMANDS = (
@@ -230,30 +228,6 @@ def test_a_wheel_that_is_not_what_its_record_says_is_refused(tmp_path: Path) -> 
     (tmp_path / "tensorrt" / "a.so").write_bytes(b"evil")
     with pytest.raises(pack.CannotPack, match=r"tensorrt/a\.so is not what"):
         pack.verify(tmp_path)
-
-
-def test_shapes_are_mended_without_changing_what_a_graph_computes() -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "length", 8])
-    outputs = [helper.make_tensor_value_info(name, TensorProto.INT64, [None]) for name in ("first", "all", "last")]
-    nodes = [
-        helper.make_node("Shape", ["x"], ["first"], "a", start=0, end=2),
-        helper.make_node("Shape", ["x"], ["all"], "b"),
-        helper.make_node("Shape", ["x"], ["last"], "c", start=1),
-    ]
-    graph = helper.make_graph(nodes, "shapes", [x], outputs)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-
-    def run() -> list[list[int]]:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        return [value.tolist() for value in session.run(None, {"x": np.zeros((3, 5, 8), np.float32)})]
-
-    assert run() == [[3, 5], [3, 5, 8], [5, 8]]
-    assert graphs.mend_shapes(model) == 2
-    onnx.checker.check_model(model)
-    assert not [node for node in model.graph.node if node.op_type == "Shape" and node.attribute]
-    assert run() == [[3, 5], [3, 5, 8], [5, 8]]
-    assert graphs.mend_shapes(model) == 0
 
 
 def test_every_mend_is_still_needed_and_makes_valid_code(tmp_path: Path) -> None:

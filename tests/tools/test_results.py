@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from compressors.settings import Losses, Settings
 from nxm_export.contract.search_result import FullRun, PlanScore, SampleCounts, SearchBudget, SearchCost
 from nxm_export.data.metrics import interval, mcc, metric_named, paired_interval
 from nxm_export.errors import ArtifactError, DataError, NxmError, PlanError
-from nxm_export.storage.json_files import Json
 from tests.support import tiny
 from tools import ROOT
 from tools.results import tasks
@@ -222,13 +222,23 @@ def test_pictures_are_drawn_and_the_same_each_time(place: Path) -> None:
     assert [image.read_bytes() for image in images] == first
 
 
+class Made(TypedDict, total=False):
+    """Fields of a `Record` that a test sets."""
+
+    settings: dict[str, object]
+    versions: dict[str, str]
+    weights_sha256: str
+    teacher_sha256: str
+    compressed: CompressionFacts
+
+
 class Book:
     """A results directory that records with given predictions are put into."""
 
     def __init__(self, results: Path) -> None:
         self.results = results
 
-    def write(self, task: str, row: str, seed: int, labels: str, predictions: str, **more: Json) -> None:
+    def write(self, task: str, row: str, seed: int, labels: str, predictions: str, **more: Unpack[Made]) -> None:
         record = Record(
             task=task,
             row=row_named(row).name,
@@ -265,7 +275,7 @@ def book(tmp_path: Path) -> Book:
     return Book(tmp_path)
 
 
-def compressed(hw: float = 0.9, kl: float | None = None, **more: Json) -> CompressionFacts:
+def compressed(hw: float = 0.9, kl: float | None = None, search: SearchFacts | None = None) -> CompressionFacts:
     """What a compressed row's record holds, every counting and size alike."""
     facts = CompressionFacts(
         recipe="nxm",
@@ -276,7 +286,7 @@ def compressed(hw: float = 0.9, kl: float | None = None, **more: Json) -> Compre
         bytes=Sizes(1, 1, 1, 1, 1),
         plan=PlanFacts({"W4": 3}, {}),
     )
-    return replace(facts, **more)
+    return replace(facts, search=search)
 
 
 def searched(resumed: bool) -> SearchFacts:
@@ -293,7 +303,8 @@ LABELS = "0110101101" * 4
 
 
 def test_the_numbers_of_a_fixed_set_of_records(book: Book) -> None:
-    facts = compressed(
+    facts = replace(
+        compressed(),
         compression=Compression(hw=0.9, packed=0.90, values=0.9375),
         bytes=Sizes(fp32=8_000_000, packed=800_000, engine_sparse=1_250_000, engine_dense=2_000_000, file=3_000_000),
     )
@@ -313,8 +324,8 @@ def test_the_numbers_of_a_fixed_set_of_records(book: Book) -> None:
 
 
 def test_agreement_divergence_and_rivals_stand_in_the_page(book: Book) -> None:
-    def write(row: str, facts: CompressionFacts, *wrong: int, **more: Json) -> None:
-        book.write("rte", row, 0, LABELS, flipped(LABELS, *wrong), compressed=facts, **more)
+    def write(row: str, facts: CompressionFacts, *wrong: int, commit: str = "abc1234") -> None:
+        book.write("rte", row, 0, LABELS, flipped(LABELS, *wrong), compressed=facts, versions={"commit": commit})
 
     book.write("rte", "dense", 0, LABELS, flipped(LABELS, 1, 2))
     write("magnitude-2:4+W4", compressed(0.90, 0.5), 1, 2, 3, 4, 5, 6)
@@ -322,7 +333,7 @@ def test_agreement_divergence_and_rivals_stand_in_the_page(book: Book) -> None:
     write("nxm-2:4+W4", compressed(0.90, 0.2), 1, 2, 3)
     write("obs-W4", compressed(0.87, 0.125), 1, 2)
     write("obs-2:4+W4-layers", compressed(0.90, 0.2), 1, 2, 3)
-    write("magnitude-2:4+W4-slow", compressed(0.90, 0.2), 1, 2, 3, versions={"commit": "abc1234-dirty"})
+    write("magnitude-2:4+W4-slow", compressed(0.90, 0.2), 1, 2, 3, commit="abc1234-dirty")
     write("searched-hw-87.5", compressed(0.875, 0.1, search=searched(resumed=False)), 1)
     write("paper-search-hw-87.5", compressed(0.875, 0.3, search=searched(resumed=True)), 1, 2, 3)
     page = book.page()
@@ -567,7 +578,7 @@ def test_all_is_every_standard_row_once() -> None:
         ("nxm-2:4+W4-labelled", Losses(0.5, 1.0, 1.0)),
         ("nxm-2:4+W4-alone", Losses()),
     ):
-        assert changed(Settings(), row_named(name).settings, 384).losses == losses, name
+        assert changed(Settings(), row_named(name), 384).losses == losses, name
     assert row_named("searched-hw-90").recipe == Settings().recipe
     assert row_named("searched-hw-90-admm-unaugmented").settings == {"recipe": "nxm", "augment": 0.0}
     former = row_named("searched-hw-90-unaugmented")

@@ -33,7 +33,7 @@ from engines.base import BuildOptions, Engine, LoadOptions, backend
 from engines.benchmark.latency import feeds_for, interleaved, paired
 from engines.openvino.backend import OpenVinoEngine
 from engines.ort.backend import ENGINE_FILE
-from engines.passport import cpu_device
+from engines.passport import companion_hashes, cpu_device, load_passport
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.quantizer_placement import placement_of
@@ -41,17 +41,17 @@ from nxm_export.data.examples import Columns, load_raw, pad
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.demo import model_directory
 from nxm_export.pipeline.engine_commands import bench_text, build_engine, compare_engines, features_of
-from nxm_export.storage.atomic import write_atomic
 from nxm_export.storage.hashing import file_hash
-from nxm_export.storage.json_files import Json, encode, read_json
+from nxm_export.storage.json_files import convert
 from tools import ROOT
 from tools.benchmarks.cpu_profile import onnxruntime_profile, openvino_profiles, peaks
+from tools.benchmarks.cpu_record import LatencyRow, MachineFacts, ModelFacts, ParityRow, Record, TextRecord
 from tools.benchmarks.cpu_section import PEER, section
-from tools.benchmarks.measuring import DOCUMENT, RECORDS
+from tools.benchmarks.measuring import DOCUMENT, RECORDS, load_record, save_record
 from tools.provenance import versions
 from tools.rendering import write_section
 
-RECORD, TOOL = RECORDS / "cpu.json", "tools/benchmarks/cpu.py"
+FILE, TOOL = RECORDS / "cpu.json", "tools/benchmarks/cpu.py"
 SCHEMA = "nxm-cpu-bench/1"
 EXPERIMENTS = ROOT / "tools" / "experiments"
 PEERS, TEXT_PEERS = "NXM_PEERS_PYTHON", "NXM_TEXT_PEERS_PYTHON"
@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
         _say("compared", began)
         for directory in directories.values():  # the tokenizer may stop earlier than the model has positions
             replace(load_spec(directory), max_length=LONGEST).save(directory)
+            replace(load_passport(directory), companions=companion_hashes(directory)).save(directory)
         loaded: dict[str, Engine] = {
             name: stack.enter_context(backend(ENGINES[name][2]).load(directory, LoadOptions(threads=threads)))
             for name, directory in directories.items()
@@ -122,10 +123,10 @@ def run(args: argparse.Namespace) -> None:
         profile += openvino_profiles(models, SHAPES[0], threads)
         reached = peaks(threads, work)
         _say("profiled", began)
-        record = {
+        record: Record = {
             "schema": SCHEMA,
             "date": time.strftime("%Y-%m-%d"),
-            "machine": cpu_device() | {"threads": threads, "cores": len(os.sched_getaffinity(0))},
+            "machine": _machine(threads),
             "load_average_before": args.load_average,
             "versions": versions(("onnxruntime", "openvino", "onnx", "torch", "transformers", "numpy", "tokenizers")),
             "peer": peer.made_by if peer else None,
@@ -136,13 +137,12 @@ def run(args: argparse.Namespace) -> None:
             "data_sha256": file_hash(args.data),
             "parity": parity,
             "latency": latency,
-            "text": texts.to_dict(),
+            "text": convert(texts.to_dict(), TextRecord, source="text", way_out="measure again"),
             "profile": profile,
             "peaks": reached,
             "seconds": round(time.monotonic() - began),
         }
-    args.record.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(args.record, encode(record))
+    save_record(args.record, record)
     _say(f"wrote {args.record}", began)
     render(args)
 
@@ -165,7 +165,7 @@ def _build(args: argparse.Namespace, work: Path, threads: int) -> dict[str, Path
     return directories
 
 
-def _compare(checkpoint: Path, directories: Mapping[str, Path], data: Path) -> list[dict[str, Json]]:
+def _compare(checkpoint: Path, directories: Mapping[str, Path], data: Path) -> list[ParityRow]:
     """What `nxm compare` says about our engines, with the accuracy gate of half a point."""
     engines = [directories[name] for name in COMPARED]
     reports = compare_engines(checkpoint, engines, str(data), gates=["drop<=0.5"]).reports
@@ -263,7 +263,7 @@ def _workers(
     return {f"sentence-transformers, {name}": ask(name) for name, _ in made}, made[0][1] if made else None
 
 
-def _latency(loaded: Mapping[str, Engine], shape: tuple[int, int], rounds: int) -> dict[str, Json]:
+def _latency(loaded: Mapping[str, Engine], shape: tuple[int, int], rounds: int) -> LatencyRow:
     """Median milliseconds by engine, and the paired ratios that the tables need; larger is faster."""
     timers = {name: engine.timer(feeds_for(engine, *shape, 1000, 0)) for name, engine in loaded.items()}
     taken = {name: np.array(times) for name, times in interleaved(timers, rounds, settle=True).items()}
@@ -282,14 +282,19 @@ def _latency(loaded: Mapping[str, Engine], shape: tuple[int, int], rounds: int) 
         "median_ms": medians,
         "quartiles_ms": {name: np.percentile(times, [25, 75]).tolist() for name, times in taken.items()},
         "ratios": {
-            what: {"of": name, "against": reference, "ratio": ratio, "interval": interval}
+            what: {"of": name, "against": reference, "ratio": ratio, "interval": list(interval)}
             for what, (reference, name) in pairs.items()
             for ratio, interval in [paired(taken[reference], taken[name])]
         },
     }
 
 
-def _model(checkpoint: Path) -> dict[str, Json]:
+def _machine(threads: int) -> MachineFacts:
+    facts = {**cpu_device(), "threads": threads, "cores": len(os.sched_getaffinity(0))}
+    return convert(facts, MachineFacts, source="machine", way_out="measure again")
+
+
+def _model(checkpoint: Path) -> ModelFacts:
     plan = open_checkpoint(checkpoint).plan
     return {"model_type": plan.model_type, "plan": plan.pattern_counts, "compression": plan.compression()}
 
@@ -300,7 +305,7 @@ def _say(what: str, began: float) -> None:
 
 def render(args: argparse.Namespace) -> None:
     """Write the section of a record."""
-    write_section(args.document, TOOL, section(read_json(args.record, "restore it, or measure again")))
+    write_section(args.document, TOOL, section(load_record(args.record, Record)))
 
 
 def main() -> None:
@@ -319,7 +324,7 @@ def main() -> None:
     write = commands.add_parser("render", help="write the section of docs/performance.md again, from the record")
     write.set_defaults(call=render)
     for command in (measure, write):
-        command.add_argument("--record", type=Path, default=RECORD)
+        command.add_argument("--record", type=Path, default=FILE)
         command.add_argument("--document", type=Path, default=DOCUMENT)
     args = parser.parse_args()
     args.load_average = os.getloadavg()[0]

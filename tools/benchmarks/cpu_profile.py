@@ -18,7 +18,7 @@ from engines.benchmark.latency import feeds_for
 from engines.ort.backend import ENGINE_FILE
 from engines.passport import load_passport
 from nxm_export.graph.graph_weights import load_graph
-from nxm_export.storage.json_files import Json
+from tools.benchmarks.cpu_record import ProfileRow
 
 if TYPE_CHECKING:
     import onnx
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def onnxruntime_profile(
     directory: Path, name: str, shape: tuple[int, int], threads: int, rounds: int = 20
-) -> dict[str, Json]:
+) -> ProfileRow:
     """Milliseconds by operator type in ONNX Runtime's own profile, medians over rounds, and INT8 products a second."""
     import onnxruntime
 
@@ -63,7 +63,7 @@ def onnxruntime_profile(
 
 def openvino_profiles(
     models: Mapping[str, Path], shape: tuple[int, int], threads: int, rounds: int = 200
-) -> list[dict[str, Json]]:
+) -> list[ProfileRow]:
     """Milliseconds by operator in OpenVINO's own profile of model files, medians over rounds that take turns.
 
     The files are ONNX or OpenVINO's own. An operator is told by its type and the precision of its kernel; `nodes`
@@ -89,7 +89,7 @@ def openvino_profiles(
                 if node.status == openvino.ProfilingInfo.Status.EXECUTED:
                     kind = f"{node.node_type} {node.exec_type.rpartition('_')[2]}"
                     taken[name][kind, node.node_name].append(node.real_time.total_seconds() * 1e3)
-    profiles = []
+    profiles: list[ProfileRow] = []
     for name, by_node in taken.items():
         by_operator: dict[str, float] = defaultdict(float)
         for (kind, _), times in by_node.items():

@@ -3,20 +3,20 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
 from engines.benchmark.latency import paired
-from nxm_export.storage.json_files import Json
+from tools.benchmarks.cpu_record import LatencyRow, ParityRow, ProfileRow, Record, TextRecord
+from tools.benchmarks.measuring import Ratio
 from tools.rendering import render
 
 PEER = "INT8 dense by NNCF, openvino"
-Row = Mapping[str, Json]
 Cells = list[list[str]]
 
 
-def section(record: Mapping[str, Json]) -> str:
+def section(record: Record) -> str:
     """The section of a record; the text stands in ``cpu.md.j2``."""
     machine, latency = record["machine"], record["latency"]
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
@@ -40,12 +40,14 @@ def section(record: Mapping[str, Json]) -> str:
         profile=[_profile(entry) for entry in record["profile"]],
         peaks=record["peaks"],
         roofline=[
-            _roofline(entry, record["peaks"]["int8_gops"]) for entry in record["profile"] if entry.get("int8_gops")
+            _roofline(entry, reached, record["peaks"]["int8_gops"])
+            for entry in record["profile"]
+            if (reached := entry.get("int8_gops"))
         ],
     )
 
 
-def _latencies(record: Mapping[str, Json]) -> Cells:
+def _latencies(record: Record) -> Cells:
     latency, sizes = record["latency"], record["bytes"]
     return [
         [
@@ -57,26 +59,26 @@ def _latencies(record: Mapping[str, Json]) -> Cells:
     ]
 
 
-def _aims(with_peer: bool) -> dict[str, Callable[[Row], str]]:
+def _aims(with_peer: bool) -> dict[str, Callable[[LatencyRow], str]]:
     """What was aimed at, by its words: a function from a row of latencies to the verdict."""
 
-    def at_least(what: str, limit: float) -> Callable[[Row], str]:
-        def verdict(row: Row) -> str:
+    def at_least(what: str, limit: float) -> Callable[[LatencyRow], str]:
+        def verdict(row: LatencyRow) -> str:
             ratio = row["ratios"][what]["ratio"]
             return f"{_holds(ratio >= limit)}: {ratio:.2f}"
 
         return verdict
 
-    def best(row: Row) -> str:
+    def best(row: LatencyRow) -> str:
         limit = 2.7 if row["batch"] > 1 else 2.2
         return at_least("our fastest over the best FP32", limit)(row) + f" of {limit}"
 
-    def peer(row: Row) -> str:
+    def peer(row: LatencyRow) -> str:
         ratio = row["ratios"]["our fastest over NNCF"]
         time, low, high = 1.0 / ratio["ratio"], 1.0 / ratio["interval"][1], 1.0 / ratio["interval"][0]
         return f"{_holds(time <= 1.0 or low <= 1.0 <= high <= 1.05)}: {_middle(time, low, high)}"
 
-    aims: dict[str, Callable[[Row], str]] = {
+    aims: dict[str, Callable[[LatencyRow], str]] = {
         "ort >= 2x its own FP32": at_least("ort over its own FP32", 2.0),
         "our fastest >= 2.2x the best FP32 (2.7x at batch 8)": best,
     }
@@ -85,18 +87,18 @@ def _aims(with_peer: bool) -> dict[str, Callable[[Row], str]]:
     return aims
 
 
-def _parity(entry: Row) -> list[str]:
+def _parity(entry: ParityRow) -> list[str]:
     return [
         entry["engine"],
         f"{100 * entry['checkpoint']:.2f}",
-        f"{100 * entry['value']:.2f}",
-        f"{100 * entry['agreement']:.2f}",
+        "none" if entry["value"] is None else f"{100 * entry['value']:.2f}",
+        "none" if entry["agreement"] is None else f"{100 * entry['agreement']:.2f}",
         f"{entry['mean_abs']:.4f} ({entry['mean_tolerance']:.4f})",
         "passed" if entry["passed"] else "FAILED",
     ]
 
 
-def _texts(text: Mapping[str, Json]) -> Cells:
+def _texts(text: TextRecord) -> Cells:
     """A row for every engine and order, and one for every peer, which is paired with our fastest bucketed engine."""
     rows = [
         [
@@ -104,7 +106,7 @@ def _texts(text: Mapping[str, Json]) -> Cells:
             row["order"] + (f" {text['fixed']}" if row["order"] == "fixed" else ""),
             f"{row['padding']:.0%}",
             _middle(row["sentences_per_second"], *row["quartiles"], digits=0),
-            "1" if row["interval"] is None else _middle(row["speedup"], *row["interval"]),
+            "1" if row["speedup"] is None or row["interval"] is None else _middle(row["speedup"], *row["interval"]),
             f"{row['without_tokenisation']:.0f}",
         ]
         for row in text["timings"]
@@ -120,18 +122,17 @@ def _texts(text: Mapping[str, Json]) -> Cells:
     return rows
 
 
-def _profile(entry: Row) -> list[str]:
+def _profile(entry: ProfileRow) -> list[str]:
     total = sum(entry["milliseconds"].values())
     top = list(entry["milliseconds"].items())[:6]
     shares = ", ".join(f"{operator} {100 * ms / total:.0f} %" for operator, ms in top)
     return [entry["engine"], f"{entry['batch']}x{entry['sequence']}", f"{total:.2f}", shares]
 
 
-def _roofline(entry: Row, peak: float) -> list[str]:
-    total, products, reached = (
+def _roofline(entry: ProfileRow, reached: float, peak: float) -> list[str]:
+    total, products = (
         sum(entry["milliseconds"].values()),
         entry["milliseconds"]["MatMulIntegerToFloat"],
-        entry["int8_gops"],
     )
     share = products / total
     return [
@@ -147,7 +148,7 @@ def _holds(holds: bool) -> str:
     return "holds" if holds else "MISSED"
 
 
-def _ratio(ratio: Mapping[str, Json]) -> str:
+def _ratio(ratio: Ratio) -> str:
     return _middle(ratio["ratio"], *ratio["interval"])
 
 

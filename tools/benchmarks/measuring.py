@@ -10,26 +10,61 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from nxm_export.storage.atomic import write_atomic
-from nxm_export.storage.json_files import Json, encode, read_json
+from nxm_export.storage.json_files import convert, encode, read_json
 from tools import ROOT
 from tools.provenance import versions
 
 RECORDS = ROOT / "results" / "performance"
 DOCUMENT = ROOT / "docs" / "performance.md"
+T = TypeVar("T")
 
 
-def paired_ratio(times: Sequence[float], reference: Sequence[float], seed: int = 0) -> dict[str, Json]:
+class Ratio(TypedDict):
+    """A ratio of times, with its 95 % interval."""
+
+    ratio: float
+    interval: list[float]
+
+
+class Median(TypedDict):
+    """A median of times, with its 95 % interval."""
+
+    median: float
+    interval: list[float]
+
+
+class Marks(TypedDict):
+    """Resident bytes of a process before it began, and at its peak."""
+
+    before: int
+    peak: int
+
+
+class Circumstances(TypedDict):
+    """When, on what and with which versions a record was measured."""
+
+    date: str
+    cpu: str
+    features: str
+    cores: int
+    threads: int
+    load: float
+    versions: dict[str, str]
+
+
+def paired_ratio(times: Sequence[float], reference: Sequence[float], seed: int = 0) -> Ratio:
     """Median of the ratios of interleaved rounds, with its 95 % bootstrap interval over rounds."""
     ratios = np.array(times) / np.array(reference)
     return {"ratio": float(np.median(ratios)), "interval": _interval(ratios, seed)}
 
 
-def median_of(times: Sequence[float], seed: int = 0) -> dict[str, Json]:
+def median_of(times: Sequence[float], seed: int = 0) -> Median:
     """Median, with its 95 % bootstrap interval over rounds."""
     return {"median": float(np.median(times)), "interval": _interval(np.array(times), seed)}
 
@@ -55,8 +90,8 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def in_child(module: str, *arguments: str) -> dict[str, Json]:
-    """The JSON object that ``python -m module arguments`` prints last.
+def in_child(kind: type[T], module: str, *arguments: str) -> T:
+    """The JSON object that ``python -m module arguments`` prints last, which must be a `kind`.
 
     A process of its own has memory marks of its own. Raises `RuntimeError` with the end of its stderr when it fails.
     """
@@ -65,11 +100,10 @@ def in_child(module: str, *arguments: str) -> dict[str, Json]:
     )
     if child.returncode:
         raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n{child.stderr[-2000:]}")
-    answer: dict[str, Json] = json.loads(child.stdout.splitlines()[-1])
-    return answer
+    return convert(json.loads(child.stdout.splitlines()[-1]), kind, source=module, way_out="look at what it prints")
 
 
-def circumstances(threads: int, packages: Sequence[str]) -> dict[str, Json]:
+def circumstances(threads: int, packages: Sequence[str]) -> Circumstances:
     """When, on what and with which versions: the head of a record."""
     from engines.passport import cpu_device
 
@@ -85,22 +119,19 @@ def circumstances(threads: int, packages: Sequence[str]) -> dict[str, Json]:
     }
 
 
-def save_record(name: str, record: Mapping[str, Json]) -> Path:
-    """Write ``results/performance/NAME.json``; raises `ValueError` that names the field for a number that is not
-    finite."""
-    RECORDS.mkdir(parents=True, exist_ok=True)
-    file = RECORDS / f"{name}.json"
+def save_record(file: Path, record: Mapping[str, object]) -> None:
+    """Write a record; raises `ValueError` that names the field for a number that is not finite."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, encode(record))
-    return file
 
 
-def load_record(name: str) -> dict[str, Json]:
-    """The record of this name."""
-    record: dict[str, Json] = read_json(RECORDS / f"{name}.json", "restore it, or measure again")
-    return record
+def load_record(file: Path, kind: type[T]) -> T:
+    """The record in a file; raises `ArtifactError` that names file and field where it is no `kind`."""
+    way_out = "restore it, or measure again"
+    return convert(read_json(file, way_out), kind, source=str(file), way_out=way_out)
 
 
-def where_and_when(head: Mapping[str, Json]) -> str:
+def where_and_when(head: Circumstances) -> str:
     """A record's head as a sentence."""
     packages = ", ".join(f"{name} {number}" for name, number in head["versions"].items())
     return (

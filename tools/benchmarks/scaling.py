@@ -20,16 +20,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
 from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
-from nxm_export.storage.json_files import Json
 from tools import ROOT
 from tools.benchmarks.measuring import (
     DOCUMENT,
+    RECORDS,
+    Circumstances,
+    Marks,
+    Median,
     circumstances,
     fitted_exponent,
     in_child,
@@ -42,7 +46,8 @@ from tools.benchmarks.measuring import (
 )
 from tools.rendering import render, write_section
 
-TOOL = "tools/benchmarks/scaling.py"
+TOOL, TOOL_MODULE = "tools/benchmarks/scaling.py", "tools.benchmarks.scaling"
+FILE = RECORDS / "scaling.json"
 PICTURE = "performance-scaling.svg"
 SIZES = {
     "MiniLM-L6": (384, 1536, 6, 12),
@@ -65,6 +70,56 @@ ANSWERS = {
     "serve": "first answer of `nxm serve`",
 }
 LIMITS = {"help": 0.3, "serve": 2.0}
+
+
+class Stage(Marks):
+    """A stage at one size."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+class Size(TypedDict):
+    """All stages at one size."""
+
+    name: str
+    parameters: int
+    planned: int
+    model_bytes: int
+    onnx_bytes: int
+    stages: dict[str, Stage]
+
+
+class Calibrated(Marks):
+    """Calibrating, without saying on how many sequences."""
+
+    seconds: float
+
+
+class Calibration(Calibrated):
+    """Calibrating on this many sequences."""
+
+    sequences: int
+
+
+class Heavy(TypedDict):
+    """The heavy libraries that an answer took."""
+
+    heavy: list[str]
+
+
+# Seconds to an answer by the keys of `ANSWERS`.
+Answers = TypedDict("Answers", {"help": Median, "first answer": Median, "serve": Median, "heavy_modules": list[str]})
+
+
+class Record(Circumstances):
+    """The file ``scaling.json``."""
+
+    schema: str
+    sizes: list[Size]
+    calibration: list[Calibration]
+    answers: Answers
+    exponents: dict[str, float]
 
 
 def write_checkpoint(out: Path, hidden: int, wide: int, layers: int, heads: int) -> None:
@@ -125,14 +180,14 @@ def _write_tokenizer(out: Path) -> None:
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def run_stage(stage: str, directory: Path) -> dict[str, Json]:
+def run_stage(stage: str, directory: Path) -> Stage | None:
     """One stage in this process: imports first, then the clock and the memory mark."""
     checkpoint, graph, packed = directory / "checkpoint", directory / "onnx", directory / "packed.safetensors"
     work: Callable[[], object]
     if stage == "make":
         hidden, wide, layers, heads = (SIZES | SMOKE_SIZES)[directory.name]
         write_checkpoint(checkpoint, hidden, wide, layers, heads)
-        return {}
+        return None
     if stage == "export":
         import onnxscript.optimizer  # noqa: F401
         import torch
@@ -179,16 +234,14 @@ def project_all(plan: CompressionPlan) -> None:
         PROJECTIONS["mask"](weights[shape], WeightSpec(NMPattern(2, 4), 4, 8))
 
 
-def measure_sizes(names: Sequence[str], scratch: Path) -> list[dict[str, Json]]:
+def measure_sizes(names: Sequence[str], scratch: Path) -> list[Size]:
     """Every stage at every size."""
-    rows = []
+    rows: list[Size] = []
     for name in names:
         directory = scratch / name
-        stages = {
-            stage: in_child("tools.benchmarks.scaling", "--child", stage, "--directory", str(directory))
-            for stage in ("make", *STAGES)
-        }
-        del stages["make"]
+        options = (TOOL_MODULE, "--directory", str(directory), "--child")
+        in_child(type(None), *options, "make")
+        stages = {stage: in_child(Stage, *options, stage) for stage in STAGES}
         hidden, wide, layers, _ = (SIZES | SMOKE_SIZES)[name]
         rows.append(
             {
@@ -207,7 +260,7 @@ def measure_sizes(names: Sequence[str], scratch: Path) -> list[dict[str, Json]]:
     return rows
 
 
-def calibrate_here(sequences: int) -> dict[str, Json]:
+def calibrate_here(sequences: int) -> Calibrated:
     """Seconds and peak memory of calibrating a MiniLM-L6 on this many sequences of 32 tokens."""
     import torch
 
@@ -227,7 +280,7 @@ def calibrate_here(sequences: int) -> dict[str, Json]:
     return {"seconds": time.perf_counter() - began, "before": before, "peak": peak_bytes()}
 
 
-def measure_answers(engine: Path) -> dict[str, Json]:
+def measure_answers(engine: Path) -> Answers:
     """Seconds to the help text, to the first answer of an engine in a fresh process, and to that of ``nxm serve``."""
     help_seconds, first_seconds, serve_seconds = [], [], []
     modules: list[str] = []
@@ -236,7 +289,7 @@ def measure_answers(engine: Path) -> dict[str, Json]:
         subprocess.run([sys.executable, "-m", "nxm_export", "--help"], cwd=ROOT, capture_output=True, check=True)
         help_seconds.append(time.perf_counter() - began)
         began = time.perf_counter()
-        answer = in_child("tools.benchmarks.scaling", "--child", "answer", "--directory", str(engine))
+        answer = in_child(Heavy, TOOL_MODULE, "--child", "answer", "--directory", str(engine))
         first_seconds.append(time.perf_counter() - began)
         modules = answer["heavy"]
         serve_seconds.append(seconds_to_first_answer(engine))
@@ -248,7 +301,7 @@ def measure_answers(engine: Path) -> dict[str, Json]:
     }
 
 
-def answer_here(engine: Path) -> dict[str, Json]:
+def answer_here(engine: Path) -> Heavy:
     """Load an engine, ask it once, and say which heavy libraries that took."""
     from engines.base import backend
     from engines.passport import load_passport
@@ -304,15 +357,15 @@ def build_engine(graph: Path, out: Path) -> None:
         raise RuntimeError(f"nxm build failed:\n{done.stderr[-2000:]}")
 
 
-def measure(names: Sequence[str], sequences: Sequence[int]) -> dict[str, Json]:
+def measure(names: Sequence[str], sequences: Sequence[int]) -> Record:
     """The record; the engine that answers is of the first size."""
     with tempfile.TemporaryDirectory() as scratch:
         rows = measure_sizes(names, Path(scratch))
         engine = Path(scratch) / "engine"
         build_engine(Path(scratch) / names[0] / "onnx" / "model.onnx", engine)
         answers = measure_answers(engine)
-    calibration = [
-        {"sequences": count, **in_child("tools.benchmarks.scaling", "--child", "calibrate", "--sequences", str(count))}
+    calibration: list[Calibration] = [
+        {"sequences": count, **in_child(Calibrated, TOOL_MODULE, "--child", "calibrate", "--sequences", str(count))}
         for count in sequences
     ]
     return {
@@ -327,7 +380,7 @@ def measure(names: Sequence[str], sequences: Sequence[int]) -> dict[str, Json]:
     }
 
 
-def exponents(rows: Sequence[dict[str, Json]], calibration: Sequence[dict[str, Json]]) -> dict[str, float]:
+def exponents(rows: Sequence[Size], calibration: Sequence[Calibration]) -> dict[str, float]:
     """Fitted growth: stages in parameters, `ON_PLANNED` in planned weights, too, calibration in sequences."""
     last = rows[-3:]
     growth = {
@@ -343,8 +396,9 @@ def exponents(rows: Sequence[dict[str, Json]], calibration: Sequence[dict[str, J
     return growth
 
 
-def section(record: Mapping[str, Json]) -> str:
+def section(record: Record) -> str:
     """The section of a record; the text stands in ``scaling.md.j2``."""
+    answers = record["answers"]
     calibration = (
         f"{row['sequences']}: {row['seconds']:.1f} s and {(row['peak'] - row['before']) / 1e6:.0f} MB"
         for row in record["calibration"]
@@ -357,30 +411,30 @@ def section(record: Mapping[str, Json]) -> str:
         exponents=[f"{name} {value:.2f}" for name, value in record["exponents"].items()],
         picture=PICTURE,
         calibration=list(calibration),
-        answers=[_answer_cells(key, record["answers"][key]) for key in ANSWERS],
-        heavy_modules=record["answers"]["heavy_modules"],
+        answers=[_answer_cells(key, answers[key]) for key in ("help", "first answer", "serve")],
+        heavy_modules=answers["heavy_modules"],
     )
 
 
-def _size_cells(row: Mapping[str, Json]) -> list[str]:
+def _size_cells(row: Size) -> list[str]:
     numbers = [f"{row['parameters'] / 1e6:.1f}", f"{row['planned'] / 1e6:.1f}", f"{row['model_bytes'] / 1e6:.0f}"]
     return [row["name"], *numbers, *(_stage_text(row, stage) for stage in STAGES)]
 
 
-def _stage_text(row: Mapping[str, Json], stage: str) -> str:
+def _stage_text(row: Size, stage: str) -> str:
     marks = row["stages"][stage]
     added = (marks["peak"] - marks["before"]) / row["model_bytes"]
     memory = "" if stage == "projection" else f" ({added:.1f}x)"
     return f"{marks['seconds']:.2f} s{memory}"
 
 
-def _answer_cells(key: str, median: Mapping[str, Json]) -> list[str]:
+def _answer_cells(key: str, median: Median) -> list[str]:
     low, high = median["interval"]
     limit = f"<= {LIMITS[key]:g}" if key in LIMITS else ""
     return [ANSWERS[key], f"{median['median']:.2f} ({low:.2f} to {high:.2f})", limit]
 
 
-def draw(record: dict[str, Json], file: Path) -> None:
+def draw(record: Record, file: Path) -> None:
     """The log-log plot."""
     import matplotlib
 
@@ -418,6 +472,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sequences", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.child:
+        result: Calibrated | Heavy | Stage | None
         if chosen.child == "calibrate":
             result = calibrate_here(chosen.sequences)
         elif chosen.child == "answer":
@@ -430,11 +485,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sequences = SEQUENCES
     if chosen.smoke:
         names, sequences = list(SMOKE_SIZES), (32, 64)
-    record = load_record("scaling") if chosen.render else measure(names, sequences)
+    record = load_record(FILE, Record) if chosen.render else measure(names, sequences)
     if chosen.print or chosen.smoke:
         print(section(record))
         return
-    save_record("scaling", record)
+    save_record(FILE, record)
     draw(record, DOCUMENT.parent / "images" / PICTURE)
     write_section(DOCUMENT, TOOL, section(record))
 

@@ -34,7 +34,7 @@ from engines.serving.repository import EngineSource
 from engines.serving.settings import TritonOptions
 from engines.triton import export_repository
 from nxm_export.contract.io_spec import IOSpec, load_spec
-from nxm_export.data.examples import Examples, Features, encode, load_raw, load_tokenizer, pad, with_classes
+from nxm_export.data.examples import Examples, Features, encode, index_of, load_raw, load_tokenizer, pad, with_classes
 from nxm_export.storage.atomic import write_atomic
 from nxm_export.storage.json_files import encode as encode_json
 from nxm_export.storage.json_files import read_record
@@ -100,7 +100,7 @@ class Work:
         """Read a data file; classes that the engine does not know are numbered."""
         spec, raw = load_spec(engine), load_raw(data, "dev")
         labels = spec.labels if set(raw.labels) <= set(spec.labels) else [str(i) for i in range(len(spec.labels))]
-        examples = with_classes(raw, labels)
+        examples = with_classes(raw, index_of(labels))
         examples = examples.subset(random.Random(0).sample(range(len(examples)), len(examples)))
         return cls(engine, spec, examples, encode(load_tokenizer(engine), examples, spec.max_length, spec.inputs))
 

@@ -15,10 +15,11 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +38,14 @@ from compressors.training.trainer import Phase, PhaseData, mean_loss, optimizer_
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.tasks import task_named
-from nxm_export.storage.json_files import Json
+from nxm_export.data.examples import Features
 from tools.benchmarks.measuring import (
     DOCUMENT,
+    RECORDS,
+    Circumstances,
+    Marks,
+    Median,
+    Ratio,
     circumstances,
     in_child,
     load_record,
@@ -53,7 +59,19 @@ from tools.benchmarks.measuring import (
 from tools.rendering import render, write_section
 
 TOOL = "tools/benchmarks/training.py"
-MODELS = {
+FILE = RECORDS / "training.json"
+
+
+class Sizes(TypedDict):
+    """Of a BERT, by the names of its configuration."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+
+
+MODELS: dict[str, Sizes] = {
     "MiniLM-L6": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12},
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     "BERT-base, 3 of 12 blocks": {
@@ -85,6 +103,75 @@ AGAINST = {
 }
 OPTION = "2:4+W4"
 VOCABULARY = 30522
+
+
+class RatioTo(Ratio):
+    """A ratio to the time of another arm."""
+
+    to: str
+
+
+class StepRow(TypedDict):
+    """Seconds of a step of every arm at one shape, and ratios by arm."""
+
+    model: str
+    batch: int
+    sequence: int
+    rounds: int
+    seconds: dict[str, Median]
+    ratios: dict[str, RatioTo]
+
+
+class CompiledRow(TypedDict):
+    """An arm under ``torch.compile``: why it failed, or its seconds and ratio."""
+
+    model: str
+    batch: int
+    sequence: int
+    arm: str
+    failed: NotRequired[str]
+    first_step: NotRequired[float]
+    ratio: NotRequired[Ratio]
+
+
+class DualRow(TypedDict):
+    """Seconds of a dual update, or of the held-out loss, and the share of a phase that all of them are."""
+
+    model: str
+    mode: str
+    seconds: Median
+    updates: int
+    steps: int
+    share: float
+
+
+class MemoryRatio(TypedDict):
+    """Peak memory over that of plain fine-tuning: of the whole process, and of what training added."""
+
+    process: float
+    training: float
+
+
+class MemoryRow(TypedDict):
+    """Peak memory of every arm at one shape."""
+
+    model: str
+    batch: int
+    sequence: int
+    bytes: dict[str, Marks]
+    ratios: dict[str, MemoryRatio]
+
+
+class Record(Circumstances):
+    """The file ``training.json``."""
+
+    schema: str
+    option: str
+    precision: str
+    steps: list[StepRow]
+    compiled: list[CompiledRow]
+    dual: list[DualRow]
+    memory: list[MemoryRow]
 
 
 @dataclass
@@ -145,6 +232,14 @@ def batches(batch: int, sequence: int) -> Iterator[dict[str, Tensor]]:
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
+def samples_of(batch: dict[str, Tensor]) -> list[Features]:
+    """The samples of a batch without padding."""
+    return [
+        {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": int(label)}
+        for ids, label in zip(batch["input_ids"], batch["labels"], strict=True)
+    ]
+
+
 def arm(kind: str, name: str, bf16: bool, mode: str = "mask") -> tuple[Arm, Admm | None]:
     """The arm of this name (one of `ARMS`), and its ADMM state if it has one."""
     settings, admm = Settings(), None
@@ -166,7 +261,7 @@ def arm(kind: str, name: str, bf16: bool, mode: str = "mask") -> tuple[Arm, Admm
     return made, admm
 
 
-def time_steps(name: str, batch: int, sequence: int, rounds: int, bf16: bool) -> dict[str, Json]:
+def time_steps(name: str, batch: int, sequence: int, rounds: int, bf16: bool) -> StepRow:
     """Seconds of a step of every arm, round by round."""
     arms = {kind: arm(kind, name, bf16)[0] for kind in ARMS}
     feed = batches(batch, sequence)
@@ -184,22 +279,22 @@ def time_steps(name: str, batch: int, sequence: int, rounds: int, bf16: bool) ->
         "sequence": sequence,
         "rounds": rounds,
         "seconds": {kind: median_of(times) for kind, times in taken.items()},
-        "ratios": {kind: paired_ratio(taken[kind], taken[other]) | {"to": other} for kind, other in AGAINST.items()},
+        "ratios": {kind: {**paired_ratio(taken[kind], taken[other]), "to": other} for kind, other in AGAINST.items()},
     }
 
 
-def time_compiled(name: str, batch: int, sequence: int, rounds: int, bf16: bool) -> list[dict[str, Json]]:
+def time_compiled(name: str, batch: int, sequence: int, rounds: int, bf16: bool) -> list[CompiledRow]:
     """Steps of a model under ``torch.compile`` against the same steps without, and the seconds until its first is done.
 
     For a model that it cannot compile, ``failed`` is the first line of its error.
     """
-    rows: list[dict[str, Json]] = []
+    rows: list[CompiledRow] = []
     for kind in ("plain", "qat"):
         eager, compiled = (arm(kind, name, bf16)[0] for _ in range(2))
         compiled.student.model = torch.compile(compiled.student.model)  # type: ignore[assignment]  # it is called like one
         feed = batches(batch, sequence)
         taken: dict[str, list[float]] = {"eager": [], "compiled": []}
-        row: dict[str, Json] = {"model": name, "batch": batch, "sequence": sequence, "arm": kind}
+        row: CompiledRow = {"model": name, "batch": batch, "sequence": sequence, "arm": kind}
         rows.append(row)
         began = time.perf_counter()
         try:
@@ -219,7 +314,7 @@ def time_compiled(name: str, batch: int, sequence: int, rounds: int, bf16: bool)
     return rows
 
 
-def time_dual(name: str, sequence: int, step_seconds: float, repeats: int, bf16: bool) -> list[dict[str, Json]]:
+def time_dual(name: str, sequence: int, step_seconds: float, repeats: int, bf16: bool) -> list[DualRow]:
     """Seconds of a dual update and of what it logs, and their share of a phase with as many updates as there may be.
 
     The phase is that of six epochs over rotten tomatoes (7421 sentences), the data set of docs/results.md.
@@ -227,7 +322,7 @@ def time_dual(name: str, sequence: int, step_seconds: float, repeats: int, bf16:
     settings = Settings()
     steps = round(settings.admm_share * settings.epochs * -(-7421 // settings.batch_size))
 
-    def row(mode: str, seconds: dict[str, Json], updates: int) -> dict[str, Json]:
+    def row(mode: str, seconds: Median, updates: int) -> DualRow:
         share = updates * seconds["median"] / (steps * step_seconds)
         return {"model": name, "mode": mode, "seconds": seconds, "updates": updates, "steps": steps, "share": share}
 
@@ -245,15 +340,12 @@ def time_dual(name: str, sequence: int, step_seconds: float, repeats: int, bf16:
     return rows
 
 
-def time_watch(name: str, sequence: int, repeats: int, bf16: bool) -> dict[str, Json]:
+def time_watch(name: str, sequence: int, repeats: int, bf16: bool) -> Median:
     """Seconds of the held-out loss under the projected weights, which every fourth dual update logs."""
     built, admm = arm("admm", name, bf16)
     assert admm is not None
     sample = next(batches(WATCHED_SAMPLES, sequence))
-    features = [
-        {"input_ids": ids.tolist(), "attention_mask": [1] * sequence, "labels": int(label)}
-        for ids, label in zip(sample["input_ids"], sample["labels"], strict=True)
-    ]
+    features = samples_of(sample)
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -263,7 +355,7 @@ def time_watch(name: str, sequence: int, repeats: int, bf16: bool) -> dict[str, 
     return median_of(times)
 
 
-def train_in_this_process(kind: str, name: str, batch: int, sequence: int, precision: str) -> dict[str, Json]:
+def train_in_this_process(kind: str, name: str, batch: int, sequence: int, precision: str) -> Marks:
     """Bytes of this process before anything of the model exists, and at its peak through three steps of training."""
     keep_freed_memory()
     before = resident_bytes()
@@ -271,9 +363,7 @@ def train_in_this_process(kind: str, name: str, batch: int, sequence: int, preci
     del built.optimizer  # `run_phase` makes its own
     student = built.student
     features = [
-        {"input_ids": ids.tolist(), "attention_mask": [1] * sequence, "labels": int(label)}
-        for sample, _ in zip(batches(batch, sequence), range(3), strict=False)
-        for ids, label in zip(sample["input_ids"], sample["labels"], strict=True)
+        sample for made, _ in zip(batches(batch, sequence), range(3), strict=False) for sample in samples_of(made)
     ]
     with tempfile.TemporaryDirectory() as scratch:
         run_phase(
@@ -287,7 +377,7 @@ def train_in_this_process(kind: str, name: str, batch: int, sequence: int, preci
     return {"before": before, "peak": peak_bytes()}
 
 
-class _Penalty(TrainerCallback):  # type: ignore[misc]  # transformers comes without types
+class _Penalty(TrainerCallback):
     """Adds the penalty and updates the duals after every step, more often than any phase does."""
 
     def __init__(self, admm: Admm) -> None:
@@ -300,10 +390,10 @@ class _Penalty(TrainerCallback):  # type: ignore[misc]  # transformers comes wit
         self.admm.dual_update()
 
 
-def measure_memory(name: str, batch: int, sequence: int, precision: str, threads: int) -> dict[str, Json]:
+def measure_memory(name: str, batch: int, sequence: int, precision: str, threads: int) -> MemoryRow:
     """Peak memory of training with every arm."""
     options = ("--model", name, "--shape", f"{batch}x{sequence}", "--precision", precision, "--threads", str(threads))
-    marks_of = {kind: in_child("tools.benchmarks.training", "--child", kind, *options) for kind in MEMORY}
+    marks_of = {kind: in_child(Marks, "tools.benchmarks.training", "--child", kind, *options) for kind in MEMORY}
     plain = marks_of["plain"]
     return {
         "model": name,
@@ -322,12 +412,13 @@ def measure_memory(name: str, batch: int, sequence: int, precision: str, threads
 
 def measure(
     rounds: int, precision: str, threads: int, shapes: Sequence[tuple[str, int, int]], compile_too: bool
-) -> dict[str, Json]:
+) -> Record:
     """The record; memory is measured at all shapes but the first, where there are several."""
     keep_freed_memory()
     bf16 = wants_bf16(precision)
     memory = [measure_memory(*shape, precision, threads) for shape in shapes[1:] or shapes]
-    steps, dual = [], []
+    steps: list[StepRow] = []
+    dual: list[DualRow] = []
     for name, batch, sequence in shapes:
         tokens = batch * sequence
         steps.append(time_steps(name, batch, sequence, max(min(rounds, 6), rounds * 1024 // tokens), bf16))
@@ -347,7 +438,7 @@ def measure(
     }
 
 
-def section(record: Mapping[str, Json]) -> str:
+def section(record: Record) -> str:
     """The section of a record; the text stands in ``training.md.j2``."""
     compiled = record["compiled"]
     return render(
@@ -365,25 +456,25 @@ def section(record: Mapping[str, Json]) -> str:
     )
 
 
-def _step_cells(row: Mapping[str, Json], kind: str) -> list[str]:
+def _step_cells(row: StepRow, kind: str) -> list[str]:
     shape, ratio = f"{row['model']}, {row['batch']} x {row['sequence']}", row["ratios"].get(kind)
     against = ["–", "–", ""] if ratio is None else [TITLES[ratio["to"]], _ratio(ratio), AIMS.get(kind, "")]
     return [shape, TITLES[kind], _ms(row["seconds"][kind]), *against]
 
 
-def _compiled_text(row: Mapping[str, Json]) -> str:
+def _compiled_text(row: CompiledRow) -> str:
     title = TITLES[row["arm"]]
     if "failed" in row:
         return f"{title} cannot be compiled ({row['failed']})"
     return f"{title} {_ratio(row['ratio'])} of the time, the first step after {row['first_step']:.0f} s"
 
 
-def _dual_cells(row: Mapping[str, Json]) -> list[str]:
+def _dual_cells(row: DualRow) -> list[str]:
     updates = f"{row['updates']} in {row['steps']}"
     return [row["model"], f"`{row['mode']}`", _ms(row["seconds"]), updates, f"{row['share']:.2%}"]
 
 
-def _memory_cells(row: Mapping[str, Json], kind: str) -> list[str]:
+def _memory_cells(row: MemoryRow, kind: str) -> list[str]:
     marks, ratio = row["bytes"][kind], row["ratios"][kind]
     return [
         f"{row['model']}, {row['batch']} x {row['sequence']}",
@@ -395,12 +486,12 @@ def _memory_cells(row: Mapping[str, Json], kind: str) -> list[str]:
     ]
 
 
-def _ms(median: Mapping[str, Json]) -> str:
+def _ms(median: Median) -> str:
     low, high = median["interval"]
     return f"{median['median'] * 1e3:.1f} ({low * 1e3:.1f} to {high * 1e3:.1f})"
 
 
-def _ratio(ratio: Mapping[str, Json]) -> str:
+def _ratio(ratio: Ratio) -> str:
     low, high = ratio["interval"]
     return f"{ratio['ratio']:.3f} ({low:.3f} to {high:.3f})"
 
@@ -429,14 +520,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     shapes = (("tiny", 4, 16),) if chosen.smoke else SHAPES
     record = (
-        load_record("training")
+        load_record(FILE, Record)
         if chosen.render
         else measure(chosen.rounds, chosen.precision, chosen.threads, shapes, chosen.compile)
     )
     if chosen.print or chosen.smoke:
         print(section(record))
         return
-    save_record("training", record)
+    save_record(FILE, record)
     write_section(DOCUMENT, TOOL, section(record))
 
 

@@ -19,12 +19,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from engines.base import BuildOptions, Profile
 from engines.benchmark.latency import BenchReport
+from engines.sparsity.report import SparsityReport
+from nxm_export.data.examples import Features
 from nxm_export.errors import NxmError
+from nxm_export.hf.protocols import AutoClass
 from nxm_export.storage.atomic import atomic_dir, write_atomic
-from nxm_export.storage.json_files import Json, encode, read_record
+from nxm_export.storage.json_files import encode, read_record
 from tools.rendering import render
 
 # name -> (hidden, layers, heads, positions)
@@ -174,7 +178,7 @@ def shape_of(text: str) -> tuple[int, int]:
 def measure(variant: Variant, plan: Plan) -> Result:
     """Build the twins of one variant, then count, compare and time. An error is a result, too."""
     from nxm_export.pipeline.engine_commands import bench_engines
-    from nxm_export.pipeline.inspection import inspect_path, measure_layers
+    from nxm_export.pipeline.inspection import inspect_engine, measure_layers
     from nxm_export.pipeline.sparsity_twins import TwinGraphs, build_twins, twin_directories
 
     work = plan.work / "build" / variant.name
@@ -193,7 +197,7 @@ def measure(variant: Variant, plan: Plan) -> Result:
         log = (sparse / "build.log").read_text(encoding="utf-8", errors="replace").splitlines()
         result = replace(
             result,
-            sparsity=_sparsity(inspect_path(sparse, twin=dense).to_dict()),
+            sparsity=_sparsity(inspect_engine(sparse, twin=dense).sparsity),
             log=tuple(line for line in log if "(Sparsity)" in line),
             parity=parity(checkpoint, work, max(sequence for _, sequence in shapes)),
             bench=bench_engines([work], shapes, plan.rounds, None),
@@ -212,10 +216,11 @@ def profiles_of(shapes: Sequence[tuple[int, int]]) -> list[Profile]:
     return [Profile((1, 1), (largest[length], length), (largest[length], length)) for length in lengths]
 
 
-def _sparsity(report: Mapping[str, Json]) -> Sparsity:
-    planned = [row for row in report["weights"] if row["planned_sparse"]]
-    chosen = sum(row["chosen"] is True for row in planned)
-    return Sparsity(len(planned), chosen, report["sparse_share"], report["counts"])
+def _sparsity(report: SparsityReport | None) -> Sparsity:
+    assert report is not None, "TensorRT's backend always gives one"
+    planned = [weight for weight in report.weights if weight.planned_sparse]
+    chosen = sum(weight.chosen is True for weight in planned)
+    return Sparsity(len(planned), chosen, report.sparse_share, report.counts)
 
 
 def one_shot(variant: Variant, directory: Path) -> Path:
@@ -242,9 +247,9 @@ def one_shot(variant: Variant, directory: Path) -> Path:
         num_attention_heads=heads,
         max_position_embeddings=positions,
         hidden_act=GELUS[variant.gelu],
-        num_labels=2,
     )
-    model = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
+    made = cast("AutoClass", transformers.AutoModelForSequenceClassification)
+    model = torch.nn.Module.eval(made.from_config(config, attn_implementation="eager"))
     family, facts = FAMILIES["bert"], config.to_dict()
     plan = family.uniform_plan(facts, WeightSpec.parse("2:4+W8"), placement="attention")
     prepare(model, plan, family, facts)
@@ -268,7 +273,7 @@ def parity(checkpoint: Path, work: Path, longest: int) -> dict[str, Parity]:
     from engines.parity.compare import compare
 
     rng = np.random.default_rng(0)
-    features = []
+    features: list[Features] = []
     for _ in range(32):
         length = int(rng.integers(4, min(48, longest) + 1))
         ids = [int(token) for token in rng.integers(5, 30522, size=length)]
@@ -284,12 +289,12 @@ def parity(checkpoint: Path, work: Path, longest: int) -> dict[str, Parity]:
 def force(work: Path, settings: BuildOptions) -> Forced:
     """No sparse kernel ran: does one exist? Ask the builder to take sparse ones only, where it lists that as public."""
     from nxm_export.pipeline.engine_commands import build_engine
-    from nxm_export.pipeline.inspection import inspect_path
+    from nxm_export.pipeline.inspection import inspect_engine
 
     out = work.with_name(f"{work.name}-must")
     try:
         build_engine(work / "onnx" / "int8" / "model.onnx", out, "trt", replace(settings, build_route=MUST_BE_SPARSE))
-        return Forced(share=_sparsity(inspect_path(out).to_dict()).share)
+        return Forced(share=_sparsity(inspect_engine(out).sparsity).share)
     except NxmError as error:
         return Forced(error=str(error))
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from unittest import mock
 
 from nxm_export.storage.atomic import atomic_dir, make_directory, write_atomic
-from nxm_export.storage.json_files import Json
+from nxm_export.storage.json_files import convert, to_json_object
 
 DATA, MODEL = ("train.tsv", "dev.tsv"), ("config.json", "tokenizer.json", "tokenizer_config.json")
 WEIGHTS = "model.safetensors"
@@ -39,7 +39,7 @@ class Request:
     name: str
     placement: str
     option: str
-    settings: dict[str, Json] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
     on_cpu: bool = False
 
 
@@ -211,29 +211,30 @@ class Probe:
 
         from compressors.settings import Settings
         from compressors.training.compress import compress
+        from nxm_export.contract.checkpoint import read_config
         from nxm_export.contract.checkpoint_metrics import read_metrics
-        from nxm_export.contract.families import family_of
+        from nxm_export.contract.families import family_of, size_of
         from nxm_export.contract.plan import WeightSpec
-        from nxm_export.storage.json_files import to_builtins
 
         on_gpu = self.has_gpu and not request.on_cpu
-        config = json.loads((self.dense / "config.json").read_text(encoding="utf-8"))
+        config = read_config(self.dense)
         plan = family_of(config).uniform_plan(config, WeightSpec.parse(request.option), placement=request.placement)
-        usual: dict[str, Json] = {
+        usual: dict[str, object] = {
             "batch_size": 32,
             "learning_rate": 3e-4,
             "augment": 0.0,
             "max_length": 64,
             "seed": 0,
         } | request.settings
-        usual["max_length"] = min(usual["max_length"], config["max_position_embeddings"])
+        asked = convert(usual, Settings, source=request.name, way_out="correct its settings")
+        longest = size_of(config, "max_position_embeddings")
         rates, out, began = Rates(on_gpu), self.work / request.name, time.monotonic()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         train, dev = (str(self.data / name) for name in DATA)
         try:
             with _without_gpu(request.on_cpu):
-                settings = Settings(**usual)
+                settings = replace(asked, max_length=min(asked.max_length or longest, longest))
                 compress(
                     self.dense,
                     task="classification",
@@ -244,7 +245,7 @@ class Probe:
                     settings=settings,
                     progress=rates,
                 )
-            outcome.metrics = to_builtins(read_metrics(out))
+            outcome.metrics = to_json_object(read_metrics(out))
         except Exception as error:
             outcome.error = f"{type(error).__name__}: {error}"[:600]
             outcome.trace = traceback.format_exc()[-3000:]

@@ -6,12 +6,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
 from nxm_export.errors import DataError, NxmError
-from nxm_export.storage.json_files import Json
 from tools import ROOT
 from tools.results import tasks
 from tools.results.rows import STANDARD, rows_named
@@ -26,6 +25,33 @@ _DATA = click.option("--data", type=_PATH, help="GLUE directory with train.tsv a
 _RESULTS = click.option("--results", type=_PATH, default=RESULTS, help="Where the records are.")
 _WORK = click.option("--work", type=_PATH, default=ROOT / "runs" / "results", help="Checkpoints; never committed.")
 _THREADS = click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+
+
+class RunOptions(TypedDict):
+    """The options of ``run``, by the names that click gives them."""
+
+    task_name: str
+    data: Path | None
+    row_names: str
+    seeds: str
+    model: str | None
+    dense_learning_rates: str
+    dense_epochs: str
+    held_out: int
+    epochs: float
+    steps: int | None
+    dense_steps: int | None
+    learning_rate: float | None
+    batch_size: int
+    max_length: int | None
+    admm: str
+    precision: str
+    search_samples: int | None
+    search_held_out: int | None
+    discard: bool
+    threads: int | None
+    work: Path
+    results: Path
 
 
 @click.group(help=__doc__, context_settings={"show_default": True})
@@ -59,7 +85,7 @@ def cli() -> None: ...
 @_THREADS
 @_WORK
 @_RESULTS
-def run(**options: Json) -> None:
+def run(**options: Unpack[RunOptions]) -> None:
     """Measure the rows that have no record yet."""
     from nxm_export.cli.progress_bars import progress_bars
     from tools.results.run import Measure, say
@@ -73,15 +99,24 @@ def run(**options: Json) -> None:
     say(f"{measured} measured, {len(rows) * len(seeds) - measured} were there")
 
 
-def _protocol(task: tasks.Task, options: dict[str, Json]) -> Protocol:
+def _protocol(task: tasks.Task, options: RunOptions) -> Protocol:
     from compressors.models import resolve
     from compressors.search.settings import SearchSettings
     from compressors.settings import Settings
     from nxm_export.pipeline.demo import model_directory
     from tools.results.run import Protocol
 
-    keys = ("epochs", "steps", "dense_steps", "learning_rate", "batch_size", "admm", "precision", "threads")
-    settings = Settings(**{key: options[key] for key in keys}, max_length=options["max_length"] or task.max_length)
+    settings = Settings(
+        epochs=options["epochs"],
+        steps=options["steps"],
+        dense_steps=options["dense_steps"],
+        learning_rate=options["learning_rate"],
+        batch_size=options["batch_size"],
+        admm=options["admm"],
+        precision=options["precision"],
+        threads=options["threads"],
+        max_length=options["max_length"] or task.max_length,
+    )
     rates = _numbers(options["dense_learning_rates"], "--dense-learning-rates")
     epochs = _numbers(options["dense_epochs"], "--dense-epochs")
     source = resolve(options["model"] or model_directory())

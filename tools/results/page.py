@@ -300,12 +300,12 @@ def _other_teacher(statistics: TaskStatistics, row: str) -> bool:
 def _other_settings(statistics: TaskStatistics, rows: Sequence[str]) -> list[OtherSettings]:
     """The records of `rows` that were measured with other settings than most compressed ones, but for what their row is
     about."""
-    settings_of = {}
+    settings_of: dict[tuple[str, int], dict[str, str]] = {}
     for key, labelled in statistics.records.items():
         if labelled.record.compressed is not None:
             moved = {"recipe", "seed"} | row_named(key[0]).moved
-            settings = labelled.record.settings
-            settings_of[key] = {name: json.dumps(value) for name, value in settings.items() if name not in moved}
+            recorded = labelled.record.settings
+            settings_of[key] = {name: json.dumps(value) for name, value in recorded.items() if name not in moved}
     names = sorted({name for settings in settings_of.values() for name in settings})
     usual = {
         name: Counter(settings[name] for settings in settings_of.values() if name in settings).most_common(1)[0][0]

@@ -17,7 +17,6 @@ import numpy.typing as npt
 from nxm_export.contract.checkpoint_metrics import PermutationFacts
 from nxm_export.contract.search_result import PlanScore, SampleCounts, SearchBudget, SearchCost
 from nxm_export.errors import DataError
-from nxm_export.storage.json_files import Json
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 Classes = npt.NDArray[np.int64]
@@ -138,7 +137,7 @@ class Record:
     seed: int
     model: str
     data_sha256: str
-    settings: dict[str, Json]
+    settings: dict[str, object]
     metrics: dict[str, MetricValue]
     samples: Samples
     steps: int

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 from nxm_export.contract.plan import COUNTINGS, WeightSpec
 from nxm_export.errors import NxmError, PlanError
-from nxm_export.storage.json_files import Json
 
 DEFAULT_RECIPE = "obs"
 RECIPE_TITLES = {
@@ -26,15 +26,44 @@ RECIPE_TITLES = {
 }
 
 
+class LossChanges(TypedDict, total=False):
+    """Terms of `compressors.settings.Losses` that differ."""
+
+    task: float
+    hidden: float
+
+
+class SettingChanges(TypedDict, total=False):
+    """Fields of `compressors.settings.Settings` that differ."""
+
+    recipe: str
+    admm: str
+    mask_scores: str
+    permute: bool
+    augment: float
+    output_limit: float | None
+    learning_rate: float
+    epochs: float
+    distill: bool
+
+
+class SearchChanges(TypedDict, total=False):
+    """Fields of `compressors.search.settings.SearchSettings` that differ."""
+
+    samples: int
+    held_out: int
+
+
 @dataclass(frozen=True)
 class Change:
-    """An ablation: its title, which `Settings` differ, which arguments of `Family.uniform_plan`, which
-    `SearchSettings`."""
+    """An ablation: its title, which `Settings` differ, which terms of the loss, which arguments of
+    `Family.uniform_plan`, which `SearchSettings`."""
 
     title: str
-    settings: Mapping[str, Json] = field(default_factory=dict)
+    settings: SettingChanges = field(default_factory=SettingChanges)
+    losses: LossChanges = field(default_factory=LossChanges)
     plan: Mapping[str, str] = field(default_factory=dict)
-    search: Mapping[str, Json] = field(default_factory=dict)
+    search: SearchChanges = field(default_factory=SearchChanges)
 
 
 CHANGES = {  # by what a row's name ends in
@@ -43,14 +72,14 @@ CHANGES = {  # by what a row's name ends in
     "int8-outputs": Change("every output in INT8, whatever it costs", {"output_limit": None}),
     "slow": Change("learning rate 1e-4", {"learning_rate": 1e-4}),
     "fast": Change("learning rate 3e-4", {"learning_rate": 3e-4}),
-    "labelled": Change("the task's own loss, too, layers a tenth as much", {"losses": {"task": 0.5, "hidden": 1.0}}),
+    "labelled": Change("the task's own loss, too, layers a tenth as much", losses={"task": 0.5, "hidden": 1.0}),
     "permuted": Change("channels permuted", {"permute": True}),
     "activation": Change("masks weighted by activations", {"mask_scores": "activation"}),
     "joint": Change("ADMM on pattern and grid, float forward", {"admm": "joint"}),
     "joint-ste": Change("ADMM on pattern and grid, quantized forward", {"admm": "joint-ste"}),
-    "logits": Change("distilled from logits, not from layers", {"losses": {"hidden": 0.0}}),
-    "taught": Change("distilled alone, without the task's own loss", {"losses": {"task": 0.0}}),
-    "layers": Change("distilled alone, layers ten times as much", {"losses": {"task": 0.0, "hidden": 10.0}}),
+    "logits": Change("distilled from logits, not from layers", losses={"hidden": 0.0}),
+    "taught": Change("distilled alone, without the task's own loss", losses={"task": 0.0}),
+    "layers": Change("distilled alone, layers ten times as much", losses={"task": 0.0, "hidden": 10.0}),
     "alone": Change("not distilled", {"distill": False}),
     "18-epochs": Change("18 epochs", {"epochs": 18.0}),
     "thorough": Change("searched with 256 sentences, judged on 256", search={"samples": 256, "held_out": 256}),
@@ -99,13 +128,19 @@ class Row:
         return self.recipe is None
 
     @property
-    def settings(self) -> dict[str, Json]:
-        """The settings that this row changes, by name."""
-        changed: dict[str, Json] = {} if self.recipe is None else {"recipe": self.recipe}
+    def settings(self) -> SettingChanges:
+        """The settings that this row changes, but for its loss."""
+        changed: SettingChanges = {} if self.recipe is None else {"recipe": self.recipe}
         for change in self.changes:
-            losses = {**changed.get("losses", {}), **CHANGES[change].settings.get("losses", {})}
-            changed |= CHANGES[change].settings
-            changed |= {"losses": losses} if losses else {}
+            changed.update(CHANGES[change].settings)
+        return changed
+
+    @property
+    def losses(self) -> LossChanges:
+        """The terms of the loss that this row changes."""
+        changed: LossChanges = {}
+        for change in self.changes:
+            changed.update(CHANGES[change].losses)
         return changed
 
     @property
@@ -114,9 +149,12 @@ class Row:
         return {name: value for change in self.changes for name, value in CHANGES[change].plan.items()}
 
     @property
-    def searching(self) -> dict[str, Json]:
-        """How its search differs from the default one: fields of `SearchSettings`."""
-        return {name: value for change in self.changes for name, value in CHANGES[change].search.items()}
+    def searching(self) -> SearchChanges:
+        """How its search differs from the default one."""
+        changed: SearchChanges = {}
+        for change in self.changes:
+            changed.update(CHANGES[change].search)
+        return changed
 
     @property
     def training(self) -> tuple[str, ...]:
@@ -132,7 +170,8 @@ class Row:
     def moved(self) -> set[str]:
         """Names of the settings that are this row's own: those that it changes, and those that follow from them."""
         follow = self.recipe in ("paper", "one-shot") or {"augment", "distill"} & set(self.settings)
-        return {"learning_rate", *self.settings} | ({"losses", "augment"} if follow else set())
+        losses = {"losses"} if self.losses else set()
+        return {"learning_rate", *self.settings} | losses | ({"losses", "augment"} if follow else set())
 
     @property
     def slug(self) -> str:

@@ -35,7 +35,7 @@ from nxm_export.errors import ArtifactError, DataError
 from nxm_export.progress import Progress
 from nxm_export.storage.atomic import write_atomic
 from nxm_export.storage.hashing import file_hash
-from nxm_export.storage.json_files import Json, read_json
+from nxm_export.storage.json_files import convert, encode, read_json
 from tools import provenance
 from tools.results import tasks
 from tools.results.bootstrap import resampled
@@ -104,7 +104,7 @@ class Measure:
     def _dense(self, row: Row, seed: int) -> tuple[Record, str]:
         teacher = self._teacher(seed)
         if row.name == "dense":
-            record, labels = self._record(row, seed, teacher.path, teacher.settings.dense_part(), teacher.seconds)
+            record, labels = self._record(row, seed, teacher.path, teacher.settings, teacher.seconds)
             return replace(record, weights_sha256=teacher.sha256), labels
         longer = replace(
             teacher.settings,
@@ -114,7 +114,7 @@ class Measure:
         out = self._directory(seed) / row.slug
         with self._timed(out, seed) as (clock, progress):
             finetune(teacher.path, out=out, settings=longer, further=True, progress=progress, **self._data(out))
-        record, labels = self._record(row, seed, out, longer.dense_part(), clock.seconds)
+        record, labels = self._record(row, seed, out, longer, clock.seconds)
         self._drop(out)
         return replace(record, teacher_sha256=teacher.sha256), labels
 
@@ -126,7 +126,7 @@ class Measure:
             metrics = compress(
                 teacher.path, plan=plan, out=out, settings=settings, progress=progress, **self._data(out)
             )
-        record, labels = self._record(row, seed, out, _compress_part(settings), clock.seconds)
+        record, labels = self._record(row, seed, out, settings, clock.seconds)
         facts = CompressionFacts(
             recipe=metrics.recipe,
             kl_to_dense=_kl(teacher.path, out),
@@ -143,7 +143,7 @@ class Measure:
     def _settings(self, row: Row, seed: int) -> Settings:
         source = resolve(self.protocol.model)
         width = size_of(source.config, source.family.hidden_key)
-        return changed(replace(self.protocol.settings, seed=seed), row.settings, width)
+        return changed(replace(self.protocol.settings, seed=seed), row, width)
 
     def _plan(self, row: Row, seed: int, teacher: Path) -> tuple[CompressionPlan, SearchFacts | None]:
         """The row's plan, and for a searched one what the search says."""
@@ -154,14 +154,14 @@ class Measure:
         method, counting, compression = row.search
         out = self._directory(seed) / f"{row.slug}.search"
         if not (out / SEARCH_FILE).is_file():
-            asked: dict[str, Json] = {"method": method, "counting": counting, "compression": compression, "seed": seed}
+            asked = replace(self.protocol.search, method=method, counting=counting, compression=compression, seed=seed)
             with self.bars() as progress:
                 search(
                     teacher,
                     task="classification",
                     train=str(self.files.train),
                     out=out,
-                    settings=replace(self.protocol.search, **asked | row.searching),
+                    settings=replace(asked, **row.searching),
                     training=self._settings(row, seed),
                     progress=progress,
                 )
@@ -176,24 +176,21 @@ class Measure:
     def _teacher(self, seed: int) -> Teacher:
         """The dense model of a seed, trained if it is not there; every row of the seed starts from it."""
         settings = self._dense_settings(seed)
-        made_by = {
-            "model": self.protocol.model_name,
-            "data_sha256": self.files.digest,
-            "settings": _json(settings.dense_part()),
-        }
+        made_by = DenseNote(self.protocol.model_name, self.files.digest, _json(settings.dense_part()))
         out = self._directory(seed) / "dense"
         note = out.with_name("dense.json")
         if not (out / "metrics.json").is_file() or not note.is_file():
             with self._timed(out, seed) as (clock, progress):
                 finetune(self.protocol.model, out=out, settings=settings, progress=progress, **self._data(out))
-            write_atomic(note, json.dumps(made_by | {"seconds": clock.seconds}, indent=1) + "\n")
-        known = read_json(note, f"remove it and {out}")
-        if {key: known[key] for key in made_by} != made_by:
+            write_atomic(note, encode(replace(made_by, seconds=clock.seconds)))
+        way_out = f"remove it and {out}"
+        known = convert(read_json(note, way_out), DenseNote, source=str(note), way_out=way_out)
+        if replace(known, seconds=0.0) != made_by:
             raise ArtifactError(
                 f"{out} was trained with other settings, data or from another model; give another --work, or remove it "
                 f"and {note} and the lines of {self.store.file} with seed {seed}"
             )
-        return Teacher(out, settings, known["seconds"], file_hash(out / "model.safetensors"))
+        return Teacher(out, settings, known.seconds, file_hash(out / "model.safetensors"))
 
     def _dense_settings(self, seed: int) -> Settings:
         grid = self.protocol.grid
@@ -236,9 +233,7 @@ class Measure:
         shutil.rmtree(out)
         return GridEntry(rate, epochs, score, round(clock.seconds, 1))
 
-    def _record(
-        self, row: Row, seed: int, out: Path, settings: Mapping[str, Json], seconds: float
-    ) -> tuple[Record, str]:
+    def _record(self, row: Row, seed: int, out: Path, settings: Settings, seconds: float) -> tuple[Record, str]:
         """What every record holds, from a finished checkpoint; and the dev labels."""
         answers, metrics = Answers.of(out), read_metrics(out)
         trained = metrics.train_samples if isinstance(metrics, CompressionMetrics) else _lines(self.files.train)
@@ -249,11 +244,11 @@ class Measure:
             seed=seed,
             model=self.protocol.model_name,
             data_sha256=self.files.digest,
-            settings=_json(settings),
+            settings=_json(settings.dense_part() if row.is_dense else _compress_part(settings)),
             metrics={name: MetricValue(answers.metric(name), answers.interval(name)) for name in self.task.metrics},
             samples=Samples(trained, len(answers.labels)),
             steps=metrics.steps,
-            epochs=round(metrics.steps * settings["batch_size"] / trained, 3),
+            epochs=round(metrics.steps * settings.batch_size / trained, 3),
             seconds=round(seconds, 1),
             dev_reads=2 if twice else 1,  # the second time without the INT8 table
             versions=provenance.versions(PACKAGES),
@@ -345,6 +340,16 @@ class Answers:
     @property
     def _right(self) -> Classes:
         return decode_classes(self.labels)
+
+
+@dataclass(frozen=True)
+class DenseNote:
+    """The file ``dense.json``: what a dense model was trained from, and in how many seconds."""
+
+    model: str
+    data_sha256: str
+    settings: dict[str, object]
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -441,29 +446,26 @@ def _bytes(plan: CompressionPlan, checkpoint: Path) -> Sizes:
     )
 
 
-def changed(settings: Settings, changes: Mapping[str, Json], width: int) -> Settings:
-    """`settings` with a row's changes, and with what both leave open for a model of this hidden size.
-
-    The changes of a loss are by the names of its terms.
-    """
-    plain = replace(settings, **{name: value for name, value in changes.items() if name != "losses"})
+def changed(settings: Settings, row: Row, width: int) -> Settings:
+    """`settings` with a row's changes, and with what both leave open for a model of this hidden size."""
+    plain = replace(settings, **row.settings)
     training = training_of(plain, task_named("classification"), width)
-    losses = replace(training.losses, **changes.get("losses", {}))
+    losses = replace(training.losses, **row.losses)
     return replace(plain, learning_rate=training.learning_rate, losses=losses, augment=training.augment)
 
 
-def _compress_part(settings: Settings) -> dict[str, Json]:
+def _compress_part(settings: Settings) -> dict[str, object]:
     """The settings that compression reads; threads are told with the machine."""
     return {key: value for key, value in asdict(settings).items() if key not in (*DENSE_FIELDS, "threads")}
 
 
-def _json(value: Mapping[str, Json]) -> dict[str, Json]:
+def _json(value: Mapping[str, object]) -> dict[str, object]:
     """As it comes back out of a JSON file."""
     return dict(json.loads(json.dumps(value)))
 
 
 # Of compression. A record made before there was a setting was made without what it brought.
-DEFAULTS: dict[str, Json] = _json(_compress_part(Settings(augment=0.0, output_limit=None)))
+DEFAULTS: dict[str, object] = _json(_compress_part(Settings(augment=0.0, output_limit=None)))
 
 
 def _lines(file: Path) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.storage.atomic import make_directory, write_atomic
-from nxm_export.storage.json_files import decode, encode, read_record, to_builtins
+from nxm_export.storage.json_files import decode, encode, encode_line, read_record
 from tools import ROOT
 from tools.results.records import Grid, LabelledRecord, Labels, Record, decode_classes, digest
 from tools.results.rows import position
@@ -117,8 +116,8 @@ class TaskStore:
     def _write(self, records: Sequence[Record]) -> None:
         ordered = sorted(records, key=lambda record: (position(record.row), record.seed))
         # `asdict` first: a decoded record then has the fields, too, that stood there with their default or not at all
-        lines = (json.dumps({"schema": SCHEMA, **to_builtins(asdict(record))}, allow_nan=False) for record in ordered)
-        write_atomic(self.file, "".join(f"{line}\n" for line in lines))
+        lines = (encode_line({"schema": SCHEMA, **asdict(record)}) for record in ordered)
+        write_atomic(self.file, "".join(lines))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ class Task:
     metrics: tuple[str, ...]
     glue: bool = True
     max_length: int = 128
-    columns: Mapping[str, str] | None = None
+    columns: Columns | None = None
 
     @property
     def metric_title(self) -> str:
@@ -30,7 +29,7 @@ class Task:
         return " and ".join({"mcc": "MCC", "f1": "F1"}.get(name, name) for name in self.metrics)
 
 
-_MRPC = {"text": "#1 String", "pair": "#2 String", "label": "Quality"}
+_MRPC = Columns("#1 String", "#2 String", "Quality")
 TASKS = {
     task.name: task
     for task in (
@@ -104,8 +103,8 @@ def _read(task: Task, file: Path, split: str) -> RawExamples:
     if task.name == "cola" and (examples := _headless_cola(file)) is not None:
         return examples
     first = file.open(encoding="utf-8-sig").readline().rstrip("\r\n").split("\t")
-    if task.columns is not None and set(task.columns.values()) <= set(first):
-        return load_raw(str(file), split, Columns(**task.columns))
+    if task.columns is not None and {task.columns.text, task.columns.pair, task.columns.label} <= set(first):
+        return load_raw(str(file), split, task.columns)
     return load_raw(str(file), split)
 
 

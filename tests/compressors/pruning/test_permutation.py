@@ -25,7 +25,7 @@ from compressors.quantization.prepare_bake import calibrate, prepare
 from compressors.training.phases import Job
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics
-from nxm_export.contract.families import FAMILIES
+from nxm_export.contract.families import FAMILIES, size_of
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import PlanError
@@ -159,7 +159,7 @@ def test_another_order_of_the_residual_stream_changes_no_output(family: str, tmp
 
 def test_a_head_as_wide_as_the_model_keeps_its_order(tmp_path: Path) -> None:
     source = resolve(tiny.write_model("bert", tmp_path / "model", head="classification"))
-    hidden = source.config["hidden_size"]
+    hidden = size_of(source.config, "hidden_size")
     model = load_model(source, TASKS["classification"], classes=[str(i) for i in range(hidden)])
     with pytest.raises(PlanError, match="cannot be permuted"):
         permute_residual(model, torch.arange(hidden), source.family, source.config)

@@ -267,7 +267,9 @@ def test_the_papers_enumeration_finds_what_trying_everything_finds(model: Probed
     expected = by_trying_everything(model, candidates, 0.8)
     assert 6 < len(expected) < 2**6, "the budget excludes some"
     selector = model.selector(candidate_specs=tuple(candidates), compression=0.8, method="paper", finalists=6, **SIZES)
-    actual = selector.paper("accuracy", [{"labels": label} for batch in selector.held_out for label in batch["labels"]])
+    actual = selector.paper(
+        "accuracy", [{"input_ids": [], "labels": label} for batch in selector.held_out for label in batch["labels"]]
+    )
     assert actual.evaluated == len(expected)
     assert [trial.choice for trial in actual.finalists] == [choice for _, _, choice in expected[:6]]
     assert [trial.predicted for trial in actual.finalists] == [-score for score, _, _ in expected[:6]]

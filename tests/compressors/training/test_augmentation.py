@@ -6,7 +6,6 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,7 +14,8 @@ from compressors.training.augmentation import DROPPED, REPLACED, augmented, dist
 from compressors.training.default_recipe import Training, training_of
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import NO_LABEL
+from nxm_export.data.examples import Features, Label
+from nxm_export.data.token_labels import NO_LABEL
 from nxm_export.errors import DataError
 from tests.support import tiny
 from tests.support.variants import variants
@@ -24,7 +24,7 @@ FIRST, SEPARATOR = 101, 102
 POOL = list(range(2000, 2100))
 
 
-def sample(words: int, pair: int = 0, label: Any = 1) -> dict[str, Any]:
+def sample(words: int, pair: int = 0, label: Label = 1) -> Features:
     ids = [FIRST, *range(1000, 1000 + words), SEPARATOR]
     types = [0] * len(ids)
     if pair:

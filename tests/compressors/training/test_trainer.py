@@ -1,7 +1,9 @@
 """Training phases: the order of the data, recipes, invariants, and a run that is killed and resumed."""
 
 import json
+import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from compressors.models import load_tokenizer, resolve
 from compressors.pruning.layerwise import OutputMetric, solve
@@ -25,7 +28,8 @@ from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.tasks import task_named
-from nxm_export.errors import DataError, PlanError
+from nxm_export.data.examples import Columns, Features
+from nxm_export.errors import ArtifactError, DataError, Notice, PlanError
 from nxm_export.progress import Progress
 from tests.support import tiny
 from tests.support.variants import variants
@@ -40,7 +44,7 @@ FAST: dict[str, Any] = {
 }
 
 
-def features_of_lengths(lengths: list[int]) -> list[dict[str, Any]]:
+def features_of_lengths(lengths: list[int]) -> list[Features]:
     return [{"input_ids": [5] * length} for length in lengths]
 
 
@@ -168,6 +172,21 @@ def test_every_recipe_gives_a_valid_checkpoint_and_logs_what_it_did(
     else:
         assert phases == {"admm"}
         assert metrics.qat_steps == 0
+
+
+def test_what_the_trainer_says_of_checkpoints_within_a_second_is_not_shown(prepared: Path, tmp_path: Path) -> None:
+    heard: list[str] = []
+    handler, logger = logging.Handler(), logging.getLogger("transformers.trainer_utils")
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    once = vars(logging.Logger)["warning_once"]
+    once.cache_clear()  # it speaks once a process
+    logger.addHandler(handler)
+    try:
+        run(prepared, tmp_path / "checkpoint", steps=20, recipe="magnitude")
+    finally:
+        logger.removeHandler(handler)
+    assert once.cache_info().currsize, "it had something to say"
+    assert heard == []
 
 
 def test_the_second_order_recipe_keeps_other_weights_than_magnitude(prepared: Path, tmp_path: Path) -> None:
@@ -363,3 +382,98 @@ def test_threads_setting_is_obeyed(prepared: Path, tmp_path: Path) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_what_is_scored_is_what_is_saved(prepared: Path, tmp_path: Path) -> None:
+    """Weights that are not quantized are stored in 16 bit; half of them are planned dense here."""
+    from engines.parity.compare import run_all
+    from engines.reference.pytorch import load
+    from nxm_export.contract.io_spec import IOSpec
+    from nxm_export.contract.tasks import TASKS
+    from nxm_export.data.examples import encode, load_tokenizer
+    from nxm_export.data.label_kinds import classes_of, labelled, load_labelled
+
+    task, dev, source = TASKS["classification"], prepared / "dev.tsv", resolve(prepared / "dense")
+    plan = source.family.uniform_plan(
+        source.config, WeightSpec.parse("2:4"), placement="inputs", keep_dense=["*.attention.*"]
+    )
+    given: dict[str, Any] = {"task": task.name, "train": str(prepared / "train.tsv"), "dev": str(dev), "plan": plan}
+    out, file = tmp_path / "checkpoint", tmp_path / "outputs.safetensors"
+    settings = Settings(**{**FAST, "recipe": "one-shot"})
+    compress(prepared / "dense", out=out, outputs=file, settings=settings, **given)
+    raw = load_labelled(str(dev), "dev", Columns(), task)
+    examples = labelled(raw, task, classes_of(raw, task, source.classes()))
+    with load(out, task=task.name) as reference:
+        spec_ = IOSpec.of(out, source.config, source.family, task)
+        features = encode(load_tokenizer(out), examples, spec_.max_length, spec_.inputs)
+        expected = run_all(reference, features, spec_)["logits"]
+    # float32 rounding of sums in another order; weights that were not rounded to 16 bit differ by 1e-3 here
+    np.testing.assert_allclose(load_file(file)["logits"].numpy(), expected, rtol=0, atol=2e-5)
+
+
+def test_of_two_into_one_directory_the_second_is_refused_and_the_first_goes_on(prepared: Path, tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def meanwhile(what: str, done: int, total: int) -> None:
+        if what == "qat" and not refused:
+            work = sorted(path.name for path in (tmp_path / ".checkpoint.work").iterdir())
+            with pytest.raises(ArtifactError, match="is being written by another nxm process") as caught:
+                run(prepared, tmp_path / "checkpoint", steps=4)
+            refused.append(str(caught.value))
+            assert sorted(path.name for path in (tmp_path / ".checkpoint.work").iterdir()) == work
+
+    run(prepared, tmp_path / "checkpoint", steps=4, progress=meanwhile)
+    assert refused
+    open_checkpoint(tmp_path / "checkpoint").require_valid()
+    (tmp_path / ".checkpoint.partial").mkdir()  # of a process that is dead, whose lock the kernel took back
+    run(prepared, tmp_path / "checkpoint", steps=4)
+
+
+@pytest.mark.parametrize("out", ["dense", "dense/inside", ".", "link", "dense/../dense"])
+def test_a_source_is_never_replaced(prepared: Path, tmp_path: Path, out: str) -> None:
+    (tmp_path / "link").symlink_to(prepared / "dense")
+    target = tmp_path / "link" if out == "link" else prepared / out
+    before = (prepared / "dense" / "model.safetensors").read_bytes()
+    with pytest.raises(ArtifactError, match="choose another --out"):
+        run(prepared, target, steps=4)
+    assert (prepared / "dense" / "model.safetensors").read_bytes() == before
+    assert not (prepared / "dense" / "inside").exists()
+
+
+def test_numbers_that_the_head_counts_otherwise_are_refused_and_a_map_states_them(
+    prepared: Path, tmp_path: Path
+) -> None:
+    """A head that has learned 0 as `bad` and 1 as `good`, with its names the other way round."""
+
+    def evaluated(columns: Columns) -> float | None:
+        metrics = finetune(
+            tmp_path / "model",
+            task="classification",
+            train=str(prepared / "train.tsv"),
+            dev=str(prepared / "dev.tsv"),
+            out=tmp_path / "out",
+            columns=columns,
+        )
+        return metrics.value
+
+    shutil.copytree(prepared / "dense", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    file = tmp_path / "model" / "model.safetensors"
+    config |= {"id2label": {"0": "good", "1": "bad"}, "label2id": {"good": 0, "bad": 1}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    weights = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    swapped = {name: tensor.flip(0) if name.startswith("classifier.") else tensor for name, tensor in weights.items()}
+    save_file({name: tensor.contiguous() for name, tensor in swapped.items()}, file, {"format": "pt"})
+    refused = pytest.raises(DataError, match=r"fewer than by guessing: .* --label-map 0=NAME")
+    with pytest.warns(Notice, match="0 is 'good', 1 is 'bad'"), refused:
+        evaluated(Columns())
+    data: dict[str, Any] = {
+        "train": str(prepared / "train.tsv"),
+        "dev": str(prepared / "dev.tsv"),
+        "task": "classification",
+    }
+    plan, refused = plan_for(tmp_path / "model"), pytest.raises(DataError, match="fewer than by guessing")
+    with pytest.warns(Notice), refused:
+        compress(tmp_path / "model", plan=plan, out=tmp_path / "compressed", **data)
+    assert not (tmp_path / "compressed").exists()
+    assert evaluated(Columns(label_map={"0": "bad", "1": "good"})) == read_metrics(prepared / "dense").value

@@ -9,7 +9,7 @@ import pytest
 
 from engines.benchmark.latency import SCHEMA, BenchReport, Ratio, Timing, read_bench_report
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.json_files import encode
+from nxm_export.storage.json_files import as_objects, encode
 
 REPORT = BenchReport(
     timings=(
@@ -36,7 +36,7 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"schema": "nxm-bench/2"}, "schema nxm-bench/2 is not the nxm-bench/1 that this version reads"),
         ({"timings": [{"name": "dense"}]}, r"timings\[0\]: Object missing required field `batch`"),
         (
-            {"ratios": [{**REPORT.to_dict()["ratios"][0], "interval": [1.0]}]},
+            {"ratios": [{**as_objects(REPORT.to_dict()["ratios"])[0], "interval": [1.0]}]},
             r"ratios\[0\]\.interval: Expected `array`",
         ),
         ({"rounds": 3}, "unknown field rounds"),

@@ -15,7 +15,7 @@ from engines.base import backend
 from engines.benchmark.latency import WARMUP, interleaved
 from engines.benchmark.text_throughput import ORDERS, batches, bench_text, run_text
 from nxm_export.cli import main
-from nxm_export.data.examples import pad
+from nxm_export.data.examples import inputs_of, pad, sample_of
 from nxm_export.errors import EngineError
 from tests.support import baked, tiny
 
@@ -53,10 +53,10 @@ def test_answers_are_those_of_each_sentence_alone_and_in_order(order: str, tiny_
 
 
 def test_padding_rates_and_ratios_are_reported(tiny_engine: Callable[..., Path]) -> None:
-    features = [dict(sample) for sample in baked.features(len(LENGTHS))]
-    for sample, length in zip(features, LENGTHS, strict=True):
-        for name in ("input_ids", "attention_mask", "token_type_ids"):
-            sample[name] = (sample[name] * 8)[:length]
+    features = [
+        sample_of({name: (values * 8)[:length] for name, values in inputs_of(sample).items()})
+        for sample, length in zip(baked.features(len(LENGTHS)), LENGTHS, strict=True)
+    ]
     with backend("ort").load(tiny_engine("ort")) as engine:
         report = bench_text({"one": engine}, lambda: features, pad_id=0, limit=10, batch=2, rounds=3)
     rows = {row.order: row for row in report.timings}

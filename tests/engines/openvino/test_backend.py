@@ -21,7 +21,6 @@ from engines.passport import load_passport
 from engines.reference import pytorch
 from nxm_export.contract.quantizer_placement import placement_of
 from nxm_export.data.examples import Columns
-from nxm_export.errors import EngineError
 from nxm_export.pipeline.engine_commands import build_engine, features_of
 from tests.support import baked, onnx_text
 
@@ -173,14 +172,6 @@ def test_threads_are_recorded_and_used(tmp_path: Path, tiny_graph: Callable[...,
         with openvino_backend.load(tmp_path / "engine", LoadOptions(threads)) as engine:
             request: Any = engine._request
             assert request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == expected
-
-
-def test_a_file_with_weights_beside_it_is_refused(tmp_path: Path) -> None:
-    file = onnx_text.save(CODES, tmp_path / "model.onnx", opset=20)
-    (tmp_path / "model.onnx.data").write_bytes(b"0")
-    with pytest.raises(EngineError, match="do not fit into one"):
-        build_engine(file, tmp_path / "engine", "openvino")
-    assert not (tmp_path / "engine").exists()
 
 
 def test_inspection_is_json(tiny_engine: Callable[..., Path]) -> None:

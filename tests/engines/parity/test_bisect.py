@@ -17,7 +17,7 @@ from engines.parity.reports import PARITY_FILE, read_parity_report
 from engines.passport import load_passport
 from engines.reference import pytorch
 from nxm_export.contract.io_spec import load_spec
-from nxm_export.data.examples import encode, load_raw, load_tokenizer, with_classes
+from nxm_export.data.examples import encode, index_of, load_raw, load_tokenizer, with_classes
 from nxm_export.errors import DataError, ParityError
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.engine_commands import build_engine
@@ -27,7 +27,7 @@ from tests.support.broken import BLOCK, BROKEN, drop_pair, overflowing, write_en
 
 def dev_features(checkpoint: Path, engine: Path) -> list[Any]:
     spec = load_spec(engine)
-    examples = with_classes(load_raw(str(checkpoint.parent / "dev.tsv"), "dev"), spec.labels)
+    examples = with_classes(load_raw(str(checkpoint.parent / "dev.tsv"), "dev"), index_of(spec.labels))
     return encode(load_tokenizer(engine), examples, spec.max_length, spec.inputs)
 
 

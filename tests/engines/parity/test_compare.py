@@ -16,9 +16,10 @@ from engines.parity.bisect import bisect
 from engines.parity.compare import Part, compare, compare_all
 from nxm_export.cli import main
 from nxm_export.contract.io_spec import load_spec
+from nxm_export.contract.origin import Origin
 from nxm_export.errors import ArtifactError, EngineUnavailable, ParityError
 from tests.engines.parity.test_bisect import dev_features
-from tests.support import tiny
+from tests.support import exact_engine, tiny
 from tests.support.broken import write_engine
 
 
@@ -52,6 +53,30 @@ def test_two_engines_and_their_checkpoint(
     assert failed.exit_code == 3
     assert "the gate max_abs<=0 failed: largest |difference| of any output: " in failed.stderr
     assert json.loads((engines[0] / "parity.json").read_text())["passed"] is False
+
+
+def test_without_a_checkpoint_it_is_the_one_that_the_first_engine_records(
+    tiny_checkpoint: Callable[..., Path], tiny_engine: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = tiny_checkpoint("bert")
+    engine = shutil.copytree(tiny_engine("ort"), tmp_path / "engine")
+    data = f"--data={checkpoint.parent / 'dev.tsv'}"
+    Origin(str(checkpoint)).save(engine)
+    compared = nxm("compare", engine, data, "--json")
+    assert compared.exit_code == 0, compared.output
+    assert [report["passed"] for report in json.loads(compared.stdout)] == [True]
+    assert compared.stderr == f"the checkpoint is {checkpoint}, which {engine} records\n"
+    (engine / "origin.json").unlink()
+    unknown = nxm("compare", engine, data)
+    assert unknown.exit_code == 1
+    assert f"{engine} does not record the checkpoint that it was made from; name the checkpoint" in unknown.stderr
+    Origin(str(tmp_path / "gone")).save(engine)
+    gone = nxm("compare", engine, data)
+    assert gone.exit_code == 1
+    assert "gone, which is not there (any more); name the checkpoint" in gone.stderr
+    alone = nxm("compare", checkpoint, data)
+    assert alone.exit_code == 2
+    assert "has no passport.json: name an engine directory, behind the checkpoint" in alone.stderr
 
 
 class TestNotFinite:
@@ -240,6 +265,7 @@ class TestRefused:
         for key, value in change.items():
             data[key] = {**data[key], **value} if key == "graph" else value
         (engine / file).write_text(json.dumps(data))
+        exact_engine.cover(engine)
         self.refused(message, 1, checkpoint, engine, f"--data={checkpoint.parent / 'dev.tsv'}", engine=engine)
 
     def test_a_gate_on_a_metric_that_the_task_has_not(self, checkpoint: Path, engine: Path) -> None:
@@ -264,6 +290,7 @@ class TestRefused:
         other = shutil.copytree(engine, tmp_path / "other")
         tiny.write_tokenizer("roberta", other)
         (other / "tokenizer_config.json").unlink()
+        exact_engine.cover(other)
         self.refused(
             "reads the data in other tokens",
             1,

@@ -10,6 +10,7 @@ import pytest
 
 from engines.parity.probes import Expected, Loaded, probe, probe_samples
 from nxm_export.contract.io_spec import IOSpec
+from nxm_export.data.examples import inputs_of, sample_of
 from tests.support import baked
 
 
@@ -42,7 +43,7 @@ FAULTS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_each_probe_catches_the_fault_it_is_for(fault: str | None) -> None:
     features = [
-        {key: value[:20] if key != "labels" else value for key, value in sample.items() if key != "token_type_ids"}
+        sample_of({name: values[:20] for name, values in inputs_of(sample).items()})
         for sample in baked.features(8, family="distilbert")
     ]
     spec = IOSpec(
@@ -57,7 +58,8 @@ def test_each_probe_catches_the_fault_it_is_for(fault: str | None) -> None:
     samples = probe_samples(features, spec, ())
     right: Any = Exact()
     answers = {
-        name: right.run({key: np.array([values]) for key, values in sample.items()}) for name, sample in samples.items()
+        name: right.run({key: np.array([values]) for key, values in inputs_of(sample).items()})
+        for name, sample in samples.items()
     }
     tolerances = {"logits": 0.5}
     engine: Any = Exact(FAULTS[fault] if fault else None)

@@ -18,7 +18,7 @@ from engines.parity.probes import ProbeResult, finite_probe
 from engines.parity.reports import PARITY_FILE, SCHEMA, Comparison, ParityReport, Skipped, read_parity_report
 from engines.parity.tolerance import Expectation, OutputParity, compare_output
 from nxm_export.errors import ArtifactError, ParityError
-from nxm_export.storage.json_files import Json, encode
+from nxm_export.storage.json_files import as_objects, encode
 
 EXPECTED = np.array([[1.0, -1.0], [3.0, 0.0], [0.0, 2.0]])
 
@@ -117,7 +117,7 @@ def parity_file(tmp_path: Path) -> Path:
     return file
 
 
-def edited(file: Path, *path: str | int, value: Json) -> None:
+def edited(file: Path, *path: str | int, value: object) -> None:
     data = entry = json.loads(file.read_text())
     for key in path[:-1]:
         entry = entry[key]
@@ -160,7 +160,7 @@ def test_values_that_are_not_finite_have_no_distance_and_are_counted(bad: float)
     ],
 )
 def test_a_damaged_report_is_refused_by_file_and_field(
-    parity_file: Path, path: tuple[str | int, ...], value: Json, complaint: str
+    parity_file: Path, path: tuple[str | int, ...], value: object, complaint: str
 ) -> None:
     edited(parity_file, *path, value=value)
     with pytest.raises(ArtifactError, match=complaint) as refused:
@@ -179,11 +179,12 @@ def test_a_report_of_the_version_before_is_read(tmp_path: Path) -> None:
         "beside": data["secondary_metrics"],
         "outputs": [
             {former.get(key, key): value for key, value in entry.items() if key != "nonfinite"}
-            for entry in data["outputs"]
+            for entry in as_objects(data["outputs"])
         ],
         **{
             key: [
-                {"found" if name == "actual" else name: value for name, value in entry.items()} for entry in data[key]
+                {"found" if name == "actual" else name: value for name, value in entry.items()}
+                for entry in as_objects(data[key])
             ]
             for key in ("probes", "gates")
         },
@@ -216,7 +217,7 @@ class TestBisect:
             return key.replace("isolated_", "own_").removeprefix("accumulated_")
 
         data = BISECTED.to_dict()
-        blocks = [{former(key): value for key, value in entry.items()} for entry in data["blocks"]]
+        blocks = [{former(key): value for key, value in entry.items()} for entry in as_objects(data["blocks"])]
         assert set(blocks[0]) == {
             "block", "max_abs", "mean_abs", "max_tolerance", "steps", "own_max_abs", "own_mean_abs", "own_steps",
             "own_max_tolerance", "own_mean_tolerance", "own_quiet", "own_quiet_required", "passed", "reason",

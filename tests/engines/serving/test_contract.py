@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nxm_export.storage.json_files import as_object
 from tests.support.exact_engine import LABELS, MAX_LENGTH, VOCABULARY, expected, feeds_of, tokenizer
 from tools.benchmarks.servers import Running, triton_venv
 from tools.raw_http import Answer, send
@@ -49,9 +50,9 @@ def token_inputs(feeds: Mapping[str, np.ndarray], *, binary: bool = True) -> lis
     return inputs
 
 
-def text_input(texts: list[str], *, binary: bool = True) -> list[Any]:
+def text_input(texts: list[str], *, binary: bool = True, name: str = "text") -> list[Any]:
     array = np.array([[text.encode()] for text in texts], object)
-    made = client_http.InferInput("text", array.shape, "BYTES")
+    made = client_http.InferInput(name, array.shape, "BYTES")
     made.set_data_from_numpy(array, binary_data=binary)
     return [made]
 
@@ -60,7 +61,7 @@ def outputs(*names: str, binary: bool = True) -> list[Any]:
     return [client_http.InferRequestedOutput(name, binary_data=binary) for name in names]
 
 
-def logits_of(texts: list[str]) -> np.ndarray:
+def logits_of(texts: list[str] | list[tuple[str, str]]) -> np.ndarray:
     """By the tokenizer and the formula, padded to the longest."""
     encoded = tokenizer().encode_batch(texts)
     feeds = {
@@ -70,6 +71,7 @@ def logits_of(texts: list[str]) -> np.ndarray:
     for row, encoding in enumerate(encoded):
         feeds["input_ids"][row, : len(encoding.ids)] = encoding.ids
         feeds["attention_mask"][row, : len(encoding.ids)] = 1
+        feeds["token_type_ids"][row, : len(encoding.ids)] = encoding.type_ids
     return expected(feeds)
 
 
@@ -147,6 +149,79 @@ def test_a_text_that_is_too_long_is_cut_as_in_training(client: Any) -> None:
     np.testing.assert_array_equal(result.as_numpy("logits"), logits_of([cut]))
 
 
+@pytest.mark.parametrize("words", [1_000, 100_000])
+def test_a_text_of_any_length_is_cut_as_in_training(client: Any, words: int) -> None:
+    cut = " ".join((["good", "film", "not"] * 20)[: MAX_LENGTH - 2])
+    result = client.infer("exact_text", text_input(["good film not " * words, "bad"]))
+    np.testing.assert_array_equal(result.as_numpy("logits"), logits_of([cut, "bad"]))
+
+
+def test_a_second_text_may_be_there_or_not(client: Any) -> None:
+    first, second = ["good film", "a"], ["a very bad plot", "not good"]
+    together = text_input(first) + text_input(second, name="text_pair")
+    for inputs, texts in ((together, list(zip(first, second, strict=True))), (text_input(first), first)):
+        result = client.infer("exact_text", inputs)
+        np.testing.assert_array_equal(result.as_numpy("logits"), logits_of(texts))
+
+
+def test_both_texts_of_any_length_are_cut_as_in_training(client: Any) -> None:
+    """The longer one loses tokens first; of 45 for both, 23 go to the longer."""
+    good, bad = [VOCABULARY.index(word) for word in ("good", "bad")]
+    for sizes, kept in (
+        ((5_000, 1), (44, 1)), ((3, 5_000), (3, 42)), ((9_000, 5_000), (23, 22)), ((5_000, 9_000), (22, 23)),
+        ((30, 31), (22, 23)), ((31, 30), (23, 22)), ((30, 30), (22, 23)), ((20, 25), (20, 25)),
+    ):  # fmt: skip
+        ids = [2, *[good] * kept[0], 3, *[bad] * kept[1], 3]
+        types = [0] * (kept[0] + 2) + [1] * (kept[1] + 1)
+        feeds = {"input_ids": ids, "attention_mask": [1] * len(ids), "token_type_ids": types}
+        pair = text_input(["good " * sizes[0]]) + text_input(["bad " * sizes[1]], name="text_pair")
+        expected_logits = expected({name: np.array([values]) for name, values in feeds.items()})
+        actual = client.infer("exact_text", pair).as_numpy("logits")
+        np.testing.assert_array_equal(actual, expected_logits, str(sizes))
+
+
+@pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])
+def test_outputs_come_in_one_order_whatever_was_asked(client: Any, binary: bool) -> None:
+    for names in (["label", "logits"], ["logits", "label"]):
+        result = client.infer("exact_text", text_input(["good"]), outputs=outputs(*names, binary=binary))
+        assert [output["name"] for output in result.get_response()["outputs"]] == ["label", "logits"]
+    result = client.infer("exact_text", text_input(["good"]))
+    assert [output["name"] for output in result.get_response()["outputs"]] == ["label", "logits"]
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate"])
+def test_compressed_requests_are_taken(client: Any, coding: str) -> None:
+    feeds = feeds_of([4, 9])
+    result = client.infer("exact", token_inputs(feeds), request_compression_algorithm=coding)
+    np.testing.assert_array_equal(result.as_numpy("logits"), expected(feeds))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 9])
+def test_the_largest_values_can_be_asked_for(client: Any, classes: int) -> None:
+    feeds = feeds_of([4, 9, 2])
+    wanted = [client_http.InferRequestedOutput("logits", class_count=classes)]
+    answered = client.infer("exact", token_inputs(feeds), outputs=wanted).as_numpy("logits").tolist()
+    rows = [sorted(enumerate(row), key=lambda entry: -entry[1])[:classes] for row in expected(feeds).tolist()]
+    assert answered == [[f"{value:f}:{index}".encode() for index, value in row] for row in rows]
+
+
+def test_configuration_and_statistics_are_those_of_the_model(client: Any) -> None:
+    config = client.get_model_config("exact")
+    assert (config["name"], config["max_batch_size"], config["backend"]) == ("exact", 32, "onnxruntime")
+    assert [(one["name"], one["data_type"], one["dims"]) for one in config["output"]] == [("logits", "TYPE_FP32", [2])]
+
+    def count() -> tuple[int, int]:
+        (stats,) = client.get_inference_statistics("exact")["model_stats"]
+        assert stats["inference_stats"]["success"]["ns"] >= stats["inference_stats"]["compute_infer"]["ns"] > 0
+        return stats["inference_count"], stats["execution_count"]
+
+    client.infer("exact", token_inputs(feeds_of([4])))
+    before = count()
+    client.infer("exact", token_inputs(feeds_of([4, 5, 6])))
+    after = count()
+    assert (after[0] - before[0], after[1] - before[1]) == (3, 1)
+
+
 def test_one_output_can_be_asked_for(client: Any) -> None:
     result = client.infer("exact_text", text_input(["good"]), outputs=outputs("label"))
     assert [output["name"] for output in result.get_response()["outputs"]] == ["label"]
@@ -215,7 +290,7 @@ def test_a_malformed_body_is_an_error_in_json(server: Running, body: bytes, head
     assert answer.status == 400 or (
         triton and answer.status == 500
     )  # Triton's parser calls some of these its own fault
-    assert set(answer.json()) == {"error"}
+    assert set(as_object(answer.json())) == {"error"}
 
 
 def test_many_clients_at_once_get_each_their_own_answer(server: Running) -> None:

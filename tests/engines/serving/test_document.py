@@ -6,10 +6,12 @@ import re
 import shlex
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from engines.serving.metrics import REASONS
 from nxm_export.cli import main
+from tests.support.infer_answers import outputs_of
 from tools import ROOT
 from tools.benchmarks.servers import Running
 from tools.raw_http import send
@@ -28,8 +30,7 @@ def test_the_example_for_curl_is_answered_with_class_names(ours: Running) -> Non
     path = url.removeprefix("http://127.0.0.1:8000").replace("engine", "exact")
     # what curl sends with -d, which is no JSON type
     answer = send(ours.port, "POST", path, body.encode(), "Content-Type: application/x-www-form-urlencoded")
-    outputs = {output["name"]: output for output in answer.json()["outputs"]}
-    assert len(outputs["label"]["data"]) == 2
+    assert len(outputs_of(answer)["label"]) == 2
 
 
 def test_the_example_for_python_runs(ours: Running) -> None:
@@ -61,3 +62,18 @@ def test_the_lines_that_run_nxm_are_understood() -> None:
     for line in lines:
         result = CliRunner().invoke(main, shlex.split(line))
         assert result.exit_code == 1, f"{line}: {result.output}"  # no such engine here; 2 would be wrong usage
+
+
+def test_the_deployment_of_the_kubernetes_page_is_understood(ours: Running) -> None:
+    text = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    pod = yaml.safe_load(re.findall(r"^```yaml\n(apiVersion.*?)^```$", text, re.MULTILINE | re.DOTALL)[0])
+    spec = pod["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    assert container["args"][0] == "nxm"
+    result = CliRunner().invoke(main, container["args"][1:])
+    assert result.exit_code == 1, result.output  # no such engine here; 2 would be wrong usage
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert send(ours.port, "GET", container[probe]["httpGet"]["path"]).status == 200
+    seconds = [float(number) for number in re.findall(r"--(?:shutdown-delay|drain-seconds)=(\d+)", str(container))]
+    assert len(seconds) == 2
+    assert spec["terminationGracePeriodSeconds"] > sum(seconds)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nxm_export.storage.json_files import entry_at
 from tests.support.exact_engine import MAX_LENGTH, VOCABULARY, expected, feeds_of
 from tools.benchmarks.servers import Running
 from tools.raw_http import connect, read, request, send
@@ -313,7 +314,8 @@ def test_hundreds_of_malformed_requests_are_refused_and_the_server_serves_on(our
     assert wrong == []
     feeds = feeds_of([4, 4])
     answer = send(ours.port, "POST", INFER, json.dumps(good()).encode())
-    np.testing.assert_array_equal(np.array(answer.json()["outputs"][0]["data"]).reshape(2, 2), expected(feeds))
+    data = np.array(entry_at(answer.json(), "outputs", 0, "data"))
+    np.testing.assert_array_equal(data.reshape(2, 2), expected(feeds))
     # What a request declares is never allocated: the largest body here is 2.5 MB, and a few of those pass through.
     assert resident_bytes(ours.process.pid) < before + (64 << 20)
     assert not [line for line in ours.log.read_text().splitlines() if '"level": "error"' in line]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -126,7 +127,7 @@ WORDS = {"name": "text", "datatype": "BYTES", "shape": [1, 1]}
         ({"inputs": [{**ONE, "data": [1, "2"]}]}, "is not INT64"),
         ({"inputs": [{**ONE, "data": [1, True]}]}, "is not INT64"),
         ({"inputs": [{**ONE, "data": [1, None]}]}, "is not INT64"),
-        ({"inputs": [{**ONE, "data": [1, 2**63]}]}, "does not fit INT64"),
+        ({"inputs": [{**ONE, "data": [1, 2**63]}]}, "too large for an integer"),
         ({"inputs": [{k: v for k, v in ONE.items() if k != "data"}]}, "has no data"),
         ({"inputs": [{**ONE, "parameters": {"binary_data_size": 16}}]}, "send one of them"),
         ({"inputs": [{**ONE, "parameters": {"shared_memory_region": "x"}}]}, "shared memory is not offered"),
@@ -137,7 +138,8 @@ WORDS = {"name": "text", "datatype": "BYTES", "shape": [1, 1]}
         ({"inputs": [ONE], "outputs": [{"name": "x"}]}, "unexpected output 'x'; the model gives logits"),
         ({"inputs": [ONE], "outputs": [{"name": "logits"}] * 2}, "asked for twice"),
         ({"inputs": [ONE], "outputs": [{"name": "logits", "parameters": {"binary_data": 1}}]}, "true or false"),
-        ({"inputs": [ONE], "outputs": [{"name": "logits", "parameters": {"classification": 2}}]}, "read the logits"),
+        ({"inputs": [ONE], "outputs": [{"name": "logits", "parameters": {"classification": -1}}]}, "number of classes"),
+        ({"inputs": [ONE], "outputs": [{"name": "logits", "parameters": {"classification": True}}]}, "number of"),
         ({"inputs": [ONE], "parameters": {"timeout": 1.5}}, "microseconds"),
         ({"inputs": [ONE], "parameters": {"timeout": -1}}, "microseconds"),
     ],
@@ -151,20 +153,24 @@ def test_a_malformed_request_is_refused_with_the_reason(request_: object, compla
 @pytest.mark.parametrize(
     ("body", "length", "complaint"),
     [
-        (b'{"inputs": [', None, "not JSON"),
+        (b'{"inputs": [', None, "not valid JSON"),
         (b"\xff\xfe{}", None, "not UTF-8"),
-        (b"", None, "not JSON"),
-        (b'{"a": 1, "a": 2}', None, "same key twice"),
-        (b'{"a": NaN}', None, "NaN is not JSON"),
-        (b'{"a": -Infinity}', None, "-Infinity is not JSON"),
-        (b"[" * 100_000, None, "nested too deeply"),
-        (b'{"a": ' + b"9" * 10_000 + b"}", None, "not JSON"),
+        (b"", None, "not valid JSON"),
+        (b'{"a": 1, "a": 2}', None, "key 'a' stands there twice"),
+        (b'{"a": NaN}', None, "NaN is not a JSON number"),
+        (b'{"a": -Infinity}', None, "-Infinity is not a JSON number"),
+        (b"[" * 100_000, None, "recursion"),
+        (b'{"a": ' + b"9" * 10_000 + b"}", None, "not valid JSON"),
         (b"{}", "3", "has only 2 bytes"),
         (b"{}", "-1", "must be a whole number"),
         (b"{}", "1e3", "must be a whole number"),
         (b"{}", "\u0663", "must be a whole number"),
         (b"{}", "9" * 5000, "must be a whole number"),
-        (b"{}x", None, "not JSON"),
+        (b"{}x", None, "not valid JSON"),
+        (b'{"a": 1e400}', None, "too large for a number"),
+        (b'{"a": -1' + b"0" * 400 + b".0}", None, "too large for a number"),
+        (b"[" * 70 + b"]" * 70, None, "nested more than 64 deep"),
+        (b"\xef\xbb\xbf{}", None, "not valid JSON"),
     ],
 )
 def test_a_body_that_is_not_strict_json_is_refused(body: bytes, length: str | None, complaint: str) -> None:
@@ -257,3 +263,82 @@ def test_a_timeout_is_in_microseconds_and_zero_is_none() -> None:
 
 def test_parse_json_takes_what_it_should() -> None:
     assert parse_json(b'{"ready": true}') == {"ready": True}
+
+
+def test_a_key_twice_is_found_fast_and_shown_short() -> None:
+    """Half a million keys, the last of them twice: no search of every key for every key."""
+    keys = ",".join(f'"{i}": 0' for i in range(300_000))
+    began = time.process_time()
+    with pytest.raises(RequestRefused, match="stands there twice") as refused:
+        parse_json(("{" + keys + ', "' + "x" * 10_000 + '": 0, "' + "x" * 10_000 + '": 0}').encode())
+    assert time.process_time() - began < 5
+    assert len(str(refused.value)) < 300
+
+
+def test_null_counts_as_left_out_everywhere() -> None:
+    """What KServe's client sends for members that nobody has set."""
+    null = {"parameters": None}
+    request = {
+        "id": None,
+        "inputs": [{**ONE, **null}],
+        "outputs": [{"name": "logits", **null}, {"name": "label", "parameters": {"binary_data": None}}],
+        **null,
+    }
+    asked = parse_infer(json.dumps(request).encode(), None, [IDS], [LOGITS, LABEL])
+    assert (asked.id, asked.timeout) == (None, None)
+    assert asked.tensors["ids"].tolist() == [[1, 2]]
+    assert not any(output.binary for output in asked.outputs)
+    nothing = {"inputs": [{**ONE, "parameters": {"binary_data_size": None, "shared_memory_region": None}}]}
+    nothing["outputs"] = None  # type: ignore[assignment]
+    asked = parse_infer(json.dumps(nothing).encode(), None, [IDS], [LOGITS, LABEL])
+    assert [output.name for output in asked.outputs] == ["label", "logits"]
+    with pytest.raises(RequestRefused, match="'inputs' must be a list"):
+        parse_infer(b'{"inputs": null}', None, [IDS], [LOGITS])
+
+
+def test_texts_may_be_a_list_of_them() -> None:
+    texts = {"name": "text", "datatype": "BYTES", "shape": [2], "data": ["a", "b"]}
+    parsed = parse_infer(json.dumps({"inputs": [texts]}).encode(), None, [TEXT], [LOGITS])
+    assert parsed.tensors["text"].tolist() == [[b"a"], [b"b"]]
+    with pytest.raises(RequestRefused, match=r"shape \[2\]"):  # tokens may not: which of both is it?
+        parse_infer(json.dumps({"inputs": [{**ONE, "shape": [2]}]}).encode(), None, [IDS], [LOGITS])
+
+
+@given(st.permutations(["logits", "label"]), st.integers(1, 2))
+def test_outputs_come_in_one_order_whatever_the_request_says(names: list[str], count: int) -> None:
+    request = {"inputs": [ONE], "outputs": [{"name": name} for name in names[:count]]}
+    asked = parse_infer(json.dumps(request).encode(), None, [IDS], [LOGITS, LABEL])
+    assert [output.name for output in asked.outputs] == sorted(names[:count])  # words first, as on Triton
+
+
+def test_classification_gives_the_largest_values_in_tritons_form() -> None:
+    """The strings are what Triton 2.51 answered for these logits."""
+    logits = np.array([[-18.0, -10.0], [-9.0, -10.0]], np.float32)
+    for classes, binary in ((1, False), (2, False), (9, True)):
+        parameters = {"classification": classes, "binary_data": binary}
+        request = {"inputs": [ONE], "outputs": [{"name": "logits", "parameters": parameters}]}
+        asked = parse_infer(json.dumps(request).encode(), None, [IDS], [LOGITS])
+        headers, content = render_infer("m", "1", asked, {"logits": ("FP32", logits)})
+        length = int(dict(headers).get(b"inference-header-content-length", len(content)))
+        (output,) = json.loads(content[:length])["outputs"]
+        expected = [["-10.000000:1", "-18.000000:0"], ["-9.000000:0", "-10.000000:1"]]
+        flat = [text for row in expected for text in row[:classes]]
+        assert (output["datatype"], output["shape"]) == ("BYTES", [2, min(2, classes)])
+        if binary:
+            assert content[length:] == b"".join(len(text).to_bytes(4, "little") + text.encode() for text in flat)
+        else:
+            assert output["data"] == flat
+    words = {"inputs": [ONE], "outputs": [{"name": "label", "parameters": {"classification": 1}}]}
+    with pytest.raises(RequestRefused, match="holds words"):
+        parse_infer(json.dumps(words).encode(), None, [IDS], [LABEL])
+
+
+def test_a_shape_that_is_too_large_is_refused_before_its_data_is_looked_at() -> None:
+    def at_most_two(shape: tuple[int, ...]) -> None:
+        if shape[0] > 2:
+            raise RequestRefused(400, "too many rows")
+
+    for data in ([["not", "even"], "tokens"], None, 7):
+        body = json.dumps({"inputs": [{**ONE, "shape": [3, 2], "data": data}]}).encode()
+        with pytest.raises(RequestRefused, match="too many rows"):
+            parse_infer(body, None, [IDS], [LOGITS], at_most_two)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import re
@@ -11,9 +12,11 @@ import signal
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +26,10 @@ from engines.benchmark.http_load import InferenceRequest, ServedModel, run_round
 from engines.passport import load_passport
 from engines.serving.app import OPENAPI_FILE
 from nxm_export.cli import main
+from nxm_export.storage.json_files import as_object, as_objects, entry_at
 from tests.support import exact_engine
 from tests.support.exact_engine import expected, feeds_of
+from tests.support.infer_answers import outputs_of
 from tools.benchmarks.servers import Running, free_port, nxm_serve
 from tools.raw_http import Answer, connect, read, request, send
 
@@ -41,8 +46,8 @@ def body_of(feeds: dict[str, np.ndarray], **more: object) -> bytes:
 
 
 def logits(answer: Answer) -> np.ndarray:
-    (output,) = answer.json()["outputs"]
-    return np.array(output["data"], np.float32).reshape(output["shape"])
+    (output,) = outputs_of(answer).values()
+    return output
 
 
 def metric(server: Running, start: str) -> float:
@@ -68,23 +73,24 @@ def test_paths_and_methods_that_do_not_exist_get_a_json_error(ours: Running) -> 
     for method, path, status in (
         ("GET", "/", 404), ("GET", "/v2/", 404), ("GET", "/v3", 404), ("GET", INFER, 405), ("POST", "/metrics", 405),
         ("DELETE", "/v2/models/exact", 405), ("POST", "/v2/repository/models/exact/unload", 404),
-        ("GET", "/v2/models/exact/config", 404), ("GET", "/v2/models/exact/versions/x/ready", 404),
+        ("GET", "/v2/models/nobody/config", 404), ("GET", "/v2/models/exact/versions/x/ready", 404),
     ):  # fmt: skip
         answer = send(ours.port, method, path)
-        assert (answer.status, set(answer.json())) == (status, {"error"}), (method, path)
+        assert (answer.status, set(as_object(answer.json()))) == (status, {"error"}), (method, path)
 
 
 def test_the_openapi_file_describes_exactly_the_routes(ours: Running) -> None:
     served = send(ours.port, "GET", "/openapi.json").json()
     assert served == json.loads(OPENAPI_FILE.read_text())
-    for path, operations in served["paths"].items():
+    for path, described in as_object(entry_at(served, "paths")).items():
+        operations = as_object(described)
         url = path.replace("{model}", "exact").replace("{version}", "1")
         for method in ("get", "post"):
             answer = send(ours.port, method.upper(), url)
             assert (answer.status == 405) == (method not in operations), (method, path)
             assert answer.status != 404, path
-            documented = operations.get(method, {}).get("responses", {"405": None})
-            assert str(answer.status) in documented, (method, path, answer.status)
+            documented = entry_at(operations, method, "responses") if method in operations else {"405": None}
+            assert str(answer.status) in as_object(documented), (method, path, answer.status)
 
 
 def test_every_reference_in_the_openapi_file_resolves() -> None:
@@ -93,6 +99,48 @@ def test_every_reference_in_the_openapi_file_resolves() -> None:
     names = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
     assert names == set(document["components"]["schemas"]) - (set(document["components"]["schemas"]) - names)
     assert names
+
+
+def test_health_answers_have_the_bodies_that_kserves_client_reads(ours: Running) -> None:
+    for path, body in (
+        ("/v2/health/live", {"live": True}),
+        ("/v2/health/ready", {"ready": True}),
+        ("/v2/models/exact/ready", {"name": "exact", "ready": True}),
+        ("/v2/models/exact_text/versions/1/ready", {"name": "exact_text", "ready": True}),
+    ):
+        answer = send(ours.port, "GET", path)
+        assert (answer.status, answer.json(), answer.headers["content-type"]) == (200, body, "application/json")
+
+
+def test_config_and_statistics_are_what_perf_analyzer_reads(ours: Running) -> None:
+    """Its model parser takes names and shapes from the metadata, and strips the batch if the configuration has one."""
+    config: Any = send(ours.port, "GET", "/v2/models/exact/versions/1/config").json()
+    assert (config["name"], config["backend"], config["max_batch_size"]) == ("exact", "onnxruntime", 32)
+    assert config["input"][0] == {"name": "input_ids", "data_type": "TYPE_INT64", "dims": [-1], "optional": False}
+    assert config["output"] == [{"name": "logits", "data_type": "TYPE_FP32", "dims": [2]}]
+    text: Any = send(ours.port, "GET", "/v2/models/exact_text/config").json()
+    assert [(entry["data_type"], entry["dims"], entry["optional"]) for entry in text["input"]] == [
+        ("TYPE_STRING", [1], False), ("TYPE_STRING", [1], True),
+    ]  # fmt: skip
+
+    def stats() -> tuple[int, int, dict[str, dict[str, int]]]:
+        answer: Any = send(ours.port, "GET", "/v2/models/exact/stats").json()
+        (one,) = answer["model_stats"]
+        assert (one["name"], one["version"]) == ("exact", "1")
+        return one["inference_count"], one["execution_count"], one["inference_stats"]
+
+    rows, runs, before = stats()
+    for lengths in ([3], [4, 5]):
+        assert send(ours.port, "POST", INFER, body_of(feeds_of(lengths))).status == 200
+    assert send(ours.port, "POST", INFER, b"{").status == 400
+    more_rows, more_runs, after = stats()
+    assert (more_rows - rows, more_runs - runs) == (3, 2)
+    for what, count in (("success", 2), ("fail", 1), ("queue", 2), ("compute_infer", 2)):
+        assert after[what]["count"] - before[what]["count"] == count, what
+        assert after[what]["ns"] > before[what]["ns"], what
+    everything: Any = send(ours.port, "GET", "/v2/models/stats").json()
+    assert [entry["name"] for entry in everything["model_stats"]] == ["exact", "exact_text"]
+    assert send(ours.port, "GET", "/v2/models/exact/versions/7/stats").status == 404
 
 
 def test_a_request_id_is_kept_if_it_is_sane_and_made_up_if_not(ours: Running) -> None:
@@ -134,7 +182,7 @@ def test_a_body_beyond_the_limit_is_413_declared_chunked_or_sent(ours: Running) 
     chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
     answer = send(ours.port, "POST", INFER, chunk * 80 + b"0\r\n\r\n", "Transfer-Encoding: chunked")
     assert answer.status == 413
-    assert "larger than 4194304 bytes" in answer.json()["error"]
+    assert "larger than 4194304 bytes" in str(entry_at(answer.json(), "error"))
 
 
 def test_a_chunked_body_within_the_limit_is_served(ours: Running) -> None:
@@ -145,13 +193,29 @@ def test_a_chunked_body_within_the_limit_is_served(ours: Running) -> None:
     np.testing.assert_array_equal(logits(answer), expected(feeds))
 
 
-def test_a_compressed_body_is_415(ours: Running) -> None:
-    assert send(ours.port, "POST", INFER, b"{}", "Content-Encoding: gzip").status == 415
+def test_a_compressed_body_is_served_within_the_limit_of_a_plain_one(ours: Running) -> None:
+    feeds = feeds_of([6])
+    body = body_of(feeds)
+    for coding, compressed in (
+        ("gzip", gzip.compress(body)),
+        ("deflate", zlib.compress(body)),
+        ("deflate", zlib.compress(body)[2:-4]),
+        ("identity", body),
+        ("", body),
+    ):
+        answer = send(ours.port, "POST", INFER, compressed, f"Content-Encoding: {coding}")
+        np.testing.assert_array_equal(logits(answer), expected(feeds))
+    bomb = gzip.compress(b" " * (64 << 20))
+    assert len(bomb) < 1 << 20
+    answer = send(ours.port, "POST", INFER, bomb, "Content-Encoding: gzip")
+    assert (answer.status, "more than 4194304 bytes" in str(entry_at(answer.json(), "error"))) == (413, True)
+    assert send(ours.port, "POST", INFER, body, "Content-Encoding: gzip").status == 400
+    assert send(ours.port, "POST", INFER, body, "Content-Encoding: br").status == 415
 
 
 def test_the_index_takes_an_empty_body_or_an_object(ours: Running) -> None:
     path = "/v2/repository/index"
-    assert [entry["name"] for entry in send(ours.port, "POST", path, b'{"ready": true}').json()] == [
+    assert [entry["name"] for entry in as_objects(send(ours.port, "POST", path, b'{"ready": true}').json())] == [
         "exact",
         "exact_text",
     ]
@@ -201,7 +265,7 @@ def test_a_full_queue_answers_503_with_retry_after_and_only_that(busy: Running) 
     assert statuses.count(200) >= 3  # as many as may wait, and one more when the engine took its first in time
     refused = next(answer for answer in answers if answer.status == 503)
     assert int(refused.headers["retry-after"]) >= 1
-    assert "waiting already" in refused.json()["error"]
+    assert "waiting already" in str(entry_at(refused.json(), "error"))
 
 
 def test_a_deadline_of_the_request_is_504_and_the_server_goes_on(busy: Running) -> None:
@@ -209,7 +273,7 @@ def test_a_deadline_of_the_request_is_504_and_the_server_goes_on(busy: Running) 
     answer = send(busy.port, "POST", INFER, body)
     assert answer.status == 504
     # It passes while the request waits, or on a slow machine before it is even queued.
-    assert re.search(r"0\.001 seconds|deadline passed", answer.json()["error"])
+    assert re.search(r"0\.001 seconds|deadline passed", str(entry_at(answer.json(), "error")))
     assert send(busy.port, "POST", INFER, body_of(feeds_of([3]))).status == 200
 
 
@@ -255,15 +319,16 @@ def test_slow_loris_clients_do_not_keep_others_out_for_long(busy: Running) -> No
     slow = [connect(busy.port) for _ in range(12)]
     for connection in slow:
         connection.sendall(b"POST /v2/models/exact/infer HTTP/1.1\r\nHost: a\r\nX-Slow: ")
-    refused = send(busy.port, "GET", "/v2/health/live")
+    body = body_of(feeds_of([3]))
+    refused = send(busy.port, "POST", INFER, body)
     assert refused.status == 503
-    assert "12 connections are open already" in refused.json()["error"]
+    assert "12 connections are open already" in str(entry_at(refused.json(), "error"))
 
     def let_in() -> bool:  # a byte now and then does not buy more time
         for connection in slow:
             with contextlib.suppress(OSError):  # closed by then
                 connection.sendall(b"a")
-        return send(busy.port, "GET", "/v2/health/live").status == 200
+        return send(busy.port, "POST", INFER, body).status == 200
 
     assert eventually(let_in, 5)
     for connection in slow:
@@ -283,7 +348,7 @@ def test_what_is_not_http_is_400_in_json(busy: Running) -> None:
             connection.sendall(garbage + b"\r\n\r\n")
             answer = read(connection)
             assert answer.status in (400, 505)
-            assert set(answer.json()) == {"error"}
+            assert set(as_object(answer.json())) == {"error"}
 
 
 def test_the_busy_server_never_failed(busy: Running) -> None:
@@ -386,7 +451,7 @@ def test_a_changed_engine_directory_is_reloaded_under_load_without_a_lost_reques
         new = load_passport(served).engine_sha256
 
         def serving() -> object:
-            return send(server.port, "GET", "/v2/models/exact").json()["parameters"]["engine_sha256"]
+            return entry_at(send(server.port, "GET", "/v2/models/exact").json(), "parameters", "engine_sha256")
 
         assert eventually(lambda: serving() == new)
         np.testing.assert_array_equal(logits(send(server.port, "POST", INFER, body_of(feeds))), expected(feeds, 1))
@@ -428,7 +493,7 @@ def test_several_models_and_versions_serve_side_by_side(engine: Path, tmp_path: 
             np.testing.assert_array_equal(
                 logits(send(server.port, "POST", path, body_of(feeds))), expected(feeds, seed)
             )
-        assert send(server.port, "GET", "/v2/models/exact").json()["versions"] == ["1", "2"]
+        assert entry_at(send(server.port, "GET", "/v2/models/exact").json(), "versions") == ["1", "2"]
 
 
 @pytest.mark.parametrize(
@@ -437,7 +502,7 @@ def test_several_models_and_versions_serve_side_by_side(engine: Path, tmp_path: 
         (["{engine}", "--host", "0.0.0.0"], "no authentication", 1),
         (["{engine}", "--host", "192.0.2.1", "--allow-remote"], "cannot be bound", 1),
         (["{engine}", "--port", "{taken}"], "cannot be bound (Address already in use)", 1),
-        (["{engine}", "--expect-sha256", "00"], "not among those expected", 1),
+        (["{engine}", "--expect-sha256", "00"], "neither is among those expected", 1),
         (["{failed}"], "parity with its checkpoint failed", 3),
         (["{engine}", "--gate", "passed", "m={unchecked}"], "never checked", 3),
         (["/nowhere"], "has no passport.json", 1),
@@ -455,12 +520,13 @@ def test_what_cannot_be_served_is_one_line_and_an_exit_code(
         places[name] = Path(shutil.copytree(engine, tmp_path / name))
         (tmp_path / name / "parity.json").unlink()
         if parity is not None:
-            exact_engine.write_parity(tmp_path / name, load_passport(engine).engine_sha256, passed=parity)
+            exact_engine.write_parity(tmp_path / name, passed=parity)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         places["taken"] = taken.getsockname()[1]
-        result = CliRunner().invoke(main, ["serve", *(argument.format(**places) for argument in arguments)])
+        port = [] if "--port" in arguments else ["--port", "0"]
+        result = CliRunner().invoke(main, ["serve", *port, *(argument.format(**places) for argument in arguments)])
     assert result.exit_code == status, result.output
     assert complaint in result.output
     assert "Traceback" not in result.output

@@ -19,7 +19,7 @@ from engines.serving.text import TextFrontend
 from engines.triton import export_repository
 from nxm_export.cli import main
 from nxm_export.contract.io_spec import load_spec
-from nxm_export.data.examples import Columns, pad
+from nxm_export.data.examples import Columns, load_tokenizer, pad
 from nxm_export.errors import RequestRefused, ServeError
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.engine_commands import build_engine, features_of
@@ -111,7 +111,7 @@ def test_bench_serve_sends_both_texts_to_models_that_read_two(built: Callable[[s
 
 
 def test_the_wrong_number_of_texts_is_refused(built: Callable[[str], Path]) -> None:
-    frontends = {task: TextFrontend(built(task), load_spec(built(task))) for task in SHAPES}
+    frontends = {task: TextFrontend(load_tokenizer(built(task)), load_spec(built(task))) for task in SHAPES}
     with pytest.raises(RequestRefused, match="embedding reads one text a row"):
         frontends["embedding"].tokens({"text": bytes_of("a"), "text_pair": bytes_of("b")})
     with pytest.raises(RequestRefused, match=r"reranking needs text \(the query\) and text_pair \(the document\)"):

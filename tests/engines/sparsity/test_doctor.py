@@ -14,6 +14,7 @@ import pytest
 from nxm_export.graph.graph_weights import load_graph
 from nxm_export.graph.sparsity_scan import matrix_facts
 from nxm_export.pipeline.inspection import doctor_file
+from nxm_export.storage.json_files import as_objects
 from tests.engines.sparsity.foreign import pruned_model
 
 HERE = Path(__file__).parent
@@ -30,7 +31,7 @@ def make(python: str, tool: str, directory: Path) -> Path:
 def weights_of(file: Path, gpu: str = "8.0") -> dict[str, dict[str, Any]]:
     report = doctor_file(file, "trt", "8.6.0", gpu).to_dict()
     json.dumps(report)
-    return {weight["name"].removesuffix("_quantized"): weight for weight in report["weights"]}
+    return {str(weight["name"]).removesuffix("_quantized"): weight for weight in as_objects(report["weights"])}
 
 
 def test_a_file_of_onnx_runtimes_quantizer_gets_facts_and_advice(tmp_path: Path) -> None:

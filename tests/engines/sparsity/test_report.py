@@ -18,9 +18,10 @@ from engines.sparsity.build_evidence import (
     parse_sparsity_log,
 )
 from engines.sparsity.kernel_names import Existence, kernel_named, sparse_kernel_exists
-from engines.sparsity.report import REASONS, SparsityTarget, WeightSparsity, judge
+from engines.sparsity.report import REASONS, FileProblem, SparsityTarget, WeightSparsity, judge
 from nxm_export.contract.matrix_facts import MatrixFacts
 from nxm_export.errors import ParityError
+from nxm_export.storage.json_files import as_objects
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "trt"
 SPARSE_GEMM = "sm80_xmma_sparse_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x128_stage3_warpsize2x2x1_sptensor16x8x64"
@@ -190,7 +191,16 @@ def test_a_sparse_kernel_on_a_matrix_without_the_pattern_is_a_contradiction() ->
         ({"scales_along_k": True}, A100, "scales"),
         ({"has_zero_point": True}, A100, "scales"),
         ({"integer_input": False}, A100, "float-input"),
-        ({"k": 312}, A100, "alignment"),
+        ({"scale_problems": ("a scale is not a positive number",)}, A100, "scales"),
+        ({"scales_in_blocks": True}, A100, "scales"),
+        ({"codes": "INT4"}, A100, "weight-type"),
+        ({"codes": "INT16"}, A100, "weight-type"),
+        ({"k": 258, "sparse_along_k": False}, A100, "k-multiple"),
+        ({"k": 0}, A100, "empty"),
+        ({"form": "conv", "run": 2, "k": 32}, A100, "channels"),
+        ({"form": "conv", "run": 1, "k": 4, "groups_of_channels": 64}, A100, "depthwise"),
+        ({"codes": None, "integer_weight": False, "stored": "BFLOAT16"}, A100, "no-kernel"),
+        ({"codes": "FLOAT8E4M3FN", "integer_weight": False}, A100, "no-kernel"),
         ({"output": "float16"}, A100, "float-output"),
         ({}, H100, "op-form"),
         ({"form": "conv1x1", "output": "float32"}, H100, "float-output"),
@@ -202,6 +212,43 @@ def test_every_obstacle_has_its_reason(changes: dict[str, Any], target: Sparsity
     weight = judged(fact(**changes), Evidence([layer(DENSE_GEMM)]), target)
     assert (weight.chosen, weight.reason) == (False, reason)
     assert weight.detail
+
+
+def test_an_odd_size_is_a_hint_with_a_source_and_stands_in_no_way() -> None:
+    weight = judged(fact(k=312), None)
+    assert (weight.eligible, weight.reason, weight.ready) == (True, "no-engine", True)
+    assert weight.hint is not None
+    assert "developer guide" in weight.hint
+    assert judged(fact(), None).hint is None
+
+
+def test_what_nobody_knows_is_not_ready_and_reads_like_nothing_that_is() -> None:
+    unknown = SparsityTarget("trt", "11.4", "9.0")
+    report = judge([fact()], None, unknown)
+    (weight,), (advice,) = report.weights, advise([fact()], report)
+    assert (weight.eligible, weight.reason, weight.ready) == (None, "kernel-unknown", False)
+    assert "kernel names were not read" in weight.detail
+    assert not advice.ready
+    assert "nothing stands in the way" not in advice.advice
+
+
+def test_a_problem_of_the_file_leaves_no_matrix_eligible_or_ready() -> None:
+    facts = [fact(name="a"), fact(name="b", scale_problems=("a scale is not a positive number",))]
+    problems = [FileProblem("a scale is not a positive number", "b")]
+    report = judge(facts, None, A100, problems=problems)
+    assert [(weight.eligible, weight.reason) for weight in report.weights] == [(False, "refused"), (False, "scales")]
+    assert "b: a scale is not a positive number" in report.weights[0].detail
+    advice = advise(facts, report, problems)
+    assert [(entry.ready, entry.one_fix_away) for entry in advice] == [(False, False), (False, True)]
+    other = [*problems, FileProblem("bias_dq: dequantizes INT32")]
+    assert not any(entry.one_fix_away for entry in advise(facts, judge(facts, None, A100, problems=other), other))
+
+
+def test_floats_are_eligible_where_a_kernel_exists_and_never_called_ready() -> None:
+    plain = fact(codes=None, integer_weight=False, integer_input=False, stored="FLOAT16", output="float16")
+    weight = judged(plain, None)
+    assert (weight.type, weight.eligible, weight.ready) == ("float16", True, False)
+    assert judged(replace(plain, stored="BFLOAT16"), None).eligible is False
 
 
 def test_small_matrices_and_lost_races_are_told_apart() -> None:
@@ -234,14 +281,14 @@ def test_the_gate_counts_planned_elements_and_unknown_as_not_sparse() -> None:
 
 
 def test_the_json_has_the_documented_keys() -> None:
-    entry = judge([fact()], None, A100).to_dict()["weights"][0]
+    entry = as_objects(judge([fact()], None, A100).to_dict()["weights"])[0]
     assert {"name", "k", "n", "planned", "sparse_along_k", "eligible", "chosen", "kernel", "reason"} <= set(entry)
     assert entry["reason"] in REASONS
 
 
 def test_the_catalogue_answers_with_a_source_and_only_what_was_read() -> None:
     def ask(**changes: Any) -> Existence:
-        product = {"integer": True, "form": "matmul", "output": "int8"}
+        product = {"weights": "int8", "form": "matmul", "output": "int8"}
         return sparse_kernel_exists(
             **{"backend": "trt", "version": "8.6.0", "compute_capability": "8.0", **product, **changes}
         )

@@ -180,3 +180,59 @@ def test_progress_comes_from_the_builder(checkpoints: Checkpoints, tmp_path: Pat
     for phase in {phase for phase, _, _ in reports}:
         _, done, total = [report for report in reports if report[0] == phase][-1]
         assert done == total, "every phase ends"
+
+
+def _rows(file: Path, inputs: str, text: str) -> Path:
+    """A graph of `inputs` in ONNX text that reads a table of 256 positions of 8 features, and a weight of 8 x 8."""
+    graph = f"""<ir_version: 9, opset_import: ["" : 17]> g ({inputs}) => (float[] y) {{ {text} }}"""
+    model = onnx.parser.parse_model(graph.replace("float[] y", "float y"))
+    del model.graph.output[0].type.tensor_type.shape.dim[:]
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    random = np.random.default_rng(0)
+    for name, shape in (("positions", (256, 8)), ("w", (8, 8))):
+        values = random.standard_normal(shape).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    onnx.save(model, file)
+    return file
+
+
+def test_a_profile_beyond_the_table_of_positions_is_named_and_the_log_is_kept(tmp_path: Path) -> None:
+    from nxm_export.pipeline.engine_commands import build_engine
+
+    file = _rows(tmp_path / "model.onnx", "float[b, s, 8] x", "h = Add(x, positions) y = MatMul(h, w)")
+    with pytest.raises(EngineError, match=r"256 != 128") as failure:
+        build_engine(file, tmp_path / "engine", "trt_rtx")
+    message = str(failure.value)
+    assert "does not take every shape of the profile (1x1 to 32x512, best 8x128" in message
+    assert "PolygraphyException" not in message
+    assert message.endswith(f"(log: {tmp_path / 'engine.build.log'})")
+    assert "256 != 128" in (tmp_path / "engine.build.log").read_text()
+    assert not (tmp_path / "engine").exists()
+    profile = Profile((1, 256), (8, 256), (8, 256))
+    assert build_engine(file, tmp_path / "engine", "trt_rtx", BuildOptions(profiles=[profile])).profiles == (profile,)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "text", "profile"),
+    [
+        ("float[b, 8] x", "y = MatMul(x, w)", Profile((1, 8), (8, 8), (32, 8))),
+        ("float[b, s, 8] x", "y = MatMul(x, w)", Profile((1, 1), (8, 128), (32, 512))),
+        ("float[1, 6, 8] x", "y = MatMul(x, w)", Profile((1, 6), (1, 6), (1, 6))),
+        ("int32[b, 4] x", "h = Gather(positions, x) y = MatMul(h, w)", Profile((1, 4), (8, 4), (32, 4))),
+    ],
+    ids=["rows", "hidden", "fixed", "int32"],
+)
+def test_sizes_that_the_graph_has_fixed_are_those_of_the_profile(
+    inputs: str, text: str, profile: Profile, tmp_path: Path
+) -> None:
+    passport = rtx_backend.build(_rows(tmp_path / "model.onnx", inputs, text), tmp_path)
+    assert passport.profiles == (profile,)
+
+
+def test_a_profile_without_the_fixed_size_is_refused(tmp_path: Path) -> None:
+    file = _rows(tmp_path / "model.onnx", "float[b, 8] x", "y = MatMul(x, w)")
+    with pytest.raises(EngineError, match=r"a profile has sequence 1 to 4, and the graph takes 8 alone.*\(\?, 8\)"):
+        rtx_backend.build(file, tmp_path, BuildOptions(profiles=[Profile((1, 1), (1, 4), (1, 4))]))
+    empty = _rows(tmp_path / "empty.onnx", "float[b, 0] x", "y = MatMul(x, w)")
+    with pytest.raises(EngineError, match="has a size of 0"):
+        rtx_backend.build(empty, tmp_path)

@@ -4,69 +4,27 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from click.testing import CliRunner
 
-from engines.base import Profile
+from engines.base import LoadOptions
+from engines.ort import backend as ort
 from engines.passport import PASSPORT_FILE
 from engines.serving.repository import EngineSource
 from engines.serving.settings import TritonOptions
-from engines.tensorrt.profiles import pick
 from engines.triton import export_repository
-from engines.triton.check_manifest import problems, version_text
-from engines.triton.config import batch_size
-from engines.triton.pbtxt import Word, dump
 from nxm_export.cli import main
 from nxm_export.errors import ArtifactError, ServeError
-from nxm_export.storage.hashing import file_hash
-from tests.support import exact_engine
+from tests.engines.triton.conftest import PROFILES, plan_directory
+from tests.support import baked, exact_engine
 from tools.benchmarks.servers import Running, triton, triton_venv
-
-PROFILES = [
-    {"minimum": [1, 4], "optimum": [4, 16], "maximum": [8, 32]},
-    {"minimum": [1, 33], "optimum": [2, 48], "maximum": [4, 48]},
-]
-
-
-def plan_directory(source: Path, out: Path, capability: str, **changes: Any) -> Path:
-    """What a TensorRT build would leave, with ONNX bytes where the plan would be: only the double can run it."""
-    shutil.copytree(source, out)
-    (out / "model.onnx").rename(out / "model.engine")
-    passport = json.loads((out / PASSPORT_FILE).read_text())
-    inputs = [{**binding, "dtype": "int32"} for binding in passport["bindings"]["inputs"]]
-    passport |= {
-        "backend": "trt",
-        "engine": "model.engine",
-        "engine_sha256": file_hash(out / "model.engine"),
-        "device": {"kind": "gpu", "gpu": "a GPU", "compute_capability": capability},
-        "requires": {"tensorrt": "10.14.1.48", "gpu": "a GPU", "compute_capability": capability},
-        "profiles": PROFILES,
-        "bindings": {"inputs": inputs, "outputs": passport["bindings"]["outputs"]},
-        **changes,
-    }
-    (out / PASSPORT_FILE).write_text(json.dumps(passport))
-    return out
-
-
-@pytest.fixture(scope="module")
-def plans(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> list[EngineSource]:
-    """Engines for two compute capabilities, of one name."""
-    home = tmp_path_factory.mktemp("plans")
-    return [
-        EngineSource("planned", "1", plan_directory(engine, home / name, capability))
-        for name, capability in (("sm80", "8.0"), ("sm90", "9.0"))
-    ]
 
 
 @cache
@@ -125,33 +83,6 @@ def test_the_configuration_of_plans_says_everything_that_the_passport_knows(
     }
 
 
-@pytest.mark.parametrize(
-    ("shapes", "most"),
-    [
-        ([], 16),
-        ([((1, 1), (32, 64))], 16),
-        ([((1, 1), (8, 32)), ((1, 33), (4, 64))], 4),  # 8 rows of 40 tokens would fit nowhere
-        ([((1, 1), (8, 64)), ((1, 33), (4, 64))], 8),
-        ([((1, 1), (2, 64)), ((3, 1), (8, 64))], 8),
-        ([((1, 1), (2, 64)), ((4, 1), (8, 64))], 2),  # 3 rows would fit nowhere
-        ([((1, 1), (8, 32)), ((1, 48), (6, 64))], 6),  # lengths between profiles are nobody's
-    ],
-)
-def test_every_batch_that_triton_may_make_fits_a_profile(
-    shapes: list[tuple[tuple[int, int], tuple[int, int]]], most: int
-) -> None:
-    profiles = [Profile(low, high, high) for low, high in shapes]
-    assert batch_size("m", profiles, 16) == most
-    for length in {size for low, high in shapes for size in range(low[1], high[1] + 1)}:
-        for rows in range(1, most + 1):
-            assert pick(profiles, rows, length) is not None
-
-
-def test_an_engine_that_takes_no_single_row_is_not_handed_over() -> None:
-    with pytest.raises(ServeError, match="single row of 1 tokens"):
-        batch_size("m", [Profile((2, 1), (8, 64), (8, 64))], 16)
-
-
 def test_the_text_face_is_an_ensemble_of_tokenizer_engine_and_labels(engine: Path, tmp_path: Path) -> None:
     export_repository(
         [EngineSource("m", "1", engine)], tmp_path / "repo", TritonOptions(text=True, pair=True, threads=1)
@@ -161,13 +92,30 @@ def test_the_text_face_is_an_ensemble_of_tokenizer_engine_and_labels(engine: Pat
     assert configs["m"]["parameters"] == {"intra_op_thread_count": {"string_value": "1"}}
     assert configs["m"]["instance_group"] == [{"kind": "KIND_CPU", "count": 1}]
     ensemble = configs["m_text"]
-    assert [i["name"] for i in ensemble["input"]] == ["text", "text_pair"]
+    assert [(i["name"], i.get("optional", False)) for i in ensemble["input"]] == [("text", False), ("text_pair", False)]
     assert [(o["name"], o["data_type"]) for o in ensemble["output"]] == [
         ("logits", "TYPE_FP32"),
         ("label", "TYPE_STRING"),
     ]
     assert [step["model_name"] for step in ensemble["ensemble_scheduling"]["step"]] == ["m_tokenizer", "m", "m_labels"]
     assert "instance_group" not in ensemble
+
+
+def test_the_second_text_is_optional_as_on_nxm_serve(engine: Path, tmp_path: Path) -> None:
+    export_repository([EngineSource("m", "1", engine)], tmp_path / "repo", TritonOptions(text=True, threads=1))
+    configs = parse(*sorted((tmp_path / "repo").glob("*/config.pbtxt")))
+    for name in ("m_tokenizer", "m_text"):
+        inputs = [(i["name"], i.get("optional", False)) for i in configs[name]["input"]]
+        assert inputs == [("text", False), ("text_pair", True)]
+
+
+@pytest.mark.parametrize("suffix", ["text", "tokenizer", "labels"])
+def test_a_model_with_the_name_of_anothers_part_is_refused(engine: Path, tmp_path: Path, suffix: str) -> None:
+    sources = [EngineSource("m", "1", engine), EngineSource(f"m_{suffix}", "1", engine)]
+    with pytest.raises(ServeError, match=f"m and m_{suffix} both need the name m_{suffix}"):
+        export_repository(sources, tmp_path / "repo", TritonOptions(text=True, threads=1))
+    assert not (tmp_path / "repo").exists()
+    export_repository(sources, tmp_path / "repo", TritonOptions(threads=1))
 
 
 def test_a_field_that_triton_does_not_know_is_found(engine: Path, tmp_path: Path) -> None:
@@ -178,11 +126,6 @@ def test_a_field_that_triton_does_not_know_is_found(engine: Path, tmp_path: Path
 
     with pytest.raises(text_format.ParseError, match="max_queue_delay"):
         parse(file)
-
-
-def test_pbtxt_escapes_what_a_string_may_hold() -> None:
-    text = dump({"a": 'x"\\\n\u00e9', "b": Word("TYPE_X"), "c": [1, -1], "d": [], "e": [{"f": True}], "g": None})
-    assert text == 'a: "x\\042\\134\\012\\303\\251"\nb: TYPE_X\nc: [ 1, -1 ]\ne {\n  f: true\n}\n'
 
 
 @pytest.fixture(scope="module")
@@ -224,101 +167,6 @@ def test_pairs_of_sentences_run_through_the_ensemble(plan_server: Running, model
     with client_http.InferenceServerClient(plan_server.address) as client:
         actual = client.infer(model, inputs).as_numpy("logits")
     np.testing.assert_array_equal(actual, exact_engine.expected({k: np.array([v]) for k, v in feeds.items()}))
-
-
-def test_a_manifest_names_every_file_and_notices_a_change(plans: list[EngineSource], tmp_path: Path) -> None:
-    manifest = export_repository(plans, tmp_path / "repo", TritonOptions(text=True))
-    repository = tmp_path / "repo"
-    assert json.loads(json.dumps(manifest.to_dict())) == json.loads((repository / "manifest.json").read_text())
-    written = {
-        p.relative_to(repository).as_posix() for p in repository.rglob("*") if p.is_file() and p.parent != repository
-    }
-    assert set(manifest.files) == written
-    assert problems(repository, "10.14.1") == []
-    (repository / "planned" / "1" / "model_sm80.plan").write_bytes(b"other")
-    (repository / "planned_tokenizer" / "1" / "model.py").unlink()
-    assert problems(repository, "10.14.1") == [
-        "planned/1/model_sm80.plan is not the file that was written",
-        "planned_tokenizer/1/model.py is missing",
-    ]
-    (repository / "manifest.json").write_text(json.dumps({**manifest.to_dict(), "schema": "nxm-triton/9"}))
-    (complaint,) = problems(repository, "10.14.1")
-    assert "schema nxm-triton/9 is not the nxm-triton/1 that this program reads" in complaint
-    (repository / "manifest.json").write_text(json.dumps({"files": {}, "tensorrt": None}))
-    (complaint,) = problems(repository, "10.14.1")
-    assert "cannot be read (KeyError('schema'))" in complaint
-
-
-@pytest.mark.parametrize(
-    ("version", "fits"), [("10.14.1", True), ("10.14.1.48", True), ("10.14.2", False), ("8.6.1", False), (None, False)]
-)
-def test_plans_want_the_containers_tensorrt(
-    plans: list[EngineSource], tmp_path: Path, version: str | None, fits: bool
-) -> None:
-    export_repository(plans, tmp_path / "repo")
-    assert (problems(tmp_path / "repo", version) == []) is fits
-
-
-@pytest.mark.parametrize(
-    ("number", "text"), [(8601, "8.6.1"), (8503, "8.5.3"), (100001, "10.0.1"), (101401, "10.14.1"), (110400, "11.4.0")]
-)
-def test_tensorrts_version_number_is_read_as_nvidia_writes_it(number: int, text: str) -> None:
-    assert version_text(number) == text
-
-
-def test_the_check_runs_alone_and_starts_the_server_only_when_all_is_well(
-    engine: Path, plans: list[EngineSource], tmp_path: Path
-) -> None:
-    export_repository([EngineSource("m", "1", engine)], tmp_path / "onnx")
-    export_repository(plans, tmp_path / "plans")
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    library = tmp_path / "lib"
-    library.mkdir()
-    if compiler:  # a library with TensorRT's one function that is asked
-        (library / "nvinfer.c").write_text("int getInferLibVersion(void) { return 101401; }\n")
-        subprocess.run([compiler, "-shared", "-o", library / "libnvinfer.so.10", library / "nvinfer.c"], check=True)
-
-    def run(name: str, libraries: str) -> subprocess.CompletedProcess[str]:
-        repository = tmp_path / name
-        command = [
-            sys.executable,
-            "-I",
-            str(repository / "check_manifest.py"),
-            str(repository),
-            "--",
-            "echo",
-            "started",
-        ]
-        environment = {**os.environ, "LD_LIBRARY_PATH": libraries}
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-
-    assert run("onnx", "").stdout == "started\n"
-    refused = run("plans", "")
-    assert (refused.returncode, refused.stdout) == (1, "")
-    assert "built by TensorRT 10.14.1.48, and this container has none" in refused.stderr
-    if compiler:
-        assert run("plans", str(library)).stdout == "started\n"
-
-
-def test_container_files_are_yaml_and_copy_every_model(plans: list[EngineSource], engine: Path, tmp_path: Path) -> None:
-    sources = [*plans, EngineSource("m", "1", engine)]
-    export_repository(sources, tmp_path / "repo", TritonOptions(text=True, image="registry.example/triton:1"))
-    repository = tmp_path / "repo"
-    models = {path.name for path in repository.iterdir() if path.is_dir()}
-    docker = (repository / "Dockerfile").read_text()
-    assert "\nFROM registry.example/triton:1\n" in docker
-    assert {
-        line.split()[1] for line in docker.splitlines() if line.startswith("COPY") and "manifest" not in line
-    } == models
-    assert "tokenizers==" in docker
-    service = yaml.safe_load((repository / "compose.yaml").read_text())["services"]["triton"]
-    assert service["ports"] == ["127.0.0.1:8000:8000", "127.0.0.1:8001:8001", "127.0.0.1:8002:8002"]
-    assert service["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
-    kserve = yaml.safe_load((repository / "kserve.yaml").read_text())
-    assert (kserve["apiVersion"], kserve["kind"]) == ("serving.kserve.io/v1beta1", "InferenceService")
-    (container,) = kserve["spec"]["predictor"]["containers"]
-    assert container["image"] == service["image"]
-    assert container["resources"]["limits"] == {"nvidia.com/gpu": "1"}
 
 
 @pytest.mark.parametrize(
@@ -400,3 +248,44 @@ def test_the_command_writes_a_repository_and_names_its_files(engine: Path, tmp_p
     assert result.exit_code == 0, result.output
     assert set(json.loads(result.stdout)["models"]) == {"m"}
     assert (tmp_path / "repo" / "m_text" / "config.pbtxt").is_file()
+
+
+def test_an_onnx_engine_is_configured_as_it_was_proven(tiny_engine: Callable[..., Path], tmp_path: Path) -> None:
+    export = EngineSource("m", "1", tiny_engine("ort"))
+    manifest = export_repository([export], tmp_path / "repo")
+    assert parse(tmp_path / "repo" / "m" / "config.pbtxt")["m"]["optimization"] == {"graph": {"level": -1}}
+    (facts,) = manifest.models["m"]
+    assert facts.session is not None
+    assert (facts.session.level, facts.session.difference) == ("basic", 0.0)
+    assert "# ONNX Runtime with basic optimizations: outputs are those of the proven one" in (
+        tmp_path / "repo" / "m" / "config.pbtxt"
+    ).read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_triton_gives_the_bits_of_the_proven_session(tiny_engine: Callable[..., Path], tmp_path: Path) -> None:
+    """The real server, with the double that reads the level as the compiled backend does; with all optimizers it
+    gives others."""
+    client_http = pytest.importorskip("tritonclient.http")
+    venv = triton_venv()
+    if isinstance(venv, str):
+        pytest.skip(venv)
+    directory, answers = tiny_engine("ort"), []
+    feeds = baked.feeds("bert", 6, 11, padding=4)
+    inputs = []
+    for name, array in feeds.items():
+        inputs.append(client_http.InferInput(name, array.shape, "INT64"))
+        inputs[-1].set_data_from_numpy(array)
+    export_repository([EngineSource("m", "1", directory)], tmp_path / "repo", TritonOptions(threads=1))
+    config = tmp_path / "repo" / "m" / "config.pbtxt"
+    for text in (config.read_text(), config.read_text().replace("level: -1", "level: 0")):
+        config.write_text(text)
+        with (
+            triton(tmp_path / "repo", tmp_path / "log", venv) as running,
+            client_http.InferenceServerClient(running.address) as client,
+        ):
+            answers.append(client.infer("m", inputs).as_numpy("logits"))
+    with ort.load(directory, LoadOptions(threads=1)) as engine:
+        proven = engine.run(feeds)["logits"]
+    np.testing.assert_array_equal(answers[0], proven)
+    assert not np.array_equal(answers[1], proven)

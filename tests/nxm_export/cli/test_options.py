@@ -35,7 +35,7 @@ PYTHON_ONLY = {
     ServerOptions: {"requests", "connections"},
     RequestLimits: set(),
     ConnectionLimits: {"head"},
-    TritonOptions: {"image"},  # which --image gives
+    TritonOptions: {"image", "expect_sha256"},  # which --image and --expect-sha256 give
 }
 COMMANDS = [
     ("run", Settings),
@@ -105,6 +105,29 @@ def test_options_reach_their_settings() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--pattern", "2:4"],  # the default, and asked for all the same
+        ["--weight-bits", "4"],
+        ["--placement", "attention"],
+        ["--residual", "int8"],
+        ["--embedding", "int8"],
+        ["--keep-dense", "*"],
+    ],
+    ids=" ".join,
+)
+def test_a_plan_is_given_alone(given: list[str]) -> None:
+    """It would win silently; the plan's file is not even looked for."""
+    arguments = ["compress", "m", "--train", "t", "--dev", "d", "--out", "o", "--plan", "none.json"]
+    result = CliRunner().invoke(main, [*arguments, *given])
+    assert result.exit_code == 1
+    assert f"a plan says itself what every weight gets, so {given[0]} would be dropped" in result.stderr
+    alone = CliRunner().invoke(main, arguments)
+    assert "would be dropped" not in alone.stderr
+    assert alone.exit_code == 1
+
+
 def test_an_option_in_another_unit_reaches_its_setting_in_the_setting_s_unit() -> None:
     given = ["engine", "--timeout-ms", "1500", "--max-body-mb", "0.5", "--max-delay-ms", "2", "--read-timeout-ms", "1"]
     values = main.commands["serve"].make_context("serve", given).params
@@ -156,10 +179,7 @@ def test_a_command_without_options_calls_its_function_with_the_function_s_own_de
     from nxm_export.pipeline.engine_commands import bench_engines
 
     for function, command in ((export, ["export", "c", "--out", "o"]), (bench_engines, ["bench", "e"])):
-        defaults = {
-            name: list(value) if name == "shapes" and isinstance(value, tuple) else value
-            for name, value in _defaults_of(function).items()
-        }
+        defaults = _defaults_of(function)
         arguments = _arguments_of(monkeypatch, function, command)
         assert {name: arguments[name] for name in defaults} == defaults
 
@@ -188,8 +208,10 @@ def test_a_build_without_options_is_told_what_a_caller_without_arguments_tells_i
 def test_a_run_without_options_asks_for_what_a_caller_without_arguments_asks_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from nxm_export.pipeline import run
     from nxm_export.pipeline.run import Request, compress_model
 
+    monkeypatch.setattr(run, "head_notice", lambda request: None)  # it looks at the model
     command = ["compress", "m", "--train", "t", "--dev", "d", "--out", "o"]
     request = _arguments_of(monkeypatch, compress_model, command)["request"]
     assert request == Request(

@@ -132,4 +132,4 @@ def test_a_diagnosis_gives_every_matrix_a_row_its_reason_and_advice(capsys: Capt
     printed = lines(capsys)
     assert "up 64x32 matmul 2:4+W8 2:4 > dense unknown no - - axis" in printed
     assert "axis: along N" in printed
-    assert "up.weight yes prune along K" in printed
+    assert "up yes prune along K" in printed

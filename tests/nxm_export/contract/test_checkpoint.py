@@ -94,7 +94,8 @@ def test_a_sharded_model_is_read_like_a_whole_one(good: Path, copy: Path) -> Non
     np.testing.assert_array_equal(open_checkpoint(copy).weight(QUERY), open_checkpoint(good).weight(QUERY))
     for spoiled, message in (
         ({"weight_map": {}}, "not in the weight map"),
-        ([], "not in the weight map"),
+        ([], "Expected `object`, got `array`"),
+        ({"weight_map": {QUERY: 1}}, r"weight_map\.\S+: Expected `str`, got `int`"),
         ({"weight_map": {QUERY: "../../x.safetensors"}}, "points out of the directory"),
     ):
         (copy / "model.safetensors.index.json").write_text(json.dumps(spoiled))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +13,14 @@ from nxm_export.contract.checkpoint_metrics import (
     CompressionMetrics,
     DenseMetrics,
     PermutationFacts,
+    Scores,
+    TrainingFacts,
     finite,
     finite_interval,
     read_metrics,
 )
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.json_files import Json, encode
+from nxm_export.storage.json_files import encode
 
 DENSE = DenseMetrics(
     metric="accuracy", value=0.5, interval=(0.25, 0.75), dev_samples=4, secondary_metrics={"f1": 0.5}, steps=12
@@ -51,6 +53,35 @@ COMPRESSED = CompressionMetrics(
 def test_metrics_are_read_back_as_they_were(metrics: DenseMetrics | CompressionMetrics, tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text(encode(metrics.to_dict()), encoding="utf-8")
     assert read_metrics(tmp_path) == metrics
+
+
+def fields_of(record: Scores | TrainingFacts) -> dict[str, object]:
+    return {entry.name: getattr(record, entry.name) for entry in fields(record)}
+
+
+def test_metrics_have_every_field_of_what_they_are_made_of() -> None:
+    """Every value differs from its field's default."""
+    scores = Scores(metric="f1", value=0.5, interval=(0.25, 0.75), dev_samples=4, secondary_metrics={"mcc": 0.5})
+    facts = TrainingFacts(
+        recipe="nxm",
+        steps=20,
+        train_samples=19,
+        held_out_samples=1,
+        qat_steps=12,
+        mask_hash="ab",
+        outputs_in_float={"w.weight": 0.25},
+        permutation=PermutationFacts(2, 0.75, 0.875),
+        admm="mask",
+        admm_steps=8,
+        residual=0.125,
+        residual_gate_passed=False,
+        sr_ste_steps=7,
+    )
+    dense = DenseMetrics.of(scores, steps=12, revision="main")
+    assert fields_of(dense) == {**fields_of(scores), "kind": "dense", "steps": 12, "revision": "main"}
+    compressed = CompressionMetrics.of(scores, facts, table_drop=-0.5, table_drop_interval=(-1.0, 0.0))
+    table = {"table_drop": -0.5, "table_drop_interval": (-1.0, 0.0)}
+    assert fields_of(compressed) == {**fields_of(scores), **fields_of(facts), "kind": "compressed", **table}
 
 
 def metrics_in(directory: Path, text: str) -> DenseMetrics | CompressionMetrics:
@@ -93,7 +124,7 @@ def test_nan_of_a_former_version_is_none_and_nan_of_this_one_is_refused(tmp_path
         ({"kind": "small"}, "metrics.json: kind: Invalid enum value 'small'"),
     ],
 )  # fmt: skip
-def test_damaged_metrics_are_refused_by_file_and_field(change: dict[str, Json], message: str, tmp_path: Path) -> None:
+def test_damaged_metrics_are_refused_by_file_and_field(change: dict[str, object], message: str, tmp_path: Path) -> None:
     text = json.dumps({**COMPRESSED.to_dict(), **change})
     with pytest.raises(ArtifactError) as error:
         metrics_in(tmp_path, text)

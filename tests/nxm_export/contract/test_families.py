@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from nxm_export.contract.families import FAMILIES, OUTPUT_ROLES, ROLES, family_of
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.errors import ArtifactError, PlanError
+from nxm_export.hf.protocols import AutoClass
 from tests.support import tiny
 
 
@@ -23,7 +24,8 @@ def test_the_weights_of_a_family_are_those_of_transformers(name: str, tmp_path: 
     path = tiny.write_model(name, tmp_path, head="classification")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     family = FAMILIES[name]
-    model = transformers.AutoModelForSequenceClassification.from_config(transformers.AutoConfig.from_pretrained(path))
+    made = cast("AutoClass", transformers.AutoModelForSequenceClassification)
+    model = made.from_config(transformers.AutoConfig.from_pretrained(path))
     linears = {
         f"{path}.weight": tuple(module.weight.shape)
         for path, module in model.named_modules()
@@ -44,6 +46,32 @@ def test_roberta_counts_positions_from_behind_its_padding_index() -> None:
 def test_other_families_are_refused_with_the_list(model_type: object) -> None:
     with pytest.raises(ArtifactError, match="supported families: bert, roberta, distilbert, electra, albert"):
         family_of({"model_type": model_type})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"is_decoder": "no"}, "config.json: is_decoder must be true or false, got 'no'"),
+        ({"add_cross_attention": 0}, "config.json: add_cross_attention must be true or false, got 0"),
+        ({"hidden_act": ["gelu"]}, "config.json: hidden_act must be a text, got ['gelu']"),
+        ({"hidden_size": True}, "config.json: hidden_size must be a positive integer, got True"),
+        ({"pad_token_id": 0.0}, "config.json: pad_token_id must be an integer, got 0.0"),
+    ],
+    ids=str,
+)
+def test_a_field_of_another_type_is_refused_by_file_and_key(change: dict[str, object], message: str) -> None:
+    sizes = {"hidden_size": 4, "num_hidden_layers": 1, "intermediate_size": 8, "max_position_embeddings": 4}
+    config = {"model_type": "roberta", **sizes, **change}
+
+    def read() -> None:
+        family = family_of(config)
+        family.gelu(config)
+        family.max_positions(config)
+        family.weights(config)
+
+    with pytest.raises(ArtifactError) as error:
+        read()
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("flag", ["is_decoder", "add_cross_attention"])

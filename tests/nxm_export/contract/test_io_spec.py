@@ -12,7 +12,6 @@ from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.io_spec import INPUTS, IOSpec, load_spec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.json_files import Json
 
 SPEC = IOSpec("bert", "classification", INPUTS, {"logits": ("batch", "classes")}, ("a", "b"), 8, 0)
 
@@ -31,10 +30,17 @@ def test_a_spec_is_read_back_as_it_was(tmp_path: Path) -> None:
         ({"labels": []}, "labels: classification has at least 2, here are 0"),
         ({"labels": ["a"]}, "labels: classification has at least 2, here are 1"),
         ({"task": "regression", "outputs": {"logits": ["batch", "scores"]}, "labels": []}, "at least 1, here are 0"),
+        ({"limits": {"input_ids": 0}}, "limits: 0 values of 'input_ids' are none of a model"),
+        ({"limits": {"input_ids": 2**31}}, "limits: 2147483648 values of 'input_ids'"),
+        ({"limits": {"attention_mask": 1}}, "limits: 1 values of 'attention_mask'"),
+        ({"limits": {"positions": 9}}, "limits: 9 values of 'positions'"),
+        ({"limits": {"input_ids": 9}, "pad_id": 9}, "pad_id: 9 is no token of the model"),
+        ({"pad_id": -1}, "pad_id: -1 is no token of the model"),
+        ({"max_length": 2**31}, "max_length: 2147483648 tokens"),
     ],
 )
 def test_a_spec_that_does_not_fit_its_task_is_refused_by_field(
-    change: dict[str, Json], message: str, tmp_path: Path
+    change: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     SPEC.save(tmp_path)
     file = tmp_path / "spec.json"

@@ -232,7 +232,7 @@ def test_the_text_of_a_plan_leaves_out_what_is_not_used() -> None:
     )
 )
 def test_no_json_value_passes_for_a_plan(value: object) -> None:
-    with pytest.raises(PlanError, match="schema"):
+    with pytest.raises(PlanError, match=r"schema|too large for an integer"):
         CompressionPlan.from_json(json.dumps(value))
 
 

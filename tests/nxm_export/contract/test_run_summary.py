@@ -18,7 +18,7 @@ from nxm_export.contract.run_summary import (
     read_summary_file,
 )
 from nxm_export.errors import ArtifactError, EngineError, ParityError
-from nxm_export.storage.json_files import Json
+from nxm_export.storage.json_files import as_object, entry_at
 from nxm_export.storage.run_dir import RunDir
 from tests.support.records import SUMMARY
 
@@ -52,7 +52,7 @@ def test_a_file_without_what_only_some_runs_have_is_read(tmp_path: Path) -> None
     [
         ({"mood": "good"}, "unknown field mood"),
         (
-            {"parity": {"ort": {**SUMMARY.to_dict()["parity"]["ort-cpu-int8"], "mood": 1}}},
+            {"parity": {"ort": {**as_object(entry_at(SUMMARY.to_dict(), "parity", "ort-cpu-int8")), "mood": 1}}},
             "unknown field parity.ort.mood",
         ),
         ({"dev_samples": "many"}, "dev_samples: Expected `int`, got `str`"),
@@ -63,7 +63,7 @@ def test_a_file_without_what_only_some_runs_have_is_read(tmp_path: Path) -> None
     ids=str,
 )
 def test_what_a_summary_cannot_hold_is_refused_by_file_and_field(
-    tmp_path: Path, change: dict[str, Json], message: str
+    tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     file = saved(tmp_path, json.dumps({**SUMMARY.to_dict(), **change}))
     with pytest.raises(ArtifactError) as refused:

@@ -19,7 +19,7 @@ from nxm_export.contract.search_result import (
     read_search_result,
 )
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.json_files import Json, encode
+from nxm_export.storage.json_files import as_object, encode
 
 PLAN = PlanScore(
     origin="free", predicted=None, joint=0.5, hw=0.875, packed=0.875, values=0.9, options={"W4": 2}, milliseconds=1.5
@@ -51,12 +51,12 @@ def test_a_search_result_is_read_back_as_it_was(tmp_path: Path) -> None:
     [
         ({"schema": "nxm-search/9"}, "schema nxm-search/9 is not"),
         ({"best": {**PLAN.__dict__, "hw": None}}, "search.json: best.hw: Expected `float`, got `null`"),
-        ({"cost": {**SEARCH.to_dict()["cost"], "euros": 3}}, "search.json: unknown field cost.euros"),
+        ({"cost": {**as_object(SEARCH.to_dict()["cost"]), "euros": 3}}, "search.json: unknown field cost.euros"),
         ({"seed": "0"}, "search.json: seed: Expected `int`, got `str`"),
     ],
 )
 def test_a_damaged_search_result_is_refused_by_file_and_field(
-    change: dict[str, Json], message: str, tmp_path: Path
+    change: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "search.json").write_text(json.dumps({**SEARCH.to_dict(), **change}), encoding="utf-8")
     with pytest.raises(ArtifactError) as error:

@@ -36,12 +36,24 @@ def test_class_names_that_are_no_map_are_refused(names: object) -> None:
         ({"architectures": ["BertModel"]}, None),
         ({"architectures": []}, None),
         ({"architectures": None}, None),
-        ({"architectures": "BertForSequenceClassification"}, None),
         ({}, None),
     ],
 )
 def test_the_task_of_a_head(config: dict[str, Any], task: str | None) -> None:
     assert task_of(config) == task
+
+
+@pytest.mark.parametrize("name", [None, 0.5, True, ["a"]])
+def test_a_class_name_that_is_no_text_is_refused(name: object) -> None:
+    with pytest.raises(ArtifactError, match=r"config\.json: id2label: the name of class 1 must be a text, got"):
+        labels_of({"id2label": {"0": "a", "1": name}})
+    assert labels_of({"id2label": {"0": 0, "1": 1}}) == ("0", "1"), "as some write them"
+
+
+@pytest.mark.parametrize("names", ["BertForSequenceClassification", [1], {"0": "BertModel"}], ids=str)
+def test_architectures_that_are_no_list_of_names_are_refused(names: object) -> None:
+    with pytest.raises(ArtifactError, match=r"config\.json: architectures must be a list of class names"):
+        task_of({"architectures": names})
 
 
 def test_an_unknown_task_is_refused_with_the_list() -> None:

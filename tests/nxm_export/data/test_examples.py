@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from collections.abc import Sequence
@@ -67,9 +68,14 @@ def jsonl(rows: Sequence[tuple[str, ...]]) -> str:
         ("d.json", jsonl(ROWS)),
         ("bom.jsonl", "\ufeff" + jsonl(ROWS)),
         ("blank.jsonl", jsonl(ROWS).replace("\n", "\n\n")),
+        ("array.json", json.dumps([json.loads(line) for line in jsonl(ROWS).splitlines()], indent=1)),
+        ("array.jsonl", "\n[" + ",\n".join(jsonl(ROWS).splitlines()) + "]"),
+        ("d.tsv.gz", gzip.compress(tsv(ROWS).encode(), mtime=0)),
+        ("d.CSV.GZ", gzip.compress(csv_text(ROWS).encode(), mtime=0)),
+        ("d.jsonl.gz", gzip.compress(jsonl(ROWS).encode(), mtime=0)),
     ],
 )
-def test_every_format_gives_the_same_examples(tmp_path: Path, name: str, content: str) -> None:
+def test_every_format_gives_the_same_examples(tmp_path: Path, name: str, content: str | bytes) -> None:
     raw = load_raw(write(tmp_path, name, content), "train")
     assert list(zip(raw.texts, raw.pairs or [], raw.labels, strict=True)) == ROWS
 
@@ -169,9 +175,15 @@ def test_any_text_survives_jsonl(tmp_path_factory: pytest.TempPathFactory, rows:
         ("d.tsv", "sentence\tlabel\na\t\n", "d.tsv:2: the label is missing ('')"),
         ("d.tsv", "sentence\tlabel\na\tNaN\n", "d.tsv:2: the label is missing ('NaN')"),
         ("d.jsonl", '{"text": "a", "label": 1}\n[1]\n', "d.jsonl:2: not a JSON object; one object a line"),
-        ("d.jsonl", '{"text": "a", "label": 1}\n{"text": \n', "d.jsonl:2: not JSON"),
-        ("d.json", '[{"text": "a",\n "label": 1}]', "d.json:1: not JSON"),
-        ("d.jsonl", "[" * 100_000 + "\n", "d.jsonl:1: not JSON"),
+        ("d.jsonl", '{"text": "a", "label": 1}\n{"text": \n', "d.jsonl:2: not valid JSON"),
+        (
+            "d.jsonl",
+            '{"text": "a", "label": 1, "label": 0}\n',
+            "d.jsonl:1: not valid JSON (key 'label' stands there twice",
+        ),
+        ("d.json", '[{"text": "a",\n "label": 1}', "d.json: not valid JSON"),
+        ("d.json", '[{"text": "a", "label": 1}, 3]', "d.json: item 2: not a JSON object"),
+        ("d.jsonl", "[" * 100_000 + "\n", "d.jsonl: not valid JSON"),
         ("d.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n', "d.jsonl:2: column 'label' is missing in this row"),
         ("d.jsonl", '{"text": "a", "label": 1}\n{"label": 1}\n', "d.jsonl:2: column 'text' is missing in this row"),
         ("d.jsonl", '{"text": null, "label": 1}\n', "d.jsonl:1: column 'text' is missing in this row"),
@@ -180,7 +192,10 @@ def test_any_text_survives_jsonl(tmp_path_factory: pytest.TempPathFactory, rows:
         ("d.jsonl", '{"text": "\\ud800", "label": 1}\n', "d.jsonl:1: column 'text' holds half a surrogate pair"),
         ("d.jsonl", '{"text": "a", "label": {"x": 1}}\n', "d.jsonl:1: label {'x': 1} is neither a name nor a number"),
         ("d.jsonl", '{"text": "a", "label": NaN}\n', "d.jsonl:1: the label is missing (nan)"),
-        ("d.txt", "sentence\tlabel\na\t1\n", "unknown format .txt; use .tsv, .csv, .jsonl, .json, .parquet"),
+        ("d.txt", "sentence\tlabel\na\t1\n", "d.txt: .txt is a token and its tag a line, for --task token-class"),
+        ("d.xml", "sentence\tlabel\na\t1\n", "unknown format .xml; use .tsv, .csv, .jsonl, .json, .parquet"),
+        ("d.tsv.gz", "sentence\tlabel\na\t1\n", "d.tsv.gz: cannot be unpacked (Not a gzipped file"),
+        ("d.tsv.gz", gzip.compress(b"sentence\tlabel\na\t1\n", mtime=0)[:-3], "d.tsv.gz: cannot be unpacked"),
         ("data", "sentence\tlabel\na\t1\n", "unknown format without suffix"),
     ],
 )
@@ -265,7 +280,7 @@ def test_scores_given_to_a_classifier_are_recognized(tmp_path: Path) -> None:
 
 def test_a_label_outside_the_classes_has_its_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"d\.tsv:3: label 'maybe' is none of the model's classes \['no', 'yes'\]"):
-        with_classes(labels(tmp_path, "yes", "maybe"), ["no", "yes"])
+        with_classes(labels(tmp_path, "yes", "maybe"), {"no": 0, "yes": 1})
 
 
 @pytest.mark.parametrize(

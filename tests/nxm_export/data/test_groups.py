@@ -7,7 +7,17 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from nxm_export.data.examples import Examples, encode, group_array, inputs_of, members, pad, split_indices
+from nxm_export.data.examples import (
+    Examples,
+    Features,
+    encode,
+    group_array,
+    inputs_of,
+    members,
+    pad,
+    sample_of,
+    split_indices,
+)
 from nxm_export.data.metrics import accuracy, interval, paired_interval
 from nxm_export.errors import DataError
 from tests.support import tiny
@@ -60,11 +70,11 @@ def test_tokens_carry_their_group_and_models_never_read_it() -> None:
 
 
 def test_a_cut_of_features_keeps_groups_and_is_a_permutation_without_them() -> None:
-    grouped = [{"input_ids": [1], "labels": 0, "group": group} for group in GROUPS]
+    grouped: list[Features] = [{"input_ids": [1], "labels": 0, "group": group} for group in GROUPS]
     picked, rest = split_indices(grouped, 4, seed=1)
     assert sorted(picked + rest) == list(range(12))
     assert not {GROUPS[i] for i in picked} & {GROUPS[i] for i in rest}
-    plain = [inputs_of(sample) for sample in grouped]
+    plain = [sample_of(inputs_of(sample)) for sample in grouped]
     order = np.random.default_rng(1).permutation(12).tolist()
     assert split_indices(plain, 4, seed=1) == (order[:4], order[4:])
     assert split_indices(plain, 0, seed=1)[0] == []

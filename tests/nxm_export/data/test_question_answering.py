@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -9,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engines.parity.decisions import Reading
 from engines.parity.tolerance import Expectation, compare_output
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import Columns, Examples, label_array
+from nxm_export.data.examples import Columns, Examples, Features, encode, label_array
 from nxm_export.data.label_kinds import labelled, load_labelled
 from nxm_export.data.metrics import interval, metric_named
 from nxm_export.data.question_answering import (
@@ -25,9 +29,10 @@ from nxm_export.data.question_answering import (
     context_mask,
     exact,
     f1,
+    normalized,
     windows,
 )
-from nxm_export.errors import DataError
+from nxm_export.errors import DataError, Notice
 from tests.support import tiny
 
 TASK = TASKS["question-answering"]
@@ -37,7 +42,7 @@ CONTEXT = "the film with a superb actor"
 
 def read(file: Path, text: str, columns: Columns = Columns()) -> Examples:
     file.write_text(text, encoding="utf-8")
-    return labelled(load_labelled(str(file), "train", columns, TASK), TASK, ())
+    return labelled(load_labelled(str(file), "train", columns, TASK), TASK, None)
 
 
 def squad(answers: Any, context: str = CONTEXT, **more: Any) -> str:
@@ -108,8 +113,10 @@ class TestFiles:
             (squad([{"text": "superb", "answer_start": -1}]), "answer_start -1 is no character number"),
             (squad([{"text": "superb"}]), "answer_start None is no character number"),
             (squad([{"text": " ", "answer_start": 3}]), "an answer is empty"),
-            (squad([]), "a question without an answer; SQuAD 2.0 is not supported"),
-            (squad([{"text": "superb", "answer_start": 16}], is_impossible=True), "SQuAD 2.0 is not supported"),
+            (
+                squad([{"text": "superb", "answer_start": 16}], is_impossible=True),
+                "is_impossible says that there is no",
+            ),
             (squad([{"text": "superb", "answer_start": 16}], context="  "), "the context is empty"),
             ('{"data": [{"paragraphs": 3}]}', "not SQuAD's JSON"),
             ('{"data": []}', "no questions in it"),
@@ -128,8 +135,9 @@ class TestFiles:
                 {"question": "q", "context": "c", "answers": {"text": ["c"], "answer_start": [0, 1]}},
                 "two lists of one length",
             ),
-            ({"question": "q", "context": "c", "answers": "[1"}, "are no JSON"),
+            ({"question": "q", "context": "c", "answers": "[1"}, "not valid JSON"),
             ({"question": "q", "context": "c", "answers": 3}, "which is no answer"),
+            ({"question": "q", "context": "c", "answers": None}, "which is no answer"),
             ({"question": "", "context": "c", "answer": "c", "answer_start": 0}, "the question is empty"),
         ],
     )
@@ -196,9 +204,9 @@ class TestWindows:
             windows(tiny.tokenizer(), example(5, 0, 1, "film " * 13), 16, INPUTS)
 
     def test_a_context_without_tokens_is_refused(self) -> None:
-        given = Examples(["which film"], ["\u3000"], [(("\u3000", 0),)], "x")
+        given_ = Examples(["which film"], ["\u3000"], [(("\u3000", 0),)], "x")
         with pytest.raises(DataError, match="its context has no tokens"):
-            windows(tiny.tokenizer(), given, 16, INPUTS)
+            windows(tiny.tokenizer(), given_, 16, INPUTS)
 
 
 def unit(text: str, answers: list[str], first: int = 3) -> np.ndarray:
@@ -206,7 +214,7 @@ def unit(text: str, answers: list[str], first: int = 3) -> np.ndarray:
     ends = list(itertools.accumulate(len(word) + 1 for word in text.split()))
     starts = [0, *ends[:-1]]
     window = Window(first, text, starts, [end - 1 for end in ends], answers)
-    return np.asarray(label_array([{"labels": window.pack()}])[0])
+    return np.asarray(label_array([{"input_ids": [], "labels": window.pack()}])[0])
 
 
 class TestScores:
@@ -261,6 +269,73 @@ class TestScores:
         low, high = interval("squad_f1", logits, labels, groups=groups)
         assert low == pytest.approx(2 / 3)  # two questions, drawn as wholes
         assert high == 1.0
+
+
+class TestNoAnswer:
+    """SQuAD 2.0: that there is none is an answer."""
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("a.json", squad([], is_impossible=True)),
+            ("a.jsonl", json.dumps({"question": "q", "context": "c", "answers": {"text": [], "answer_start": []}})),
+            ("a.jsonl", json.dumps({"question": "q", "context": "c", "answers": []})),
+            ("a.csv", "question,context,answer,answer_start\nq,c,,\n"),
+            ("a.tsv", "question\tcontext\tanswers\nq\tc\t[]\n"),
+        ],
+    )
+    def test_a_question_without_an_answer_is_read_and_said(self, tmp_path: Path, name: str, text: str) -> None:
+        with pytest.warns(Notice, match=r"1 of 1 questions have no answer; all are scored as in SQuAD 2\.0"):
+            examples = read(tmp_path / name, text)
+        assert examples.labels == [()]
+        (sample,) = encode(tiny.tokenizer(), examples, 24, INPUTS)
+        assert sample["span"] == [0, 0]
+        assert Window.unpack(label_array([sample])[0]).nullable
+
+    def test_where_every_question_has_an_answer_none_is_no_answer(self, tmp_path: Path) -> None:
+        examples = read(tmp_path / "a.json", squad([{"text": "superb", "answer_start": 16}]))
+        (sample,) = encode(tiny.tokenizer(), examples, 24, INPUTS)
+        assert not Window.unpack(label_array([sample])[0]).nullable
+
+    @given(data=st.data())
+    def test_scores_are_those_of_the_published_script(self, data: st.DataObject) -> None:
+        words = st.sampled_from(["the", "cat", "sat", "a", "dog"])
+        text = " ".join(data.draw(st.lists(words, min_size=1, max_size=5)))
+        golds = data.draw(st.lists(st.lists(words, min_size=1, max_size=3).map(" ".join), max_size=2))
+        window = Window.unpack(unit(text, golds))
+        label = np.frombuffer(dataclasses.replace(window, nullable=True).pack().encode(), np.uint8)
+        logits = np.array(data.draw(st.lists(st.integers(-5, 5), min_size=24, max_size=24)), float).reshape(1, 12, 2)
+        score, first, last = best_span(logits[0], window)
+        predicted = "" if logits[0, 0].sum() > score else window.answer(first, last)
+        kept = [gold for gold in golds if normalized(gold)] or [""]
+        expected = [
+            max(float(normalized(predicted) == normalized(gold)) for gold in kept),
+            max(squad2_f1(predicted, gold) for gold in kept),
+        ]
+        np.testing.assert_allclose(answer_scores(logits, label[None]), [expected])
+
+    def test_no_answer_wins_only_where_it_does_in_every_window(self) -> None:
+        packed: list[Features] = []
+        for text in ("a dull film", "superb actor"):
+            window = dataclasses.replace(Window.unpack(unit(text, [])), nullable=True)
+            packed.append({"input_ids": [], "labels": window.pack()})
+        logits, groups = np.zeros((2, 8, 2)), np.array([0, 0])
+        logits[:, 0] = 3.0
+        assert answer_scores(logits, label_array(packed), (), groups).tolist() == [[1.0, 1.0]]
+        logits[1, 0], logits[1, 3] = 0.0, 0.5
+        assert answer_scores(logits, label_array(packed), (), groups).tolist() == [[0.0, 0.0]]
+
+
+def squad2_f1(predicted: str, gold: str) -> float:
+    """As evaluate-v2.0.py computes it."""
+    ours, theirs = normalized(predicted).split(), normalized(gold).split()
+    common = sum((collections.Counter(ours) & collections.Counter(theirs)).values())
+    if not ours or not theirs:
+        return float(ours == theirs)
+    if not common:
+        return 0.0
+    precision, recall = common / len(ours), common / len(theirs)
+    return 2 * precision * recall / (precision + recall)
 
 
 class TestParity:

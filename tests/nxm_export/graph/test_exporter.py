@@ -195,11 +195,11 @@ def test_a_trained_model_of_each_family_runs_alike_in_both_runtimes(
 ) -> None:
     """On its real dev sentences, as ONNX Runtime optimizes the plain file."""
     from engines.parity.compare import run_all
-    from nxm_export.data.examples import encode, load_raw, load_tokenizer, with_classes
+    from nxm_export.data.examples import encode, index_of, load_raw, load_tokenizer, with_classes
 
     checkpoint, graph = tiny_checkpoint(family), tiny_graph(family, placement)
     spec, plan = load_spec(graph), at_placement(open_checkpoint(checkpoint).plan, placement)
-    examples = with_classes(load_raw(str(checkpoint.parent / "dev.tsv"), "dev"), spec.labels)
+    examples = with_classes(load_raw(str(checkpoint.parent / "dev.tsv"), "dev"), index_of(spec.labels))
     features = encode(load_tokenizer(graph), examples, spec.max_length, spec.inputs)
 
     class Graph:

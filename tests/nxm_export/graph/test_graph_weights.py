@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 
 from nxm_export.contract.plan import NMPattern
-from nxm_export.graph.graph_weights import GraphWeight, graph_weights, load_graph, save_graph
+from nxm_export.graph.graph_weights import GraphWeight, graph_products, graph_weights, load_graph, save_graph
 from tests.support import onnx_text
 
 # (K, N) = (4, 3): 2:4 along K in every column, and no pattern along N: row 1 is full.
@@ -180,9 +180,13 @@ def test_four_bit_weights_are_read_as_integers() -> None:
 
 def test_products_without_a_constant_weight_are_skipped() -> None:
     model = onnx_text.model("g (float[a, b] x) => (float y) { t = Transpose(x) y = MatMul(x, t) }")
-    assert list(graph_weights(model)) == []
-    stack = layer("d = DequantizeLinear(w, t) y = MatMul(x, d)", np.ones((2, 4, 3), np.int8), inputs="float[2, 5, 4] x")
-    assert list(graph_weights(stack)) == []
+    assert list(graph_products(model)) == []
+
+
+def test_the_matrices_of_a_stack_lie_side_by_side() -> None:
+    stored = np.stack([W, 2 * W])
+    stack = layer("d = DequantizeLinear(w, t) y = MatMul(x, d)", stored, inputs="float[2, 5, 4] x")
+    np.testing.assert_array_equal(only_weight(stack).matrix, np.hstack([W, 2 * W]))
 
 
 def test_a_convolution_is_reduced_along_its_channels() -> None:

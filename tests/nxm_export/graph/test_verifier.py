@@ -211,7 +211,7 @@ class TestAgainstAPlan:
     def test_k_that_m_does_not_divide_is_said(self, tmp_path: Path) -> None:
         declared = "g (float[b, 6] x) => (float[b, 1] y) <int8[6, 1] w = {1,0,0,0,0,0}, float s = {1.0}>"
         text = f"{declared} {{ d = DequantizeLinear(w, s) y = MatMul(x, d) }}"
-        assert check(tmp_path, text).all_problems == ["w: not 2:4 along K: K is 6, which is not divisible by 4"]
+        assert check(tmp_path, text).all_problems == ["w: not 2:4 along K: K is not a multiple of 4: it is 6"]
 
     def test_the_plan_inside_the_file_is_used_and_a_spoiled_one_refused(self, tmp_path: Path) -> None:
         model = onnx_text.model(GOOD)

@@ -22,6 +22,7 @@ from nxm_export.pipeline.inspection import (
     measure_layers,
     require_sparse,
 )
+from nxm_export.storage.json_files import entry_at
 from nxm_export.storage.run_dir import RunDir
 from tests.support import onnx_text
 
@@ -58,7 +59,7 @@ def test_an_engine_has_its_passport_and_a_run_its_engines_by_name(
     assert isinstance(one, EngineInspection)
     assert one == facts.engines["ort-a"]
     assert one.sparsity is None, "ONNX Runtime has no sparse kernels"
-    assert one.to_dict()["passport"]["engine_sha256"] == one.passport.engine_sha256
+    assert entry_at(one.to_dict(), "passport", "engine_sha256") == one.passport.engine_sha256
     printed = json.loads(CliRunner().invoke(main, ["inspect", str(root), "--json"]).stdout)
     assert printed == json.loads(json.dumps(facts.to_dict()))
 

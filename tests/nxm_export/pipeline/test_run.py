@@ -17,10 +17,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from nxm_export.cli import main
-from nxm_export.storage.json_files import Json
+from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics_of
+from nxm_export.contract.run_summary import SCHEMA, RunSummary
+from nxm_export.storage.json_files import decode, entry_at
 from tests.support import tiny
 from tests.support.variants import variants
 
+Finished = tuple[Path, dict[str, object], str]
 OPTIONS = ["--dense-steps=40", "--steps=24", "--batch-size=16", "--learning-rate=1e-3", "--dense-learning-rate=3e-3"]
 
 
@@ -50,7 +53,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
 
 
 @pytest.fixture(scope="module")
-def finished(desk: Desk) -> tuple[Path, dict[str, Json], str]:
+def finished(desk: Desk) -> Finished:
     """(run directory, what --json printed, what stood on stderr)"""
     out = desk.home / "run"
     process = desk.start(*desk.arguments(out, "--json"))
@@ -64,30 +67,34 @@ def states(run: Path) -> dict[str, int]:
     return {str(file.relative_to(run)): file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}
 
 
-def test_the_json_has_what_scripts_need(finished: tuple[Path, dict[str, Json], str]) -> None:
+def test_the_json_has_what_scripts_need(finished: Finished) -> None:
     run, summary, _ = finished
     assert summary["metric"] == "accuracy"
     assert summary["dev_samples"] == tiny.DEV_SAMPLES
-    assert 0.5 < summary["compressed"] <= 1
-    assert 0.5 < summary["dense"] <= 1
-    assert set(summary["compression"]) >= {"values", "packed", "hw"}
-    assert summary["compression"]["values"] == 0.875  # half of the weights, a quarter of the bits
-    for report in summary["parity"].values():
-        assert report["agreement"] >= 0.9
-        assert report["max_abs"] >= 0
-    for row in summary["latency_ms"].values():
-        for timing in row if isinstance(row, list) else [row]:
-            assert timing["median"] > 0
-            assert (timing["batch"], timing["seq"]) > (0, 0)
-    assert all(Path(path).exists() for path in summary["artifacts"].values())
-    assert {Path(path).is_relative_to(run) for path in summary["artifacts"].values()} == {True}
+    made = decode(json.dumps(summary), RunSummary, schema=SCHEMA, source="--json", way_out="run again")
+    assert made.compressed is not None
+    assert 0.5 < made.compressed <= 1
+    assert made.dense is not None
+    assert 0.5 < made.dense <= 1
+    assert set(made.compression) >= {"values", "packed", "hw"}
+    assert made.compression["values"] == 0.875  # half of the weights, a quarter of the bits
+    for report in made.parity.values():
+        assert report.agreement is not None
+        assert report.agreement >= 0.9
+        assert report.max_abs is not None
+        assert report.max_abs >= 0
+    for timing in made.latency_ms.values():
+        assert timing.median > 0
+        assert (timing.batch, timing.seq) > (0, 0)
+    assert all(Path(path).exists() for path in made.artifacts.values())
+    assert {Path(path).is_relative_to(run) for path in made.artifacts.values()} == {True}
 
 
-def test_json_means_no_progress_and_no_chatter_of_libraries(finished: tuple[Path, dict[str, Json], str]) -> None:
+def test_json_means_no_progress_and_no_chatter_of_libraries(finished: Finished) -> None:
     assert finished[2] == ""
 
 
-def test_run_again_skips_everything_and_says_the_same(desk: Desk, finished: tuple[Path, dict[str, Json], str]) -> None:
+def test_run_again_skips_everything_and_says_the_same(desk: Desk, finished: Finished) -> None:
     run, summary, _ = finished
     before = states(run)
     again = desk.nxm(*desk.arguments(run, "--json"))
@@ -97,9 +104,7 @@ def test_run_again_skips_everything_and_says_the_same(desk: Desk, finished: tupl
     assert not {file for file in changed if Path(file).parts[0] not in ("logs", "run.log", ".lock")}, changed
 
 
-def test_a_moved_run_shows_its_table_from_where_it_lies(
-    desk: Desk, finished: tuple[Path, dict[str, Json], str], tmp_path: Path
-) -> None:
+def test_a_moved_run_shows_its_table_from_where_it_lies(desk: Desk, finished: Finished, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(finished[0], moved)
     shown = desk.nxm("show", str(moved), "--json")
@@ -111,7 +116,7 @@ def test_a_moved_run_shows_its_table_from_where_it_lies(
 
 @pytest.mark.slow
 def test_other_options_are_worked_out_again_from_the_stage_that_they_touch(
-    desk: Desk, finished: tuple[Path, dict[str, Json], str], tmp_path: Path
+    desk: Desk, finished: Finished, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
@@ -141,7 +146,7 @@ def test_a_placement_that_no_graph_with_outputs_can_hold_leaves_that_engine_out(
 
 @pytest.mark.parametrize("mark", variants(["qat", "dense"], ("qat",)))
 def test_killed_and_run_again_it_ends_as_if_nothing_had_happened(
-    desk: Desk, finished: tuple[Path, dict[str, Json], str], tmp_path: Path, mark: str
+    desk: Desk, finished: Finished, tmp_path: Path, mark: str
 ) -> None:
     run = tmp_path / "run"
     if mark == "qat":  # the dense model is there: only compression is killed
@@ -157,8 +162,9 @@ def test_killed_and_run_again_it_ends_as_if_nothing_had_happened(
     summary = json.loads(again.stdout)
     expected = finished[1]
     assert (summary["dense"], summary["compressed"]) == (expected["dense"], expected["compressed"])
-    masks = [json.loads((Path(s["artifacts"]["checkpoint"]) / "metrics.json").read_text()) for s in (summary, expected)]
-    assert masks[0]["mask_hash"] == masks[1]["mask_hash"]
+    checkpoints = [str(entry_at(s, "artifacts", "checkpoint")) for s in (summary, expected)]
+    masks = [read_metrics_of(CompressionMetrics, checkpoint) for checkpoint in checkpoints]
+    assert masks[0].mask_hash == masks[1].mask_hash
 
 
 def test_two_runs_into_one_directory_do_not_mix(desk: Desk, tmp_path: Path) -> None:
@@ -237,9 +243,7 @@ def test_a_directory_that_may_not_be_written_is_named(desk: Desk, tmp_path: Path
     _refused(desk.nxm(*desk.arguments(tmp_path / "run")), "run")
 
 
-def test_an_engine_of_another_checkpoint_fails_the_gate(
-    desk: Desk, finished: tuple[Path, dict[str, Json], str], tmp_path: Path
-) -> None:
+def test_an_engine_of_another_checkpoint_fails_the_gate(desk: Desk, finished: Finished, tmp_path: Path) -> None:
     """The same plan, one scale doubled: the engine is not what this checkpoint says."""
     from safetensors.numpy import load_file, save_file
 

@@ -20,7 +20,7 @@ from nxm_export.reporting import card, report
 from nxm_export.reporting.page import render
 from nxm_export.reporting.run_facts import read_run
 from nxm_export.reporting.verdicts import verdicts
-from nxm_export.storage.json_files import Json
+from nxm_export.storage.json_files import as_object
 from nxm_export.storage.run_dir import RunDir
 from tests.support.html_page import Page, follow
 
@@ -142,13 +142,16 @@ def test_a_damaged_file_is_told_and_the_rest_shown(copied: Path, damage: bytes) 
     ids=str,
 )
 def test_a_field_of_another_type_is_told_and_never_a_traceback(
-    bare: Path, file: str, place: list[str | int], value: Json
+    bare: Path, file: str, place: list[str | int], value: object
 ) -> None:
     path = bare / file
     whole = path.read_text(encoding="utf-8")
     data = json.loads(whole)
     holder = follow(data, "".join(f"/{key}" for key in place[:-1]))
-    holder[place[-1]] = value
+    if isinstance(holder, list):
+        holder[int(place[-1])] = value
+    else:
+        as_object(holder)[str(place[-1])] = value
     path.write_text(json.dumps(data), encoding="utf-8")
     try:
         with suppress(ArtifactError) if file == "manifest.json" else nullcontext():
@@ -205,7 +208,7 @@ BLOCK = {
 }
 
 
-def bisection(engine_sha256: str, blocks: list[dict[str, Json]]) -> str:
+def bisection(engine_sha256: str, blocks: list[dict[str, object]]) -> str:
     first = next((block["block"] for block in blocks if not block["passed"]), None)
     record = {
         "schema": "nxm-bisect/2",
@@ -246,7 +249,7 @@ def test_probes_gates_pairs_and_other_metrics_of_a_comparison_are_shown(copied: 
     file = copied / "compare" / "ort-cpu-int8" / "parity.json"
     recorded = json.loads(file.read_text(encoding="utf-8"))
     gate = {"gate": "drop<=0.5", "actual": 0.75, "limit": 0.5, "passed": False, "reason": "points <below>"}
-    left_out: dict[str, Json] = {
+    left_out: dict[str, object] = {
         "name": "no room",
         "actual": None,
         "tolerated": None,
@@ -272,7 +275,7 @@ def test_probes_gates_pairs_and_other_metrics_of_a_comparison_are_shown(copied: 
     for probe in [*recorded["probes"], left_out]:
         assert any(probe["name"] in row and words[probe["passed"]] in row for row in rows)
         assert not any(probe["name"] in row and "FAIL" in row for row in rows)
-    assert not any(left_out["name"] in row and "NaN" in row for row in rows)
+    assert not any(str(left_out["name"]) in row and "NaN" in row for row in rows)
     assert any("elsewhere" in row and "0.5" in row and "0.25" in row for row in rows)
     assert any("mcc" in row and "0.7500" in row and "0.5000" in row for row in rows)
 

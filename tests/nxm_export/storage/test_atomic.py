@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.atomic import atomic_dir, is_disk_error, require_replaceable, write_atomic
+from nxm_export.storage.atomic import atomic_dir, is_disk_error, require_apart, require_replaceable, write_atomic
 from nxm_export.storage.run_dir import RunDir
 
 
@@ -65,6 +65,21 @@ class TestAtomicDir:
                 pytest.fail("both write")
         assert (tmp_path / "out" / "mine").is_file()
 
+    @pytest.mark.parametrize("out", ["in", "in/..", "link", "other/../in", "in/sub/.."])
+    @pytest.mark.parametrize("given", ["in", "in/file", "in/sub"])
+    def test_what_is_read_is_never_replaced(self, tmp_path: Path, given: str, out: str) -> None:
+        (tmp_path / "in" / "sub").mkdir(parents=True)
+        (tmp_path / "in" / "file").write_text("")
+        (tmp_path / "other").mkdir()
+        (tmp_path / "link").symlink_to("in")
+        with pytest.raises(ArtifactError, match=r"would be replaced, and .* is or lies in it"):
+            require_apart(tmp_path / out, tmp_path / given)
+        require_apart(tmp_path / "in" / "new", tmp_path / given)
+        require_apart(tmp_path / "innocent", tmp_path / given, "no-such-file", within=False)
+        if given != "in/file":
+            with pytest.raises(ArtifactError, match="which is read; choose another"):
+                require_apart(tmp_path / given / "new", tmp_path / given, within=False)
+
     def test_a_foreign_error_keeps_its_type(self, tmp_path: Path) -> None:
         with pytest.raises(ZeroDivisionError), atomic_dir(tmp_path / "out"):
             1 / 0  # noqa: B018
@@ -102,3 +117,22 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     write_atomic(file, b"new")
     assert file.read_bytes() == b"new"
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_log_of_what_failed_stays_and_the_error_names_it(tmp_path: Path) -> None:
+    target = tmp_path / "engine"
+
+    def fail() -> None:
+        with atomic_dir(target, kept_log="build.log") as scratch:
+            (scratch / "part").mkdir()
+            (scratch / "part" / "build.log").write_text("what went wrong")
+            raise ArtifactError(f"it failed (log: {scratch / 'part' / 'build.log'})")
+
+    with pytest.raises(ArtifactError) as failure:
+        fail()
+    assert str(failure.value) == f"it failed (log: {target}.build.log)"
+    assert (tmp_path / "engine.build.log").read_text() == "what went wrong"
+    assert [file.name for file in tmp_path.iterdir()] == ["engine.build.log"]
+    with pytest.raises(ArtifactError) as failure, atomic_dir(target, kept_log="build.log"):
+        raise ArtifactError("before there was a log")
+    assert str(failure.value) == "before there was a log"

@@ -17,6 +17,13 @@ import triton_python_backend_utils as backend
 
 _NUMPY = {"TYPE_INT64": np.int64, "TYPE_INT32": np.int32, "TYPE_FP32": np.float32, "TYPE_FP16": np.float16}
 
+_LEVELS = {  # as Triton's compiled backend reads optimization.graph.level
+    -1: onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    0: onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    1: onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    2: onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
+
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
@@ -26,6 +33,8 @@ class TritonPythonModel:
         options.intra_op_num_threads = int(parameters.get("intra_op_thread_count", 0))
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        level = config.get("optimization", {}).get("graph", {}).get("level", 0)
+        options.graph_optimization_level = _LEVELS[level]
         here = os.path.join(args["model_repository"], args["model_version"])
         name = config.get("default_model_filename") or "model.onnx"
         self.session = onnxruntime.InferenceSession(

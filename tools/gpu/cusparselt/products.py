@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -85,8 +85,15 @@ class Products:
         if self.rehearsed:
             return _stand_in(weight, x, OUTPUTS[output], alpha, bias)
         transposed = self.choices[output].transposed
-        form: dict[str, Any] = {"out_dtype": self._asked(x, output), "transpose_result": transposed}
-        y = torch._cslt_sparse_mm(weight, x.t(), bias=bias, alpha=alpha, **form | (algorithm or {}))
+        y = torch._cslt_sparse_mm(
+            weight,
+            x.t(),
+            bias=bias,
+            alpha=alpha,
+            out_dtype=self._asked(x, output),
+            transpose_result=transposed,
+            **(algorithm or {}),
+        )
         return y if transposed else y.t()
 
     def search(

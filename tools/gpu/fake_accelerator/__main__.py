@@ -17,10 +17,11 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import cast
 from unittest import mock
 
 import torch
@@ -69,7 +70,7 @@ def compression(options: argparse.Namespace, work: Path) -> Rehearsal:
     from compressors.training.compress import compress
     from nxm_export.contract.families import family_of
     from nxm_export.contract.plan import WeightSpec
-    from nxm_export.storage.json_files import to_builtins
+    from nxm_export.storage.json_files import to_json_object
 
     data = options.data or options.run / "data"
     dense = work / "dense"
@@ -97,7 +98,7 @@ def compression(options: argparse.Namespace, work: Path) -> Rehearsal:
             out=work / "out",
             settings=settings,
         )
-    return Rehearsal(metrics=to_builtins(metrics))
+    return Rehearsal(metrics=to_json_object(metrics))
 
 
 def _write_model(tokenizer: Path, out: Path) -> None:
@@ -114,7 +115,6 @@ def _write_model(tokenizer: Path, out: Path) -> None:
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=64,
-        num_labels=2,
     )
     transformers.BertForSequenceClassification(config).save_pretrained(out)
 
@@ -127,7 +127,7 @@ def _training_on(device: torch.device) -> Iterator[None]:
 
     state = PartialState(cpu=True)
     state._shared_state["device"] = device
-    real_device = transformers.TrainingArguments.device.fget
+    real_device = cast("Callable[[object], object]", vars(transformers.TrainingArguments)["device"].fget)
 
     def asked_device(arguments: object) -> torch.device:
         real_device(arguments)  # sets itself up

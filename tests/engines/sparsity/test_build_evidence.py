@@ -21,7 +21,7 @@ from engines.sparsity.build_evidence import (
 from engines.sparsity.report import WeightFacts, read_sparsity_report
 from nxm_export.contract.matrix_facts import MatrixFacts
 from nxm_export.errors import ArtifactError
-from nxm_export.storage.json_files import Json, encode
+from nxm_export.storage.json_files import as_object, encode, entry_at
 
 SPARSE = "sm80_xmma_sparse_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x128_stage3_warpsize2x2x1_sptensor16x8x64"
 FACT = MatrixFacts(
@@ -50,10 +50,9 @@ def edit(file: Path, change: Callable[[Any], object]) -> None:
     file.write_text(json.dumps(data))
 
 
-def inspected(data: dict[str, Json]) -> dict[str, Json]:
+def inspected(data: dict[str, object]) -> dict[str, object]:
     """TensorRT's own report in a ``layers.json``."""
-    information: dict[str, Json] = data["profiles"][0]["information"]
-    return information
+    return as_object(entry_at(data, "profiles", 0, "information"))
 
 
 def test_a_report_is_made_of_all_that_lies_there(directory: Path) -> None:
@@ -102,7 +101,7 @@ def test_a_measurement_without_kernels_and_facts_of_the_former_schema_are_read(d
         ("layers.json", lambda data: inspected(data).update(Layers=None), r"information: Layers: .*got `null`"),
         (
             "layers.json",
-            lambda data: inspected(data)["Layers"][0].update(Inputs=None),
+            lambda data: as_object(entry_at(inspected(data), "Layers", 0)).update(Inputs=None),
             r"Layers\[0\]\.Inputs: .*`null`",
         ),
         ("measured.json", lambda data: data.update(schema="nxm-plan/1"), "measured.json: not a nxm-measured/1 file"),

@@ -1,0 +1,82 @@
+"""What an engine directory must show before it answers anybody: the expected hash, and a parity that is good enough.
+
+`nxm serve`, `nxm predict` and `nxm triton` ask the same. Whoever sets ``--expect-sha256`` or ``--gate passed`` asks for
+proof of all that is served, labels and tokenizer included, which a passport that covers the engine alone cannot give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from engines.parity.reports import PARITY_FILE, read_parity_report
+from engines.passport import EnginePassport, load_passport
+from nxm_export.contract.choices import GATE, GATES
+from nxm_export.errors import ArtifactError, ParityError, ServeError
+
+
+def admitted(directory: Path, gate: str = GATE, expect_sha256: Collection[str] = ()) -> EnginePassport:
+    """The passport of an engine directory that may answer.
+
+    Its files are not looked at here: `load_spec`, `load_tokenizer` and `read_engine` of the passport hash what they
+    read.
+    Raises `ArtifactError` without a passport, `ServeError` for a hash that was not expected and for an unknown gate,
+    `ParityError` for a parity that is not good enough for `gate` (one of `GATES`).
+    """
+    if gate not in GATES:
+        raise ServeError(f"unknown gate {gate!r}; choose one of {', '.join(GATES)}")
+    passport = load_passport(directory)
+    require_expected(directory, passport, expect_sha256)
+    require_gate(directory, passport, gate)
+    return passport
+
+
+def require_expected(directory: Path, passport: EnginePassport, expected: Collection[str]) -> None:
+    """Raise `ServeError` unless `expected` is empty or has the hash of the engine file or of all contents."""
+    if not expected:
+        return
+    if passport.engine_sha256 not in expected and passport.contents_sha256 not in expected:
+        raise ServeError(
+            f"{directory}: the engine's sha256 is {passport.engine_sha256}, that of all contents "
+            f"{passport.contents_sha256 or 'unknown'}; neither is among those expected; "
+            "serve the right directory, or expect this one with --expect-sha256"
+        )
+    if passport.companions is None:
+        raise ServeError(
+            f"{directory}: its passport covers the engine alone, so nothing says that its labels and tokenizer are the "
+            "expected ones; build the engine again, or leave --expect-sha256 out"
+        )
+
+
+def gate_state(directory: Path, passport: EnginePassport) -> str:
+    """``passed``, ``failed`` or ``unchecked``: what the parity report beside an engine says about these very files."""
+    if not (directory / PARITY_FILE).exists():
+        return "unchecked"
+    try:
+        report = read_parity_report(directory / PARITY_FILE)
+    except ArtifactError:
+        return "failed"  # a report that cannot be read vouches for nothing
+    if report.engine_sha256 != passport.engine_sha256:
+        return "unchecked"
+    if not report.passed:
+        return "failed"
+    return "passed" if report.contents_sha256 == passport.contents_sha256 else "unchecked"
+
+
+def require_gate(directory: Path, passport: EnginePassport, gate: str) -> None:
+    """Raise `ParityError` unless the engine's parity is good enough for `gate` (one of `GATES`)."""
+    state = gate_state(directory, passport)
+    if gate == "off" or (state == "unchecked" and gate == "not-failed"):
+        return
+    if state == "passed":
+        if gate == "passed" and passport.companions is None:
+            raise ParityError(
+                f"{directory}: its passport covers the engine alone, so nothing says that its labels and tokenizer are "
+                "those that were compared; build the engine again and run `nxm compare`, or take --gate not-failed"
+            )
+        return
+    what = "failed" if state == "failed" else "was never checked for these files"
+    raise ParityError(
+        f"{directory}: parity with its checkpoint {what} ({PARITY_FILE}); run `nxm compare`, or "
+        "let it answer anyway with --gate off"
+    )

@@ -1,0 +1,99 @@
+"""What cannot end well is refused before the first step, and a disk that fills up later is an error in one line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import transformers
+from click.testing import CliRunner
+
+from compressors.settings import Settings
+from compressors.training.compress import finetune
+from nxm_export.cli import main
+from nxm_export.errors import ArtifactError, DataError
+from tests.support import tiny
+
+SETTINGS = Settings(dense_steps=4, batch_size=8, precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model without a head, and its data."""
+    directory = tmp_path_factory.mktemp("home")
+    tiny.write_model("bert", directory / "model")
+    tiny.write_data(directory)
+    return directory
+
+
+def train(home: Path, out: Path, *, model: str = "model", data: str = "train.tsv") -> None:
+    finetune(
+        home / model,
+        task="classification",
+        train=str(home / data),
+        dev=str(home / "dev.tsv"),
+        out=out,
+        settings=SETTINGS,
+    )
+
+
+def test_tokens_that_the_table_has_no_row_for_are_named(home: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(home / "model", tmp_path / "model")
+    tokenizer = tiny.tokenizer("bert")
+    tokenizer.add_tokens(["zzz"])
+    tokenizer.save(str(model / "tokenizer.json"))
+    (tmp_path / "train.tsv").write_text((home / "train.tsv").read_text() + "a zzz film\t1\n")
+    shutil.copyfile(home / "dev.tsv", tmp_path / "dev.tsv")
+    with pytest.raises(ArtifactError, match=r"1 tokens in this data .* table of 36 embeddings has not: 'zzz' \(36\)"):
+        train(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    shutil.copyfile(home / "train.tsv", tmp_path / "train.tsv")
+    train(tmp_path, tmp_path / "out")  # one that the data does not have harms nobody
+
+
+def test_dev_data_that_no_metric_can_score_is_refused(home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "dev.tsv"
+    file.write_text("text\tlabel\na film\t0.5\nthe story\t0.5\n")
+    with pytest.raises(DataError, match=r"no metric can score it: every score is 0\.5"):
+        finetune(
+            home / "model", task="regression", train=str(file), dev=str(file), out=tmp_path / "out", settings=SETTINGS
+        )
+
+
+def test_a_disk_without_room_for_training_checkpoints_is_refused(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+    with pytest.raises(ArtifactError, match=r"the phase dense, with its training .* needs about .* 0\.1 MB free"):
+        train(home, tmp_path / "out")
+
+
+def test_a_disk_that_fills_up_at_a_training_checkpoint_is_an_error_that_names_it(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "checkpoint-1"))
+
+    monkeypatch.setattr(transformers.Trainer, "_save_checkpoint", full)
+    with pytest.raises(ArtifactError, match=r"checkpoint-1: cannot be written \(No space left on device\)"):
+        train(home, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_is_made_anew_is_said_before_training_and_in_json(home: Path, tmp_path: Path) -> None:
+    arguments = ["compress", str(home / "model"), "--train", str(home / "train.tsv"), "--dev", str(home / "dev.tsv")]
+    settings = ["--steps", "2", "--dense-steps", "2", "--batch-size", "8", "--recipe", "one-shot", "--json"]
+    first = CliRunner().invoke(main, [*arguments, *settings, "--out", str(tmp_path / "out")])
+    assert first.exit_code == 0, first.output
+    assert "it has no classification head, and a new classification head is trained" in first.stderr
+    assert json.loads(first.stdout)["head"] == "new"
+    arguments[1] = str(tmp_path / "out-dense" / "dense")
+    second = CliRunner().invoke(main, [*arguments, *settings, "--out", str(tmp_path / "again")])
+    assert second.exit_code == 0, second.output
+    assert "head" not in second.stderr
+    assert json.loads(second.stdout)["head"] == "kept"

@@ -1,0 +1,227 @@
+"""What an engine directory must show before `nxm serve`, `nxm predict` and `nxm triton` let it answer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from engines.admission import admitted, gate_state
+from engines.passport import load_passport
+from engines.predictor import Predictor
+from engines.serving.model import open_model
+from engines.serving.repository import EngineSource
+from engines.serving.settings import ModelOptions, TritonOptions
+from engines.triton import export_repository
+from nxm_export.cli import main
+from nxm_export.errors import ArtifactError, NxmError, ParityError, ServeError
+from tests.support import exact_engine
+
+Answering = Callable[[Path, str, frozenset[str]], object]
+
+
+def served(directory: Path, gate: str, expected: frozenset[str]) -> None:
+    options = ModelOptions(instances=1, text=True, gate=gate, expect_sha256=expected)
+    open_model("m", "1", directory, options).close()
+
+
+def predicted(directory: Path, gate: str, expected: frozenset[str]) -> None:
+    with Predictor(directory, gate=gate, expect_sha256=expected) as predictor:
+        assert len(predictor.predict(["good film"])) == 1
+
+
+def handed_over(directory: Path, gate: str, expected: frozenset[str]) -> None:
+    options = TritonOptions(text=True, gate=gate, expect_sha256=expected)
+    export_repository([EngineSource("m", "1", directory)], directory.with_name("repository"), options)
+
+
+WAYS: dict[str, Answering] = {"serve": served, "predict": predicted, "triton": handed_over}
+way = pytest.mark.parametrize("answer", WAYS.values(), ids=WAYS)
+
+
+@pytest.fixture
+def copy(engine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(engine, tmp_path / "copy"))
+
+
+def swap_labels(directory: Path) -> None:
+    file = directory / "spec.json"
+    spec = json.loads(file.read_text())
+    file.write_text(json.dumps({**spec, "labels": spec["labels"][::-1]}))
+
+
+def other_tokenizer(directory: Path) -> None:
+    file = directory / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    words = tokenizer["model"]["vocab"]
+    words["good"], words["bad"] = words["bad"], words["good"]
+    file.write_text(json.dumps(tokenizer))
+
+
+def covering_the_engine_alone(directory: Path) -> None:
+    """As nxm-export wrote it before: passport and report know nothing of what lies beside the engine."""
+    replace(load_passport(directory), companions=None).save(directory)
+    exact_engine.write_parity(directory, passed=True)
+
+
+@way
+@pytest.mark.parametrize("change", [swap_labels, other_tokenizer])
+@pytest.mark.parametrize("gate", ["passed", "off"])
+def test_what_lies_beside_the_engine_must_be_what_it_was_built_with(
+    copy: Path, answer: Answering, change: Callable[[Path], None], gate: str
+) -> None:
+    answer(copy, gate, frozenset())
+    change(copy)
+    with pytest.raises(ArtifactError, match=r"is not the one that the engine was built with .*; restore it"):
+        answer(copy, gate, frozenset())
+
+
+@way
+def test_a_file_that_is_gone_or_that_was_not_there_is_refused(copy: Path, answer: Answering) -> None:
+    tokenizer = (copy / "tokenizer.json").read_bytes()
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json is missing: the passport"):
+        answer(copy, "off", frozenset())
+    exact_engine.cover(copy)
+    (copy / "tokenizer.json").write_bytes(tokenizer)
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json was not there when the engine was built"):
+        answer(copy, "off", frozenset())
+
+
+@way
+def test_the_hash_of_all_contents_notices_labels_whose_passport_was_written_again(
+    copy: Path, answer: Answering
+) -> None:
+    passport = load_passport(copy)
+    contents, engine = frozenset({str(passport.contents_sha256)}), frozenset({passport.engine_sha256})
+    answer(copy, "passed", contents)
+    swap_labels(copy)
+    exact_engine.cover(copy)
+    with pytest.raises(ServeError, match="neither is among those expected"):
+        answer(copy, "off", contents)
+    with pytest.raises(ParityError, match="never checked for these files"):  # the report is of other labels
+        answer(copy, "passed", engine)
+
+
+@way
+def test_a_passport_that_covers_the_engine_alone_is_no_proof_of_the_labels(copy: Path, answer: Answering) -> None:
+    covering_the_engine_alone(copy)
+    answer(copy, "not-failed", frozenset())
+    with pytest.raises(ParityError, match="covers the engine alone"):
+        answer(copy, "passed", frozenset())
+    with pytest.raises(ServeError, match="covers the engine alone"):
+        answer(copy, "not-failed", frozenset({load_passport(copy).engine_sha256}))
+
+
+@way
+def test_a_failed_parity_is_refused_alike(copy: Path, answer: Answering) -> None:
+    exact_engine.write_parity(copy, passed=False)
+    with pytest.raises(ParityError, match="--gate off"):
+        answer(copy, "not-failed", frozenset())
+    answer(copy, "off", frozenset())
+
+
+def test_the_hash_of_all_contents_is_that_of_sha256sum(engine: Path) -> None:
+    passport = load_passport(engine)
+    listed = subprocess.run(
+        ["sha256sum", passport.engine, "spec.json", "tokenizer.json"], cwd=engine, capture_output=True, check=True
+    )
+    hashed = subprocess.run(["sha256sum"], input=listed.stdout, capture_output=True, check=True)
+    assert hashed.stdout.decode().split()[0] == passport.contents_sha256
+    assert passport.covers == "the engine and spec.json and tokenizer.json"
+
+
+def test_a_report_of_a_former_version_still_vouches_for_a_former_engine(copy: Path) -> None:
+    covering_the_engine_alone(copy)
+    report = json.loads((copy / "parity.json").read_text())
+    del report["contents_sha256"]
+    (copy / "parity.json").write_text(json.dumps(report))
+    passport = load_passport(copy)
+    assert passport.covers == "the engine alone"
+    assert gate_state(copy, passport) == "passed"
+
+
+@pytest.mark.parametrize("command", [["predict", "{}", "good"], ["triton", "m={}", "--out", "{}-repository"]])
+def test_the_commands_say_where_a_passport_covers_the_engine_alone(copy: Path, command: list[str]) -> None:
+    arguments = [part.format(copy) for part in command]
+    assert "covers" not in CliRunner().invoke(main, arguments).stderr
+    covering_the_engine_alone(copy)
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert f"note: {copy}: its passport covers the engine alone, so nothing says that spec.json" in result.stderr
+
+
+def test_an_unknown_gate_is_refused(engine: Path) -> None:
+    with pytest.raises(ServeError, match="unknown gate 'maybe'; choose one of not-failed, passed, off"):
+        admitted(engine, "maybe")
+
+
+@pytest.mark.parametrize("command", [["predict", "{}", "good"], ["triton", "m={}", "--out", "{}-repository"]])
+def test_the_commands_have_the_options(copy: Path, command: list[str]) -> None:
+    swapped = [part.format(copy) for part in command]
+    passport = load_passport(copy)
+    for options in (["--gate", "passed"], ["--expect-sha256", passport.engine_sha256.upper()]):
+        result = CliRunner().invoke(main, [*swapped, *options])
+        assert result.exit_code == 0, result.output
+    refused = CliRunner().invoke(main, [*swapped, "--expect-sha256", "00"])
+    assert refused.exit_code == 1
+    assert "neither is among those expected" in refused.output
+    exact_engine.write_parity(copy, passed=False)
+    assert CliRunner().invoke(main, swapped).exit_code == 3
+    assert CliRunner().invoke(main, [*swapped, "--gate", "off"]).exit_code == 0
+    swap_labels(copy)
+    result = CliRunner().invoke(main, [*swapped, "--gate", "off"])
+    assert (result.exit_code, "is not the one that the engine was built with" in result.output) == (1, True)
+
+
+def test_labels_that_change_between_the_check_and_the_reading_are_noticed(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hash is of the bytes that are decoded, not of a file that is read again."""
+    passport = load_passport(copy)
+    passport.require_here(copy, {})
+    swap_labels(copy)
+    with pytest.raises(NxmError, match="built with"):
+        passport.load_spec(copy)
+    other_tokenizer(copy)
+    with pytest.raises(NxmError, match="built with"):
+        passport.load_tokenizer(copy)
+
+
+@pytest.mark.parametrize("answer", [served, handed_over], ids=["serve", "triton"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": ["a", "b", "c"]}, "its engine gives 2 numbers, and its spec.json names 3 labels"),
+        (
+            {"inputs": ["input_ids", "attention_mask"], "limits": {}},
+            "spec.json has the inputs input_ids, attention_mask, and the engine takes",
+        ),
+    ],
+)
+def test_a_spec_that_does_not_fit_the_engine_is_refused_before_it_answers(
+    copy: Path, answer: Answering, changes: dict[str, object], message: str
+) -> None:
+    file = copy / "spec.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    exact_engine.cover(copy)
+    with pytest.raises(NxmError, match=message):
+        answer(copy, "off", frozenset())
+
+
+@way
+def test_a_tokenizer_that_panics_is_an_error_and_no_crash(copy: Path, answer: Answering) -> None:
+    """Its post-processor names a special token that it does not have, which the library finds out when it encodes."""
+    file = copy / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["post_processor"]["special_tokens"].popitem()
+    file.write_text(json.dumps(tokenizer))
+    exact_engine.cover(copy)
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json: not a \w+ tokenizer"):
+        answer(copy, "off", frozenset())

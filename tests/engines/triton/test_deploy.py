@@ -1,0 +1,32 @@
+"""Container files beside a repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from engines.serving.repository import EngineSource
+from engines.serving.settings import TritonOptions
+from engines.triton import export_repository
+
+
+def test_container_files_are_yaml_and_copy_every_model(plans: list[EngineSource], engine: Path, tmp_path: Path) -> None:
+    sources = [*plans, EngineSource("m", "1", engine)]
+    export_repository(sources, tmp_path / "repo", TritonOptions(text=True, image="registry.example/triton:1"))
+    repository = tmp_path / "repo"
+    models = {path.name for path in repository.iterdir() if path.is_dir()}
+    docker = (repository / "Dockerfile").read_text()
+    assert "\nFROM registry.example/triton:1\n" in docker
+    assert {
+        line.split()[1] for line in docker.splitlines() if line.startswith("COPY") and "manifest" not in line
+    } == models
+    assert "tokenizers==" in docker
+    service = yaml.safe_load((repository / "compose.yaml").read_text())["services"]["triton"]
+    assert service["ports"] == ["127.0.0.1:8000:8000", "127.0.0.1:8001:8001", "127.0.0.1:8002:8002"]
+    assert service["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+    kserve = yaml.safe_load((repository / "kserve.yaml").read_text())
+    assert (kserve["apiVersion"], kserve["kind"]) == ("serving.kserve.io/v1beta1", "InferenceService")
+    (container,) = kserve["spec"]["predictor"]["containers"]
+    assert container["image"] == service["image"]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "1"}

@@ -1,0 +1,378 @@
+"""Every product with a constant operand is found, wherever it stands and whatever makes the constant: read as the
+operators compute it, or listed with the reason why it was not read."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import helper, numpy_helper
+
+from nxm_export.contract.matrix_facts import UnreadProduct
+from nxm_export.contract.plan import NMPattern
+from nxm_export.errors import ArtifactError
+from nxm_export.graph.graph_weights import GraphWeight, graph_products, load_graph
+from nxm_export.graph.verifier import verify
+from nxm_export.pipeline.inspection import doctor_file
+from tests.support import onnx_text
+
+PATTERN = NMPattern(2, 4)
+DENSE = np.arange(1, 129, dtype=np.int8).reshape(16, 8)  # (K, N)
+SPARSE = DENSE * (np.arange(16) % 4 < 2)[:, None].astype(np.int8)  # 2:4 along K
+ONE = "float s = {1}"
+
+
+def held(name: str, array: np.ndarray, kind: str = "int8") -> str:
+    """A declaration of an initializer."""
+    return f"{kind}[{','.join(map(str, array.shape))}] {name} = {{{','.join(map(str, array.ravel().tolist()))}}}"
+
+
+def found(text: str, tmp_path: Path, *, more: str = "") -> list[GraphWeight | UnreadProduct]:
+    """The products of a graph in ONNX text, written to a file and read again; `more` are local functions."""
+    head = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1, "plugin" : 1, "local" : 1]>'
+    onnx.save(onnx.parser.parse_model(f"{head}\n{text}\n{more}"), tmp_path / "model.onnx")
+    return list(graph_products(load_graph(tmp_path / "model.onnx")))
+
+
+SQUARE = np.hstack([DENSE, DENSE])
+# name -> (declared constants, nodes that end in y, what the product reads as (K, N), whether it is quantized)
+READ = {
+    "Split": (held("w", SQUARE), "d = DequantizeLinear(w, s) l, r = Split <axis=1, num_outputs=2>(d) y = MatMul(x, r)"),
+    "Concat": (
+        f"{held('w', DENSE[:, :3])}, {held('v', DENSE[:, 3:])}",
+        "d = DequantizeLinear(w, s) e = DequantizeLinear(v, s) c = Concat <axis=1>(d, e) y = MatMul(x, c)",
+    ),
+    "Reshape that merges axes": (
+        f"{held('w', DENSE.reshape(4, 4, 8))}, int64[2] to = {{16, 8}}",
+        "d = DequantizeLinear(w, s) r = Reshape(d, to) y = MatMul(x, r)",
+    ),
+    "Gather": (
+        f"{held('w', np.stack([SPARSE, DENSE]))}, int64 at = {{1}}",
+        "d = DequantizeLinear(w, s) g = Gather(d, at) y = MatMul(x, g)",
+    ),
+    "Slice": (
+        f"{held('w', np.vstack([SPARSE, DENSE]))}, int64[1] from = {{16}}, int64[1] to = {{32}}",
+        "d = DequantizeLinear(w, s) g = Slice(d, from, to) y = MatMul(x, g)",
+    ),
+    "Constant node": (
+        "",
+        f"w = Constant <value = int8[16, 8] {{{','.join(map(str, DENSE.ravel()))}}}>() "
+        "d = DequantizeLinear(w, s) y = MatMul(x, d)",
+    ),
+    "a long chain of Identity": (
+        held("w", DENSE),
+        "i0 = Identity(w) "
+        + " ".join(f"i{at + 1} = Identity(i{at})" for at in range(60))
+        + " d = DequantizeLinear(i60, s) y = MatMul(x, d)",
+    ),
+    "INT8, cast and scaled by itself": (held("w", DENSE), "c = Cast <to=1>(w) d = Mul(c, s) y = MatMul(x, d)"),
+    "a mask": (
+        f"{held('w', DENSE)}, {held('m', (DENSE > 40).astype(int), 'bool')}",
+        "d = DequantizeLinear(w, s) f = Cast <to=1>(m) p = Mul(d, f) y = MatMul(x, p)",
+    ),
+    "a low-rank update": (
+        f"{held('w', DENSE)}, {held('a', DENSE[:, :2], 'float')}, {held('b', DENSE[:2], 'float')}",
+        "d = DequantizeLinear(w, s) ab = MatMul(a, b) u = Add(d, ab) y = MatMul(x, u)",
+    ),
+    "QuantizeLinear in blocks, with output_dtype": (
+        f"{held('w', DENSE, 'float')}, {held('t', np.full((4, 8), 2), 'float')}",
+        "q = QuantizeLinear <axis=0, block_size=4, output_dtype=3>(w, t) "
+        "d = DequantizeLinear <axis=0, block_size=4>(q, t) y = MatMul(x, d)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_lies_between_constant_and_product_is_computed(name: str, tmp_path: Path) -> None:
+    """The product's left input is the identity, so that what ONNX's evaluator gives is the weight itself."""
+    declared, nodes = READ[name]
+    text = f"g (float[16, 16] x) => (float[16, 8] y) <{', '.join(filter(None, [declared, ONE]))}> {{ {nodes} }}"
+    (weight,) = found(text, tmp_path)
+    assert isinstance(weight, GraphWeight)
+    run = onnx.reference.ReferenceEvaluator(str(tmp_path / "model.onnx"))
+    (truth,) = run.run(None, {"x": np.eye(16, dtype=np.float32)})
+    np.testing.assert_array_equal(weight.nonzero_mask(), truth != 0)
+    assert weight.quantized
+    assert not weight.follows(PATTERN)
+    assert not verify(tmp_path / "model.onnx", pattern=PATTERN).passed
+    report = verify(tmp_path / "model.onnx")
+    assert str(report.products) == "1 products, 1 read, 0 sparse"
+
+
+def test_codes_are_moved_as_their_values_are_and_so_are_their_scales(tmp_path: Path) -> None:
+    """Columns 7, 0, 3 of a weight with one scale per column: its codes, and the scales of these columns."""
+    text = f"""g (float[b, 16] x) => (float[b, 3] y)
+        <{held("w", DENSE)}, float[8] t = {{1,2,3,4,5,6,7,8}}, int64[3] at = {{7, 0, 3}}>
+        {{ d = DequantizeLinear <axis=1>(w, t) g = Gather <axis=1>(d, at) y = MatMul(x, g) }}"""
+    (weight,) = found(text, tmp_path)
+    assert isinstance(weight, GraphWeight)
+    np.testing.assert_array_equal(weight.matrix, DENSE[:, [7, 0, 3]])
+    np.testing.assert_array_equal(weight.scale, [8, 1, 4])
+    assert (weight.codes, weight.stored, weight.scale_axis, weight.name) == ("INT8", "INT8", "N", "w")
+
+
+def test_scales_of_parts_that_are_joined_along_k_lie_in_blocks(tmp_path: Path) -> None:
+    text = f"""g (float[b, 16] x) => (float[b, 8] y)
+        <{held("w", SPARSE[:8])}, {held("v", SPARSE[8:])}, float s = {{1}}, float t = {{2}}>
+        {{ d = DequantizeLinear(w, s) e = DequantizeLinear(v, t) c = Concat <axis=0>(d, e) y = MatMul(x, c) }}"""
+    (weight,) = found(text, tmp_path)
+    assert isinstance(weight, GraphWeight)
+    assert (weight.name, weight.scale_axis, weight.follows(PATTERN)) == ("w + v", "K", True)
+
+
+def test_four_bits_cast_to_eight_are_an_int8_product(tmp_path: Path) -> None:
+    small = (SPARSE % 8).astype(np.int8)
+    text = f"""g (float[b, 16] x) => (float[b, 8] y) <{held("w", small, "int4")}, {ONE}>
+        {{ c = Cast <to=3>(w) d = DequantizeLinear(c, s) y = MatMul(x, d) }}"""
+    (weight,) = found(text, tmp_path)
+    assert isinstance(weight, GraphWeight)
+    assert (weight.stored, weight.codes) == ("INT4", "INT8")
+
+
+# A product in each of these places reads the dense weight w.
+PLACES = {
+    "the left of a Gemm": "g (float[8, 5] x) => (float y) <W> { d = DequantizeLinear(w, s) y = Gemm <transA=1>(d, x) }",
+    "a branch of an If": """g (float[b, 16] x, bool c) => (float y) <W> { y = If (c) <
+        then_branch = one () => (float a) { d = DequantizeLinear(w, s) a = MatMul(x, d) },
+        else_branch = two () => (float e) { e = ReduceMax(x) }> }""",
+    "the body of a Loop": """g (float[b, 16] x, int64 n) => (float y) <W, bool t = {1}> { y = Loop (n, t, x) <
+        body = again (int64 i, bool c, float[b, 16] h) => (bool o, float[b, 16] k)
+        { o = Identity(c) d = DequantizeLinear(w, s) m = MatMul(h, d) k = Concat <axis=1>(m, m) }> }""",
+    "a local function": """g (float[b, 16] x) => (float y) <W> { y = local.layer(x, w, s) }
+        <domain: "local", opset_import: ["" : 21]>
+        layer (a, b, c) => (z) { d = DequantizeLinear(b, c) z = MatMul(a, d) }""",
+    "an initializer that an input may override": """g (float[b, 16] x, int8[16, 8] w) => (float y) <W>
+        { d = DequantizeLinear(w, s) y = MatMul(x, d) }""",
+    "Einsum": """g (float[b, t, 16] x) => (float y) <W>
+        { d = DequantizeLinear(w, s) y = Einsum <equation = "btk,kn->btn">(x, d) }""",
+    "FusedMatMul": """g (float[b, 16] x) => (float y) <W>
+        { d = DequantizeLinear(w, s) y = com.microsoft.FusedMatMul(x, d) }""",
+    "MatMulInteger": "g (int8[b, 16] x) => (int32 y) <W> { y = MatMulInteger(x, w) }",
+    "the weights of com.microsoft's Attention": """
+        g (float[b, t, 16] x) => (float y) <W, float[8] bias = {0,0,0,0,0,0,0,0}>
+        { d = DequantizeLinear(w, s) y = com.microsoft.Attention <num_heads=1>(x, d, bias) }""",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_weight_is_read_wherever_its_product_stands(place: str, tmp_path: Path) -> None:
+    (weight,) = found(PLACES[place].replace("<W", f"<{held('w', DENSE)}, {ONE}"), tmp_path)
+    assert isinstance(weight, GraphWeight)
+    np.testing.assert_array_equal(weight.matrix, DENSE)
+    assert any("not 2:4 along K" in line for line in verify(tmp_path / "model.onnx", pattern=PATTERN).all_problems)
+
+
+# What is not read: the product, the constant, and why.
+UNREAD = {
+    "chosen by an If": (
+        """g (float[b, 16] x, bool c) => (float y) <W> { v = If (c) <
+            then_branch = one () => (float[16, 8] a) { a = DequantizeLinear(w, s) },
+            else_branch = two () => (float[16, 8] e) { e = DequantizeLinear(w, s) }> [p] y = MatMul(x, v) }""",
+        r"p \(MatMul\).*which branch of an If gives it",
+    ),
+    "carried by a Loop": (
+        """g (float[b, 16] x, int64 n) => (float y) <V, bool t = {1}> { y, z = Loop (n, t, x, w) <
+            body = again (int64 i, bool c, float[b, 16] h, float[16, 16] q) => (bool o, float[b, 16] k, float[16, 16] r)
+            { o = Identity(c) [p] k = MatMul(h, q) r = Identity(q) }> }""",
+        r"p \(MatMul\).*an input of a subgraph",
+    ),
+    "a slice of a Scan": (
+        """g (float[b, 16] x, float[16, 16] y0) => (float y) <V> { y = Scan <num_scan_inputs = 1,
+            body = again (float[b, 16] h, float[16] q) => (float[b, 16] k) { [p] k0 = MatMul(h, q) k = Add(h, k0) }
+            >(x, w) }""",
+        r"p \(MatMul\).*an input of a subgraph",
+    ),
+    "as large as an input": (
+        """g (float[b, 4, 16] x) => (float y) <V, int64[1] zero = {0}, int64[2] size = {16, 16}> { h = Shape(x)
+            n = Gather(h, zero) t = Concat <axis=0>(n, size) e = Expand(w, t) [p] y = MatMul(x, e) }""",
+        r"p \(MatMul\).*an input of the graph decides its shape",
+    ),
+    "scaled by an input": (
+        "g (float[b, 16] x, float t) => (float y) <W> { d = DequantizeLinear(w, t) [p] y = MatMul(x, d) }",
+        r"p \(MatMul\).*its scale",
+    ),
+    "larger than is computed": (
+        """g (float[b, 16] x) => (float y) <float[1, 1] w = {1}, int64[2] size = {16, 100000000000}>
+            { e = Expand(w, size) [p] y = MatMul(x, e) }""",
+        r"p \(MatMul\).*Expand would make 1.6e\+12 elements",
+    ),
+    "made by an operator that is not computed": (
+        "g (float[b, 16] x) => (float y) <V> { e = plugin.Decode(w) [p] y = MatMul(x, e) }",
+        r"p \(MatMul\).*comes from plugin::Decode",
+    ),
+    "an unknown operator": (
+        "g (float[b, 16] x) => (float y) <V, float[16] v = {0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0}> "
+        "{ [p] y = plugin.Dense(x, w, v) }",
+        r"p \(Dense\).*nothing is known of this operator",
+    ),
+    "packed": (
+        """g (float[b, 16] x) => (float y)
+            <uint8[16, 1, 8] w = {ZEROS}, float[16] t = {0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0}>
+            { [p] y = com.microsoft.MatMulNBits <K=16, N=16, bits=4, block_size=16>(x, w, t) }""",
+        r"p \(MatMulNBits\).*packed",
+    ),
+    "Einsum over three operands": (
+        """g (float[b, 16] x) => (float y) <V> { [p] y = Einsum <equation = "bk,kn,bn->n">(x, w, x) }""",
+        r"p \(Einsum\).*two operands",
+    ),
+    "coefficients in attributes": (
+        "g (float[b, 16] x) => (float y) { [p] y = ai.onnx.ml.LinearRegressor <coefficients = [1.0, 2.0]>(x) }",
+        r"p \(LinearRegressor\).*attributes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_is_not_read_is_listed_with_its_reason_and_never_passes(name: str, tmp_path: Path) -> None:
+    text, reason = UNREAD[name]
+    text = text.replace("<W", f"<{held('w', SPARSE)}, {ONE}").replace("ZEROS", ",".join("0" * 128))
+    text = text.replace("<V", f"<{held('w', np.tile(SPARSE, 2), 'float')}")
+    (product,) = found(text, tmp_path)
+    assert isinstance(product, UnreadProduct)
+    assert re.search(reason, str(product)), str(product)
+    report = verify(tmp_path / "model.onnx", pattern=PATTERN)
+    assert str(product) in report.problems
+    assert report.products.found - report.products.read == 1
+    assert report.to_dict()["products"] == {"found": 1, "read": 0, "sparse": 0}
+
+
+def test_recurrent_cells_have_two_weights(tmp_path: Path) -> None:
+    text = f"""g (float[t, b, 16] x) => (float y) <{held("w", np.ones((1, 24, 16)), "float")},
+        {held("r", np.ones((1, 24, 8)), "float")}> {{ y, h = GRU <hidden_size=8>(x, w, r) }}"""
+    read = [(p.name, p.k, p.n) for p in found(text, tmp_path) if isinstance(p, GraphWeight)]
+    assert read == [("w", 16, 24), ("r", 8, 24)]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_transposed_convolution_is_reduced_along_the_channels_of_its_group(groups: int, tmp_path: Path) -> None:
+    """As the product of its unrolled input would be: each output channel keeps two of four input channels."""
+    weight = np.ones((8, 3, 2, 2), np.float32)
+    weight[np.arange(8) % 4 >= 2] = 0
+    text = f"""g (float[b, 8, 9, 9] x) => (float y) <{held("w", weight, "float")}>
+        {{ y = ConvTranspose <group={groups}>(x, w) }}"""
+    (read,) = found(text, tmp_path)
+    assert isinstance(read, GraphWeight)
+    assert (read.k, read.n, read.run) == (32 // groups, 3 * groups, 8 // groups)
+    assert read.pattern() == PATTERN
+
+
+def test_groups_of_four_never_cross_a_place_of_the_kernel(tmp_path: Path) -> None:
+    """Two channels and a kernel of four places: 8 elements of K, which are 2:4 only when read across places."""
+    weight = np.ones((3, 2, 4), np.float32)
+    weight[:, :, 1::2] = 0
+    (read,) = found(f"g (float[b, 2, 9] x) => (float y) <{held('w', weight, 'float')}> {{ y = Conv(x, w) }}", tmp_path)
+    assert isinstance(read, GraphWeight)
+    assert (read.k, read.run, read.follows(PATTERN)) == (8, 2, False)
+
+
+def test_what_products_make_of_constants_alone_is_a_constant(tmp_path: Path) -> None:
+    text = f"g (float[b, 8] x) => (float y) <{held('w', DENSE, 'float')}, {held('v', DENSE.T, 'float')}> " + (
+        "{ c = MatMul(v, w) y = Add(x, c) }"
+    )
+    assert found(text, tmp_path) == []
+
+
+def test_an_empty_weight_follows_nothing(tmp_path: Path) -> None:
+    (weight,) = found("g (float[b, 0] x) => (float y) <float[0, 8] w = {}> { y = MatMul(x, w) }", tmp_path)
+    assert isinstance(weight, GraphWeight)
+    assert (weight.k, weight.n, weight.follows(PATTERN), weight.pattern()) == (0, 8, False, None)
+
+
+@pytest.mark.parametrize("where", ["initializer", "Constant"])
+def test_sparse_tensors_are_read(where: str, tmp_path: Path) -> None:
+    flat = np.flatnonzero(SPARSE)
+    values = numpy_helper.from_array(SPARSE.astype(np.float32).ravel()[flat], "w")
+    sparse = helper.make_sparse_tensor(values, numpy_helper.from_array(flat.astype(np.int64), "i"), SPARSE.shape)
+    inputs = [helper.make_tensor_value_info("x", 1, ["b", 16])]
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    if where == "Constant":
+        nodes.insert(0, helper.make_node("Constant", [], ["w"], sparse_value=sparse))
+    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("y", 1, ["b", 8])])
+    if where == "initializer":
+        graph.sparse_initializer.append(sparse)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "m.onnx")
+    (weight,) = graph_products(load_graph(tmp_path / "m.onnx"))
+    assert isinstance(weight, GraphWeight)
+    np.testing.assert_array_equal(weight.matrix, SPARSE)
+    assert "w is a sparse tensor, which TensorRT does not take; store it dense" in verify(tmp_path / "m.onnx").problems
+
+
+def test_a_weight_that_two_products_read_otherwise_is_told_by_their_nodes(tmp_path: Path) -> None:
+    """2:4 along K in the first; in the second, which reads it transposed, along N."""
+    square = np.hstack([SPARSE, SPARSE])
+    text = f"""g (float[b, 16] x) => (float y, float z) <{held("w", square)}, {ONE}>
+        {{ d = DequantizeLinear(w, s) [first] y = MatMul(x, d) t = Transpose(d) [second] z = MatMul(x, t) }}"""
+    found(text, tmp_path)
+    report = verify(tmp_path / "model.onnx", pattern=PATTERN)
+    assert report.all_problems == ["w (second): not 2:4 along K: 32 of 64 groups keep more than 2"]
+    assert str(report.products) == "2 products, 2 read, 1 sparse"
+
+
+def test_the_command_line_says_what_was_not_read_and_exits_3(tmp_path: Path) -> None:
+    text = f"g (float[b, 16] x) => (float y) <{held('w', SPARSE, 'float')}> {{ [p] y = plugin.Dense(x, w) }}"
+    found(text, tmp_path)
+    command = [sys.executable, "-m", "nxm_export"]
+    for arguments, code in ((["verify", "--pattern", "2:4"], 3), (["verify"], 0), (["doctor"], 0)):
+        run = subprocess.run([*command, *arguments, str(tmp_path / "model.onnx")], capture_output=True, text=True)
+        assert run.returncode == code, run.stderr
+        assert "1 products, 0 read, 0 sparse" in run.stdout
+        assert "not read: p (Dense): its weight w (input 1) was not read" in run.stdout
+
+
+def test_a_cycle_ends(tmp_path: Path) -> None:
+    model = onnx_text.model(f"g (float[b, 16] x) => (float y) <{held('w', SQUARE, 'float')}> "
+                            "{ a = Identity(w) c = Identity(a) y = MatMul(x, c) }")  # fmt: skip
+    first, second, _ = model.graph
+    first.replace_input_with(0, second.outputs[0])
+    (product,) = graph_products(model)
+    assert isinstance(product, UnreadProduct)
+    assert "reads its own output" in product.reason
+    assert isinstance(model, ir.Model)
+
+
+def test_doctor_calls_no_part_of_a_weight_ready_and_tells_the_products_of_one_weight_apart(tmp_path: Path) -> None:
+    """Everything is right for a sparse kernel, but for a Split between DequantizeLinear and the products: nobody knows
+    whether TensorRT sees integer weights behind it."""
+    whole = np.ones((64, 64), np.int8) * (np.arange(64) % 4 < 2)[:, None].astype(np.int8)
+    pair = "q{0} = QuantizeLinear({1}, s, z) d{0} = DequantizeLinear(q{0}, s, z)"
+    plain = f"""g (float[b, 64] x) => (float o) <{held("w", whole)}, {ONE}, int8 z = {{0}}>
+        {{ {pair.format(1, "x")} e = DequantizeLinear(w, s, z) [one] a = MatMul(d1, e) {pair.format(2, "a")}
+        o = Identity(d2) }}"""
+    parted = f"""g (float[b, 64] x) => (float o, float p)
+        <{held("w", np.hstack([whole, whole]))}, {ONE}, int8 z = {{0}}>
+        {{ {pair.format(1, "x")} e = DequantizeLinear(w, s, z) l, r = Split <axis=1, num_outputs=2>(e)
+        [one] a = MatMul(d1, l) {pair.format(2, "a")} o = Identity(d2)
+        [two] c = MatMul(d1, r) {pair.format(3, "c")} p = Identity(d3) }}"""
+    printed = {}
+    for name, text in (("plain", plain), ("parted", parted)):
+        found(text, tmp_path)
+        diagnosis = doctor_file(tmp_path / "model.onnx", "trt", "8.6", "8.0")
+        assert not diagnosis.problems
+        printed[name] = [(weight.name, weight.node, weight.ready) for weight in diagnosis.sparsity.weights]
+    assert printed == {"plain": [("w", "one", True)], "parted": [("w", "one", False), ("w", "two", False)]}
+    assert all(weight.reason == "kernel-unknown" and "Split" in weight.detail for weight in diagnosis.sparsity.weights)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ("y = Transpose <perm = 1>(w)", r"\(Transpose\) has perm of type INT, which is INTS"),
+        ("y = Gather <axis = 1.5>(w, x)", "has axis of type FLOAT, which is INT"),
+        ("y = Cast(w)", "has no attribute to"),
+        ("y = Cast <to = 77>(w)", "has to 77, and there is no such element type"),
+        ("y = MatMul(w)", "has 1 inputs and needs 2"),
+        ("y = Concat <axis = 0>()", "has 0 inputs and needs 1"),
+        ("y = Constant()", "has the attributes none"),
+        ("y, z = Identity(w)", "has 2 outputs, and its operator has 1"),
+        ("y = com.microsoft.DequantizeLinear(w)", "has 1 inputs and needs 2"),
+    ],
+)
+def test_a_malformed_node_is_refused_when_the_file_is_read(nodes: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        found(f"g (float[b, 16] x) => (float y) <{held('w', DENSE)}> {{ {nodes} }}", tmp_path)

@@ -12,12 +12,16 @@ from nxm_export.contract.options import OPTION, Option, options_of
 from nxm_export.errors import DataError, PlanError
 
 # ``obs``, the default, fixes mask and weights by second-order pruning (`compressors.pruning.sparsegpt`) and spends all
-# steps on masked QAT; ``magnitude`` does so with the mask by magnitude; ``nxm`` looks for the mask by ADMM first, ours
+# steps on masked QAT; ``admm`` does so with the masks, weights and scales of layer-wise ADMM
+# (`compressors.pruning.layerwise`), ``obs-refit`` with the masks of second-order pruning and the rest of that solver,
+# ``magnitude`` with the mask by magnitude; ``nxm`` looks for the mask by ADMM on the loss of the task first, ours
 # (damped, distilled); ``sr-ste`` lets the mask follow the weight through most of the steps (Zhou et al. 2021, arXiv
 # 2102.04010), then fixes it; ``one-shot`` is magnitude and calibration alone, no training; ``paper`` follows what is
 # known of the authors' recipe (docs/search.md says where it differs).
-RECIPES = ("obs", "nxm", "magnitude", "sr-ste", "one-shot", "paper")
+RECIPES = ("obs", "admm", "obs-refit", "nxm", "magnitude", "sr-ste", "one-shot", "paper")
 # What masks are chosen by: |W|, or |W| times the root mean square of each input over the calibration samples.
+# Those that look at the inputs of layers to choose masks, and start near the dense model.
+SECOND_ORDER = ("obs", "admm", "obs-refit")
 MASK_SCORES = ("magnitude", "activation")
 # ADMM's constraint set: the pattern, or pattern and grid together (without and with fake quantization in the forward
 # pass).
@@ -50,7 +54,8 @@ class Settings:
         default="obs",
         metadata={
             OPTION: Option(
-                "Where masks come from: second-order pruning, ADMM, magnitude, ... (docs/search.md).", choices=RECIPES
+                "Where masks come from: second-order pruning, layer-wise ADMM, magnitude, ... (docs/search.md).",
+                choices=RECIPES,
             )
         },
     )
@@ -95,7 +100,12 @@ class Settings:
         default=6.0, metadata={OPTION: Option("Epochs of compression, all phases together.", above=0)}
     )
     steps: int | None = field(
-        default=None, metadata={OPTION: Option("Optimizer steps of compression; wins over --epochs.", least=1)}
+        default=None,
+        metadata={
+            OPTION: Option(
+                "Optimizer steps of compression; wins over --epochs. 0: one-shot, without training.", least=0
+            )
+        },
     )
     dense_epochs: float = field(
         default=3.0, metadata={OPTION: Option("Epochs of dense fine-tuning, where it is needed.", above=0)}
@@ -108,8 +118,8 @@ class Settings:
         default=None,
         metadata={
             OPTION: Option(
-                "Of compression.  [default: 1e-4; with --augment, 3e-4 for recipes but obs, and less for models wider "
-                "than 384]",
+                "Of compression.  [default: 1e-4; with --augment, 3e-4 unless masks come by admm or obs, less "
+                "for models wider than 384]",
                 above=0,
             )
         },
@@ -151,10 +161,14 @@ class Settings:
     def __post_init__(self) -> None:
         for name, entry in options_of(self):
             entry.require(name, getattr(self, name))
-        if self.mask_scores != "magnitude" and self.recipe == "obs":
-            raise PlanError("second-order pruning scores weights itself; leave --mask-scores out, or give --recipe nxm")
+        if self.mask_scores != "magnitude" and self.recipe in SECOND_ORDER:
+            raise PlanError(
+                f"--recipe {self.recipe} scores weights itself; leave --mask-scores out, or give --recipe nxm"
+            )
         if self.admm != "mask" and self.recipe not in ("nxm", "paper"):
             raise PlanError(f"--admm {self.admm} is for recipes with ADMM; give --recipe nxm")
+        if self.steps == 0 and self.recipe in ("nxm", "sr-ste", "paper"):
+            raise PlanError(f"--recipe {self.recipe} finds its masks in training; give it steps, or another recipe")
         if self.calibration_samples < 1:
             raise DataError(f"calibration samples must be at least 1, got {self.calibration_samples}")
         if not 0 < self.sr_ste_share <= 1 or self.sr_ste_decay < 0:
@@ -163,6 +177,11 @@ class Settings:
             raise DataError("augmented samples have no labels, and nothing is distilled; leave --augment out")
         if not 0 < self.percentile <= 100:
             raise DataError(f"the calibration percentile must be in (0, 100], got {self.percentile}")
+
+    @property
+    def trains(self) -> bool:
+        """Whether compression takes optimizer steps at all."""
+        return self.recipe != "one-shot" and self.steps != 0
 
     def dense_part(self) -> dict[str, object]:
         """The settings that the dense model depends on, by name: compressing in another way must not train it again."""

@@ -63,7 +63,8 @@ def input_hessians(
         for handle in handles:
             handle.remove()  # type: ignore[attr-defined]
     keys = {name: id(layer.reads) if layer.reads is not None else id(layer) for name, layer in layers.items()}
-    return {name: sums[leaders[keys[name]]] / tokens for name in layers}
+    means = {leader: total / tokens for leader, total in sums.items()}
+    return {name: means[leaders[keys[name]]] for name in layers}  # one tensor for layers that share an input
 
 
 @torch.no_grad()
@@ -74,7 +75,7 @@ def prune(weight: Tensor, hessian: Tensor, pattern: NMPattern, damping: float = 
     """
     w = weight.float().clone()
     columns = w.shape[1]
-    inverse = _inverse_factor(hessian, damping)  # upper (in, in)
+    inverse = inverse_factor(hessian, damping)  # upper (in, in)
     block = max(1, _BLOCK // pattern.m) * pattern.m
     for start in range(0, columns, block):
         stop = min(start + block, columns)
@@ -94,7 +95,7 @@ def prune(weight: Tensor, hessian: Tensor, pattern: NMPattern, damping: float = 
     return w.to(weight.dtype)
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor of the inverse of the damped hessian."""
     h = hessian.double()
     h = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (damping * h.diagonal().mean()).clamp(min=1e-12)

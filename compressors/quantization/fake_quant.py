@@ -149,6 +149,15 @@ class QuantLinear(nn.Linear):
             self.quantize_weight = True
             self.reset_scale()
 
+    @torch.no_grad()
+    def start_from(self, weight: Tensor, mask: Tensor | None, scale: Tensor | None) -> None:
+        """Fix `mask`, and go on from this weight (out, in) and these scales (out, 1), as a solver gives them."""
+        self.weight.copy_(weight)
+        self.mask, self._float_mask = mask, None
+        if scale is not None:
+            self.quantize_weight = True
+            self.log_scale.copy_(scale.log())
+
     def _scores(self) -> Tensor:
         """What masks are chosen by, (out, in)."""
         importance = None if self.importance is None else self.importance.to(self.weight.device)

@@ -179,7 +179,7 @@ def compress(
 
 def _require_trainable(source: ModelSource, task: Task, settings: Settings, name: str) -> None:
     """Raise `DataError` where the recipe cannot train for the task, or the model has no head for it."""
-    if not task.own_loss and settings.recipe != "one-shot" and (settings.recipe == "paper" or not settings.distill):
+    if not task.own_loss and settings.trains and (settings.recipe == "paper" or not settings.distill):
         raise DataError(
             f"task {task.name} is trained by distillation alone, and it is switched off; choose a recipe with a teacher"
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compressors.settings import Losses, Settings
+from compressors.settings import SECOND_ORDER, Losses, Settings
 from nxm_export.contract.tasks import Task
 
 MEASURED_WIDTH = 384
@@ -46,5 +46,5 @@ def training_of(settings: Settings, task: Task, width: int) -> Training:
     usual = _DISTORTED if augment else _LABELLED
     rate = usual.learning_rate
     if augment:
-        rate = (rate if settings.recipe == "obs" else _FAR_START) * min(1.0, MEASURED_WIDTH / width)
+        rate = (rate if settings.recipe in SECOND_ORDER else _FAR_START) * min(1.0, MEASURED_WIDTH / width)
     return Training(settings.learning_rate or rate, (settings.losses or usual.losses) if taught else Losses(), augment)

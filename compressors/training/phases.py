@@ -1,8 +1,9 @@
 """The phases of one compression run: calibrate -> find the masks -> fix them (hard projection) -> masked QAT.
 
-The recipe (`compressors.settings.RECIPES`) says how masks are found: by second-order pruning or by magnitude at once,
-by ADMM or SR-STE in a phase of training. Each phase is a `compressors.training.trainer.run_phase`; what ADMM adds to it
-(penalty, dual updates) is in `compressors.training.admm_schedule`.
+The recipe (`compressors.settings.RECIPES`) says how masks are found: layer by layer by ADMM or second-order pruning, or
+by magnitude, at once; by ADMM on the loss or SR-STE in a phase of training. Each phase is a
+`compressors.training.trainer.run_phase`; what ADMM adds to it (penalty, dual updates) is in
+`compressors.training.admm_schedule`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +21,12 @@ from transformers import TrainerCallback, set_seed
 
 from compressors.models import ModelSource, load_model
 from compressors.pruning.admm import Admm
+from compressors.pruning.layerwise import admm_mask, second_order_mask, solve_layers
 from compressors.pruning.permutation import permute_channels, permute_residual, residual_order
 from compressors.pruning.sparsegpt import input_hessians, prune_layers
 from compressors.quantization.fake_quant import QuantLinear, quant_linears
 from compressors.quantization.prepare_bake import calibrate, prepare, require_invariants
-from compressors.settings import Settings
+from compressors.settings import SECOND_ORDER, Settings
 from compressors.training.admm_schedule import WATCHED_SAMPLES, AdmmCallback, PaperSchedule, Ramp, Schedule
 from compressors.training.augmentation import require_augmentable
 from compressors.training.callbacks import JsonLog
@@ -48,6 +51,8 @@ from nxm_export.data.examples import sorted_batches, split_indices
 from nxm_export.progress import Progress
 
 Layers = Mapping[str, QuantLinear]
+# The recipes whose weights and scales come from `compressors.pruning.layerwise`, with what they choose masks by.
+_SOLVED_MASKS = {"admm": admm_mask, "obs-refit": second_order_mask}
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,9 @@ class Job:
         held_out, rest = split_indices(data.train, min(256, len(data.train) // 20), settings.seed)
         self.held_out = [data.train[i] for i in sorted(held_out)]
         self.train = [data.train[i] for i in sorted(rest)]
-        self.steps = settings.steps or steps_of(self.train, settings.epochs, settings.batch_size)
+        self.steps = 0
+        if settings.trains:
+            self.steps = settings.steps or steps_of(self.train, settings.epochs, settings.batch_size)
         self.phase_data = PhaseData(
             self.train,
             data.pad_id,
@@ -104,27 +111,27 @@ class Job:
         if self.training.augment and self.training.losses.task:
             require_augmentable(self.data.task)
         set_seed(settings.seed)
-        student, teacher = self._student(), self._teacher()
-        self._calibrate(student)
+        student, teacher = self.prepared(), self._teacher()
         in_float = self._leave_in_float(student)
         layers = quant_linears(student)
         if settings.mask_scores == "activation":
-            squares = input_hessians(student, self._calibration_batches(), diagonal=True)
+            squares = input_hessians(student, self.calibration_batches(), diagonal=True)
             for name, layer in layers.items():
                 layer.importance = squares[name].sqrt()
         permutation = self._permute(student, teacher) if settings.permute else None
         searched = self._find_masks(student, layers, teacher)
-        freeze_masks(layers)
-        if settings.recipe == "one-shot":
+        if settings.recipe not in _SOLVED_MASKS:
+            freeze_masks(layers)
+        if not self.steps:
             self._calibrate(student)  # again: nothing else will fit the ranges to the weights as they are now
-        qat_steps = 0 if settings.recipe in ("paper", "one-shot") else self.steps - searched.steps
+        qat_steps = 0 if settings.recipe == "paper" else self.steps - searched.steps
         if qat_steps > 0:
             self._run(student, self._phase("qat", qat_steps), teacher)
         require_invariants(student)
         residual = searched.residual
         return student, TrainingFacts(
             recipe=settings.recipe,
-            steps=0 if settings.recipe == "one-shot" else self.steps,
+            steps=self.steps,
             train_samples=len(self.train),
             held_out_samples=len(self.held_out),
             qat_steps=qat_steps,
@@ -138,12 +145,13 @@ class Job:
             sr_ste_steps=searched.sr_ste_steps,
         )
 
-    def _student(self) -> nn.Module:
-        """The model that is compressed, with the plan's quantizers in it."""
+    def prepared(self) -> nn.Module:
+        """The model that is compressed, with the plan's quantizers in it, calibrated."""
         student = load_model(self.source, self.data.task, gelu=self.settings.gelu)
         _without_dropout(student)
         prepare(student, self.plan, self.source.family, self.source.config)
         self._freeze(student)
+        self._calibrate(student)
         return student
 
     def _teacher(self) -> nn.Module | None:
@@ -158,8 +166,13 @@ class Job:
     def _find_masks(self, student: nn.Module, layers: Layers, teacher: nn.Module | None) -> MaskSearch:
         """Whatever the recipe does before masks are fixed."""
         recipe = self.settings.recipe
-        if recipe == "obs":
-            prune_layers(layers, input_hessians(student, self._calibration_batches()))
+        if recipe in SECOND_ORDER:
+            hessians = input_hessians(student, self.calibration_batches())
+            if recipe == "obs":
+                prune_layers(layers, hessians)
+            else:
+                advance = partial(self.progress, "solve")
+                solve_layers(layers, hessians, _SOLVED_MASKS[recipe], deployed=not self.steps, progress=advance)
         if recipe in ("nxm", "paper"):
             return self._admm(student, layers, teacher)
         return self._sr_ste(student, layers, teacher) if recipe == "sr-ste" else MaskSearch()
@@ -257,7 +270,8 @@ class Job:
         elif self.settings.freeze_embeddings:
             freeze_embeddings(student)
 
-    def _calibration_batches(self) -> list[dict[str, Tensor]]:
+    def calibration_batches(self) -> list[dict[str, Tensor]]:
+        """The samples that ranges and inputs are measured on, in batches."""
         pick = np.random.default_rng(self.settings.seed).permutation(len(self.train))[
             : self.settings.calibration_samples
         ]
@@ -266,7 +280,7 @@ class Job:
         return [collate([samples[i] for i in batch], self.data.pad_id) for batch in batches]
 
     def _calibrate(self, student: nn.Module) -> None:
-        batches = self._calibration_batches()
+        batches = self.calibration_batches()
         done = iter(range(1, len(batches) + 1))
         student.eval()
         calibrate(

@@ -22,8 +22,11 @@ def print_estimate(estimate: RunEstimate) -> None:
         ("held-out samples", str(estimate.dev_samples)),
         ("plan", _counts(estimate.plan, estimate.embedding)),
         ("compression", ", ".join(f"{counting} {value:.2%}" for counting, value in estimate.compression.items())),
-        ("dense fine-tuning", _steps(estimate.dense_steps, estimate.dense_seconds)),
-        ("compression training", _steps(estimate.steps, estimate.seconds)),
+        (
+            "dense fine-tuning",
+            _steps(estimate.dense_steps, estimate.dense_seconds, "the model has a head for this task"),
+        ),
+        ("compression training", _steps(estimate.steps, estimate.seconds, "one-shot")),
         ("export, build, compare, time", f"about {_duration(estimate.other_seconds)}"),
         ("dense model and checkpoint", f"about {estimate.checkpoint_bytes / 1e6:.0f} MB"),
         ("FP32 graph", f"about {estimate.fp32_onnx_bytes / 1e6:.0f} MB"),
@@ -32,8 +35,8 @@ def print_estimate(estimate: RunEstimate) -> None:
     print_table("what `nxm run` would do", ("stage", "estimate"), rows)
 
 
-def _steps(steps: int, seconds: float) -> str:
-    return f"{steps} steps, about {_duration(seconds)}" if steps else "none: the model has a head for this task"
+def _steps(steps: int, seconds: float, why_none: str) -> str:
+    return f"{steps} steps, about {_duration(seconds)}" if steps else f"none: {why_none}"
 
 
 def _duration(seconds: float) -> str:

@@ -72,7 +72,8 @@ def estimate(request: Request) -> RunEstimate:
     speed = _flops()
     step = settings.batch_size * flops_per_sample * 3 / speed  # forward once, backward twice
     dense_steps = 0 if fits else settings.dense_steps or round(settings.dense_epochs * count / settings.batch_size)
-    steps = settings.steps or round(settings.epochs * count / settings.batch_size)
+    steps = settings.steps if settings.steps is not None else round(settings.epochs * count / settings.batch_size)
+    steps = steps if settings.trains else 0
     weights = sum(file.stat().st_size for file in Path(source.path).glob("*.safetensors"))
     return RunEstimate(
         train_samples=count,

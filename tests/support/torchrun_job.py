@@ -87,6 +87,8 @@ def job(desk: Path, out: Path) -> dict[str, object]:
         compressed("joint", replace(TRAINING, steps=4, admm="joint"))
         # Masks by second-order pruning, which every process does for itself.
         compressed("obs", replace(TRAINING, steps=2, recipe="obs"))
+        # Solutions that the processes share out.
+        compressed("admm", replace(TRAINING, steps=0, recipe="admm"))
     return {"states": states, "metrics": metrics.to_dict()}
 
 

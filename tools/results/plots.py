@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 COLORS = {
     "obs": "#17becf",
+    "admm": "#8c564b",
+    "obs-refit": "#e377c2",
     "nxm": "#1f77b4",
     "magnitude": "#ff7f0e",
     "sr-ste": "#2ca02c",

@@ -18,6 +18,8 @@ from nxm_export.errors import NxmError, PlanError
 DEFAULT_RECIPE = "obs"
 RECIPE_TITLES = {
     "obs": "second-order mask and start + masked QAT",
+    "admm": "layer-wise ADMM: mask, start and scales + masked QAT",
+    "obs-refit": "second-order mask, refitted start and scales + masked QAT",
     "nxm": "ADMM + masked QAT",
     "magnitude": "fixed magnitude mask + masked QAT",
     "sr-ste": "SR-STE + masked QAT",

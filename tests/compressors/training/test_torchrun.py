@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -112,6 +113,9 @@ def test_plan_and_masks_are_those_of_one_process(desk: Path, one: dict[str, Any]
         json.loads((desk / processes / "obs" / "metrics.json").read_text())["mask_hash"] for processes in ("one", "two")
     ]
     assert hashes[0] == hashes[1] != one["metrics"]["mask_hash"], "second-order masks, and others than ADMM's"
+    solved = [open_checkpoint(desk / processes / "admm") for processes in ("one", "two")]
+    for name in solved[0].plan.weights:
+        assert np.array_equal(solved[0].weight(name), solved[1].weight(name)), "solved by one process or the other"
     assert two[0]["metrics"]["residual"] == pytest.approx(one["metrics"]["residual"], rel=1e-3)
 
 

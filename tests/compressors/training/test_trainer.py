@@ -15,13 +15,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressors.models import resolve
+from compressors.models import load_tokenizer, resolve
+from compressors.pruning.layerwise import OutputMetric, solve
+from compressors.pruning.sparsegpt import input_hessians
+from compressors.quantization.fake_quant import quant_linears
 from compressors.settings import Settings
 from compressors.training.compress import compress, finetune
+from compressors.training.phases import Job
+from compressors.training.task_data import TaskDataRequest, read_task_data
 from compressors.training.trainer import schedule
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
+from nxm_export.contract.tasks import task_named
 from nxm_export.data.examples import Columns, Features
 from nxm_export.errors import ArtifactError, DataError, Notice, PlanError
 from nxm_export.progress import Progress
@@ -137,7 +143,8 @@ def test_a_model_whose_head_fits_is_not_trained_again(prepared: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "recipe", variants(["obs", "nxm", "magnitude", "sr-ste", "one-shot", "paper"], ("nxm", "paper"))
+    "recipe",
+    variants(["obs", "admm", "obs-refit", "nxm", "magnitude", "sr-ste", "one-shot", "paper"], ("admm", "nxm", "paper")),
 )
 def test_every_recipe_gives_a_valid_checkpoint_and_logs_what_it_did(
     prepared: Path, tmp_path: Path, recipe: str
@@ -154,7 +161,7 @@ def test_every_recipe_gives_a_valid_checkpoint_and_logs_what_it_did(
         assert {"residual", "flips", "projected_loss"} <= set(updates[0])
         assert metrics.residual is not None
         assert metrics.residual < updates[0]["residual"]
-    elif recipe in ("magnitude", "obs"):
+    elif recipe in ("magnitude", "obs", "admm", "obs-refit"):
         assert phases == {"qat"}
     elif recipe == "sr-ste":
         assert phases == {"sr-ste", "qat"}
@@ -185,6 +192,37 @@ def test_what_the_trainer_says_of_checkpoints_within_a_second_is_not_shown(prepa
 def test_the_second_order_recipe_keeps_other_weights_than_magnitude(prepared: Path, tmp_path: Path) -> None:
     one, other = (run(prepared, tmp_path / recipe, recipe=recipe, steps=1).mask_hash for recipe in ("obs", "magnitude"))
     assert one != other
+
+
+@pytest.mark.parametrize("spec", ["2:4+W4", "W4", "1:4"])
+def test_without_steps_the_solution_itself_is_what_is_saved(prepared: Path, tmp_path: Path, spec: str) -> None:
+    metrics = run(prepared, tmp_path / "checkpoint", spec, recipe="admm", steps=0)
+    assert (metrics.steps, metrics.qat_steps) == (0, 0)
+    checkpoint = open_checkpoint(tmp_path / "checkpoint")
+    checkpoint.require_valid()
+    source = resolve(prepared / "dense")
+    data = read_task_data(
+        source,
+        TaskDataRequest(task_named("classification"), str(prepared / "train.tsv")),
+        load_tokenizer(source),
+        Settings(**FAST),
+    )
+    settings = Settings(**{**FAST, "steps": 0, "recipe": "admm"})
+    job = Job(source, data, plan_for(prepared / "dense", spec), settings, tmp_path / "work", lambda *_: None)
+    student = job.prepared()
+    layers = quant_linears(student)
+    hessians = input_hessians(student, job.calibration_batches())
+    for name, layer in layers.items():
+        expected = solve(layer.weight, OutputMetric(hessians[name]), layer.spec).weight
+        saved = torch.from_numpy(checkpoint.weight(name).copy())
+        # A pattern without bits is stored in 16 bit; scales are kept as logarithms in float32.
+        torch.testing.assert_close(saved, expected.detach(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["nxm", "sr-ste", "paper"])
+def test_recipes_that_find_masks_in_training_need_steps(recipe: str) -> None:
+    with pytest.raises(PlanError, match="finds its masks in training"):
+        Settings(recipe=recipe, steps=0)
 
 
 @pytest.mark.parametrize("mode", ["mask", "joint", "joint-ste"])

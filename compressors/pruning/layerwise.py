@@ -1,0 +1,301 @@
+"""Layer-wise ADMM: N:M masks and integer codes of least output error, found before any training.
+
+For a linear layer y = W x, W (out, in), the mean squared error of its outputs under other weights Z is
+``E(Z) = tr((W - Z) H (W - Z)^T)`` with ``H = E[x x^T]`` (`compressors.pruning.sparsegpt.input_hessians`). Four steps
+make a small E, all rows of a matrix at once:
+
+1. **Mask** by ADMM: ``min E(X)  s.t.  X = Z, Z in N:M``. The X step is exact (one eigendecomposition of H serves every
+   penalty), the Z step keeps the N largest of each group, the unscaled dual V adds up what they disagree on
+   (`admm_mask`). This is the operator splitting of NxMiFormer (arXiv 2206.15014) in the metric of the layer's outputs
+   instead of the loss of the task; for language models see ALPS (arXiv 2406.07831) and Boza (arXiv 2401.02938).
+2. **Refit**: the exact minimum of E on the mask, by preconditioned conjugate gradients (`refit`).
+3. **Grid**: one scale per row, codes by error compensation from left to right (GPTQ, arXiv 2210.17323).
+4. **Descent**: single codes move to where E is least with all others fixed, scales are refitted; E never grows.
+
+Inputs are normalised to unit mean square in step 1: it makes a fixed schedule of penalties fit every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from compressors import distributed
+from compressors.projections import nm_mask
+from compressors.pruning.sparsegpt import inverse_factor, prune
+from compressors.quantization.fake_quant import QuantLinear
+from nxm_export.contract.plan import NMPattern, WeightSpec
+from nxm_export.errors import DataError
+
+DAMPING = 0.01  # of the mean diagonal of H: keeps its inverse finite for inputs that hardly vary
+_PENALTY, _GROWTH = (
+    0.1,
+    1.1,
+)  # rho and its growth per iteration; .01 to .1 and 1.1 to 1.3 every third agree within 0.5 %
+_MOST_ITERATIONS = 100
+_SETTLED_AFTER, _SETTLED_SHARE = 20, 3e-4  # stop once so few kept entries change
+_REFIT_STEPS, _REFIT_TOLERANCE = 60, 1e-5  # of conjugate gradients; residual relative to the first
+_SCALE_POINTS, _LOWEST_SCALE, _SCALE_REFINEMENTS = 36, 0.3, 10
+_SWEEPS = 3  # of coordinate descent
+_BLOCK = 128  # columns whose updates to the rest are applied together, for speed only
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What became of one weight matrix W (out, in).
+
+    `latent` is the refit on `mask`, in float: where training starts from. `weight` is what is deployed without
+    training: on the mask, and ``codes * scale`` where there are bits. `error` is E(weight) / E(0).
+    """
+
+    latent: Tensor
+    weight: Tensor
+    mask: Tensor | None  # (out, in) bool; None without a pattern
+    scale: Tensor | None  # (out, 1); None without bits
+    error: float
+
+
+class OutputMetric:
+    """``tr(D H D^T)`` of differences D (out, in) of weights, for one input tensor; layers that read it share this.
+
+    `hessian` (in, in) is E[x x^T]; it is damped by `damping` times its mean diagonal. Raises `DataError` where it is
+    not finite.
+    """
+
+    def __init__(self, hessian: Tensor, damping: float = DAMPING) -> None:
+        if not bool(torch.isfinite(hessian).all()):
+            raise DataError(
+                "the inputs of a layer are not finite on the calibration samples; the model or the texts are broken"
+            )
+        raw = hessian.float()
+        self.damping = damping
+        self.raw = raw
+        self.h = raw + torch.eye(len(raw), device=raw.device) * (damping * raw.diagonal().mean()).clamp(min=1e-12)
+
+    @cached_property
+    def norms(self) -> Tensor:
+        """Root mean square of each input, damped; (in,)."""
+        return self.h.diagonal().sqrt()
+
+    @cached_property
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """(values (in,), vectors (in, in)) of H with inputs of unit mean square."""
+        values, vectors = torch.linalg.eigh(self.h / (self.norms[:, None] * self.norms))
+        return values, vectors
+
+    @cached_property
+    def inverse_factor(self) -> Tensor:
+        """Upper Cholesky factor (in, in) of the inverse of H."""
+        return inverse_factor(self.raw, self.damping)
+
+    def error(self, difference: Tensor) -> Tensor:
+        """``d H d^T`` of every row; (out,)."""
+        return ((difference @ self.h) * difference).sum(dim=1)
+
+
+MaskOf = Callable[[Tensor, OutputMetric, NMPattern], Tensor]
+
+
+@torch.no_grad()
+def admm_mask(weight: Tensor, metric: OutputMetric, pattern: NMPattern) -> Tensor:
+    """The N:M mask (out, in) that ADMM finds for `weight`; see the module's text, step 1."""
+    values, vectors = metric.eigen
+    dense = weight.float() * metric.norms
+    target = dense @ vectors * values  # W H in the eigenbasis
+    mask = nm_mask(dense.abs(), pattern)
+    z = dense * mask
+    dual = torch.zeros_like(dense)
+    penalty = _PENALTY
+    kept = max(1, int(mask.sum()))
+    for iteration in range(1, _MOST_ITERATIONS + 1):
+        x = ((target + (penalty * z - dual) @ vectors) / (values + penalty)) @ vectors.T
+        candidate = x + dual / penalty
+        previous, mask = mask, nm_mask(candidate.abs(), pattern)
+        z = candidate * mask
+        dual += penalty * (x - z)
+        penalty *= _GROWTH
+        changed = int((mask & ~previous).sum())
+        if iteration > 1 and (changed == 0 or (iteration >= _SETTLED_AFTER and changed < _SETTLED_SHARE * kept)):
+            break
+    return mask
+
+
+@torch.no_grad()
+def second_order_mask(weight: Tensor, metric: OutputMetric, pattern: NMPattern) -> Tensor:
+    """The mask of greedy second-order pruning (`compressors.pruning.sparsegpt`): the control for `admm_mask`."""
+    pruned = prune(weight.float(), metric.raw, pattern, metric.damping)
+    return nm_mask(pruned.abs(), pattern)
+
+
+@torch.no_grad()
+def refit(weight: Tensor, metric: OutputMetric, mask: Tensor) -> Tensor:
+    """argmin of ``E(R)`` over R with its non-zeros in `mask`; conjugate gradients, diagonal preconditioner, row by row.
+
+    It starts at the masked weight, and every step lowers E.
+    """
+    keep = mask.float()
+    diagonal = metric.h.diagonal()
+    r = weight.float() * keep
+    residual = ((weight.float() - r) @ metric.h) * keep  # minus half of the gradient
+    z = residual / diagonal
+    direction = z.clone()
+    energy = (residual * z).sum(dim=1, keepdim=True)
+    first = energy.clamp(min=1e-30)
+    for _ in range(_REFIT_STEPS):
+        product = (direction @ metric.h) * keep
+        curvature = (direction * product).sum(dim=1, keepdim=True)
+        step = torch.where(curvature > 0, energy / curvature.clamp(min=1e-30), 0.0)
+        r += step * direction
+        residual -= step * product
+        z = residual / diagonal
+        renewed = (residual * z).sum(dim=1, keepdim=True)
+        if bool((renewed <= _REFIT_TOLERANCE**2 * first).all()):
+            break
+        direction = z + torch.where(energy > 0, renewed / energy.clamp(min=1e-30), 0.0) * direction
+        energy = renewed
+    return r
+
+
+@torch.no_grad()
+def round_to_least_error(
+    weight: Tensor, latent: Tensor, metric: OutputMetric, mask: Tensor | None, qmax: int
+) -> tuple[Tensor, Tensor]:
+    """(codes (out, in) in [-qmax, qmax], scale (out, 1)) of small ``E(codes * scale)``; zero outside `mask`."""
+    scale = weighted_scale(latent, metric.h.diagonal(), qmax)
+    keep = None if mask is None else mask.float()
+    codes = _compensated_codes(latent, metric.inverse_factor, scale, keep, qmax)
+    scale = _fitted_scale(codes, weight, metric, scale)
+    for _ in range(_SWEEPS):
+        codes = _descend(weight, codes, scale, metric, keep, qmax)
+        scale = _fitted_scale(codes, weight, metric, scale)
+    return codes, scale
+
+
+def weighted_scale(weight: Tensor, importance: Tensor, qmax: int) -> Tensor:
+    """Scale (out, 1) of least rounding error ``sum_j importance_j (w_j - Q(w_j))^2`` among points from 0.3 to 1 of the
+    max-abs scale, refined by least squares. Rows of zeros get 1."""
+    largest = weight.abs().amax(dim=1, keepdim=True) / qmax
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+
+    def cost(scale: Tensor) -> tuple[Tensor, Tensor]:
+        codes = torch.round(weight / scale).clamp_(-qmax, qmax)
+        return ((weight - codes * scale).square() * importance).sum(dim=1, keepdim=True), codes
+
+    best, (least, codes) = largest, cost(largest)
+    points = torch.linspace(_LOWEST_SCALE, 1.0, _SCALE_POINTS)[:-1].tolist() if qmax < 127 else []
+    candidates: list[Tensor | None] = [largest * point for point in points]
+    for candidate in [*candidates, *[None] * _SCALE_REFINEMENTS]:
+        if candidate is None:  # refine the best so far
+            power = (codes.square() * importance).sum(dim=1, keepdim=True)
+            fitted = (codes * weight * importance).sum(dim=1, keepdim=True) / power.clamp(min=1e-30)
+            candidate = torch.where(fitted > 0, fitted, best)
+        error, its_codes = cost(candidate)
+        better = error < least
+        best, least = torch.where(better, candidate, best), torch.where(better, error, least)
+        codes = torch.where(better, its_codes, codes)
+    return best
+
+
+def _compensated_codes(latent: Tensor, factor: Tensor, scale: Tensor, keep: Tensor | None, qmax: int) -> Tensor:
+    """Codes column by column, the error of each spread over the columns to come (GPTQ)."""
+    w = latent.clone()
+    codes = torch.empty_like(w)
+    columns = w.shape[1]
+    for start in range(0, columns, _BLOCK):
+        stop = min(start + _BLOCK, columns)
+        errors = torch.zeros_like(w[:, start:stop])
+        for j in range(start, stop):
+            code = torch.round(w[:, j] / scale[:, 0]).clamp_(-qmax, qmax)
+            if keep is not None:
+                code *= keep[:, j]
+            error = (w[:, j] - code * scale[:, 0]) / factor[j, j]
+            w[:, j + 1 : stop] -= error[:, None] * factor[j, j + 1 : stop]
+            codes[:, j] = code
+            errors[:, j - start] = error
+        w[:, stop:] -= errors @ factor[start:stop, stop:]
+    return codes
+
+
+def _descend(
+    weight: Tensor, codes: Tensor, scale: Tensor, metric: OutputMetric, keep: Tensor | None, qmax: int
+) -> Tensor:
+    """One sweep of exact coordinate descent on E over the codes, columns in order."""
+    codes, diagonal = codes.clone(), metric.h.diagonal()
+    pull = (weight - codes * scale) @ metric.h  # (W - Z) H
+    columns = codes.shape[1]
+    for start in range(0, columns, _BLOCK):
+        stop = min(start + _BLOCK, columns)
+        moves = torch.zeros_like(codes[:, start:stop])
+        local = pull[:, start:stop].clone()
+        for j in range(start, stop):
+            value = codes[:, j] * scale[:, 0]
+            code = torch.round((value + local[:, j - start] / diagonal[j]) / scale[:, 0]).clamp_(-qmax, qmax)
+            if keep is not None:
+                code *= keep[:, j]
+            moved = code * scale[:, 0] - value
+            local -= moved[:, None] * metric.h[j, start:stop]
+            moves[:, j - start], codes[:, j] = moved, code
+        pull -= moves @ metric.h[start:stop]
+    return codes
+
+
+def _fitted_scale(codes: Tensor, weight: Tensor, metric: OutputMetric, scale: Tensor) -> Tensor:
+    """argmin of ``E(codes * s)`` over s (out, 1); the former scale where that is not positive."""
+    product = codes @ metric.h
+    power = (product * codes).sum(dim=1, keepdim=True)
+    fitted = (product * weight).sum(dim=1, keepdim=True) / power.clamp(min=1e-30)
+    return torch.where((power > 0) & (fitted > 0), fitted, scale)
+
+
+@torch.no_grad()
+def solve(weight: Tensor, metric: OutputMetric, spec: WeightSpec, mask_of: MaskOf = admm_mask) -> Solution:
+    """Compress `weight` (out, in) as `spec` asks, with the least output error that the four steps find."""
+    dense = weight.float()
+    mask = None if spec.pattern is None else mask_of(dense, metric, spec.pattern)
+    latent = dense if mask is None else refit(dense, metric, mask)
+    deployed, scale = latent, None
+    if spec.qmax is not None:
+        codes, scale = round_to_least_error(dense, latent, metric, mask, spec.qmax)
+        deployed = codes * scale
+    whole = float(metric.error(dense).sum())
+    error = float(metric.error(dense - deployed).sum()) / whole if whole > 0 else 0.0
+    return Solution(latent.to(weight.dtype), deployed.to(weight.dtype), mask, scale, error)
+
+
+@torch.no_grad()
+def solve_layers(
+    layers: Mapping[str, QuantLinear],
+    hessians: Mapping[str, Tensor],
+    mask_of: MaskOf = admm_mask,
+    *,
+    deployed: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:
+    """Solve every prepared layer and put the solution into it; returns the error of each, by weight name.
+
+    Layers start from their latent weights, or, where nothing will train them, from the `deployed` ones. Layers of one
+    input tensor share one hessian (`input_hessians` gives them the same tensor) and its decomposition, of which one is
+    in memory at a time. Under ``torchrun`` each process solves some, and all get the same solutions.
+    """
+    by_hessian: dict[int, list[str]] = {}
+    for name in layers:
+        by_hessian.setdefault(id(hessians[name]), []).append(name)
+    own = list(by_hessian.values())[distributed.rank() :: distributed.world_size()]
+    solved: list[tuple[str, Solution]] = []
+    for names in own:
+        try:
+            metric = OutputMetric(hessians[names[0]])
+        except DataError as error:
+            raise DataError(f"{names[0]}: {error}") from error
+        for name in names:
+            solved.append((name, solve(layers[name].weight, metric, layers[name].spec, mask_of)))
+            progress(min(len(solved) * distributed.world_size(), len(layers)), len(layers))
+    solutions = dict(distributed.gathered(solved))
+    for name, layer in layers.items():
+        solution = solutions[name]
+        layer.start_from(solution.weight if deployed else solution.latent, solution.mask, solution.scale)
+    return {name: solutions[name].error for name in layers}

@@ -1,0 +1,227 @@
+"""Layer-wise ADMM against brute force, against second-order pruning, and on inputs that are hard to invert."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from compressors.pruning import layerwise
+from compressors.pruning.layerwise import (
+    OutputMetric,
+    admm_mask,
+    refit,
+    round_to_least_error,
+    second_order_mask,
+    solve,
+    solve_layers,
+    weighted_scale,
+)
+from compressors.pruning.sparsegpt import input_hessians
+from compressors.quantization.fake_quant import quant_linears
+from compressors.quantization.prepare_bake import prepare
+from nxm_export.contract.plan import NMPattern, WeightSpec
+from nxm_export.errors import DataError
+from tests.compressors.pruning.test_sparsegpt import correlated
+from tests.compressors.quantization.test_fake_quant import CONFIG, FAMILY, Block
+
+PATTERNS = [NMPattern(1, 2), NMPattern(2, 4), NMPattern(1, 4), NMPattern(4, 8)]
+
+
+def layer(out: int, in_: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(weight (out, in), hessian (in, in) of correlated inputs)."""
+    x = correlated(4 * in_, in_, seed)
+    return torch.randn(out, in_, generator=torch.Generator().manual_seed(seed + 1)), x.T @ x / len(x)
+
+
+def exact_refit(weight: Tensor, metric: OutputMetric, mask: Tensor) -> Tensor:
+    """Row by row: the normal equations on the support, in float64."""
+    h, solved = metric.h.double(), torch.zeros_like(weight, dtype=torch.float64)
+    for row, keep in enumerate(mask):
+        support = keep.nonzero().squeeze(-1)
+        solved[row, support] = torch.linalg.solve(h[support][:, support], h[support] @ weight[row].double())
+    return solved
+
+
+def errors(weight: Tensor, other: Tensor, metric: OutputMetric) -> Tensor:
+    difference = (weight.double() - other.double()) @ metric.h.double()
+    return (difference * (weight.double() - other.double())).sum(dim=1)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_the_refit_is_the_exact_minimum_on_its_mask(pattern: NMPattern) -> None:
+    weight, hessian = layer(8, 6 * pattern.m)
+    metric = OutputMetric(hessian)
+    mask = second_order_mask(weight, metric, pattern)
+    solved = refit(weight, metric, mask)
+    assert not solved[~mask].any()
+    best = errors(weight, exact_refit(weight, metric, mask), metric)
+    # Conjugate gradients stop at 1e-5 of the first residual, and what the error has above its minimum goes with the
+    # square of that.
+    torch.testing.assert_close(errors(weight, solved, metric), best, rtol=1e-4, atol=1e-6)
+
+
+def best_supports(weight: Tensor, metric: OutputMetric, pattern: NMPattern) -> Tensor:
+    """The least error of every row over all N:M supports, each with its weights solved exactly."""
+    groups = weight.shape[1] // pattern.m
+    best = torch.full((len(weight),), float("inf"), dtype=torch.float64)
+    for choice in itertools.product(itertools.combinations(range(pattern.m), pattern.n), repeat=groups):
+        support = [group * pattern.m + column for group, columns in enumerate(choice) for column in columns]
+        mask = torch.zeros_like(weight, dtype=torch.bool)
+        mask[:, support] = True
+        best = torch.minimum(best, errors(weight, exact_refit(weight, metric, mask), metric))
+    return best
+
+
+@pytest.mark.parametrize("pattern", [NMPattern(1, 2), NMPattern(2, 4), NMPattern(1, 4)], ids=str)
+def test_masks_come_near_the_best_of_all_supports_and_nearer_than_second_order_pruning(pattern: NMPattern) -> None:
+    """Two to four groups, so that every support can be tried."""
+    excess = dict.fromkeys((admm_mask, second_order_mask), 0.0)
+    least = 0.0
+    for seed in range(4):
+        weight, hessian = layer(16, {2: 8, 4: 12}[pattern.m], seed)
+        metric = OutputMetric(hessian)
+        best = best_supports(weight, metric, pattern)
+        least += float(best.sum())
+        for mask_of in excess:
+            found = errors(weight, refit(weight, metric, mask_of(weight, metric, pattern)), metric)
+            assert (found >= best * (1 - 1e-4) - 1e-6).all()
+            excess[mask_of] += float((found - best).sum())
+    assert excess[admm_mask] < 0.6 * excess[second_order_mask]
+    assert excess[admm_mask] < 0.5 * least
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("pattern", [None, *PATTERNS], ids=str)
+def test_solutions_keep_the_pattern_and_the_grid(pattern: NMPattern | None, bits: int) -> None:
+    weight, hessian = layer(16, 48)
+    spec = WeightSpec(pattern, bits, 8)
+    solution = solve(weight, OutputMetric(hessian), spec)
+    assert spec.qmax is not None
+    assert solution.scale is not None
+    assert solution.scale.shape == (16, 1)
+    assert bool((solution.scale > 0).all())
+    codes = solution.weight / solution.scale
+    torch.testing.assert_close(codes, codes.round(), atol=1e-4, rtol=0)  # float32 division of codes up to 127
+    assert int(codes.round().abs().max()) <= spec.qmax
+    if pattern is None:
+        assert solution.mask is None
+        return
+    assert solution.mask is not None
+    assert bool((solution.mask.reshape(16, -1, pattern.m).sum(-1) == pattern.n).all())
+    assert not solution.weight[~solution.mask].any()
+    assert not solution.latent[~solution.mask].any()
+
+
+def test_a_pattern_without_bits_is_the_refit_itself() -> None:
+    weight, hessian = layer(8, 32)
+    solution = solve(weight, OutputMetric(hessian), WeightSpec(NMPattern(2, 4)))
+    assert solution.scale is None
+    torch.testing.assert_close(solution.weight, solution.latent)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_descent_never_raises_the_error(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = layer(16, 64)
+    metric = OutputMetric(hessian)
+    mask = admm_mask(weight, metric, NMPattern(2, 4))
+    latent = refit(weight, metric, mask)
+    before = None
+    for sweeps in range(4):
+        monkeypatch.setattr(layerwise, "_SWEEPS", sweeps)
+        codes, scale = round_to_least_error(weight, latent, metric, mask, 2 ** (bits - 1) - 1)
+        after = errors(weight, codes * scale, metric)
+        if before is not None:
+            assert (after <= before * (1 + 1e-5)).all()  # float32 sums
+        before = after
+
+
+def test_one_code_cannot_be_moved_for_the_better() -> None:
+    """Where descent has come to rest, no single step of a code lowers the error: all steps are tried."""
+    weight, hessian = layer(4, 16)
+    metric, qmax = OutputMetric(hessian), 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layerwise, "_SWEEPS", 50)
+        codes, scale = round_to_least_error(weight, weight, metric, None, qmax)
+    rest = errors(weight, codes * scale, metric)
+    for column, step in itertools.product(range(16), (-1, 1)):
+        moved = codes.clone()
+        moved[:, column] = (moved[:, column] + step).clamp(-qmax, qmax)
+        assert (errors(weight, moved * scale, metric) >= rest * (1 - 1e-4)).all()
+
+
+def test_the_scale_is_the_best_of_a_fine_grid() -> None:
+    weight, hessian = layer(8, 64)
+    importance = hessian.diagonal()
+    found = weighted_scale(weight, importance, 7)
+
+    def cost(scale: Tensor) -> Tensor:
+        rounded = torch.round(weight / scale).clamp(-7, 7) * scale
+        return ((weight - rounded).square() * importance).sum(dim=1)
+
+    largest = weight.abs().amax(dim=1, keepdim=True) / 7
+    best = torch.stack([cost(largest * factor) for factor in torch.linspace(0.3, 1, 2000).tolist()]).amin(dim=0)
+    # Between two of its 36 points a narrow valley can be missed; on these rows that costs 3 % at most.
+    assert (cost(found) <= 1.03 * best).all()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_it_beats_second_order_pruning_on_wide_layers(pattern: NMPattern) -> None:
+    weight, hessian = layer(64, 192, 5)
+    metric = OutputMetric(hessian)
+    spec = WeightSpec(pattern, 4, 8)
+    assert solve(weight, metric, spec).error < 0.9 * solve(weight, metric, spec, second_order_mask).error
+
+
+@pytest.mark.parametrize("kind", ["dead inputs", "one token", "all zero", "rank one", "tiny", "huge"])
+def test_hessians_that_cannot_be_inverted(kind: str) -> None:
+    weight, hessian = layer(8, 32)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(1, 32, generator=generator)
+    hessian = {
+        "dead inputs": hessian * torch.outer(torch.arange(32) % 4 != 0, torch.arange(32) % 4 != 0),
+        "one token": x.T @ x,
+        "all zero": torch.zeros(32, 32),
+        "rank one": torch.ones(32, 32),
+        "tiny": hessian * 1e-12,
+        "huge": hessian * 1e12,
+    }[kind]
+    solution = solve(weight, OutputMetric(hessian), WeightSpec(NMPattern(2, 4), 4, 8))
+    assert solution.scale is not None
+    assert bool(torch.isfinite(solution.weight).all())
+    assert bool(torch.isfinite(solution.latent).all())
+    assert bool((solution.scale > 0).all())
+    assert 0 <= solution.error <= 1
+
+
+def test_rows_of_zeros_stay_zero() -> None:
+    weight, hessian = layer(8, 32)
+    weight[3] = 0
+    solution = solve(weight, OutputMetric(hessian), WeightSpec(NMPattern(2, 4), 4, 8))
+    assert not solution.weight[3].any()
+
+
+def test_inputs_that_are_no_numbers_are_refused() -> None:
+    weight, hessian = layer(8, 32)
+    hessian[3, 4] = float("nan")
+    with pytest.raises(DataError, match="not finite on the calibration samples"):
+        solve(weight, OutputMetric(hessian), WeightSpec(NMPattern(2, 4), 4, 8))
+
+
+def test_layers_of_a_model_get_their_solutions() -> None:
+    model = Block()
+    prepare(model, FAMILY.uniform_plan(CONFIG, WeightSpec(NMPattern(2, 4), 4, 8), placement="inputs"), FAMILY, CONFIG)
+    batch = {"input_ids": torch.arange(1, 9).reshape(2, 4), "attention_mask": torch.ones(2, 4, dtype=torch.long)}
+    layers = quant_linears(model)
+    dense = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    hessians = input_hessians(model, [batch])
+    query, key, *_ = layers
+    assert hessians[query] is hessians[key], "layers that read one tensor share a hessian, so that it is solved once"
+    solved = solve_layers(layers, hessians, deployed=True)
+    assert list(solved) == list(layers)
+    for name, layer in layers.items():
+        solution = solve(dense[name], OutputMetric(hessians[name]), layer.spec)
+        baked, scale = layer.baked()
+        assert scale is not None
+        torch.testing.assert_close(baked, solution.weight, rtol=1e-5, atol=1e-7)  # the scale is kept as a logarithm
+        assert solved[name] == pytest.approx(solution.error)

@@ -64,7 +64,11 @@ def test_the_wheel_ships_exactly_the_three_packages(wheel: Path) -> None:
     assert shipped == tree
     assert {f"{package}/py.typed" for package in PACKAGES} <= shipped
     other = {name for name in shipped if Path(name).suffix not in (".py", ".typed")}
-    data = {"engines/sparsity/sparse_kernels.json", "engines/serving/openapi.json"}
+    data = {
+        "engines/sparsity/sparse_kernels.json",
+        "engines/serving/openapi.json",
+        "nxm_export/graph/tensorrt_operators.json",
+    }
     templates = {f"nxm_export/reporting/{name}" for name in ("page.html.j2", "page.css", "card.md.j2")}
     assert other == data | templates, "and what the code reads beside it"
 

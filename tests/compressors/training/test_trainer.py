@@ -144,7 +144,7 @@ def test_a_model_whose_head_fits_is_not_trained_again(prepared: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     "recipe",
-    variants(["obs", "admm", "obs-refit", "nxm", "magnitude", "sr-ste", "one-shot", "paper"], ("admm", "nxm", "paper")),
+    variants(["obs", "admm", "obs-refit", "nxm", "magnitude", "sr-ste", "one-shot", "paper"], ("nxm", "paper")),
 )
 def test_every_recipe_gives_a_valid_checkpoint_and_logs_what_it_did(
     prepared: Path, tmp_path: Path, recipe: str
@@ -194,7 +194,7 @@ def test_the_second_order_recipe_keeps_other_weights_than_magnitude(prepared: Pa
     assert one != other
 
 
-@pytest.mark.parametrize("spec", ["2:4+W4", "W4", "1:4"])
+@pytest.mark.parametrize("spec", variants(["2:4+W4", "W4", "1:4"], ("2:4+W4",)))
 def test_without_steps_the_solution_itself_is_what_is_saved(prepared: Path, tmp_path: Path, spec: str) -> None:
     metrics = run(prepared, tmp_path / "checkpoint", spec, recipe="admm", steps=0)
     assert (metrics.steps, metrics.qat_steps) == (0, 0)
@@ -225,7 +225,7 @@ def test_recipes_that_find_masks_in_training_need_steps(recipe: str) -> None:
         Settings(recipe=recipe, steps=0)
 
 
-@pytest.mark.parametrize("mode", ["mask", "joint", "joint-ste"])
+@pytest.mark.parametrize("mode", variants(["mask", "joint", "joint-ste"], ("mask", "joint-ste")))
 @pytest.mark.parametrize("spec", variants(["2:4+W4", "1:4+W8", "W4", "2:4"], ("2:4+W4",)))
 def test_every_admm_mode_takes_every_kind_of_plan(prepared: Path, tmp_path: Path, mode: str, spec: str) -> None:
     run(prepared, tmp_path / "checkpoint", spec, recipe="nxm", admm=mode, steps=6)

@@ -218,6 +218,7 @@ def test_a_failure_of_the_tokenizer_is_an_error_in_json_and_the_server_goes_on(f
     assert all("the tokenizer failed (Exception: WordLevel error: Missing [UNK]" in line for line in errors)
 
 
+@pytest.mark.slow
 def test_a_deadline_runs_from_the_first_byte(engine: Path, tmp_path: Path) -> None:
     message = request("POST", INFER, body_of(feeds_of([6])))
     with nxm_serve(tmp_path / "log", f"exact={engine}", "--timeout-ms", "700") as server:

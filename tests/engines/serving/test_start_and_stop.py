@@ -35,6 +35,7 @@ def starting(log: Path, *arguments: str) -> Iterator[Running]:
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_server_that_loads_lives_is_not_ready_and_answers_503(slow_engine: Path, tmp_path: Path) -> None:
     body = body_of(feeds_of([3]))
     with starting(tmp_path / "log", f"exact={slow_engine}", "--instances", "2", "--threads", "1") as server:

@@ -65,7 +65,8 @@ class MatrixFacts:
 class UnreadProduct:
     """A product with an operand that no input of the graph decides, and that was not read: `reason` says why.
 
-    `name` is the constant or value, `node` the product's node, `op` its operator, `operand` which input it is.
+    `name` is the constant or value (empty for constants among the node's attributes), `node` the product's node, `op`
+    its operator, `operand` which input it is.
     """
 
     name: str
@@ -75,7 +76,8 @@ class UnreadProduct:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.node} ({self.op}): its weight {self.name} ({self.operand}) was not read: {self.reason}"
+        weight = self.name or "of its own"
+        return f"{self.node} ({self.op}): its weight {weight} ({self.operand}) was not read: {self.reason}"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ VERIFY_FILE = "verify.json"
 @dataclass(frozen=True)
 class WeightReport:
     """One weight matrix. `pattern` is the tightest well-known N:M that the stored values follow along K, `zeros` the
-    share of weights that are zero. `nodes` are the products that read it alike."""
+    share of weights that are zero. `nodes` are the products that read it alike. `sparse` says whether a sparse kernel
+    can read it as 2:4: 1:2 of a K that is no multiple of 4 is not; None in reports of older versions."""
 
     name: str
     op: str
@@ -32,10 +33,13 @@ class WeightReport:
     planned: str | None
     problems: tuple[str, ...]
     nodes: tuple[str, ...] = ()
+    sparse: bool | None = None
 
     @property
     def is_sparse(self) -> bool:
         """True when it is 2:4 along K, or tighter."""
+        if self.sparse is not None:
+            return self.sparse
         return self.pattern is not None and NMPattern.parse(self.pattern).implies_2_4
 
 

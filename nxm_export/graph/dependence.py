@@ -32,8 +32,9 @@ _ONE_DATA_INPUT = (
 _Edge = tuple[ir.Value, ir.Value, Dependence]  # from, to, and the most that goes along
 
 
-def dependences(model: ir.Model) -> dict[int, Dependence]:
-    """The dependence of every value that depends on an input at all, by the value's ``id``."""
+def dependences(model: ir.Model, *, with_defaults: bool = False) -> dict[int, Dependence]:
+    """The dependence of every value that depends on an input at all, by the value's ``id``; `with_defaults` counts
+    inputs that have a value in the file, too."""
     edges: dict[int, list[tuple[ir.Value, Dependence]]] = {}
     found: dict[int, Dependence] = {}
     queue: deque[ir.Value] = deque()
@@ -49,7 +50,7 @@ def dependences(model: ir.Model) -> dict[int, Dependence]:
         for value in [*_unknown_inputs(node), *(node.outputs if node.op_type in _RANDOM else ())]:
             reach(value, Dependence.INPUTS)
     for value in model.graph.inputs:
-        if value.const_value is None:
+        if value.const_value is None or with_defaults:
             reach(value, Dependence.INPUTS)
     while queue:
         value = queue.popleft()

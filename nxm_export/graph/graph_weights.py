@@ -23,7 +23,7 @@ from nxm_export.contract.matrix_facts import UnreadProduct
 from nxm_export.contract.plan import NMPattern
 from nxm_export.errors import ArtifactError, NxmError
 from nxm_export.graph.constant_values import ConstantValues, NotComputed, plain, stored_array
-from nxm_export.graph.dependence import Dependence
+from nxm_export.graph.dependence import Dependence, dependences
 from nxm_export.graph.node_checks import malformed_nodes
 from nxm_export.graph.products import NotRead, Operand, name_of, operands
 from nxm_export.graph.sparse_tensors import densify
@@ -39,13 +39,14 @@ class GraphWeight:
     """One weight matrix as a product node reads it.
 
     `matrix` is (K, N): the integers that a DequantizeLinear or the operator itself scales, otherwise the values.
-    `operand` is the input of `node` that it is; `stored` the type in the file and `codes` the type of the matrix: of
-    what DequantizeLinear reads, where there is one. `scale_axis` is ``N``, ``K``, ``block`` (several scales along K) or
-    ``tensor``, None without scale; `zero_point` has a shape that `matrix` broadcasts with, or another that nothing here
-    knows. `quantized` says that stored integers or a QuantizeLinear made it, in whatever way. K consists of runs of
-    `run` elements that lie together. `stack` is how many matrices the operand has (of a convolution it says nothing).
-    `unrounded` is the matrix in front of a QuantizeLinear of constants, and `moved_by` names operators that take a part
-    of it or join it, behind its DequantizeLinear."""
+    `operand` is the input of `node` that it is; `stored` the type in the file and `codes` the type of the matrix:
+    of what DequantizeLinear reads, where there is one. `scale_axis` is ``N``, ``K``, ``block`` (several scales
+    along K), ``tensor`` or ``nothing`` (they fit no axis), None without scale; `zero_point` has a shape that
+    `matrix` broadcasts with, or another that nothing here knows. `quantized` says that stored integers or a
+    QuantizeLinear made it, in whatever way. K consists of runs of `run` elements that lie together. `stack` is how
+    many matrices the operand has (of a convolution it says nothing). `unrounded` is the matrix in front of a
+    QuantizeLinear of constants, and `moved_by` names operators that take a part of it or join it, behind its
+    DequantizeLinear."""
 
     name: str
     node: ir.Node
@@ -220,6 +221,7 @@ class _Reader:
 
     def __init__(self, model: ir.Model) -> None:
         self.constants = ConstantValues(model)
+        self._overridden = dependences(model, with_defaults=True)
 
     def read(self, operand: Operand) -> GraphWeight | UnreadProduct | None:
         """The weight, or why it was not read; None when the operand is no constant."""
@@ -227,8 +229,7 @@ class _Reader:
         if value is None:
             origins = Origins((), quantized=False)
         else:
-            runs = max((self.constants.dependence(output) for output in node.outputs), default=Dependence.NOTHING)
-            if self.constants.dependence(value) >= runs:
+            if not self._runs(node, value):
                 return None
             origins = origins_of(value)
         try:
@@ -239,8 +240,22 @@ class _Reader:
             reason = str(why)
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
             reason = f"it, or what makes it, is malformed ({_first_line(error)})"
-        name = origins.name or (value.name if value is not None else "") or "its weight"
+        name = origins.name or (value is not None and value.name) or ""
         return UnreadProduct(name, name_of(node), node.op_type, operand.label, reason)
+
+    def _runs(self, node: ir.Node, value: ir.Value) -> bool:
+        """True when an operand depends on less than its product does, so that it is a constant of the running model.
+
+        Where all depends on constants alone, an input that has a value in the file may still be overridden: the product
+        runs, and its weights are the operands that no input overrides, or else all.
+        """
+        runs = max((self.constants.dependence(output) for output in node.outputs), default=Dependence.NOTHING)
+        if runs is not Dependence.NOTHING:
+            return self.constants.dependence(value) < runs
+        if not any(id(output) in self._overridden for output in node.outputs):
+            return False
+        multiplied = [other.value for other in operands(node) if other.value is not None]
+        return id(value) not in self._overridden or all(id(other) in self._overridden for other in multiplied)
 
     def _weight(self, operand: Operand, value: ir.Value | None, origins: Origins) -> GraphWeight | None:
         if value is None:
@@ -287,7 +302,9 @@ def _scales(codes: Codes, operand: Operand) -> tuple[np.ndarray | None, str | No
         return scale.values, "tensor"
     if codes.blocked:
         return scale.values, "block"
-    if scale.index is None:  # an operator's own, or as many as fit no axis
+    if scale.index is None and not operand.product.reads_codes:
+        return scale.values, "nothing"
+    if scale.index is None:  # an operator's own
         return scale.values, "N"
     index = operand.matrix(scale.index).array
     if not index.size:

@@ -88,11 +88,19 @@ def operands(node: ir.Node) -> Iterator[Operand]:
         if _is_no_product(domain, op):
             return
         product = Product(None, _unknown)
-    if product.operands == ():
+    if product.operands == () or (product.is_unknown and _holds_matrix(node)):
         yield Operand(node, None, product)
     for index in range(len(node.inputs)) if product.operands is None else product.operands:
         if index < len(node.inputs) and node.inputs[index] is not None:
             yield Operand(node, index, product)
+
+
+def _holds_matrix(node: ir.Node) -> bool:
+    """True for a node with a tensor of two axes or more among its attributes."""
+    return any(
+        attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref() and len(attribute.as_tensor().shape) > 1
+        for attribute in node.attributes.values()
+    )
 
 
 def operator(node: ir.Node) -> tuple[str, str]:

@@ -47,8 +47,7 @@ def _facts(weight: GraphWeight, plan: CompressionPlan | None) -> MatrixFacts:
     output, epilogue = output_type(weight.node)
     form = _FORMS.get(weight.node.op_type, weight.node.op_type)
     if weight.node.op_type == "Conv":
-        shape = _kernel_shape(weight.node)
-        form = "conv1x1" if set(shape) <= {1} else "conv"
+        form = "conv1x1" if weight.k == weight.run else "conv"  # K is the channels of one place of the kernel
     return MatrixFacts(
         name=name,
         node=name_of(weight.node),
@@ -91,14 +90,6 @@ def _follows_along_n(weight: GraphWeight) -> bool:
     if not weight.matrix.size or weight.n % SPARSE.m or nonzero_mask.mean() > SPARSE.density:
         return False
     return bool((nonzero_mask.reshape(weight.k, -1, SPARSE.m).sum(axis=-1) <= SPARSE.n).all())
-
-
-def _kernel_shape(node: ir.Node) -> list[int]:
-    if "kernel_shape" in node.attributes:
-        return list(node.attributes["kernel_shape"].as_ints())
-    weight = node.inputs[1]
-    shape = None if weight is None else weight.shape
-    return [int(size) if isinstance(size, int) else 0 for size in shape[2:]] if shape is not None else [0]
 
 
 def _integer_input(node: ir.Node) -> bool:

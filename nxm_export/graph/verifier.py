@@ -56,6 +56,7 @@ _READS_CODES = (
     "QAttention",
     *_MOVES_CODES,
 )
+_SPARSE = NMPattern(2, 4)
 _DYNAMIC = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM")
 
 
@@ -121,7 +122,7 @@ def _check_products(
         else:
             quantized |= found.quantized
             nodes.setdefault(_check_weight(found, plan, pattern), []).append(name_of(found.node))
-    reports = (replace(report, nodes=tuple(dict.fromkeys(names))) for report, names in nodes.items())
+    reports = (replace(report, nodes=tuple(names)) for report, names in nodes.items())
     return tuple(reports), tuple(unread), quantized
 
 
@@ -153,6 +154,7 @@ def _check_weight(weight: GraphWeight, plan: CompressionPlan | None, pattern: NM
         pattern=str(weight.pattern() or "") or None,
         planned=str(spec) if spec else None,
         problems=tuple(problems),
+        sparse=weight.follows(_SPARSE),
     )
 
 
@@ -200,8 +202,10 @@ def scale_problems(weight: GraphWeight) -> list[str]:
         problems.append("it has several scales along K (blocks): no integer kernel can apply them")
     if weight.scale is not None:
         problems += [f"a scale {problem}" for problem in _scale_problems(weight.scale)]
-        if weight.scale_axis == "N" and weight.scale.size != weight.n:
+        if weight.scale_axis in ("N", "nothing") and weight.scale.size != weight.n:
             problems.append(f"{weight.scale.size} scales for {weight.n} output channels")
+        elif weight.scale_axis == "nothing":
+            problems.append(f"its {weight.scale.size} scales do not fit the axis that they are said to lie along")
     if weight.zero_point is not None and np.any(weight.zero_point):
         problems.append("its zero point is not 0, and TensorRT refuses asymmetric weights")
     return problems

@@ -18,6 +18,7 @@ from nxm_export.contract.matrix_facts import UnreadProduct
 from nxm_export.contract.plan import NMPattern
 from nxm_export.errors import ArtifactError
 from nxm_export.graph.graph_weights import GraphWeight, graph_products, load_graph
+from nxm_export.graph.sparsity_scan import scan_products
 from nxm_export.graph.verifier import verify
 from nxm_export.pipeline.inspection import doctor_file
 from tests.support import onnx_text
@@ -376,3 +377,69 @@ def test_doctor_calls_no_part_of_a_weight_ready_and_tells_the_products_of_one_we
 def test_a_malformed_node_is_refused_when_the_file_is_read(nodes: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=message):
         found(f"g (float[b, 16] x) => (float y) <{held('w', DENSE)}> {{ {nodes} }}", tmp_path)
+
+
+def test_a_product_of_an_input_with_a_default_is_a_product(tmp_path: Path) -> None:
+    """Whoever runs the file may give that input; the weight beside it is read, and the default is none."""
+    products = found(
+        f"g (float[N, 16] x, float[1, 16] z) => (float[N, 8] y) <float[1, 16] z = {{{','.join(['1'] * 16)}}}, {ONE}, "
+        f"{held('w', SPARSE)}, {held('v', DENSE)}> {{ d = DequantizeLinear(w, s) a = MatMul(x, d) "
+        "e = DequantizeLinear(v, s) b = MatMul(z, e) y = Add(a, b) }",
+        tmp_path,
+    )
+    assert [(product.name, product.operand) for product in products] == [("w", "input 1"), ("v", "input 1")]
+    assert not verify(tmp_path / "model.onnx", pattern=PATTERN).passed
+
+
+def test_a_matrix_among_the_attributes_of_an_unknown_operator_is_listed(tmp_path: Path) -> None:
+    (product,) = found(
+        f"g (float[N, 16] x) => (float[N, 8] y) {{ y = plugin.Packed <weight = int8[16, 8] "
+        f"{{{','.join(map(str, DENSE.ravel()))}}}>(x) }}",
+        tmp_path,
+    )
+    assert isinstance(product, UnreadProduct)
+    assert "its weight of its own (an attribute) was not read" in str(product)
+
+
+def test_one_of_two_is_no_two_of_four_where_k_is_no_multiple_of_four(tmp_path: Path) -> None:
+    weight = np.ones((18, 8), np.int8) * (np.arange(18) % 2)[:, None].astype(np.int8)
+    found(
+        f"g (float[N, 18] x) => (float[N, 8] y) <{ONE}, {held('w', weight)}> "
+        "{ d = DequantizeLinear(w, s) y = MatMul(x, d) }",
+        tmp_path,
+    )
+    report = verify(tmp_path / "model.onnx")
+    assert (report.weights[0].pattern, report.products.sparse) == ("1:2", 0)
+    assert doctor_file(tmp_path / "model.onnx", "trt").sparsity.products == report.products
+
+
+def test_products_of_one_name_are_counted_each(tmp_path: Path) -> None:
+    found(
+        f"g (float[N, 16] x) => (float[N, 8] y) <{ONE}, {held('w', SPARSE)}> "
+        "{ d = DequantizeLinear(w, s) [mm] a = MatMul(x, d) [mm] b = MatMul(x, d) y = Add(a, b) }",
+        tmp_path,
+    )
+    assert str(verify(tmp_path / "model.onnx").products) == "2 products, 2 read, 2 sparse"
+
+
+def test_a_convolution_of_one_place_is_one_without_saying_so(tmp_path: Path) -> None:
+    """`kernel_shape` is optional, and the weight behind a DequantizeLinear has no shape of its own."""
+    found(
+        f"g (float[N, 16, H, W] x) => (float[N, 8, H, W] y) <{ONE}, {held('w', DENSE.T.reshape(8, 16, 1, 1))}> "
+        "{ d = DequantizeLinear(w, s) y = Conv(x, d) }",
+        tmp_path,
+    )
+    (fact,) = scan_products(load_graph(tmp_path / "model.onnx"), "model.onnx").facts
+    assert fact.form == "conv1x1"
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_scales_along_an_axis_that_they_do_not_fit_are_a_problem(axis: int, tmp_path: Path) -> None:
+    """As many as there are output channels, and said to lie along another axis, or along none."""
+    found(
+        f"g (float[N, 16] x) => (float[N, 8] y) <float[8] s = {{1,1,1,1,1,1,1,1}}, {held('w', SPARSE)}> "
+        f"{{ d = DequantizeLinear <axis={axis}>(w, s) y = MatMul(x, d) }}",
+        tmp_path,
+    )
+    report = verify(tmp_path / "model.onnx", pattern=PATTERN)
+    assert report.all_problems == ["w: its 8 scales do not fit the axis that they are said to lie along"]

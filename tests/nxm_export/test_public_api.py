@@ -334,6 +334,7 @@ def test_what_was_asked_is_never_dropped(tmp_path: Path, choices: dict[str, Any]
     "choices",
     [
         {},
+        {"pattern": nxm.NMPattern(1, 4)},
         {"pattern": None},
         {"weight_bits": None},
         {"weight_bits": None, "options": nxm.PlanOptions(placement="inputs")},
@@ -358,6 +359,18 @@ def test_no_threads_are_refused(small: Path) -> None:
         nxm.bench(small / "engine", [(1, 8)], threads=0)
     with pytest.raises(nxm.EngineError, match="at least one thread, got 0"):
         nxm.bench_text(small / "engine", small / "dev.tsv", threads=0)
+
+
+def test_only_an_expected_engine_predicts(tiny_engine: Callable[..., Path]) -> None:
+    engine = nxm.open_engine(tiny_engine("ort"))
+    assert engine.predict(["a film"], expect_sha256=[engine.passport.engine_sha256])
+    with pytest.raises(nxm.ServeError, match="expect"):
+        engine.predict(["a film"], expect_sha256=["0" * 64])
+
+
+def test_a_backend_without_sparse_kernels_is_judged_for_nothing(tmp_path: Path) -> None:
+    with pytest.raises(nxm.EngineError, match=r"'ort' runs no sparse kernels.*choose one of trt, trt_rtx"):
+        nxm.diagnose(tmp_path / "model.onnx", backend="ort")
 
 
 def test_a_search_refuses_the_revision_that_it_cannot_take(tmp_path: Path) -> None:

@@ -24,14 +24,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from compressors.search.settings import SearchSettings
-    from compressors.settings import Settings
+    from compressors.settings import Losses, Settings
     from engines.base import BuildOptions, Profile
     from engines.benchmark.latency import BenchReport
     from engines.benchmark.text_throughput import TextReport
     from engines.parity.reports import Comparison, ParityReport
     from engines.passport import EnginePassport
     from engines.predictor import Predictor
-    from engines.serving.settings import ModelOptions, ServerOptions, TritonOptions
+    from engines.serving.settings import ConnectionLimits, ModelOptions, RequestLimits, ServerOptions, TritonOptions
     from engines.triton import TritonManifest
     from nxm_export.api.functions import (
         Default,
@@ -137,7 +137,10 @@ _HOMES = {
         "nxm_export.errors",
     ),
     "Predictor": "engines.predictor",
-    **dict.fromkeys(("ModelOptions", "ServerOptions", "TritonOptions"), "engines.serving.settings"),
+    **dict.fromkeys(
+        ("ModelOptions", "ServerOptions", "RequestLimits", "ConnectionLimits", "TritonOptions"),
+        "engines.serving.settings",
+    ),
     "TritonManifest": "engines.triton",
     "PackedSizes": "nxm_export.contract.packed_checkpoint",
     "VerifyReport": "nxm_export.contract.verify_report",
@@ -151,7 +154,7 @@ _HOMES = {
     ),
     "Progress": "nxm_export.progress",
     "Columns": "nxm_export.data.examples",
-    "Settings": "compressors.settings",
+    **dict.fromkeys(("Settings", "Losses"), "compressors.settings"),
     "SearchSettings": "compressors.search.settings",
     "SearchResult": "nxm_export.contract.search_result",
     "RunSummary": "nxm_export.contract.run_summary",
@@ -196,11 +199,14 @@ __all__ = [  # noqa: RUF022  (in the order in which one meets them)
     "PlanOptions",
     "Default",
     "Settings",
+    "Losses",
     "SearchSettings",
     "BuildOptions",
     "Profile",
     "ModelOptions",
     "ServerOptions",
+    "RequestLimits",
+    "ConnectionLimits",
     "TritonOptions",
     "Columns",
     "Progress",

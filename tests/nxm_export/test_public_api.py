@@ -128,6 +128,28 @@ def test_every_type_of_ours_in_a_public_signature_is_public(name: str) -> None:
         assert annotated_names(function, own_names(tree)) - NO_TYPES <= set(PUBLIC), where
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PlanOptions",
+        "Settings",
+        "SearchSettings",
+        "BuildOptions",
+        "Profile",
+        "ModelOptions",
+        "ServerOptions",
+        "TritonOptions",
+        "Columns",
+    ],
+)
+def test_what_an_option_takes_is_public(name: str) -> None:
+    tree = module_tree(nxm._HOMES[name])
+    (record,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
+    annotations = [node.annotation for node in record.body if isinstance(node, ast.AnnAssign)]
+    named = {node.id for top in annotations for node in ast.walk(top) if isinstance(node, ast.Name)}
+    assert named & own_names(tree) <= set(PUBLIC)
+
+
 def table_rows() -> list[str]:
     """The functions in the table of docs/python.md."""
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8").partition("| function | command | returns |")[2]

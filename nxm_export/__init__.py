@@ -60,13 +60,13 @@ if TYPE_CHECKING:
         verify,
     )
     from nxm_export.api.objects import CompressedModel, EngineDirectory, Graph, Model, load, open_engine
-    from nxm_export.contract.checkpoint_metrics import CompressionMetrics, DenseMetrics
-    from nxm_export.contract.matrix_facts import ProductCounts
     from nxm_export.contract.packed_checkpoint import PackedSizes
     from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
-    from nxm_export.contract.run_summary import RunSummary
-    from nxm_export.contract.search_result import SearchResult
-    from nxm_export.contract.verify_report import VerifyReport
+    from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, DenseMetrics
+    from nxm_export.contract.records.matrix_facts import ProductCounts
+    from nxm_export.contract.records.run_summary import RunSummary
+    from nxm_export.contract.records.search_result import SearchResult
+    from nxm_export.contract.records.verify_report import VerifyReport
     from nxm_export.data.examples import Columns
     from nxm_export.data.predictions import (
         Answer,
@@ -124,7 +124,7 @@ _HOMES = {
         "nxm_export.api.functions",
     ),
     **dict.fromkeys(("CompressionPlan", "NMPattern", "WeightSpec"), "nxm_export.contract.plan"),
-    **dict.fromkeys(("CompressionMetrics", "DenseMetrics"), "nxm_export.contract.checkpoint_metrics"),
+    **dict.fromkeys(("CompressionMetrics", "DenseMetrics"), "nxm_export.contract.records.checkpoint_metrics"),
     **dict.fromkeys(
         ("Prediction", "LabelSet", "Score", "Entity", "TaggedText", "Answer", "Embedding", "AnyPrediction"),
         "nxm_export.data.predictions",
@@ -143,8 +143,8 @@ _HOMES = {
     ),
     "TritonManifest": "engines.triton",
     "PackedSizes": "nxm_export.contract.packed_checkpoint",
-    "VerifyReport": "nxm_export.contract.verify_report",
-    "ProductCounts": "nxm_export.contract.matrix_facts",
+    "VerifyReport": "nxm_export.contract.records.verify_report",
+    "ProductCounts": "nxm_export.contract.records.matrix_facts",
     "Text": "nxm_export.data.texts",
     "Exported": "nxm_export.graph.exporter",
     "MachineReport": "nxm_export.pipeline.environment",
@@ -156,8 +156,8 @@ _HOMES = {
     "Columns": "nxm_export.data.examples",
     **dict.fromkeys(("Settings", "Losses"), "compressors.settings"),
     "SearchSettings": "compressors.search.settings",
-    "SearchResult": "nxm_export.contract.search_result",
-    "RunSummary": "nxm_export.contract.run_summary",
+    "SearchResult": "nxm_export.contract.records.search_result",
+    "RunSummary": "nxm_export.contract.records.run_summary",
     "BuildOptions": "engines.base",
     "Profile": "engines.base",
     "EnginePassport": "engines.passport",

@@ -44,11 +44,11 @@ if TYPE_CHECKING:
     from engines.passport import EnginePassport
     from engines.serving.settings import ModelOptions, ServerOptions, TritonOptions
     from engines.triton import TritonManifest
-    from nxm_export.contract.checkpoint_metrics import CompressionMetrics, DenseMetrics
     from nxm_export.contract.packed_checkpoint import PackedSizes
-    from nxm_export.contract.run_summary import RunSummary
-    from nxm_export.contract.search_result import SearchResult
-    from nxm_export.contract.verify_report import VerifyReport
+    from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, DenseMetrics
+    from nxm_export.contract.records.run_summary import RunSummary
+    from nxm_export.contract.records.search_result import SearchResult
+    from nxm_export.contract.records.verify_report import VerifyReport
     from nxm_export.data.texts import Text
     from nxm_export.graph.exporter import Exported
     from nxm_export.pipeline.environment import MachineReport
@@ -444,7 +444,7 @@ def diagnose(
 
 def show(run_directory: str | Path) -> RunSummary:
     """The summary of a run that is complete."""
-    from nxm_export.contract.run_summary import read_summary
+    from nxm_export.contract.records.run_summary import read_summary
 
     return read_summary(run_directory)
 

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from engines.benchmark.latency import BenchReport
     from engines.parity.reports import Comparison
     from engines.passport import EnginePassport
-    from nxm_export.contract.checkpoint_metrics import CompressionMetrics
     from nxm_export.contract.plan import CompressionPlan, NMPattern
-    from nxm_export.contract.search_result import SearchResult
-    from nxm_export.contract.verify_report import VerifyReport
+    from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics
+    from nxm_export.contract.records.search_result import SearchResult
+    from nxm_export.contract.records.verify_report import VerifyReport
     from nxm_export.data.texts import Text
     from nxm_export.graph.exporter import Exported
 

@@ -140,7 +140,7 @@ def inspect_engine(
 
 
 def _graph_facts(file: Path) -> GraphFacts:
-    from nxm_export.graph.graph_weights import load_graph
+    from nxm_export.graph.reading.graph_weights import load_graph
 
     model = load_graph(file)
     counts: dict[str, int] = {}
@@ -223,8 +223,8 @@ def doctor_file(
     from engines.sparsity.report import FileProblem, judge
     from engines.sparsity.targets import sparsity_target, target_problems
     from engines.tensorrt.rtx_parser import ask_parser
-    from nxm_export.graph.graph_weights import load_graph
-    from nxm_export.graph.sparsity_scan import scan_products
+    from nxm_export.graph.reading.graph_weights import load_graph
+    from nxm_export.graph.reading.sparsity_scan import scan_products
     from nxm_export.graph.tensorrt_parser import parser_of, parser_problems
     from nxm_export.graph.verifier import verify_model
 

@@ -13,10 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nxm_export.contract.matrix_facts import ScannedProducts
+from nxm_export.contract.records.matrix_facts import ScannedProducts
 from nxm_export.errors import NxmError
-from nxm_export.graph.graph_weights import load_graph
-from nxm_export.graph.sparsity_scan import scan_products
+from nxm_export.graph.reading.graph_weights import load_graph
+from nxm_export.graph.reading.sparsity_scan import scan_products
 
 
 def polygraphy(file: Path) -> dict[str, bool] | None:

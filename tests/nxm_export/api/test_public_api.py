@@ -154,7 +154,10 @@ def table_rows() -> list[str]:
     """The functions in the table of docs/python.md."""
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8").partition("| function | command | returns |")[2]
     return [
-        name for row in page.splitlines() if row.startswith("| `") for name in re.findall(r"`(\w+)`", row.split("|")[1])
+        name
+        for row in page.partition("\n\n")[0].splitlines()
+        if row.startswith("| `")
+        for name in re.findall(r"`(\w+)`", row.split("|")[1])
     ]
 
 

@@ -1,11 +1,11 @@
-"""A process that trains: its allocator, its threads, and the other processes of ``torchrun``."""
+"""A process that trains: what it does with freed memory, its threads, and the other processes of ``torchrun``."""
 
 from __future__ import annotations
 
 import torch
 
 from compressors import distributed
-from compressors.allocator import keep_freed_memory
+from compressors.freed_memory import keep_freed_memory
 
 
 def prepare_process(threads: int | None = None) -> None:

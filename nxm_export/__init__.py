@@ -24,14 +24,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from compressors.search.settings import SearchSettings
-    from compressors.settings import Settings
+    from compressors.settings import Losses, Settings
     from engines.base import BuildOptions, Profile
     from engines.benchmark.latency import BenchReport
     from engines.benchmark.text_throughput import TextReport
     from engines.parity.reports import Comparison, ParityReport
     from engines.passport import EnginePassport
     from engines.predictor import Predictor
-    from engines.serving.settings import ModelOptions, ServerOptions, TritonOptions
+    from engines.serving.settings import ConnectionLimits, ModelOptions, RequestLimits, ServerOptions, TritonOptions
     from engines.triton import TritonManifest
     from nxm_export.api.functions import (
         Default,
@@ -60,13 +60,13 @@ if TYPE_CHECKING:
         verify,
     )
     from nxm_export.api.objects import CompressedModel, EngineDirectory, Graph, Model, load, open_engine
-    from nxm_export.contract.checkpoint_metrics import CompressionMetrics, DenseMetrics
-    from nxm_export.contract.matrix_facts import ProductCounts
     from nxm_export.contract.packed_checkpoint import PackedSizes
     from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
-    from nxm_export.contract.run_summary import RunSummary
-    from nxm_export.contract.search_result import SearchResult
-    from nxm_export.contract.verify_report import VerifyReport
+    from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, DenseMetrics
+    from nxm_export.contract.records.matrix_facts import ProductCounts
+    from nxm_export.contract.records.run_summary import RunSummary
+    from nxm_export.contract.records.search_result import SearchResult
+    from nxm_export.contract.records.verify_report import VerifyReport
     from nxm_export.data.examples import Columns
     from nxm_export.data.predictions import (
         Answer,
@@ -124,7 +124,7 @@ _HOMES = {
         "nxm_export.api.functions",
     ),
     **dict.fromkeys(("CompressionPlan", "NMPattern", "WeightSpec"), "nxm_export.contract.plan"),
-    **dict.fromkeys(("CompressionMetrics", "DenseMetrics"), "nxm_export.contract.checkpoint_metrics"),
+    **dict.fromkeys(("CompressionMetrics", "DenseMetrics"), "nxm_export.contract.records.checkpoint_metrics"),
     **dict.fromkeys(
         ("Prediction", "LabelSet", "Score", "Entity", "TaggedText", "Answer", "Embedding", "AnyPrediction"),
         "nxm_export.data.predictions",
@@ -137,11 +137,14 @@ _HOMES = {
         "nxm_export.errors",
     ),
     "Predictor": "engines.predictor",
-    **dict.fromkeys(("ModelOptions", "ServerOptions", "TritonOptions"), "engines.serving.settings"),
+    **dict.fromkeys(
+        ("ModelOptions", "ServerOptions", "RequestLimits", "ConnectionLimits", "TritonOptions"),
+        "engines.serving.settings",
+    ),
     "TritonManifest": "engines.triton",
     "PackedSizes": "nxm_export.contract.packed_checkpoint",
-    "VerifyReport": "nxm_export.contract.verify_report",
-    "ProductCounts": "nxm_export.contract.matrix_facts",
+    "VerifyReport": "nxm_export.contract.records.verify_report",
+    "ProductCounts": "nxm_export.contract.records.matrix_facts",
     "Text": "nxm_export.data.texts",
     "Exported": "nxm_export.graph.exporter",
     "MachineReport": "nxm_export.pipeline.environment",
@@ -151,10 +154,10 @@ _HOMES = {
     ),
     "Progress": "nxm_export.progress",
     "Columns": "nxm_export.data.examples",
-    "Settings": "compressors.settings",
+    **dict.fromkeys(("Settings", "Losses"), "compressors.settings"),
     "SearchSettings": "compressors.search.settings",
-    "SearchResult": "nxm_export.contract.search_result",
-    "RunSummary": "nxm_export.contract.run_summary",
+    "SearchResult": "nxm_export.contract.records.search_result",
+    "RunSummary": "nxm_export.contract.records.run_summary",
     "BuildOptions": "engines.base",
     "Profile": "engines.base",
     "EnginePassport": "engines.passport",
@@ -196,11 +199,14 @@ __all__ = [  # noqa: RUF022  (in the order in which one meets them)
     "PlanOptions",
     "Default",
     "Settings",
+    "Losses",
     "SearchSettings",
     "BuildOptions",
     "Profile",
     "ModelOptions",
     "ServerOptions",
+    "RequestLimits",
+    "ConnectionLimits",
     "TritonOptions",
     "Columns",
     "Progress",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.passport import load_passport
-from nxm_export.contract.run_summary import RunSummary, read_summary
+from nxm_export.contract.records.run_summary import RunSummary, read_summary
 from nxm_export.storage.atomic import write_atomic
 from tools import ROOT
 from tools.rendering import render

@@ -33,9 +33,9 @@ from compressors.training.phases import Job, freeze_embeddings
 from compressors.training.resume import claimed, request_hash, take_ownership
 from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
 from compressors.training.trainer import collate, require_counted_alike, schedule, steps_of, wants_bf16
-from nxm_export.contract.checkpoint_metrics import finite
 from nxm_export.contract.families import size_of
-from nxm_export.contract.search_result import (
+from nxm_export.contract.records.checkpoint_metrics import finite
+from nxm_export.contract.records.search_result import (
     SEARCH_FILE,
     FullRun,
     HalvingRound,

@@ -29,9 +29,9 @@ from compressors.search.knapsack import Latency, choose
 from compressors.search.sensitivity import Batches, OneShot, Sensitivity, SensitivityProbe, measure
 from compressors.search.settings import MIXES, SearchSettings
 from compressors.training.output_divergence import divergence
-from nxm_export.contract.checkpoint_metrics import finite
 from nxm_export.contract.plan import COUNTINGS, INT8_ATTENTION, REFERENCE_BITS, CompressionPlan, WeightSpec
-from nxm_export.contract.search_result import PlanScore
+from nxm_export.contract.records.checkpoint_metrics import finite
+from nxm_export.contract.records.search_result import PlanScore
 from nxm_export.data.examples import Features, filled, group_array, label_array
 from nxm_export.data.metrics import metric_named
 from nxm_export.errors import PlanError

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from transformers import TrainerCallback
 
 from compressors.distributed import wait
-from nxm_export.contract.train_log import TrainLogLine, read_train_log
+from nxm_export.contract.records.train_log import TrainLogLine, read_train_log
 from nxm_export.errors import DataError
 from nxm_export.progress import Progress
 

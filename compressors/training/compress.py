@@ -27,7 +27,10 @@ from compressors.training.resume import claimed, request_hash, take_ownership
 from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
 from compressors.training.trainer import Phase, PhaseData, predict, require_counted_alike, run_phase, steps_of
 from nxm_export.contract.checkpoint import open_checkpoint, save_plan
-from nxm_export.contract.checkpoint_metrics import (
+from nxm_export.contract.families import size_of
+from nxm_export.contract.plan import CompressionPlan
+from nxm_export.contract.pooling import read_pooling, write_pooling
+from nxm_export.contract.records.checkpoint_metrics import (
     METRICS_FILE,
     CompressionMetrics,
     DenseMetrics,
@@ -35,11 +38,8 @@ from nxm_export.contract.checkpoint_metrics import (
     finite,
     finite_interval,
 )
-from nxm_export.contract.families import size_of
-from nxm_export.contract.plan import CompressionPlan
-from nxm_export.contract.pooling import read_pooling, write_pooling
+from nxm_export.contract.records.train_log import TRAIN_LOG_FILE
 from nxm_export.contract.tasks import Task, task_named
-from nxm_export.contract.train_log import TRAIN_LOG_FILE
 from nxm_export.data.examples import Columns, group_array, label_array
 from nxm_export.data.metrics import interval, metric_named, paired_interval
 from nxm_export.errors import DataError

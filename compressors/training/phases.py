@@ -42,11 +42,11 @@ from compressors.training.trainer import (
     steps_of,
     wants_bf16,
 )
-from nxm_export.contract.checkpoint_metrics import PermutationFacts, TrainingFacts
 from nxm_export.contract.families import size_of
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.quantizer_placement import residual_output_weights
-from nxm_export.contract.train_log import TRAIN_LOG_FILE
+from nxm_export.contract.records.checkpoint_metrics import PermutationFacts, TrainingFacts
+from nxm_export.contract.records.train_log import TRAIN_LOG_FILE
 from nxm_export.data.examples import sorted_batches, split_indices
 from nxm_export.progress import Progress
 

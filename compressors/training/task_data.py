@@ -10,7 +10,7 @@ from nxm_export.contract.families import size_of
 from nxm_export.contract.tasks import Task
 from nxm_export.data.examples import Columns, Examples, Features, encode
 from nxm_export.data.label_kinds import LABELS, classes_of, labelled, load_labelled
-from nxm_export.data.scorable import require_scorable
+from nxm_export.data.scorable import require_scorable_examples
 from nxm_export.errors import ArtifactError, DataError, some
 from nxm_export.hf.protocols import FastTokenizer
 
@@ -70,7 +70,7 @@ def read_task_data(
             )
         dev_classes = classes if head is None else classes_of(raw_dev, task, head)
         scored = labelled(raw_dev, task, dev_classes)
-        require_scorable(task, scored, None if dev_classes is None else dev_classes.names)
+        require_scorable_examples(task, scored, None if dev_classes is None else dev_classes.names)
         held_out = tokens(scored)
     names = None if classes is None else list(classes.names)
     numbered = any(found is not None and found.numbered for found in (classes, dev_classes))

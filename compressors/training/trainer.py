@@ -39,7 +39,7 @@ from compressors.training.callbacks import (
 )
 from compressors.training.distillation import Student
 from compressors.training.task_data import TaskData
-from nxm_export.contract.train_log import TRAIN_LOG_FILE
+from nxm_export.contract.records.train_log import TRAIN_LOG_FILE
 from nxm_export.data.examples import Features, filled, label_array, pad, sorted_batches
 from nxm_export.data.label_order import ROWS, require_label_order
 from nxm_export.data.token_labels import training_labels

@@ -89,7 +89,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     """
     _require_runtime()
     from nxm_export.graph.external_data import has_external_data, save_in_one_file
-    from nxm_export.graph.graph_weights import load_graph, sparse_tensors
+    from nxm_export.graph.reading.graph_weights import load_graph, sparse_tensors
     from nxm_export.graph.verifier import embedded_plan
 
     onnx = Path(onnx)

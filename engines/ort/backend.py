@@ -90,7 +90,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     """
     _require_runtime()
     from nxm_export.graph.external_data import save_in_one_file
-    from nxm_export.graph.graph_weights import load_graph
+    from nxm_export.graph.reading.graph_weights import load_graph
 
     onnx = Path(onnx)
     model = load_graph(onnx)
@@ -179,7 +179,7 @@ def operators(file: Path, passport: EnginePassport, *, level: str | None = None)
     every optimizer of a `level`."""
     import tempfile
 
-    from nxm_export.graph.graph_weights import load_graph
+    from nxm_export.graph.reading.graph_weights import load_graph
 
     counts: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -107,7 +107,7 @@ def ort_with_block_outputs(
 ) -> BlockOutputEngine:
     """An engine of ONNX Runtime, whose file is a graph, with block outputs."""
     from engines.ort.backend import OrtEngine, operators
-    from nxm_export.graph.graph_weights import load_graph, save_graph
+    from nxm_export.graph.reading.graph_weights import load_graph, save_graph
 
     file = scratch / passport.engine
     file.write_bytes(passport.read_engine(directory, {}))
@@ -132,7 +132,7 @@ def built_with_block_outputs(
     Raises `EngineUnavailable` where the runtime or its hardware is missing.
     """
     from engines.base import copy_companions
-    from nxm_export.graph.graph_weights import load_graph, save_graph
+    from nxm_export.graph.reading.graph_weights import load_graph, save_graph
 
     model = load_graph(graph)
     names = add_block_outputs(model, boundaries, str(graph))

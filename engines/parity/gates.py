@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nxm_export.contract.checkpoint_metrics import METRICS_FILE, CompressionMetrics, read_metrics
+from nxm_export.contract.records.checkpoint_metrics import METRICS_FILE, CompressionMetrics, read_metrics
 from nxm_export.errors import DataError, EngineError
 
 QUANTITIES = {

@@ -29,15 +29,15 @@ import numpy as np
 
 from engines.admission import gate_state
 from engines.serving.batching import QueuedRequest
-from engines.serving.connection import BEGAN
-from engines.serving.content_coding import coding_of, inflated
+from engines.serving.http.connection import BEGAN
+from engines.serving.http.content_coding import coding_of, inflated
+from engines.serving.http.open_files import AcceptFailures
+from engines.serving.http.spare_connections import SPARE
 from engines.serving.metrics import Metrics, Observation
 from engines.serving.model import Endpoint, Model
-from engines.serving.open_files import AcceptFailures
 from engines.serving.protocol import HEADER_LENGTH, InferRequest, parse_infer, parse_json, render_infer
 from engines.serving.repository import Repository
 from engines.serving.settings import RequestLimits
-from engines.serving.spare_connections import SPARE
 from engines.serving.statistics import AnswerStatistics, EngineStatistics, model_config
 from nxm_export import __version__
 from nxm_export.errors import NxmError, RequestRefused

@@ -26,11 +26,11 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from engines.serving.app import Service
-from engines.serving.connection import protocol_class
-from engines.serving.open_files import require_open_files
+from engines.serving.http.connection import protocol_class
+from engines.serving.http.open_files import require_open_files
+from engines.serving.http.spare_connections import ROOM
 from engines.serving.repository import EngineSource, Repository
 from engines.serving.settings import ModelOptions, ServerOptions
-from engines.serving.spare_connections import ROOM
 from nxm_export.contract.choices import GATES
 from nxm_export.errors import EngineUnavailable, ServeError
 

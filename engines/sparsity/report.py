@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from engines.sparsity.build_evidence import Evidence, LayerInfo, read_evidence
 from engines.sparsity.kernel_names import Existence, kernel_named, sparse_kernel_exists
-from nxm_export.contract.matrix_facts import MatrixFacts, ProductCounts, UnreadProduct
+from nxm_export.contract.records.matrix_facts import MatrixFacts, ProductCounts, UnreadProduct
 from nxm_export.errors import ArtifactError, ParityError
 from nxm_export.storage.json_files import encode, read_record, to_builtins
 
@@ -447,7 +447,7 @@ def _product_ms(node: str, evidence: Evidence) -> float | None:
 
 def write_weight_facts(out: Path, model: ir.Model, target: SparsityTarget) -> None:
     """Write ``weights.json``: what the graph offers, and what it was built for."""
-    from nxm_export.graph.sparsity_scan import scan_products
+    from nxm_export.graph.reading.sparsity_scan import scan_products
 
     scanned = scan_products(model, str(out))
     record = WeightFacts(

@@ -67,6 +67,10 @@ def sparsity_target(backend: str, version: str | None, gpu: str) -> SparsityTarg
 
     Raises `EngineError`, which names what is understood.
     """
+    if backend not in _MAJORS:
+        raise EngineError(
+            f"{backend!r} runs no sparse kernels, so there is nothing to judge; choose one of {', '.join(_MAJORS)}"
+        )
     version = version_of(backend, TENSORRT_VERSIONS[backend] if version is None else version)
     return SparsityTarget(backend, version, ", ".join(compute_capability_of(part) for part in gpu.split(",")))
 

@@ -65,7 +65,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     Raises `EngineUnavailable` without TensorRT or a GPU, `ExportError` for a graph that TensorRT would refuse or
     degrade, `EngineError` for everything that the builder refuses.
     """
-    from nxm_export.graph.graph_weights import load_graph
+    from nxm_export.graph.reading.graph_weights import load_graph
     from nxm_export.graph.tensorrt_parser import parser_of, require_read_right
     from nxm_export.graph.verifier import verify_model
 

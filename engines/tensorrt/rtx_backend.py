@@ -69,7 +69,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     `EngineError` for everything that the builder refuses, and for INT8 convolutions that it built in float.
     """
     _require_installed()
-    from nxm_export.graph.graph_weights import load_graph
+    from nxm_export.graph.reading.graph_weights import load_graph
     from nxm_export.graph.tensorrt_parser import parser_of, require_read_right
     from nxm_export.graph.verifier import verify_model
 
@@ -141,7 +141,7 @@ def inspect(directory: str | Path) -> RtxFacts:
 
 def _count(log: Path, model: ir.Model) -> IntegerProducts:
     """How many of the graph's quantized products run on integers, from the layers that the builder printed."""
-    from nxm_export.graph.graph_weights import graph_weights
+    from nxm_export.graph.reading.graph_weights import graph_weights
 
     products = [weight.node.name or "" for weight in graph_weights(model) if weight.is_quantized]
     with log.open(encoding="utf-8", errors="replace") as lines:
@@ -155,7 +155,7 @@ def _require_integer_convolutions(model: ir.Model, float_products: Sequence[str]
 
     Which ones it does that to is read from the layers it built, not guessed.
     """
-    from nxm_export.graph.graph_weights import graph_weights
+    from nxm_export.graph.reading.graph_weights import graph_weights
 
     convolutions = {weight.node.name or "" for weight in graph_weights(model) if weight.node.op_type == "Conv"}
     in_float = sorted(convolutions & set(float_products))

@@ -7,7 +7,7 @@ object (`PlanOptions`, ``Settings``, ``Columns``, ``BuildOptions``). Errors are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
     from engines.passport import EnginePassport
     from engines.serving.settings import ModelOptions, ServerOptions, TritonOptions
     from engines.triton import TritonManifest
-    from nxm_export.contract.checkpoint_metrics import CompressionMetrics, DenseMetrics
     from nxm_export.contract.packed_checkpoint import PackedSizes
-    from nxm_export.contract.run_summary import RunSummary
-    from nxm_export.contract.search_result import SearchResult
-    from nxm_export.contract.verify_report import VerifyReport
+    from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, DenseMetrics
+    from nxm_export.contract.records.run_summary import RunSummary
+    from nxm_export.contract.records.search_result import SearchResult
+    from nxm_export.contract.records.verify_report import VerifyReport
     from nxm_export.data.texts import Text
     from nxm_export.graph.exporter import Exported
     from nxm_export.pipeline.environment import MachineReport
@@ -96,7 +96,7 @@ def run(
     dev: str | Path,
     out: str | Path,
     task: str = TASK,
-    pattern: str | None = PATTERN,
+    pattern: str | NMPattern | None = PATTERN,
     weight_bits: int | None = WEIGHT_BITS,
     settings: Settings | None = None,
     columns: Columns = Columns(),
@@ -123,7 +123,7 @@ def estimate(
     train: str | Path,
     dev: str | Path,
     task: str = TASK,
-    pattern: str | None = PATTERN,
+    pattern: str | NMPattern | None = PATTERN,
     weight_bits: int | None = WEIGHT_BITS,
     settings: Settings | None = None,
     columns: Columns = Columns(),
@@ -182,7 +182,7 @@ def compress(
     dev: str | Path,
     out: str | Path,
     task: str = TASK,
-    pattern: str | Default | None = DEFAULT,
+    pattern: str | NMPattern | Default | None = DEFAULT,
     weight_bits: int | Default | None = DEFAULT,
     plan: CompressionPlan | str | Path | None = None,
     settings: Settings | None = None,
@@ -289,7 +289,7 @@ def verify(graph: str | Path, *, pattern: str | NMPattern | None = None) -> Veri
     """
     from nxm_export.graph.verifier import verify as verify_graph
 
-    return verify_graph(onnx_file(graph), pattern=NMPattern.parse(pattern) if isinstance(pattern, str) else pattern)
+    return verify_graph(onnx_file(graph), pattern=_pattern(pattern))
 
 
 def build(
@@ -341,16 +341,23 @@ def compare(
 
 
 def predict(
-    engine: str | Path, texts: Iterable[Text], *, batch: int = 32, threads: int | None = None, gate: str = GATE
+    engine: str | Path,
+    texts: Iterable[Text],
+    *,
+    batch: int = 32,
+    threads: int | None = None,
+    gate: str = GATE,
+    expect_sha256: Collection[str] = (),
 ) -> list[AnyPrediction]:
     """What an engine directory says about texts, or pairs of them: one typed result each, in order.
 
-    `gate` is which ``parity.json`` it must have: ``not-failed``, ``passed`` or ``off`` (any). Needs neither torch nor
-    transformers. The engine is loaded for this call; to answer many calls, keep a `Predictor`, or serve it.
+    `gate` is which ``parity.json`` it must have: ``not-failed``, ``passed`` or ``off`` (any); `expect_sha256` are the
+    hashes of which its own, or that of all its contents, must be one. Needs neither torch nor transformers. The engine
+    is loaded for this call; to answer many calls, keep a `Predictor`, or serve it.
     """
     from engines.predictor import Predictor
 
-    with Predictor(engine, threads=threads, gate=gate) as predictor:
+    with Predictor(engine, threads=threads, gate=gate, expect_sha256=expect_sha256) as predictor:
         return predictor.predict(texts, batch=batch)
 
 
@@ -437,7 +444,7 @@ def diagnose(
 
 def show(run_directory: str | Path) -> RunSummary:
     """The summary of a run that is complete."""
-    from nxm_export.contract.run_summary import read_summary
+    from nxm_export.contract.records.run_summary import read_summary
 
     return read_summary(run_directory)
 
@@ -506,10 +513,12 @@ def _require_threads(threads: int | None) -> None:
         raise EngineError(f"an engine runs on at least one thread, got {threads}; leave it out to time it as built")
 
 
-def _spec(pattern: str | None, weight_bits: int | None) -> WeightSpec:
-    spec = WeightSpec(
-        None if pattern is None else NMPattern.parse(pattern), weight_bits, None if weight_bits is None else 8
-    )
+def _pattern(pattern: str | NMPattern | None) -> NMPattern | None:
+    return NMPattern.parse(pattern) if isinstance(pattern, str) else pattern
+
+
+def _spec(pattern: str | NMPattern | None, weight_bits: int | None) -> WeightSpec:
+    spec = WeightSpec(_pattern(pattern), weight_bits, None if weight_bits is None else 8)
     if spec.is_dense:
         raise PlanError("pattern None and weight_bits None leave nothing to compress; give one of them")
     return spec

@@ -7,7 +7,7 @@ The type of its predictions goes along: of ``load(..., task="classification")`` 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar, cast, overload
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from engines.benchmark.latency import BenchReport
     from engines.parity.reports import Comparison
     from engines.passport import EnginePassport
-    from nxm_export.contract.checkpoint_metrics import CompressionMetrics
-    from nxm_export.contract.plan import CompressionPlan
-    from nxm_export.contract.search_result import SearchResult
-    from nxm_export.contract.verify_report import VerifyReport
+    from nxm_export.contract.plan import CompressionPlan, NMPattern
+    from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics
+    from nxm_export.contract.records.search_result import SearchResult
+    from nxm_export.contract.records.verify_report import VerifyReport
     from nxm_export.data.texts import Text
     from nxm_export.graph.exporter import Exported
 
@@ -52,7 +52,7 @@ class Model(Generic[P_co]):
         *,
         dev: str | Path,
         out: str | Path,
-        pattern: str | functions.Default | None = functions.DEFAULT,
+        pattern: str | NMPattern | functions.Default | None = functions.DEFAULT,
         weight_bits: int | functions.Default | None = functions.DEFAULT,
         plan: CompressionPlan | str | Path | None = None,
         settings: Settings | None = None,
@@ -204,11 +204,20 @@ class EngineDirectory(Generic[P_co]):
         return functions.compare([self.path], data, reference=reference, gates=gates, columns=columns)
 
     def predict(
-        self, texts: Iterable[Text], *, batch: int = 32, threads: int | None = None, gate: str = GATE
+        self,
+        texts: Iterable[Text],
+        *,
+        batch: int = 32,
+        threads: int | None = None,
+        gate: str = GATE,
+        expect_sha256: Collection[str] = (),
     ) -> list[P_co]:
         """One typed result for every text or pair of texts; see `nxm_export.predict`. Loads the engine each time: to
         answer many calls, keep a `Predictor`."""
-        return cast("list[P_co]", functions.predict(self.path, texts, batch=batch, threads=threads, gate=gate))
+        predicted = functions.predict(
+            self.path, texts, batch=batch, threads=threads, gate=gate, expect_sha256=expect_sha256
+        )
+        return cast("list[P_co]", predicted)
 
     def bench(
         self,

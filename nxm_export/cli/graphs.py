@@ -18,7 +18,7 @@ from nxm_export.contract.plan import GRAPH_PLACEMENTS
 from nxm_export.contract.tasks import TASKS
 
 if TYPE_CHECKING:
-    from nxm_export.contract.verify_report import VerifyReport
+    from nxm_export.contract.records.verify_report import VerifyReport
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def _print_output(report: ParityReport, output: OutputParity) -> None:
         ("verdict", "pass" if output.passed else "FAIL", ""),
     ]
     title = f"{report.engine}: {output.output} of {report.samples} samples against the checkpoint in PyTorch"
-    print_table(title, ("what", "found", "required"), rows)
+    print_table(title, ("what", "actual", "required"), rows)
 
 
 def _print_checks(report: ParityReport) -> None:
@@ -74,7 +74,7 @@ def _print_checks(report: ParityReport) -> None:
         for check in report.probes
     ]
     rows += [(f"gate {gate.gate}", _VERDICTS[gate.passed], "", gate.reason) for gate in report.gates]
-    print_table(f"{report.engine}: probes and gates", ("what", "verdict", "found", "about"), rows)
+    print_table(f"{report.engine}: probes and gates", ("what", "verdict", "actual", "about"), rows)
 
 
 def _print_pairs(reports: Sequence[ParityReport]) -> None:

@@ -10,8 +10,8 @@ from nxm_export.cli.tables import print_table, score_text, share_text, speed_tex
 from nxm_export.contract.plan import COUNTINGS
 
 if TYPE_CHECKING:
-    from nxm_export.contract.run_summary import RunSummary
-    from nxm_export.contract.search_result import PlanScore, SearchResult
+    from nxm_export.contract.records.run_summary import RunSummary
+    from nxm_export.contract.records.search_result import PlanScore, SearchResult
     from nxm_export.pipeline.estimate import RunEstimate
 
 

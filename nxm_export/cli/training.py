@@ -121,7 +121,7 @@ def run(demo: bool, model: str | None, out: Path | None, dry_run: bool, json: bo
 @json_option
 def show(run_directory: Path, json: bool) -> None:
     """Print the final table of a run again."""
-    from nxm_export.contract.run_summary import read_summary
+    from nxm_export.contract.records.run_summary import read_summary
 
     summary = read_summary(run_directory)
     show_result(summary.to_dict, json, lambda: print_summary(summary))

@@ -234,7 +234,8 @@ def paired_interval(
 
 
 def require_scorable(name: str, labels: np.ndarray, classes: Sequence[str] = (), source: str = "the data") -> None:
-    """Raise `DataError` where a metric is the same for every model, right or wrong: it would gate nothing."""
+    """Raise `DataError` where a metric is the same for every model, right or wrong: it tells nothing, and would gate
+    nothing."""
     if name in ("pearson", "spearman", "cosine_spearman") and _constant(labels):
         raise DataError(f"{source}: every label is {labels.flat[0]:g}, so there is no correlation to score")
     if name == "micro_f1" and not (labels > 0).any():

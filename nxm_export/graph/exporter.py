@@ -39,15 +39,15 @@ from nxm_export.contract.origin import Origin
 from nxm_export.contract.plan import INT8_ATTENTION, CompressionPlan, WeightSpec
 from nxm_export.contract.pooling import read_pooling
 from nxm_export.contract.quantizer_placement import at_placement, placement_of
+from nxm_export.contract.records.verify_report import VERIFY_FILE, VerifyReport
 from nxm_export.contract.tasks import Task, labels_of, task_named
-from nxm_export.contract.verify_report import VERIFY_FILE, VerifyReport
 from nxm_export.data.examples import copy_tokenizer
 from nxm_export.errors import ExportError
 from nxm_export.graph.apply_plan import numpy_dtype, quantize
-from nxm_export.graph.graph_weights import array_of, save_graph
 from nxm_export.graph.int8_embedding import fold_int8_embedding
 from nxm_export.graph.linear_forms import Lowering
 from nxm_export.graph.qdq import add_initializer, fold_float_weight, linears_of, use_name
+from nxm_export.graph.reading.graph_weights import array_of, save_graph
 from nxm_export.graph.verifier import verify
 from nxm_export.hf.model_loading import load_task_model
 from nxm_export.storage.atomic import atomic_dir, require_apart, require_replaceable

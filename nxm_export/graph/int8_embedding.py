@@ -18,8 +18,8 @@ import numpy as np
 import onnx_ir as ir
 
 from nxm_export.errors import ExportError
-from nxm_export.graph.graph_weights import array_of
 from nxm_export.graph.qdq import add_initializer, require_scale, use_name
+from nxm_export.graph.reading.graph_weights import array_of
 
 CODES, SCALE = "_quantized", "_scale"  # behind the parameter's name
 

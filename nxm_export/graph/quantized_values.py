@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from nxm_export.graph.graph_weights import array_of
 from nxm_export.graph.linear_forms import ELEMENTWISE
+from nxm_export.graph.reading.graph_weights import array_of
 
 MOVES = ("Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 _PARTS = ("Slice", "Gather", "Split", "Concat")  # these move codes, too, and change which ones

@@ -15,8 +15,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from nxm_export.errors import ExportError
-from nxm_export.graph.graph_weights import array_of
 from nxm_export.graph.quantized_values import codes_type, quantizer_behind, values_behind
+from nxm_export.graph.reading.graph_weights import array_of
 from nxm_export.storage.json_files import read_record
 
 OPERATORS_FILE = Path(__file__).with_name("tensorrt_operators.json")

@@ -17,10 +17,12 @@ import onnx_ir as ir
 
 from nxm_export.contract.checkpoint import EMBEDDING_QMAX
 from nxm_export.contract.families import FAMILIES
-from nxm_export.contract.matrix_facts import UnreadProduct
 from nxm_export.contract.plan import CompressionPlan, NMPattern
-from nxm_export.contract.verify_report import VerifyReport, WeightReport
-from nxm_export.graph.graph_weights import (
+from nxm_export.contract.records.matrix_facts import UnreadProduct
+from nxm_export.contract.records.verify_report import VerifyReport, WeightReport
+from nxm_export.graph.int8_embedding import embedding_hash, misread, stored_embedding
+from nxm_export.graph.quantized_values import values_behind
+from nxm_export.graph.reading.graph_weights import (
     GraphWeight,
     array_of,
     graph_products,
@@ -28,9 +30,7 @@ from nxm_export.graph.graph_weights import (
     parameter_of,
     sparse_tensors,
 )
-from nxm_export.graph.int8_embedding import embedding_hash, misread, stored_embedding
-from nxm_export.graph.products import PACKED_PRODUCTS, name_of
-from nxm_export.graph.quantized_values import values_behind
+from nxm_export.graph.reading.products import PACKED_PRODUCTS, name_of
 
 # Nodes that hand integer codes on as they are, and nodes that read codes by themselves.
 _MOVES_CODES = (

@@ -124,18 +124,18 @@ def _require_weights(
     What pretraining leaves behind may be left out, and with a new head any other head.
     """
     missing, unexpected = _names(report["missing_keys"]), _names(report["unexpected_keys"])
-    lacking, base = sorted(missing | _names(report["mismatched_keys"])), family_of(config, source=str(path)).base
+    absent, base = sorted(missing | _names(report["mismatched_keys"])), family_of(config, source=str(path)).base
     if new_head or task.auto_class is None:
-        lacking = [name for name in lacking if name.startswith(f"{base}.") and not name.startswith(f"{base}.pooler.")]
+        absent = [name for name in absent if name.startswith(f"{base}.") and not name.startswith(f"{base}.pooler.")]
     if any("lora_" in name for name in unexpected):
         raise ArtifactError(
             f"{path}: its weights hold the parts of a PEFT adapter (lora_...), which are not merged; merge them in "
             "Python with `merge_and_unload()` of the PEFT model, and save what it returns"
         )
-    _require_no_prefix(path, lacking, unexpected)
-    if lacking:
+    _require_no_prefix(path, absent, unexpected)
+    if absent:
         raise ArtifactError(
-            f"{path}: {len(lacking)} weights are missing or of another shape, such as {lacking[0]}; the file is "
+            f"{path}: {len(absent)} weights are missing or of another shape, such as {absent[0]}; the file is "
             "truncated or from another model"
         )
     unused = sorted(name for name in unexpected if not _may_be_left_out(name.removeprefix(f"{base}."), new_head))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.data.label_kinds import classes_of, labelled, load_labelled, read_by_model
-from nxm_export.data.scorable import require_scorable
+from nxm_export.data.scorable import require_scorable_examples
 
 if TYPE_CHECKING:
     from compressors.models import ModelSource
@@ -103,7 +103,9 @@ def _data(request: Request, source: ModelSource, task: Task) -> tuple[list[str],
     classes = classes_of(train, task, source.classes() if fits else None)
     labelled(train, task, classes)
     dev_classes = classes_of(dev, task, source.classes()) if fits else classes
-    require_scorable(task, labelled(dev, task, dev_classes), None if dev_classes is None else dev_classes.names)
+    require_scorable_examples(
+        task, labelled(dev, task, dev_classes), None if dev_classes is None else dev_classes.names
+    )
     texts = [text if isinstance(text, str) else " ".join(text) for text in read_by_model(train, task)]
     return texts, len(dev.texts), fits
 

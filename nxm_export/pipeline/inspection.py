@@ -89,7 +89,8 @@ def inspect_path(
 
     A twins directory stands for its sparse engine, judged against the dense one. `twin` is the dense engine's
     directory, for the time that sparsity saves; `kernels` a text file with one name of a kernel that ran per line (any
-    profiler's list); `measure` times every layer here and now, which needs the GPU.
+    profiler's list); `measure` times every layer here and now, which needs the GPU. Raises `EngineError` where one of
+    them is given for something that is no TensorRT engine.
     """
     from engines.passport import PASSPORT_FILE
     from nxm_export.pipeline.sparsity_twins import is_twins, twin_directories
@@ -97,6 +98,7 @@ def inspect_path(
 
     path = Path(path)
     if (path / MANIFEST).is_file():
+        _require_no_sparsity_options(path, twin, kernels, measure=measure)
         directories = sorted(file.parent for file in (path / "engines").glob(f"*/{PASSPORT_FILE}"))
         return RunInspection(str(path), {directory.name: inspect_engine(directory) for directory in directories})
     if is_twins(path):
@@ -107,7 +109,17 @@ def inspect_path(
         return inspect_engine(sparse, twin=dense, kernels=kernels, measure=measure)
     if path.is_dir() and not is_graph_directory(path):
         return inspect_engine(path, twin=twin, kernels=kernels, measure=measure)
-    return _graph_facts(onnx_file(path))
+    file = onnx_file(path)
+    _require_no_sparsity_options(path, twin, kernels, measure=measure)
+    return _graph_facts(file)
+
+
+def _require_no_sparsity_options(path: Path, twin: Path | None, kernels: Path | None, *, measure: bool) -> None:
+    """Raise `EngineError` where one of these was given: nothing but an engine of TensorRT has an answer to it."""
+    options = {"--twin": twin is not None, "--kernels": kernels is not None, "--measure": measure}
+    given = [name for name, was_given in options.items() if was_given]
+    if given:
+        raise EngineError(f"{path}: {', '.join(given)} asks of a TensorRT engine's sparse kernels; leave it out here")
 
 
 def inspect_engine(
@@ -120,6 +132,7 @@ def inspect_engine(
     passport = load_passport(directory)
     runtime = backend(passport.backend)
     if not runtime.CAPABILITIES.sparse_kernels:
+        _require_no_sparsity_options(directory, twin, kernels, measure=measure)
         return EngineInspection(passport, runtime.inspect(directory), None)
     if measure:
         measure_layers(directory)
@@ -127,7 +140,7 @@ def inspect_engine(
 
 
 def _graph_facts(file: Path) -> GraphFacts:
-    from nxm_export.graph.graph_weights import load_graph
+    from nxm_export.graph.reading.graph_weights import load_graph
 
     model = load_graph(file)
     counts: dict[str, int] = {}
@@ -210,8 +223,8 @@ def doctor_file(
     from engines.sparsity.report import FileProblem, judge
     from engines.sparsity.targets import sparsity_target, target_problems
     from engines.tensorrt.rtx_parser import ask_parser
-    from nxm_export.graph.graph_weights import load_graph
-    from nxm_export.graph.sparsity_scan import scan_products
+    from nxm_export.graph.reading.graph_weights import load_graph
+    from nxm_export.graph.reading.sparsity_scan import scan_products
     from nxm_export.graph.tensorrt_parser import parser_of, parser_problems
     from nxm_export.graph.verifier import verify_model
 

@@ -26,8 +26,8 @@ from nxm_export.contract.choices import BENCH_SHAPES, PLACEMENT, STORAGE
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.quantizer_placement import placement_of
-from nxm_export.contract.run_summary import DIRECTORY as SUMMARY_DIRECTORY
-from nxm_export.contract.run_summary import SUMMARY_FILE, RunSummary, read_summary
+from nxm_export.contract.records.run_summary import DIRECTORY as SUMMARY_DIRECTORY
+from nxm_export.contract.records.run_summary import SUMMARY_FILE, RunSummary, read_summary
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.examples import Columns, Features
 from nxm_export.errors import DataError, EngineError, EngineUnavailable, PlanError, notice
@@ -42,7 +42,7 @@ from nxm_export.storage.run_dir import RunDir
 if TYPE_CHECKING:
     from compressors.models import ModelSource
     from compressors.settings import Settings
-    from nxm_export.contract.checkpoint_metrics import CompressionMetrics
+    from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics
 
 ROUNDS = 20
 # graph directory -> (source, target, placement); the dense model's float graph is what INT8 is compared with

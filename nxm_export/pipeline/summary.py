@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nxm_export.contract.checkpoint_metrics import CompressionMetrics, DenseMetrics, finite, read_metrics_of
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
-from nxm_export.contract.run_summary import (
+from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, DenseMetrics, finite, read_metrics_of
+from nxm_export.contract.records.run_summary import (
     EngineParity,
     Likeness,
     RtxBuild,

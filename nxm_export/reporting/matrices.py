@@ -12,7 +12,7 @@ import numpy.typing as npt
 from nxm_export.contract.checkpoint import Checkpoint, read_tensor
 from nxm_export.contract.families import ROLES
 from nxm_export.contract.plan import NMPattern, WeightSpec
-from nxm_export.contract.verify_report import VerifyReport, WeightReport
+from nxm_export.contract.records.verify_report import VerifyReport, WeightReport
 from nxm_export.errors import NxmError
 from nxm_export.reporting.figures import Figure, RunFile
 from nxm_export.reporting.run_files import Files

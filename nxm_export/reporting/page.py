@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from nxm_export import __version__
 from nxm_export.contract.plan import COUNTINGS, NMPattern
-from nxm_export.contract.run_summary import TrainingFacts
+from nxm_export.contract.records.run_summary import TrainingFacts
 from nxm_export.errors import PlanError
 from nxm_export.reporting.figures import Figure, RunFile, Shown, pointer
 from nxm_export.reporting.matrices import Matrix

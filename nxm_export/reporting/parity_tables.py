@@ -63,12 +63,12 @@ def parity_tables(run: Run) -> Iterator[PageTable]:
     yield PageTable("Other metrics of the task", ("engine", "metric", "#checkpoint", "#engine"), secondary)
     yield PageTable(
         "Probes: inputs that break engines",
-        ("engine", "probe", "#found", "#tolerated", "verdict", "what is asked"),
+        ("engine", "probe", "#actual", "#tolerated", "verdict", "what is asked"),
         [row for engine, report in compared for row in _probes(engine.name, report)],
     )
     yield PageTable(
         "Gates that were asked for",
-        ("engine", "gate", "#found", "#limit", "verdict", "what is asked"),
+        ("engine", "gate", "#actual", "#limit", "verdict", "what is asked"),
         [row for engine, report in compared for row in _gates(engine.name, report)],
     )
     for engine, report in compared:

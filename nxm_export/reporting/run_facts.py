@@ -16,13 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from nxm_export.contract.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint, read_config
-from nxm_export.contract.checkpoint_metrics import METRICS_FILE, CompressionMetrics, DenseMetrics, read_metrics_of
 from nxm_export.contract.io_spec import IOSpec, load_spec
 from nxm_export.contract.plan import CompressionPlan
-from nxm_export.contract.run_summary import DIRECTORY, SUMMARY_FILE, RunSummary, read_summary_file
-from nxm_export.contract.search_result import SEARCH_FILE, SearchResult, read_search_result
-from nxm_export.contract.train_log import TRAIN_LOG_FILE, TrainLogLine, read_train_log
-from nxm_export.contract.verify_report import VERIFY_FILE, VerifyReport, read_verify_report
+from nxm_export.contract.records.checkpoint_metrics import (
+    METRICS_FILE,
+    CompressionMetrics,
+    DenseMetrics,
+    read_metrics_of,
+)
+from nxm_export.contract.records.run_summary import DIRECTORY, SUMMARY_FILE, RunSummary, read_summary_file
+from nxm_export.contract.records.search_result import SEARCH_FILE, SearchResult, read_search_result
+from nxm_export.contract.records.train_log import TRAIN_LOG_FILE, TrainLogLine, read_train_log
+from nxm_export.contract.records.verify_report import VERIFY_FILE, VerifyReport, read_verify_report
 from nxm_export.errors import ArtifactError, NxmError
 from nxm_export.reporting.figures import Figure, Key, RunFile
 from nxm_export.reporting.matrices import Matrix, Sample, matrices, sample

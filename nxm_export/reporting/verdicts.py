@@ -16,7 +16,7 @@ from nxm_export.reporting.run_facts import EngineEntry, Run, worst_output
 
 if TYPE_CHECKING:
     from engines.benchmark.latency import Ratio
-    from nxm_export.contract.run_summary import Speedup
+    from nxm_export.contract.records.run_summary import Speedup
 
 GOOD, BAD, OPEN, ABSENT = "good", "bad", "open", "absent"
 Piece = str | Shown

@@ -33,16 +33,16 @@ from engines.parity.gates import parse_gate
 from nxm_export.cli import main
 from nxm_export.contract import packed_checkpoint
 from nxm_export.contract.checkpoint import open_checkpoint, read_tensor
-from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics, read_metrics_of
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.quantizer_placement import at_placement
+from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics, read_metrics_of
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.examples import Features
 from nxm_export.errors import ArtifactError, DataError, ExportError
 from nxm_export.graph.exporter import TARGETS, export
-from nxm_export.graph.graph_weights import load_graph, save_graph
 from nxm_export.graph.int8_embedding import embedding_hash, fold_int8_embedding, stored_embedding
+from nxm_export.graph.reading.graph_weights import load_graph, save_graph
 from nxm_export.graph.verifier import verify
 from nxm_export.pipeline.engine_commands import build_engine
 from nxm_export.storage.json_files import encode

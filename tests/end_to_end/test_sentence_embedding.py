@@ -30,7 +30,7 @@ from nxm_export.data.label_kinds import labelled, load_labelled
 from nxm_export.data.metrics import interval, metric_named
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.graph.exporter import export
-from nxm_export.graph.graph_weights import load_graph
+from nxm_export.graph.reading.graph_weights import load_graph
 from nxm_export.hf.model_loading import load_task_model
 from nxm_export.hf.sentence_embedding import embedding_model
 from nxm_export.pipeline.engine_commands import build_engine, features_of

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from nxm_export.graph.graph_weights import load_graph, save_graph
+from nxm_export.graph.reading.graph_weights import load_graph, save_graph
 from nxm_export.storage.hashing import file_hash
 
 BLOCK = "bert.encoder.layer.1"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engines.passport import EnginePassport, PlanSummary
-from nxm_export.contract.run_summary import (
+from nxm_export.contract.records.run_summary import (
     EngineParity,
     RtxBuild,
     RunSummary,

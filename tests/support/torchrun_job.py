@@ -27,8 +27,8 @@ from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
 from compressors.training.admm_schedule import AdmmCallback
 from compressors.training.compress import compress
-from nxm_export.contract.checkpoint_metrics import CompressionMetrics
 from nxm_export.contract.plan import CompressionPlan
+from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics
 
 TRAINING = Settings(
     recipe="nxm",

@@ -13,7 +13,7 @@ import pytest
 
 from compressors.search.settings import SearchSettings
 from compressors.settings import Losses, Settings
-from nxm_export.contract.search_result import FullRun, PlanScore, SampleCounts, SearchBudget, SearchCost
+from nxm_export.contract.records.search_result import FullRun, PlanScore, SampleCounts, SearchBudget, SearchCost
 from nxm_export.data.metrics import interval, mcc, metric_named, paired_interval
 from nxm_export.errors import ArtifactError, DataError, NxmError, PlanError
 from tests.support import tiny

@@ -17,7 +17,7 @@ from engines.base import LoadOptions, backend
 from engines.benchmark.latency import feeds_for
 from engines.ort.backend import ENGINE_FILE
 from engines.passport import load_passport
-from nxm_export.graph.graph_weights import load_graph
+from nxm_export.graph.reading.graph_weights import load_graph
 from tools.benchmarks.cpu_record import ProfileRow
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from typing import TypedDict, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from nxm_export.data.bootstrap_intervals import bootstrap_interval
 from nxm_export.storage.atomic import write_atomic
 from nxm_export.storage.json_files import convert, encode, read_json
 from tools import ROOT
@@ -70,8 +71,7 @@ def median_of(times: Sequence[float], seed: int = 0) -> Median:
 
 
 def _interval(values: npt.NDArray[np.float64], seed: int) -> list[float]:
-    resampled = np.random.default_rng(seed).choice(values, (1000, len(values)))
-    return [float(bound) for bound in np.percentile(np.median(resampled, axis=1), [2.5, 97.5])]
+    return list(bootstrap_interval(len(values), lambda picks: float(np.median(values[picks])), seed))
 
 
 def fitted_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:

@@ -264,7 +264,7 @@ def calibrate_here(sequences: int) -> Calibrated:
     """Seconds and peak memory of calibrating a MiniLM-L6 on this many sequences of 32 tokens."""
     import torch
 
-    from compressors.allocator import keep_freed_memory
+    from compressors.freed_memory import keep_freed_memory
     from compressors.quantization.prepare_bake import calibrate
     from tools.benchmarks.training import prepared
 

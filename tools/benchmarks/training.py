@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from compressors.allocator import keep_freed_memory
+from compressors.freed_memory import keep_freed_memory
 from compressors.pruning.admm import Admm
 from compressors.quantization.fake_quant import quant_linears
 from compressors.quantization.prepare_bake import prepare

@@ -13,7 +13,7 @@ from itertools import product
 
 import numpy as np
 
-from compressors.allocator import keep_freed_memory
+from compressors.freed_memory import keep_freed_memory
 from compressors.pruning.permutation import permute_channels, permute_residual, residual_order
 from compressors.pruning.sparsegpt import input_hessians
 from compressors.quantization.fake_quant import quant_linears

@@ -9,7 +9,7 @@ One line per choice: mean KL(dense || quantized) in nats, agreement with the den
 
 from __future__ import annotations
 
-from compressors.allocator import keep_freed_memory
+from compressors.freed_memory import keep_freed_memory
 from compressors.quantization.fake_quant import quant_linears
 from compressors.quantization.prepare_bake import calibrate, prepare
 from compressors.settings import Settings

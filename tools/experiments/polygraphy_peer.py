@@ -13,10 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nxm_export.contract.matrix_facts import ScannedProducts
+from nxm_export.contract.records.matrix_facts import ScannedProducts
 from nxm_export.errors import NxmError
-from nxm_export.graph.graph_weights import load_graph
-from nxm_export.graph.sparsity_scan import scan_products
+from nxm_export.graph.reading.graph_weights import load_graph
+from nxm_export.graph.reading.sparsity_scan import scan_products
+from tools.rendering import table
 
 
 def polygraphy(file: Path) -> dict[str, bool] | None:
@@ -37,16 +38,16 @@ def ours(file: Path) -> ScannedProducts | None:
         return None
 
 
-def row(file: Path) -> tuple[str, bool]:
-    """(a row of the table, whether nothing of polygraphy's is missing or otherwise in ours)."""
+def row(file: Path) -> tuple[list[str], bool]:
+    """(cells of a row of the table, whether nothing of polygraphy's is missing or otherwise in ours)."""
     theirs, scanned = polygraphy(file), ours(file)
     mine = [] if scanned is None else _rows(scanned)
-    known = {(part, said) for name, _, said in mine for part in name.split(" + ")}
+    known = {(part, kind) for name, _, kind in mine for part in name.split(" + ")}
     judged = [(name, "2:4" if sparse else "dense") for name, sparse in (theirs or {}).items()]
-    differing = [name for name, said in judged if not known & {(name, said), (name, "not read"), (name, "empty")}]
-    said = "fails" if theirs is None else ", ".join(f"{name}: {said}" for name, said in judged) or "nothing"
-    read = "refused" if scanned is None else ", ".join(f"{name} ({node}): {said}" for name, node, said in mine)
-    return f"| {file.stem} | {said} | {read or 'nothing'} | {', '.join(differing) or 'none'} |", not differing
+    differing = [name for name, kind in judged if not known & {(name, kind), (name, "not read"), (name, "empty")}]
+    reported = "fails" if theirs is None else ", ".join(f"{name}: {kind}" for name, kind in judged) or "nothing"
+    read = "refused" if scanned is None else ", ".join(f"{name} ({node}): {kind}" for name, node, kind in mine)
+    return [file.stem, reported, read or "nothing", ", ".join(differing) or "none"], not differing
 
 
 def _rows(scanned: ScannedProducts) -> list[tuple[str, str, str]]:
@@ -60,9 +61,8 @@ def _rows(scanned: ScannedProducts) -> list[tuple[str, str, str]]:
 
 def main(files: list[str]) -> int:
     """Print the table; returns the exit code."""
-    print("| file | polygraphy | ours | differing |\n|---|---|---|---|")
     rows = [row(Path(file)) for file in files]
-    print("\n".join(text for text, _ in rows))
+    print(table([cells for cells, _ in rows], ["file", "polygraphy", "ours", "differing"], "llll"))
     return 0 if all(same for _, same in rows) else 1
 
 

@@ -212,9 +212,9 @@ class Probe:
         from compressors.settings import Settings
         from compressors.training.compress import compress
         from nxm_export.contract.checkpoint import read_config
-        from nxm_export.contract.checkpoint_metrics import read_metrics
         from nxm_export.contract.families import family_of, size_of
         from nxm_export.contract.plan import WeightSpec
+        from nxm_export.contract.records.checkpoint_metrics import read_metrics
 
         on_gpu = self.has_gpu and not request.on_cpu
         config = read_config(self.dense)

@@ -14,8 +14,8 @@ from hashlib import sha256
 import numpy as np
 import numpy.typing as npt
 
-from nxm_export.contract.checkpoint_metrics import PermutationFacts
-from nxm_export.contract.search_result import PlanScore, SampleCounts, SearchBudget, SearchCost
+from nxm_export.contract.records.checkpoint_metrics import PermutationFacts
+from nxm_export.contract.records.search_result import PlanScore, SampleCounts, SearchBudget, SearchCost
 from nxm_export.errors import DataError
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -83,8 +83,8 @@ class PlanFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFacts:
-    """What `nxm_export.contract.checkpoint_metrics.CompressionMetrics` says of the training; None where a recipe has
-    none."""
+    """What `nxm_export.contract.records.checkpoint_metrics.CompressionMetrics` says of the training; None where a
+    recipe has none."""
 
     qat_steps: int
     held_out_samples: int

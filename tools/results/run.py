@@ -24,11 +24,11 @@ from compressors.settings import DENSE_FIELDS, Settings
 from compressors.training.compress import compress, finetune
 from compressors.training.default_recipe import training_of
 from compressors.training.output_divergence import divergence
-from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.families import size_of
 from nxm_export.contract.packed_checkpoint import pack
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
-from nxm_export.contract.search_result import SEARCH_FILE, read_search_result
+from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics
+from nxm_export.contract.records.search_result import SEARCH_FILE, read_search_result
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.metrics import metric_named
 from nxm_export.errors import ArtifactError, DataError

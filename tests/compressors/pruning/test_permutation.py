@@ -24,9 +24,9 @@ from compressors.quantization.fake_quant import quant_linears
 from compressors.quantization.prepare_bake import calibrate, prepare
 from compressors.training.phases import Job
 from nxm_export.contract.checkpoint import open_checkpoint
-from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.families import FAMILIES, size_of
 from nxm_export.contract.plan import NMPattern, WeightSpec
+from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import PlanError
 from tests.support import tiny

@@ -17,10 +17,10 @@ from compressors.training.task_data import TaskDataRequest, read_task_data
 from compressors.training.trainer import collate
 from nxm_export.cli import main
 from nxm_export.contract.checkpoint import open_checkpoint
-from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.quantizer_placement import residual_output_weights
+from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.tasks import TASKS
 from nxm_export.graph.exporter import export
 from nxm_export.graph.verifier import verify

@@ -25,8 +25,8 @@ from compressors.training.phases import Job
 from compressors.training.task_data import TaskDataRequest, read_task_data
 from compressors.training.trainer import schedule
 from nxm_export.contract.checkpoint import open_checkpoint
-from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
+from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.examples import Columns, Features
 from nxm_export.errors import ArtifactError, DataError, Notice, PlanError

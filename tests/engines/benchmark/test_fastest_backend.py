@@ -109,7 +109,7 @@ def test_an_engine_that_fails_the_comparison_is_no_candidate(
 ) -> None:
     """OpenVINO is told to be the fastest, and a scale in its file is doubled: the slower engine is kept."""
     from engines.openvino import backend as openvino
-    from nxm_export.graph.graph_weights import load_graph, save_graph
+    from nxm_export.graph.reading.graph_weights import load_graph, save_graph
     from nxm_export.storage.hashing import file_hash
     from tests.support.broken import scale_doubled
 

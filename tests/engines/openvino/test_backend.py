@@ -62,7 +62,7 @@ def test_the_execution_graph_names_every_product_and_its_precision(tiny_engine: 
 
 def test_a_planned_product_that_runs_in_float_is_named(tiny_graph: Callable[..., Path], tmp_path: Path) -> None:
     """The pair in front of one product is taken away: its weight is still INT8 in the file, and nothing else is."""
-    from nxm_export.graph.graph_weights import load_graph, save_graph
+    from nxm_export.graph.reading.graph_weights import load_graph, save_graph
 
     model = load_graph(tiny_graph("bert", "inputs") / "model.onnx")
     name = "bert.encoder.layer.1.output.dense"

@@ -14,7 +14,7 @@ from engines.ort import backend as ort
 from engines.ort.backend import SLOW_FUSIONS, unsigned_activations
 from engines.ort.graph_rewrites import fused_attention, integer_products
 from engines.passport import load_passport
-from nxm_export.graph.graph_weights import load_graph, save_graph
+from nxm_export.graph.reading.graph_weights import load_graph, save_graph
 from tests.support import baked, onnx_text
 from tests.support.variants import variants
 

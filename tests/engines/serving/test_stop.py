@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.serving import connection as connections
+from engines.serving.http import connection as connections
 from engines.serving.server import _turn_away
 from tools.benchmarks.servers import nxm_serve
 from tools.raw_http import connect, read, request, send

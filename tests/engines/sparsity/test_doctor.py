@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from nxm_export.graph.graph_weights import load_graph
-from nxm_export.graph.sparsity_scan import matrix_facts
+from nxm_export.graph.reading.graph_weights import load_graph
+from nxm_export.graph.reading.sparsity_scan import matrix_facts
 from nxm_export.pipeline.inspection import doctor_file
 from nxm_export.storage.json_files import as_objects
 from tests.engines.sparsity.foreign import pruned_model

@@ -19,7 +19,7 @@ from engines.sparsity.build_evidence import (
 )
 from engines.sparsity.kernel_names import Existence, kernel_named, sparse_kernel_exists
 from engines.sparsity.report import REASONS, FileProblem, SparsityTarget, WeightSparsity, judge
-from nxm_export.contract.matrix_facts import MatrixFacts
+from nxm_export.contract.records.matrix_facts import MatrixFacts
 from nxm_export.errors import ParityError
 from nxm_export.storage.json_files import as_objects
 

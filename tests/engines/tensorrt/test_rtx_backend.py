@@ -14,7 +14,7 @@ from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import INT8_ATTENTION, PLACEMENTS
 from nxm_export.errors import ArtifactError, EngineError, ExportError, ParityError
 from nxm_export.graph.exporter import export
-from nxm_export.graph.graph_weights import load_graph
+from nxm_export.graph.reading.graph_weights import load_graph
 from tests.support.trt_models import Checkpoints
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'nxm-export[trt-rtx]'")
@@ -137,7 +137,7 @@ def test_our_own_check_catches_what_tensorrt_would_refuse_or_silently_run_in_flo
 
 
 def test_behind_our_check_tensorrt_says_what_we_say_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nxm_export.contract.verify_report import VerifyReport
+    from nxm_export.contract.records.verify_report import VerifyReport
 
     monkeypatch.setattr(VerifyReport, "require", lambda self: None)
     with pytest.raises(

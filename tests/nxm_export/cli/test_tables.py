@@ -13,7 +13,7 @@ from nxm_export.cli.engine_tables import print_diagnosis, print_latency
 from nxm_export.cli.output import show_result
 from nxm_export.cli.run_tables import print_search, print_summary
 from nxm_export.cli.tables import print_facts, print_table
-from nxm_export.contract.search_result import (
+from nxm_export.contract.records.search_result import (
     FullRun,
     PlanScore,
     SampleCounts,

@@ -10,22 +10,27 @@ import pytest
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.examples import Columns
 from nxm_export.data.label_kinds import classes_of, labelled, load_labelled
-from nxm_export.data.scorable import require_scorable
+from nxm_export.data.scorable import require_scorable_examples
 from nxm_export.errors import DataError
 
 ROWS = {
-    "regression": ("text\tlabel\na\t{}\nb\t{}\n", ("0.5", "0.5"), ("0.5", "0.75"), "every score is 0.5, and pearson"),
+    "regression": (
+        "text\tlabel\na\t{}\nb\t{}\n",
+        ("0.5", "0.5"),
+        ("0.5", "0.75"),
+        "every label is 0.5, so there is no correlation",
+    ),
     "embedding": (
         "text\ttext_pair\tlabel\na\tb\t{}\nc\td\t{}\n",
         ("3", "3"),
         ("3", "1"),
-        "every score is 3, and cosine_spearman",
+        "every label is 3, so there is no correlation",
     ),
     "reranking": (
         "text\ttext_pair\tlabel\n{}\td\t1\n{}\te\t0\n",
         ("q", "r"),
         ("q", "q"),
-        "every query has one candidate: nothing to rank",
+        "every query has one candidate, so there is nothing to rank",
     ),
     "multi-label": ("text\tlabel\na\t{}\nb\t{}\n", ("", ""), ("x", ""), "no sample has a label"),
 }
@@ -39,11 +44,11 @@ def test_it_is_refused_with_the_reason_and_taken_where_labels_vary(name: str, tm
     classes = ["x", "y"] if name == "multi-label" else None
     file.write_text(text.format(*good))
     raw = load_labelled(str(file), "dev", columns, task)
-    require_scorable(task, labelled(raw, task, classes_of(raw, task, classes)), classes)
+    require_scorable_examples(task, labelled(raw, task, classes_of(raw, task, classes)), classes)
     file.write_text(text.format(*bad))
     raw = load_labelled(str(file), "dev", columns, task)
-    with pytest.raises(DataError, match=rf"dev\.tsv: no metric can score it: {reason}"):
-        require_scorable(task, labelled(raw, task, classes_of(raw, task, classes)), classes)
+    with pytest.raises(DataError, match=rf"dev\.tsv: {reason}"):
+        require_scorable_examples(task, labelled(raw, task, classes_of(raw, task, classes)), classes)
 
 
 def test_candidates_that_are_all_alike_are_nothing_to_rank(tmp_path: Path) -> None:
@@ -52,7 +57,7 @@ def test_candidates_that_are_all_alike_are_nothing_to_rank(tmp_path: Path) -> No
     task = TASKS["reranking"]
     examples = labelled(load_labelled(str(file), "dev", Columns("text", "text_pair", "label"), task), task, None)
     with pytest.raises(DataError, match="candidates of one relevance alone"):
-        require_scorable(task, examples, None)
+        require_scorable_examples(task, examples, None)
 
 
 @pytest.mark.parametrize(("tags", "refused"), [("O O", True), ("O B-X", False)])
@@ -63,10 +68,10 @@ def test_sentences_without_an_entity_have_no_entity_f1(tags: str, refused: bool,
     raw = load_labelled(str(file), "dev", Columns(), task)
     examples = labelled(raw, task, classes_of(raw, task, ["O", "B-X"]))
     if refused:
-        with pytest.raises(DataError, match="every tag is O"):
-            require_scorable(task, examples, ["O", "B-X"])
+        with pytest.raises(DataError, match="no token belongs to an entity"):
+            require_scorable_examples(task, examples, ["O", "B-X"])
     else:
-        require_scorable(task, examples, ["O", "B-X"])
+        require_scorable_examples(task, examples, ["O", "B-X"])
 
 
 def test_scores_that_are_not_there_are_left_to_the_metric(tmp_path: Path) -> None:
@@ -76,4 +81,4 @@ def test_scores_that_are_not_there_are_left_to_the_metric(tmp_path: Path) -> Non
     raw = load_labelled(str(file), "train", Columns("text", "text_pair"), task)
     examples = labelled(raw, task, None)
     assert all(isinstance(label, float) and math.isnan(label) for label in examples.labels)
-    require_scorable(task, examples, None)
+    require_scorable_examples(task, examples, None)

@@ -25,7 +25,7 @@ from nxm_export.errors import ArtifactError, ExportError, NxmError, PlanError
 from nxm_export.graph import exporter
 from nxm_export.graph.apply_plan import SOFTMAX_SCALE
 from nxm_export.graph.exporter import TARGETS, Exported, export
-from nxm_export.graph.graph_weights import graph_weights, load_graph
+from nxm_export.graph.reading.graph_weights import graph_weights, load_graph
 from nxm_export.graph.verifier import embedded_plan, verify
 from tests.support import baked, onnx_text, tiny
 from tests.support.variants import variants

@@ -15,7 +15,7 @@ from engines.base import backend
 from nxm_export.errors import ArtifactError, EngineError, NxmError
 from nxm_export.graph import external_data
 from nxm_export.graph.external_data import has_external_data
-from nxm_export.graph.graph_weights import load_graph
+from nxm_export.graph.reading.graph_weights import load_graph
 from nxm_export.pipeline.engine_commands import build_engine, build_fastest
 from tests.support import onnx_text
 

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from nxm_export.contract.plan import NMPattern
-from nxm_export.graph.graph_weights import GraphWeight, graph_products, load_graph
+from nxm_export.graph.reading.graph_weights import GraphWeight, graph_products, load_graph
 from nxm_export.graph.verifier import verify
 
 K, N = 8, 6

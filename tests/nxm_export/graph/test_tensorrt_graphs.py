@@ -16,8 +16,8 @@ from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import GRAPH_PLACEMENTS, PLACEMENTS, CompressionPlan, WeightSpec
 from nxm_export.errors import ArtifactError, ExportError, PlanError
 from nxm_export.graph.exporter import export
-from nxm_export.graph.graph_weights import load_graph
-from nxm_export.graph.sparsity_scan import matrix_facts
+from nxm_export.graph.reading.graph_weights import load_graph
+from nxm_export.graph.reading.sparsity_scan import matrix_facts
 from tests.support.trt_models import Checkpoints, feeds_for
 from tests.support.variants import variants
 

@@ -16,7 +16,7 @@ from onnx import helper
 
 from nxm_export.errors import ExportError
 from nxm_export.graph.exporter import export
-from nxm_export.graph.graph_weights import load_graph
+from nxm_export.graph.reading.graph_weights import load_graph
 from nxm_export.graph.tensorrt_parser import parser_of, parser_problems, require_read_right
 from nxm_export.graph.verifier import verify
 from tests.support.qdq_graphs import N, QdqProduct

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
-from nxm_export.contract.verify_report import VerifyReport, read_verify_report
+from nxm_export.contract.records.verify_report import VerifyReport, read_verify_report
 from nxm_export.errors import ArtifactError, ExportError, PlanError
 from nxm_export.graph.verifier import verify
 from nxm_export.storage.json_files import encode

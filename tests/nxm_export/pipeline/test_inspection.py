@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -89,3 +90,22 @@ def test_a_machine_says_of_everything_that_it_is_ready_or_what_to_install(monkey
     missing = environment.report()
     assert missing.nxm_export == "source tree"
     assert missing.backends["ort"] == "missing onnxruntime, onnx, onnx-ir: pip install 'nxm-export[ort]'"
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("--twin", {"twin": Path("dense")}),
+        ("--kernels", {"kernels": Path("kernels.txt")}),
+        ("--measure", {"measure": True}),
+    ],
+)
+def test_what_only_a_tensorrt_engine_answers_is_refused_elsewhere_and_not_dropped(
+    tmp_path: Path, tiny_engine: Callable[..., Path], option: str, values: Mapping[str, Any]
+) -> None:
+    run = RunDir(tmp_path / "run").root
+    for path in (tiny_engine("ort"), onnx_text.save(GRAPH, tmp_path / "graph.onnx"), run):
+        with pytest.raises(
+            EngineError, match=rf"{option} asks of a TensorRT engine's sparse kernels; leave it out here"
+        ):
+            inspect_path(path, **values)

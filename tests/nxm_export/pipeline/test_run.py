@@ -17,8 +17,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from nxm_export.cli import main
-from nxm_export.contract.checkpoint_metrics import CompressionMetrics, read_metrics_of
-from nxm_export.contract.run_summary import SCHEMA, RunSummary
+from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics_of
+from nxm_export.contract.records.run_summary import SCHEMA, RunSummary
 from nxm_export.storage.json_files import decode, entry_at
 from tests.support import tiny
 from tests.support.variants import variants

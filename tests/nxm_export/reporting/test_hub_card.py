@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nxm_export.contract.checkpoint_metrics import read_metrics
+from nxm_export.contract.records.checkpoint_metrics import read_metrics
 from nxm_export.errors import ArtifactError
 from nxm_export.reporting import card
 from nxm_export.reporting.hub_card import markdown

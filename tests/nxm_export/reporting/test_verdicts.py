@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nxm_export.contract.checkpoint_metrics import DenseMetrics
-from nxm_export.contract.run_summary import RunSummary
+from nxm_export.contract.records.checkpoint_metrics import DenseMetrics
+from nxm_export.contract.records.run_summary import RunSummary
 from nxm_export.reporting.figures import Figure, RunFile
 from nxm_export.reporting.run_facts import EngineEntry, Run
 from nxm_export.reporting.verdicts import compressed_value, dev_samples, metric, verdicts

@@ -141,8 +141,8 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 def _products(file: str, sparse_flag: bool) -> tuple[list[dict[str, Any]], list[str], list[str]]:
     """A layer per product with a constant weight, and the names for the builder's sparse lists."""
-    from nxm_export.graph.graph_weights import load_graph
-    from nxm_export.graph.sparsity_scan import matrix_facts
+    from nxm_export.graph.reading.graph_weights import load_graph
+    from nxm_export.graph.reading.sparsity_scan import matrix_facts
 
     layers: list[dict[str, Any]] = []
     eligible: list[str] = []

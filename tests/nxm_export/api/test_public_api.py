@@ -128,11 +128,36 @@ def test_every_type_of_ours_in_a_public_signature_is_public(name: str) -> None:
         assert annotated_names(function, own_names(tree)) - NO_TYPES <= set(PUBLIC), where
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PlanOptions",
+        "Settings",
+        "SearchSettings",
+        "BuildOptions",
+        "Profile",
+        "ModelOptions",
+        "ServerOptions",
+        "TritonOptions",
+        "Columns",
+    ],
+)
+def test_what_an_option_takes_is_public(name: str) -> None:
+    tree = module_tree(nxm._HOMES[name])
+    (record,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
+    annotations = [node.annotation for node in record.body if isinstance(node, ast.AnnAssign)]
+    named = {node.id for top in annotations for node in ast.walk(top) if isinstance(node, ast.Name)}
+    assert named & own_names(tree) <= set(PUBLIC)
+
+
 def table_rows() -> list[str]:
     """The functions in the table of docs/python.md."""
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8").partition("| function | command | returns |")[2]
     return [
-        name for row in page.splitlines() if row.startswith("| `") for name in re.findall(r"`(\w+)`", row.split("|")[1])
+        name
+        for row in page.partition("\n\n")[0].splitlines()
+        if row.startswith("| `")
+        for name in re.findall(r"`(\w+)`", row.split("|")[1])
     ]
 
 
@@ -334,6 +359,7 @@ def test_what_was_asked_is_never_dropped(tmp_path: Path, choices: dict[str, Any]
     "choices",
     [
         {},
+        {"pattern": nxm.NMPattern(1, 4)},
         {"pattern": None},
         {"weight_bits": None},
         {"weight_bits": None, "options": nxm.PlanOptions(placement="inputs")},
@@ -358,6 +384,18 @@ def test_no_threads_are_refused(small: Path) -> None:
         nxm.bench(small / "engine", [(1, 8)], threads=0)
     with pytest.raises(nxm.EngineError, match="at least one thread, got 0"):
         nxm.bench_text(small / "engine", small / "dev.tsv", threads=0)
+
+
+def test_only_an_expected_engine_predicts(tiny_engine: Callable[..., Path]) -> None:
+    engine = nxm.open_engine(tiny_engine("ort"))
+    assert engine.predict(["a film"], expect_sha256=[engine.passport.engine_sha256])
+    with pytest.raises(nxm.ServeError, match="expect"):
+        engine.predict(["a film"], expect_sha256=["0" * 64])
+
+
+def test_a_backend_without_sparse_kernels_is_judged_for_nothing(tmp_path: Path) -> None:
+    with pytest.raises(nxm.EngineError, match=r"'ort' runs no sparse kernels.*choose one of trt, trt_rtx"):
+        nxm.diagnose(tmp_path / "model.onnx", backend="ort")
 
 
 def test_a_search_refuses_the_revision_that_it_cannot_take(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
 
-from nxm_export.contract.matrix_facts import UnreadProduct
 from nxm_export.contract.plan import NMPattern
+from nxm_export.contract.records.matrix_facts import UnreadProduct
 from nxm_export.errors import ArtifactError
-from nxm_export.graph.graph_weights import GraphWeight, graph_products, load_graph
-from nxm_export.graph.sparsity_scan import scan_products
+from nxm_export.graph.reading.graph_weights import GraphWeight, graph_products, load_graph
+from nxm_export.graph.reading.sparsity_scan import scan_products
 from nxm_export.graph.verifier import verify
 from nxm_export.pipeline.inspection import doctor_file
 from tests.support import onnx_text

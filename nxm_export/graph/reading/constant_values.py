@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nxm_export.errors import ArtifactError
-from nxm_export.graph.dependence import Dependence, dependences, subgraphs
+from nxm_export.graph.reading.dependence import Dependence, dependences, subgraphs
 
 _LARGEST = 2**28  # elements of a computed constant that is larger than what it is computed from: 1 GiB of float32
 _WORK = 2**35  # elements that are computed for one file: minutes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nxm_export.contract.search_result import (
+from nxm_export.contract.records.search_result import (
     FullRun,
     HalvingRound,
     ParetoPlan,

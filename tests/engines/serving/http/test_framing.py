@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.serving.framing import Framing, OversizedHead
+from engines.serving.http.framing import Framing, OversizedHead
 
 LIMIT = 400
 

@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from nxm_export.contract.matrix_facts import ProductCounts, UnreadProduct
 from nxm_export.contract.plan import NMPattern
+from nxm_export.contract.records.matrix_facts import ProductCounts, UnreadProduct
 from nxm_export.errors import ArtifactError, ExportError
 from nxm_export.storage.json_files import convert, read_json, require_schema, to_json_object
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from engines.serving import open_files
-from engines.serving.open_files import AcceptFailures, require_open_files
+from engines.serving.http import open_files
+from engines.serving.http.open_files import AcceptFailures, require_open_files
 from nxm_export.cli import main
 from nxm_export.errors import ServeError
 from tests.engines.serving.test_server import eventually, log_lines

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nxm_export.contract.run_summary import (
+from nxm_export.contract.records.run_summary import (
     DIRECTORY,
     SUMMARY_FILE,
     EngineParity,

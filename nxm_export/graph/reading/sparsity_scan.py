@@ -12,11 +12,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from nxm_export.contract.matrix_facts import MatrixFacts, ScannedProducts, UnreadProduct
 from nxm_export.contract.plan import CompressionPlan, NMPattern
-from nxm_export.graph.graph_weights import GraphWeight, graph_products, parameter_of
-from nxm_export.graph.products import groups_of, name_of
+from nxm_export.contract.records.matrix_facts import MatrixFacts, ScannedProducts, UnreadProduct
 from nxm_export.graph.quantized_values import input_codes, output_type, reads_an_input
+from nxm_export.graph.reading.graph_weights import GraphWeight, graph_products, parameter_of
+from nxm_export.graph.reading.products import groups_of, name_of
 from nxm_export.graph.verifier import embedded_plan, scale_problems
 
 SPARSE = NMPattern(2, 4)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.serving.spare_connections import ROOM, SpareConnections
+from engines.serving.http.spare_connections import ROOM, SpareConnections
 from nxm_export.storage.json_files import entry_at
 from tests.engines.serving.test_server import INFER, body_of, eventually, metric
 from tests.support.exact_engine import feeds_of

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 
 from nxm_export.contract.plan import NMPattern
-from nxm_export.graph.graph_weights import GraphWeight, graph_products, graph_weights, load_graph, save_graph
+from nxm_export.graph.reading.graph_weights import GraphWeight, graph_products, graph_weights, load_graph, save_graph
 from tests.support import onnx_text
 
 # (K, N) = (4, 3): 2:4 along K in every column, and no pattern along N: row 1 is full.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nxm_export.contract.train_log import TrainLogLine, read_train_log
+from nxm_export.contract.records.train_log import TrainLogLine, read_train_log
 from nxm_export.errors import ArtifactError
 
 LINES = (TrainLogLine("qat", 1, loss=0.5, learning_rate=1e-3), TrainLogLine("admm", 2, residual=0.25, flips=0.0))

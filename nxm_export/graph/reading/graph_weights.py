@@ -1,10 +1,11 @@
 """The weight matrices of any ONNX graph, whoever made it: what is stored, along which axis it is reduced, how it is
 scaled.
 
-Every product one of whose operands depends on no input of the graph is found (`nxm_export.graph.products`), and the
-operand is computed as the operators compute it (`nxm_export.graph.constant_values`): whatever stands between the stored
-constants and the product, the matrix is what the product reads. Where a DequantizeLinear scales it, the matrix is the
-integers in front of that, moved as the scaled values are moved. What cannot be read says why, and is never left out.
+Every product one of whose operands depends on no input of the graph is found (`nxm_export.graph.reading.products`), and
+the operand is computed as the operators compute it (`nxm_export.graph.reading.constant_values`): whatever stands
+between the stored constants and the product, the matrix is what the product reads. Where a DequantizeLinear scales it,
+the matrix is the integers in front of that, moved as the scaled values are moved. What cannot be read says why, and is
+never left out.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from nxm_export.contract.matrix_facts import UnreadProduct
 from nxm_export.contract.plan import NMPattern
+from nxm_export.contract.records.matrix_facts import UnreadProduct
 from nxm_export.errors import ArtifactError, NxmError
-from nxm_export.graph.constant_values import ConstantValues, NotComputed, plain, stored_array
-from nxm_export.graph.dependence import Dependence, dependences
-from nxm_export.graph.node_checks import malformed_nodes
-from nxm_export.graph.products import NotRead, Operand, name_of, operands
-from nxm_export.graph.sparse_tensors import densify
-from nxm_export.graph.weight_codes import Codes, Origins, dequantized, origins_of, scaled_by_operator, type_name
+from nxm_export.graph.reading.constant_values import ConstantValues, NotComputed, plain, stored_array
+from nxm_export.graph.reading.dependence import Dependence, dependences
+from nxm_export.graph.reading.node_checks import malformed_nodes
+from nxm_export.graph.reading.products import NotRead, Operand, name_of, operands
+from nxm_export.graph.reading.sparse_tensors import densify
+from nxm_export.graph.reading.weight_codes import Codes, Origins, dequantized, origins_of, scaled_by_operator, type_name
 
 _DETECTED = (NMPattern(1, 4), NMPattern(2, 8), NMPattern(1, 2), NMPattern(2, 4), NMPattern(4, 8))
 _PROTOBUF_LIMIT = 1_800_000_000  # bytes; protobuf itself ends at 2 GB

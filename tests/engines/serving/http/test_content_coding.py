@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.serving.content_coding import coding_of, inflated
+from engines.serving.http.content_coding import coding_of, inflated
 from nxm_export.errors import RequestRefused
 
 LIMIT = 1000

@@ -3,8 +3,8 @@
 uvicorn's protocol class does the parsing and the answering. It closes idle connections between requests, waits without
 end for a request that never arrives whole, and reads on into the next request while one is being answered, so that
 whatever is wrong with the next one can cost the answer to the first. Here every request has a timer from its first
-byte, the next one is looked at when its predecessor is answered (`engines.serving.framing`), and what is refused before
-it reaches a route is answered in JSON, too.
+byte, the next one is looked at when its predecessor is answered (`engines.serving.http.framing`), and what is refused
+before it reaches a route is answered in JSON, too.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import sys
 import termios
 from typing import TYPE_CHECKING, cast
 
-from engines.serving.framing import Framing, OversizedHead
+from engines.serving.http.framing import Framing, OversizedHead
+from engines.serving.http.spare_connections import PATIENCE, SPARE, SpareConnections
 from engines.serving.settings import ConnectionLimits
-from engines.serving.spare_connections import PATIENCE, SPARE, SpareConnections
 
 if TYPE_CHECKING:
     from engines.serving.app import Service

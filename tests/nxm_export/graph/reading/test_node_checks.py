@@ -7,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from nxm_export.errors import ArtifactError
-from nxm_export.graph.graph_weights import load_graph
+from nxm_export.graph.reading.graph_weights import load_graph
 from nxm_export.graph.verifier import verify
 from nxm_export.pipeline.inspection import doctor_file
 from tests.support.qdq_graphs import K, N, QdqProduct

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from nxm_export.graph.constant_values import ConstantValues, NotComputed, is_stored, plain
-from nxm_export.graph.products import Operand
+from nxm_export.graph.reading.constant_values import ConstantValues, NotComputed, is_stored, plain
+from nxm_export.graph.reading.products import Operand
 
 # Nodes that move the elements of their first input (Concat: of all) and change none; a Cast, from float to float.
 _MOVES = frozenset({

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nxm_export.contract.checkpoint_metrics import (
+from nxm_export.contract.records.checkpoint_metrics import (
     CompressionMetrics,
     DenseMetrics,
     PermutationFacts,

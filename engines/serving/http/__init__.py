@@ -1,0 +1,1 @@
+"""Connections and bytes: framing, codings, limits."""

@@ -1,0 +1,1 @@
+"""Records that commands write and others read: metrics, summaries, logs, reports."""

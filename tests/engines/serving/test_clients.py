@@ -160,6 +160,16 @@ def test_a_request_with_more_rows_or_tokens_than_are_served_is_refused_at_once(o
     assert "longer than the 48" in error_of(answer)
 
 
+def test_a_large_body_where_hardly_one_belongs_is_refused_unread(ours: Running) -> None:
+    """It was parsed on the event loop: 4 MB of small objects held everybody up for a second, and four for two."""
+    body = b'{"ready":true,"x":[' + b"{}," * (1 << 20) + b"{}]}"
+    began = time.monotonic()
+    refused = send(ours.port, "POST", "/v2/repository/index", body)
+    assert refused.status == 400
+    assert "must be empty or a JSON object" in str(entry_at(refused.json(), "error"))
+    assert time.monotonic() - began < 0.4
+
+
 def test_control_characters_reach_no_log(ours: Running) -> None:
     for odd in ("%1b%5b31m", "%c2%9b31m", "%7f", "%e2%80%ae", "%00"):
         assert send(ours.port, "POST", f"/v2/models/{odd}/infer", b"{}").status == 404

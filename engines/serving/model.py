@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.admission import admitted
+from engines.admission import admitted, require_unchanged
 from engines.base import Engine, LoadOptions, backend
-from engines.passport import EnginePassport, covered_spec, covered_tokenizer, load_passport
+from engines.passport import EnginePassport, covered_spec, covered_tokenizer
 from engines.serving.batching import BatchQueue, Deliver, Limits, Observer, run_worker
 from engines.serving.protocol import InferRequest, TensorSpec
 from engines.serving.settings import ModelOptions
@@ -212,8 +212,7 @@ def open_model(name: str, version: str, directory: Path, options: ModelOptions) 
         options = replace(options, merge=CPU_MERGE)
     with ExitStack() as stack:
         engines = [stack.enter_context(runtime.load(directory, load_options)) for _ in range(instances)]
-        if load_passport(directory) != passport:  # each of them read the directory anew
-            raise ServeError(f"{directory} was replaced while it was loaded; load it again")
+        require_unchanged(directory, passport)
         model = Model(name, version, directory, passport, engines, options)
         stack.pop_all()  # from here on `Model.close` frees them
     return model

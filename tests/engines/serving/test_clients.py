@@ -162,12 +162,9 @@ def test_a_request_with_more_rows_or_tokens_than_are_served_is_refused_at_once(o
 
 def test_a_large_body_where_hardly_one_belongs_is_refused_unread(ours: Running) -> None:
     """It was parsed on the event loop: 4 MB of small objects held everybody up for a second, and four for two."""
-    body = b'{"ready":true,"x":[' + b"{}," * (1 << 20) + b"{}]}"
-    began = time.monotonic()
-    refused = send(ours.port, "POST", "/v2/repository/index", body)
+    refused = send(ours.port, "POST", "/v2/repository/index", b'{"ready":true,"x":[' + b"{}," * (1 << 20))
     assert refused.status == 400
-    assert "must be empty or a JSON object" in str(entry_at(refused.json(), "error"))
-    assert time.monotonic() - began < 0.4
+    assert "must be empty or a JSON object" in error_of(refused)  # not that it is no JSON
 
 
 def test_control_characters_reach_no_log(ours: Running) -> None:

@@ -48,6 +48,13 @@ def require_expected(directory: Path, passport: EnginePassport, expected: Collec
         )
 
 
+def require_unchanged(directory: Path, passport: EnginePassport) -> None:
+    """Raise `ServeError` unless `passport` is still that of the directory: call it when engines are loaded, each of
+    which has read the directory anew, and perhaps after it was replaced by another."""
+    if load_passport(directory) != passport:
+        raise ServeError(f"{directory} was replaced while it was loaded; load it again")
+
+
 def gate_state(directory: Path, passport: EnginePassport) -> str:
     """``passed``, ``failed`` or ``unchecked``: what the parity report beside an engine says about these very files."""
     if not (directory / PARITY_FILE).exists():

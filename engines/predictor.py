@@ -20,7 +20,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from engines.admission import admitted
+from engines.admission import admitted, require_unchanged
 from engines.base import Engine, LoadOptions, Profile, backend
 from engines.passport import covered_spec, covered_tokenizer
 from engines.serving.shapes import plan_buckets
@@ -53,7 +53,7 @@ from nxm_export.data.predictions import (
 )
 from nxm_export.data.question_answering import Window, windows
 from nxm_export.data.texts import Text
-from nxm_export.errors import ArtifactError, DataError, EngineError
+from nxm_export.errors import ArtifactError, DataError, EngineError, NxmError
 
 BATCH = 32  # texts that run at once
 _PAIR = {"question-answering": "(question, context)", "reranking": "(query, document)"}
@@ -66,7 +66,8 @@ class Predictor:
     must have (one of `nxm_export.contract.choices.GATES`), `expect_sha256` the hashes of which its own, or that of all
     its contents, must be one. Raises `EngineUnavailable` where the engine cannot run here, `ArtifactError` for a
     directory that is none of ours or whose files are not those of its passport, `ParityError` for a parity that is not
-    good enough for `gate`, `ServeError` for a hash that was not expected, and `DataError` for less than one thread.
+    good enough for `gate`, `ServeError` for a hash that was not expected or a directory that is replaced meanwhile,
+    and `DataError` for less than one thread.
     """
 
     def __init__(
@@ -90,6 +91,11 @@ class Predictor:
         self._tokenizer = covered_tokenizer(self.directory, passport)
         self._profiles: Sequence[Profile] = passport.profiles
         self._engine: Engine = backend(passport.backend).load(self.directory, LoadOptions(threads))
+        try:
+            require_unchanged(self.directory, passport)
+        except NxmError:
+            self._engine.close()
+            raise
 
     def predict(self, texts: Iterable[Text], *, batch: int = BATCH) -> list[AnyPrediction]:
         """One result for every text, in order; its type is that of the engine's task (`nxm_export.data.predictions`).

@@ -84,7 +84,10 @@ def _tried(directory: Path, passport: EnginePassport, spec: IOSpec, level: str) 
                 f"{directory}: the engine does not run with the inputs that its passport names: {error}; build it again"
             ) from error
         for ours, theirs in zip(*outputs, strict=True):
-            largest = max(largest, float(np.abs(ours - theirs).max()))
+            gap = float(np.abs(ours - theirs).max())
+            if not np.isfinite(gap):  # no number is larger than NaN, so it would pass for no difference
+                raise EngineError(f"{directory}: the engine gives numbers that are not finite at the level {level!r}")
+            largest = max(largest, gap)
     counts = tuple(
         sum(counted.get(operator, 0) for operator in INTEGER_PRODUCTS)
         for counted in (operators(file, passport), operators(file, passport, level=level))

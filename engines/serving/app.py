@@ -362,10 +362,11 @@ class Service:
         }
 
     def _index(self, body: bytes) -> list[dict[str, str]]:
-        asked = parse_json(body) if body.strip() else {}
-        if not isinstance(asked, dict) or not isinstance(asked.get("ready", False), bool):
+        small = len(body) <= INLINE_TEXT  # it is parsed on the event loop
+        asked = parse_json(body) if small and body.strip() else {}
+        if not small or not isinstance(asked, dict) or not isinstance(asked.get("ready") or False, bool):
             raise RequestRefused(400, 'the body must be empty or a JSON object like {"ready": true}')
-        return self.repository.index()
+        return [entry for entry in self.repository.index() if not asked.get("ready") or entry["state"] == "READY"]
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -427,6 +428,7 @@ class Service:
                     log.error(
                         "reload refused; the old engine goes on", extra={"facts": {**facts, "reason": str(error)}}
                     )
+                    _judge(old, await loop.run_in_executor(self._loading, self.repository.judging(key)))
                     continue
                 except Exception as error:  # a runtime's own; the watch must go on
                     self.metrics.reloaded(old, "refused")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.admission import admitted
+from engines.admission import admitted, require_unchanged
 from engines.base import Engine, LoadOptions, backend
 from engines.passport import EnginePassport, covered_spec, covered_tokenizer
 from engines.serving.batching import BatchQueue, Deliver, Limits, Observer, run_worker
@@ -212,6 +212,7 @@ def open_model(name: str, version: str, directory: Path, options: ModelOptions) 
         options = replace(options, merge=CPU_MERGE)
     with ExitStack() as stack:
         engines = [stack.enter_context(runtime.load(directory, load_options)) for _ in range(instances)]
+        require_unchanged(directory, passport)
         model = Model(name, version, directory, passport, engines, options)
         stack.pop_all()  # from here on `Model.close` frees them
     return model

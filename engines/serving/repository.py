@@ -203,6 +203,11 @@ class Repository:
         """A function that says why the model under a key must not go on, by the parity report beside it now (None: it
         may); it blocks, as that of `begin_reload` does."""
         self._seen[key] = self._pending.pop(key)
+        return self.judging(key)
+
+    def judging(self, key: tuple[str, str]) -> Callable[[], str | None]:
+        """What `begin_judging` gives, after a reload that was refused: what lies there may be the engine that serves,
+        with a report that failed."""
         model = self._models[key]
         return lambda: _objection(model, self._options.gate)
 
@@ -242,8 +247,11 @@ def require_distinct_names(sources: Sequence[EngineSource], suffixes: Sequence[s
 
 def _objection(model: Model, gate: str) -> str | None:
     try:
-        if load_passport(model.directory) != model.passport:
+        passport, serving = load_passport(model.directory), model.passport
+        if (passport.engine_sha256, passport.contents_sha256) != (serving.engine_sha256, serving.contents_sha256):
             return model.withdrawn  # what lies there is another engine, of which its report speaks
+        if passport != serving and not (model.directory / PARITY_FILE).exists():
+            return model.withdrawn  # the same one, built again and not yet compared
         require_gate(model.directory, model.passport, gate)
     except ParityError as error:
         return str(error)

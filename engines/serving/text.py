@@ -8,8 +8,9 @@ so one that takes more than a window is refused.
 
 from __future__ import annotations
 
-import threading
+import copy
 from collections.abc import Mapping, Sequence
+from queue import SimpleQueue
 
 import numpy as np
 
@@ -26,14 +27,17 @@ TEXT, PAIR, LABEL, ANSWER = "text", "text_pair", "label", "answer"
 
 
 class TextFrontend:
-    """Tokenizes for one engine. May be called from several threads: they take turns at the tokenizer."""
+    """Tokenizes for one engine. May be called from several threads, two of which never wait for each other: the event
+    loop's, for small requests, and the one for large ones."""
 
     def __init__(self, tokenizer: Tokenizer, spec: IOSpec, longest: int | None = None) -> None:
         """`longest` is the most tokens that the engine takes, where those are fewer than the model's positions."""
-        self._tokenizer = tokenizer
+        # A tokenizer is not to be configured while another thread uses it.
+        self._free = SimpleQueue["Tokenizer"]()
+        for each in (tokenizer, copy.deepcopy(tokenizer)):
+            self._free.put(each)
         self._spec = spec
         self._max_length = min(spec.max_length, longest or spec.max_length)
-        self._turn = threading.Lock()  # a tokenizer is not to be configured while another thread uses it
         self._spans = TASKS[spec.task].output_kind == "span"
 
     @property
@@ -80,8 +84,11 @@ class TextFrontend:
             )
         if pairs is not None and len(pairs) != len(texts):
             raise RequestRefused(400, f"{TEXT} has {len(texts)} rows and {PAIR} has {len(pairs)}")
-        with self._turn:
-            features = self._encoded(texts, pairs)
+        tokenizer = self._free.get()
+        try:
+            features = self._encoded(tokenizer, texts, pairs)
+        finally:
+            self._free.put(tokenizer)
         if self._spans and len(features) > len(texts):
             groups = [sample["group"] for sample in features]
             row = next(row for row in range(len(texts)) if groups.count(row) > 1)
@@ -91,19 +98,22 @@ class TextFrontend:
             )
         return features
 
-    def _encoded(self, texts: list[str], pairs: list[str] | None) -> list[Features]:
-        """Tokens of the texts, as training makes them of the same ones; call it in turn."""
+    def _encoded(self, tokenizer: Tokenizer, texts: list[str], pairs: list[str] | None) -> list[Features]:
+        """Tokens of the texts, as training makes them of the same ones."""
         no_labels: list[Label] = [()] * len(texts) if self._spans else [0] * len(texts)
         examples = Examples(texts, pairs, no_labels, "request", encoder=windows if self._spans else None)
         try:
             if self._spans:
-                return encode(self._tokenizer, examples, self._max_length, self._spec.inputs)
+                return encode(tokenizer, examples, self._max_length, self._spec.inputs)
             rows = [(text,) for text in texts] if pairs is None else list(zip(texts, pairs, strict=True))
             long = {row for row, each in enumerate(rows) if is_long(each, self._max_length)}
             short = [row for row in range(len(rows)) if row not in long]
-            made = encode(self._tokenizer, examples.subset(short), self._max_length, self._spec.inputs)
+            made = encode(tokenizer, examples.subset(short), self._max_length, self._spec.inputs)
             short_features = iter(made)
-            return [self._long(row, rows[row]) if row in long else next(short_features) for row in range(len(rows))]
+            return [
+                self._long(tokenizer, row, rows[row]) if row in long else next(short_features)
+                for row in range(len(rows))
+            ]
         except DataError as error:  # a question that leaves no room, a context without tokens
             raise RequestRefused(400, str(error)) from error
         except (RequestRefused, KeyboardInterrupt, SystemExit):
@@ -111,9 +121,9 @@ class TextFrontend:
         except BaseException as error:  # a panic of the tokenizers library is no `Exception`
             raise ServeError(f"the tokenizer failed ({type(error).__name__}: {error})") from error
 
-    def _long(self, row: int, texts: Sequence[str]) -> Features:
+    def _long(self, tokenizer: Tokenizer, row: int, texts: Sequence[str]) -> Features:
         try:
-            tokens = encode_long(self._tokenizer, texts, self._max_length)
+            tokens = encode_long(tokenizer, texts, self._max_length)
         except ValueError as error:
             raise RequestRefused(400, f"row {row}: {error}") from error
         return {**tokens_of(tokens, self._spec.inputs), "labels": 0}

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.base import BuildOptions
+from engines.base import BuildOptions, LoadOptions
+from engines.ort import backend as ort
 from engines.ort.backend import build
+from engines.passport import load_passport
 from engines.predictor import Predictor
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.predictions import Answer, Embedding, LabelSet, Prediction, Score, TaggedText
 from nxm_export.data.texts import Text
-from nxm_export.errors import ArtifactError, DataError
+from nxm_export.errors import ArtifactError, DataError, ServeError
 from nxm_export.graph.exporter import export
 from tests.support import exact_engine, tiny
 
@@ -188,6 +190,7 @@ def test_a_directory_without_a_tokenizer_is_refused(made: Callable[[str], tuple[
 def test_predicting_needs_neither_torch_nor_transformers(made: Callable[[str], tuple[Path, Path]]) -> None:
     code = f"""
 import sys
+from engines.passport import load_passport
 from engines.predictor import Predictor
 with Predictor({str(made("classification")[1])!r}) as predictor:
     print(predictor.predict(["a good film"])[0])
@@ -196,3 +199,19 @@ assert not {{"torch", "transformers"}} & set(sys.modules)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Prediction(label=")
+
+
+def test_a_directory_that_is_replaced_while_it_is_loaded_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, newer = (exact_engine.build(tmp_path / name, seed) for seed, name in enumerate(("served", "newer")))
+    load = ort.load
+
+    def replace_and_load(path: Path, options: LoadOptions) -> ort.OrtEngine:
+        directory.rename(tmp_path / "old")
+        newer.rename(directory)
+        return load(path, options)
+
+    monkeypatch.setattr(ort, "load", replace_and_load)
+    with pytest.raises(ServeError, match="replaced while it was loaded"):
+        Predictor(directory, expect_sha256={load_passport(directory).engine_sha256})

@@ -16,6 +16,7 @@ from engines.ort.backend import ENGINE_FILE, open_session
 from engines.ort.session_levels import ALL, BASIC, SessionLevel, closest_level
 from engines.passport import EnginePassport, covered_spec, load_passport
 from nxm_export.contract.io_spec import IOSpec
+from nxm_export.errors import EngineError
 from tests.support import baked
 from tests.support.variants import variants
 
@@ -76,3 +77,20 @@ def test_where_it_cannot_be_tried_it_says_so(tiny_engine: Callable[..., Path], m
     closest = closest_level(directory, *opened(directory))
     assert closest == SessionLevel(BASIC, None, None)
     assert "not compared with the proven one" in closest.words
+
+
+def test_a_level_that_gives_no_number_is_never_bit_for_bit(
+    tiny_engine: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tiny_engine("ort")
+
+    class NoNumbers:
+        def run(self, names: None, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+            return [np.full((1, 2), np.nan, np.float32)]
+
+    def opening(*arguments: object, level: str | None = None, **options: object) -> object:
+        return open_session(*arguments, **options) if level is None else NoNumbers()  # type: ignore[arg-type]
+
+    monkeypatch.setattr("engines.ort.session_levels.open_session", opening)
+    with pytest.raises(EngineError, match="not finite"):
+        closest_level(directory, *opened(directory))

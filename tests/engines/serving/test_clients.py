@@ -6,13 +6,17 @@ import json
 import shutil
 import socket
 import subprocess
+import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import pytest
 
+from engines.serving import long_texts
 from engines.serving.text import TextFrontend
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.errors import ServeError
@@ -158,6 +162,35 @@ def test_a_request_with_more_rows_or_tokens_than_are_served_is_refused_at_once(o
     tokens = {"name": "input_ids", "datatype": "INT64", "shape": [1, MAX_LENGTH + 1], "data": "no matter"}
     answer = send(ours.port, "POST", INFER, json.dumps({"inputs": [tokens]}).encode())
     assert "longer than the 48" in error_of(answer)
+
+
+def test_a_large_body_where_hardly_one_belongs_is_refused_unread(ours: Running) -> None:
+    """It was parsed on the event loop: 4 MB of small objects held everybody up for a second, and four for two."""
+    refused = send(ours.port, "POST", "/v2/repository/index", b'{"ready":true,"x":[' + b"{}," * (1 << 20))
+    assert refused.status == 400
+    assert "must be empty or a JSON object" in error_of(refused)  # not that it is no JSON
+
+
+def test_a_small_text_does_not_wait_for_a_large_one(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waited on the event loop, and everybody with it: a probe for 1.5 s behind 4 MB of pairs."""
+    frontend = TextFrontend(cast("Tokenizer", exact_engine.tokenizer()), load_spec(engine))
+    began, go_on, encode_long = threading.Event(), threading.Event(), long_texts.encode_long
+
+    def slowly(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> long_texts.Tokens:
+        began.set()
+        assert go_on.wait(60)
+        return encode_long(tokenizer, texts, max_length)
+
+    monkeypatch.setattr("engines.serving.text.encode_long", slowly)
+    with ThreadPoolExecutor() as threads:
+        large = threads.submit(frontend.tokens, {"text": np.array([[b"good " * 2_000]], object)})
+        assert began.wait(60)
+        small = threads.submit(frontend.tokens, {"text": np.array([[b"good"]], object)})
+        try:
+            assert small.result(30)["input_ids"].shape == (1, 3)
+        finally:
+            go_on.set()
+        assert large.result(30)["input_ids"].shape == (1, MAX_LENGTH)
 
 
 def test_control_characters_reach_no_log(ours: Running) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engines.base import LoadOptions
+from engines.ort import backend as ort
 from engines.passport import load_passport
 from engines.serving.model import open_model
 from engines.serving.protocol import InferRequest, TensorSpec
@@ -226,3 +228,22 @@ def test_a_directory_without_tokenizer_cannot_serve_text(copy: Path) -> None:
     exact_engine.cover(copy)
     with pytest.raises(ArtifactError, match=r"tokenizer\.json"):
         open_model("m", "1", copy, ModelOptions(instances=1, text=True))
+
+
+def test_a_directory_that_is_replaced_between_two_instances_is_refused(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer = exact_engine.build(tmp_path / "newer", seed=1, parity=True)
+    load = ort.load
+
+    def load_and_replace(directory: Path, options: LoadOptions) -> ort.OrtEngine:
+        loaded = load(directory, options)
+        if newer.exists():
+            copy.rename(tmp_path / "old")
+            newer.rename(copy)
+        return loaded
+
+    monkeypatch.setattr(ort, "load", load_and_replace)
+    expected = frozenset({load_passport(copy).engine_sha256})
+    with pytest.raises(ServeError, match="replaced while it was loaded"):
+        open_model("m", "1", copy, ModelOptions(instances=2, expect_sha256=expected))

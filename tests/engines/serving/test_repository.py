@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from engines.passport import load_passport
 from engines.serving.repository import Change, EngineSource, Repository
 from engines.serving.settings import ModelOptions
 from nxm_export.errors import ArtifactError, ParityError, RequestRefused
@@ -140,6 +142,26 @@ def test_a_report_of_an_engine_that_was_refused_is_not_held_against_the_one_that
     assert repository.ready
 
 
+@pytest.mark.parametrize("rebuilt", [False, True])
+def test_the_engine_that_serves_put_there_again_with_a_failed_report_is_refused_and_withdrawn(
+    copy: Path, tmp_path: Path, rebuilt: bool
+) -> None:
+    """All its files are new at once, as when a volume is mounted anew: a reload, of the very engine that serves."""
+    body = body_of(feeds_of([5]))
+    with nxm_serve(tmp_path / "log", f"exact={copy}", "--watch-seconds", "0.1") as server:
+        assert send(server.port, "POST", INFER, body).status == 200
+        again = Path(shutil.copytree(copy, tmp_path / "again"))
+        if rebuilt:
+            replace(load_passport(again), created="2030-01-01T00:00:00Z").save(again)
+        exact_engine.write_parity(again, passed=False)
+        copy.rename(tmp_path / "old")
+        again.rename(copy)
+        assert eventually(lambda: send(server.port, "GET", "/v2/health/ready").status == 503)
+        assert send(server.port, "POST", INFER, body).status == 503
+        exact_engine.write_parity(copy, passed=True)
+        assert eventually(lambda: send(server.port, "POST", INFER, body).status == 200)
+
+
 def test_a_server_withdraws_a_model_whose_parity_turns_failed_and_takes_it_back(copy: Path, tmp_path: Path) -> None:
     body = body_of(feeds_of([5]))
     with nxm_serve(tmp_path / "log", f"exact={copy}", "--watch-seconds", "0.1", "--text") as server:
@@ -153,6 +175,8 @@ def test_a_server_withdraws_a_model_whose_parity_turns_failed_and_takes_it_back(
         states = as_objects(send(server.port, "POST", "/v2/repository/index").json())
         assert {entry["state"] for entry in states} == {"UNAVAILABLE"}
         assert "parity with its checkpoint failed" in str(states[0]["reason"])
+        assert send(server.port, "POST", "/v2/repository/index", b'{"ready": true}').json() == []
+        assert send(server.port, "POST", "/v2/repository/index", b'{"ready": null}').json() == states
         assert metric(server, 'nxm_rejected_total{model="exact",reason="withdrawn"') == 1
         assert metric(server, "nxm_ready") == 0
         exact_engine.write_parity(copy, passed=True)

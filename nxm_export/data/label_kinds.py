@@ -92,7 +92,8 @@ def load_labelled(source: str, split: str, columns: Columns, task: Task) -> RawE
         raw = load_raw(source, split, columns, label=kind.cell)
         if kind.names is None:
             return raw
-        return _without_unlabelled(_mapped(_without_hot_rows(raw), columns.label_map))
+        mapped = _mapped(_without_hot_rows(raw), columns.label_map)
+        return _without_unlabelled(mapped, set(columns.label_map.values()))
     if columns.pair is not None:
         raise DataError(f"{source}: task {task.name} takes one text; drop --text-pair")
     return _mapped(_aligned(load_raw(source, split, columns, label=kind.cell, tokens=_tokens)), columns.label_map)
@@ -147,12 +148,12 @@ def _mapped(raw: RawExamples, label_map: Mapping[str, str]) -> RawExamples:
     return replace(raw, labels=[meant(label) for label in raw.labels])
 
 
-def _without_unlabelled(raw: RawExamples) -> RawExamples:
-    """The examples that have a label: -1 stands for none."""
-    keep = [not set(_texts(label)) & set(NO_CLASS) for label in raw.labels]
+def _without_unlabelled(raw: RawExamples, stated: set[str]) -> RawExamples:
+    """The examples that have a label: -1 stands for none, unless it is one of the `stated` names of classes."""
+    keep = [not set(_texts(label)) & (set(NO_CLASS) - stated) for label in raw.labels]
     if all(keep):
         return raw
-    advice = "if -1 is a class, name it with --label-map=-1=NAME"
+    advice = "if -1 is a class, say so with --label-map=-1=NAME"
     if len({label for label, kept in zip(raw.labels, keep, strict=True) if kept}) < 2:
         raise DataError(
             f"{raw.source}: {keep.count(False)} of {len(keep)} labels are -1, which stands for no label, and the "

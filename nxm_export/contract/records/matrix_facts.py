@@ -15,7 +15,8 @@ class MatrixFacts:
     `pattern_float` and `pattern_int8` are the tightest well-known N:M along K of the floats and of the integers (None:
     dense, or not there); `sparse_along_k` says whether what the product reads is 2:4. `broken_groups` counts groups of
     four along K that keep more than two; `sparse_along_n` is True for a pattern on the wrong axis. `form` is matmul,
-    gemm, conv1x1, conv or the operator's name; `output` the dtype that leaves the product with its bias and activation.
+    gemm, conv1x1, conv, conv1d, conv3d or the operator's name; `output` the dtype that leaves the product with its
+    bias and activation.
 
     `op` is the operator, `operand` which of its inputs the weight is (``input 1``). `stored` is the type in the file,
     `codes` the type that is multiplied: what a DequantizeLinear or an integer operator reads (``INT8`` for INT4 that is

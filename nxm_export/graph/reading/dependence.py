@@ -3,7 +3,8 @@
 An initializer that an input of the same name may override is none of the graph's inputs here: whoever runs the file as
 it is multiplies by what lies in it. What only decides *whether* or *how often* something runs (the condition of an If,
 the number of rounds of a Loop), how stored integers are scaled, or which part of a tensor is taken, counts as a shape
-does: the data that it lets through lie in the file.
+does: the data that it lets through lie in the file. An index that chooses by the data of an input (Gather) gives
+something of the input: embeddings are read so, and nothing tells a table of words from one of weights.
 """
 
 from __future__ import annotations

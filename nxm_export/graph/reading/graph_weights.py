@@ -33,6 +33,7 @@ from nxm_export.graph.reading.weight_codes import Codes, Origins, dequantized, o
 _DETECTED = (NMPattern(1, 4), NMPattern(2, 8), NMPattern(1, 2), NMPattern(2, 4), NMPattern(4, 8))
 _PROTOBUF_LIMIT = 1_800_000_000  # bytes; protobuf itself ends at 2 GB
 _SPARSE_TENSORS = "nxm.sparse_tensors"
+_LONGEST_BIAS = 16384  # the widest FFN that encoders have; a packed matrix of 256 by 256 codes of 4 bits is longer
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class GraphWeight:
     along K), ``tensor`` or ``nothing`` (they fit no axis), None without scale; `zero_point` has a shape that
     `matrix` broadcasts with, or another that nothing here knows. `quantized` says that stored integers or a
     QuantizeLinear made it, in whatever way. K consists of runs of `run` elements that lie together. `stack` is how
-    many matrices the operand has (of a convolution it says nothing). `unrounded` is the matrix in front of a
-    QuantizeLinear of constants, and `moved_by` names operators that take a part of it or join it, behind its
+    many matrices the operand has (of a convolution it says nothing), `axes` how many axes. `unrounded` is the matrix in
+    front of a QuantizeLinear of constants, and `moved_by` names operators that take a part of it or join it, behind its
     DequantizeLinear."""
 
     name: str
@@ -61,6 +62,7 @@ class GraphWeight:
     quantized: bool
     run: int
     stack: int = 1
+    axes: int = 2
     unrounded: np.ndarray | None = None
     moved_by: tuple[str, ...] = ()
 
@@ -264,7 +266,7 @@ class _Reader:
             return None
         if self.constants.dependence(value) is not Dependence.NOTHING:
             raise NotRead("an input of the graph decides its shape or its scale, or which branch of an If gives it")
-        if operand.product.is_unknown and self._rank(value) < 2:
+        if operand.product.is_unknown and self._is_vector(value):
             return None  # a matrix may be a weight of an operator of which nothing is known; a vector is none
         codes = scaled_by_operator(operand, self.constants)
         if codes is None and not operand.product.reads_codes:
@@ -286,12 +288,19 @@ class _Reader:
             quantized=codes is not None or origins.quantized,
             run=read.run,
             stack=math.prod(values.shape[:-2]),
+            axes=values.ndim,
             unrounded=floats,
             moved_by=() if codes is None else codes.moved_by,
         )
 
-    def _rank(self, value: ir.Value) -> int:
-        return len(value.shape) if value.shape is not None else self.constants.array(value).ndim
+    def _is_vector(self, value: ir.Value) -> bool:
+        """True for a constant of one axis or none that is no longer than a bias is; a longer one may be a matrix that
+        an operator packs in its own way."""
+        shape = value.shape
+        if shape is None or not all(isinstance(size, int) for size in shape):
+            array = self.constants.array(value)
+            return array.ndim < 2 and array.size <= _LONGEST_BIAS
+        return len(shape) < 2 and all(int(str(size)) <= _LONGEST_BIAS for size in shape)
 
 
 def _scales(codes: Codes, operand: Operand) -> tuple[np.ndarray | None, str | None]:

@@ -46,8 +46,10 @@ def _facts(weight: GraphWeight, plan: CompressionPlan | None) -> MatrixFacts:
     spec = plan.weights.get(name) if plan else None
     output, epilogue = output_type(weight.node)
     form = _FORMS.get(weight.node.op_type, weight.node.op_type)
-    if weight.node.op_type == "Conv":
+    if weight.node.op_type == "Conv" and weight.axes == 4:
         form = "conv1x1" if weight.k == weight.run else "conv"  # K is the channels of one place of the kernel
+    elif weight.node.op_type == "Conv":
+        form = f"conv{weight.axes - 2}d"
     return MatrixFacts(
         name=name,
         node=name_of(weight.node),

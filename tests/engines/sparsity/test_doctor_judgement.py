@@ -169,6 +169,14 @@ def test_convolutions_need_four_channels_a_group_and_groups_are_another_kernel(
     require_one_judgement(found)
 
 
+@pytest.mark.parametrize("kernel", [(3,), (2, 2, 2), (1,), (1, 1, 1)])
+def test_of_convolutions_over_one_or_three_axes_no_kernel_is_known(kernel: tuple[int, ...], tmp_path: Path) -> None:
+    found = doctor_file(convolution(32, 1, tmp_path, kernel), "trt", "8.6", "8.0")
+    (weight,) = found.sparsity.weights
+    assert (weight.reason, weight.eligible) == ("kernel-unknown", None), weight.detail
+    require_one_judgement(found)
+
+
 @pytest.mark.parametrize("shape", [(64, 32), (4, 64, 32)])
 @pytest.mark.parametrize("left", [False, True])
 def test_of_a_weight_on_the_left_or_in_a_stack_no_kernel_is_known(

@@ -120,6 +120,8 @@ class TestNoLabel:
             read(file, "classification")
         examples, classes = read(file, "classification", None, {"-1": "bad"})
         assert (examples.labels, classes.names) == ([1, 0, 0], ("1", "bad"))
+        examples, classes = read(write(tmp_path, texts(-1, 0, 1)), "classification", None, {"-1": "-1"})
+        assert (examples.labels, classes.names) == ([0, 1, 2], ("-1", "0", "1"))
 
     def test_tags_without_a_label_are_not_scored(self, tmp_path: Path) -> None:
         rows = [{"tokens": ["a", "the", "film"], "tags": [-100, 0, 1]}]

@@ -272,6 +272,22 @@ def test_groups_of_four_never_cross_a_place_of_the_kernel(tmp_path: Path) -> Non
     assert (read.k, read.run, read.follows(PATTERN)) == (8, 2, False)
 
 
+@pytest.mark.parametrize(("size", "listed"), [(768, False), (16384, False), (32768, True)])
+def test_a_vector_that_is_too_long_for_a_bias_may_be_a_packed_matrix(size: int, listed: bool, tmp_path: Path) -> None:
+    packed = numpy_helper.from_array(np.arange(size, dtype=np.uint32).astype(np.uint8), "w")
+    graph = helper.make_graph(
+        [helper.make_node("PackedProduct", ["x", "w"], ["y"], "p", domain="some.where")],
+        "g",
+        [helper.make_tensor_value_info("x", 1, ["b", 16])],
+        [helper.make_tensor_value_info("y", 1, None)],
+        [packed],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("some.where", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "model.onnx")
+    read = list(graph_products(load_graph(tmp_path / "model.onnx")))
+    assert [type(each) for each in read] == [UnreadProduct] * listed
+
+
 def test_what_products_make_of_constants_alone_is_a_constant(tmp_path: Path) -> None:
     text = f"g (float[b, 8] x) => (float y) <{held('w', DENSE, 'float')}, {held('v', DENSE.T, 'float')}> " + (
         "{ c = MatMul(v, w) y = Add(x, c) }"

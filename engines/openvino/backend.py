@@ -248,7 +248,12 @@ def _compile(file: Path, model: bytes, threads: int | None) -> CompiledModel:
 
     core = openvino.Core()
     try:
-        compiled: CompiledModel = core.compile_model(core.read_model(model, b""), "CPU", settings(threads))
+        graph = core.read_model(model, b"")
+        for port in graph.inputs:
+            shape = port.partial_shape
+            if shape.is_static and 0 in [length.get_length() for length in shape]:  # it divides by it, and dies
+                raise EngineError(f"{file}: input {port.any_name} has the fixed shape {shape}: there is nothing to run")
+        compiled: CompiledModel = core.compile_model(graph, "CPU", settings(threads))
     except RuntimeError as error:
         raise EngineError(f"{file}: OpenVINO cannot load it: {_in_a_line(error)}") from error
     return compiled

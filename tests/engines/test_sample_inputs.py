@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -232,6 +234,17 @@ def test_a_weight_without_a_row_builds_where_the_runtime_takes_it(tmp_path: Path
         )
         assert result.exit_code in (0, 1), result.output
         assert isinstance(result.exception, SystemExit | None)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)], ids=str)
+@pytest.mark.parametrize("dtype", ["int64", "int32"])
+def test_an_input_of_no_elements_is_refused_by_openvino(dtype: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    """In a process of its own: the library once died of a division by zero."""
+    save(tmp_path / "m.onnx", [Binding("x", dtype, shape)])
+    command = [sys.executable, "-m", "nxm_export", "build", str(tmp_path / "m.onnx"), "--backend", "openvino"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "e")], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "there is nothing to run" in done.stderr
 
 
 @st.composite

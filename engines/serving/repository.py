@@ -160,7 +160,7 @@ class Repository:
             ]
         states = {model: "READY" if model.withdrawn is None else "UNAVAILABLE" for model in self._models.values()}
         return [
-            {"name": name, "version": version, "state": states[model], "reason": model.withdrawn or ""}
+            {"name": name, "version": version, "state": states[model], "reason": _WITHDRAWN if model.withdrawn else ""}
             for name in self._endpoints
             for version in self.versions(name)
             for model in [self._endpoints[name][version].model]
@@ -225,6 +225,10 @@ class Repository:
         for endpoint in model.endpoints:
             others = self._endpoints.setdefault(endpoint.name, {})
             others[model.version] = endpoint
+
+
+# What clients are told; the log has the objection, with the paths of this machine.
+_WITHDRAWN = "withdrawn: its parity with its checkpoint is not what --gate asks for"
 
 
 def require_distinct_names(sources: Sequence[EngineSource], suffixes: Sequence[str], *, folded: bool = False) -> None:

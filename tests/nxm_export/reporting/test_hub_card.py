@@ -60,7 +60,7 @@ def test_the_card_of_an_engine_directory_knows_what_lies_in_it(finished: Path, t
     assert "| dense | not known |" in text
     assert "how far it is from the dense model" in text
     (engine / "parity.json").unlink()
-    text = card(engine, tmp_path / "README.md").read_text(encoding="utf-8")
+    text = card(engine, tmp_path / "other.md").read_text(encoding="utf-8")
     assert "model-index" not in front_matter(text), "no value without a comparison"
     assert "it was not compared" in text
 

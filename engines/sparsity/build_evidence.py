@@ -1,6 +1,6 @@
 """What a build and an engine say about themselves: layers, kernels, the builder's lists of sparse layers, times.
 
-Read from the files beside an engine and nowhere else; `engines.sparsity.report` judges. The wordings are those of
+Read from the files beside an engine and nowhere else; `engines.sparsity.judgement` judges. The wordings are those of
 TensorRT 8.6 to 11 and of TensorRT-RTX.
 """
 

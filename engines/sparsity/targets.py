@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from engines.sparsity.report import FileProblem, SparsityTarget
+from engines.sparsity.judgement import FileProblem, SparsityTarget
 from nxm_export.contract.choices import TENSORRT_VERSIONS
 from nxm_export.errors import EngineError
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 from engines.base import BackendCapabilities, BuildOptions, LoadOptions, copy_companions
 from engines.passport import BuildFacts, EnginePassport, load_passport
 from engines.sparsity.build_evidence import LOG_FILE
-from engines.sparsity.report import SparsityReport, SparsityTarget, read_sparsity_report, write_weight_facts
+from engines.sparsity.judgement import SparsityReport, SparsityTarget, read_sparsity_report, write_weight_facts
 from engines.tensorrt.builder_process import (
     CACHE_FILE,
     STRONGLY_TYPED_SINCE,
@@ -127,7 +127,7 @@ def load(directory: str | Path, options: LoadOptions = LoadOptions()) -> TensorR
 
 
 def inspect(directory: str | Path) -> TensorRTFacts:
-    """Facts of an engine directory: the sparsity report of its build (see `engines.sparsity.report`)."""
+    """Facts of an engine directory: the sparsity report of its build (see `engines.sparsity.judgement`)."""
     return TensorRTFacts(NAME, load_passport(directory).requires, read_sparsity_report(Path(directory)))
 
 

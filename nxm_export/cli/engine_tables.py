@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from engines.benchmark.latency import BenchReport
     from engines.benchmark.text_throughput import TextReport
     from engines.sparsity.advice import Advice
-    from engines.sparsity.report import SparsityReport, WeightSparsity
+    from engines.sparsity.judgement import SparsityReport, WeightSparsity
     from nxm_export.pipeline.inspection import EngineInspection, FileDiagnosis, GraphFacts, RunInspection
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from engines.base import EngineFacts
     from engines.passport import EnginePassport
     from engines.sparsity.advice import Advice
-    from engines.sparsity.report import SparsityReport
+    from engines.sparsity.judgement import SparsityReport
     from engines.tensorrt.rtx_parser import ParserAnswer
 
 
@@ -171,11 +171,11 @@ def require_sparse(path: Path, share: float, *, twin: Path | None = None, kernel
 
 
 def sparsity_of(directory: Path, twin: Path | None = None, kernels: Path | None = None) -> SparsityReport:
-    """The sparsity report of an engine directory (see `engines.sparsity.report`).
+    """The sparsity report of an engine directory (see `engines.sparsity.judgement`).
 
     `kernels` is a file with one name of a kernel a line; `ArtifactError` where it is missing.
     """
-    from engines.sparsity.report import read_sparsity_report
+    from engines.sparsity.judgement import read_sparsity_report
 
     running = None
     if kernels is not None:
@@ -220,7 +220,7 @@ def doctor_file(
     the installed TensorRT-RTX, too: `EngineUnavailable` where there is none. What it takes is not ready for that.
     """
     from engines.sparsity.advice import advise
-    from engines.sparsity.report import FileProblem, judge
+    from engines.sparsity.judgement import FileProblem, judge
     from engines.sparsity.targets import sparsity_target, target_problems
     from engines.tensorrt.rtx_parser import ask_parser
     from nxm_export.graph.reading.graph_weights import load_graph

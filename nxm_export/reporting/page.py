@@ -39,7 +39,7 @@ from nxm_export.reporting.verdicts import (
 from nxm_export.storage.run_dir import MANIFEST
 
 if TYPE_CHECKING:
-    from engines.sparsity.report import WeightSparsity
+    from engines.sparsity.judgement import WeightSparsity
 
 
 _TRAINING_KEYS = (
@@ -284,7 +284,7 @@ def _kernel(matrix: WeightSparsity | None) -> str:
 
 def _reasons(run: Run) -> PageTable:
     """What the reasons in the kernel columns mean."""
-    from engines.sparsity.report import REASONS
+    from engines.sparsity.judgement import REASONS
 
     planned = {matrix.name for matrix in run.matrices}
     rows_of = [row for engine in run.engines for row in engine.matrices if row.name in planned]

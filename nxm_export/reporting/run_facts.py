@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from engines.parity.bisect_reports import BisectReport, BlockParity
     from engines.parity.reports import ParityReport
     from engines.passport import EnginePassport
-    from engines.sparsity.report import SparsityReport, WeightSparsity
+    from engines.sparsity.judgement import SparsityReport, WeightSparsity
 
     Judged = TypeVar("Judged", ParityReport, BisectReport)
 
@@ -338,7 +338,7 @@ def _join(directory: str, name: str) -> str:
 
 
 def _sparsity(files: Files, directory: str) -> SparsityReport | None:
-    from engines.sparsity.report import read_sparsity_report
+    from engines.sparsity.judgement import read_sparsity_report
 
     try:
         return read_sparsity_report(files.root / directory)

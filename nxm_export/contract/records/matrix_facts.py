@@ -1,5 +1,5 @@
 """The products of a graph, and the facts of every weight matrix that a sparse kernel depends on, as data:
-`nxm_export.graph.reading.sparsity_scan` reads them from a graph, `engines.sparsity.report` judges them. No heavy
+`nxm_export.graph.reading.sparsity_scan` reads them from a graph, `engines.sparsity.judgement` judges them. No heavy
 imports, so that an engine host without onnx can read a report.
 """
 

@@ -4,7 +4,7 @@ form of the product around it. Reads any ONNX file, whoever made it; runs nothin
 Sparse tensor cores read 2:4 along the reduced axis K, of integers here. A file can have the pattern in its floats and
 lose it in its integers (a zero point that is not 0), have it along the wrong axis, or have it all right around a
 product that no sparse kernel computes. These facts, and what a builder says it did, make the report of
-`engines.sparsity.report`.
+`engines.sparsity.judgement`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from engines.sparsity.build_evidence import (
     MeasuredLayers,
     read_evidence,
 )
-from engines.sparsity.report import WeightFacts, read_sparsity_report
+from engines.sparsity.judgement import WeightFacts, read_sparsity_report
 from nxm_export.contract.records.matrix_facts import MatrixFacts
 from nxm_export.errors import ArtifactError
 from nxm_export.storage.json_files import as_object, encode, entry_at

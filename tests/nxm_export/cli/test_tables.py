@@ -8,7 +8,7 @@ import pytest
 
 from engines.benchmark.latency import BenchReport, Ratio, Timing
 from engines.sparsity.advice import Advice
-from engines.sparsity.report import SparsityReport, SparsityTarget, WeightSparsity
+from engines.sparsity.judgement import SparsityReport, SparsityTarget, WeightSparsity
 from nxm_export.cli.engine_tables import print_diagnosis, print_latency
 from nxm_export.cli.output import show_result
 from nxm_export.cli.run_tables import print_search, print_summary

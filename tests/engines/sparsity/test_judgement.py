@@ -17,8 +17,8 @@ from engines.sparsity.build_evidence import (
     parse_layers,
     parse_sparsity_log,
 )
+from engines.sparsity.judgement import REASONS, FileProblem, SparsityTarget, WeightSparsity, judge
 from engines.sparsity.kernel_names import Existence, kernel_named, sparse_kernel_exists
-from engines.sparsity.report import REASONS, FileProblem, SparsityTarget, WeightSparsity, judge
 from nxm_export.contract.records.matrix_facts import MatrixFacts
 from nxm_export.errors import ParityError
 from nxm_export.storage.json_files import as_objects

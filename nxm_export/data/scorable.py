@@ -18,13 +18,15 @@ from nxm_export.errors import DataError
 def require_scorable_examples(task: Task, examples: Examples, classes: Sequence[str] | None) -> None:
     """Raise `DataError` where the metric of `task` has no value on these samples, or has the same whatever a model
     says; `classes` are the names that the labels count."""
+    if task.label not in ("relevance", "score", "pair-score", "classes", "tags"):
+        return  # classes and answers: any of them can be right or wrong
     numbers = np.array([float(number) for label in examples.labels for number in np.asarray(label).reshape(-1)])
     if task.label == "relevance":
         _require_something_to_rank(numbers, examples)
-    elif task.label in ("score", "pair-score", "classes", "tags"):
-        known = numbers[np.isfinite(numbers)]
-        if known.size:
-            require_scorable(task.metric, known, classes or (), examples.source)
+        return
+    known = numbers[np.isfinite(numbers)]
+    if known.size:
+        require_scorable(task.metric, known, classes or (), examples.source)
 
 
 def _require_something_to_rank(relevance: np.ndarray, examples: Examples) -> None:

@@ -12,6 +12,7 @@ from nxm_export.data.examples import Columns
 from nxm_export.data.label_kinds import classes_of, labelled, load_labelled
 from nxm_export.data.scorable import require_scorable_examples
 from nxm_export.errors import DataError
+from tests.support import tiny
 
 ROWS = {
     "regression": (
@@ -82,3 +83,12 @@ def test_scores_that_are_not_there_are_left_to_the_metric(tmp_path: Path) -> Non
     examples = labelled(raw, task, None)
     assert all(isinstance(label, float) and math.isnan(label) for label in examples.labels)
     require_scorable_examples(task, examples, None)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_usual_data_of_every_task_can_be_scored(task: str, tmp_path: Path) -> None:
+    _, dev = tiny.write_data(tmp_path, task)
+    kind = TASKS[task]
+    raw = load_labelled(str(dev), "dev", Columns(), kind)
+    classes = classes_of(raw, kind, None)
+    require_scorable_examples(kind, labelled(raw, kind, classes), None if classes is None else classes.names)

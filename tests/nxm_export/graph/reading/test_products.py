@@ -81,6 +81,10 @@ READ = {
         f"{held('w', DENSE)}, {held('a', DENSE[:, :2], 'float')}, {held('b', DENSE[:2], 'float')}",
         "d = DequantizeLinear(w, s) ab = MatMul(a, b) u = Add(d, ab) y = MatMul(x, u)",
     ),
+    "QuantizeLinear with output_dtype alone, of negative numbers": (
+        held("w", DENSE * np.where(np.arange(16) % 2, 1, -1)[:, None], "float"),
+        "q = QuantizeLinear <output_dtype=3>(w, s) d = DequantizeLinear(q, s) y = MatMul(x, d)",
+    ),
     "QuantizeLinear in blocks, with output_dtype": (
         f"{held('w', DENSE, 'float')}, {held('t', np.full((4, 8), 2), 'float')}",
         "q = QuantizeLinear <axis=0, block_size=4, output_dtype=3>(w, t) "
@@ -125,6 +129,17 @@ def test_scales_of_parts_that_are_joined_along_k_lie_in_blocks(tmp_path: Path) -
     (weight,) = found(text, tmp_path)
     assert isinstance(weight, GraphWeight)
     assert (weight.name, weight.scale_axis, weight.follows(PATTERN)) == ("w + v", "K", True)
+
+
+def test_a_float_weight_times_its_mask_is_what_the_two_make(tmp_path: Path) -> None:
+    """As pruning leaves it where nobody folded the mask into the weight."""
+    mask = np.repeat((np.arange(16) % 4 < 2)[:, None], 8, axis=1)
+    text = f"""g (float[b, 16] x) => (float[b, 8] y)
+        <{held("w", DENSE, "float")}, {held("m", mask.astype(int), "float")}> {{ p = Mul(w, m) y = MatMul(x, p) }}"""
+    (weight,) = found(text, tmp_path)
+    assert isinstance(weight, GraphWeight)
+    np.testing.assert_array_equal(weight.matrix, SPARSE)
+    assert (weight.pattern(), weight.quantized) == (PATTERN, False)
 
 
 def test_four_bits_cast_to_eight_are_an_int8_product(tmp_path: Path) -> None:
@@ -427,6 +442,31 @@ def test_one_of_two_is_no_two_of_four_where_k_is_no_multiple_of_four(tmp_path: P
     report = verify(tmp_path / "model.onnx")
     assert (report.weights[0].pattern, report.products.sparse) == ("1:2", 0)
     assert doctor_file(tmp_path / "model.onnx", "trt").sparsity.products == report.products
+
+
+def test_two_of_four_run_in_no_sparse_kernel_where_k_is_no_multiple_of_four(tmp_path: Path) -> None:
+    """Everything else is right for one."""
+    weight = np.ones((258, 8), np.int8) * (np.arange(258) % 4 < 2)[:, None].astype(np.int8)
+    found(
+        f"g (float[b, 258] x) => (float[b, 8] y) <{ONE}, {held('w', weight)}, int8 z = {{0}}> "
+        "{ q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) e = DequantizeLinear(w, s, z) m = MatMul(d, e) "
+        "p = QuantizeLinear(m, s, z) y = DequantizeLinear(p, s, z) }",
+        tmp_path,
+    )
+    (judged,) = doctor_file(tmp_path / "model.onnx", "trt", "8.6", "8.0").sparsity.weights
+    assert (judged.eligible, judged.reason, judged.ready) == (False, "k-multiple", False)
+    assert not verify(tmp_path / "model.onnx", pattern=PATTERN).passed
+
+
+def test_a_sparse_weight_does_not_vouch_for_a_dense_one_behind_a_split(tmp_path: Path) -> None:
+    found(
+        f"g (float[b, 16] x) => (float y, float t) <{ONE}, {held('v', SPARSE)}, {held('w', SQUARE)}> "
+        "{ d = DequantizeLinear(v, s) y = MatMul(x, d) "
+        "e = DequantizeLinear(w, s) l, r = Split <axis=1, num_outputs=2>(e) t = MatMul(x, r) }",
+        tmp_path,
+    )
+    report = verify(tmp_path / "model.onnx", pattern=PATTERN)
+    assert (report.passed, str(report.products)) == (False, "2 products, 2 read, 1 sparse")
 
 
 def test_products_of_one_name_are_counted_each(tmp_path: Path) -> None:

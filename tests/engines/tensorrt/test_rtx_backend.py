@@ -14,6 +14,7 @@ from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import INT8_ATTENTION, PLACEMENTS
 from nxm_export.errors import ArtifactError, EngineError, ExportError, ParityError
 from nxm_export.graph.exporter import export
+from nxm_export.graph.external_data import has_external_data
 from nxm_export.graph.reading.graph_weights import load_graph
 from tests.support.trt_models import Checkpoints
 
@@ -227,6 +228,16 @@ def test_sizes_that_the_graph_has_fixed_are_those_of_the_profile(
 ) -> None:
     passport = rtx_backend.build(_rows(tmp_path / "model.onnx", inputs, text), tmp_path)
     assert passport.profiles == (profile,)
+
+
+def test_weights_beside_the_graph_are_built_into_the_engine(tmp_path: Path) -> None:
+    from nxm_export.pipeline.engine_commands import build_engine
+
+    plain, beside = _rows(tmp_path / "plain.onnx", "float[b, 8] x", "y = MatMul(x, w)"), tmp_path / "beside.onnx"
+    onnx.save(onnx.load(plain), beside, save_as_external_data=True, location="beside.onnx.data", size_threshold=0)
+    assert has_external_data(load_graph(beside))
+    assert build_engine(beside, tmp_path / "engine", "trt_rtx").backend == "trt_rtx"
+    assert not list((tmp_path / "engine").glob("*.data"))
 
 
 def test_a_profile_without_the_fixed_size_is_refused(tmp_path: Path) -> None:

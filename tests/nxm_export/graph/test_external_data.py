@@ -8,16 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.base import backend
+from nxm_export.contract.plan import NMPattern
 from nxm_export.errors import ArtifactError, EngineError, NxmError
 from nxm_export.graph import external_data
 from nxm_export.graph.external_data import has_external_data
 from nxm_export.graph.reading.graph_weights import load_graph
+from nxm_export.graph.verifier import verify
 from nxm_export.pipeline.engine_commands import build_engine, build_fastest
+from nxm_export.pipeline.inspection import doctor_file
 from tests.support import onnx_text
+from tests.support.qdq_graphs import QdqProduct
 
 BACKENDS = ("ort", "openvino")
 
@@ -74,6 +79,17 @@ def test_an_engine_holds_the_weights_itself(data: str, name: str, tmp_path: Path
 
 def test_the_fastest_of_all_is_found_for_them_too(tmp_path: Path) -> None:
     assert build_fastest(save(tmp_path / "beside"), tmp_path / "engine", shapes=[(1, 64)]).passport.backend in BACKENDS
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_weight_beside_its_file_is_judged_like_one_within(dense: bool, tmp_path: Path) -> None:
+    within, beside = QdqProduct(dense=dense).save(tmp_path / "within.onnx"), tmp_path / "beside.onnx"
+    ir.save(load_graph(within), beside, external_data="w.data")
+    assert has_external_data(load_graph(beside))
+    assert verify(beside, pattern=NMPattern(2, 4)).passed is not dense
+    judged = [doctor_file(file, "trt", "8.6", "8.0").to_dict() for file in (within, beside)]
+    assert judged[0]["weights"] == judged[1]["weights"]
+    assert [weight.ready for weight in doctor_file(beside, "trt", "8.6", "8.0").sparsity.weights] == [not dense]
 
 
 @pytest.mark.parametrize("name", [*BACKENDS, "auto"])

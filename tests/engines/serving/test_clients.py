@@ -164,6 +164,20 @@ def test_a_request_with_more_rows_or_tokens_than_are_served_is_refused_at_once(o
     assert "longer than the 48" in error_of(answer)
 
 
+def test_probes_are_answered_while_a_million_texts_are_refused(ours: Running) -> None:
+    rows, waits = 1_350_000, list[float]()
+    texts = {"name": "text", "datatype": "BYTES", "shape": [rows, 1], "data": [""] * rows}
+    body = json.dumps({"inputs": [texts]}, separators=(",", ":")).encode()
+    with ThreadPoolExecutor() as threads:
+        refused = threads.submit(send, ours.port, "POST", TEXT, body)
+        while not waits or not refused.done():
+            began = time.monotonic()
+            assert send(ours.port, "GET", "/v2/health/live").status == 200
+            waits.append(time.monotonic() - began)
+    assert refused.result().status == 400
+    assert max(waits) < 1  # in fact some milliseconds
+
+
 def test_a_large_body_where_hardly_one_belongs_is_refused_unread(ours: Running) -> None:
     """It was parsed on the event loop: 4 MB of small objects held everybody up for a second, and four for two."""
     refused = send(ours.port, "POST", "/v2/repository/index", b'{"ready":true,"x":[' + b"{}," * (1 << 20))

@@ -19,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 
+from engines.base import BuildOptions
 from engines.benchmark.http_load import InferenceRequest, ServedModel, run_round
+from engines.ort import backend as ort
 from engines.passport import load_passport
 from engines.serving.app import OPENAPI_FILE
 from nxm_export.cli import main
@@ -141,6 +144,24 @@ def test_config_and_statistics_are_what_perf_analyzer_reads(ours: Running) -> No
     everything: Any = send(ours.port, "GET", "/v2/models/stats").json()
     assert [entry["name"] for entry in everything["model_stats"]] == ["exact", "exact_text"]
     assert send(ours.port, "GET", "/v2/models/exact/versions/7/stats").status == 404
+
+
+def test_an_engine_of_32_bit_tokens_is_served_like_one_of_64(tmp_path: Path) -> None:
+    graph, engine, feeds = exact_engine.write_graph(tmp_path / "graph"), tmp_path / "engine", feeds_of(LENGTHS)
+    model = onnx.load(graph)
+    for value in model.graph.input:
+        value.type.tensor_type.elem_type = onnx.TensorProto.INT32
+    onnx.save(model, graph)
+    engine.mkdir()
+    ort.build(graph, engine, BuildOptions(threads=1))
+    exact_engine.write_parity(engine, passed=True)
+    with nxm_serve(tmp_path / "log", f"exact={engine}", "--text") as server:
+        np.testing.assert_array_equal(logits(send(server.port, "POST", INFER, body_of(feeds))), expected(feeds))
+        described = as_object(send(server.port, "GET", "/v2/models/exact").json())
+        assert {entry["datatype"] for entry in as_objects(described["inputs"])} == {"INT64"}
+        text = {"name": "text", "datatype": "BYTES", "shape": [1, 1], "data": ["a good film"]}
+        answer = send(server.port, "POST", "/v2/models/exact_text/infer", json.dumps({"inputs": [text]}).encode())
+        assert answer.status == 200, answer.body
 
 
 def test_a_request_id_is_kept_if_it_is_sane_and_made_up_if_not(ours: Running) -> None:

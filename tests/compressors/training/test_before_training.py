@@ -59,7 +59,7 @@ def test_tokens_that_the_table_has_no_row_for_are_named(home: Path, tmp_path: Pa
 def test_dev_data_that_no_metric_can_score_is_refused(home: Path, tmp_path: Path) -> None:
     file = tmp_path / "dev.tsv"
     file.write_text("text\tlabel\na film\t0.5\nthe story\t0.5\n")
-    with pytest.raises(DataError, match=r"no metric can score it: every score is 0\.5"):
+    with pytest.raises(DataError, match=r"every label is 0\.5, so there is no correlation to score"):
         finetune(
             home / "model", task="regression", train=str(file), dev=str(file), out=tmp_path / "out", settings=SETTINGS
         )

@@ -126,6 +126,7 @@ def test_an_engine_with_some_outputs_in_float_agrees_with_its_checkpoint(backend
     assert json.loads((engine / "passport.json").read_text())["options"]["integer_products"] == 12
 
 
+@pytest.mark.slow
 def test_without_a_limit_every_output_is_int8(tmp_path: Path) -> None:
     model, (train, dev) = tiny.write_model("bert", tmp_path / "encoder"), tiny.write_data(tmp_path)
     checkpoint = tmp_path / "checkpoint"

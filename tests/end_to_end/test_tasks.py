@@ -37,13 +37,6 @@ from nxm_export.pipeline.engine_commands import build_engine, features_of
 from tests.support import tiny
 from tests.support.variants import variants
 
-NEW = (
-    "multi-label",
-    "token-classification",
-    "embedding",
-    "reranking",
-    "question-answering",
-)  # the others are taken all the way by tests of the stages
 LEARNED = {
     "classification": 0.8,
     "regression": 0.8,

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from engines.base import COMPANIONS, Binding, Profile
 from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec, parse_spec
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
-from nxm_export.data.examples import load_tokenizer, parse_tokenizer
+from nxm_export.data.tokenization import load_tokenizer, parse_tokenizer
 from nxm_export.errors import ArtifactError, EngineError, notice
 from nxm_export.storage.hashing import file_hash
 from nxm_export.storage.json_files import as_object, convert, encode, read_record, to_json_object
 from nxm_export.storage.versions import installed_versions
 
 if TYPE_CHECKING:
-    from nxm_export.data.examples import Tokenizer
+    from nxm_export.data.tokenization import Tokenizer
 
 T = TypeVar("T")
 

@@ -27,18 +27,7 @@ from engines.serving.shapes import plan_buckets
 from nxm_export.contract.choices import GATE
 from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import (
-    Encoding,
-    Examples,
-    Features,
-    cut_at,
-    encode,
-    label_array,
-    pad,
-    sorted_batches,
-    tokenizer_failures,
-    tokens_of,
-)
+from nxm_export.data.examples import Examples, Features, encode, label_array, pad, sorted_batches, tokens_of
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.predictions import (
     AnyPrediction,
@@ -53,6 +42,7 @@ from nxm_export.data.predictions import (
 )
 from nxm_export.data.question_answering import Window, windows
 from nxm_export.data.texts import Text
+from nxm_export.data.tokenization import Encoding, cut_at, tokenizer_failures
 from nxm_export.errors import ArtifactError, DataError, EngineError, NxmError
 
 BATCH = 32  # texts that run at once

@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from nxm_export.data.examples import Encoding, Tokenizer
+    from nxm_export.data.tokenization import Encoding, Tokenizer
 
 Count = Callable[[str], int]  # the tokens of a text, without special ones
 LETTERS_PER_TOKEN = 64  # no tokenizer of this family makes tokens that long out of text that anyone would write

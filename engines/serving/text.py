@@ -18,9 +18,10 @@ from engines.serving.long_texts import LETTERS_PER_TOKEN, encode_long, is_long
 from engines.serving.protocol import TensorSpec
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import Examples, Features, Label, Tokenizer, encode, label_array, pad, tokens_of
+from nxm_export.data.examples import Examples, Features, Label, as_read, encode, label_array, pad, tokens_of
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.question_answering import Window, best_span, windows
+from nxm_export.data.tokenization import Tokenizer
 from nxm_export.errors import DataError, RequestRefused, ServeError
 
 TEXT, PAIR, LABEL, ANSWER = "text", "text_pair", "label", "answer"
@@ -105,7 +106,7 @@ class TextFrontend:
         try:
             if self._spans:
                 return encode(tokenizer, examples, self._max_length, self._spec.inputs)
-            rows = [(text,) for text in texts] if pairs is None else list(zip(texts, pairs, strict=True))
+            rows = [(row,) if isinstance(row, str) else row for row in as_read(texts, pairs)]
             long = {row for row, each in enumerate(rows) if is_long(each, self._max_length)}
             short = [row for row in range(len(rows)) if row not in long]
             made = encode(tokenizer, examples.subset(short), self._max_length, self._spec.inputs)

@@ -31,7 +31,7 @@ from engines.triton.config import BACKENDS, KINDS, Instances, engine_config, tex
 from engines.triton.deploy import deployment_files
 from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import parse_tokenizer
+from nxm_export.data.tokenization import parse_tokenizer
 from nxm_export.errors import ArtifactError, ServeError
 from nxm_export.storage.atomic import atomic_dir, require_apart
 from nxm_export.storage.hashing import file_hash, file_hashes

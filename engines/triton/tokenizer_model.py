@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from nxm_export.data.examples import Encoding
+    from nxm_export.data.tokenization import Encoding
 
 _FIELDS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
@@ -64,8 +64,8 @@ class TritonPythonModel:
         return texts
 
     def _encode(self, texts: list[str], pairs: list[str] | None = None) -> dict[str, np.ndarray]:
-        # Of one shape, says the config.
-        rows = [(text,) for text in texts] if pairs is None else list(zip(texts, pairs))  # noqa: B905
+        # A second text that is empty is none, as in training.
+        rows = [(text, pair) if pair else (text,) for text, pair in zip(texts, pairs or [""] * len(texts))]  # noqa: B905
         encodings = self._encodings(rows)
         longest = max(len(encoding.ids) for encoding in encodings)
         length = next(bucket for bucket in self.settings["lengths"] if bucket >= longest)

@@ -29,19 +29,9 @@ from typing import cast
 
 import numpy as np
 
-from nxm_export.data.examples import (
-    Columns,
-    DataRow,
-    Encoding,
-    Examples,
-    Features,
-    RawExamples,
-    Tokenizer,
-    members,
-    text_of,
-    tokens_of,
-)
+from nxm_export.data.examples import Columns, DataRow, Examples, Features, RawExamples, members, text_of, tokens_of
 from nxm_export.data.readers import format_of, opened, read_rows
+from nxm_export.data.tokenization import Encoding, Tokenizer
 from nxm_export.errors import DataError, notice
 from nxm_export.storage.json_files import parse_json
 

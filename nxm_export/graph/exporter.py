@@ -41,7 +41,7 @@ from nxm_export.contract.pooling import read_pooling
 from nxm_export.contract.quantizer_placement import at_placement, placement_of
 from nxm_export.contract.records.verify_report import VERIFY_FILE, VerifyReport
 from nxm_export.contract.tasks import Task, labels_of, task_named
-from nxm_export.data.examples import copy_tokenizer
+from nxm_export.data.tokenization import copy_tokenizer
 from nxm_export.errors import ExportError
 from nxm_export.graph.apply_plan import numpy_dtype, quantize
 from nxm_export.graph.int8_embedding import fold_int8_embedding

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from nxm_export.data.examples import Tokenizer
+    from nxm_export.data.tokenization import Tokenizer
 
 
 class TaskOutput(Protocol):

@@ -22,7 +22,8 @@ from nxm_export.contract.choices import (
     TOKEN_ENCODING,
 )
 from nxm_export.contract.io_spec import load_spec
-from nxm_export.data.examples import Columns, Examples, Features, Tokenizer
+from nxm_export.data.examples import Columns, Examples, Features
+from nxm_export.data.tokenization import Tokenizer
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.pipeline.graph_file import onnx_file
 from nxm_export.pipeline.inspection import sparsity_of
@@ -168,8 +169,9 @@ def _profiles(directory: Path, source: DataProfiles) -> list[Profile]:
     """Optimization profiles from the token lengths of a data file, by the tokenizer of a directory."""
     from engines.tensorrt.profiles import profiles_from_lengths
     from nxm_export.contract.tasks import task_named
-    from nxm_export.data.examples import cut_at, encode, load_tokenizer
+    from nxm_export.data.examples import encode
     from nxm_export.data.label_kinds import LABELS, load_labelled, read_by_model
+    from nxm_export.data.tokenization import cut_at, load_tokenizer
 
     limit, task = _limit_and_task(directory)
     kind = task_named(task)
@@ -415,8 +417,8 @@ def _labelled_texts(directory: Path, data: str, columns: Columns, limit: int) ->
     """A data file, read with the tokenizer and labels of a graph or engine directory."""
     from engines.passport import PASSPORT_FILE, covered_spec, covered_tokenizer, load_passport
     from nxm_export.contract.tasks import TASKS
-    from nxm_export.data.examples import load_tokenizer
     from nxm_export.data.label_kinds import classes_of, labelled, load_labelled
+    from nxm_export.data.tokenization import load_tokenizer
 
     passport = load_passport(directory) if (directory / PASSPORT_FILE).is_file() else None
     spec = load_spec(directory) if passport is None else covered_spec(directory, passport)

@@ -25,9 +25,10 @@ from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.pooling import Pooling, write_pooling
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import Columns, Examples, encode, label_array, load_tokenizer, pad
+from nxm_export.data.examples import Columns, Examples, encode, label_array, pad
 from nxm_export.data.label_kinds import labelled, load_labelled
 from nxm_export.data.metrics import interval, metric_named
+from nxm_export.data.tokenization import load_tokenizer
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.graph.exporter import export
 from nxm_export.graph.reading.graph_weights import load_graph

@@ -27,7 +27,7 @@ from engines.passport import load_passport
 from engines.reference import pytorch
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.io_spec import load_spec
-from nxm_export.data.examples import load_tokenizer
+from nxm_export.data.tokenization import load_tokenizer
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.pipeline.engine_commands import build_engine
 from nxm_export.storage.hashing import file_hash
@@ -182,7 +182,8 @@ for name in ("torch", "transformers", "sklearn", "scipy", "onnxscript"):
 import numpy as np
 from engines.base import backend
 from engines.passport import load_passport
-from nxm_export.data.examples import Columns, Examples, encode, load_tokenizer, pad
+from nxm_export.data.examples import Columns, Examples, encode, pad
+from nxm_export.data.tokenization import load_tokenizer
 from nxm_export.errors import EngineUnavailable
 from nxm_export.contract.io_spec import load_spec
 here = {str(copy)!r}

@@ -16,7 +16,7 @@ from engines.base import (
     backend,
 )
 from engines.passport import load_passport
-from nxm_export.data.examples import load_tokenizer
+from nxm_export.data.tokenization import load_tokenizer
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.storage.json_files import as_object
 from tests.support.records import PASSPORT

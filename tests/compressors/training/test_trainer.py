@@ -390,8 +390,9 @@ def test_what_is_scored_is_what_is_saved(prepared: Path, tmp_path: Path) -> None
     from engines.reference.pytorch import load
     from nxm_export.contract.io_spec import IOSpec
     from nxm_export.contract.tasks import TASKS
-    from nxm_export.data.examples import encode, load_tokenizer
+    from nxm_export.data.examples import encode
     from nxm_export.data.label_kinds import classes_of, labelled, load_labelled
+    from nxm_export.data.tokenization import load_tokenizer
 
     task, dev, source = TASKS["classification"], prepared / "dev.tsv", resolve(prepared / "dense")
     plan = source.family.uniform_plan(

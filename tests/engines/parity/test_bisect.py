@@ -17,7 +17,8 @@ from engines.parity.reports import PARITY_FILE, read_parity_report
 from engines.passport import load_passport
 from engines.reference import pytorch
 from nxm_export.contract.io_spec import load_spec
-from nxm_export.data.examples import encode, index_of, load_raw, load_tokenizer, with_classes
+from nxm_export.data.examples import encode, index_of, load_raw, with_classes
+from nxm_export.data.tokenization import load_tokenizer
 from nxm_export.errors import DataError, ParityError
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.engine_commands import build_engine

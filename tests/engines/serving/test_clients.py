@@ -28,7 +28,7 @@ from tools.benchmarks.servers import Running, nxm_serve
 from tools.raw_http import Answer, connect, read, request, send
 
 if TYPE_CHECKING:
-    from nxm_export.data.examples import Tokenizer
+    from nxm_export.data.tokenization import Tokenizer
 
 TEXT = "/v2/models/exact_text/infer"
 ONE_TEXT = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1, 1], "data": ["a good film"]}]}
@@ -205,6 +205,15 @@ def test_a_small_text_does_not_wait_for_a_large_one(engine: Path, monkeypatch: p
         finally:
             go_on.set()
         assert large.result(30)["input_ids"].shape == (1, MAX_LENGTH)
+
+
+@pytest.mark.parametrize("text", [b"good", b"good " * 2_000], ids=["short", "long"])
+def test_a_second_text_that_is_empty_is_none(engine: Path, text: bytes) -> None:
+    frontend = TextFrontend(cast("Tokenizer", exact_engine.tokenizer()), load_spec(engine))
+    alone = frontend.tokens({"text": np.array([[text]], object)})
+    beside_nothing = frontend.tokens({"text": np.array([[text]], object), "text_pair": np.array([[b""]], object)})
+    for name in alone:
+        np.testing.assert_array_equal(beside_nothing[name], alone[name])
 
 
 def test_control_characters_reach_no_log(ours: Running) -> None:

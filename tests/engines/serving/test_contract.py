@@ -207,6 +207,13 @@ def test_the_largest_values_can_be_asked_for(client: Any, classes: int) -> None:
     assert answered == [[f"{value:f}:{index}".encode() for index, value in row] for row in rows]
 
 
+@pytest.mark.parametrize("text", ["good", "good " * 2000], ids=["short", "long"])
+def test_a_second_text_that_is_empty_is_none(client: Any, text: str) -> None:
+    alone = client.infer("exact_text", text_input([text])).as_numpy("logits")
+    with_nothing = text_input([text]) + text_input([""], name="text_pair")
+    np.testing.assert_array_equal(client.infer("exact_text", with_nothing).as_numpy("logits"), alone)
+
+
 def test_configuration_and_statistics_are_those_of_the_model(client: Any) -> None:
     config = client.get_model_config("exact")
     assert (config["name"], config["max_batch_size"], config["backend"]) == ("exact", 32, "onnxruntime")

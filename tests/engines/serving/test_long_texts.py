@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram, WordPiece
 from tokenizers.processors import TemplateProcessing
 
-from engines.serving.long_texts import Tokens, beginning, beginnings, encode_long, share
+from engines.serving.long_texts import Count, Tokens, beginning, beginnings, encode_long, share
 from nxm_export.data.tokenizer_settings import direction_of
 
 LETTERS = "abcdef"
@@ -61,7 +61,7 @@ def unigram() -> Tokenizer:
 TOKENIZERS = {"word-piece": word_piece(), "byte-level": byte_level(), "unigram": unigram()}
 
 
-def counting(tokenizer: Tokenizer):  # type: ignore[no-untyped-def]
+def counting(tokenizer: Tokenizer) -> Count:
     def count(text: str) -> int:
         tokenizer.no_truncation()
         return len(tokenizer.encode(text, add_special_tokens=False).ids)

@@ -20,12 +20,12 @@ from nxm_export.data.examples import (
     class_names,
     encode,
     load_raw,
-    load_tokenizer,
     pad,
     sorted_batches,
     with_classes,
     with_scores,
 )
+from nxm_export.data.tokenization import load_tokenizer
 from nxm_export.errors import ArtifactError, DataError
 from tests.support import tiny
 

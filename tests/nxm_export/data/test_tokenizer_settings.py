@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from compressors.models import load_tokenizer as load_for_training
 from compressors.models import resolve
-from nxm_export.data.examples import Examples, copy_tokenizer, encode, load_tokenizer
+from nxm_export.data.examples import Examples, encode
+from nxm_export.data.tokenization import copy_tokenizer, load_tokenizer
 from nxm_export.data.tokenizer_settings import read_tokenizer_settings
 from nxm_export.errors import ArtifactError
 from tests.support import tiny

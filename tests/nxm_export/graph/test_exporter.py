@@ -197,7 +197,8 @@ def test_a_trained_model_of_each_family_runs_alike_in_both_runtimes(
 ) -> None:
     """On its real dev sentences, as ONNX Runtime optimizes the plain file."""
     from engines.parity.compare import run_all
-    from nxm_export.data.examples import encode, index_of, load_raw, load_tokenizer, with_classes
+    from nxm_export.data.examples import encode, index_of, load_raw, with_classes
+    from nxm_export.data.tokenization import load_tokenizer
 
     checkpoint, graph = tiny_checkpoint(family), tiny_graph(family, placement)
     spec, plan = load_spec(graph), at_placement(open_checkpoint(checkpoint).plan, placement)

@@ -17,6 +17,7 @@ from nxm_export.contract.pooling import read_pooling
 from nxm_export.contract.tasks import Task, labels_of
 from nxm_export.data.tokenizer_settings import read_tokenizer_settings, settle
 from nxm_export.errors import ArtifactError, DataError
+from nxm_export.hf.deberta import split_shared_projections, write_out_attention
 from nxm_export.hf.model_loading import Loading, load_pretrained, quiet_transformers
 from nxm_export.hf.protocols import FastTokenizer, TaskOutput
 
@@ -194,4 +195,6 @@ def load_model(
         changes["problem_type"] = task.problem_type
     loading = Loading(attention=attention, changes=changes, new_head=classes is not None)
     model = load_pretrained(source.path, source.config, task, loading)
+    split_shared_projections(model)
+    write_out_attention(model)
     return _as_spans(model) if task.output_kind == "span" else model

@@ -119,6 +119,10 @@ def permute_residual(model: nn.Module, order: Tensor, family: Family, config: Ma
         for linear in family.linears:
             if linear.writes == RESIDUAL:
                 _move_outputs(_linear(model, family.weight(block, linear)), order)
+        for path, module in model.get_submodule(block).named_modules():
+            if path in family.position_readers:  # the embeddings that it reads are moved below, and their norm
+                assert isinstance(module, nn.Linear)
+                _move_inputs(module, order)
     if int(getattr(getattr(model, "config", None), "num_labels", 0)) == hidden:
         raise PlanError(f"a head with as many outputs as the hidden size, {hidden}, cannot be permuted")
     for path, module in model.named_modules():

@@ -97,6 +97,7 @@ class Family:
     embedding_key: str | None = None  # size of the table's rows, where the model has one that is not the hidden size
     fewest_types: int = 0  # kinds of tokens (type_vocab_size) from which on they are an input
     block_returns: int | None = None  # None: a block returns its output; else a tuple of this many, the output first
+    position_readers: tuple[str, ...] = ()  # linear layers of a block that read embeddings of relative positions
     missing_heads: frozenset[str] = frozenset()  # tasks for which transformers has no head
     refused_keys: Mapping[str, str] = field(default_factory=dict)  # of config.json, with why a value there is refused
 

@@ -186,6 +186,27 @@ FAMILIES: dict[str, Family] = {
             fewest_types=2,
             missing_heads=frozenset({"question-answering"}),
         ),
+        Family(
+            "deberta-v2",
+            "deberta",
+            _LAYERS,
+            (
+                *_separate(
+                    *("attention.self.query_proj", "attention.self.key_proj", "attention.self.value_proj"),
+                    "attention.output.dense",
+                ),
+                *_ffn("intermediate.dense", "output.dense"),
+            ),
+            _WITH_TYPES,
+            # Its scores are sums of three products, two of them with positions (`nxm_export.hf.deberta`).
+            Attention("attention.self", interface=False, takes_bias_mask=False),
+            _BERT_NORM,
+            embedding_key="embedding_size",
+            fewest_types=1,
+            block_returns=2,
+            position_readers=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
+            refused_keys={"conv_kernel_size": "its convolution reads across the end of the first block"},
+        ),
     )
 }
 

@@ -50,6 +50,7 @@ from nxm_export.graph.linear_forms import Lowering
 from nxm_export.graph.qdq import add_initializer, fold_float_weight, linears_of, use_name
 from nxm_export.graph.reading.graph_weights import array_of, save_graph
 from nxm_export.graph.verifier import verify
+from nxm_export.hf.deberta import write_out_attention
 from nxm_export.hf.finite_masks import MASKED, use_finite_masks
 from nxm_export.hf.model_loading import load_task_model
 from nxm_export.storage.atomic import atomic_dir, require_apart, require_replaceable
@@ -295,6 +296,7 @@ def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> ir
     model = load_task_model(path, task, dtype=dtype)
     if family.attention.interface and not family.attention.takes_bias_mask:
         use_finite_masks(model)
+    write_out_attention(model, fixed_positions=True)
     with _silence():
         batch = torch.export.Dim("batch")
         sequence = torch.export.Dim("sequence", max=family.max_positions(read_config(path)))

@@ -45,6 +45,8 @@ def write_checkpoint(
     """
     from safetensors.numpy import load_file, save_file
 
+    if family == "deberta-v2":  # what positions are multiplied with is not compressed
+        options = {"share_att_key": False, **(options or {})}
     tiny.write_model(family, out, head=task, classes=classes, layers=layers, seed=seed, options=options)
     config = read_config(out)
     kind = FAMILIES[family]

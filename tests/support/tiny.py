@@ -40,7 +40,17 @@ LIKE_ROBERTA = ("roberta", "xlm-roberta", "camembert", "mpnet")  # in special to
 FAMILIES = (
     *("bert", "roberta", "distilbert", "electra", "albert"),
     *("xlm-roberta", "camembert", "mpnet", "modernbert", "nomic_bert", "gte"),
+    "deberta-v2",
 )
+LIKE_DEBERTA_V3 = {  # but for its sizes; there are more distances than buckets for them
+    "relative_attention": True,
+    "position_buckets": 8,
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
 WITH_TYPES = ("bert", "electra", "albert", "nomic_bert")  # whose inputs have kinds of tokens
 HIDDEN, INTERMEDIATE, LAYERS, HEADS = 32, 64, 2, 4
 POSITIONS = 48  # longest input in tokens
@@ -72,7 +82,7 @@ def write_model(
 
     `head` is None for an encoder alone (what pretraining leaves), else a task; `classes` are those of
     ``classification``. For ``embedding`` it is a sentence-transformers directory with the mean of the tokens, at length
-    1. `options` are more fields of an ALBERT's configuration.
+    1. `options` are more fields of an ALBERT's or a DeBERTa's configuration.
     """
     import torch
     import transformers
@@ -355,5 +365,6 @@ def _config(family: str, hidden: int, intermediate: int, layers: int, options: M
         "modernbert": lambda: transformers.ModernBertConfig(**common, **sizes, **windows),
         "nomic_bert": lambda: transformers.NomicBertConfig(**common, **sizes),
         "gte": lambda: transformers.GteConfig(**common, **sizes),
+        "deberta-v2": lambda: transformers.DebertaV2Config(**{**common, **sizes, **LIKE_DEBERTA_V3, **(options or {})}),
     }
     return made[family]()

@@ -40,6 +40,7 @@ def tiny_config(
         "modernbert": transformers.ModernBertConfig,
         "nomic_bert": transformers.NomicBertConfig,
         "gte": transformers.GteConfig,
+        "deberta-v2": transformers.DebertaV2Config,
     }
     extra: dict[str, object] = {"hidden_act": gelu}
     if family in ("electra", "albert"):
@@ -48,6 +49,8 @@ def tiny_config(
         extra = {"hidden_activation": gelu}
         extra |= {"local_attention": 8, "layer_types": ["sliding_attention"] * layers}
         extra |= dict.fromkeys(("bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"), 1)
+    if family == "deberta-v2":
+        extra |= {**tiny.LIKE_DEBERTA_V3, "share_att_key": False}
     return kinds[family](
         hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=2,
         max_position_embeddings=positions + (2 if family in tiny.LIKE_ROBERTA else 0),

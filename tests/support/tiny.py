@@ -39,7 +39,7 @@ SHORT = ("bert", "roberta", "distilbert", "electra", "albert", "modernbert")
 LIKE_ROBERTA = ("roberta", "xlm-roberta", "camembert", "mpnet")  # in special tokens, and positions behind padding
 FAMILIES = (
     *("bert", "roberta", "distilbert", "electra", "albert"),
-    *("xlm-roberta", "camembert", "mpnet", "modernbert", "nomic_bert", "gte"),
+    *("xlm-roberta", "camembert", "mpnet", "modernbert", "nomic_bert", "gte", "jina_embeddings_v3"),
     "deberta-v2",
 )
 LIKE_DEBERTA_V3 = {  # but for its sizes; there are more distances than buckets for them
@@ -365,6 +365,7 @@ def _config(family: str, hidden: int, intermediate: int, layers: int, options: M
         "modernbert": lambda: transformers.ModernBertConfig(**common, **sizes, **windows),
         "nomic_bert": lambda: transformers.NomicBertConfig(**common, **sizes),
         "gte": lambda: transformers.GteConfig(**common, **sizes),
+        "jina_embeddings_v3": lambda: transformers.JinaEmbeddingsV3Config(**common, **sizes),
         "deberta-v2": lambda: transformers.DebertaV2Config(**{**common, **sizes, **LIKE_DEBERTA_V3, **(options or {})}),
     }
     return made[family]()

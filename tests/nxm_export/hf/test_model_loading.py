@@ -58,9 +58,11 @@ def with_copy(old: str, new: str) -> Callable[[Weights], Weights]:
 def test_what_the_model_does_not_take_is_an_error(
     tmp_path: Path, family: str, head: str | None, old: str, new: str
 ) -> None:
-    old = {"albert": old.replace("layer.1.", "albert_layers.0."), "distilbert": old.replace("query", "q_lin")}.get(
-        family, old
-    )
+    old = {
+        "albert": old.replace("layer.1.", "albert_layers.0."),
+        "distilbert": old.replace("query", "q_lin"),
+        "deberta-v2": old.replace("query", "query_proj"),
+    }.get(family, old)
     new = new.replace("layer.2.", "albert_layers.1.") if family == "albert" else new
     path = changed(tiny.write_model(family, tmp_path, head=head), with_copy(old, new))
     with pytest.raises(ArtifactError, match="weights that the model does not take"):

@@ -313,10 +313,11 @@ class TestTensorRtTarget:
         assert 0 < worst <= 2.0**-11  # half a unit in the last place of float16
         assert done.bytes == done.path.stat().st_size
 
-    def test_half_precision_computes_nearly_the_same(self, made: Made) -> None:
+    @pytest.mark.parametrize("family", variants(("bert", "modernbert", "deberta-v2"), ("bert",)))  # by kind of mask
+    def test_half_precision_computes_nearly_the_same(self, made: Made, family: str) -> None:
         """ONNX Runtime runs the float16 graph on the CPU, node by node; the reference has its scales rounded, too."""
-        path, graph = made("bert", options={"target": "trt", "dtype": "float16"})
-        feeds = baked.feeds("bert", 8, 12, padding=3)
+        path, graph = made(family, options={"target": "trt", "dtype": "float16"})
+        feeds = baked.feeds(family, 8, 12, padding=3)
         feeds["attention_mask"][1] = 0
         actual = onnx_text.run(graph / "model.onnx", feeds)["logits"]
         assert np.isfinite(actual).all()

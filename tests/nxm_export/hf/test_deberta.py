@@ -108,6 +108,16 @@ def test_it_trains_in_bfloat16_behind_quantized_operands(tmp_path: Path) -> None
         assert bool((gradient != 0).any()), name
 
 
+def test_products_that_only_their_scale_brings_into_float16_stay_finite() -> None:
+    model = model_of({"share_att_key": False}).half()
+    write_out_attention(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("query_proj.bias", "key_proj.bias")):  # 8 channels a head: 8 * 150^2 > 65504
+                parameter.fill_(-150.0 if "pos_" in name else 150.0)
+    assert all(bool(state.isfinite().all()) for state in states(model))
+
+
 def test_int8_attention_is_refused(tmp_path: Path) -> None:
     source = resolve(tiny.write_model("deberta-v2", tmp_path / "model"))
     with pytest.raises(Exception, match="attention int8: transformers computes the attention of deberta-v2 inside"):

@@ -342,11 +342,20 @@ def _of_pattern(fact: MatrixFacts) -> tuple[str, str] | None:
         return "k-multiple", f"K is {fact.k}, which is not a multiple of 4"
     if fact.sparse_along_k:
         return None
+    if (codes := fact.broken_groups_of_codes) is not None and codes < fact.broken_groups and _few(codes, fact):
+        hidden = fact.broken_groups - codes
+        text = f"a zero point is not 0, so that the stored zeros of {hidden} of {fact.groups} groups of four are none"
+        return "scales", f"{REASONS['scales']}: {text}"
     if fact.sparse_along_n:
         return "axis", ""
-    if not fact.planned_sparse and fact.broken_groups > fact.groups // 100:
+    if not fact.planned_sparse and not _few(fact.broken_groups, fact):
         return "not-planned", ""
     return "pattern", f"{fact.broken_groups} of {fact.groups} groups of four along K keep more than two"
+
+
+def _few(broken: int, fact: MatrixFacts) -> bool:
+    """True for so few broken groups of four that the matrix was meant to have none."""
+    return broken <= fact.groups // 100
 
 
 def _of_numbers(fact: MatrixFacts) -> tuple[str, str] | None:

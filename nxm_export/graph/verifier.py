@@ -165,7 +165,11 @@ def _why_not(weight: GraphWeight, pattern: NMPattern) -> str:
         what = "K" if weight.run == weight.k else "the number of channels that are summed at one place of the kernel"
         return f"{what} is not a multiple of {pattern.m}: it is {weight.run}"
     broken, groups = weight.violations(pattern), weight.groups(pattern)
-    return f"{broken} of {groups} groups keep more than {pattern.n}"
+    text = f"{broken} of {groups} groups keep more than {pattern.n}"
+    hidden = broken - weight.without_zero_points().violations(pattern)
+    return (
+        f"{text}, {hidden} of them because a zero point is not 0: what is stored as 0 is none" if hidden > 0 else text
+    )
 
 
 def _check_embedding(model: ir.Model, name: str) -> Iterator[str]:
@@ -206,7 +210,7 @@ def scale_problems(weight: GraphWeight) -> list[str]:
             problems.append(f"{weight.scale.size} scales for {weight.n} output channels")
         elif weight.scale_axis == "nothing":
             problems.append(f"its {weight.scale.size} scales do not fit the axis that they are said to lie along")
-    if weight.zero_point is not None and np.any(weight.zero_point):
+    if weight.has_zero_point:
         problems.append("its zero point is not 0, and TensorRT refuses asymmetric weights")
     return problems
 

@@ -87,6 +87,15 @@ class GraphWeight:
             return self
         return replace(self, matrix=self.unrounded, zero_point=None, codes="FLOAT", unrounded=None)
 
+    def without_zero_points(self) -> GraphWeight:
+        """The same codes with every zero point at 0; itself where they are."""
+        return replace(self, zero_point=None) if self.has_zero_point else self
+
+    @property
+    def has_zero_point(self) -> bool:
+        """True when a zero point is not 0, of one channel or block alone, too."""
+        return self.zero_point is not None and bool(np.any(self.zero_point))
+
     def nonzero_mask(self) -> npt.NDArray[np.bool_]:
         """Boolean (K, N): which weights are not zero (not the zero point, for an asymmetric weight)."""
         return self._nonzero_mask
@@ -94,7 +103,7 @@ class GraphWeight:
     @cached_property
     def _nonzero_mask(self) -> npt.NDArray[np.bool_]:
         zero = self.zero_point
-        if zero is None or not self.is_quantized or not np.any(zero):
+        if zero is None or not self.is_quantized or not self.has_zero_point:
             return np.asarray(self.matrix != np.zeros((), self.matrix.dtype), bool)
         try:
             np.broadcast_to(zero, self.matrix.shape)

@@ -9,7 +9,6 @@ product that no sparse kernel computes. These facts, and what a builder says it 
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from nxm_export.contract.plan import CompressionPlan, NMPattern
@@ -63,11 +62,12 @@ def _facts(weight: GraphWeight, plan: CompressionPlan | None) -> MatrixFacts:
         sparse_along_k=weight.follows(SPARSE),
         sparse_along_n=_follows_along_n(weight),
         broken_groups=weight.violations(SPARSE),
+        broken_groups_of_codes=weight.without_zero_points().violations(SPARSE),
         groups=weight.groups(SPARSE),
         integer_weight=weight.is_quantized,
         integer_input=_integer_input(weight.node),
         scales_along_k=weight.scale_axis == "K",
-        has_zero_point=weight.zero_point is not None and bool(np.any(weight.zero_point)),
+        has_zero_point=weight.has_zero_point,
         output=output,
         epilogue=epilogue,
         op=weight.node.op_type,

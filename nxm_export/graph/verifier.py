@@ -20,6 +20,7 @@ from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import CompressionPlan, NMPattern
 from nxm_export.contract.records.matrix_facts import UnreadProduct
 from nxm_export.contract.records.verify_report import VerifyReport, WeightReport
+from nxm_export.graph.external_data import graph_files
 from nxm_export.graph.int8_embedding import embedding_hash, misread, stored_embedding
 from nxm_export.graph.quantized_values import values_behind
 from nxm_export.graph.reading.graph_weights import (
@@ -65,7 +66,9 @@ def verify(file: str | Path, *, plan: CompressionPlan | None = None, pattern: NM
     every quantized weight of a file without plan, which must then hold some. Raises `ArtifactError` when the file
     cannot be read, and `PlanError` for a plan inside it that cannot.
     """
-    return verify_model(load_graph(file), str(file), plan=plan, pattern=pattern)
+    model = load_graph(file)
+    hashes = graph_files(model, Path(file)).hashes
+    return replace(verify_model(model, str(file), plan=plan, pattern=pattern), hashes=hashes)
 
 
 def verify_model(

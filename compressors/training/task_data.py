@@ -49,8 +49,8 @@ def read_task_data(
     Sets the tokenizer's maximum length, which is saved with the model.
     """
     task, columns = request.task, request.columns
-    raw = load_labelled(request.train, "train", columns, task)
     head = source.classes() if source.head_fits(task) else None
+    raw = load_labelled(request.train, "train", columns, task, head)
     classes = dev_classes = classes_of(raw, task, head)
     length = tokenizer.model_max_length = max_length(source, tokenizer, task, settings.max_length)
 
@@ -62,7 +62,7 @@ def read_task_data(
         examples = examples.sample(request.train_limit, settings.seed)
     held_out: list[Features] = []
     if request.dev is not None:
-        raw_dev = load_labelled(request.dev, "dev", columns, task)
+        raw_dev = load_labelled(request.dev, "dev", columns, task, head)
         if not LABELS[task.label].separate and (raw.pairs is None) != (raw_dev.pairs is None):
             raise DataError(
                 f"{raw.source} and {raw_dev.source} differ: only one of them has a second text; "

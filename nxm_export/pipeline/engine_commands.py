@@ -424,7 +424,7 @@ def _labelled_texts(directory: Path, data: str, columns: Columns, limit: int) ->
     passport = load_passport(directory) if (directory / PASSPORT_FILE).is_file() else None
     spec = load_spec(directory) if passport is None else covered_spec(directory, passport)
     task = TASKS[spec.task]
-    raw = load_labelled(data, "dev", columns, task)
+    raw = load_labelled(data, "dev", columns, task, spec.labels)
     classes = classes_of(raw, task, spec.labels)
     numbered = classes is not None and classes.numbered
     tokenizer = load_tokenizer(directory) if passport is None else covered_tokenizer(directory, passport)

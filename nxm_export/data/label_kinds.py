@@ -339,8 +339,8 @@ def _with_tags(raw: RawExamples, index: Mapping[str, int]) -> Examples:
 
 def _with_answers(raw: RawExamples, _: Mapping[str, int]) -> Examples:
     answers = [cast("tuple[Answer, ...]", label) for label in raw.labels]
-    nullable = not all(answers)  # said of the whole file, and so true of every part of it
-    return Examples(raw.texts, raw.pairs, answers, raw.source, encoder=partial(windows, nullable=nullable))
+    threshold = None if all(answers) else 0.0  # said of the whole file, and so true of every part of it
+    return Examples(raw.texts, raw.pairs, answers, raw.source, encoder=partial(windows, threshold=threshold))
 
 
 LABELS: dict[str, LabelKind] = {

@@ -419,6 +419,7 @@ def _labelled_texts(directory: Path, data: str, columns: Columns, limit: int) ->
     from engines.passport import PASSPORT_FILE, covered_spec, covered_tokenizer, load_passport
     from nxm_export.contract.tasks import TASKS
     from nxm_export.data.label_kinds import classes_of, labelled, load_labelled
+    from nxm_export.data.question_answering import answering
     from nxm_export.data.tokenization import load_tokenizer
 
     passport = load_passport(directory) if (directory / PASSPORT_FILE).is_file() else None
@@ -429,7 +430,8 @@ def _labelled_texts(directory: Path, data: str, columns: Columns, limit: int) ->
     numbered = classes is not None and classes.numbered
     tokenizer = load_tokenizer(directory) if passport is None else covered_tokenizer(directory, passport)
     length = min(limit, spec.max_length)
-    return _LabelledTexts(labelled(raw, task, classes), tokenizer, length, spec.inputs, numbered)
+    examples = answering(labelled(raw, task, classes), spec.no_answer_threshold)
+    return _LabelledTexts(examples, tokenizer, length, spec.inputs, numbered)
 
 
 def _vocabulary(engines: Sequence[Path]) -> int | None:

@@ -8,7 +8,7 @@ into an `ExportError`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,11 +72,18 @@ def verify(file: str | Path, *, plan: CompressionPlan | None = None, pattern: NM
 
 
 def verify_model(
-    model: ir.Model, source: str, *, plan: CompressionPlan | None = None, pattern: NMPattern | None = None
+    model: ir.Model,
+    source: str,
+    *,
+    plan: CompressionPlan | None = None,
+    pattern: NMPattern | None = None,
+    products: Iterable[GraphWeight | UnreadProduct] | None = None,
 ) -> VerifyReport:
-    """As `verify`, of a graph that `load_graph` read; `source` names its file in the report and in errors."""
+    """As `verify`, of a graph that `load_graph` read; `source` names its file in the report and in errors. `products`
+    are those of the graph, where somebody else looks at them in the same pass."""
     plan = plan or embedded_plan(model, source)
-    reports, unread, quantized = _check_products(model, plan, pattern)
+    found = graph_products(model) if products is None else products
+    reports, unread, quantized = _check_products(found, plan, pattern)
     problems, stored = list(_check_pairs(model)), None
     problems += [
         f"{name} is a sparse tensor, which TensorRT does not take; store it dense" for name in sparse_tensors(model)
@@ -112,14 +119,14 @@ def embedded_plan(model: ir.Model, source: str) -> CompressionPlan | None:
 
 
 def _check_products(
-    model: ir.Model, plan: CompressionPlan | None, pattern: NMPattern | None
+    products: Iterable[GraphWeight | UnreadProduct], plan: CompressionPlan | None, pattern: NMPattern | None
 ) -> tuple[tuple[WeightReport, ...], tuple[UnreadProduct, ...], bool]:
     """(a report for every weight, once for all products that read it alike; what was not read; whether any weight is
     quantized)."""
     nodes: dict[WeightReport, list[str]] = {}
     unread = []
     quantized = False
-    for found in graph_products(model):
+    for found in products:
         if isinstance(found, UnreadProduct):
             unread.append(found)
         else:

@@ -9,14 +9,17 @@ product that no sparse kernel computes. These facts, and what a builder says it 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
 
 from nxm_export.contract.plan import CompressionPlan, NMPattern
 from nxm_export.contract.records.matrix_facts import MatrixFacts, ScannedProducts, UnreadProduct
+from nxm_export.contract.records.verify_report import VerifyReport
 from nxm_export.graph.quantized_values import input_codes, output_type, reads_an_input
 from nxm_export.graph.reading.graph_weights import GraphWeight, graph_products, parameter_of
 from nxm_export.graph.reading.products import groups_of, name_of
-from nxm_export.graph.verifier import embedded_plan, scale_problems
+from nxm_export.graph.verifier import embedded_plan, scale_problems, verify_model
 
 SPARSE = NMPattern(2, 4)
 _FORMS = {"MatMul": "matmul", "FusedMatMul": "matmul", "Gemm": "gemm"}
@@ -25,14 +28,39 @@ _FORMS = {"MatMul": "matmul", "FusedMatMul": "matmul", "Gemm": "gemm"}
 def scan_products(model: ir.Model, source: str) -> ScannedProducts:
     """Every product with a constant operand: the facts of those that were read, and what was not read; `source` names
     the file in errors."""
-    plan = embedded_plan(model, source)
-    facts, unread = [], []
-    for found in graph_products(model):
-        if isinstance(found, UnreadProduct):
-            unread.append(found)
-        else:
-            facts.append(_facts(found, plan))
-    return ScannedProducts(tuple(facts), tuple(unread))
+    scan = _Scan(model, source)
+    for _ in scan.products():
+        pass
+    return scan.seen
+
+
+def scan_and_verify(model: ir.Model, source: str) -> tuple[ScannedProducts, VerifyReport]:
+    """`scan_products` and `verify_model` in one pass, since reading the weights is most of the work; each is let go
+    before the next is read."""
+    scan = _Scan(model, source)
+    report = verify_model(model, source, products=scan.products())
+    return scan.seen, report
+
+
+class _Scan:
+    """Keeps the facts of all products that go through its hands."""
+
+    def __init__(self, model: ir.Model, source: str) -> None:
+        self._model, self._plan = model, embedded_plan(model, source)
+        self._facts: list[MatrixFacts] = []
+        self._unread: list[UnreadProduct] = []
+
+    def products(self) -> Iterator[GraphWeight | UnreadProduct]:
+        for found in graph_products(self._model):
+            if isinstance(found, UnreadProduct):
+                self._unread.append(found)
+            else:
+                self._facts.append(_facts(found, self._plan))
+            yield found
+
+    @property
+    def seen(self) -> ScannedProducts:
+        return ScannedProducts(tuple(self._facts), tuple(self._unread))
 
 
 def matrix_facts(model: ir.Model, source: str) -> list[MatrixFacts]:

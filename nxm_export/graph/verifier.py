@@ -160,7 +160,7 @@ def _check_weight(weight: GraphWeight, plan: CompressionPlan | None, pattern: NM
         n=weight.n,
         stored=weight.stored,
         scale_axis=weight.scale_axis,
-        zeros=round(1.0 - float(weight.nonzero_mask().mean()), 4) if weight.matrix.size else 0.0,
+        zeros=round(1.0 - weight.density, 4) if weight.matrix.size else 0.0,
         pattern=str(weight.pattern() or "") or None,
         planned=str(spec) if spec else None,
         problems=tuple(problems),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import onnx_ir as ir
 
 from nxm_export.contract.plan import CompressionPlan, NMPattern
@@ -116,10 +117,11 @@ def _text(pattern: NMPattern | None) -> str | None:
 
 
 def _follows_along_n(weight: GraphWeight) -> bool:
-    nonzero_mask = weight.nonzero_mask()
-    if not weight.matrix.size or weight.n % SPARSE.m or nonzero_mask.mean() > SPARSE.density:
+    if not weight.matrix.size or weight.n % SPARSE.m or weight.density > SPARSE.density:
         return False
-    return bool((nonzero_mask.reshape(weight.k, -1, SPARSE.m).sum(axis=-1) <= SPARSE.n).all())
+    groups = weight.nonzero_mask().view(np.uint8).reshape(weight.k, -1, SPARSE.m)
+    kept = sum(groups[..., at] for at in range(SPARSE.m))  # ten times as fast as a sum along so short an axis
+    return bool((np.asarray(kept) <= SPARSE.n).all())
 
 
 def _integer_input(node: ir.Node) -> bool:

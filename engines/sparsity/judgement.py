@@ -34,7 +34,6 @@ _ALIGNMENT_HINT = (
 SMALL = 256  # below it, dense kernels win (NVIDIA/TensorRT issues 3849 and 4065)
 _QUANTIZED = ("int8",)  # what sparse integer kernels multiply
 _FLOATS = ("float", "float16", "bfloat16", "float32", "float8")
-_CONVOLUTIONS = ("conv", "conv1x1")
 REASONS = {
     "empty": "it has no elements",
     "k-multiple": "K is not a multiple of 4",
@@ -330,9 +329,10 @@ def _of_pattern(fact: MatrixFacts) -> tuple[str, str] | None:
     """(reason, detail) when the elements do not lie as a sparse kernel reads them."""
     if not fact.k or not fact.n:
         return "empty", ""
-    if fact.form in _CONVOLUTIONS and fact.run == 1 and fact.groups_of_channels > 1:
+    convolves = "conv" in fact.form.lower()  # over any number of axes, transposed, of integers
+    if convolves and fact.run == 1 and fact.groups_of_channels > 1:
         return "depthwise", ""
-    if fact.form in _CONVOLUTIONS and fact.run % 4:
+    if convolves and fact.run % 4:
         return (
             "channels",
             f"it has {fact.run} input channels{' a group' if fact.groups_of_channels > 1 else ''}, and "

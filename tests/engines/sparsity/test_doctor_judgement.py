@@ -199,6 +199,19 @@ def test_convolutions_need_four_channels_a_group_and_groups_are_another_kernel(
     require_one_judgement(found)
 
 
+@pytest.mark.parametrize("kernel", [(4,), (1,), (2, 2), (1, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+    ("channels", "group", "reason"), [(32, 32, "depthwise"), (6, 1, "channels"), (64, 32, "channels")]
+)
+def test_the_channels_of_a_group_count_over_any_number_of_axes(
+    kernel: tuple[int, ...], channels: int, group: int, reason: str, tmp_path: Path
+) -> None:
+    found = doctor_file(convolution(channels, group, tmp_path, kernel), "trt", "8.6", "8.0")
+    (weight,) = found.sparsity.weights
+    assert (weight.reason, weight.eligible) == (reason, False), weight.detail
+    require_one_judgement(found)
+
+
 @pytest.mark.parametrize("kernel", [(3,), (2, 2, 2), (1,), (1, 1, 1)])
 def test_of_convolutions_over_one_or_three_axes_no_kernel_is_known(kernel: tuple[int, ...], tmp_path: Path) -> None:
     found = doctor_file(convolution(32, 1, tmp_path, kernel), "trt", "8.6", "8.0")

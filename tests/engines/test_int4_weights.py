@@ -1,0 +1,58 @@
+"""Weights stored as INT4 cost no CPU engine an integer product and no number a bit: by the names of the operators."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.base import BuildOptions, LoadOptions, backend
+from engines.openvino.backend import OpenVinoFacts
+from engines.ort.backend import OrtFacts
+from nxm_export.contract.checkpoint import open_checkpoint
+from nxm_export.errors import EngineUnavailable
+from nxm_export.graph.exporter import export
+from tests.support import baked
+from tests.support.variants import variants
+
+CASES = list(itertools.product(("ort", "openvino"), ("inputs", "inputs-outputs", "products", "attention")))
+FEEDS = baked.feeds("bert", 5, 19, padding=6)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return baked.write_checkpoint("bert", tmp_path_factory.mktemp("w4") / "c", spec="2:4+W4", attention="int8")
+
+
+@pytest.mark.parametrize(("runtime", "placement"), variants(CASES, lambda case: case[1] in ("inputs", "attention")))
+def test_the_same_integer_operators_run_and_give_the_same_bits(
+    checkpoint: Path, tmp_path: Path, runtime: str, placement: str
+) -> None:
+    facts, logits, sizes = [], [], []
+    for stored in ("int8", "int4"):
+        graph = export(checkpoint, tmp_path / f"{stored}-graph", placement=placement, weights_stored=stored)
+        engine = tmp_path / stored
+        engine.mkdir()
+        try:
+            passport = backend(runtime).build(graph.path, engine, BuildOptions(threads=1))
+        except EngineUnavailable as error:
+            pytest.skip(str(error))
+        assert passport.graph.get("weights_stored") == (None if stored == "int8" else "int4")
+        facts.append(backend(runtime).inspect(engine))
+        with backend(runtime).load(engine, LoadOptions(threads=1)) as loaded:
+            logits.append(loaded.run(FEEDS)["logits"])
+        sizes.append((engine / "model.onnx").stat().st_size)
+    np.testing.assert_array_equal(logits[1], logits[0])
+    int8, int4 = (_operators(fact) for fact in facts)
+    assert int4 == int8  # no Cast and no DequantizeLinear of a weight is left
+    product = {"ort": "MatMulIntegerToFloat", "openvino": "FullyConnected i8"}[runtime]
+    assert int4[product] >= len(open_checkpoint(checkpoint).plan.weights)
+    assert sizes[1] < sizes[0]
+
+
+def _operators(fact: object) -> Mapping[str, int]:
+    assert isinstance(fact, (OrtFacts, OpenVinoFacts))
+    return fact.operators

@@ -14,9 +14,12 @@ from safetensors.numpy import load_file, save_file
 from engines.base import BuildOptions, LoadOptions, backend
 from engines.openvino.backend import OpenVinoFacts
 from engines.ort.backend import OrtFacts
+from engines.ort.session_levels import closest_level
 from engines.parity.bisect import bisect
 from engines.parity.compare import compare
+from engines.passport import load_passport
 from nxm_export.contract.checkpoint import open_checkpoint
+from nxm_export.contract.io_spec import load_spec
 from nxm_export.errors import EngineUnavailable
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.engine_commands import build_engine
@@ -72,6 +75,8 @@ def test_an_engine_of_int4_weights_agrees_with_its_checkpoint_block_by_block(che
     report = bisect(checkpoint, tmp_path / "engine", samples)
     report.require()
     assert report.outputs_equal
+    level = closest_level(tmp_path / "engine", load_passport(tmp_path / "engine"), load_spec(tmp_path / "engine"))
+    assert level.integer_products == (8, 8)  # for Triton, which knows levels alone: six layers, two inside attention
 
 
 def test_the_half_precision_graph_of_tensorrt_means_the_same_numbers(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nxm_export.contract.checkpoint import open_checkpoint
+from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.errors import ExportError
 from nxm_export.graph.exporter import Exported, export
@@ -102,6 +103,16 @@ class TestOnnxRuntimeLoadsThePlainFile:
             )["logits"]
             for kind in ("int8", "int4")
         ]
+        np.testing.assert_array_equal(logits[1], logits[0])
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "bert"])
+    def test_of_every_family(self, tmp_path: Path, family: str) -> None:
+        checkpoint = baked.write_checkpoint(family, tmp_path / "c", spec="2:4+W4", attention="int8", layers=2)
+        feeds, logits = baked.feeds(family, 3, 17, padding=4), []
+        for stored in ("int8", "int4"):
+            graph = export(checkpoint, tmp_path / stored, placement="attention", weights_stored=stored).path
+            logits.append(onnx_text.run(graph, feeds, optimize=True)["logits"])
         np.testing.assert_array_equal(logits[1], logits[0])
 
     MOVED = """

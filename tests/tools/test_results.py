@@ -119,6 +119,9 @@ def test_every_row_is_measured_from_one_dense_model(place: Path) -> None:
     assert measured["nxm-2:4+W4"].dev_reads == 1
     assert ours.kl_to_dense is not None
     assert 0 < ours.kl_to_dense < 5
+    assert ours.kl_by_sentence is not None
+    assert len(ours.kl_by_sentence) == len(measured["nxm-2:4+W4"].predictions)
+    assert np.mean(ours.kl_by_sentence) == pytest.approx(ours.kl_to_dense, rel=1e-4)  # five digits of each are kept
     assert set(ours.plan.weights.values()) == {"2:4+W4"}
     assert facts_of(measured["searched-packed-87.5"]).compression.packed >= 0.875
     assert cola(place).sensitivity_file(0).is_file()

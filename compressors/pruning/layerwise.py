@@ -1,8 +1,8 @@
 """Layer-wise ADMM: N:M masks and integer codes of least output error, found before any training.
 
 For a linear layer y = W x, W (out, in), the mean squared error of its outputs under other weights Z is
-``E(Z) = tr((W - Z) H (W - Z)^T)`` with ``H = E[x x^T]`` (`compressors.pruning.sparsegpt.input_hessians`). Four steps
-make a small E, all rows of a matrix at once:
+``E(Z) = tr((W - Z) H (W - Z)^T)`` with ``H = E[x x^T]`` (`compressors.pruning.layer_inputs`). Four steps make a small
+E, all rows of a matrix at once:
 
 1. **Mask** by ADMM: ``min E(X)  s.t.  X = Z, Z in N:M``. The X step is exact (one eigendecomposition of H serves every
    penalty), the Z step keeps the N largest of each group, the unscaled dual V adds up what they disagree on
@@ -13,19 +13,23 @@ make a small E, all rows of a matrix at once:
 4. **Descent**: single codes move to where E is least with all others fixed, scales are refitted; E never grows.
 
 Inputs are normalised to unit mean square in step 1: it makes a fixed schedule of penalties fit every layer.
+
+`SOLVERS` has this and its rivals under one signature. Training starts from what they find, ``--steps 0`` saves it, and
+the search's table (`compressors.search.sensitivity`) asks what it costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressors import distributed
-from compressors.projections import nm_mask
+from compressors.projections import mse_scale, nm_mask
+from compressors.pruning.layer_inputs import Batches, second_moments
 from compressors.pruning.sparsegpt import inverse_factor, prune
 from compressors.quantization.fake_quant import QuantLinear
 from nxm_export.contract.plan import NMPattern, WeightSpec
@@ -57,6 +61,11 @@ class Solution:
     mask: Tensor | None  # (out, in) bool; None without a pattern
     scale: Tensor | None  # (out, 1); None without bits
     error: float
+
+    def to(self, device: torch.device | str) -> Solution:
+        """The same on another device."""
+        mask, scale = (None if part is None else part.to(device) for part in (self.mask, self.scale))
+        return Solution(self.latent.to(device), self.weight.to(device), mask, scale, self.error)
 
 
 class OutputMetric:
@@ -261,41 +270,89 @@ def solve(weight: Tensor, metric: OutputMetric, spec: WeightSpec, mask_of: MaskO
     if spec.qmax is not None:
         codes, scale = round_to_least_error(dense, latent, metric, mask, spec.qmax)
         deployed = codes * scale
-    whole = float(metric.error(dense).sum())
-    error = float(metric.error(dense - deployed).sum()) / whole if whole > 0 else 0.0
+    return _solution(weight, latent, deployed, mask, scale, metric)
+
+
+@torch.no_grad()
+def second_order(weight: Tensor, metric: OutputMetric, spec: WeightSpec) -> Solution:
+    """Second-order pruning alone (`compressors.pruning.sparsegpt`), then scales of least squared error."""
+    dense = weight.float()
+    pruned = dense if spec.pattern is None else prune(dense, metric.raw, spec.pattern, metric.damping)
+    return _rounded(weight, pruned, spec, metric)
+
+
+@torch.no_grad()
+def by_magnitude(weight: Tensor, metric: OutputMetric, spec: WeightSpec) -> Solution:
+    """The largest weights as they are, and scales of least squared error: nothing is asked of the inputs."""
+    return _rounded(weight, weight.float(), spec, metric)
+
+
+def _rounded(weight: Tensor, latent: Tensor, spec: WeightSpec, metric: OutputMetric) -> Solution:
+    """`latent`, masked by its own magnitude, each weight rounded for itself."""
+    mask = None if spec.pattern is None else nm_mask(latent.abs(), spec.pattern)
+    latent = latent if mask is None else latent * mask
+    deployed, scale = latent, None
+    if spec.qmax is not None:
+        scale = mse_scale(latent, spec.qmax)
+        deployed = torch.round(latent / scale).clamp_(-spec.qmax, spec.qmax) * scale
+    return _solution(weight, latent, deployed, mask, scale, metric)
+
+
+def _solution(
+    weight: Tensor, latent: Tensor, deployed: Tensor, mask: Tensor | None, scale: Tensor | None, metric: OutputMetric
+) -> Solution:
+    whole = float(metric.error(weight.float()).sum())
+    error = float(metric.error(weight.float() - deployed).sum()) / whole if whole > 0 else 0.0
     return Solution(latent.to(weight.dtype), deployed.to(weight.dtype), mask, scale, error)
+
+
+Solver = Callable[[Tensor, OutputMetric, WeightSpec], Solution]
+# By recipe; each gives (weight (out, in), metric of its inputs, spec) a `Solution`.
+SOLVERS: Mapping[str, Solver] = {
+    "admm": solve,
+    "obs-refit": partial(solve, mask_of=second_order_mask),
+    "obs": second_order,
+}
 
 
 @torch.no_grad()
 def solve_layers(
-    layers: Mapping[str, QuantLinear],
-    hessians: Mapping[str, Tensor],
-    mask_of: MaskOf = admm_mask,
+    model: nn.Module,
+    blocks: Sequence[Mapping[str, QuantLinear]],
+    batches: Batches,
+    solver: Solver = solve,
     *,
     deployed: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
-    """Solve every prepared layer and put the solution into it; returns the error of each, by weight name.
+    """Solve the prepared layers of a model and put the solutions into them; returns the error of each, by weight name.
 
-    Layers start from their latent weights, or, where nothing will train them, from the `deployed` ones. Layers of one
-    input tensor share one hessian (`input_hessians` gives them the same tensor) and its decomposition, of which one is
-    in memory at a time. Under ``torchrun`` each process solves some, and all get the same solutions.
+    Layers start from their latent weights, or, where nothing will train them, from the `deployed` ones. `blocks` are
+    layers by weight name, in parts; the second moments of one part are in memory at a time, and those of layers that
+    read one tensor are decomposed once. Every layer is solved for the inputs that it has in the model as it comes.
+    Under ``torchrun`` each process solves some parts, and all get the same solutions.
     """
-    by_hessian: dict[int, list[str]] = {}
-    for name in layers:
-        by_hessian.setdefault(id(hessians[name]), []).append(name)
-    own = list(by_hessian.values())[distributed.rank() :: distributed.world_size()]
+    total = sum(len(block) for block in blocks)
     solved: list[tuple[str, Solution]] = []
-    for names in own:
-        try:
-            metric = OutputMetric(hessians[names[0]])
-        except DataError as error:
-            raise DataError(f"{names[0]}: {error}") from error
-        for name in names:
-            solved.append((name, solve(layers[name].weight, metric, layers[name].spec, mask_of)))
-            progress(min(len(solved) * distributed.world_size(), len(layers)), len(layers))
+    for block in blocks[distributed.rank() :: distributed.world_size()]:
+        for name, metric in metrics(second_moments(model, block, batches)):
+            solution = solver(block[name].weight, metric, block[name].spec)
+            solved.append((name, solution.to("cpu")))
+            progress(min(len(solved) * distributed.world_size(), total), total)
     solutions = dict(distributed.gathered(solved))
-    for name, layer in layers.items():
-        solution = solutions[name]
-        layer.start_from(solution.weight if deployed else solution.latent, solution.mask, solution.scale)
-    return {name: solutions[name].error for name in layers}
+    for block in blocks:
+        for name, layer in block.items():
+            solution = solutions[name].to(layer.weight.device)
+            layer.start_from(solution.weight if deployed else solution.latent, solution.mask, solution.scale)
+    return {name: solutions[name].error for block in blocks for name in block}
+
+
+def metrics(moments: dict[str, Tensor]) -> Iterator[tuple[str, OutputMetric]]:
+    """(name, metric) of every layer; layers that share a tensor share a metric. One is there at a time; empties
+    `moments`."""
+    while moments:
+        first = next(iter(moments.values()))
+        metric = OutputMetric(first)
+        for name in [name for name, moment in moments.items() if moment is first]:
+            del moments[name]
+            yield name, metric

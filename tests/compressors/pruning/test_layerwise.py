@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from compressors.projections import mse_scale
 from compressors.pruning import layerwise
+from compressors.pruning.layer_inputs import second_moments
 from compressors.pruning.layerwise import (
+    SOLVERS,
     OutputMetric,
     admm_mask,
+    metrics,
     refit,
     round_to_least_error,
     second_order_mask,
@@ -17,9 +21,10 @@ from compressors.pruning.layerwise import (
     solve_layers,
     weighted_scale,
 )
-from compressors.pruning.sparsegpt import input_hessians
+from compressors.pruning.sparsegpt import prune
 from compressors.quantization.fake_quant import quant_linears
 from compressors.quantization.prepare_bake import prepare
+from compressors.settings import SECOND_ORDER
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.errors import DataError
 from tests.compressors.pruning.test_sparsegpt import correlated
@@ -208,16 +213,41 @@ def test_inputs_that_are_no_numbers_are_refused() -> None:
         solve(weight, OutputMetric(hessian), WeightSpec(NMPattern(2, 4), 4, 8))
 
 
+def test_second_moments_of_layers_that_read_one_tensor_are_decomposed_once_and_one_at_a_time() -> None:
+    shared, own = torch.eye(4), torch.eye(4)
+    moments = {"query": shared, "key": shared, "output": own}
+    seen = []
+    for name, metric in metrics(moments):
+        seen.append((name, metric))
+        assert (name == "output") == (not moments), "what is done with is let go"
+    assert [name for name, _ in seen] == ["query", "key", "output"]
+    assert seen[0][1] is seen[1][1] is not seen[2][1]
+
+
+def test_second_order_pruning_is_one_of_the_solvers_and_starts_as_it_always_did() -> None:
+    weight, hessian = layer(8, 32)
+    spec = WeightSpec(NMPattern(2, 4), 4, 8)
+    solution = SOLVERS["obs"](weight, OutputMetric(hessian), spec)
+    pruned = prune(weight, hessian, NMPattern(2, 4))
+    torch.testing.assert_close(solution.latent, pruned, rtol=0, atol=0)
+    assert solution.scale is not None
+    torch.testing.assert_close(solution.scale, mse_scale(pruned, 7), rtol=0, atol=0)
+    codes = torch.round(pruned / solution.scale).clamp(-7, 7)
+    torch.testing.assert_close(solution.weight, codes * solution.scale, rtol=0, atol=0)
+
+
+def test_every_recipe_that_looks_at_inputs_has_a_solver() -> None:
+    assert set(SOLVERS) == set(SECOND_ORDER)
+
+
 def test_layers_of_a_model_get_their_solutions() -> None:
     model = Block()
     prepare(model, FAMILY.uniform_plan(CONFIG, WeightSpec(NMPattern(2, 4), 4, 8), placement="inputs"), FAMILY, CONFIG)
     batch = {"input_ids": torch.arange(1, 9).reshape(2, 4), "attention_mask": torch.ones(2, 4, dtype=torch.long)}
     layers = quant_linears(model)
     dense = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-    hessians = input_hessians(model, [batch])
-    query, key, *_ = layers
-    assert hessians[query] is hessians[key], "layers that read one tensor share a hessian, so that it is solved once"
-    solved = solve_layers(layers, hessians, deployed=True)
+    hessians = second_moments(model, layers, [batch])
+    solved = solve_layers(model, [layers], [batch], deployed=True)
     assert list(solved) == list(layers)
     for name, layer in layers.items():
         solution = solve(dense[name], OutputMetric(hessians[name]), layer.spec)

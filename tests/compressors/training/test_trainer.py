@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressors.models import load_tokenizer, resolve
+from compressors.pruning.layer_inputs import second_moments
 from compressors.pruning.layerwise import OutputMetric, solve
-from compressors.pruning.sparsegpt import input_hessians
 from compressors.quantization.fake_quant import quant_linears
 from compressors.settings import Settings
 from compressors.training.compress import compress, finetune
@@ -211,7 +211,7 @@ def test_without_steps_the_solution_itself_is_what_is_saved(prepared: Path, tmp_
     job = Job(source, data, plan_for(prepared / "dense", spec), settings, tmp_path / "work", lambda *_: None)
     student = job.prepared()
     layers = quant_linears(student)
-    hessians = input_hessians(student, job.calibration_batches())
+    hessians = second_moments(student, layers, job.calibration_batches())
     for name, layer in layers.items():
         expected = solve(layer.weight, OutputMetric(hessians[name]), layer.spec).weight
         saved = torch.from_numpy(checkpoint.weight(name).copy())

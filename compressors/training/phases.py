@@ -176,6 +176,10 @@ class Job:
         recipe, batches = self.settings.recipe, self.calibration_batches()
         if recipe != "obs":
             require_enough_tokens(layers, batches)
+            for layer in layers.values():
+                # What layers read while other weights are rounded as they stand is farther from what they will read
+                # (docs/search.md). `obs` stays as its results were measured.
+                layer.quantize_weight = False
         student.to(distributed.device())
         solve_layers(
             student,

@@ -625,7 +625,6 @@ def test_the_committed_page_is_that_of_the_committed_records(tmp_path: Path) -> 
     [
         ("cola", ['gj04\t1\t\tThe "car" honked.', "gj04\t0\t*\tHim left."], 'The "car" honked.', "", ["1", "0"]),
         ("cola", ["sentence1\tsentence2\tlabel", "He left.\t\t1", "Him left.\t\t0"], "He left.", "", ["1", "0"]),
-        ("sst2", ["sentence\tlabel", "fine film \t1", "dull \t0"], "fine film ", "", ["1", "0"]),
         (
             "rte",
             ["index\tsentence1\tsentence2\tlabel", "0\tA b.\tC.\tentailment", "1\tD.\tE.\tnot_entailment"],
@@ -641,7 +640,7 @@ def test_the_committed_page_is_that_of_the_committed_records(tmp_path: Path) -> 
             ["1", "0"],
         ),
     ],
-    ids=["CoLA as shipped", "CoLA with a header", "SST-2", "RTE", "MRPC"],
+    ids=["CoLA as shipped", "CoLA with a header", "RTE", "MRPC"],
 )
 def test_glue_files_are_read_as_shipped(
     tmp_path: Path, task: str, lines: list[str], sentence: str, pair: str, labels: list[str]

@@ -8,8 +8,8 @@ from compressors.models import ModelSource, max_length
 from compressors.settings import Settings
 from nxm_export.contract.families import size_of
 from nxm_export.contract.tasks import Task
-from nxm_export.data.examples import Columns, Examples, Features, encode
-from nxm_export.data.label_kinds import LABELS, classes_of, labelled, load_labelled
+from nxm_export.data.examples import Columns, Examples, Features, encode, index_of
+from nxm_export.data.label_kinds import LABELS, Classes, classes_of, has_labels, labelled, load_labelled
 from nxm_export.data.scorable import require_scorable_examples
 from nxm_export.errors import ArtifactError, DataError, some
 from nxm_export.hf.protocols import FastTokenizer
@@ -18,13 +18,14 @@ from nxm_export.hf.protocols import FastTokenizer
 @dataclass(frozen=True)
 class TaskDataRequest:
     """Which data: files or names of train and, where there is one, dev; their columns; at most `train_limit` samples of
-    train."""
+    train. Train may be `texts_alone` where nothing learns from labels: samples without one then have NaN."""
 
     task: Task
     train: str
     dev: str | None = None
     columns: Columns = Columns()
     train_limit: int | None = None
+    texts_alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,22 @@ def read_task_data(
     Sets the tokenizer's maximum length, which is saved with the model.
     """
     task, columns = request.task, request.columns
-    raw = load_labelled(request.train, "train", columns, task)
+    raw = load_labelled(request.train, "train", columns, task, texts_alone=request.texts_alone)
     head = source.classes() if source.head_fits(task) else None
-    classes = dev_classes = classes_of(raw, task, head)
+    blank = request.texts_alone and not has_labels(raw)
+    if blank:  # the head's classes are known without them
+        classes = dev_classes = None if head is None else Classes(tuple(head), index_of(head))
+    else:
+        classes = dev_classes = classes_of(raw, task, head)
     length = tokenizer.model_max_length = max_length(source, tokenizer, task, settings.max_length)
 
     def tokens(examples: Examples) -> list[Features]:
         return encode(tokenizer.backend_tokenizer, examples, length, source.family.inputs)
 
-    examples = labelled(raw, task, classes)
+    if blank:
+        examples = Examples(raw.texts, raw.pairs, [float("nan")] * len(raw.texts), raw.source)
+    else:
+        examples = labelled(raw, task, classes)
     if request.train_limit:
         examples = examples.sample(request.train_limit, settings.seed)
     held_out: list[Features] = []

@@ -221,6 +221,60 @@ def test_without_steps_the_solution_itself_is_what_is_saved(prepared: Path, tmp_
         torch.testing.assert_close(saved, expected.detach(), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("recipe", ["admm", "magnitude"])
+def test_without_steps_text_alone_is_enough_and_gives_the_same_weights(
+    prepared: Path, tmp_path: Path, recipe: str
+) -> None:
+    rows = [line.split("\t") for line in (prepared / "train.tsv").read_text().splitlines()]
+    text = rows[0].index("sentence")
+    (tmp_path / "texts.tsv").write_text("".join(f"{row[text]}\n" for row in rows))
+    for name, train in (("labelled", prepared / "train.tsv"), ("alone", tmp_path / "texts.tsv")):
+        settings = Settings(**{**FAST, "steps": 0, "recipe": recipe})
+        compress(
+            prepared / "dense",
+            task="classification",
+            train=str(train),
+            dev=str(prepared / "dev.tsv"),
+            plan=plan_for(prepared / "dense", "2:4+W4"),
+            out=tmp_path / name,
+            settings=settings,
+        )
+    one, other = (open_checkpoint(tmp_path / name) for name in ("labelled", "alone"))
+    for name in one.plan.weights:
+        assert np.array_equal(one.weight(name), other.weight(name)), name
+    assert read_metrics(tmp_path / "labelled").value == read_metrics(tmp_path / "alone").value
+
+
+def test_training_still_wants_labels(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.tsv").write_text("sentence\nfine film\ndull film\n")
+    with pytest.raises(DataError, match="label"):
+        compress(
+            prepared / "dense",
+            task="classification",
+            train=str(tmp_path / "texts.tsv"),
+            dev=str(prepared / "dev.tsv"),
+            plan=plan_for(prepared / "dense", "2:4+W4"),
+            out=tmp_path / "out",
+            settings=Settings(**{**FAST, "steps": 2}),
+        )
+
+
+def test_too_little_text_to_calibrate_on_is_refused_with_how_much_is_needed(prepared: Path, tmp_path: Path) -> None:
+    header, first, *_ = (prepared / "train.tsv").read_text().splitlines()
+    (tmp_path / "few.tsv").write_text(f"{header}\n{first}\n")
+    with pytest.raises(DataError, match=r"the calibration texts have \d+ tokens, .* give about \d+ texts like these"):
+        compress(
+            prepared / "dense",
+            task="classification",
+            train=str(tmp_path / "few.tsv"),
+            dev=str(prepared / "dev.tsv"),
+            plan=plan_for(prepared / "dense", "2:4+W4"),
+            out=tmp_path / "out",
+            settings=Settings(**{**FAST, "steps": 0, "recipe": "admm"}),
+        )
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("recipe", ["nxm", "sr-ste", "paper"])
 def test_recipes_that_find_masks_in_training_need_steps(recipe: str) -> None:
     with pytest.raises(PlanError, match="finds its masks in training"):

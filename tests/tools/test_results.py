@@ -689,6 +689,10 @@ def test_all_is_every_standard_row_once() -> None:
     ):
         assert changed(Settings(), row_named(name), 384).losses == losses, name
     assert row_named("searched-hw-90").recipe == Settings().recipe
+    untrained = row_named("obs-refit-2:4+W4-untrained")
+    assert (untrained.settings, untrained.option) == ({"recipe": "obs-refit", "steps": 0}, "2:4+W4")
+    assert untrained.baseline == "magnitude-2:4+W4-untrained"
+    assert not changed(Settings(epochs=6.0), untrained, 384).trains
     assert row_named("searched-hw-90-admm-unaugmented").settings == {"recipe": "nxm", "augment": 0.0}
     former = row_named("searched-hw-90-unaugmented")
     assert (former.search, former.baseline) == (("nxm", "hw", 0.9), "magnitude-2:4+W4-unaugmented")

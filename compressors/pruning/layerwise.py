@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -315,6 +316,16 @@ SOLVERS: Mapping[str, Solver] = {
 }
 
 
+class Finished(Protocol):
+    """Solutions of parts that were finished, by number (`compressors.pruning.solved_blocks`)."""
+
+    def read(self, block: int, /) -> dict[str, Solution] | None:
+        """The solutions of a part by weight name, or None where it was not finished."""
+
+    def write(self, block: int, solutions: Mapping[str, Solution], /) -> None:
+        """Keep the solutions of a finished part."""
+
+
 @torch.no_grad()
 def solve_layers(
     model: nn.Module,
@@ -323,6 +334,7 @@ def solve_layers(
     solver: Solver = solve,
     *,
     deployed: bool = False,
+    finished: Finished | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """Solve the prepared layers of a model and put the solutions into them; returns the error of each, by weight name.
@@ -330,16 +342,22 @@ def solve_layers(
     Layers start from their latent weights, or, where nothing will train them, from the `deployed` ones. `blocks` are
     layers by weight name, in parts; the second moments of one part are in memory at a time, and those of layers that
     read one tensor are decomposed once. Every layer is solved for the inputs that it has in the model as it comes.
-    Under ``torchrun`` each process solves some parts, and all get the same solutions.
+    Under ``torchrun`` each process solves some parts, and all get the same solutions. What `finished` has of an
+    interrupted run is taken from there, and what is solved is kept in it.
     """
     total = sum(len(block) for block in blocks)
-    solved: list[tuple[str, Solution]] = []
-    for block in blocks[distributed.rank() :: distributed.world_size()]:
-        for name, metric in metrics(second_moments(model, block, batches)):
-            solution = solver(block[name].weight, metric, block[name].spec)
-            solved.append((name, solution.to("cpu")))
-            progress(min(len(solved) * distributed.world_size(), total), total)
-    solutions = dict(distributed.gathered(solved))
+    solved: dict[str, Solution] = {}
+    for number, block in list(enumerate(blocks))[distributed.rank() :: distributed.world_size()]:
+        part = finished.read(number) if finished is not None else None
+        if part is None:
+            part = {}
+            for name, metric in metrics(second_moments(model, block, batches)):
+                part[name] = solver(block[name].weight, metric, block[name].spec).to("cpu")
+                progress(min((len(solved) + len(part)) * distributed.world_size(), total), total)
+            if finished is not None:
+                finished.write(number, part)
+        solved |= part
+    solutions = {name: solution for others in distributed.gathered([solved]) for name, solution in others.items()}
     for block in blocks:
         for name, layer in block.items():
             solution = solutions[name].to(layer.weight.device)

@@ -25,6 +25,7 @@ from compressors.pruning.admm import Admm
 from compressors.pruning.layer_inputs import by_block, require_enough_tokens, second_moments
 from compressors.pruning.layerwise import SOLVERS, solve_layers
 from compressors.pruning.permutation import permute_channels, permute_residual, residual_order
+from compressors.pruning.solved_blocks import SolvedBlocks
 from compressors.quantization.fake_quant import QuantLinear, quant_linears
 from compressors.quantization.prepare_bake import calibrate, prepare, require_invariants
 from compressors.settings import Settings
@@ -187,6 +188,7 @@ class Job:
             batches,
             SOLVERS[recipe],
             deployed=not self.steps,
+            finished=SolvedBlocks(self.work_dir),
             progress=partial(self.progress, "solve"),
         )
 

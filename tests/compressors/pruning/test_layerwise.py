@@ -1,6 +1,7 @@
 """Layer-wise ADMM against brute force, against second-order pruning, and on inputs that are hard to invert."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from compressors.pruning.layer_inputs import second_moments
 from compressors.pruning.layerwise import (
     SOLVERS,
     OutputMetric,
+    Solution,
     admm_mask,
     metrics,
     refit,
@@ -21,8 +23,9 @@ from compressors.pruning.layerwise import (
     solve_layers,
     weighted_scale,
 )
+from compressors.pruning.solved_blocks import SolvedBlocks
 from compressors.pruning.sparsegpt import prune
-from compressors.quantization.fake_quant import quant_linears
+from compressors.quantization.fake_quant import QuantLinear, quant_linears
 from compressors.quantization.prepare_bake import prepare
 from compressors.settings import SECOND_ORDER
 from nxm_export.contract.plan import NMPattern, WeightSpec
@@ -96,7 +99,7 @@ def test_masks_come_near_the_best_of_all_supports_and_nearer_than_second_order_p
     assert excess[admm_mask] < 0.5 * least
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("pattern", [None, *PATTERNS], ids=str)
 def test_solutions_keep_the_pattern_and_the_grid(pattern: NMPattern | None, bits: int) -> None:
     weight, hessian = layer(16, 48)
@@ -255,3 +258,64 @@ def test_layers_of_a_model_get_their_solutions() -> None:
         assert scale is not None
         torch.testing.assert_close(baked, solution.weight, rtol=1e-5, atol=1e-7)  # the scale is kept as a logarithm
         assert solved[name] == pytest.approx(solution.error)
+
+
+def prepared_block() -> tuple[Block, dict[str, QuantLinear], dict[str, Tensor]]:
+    model = Block()
+    prepare(model, FAMILY.uniform_plan(CONFIG, WeightSpec(NMPattern(2, 4), 4, 8), placement="inputs"), FAMILY, CONFIG)
+    batch = {"input_ids": torch.arange(1, 9).reshape(2, 4), "attention_mask": torch.ones(2, 4, dtype=torch.long)}
+    return model, quant_linears(model), batch
+
+
+def test_a_run_that_was_interrupted_ends_where_one_at_once_does(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def until(stop: int, directory: Path) -> dict[str, Tensor]:
+        """Solve in two parts, and be interrupted at the `stop`-th layer."""
+
+        def solver(weight: Tensor, metric: OutputMetric, spec: WeightSpec) -> Solution:
+            calls.append(tuple(weight.shape))  # type: ignore[arg-type]
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            return solve(weight, metric, spec)
+
+        torch.manual_seed(0)
+        model, layers, batch = prepared_block()
+        names = list(layers)
+        blocks = [{name: layers[name] for name in part} for part in (names[:3], names[3:])]
+        calls.clear()
+        solve_layers(model, blocks, [batch], solver, finished=SolvedBlocks(directory))
+        return {
+            f"{name}{part}": value.clone()
+            for name, layer in layers.items()
+            for part, value in (("", layer.weight), (".scale", layer.log_scale), (".mask", layer.mask))
+            if value is not None
+        }
+
+    at_once = until(0, tmp_path / "at-once")
+    assert len(calls) == 6
+    with pytest.raises(KeyboardInterrupt):
+        until(5, tmp_path / "killed")
+    assert [file.name for file in (tmp_path / "killed").iterdir()] == ["solved-0.safetensors"]
+    resumed = until(0, tmp_path / "killed")
+    assert len(calls) == 3, "the finished part is not solved again"
+    assert resumed.keys() == at_once.keys()
+    for name, value in at_once.items():
+        assert torch.equal(resumed[name], value), name
+
+
+def test_solutions_come_back_as_they_were(tmp_path: Path) -> None:
+    weight, hessian = layer(8, 32)
+    specs = (WeightSpec(NMPattern(2, 4), 4, 8), WeightSpec(NMPattern(2, 4)), WeightSpec(None, 4, 8))
+    for number, spec in enumerate(specs):
+        solution = solve(weight, OutputMetric(hessian), spec)
+        kept = SolvedBlocks(tmp_path)
+        assert kept.read(number) is None
+        kept.write(number, {"a.weight": solution})
+        again = kept.read(number)
+        assert again is not None
+        for part in ("latent", "weight", "mask", "scale"):
+            one, other = getattr(solution, part), getattr(again["a.weight"], part)
+            assert (one is None) == (other is None)
+            assert one is None or torch.equal(one, other)
+        assert again["a.weight"].error == solution.error

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from compressors.projections import mse_scale
@@ -200,6 +202,41 @@ def test_hessians_that_cannot_be_inverted(kind: str) -> None:
     assert bool(torch.isfinite(solution.latent).all())
     assert bool((solution.scale > 0).all())
     assert 0 <= solution.error <= 1
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    rank=st.integers(1, 40),
+    groups=st.integers(1, 6),
+    pattern=st.sampled_from(PATTERNS),
+    bits=st.sampled_from([None, 2, 3, 4, 8]),
+    size=st.sampled_from([1e-6, 1.0, 1e6]),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_step_keeps_the_pattern_and_lowers_the_error(
+    seed: int, rank: int, groups: int, pattern: NMPattern, bits: int | None, size: float
+) -> None:
+    """Any number of tokens, from one to more than there are inputs, and inputs of any size."""
+    generator = torch.Generator().manual_seed(seed)
+    in_ = groups * pattern.m
+    x = size * torch.randn(rank, in_, generator=generator) * torch.rand(in_, generator=generator)
+    weight, metric = torch.randn(4, in_, generator=generator), OutputMetric(x.T @ x / rank)
+    mask = admm_mask(weight, metric, pattern)
+    assert bool((mask.reshape(4, -1, pattern.m).sum(-1) == pattern.n).all())
+    solved = refit(weight, metric, mask)
+    assert not solved[~mask].any()
+    masked, refitted = errors(weight, weight * mask, metric), errors(weight, solved, metric)
+    assert (refitted <= masked * (1 + 1e-4) + 1e-12).all()  # float32 sums
+    solution = solve(weight, metric, WeightSpec(pattern, bits, None if bits is None else 8))
+    assert solution.mask is not None
+    assert torch.equal(solution.mask, mask)
+    assert not solution.weight[~mask].any()
+    assert bool(torch.isfinite(solution.weight).all())
+    if bits is None:
+        assert solution.scale is None
+    else:
+        assert solution.scale is not None
+        assert int((solution.weight / solution.scale).round().abs().max()) <= 2 ** (bits - 1) - 1
 
 
 def test_rows_of_zeros_stay_zero() -> None:

@@ -261,59 +261,73 @@ def _fitted_scale(codes: Tensor, weight: Tensor, metric: OutputMetric, scale: Te
     return torch.where((power > 0) & (fitted > 0), fitted, scale)
 
 
-@torch.no_grad()
-def solve(weight: Tensor, metric: OutputMetric, spec: WeightSpec, mask_of: MaskOf = admm_mask) -> Solution:
-    """Compress `weight` (out, in) as `spec` asks, with the least output error that the four steps find."""
-    dense = weight.float()
-    mask = None if spec.pattern is None else mask_of(dense, metric, spec.pattern)
-    latent = dense if mask is None else refit(dense, metric, mask)
-    deployed, scale = latent, None
-    if spec.qmax is not None:
-        codes, scale = round_to_least_error(dense, latent, metric, mask, spec.qmax)
-        deployed = codes * scale
-    return _solution(weight, latent, deployed, mask, scale, metric)
+Start = tuple[Tensor, Tensor]  # mask (out, in), latent weight (out, in)
 
 
-@torch.no_grad()
-def second_order(weight: Tensor, metric: OutputMetric, spec: WeightSpec) -> Solution:
-    """Second-order pruning alone (`compressors.pruning.sparsegpt`), then scales of least squared error."""
-    dense = weight.float()
-    pruned = dense if spec.pattern is None else prune(dense, metric.raw, spec.pattern, metric.damping)
-    return _rounded(weight, pruned, spec, metric)
+@dataclass(frozen=True)
+class Solver:
+    """A way to make weights for a pattern and for a grid; call it with (weight (out, in), metric of its inputs, spec).
+
+    `start` gives mask and latent weight under a pattern, `grid` codes and scale of (weight, latent, metric, mask,
+    qmax).
+    """
+
+    start: Callable[[Tensor, OutputMetric, NMPattern], Start]
+    grid: Callable[[Tensor, Tensor, OutputMetric, Tensor | None, int], tuple[Tensor, Tensor]]
+
+    def __call__(self, weight: Tensor, metric: OutputMetric, spec: WeightSpec) -> Solution:
+        """The weight under one spec."""
+        return self.all(weight, metric, [spec])[0]
+
+    @torch.no_grad()
+    def all(self, weight: Tensor, metric: OutputMetric, specs: Sequence[WeightSpec]) -> list[Solution]:
+        """The weight under each of several specs; those with one pattern share their start."""
+        dense = weight.float()
+        starts: dict[NMPattern, Start] = {}
+        solutions = []
+        for spec in specs:
+            mask, latent, scale = None, dense, None
+            if spec.pattern is not None:
+                if spec.pattern not in starts:
+                    starts[spec.pattern] = self.start(dense, metric, spec.pattern)
+                mask, latent = starts[spec.pattern]
+            deployed = latent
+            if spec.qmax is not None:
+                codes, scale = self.grid(dense, latent, metric, mask, spec.qmax)
+                deployed = codes * scale
+            whole = float(metric.error(dense).sum())
+            error = float(metric.error(dense - deployed).sum()) / whole if whole > 0 else 0.0
+            solutions.append(Solution(latent.to(weight.dtype), deployed.to(weight.dtype), mask, scale, error))
+        return solutions
 
 
-@torch.no_grad()
-def by_magnitude(weight: Tensor, metric: OutputMetric, spec: WeightSpec) -> Solution:
-    """The largest weights as they are, and scales of least squared error: nothing is asked of the inputs."""
-    return _rounded(weight, weight.float(), spec, metric)
+def _refitted(weight: Tensor, metric: OutputMetric, pattern: NMPattern, mask_of: MaskOf) -> Start:
+    mask = mask_of(weight, metric, pattern)
+    return mask, refit(weight, metric, mask)
 
 
-def _rounded(weight: Tensor, latent: Tensor, spec: WeightSpec, metric: OutputMetric) -> Solution:
-    """`latent`, masked by its own magnitude, each weight rounded for itself."""
-    mask = None if spec.pattern is None else nm_mask(latent.abs(), spec.pattern)
-    latent = latent if mask is None else latent * mask
-    deployed, scale = latent, None
-    if spec.qmax is not None:
-        scale = mse_scale(latent, spec.qmax)
-        deployed = torch.round(latent / scale).clamp_(-spec.qmax, spec.qmax) * scale
-    return _solution(weight, latent, deployed, mask, scale, metric)
+def _pruned(weight: Tensor, metric: OutputMetric, pattern: NMPattern) -> Start:
+    pruned = prune(weight, metric.raw, pattern, metric.damping)
+    mask = nm_mask(pruned.abs(), pattern)
+    return mask, pruned * mask
 
 
-def _solution(
-    weight: Tensor, latent: Tensor, deployed: Tensor, mask: Tensor | None, scale: Tensor | None, metric: OutputMetric
-) -> Solution:
-    whole = float(metric.error(weight.float()).sum())
-    error = float(metric.error(weight.float() - deployed).sum()) / whole if whole > 0 else 0.0
-    return Solution(latent.to(weight.dtype), deployed.to(weight.dtype), mask, scale, error)
+def _largest(weight: Tensor, _: OutputMetric, pattern: NMPattern) -> Start:
+    mask = nm_mask(weight.abs(), pattern)
+    return mask, weight * mask
 
 
-Solver = Callable[[Tensor, OutputMetric, WeightSpec], Solution]
-# By recipe; each gives (weight (out, in), metric of its inputs, spec) a `Solution`.
-SOLVERS: Mapping[str, Solver] = {
-    "admm": solve,
-    "obs-refit": partial(solve, mask_of=second_order_mask),
-    "obs": second_order,
-}
+def _nearest(_: Tensor, latent: Tensor, __: OutputMetric, ___: Tensor | None, qmax: int) -> tuple[Tensor, Tensor]:
+    """Each weight rounded for itself, by the scale of least squared error."""
+    scale = mse_scale(latent, qmax)
+    return torch.round(latent / scale).clamp_(-qmax, qmax), scale
+
+
+ADMM = Solver(partial(_refitted, mask_of=admm_mask), round_to_least_error)
+REFITTED = Solver(partial(_refitted, mask_of=second_order_mask), round_to_least_error)  # the control for `ADMM`
+SECOND_ORDER = Solver(_pruned, _nearest)  # `compressors.pruning.sparsegpt` alone
+MAGNITUDE = Solver(_largest, _nearest)  # asks nothing of the inputs
+SOLVERS: Mapping[str, Solver] = {"admm": ADMM, "obs-refit": REFITTED, "obs": SECOND_ORDER}  # by recipe
 
 
 class Finished(Protocol):
@@ -331,7 +345,7 @@ def solve_layers(
     model: nn.Module,
     blocks: Sequence[Mapping[str, QuantLinear]],
     batches: Batches,
-    solver: Solver = solve,
+    solver: Callable[[Tensor, OutputMetric, WeightSpec], Solution] = ADMM,
     *,
     deployed: bool = False,
     finished: Finished | None = None,

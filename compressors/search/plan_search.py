@@ -21,7 +21,7 @@ from torch import nn
 from compressors import distributed
 from compressors.models import ModelSource, load_model, load_tokenizer, resolve
 from compressors.process_setup import prepare_process
-from compressors.pruning.layerwise import SOLVERS, Solver, by_magnitude, second_order
+from compressors.pruning.layerwise import MAGNITUDE, SECOND_ORDER, SOLVERS, Solver
 from compressors.quantization.prepare_bake import prepare
 from compressors.search.plan_selection import Selection, Selector, Trial, write_trials
 from compressors.search.sensitivity import Batches, Sensitivity, SensitivityProbe, write_sensitivities
@@ -116,7 +116,7 @@ def search(
 def solver_of(recipe: str) -> Solver:
     """What makes the weights that a candidate is judged by: the recipe's own start; for recipes that find masks in
     training, second-order pruning stands for what they will find."""
-    return by_magnitude if recipe in ("magnitude", "one-shot") else SOLVERS.get(recipe, second_order)
+    return MAGNITUDE if recipe in ("magnitude", "one-shot") else SOLVERS.get(recipe, SECOND_ORDER)
 
 
 def _require_replaceable(out: Path) -> bool:

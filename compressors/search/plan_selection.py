@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from compressors.pruning.layerwise import Solver, by_magnitude, second_order
+from compressors.pruning.layerwise import MAGNITUDE, SECOND_ORDER, Solver
 from compressors.search.knapsack import Latency, choose
 from compressors.search.sensitivity import Batches, OneShot, Sensitivity, SensitivityProbe, measure
 from compressors.search.settings import MIXES, SearchSettings
@@ -93,7 +93,7 @@ class Selector:
         calibration: Batches,
         held_out: Batches,
         progress: Progress = silent,
-        solver: Solver = second_order,
+        solver: Solver = SECOND_ORDER,
     ) -> None:
         self.probe, self.family, self.settings, self.progress = probe, probe.family, settings, progress
         self.calibration, self.held_out = calibration, held_out
@@ -120,7 +120,7 @@ class Selector:
                 name: list(dict.fromkeys(spec for spec in options if spec is not None and not spec.is_dense))
                 for name, options in zip(self.names, self.options, strict=True)
             }
-            solver = by_magnitude if settings.method == "paper" else solver
+            solver = MAGNITUDE if settings.method == "paper" else solver
             self.one_shot = OneShot(probe, self.statistics, calibration, self.compressed, solver)
             self.reference = [probe.outputs(batch) for batch in held_out]
         self.sensitivities: list[Sensitivity] = []

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from compressors import distributed
 from compressors.pruning.layer_inputs import by_block, second_moments
-from compressors.pruning.layerwise import OutputMetric, Solver, metrics
+from compressors.pruning.layerwise import OutputMetric, Solution, Solver, metrics
 from compressors.quantization.autograd import ACTIVATION_QMAX, ACTIVATION_QMIN
 from compressors.quantization.observers import HistogramObserver
 from compressors.training.output_divergence import divergence, real_logits
@@ -234,13 +234,12 @@ class OneShot:
         layers = {weight: self.probe.layer(weight) for weight in self.probe.weights if self.options.get(weight)}
         (inside,) = by_block(layers, [block])
         for weight, metric in metrics(second_moments(self.probe.model, inside, self.batches)):
-            dense = inside[weight].weight.detach().float()
-            for option in sorted(self.options[weight], key=str):
-                self._made[weight, option] = _candidate(dense, metric, option, self.solver)
+            dense, options = inside[weight].weight.detach().float(), sorted(self.options[weight], key=str)
+            for option, solution in zip(options, self.solver.all(dense, metric, options), strict=True):
+                self._made[weight, option] = _candidate(dense, metric, solution)
 
 
-def _candidate(dense: Tensor, metric: OutputMetric, option: WeightSpec, solver: Solver) -> Candidate:
-    solution = solver(dense, metric, option)
+def _candidate(dense: Tensor, metric: OutputMetric, solution: Solution) -> Candidate:
     values, scale = solution.weight.half(), None
     if solution.scale is not None:
         values, scale = torch.round(solution.weight / solution.scale).to(torch.int8), solution.scale

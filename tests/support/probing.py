@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compressors.models import ModelSource, load_model, load_tokenizer, resolve
-from compressors.pruning.layerwise import Solver, second_order
+from compressors.pruning.layerwise import SECOND_ORDER, Solver
 from compressors.search.plan_search import _batches
 from compressors.search.plan_selection import Selector
 from compressors.search.sensitivity import Batches, OneShot, SensitivityProbe
@@ -31,7 +31,7 @@ class Probed:
     def batches(self, start: int, stop: int, batch_size: int = 8) -> Batches:
         return _batches(self.features[start:stop], self.pad_id, batch_size)
 
-    def one_shot(self, batches: Batches, specs: Sequence[WeightSpec], solver: Solver = second_order) -> OneShot:
+    def one_shot(self, batches: Batches, specs: Sequence[WeightSpec], solver: Solver = SECOND_ORDER) -> OneShot:
         """Every weight under every one of `specs`, compressed without training."""
         statistics = self.probe.statistics(batches, 99.99)
         return OneShot(self.probe, statistics, batches, dict.fromkeys(self.probe.weights, specs), solver)

@@ -27,14 +27,14 @@ from compressors.projections import nm_mask
 from compressors.pruning import layerwise
 from compressors.pruning.layer_inputs import Batches, by_block
 from compressors.pruning.layerwise import (
-    SOLVERS,
+    ADMM,
+    MAGNITUDE,
+    REFITTED,
+    SECOND_ORDER,
     OutputMetric,
     Solution,
     Solver,
-    by_magnitude,
     refit,
-    second_order_mask,
-    solve,
     solve_layers,
     weighted_scale,
 )
@@ -63,7 +63,7 @@ class Prepared:
 Variant = Callable[[Prepared], Sequence[float]]  # compresses the student; returns the errors of its layers
 
 
-def by_solver(solver: Solver, *, rounded: bool = False) -> Variant:
+def by_solver(solver: Callable[[Tensor, OutputMetric, WeightSpec], Solution], *, rounded: bool = False) -> Variant:
     """All layers for the inputs that they have while no weight is changed, or all are rounded and none is pruned."""
 
     def variant(prepared: Prepared) -> Sequence[float]:
@@ -75,7 +75,7 @@ def by_solver(solver: Solver, *, rounded: bool = False) -> Variant:
 
 
 @torch.no_grad()
-def sequential(prepared: Prepared, *, corrected: bool, mask_of: layerwise.MaskOf = layerwise.admm_mask) -> list[float]:
+def sequential(prepared: Prepared, *, corrected: bool, solver: Solver = ADMM) -> list[float]:
     """Layer after layer, for the inputs that those before leave it.
 
     `corrected`: a layer's target are the outputs of the dense model, and where it writes into the residual stream, also
@@ -97,7 +97,7 @@ def sequential(prepared: Prepared, *, corrected: bool, mask_of: layerwise.MaskOf
             if corrected:
                 lacking = None if stream is None else known[names[stream]] - read[names[stream]]
                 target, shift = _corrected(target, metric, x, known[name], lacking)
-            solution = solve(target, metric, layer.spec, mask_of)
+            solution = solver(target, metric, layer.spec)
             layer.start_from(solution.weight, solution.mask, solution.scale)
             if corrected and layer.bias is not None:
                 layer.bias.add_(shift - solution.weight @ x.mean(dim=0))
@@ -148,7 +148,7 @@ def _inputs(model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches)
 def joint(weight: Tensor, metric: OutputMetric, spec: WeightSpec) -> Solution:
     """ADMM whose constraint is pattern and grid together, then descent from where it ends; of every row the better of
     this and of `solve`."""
-    usual = solve(weight, metric, spec)
+    usual = ADMM(weight, metric, spec)
     if spec.pattern is None or spec.qmax is None or usual.scale is None:
         return usual
     codes, scale = _joint_codes(weight.float(), metric, spec.pattern, spec.qmax)
@@ -197,7 +197,7 @@ def _joint_codes(weight: Tensor, metric: OutputMetric, pattern: NMPattern, qmax:
 @torch.no_grad()
 def scales_searched(weight: Tensor, metric: OutputMetric, spec: WeightSpec) -> Solution:
     """Codes and descent for several scales around the usual one; of every row the best by its output error."""
-    best = solve(weight, metric, spec)
+    best = ADMM(weight, metric, spec)
     if spec.qmax is None or best.scale is None:
         return best
     keep = None if best.mask is None else best.mask.float()
@@ -219,18 +219,18 @@ def scales_searched(weight: Tensor, metric: OutputMetric, spec: WeightSpec) -> S
 
 
 VARIANTS: Mapping[str, Variant] = {
-    "magnitude": by_solver(by_magnitude),
-    "obs": by_solver(SOLVERS["obs"]),
-    "obs-refit": by_solver(SOLVERS["obs-refit"]),
-    "admm": by_solver(SOLVERS["admm"]),
-    "obs, inputs of rounded weights": by_solver(SOLVERS["obs"], rounded=True),
-    "obs-refit, inputs of rounded weights": by_solver(SOLVERS["obs-refit"], rounded=True),
-    "admm, inputs of rounded weights": by_solver(SOLVERS["admm"], rounded=True),
+    "magnitude": by_solver(MAGNITUDE),
+    "obs": by_solver(SECOND_ORDER),
+    "obs-refit": by_solver(REFITTED),
+    "admm": by_solver(ADMM),
+    "obs, inputs of rounded weights": by_solver(SECOND_ORDER, rounded=True),
+    "obs-refit, inputs of rounded weights": by_solver(REFITTED, rounded=True),
+    "admm, inputs of rounded weights": by_solver(ADMM, rounded=True),
     "admm, joint": by_solver(joint),
     "admm, scales searched": by_solver(scales_searched),
     "admm, sequential": partial(sequential, corrected=False),
     "admm, sequential, corrected": partial(sequential, corrected=True),
-    "obs-refit, sequential, corrected": partial(sequential, corrected=True, mask_of=second_order_mask),
+    "obs-refit, sequential, corrected": partial(sequential, corrected=True, solver=REFITTED),
 }
 
 

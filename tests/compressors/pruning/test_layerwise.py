@@ -1,6 +1,7 @@
 """Layer-wise ADMM against brute force, against second-order pruning, and on inputs that are hard to invert."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from compressors.projections import mse_scale
 from compressors.pruning import layerwise
 from compressors.pruning.layer_inputs import second_moments
 from compressors.pruning.layerwise import (
+    ADMM,
+    REFITTED,
     SOLVERS,
     OutputMetric,
     Solution,
@@ -21,7 +24,6 @@ from compressors.pruning.layerwise import (
     refit,
     round_to_least_error,
     second_order_mask,
-    solve,
     solve_layers,
     weighted_scale,
 )
@@ -106,7 +108,7 @@ def test_masks_come_near_the_best_of_all_supports_and_nearer_than_second_order_p
 def test_solutions_keep_the_pattern_and_the_grid(pattern: NMPattern | None, bits: int) -> None:
     weight, hessian = layer(16, 48)
     spec = WeightSpec(pattern, bits, 8)
-    solution = solve(weight, OutputMetric(hessian), spec)
+    solution = ADMM(weight, OutputMetric(hessian), spec)
     assert spec.qmax is not None
     assert solution.scale is not None
     assert solution.scale.shape == (16, 1)
@@ -125,7 +127,7 @@ def test_solutions_keep_the_pattern_and_the_grid(pattern: NMPattern | None, bits
 
 def test_a_pattern_without_bits_is_the_refit_itself() -> None:
     weight, hessian = layer(8, 32)
-    solution = solve(weight, OutputMetric(hessian), WeightSpec(NMPattern(2, 4)))
+    solution = ADMM(weight, OutputMetric(hessian), WeightSpec(NMPattern(2, 4)))
     assert solution.scale is None
     torch.testing.assert_close(solution.weight, solution.latent)
 
@@ -180,7 +182,7 @@ def test_it_beats_second_order_pruning_on_wide_layers(pattern: NMPattern) -> Non
     weight, hessian = layer(64, 192, 5)
     metric = OutputMetric(hessian)
     spec = WeightSpec(pattern, 4, 8)
-    assert solve(weight, metric, spec).error < 0.9 * solve(weight, metric, spec, second_order_mask).error
+    assert ADMM(weight, metric, spec).error < 0.9 * REFITTED(weight, metric, spec).error
 
 
 @pytest.mark.parametrize("kind", ["dead inputs", "one token", "all zero", "rank one", "tiny", "huge"])
@@ -196,7 +198,7 @@ def test_hessians_that_cannot_be_inverted(kind: str) -> None:
         "tiny": hessian * 1e-12,
         "huge": hessian * 1e12,
     }[kind]
-    solution = solve(weight, OutputMetric(hessian), WeightSpec(NMPattern(2, 4), 4, 8))
+    solution = ADMM(weight, OutputMetric(hessian), WeightSpec(NMPattern(2, 4), 4, 8))
     assert solution.scale is not None
     assert bool(torch.isfinite(solution.weight).all())
     assert bool(torch.isfinite(solution.latent).all())
@@ -227,7 +229,7 @@ def test_every_step_keeps_the_pattern_and_lowers_the_error(
     assert not solved[~mask].any()
     masked, refitted = errors(weight, weight * mask, metric), errors(weight, solved, metric)
     assert (refitted <= masked * (1 + 1e-4) + 1e-12).all()  # float32 sums
-    solution = solve(weight, metric, WeightSpec(pattern, bits, None if bits is None else 8))
+    solution = ADMM(weight, metric, WeightSpec(pattern, bits, None if bits is None else 8))
     assert solution.mask is not None
     assert torch.equal(solution.mask, mask)
     assert not solution.weight[~mask].any()
@@ -242,7 +244,7 @@ def test_every_step_keeps_the_pattern_and_lowers_the_error(
 def test_rows_of_zeros_stay_zero() -> None:
     weight, hessian = layer(8, 32)
     weight[3] = 0
-    solution = solve(weight, OutputMetric(hessian), WeightSpec(NMPattern(2, 4), 4, 8))
+    solution = ADMM(weight, OutputMetric(hessian), WeightSpec(NMPattern(2, 4), 4, 8))
     assert not solution.weight[3].any()
 
 
@@ -250,7 +252,7 @@ def test_inputs_that_are_no_numbers_are_refused() -> None:
     weight, hessian = layer(8, 32)
     hessian[3, 4] = float("nan")
     with pytest.raises(DataError, match="not finite on the calibration samples"):
-        solve(weight, OutputMetric(hessian), WeightSpec(NMPattern(2, 4), 4, 8))
+        ADMM(weight, OutputMetric(hessian), WeightSpec(NMPattern(2, 4), 4, 8))
 
 
 def test_second_moments_of_layers_that_read_one_tensor_are_decomposed_once_and_one_at_a_time() -> None:
@@ -276,6 +278,23 @@ def test_second_order_pruning_is_one_of_the_solvers_and_starts_as_it_always_did(
     torch.testing.assert_close(solution.weight, codes * solution.scale, rtol=0, atol=0)
 
 
+def test_specs_of_one_pattern_share_their_start_and_give_what_each_gives_alone() -> None:
+    weight, hessian = layer(8, 32)
+    metric, starts = OutputMetric(hessian), list[NMPattern]()
+
+    def counting(weight: Tensor, metric: OutputMetric, pattern: NMPattern) -> tuple[Tensor, Tensor]:
+        starts.append(pattern)
+        return ADMM.start(weight, metric, pattern)
+
+    specs = [WeightSpec.parse(option) for option in ("2:4+W4", "W4", "1:4", "2:4+W8", "2:4")]
+    together = replace(ADMM, start=counting).all(weight, metric, specs)
+    assert starts == [NMPattern(2, 4), NMPattern(1, 4)]
+    for spec, solution in zip(specs, together, strict=True):
+        alone = ADMM(weight, metric, spec)
+        assert torch.equal(solution.weight, alone.weight)
+        assert torch.equal(solution.latent, alone.latent)
+
+
 def test_every_recipe_that_looks_at_inputs_has_a_solver() -> None:
     assert set(SOLVERS) == set(SECOND_ORDER)
 
@@ -290,7 +309,7 @@ def test_layers_of_a_model_get_their_solutions() -> None:
     solved = solve_layers(model, [layers], [batch], deployed=True)
     assert list(solved) == list(layers)
     for name, layer in layers.items():
-        solution = solve(dense[name], OutputMetric(hessians[name]), layer.spec)
+        solution = ADMM(dense[name], OutputMetric(hessians[name]), layer.spec)
         baked, scale = layer.baked()
         assert scale is not None
         torch.testing.assert_close(baked, solution.weight, rtol=1e-5, atol=1e-7)  # the scale is kept as a logarithm
@@ -314,7 +333,7 @@ def test_a_run_that_was_interrupted_ends_where_one_at_once_does(tmp_path: Path) 
             calls.append(tuple(weight.shape))  # type: ignore[arg-type]
             if len(calls) == stop:
                 raise KeyboardInterrupt
-            return solve(weight, metric, spec)
+            return ADMM(weight, metric, spec)
 
         torch.manual_seed(0)
         model, layers, batch = prepared_block()
@@ -345,7 +364,7 @@ def test_solutions_come_back_as_they_were(tmp_path: Path) -> None:
     weight, hessian = layer(8, 32)
     specs = (WeightSpec(NMPattern(2, 4), 4, 8), WeightSpec(NMPattern(2, 4)), WeightSpec(None, 4, 8))
     for number, spec in enumerate(specs):
-        solution = solve(weight, OutputMetric(hessian), spec)
+        solution = ADMM(weight, OutputMetric(hessian), spec)
         kept = SolvedBlocks(tmp_path)
         assert kept.read(number) is None
         kept.write(number, {"a.weight": solution})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compressors.models import load_model
 from compressors.pruning import layer_inputs
-from compressors.pruning.layerwise import OutputMetric, Solver, by_magnitude, second_order, solve
+from compressors.pruning.layerwise import ADMM, MAGNITUDE, SECOND_ORDER, OutputMetric, Solver
 from compressors.search import sensitivity
 from compressors.search.sensitivity import Sensitivity, measure, read_sensitivities
 from nxm_export.contract.plan import NMPattern, WeightSpec
@@ -39,7 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Probed]:
 
 
 def table_of(
-    opened: Probed, directory: Path, specs: list[WeightSpec] = SPECS, solver: Solver = second_order, **options: Any
+    opened: Probed, directory: Path, specs: list[WeightSpec] = SPECS, solver: Solver = SECOND_ORDER, **options: Any
 ) -> Table:
     batches = opened.batches(0, 24)
     one_shot = opened.one_shot(batches, specs, solver)
@@ -150,7 +150,7 @@ def test_the_model_is_as_before_after_a_table(models: Callable[[str], Probed], t
     assert not any(layer._forward_pre_hooks or "forward" in vars(layer) for layer in opened.probe.model.modules())
 
 
-@pytest.mark.parametrize("solver", [second_order, by_magnitude, solve])
+@pytest.mark.parametrize("solver", [SECOND_ORDER, MAGNITUDE, ADMM])
 def test_one_shot_weights_keep_their_pattern_and_grid(models: Callable[[str], Probed], solver: Solver) -> None:
     opened = models("bert")
     one_shot = opened.one_shot(opened.batches(0, 24), SPECS, solver)
@@ -186,12 +186,12 @@ def test_memory_does_not_grow_with_the_number_of_samples(models: Callable[[str],
 def test_what_a_candidate_costs_is_what_its_recipe_makes_of_it(models: Callable[[str], Probed], tmp_path: Path) -> None:
     """The table of `admm` against its solver called by hand, for inputs read one sentence at a time."""
     opened, spec = models("bert"), SPECS[0]
-    table = table_of(opened, tmp_path / "admm", SPECS[:1], solve)
+    table = table_of(opened, tmp_path / "admm", SPECS[:1], ADMM)
     other = table_of(opened, tmp_path / "obs", SPECS[:1])
     for weight in opened.probe.weights[:6]:
         hessian, fisher = slow_statistics(opened, weight)
         dense = opened.probe.layer(weight).weight.detach()
-        error = (dense - solve(dense, OutputMetric(hessian.float()), spec).weight).double()
+        error = (dense - ADMM(dense, OutputMetric(hessian.float()), spec).weight).double()
         expected = sum(float(fisher[o] * (error[o] @ hessian @ error[o])) for o in range(len(error)))
         # A last digit of the moments may move a code; the error is near its least there, and hardly moves.
         assert table[weight, str(spec)].fisher == pytest.approx(expected, rel=0.02)

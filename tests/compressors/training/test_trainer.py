@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from compressors.models import load_tokenizer, resolve
 from compressors.pruning.layer_inputs import second_moments
-from compressors.pruning.layerwise import OutputMetric, solve
+from compressors.pruning.layerwise import ADMM, OutputMetric
 from compressors.quantization.fake_quant import quant_linears
 from compressors.settings import Settings
 from compressors.training.compress import compress, finetune
@@ -215,7 +215,7 @@ def test_without_steps_the_solution_itself_is_what_is_saved(prepared: Path, tmp_
         layer.quantize_weight = False  # inputs are those that no rounded weight has changed
     hessians = second_moments(student, layers, job.calibration_batches())
     for name, layer in layers.items():
-        expected = solve(layer.weight, OutputMetric(hessians[name]), layer.spec).weight
+        expected = ADMM(layer.weight, OutputMetric(hessians[name]), layer.spec).weight
         saved = torch.from_numpy(checkpoint.weight(name).copy())
         # A pattern without bits is stored in 16 bit; scales are kept as logarithms in float32.
         torch.testing.assert_close(saved, expected.detach(), rtol=1e-3, atol=1e-6)

@@ -35,8 +35,8 @@ class _Heads:
 
 @dataclass(frozen=True)
 class _Attention:
-    """The attention around a softmax: its inputs, the mask (batch, sequence), the bias (batch or 1, heads or 1, sequence,
-    sequence) that its scores get, None without, and the last of its nodes."""
+    """The attention around a softmax: its inputs, the mask (batch, sequence), the bias that its scores get (batch or 1,
+    heads or 1, sequence, sequence), None without, and the last of its nodes."""
 
     query: ir.Value
     key: ir.Value

@@ -44,26 +44,17 @@ def _ffn(up: str, down: str) -> tuple[Linear, ...]:
     )
 
 
-def _gated_ffn(gate: str, up: str, down: str) -> tuple[Linear, ...]:
-    """A feed-forward network whose wide activation is multiplied by a gate."""
-    return (
-        Linear("ffn_gate", gate, "wide", "hidden", FFN, INSIDE),
-        Linear("ffn_up", up, "wide", "hidden", FFN, INSIDE),
-        Linear("ffn_down", down, "hidden", "wide", WIDE, RESIDUAL),
-    )
-
-
 _BERT_BLOCK = (
     *_separate("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
     *_ffn("intermediate.dense", "output.dense"),
 )
-_ROTARY_BLOCK = (  # of Nomic and GTE: query and key are rotated, and the FFN is gated
-    *_separate(
-        *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-        operands=INSIDE,
-        across="heads",
-    ),
-    *_gated_ffn("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+_ROTARY_ATTENTION = _separate(  # query and key are rotated before they are multiplied
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"), operands=INSIDE, across="heads"
+)
+_GATED_FFN = (
+    Linear("ffn_gate", "mlp.gate_proj", "wide", "hidden", FFN, INSIDE),
+    Linear("ffn_up", "mlp.up_proj", "wide", "hidden", FFN, INSIDE),
+    Linear("ffn_down", "mlp.down_proj", "hidden", "wide", WIDE, RESIDUAL),
 )
 _TWO_INPUTS = ("input_ids", "attention_mask")
 _WITH_TYPES = (*_TWO_INPUTS, "token_type_ids")
@@ -169,7 +160,7 @@ FAMILIES: dict[str, Family] = {
             "nomic_bert",
             "nomic_bert",
             "layers.{i}",
-            _ROTARY_BLOCK,
+            _ROTARY_ATTENTION + _GATED_FFN,
             _WITH_TYPES,
             Attention("self_attn"),
             "post_attention_layernorm",
@@ -179,12 +170,22 @@ FAMILIES: dict[str, Family] = {
             "gte",
             "gte",
             "layers.{i}",
-            _ROTARY_BLOCK,
+            _ROTARY_ATTENTION + _GATED_FFN,
             _WITH_TYPES,
             Attention("self_attn"),
             "post_attention_layernorm",
             fewest_types=2,
             missing_heads=frozenset({"question-answering"}),
+        ),
+        Family(
+            "jina_embeddings_v3",
+            "roberta",
+            "layers.{i}",
+            _ROTARY_ATTENTION + _ffn("mlp.fc1", "mlp.fc2"),
+            _WITH_TYPES,
+            Attention("self_attn"),
+            "post_attention_layernorm",
+            fewest_types=2,
         ),
     )
 }

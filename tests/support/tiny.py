@@ -39,7 +39,7 @@ SHORT = ("bert", "roberta", "distilbert", "electra", "albert", "modernbert")
 LIKE_ROBERTA = ("roberta", "xlm-roberta", "camembert", "mpnet")  # in special tokens, and positions behind padding
 FAMILIES = (
     *("bert", "roberta", "distilbert", "electra", "albert"),
-    *("xlm-roberta", "camembert", "mpnet", "modernbert", "nomic_bert", "gte"),
+    *("xlm-roberta", "camembert", "mpnet", "modernbert", "nomic_bert", "gte", "jina_embeddings_v3"),
 )
 WITH_TYPES = ("bert", "electra", "albert", "nomic_bert")  # whose inputs have kinds of tokens
 HIDDEN, INTERMEDIATE, LAYERS, HEADS = 32, 64, 2, 4
@@ -355,5 +355,6 @@ def _config(family: str, hidden: int, intermediate: int, layers: int, options: M
         "modernbert": lambda: transformers.ModernBertConfig(**common, **sizes, **windows),
         "nomic_bert": lambda: transformers.NomicBertConfig(**common, **sizes),
         "gte": lambda: transformers.GteConfig(**common, **sizes),
+        "jina_embeddings_v3": lambda: transformers.JinaEmbeddingsV3Config(**common, **sizes),
     }
     return made[family]()

@@ -40,6 +40,7 @@ def tiny_config(
         "modernbert": transformers.ModernBertConfig,
         "nomic_bert": transformers.NomicBertConfig,
         "gte": transformers.GteConfig,
+        "jina_embeddings_v3": transformers.JinaEmbeddingsV3Config,
     }
     extra: dict[str, object] = {"hidden_act": gelu}
     if family in ("electra", "albert"):

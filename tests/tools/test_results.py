@@ -521,6 +521,17 @@ def test_only_cells_that_have_every_row_count_and_those_for_choosing_can_be_left
     assert Pool(statistics).compare("admm-2:4+W4", "magnitude-2:4+W4") is None
 
 
+def test_rows_without_training_are_compared_among_themselves(book: Book) -> None:
+    book.write("rte", "dense", 0, LABELS, LABELS)
+    for row in ("admm-2:4+W4", "obs-2:4+W4", "admm-2:4+W4-untrained", "obs-2:4+W4-untrained"):
+        book.write("rte", row, 0, LABELS, flipped(LABELS, 1), compressed=compressed(kl=0.1))
+    text = book.page()
+    section = text[text.index("## Starts of training compared") :].split("\n## ")[0]
+    assert "| `admm-2:4+W4-untrained` | `obs-2:4+W4-untrained` | RTE (0) |" in section
+    assert "| `admm-2:4+W4` | `obs-2:4+W4` | RTE (0) |" in section
+    assert "| `admm-2:4+W4` | `obs-2:4+W4-untrained` |" not in section
+
+
 def test_a_record_without_divergences_by_sentence_gives_a_ratio_without_an_interval(book: Book) -> None:
     for row, kl in (("admm-2:4+W4", 0.02), ("obs-2:4+W4", 0.08)):
         book.write("rte", row, 0, LABELS, flipped(LABELS, 1), compressed=compressed(kl=kl))

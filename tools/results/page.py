@@ -85,7 +85,9 @@ class TaskSection:
     images: list[str]
 
 
-STARTS = ("admm-2:4+W4", "obs-refit-2:4+W4", "obs-2:4+W4", "magnitude-2:4+W4")  # what docs/comparison.md compares
+# What docs/comparison.md compares: starts after training, and without.
+STARTS = ("admm-2:4+W4", "obs-refit-2:4+W4", "obs-2:4+W4", "magnitude-2:4+W4")
+UNTRAINED = tuple(f"{row}-untrained" for row in STARTS)
 
 
 @dataclass(frozen=True)
@@ -298,7 +300,8 @@ def _starts(tasks: Sequence[TaskStatistics]) -> list[Starts]:
         ("Without those that defaults were chosen on (seed 0 of CoLA and of rotten tomatoes)", CHOSEN_ON),
     ):
         pool = Pool(tasks, without)
-        compared = [pool.compare(row, other) for row, other in combinations(STARTS, 2)]
+        pairs = [*combinations(STARTS, 2), *combinations(UNTRAINED, 2)]
+        compared = [pool.compare(row, other) for row, other in pairs]
         differences = [_compared(comparison) for comparison in compared if comparison is not None]
         if differences:
             sections.append(Starts(title, list(_retentions(pool)), differences))
@@ -306,7 +309,7 @@ def _starts(tasks: Sequence[TaskStatistics]) -> list[Starts]:
 
 
 def _retentions(pool: Pool) -> Iterable[list[str]]:
-    for row in STARTS:
+    for row in (*STARTS, *UNTRAINED):
         retention = pool.retention(row)
         if retention is not None:
             below = {-1: "yes", 1: "no", 0: "undecided"}[retention.side(MARGIN)]

@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 from safetensors.numpy import save_file
 from torch import nn
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from compressors import distributed
 from compressors.models import ModelSource, load_model, load_tokenizer, resolve
@@ -28,6 +28,7 @@ from compressors.training.task_data import TaskData, TaskDataRequest, read_task_
 from compressors.training.trainer import Phase, PhaseData, predict, require_counted_alike, run_phase, steps_of
 from nxm_export.contract.checkpoint import open_checkpoint, save_plan
 from nxm_export.contract.config_values import size_of
+from nxm_export.contract.no_answer import THRESHOLD_KEY
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.pooling import read_pooling, write_pooling
 from nxm_export.contract.records.checkpoint_metrics import (
@@ -147,8 +148,9 @@ def compress(
 ) -> CompressionMetrics:
     """Compress a dense task model under `plan` and save the checkpoint to `out` with ``metrics.json``.
 
-    `model` is a directory whose head fits the task (see `finetune`); it is also the teacher. Interrupted work resumes
-    from `work_dir`. `outputs` is as in `finetune`. Every argument but `model` is by keyword, as a command line has it.
+    `model` is a directory whose head fits the task (see `finetune`); it is also the teacher. Where nothing trains
+    (``steps=0``), `train` is calibration text and needs no labels. Interrupted work resumes from `work_dir`. `outputs`
+    is as in `finetune`. Every argument but `model` is by keyword, as a command line has it.
     """
     prepare_process(settings.threads)
     source, kind, result = resolve(model), task_named(task), Result.at(out, work_dir, outputs)
@@ -156,7 +158,8 @@ def compress(
     _require_trainable(source, kind, settings, str(model))
     plan.require_fits(source.family.model_type, source.family.weights(source.config))
     tokenizer = load_tokenizer(source)
-    data = read_task_data(source, TaskDataRequest(kind, train, dev, columns, train_limit), tokenizer, settings)
+    request = TaskDataRequest(kind, train, dev, columns, train_limit, texts_alone=not settings.trains)
+    data = read_task_data(source, request, tokenizer, settings)
     if data.numbered:
         require_counted_alike(load_model(source, kind), data, dev)
     with claimed(result.directory, result.work_dir) as scratch:
@@ -260,6 +263,8 @@ def _save(
         return
     if result.outputs is not None:
         _save_outputs(result.outputs, logits, data)
+    if data.no_answer_threshold is not None:
+        cast(PreTrainedModel, model).config.update({THRESHOLD_KEY: data.no_answer_threshold})
     with quiet_transformers():
         cast(SavedModel, model).save_pretrained(scratch, save_original_format=False)  # by the names of a plan
         tokenizer.save_pretrained(scratch)

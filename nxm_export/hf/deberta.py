@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from types import MethodType
-from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from nxm_export.hf.finite_masks import MASKED
 
@@ -47,27 +47,14 @@ class _Attention(Protocol):
     pos_dropout: _Linear
 
 
-class _Table(Protocol):
-    num_embeddings: int
-
-
 class _Encoder(Protocol):
     """What is used of transformers' ``DebertaV2Encoder``."""
 
     max_relative_positions: int
     position_buckets: int
-    rel_embeddings: _Table
 
     def get_rel_embedding(self) -> Tensor | None:
         """The embeddings of positions (positions, features), normalised; None for a model without."""
-
-
-class _Picks(NamedTuple):
-    """Which of the scores (sequence x positions) is that of each pair (query x key), flat, where queries have a score
-    with every position, and where keys have."""
-
-    of_queries: Tensor
-    of_keys: Tensor
 
 
 def split_shared_projections(model: torch.nn.Module) -> None:
@@ -103,7 +90,7 @@ def write_out_attention(model: torch.nn.Module, *, fixed_positions: bool = False
         most = int(getattr(model.config, "max_position_embeddings", 0))
         table = _position_of_distance(cast(_Encoder, encoder), most)
         encoder.register_buffer(_TABLE, table.to(embeddings.device), persistent=False)
-        setattr(encoder, "get_rel_pos", MethodType(_picks, encoder))  # noqa: B010  (methods cannot be assigned)
+        setattr(encoder, "get_rel_pos", MethodType(_positions, encoder))  # noqa: B010  (methods cannot be assigned)
     for module in encoder.modules():
         if not isinstance(module, DisentangledSelfAttention):
             continue
@@ -129,16 +116,20 @@ def _position_of_distance(encoder: _Encoder, tokens: int) -> Tensor:
     return (found + span).clamp(0, 2 * span - 1)
 
 
-def _picks(encoder: torch.nn.Module, hidden_states: Tensor, *_: object) -> _Picks:
-    """What stands in transformers' place for the relative positions of `hidden_states` (batch, sequence, features)."""
+def _positions(encoder: torch.nn.Module, hidden_states: Tensor, *_: object) -> Tensor:
+    """The position of every query (rows) from every key, (sequence, sequence), for `hidden_states` (batch, sequence,
+    features): what stands in place of transformers' distances."""
     import torch
 
-    table, rows = encoder.get_buffer(_TABLE), cast(_Encoder, encoder).rel_embeddings.num_embeddings
-    at = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-    queries, keys = at[:, None], at[None, :]
-    distance = queries - keys
-    position = table.index_select(0, distance.flatten() + len(table) // 2).view_as(distance)
-    return _Picks((queries * rows + position).flatten(), (keys * rows + position).flatten())
+    table, at = encoder.get_buffer(_TABLE), torch.arange(hidden_states.shape[1], device=hidden_states.device)
+    distance = at[:, None] - at[None, :]
+    return table.index_select(0, distance.flatten() + len(table) // 2).view_as(distance)
+
+
+def _picked(scores: Tensor, positions: Tensor) -> Tensor:
+    """Of scores with every position (batch, heads, sequence, positions) those that `positions` (sequence, sequence)
+    names for each row."""
+    return scores.gather(3, positions.expand(*scores.shape[:2], -1, -1))
 
 
 def _fix_positions(module: torch.nn.Module, embeddings: Tensor) -> None:
@@ -179,7 +170,7 @@ def _attend(
     attention_mask: Tensor,
     output_attentions: bool = False,
     query_states: Tensor | None = None,
-    relative_pos: _Picks | None = None,
+    relative_pos: Tensor | None = None,
     rel_embeddings: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of `hidden_states` (batch, sequence, features) under a mask (batch, 1, sequence, sequence); the
@@ -198,10 +189,10 @@ def _attend(
         keys, queries = getattr(self, _KEYS, None), getattr(self, _QUERIES, None)
         if keys is None and queries is None:
             keys, queries = _position_operands(self, rel_embeddings)
-        for operand, positions, picks in ((query, keys, relative_pos.of_queries), (key, queries, relative_pos.of_keys)):
-            if positions is not None:
-                picked = (operand @ positions).flatten(2).index_select(2, picks)
-                scores = scores + picked.view_as(scores)
+        if keys is not None:
+            scores = scores + _picked(query @ keys, relative_pos)
+        if queries is not None:
+            scores = scores + _picked(key @ queries, relative_pos.T).transpose(2, 3)
     scores = scores.masked_fill(~attention_mask.bool(), MASKED)  # all of a row of padding: then it reads all alike
     probabilities = self.dropout(scores.softmax(-1))
     context = (probabilities @ value).transpose(1, 2).flatten(2)

@@ -6,24 +6,23 @@ request id (and nothing else; the log has the rest) for a failure of ours.
 
 The event loop answers everybody, so nothing that grows with a request is done on it: a body that is not small is
 inflated, parsed and tokenized in a thread, and a large answer is written there. The deadline runs from the first byte
-of a request, through all of this.
+of a request, through all of this. Where what is done: `engines.serving.lanes`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import itertools
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,6 +32,7 @@ from engines.serving.http.connection import BEGAN
 from engines.serving.http.content_coding import coding_of, inflated
 from engines.serving.http.open_files import AcceptFailures
 from engines.serving.http.spare_connections import SPARE
+from engines.serving.lanes import Lanes
 from engines.serving.metrics import Metrics, Observation
 from engines.serving.model import Endpoint, Model
 from engines.serving.protocol import HEADER_LENGTH, InferRequest, parse_infer, parse_json, render_infer
@@ -73,7 +73,6 @@ _REASONS = {
     503: "queue_full",
     504: "deadline",
 }
-_T = TypeVar("_T")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}\Z")
 
 
@@ -97,7 +96,7 @@ class Service:
         self._statistics: dict[Model, EngineStatistics] = {}
         self._answers: dict[tuple[str, str], AnswerStatistics] = {}  # by name and version
         self._held = 0  # bytes of bodies that have arrived and are not answered
-        self._working = ThreadPoolExecutor(1, "requests")
+        self._lanes = Lanes()
         self._loading = ThreadPoolExecutor(1, "load")
         self._prefix = os.urandom(4).hex()
         self._numbers = itertools.count(1)
@@ -237,29 +236,22 @@ class Service:
         coding = coding_of(", ".join(request.headers.getlist("content-encoding")))
         length = request.headers.get(HEADER_LENGTH)
 
-        def prepare() -> tuple[InferRequest, dict[str, np.ndarray]]:
-            plain = inflated(body, coding, limits.max_body)
+        def prepare(most: int) -> tuple[InferRequest, dict[str, np.ndarray]]:
+            plain = inflated(body, coding, most)
             asked = parse_infer(plain, length, endpoint.inputs, endpoint.outputs, endpoint.require_fits)
             return asked, endpoint.feeds(asked)
-
-        def prepare_large() -> tuple[InferRequest, dict[str, np.ndarray]]:
-            with _uncollected():
-                try:
-                    return prepare()
-                except RequestRefused as error:  # what it refers to is let go of, before the collector sees it
-                    refused = RequestRefused(
-                        error.status, str(error), retry_after=error.retry_after, reason=error.reason
-                    )
-            raise refused
 
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
         timer = _expire_at(began + limits.timeout, done, limits.timeout)
         watcher = loop.create_task(_watch(request.receive, done))
         queued: QueuedRequest | None = None
+        lane: ThreadPoolExecutor | None = None
         try:
-            inline = not coding and _is_small(endpoint, body, length)
-            asked, feeds = prepare() if inline else await self._in_thread(prepare_large, done)
+            if not coding and _is_small(endpoint, body, length):
+                asked, feeds = prepare(limits.max_body)
+            else:
+                (asked, feeds), lane = await self._lanes.prepare(prepare, len(body), limits.max_body, done)
             timeout = min(asked.timeout or limits.timeout, limits.timeout)
             if asked.timeout is not None:
                 timer.cancel()
@@ -278,21 +270,14 @@ class Service:
                 done.exception()  # nobody else asks for it when the request has failed already
         if queued.error is not None:
             raise queued.error
-        if inline and sum(array.size for array in queued.outputs.values()) <= INLINE_VALUES:
+        values = sum(array.size for array in queued.outputs.values())
+        if lane is None and values <= INLINE_VALUES:
             answer = _render(endpoint, asked, queued)
         else:  # numbers become text, and an answer is looked up in the tokens of its text
-            answer = await loop.run_in_executor(self._working, _render, endpoint, asked, queued)
+            lane = self._lanes.of_answer(values, lane)
+            answer = await loop.run_in_executor(lane, _render, endpoint, asked, queued)
         self._answers_of(endpoint).answered(queued.rows, time.monotonic() - began)
         return answer
-
-    async def _in_thread(self, work: Callable[[], _T], done: asyncio.Future[None]) -> _T:
-        """What `work` gives, done off the event loop; raises what `done` raises when that ends before."""
-        future = asyncio.get_running_loop().run_in_executor(self._working, work)
-        await asyncio.wait((future, done), return_when=asyncio.FIRST_COMPLETED)
-        if not future.done():
-            future.cancel()  # no work at all, if it has not begun
-            done.result()
-        return future.result()
 
     async def _body(self, request: Request) -> bytes:
         """The whole body, as it was sent, whose bytes count as held until the caller takes them off; raises
@@ -389,7 +374,7 @@ class Service:
             self.draining = True
             self.repository.stop_opening()
             running.cancel()
-            self._working.shutdown()
+            self._lanes.close()
             await loop.run_in_executor(self._loading, self.repository.close)
             self._loading.shutdown()
 
@@ -489,17 +474,6 @@ def _error(status: int, text: str, headers: Mapping[str, str]) -> Response:
     from starlette.responses import Response
 
     return Response(json.dumps({"error": text}), status, headers, "application/json")
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage collection meanwhile: one looks at every object of a large request, holding the interpreter's lock for
-    as long, and there are no cycles in JSON."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _is_small(endpoint: Endpoint, body: bytes, length: str | None) -> bool:

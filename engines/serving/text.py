@@ -8,7 +8,6 @@ so one that takes more than a window is refused.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from queue import SimpleQueue
 
@@ -21,22 +20,23 @@ from nxm_export.contract.tasks import TASKS
 from nxm_export.data.examples import Examples, Features, Label, as_read, encode, label_array, pad, tokens_of
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.question_answering import Window, best_span, windows
-from nxm_export.data.tokenization import Tokenizer
+from nxm_export.data.tokenization import Tokenizer, twin_of
 from nxm_export.errors import DataError, RequestRefused, ServeError
 
 TEXT, PAIR, LABEL, ANSWER = "text", "text_pair", "label", "answer"
+THREADS = 3  # the event loop's, that of short requests and that of long ones (`engines.serving.app`)
 
 
 class TextFrontend:
-    """Tokenizes for one engine. May be called from several threads, two of which never wait for each other: the event
-    loop's, for small requests, and the one for large ones."""
+    """Tokenizes for one engine. May be called from several threads, `THREADS` of which never wait for each other."""
 
     def __init__(self, tokenizer: Tokenizer, spec: IOSpec, longest: int | None = None) -> None:
         """`longest` is the most tokens that the engine takes, where those are fewer than the model's positions."""
         # A tokenizer is not to be configured while another thread uses it.
         self._free = SimpleQueue["Tokenizer"]()
-        for each in (tokenizer, copy.deepcopy(tokenizer)):
-            self._free.put(each)
+        self._free.put(tokenizer)
+        for _ in range(THREADS - 1):
+            self._free.put(twin_of(tokenizer))
         self._spec = spec
         self._max_length = min(spec.max_length, longest or spec.max_length)
         self._spans = TASKS[spec.task].output_kind == "span"

@@ -87,17 +87,9 @@ class TextFrontend:
             raise RequestRefused(400, f"{TEXT} has {len(texts)} rows and {PAIR} has {len(pairs)}")
         tokenizer = self._free.get()
         try:
-            features = self._encoded(tokenizer, texts, pairs)
+            return self._encoded(tokenizer, texts, pairs)
         finally:
             self._free.put(tokenizer)
-        if self._spans and len(features) > len(texts):
-            groups = [sample["group"] for sample in features]
-            row = next(row for row in range(len(texts)) if groups.count(row) > 1)
-            raise RequestRefused(
-                400,
-                f"row {row} of {PAIR} and its question take more than {self._max_length} tokens; ask about it in parts",
-            )
-        return features
 
     def _encoded(self, tokenizer: Tokenizer, texts: list[str], pairs: list[str] | None) -> list[Features]:
         """Tokens of the texts, as training makes them of the same ones."""
@@ -105,6 +97,7 @@ class TextFrontend:
         examples = Examples(texts, pairs, no_labels, "request", encoder=windows if self._spans else None)
         try:
             if self._spans:
+                self._require_one_window(tokenizer, texts, pairs or [])
                 return encode(tokenizer, examples, self._max_length, self._spec.inputs)
             rows = [(row,) if isinstance(row, str) else row for row in as_read(texts, pairs)]
             long = {row for row, each in enumerate(rows) if is_long(each, self._max_length)}
@@ -121,6 +114,22 @@ class TextFrontend:
             raise
         except BaseException as error:  # a panic of the tokenizers library is no `Exception`
             raise ServeError(f"the tokenizer failed ({type(error).__name__}: {error})") from error
+
+    def _require_one_window(self, tokenizer: Tokenizer, questions: list[str], contexts: list[str]) -> None:
+        """Raise `RequestRefused` (400) for a context that does not fit beside its question. Tokens are counted for
+        that: beside a question that leaves room for one token, a context has a window for every one of its own."""
+        special = tokenizer.num_special_tokens_to_add(True)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        for row, pair in enumerate(zip(questions, contexts, strict=True)):
+            question, context = map(len, tokenizer.encode_batch_fast(pair, add_special_tokens=False))
+            room = self._max_length - special - question  # where there is none, `windows` says so
+            if 0 < room < context:
+                raise RequestRefused(
+                    400,
+                    f"row {row} of {PAIR} and its question take more than {self._max_length} tokens; ask about it in "
+                    "parts",
+                )
 
     def _long(self, tokenizer: Tokenizer, row: int, texts: Sequence[str]) -> Features:
         try:

@@ -220,7 +220,7 @@ def windows(
                 "lower the overlap, or raise --max-length"
             )
         tokenizer.enable_truncation(max_length, stride=shared, strategy="only_second")
-        whole = tokenizer.encode(question, context)
+        (whole,) = tokenizer.encode_batch([(question, context)])
         for encoding in (whole, *whole.overflowing):
             answers = cast("tuple[Answer, ...]", examples.labels[number])
             window = _window(encoding, context, answers, place, nullable)

@@ -7,23 +7,32 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engines.base import backend
 from engines.serving.repository import EngineSource
 from engines.serving.settings import TritonOptions
+from engines.serving.text import TextFrontend
 from engines.triton import export_repository
+from nxm_export.contract.io_spec import IOSpec
 from nxm_export.data.examples import Examples, label_array, pad
 from nxm_export.data.question_answering import Window, windows
-from nxm_export.errors import ServeError
+from nxm_export.errors import DataError, RequestRefused, ServeError
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.engine_commands import build_engine
-from tests.support import baked, tiny
+from tests.support import baked, exact_engine, tiny
 from tools.benchmarks.servers import Running, nxm_serve
 
+if TYPE_CHECKING:
+    from nxm_export.data.tokenization import Tokenizer
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+SPANS = ("start_logits", "end_logits")
 QUESTION = "which film"
 CONTEXTS = ["a good film with two actor", "the Story  very dark", "superb"]
 
@@ -91,6 +100,41 @@ def test_what_cannot_be_answered_is_refused(server: Running, texts: dict[str, li
         ask(server, **texts)
     assert refused.value.code == 400
     assert message in json.load(refused.value)["error"]
+
+
+def frontend_of(longest: int) -> TextFrontend:
+    outputs = dict.fromkeys(SPANS, ("batch", "sequence"))
+    spec = IOSpec("bert", "question-answering", INPUTS, outputs, (), longest, 0, {})
+    return TextFrontend(cast("Tokenizer", exact_engine.tokenizer()), spec)
+
+
+@given(st.integers(1, 9), st.integers(1, 9))
+@settings(deadline=None, max_examples=30)
+def test_a_context_is_refused_exactly_where_it_would_take_two_windows(asked: int, told: int) -> None:
+    question, context = " ".join(["film"] * asked), " ".join(["good"] * told)
+    frontend = frontend_of(12)
+    examples = Examples([question], [context], [()], "x")
+    tensors = {"text": np.array([[question.encode()]], object), "text_pair": np.array([[context.encode()]], object)}
+    try:
+        count = len(windows(cast("Tokenizer", exact_engine.tokenizer()), examples, 12, INPUTS))
+    except DataError:
+        count = 0
+    if count == 1:
+        assert frontend.tokens(tensors)["input_ids"].shape == (1, asked + told + 3)
+    else:
+        message = "row 0 of text_pair and its question take more than 12 tokens" if count else "leave no room"
+        with pytest.raises(RequestRefused, match=message):
+            frontend.tokens(tensors)
+
+
+def test_a_context_that_is_refused_was_not_cut_into_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a question that leaves room for one token it has thousands of them: one row of 33 kB took eight seconds
+    and 2.4 GB, and one of 4 kB was cut on the event loop."""
+    frontend = frontend_of(512)
+    monkeypatch.setattr("engines.serving.text.windows", lambda *_: pytest.fail("it was cut"))
+    tensors = {"text": np.array([[b"a " * 508]], object), "text_pair": np.array([[b"a " * 16_000]], object)}
+    with pytest.raises(RequestRefused, match="take more than 512 tokens; ask about it in parts"):
+        frontend.tokens(tensors)
 
 
 def test_triton_is_handed_tokens_alone(engine: Path, tmp_path: Path) -> None:

@@ -36,11 +36,12 @@ from engines.serving.lanes import Lanes
 from engines.serving.metrics import Metrics, Observation
 from engines.serving.model import Endpoint, Model
 from engines.serving.protocol import HEADER_LENGTH, InferRequest, parse_infer, parse_json, render_infer
-from engines.serving.repository import Repository
+from engines.serving.repository import Change, Repository
 from engines.serving.settings import RequestLimits
 from engines.serving.statistics import AnswerStatistics, EngineStatistics, model_config
 from nxm_export import __version__
 from nxm_export.errors import NxmError, RequestRefused
+from nxm_export.storage.unreadable import is_without_room
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -400,34 +401,54 @@ class Service:
         while self._watch:
             await asyncio.sleep(self._watch)
             for change in self.repository.changed():
-                key = change.key
-                old = self.repository.current(key)
-                facts = {"model": old.name, "version": old.version, "directory": str(old.directory)}
-                if not change.reload:
-                    _judge(old, await loop.run_in_executor(self._loading, self.repository.begin_judging(key)))
-                    continue
-                try:
-                    model = await loop.run_in_executor(self._loading, self.repository.begin_reload(key))
-                except NxmError as error:
-                    self.metrics.reloaded(old, "refused")
-                    log.error(
-                        "reload refused; the old engine goes on", extra={"facts": {**facts, "reason": str(error)}}
-                    )
-                    _judge(old, await loop.run_in_executor(self._loading, self.repository.judging(key)))
-                    continue
-                except Exception as error:  # a runtime's own; the watch must go on
-                    self.metrics.reloaded(old, "refused")
-                    log.error("reload failed; the old engine goes on", extra={"facts": facts}, exc_info=error)
-                    continue
-                begin(model)
-                self.repository.replace(key, model)
-                self.metrics.reloaded(model, "done")
-                log.info("reloaded", extra={"facts": _facts_of(model)})
+                await self._act_on(change, begin)
             for model in [model for model in self.repository.retired if not model.users]:
                 self.repository.retired.remove(model)
                 self._observations.pop(model)
                 self._statistics.pop(model)
                 await loop.run_in_executor(self._loading, model.close)
+
+    async def _act_on(self, change: Change, begin: Callable[[Model], None]) -> None:
+        """Load a changed directory, or judge its new parity report."""
+        loop, key = asyncio.get_running_loop(), change.key
+        old = self.repository.current(key)
+        try:
+            if change.trouble is not None:
+                raise change.trouble
+            if not change.reload:
+                _judge(old, await loop.run_in_executor(self._loading, self.repository.begin_judging(key)))
+                return
+            model = await loop.run_in_executor(self._loading, self.repository.begin_reload(key))
+        except Exception as error:  # a runtime's own, too; the watch must go on
+            await self._refuse(change, error)
+            return
+        begin(model)
+        self.repository.replace(key, model)
+        self.metrics.reloaded(model, "done")
+        log.info("reloaded", extra={"facts": _facts_of(model)})
+
+    async def _refuse(self, change: Change, error: Exception) -> None:
+        """Say why a change was not taken over; where there was no room for that, it is tried again."""
+        old = self.repository.current(change.key)
+        facts: dict[str, object] = {"model": old.name, "version": old.version, "directory": str(old.directory)}
+        if change.reload:
+            self.metrics.reloaded(old, "refused")
+        if is_without_room(error):
+            if change.trouble is None:
+                self.repository.put_off(change.key)
+            what = "reload" if change.reload else "look at the directory"
+            reason = {"reason": str(error) or type(error).__name__}
+            log.error(f"{what} put off; the old engine goes on", extra={"facts": {**facts, **reason}})
+            return
+        if not isinstance(error, NxmError):
+            log.error("reload failed; the old engine goes on", extra={"facts": facts}, exc_info=error)
+            return
+        log.error("reload refused; the old engine goes on", extra={"facts": {**facts, "reason": str(error)}})
+        try:
+            judged = self.repository.judging(change.key)
+            _judge(old, await asyncio.get_running_loop().run_in_executor(self._loading, judged))
+        except NxmError:  # no room to look at its report: once more, with all the rest
+            self.repository.put_off(change.key)
 
 
 def _judge(model: Model, objection: str | None) -> None:
@@ -450,10 +471,17 @@ def _facts_of(model: Model) -> dict[str, object]:
         "sha256": model.passport.engine_sha256,
         "contents_sha256": model.passport.contents_sha256,
         "covers": model.passport.covers,
-        "parity": gate_state(model.directory, model.passport),
+        "parity": _parity_of(model),
         "lengths": [bucket.length for bucket in model.buckets.buckets],
         "rows": model.buckets.longest.most,
     }
+
+
+def _parity_of(model: Model) -> str:
+    try:
+        return gate_state(model.directory, model.passport)
+    except NxmError:  # no room to look; when it was loaded there was
+        return "unknown"
 
 
 async def _refused(_: Request, error: Exception) -> Response:

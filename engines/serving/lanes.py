@@ -58,11 +58,14 @@ class Lanes:
 
 async def _in_thread(lane: ThreadPoolExecutor, work: Callable[[], _T], done: asyncio.Future[None]) -> _T:
     future = asyncio.get_running_loop().run_in_executor(lane, work)
-    await asyncio.wait((future, done), return_when=asyncio.FIRST_COMPLETED)
-    if not future.done():
-        future.cancel()  # no work at all, if it has not begun
-        done.result()
-    return future.result()
+    try:
+        await asyncio.wait((future, done), return_when=asyncio.FIRST_COMPLETED)
+        if not future.done():
+            future.cancel()  # no work at all, if it has not begun
+            done.result()
+        return future.result()
+    finally:
+        del future, work  # an error holds this frame, and would hold itself through it, and the request's body
 
 
 def _uncollected(work: Callable[[], _T]) -> _T:

@@ -230,8 +230,11 @@ def protocol_class(service: Service, limits: ConnectionLimits) -> type[asyncio.P
 
 
 def require_host(headers: Sequence[tuple[bytes, bytes]], version: str) -> None:
-    """Raise `MalformedHead` unless a request names its host as RFC 9112 (3.2) has it: once, in HTTP/1.0 at most once,
-    and with no character that a host and a port do not have. Names of `headers` are in lower case."""
+    """Raise `MalformedHead` unless a request of HTTP/1.1 or 1.0 names its host as RFC 9112 (3.2) has it: once, in
+    HTTP/1.0 at most once, and with no character that a host and a port do not have. Names of `headers` are in lower
+    case."""
+    if version not in ("1.0", "1.1"):
+        raise MalformedHead("this server speaks HTTP/1.1")
     hosts = [value for name, value in headers if name == b"host"]
     if len(hosts) > 1 or (not hosts and version != "1.0"):
         raise MalformedHead(f"a request of HTTP/{version} has one Host header, and this one has {len(hosts) or 'none'}")

@@ -404,9 +404,10 @@ def run(engine: Path, log: Path, count: int) -> None:
         assert min(statuses[200], statuses[400], statuses[413], statuses[431]) > 0
         assert slowest_probe < 1
         assert slowest_text < 3  # half a second on two idle cores; where they are busy, its threads wait several times
-        # 11 MiB were seen. They are free: through two thousand requests the objects and blocks that Python has, and what
-        # the C library has in use, stay the same, but Python keeps a mebibyte of its heap for as long as one object lives
-        # there, and requests of a million objects spread it. Before large blocks were mappings of their own, it was 31.
+        # 11 MiB were seen. They are free: through two thousand requests the objects and blocks that Python has, and
+        # what the C library has in use, stay the same. But Python keeps a mebibyte of its heap for as long as one
+        # object lives there, and requests of a million objects spread it. It was up to 31 before large blocks were
+        # mappings of their own.
         assert grown < 24 << 20
         answer = send(server.port, "POST", INFER, json.dumps(good()).encode())
         np.testing.assert_array_equal(logits(answer), expected(feeds_of([4, 4])))

@@ -66,6 +66,8 @@ def test_a_host_is_one_and_has_nothing_that_hosts_do_not_have(values: list[bytes
     [
         (("nonsense",), 400, "not HTTP/1.1"),
         (("GET /v2 HTTP/1.1", "Host: a", "Content-Length: x"), 400, "not HTTP/1.1"),
+        (("GET /v2 HTTP/2.0", "Host: a"), 400, "speaks HTTP/1.1"),
+        (("GET /v2 HTTP/0.9", "Host: a"), 400, "speaks HTTP/1.1"),
         (("CONNECT a:80 HTTP/1.1", "Host: a"), 400, "CONNECT is for proxies"),
         (("POST /v2 HTTP/1.1", "Host: a", "Transfer-Encoding: gzip, chunked"), 400, "no other Transfer-Encoding"),
         (("GET /v2 HTTP/1.1", "Host: a", "X: " + "a" * 40_000), 431, "larger than 32768 bytes"),

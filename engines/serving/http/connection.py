@@ -1,10 +1,10 @@
 """One connection: requests one after the other, and limits of their number, their time to arrive, and their heads.
 
 uvicorn's protocol class does the parsing and the answering. It closes idle connections between requests, waits without
-end for a request that never arrives whole, and reads on into the next request while one is being answered, so that
-whatever is wrong with the next one can cost the answer to the first. Here every request has a timer from its first
-byte, the next one is looked at when its predecessor is answered (`engines.serving.http.framing`), and what is refused
-before it reaches a route is answered in JSON, too.
+end for a request that never arrives whole and for a client that never reads its answer, and reads on into the next
+request while one is being answered, so that whatever is wrong with the next one can cost the answer to the first. Here
+every request has a timer from its first byte, the next one is looked at when its predecessor is answered
+(`engines.serving.http.framing`), and what is refused before it reaches a route is answered in JSON, too.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class _Guarded(_ProtocolBase):
         self._began = 0.0  # when it began
         self._refused = False
         self._going_on: asyncio.Handle | None = None  # what parses on in the loop's next round
+        self._watching: asyncio.TimerHandle | None = None  # looks whether the client reads what it asked for
         self._is_spare = len(self.connections) > self.limits.connections
         if self._is_spare:
             self.spare.take(self)
@@ -82,8 +83,9 @@ class _Guarded(_ProtocolBase):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
-        if self._going_on is not None:
-            self._going_on.cancel()
+        for handle in (self._going_on, self._watching):
+            if handle is not None:
+                handle.cancel()
         self.spare.leave(self)
         super().connection_lost(exc)
         self.service.metrics.connections.set(len(self.connections))
@@ -150,8 +152,30 @@ class _Guarded(_ProtocolBase):
         if self.cycle.response_complete:
             self._next()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def _watch_reader(self) -> None:
+        """Let the client go when it takes nothing of what is written for as long as a request may take to arrive. Until
+        all of that is taken, not even closing ends a connection."""
+        if self._watching is None and self.transport.get_write_buffer_size():
+            self._watching = self.loop.call_later(self.limits.read_timeout, self._look_at_reader, self._unsent())
+
+    def _look_at_reader(self, before: tuple[int, int]) -> None:
+        self._watching = None
+        if before == self._unsent():
+            self.transport.abort()
+        else:
+            self._watch_reader()
+
+    def _unsent(self) -> tuple[int, int]:
+        """Bytes that the kernel has not taken, and bytes that the client's has not."""
+        return self.transport.get_write_buffer_size(), _queued(self.transport, termios.TIOCOUTQ)
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._watch_reader()
         if self._framing.held and not self.transport.is_closing():
             self._next()
 
@@ -181,7 +205,7 @@ class _Guarded(_ProtocolBase):
 
     def _leave(self) -> None:
         """Close, unless a request is arriving; one may have arrived that the loop has not read yet."""
-        if self._arriving or _unread(self.transport):
+        if self._arriving or (not self.transport.is_closing() and _queued(self.transport, termios.FIONREAD)):
             self.loop.call_later(_LOOK_AGAIN, self._leave)
         else:
             super().shutdown()
@@ -209,6 +233,7 @@ class _Guarded(_ProtocolBase):
         if not answered:
             self.transport.write(_refusal(status, message))
         self.transport.write_eof()
+        self._watch_reader()
         self._timer = self.loop.call_later(_LINGER, self.transport.close)
 
 
@@ -254,9 +279,8 @@ def _refusal(status: int, message: str) -> bytes:
     return head.encode("ascii") + body
 
 
-def _unread(transport: asyncio.Transport) -> int:
-    """Bytes that the kernel holds for this connection."""
-    if transport.is_closing():
-        return 0
-    waiting = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.FIONREAD, bytes(4))
+def _queued(transport: asyncio.Transport, which: int) -> int:
+    """Bytes that the kernel holds for a connection: that have arrived (FIONREAD), or that the client has not taken
+    (TIOCOUTQ)."""
+    waiting = fcntl.ioctl(transport.get_extra_info("socket").fileno(), which, bytes(4))
     return int.from_bytes(waiting, sys.byteorder)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
+import time
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,8 +16,9 @@ from hypothesis import strategies as st
 from engines.serving.http.connection import require_host
 from engines.serving.http.framing import MalformedHead
 from nxm_export.storage.json_files import as_object, entry_at
-from tools.benchmarks.servers import Running
-from tools.raw_http import Answer, connect, read
+from tests.engines.serving.test_server import eventually
+from tools.benchmarks.servers import Running, nxm_serve
+from tools.raw_http import Answer, connect, read, request, send
 
 
 def answer_to(server: Running, *lines: str) -> Answer:
@@ -81,3 +87,55 @@ def test_a_refusal_says_why_and_asks_nobody_to_try_again(
     assert set(as_object(answer.json())) == {"error"}
     assert says in str(entry_at(answer.json(), "error"))
     assert "retry-after" not in answer.headers
+
+
+DOCUMENT = request("GET", "/openapi.json")
+
+
+def connected_with_little_room(port: int) -> socket.socket:
+    """A client whose kernel takes some kilobytes ahead of it, and no more."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", port))
+    client.settimeout(20)
+    return client
+
+
+def test_who_never_reads_the_answers_is_let_go_and_holds_up_no_stop(engine: Path, tmp_path: Path) -> None:
+    """They held their connections for ever, all of a server's, and the stop for as long as it may take."""
+    options = ("--max-connections", "3", "--read-timeout-ms", "300")
+    with nxm_serve(tmp_path / "log", f"exact={engine}", *options) as server, ExitStack() as stack:
+
+        def hold() -> None:
+            client = stack.enter_context(connected_with_little_room(server.port))
+            client.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                client.sendall(DOCUMENT * 400)
+
+        def served() -> bool:
+            return send(server.port, "POST", "/v2/models/exact/infer", b"{}").status == 400
+
+        for _ in range(3):
+            hold()
+        assert not served()
+        assert eventually(served)
+        hold()
+        began = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - began < 10  # of 30
+
+
+@pytest.mark.slow
+def test_who_reads_slowly_gets_every_byte(engine: Path, tmp_path: Path) -> None:
+    count = 20
+    with nxm_serve(tmp_path / "log", f"exact={engine}", "--read-timeout-ms", "300") as server:
+        whole = len(send(server.port, "GET", "/openapi.json").body)
+        with connected_with_little_room(server.port) as client:
+            client.sendall(DOCUMENT * count)
+            began, read_, body = time.monotonic(), 0, b""
+            while body.count(b"HTTP/1.1 200 OK") < count or read_ < count * whole:
+                part = client.recv(40_000)
+                assert part, f"cut off after {read_} of more than {count * whole} bytes"
+                read_, body = read_ + len(part), body + part
+                time.sleep(0.02)
+            assert time.monotonic() - began > 0.6  # twice what is waited for a client that does not read

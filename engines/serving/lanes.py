@@ -23,7 +23,7 @@ _T = TypeVar("_T")
 
 
 class Lanes:
-    """The two threads. Close them with `close`."""
+    """The two threads. End them with `close`."""
 
     def __init__(self) -> None:
         self.short = ThreadPoolExecutor(1, "short-requests")
@@ -51,9 +51,9 @@ class Lanes:
         return self.long if lane is self.long or values > SHORT_ANSWER else self.short
 
     def close(self) -> None:
-        """End the threads, behind the work that they have."""
-        self.short.shutdown()
-        self.long.shutdown()
+        """End the threads, behind the work that they have begun."""
+        self.short.shutdown(cancel_futures=True)
+        self.long.shutdown(cancel_futures=True)
 
 
 async def _in_thread(lane: ThreadPoolExecutor, work: Callable[[], _T], done: asyncio.Future[None]) -> _T:
@@ -61,10 +61,10 @@ async def _in_thread(lane: ThreadPoolExecutor, work: Callable[[], _T], done: asy
     try:
         await asyncio.wait((future, done), return_when=asyncio.FIRST_COMPLETED)
         if not future.done():
-            future.cancel()  # no work at all, if it has not begun
             done.result()
         return future.result()
     finally:
+        future.cancel()  # no work at all, if nobody waits for it and it has not begun
         del future, work  # an error holds this frame, and would hold itself through it, and the request's body
 
 

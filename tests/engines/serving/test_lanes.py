@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import threading
@@ -94,8 +95,9 @@ def test_a_small_body_that_inflates_to_much_is_long_work() -> None:
     assert seen == [(1000, "short")]
 
 
-def test_work_that_has_not_begun_at_its_deadline_is_never_done() -> None:
-    async def late() -> list[str]:
+@pytest.mark.parametrize("how", ["late", "cancelled", "closed"])
+def test_work_that_nobody_waits_for_is_never_begun(how: str) -> None:
+    async def given_up() -> list[str]:
         lanes, go_on, begun = Lanes(), threading.Event(), list[str]()
         loop = asyncio.get_running_loop()
         try:
@@ -103,17 +105,27 @@ def test_work_that_has_not_begun_at_its_deadline_is_never_done() -> None:
             done: asyncio.Future[None] = loop.create_future()
             second = asyncio.ensure_future(lanes.prepare(lambda _: begun.append("second"), LIMIT, LIMIT, done))
             await asyncio.sleep(0)
-            done.set_exception(RequestRefused(504, "late"))
-            with pytest.raises(RequestRefused, match="late"):
+            if how == "late":
+                done.set_exception(RequestRefused(504, "late"))
+                with pytest.raises(RequestRefused, match="late"):
+                    await second
+            elif how == "cancelled":
+                second.cancel()
+            else:
+                loop.call_later(0.1, go_on.set)
+                await loop.run_in_executor(None, lanes.close)
+            with contextlib.suppress(asyncio.CancelledError, RequestRefused):
                 await second
             go_on.set()
             await first
+            if how != "closed":  # what was behind it has had its turn when this is done
+                await lanes.prepare(thread_of, LIMIT, LIMIT, loop.create_future())
             return begun
         finally:
             go_on.set()
             lanes.close()
 
-    assert on_a_loop(late()) == []
+    assert on_a_loop(given_up()) == []
 
 
 def test_long_work_is_done_without_garbage_collection_and_refusals_keep_what_they_say() -> None:

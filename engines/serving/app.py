@@ -206,6 +206,11 @@ class Service:
             self.metrics.rejected(model, error.reason or _REASONS[status])
             self.metrics.answered(model, status)
             response = _error(status, reason, {"x-request-id": id_, **_headers(error)})
+        except asyncio.CancelledError:  # by the server alone: it stops, and waits no longer
+            status, reason = 503, "the server stops, and has no more time for this request"
+            self.metrics.rejected(model, "stopping")
+            self.metrics.answered(model, status)
+            response = _error(status, reason, {"x-request-id": id_, "retry-after": "1"})
         except _Disconnected:
             status, reason = 499, "the client went away"
             self.metrics.rejected(model, "disconnected")

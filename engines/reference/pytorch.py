@@ -20,6 +20,7 @@ import numpy as np
 
 from engines.base import Closing, require_feeds, require_within
 from nxm_export.contract.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint, read_config
+from nxm_export.contract.encoder_family import BLOCK, FFN, OPERANDS
 from nxm_export.contract.families import family_of
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.plan import CompressionPlan
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     Change = Callable[[Tensor], Tensor]
 
 NAME = "torch_eager"
+_ATTENTION = "nxm_reference"  # the name of our attention function in transformers
+_CHANGES = "nxm_changes"  # where an attention module keeps what its operands are multiplied as
+_PROBABILITIES = "probabilities"
 EMBEDDINGS = "embeddings"  # the boundary in front of the first block
 
 
@@ -101,6 +105,8 @@ class TorchEngine(Closing):
             _perturb(model, family.weights(config), perturbation, self._noise)
         if exact:
             model.double()
+        if family.attention.interface:
+            _write_out_attention(model)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name."""
@@ -137,8 +143,9 @@ class TorchEngine(Closing):
 
         names = iter(self.blocks)  # a block that is shared runs under several of them
 
-        def behind(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return passed(next(names), output)
+        def behind(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> object:
+            name = next(names)
+            return (passed(name, output[0]), *output[1:]) if isinstance(output, tuple) else passed(name, output)
 
         handles = [model.get_submodule(self._runs[0]).register_forward_pre_hook(before, prepend=True)]
         for path in dict.fromkeys(self._runs):
@@ -177,7 +184,13 @@ class TorchEngine(Closing):
                 checkpoint, plan, lambda name: self._fake_quantizer(float(rounded(checkpoint.input_scale(name))))
             )
         if plan.attention == "int8":
-            self._quantize_attention(float(rounded(1.0 / 127.0)))
+            for block in checkpoint.family.blocks(checkpoint.config):
+                scales = {} if checkpoint.family.operands_are_outputs else checkpoint.operand_scales(block)
+                changes = {
+                    operand: self._fake_quantizer(float(rounded(scale)))
+                    for operand, scale in {**scales, _PROBABILITIES: 1.0 / 127.0}.items()
+                }
+                setattr(model.get_submodule(f"{block}.{checkpoint.family.attention.path}"), _CHANGES, changes)
 
     def _opened(self) -> nn.Module:
         if self._model is None:
@@ -190,13 +203,14 @@ class TorchEngine(Closing):
         """Everything that reads a block's or an FFN's quantized input reads the quantized value."""
         model, family = self._opened(), checkpoint.family
         for block in family.blocks(checkpoint.config):
-            readers = [f"{family.linear(block, role)}.weight" for role in ("query", "key", "value")]
-            quantized = [name for name in readers if plan.weights[name].input_bits]
-            if quantized:
-                _before(model.get_submodule(block), quantizer(quantized[0]))
-            wide = f"{family.linear(block, 'ffn_up')}.weight"
-            if plan.weights[wide].input_bits:
-                _behind(model.get_submodule(f"{block}.{family.attention_norm}"), quantizer(wide))
+            first, wide = (
+                [name for name in family.readers(block, tensor) if plan.weights[name].input_bits]
+                for tensor in (BLOCK, FFN)
+            )
+            if first:
+                _before(model.get_submodule(block), quantizer(first[0]))
+            if wide:
+                _behind(model.get_submodule(f"{block}.{family.ffn_norm}"), quantizer(wide[0]))
 
     def _fake_quantizer(self, scale: float) -> Change:
         return lambda x: self._fake_quantize(x, scale)
@@ -213,29 +227,43 @@ class TorchEngine(Closing):
             y[:, 0].scatter_add_(1, channel, torch.full((len(y), 1), scale, dtype=y.dtype))
         return y
 
-    def _quantize_attention(self, scale: float) -> None:
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import eager_mask
 
-        def attention(
-            module: nn.Module,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            attention_mask: Tensor | None,
-            scaling: float | None = None,
-            **_: object,
-        ) -> tuple[Tensor, Tensor]:
-            """Attention with quantized probabilities; the parameters are those that transformers passes."""
-            scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-            if attention_mask is not None:
-                scores = scores + attention_mask
-            probabilities = self._fake_quantize(scores.softmax(-1), scale)
-            return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+def _write_out_attention(model: nn.Module) -> None:
+    """Compute attention in plain products, in the type of its operands; what an attention module keeps as changes makes
+    each operand, and the probabilities, what they are multiplied as.
 
-        AttentionInterface.register("nxm_reference_int8", attention)
-        AttentionMaskInterface.register("nxm_reference_int8", eager_mask)
-        self._opened().set_attn_implementation("nxm_reference_int8")  # type: ignore[operator]  # a method of transformers'
+    Some families compute softmax in float32 whatever the type, and masked with float64's smallest number that is no
+    number.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(_ATTENTION, _attention)
+    AttentionMaskInterface.register(_ATTENTION, eager_mask)
+    model.set_attn_implementation(_ATTENTION)  # type: ignore[operator]  # a method of transformers'
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[Tensor, Tensor]:
+    """Attention in plain products; the parameters are those that transformers passes."""
+    changes: Mapping[str, Change] = getattr(module, _CHANGES, {})
+
+    def changed(operand: str, x: Tensor) -> Tensor:
+        return changes[operand](x) if operand in changes else x
+
+    query, key, value = (changed(operand, x) for operand, x in zip(OPERANDS, (query, key, value), strict=True))
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = changed(_PROBABILITIES, scores.softmax(-1))
+    return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
 
 
 def _before(module: nn.Module, change: Change) -> None:

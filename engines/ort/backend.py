@@ -89,11 +89,12 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     Raises `EngineError`, `EngineUnavailable`, and `ArtifactError` for a file that is no ONNX graph.
     """
     _require_runtime()
-    from nxm_export.graph.external_data import save_in_one_file
+    from nxm_export.graph.external_data import graph_files, save_in_one_file
     from nxm_export.graph.reading.graph_weights import load_graph
 
     onnx = Path(onnx)
     model = load_graph(onnx)
+    source = graph_files(model, onnx)
     rewrites = {
         "unsigned_activations": unsigned_activations(model),
         "integer_products": integer_products(model),
@@ -111,6 +112,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         requires={},  # ONNX files run on any machine and version
         options={"threads": options.threads, **rewrites, "disabled_optimizers": list(SLOW_FUSIONS)},
         graph=model.metadata_props,
+        source=source,
         bindings=Bindings(
             tuple(_binding(value) for value in session.get_inputs()),
             tuple(_binding(value) for value in session.get_outputs()),
@@ -221,6 +223,7 @@ def unsigned_activations(model: ir.Model) -> int:
         if not all(_is_signed_zero(half) for half in (node, *readers)):
             continue
         for half in (node, *readers):
+            half.resize_inputs(3)
             half.replace_input_with(2, zero)
         node.attributes.pop("output_dtype", None)
         codes.dtype = ir.DataType.UINT8
@@ -231,10 +234,12 @@ def unsigned_activations(model: ir.Model) -> int:
 
 
 def _is_signed_zero(node: ir.Node) -> bool:
-    """True when a QuantizeLinear or DequantizeLinear states one zero point, INT8 and 0."""
+    """True when a QuantizeLinear states one zero point, INT8 and 0; a DequantizeLinear may leave it out."""
     import onnx_ir as ir
 
-    zero = ir.convenience.get_const_tensor(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
+    if len(node.inputs) < 3 or node.inputs[2] is None:
+        return node.op_type == "DequantizeLinear"
+    zero = ir.convenience.get_const_tensor(node.inputs[2])
     return zero is not None and zero.dtype == ir.DataType.INT8 and zero.size == 1 and not np.any(zero.numpy())
 
 

@@ -17,7 +17,7 @@ from engines.serving.long_texts import LETTERS_PER_TOKEN, encode_long, is_long
 from engines.serving.protocol import TensorSpec
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.answer_spans import Window, best_answer
+from nxm_export.data.answer_spans import Window, best_answer, takes_more_than_one_window
 from nxm_export.data.examples import Examples, Features, Label, as_read, encode, label_array, pad, tokens_of
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.question_answering import answering, windows
@@ -119,15 +119,9 @@ class TextFrontend:
             raise ServeError(f"the tokenizer failed ({type(error).__name__}: {error})") from error
 
     def _require_one_window(self, tokenizer: Tokenizer, questions: list[str], contexts: list[str]) -> None:
-        """Raise `RequestRefused` (400) for a context that does not fit beside its question. Tokens are counted for
-        that: beside a question that leaves room for one token, a context has a window for every one of its own."""
-        special = tokenizer.num_special_tokens_to_add(True)
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        for row, pair in enumerate(zip(questions, contexts, strict=True)):
-            question, context = map(len, tokenizer.encode_batch_fast(pair, add_special_tokens=False))
-            room = self._max_length - special - question  # where there is none, `windows` says so
-            if 0 < room < context:
+        """Raise `RequestRefused` (400) for a context that does not fit beside its question."""
+        for row, (question, context) in enumerate(zip(questions, contexts, strict=True)):
+            if takes_more_than_one_window(tokenizer, question, context, self._max_length):
                 raise RequestRefused(
                     400,
                     f"row {row} of {PAIR} and its question take more than {self._max_length} tokens; ask about it in "

@@ -7,11 +7,10 @@ before the first client comes, and the shapes of the outputs are known, not gues
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from engines.admission import admitted, require_unchanged
 from engines.base import Engine, LoadOptions, backend
 from engines.passport import EnginePassport, covered_spec, covered_tokenizer
 from engines.serving.batching import BatchQueue, Deliver, Limits, Observer, run_worker
+from engines.serving.memory import return_freed
 from engines.serving.protocol import InferRequest, TensorSpec
 from engines.serving.settings import ModelOptions
 from engines.serving.shapes import Bucket, plan_buckets
@@ -135,7 +135,7 @@ class Model:
             thread.join()
         for engine in self._engines:
             engine.close()
-        _return_freed_memory()
+        return_freed()
 
     def require_serving(self) -> None:
         """Raise `RequestRefused` (503) when the model was withdrawn."""
@@ -216,10 +216,3 @@ def open_model(name: str, version: str, directory: Path, options: ModelOptions) 
         model = Model(name, version, directory, passport, engines, options)
         stack.pop_all()  # from here on `Model.close` frees them
     return model
-
-
-def _return_freed_memory() -> None:
-    """Let the C library hand back what a runtime freed: glibc keeps it, and every reload would leave some more
-    behind."""
-    with suppress(OSError, AttributeError):  # no glibc here
-        ctypes.CDLL(None).malloc_trim(0)

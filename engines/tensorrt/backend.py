@@ -75,7 +75,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     verify_model(model, str(onnx)).require()
     _require_typing(model, trt.__version__, onnx)
     require_read_right(model, parser_of(NAME, trt.__version__), str(onnx))
-    profiles = profiles_for(options.profiles, onnx.parent, graph_inputs(model))
+    profiles = profiles_for(options.profiles, onnx.parent, graph_inputs(model), options.max_batch_tokens)
     facts = _facts(trt, device)
     cache = _cache(options, facts)
     request = BuildRequest(

@@ -117,7 +117,7 @@ def _build_options(
     if options.timing_cache is None and (out / CACHE_FILE).is_file():
         options = replace(options, timing_cache=out / CACHE_FILE)
     if profiles_from is not None:
-        options = replace(options, profiles=_profiles(tokenizer, profiles_from))
+        options = replace(options, profiles=_profiles(tokenizer, profiles_from, options.max_batch_tokens))
     return options
 
 
@@ -165,8 +165,9 @@ def build_fastest(
     return FastestBuild(passport, choice)
 
 
-def _profiles(directory: Path, source: DataProfiles) -> list[Profile]:
-    """Optimization profiles from the token lengths of a data file, by the tokenizer of a directory."""
+def _profiles(directory: Path, source: DataProfiles, batch_tokens: int) -> list[Profile]:
+    """Optimization profiles of at most `batch_tokens` from the token lengths of a data file, by the tokenizer of a
+    directory."""
     from engines.tensorrt.profiles import profiles_from_lengths
     from nxm_export.contract.tasks import task_named
     from nxm_export.data.examples import encode
@@ -178,24 +179,27 @@ def _profiles(directory: Path, source: DataProfiles) -> list[Profile]:
     raw, tokenizer = load_labelled(source.data, "train", source.columns, kind), load_tokenizer(directory)
     if kind.output_kind == "span":  # as many windows as its contexts take
         windows = encode(tokenizer, LABELS[kind.label].apply(raw, {}), limit, ("input_ids",))
-        return profiles_from_lengths([len(window["input_ids"]) for window in windows], limit, count=source.count)
-    cut_at(tokenizer, limit)
-    encodings = tokenizer.encode_batch(read_by_model(raw, kind))
-    return profiles_from_lengths([len(encoding.ids) for encoding in encodings], limit, count=source.count)
+        lengths = [len(window["input_ids"]) for window in windows]
+    else:
+        cut_at(tokenizer, limit)
+        lengths = [len(encoding.ids) for encoding in tokenizer.encode_batch(read_by_model(raw, kind))]
+    return profiles_from_lengths(lengths, limit, count=source.count, batch_tokens=batch_tokens)
 
 
 def _limit_and_task(directory: Path) -> tuple[int, str]:
     """(longest input in tokens, task) of a graph or checkpoint directory."""
     from nxm_export.contract.checkpoint import read_config, task_at
     from nxm_export.contract.families import family_of
-    from nxm_export.contract.io_spec import SPEC_FILE
+    from nxm_export.contract.io_spec import SPEC_FILE, IOSpec
+    from nxm_export.contract.tasks import task_named
 
     if (directory / SPEC_FILE).is_file():
         spec = load_spec(directory)
-        return spec.max_length, spec.task
-    config = read_config(directory)
-    limit = family_of(config, source=str(directory)).max_positions(config)
-    return limit, task_at(directory, config) or TASK
+    else:  # what its graph will take
+        config = read_config(directory)
+        task = task_named(task_at(directory, config) or TASK)
+        spec = IOSpec.of(directory, config, family_of(config, source=str(directory)), task)
+    return spec.max_length, spec.task
 
 
 def compare_engines(

@@ -1,8 +1,8 @@
 """The reference: a compressed checkpoint run by PyTorch, with its scales applied from the files alone.
 
 It shares nothing with the training code. Activation quantizers are hooks with the saved scales, weights are the baked
-ones, and attention is written out here. So a mistake in training, baking or export shows as a difference instead of
-repeating itself.
+ones, and attention is written out (`engines.reference.attention`). So a mistake in training, baking or export shows as
+a difference instead of repeating itself.
 
 Two arithmetics: float32 with `torch.fake_quantize_per_tensor_affine` (which multiplies by 1/scale, so that some values
 fall to another side than under ONNX's division), and, with `exact`, float64 with the division as ONNX writes it. Their
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engines.base import Closing, require_feeds, require_within
+from engines.reference.attention import quantize_probabilities, use_blocked_attention
 from nxm_export.contract.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint, read_config
 from nxm_export.contract.families import family_of
 from nxm_export.contract.io_spec import IOSpec
@@ -92,6 +93,7 @@ class TorchEngine(Closing):
         self._exact, self._shifts = exact, perturbation.one_step_shift
         self._noise = torch.Generator().manual_seed(0)
         model: nn.Module = load_task_model(path, kind)
+        use_blocked_attention(model)
         self._model: nn.Module | None = model
         self._spec = IOSpec.of(path, config, family, kind)
         self.inputs, self.outputs = self._spec.inputs, tuple(self._spec.outputs)
@@ -177,7 +179,7 @@ class TorchEngine(Closing):
                 checkpoint, plan, lambda name: self._fake_quantizer(float(rounded(checkpoint.input_scale(name))))
             )
         if plan.attention == "int8":
-            self._quantize_attention(float(rounded(1.0 / 127.0)))
+            quantize_probabilities(model, self._fake_quantizer(float(rounded(1.0 / 127.0))))
 
     def _opened(self) -> nn.Module:
         if self._model is None:
@@ -212,30 +214,6 @@ class TorchEngine(Closing):
             channel = torch.randint(y.shape[-1], (len(y), 1), generator=self._noise)
             y[:, 0].scatter_add_(1, channel, torch.full((len(y), 1), scale, dtype=y.dtype))
         return y
-
-    def _quantize_attention(self, scale: float) -> None:
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import eager_mask
-
-        def attention(
-            module: nn.Module,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            attention_mask: Tensor | None,
-            scaling: float | None = None,
-            **_: object,
-        ) -> tuple[Tensor, Tensor]:
-            """Attention with quantized probabilities; the parameters are those that transformers passes."""
-            scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-            if attention_mask is not None:
-                scores = scores + attention_mask
-            probabilities = self._fake_quantize(scores.softmax(-1), scale)
-            return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
-
-        AttentionInterface.register("nxm_reference_int8", attention)
-        AttentionMaskInterface.register("nxm_reference_int8", eager_mask)
-        self._opened().set_attn_implementation("nxm_reference_int8")  # type: ignore[operator]  # a method of transformers'
 
 
 def _before(module: nn.Module, change: Change) -> None:

@@ -50,6 +50,7 @@ class BackendCapabilities:
     """What a backend's engines run on, and which optional powers it has.
 
     `threads`: building and loading take a number of CPU threads. `runs_onnx`: the engine file is an ONNX graph.
+    `holds_scores`: a run holds attention's scores, which grow with the square of the length.
     `optimization_profiles`: engines are built for ranges of shapes. `sparse_kernels`: 2:4 weights can run on sparse
     kernels, and an engine directory has the facts of a sparsity report. `layer_times`: a loaded engine is a
     `LayerTimedEngine`.
@@ -58,6 +59,7 @@ class BackendCapabilities:
     device: Literal["cpu", "gpu"]
     threads: bool = False
     runs_onnx: bool = False
+    holds_scores: bool = False
     optimization_profiles: bool = False
     sparse_kernels: bool = False
     layer_times: bool = False

@@ -20,6 +20,7 @@ import numpy as np
 
 from engines.admission import admitted, require_unchanged
 from engines.base import Engine, LoadOptions, backend
+from engines.memory import require_room
 from engines.passport import EnginePassport, covered_spec, covered_tokenizer
 from engines.serving.batching import BatchQueue, Deliver, Limits, Observer, run_worker
 from engines.serving.protocol import InferRequest, TensorSpec
@@ -106,6 +107,14 @@ class Model:
                 f"{directory}: spec.json has the inputs {', '.join(self.spec.inputs)}, and the engine takes "
                 f"{', '.join(engines[0].inputs)}; build it again"
             )
+        longest = self.buckets.longest
+        require_room(
+            directory,
+            [(longest.most, longest.length)],
+            "serving batches of",
+            copies=len(engines),
+            way_out="lower --max-batch-tokens or --instances, or export with a lower --max-length",
+        )
         shapes = self._warm_up()
         require_labelled(directory, self.spec, shapes[next(iter(self.spec.outputs))])
         inputs = tuple(TensorSpec(name, "INT64", (-1, -1)) for name in engines[0].inputs)

@@ -79,11 +79,13 @@ def build_engine(
     """Build the engine directory `out` from an ONNX file or a graph directory by the backend `name`; its passport is
     returned."""
     from engines.base import backend
+    from engines.memory import tell_memory
     from engines.sparsity.build_evidence import LOG_FILE
 
     source, out = onnx_file(source), Path(out)
     require_apart(out, source)
     options = _build_options(options, out, source.parent, profiles_from)
+    tell_memory(source, name, options)
     with atomic_dir(out, kept_log=LOG_FILE) as scratch:
         return backend(name).build(source, scratch, options)
 
@@ -304,6 +306,7 @@ def bench_engines(
     """
     from engines.base import LoadOptions, backend
     from engines.benchmark.latency import bench, fitted_shapes
+    from engines.memory import require_room
     from engines.passport import load_passport
     from nxm_export.pipeline.sparsity_twins import is_twins, twin_directories
 
@@ -328,6 +331,9 @@ def bench_engines(
         if not loaded:
             raise EngineUnavailable(f"nothing could be timed here: {'; '.join(dict.fromkeys(unmeasured.values()))}")
         shapes = shapes or fitted_shapes(loaded.values(), BENCH_SHAPES)
+        for path, name in zip(paths, _names(paths), strict=True):
+            if name in loaded:
+                require_room(path, shapes, "timing it at", way_out="give a --shape of fewer rows or shorter texts")
         report = bench(loaded, shapes, rounds=rounds, vocabulary=_vocabulary(paths))
     absent = tuple(f"{name}: {why}" for name, why in unmeasured.items())
     return replace(report, verdict=_verdict(report, twins, passports), unmeasured=absent)
@@ -370,6 +376,7 @@ def bench_text(
     """
     from engines.base import LoadOptions, backend, cpu_backends
     from engines.benchmark import text_throughput
+    from engines.memory import require_room
     from engines.passport import load_passport
 
     paths = [Path(path) for path in engines]
@@ -381,8 +388,12 @@ def bench_text(
             )
         if any("sequence" in axes for axes in load_spec(path).outputs.values()):
             raise EngineError(f"{path}: it has an answer for every token; text is timed for one answer a sentence")
-    _shared_features(paths, data, columns)
+    features, _ = _shared_features(paths, data, columns)
     limit = min(load_spec(path).max_length for path in paths)
+    longest = max([min(text_throughput.FIXED, limit), *(len(sample["input_ids"]) for sample in features)])
+    for path in paths:  # batches in the order of the file hold as many long texts as there are
+        shape = (min(batch or TEXT_BATCH, max(1, len(features))), longest)
+        require_room(path, [shape], "timing it at", way_out="lower --batch, or time it over shorter texts")
     with ExitStack() as stack:
         loaded = {
             name: stack.enter_context(backend(load_passport(path).backend).load(path, LoadOptions(threads)))

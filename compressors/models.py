@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from nxm_export.contract.checkpoint import has_head, read_config, require_safetensors
-from nxm_export.contract.families import GELUS, Family, family_of
+from nxm_export.contract.encoder_family import GELUS, Family
+from nxm_export.contract.families import family_of
 from nxm_export.contract.pooling import read_pooling
 from nxm_export.contract.tasks import Task, labels_of
 from nxm_export.contract.token_budget import DEFAULT_MAX_LENGTH
@@ -180,7 +181,8 @@ def load_model(
     `gelu` (erf or tanh) replaces the model's own GELU, and ``config.json`` says so when the model is saved.
     """
     # On CPU the backward pass of fused attention is slower than plain matrix products at the lengths of sentences.
-    attention = "sdpa" if torch.cuda.is_available() else "eager"
+    fused = torch.cuda.is_available() and source.family.attention.interface
+    attention = "sdpa" if fused else "eager"
     changes: dict[str, object] = {}
     if gelu is not None:
         if gelu not in GELUS or source.family.gelu(source.config) is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nxm_export.contract.families import GELUS
+from nxm_export.contract.encoder_family import GELUS
 from nxm_export.contract.options import OPTION, Option, options_of
 from nxm_export.contract.token_budget import DEFAULT_MAX_LENGTH
 from nxm_export.errors import DataError, PlanError

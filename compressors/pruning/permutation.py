@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from compressors.projections import magnitude_scores
 from compressors.quantization.fake_quant import QuantLinear
-from nxm_export.contract.families import Family, size_of
+from nxm_export.contract.config_values import size_of
+from nxm_export.contract.encoder_family import BLOCK, CONTEXT, FFN, RESIDUAL, WIDE, Family
 from nxm_export.contract.plan import CompressionPlan, NMPattern
 from nxm_export.errors import PlanError
 
 ROUNDS = 40  # at most; each takes the best swaps that touch no group twice
 _LEAST_GAIN = 1e-4  # of what is kept: a round that gains less is the last
-_RESIDUAL_INPUTS, _RESIDUAL_OUTPUTS = ("query", "key", "value", "ffn_up"), ("attention_output", "ffn_down")
+_ROUNDING = 1e-3  # of the largest output: sums in another order in float32 differ by far less, another function by more
 _RESIDUAL_ROWS = (
     16_384  # of all readers' rows, evenly spaced, are enough to choose an order by; a large model has 200 000
 )
@@ -51,20 +52,35 @@ def permute_channels(
     """
     shares: RetainedShares = {}
     for block in family.blocks(config):
-        for reader_role, writer_role in (("ffn_down", "ffn_up"), ("attention_output", "value")):
-            name = f"{family.linear(block, reader_role)}.weight"
-            spec = plan.weights[name]
-            reader, writer = (_linear(model, family.linear(block, role)) for role in (reader_role, writer_role))
-            size = reader.in_features if reader_role == "ffn_down" else reader.in_features // family.heads(config)
-            if name in shares or spec.pattern is None or size % spec.pattern.m:
+        for tensor in (WIDE, CONTEXT):
+            [name] = family.readers(block, tensor)
+            pattern, reader = plan.weights[name].pattern, _linear(model, name)
+            size = reader.in_features if tensor == WIDE else reader.in_features // family.heads(config)
+            if pattern is None or size % pattern.m:
                 continue
             scores = _scores(reader)
             parts = torch.split(scores, size, dim=1)
-            order = torch.cat([channel_order(part, spec.pattern, rounds) + i * size for i, part in enumerate(parts)])
-            shares[name] = _shares(scores, order, spec.pattern)
+            order = torch.cat([channel_order(part, pattern, rounds) + i * size for i, part in enumerate(parts)])
+            shares[name] = _shares(scores, order, pattern)
             _move_inputs(reader, order)
-            _move_outputs(writer, order)
+            for writer in _writers(model, family, block, tensor):
+                _move_outputs(writer, _within_rows(order, writer.out_features, repeats=tensor == WIDE))
     return shares
+
+
+def _writers(model: nn.Module, family: Family, block: str, tensor: str) -> list[nn.Linear]:
+    """The layers whose results become the channels of a tensor inside a block, one by one."""
+    if tensor == WIDE:  # what the FFN's first matrices write, a gate among them
+        return [_linear(model, name) for name in family.readers(block, FFN)]
+    return [_linear(model, family.weight(block, linear)) for linear in family.linears if linear.role == family.values]
+
+
+def _within_rows(order: Tensor, rows: int, *, repeats: bool) -> Tensor:
+    """The order of all `rows` of a matrix of which each part (of a fused FFN), or only the last (the values of a fused
+    attention), has the order given."""
+    parts = rows // len(order)
+    start = torch.arange(len(order), device=order.device)
+    return torch.cat([(order if repeats or part == parts - 1 else start) + part * len(order) for part in range(parts)])
 
 
 @torch.no_grad()
@@ -77,16 +93,12 @@ def residual_order(
     It is chosen for the pattern that most of its readers have; without any, nothing is to be kept.
     """
     hidden = size_of(config, family.hidden_key)
-    readers = [f"{family.linear(block, role)}.weight" for block in family.blocks(config) for role in _RESIDUAL_INPUTS]
+    readers = [name for block in family.blocks(config) for name in _residual_readers(family, block)]
     patterns = Counter(pattern for name in readers if (pattern := plan.weights[name].pattern) is not None)
     if not patterns:
         return torch.arange(hidden), {}
     pattern = patterns.most_common(1)[0][0]
-    scores = {
-        name: _scores(_linear(model, name.removesuffix(".weight")))
-        for name in readers
-        if plan.weights[name].pattern == pattern
-    }
+    scores = {name: _scores(_linear(model, name)) for name in readers if plan.weights[name].pattern == pattern}
     rows = torch.cat(list(scores.values()))
     order = channel_order(rows[:: -(-len(rows) // _RESIDUAL_ROWS)], pattern, rounds)
     return order, {name: _shares(score, order, pattern) for name, score in scores.items()}
@@ -102,17 +114,18 @@ def permute_residual(model: nn.Module, order: Tensor, family: Family, config: Ma
     hidden = size_of(config, family.hidden_key)
     blocks = family.blocks(config)
     for block in blocks:
-        for role in _RESIDUAL_INPUTS:
-            _move_inputs(_linear(model, family.linear(block, role)), order)
-        for role in _RESIDUAL_OUTPUTS:
-            _move_outputs(_linear(model, family.linear(block, role)), order)
+        for name in _residual_readers(family, block):
+            _move_inputs(_linear(model, name), order)
+        for linear in family.linears:
+            if linear.writes == RESIDUAL:
+                _move_outputs(_linear(model, family.weight(block, linear)), order)
     if int(getattr(getattr(model, "config", None), "num_labels", 0)) == hidden:
         raise PlanError(f"a head with as many outputs as the hidden size, {hidden}, cannot be permuted")
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{block}.") for block in blocks)
         if isinstance(module, nn.LayerNorm) and module.normalized_shape == (hidden,):
-            module.weight.copy_(module.weight[order])
-            module.bias.copy_(module.bias[order])
+            for parameter in module.parameters():  # some norms have no bias
+                parameter.copy_(parameter[order])
         elif isinstance(module, nn.Embedding) and module.embedding_dim == hidden and not inside:
             module.weight.copy_(module.weight[:, order])
         elif isinstance(module, nn.Linear) and not inside:
@@ -120,6 +133,20 @@ def permute_residual(model: nn.Module, order: Tensor, family: Family, config: Ma
                 _move_inputs(module, order)
             if module.out_features == hidden:
                 _move_outputs(module, order)
+
+
+def require_unchanged(before: Tensor, after: Tensor, family: Family) -> None:
+    """Raise `PlanError` where a model's outputs on the same input are others after permuting than `before`."""
+    moved, largest = float((after - before).abs().max()), float(before.abs().max())
+    if not moved <= _ROUNDING * largest:
+        raise PlanError(
+            f"--permute changes what this {family.model_type} model computes (its outputs of up to {largest:.3g} move "
+            f"by {moved:.3g}): something else of it reads the same channels. Train without --permute"
+        )
+
+
+def _residual_readers(family: Family, block: str) -> list[str]:
+    return family.readers(block, BLOCK) + family.readers(block, FFN)
 
 
 def _scores(layer: nn.Linear) -> Tensor:
@@ -208,7 +235,7 @@ def _disjoint_swaps(gains: Tensor, order: Tensor, m: int) -> list[tuple[float, i
     return chosen
 
 
-def _linear(model: nn.Module, path: str) -> nn.Linear:
-    module = model.get_submodule(path)
+def _linear(model: nn.Module, weight: str) -> nn.Linear:
+    module = model.get_submodule(weight.removesuffix(".weight"))
     assert isinstance(module, nn.Linear)
     return module

@@ -16,17 +16,20 @@ from compressors.quantization.autograd import ACTIVATION_QMAX, ACTIVATION_QMIN, 
 from compressors.quantization.embedding import QuantEmbedding, quant_embeddings
 from compressors.quantization.fake_quant import ActivationQuantizer, QuantLinear, activation_quantizers, quant_linears
 from compressors.quantization.observers import HistogramObserver
-from nxm_export.contract.families import Family
+from nxm_export.contract.encoder_family import BLOCK, FFN, OPERANDS, Family
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.errors import ArtifactError
 
 SOFTMAX_SCALE = 1.0 / 127.0  # probabilities lie in [0, 1], so the scale needs no calibration
+_INT8_ATTENTION = "nxm_int8"  # the name of our attention function in transformers
+_OPERANDS = "nxm_operands"  # where an attention module keeps its `OperandQuantizers`
 
 
 def prepare(model: nn.Module, plan: CompressionPlan, family: Family, config: Mapping[str, object]) -> None:
     """Put the plan's quantizers into `model`, in place; `bake` takes them out again.
 
-    Query, key and value read one tensor, so those of them that are quantized share one input quantizer.
+    Layers that read one tensor, as query, key and value do, share one input quantizer. Raises `PlanError` for a plan
+    that the family has no place for.
     """
     plan.require_fits(family.model_type, family.weights(config))
     family.require_placement(plan)
@@ -39,42 +42,37 @@ def prepare(model: nn.Module, plan: CompressionPlan, family: Family, config: Map
         _replace(model, path, layer)
         layers[name] = layer
     for block in family.blocks(config):
-        first = _quantize_inputs(layers, block, family)
+        owners = _quantize_inputs(layers, block, family)
         if plan.residual == "int8":
-            _quantize_residuals(model, block, family, first, layers.get(f"{family.linear(block, 'ffn_up')}.weight"))
+            _quantize_residuals(model, block, family, owners)
     if plan.embedding == "int8":
         path = family.word_embedding.removesuffix(".weight")
         _replace(model, path, QuantEmbedding(model.get_submodule(path), family.word_embedding))  # type: ignore[arg-type]
+    if plan.attention == "int8":
+        use_int8_attention(model, family, config)
     device = next(model.parameters()).device
     model.to(device)
-    if plan.attention == "int8":
-        use_int8_attention(model)
 
 
-def _quantize_inputs(layers: Mapping[str, QuantLinear], block: str, family: Family) -> QuantLinear | None:
-    """Give the layers of a block their input quantizers; returns the one whose quantizer query, key and value share."""
-    first: QuantLinear | None = None
-    for role in ("query", "key", "value"):
-        layer = layers.get(f"{family.linear(block, role)}.weight")
-        if layer is None or not layer.spec.input_bits:
-            continue
-        if first is None:
-            first, layer.input_quantizer = layer, ActivationQuantizer()
-        else:
-            assert first.input_quantizer is not None
-            layer.share_input(first.input_quantizer)
-    for role in ("attention_output", "ffn_up", "ffn_down"):
-        layer = layers.get(f"{family.linear(block, role)}.weight")
-        if layer is not None and layer.spec.input_bits:
-            layer.input_quantizer = ActivationQuantizer()
-    return first
+def _quantize_inputs(layers: Mapping[str, QuantLinear], block: str, family: Family) -> dict[str, QuantLinear]:
+    """Give the layers of a block their input quantizers; returns the layer that owns each tensor's, by tensor."""
+    owners: dict[str, QuantLinear] = {}
+    for tensor in family.tensors():
+        readers = [layers[name] for name in family.readers(block, tensor) if name in layers]
+        for layer in (layer for layer in readers if layer.spec.input_bits):
+            owner = owners.setdefault(tensor, layer)
+            if owner is layer:
+                layer.input_quantizer = ActivationQuantizer()
+            else:
+                assert owner.input_quantizer is not None
+                layer.share_input(owner.input_quantizer)
+    return owners
 
 
-def _quantize_residuals(
-    model: nn.Module, block: str, family: Family, attention: QuantLinear | None, ffn: QuantLinear | None
-) -> None:
+def _quantize_residuals(model: nn.Module, block: str, family: Family, owners: Mapping[str, QuantLinear]) -> None:
     """Quantize what a block and its FFN read for all readers; quantizing again inside the layers then changes
     nothing."""
+    attention, ffn = owners.get(BLOCK), owners.get(FFN)
 
     def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         assert attention is not None
@@ -88,8 +86,8 @@ def _quantize_residuals(
 
     if attention is not None:
         attention.residual_hooks.append(model.get_submodule(block).register_forward_pre_hook(before))
-    if ffn is not None and ffn.input_quantizer is not None:
-        norm = model.get_submodule(f"{block}.{family.attention_norm}")
+    if ffn is not None:
+        norm = model.get_submodule(f"{block}.{family.ffn_norm}")
         ffn.residual_hooks.append(norm.register_forward_hook(behind))
 
 
@@ -128,6 +126,7 @@ def bake(model: nn.Module, plan: CompressionPlan) -> dict[str, np.ndarray]:
         if layer.bias is not None:
             plain.bias = layer.bias
         _replace(model, path, plain)
+    scales |= _take_operands(model)
     for table in quant_embeddings(model):
         baked, scale = table.baked()
         scales[f"{table.name}_scale"] = scale.cpu().numpy()
@@ -159,6 +158,13 @@ def calibrate(
 
 
 @contextmanager
+def in_float(model: nn.Module) -> Iterator[None]:
+    """Inside the block, a prepared model computes without its quantizers."""
+    with _observing(activation_quantizers(model)):
+        yield
+
+
+@contextmanager
 def _observing(quantizers: list[ActivationQuantizer]) -> Iterator[None]:
     for quantizer in quantizers:
         quantizer.observer = HistogramObserver()
@@ -187,14 +193,44 @@ class _HasAttention(Protocol):
     def set_attn_implementation(self, name: str) -> None: ...
 
 
-def use_int8_attention(model: nn.Module) -> None:
-    """Route attention through quantized probabilities; query, key and value are quantized at their layers' outputs."""
+class OperandQuantizers(nn.ModuleDict):
+    """The quantizers of what attention multiplies where no linear layer writes it as it is: query, key and value,
+    behind a rotation or the split of a fused matrix."""
+
+    def __init__(self) -> None:
+        super().__init__({operand: ActivationQuantizer() for operand in OPERANDS})
+
+    def quantized(self, operand: str, x: Tensor) -> Tensor:
+        """`x` (batch, heads, sequence, head) on the operand's grid."""
+        tokens = x.transpose(1, 2)  # quantizers count tokens by (batch, sequence)
+        return cast(Tensor, self[operand](tokens)).transpose(1, 2)
+
+
+def use_int8_attention(model: nn.Module, family: Family, config: Mapping[str, object]) -> None:
+    """Route attention through quantized probabilities. Query, key and value are quantized at their layers' outputs, or
+    by `OperandQuantizers` where those are not what is multiplied."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
-    AttentionInterface.register("nxm_int8", _int8_attention)
-    AttentionMaskInterface.register("nxm_int8", eager_mask)
-    cast(_HasAttention, model).set_attn_implementation("nxm_int8")
+    AttentionInterface.register(_INT8_ATTENTION, _int8_attention)
+    AttentionMaskInterface.register(_INT8_ATTENTION, eager_mask)
+    cast(_HasAttention, model).set_attn_implementation(_INT8_ATTENTION)
+    if not family.operands_are_outputs:
+        for block in family.blocks(config):
+            setattr(model.get_submodule(f"{block}.{family.attention.path}"), _OPERANDS, OperandQuantizers())
+
+
+def _take_operands(model: nn.Module) -> dict[str, np.ndarray]:
+    """Take the operands' quantizers out of a model, in place; returns their scales as saved on disk."""
+    scales: dict[str, np.ndarray] = {}
+    for path, attention in list(model.named_modules()):
+        quantizers = getattr(attention, _OPERANDS, None)
+        if isinstance(quantizers, OperandQuantizers):
+            for operand in OPERANDS:
+                quantizer = cast(ActivationQuantizer, quantizers[operand])
+                scales[f"{path}.{operand}_scale"] = quantizer.scale.cpu().numpy().reshape(())
+            delattr(attention, _OPERANDS)
+    return scales
 
 
 def _int8_attention(
@@ -208,6 +244,11 @@ def _int8_attention(
     **_: object,
 ) -> tuple[Tensor, Tensor]:
     """Attention with INT8 probabilities; the signature is that of transformers' attention functions."""
+    quantizers = getattr(module, _OPERANDS, None)
+    if isinstance(quantizers, OperandQuantizers):
+        query, key, value = (
+            quantizers.quantized(operand, x) for operand, x in zip(OPERANDS, (query, key, value), strict=True)
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:

@@ -33,7 +33,7 @@ from compressors.training.phases import Job, freeze_embeddings
 from compressors.training.resume import claimed, request_hash, take_ownership
 from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
 from compressors.training.trainer import collate, require_counted_alike, schedule, steps_of, wants_bf16
-from nxm_export.contract.families import size_of
+from nxm_export.contract.config_values import size_of
 from nxm_export.contract.records.checkpoint_metrics import finite
 from nxm_export.contract.records.search_result import (
     SEARCH_FILE,
@@ -86,7 +86,7 @@ def search(
     data = read_task_data(source, TaskDataRequest(kind, train, columns=columns), load_tokenizer(source), training)
     full_steps = training.steps or steps_of(data.train, training.epochs, training.batch_size)
     blocks = len(source.family.blocks(source.config))
-    settings = settings.sized(blocks, len(data.train), full_steps * training.batch_size)
+    settings = settings.sized(blocks, len(source.family.linears), len(data.train), full_steps * training.batch_size)
     held_out, rest = _cut(data.train, settings)
     data = replace(data, train=rest, dev=held_out)
     dense = load_model(source, kind).to(distributed.device())

@@ -29,6 +29,7 @@ from compressors.search.knapsack import Latency, choose
 from compressors.search.sensitivity import Batches, OneShot, Sensitivity, SensitivityProbe, measure
 from compressors.search.settings import MIXES, SearchSettings
 from compressors.training.output_divergence import divergence
+from nxm_export.contract.encoder_family import OPERAND
 from nxm_export.contract.plan import COUNTINGS, INT8_ATTENTION, REFERENCE_BITS, CompressionPlan, WeightSpec
 from nxm_export.contract.records.checkpoint_metrics import finite
 from nxm_export.contract.records.search_result import PlanScore
@@ -291,7 +292,7 @@ class Selector:
         for i, name in enumerate(self.names):
             role = self.family.role(name)
             by_role.setdefault(role, []).append(i)
-            by_layer.setdefault(name.removesuffix(f"{self.family.linears[role]}.weight"), []).append(i)
+            by_layer.setdefault(self.family.block_of(name), []).append(i)
         return {
             "free": [[i] for i in range(len(self.names))],
             "by role": list(by_role.values()),
@@ -405,8 +406,8 @@ class Selector:
         if option.pattern and self.shapes[name][1] % option.pattern.m:
             return None
         placed = self.family.placed(name, option, self.settings.placement)
-        inside_attention = self.family.role(name) in ("query", "key", "value")
-        if self.settings.placement in INT8_ATTENTION and inside_attention and not placed.output_bits:
+        operand = self.family.linear(name).writes == OPERAND
+        if self.settings.placement in INT8_ATTENTION and operand and not placed.output_bits:
             return None  # INT8 attention needs all three of them quantized
         return placed
 

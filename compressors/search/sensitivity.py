@@ -30,7 +30,7 @@ from compressors.pruning.sparsegpt import prune
 from compressors.quantization.autograd import ACTIVATION_QMAX, ACTIVATION_QMIN
 from compressors.quantization.observers import HistogramObserver
 from compressors.training.output_divergence import divergence, real_logits
-from nxm_export.contract.families import Family
+from nxm_export.contract.encoder_family import Family
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.hf.protocols import TaskOutput
@@ -79,8 +79,7 @@ class SensitivityProbe:
         runs = family.runs(config)
         # A model that runs a block more than once (shared layers) has no prefix that its weights leave alone.
         self.repeats = len(self.blocks) != len(runs)
-        block_of = {weight: next(b for b in self.blocks if weight.startswith(f"{b}.")) for weight in self.weights}
-        self.uses = {weight: runs.count(block) for weight, block in block_of.items()}
+        self.uses = {weight: runs.count(family.block_of(weight)) for weight in self.weights}
 
     def layer(self, weight: str) -> nn.Linear:
         """The linear layer of a weight."""
@@ -160,6 +159,11 @@ class SensitivityProbe:
             handle.remove()
         return hidden[0], outputs
 
+    def _pass_on(self, hidden: Tensor, *_: object, **__: object) -> Tensor | tuple[Tensor | None, ...]:
+        """What a block returns that changes nothing."""
+        count = self.family.block_returns
+        return hidden if count is None else (hidden, *[None] * (count - 1))
+
     @contextmanager
     def _starting_at(self, start: int, hidden: Tensor | None) -> Iterator[None]:
         """Skip the blocks before `start`: they pass on what they get, and block `start` reads `hidden` instead."""
@@ -170,7 +174,7 @@ class SensitivityProbe:
             for path in self.blocks[:start]:
                 block = self.model.get_submodule(path)
                 stack.callback(block.__dict__.pop, "forward")
-                block.forward = _pass_on
+                block.forward = self._pass_on
             first = self.model.get_submodule(self.blocks[start])
             stack.callback(first.register_forward_pre_hook(lambda _, args: (hidden, *args[1:])).remove)
             yield
@@ -230,12 +234,10 @@ class _Sums:
         self.leader = {weight: self._leader(weight) for weight in probe.weights}
 
     def _leader(self, weight: str) -> str:
-        """Key and value read what query reads: its statistics serve them."""
+        """The first of the layers that read what this one reads, as key and value read what query does: its statistics
+        serve them all."""
         family = self.probe.family
-        role = family.role(weight)
-        if role in ("key", "value"):
-            return weight.replace(family.linears[role], family.linears["query"])
-        return weight
+        return family.readers(family.block_of(weight), family.linear(weight).reads)[0]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -382,7 +384,3 @@ def read_sensitivities(file: Path) -> list[Sensitivity]:
 
 def _quantized(x: Tensor, scale: float) -> Tensor:
     return torch.round(x / scale).clamp_(ACTIVATION_QMIN, ACTIVATION_QMAX) * scale
-
-
-def _pass_on(hidden: Tensor, *_: object, **__: object) -> Tensor:
-    return hidden

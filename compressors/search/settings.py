@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nxm_export.contract.choices import PLACEMENT, STORAGE, STORAGES
-from nxm_export.contract.families import ROLES
 from nxm_export.contract.options import OPTION, Option, options_of
 from nxm_export.contract.plan import COUNTINGS, PLACEMENTS
 from nxm_export.errors import ArtifactError, DataError, PlanError
@@ -106,22 +105,23 @@ class SearchSettings:
         if self.pareto and self.method == "paper":
             raise PlanError("the paper's search has no table to take further compressions from; drop --pareto")
 
-    def passes(self, blocks: int) -> float:
-        """Forward passes per calibration and held-out sample that the search takes, for a model of that many blocks."""
+    def passes(self, blocks: int, matrices: int) -> float:
+        """Forward passes per calibration and held-out sample that the search takes, for a model of that many blocks
+        with that many matrices each."""
         quantized = sum(option.strip().lower() != "dense" for option in self.candidate_specs)
-        table = len(ROLES) * quantized * (blocks + 1) / 2 + blocks  # an entry of block b runs the blocks from b on
+        table = matrices * quantized * (blocks + 1) / 2 + blocks  # an entry of block b runs the blocks from b on
         joint = MIXES + 2 * 3 + self.swaps
         return table + joint * (1 + len(self.pareto) / 2)
 
-    def sized(self, blocks: int, available: int, trained: int) -> SearchSettings:
-        """These settings with both numbers of samples, for `available` samples and a run that trains on `trained` in
-        all.
+    def sized(self, blocks: int, matrices: int, available: int, trained: int) -> SearchSettings:
+        """These settings with both numbers of samples, for a model of `blocks` with that many `matrices` each,
+        `available` samples and a run that trains on `trained` in all.
 
         The paper's enumeration costs what it costs, and gets as many samples as allowed.
         """
         count = MAX_SAMPLES
         if self.method == "nxm":
-            count = min(count, int(COST_SHARE * trained * _TRAINING_PASSES / self.passes(blocks)))
+            count = min(count, int(COST_SHARE * trained * _TRAINING_PASSES / self.passes(blocks, matrices)))
         count = max(2 * MIN_SAMPLES, count)
         count = min(count, max(MIN_SAMPLES, available // 4))
         return replace(self, samples=self.samples or count, held_out=self.held_out or count)

@@ -27,7 +27,7 @@ from compressors.training.resume import claimed, request_hash, take_ownership
 from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
 from compressors.training.trainer import Phase, PhaseData, predict, require_counted_alike, run_phase, steps_of
 from nxm_export.contract.checkpoint import open_checkpoint, save_plan
-from nxm_export.contract.families import size_of
+from nxm_export.contract.config_values import size_of
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.pooling import read_pooling, write_pooling
 from nxm_export.contract.records.checkpoint_metrics import (
@@ -44,7 +44,7 @@ from nxm_export.data.examples import Columns, group_array, label_array
 from nxm_export.data.metrics import interval, metric_named, paired_interval
 from nxm_export.errors import DataError
 from nxm_export.hf.model_loading import quiet_transformers
-from nxm_export.hf.protocols import FastTokenizer, Saved
+from nxm_export.hf.protocols import FastTokenizer, SavedModel
 from nxm_export.progress import Progress, silent
 from nxm_export.storage.atomic import require_apart
 from nxm_export.storage.json_files import encode
@@ -261,7 +261,7 @@ def _save(
     if result.outputs is not None:
         _save_outputs(result.outputs, logits, data)
     with quiet_transformers():
-        cast(Saved, model).save_pretrained(scratch)
+        cast(SavedModel, model).save_pretrained(scratch, save_original_format=False)  # by the names of a plan
         tokenizer.save_pretrained(scratch)
     pooling = getattr(model, "pooling", None)
     if pooling is not None:

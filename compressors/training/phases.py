@@ -22,15 +22,16 @@ from transformers import TrainerCallback, set_seed
 from compressors.models import ModelSource, load_model
 from compressors.pruning.admm import Admm
 from compressors.pruning.layerwise import admm_mask, second_order_mask, solve_layers
-from compressors.pruning.permutation import permute_channels, permute_residual, residual_order
+from compressors.pruning.permutation import permute_channels, permute_residual, require_unchanged, residual_order
 from compressors.pruning.sparsegpt import input_hessians, prune_layers
 from compressors.quantization.fake_quant import QuantLinear, quant_linears
-from compressors.quantization.prepare_bake import calibrate, prepare, require_invariants
+from compressors.quantization.prepare_bake import calibrate, in_float, prepare, require_invariants
 from compressors.settings import SECOND_ORDER, Settings
 from compressors.training.admm_schedule import WATCHED_SAMPLES, AdmmCallback, PaperSchedule, Ramp, Schedule
 from compressors.training.augmentation import require_augmentable
 from compressors.training.callbacks import JsonLog
 from compressors.training.default_recipe import training_of
+from compressors.training.output_divergence import real_logits
 from compressors.training.output_sensitivity import output_costs
 from compressors.training.task_data import TaskData
 from compressors.training.trainer import (
@@ -42,12 +43,13 @@ from compressors.training.trainer import (
     steps_of,
     wants_bf16,
 )
-from nxm_export.contract.families import size_of
+from nxm_export.contract.config_values import size_of
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.quantizer_placement import residual_output_weights
 from nxm_export.contract.records.checkpoint_metrics import PermutationFacts, TrainingFacts
 from nxm_export.contract.records.train_log import TRAIN_LOG_FILE
 from nxm_export.data.examples import sorted_batches, split_indices
+from nxm_export.hf.protocols import TaskOutput
 from nxm_export.progress import Progress
 
 Layers = Mapping[str, QuantLinear]
@@ -250,6 +252,7 @@ class Job:
         An embedding's own channels stay: its vectors are stored, and compared with those of the dense model.
         """
         family, config = self.source.family, self.source.config
+        before = self._float_outputs(student)
         shares = permute_channels(student, self.plan, family, config)
         if self.data.task.output_kind != "vector":
             order, residual_shares = residual_order(student, self.plan, family, config)
@@ -257,10 +260,21 @@ class Job:
                 if model is not None and residual_shares:
                     permute_residual(model, order, family, config)
             shares = shares | residual_shares
+        require_unchanged(before, self._float_outputs(student), family)
         if not shares:
             return None
-        before, after = (sum(column) / len(shares) for column in zip(*shares.values(), strict=True))
-        return PermutationFacts(len(shares), before, after)
+        earlier, now = (sum(column) / len(shares) for column in zip(*shares.values(), strict=True))
+        return PermutationFacts(len(shares), earlier, now)
+
+    @torch.no_grad()
+    def _float_outputs(self, student: nn.Module) -> Tensor:
+        """What a student answers to the first calibration batch without its quantizers."""
+        batch = self.calibration_batches()[0]
+        inputs = {key: value.to(next(student.parameters()).device) for key, value in batch.items() if key != "labels"}
+        student.eval()
+        with in_float(student):
+            output: TaskOutput = student(**inputs)
+        return real_logits(output.logits, inputs["attention_mask"], self.data.task.output_kind)
 
     def _freeze(self, student: nn.Module) -> None:
         if self.settings.recipe == "paper":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from compressors.models import ModelSource, max_length
 from compressors.settings import Settings
-from nxm_export.contract.families import size_of
+from nxm_export.contract.config_values import size_of
 from nxm_export.contract.tasks import Task
 from nxm_export.data.examples import Columns, Examples, Features, encode
 from nxm_export.data.label_kinds import LABELS, classes_of, labelled, load_labelled

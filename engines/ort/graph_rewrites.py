@@ -4,7 +4,8 @@
   is what ONNX Runtime's own optimizer makes of the pairs, but for the bias: the sum of products is exact in INT32 here
   and is rounded term by term in float there, so results differ by float rounding alone, and for the better.
 * `fused_attention`: the scores, mask, softmax and context of a head become ``MultiHeadAttention`` in float32, the mask
-  its ``key_padding_mask``. Same formula, other order of summation: float rounding again. Masks must be 0 or 1.
+  its ``key_padding_mask``, a bias of relative positions its ``attention_bias``. Same formula, other order of summation:
+  float rounding again. Masks must be 0 or 1.
 
 Both look for exactly the form that `nxm_export.graph.exporter` writes, by structure, and leave alone what differs in
 anything.
@@ -34,7 +35,8 @@ class _Heads:
 
 @dataclass(frozen=True)
 class _Attention:
-    """The attention around a softmax: its inputs, the mask (batch, sequence), and the last of its nodes."""
+    """The attention around a softmax: its inputs, the mask (batch, sequence), the bias that its scores get (batch or 1,
+    heads or 1, sequence, sequence), None without, and the last of its nodes."""
 
     query: ir.Value
     key: ir.Value
@@ -42,6 +44,7 @@ class _Attention:
     heads: int
     scale: float
     mask: ir.Value
+    bias: ir.Value | None
     last: ir.Node
 
 
@@ -91,7 +94,8 @@ def fused_attention(model: ir.Model) -> int:
             ir.AttrFloat32("scale", attention.scale),
             ir.AttrFloat32("mask_filter_value", MASKED),
         ]
-        inputs = [attention.query, attention.key, attention.value, None, masks[mask]]
+        inputs = [attention.query, attention.key, attention.value, None, masks[mask], attention.bias]
+        inputs = inputs if attention.bias is not None else inputs[:-1]
         fused = ir.Node(CONTRIB, "MultiHeadAttention", inputs, attributes, name=softmax.name)
         _replace(graph, attention.last, fused)
         count += 1
@@ -107,10 +111,15 @@ def _attention_around(softmax: ir.Node) -> _Attention | None:
     add = _only(softmax.inputs[0], "Add")
     if add is None or softmax.attributes["axis"].as_int() not in (-1, 3):
         return None
-    scaled, mask = _only(add.inputs[0], "Mul"), _mask_of(add.inputs[1])
-    if scaled is None or mask is None:
+    mask, biased = _mask_of(add.inputs[1]), _only(add.inputs[0], "Add")
+    bias = None if biased is None else _unexpanded(biased.inputs[1])
+    before = add.inputs[0] if biased is None else biased.inputs[0]
+    scaled = _only(before, "Mul") or _only(before, "Div")
+    if scaled is None or mask is None or (biased is not None and bias is None):
         return None
     scale = _scalar(scaled.inputs[1])
+    if scale and scaled.op_type == "Div":
+        scale = 1.0 / scale
     scores = _only(scaled.inputs[0], "MatMul")
     context = _reader(softmax.outputs[0], "MatMul")
     if scale is None or scores is None or context is None or context.inputs[0] is not softmax.outputs[0]:
@@ -127,7 +136,16 @@ def _attention_around(softmax: ir.Node) -> _Attention | None:
         return None
     if _perm(turned) != (0, 2, 1, 3) or last.outputs[0].shape is None or len(last.outputs[0].shape) != 3:
         return None
-    return _Attention(query.value, key.value, value.value, query.count, scale, mask, last)
+    return _Attention(query.value, key.value, value.value, query.count, scale, mask, bias, last)
+
+
+def _unexpanded(bias: ir.Value | None) -> ir.Value | None:
+    """A bias of scores, which the fused operator repeats over the batch itself; None for one of another rank."""
+    expand = _producer(bias, "Expand")
+    source = bias if expand is None else expand.inputs[0]
+    if source is None or source.shape is None or len(source.shape) != 4:
+        return None
+    return source
 
 
 def _heads_of(value: ir.Value | None, perm: tuple[int, ...]) -> _Heads | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from engines.base import BuildOptions, Engine, backend
 from engines.passport import EnginePassport
 from engines.reference.pytorch import EMBEDDINGS
-from nxm_export.contract.families import Family
+from nxm_export.contract.encoder_family import BLOCK, Family
 from nxm_export.errors import ArtifactError, EngineError
 
 if TYPE_CHECKING:
@@ -25,16 +25,22 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class BlockBoundaries:
     """Where the blocks of a family's graphs end: the names of all runs of blocks, in order, with the block that each of
-    them runs, and the linear layer that reads what the first one reads."""
+    them runs, and the linear layer that reads what the first one reads. `norms` are those that read what the
+    runs write, and none where a block ends with a norm of its own."""
 
     runs: Sequence[tuple[str, str]]
-    query: str
+    first: str
+    norms: Sequence[str] = ()
 
     @classmethod
     def of(cls, family: Family, config: Mapping[str, object]) -> BlockBoundaries:
         """The boundaries of a model."""
         runs = list(zip(family.run_names(config), family.runs(config), strict=True))
-        return cls(runs, family.linear(runs[0][1], "query"))
+        first = family.readers(runs[0][1], BLOCK)[0].removesuffix(".weight")
+        if not family.pre_norm:
+            return cls(runs, first)
+        norms = [f"{block}.{family.block_norm}" for _, block in runs[1:]]
+        return cls(runs, first, [*norms, f"{family.base}.{family.final_norm}"])
 
     @property
     def names(self) -> list[str]:
@@ -55,13 +61,14 @@ class BlockOutputEngine:
 def add_block_outputs(model: ir.Model, boundaries: BlockBoundaries, source: str) -> dict[str, str]:
     """Make what crosses the boundaries outputs of `model`, in place; their value names by boundary.
 
-    A block ends with its last LayerNorm, found by its parameters' names; one that runs several times has as many. What
-    crosses the boundary in front of the first block is what the first query layer reads, before its quantizer. Raises
-    `ArtifactError` for a graph without those names.
+    A block ends with its last LayerNorm, found by its parameters' names, or with what the next one's reads where its
+    residual stream is never normalised; one that runs several times has as many. What crosses the boundary in front of
+    the first block is what its first linear layers read, before their quantizer. Raises `ArtifactError` for a graph
+    without those names.
     """
-    ends = _block_ends(model.graph, boundaries)
-    query = next((node for node in model.graph if node.name == boundaries.query), None)
-    missing = [name for name in boundaries.names if name not in ends] + ([] if query else [boundaries.query])
+    ends = (_read_by_norms if boundaries.norms else _block_ends)(model.graph, boundaries)
+    query = next((node for node in model.graph if node.name == boundaries.first), None)
+    missing = [name for name in boundaries.names if name not in ends] + ([] if query else [boundaries.first])
     if query is None or missing:
         raise ArtifactError(
             f"{source}: it has no LayerNorm or product named {missing[0]}, so its blocks cannot be "
@@ -88,6 +95,18 @@ def _block_ends(graph: ir.Graph, boundaries: BlockBoundaries) -> dict[str, ir.Va
         uses, run = blocks.count(block), blocks[:at].count(block)
         if norms[block] and len(norms[block]) % uses == 0:  # every run has equally many, and the last of them ends it
             ends[name] = norms[block][len(norms[block]) // uses * (run + 1) - 1]
+    return ends
+
+
+def _read_by_norms(graph: ir.Graph, boundaries: BlockBoundaries) -> dict[str, ir.Value]:
+    """What the norm behind every run of a block reads, by the name of the run; without runs that have none."""
+    ends = {}
+    for node in graph:
+        names = [value.name or "" for value in node.inputs[1:] if value is not None]
+        for run, norm in zip(boundaries.names, boundaries.norms, strict=True):
+            written = node.inputs[0]
+            if node.op_type == "LayerNormalization" and any(name.startswith(f"{norm}.") for name in names) and written:
+                ends[run] = written
     return ends
 
 

@@ -2,18 +2,19 @@
 
 The scores of all queries at once are rows x heads x length^2 numbers: 6.4 GB in float64 for one row of 8192 tokens and
 12 heads. A query's probabilities depend on its own scores alone, so blocks of queries give the same values in memory
-that does not grow with the length. Quantized probabilities (INT8 attention) are those of `quantize_probabilities`.
+that does not grow with the length. All is computed in the type of the operands: some families compute softmax in
+float32 whatever the type. INT8 attention multiplies what `change_operands` makes of each operand.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from nxm_export.hf.model_loading import quiet_log
+from nxm_export.contract.encoder_family import OPERANDS
 from nxm_export.hf.protocols import HasAttention
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor, nn
 
@@ -21,28 +22,26 @@ if TYPE_CHECKING:
 
 NAME = "nxm_reference"
 SCORES = 2**22  # numbers of a block: 32 MB in float64
-_PROBABILITIES = "nxm_change_probabilities"
+PROBABILITIES = "probabilities"  # the operand that attention computes itself
+_CHANGES = "nxm_changes"
 
 
 def use_blocked_attention(model: nn.Module) -> None:
-    """Let a model's attention run in blocks of queries, where transformers lets its attention be chosen; a family with
-    attention of its own keeps that."""
+    """Let the attention of a model whose attention can be chosen run in blocks of queries."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, blocked_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)  # boolean, an eighth of the additive ones in float64
-    with quiet_log():
-        cast("HasAttention", model).set_attn_implementation(NAME)
+    cast("HasAttention", model).set_attn_implementation(NAME)
 
 
-def quantize_probabilities(model: nn.Module, change: Change) -> None:
-    """Let `change` make what multiplies the values in every attention of `model`.
+def change_operands(attention: nn.Module, changes: Mapping[str, Change]) -> None:
+    """Let `changes` make what an attention module multiplies: its operands (`OPERANDS`), and its `PROBABILITIES`.
 
-    It is kept with the modules: several references are loaded at once, and the function is registered for all.
+    They are kept with the module: several references are loaded at once, and the function is registered for all.
     """
-    for module in model.modules():
-        setattr(module, _PROBABILITIES, change)
+    setattr(attention, _CHANGES, changes)
 
 
 def blocked_attention(
@@ -60,7 +59,12 @@ def blocked_attention(
 
     rows, heads, length, features = query.shape
     scale = features**-0.5 if scaling is None else scaling
-    change: Change | None = getattr(module, _PROBABILITIES, None)
+    changes: Mapping[str, Change] = getattr(module, _CHANGES, {})
+
+    def changed(operand: str, x: Tensor) -> Tensor:
+        return changes[operand](x) if operand in changes else x
+
+    query, key, value = (changed(operand, x) for operand, x in zip(OPERANDS, (query, key, value), strict=True))
     keys, values, read = key.contiguous().transpose(-1, -2), value.contiguous(), key.shape[2]
     step = min(length, max(1, SCORES // (rows * heads * read)))
     # Written to the same memory every time: of what is freed between small results, the C library gives little back.
@@ -77,5 +81,5 @@ def blocked_attention(
             else:
                 scores += mask
         torch.softmax(scores, -1, out=probabilities)
-        context[:, :, start : start + size] = (probabilities if change is None else change(probabilities)) @ values
+        context[:, :, start : start + size] = changed(PROBABILITIES, probabilities) @ values
     return context.transpose(1, 2).contiguous(), None

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engines.base import Closing, require_feeds, require_within
-from engines.reference.attention import quantize_probabilities, use_blocked_attention
+from engines.reference.attention import PROBABILITIES, change_operands, use_blocked_attention
 from nxm_export.contract.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint, read_config
+from nxm_export.contract.encoder_family import BLOCK, FFN
 from nxm_export.contract.families import family_of
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.plan import CompressionPlan
@@ -93,7 +94,6 @@ class TorchEngine(Closing):
         self._exact, self._shifts = exact, perturbation.one_step_shift
         self._noise = torch.Generator().manual_seed(0)
         model: nn.Module = load_task_model(path, kind)
-        use_blocked_attention(model)
         self._model: nn.Module | None = model
         self._spec = IOSpec.of(path, config, family, kind)
         self.inputs, self.outputs = self._spec.inputs, tuple(self._spec.outputs)
@@ -103,6 +103,8 @@ class TorchEngine(Closing):
             _perturb(model, family.weights(config), perturbation, self._noise)
         if exact:
             model.double()
+        if family.attention.interface:
+            use_blocked_attention(model)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name."""
@@ -139,8 +141,9 @@ class TorchEngine(Closing):
 
         names = iter(self.blocks)  # a block that is shared runs under several of them
 
-        def behind(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return passed(next(names), output)
+        def behind(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> object:
+            name = next(names)
+            return (passed(name, output[0]), *output[1:]) if isinstance(output, tuple) else passed(name, output)
 
         handles = [model.get_submodule(self._runs[0]).register_forward_pre_hook(before, prepend=True)]
         for path in dict.fromkeys(self._runs):
@@ -179,7 +182,13 @@ class TorchEngine(Closing):
                 checkpoint, plan, lambda name: self._fake_quantizer(float(rounded(checkpoint.input_scale(name))))
             )
         if plan.attention == "int8":
-            quantize_probabilities(model, self._fake_quantizer(float(rounded(1.0 / 127.0))))
+            for block in checkpoint.family.blocks(checkpoint.config):
+                scales = {} if checkpoint.family.operands_are_outputs else checkpoint.operand_scales(block)
+                changes = {
+                    operand: self._fake_quantizer(float(rounded(scale)))
+                    for operand, scale in {**scales, PROBABILITIES: 1.0 / 127.0}.items()
+                }
+                change_operands(model.get_submodule(f"{block}.{checkpoint.family.attention.path}"), changes)
 
     def _opened(self) -> nn.Module:
         if self._model is None:
@@ -192,13 +201,14 @@ class TorchEngine(Closing):
         """Everything that reads a block's or an FFN's quantized input reads the quantized value."""
         model, family = self._opened(), checkpoint.family
         for block in family.blocks(checkpoint.config):
-            readers = [f"{family.linear(block, role)}.weight" for role in ("query", "key", "value")]
-            quantized = [name for name in readers if plan.weights[name].input_bits]
-            if quantized:
-                _before(model.get_submodule(block), quantizer(quantized[0]))
-            wide = f"{family.linear(block, 'ffn_up')}.weight"
-            if plan.weights[wide].input_bits:
-                _behind(model.get_submodule(f"{block}.{family.attention_norm}"), quantizer(wide))
+            first, wide = (
+                [name for name in family.readers(block, tensor) if plan.weights[name].input_bits]
+                for tensor in (BLOCK, FFN)
+            )
+            if first:
+                _before(model.get_submodule(block), quantizer(first[0]))
+            if wide:
+                _behind(model.get_submodule(f"{block}.{family.ffn_norm}"), quantizer(wide[0]))
 
     def _fake_quantizer(self, scale: float) -> Change:
         return lambda x: self._fake_quantize(x, scale)

@@ -6,7 +6,8 @@
       config.json, tokenizer files     as transformers wrote them
       model.safetensors                baked float32 weights: already N:M, already code * scale
       nxm_plan.json                    the plan (schema nxm-plan/1)
-      nxm_scales.safetensors           "<param>_scale" (out,), "<module>.input_scale" (), "<module>.output_scale" ()
+      nxm_scales.safetensors           "<param>_scale" (out,), "<module>.input_scale" (), "<module>.output_scale" (),
+                                       and of attention behind a rotation "<module>.query_scale" () and its like
 
 Because the weights are baked, plain ``from_pretrained`` gives the compressed model (without activation quantizers).
 Everything here needs numpy and safetensors only; safetensors is imported when a file is opened.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nxm_export.contract.families import Family, family_of
+from nxm_export.contract.encoder_family import OPERANDS, Family
+from nxm_export.contract.families import family_of
 from nxm_export.contract.plan import CompressionPlan, NMPattern
 from nxm_export.contract.pooling import is_embedding
 from nxm_export.contract.tasks import Task, task_of
@@ -66,6 +69,11 @@ class Checkpoint:
     def output_scale(self, name: str) -> float:
         """Scale of the tensor that the linear layer of weight `name` writes."""
         return self._activation_scale(name, "output_scale")
+
+    def operand_scales(self, block: str) -> dict[str, float]:
+        """Scales of what the attention of a block multiplies, by operand, where no linear layer writes it as it is."""
+        path = f"{block}.{self.family.attention.path}"
+        return {operand: self._activation_scale(path, f"{operand}_scale") for operand in OPERANDS}
 
     def _activation_scale(self, name: str, kind: str) -> float:
         scale = self._scale(f"{name.removesuffix('.weight')}.{kind}")
@@ -110,6 +118,9 @@ class Checkpoint:
             if spec.output_bits:
                 self.output_scale(name)
         self._require_shared_inputs()
+        if self.plan.attention == "int8" and not self.family.operands_are_outputs:
+            for block in self.family.blocks(self.config):
+                self.operand_scales(block)
         if self.plan.embedding == "int8":
             table, shape = self.weight(self.family.word_embedding), self.family.word_embedding_shape(self.config)
             if table.shape != shape:
@@ -124,9 +135,10 @@ class Checkpoint:
             self._require_grid(self.family.word_embedding, table, EMBEDDING_QMAX)
 
     def _require_shared_inputs(self) -> None:
-        """Query, key and value read one tensor, and it is quantized once."""
-        for block in self.family.blocks(self.config):
-            names = [f"{self.family.linear(block, role)}.weight" for role in ("query", "key", "value")]
+        """Layers that read one tensor, as query, key and value do, quantize it once."""
+        family = self.family
+        for block, tensor in itertools.product(family.blocks(self.config), family.tensors()):
+            names = family.readers(block, tensor)
             scales = {name: self.input_scale(name) for name in names if self.plan.weights[name].input_bits}
             if len(set(scales.values())) > 1:
                 raise ArtifactError(

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nxm_export.contract.families import Family, pad_id_of, size_of
+from nxm_export.contract.config_values import pad_id_of, size_of
+from nxm_export.contract.encoder_family import Family
 from nxm_export.contract.pooling import read_pooling
 from nxm_export.contract.tasks import TASKS, Task, labels_of
 from nxm_export.errors import ArtifactError

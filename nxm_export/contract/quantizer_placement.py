@@ -1,19 +1,17 @@
 """Which of a plan's activation quantizers a graph keeps.
 
-Training places quantizers (`nxm_export.contract.families.Family.placed`); an export may leave some of them out, because
-runtimes differ in what they make of them, and can never add one that was not trained.
+Training places quantizers (`nxm_export.contract.encoder_family.Family.placed`); an export may leave some of them out,
+because runtimes differ in what they make of them, and can never add one that was not trained.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from nxm_export.contract.encoder_family import RESIDUAL
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import GRAPH_PLACEMENTS, CompressionPlan
 from nxm_export.errors import PlanError
-
-# What they write is read by the residual connection alone; every other matrix's result goes into a product.
-_INTO_RESIDUAL = ("attention_output", "ffn_down")
 
 
 def placement_of(plan: CompressionPlan) -> str:
@@ -70,5 +68,5 @@ def at_placement(plan: CompressionPlan, placement: str) -> CompressionPlan:
 
 def residual_output_weights(plan: CompressionPlan) -> list[str]:
     """The planned weights whose results go into a residual connection and nowhere else."""
-    role = FAMILIES[plan.model_type].role
-    return [name for name in plan.weights if role(name) in _INTO_RESIDUAL]
+    family = FAMILIES[plan.model_type]
+    return [name for name in plan.weights if family.linear(name).writes == RESIDUAL]

@@ -3,13 +3,11 @@ INT8."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import onnx_ir as ir
 
 from nxm_export.contract.checkpoint import Checkpoint
-from nxm_export.contract.families import ROLES
+from nxm_export.contract.encoder_family import BLOCK, FFN, OPERANDS
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.errors import ExportError
 from nxm_export.graph.linear_forms import Lowering, cancel_reshapes
@@ -23,6 +21,7 @@ from nxm_export.graph.qdq import (
 )
 
 SOFTMAX_SCALE = 1.0 / 127.0
+_BEFORE_SOFTMAX = ("Add", "Mul", "Div", "Cast", "MatMul")  # on the way from the scores
 
 
 def quantize(
@@ -38,12 +37,12 @@ def quantize(
     scales = _Scales(checkpoint, numpy_dtype(dtype))
     behind: list[tuple[Linear, str, int]] = []
     for block in family.blocks(checkpoint.config):
-        names = {role: f"{family.linear(block, role)}.weight" for role in ROLES}
+        names = [family.weight(block, linear) for linear in family.linears]
         if plan.residual == "int8":  # before the lowering: the residual reads the same pair
-            _quantize_residual(graph, plan, names, scales)
+            _quantize_residual(graph, plan, family.readers(block, BLOCK) + family.readers(block, FFN), scales)
         # One pair per tensor, however many layers read it.
         pairs: dict[int, ir.Value] = {}
-        for name in (name for name in names.values() if not plan.weights[name].is_dense):
+        for name in (name for name in names if not plan.weights[name].is_dense):
             for use, traced in enumerate(linears_of(graph, name)):
                 traced.product.name = use_name(name.removesuffix(".weight"), use)
                 linear = lower(traced, name)
@@ -60,7 +59,7 @@ def quantize(
     ) in behind:  # when every product has its input: a pair behind one may be a pair before the next
         insert_activation_qdq(graph, linear.output, scales.output(name), _path(name, "output"), use=use)
     if plan.attention == "int8":
-        _quantize_probabilities(graph, scales.rounded(SOFTMAX_SCALE, "softmax"), len(family.runs(checkpoint.config)))
+        _quantize_attention(graph, checkpoint, scales)
     cancel_reshapes(graph)
     return scales.rounding
 
@@ -99,9 +98,10 @@ def _path(name: str, end: str) -> str:
     return f"{name.removesuffix('.weight')}.{end}"
 
 
-def _quantize_residual(graph: ir.Graph, plan: CompressionPlan, names: Mapping[str, str], scales: _Scales) -> None:
-    """What the attention and the FFN of a block read is quantized for all of its readers, the residual among them."""
-    for name in (names[role] for role in ("query", "key", "value", "ffn_up")):
+def _quantize_residual(graph: ir.Graph, plan: CompressionPlan, names: list[str], scales: _Scales) -> None:
+    """What the attention and the FFN of a block read (the layers `names`) is quantized for all of its readers, the
+    residual among them."""
+    for name in names:
         if plan.weights[name].input_bits:
             for use, linear in enumerate(linears_of(graph, name)):
                 if not _is_dequantized(linear.x):
@@ -130,16 +130,46 @@ def _is_dequantized(value: ir.Value) -> bool:
     return producer is not None and producer.op_type == "DequantizeLinear"
 
 
-def _quantize_probabilities(graph: ir.Graph, scale: np.ndarray, blocks: int) -> None:
-    """A pair behind every softmax of attention."""
+def _quantize_attention(graph: ir.Graph, checkpoint: Checkpoint, scales: _Scales) -> None:
+    """A pair behind every softmax of attention, and one before each operand that no linear layer writes as it is."""
+    family, runs = checkpoint.family, checkpoint.family.runs(checkpoint.config)
     nodes = [node for node in graph if node.op_type == "Softmax"]
-    if len(nodes) != blocks:
-        raise ExportError(
-            f"the exported graph has {len(nodes)} Softmax nodes for {blocks} runs of encoder blocks; "
-            "this transformers version computes attention differently: export with float attention"
-        )
-    for number, node in enumerate(nodes):
-        insert_activation_qdq(graph, node.outputs[0], scale, f"attention.{number}.probabilities")
+    if len(nodes) != len(runs):
+        raise _other_attention(f"has {len(nodes)} Softmax nodes for {len(runs)} runs of encoder blocks")
+    probabilities = scales.rounded(SOFTMAX_SCALE, "softmax")
+    for number, (block, node) in enumerate(zip(runs, nodes, strict=True)):
+        if not family.operands_are_outputs:
+            use, path = runs[:number].count(block), f"{block}.{family.attention.path}"
+            operands = zip(OPERANDS, _operands(node), checkpoint.operand_scales(block).values(), strict=True)
+            for operand, (product, value), scale in operands:
+                name = f"{path}.{operand}"
+                insert_activation_qdq(graph, value, scales.rounded(scale, name), name, [product], use=use)
+        insert_activation_qdq(graph, node.outputs[0], probabilities, f"attention.{number}.probabilities")
+
+
+def _operands(softmax: ir.Node) -> list[tuple[ir.Node, ir.Value]]:
+    """The products around a softmax with what they read of query, key and value: (product, value) each."""
+    scores = softmax
+    while scores.op_type != "MatMul":  # the mask, the scale and casts stand between
+        producers = [value.producer() for value in scores.inputs if value is not None and value.const_value is None]
+        found = [node for node in producers if node is not None and node.op_type in _BEFORE_SOFTMAX]
+        if not found:
+            raise _other_attention(f"has no product before {softmax.name}")
+        scores = found[0]
+    context: ir.Node | None = softmax
+    while context is not None and context.op_type != "MatMul":
+        context = next(iter(context.outputs[0].consumers()), None)
+    reads = [*scores.inputs, context.inputs[1] if context is not None else None]
+    if context is None or len(reads) != len(OPERANDS) or None in reads:
+        raise _other_attention(f"has no product behind {softmax.name}")
+    return [(node, value) for node, value in zip((scores, scores, context), reads, strict=True) if value is not None]
+
+
+def _other_attention(what: str) -> ExportError:
+    return ExportError(
+        f"the exported graph {what}; this transformers version computes attention differently: export with float "
+        "attention"
+    )
 
 
 def numpy_dtype(dtype: str) -> np.dtype:

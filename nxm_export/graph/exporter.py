@@ -33,7 +33,8 @@ from nxm_export.contract.checkpoint import (
     weights_hash,
 )
 from nxm_export.contract.choices import FLOAT_TYPES, LOWERING, TARGET
-from nxm_export.contract.families import Family, family_of
+from nxm_export.contract.encoder_family import Family
+from nxm_export.contract.families import family_of
 from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
 from nxm_export.contract.origin import Origin
 from nxm_export.contract.plan import INT8_ATTENTION, CompressionPlan, WeightSpec
@@ -49,11 +50,11 @@ from nxm_export.graph.linear_forms import Lowering
 from nxm_export.graph.qdq import add_initializer, fold_float_weight, linears_of, use_name
 from nxm_export.graph.reading.graph_weights import array_of, save_graph
 from nxm_export.graph.verifier import verify
+from nxm_export.hf.finite_masks import MASKED, use_finite_masks
 from nxm_export.hf.model_loading import load_task_model
 from nxm_export.storage.atomic import atomic_dir, require_apart, require_replaceable
 from nxm_export.storage.json_files import encode
 
-MASKED = -1e4  # added to the attention scores of padding: finite in float16, and exp() of it is 0
 INT8_ATTENTION_TOKENS = 512  # TensorRT has no fused INT8 attention beyond (NVIDIA/TensorRT issue 3724)
 OVERRIDABLE = ("LayerNormalization", "Softmax")
 METADATA = "nxm."  # prefix of our entries in the ONNX metadata
@@ -285,12 +286,15 @@ def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> ir
 
         def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
             inputs = dict(zip(family.inputs, tensors, strict=True))
-            mask = inputs["attention_mask"][:, None, None, :].to(floats[dtype])
-            inputs["attention_mask"] = (1.0 - mask) * MASKED
+            if family.attention.takes_bias_mask:
+                mask = inputs["attention_mask"][:, None, None, :].to(floats[dtype])
+                inputs["attention_mask"] = (1.0 - mask) * MASKED
             outputs = self.model(**inputs)
             return tuple(outputs[name].float() for name in task.outputs)
 
     model = load_task_model(path, task, dtype=dtype)
+    if family.attention.interface and not family.attention.takes_bias_mask:
+        use_finite_masks(model)
     with _silence():
         batch = torch.export.Dim("batch")
         sequence = torch.export.Dim("sequence", max=family.max_positions(read_config(path)))

@@ -40,9 +40,13 @@ _PRETRAINING = frozenset(
         "discriminator_predictions",
         "generator_predictions",
         "generator_lm_head",
+        "lm_predictions",
+        "mask_predictions",
+        "decoder",
+        "head",
     }
 )
-_ENCODER = frozenset({"embeddings", "encoder", "transformer", "embeddings_project"})
+_ENCODER = frozenset({"embeddings", "encoder", "transformer", "embeddings_project", "layers", "final_norm"})
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,11 @@ def model_class(path: Path, config: Mapping[str, object], task: Task) -> ModelCl
     """The transformers class that loads a model directory for `task`; `ArtifactError` for an unknown pooling."""
     import transformers
 
+    family = family_of(config, source=str(path))
+    if task.name in family.missing_heads:
+        raise ArtifactError(f"{path}: transformers has no head for {task.name} in the {family.model_type} family")
     if task.auto_class is None:
-        return embedding_model(family_of(config, source=str(path)).model_type, read_pooling(path))
+        return embedding_model(family.model_type, read_pooling(path))
     return cast(ModelClass, getattr(transformers, task.auto_class))
 
 

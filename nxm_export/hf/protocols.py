@@ -36,6 +36,13 @@ class Saved(Protocol):
         """Write its files to a directory."""
 
 
+class SavedModel(Protocol):
+    """A model that writes itself as a Hugging Face directory."""
+
+    def save_pretrained(self, save_directory: Path, *, save_original_format: bool) -> object:
+        """Write its files to a directory; with the original format, under the names that the file it came from had."""
+
+
 class FastTokenizer(Saved, Protocol):
     """A fast tokenizer. `backend_tokenizer` is its `tokenizers.Tokenizer`."""
 

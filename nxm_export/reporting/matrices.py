@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from nxm_export.contract.checkpoint import Checkpoint, read_tensor
-from nxm_export.contract.families import ROLES
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.contract.records.verify_report import VerifyReport, WeightReport
 from nxm_export.errors import NxmError
@@ -58,9 +57,9 @@ def matrices(
     if checkpoint is None:
         return
     places = {
-        f"{checkpoint.family.linear(block, role)}.weight": (number, role)
+        checkpoint.family.weight(block, linear): (number, linear.role)
         for number, block in enumerate(checkpoint.family.blocks(checkpoint.config))
-        for role in ROLES
+        for linear in checkpoint.family.linears
     }
     by_name = {graph: _by_name(report) for graph, report in verified.items() if report is not None}
     for name, spec in checkpoint.plan.weights.items():

@@ -20,7 +20,6 @@ from matplotlib.colors import LinearSegmentedColormap, ListedColormap, TwoSlopeN
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from nxm_export.contract.families import ROLES
 from nxm_export.reporting.figures import FORMATS
 from nxm_export.reporting.matrices import Matrix
 from nxm_export.reporting.run_facts import Run
@@ -182,23 +181,25 @@ def _plan_text(run: Run) -> str:
     return ", ".join(f"{count} x {name}" for name, count in counts.items())
 
 
-def _grid(run: Run) -> tuple[list[int], dict[tuple[int, str], Matrix]] | None:
+def _grid(run: Run) -> tuple[list[int], list[str], dict[tuple[int, str], Matrix]] | None:
+    """(blocks, roles in the order in which a block runs them, matrices by both)"""
     cells = {(m.block, m.role): m for m in run.matrices if m.block is not None and m.role is not None}
-    return (sorted({block for block, _ in cells}), cells) if cells else None
+    roles = list(dict.fromkeys(role for _, role in cells))
+    return (sorted({block for block, _ in cells}), roles, cells) if cells else None
 
 
 def _sensitivity(run: Run) -> Picture | None:
     grid = _grid(run)
     if grid is None:
         return None
-    blocks, cells = grid
+    blocks, roles, cells = grid
     measured = any(matrix.sensitivity is not None for matrix in run.matrices)
     values = {key: m.sensitivity if measured else m.projection for key, m in cells.items()}
     known = {key: value for key, value in values.items() if value is not None}
     if not known:
         return None
-    grid_values = np.array([[values.get((block, role)) for role in ROLES] for block in blocks], dtype=float)
-    canvas, axes = _map_axes(blocks)
+    grid_values = np.array([[values.get((block, role)) for role in roles] for block in blocks], dtype=float)
+    canvas, axes = _map_axes(blocks, roles)
     positive = grid_values[np.isfinite(grid_values) & (grid_values > 0)]
     spread = len(positive) > 1 and positive.max() / positive.min() > 50
     norm: mpl.colors.Normalize = (
@@ -231,19 +232,19 @@ def _plan_map(run: Run) -> Picture | None:
     grid = _grid(run)
     if grid is None:
         return None
-    blocks, cells = grid
+    blocks, roles, cells = grid
     options = list(dict.fromkeys(str(matrix.spec) for matrix in cells.values()))
     palette = [
         f"#{shade}" for shade in ("9ecae1", "fdd0a2", "c7e9c0", "dadaeb", "fcbba1", "d9d9d9", "ffffb3", "ccebc5")
     ]
     indices = np.array(
         [
-            [options.index(str(cells[block, role].spec)) if (block, role) in cells else np.nan for role in ROLES]
+            [options.index(str(cells[block, role].spec)) if (block, role) in cells else np.nan for role in roles]
             for block in blocks
         ],
         dtype=float,
     )
-    canvas, axes = _map_axes(blocks)
+    canvas, axes = _map_axes(blocks, roles)
     colors = ListedColormap([palette[i % len(palette)] for i in range(len(options))])
     axes.pcolormesh(
         np.ma.masked_invalid(indices),
@@ -255,16 +256,16 @@ def _plan_map(run: Run) -> Picture | None:
     )
     for (block, role), matrix in cells.items():
         text = str(matrix.spec)
-        axes.text(ROLES.index(role) + 0.5, blocks.index(block) + 0.5, text, ha="center", va="center", color="#111111")
+        axes.text(roles.index(role) + 0.5, blocks.index(block) + 0.5, text, ha="center", va="center", color="#111111")
     description = f"The plan of every matrix, one row per encoder block, one column per matrix: {_plan_text(run)}."
     return _picture("plan", "The plan, matrix by matrix", description, "N:M pattern and bits of the weights.", canvas)
 
 
-def _map_axes(blocks: Sequence[int]) -> tuple[Canvas, Axes]:
+def _map_axes(blocks: Sequence[int], roles: Sequence[str]) -> tuple[Canvas, Axes]:
     canvas = Canvas(figsize=(WIDTH, 0.7 + 0.27 * len(blocks)), layout="constrained")
     axes = canvas.subplots()
-    axes.set(xlim=(0, len(ROLES)), ylim=(len(blocks), 0), ylabel="block")
-    axes.set_xticks(np.arange(len(ROLES)) + 0.5, [role.replace("_", "\n") for role in ROLES])
+    axes.set(xlim=(0, len(roles)), ylim=(len(blocks), 0), ylabel="block")
+    axes.set_xticks(np.arange(len(roles)) + 0.5, [role.replace("_", "\n") for role in roles])
     axes.set_yticks(np.arange(len(blocks)) + 0.5, [str(block) for block in blocks])
     axes.xaxis.tick_top()
     axes.grid(False)

@@ -114,7 +114,7 @@ class TestModule:
         rounded.rounds = False
         assert torch.equal(rounded(ids), plain(ids))
 
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", variants(FAMILIES, tiny.SHORT))
     def test_baking_puts_a_plain_table_with_the_very_rows_that_training_saw(self, family: str, tmp_path: Path) -> None:
         source = resolve(tiny.write_model(family, tmp_path, head="classification"))
         plan = source.family.uniform_plan(source.config, WeightSpec.parse("2:4+W8"), embedding="int8")

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nxm_export.contract.checkpoint import read_config, save_plan
+from nxm_export.contract.encoder_family import Family
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.data.examples import Features, sample_of
@@ -95,7 +96,7 @@ def features(samples: int = 24, *, family: str = "bert", seed: int = 0, classes:
         length = int(rng.integers(2, tiny.POSITIONS + 1))
         ids = rng.integers(5, vocabulary, length)
         inputs = {"input_ids": ids.tolist(), "attention_mask": [1] * length, "token_type_ids": [0] * length}
-        sample = sample_of({name: inputs[name] for name in FAMILIES[family].inputs})
+        sample = sample_of({name: inputs[name] for name in tiny.inputs(family)})
         made.append({**sample, "labels": int(rng.integers(classes))})
     return made
 
@@ -107,9 +108,9 @@ def feeds(family: str, batch: int, sequence: int, *, padding: int = 0, seed: int
     mask = np.ones_like(ids)
     if padding:
         mask[::2, sequence - padding :] = 0
-        ids[mask == 0] = 1 if family == "roberta" else 0
+        ids[mask == 0] = tiny.pad_id(family)
     values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-    return {name: values[name] for name in FAMILIES[family].inputs}
+    return {name: values[name] for name in tiny.inputs(family)}
 
 
 def _ranges(path: Path, plan: CompressionPlan, task: str) -> dict[str, np.ndarray]:
@@ -133,6 +134,7 @@ def _ranges(path: Path, plan: CompressionPlan, task: str) -> dict[str, np.ndarra
         module = name.removesuffix(".weight")
         model.get_submodule(module).register_forward_hook(watch(module))
     family = plan.model_type
+    operands = _watch_operands(model, largest) if plan.attention == "int8" else set()
     with torch.no_grad():
         for seed in range(3):
             batch = feeds(family, 8, tiny.POSITIONS, padding=5, seed=seed + 100)
@@ -143,4 +145,33 @@ def _ranges(path: Path, plan: CompressionPlan, task: str) -> dict[str, np.ndarra
         for kind, bits in (("input_scale", spec.input_bits), ("output_scale", spec.output_bits))
         if bits
     }
+    quantized |= operands
     return {key: np.asarray(value / 127.0, np.float32) for key, value in largest.items() if key in quantized}
+
+
+def _watch_operands(model: torch.nn.Module, largest: dict[str, float]) -> set[str]:
+    """Let `largest` have the range of what attention multiplies where no linear layer writes it; returns its keys."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    config = model.config.to_dict()  # type: ignore[union-attr, operator]
+    family = FAMILIES[config["model_type"]]
+    if family.operands_are_outputs:
+        return set()
+    paths = {id(model.get_submodule(path)): path for path in _attentions(family, config)}
+
+    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any) -> Any:
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            entry = f"{paths[id(module)]}.{name}_scale"
+            largest[entry] = max(largest.get(entry, 0.0), float(x.abs().max()))
+        probabilities = (query @ key.transpose(2, 3) * scaling + mask).softmax(-1)
+        return (probabilities @ value).transpose(1, 2), None
+
+    AttentionInterface.register("test_watch", attention)
+    AttentionMaskInterface.register("test_watch", eager_mask)
+    model.set_attn_implementation("test_watch")  # type: ignore[operator]
+    return {f"{path}.{name}_scale" for path in paths.values() for name in ("query", "key", "value")}
+
+
+def _attentions(family: Family, config: Mapping[str, object]) -> list[str]:
+    return [f"{block}.{family.attention.path}" for block in family.blocks(config)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from nxm_export.contract.families import Family
+from nxm_export.contract.encoder_family import Family
 from nxm_export.contract.tasks import Task
 from nxm_export.hf.model_loading import load_task_model
 

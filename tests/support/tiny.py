@@ -34,7 +34,14 @@ NEUTRAL = (
     "new",
 )
 WORDS = (*GOOD, *BAD, *NEUTRAL)
-FAMILIES = ("bert", "roberta", "distilbert", "electra", "albert")
+# Of the families that `make test` runs wherever all of them are tried: those with a block of another form each.
+SHORT = ("bert", "roberta", "distilbert", "electra", "albert", "modernbert")
+LIKE_ROBERTA = ("roberta", "xlm-roberta", "camembert", "mpnet")  # in special tokens, and positions behind padding
+FAMILIES = (
+    *("bert", "roberta", "distilbert", "electra", "albert"),
+    *("xlm-roberta", "camembert", "mpnet", "modernbert", "nomic_bert", "gte", "jina_embeddings_v3"),
+)
+WITH_TYPES = ("bert", "electra", "albert", "nomic_bert")  # whose inputs have kinds of tokens
 HIDDEN, INTERMEDIATE, LAYERS, HEADS = 32, 64, 2, 4
 POSITIONS = 48  # longest input in tokens
 CLASSES = {
@@ -92,9 +99,26 @@ def write_model(
         if head != "classification":  # as in published checkpoints, which seldom say so of classifiers
             config.problem_type = task.problem_type
         model = cast("AutoClass", getattr(transformers, str(task.auto_class))).from_config(config)
-    model.save_pretrained(out)
+    model.save_pretrained(out, save_original_format=False)
     write_tokenizer(family, out)
     return out
+
+
+def matrices(family: str, layers: int = LAYERS) -> int:
+    """How many compressible matrices a family's tiny models have."""
+    from nxm_export.contract.families import FAMILIES as KNOWN
+
+    return len(KNOWN[family].linears) * (1 if family == "albert" else layers)
+
+
+def pad_id(family: str) -> int:
+    """The id of padding in a family's tiny models."""
+    return 1 if family in LIKE_ROBERTA else 0
+
+
+def inputs(family: str) -> tuple[str, ...]:
+    """What the graphs of a family's tiny models read."""
+    return ("input_ids", "attention_mask", "token_type_ids")[: 3 if family in WITH_TYPES else 2]
 
 
 def write_tokenizer(family: str, out: Path) -> None:
@@ -111,14 +135,14 @@ def tokenizer(family: str = "bert") -> Any:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     special = _special(family)
-    order = [special[key] for key in _VOCABULARY_ORDER[family == "roberta"]] + list(WORDS)
+    order = [special[key] for key in _VOCABULARY_ORDER[family in LIKE_ROBERTA]] + list(WORDS)
     vocabulary = {token: i for i, token in enumerate(order)}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token=special["unk_token"]))
     made.normalizer = normalizers.Lowercase()
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     first, last = special["cls_token"], special["sep_token"]
-    between = f"{last} {last}" if family == "roberta" else last
-    second = ":0" if family == "roberta" else ":1"
+    between = f"{last} {last}" if family in LIKE_ROBERTA else last
+    second = ":1" if family in WITH_TYPES else ":0"
     made.post_processor = processors.TemplateProcessing(
         single=f"{first} $A {last}",
         pair=f"{first} $A {between} $B{second} {last}{second}",
@@ -273,7 +297,7 @@ _VOCABULARY_ORDER = (
 
 def _special(family: str) -> dict[str, str]:
     names = ("pad", "unk", "cls", "sep", "mask")
-    if family == "roberta":
+    if family in LIKE_ROBERTA:
         return {
             f"{name}_token": token
             for name, token in zip(names, ("<pad>", "<unk>", "<s>", "</s>", "<mask>"), strict=True)
@@ -293,12 +317,25 @@ def _config(family: str, hidden: int, intermediate: int, layers: int, options: M
         "num_attention_heads": HEADS,
         "max_position_embeddings": POSITIONS,
     }
+    like_roberta: dict[str, Any] = {
+        **common,
+        **sizes,
+        "pad_token_id": 1,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "max_position_embeddings": POSITIONS + 2,  # positions count from pad_token_id + 1
+    }
+    windows: dict[str, Any] = {
+        "local_attention": 8,
+        "layer_types": (["full_attention", "sliding_attention"] * layers)[:layers],
+        "cls_token_id": 2,
+        "sep_token_id": 3,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+    }
     made: dict[str, Callable[[], Any]] = {
         "bert": lambda: transformers.BertConfig(**common, **sizes),
-        "roberta": lambda: transformers.RobertaConfig(
-            **{**common, **sizes, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
-            | {"type_vocab_size": 1, "max_position_embeddings": POSITIONS + 2}  # positions count from pad_token_id + 1
-        ),
+        "roberta": lambda: transformers.RobertaConfig(**like_roberta, type_vocab_size=1),
         "distilbert": lambda: transformers.DistilBertConfig(
             **common,
             dim=hidden,
@@ -311,5 +348,13 @@ def _config(family: str, hidden: int, intermediate: int, layers: int, options: M
         "electra": lambda: transformers.ElectraConfig(**common, **sizes, embedding_size=hidden // 2),
         # One block for all layers, and tanh-GELU, as in every published ALBERT.
         "albert": lambda: transformers.AlbertConfig(**common, **sizes, embedding_size=hidden // 2, **(options or {})),
+        "xlm-roberta": lambda: transformers.XLMRobertaConfig(**like_roberta, type_vocab_size=1),
+        "camembert": lambda: transformers.CamembertConfig(**like_roberta, type_vocab_size=1),
+        "mpnet": lambda: transformers.MPNetConfig(**like_roberta),
+        # Windows shorter than the inputs, and a block of either kind.
+        "modernbert": lambda: transformers.ModernBertConfig(**common, **sizes, **windows),
+        "nomic_bert": lambda: transformers.NomicBertConfig(**common, **sizes),
+        "gte": lambda: transformers.GteConfig(**common, **sizes),
+        "jina_embeddings_v3": lambda: transformers.JinaEmbeddingsV3Config(**common, **sizes),
     }
     return made[family]()

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from nxm_export.hf.protocols import AutoClass
+from nxm_export.hf.protocols import AutoClass, SavedModel
+from tests.support import tiny
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -33,13 +34,25 @@ def tiny_config(
         "roberta": transformers.RobertaConfig,
         "electra": transformers.ElectraConfig,
         "albert": transformers.AlbertConfig,
+        "xlm-roberta": transformers.XLMRobertaConfig,
+        "camembert": transformers.CamembertConfig,
+        "mpnet": transformers.MPNetConfig,
+        "modernbert": transformers.ModernBertConfig,
+        "nomic_bert": transformers.NomicBertConfig,
+        "gte": transformers.GteConfig,
+        "jina_embeddings_v3": transformers.JinaEmbeddingsV3Config,
     }
-    extra = {"embedding_size": hidden} if family in ("electra", "albert") else {}
+    extra: dict[str, object] = {"hidden_act": gelu}
+    if family in ("electra", "albert"):
+        extra["embedding_size"] = hidden
+    if family == "modernbert":
+        extra = {"hidden_activation": gelu}
+        extra |= {"local_attention": 8, "layer_types": ["sliding_attention"] * layers}
+        extra |= dict.fromkeys(("bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"), 1)
     return kinds[family](
         hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=2,
-        hidden_act=gelu,
-        max_position_embeddings=positions + (2 if family == "roberta" else 0),
-        vocab_size=1024, pad_token_id=0, id2label=labels, label2id=ids, **extra,
+        max_position_embeddings=positions + (2 if family in tiny.LIKE_ROBERTA else 0),
+        vocab_size=1024, pad_token_id=1 if family == "mpnet" else 0, id2label=labels, label2id=ids, **extra,
     )  # fmt: skip
 
 
@@ -71,7 +84,7 @@ def compressed(
     from nxm_export.contract.plan import WeightSpec
 
     torch.manual_seed(0)
-    family = FAMILIES[config.model_type]
+    family = FAMILIES[config.model_type].of_config(config.to_dict(), "config")
     made = cast("AutoClass", transformers.AutoModelForSequenceClassification)
     model = torch.nn.Module.eval(made.from_config(config, attn_implementation="eager"))
     for name, parameter in model.named_parameters():  # large enough that quantization and attention matter
@@ -92,7 +105,7 @@ def compressed(
     with torch.inference_mode():
         logits = model(**batch).logits
     scales = bake(model, plan)
-    model.save_pretrained(out)
+    cast("SavedModel", model).save_pretrained(out, save_original_format=False)
     save_plan(out, plan, scales)
     torch.save(logits, out / "fake_quant_logits.pt")
     open_checkpoint(out).require_valid()

@@ -231,7 +231,8 @@ def one_shot(variant: Variant, directory: Path) -> Path:
     from compressors.quantization.fake_quant import quant_linears
     from compressors.quantization.prepare_bake import bake, calibrate, prepare
     from nxm_export.contract.checkpoint import open_checkpoint, save_plan
-    from nxm_export.contract.families import FAMILIES, GELUS
+    from nxm_export.contract.encoder_family import GELUS
+    from nxm_export.contract.families import FAMILIES
     from nxm_export.contract.plan import WeightSpec
 
     out = directory / f"{variant.model}-{variant.gelu}"

@@ -212,7 +212,8 @@ class Probe:
         from compressors.settings import Settings
         from compressors.training.compress import compress
         from nxm_export.contract.checkpoint import read_config
-        from nxm_export.contract.families import family_of, size_of
+        from nxm_export.contract.config_values import size_of
+        from nxm_export.contract.families import family_of
         from nxm_export.contract.plan import WeightSpec
         from nxm_export.contract.records.checkpoint_metrics import read_metrics
 

@@ -24,7 +24,7 @@ from compressors.settings import DENSE_FIELDS, Settings
 from compressors.training.compress import compress, finetune
 from compressors.training.default_recipe import training_of
 from compressors.training.output_divergence import divergence
-from nxm_export.contract.families import size_of
+from nxm_export.contract.config_values import size_of
 from nxm_export.contract.packed_checkpoint import pack
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics

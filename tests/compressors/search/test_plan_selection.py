@@ -169,8 +169,7 @@ def latency_table(selector: Selector) -> dict[str, dict[str, float]]:
     """What makes small options slow, so that latency and size pull in opposite directions."""
     cost = {"2:4+W4": 9.0, "W4": 8.0, "2:4+W8": 3.0, "W8": 2.0, "dense": 1.0}
     return {
-        role: {option: ms * (1 + i / 10) for option, ms in cost.items()}
-        for i, role in enumerate(selector.family.linears)
+        role: {option: ms * (1 + i / 10) for option, ms in cost.items()} for i, role in enumerate(selector.family.roles)
     }
 
 
@@ -228,7 +227,7 @@ def by_trying_everything(model: Probed, candidates: list[str], compression: floa
     for options in itertools.product(range(len(candidates)), repeat=6):
         bits, scales = 0, {}
         for name, shape in selector.shapes.items():
-            option = options[list(family.linears).index(family.role(name))]
+            option = options[family.roles.index(family.role(name))]
             bits += specs[option].stored_bits(shape, "hw")
             scales[name] = (specs[option], selector.statistics[name].input_scale)
         if bits > (1 - compression) * 32 * sum(out * in_ for out, in_ in selector.shapes.values()):
@@ -257,7 +256,7 @@ def by_trying_everything(model: Probed, candidates: list[str], compression: floa
         for handle in handles:
             handle.remove()
         samples = sum(len(batch["labels"]) for batch in batches)
-        choice = tuple(options[list(family.linears).index(family.role(name))] for name in selector.names)
+        choice = tuple(options[family.roles.index(family.role(name))] for name in selector.names)
         scored.append((-right / samples, divergence / samples, choice))
     return sorted(scored)
 
@@ -342,10 +341,10 @@ def test_an_option_that_some_weights_do_not_allow_is_used_by_the_others(
 
 
 def test_the_numbers_of_samples_follow_the_length_of_the_run() -> None:
-    long, short = (SearchSettings().sized(6, 60_000, trained) for trained in (60_000 * 6, 2_000 * 6))
+    long, short = (SearchSettings().sized(6, 6, 60_000, trained) for trained in (60_000 * 6, 2_000 * 6))
     assert (long.samples, long.held_out) == (256, 256)
     assert short.held_out == short.samples == 16, "less would decide by chance, whatever it costs"
-    middle = SearchSettings().sized(6, 8_000, 8_000 * 6)
-    assert middle.samples == int(COST_SHARE * 2 * 48_000 / middle.passes(6)) == 35
-    assert SearchSettings().sized(6, 40, 10**6).samples == 10, "a quarter of little data each"
-    assert SearchSettings(samples=99).sized(6, 10**6, 10**6).samples == 99
+    middle = SearchSettings().sized(6, 6, 8_000, 8_000 * 6)
+    assert middle.samples == int(COST_SHARE * 2 * 48_000 / middle.passes(6, 6)) == 35
+    assert SearchSettings().sized(6, 6, 40, 10**6).samples == 10, "a quarter of little data each"
+    assert SearchSettings(samples=99).sized(6, 6, 10**6, 10**6).samples == 99

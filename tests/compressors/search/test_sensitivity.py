@@ -18,6 +18,7 @@ from nxm_export.contract.tasks import task_named
 from nxm_export.errors import ArtifactError, DataError
 from tests.support import tiny
 from tests.support.probing import Probed, probed
+from tests.support.variants import variants
 
 SPECS = [WeightSpec.parse(option) for option in ("2:4+W4", "W4", "2:4")]
 Table = dict[tuple[str, str], Sensitivity]
@@ -122,7 +123,7 @@ def test_fisher_is_the_sum_over_outputs_of_errors_weighted_by_squared_gradients(
             assert table[weight, str(option)].fisher == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", variants(tiny.FAMILIES, tiny.SHORT))
 def test_skipping_the_blocks_before_changes_nothing(
     models: Callable[[str], Probed], tmp_path: Path, family: str
 ) -> None:

@@ -67,7 +67,7 @@ def test_what_the_model_does_not_take_is_an_error(
         load_model(resolve(path), CLASSIFICATION, classes=None if head else ["a", "b"])
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", variants(tiny.FAMILIES, tiny.SHORT))
 def test_heads_of_pretraining_may_be_left_out(tmp_path: Path, family: str) -> None:
     import torch
     import transformers

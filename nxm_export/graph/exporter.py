@@ -425,6 +425,8 @@ def _lower_opset(model: ir.Model, opset: int) -> None:
 
     now = model.opset_imports[""]
     for node in model.graph:
+        if node.op_type == "Split" and _split_into_equal_parts(node):
+            continue
         try:
             old = onnx.defs.get_schema(node.op_type, opset, "").since_version
         except onnx.defs.SchemaError:
@@ -437,6 +439,20 @@ def _lower_opset(model: ir.Model, opset: int) -> None:
             )
     model.opset_imports[""] = opset
     model.ir_version = 8  # of the onnx release that brought opset 17: readers of that time refuse newer ones
+
+
+def _split_into_equal_parts(node: ir.Node) -> bool:
+    """True where a Split says the sizes of its parts, or they are equal; the number of parts, which opset 18 brought, is
+    then left out, and it means the same in opset 13."""
+    if len(node.inputs) > 1 and node.inputs[1] is not None:
+        return True
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    shape = None if node.inputs[0] is None else node.inputs[0].shape
+    size = None if shape is None else shape[axis]
+    if not isinstance(size, int) or size % len(node.outputs):
+        return False
+    node.attributes.pop("num_outputs", None)
+    return True
 
 
 def _name_axes(model: ir.Model, task: Task) -> None:

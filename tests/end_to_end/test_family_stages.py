@@ -21,7 +21,6 @@ from nxm_export.contract.plan import INT8_ATTENTION
 from nxm_export.errors import EngineUnavailable, PlanError
 from nxm_export.pipeline.engine_commands import bisect_engines, build_engine
 from tests.support import baked, tiny
-from tests.support.variants import variants
 
 Graphs = Callable[..., Path]
 
@@ -195,9 +194,15 @@ STAGES: dict[str, Callable[[Family, Path], None]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("family", "stage"), variants(list(itertools.product(tiny.FAMILIES, STAGES)), (("modernbert", "ort"),))
-)
+# `make test-slow` runs the families whose blocks differ most, `tools.family_table` all of them.
+SLOW = ("mpnet", "modernbert", "nomic_bert")
+CASES = [
+    pytest.param(family, stage, marks=[pytest.mark.slow if family in SLOW else pytest.mark.exhaustive])
+    for family, stage in itertools.product(tiny.FAMILIES, STAGES)
+]
+
+
+@pytest.mark.parametrize(("family", "stage"), CASES)
 def test_a_family_passes_a_stage(
     family: str, stage: str, tmp_path: Path, tiny_checkpoint: Graphs, tiny_graph: Graphs, tiny_engine: Graphs
 ) -> None:

@@ -23,7 +23,7 @@ from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.data.tokenization import load_tokenizer, parse_tokenizer
 from nxm_export.errors import ArtifactError, EngineError, notice
-from nxm_export.storage.hashing import file_hash
+from nxm_export.storage.hashing import HashedFiles, file_hash, joint_hash
 from nxm_export.storage.json_files import as_object, convert, encode, read_record, to_json_object
 from nxm_export.storage.versions import installed_versions
 
@@ -66,13 +66,15 @@ class BuildFacts:
     """What a build says of its engine.
 
     `requires` are facts of the machine that must be equal where the engine is loaded; `options` are what the build was
-    told and what it did, by names of each backend's own; `graph` is the metadata of the ONNX file.
+    told and what it did, by names of each backend's own; `graph` is the metadata of the ONNX file, and `source` that
+    file with all that hold its weights, as they were when the build read them.
     """
 
     device: Mapping[str, str]
     requires: Mapping[str, str]
     options: Mapping[str, object]
     graph: Mapping[str, str]
+    source: HashedFiles
     bindings: Bindings
     profiles: tuple[Profile, ...] = ()
 
@@ -81,6 +83,7 @@ class BuildFacts:
 class EnginePassport:
     """See the module text and `BuildFacts`. `graph` is what the exporter wrote into the ONNX file, without the plan;
     `plan` is None for a model without one; no `profiles` mean that the engine takes any shape that the model takes.
+    `onnx_sha256` is that of the ONNX file, or of one whose weights lie beside it the `joint_hash` of all its files.
     `companions` has the sha256 of each of `COMPANIONS` that was there; None in a passport that covers the engine alone.
     """
 
@@ -104,8 +107,10 @@ class EnginePassport:
     def issue(cls, backend: str, engine: Path, onnx: Path, facts: BuildFacts) -> EnginePassport:
         """Make the passport of a freshly built engine file and write it beside the engine.
 
-        What the exporter put into the graph's metadata (dtype, placement, task, plan) is kept.
+        What the exporter put into the graph's metadata (dtype, placement, task, plan) is kept. Raises `ArtifactError`
+        when the graph or its weights changed during the build.
         """
+        facts.source.require_unchanged()
         exported = _current_names(
             {key.removeprefix("nxm."): text for key, text in facts.graph.items() if key.startswith("nxm.")}
         )
@@ -114,7 +119,7 @@ class EnginePassport:
             backend=backend,
             engine=engine.name,
             engine_sha256=file_hash(engine),
-            onnx_sha256=file_hash(onnx),
+            onnx_sha256=facts.source.sha256,
             versions=installed_versions(),
             device=dict(facts.device),
             requires=dict(facts.requires),
@@ -136,9 +141,7 @@ class EnginePassport:
         None where the passport covers the engine alone."""
         if self.companions is None:
             return None
-        hashes = {**self.companions, self.engine: self.engine_sha256}
-        lines = "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes))
-        return hashlib.sha256(lines.encode("utf-8")).hexdigest()
+        return joint_hash({**self.companions, self.engine: self.engine_sha256})
 
     @property
     def covers(self) -> str:

@@ -27,6 +27,7 @@ from engines.serving.shapes import plan_buckets
 from nxm_export.contract.choices import GATE
 from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
 from nxm_export.contract.tasks import TASKS
+from nxm_export.data.answer_spans import Window
 from nxm_export.data.examples import Examples, Features, encode, label_array, pad, sorted_batches, tokens_of
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.predictions import (
@@ -40,7 +41,7 @@ from nxm_export.data.predictions import (
     of_tags,
     of_vectors,
 )
-from nxm_export.data.question_answering import Window, windows
+from nxm_export.data.question_answering import answering, windows
 from nxm_export.data.texts import Text
 from nxm_export.data.tokenization import Encoding, cut_at, tokenizer_failures
 from nxm_export.errors import ArtifactError, DataError, EngineError, NxmError
@@ -173,7 +174,8 @@ class Predictor:
     def _answers(self, rows: Sequence[Text], batch: int) -> Iterable[AnyPrediction]:
         questions, contexts = ([row[side] for row in rows] for side in (0, 1))
         empty: list[tuple[tuple[str, int], ...]] = [()] * len(questions)
-        examples = Examples(questions, contexts, empty, "predict", encoder=windows)
+        asked = Examples(questions, contexts, empty, "predict", encoder=windows)
+        examples = answering(asked, self.spec.no_answer_threshold)
         with self._tokenizing():
             features = encode(self._tokenizer, examples, self._longest(), self.spec.inputs)
         values = self._run(features, batch)

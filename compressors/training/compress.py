@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 from safetensors.numpy import save_file
 from torch import nn
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from compressors import distributed
 from compressors.models import ModelSource, load_model, load_tokenizer, resolve
@@ -28,6 +28,7 @@ from compressors.training.task_data import TaskData, TaskDataRequest, read_task_
 from compressors.training.trainer import Phase, PhaseData, predict, require_counted_alike, run_phase, steps_of
 from nxm_export.contract.checkpoint import open_checkpoint, save_plan
 from nxm_export.contract.config_values import size_of
+from nxm_export.contract.no_answer import THRESHOLD_KEY
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.pooling import read_pooling, write_pooling
 from nxm_export.contract.records.checkpoint_metrics import (
@@ -260,6 +261,8 @@ def _save(
         return
     if result.outputs is not None:
         _save_outputs(result.outputs, logits, data)
+    if data.no_answer_threshold is not None:
+        cast(PreTrainedModel, model).config.update({THRESHOLD_KEY: data.no_answer_threshold})
     with quiet_transformers():
         cast(SavedModel, model).save_pretrained(scratch, save_original_format=False)  # by the names of a plan
         tokenizer.save_pretrained(scratch)

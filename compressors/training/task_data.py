@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from compressors.models import ModelSource, max_length
 from compressors.settings import Settings
 from nxm_export.contract.config_values import size_of
+from nxm_export.contract.no_answer import THRESHOLD, no_answer_threshold
 from nxm_export.contract.tasks import Task
 from nxm_export.data.examples import Columns, Examples, Features, encode
 from nxm_export.data.label_kinds import LABELS, classes_of, labelled, load_labelled
+from nxm_export.data.question_answering import answering
 from nxm_export.data.scorable import require_scorable_examples
 from nxm_export.errors import ArtifactError, DataError, some
 from nxm_export.hf.protocols import FastTokenizer
@@ -30,7 +32,8 @@ class TaskDataRequest:
 @dataclass(frozen=True)
 class TaskData:
     """Training and evaluation data of one task, tokenized. `numbered`: labels are numbers, which are taken for indices
-    of the head's `classes`."""
+    of the head's `classes`. `no_answer_threshold` is what the model's contract will say
+    (`nxm_export.contract.no_answer`)."""
 
     task: Task
     train: list[Features]
@@ -38,31 +41,26 @@ class TaskData:
     pad_id: int
     classes: list[str] | None
     numbered: bool = False
+    no_answer_threshold: float | None = None
 
 
 def read_task_data(
     source: ModelSource, request: TaskDataRequest, tokenizer: FastTokenizer, settings: Settings
 ) -> TaskData:
     """Read and tokenize train and, if given, dev; class names come from the model's head where it fits, else from
-    train.
+    train. A model may give no answer when it could before, or when questions of train or dev have none.
 
     Sets the tokenizer's maximum length, which is saved with the model.
     """
     task, columns = request.task, request.columns
-    raw = load_labelled(request.train, "train", columns, task)
     head = source.classes() if source.head_fits(task) else None
+    raw = load_labelled(request.train, "train", columns, task, head)
     classes = dev_classes = classes_of(raw, task, head)
     length = tokenizer.model_max_length = max_length(source, tokenizer, task, settings.max_length)
 
-    def tokens(examples: Examples) -> list[Features]:
-        return encode(tokenizer.backend_tokenizer, examples, length, source.family.inputs)
-
-    examples = labelled(raw, task, classes)
-    if request.train_limit:
-        examples = examples.sample(request.train_limit, settings.seed)
-    held_out: list[Features] = []
+    examples, scored = labelled(raw, task, classes), None
     if request.dev is not None:
-        raw_dev = load_labelled(request.dev, "dev", columns, task)
+        raw_dev = load_labelled(request.dev, "dev", columns, task, head)
         if not LABELS[task.label].separate and (raw.pairs is None) != (raw_dev.pairs is None):
             raise DataError(
                 f"{raw.source} and {raw_dev.source} differ: only one of them has a second text; "
@@ -71,12 +69,27 @@ def read_task_data(
         dev_classes = classes if head is None else classes_of(raw_dev, task, head)
         scored = labelled(raw_dev, task, dev_classes)
         require_scorable_examples(task, scored, None if dev_classes is None else dev_classes.names)
-        held_out = tokens(scored)
+    threshold = _no_answer(source, task, examples, scored)
+    if request.train_limit:
+        examples = examples.sample(request.train_limit, settings.seed)
+
+    def tokens(examples: Examples) -> list[Features]:
+        return encode(tokenizer.backend_tokenizer, answering(examples, threshold), length, source.family.inputs)
+
+    held_out = [] if scored is None else tokens(scored)
     names = None if classes is None else list(classes.names)
     numbered = any(found is not None and found.numbered for found in (classes, dev_classes))
-    data = TaskData(task, tokens(examples), held_out, int(tokenizer.pad_token_id or 0), names, numbered)
+    data = TaskData(task, tokens(examples), held_out, int(tokenizer.pad_token_id or 0), names, numbered, threshold)
     _require_rows(source, data, tokenizer)
     return data
+
+
+def _no_answer(source: ModelSource, task: Task, *parts: Examples | None) -> float | None:
+    if task.output_kind != "span":
+        return None
+    stated = no_answer_threshold(source.config, str(source.path / "config.json"))
+    unanswered = any(part is not None and not all(part.labels) for part in parts)
+    return THRESHOLD if stated is None and unanswered else stated
 
 
 def _require_rows(source: ModelSource, data: TaskData, tokenizer: FastTokenizer) -> None:

@@ -41,7 +41,7 @@ from compressors.training.distillation import Student
 from compressors.training.task_data import TaskData
 from nxm_export.contract.records.train_log import TRAIN_LOG_FILE
 from nxm_export.data.examples import Features, filled, label_array, pad, sorted_batches
-from nxm_export.data.label_order import ROWS, require_label_order
+from nxm_export.data.label_order import require_label_order, rows_to_look_at
 from nxm_export.data.token_labels import training_labels
 from nxm_export.errors import DataError
 from nxm_export.hf.model_loading import quiet_log
@@ -277,11 +277,11 @@ def predict(
 
 
 def require_counted_alike(model: nn.Module, data: TaskData, source: str) -> None:
-    """Raise `DataError` where labels are numbers that cannot be those of the classes of `model`, by the first samples
-    of dev."""
-    if data.numbered:
-        first = data.dev[:ROWS]
-        require_label_order(predict(model, first, data.pad_id), label_array(first), data.classes or (), source)
+    """Raise `DataError` where labels are numbers that cannot be those of the classes of `model`, by some samples of
+    dev."""
+    if data.numbered and data.dev:
+        some = [data.dev[row] for row in rows_to_look_at(len(data.dev))]
+        require_label_order(predict(model, some, data.pad_id), label_array(some), data.classes or (), source)
 
 
 @torch.no_grad()

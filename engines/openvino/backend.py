@@ -88,12 +88,13 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     `EngineUnavailable`, and `ArtifactError` for a file that is no ONNX graph.
     """
     _require_runtime()
-    from nxm_export.graph.external_data import has_external_data, save_in_one_file
+    from nxm_export.graph.external_data import graph_files, has_external_data, save_in_one_file
     from nxm_export.graph.reading.graph_weights import load_graph, sparse_tensors
     from nxm_export.graph.verifier import embedded_plan
 
     onnx = Path(onnx)
     model = load_graph(onnx)
+    source = graph_files(model, onnx)
     if has_external_data(model) or sparse_tensors(model):  # it reads neither
         save_in_one_file(model, out / ENGINE_FILE, onnx)
     else:
@@ -114,6 +115,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
             "float_products": in_float,
         },
         graph=model.metadata_props,
+        source=source,
         bindings=Bindings(
             _bindings(compiled.inputs, [value.name for value in model.graph.inputs]),
             _bindings(compiled.outputs, [value.name for value in model.graph.outputs]),

@@ -89,11 +89,12 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     Raises `EngineError`, `EngineUnavailable`, and `ArtifactError` for a file that is no ONNX graph.
     """
     _require_runtime()
-    from nxm_export.graph.external_data import save_in_one_file
+    from nxm_export.graph.external_data import graph_files, save_in_one_file
     from nxm_export.graph.reading.graph_weights import load_graph
 
     onnx = Path(onnx)
     model = load_graph(onnx)
+    source = graph_files(model, onnx)
     rewrites = {
         "unsigned_activations": unsigned_activations(model),
         "integer_products": integer_products(model),
@@ -111,6 +112,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         requires={},  # ONNX files run on any machine and version
         options={"threads": options.threads, **rewrites, "disabled_optimizers": list(SLOW_FUSIONS)},
         graph=model.metadata_props,
+        source=source,
         bindings=Bindings(
             tuple(_binding(value) for value in session.get_inputs()),
             tuple(_binding(value) for value in session.get_outputs()),

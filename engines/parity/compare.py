@@ -75,7 +75,7 @@ from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.tasks import TASKS, Task
 from nxm_export.contract.token_budget import MAX_BATCH_TOKENS, MAX_ROWS, rows_within
 from nxm_export.data.examples import Features, filled, group_array, label_array, pad, sorted_batches
-from nxm_export.data.label_order import ROWS, require_label_order
+from nxm_export.data.label_order import require_label_order, rows_to_look_at
 from nxm_export.data.metrics import interval, metric_named, paired_interval, require_scorable, scored_outputs
 from nxm_export.data.question_answering import context_mask
 from nxm_export.errors import ArtifactError, DataError, EngineUnavailable, ParityError
@@ -137,8 +137,9 @@ def compare_all(
         if part.key not in references:
             reference = references[part.key] = _measure(checkpoint, part, samples)
             if numbered:
-                logits = samples.scored(reference.outputs)[:ROWS]
-                require_label_order(logits, samples.labels[:ROWS], samples.spec.labels, "the data")
+                rows = rows_to_look_at(len(samples.labels))
+                logits = samples.scored(reference.outputs)[rows]
+                require_label_order(logits, samples.labels[rows], samples.spec.labels, "the data")
         runs.append(_run(part, references[part.key], samples))
     reports = []
     for run in runs:

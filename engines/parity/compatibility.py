@@ -13,6 +13,7 @@ from engines.passport import EnginePassport, PlanSummary
 from nxm_export.contract.checkpoint import PLAN_FILE, open_checkpoint, read_config, weights_hash
 from nxm_export.contract.families import family_of
 from nxm_export.contract.io_spec import IOSpec
+from nxm_export.contract.no_answer import no_answer_threshold
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.quantizer_placement import at_placement
 from nxm_export.contract.tasks import TASKS, labels_of
@@ -66,6 +67,12 @@ def require_from(checkpoint: Path, directory: Path, passport: EnginePassport, sp
             f"{directory} has the labels {list(spec.labels)}, and {checkpoint} has {list(labels)}; "
             "give the one it was exported from"
         )
+    stated = no_answer_threshold(config, str(checkpoint)) if TASKS[spec.task].output_kind == "span" else None
+    if spec.no_answer_threshold != stated:
+        raise ArtifactError(
+            f"{directory} has the threshold {spec.no_answer_threshold} for no answer, and {checkpoint} has {stated}; "
+            "give the one it was exported from, or export and build again"
+        )
     built = passport.graph.get("weights")
     if built is not None and built != (actual := weights_hash(checkpoint)):
         raise ArtifactError(
@@ -89,7 +96,7 @@ def require_alike(specs: Sequence[tuple[Path, IOSpec]]) -> None:
     names."""
     (first, expected), *rest = specs
     for directory, spec in rest:
-        for what in ("task", "inputs", "outputs", "labels"):
+        for what in ("task", "inputs", "outputs", "labels", "no_answer_threshold"):
             ours, theirs = getattr(expected, what), getattr(spec, what)
             if ours != theirs:
                 raise ArtifactError(
@@ -99,5 +106,5 @@ def require_alike(specs: Sequence[tuple[Path, IOSpec]]) -> None:
                 )
 
 
-def _shown(value: str | Iterable[str]) -> str:
-    return value if isinstance(value, str) else ", ".join(map(str, value))
+def _shown(value: str | float | Iterable[str] | None) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, Iterable) and not isinstance(value, str) else str(value)

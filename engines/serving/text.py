@@ -18,9 +18,10 @@ from engines.serving.long_texts import LETTERS_PER_TOKEN, encode_long, is_long
 from engines.serving.protocol import TensorSpec
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.tasks import TASKS
+from nxm_export.data.answer_spans import Window, best_answer
 from nxm_export.data.examples import Examples, Features, Label, as_read, encode, label_array, pad, tokens_of
 from nxm_export.data.metrics import scored_outputs
-from nxm_export.data.question_answering import Window, best_span, windows
+from nxm_export.data.question_answering import answering, windows
 from nxm_export.data.tokenization import Tokenizer
 from nxm_export.errors import DataError, RequestRefused, ServeError
 
@@ -59,12 +60,13 @@ class TextFrontend:
 
     def words(self, tensors: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The `outputs` of this frontend (rows, 1) by name, for a request's BYTES tensors and the engine's outputs:
-        classes by the largest logit of the first output, answers as `nxm compare` finds them."""
+        classes by the largest logit of the first output, answers as `nxm compare` finds them, empty where there is
+        none."""
         if self._spans:
             logits = scored_outputs(TASKS[self._spec.task], outputs)
             asked = [Window.unpack(label) for label in label_array(self._features(tensors))]
-            spans = [best_span(row, window) for row, window in zip(logits, asked, strict=True)]
-            answers = [window.answer(start, end) for window, (_, start, end) in zip(asked, spans, strict=True)]
+            found = [best_answer([row], [window]) for row, window in zip(logits, asked, strict=True)]
+            answers = [answer.text([window]) for window, answer in zip(asked, found, strict=True)]
             return {ANSWER: np.array([[answer] for answer in answers], object)}
         if not self.outputs:
             return {}
@@ -105,7 +107,8 @@ class TextFrontend:
         examples = Examples(texts, pairs, no_labels, "request", encoder=windows if self._spans else None)
         try:
             if self._spans:
-                return encode(tokenizer, examples, self._max_length, self._spec.inputs)
+                asked = answering(examples, self._spec.no_answer_threshold)
+                return encode(tokenizer, asked, self._max_length, self._spec.inputs)
             rows = [(row,) if isinstance(row, str) else row for row in as_read(texts, pairs)]
             long = {row for row, each in enumerate(rows) if is_long(each, self._max_length)}
             short = [row for row in range(len(rows)) if row not in long]

@@ -14,7 +14,12 @@ _FIXED: dict[str, Callable[[MatrixFacts], MatrixFacts]] = {
     "pattern": lambda fact: replace(fact, sparse_along_k=True, broken_groups=0),
     "k-multiple": lambda fact: replace(fact, k=-(-fact.k // 4) * 4),
     "scales": lambda fact: replace(
-        fact, scales_along_k=False, has_zero_point=False, scales_in_blocks=False, scale_problems=()
+        fact,
+        scales_along_k=False,
+        has_zero_point=False,
+        scales_in_blocks=False,
+        scale_problems=(),
+        sparse_along_k=fact.sparse_along_k or fact.broken_groups_of_codes == 0,
     ),
     "weight-type": lambda fact: replace(fact, codes="INT8", integer_weight=True),
     "float-input": lambda fact: replace(fact, integer_input=True),

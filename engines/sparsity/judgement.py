@@ -34,7 +34,6 @@ _ALIGNMENT_HINT = (
 SMALL = 256  # below it, dense kernels win (NVIDIA/TensorRT issues 3849 and 4065)
 _QUANTIZED = ("int8",)  # what sparse integer kernels multiply
 _FLOATS = ("float", "float16", "bfloat16", "float32", "float8")
-_CONVOLUTIONS = ("conv", "conv1x1")
 REASONS = {
     "empty": "it has no elements",
     "k-multiple": "K is not a multiple of 4",
@@ -330,9 +329,10 @@ def _of_pattern(fact: MatrixFacts) -> tuple[str, str] | None:
     """(reason, detail) when the elements do not lie as a sparse kernel reads them."""
     if not fact.k or not fact.n:
         return "empty", ""
-    if fact.form in _CONVOLUTIONS and fact.run == 1 and fact.groups_of_channels > 1:
+    convolves = "conv" in fact.form.lower()  # over any number of axes, transposed, of integers
+    if convolves and fact.run == 1 and fact.groups_of_channels > 1:
         return "depthwise", ""
-    if fact.form in _CONVOLUTIONS and fact.run % 4:
+    if convolves and fact.run % 4:
         return (
             "channels",
             f"it has {fact.run} input channels{' a group' if fact.groups_of_channels > 1 else ''}, and "
@@ -342,11 +342,20 @@ def _of_pattern(fact: MatrixFacts) -> tuple[str, str] | None:
         return "k-multiple", f"K is {fact.k}, which is not a multiple of 4"
     if fact.sparse_along_k:
         return None
+    if (codes := fact.broken_groups_of_codes) is not None and codes < fact.broken_groups and _few(codes, fact):
+        hidden = fact.broken_groups - codes
+        text = f"a zero point is not 0, so that the stored zeros of {hidden} of {fact.groups} groups of four are none"
+        return "scales", f"{REASONS['scales']}: {text}"
     if fact.sparse_along_n:
         return "axis", ""
-    if not fact.planned_sparse and fact.broken_groups > fact.groups // 100:
+    if not fact.planned_sparse and not _few(fact.broken_groups, fact):
         return "not-planned", ""
     return "pattern", f"{fact.broken_groups} of {fact.groups} groups of four along K keep more than two"
+
+
+def _few(broken: int, fact: MatrixFacts) -> bool:
+    """True for so few broken groups of four that the matrix was meant to have none."""
+    return broken <= fact.groups // 100
 
 
 def _of_numbers(fact: MatrixFacts) -> tuple[str, str] | None:

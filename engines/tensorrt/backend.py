@@ -66,6 +66,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     Raises `EngineUnavailable` without TensorRT or a GPU, `ExportError` for a graph that TensorRT would refuse or
     degrade, `EngineError` for everything that the builder refuses.
     """
+    from nxm_export.graph.external_data import graph_files
     from nxm_export.graph.reading.graph_weights import load_graph
     from nxm_export.graph.tensorrt_parser import parser_of, require_read_right
     from nxm_export.graph.verifier import verify_model
@@ -73,6 +74,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     onnx = Path(onnx)
     trt, device = _runtime(), device_facts()
     model = load_graph(onnx)
+    source = graph_files(model, onnx)
     verify_model(model, str(onnx)).require()
     _require_typing(model, trt.__version__, onnx)
     require_read_right(model, parser_of(NAME, trt.__version__), str(onnx))
@@ -113,6 +115,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         requires=facts,
         options=recorded,
         graph=model.metadata_props,
+        source=source,
         bindings=built.bindings,
         profiles=profiles,
     )

@@ -69,12 +69,14 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     `EngineError` for everything that the builder refuses, and for INT8 convolutions that it built in float.
     """
     _require_installed()
+    from nxm_export.graph.external_data import graph_files
     from nxm_export.graph.reading.graph_weights import load_graph
     from nxm_export.graph.tensorrt_parser import parser_of, require_read_right
     from nxm_export.graph.verifier import verify_model
 
     onnx = Path(onnx)
     model = load_graph(onnx)
+    source = graph_files(model, onnx)
     verify_model(model, str(onnx)).require()
     require_read_right(model, parser_of(NAME, version(PACKAGE)), str(onnx))
     if options.build_route is not None:
@@ -104,6 +106,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         requires=_facts(),
         options={"sparse": options.sparse, "level": options.level, "twin": options.twin, **asdict(counts)},
         graph=model.metadata_props,
+        source=source,
         bindings=built.bindings,
         profiles=profiles,
     )

@@ -3,7 +3,8 @@
 ::
 
     REPO/NAME/config.pbtxt, REPO/NAME/1/model.onnx or model_sm80.plan ...    the engine (one plan a compute capability)
-    REPO/NAME_tokenizer/, REPO/NAME_labels/, REPO/NAME_text/                 sentences in, class names out (optional)
+    REPO/NAME_tokenizer/, REPO/NAME_labels/, REPO/NAME_text/                 sentences in, class names out (optional);
+                                                                             NAME_answers/ for answers to questions
     REPO/manifest.json, REPO/check_manifest.py                               hashes, and the TensorRT that plans need
     REPO/Dockerfile, REPO/compose.yaml, REPO/kserve.yaml                     containers; Triton ignores files up here
 
@@ -16,6 +17,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from engines.admission import admitted
 from engines.ort.session_levels import SessionLevel, closest_level
@@ -25,13 +27,14 @@ from engines.serving.model import require_labelled
 from engines.serving.repository import EngineSource, require_distinct_names
 from engines.serving.settings import TritonOptions
 from engines.serving.shapes import plan_buckets
-from engines.serving.text import PAIR, TEXT, names_classes
+from engines.serving.text import ANSWER, LABEL, PAIR, TEXT, names_classes
 from engines.triton.check_manifest import MANIFEST, SCHEMA, same_version
-from engines.triton.config import BACKENDS, KINDS, Instances, engine_config, text_configs
+from engines.triton.config import BACKENDS, KINDS, Instances, LastStep, engine_config, text_configs
 from engines.triton.deploy import deployment_files
 from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.contract.token_budget import rows_within
+from nxm_export.data import answer_spans
 from nxm_export.data.tokenization import parse_tokenizer
 from nxm_export.errors import ArtifactError, ServeError
 from nxm_export.storage.atomic import atomic_dir, require_apart
@@ -40,8 +43,10 @@ from nxm_export.storage.json_files import encode, to_json_object
 
 TEXT_SCHEMA = "nxm-triton-text/1"
 LABELS_SCHEMA = "nxm-triton-labels/1"
+ANSWERS_SCHEMA = "nxm-triton-answers/1"
+ANSWERS = LastStep("_answers", ANSWER, tuple(TASKS["question-answering"].outputs), texts=True)
 VERSION = "1"
-TEXT_SUFFIXES = ("_text", "_tokenizer", "_labels")  # of the models that --text adds to one
+TEXT_SUFFIXES = ("_text", "_tokenizer", "_labels", "_answers")  # of the models that --text adds to one
 CHECK = "check_manifest.py"
 _HERE = Path(__file__).parent
 
@@ -195,43 +200,65 @@ def _write_text_frontend(repository: Path, model: _Model, options: TritonOptions
             f"{directory} has no {TOKENIZER_FILE}, which --text needs; put it beside the graph and build again"
         )
     parse_tokenizer(text, directory / TOKENIZER_FILE)  # what cannot be read is refused here, not in the container
-    if TASKS[spec.task].output_kind == "span":
-        raise ServeError(
-            f"{model.name}: --text gives no answers in words for {spec.task} on Triton, only "
-            "positions of tokens that its clients "
-            "do not see; hand it over without --text, or serve it with `nxm serve --text`"
-        )
     wants = TASKS[spec.task].texts
     if options.pair and wants == "one":
         raise ServeError(f"{directory}: {spec.task} reads one text at a time; use --text, not --text-pair")
     if not options.pair and wants == "two":
-        raise ServeError(f"{directory}: {spec.task} reads a query and a document at once; use --text-pair")
-    labels = names_classes(spec)
+        both = "a question and its context" if TASKS[spec.task].output_kind == "span" else "a query and a document"
+        raise ServeError(f"{directory}: {spec.task} reads {both} at once; use --text-pair")
+    last = _last_step(spec, [binding.name for binding in first.tensors("outputs")])
     buckets = plan_buckets(
         spec.max_length, options.max_batch, first.profiles, max_batch_tokens=options.max_batch_tokens
     )
     texts = {TEXT: False} if wants == "one" else {TEXT: False, PAIR: not options.pair}
-    configs = text_configs(model.name, first, spec, max_batch=_rows(model, options), texts=texts, labels=labels)
+    configs = text_configs(model.name, first, max_batch=_rows(model, options), texts=texts, last=last)
     for name, config in configs.items():
         (repository / name / VERSION).mkdir(parents=True)
         (repository / name / "config.pbtxt").write_text(config, encoding="utf-8")
     tokenizer = repository / f"{model.name}_tokenizer" / VERSION
-    shutil.copyfile(_HERE / "tokenizer_model.py", tokenizer / "model.py")
+    _copy_code(tokenizer, "tokenizer_model.py", long_texts, *([answer_spans] if last is ANSWERS else []))
     (tokenizer / TOKENIZER_FILE).write_bytes(text.encode("utf-8"))
-    shutil.copyfile(long_texts.__file__, tokenizer / Path(long_texts.__file__).name)
+    longest = min(spec.max_length, buckets.longest.length)
     settings = {
         "inputs": {binding.name: binding.dtype for binding in first.tensors("inputs")},
         "lengths": [bucket.length for bucket in buckets.buckets],
-        "max_length": min(spec.max_length, buckets.longest.length),
+        "max_length": longest,
         "pad_id": spec.pad_id,
         "texts": list(texts),
+        "answers": last is ANSWERS,
     }
     (tokenizer / "text.json").write_text(encode(settings, TEXT_SCHEMA), encoding="utf-8")
-    if labels:
-        last = repository / f"{model.name}_labels" / VERSION
-        shutil.copyfile(_HERE / "labels_model.py", last / "model.py")
-        names = {"output": first.tensors("outputs")[0].name, "labels": list(spec.labels)}
-        (last / "labels.json").write_text(encode(names, LABELS_SCHEMA), encoding="utf-8")
+    if last is None:
+        return
+    words = repository / f"{model.name}{last.suffix}" / VERSION
+    if last is ANSWERS:
+        _copy_code(words, "answers_model.py", answer_spans)
+        (words / TOKENIZER_FILE).write_bytes(text.encode("utf-8"))
+        rule = {
+            "outputs": last.reads,
+            "texts": list(texts),
+            "max_length": longest,
+            "no_answer_threshold": spec.no_answer_threshold,
+        }
+        (words / "answers.json").write_text(encode(rule, ANSWERS_SCHEMA), encoding="utf-8")
+    else:
+        _copy_code(words, "labels_model.py")
+        names = {"output": last.reads[0], "labels": list(spec.labels)}
+        (words / "labels.json").write_text(encode(names, LABELS_SCHEMA), encoding="utf-8")
+
+
+def _last_step(spec: IOSpec, outputs: Sequence[str]) -> LastStep | None:
+    """What says in words what the engine found; None where numbers are all there is."""
+    if TASKS[spec.task].output_kind == "span":
+        return ANSWERS
+    return LastStep("_labels", LABEL, (outputs[0],)) if names_classes(spec) else None
+
+
+def _copy_code(version: Path, model: str, *modules: ModuleType) -> None:
+    """Put a model of the Python backend, and modules that stand alone beside it, into a version's directory."""
+    shutil.copyfile(_HERE / model, version / "model.py")
+    for module in modules:
+        shutil.copyfile(str(module.__file__), version / Path(str(module.__file__)).name)
 
 
 def _rows(model: _Model, options: TritonOptions) -> int:

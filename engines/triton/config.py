@@ -113,10 +113,22 @@ def batch_size(name: str, profiles: Sequence[Profile], max_batch: int) -> int:
     return most
 
 
+@dataclass(frozen=True)
+class LastStep:
+    """The model of a text ensemble behind the engine: it makes `words` (``label`` or ``answer``) of the engine's
+    outputs `reads`, and, with `texts`, of the request's texts."""
+
+    suffix: str
+    words: str
+    reads: tuple[str, ...]
+    texts: bool = False
+
+
 def text_configs(
-    name: str, passport: EnginePassport, spec: IOSpec, *, max_batch: int, texts: Mapping[str, bool], labels: bool
+    name: str, passport: EnginePassport, *, max_batch: int, texts: Mapping[str, bool], last: LastStep | None
 ) -> dict[str, str]:
-    """Configurations of the text frontend: a tokenizer, an ensemble, and a model that names classes, by model name.
+    """Configurations of the text frontend, by model name: a tokenizer, an ensemble, and, with `last`, a model that says
+    in words what the engine found.
 
     `texts` are the inputs by name, and whether a request may leave them out.
     """
@@ -125,10 +137,10 @@ def text_configs(
     batch = batch_size(name, passport.profiles, max_batch)
     python: Message = {"backend": "python", "max_batch_size": batch}
     workers: Message = {"instance_group": [{"kind": Word("KIND_CPU"), "count": 1}]}
-    tokenizer, namer, ensemble = f"{name}_tokenizer", f"{name}_labels", f"{name}_text"
-    first = outputs[0]
+    tokenizer, ensemble = f"{name}_tokenizer", f"{name}_text"
+    read = [b for b in outputs if last is not None and b.name in last.reads]
     tokens = {b.name: f"tokens_{b.name}" for b in inputs}
-    given = {b.name: f"engine_{b.name}" if labels and b is first else b.name for b in outputs}
+    given = {b.name: passed(b.name) if b in read else b.name for b in outputs}
     stages = [
         _stage(tokenizer, {key: key for key in texts}, tokens),
         _stage(name, tokens, given),
@@ -138,24 +150,37 @@ def text_configs(
             "name": tokenizer, **python, "input": words, "output": [_tensor(b) for b in inputs], **workers,
         }
     }  # fmt: skip
-    if labels:
+    if last is not None:
         # The logits pass through this model: an ensemble does not compute an output of its own that nobody asks for,
-        # and would then wait for it when only the label is asked for (seen on Triton 2.51).
-        passed = f"engine_{first.name}"
-        stages.append(_stage(namer, {passed: passed}, {key: key for key in (first.name, "label")}))
+        # and would then wait for it when only the words are asked for (seen on Triton 2.51).
+        namer = f"{name}{last.suffix}"
+        again = {key: key for key in texts} if last.texts else {}
+        stages.append(
+            _stage(
+                namer,
+                {**again, **{passed(b.name): passed(b.name) for b in read}},
+                {key: key for key in (*(b.name for b in read), last.words)},
+            )
+        )
         messages[namer] = {
-            "name": namer, **python, "input": [{**_tensor(first), "name": passed}],
-            "output": [_tensor(first), _text("label")], **workers,
+            "name": namer, **python,
+            "input": [*(words if last.texts else []), *({**_tensor(b), "name": passed(b.name)} for b in read)],
+            "output": [*map(_tensor, read), _text(last.words)], **workers,
         }  # fmt: skip
     messages[ensemble] = {
         "name": ensemble,
         "platform": "ensemble",
         "max_batch_size": batch,
         "input": words,
-        "output": [*(_tensor(b) for b in outputs), *([_text("label")] if labels else [])],
+        "output": [*(_tensor(b) for b in outputs), *([] if last is None else [_text(last.words)])],
         "ensemble_scheduling": {"step": stages},
     }
     return {key: dump(message) for key, message in messages.items()}
+
+
+def passed(output: str) -> str:
+    """What the last step of an ensemble calls an output of the engine that it reads and hands on."""
+    return f"engine_{output}"
 
 
 def _stage(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> Message:

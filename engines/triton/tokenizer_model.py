@@ -2,7 +2,8 @@
 
 BYTES text (batch, 1) to token tensors (batch, length), padded to the next of ``lengths``: Triton's batcher merges equal
 shapes only, so without buckets almost nothing would share a batch. It stands alone in the container: the `tokenizers`
-package, and ``tokenizer.json``, ``text.json`` and ``long_texts.py`` (`engines.serving.long_texts`) beside it.
+package, and ``tokenizer.json``, ``text.json`` and ``long_texts.py`` (`engines.serving.long_texts`) beside it; for
+questions also ``answer_spans.py`` (`nxm_export.data.answer_spans`).
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class TritonPythonModel:
     def _encode(self, texts: list[str], pairs: list[str] | None = None) -> dict[str, np.ndarray]:
         # A second text that is empty is none, as in training.
         rows = [(text, pair) if pair else (text,) for text, pair in zip(texts, pairs or [""] * len(texts))]  # noqa: B905
-        encodings = self._encodings(rows)
+        encodings = self._questions(texts, pairs) if self.settings["answers"] and pairs else self._encodings(rows)
         longest = max(len(encoding.ids) for encoding in encodings)
         length = next(bucket for bucket in self.settings["lengths"] if bucket >= longest)
         tensors = {}
@@ -87,3 +88,29 @@ class TritonPythonModel:
         self.tokenizer.enable_truncation(most, direction=self.side)
         made = iter(self.tokenizer.encode_batch(short))
         return [encode_long(self.tokenizer, row, most) if is_long(row, most) else next(made) for row in rows]
+
+    def _questions(self, questions: list[str], contexts: list[str]) -> list[Encoding]:
+        """The tokens of questions with their contexts, each in one window; raises `ValueError` where it takes more,
+        since the answer could be in what would be cut."""
+        from answer_spans import context_windows, window_of  # type: ignore[import-not-found]
+        from long_texts import LETTERS_PER_TOKEN
+
+        most, made = self.settings["max_length"], []
+        for row, (question, context) in enumerate(zip(questions, contexts)):  # noqa: B905 - one context a question
+            for name, text in zip(self.settings["texts"], (question, context)):  # noqa: B905
+                size = len(text.encode("utf-8"))
+                if size > LETTERS_PER_TOKEN * most:
+                    limit = LETTERS_PER_TOKEN * most
+                    raise ValueError(f"row {row} of {name} has {size} bytes; at most {limit} are served")
+            try:
+                encodings = context_windows(self.tokenizer, question, context, most)
+                window_of(encodings[0], context)
+            except ValueError as error:
+                raise ValueError(f"row {row}: {error}") from error
+            if len(encodings) > 1:
+                pair = self.settings["texts"][1]
+                raise ValueError(
+                    f"row {row} of {pair} and its question take more than {most} tokens; ask about it in parts"
+                )
+            made.append(encodings[0])
+        return made

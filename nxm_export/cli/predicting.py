@@ -98,7 +98,7 @@ def line_of(result: AnyPrediction) -> str:
     if isinstance(result, TaggedText):
         return ", ".join(f"{entity.label}: {entity.text}" for entity in result.entities) or "no entity"
     if isinstance(result, Answer):
-        return f"{result.text}\t{result.score:.3f}"
+        return f"{result.text if result.found else 'no answer'}\t{result.score:.3f}"
     if isinstance(result, Embedding):
         first = " ".join(f"{value:.3f}" for value in result.vector[:3])
         return f"{len(result.vector)} numbers: {first} ..."

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nxm_export.contract.config_values import pad_id_of, size_of
 from nxm_export.contract.encoder_family import Family
+from nxm_export.contract.no_answer import no_answer_threshold
 from nxm_export.contract.pooling import read_pooling
 from nxm_export.contract.tasks import TASKS, Task, labels_of
 from nxm_export.errors import ArtifactError
@@ -28,7 +29,9 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 class IOSpec:
     """Inputs are int64 (batch, sequence), outputs float32 with the axes given; `labels` name the last axis of the first
     output where it holds classes or labels. `max_length` is in tokens. `limits` bound an input's values from above
-    (exclusive), for inputs that have a table or a meaning behind them: a runtime does not check what it looks up."""
+    (exclusive), for inputs that have a table or a meaning behind them: a runtime does not check what it looks up.
+    `no_answer_threshold` is of question answering (`nxm_export.contract.no_answer`); None: there is always an answer.
+    """
 
     model_type: str
     task: str
@@ -38,6 +41,7 @@ class IOSpec:
     max_length: int
     pad_id: int
     limits: Mapping[str, int] = field(default_factory=dict)
+    no_answer_threshold: float | None = None
 
     @classmethod
     def of(cls, directory: Path, config: Mapping[str, object], family: Family, task: Task) -> IOSpec:
@@ -65,6 +69,7 @@ class IOSpec:
             limit,
             pad_id_of(config),
             {name: limits[name] for name in INPUTS if name in limits and name in family.inputs},
+            no_answer_threshold(config, str(directory / "config.json")) if task.output_kind == "span" else None,
         )
 
     def save(self, directory: Path) -> None:
@@ -102,6 +107,8 @@ def parse_spec(text: str, file: Path) -> IOSpec:
             f"{file}: outputs: {spec.task} gives {_shown(task.outputs)}, here are {_shown(spec.outputs)}; export or "
             "build again"
         )
+    if spec.no_answer_threshold is not None and task.output_kind != "span":
+        raise ArtifactError(f"{file}: no_answer_threshold: {spec.task} answers no questions; export or build again")
     fewest = 2 if task.output_kind == "softmax" else 1
     if task.names_labels and len(spec.labels) < fewest:
         raise ArtifactError(

@@ -75,10 +75,13 @@ class LabelKind:
     load: Callable[[str, Columns], RawExamples] | None = None
 
 
-def load_labelled(source: str, split: str, columns: Columns, task: Task) -> RawExamples:
+def load_labelled(
+    source: str, split: str, columns: Columns, task: Task, head: Sequence[str] | None = None
+) -> RawExamples:
     """Read a data file (or a GLUE task) whose labels are of this task's kind; raises `DataError` with file and line.
 
-    Labels that the map of `columns` names are what it says. Rows without a label (-1) and without tokens are left out.
+    Labels that the map of `columns` names are what it says. Rows without a label (-1, unless the `head` or the map has
+    a class of that name) and without tokens are left out.
     """
     kind = LABELS[task.label]
     if columns.label_map and (kind.names is None or kind.load is not None):
@@ -93,7 +96,7 @@ def load_labelled(source: str, split: str, columns: Columns, task: Task) -> RawE
         if kind.names is None:
             return raw
         mapped = _mapped(_without_hot_rows(raw), columns.label_map)
-        return _without_unlabelled(mapped, set(columns.label_map.values()))
+        return _without_unlabelled(mapped, {*columns.label_map.values(), *(head or ())})
     if columns.pair is not None:
         raise DataError(f"{source}: task {task.name} takes one text; drop --text-pair")
     return _mapped(_aligned(load_raw(source, split, columns, label=kind.cell, tokens=_tokens)), columns.label_map)
@@ -336,8 +339,8 @@ def _with_tags(raw: RawExamples, index: Mapping[str, int]) -> Examples:
 
 def _with_answers(raw: RawExamples, _: Mapping[str, int]) -> Examples:
     answers = [cast("tuple[Answer, ...]", label) for label in raw.labels]
-    nullable = not all(answers)  # said of the whole file, and so true of every part of it
-    return Examples(raw.texts, raw.pairs, answers, raw.source, encoder=partial(windows, nullable=nullable))
+    threshold = None if all(answers) else 0.0  # said of the whole file, and so true of every part of it
+    return Examples(raw.texts, raw.pairs, answers, raw.source, encoder=partial(windows, threshold=threshold))
 
 
 LABELS: dict[str, LabelKind] = {

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from nxm_export.data.question_answering import Window, best_span
+from nxm_export.data.answer_spans import NO_ANSWER, Window, best_answer
 from nxm_export.storage.json_files import to_json_object
 
 Array = npt.NDArray[np.float32]
@@ -89,12 +89,20 @@ class TaggedText:
 @dataclass(frozen=True)
 class Answer:
     """The characters `start` to `end` (exclusive) of the context, `text`, answer the question; `score` is the
-    probability of that start times that of that end, over the whole context."""
+    probability of that start times that of that end, over the whole context.
+
+    From a model that was made to say so, it may be that there is no answer: `text` is empty then, `start` and `end` are
+    None, and `score` is the probability of that."""
 
     text: str
-    start: int
-    end: int
+    start: int | None
+    end: int | None
     score: float
+
+    @property
+    def found(self) -> bool:
+        """False where there is no answer."""
+        return self.start is not None
 
     def to_dict(self) -> dict[str, object]:
         """JSON form."""
@@ -175,16 +183,16 @@ def of_tags(logits: Array, words: Sequence[Word], text: str, labels: Sequence[st
 
 
 def of_spans(logits: Sequence[Array], windows: Sequence[Window]) -> Answer:
-    """The best span over all windows of one question, each with logits (sequence, 2): the one that comparison and
-    scoring choose, with the highest sum of start and end."""
-    spans = [best_span(rows, window) for rows, window in zip(logits, windows, strict=True)]
-    best = max(range(len(spans)), key=lambda i: spans[i][0])
-    total, first, last = spans[best]
-    window = windows[best]
-    start = window.offset + window.starts[first - window.first]
-    normaliser = sum(_log_sum_exp(np.concatenate(list(_context(logits, windows, side)))) for side in (0, 1))
-    text = window.answer(first, last)
-    return Answer(text, start, start + len(text), float(np.exp(total - normaliser)))
+    """The answer that comparison and scoring choose, too, from all windows of one question, each with logits
+    (sequence, 2)."""
+    found = best_answer(logits, windows)
+    window, text = windows[found.window], found.text(windows)
+    normaliser = sum(_log_sum_exp(np.concatenate(list(_allowed(logits, windows, side)))) for side in (0, 1))
+    score = float(np.exp(found.total - normaliser))
+    if found.none:
+        return Answer("", None, None, score)
+    start = window.offset + window.starts[found.first - window.first]
+    return Answer(text, start, start + len(text), score)
 
 
 def of_vectors(vectors: Array) -> list[Embedding]:
@@ -192,9 +200,14 @@ def of_vectors(vectors: Array) -> list[Embedding]:
     return [Embedding(row.copy()) for row in vectors]
 
 
-def _context(logits: Sequence[Array], windows: Sequence[Window], side: int) -> Iterator[npt.NDArray[np.float64]]:
+def _allowed(logits: Sequence[Array], windows: Sequence[Window], side: int) -> Iterator[npt.NDArray[np.float64]]:
+    """The logits at which an answer may begin (`side` 0) or end (1): those of the context, and, where there may be no
+    answer, that of the first token of the window that is least for it."""
     for rows, window in zip(logits, windows, strict=True):
         yield rows[window.first : window.first + len(window.starts), side].astype(np.float64)
+    if windows[0].nullable:
+        least = min(logits, key=lambda rows: float(rows[NO_ANSWER].astype(np.float64).sum()))
+        yield least[NO_ANSWER : NO_ANSWER + 1, side].astype(np.float64)
 
 
 def _softmax(logits: Array) -> npt.NDArray[np.float64]:

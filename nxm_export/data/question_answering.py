@@ -1,43 +1,38 @@
 """Extractive question answering: questions about a text, read from files, cut into windows, answered and scored.
 
 A question with a long context becomes several samples: windows of tokens that overlap, each with the whole question.
-They are one group: the answer to the question is the best span over all of its windows, and it is scored once. What the
-score needs (the window's text, where its tokens lie in it, the gold answers) travels with each sample as its label,
-packed into one string, so that any runtime's logits can be scored.
+They are one group: the answer to the question is the best span over all of its windows (`answer_spans`), and it is
+scored once. What the score needs (the window's text, where its tokens lie in it, the gold answers) travels with each
+sample as its label, packed into one string, so that any runtime's logits can be scored.
 
 Exact match and F1 are those of SQuAD 1.1 (Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of
 Text", EMNLP 2016, and the evaluation script published with it): answers are compared without case, punctuation,
 articles and surplus white space, and the best of the gold answers counts.
 
-Where a file has questions without an answer, all of its questions are scored as in SQuAD 2.0 (Rajpurkar et al., "Know
-What You Don't Know", ACL 2018, and its script): no answer is predicted where the first token, where training points
-then, has in every window a higher sum of start and end logit than the best span.
+Where a file has questions without an answer, or the model was made to give none, all questions are scored as in SQuAD
+2.0 (Rajpurkar et al., "Know What You Don't Know", ACL 2018, and its script).
 """
 
 from __future__ import annotations
 
-import base64
-import json
 import re
 import string
-import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 
+from nxm_export.data.answer_spans import NO_ANSWER, Window, best_answer, context_windows, window_of
 from nxm_export.data.examples import Columns, DataRow, Examples, Features, RawExamples, members, text_of, tokens_of
 from nxm_export.data.readers import format_of, opened, read_rows
 from nxm_export.data.tokenization import Encoding, Tokenizer
 from nxm_export.errors import DataError, notice
 from nxm_export.storage.json_files import parse_json
 
-MAX_ANSWER = 30  # tokens of the longest answer that is looked for
-OVERLAP = 128  # tokens of context that two windows share; at most half of what a window holds
-NO_ANSWER = 0  # where start and end point in a window without the answer: the first token, [CLS]
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -155,34 +150,6 @@ def _require_answered(question: str, context: str, answers: Sequence[Answer], pl
             raise DataError(f"{place}: the answer {text!r} does not stand at character {start} of the context; {where}")
 
 
-@dataclass(frozen=True)
-class Window:
-    """What it takes to score a window: its context tokens begin at position `first` and are the characters `starts` to
-    `ends` of `text`, a part of the context that begins at its character `offset`; `answers` are the gold ones
-    of the question. `nullable`: that there is no answer may be one."""
-
-    first: int
-    text: str
-    starts: list[int]
-    ends: list[int]
-    answers: list[str]
-    offset: int = 0
-    nullable: bool = False
-
-    def pack(self) -> str:
-        """As one ASCII string."""
-        return base64.b64encode(zlib.compress(json.dumps(asdict(self)).encode(), 9)).decode("ascii")
-
-    @classmethod
-    def unpack(cls, label: np.ndarray) -> Window:
-        """From a row of `nxm_export.data.examples.label_array`: the bytes of the string, filled up with 0."""
-        return cls(**json.loads(zlib.decompress(base64.b64decode(label.astype(np.uint8).tobytes().rstrip(b"\0")))))
-
-    def answer(self, start: int, end: int) -> str:
-        """The text of a span of positions."""
-        return self.text[self.starts[start - self.first] : self.ends[end - self.first]]
-
-
 def windows(
     tokenizer: Tokenizer,
     examples: Examples,
@@ -190,59 +157,34 @@ def windows(
     inputs: Sequence[str],
     overlap: int | None = None,
     *,
-    nullable: bool = False,
+    threshold: float | None = None,
 ) -> list[Features]:
     """Samples of at most `max_length` tokens for all questions: those of `inputs`, ``labels`` (a packed `Window`),
     ``span`` (start and end position of the first gold answer, `NO_ANSWER` where the window does not hold it) and
     ``group`` (the number of the question).
 
-    `overlap` is how many tokens of context two windows of a question share, by default `OVERLAP`, but at most half of
-    what they hold. `nullable`: no answer may be the answer. Raises `DataError` for a question that leaves no room, and
-    for an `overlap` that leaves nothing new.
+    `overlap` is as in `context_windows`; `threshold` says by how much no answer must beat the best one, None that there
+    always is one. Raises `DataError` for a question that leaves no room, for a context without tokens, and for an
+    `overlap` that leaves nothing new.
     """
-    special, made = tokenizer.num_special_tokens_to_add(True), list[Features]()
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+    made = list[Features]()
     assert examples.pairs is not None
-    lengths = [len(encoding.ids) for encoding in tokenizer.encode_batch(examples.texts, add_special_tokens=False)]
-    for number, (question, context, length) in enumerate(zip(examples.texts, examples.pairs, lengths, strict=True)):
-        place = f"{examples.source}: question {number + 1} ({question[:40]!r})"
-        room = max_length - special - length
-        if room < 1:
-            raise DataError(
-                f"{place}: its {length} tokens and {special} special ones leave no room for context in {max_length}; "
-                "raise --max-length, or shorten the question"
-            )
-        shared = min(OVERLAP, room // 2) if overlap is None else overlap
-        if not 0 <= shared < room:
-            raise DataError(
-                f"{place}: windows hold {room} tokens of its context and cannot share {shared} of them; "
-                "lower the overlap, or raise --max-length"
-            )
-        tokenizer.enable_truncation(max_length, stride=shared, strategy="only_second")
-        whole = tokenizer.encode(question, context)
-        for encoding in (whole, *whole.overflowing):
-            answers = cast("tuple[Answer, ...]", examples.labels[number])
-            window = _window(encoding, context, answers, place, nullable)
-            made.append(_sample(encoding, window, answers, inputs, number))
+    for number, (question, context) in enumerate(zip(examples.texts, examples.pairs, strict=True)):
+        answers = cast("tuple[Answer, ...]", examples.labels[number])
+        try:
+            for encoding in context_windows(tokenizer, question, context, max_length, overlap):
+                window = window_of(encoding, context, [text for text, _ in answers], threshold)
+                made.append(_sample(encoding, window, answers, inputs, number))
+        except ValueError as error:
+            place = f"{examples.source}: question {number + 1} ({question[:40]!r})"
+            raise DataError(f"{place}: {error}") from error
     return made
 
 
-def _window(encoding: Encoding, context: str, answers: Sequence[Answer], place: str, nullable: bool) -> Window:
-    at = [i for i, sequence in enumerate(encoding.sequence_ids) if sequence == 1]
-    if not at:
-        raise DataError(f"{place}: its context has no tokens; fix the row or remove it")
-    offsets = encoding.offsets[at[0] : at[-1] + 1]
-    low, high = offsets[0][0], offsets[-1][1]
-    return Window(
-        at[0],
-        context[low:high],
-        [start - low for start, _ in offsets],
-        [end - low for _, end in offsets],
-        [text for text, _ in answers],
-        low,
-        nullable,
-    )
+def answering(examples: Examples, threshold: float | None) -> Examples:
+    """Questions as a model answers them whose contract has this threshold for no answer; without one, examples in which
+    every question has an answer stay as they are."""
+    return examples if threshold is None else replace(examples, encoder=partial(windows, threshold=threshold))
 
 
 def _sample(
@@ -266,17 +208,6 @@ def _span(offsets: Sequence[tuple[int, int]], first: int, answer: Answer) -> lis
     return [first + touched[0], first + touched[-1]]
 
 
-def best_span(logits: np.ndarray, window: Window, longest: int = MAX_ANSWER) -> tuple[float, int, int]:
-    """(score, start, end) of the span of context tokens with the highest sum of start and end logit (sequence, 2); at
-    most `longest` tokens. A question token or padding is never part of it."""
-    count = len(window.starts)
-    starts, ends = logits[window.first : window.first + count].T.astype(np.float64)
-    padded = np.concatenate([ends, np.full(longest - 1, -np.inf)])
-    sums = starts[:, None] + np.lib.stride_tricks.sliding_window_view(padded, longest)  # (start, length - 1)
-    start, more = divmod(int(sums.argmax()), longest)
-    return float(sums[start, more]), window.first + start, window.first + start + more
-
-
 def answer_scores(
     logits: np.ndarray, labels: np.ndarray, classes: Sequence[str] = (), groups: np.ndarray | None = None
 ) -> np.ndarray:
@@ -288,25 +219,24 @@ def answer_scores(
     rows = []
     for unit in members(groups, len(labels)):
         windows_of = [Window.unpack(labels[i]) for i in unit]
-        spans = [best_span(logits[i], window) for i, window in zip(unit, windows_of, strict=True)]
-        best = max(range(len(unit)), key=lambda at: spans[at][0])
-        predicted, answers = windows_of[best].answer(*spans[best][1:]), windows_of[best].answers
-        if not windows_of[best].nullable:
+        found = best_answer([logits[i] for i in unit], windows_of)
+        predicted, answers = found.text(windows_of), windows_of[found.window].answers
+        if not windows_of[found.window].nullable:
             rows.append((max(exact(predicted, gold) for gold in answers), max(f1(predicted, gold) for gold in answers)))
             continue
-        if min(float(logits[i, NO_ANSWER].astype(np.float64).sum()) for i in unit) > spans[best][0]:
-            predicted = ""
         golds = [gold for gold in answers if normalized(gold)] or [""]
         rows.append((max(exact(predicted, gold) for gold in golds), max(f1_or_none(predicted, gold) for gold in golds)))
     return np.array(rows, np.float64)
 
 
 def context_mask(labels: np.ndarray, width: int) -> np.ndarray:
-    """Boolean (windows, width): the positions that an answer may begin or end at."""
+    """Boolean (windows, width): the positions that an answer may begin or end at, the first among them where there may
+    be none."""
     allowed = np.zeros((len(labels), width), bool)
     for row, label in zip(allowed, labels, strict=True):
         window = Window.unpack(label)
         row[window.first : window.first + len(window.starts)] = True
+        row[NO_ANSWER] = window.nullable
     return allowed
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from nxm_export.errors import ArtifactError, EngineError
+from nxm_export.storage.hashing import HashedFiles
 
 _PROTOBUF_LIMIT = 1_800_000_000  # bytes; protobuf itself ends at 2 GB
 
@@ -15,6 +16,23 @@ _PROTOBUF_LIMIT = 1_800_000_000  # bytes; protobuf itself ends at 2 GB
 def has_external_data(model: ir.Model) -> bool:
     """True when a weight or a constant of the graph, or of one inside it, lies in another file."""
     return any(isinstance(tensor, ir.ExternalTensor) for tensor in _tensors(model))
+
+
+def graph_files(model: ir.Model, file: Path) -> HashedFiles:
+    """An ONNX file and those beside it that hold its weights, hashed; `model` was read from `file`.
+
+    Raises `ArtifactError` when one of them cannot be read, or does not lie below the directory of `file`.
+    """
+    beside = {str(tensor.location) for tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)}
+    for location in sorted(beside):
+        if Path(location).is_absolute() or ".." in Path(location).parts:
+            raise ArtifactError(
+                f"{file}: its weights cannot be read from outside of its directory ({location}); move them there"
+            )
+    try:
+        return HashedFiles.of(file.parent, [file.name, *sorted(beside)])
+    except ArtifactError as error:
+        raise ArtifactError(f"{file}: {error}; the file is truncated, or its .data file is missing") from error
 
 
 def save_in_one_file(model: ir.Model, file: Path, source: Path) -> None:

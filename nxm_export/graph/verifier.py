@@ -8,7 +8,7 @@ into an `ExportError`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import CompressionPlan, NMPattern
 from nxm_export.contract.records.matrix_facts import UnreadProduct
 from nxm_export.contract.records.verify_report import VerifyReport, WeightReport
+from nxm_export.graph.external_data import graph_files
 from nxm_export.graph.int8_embedding import embedding_hash, misread, stored_embedding
 from nxm_export.graph.quantized_values import values_behind
 from nxm_export.graph.reading.graph_weights import (
@@ -65,15 +66,24 @@ def verify(file: str | Path, *, plan: CompressionPlan | None = None, pattern: NM
     every quantized weight of a file without plan, which must then hold some. Raises `ArtifactError` when the file
     cannot be read, and `PlanError` for a plan inside it that cannot.
     """
-    return verify_model(load_graph(file), str(file), plan=plan, pattern=pattern)
+    model = load_graph(file)
+    hashes = graph_files(model, Path(file)).hashes
+    return replace(verify_model(model, str(file), plan=plan, pattern=pattern), hashes=hashes)
 
 
 def verify_model(
-    model: ir.Model, source: str, *, plan: CompressionPlan | None = None, pattern: NMPattern | None = None
+    model: ir.Model,
+    source: str,
+    *,
+    plan: CompressionPlan | None = None,
+    pattern: NMPattern | None = None,
+    products: Iterable[GraphWeight | UnreadProduct] | None = None,
 ) -> VerifyReport:
-    """As `verify`, of a graph that `load_graph` read; `source` names its file in the report and in errors."""
+    """As `verify`, of a graph that `load_graph` read; `source` names its file in the report and in errors. `products`
+    are those of the graph, where somebody else looks at them in the same pass."""
     plan = plan or embedded_plan(model, source)
-    reports, unread, quantized = _check_products(model, plan, pattern)
+    found = graph_products(model) if products is None else products
+    reports, unread, quantized = _check_products(found, plan, pattern)
     problems, stored = list(_check_pairs(model)), None
     problems += [
         f"{name} is a sparse tensor, which TensorRT does not take; store it dense" for name in sparse_tensors(model)
@@ -109,14 +119,14 @@ def embedded_plan(model: ir.Model, source: str) -> CompressionPlan | None:
 
 
 def _check_products(
-    model: ir.Model, plan: CompressionPlan | None, pattern: NMPattern | None
+    products: Iterable[GraphWeight | UnreadProduct], plan: CompressionPlan | None, pattern: NMPattern | None
 ) -> tuple[tuple[WeightReport, ...], tuple[UnreadProduct, ...], bool]:
     """(a report for every weight, once for all products that read it alike; what was not read; whether any weight is
     quantized)."""
     nodes: dict[WeightReport, list[str]] = {}
     unread = []
     quantized = False
-    for found in graph_products(model):
+    for found in products:
         if isinstance(found, UnreadProduct):
             unread.append(found)
         else:
@@ -150,7 +160,7 @@ def _check_weight(weight: GraphWeight, plan: CompressionPlan | None, pattern: NM
         n=weight.n,
         stored=weight.stored,
         scale_axis=weight.scale_axis,
-        zeros=round(1.0 - float(weight.nonzero_mask().mean()), 4) if weight.matrix.size else 0.0,
+        zeros=round(1.0 - weight.density, 4) if weight.matrix.size else 0.0,
         pattern=str(weight.pattern() or "") or None,
         planned=str(spec) if spec else None,
         problems=tuple(problems),
@@ -165,7 +175,11 @@ def _why_not(weight: GraphWeight, pattern: NMPattern) -> str:
         what = "K" if weight.run == weight.k else "the number of channels that are summed at one place of the kernel"
         return f"{what} is not a multiple of {pattern.m}: it is {weight.run}"
     broken, groups = weight.violations(pattern), weight.groups(pattern)
-    return f"{broken} of {groups} groups keep more than {pattern.n}"
+    text = f"{broken} of {groups} groups keep more than {pattern.n}"
+    hidden = broken - weight.without_zero_points().violations(pattern)
+    return (
+        f"{text}, {hidden} of them because a zero point is not 0: what is stored as 0 is none" if hidden > 0 else text
+    )
 
 
 def _check_embedding(model: ir.Model, name: str) -> Iterator[str]:
@@ -206,7 +220,7 @@ def scale_problems(weight: GraphWeight) -> list[str]:
             problems.append(f"{weight.scale.size} scales for {weight.n} output channels")
         elif weight.scale_axis == "nothing":
             problems.append(f"its {weight.scale.size} scales do not fit the axis that they are said to lie along")
-    if weight.zero_point is not None and np.any(weight.zero_point):
+    if weight.has_zero_point:
         problems.append("its zero point is not 0, and TensorRT refuses asymmetric weights")
     return problems
 

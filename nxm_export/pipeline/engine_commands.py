@@ -28,7 +28,6 @@ from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.pipeline.graph_file import onnx_file
 from nxm_export.pipeline.inspection import sparsity_of
 from nxm_export.storage.atomic import atomic_dir, require_apart
-from nxm_export.storage.hashing import file_hash
 
 if TYPE_CHECKING:
     from engines.base import BuildOptions, Engine, Profile
@@ -252,6 +251,8 @@ def _export_again(checkpoint: Path, engine: Path, out: Path) -> Path:
     """The graph that an engine was built from, made again; raises `ArtifactError` if it becomes another."""
     from engines.passport import load_passport
     from nxm_export.graph.exporter import export
+    from nxm_export.graph.external_data import graph_files
+    from nxm_export.graph.reading.graph_weights import load_graph
 
     passport, spec = load_passport(engine), load_spec(engine)
     facts = passport.graph
@@ -268,7 +269,7 @@ def _export_again(checkpoint: Path, engine: Path, out: Path) -> Path:
         precision_overrides=None if overrides == dtype else overrides,
         max_length=spec.max_length,
     ).path
-    if file_hash(made) != passport.onnx_sha256:
+    if graph_files(load_graph(made), made).sha256 != passport.onnx_sha256:
         raise ArtifactError(
             f"{engine}: a new export of {checkpoint} is not the graph that it was built from (another version of a "
             "library, or other weights), so its blocks cannot be compared; build the engine from a new export and "
@@ -433,17 +434,19 @@ def _labelled_texts(directory: Path, data: str, columns: Columns, limit: int) ->
     from engines.passport import PASSPORT_FILE, covered_spec, covered_tokenizer, load_passport
     from nxm_export.contract.tasks import TASKS
     from nxm_export.data.label_kinds import classes_of, labelled, load_labelled
+    from nxm_export.data.question_answering import answering
     from nxm_export.data.tokenization import load_tokenizer
 
     passport = load_passport(directory) if (directory / PASSPORT_FILE).is_file() else None
     spec = load_spec(directory) if passport is None else covered_spec(directory, passport)
     task = TASKS[spec.task]
-    raw = load_labelled(data, "dev", columns, task)
+    raw = load_labelled(data, "dev", columns, task, spec.labels)
     classes = classes_of(raw, task, spec.labels)
     numbered = classes is not None and classes.numbered
     tokenizer = load_tokenizer(directory) if passport is None else covered_tokenizer(directory, passport)
     length = min(limit, spec.max_length)
-    return _LabelledTexts(labelled(raw, task, classes), tokenizer, length, spec.inputs, numbered)
+    examples = answering(labelled(raw, task, classes), spec.no_answer_threshold)
+    return _LabelledTexts(examples, tokenizer, length, spec.inputs, numbered)
 
 
 def _vocabulary(engines: Sequence[Path]) -> int | None:

@@ -96,14 +96,15 @@ def estimate(request: Request) -> RunEstimate:
 def _data(request: Request, source: ModelSource, task: Task) -> tuple[list[str], int, bool]:
     """(texts that are trained on, held-out samples, whether the model has a head for the task); raises `DataError` for
     data that does not fit the task or the head."""
+    fits = source.head_fits(task)
+    head = source.classes() if fits else None
     train, dev = (
-        load_labelled(file, split, request.columns, task)
+        load_labelled(file, split, request.columns, task, head)
         for file, split in ((request.train, "train"), (request.dev, "dev"))
     )
-    fits = source.head_fits(task)
-    classes = classes_of(train, task, source.classes() if fits else None)
+    classes = classes_of(train, task, head)
     labelled(train, task, classes)
-    dev_classes = classes_of(dev, task, source.classes()) if fits else classes
+    dev_classes = classes_of(dev, task, head) if fits else classes
     require_scorable_examples(
         task, labelled(dev, task, dev_classes), None if dev_classes is None else dev_classes.names
     )

@@ -224,15 +224,13 @@ def doctor_file(
     from engines.sparsity.targets import sparsity_target, target_problems
     from engines.tensorrt.rtx_parser import ask_parser
     from nxm_export.graph.reading.graph_weights import load_graph
-    from nxm_export.graph.reading.sparsity_scan import scan_products
+    from nxm_export.graph.reading.sparsity_scan import scan_and_verify
     from nxm_export.graph.tensorrt_parser import parser_of, parser_problems
-    from nxm_export.graph.verifier import verify_model
 
     target = sparsity_target(backend_name, version, gpu)
     file = onnx_file(file)
     model = load_graph(file)
-    scanned = scan_products(model, str(file))
-    checked = verify_model(model, str(file))
+    scanned, checked = scan_and_verify(model, str(file))
     answer = ask_parser(file) if parse else None
     problems = [FileProblem(problem, weight.name) for weight in checked.weights for problem in weight.problems]
     problems += map(FileProblem, checked.problems)

@@ -265,7 +265,22 @@ def _graphs(files: Files, stages: Iterable[str]) -> Iterator[GraphEntry]:
     names = [file.split("/")[1] for file in _below(files.root, "onnx", "*/model.onnx")]
     for name in _in_order(names, stages, "export"):
         verify = files.decoded(f"onnx/{name}/{VERIFY_FILE}", read_verify_report)
+        if verify is not None and _is_of_other_files(files, f"onnx/{name}", verify.content):
+            files.doubts.append(
+                f"{verify.file} is about another graph than the one beside it, or than its weights (their sha256 "
+                "differ): it is not shown; export again"
+            )
+            verify = None
         yield GraphEntry(name, files.size(f"onnx/{name}/model.onnx"), verify)
+
+
+def _is_of_other_files(files: Files, directory: str, report: VerifyReport) -> bool:
+    """True when a file that was verified is not there, or is another one; older reports name none."""
+    for name, digest in (report.hashes or {}).items():
+        file = files.root / directory / name
+        if not file.is_file() or file_hash(file) != digest:
+            return True
+    return False
 
 
 def _engines(files: Files, stages: Iterable[str]) -> Iterator[EngineEntry]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -27,6 +29,42 @@ def _digest(stream: IO[bytes]) -> str:
     while block := stream.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
+
+
+def joint_hash(hashes: Mapping[str, str]) -> str:
+    """One sha256 for those of several files: of the lines that ``sha256sum`` prints for them, in the order of their
+    names."""
+    lines = "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes))
+    return hashlib.sha256(lines.encode("utf-8")).hexdigest()
+
+
+@dataclass(frozen=True)
+class HashedFiles:
+    """Files that are one thing only together, such as an ONNX file and those beside it that hold its weights: sha256 by
+    path below `directory`, as they were when they were hashed."""
+
+    directory: Path
+    hashes: Mapping[str, str]
+
+    @classmethod
+    def of(cls, directory: Path, names: Sequence[str]) -> HashedFiles:
+        """Hash files by their paths below `directory`; raises `ArtifactError` when one cannot be read."""
+        return cls(directory, {name: file_hash(directory / name) for name in names})
+
+    @property
+    def sha256(self) -> str:
+        """Of one file its own; of several their `joint_hash`."""
+        if len(self.hashes) == 1:
+            return next(iter(self.hashes.values()))
+        return joint_hash(self.hashes)
+
+    def require_unchanged(self) -> None:
+        """Raise `ArtifactError` when one is no longer as it was."""
+        for name, digest in self.hashes.items():
+            if file_hash(self.directory / name) != digest:
+                raise ArtifactError(
+                    f"{self.directory / name} changed while it was read; do it again when it is written"
+                )
 
 
 def file_hashes(directory: Path) -> dict[str, str]:

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from compressors.models import load_model, resolve
 from compressors.settings import Settings
 from compressors.training.compress import finetune
+from nxm_export.cli import main
 from nxm_export.contract.checkpoint import has_head, read_config
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.tasks import TASKS, task_of
@@ -24,6 +26,7 @@ from nxm_export.data.label_kinds import labelled, load_labelled
 from nxm_export.data.metrics import interval, metric_named
 from nxm_export.errors import DataError
 from nxm_export.graph.exporter import export
+from nxm_export.pipeline.engine_commands import build_engine
 from tests.support import tiny
 
 TASK = TASKS["reranking"]
@@ -150,3 +153,37 @@ def test_a_ranking_that_knows_the_answer_beats_one_by_chance(tiny_checkpoint: Ca
     value = metric_named("ndcg_at_10", (), np.array(examples.groups))
     random = np.random.default_rng(0).normal(size=(50, len(examples), 1))
     assert np.mean([value(scores, np.array(examples.labels)) for scores in random]) < 0.8
+
+
+class TestOneCandidateAQuery:
+    """Nothing can be ranked, and every command that would print a number says so before it works."""
+
+    @pytest.fixture(scope="class")
+    def single(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        file = tmp_path_factory.mktemp("single") / "dev.tsv"
+        rows = [f"{tiny.WORDS[number]} film\tgreat plot\t1" for number in range(20)]
+        file.write_text("\n".join(["query\tdocument\trelevance", *rows]) + "\n", encoding="utf-8")
+        return file
+
+    @pytest.mark.parametrize("command", ["compress", "run", "run --dry-run"])
+    def test_it_is_said_before_training(self, command: str, single: Path, tmp_path: Path) -> None:
+        model = tiny.write_model("bert", tmp_path / "model", head="reranking", layers=1)
+        train, _ = tiny.write_data(tmp_path / "data", "reranking")
+        out = tmp_path / "out"
+        name, *options = command.split()
+        source = [str(model)] if name == "compress" else ["--model", str(model)]
+        asked = [name, *source, "--task", "reranking", "--train", str(train), "--dev", str(single), "--out", str(out)]
+        result = CliRunner().invoke(main, [*asked, *options])
+        assert result.exit_code == 1, result.output
+        assert result.stderr.startswith(f"nxm: {single}: every query has one candidate, so there is nothing to rank")
+        assert {file.parent for file in tmp_path.rglob("*.safetensors")} == {model}, "nothing was made"
+
+    def test_an_engine_is_not_compared_on_it(
+        self, single: Path, tmp_path: Path, tiny_checkpoint: Callable[..., Path]
+    ) -> None:
+        checkpoint = tiny_checkpoint("bert", task="reranking")
+        build_engine(export(checkpoint, tmp_path / "graph").path, tmp_path / "engine", "ort")
+        result = CliRunner().invoke(main, ["compare", str(checkpoint), str(tmp_path / "engine"), "--data", str(single)])
+        assert result.exit_code == 1, result.output
+        assert "no query has two candidates of different relevance" in result.stderr
+        assert not (tmp_path / "engine" / "parity.json").exists()

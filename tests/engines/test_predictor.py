@@ -129,7 +129,7 @@ def test_an_answer_stands_in_the_context_where_it_says(made: Callable[[str], tup
     for (_, context), result, again in zip(QUESTIONS, results, alone, strict=True):
         assert isinstance(result, Answer)
         assert isinstance(again, Answer)
-        assert context[result.start : result.end] == result.text != ""
+        assert context[result.start : result.end] == result.text != "", "it was not made to give none"
         assert (again.text, again.start) == (result.text, result.start), "batches and windows change nothing"
         assert 0 < result.score <= 1
 

@@ -20,6 +20,7 @@ class QdqProduct:
     `input_type` and `output_type` are types of zero points (None: no zero point), or ``float`` for no pair at all;
     `weight_type` that of the stored weight. `weight_pair` quantizes a float weight in the graph behind `weight_moves`;
     `moves` stand between the product and its output's quantizer. `also_output` makes the product an output, too.
+    `weight_zero_at` are the channels or blocks whose zero point is `weight_zero`; None for all.
     """
 
     input_type: str | None = INT8
@@ -28,6 +29,7 @@ class QdqProduct:
     weight_type: str = INT8
     weight_scales: tuple[float, ...] = (0.01,) * N
     weight_zero: int = 0
+    weight_zero_at: frozenset[int] | None = None
     weight_axis: int = 1
     weight_block: int = 0
     weight_pair: bool = False
@@ -106,9 +108,11 @@ class _Maker:
         if product.weight_block:
             shape, scales = [K // product.weight_block, N], (0.01,) * (K // product.weight_block * N)
         kind = INT8 if product.weight_cast or product.weight_pair else product.weight_type
+        shifted = frozenset(range(len(scales))) if product.weight_zero_at is None else product.weight_zero_at
+        zeros = [product.weight_zero if number in shifted else 0 for number in range(len(scales))]
         read = [
             self.constant("w_scale", TensorProto.FLOAT, shape, list(scales)),
-            self.constant("w_zero", _type(kind), shape, [product.weight_zero] * len(scales)),
+            self.constant("w_zero", _type(kind), shape, zeros),
         ]
         where = (
             {"axis": 0, "block_size": product.weight_block} if product.weight_block else {"axis": product.weight_axis}

@@ -25,7 +25,8 @@ class MatrixFacts:
     there, such as Split. `run` is how many elements of K lie together: the channels of one group of a convolution; no
     group of four crosses its end. `groups_of_channels` is the convolution's. `scales_in_blocks` says that one output
     channel has several scales along K. `scale_problems` is what is wrong with the scales themselves. `stack` is how
-    many matrices lie side by side in N, each for a part of the input."""
+    many matrices lie side by side in N, each for a part of the input. `broken_groups_of_codes` is `broken_groups` as it
+    would be if every zero point were 0; None in records of older versions."""
 
     name: str
     node: str
@@ -56,6 +57,7 @@ class MatrixFacts:
     scale_problems: tuple[str, ...] = ()
     moved_by: tuple[str, ...] = ()
     stack: int = 1
+    broken_groups_of_codes: int | None = None
 
     def to_dict(self) -> dict[str, object]:
         """JSON form."""

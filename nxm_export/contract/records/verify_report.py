@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,8 @@ class WeightReport:
 @dataclass(frozen=True)
 class VerifyReport:
     """All weights and the problems of the graph as a whole. `embedding` is the size (tokens, features) of a
-    word-embedding table that is stored in INT8. `unread` are the products whose weight was not read."""
+    word-embedding table that is stored in INT8. `unread` are the products whose weight was not read. `hashes` are the
+    sha256 of the file and of those beside it that hold its weights, by name; None in reports of older versions."""
 
     file: str
     weights: tuple[WeightReport, ...]
@@ -55,6 +57,7 @@ class VerifyReport:
     dequantize_nodes: int = 0
     embedding: tuple[int, int] | None = None
     unread: tuple[UnreadProduct, ...] = ()
+    hashes: Mapping[str, str] | None = None
 
     @property
     def passed(self) -> bool:

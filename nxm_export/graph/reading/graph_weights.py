@@ -87,6 +87,15 @@ class GraphWeight:
             return self
         return replace(self, matrix=self.unrounded, zero_point=None, codes="FLOAT", unrounded=None)
 
+    def without_zero_points(self) -> GraphWeight:
+        """The same codes with every zero point at 0; itself where they are."""
+        return replace(self, zero_point=None) if self.has_zero_point else self
+
+    @property
+    def has_zero_point(self) -> bool:
+        """True when a zero point is not 0, of one channel or block alone, too."""
+        return self.zero_point is not None and bool(np.any(self.zero_point))
+
     def nonzero_mask(self) -> npt.NDArray[np.bool_]:
         """Boolean (K, N): which weights are not zero (not the zero point, for an asymmetric weight)."""
         return self._nonzero_mask
@@ -94,7 +103,7 @@ class GraphWeight:
     @cached_property
     def _nonzero_mask(self) -> npt.NDArray[np.bool_]:
         zero = self.zero_point
-        if zero is None or not self.is_quantized or not np.any(zero):
+        if zero is None or not self.is_quantized or not self.has_zero_point:
             return np.asarray(self.matrix != np.zeros((), self.matrix.dtype), bool)
         try:
             np.broadcast_to(zero, self.matrix.shape)
@@ -111,10 +120,22 @@ class GraphWeight:
         """Number of groups of M along K; a tail of a run that is shorter than M counts as one."""
         return self.k // self.run * -(-self.run // pattern.m) * self.n if self.run else 0
 
+    @cached_property
+    def density(self) -> float:
+        """Share of weights that are not zero; 0 of an empty matrix."""
+        return np.count_nonzero(self._nonzero_mask) / max(self.matrix.size, 1)
+
     def violations(self, pattern: NMPattern) -> int:
         """Number of `groups` along K that keep more than N of M."""
-        if not self.matrix.size:
-            return 0
+        if pattern not in self._violations:  # counting is most of the work on a large file
+            self._violations[pattern] = self._broken_groups(pattern) if self.matrix.size else 0
+        return self._violations[pattern]
+
+    @cached_property
+    def _violations(self) -> dict[NMPattern, int]:
+        return {}
+
+    def _broken_groups(self, pattern: NMPattern) -> int:
         mask = self.nonzero_mask().reshape(self.k // self.run, self.run, self.n)
         tail = -self.run % pattern.m
         if tail:
@@ -123,7 +144,7 @@ class GraphWeight:
 
     def pattern(self) -> NMPattern | None:
         """The tightest well-known pattern that the weight follows along K, or None when it is dense."""
-        if not self.matrix.size or self.nonzero_mask().mean() > 0.5:
+        if not self.matrix.size or self.density > 0.5:
             return None
         return next((pattern for pattern in _DETECTED if self.follows(pattern)), None)
 

@@ -9,15 +9,18 @@ product that no sparse kernel computes. These facts, and what a builder says it 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnx_ir as ir
 
 from nxm_export.contract.plan import CompressionPlan, NMPattern
 from nxm_export.contract.records.matrix_facts import MatrixFacts, ScannedProducts, UnreadProduct
+from nxm_export.contract.records.verify_report import VerifyReport
 from nxm_export.graph.quantized_values import input_codes, output_type, reads_an_input
 from nxm_export.graph.reading.graph_weights import GraphWeight, graph_products, parameter_of
 from nxm_export.graph.reading.products import groups_of, name_of
-from nxm_export.graph.verifier import embedded_plan, scale_problems
+from nxm_export.graph.verifier import embedded_plan, scale_problems, verify_model
 
 SPARSE = NMPattern(2, 4)
 _FORMS = {"MatMul": "matmul", "FusedMatMul": "matmul", "Gemm": "gemm"}
@@ -26,14 +29,39 @@ _FORMS = {"MatMul": "matmul", "FusedMatMul": "matmul", "Gemm": "gemm"}
 def scan_products(model: ir.Model, source: str) -> ScannedProducts:
     """Every product with a constant operand: the facts of those that were read, and what was not read; `source` names
     the file in errors."""
-    plan = embedded_plan(model, source)
-    facts, unread = [], []
-    for found in graph_products(model):
-        if isinstance(found, UnreadProduct):
-            unread.append(found)
-        else:
-            facts.append(_facts(found, plan))
-    return ScannedProducts(tuple(facts), tuple(unread))
+    scan = _Scan(model, source)
+    for _ in scan.products():
+        pass
+    return scan.seen
+
+
+def scan_and_verify(model: ir.Model, source: str) -> tuple[ScannedProducts, VerifyReport]:
+    """`scan_products` and `verify_model` in one pass, since reading the weights is most of the work; each is let go
+    before the next is read."""
+    scan = _Scan(model, source)
+    report = verify_model(model, source, products=scan.products())
+    return scan.seen, report
+
+
+class _Scan:
+    """Keeps the facts of all products that go through its hands."""
+
+    def __init__(self, model: ir.Model, source: str) -> None:
+        self._model, self._plan = model, embedded_plan(model, source)
+        self._facts: list[MatrixFacts] = []
+        self._unread: list[UnreadProduct] = []
+
+    def products(self) -> Iterator[GraphWeight | UnreadProduct]:
+        for found in graph_products(self._model):
+            if isinstance(found, UnreadProduct):
+                self._unread.append(found)
+            else:
+                self._facts.append(_facts(found, self._plan))
+            yield found
+
+    @property
+    def seen(self) -> ScannedProducts:
+        return ScannedProducts(tuple(self._facts), tuple(self._unread))
 
 
 def matrix_facts(model: ir.Model, source: str) -> list[MatrixFacts]:
@@ -63,11 +91,12 @@ def _facts(weight: GraphWeight, plan: CompressionPlan | None) -> MatrixFacts:
         sparse_along_k=weight.follows(SPARSE),
         sparse_along_n=_follows_along_n(weight),
         broken_groups=weight.violations(SPARSE),
+        broken_groups_of_codes=weight.without_zero_points().violations(SPARSE),
         groups=weight.groups(SPARSE),
         integer_weight=weight.is_quantized,
         integer_input=_integer_input(weight.node),
         scales_along_k=weight.scale_axis == "K",
-        has_zero_point=weight.zero_point is not None and bool(np.any(weight.zero_point)),
+        has_zero_point=weight.has_zero_point,
         output=output,
         epilogue=epilogue,
         op=weight.node.op_type,
@@ -88,10 +117,11 @@ def _text(pattern: NMPattern | None) -> str | None:
 
 
 def _follows_along_n(weight: GraphWeight) -> bool:
-    nonzero_mask = weight.nonzero_mask()
-    if not weight.matrix.size or weight.n % SPARSE.m or nonzero_mask.mean() > SPARSE.density:
+    if not weight.matrix.size or weight.n % SPARSE.m or weight.density > SPARSE.density:
         return False
-    return bool((nonzero_mask.reshape(weight.k, -1, SPARSE.m).sum(axis=-1) <= SPARSE.n).all())
+    groups = weight.nonzero_mask().view(np.uint8).reshape(weight.k, -1, SPARSE.m)
+    kept = sum(groups[..., at] for at in range(SPARSE.m))  # ten times as fast as a sum along so short an axis
+    return bool((np.asarray(kept) <= SPARSE.n).all())
 
 
 def _integer_input(node: ir.Node) -> bool:

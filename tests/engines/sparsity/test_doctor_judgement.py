@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from nxm_export.contract.plan import NMPattern
+from nxm_export.graph.verifier import verify
 from nxm_export.pipeline.inspection import FileDiagnosis, doctor_file
 from tests.support.qdq_graphs import N, QdqProduct, sparse_codes
 
@@ -43,7 +45,8 @@ def asked(product: QdqProduct, directory: Path, version: str = "8.6", gpu: str =
         (QdqProduct(weight_type="INT4"), "weight-type"),
         (QdqProduct(weight_type="INT4", weight_block=32), "scales"),
         (QdqProduct(weight_block=32), "scales"),
-        (QdqProduct(weight_zero=1), "not-planned"),  # 1 is zero, then, and no weight is 1
+        (QdqProduct(weight_zero=1), "scales"),  # 1 is zero, then, and what is stored as 0 is none
+        (QdqProduct(weight_zero=1, dense=True), "not-planned"),
         (QdqProduct(weight_axis=0, weight_scales=(0.01,) * 64), "scales"),
         *((QdqProduct(weight_scales=(scale, *(0.01,) * (N - 1))), "scales") for scale in (NAN, INF, 0.0, -0.01)),
         (QdqProduct(weight_scales=(0.01,) * (N - 1)), "scales"),
@@ -68,6 +71,33 @@ def test_a_product_has_the_reason_that_is_true_of_it(product: QdqProduct, reason
     assert (weight.reason, weight.eligible) == (reason, reason == "no-engine"), (weight.detail, found.problems)
     assert [entry.ready for entry in found.advice] == [] if reason == "not-planned" else [reason == "no-engine"]
     require_one_judgement(found)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True, max_examples=25)
+@given(
+    st.sampled_from([(N, 1, 0), (N, -1, 0), (64, 0, 0), (1, 1, 0), (2 * N, 0, 32), (16 * N, 0, 4)]),
+    st.sampled_from(["INT8", "UINT8"]),
+    st.sampled_from([1, 9, 100]),
+    st.data(),
+)
+def test_zero_points_that_hide_the_pattern_are_named_as_what_stands_in_the_way(
+    layout: tuple[int, int, int], kind: str, zero: int, data: st.DataObject
+) -> None:
+    count, axis, block = layout
+    at = data.draw(st.frozensets(st.integers(0, count - 1), min_size=1))
+    product = QdqProduct(
+        weight_type=kind, weight_scales=(0.01,) * count, weight_axis=axis, weight_block=block,
+        weight_zero=zero, weight_zero_at=at,
+    )  # fmt: skip
+    with TemporaryDirectory() as directory:
+        found = asked(product, Path(directory))
+        (report,) = verify(Path(directory) / "model.onnx", pattern=NMPattern(2, 4)).weights
+    (weight,) = found.sparsity.weights
+    assert (weight.reason, weight.eligible, weight.sparse_along_k) == ("scales", False, False)
+    assert "a zero point is not 0" in weight.detail
+    (advice,) = found.advice
+    assert "zero point 0" in advice.advice
+    assert any("of them because a zero point is not 0" in problem for problem in report.problems), report.problems
 
 
 def test_int4_that_is_cast_to_int8_is_an_int8_product_for_versions_that_have_int4(tmp_path: Path) -> None:
@@ -166,6 +196,19 @@ def test_convolutions_need_four_channels_a_group_and_groups_are_another_kernel(
     found = doctor_file(convolution(channels, group, tmp_path), "trt", "8.6", "8.0")
     (weight,) = found.sparsity.weights
     assert (weight.reason, weight.eligible) == (reason, eligible), weight.detail
+    require_one_judgement(found)
+
+
+@pytest.mark.parametrize("kernel", [(4,), (1,), (2, 2), (1, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+    ("channels", "group", "reason"), [(32, 32, "depthwise"), (6, 1, "channels"), (64, 32, "channels")]
+)
+def test_the_channels_of_a_group_count_over_any_number_of_axes(
+    kernel: tuple[int, ...], channels: int, group: int, reason: str, tmp_path: Path
+) -> None:
+    found = doctor_file(convolution(channels, group, tmp_path, kernel), "trt", "8.6", "8.0")
+    (weight,) = found.sparsity.weights
+    assert (weight.reason, weight.eligible) == (reason, False), weight.detail
     require_one_judgement(found)
 
 

@@ -71,6 +71,7 @@ def test_one_line_a_text_with_label_and_probability(engine_for: Callable[[str], 
         (TaggedText((Entity("PER", "Anna", 0, 4, 0.9),)), "PER: Anna"),
         (TaggedText(()), "no entity"),
         (Answer("Rome", 3, 7, 0.5), "Rome\t0.500"),
+        (Answer("", None, None, 0.5), "no answer\t0.500"),
         (Embedding(np.arange(8, dtype=np.float32)), "8 numbers: 0.000 1.000 2.000 ..."),
     ],
 )

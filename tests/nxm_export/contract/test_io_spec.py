@@ -37,6 +37,8 @@ def test_a_spec_is_read_back_as_it_was(tmp_path: Path) -> None:
         ({"limits": {"input_ids": 9}, "pad_id": 9}, "pad_id: 9 is no token of the model"),
         ({"pad_id": -1}, "pad_id: -1 is no token of the model"),
         ({"max_length": 2**31}, "max_length: 2147483648 tokens"),
+        ({"no_answer_threshold": 0.5}, "no_answer_threshold: classification answers no questions"),
+        ({"no_answer_threshold": "0.5"}, "no_answer_threshold: Expected `float"),
     ],
 )
 def test_a_spec_that_does_not_fit_its_task_is_refused_by_field(
@@ -47,6 +49,15 @@ def test_a_spec_that_does_not_fit_its_task_is_refused_by_field(
     file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **change}), encoding="utf-8")
     with pytest.raises(ArtifactError, match=rf"spec\.json: .*{message}.*export or build again"):
         load_spec(tmp_path)
+
+
+def test_a_spec_of_a_former_version_has_no_threshold(tmp_path: Path) -> None:
+    SPEC.save(tmp_path)
+    file = tmp_path / "spec.json"
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    assert fields.pop("no_answer_threshold") is None
+    file.write_text(json.dumps(fields), encoding="utf-8")
+    assert load_spec(tmp_path) == SPEC
 
 
 @pytest.mark.parametrize(("limit", "expected"), [("Infinity", 16), ("1e400", 16), ("NaN", 16), ("1e30", 16), ("8", 8)])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from nxm_export.data.answer_spans import Window
 from nxm_export.data.predictions import (
     Answer,
     Embedding,
@@ -20,7 +22,6 @@ from nxm_export.data.predictions import (
     of_tags,
     of_vectors,
 )
-from nxm_export.data.question_answering import Window
 
 TAGS = ("O", "B-PER", "I-PER", "E-PER", "S-PER", "B-LOC", "I-LOC")
 TEXT = "Anna Maria lives in New York"
@@ -117,3 +118,13 @@ def test_an_answer_is_the_best_span_of_all_windows_by_trying_every_one() -> None
         probability = math.exp(total) / (np.exp(everywhere[0]).sum() * np.exp(everywhere[1]).sum())
         assert answer.score == pytest.approx(probability, rel=1e-6)
         assert isinstance(answer, Answer)
+        assert answer.found
+        least = min(logits, key=lambda rows: float(rows[0].sum()))[0].astype(np.float64)
+        everywhere = [np.append(numbers, one) for numbers, one in zip(everywhere, least, strict=True)]
+        whole = np.exp(everywhere[0]).sum() * np.exp(everywhere[1]).sum()
+        nullable = [replace(window, nullable=True, threshold=0.5) for window in windows]
+        answer = of_spans(logits, nullable)
+        assert answer.found == (least.sum() - total <= 0.5)
+        expected = (start, end, context[start:end]) if answer.found else (None, None, "")
+        assert (answer.start, answer.end, answer.text) == expected
+        assert answer.score == pytest.approx(math.exp(total if answer.found else least.sum()) / whole, rel=1e-6)

@@ -17,15 +17,13 @@ from hypothesis import strategies as st
 from engines.parity.decisions import Reading
 from engines.parity.tolerance import Expectation, compare_output
 from nxm_export.contract.tasks import TASKS
+from nxm_export.data.answer_spans import MAX_ANSWER, NO_ANSWER, Window, best_answer, best_span
 from nxm_export.data.examples import Columns, Examples, Features, encode, label_array
 from nxm_export.data.label_kinds import labelled, load_labelled
 from nxm_export.data.metrics import interval, metric_named
 from nxm_export.data.question_answering import (
-    MAX_ANSWER,
-    NO_ANSWER,
-    Window,
     answer_scores,
-    best_span,
+    answering,
     context_mask,
     exact,
     f1,
@@ -313,6 +311,39 @@ class TestNoAnswer:
             max(squad2_f1(predicted, gold) for gold in kept),
         ]
         np.testing.assert_allclose(answer_scores(logits, label[None]), [expected])
+
+    @given(data=st.data(), threshold=st.sampled_from([-2.0, 0.0, 0.5, 3.0]))
+    def test_no_answer_must_beat_the_best_span_by_more_than_the_threshold(
+        self, data: st.DataObject, threshold: float
+    ) -> None:
+        """Half steps, so that sums are exact and equal ones occur."""
+        numbers = st.integers(-8, 8).map(lambda number: number / 2)
+        count = data.draw(st.integers(1, 3))
+        logits = [np.array(data.draw(st.lists(numbers, min_size=16, max_size=16))).reshape(8, 2) for _ in range(count)]
+        made = [Window(2, "w x y z", [0, 2, 4, 6], [1, 3, 5, 7], ["w"], 0, True, threshold) for _ in range(count)]
+        spans = [
+            (rows[i, 0] + rows[j, 1], made[0].text[2 * i - 4 : 2 * j - 3])
+            for rows in logits
+            for i in range(2, 6)
+            for j in range(i, 6)
+        ]
+        best = max(total for total, _ in spans)
+        found = best_answer(logits, made)
+        assert found.none == (min(rows[0].sum() for rows in logits) - best > threshold)
+        text = found.text(made)
+        assert text == "" if found.none else (best, text) in spans
+        labels = label_array([{"input_ids": [], "labels": window.pack()} for window in made])
+        groups = np.zeros(count, int)
+        (matched, _) = answer_scores(np.stack(logits), labels, (), groups)[0]
+        assert matched == (text == "w")
+
+    def test_a_model_that_may_give_none_is_scored_so_on_any_questions(self, tmp_path: Path) -> None:
+        examples = read(tmp_path / "a.json", squad([{"text": "superb", "answer_start": 16}]))
+        for threshold, nullable in ((None, False), (1.5, True)):
+            (sample,) = encode(tiny.tokenizer(), answering(examples, threshold), 24, INPUTS)
+            window = Window.unpack(label_array([sample])[0])
+            assert (window.nullable, window.threshold) == (nullable, threshold or 0.0)
+            assert context_mask(label_array([sample]), 24)[0, NO_ANSWER] == nullable
 
     def test_no_answer_wins_only_where_it_does_in_every_window(self) -> None:
         packed: list[Features] = []

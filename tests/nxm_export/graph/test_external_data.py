@@ -12,15 +12,16 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.base import backend
+from engines.base import backend, copy_companions
 from nxm_export.contract.plan import NMPattern
-from nxm_export.errors import ArtifactError, EngineError, NxmError
+from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable, NxmError
 from nxm_export.graph import external_data
 from nxm_export.graph.external_data import has_external_data
 from nxm_export.graph.reading.graph_weights import load_graph
 from nxm_export.graph.verifier import verify
 from nxm_export.pipeline.engine_commands import build_engine, build_fastest
 from nxm_export.pipeline.inspection import doctor_file
+from nxm_export.storage.hashing import file_hash
 from tests.support import onnx_text
 from tests.support.qdq_graphs import QdqProduct
 
@@ -90,6 +91,39 @@ def test_a_weight_beside_its_file_is_judged_like_one_within(dense: bool, tmp_pat
     judged = [doctor_file(file, "trt", "8.6", "8.0").to_dict() for file in (within, beside)]
     assert judged[0]["weights"] == judged[1]["weights"]
     assert [weight.ready for weight in doctor_file(beside, "trt", "8.6", "8.0").sparsity.weights] == [not dense]
+
+
+@pytest.mark.parametrize("name", [*BACKENDS, "trt_rtx"])
+def test_the_hash_of_the_graph_is_another_when_weights_beside_it_are(name: str, tmp_path: Path) -> None:
+    made: list[tuple[str, str]] = []
+    for seed in (0, 0, 1):
+        file, out = save(tmp_path / f"graph{len(made)}"), tmp_path / f"engine{len(made)}"
+        data = bytearray(file.with_name("weights.bin").read_bytes())
+        data[0] ^= seed
+        file.with_name("weights.bin").write_bytes(data)
+        try:
+            passport = build_engine(file, out, name)
+        except EngineUnavailable as error:
+            pytest.skip(str(error))
+        assert verify(file).hashes == {part: file_hash(file.with_name(part)) for part in ("net.onnx", "weights.bin")}
+        made.append((file_hash(file), passport.onnx_sha256))
+    (one, first), (two, again), (three, other) = made
+    assert one == two == three
+    assert first == again != other
+
+
+def test_weights_that_change_while_they_are_built_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = save(tmp_path / "beside")
+
+    def changed_meanwhile(source: Path, out: Path) -> None:
+        data = file.with_name("weights.bin").read_bytes()
+        file.with_name("weights.bin").write_bytes(data[::-1])
+        copy_companions(source, out)
+
+    monkeypatch.setattr("engines.ort.backend.copy_companions", changed_meanwhile)
+    with pytest.raises(ArtifactError, match=r"weights\.bin changed while it was read"):
+        build_engine(file, tmp_path / "engine", "ort")
+    assert not (tmp_path / "engine").exists()
 
 
 @pytest.mark.parametrize("name", [*BACKENDS, "auto"])

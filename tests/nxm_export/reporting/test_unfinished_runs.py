@@ -116,6 +116,14 @@ def test_an_engine_that_was_swapped_is_told(copied: Path) -> None:
     assert any("is not the engine of its passport" in doubt for doubt in read_run(copied).doubts)
 
 
+def test_a_graph_that_was_swapped_is_not_shown_as_verified(copied: Path) -> None:
+    file = copied / "onnx" / "cpu" / "model.onnx"
+    file.write_bytes(file.read_bytes() + b"x")
+    run = read_run(copied)
+    assert [graph.verify is None for graph in run.graphs if graph.name == "cpu"] == [True]
+    assert any("verify.json is about another graph than the one beside it" in doubt for doubt in run.doubts)
+
+
 @pytest.mark.parametrize("damage", [b"{", b"\xff\xfe", b"[]", b'{"schema": "nxm-summary/9"}'])
 def test_a_damaged_file_is_told_and_the_rest_shown(copied: Path, damage: bytes) -> None:
     (copied / "summary" / "summary.json").write_bytes(damage)

@@ -442,8 +442,8 @@ def _lower_opset(model: ir.Model, opset: int) -> None:
 
 
 def _split_into_equal_parts(node: ir.Node) -> bool:
-    """True where a Split says the sizes of its parts, or they are equal; the number of parts, which opset 18 brought, is
-    then left out, and it means the same in opset 13."""
+    """True where a Split says the sizes of its parts, or they are equal; the number of parts, which opset 18 brought,
+    is then left out, and it means the same in opset 13."""
     if len(node.inputs) > 1 and node.inputs[1] is not None:
         return True
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0

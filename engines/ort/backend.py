@@ -223,6 +223,7 @@ def unsigned_activations(model: ir.Model) -> int:
         if not all(_is_signed_zero(half) for half in (node, *readers)):
             continue
         for half in (node, *readers):
+            half.resize_inputs(3)
             half.replace_input_with(2, zero)
         node.attributes.pop("output_dtype", None)
         codes.dtype = ir.DataType.UINT8
@@ -233,10 +234,12 @@ def unsigned_activations(model: ir.Model) -> int:
 
 
 def _is_signed_zero(node: ir.Node) -> bool:
-    """True when a QuantizeLinear or DequantizeLinear states one zero point, INT8 and 0."""
+    """True when a QuantizeLinear states one zero point, INT8 and 0; a DequantizeLinear may leave it out."""
     import onnx_ir as ir
 
-    zero = ir.convenience.get_const_tensor(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
+    if len(node.inputs) < 3 or node.inputs[2] is None:
+        return node.op_type == "DequantizeLinear"
+    zero = ir.convenience.get_const_tensor(node.inputs[2])
     return zero is not None and zero.dtype == ir.DataType.INT8 and zero.size == 1 and not np.any(zero.numpy())
 
 

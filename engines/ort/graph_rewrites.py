@@ -51,8 +51,8 @@ class _Attention:
 def integer_products(model: ir.Model) -> int:
     """Put products of codes for products of dequantized values, in place; returns how many.
 
-    The activation's pair must be UINT8 with one scale, the weight an INT8 constant (K, N) with zero point 0 and one
-    scale or one per output channel.
+    The activation's pair must be UINT8 with one scale, the weight an INT8 constant (K, N), or an INT4 one behind a Cast
+    to INT8, with zero point 0 and one scale or one per output channel.
     """
     import onnx_ir as ir
 
@@ -221,12 +221,26 @@ def _is_activation(node: ir.Node) -> bool:
 
 def _weight_features(node: ir.Node) -> int | None:
     """The output features N of a weight that a product of codes can take; None for others."""
-    codes, scale, zero = (_constant(value) for value in node.inputs)
-    if codes is None or scale is None or zero is None or codes.ndim != 2 or codes.dtype != np.int8:
+    shape, scale, zero = _codes_shape(node.inputs[0]), _constant(node.inputs[1]), _constant(node.inputs[2])
+    if shape is None or scale is None or zero is None or len(shape) != 2:
         return None
-    axis, features = node.attributes["axis"].as_int() if "axis" in node.attributes else 1, codes.shape[1]
+    axis, features = node.attributes["axis"].as_int() if "axis" in node.attributes else 1, shape[1]
     fits = scale.size == 1 or (axis in (1, -1) and scale.shape == (features,))
     return int(features) if fits and scale.dtype == np.float32 and not np.any(zero) else None
+
+
+def _codes_shape(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The shape of a constant of INT8 codes, stored as such or as INT4 behind a Cast; None for others."""
+    import onnx_ir as ir
+
+    cast = _producer(value, "Cast")
+    if cast is None:
+        codes = _constant(value)
+        return codes.shape if codes is not None and codes.dtype == np.int8 else None
+    stored = None if cast.inputs[0] is None else cast.inputs[0].const_value
+    if stored is None or stored.dtype != ir.DataType.INT4 or cast.attributes["to"].as_int() != ir.DataType.INT8:
+        return None
+    return stored.numpy().shape
 
 
 def _bias_behind(product: ir.Node, features: int) -> tuple[ir.Node, ir.Value | None]:

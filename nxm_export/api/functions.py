@@ -25,6 +25,7 @@ from nxm_export.contract.choices import (
     TASK,
     TENSORRT_BACKENDS,
     WEIGHT_BITS,
+    WEIGHT_STORAGE,
 )
 from nxm_export.contract.origin import recorded_checkpoint
 from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
@@ -103,18 +104,20 @@ def run(
     options: PlanOptions = PlanOptions(),
     revision: str | None = None,
     train_limit: int | None = None,
+    weights_stored: str = WEIGHT_STORAGE,
     progress: Progress = silent,
 ) -> RunSummary:
     """Compress, export, build, compare and time a model, into the run directory `out`; stages that are up to date are
     skipped.
 
     `require_passed` of the summary raises where an engine differs from its checkpoint. Parameters are those of
-    `compress`.
+    `compress`, and `weights_stored` as `export` has it, for the graphs that can store weights so.
     """
     from nxm_export.pipeline.run import run as run_all
 
     request = _request(model, train, dev, task, _spec(pattern, weight_bits), settings, columns, options)
-    return run_all(_with(request, revision, train_limit), out, progress=progress)
+    request = replace(_with(request, revision, train_limit), weights_stored=weights_stored)
+    return run_all(request, out, progress=progress)
 
 
 def estimate(
@@ -130,12 +133,13 @@ def estimate(
     options: PlanOptions = PlanOptions(),
     revision: str | None = None,
     train_limit: int | None = None,
+    weights_stored: str = WEIGHT_STORAGE,
 ) -> RunEstimate:
     """What `run` would do, how long it would take here, roughly, and how large the results are; writes nothing."""
     from nxm_export.pipeline.estimate import estimate as estimate_run
 
     request = _request(model, train, dev, task, _spec(pattern, weight_bits), settings, columns, options)
-    return estimate_run(_with(request, revision, train_limit))
+    return estimate_run(replace(_with(request, revision, train_limit), weights_stored=weights_stored))
 
 
 def finetune(
@@ -258,12 +262,14 @@ def export(
     lowering: str = LOWERING,
     precision_overrides: str | None = None,
     max_length: int | None = None,
+    weights_stored: str = WEIGHT_STORAGE,
 ) -> Exported:
     """Write a checkpoint directory as a Q/DQ ONNX graph directory, a dense one as a float graph.
 
     `target` is ``cpu`` (float32), ``trt`` (float16, for TensorRT 10 and later and RTX) or ``trt8`` (for TensorRT 8.6);
     `dtype`, `placement`, `lowering`, `precision_overrides` (the dtype of LayerNorm and softmax) and `max_length`
-    override what it means.
+    override what it means. `weights_stored` is ``int8`` or ``int4``, which stores weights of 4 bits or fewer in half a
+    byte each.
     """
     from nxm_export.graph.exporter import export as export_graph
 
@@ -277,6 +283,7 @@ def export(
         lowering=lowering,
         precision_overrides=precision_overrides,
         max_length=max_length,
+        weights_stored=weights_stored,
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar, cast, overload
 
 from nxm_export.api import functions
-from nxm_export.contract.choices import BACKEND, BENCH_ROUNDS, GATE, LOWERING, TARGET
+from nxm_export.contract.choices import BACKEND, BENCH_ROUNDS, GATE, LOWERING, TARGET, WEIGHT_STORAGE
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.examples import Columns
@@ -138,6 +138,7 @@ class CompressedModel(Generic[P_co]):
         lowering: str = LOWERING,
         precision_overrides: str | None = None,
         max_length: int | None = None,
+        weights_stored: str = WEIGHT_STORAGE,
     ) -> Graph[P_co]:
         """Export to the graph directory `out`; see `nxm_export.export`, whose choices these are, but for the task."""
         exported = functions.export(
@@ -149,6 +150,7 @@ class CompressedModel(Generic[P_co]):
             lowering=lowering,
             precision_overrides=precision_overrides,
             max_length=max_length,
+            weights_stored=weights_stored,
         )
         return Graph(out, exported)
 

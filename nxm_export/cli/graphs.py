@@ -13,7 +13,7 @@ from nxm_export.cli.group import main
 from nxm_export.cli.options import json_option, pattern_of, typed
 from nxm_export.cli.output import show_result
 from nxm_export.cli.tables import print_facts, print_table
-from nxm_export.contract.choices import FLOAT_TYPES, LOWERING, LOWERINGS, TARGET
+from nxm_export.contract.choices import FLOAT_TYPES, LOWERING, LOWERINGS, TARGET, WEIGHT_STORAGE, WEIGHT_STORAGES
 from nxm_export.contract.plan import GRAPH_PLACEMENTS
 from nxm_export.contract.tasks import TASKS
 
@@ -31,6 +31,7 @@ class _ExportOptions:
     lowering: str
     precision_overrides: str | None
     max_length: int | None
+    weights_stored: str
     task: str | None
 
 
@@ -63,6 +64,13 @@ class _ExportOptions:
 @click.option(
     "--max-length", type=click.IntRange(min=2), help="Longest input in tokens.  [default: what the model allows]"
 )
+@click.option(
+    "--weights-stored",
+    type=click.Choice(WEIGHT_STORAGES),
+    default=WEIGHT_STORAGE,
+    show_default=True,
+    help="int4: weights of 4 bits or fewer take half a byte each. Not for trt8; trt keeps N:M ones INT8.",
+)
 @click.option("--task", type=click.Choice(list(TASKS)), help="[default: what the checkpoint's head says]")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the graph.")
 @json_option
@@ -81,6 +89,7 @@ def export(checkpoint: Path, out: Path, json: bool, **values: object) -> None:
         lowering=options.lowering,
         precision_overrides=options.precision_overrides,
         max_length=options.max_length,
+        weights_stored=options.weights_stored,
     )
     show_result(exported.to_dict, json, lambda: print_facts("exported", exported.to_dict()))
 

@@ -32,7 +32,7 @@ from nxm_export.cli.output import show_result
 from nxm_export.cli.progress_bars import progress_bars
 from nxm_export.cli.run_tables import print_estimate, print_search, print_summary
 from nxm_export.cli.tables import print_facts, print_table
-from nxm_export.contract.choices import TASK
+from nxm_export.contract.choices import TASK, WEIGHT_STORAGE, WEIGHT_STORAGES
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.tasks import TASKS
 
@@ -79,10 +79,19 @@ class _SearchOptions:
 @DATA_OPTIONS
 @PLAN_OPTIONS
 @TRAINING_OPTIONS
+@click.option(
+    "--weights-stored",
+    type=click.Choice(WEIGHT_STORAGES),
+    default=WEIGHT_STORAGE,
+    show_default=True,
+    help="int4: graphs that can store weights of 4 bits or fewer in half a byte each do; see `nxm export`.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/demo with --demo]")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, how long it takes and how large it gets.")
 @json_option
-def run(demo: bool, model: str | None, out: Path | None, dry_run: bool, json: bool, **values: object) -> None:
+def run(  # one parameter an option that is read here
+    demo: bool, model: str | None, weights_stored: str, out: Path | None, dry_run: bool, json: bool, **values: object
+) -> None:
     """Compress, export, build, compare and time a model, into one run directory; up-to-date stages are skipped.
 
     Exits with 3 when an engine differs from its checkpoint.
@@ -104,6 +113,7 @@ def run(demo: bool, model: str | None, out: Path | None, dry_run: bool, json: bo
             request = _demo_request(out, options, values, scratch)
         else:
             request = _request(str(model), options, settings_of(Settings, values))
+        request = replace(request, weights_stored=weights_stored)
         if dry_run:
             from nxm_export.pipeline.estimate import estimate
 

@@ -2,8 +2,9 @@
 
 Targets (`TARGETS`): ``cpu`` is a float32 graph at opset 20, ``trt`` a float16 (or bfloat16) one at opset 21 for
 strongly typed TensorRT (10 and later, and RTX), ``trt8`` a float32 one at opset 17 for the weakly typed TensorRT 8.6,
-whose parser takes weights in float with their own QuantizeLinear. All hold symmetric INT8 pairs with zero point 0. A
-directory without a plan gives the float graph: the baseline that a compressed engine is compared with.
+whose parser takes weights in float with their own QuantizeLinear. All hold symmetric INT8 pairs with zero point 0.
+Weights of 4 bits or fewer can be stored as INT4, at opset 21 (`nxm_export.graph.int4_storage`). A directory without a
+plan gives the float graph: the baseline that a compressed engine is compared with.
 
 The attention mask is one finite additive constant, made from the mask input inside the graph: -inf or the smallest
 float turns into NaN in half precision as soon as a row is all padding.
@@ -32,7 +33,7 @@ from nxm_export.contract.checkpoint import (
     task_at,
     weights_hash,
 )
-from nxm_export.contract.choices import FLOAT_TYPES, LOWERING, TARGET
+from nxm_export.contract.choices import FLOAT_TYPES, LOWERING, TARGET, WEIGHT_STORAGE, WEIGHT_STORAGES
 from nxm_export.contract.encoder_family import Family
 from nxm_export.contract.families import family_of
 from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
@@ -45,8 +46,11 @@ from nxm_export.contract.tasks import Task, labels_of, task_named
 from nxm_export.data.tokenization import copy_tokenizer
 from nxm_export.errors import ExportError
 from nxm_export.graph.apply_plan import numpy_dtype, quantize
+from nxm_export.graph.implied_zero_points import imply_zero_points
+from nxm_export.graph.int4_storage import CAST, DIRECT, INT4_OPSET, require_int4, store_int4
 from nxm_export.graph.int8_embedding import fold_int8_embedding
 from nxm_export.graph.linear_forms import Lowering
+from nxm_export.graph.older_opset import lower_opset
 from nxm_export.graph.qdq import add_initializer, fold_float_weight, linears_of, use_name
 from nxm_export.graph.reading.graph_weights import array_of, save_graph
 from nxm_export.graph.verifier import verify
@@ -64,7 +68,8 @@ METADATA_SCHEMA = "nxm-onnx/2"
 @dataclass(frozen=True)
 class GraphTarget:
     """What a graph is made for: float dtype of the graph, opset, how weights are stored, which quantizers stay (None:
-    all that were trained), and how an embedding table that is planned INT8 is stored."""
+    all that were trained), how an embedding table that is planned INT8 is stored, and in which form INT4 weights are
+    (None: not at all)."""
 
     name: str
     dtype: str
@@ -72,13 +77,16 @@ class GraphTarget:
     placement: str | None
     stored: str = "int8"
     embedding: str = "float"  # TensorRT takes integer constants in front of DequantizeLinear alone
+    int4: str | None = None
+
+    def for_int4(self) -> GraphTarget:
+        """The target of a graph with INT4 weights."""
+        return replace(self, opset=max(self.opset, INT4_OPSET))
 
 
 TARGETS = {
-    # At opset 21 ONNX Runtime 1.32 cannot load the plain file: it moves pairs through reshapes with output_dtype INT8,
-    # then makes their zero points UINT8. Below 20 there is no Gelu.
-    "cpu": GraphTarget("cpu", "float32", 20, "inputs", embedding="int8"),
-    "trt": GraphTarget("trt", "float16", 21, None),
+    "cpu": GraphTarget("cpu", "float32", 20, "inputs", embedding="int8", int4=CAST),  # below 20 there is no Gelu
+    "trt": GraphTarget("trt", "float16", 21, None, int4=DIRECT),
     "trt8": GraphTarget("trt8", "float32", 17, None, stored="float"),
 }
 
@@ -116,6 +124,7 @@ def export(
     lowering: str = LOWERING,
     precision_overrides: str | None = None,
     max_length: int | None = None,
+    weights_stored: str = WEIGHT_STORAGE,
 ) -> Exported:
     """Write ``model.onnx``, ``verify.json``, ``spec.json`` and the tokenizer to `out`, from a checkpoint directory.
 
@@ -124,21 +133,23 @@ def export(
     some. An embedding table that is planned INT8 is stored so by target ``cpu``; the others store the same values in
     float, and their graph's plan says float. `lowering` is one of `LOWERINGS`. `precision_overrides` computes LayerNorm
     and softmax in another float dtype than the graph's. `max_length` (tokens) lowers the longest input that the graph
-    is meant for; INT8 attention, where trained, is exported up to 512 tokens and runs in float above. Raises
-    `ExportError`, `ArtifactError`, `PlanError`; a graph that breaks its plan is never written.
+    is meant for; INT8 attention, where trained, is exported up to 512 tokens and runs in float above. With
+    `weights_stored` (one of `WEIGHT_STORAGES`) ``int4`` those of 4 bits or fewer take half a byte each, as far as the
+    target can run them so; where that is none, it is refused. Raises `ExportError`, `ArtifactError`, `PlanError`; a
+    graph that breaks its plan is never written.
     """
     path, out = Path(checkpoint), Path(out)
+    if weights_stored not in WEIGHT_STORAGES:
+        raise ExportError(f"unknown weights stored {weights_stored!r}; choose one of {', '.join(WEIGHT_STORAGES)}")
     require_replaceable(out)
     require_apart(out, path)
     chosen = target_named(target)
     _require_overridable(precision_overrides, dtype or chosen.dtype, chosen)
     opened = _OpenedModel.of(path, task, max_length)
+    plan = _placed(opened.checkpoint.plan, chosen, placement, opened.spec.max_length) if opened.checkpoint else None
+    int4 = require_int4(plan, chosen.int4, lowering, chosen.name) if weights_stored == "int4" else []
     settings = _GraphSettings(
-        chosen,
-        dtype or chosen.dtype,
-        _placed(opened.checkpoint.plan, chosen, placement, opened.spec.max_length) if opened.checkpoint else None,
-        lowering,
-        precision_overrides,
+        chosen.for_int4() if int4 else chosen, dtype or chosen.dtype, plan, lowering, precision_overrides, tuple(int4)
     )
     if lowering != "matmul" and not settings.plan:
         raise ExportError(f"lowering {lowering} is for compressed checkpoints; {path} has no {PLAN_FILE}")
@@ -181,13 +192,14 @@ class _OpenedModel:
 
 @dataclass(frozen=True)
 class _GraphSettings:
-    """How it is exported; `plan` is the one that the graph will hold."""
+    """How it is exported; `plan` is the one that the graph will hold, `int4` names the weights stored as INT4."""
 
     target: GraphTarget
     dtype: str
     plan: CompressionPlan | None
     lowering: str
     precision_overrides: str | None
+    int4: tuple[str, ...]
 
 
 def _made(opened: _OpenedModel, settings: _GraphSettings) -> tuple[ir.Model, float]:
@@ -211,8 +223,11 @@ def _made(opened: _OpenedModel, settings: _GraphSettings) -> tuple[ir.Model, flo
     if settings.precision_overrides:
         _override_precision(model, settings.precision_overrides, dtype)
     if settings.target.opset < 18:
-        _write_whole_shapes(model.graph)
-        _lower_opset(model, settings.target.opset)
+        lower_opset(model, settings.target.opset)
+    if settings.int4 and settings.target.int4:
+        store_int4(model.graph, settings.int4, settings.target.int4)
+        if settings.target.int4 == CAST:  # for ONNX Runtime, and of opset 21
+            imply_zero_points(model.graph)
     _name_axes(model, opened.task)
     model.metadata_props.update(_metadata(opened, settings, hashes))
     return model, rounding
@@ -403,58 +418,6 @@ def _override_precision(model: ir.Model, precision: str, dtype: str) -> None:
                     user.replace_input_with(i, back.outputs[0])
 
 
-def _write_whole_shapes(graph: ir.Graph) -> None:
-    """Write every Shape with `start` or `end` as Shape and Gather: the parser of TensorRT 8 and 9 ignores both, and
-    gives all sizes."""
-    for node in [node for node in graph if node.op_type == "Shape" and node.attributes]:
-        value, output = node.inputs[0], node.outputs[0]
-        if value is None or value.shape is None:
-            raise ExportError(f"{node.name}: the rank of what it measures is not known; use another target")
-        start, end = (node.attributes[key].as_int() if key in node.attributes else None for key in ("start", "end"))
-        axes = np.arange(len(value.shape), dtype=np.int64)[start:end]
-        whole = ir.node("Shape", [value], name=node.name)
-        whole.outputs[0].name = f"{output.name}_all"
-        kept = add_initializer(graph, f"{output.name}_axes", axes)
-        picked = ir.node("Gather", [whole.outputs[0], kept], attributes={"axis": 0}, name=f"{node.name}_pick")
-        ir.convenience.replace_nodes_and_values(graph, node, [node], [whole, picked], [output], picked.outputs)
-
-
-def _lower_opset(model: ir.Model, opset: int) -> None:
-    """Say an older opset, where every operator of the graph meant the same in it; else `ExportError`."""
-    import onnx.defs
-
-    now = model.opset_imports[""]
-    for node in model.graph:
-        if node.op_type == "Split" and _split_into_equal_parts(node):
-            continue
-        try:
-            old = onnx.defs.get_schema(node.op_type, opset, "").since_version
-        except onnx.defs.SchemaError:
-            old = None
-        if old != onnx.defs.get_schema(node.op_type, now, "").since_version:
-            raise ExportError(
-                f"{node.op_type} means another thing in opset {opset} than in {now}, so this model cannot be written "
-                "for it; "
-                "use another target"
-            )
-    model.opset_imports[""] = opset
-    model.ir_version = 8  # of the onnx release that brought opset 17: readers of that time refuse newer ones
-
-
-def _split_into_equal_parts(node: ir.Node) -> bool:
-    """True where a Split says the sizes of its parts, or they are equal; the number of parts, which opset 18 brought,
-    is then left out, and it means the same in opset 13."""
-    if len(node.inputs) > 1 and node.inputs[1] is not None:
-        return True
-    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-    shape = None if node.inputs[0] is None else node.inputs[0].shape
-    size = None if shape is None else shape[axis]
-    if not isinstance(size, int) or size % len(node.outputs):
-        return False
-    node.attributes.pop("num_outputs", None)
-    return True
-
-
 def _name_axes(model: ir.Model, task: Task) -> None:
     """Two inputs that share an axis get it renamed by the exporter: say again what every axis is."""
     for value in model.graph.inputs:
@@ -469,6 +432,7 @@ def _metadata(opened: _OpenedModel, settings: _GraphSettings, hashes: Mapping[st
     plan, task = settings.plan, opened.task
     facts = {
         "lowering": settings.lowering,
+        **({"weights_stored": "int4"} if settings.int4 else {}),
         "precision_overrides": settings.precision_overrides or settings.dtype,
         "gelu": opened.family.gelu(opened.config) or "none",
         "weights": weights_hash(opened.path),

@@ -20,6 +20,7 @@ from nxm_export.contract.choices import (
     TASK,
     TEXT_BATCH,
     TOKEN_ENCODING,
+    WEIGHT_STORAGE,
 )
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.data.examples import Columns, Examples, Features
@@ -268,6 +269,7 @@ def _export_again(checkpoint: Path, engine: Path, out: Path) -> Path:
         lowering=facts.get("lowering", LOWERING) if passport.plan else LOWERING,
         precision_overrides=None if overrides == dtype else overrides,
         max_length=spec.max_length,
+        weights_stored=facts.get("weights_stored", WEIGHT_STORAGE),
     ).path
     if graph_files(load_graph(made), made).sha256 != passport.onnx_sha256:
         raise ArtifactError(

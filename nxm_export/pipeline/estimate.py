@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nxm_export.contract.choices import INT4_BITS
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.contract.token_budget import DEFAULT_MAX_LENGTH
 from nxm_export.data.label_kinds import classes_of, labelled, load_labelled, read_by_model
@@ -89,7 +90,7 @@ def estimate(request: Request) -> RunEstimate:
         other_seconds=round(_GRAPHS * (_SECONDS_PER_GRAPH + _PASSES * dev_samples * flops_per_sample / speed), 1),
         checkpoint_bytes=2 * weights,
         fp32_onnx_bytes=weights,
-        onnx_bytes=weights - saved_bytes(plan, source),
+        onnx_bytes=weights - saved_bytes(plan, source, request.weights_stored),
     )
 
 
@@ -117,11 +118,13 @@ def _mean_words(texts: Sequence[str]) -> float:
     return sum(len(text.split()) for text in some) / len(some)
 
 
-def saved_bytes(plan: CompressionPlan, source: ModelSource) -> int:
-    """How much smaller than FP32 the plan makes a graph: codes of 1 byte for floats of 4."""
-    saved = sum(
-        plan.shapes[name][0] * plan.shapes[name][1] * 3 for name, spec in plan.weights.items() if spec.weight_bits
-    )
+def saved_bytes(plan: CompressionPlan, source: ModelSource, weights_stored: str) -> int:
+    """How much smaller than FP32 the plan makes a graph: codes of 1 byte for floats of 4, or of half a byte."""
+    saved = 0
+    for name, spec in plan.weights.items():
+        if spec.weight_bits:
+            halved = weights_stored == "int4" and spec.weight_bits <= INT4_BITS
+            saved += plan.shapes[name][0] * plan.shapes[name][1] * (7 if halved else 6) // 2
     if plan.embedding == "int8":
         tokens, features = source.family.word_embedding_shape(source.config)
         saved += tokens * (features * 3 - 4)  # and a scale per row

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nxm_export.contract.checkpoint import open_checkpoint, read_config, task_at
-from nxm_export.contract.choices import BENCH_SHAPES, PLACEMENT, STORAGE
+from nxm_export.contract.choices import BENCH_SHAPES, INT4_BITS, PLACEMENT, STORAGE, WEIGHT_STORAGE, WEIGHT_STORAGES
 from nxm_export.contract.families import family_of
 from nxm_export.contract.io_spec import IOSpec, load_spec
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
@@ -68,8 +68,9 @@ _NEEDED = ("torch", "transformers", "accelerate", "sklearn", "scipy", "onnx", "o
 class Request:
     """What to run: a model (directory or hub id), a task, its data, how to compress and how to train.
 
-    `placement` None is ``inputs-outputs``, or ``inputs`` where weights are not quantized. Raises `PlanError` for a
-    placement or residual that only quantized weights can have, where they are not.
+    `placement` None is ``inputs-outputs``, or ``inputs`` where weights are not quantized. `weights_stored` is that of
+    the graphs, where their target can have it. Raises `PlanError` for a placement or residual that only quantized
+    weights can have, where they are not, and for weights stored as INT4 that have more bits.
     """
 
     model: str
@@ -85,8 +86,16 @@ class Request:
     keep_dense: Sequence[str] = ()
     revision: str | None = None
     train_limit: int | None = None
+    weights_stored: str = WEIGHT_STORAGE
 
     def __post_init__(self) -> None:
+        if self.weights_stored not in WEIGHT_STORAGES:
+            raise PlanError(
+                f"unknown weights stored {self.weights_stored!r}; choose one of {', '.join(WEIGHT_STORAGES)}"
+            )
+        if self.weights_stored == "int4" and (self.spec.weight_bits is None or self.spec.weight_bits > INT4_BITS):
+            bits = "none" if self.spec.weight_bits is None else self.spec.weight_bits
+            raise PlanError(f"weights stored as int4 have 4 bits or fewer, and these have {bits}; give weight bits 4")
         if self.spec.weight_bits is not None:
             return
         dropped = [f"placement {self.placement}"] if self.placement not in (None, "inputs") else []
@@ -230,7 +239,7 @@ def _say(text: str | None) -> None:
 def _require_space(root: Path, source: ModelSource, plan: CompressionPlan) -> None:
     """Raise `ArtifactError` where the disk has no room for what a run keeps: two models, its graphs and its engines."""
     weights = sum(file.stat().st_size for file in source.path.glob("*.safetensors"))
-    graph = weights - saved_bytes(plan, source)
+    graph = weights - saved_bytes(plan, source, WEIGHT_STORAGE)  # that of trt may have INT8
     needed = 4 * weights + 4 * graph  # dense and compressed, the dense graph and engine; two graphs and their engines
     require_space(root, needed - written_in(root), "a run, with its models, graphs and engines,")
 
@@ -327,7 +336,8 @@ def _into(scratch: Path, work: Callable[[Path], object]) -> None:
 
 def _export(directory: RunDir, request: Request, plan: CompressionPlan, progress: Progress) -> list[str]:
     """Export every graph of the run that the plan allows; returns their names."""
-    from nxm_export.graph.exporter import export
+    from nxm_export.graph.exporter import export, target_named
+    from nxm_export.graph.int4_storage import int4_weights
 
     made = []
     for number, (name, (source, target, placement)) in enumerate(_GRAPHS.items()):
@@ -335,13 +345,27 @@ def _export(directory: RunDir, request: Request, plan: CompressionPlan, progress
             continue
         placed = placement or (placement_of(plan) if source == "checkpoint" else None)
         progress("export", number, len(_GRAPHS))
-        exported = partial(export, directory.path(source), target=target, task=request.task, placement=placed)
+        stored = request.weights_stored if source == "checkpoint" else WEIGHT_STORAGE
+        if stored == "int4" and not int4_weights(plan, target_named(target).int4):
+            notice(f"onnx/{name} keeps its weights in INT8: target {target} takes none of this plan's as INT4")
+            stored = WEIGHT_STORAGE
+        exported = partial(
+            export,
+            directory.path(source),
+            target=target,
+            task=request.task,
+            placement=placed,
+            weights_stored=stored,
+        )
+        options: dict[str, object] = {"target": target, "placement": placed, "task": request.task}
+        if stored != WEIGHT_STORAGE:  # named where it is no default: runs from before it need no export again
+            options["weights_stored"] = stored
         directory.stage(
             f"export {name}",
             f"onnx/{name}",
             partial(_into, work=exported),
             inputs={source: directory.path(source)},
-            options={"target": target, "placement": placed, "task": request.task},
+            options=options,
         )
         made.append(name)
     progress("export", len(_GRAPHS), len(_GRAPHS))

@@ -122,8 +122,13 @@ class Record(Circumstances):
     exponents: dict[str, float]
 
 
-def write_checkpoint(out: Path, hidden: int, wide: int, layers: int, heads: int) -> None:
-    """A compressed checkpoint of a BERT classifier of these sizes, with random weights and a tokenizer."""
+def write_checkpoint(
+    out: Path, hidden: int, wide: int, layers: int, heads: int, *, weights: str = "2:4+W4", embedding: str = "float"
+) -> None:
+    """A compressed checkpoint of a BERT classifier of these sizes, with random weights and a tokenizer.
+
+    `weights` is their spec, of 4 bits; they lie on 2:4 whether it says so or not.
+    """
     import torch
     import transformers
     from safetensors.numpy import save_file
@@ -142,13 +147,18 @@ def write_checkpoint(out: Path, hidden: int, wide: int, layers: int, heads: int)
     with torch.device("meta"):
         shapes = {k: tuple(v.shape) for k, v in transformers.BertForSequenceClassification(config).state_dict().items()}
     family, rng = FAMILIES["bert"], np.random.default_rng(0)
-    plan = family.uniform_plan(config.to_dict(), WeightSpec.parse("2:4+W4"))
+    plan = family.uniform_plan(config.to_dict(), WeightSpec.parse(weights), embedding=embedding)
     tensors: dict[str, np.ndarray] = {}
     scales: dict[str, np.ndarray] = {}
     for name, shape in shapes.items():
         if name.endswith("position_ids"):
             continue
         spec = plan.weights.get(name)
+        if name == family.word_embedding and embedding == "int8":
+            scale = np.full(shape[0], 1e-3, np.float32)
+            codes = rng.integers(-127, 128, shape, np.int8)
+            tensors[name], scales[f"{name}_scale"] = codes * scale[:, None], scale
+            continue
         if spec is None:
             tensors[name] = (
                 rng.standard_normal(shape, np.float32) * 0.02 if len(shape) > 1 else np.ones(shape, np.float32)

@@ -14,6 +14,7 @@ from engines.ort import backend as ort
 from engines.ort.backend import SLOW_FUSIONS, unsigned_activations
 from engines.ort.graph_rewrites import fused_attention, integer_products
 from engines.passport import load_passport
+from nxm_export.graph.int4_storage import CAST, store_int4
 from nxm_export.graph.reading.graph_weights import load_graph, save_graph
 from tests.support import baked, onnx_text
 from tests.support.variants import variants
@@ -82,6 +83,27 @@ def test_a_product_of_codes_is_what_the_pairs_say() -> None:
     expected = onnx_text.run(plain, X)["y"]
     np.testing.assert_array_equal(onnx_text.run(fused, X)["y"], expected)
     assert expected[0].tolist() == [1.0 - 4 * 3.5 + 1, -1 - 2.5 * 3.5 - 1, 31.75 + 32 * 3.5 + 0.5]
+
+
+def test_int4_codes_that_are_cast_to_int8_are_multiplied_as_integers(tmp_path: Path) -> None:
+    text = PRODUCT.replace("int8[2, 3] w = {1, -2, 127, 4, 5, -128}", "int8[2, 3] w_quantized = {1, -2, 7, 4, 5, -8}")
+    text = text.replace("(w, ws, wz)", "(w_quantized, ws, wz)")
+    plain, fused = onnx_text.model(text), onnx_text.model(text)
+    store_int4(fused.graph, ["w"], CAST)
+    assert integer_products(fused) == 1
+    assert [node.op_type for node in fused.graph] == ["QuantizeLinear", "Cast", "MatMulIntegerToFloat"]
+    np.testing.assert_array_equal(onnx_text.run(fused, X)["y"], onnx_text.run(plain, X)["y"])
+    ort.open_session(onnx_text.save(fused, tmp_path / "m.onnx"), 1, SLOW_FUSIONS, optimized=tmp_path / "optimized.onnx")
+    optimized = load_graph(tmp_path / "optimized.onnx").graph
+    assert [node.op_type for node in optimized] == ["QuantizeLinear", "MatMulIntegerToFloat"]  # cast once, at the load
+
+
+@pytest.mark.parametrize("cast", ["Cast<to = 3>(u)", "Cast<to = 3>(v)", "Cast<to = 2>(w)"])
+def test_a_product_of_what_is_cast_in_another_way_is_left_alone(cast: str) -> None:
+    """From UINT4, from an input of the graph, to UINT8."""
+    text = PRODUCT.replace("m = DequantizeLinear<axis = 1>(w,", f"c = {cast}\n  m = DequantizeLinear<axis = 1>(c,")
+    text = text.replace("int8[2, 3] w = {1, -2, 127, 4, 5, -128}", "int4[2, 3] w = {1}, uint4[2, 3] u = {1}")
+    assert integer_products(onnx_text.model(text.replace("float[batch, 2] x", "float[batch, 2] x, int4[2, 3] v"))) == 0
 
 
 @pytest.mark.parametrize(

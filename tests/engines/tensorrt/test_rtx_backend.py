@@ -16,7 +16,8 @@ from nxm_export.errors import ArtifactError, EngineError, ExportError, ParityErr
 from nxm_export.graph.exporter import export
 from nxm_export.graph.external_data import has_external_data
 from nxm_export.graph.reading.graph_weights import load_graph
-from tests.support import tiny
+from nxm_export.pipeline.engine_commands import _export_again
+from tests.support import baked, tiny
 from tests.support.trt_models import Checkpoints
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'nxm-export[trt-rtx]'")
@@ -62,6 +63,26 @@ def test_every_planned_product_runs_on_integers_and_attention_is_fused_as_planne
         assert len(fused) == 1
         assert expected in fused[0].inputs
         assert ("Int8" in fused[0].inputs) == (placement in INT8_ATTENTION)
+
+
+def test_int4_weights_are_built_and_multiplied_as_integers_and_a_pattern_stays_int8(tmp_path: Path) -> None:
+    """Half of the matrices have a pattern. What RTX makes of INT4: a layer that casts, then an INT8 product."""
+    specs = {"*attention.self*": "W4", "*attention.output*": "W3", "*intermediate*": "2:4+W4", "*output*": "2:4+W8"}
+    checkpoint = baked.write_checkpoint("bert", tmp_path / "checkpoint", specs=specs)
+    graph = export(checkpoint, tmp_path / "graph", target="trt", weights_stored="int4")
+    engine = tmp_path / "engine"
+    engine.mkdir()
+    passport = rtx_backend.build(graph.path, engine, BuildOptions(profiles=[Profile((1, 1), (4, 32), (8, 48))]))
+    assert passport.options["integer_products"] == passport.options["planned_products"] == 6
+    layers = layers_of(engine)
+    assert sum("Int4" in layer.constants for layer in layers) == 4
+    products = {node: layer for layer in layers if layer.is_integer_product for node in layer.onnx}
+    for weight in rtx_backend.inspect(engine).sparsity.weights:
+        if weight.planned not in (None, "dense"):
+            layer, sparse = products[weight.node], weight.planned_sparse
+            assert weight.type == ("int8" if sparse else "int4")
+            assert ("Int8" in layer.constants, layer.inputs) == (sparse, ("Int8",) if sparse else ("Int8", "Int8"))
+    assert _export_again(checkpoint, engine, tmp_path / "again").read_bytes() == graph.path.read_bytes()
 
 
 def test_the_report_says_that_no_gpu_chose_kernels_and_the_gate_fails_closed(

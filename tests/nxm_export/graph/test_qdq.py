@@ -242,6 +242,12 @@ class TestUnsigned:
         assert unsigned_activations(model) == 0
         np.testing.assert_array_equal(onnx_text.run(model, {"x": X})["y"], before)
 
+    def test_a_zero_point_that_a_dequantizer_leaves_out_is_0(self) -> None:
+        model = onnx_text.model(QDQ.replace("DequantizeLinear(xq, sx, zx)", "DequantizeLinear(xq, sx)"))
+        before = onnx_text.run(model, {"x": X})["y"]
+        assert unsigned_activations(model) == 1
+        np.testing.assert_array_equal(onnx_text.run(model, {"x": X})["y"], before)
+
     def test_codes_that_leave_the_graph_stay_signed(self) -> None:
         text = QDQ.replace("=> (float[batch, 2] y)", "=> (float[batch, 2] y, int8[batch, 8] xq)")
         assert unsigned_activations(onnx_text.model(text)) == 0

@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 from nxm_export.cli import main
 from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics_of
 from nxm_export.contract.records.run_summary import SCHEMA, RunSummary
+from nxm_export.contract.records.verify_report import read_verify_report
 from nxm_export.storage.json_files import decode, entry_at
 from tests.support import tiny
 from tests.support.variants import variants
@@ -146,6 +147,22 @@ def test_a_placement_that_no_graph_with_outputs_can_hold_leaves_that_engine_out(
     assert min(report["agreement"] for report in json.loads(result.stdout)["parity"].values()) >= 0.9
 
 
+@pytest.mark.slow
+def test_weights_of_4_bits_are_stored_so_where_the_target_can(desk: Desk, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = desk.nxm(*desk.arguments(run, "--json", "--weight-bits=4", "--weights-stored=int4", "--steps=4"))
+    assert result.exit_code == 0, result.output
+    stored = {}
+    for graph in (run / "onnx").iterdir():
+        reported = read_verify_report(graph / "verify.json").weights
+        stored[graph.name] = {weight.stored for weight in reported if weight.planned}
+    assert stored == {"dense": set(), "cpu": {"INT4"}, "cpu-outputs": {"INT4"}, "trt": {"INT8"}}
+    assert "onnx/trt keeps its weights in INT8" in result.stderr
+    again = desk.nxm(*desk.arguments(run, "--json", "--weight-bits=4", "--steps=4"))
+    assert again.exit_code == 0, again.output
+    assert {weight.stored for weight in read_verify_report(run / "onnx" / "cpu" / "verify.json").weights} >= {"INT8"}
+
+
 @pytest.mark.parametrize("mark", variants(["qat", "dense"], ("qat",)))
 def test_killed_and_run_again_it_ends_as_if_nothing_had_happened(
     desk: Desk, finished: Finished, tmp_path: Path, mark: str
@@ -178,6 +195,17 @@ def test_two_runs_into_one_directory_do_not_mix(desk: Desk, tmp_path: Path) -> N
     first.communicate()
     assert second.exit_code == 1
     assert "another" in second.output
+
+
+def test_a_dry_run_counts_half_a_byte_for_a_weight_of_4_bits(desk: Desk, tmp_path: Path) -> None:
+    sizes = []
+    for stored in ("int8", "int4"):
+        options = ("--weight-bits=4", f"--weights-stored={stored}", "--dry-run", "--json")
+        result = desk.nxm(*desk.arguments(tmp_path / "run", *options))
+        assert result.exit_code == 0, result.output
+        sizes.append(json.loads(result.stdout)["onnx_bytes"])
+    hidden, wide = tiny.HIDDEN, tiny.INTERMEDIATE
+    assert sizes[0] - sizes[1] == tiny.LAYERS * (4 * hidden**2 + 2 * hidden * wide) // 2
 
 
 def test_dry_run_estimates_and_writes_nothing(desk: Desk, tmp_path: Path) -> None:
@@ -224,6 +252,8 @@ def test_a_dev_label_outside_the_classes_is_named(desk: Desk, tmp_path: Path) ->
         (["--model=nobody/nothing"], "nobody/nothing"),
         (["--train=/nowhere/train.tsv"], "/nowhere/train.tsv"),
         (["--dense-learning-rate=1e30"], "loss is nan at step"),
+        (["--weights-stored=int4"], "4 bits or fewer, and these have 8"),
+        (["--weights-stored=int4", "--weight-bits=none"], "4 bits or fewer, and these have none"),
     ],
 )
 def test_what_cannot_work_is_refused_in_words(desk: Desk, tmp_path: Path, more: list[str], message: str) -> None:

@@ -4,7 +4,8 @@
 
 It runs tests/end_to_end/test_family_stages.py whole (some twenty minutes), and writes what became of every test:
 ``tested``, ``refused`` (with a reason, as the test requires), ``not here`` (something is not installed) or ``FAILS``.
-``--junit FILE`` reads the results of a run that was made before, with ``pytest --junitxml FILE``.
+``--junit FILE`` reads the results of a run that was made before, with ``pytest --junitxml FILE``; given again, those of
+a further one.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ _TEST = re.compile(r"test_a_family_passes_a_stage\[(?P<family>[\w-]+?)-(?P<stage
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status, 1 where a test failed."""
     parser = argparse.ArgumentParser(description="Print the table of families and stages.")
-    parser.add_argument("--junit", type=Path, help="results of a run that was made before")
+    parser.add_argument("--junit", type=Path, action="append", help="results of a run that was made before")
     parser.add_argument("--write", action="store_true", help=f"put it into {PAGE.name}")
     options = parser.parse_args(arguments)
-    results = read_results(options.junit) if options.junit else run_tests()
+    results = run_tests() if options.junit is None else {}
+    for file in options.junit or ():
+        results |= read_results(file)
     text = render_table(results)
     print(text)
     if options.write:

@@ -1,8 +1,8 @@
 """Layer-wise ADMM: N:M masks and integer codes of least output error, found before any training.
 
 For a linear layer y = W x, W (out, in), the mean squared error of its outputs under other weights Z is
-``E(Z) = tr((W - Z) H (W - Z)^T)`` with ``H = E[x x^T]`` (`compressors.pruning.sparsegpt.input_hessians`). Four steps
-make a small E, all rows of a matrix at once:
+``E(Z) = tr((W - Z) H (W - Z)^T)`` with ``H = E[x x^T]`` (`compressors.pruning.layer_inputs`). Four steps make a small
+E, all rows of a matrix at once:
 
 1. **Mask** by ADMM: ``min E(X)  s.t.  X = Z, Z in N:M``. The X step is exact (one eigendecomposition of H serves every
    penalty), the Z step keeps the N largest of each group, the unscaled dual V adds up what they disagree on
@@ -13,19 +13,24 @@ make a small E, all rows of a matrix at once:
 4. **Descent**: single codes move to where E is least with all others fixed, scales are refitted; E never grows.
 
 Inputs are normalised to unit mean square in step 1: it makes a fixed schedule of penalties fit every layer.
+
+`SOLVERS` has this and its rivals under one signature. Training starts from what they find, ``--steps 0`` saves it, and
+the search's table (`compressors.search.sensitivity`) asks what it costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compressors import distributed
-from compressors.projections import nm_mask
+from compressors.projections import mse_scale, nm_mask
+from compressors.pruning.layer_inputs import Batches, second_moments
 from compressors.pruning.sparsegpt import inverse_factor, prune
 from compressors.quantization.fake_quant import QuantLinear
 from nxm_export.contract.plan import NMPattern, WeightSpec
@@ -57,6 +62,11 @@ class Solution:
     mask: Tensor | None  # (out, in) bool; None without a pattern
     scale: Tensor | None  # (out, 1); None without bits
     error: float
+
+    def to(self, device: torch.device | str) -> Solution:
+        """The same on another device."""
+        mask, scale = (None if part is None else part.to(device) for part in (self.mask, self.scale))
+        return Solution(self.latent.to(device), self.weight.to(device), mask, scale, self.error)
 
 
 class OutputMetric:
@@ -251,51 +261,130 @@ def _fitted_scale(codes: Tensor, weight: Tensor, metric: OutputMetric, scale: Te
     return torch.where((power > 0) & (fitted > 0), fitted, scale)
 
 
-@torch.no_grad()
-def solve(weight: Tensor, metric: OutputMetric, spec: WeightSpec, mask_of: MaskOf = admm_mask) -> Solution:
-    """Compress `weight` (out, in) as `spec` asks, with the least output error that the four steps find."""
-    dense = weight.float()
-    mask = None if spec.pattern is None else mask_of(dense, metric, spec.pattern)
-    latent = dense if mask is None else refit(dense, metric, mask)
-    deployed, scale = latent, None
-    if spec.qmax is not None:
-        codes, scale = round_to_least_error(dense, latent, metric, mask, spec.qmax)
-        deployed = codes * scale
-    whole = float(metric.error(dense).sum())
-    error = float(metric.error(dense - deployed).sum()) / whole if whole > 0 else 0.0
-    return Solution(latent.to(weight.dtype), deployed.to(weight.dtype), mask, scale, error)
+Start = tuple[Tensor, Tensor]  # mask (out, in), latent weight (out, in)
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A way to make weights for a pattern and for a grid; call it with (weight (out, in), metric of its inputs, spec).
+
+    `start` gives mask and latent weight under a pattern, `grid` codes and scale of (weight, latent, metric, mask,
+    qmax).
+    """
+
+    start: Callable[[Tensor, OutputMetric, NMPattern], Start]
+    grid: Callable[[Tensor, Tensor, OutputMetric, Tensor | None, int], tuple[Tensor, Tensor]]
+
+    def __call__(self, weight: Tensor, metric: OutputMetric, spec: WeightSpec) -> Solution:
+        """The weight under one spec."""
+        return self.all(weight, metric, [spec])[0]
+
+    @torch.no_grad()
+    def all(self, weight: Tensor, metric: OutputMetric, specs: Sequence[WeightSpec]) -> list[Solution]:
+        """The weight under each of several specs; those with one pattern share their start."""
+        dense = weight.float()
+        starts: dict[NMPattern, Start] = {}
+        solutions = []
+        for spec in specs:
+            mask, latent, scale = None, dense, None
+            if spec.pattern is not None:
+                if spec.pattern not in starts:
+                    starts[spec.pattern] = self.start(dense, metric, spec.pattern)
+                mask, latent = starts[spec.pattern]
+            deployed = latent
+            if spec.qmax is not None:
+                codes, scale = self.grid(dense, latent, metric, mask, spec.qmax)
+                deployed = codes * scale
+            whole = float(metric.error(dense).sum())
+            error = float(metric.error(dense - deployed).sum()) / whole if whole > 0 else 0.0
+            solutions.append(Solution(latent.to(weight.dtype), deployed.to(weight.dtype), mask, scale, error))
+        return solutions
+
+
+def _refitted(weight: Tensor, metric: OutputMetric, pattern: NMPattern, mask_of: MaskOf) -> Start:
+    mask = mask_of(weight, metric, pattern)
+    return mask, refit(weight, metric, mask)
+
+
+def _pruned(weight: Tensor, metric: OutputMetric, pattern: NMPattern) -> Start:
+    pruned = prune(weight, metric.raw, pattern, metric.damping)
+    mask = nm_mask(pruned.abs(), pattern)
+    return mask, pruned * mask
+
+
+def _largest(weight: Tensor, _: OutputMetric, pattern: NMPattern) -> Start:
+    mask = nm_mask(weight.abs(), pattern)
+    return mask, weight * mask
+
+
+def _nearest(_: Tensor, latent: Tensor, __: OutputMetric, ___: Tensor | None, qmax: int) -> tuple[Tensor, Tensor]:
+    """Each weight rounded for itself, by the scale of least squared error."""
+    scale = mse_scale(latent, qmax)
+    return torch.round(latent / scale).clamp_(-qmax, qmax), scale
+
+
+ADMM = Solver(partial(_refitted, mask_of=admm_mask), round_to_least_error)
+REFITTED = Solver(partial(_refitted, mask_of=second_order_mask), round_to_least_error)  # the control for `ADMM`
+SECOND_ORDER = Solver(_pruned, _nearest)  # `compressors.pruning.sparsegpt` alone
+MAGNITUDE = Solver(_largest, _nearest)  # asks nothing of the inputs
+SOLVERS: Mapping[str, Solver] = {"admm": ADMM, "obs-refit": REFITTED, "obs": SECOND_ORDER}  # by recipe
+
+
+class Finished(Protocol):
+    """Solutions of parts that were finished, by number (`compressors.pruning.solved_blocks`)."""
+
+    def read(self, block: int, /) -> dict[str, Solution] | None:
+        """The solutions of a part by weight name, or None where it was not finished."""
+
+    def write(self, block: int, solutions: Mapping[str, Solution], /) -> None:
+        """Keep the solutions of a finished part."""
 
 
 @torch.no_grad()
 def solve_layers(
-    layers: Mapping[str, QuantLinear],
-    hessians: Mapping[str, Tensor],
-    mask_of: MaskOf = admm_mask,
+    model: nn.Module,
+    blocks: Sequence[Mapping[str, QuantLinear]],
+    batches: Batches,
+    solver: Callable[[Tensor, OutputMetric, WeightSpec], Solution] = ADMM,
     *,
     deployed: bool = False,
+    finished: Finished | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
-    """Solve every prepared layer and put the solution into it; returns the error of each, by weight name.
+    """Solve the prepared layers of a model and put the solutions into them; returns the error of each, by weight name.
 
-    Layers start from their latent weights, or, where nothing will train them, from the `deployed` ones. Layers of one
-    input tensor share one hessian (`input_hessians` gives them the same tensor) and its decomposition, of which one is
-    in memory at a time. Under ``torchrun`` each process solves some, and all get the same solutions.
+    Layers start from their latent weights, or, where nothing will train them, from the `deployed` ones. `blocks` are
+    layers by weight name, in parts; the second moments of one part are in memory at a time, and those of layers that
+    read one tensor are decomposed once. Every layer is solved for the inputs that it has in the model as it comes.
+    Under ``torchrun`` each process solves some parts, and all get the same solutions. What `finished` has of an
+    interrupted run is taken from there, and what is solved is kept in it.
     """
-    by_hessian: dict[int, list[str]] = {}
-    for name in layers:
-        by_hessian.setdefault(id(hessians[name]), []).append(name)
-    own = list(by_hessian.values())[distributed.rank() :: distributed.world_size()]
-    solved: list[tuple[str, Solution]] = []
-    for names in own:
-        try:
-            metric = OutputMetric(hessians[names[0]])
-        except DataError as error:
-            raise DataError(f"{names[0]}: {error}") from error
-        for name in names:
-            solved.append((name, solve(layers[name].weight, metric, layers[name].spec, mask_of)))
-            progress(min(len(solved) * distributed.world_size(), len(layers)), len(layers))
-    solutions = dict(distributed.gathered(solved))
-    for name, layer in layers.items():
-        solution = solutions[name]
-        layer.start_from(solution.weight if deployed else solution.latent, solution.mask, solution.scale)
-    return {name: solutions[name].error for name in layers}
+    total = sum(len(block) for block in blocks)
+    solved: dict[str, Solution] = {}
+    for number, block in list(enumerate(blocks))[distributed.rank() :: distributed.world_size()]:
+        part = finished.read(number) if finished is not None else None
+        if part is None:
+            part = {}
+            for name, metric in metrics(second_moments(model, block, batches)):
+                part[name] = solver(block[name].weight, metric, block[name].spec).to("cpu")
+                progress(min((len(solved) + len(part)) * distributed.world_size(), total), total)
+            if finished is not None:
+                finished.write(number, part)
+        solved |= part
+    solutions = {name: solution for others in distributed.gathered([solved]) for name, solution in others.items()}
+    for block in blocks:
+        for name, layer in block.items():
+            solution = solutions[name].to(layer.weight.device)
+            layer.start_from(solution.weight if deployed else solution.latent, solution.mask, solution.scale)
+    return {name: solutions[name].error for block in blocks for name in block}
+
+
+def metrics(moments: dict[str, Tensor]) -> Iterator[tuple[str, OutputMetric]]:
+    """(name, metric) of every layer; layers that share a tensor share a metric. One is there at a time; empties
+    `moments`."""
+    while moments:
+        first = next(iter(moments.values()))
+        metric = OutputMetric(first)
+        for name in [name for name, moment in moments.items() if moment is first]:
+            del moments[name]
+            yield name, metric

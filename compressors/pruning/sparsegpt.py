@@ -9,62 +9,13 @@ come.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressors.projections import nm_mask
-from compressors.quantization.fake_quant import QuantLinear, quant_linears
 from nxm_export.contract.plan import NMPattern
 
 _BLOCK = 128  # columns whose updates to the rest are applied together, for speed only
-
-
-def input_hessians(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, diagonal: bool = False
-) -> dict[str, Tensor]:
-    """``E[x x^T]`` (in, in) of what every prepared layer reads, by weight name, padding excluded; or its diagonal
-    (in,).
-
-    Memory is one matrix per distinct input, whatever the number of batches: layers that share an input share its
-    hessian.
-    """
-    layers = quant_linears(model)
-    leaders: dict[int, str] = {}  # layers that read through one quantizer read one tensor
-    sums: dict[str, Tensor] = {}
-    mask: list[Tensor] = []
-    tokens = 0
-
-    def watch(name: str) -> object:
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            x = arguments[0][mask[0]].float()  # (tokens, in)
-            if diagonal:
-                sums[name] = x.square().sum(dim=0) + sums.get(name, 0.0)
-            else:
-                sums[name] = x.T @ x if name not in sums else torch.addmm(sums[name], x.T, x)
-
-        return layers[name].register_forward_pre_hook(hook)
-
-    handles = []
-    for name, layer in layers.items():
-        key = id(layer.reads) if layer.reads is not None else id(layer)
-        if leaders.setdefault(key, name) == name:
-            handles.append(watch(name))
-    device = next(model.parameters()).device
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-                mask[:] = [inputs["attention_mask"].bool()]
-                tokens += int(mask[0].sum())
-                model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()  # type: ignore[attr-defined]
-    keys = {name: id(layer.reads) if layer.reads is not None else id(layer) for name, layer in layers.items()}
-    means = {leader: total / tokens for leader, total in sums.items()}
-    return {name: means[leaders[keys[name]]] for name in layers}  # one tensor for layers that share an input
 
 
 @torch.no_grad()
@@ -102,12 +53,3 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return factor.float()
-
-
-@torch.no_grad()
-def prune_layers(layers: Mapping[str, QuantLinear], hessian: Mapping[str, Tensor]) -> None:
-    """Prune every layer that has a pattern, in place, and fix its mask to what is left."""
-    for name, layer in layers.items():
-        if layer.spec.pattern:
-            layer.weight.copy_(prune(layer.weight, hessian[name], layer.spec.pattern))
-            layer.freeze_mask()

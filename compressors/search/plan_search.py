@@ -21,6 +21,7 @@ from torch import nn
 from compressors import distributed
 from compressors.models import ModelSource, load_model, load_tokenizer, resolve
 from compressors.process_setup import prepare_process
+from compressors.pruning.layerwise import MAGNITUDE, SECOND_ORDER, SOLVERS, Solver
 from compressors.quantization.prepare_bake import prepare
 from compressors.search.plan_selection import Selection, Selector, Trial, write_trials
 from compressors.search.sensitivity import Batches, Sensitivity, SensitivityProbe, write_sensitivities
@@ -92,8 +93,8 @@ def search(
     dense = load_model(source, kind).to(distributed.device())
     require_counted_alike(dense, data, train)
     probe = SensitivityProbe(dense, source.family, source.config, kind.output_kind)
-    batches = [_batches(part, data.pad_id, settings.batch_size) for part in (rest[: settings.samples], held_out)]
-    selector = Selector(probe, source.config, settings, batches[0], batches[1], progress)
+    judged, known = (_batches(part, data.pad_id, settings.batch_size) for part in (held_out, rest[: settings.samples]))
+    selector = Selector(probe, source.config, settings, known, judged, progress, solver_of(training.recipe))
     with claimed(out, work_dir, replace_any=replace_any) as scratch:
         # Only now: what is refused above leaves nothing behind.
         resumed = take_ownership(work_dir, request_hash(source, [*data.dev, *data.train], settings, training))
@@ -110,6 +111,12 @@ def search(
         if not distributed.rank():  # only the first process writes
             _write(scratch, selection, finalists, selector.sensitivities, result)
     return result
+
+
+def solver_of(recipe: str) -> Solver:
+    """What makes the weights that a candidate is judged by: the recipe's own start; for recipes that find masks in
+    training, second-order pruning stands for what they will find."""
+    return MAGNITUDE if recipe in ("magnitude", "one-shot") else SOLVERS.get(recipe, SECOND_ORDER)
 
 
 def _require_replaceable(out: Path) -> bool:

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from compressors.pruning.layerwise import MAGNITUDE, SECOND_ORDER, Solver
 from compressors.search.knapsack import Latency, choose
 from compressors.search.sensitivity import Batches, OneShot, Sensitivity, SensitivityProbe, measure
 from compressors.search.settings import MIXES, SearchSettings
@@ -80,7 +81,10 @@ class Selection:
 
 class Selector:
     """Chooses over one dense model: statistics, then `run` (or its steps `measure_sensitivities`, `candidates`,
-    `swaps`), or `paper`."""
+    `swaps`), or `paper`.
+
+    `solver` makes the weights of every candidate; method ``paper`` takes them by magnitude.
+    """
 
     def __init__(
         self,
@@ -90,6 +94,7 @@ class Selector:
         calibration: Batches,
         held_out: Batches,
         progress: Progress = silent,
+        solver: Solver = SECOND_ORDER,
     ) -> None:
         self.probe, self.family, self.settings, self.progress = probe, probe.family, settings, progress
         self.calibration, self.held_out = calibration, held_out
@@ -112,7 +117,12 @@ class Selector:
         self.seconds: dict[str, float] = {}
         with self._timed("statistics"):
             self.statistics = probe.statistics(calibration, settings.percentile)
-            self.one_shot = OneShot(probe, self.statistics, by_magnitude=settings.method == "paper")
+            self.compressed = {
+                name: list(dict.fromkeys(spec for spec in options if spec is not None and not spec.is_dense))
+                for name, options in zip(self.names, self.options, strict=True)
+            }
+            solver = MAGNITUDE if settings.method == "paper" else solver
+            self.one_shot = OneShot(probe, self.statistics, calibration, self.compressed, solver)
             self.reference = [probe.outputs(batch) for batch in held_out]
         self.sensitivities: list[Sensitivity] = []
         self.losses: dict[str, np.ndarray] = {}  # by measure, (weights, options)
@@ -147,15 +157,11 @@ class Selector:
 
     def measure_sensitivities(self, directory: Path) -> None:
         """Fill the sensitivity table and read the losses off it, each measure scaled to mean 1."""
-        compressed = {
-            name: list(dict.fromkeys(spec for spec in options if spec is not None and not spec.is_dense))
-            for name, options in zip(self.names, self.options, strict=True)
-        }
         self.sensitivities = measure(
             self.probe,
             self.calibration,
             self.one_shot,
-            compressed,
+            self.compressed,
             directory,
             progress=lambda part, total: self.progress("sensitivity", part, total),
         )

@@ -1,15 +1,16 @@
 """How much each (weight, option) hurts on its own: the table that the search decides from.
 
-Two measures, both with the weight compressed one-shot (second-order pruning, scales of least squared error) and its
-input quantized, everything else dense:
+Two measures, both with the weight compressed as the recipe would make it before training
+(`compressors.pruning.layerwise.SOLVERS`) and its input quantized, everything else dense:
 
 ``kl``      divergence of the model's outputs from the dense model's on calibration samples;
 ``fisher``  ``sum_o f_o (w_o - z_o)^T E[x x^T] (w_o - z_o)`` with f_o the mean squared gradient of the loss at output o:
             the second-order estimate of the loss, without a forward pass per entry.
 
-Memory does not depend on the number of samples: statistics are streamed, and for each encoder block the samples pass in
-chunks through the blocks before it once, and through the rest once per entry. Finished blocks are kept on disk, so an
-interrupted table goes on where it was. Under ``torchrun`` each process measures some of the blocks.
+Memory does not depend on the number of samples, and holds the second moments of one block: statistics are streamed, and
+for each encoder block the samples pass in chunks through the blocks before it twice, and through the rest once per
+entry. Finished blocks are kept on disk, so an interrupted table goes on where it was. Under ``torchrun`` each process
+measures some of the blocks.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from compressors import distributed
-from compressors.projections import mse_scale, project_nm
-from compressors.pruning.sparsegpt import prune
+from compressors.pruning.layer_inputs import by_block, second_moments
+from compressors.pruning.layerwise import OutputMetric, Solution, Solver, metrics
 from compressors.quantization.autograd import ACTIVATION_QMAX, ACTIVATION_QMIN
 from compressors.quantization.observers import HistogramObserver
 from compressors.training.output_divergence import divergence, real_logits
 from nxm_export.contract.encoder_family import Family
-from nxm_export.contract.plan import NMPattern, WeightSpec
+from nxm_export.contract.plan import WeightSpec
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.hf.protocols import TaskOutput
 
@@ -55,13 +56,10 @@ class Sensitivity:
 class Statistics:
     """What one pass over the calibration samples tells about a weight's layer.
 
-    `hessian` is ``E[x x^T]`` (in, in) over real tokens, `fisher` the mean squared gradient of a sample's loss per
-    output channel (out,), `input_scale` the static INT8 scale of what it reads. Layers that read one tensor share
-    `hessian`. Where a layer runs several times for one token (shared layers), `hessian` is the mean and `fisher` the
-    sum over them.
+    `fisher` is the mean squared gradient of a sample's loss per output channel (out,), the sum over the runs of a layer
+    that runs several times for one token (shared layers); `input_scale` the static INT8 scale of what it reads.
     """
 
-    hessian: Tensor
     fisher: Tensor
     input_scale: float
 
@@ -180,45 +178,77 @@ class SensitivityProbe:
             yield
 
 
-class OneShot:
-    """Every (weight, option) compressed without training, made when asked for and kept in as few bytes as it needs.
+@dataclass(frozen=True)
+class Candidate:
+    """A weight under an option, in as few bytes as it needs: `values` (out, in) are codes of `scale` (out, 1), or the
+    weight itself where that is None. `errors` (out,) is the mean squared error of every output."""
 
-    Patterns come from second-order pruning, or with `by_magnitude` from the largest weights alone.
+    values: Tensor
+    scale: Tensor | None
+    errors: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in) float32."""
+        return self.values.float() if self.scale is None else self.values.float() * self.scale
+
+
+class OneShot:
+    """Every (weight, option) compressed without training, by `solver`, for what the layers of the dense model read on
+    `batches`.
+
+    All `options` of a block are made when the first of them is asked for: one pass over the samples gives the second
+    moments of the block, and they are not kept.
     """
 
     def __init__(
-        self, probe: SensitivityProbe, statistics: Mapping[str, Statistics], *, by_magnitude: bool = False
+        self,
+        probe: SensitivityProbe,
+        statistics: Mapping[str, Statistics],
+        batches: Batches,
+        options: Options,
+        solver: Solver,
     ) -> None:
-        self.probe, self.statistics, self.by_magnitude = probe, statistics, by_magnitude
-        self._pruned: tuple[tuple[str, NMPattern], Tensor] | None = None
-        self._compressed: dict[tuple[str, WeightSpec], tuple[Tensor, Tensor | None]] = {}
+        self.probe, self.statistics, self.batches, self.solver = probe, statistics, batches, solver
+        self.options = {
+            weight: {replace(option, output_bits=None) for option in specs} for weight, specs in options.items()
+        }
+        self._made: dict[tuple[str, WeightSpec], Candidate] = {}
+
+    def __call__(self, weight: str, option: WeightSpec) -> tuple[Tensor, float | None]:
+        """(weight (out, in) float32, input scale or None)."""
+        return self.candidate(weight, option).weight, self.statistics[weight].input_scale if option.input_bits else None
+
+    def candidate(self, weight: str, option: WeightSpec) -> Candidate:
+        """What became of a weight; `option` is one of its `options`, whatever its output."""
+        bare = replace(option, output_bits=None)
+        if (weight, bare) not in self._made:
+            block = next(block for block in self.probe.blocks if weight.startswith(f"{block}."))
+            self._make(block)
+        return self._made[weight, bare]
+
+    def share(self) -> None:
+        """Give every process what any of them has made; all call this together."""
+        for part in distributed.gathered([self._made]):
+            self._made = part | self._made
 
     @torch.no_grad()
-    def __call__(self, weight: str, option: WeightSpec) -> tuple[Tensor, float | None]:
-        """(weight (out, in) float32, input scale or None): pruned, then rounded to the grid of least squared error."""
-        bare = replace(option, output_bits=None)
-        if (weight, bare) not in self._compressed:
-            self._compressed[weight, bare] = self._make(weight, bare)
-        values, scale = self._compressed[weight, bare]
-        value = values.float() if scale is None else values.float() * scale
-        return value, self.statistics[weight].input_scale if option.input_bits else None
+    def _make(self, block: str) -> None:
+        """Every option of every weight of a block."""
+        layers = {weight: self.probe.layer(weight) for weight in self.probe.weights if self.options.get(weight)}
+        (inside,) = by_block(layers, [block])
+        for weight, metric in metrics(second_moments(self.probe.model, inside, self.batches)):
+            dense, options = inside[weight].weight.detach().float(), sorted(self.options[weight], key=str)
+            for option, solution in zip(options, self.solver.all(dense, metric, options), strict=True):
+                self._made[weight, option] = _candidate(dense, metric, solution)
 
-    def _make(self, weight: str, option: WeightSpec) -> tuple[Tensor, Tensor | None]:
-        w = self.probe.layer(weight).weight.detach().float()
-        if option.pattern:
-            w = self._prune(weight, w, option.pattern)
-        if option.qmax is None:
-            return w.half(), None
-        scale = mse_scale(w, option.qmax)
-        return torch.round(w / scale).clamp_(-option.qmax, option.qmax).to(torch.int8), scale
 
-    def _prune(self, weight: str, w: Tensor, pattern: NMPattern) -> Tensor:
-        """The weight under a pattern; the last one stays, as options of one pattern differ in bits only."""
-        if self._pruned is None or self._pruned[0] != (weight, pattern):
-            hessian = self.statistics[weight].hessian
-            pruned = project_nm(w, pattern) if self.by_magnitude else prune(w, hessian, pattern)
-            self._pruned = ((weight, pattern), pruned)
-        return self._pruned[1]
+def _candidate(dense: Tensor, metric: OutputMetric, solution: Solution) -> Candidate:
+    values, scale = solution.weight.half(), None
+    if solution.scale is not None:
+        values, scale = torch.round(solution.weight / solution.scale).to(torch.int8), solution.scale
+    difference = (dense - (values.float() if scale is None else values.float() * scale)).double()
+    return Candidate(values, scale, ((difference @ metric.raw.double()) * difference).sum(dim=1))
 
 
 class _Sums:
@@ -228,7 +258,6 @@ class _Sums:
         self.probe = probe
         self.tokens: Tensor | None = None
         self.count = 0  # tokens
-        self.hessian: dict[str, Tensor] = {}
         self.fisher: dict[str, Tensor] = {}
         self.observers: dict[str, HistogramObserver] = {}
         self.leader = {weight: self._leader(weight) for weight in probe.weights}
@@ -258,7 +287,6 @@ class _Sums:
                 observer.observe(x)
             except DataError as error:
                 raise DataError(f"{weight}: {error}") from error
-            self.hessian[weight] = x.T @ x + self.hessian.get(weight, torch.zeros((), device=x.device))
 
         return hook
 
@@ -274,7 +302,6 @@ class _Sums:
             raise DataError("the calibration set is empty; give at least one sample that is not padding")
         return {
             weight: Statistics(
-                self.hessian[leader] / (self.count * self.probe.uses[weight]),
                 self.fisher[weight] / self.count,
                 self.observers[leader].scale(ACTIVATION_QMAX, percentile),
             )
@@ -313,6 +340,7 @@ def measure(
         new += _measure_block(probe, batches, one_shot, {weight: options[weight] for weight in weights}, block)
         write_sensitivities(own_file, own + new)
         progress(min(done + (number + 1) * distributed.world_size(), len(probe.blocks)), len(probe.blocks))
+    one_shot.share()
     known |= {(entry.weight, entry.option): entry for entry in distributed.gathered(new)}
     return [known[weight, str(option)] for weight in probe.weights for option in options[weight]]
 
@@ -324,31 +352,26 @@ def _part_name(rank: str) -> str:
 def _measure_block(
     probe: SensitivityProbe, batches: Batches, one_shot: OneShot, options: Options, block: int
 ) -> list[Sensitivity]:
-    candidates = {
-        (weight, str(option)): one_shot(weight, option) for weight, specs in options.items() for option in specs
-    }
-    totals = dict.fromkeys(candidates, 0.0)
+    pairs = [(weight, option) for weight, specs in options.items() for option in specs]
+    totals = [0.0] * len(pairs)
     start = 0 if probe.repeats else block
     for batch in batches:
         hidden, reference = probe.hidden_before(batch, start) if start else (None, probe.outputs(batch))
-        for key, candidate in candidates.items():
-            with probe.installed({key[0]: candidate}):
-                totals[key] += divergence(reference, probe.outputs(batch, start, hidden), probe.output_kind)
+        for number, (weight, option) in enumerate(pairs):
+            with probe.installed({weight: one_shot(weight, option)}):
+                totals[number] += divergence(reference, probe.outputs(batch, start, hidden), probe.output_kind)
     samples = sum(len(batch["input_ids"]) for batch in batches)
     entries = []
-    for (weight, option_name), (z, _) in candidates.items():
-        difference = (probe.layer(weight).weight.detach().float() - z).double()
-        statistics = one_shot.statistics[weight]
-        per_output = ((difference @ statistics.hessian.double()) * difference).sum(dim=1)  # (out,)
-        fisher = float((per_output * statistics.fisher.double()).sum())
-        kl = totals[weight, option_name] / samples
+    for (weight, option), total in zip(pairs, totals, strict=True):
+        fisher = float(one_shot.candidate(weight, option).errors @ one_shot.statistics[weight].fisher.double())
+        kl = total / samples
         if not (math.isfinite(kl) and math.isfinite(fisher)):
             raise DataError(
-                f"{weight} under {option_name}: its sensitivity is {kl if not math.isfinite(kl) else fisher}; the "
+                f"{weight} under {option}: its sensitivity is {kl if not math.isfinite(kl) else fisher}; the "
                 "model overflows on "
                 "the calibration samples: leave it out of the candidate specs, or check the model"
             )
-        entries.append(Sensitivity(weight, option_name, kl, fisher))
+        entries.append(Sensitivity(weight, str(option), kl, fisher))
     return entries
 
 

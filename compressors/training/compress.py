@@ -148,8 +148,9 @@ def compress(
 ) -> CompressionMetrics:
     """Compress a dense task model under `plan` and save the checkpoint to `out` with ``metrics.json``.
 
-    `model` is a directory whose head fits the task (see `finetune`); it is also the teacher. Interrupted work resumes
-    from `work_dir`. `outputs` is as in `finetune`. Every argument but `model` is by keyword, as a command line has it.
+    `model` is a directory whose head fits the task (see `finetune`); it is also the teacher. Where nothing trains
+    (``steps=0``), `train` is calibration text and needs no labels. Interrupted work resumes from `work_dir`. `outputs`
+    is as in `finetune`. Every argument but `model` is by keyword, as a command line has it.
     """
     prepare_process(settings.threads)
     source, kind, result = resolve(model), task_named(task), Result.at(out, work_dir, outputs)
@@ -157,7 +158,8 @@ def compress(
     _require_trainable(source, kind, settings, str(model))
     plan.require_fits(source.family.model_type, source.family.weights(source.config))
     tokenizer = load_tokenizer(source)
-    data = read_task_data(source, TaskDataRequest(kind, train, dev, columns, train_limit), tokenizer, settings)
+    request = TaskDataRequest(kind, train, dev, columns, train_limit, texts_alone=not settings.trains)
+    data = read_task_data(source, request, tokenizer, settings)
     if data.numbered:
         require_counted_alike(load_model(source, kind), data, dev)
     with claimed(result.directory, result.work_dir) as scratch:

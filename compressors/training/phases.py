@@ -19,14 +19,16 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
+from compressors import distributed
 from compressors.models import ModelSource, load_model
 from compressors.pruning.admm import Admm
-from compressors.pruning.layerwise import admm_mask, second_order_mask, solve_layers
+from compressors.pruning.layer_inputs import by_block, require_enough_tokens, second_moments
+from compressors.pruning.layerwise import SOLVERS, solve_layers
 from compressors.pruning.permutation import permute_channels, permute_residual, require_unchanged, residual_order
-from compressors.pruning.sparsegpt import input_hessians, prune_layers
+from compressors.pruning.solved_blocks import SolvedBlocks
 from compressors.quantization.fake_quant import QuantLinear, quant_linears
 from compressors.quantization.prepare_bake import calibrate, in_float, prepare, require_invariants
-from compressors.settings import SECOND_ORDER, Settings
+from compressors.settings import Settings
 from compressors.training.admm_schedule import WATCHED_SAMPLES, AdmmCallback, PaperSchedule, Ramp, Schedule
 from compressors.training.augmentation import require_augmentable
 from compressors.training.callbacks import JsonLog
@@ -53,8 +55,6 @@ from nxm_export.hf.protocols import TaskOutput
 from nxm_export.progress import Progress
 
 Layers = Mapping[str, QuantLinear]
-# The recipes whose weights and scales come from `compressors.pruning.layerwise`, with what they choose masks by.
-_SOLVED_MASKS = {"admm": admm_mask, "obs-refit": second_order_mask}
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,12 @@ class Job:
         in_float = self._leave_in_float(student)
         layers = quant_linears(student)
         if settings.mask_scores == "activation":
-            squares = input_hessians(student, self.calibration_batches(), diagonal=True)
+            squares = second_moments(student, layers, self.calibration_batches(), diagonal=True)
             for name, layer in layers.items():
                 layer.importance = squares[name].sqrt()
         permutation = self._permute(student, teacher) if settings.permute else None
         searched = self._find_masks(student, layers, teacher)
-        if settings.recipe not in _SOLVED_MASKS:
+        if settings.recipe not in SOLVERS:
             freeze_masks(layers)
         if not self.steps:
             self._calibrate(student)  # again: nothing else will fit the ranges to the weights as they are now
@@ -168,16 +168,31 @@ class Job:
     def _find_masks(self, student: nn.Module, layers: Layers, teacher: nn.Module | None) -> MaskSearch:
         """Whatever the recipe does before masks are fixed."""
         recipe = self.settings.recipe
-        if recipe in SECOND_ORDER:
-            hessians = input_hessians(student, self.calibration_batches())
-            if recipe == "obs":
-                prune_layers(layers, hessians)
-            else:
-                advance = partial(self.progress, "solve")
-                solve_layers(layers, hessians, _SOLVED_MASKS[recipe], deployed=not self.steps, progress=advance)
+        if recipe in SOLVERS:
+            self._solve(student, layers)
         if recipe in ("nxm", "paper"):
             return self._admm(student, layers, teacher)
         return self._sr_ste(student, layers, teacher) if recipe == "sr-ste" else MaskSearch()
+
+    def _solve(self, student: nn.Module, layers: Layers) -> None:
+        """Masks, weights and scales of every layer from what it reads, before any training."""
+        recipe, batches = self.settings.recipe, self.calibration_batches()
+        if recipe != "obs":
+            require_enough_tokens(layers, batches)
+            for layer in layers.values():
+                # For `admm`, what layers read while no weight is rounded leads nearer (docs/search.md); for `obs` it
+                # does not, and it stays as its results were measured.
+                layer.quantize_weight = False
+        student.to(distributed.device())
+        solve_layers(
+            student,
+            by_block(layers, self.source.family.blocks(self.source.config)),
+            batches,
+            SOLVERS[recipe],
+            deployed=not self.steps,
+            finished=SolvedBlocks(self.work_dir),
+            progress=partial(self.progress, "solve"),
+        )
 
     def _admm(self, student: nn.Module, layers: Layers, teacher: nn.Module | None) -> MaskSearch:
         """The ADMM phase; goes on, up to twice a tenth of all steps, while the residual is above the gate."""

@@ -9,8 +9,8 @@ from compressors.settings import Settings
 from nxm_export.contract.config_values import size_of
 from nxm_export.contract.no_answer import THRESHOLD, no_answer_threshold
 from nxm_export.contract.tasks import Task
-from nxm_export.data.examples import Columns, Examples, Features, encode
-from nxm_export.data.label_kinds import LABELS, classes_of, labelled, load_labelled
+from nxm_export.data.examples import Columns, Examples, Features, encode, index_of
+from nxm_export.data.label_kinds import LABELS, Classes, classes_of, has_labels, labelled, load_labelled
 from nxm_export.data.question_answering import answering
 from nxm_export.data.scorable import require_scorable_examples
 from nxm_export.errors import ArtifactError, DataError, some
@@ -20,13 +20,14 @@ from nxm_export.hf.protocols import FastTokenizer
 @dataclass(frozen=True)
 class TaskDataRequest:
     """Which data: files or names of train and, where there is one, dev; their columns; at most `train_limit` samples of
-    train."""
+    train. Train may be `texts_alone` where nothing learns from labels: samples without one then have NaN."""
 
     task: Task
     train: str
     dev: str | None = None
     columns: Columns = Columns()
     train_limit: int | None = None
+    texts_alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,17 @@ def read_task_data(
     """
     task, columns = request.task, request.columns
     head = source.classes() if source.head_fits(task) else None
-    raw = load_labelled(request.train, "train", columns, task, head)
-    classes = dev_classes = classes_of(raw, task, head)
+    raw = load_labelled(request.train, "train", columns, task, head, texts_alone=request.texts_alone)
+    blank = request.texts_alone and not has_labels(raw)
+    if blank:  # the head's classes are known without them
+        classes = dev_classes = None if head is None else Classes(tuple(head), index_of(head))
+        examples = Examples(raw.texts, raw.pairs, [float("nan")] * len(raw.texts), raw.source)
+    else:
+        classes = dev_classes = classes_of(raw, task, head)
+        examples = labelled(raw, task, classes)
     length = tokenizer.model_max_length = max_length(source, tokenizer, task, settings.max_length)
 
-    examples, scored = labelled(raw, task, classes), None
+    scored = None
     if request.dev is not None:
         raw_dev = load_labelled(request.dev, "dev", columns, task, head)
         if not LABELS[task.label].separate and (raw.pairs is None) != (raw_dev.pairs is None):

@@ -76,14 +76,25 @@ class LabelKind:
 
 
 def load_labelled(
-    source: str, split: str, columns: Columns, task: Task, head: Sequence[str] | None = None
+    source: str,
+    split: str,
+    columns: Columns,
+    task: Task,
+    head: Sequence[str] | None = None,
+    *,
+    texts_alone: bool = False,
 ) -> RawExamples:
     """Read a data file (or a GLUE task) whose labels are of this task's kind; raises `DataError` with file and line.
 
     Labels that the map of `columns` names are what it says. Rows without a label (-1, unless the `head` or the map has
-    a class of that name) and without tokens are left out.
+    a class of that name) and without tokens are left out. With `texts_alone` a file may have no column of labels, in
+    tasks whose label is a cell beside the text.
     """
     kind = LABELS[task.label]
+    if texts_alone and kind.load is None and not kind.per_token:
+        raw = load_raw(source, split, columns, label=kind.cell, unlabelled=True)
+        if not has_labels(raw):
+            return _require_pairs(raw, task, kind.separate) if kind.pairs else raw
     if columns.label_map and (kind.names is None or kind.load is not None):
         raise DataError(f"{source}: task {task.name} has no classes that labels could stand for; drop --label-map")
     if kind.load is not None:
@@ -100,6 +111,11 @@ def load_labelled(
     if columns.pair is not None:
         raise DataError(f"{source}: task {task.name} takes one text; drop --text-pair")
     return _mapped(_aligned(load_raw(source, split, columns, label=kind.cell, tokens=_tokens)), columns.label_map)
+
+
+def has_labels(raw: RawExamples) -> bool:
+    """Whether any row of a file has a label."""
+    return any(label is not None for label in raw.labels)
 
 
 def classes_of(raw: RawExamples, task: Task, head: Sequence[str] | None) -> Classes | None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compressors.models import ModelSource, load_model, load_tokenizer, resolve
+from compressors.pruning.layerwise import SECOND_ORDER, Solver
 from compressors.search.plan_search import _batches
 from compressors.search.plan_selection import Selector
-from compressors.search.sensitivity import Batches, SensitivityProbe
+from compressors.search.sensitivity import Batches, OneShot, SensitivityProbe
 from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
 from compressors.training.task_data import TaskDataRequest, read_task_data
+from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.examples import Features
 from tests.support import tiny
@@ -27,6 +30,11 @@ class Probed:
 
     def batches(self, start: int, stop: int, batch_size: int = 8) -> Batches:
         return _batches(self.features[start:stop], self.pad_id, batch_size)
+
+    def one_shot(self, batches: Batches, specs: Sequence[WeightSpec], solver: Solver = SECOND_ORDER) -> OneShot:
+        """Every weight under every one of `specs`, compressed without training."""
+        statistics = self.probe.statistics(batches, 99.99)
+        return OneShot(self.probe, statistics, batches, dict.fromkeys(self.probe.weights, specs), solver)
 
     def selector(self, **settings: Any) -> Selector:
         return Selector(

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from tests.support import onnx_text
-from tools.experiments import mask_ablation, output_ablation, polygraphy_peer
+from tools.experiments import layerwise_ablation, mask_ablation, output_ablation, polygraphy_peer
 
 
 @pytest.mark.parametrize(
@@ -21,9 +21,17 @@ from tools.experiments import mask_ablation, output_ablation, polygraphy_peer
             ["--patterns", "2:4"],
             ["dense: accuracy ", "2:4: accuracy ", "2:4 activation, permuted: blocks: "],
         ),
+        (
+            layerwise_ablation,
+            [
+                *["--options", "2:4+W4", "--threads", "1", "--samples", "64", "--variants"],
+                "admm, joint;admm, sequential, corrected",
+            ],
+            ["2:4+W4, admm, joint: KL ", "2:4+W4, admm, sequential, corrected: KL "],
+        ),
         (output_ablation, [], ["dense: MCC ", "all outputs: KL ", "no output: KL ", "on distorted sentences, "]),
     ],
-    ids=["masks", "outputs"],
+    ids=["masks", "starts", "outputs"],
 )
 def test_an_ablation_runs_to_its_end(
     tool: ModuleType,

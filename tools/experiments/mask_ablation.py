@@ -14,8 +14,8 @@ from itertools import product
 import numpy as np
 
 from compressors.freed_memory import keep_freed_memory
+from compressors.pruning.layer_inputs import second_moments
 from compressors.pruning.permutation import permute_channels, permute_residual, residual_order
-from compressors.pruning.sparsegpt import input_hessians
 from compressors.quantization.fake_quant import quant_linears
 from compressors.quantization.prepare_bake import bake, prepare
 from nxm_export.contract.plan import WeightSpec
@@ -44,7 +44,7 @@ def pruned(dense: Dense, pattern: str, permuted: str, activation: bool) -> str:
     model = dense.model()
     prepare(model, plan, family, config)
     layers = quant_linears(model)
-    squares = input_hessians(model, dense.batches(SAMPLES), diagonal=True) if activation else {}
+    squares = second_moments(model, layers, dense.batches(SAMPLES), diagonal=True) if activation else {}
     for name, layer in layers.items():
         layer.importance = squares[name].sqrt() if activation else None
     shares = permute_channels(model, plan, family, config) if permuted else {}

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,12 @@ from nxm_export.data.bootstrap_intervals import RESAMPLES
 from nxm_export.storage.atomic import make_directory, write_atomic
 from tools import rendering
 from tools.results import plots
+from tools.results.pooled import CHOSEN_ON, MARGIN, Cell, Comparison, Estimate, Pool
 from tools.results.records import CompressionFacts, Interval, Machine, Record
 from tools.results.rows import DEFAULT_RECIPE, RECIPE_TITLES, Row, position, row_named
 from tools.results.statistics import Difference, Retention, TaskStatistics, deviation, overall
 from tools.results.store import TaskStore, stores
+from tools.results.tasks import TASKS
 
 GAP = "–"
 Cells = list[list[str]]
@@ -82,6 +85,20 @@ class TaskSection:
     images: list[str]
 
 
+# What docs/comparison.md compares: starts after training, and without.
+STARTS = ("admm-2:4+W4", "obs-refit-2:4+W4", "obs-2:4+W4", "magnitude-2:4+W4")
+UNTRAINED = tuple(f"{row}-untrained" for row in STARTS)
+
+
+@dataclass(frozen=True)
+class Starts:
+    """The tables of the comparison of starts over all cells, or over those that no default was chosen on."""
+
+    title: str
+    retention: Cells
+    differences: Cells
+
+
 def render(results: Path, document: Path) -> Rendered:
     """Write `document` and, where matplotlib is installed, pictures to ``images`` beside it."""
     measured = [(store, TaskStatistics(store.task, store.labelled_records())) for store in stores(results)]
@@ -92,7 +109,8 @@ def render(results: Path, document: Path) -> Rendered:
         images += drawn
         sections.append(_section(statistics, store, drawn))
     together = _together([statistics for _, statistics in measured if statistics.task.glue])
-    page = rendering.render("results/page.md.j2", resamples=RESAMPLES, together=together, tasks=sections)
+    starts = _starts([statistics for _, statistics in measured])
+    page = rendering.render("results/page.md.j2", resamples=RESAMPLES, starts=starts, together=together, tasks=sections)
     text = f"{page}\n"
     make_directory(document.parent)
     write_atomic(document, text)
@@ -272,6 +290,61 @@ def _together(glue: Sequence[TaskStatistics]) -> Cells:
             named = [f"{statistics.task.title} ({len(statistics.seeds(row))})" for statistics in having]
             cells.append([f"`{row}`", ", ".join(named), _retention(result[0]), f"{100 * result[1]:.2f}"])
     return cells
+
+
+def _starts(tasks: Sequence[TaskStatistics]) -> list[Starts]:
+    """Where two of the starts have been measured on one cell."""
+    sections = []
+    for title, without in (
+        ("All cells", frozenset[Cell]()),
+        ("Without those that defaults were chosen on (seed 0 of CoLA and of rotten tomatoes)", CHOSEN_ON),
+    ):
+        pool = Pool(tasks, without)
+        pairs = [*combinations(STARTS, 2), *combinations(UNTRAINED, 2)]
+        compared = [pool.compare(row, other) for row, other in pairs]
+        differences = [_compared(comparison) for comparison in compared if comparison is not None]
+        if differences:
+            sections.append(Starts(title, list(_retentions(pool)), differences))
+    return sections
+
+
+def _retentions(pool: Pool) -> Iterable[list[str]]:
+    for row in (*STARTS, *UNTRAINED):
+        retention = pool.retention(row)
+        if retention is not None:
+            below = {-1: "yes", 1: "no", 0: "undecided"}[retention.side(MARGIN)]
+            cells, width = _cells(pool.cells(row, "dense")), _points(retention.half_width)
+            yield [f"`{row}`", cells, _estimate(retention), width, below]
+
+
+def _compared(comparison: Comparison) -> list[str]:
+    """A line for a comparison: difference in points, ratio of divergences, and what either decides."""
+    difference, ratio = comparison.difference, comparison.ratio
+    bounds = difference.interval or (float("nan"), float("nan"))
+    cells = [
+        f"`{comparison.row}`",
+        f"`{comparison.other}`",
+        _cells(comparison.cells),
+        f"{100 * difference.value:+.2f} ({100 * bounds[0]:+.2f} to {100 * bounds[1]:+.2f})",
+        {1: "better", -1: "worse", 0: "undecided"}[difference.side(0.0)],
+    ]
+    if ratio is None or ratio.interval is None:
+        return [*cells, GAP if ratio is None else f"{ratio.value:.3f}", GAP]
+    low, high = ratio.interval
+    nearer = {-1: "nearer", 1: "farther", 0: "undecided"}[ratio.side(1.0)]
+    return [*cells, f"{ratio.value:.3f} ({low:.3f} to {high:.3f})", nearer]
+
+
+def _cells(cells: Sequence[Cell]) -> str:
+    """Tasks with their seeds, as in ``CoLA (0, 1)``."""
+    seeds: dict[str, list[str]] = {}
+    for task, seed in cells:
+        seeds.setdefault(TASKS[task].title, []).append(str(seed))
+    return ", ".join(f"{title} ({', '.join(numbers)})" for title, numbers in seeds.items())
+
+
+def _estimate(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:.2f}" + (f" ({_span(estimate.interval)})" if estimate.interval else "")
 
 
 def _draw(statistics: TaskStatistics, store: TaskStore, directory: Path) -> list[Path]:

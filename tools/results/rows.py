@@ -46,6 +46,7 @@ class SettingChanges(TypedDict, total=False):
     output_limit: float | None
     learning_rate: float
     epochs: float
+    steps: int
     distill: bool
 
 
@@ -84,11 +85,12 @@ CHANGES = {  # by what a row's name ends in
     "layers": Change("distilled alone, layers ten times as much", losses={"task": 0.0, "hidden": 10.0}),
     "alone": Change("not distilled", {"distill": False}),
     "18-epochs": Change("18 epochs", {"epochs": 18.0}),
+    "untrained": Change("not trained", {"steps": 0}),
     "thorough": Change("searched with 256 sentences, judged on 256", search={"samples": 256, "held_out": 256}),
     "attention": Change("products inside attention in INT8, too", plan={"placement": "attention"}),
     "table": Change("word-embedding table in INT8, too", plan={"embedding": "int8"}),
 }
-_TRAINING = ("unaugmented", "int8-outputs")  # changes that baselines are measured with, too
+_TRAINING = ("unaugmented", "int8-outputs", "untrained")  # changes that baselines are measured with, too
 STANDARD = (
     "dense",
     "dense-longer",
@@ -104,6 +106,8 @@ STANDARD = (
     "paper-2:4+W4",
     "nxm-2:4+W4",
     "obs-2:4+W4",
+    "obs-refit-2:4+W4",
+    "admm-2:4+W4",
     "obs-W4",
     "obs-1:4+W4",
     "searched-hw-87.5",

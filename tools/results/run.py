@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypedDict
 
+import numpy as np
+
 from compressors.models import resolve
 from compressors.search.plan_search import SENSITIVITY_FILE, search
 from compressors.search.settings import SearchSettings
@@ -127,15 +129,17 @@ class Measure:
                 teacher.path, plan=plan, out=out, settings=settings, progress=progress, **self._data(out)
             )
         record, labels = self._record(row, seed, out, settings, clock.seconds)
+        divergences = _divergences(teacher.path, out)
         facts = CompressionFacts(
             recipe=metrics.recipe,
-            kl_to_dense=_kl(teacher.path, out),
+            kl_to_dense=float(np.mean(divergences)),
             training=_training(metrics),
             mask_sha256=metrics.mask_hash,
             compression=Compression(*(plan.compression(counting) for counting in ("hw", "packed", "values"))),
             bytes=_bytes(plan, out),
             plan=PlanFacts(dict(plan.pattern_counts), {name: str(spec) for name, spec in plan.weights.items()}),
             search=searched,
+            kl_by_sentence=tuple(float(f"{value:.5g}") for value in divergences),
         )
         self._drop(out)
         return replace(record, teacher_sha256=teacher.sha256, compressed=facts), labels
@@ -408,12 +412,12 @@ def _outputs_file(directory: Path) -> Path:
     return directory.with_name(f"{directory.name}.outputs.safetensors")
 
 
-def _kl(dense: Path, checkpoint: Path) -> float:
-    """Mean KL(dense || checkpoint) of the answers on dev, in nats."""
+def _divergences(dense: Path, checkpoint: Path) -> list[float]:
+    """KL(dense || checkpoint) of the answer to every dev sentence, in nats."""
     from safetensors.torch import load_file
 
     reference, logits = (load_file(_outputs_file(directory))["logits"] for directory in (dense, checkpoint))
-    return divergence(reference, logits) / len(logits)
+    return [divergence(one, other) for one, other in zip(reference, logits, strict=True)]
 
 
 def _training(metrics: CompressionMetrics) -> TrainingFacts:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nxm_export.data.examples import Columns, RawExamples, load_raw
 from nxm_export.errors import DataError
 from nxm_export.pipeline.demo import SETTINGS, write_data
 from nxm_export.storage.atomic import atomic_dir
+from tools.results.phrases import held_out
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its metrics (their mean is its score, as in GLUE) and the columns of its files as GLUE ships them."""
+    """A task: its metrics (their mean is its score, as in GLUE) and the columns of its files as GLUE ships them.
+
+    `held_out` whole sentences of a training file of phrases are judged on besides the dev set, and nothing that they
+    contain is trained on (`tools.results.phrases`).
+    """
 
     name: str
     title: str
@@ -22,6 +28,7 @@ class Task:
     glue: bool = True
     max_length: int = 128
     columns: Columns | None = None
+    held_out: int = 0
 
     @property
     def metric_title(self) -> str:
@@ -29,6 +36,8 @@ class Task:
         return " and ".join({"mcc": "MCC", "f1": "F1"}.get(name, name) for name in self.metrics)
 
 
+SPLITS = ("train", "dev")
+HELD_OUT_SEED = 0
 _MRPC = Columns("#1 String", "#2 String", "Quality")
 TASKS = {
     task.name: task
@@ -37,7 +46,7 @@ TASKS = {
         Task("cola", "CoLA", ("mcc",)),
         Task("mrpc", "MRPC", ("f1", "accuracy"), columns=_MRPC),
         Task("rte", "RTE", ("accuracy",)),
-        Task("sst2", "SST-2", ("accuracy",)),
+        Task("sst2", "SST-2", ("accuracy",), held_out=1000),
     )
 }
 
@@ -67,16 +76,41 @@ def prepare(task: Task, data: Path | None, out: Path) -> TaskFiles:
     with atomic_dir(out, replace_any=True) as scratch:
         if data is None:
             write_data(scratch)
-        for split in ("train", "dev"):
-            raw = _read(task, (scratch if data is None else data) / f"{split}.tsv", split)
+        train, dev = (_read(task, (scratch if data is None else data) / f"{split}.tsv", split) for split in SPLITS)
+        if task.held_out:
+            train, dev = _hold_out(train, dev, task.held_out)
+        for split, raw in zip(SPLITS, (train, dev), strict=True):
             _write(raw, scratch / f"{split}.tsv")
     return files(out)
+
+
+def _hold_out(train: RawExamples, dev: RawExamples, count: int) -> tuple[RawExamples, RawExamples]:
+    """(train without what whole sentences drawn from it contain, dev with these sentences behind it); says how many
+    rows are left."""
+    drawn, rest = held_out(train.texts, count, HELD_OUT_SEED)
+    if len(drawn) < count or not rest:
+        raise DataError(f"{train.source}: {len(drawn)} whole sentences, and {count} are held out; give the whole file")
+    print(
+        f"{train.source}: {count} whole sentences are held out (seed {HELD_OUT_SEED}); of {len(train.texts)} rows "
+        f"{len(rest)} are left, which none of them contains",
+        file=sys.stderr,
+    )
+    left, judged = set(rest), set(drawn)
+    more = train.kept([row in judged for row in range(len(train.texts))])
+    both = replace(
+        dev,
+        texts=[*dev.texts, *more.texts],
+        pairs=None if dev.pairs is None or more.pairs is None else [*dev.pairs, *more.pairs],
+        labels=[*dev.labels, *more.labels],
+        places=[*dev.places, *more.places],
+    )
+    return train.kept([row in left for row in range(len(train.texts))]), both
 
 
 def files(out: Path) -> TaskFiles:
     """The files that `prepare` wrote to `out`."""
     digest = hashlib.sha256()
-    for split in ("train", "dev"):
+    for split in SPLITS:
         digest.update((out / f"{split}.tsv").read_bytes())
     return TaskFiles(out / "train.tsv", out / "dev.tsv", digest.hexdigest())
 

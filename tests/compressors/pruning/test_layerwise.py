@@ -1,25 +1,37 @@
 """Layer-wise ADMM against brute force, against second-order pruning, and on inputs that are hard to invert."""
 
 import itertools
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from compressors.projections import mse_scale
 from compressors.pruning import layerwise
+from compressors.pruning.layer_inputs import second_moments
 from compressors.pruning.layerwise import (
+    ADMM,
+    REFITTED,
+    SOLVERS,
     OutputMetric,
+    Solution,
     admm_mask,
+    metrics,
     refit,
     round_to_least_error,
     second_order_mask,
-    solve,
     solve_layers,
     weighted_scale,
 )
-from compressors.pruning.sparsegpt import input_hessians
-from compressors.quantization.fake_quant import quant_linears
+from compressors.pruning.solved_blocks import SolvedBlocks
+from compressors.pruning.sparsegpt import prune
+from compressors.quantization.fake_quant import QuantLinear, quant_linears
 from compressors.quantization.prepare_bake import prepare
+from compressors.settings import SECOND_ORDER
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.errors import DataError
 from tests.compressors.pruning.test_sparsegpt import correlated
@@ -91,12 +103,12 @@ def test_masks_come_near_the_best_of_all_supports_and_nearer_than_second_order_p
     assert excess[admm_mask] < 0.5 * least
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("pattern", [None, *PATTERNS], ids=str)
 def test_solutions_keep_the_pattern_and_the_grid(pattern: NMPattern | None, bits: int) -> None:
     weight, hessian = layer(16, 48)
     spec = WeightSpec(pattern, bits, 8)
-    solution = solve(weight, OutputMetric(hessian), spec)
+    solution = ADMM(weight, OutputMetric(hessian), spec)
     assert spec.qmax is not None
     assert solution.scale is not None
     assert solution.scale.shape == (16, 1)
@@ -115,7 +127,7 @@ def test_solutions_keep_the_pattern_and_the_grid(pattern: NMPattern | None, bits
 
 def test_a_pattern_without_bits_is_the_refit_itself() -> None:
     weight, hessian = layer(8, 32)
-    solution = solve(weight, OutputMetric(hessian), WeightSpec(NMPattern(2, 4)))
+    solution = ADMM(weight, OutputMetric(hessian), WeightSpec(NMPattern(2, 4)))
     assert solution.scale is None
     torch.testing.assert_close(solution.weight, solution.latent)
 
@@ -170,7 +182,7 @@ def test_it_beats_second_order_pruning_on_wide_layers(pattern: NMPattern) -> Non
     weight, hessian = layer(64, 192, 5)
     metric = OutputMetric(hessian)
     spec = WeightSpec(pattern, 4, 8)
-    assert solve(weight, metric, spec).error < 0.9 * solve(weight, metric, spec, second_order_mask).error
+    assert ADMM(weight, metric, spec).error < 0.9 * REFITTED(weight, metric, spec).error
 
 
 @pytest.mark.parametrize("kind", ["dead inputs", "one token", "all zero", "rank one", "tiny", "huge"])
@@ -186,7 +198,7 @@ def test_hessians_that_cannot_be_inverted(kind: str) -> None:
         "tiny": hessian * 1e-12,
         "huge": hessian * 1e12,
     }[kind]
-    solution = solve(weight, OutputMetric(hessian), WeightSpec(NMPattern(2, 4), 4, 8))
+    solution = ADMM(weight, OutputMetric(hessian), WeightSpec(NMPattern(2, 4), 4, 8))
     assert solution.scale is not None
     assert bool(torch.isfinite(solution.weight).all())
     assert bool(torch.isfinite(solution.latent).all())
@@ -194,10 +206,45 @@ def test_hessians_that_cannot_be_inverted(kind: str) -> None:
     assert 0 <= solution.error <= 1
 
 
+@given(
+    seed=st.integers(0, 10_000),
+    rank=st.integers(1, 40),
+    groups=st.integers(1, 6),
+    pattern=st.sampled_from(PATTERNS),
+    bits=st.sampled_from([None, 2, 3, 4, 8]),
+    size=st.sampled_from([1e-6, 1.0, 1e6]),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_step_keeps_the_pattern_and_lowers_the_error(
+    seed: int, rank: int, groups: int, pattern: NMPattern, bits: int | None, size: float
+) -> None:
+    """Any number of tokens, from one to more than there are inputs, and inputs of any size."""
+    generator = torch.Generator().manual_seed(seed)
+    in_ = groups * pattern.m
+    x = size * torch.randn(rank, in_, generator=generator) * torch.rand(in_, generator=generator)
+    weight, metric = torch.randn(4, in_, generator=generator), OutputMetric(x.T @ x / rank)
+    mask = admm_mask(weight, metric, pattern)
+    assert bool((mask.reshape(4, -1, pattern.m).sum(-1) == pattern.n).all())
+    solved = refit(weight, metric, mask)
+    assert not solved[~mask].any()
+    masked, refitted = errors(weight, weight * mask, metric), errors(weight, solved, metric)
+    assert (refitted <= masked * (1 + 1e-4) + 1e-12).all()  # float32 sums
+    solution = ADMM(weight, metric, WeightSpec(pattern, bits, None if bits is None else 8))
+    assert solution.mask is not None
+    assert torch.equal(solution.mask, mask)
+    assert not solution.weight[~mask].any()
+    assert bool(torch.isfinite(solution.weight).all())
+    if bits is None:
+        assert solution.scale is None
+    else:
+        assert solution.scale is not None
+        assert int((solution.weight / solution.scale).round().abs().max()) <= 2 ** (bits - 1) - 1
+
+
 def test_rows_of_zeros_stay_zero() -> None:
     weight, hessian = layer(8, 32)
     weight[3] = 0
-    solution = solve(weight, OutputMetric(hessian), WeightSpec(NMPattern(2, 4), 4, 8))
+    solution = ADMM(weight, OutputMetric(hessian), WeightSpec(NMPattern(2, 4), 4, 8))
     assert not solution.weight[3].any()
 
 
@@ -205,7 +252,51 @@ def test_inputs_that_are_no_numbers_are_refused() -> None:
     weight, hessian = layer(8, 32)
     hessian[3, 4] = float("nan")
     with pytest.raises(DataError, match="not finite on the calibration samples"):
-        solve(weight, OutputMetric(hessian), WeightSpec(NMPattern(2, 4), 4, 8))
+        ADMM(weight, OutputMetric(hessian), WeightSpec(NMPattern(2, 4), 4, 8))
+
+
+def test_second_moments_of_layers_that_read_one_tensor_are_decomposed_once_and_one_at_a_time() -> None:
+    shared, own = torch.eye(4), torch.eye(4)
+    moments = {"query": shared, "key": shared, "output": own}
+    seen = []
+    for name, metric in metrics(moments):
+        seen.append((name, metric))
+        assert (name == "output") == (not moments), "what is done with is let go"
+    assert [name for name, _ in seen] == ["query", "key", "output"]
+    assert seen[0][1] is seen[1][1] is not seen[2][1]
+
+
+def test_second_order_pruning_is_one_of_the_solvers_and_starts_as_it_always_did() -> None:
+    weight, hessian = layer(8, 32)
+    spec = WeightSpec(NMPattern(2, 4), 4, 8)
+    solution = SOLVERS["obs"](weight, OutputMetric(hessian), spec)
+    pruned = prune(weight, hessian, NMPattern(2, 4))
+    torch.testing.assert_close(solution.latent, pruned, rtol=0, atol=0)
+    assert solution.scale is not None
+    torch.testing.assert_close(solution.scale, mse_scale(pruned, 7), rtol=0, atol=0)
+    codes = torch.round(pruned / solution.scale).clamp(-7, 7)
+    torch.testing.assert_close(solution.weight, codes * solution.scale, rtol=0, atol=0)
+
+
+def test_specs_of_one_pattern_share_their_start_and_give_what_each_gives_alone() -> None:
+    weight, hessian = layer(8, 32)
+    metric, starts = OutputMetric(hessian), list[NMPattern]()
+
+    def counting(weight: Tensor, metric: OutputMetric, pattern: NMPattern) -> tuple[Tensor, Tensor]:
+        starts.append(pattern)
+        return ADMM.start(weight, metric, pattern)
+
+    specs = [WeightSpec.parse(option) for option in ("2:4+W4", "W4", "1:4", "2:4+W8", "2:4")]
+    together = replace(ADMM, start=counting).all(weight, metric, specs)
+    assert starts == [NMPattern(2, 4), NMPattern(1, 4)]
+    for spec, solution in zip(specs, together, strict=True):
+        alone = ADMM(weight, metric, spec)
+        assert torch.equal(solution.weight, alone.weight)
+        assert torch.equal(solution.latent, alone.latent)
+
+
+def test_every_recipe_that_looks_at_inputs_has_a_solver() -> None:
+    assert set(SOLVERS) == set(SECOND_ORDER)
 
 
 def test_layers_of_a_model_get_their_solutions() -> None:
@@ -214,14 +305,73 @@ def test_layers_of_a_model_get_their_solutions() -> None:
     batch = {"input_ids": torch.arange(1, 9).reshape(2, 4), "attention_mask": torch.ones(2, 4, dtype=torch.long)}
     layers = quant_linears(model)
     dense = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-    hessians = input_hessians(model, [batch])
-    query, key, *_ = layers
-    assert hessians[query] is hessians[key], "layers that read one tensor share a hessian, so that it is solved once"
-    solved = solve_layers(layers, hessians, deployed=True)
+    hessians = second_moments(model, layers, [batch])
+    solved = solve_layers(model, [layers], [batch], deployed=True)
     assert list(solved) == list(layers)
     for name, layer in layers.items():
-        solution = solve(dense[name], OutputMetric(hessians[name]), layer.spec)
+        solution = ADMM(dense[name], OutputMetric(hessians[name]), layer.spec)
         baked, scale = layer.baked()
         assert scale is not None
         torch.testing.assert_close(baked, solution.weight, rtol=1e-5, atol=1e-7)  # the scale is kept as a logarithm
         assert solved[name] == pytest.approx(solution.error)
+
+
+def prepared_block() -> tuple[Block, dict[str, QuantLinear], dict[str, Tensor]]:
+    model = Block()
+    prepare(model, FAMILY.uniform_plan(CONFIG, WeightSpec(NMPattern(2, 4), 4, 8), placement="inputs"), FAMILY, CONFIG)
+    batch = {"input_ids": torch.arange(1, 9).reshape(2, 4), "attention_mask": torch.ones(2, 4, dtype=torch.long)}
+    return model, quant_linears(model), batch
+
+
+def test_a_run_that_was_interrupted_ends_where_one_at_once_does(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def until(stop: int, directory: Path) -> dict[str, Tensor]:
+        """Solve in two parts, and be interrupted at the `stop`-th layer."""
+
+        def solver(weight: Tensor, metric: OutputMetric, spec: WeightSpec) -> Solution:
+            calls.append(tuple(weight.shape))  # type: ignore[arg-type]
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            return ADMM(weight, metric, spec)
+
+        torch.manual_seed(0)
+        model, layers, batch = prepared_block()
+        names = list(layers)
+        blocks = [{name: layers[name] for name in part} for part in (names[:3], names[3:])]
+        calls.clear()
+        solve_layers(model, blocks, [batch], solver, finished=SolvedBlocks(directory))
+        return {
+            f"{name}{part}": value.clone()
+            for name, layer in layers.items()
+            for part, value in (("", layer.weight), (".scale", layer.log_scale), (".mask", layer.mask))
+            if value is not None
+        }
+
+    at_once = until(0, tmp_path / "at-once")
+    assert len(calls) == 6
+    with pytest.raises(KeyboardInterrupt):
+        until(5, tmp_path / "killed")
+    assert [file.name for file in (tmp_path / "killed").iterdir()] == ["solved-0.safetensors"]
+    resumed = until(0, tmp_path / "killed")
+    assert len(calls) == 3, "the finished part is not solved again"
+    assert resumed.keys() == at_once.keys()
+    for name, value in at_once.items():
+        assert torch.equal(resumed[name], value), name
+
+
+def test_solutions_come_back_as_they_were(tmp_path: Path) -> None:
+    weight, hessian = layer(8, 32)
+    specs = (WeightSpec(NMPattern(2, 4), 4, 8), WeightSpec(NMPattern(2, 4)), WeightSpec(None, 4, 8))
+    for number, spec in enumerate(specs):
+        solution = ADMM(weight, OutputMetric(hessian), spec)
+        kept = SolvedBlocks(tmp_path)
+        assert kept.read(number) is None
+        kept.write(number, {"a.weight": solution})
+        again = kept.read(number)
+        assert again is not None
+        for part in ("latent", "weight", "mask", "scale"):
+            one, other = getattr(solution, part), getattr(again["a.weight"], part)
+            assert (one is None) == (other is None)
+            assert one is None or torch.equal(one, other)
+        assert again["a.weight"].error == solution.error

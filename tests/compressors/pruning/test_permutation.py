@@ -12,6 +12,7 @@ from torch import Tensor
 
 from compressors.models import load_model, resolve
 from compressors.projections import magnitude_scores
+from compressors.pruning.layer_inputs import second_moments
 from compressors.pruning.permutation import (
     channel_order,
     permute_channels,
@@ -19,7 +20,6 @@ from compressors.pruning.permutation import (
     residual_order,
     retained_sum,
 )
-from compressors.pruning.sparsegpt import input_hessians
 from compressors.quantization.fake_quant import quant_linears
 from compressors.quantization.prepare_bake import calibrate, prepare
 from compressors.training.phases import Job
@@ -177,7 +177,7 @@ def test_prepared_layers_move_with_their_steps_and_importance(scores: str, tmp_p
     calibrate(model, [batch], 99.99)
     layers = quant_linears(model)
     if scores == "activation":
-        for name, moment in input_hessians(model, [batch], diagonal=True).items():
+        for name, moment in second_moments(model, layers, [batch], diagonal=True).items():
             layers[name].importance = moment.sqrt()
     before = {name: magnitude_scores(layer.weight.detach(), layer.importance).sum() for name, layer in layers.items()}
     with torch.no_grad():

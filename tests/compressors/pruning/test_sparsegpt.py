@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from compressors.projections import project_nm
-from compressors.pruning.sparsegpt import input_hessians, prune
-from compressors.quantization.prepare_bake import prepare
-from nxm_export.contract.plan import NMPattern, WeightSpec
-from tests.compressors.quantization.test_fake_quant import CONFIG, FAMILY, Block
+from compressors.pruning.sparsegpt import prune
+from nxm_export.contract.plan import NMPattern
 
 
 def correlated(samples: int, size: int, seed: int) -> torch.Tensor:
@@ -62,16 +60,3 @@ def test_inputs_that_are_always_zero_do_not_break_it() -> None:
     hessian = torch.eye(8)
     hessian[3, 3] = 0.0
     assert torch.isfinite(prune(torch.randn(4, 8), hessian, NMPattern(2, 4))).all()
-
-
-def test_the_diagonal_of_the_moments_is_the_same_without_the_matrix() -> None:
-    model = Block()
-    prepare(model, FAMILY.uniform_plan(CONFIG, WeightSpec(NMPattern(2, 4), 4, 8), placement="inputs"), FAMILY, CONFIG)
-    batch = {
-        "input_ids": torch.arange(1, 9).reshape(2, 4),
-        "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
-    }
-    whole, diagonal = (input_hessians(model, [batch, batch], diagonal=only) for only in (False, True))
-    assert len(whole) == len(diagonal) == 6
-    for name in whole:
-        torch.testing.assert_close(diagonal[name], whole[name].diagonal())

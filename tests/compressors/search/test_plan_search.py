@@ -17,7 +17,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from compressors.search.plan_search import _typical_batches
+from compressors.pruning.layerwise import ADMM, MAGNITUDE, REFITTED, SECOND_ORDER, Solver
+from compressors.search.plan_search import _typical_batches, solver_of
+from compressors.search.plan_search import search as search_plan
+from compressors.search.settings import SearchSettings
+from compressors.settings import Settings
 from compressors.training.trainer import schedule
 from nxm_export.cli import main
 from nxm_export.contract.checkpoint import open_checkpoint
@@ -89,6 +93,40 @@ def test_it_writes_the_plan_and_its_evidence(searched: Path) -> None:
     assert list(round_["scores"].values()) == sorted(round_["scores"].values())
     assert next(iter(round_["scores"])) == facts["best"]["origin"]
     assert not list(searched.parent.glob(".searched*")), "nothing of the work is left"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "solver"),
+    [
+        ("admm", ADMM),
+        ("obs-refit", REFITTED),
+        ("obs", SECOND_ORDER),
+        ("nxm", SECOND_ORDER),
+        ("magnitude", MAGNITUDE),
+        ("one-shot", MAGNITUDE),
+    ],
+)
+def test_candidates_are_made_as_the_recipe_starts(recipe: str, solver: Solver) -> None:
+    assert solver_of(recipe) is solver
+
+
+def test_a_search_for_another_recipe_has_another_table(desk: Path, tmp_path: Path) -> None:
+    costs = []
+    for recipe in ("obs", "admm"):
+        out = tmp_path / recipe
+        search_plan(
+            desk / "dense",
+            task="classification",
+            train=str(desk / "train.tsv"),
+            out=out,
+            settings=SearchSettings(
+                samples=24, held_out=24, swaps=0, candidate_specs=("2:4+W4", "dense"), compression=0.5
+            ),
+            training=Settings(recipe=recipe, steps=2, max_length=48, threads=1),
+        )
+        with (out / "sensitivity.csv").open(newline="") as stream:
+            costs.append(sum(float(row["fisher"]) for row in csv.DictReader(stream)))
+    assert costs[1] < 0.95 * costs[0], "ADMM's weights have less error than those of second-order pruning"
 
 
 def test_it_says_what_it_cost(searched: Path) -> None:

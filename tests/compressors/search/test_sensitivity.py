@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from compressors.models import load_model
+from compressors.pruning import layer_inputs
+from compressors.pruning.layerwise import ADMM, MAGNITUDE, SECOND_ORDER, OutputMetric, Solver
 from compressors.search import sensitivity
-from compressors.search.sensitivity import OneShot, Sensitivity, measure, read_sensitivities
+from compressors.search.sensitivity import Sensitivity, measure, read_sensitivities
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.contract.tasks import task_named
 from nxm_export.errors import ArtifactError, DataError
 from tests.support import tiny
+from tests.support.memory import PeakOfLiveBytes
 from tests.support.probing import Probed, probed
 from tests.support.variants import variants
 
@@ -36,9 +39,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Probed]:
     return get
 
 
-def table_of(opened: Probed, directory: Path, specs: list[WeightSpec] = SPECS, **options: Any) -> Table:
+def table_of(
+    opened: Probed, directory: Path, specs: list[WeightSpec] = SPECS, solver: Solver = SECOND_ORDER, **options: Any
+) -> Table:
     batches = opened.batches(0, 24)
-    one_shot = OneShot(opened.probe, opened.probe.statistics(batches, 99.99))
+    one_shot = opened.one_shot(batches, specs, solver)
     directory.mkdir(exist_ok=True)
     table = measure(opened.probe, batches, one_shot, dict.fromkeys(opened.probe.weights, specs), directory, **options)
     return {(entry.weight, entry.option): entry for entry in table}
@@ -80,7 +85,7 @@ def test_kl_is_that_of_whole_forward_passes_with_the_weight_replaced(
 ) -> None:
     opened = models(family)
     table = table_of(opened, tmp_path)
-    one_shot = OneShot(opened.probe, opened.probe.statistics(opened.batches(0, 24), 99.99))
+    one_shot = opened.one_shot(opened.batches(0, 24), SPECS)
     assert len(table) == 6 * (1 if family == "albert" else tiny.LAYERS) * len(SPECS)
     for weight in opened.probe.weights:
         value, scale = one_shot(weight, SPECS[0])
@@ -113,7 +118,7 @@ def test_fisher_is_the_sum_over_outputs_of_errors_weighted_by_squared_gradients(
 ) -> None:
     opened = models("bert")
     table = table_of(opened, tmp_path)
-    one_shot = OneShot(opened.probe, opened.probe.statistics(opened.batches(0, 24), 99.99))
+    one_shot = opened.one_shot(opened.batches(0, 24), SPECS)
     for weight in opened.probe.weights[1::5]:  # a key, which shares query's statistics, and one of every other kind
         hessian, fisher = slow_statistics(opened, weight)
         for option in SPECS:
@@ -146,10 +151,10 @@ def test_the_model_is_as_before_after_a_table(models: Callable[[str], Probed], t
     assert not any(layer._forward_pre_hooks or "forward" in vars(layer) for layer in opened.probe.model.modules())
 
 
-@pytest.mark.parametrize("by_magnitude", [False, True])
-def test_one_shot_weights_keep_their_pattern_and_grid(models: Callable[[str], Probed], by_magnitude: bool) -> None:
+@pytest.mark.parametrize("solver", [SECOND_ORDER, MAGNITUDE, ADMM])
+def test_one_shot_weights_keep_their_pattern_and_grid(models: Callable[[str], Probed], solver: Solver) -> None:
     opened = models("bert")
-    one_shot = OneShot(opened.probe, opened.probe.statistics(opened.batches(0, 24), 99.99), by_magnitude=by_magnitude)
+    one_shot = opened.one_shot(opened.batches(0, 24), SPECS, solver)
     for option in SPECS:
         value, scale = one_shot(opened.probe.weights[4], option)
         if option.pattern:
@@ -161,32 +166,13 @@ def test_one_shot_weights_keep_their_pattern_and_grid(models: Callable[[str], Pr
     assert torch.equal(again, one_shot(opened.probe.weights[4], SPECS[0])[0])
 
 
-class PeakOfLiveBytes:
-    """Largest sum of bytes that tensors held at once inside the block, beyond what was there before."""
-
-    def __enter__(self) -> PeakOfLiveBytes:
-        self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-        self._profiler.start()
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        self._profiler.stop()
-        events: Any = self._profiler.profiler.kineto_results.events()  # type: ignore[union-attr]  # no types of use
-        memory = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-        live = peak = 0
-        for _, size in memory:
-            live += size
-            peak = max(peak, live)
-        self.peak = peak
-
-
 def test_memory_does_not_grow_with_the_number_of_samples(models: Callable[[str], Probed], tmp_path: Path) -> None:
     opened = models("bert")
 
     def peak(samples: int) -> int:
         batches = [opened.batches(0, 8)[0]] * (samples // 8)
         with PeakOfLiveBytes() as measured:
-            one_shot = OneShot(opened.probe, opened.probe.statistics(batches, 99.99))
+            one_shot = opened.one_shot(batches, SPECS[:1])
             directory = tmp_path / str(samples)
             directory.mkdir()
             measure(opened.probe, batches, one_shot, dict.fromkeys(opened.probe.weights, SPECS[:1]), directory)
@@ -196,6 +182,40 @@ def test_memory_does_not_grow_with_the_number_of_samples(models: Callable[[str],
     hidden_state = opened.batches(0, 8)[0]["input_ids"].numel() * tiny.HIDDEN * 4
     assert few > hidden_state, "the profiler saw nothing"
     assert many - few < hidden_state, "not one hidden state more for 8 batches more"
+
+
+def test_what_a_candidate_costs_is_what_its_recipe_makes_of_it(models: Callable[[str], Probed], tmp_path: Path) -> None:
+    """The table of `admm` against its solver called by hand, for inputs read one sentence at a time."""
+    opened, spec = models("bert"), SPECS[0]
+    table = table_of(opened, tmp_path / "admm", SPECS[:1], ADMM)
+    other = table_of(opened, tmp_path / "obs", SPECS[:1])
+    for weight in opened.probe.weights[:6]:
+        hessian, fisher = slow_statistics(opened, weight)
+        dense = opened.probe.layer(weight).weight.detach()
+        error = (dense - ADMM(dense, OutputMetric(hessian.float()), spec).weight).double()
+        expected = sum(float(fisher[o] * (error[o] @ hessian @ error[o])) for o in range(len(error)))
+        # A last digit of the moments may move a code; the error is near its least there, and hardly moves.
+        assert table[weight, str(spec)].fisher == pytest.approx(expected, rel=0.02)
+    assert sum(entry.fisher for entry in table.values()) < 0.95 * sum(entry.fisher for entry in other.values())
+
+
+def test_the_weights_of_a_block_are_made_together_and_its_moments_let_go(
+    models: Callable[[str], Probed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, asked = models("bert"), list[list[str]]()
+    plain = layer_inputs.second_moments
+
+    def counting(model: nn.Module, layers: Any, batches: Any) -> dict[str, Tensor]:
+        asked.append(list(layers))
+        return plain(model, layers, batches)
+
+    monkeypatch.setattr(sensitivity, "second_moments", counting)
+    one_shot = opened.one_shot(opened.batches(0, 8), SPECS)
+    for _ in range(2):
+        for option in SPECS:
+            for weight in opened.probe.weights:
+                one_shot(weight, option)
+    assert asked == [opened.probe.weights[:6], opened.probe.weights[6:12]]
 
 
 def test_a_broken_weight_is_named(tmp_path: Path) -> None:
@@ -229,7 +249,7 @@ def test_an_empty_calibration_set_is_refused(models: Callable[[str], Probed], tm
     opened = models("bert")
     with pytest.raises(DataError, match="calibration set is empty"):
         opened.probe.statistics([], 99.99)
-    one_shot = OneShot(opened.probe, opened.probe.statistics(opened.batches(0, 8), 99.99))
+    one_shot = opened.one_shot(opened.batches(0, 8), SPECS)
     with pytest.raises(DataError, match="calibration set is empty"):
         measure(opened.probe, [], one_shot, {}, tmp_path)
 
@@ -269,8 +289,8 @@ def test_measured_blocks_are_not_measured_again(
 def test_bert_large_shapes_need_nothing_else(tmp_path: Path) -> None:
     opened = probed(tmp_path, hidden=1024, intermediate=4096, layers=1)
     batches = opened.batches(0, 8)
-    one_shot = OneShot(opened.probe, opened.probe.statistics(batches, 99.99))
     specs = [WeightSpec(NMPattern(2, 4), 4, 8)]
+    one_shot = opened.one_shot(batches, specs)
     table = measure(opened.probe, batches, one_shot, dict.fromkeys(opened.probe.weights, specs), tmp_path)
     assert [entry.weight for entry in table] == list(opened.source.family.weights(opened.source.config))
     assert all(entry.kl > 0 and entry.fisher > 0 for entry in table)

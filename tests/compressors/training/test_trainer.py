@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressors.models import load_tokenizer, resolve
-from compressors.pruning.layerwise import OutputMetric, solve
-from compressors.pruning.sparsegpt import input_hessians
+from compressors.pruning.layer_inputs import second_moments
+from compressors.pruning.layerwise import ADMM, OutputMetric
 from compressors.quantization.fake_quant import quant_linears
 from compressors.settings import Settings
 from compressors.training.compress import compress, finetune
@@ -211,12 +211,68 @@ def test_without_steps_the_solution_itself_is_what_is_saved(prepared: Path, tmp_
     job = Job(source, data, plan_for(prepared / "dense", spec), settings, tmp_path / "work", lambda *_: None)
     student = job.prepared()
     layers = quant_linears(student)
-    hessians = input_hessians(student, job.calibration_batches())
+    for layer in layers.values():
+        layer.quantize_weight = False  # inputs are those that no rounded weight has changed
+    hessians = second_moments(student, layers, job.calibration_batches())
     for name, layer in layers.items():
-        expected = solve(layer.weight, OutputMetric(hessians[name]), layer.spec).weight
+        expected = ADMM(layer.weight, OutputMetric(hessians[name]), layer.spec).weight
         saved = torch.from_numpy(checkpoint.weight(name).copy())
         # A pattern without bits is stored in 16 bit; scales are kept as logarithms in float32.
         torch.testing.assert_close(saved, expected.detach(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["admm", "magnitude"])
+def test_without_steps_text_alone_is_enough_and_gives_the_same_weights(
+    prepared: Path, tmp_path: Path, recipe: str
+) -> None:
+    rows = [line.split("\t") for line in (prepared / "train.tsv").read_text().splitlines()]
+    text = rows[0].index("sentence")
+    (tmp_path / "texts.tsv").write_text("".join(f"{row[text]}\n" for row in rows))
+    for name, train in (("labelled", prepared / "train.tsv"), ("alone", tmp_path / "texts.tsv")):
+        settings = Settings(**{**FAST, "steps": 0, "recipe": recipe})
+        compress(
+            prepared / "dense",
+            task="classification",
+            train=str(train),
+            dev=str(prepared / "dev.tsv"),
+            plan=plan_for(prepared / "dense", "2:4+W4"),
+            out=tmp_path / name,
+            settings=settings,
+        )
+    one, other = (open_checkpoint(tmp_path / name) for name in ("labelled", "alone"))
+    for name in one.plan.weights:
+        assert np.array_equal(one.weight(name), other.weight(name)), name
+    assert read_metrics(tmp_path / "labelled").value == read_metrics(tmp_path / "alone").value
+
+
+def test_training_still_wants_labels(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.tsv").write_text("sentence\nfine film\ndull film\n")
+    with pytest.raises(DataError, match="label"):
+        compress(
+            prepared / "dense",
+            task="classification",
+            train=str(tmp_path / "texts.tsv"),
+            dev=str(prepared / "dev.tsv"),
+            plan=plan_for(prepared / "dense", "2:4+W4"),
+            out=tmp_path / "out",
+            settings=Settings(**{**FAST, "steps": 2}),
+        )
+
+
+def test_too_little_text_to_calibrate_on_is_refused_with_how_much_is_needed(prepared: Path, tmp_path: Path) -> None:
+    header, first, *_ = (prepared / "train.tsv").read_text().splitlines()
+    (tmp_path / "few.tsv").write_text(f"{header}\n{first}\n")
+    with pytest.raises(DataError, match=r"the calibration texts have \d+ tokens, .* give about \d+ texts like these"):
+        compress(
+            prepared / "dense",
+            task="classification",
+            train=str(tmp_path / "few.tsv"),
+            dev=str(prepared / "dev.tsv"),
+            plan=plan_for(prepared / "dense", "2:4+W4"),
+            out=tmp_path / "out",
+            settings=Settings(**{**FAST, "steps": 0, "recipe": "admm"}),
+        )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("recipe", ["nxm", "sr-ste", "paper"])

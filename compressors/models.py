@@ -15,6 +15,7 @@ from nxm_export.contract.encoder_family import GELUS, Family
 from nxm_export.contract.families import family_of
 from nxm_export.contract.pooling import read_pooling
 from nxm_export.contract.tasks import Task, labels_of
+from nxm_export.contract.token_budget import DEFAULT_MAX_LENGTH
 from nxm_export.data.tokenizer_settings import read_tokenizer_settings, settle
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.hf.deberta import split_shared_projections, write_out_attention
@@ -131,15 +132,15 @@ def load_tokenizer(source: ModelSource) -> FastTokenizer:
 
 
 def max_length(source: ModelSource, tokenizer: FastTokenizer, task: Task, requested: int | None = None) -> int:
-    """Longest input in tokens: what was requested, else what tokenizer, positions and, for embeddings, the model's own
-    files allow; beyond positions is refused."""
+    """Longest input in tokens: what was requested, else `DEFAULT_MAX_LENGTH` or, of embeddings, what the model's own
+    files say that they were made for; less where tokenizer or positions allow less. Beyond positions is refused."""
     limit = source.family.max_positions(source.config)
     if requested is not None:
         if not 2 <= requested <= limit:
             raise DataError(f"max length {requested} is outside 2..{limit}, the positions of {source.path}")
         return requested
     made_for = read_pooling(source.path).max_length if task.auto_class is None else None
-    return min(limit, int(tokenizer.model_max_length), made_for or limit)
+    return min(limit, int(tokenizer.model_max_length), made_for or DEFAULT_MAX_LENGTH)
 
 
 PADDED = -1e4  # the logit of padding, where logits compete along the sequence

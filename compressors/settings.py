@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from nxm_export.contract.encoder_family import GELUS
 from nxm_export.contract.options import OPTION, Option, options_of
+from nxm_export.contract.token_budget import DEFAULT_MAX_LENGTH
 from nxm_export.errors import DataError, PlanError
 
 # ``obs``, the default, fixes mask and weights by second-order pruning (`compressors.pruning.sparsegpt`) and spends all
@@ -29,6 +30,10 @@ ADMM_KINDS = ("mask", "joint", "joint-ste")
 PRECISIONS = ("auto", "fp32", "bf16")
 # The settings that change the dense model, and those that dense fine-tuning and compression share.
 DENSE_FIELDS = ("dense_epochs", "dense_steps", "dense_learning_rate", "dense_freeze_embeddings")
+_MAX_LENGTH_HELP = (
+    f"Longest input in tokens.  [default: {DEFAULT_MAX_LENGTH}; of embeddings, what they were made for; less where the "
+    "model allows less]"
+)
 SHARED_FIELDS = ("batch_size", "max_length", "precision", "seed")
 
 
@@ -126,9 +131,7 @@ class Settings:
     )
     dense_learning_rate: float = field(default=5e-5, metadata={OPTION: Option(above=0)})
     batch_size: int = field(default=32, metadata={OPTION: Option("Samples per optimizer step.", least=1)})
-    max_length: int | None = field(
-        default=None, metadata={OPTION: Option("Longest input in tokens.  [default: what the model allows]", least=2)}
-    )
+    max_length: int | None = field(default=None, metadata={OPTION: Option(_MAX_LENGTH_HELP, least=2)})
     distill: bool = field(default=True, metadata={OPTION: Option("Learn from the dense model.")})
     gelu: str | None = field(
         default=None,

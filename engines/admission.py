@@ -13,6 +13,7 @@ from engines.parity.reports import PARITY_FILE, read_parity_report
 from engines.passport import EnginePassport, load_passport
 from nxm_export.contract.choices import GATE, GATES
 from nxm_export.errors import ArtifactError, ParityError, ServeError
+from nxm_export.storage.unreadable import is_without_room
 
 
 def admitted(directory: Path, gate: str = GATE, expect_sha256: Collection[str] = ()) -> EnginePassport:
@@ -56,12 +57,17 @@ def require_unchanged(directory: Path, passport: EnginePassport) -> None:
 
 
 def gate_state(directory: Path, passport: EnginePassport) -> str:
-    """``passed``, ``failed`` or ``unchecked``: what the parity report beside an engine says about these very files."""
+    """``passed``, ``failed`` or ``unchecked``: what the parity report beside an engine says about these very files.
+
+    Raises `ArtifactError` where there is no room to open the report: it may say anything.
+    """
     if not (directory / PARITY_FILE).exists():
         return "unchecked"
     try:
         report = read_parity_report(directory / PARITY_FILE)
-    except ArtifactError:
+    except ArtifactError as error:
+        if is_without_room(error):
+            raise
         return "failed"  # a report that cannot be read vouches for nothing
     if report.engine_sha256 != passport.engine_sha256:
         return "unchecked"
@@ -71,7 +77,8 @@ def gate_state(directory: Path, passport: EnginePassport) -> str:
 
 
 def require_gate(directory: Path, passport: EnginePassport, gate: str) -> None:
-    """Raise `ParityError` unless the engine's parity is good enough for `gate` (one of `GATES`)."""
+    """Raise `ParityError` unless the engine's parity is good enough for `gate` (one of `GATES`), and `ArtifactError`
+    where there is no room to look."""
     state = gate_state(directory, passport)
     if gate == "off" or (state == "unchecked" and gate == "not-failed"):
         return

@@ -27,6 +27,7 @@ import numpy as np
 from nxm_export.contract.choices import SPARSE_KERNELS
 from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec
 from nxm_export.contract.origin import ORIGIN_FILE
+from nxm_export.contract.token_budget import MAX_BATCH_TOKENS
 from nxm_export.errors import EngineError
 from nxm_export.progress import Progress, silent
 
@@ -49,6 +50,7 @@ class BackendCapabilities:
     """What a backend's engines run on, and which optional powers it has.
 
     `threads`: building and loading take a number of CPU threads. `runs_onnx`: the engine file is an ONNX graph.
+    `holds_scores`: a run holds attention's scores, which grow with the square of the length.
     `optimization_profiles`: engines are built for ranges of shapes. `sparse_kernels`: 2:4 weights can run on sparse
     kernels, and an engine directory has the facts of a sparsity report. `layer_times`: a loaded engine is a
     `LayerTimedEngine`.
@@ -57,6 +59,7 @@ class BackendCapabilities:
     device: Literal["cpu", "gpu"]
     threads: bool = False
     runs_onnx: bool = False
+    holds_scores: bool = False
     optimization_profiles: bool = False
     sparse_kernels: bool = False
     layer_times: bool = False
@@ -104,7 +107,8 @@ class Binding:
 class BuildOptions:
     """What a build may be told. `threads` is for backends with `BackendCapabilities.threads`, the rest for TensorRT.
 
-    `profiles` default to one for everything; `sparse` allows sparse kernels; `level` is the builder's optimization
+    `profiles` default to some that together take every length, with at most `max_batch_tokens` (rows x tokens) in a
+    batch; `sparse` allows sparse kernels; `level` is the builder's optimization
     level (0 to 5, None = TensorRT's own); `workspace_bytes` limits scratch memory; `build_route` is passed on where
     the builder lists its options as public. `timing_cache` is read and extended: a damaged or foreign one is an error
     with `require_timing_cache`, else a new one is begun; without one, ``timing.cache`` beside the engine is new.
@@ -113,6 +117,7 @@ class BuildOptions:
 
     threads: int | None = None
     profiles: Sequence[Profile] = ()
+    max_batch_tokens: int = MAX_BATCH_TOKENS
     sparse: bool = SPARSE_KERNELS
     level: int | None = None
     workspace_bytes: int | None = None

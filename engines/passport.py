@@ -25,6 +25,7 @@ from nxm_export.data.tokenization import load_tokenizer, parse_tokenizer
 from nxm_export.errors import ArtifactError, EngineError, notice
 from nxm_export.storage.hashing import HashedFiles, file_hash, joint_hash
 from nxm_export.storage.json_files import as_object, convert, encode, read_record, to_json_object
+from nxm_export.storage.unreadable import unreadable
 from nxm_export.storage.versions import installed_versions
 
 if TYPE_CHECKING:
@@ -236,7 +237,7 @@ class EnginePassport:
         except FileNotFoundError:
             data = None
         except OSError as error:
-            raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from error
+            raise ArtifactError(unreadable(file, error)) from error
         if self.companions is not None:
             self._require_companion(name, None if data is None else hashlib.sha256(data).hexdigest(), file)
         try:
@@ -269,7 +270,10 @@ class EnginePassport:
         if directory.resolve() not in file.resolve().parents:
             raise ArtifactError(f"{file} leads out of its directory, to {file.resolve()}; copy the engine itself there")
         self.require_here(directory, facts)
-        data = file.read_bytes()
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise ArtifactError(unreadable(file, error)) from error
         if hashlib.sha256(data).hexdigest() != self.engine_sha256:
             raise ArtifactError(f"{file} changed while it was read; load it again when it is written")
         return data

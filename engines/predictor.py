@@ -92,7 +92,8 @@ class Predictor:
         """One result for every text, in order; its type is that of the engine's task (`nxm_export.data.predictions`).
 
         Pairs are tuples: a second text for classifiers of pairs, a document for a query, a context for a question.
-        `batch` texts run at once. Raises `DataError` for input that the task does not read, with its position, and
+        `batch` texts run at once, fewer where they are long (`nxm_export.contract.token_budget`). Raises `DataError`
+        for input that the task does not read, with its position, and
         `EngineError` for an engine whose outputs are not finite, and `ArtifactError` for one that has not as many
         classes as labels.
         """

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 NAME = "ort"
-CAPABILITIES = BackendCapabilities("cpu", threads=True, runs_onnx=True)
+CAPABILITIES = BackendCapabilities("cpu", threads=True, runs_onnx=True, holds_scores=True)
 ENGINE_FILE = "model.onnx"
 # ONNX Runtime 1.32 on x86-64: SkipLayerNormalization takes three times as long as the Add and the LayerNormalization
 # that it replaces, and BiasGelu twice as long as Add and Gelu.

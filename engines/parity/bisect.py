@@ -42,7 +42,7 @@ from nxm_export.storage.json_files import encode
 
 HEAD = "head"
 SAMPLES = 32
-BATCH = 8
+BATCH, BATCH_TOKENS = 8, 8192  # samples, and tokens: what crosses every boundary is held for seven runs
 Values = dict[str, list[np.ndarray]]  # boundary -> (tokens, features) of every sample of a batch
 
 
@@ -118,7 +118,7 @@ def _gather(
         }
         require_outputs(part.directory, spec, whole.outputs, "the engine file")
         require_outputs(part.directory, spec, references["exact"].outputs, str(checkpoint))
-        for indices in sorted_batches(samples, BATCH):
+        for indices in sorted_batches(samples, BATCH, BATCH_TOKENS):
             feeds = pad([samples[i] for i in indices], spec.pad_id)
             actual = engine.run(feeds)
             equal &= all(np.array_equal(actual[name], array) for name, array in whole.run(feeds).items())

@@ -24,13 +24,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from engines.base import Engine, backend
+from engines.memory import engine_memory, reference_memory
 from engines.parity.compatibility import plan_of, require_alike, require_from, require_outputs
 from engines.parity.decisions import (
     DECIDING,
@@ -44,7 +45,15 @@ from engines.parity.decisions import (
     spread,
 )
 from engines.parity.gates import Gate, check_gate, embedding_table_drop
-from engines.parity.probes import Expected, Loaded, ProbeResult, finite_probe, probe, probe_samples
+from engines.parity.probes import (
+    Expected,
+    Loaded,
+    ProbeResult,
+    finite_probe,
+    longest_sequence,
+    probe,
+    probe_samples,
+)
 from engines.parity.reports import PARITY_FILE, Comparison, ParityReport, Skipped, report_text, verdict
 from engines.parity.tolerance import (
     DTYPE_ROUNDING,
@@ -64,12 +73,14 @@ from engines.reference.pytorch import Perturbation
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.tasks import TASKS, Task
+from nxm_export.contract.token_budget import MAX_BATCH_TOKENS, MAX_ROWS, rows_within
 from nxm_export.data.examples import Features, filled, group_array, label_array, pad, sorted_batches
 from nxm_export.data.label_order import require_label_order, rows_to_look_at
 from nxm_export.data.metrics import interval, metric_named, paired_interval, require_scorable, scored_outputs
 from nxm_export.data.question_answering import context_mask
 from nxm_export.errors import ArtifactError, DataError, EngineUnavailable, ParityError
 from nxm_export.storage.atomic import write_atomic
+from nxm_export.storage.memory import available_memory, gigabytes, require_memory
 
 OUTPUTS_FILE = (
     "outputs.npz"  # what the engine gave for every sample, labels and groups: paired statistics need them all
@@ -84,7 +95,7 @@ def compare(
     features: Sequence[Features],
     *,
     gates: Sequence[Gate] = (),
-    batch_size: int = 32,
+    batch_size: int = MAX_ROWS,
 ) -> ParityReport:
     """`compare_all` of one engine."""
     return compare_all(checkpoint, [engine], features, gates=gates, batch_size=batch_size).reports[0]
@@ -96,7 +107,7 @@ def compare_all(
     features: Sequence[Features],
     *,
     gates: Sequence[Gate] = (),
-    batch_size: int = 32,
+    batch_size: int = MAX_ROWS,
     numbered: bool = False,
 ) -> Comparison:
     """Run a checkpoint and engine directories made from it on the same samples; writes ``parity.json`` and
@@ -119,6 +130,7 @@ def compare_all(
     if any(gate.quantity == "embedding_table" for gate in gates):
         beforehand["embedding_table"] = embedding_table_drop(checkpoint)
     parts, skipped = _runnable(parts)
+    samples = replace(samples, batch_tokens=_batch_tokens(checkpoint, parts, samples))
     references: dict[str, _Reference] = {}  # engines of one dtype and placement share it
     runs = []
     for part in parts:
@@ -192,6 +204,12 @@ class Part:
             perturbation=perturbation,
         )
 
+    def memory(self, batch: int, sequence: int) -> int:
+        """Bytes of this machine's memory that the engine needs at least for a batch; 0 where that is on its GPU."""
+        shape = (batch, sequence)
+        needed = engine_memory(self.directory, self.passport, [shape])
+        return 0 if needed is None else needed[shape] + (self.directory / self.passport.engine).stat().st_size
+
     def load(self) -> Engine:
         """The engine itself."""
         return backend(self.passport.backend).load(self.directory)
@@ -206,18 +224,54 @@ def open_part(checkpoint: Path, directory: Path) -> Part:
     return Part(directory, passport, spec, plan)
 
 
-def run_all(engine: Engine, features: Sequence[Features], spec: IOSpec, batch_size: int = 32) -> dict[str, np.ndarray]:
-    """Outputs of every sample, in the order of `features`; batches are by length, so that little is padding.
+def run_all(
+    engine: Engine,
+    features: Sequence[Features],
+    spec: IOSpec,
+    batch_size: int = MAX_ROWS,
+    batch_tokens: int = MAX_BATCH_TOKENS,
+) -> dict[str, np.ndarray]:
+    """Outputs of every sample, in the order of `features`; batches are by length, so that little is padding, and of at
+    most so many rows and tokens.
 
     Outputs with a row for every token are (samples, longest sequence, ...), 0 for padding.
     """
     rows: dict[str, dict[int, np.ndarray]] = {name: {} for name in engine.outputs}
-    for indices in sorted_batches(features, batch_size):
+    for indices in sorted_batches(features, batch_size, batch_tokens):
         outputs = engine.run(pad([features[i] for i in indices], spec.pad_id))
         for name, values in outputs.items():
             for i, value in zip(indices, values, strict=True):
                 rows[name][i] = value[: len(features[i]["input_ids"])] if _per_token(spec, name) else value
     return {name: filled([values[i] for i in range(len(features))], 0.0) for name, values in rows.items()}
+
+
+def _batch_tokens(checkpoint: Path, parts: Sequence[Part], samples: _Samples) -> int:
+    """Tokens of a batch at most: the usual budget, or half of it, and so on, where the memory of this machine asks for
+    less; raises `EngineError` where not even the longest sample fits alone."""
+    longest, available = max(samples.lengths), available_memory()
+    tokens = MAX_BATCH_TOKENS
+    while True:
+        rows = min(len(samples.features), rows_within(longest, tokens, samples.batch_size))
+        needed = max([reference_memory(checkpoint, rows * longest), *(part.memory(rows, longest) for part in parts)])
+        if available is None or needed <= available:
+            return tokens
+        if rows == 1:
+            break
+        tokens //= 2
+    purpose = f"comparing {', '.join(str(part.directory) for part in parts)} on 1x{longest} (batch x sequence)"
+    require_memory(needed, purpose, "compare on shorter texts, or export with a lower --max-length")
+    return tokens
+
+
+def _beyond_memory(longest: int, needed: int) -> str | None:
+    """Why an input of `longest` tokens, which takes `needed` bytes, cannot be tried here; None where it can."""
+    available = available_memory()
+    if available is None or needed <= available:
+        return None
+    return (
+        f"{longest} tokens need at least {gigabytes(needed)} of memory, and {gigabytes(available)} are available here; "
+        "export with a lower --max-length, or compare on a larger machine"
+    )
 
 
 @dataclass(frozen=True)
@@ -228,6 +282,13 @@ class _Samples:
     features: Sequence[Features]
     spec: IOSpec
     batch_size: int
+    batch_tokens: int = MAX_BATCH_TOKENS
+
+    def run(self, engine: Engine, features: Sequence[Features] | None = None) -> dict[str, np.ndarray]:
+        """Outputs of an engine for all samples, or for some `features`."""
+        return run_all(
+            engine, self.features if features is None else features, self.spec, self.batch_size, self.batch_tokens
+        )
 
     @property
     def task(self) -> Task:
@@ -335,11 +396,13 @@ class _Change:
 
 def _measure(checkpoint: Path, part: Part, samples: _Samples) -> _Reference:
     spec = part.spec
-    probed = probe_samples(samples.features, spec, part.passport.profiles)
+    longest = longest_sequence(spec, part.passport.profiles)
+    beyond = _beyond_memory(longest, reference_memory(checkpoint, longest))
+    probed = probe_samples(samples.features, spec, part.passport.profiles, maximum=beyond is None)
     with part.load_reference(checkpoint, exact=True) as reference:
         require_outputs(part.directory, spec, reference.outputs, str(checkpoint))
-        expected = run_all(reference, samples.features, spec, samples.batch_size)
-        answers = {name: run_all(reference, [sample], spec) for name, sample in probed.items()}
+        expected = samples.run(reference)
+        answers = {name: samples.run(reference, [sample]) for name, sample in probed.items()}
     for outputs in (expected, *answers.values()):
         _require_finite(checkpoint, outputs)
 
@@ -347,8 +410,8 @@ def _measure(checkpoint: Path, part: Part, samples: _Samples) -> _Reference:
         """By at most `count` samples, spread over all."""
         picks = spread(len(samples.features), count)
         with changed:
-            outputs = run_all(changed, [samples.features[i] for i in picks], spec, samples.batch_size)
-            copies = {name: run_all(changed, [sample] * PROBE_COPIES, spec) for name, sample in probed.items()}
+            outputs = samples.run(changed, [samples.features[i] for i in picks])
+            copies = {name: samples.run(changed, [sample] * PROBE_COPIES) for name, sample in probed.items()}
         for given in (outputs, *copies.values()):
             _require_finite(checkpoint, given)
         return _Change(
@@ -381,7 +444,7 @@ def _measure(checkpoint: Path, part: Part, samples: _Samples) -> _Reference:
         }
         for key in probed
     }
-    return _Reference(expectations, Expected(probed, answers, tolerances))
+    return _Reference(expectations, Expected(probed, answers, tolerances, beyond))
 
 
 def _require_finite(checkpoint: Path, outputs: Mapping[str, np.ndarray]) -> None:
@@ -407,7 +470,7 @@ class _Run:
 def _run(part: Part, reference: _Reference, samples: _Samples) -> _Run:
     with part.load() as engine:
         require_outputs(part.directory, part.spec, engine.outputs, "the engine file")
-        outputs = run_all(engine, samples.features, part.spec, samples.batch_size)
+        outputs = samples.run(engine)
         for name, expected in reference.outputs.items():
             if expected.shape != outputs[name].shape:
                 raise ArtifactError(
@@ -416,7 +479,9 @@ def _run(part: Part, reference: _Reference, samples: _Samples) -> _Run:
                 )
         tolerances = {name: expectation.max_tolerance for name, expectation in reference.expectations.items()}
         loaded = Loaded(engine, part.spec, part.passport.profiles)
-        probes = probe(loaded, samples.features, tolerances, reference.probes)
+        longest = loaded.longest_sequence
+        beyond = reference.probes.beyond or _beyond_memory(longest, part.memory(1, longest))
+        probes = probe(loaded, samples.features, tolerances, replace(reference.probes, beyond=beyond))
     return _Run(part, reference, outputs, (finite_probe(outputs), *probes))
 
 

@@ -3,8 +3,11 @@ reason.
 
 *Against the checkpoint*: one token, and the maximum length. *Against itself*: the same sample alone, in a batch, in
 another order, with more padding, and beside a row that is all padding. *By itself*: no NaN and no infinity, anywhere.
-Such a row of padding is meaningless to a model (there is nothing to attend to), so it must be finite, and must not
-touch its neighbours.
+A row of padding is meaningless to a model (there is nothing to attend to), so it must be finite, and must not touch its
+neighbours.
+
+Batches keep to the budget of tokens, so long samples are cut for them; the maximum length runs alone, and does not
+apply where this machine has no memory for it.
 
 Tolerances are the outputs' own (see `engines.parity.compare`): a batch of another shape may take another kernel, which
 rounds differently and moves a code by a step. Padding that leaks into a sample, or rows that mix, change far more.
@@ -21,10 +24,14 @@ import numpy as np
 from engines.base import Engine, Profile
 from engines.parity.decisions import apart, nonfinite_values
 from nxm_export.contract.io_spec import IOSpec
+from nxm_export.contract.token_budget import MAX_BATCH_TOKENS
 from nxm_export.data.examples import Features, inputs_of, pad, sample_of
 from nxm_export.errors import EngineError
 
+ONE_TOKEN, MAXIMUM = "one token", "maximum length"
 BATCH = 8  # samples of the batch probes
+# Tokens of one of them at most: all together, and a row of padding, are one batch of the usual budget.
+BATCH_LENGTH = MAX_BATCH_TOKENS // (BATCH + 1)
 PADDING = 16  # tokens of padding added by the padding probe, where the model has room
 Rows = list[dict[str, np.ndarray]]  # outputs by name, of each sample
 
@@ -49,11 +56,12 @@ class ProbeResult:
 @dataclass(frozen=True)
 class Expected:
     """What the checkpoint gives for the samples of the probes, and by how much an engine may differ there, per
-    output."""
+    output. `beyond` says why there is no sample of the maximum length."""
 
     samples: Mapping[str, Features]
     outputs: Mapping[str, Mapping[str, np.ndarray]]
     tolerances: Mapping[str, Mapping[str, float]]
+    beyond: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,10 +100,15 @@ class Loaded:
         return row[tuple(slice(tokens) if axis == "sequence" else slice(None) for axis in axes)]
 
 
-def probe_samples(features: Sequence[Features], spec: IOSpec, profiles: Sequence[Profile]) -> dict[str, Features]:
-    """The samples whose answers are compared with the checkpoint's, by the name of their probe."""
-    longest = longest_sequence(spec, profiles)
-    return {"one token": _cut(features[0], 1), "maximum length": _cut(_longest(features), longest)}
+def probe_samples(
+    features: Sequence[Features], spec: IOSpec, profiles: Sequence[Profile], *, maximum: bool = True
+) -> dict[str, Features]:
+    """The samples whose answers are compared with the checkpoint's, by the name of their probe; without `maximum` none
+    of the maximum length, which this machine has no memory for."""
+    made = {ONE_TOKEN: _cut(features[0], 1)}
+    if maximum:
+        made[MAXIMUM] = _cut(_longest(features), longest_sequence(spec, profiles))
+    return made
 
 
 def longest_sequence(spec: IOSpec, profiles: Sequence[Profile]) -> int:
@@ -110,12 +123,17 @@ def probe(
     words."""
     limit = loaded.longest_sequence
     single = {
-        "one token": (1, "against the checkpoint"),
-        "maximum length": (limit, f"{limit} tokens, against the checkpoint"),
+        ONE_TOKEN: (1, "against the checkpoint"),
+        MAXIMUM: (limit, f"{limit} tokens, against the checkpoint"),
     }
     work = {name: partial(_against_checkpoint, loaded, expected, name) for name in single}
     return [
-        *(_judged(loaded, name, [(1, size)], work[name], about) for name, (size, about) in single.items()),
+        *(
+            ProbeResult(name, None, None, None, expected.beyond)
+            if name == MAXIMUM and expected.beyond is not None
+            else _judged(loaded, name, [(1, size)], work[name], about)
+            for name, (size, about) in single.items()
+        ),
         *_batch_probes(loaded, features, tolerances),
     ]
 
@@ -139,7 +157,8 @@ def _batch_probes(loaded: Loaded, features: Sequence[Features], tolerances: Mapp
     """The probes of an engine against itself: the same samples, batched otherwise."""
     limit = loaded.longest_sequence
     picks = np.linspace(0, len(features) - 1, min(BATCH, len(features))).astype(int)
-    samples = [_cut(features[i], min(len(features[i]["input_ids"]), limit)) for i in picks]
+    most = min(limit, BATCH_LENGTH)
+    samples = [_cut(features[i], min(len(features[i]["input_ids"]), most)) for i in picks]
     length = max(len(sample["input_ids"]) for sample in samples)
     longer = min(length + PADDING, limit)
     zeros = {name: [0] * length for name in loaded.spec.inputs}

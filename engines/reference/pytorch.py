@@ -1,8 +1,8 @@
 """The reference: a compressed checkpoint run by PyTorch, with its scales applied from the files alone.
 
 It shares nothing with the training code. Activation quantizers are hooks with the saved scales, weights are the baked
-ones, and attention is written out here. So a mistake in training, baking or export shows as a difference instead of
-repeating itself.
+ones, and attention is written out (`engines.reference.attention`). So a mistake in training, baking or export shows as
+a difference instead of repeating itself.
 
 Two arithmetics: float32 with `torch.fake_quantize_per_tensor_affine` (which multiplies by 1/scale, so that some values
 fall to another side than under ONNX's division), and, with `exact`, float64 with the division as ONNX writes it. Their
@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engines.base import Closing, require_feeds, require_within
+from engines.reference.attention import PROBABILITIES, change_operands, use_blocked_attention
 from nxm_export.contract.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint, read_config
-from nxm_export.contract.encoder_family import BLOCK, FFN, OPERANDS
+from nxm_export.contract.encoder_family import BLOCK, FFN
 from nxm_export.contract.families import family_of
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.plan import CompressionPlan
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
     Change = Callable[[Tensor], Tensor]
 
 NAME = "torch_eager"
-_ATTENTION = "nxm_reference"  # the name of our attention function in transformers
-_CHANGES = "nxm_changes"  # where an attention module keeps what its operands are multiplied as
-_PROBABILITIES = "probabilities"
 EMBEDDINGS = "embeddings"  # the boundary in front of the first block
 
 
@@ -106,7 +104,7 @@ class TorchEngine(Closing):
         if exact:
             model.double()
         if family.attention.interface:
-            _write_out_attention(model)
+            use_blocked_attention(model)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name."""
@@ -188,9 +186,9 @@ class TorchEngine(Closing):
                 scales = {} if checkpoint.family.operands_are_outputs else checkpoint.operand_scales(block)
                 changes = {
                     operand: self._fake_quantizer(float(rounded(scale)))
-                    for operand, scale in {**scales, _PROBABILITIES: 1.0 / 127.0}.items()
+                    for operand, scale in {**scales, PROBABILITIES: 1.0 / 127.0}.items()
                 }
-                setattr(model.get_submodule(f"{block}.{checkpoint.family.attention.path}"), _CHANGES, changes)
+                change_operands(model.get_submodule(f"{block}.{checkpoint.family.attention.path}"), changes)
 
     def _opened(self) -> nn.Module:
         if self._model is None:
@@ -226,44 +224,6 @@ class TorchEngine(Closing):
             channel = torch.randint(y.shape[-1], (len(y), 1), generator=self._noise)
             y[:, 0].scatter_add_(1, channel, torch.full((len(y), 1), scale, dtype=y.dtype))
         return y
-
-
-def _write_out_attention(model: nn.Module) -> None:
-    """Compute attention in plain products, in the type of its operands; what an attention module keeps as changes makes
-    each operand, and the probabilities, what they are multiplied as.
-
-    Some families compute softmax in float32 whatever the type, and masked with float64's smallest number that is no
-    number.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
-    AttentionInterface.register(_ATTENTION, _attention)
-    AttentionMaskInterface.register(_ATTENTION, eager_mask)
-    model.set_attn_implementation(_ATTENTION)  # type: ignore[operator]  # a method of transformers'
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **_: object,
-) -> tuple[Tensor, Tensor]:
-    """Attention in plain products; the parameters are those that transformers passes."""
-    changes: Mapping[str, Change] = getattr(module, _CHANGES, {})
-
-    def changed(operand: str, x: Tensor) -> Tensor:
-        return changes[operand](x) if operand in changes else x
-
-    query, key, value = (changed(operand, x) for operand, x in zip(OPERANDS, (query, key, value), strict=True))
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    probabilities = changed(_PROBABILITIES, scores.softmax(-1))
-    return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
 
 
 def _before(module: nn.Module, change: Change) -> None:

@@ -6,24 +6,23 @@ request id (and nothing else; the log has the rest) for a failure of ours.
 
 The event loop answers everybody, so nothing that grows with a request is done on it: a body that is not small is
 inflated, parsed and tokenized in a thread, and a large answer is written there. The deadline runs from the first byte
-of a request, through all of this.
+of a request, through all of this. Where what is done: `engines.serving.lanes`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import itertools
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,14 +32,16 @@ from engines.serving.http.connection import BEGAN
 from engines.serving.http.content_coding import coding_of, inflated
 from engines.serving.http.open_files import AcceptFailures
 from engines.serving.http.spare_connections import SPARE
+from engines.serving.lanes import Lanes
 from engines.serving.metrics import Metrics, Observation
 from engines.serving.model import Endpoint, Model
 from engines.serving.protocol import HEADER_LENGTH, InferRequest, parse_infer, parse_json, render_infer
-from engines.serving.repository import Repository
+from engines.serving.repository import Change, Repository
 from engines.serving.settings import RequestLimits
 from engines.serving.statistics import AnswerStatistics, EngineStatistics, model_config
 from nxm_export import __version__
 from nxm_export.errors import NxmError, RequestRefused
+from nxm_export.storage.unreadable import is_without_room
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -73,7 +74,6 @@ _REASONS = {
     503: "queue_full",
     504: "deadline",
 }
-_T = TypeVar("_T")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}\Z")
 
 
@@ -97,7 +97,7 @@ class Service:
         self._statistics: dict[Model, EngineStatistics] = {}
         self._answers: dict[tuple[str, str], AnswerStatistics] = {}  # by name and version
         self._held = 0  # bytes of bodies that have arrived and are not answered
-        self._working = ThreadPoolExecutor(1, "requests")
+        self._lanes = Lanes()
         self._loading = ThreadPoolExecutor(1, "load")
         self._prefix = os.urandom(4).hex()
         self._numbers = itertools.count(1)
@@ -206,6 +206,11 @@ class Service:
             self.metrics.rejected(model, error.reason or _REASONS[status])
             self.metrics.answered(model, status)
             response = _error(status, reason, {"x-request-id": id_, **_headers(error)})
+        except asyncio.CancelledError:  # by the server alone: it stops, and waits no longer
+            status, reason = 503, "the server stops, and has no more time for this request"
+            self.metrics.rejected(model, "stopping")
+            self.metrics.answered(model, status)
+            response = _error(status, reason, {"x-request-id": id_, "retry-after": "1"})
         except _Disconnected:
             status, reason = 499, "the client went away"
             self.metrics.rejected(model, "disconnected")
@@ -237,29 +242,22 @@ class Service:
         coding = coding_of(", ".join(request.headers.getlist("content-encoding")))
         length = request.headers.get(HEADER_LENGTH)
 
-        def prepare() -> tuple[InferRequest, dict[str, np.ndarray]]:
-            plain = inflated(body, coding, limits.max_body)
+        def prepare(most: int) -> tuple[InferRequest, dict[str, np.ndarray]]:
+            plain = inflated(body, coding, most)
             asked = parse_infer(plain, length, endpoint.inputs, endpoint.outputs, endpoint.require_fits)
             return asked, endpoint.feeds(asked)
-
-        def prepare_large() -> tuple[InferRequest, dict[str, np.ndarray]]:
-            with _uncollected():
-                try:
-                    return prepare()
-                except RequestRefused as error:  # what it refers to is let go of, before the collector sees it
-                    refused = RequestRefused(
-                        error.status, str(error), retry_after=error.retry_after, reason=error.reason
-                    )
-            raise refused
 
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
         timer = _expire_at(began + limits.timeout, done, limits.timeout)
         watcher = loop.create_task(_watch(request.receive, done))
         queued: QueuedRequest | None = None
+        lane: ThreadPoolExecutor | None = None
         try:
-            inline = not coding and _is_small(endpoint, body, length)
-            asked, feeds = prepare() if inline else await self._in_thread(prepare_large, done)
+            if not coding and _is_small(endpoint, body, length):
+                asked, feeds = prepare(limits.max_body)
+            else:
+                (asked, feeds), lane = await self._lanes.prepare(prepare, len(body), limits.max_body, done)
             timeout = min(asked.timeout or limits.timeout, limits.timeout)
             if asked.timeout is not None:
                 timer.cancel()
@@ -278,21 +276,14 @@ class Service:
                 done.exception()  # nobody else asks for it when the request has failed already
         if queued.error is not None:
             raise queued.error
-        if inline and sum(array.size for array in queued.outputs.values()) <= INLINE_VALUES:
+        values = sum(array.size for array in queued.outputs.values())
+        if lane is None and values <= INLINE_VALUES:
             answer = _render(endpoint, asked, queued)
         else:  # numbers become text, and an answer is looked up in the tokens of its text
-            answer = await loop.run_in_executor(self._working, _render, endpoint, asked, queued)
+            lane = self._lanes.of_answer(values, lane)
+            answer = await loop.run_in_executor(lane, _render, endpoint, asked, queued)
         self._answers_of(endpoint).answered(queued.rows, time.monotonic() - began)
         return answer
-
-    async def _in_thread(self, work: Callable[[], _T], done: asyncio.Future[None]) -> _T:
-        """What `work` gives, done off the event loop; raises what `done` raises when that ends before."""
-        future = asyncio.get_running_loop().run_in_executor(self._working, work)
-        await asyncio.wait((future, done), return_when=asyncio.FIRST_COMPLETED)
-        if not future.done():
-            future.cancel()  # no work at all, if it has not begun
-            done.result()
-        return future.result()
 
     async def _body(self, request: Request) -> bytes:
         """The whole body, as it was sent, whose bytes count as held until the caller takes them off; raises
@@ -389,7 +380,7 @@ class Service:
             self.draining = True
             self.repository.stop_opening()
             running.cancel()
-            self._working.shutdown()
+            self._lanes.close()
             await loop.run_in_executor(self._loading, self.repository.close)
             self._loading.shutdown()
 
@@ -415,34 +406,54 @@ class Service:
         while self._watch:
             await asyncio.sleep(self._watch)
             for change in self.repository.changed():
-                key = change.key
-                old = self.repository.current(key)
-                facts = {"model": old.name, "version": old.version, "directory": str(old.directory)}
-                if not change.reload:
-                    _judge(old, await loop.run_in_executor(self._loading, self.repository.begin_judging(key)))
-                    continue
-                try:
-                    model = await loop.run_in_executor(self._loading, self.repository.begin_reload(key))
-                except NxmError as error:
-                    self.metrics.reloaded(old, "refused")
-                    log.error(
-                        "reload refused; the old engine goes on", extra={"facts": {**facts, "reason": str(error)}}
-                    )
-                    _judge(old, await loop.run_in_executor(self._loading, self.repository.judging(key)))
-                    continue
-                except Exception as error:  # a runtime's own; the watch must go on
-                    self.metrics.reloaded(old, "refused")
-                    log.error("reload failed; the old engine goes on", extra={"facts": facts}, exc_info=error)
-                    continue
-                begin(model)
-                self.repository.replace(key, model)
-                self.metrics.reloaded(model, "done")
-                log.info("reloaded", extra={"facts": _facts_of(model)})
+                await self._act_on(change, begin)
             for model in [model for model in self.repository.retired if not model.users]:
                 self.repository.retired.remove(model)
                 self._observations.pop(model)
                 self._statistics.pop(model)
                 await loop.run_in_executor(self._loading, model.close)
+
+    async def _act_on(self, change: Change, begin: Callable[[Model], None]) -> None:
+        """Load a changed directory, or judge its new parity report."""
+        loop, key = asyncio.get_running_loop(), change.key
+        old = self.repository.current(key)
+        try:
+            if change.trouble is not None:
+                raise change.trouble
+            if not change.reload:
+                _judge(old, await loop.run_in_executor(self._loading, self.repository.begin_judging(key)))
+                return
+            model = await loop.run_in_executor(self._loading, self.repository.begin_reload(key))
+        except Exception as error:  # a runtime's own, too; the watch must go on
+            await self._refuse(change, error)
+            return
+        begin(model)
+        self.repository.replace(key, model)
+        self.metrics.reloaded(model, "done")
+        log.info("reloaded", extra={"facts": _facts_of(model)})
+
+    async def _refuse(self, change: Change, error: Exception) -> None:
+        """Say why a change was not taken over; where there was no room for that, it is tried again."""
+        old = self.repository.current(change.key)
+        facts: dict[str, object] = {"model": old.name, "version": old.version, "directory": str(old.directory)}
+        if change.reload:
+            self.metrics.reloaded(old, "refused")
+        if is_without_room(error):
+            if change.trouble is None:
+                self.repository.put_off(change.key)
+            what = "reload" if change.reload else "look at the directory"
+            reason = {"reason": str(error) or type(error).__name__}
+            log.error(f"{what} put off; the old engine goes on", extra={"facts": {**facts, **reason}})
+            return
+        if not isinstance(error, NxmError):
+            log.error("reload failed; the old engine goes on", extra={"facts": facts}, exc_info=error)
+            return
+        log.error("reload refused; the old engine goes on", extra={"facts": {**facts, "reason": str(error)}})
+        try:
+            judged = self.repository.judging(change.key)
+            _judge(old, await asyncio.get_running_loop().run_in_executor(self._loading, judged))
+        except NxmError:  # no room to look at its report: once more, with all the rest
+            self.repository.put_off(change.key)
 
 
 def _judge(model: Model, objection: str | None) -> None:
@@ -465,10 +476,17 @@ def _facts_of(model: Model) -> dict[str, object]:
         "sha256": model.passport.engine_sha256,
         "contents_sha256": model.passport.contents_sha256,
         "covers": model.passport.covers,
-        "parity": gate_state(model.directory, model.passport),
+        "parity": _parity_of(model),
         "lengths": [bucket.length for bucket in model.buckets.buckets],
         "rows": model.buckets.longest.most,
     }
+
+
+def _parity_of(model: Model) -> str:
+    try:
+        return gate_state(model.directory, model.passport)
+    except NxmError:  # no room to look; when it was loaded there was
+        return "unknown"
 
 
 async def _refused(_: Request, error: Exception) -> Response:
@@ -489,17 +507,6 @@ def _error(status: int, text: str, headers: Mapping[str, str]) -> Response:
     from starlette.responses import Response
 
     return Response(json.dumps({"error": text}), status, headers, "application/json")
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage collection meanwhile: one looks at every object of a large request, holding the interpreter's lock for
-    as long, and there are no cycles in JSON."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _is_small(endpoint: Endpoint, body: bytes, length: str | None) -> bool:

@@ -1,9 +1,9 @@
 """Dynamic batching with no delay: whatever queued while the engine was busy runs together.
 
 One queue per engine, split by length bucket; one thread per loaded engine context takes the bucket whose head has
-waited longest, and as many of its requests as fit. An idle engine never waits for company (unless `max_delay` says so),
-and a busy one makes larger batches the more requests wait. The queue is bounded in rows; what does not fit is refused
-at once.
+waited longest, and as many of its requests as fit: by rows and by tokens. An idle engine never waits for company
+(unless `max_delay` says so), and a busy one makes larger batches the more requests wait. The queue is bounded in rows;
+what does not fit is refused at once.
 
 Threads, not tasks: runtimes release the interpreter lock while they compute. Results are handed over by `deliver`,
 which the server sets to something that wakes its event loop.
@@ -22,6 +22,7 @@ import numpy as np
 
 from engines.base import Engine
 from engines.serving.shapes import Bucket, Buckets
+from nxm_export.contract.token_budget import MAX_BATCH_TOKENS, rows_within
 from nxm_export.errors import RequestRefused
 
 if TYPE_CHECKING:
@@ -59,12 +60,14 @@ class QueuedRequest:
 
 @dataclass(frozen=True)
 class Limits:
-    """`max_rows` waiting at most; `max_delay` seconds that a batch which is not full waits for more; `merge` rows of
-    different requests in a batch at most (a larger request runs alone)."""
+    """`max_rows` waiting at most; `max_delay` seconds that a batch which is not full waits for more; `merge` rows, and
+    `merge_tokens` of rows as long as their bucket, of different requests in a batch at most (a larger request runs
+    alone)."""
 
     max_rows: int = 512
     max_delay: float = 0.0
     merge: int = 32
+    merge_tokens: int = MAX_BATCH_TOKENS
 
 
 class BatchQueue:
@@ -118,7 +121,7 @@ class BatchQueue:
                 oldest, index = min(heads)
                 bucket, queue = self._buckets.buckets[index], self._waiting[index]
                 rest = oldest + self._limits.max_delay - time.monotonic()
-                most = min(bucket.most, self._limits.merge)
+                most = rows_within(bucket.length, self._limits.merge_tokens, min(bucket.most, self._limits.merge))
                 if rest <= 0 or self._closed or sum(request.rows for request in queue) >= most:
                     return bucket, self._cut(queue, most)
                 self._condition.wait(rest)

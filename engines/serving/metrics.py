@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 Kind = TypeVar("Kind", bound="MetricWrapperBase")
 
 REASONS = (
-    "malformed", "unknown_model", "too_large", "queue_full", "connections", "loading", "withdrawn", "deadline",
-    "disconnected", "failed",
+    "malformed", "unknown_model", "too_large", "queue_full", "connections", "loading", "withdrawn", "stopping",
+    "deadline", "disconnected", "failed",
 )  # fmt: skip
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)

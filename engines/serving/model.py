@@ -1,26 +1,28 @@
 """One engine directory behind one queue: checked, loaded, warmed up, and described in the protocol's words.
 
 Nothing is served that was not checked: the passport's hash and machine, the hash that the caller expects, and the
-parity gate. Warm-up runs every length bucket once and the largest batch once, so what would not fit the memory fails
+parity gate. Warm-up runs every length bucket once (of engines that take any length, those of short texts and the
+longest) and the largest batch once, so what would not fit the memory fails
 before the first client comes, and the shapes of the outputs are known, not guessed.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from engines.admission import admitted, require_unchanged
 from engines.base import Engine, LoadOptions, backend
+from engines.memory import require_room
 from engines.passport import EnginePassport, covered_spec, covered_tokenizer
 from engines.serving.batching import BatchQueue, Deliver, Limits, Observer, run_worker
+from engines.serving.memory import return_freed
 from engines.serving.protocol import InferRequest, TensorSpec
 from engines.serving.settings import ModelOptions
 from engines.serving.shapes import Bucket, plan_buckets
@@ -30,7 +32,9 @@ from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError, NxmError, RequestRefused, ServeError
 
 TEXT_SUFFIX = "_text"
-CPU_MERGE = 4  # short sentences keep a core busy: beyond this a batch gains almost nothing and its first request waits
+# Short sentences keep a core busy: beyond this a batch gains almost nothing and its first request waits.
+CPU_MERGE, CPU_MERGE_TOKENS = 4, 2048
+_WARMED = 512  # tokens up to which every bucket is run before the first client comes, where batches have any length
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,14 @@ class Model:
         self.name, self.version, self.directory = name, version, directory
         self.passport = passport
         self.spec = covered_spec(directory, passport)
-        self.buckets = plan_buckets(self.spec.max_length, options.max_batch, passport.profiles, options.lengths)
-        merge = options.max_batch if options.merge is None else options.merge
-        self.queue = BatchQueue(self.buckets, Limits(options.max_queue, options.max_delay, merge))
+        self.buckets = plan_buckets(
+            self.spec.max_length,
+            options.max_batch,
+            passport.profiles,
+            options.lengths,
+            max_batch_tokens=options.max_batch_tokens,
+        )
+        self.queue = BatchQueue(self.buckets, _limits(options, passport))
         self.withdrawn: str | None = None  # why it must not answer any more; set on the event loop alone
         self.users = 0  # requests between look-up and answer; counted on the event loop alone
         self._engines = engines
@@ -98,6 +107,14 @@ class Model:
                 f"{directory}: spec.json has the inputs {', '.join(self.spec.inputs)}, and the engine takes "
                 f"{', '.join(engines[0].inputs)}; build it again"
             )
+        longest = self.buckets.longest
+        require_room(
+            directory,
+            [(longest.most, longest.length)],
+            "serving batches of",
+            copies=len(engines),
+            way_out="lower --max-batch-tokens or --instances, or export with a lower --max-length",
+        )
         shapes = self._warm_up()
         require_labelled(directory, self.spec, shapes[next(iter(self.spec.outputs))])
         inputs = tuple(TensorSpec(name, "INT64", (-1, -1)) for name in engines[0].inputs)
@@ -135,7 +152,7 @@ class Model:
             thread.join()
         for engine in self._engines:
             engine.close()
-        _return_freed_memory()
+        return_freed()
 
     def require_serving(self) -> None:
         """Raise `RequestRefused` (503) when the model was withdrawn."""
@@ -156,7 +173,10 @@ class Model:
         shapes = {}
         for engine in self._engines:
             for bucket in self.buckets.buckets:
-                for rows in {1, bucket.most} if bucket is self.buckets.longest else {1}:
+                longest = bucket is self.buckets.longest
+                if not (bucket.fixed or longest) and bucket.length > _WARMED:
+                    continue  # no batch has just this length, and long ones take seconds each
+                for rows in {1, bucket.most} if longest else {1}:
                     for name, array in self._try(engine, bucket, rows).items():
                         axes = self.spec.outputs.get(name, ())
                         if len(axes) != array.ndim:
@@ -187,6 +207,14 @@ class Model:
             ) from error
 
 
+def _limits(options: ModelOptions, passport: EnginePassport) -> Limits:
+    """What the queue of an engine may hold and merge."""
+    merge, tokens = options.merge, options.max_batch_tokens
+    if merge is None and backend(passport.backend).CAPABILITIES.device == "cpu":
+        merge, tokens = CPU_MERGE, min(tokens, CPU_MERGE_TOKENS)
+    return Limits(options.max_queue, options.max_delay, options.max_batch if merge is None else merge, tokens)
+
+
 def require_labelled(directory: Path, spec: IOSpec, shape: Sequence[int]) -> None:
     """Raise `ArtifactError` unless there is a label for every class of the first output, which has this shape."""
     if spec.labels and TASKS[spec.task].names_labels and shape[-1] not in (-1, len(spec.labels)):
@@ -208,18 +236,9 @@ def open_model(name: str, version: str, directory: Path, options: ModelOptions) 
     cores = len(os.sched_getaffinity(0))
     instances = options.instances or (cores if on_cpu else 1)
     load_options = LoadOptions(threads=options.threads or max(1, cores // instances))
-    if on_cpu and options.merge is None:
-        options = replace(options, merge=CPU_MERGE)
     with ExitStack() as stack:
         engines = [stack.enter_context(runtime.load(directory, load_options)) for _ in range(instances)]
         require_unchanged(directory, passport)
         model = Model(name, version, directory, passport, engines, options)
         stack.pop_all()  # from here on `Model.close` frees them
     return model
-
-
-def _return_freed_memory() -> None:
-    """Let the C library hand back what a runtime freed: glibc keeps it, and every reload would leave some more
-    behind."""
-    with suppress(OSError, AttributeError):  # no glibc here
-        ctypes.CDLL(None).malloc_trim(0)

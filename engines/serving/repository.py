@@ -3,13 +3,15 @@
 Names are looked up in a dict; no part of a request ever becomes a path. A changed engine directory is loaded beside the
 old engine, checked and warmed up like at the start, and takes its place between two requests; the old engine answers
 what it has and goes. A directory that is refused leaves the old engine serving, whose files were verified when they
-were read, and is tried again when anything in it changes, such as the parity report that it lacked. A report that comes
+were read, and is tried again when anything in it changes, such as the parity report that it lacked, and a while later
+where there was no room to load it: no file could be opened, or memory ran out. A report that comes
 for the engine that serves decides whether it goes on, as ``--gate`` has it.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +23,11 @@ from engines.passport import PASSPORT_FILE, covered_spec, load_passport
 from engines.serving.model import TEXT_SUFFIX, Endpoint, Model, open_model
 from engines.serving.settings import ModelOptions
 from nxm_export.errors import NxmError, ParityError, RequestRefused, ServeError
+from nxm_export.storage.unreadable import is_without_room
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 _VERSION = re.compile(r"[1-9][0-9]{0,17}\Z")
+_PUT_OFF = 10.0  # seconds
 _File = tuple[int, int, int]  # inode, time of its last change in nanoseconds, bytes
 
 
@@ -37,10 +41,12 @@ class Signature:
 
 @dataclass(frozen=True)
 class Change:
-    """A directory that changed: it is to be loaded again, or, where only the parity report is new, judged again."""
+    """A directory that changed: it is to be loaded again, or, where only the parity report is new, judged again.
+    `trouble`: it could not be looked at, and why."""
 
     key: tuple[str, str]
     reload: bool
+    trouble: NxmError | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,8 @@ class Repository:
         self._options = options
         self._models: dict[tuple[str, str], Model] = {}
         self._seen: dict[tuple[str, str], Signature | None] = {}
+        self._former: dict[tuple[str, str], Signature | None] = {}  # what `_seen` was before the last change
+        self._put_off: dict[tuple[str, str], float] = {}  # until when, on `time.monotonic`
         self._pending: dict[tuple[str, str], Signature] = {}
         self._refused: set[tuple[str, str]] = set()
         self._stopping = False
@@ -173,7 +181,14 @@ class Repository:
         """
         changes = []
         for key, source in self._sources.items():
-            seen, now = self._seen[key], signature(source.directory)
+            if time.monotonic() < self._put_off.get(key, 0.0):
+                continue
+            try:
+                seen, now = self._seen[key], signature(source.directory)
+            except NxmError as error:
+                changes.append(Change(key, reload=False, trouble=error))
+                self._put_off[key] = time.monotonic() + _PUT_OFF
+                continue
             if now is None or now == seen:
                 self._pending.pop(key, None)
             elif self._pending.get(key) == now:
@@ -189,7 +204,7 @@ class Repository:
         A directory that it refuses is not tried again until anything in it changes again.
         """
         source = self._sources[key]
-        self._seen[key] = self._pending.pop(key)
+        self._take_note(key)
         self._refused.add(key)  # until it has taken its place
         return lambda: open_model(source.name, source.version, source.directory, self._options)
 
@@ -201,9 +216,17 @@ class Repository:
 
     def begin_judging(self, key: tuple[str, str]) -> Callable[[], str | None]:
         """A function that says why the model under a key must not go on, by the parity report beside it now (None: it
-        may); it blocks, as that of `begin_reload` does."""
-        self._seen[key] = self._pending.pop(key)
+        may); it blocks, as that of `begin_reload` does, and raises where there is no room to look."""
+        self._take_note(key)
         return self.judging(key)
+
+    def put_off(self, key: tuple[str, str]) -> None:
+        """Act on the last change of a directory once more, a while later."""
+        self._seen[key] = self._former[key]
+        self._put_off[key] = time.monotonic() + _PUT_OFF
+
+    def _take_note(self, key: tuple[str, str]) -> None:
+        self._former[key], self._seen[key] = self._seen[key], self._pending.pop(key)
 
     def judging(self, key: tuple[str, str]) -> Callable[[], str | None]:
         """What `begin_judging` gives, after a reload that was refused: what lies there may be the engine that serves,
@@ -259,16 +282,23 @@ def _objection(model: Model, gate: str) -> str | None:
         require_gate(model.directory, model.passport, gate)
     except ParityError as error:
         return str(error)
-    except NxmError:
+    except NxmError as error:
+        if is_without_room(error):
+            raise
         return model.withdrawn
     return None
 
 
 def signature(directory: Path) -> Signature | None:
-    """What changes when an engine directory is written again; None while it is not whole."""
+    """What changes when an engine directory is written again; None while it is not whole.
+
+    Raises `ArtifactError` where there is no room to look.
+    """
     try:
         engine = load_passport(directory).engine
-    except NxmError:
+    except NxmError as error:
+        if is_without_room(error):
+            raise
         engine = PASSPORT_FILE  # one that cannot be read is refused when it is loaded, and the log says why
     served = [_file(directory / name) for name in (PASSPORT_FILE, engine, *COMPANIONS)]
     return None if None in served[:2] else Signature(tuple(served), _file(directory / PARITY_FILE))

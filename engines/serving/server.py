@@ -29,6 +29,7 @@ from engines.serving.app import Service
 from engines.serving.http.connection import protocol_class
 from engines.serving.http.open_files import require_open_files
 from engines.serving.http.spare_connections import ROOM
+from engines.serving.memory import map_large_blocks
 from engines.serving.repository import EngineSource, Repository
 from engines.serving.settings import ModelOptions, ServerOptions
 from nxm_export.contract.choices import GATES
@@ -58,6 +59,7 @@ def serve(
     if models.gate not in GATES:
         raise ServeError(f"unknown gate {models.gate!r}; choose one of {', '.join(GATES)}")
     _configure_log()
+    map_large_blocks()
     listener = _bind(options)
     try:
         repository = Repository(sources, models)

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 from nxm_export.contract.choices import GATE, GATES
 from nxm_export.contract.options import OPTION, Option
+from nxm_export.contract.token_budget import BATCH_TOKENS_HELP, MAX_BATCH_TOKENS, MAX_ROWS
 
 INSTANCE_KINDS = ("cpu", "gpu")
 # The container of Triton 2.51, the release whose core loads these repositories in the tests.
 TRITON_IMAGE = "nvcr.io/nvidia/tritonserver:24.10-py3"
-MAX_BATCH = 32
 _MILLISECONDS = 1e3  # in a second
 _MEBIBYTES = 2.0**-20  # in a byte
 
@@ -21,8 +21,9 @@ _MEBIBYTES = 2.0**-20  # in a byte
 @dataclass(frozen=True)
 class ModelOptions:
     """How engines are served. None lets the engine decide: `instances` and `threads` from the cores, `lengths` from its
-    profiles, `merge` (rows that different requests make a batch of) from its device. `max_delay` is in seconds.
-    `expect_sha256` not empty means that the hash of every engine, or of all its contents, must be among them."""
+    profiles, `merge` (rows that different requests make a batch of) from its device. `max_batch_tokens` bounds rows x
+    tokens of every batch. `max_delay` is in seconds. `expect_sha256` not empty means that the hash of every engine, or
+    of all its contents, must be among them."""
 
     instances: int | None = field(
         default=None, metadata={OPTION: Option("Copies of each engine.  [default: CPU cores; 1 on a GPU]", least=1)}
@@ -30,12 +31,13 @@ class ModelOptions:
     threads: int | None = field(
         default=None, metadata={OPTION: Option("CPU threads of each copy.  [default: cores / instances]", least=1)}
     )
-    max_batch: int = field(default=MAX_BATCH, metadata={OPTION: Option("Rows of a request.", least=1)})
+    max_batch: int = field(default=MAX_ROWS, metadata={OPTION: Option("Rows of a request.", least=1)})
+    max_batch_tokens: int = field(default=MAX_BATCH_TOKENS, metadata={OPTION: Option(BATCH_TOKENS_HELP, least=1)})
     merge: int | None = field(
         default=None,
         metadata={
             OPTION: Option(
-                "Rows of different requests in a batch.  [default: 4 on a CPU, else --max-batch]",
+                "Rows of different requests in a batch.  [default: 4 on a CPU, and 2048 tokens; else --max-batch]",
                 least=1,
             )
         },
@@ -124,7 +126,11 @@ class TritonOptions:
     threads: int | None = field(
         default=None, metadata={OPTION: Option("CPU threads of an ONNX Runtime instance.", least=1)}
     )
-    max_batch: int = field(default=MAX_BATCH, metadata={OPTION: Option("Rows of a batch.", least=1)})
+    max_batch: int = field(default=MAX_ROWS, metadata={OPTION: Option("Rows of a batch.", least=1)})
+    max_batch_tokens: int = field(
+        default=MAX_BATCH_TOKENS,
+        metadata={OPTION: Option(f"Of an engine without profiles, at its longest input. {BATCH_TOKENS_HELP}", least=1)},
+    )
     image: str = TRITON_IMAGE
     tensorrt: str | None = field(
         default=None,

@@ -2,9 +2,10 @@
 
 A batch is a rectangle, and padding is computed like text: in a batch of mixed lengths the short ones pay for the long
 ones. So only requests of one bucket are batched, and buckets grow with the length, which bounds the padding at about an
-eighth of a sequence. An engine that was built for profiles gets only buckets that one of them has room for, and every
-batch is padded to its bucket: TensorRT prefers few different shapes. An engine without profiles takes any shape, so its
-batches are as long as their longest request.
+eighth of a sequence. A batch has as many rows as a budget of tokens holds: a long document is not joined by as many
+others as a sentence is. An engine that was built for profiles gets only buckets that one of them has room for, and
+every batch is padded to its bucket: TensorRT prefers few different shapes. An engine without profiles takes any shape,
+so its batches are as long as their longest request.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engines.base import Profile
+from nxm_export.contract.token_budget import MAX_BATCH_TOKENS, rows_within
 from nxm_export.errors import RequestRefused, ServeError
 
 
@@ -54,13 +56,21 @@ class Buckets:
             if rows <= self.buckets[i].most:
                 return i
         most = max(bucket.most for bucket in self.buckets[first:])
-        raise RequestRefused(400, f"a batch of {rows} rows is larger than the {most} that are served; split it")
+        raise RequestRefused(
+            400, f"a batch of {rows} rows of {length} tokens is larger than the {most} that are served; split it"
+        )
 
 
 def plan_buckets(
-    max_length: int, max_batch: int, profiles: Sequence[Profile], lengths: Sequence[int] | None = None
+    max_length: int,
+    max_batch: int,
+    profiles: Sequence[Profile],
+    lengths: Sequence[int] | None = None,
+    *,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
 ) -> Buckets:
-    """The buckets of an engine: of `lengths` (by default `usual_lengths`), those that its `profiles` have room for.
+    """The buckets of an engine: of `lengths` (by default `usual_lengths`), those that its `profiles` have room for,
+    with at most `max_batch` rows and `max_batch_tokens` (or the least batch of its profile).
 
     The longest length that fits is always a bucket, so nothing that the engine can run is refused. Raises `ServeError`
     when `lengths` are no lengths of this engine.
@@ -71,13 +81,15 @@ def plan_buckets(
         raise ServeError(f"--buckets must be lengths from 1 to {longest}, the longest that this engine takes")
     buckets = []
     for length in requested:
+        rows = rows_within(length, max_batch_tokens, max_batch)
         if not profiles:
-            buckets.append(Bucket(length, 1, max_batch))
+            buckets.append(Bucket(length, 1, rows))
             continue
         fitting = [p for p in profiles if p.minimum[1] <= length <= p.maximum[1] and p.minimum[0] <= max_batch]
         if fitting:
             best = max(fitting, key=lambda p: p.maximum[0])
-            buckets.append(Bucket(length, best.minimum[0], min(max_batch, best.maximum[0]), fixed=True))
+            least = best.minimum[0]
+            buckets.append(Bucket(length, least, max(least, min(rows, best.maximum[0])), fixed=True))
     if not buckets:
         raise ServeError(f"no profile of the engine takes batches of {max_batch} rows or less; raise --max-batch")
     return Buckets(tuple(buckets))

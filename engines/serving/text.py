@@ -8,7 +8,6 @@ so one that takes more than a window is refused.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from queue import SimpleQueue
 
@@ -18,26 +17,27 @@ from engines.serving.long_texts import LETTERS_PER_TOKEN, encode_long, is_long
 from engines.serving.protocol import TensorSpec
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.answer_spans import Window, best_answer
+from nxm_export.data.answer_spans import Window, best_answer, takes_more_than_one_window
 from nxm_export.data.examples import Examples, Features, Label, as_read, encode, label_array, pad, tokens_of
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.question_answering import answering, windows
-from nxm_export.data.tokenization import Tokenizer
+from nxm_export.data.tokenization import Tokenizer, twin_of
 from nxm_export.errors import DataError, RequestRefused, ServeError
 
 TEXT, PAIR, LABEL, ANSWER = "text", "text_pair", "label", "answer"
+THREADS = 3  # the event loop's, that of short requests and that of long ones (`engines.serving.app`)
 
 
 class TextFrontend:
-    """Tokenizes for one engine. May be called from several threads, two of which never wait for each other: the event
-    loop's, for small requests, and the one for large ones."""
+    """Tokenizes for one engine. May be called from several threads, `THREADS` of which never wait for each other."""
 
     def __init__(self, tokenizer: Tokenizer, spec: IOSpec, longest: int | None = None) -> None:
         """`longest` is the most tokens that the engine takes, where those are fewer than the model's positions."""
         # A tokenizer is not to be configured while another thread uses it.
         self._free = SimpleQueue["Tokenizer"]()
-        for each in (tokenizer, copy.deepcopy(tokenizer)):
-            self._free.put(each)
+        self._free.put(tokenizer)
+        for _ in range(THREADS - 1):
+            self._free.put(twin_of(tokenizer))
         self._spec = spec
         self._max_length = min(spec.max_length, longest or spec.max_length)
         self._spans = TASKS[spec.task].output_kind == "span"
@@ -89,17 +89,9 @@ class TextFrontend:
             raise RequestRefused(400, f"{TEXT} has {len(texts)} rows and {PAIR} has {len(pairs)}")
         tokenizer = self._free.get()
         try:
-            features = self._encoded(tokenizer, texts, pairs)
+            return self._encoded(tokenizer, texts, pairs)
         finally:
             self._free.put(tokenizer)
-        if self._spans and len(features) > len(texts):
-            groups = [sample["group"] for sample in features]
-            row = next(row for row in range(len(texts)) if groups.count(row) > 1)
-            raise RequestRefused(
-                400,
-                f"row {row} of {PAIR} and its question take more than {self._max_length} tokens; ask about it in parts",
-            )
-        return features
 
     def _encoded(self, tokenizer: Tokenizer, texts: list[str], pairs: list[str] | None) -> list[Features]:
         """Tokens of the texts, as training makes them of the same ones."""
@@ -107,6 +99,7 @@ class TextFrontend:
         examples = Examples(texts, pairs, no_labels, "request", encoder=windows if self._spans else None)
         try:
             if self._spans:
+                self._require_one_window(tokenizer, texts, pairs or [])
                 asked = answering(examples, self._spec.no_answer_threshold)
                 return encode(tokenizer, asked, self._max_length, self._spec.inputs)
             rows = [(row,) if isinstance(row, str) else row for row in as_read(texts, pairs)]
@@ -124,6 +117,16 @@ class TextFrontend:
             raise
         except BaseException as error:  # a panic of the tokenizers library is no `Exception`
             raise ServeError(f"the tokenizer failed ({type(error).__name__}: {error})") from error
+
+    def _require_one_window(self, tokenizer: Tokenizer, questions: list[str], contexts: list[str]) -> None:
+        """Raise `RequestRefused` (400) for a context that does not fit beside its question."""
+        for row, (question, context) in enumerate(zip(questions, contexts, strict=True)):
+            if takes_more_than_one_window(tokenizer, question, context, self._max_length):
+                raise RequestRefused(
+                    400,
+                    f"row {row} of {PAIR} and its question take more than {self._max_length} tokens; ask about it in "
+                    "parts",
+                )
 
     def _long(self, tokenizer: Tokenizer, row: int, texts: Sequence[str]) -> Features:
         try:

@@ -8,12 +8,12 @@ refuses another one before anything is deserialized.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from engines.base import BackendCapabilities, BuildOptions, LoadOptions, copy_companions
+from engines.base import BackendCapabilities, BuildOptions, LoadOptions, Profile, copy_companions
 from engines.passport import BuildFacts, EnginePassport, load_passport
 from engines.sparsity.build_evidence import LOG_FILE
 from engines.sparsity.judgement import SparsityReport, SparsityTarget, read_sparsity_report, write_weight_facts
@@ -26,10 +26,11 @@ from engines.tensorrt.builder_process import (
     seal_cache,
     usable_cache,
 )
-from engines.tensorrt.cuda_driver import device_facts
+from engines.tensorrt.cuda_driver import device_facts, device_memory
 from engines.tensorrt.profiles import graph_inputs, profiles_for
 from engines.tensorrt.runtime import TensorRTEngine
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
+from nxm_export.storage.memory import gigabytes
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -77,7 +78,8 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     verify_model(model, str(onnx)).require()
     _require_typing(model, trt.__version__, onnx)
     require_read_right(model, parser_of(NAME, trt.__version__), str(onnx))
-    profiles = profiles_for(options.profiles, onnx.parent, graph_inputs(model))
+    profiles = profiles_for(options.profiles, onnx.parent, graph_inputs(model), options.max_batch_tokens)
+    _require_gpu_memory(model, profiles, onnx)
     facts = _facts(trt, device)
     cache = _cache(options, facts)
     request = BuildRequest(
@@ -157,6 +159,21 @@ def _require_typing(model: ir.Model, version: str, onnx: Path) -> None:
         raise EngineError(
             f"{onnx}: exported for the weakly typed TensorRT 8, and TensorRT {version} would run its float parts in "
             "float32; export with --target trt"
+        )
+
+
+def _require_gpu_memory(model: ir.Model, profiles: Sequence[Profile], onnx: Path) -> None:
+    """Raise `EngineError` for a profile whose largest batch is clearly beyond the GPU: even with fused attention, which
+    holds no scores."""
+    from nxm_export.graph.run_memory import run_memory
+
+    needed = {p.maximum: run_memory(model, *p.maximum, scores=False) for p in profiles}
+    shape = max(needed, key=lambda shape: needed[shape])
+    available = device_memory()
+    if needed[shape] > available:
+        raise EngineError(
+            f"{onnx}: a batch of {shape[0]}x{shape[1]} (batch x sequence) needs at least {gigabytes(needed[shape])}, "
+            f"and the GPU has {gigabytes(available)}; lower --max-batch-tokens, or give --profile with fewer rows"
         )
 
 

@@ -23,6 +23,7 @@ _SIGNATURES: Mapping[str, tuple[type, ...]] = {
     "cuDeviceGetCount": (ctypes.POINTER(ctypes.c_int),),
     "cuDeviceGet": (ctypes.POINTER(ctypes.c_int), ctypes.c_int),
     "cuDeviceGetName": (ctypes.c_char_p, ctypes.c_int, ctypes.c_int),
+    "cuDeviceTotalMem_v2": (ctypes.POINTER(ctypes.c_size_t), ctypes.c_int),
     "cuDeviceGetAttribute": (ctypes.POINTER(ctypes.c_int), ctypes.c_int, ctypes.c_int),
     "cuDevicePrimaryCtxRetain": (ctypes.POINTER(ctypes.c_void_p), ctypes.c_int),
     "cuDevicePrimaryCtxRelease_v2": (ctypes.c_int,),
@@ -60,6 +61,15 @@ def device_facts(index: int = 0) -> dict[str, str]:
         "driver": _driver_version(),
         "cuda": f"{value.value // 1000}.{value.value % 1000 // 10}",
     }
+
+
+def device_memory(index: int = 0) -> int:
+    """Bytes of a GPU's memory, all of it; raises `EngineUnavailable` where there is none."""
+    driver = _driver()
+    device, size = ctypes.c_int(), ctypes.c_size_t()
+    _check(driver, "cuDeviceGet", ctypes.byref(device), index)
+    _check(driver, "cuDeviceTotalMem_v2", ctypes.byref(size), device)
+    return int(size.value)
 
 
 class Device:

@@ -15,19 +15,33 @@ from typing import TYPE_CHECKING
 
 from engines.base import Binding, Profile, spec_of
 from engines.sample_inputs import nearest_shape
+from nxm_export.contract.token_budget import MAX_BATCH_TOKENS, rows_within
 from nxm_export.errors import EngineError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 STEP = 16  # tokens; INT8 kernels work on tiles of 16 or 32 rows
-MAX_BATCH, BEST_BATCH = 32, 8
+FIRST_LENGTH, FIRST_BEST = 512, (8, 128)  # the longest sequence of the first profile, and the shape it is tuned for
 UNKNOWN_LENGTH = 512  # tokens that a model takes whose graph has no spec beside it
 
 
-def default_profile(max_length: int, batch: int = MAX_BATCH) -> Profile:
-    """One profile for everything: any batch up to `batch`, tuned for 8 sequences of up to 128 tokens."""
-    return Profile((1, 1), (min(BEST_BATCH, batch), min(128, max_length)), (batch, max_length))
+def default_profiles(max_length: int, batch_tokens: int = MAX_BATCH_TOKENS) -> tuple[Profile, ...]:
+    """Profiles that together take every length up to `max_length`, each as many rows of its longest as `batch_tokens`
+    hold (`nxm_export.contract.token_budget`).
+
+    The first, for up to 512 tokens, is tuned for 8 sequences of 128. Those of longer models go to four times the
+    length of the one before, and are tuned for a quarter of their rows at half their length.
+    """
+    lengths = [min(FIRST_LENGTH, max_length)]
+    while lengths[-1] < max_length:
+        lengths.append(min(4 * lengths[-1], max_length))
+    profiles = []
+    for at, length in enumerate(lengths):
+        rows = rows_within(length, batch_tokens)
+        best = FIRST_BEST if at == 0 else (max(1, rows // 4), length // 2)
+        profiles.append(Profile((1, 1), (min(best[0], rows), min(best[1], length)), (rows, length)))
+    return tuple(profiles)
 
 
 def choose_buckets(lengths: Iterable[int], count: int, max_length: int) -> list[int]:
@@ -67,16 +81,18 @@ def choose_buckets(lengths: Iterable[int], count: int, max_length: int) -> list[
 
 
 def profiles_from_lengths(
-    lengths: Sequence[int], max_length: int, *, count: int = 3, batch: int = MAX_BATCH
+    lengths: Sequence[int], max_length: int, *, count: int = 3, batch_tokens: int = MAX_BATCH_TOKENS
 ) -> list[Profile]:
-    """One profile per bucket of the histogram, each for any shape up to the bucket's boundary and tuned for a full one.
+    """One profile per bucket of the histogram, each for any shape up to the bucket's boundary and tuned for a full one:
+    as many rows as `batch_tokens` hold.
 
     A last profile holds everything up to `max_length` where the data's longest is shorter, so that no input is refused.
     """
     buckets = choose_buckets(lengths, count, max_length)
     if buckets[-1] < max_length:
         buckets.append(max_length)
-    return [Profile((1, 1), (batch, edge), (batch, edge)) for edge in buckets]
+    full = [(rows_within(edge, batch_tokens), edge) for edge in buckets]
+    return [Profile((1, 1), shape, shape) for shape in full]
 
 
 def parse_profile(text: str) -> Profile:
@@ -95,9 +111,14 @@ def parse_profile(text: str) -> Profile:
     return Profile(*pairs) if len(pairs) == 3 else Profile((1, 1), pairs[0], pairs[0])
 
 
-def profiles_for(given: Sequence[Profile], directory: Path, inputs: Sequence[Binding]) -> tuple[Profile, ...]:
-    """The profiles to build for: those `given`, or one for everything that the model of a graph directory takes; with
-    the batch or the length that the graph's `inputs` have fixed.
+def profiles_for(
+    given: Sequence[Profile],
+    directory: Path,
+    inputs: Sequence[Binding],
+    batch_tokens: int = MAX_BATCH_TOKENS,
+) -> tuple[Profile, ...]:
+    """The profiles to build for: those `given`, or `default_profiles` for everything that the model of a graph
+    directory takes; with the batch or the length that the graph's `inputs` have fixed.
 
     Raises `EngineError` for a given one that is longer than the model, or without the size that is fixed.
     """
@@ -109,12 +130,18 @@ def profiles_for(given: Sequence[Profile], directory: Path, inputs: Sequence[Bin
         require_positions(given, spec.max_length)
     for profile in given:
         _require_fixed(profile, inputs)
-    profiles = given or (default_profile(spec.max_length if spec else UNKNOWN_LENGTH),)
+    profiles = given or _defaults(spec.max_length if spec else UNKNOWN_LENGTH, inputs, batch_tokens)
     fitted = (
         Profile(*(nearest_shape(inputs, *shape) for shape in (profile.minimum, profile.optimum, profile.maximum)))
         for profile in profiles
     )
     return tuple(dict.fromkeys(fitted))
+
+
+def _defaults(max_length: int, inputs: Sequence[Binding], batch_tokens: int) -> tuple[Profile, ...]:
+    """The default profiles of a graph; one alone where it has fixed the length, with the rows that this allows."""
+    _, fixed = nearest_shape(inputs, 0, 0)
+    return default_profiles(fixed, batch_tokens)[-1:] if fixed else default_profiles(max_length, batch_tokens)
 
 
 def _require_fixed(profile: Profile, inputs: Sequence[Binding]) -> None:
@@ -151,10 +178,10 @@ def require_positions(profiles: Sequence[Profile], max_length: int) -> None:
 
 
 def pick(profiles: Sequence[Profile], batch: int, sequence: int) -> int | None:
-    """Index of the smallest profile that holds the shape, None when none does."""
+    """Index of the profile that holds the shape and is the shortest, then of the fewest rows; None when none does."""
     fits = [
-        (profile.maximum[0] * profile.maximum[1], index)
+        (profile.maximum[1], profile.maximum[0], index)
         for index, profile in enumerate(profiles)
         if profile.minimum[0] <= batch <= profile.maximum[0] and profile.minimum[1] <= sequence <= profile.maximum[1]
     ]
-    return min(fits)[1] if fits else None
+    return min(fits)[-1] if fits else None

@@ -33,6 +33,7 @@ from engines.triton.config import BACKENDS, KINDS, Instances, LastStep, engine_c
 from engines.triton.deploy import deployment_files
 from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
 from nxm_export.contract.tasks import TASKS
+from nxm_export.contract.token_budget import rows_within
 from nxm_export.data import answer_spans
 from nxm_export.data.tokenization import parse_tokenizer
 from nxm_export.errors import ArtifactError, ServeError
@@ -177,7 +178,7 @@ def _write_model(repository: Path, model: _Model, options: TritonOptions) -> Non
     kind = _kind(first, options)
     instances = Instances(kind, options.instances, options.threads)
     config = engine_config(
-        model.name, first, spec, instances, max_batch=options.max_batch, files=files, session=model.session
+        model.name, first, spec, instances, max_batch=_rows(model, options), files=files, session=model.session
     )
     names = {binding.name for binding in first.tensors("inputs")}
     if names != set(spec.inputs):
@@ -206,9 +207,11 @@ def _write_text_frontend(repository: Path, model: _Model, options: TritonOptions
         both = "a question and its context" if TASKS[spec.task].output_kind == "span" else "a query and a document"
         raise ServeError(f"{directory}: {spec.task} reads {both} at once; use --text-pair")
     last = _last_step(spec, [binding.name for binding in first.tensors("outputs")])
-    buckets = plan_buckets(spec.max_length, options.max_batch, first.profiles)
+    buckets = plan_buckets(
+        spec.max_length, options.max_batch, first.profiles, max_batch_tokens=options.max_batch_tokens
+    )
     texts = {TEXT: False} if wants == "one" else {TEXT: False, PAIR: not options.pair}
-    configs = text_configs(model.name, first, max_batch=options.max_batch, texts=texts, last=last)
+    configs = text_configs(model.name, first, max_batch=_rows(model, options), texts=texts, last=last)
     for name, config in configs.items():
         (repository / name / VERSION).mkdir(parents=True)
         (repository / name / "config.pbtxt").write_text(config, encoding="utf-8")
@@ -256,6 +259,13 @@ def _copy_code(version: Path, model: str, *modules: ModuleType) -> None:
     shutil.copyfile(_HERE / model, version / "model.py")
     for module in modules:
         shutil.copyfile(str(module.__file__), version / Path(str(module.__file__)).name)
+
+
+def _rows(model: _Model, options: TritonOptions) -> int:
+    """Rows of a batch at most: Triton has one number for all lengths, so the longest decides where no profile does."""
+    if model.passports[0].profiles:
+        return options.max_batch
+    return rows_within(model.spec.max_length, options.max_batch_tokens, options.max_batch)
 
 
 def _kind(passport: EnginePassport, options: TritonOptions) -> str:

@@ -92,7 +92,11 @@ class TritonPythonModel:
     def _questions(self, questions: list[str], contexts: list[str]) -> list[Encoding]:
         """The tokens of questions with their contexts, each in one window; raises `ValueError` where it takes more,
         since the answer could be in what would be cut."""
-        from answer_spans import context_windows, window_of  # type: ignore[import-not-found]
+        from answer_spans import (  # type: ignore[import-not-found]
+            context_windows,
+            takes_more_than_one_window,
+            window_of,
+        )
         from long_texts import LETTERS_PER_TOKEN
 
         most, made = self.settings["max_length"], []
@@ -102,15 +106,15 @@ class TritonPythonModel:
                 if size > LETTERS_PER_TOKEN * most:
                     limit = LETTERS_PER_TOKEN * most
                     raise ValueError(f"row {row} of {name} has {size} bytes; at most {limit} are served")
-            try:
-                encodings = context_windows(self.tokenizer, question, context, most)
-                window_of(encodings[0], context)
-            except ValueError as error:
-                raise ValueError(f"row {row}: {error}") from error
-            if len(encodings) > 1:
+            if takes_more_than_one_window(self.tokenizer, question, context, most):
                 pair = self.settings["texts"][1]
                 raise ValueError(
                     f"row {row} of {pair} and its question take more than {most} tokens; ask about it in parts"
                 )
-            made.append(encodings[0])
+            try:
+                (encoding,) = context_windows(self.tokenizer, question, context, most)
+                window_of(encoding, context)
+            except ValueError as error:
+                raise ValueError(f"row {row}: {error}") from error
+            made.append(encoding)
         return made

@@ -17,7 +17,15 @@ from nxm_export.cli.engine_tables import (
     print_text_throughput,
 )
 from nxm_export.cli.group import main
-from nxm_export.cli.options import LABEL_MAP_OPTION, columns_of, json_option, numbers_of, shape_of, typed
+from nxm_export.cli.options import (
+    LABEL_MAP_OPTION,
+    batch_tokens_option,
+    columns_of,
+    json_option,
+    numbers_of,
+    shape_of,
+    typed,
+)
 from nxm_export.cli.output import show_result
 from nxm_export.cli.parity_tables import print_bisects, print_comparison
 from nxm_export.cli.progress_bars import progress_bars
@@ -57,6 +65,7 @@ class _BuildOptions:
     profiles: tuple[str, ...]
     lengths: str | None
     max_profiles: int
+    max_batch_tokens: int
     sparse: bool
     level: int | None
     workspace: int | None
@@ -99,6 +108,7 @@ class _BuildOptions:
         return BuildOptions(
             threads=self.threads,
             profiles=[parse_profile(text) for text in self.profiles],
+            max_batch_tokens=self.max_batch_tokens,
             sparse=self.sparse,
             level=self.level,
             workspace_bytes=self.workspace * 2**20 if self.workspace else None,
@@ -158,6 +168,7 @@ class _BenchOptions:
     show_default=True,
     help="At most this many, with --lengths.",
 )
+@batch_tokens_option("Of a profile that is not given by --profile. ")
 @click.option(
     "--sparse/--no-sparse", default=SPARSE_KERNELS, show_default=True, help="Let the builder use 2:4 kernels."
 )

@@ -15,6 +15,7 @@ from nxm_export.contract.choices import PATTERN, PLACEMENT, STORAGE, STORAGES, T
 from nxm_export.contract.options import Option, options_of
 from nxm_export.contract.plan import PLACEMENTS, NMPattern
 from nxm_export.contract.tasks import TASKS
+from nxm_export.contract.token_budget import BATCH_TOKENS_HELP, MAX_BATCH_TOKENS
 from nxm_export.errors import PlanError
 
 if TYPE_CHECKING:
@@ -68,6 +69,17 @@ def options(*options: Decorator) -> Decorator:
         return command
 
     return decorate
+
+
+def batch_tokens_option(about: str = "") -> Decorator:
+    """The option --max-batch-tokens, for what `about` says."""
+    return click.option(
+        "--max-batch-tokens",
+        type=click.IntRange(min=1),
+        default=MAX_BATCH_TOKENS,
+        show_default=True,
+        help=f"{about}{BATCH_TOKENS_HELP}",
+    )
 
 
 def expect_sha256_option(command: Command) -> Command:

@@ -45,6 +45,7 @@ class _ServeOptions:
 @setting_option(ModelOptions, "instances")
 @setting_option(ModelOptions, "threads")
 @setting_option(ModelOptions, "max_batch")
+@setting_option(ModelOptions, "max_batch_tokens")
 @setting_option(ModelOptions, "merge")
 @setting_option(ModelOptions, "max_delay")
 @click.option(
@@ -91,6 +92,7 @@ def serve(engines: tuple[str, ...], **values: object) -> None:
 @setting_option(TritonOptions, "instances")
 @setting_option(TritonOptions, "threads")
 @setting_option(TritonOptions, "max_batch")
+@setting_option(TritonOptions, "max_batch_tokens")
 @click.option("--image", help="Triton container.  [default: the release that the tests run]")
 @setting_option(TritonOptions, "tensorrt")
 @json_option

@@ -99,8 +99,18 @@ def context_windows(
             "lower the overlap, or raise --max-length"
         )
     tokenizer.enable_truncation(max_length, stride=shared, strategy="only_second")
-    whole = tokenizer.encode(question, context)
+    (whole,) = tokenizer.encode_batch([(question, context)])
     return [whole, *whole.overflowing]
+
+
+def takes_more_than_one_window(tokenizer: Tokenizer, question: str, context: str, max_length: int) -> bool:
+    """Whether a context does not fit beside its question, which leaves room for some of it. Tokens are counted for
+    that, and no window is made: beside a question that leaves room for one token, a context has one for each of its
+    own."""
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    asked, told = map(len, tokenizer.encode_batch_fast([question, context], add_special_tokens=False))
+    return 0 < max_length - tokenizer.num_special_tokens_to_add(True) - asked < told
 
 
 def window_of(encoding: Encoding, context: str, answers: Sequence[str] = (), threshold: float | None = None) -> Window:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 
 import numpy as np
 
+from nxm_export.contract.token_budget import MAX_BATCH_TOKENS, rows_within
 from nxm_export.data.readers import FORMATS, TOKEN_FORMATS, format_of, read_rows
 from nxm_export.data.token_labels import NO_LABEL, erased_tokens, joined, piece_labels
 from nxm_export.data.tokenization import Encoding, Tokenizer, TokenLists, cut_at
@@ -438,10 +439,19 @@ def pad(samples: Sequence[Features], pad_id: int, length: int | None = None) -> 
     return batch
 
 
-def sorted_batches(features: Sequence[Features], batch_size: int) -> list[list[int]]:
-    """Index batches by length, longest first: little padding, and running out of memory happens at once."""
-    order = sorted(range(len(features)), key=lambda i: -len(features[i]["input_ids"]))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+def sorted_batches(
+    features: Sequence[Features], batch_size: int, batch_tokens: int = MAX_BATCH_TOKENS
+) -> list[list[int]]:
+    """Index batches by length, longest first: little padding, and running out of memory happens at once. Each has at
+    most `batch_size` samples, and as many of its longest as `batch_tokens` hold."""
+    lengths = [len(sample["input_ids"]) for sample in features]
+    order = sorted(range(len(features)), key=lambda i: -lengths[i])
+    batches, start = [], 0
+    while start < len(order):
+        rows = rows_within(max(1, lengths[order[start]]), batch_tokens, batch_size)
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
 
 
 def text_columns(asked: Columns, names: list[str], path: Path) -> tuple[str, str | None]:

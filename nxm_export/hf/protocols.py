@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from nxm_export.data.tokenization import Tokenizer
 
 
+class HasAttention(Protocol):
+    """A model of transformers whose attention can be chosen by a registered name."""
+
+    def set_attn_implementation(self, name: str) -> None:
+        """Use it in every layer; a family without that choice logs a warning and keeps its own."""
+        ...
+
+
 class TaskOutput(Protocol):
     """What a task model returns for a batch."""
 

@@ -79,11 +79,13 @@ def build_engine(
     """Build the engine directory `out` from an ONNX file or a graph directory by the backend `name`; its passport is
     returned."""
     from engines.base import backend
+    from engines.memory import tell_memory
     from engines.sparsity.build_evidence import LOG_FILE
 
     source, out = onnx_file(source), Path(out)
     require_apart(out, source)
     options = _build_options(options, out, source.parent, profiles_from)
+    tell_memory(source, name, options)
     with atomic_dir(out, kept_log=LOG_FILE) as scratch:
         return backend(name).build(source, scratch, options)
 
@@ -117,7 +119,7 @@ def _build_options(
     if options.timing_cache is None and (out / CACHE_FILE).is_file():
         options = replace(options, timing_cache=out / CACHE_FILE)
     if profiles_from is not None:
-        options = replace(options, profiles=_profiles(tokenizer, profiles_from))
+        options = replace(options, profiles=_profiles(tokenizer, profiles_from, options.max_batch_tokens))
     return options
 
 
@@ -165,8 +167,9 @@ def build_fastest(
     return FastestBuild(passport, choice)
 
 
-def _profiles(directory: Path, source: DataProfiles) -> list[Profile]:
-    """Optimization profiles from the token lengths of a data file, by the tokenizer of a directory."""
+def _profiles(directory: Path, source: DataProfiles, batch_tokens: int) -> list[Profile]:
+    """Optimization profiles of at most `batch_tokens` from the token lengths of a data file, by the tokenizer of a
+    directory."""
     from engines.tensorrt.profiles import profiles_from_lengths
     from nxm_export.contract.tasks import task_named
     from nxm_export.data.examples import encode
@@ -178,24 +181,27 @@ def _profiles(directory: Path, source: DataProfiles) -> list[Profile]:
     raw, tokenizer = load_labelled(source.data, "train", source.columns, kind), load_tokenizer(directory)
     if kind.output_kind == "span":  # as many windows as its contexts take
         windows = encode(tokenizer, LABELS[kind.label].apply(raw, {}), limit, ("input_ids",))
-        return profiles_from_lengths([len(window["input_ids"]) for window in windows], limit, count=source.count)
-    cut_at(tokenizer, limit)
-    encodings = tokenizer.encode_batch(read_by_model(raw, kind))
-    return profiles_from_lengths([len(encoding.ids) for encoding in encodings], limit, count=source.count)
+        lengths = [len(window["input_ids"]) for window in windows]
+    else:
+        cut_at(tokenizer, limit)
+        lengths = [len(encoding.ids) for encoding in tokenizer.encode_batch(read_by_model(raw, kind))]
+    return profiles_from_lengths(lengths, limit, count=source.count, batch_tokens=batch_tokens)
 
 
 def _limit_and_task(directory: Path) -> tuple[int, str]:
     """(longest input in tokens, task) of a graph or checkpoint directory."""
     from nxm_export.contract.checkpoint import read_config, task_at
     from nxm_export.contract.families import family_of
-    from nxm_export.contract.io_spec import SPEC_FILE
+    from nxm_export.contract.io_spec import SPEC_FILE, IOSpec
+    from nxm_export.contract.tasks import task_named
 
     if (directory / SPEC_FILE).is_file():
         spec = load_spec(directory)
-        return spec.max_length, spec.task
-    config = read_config(directory)
-    limit = family_of(config, source=str(directory)).max_positions(config)
-    return limit, task_at(directory, config) or TASK
+    else:  # what its graph will take
+        config = read_config(directory)
+        task = task_named(task_at(directory, config) or TASK)
+        spec = IOSpec.of(directory, config, family_of(config, source=str(directory)), task)
+    return spec.max_length, spec.task
 
 
 def compare_engines(
@@ -303,6 +309,7 @@ def bench_engines(
     """
     from engines.base import LoadOptions, backend
     from engines.benchmark.latency import bench, fitted_shapes
+    from engines.memory import require_room
     from engines.passport import load_passport
     from nxm_export.pipeline.sparsity_twins import is_twins, twin_directories
 
@@ -327,6 +334,9 @@ def bench_engines(
         if not loaded:
             raise EngineUnavailable(f"nothing could be timed here: {'; '.join(dict.fromkeys(unmeasured.values()))}")
         shapes = shapes or fitted_shapes(loaded.values(), BENCH_SHAPES)
+        for path, name in zip(paths, _names(paths), strict=True):
+            if name in loaded:
+                require_room(path, shapes, "timing it at", way_out="give a --shape of fewer rows or shorter texts")
         report = bench(loaded, shapes, rounds=rounds, vocabulary=_vocabulary(paths))
     absent = tuple(f"{name}: {why}" for name, why in unmeasured.items())
     return replace(report, verdict=_verdict(report, twins, passports), unmeasured=absent)
@@ -369,6 +379,7 @@ def bench_text(
     """
     from engines.base import LoadOptions, backend, cpu_backends
     from engines.benchmark import text_throughput
+    from engines.memory import require_room
     from engines.passport import load_passport
 
     paths = [Path(path) for path in engines]
@@ -380,8 +391,12 @@ def bench_text(
             )
         if any("sequence" in axes for axes in load_spec(path).outputs.values()):
             raise EngineError(f"{path}: it has an answer for every token; text is timed for one answer a sentence")
-    _shared_features(paths, data, columns)
+    features, _ = _shared_features(paths, data, columns)
     limit = min(load_spec(path).max_length for path in paths)
+    longest = max([min(text_throughput.FIXED, limit), *(len(sample["input_ids"]) for sample in features)])
+    for path in paths:  # batches in the order of the file hold as many long texts as there are
+        shape = (min(batch or TEXT_BATCH, max(1, len(features))), longest)
+        require_room(path, [shape], "timing it at", way_out="lower --batch, or time it over shorter texts")
     with ExitStack() as stack:
         loaded = {
             name: stack.enter_context(backend(load_passport(path).backend).load(path, LoadOptions(threads)))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from nxm_export.contract.choices import INT4_BITS
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
+from nxm_export.contract.token_budget import DEFAULT_MAX_LENGTH
 from nxm_export.data.label_kinds import classes_of, labelled, load_labelled, read_by_model
 from nxm_export.data.scorable import require_scorable_examples
 
@@ -68,7 +69,7 @@ def estimate(request: Request) -> RunEstimate:
     task = task_named(request.task)
     texts, dev_samples, fits = _data(request, source, task)
     settings, count = request.settings, min(len(texts), request.train_limit or len(texts))
-    tokens = min(settings.max_length or 512, _mean_words(texts) * _WORDS_TO_TOKENS + 2)
+    tokens = min(settings.max_length or DEFAULT_MAX_LENGTH, _mean_words(texts) * _WORDS_TO_TOKENS + 2)
     flops_per_sample = tokens * 2 * sum(out * in_ for out, in_ in plan.shapes.values())
     speed = _flops()
     step = settings.batch_size * flops_per_sample * 3 / speed  # forward once, backward twice

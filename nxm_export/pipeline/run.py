@@ -21,14 +21,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nxm_export.contract.checkpoint import open_checkpoint, task_at
+from nxm_export.contract.checkpoint import open_checkpoint, read_config, task_at
 from nxm_export.contract.choices import BENCH_SHAPES, INT4_BITS, PLACEMENT, STORAGE, WEIGHT_STORAGE, WEIGHT_STORAGES
-from nxm_export.contract.io_spec import load_spec
+from nxm_export.contract.families import family_of
+from nxm_export.contract.io_spec import IOSpec, load_spec
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.quantizer_placement import placement_of
 from nxm_export.contract.records.run_summary import DIRECTORY as SUMMARY_DIRECTORY
 from nxm_export.contract.records.run_summary import SUMMARY_FILE, RunSummary, read_summary
 from nxm_export.contract.tasks import task_named
+from nxm_export.contract.token_budget import DEFAULT_MAX_LENGTH
 from nxm_export.data.examples import Columns, Features
 from nxm_export.errors import DataError, EngineError, EngineUnavailable, PlanError, notice
 from nxm_export.pipeline.engine_commands import features_of
@@ -198,8 +200,7 @@ def compress_model(
         with directory.lock():
             _finetune(directory, request, source.path, progress)
         model = directory.path("dense")
-        settings = replace(request.settings, max_length=None)  # the dense model keeps its length
-        request = replace(request, settings=settings)
+        request = replace(request, settings=_with_length_of(model, request))
     return compress(
         model,
         plan=plan,
@@ -248,7 +249,7 @@ def _train(directory: RunDir, request: Request, plan: CompressionPlan, model: Pa
     from compressors.training.compress import compress
 
     _finetune(directory, request, model, progress)
-    settings = replace(request.settings, max_length=None)  # the dense model keeps its length
+    settings = _with_length_of(directory.path("dense"), request)
     files, names = _data(request)
 
     def work(out: Path) -> None:
@@ -275,6 +276,14 @@ def _train(directory: RunDir, request: Request, plan: CompressionPlan, model: Pa
         seed=request.settings.seed,
     )
     shutil.rmtree(directory.path("work"), ignore_errors=True)
+
+
+def _with_length_of(dense: Path, request: Request) -> Settings:
+    """The settings with the longest input that a dense model was trained for; None, the default, where that is no
+    more."""
+    config, task = read_config(dense), task_named(request.task)
+    length = IOSpec.of(dense, config, family_of(config, source=str(dense)), task).max_length
+    return replace(request.settings, max_length=length if length > DEFAULT_MAX_LENGTH else None)
 
 
 def _finetune(directory: RunDir, request: Request, model: Path, progress: Progress) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from nxm_export.errors import ArtifactError
+from nxm_export.storage.unreadable import unreadable
 
 UNHASHED = ("build.log", "timing.cache")  # side products that a rebuild may change without changing the engine
 
@@ -21,7 +22,7 @@ def file_hash(path: Path) -> str:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(stream)
     except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from error
+        raise ArtifactError(unreadable(path, error)) from error
 
 
 def _digest(stream: IO[bytes]) -> str:

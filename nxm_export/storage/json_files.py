@@ -28,6 +28,7 @@ from typing import TypeVar
 import msgspec
 
 from nxm_export.errors import ArtifactError, PlanError
+from nxm_export.storage.unreadable import unreadable
 
 T = TypeVar("T")
 Upgrade = Callable[[dict[str, object]], dict[str, object]]
@@ -61,7 +62,7 @@ def read_text(file: Path, way_out: str, error: type[Exception] = ArtifactError) 
     try:
         return file.read_text(encoding="utf-8")
     except OSError as reason:
-        raise error(f"{file}: cannot be read ({reason.strerror}); {way_out}") from reason
+        raise error(unreadable(file, reason, way_out)) from reason
     except UnicodeDecodeError as reason:
         raise error(f"{file}: not a JSON file (it is not UTF-8 text); {way_out}") from reason
 

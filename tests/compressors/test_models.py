@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from compressors.models import load_model, resolve
+from compressors.models import load_model, load_tokenizer, max_length, resolve
+from compressors.settings import Settings
+from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.contract.tasks import task_named
 from nxm_export.errors import ArtifactError
+from nxm_export.pipeline.run import Request, _with_length_of
 from tests.support import tiny
 
 
@@ -46,3 +50,60 @@ def test_an_embedding_model_needs_its_encoder(tmp_path: Path) -> None:
     without(directory, "bert.embeddings.word_embeddings")
     with pytest.raises(ArtifactError, match="word_embeddings"):
         load_model(resolve(directory), task_named("embedding"))
+
+
+@pytest.mark.parametrize(
+    ("task", "positions", "tokenizers", "made_for", "requested", "expected"),
+    [
+        ("classification", 8192, 8192, None, None, 512),
+        ("classification", 8192, 8192, None, 8192, 8192),
+        ("classification", 8192, 128, None, None, 128),
+        ("classification", 64, 10**30, None, None, 64),
+        ("embedding", 8192, 8192, 8192, None, 8192),
+        ("embedding", 8192, 8192, 256, None, 256),
+        ("embedding", 8192, 2048, 8192, None, 2048),
+    ],
+)
+def test_inputs_are_512_tokens_long_unless_somebody_asks_for_more(
+    tmp_path: Path,
+    task: str,
+    positions: int,
+    tokenizers: int,
+    made_for: int | None,
+    requested: int | None,
+    expected: int,
+) -> None:
+    directory = tiny.write_model("bert", tmp_path / "model", head=task)
+    for name, key, value in (
+        ("config.json", "max_position_embeddings", positions),
+        ("sentence_bert_config.json", "max_seq_length", made_for),
+    ):
+        if value is not None:
+            file = directory / name
+            file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    source = resolve(directory)
+    tokenizer = load_tokenizer(source)
+    tokenizer.model_max_length = tokenizers
+    assert max_length(source, tokenizer, task_named(task), requested) == expected
+
+
+@pytest.mark.parametrize(("length", "expected"), [(64, None), (512, None), (2048, 2048)])
+def test_a_dense_model_that_was_trained_for_longer_inputs_keeps_them(
+    tmp_path: Path, length: int, expected: int | None
+) -> None:
+    directory = tiny.write_model("bert", tmp_path / "dense", head="classification")
+    for name, key, value in (
+        ("config.json", "max_position_embeddings", 8192),
+        ("tokenizer_config.json", "model_max_length", length),
+    ):
+        file = directory / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    request = Request(
+        "dense",
+        "classification",
+        "train.tsv",
+        "dev.tsv",
+        WeightSpec(NMPattern(2, 4), 8, 8),
+        settings=Settings(max_length=16),
+    )
+    assert _with_length_of(directory, request).max_length == expected

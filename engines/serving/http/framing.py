@@ -16,11 +16,15 @@ from collections.abc import Sequence
 
 _METHODS_BEGIN = b"\r\nABCDEFGHIJKLMNOPQRSTUVWXYZ"  # with the blank lines that may stand before a request
 _UPGRADE = re.compile(rb"upgrade[ \t]*:", re.IGNORECASE)
-_CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,16}")
+_CHUNK_SIZE = re.compile(rb"0*([0-9a-fA-F]{1,16})")
 
 
 class OversizedHead(Exception):
     """The request line and headers of a request are larger than the limit; or what frames a chunked body is."""
+
+
+class MalformedHead(ValueError):
+    """A head that no parser complains of, and that this server does not take. The message repeats nothing of it."""
 
 
 class Framing:
@@ -67,12 +71,12 @@ class Framing:
     def begin_body(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
         """The head has ended; `headers`, with names in lower case, say how long the body is.
 
-        Raises `ValueError` for a body in another form than its length or its chunks give it.
+        Raises `MalformedHead` for a body in another form than its length or its chunks give it.
         """
         codings = [value for name, value in headers if name == b"transfer-encoding"]
         lengths = [value for name, value in headers if name == b"content-length"]
         if codings and [coding.strip().lower() for coding in codings] != [b"chunked"]:
-            raise ValueError(f"Transfer-Encoding is {codings}, and this server knows no other than chunked")
+            raise MalformedHead("this server knows no other Transfer-Encoding than chunked")
         self._lines = 0
         self._left = int(lengths[0]) if lengths else 0
         self._take = self._chunk_size if codings else self._body
@@ -107,7 +111,7 @@ class Framing:
         line = self._line()
         if line:
             digits = _CHUNK_SIZE.match(line)
-            size = int(digits[0], 16) if digits else 0  # a line without is for the parser to refuse
+            size = int(digits[1], 16) if digits else 0  # a line without is for the parser to refuse
             self._left = size + len(b"\r\n")
             self._take = self._chunk if size else self._line
         return line

@@ -5,18 +5,17 @@ that stays readable when they run out all the same.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 import resource
 import time
 
 from nxm_export.errors import ServeError
+from nxm_export.storage.unreadable import NONE_LEFT
 
 log = logging.getLogger("nxm.serve")
 OTHERS = 64  # files that are open beside connections: engines while they are loaded, the log, the event loop's own
 _EVERY = 10.0  # seconds between two lines of the log about the same trouble
-_NONE_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 def require_open_files(connections: int) -> None:
@@ -48,7 +47,7 @@ class AcceptFailures:
     def handle(self, loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
         """What `asyncio.loop.set_exception_handler` takes."""
         error = context.get("exception")
-        if not isinstance(error, OSError) or error.errno not in _NONE_LEFT:
+        if not isinstance(error, OSError) or error.errno not in NONE_LEFT:
             loop.default_exception_handler(context)
             return
         self._left_out += 1

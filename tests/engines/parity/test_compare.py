@@ -14,10 +14,12 @@ from click.testing import CliRunner, Result
 
 from engines.parity.bisect import bisect
 from engines.parity.compare import Part, compare, compare_all
+from engines.parity.reports import ParityReport
+from engines.reference.pytorch import TorchEngine
 from nxm_export.cli import main
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.origin import Origin
-from nxm_export.errors import ArtifactError, EngineUnavailable, ParityError
+from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable, ParityError
 from tests.engines.parity.test_bisect import dev_features
 from tests.support import exact_engine, tiny
 from tests.support.broken import write_engine
@@ -77,6 +79,79 @@ def test_without_a_checkpoint_it_is_the_one_that_the_first_engine_records(
     alone = nxm("compare", checkpoint, data)
     assert alone.exit_code == 2
     assert "has no passport.json: name an engine directory, behind the checkpoint" in alone.stderr
+
+
+class TestMemory:
+    """A machine that has no room for the usual batch: fewer rows, no maximum length, or a refusal."""
+
+    @pytest.fixture
+    def shapes(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+        """Shapes that the reference runs, which takes a thousand bytes a token; engines take none."""
+        seen: list[tuple[int, ...]] = []
+        run = TorchEngine.run
+
+        def recorded(engine: TorchEngine, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            seen.append(feeds["input_ids"].shape)
+            return run(engine, feeds)
+
+        monkeypatch.setattr(TorchEngine, "run", recorded)
+        monkeypatch.setattr("engines.parity.compare.reference_memory", lambda _, tokens: 1000 * tokens)
+        monkeypatch.setattr("engines.parity.compare.engine_memory", lambda *_: None)
+        return seen
+
+    def compared(
+        self, checkpoint: Path, engine: Path, out: Path, available: int, monkeypatch: pytest.MonkeyPatch
+    ) -> ParityReport:
+        monkeypatch.setattr("engines.parity.compare.available_memory", lambda: available)
+        monkeypatch.setattr("nxm_export.storage.memory.available_memory", lambda: available)
+        directory = shutil.copytree(engine, out)
+        return compare(checkpoint, directory, dev_features(checkpoint, directory)[:12])
+
+    def test_batches_are_as_large_as_there_is_room(
+        self,
+        tiny_checkpoint: Callable[..., Path],
+        tiny_engine: Callable[..., Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        shapes: list[tuple[int, ...]],
+    ) -> None:
+        checkpoint, engine = tiny_checkpoint("bert"), tiny_engine("ort")
+        longest = max(len(sample["input_ids"]) for sample in dev_features(checkpoint, engine)[:12])
+        roomy = self.compared(checkpoint, engine, tmp_path / "a", 10**9, monkeypatch)
+        assert max(rows for rows, _ in shapes) == 12
+        shapes.clear()
+        narrow = self.compared(checkpoint, engine, tmp_path / "b", 1000 * max(3 * longest, 50), monkeypatch)
+        assert 1 < max(rows * length for rows, length in shapes) <= max(3 * longest, 50)
+        assert [roomy.passed, narrow.passed] == [True, True]
+        assert {probe.passed for probe in narrow.probes} == {True}
+
+    def test_a_maximum_length_that_is_beyond_the_machine_is_not_called_passed(
+        self,
+        tiny_checkpoint: Callable[..., Path],
+        tiny_engine: Callable[..., Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        shapes: list[tuple[int, ...]],
+    ) -> None:
+        checkpoint, engine = tiny_checkpoint("bert"), tiny_engine("ort")
+        report = self.compared(checkpoint, engine, tmp_path / "a", 1000 * (tiny.POSITIONS - 1), monkeypatch)
+        beyond = next(probe for probe in report.probes if probe.name == "maximum length")
+        assert beyond.passed is None
+        assert "48 tokens need at least 0.0 GB of memory, and 0.0 GB are available here" in beyond.reason
+        assert all(length < tiny.POSITIONS for _, length in shapes)
+
+    def test_a_sample_that_does_not_fit_alone_is_refused_and_nothing_is_written(
+        self,
+        tiny_checkpoint: Callable[..., Path],
+        tiny_engine: Callable[..., Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        shapes: list[tuple[int, ...]],
+    ) -> None:
+        with pytest.raises(EngineError, match=r"comparing .* on 1x\d+ .*compare on shorter texts"):
+            self.compared(tiny_checkpoint("bert"), tiny_engine("ort"), tmp_path / "a", 999, monkeypatch)
+        assert not shapes
+        assert not (tmp_path / "a" / "parity.json").exists()
 
 
 class TestNotFinite:

@@ -72,3 +72,26 @@ def test_each_probe_catches_the_fault_it_is_for(fault: str | None) -> None:
     assert (False in verdicts.values()) == (fault is not None)
     if fault is not None:
         assert verdicts[fault] is False
+
+
+def test_batch_probes_of_documents_keep_to_the_budget_of_tokens() -> None:
+    """Eight samples of 8192 tokens and a row of padding would be 73,728 tokens at once."""
+    spec = IOSpec("distilbert", "classification", Exact.inputs, {"logits": ("batch", "classes")}, ("0", "1"), 8192, 0)
+    features = [sample_of({"input_ids": [5] * 8192, "attention_mask": [1] * 8192}) for _ in range(8)]
+    shapes: list[tuple[int, ...]] = []
+
+    class Recorded(Exact):
+        def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            shapes.append(feeds["input_ids"].shape)
+            return super().run(feeds)
+
+    engine: Any = Recorded()
+    samples = probe_samples(features, spec, (), maximum=False)
+    assert list(samples) == ["one token"]
+    answer = {"logits": np.array([[5.0, -5.0]])}
+    expected = Expected(samples, {"one token": answer}, {"one token": {"logits": 0.5}}, beyond="no room")
+    results = {result.name: result for result in probe(Loaded(engine, spec), features, {"logits": 0.5}, expected)}
+    assert max(rows * length for rows, length in shapes) <= 16_384
+    assert max(rows for rows, _ in shapes) == 9
+    assert (results["maximum length"].passed, results["maximum length"].reason) == (None, "no room")
+    assert {result.passed for name, result in results.items() if name != "maximum length"} == {True}

@@ -10,10 +10,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engines.base import backend
 from engines.predictor import Predictor
@@ -22,7 +24,7 @@ from engines.serving.repository import EngineSource
 from engines.serving.settings import TritonOptions
 from engines.serving.text import TextFrontend
 from engines.triton import export_repository
-from nxm_export.contract.io_spec import load_spec
+from nxm_export.contract.io_spec import IOSpec, load_spec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data import answer_spans
 from nxm_export.data.answer_spans import Window, best_span
@@ -31,13 +33,18 @@ from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.predictions import Answer
 from nxm_export.data.question_answering import answer_scores, windows
 from nxm_export.data.tokenization import load_tokenizer
-from nxm_export.errors import RequestRefused, ServeError
+from nxm_export.errors import DataError, RequestRefused, ServeError
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.engine_commands import build_engine
-from tests.support import baked, tiny
+from tests.support import baked, exact_engine, tiny
 from tools.benchmarks.servers import Running, nxm_serve, triton, triton_venv
 
 Model = Callable[[Mapping[str, Any]], dict[str, np.ndarray]]
+if TYPE_CHECKING:
+    from nxm_export.data.tokenization import Tokenizer
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+SPANS = ("start_logits", "end_logits")
 QUESTION = "which film"
 CONTEXTS = ["a good film with two actor", "the Story  very dark", "superb", "a dull and very long film"]
 
@@ -289,3 +296,38 @@ def test_triton_is_handed_tokens_alone_or_with_the_answers(engine: Path, tmp_pat
     assert [ensemble.count(f'name: "{name}"') for name in ("start_logits", "end_logits", "answer")] == [1, 1, 1]
     with pytest.raises(ServeError, match="reads a question and its context at once; use --text-pair"):
         export_repository([EngineSource("qa", "1", engine)], tmp_path / "one", TritonOptions(text=True))
+
+
+def frontend_of(longest: int) -> TextFrontend:
+    outputs = dict.fromkeys(SPANS, ("batch", "sequence"))
+    spec = IOSpec("bert", "question-answering", INPUTS, outputs, (), longest, 0, {})
+    return TextFrontend(cast("Tokenizer", exact_engine.tokenizer()), spec)
+
+
+@given(st.integers(1, 9), st.integers(1, 9))
+@settings(deadline=None, max_examples=30)
+def test_a_context_is_refused_exactly_where_it_would_take_two_windows(asked: int, told: int) -> None:
+    question, context = " ".join(["film"] * asked), " ".join(["good"] * told)
+    frontend = frontend_of(12)
+    examples = Examples([question], [context], [()], "x")
+    tensors = {"text": np.array([[question.encode()]], object), "text_pair": np.array([[context.encode()]], object)}
+    try:
+        count = len(windows(cast("Tokenizer", exact_engine.tokenizer()), examples, 12, INPUTS))
+    except DataError:
+        count = 0
+    if count == 1:
+        assert frontend.tokens(tensors)["input_ids"].shape == (1, asked + told + 3)
+    else:
+        message = "row 0 of text_pair and its question take more than 12 tokens" if count else "leave no room"
+        with pytest.raises(RequestRefused, match=message):
+            frontend.tokens(tensors)
+
+
+def test_a_context_that_is_refused_was_not_cut_into_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a question that leaves room for one token it has thousands of them: one row of 33 kB took eight seconds
+    and 2.4 GB, and one of 4 kB was cut on the event loop."""
+    frontend = frontend_of(512)
+    monkeypatch.setattr("engines.serving.text.windows", lambda *_: pytest.fail("it was cut"))
+    tensors = {"text": np.array([[b"a " * 508]], object), "text_pair": np.array([[b"a " * 16_000]], object)}
+    with pytest.raises(RequestRefused, match="take more than 512 tokens; ask about it in parts"):
+        frontend.tokens(tensors)

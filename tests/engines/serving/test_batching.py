@@ -104,6 +104,39 @@ def test_a_batch_holds_no_more_than_it_may_and_a_large_request_runs_alone() -> N
     assert [numbers(batch[1]) for batch in taken if batch] == [[0, 1], [2], [3], [4]]
 
 
+def test_a_document_is_not_joined_by_as_many_others_as_a_sentence_is() -> None:
+    """By rows alone, one text of 40 tokens would bring three more of its kind along."""
+    queue = BatchQueue(plan_buckets(MAX_LENGTH, 8, (), max_batch_tokens=96), Limits(merge=4, merge_tokens=96))
+    for number in range(4):
+        queue.submit(queued([40], number))
+    for number in range(4, 8):
+        queue.submit(queued([5], number))
+    taken = [queue.take() for _ in range(3)]
+    assert [numbers(batch[1]) for batch in taken if batch] == [[0, 1], [2, 3], [4, 5, 6, 7]]
+    with pytest.raises(RequestRefused, match="3 rows of 40 tokens is larger than the 2"):
+        queue.submit(queued([40] * 3))
+
+
+@given(st.lists(st.lists(st.integers(1, MAX_LENGTH), min_size=1, max_size=4), min_size=1, max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_merged_batches_keep_the_budget_and_lose_nobody(requests: list[list[int]]) -> None:
+    budget, merge = 64, 5
+    queue = BatchQueue(
+        plan_buckets(MAX_LENGTH, 4, (), max_batch_tokens=4 * MAX_LENGTH), Limits(merge=merge, merge_tokens=budget)
+    )
+    for number, lengths in enumerate(requests):
+        queue.submit(queued(lengths, number))
+    seen: list[int] = []
+    while queue.rows:
+        taken = queue.take()
+        assert taken is not None
+        bucket, batch = taken
+        rows = sum(request.rows for request in batch)
+        assert len(batch) == 1 or (rows <= merge and rows * bucket.length <= budget)
+        seen += numbers(batch)
+    assert sorted(seen) == list(range(len(requests)))
+
+
 def test_a_full_queue_refuses_with_503_and_takes_again_when_there_is_room() -> None:
     queue = BatchQueue(plan_buckets(MAX_LENGTH, 8, ()), Limits(max_rows=3))
     queue.submit(queued([5, 5]))

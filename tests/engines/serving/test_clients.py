@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -23,7 +24,8 @@ from nxm_export.errors import ServeError
 from nxm_export.storage.json_files import as_object, entry_at
 from tests.engines.serving.test_server import INFER, body_of, eventually, log_lines, logits, metric
 from tests.support import exact_engine
-from tests.support.exact_engine import MAX_LENGTH, expected, feeds_of
+from tests.support.exact_engine import LABELS, MAX_LENGTH, expected, feeds_of
+from tools import ROOT
 from tools.benchmarks.servers import Running, nxm_serve
 from tools.raw_http import Answer, connect, read, request, send
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from nxm_export.data.tokenization import Tokenizer
 
 TEXT = "/v2/models/exact_text/infer"
+KSERVE_CLIENT = ROOT / "tools" / "experiments" / "serving_peers" / "kserve_client.py"
 ONE_TEXT = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1, 1], "data": ["a good film"]}]}
 H2C = (
     "Connection: Upgrade, HTTP2-Settings",
@@ -102,6 +105,49 @@ def test_curl_gets_its_answer_with_http2_asked_for(ours: Running) -> None:
     command = ["curl", "-sS", "--http2", "-d", json.dumps(ONE_TEXT), f"{ours.url}{TEXT}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert json.loads(done.stdout)["outputs"][0]["name"] == "label", done.stderr
+
+
+@pytest.mark.slow
+def test_kserves_client_gets_its_answers(ours: Running, engine: Path) -> None:
+    """``python -m venv DIR; DIR/bin/pip install kserve``, which wants other versions than this project; 0.21.0 was
+    tried."""
+    venv = os.environ.get("NXM_KSERVE_VENV")
+    if not venv:
+        pytest.skip("no KServe SDK here: point NXM_KSERVE_VENV at a virtual environment with kserve in it")
+    feeds = feeds_of([5, 3])
+    model = {"name": "exact", "feeds": {k: v.tolist() for k, v in feeds.items()}, "texts": ["good", "bad"]}
+    command = [f"{venv}/bin/python", str(KSERVE_CLIENT), ours.url, json.dumps(model)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [found.pop(key) for key in ("live", "ready", "model ready", "nobody ready")] == [True, True, True, False]
+    assert "no model is called 'nobody'; this server has exact, exact_text, '404 Not Found'" in found.pop("error")
+    words = {"text": np.array([[b"good"], [b"bad"]], object)}
+    tokens = TextFrontend(cast("Tokenizer", exact_engine.tokenizer()), load_spec(engine)).tokens(words)
+    assert len(found) == 8
+    for way, value in found.items():
+        if way.startswith("labels"):
+            assert value == [LABELS[i] for i in expected(tokens).argmax(axis=1)], way
+        else:
+            np.testing.assert_array_equal(value, expected(feeds), err_msg=way)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["exact", "exact_text"])
+def test_perf_analyzer_measures_to_its_end(ours: Running, name: str, tmp_path: Path) -> None:
+    """The program of ``pip install tritonclient==2.41.1`` (the last ones have none), with libb64 and CUDA's runtime
+    beside it, was tried."""
+    program = os.environ.get("NXM_PERF_ANALYZER")
+    if not program:
+        pytest.skip("no perf_analyzer here: let NXM_PERF_ANALYZER be its path")
+    (tmp_path / "texts.json").write_text(json.dumps({"data": [{"text": ["good"], "text_pair": ["bad plot"]}] * 2}))
+    shapes = [f"--shape={tensor}:8" for tensor in ("input_ids", "attention_mask", "token_type_ids")]
+    more = ["-b", "2", "--input-data=zero", *shapes] if name == "exact" else [f"--input-data={tmp_path / 'texts.json'}"]
+    measure = ["-r", "3", "-s", "9999", "--measurement-interval=500", "--concurrency-range=2"]
+    command = [program, "-m", name, "-u", ours.address, "-i", "http", *measure, *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Concurrency: 2, throughput: " in done.stdout
 
 
 @pytest.mark.parametrize("size", [10, 60_000])

@@ -1,4 +1,5 @@
-"""A thousand generated hostile requests, several at once: no failure of ours, health within a second, memory flat.
+"""A thousand generated hostile requests, several at once: no failure of ours, health within a second, small texts
+answered beside them, memory flat.
 
 `test_hostile` changes one place of a request at a time and knows that the answer is an error. Here anything may come in
 any size and from several sides, so the oracle is what must hold for every request: an answer that is documented, no
@@ -37,6 +38,8 @@ COUNT = 1_000
 LARGE = 4 << 20  # bytes of the largest body
 CAUSES = r"rows are waiting already|connections are open already|bytes of requests are held|is being unloaded"
 Message = tuple[str, bytes, int]  # what it is, its bytes, how many answers are 200 before anything else comes
+HEALTH = ("GET", "/v2/health/live", b"")
+SMALL = ("POST", TEXT, json.dumps({**good_text(), "filling": "x" * 5000}).encode())  # beyond what the event loop does
 GOOD = request("POST", INFER, json.dumps(good()).encode())
 
 
@@ -214,6 +217,21 @@ def named(rng: random.Random) -> Message:
     )
 
 
+def index(rng: random.Random) -> Message:
+    """The one other route that takes a body, with all that it does not take, and with what it does."""
+    size = rng.choice([100, 4000, 5000, LARGE])
+    bodies: list[Callable[[], bytes]] = [
+        lambda: b"",
+        lambda: b'{"ready": true}',
+        lambda: b'{"ready": ' + b"[" * size,
+        lambda: b'{"ready":true,"x":[' + b"{}," * (size // 3) + b"{}]}",
+        lambda: b'{"x":"' + b"\\u001b" * (size // 6) + b'"}',
+        lambda: rng.randbytes(size),
+        lambda: gzip.compress(b"{}"),
+    ]
+    return "index", request("POST", "/v2/repository/index", rng.choice(bodies)()), 0
+
+
 def hurried(rng: random.Random) -> Message:
     """Deadlines that pass at once, and binary tensors whose sizes lie."""
     if rng.random() < 0.5:
@@ -229,7 +247,7 @@ def hurried(rng: random.Random) -> Message:
     return "hurried", request("POST", TEXT, body_bytes, *headers), 0
 
 
-KINDS = (texts, large, compressed, mutated, headed, chunked, pipelined, named, hurried)
+KINDS = (texts, large, compressed, mutated, headed, chunked, pipelined, named, index, hurried)
 
 
 def traffic(count: int, seed: int) -> Iterator[Message]:
@@ -244,8 +262,9 @@ def traffic(count: int, seed: int) -> Iterator[Message]:
             yield rng.choice(KINDS)(rng)
 
 
-def answers(port: int, message: bytes, rng: random.Random) -> list[tuple[int, bytes]]:
-    """The status and body of every answer to what is sent in pieces of any size, on a connection of its own."""
+def answers(port: int, message: bytes, least: int, rng: random.Random) -> list[tuple[int, bytes]]:
+    """The status and body of every answer to what is sent in pieces of any size, on a connection of its own; there are
+    at `least` so many, or something is wrong."""
     made = []
     with connect(port, 15) as connection, contextlib.suppress(ConnectionError, TimeoutError, BrokenPipeError):
         cuts = sorted(rng.sample(range(len(message) + 1), min(len(message), rng.choice([0, 0, 1, 5]))))
@@ -259,7 +278,7 @@ def answers(port: int, message: bytes, rng: random.Random) -> list[tuple[int, by
             if not received:
                 break
             made = list(whole_answers(data))
-            if made and not data_left(data):
+            if made and len(made) >= least and not data_left(data):
                 connection.settimeout(0.25)  # is there another?
     return made
 
@@ -299,16 +318,46 @@ def complaint(what: str, good_ones: int, made: list[tuple[int, bytes]]) -> str |
     return None
 
 
-def probe(port: int, stop: Event, worst: Connection) -> None:
-    """Ask for health all the time, each time on a connection of its own; in a process that does nothing else. Sends how
-    often it asked, and its longest wait."""
+def ask_steadily(port: int, question: tuple[str, str, bytes], stop: Event, worst: Connection) -> None:
+    """Ask the same thing all the time, each time on a connection of its own; in a process that does nothing else. Sends
+    how often it asked, and its longest wait."""
     asked, longest = 0, 0.0
     while not stop.wait(0.02):
         began = time.monotonic()
-        if send(port, "GET", "/v2/health/live").status != 200:
+        if send(port, *question).status != 200:
             longest = float("inf")
         asked, longest = asked + 1, max(longest, time.monotonic() - began)
     worst.send((asked, longest))
+
+
+@contextlib.contextmanager
+def asking(port: int, *questions: tuple[str, str, bytes]) -> Iterator[list[tuple[int, float]]]:
+    """Ask all this meanwhile; the list is filled in the end: how often, and the longest wait."""
+    context = multiprocessing.get_context("spawn")
+    stop, found = context.Event(), list[tuple[int, float]]()
+    pipes = [context.Pipe(duplex=False) for _ in questions]
+    asking = [
+        context.Process(target=ask_steadily, args=(port, question, stop, pipe[1]))
+        for question, pipe in zip(questions, pipes, strict=True)
+    ]
+    for each in asking:
+        each.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        for each in asking:
+            each.join()
+    found.extend(ours.recv() for ours, _ in pipes)
+
+
+def settled_bytes(process: int) -> int:
+    """What is resident when nothing is under way: the least of a second."""
+    samples = []
+    for _ in range(20):
+        samples.append(resident_bytes(process))
+        time.sleep(0.05)
+    return min(samples)
 
 
 def attack(server: Running, count: int, seed: int) -> tuple[list[str], Counter[int]]:
@@ -325,7 +374,7 @@ def attack(server: Running, count: int, seed: int) -> tuple[list[str], Counter[i
                 return
             what, data, good_ones = message
             try:
-                made = answers(server.port, data, rng)
+                made = answers(server.port, data, good_ones, rng)
             except OSError as error:
                 wrong.append(f"{what}: {error!r}")
                 continue
@@ -341,26 +390,25 @@ def attack(server: Running, count: int, seed: int) -> tuple[list[str], Counter[i
 
 def run(engine: Path, log: Path, count: int) -> None:
     with nxm_serve(log, f"exact={engine}", "--text", "--access-log", "--read-timeout-ms", "1500") as server:
-        context = multiprocessing.get_context("spawn")
-        stop, (ours, its) = context.Event(), context.Pipe(duplex=False)
-        probing = context.Process(target=probe, args=(server.port, stop, its))
-        probing.start()
-        try:
+        with asking(server.port, HEALTH, SMALL) as asked:
             wrong, statuses = attack(server, count // 2, 0)
-            resident = resident_bytes(server.process.pid)
+            resident = settled_bytes(server.process.pid)
             more, more_statuses = attack(server, count // 2, 1)
-        finally:
-            stop.set()
-            probing.join()
-        asked, worst = ours.recv()
-        grown = resident_bytes(server.process.pid) - resident
-        print(f"{statuses + more_statuses}; health {asked} times, at most {worst:.3f} s")
+        grown = settled_bytes(server.process.pid) - resident
+        (probes, slowest_probe), (texts_, slowest_text) = asked
+        print(f"{statuses + more_statuses}; health {probes} times, at most {slowest_probe:.3f} s")
+        print(f"a small text {texts_} times, at most {slowest_text:.3f} s")
         print(f"resident after half of it {resident >> 20} MiB, then {grown >> 20:+} MiB")
         assert wrong + more == []
         assert sum((statuses + more_statuses).values()) > count // 2  # what is cut short has no answer
         assert min(statuses[200], statuses[400], statuses[413], statuses[431]) > 0
-        assert worst < 1
-        assert grown < 48 << 20  # the second half leaves nothing behind; what the first did is the allocator's
+        assert slowest_probe < 1
+        assert slowest_text < 3  # half a second on two idle cores; where they are busy, its threads wait several times
+        # 11 MiB were seen. They are free: through two thousand requests the objects and blocks that Python has, and
+        # what the C library has in use, stay the same. But Python keeps a mebibyte of its heap for as long as one
+        # object lives there, and requests of a million objects spread it. It was up to 31 before large blocks were
+        # mappings of their own.
+        assert grown < 24 << 20
         answer = send(server.port, "POST", INFER, json.dumps(good()).encode())
         np.testing.assert_array_equal(logits(answer), expected(feeds_of([4, 4])))
         assert 'code="500"' not in send(server.port, "GET", "/metrics").body.decode()

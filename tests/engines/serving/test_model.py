@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,12 @@ import pytest
 from engines.base import LoadOptions
 from engines.ort import backend as ort
 from engines.passport import load_passport
+from engines.serving.batching import QueuedRequest
 from engines.serving.model import open_model
 from engines.serving.protocol import InferRequest, TensorSpec
 from engines.serving.repository import EngineSource, Repository
 from engines.serving.settings import ModelOptions
+from engines.serving.shapes import usual_lengths
 from nxm_export.errors import ArtifactError, NxmError, ParityError, RequestRefused, ServeError
 from tests.support import exact_engine
 
@@ -143,6 +147,40 @@ def test_profiles_of_the_passport_are_what_is_served(copy: Path) -> None:
     edit(copy / "passport.json", profiles=[{"minimum": [1, 8], "optimum": [2, 16], "maximum": [4, 24]}])
     model = open_model("m", "1", copy, ONE)
     assert (model.buckets.buckets[0].length, model.buckets.longest.length, model.buckets.longest.most) == (8, 24, 4)
+    model.close()
+
+
+def test_rows_of_a_batch_are_limited_by_tokens_and_warm_up_keeps_to_them(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit(copy / "spec.json", max_length=8192)
+    exact_engine.cover(copy)
+    shapes: list[tuple[int, ...]] = []
+    run = ort.OrtEngine.run
+
+    def recorded(engine: ort.OrtEngine, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        shapes.append(feeds["input_ids"].shape)
+        return run(engine, feeds)
+
+    monkeypatch.setattr(ort.OrtEngine, "run", recorded)
+    model = open_model("m", "1", copy, replace(ONE, max_batch_tokens=3 * 8192))
+    assert model.buckets.longest.most == 3
+    assert set(shapes) == {(1, length) for length in usual_lengths(512)} | {(1, 8192), (3, 8192)}
+    model.close()
+
+
+@pytest.mark.parametrize(("merge", "expected"), [(None, [[0], [1]]), (2, [[0, 1]])])
+def test_on_a_cpu_documents_of_different_requests_run_alone_unless_asked_for(
+    copy: Path, merge: int | None, expected: list[list[int]]
+) -> None:
+    edit(copy / "spec.json", max_length=8192)
+    exact_engine.cover(copy)
+    model = open_model("m", "1", copy, replace(ONE, merge=merge))
+    requests = [QueuedRequest(exact_engine.feeds_of([4000], number), float("inf")) for number in range(2)]
+    for request in requests:
+        model.queue.submit(request)
+    taken = [model.queue.take() for _ in expected]
+    assert [[requests.index(request) for request in batch[1]] for batch in taken if batch] == expected
     model.close()
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +18,7 @@ from engines.serving.repository import Change, EngineSource, Repository
 from engines.serving.settings import ModelOptions
 from nxm_export.errors import ArtifactError, ParityError, RequestRefused
 from nxm_export.storage.json_files import as_objects, entry_at
+from nxm_export.storage.unreadable import is_without_room
 from tests.engines.serving.test_server import INFER, body_of, eventually, log_lines, metric
 from tests.support import exact_engine
 from tests.support.exact_engine import feeds_of
@@ -108,6 +112,64 @@ def test_a_refused_reload_is_tried_again_when_its_parity_report_arrives(
     assert settled(repository) == []
     exact_engine.write_parity(copy, passed=False)
     assert settled(repository) == [Change(KEY, reload=False)]
+
+
+def full(*_: object, **__: object) -> None:
+    """What opening a file does when there are no descriptors left."""
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_a_directory_that_cannot_be_looked_at_is_no_change_and_is_looked_at_later(
+    repository: Repository, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.read_text", full)
+        (change,) = repository.changed()
+        assert (change.reload, "ulimit -n" in str(change.trouble)) == (False, True)
+        assert repository.changed() == []  # one line of the log, not one a look
+    assert settled(repository) == []
+    now[0] += 10
+    assert settled(repository) == []  # nothing had changed
+
+
+def test_a_reload_that_had_no_room_is_tried_again(
+    repository: Repository, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer = exact_engine.build(tmp_path / "newer", seed=1, parity=True)
+    copy.rename(tmp_path / "old")
+    newer.rename(copy)
+    assert settled(repository) == [Change(KEY, reload=True)]
+    load = repository.begin_reload(KEY)
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.open", full)
+        patch.setattr("pathlib.Path.read_text", full)
+        with pytest.raises(ArtifactError, match="too many files are open") as refused:
+            load()
+    assert is_without_room(refused.value)
+    now = [time.monotonic()]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    repository.put_off(KEY)
+    assert settled(repository) == []
+    now[0] += 10
+    assert settled(repository) == [Change(KEY, reload=True)]
+    repository.replace(KEY, repository.begin_reload(KEY)())
+    assert settled(repository) == []
+
+
+def test_a_report_that_cannot_be_opened_has_not_failed(
+    repository: Repository, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It withdrew the model, for good: nothing changed afterwards."""
+    exact_engine.write_parity(copy, passed=True)
+    assert settled(repository) == [Change(KEY, reload=False)]
+    judge = repository.begin_judging(KEY)
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.read_text", full)
+        with pytest.raises(ArtifactError, match="too many files are open"):
+            judge()
+    assert judge() is None
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,10 @@ def test_config_and_statistics_are_what_perf_analyzer_reads(ours: Running) -> No
     for what, count in (("success", 2), ("fail", 1), ("queue", 2), ("compute_infer", 2)):
         assert after[what]["count"] - before[what]["count"] == count, what
         assert after[what]["ns"] > before[what]["ns"], what
+    compute = [after[f"compute_{part}"]["count"] for part in ("input", "infer", "output")]
+    assert (
+        len(set(compute)) == 1
+    )  # or perf_analyzer ends itself: "Server side statistics compute counts must be the same"
     everything: Any = send(ours.port, "GET", "/v2/models/stats").json()
     assert [entry["name"] for entry in everything["model_stats"]] == ["exact", "exact_text"]
     assert send(ours.port, "GET", "/v2/models/exact/versions/7/stats").status == 404

@@ -47,6 +47,27 @@ def test_a_gap_between_profiles_is_bridged_by_padding() -> None:
     assert buckets.buckets[buckets.index(1, 20)].length == 48
 
 
+@given(st.integers(1, 9000), st.integers(1, 40), st.integers(1, 20_000))
+def test_no_batch_holds_more_rows_or_tokens_than_allowed(longest: int, rows: int, tokens: int) -> None:
+    for bucket in plan_buckets(longest, rows, (), max_batch_tokens=tokens).buckets:
+        assert 1 <= bucket.most <= rows
+        assert bucket.most == 1 or bucket.most * bucket.length <= tokens
+        assert bucket.most == rows or (bucket.most + 1) * bucket.length > tokens
+
+
+def test_documents_share_a_batch_by_tokens_and_sentences_by_rows() -> None:
+    buckets = plan_buckets(8192, 32, ())
+    most = {bucket.length: bucket.most for bucket in buckets.buckets}
+    assert (most[512], most[2048], most[4096], most[8192]) == (32, 8, 4, 2)
+    with pytest.raises(RequestRefused, match="a batch of 3 rows of 8000 tokens is larger than the 2 that are served"):
+        buckets.index(3, 8000)
+
+
+def test_the_least_batch_of_a_profile_stays_possible_beyond_the_budget() -> None:
+    profiles = [Profile((8, 1), (8, 64), (16, 64))]
+    assert {(b.least, b.most) for b in plan_buckets(64, 16, profiles, max_batch_tokens=64).buckets} == {(8, 8), (8, 16)}
+
+
 @pytest.mark.parametrize(("rows", "length", "complaint"), [(1, 65, "longer than the 64"), (5, 3, "larger than the 4")])
 def test_what_no_bucket_has_room_for_is_refused(rows: int, length: int, complaint: str) -> None:
     buckets = plan_buckets(512, 32, [Profile((1, 1), (1, 32), (4, 64))])

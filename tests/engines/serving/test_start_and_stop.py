@@ -7,17 +7,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nxm_export.storage.json_files import entry_at
-from tests.engines.serving.test_server import INFER, body_of, eventually, log_lines, logits
+from tests.engines.serving.test_server import INFER, body_of, eventually, log_lines, logits, metric
 from tests.support.exact_engine import expected, feeds_of
 from tools.benchmarks.servers import Running, free_port, get, nxm_serve
-from tools.raw_http import send
+from tools.raw_http import connect, read, request, send
 
 
 @contextmanager
@@ -91,3 +91,20 @@ def test_told_again_it_waits_no_longer(engine: Path, tmp_path: Path) -> None:
         server.process.send_signal(signal.SIGTERM)
         assert eventually(lambda: send(server.port, "GET", "/v2/health/ready").status == 503)
         assert server.stop() == 0
+
+
+@pytest.mark.slow
+def test_what_is_not_done_in_the_time_for_a_stop_is_told_so(slow_engine: Path, tmp_path: Path) -> None:
+    """It got a 500 without a word, and the log a traceback."""
+    options = ("--instances", "1", "--threads", "1", "--merge", "1", "--drain-seconds", "1")
+    with nxm_serve(tmp_path / "log", f"exact={slow_engine}", "--gate", "off", *options) as server, ExitStack() as stack:
+        connections = [stack.enter_context(connect(server.port)) for _ in range(60)]
+        for connection in connections:
+            connection.sendall(request("POST", INFER, body_of(feeds_of([5]))))
+        assert eventually(lambda: metric(server, "nxm_queue_rows") > 40)
+        assert server.stop() == 0
+        answers = [read(connection) for connection in connections]
+    assert {answer.status for answer in answers} == {200, 503}
+    told = {str(entry_at(answer.json(), "error")) for answer in answers if answer.status == 503}
+    assert told == {"the server stops, and has no more time for this request"}
+    assert "Traceback" not in server.log.read_text()

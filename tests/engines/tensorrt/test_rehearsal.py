@@ -88,6 +88,20 @@ def engine(
     return request.param, root / "engine"
 
 
+def test_a_profile_that_is_beyond_the_gpu_is_refused_before_the_build(
+    driver: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    graph = export(checkpoint, tmp_path / "graph", target="trt", lowering="matmul")
+    env = environment(driver, "11.4", NXM_FAKE_MEMORY="100000")
+    build = ("build", graph.path, "--backend", "trt", "--out", tmp_path / "engine")
+    complaint = nxm(env, *build, code=1)
+    assert "a batch of 32x64 (batch x sequence) needs at least" in complaint
+    assert "and the GPU has 0.0 GB; lower --max-batch-tokens, or give --profile with fewer rows" in complaint
+    nxm({**env, "NXM_FAKE_MEMORY": "100000000"}, *build, "--max-batch-tokens", 128)
+    passport = json.loads((tmp_path / "engine" / "passport.json").read_text())
+    assert passport["profiles"] == [{"minimum": [1, 1], "optimum": [2, 64], "maximum": [2, 64]}]
+
+
 def test_an_engine_directory_is_complete_and_says_where_it_may_run(engine: BuiltEngine) -> None:
     version, directory = engine
     names = {file.name for file in directory.iterdir()}

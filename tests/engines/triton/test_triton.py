@@ -21,6 +21,7 @@ from engines.serving.repository import EngineSource
 from engines.serving.settings import TritonOptions
 from engines.triton import export_repository
 from nxm_export.cli import main
+from nxm_export.contract.token_budget import MAX_BATCH_TOKENS
 from nxm_export.errors import ArtifactError, ServeError
 from tests.engines.triton.conftest import PROFILES, plan_directory
 from tests.support import baked, exact_engine
@@ -116,6 +117,16 @@ def test_a_model_with_the_name_of_anothers_part_is_refused(engine: Path, tmp_pat
         export_repository(sources, tmp_path / "repo", TritonOptions(text=True, threads=1))
     assert not (tmp_path / "repo").exists()
     export_repository(sources, tmp_path / "repo", TritonOptions(threads=1))
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(MAX_BATCH_TOKENS, 32), (100, 2), (1, 1)])
+def test_without_profiles_the_longest_input_limits_the_rows(
+    engine: Path, tmp_path: Path, tokens: int, rows: int
+) -> None:
+    options = TritonOptions(text=True, max_batch_tokens=tokens)
+    export_repository([EngineSource("m", "1", engine)], tmp_path / "repo", options)
+    written = parse(*sorted((tmp_path / "repo").glob("*/config.pbtxt")))
+    assert {config["max_batch_size"] for config in written.values()} == {rows}
 
 
 def test_a_field_that_triton_does_not_know_is_found(engine: Path, tmp_path: Path) -> None:

@@ -339,6 +339,20 @@ def test_batches_hold_every_sample_once_and_the_longest_first() -> None:
     assert flat == sorted(flat, reverse=True)
 
 
+@given(st.lists(st.integers(0, 9000), max_size=40), st.integers(1, 40), st.integers(1, 20_000))
+def test_no_batch_has_more_samples_or_tokens_than_allowed(lengths: list[int], size: int, tokens: int) -> None:
+    batches = sorted_batches([{"input_ids": [0] * n} for n in lengths], size, tokens)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert 1 <= len(batch) <= size
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= tokens
+
+
+def test_short_samples_are_batched_by_their_number_alone() -> None:
+    assert [len(batch) for batch in sorted_batches([{"input_ids": [0] * 512}] * 70, 32)] == [32, 32, 6]
+    assert [len(batch) for batch in sorted_batches([{"input_ids": [0] * 8192}] * 5, 32)] == [2, 2, 1]
+
+
 @pytest.mark.parametrize(("content", "message"), [(None, "is missing"), ("{}", "not a readable tokenizer")])
 def test_a_missing_or_foreign_tokenizer_is_named(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressors.models import load_tokenizer as load_for_training
 from compressors.models import resolve
 from nxm_export.data.examples import Examples, encode
-from nxm_export.data.tokenization import copy_tokenizer, load_tokenizer
+from nxm_export.data.tokenization import copy_tokenizer, load_tokenizer, twin_of
 from nxm_export.data.tokenizer_settings import read_tokenizer_settings
 from nxm_export.errors import ArtifactError
 from tests.support import tiny
@@ -106,3 +107,24 @@ def test_a_model_without_tokenizer_files_is_refused(tmp_path: Path, kept: set[st
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
     with pytest.raises(ArtifactError, match=r"knows no token but special ones|cannot be loaded"):
         load_for_training(resolve(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "albert"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_twin_makes_the_same_tokens_and_has_settings_of_its_own(family: str, side: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write(tmp_path / "model", family, truncation_side=side))
+    tokenizer.enable_truncation(9, direction=side)
+    twin = twin_of(tokenizer)
+    for texts in (("a good film , and a <mask> [MASK] plot",), ("good " * 20, "bad plot")):
+        ours, its = tokenizer.encode(*texts), twin.encode(*texts)
+        assert (its.ids, its.type_ids, its.attention_mask) == (ours.ids, ours.type_ids, ours.attention_mask)
+    twin.no_truncation()
+    assert tokenizer.truncation is not None
+    assert len(tokenizer.encode("good " * 20).ids) == 9
+
+
+def test_a_twin_that_would_be_another_tokenizer_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(write(tmp_path / "model", "bert"))
+    other = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0}, "[UNK]"))
+    monkeypatch.setattr("tokenizers.Tokenizer", lambda _: other)
+    assert twin_of(tokenizer).encode("a good film").ids == tokenizer.encode("a good film").ids

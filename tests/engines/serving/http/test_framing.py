@@ -71,7 +71,9 @@ def received(data: bytes, cuts: list[int]) -> Requests:
 
 
 H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
-bodies = st.binary(max_size=300) | st.sampled_from([b"GET /smuggled HTTP/1.1\r\n\r\n", b"0\r\n\r\n", b"\r\n" * 9])
+bodies = st.binary(max_size=300) | st.sampled_from(
+    [b"x" * (3 * LIMIT), b"GET /smuggled HTTP/1.1\r\n\r\n", b"0\r\n\r\n", b"\r\n" * 9]
+)
 
 
 @st.composite
@@ -83,13 +85,16 @@ def messages(draw: st.DrawFn) -> tuple[bytes, bytes]:
         sizes, chunked, rest = draw(st.lists(st.integers(1, 99), min_size=1)), b"", body
         while rest:
             size = sizes.pop() if sizes else len(rest)
-            chunked, rest = (
-                chunked + b"%x%s\r\n%s\r\n" % (len(rest[:size]), b";a=b" * draw(st.integers(0, 1)), rest[:size]),
-                rest[size:],
-            )
+            number = draw(st.sampled_from([b"%x", b"%X", b"%020x", b"%064X"])) % len(rest[:size])
+            chunked += b"%s%s\r\n%s\r\n" % (number, b";a=b" * draw(st.integers(0, 1)), rest[:size])
+            rest = rest[size:]
         framing, sent = (
             b"Transfer-Encoding: chunked",
-            chunked + b"0\r\n" + draw(st.sampled_from([b"", b"X: y\r\n"])) + b"\r\n",
+            chunked
+            + draw(st.sampled_from([b"0", b"0" * 40]))
+            + b"\r\n"
+            + draw(st.sampled_from([b"", b"X: y\r\n"]))
+            + b"\r\n",
         )
     else:
         framing, sent = b"Content-Length: %d" % len(body), body
@@ -140,6 +145,7 @@ def test_one_limit_of_a_head_holds_in_every_split(size: int, cuts: list[int], se
         b"\r\n" * 9999,
         b"GET / HTTP/1.1\r\n" + b"Upgrade: h2c\r\n" * 999,
         b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1;" + b"a" * 9999,
+        b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + b"0" * 9999,
         b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n" + b"X: y\r\n" * 999,
     ],
 )
@@ -170,6 +176,16 @@ def test_a_body_that_has_no_one_length_is_refused(smuggling: bytes) -> None:
         cuts = random.Random(seed).sample(range(len(message)), seed * 3)
         requests = received(message, cuts)
         assert (requests.error, requests.seen) == ("malformed", []), cuts
+
+
+@pytest.mark.parametrize(
+    "size", [b"f" * 16, b"1" + b"0" * 16, b"0" * 20 + b"f" * 17, b"0x5", b"-1", b"", b" 5", b"5 5", b"g"]
+)
+def test_a_chunk_of_no_size_that_can_be_is_refused(size: bytes) -> None:
+    message = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + size + b"\r\n" + b"x" * 9999
+    for cuts in ([], list(range(0, len(message), 7))):
+        requests = received(message, cuts)
+        assert (requests.error, requests.seen) == ("" if size == b"f" * 16 else "malformed", [])
 
 
 def test_a_trailer_is_no_header() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import resource
+import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +19,7 @@ from engines.serving.http.open_files import AcceptFailures, require_open_files
 from nxm_export.cli import main
 from nxm_export.errors import ServeError
 from tests.engines.serving.test_server import eventually, log_lines
+from tests.support import exact_engine
 from tools.benchmarks.servers import nxm_serve
 from tools.raw_http import connect, send
 
@@ -99,9 +101,34 @@ def test_a_server_without_descriptors_writes_little_and_recovers(engine: Path, t
         assert eventually(lambda: any("open files" in str(line["event"]) for line in log_lines(server)))
         time.sleep(2)  # two tries of asyncio, which leave no other trace
         lines = log_lines(server)
-        assert len([line for line in lines if line["level"] == "error"]) == 1
+        errors = [str(line["event"]) for line in lines if line["level"] == "error"]
+        assert len(set(errors)) == len(errors)  # of connections and of the directory that is watched, each once
         assert len(lines) < 10
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
         for connection in held:
             connection.close()
         assert eventually(lambda: send(server.port, "GET", "/v2/health/ready").status == 200)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux changes the limits of another process")
+def test_a_change_that_comes_while_descriptors_are_out_is_taken_over_later_and_the_log_names_the_cause(
+    engine: Path, tmp_path: Path
+) -> None:
+    served = Path(shutil.copytree(engine, tmp_path / "served"))
+    newer = exact_engine.build(tmp_path / "newer", seed=1, parity=True)
+    with nxm_serve(tmp_path / "log", f"exact={served}", "--watch-seconds", "0.2") as server:
+        pid = server.process.pid
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, hard))
+        served.rename(tmp_path / "old")
+        newer.rename(served)
+        time.sleep(2)
+        (line,) = [line for line in log_lines(server) if line["level"] == "error"]
+        assert "put off; the old engine goes on" in str(line["event"])
+        assert "Too many open files" in str(line["reason"])
+        assert "ulimit -n" in str(line["reason"])
+        assert "build" not in str(line["reason"])
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+        assert eventually(lambda: any(line["event"] == "reloaded" for line in log_lines(server)), 30)
+        assert send(server.port, "GET", "/v2/health/ready").status == 200

@@ -10,6 +10,7 @@ R cuDriverGetVersion(int *v) { *v = 13000; return 0; }
 R cuDeviceGetCount(int *n) { const char *none = getenv("NXM_FAKE_NO_GPU"); *n = none ? 0 : 1; return 0; }
 R cuDeviceGet(int *d, int i) { *d = i; return i ? 101 : 0; }
 R cuDeviceGetName(char *s, int n, int d) { const char *name = getenv("NXM_FAKE_GPU"); strncpy(s, name ? name : "Fake A100", n); return d; }
+R cuDeviceTotalMem_v2(size_t *n, int d) { const char *bytes = getenv("NXM_FAKE_MEMORY"); *n = bytes ? strtoull(bytes, 0, 10) : 40000000000ull; return d; }
 R cuDeviceGetAttribute(int *v, int a, int d) { *v = a == 75 ? 8 : 0; return d; }
 R cuDevicePrimaryCtxRetain(void **c, int d) { *c = (void *)1; return d; }
 R cuDevicePrimaryCtxRelease_v2(int d) { return d; }

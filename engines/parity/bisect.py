@@ -240,6 +240,7 @@ class _Boundary:
         self.accumulated, self.isolated = _Kind(), _Kind()
         self.top = 0.0
         self.broken = 0  # samples whose output is not finite, for a finite input
+        self.unsound = 0  # samples for which the checkpoint's own output is not finite
 
     def judged(self, block: str, *, quantized: bool) -> BlockParity:
         """The verdict on what the boundary ends."""
@@ -251,6 +252,8 @@ class _Boundary:
         enough = same_noise * own.rounding_noise.rows >= UNCHANGED_SAMPLES
         required = same_noise / UNCHANGED_FACTOR if enough else 0.0
         complaints = []
+        if self.unsound:
+            complaints.append(f"the checkpoint itself gives NaN or infinity in {self.unsound} samples")
         if self.broken:
             complaints.append(f"NaN or infinity in {self.broken} of {own.engine.samples} samples")
         if not own.engine.max <= limit:
@@ -291,6 +294,7 @@ def _tally(tallies: Mapping[str, _Boundary], actual: Values, runs: Mapping[str, 
             if before is not None and not np.isfinite(before[i]).all():
                 continue  # what the block read was not finite already
             tally.broken += not np.isfinite(values).all()
+            tally.unsound += not np.isfinite(exact.isolated[name][i]).all()
             tally.top = max(tally.top, float(np.abs(exact.isolated[name][i]).max()))
             tally.isolated.add(values, exact.isolated[name][i], noise.isolated[name][i], shift.isolated[name][i])
         before = actual[name]

@@ -235,7 +235,8 @@ def _judged(
     worst: tuple[float, float, float] = (-1.0, 0.0, 0.0)  # error in tolerances, error, tolerance
     for output, tolerance in contrast.tolerances.items():
         pairs = zip(contrast.actual, contrast.expected, strict=True)
-        error_ = max(float(apart(theirs[output], ours[output]).max()) for ours, theirs in pairs)
+        # NumPy's largest number of some is NaN where one is; Python's hides it behind a number that came first.
+        error_ = float(np.max([apart(theirs[output], ours[output]).max() for ours, theirs in pairs]))
         if not np.isfinite((error_, tolerance)).all():
             return ProbeResult(name, False, None, None, f"{about}: {output} is too far off for a number")
         worst = max(worst, (error_ / tolerance if tolerance else np.inf if error_ else 0.0, error_, tolerance))

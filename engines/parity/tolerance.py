@@ -92,7 +92,11 @@ class OutputParity:
     def complaint(self) -> str:
         """What is wrong with an output that failed, in numbers."""
         numbers = (
-            f"{self.nonfinite} of its values are NaN or infinity"
+            (
+                f"{self.nonfinite} of its values are NaN or infinity"
+                if self.nonfinite
+                else "no distance to the checkpoint"
+            )
             if self.max_abs is None or self.mean_abs is None
             else f"max {self.max_abs:.4g} (tolerated {self.max_tolerance:.4g}), "
             f"mean {self.mean_abs:.4g} (tolerated {self.mean_tolerance:.4g})"

@@ -55,7 +55,7 @@ def test_unsigned_activations_change_no_bit(placement: str, tiny_graph: Callable
     np.testing.assert_array_equal(unsigned, signed)
 
 
-@pytest.mark.parametrize("family", variants(("bert", "roberta", "distilbert", "mpnet"), ("bert", "mpnet")))
+@pytest.mark.parametrize("family", variants(("bert", "roberta", "distilbert", "mpnet"), ("bert",)))
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_integer_products_and_fused_attention_differ_by_float_rounding_alone(
     placement: str, family: str, tiny_graph: Callable[..., Path], tmp_path: Path

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.parity.bisect import bisect
+from engines.parity.bisect import _Boundary, _ReferenceRun, _tally, bisect
 from engines.parity.bisect_reports import BISECT_FILE, read_bisect_report
 from engines.parity.compare import compare
 from engines.parity.reports import PARITY_FILE, read_parity_report
@@ -133,3 +133,21 @@ def test_a_block_that_reads_what_it_would_have_read_anyway_writes_the_same(famil
 def test_no_samples_are_refused(tiny_checkpoint: Callable[..., Path], tiny_engine: Callable[..., Path]) -> None:
     with pytest.raises(DataError, match="no samples"):
         bisect(tiny_checkpoint("bert"), tiny_engine("ort"), [])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("engine_too", [False, True])
+def test_a_checkpoint_that_gives_no_number_never_passes(bad: float, engine_too: bool) -> None:
+    """Whatever is tolerated around a value that is none, the engine is not right."""
+    good = np.ones((3, 4), np.float32)
+    broken = good.copy()
+    broken[1, 2] = bad
+    runs = {
+        name: _ReferenceRun({"block": [good, broken]}, {"block": [good, broken]})
+        for name in ("exact", "rounding_noise", "one_step_shift")
+    }
+    boundary = _Boundary()
+    _tally({"block": boundary}, {"block": [good, broken if engine_too else good]}, runs)
+    judged = boundary.judged("block", quantized=True)
+    assert judged.passed is False
+    assert judged.reason.startswith("the checkpoint itself gives NaN or infinity in 1 samples")

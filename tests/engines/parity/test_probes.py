@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.parity.probes import Expected, Loaded, probe, probe_samples
+from engines.parity.probes import Expected, Loaded, _Contrast, _judged, probe, probe_samples
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.data.examples import inputs_of, sample_of
 from tests.support import baked
@@ -95,3 +95,18 @@ def test_batch_probes_of_documents_keep_to_the_budget_of_tokens() -> None:
     assert max(rows for rows, _ in shapes) == 9
     assert (results["maximum length"].passed, results["maximum length"].reason) == (None, "no room")
     assert {result.passed for name, result in results.items() if name != "maximum length"} == {True}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_value_that_is_none_fails_a_probe_wherever_it_stands(bad: float, at: int) -> None:
+    """Of the reference, of the engine and of both; behind rows that are alike, and in front of them."""
+    rows = [{"logits": np.zeros(2, np.float32)} for _ in range(3)]
+    broken = [dict(row) for row in rows]
+    broken[at] = {"logits": np.array([0.0, bad], np.float32)}
+    loaded: Any = None  # nothing is run: no shapes
+    for actual, expected in ((broken, rows), (rows, broken), (broken, broken)):
+        contrast = _Contrast(actual, expected, {"logits": 0.5})
+        with np.errstate(invalid="ignore"):
+            result = _judged(loaded, "a probe", [], lambda contrast=contrast: contrast, "rows")  # type: ignore[misc]
+        assert result.passed is False

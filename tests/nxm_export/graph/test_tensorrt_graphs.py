@@ -52,7 +52,7 @@ def nodes(file: Path) -> list[str]:
     ("family", "placement"),
     variants(
         [(name, placement) for name, family in FAMILIES.items() for placement in family.placements],
-        lambda pair: pair[0] == "bert" or pair == ("modernbert", "attention"),
+        lambda pair: pair[0] == "bert",
     ),
 )
 def test_every_preset_of_every_family_means_the_same_in_pytorch_and_onnx(

@@ -268,7 +268,8 @@ def alike(ours: Path, theirs: Path) -> Alike:
             masks += int(((value != 0) == (other != 0)).sum())
             weights += int((value == other).sum())
             total += value.numel()
-            largest = max(largest, float((value - other).abs().max()))
+            apart = float((value - other).abs().max())
+            largest = max(largest, apart if apart == apart else float("inf"))  # Python's max would pass NaN over
     return Alike(masks / max(total, 1), weights / max(total, 1), largest)
 
 

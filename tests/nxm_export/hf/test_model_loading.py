@@ -12,6 +12,7 @@ import pytest
 
 from compressors.models import load_model, resolve
 from nxm_export.contract.checkpoint import read_config
+from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.tasks import TASKS, labels_of, task_of
 from nxm_export.errors import ArtifactError
 from nxm_export.hf.model_loading import load_task_model
@@ -46,24 +47,17 @@ def with_copy(old: str, new: str) -> Callable[[Weights], Weights]:
         (("bert", "classification"), ("albert", "classification"), ("bert", None)),
     ),
 )
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("layer.1.", "layer.2."),
-        ("query.bias", "distance_embedding.weight"),
-        ("embeddings.LayerNorm", "embeddings.more"),
-    ],
-    ids=["more layers", "relative positions", "embeddings"],
-)
-def test_what_the_model_does_not_take_is_an_error(
-    tmp_path: Path, family: str, head: str | None, old: str, new: str
-) -> None:
-    old = {
-        "albert": old.replace("layer.1.", "albert_layers.0."),
-        "distilbert": old.replace("query", "q_lin"),
-        "deberta-v2": old.replace("query", "query_proj"),
-    }.get(family, old)
-    new = new.replace("layer.2.", "albert_layers.1.") if family == "albert" else new
+@pytest.mark.parametrize("what", ["more layers", "relative positions", "embeddings"])
+def test_what_the_model_does_not_take_is_an_error(tmp_path: Path, family: str, head: str | None, what: str) -> None:
+    kind = FAMILIES[family]
+    blocks, query = kind.block.split(".")[-2], kind.linears[0].path.rpartition(".")[2]
+    norm = "embeddings.norm" if family == "modernbert" else "embeddings.LayerNorm"
+    first = 0 if family == "albert" else 1
+    old, new = {
+        "more layers": (f"{blocks}.{first}.", f"{blocks}.{first + 1}."),
+        "relative positions": (f"{query}.weight", "distance_embedding.weight"),
+        "embeddings": (norm, "embeddings.more"),
+    }[what]
     path = changed(tiny.write_model(family, tmp_path, head=head), with_copy(old, new))
     with pytest.raises(ArtifactError, match="weights that the model does not take"):
         load_model(resolve(path), CLASSIFICATION, classes=None if head else ["a", "b"])

@@ -15,6 +15,7 @@ import pytest
 import nxm_export as nxm
 from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
+from engines.passport import load_passport
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import INT8_ATTENTION
@@ -124,7 +125,10 @@ def _export(target: str) -> Callable[[Family, Path], None]:
 def _build(backend: str) -> Callable[[Family, Path], None]:
     def stage(family: Family, scratch: Path) -> None:
         directory = family.engine(backend)
-        if backend != "trt_rtx":  # which runs on a GPU alone
+        if backend == "trt_rtx":  # which runs on a GPU alone
+            in_float = load_passport(directory).options["float_products"]
+            assert list(in_float) == tiny.float_on_rtx(family.name)  # type: ignore[call-overload]
+        else:
             nxm.compare(directory, family.dev).require()
 
     return stage

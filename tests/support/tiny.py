@@ -121,6 +121,16 @@ def matrices(family: str, layers: int = LAYERS) -> int:
     return len(KNOWN[family].linears) * (1 if family == "albert" else layers)
 
 
+def float_on_rtx(family: str, layers: int = LAYERS) -> list[str]:
+    """The planned products that TensorRT-RTX 1.7 runs in float: of a fused matrix of query, key and value it takes the
+    three parts of the dequantized weight."""
+    from nxm_export.contract.families import FAMILIES as KNOWN
+
+    kind = KNOWN[family]
+    paths = [linear.path for linear in kind.linears if linear.role == "qkv"]
+    return [f"{kind.base}.{kind.block.format(i=i)}.{path}" for i in range(layers) for path in paths]
+
+
 def pad_id(family: str) -> int:
     """The id of padding in a family's tiny models."""
     return 1 if family in LIKE_ROBERTA else 0

@@ -85,7 +85,19 @@ def constant(value: ir.Value | None) -> np.ndarray:
 SHORT_PAIRS = (("roberta", "classification"), ("albert", "classification"))
 
 
-@pytest.mark.parametrize(("family", "task"), variants(PAIRS, lambda pair: pair[0] == "bert" or pair in SHORT_PAIRS))
+# Families whose blocks, masks and heads are those of another one: two tasks of each in `make test-slow`.
+ALIKE = ("xlm-roberta", "camembert", "gte", "jina_embeddings_v3")
+
+
+def marked(pair: tuple[str, str]) -> Any:
+    """A pair with the mark of the command that runs it."""
+    if pair[0] == "bert" or pair in SHORT_PAIRS:
+        return pytest.param(*pair)
+    alike = pair[0] in ALIKE and pair[1] not in ("classification", "embedding")
+    return pytest.param(*pair, marks=[pytest.mark.exhaustive if alike else pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("family", "task"), [marked(pair) for pair in PAIRS])
 class TestEveryFamilyAndTask:
     def test_the_graph_holds_the_checkpoints_codes_and_scales(self, exported: tuple[Checkpoint, Path]) -> None:
         checkpoint, graph = exported

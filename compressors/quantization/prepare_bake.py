@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from compressors.quantization.observers import HistogramObserver
 from nxm_export.contract.encoder_family import BLOCK, FFN, OPERANDS, Family
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.errors import ArtifactError
+from nxm_export.hf.protocols import HasAttention
 
 SOFTMAX_SCALE = 1.0 / 127.0  # probabilities lie in [0, 1], so the scale needs no calibration
 _INT8_ATTENTION = "nxm_int8"  # the name of our attention function in transformers
@@ -189,10 +190,6 @@ def require_invariants(model: nn.Module) -> None:
             )
 
 
-class _HasAttention(Protocol):
-    def set_attn_implementation(self, name: str) -> None: ...
-
-
 class OperandQuantizers(nn.ModuleDict):
     """The quantizers of what attention multiplies where no linear layer writes it as it is: query, key and value,
     behind a rotation or the split of a fused matrix."""
@@ -214,7 +211,7 @@ def use_int8_attention(model: nn.Module, family: Family, config: Mapping[str, ob
 
     AttentionInterface.register(_INT8_ATTENTION, _int8_attention)
     AttentionMaskInterface.register(_INT8_ATTENTION, eager_mask)
-    cast(_HasAttention, model).set_attn_implementation(_INT8_ATTENTION)
+    cast(HasAttention, model).set_attn_implementation(_INT8_ATTENTION)
     if not family.operands_are_outputs:
         for block in family.blocks(config):
             setattr(model.get_submodule(f"{block}.{family.attention.path}"), _OPERANDS, OperandQuantizers())

@@ -223,8 +223,7 @@ class OneShot:
         """What became of a weight; `option` is one of its `options`, whatever its output."""
         bare = replace(option, output_bits=None)
         if (weight, bare) not in self._made:
-            block = next(block for block in self.probe.blocks if weight.startswith(f"{block}."))
-            self._make(block)
+            self._make(self.probe.family.block_of(weight))
         return self._made[weight, bare]
 
     def share(self) -> None:

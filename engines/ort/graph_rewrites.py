@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nxm_export.hf.finite_masks import MASKED  # the fused operator is told what padding gets in the graph
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 CONTRIB = "com.microsoft"
-MASKED = -1e4  # what `nxm_export.graph.exporter` adds to the scores of padding; the fused operator is told the same
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,16 @@ negative score, and a row of which everything is masked is then no number.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from nxm_export.hf.protocols import HasAttention
+
 MASKED = -1e4  # added to the attention scores of padding: finite in float16, and exp() of it is 0
 _NAME = "nxm_finite"  # of both functions in transformers
-
-
-class _HasAttention(Protocol):
-    def set_attn_implementation(self, name: str) -> None: ...
 
 
 def use_finite_masks(model: torch.nn.Module) -> None:
@@ -28,7 +26,7 @@ def use_finite_masks(model: torch.nn.Module) -> None:
 
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, cast("Callable[..., object]", _mask))
-    cast(_HasAttention, model).set_attn_implementation(_NAME)
+    cast("HasAttention", model).set_attn_implementation(_NAME)
 
 
 def _mask(

@@ -17,6 +17,7 @@ from compressors.pruning.permutation import (
     channel_order,
     permute_channels,
     permute_residual,
+    require_unchanged,
     residual_order,
     retained_sum,
 )
@@ -155,6 +156,14 @@ def test_another_order_of_the_residual_stream_changes_no_output(family: str, tmp
     torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=1e-5)
     for one, other in zip(actual.hidden_states, expected.hidden_states, strict=True):
         torch.testing.assert_close(one, other[..., order], rtol=0, atol=1e-5)
+
+
+def test_another_function_is_refused_and_rounding_is_not() -> None:
+    family, outputs = FAMILIES["bert"], torch.linspace(-2.0, 2.0, 12).reshape(4, 3)
+    require_unchanged(outputs, outputs + 1e-6, family)
+    for other in (outputs + 0.01, torch.full_like(outputs, torch.nan)):
+        with pytest.raises(PlanError, match="--permute changes what this bert model computes"):
+            require_unchanged(outputs, other, family)
 
 
 def test_a_head_as_wide_as_the_model_keeps_its_order(tmp_path: Path) -> None:

@@ -6,10 +6,13 @@ from typing import Any, cast
 
 import pytest
 
+from nxm_export.contract.checkpoint import read_config
 from nxm_export.contract.encoder_family import INSIDE
 from nxm_export.contract.families import FAMILIES, family_of
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
+from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError, PlanError
+from nxm_export.hf.model_loading import load_pretrained
 from nxm_export.hf.protocols import AutoClass
 from tests.support import tiny
 
@@ -124,6 +127,19 @@ def test_quantizers_stand_only_where_the_family_has_a_place_for_them() -> None:
     with pytest.raises(PlanError, match=r"query\.weight: attention int8 needs output_bits 8"):
         family.require_placement(CompressionPlan("bert", inputs, shapes, attention="int8"))
     assert {linear.role for linear in family.linears if linear.writes == INSIDE} == {"ffn_up"}
+
+
+def test_a_residual_stream_that_is_never_normalised_stays_in_float() -> None:
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    with pytest.raises(PlanError, match="residual stream of modernbert is never normalised"):
+        FAMILIES["modernbert"].uniform_plan(sizes, WeightSpec.parse("W8"), residual="int8")
+
+
+@pytest.mark.parametrize("name", ["nomic_bert", "gte"])
+def test_a_head_that_transformers_lacks_is_refused_by_name(name: str, tmp_path: Any) -> None:
+    path = tiny.write_model(name, tmp_path, layers=1)
+    with pytest.raises(ArtifactError, match=f"no head for question-answering in the {name} family"):
+        load_pretrained(path, read_config(path), TASKS["question-answering"])
 
 
 def test_a_name_of_no_role_is_refused() -> None:

@@ -27,6 +27,7 @@ from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.tasks import task_named
 from nxm_export.errors import EngineError, EngineUnavailable
+from nxm_export.hf.finite_masks import read_rows_of_padding
 from nxm_export.hf.model_loading import load_task_model
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class TorchEngine(Closing):
             model.double()
         if family.attention.interface:
             use_blocked_attention(model)
+        read_rows_of_padding(model)
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name."""

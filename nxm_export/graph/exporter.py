@@ -56,7 +56,7 @@ from nxm_export.graph.qdq import add_initializer, fold_float_weight, linears_of,
 from nxm_export.graph.reading.graph_weights import array_of, save_graph
 from nxm_export.graph.verifier import verify
 from nxm_export.hf.deberta import write_out_attention
-from nxm_export.hf.finite_masks import MASKED, use_finite_masks
+from nxm_export.hf.finite_masks import MASKED, read_rows_of_padding, use_finite_masks
 from nxm_export.hf.model_loading import load_task_model
 from nxm_export.storage.atomic import atomic_dir, require_apart, require_replaceable
 from nxm_export.storage.json_files import encode
@@ -315,6 +315,7 @@ def traced_module(path: Path, task: Task, family: Family, dtype: str) -> torch.n
     if family.attention.interface and not family.attention.takes_bias_mask:
         use_finite_masks(model)
     write_out_attention(model, fixed_positions=True)
+    read_rows_of_padding(model)
     return Traced(model)
 
 

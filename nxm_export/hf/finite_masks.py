@@ -1,7 +1,8 @@
 """Attention for models that make their masks themselves: what is masked gets a finite number added to its scores.
 
 transformers masks with the smallest number of the type. In half precision that overflows to minus infinity beside a
-negative score, and a row of which everything is masked is then no number.
+negative score, and a row of which everything is masked is then no number. A head that divides by how many tokens there
+are gets no number for a row of padding alone, which batches are filled up with.
 """
 
 from __future__ import annotations
@@ -27,6 +28,27 @@ def use_finite_masks(model: torch.nn.Module) -> None:
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, cast("Callable[..., object]", _mask))
     cast("HasAttention", model).set_attn_implementation(_NAME)
+
+
+def read_rows_of_padding(model: torch.nn.Module) -> None:
+    """Let a model whose head takes the mean of the tokens read the first token of a row that is padding alone, so that
+    its output is a number. No other row changes, and no other model."""
+    if getattr(getattr(model, "config", None), "classifier_pooling", None) == "mean":
+        model.register_forward_pre_hook(_with_a_token, with_kwargs=True)
+
+
+def _with_a_token(
+    _: torch.nn.Module, arguments: tuple[object, ...], named: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """The same call with a mask (batch, sequence) of which every row has a token."""
+    import torch
+
+    mask = named.get("attention_mask")
+    if not isinstance(mask, torch.Tensor):
+        return arguments, named
+    first = torch.arange(mask.shape[1], device=mask.device) == 0
+    empty = mask.sum(1, keepdim=True) == 0
+    return arguments, {**named, "attention_mask": mask + (empty & first).to(mask.dtype)}
 
 
 def _mask(

@@ -82,7 +82,7 @@ def write_model(
 
     `head` is None for an encoder alone (what pretraining leaves), else a task; `classes` are those of
     ``classification``. For ``embedding`` it is a sentence-transformers directory with the mean of the tokens, at length
-    1. `options` are more fields of an ALBERT's or a DeBERTa's configuration.
+    1. `options` are more fields of an ALBERT's, a DeBERTa's or a ModernBERT's configuration.
     """
     import torch
     import transformers
@@ -372,7 +372,7 @@ def _config(family: str, hidden: int, intermediate: int, layers: int, options: M
         "camembert": lambda: transformers.CamembertConfig(**like_roberta, type_vocab_size=1),
         "mpnet": lambda: transformers.MPNetConfig(**like_roberta),
         # Windows shorter than the inputs, and a block of either kind.
-        "modernbert": lambda: transformers.ModernBertConfig(**common, **sizes, **windows),
+        "modernbert": lambda: transformers.ModernBertConfig(**{**common, **sizes, **windows, **(options or {})}),
         "nomic_bert": lambda: transformers.NomicBertConfig(**common, **sizes),
         "gte": lambda: transformers.GteConfig(**common, **sizes),
         "jina_embeddings_v3": lambda: transformers.JinaEmbeddingsV3Config(**common, **sizes),

@@ -16,6 +16,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engines.reference import pytorch
 from nxm_export.contract.checkpoint import open_checkpoint, read_config
 from nxm_export.contract.families import family_of
 from nxm_export.contract.io_spec import IOSpec
@@ -296,3 +297,21 @@ def test_a_graph_rotates_as_its_configuration_says(tmp_path: Path) -> None:
     expected = outputs(loaded(path), {name: torch.from_numpy(array) for name, array in feeds.items()})
     actual = onnx_text.run(tmp_path / "graph" / "model.onnx", feeds)["logits"]
     torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_of_padding_has_a_number_where_the_head_takes_the_mean(tmp_path: Path) -> None:
+    """ModernBERT's head divides by the number of tokens; batches are filled up with rows that have none."""
+    path = write("modernbert", "classifier_pooling", "mean", tmp_path / "m")
+    task, family = TASKS["classification"], family_of(read_config(path))
+    feeds = {name: torch.from_numpy(array) for name, array in baked.feeds("modernbert", 4, 11, padding=3).items()}
+    feeds["attention_mask"][2] = 0
+    expected = outputs(loaded(path), feeds)
+    assert not bool(expected[2].isfinite().any())
+    with torch.no_grad():
+        actual = traced_module(path, task, family, "float32")(*feeds.values())[0]
+    assert bool(actual.isfinite().all())
+    torch.testing.assert_close(actual[[0, 1, 3]], expected[[0, 1, 3]], rtol=1e-4, atol=1e-4)
+    with pytorch.load(path, task=task.name, exact=True) as reference:
+        logits = reference.run({name: value.numpy() for name, value in feeds.items()})["logits"]
+    assert bool(torch.from_numpy(logits).isfinite().all())
+    torch.testing.assert_close(torch.from_numpy(logits).float(), actual, rtol=1e-3, atol=1e-3)

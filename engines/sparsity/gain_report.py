@@ -11,10 +11,11 @@ from engines.sparsity.judgement import SparsityTarget
 from engines.sparsity.kernel_names import Existence, sparse_kernel_exists
 from engines.sparsity.targets import sparsity_target, target_problems
 from engines.sparsity.workload import Workload
+from nxm_export.contract.choices import LOWERING
 from nxm_export.storage.json_files import to_builtins, to_json_object
 
 CPU = "cpu"
-_FORMS = ("matmul", "conv1x1")  # of a linear layer in a graph (`nxm export --lowering`)
+_FORMS = (LOWERING, "conv1x1")  # of a linear layer in a graph (`nxm export --lowering`)
 _OUTPUTS = ("int8", "float16")
 _FEW_TOKENS = (
     "so few tokens wait for weights: where the cache holds more of the 2:4 weights than of the dense ones, 2:4 can "
@@ -63,9 +64,13 @@ class GainReport:
         return "" if self.target is None else f"{_NAMES[self.target.backend]} {self.target.version}"
 
     @property
-    def kernel_known(self) -> bool:
-        """True where some sparse INT8 kernel is known to exist."""
-        return any(kernel.exists for kernel in self.kernels)
+    def kernels_in_words(self) -> str:
+        """Empty where the usual form of a product has a sparse kernel; else which form has one, or that none is known
+        to."""
+        known = [form for form in _FORMS if any(kernel.exists for kernel in self.kernels if kernel.form == form)]
+        if not known:
+            return f"whether {self.runtime} has a sparse kernel for it is unknown"
+        return "" if LOWERING in known else f"a sparse kernel is known for {known[0]} alone (`nxm export --lowering`)"
 
     @property
     def verdict(self) -> str:
@@ -73,12 +78,12 @@ class GainReport:
         if self.gain is None:
             return f"2:4 cannot pay here: {self.why_not}"
         estimate = self.gain.estimate
-        unknown = "" if self.kernel_known else f"; whether {self.runtime} has a sparse kernel for it is unknown"
+        kernels = f"; {self.kernels_in_words}" if self.kernels_in_words else ""
         low, high = sorted((estimate.memory.speedup, estimate.cache.speedup))
         products = " in the products" if estimate.memory.product_share is None else ""
         return (
             f"2:4 can gain at most {self.gain.bound.speedup:.2f}x over dense INT8 here (bound), and {low:.2f}x to "
-            f"{high:.2f}x{products} if every step ran at its limit (estimate){unknown}"
+            f"{high:.2f}x{products} if every step ran at its limit (estimate){kernels}"
         )
 
     def to_dict(self) -> dict[str, object]:

@@ -48,7 +48,7 @@ def _print(report: GainReport) -> None:
     click.echo(f"verdict: {report.verdict}")
     if report.gain is None:
         return
-    click.echo("Nothing here is measured: `nxm inspect` and `nxm bench` measure an engine on its GPU.")
+    click.echo("Nothing here is measured (docs/will-it-pay.md: what it assumes). `nxm bench` measures engines.")
     title = f"{report.model} on {report.gpu} at {report.batch}x{report.sequence}"
     print_table(title, ("what", "value"), list(_facts(report, report.gain)))
     columns = ("product", "K x N", "runs", "from memory", "from cache", "limit from memory")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nxm_export.contract.config_values import size_of
@@ -78,7 +78,39 @@ def encoder_workload(family: Family, config: Mapping[str, object], batch: int, s
         raise ArtifactError(
             f"config.json: no model has {layers} layers of these sizes ({sizes}); is the file complete?"
         )
-    runs = family.runs(config)
+    windows = bool(config.get("local_attention"))
+    return _workload(family, sizes, family.runs(config), batch, sequence, _notes(family, windows=windows))
+
+
+def planned_workload(
+    family: Family, shapes: Mapping[str, tuple[int, int]], uses: Mapping[str, int], batch: int, sequence: int
+) -> Workload | None:
+    """`encoder_workload` of a graph: by the (out, in) `shapes` of its plan, and how many products read each weight.
+
+    None where a weight of the plan is read by none, and where the shapes are not those of one kind of block. The
+    longest sequence is not known.
+    """
+    sizes: dict[str, int] = {}
+    blocks: dict[str, dict[str, int]] = {}
+    for name, shape in shapes.items():
+        linear = family.linear(name)
+        for size, value in zip((linear.out, linear.in_), shape, strict=True):
+            if sizes.setdefault(size, value) != value:
+                return None
+        blocks.setdefault(family.block_of(name), {})[linear.role] = uses.get(name, 0)
+    if not blocks or any(set(found) != set(family.roles) or not all(found.values()) for found in blocks.values()):
+        return None
+    # A fused matrix may be read by a product for each of its parts.
+    runs = [block for block, found in blocks.items() for _ in range(min(found.values()))]
+    windows = not family.attention.takes_bias_mask and not family.position_readers
+    notes = _notes(family, windows=windows)
+    return _workload(family, {"heads": sizes["hidden"], **sizes}, runs, batch, sequence, notes)
+
+
+def _workload(
+    family: Family, sizes: Mapping[str, int], runs: Sequence[str], batch: int, sequence: int, notes: tuple[str, ...]
+) -> Workload:
+    """The pass, from the sizes that linear layers have (see `Family.sizes`), and from the block of every run."""
     products = tuple(
         WeightProduct(linear.role, sizes[linear.in_], sizes[linear.out], len(runs), len(set(runs)))
         for linear in family.linears
@@ -94,13 +126,13 @@ def encoder_workload(family: Family, config: Mapping[str, object], batch: int, s
     wide = next(sizes[linear.in_] for linear in family.linears if linear.reads == WIDE)
     if written > wide:
         steps.append(Step("gate", blocks, 0, 2 * tokens * (written + wide), tokens * (written + wide)))
-    return Workload(batch, sequence, products, tuple(steps), _notes(family, config))
+    return Workload(batch, sequence, products, tuple(steps), notes)
 
 
-def _notes(family: Family, config: Mapping[str, object]) -> tuple[str, ...]:
+def _notes(family: Family, *, windows: bool) -> tuple[str, ...]:
     notes = ["the head, and what projects embeddings to the hidden size, are not counted"]
     if family.position_readers:
         notes.append("products with relative positions are not counted")
-    if config.get("local_attention"):
+    if windows:
         notes.append("attention is counted over the whole sequence in every layer, though some look at a window")
     return tuple(notes)

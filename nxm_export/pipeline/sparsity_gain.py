@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nxm_export.contract.checkpoint import read_config_file
 from nxm_export.contract.choices import TENSORRT_BACKENDS
-from nxm_export.contract.families import family_of
+from nxm_export.contract.families import FAMILIES, family_of
 from nxm_export.errors import ArtifactError, EngineError
 from nxm_export.pipeline.graph_file import is_graph_directory, onnx_file
 
@@ -59,12 +59,20 @@ def expected_gain(
 
 
 def _graph_workload(file: Path, batch: int, sequence: int) -> Workload:
-    """The products with weights of an ONNX file, each over all tokens; a graph does not say what is around them."""
-    from engines.sparsity.workload import WeightProduct, Workload
+    """The pass of a graph with a plan, as of its model; of another one the products with weights, each over all tokens:
+    it does not say what is around them."""
+    from engines.sparsity.workload import WeightProduct, Workload, planned_workload
     from nxm_export.graph.reading.graph_weights import load_graph
     from nxm_export.graph.reading.sparsity_scan import scan_products
+    from nxm_export.graph.verifier import embedded_plan
 
-    scanned = scan_products(load_graph(file), str(file))
+    model = load_graph(file)
+    scanned, plan = scan_products(model, str(file)), embedded_plan(model, str(file))
+    if plan is not None and plan.model_type in FAMILIES:
+        uses = Counter(fact.name for fact in scanned.facts)
+        work = planned_workload(FAMILIES[plan.model_type], plan.shapes, uses, batch, sequence)
+        if work is not None:
+            return work
     counted = [fact for fact in scanned.facts if fact.form in _GRAPH_FORMS and fact.k and fact.n]
     left_out = len(scanned.facts) + len(scanned.unread) - len(counted)
     if not counted:
@@ -77,6 +85,6 @@ def _graph_workload(file: Path, batch: int, sequence: int) -> Workload:
     ]
     if left_out:
         notes.append(f"{left_out} products are not counted: they were not read, or are no plain matrix products")
-    uses = Counter((fact.name or fact.node, fact.k, fact.n) for fact in counted)
-    products = tuple(WeightProduct(name, k, n, runs, 1) for (name, k, n), runs in uses.items())
+    alike = Counter((fact.name or fact.node, fact.k, fact.n) for fact in counted)
+    products = tuple(WeightProduct(name, k, n, runs, 1) for (name, k, n), runs in alike.items())
     return Workload(batch, sequence, products, None, tuple(notes))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,8 @@ from engines.sparsity.gain import gain_bound, gain_estimate
 from engines.sparsity.gain_report import GainReport, first_shape, gain_report
 from engines.sparsity.gpu_figures import GpuFigures, all_figures, figures_of
 from engines.sparsity.targets import compute_capability_of
-from engines.sparsity.workload import Step, WeightProduct, Workload, encoder_workload
+from engines.sparsity.workload import Step, WeightProduct, Workload, encoder_workload, planned_workload
+from nxm_export.contract.encoder_family import Family
 from nxm_export.contract.families import FAMILIES
 from nxm_export.errors import EngineError
 
@@ -75,17 +78,38 @@ def test_every_block_counts_and_shared_weights_are_held_once() -> None:
     assert work.weights * 12 == bert_base(8, 128).weights == 12 * (4 * 768 * 768 + 2 * 768 * 3072)
 
 
+def config_of(family: Family) -> dict[str, object]:
+    """Sizes of a small model of any family."""
+    keys = (family.layers_key, family.hidden_key, family.intermediate_key, family.heads_key)
+    sizes = dict(zip(keys, (6, 64, 96, 4), strict=True))
+    return {**sizes, "max_position_embeddings": 512, "num_hidden_groups": 2, "inner_group_num": 1}
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_weights_of_every_family_are_those_of_its_plan(name: str) -> None:
     family = FAMILIES[name]
-    keys = (family.layers_key, family.hidden_key, family.intermediate_key, family.heads_key)
-    config: dict[str, object] = dict(zip(keys, (6, 64, 96, 4), strict=True))
-    config |= {"max_position_embeddings": 512, "num_hidden_groups": 2, "inner_group_num": 1}
+    config = config_of(family)
     work = encoder_workload(family, config, 2, 16)
     assert work.weights == sum(out * in_ for out, in_ in family.weights(config).values())
     assert {product.runs for product in work.products} == {6}
     assert work.steps is not None
     assert ("gate" in {step.name for step in work.steps}) == (name in ("modernbert", "nomic_bert", "gte"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_plan_of_a_graph_says_as_much_as_the_config(name: str) -> None:
+    """Every weight is read by as many products as its block runs; a fused matrix by three, for its parts."""
+    family = FAMILIES[name]
+    config = config_of(family)
+    shapes, runs = family.weights(config), Counter(family.runs(config))
+    uses = {weight: runs[family.block_of(weight)] * (3 if "Wqkv" in weight else 1) for weight in shapes}
+    expected = encoder_workload(family, config | {"local_attention": name == "modernbert"}, 2, 16)
+    assert planned_workload(family, shapes, uses, 2, 16) == expected
+    first = next(iter(shapes))
+    assert planned_workload(family, shapes, {**uses, first: 0}, 2, 16) is None
+    assert planned_workload(family, {**shapes, first: (1, 1)}, uses, 2, 16) is None
+    assert planned_workload(family, {first: shapes[first]}, uses, 2, 16) is None
+    assert planned_workload(family, {}, uses, 2, 16) is None
 
 
 def test_a_sequence_that_the_model_does_not_take_is_refused() -> None:

@@ -4,6 +4,7 @@ cannot be is wrong usage."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,17 @@ def test_a_graph_has_a_bound_and_its_products_alone(graph: Path) -> None:
     # weights, 2 * 64 * 64 + 64 * 256, at 2039 GB/s.
     assert entry_at(answer, "estimate", "memory", "int8_ms") == pytest.approx(2383872 / 2039e9 * 1000)
     assert "x in the products if every step ran at its limit (estimate)" in str(answer["verdict"])
+
+
+def test_a_graph_of_ours_says_what_its_model_does(
+    tiny_checkpoint: Callable[..., Path], tiny_graph: Callable[..., Path]
+) -> None:
+    asked = ("--gpu", "L4", "--shape", "8x32", "--json")
+    of_model, of_graph = (
+        as_object(json.loads(doctor(path, *asked).stdout)) for path in (tiny_checkpoint(), tiny_graph())
+    )
+    assert of_graph["estimate"] == of_model["estimate"]
+    assert entry_at(of_graph, "estimate", "memory", "product_share") is not None
 
 
 @pytest.mark.parametrize(

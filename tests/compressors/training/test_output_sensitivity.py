@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from compressors.models import load_model, load_tokenizer, resolve
-from compressors.quantization.fake_quant import quant_linears
+from compressors.quantization.fake_quant import ActivationQuantizer, quant_linears
 from compressors.quantization.prepare_bake import calibrate, prepare
 from compressors.settings import Settings
 from compressors.training.output_sensitivity import output_costs
@@ -51,7 +51,7 @@ def test_an_output_whose_step_is_coarse_costs_most(task: str, tmp_path: Path) ->
     assert set(fine) == set(outputs)
     assert min(fine.values()) > 0
     quantizer = quantizers[COARSE]
-    assert quantizer is not None
+    assert isinstance(quantizer, ActivationQuantizer)
     quantizer.set_scale(100 * float(quantizer.scale))
     coarse = costs()
     assert coarse[COARSE] > 100 * fine[COARSE]

@@ -217,7 +217,7 @@ def test_tensorrt_rtx_builds_every_family_with_all_products_in_int8(
     passport = load_passport(directory)
     assert (directory / "model.engine").stat().st_size > 100_000
     planned = tiny.matrices(family, 1, split=True) * tiny.LAYERS  # each run of a shared block by itself
-    assert passport.options["float_products"] == ()
+    assert passport.options["float_products"] == []
     assert passport.options["planned_products"] == passport.options["integer_products"] == planned
     assert passport.profiles[0].maximum == (32, tiny.POSITIONS)
 

@@ -18,7 +18,6 @@ from nxm_export.pipeline.inspection import doctor_file
 from nxm_export.storage.json_files import as_objects
 from tests.engines.sparsity.foreign import pruned_model
 from tests.support import baked, tiny
-from tests.support.variants import variants
 
 HERE = Path(__file__).parent
 
@@ -88,7 +87,15 @@ def test_a_file_of_modelopts_quantizer_gets_facts_and_advice(tmp_path: Path) -> 
     assert all(weight["chosen"] is not True for weight in weights.values())
 
 
-@pytest.mark.parametrize("family", variants(["modernbert", "nomic_bert", "gte", "jina_embeddings_v3"], ("modernbert",)))
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family",
+    [
+        "modernbert",
+        "jina_embeddings_v3",
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("nomic_bert", "gte")),
+    ],
+)
 def test_fused_rotated_and_gated_matrices_have_integers_on_both_sides(family: str, tmp_path: Path) -> None:
     checkpoint = baked.write_checkpoint(family, tmp_path / "c", placement="attention", attention="int8")
     outcomes = {}

@@ -4,7 +4,6 @@ it."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +23,9 @@ from nxm_export.graph.reading.graph_weights import GraphWeight, graph_weights, l
 from nxm_export.graph.reading.sparsity_scan import matrix_facts
 from nxm_export.graph.verifier import verify
 from tests.support import baked, onnx_text
+from tests.support.variants import variants
 
 HEADS, FEATURES = 2, 3  # of a part in the generated graphs
-Made = Callable[..., Path]
 
 
 def fused(parts: int, *, views: bool, bias: bool, uses: int = 1, taken: str | None = None) -> ir.Model:
@@ -118,21 +117,24 @@ def found(graph: Path) -> dict[str, GraphWeight]:
     return {parameter_of(weight.name): weight for weight in graph_weights(load_graph(graph))}
 
 
-@pytest.fixture
-def biased(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with a bias at every matrix, and INT8 outputs."""
     options = {"attention_bias": True, "mlp_bias": True, "norm_bias": True}
-    return baked.write_checkpoint("modernbert", tmp_path / "checkpoint", options=options)
+    return baked.write_checkpoint("modernbert", tmp_path_factory.mktemp("biased") / "checkpoint", options=options)
 
 
 @pytest.mark.parametrize(
     ("target", "lowering", "placement"),
-    [
-        *((target, "matmul", "inputs") for target in TARGETS),
-        ("trt", "gemm", "inputs-outputs"),
-        pytest.param("trt", "conv1x1", "inputs-outputs", marks=pytest.mark.slow),
-        pytest.param("trt8", "matmul", "inputs-outputs", marks=pytest.mark.slow),
-    ],
+    variants(
+        [
+            *((target, "matmul", "inputs") for target in TARGETS),
+            ("trt", "gemm", "inputs-outputs"),
+            ("trt", "conv1x1", "inputs-outputs"),
+            ("trt8", "matmul", "inputs-outputs"),
+        ],
+        (("trt", "gemm", "inputs-outputs"),),
+    ),
 )
 def test_the_parts_hold_the_rows_of_the_fused_matrix_and_mean_what_pytorch_does(
     biased: Path, tmp_path: Path, target: str, lowering: str, placement: str
@@ -181,7 +183,8 @@ def test_a_part_that_is_missing_or_broken_is_found_under_its_name(biased: Path, 
         assert f"{name} is planned and not in the graph under its name" in problems
 
 
-@pytest.mark.parametrize("family", ["nomic_bert", pytest.param("modernbert", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["nomic_bert", "modernbert"])
 def test_int8_attention_without_output_quantizers_of_its_operands_still_reads(family: str, tmp_path: Path) -> None:
     """Attention then has a quantizer of its own for every operand, as all checkpoints of rotary families once had."""
     path = baked.write_checkpoint(family, tmp_path / "c", placement="inputs", attention="int8")
@@ -196,6 +199,7 @@ def test_int8_attention_without_output_quantizers_of_its_operands_still_reads(fa
         np.testing.assert_allclose(actual, reference.run(feeds)["logits"], atol=0.02)
 
 
+@pytest.mark.slow
 def test_w4_parts_are_stored_as_int4(tmp_path: Path) -> None:
     path = baked.write_checkpoint("modernbert", tmp_path / "c", spec="W4")
     done = export(path, tmp_path / "g", target="trt", weights_stored="int4")

@@ -244,7 +244,7 @@ def _matrices(run: Run) -> PageTable:
                 or_dash(zeros, "share"),
                 _sparse_along_k(matrix),
                 "-" if error is None else f"{error:.2g}" if measured else f"{error:.2%}",
-                *(_kernel(kernels[engine.name].get(matrix.name)) for engine in engines),
+                *(_kernels(kernels[engine.name], matrix) for engine in engines),
                 "; ".join(matrix.problems) or "none",
             )
         )
@@ -272,6 +272,12 @@ def _sparse_along_k(matrix: Matrix) -> str:
     return "yes" if all(sparse) else "no"
 
 
+def _kernels(by_name: Mapping[str, WeightSparsity], matrix: Matrix) -> str:
+    """The kernel of a matrix, or those of its parts where the engine has parts."""
+    found = {name: _kernel(by_name[name]) for name in matrix.names if name in by_name}
+    return _agreed({name.split(".")[-2]: text for name, text in found.items()}) if found else _kernel(None)
+
+
 def _kernel(matrix: WeightSparsity | None) -> str:
     if matrix is None:
         return "unknown"
@@ -286,7 +292,7 @@ def _reasons(run: Run) -> PageTable:
     """What the reasons in the kernel columns mean."""
     from engines.sparsity.judgement import REASONS
 
-    planned = {matrix.name for matrix in run.matrices}
+    planned = {name for matrix in run.matrices for name in matrix.names}
     rows_of = [row for engine in run.engines for row in engine.matrices if row.name in planned]
     used = {row.reason for row in rows_of if row.reason}
     rows = [(Code(reason), REASONS.get(reason, "")) for reason in sorted(used)]

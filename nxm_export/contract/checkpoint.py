@@ -176,6 +176,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             "first"
         )
     plan = CompressionPlan.load(plan_file)
+    family.require_own_positions(config, str(path / "config.json"))
     plan.require_fits(family.model_type, family.weights(config))
     family.require_placement(plan)
     return Checkpoint(path, config, family, plan, _load(path / SCALES_FILE))

@@ -19,6 +19,7 @@ from nxm_export import __version__
 from nxm_export.contract.plan import COUNTINGS, NMPattern
 from nxm_export.contract.records.run_summary import TrainingFacts
 from nxm_export.errors import PlanError
+from nxm_export.reporting.conclusion import conclude
 from nxm_export.reporting.figures import Figure, RunFile, Shown, pointer
 from nxm_export.reporting.matrices import Matrix
 from nxm_export.reporting.parity_tables import parity_tables
@@ -77,6 +78,7 @@ def render(run: Run, pictures: Mapping[str, Picture]) -> str:
             style=Markup(style),
             policy="default-src 'none'; "
             f"style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'",
+            conclusion=conclude(run),
             verdicts=verdicts(run),
             pictures=pictures,
             drawn=drawn,

@@ -18,10 +18,10 @@ from nxm_export import __version__
 from nxm_export.contract.plan import COUNTINGS
 from nxm_export.contract.records.run_summary import TrainingFacts
 from nxm_export.reporting.conclusion import conclude
+from nxm_export.reporting.drawing import Picture
 from nxm_export.reporting.figures import Figure, RunFile, Shown, pointer
 from nxm_export.reporting.matrix_tables import matrix_tables
 from nxm_export.reporting.parity_tables import parity_tables
-from nxm_export.reporting.plots import Picture
 from nxm_export.reporting.run_facts import Run
 from nxm_export.reporting.tables import Cell, Code, PageTable, or_dash, pair
 from nxm_export.reporting.verdicts import (

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import warnings
@@ -46,7 +47,7 @@ from nxm_export.contract.records.verify_report import VERIFY_FILE, VerifyReport
 from nxm_export.contract.tasks import Task, labels_of, task_named
 from nxm_export.data.tokenization import copy_tokenizer
 from nxm_export.errors import ExportError
-from nxm_export.graph.apply_plan import numpy_dtype, quantize
+from nxm_export.graph.apply_plan import WeightForm, graph_names, numpy_dtype, quantize
 from nxm_export.graph.implied_zero_points import imply_zero_points
 from nxm_export.graph.int4_storage import CAST, DIRECT, INT4_OPSET, require_int4, store_int4
 from nxm_export.graph.int8_embedding import fold_int8_embedding
@@ -73,8 +74,8 @@ METADATA_SCHEMA = "nxm-onnx/2"
 @dataclass(frozen=True)
 class GraphTarget:
     """What a graph is made for: float dtype of the graph, opset, how weights are stored, which quantizers stay (None:
-    all that were trained), how an embedding table that is planned INT8 is stored, and in which form INT4 weights are
-    (None: not at all)."""
+    all that were trained), how an embedding table that is planned INT8 is stored, in which form INT4 weights are (None:
+    not at all), and whether fused matrices are split."""
 
     name: str
     dtype: str
@@ -83,6 +84,12 @@ class GraphTarget:
     stored: str = "int8"
     embedding: str = "float"  # TensorRT takes integer constants in front of DequantizeLinear alone
     int4: str | None = None
+    splits_fused: bool = False  # a fused matrix is a product for each of its parts
+
+    @property
+    def weight_form(self) -> WeightForm:
+        """How its quantized weights are written."""
+        return WeightForm(self.stored, self.splits_fused)
 
     def for_int4(self) -> GraphTarget:
         """The target of a graph with INT4 weights."""
@@ -91,8 +98,8 @@ class GraphTarget:
 
 TARGETS = {
     "cpu": GraphTarget("cpu", "float32", 20, "inputs", embedding="int8", int4=CAST),  # below 20 there is no Gelu
-    "trt": GraphTarget("trt", "float16", 21, None, int4=DIRECT),
-    "trt8": GraphTarget("trt8", "float32", 17, None, stored="float"),
+    "trt": GraphTarget("trt", "float16", 21, None, int4=DIRECT, splits_fused=True),
+    "trt8": GraphTarget("trt8", "float32", 17, None, stored="float", splits_fused=True),
 }
 
 
@@ -217,7 +224,7 @@ def _made(opened: _OpenedModel, settings: _GraphSettings) -> tuple[ir.Model, flo
     rounding, hashes = 0.0, {}
     if checkpoint and plan:
         lower = Lowering(model.graph, settings.lowering)
-        rounding = quantize(model, checkpoint, plan, dtype=dtype, lower=lower, stored=settings.target.stored)
+        rounding = quantize(model, checkpoint, plan, dtype=dtype, lower=lower, form=settings.target.weight_form)
         for name in int8_embedding:
             codes, scale = checkpoint.codes(name), checkpoint.weight_scale(name)
             digest = fold_int8_embedding(model.graph, name, codes, scale, numpy_dtype(dtype))
@@ -230,7 +237,10 @@ def _made(opened: _OpenedModel, settings: _GraphSettings) -> tuple[ir.Model, flo
     if settings.target.opset < 18:
         lower_opset(model, settings.target.opset)
     if settings.int4 and settings.target.int4:
-        store_int4(model.graph, settings.int4, settings.target.int4)
+        assert plan
+        form = settings.target.weight_form
+        parts = [graph_names(opened.family, name, plan.weights[name], form) for name in settings.int4]
+        store_int4(model.graph, itertools.chain.from_iterable(parts), settings.target.int4)
         if settings.target.int4 == CAST:  # for ONNX Runtime, and of opset 21
             imply_zero_points(model.graph)
     _name_axes(model, opened.task)

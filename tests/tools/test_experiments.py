@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from tests.support import onnx_text
-from tools.experiments import layerwise_ablation, mask_ablation, output_ablation, polygraphy_peer
+from tools.experiments import layerwise_ablation, long_document, mask_ablation, output_ablation, polygraphy_peer
 
 
 @pytest.mark.parametrize(
@@ -58,3 +59,13 @@ def test_what_polygraphy_reads_is_set_beside_ours(tmp_path: Path, capsys: pytest
     file = onnx_text.save(text, tmp_path / "model.onnx")
     assert polygraphy_peer.main([str(file)]) == 0
     assert capsys.readouterr().out.splitlines()[2:] == ["| model | w: 2:4 | w (one): 2:4, v (two): dense | none |"]
+
+
+@pytest.mark.exhaustive
+def test_a_long_document_goes_through_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    """Eleven processes: minutes. What they do is tested in tests/end_to_end/test_long_inputs.py."""
+    long_document.main(["--smoke"])
+    found = json.loads(capsys.readouterr().out)
+    assert [stage["stage"] for stage in found["stages"]][:4] == ["make the model", "compress", "export", "ort: build"]
+    assert {entry["backend"]: entry["passed"] for entry in found["compared"]} == {"ort": True, "openvino": True}
+    assert all(0.05 < stage["peak_gb"] < 8 for stage in found["stages"])

@@ -16,9 +16,11 @@ from nxm_export.cli.engine_tables import (
     print_load,
     print_text_throughput,
 )
-from nxm_export.cli.group import main
+from nxm_export.cli.group import command
 from nxm_export.cli.options import (
-    LABEL_MAP_OPTION,
+    LABELLED_COLUMN_OPTIONS,
+    Real,
+    Whole,
     batch_tokens_option,
     columns_of,
     json_option,
@@ -31,7 +33,9 @@ from nxm_export.cli.parity_tables import print_bisects, print_comparison
 from nxm_export.cli.progress_bars import progress_bars
 from nxm_export.cli.tables import print_facts
 from nxm_export.contract.choices import (
+    AUTO_BACKEND,
     BACKEND,
+    BACKEND_NAMES,
     BENCH_ROUNDS,
     BENCH_SHAPES,
     COMPUTE_CAPABILITY,
@@ -40,6 +44,7 @@ from nxm_export.contract.choices import (
     LOWERINGS,
     MAX_PROFILES,
     SPARSE_KERNELS,
+    TARGETS,
     TASK,
     TENSORRT_BACKENDS,
     TENSORRT_VERSIONS,
@@ -81,19 +86,18 @@ class _BuildOptions:
     def require_usage(self, backend: str) -> None:
         """Raise wrong usage for options that do not go together."""
         from engines.base import cpu_backends
-        from engines.benchmark.fastest_backend import NAME as AUTO
 
         of_auto = (("--shape", self.shapes), ("--checkpoint", self.checkpoint), ("--data", self.data))
         automatic = [flag for flag, value in of_auto if value]
-        if automatic and backend != AUTO:
+        if automatic and backend != AUTO_BACKEND:
             raise click.UsageError(f"{automatic[0]} is for --backend auto")
-        if backend == AUTO and (self.twins or self.lengths or self.profiles):
+        if backend == AUTO_BACKEND and (self.twins or self.lengths or self.profiles):
             raise click.UsageError(
                 "--twins, --lengths and --profile are for TensorRT; --backend auto builds for the CPU"
             )
         if bool(self.checkpoint) != bool(self.data):
             raise click.UsageError("--checkpoint and --data belong together")
-        if self.threads and backend not in (*cpu_backends(), AUTO):
+        if self.threads and backend not in (*cpu_backends(), AUTO_BACKEND):
             raise click.UsageError(f"--threads is for engines on the CPU; {backend} has no use for it")
         if self.lengths and self.profiles:
             raise click.UsageError("--lengths and --profile are two ways to say the same; give one of them")
@@ -134,7 +138,7 @@ class _BenchOptions:
     rounds: int | None
     threads: int | None
     urls: tuple[str, ...]
-    model: str | None
+    name: str | None
     data: str | None
     task: str
     batch: int | None
@@ -143,16 +147,21 @@ class _BenchOptions:
     encoding: str
 
 
-@main.command()
-@click.argument("source", type=click.Path(path_type=Path))
+@command(
+    "nxm build graph --backend auto --out engine",
+    "nxm build checkpoint --twins --backend trt --out twins",
+    common=("backend", "out", "threads", "profiles", "lengths", "twins", "shapes", "checkpoint", "data"),
+)
+@click.argument("source", metavar="GRAPH", type=click.Path(path_type=Path))
 @click.option(
     "--backend",
+    type=click.Choice([*BACKEND_NAMES, AUTO_BACKEND]),
     default=BACKEND,
     show_default=True,
-    help="ort, openvino, trt, trt_rtx; auto: the fastest on this CPU.",
+    help="auto: the fastest on this CPU.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Engine directory.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of a CPU engine.  [default: all cores]")
+@click.option("--threads", type=Whole(min=1), help="Threads of a CPU engine.  [default: all cores]")
 @click.option(
     "--profile",
     "profiles",
@@ -163,7 +172,7 @@ class _BenchOptions:
 @click.option("--lengths", metavar="FILE", help="Choose the profiles from the token lengths of this data file.")
 @click.option(
     "--max-profiles",
-    type=click.IntRange(min=1),
+    type=Whole(min=1),
     default=MAX_PROFILES,
     show_default=True,
     help="At most this many, with --lengths.",
@@ -172,10 +181,8 @@ class _BenchOptions:
 @click.option(
     "--sparse/--no-sparse", default=SPARSE_KERNELS, show_default=True, help="Let the builder use 2:4 kernels."
 )
-@click.option("--level", type=click.IntRange(0, 5), help="Builder optimization level.  [default: TensorRT's]")
-@click.option(
-    "--workspace", type=click.IntRange(min=1), metavar="MIB", help="Limit of scratch memory.  [default: TensorRT's]"
-)
+@click.option("--level", type=Whole(0, 5), help="Builder optimization level.  [default: TensorRT's]")
+@click.option("--workspace", type=Whole(min=1), metavar="MIB", help="Limit of scratch memory.  [default: TensorRT's]")
 @click.option(
     "--timing-cache", type=click.Path(path_type=Path), help="Read this timing cache, too.  [default: the engine's own]"
 )
@@ -183,15 +190,18 @@ class _BenchOptions:
     "--build-route", metavar="OPTIONS", help="Passed to TensorRT 11.1 and later, if it lists each option as public."
 )
 @click.option(
-    "--twins", is_flag=True, help="SOURCE is a checkpoint: build its FP16, dense INT8 and sparse INT8 engines."
+    "--twins", is_flag=True, help="GRAPH is a checkpoint: build its FP16, dense INT8 and sparse INT8 engines."
 )
 @click.option(
     "--lowering",
     type=click.Choice(LOWERINGS),
     default=LOWERING,
+    show_default=True,
     help="Of linear layers, with --twins.",
 )
-@click.option("--target", help="Graph target, with --twins.  [default: trt; trt8 for TensorRT 8.6]")
+@click.option(
+    "--target", type=click.Choice(TARGETS), help="Graph target, with --twins.  [default: trt; trt8 for TensorRT 8.6]"
+)
 @click.option(
     "--shape", "shapes", multiple=True, help="With --backend auto: batch x sequence to be fast at; may be repeated."
 )
@@ -203,8 +213,10 @@ class _BenchOptions:
 @click.option("--data", metavar="FILE", help="With --checkpoint: labelled samples to compare on.")
 @json_option
 def build(source: Path, backend: str, out: Path, json: bool, **values: object) -> None:
-    """Build an engine directory from an ONNX file or a graph directory (or, with --twins, three from a checkpoint)."""
-    from engines.benchmark.fastest_backend import NAME as AUTO
+    """Build an engine directory from a graph.
+
+    GRAPH is a graph directory or an ONNX file; with --twins it is a checkpoint, and three engines are built.
+    """
     from nxm_export.pipeline.engine_commands import (
         DataProfiles,
         ParityCheck,
@@ -218,7 +230,7 @@ def build(source: Path, backend: str, out: Path, json: bool, **values: object) -
     profiles_from = DataProfiles(options.lengths, options.max_profiles) if options.lengths else None
     with progress_bars(enabled=not json) as progress:
         settings = options.of_engine(progress)
-        if backend == AUTO:
+        if backend == AUTO_BACKEND:
             shapes = [shape_of(text) for text in options.shapes] or None
             check = ParityCheck(options.checkpoint, options.data) if options.checkpoint and options.data else None
             fastest = build_fastest(source, out, settings, shapes=shapes, check=check)
@@ -235,7 +247,7 @@ def build(source: Path, backend: str, out: Path, json: bool, **values: object) -
     show_result(lambda: built, json, lambda: print_facts("built", built))
 
 
-@main.command()
+@command("nxm inspect engine", "nxm inspect twins --require-sparse 60% --json")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--twin", type=click.Path(path_type=Path), help="The dense twin's engine directory: what sparsity saves.")
 @click.option(
@@ -251,7 +263,10 @@ def build(source: Path, backend: str, out: Path, json: bool, **values: object) -
 def inspect(
     path: Path, twin: Path | None, kernels: Path | None, measure: bool, require_sparse: str | None, json: bool
 ) -> None:
-    """Print the facts of an ONNX file, a graph, an engine or a run; for TensorRT, which weights run sparse."""
+    """Say what a graph, engine or run holds, and what runs sparse.
+
+    PATH is one of those, a checkpoint, or an ONNX file. Which matrices run sparse is known of TensorRT engines.
+    """
     from nxm_export.pipeline import inspection
 
     share = None if require_sparse is None else _share(require_sparse)
@@ -261,13 +276,13 @@ def inspect(
         inspection.require_sparse(path, share, twin=twin, kernels=kernels)
 
 
-@main.command()
-@click.argument("paths", metavar="[CHECKPOINT] ENGINES...", type=click.Path(path_type=Path), nargs=-1, required=True)
+@command(
+    "nxm compare checkpoint engine --data dev.tsv",
+    "nxm compare engine --data dev.tsv --gate 'drop<=0.5' --gate 'flips<=0.5%'",
+)
+@click.argument("paths", metavar="[CHECKPOINT] ENGINE...", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--data", required=True, metavar="FILE", help="Labelled samples to compare on.")
-@click.option("--text")
-@click.option("--text-pair")
-@click.option("--label")
-@LABEL_MAP_OPTION
+@LABELLED_COLUMN_OPTIONS
 @click.option(
     "--gate",
     "gates",
@@ -286,9 +301,10 @@ def compare(
     json: bool,
     **columns: str | None,
 ) -> None:
-    """Compare ENGINES with the CHECKPOINT they were made from, and with each other, on real samples.
+    """Compare engines with their checkpoint, on real samples.
 
-    Without CHECKPOINT it is the one that the first engine records, where that is still there.
+    ENGINEs are compared with the CHECKPOINT that they were made from, and with each other. Without CHECKPOINT it is
+    the one that the first engine records, where that is still there.
 
     Exits with 3 when one differs, a probe fails or a gate does not hold. An engine that cannot run here (its runtime or
     GPU is missing) is skipped with the reason; that fails the command only with --gate, since the gate was not checked
@@ -322,39 +338,41 @@ def compare(
     comparison.require()
 
 
-@main.command()
-@click.argument("engines", type=click.Path(path_type=Path), nargs=-1)
+@command(
+    "nxm bench engines/fp32 engines/int8 --shape 1x32 --shape 8x64",
+    "nxm bench --serve http://127.0.0.1:8000 --name engine_text --data dev.tsv",
+)
+@click.argument("engines", metavar="[ENGINE]...", type=click.Path(path_type=Path), nargs=-1)
 @click.option(
     "--shape",
     "shapes",
     multiple=True,
     help="batch x sequence; may be repeated.  "
-    f"[default: {', '.join(f'{batch}x{sequence}' for batch, sequence in BENCH_SHAPES)}, or what ENGINES have fixed]",
+    f"[default: {', '.join(f'{batch}x{sequence}' for batch, sequence in BENCH_SHAPES)}, or what ENGINEs have fixed]",
 )
-@click.option("--rounds", type=click.IntRange(min=1), help=f"[default: {BENCH_ROUNDS}; {LOAD_ROUNDS} with --serve]")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: as built]")
+@click.option("--rounds", type=Whole(min=1), help=f"[default: {BENCH_ROUNDS}; {LOAD_ROUNDS} with --serve]")
+@click.option("--threads", type=Whole(min=1), help="CPU threads.  [default: as built]")
 @click.option("--serve", "urls", multiple=True, metavar="URL", help="Load running servers instead; may be repeated.")
-@click.option("--model", help="With --serve: the model's name there.")
+@click.option("--name", help="With --serve: the model's name there.")
 @click.option(
     "--data",
     metavar="FILE",
-    help="Time ENGINES over this text, tokenisation included. With --serve: samples to send, as tokens of ENGINES' "
+    help="Time ENGINEs over this text, tokenisation included. With --serve: samples to send, as tokens of ENGINE's "
     "tokenizer, else as text.",
 )
 @click.option(
     "--task",
     type=click.Choice(list(TASKS)),
+    metavar="TASK",
     default=TASK,
     show_default=True,
-    help="With --serve and no ENGINES: what the data is for.",
+    help="With --serve and no ENGINE: what the data is for.",
 )
-@click.option("--batch", type=click.IntRange(min=1), help=f"With --data: sentences a batch.  [default: {TEXT_BATCH}]")
+@click.option("--batch", type=Whole(min=1), help=f"With --data: sentences a batch.  [default: {TEXT_BATCH}]")
 @click.option(
     "--clients", default="1,8,32", show_default=True, metavar="N,N,...", help="With --serve: clients at once."
 )
-@click.option(
-    "--seconds", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="With --serve: of a round."
-)
+@click.option("--seconds", type=Real(min=0.1), default=5.0, show_default=True, help="With --serve: of a round.")
 @click.option(
     "--encoding",
     type=click.Choice(TOKEN_ENCODINGS),
@@ -364,7 +382,10 @@ def compare(
 )
 @json_option
 def bench(engines: tuple[Path, ...], json: bool, **values: object) -> None:
-    """Time ENGINES interleaved (speed-ups are against the first), or load running servers with --serve."""
+    """Time engines against each other, or load running servers.
+
+    ENGINEs are timed in turns; speeds are against the first. With --serve running servers are loaded instead.
+    """
     from nxm_export.pipeline.engine_commands import bench_engines, bench_text
 
     options = typed(_BenchOptions, values)
@@ -372,7 +393,7 @@ def bench(engines: tuple[Path, ...], json: bool, **values: object) -> None:
         _bench_servers(engines, options, json)
         return
     if not engines:
-        raise click.UsageError("missing ENGINES (or --serve URL)")
+        raise click.UsageError("missing ENGINE (or --serve URL)")
     if options.batch and not options.data:
         raise click.UsageError("--batch is for --data")
     if options.data:
@@ -387,23 +408,23 @@ def bench(engines: tuple[Path, ...], json: bool, **values: object) -> None:
 def _bench_servers(engines: tuple[Path, ...], options: _BenchOptions, json: bool) -> None:
     from nxm_export.pipeline.engine_commands import LoadRequests, LoadRounds, load_servers
 
-    model, data, rounds = options.model, options.data, options.rounds or LOAD_ROUNDS
-    if not model or not data or len(engines) > 1:
-        raise click.UsageError("--serve needs --model and --data, and at most one engine directory (for its tokenizer)")
+    name, data, rounds = options.name, options.data, options.rounds or LOAD_ROUNDS
+    if not name or not data or len(engines) > 1:
+        raise click.UsageError("--serve needs --name and --data, and at most one engine directory (for its tokenizer)")
     clients = numbers_of(options.clients, "--clients", "numbers of clients")
     requests = LoadRequests(data, engines[0] if engines else None, options.encoding, options.task)
-    report = load_servers(options.urls, model, requests, LoadRounds(clients, options.seconds, rounds))
-    show_result(report.to_dict, json, lambda: print_load(report, model, rounds))
+    report = load_servers(options.urls, name, requests, LoadRounds(clients, options.seconds, rounds))
+    show_result(report.to_dict, json, lambda: print_load(report, name, rounds))
 
 
-@main.command()
-@click.argument("file", type=click.Path(path_type=Path), required=False)
+@command("nxm doctor", "nxm doctor anybodys.onnx --gpu L4 --version 10.3")
+@click.argument("file", metavar="[GRAPH]", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--backend",
     type=click.Choice(TENSORRT_BACKENDS),
     default=TENSORRT_BACKENDS[0],
     show_default=True,
-    help="Judge FILE for it.",
+    help="Judge GRAPH for it.",
 )
 @click.option(
     "--version",
@@ -421,9 +442,9 @@ def _bench_servers(engines: tuple[Path, ...], options: _BenchOptions, json: bool
 @click.option("--parse", is_flag=True, help="Ask the parser of the installed TensorRT-RTX, too.")
 @json_option
 def doctor(file: Path | None, backend: str, trt_version: str | None, gpu: str, parse: bool, json: bool) -> None:
-    """Say what this machine can build and run; with FILE, which matrices can run sparse, and what to fix.
+    """Say what this machine can do, or what of a graph can run sparse.
 
-    FILE is any ONNX file, or a graph directory.
+    GRAPH is any ONNX file, or a graph directory: for each matrix it says what to fix.
     """
     if file is None:
         from nxm_export.pipeline.environment import report

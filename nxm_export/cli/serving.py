@@ -15,7 +15,7 @@ from engines.serving.settings import (
     ServerOptions,
     TritonOptions,
 )
-from nxm_export.cli.group import main
+from nxm_export.cli.group import command
 from nxm_export.cli.options import (
     expect_sha256_option,
     expected_hashes,
@@ -36,8 +36,12 @@ class _ServeOptions:
     buckets: str | None
 
 
-@main.command()
-@click.argument("engines", metavar="[NAME[:VERSION]=]ENGINE_DIR...", nargs=-1, required=True)
+@command(
+    "nxm serve engine --text --port 8000",
+    "nxm serve film=engines/a film:2=engines/b --parity passed",
+    common=("host", "port", "text", "instances", "threads", "max_batch", "max_queue", "timeout", "gate", "access_log"),
+)
+@click.argument("engines", metavar="[NAME[:VERSION]=]ENGINE...", nargs=-1, required=True)
 @setting_option(ServerOptions, "host")
 @setting_option(ServerOptions, "port")
 @setting_option(ServerOptions, "allow_remote")
@@ -63,7 +67,11 @@ class _ServeOptions:
 @setting_option(ServerOptions, "shutdown_delay")
 @setting_option(ServerOptions, "access_log")
 def serve(engines: tuple[str, ...], **values: object) -> None:
-    """Serve ENGINE_DIRs over HTTP (Open Inference Protocol v2: tritonclient and KServe clients work) until SIGTERM."""
+    """Serve engines over HTTP, by the Open Inference Protocol.
+
+    Clients of Triton and KServe work. ENGINE is a directory. It serves until SIGTERM and prints logs: there is no
+    --json.
+    """
     from engines.serving.repository import EngineSource
     from engines.serving.server import serve as serve_engines
 
@@ -81,8 +89,11 @@ def serve(engines: tuple[str, ...], **values: object) -> None:
     serve_engines([EngineSource.parse(text) for text in engines], models, server)
 
 
-@main.command()
-@click.argument("engines", metavar="[NAME=]ENGINE_DIR...", nargs=-1, required=True)
+@command(
+    "nxm triton engine --text --out triton-repository",
+    "nxm triton film=engine-sm80 film=engine-sm90 --out triton-repository",
+)
+@click.argument("engines", metavar="[NAME=]ENGINE...", nargs=-1, required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Model repository to write.")
 @setting_option(TritonOptions, "gate")
 @expect_sha256_option
@@ -97,7 +108,10 @@ def serve(engines: tuple[str, ...], **values: object) -> None:
 @setting_option(TritonOptions, "tensorrt")
 @json_option
 def triton(engines: tuple[str, ...], out: Path, image: str | None, json: bool, **values: object) -> None:
-    """Write a Triton model repository from ENGINE_DIRs; several of one NAME are one model for several GPUs."""
+    """Write a model repository for Triton from engines.
+
+    ENGINE is a directory. Several of one NAME are one model for several GPUs.
+    """
     from engines.serving.repository import EngineSource
     from engines.triton import export_repository
 

@@ -7,12 +7,11 @@ missing is said.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from nxm_export.errors import ArtifactError
 from nxm_export.own_packages import require_own_packages
-from nxm_export.storage.atomic import write_atomic
+from nxm_export.storage.atomic import require_new, write_atomic
 
 require_own_packages()  # what is in here imports `compressors` and `engines`
 
@@ -28,7 +27,8 @@ def report(
     `search` is a directory of `nxm search` to show beside the run (``RUN/search`` by default). Raises `ArtifactError`
     when `run` is no run or nothing has been made in it yet; needs jinja2 and matplotlib (``nxm-export[report]``).
     """
-    _require_new(out, force)
+    if out is not None:
+        require_new(out, force=force)  # before anything is read or drawn
     from nxm_export.reporting.page import render
     from nxm_export.reporting.plots import pictures
     from nxm_export.reporting.run_facts import read_run
@@ -43,20 +43,10 @@ def card(source: str | Path, out: str | Path, *, force: bool = False) -> Path:
 
     Raises `ArtifactError` when `source` is neither; needs jinja2 (``nxm-export[report]``).
     """
-    _require_new(out, force)
+    require_new(out, force=force)
     from nxm_export.reporting.hub_card import render
 
     return _write(Path(out), render(Path(source)))
-
-
-def _require_new(out: str | Path | None, force: bool) -> None:
-    """Refuse what is at `out` already, before anything is read or drawn; a directory even with `force`."""
-    if out is None or not os.path.lexists(out):
-        return
-    if Path(out).is_dir():
-        raise ArtifactError(f"{out} is a directory; name the file to write as --out")
-    if not force:
-        raise ArtifactError(f"{out} exists and would be overwritten; give --force, or choose another --out")
 
 
 def _write(out: Path, text: str) -> Path:

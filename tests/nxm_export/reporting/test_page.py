@@ -158,7 +158,7 @@ def test_the_commands_print_the_path_or_json(finished: Path, tmp_path: Path) -> 
         (["report", "."], "not a run directory"),
         (["card", ".", "--out", "README.md"], "neither an engine directory nor a run"),
         (["report", "RUN", "--out", "no/such/page.html"], "no: no such directory"),
-        (["report", "RUN", "--search", "."], "has no search.json"),
+        (["report", "RUN", "--searched", "."], "has no search.json"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(

@@ -54,7 +54,13 @@ if TYPE_CHECKING:
     from nxm_export.graph.exporter import Exported
     from nxm_export.pipeline.environment import MachineReport
     from nxm_export.pipeline.estimate import RunEstimate
-    from nxm_export.pipeline.inspection import EngineInspection, FileDiagnosis, GraphFacts, RunInspection
+    from nxm_export.pipeline.inspection import (
+        CheckpointFacts,
+        EngineInspection,
+        FileDiagnosis,
+        GraphFacts,
+        RunInspection,
+    )
     from nxm_export.pipeline.run import Request
 
 
@@ -415,9 +421,9 @@ def unpack(file: str | Path, out: str | Path) -> Path:
 
 def inspect(
     path: str | Path, *, twin: str | Path | None = None, measure: bool = False
-) -> GraphFacts | EngineInspection | RunInspection:
-    """Facts of an ONNX file, a graph or engine directory, or a run; for TensorRT, which weights run sparse and why the
-    others do not."""
+) -> GraphFacts | EngineInspection | RunInspection | CheckpointFacts:
+    """Facts of an ONNX file, a graph, checkpoint or engine directory, or a run; for TensorRT, which weights run
+    sparse and why the others do not."""
     from nxm_export.pipeline.inspection import inspect_path
 
     return inspect_path(path, twin=None if twin is None else Path(twin), measure=measure)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from nxm_export.cli.engine_tables import (
+    print_built,
     print_choice,
-    print_diagnosis,
     print_inspection,
     print_latency,
     print_load,
@@ -21,6 +21,7 @@ from nxm_export.cli.options import (
     LABELLED_COLUMN_OPTIONS,
     Real,
     Whole,
+    all_option,
     batch_tokens_option,
     columns_of,
     json_option,
@@ -28,9 +29,10 @@ from nxm_export.cli.options import (
     shape_of,
     typed,
 )
-from nxm_export.cli.output import show_result
+from nxm_export.cli.output import print_next, quoted, show_result
 from nxm_export.cli.parity_tables import print_bisects, print_comparison
 from nxm_export.cli.progress_bars import progress_bars
+from nxm_export.cli.sparsity_tables import print_diagnosis
 from nxm_export.cli.tables import print_facts
 from nxm_export.contract.choices import (
     AUTO_BACKEND,
@@ -244,7 +246,7 @@ def build(source: Path, backend: str, out: Path, json: bool, **values: object) -
         else:
             built = build_engine(source, out, backend, settings, profiles_from=profiles_from).to_dict()
     built |= {"path": str(out)}
-    show_result(lambda: built, json, lambda: print_facts("built", built))
+    show_result(lambda: built, json, lambda: print_built(built, twins=options.twins))
 
 
 @command("nxm inspect engine", "nxm inspect twins --require-sparse 60% --json")
@@ -259,9 +261,10 @@ def build(source: Path, backend: str, out: Path, json: bool, **values: object) -
     metavar="SHARE",
     help="Exit 3 unless this share (60%) of the planned-sparse weights provably runs sparse.",
 )
+@all_option
 @json_option
 def inspect(
-    path: Path, twin: Path | None, kernels: Path | None, measure: bool, require_sparse: str | None, json: bool
+    path: Path, measure: bool, require_sparse: str | None, everything: bool, json: bool, **evidence: Path | None
 ) -> None:
     """Say what a graph, engine or run holds, and what runs sparse.
 
@@ -270,8 +273,9 @@ def inspect(
     from nxm_export.pipeline import inspection
 
     share = None if require_sparse is None else _share(require_sparse)
+    twin, kernels = evidence["twin"], evidence["kernels"]
     facts = inspection.inspect_path(path, twin=twin, kernels=kernels, measure=measure)
-    show_result(facts.to_dict, json, lambda: print_inspection(str(path), facts))
+    show_result(facts.to_dict, json, lambda: print_inspection(str(path), facts, everything))
     if share is not None:
         inspection.require_sparse(path, share, twin=twin, kernels=kernels)
 
@@ -292,12 +296,14 @@ def inspect(
     "'max_abs<=0.1', 'cosine>=0.99' (embeddings) or 'embedding_table<=0.5' (an INT8 embedding table); may be repeated.",
 )
 @click.option("--bisect", is_flag=True, help="Find the first encoder block that parts from the checkpoint.")
+@all_option
 @json_option
 def compare(
     paths: tuple[Path, ...],
     data: str,
     gates: tuple[str, ...],
     bisect: bool,
+    everything: bool,
     json: bool,
     **columns: str | None,
 ) -> None:
@@ -330,11 +336,17 @@ def compare(
     if bisect:
         reports = engine_commands.bisect_engines(checkpoint, engines, data, named)
         show_result(lambda: [report.to_dict() for report in reports], json, lambda: print_bisects(reports))
+        if not json:
+            print_next(f"nxm inspect {quoted(engines[0])}")
         for report in reports:
             report.require()
         return
     comparison = engine_commands.compare_engines(checkpoint, engines, data, named, gates)
-    show_result(comparison.to_list, json, lambda: print_comparison(comparison))
+    show_result(comparison.to_list, json, lambda: print_comparison(comparison, everything))
+    if not json:
+        following = f"nxm serve {quoted(engines[0])} --text"
+        parts = f"nxm compare {quoted(checkpoint)} {quoted(engines[0])} --data {quoted(data)} --bisect"
+        print_next(following if comparison.passed else parts)
     comparison.require()
 
 
@@ -399,10 +411,14 @@ def bench(engines: tuple[Path, ...], json: bool, **values: object) -> None:
     if options.data:
         text = bench_text(engines, options.data, batch=options.batch, rounds=options.rounds, threads=options.threads)
         show_result(text.to_dict, json, lambda: print_text_throughput(text))
+        if not json:
+            print_next(f"nxm serve {quoted(engines[0])} --text")
         return
     shapes = [shape_of(text) for text in options.shapes] or None
     report = bench_engines(engines, shapes, options.rounds or BENCH_ROUNDS, options.threads)
     show_result(report.to_dict, json, lambda: print_latency(report))
+    if not json:
+        print_next(f"nxm serve {quoted(engines[0])} --text")
 
 
 def _bench_servers(engines: tuple[Path, ...], options: _BenchOptions, json: bool) -> None:
@@ -415,6 +431,8 @@ def _bench_servers(engines: tuple[Path, ...], options: _BenchOptions, json: bool
     requests = LoadRequests(data, engines[0] if engines else None, options.encoding, options.task)
     report = load_servers(options.urls, name, requests, LoadRounds(clients, options.seconds, rounds))
     show_result(report.to_dict, json, lambda: print_load(report, name, rounds))
+    if not json:
+        print_next(f"curl {options.urls[0].rstrip('/')}/metrics", "what the server counted")
 
 
 @command("nxm doctor", "nxm doctor anybodys.onnx --gpu L4 --version 10.3")
@@ -440,8 +458,11 @@ def _bench_servers(engines: tuple[Path, ...], options: _BenchOptions, json: bool
     help="Its compute capability or name: 8.9, 89, sm_89, L4, 'RTX 4090'.",
 )
 @click.option("--parse", is_flag=True, help="Ask the parser of the installed TensorRT-RTX, too.")
+@all_option
 @json_option
-def doctor(file: Path | None, backend: str, trt_version: str | None, gpu: str, parse: bool, json: bool) -> None:
+def doctor(  # one parameter an option
+    file: Path | None, backend: str, trt_version: str | None, gpu: str, parse: bool, everything: bool, json: bool
+) -> None:
     """Say what this machine can do, or what of a graph can run sparse.
 
     GRAPH is any ONNX file, or a graph directory: for each matrix it says what to fix.
@@ -451,6 +472,8 @@ def doctor(file: Path | None, backend: str, trt_version: str | None, gpu: str, p
 
         machine = report()
         show_result(machine.to_dict, json, lambda: print_facts("this machine", machine.to_dict()))
+        if not json:
+            print_next("nxm init my-model", "then nxm run --config nxm.toml")
         return
     from engines.sparsity.targets import sparsity_target
     from nxm_export.pipeline.inspection import doctor_file
@@ -460,7 +483,7 @@ def doctor(file: Path | None, backend: str, trt_version: str | None, gpu: str, p
     except EngineError as error:
         raise click.UsageError(str(error)) from error
     diagnosis = doctor_file(file, backend, trt_version, gpu, parse=parse)
-    show_result(diagnosis.to_dict, json, lambda: print_diagnosis(diagnosis))
+    show_result(diagnosis.to_dict, json, lambda: print_diagnosis(diagnosis, everything))
 
 
 def _checkpoint_and_engines(paths: tuple[Path, ...]) -> tuple[Path | None, tuple[Path, ...]]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from nxm_export.cli.group import command
-from nxm_export.cli.options import Whole, json_option, pattern_of, typed
-from nxm_export.cli.output import show_result
-from nxm_export.cli.tables import print_facts, print_table
+from nxm_export.cli.options import Whole, all_option, json_option, pattern_of, typed
+from nxm_export.cli.output import print_next, quoted, show_result
+from nxm_export.cli.sparsity_tables import print_verification
+from nxm_export.cli.tables import print_facts
 from nxm_export.contract.choices import (
     FLOAT_TYPES,
     LOWERING,
@@ -24,9 +24,6 @@ from nxm_export.contract.choices import (
 )
 from nxm_export.contract.plan import GRAPH_PLACEMENTS
 from nxm_export.contract.tasks import TASKS
-
-if TYPE_CHECKING:
-    from nxm_export.contract.records.verify_report import VerifyReport
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,12 @@ def export(checkpoint: Path, out: Path, json: bool, **values: object) -> None:
         max_length=options.max_length,
         weights_stored=options.weights_stored,
     )
-    show_result(exported.to_dict, json, lambda: print_facts("exported", exported.to_dict()))
+
+    def show() -> None:
+        print_facts("exported", exported.to_dict())
+        print_next(f"nxm verify {quoted(out)}")
+
+    show_result(exported.to_dict, json, show)
 
 
 @command("nxm verify graph", "nxm verify anybodys.onnx --pattern 2:4")
@@ -117,8 +119,9 @@ def export(checkpoint: Path, out: Path, json: bool, **values: object) -> None:
 @click.option(
     "--pattern", metavar="N:M", help="Require this N:M of every quantized weight (files of ours carry their plan)."
 )
+@all_option
 @json_option
-def verify(onnx: Path, pattern: str | None, json: bool) -> None:
+def verify(onnx: Path, pattern: str | None, everything: bool, json: bool) -> None:
     """Check the integers that a graph stores: N:M, scales, Q/DQ pairs.
 
     GRAPH is any ONNX file, or a graph directory. N:M is looked for along K. Exits with 3 on problems.
@@ -129,36 +132,6 @@ def verify(onnx: Path, pattern: str | None, json: bool) -> None:
     onnx = onnx_file(onnx)
     report = verify_graph(onnx, pattern=pattern_of(pattern) if pattern else None)
 
-    show_result(report.to_dict, json, lambda: _print_verification(str(onnx), report))
+    show_result(report.to_dict, json, lambda: print_verification(str(onnx), report, everything))
     if not report.passed:
         sys.exit(3)
-
-
-def _print_verification(title: str, report: VerifyReport) -> None:
-    columns = ("weight", "op", "K x N", "stored", "scales", "zeros", "N:M", "planned")
-    rows = [
-        (
-            label.removesuffix(".weight"),
-            weight.op,
-            f"{weight.k}x{weight.n}",
-            weight.stored,
-            f"per {weight.scale_axis}" if weight.scale_axis else "none",
-            f"{weight.zeros:.1%}",
-            weight.pattern or "dense",
-            weight.planned or "",
-        )
-        for label, weight in zip(report.labels, report.weights, strict=True)
-    ]
-    print_table(title, columns, rows)
-    problems = report.all_problems
-    for product in report.unread:
-        click.echo(f"not read: {product}")
-    for problem in problems:
-        click.echo(f"problem: {problem}")
-    if report.embedding:
-        tokens, features = report.embedding
-        click.echo(f"word-embedding table: INT8, {tokens}x{features}, one scale per row")
-    click.echo(
-        f"{report.products}; {report.quantize_nodes} Q and {report.dequantize_nodes} DQ nodes: "
-        f"{f'{len(problems)} problems' if problems else 'no problem found'}"
-    )

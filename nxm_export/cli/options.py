@@ -73,6 +73,11 @@ def json_option(command: Command) -> Command:
     return click.option("--json", is_flag=True, help="Print the result as JSON, and no progress.")(command)
 
 
+def all_option(command: Command) -> Command:
+    """The option --all."""
+    return click.option("--all", "everything", is_flag=True, help="Every row; equal ones are one otherwise.")(command)
+
+
 def options(*options: Decorator) -> Decorator:
     """Several options as one decorator, shown in this order."""
 

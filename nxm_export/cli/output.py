@@ -22,8 +22,8 @@ def show_result(to_json: Callable[[], object], json: bool, show: Callable[[], ob
 
 
 def print_next(command: str, about: str = "") -> None:
-    """The command to type next, the last line of what a command prints for people."""
-    click.echo(f"next: {command}{f'   # {about}' if about else ''}")
+    """The command to type next: the last line for people, on stderr, so that stdout holds the result alone."""
+    click.echo(f"next: {command}{f'   # {about}' if about else ''}", err=True)
 
 
 def quoted(path: object) -> str:

@@ -20,7 +20,7 @@ from nxm_export.cli.options import (
     setting_option,
     settings_of,
 )
-from nxm_export.cli.output import show_result
+from nxm_export.cli.output import print_next, quoted, show_result
 
 if TYPE_CHECKING:
     from nxm_export.contract.tasks import Task
@@ -67,6 +67,8 @@ def predict(engine: Path, texts: tuple[str, ...], data: str | None, pairs: bool,
         shortened = predictor.shortened
     answers = [{"input": row, **result.to_dict()} for row, result in zip(rows, results, strict=True)]
     show_result(lambda: answers, json, lambda: _print(rows, results))
+    if not json:
+        print_next(f"nxm serve {quoted(engine)} --text")
     if shortened:
         longest = load_spec(engine).max_length
         click.echo(

@@ -8,7 +8,7 @@ import click
 
 from nxm_export.cli.group import command
 from nxm_export.cli.options import FORCE_OPTION, json_option
-from nxm_export.cli.output import show_result
+from nxm_export.cli.output import print_next, quoted, show_result
 
 
 @command("nxm report runs/mine", "nxm report runs/mine --searched found --out page.html", name="report")
@@ -29,7 +29,8 @@ def report_page(run_directory: Path, out: Path | None, search: Path | None, forc
     """
     from nxm_export.reporting import report
 
-    _show_file(report(run_directory, out, search=search, force=force), json)
+    written = report(run_directory, out, search=search, force=force)
+    _show_file(written, json, f"nxm card {quoted(run_directory)} --out CARD.md")
 
 
 @command("nxm card runs/mine --out CARD.md", "nxm card engine --out README.md --force")
@@ -44,8 +45,12 @@ def card(path: Path, out: Path, force: bool, json: bool) -> None:
     """
     from nxm_export.reporting import card as write_card
 
-    _show_file(write_card(path, out, force=force), json)
+    _show_file(write_card(path, out, force=force), json, f"hf upload USER/NAME {quoted(path)}")
 
 
-def _show_file(file: Path, json: bool) -> None:
-    show_result(lambda: {"path": str(file), "bytes": file.stat().st_size}, json, lambda: click.echo(file))
+def _show_file(file: Path, json: bool, following: str) -> None:
+    def show() -> None:
+        click.echo(file)
+        print_next(following)
+
+    show_result(lambda: {"path": str(file), "bytes": file.stat().st_size}, json, show)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import dataclass, replace
+from json import dumps as json_text
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -25,8 +29,13 @@ from nxm_export.cli.options import (
     settings_of,
     typed,
 )
-from nxm_export.cli.output import show_result
+from nxm_export.cli.output import print_next, quoted, show_result
 from nxm_export.cli.tables import print_table
+from nxm_export.contract.io_spec import load_spec
+from nxm_export.contract.tasks import TASKS
+
+if TYPE_CHECKING:
+    from engines.serving.repository import EngineSource
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,24 @@ def serve(engines: tuple[str, ...], **values: object) -> None:
         requests=settings_of(RequestLimits, values),
         connections=settings_of(ConnectionLimits, values),
     )
-    serve_engines([EngineSource.parse(text) for text in engines], models, server)
+    sources = [EngineSource.parse(text) for text in engines]
+    if server.port and sys.stderr.isatty():  # for people; a log has JSON alone
+        print_next(curl_of(sources[0], server, text=models.text), "once it listens")
+    serve_engines(sources, models, server)
+
+
+def curl_of(source: EngineSource, server: ServerOptions, *, text: bool) -> str:
+    """A request to the server as a line for the shell: two tokens, or a text where the model takes texts."""
+    spec = load_spec(source.directory)
+    if text:
+        words = ("text", "text_pair") if TASKS[spec.task].texts == "two" else ("text",)
+        inputs = [{"name": name, "datatype": "BYTES", "shape": [1, 1], "data": ["a good film"]} for name in words]
+    else:
+        inputs = [{"name": name, "datatype": "INT64", "shape": [1, 2], "data": [1, 1]} for name in spec.inputs]
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    name = f"{source.name}_text" if text else source.name
+    body = json_text({"inputs": inputs})
+    return f"curl http://{host}:{server.port}/v2/models/{name}/infer -d {shlex.quote(body)}"
 
 
 @command(
@@ -128,4 +154,9 @@ def triton(engines: tuple[str, ...], out: Path, image: str | None, json: bool, *
             if facts.session is not None and facts.session.difference != 0:
                 click.echo(f"nxm: {name}: its session in Triton: {facts.session.words}", err=True)
     files = list(manifest.files.items())
-    show_result(manifest.to_dict, json, lambda: print_table(str(out), ("file", "sha256"), files))
+
+    def show() -> None:
+        print_table(str(out), ("file", "sha256"), files)
+        print_next(f"docker compose -f {quoted(out / 'compose.yaml')} up --build")
+
+    show_result(manifest.to_dict, json, show)

@@ -27,6 +27,7 @@ from nxm_export.cli.options import (
     TASK_OPTION,
     TRAINING_OPTIONS,
     Real,
+    all_option,
     columns_of,
     json_option,
     pattern_of,
@@ -165,6 +166,8 @@ def run(demo: bool, dry_run: bool, json: bool, **values: object) -> None:
 
             result = estimate(request, chosen)
             show_result(result.to_dict, json, lambda: print_estimate(result))
+            if not json:
+                print_next("the same command without --dry-run")
             return
     with progress_bars(enabled=not json) as progress:
         summary = run_all(request, out, chosen, progress=progress)
@@ -199,13 +202,14 @@ def init(model: str | None, out: Path, force: bool, json: bool) -> None:
 
 @command("nxm show runs/mine", "nxm show runs/mine --json > summary.json")
 @click.argument("run_directory", metavar="RUN", type=click.Path(path_type=Path))
+@all_option
 @json_option
-def show(run_directory: Path, json: bool) -> None:
+def show(run_directory: Path, everything: bool, json: bool) -> None:
     """Print the final tables of a run again."""
     from nxm_export.contract.records.run_summary import read_summary
 
     summary = read_summary(run_directory)
-    show_result(summary.to_dict, json, lambda: print_summary(summary))
+    show_result(summary.to_dict, json, lambda: print_summary(summary, everything))
 
 
 @command(
@@ -236,7 +240,12 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values
     with progress_bars(enabled=not json) as progress:
         metrics = compress_model(request, out, plan=plan_file, progress=progress)
     facts = {**metrics.to_dict(), "head": head, "path": str(out)}
-    show_result(lambda: facts, json, lambda: print_facts("compressed", facts))
+
+    def show() -> None:
+        print_facts("compressed", {key: value for key, value in facts.items() if value is not None})
+        print_next(f"nxm export {quoted(out)} --target cpu --out graph")
+
+    show_result(lambda: facts, json, show)
 
 
 @command(
@@ -277,7 +286,13 @@ def search(model: str, task: str, train: str, out: Path, json: bool, **values: o
             columns=columns_of(options.text, options.text_pair, options.label, options.label_map),
             progress=progress,
         )
-    show_result(result.to_dict, json, lambda: print_search(result))
+
+    def show() -> None:
+        print_search(result)
+        plan = quoted(out / "plan.json")
+        print_next(f"nxm run {quoted(model)} --plan {plan} --train {quoted(train)} --dev DEV --out RUN")
+
+    show_result(result.to_dict, json, show)
 
 
 @command("nxm pack checkpoint --out checkpoint.safetensors", "nxm pack mixed --out mixed.safetensors --json")

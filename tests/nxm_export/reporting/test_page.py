@@ -45,7 +45,7 @@ def test_every_number_of_the_page_is_the_one_of_the_file_that_it_names(page: Pag
 
 def test_every_number_that_nxm_show_prints_is_in_the_page_in_the_same_digits(page: Page, finished: Path) -> None:
     shown = json.loads(CliRunner().invoke(main, ["show", str(finished), "--json"]).stdout)
-    printed = CliRunner(env={"COLUMNS": "300"}).invoke(main, ["show", str(finished)]).stdout
+    printed = CliRunner(env={"COLUMNS": "300"}).invoke(main, ["show", str(finished), "--all"]).stdout
     of_summary = {
         e.attrs["data-pointer"]: e for e in page.all("data") if e.attrs["data-file"] == "summary/summary.json"
     }

@@ -476,12 +476,19 @@ def report(
     return write_report(run_directory, out, search=search, force=force)
 
 
-def card(source: str | Path, out: str | Path, *, force: bool = False) -> Path:
-    """Write a Hugging Face model card of an engine directory or a run; returns its path. A file at `out` is replaced
-    with `force` alone."""
+def card(
+    source: str | Path,
+    out: str | Path,
+    *,
+    force: bool = False,
+    base_model: str | None = None,
+    license: str | None = None,
+) -> Path:
+    """Write a Hugging Face model card of a run, a checkpoint or an engine directory; returns its path. A file at `out`
+    is replaced with `force` alone. `base_model` and `license` are for its head: no file says them."""
     from nxm_export.reporting import card as write_card
 
-    return write_card(source, out, force=force)
+    return write_card(source, out, force=force, base_model=base_model, license=license)
 
 
 def serve(

@@ -33,19 +33,22 @@ def report_page(run_directory: Path, out: Path | None, search: Path | None, forc
     _show_file(written, json, f"nxm card {quoted(run_directory)} --out CARD.md")
 
 
-@command("nxm card runs/mine --out CARD.md", "nxm card engine --out README.md --force")
+@command("nxm card runs/mine --out CARD.md", "nxm card checkpoint --base-model ORG/NAME --license mit --out README.md")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The model card, as in README.md.")
+@click.option("--base-model", metavar="ID", help="Hub id of the model that was compressed, for the card's head.")
+@click.option("--license", metavar="ID", help="The hub's word for the licence of the result, as in apache-2.0.")
 @FORCE_OPTION
 @json_option
-def card(path: Path, out: Path, force: bool, json: bool) -> None:
+def card(path: Path, out: Path, base_model: str | None, license: str | None, force: bool, json: bool) -> None:
     """Write a Hugging Face model card, every number from the files.
 
     PATH is a run, a checkpoint or an engine directory.
     """
     from nxm_export.reporting import card as write_card
 
-    _show_file(write_card(path, out, force=force), json, f"hf upload USER/NAME {quoted(path)}")
+    written = write_card(path, out, force=force, base_model=base_model, license=license)
+    _show_file(written, json, f"hf upload USER/NAME {quoted(path)}")
 
 
 def _show_file(file: Path, json: bool, following: str) -> None:

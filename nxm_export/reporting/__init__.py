@@ -37,16 +37,24 @@ def report(
     return _write(Path(out) if out is not None else facts.root / REPORT_FILE, render(facts, pictures(facts)))
 
 
-def card(source: str | Path, out: str | Path, *, force: bool = False) -> Path:
-    """Write the model card of an engine directory or a run to `out` and return its path; a file that is there is
-    replaced with `force` alone.
+def card(
+    source: str | Path,
+    out: str | Path,
+    *,
+    force: bool = False,
+    base_model: str | None = None,
+    license: str | None = None,
+) -> Path:
+    """Write the model card of a run, a checkpoint or an engine directory to `out` and return its path; a file that is
+    there is replaced with `force` alone.
 
-    Raises `ArtifactError` when `source` is neither; needs jinja2 (``nxm-export[report]``).
+    `base_model` is the hub id of the model that was compressed, `license` the hub's word for that of the result: no
+    file says them. Raises `ArtifactError` when `source` is none of these; needs jinja2 (``nxm-export[report]``).
     """
     require_new(out, force=force)
-    from nxm_export.reporting.hub_card import render
+    from nxm_export.reporting.hub_card import Origins, render
 
-    return _write(Path(out), render(Path(source)))
+    return _write(Path(out), render(Path(source), Origins(base_model, license)))
 
 
 def _write(out: Path, text: str) -> Path:

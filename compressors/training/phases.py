@@ -180,8 +180,8 @@ class Job:
         if recipe != "obs":
             require_enough_tokens(layers, batches)
             for layer in layers.values():
-                # For `admm`, what layers read while no weight is rounded leads nearer (docs/search.md); for `obs` it
-                # does not, and it stays as its results were measured.
+                # For `admm`, what layers read while no weight is rounded leads nearer (docs/research-notes.md); for
+                # `obs` it does not, and it stays as its results were measured.
                 layer.quantize_weight = False
         student.to(distributed.device())
         solve_layers(

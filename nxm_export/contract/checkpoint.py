@@ -176,6 +176,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             "first"
         )
     plan = CompressionPlan.load(plan_file)
+    family.require_own_positions(config, str(path / "config.json"))
     plan.require_fits(family.model_type, family.weights(config))
     family.require_placement(plan)
     return Checkpoint(path, config, family, plan, _load(path / SCALES_FILE))
@@ -197,6 +198,11 @@ def read_config(path: Path) -> dict[str, object]:
     if not (path / "config.json").is_file():
         raise ArtifactError(f"{path} has no config.json: not a Hugging Face model directory")
     require_safetensors(path)
+    return read_config_file(path)
+
+
+def read_config_file(path: Path) -> dict[str, object]:
+    """``config.json`` of a directory, whether its weights are there or not."""
     config = read_foreign_json(path / "config.json", "restore it from the model")
     if not isinstance(config, dict):
         raise ArtifactError(f"{path / 'config.json'}: not a JSON object")

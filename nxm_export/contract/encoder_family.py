@@ -79,6 +79,15 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class OnlyValue:
+    """The one value that a key of ``config.json`` may have, and why: a number, or ``hidden`` or ``head`` for the size
+    of the residual stream or of a head."""
+
+    value: int | str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Family:
     """One Hugging Face ``model_type``.
 
@@ -118,6 +127,7 @@ class Family:
     position_readers: tuple[str, ...] = ()  # linear layers of a block that read embeddings of relative positions
     missing_heads: frozenset[str] = frozenset()  # tasks for which transformers has no head
     refused_keys: Mapping[str, str] = field(default_factory=dict)  # of config.json, with why a value there is refused
+    only_values: Mapping[str, OnlyValue] = field(default_factory=dict)  # of keys of config.json
 
     def __post_init__(self) -> None:
         assert len({linear.role for linear in self.linears}) == len(self.linears)
@@ -164,6 +174,16 @@ class Family:
         for key, reason in self.refused_keys.items():
             if config.get(key):
                 raise ArtifactError(f"{source}: {key} {config[key]!r} is not supported: {reason}")
+        if self.positions_after_padding and config.get("pad_token_id") is None:
+            raise ArtifactError(
+                f"{source}: pad_token_id is missing, and {self.model_type} counts positions from it; set it to the "
+                "tokenizer's padding id"
+            )
+        for key, only in self.only_values.items():
+            if config.get(key) is not None and config[key] != (expected := self._expected(config, only)):
+                raise ArtifactError(
+                    f"{source}: {key} {config[key]!r} is not supported, only {expected} is: {only.reason}"
+                )
         types = config.get("type_vocab_size")
         if self.fewest_types and (type(types) is not int or types < self.fewest_types):
             return replace(self, inputs=tuple(name for name in self.inputs if name != "token_type_ids"))
@@ -205,6 +225,23 @@ class Family:
     def readers(self, block: str, tensor: str) -> list[str]:
         """Parameter names of the linear layers of a block that read one of its tensors, such as `BLOCK`."""
         return [self.weight(block, linear) for linear in self.linears if linear.reads == tensor]
+
+    def _expected(self, config: Mapping[str, object], only: OnlyValue) -> int:
+        if isinstance(only.value, int):
+            return only.value
+        hidden = size_of(config, self.hidden_key)
+        return hidden // self.heads(config) if only.value == "head" else hidden
+
+    def require_own_positions(self, config: Mapping[str, object], source: str) -> None:
+        """Raise `ArtifactError` where query and key matrices multiply the embeddings of positions, too: quantizers and
+        masks are trained for what a block reads."""
+        kinds = config.get("pos_att_type")
+        if self.position_readers and config.get("share_att_key") and config.get("relative_attention") and kinds:
+            raise ArtifactError(
+                f"{source}: share_att_key true is not supported in a compressed checkpoint: its query and key matrices "
+                "would multiply the embeddings of positions as well. Compress the dense model with `nxm compress`, "
+                "which gives the positions matrices of their own"
+            )
 
     def tensors(self) -> list[str]:
         """The tensors that a block's linear layers read, each once, in the order in which they are first read."""

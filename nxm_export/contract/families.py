@@ -22,6 +22,7 @@ from nxm_export.contract.encoder_family import (
     Attention,
     Family,
     Linear,
+    OnlyValue,
     Part,
 )
 from nxm_export.errors import ArtifactError
@@ -143,6 +144,10 @@ FAMILIES: dict[str, Family] = {
             "attention.LayerNorm",
             positions_after_padding=True,
             block_returns=1,
+            only_values={
+                "relative_attention_num_buckets": OnlyValue(32, "transformers tells so many apart, whatever this says"),
+                "pad_token_id": OnlyValue(1, "transformers counts positions from there, whatever this says"),
+            },
         ),
         Family(
             "modernbert",
@@ -161,6 +166,7 @@ FAMILIES: dict[str, Family] = {
             final_norm="final_norm",
             activation_key="hidden_activation",
             words="embeddings.tok_embeddings",
+            only_values={"head_dim": OnlyValue("head", "transformers splits its fused matrix into heads of that size")},
         ),
         Family(
             "nomic_bert",
@@ -213,6 +219,10 @@ FAMILIES: dict[str, Family] = {
             block_returns=2,
             position_readers=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
             refused_keys={"conv_kernel_size": "its convolution reads across the end of the first block"},
+            only_values={
+                "attention_head_size": OnlyValue("head", "all heads together are as wide as the residual stream"),
+                "pooler_hidden_size": OnlyValue("hidden", "its pooler reads the residual stream"),
+            },
         ),
     )
 }

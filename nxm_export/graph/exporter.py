@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -60,6 +61,9 @@ from nxm_export.hf.finite_masks import MASKED, use_finite_masks
 from nxm_export.hf.model_loading import load_task_model
 from nxm_export.storage.atomic import atomic_dir, require_apart, require_replaceable
 from nxm_export.storage.json_files import encode
+
+if TYPE_CHECKING:
+    import torch
 
 INT8_ATTENTION_TOKENS = 512  # TensorRT has no fused INT8 attention beyond (NVIDIA/TensorRT issue 3724)
 OVERRIDABLE = ("LayerNormalization", "Softmax")
@@ -295,8 +299,9 @@ def _task_of(path: Path, config: Mapping[str, object]) -> str:
     return task
 
 
-def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> ir.Model:
-    """The float graph, not yet optimized, its initializers under the parameters' own names."""
+def traced_module(path: Path, task: Task, family: Family, dtype: str) -> torch.nn.Module:
+    """The model of a directory with the inputs and outputs of an engine, in the form in which it is traced; it returns
+    a tuple of the task's outputs in float32. Raises `ExportError` for an unknown dtype."""
     import torch
 
     floats = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -304,8 +309,6 @@ def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> ir
         raise ExportError(f"unknown dtype {dtype!r}; choose one of {', '.join(floats)}")
 
     class Traced(torch.nn.Module):
-        """The model with the inputs and outputs of an engine."""
-
         def __init__(self, model: torch.nn.Module) -> None:
             super().__init__()
             self.model = model
@@ -322,13 +325,28 @@ def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> ir
     if family.attention.interface and not family.attention.takes_bias_mask:
         use_finite_masks(model)
     write_out_attention(model, fixed_positions=True)
-    with _silence():
+    return Traced(model)
+
+
+def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> ir.Model:
+    """The float graph, not yet optimized, its initializers under the parameters' own names."""
+    import torch
+
+    module = traced_module(path, task, family, dtype)
+    # One object twice would be traced as one input.
+    examples = tuple(torch.ones(2, 7, dtype=torch.long) for _ in family.inputs)
+    with _silence(), torch.no_grad():
+        try:
+            module(*examples)
+        except Exception as error:  # of any kind: the model is of transformers, and runs on what config.json says
+            raise ExportError(
+                f"{path}: the model that config.json describes does not run ({error}); restore config.json from the "
+                "model"
+            ) from error
         batch = torch.export.Dim("batch")
         sequence = torch.export.Dim("sequence", max=family.max_positions(read_config(path)))
-        # One object twice would be traced as one input.
-        examples = tuple(torch.ones(2, 7, dtype=torch.long) for _ in family.inputs)
         program = torch.onnx.export(
-            Traced(model),
+            module,
             examples,
             input_names=list(family.inputs),
             output_names=list(task.outputs),

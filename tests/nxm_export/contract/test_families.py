@@ -68,7 +68,7 @@ def test_other_families_are_refused_with_the_list(model_type: object) -> None:
 )
 def test_a_field_of_another_type_is_refused_by_file_and_key(change: dict[str, object], message: str) -> None:
     sizes = {"hidden_size": 4, "num_hidden_layers": 1, "intermediate_size": 8, "max_position_embeddings": 4}
-    config = {"model_type": "roberta", **sizes, **change}
+    config = {"model_type": "roberta", "pad_token_id": 1, **sizes, **change}
 
     def read() -> None:
         family = family_of(config)

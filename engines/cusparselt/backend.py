@@ -27,7 +27,7 @@ from engines.base import (
     spec_of,
 )
 from engines.cusparselt.choosing import SparseUse, choices_for, rows_of
-from engines.cusparselt.executor import Executor
+from engines.cusparselt.executor import Executor, compiler
 from engines.cusparselt.machine import Machine, this_machine
 from engines.cusparselt.profiling import ProfiledRun, profiled, read_profile, save_profile
 from engines.cusparselt.program import ENGINE_FILE, Choice, Program, program_of, tensors_of, to_bytes
@@ -101,7 +101,8 @@ def build_on(machine: Machine, onnx: str | Path, out: Path, options: BuildOption
     profiles = profiles_for(options.profiles, onnx.parent, graph_inputs(model), options.max_batch_tokens)
     made, kernels = lowered(model, str(onnx)), machine.kernels
     use: SparseUse = "never" if not options.sparse else "always" if options.always_sparse else "auto"
-    choices = choices_for(made.program, made.tensors, kernels, rows_of(profiles), use, options.progress)
+    compiled = compiler(kernels, fuse=options.fuse)
+    choices = choices_for(made.program, made.tensors, kernels, rows_of(profiles), use, compiled, options.progress)
     program = made.with_choices(choices).program
     data = to_bytes(program, made.tensors)
     _require_running(program, data, machine, onnx)
@@ -139,7 +140,7 @@ def load_on(machine: Machine, directory: str | Path, passport: EnginePassport | 
     directory = Path(directory)
     passport = passport or load_passport(directory)
     data = passport.read_engine(directory, machine.facts)
-    return CusparseltEngine(directory, data, machine, fuse=passport.options.get("fuse") is True)
+    return CusparseltEngine(directory, data, machine, fuse=passport.options.get("fuse") is not False)
 
 
 def inspect(directory: str | Path) -> CusparseltFacts:
@@ -172,7 +173,7 @@ class CusparseltEngine(Closing):
 
     clock = "CUDA events"
 
-    def __init__(self, directory: Path, data: bytes, machine: Machine, *, fuse: bool = False) -> None:
+    def __init__(self, directory: Path, data: bytes, machine: Machine, *, fuse: bool = True) -> None:
         file = directory / ENGINE_FILE
         program = program_of(data, str(file))
         self.directory, self._spec, self._kernels = directory, spec_of(directory), machine.kernels

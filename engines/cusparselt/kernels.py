@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from nxm_export.errors import EngineError
+from engines.cusparselt.fusing import Function
+from nxm_export.errors import EngineError, notice
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +114,10 @@ class Kernels(Protocol):
         thing."""
         ...
 
+    def compile(self, function: Function) -> Function:
+        """The same function, in fewer kernels where that can be."""
+        ...
+
     def synchronize(self) -> None:
         """Wait for the device."""
         ...
@@ -123,6 +128,7 @@ class CudaKernels:
 
     device = "cuda"
     kind: Literal["gpu", "stand-in"] = "gpu"
+    _told = False
 
     def compress(self, weight: Tensor) -> Tensor:
         """By cuSPARSELt."""
@@ -231,6 +237,34 @@ class CudaKernels:
             raise_if_lost(error)
             return None
         return graph.replay, made
+
+    def compile(self, function: Function) -> Function:
+        """By torch.compile; what it cannot compile here runs as it is, and that is said once."""
+        import torch
+
+        compiled: Function | None = torch.compile(function)
+
+        def run(*arguments: Tensor) -> tuple[Tensor, ...]:
+            nonlocal compiled
+            if compiled is not None:
+                try:
+                    return compiled(*arguments)
+                except Exception as error:  # of compilers, as many types as there are
+                    raise_if_lost(error)
+                    compiled = None
+                    self._tell(error)
+            return function(*arguments)
+
+        return run
+
+    def _tell(self, error: Exception) -> None:
+        if not self._told:
+            self._told = True
+            reason = str(error).strip().splitlines()
+            notice(
+                "torch cannot compile what lies between products here, so that it runs in more kernels "
+                f"({type(error).__name__}: {reason[0][:200] if reason else ''}); --no-fuse does not try"
+            )
 
     def synchronize(self) -> None:
         """Wait for the GPU."""

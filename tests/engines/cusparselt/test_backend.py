@@ -21,7 +21,7 @@ from engines.sparsity.judgement import SparsityReport, WeightSparsity
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.pipeline.inspection import inspect_path, require_sparse
-from tests.engines.cusparselt.machines import Priced, machine
+from tests.engines.cusparselt.machines import Named, Priced, machine
 from tests.support import baked, onnx_text, tiny
 
 SPARSE_KERNEL = "sm90_xmma_sparse_gemm_i8i8_i8i32_tn_n_tilesize128x128x128_gmmastage"
@@ -284,26 +284,14 @@ class TestSparsity:
         assert inspect_path(directory).to_dict()["backend"] == "cusparselt"
 
 
-def test_compiling_what_lies_between_products_changes_no_number(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_graph: Callable[..., Path]
-) -> None:
-    """With torch's own tracing, and no compiler behind it: what would be compiled is what runs."""
-    import torch
-
-    compiled = []
-    real = torch.compile
-
-    def traced(call: Callable[..., object], **options: object) -> object:
-        compiled.append(options)
-        return real(call, backend="eager", **options)  # type: ignore[call-overload]
-
-    monkeypatch.setattr(torch, "compile", traced)
-    build_on(machine(), tiny_graph("bert", "inputs-outputs", "trt") / "model.onnx", tmp_path, BuildOptions(fuse=True))
-    feeds = baked.feeds("bert", 2, 9, padding=2)
-    with load_on(machine(), tmp_path) as fused:
-        first, second = fused.run(feeds)["logits"], fused.run(feeds)["logits"]
-    np.testing.assert_allclose(first, second, atol=1e-3)
-    assert compiled == [{"dynamic": False}]
+def test_no_fuse_compiles_nothing(tmp_path: Path, tiny_graph: Callable[..., Path]) -> None:
+    kernels = Named()
+    graph = tiny_graph("bert", "inputs-outputs", "trt") / "model.onnx"
+    passport = build_on(machine(kernels), graph, tmp_path, BuildOptions(fuse=False))
+    with load_on(machine(kernels), tmp_path) as engine:
+        engine.run(baked.feeds("bert", 1, 4))
+    assert not kernels.compiled
+    assert "--no-fuse" in passport.rebuild_command()
 
 
 def test_facts_are_a_frozen_record(directory: Path) -> None:

@@ -59,6 +59,7 @@ def test_build_compare_and_inspect(
     assert "0.0% of the planned-sparse weights" in nxm(["inspect", engine, "--require-sparse", "60%"], code=3).output
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gpu")
 def test_twins_are_built_timed_and_judged(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
     twins = tmp_path / "twins"

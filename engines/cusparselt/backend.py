@@ -7,7 +7,8 @@ rehearsals give them a stand-in, whose engines say so in their passport and are 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,10 +28,18 @@ from engines.base import (
     spec_of,
 )
 from engines.cusparselt.choosing import SparseUse, choices_for, rows_of
-from engines.cusparselt.executor import Executor, compiler
+from engines.cusparselt.executor import KNOWN, Executor, compiler
 from engines.cusparselt.machine import Machine, this_machine
 from engines.cusparselt.profiling import ProfiledRun, profiled, read_profile, save_profile
-from engines.cusparselt.program import ENGINE_FILE, Choice, Program, program_of, tensors_of, to_bytes
+from engines.cusparselt.program import (
+    ENGINE_FILE,
+    Choice,
+    Program,
+    program_of,
+    require_consistent,
+    tensors_of,
+    to_bytes,
+)
 from engines.cusparselt.report import sparsity_report
 from engines.passport import Bindings, BuildFacts, EnginePassport, load_passport
 from engines.sample_inputs import nearest_shape, sample_feeds
@@ -175,9 +184,10 @@ class CusparseltEngine(Closing):
 
     def __init__(self, directory: Path, data: bytes, machine: Machine, *, fuse: bool = True) -> None:
         file = directory / ENGINE_FILE
-        program = program_of(data, str(file))
+        program, tensors = program_of(data, str(file)), tensors_of(data, str(file))
+        require_consistent(program, tensors, KNOWN, str(file))
         self.directory, self._spec, self._kernels = directory, spec_of(directory), machine.kernels
-        self._executor: Executor | None = Executor(program, tensors_of(data, str(file)), machine.kernels, fuse=fuse)
+        self._executor: Executor | None = Executor(program, tensors, machine.kernels, fuse=fuse)
         self._one_at_a_time = threading.Lock()
         self._bindings = program.inputs
         self.inputs = tuple(binding.name for binding in program.inputs)
@@ -190,42 +200,47 @@ class CusparseltEngine(Closing):
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name, float32."""
-        import torch
-
         executor = self._open()
         self._require(feeds)
-        with self._one_at_a_time, torch.no_grad():
+        with self._working():
             outputs = executor.run(self._on_device(feeds))
             return {name: tensor.cpu().numpy().copy() for name, tensor in outputs.items()}
 
     def timer(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], float]:
         """A function that runs `feeds`, already on the GPU, and returns the milliseconds between two CUDA events."""
-        import torch
-
         executor = self._open()
         self._require(feeds)
-        with self._one_at_a_time, torch.no_grad():
+        with self._working():
             replay = executor.replayer(self._on_device(feeds))
 
         def once() -> float:
-            with self._one_at_a_time, torch.no_grad():
+            with self._working():
                 return self._kernels.milliseconds(replay)
 
         return once
 
     def profiled(self, shape: tuple[int, int], sha256: str) -> ProfiledRun:
         """The kernels of a run at a shape (batch, sequence), of made-up inputs."""
-        import torch
-
         executor = self._open()
         vocabulary = min(_VOCABULARY, self._spec.limits.get("input_ids", _VOCABULARY)) if self._spec else None
         feeds = sample_feeds(self._bindings, *shape, vocabulary)
-        with self._one_at_a_time, torch.no_grad():
+        with self._working():
             return profiled(executor, self._on_device(feeds), shape, sha256)
 
     def close(self) -> None:
         """Let go of what is on the GPU."""
         self._executor = None
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """One run at a time; what torch says of a failure, such as too little memory, is an `EngineError`."""
+        import torch
+
+        with self._one_at_a_time, torch.no_grad():
+            try:
+                yield
+            except (RuntimeError, IndexError, TypeError, ValueError) as error:
+                raise EngineError(f"{self.directory}: torch failed: {str(error).strip()[:300]}") from error
 
     def _open(self) -> Executor:
         if self._executor is None:

@@ -14,16 +14,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from engines.cusparselt.fusing import FUSED, Compile, Fuser, fused_run
-from engines.cusparselt.kernels import Kernels
-from engines.cusparselt.operators import HOST, Numbers, compute
+from engines.cusparselt.kernels import DENSE, FORMS, Kernels
+from engines.cusparselt.operators import HOST, Numbers, compute, known
 from engines.cusparselt.products import Products
-from engines.cusparselt.program import PRODUCT, Program, Step
+from engines.cusparselt.program import PRODUCT, Known, Program, Step
 from nxm_export.errors import EngineError, notice
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_SHAPES = 24
+KNOWN = Known(
+    operator=lambda op: op in (PRODUCT, "Shape") or known(op), form=lambda form: form == DENSE or form in FORMS
+)
 _HOST_ALONE = ("Range",)  # its size is what its inputs say
 Around = Callable[[str], AbstractContextManager[object]]  # of a product, by its name: what a profiler sees it in
 

@@ -16,6 +16,7 @@ from nxm_export.cli.engine_tables import (
     print_load,
     print_text_throughput,
 )
+from nxm_export.cli.gain import asks_for_gain, show_gain
 from nxm_export.cli.group import main
 from nxm_export.cli.options import (
     LABEL_MAP_OPTION,
@@ -435,12 +436,26 @@ def _bench_servers(engines: tuple[Path, ...], options: _BenchOptions, json: bool
     help="Its compute capability or name: 8.9, 89, sm_89, L4, 'RTX 4090'.",
 )
 @click.option("--parse", is_flag=True, help="Ask the parser of the installed TensorRT-RTX, too.")
+@click.option(
+    "--shape",
+    metavar="BATCHxLENGTH",
+    help="Say what 2:4 can gain at this shape, such as 32x128, on a --gpu by name (or cpu).  [default: 32x128 for a "
+    "model]",
+)
 @json_option
-def doctor(file: Path | None, backend: str, trt_version: str | None, gpu: str, parse: bool, json: bool) -> None:
+def doctor(
+    file: Path | None, backend: str, trt_version: str | None, gpu: str, parse: bool, shape: str | None, json: bool
+) -> None:
     """Say what this machine can build and run; with FILE, which matrices can run sparse, and what to fix.
 
-    FILE is any ONNX file, or a graph directory.
+    FILE is any ONNX file, or a graph directory. With --shape, or for the directory of a Hugging Face model (its
+    config.json is enough): what 2:4 can gain at most on a GPU, by arithmetic.
     """
+    if file is not None and asks_for_gain(file, shape):
+        show_gain(file, shape, gpu, backend, trt_version, parse=parse, json=json)
+        return
+    if shape is not None:
+        raise click.UsageError("--shape needs FILE: the directory of a model, or an ONNX file")
     if file is None:
         from nxm_export.pipeline.environment import report
 

@@ -19,6 +19,7 @@ from nxm_export.errors import EngineError, notice
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from torch.cuda import _POOL_HANDLE
 
 LEAST, ROWS_STEP, MATRIX_STEP = 32, 16, 32  # of a product's sizes
 CALLS, REPLAYS = 8, 9  # in a CUDA graph that is timed, and of it
@@ -129,6 +130,7 @@ class CudaKernels:
     device = "cuda"
     kind: Literal["gpu", "stand-in"] = "gpu"
     _told = False
+    _handle: _POOL_HANDLE | None = None
 
     def compress(self, weight: Tensor) -> Tensor:
         """By cuSPARSELt."""
@@ -231,7 +233,7 @@ class CudaKernels:
                 call()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self._pool()):
                 made = call()
         except RuntimeError as error:
             raise_if_lost(error)
@@ -256,6 +258,15 @@ class CudaKernels:
             return function(*arguments)
 
         return run
+
+    def _pool(self) -> _POOL_HANDLE:
+        """One pool of memory for all graphs: they run one after the other, and what one wrote is read before the
+        next."""
+        import torch
+
+        if self._handle is None:
+            self._handle = torch.cuda.graph_pool_handle()
+        return self._handle
 
     def _tell(self, error: Exception) -> None:
         if not self._told:

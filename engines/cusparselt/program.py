@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 ENGINE_FILE = "model.safetensors"
 SCHEMA = "nxm-cusparselt/1"
-PRODUCT, ATTENTION = "nxm.Product", "nxm.Attention"  # the operators of steps that are not ONNX's
+# The operators of steps that are not ONNX's: a product of integers, fused attention, and a float product with a bias.
+PRODUCT, ATTENTION, LINEAR = "nxm.Product", "nxm.Attention", "nxm.Linear"
 _BUILD_AGAIN = "build the engine again"
 Attribute = int | float | str | tuple[int, ...]
 
@@ -39,7 +40,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Step:
-    """One operation: an ONNX operator, `PRODUCT` or `ATTENTION`; an input that is left out is the empty name."""
+    """One operation: an ONNX operator, or one of those above; an input that is left out is the empty name."""
 
     op: str
     inputs: tuple[str, ...]

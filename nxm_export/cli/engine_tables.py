@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from engines.benchmark.http_load import LoadReport
     from engines.benchmark.latency import BenchReport
     from engines.benchmark.text_throughput import TextReport
+    from engines.cusparselt.program import Choice as ProductChoice
     from engines.sparsity.advice import Advice
     from engines.sparsity.judgement import SparsityReport, WeightSparsity
     from nxm_export.pipeline.inspection import EngineInspection, FileDiagnosis, GraphFacts, RunInspection
@@ -45,9 +46,13 @@ def print_inspection(title: str, facts: GraphFacts | EngineInspection | RunInspe
     if isinstance(facts, GraphFacts):
         print_table(title, ("what", "value"), list(facts.to_dict().items()))
     elif isinstance(facts, EngineInspection):
+        from engines.cusparselt.backend import CusparseltFacts
+
         _print_facts(title, facts.to_dict())
         if facts.sparsity is not None:
             _print_matrices(facts.sparsity)
+        if isinstance(facts.facts, CusparseltFacts):
+            _print_choices(facts.facts.choices)
     else:
         for name, engine in facts.engines.items():
             print_inspection(f"{title}: {name}", engine)
@@ -68,7 +73,18 @@ def print_diagnosis(diagnosis: FileDiagnosis) -> None:
 
 
 def _print_facts(title: str, facts: Mapping[str, object]) -> None:
-    apart = ("weights", "advice", "problems", "parsed", "products", "unread", "passport", "schema")
+    apart = (
+        "choices",
+        "profiled",
+        "weights",
+        "advice",
+        "problems",
+        "parsed",
+        "products",
+        "unread",
+        "passport",
+        "schema",
+    )
     rows = [(key, value) for key, value in facts.items() if key not in apart]
     print_table(title, ("what", "value"), rows)
 
@@ -83,6 +99,26 @@ def _print_matrices(report: SparsityReport) -> None:
         click.echo(f"{reason}: {detail}")
     for hint in dict.fromkeys(matrix.hint for matrix in report.weights if matrix.hint):
         click.echo(f"hint: {hint}")
+
+
+def _print_choices(choices: Sequence[ProductChoice]) -> None:
+    """Both times of products of equal sizes, and the form that was chosen."""
+    from engines.cusparselt.report import dense_time, sparse_time
+
+    rows = [
+        (
+            f"{choice.k}x{choice.n} to {choice.output}",
+            str(choice.rows),
+            *(
+                ("none is right" if time is None else f"{time:.1f}")
+                for time in (sparse_time(choice), dense_time(choice))
+            ),
+            choice.form,
+        )
+        for choice in choices
+    ]
+    if rows:
+        print_table("products, measured when it was built", ("K x N", "rows", "sparse, us", "dense, us", "runs"), rows)
 
 
 def _label(one: WeightSparsity | Advice, all_rows: Sequence[WeightSparsity | Advice]) -> str:

@@ -16,6 +16,7 @@ from nxm_export.cli.engine_tables import (
     print_load,
     print_text_throughput,
 )
+from nxm_export.cli.gain import asks_for_gain, show_gain
 from nxm_export.cli.group import main
 from nxm_export.cli.options import (
     LABEL_MAP_OPTION,
@@ -67,6 +68,8 @@ class _BuildOptions:
     max_profiles: int
     max_batch_tokens: int
     sparse: bool
+    always_sparse: bool
+    fuse: bool
     level: int | None
     workspace: int | None
     timing_cache: Path | None
@@ -80,7 +83,8 @@ class _BuildOptions:
 
     def require_usage(self, backend: str) -> None:
         """Raise wrong usage for options that do not go together."""
-        from engines.base import cpu_backends
+        from engines.base import BACKENDS, cpu_backends
+        from engines.base import backend as backend_of
         from engines.benchmark.fastest_backend import NAME as AUTO
 
         of_auto = (("--shape", self.shapes), ("--checkpoint", self.checkpoint), ("--data", self.data))
@@ -89,12 +93,17 @@ class _BuildOptions:
             raise click.UsageError(f"{automatic[0]} is for --backend auto")
         if backend == AUTO and (self.twins or self.lengths or self.profiles):
             raise click.UsageError(
-                "--twins, --lengths and --profile are for TensorRT; --backend auto builds for the CPU"
+                "--twins, --lengths and --profile are for engines on a GPU; --backend auto takes none of them"
             )
         if bool(self.checkpoint) != bool(self.data):
             raise click.UsageError("--checkpoint and --data belong together")
         if self.threads and backend not in (*cpu_backends(), AUTO):
             raise click.UsageError(f"--threads is for engines on the CPU; {backend} has no use for it")
+        for flag, given in (("--always-sparse", self.always_sparse), ("--fuse", self.fuse)):
+            if given and (backend not in BACKENDS or not backend_of(backend).CAPABILITIES.always_sparse):
+                raise click.UsageError(f"{flag} is for --backend cusparselt")
+        if self.always_sparse and not self.sparse:
+            raise click.UsageError("--always-sparse and --no-sparse contradict each other; give one of them")
         if self.lengths and self.profiles:
             raise click.UsageError("--lengths and --profile are two ways to say the same; give one of them")
         if self.timing_cache is not None and not self.timing_cache.is_file():
@@ -110,6 +119,8 @@ class _BuildOptions:
             profiles=[parse_profile(text) for text in self.profiles],
             max_batch_tokens=self.max_batch_tokens,
             sparse=self.sparse,
+            always_sparse=self.always_sparse,
+            fuse=self.fuse,
             level=self.level,
             workspace_bytes=self.workspace * 2**20 if self.workspace else None,
             build_route=self.build_route,
@@ -149,7 +160,7 @@ class _BenchOptions:
     "--backend",
     default=BACKEND,
     show_default=True,
-    help="ort, openvino, trt, trt_rtx; auto: the fastest on this CPU.",
+    help="ort, openvino, trt, trt_rtx, cusparselt; auto: the fastest of ort, openvino and, on a GPU, cusparselt.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Engine directory.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of a CPU engine.  [default: all cores]")
@@ -172,6 +183,10 @@ class _BenchOptions:
 @click.option(
     "--sparse/--no-sparse", default=SPARSE_KERNELS, show_default=True, help="Let the builder use 2:4 kernels."
 )
+@click.option(
+    "--always-sparse", is_flag=True, help="cusparselt: 2:4 kernels even where dense ones are faster; for measurements."
+)
+@click.option("--fuse", is_flag=True, help="cusparselt: compile what lies between products, at every load.")
 @click.option("--level", type=click.IntRange(0, 5), help="Builder optimization level.  [default: TensorRT's]")
 @click.option(
     "--workspace", type=click.IntRange(min=1), metavar="MIB", help="Limit of scratch memory.  [default: TensorRT's]"
@@ -241,7 +256,7 @@ def build(source: Path, backend: str, out: Path, json: bool, **values: object) -
 @click.option(
     "--kernels", type=click.Path(path_type=Path), help="Names of kernels that ran, one a line, from any profiler."
 )
-@click.option("--measure", is_flag=True, help="Time every layer now (needs the GPU).")
+@click.option("--measure", is_flag=True, help="Time every layer, or profile kernels, now (needs the GPU).")
 @click.option(
     "--require-sparse",
     metavar="SHARE",
@@ -251,7 +266,7 @@ def build(source: Path, backend: str, out: Path, json: bool, **values: object) -
 def inspect(
     path: Path, twin: Path | None, kernels: Path | None, measure: bool, require_sparse: str | None, json: bool
 ) -> None:
-    """Print the facts of an ONNX file, a graph, an engine or a run; for TensorRT, which weights run sparse."""
+    """Print the facts of an ONNX file, a graph, an engine or a run; on a GPU, which weights run sparse."""
     from nxm_export.pipeline import inspection
 
     share = None if require_sparse is None else _share(require_sparse)
@@ -419,12 +434,26 @@ def _bench_servers(engines: tuple[Path, ...], options: _BenchOptions, json: bool
     help="Its compute capability or name: 8.9, 89, sm_89, L4, 'RTX 4090'.",
 )
 @click.option("--parse", is_flag=True, help="Ask the parser of the installed TensorRT-RTX, too.")
+@click.option(
+    "--shape",
+    metavar="BATCHxLENGTH",
+    help="Say what 2:4 can gain at this shape, such as 32x128, on a --gpu by name (or cpu).  [default: 32x128 for a "
+    "model]",
+)
 @json_option
-def doctor(file: Path | None, backend: str, trt_version: str | None, gpu: str, parse: bool, json: bool) -> None:
+def doctor(
+    file: Path | None, backend: str, trt_version: str | None, gpu: str, parse: bool, shape: str | None, json: bool
+) -> None:
     """Say what this machine can build and run; with FILE, which matrices can run sparse, and what to fix.
 
-    FILE is any ONNX file, or a graph directory.
+    FILE is any ONNX file, or a graph directory. With --shape, or for the directory of a Hugging Face model (its
+    config.json is enough): what 2:4 can gain at most on a GPU, by arithmetic.
     """
+    if file is not None and asks_for_gain(file, shape):
+        show_gain(file, shape, gpu, backend, trt_version, parse=parse, json=json)
+        return
+    if shape is not None:
+        raise click.UsageError("--shape needs FILE: the directory of a model, or an ONNX file")
     if file is None:
         from nxm_export.pipeline.environment import report
 

@@ -111,12 +111,15 @@ def _errors(errors: Sequence[float | None], measured: bool) -> str:
 
 def _kernels(run: Run, matrix: Matrix) -> tuple[str, ...]:
     """What each engine that has kernels of the matrices runs this one on."""
-    name = matrix.name
     return tuple(
-        _kernel(next((row for row in engine.matrices if row.name == name), None))
-        for engine in run.engines
-        if engine.matrices
+        _kernels_of({row.name: row for row in engine.matrices}, matrix) for engine in run.engines if engine.matrices
     )
+
+
+def _kernels_of(by_name: Mapping[str, WeightSparsity], matrix: Matrix) -> str:
+    """The kernel of a matrix, or those of its parts where the engine has parts."""
+    found = {name: _kernel(by_name[name]) for name in matrix.names if name in by_name}
+    return _agreed({name.split(".")[-2]: text for name, text in found.items()}) if found else _kernel(None)
 
 
 def _agreed(by_graph: Mapping[str, str]) -> str:
@@ -150,7 +153,7 @@ def _reasons(run: Run) -> PageTable:
     """What the reasons in the kernel columns mean."""
     from engines.sparsity.judgement import REASONS
 
-    planned = {matrix.name for matrix in run.matrices}
+    planned = {name for matrix in run.matrices for name in matrix.names}
     rows_of = [row for engine in run.engines for row in engine.matrices if row.name in planned]
     used = {row.reason for row in rows_of if row.reason}
     rows = [(Code(reason), REASONS.get(reason, "")) for reason in sorted(used)]

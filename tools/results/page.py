@@ -334,12 +334,12 @@ def _compared(comparison: Comparison) -> list[str]:
         f"`{comparison.other}`",
         _cells(comparison.cells),
         f"{100 * difference.value:+.2f} ({100 * bounds[0]:+.2f} to {100 * bounds[1]:+.2f})",
-        {1: "better", -1: "worse", 0: "undecided"}[difference.side(0.0)],
+        {1: "better", -1: "worse", 0: "no difference found"}[difference.side(0.0)],
     ]
     if ratio is None or ratio.interval is None:
         return [*cells, GAP if ratio is None else f"{ratio.value:.3f}", GAP]
     low, high = ratio.interval
-    nearer = {-1: "nearer", 1: "farther", 0: "undecided"}[ratio.side(1.0)]
+    nearer = {-1: "nearer", 1: "farther", 0: "no difference found"}[ratio.side(1.0)]
     return [*cells, f"{ratio.value:.3f} ({low:.3f} to {high:.3f})", nearer]
 
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from nxm_export.contract.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint, read_config
+from nxm_export.contract.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint, read_config, task_at
 from nxm_export.contract.io_spec import IOSpec, load_spec
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.records.checkpoint_metrics import (
@@ -28,6 +28,7 @@ from nxm_export.contract.records.run_summary import DIRECTORY, SUMMARY_FILE, Run
 from nxm_export.contract.records.search_result import SEARCH_FILE, SearchResult, read_search_result
 from nxm_export.contract.records.train_log import TRAIN_LOG_FILE, TrainLogLine, read_train_log
 from nxm_export.contract.records.verify_report import VERIFY_FILE, VerifyReport, read_verify_report
+from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError, NxmError
 from nxm_export.reporting.figures import Figure, Key, RunFile
 from nxm_export.reporting.matrices import Matrix, Sample, matrices, sample
@@ -202,6 +203,25 @@ def read_engine_directory(directory: Path) -> Run:
         model_type=engine.passport.content.graph.get("model_type"),
         spec=spec,
         engines=(engine,),
+        files=files.hashes,
+        doubts=tuple(files.doubts),
+    )
+
+
+def read_checkpoint(directory: Path) -> Run:
+    """A run that has nothing but one compressed checkpoint: its plan, its metrics, and the inputs of its model.
+
+    Raises `ArtifactError` for a checkpoint that is damaged.
+    """
+    checkpoint = open_checkpoint(directory)
+    files, task = Files(directory, {}), task_at(directory, checkpoint.config)
+    return Run(
+        root=directory,
+        stages={},
+        compressed=files.decoded(METRICS_FILE, partial(_metrics, CompressionMetrics)),
+        model_type=str(checkpoint.config["model_type"]),
+        spec=IOSpec.of(directory, checkpoint.config, checkpoint.family, TASKS[task]) if task else None,
+        plan=checkpoint.plan,
         files=files.hashes,
         doubts=tuple(files.doubts),
     )

@@ -45,7 +45,7 @@ def test_every_number_of_the_page_is_the_one_of_the_file_that_it_names(page: Pag
 
 def test_every_number_that_nxm_show_prints_is_in_the_page_in_the_same_digits(page: Page, finished: Path) -> None:
     shown = json.loads(CliRunner().invoke(main, ["show", str(finished), "--json"]).stdout)
-    printed = CliRunner(env={"COLUMNS": "300"}).invoke(main, ["show", str(finished)]).stdout
+    printed = CliRunner(env={"COLUMNS": "300"}).invoke(main, ["show", str(finished), "--all"]).stdout
     of_summary = {
         e.attrs["data-pointer"]: e for e in page.all("data") if e.attrs["data-file"] == "summary/summary.json"
     }
@@ -158,7 +158,7 @@ def test_the_commands_print_the_path_or_json(finished: Path, tmp_path: Path) -> 
         (["report", "."], "not a run directory"),
         (["card", ".", "--out", "README.md"], "neither an engine directory nor a run"),
         (["report", "RUN", "--out", "no/such/page.html"], "no: no such directory"),
-        (["report", "RUN", "--search", "."], "has no search.json"),
+        (["report", "RUN", "--searched", "."], "has no search.json"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(

@@ -1,7 +1,8 @@
 """What an engine directory must show before it answers anybody: the expected hash, and a parity that is good enough.
 
-`nxm serve`, `nxm predict` and `nxm triton` ask the same. Whoever sets ``--expect-sha256`` or ``--gate passed`` asks for
-proof of all that is served, labels and tokenizer included, which a passport that covers the engine alone cannot give.
+`nxm serve`, `nxm predict` and `nxm triton` ask the same. Whoever sets ``--expect-sha256`` or ``--parity passed`` asks
+for proof of all that is served, labels and tokenizer included, which a passport that covers the engine alone cannot
+give.
 """
 
 from __future__ import annotations
@@ -86,11 +87,11 @@ def require_gate(directory: Path, passport: EnginePassport, gate: str) -> None:
         if gate == "passed" and passport.companions is None:
             raise ParityError(
                 f"{directory}: its passport covers the engine alone, so nothing says that its labels and tokenizer are "
-                "those that were compared; build the engine again and run `nxm compare`, or take --gate not-failed"
+                "those that were compared; build the engine again and run `nxm compare`, or take --parity not-failed"
             )
         return
     what = "failed" if state == "failed" else "was never checked for these files"
     raise ParityError(
         f"{directory}: parity with its checkpoint {what} ({PARITY_FILE}); run `nxm compare`, or "
-        "let it answer anyway with --gate off"
+        "let it answer anyway with --parity off"
     )

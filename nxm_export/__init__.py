@@ -93,7 +93,13 @@ if TYPE_CHECKING:
     from nxm_export.graph.exporter import Exported
     from nxm_export.pipeline.environment import MachineReport
     from nxm_export.pipeline.estimate import RunEstimate
-    from nxm_export.pipeline.inspection import EngineInspection, FileDiagnosis, GraphFacts, RunInspection
+    from nxm_export.pipeline.inspection import (
+        CheckpointFacts,
+        EngineInspection,
+        FileDiagnosis,
+        GraphFacts,
+        RunInspection,
+    )
     from nxm_export.progress import Progress
 
 # Public name -> the module that has it. Tests hold it against the imports above.
@@ -150,7 +156,8 @@ _HOMES = {
     "MachineReport": "nxm_export.pipeline.environment",
     "RunEstimate": "nxm_export.pipeline.estimate",
     **dict.fromkeys(
-        ("EngineInspection", "FileDiagnosis", "GraphFacts", "RunInspection"), "nxm_export.pipeline.inspection"
+        ("CheckpointFacts", "EngineInspection", "FileDiagnosis", "GraphFacts", "RunInspection"),
+        "nxm_export.pipeline.inspection",
     ),
     "Progress": "nxm_export.progress",
     "Columns": "nxm_export.data.examples",
@@ -224,6 +231,7 @@ __all__ = [  # noqa: RUF022  (in the order in which one meets them)
     "PackedSizes",
     "GraphFacts",
     "EngineInspection",
+    "CheckpointFacts",
     "RunInspection",
     "FileDiagnosis",
     "MachineReport",

@@ -88,7 +88,9 @@ print("loaded", json.dumps(sorted(set({HEAVY!r}) & set(sys.modules))))
 
 @pytest.mark.parametrize("command", sorted(main.commands))
 def test_help_of_a_command_says_what_it_does_and_what_it_takes(command: str) -> None:
-    result = CliRunner().invoke(main, [command, "--help"])
+    """All of it: ``--help-all`` where ``--help`` shows the common options alone."""
+    everything = "--help-all" if any("--help-all" in p.opts for p in main.commands[command].params) else "--help"
+    result = CliRunner().invoke(main, [command, everything])
     assert result.exit_code == 0
     assert result.output.startswith("Usage: ")
     for parameter in main.commands[command].params:

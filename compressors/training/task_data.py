@@ -71,7 +71,7 @@ def read_task_data(
         if not LABELS[task.label].separate and (raw.pairs is None) != (raw_dev.pairs is None):
             raise DataError(
                 f"{raw.source} and {raw_dev.source} differ: only one of them has a second text; "
-                "name the columns with --text and --text-pair"
+                "name the columns with --text-column and --pair-column"
             )
         dev_classes = classes if head is None else classes_of(raw_dev, task, head)
         scored = labelled(raw_dev, task, dev_classes)

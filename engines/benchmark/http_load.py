@@ -98,6 +98,7 @@ class LoadResult:
     throughput: float
     throughput_range: tuple[float, float]
     p50: float
+    p95: float
     p99: float
     p99_range: tuple[float, float]
     answered: int
@@ -240,13 +241,14 @@ def _summary(name: str, clients: int, rounds: Sequence[Round]) -> LoadResult:
         kinds = ", ".join(f"{count} x {kind}" for kind, count in errors.items()) or "no answer came in time"
         raise ServeError(f"{name}: all requests of {clients} clients failed ({kinds}); look into the server's log")
     speeds = [len(r.latencies) / r.seconds for r in rounds]
-    p50, p99 = ([float(np.percentile(r.latencies, q)) * 1e3 for r in answered] for q in (50, 99))
+    p50, p95, p99 = ([float(np.percentile(r.latencies, q)) * 1e3 for r in answered] for q in (50, 95, 99))
     return LoadResult(
         name=name,
         clients=clients,
         throughput=float(np.median(speeds)),
         throughput_range=(min(speeds), max(speeds)),
         p50=float(np.median(p50)),
+        p95=float(np.median(p95)),
         p99=float(np.median(p99)),
         p99_range=(min(p99), max(p99)),
         answered=sum(len(r.latencies) for r in rounds),

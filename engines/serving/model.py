@@ -158,7 +158,7 @@ class Model:
         """Raise `RequestRefused` (503) when the model was withdrawn."""
         if self.withdrawn is not None:
             raise RequestRefused(
-                503, f"model {self.name!r} was withdrawn: its parity is not what --gate asks for", reason="withdrawn"
+                503, f"model {self.name!r} was withdrawn: its parity is not what --parity asks for", reason="withdrawn"
             )
 
     def require_range(self, name: str, array: np.ndarray) -> None:

@@ -5,7 +5,7 @@ old engine, checked and warmed up like at the start, and takes its place between
 what it has and goes. A directory that is refused leaves the old engine serving, whose files were verified when they
 were read, and is tried again when anything in it changes, such as the parity report that it lacked, and a while later
 where there was no room to load it: no file could be opened, or memory ran out. A report that comes
-for the engine that serves decides whether it goes on, as ``--gate`` has it.
+for the engine that serves decides whether it goes on, as ``--parity`` has it.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ class Repository:
 
 
 # What clients are told; the log has the objection, with the paths of this machine.
-_WITHDRAWN = "withdrawn: its parity with its checkpoint is not what --gate asks for"
+_WITHDRAWN = "withdrawn: its parity with its checkpoint is not what --parity asks for"
 
 
 def require_distinct_names(sources: Sequence[EngineSource], suffixes: Sequence[str], *, folded: bool = False) -> None:

@@ -49,7 +49,10 @@ class ModelOptions:
         metadata={OPTION: Option("Wait for company.", flag="--max-delay-ms", least=0, scale=_MILLISECONDS)},
     )
     text: bool = field(default=False, metadata={OPTION: Option("Serve NAME_text, too: sentences in, class names out.")})
-    gate: str = field(default=GATE, metadata={OPTION: Option("Which parity.json an engine must have.", choices=GATES)})
+    gate: str = field(
+        default=GATE,
+        metadata={OPTION: Option("Which parity.json an engine must have.", flag="--parity", choices=GATES)},
+    )
     expect_sha256: frozenset[str] = frozenset()
 
 
@@ -113,7 +116,10 @@ class TritonOptions:
     those of an ONNX Runtime instance on a CPU; `tensorrt` is the version in the target container, where it is known
     already."""
 
-    gate: str = field(default=GATE, metadata={OPTION: Option("Which parity.json an engine must have.", choices=GATES)})
+    gate: str = field(
+        default=GATE,
+        metadata={OPTION: Option("Which parity.json an engine must have.", flag="--parity", choices=GATES)},
+    )
     expect_sha256: frozenset[str] = frozenset()
     text: bool = field(default=False, metadata={OPTION: Option("Add NAME_text: sentences in, class names out.")})
     pair: bool = field(

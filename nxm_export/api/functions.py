@@ -54,7 +54,13 @@ if TYPE_CHECKING:
     from nxm_export.graph.exporter import Exported
     from nxm_export.pipeline.environment import MachineReport
     from nxm_export.pipeline.estimate import RunEstimate
-    from nxm_export.pipeline.inspection import EngineInspection, FileDiagnosis, GraphFacts, RunInspection
+    from nxm_export.pipeline.inspection import (
+        CheckpointFacts,
+        EngineInspection,
+        FileDiagnosis,
+        GraphFacts,
+        RunInspection,
+    )
     from nxm_export.pipeline.run import Request
 
 
@@ -416,9 +422,9 @@ def unpack(file: str | Path, out: str | Path) -> Path:
 
 def inspect(
     path: str | Path, *, twin: str | Path | None = None, measure: bool = False
-) -> GraphFacts | EngineInspection | RunInspection:
-    """Facts of an ONNX file, a graph or engine directory, or a run; for TensorRT, which weights run sparse and why the
-    others do not."""
+) -> GraphFacts | EngineInspection | RunInspection | CheckpointFacts:
+    """Facts of an ONNX file, a graph, checkpoint or engine directory, or a run; for TensorRT, which weights run
+    sparse and why the others do not."""
     from nxm_export.pipeline.inspection import inspect_path
 
     return inspect_path(path, twin=None if twin is None else Path(twin), measure=measure)
@@ -471,12 +477,19 @@ def report(
     return write_report(run_directory, out, search=search, force=force)
 
 
-def card(source: str | Path, out: str | Path, *, force: bool = False) -> Path:
-    """Write a Hugging Face model card of an engine directory or a run; returns its path. A file at `out` is replaced
-    with `force` alone."""
+def card(
+    source: str | Path,
+    out: str | Path,
+    *,
+    force: bool = False,
+    base_model: str | None = None,
+    license: str | None = None,
+) -> Path:
+    """Write a Hugging Face model card of a run, a checkpoint or an engine directory; returns its path. A file at `out`
+    is replaced with `force` alone. `base_model` and `license` are for its head: no file says them."""
     from nxm_export.reporting import card as write_card
 
-    return write_card(source, out, force=force)
+    return write_card(source, out, force=force, base_model=base_model, license=license)
 
 
 def serve(

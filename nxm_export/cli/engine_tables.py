@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nxm_export.cli.tables import print_facts, print_table, speed_text
+from nxm_export.cli.output import print_next, quoted
+from nxm_export.cli.sparsity_tables import print_sparsity
+from nxm_export.cli.tables import busy_note, print_facts, print_rows, print_table, speed_text
 
 if TYPE_CHECKING:
     from engines.benchmark.fastest_backend import Choice
@@ -15,9 +17,7 @@ if TYPE_CHECKING:
     from engines.benchmark.latency import BenchReport
     from engines.benchmark.text_throughput import TextReport
     from engines.cusparselt.program import Choice as ProductChoice
-    from engines.sparsity.advice import Advice
-    from engines.sparsity.judgement import SparsityReport, WeightSparsity
-    from nxm_export.pipeline.inspection import EngineInspection, FileDiagnosis, GraphFacts, RunInspection
+    from nxm_export.pipeline.inspection import EngineInspection, Inspection
 
 
 def print_choice(choice: Choice, facts: Mapping[str, object]) -> None:
@@ -27,7 +27,7 @@ def print_choice(choice: Choice, facts: Mapping[str, object]) -> None:
         (
             candidate.backend,
             *(f"{value:.3g}" for value in candidate.latency_ms),
-            f"{candidate.speedup:.2f}x" if number else "reference",
+            f"{candidate.speedup:.2f}x (paired)" if number else "reference",
         )
         for number, candidate in enumerate(choice.candidates)
     ]
@@ -35,70 +35,52 @@ def print_choice(choice: Choice, facts: Mapping[str, object]) -> None:
     for name, why in choice.left_out.items():
         click.echo(f"left out: {name}: {why}")
     click.echo(f"kept {choice.backend}: {choice.why}")
-    print_facts("built", facts)
+    print_built(facts)
 
 
-def print_inspection(title: str, facts: GraphFacts | EngineInspection | RunInspection) -> None:
+def print_built(facts: Mapping[str, object], *, twins: bool = False) -> None:
+    """What a build made: the parts of the passport that people ask for; ``--json`` and the file have all of it."""
+    told = ("backend", "engine", "graph", "plan", "profiles", "requires", "path")
+    print_facts("built", facts if twins else {key: facts[key] for key in told if facts.get(key)})
+    path = quoted(facts["path"])
+    print_next(f"nxm bench {path}" if twins else f"nxm compare {path} --data DEV")
+
+
+def print_inspection(title: str, facts: Inspection, everything: bool = False) -> None:
     """What `nxm inspect` found: a table of facts, and one of the matrices where sparse kernels are known; of a run,
     those of every engine."""
-    from nxm_export.pipeline.inspection import EngineInspection, GraphFacts
+    from nxm_export.pipeline.inspection import CheckpointFacts, EngineInspection, GraphFacts
 
+    path = quoted(title)
     if isinstance(facts, GraphFacts):
-        print_table(title, ("what", "value"), list(facts.to_dict().items()))
+        print_facts(title, facts.to_dict())
+        print_next(f"nxm doctor {path}", "which of its matrices can run sparse")
+    elif isinstance(facts, CheckpointFacts):
+        print_facts(title, facts.to_dict())
+        print_next(f"nxm export {path} --out graph")
     elif isinstance(facts, EngineInspection):
-        from engines.cusparselt.backend import CusparseltFacts
-
-        _print_facts(title, facts.to_dict())
-        if facts.sparsity is not None:
-            _print_matrices(facts.sparsity)
-        if isinstance(facts.facts, CusparseltFacts):
-            _print_choices(facts.facts.choices)
+        _print_engine(title, facts, everything)
+        print_next(f"nxm bench {path}")
     else:
         for name, engine in facts.engines.items():
-            print_inspection(f"{title}: {name}", engine)
+            _print_engine(f"{title}: {name}", engine, everything)
+        print_next(f"nxm show {path}")
 
 
-def print_diagnosis(diagnosis: FileDiagnosis) -> None:
-    """What `nxm doctor` says of a file: facts, its matrices, advice for them, and its problems."""
-    _print_facts(diagnosis.file, diagnosis.to_dict())
-    _print_matrices(diagnosis.sparsity)
-    _print_advice(diagnosis.advice)
-    for problem in diagnosis.problems:
-        click.echo(f"problem: {problem}")
-    if diagnosis.parsed is not None:
-        verdict = "takes it, which proves no sparse kernel" if diagnosis.parsed.accepted else "refuses it"
-        click.echo(f"{diagnosis.parsed.parser}'s parser {verdict}")
-        for warning in diagnosis.parsed.warnings:
-            click.echo(f"it warns: {warning}")
+def _print_engine(title: str, facts: EngineInspection, everything: bool) -> None:
+    from engines.cusparselt.backend import CusparseltFacts
+
+    _print_facts(title, facts.to_dict())
+    if facts.sparsity is not None:
+        print_sparsity(facts.sparsity, everything)
+    if isinstance(facts.facts, CusparseltFacts):
+        _print_choices(facts.facts.choices)
 
 
 def _print_facts(title: str, facts: Mapping[str, object]) -> None:
-    apart = (
-        "choices",
-        "profiled",
-        "weights",
-        "advice",
-        "problems",
-        "parsed",
-        "products",
-        "unread",
-        "passport",
-        "schema",
-    )
+    apart = ("weights", "passport", "schema", "counts", "products", "unread", "sparse_share", "choices", "profiled")
     rows = [(key, value) for key, value in facts.items() if key not in apart]
     print_table(title, ("what", "value"), rows)
-
-
-def _print_matrices(report: SparsityReport) -> None:
-    columns = ("weight", "K x N", "planned", "float > INT8", "eligible", "sparse", "kernel", "saved ms", "why not")
-    print_table("weights", columns, [_matrix_row(_label(matrix, report.weights), matrix) for matrix in report.weights])
-    click.echo(str(report.products))
-    for product in report.unread:
-        click.echo(f"not read: {product}")
-    for reason, detail in {matrix.reason: matrix.detail for matrix in report.weights if matrix.reason}.items():
-        click.echo(f"{reason}: {detail}")
-    for hint in dict.fromkeys(matrix.hint for matrix in report.weights if matrix.hint):
-        click.echo(f"hint: {hint}")
 
 
 def _print_choices(choices: Sequence[ProductChoice]) -> None:
@@ -121,65 +103,36 @@ def _print_choices(choices: Sequence[ProductChoice]) -> None:
         print_table("products, measured when it was built", ("K x N", "rows", "sparse, us", "dense, us", "runs"), rows)
 
 
-def _label(one: WeightSparsity | Advice, all_rows: Sequence[WeightSparsity | Advice]) -> str:
-    """A matrix's name, and the product that reads it where other products read it, too."""
-    name = one.name.removesuffix(".weight")
-    shared = sum(other.name == one.name for other in all_rows) > 1
-    return f"{name} ({one.node})" if shared and one.node else name
-
-
-def _matrix_row(label: str, matrix: WeightSparsity) -> tuple[str, ...]:
-    return (
-        label,
-        f"{matrix.k}x{matrix.n} {matrix.form}",
-        matrix.planned or "-",
-        f"{matrix.pattern_float or 'dense'} > {matrix.pattern_int8 or 'dense'}",
-        _known(matrix.eligible),
-        _known(matrix.chosen),
-        (matrix.kernel or "-").split("_tilesize")[0],
-        "-" if matrix.saved_ms is None else f"{matrix.saved_ms:.4f}",
-        matrix.reason or "-",
-    )
-
-
-def _known(value: bool | None) -> str:
-    return "unknown" if value is None else "yes" if value else "no"
-
-
-def _print_advice(advice: Sequence[Advice]) -> None:
-    if advice:
-        rows = [
-            (_label(entry, advice), "ready" if entry.ready else "yes" if entry.one_fix_away else "no", entry.advice)
-            for entry in advice
-        ]
-        print_table("advice", ("weight", "one fix away", "what to do"), rows)
-
-
 def print_latency(report: BenchReport) -> None:
-    """Timings with speed-ups, the clock, what was not measured, and the verdict on 2:4 where there is one."""
-    speed = {(ratio.name, ratio.batch, ratio.sequence): ratio for ratio in report.ratios}
-    rows = []
-    for timing in report.timings:
-        ratio = speed.get((timing.name, timing.batch, timing.sequence))
-        rows.append(
-            (
-                timing.name,
-                f"{timing.batch}x{timing.sequence}",
-                timing.median,
-                f"{timing.quartiles[0]:.3g} to {timing.quartiles[1]:.3g}",
-                speed_text(ratio.speedup, ratio.interval) if ratio else "reference",
-            )
-        )
-    print_table("latency, milliseconds", ("engine", "batch x sequence", "median", "middle half", "speed"), rows)
+    """The verdict, then timings with speeds, the clock and what was not measured."""
+    if report.verdict:
+        click.echo(f"{report.verdict}\n")
+    medians = {(timing.name, timing.batch, timing.sequence): timing.median for timing in report.timings}
+    ratios = {(ratio.name, ratio.batch, ratio.sequence): ratio for ratio in report.ratios}
+    for batch, sequence in dict.fromkeys((timing.batch, timing.sequence) for timing in report.timings):
+        rows = []
+        for timing in report.timings:
+            if (timing.batch, timing.sequence) != (batch, sequence):
+                continue
+            ratio = ratios.get((timing.name, batch, sequence))
+            speed = "reference"
+            if ratio is not None:
+                speed = speed_text(medians[ratio.reference, batch, sequence] / timing.median, ratio.interval)
+            tail = (timing.p95, timing.p99)
+            rows.append((timing.name, timing.median, *tail, f"{timing.samples_per_second:.0f}", speed))
+        click.echo(f"batch {batch} x {sequence} tokens, milliseconds of {report.timings[0].rounds} rounds")
+        print_rows(("engine", "median", "p95", "p99", "sentences/s", "speed, 95 %"), rows)
+        click.echo()
     click.echo(f"clock: {report.timings[0].clock}")
+    for note in dict.fromkeys(filter(None, (busy_note(ratio.interval) for ratio in report.ratios))):
+        click.echo(note)
     for missing in report.unmeasured:
         click.echo(f"not measured: {missing}")
-    if report.verdict:
-        click.echo(f"verdict: {report.verdict}")
 
 
 def print_text_throughput(report: TextReport) -> None:
     """Sentences a second of every engine, by the order of batches."""
+    arrival = {timing.name: timing.sentences_per_second for timing in report.timings if timing.order == "arrival"}
     rows = [
         (
             timing.name,
@@ -189,8 +142,8 @@ def print_text_throughput(report: TextReport) -> None:
             f"{timing.quartiles[0]:.1f} to {timing.quartiles[1]:.1f}",
             f"{timing.without_tokenisation:.1f}",
             "reference"
-            if timing.speedup is None or timing.interval is None
-            else speed_text(timing.speedup, timing.interval),
+            if timing.interval is None
+            else speed_text(timing.sentences_per_second / arrival[timing.name], timing.interval),
         )
         for timing in report.timings
     ]
@@ -204,7 +157,7 @@ def print_text_throughput(report: TextReport) -> None:
 
 def print_load(report: LoadReport, model: str, rounds: int) -> None:
     """Answers a second and latencies of every server, by the number of clients."""
-    columns = ("server", "clients", "answers a second", "lowest to highest", "p50 ms", "p99 ms", "errors")
+    columns = ("server", "clients", "answers a second", "lowest to highest", "p50 ms", "p95 ms", "p99 ms", "errors")
     rows = [
         (
             result.name,
@@ -212,6 +165,7 @@ def print_load(report: LoadReport, model: str, rounds: int) -> None:
             f"{result.throughput:.1f}",
             f"{result.throughput_range[0]:.1f} to {result.throughput_range[1]:.1f}",
             f"{result.p50:.2f}",
+            f"{result.p95:.2f}",
             f"{result.p99:.2f}",
             ", ".join(f"{count} x {kind}" for kind, count in result.errors.items()) or "none",
         )

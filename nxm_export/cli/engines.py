@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING
 import click
 
 from nxm_export.cli.engine_tables import (
+    print_built,
     print_choice,
-    print_diagnosis,
     print_inspection,
     print_latency,
     print_load,
     print_text_throughput,
 )
 from nxm_export.cli.gain import asks_for_gain, show_gain
-from nxm_export.cli.group import main
+from nxm_export.cli.group import command
 from nxm_export.cli.options import (
-    LABEL_MAP_OPTION,
+    LABELLED_COLUMN_OPTIONS,
+    Real,
+    Whole,
+    all_option,
     batch_tokens_option,
     columns_of,
     json_option,
@@ -27,12 +30,15 @@ from nxm_export.cli.options import (
     shape_of,
     typed,
 )
-from nxm_export.cli.output import show_result
+from nxm_export.cli.output import print_next, quoted, show_result
 from nxm_export.cli.parity_tables import print_bisects, print_comparison
 from nxm_export.cli.progress_bars import progress_bars
+from nxm_export.cli.sparsity_tables import print_diagnosis
 from nxm_export.cli.tables import print_facts
 from nxm_export.contract.choices import (
+    AUTO_BACKEND,
     BACKEND,
+    BACKEND_NAMES,
     BENCH_ROUNDS,
     BENCH_SHAPES,
     COMPUTE_CAPABILITY,
@@ -41,6 +47,7 @@ from nxm_export.contract.choices import (
     LOWERINGS,
     MAX_PROFILES,
     SPARSE_KERNELS,
+    TARGETS,
     TASK,
     TENSORRT_BACKENDS,
     TENSORRT_VERSIONS,
@@ -83,24 +90,23 @@ class _BuildOptions:
 
     def require_usage(self, backend: str) -> None:
         """Raise wrong usage for options that do not go together."""
-        from engines.base import BACKENDS, cpu_backends
         from engines.base import backend as backend_of
-        from engines.benchmark.fastest_backend import NAME as AUTO
+        from engines.base import cpu_backends
 
         of_auto = (("--shape", self.shapes), ("--checkpoint", self.checkpoint), ("--data", self.data))
         automatic = [flag for flag, value in of_auto if value]
-        if automatic and backend != AUTO:
+        if automatic and backend != AUTO_BACKEND:
             raise click.UsageError(f"{automatic[0]} is for --backend auto")
-        if backend == AUTO and (self.twins or self.lengths or self.profiles):
+        if backend == AUTO_BACKEND and (self.twins or self.lengths or self.profiles):
             raise click.UsageError(
                 "--twins, --lengths and --profile are for engines on a GPU; --backend auto takes none of them"
             )
         if bool(self.checkpoint) != bool(self.data):
             raise click.UsageError("--checkpoint and --data belong together")
-        if self.threads and backend not in (*cpu_backends(), AUTO):
+        if self.threads and backend not in (*cpu_backends(), AUTO_BACKEND):
             raise click.UsageError(f"--threads is for engines on the CPU; {backend} has no use for it")
-        for flag, given in (("--always-sparse", self.always_sparse), ("--fuse", self.fuse)):
-            if given and (backend not in BACKENDS or not backend_of(backend).CAPABILITIES.always_sparse):
+        for flag, given in (("--always-sparse", self.always_sparse), ("--no-fuse", not self.fuse)):
+            if given and (backend == AUTO_BACKEND or not backend_of(backend).CAPABILITIES.always_sparse):
                 raise click.UsageError(f"{flag} is for --backend cusparselt")
         if self.always_sparse and not self.sparse:
             raise click.UsageError("--always-sparse and --no-sparse contradict each other; give one of them")
@@ -145,7 +151,7 @@ class _BenchOptions:
     rounds: int | None
     threads: int | None
     urls: tuple[str, ...]
-    model: str | None
+    name: str | None
     data: str | None
     task: str
     batch: int | None
@@ -154,16 +160,21 @@ class _BenchOptions:
     encoding: str
 
 
-@main.command()
-@click.argument("source", type=click.Path(path_type=Path))
+@command(
+    "nxm build graph --backend auto --out engine",
+    "nxm build checkpoint --twins --backend trt --out twins",
+    common=("backend", "out", "threads", "profiles", "lengths", "twins", "shapes", "checkpoint", "data"),
+)
+@click.argument("source", metavar="GRAPH", type=click.Path(path_type=Path))
 @click.option(
     "--backend",
+    type=click.Choice([*BACKEND_NAMES, AUTO_BACKEND]),
     default=BACKEND,
     show_default=True,
-    help="ort, openvino, trt, trt_rtx, cusparselt; auto: the fastest of ort, openvino and, on a GPU, cusparselt.",
+    help="auto: the fastest of ort, openvino and, on a GPU, cusparselt.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Engine directory.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of a CPU engine.  [default: all cores]")
+@click.option("--threads", type=Whole(min=1), help="Threads of a CPU engine.  [default: all cores]")
 @click.option(
     "--profile",
     "profiles",
@@ -174,7 +185,7 @@ class _BenchOptions:
 @click.option("--lengths", metavar="FILE", help="Choose the profiles from the token lengths of this data file.")
 @click.option(
     "--max-profiles",
-    type=click.IntRange(min=1),
+    type=Whole(min=1),
     default=MAX_PROFILES,
     show_default=True,
     help="At most this many, with --lengths.",
@@ -186,11 +197,11 @@ class _BenchOptions:
 @click.option(
     "--always-sparse", is_flag=True, help="cusparselt: 2:4 kernels even where dense ones are faster; for measurements."
 )
-@click.option("--fuse", is_flag=True, help="cusparselt: compile what lies between products, at every load.")
-@click.option("--level", type=click.IntRange(0, 5), help="Builder optimization level.  [default: TensorRT's]")
 @click.option(
-    "--workspace", type=click.IntRange(min=1), metavar="MIB", help="Limit of scratch memory.  [default: TensorRT's]"
+    "--fuse/--no-fuse", default=True, help="cusparselt: compile what lies between products, when it is loaded."
 )
+@click.option("--level", type=Whole(0, 5), help="Builder optimization level.  [default: TensorRT's]")
+@click.option("--workspace", type=Whole(min=1), metavar="MIB", help="Limit of scratch memory.  [default: TensorRT's]")
 @click.option(
     "--timing-cache", type=click.Path(path_type=Path), help="Read this timing cache, too.  [default: the engine's own]"
 )
@@ -198,15 +209,18 @@ class _BenchOptions:
     "--build-route", metavar="OPTIONS", help="Passed to TensorRT 11.1 and later, if it lists each option as public."
 )
 @click.option(
-    "--twins", is_flag=True, help="SOURCE is a checkpoint: build its FP16, dense INT8 and sparse INT8 engines."
+    "--twins", is_flag=True, help="GRAPH is a checkpoint: build its FP16, dense INT8 and sparse INT8 engines."
 )
 @click.option(
     "--lowering",
     type=click.Choice(LOWERINGS),
     default=LOWERING,
+    show_default=True,
     help="Of linear layers, with --twins.",
 )
-@click.option("--target", help="Graph target, with --twins.  [default: trt; trt8 for TensorRT 8.6]")
+@click.option(
+    "--target", type=click.Choice(TARGETS), help="Graph target, with --twins.  [default: trt; trt8 for TensorRT 8.6]"
+)
 @click.option(
     "--shape", "shapes", multiple=True, help="With --backend auto: batch x sequence to be fast at; may be repeated."
 )
@@ -218,8 +232,10 @@ class _BenchOptions:
 @click.option("--data", metavar="FILE", help="With --checkpoint: labelled samples to compare on.")
 @json_option
 def build(source: Path, backend: str, out: Path, json: bool, **values: object) -> None:
-    """Build an engine directory from an ONNX file or a graph directory (or, with --twins, three from a checkpoint)."""
-    from engines.benchmark.fastest_backend import NAME as AUTO
+    """Build an engine directory from a graph.
+
+    GRAPH is a graph directory or an ONNX file; with --twins it is a checkpoint, and three engines are built.
+    """
     from nxm_export.pipeline.engine_commands import (
         DataProfiles,
         ParityCheck,
@@ -233,7 +249,7 @@ def build(source: Path, backend: str, out: Path, json: bool, **values: object) -
     profiles_from = DataProfiles(options.lengths, options.max_profiles) if options.lengths else None
     with progress_bars(enabled=not json) as progress:
         settings = options.of_engine(progress)
-        if backend == AUTO:
+        if backend == AUTO_BACKEND:
             shapes = [shape_of(text) for text in options.shapes] or None
             check = ParityCheck(options.checkpoint, options.data) if options.checkpoint and options.data else None
             fastest = build_fastest(source, out, settings, shapes=shapes, check=check)
@@ -247,10 +263,10 @@ def build(source: Path, backend: str, out: Path, json: bool, **values: object) -
         else:
             built = build_engine(source, out, backend, settings, profiles_from=profiles_from).to_dict()
     built |= {"path": str(out)}
-    show_result(lambda: built, json, lambda: print_facts("built", built))
+    show_result(lambda: built, json, lambda: print_built(built, twins=options.twins))
 
 
-@main.command()
+@command("nxm inspect engine", "nxm inspect twins --require-sparse 60% --json")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--twin", type=click.Path(path_type=Path), help="The dense twin's engine directory: what sparsity saves.")
 @click.option(
@@ -262,27 +278,32 @@ def build(source: Path, backend: str, out: Path, json: bool, **values: object) -
     metavar="SHARE",
     help="Exit 3 unless this share (60%) of the planned-sparse weights provably runs sparse.",
 )
+@all_option
 @json_option
 def inspect(
-    path: Path, twin: Path | None, kernels: Path | None, measure: bool, require_sparse: str | None, json: bool
+    path: Path, measure: bool, require_sparse: str | None, everything: bool, json: bool, **evidence: Path | None
 ) -> None:
-    """Print the facts of an ONNX file, a graph, an engine or a run; on a GPU, which weights run sparse."""
+    """Say what a graph, engine or run holds, and what runs sparse.
+
+    PATH is one of those, a checkpoint, or an ONNX file. Which matrices run sparse is known of engines on a GPU.
+    """
     from nxm_export.pipeline import inspection
 
     share = None if require_sparse is None else _share(require_sparse)
+    twin, kernels = evidence["twin"], evidence["kernels"]
     facts = inspection.inspect_path(path, twin=twin, kernels=kernels, measure=measure)
-    show_result(facts.to_dict, json, lambda: print_inspection(str(path), facts))
+    show_result(facts.to_dict, json, lambda: print_inspection(str(path), facts, everything))
     if share is not None:
         inspection.require_sparse(path, share, twin=twin, kernels=kernels)
 
 
-@main.command()
-@click.argument("paths", metavar="[CHECKPOINT] ENGINES...", type=click.Path(path_type=Path), nargs=-1, required=True)
+@command(
+    "nxm compare checkpoint engine --data dev.tsv",
+    "nxm compare engine --data dev.tsv --gate 'drop<=0.5' --gate 'flips<=0.5%'",
+)
+@click.argument("paths", metavar="[CHECKPOINT] ENGINE...", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--data", required=True, metavar="FILE", help="Labelled samples to compare on.")
-@click.option("--text")
-@click.option("--text-pair")
-@click.option("--label")
-@LABEL_MAP_OPTION
+@LABELLED_COLUMN_OPTIONS
 @click.option(
     "--gate",
     "gates",
@@ -292,18 +313,21 @@ def inspect(
     "'max_abs<=0.1', 'cosine>=0.99' (embeddings) or 'embedding_table<=0.5' (an INT8 embedding table); may be repeated.",
 )
 @click.option("--bisect", is_flag=True, help="Find the first encoder block that parts from the checkpoint.")
+@all_option
 @json_option
 def compare(
     paths: tuple[Path, ...],
     data: str,
     gates: tuple[str, ...],
     bisect: bool,
+    everything: bool,
     json: bool,
     **columns: str | None,
 ) -> None:
-    """Compare ENGINES with the CHECKPOINT they were made from, and with each other, on real samples.
+    """Compare engines with their checkpoint, on real samples.
 
-    Without CHECKPOINT it is the one that the first engine records, where that is still there.
+    ENGINEs are compared with the CHECKPOINT that they were made from, and with each other. Without CHECKPOINT it is
+    the one that the first engine records, where that is still there.
 
     Exits with 3 when one differs, a probe fails or a gate does not hold. An engine that cannot run here (its runtime or
     GPU is missing) is skipped with the reason; that fails the command only with --gate, since the gate was not checked
@@ -329,47 +353,55 @@ def compare(
     if bisect:
         reports = engine_commands.bisect_engines(checkpoint, engines, data, named)
         show_result(lambda: [report.to_dict() for report in reports], json, lambda: print_bisects(reports))
+        if not json:
+            print_next(f"nxm inspect {quoted(engines[0])}")
         for report in reports:
             report.require()
         return
     comparison = engine_commands.compare_engines(checkpoint, engines, data, named, gates)
-    show_result(comparison.to_list, json, lambda: print_comparison(comparison))
+    show_result(comparison.to_list, json, lambda: print_comparison(comparison, everything))
+    if not json:
+        following = f"nxm serve {quoted(engines[0])} --text"
+        parts = f"nxm compare {quoted(checkpoint)} {quoted(engines[0])} --data {quoted(data)} --bisect"
+        print_next(following if comparison.passed else parts)
     comparison.require()
 
 
-@main.command()
-@click.argument("engines", type=click.Path(path_type=Path), nargs=-1)
+@command(
+    "nxm bench engines/fp32 engines/int8 --shape 1x32 --shape 8x64",
+    "nxm bench --serve http://127.0.0.1:8000 --name engine_text --data dev.tsv",
+)
+@click.argument("engines", metavar="[ENGINE]...", type=click.Path(path_type=Path), nargs=-1)
 @click.option(
     "--shape",
     "shapes",
     multiple=True,
     help="batch x sequence; may be repeated.  "
-    f"[default: {', '.join(f'{batch}x{sequence}' for batch, sequence in BENCH_SHAPES)}, or what ENGINES have fixed]",
+    f"[default: {', '.join(f'{batch}x{sequence}' for batch, sequence in BENCH_SHAPES)}, or what ENGINEs have fixed]",
 )
-@click.option("--rounds", type=click.IntRange(min=1), help=f"[default: {BENCH_ROUNDS}; {LOAD_ROUNDS} with --serve]")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: as built]")
+@click.option("--rounds", type=Whole(min=1), help=f"[default: {BENCH_ROUNDS}; {LOAD_ROUNDS} with --serve]")
+@click.option("--threads", type=Whole(min=1), help="CPU threads.  [default: as built]")
 @click.option("--serve", "urls", multiple=True, metavar="URL", help="Load running servers instead; may be repeated.")
-@click.option("--model", help="With --serve: the model's name there.")
+@click.option("--name", help="With --serve: the model's name there.")
 @click.option(
     "--data",
     metavar="FILE",
-    help="Time ENGINES over this text, tokenisation included. With --serve: samples to send, as tokens of ENGINES' "
+    help="Time ENGINEs over this text, tokenisation included. With --serve: samples to send, as tokens of ENGINE's "
     "tokenizer, else as text.",
 )
 @click.option(
     "--task",
     type=click.Choice(list(TASKS)),
+    metavar="TASK",
     default=TASK,
     show_default=True,
-    help="With --serve and no ENGINES: what the data is for.",
+    help="With --serve and no ENGINE: what the data is for.",
 )
-@click.option("--batch", type=click.IntRange(min=1), help=f"With --data: sentences a batch.  [default: {TEXT_BATCH}]")
+@click.option("--batch", type=Whole(min=1), help=f"With --data: sentences a batch.  [default: {TEXT_BATCH}]")
 @click.option(
     "--clients", default="1,8,32", show_default=True, metavar="N,N,...", help="With --serve: clients at once."
 )
-@click.option(
-    "--seconds", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="With --serve: of a round."
-)
+@click.option("--seconds", type=Real(min=0.1), default=5.0, show_default=True, help="With --serve: of a round.")
 @click.option(
     "--encoding",
     type=click.Choice(TOKEN_ENCODINGS),
@@ -379,7 +411,10 @@ def compare(
 )
 @json_option
 def bench(engines: tuple[Path, ...], json: bool, **values: object) -> None:
-    """Time ENGINES interleaved (speed-ups are against the first), or load running servers with --serve."""
+    """Time engines against each other, or load running servers.
+
+    ENGINEs are timed in turns; speeds are against the first. With --serve running servers are loaded instead.
+    """
     from nxm_export.pipeline.engine_commands import bench_engines, bench_text
 
     options = typed(_BenchOptions, values)
@@ -387,38 +422,44 @@ def bench(engines: tuple[Path, ...], json: bool, **values: object) -> None:
         _bench_servers(engines, options, json)
         return
     if not engines:
-        raise click.UsageError("missing ENGINES (or --serve URL)")
+        raise click.UsageError("missing ENGINE (or --serve URL)")
     if options.batch and not options.data:
         raise click.UsageError("--batch is for --data")
     if options.data:
         text = bench_text(engines, options.data, batch=options.batch, rounds=options.rounds, threads=options.threads)
         show_result(text.to_dict, json, lambda: print_text_throughput(text))
+        if not json:
+            print_next(f"nxm serve {quoted(engines[0])} --text")
         return
     shapes = [shape_of(text) for text in options.shapes] or None
     report = bench_engines(engines, shapes, options.rounds or BENCH_ROUNDS, options.threads)
     show_result(report.to_dict, json, lambda: print_latency(report))
+    if not json:
+        print_next(f"nxm serve {quoted(engines[0])} --text")
 
 
 def _bench_servers(engines: tuple[Path, ...], options: _BenchOptions, json: bool) -> None:
     from nxm_export.pipeline.engine_commands import LoadRequests, LoadRounds, load_servers
 
-    model, data, rounds = options.model, options.data, options.rounds or LOAD_ROUNDS
-    if not model or not data or len(engines) > 1:
-        raise click.UsageError("--serve needs --model and --data, and at most one engine directory (for its tokenizer)")
+    name, data, rounds = options.name, options.data, options.rounds or LOAD_ROUNDS
+    if not name or not data or len(engines) > 1:
+        raise click.UsageError("--serve needs --name and --data, and at most one engine directory (for its tokenizer)")
     clients = numbers_of(options.clients, "--clients", "numbers of clients")
     requests = LoadRequests(data, engines[0] if engines else None, options.encoding, options.task)
-    report = load_servers(options.urls, model, requests, LoadRounds(clients, options.seconds, rounds))
-    show_result(report.to_dict, json, lambda: print_load(report, model, rounds))
+    report = load_servers(options.urls, name, requests, LoadRounds(clients, options.seconds, rounds))
+    show_result(report.to_dict, json, lambda: print_load(report, name, rounds))
+    if not json:
+        print_next(f"curl {options.urls[0].rstrip('/')}/metrics", "what the server counted")
 
 
-@main.command()
-@click.argument("file", type=click.Path(path_type=Path), required=False)
+@command("nxm doctor", "nxm doctor anybodys.onnx --gpu L4 --version 10.3")
+@click.argument("file", metavar="[GRAPH]", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--backend",
     type=click.Choice(TENSORRT_BACKENDS),
     default=TENSORRT_BACKENDS[0],
     show_default=True,
-    help="Judge FILE for it.",
+    help="Judge GRAPH for it.",
 )
 @click.option(
     "--version",
@@ -436,18 +477,25 @@ def _bench_servers(engines: tuple[Path, ...], options: _BenchOptions, json: bool
 @click.option("--parse", is_flag=True, help="Ask the parser of the installed TensorRT-RTX, too.")
 @click.option(
     "--shape",
-    metavar="BATCHxLENGTH",
     help="Say what 2:4 can gain at this shape, such as 32x128, on a --gpu by name (or cpu).  [default: 32x128 for a "
     "model]",
 )
+@all_option
 @json_option
-def doctor(
-    file: Path | None, backend: str, trt_version: str | None, gpu: str, parse: bool, shape: str | None, json: bool
+def doctor(  # one parameter an option
+    file: Path | None,
+    backend: str,
+    trt_version: str | None,
+    gpu: str,
+    parse: bool,
+    shape: str | None,
+    everything: bool,
+    json: bool,
 ) -> None:
-    """Say what this machine can build and run; with FILE, which matrices can run sparse, and what to fix.
+    """Say what this machine can do, or what of a graph can run sparse.
 
-    FILE is any ONNX file, or a graph directory. With --shape, or for the directory of a Hugging Face model (its
-    config.json is enough): what 2:4 can gain at most on a GPU, by arithmetic.
+    GRAPH is any ONNX file, or a graph directory: for each matrix it says what to fix. With --shape, or for a model's
+    directory (its config.json is enough): what 2:4 can gain at most on a GPU.
     """
     if file is not None and asks_for_gain(file, shape):
         show_gain(file, shape, gpu, backend, trt_version, parse=parse, json=json)
@@ -459,6 +507,8 @@ def doctor(
 
         machine = report()
         show_result(machine.to_dict, json, lambda: print_facts("this machine", machine.to_dict()))
+        if not json:
+            print_next("nxm init my-model", "then nxm run --config nxm.toml")
         return
     from engines.sparsity.targets import sparsity_target
     from nxm_export.pipeline.inspection import doctor_file
@@ -468,7 +518,7 @@ def doctor(
     except EngineError as error:
         raise click.UsageError(str(error)) from error
     diagnosis = doctor_file(file, backend, trt_version, gpu, parse=parse)
-    show_result(diagnosis.to_dict, json, lambda: print_diagnosis(diagnosis))
+    show_result(diagnosis.to_dict, json, lambda: print_diagnosis(diagnosis, everything))
 
 
 def _checkpoint_and_engines(paths: tuple[Path, ...]) -> tuple[Path | None, tuple[Path, ...]]:

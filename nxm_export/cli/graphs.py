@@ -5,20 +5,25 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from nxm_export.cli.group import main
-from nxm_export.cli.options import json_option, pattern_of, typed
-from nxm_export.cli.output import show_result
-from nxm_export.cli.tables import print_facts, print_table
-from nxm_export.contract.choices import FLOAT_TYPES, LOWERING, LOWERINGS, TARGET, WEIGHT_STORAGE, WEIGHT_STORAGES
+from nxm_export.cli.group import command
+from nxm_export.cli.options import Whole, all_option, json_option, pattern_of, typed
+from nxm_export.cli.output import print_next, quoted, show_result
+from nxm_export.cli.sparsity_tables import print_verification
+from nxm_export.cli.tables import print_facts
+from nxm_export.contract.choices import (
+    FLOAT_TYPES,
+    LOWERING,
+    LOWERINGS,
+    TARGET,
+    TARGETS,
+    WEIGHT_STORAGE,
+    WEIGHT_STORAGES,
+)
 from nxm_export.contract.plan import GRAPH_PLACEMENTS
 from nxm_export.contract.tasks import TASKS
-
-if TYPE_CHECKING:
-    from nxm_export.contract.records.verify_report import VerifyReport
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,14 @@ class _ExportOptions:
     task: str | None
 
 
-@main.command()
+@command(
+    "nxm export checkpoint --target cpu --out graph",
+    "nxm export checkpoint --target trt --dtype bfloat16 --out graph",
+)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
     "--target",
+    type=click.Choice(TARGETS),
     default=TARGET,
     show_default=True,
     help="cpu (FP32 graph), trt (FP16 graph, opset 21) or trt8 (FP32 graph, opset 17, for TensorRT 8.6).",
@@ -61,9 +70,7 @@ class _ExportOptions:
     type=click.Choice(FLOAT_TYPES),
     help="Of LayerNorm and softmax.  [default: the graph's]",
 )
-@click.option(
-    "--max-length", type=click.IntRange(min=2), help="Longest input in tokens.  [default: what the model allows]"
-)
+@click.option("--max-length", type=Whole(min=2), help="Longest input in tokens.  [default: what the model allows]")
 @click.option(
     "--weights-stored",
     type=click.Choice(WEIGHT_STORAGES),
@@ -71,11 +78,19 @@ class _ExportOptions:
     show_default=True,
     help="int4: weights of 4 bits or fewer take half a byte each. Not for trt8; trt keeps N:M ones INT8.",
 )
-@click.option("--task", type=click.Choice(list(TASKS)), help="[default: what the checkpoint's head says]")
+@click.option(
+    "--task",
+    type=click.Choice(list(TASKS)),
+    metavar="TASK",
+    help="What the graph is for.  [default: what the checkpoint's head says]",
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the graph.")
 @json_option
 def export(checkpoint: Path, out: Path, json: bool, **values: object) -> None:
-    """Write CHECKPOINT as a Q/DQ ONNX graph (a float graph, for a checkpoint without plan)."""
+    """Write a checkpoint as an ONNX graph with Q/DQ nodes.
+
+    A CHECKPOINT without plan gives a float graph.
+    """
     from nxm_export.graph.exporter import export as export_graph
 
     options = typed(_ExportOptions, values)
@@ -91,17 +106,25 @@ def export(checkpoint: Path, out: Path, json: bool, **values: object) -> None:
         max_length=options.max_length,
         weights_stored=options.weights_stored,
     )
-    show_result(exported.to_dict, json, lambda: print_facts("exported", exported.to_dict()))
+
+    def show() -> None:
+        print_facts("exported", exported.to_dict())
+        print_next(f"nxm verify {quoted(out)}")
+
+    show_result(exported.to_dict, json, show)
 
 
-@main.command()
-@click.argument("onnx", type=click.Path(path_type=Path))
-@click.option("--pattern", help="Require this N:M of every quantized weight (files of ours carry their plan).")
+@command("nxm verify graph", "nxm verify anybodys.onnx --pattern 2:4")
+@click.argument("onnx", metavar="GRAPH", type=click.Path(path_type=Path))
+@click.option(
+    "--pattern", metavar="N:M", help="Require this N:M of every quantized weight (files of ours carry their plan)."
+)
+@all_option
 @json_option
-def verify(onnx: Path, pattern: str | None, json: bool) -> None:
-    """Check any ONNX file, or a graph directory's: N:M along K on the stored integers, scales, zero points, Q/DQ pairs.
+def verify(onnx: Path, pattern: str | None, everything: bool, json: bool) -> None:
+    """Check the integers that a graph stores: N:M, scales, Q/DQ pairs.
 
-    Exit 3 on problems.
+    GRAPH is any ONNX file, or a graph directory. N:M is looked for along K. Exits with 3 on problems.
     """
     from nxm_export.graph.verifier import verify as verify_graph
     from nxm_export.pipeline.graph_file import onnx_file
@@ -109,36 +132,6 @@ def verify(onnx: Path, pattern: str | None, json: bool) -> None:
     onnx = onnx_file(onnx)
     report = verify_graph(onnx, pattern=pattern_of(pattern) if pattern else None)
 
-    show_result(report.to_dict, json, lambda: _print_verification(str(onnx), report))
+    show_result(report.to_dict, json, lambda: print_verification(str(onnx), report, everything))
     if not report.passed:
         sys.exit(3)
-
-
-def _print_verification(title: str, report: VerifyReport) -> None:
-    columns = ("weight", "op", "K x N", "stored", "scales", "zeros", "N:M", "planned")
-    rows = [
-        (
-            label.removesuffix(".weight"),
-            weight.op,
-            f"{weight.k}x{weight.n}",
-            weight.stored,
-            f"per {weight.scale_axis}" if weight.scale_axis else "none",
-            f"{weight.zeros:.1%}",
-            weight.pattern or "dense",
-            weight.planned or "",
-        )
-        for label, weight in zip(report.labels, report.weights, strict=True)
-    ]
-    print_table(title, columns, rows)
-    problems = report.all_problems
-    for product in report.unread:
-        click.echo(f"not read: {product}")
-    for problem in problems:
-        click.echo(f"problem: {problem}")
-    if report.embedding:
-        tokens, features = report.embedding
-        click.echo(f"word-embedding table: INT8, {tokens}x{features}, one scale per row")
-    click.echo(
-        f"{report.products}; {report.quantize_nodes} Q and {report.dequantize_nodes} DQ nodes: "
-        f"{f'{len(problems)} problems' if problems else 'no problem found'}"
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import click
@@ -39,6 +40,18 @@ class Decorator(Protocol):
         """The command with the option."""
 
 
+class Whole(click.IntRange):
+    """A whole number in a range; click's own word for it is long."""
+
+    name = "integer"
+
+
+class Real(click.FloatRange):
+    """A number in a range."""
+
+    name = "number"
+
+
 class Positive(FloatType):
     """A finite number above 0."""
 
@@ -57,7 +70,12 @@ class Positive(FloatType):
 
 def json_option(command: Command) -> Command:
     """The option --json."""
-    return click.option("--json", is_flag=True, help="Print the result as JSON on stdout, and no progress.")(command)
+    return click.option("--json", is_flag=True, help="Print the result as JSON, and no progress.")(command)
+
+
+def all_option(command: Command) -> Command:
+    """The option --all."""
+    return click.option("--all", "everything", is_flag=True, help="Every row; equal ones are one otherwise.")(command)
 
 
 def options(*options: Decorator) -> Decorator:
@@ -75,7 +93,7 @@ def batch_tokens_option(about: str = "") -> Decorator:
     """The option --max-batch-tokens, for what `about` says."""
     return click.option(
         "--max-batch-tokens",
-        type=click.IntRange(min=1),
+        type=Whole(min=1),
         default=MAX_BATCH_TOKENS,
         show_default=True,
         help=f"{about}{BATCH_TOKENS_HELP}",
@@ -100,10 +118,19 @@ def expected_hashes(values: Mapping[str, object]) -> frozenset[str]:
 
 PLAN_OPTIONS = options(
     click.option(
-        "--pattern", default=PATTERN, show_default=True, help="N:M kept of every M along the input axis, or 'none'."
+        "--pattern",
+        default=PATTERN,
+        show_default=True,
+        metavar="N:M",
+        help="N kept of every M along the input axis, or none.",
     ),
     click.option(
-        "--weight-bits", default=str(WEIGHT_BITS), show_default=True, help="2 to 8, or 'none' for unquantized weights."
+        "--weight-bits",
+        type=click.Choice(["none", *map(str, range(2, 9))]),
+        default=str(WEIGHT_BITS),
+        metavar="2..8|none",
+        show_default=True,
+        help="Bits of a weight; none: unquantized.",
     ),
     click.option(
         "--placement",
@@ -131,24 +158,46 @@ PLAN_OPTIONS = options(
 )
 
 
+PLAN_FILE_OPTION = click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A plan, in place of --pattern to --keep-dense.",
+)
+FORCE_OPTION = click.option("--force", is_flag=True, help="Overwrite what is at --out.")
 LABEL_MAP_OPTION = click.option(
     "--label-map",
     metavar="LABEL=CLASS,...",
     help="Which class of the model a label of the data stands for, where it is not the class's name.",
 )
+COLUMN_OPTIONS = options(
+    click.option("--text-column", "text", metavar="NAME", help="Of the text.  [default: sentence, text, ...]"),
+    click.option("--pair-column", "text_pair", metavar="NAME", help="Of the second text.  [default: sentence2, ...]"),
+)
+LABELLED_COLUMN_OPTIONS = options(
+    COLUMN_OPTIONS,
+    click.option("--label-column", "label", metavar="NAME", help="Of the label.  [default: label, labels, ...]"),
+    LABEL_MAP_OPTION,
+)
+TASK_OPTION = click.option(
+    "--task",
+    type=click.Choice(list(TASKS)),
+    default=TASK,
+    show_default=True,
+    metavar="TASK",
+    help=f"{', '.join(TASKS)}.",
+)
 DATA_OPTIONS = options(
-    click.option("--task", type=click.Choice(list(TASKS)), default=TASK, show_default=True),
+    TASK_OPTION,
     click.option(
         "--train",
         metavar="FILE",
-        help="TSV, CSV, JSON, Parquet, CoNLL or SQuAD, packed (.gz) or not, or a GLUE task name.",
+        help="TSV, CSV, JSON, Parquet, CoNLL or SQuAD, .gz or not, or a GLUE task.",
     ),
     click.option("--dev", metavar="FILE", help="Held-out data, or the same GLUE task name."),
-    click.option("--text", help="Column of the text.  [default: sentence, sentence1, text, ...]"),
-    click.option("--text-pair", help="Column of the second text.  [default: sentence2, if there is one]"),
-    click.option("--label", help="Column of the label.  [default: label]"),
-    LABEL_MAP_OPTION,
-    click.option("--train-limit", type=click.IntRange(min=1), help="Use a sample of this many training examples."),
+    LABELLED_COLUMN_OPTIONS,
+    click.option("--train-limit", type=Whole(min=1), help="Use a sample of this many training examples."),
     click.option("--revision", help="Branch, tag or commit of a hub model."),
 )
 
@@ -233,13 +282,13 @@ def _click_type(entry: Option, kind: type) -> OptionType:
         return click.Choice(entry.choices)
     if kind is int and entry.scale == 1:
         least, most = (None if bound is None else int(bound) for bound in (entry.least, entry.most))
-        return click.IntRange(least, most)
+        return Whole(least, most)
     if kind is float and entry.above == 0 and entry.below is None:
         return Positive()
     if kind is not str and (entry.least, entry.most, entry.above, entry.below) != (None,) * 4:
         low = _bound(entry.least if entry.above is None else entry.above, entry.scale)
         high = _bound(entry.most if entry.below is None else entry.below, entry.scale)
-        return click.FloatRange(low, high, min_open=entry.above is not None, max_open=entry.below is not None)
+        return Real(low, high, min_open=entry.above is not None, max_open=entry.below is not None)
     return click.STRING if kind is str else click.FLOAT
 
 

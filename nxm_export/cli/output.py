@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 
 import click
@@ -18,6 +19,16 @@ def show_result(to_json: Callable[[], object], json: bool, show: Callable[[], ob
         click.echo(encode(to_json()), nl=False)
     else:
         show()
+
+
+def print_next(command: str, about: str = "") -> None:
+    """The command to type next: the last line for people, on stderr, so that stdout holds the result alone."""
+    click.echo(f"next: {command}{f'   # {about}' if about else ''}", err=True)
+
+
+def quoted(path: object) -> str:
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))
 
 
 def one_line(text: str) -> str:

@@ -16,13 +16,17 @@ if TYPE_CHECKING:
 _VERDICTS = {True: "pass", False: "FAIL", None: "does not apply"}
 
 
-def print_comparison(comparison: Comparison) -> None:
-    """Outputs, probes and gates of every engine, then the engines in pairs, and those that could not run here."""
+def print_comparison(comparison: Comparison, everything: bool = False) -> None:
+    """The verdict on every engine, outputs, probes and gates, then the engines in pairs, and those that could not run
+    here. Probes that pass are counted, unless `everything` is asked for."""
+    for report in comparison.reports:
+        print(_verdict(report))
     for report in comparison.reports:
         for output in report.outputs:
             _print_output(report, output)
-        _print_checks(report)
-        print(f"tolerance: {report.reason}")
+        _print_checks(report, everything)
+        if everything:
+            print(f"tolerance: {report.reason}")
     _print_pairs(comparison.reports)
     _print_skipped(comparison.skipped)
 
@@ -63,7 +67,20 @@ def _print_output(report: ParityReport, output: OutputParity) -> None:
     print_table(title, ("what", "actual", "required"), rows)
 
 
-def _print_checks(report: ParityReport) -> None:
+def _verdict(report: ParityReport) -> str:
+    """Whether an engine is its checkpoint, in a line."""
+    if report.passed:
+        return f"pass: {report.engine} computes what its checkpoint computes, on {report.samples} samples"
+    failed = [f"output {output.output}" for output in report.outputs if not output.passed]
+    failed += [f"probe {probe.name}" for probe in report.probes if probe.passed is False]
+    failed += [f"gate {gate.gate}" for gate in report.gates if not gate.passed]
+    return f"FAIL: {report.engine} on {report.samples} samples: {', '.join(failed)}"
+
+
+def _print_checks(report: ParityReport, everything: bool) -> None:
+    probes = [probe for probe in report.probes if everything or not probe.passed]
+    if passing := len(report.probes) - len(probes):
+        print(f"probes: {passing} pass")
     rows = [
         (
             check.name,
@@ -71,10 +88,11 @@ def _print_checks(report: ParityReport) -> None:
             "" if check.actual is None else f"{check.actual:.4g}, at most {check.tolerated:.4g}",
             check.reason,
         )
-        for check in report.probes
+        for check in probes
     ]
     rows += [(f"gate {gate.gate}", _VERDICTS[gate.passed], "", gate.reason) for gate in report.gates]
-    print_table(f"{report.engine}: probes and gates", ("what", "verdict", "actual", "about"), rows)
+    if rows:
+        print_table(f"{report.engine}: probes and gates", ("what", "verdict", "actual", "about"), rows)
 
 
 def _print_pairs(reports: Sequence[ParityReport]) -> None:

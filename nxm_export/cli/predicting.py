@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from engines.serving.settings import ModelOptions
-from nxm_export.cli.group import main
+from nxm_export.cli.group import command
 from nxm_export.cli.options import (
+    COLUMN_OPTIONS,
+    Whole,
     columns_of,
     expect_sha256_option,
     expected_hashes,
@@ -18,7 +20,7 @@ from nxm_export.cli.options import (
     setting_option,
     settings_of,
 )
-from nxm_export.cli.output import show_result
+from nxm_export.cli.output import print_next, quoted, show_result
 
 if TYPE_CHECKING:
     from nxm_export.contract.tasks import Task
@@ -26,24 +28,24 @@ if TYPE_CHECKING:
     from nxm_export.data.texts import Text
 
 
-@main.command()
+@command('nxm predict engine "a wonderful film" "a dull story"', "nxm predict engine --data texts.tsv --json")
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.argument("texts", nargs=-1, metavar="[TEXT]...")
 @click.option("--data", metavar="FILE", help="Answer the texts of this file; labels in it are not read.")
-@click.option("--text", help="Its column of the text.  [default: sentence, sentence1, text, ...]")
-@click.option("--text-pair", help="Its column of the second text.")
+@COLUMN_OPTIONS
 @click.option(
     "--pairs", is_flag=True, help="Take TEXTs two by two; by itself where the task reads pairs: question and context."
 )
-@click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Texts that run at once.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: as built]")
+@click.option("--batch", type=Whole(min=1), default=32, show_default=True, help="Texts that run at once.")
+@click.option("--threads", type=Whole(min=1), help="CPU threads.  [default: as built]")
 @setting_option(ModelOptions, "gate")
 @expect_sha256_option
 @json_option
 def predict(engine: Path, texts: tuple[str, ...], data: str | None, pairs: bool, json: bool, **options: object) -> None:
-    """Answer TEXTs with ENGINE: a class, labels, a score, entities, an answer or a vector, as its task has it.
+    """Answer texts with an engine, on this machine.
 
-    Needs the engine's directory alone, neither torch nor transformers.
+    The answer to a TEXT is a class, labels, a score, entities, an answer or a vector, as the engine's task has it. It
+    takes the directory ENGINE alone, neither torch nor transformers.
     """
     from engines.predictor import Predictor
     from nxm_export.contract.io_spec import load_spec
@@ -54,7 +56,7 @@ def predict(engine: Path, texts: tuple[str, ...], data: str | None, pairs: bool,
     if bool(texts) == bool(data):
         raise click.UsageError("give TEXTs, or --data with a file of them")
     if data is None and (options["text"] or options["text_pair"]):
-        raise click.UsageError("--text and --text-pair name columns of --data")
+        raise click.UsageError("--text-column and --pair-column name columns of --data")
     columns = columns_of(_text(options["text"]), _text(options["text_pair"]), None)
     rows = read_texts(data, columns, task) if data else _rows(texts, pairs or task.texts == "two", task)
     proof = settings_of(ModelOptions, options)
@@ -65,6 +67,8 @@ def predict(engine: Path, texts: tuple[str, ...], data: str | None, pairs: bool,
         shortened = predictor.shortened
     answers = [{"input": row, **result.to_dict()} for row, result in zip(rows, results, strict=True)]
     show_result(lambda: answers, json, lambda: _print(rows, results))
+    if not json:
+        print_next(f"nxm serve {quoted(engine)} --text")
     if shortened:
         longest = load_spec(engine).max_length
         click.echo(

@@ -6,7 +6,19 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from nxm_export.cli.tables import print_table, score_text, share_text, speed_text
+import click
+
+from nxm_export.cli.folding import shortened
+from nxm_export.cli.output import print_next, quoted
+from nxm_export.cli.tables import (
+    busy_note,
+    print_rows,
+    print_table,
+    score_text,
+    share_text,
+    speed_text,
+    terminal_width,
+)
 from nxm_export.contract.plan import COUNTINGS
 
 if TYPE_CHECKING:
@@ -80,8 +92,87 @@ def _print_plans(title: str, plans: Sequence[tuple[str, PlanScore]], timed: bool
         print_table(title, columns, rows)
 
 
-def print_summary(summary: RunSummary) -> None:
-    """The final tables of a run."""
+def print_summary(summary: RunSummary, everything: bool = False) -> None:
+    """The verdict of a run and its tables; without `everything` those that fit on a screen."""
+    for line in _verdict(summary):
+        click.echo(line)
+    click.echo()
+    if everything:
+        _print_all(summary)
+    else:
+        _print_quality(summary)
+        click.echo()
+        compression, megabytes = summary.compression["hw"], {n: size / 1e6 for n, size in summary.onnx_bytes.items()}
+        click.echo(
+            f"{compression:.2%} of the matrices' bits saved, as tensor cores store them; {_counts(summary.plan)}"
+        )
+        click.echo(f"graphs, MB: {', '.join(f'{name} {size:.1f}' for name, size in megabytes.items())}\n")
+        _print_speed(summary)
+        for name, why in {**summary.missing, **summary.failed}.items():
+            click.echo(f"{name}: {shortened(why, max(20, terminal_width() - len(name) - 2))}")
+    if notes := dict.fromkeys(filter(None, (busy_note(ratio.interval) for ratio in summary.speedup))):
+        click.echo("\n".join(notes))
+    _print_next(summary)
+
+
+def _verdict(summary: RunSummary) -> list[str]:
+    """What a run came to, in two sentences."""
+    differing = [name for name, report in summary.parity.items() if not report.passed]
+    if differing:
+        engines = f"FAILED: {', '.join(differing)} differ{'s' if len(differing) == 1 else ''} from the checkpoint."
+    elif summary.failed:
+        engines = f"FAILED: {', '.join(summary.failed)} could not be built."
+    elif not summary.parity:
+        engines = "Nothing proven: no engine was compared with its checkpoint."
+    elif len(summary.parity) == 1:
+        engines = f"Passed: {next(iter(summary.parity))} computes what its checkpoint computes."
+    else:
+        engines = f"Passed: {len(summary.parity)} engines compute what their checkpoints compute."
+    low, high = summary.difference_interval
+    quality = f"{summary.metric} {score_text(summary.dense)} dense, {score_text(summary.compressed)} compressed"
+    if low is None or high is None:
+        return [engines, f"{quality}."]
+    found = "no difference found" if low <= 0 <= high else "better" if low > 0 else "worse"
+    return [engines, f"{quality}: {found} (paired 95 %: {low:+.4f} to {high:+.4f})."]
+
+
+def _print_next(summary: RunSummary) -> None:
+    engine = next((name for name in summary.parity if name.startswith("ort-cpu-") and name != "ort-cpu-fp32"), None)
+    if engine is None or f"engine {engine}" not in summary.artifacts:
+        return
+    path, checkpoint = summary.artifacts[f"engine {engine}"], summary.artifacts["checkpoint"]
+    if summary.parity[engine].passed:
+        print_next(f"nxm serve {quoted(path)} --text", "or: nxm report, a page")
+    else:
+        print_next(f"nxm compare {quoted(checkpoint)} {quoted(path)} --data DEV --bisect", "the block that parts")
+
+
+def _print_speed(summary: RunSummary) -> None:
+    """Engines by parity and by their latency at every shape."""
+    shapes = list(dict.fromkeys((timing.batch, timing.seq) for timing in summary.latency_ms.values()))
+    rows = []
+    for name, report in summary.parity.items():
+        row = [name, "pass" if report.passed else "FAIL"]
+        for batch, sequence in shapes:
+            timing = summary.latency_ms.get(f"{name} {batch}x{sequence}")
+            row.append("-" if timing is None else f"{timing.median:.2f}{_times(summary, name, batch, sequence)}")
+        rows.append(row)
+    columns = ("engine", "parity", *(f"{batch}x{sequence}, ms" for batch, sequence in shapes))
+    print_rows(columns, rows)
+
+
+def _times(summary: RunSummary, name: str, batch: int, sequence: int) -> str:
+    """The ratio of two medians; nothing for the reference."""
+    ratio = next((r for r in summary.speedup if (r.name, r.batch, r.sequence) == (name, batch, sequence)), None)
+    if ratio is None:
+        return ""
+    reference = summary.latency_ms.get(f"{ratio.reference} {batch}x{sequence}")
+    own = summary.latency_ms[f"{name} {batch}x{sequence}"]
+    return f" ({reference.median / own.median:.2f}x)" if reference is not None else ""
+
+
+def _print_all(summary: RunSummary) -> None:
+    """Every number of a run."""
     _print_quality(summary)
     compression = summary.compression
     print_table(
@@ -112,13 +203,13 @@ def _print_quality(summary: RunSummary) -> None:
         (
             "compressed, ONNX Runtime",
             score_text(summary.compressed),
-            f"difference to dense: {low:+.4f} to {high:+.4f} (95 %)" if known else "no interval",
+            f"to dense: {low:+.4f} to {high:+.4f} (95 %)" if known else "no interval",
         ),
     ]
     if alike := summary.cosine_to_dense:
         rows.append(("its cosine to the dense embeddings", f"{alike.mean:.4f}", f"the least {alike.least:.4f}"))
-    title = f"{summary.metric} on {summary.dev_samples} held-out samples"
-    print_table(title, ("model", summary.metric, "note"), rows)
+    click.echo(f"{summary.metric} on {summary.dev_samples} held-out samples")
+    print_rows(("model", summary.metric, "note"), rows)
 
 
 def _print_engine_parity(summary: RunSummary) -> None:
@@ -147,9 +238,8 @@ def _print_latency(summary: RunSummary) -> None:
         ratio = speedups.get((engine, timing.batch, timing.seq))
         note = speed_text(ratio.speedup, ratio.interval) if ratio else "reference"
         rows.append((engine, shape, f"{timing.median:.2f}", note))
-    print_table(
-        "latency on this CPU, interleaved", ("engine", "batch x seq", "median ms", "speed against FP32 (95 %)"), rows
-    )
+    columns = ("engine", "batch x seq", "median ms", "paired rounds against FP32 (95 %)")
+    print_table("latency on this CPU, interleaved", columns, rows)
 
 
 def _rtx_rows(summary: RunSummary) -> list[tuple[str, str]]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import dataclass, replace
+from json import dumps as json_text
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,7 +19,7 @@ from engines.serving.settings import (
     ServerOptions,
     TritonOptions,
 )
-from nxm_export.cli.group import main
+from nxm_export.cli.group import command
 from nxm_export.cli.options import (
     expect_sha256_option,
     expected_hashes,
@@ -25,8 +29,13 @@ from nxm_export.cli.options import (
     settings_of,
     typed,
 )
-from nxm_export.cli.output import show_result
+from nxm_export.cli.output import print_next, quoted, show_result
 from nxm_export.cli.tables import print_table
+from nxm_export.contract.io_spec import load_spec
+from nxm_export.contract.tasks import TASKS
+
+if TYPE_CHECKING:
+    from engines.serving.repository import EngineSource
 
 
 @dataclass(frozen=True)
@@ -36,8 +45,12 @@ class _ServeOptions:
     buckets: str | None
 
 
-@main.command()
-@click.argument("engines", metavar="[NAME[:VERSION]=]ENGINE_DIR...", nargs=-1, required=True)
+@command(
+    "nxm serve engine --text --port 8000",
+    "nxm serve film=engines/a film:2=engines/b --parity passed",
+    common=("host", "port", "text", "instances", "threads", "max_batch", "max_queue", "timeout", "gate", "access_log"),
+)
+@click.argument("engines", metavar="[NAME[:VERSION]=]ENGINE...", nargs=-1, required=True)
 @setting_option(ServerOptions, "host")
 @setting_option(ServerOptions, "port")
 @setting_option(ServerOptions, "allow_remote")
@@ -63,7 +76,11 @@ class _ServeOptions:
 @setting_option(ServerOptions, "shutdown_delay")
 @setting_option(ServerOptions, "access_log")
 def serve(engines: tuple[str, ...], **values: object) -> None:
-    """Serve ENGINE_DIRs over HTTP (Open Inference Protocol v2: tritonclient and KServe clients work) until SIGTERM."""
+    """Serve engines over HTTP, by the Open Inference Protocol.
+
+    Clients of Triton and KServe work. ENGINE is a directory. It serves until SIGTERM and prints logs: there is no
+    --json.
+    """
     from engines.serving.repository import EngineSource
     from engines.serving.server import serve as serve_engines
 
@@ -78,11 +95,31 @@ def serve(engines: tuple[str, ...], **values: object) -> None:
         requests=settings_of(RequestLimits, values),
         connections=settings_of(ConnectionLimits, values),
     )
-    serve_engines([EngineSource.parse(text) for text in engines], models, server)
+    sources = [EngineSource.parse(text) for text in engines]
+    if server.port and sys.stderr.isatty():  # for people; a log has JSON alone
+        print_next(curl_of(sources[0], server, text=models.text), "once it listens")
+    serve_engines(sources, models, server)
 
 
-@main.command()
-@click.argument("engines", metavar="[NAME=]ENGINE_DIR...", nargs=-1, required=True)
+def curl_of(source: EngineSource, server: ServerOptions, *, text: bool) -> str:
+    """A request to the server as a line for the shell: two tokens, or a text where the model takes texts."""
+    spec = load_spec(source.directory)
+    if text:
+        words = ("text", "text_pair") if TASKS[spec.task].texts == "two" else ("text",)
+        inputs = [{"name": name, "datatype": "BYTES", "shape": [1, 1], "data": ["a good film"]} for name in words]
+    else:
+        inputs = [{"name": name, "datatype": "INT64", "shape": [1, 2], "data": [1, 1]} for name in spec.inputs]
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    name = f"{source.name}_text" if text else source.name
+    body = json_text({"inputs": inputs})
+    return f"curl http://{host}:{server.port}/v2/models/{name}/infer -d {shlex.quote(body)}"
+
+
+@command(
+    "nxm triton engine --text --out triton-repository",
+    "nxm triton film=engine-sm80 film=engine-sm90 --out triton-repository",
+)
+@click.argument("engines", metavar="[NAME=]ENGINE...", nargs=-1, required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Model repository to write.")
 @setting_option(TritonOptions, "gate")
 @expect_sha256_option
@@ -97,7 +134,10 @@ def serve(engines: tuple[str, ...], **values: object) -> None:
 @setting_option(TritonOptions, "tensorrt")
 @json_option
 def triton(engines: tuple[str, ...], out: Path, image: str | None, json: bool, **values: object) -> None:
-    """Write a Triton model repository from ENGINE_DIRs; several of one NAME are one model for several GPUs."""
+    """Write a model repository for Triton from engines.
+
+    ENGINE is a directory. Several of one NAME are one model for several GPUs.
+    """
     from engines.serving.repository import EngineSource
     from engines.triton import export_repository
 
@@ -114,4 +154,9 @@ def triton(engines: tuple[str, ...], out: Path, image: str | None, json: bool, *
             if facts.session is not None and facts.session.difference != 0:
                 click.echo(f"nxm: {name}: its session in Triton: {facts.session.words}", err=True)
     files = list(manifest.files.items())
-    show_result(manifest.to_dict, json, lambda: print_table(str(out), ("file", "sha256"), files))
+
+    def show() -> None:
+        print_table(str(out), ("file", "sha256"), files)
+        print_next(f"docker compose -f {quoted(out / 'compose.yaml')} up --build")
+
+    show_result(manifest.to_dict, json, show)

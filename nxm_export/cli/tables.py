@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
+BUSY = 1.25  # times: on an idle machine the ends of an interval are a few percent apart
+GAP = 2  # between the columns of rows
 _NUMBER = re.compile(r"[+-]?\d[\d.e+-]*%?|")
 
 
@@ -30,6 +33,25 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     Console(width=width, highlight=False).print(table)
 
 
+def print_rows(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table without title and without lines around it, for rows that fit in a line."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    for column in columns:
+        table.add_column(escape(column), overflow="fold")
+    for row in rows:
+        table.add_row(*[escape(cell_text(cell)) for cell in row])
+    Console(width=terminal_width(), highlight=False).print(table)
+
+
+def terminal_width() -> int:
+    """Columns of the terminal; 80 in a pipe, unless COLUMNS says otherwise."""
+    return shutil.get_terminal_size((80, 24)).columns
+
+
 def print_facts(title: str, facts: Mapping[str, object]) -> None:
     """Names and values; nested values are written as ``a.b``."""
     print_table(title, ("what", "value"), list(_flat(facts)))
@@ -49,6 +71,8 @@ def cell_text(cell: object) -> str:
     """A cell as text: numbers with four digits, nothing for None."""
     if isinstance(cell, float):
         return f"{cell:.4g}"
+    if isinstance(cell, Mapping):
+        return ", ".join(f"{key} {cell_text(value)}" for key, value in cell.items())
     return "" if cell is None else str(cell)
 
 
@@ -62,6 +86,12 @@ def score_text(value: float | None) -> str:
     return "NaN" if value is None else f"{value:.4f}"
 
 
-def speed_text(speedup: float, interval: tuple[float, float]) -> str:
-    """A speed-up with its interval."""
-    return f"{speedup:.2f}x ({interval[0]:.2f} to {interval[1]:.2f})"
+def speed_text(ratio: float, interval: tuple[float, float]) -> str:
+    """How many times faster, by the medians that stand beside it, and the 95 % interval of paired rounds."""
+    return f"{ratio:.2f}x (paired {interval[0]:.2f} to {interval[1]:.2f})"
+
+
+def busy_note(interval: tuple[float, float]) -> str:
+    """What an interval of paired rounds says of the machine: nothing, or that other work ran beside the timing."""
+    low, high = interval
+    return "the machine was busy: time again when it is idle" if high > BUSY * low else ""

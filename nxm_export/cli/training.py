@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,29 +14,35 @@ from click.core import ParameterSource
 
 from compressors.search.settings import SearchSettings, read_latencies
 from compressors.settings import Settings
-from nxm_export.cli.group import main
+from nxm_export.cli.config_file import CONFIG_FILE, config_text, load_config
+from nxm_export.cli.group import command
 from nxm_export.cli.options import (
     DATA_OPTIONS,
-    LABEL_MAP_OPTION,
+    FORCE_OPTION,
+    LABELLED_COLUMN_OPTIONS,
+    PLAN_FILE_OPTION,
     PLAN_OPTIONS,
     SEARCH_OPTIONS,
     SEARCH_TRAINING_OPTIONS,
+    TASK_OPTION,
     TRAINING_OPTIONS,
+    Real,
+    all_option,
     columns_of,
     json_option,
     pattern_of,
     settings_of,
     typed,
 )
-from nxm_export.cli.output import show_result
+from nxm_export.cli.output import print_next, quoted, show_result
 from nxm_export.cli.progress_bars import progress_bars
 from nxm_export.cli.run_tables import print_estimate, print_search, print_summary
 from nxm_export.cli.tables import print_facts, print_table
-from nxm_export.contract.choices import TASK, WEIGHT_STORAGE, WEIGHT_STORAGES
+from nxm_export.contract.choices import PLACEMENT, WEIGHT_STORAGE, WEIGHT_STORAGES
 from nxm_export.contract.plan import WeightSpec
-from nxm_export.contract.tasks import TASKS
 
 if TYPE_CHECKING:
+    from nxm_export.pipeline.plan_choice import PlanChoice
     from nxm_export.pipeline.run import Request
 
 
@@ -62,6 +68,31 @@ class _PlanAndData:
 
 
 @dataclass(frozen=True)
+class _RunOptions:
+    """What else ``nxm run`` is told: `model` and `out` are None where ``--demo`` has its own."""
+
+    model: str | None
+    plan_file: Path | None
+    search: float | None
+    weights_stored: str
+    out: Path | None
+
+    def plan_choice(self, request: Request) -> PlanChoice:
+        """Which plan the run is told to use."""
+        from nxm_export.pipeline.plan_choice import PlanChoice
+
+        if self.search is None:
+            return PlanChoice(file=self.plan_file)
+        settings = SearchSettings(
+            compression=self.search,
+            embedding=request.embedding,
+            placement=request.placement or PLACEMENT,
+            seed=request.settings.seed,
+        )
+        return PlanChoice(search=settings)
+
+
+@dataclass(frozen=True)
 class _SearchOptions:
     """The options of ``nxm search`` that are no settings as they are."""
 
@@ -73,11 +104,33 @@ class _SearchOptions:
     label_map: str | None
 
 
-@main.command()
+@command(
+    "nxm run my-model --train train.tsv --dev dev.tsv --out runs/mine",
+    "nxm run --demo --dry-run",
+    common=(
+        *("demo", "config", "train", "dev", "out", "task", "pattern", "weight_bits", "plan_file", "search"),
+        *("recipe", "epochs", "steps", "dry_run"),
+    ),
+)
+@click.argument("model", required=False)
 @click.option("--demo", is_flag=True, help="MiniLM-L6 on rotten tomatoes, out of installed packages.")
-@click.option("--model", metavar="DIR_OR_HUB_ID")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=load_config,
+    help="Options from this file, which `nxm init` writes.",
+)
 @DATA_OPTIONS
 @PLAN_OPTIONS
+@PLAN_FILE_OPTION
+@click.option(
+    "--search",
+    type=Real(0, 1, min_open=True, max_open=True),
+    metavar="SHARE",
+    help="Search a plan that saves this share, as in 0.875.",
+)
 @TRAINING_OPTIONS
 @click.option(
     "--weights-stored",
@@ -87,71 +140,95 @@ class _SearchOptions:
     help="int4: graphs that can store weights of 4 bits or fewer in half a byte each do; see `nxm export`.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/demo with --demo]")
-@click.option("--dry-run", is_flag=True, help="Say what would be done, how long it takes and how large it gets.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, in what time and size.")
 @json_option
-def run(  # one parameter an option that is read here
-    demo: bool, model: str | None, weights_stored: str, out: Path | None, dry_run: bool, json: bool, **values: object
-) -> None:
-    """Compress, export, build, compare and time a model, into one run directory; up-to-date stages are skipped.
+def run(demo: bool, dry_run: bool, json: bool, **values: object) -> None:
+    """Do everything: compress, export, build, compare and time.
 
-    Exits with 3 when an engine differs from its checkpoint.
+    MODEL is a directory or hub id. Stages that are up to date are skipped. Exits with 3 when an engine differs from its
+    checkpoint.
     """
     from nxm_export.pipeline.run import run as run_all
 
-    options = typed(_PlanAndData, values)
-    given = {
-        name for name, option in (("--model", model), ("--train", options.train), ("--dev", options.dev)) if option
-    }
-    if demo and given:
-        raise click.UsageError(f"--demo brings its own model and data; drop {', '.join(sorted(given))}")
-    missing = sorted({"--model", "--train", "--dev"} - given) + (["--out"] if out is None else [])
-    if not demo and missing:
-        raise click.UsageError(f"missing {', '.join(missing)} (or use --demo)")
+    options = typed(_RunOptions, values)
+    data = typed(_PlanAndData, values)
+    _require_run_usage(demo, options, data)
     with TemporaryDirectory() if demo and dry_run else nullcontext(None) as scratch:  # a dry run writes nothing
-        out = out or Path("runs/demo")
+        out = options.out or Path("runs/demo")
         if demo:
-            request = _demo_request(out, options, values, scratch)
+            request = _demo_request(out, data, values, scratch)
         else:
-            request = _request(str(model), options, settings_of(Settings, values))
-        request = replace(request, weights_stored=weights_stored)
+            request = _request(str(options.model), data, settings_of(Settings, values))
+        chosen = options.plan_choice(request)
+        request = replace(request, weights_stored=options.weights_stored, planned=chosen.given)
         if dry_run:
             from nxm_export.pipeline.estimate import estimate
 
-            result = estimate(request)
+            result = estimate(request, chosen)
             show_result(result.to_dict, json, lambda: print_estimate(result))
+            if not json:
+                print_next("the same command without --dry-run")
             return
     with progress_bars(enabled=not json) as progress:
-        summary = run_all(request, out, progress=progress)
+        summary = run_all(request, out, chosen, progress=progress)
     show_result(summary.to_dict, json, lambda: print_summary(summary))
     summary.require_passed()
 
 
-@main.command()
-@click.argument("run_directory", type=click.Path(path_type=Path))
+@command("nxm init my-model", "nxm init my-model --out film.toml")
+@click.argument("model", required=False)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=CONFIG_FILE, show_default=True, help="The file to write."
+)
+@FORCE_OPTION
 @json_option
-def show(run_directory: Path, json: bool) -> None:
-    """Print the final table of a run again."""
+def init(model: str | None, out: Path, force: bool, json: bool) -> None:
+    """Write nxm.toml: every option of `nxm run`, with its default.
+
+    MODEL is a directory or hub id. `nxm run --config nxm.toml` reads the file.
+    """
+    from nxm_export.storage.atomic import require_new, write_atomic
+
+    require_new(out, force=force)
+    given = {"model": model or "my-model", "train": "train.tsv", "dev": "dev.tsv", "out": "runs/mine"}
+    write_atomic(out, config_text(run, given))
+
+    def show() -> None:
+        click.echo(out)
+        print_next(f"nxm run --config {quoted(out)} --dry-run", "after you have named your model and data in it")
+
+    show_result(lambda: {"path": str(out)}, json, show)
+
+
+@command("nxm show runs/mine", "nxm show runs/mine --json > summary.json")
+@click.argument("run_directory", metavar="RUN", type=click.Path(path_type=Path))
+@all_option
+@json_option
+def show(run_directory: Path, everything: bool, json: bool) -> None:
+    """Print the final tables of a run again."""
     from nxm_export.contract.records.run_summary import read_summary
 
     summary = read_summary(run_directory)
-    show_result(summary.to_dict, json, lambda: print_summary(summary))
+    show_result(summary.to_dict, json, lambda: print_summary(summary, everything))
 
 
-@main.command()
+@command(
+    "nxm compress my-model --train train.tsv --dev dev.tsv --out checkpoint",
+    "nxm compress film --train train.tsv --dev dev.tsv --plan plan.json --out mixed",
+    common=("train", "dev", "out", "task", "pattern", "weight_bits", "plan_file", "recipe", "epochs", "steps", "seed"),
+)
 @click.argument("model")
 @DATA_OPTIONS
 @PLAN_OPTIONS
 @TRAINING_OPTIONS
-@click.option(
-    "--plan",
-    "plan_file",
-    type=click.Path(path_type=Path),
-    help="A plan file: it says what --pattern to --keep-dense say, and stands in their place.",
-)
+@PLAN_FILE_OPTION
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the compressed checkpoint.")
 @json_option
 def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values: object) -> None:
-    """Compress MODEL (a directory or hub id), fine-tuning it first where it has no head for the task."""
+    """Compress a model, fine-tuning it first where that is needed.
+
+    MODEL is a directory or hub id. It is fine-tuned where it has no head for the task.
+    """
     from nxm_export.pipeline.run import compress_model, require_plan_alone
 
     options = typed(_PlanAndData, values)
@@ -163,24 +240,33 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values
     with progress_bars(enabled=not json) as progress:
         metrics = compress_model(request, out, plan=plan_file, progress=progress)
     facts = {**metrics.to_dict(), "head": head, "path": str(out)}
-    show_result(lambda: facts, json, lambda: print_facts("compressed", facts))
+
+    def show() -> None:
+        print_facts("compressed", {key: value for key, value in facts.items() if value is not None})
+        print_next(f"nxm export {quoted(out)} --target cpu --out graph")
+
+    show_result(lambda: facts, json, show)
 
 
-@main.command()
+@command(
+    "nxm search my-model --train train.tsv --compression 0.875 --out searched",
+    "nxm search my-model --train train.tsv --candidates 2:4+W8,W8,dense --out found",
+    common=("train", "out", "task", "compression", "bytes", "counting", "candidate_specs", "recipe", "epochs", "seed"),
+)
 @click.argument("model")
-@click.option("--task", type=click.Choice(list(TASKS)), default=TASK, show_default=True)
+@TASK_OPTION
 @click.option("--train", required=True, metavar="FILE", help="Training data; the search never reads dev data.")
-@click.option("--text")
-@click.option("--text-pair")
-@click.option("--label")
-@LABEL_MAP_OPTION
+@LABELLED_COLUMN_OPTIONS
 @SEARCH_OPTIONS
 @click.option("--latency-table", type=click.Path(path_type=Path), help="JSON: {role: {option: milliseconds}}.")
 @SEARCH_TRAINING_OPTIONS
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of plan.json and the evidence.")
 @json_option
 def search(model: str, task: str, train: str, out: Path, json: bool, **values: object) -> None:
-    """Search a different (pattern, bits) per weight of MODEL, which must have its task head, under a budget."""
+    """Find a pattern and a width for every matrix, under a budget.
+
+    MODEL is a directory or hub id, with a head for its task. The result is a plan for `nxm compress --plan`.
+    """
     from compressors.search.plan_search import search as search_plan
 
     options = typed(_SearchOptions, values)
@@ -200,29 +286,53 @@ def search(model: str, task: str, train: str, out: Path, json: bool, **values: o
             columns=columns_of(options.text, options.text_pair, options.label, options.label_map),
             progress=progress,
         )
-    show_result(result.to_dict, json, lambda: print_search(result))
+
+    def show() -> None:
+        print_search(result)
+        plan = quoted(out / "plan.json")
+        print_next(f"nxm run {quoted(model)} --plan {plan} --train {quoted(train)} --dev DEV --out RUN")
+
+    show_result(result.to_dict, json, show)
 
 
-@main.command()
+@command("nxm pack checkpoint --out checkpoint.safetensors", "nxm pack mixed --out mixed.safetensors --json")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The packed file.")
 @json_option
 def pack(checkpoint: Path, out: Path, json: bool) -> None:
-    """Write CHECKPOINT as one file at its true size: packed bits, N:M indices, scales."""
+    """Write a checkpoint as one file at its true size.
+
+    The file holds packed bits, N:M indices and scales of CHECKPOINT, and what is beside them.
+    """
     from nxm_export.contract.packed_checkpoint import pack as pack_checkpoint
 
     sizes = pack_checkpoint(checkpoint, out).to_dict()
-    show_result(lambda: sizes, json, lambda: print_table(str(out), ("what", "bytes"), list(sizes.items())))
+
+    def show() -> None:
+        print_table(str(out), ("what", "bytes"), list(sizes.items()))
+        print_next(f"nxm unpack {quoted(out)} --out DIR", "the checkpoint again, bit by bit")
+
+    show_result(lambda: sizes, json, show)
 
 
-@main.command()
+@command("nxm unpack checkpoint.safetensors --out checkpoint", "nxm unpack mixed.safetensors --out mixed --json")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of the checkpoint.")
-def unpack(file: Path, out: Path) -> None:
-    """Write a packed FILE back as the checkpoint directory it was, bit by bit."""
+@json_option
+def unpack(file: Path, out: Path, json: bool) -> None:
+    """Write a packed file back as the checkpoint that it was.
+
+    The checkpoint of FILE is the same bit by bit.
+    """
     from nxm_export.contract.packed_checkpoint import unpack as unpack_file
 
-    click.echo(unpack_file(file, out))
+    written = unpack_file(file, out)
+
+    def show() -> None:
+        click.echo(written)
+        print_next(f"nxm export {quoted(written)} --out DIR", "its ONNX graph")
+
+    show_result(lambda: {"path": str(written)}, json, show)
 
 
 def _head_of(request: Request) -> str:
@@ -233,10 +343,6 @@ def _head_of(request: Request) -> str:
 
 
 def _spec(pattern: str, bits: str) -> WeightSpec:
-    if bits != "none" and not (bits.isascii() and bits.isdecimal() and 2 <= int(bits) <= 8):
-        raise click.BadParameter(
-            f"{bits!r} is neither a number of bits from 2 to 8 nor 'none'", param_hint="--weight-bits"
-        )
     spec = WeightSpec(
         None if pattern == "none" else pattern_of(pattern),
         None if bits == "none" else int(bits),
@@ -247,10 +353,29 @@ def _spec(pattern: str, bits: str) -> WeightSpec:
     return spec
 
 
-def _given_plan_options() -> list[str]:
+def _require_run_usage(demo: bool, options: _RunOptions, data: _PlanAndData) -> None:
+    """Raise wrong usage where ``nxm run`` lacks what it needs, or is told two things that are one."""
+    from nxm_export.pipeline.run import require_plan_alone
+
+    named = {"MODEL": options.model, "--train": data.train, "--dev": data.dev}
+    given = [name for name, value in named.items() if value]
+    if demo and given:
+        raise click.UsageError(f"--demo brings its own model and data; drop {', '.join(given)}")
+    missing = [name for name in named if name not in given] + (["--out"] if options.out is None else [])
+    if not demo and missing:
+        raise click.UsageError(f"missing {', '.join(missing)} (or use --demo, or --config)")
+    if options.plan_file is not None and options.search is not None:
+        raise click.UsageError("--plan and --search both say what every weight gets; give one of them")
+    require_plan_alone(options.plan_file, _given_plan_options())
+    if options.search is not None:  # which takes the places and the table as they are asked for
+        require_plan_alone(options.search, _given_plan_options(("pattern", "weight_bits", "residual", "keep_dense")))
+
+
+def _given_plan_options(
+    names: Sequence[str] = ("pattern", "weight_bits", "placement", "residual", "embedding", "keep_dense"),
+) -> list[str]:
     """Those of `PLAN_OPTIONS` that the command line gives, as it writes them."""
     context = click.get_current_context()
-    names = ("pattern", "weight_bits", "placement", "residual", "embedding", "keep_dense")
     return [
         f"--{name.replace('_', '-')}"
         for name in names
@@ -297,10 +422,7 @@ def _demo_request(out: Path, options: _PlanAndData, values: Mapping[str, object]
     chosen = {
         name: value
         for name, value in demo.SETTINGS.items()
-        if all(
-            context.get_parameter_source(option) is not ParameterSource.COMMANDLINE
-            for option in same.get(name, (name,))
-        )
+        if all(context.get_parameter_source(option) is ParameterSource.DEFAULT for option in same.get(name, (name,)))
     }
     settings = settings_of(Settings, values, **chosen, dense_freeze_embeddings=True)
     options = replace(options, train=str(data / "train.tsv"), dev=str(data / "dev.tsv"))

@@ -4,13 +4,16 @@ What belongs to one settings class stands on its fields instead (`nxm_export.con
 """
 
 TASK = "classification"
-TARGET = "cpu"  # of a graph
+TARGETS = ("cpu", "trt", "trt8")  # of a graph: `nxm_export.graph.exporter.TARGETS` by name
+TARGET = "cpu"
 LOWERINGS = ("matmul", "gemm", "conv1x1")  # how a linear layer is written in a graph
 LOWERING = "matmul"
 WEIGHT_STORAGES = ("int8", "int4")  # of the integer weights of a graph; INT4 for those of 4 bits or fewer
 WEIGHT_STORAGE = "int8"
 INT4_BITS = 4
 FLOAT_TYPES = ("float32", "float16", "bfloat16")  # of a graph
+BACKEND_NAMES = ("ort", "openvino", "trt", "trt_rtx", "cusparselt")  # `engines.base.BACKENDS` by name
+AUTO_BACKEND = "auto"  # the fastest of those on the CPU
 BACKEND = "ort"
 GATES = ("not-failed", "passed", "off")  # which parity.json an engine must have before it answers
 GATE = "not-failed"

@@ -204,15 +204,15 @@ def load_raw(
         raise DataError(f"{path}: no examples in it; the file is empty or has only a header")
     names, places, read_label = column_names(rows), [place for place, _ in rows], label or label_text
     if tokens is not None:
-        first = _only_column(columns.text, TOKEN_COLUMNS, names, path, "token", "--text")
-        third = _only_column(columns.label, TAG_COLUMNS, names, path, "tag", "--label")
+        first = _only_column(columns.text, TOKEN_COLUMNS, names, path, "token", "--text-column")
+        third = _only_column(columns.label, TAG_COLUMNS, names, path, "tag", "--label-column")
         split_texts = [tokens(row, first, place) for place, row in rows]
         tags = [read_label(row, third, place) for place, row in rows]
         return RawExamples([joined(text) for text in split_texts], None, tags, places, str(path), split_texts)
     require_table(path)
     first, second = text_columns(columns, names, path)
     labelled = not unlabelled or columns.label or set(LABEL_COLUMNS) & set(names)
-    third_ = _only_column(columns.label, LABEL_COLUMNS, names, path, "label", "--label") if labelled else None
+    third_ = _only_column(columns.label, LABEL_COLUMNS, names, path, "label", "--label-column") if labelled else None
     texts = [text_of(row, first, place) for place, row in rows]
     pairs = [second_text_of(row, second, place) for place, row in rows] if second else None
     labels = [read_label(row, third_, place) if third_ else None for place, row in rows]
@@ -240,8 +240,8 @@ def class_names(train: RawExamples) -> list[str]:
     names = sorted(texts, key=lambda label: (0, int(label), label) if _is_integer(label) else (1, 0, label))
     if len(names) < 2:
         raise DataError(
-            f"{train.source}: only one class, {names[0]!r}; a classifier needs at least two. Is --label the right "
-            "column?"
+            f"{train.source}: only one class, {names[0]!r}; a classifier needs at least two. Is --label-column "
+            "the right one?"
         )
     fractions = all(_is_number(name) for name in names) and not all(_is_integer(name) for name in names)
     if len(names) > _MANY_CLASSES and (fractions or len(train.labels) < 2 * len(names)):
@@ -466,7 +466,7 @@ def text_columns(asked: Columns, names: list[str], path: Path) -> tuple[str, str
             return first, asked.pair or second
     usual_names = ", ".join(dict.fromkeys(first for first, _ in TEXT_COLUMNS))
     raise DataError(
-        f"{path}: none of the usual text columns ({usual_names}) among {', '.join(names)}; name it with --text"
+        f"{path}: none of the usual text columns ({usual_names}) among {', '.join(names)}; name it with --text-column"
     )
 
 

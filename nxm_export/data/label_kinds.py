@@ -109,7 +109,7 @@ def load_labelled(
         mapped = _mapped(_without_hot_rows(raw), columns.label_map)
         return _without_unlabelled(mapped, {*columns.label_map.values(), *(head or ())})
     if columns.pair is not None:
-        raise DataError(f"{source}: task {task.name} takes one text; drop --text-pair")
+        raise DataError(f"{source}: task {task.name} takes one text; drop --pair-column")
     return _mapped(_aligned(load_raw(source, split, columns, label=kind.cell, tokens=_tokens)), columns.label_map)
 
 
@@ -207,7 +207,7 @@ def _require_pairs(raw: RawExamples, task: Task, plain: bool) -> RawExamples:
         raise DataError(
             f"{raw.source}: task {task.name} is scored on pairs of texts, and there is one text a row; name both "
             "columns with "
-            "--text and --text-pair"
+            "--text-column and --pair-column"
         )
     for i, place in enumerate(raw.places):
         if not raw.texts[i].strip() or (raw.pairs is not None and not raw.pairs[i].strip()):
@@ -236,7 +236,7 @@ def _with_relevance(raw: RawExamples, _: Mapping[str, int]) -> Examples:
             raise DataError(f"{place}: relevance {grade:g} is negative; 0 is the least: not relevant")
     highest = max(grades)
     if highest == 0:
-        raise DataError(f"{raw.source}: no document is relevant to its query; is --label the right column?")
+        raise DataError(f"{raw.source}: no document is relevant to its query; is --label-column the right one?")
     numbers = {query: i for i, query in enumerate(dict.fromkeys(raw.texts))}
     shares, groups = [[grade / highest] for grade in grades], [numbers[query] for query in raw.texts]
     return Examples(raw.texts, raw.pairs, shares, raw.source, groups=groups)
@@ -278,7 +278,7 @@ def _several_names(train: RawExamples) -> list[str]:
         return [str(i) for i in range(train.width)]
     singles = [(name, place) for label, place in zip(train.labels, train.places, strict=True) for name in _texts(label)]
     if not singles:
-        raise DataError(f"{train.source}: no example has a label; is --label the right column?")
+        raise DataError(f"{train.source}: no example has a label; is --label-column the right one?")
     return class_names(replace(train, labels=[name for name, _ in singles], places=[place for _, place in singles]))
 
 

@@ -100,7 +100,7 @@ def _squad_rows(path: Path) -> list[_Question] | None:
 def _question_in(row: DataRow, columns: Columns, place: str) -> _Question:
     label = columns.label or ("answers" if "answers" in row else "answer")
     question, context = columns.text or "question", columns.pair or "context"
-    for column, flag in ((question, "--text"), (context, "--text-pair"), (label, "--label")):
+    for column, flag in ((question, "--text-column"), (context, "--pair-column"), (label, "--label-column")):
         if column not in row:
             raise DataError(f"{place}: no column {column!r}; it has {', '.join(map(str, row))}; name it with {flag}")
     return place, text_of(row, question, place), text_of(row, context, place), answers_of(row, label, place)

@@ -59,7 +59,7 @@ def _questions(path: Path, columns: Columns) -> list[Text]:
         return list(zip(raw.texts, raw.pairs or [], strict=True))
     pairs: list[Text] = []
     for place, row in read_rows(path):
-        for column, flag in ((question, "--text"), (context, "--text-pair")):
+        for column, flag in ((question, "--text-column"), (context, "--pair-column")):
             if column not in row:
                 raise DataError(f"{place}: no column {column!r}; it has {', '.join(row)}; name it with {flag}")
         pairs.append((text_of(row, question, place), text_of(row, context, place)))

@@ -13,6 +13,7 @@ from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.contract.token_budget import DEFAULT_MAX_LENGTH
 from nxm_export.data.label_kinds import classes_of, labelled, load_labelled, read_by_model
 from nxm_export.data.scorable import require_scorable_examples
+from nxm_export.pipeline.plan_choice import PlanChoice, first_plan
 
 if TYPE_CHECKING:
     from compressors.models import ModelSource
@@ -55,7 +56,7 @@ class RunEstimate:
         return asdict(self)
 
 
-def estimate(request: Request) -> RunEstimate:
+def estimate(request: Request, choice: PlanChoice = PlanChoice()) -> RunEstimate:
     """Samples, steps, seconds and bytes by stage; nothing is written.
 
     Data is read and the plan made, so that their mistakes show here. Seconds come from a matrix product timed on this
@@ -65,7 +66,7 @@ def estimate(request: Request) -> RunEstimate:
     from nxm_export.contract.tasks import task_named
 
     source = resolve(request.model, request.revision)
-    plan = request.uniform_plan(source)
+    plan = first_plan(request, source, choice.file)
     task = task_named(request.task)
     texts, dev_samples, fits = _data(request, source, task)
     settings, count = request.settings, min(len(texts), request.train_limit or len(texts))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nxm_export.contract.choices import COMPUTE_CAPABILITY
+from nxm_export.contract.checkpoint import PLAN_FILE, open_checkpoint, read_config, task_at
+from nxm_export.contract.choices import COMPUTE_CAPABILITY, STORAGE
+from nxm_export.contract.plan import COUNTINGS
+from nxm_export.contract.records.checkpoint_metrics import METRICS_FILE, read_metrics
 from nxm_export.errors import ArtifactError, EngineError
 from nxm_export.pipeline.graph_file import is_graph_directory, onnx_file
 from nxm_export.storage.atomic import write_atomic
@@ -65,6 +68,27 @@ class RunInspection:
 
 
 @dataclass(frozen=True)
+class CheckpointFacts:
+    """What a model directory says of itself: `plan` is the number of matrices by option, and `compression` by
+    counting, both empty for a dense model; `metrics` are those of its ``metrics.json``, where there is one."""
+
+    model_type: str
+    task: str | None
+    weight_bytes: int
+    plan: Mapping[str, int]
+    compression: Mapping[str, float]
+    embedding: str
+    metrics: Mapping[str, object]
+
+    def to_dict(self) -> dict[str, object]:
+        """The form of ``--json``."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+
+
+Inspection = GraphFacts | EngineInspection | RunInspection | CheckpointFacts
+
+
+@dataclass(frozen=True)
 class FileDiagnosis:
     """Any ONNX file, judged without building it: which of its matrices can run sparse, what to do about the others, and
     what is wrong with it: what `nxm verify` finds, what TensorRT's parser refuses or misreads, and, where it was asked,
@@ -84,8 +108,9 @@ class FileDiagnosis:
 
 def inspect_path(
     path: str | Path, *, twin: Path | None = None, kernels: Path | None = None, measure: bool = False
-) -> GraphFacts | EngineInspection | RunInspection:
-    """Facts of an ONNX file (or the one in a graph directory), of an engine directory, or of all engines of a run.
+) -> Inspection:
+    """Facts of an ONNX file (or the one in a graph directory), of a checkpoint or dense model, of an engine directory,
+    or of all engines of a run.
 
     A twins directory stands for its sparse engine, judged against the dense one. `twin` is the dense engine's
     directory, for the time that sparsity saves; `kernels` a text file with one name of a kernel that ran per line (any
@@ -108,11 +133,34 @@ def inspect_path(
             measure_layers(other)
         compared = None if _profiles_kernels(sparse) else dense  # such an engine has both times in itself
         return inspect_engine(sparse, twin=compared, kernels=kernels, measure=measure)
+    if _is_model(path):
+        _require_no_sparsity_options(path, twin, kernels, measure=measure)
+        return _checkpoint_facts(path)
     if path.is_dir() and not is_graph_directory(path):
         return inspect_engine(path, twin=twin, kernels=kernels, measure=measure)
     file = onnx_file(path)
     _require_no_sparsity_options(path, twin, kernels, measure=measure)
     return _graph_facts(file)
+
+
+def _is_model(path: Path) -> bool:
+    """True for a directory with a Hugging Face model in safetensors; graphs and engines have no ``config.json``."""
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+
+
+def _checkpoint_facts(path: Path) -> CheckpointFacts:
+    config = read_config(path)
+    plan = open_checkpoint(path).plan if (path / PLAN_FILE).is_file() else None
+    measured = to_builtins(read_metrics(path)) if (path / METRICS_FILE).is_file() else {}
+    return CheckpointFacts(
+        model_type=str(config.get("model_type", "unknown")),
+        task=task_at(path, config),
+        weight_bytes=sum(file.stat().st_size for file in path.glob("*.safetensors")),
+        plan=plan.pattern_counts if plan else {},
+        compression={counting: plan.compression(counting) for counting in COUNTINGS} if plan else {},
+        embedding=plan.embedding if plan else STORAGE,
+        metrics=measured if isinstance(measured, dict) else {},
+    )
 
 
 def _require_no_sparsity_options(path: Path, twin: Path | None, kernels: Path | None, *, measure: bool) -> None:

@@ -35,6 +35,7 @@ from nxm_export.data.examples import Columns, Features
 from nxm_export.errors import DataError, EngineError, EngineUnavailable, PlanError, notice
 from nxm_export.pipeline.engine_commands import features_of
 from nxm_export.pipeline.estimate import saved_bytes
+from nxm_export.pipeline.plan_choice import PlanChoice, first_plan
 from nxm_export.pipeline.summary import BuildResults, kind_of, summarize
 from nxm_export.progress import Progress, silent
 from nxm_export.storage.atomic import require_apart, require_replaceable, write_atomic
@@ -43,6 +44,7 @@ from nxm_export.storage.run_dir import RunDir
 
 if TYPE_CHECKING:
     from compressors.models import ModelSource
+    from compressors.search.settings import SearchSettings
     from compressors.settings import Settings
     from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics
 
@@ -70,7 +72,8 @@ class Request:
     """What to run: a model (directory or hub id), a task, its data, how to compress and how to train.
 
     `placement` None is ``inputs-outputs``, or ``inputs`` where weights are not quantized. `weights_stored` is that of
-    the graphs, where their target can have it. Raises `PlanError` for a placement or residual that only quantized
+    the graphs, where their target can have it. `planned`: the plan comes from elsewhere, and `spec` is not used
+    (`PlanChoice`). Raises `PlanError` for a placement or residual that only quantized
     weights can have, where they are not, and for weights stored as INT4 that have more bits.
     """
 
@@ -88,16 +91,21 @@ class Request:
     revision: str | None = None
     train_limit: int | None = None
     weights_stored: str = WEIGHT_STORAGE
+    planned: bool = False
 
     def __post_init__(self) -> None:
         if self.weights_stored not in WEIGHT_STORAGES:
             raise PlanError(
                 f"unknown weights stored {self.weights_stored!r}; choose one of {', '.join(WEIGHT_STORAGES)}"
             )
-        if self.weights_stored == "int4" and (self.spec.weight_bits is None or self.spec.weight_bits > INT4_BITS):
+        if (
+            self.weights_stored == "int4"
+            and not self.planned
+            and (self.spec.weight_bits is None or self.spec.weight_bits > INT4_BITS)
+        ):
             bits = "none" if self.spec.weight_bits is None else self.spec.weight_bits
             raise PlanError(f"weights stored as int4 have 4 bits or fewer, and these have {bits}; give weight bits 4")
-        if self.spec.weight_bits is not None:
+        if self.spec.weight_bits is not None or self.planned:
             return
         dropped = [f"placement {self.placement}"] if self.placement not in (None, "inputs") else []
         dropped += [f"residual {self.residual}"] if self.residual != "float" else []
@@ -119,8 +127,9 @@ class Request:
         )
 
 
-def require_plan_alone(plan: CompressionPlan | str | Path | None, given: Sequence[str]) -> None:
-    """Raise `PlanError` where a plan comes with choices (their names) that it makes itself: it would win silently."""
+def require_plan_alone(plan: object, given: Sequence[str]) -> None:
+    """Raise `PlanError` where a plan, or what asks for one, comes with choices (their names) that it makes itself: it
+    would win silently."""
     if plan is not None and given:
         raise PlanError(
             f"a plan says itself what every weight gets, so {', '.join(given)} would be dropped; give the plan "
@@ -128,7 +137,9 @@ def require_plan_alone(plan: CompressionPlan | str | Path | None, given: Sequenc
         )
 
 
-def run(request: Request, out: str | Path, *, progress: Progress = silent) -> RunSummary:
+def run(
+    request: Request, out: str | Path, choice: PlanChoice = PlanChoice(), *, progress: Progress = silent
+) -> RunSummary:
     """Run all stages into the run directory `out` and return the summary (also in ``summary/summary.json``).
 
     What failed on the way (an engine that differs from its checkpoint, one that cannot be built) is in the summary;
@@ -143,10 +154,13 @@ def run(request: Request, out: str | Path, *, progress: Progress = silent) -> Ru
     with directory.lock():
         source = resolve(request.model, request.revision)
         require_apart(directory.root, source.path)
-        plan = request.uniform_plan(source)
+        plan = first_plan(request, source, choice.file)
         _require_space(directory.root, source, plan)
         _say(_head_notice(request, source))
-        _train(directory, request, plan, source.path, progress)
+        _finetune(directory, request, source.path, progress)
+        if choice.search is not None:
+            plan = _search(directory, request, choice.search, progress)
+        _compress(directory, request, plan, progress)
         plan = open_checkpoint(directory.path("checkpoint")).plan  # outputs that cost too much are no longer in it
         graphs = _export(directory, request, plan, progress)
         built = _build(directory, graphs, plan, progress)
@@ -184,11 +198,7 @@ def compress_model(
     source = resolve(request.model, request.revision)
     files = [] if plan is None or isinstance(plan, CompressionPlan) else [plan]
     require_apart(out, source.path, request.train, request.dev, *files, within=False)
-    if plan is None:
-        plan = request.uniform_plan(source)
-    else:
-        plan = plan if isinstance(plan, CompressionPlan) else CompressionPlan.load(plan)
-        plan.require_fits(source.family.model_type, source.family.weights(source.config))
+    plan = first_plan(request, source, plan)
     model = source.path
     if not source.head_fits(task_named(request.task)):
         if world_size() > 1:
@@ -245,11 +255,45 @@ def _require_space(root: Path, source: ModelSource, plan: CompressionPlan) -> No
     require_space(root, needed - written_in(root), "a run, with its models, graphs and engines,")
 
 
-def _train(directory: RunDir, request: Request, plan: CompressionPlan, model: Path, progress: Progress) -> None:
-    """Dense fine-tuning and compression. What they have done lies in ``work/`` until they are complete."""
+def _search(directory: RunDir, request: Request, settings: SearchSettings, progress: Progress) -> CompressionPlan:
+    """Search a plan for the dense model, on the training data alone; what it has done lies in ``work/`` until then."""
+    from compressors.search.plan_search import search
+
+    files, names = _data(request)
+    training = _with_length_of(directory.path("dense"), request)
+
+    def work(out: Path) -> None:
+        search(
+            directory.path("dense"),
+            task=request.task,
+            train=request.train,
+            out=out,
+            settings=settings,
+            training=training,
+            columns=request.columns,
+            work_dir=directory.path("work", "search"),
+            progress=progress,
+        )
+
+    directory.stage(
+        "search",
+        "search",
+        lambda scratch: _into(scratch, work),
+        inputs={"dense": directory.path("dense"), **{name: file for name, file in files.items() if name == "train"}},
+        options={
+            **{key: value for key, value in names.items() if key != "dev"},
+            "search": asdict(settings),
+            "settings": asdict(training),
+        },
+        seed=request.settings.seed,
+    )
+    return CompressionPlan.load(directory.path("search", "plan.json"))
+
+
+def _compress(directory: RunDir, request: Request, plan: CompressionPlan, progress: Progress) -> None:
+    """Compression training. What it has done lies in ``work/`` until it is complete."""
     from compressors.training.compress import compress
 
-    _finetune(directory, request, model, progress)
     settings = _with_length_of(directory.path("dense"), request)
     files, names = _data(request)
 

@@ -7,12 +7,11 @@ missing is said.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from nxm_export.errors import ArtifactError
 from nxm_export.own_packages import require_own_packages
-from nxm_export.storage.atomic import write_atomic
+from nxm_export.storage.atomic import require_new, write_atomic
 
 require_own_packages()  # what is in here imports `compressors` and `engines`
 
@@ -28,7 +27,8 @@ def report(
     `search` is a directory of `nxm search` to show beside the run (``RUN/search`` by default). Raises `ArtifactError`
     when `run` is no run or nothing has been made in it yet; needs jinja2 and matplotlib (``nxm-export[report]``).
     """
-    _require_new(out, force)
+    if out is not None:
+        require_new(out, force=force)  # before anything is read or drawn
     from nxm_export.reporting.page import render
     from nxm_export.reporting.plots import pictures
     from nxm_export.reporting.run_facts import read_run
@@ -37,26 +37,24 @@ def report(
     return _write(Path(out) if out is not None else facts.root / REPORT_FILE, render(facts, pictures(facts)))
 
 
-def card(source: str | Path, out: str | Path, *, force: bool = False) -> Path:
-    """Write the model card of an engine directory or a run to `out` and return its path; a file that is there is
-    replaced with `force` alone.
+def card(
+    source: str | Path,
+    out: str | Path,
+    *,
+    force: bool = False,
+    base_model: str | None = None,
+    license: str | None = None,
+) -> Path:
+    """Write the model card of a run, a checkpoint or an engine directory to `out` and return its path; a file that is
+    there is replaced with `force` alone.
 
-    Raises `ArtifactError` when `source` is neither; needs jinja2 (``nxm-export[report]``).
+    `base_model` is the hub id of the model that was compressed, `license` the hub's word for that of the result: no
+    file says them. Raises `ArtifactError` when `source` is none of these; needs jinja2 (``nxm-export[report]``).
     """
-    _require_new(out, force)
-    from nxm_export.reporting.hub_card import render
+    require_new(out, force=force)
+    from nxm_export.reporting.hub_card import Origins, render
 
-    return _write(Path(out), render(Path(source)))
-
-
-def _require_new(out: str | Path | None, force: bool) -> None:
-    """Refuse what is at `out` already, before anything is read or drawn; a directory even with `force`."""
-    if out is None or not os.path.lexists(out):
-        return
-    if Path(out).is_dir():
-        raise ArtifactError(f"{out} is a directory; name the file to write as --out")
-    if not force:
-        raise ArtifactError(f"{out} exists and would be overwritten; give --force, or choose another --out")
+    return _write(Path(out), render(Path(source), Origins(base_model, license)))
 
 
 def _write(out: Path, text: str) -> Path:

@@ -1,7 +1,7 @@
-"""A Hugging Face model card of a run or of one engine directory, from the files alone.
+"""A Hugging Face model card of a run, of a checkpoint or of one engine directory, from the files alone.
 
-What the files do not say (the base model, licences, languages, intended use) is listed as not known, for a person to
-fill in. A file that contradicts its passport or manifest makes no card: a card travels without its evidence.
+What the files do not say is listed as not known, for a person to fill in; the base model and the licence can be told
+(`Origins`). A file that contradicts its passport or manifest makes no card: a card travels without its evidence.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,12 @@ import jinja2
 from markupsafe import Markup
 
 from nxm_export import __version__
+from nxm_export.contract.checkpoint import PLAN_FILE
 from nxm_export.contract.plan import COUNTINGS
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError
 from nxm_export.reporting.figures import Figure, RunFile, Shown
-from nxm_export.reporting.run_facts import EngineEntry, Run, read_engine_directory, read_run
+from nxm_export.reporting.run_facts import EngineEntry, Run, read_checkpoint, read_engine_directory, read_run
 from nxm_export.reporting.verdicts import (
     COUNTED,
     Piece,
@@ -48,13 +50,47 @@ PIPELINES = {
     "embedding": "sentence-similarity",
     "reranking": "text-ranking",
 }
+# What the hub calls a metric where it has another word for it.
+_HUB_METRICS = {"mcc": "matthews_correlation", "spearman": "spearmanr", "pearson": "pearsonr"}
 _SECONDARY = list(dict.fromkeys(name for task in TASKS.values() for name in task.secondary_metrics))
 _SPECIAL = re.compile(r"([\\`*_\[\]|#$~!])")
 
 
-def render(source: Path) -> str:
-    """The card of a run or an engine directory; raises `ArtifactError` when it is neither, or cannot be trusted."""
-    run = read_run(source) if (source / MANIFEST).is_file() else read_engine_directory(source)
+@dataclass(frozen=True)
+class Origins:
+    """What no file says: the hub id of the model that was compressed, and the licence of the result as the hub
+    abbreviates it. None is not known."""
+
+    base_model: str | None = None
+    license: str | None = None
+
+    def front_matter(self) -> dict[str, object]:
+        """Fields of the YAML head."""
+        head: dict[str, object] = {}
+        if self.base_model is not None:
+            head |= {"base_model": self.base_model, "base_model_relation": "quantized"}
+        if self.license is not None:
+            head["license"] = self.license
+        return head
+
+    def unknown(self) -> Iterator[str]:
+        """What is still not known of these."""
+        if self.base_model is None:
+            yield "the base model's name (`nxm card --base-model` puts it into the head)"
+        if self.license is None:
+            yield "the licence of the base model, and of this model (`nxm card --license`)"
+
+
+def _read(source: Path) -> Run:
+    if (source / MANIFEST).is_file():
+        return read_run(source)
+    return read_checkpoint(source) if (source / PLAN_FILE).is_file() else read_engine_directory(source)
+
+
+def render(source: Path, origins: Origins = Origins()) -> str:
+    """The card of a run, a checkpoint or an engine directory; raises `ArtifactError` when it is none of them, or cannot
+    be trusted."""
+    run = _read(source)
     if run.doubts:
         raise ArtifactError(f"{source}: no card of files that contradict each other: {run.doubts[0]}")
     engine = main_engine(run) or next(iter(run.engines), None)
@@ -69,7 +105,7 @@ def render(source: Path) -> str:
         .render(
             run=run,
             name=run.name,
-            front=_front_matter(run, engine, task),
+            front=_front_matter(run, engine, task, origins),
             model_type=run.model_type or "unknown",
             task=task or "unknown",
             labels=run.spec.labels if run.spec else (),
@@ -89,7 +125,7 @@ def render(source: Path) -> str:
             verdicts=[_verdict(v) for v in verdicts(run) if v.state != "absent"],
             training=_training(run),
             **_usage(run, engine),
-            unknown=list(_unknown(run)),
+            unknown=[*origins.unknown(), *_unknown(run)],
             version=__version__,
         )
     )
@@ -112,28 +148,43 @@ def markdown(text: str) -> str:
     return _SPECIAL.sub(r"\\\1", flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
-def _front_matter(run: Run, engine: EngineEntry | None, task: str | None) -> Markup:
+def _front_matter(run: Run, engine: EngineEntry | None, task: str | None, origins: Origins) -> Markup:
     """The YAML head. JSON is YAML, so every value is written as JSON."""
     tags = ["nxm-export", "onnx", *_option_tags(run, engine)]
-    head: dict[str, object] = {"library_name": "onnx", "tags": tags}
+    head = {**origins.front_matter(), "library_name": "onnx" if run.engines else "transformers", "tags": tags}
     if task in PIPELINES:
         head["pipeline_tag"] = PIPELINES[task]
-    value = compressed_value(run)
-    if value is not None and task in PIPELINES:
-        head["model-index"] = [
-            {
-                "name": run.name,
-                "results": [
-                    {
-                        "task": {"type": PIPELINES[task]},
-                        "dataset": {"name": "held-out data of the run", "type": "unknown"},
-                        "metrics": [{"type": metric(run), "value": value.value}],
-                    }
-                ],
-            }
-        ]
+    metrics = list(_index_metrics(run, engine))
+    if metrics and task in PIPELINES:
+        result = {
+            "task": {"type": PIPELINES[task], "name": task},
+            "dataset": {"name": "held-out data of the run", "type": "unknown", "split": "dev"},
+            "metrics": metrics,
+        }
+        head["model-index"] = [{"name": run.name, "results": [result]}]
     lines = [f"{key}: {json.dumps(item)}" for key, item in head.items()]
     return Markup("\n".join(lines))
+
+
+def _index_metrics(run: Run, engine: EngineEntry | None) -> Iterator[dict[str, object]]:
+    """The metrics of the compressed model in the hub's form: its own name of a metric as ``type``, ours as ``name``."""
+    value = compressed_value(run)
+    if value is None:
+        return
+    named = {metric(run): value.value}
+    for name in _SECONDARY:
+        figure = _secondary_figure(run, engine, name)
+        if figure is not None:
+            named[name] = figure.value
+    for name, number in named.items():
+        if number is not None:
+            yield {"type": _HUB_METRICS.get(name, name), "name": name, "value": number, "verified": False}
+
+
+def _secondary_figure(run: Run, engine: EngineEntry | None, name: str) -> Figure | None:
+    """A further metric of the engine, or else of the checkpoint."""
+    of_engine = engine.parity.figure("secondary_metrics", name, 1) if engine and engine.parity else None
+    return of_engine or (run.compressed.figure("secondary_metrics", name) if run.compressed else None)
 
 
 def _options(run: Run, engine: EngineEntry | None) -> Mapping[str, int]:
@@ -155,6 +206,7 @@ def _option_tags(run: Run, engine: EngineEntry | None) -> Iterator[str]:
 
 def _engine(engine: EngineEntry, passport: EnginePassport) -> dict[str, str]:
     packages = {"ort": "onnxruntime", "openvino": "openvino", "trt": "tensorrt", "trt_rtx": "tensorrt-rtx-cu13"}
+    packages["cusparselt"] = "torch"
     version = passport.versions.get(packages.get(passport.backend, ""), "")
     graph, device = passport.graph, passport.device
     return {
@@ -195,8 +247,7 @@ def _text(figure: Figure | None, kind: str) -> str:
 def _secondary(run: Run, engine: EngineEntry | None) -> Iterator[tuple[str, str, str]]:
     """Further metrics of the task: (name, of the dense model, of the engine or else of the checkpoint)."""
     for name in _SECONDARY:
-        of_engine = engine.parity.figure("secondary_metrics", name, 1) if engine and engine.parity else None
-        compressed = of_engine or (run.compressed.figure("secondary_metrics", name) if run.compressed else None)
+        compressed = _secondary_figure(run, engine, name)
         if compressed is not None:
             dense = run.dense.figure("secondary_metrics", name) if run.dense else None
             yield name, _text(dense, "score"), _text(compressed, "score")
@@ -225,7 +276,6 @@ def _usage(run: Run, engine: EngineEntry | None) -> dict[str, Markup]:
 
 def _unknown(run: Run) -> Iterator[str]:
     """What a reader of a card looks for and no file says."""
-    yield "the base model's name and licence, and the licence of this model"
     yield "the languages, and where the training and evaluation data come from and under which terms"
     yield "intended uses, limits and biases: compression keeps those of the base model, and may change them"
     if dense_value(run) is None or run.figure("difference_interval", 0) is None:

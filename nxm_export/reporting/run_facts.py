@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from nxm_export.contract.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint, read_config
+from nxm_export.contract.checkpoint import PLAN_FILE, Checkpoint, open_checkpoint, read_config, task_at
 from nxm_export.contract.io_spec import IOSpec, load_spec
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.records.checkpoint_metrics import (
@@ -28,6 +28,7 @@ from nxm_export.contract.records.run_summary import DIRECTORY, SUMMARY_FILE, Run
 from nxm_export.contract.records.search_result import SEARCH_FILE, SearchResult, read_search_result
 from nxm_export.contract.records.train_log import TRAIN_LOG_FILE, TrainLogLine, read_train_log
 from nxm_export.contract.records.verify_report import VERIFY_FILE, VerifyReport, read_verify_report
+from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError, NxmError
 from nxm_export.reporting.figures import Figure, Key, RunFile
 from nxm_export.reporting.matrices import Matrix, Sample, matrices, sample
@@ -207,6 +208,25 @@ def read_engine_directory(directory: Path) -> Run:
     )
 
 
+def read_checkpoint(directory: Path) -> Run:
+    """A run that has nothing but one compressed checkpoint: its plan, its metrics, and the inputs of its model.
+
+    Raises `ArtifactError` for a checkpoint that is damaged.
+    """
+    checkpoint = open_checkpoint(directory)
+    files, task = Files(directory, {}), task_at(directory, checkpoint.config)
+    return Run(
+        root=directory,
+        stages={},
+        compressed=files.decoded(METRICS_FILE, partial(_metrics, CompressionMetrics)),
+        model_type=str(checkpoint.config["model_type"]),
+        spec=IOSpec.of(directory, checkpoint.config, checkpoint.family, TASKS[task]) if task else None,
+        plan=checkpoint.plan,
+        files=files.hashes,
+        doubts=tuple(files.doubts),
+    )
+
+
 def _recorded(manifest: Manifest) -> dict[str, str]:
     """The sha256 of every file that a stage wrote."""
     return {file: digest for record in manifest.stages.values() for file, digest in record.outputs.items()}
@@ -310,7 +330,7 @@ def read_engine(files: Files, name: str, directory: str, evidence: list[str]) ->
         bisections = [_of_this_engine(files, bisection, passport) for bisection in bisections]
         runtime = passport.content.backend
         sparse_kernels = runtime in BACKENDS and backend(runtime).CAPABILITIES.sparse_kernels
-        sparsity = _sparsity(files, directory) if sparse_kernels else None
+        sparsity = _sparsity(files, directory, runtime) if sparse_kernels else None
     bisection = next(filter(None, bisections), None)
     return EngineEntry(name, passport, size, parity, bisection, sparsity, sparse_kernels)
 
@@ -352,10 +372,14 @@ def _join(directory: str, name: str) -> str:
     return f"{directory}/{name}" if directory else name
 
 
-def _sparsity(files: Files, directory: str) -> SparsityReport | None:
+def _sparsity(files: Files, directory: str, runtime: str) -> SparsityReport | None:
+    from engines.base import ProfiledFacts, backend
     from engines.sparsity.judgement import read_sparsity_report
 
     try:
+        if backend(runtime).CAPABILITIES.profiled_kernels:
+            facts = backend(runtime).inspect(files.root / directory)
+            return facts.sparsity if isinstance(facts, ProfiledFacts) else None
         return read_sparsity_report(files.root / directory)
     except NxmError as error:
         files.doubts.append(f"{directory or '.'}: which kernels run cannot be read ({error})")

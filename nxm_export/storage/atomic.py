@@ -144,6 +144,16 @@ def require_apart(out: Path, *inputs: str | Path, within: bool = True) -> None:
             raise ArtifactError(f"{out} lies in {given}, which is read; choose another --out")
 
 
+def require_new(out: str | Path, *, force: bool = False) -> None:
+    """Raise `ArtifactError` where a file would overwrite what is at `out`; for a directory even with `force`."""
+    if not os.path.lexists(out):
+        return
+    if Path(out).is_dir():
+        raise ArtifactError(f"{out} is a directory; name the file to write as --out")
+    if not force:
+        raise ArtifactError(f"{out} exists and would be overwritten; give --force, or choose another --out")
+
+
 def make_directory(directory: Path) -> None:
     """Make a directory and those above it; raises `ArtifactError` where that cannot be."""
     try:

@@ -620,7 +620,7 @@ class TestEngine:
 class TestCommands:
     def test_a_dry_run_counts_it(self, trained: Path) -> None:
         parent = trained.parent
-        arguments = ["run", "--model", str(parent / "dense"), "--train", str(parent / "train.tsv")]
+        arguments = ["run", str(parent / "dense"), "--train", str(parent / "train.tsv")]
         arguments += ["--dev", str(parent / "dev.tsv"), "--out", str(parent / "none"), "--dry-run", "--json"]
         estimates = []
         for embedding in ("float", "int8"):

@@ -171,7 +171,7 @@ class TestOneCandidateAQuery:
         train, _ = tiny.write_data(tmp_path / "data", "reranking")
         out = tmp_path / "out"
         name, *options = command.split()
-        source = [str(model)] if name == "compress" else ["--model", str(model)]
+        source = [str(model)]
         asked = [name, *source, "--task", "reranking", "--train", str(train), "--dev", str(single), "--out", str(out)]
         result = CliRunner().invoke(main, [*asked, *options])
         assert result.exit_code == 1, result.output

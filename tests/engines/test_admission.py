@@ -122,7 +122,7 @@ def test_a_passport_that_covers_the_engine_alone_is_no_proof_of_the_labels(copy:
 @way
 def test_a_failed_parity_is_refused_alike(copy: Path, answer: Answering) -> None:
     exact_engine.write_parity(copy, passed=False)
-    with pytest.raises(ParityError, match="--gate off"):
+    with pytest.raises(ParityError, match="--parity off"):
         answer(copy, "not-failed", frozenset())
     answer(copy, "off", frozenset())
 
@@ -166,7 +166,7 @@ def test_an_unknown_gate_is_refused(engine: Path) -> None:
 def test_the_commands_have_the_options(copy: Path, command: list[str]) -> None:
     swapped = [part.format(copy) for part in command]
     passport = load_passport(copy)
-    for options in (["--gate", "passed"], ["--expect-sha256", passport.engine_sha256.upper()]):
+    for options in (["--parity", "passed"], ["--expect-sha256", passport.engine_sha256.upper()]):
         result = CliRunner().invoke(main, [*swapped, *options])
         assert result.exit_code == 0, result.output
     refused = CliRunner().invoke(main, [*swapped, "--expect-sha256", "00"])
@@ -174,9 +174,9 @@ def test_the_commands_have_the_options(copy: Path, command: list[str]) -> None:
     assert "neither is among those expected" in refused.output
     exact_engine.write_parity(copy, passed=False)
     assert CliRunner().invoke(main, swapped).exit_code == 3
-    assert CliRunner().invoke(main, [*swapped, "--gate", "off"]).exit_code == 0
+    assert CliRunner().invoke(main, [*swapped, "--parity", "off"]).exit_code == 0
     swap_labels(copy)
-    result = CliRunner().invoke(main, [*swapped, "--gate", "off"])
+    result = CliRunner().invoke(main, [*swapped, "--parity", "off"])
     assert (result.exit_code, "is not the one that the engine was built with" in result.output) == (1, True)
 
 

@@ -102,7 +102,7 @@ def test_a_run_of_which_no_output_is_left_goes_through(tmp_path: Path) -> None:
     result = CliRunner().invoke(
         main,
         [
-            "run", f"--model={model}", f"--train={train}", f"--dev={dev}", f"--out={run}", "--json",
+            "run", str(model), f"--train={train}", f"--dev={dev}", f"--out={run}", "--json",
             "--placement=ffn-only", "--output-limit=0",
             "--dense-steps=20", "--steps=4", "--batch-size=16", "--learning-rate=1e-3", "--dense-learning-rate=3e-3",
         ],

@@ -198,7 +198,7 @@ def test_when_all_requests_fail_there_is_no_result(tmp_path: Path) -> None:
     data = tmp_path / "data.tsv"
     data.write_text("text\tlabel\ngood film\t1\na bad plot\t0\n")
     with serving(fail) as server:
-        command = ["bench", "--model", "m", "--serve", server.url, "--data", str(data), "--clients", "1"]
+        command = ["bench", "--name", "m", "--serve", server.url, "--data", str(data), "--clients", "1"]
         result = CliRunner().invoke(main, [*command, "--seconds", "0.1", "--rounds", "1"])
     assert result.exit_code == 1
     assert "all requests of 1 clients failed" in result.output

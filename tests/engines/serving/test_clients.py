@@ -305,7 +305,7 @@ def failing(engine: Path, tmp_path: Path) -> Path:
 
 
 def test_a_failure_of_the_tokenizer_is_an_error_in_json_and_the_server_goes_on(failing: Path, tmp_path: Path) -> None:
-    with nxm_serve(tmp_path / "log", f"exact={failing}", "--text", "--gate", "off") as server:
+    with nxm_serve(tmp_path / "log", f"exact={failing}", "--text", "--parity", "off") as server:
         for text, status in (("unknown", 500), ("unknown " * 2_000, 500), ("good", 200), ("good " * 2_000, 200)):
             body = json.dumps(
                 {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": [text]}]}

@@ -63,7 +63,7 @@ def test_the_parity_gate(copy: Path, state: bool | None, gate: str, served: bool
     if served:
         open_model("m", "1", copy, options).close()
     else:
-        with pytest.raises(ParityError, match="--gate off") as refused:
+        with pytest.raises(ParityError, match="--parity off") as refused:
             open_model("m", "1", copy, options)
         assert refused.value.exit_code == 3
 

@@ -236,7 +236,7 @@ def test_a_server_withdraws_a_model_whose_parity_turns_failed_and_takes_it_back(
         assert (refused.status, "was withdrawn" in str(entry_at(refused.json(), "error"))) == (503, True)
         states = as_objects(send(server.port, "POST", "/v2/repository/index").json())
         assert {entry["state"] for entry in states} == {"UNAVAILABLE"}
-        assert states[0]["reason"] == "withdrawn: its parity with its checkpoint is not what --gate asks for"
+        assert states[0]["reason"] == "withdrawn: its parity with its checkpoint is not what --parity asks for"
         assert "parity with its checkpoint failed" in server.log.read_text()
         assert send(server.port, "POST", "/v2/repository/index", b'{"ready": true}').json() == []
         assert send(server.port, "POST", "/v2/repository/index", b'{"ready": null}').json() == states

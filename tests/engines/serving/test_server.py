@@ -529,7 +529,7 @@ def test_several_models_and_versions_serve_side_by_side(engine: Path, tmp_path: 
         (["{engine}", "--port", "{taken}"], "cannot be bound (Address already in use)", 1),
         (["{engine}", "--expect-sha256", "00"], "neither is among those expected", 1),
         (["{failed}"], "parity with its checkpoint failed", 3),
-        (["{engine}", "--gate", "passed", "m={unchecked}"], "never checked", 3),
+        (["{engine}", "--parity", "passed", "m={unchecked}"], "never checked", 3),
         (["/nowhere"], "has no passport.json", 1),
         (["a/../../b=/nowhere"], "cannot be a model's name", 1),
         (["{engine}", "--buckets", "8,0"], "are no lengths", 2),
@@ -583,9 +583,9 @@ def test_bench_serve_loads_a_running_server(ours: Running, engine: Path, tmp_pat
     data = tmp_path / "data.tsv"
     data.write_text("text\tlabel\n" + "good film\t1\na very bad plot\t0\n" * 3)
     for arguments in (
-        [str(engine), "--model", "exact"],
-        ["--model", "exact_text"],
-        [str(engine), "--model", "exact", "--encoding", "json"],
+        [str(engine), "--name", "exact"],
+        ["--name", "exact_text"],
+        [str(engine), "--name", "exact", "--encoding", "json"],
     ):
         command = [
             "bench",
@@ -608,7 +608,7 @@ def test_bench_serve_loads_a_running_server(ours: Running, engine: Path, tmp_pat
         assert load["answered"] > 10
         assert load["errors"] == {}
     nobody = CliRunner().invoke(
-        main, ["bench", "--model", "x", "--serve", f"http://127.0.0.1:{free_port()}", "--data", str(data)]
+        main, ["bench", "--name", "x", "--serve", f"http://127.0.0.1:{free_port()}", "--data", str(data)]
     )
     assert nobody.exit_code == 1
     assert "is it running?" in nobody.output

@@ -97,7 +97,10 @@ def test_told_again_it_waits_no_longer(engine: Path, tmp_path: Path) -> None:
 def test_what_is_not_done_in_the_time_for_a_stop_is_told_so(slow_engine: Path, tmp_path: Path) -> None:
     """It got a 500 without a word, and the log a traceback."""
     options = ("--instances", "1", "--threads", "1", "--merge", "1", "--drain-seconds", "1")
-    with nxm_serve(tmp_path / "log", f"exact={slow_engine}", "--gate", "off", *options) as server, ExitStack() as stack:
+    with (
+        nxm_serve(tmp_path / "log", f"exact={slow_engine}", "--parity", "off", *options) as server,
+        ExitStack() as stack,
+    ):
         connections = [stack.enter_context(connect(server.port)) for _ in range(60)]
         for connection in connections:
             connection.sendall(request("POST", INFER, body_of(feeds_of([5]))))

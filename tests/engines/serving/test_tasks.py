@@ -99,7 +99,7 @@ def test_bench_serve_sends_both_texts_to_models_that_read_two(built: Callable[[s
         for task, text in rows.items():
             data = tmp_path / f"{task}.{'tsv' if task == 'reranking' else 'jsonl'}"
             data.write_text(text, encoding="utf-8")
-            where = ["--serve", running.url, "--model", f"{task}_text", "--data", str(data), "--json"]
+            where = ["--serve", running.url, "--name", f"{task}_text", "--data", str(data), "--json"]
             load = ["--clients", "1", "--seconds", "0.2", "--rounds", "1"]
             done = CliRunner().invoke(main, ["bench", *where, *load, "--task", task])
             assert done.exit_code == 0, done.output

@@ -138,7 +138,8 @@ def test_an_option_in_another_unit_reaches_its_setting_in_the_setting_s_unit() -
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"), [("--timeout-ms", "0.9"), ("--max-body-mb", "0.0009"), ("--port", "65536"), ("--gate", "maybe")]
+    ("flag", "value"),
+    [("--timeout-ms", "0.9"), ("--max-body-mb", "0.0009"), ("--port", "65536"), ("--parity", "maybe")],
 )
 def test_the_ranges_of_serving_are_in_the_unit_of_the_option(flag: str, value: str) -> None:
     with pytest.raises(click.BadParameter):

@@ -115,7 +115,7 @@ def test_a_text_that_was_cut_is_said(engine_for: Callable[[str], Path]) -> None:
     [
         ((), "give TEXTs, or --data"),
         (("a", "--data", "dev.tsv"), "give TEXTs, or --data"),
-        (("a", "--text", "x"), "name columns of --data"),
+        (("a", "--text-column", "x"), "name columns of --data"),
         (("a", "--pairs"), "are not pairs"),
     ],
 )

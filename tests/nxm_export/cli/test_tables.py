@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from engines.benchmark.latency import BenchReport, Ratio, Timing
 from engines.sparsity.advice import Advice
 from engines.sparsity.judgement import SparsityReport, SparsityTarget, WeightSparsity
-from nxm_export.cli.engine_tables import print_diagnosis, print_latency
+from nxm_export.cli.engine_tables import print_latency
 from nxm_export.cli.output import show_result
 from nxm_export.cli.run_tables import print_search, print_summary
+from nxm_export.cli.sparsity_tables import print_diagnosis
 from nxm_export.cli.tables import print_facts, print_table
 from nxm_export.contract.records.search_result import (
     FullRun,
@@ -71,11 +73,11 @@ def test_json_is_printed_in_place_of_tables_and_by_the_first_process_alone(
 
 
 def test_a_run_says_what_it_keeps_and_what_is_missing(capsys: Capture) -> None:
-    print_summary(SUMMARY)
+    print_summary(SUMMARY, everything=True)
     printed = lines(capsys)
     assert "dense, FP32 0.7500" in printed
-    assert "compressed, ONNX Runtime 0.5000 difference to dense: -0.5000 to +0.0000 (95 %)" in printed
-    assert "ort-cpu-int8 1x32 0.25 1.50x (1.25 to 1.75)" in printed
+    assert "compressed, ONNX Runtime 0.5000 to dense: -0.5000 to +0.0000 (95 %)" in printed
+    assert "ort-cpu-int8 1x32 0.25 1.50x (paired 1.25 to 1.75)" in printed
     assert "INT8 matrix products 11 of 12 planned" in printed
     assert "run here no GPU" in printed
 
@@ -111,13 +113,43 @@ def test_a_search_names_ties_and_says_what_it_cost(capsys: Capture) -> None:
 
 
 def test_latency_names_the_clock_and_what_was_not_measured(capsys: Capture) -> None:
-    timings = (Timing("a", 1, 32, 2.0, (1.9, 2.1), 5), Timing("b", 1, 32, 1.0, (0.9, 1.1), 5))
-    ratios = (Ratio("b", "a", 1, 32, 2.0, (1.5, 2.5)),)
+    timings = (
+        Timing("a", 1, 32, 2.0, (1.9, 2.1), 5, p95=2.5, p99=2.75),
+        Timing("b", 1, 32, 1.0, (0.9, 1.1), 5, p95=1.25, p99=1.5),
+    )
+    ratios = (Ratio("b", "a", 1, 32, 1.75, (1.5, 2.5)),)
     print_latency(BenchReport(timings, ratios, verdict="2:4 pays", unmeasured=("c: no GPU",)))
     printed = lines(capsys)
-    assert "a 1x32 2 1.9 to 2.1 reference" in printed
-    assert "b 1x32 1 0.9 to 1.1 2.00x (1.50 to 2.50)" in printed
-    assert printed[-3:] == ["clock: wall clock", "not measured: c: no GPU", "verdict: 2:4 pays"]
+    assert printed[0] == "2:4 pays"
+    assert "a 2 2.5 2.75 500 reference" in printed
+    assert "b 1 1.25 1.5 1000 2.00x (paired 1.50 to 2.50)" in printed, "the ratio is that of the medians beside it"
+    assert printed[-3:] == [
+        "clock: wall clock",
+        "the machine was busy: time again when it is idle",
+        "not measured: c: no GPU",
+    ]
+
+
+def test_a_quiet_machine_is_not_called_busy(capsys: Capture) -> None:
+    timings = (Timing("a", 1, 32, 2.0, (1.9, 2.1), 5), Timing("b", 1, 32, 1.0, (0.9, 1.1), 5))
+    print_latency(BenchReport(timings, (Ratio("b", "a", 1, 32, 2.0, (1.98, 2.02)),)))
+    assert "busy" not in capsys.readouterr().out
+
+
+def test_a_run_begins_with_its_verdict_and_ends_with_what_to_type(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    print_summary(SUMMARY)
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) <= 24
+    differing = [name for name, parity in SUMMARY.parity.items() if not parity.passed]
+    assert captured.out.startswith("FAILED" if differing or SUMMARY.failed else "Passed")
+    failed = replace(SUMMARY, parity={"ort-cpu-int8": replace(SUMMARY.parity["ort-cpu-int8"], passed=False)})
+    print_summary(failed)
+    assert capsys.readouterr().out.startswith("FAILED: ort-cpu-int8 differs from the checkpoint.")
+    print_summary(replace(SUMMARY, parity={}, failed={}))
+    assert capsys.readouterr().out.startswith("Nothing proven")
 
 
 def test_a_diagnosis_gives_every_matrix_a_row_its_reason_and_advice(capsys: Capture) -> None:
@@ -128,7 +160,7 @@ def test_a_diagnosis_gives_every_matrix_a_row_its_reason_and_advice(capsys: Capt
     )  # fmt: skip
     report = SparsityReport(SparsityTarget("trt", "8.6", "8.0"), (matrix,))
     advice = Advice("up.weight", "prune along K", one_fix_away=True, ready=False)
-    print_diagnosis(FileDiagnosis("file.onnx", report, (advice,), ()))
+    print_diagnosis(FileDiagnosis("file.onnx", report, (advice,), ()), everything=True)
     printed = lines(capsys)
     assert "up 64x32 matmul 2:4+W8 2:4 > dense unknown no - - axis" in printed
     assert "axis: along N" in printed

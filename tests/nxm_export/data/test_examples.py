@@ -162,7 +162,8 @@ def test_any_text_survives_jsonl(tmp_path_factory: pytest.TempPathFactory, rows:
         (
             "d.tsv",
             "sentence\tx\na\t1\n",
-            "none of the usual label columns (label, labels, score, relevance) among sentence, x; name it with --label",
+            "none of the usual label columns (label, labels, score, relevance) among sentence, x; "
+            "name it with --label-column",
         ),
         (
             "d.tsv",

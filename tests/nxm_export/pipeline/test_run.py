@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from nxm_export.cli import main
+from nxm_export.contract.checkpoint import open_checkpoint
+from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics_of
 from nxm_export.contract.records.run_summary import SCHEMA, RunSummary
 from nxm_export.contract.records.verify_report import read_verify_report
@@ -37,8 +40,9 @@ class Desk:
         self.train, self.dev = tiny.write_data(home)
 
     def arguments(self, out: Path, *more: str, **changed: Path) -> list[str]:
-        files = {"model": self.model, "train": self.train, "dev": self.dev, **changed}
-        return ["run", *(f"--{name}={path}" for name, path in files.items()), f"--out={out}", *OPTIONS, *more]
+        model, files = changed.pop("model", self.model), {"train": self.train, "dev": self.dev, **changed}
+        named = (f"--{name}={path}" for name, path in files.items())
+        return ["run", str(model), *named, f"--out={out}", *OPTIONS, *more]
 
     def nxm(self, *arguments: str) -> Result:
         return CliRunner().invoke(main, arguments)
@@ -215,6 +219,40 @@ def test_dry_run_estimates_and_writes_nothing(desk: Desk, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+class _Compressed(Exception):
+    """The checkpoint is there, and the stages behind it need not run."""
+
+
+@pytest.mark.slow
+def test_a_run_searches_its_plan_and_another_takes_it_from_a_file(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def enough(*_: object) -> None:
+        raise _Compressed
+
+    monkeypatch.setattr("nxm_export.pipeline.run._export", enough)
+    result = desk.nxm(*desk.arguments(tmp_path / "searched", "--search=0.8", "--dry-run"))
+    assert result.exit_code == 0, result.output
+    short = ("--dense-steps=2", "--steps=2")
+    result = desk.nxm(*desk.arguments(tmp_path / "searched", "--search=0.8", *short))
+    assert isinstance(result.exception, _Compressed), result.output
+    plan = tmp_path / "searched" / "search" / "plan.json"
+    searched = CompressionPlan.load(plan)
+    assert searched.compression("hw") >= 0.8
+    assert open_checkpoint(tmp_path / "searched" / "checkpoint").plan.weights.keys() == searched.weights.keys()
+    chosen = replace(searched, weights=dict.fromkeys(searched.weights, WeightSpec.parse("1:4+W4")))
+    (tmp_path / "mine.json").write_text(chosen.to_json())
+    result = desk.nxm(
+        *desk.arguments(tmp_path / "planned", f"--plan={tmp_path / 'mine.json'}", "--output-limit=inf", *short)
+    )
+    assert isinstance(result.exception, _Compressed), result.output
+    assert open_checkpoint(tmp_path / "planned" / "checkpoint").plan == chosen
+    estimated = desk.nxm(*desk.arguments(tmp_path / "x", f"--plan={tmp_path / 'mine.json'}", "--dry-run", "--json"))
+    assert json.loads(estimated.stdout)["plan"] == chosen.pattern_counts
+    (tmp_path / "wrong.json").write_text(replace(chosen, model_type="roberta").to_json())
+    _refused(desk.nxm(*desk.arguments(tmp_path / "x", f"--plan={tmp_path / 'wrong.json'}")), "roberta")
+
+
 def _lines(file: Path, *lines: str) -> Path:
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
@@ -249,7 +287,6 @@ def test_a_dev_label_outside_the_classes_is_named(desk: Desk, tmp_path: Path) ->
         (["--pattern=4:2"], "4:2"),
         (["--weight-bits=9"], "9"),
         (["--keep-dense=*", "--steps=2"], "nothing to compress"),
-        (["--model=nobody/nothing"], "nobody/nothing"),
         (["--train=/nowhere/train.tsv"], "/nowhere/train.tsv"),
         (["--dense-learning-rate=1e30"], "loss is nan at step"),
         (["--weights-stored=int4"], "4 bits or fewer, and these have 8"),
@@ -259,6 +296,10 @@ def test_a_dev_label_outside_the_classes_is_named(desk: Desk, tmp_path: Path) ->
 def test_what_cannot_work_is_refused_in_words(desk: Desk, tmp_path: Path, more: list[str], message: str) -> None:
     result = desk.nxm(*desk.arguments(tmp_path / "run"), *more)
     _refused(result, message, codes=(1, 2))
+
+
+def test_a_model_that_is_nowhere_is_named(desk: Desk, tmp_path: Path) -> None:
+    _refused(desk.nxm(*desk.arguments(tmp_path / "run", model=Path("nobody/nothing"))), "nobody/nothing")
 
 
 def test_a_directory_that_is_no_run_is_left_alone(desk: Desk, tmp_path: Path) -> None:

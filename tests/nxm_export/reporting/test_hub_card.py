@@ -14,7 +14,7 @@ from nxm_export.contract.records.checkpoint_metrics import read_metrics
 from nxm_export.errors import ArtifactError
 from nxm_export.reporting import card
 from nxm_export.reporting.hub_card import markdown
-from nxm_export.storage.json_files import entry_at
+from nxm_export.storage.json_files import as_objects, entry_at
 
 pytestmark = pytest.mark.slow  # a whole run is made for them
 
@@ -30,9 +30,17 @@ def test_the_card_of_a_run_has_its_numbers_and_says_what_it_does_not_know(finish
     summary = json.loads((finished / "summary" / "summary.json").read_text(encoding="utf-8"))
     head = front_matter(text)
     assert head["pipeline_tag"] == "text-classification"
-    metrics = [{"type": "accuracy", "value": summary["compressed"]}]
-    assert entry_at(head, "model-index", 0, "results", 0, "metrics") == metrics
+    result = entry_at(head, "model-index", 0, "results", 0)
+    assert entry_at(result, "metrics", 0) == {
+        "type": "accuracy", "name": "accuracy", "value": summary["compressed"], "verified": False,
+    }  # fmt: skip
+    assert {entry["type"] for entry in as_objects(entry_at(result, "metrics"))} == {
+        "accuracy", "f1", "matthews_correlation",
+    }  # fmt: skip
+    assert entry_at(result, "task", "type") == "text-classification"
+    assert entry_at(result, "dataset", "type") == "unknown"
     assert "license" not in head, "no file says it"
+    assert "base_model" not in head
     low, high = summary["difference_interval"]
     for line in (
         f"| dense | {summary['dense']:.4f} |",
@@ -49,6 +57,11 @@ def test_the_card_of_a_run_has_its_numbers_and_says_what_it_does_not_know(finish
         assert json.loads(engine.read_text(encoding="utf-8"))["engine_sha256"] in text
     unknown = text.partition("## What this card does not know")[2]
     assert "licence" in unknown
+    assert "base model's name" in unknown
+    told = card(finished, tmp_path / "told.md", base_model="org/name", license="apache-2.0").read_text(encoding="utf-8")
+    head = front_matter(told)
+    assert (head["base_model"], head["base_model_relation"], head["license"]) == ("org/name", "quantized", "apache-2.0")
+    assert "the base model's name" not in told
     assert "sparse kernel: no engine proves it" in unknown
 
 
@@ -62,6 +75,19 @@ def test_the_card_of_an_engine_directory_knows_what_lies_in_it(finished: Path, t
     (engine / "parity.json").unlink()
     text = card(engine, tmp_path / "other.md").read_text(encoding="utf-8")
     assert "model-index" not in front_matter(text), "no value without a comparison"
+    assert "it was not compared" in text
+
+
+def test_the_card_of_a_checkpoint_has_its_plan_and_its_metrics(finished: Path, tmp_path: Path) -> None:
+    text = card(finished / "checkpoint", tmp_path / "README.md").read_text(encoding="utf-8")
+    value = read_metrics(finished / "checkpoint").value
+    head = front_matter(text)
+    assert head["library_name"] == "transformers"
+    assert head["pipeline_tag"] == "text-classification"
+    assert entry_at(head, "model-index", 0, "results", 0, "metrics", 0, "value") == value
+    assert f"| compressed | {value:.4f} |" in text
+    assert "nxm export CHECKPOINT" in text
+    assert "with backend(" not in text
     assert "it was not compared" in text
 
 

@@ -16,7 +16,7 @@ from nxm_export.contract.records.verify_report import VerifyReport
 from nxm_export.graph.exporter import export
 from nxm_export.reporting.figures import RunFile
 from nxm_export.reporting.matrices import Matrix, matrices, projection_error
-from nxm_export.reporting.page import _kernels
+from nxm_export.reporting.matrix_tables import _kernels_of as _kernels
 from tests.support import baked
 
 

@@ -1,0 +1,37 @@
+"""Where the plan of a run comes from: its request, a file, or a search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nxm_export.contract.plan import CompressionPlan
+
+if TYPE_CHECKING:
+    from compressors.models import ModelSource
+    from compressors.search.settings import SearchSettings
+    from nxm_export.pipeline.run import Request
+
+
+@dataclass(frozen=True)
+class PlanChoice:
+    """Where the plan of a run comes from, if not from its request: a plan or its `file`, or a `search` of the dense
+    model."""
+
+    file: CompressionPlan | str | Path | None = None
+    search: SearchSettings | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether the request's own pattern and bits are not used."""
+        return self.file is not None or self.search is not None
+
+
+def first_plan(request: Request, source: ModelSource, file: CompressionPlan | str | Path | None) -> CompressionPlan:
+    """The plan of a file, which must fit the model, or the request's own."""
+    if file is None:
+        return request.uniform_plan(source)
+    plan = file if isinstance(file, CompressionPlan) else CompressionPlan.load(file)
+    plan.require_fits(source.family.model_type, source.family.weights(source.config))
+    return plan

@@ -209,7 +209,9 @@ def _compared(name: str, text: str) -> Compared:
 def _serve(name: str, engine: Path, data: Path, log: Path) -> Stage:
     """`nxm serve` from its start to its answer for the document, and its end."""
     port, began = free_port(), time.perf_counter()
-    one = ("--text", "--instances", "1", "--max-batch-tokens", str(WHOLE.tokens))  # a document at a time
+    # A document at a time, which takes longer than the 10 seconds that a request has.
+    one = ["--text", "--instances", "1", "--max-batch-tokens", str(WHOLE.tokens)]
+    one += ["--timeout-ms", str(int(START_SECONDS * 1000))]
     command = [sys.executable, "-m", "nxm_export", "serve", "--port", str(port), f"m={engine}", *one]
     with log.open("wb") as file:
         child = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)

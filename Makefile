@@ -5,17 +5,19 @@
 #   VENV      where the packages go                      make demo VENV=/tmp/venv
 #   PIP_ARGS  more options of pip, such as an index      make demo PIP_ARGS="--extra-index-url ..."
 #   RUN       the demo's run directory                   make demo RUN=/tmp/run
+#   SITE      where `make site` writes the documentation make site SITE=/tmp/site
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 RUN ?= runs/demo
+SITE ?= build/site
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 INSTALL := $(PIP) install --quiet --disable-pip-version-check $(PIP_ARGS)
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-slow static check coverage clean
+.PHONY: help setup demo test test-slow static check coverage site clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -49,6 +51,13 @@ check: $(STAMP)
 
 coverage: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" tools/check --coverage
+
+# The documentation as a static site, by packages of its own: what the product needs is pinned without them.
+site:
+	@test -x $(VENV)-site/bin/python || $(PYTHON) -m venv $(VENV)-site
+	$(VENV)-site/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r tools/site-requirements.txt
+	$(VENV)-site/bin/sphinx-build -q -W --keep-going -b html -c docs/site docs $(SITE)
+	@echo "$(SITE)/index.html"
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo

@@ -18,7 +18,7 @@ from nxm_export.errors import DataError, PlanError
 # ``magnitude`` with the mask by magnitude; ``nxm`` looks for the mask by ADMM on the loss of the task first, ours
 # (damped, distilled); ``sr-ste`` lets the mask follow the weight through most of the steps (Zhou et al. 2021, arXiv
 # 2102.04010), then fixes it; ``one-shot`` is magnitude and calibration alone, no training; ``paper`` follows what is
-# known of the authors' recipe (docs/search.md says where it differs).
+# known of the authors' recipe (docs/recipes.md says where it differs).
 RECIPES = ("obs", "admm", "obs-refit", "nxm", "magnitude", "sr-ste", "one-shot", "paper")
 # What masks are chosen by: |W|, or |W| times the root mean square of each input over the calibration samples.
 # Those that look at the inputs of layers to choose masks, and start near the dense model.
@@ -59,7 +59,7 @@ class Settings:
         default="obs",
         metadata={
             OPTION: Option(
-                "Where masks come from: second-order pruning, layer-wise ADMM, magnitude, ... (docs/search.md).",
+                "Where masks come from: second-order pruning, layer-wise ADMM, magnitude, ... (docs/recipes.md).",
                 choices=RECIPES,
             )
         },

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from engines.passport import EnginePassport
+    from engines.sparsity.judgement import SparsityReport
 
 COMPANIONS = (SPEC_FILE, TOKENIZER_FILE)  # what is served beside the engine: the passport has their hashes
 BACKENDS = {
@@ -42,6 +43,7 @@ BACKENDS = {
     "openvino": "engines.openvino.backend",
     "trt": "engines.tensorrt.backend",
     "trt_rtx": "engines.tensorrt.rtx_backend",
+    "cusparselt": "engines.cusparselt.backend",
 }
 
 
@@ -53,7 +55,8 @@ class BackendCapabilities:
     `holds_scores`: a run holds attention's scores, which grow with the square of the length.
     `optimization_profiles`: engines are built for ranges of shapes. `sparse_kernels`: 2:4 weights can run on sparse
     kernels, and an engine directory has the facts of a sparsity report. `layer_times`: a loaded engine is a
-    `LayerTimedEngine`.
+    `LayerTimedEngine`. `profiled_kernels`: the module is a `ProfiledBackend`, and its facts have the sparsity report.
+    `always_sparse`: a build can be told to use sparse kernels even where dense ones are faster.
     """
 
     device: Literal["cpu", "gpu"]
@@ -63,6 +66,8 @@ class BackendCapabilities:
     optimization_profiles: bool = False
     sparse_kernels: bool = False
     layer_times: bool = False
+    profiled_kernels: bool = False
+    always_sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,8 @@ class BuildOptions:
     level (0 to 5, None = TensorRT's own); `workspace_bytes` limits scratch memory; `build_route` is passed on where
     the builder lists its options as public. `timing_cache` is read and extended: a damaged or foreign one is an error
     with `require_timing_cache`, else a new one is begun; without one, ``timing.cache`` beside the engine is new.
+    `always_sparse` is for backends with that capability: no dense kernel for a 2:4 matrix that has a sparse one, even
+    where it is faster; `fuse` lets ``cusparselt`` compile what lies between products (torch.compile), at every load.
     `twin` names the engine's part in a comparison (see `nxm build --twins`).
     """
 
@@ -119,6 +126,8 @@ class BuildOptions:
     profiles: Sequence[Profile] = ()
     max_batch_tokens: int = MAX_BATCH_TOKENS
     sparse: bool = SPARSE_KERNELS
+    always_sparse: bool = False
+    fuse: bool = False
     level: int | None = None
     workspace_bytes: int | None = None
     build_route: str | None = None
@@ -216,6 +225,25 @@ class Backend(Protocol):
 
     def inspect(self, directory: str | Path) -> EngineFacts:
         """Facts of an engine directory."""
+        ...
+
+
+@runtime_checkable
+class ProfiledFacts(Protocol):
+    """Facts with a sparsity report of the backend's own."""
+
+    @property
+    def sparsity(self) -> SparsityReport:
+        """What is known of every matrix."""
+        ...
+
+
+@runtime_checkable
+class ProfiledBackend(Protocol):
+    """The optional power of a backend that `BackendCapabilities.profiled_kernels` speaks of."""
+
+    def profile(self, directory: str | Path) -> None:
+        """Profile a run of an engine, and write the names of its kernels beside it, where `inspect` reads them."""
         ...
 
 

@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 SCHEMA = "nxm-passport/2"
 _MOST_THREADS = 65536
+_FLAGS = {"always_sparse": "--always-sparse", "fuse": "--fuse"}  # options that are flags of `nxm build`
 PASSPORT_FILE = "passport.json"
 
 
@@ -293,6 +294,7 @@ class EnginePassport:
             parts += ["--profile", ",".join("x".join(map(str, shape)) for shape in shapes)]
         if self.options.get("sparse") is False:
             parts.append("--no-sparse")
+        parts += [flag for name, flag in _FLAGS.items() if self.options.get(name) is True]
         workspace, route = self.whole_option("workspace_bytes"), self.text_option("build_route")
         numbers = {
             "--level": self.whole_option("level"),
@@ -360,6 +362,8 @@ class _KnownOptions:
     threads: int | None = None
     disabled_optimizers: tuple[str, ...] = ()
     sparse: bool | None = None
+    always_sparse: bool | None = None
+    fuse: bool | None = None
     level: int | None = None
     workspace_bytes: int | None = None
     build_route: str | None = None

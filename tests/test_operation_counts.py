@@ -56,7 +56,7 @@ def layer_of(spec: WeightSpec) -> QuantLinear:
     layer = QuantLinear(nn.Linear(IN, OUT), spec, "w")
     layer.input_quantizer = ActivationQuantizer()
     layer.input_quantizer.set_scale(0.02)
-    if layer.output_quantizer is not None:
+    if isinstance(layer.output_quantizer, ActivationQuantizer):
         layer.output_quantizer.set_scale(0.02)
     return layer
 

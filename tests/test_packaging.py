@@ -65,6 +65,7 @@ def test_the_wheel_ships_exactly_the_three_packages(wheel: Path) -> None:
     assert {f"{package}/py.typed" for package in PACKAGES} <= shipped
     other = {name for name in shipped if Path(name).suffix not in (".py", ".typed")}
     data = {
+        "engines/sparsity/gpu_figures.json",
         "engines/sparsity/sparse_kernels.json",
         "engines/serving/openapi.json",
         "nxm_export/graph/tensorrt_operators.json",

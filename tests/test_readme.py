@@ -1,11 +1,11 @@
-"""Every command and every line of Python in the README runs, in order, on a tiny model; its links lead somewhere."""
+"""Every command of the README and of the tutorial runs, in order, on a tiny model, and so does the Python of its page;
+links lead somewhere; whatever else looks like a command in a document is one."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -23,15 +23,24 @@ from tests.conftest import ROOT
 from tools.benchmarks.servers import free_port, started
 from tools.raw_http import send
 from tools.readme_table import BEGIN, END, table
+from tools.rendering import read_section
+from tools.results.readme import SECTION, results_table
+from tools.results.store import RESULTS
+from tools.tutorial import PAGE, STEP, commands
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
 PYTHON = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+TUTORIAL = PAGE.read_text(encoding="utf-8")
+DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
-def blocks(language: str, document: str = README) -> list[str]:
+def blocks(language: str, document: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
+
+
+def shown_commands(*documents: str) -> list[list[str]]:
+    """The commands in the shell blocks, as arguments."""
+    return [command for document in documents for block in blocks("sh", document) for command in commands(block)]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +52,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[...
     for name in ("train.tsv", "dev.tsv"):
         shutil.copyfile(made / name, home / name)
     return home
+
+
+FEWER = {"200": "6", "180": "6"}  # steps of training: what the model learns is nothing that is looked at here
 
 
 def serves_until_stopped(arguments: list[str], desk: Path) -> None:
@@ -66,15 +78,15 @@ def commands_have_run(desk: Path) -> Path:
     """Runs the shell blocks: plain commands of `nxm`, in this process, so that torch is imported once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(desk)
-        for line in "".join(blocks("sh")).splitlines():
-            program, *arguments = shlex.split(line, comments=True)
-            assert program == "nxm", f"only nxm is expected here: {line}"
+        for program, *arguments in shown_commands(TUTORIAL, README):
+            assert program == "nxm", f"only nxm is expected here: {program}"
             if arguments[0] == "serve":
                 serves_until_stopped(["-m", "nxm_export", *arguments], desk)
                 continue
+            arguments = [FEWER.get(argument, argument) for argument in arguments]
             result = CliRunner().invoke(main, arguments)
-            assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
-            assert result.stdout.strip(), f"{line} printed nothing"
+            assert result.exit_code == 0, f"{arguments}\n{result.output}\n{result.exception!r}"
+            assert result.stdout.strip(), f"{arguments} printed nothing"
     return desk
 
 
@@ -89,44 +101,68 @@ def test_the_commands_leave_what_they_promise(commands_have_run: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("document", "engine"),
-    [("README.md", "small-engine"), pytest.param("docs/python.md", "mixed-engine", marks=pytest.mark.slow)],
-)
-def test_the_python_of_a_document_runs(
-    commands_have_run: Path, monkeypatch: pytest.MonkeyPatch, document: str, engine: str
-) -> None:
+@pytest.mark.slow
+def test_the_python_of_its_page_runs(commands_have_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stages that take minutes with the usual settings train for a few steps here."""
     monkeypatch.chdir(commands_have_run)
     few = partial(nxm.Settings, steps=4, calibration_samples=64)
     monkeypatch.setattr("compressors.settings.Settings", few)
     namespace: dict[str, object] = {}
-    for number, block in enumerate(blocks("python", (ROOT / document).read_text(encoding="utf-8"))):
-        exec(compile(block, f"{document}, Python block {number + 1}", "exec"), namespace)
-    assert (commands_have_run / engine / "passport.json").is_file()
+    for number, block in enumerate(blocks("python", PYTHON)):
+        exec(compile(block, f"docs/python.md, Python block {number + 1}", "exec"), namespace)
+    assert (commands_have_run / "mixed-engine" / "passport.json").is_file()
 
 
 @pytest.mark.slow
-def test_the_python_of_the_readme_and_of_its_page_passes_strict_mypy(tmp_path: Path) -> None:
+def test_the_python_of_its_page_passes_strict_mypy(tmp_path: Path) -> None:
     """As in a user's own project: the package is installed, and its types are all that mypy knows of it."""
-    for name, texts in (("readme.py", blocks("python")), ("page.py", blocks("python", PYTHON))):
-        (tmp_path / name).write_text("\n".join(texts) + "\nreveal_type(engine.predict(['a']))\n", encoding="utf-8")
-        done = subprocess.run(
-            [sys.executable, "-m", "mypy", "--strict", "--config-file", os.devnull, name],
-            env={**os.environ, "MYPYPATH": str(ROOT)},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        ours = [line for line in done.stdout.splitlines() if line.startswith(name)]
-        assert [line for line in ours if "error" in line] == [], done.stdout
-        assert "list[nxm_export.data.predictions.Prediction]" in done.stdout
+    text = "\n".join([*blocks("python", PYTHON), "reveal_type(engine.predict(['a']))\n"])
+    (tmp_path / "page.py").write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--config-file", os.devnull, "page.py"],
+        env={**os.environ, "MYPYPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    ours = [line for line in done.stdout.splitlines() if line.startswith("page.py")]
+    assert [line for line in ours if "error" in line] == [], done.stdout
+    assert "list[nxm_export.data.predictions.Prediction]" in done.stdout
 
 
 def test_every_command_is_shown(commands_have_run: Path) -> None:
-    shown = {shlex.split(line, comments=True)[1] for line in "".join(blocks("sh")).splitlines()}
-    assert shown == main.commands.keys() - {"completion"}
+    assert {command[1] for command in shown_commands(TUTORIAL, README)} == main.commands.keys() - {"completion"}
+
+
+def test_every_output_of_the_tutorial_is_filled_in() -> None:
+    steps = list(STEP.finditer(TUTORIAL))
+    assert len(steps) >= 8
+    assert [step["commands"] for step in steps if not step["shown"].strip()] == []
+
+
+def documented_commands() -> list[tuple[str, str]]:
+    """(document, command) of what reads as `nxm COMMAND ...` in a code block, a code span or an indented line."""
+    found = []
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text(encoding="utf-8").replace("\\\n", " ")
+        lines = re.findall(r"^(?: {4}|)(?:\$ )?(nxm [a-z].*)$", text, re.MULTILINE) + re.findall(
+            r"`(nxm [a-z][^`]*)`", text
+        )
+        found += [(document, line.partition(" #")[0].strip()) for line in lines]
+    return found
+
+
+@pytest.mark.parametrize(("document", "command"), sorted(set(documented_commands())))
+def test_every_command_that_a_document_names_is_one(document: str, command: str) -> None:
+    """Its name and its options are there; what they are given is not looked at."""
+    name, *arguments = re.split(r"\s+", command)[1:]
+    assert name in main.commands, f"{document}: no command {name}"
+    known = {
+        option for parameter in main.commands[name].params for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+    options = {match for argument in arguments for match in re.findall(r"^\[?(--[a-z][a-z0-9-]*)", argument)}
+    assert options <= known | {"--help", "--help-all"}, f"{document}: {name} has no {sorted(options - known)}"
 
 
 def test_the_result_table_has_the_rows_that_its_tool_prints(commands_have_run: Path) -> None:
@@ -137,6 +173,16 @@ def test_the_result_table_has_the_rows_that_its_tool_prints(commands_have_run: P
     assert subjects(written) == subjects(table(commands_have_run / "runs" / "mine"))
 
 
+def test_the_table_of_results_is_that_of_the_records() -> None:
+    assert read_section(ROOT / "README.md", SECTION) == results_table(RESULTS), "python -m tools.results render"
+
+
+def test_every_page_is_in_the_index() -> None:
+    linked = set(re.findall(r"\]\(([^)#]+)\)", (ROOT / "docs" / "index.md").read_text(encoding="utf-8")))
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")}
+    assert linked == pages - {"index.md"}
+
+
 def test_the_two_commands_are_targets_of_the_makefile() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^    make (\w+)$", README, re.MULTILINE):
@@ -144,12 +190,11 @@ def test_the_two_commands_are_targets_of_the_makefile() -> None:
     assert re.findall(r"^    make (\w+)$", README, re.MULTILINE) == ["demo", "test"]
 
 
-@pytest.mark.parametrize(
-    "document", sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-)
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_between_documents_lead_somewhere(document: str) -> None:
     file = ROOT / document
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", file.read_text(encoding="utf-8")):
+    text = file.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) + re.findall(r'src(?:set)?="([^"]+)"', text):
         if not target.startswith(("https://", "mailto:")):
             assert (file.parent / target).exists(), f"{document} links to {target}"
 

@@ -11,6 +11,7 @@ a further one.
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import subprocess
 import sys
@@ -83,9 +84,22 @@ def _outcome(case: ElementTree.Element) -> str:
     return "refused" if skipped.get("type") == "pytest.xfail" else "not here"
 
 
+def stages_in_order() -> list[str]:
+    """The names of all stages as the tests list them: several pytest workers report them in another order."""
+    for node in ast.parse((ROOT / TESTS).read_text(encoding="utf-8")).body:
+        if (
+            isinstance(node, ast.AnnAssign)
+            and ast.unparse(node.target) == "STAGES"
+            and isinstance(node.value, ast.Dict)
+        ):
+            return [ast.literal_eval(key) for key in node.value.keys if key is not None]
+    raise LookupError(f"{TESTS} has no dictionary STAGES")
+
+
 def render_table(results: Mapping[tuple[str, str], str]) -> str:
-    """The markdown table: a row for every stage, a column for every family."""
-    stages = list(dict.fromkeys(stage for _, stage in results))
+    """The markdown table: a row for every stage, a column for every family, both in the order of the repository."""
+    tried = {stage for _, stage in results}
+    stages = [stage for stage in stages_in_order() if stage in tried]
     families = [name for name in FAMILIES if any((name, stage) in results for stage in stages)]
     rows = [[stage, *(results.get((name, stage), "not run") for name in families)] for stage in stages]
     return table(rows, ["stage", *families], "l" * (1 + len(families)))

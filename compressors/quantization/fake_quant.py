@@ -11,6 +11,8 @@ mixed-precision forward pass sees the same integers as the exported engine.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ from compressors.quantization.autograd import (
     sr_ste_weight,
 )
 from compressors.quantization.observers import HistogramObserver
+from nxm_export.contract.encoder_family import part_name
 from nxm_export.contract.plan import WeightSpec
 
 
@@ -86,8 +89,21 @@ class ActivationQuantizer(nn.Module):
         return fake_quantize(x, self.scale_for(x), ACTIVATION_QMIN, ACTIVATION_QMAX)
 
 
+class PartQuantizers(nn.ModuleDict):
+    """Quantizers of what a fused matrix writes: one for each of its parts, whose channels are side by side."""
+
+    def __init__(self, parts: Sequence[str]) -> None:
+        super().__init__({part: ActivationQuantizer() for part in parts})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize and dequantize `x` (..., out), each part by its own scale."""
+        channels = x.chunk(len(self), dim=-1)
+        return torch.cat([quantizer(part) for quantizer, part in zip(self.values(), channels, strict=True)], dim=-1)
+
+
 class QuantLinear(nn.Linear):
-    """A linear layer under a `WeightSpec`: mask, weight codes and activation quantizers, all trainable through.
+    """A linear layer under a `WeightSpec`: mask, weight codes and activation quantizers, all trainable through. A fused
+    matrix has `parts`, by name, and an output quantizer for each.
 
     `mask` is None until it is fixed (`freeze_mask`); from then on it is fixed and nothing can revive a masked weight.
     `quantize_weight` is off in those ADMM modes that leave the weight in float. While `sr_ste_decay` is set (SR-STE)
@@ -96,7 +112,9 @@ class QuantLinear(nn.Linear):
 
     mask: Tensor | None
 
-    def __init__(self, linear: nn.Linear, spec: WeightSpec, name: str) -> None:
+    output_quantizer: ActivationQuantizer | PartQuantizers | None
+
+    def __init__(self, linear: nn.Linear, spec: WeightSpec, name: str, parts: Sequence[str] = ()) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
@@ -111,7 +129,9 @@ class QuantLinear(nn.Linear):
             self.reset_scale()
         self.input_quantizer: ActivationQuantizer | None = None
         self._shared_input: list[ActivationQuantizer] = []  # a list, so that nn.Module does not register it twice
-        self.output_quantizer = ActivationQuantizer() if spec.output_bits else None
+        self.output_quantizer = None
+        if spec.output_bits:
+            self.output_quantizer = PartQuantizers(parts) if parts else ActivationQuantizer()
         self.residual_hooks: list[
             RemovableHandle
         ] = []  # handles of hooks outside this layer that use its input quantizer
@@ -120,6 +140,13 @@ class QuantLinear(nn.Linear):
     def reads(self) -> ActivationQuantizer | None:
         """The quantizer of the tensor that this layer reads, its own or a shared one."""
         return self._shared_input[0] if self._shared_input else self.input_quantizer
+
+    def output_scales(self) -> dict[str, Tensor]:
+        """The scales (1,) of its output quantizers, by the name of the weight or of its part."""
+        if isinstance(self.output_quantizer, PartQuantizers):
+            quantizers = cast(Iterable[tuple[str, ActivationQuantizer]], self.output_quantizer.items())
+            return {part_name(self.name, part): quantizer.scale for part, quantizer in quantizers}
+        return {} if self.output_quantizer is None else {self.name: self.output_quantizer.scale}
 
     def share_input(self, quantizer: ActivationQuantizer) -> None:
         """Read through a quantizer that another layer owns."""

@@ -3,7 +3,7 @@ between."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -39,7 +39,8 @@ def prepare(model: nn.Module, plan: CompressionPlan, family: Family, config: Map
         if spec.is_dense:
             continue
         path = name.removesuffix(".weight")
-        layer = QuantLinear(model.get_submodule(path), spec, name)  # type: ignore[arg-type]  # families name linears
+        parts = [part.name for part in family.linear(name).parts]
+        layer = QuantLinear(model.get_submodule(path), spec, name, parts)  # type: ignore[arg-type]  # families name linears
         _replace(model, path, layer)
         layers[name] = layer
     for block in family.blocks(config):
@@ -50,7 +51,7 @@ def prepare(model: nn.Module, plan: CompressionPlan, family: Family, config: Map
         path = family.word_embedding.removesuffix(".weight")
         _replace(model, path, QuantEmbedding(model.get_submodule(path), family.word_embedding))  # type: ignore[arg-type]
     if plan.attention == "int8":
-        use_int8_attention(model, family, config)
+        use_int8_attention(model, family, plan, config)
     device = next(model.parameters()).device
     model.to(device)
 
@@ -119,9 +120,10 @@ def bake(model: nn.Module, plan: CompressionPlan) -> dict[str, np.ndarray]:
         weight, scale = layer.baked()
         if scale is not None:
             scales[f"{name}_scale"] = scale.cpu().numpy()
-        for kind, quantizer in (("input_scale", layer.reads), ("output_scale", layer.output_quantizer)):
-            if quantizer is not None:
-                scales[f"{path}.{kind}"] = quantizer.scale.cpu().numpy().reshape(())
+        if layer.reads is not None:
+            scales[f"{path}.input_scale"] = layer.reads.scale.cpu().numpy().reshape(())
+        for written, output_scale in layer.output_scales().items():
+            scales[f"{written.removesuffix('.weight')}.output_scale"] = output_scale.cpu().numpy().reshape(())
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         plain.weight = nn.Parameter(weight)
         if layer.bias is not None:
@@ -198,19 +200,21 @@ def require_invariants(model: nn.Module) -> None:
 
 
 class OperandQuantizers(nn.ModuleDict):
-    """The quantizers of what attention multiplies where no linear layer writes it as it is: query, key and value,
-    behind a rotation or the split of a fused matrix."""
+    """The quantizers of the `operands` that attention multiplies and no linear layer quantizes: query and key behind a
+    rotation, and a value that leaves its layer in float."""
 
-    def __init__(self) -> None:
-        super().__init__({operand: ActivationQuantizer() for operand in OPERANDS})
+    def __init__(self, operands: Sequence[str]) -> None:
+        super().__init__({operand: ActivationQuantizer() for operand in operands})
 
     def quantized(self, operand: str, x: Tensor) -> Tensor:
-        """`x` (batch, heads, sequence, head) on the operand's grid."""
+        """`x` (batch, heads, sequence, head) on the operand's grid, where it has one here."""
+        if operand not in self:
+            return x
         tokens = x.transpose(1, 2)  # quantizers count tokens by (batch, sequence)
         return cast(Tensor, self[operand](tokens)).transpose(1, 2)
 
 
-def use_int8_attention(model: nn.Module, family: Family, config: Mapping[str, object]) -> None:
+def use_int8_attention(model: nn.Module, family: Family, plan: CompressionPlan, config: Mapping[str, object]) -> None:
     """Route attention through quantized probabilities. Query, key and value are quantized at their layers' outputs, or
     by `OperandQuantizers` where those are not what is multiplied."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -219,9 +223,9 @@ def use_int8_attention(model: nn.Module, family: Family, config: Mapping[str, ob
     AttentionInterface.register(_INT8_ATTENTION, _int8_attention)
     AttentionMaskInterface.register(_INT8_ATTENTION, eager_mask)
     cast(HasAttention, model).set_attn_implementation(_INT8_ATTENTION)
-    if not family.operands_are_outputs:
-        for block in family.blocks(config):
-            setattr(model.get_submodule(f"{block}.{family.attention.path}"), _OPERANDS, OperandQuantizers())
+    for block in family.blocks(config):
+        if operands := family.own_operands(plan, block):
+            setattr(model.get_submodule(f"{block}.{family.attention.path}"), _OPERANDS, OperandQuantizers(operands))
 
 
 def _take_operands(model: nn.Module) -> dict[str, np.ndarray]:
@@ -230,8 +234,8 @@ def _take_operands(model: nn.Module) -> dict[str, np.ndarray]:
     for path, attention in list(model.named_modules()):
         quantizers = getattr(attention, _OPERANDS, None)
         if isinstance(quantizers, OperandQuantizers):
-            for operand in OPERANDS:
-                quantizer = cast(ActivationQuantizer, quantizers[operand])
+            for operand, module in quantizers.items():
+                quantizer = cast(ActivationQuantizer, module)
                 scales[f"{path}.{operand}_scale"] = quantizer.scale.cpu().numpy().reshape(())
             delattr(attention, _OPERANDS)
     return scales

@@ -412,7 +412,7 @@ class Selector:
         if option.pattern and self.shapes[name][1] % option.pattern.m:
             return None
         placed = self.family.placed(name, option, self.settings.placement)
-        operand = self.family.linear(name).writes == OPERAND
+        operand = self.family.operands_are_outputs and self.family.linear(name).writes == OPERAND
         if self.settings.placement in INT8_ATTENTION and operand and not placed.output_bits:
             return None  # INT8 attention needs all three of them quantized
         return placed

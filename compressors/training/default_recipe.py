@@ -1,8 +1,8 @@
 """How fast and from what to learn where nobody has said so: it depends on the task, the recipe and the width of the
 model.
 
-Chosen by experiment on CoLA and rotten tomatoes with MiniLM-L6 (docs/search.md, docs/results.md). A compressed model
-that trains on few labelled sentences learns them by heart and drifts from its teacher on all others; distorted
+Chosen by experiment on CoLA and rotten tomatoes with MiniLM-L6 (docs/research-notes.md, docs/results.md). A compressed
+model that trains on few labelled sentences learns them by heart and drifts from its teacher on all others; distorted
 sentences that the teacher alone answers (`compressors.training.augmentation`) take that away. ADMM and a fixed
 magnitude mask then do best at a high learning rate, and SR-STE about as well as at a low one; from second-order pruning
 a low one leads as near to the dense model at 2:4+W4, and nearer where a plan prunes less.

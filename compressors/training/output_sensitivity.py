@@ -2,8 +2,8 @@
 
 What a block writes into the residual stream has, in some models and layers, a few channels far larger than all others
 (Bondarenko et al. 2021, arXiv 2109.12948). One scale for the whole tensor then leaves the others a handful of codes,
-and no training of a compressed model's length brings that back (docs/search.md). Such outputs are better left in float:
-the product itself stays on integers, and its kernel writes 16 bit.
+and no training of a compressed model's length brings that back (docs/research-notes.md). Such outputs are better left
+in float: the product itself stays on integers, and its kernel writes 16 bit.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ from compressors.training.trainer import (
 )
 from nxm_export.contract.config_values import size_of
 from nxm_export.contract.plan import CompressionPlan
-from nxm_export.contract.quantizer_placement import residual_output_weights
+from nxm_export.contract.quantizer_placement import droppable_outputs
 from nxm_export.contract.records.checkpoint_metrics import PermutationFacts, TrainingFacts
 from nxm_export.contract.records.train_log import TRAIN_LOG_FILE
 from nxm_export.data.examples import sorted_batches, split_indices
@@ -185,8 +185,8 @@ class Job:
         if recipe != "obs":
             require_enough_tokens(layers, batches)
             for layer in layers.values():
-                # For `admm`, what layers read while no weight is rounded leads nearer (docs/search.md); for `obs` it
-                # does not, and it stays as its results were measured.
+                # For `admm`, what layers read while no weight is rounded leads nearer (docs/research-notes.md); for
+                # `obs` it does not, and it stays as its results were measured.
                 layer.quantize_weight = False
         student.to(distributed.device())
         solve_layers(
@@ -249,12 +249,12 @@ class Job:
             return mean_loss(student, self.held_out[:WATCHED_SAMPLES], self.data.pad_id)
 
     def _leave_in_float(self, student: nn.Module) -> dict[str, float]:
-        """Drop the quantizers behind matrices that write into the residual and cost more than the limit; returns what
+        """Drop the output quantizers that cost more than the limit, of all but what attention multiplies; returns what
         they cost, by weight."""
         limit = self.settings.output_limit
         if limit is None:
             return {}
-        outputs, kind = residual_output_weights(self.plan), self.data.task.output_kind
+        outputs, kind = droppable_outputs(self.plan), self.data.task.output_kind
         seed, pad_id = self.settings.seed, self.data.pad_id
         costs = kept(
             self.work_dir / "output-costs.json",

@@ -1,9 +1,10 @@
-"""Which CPU backend is the fastest here, for these shapes? Built with each, timed interleaved, and the winner is
-chosen.
+"""Which backend is the fastest here, for these shapes? Built with each, timed interleaved, and the winner is chosen.
 
-The candidates are the installed ones of `cpu_backends()`, in that order. The first is the reference; another wins only
-when it is faster beyond noise: when the geometric mean over the shapes of its speed-ups lies above 1, and that of the
-lower ends of their 95 % intervals, too. A shape that is given twice counts twice, so that a mix of shapes can be said.
+The candidates are the installed ones of `cpu_backends()`, in that order, and ``cusparselt`` where there is a GPU for
+it. With that one, all are timed by the wall clock between call and result, copies to the GPU and back included. The
+first is the reference; another wins only when it is faster beyond noise: when the geometric mean over the shapes of its
+speed-ups lies above 1, and that of the lower ends of their 95 % intervals, too. A shape that is given twice counts
+twice, so that a mix of shapes can be said.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.base import BuildOptions, Engine, LoadOptions, backend, cpu_backends, spec_of
+from engines.base import Binding, BuildOptions, Closing, Engine, LoadOptions, backend, cpu_backends, spec_of
 from engines.benchmark.latency import VOCABULARY, BenchReport, bench, feeds_for, fitted_shapes
 from nxm_export.errors import EngineError, EngineUnavailable
 from nxm_export.storage.json_files import to_json_object
@@ -55,8 +56,30 @@ class Choice:
         return to_json_object(self)
 
 
+def candidates() -> tuple[str, ...]:
+    """The backends that are tried here: those of the CPU, then ``cusparselt`` where nothing is missing for it."""
+    from engines.cusparselt.machine import what_is_missing
+
+    return (*cpu_backends(), *(("cusparselt",) if what_is_missing() is None else ()))
+
+
+class _ByWallClock(Closing):
+    """An engine that is timed between call and result, whatever its own clock is."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self.inputs, self.outputs = engine, engine.inputs, engine.outputs
+
+    @property
+    def input_bindings(self) -> tuple[Binding, ...]:
+        return self._engine.input_bindings
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self._engine.run(feeds)
+
+
 def build_candidates(onnx: Path, work: Path, options: BuildOptions) -> tuple[dict[str, Path], dict[str, str]]:
-    """Build `onnx` with every CPU backend into a directory of `work` each; (directories, why others are left out).
+    """Build `onnx` with every backend of `candidates` into a directory of `work` each; (directories, why others are
+    left out).
 
     A backend that is missing here is left out, one that refuses the graph, too, with its words; with none left the
     first one's error is raised.
@@ -64,7 +87,7 @@ def build_candidates(onnx: Path, work: Path, options: BuildOptions) -> tuple[dic
     built: dict[str, Path] = {}
     left_out: dict[str, str] = {}
     errors = []
-    for name in cpu_backends():
+    for name in candidates():
         directory = work / name
         directory.mkdir()
         try:
@@ -114,6 +137,8 @@ def choose(
                 f"no backend can be timed with made-up inputs ({reasons}); build with one of them, such as --backend "
                 "ort, or run `nxm compare --bisect`"
             )
+        if len({engine.clock for engine in loaded.values()}) > 1:
+            loaded = {name: _ByWallClock(engine) for name, engine in loaded.items()}
         if measure is None:
             report = bench(loaded, tuple(dict.fromkeys(requested)), rounds=ROUNDS, vocabulary=vocabulary)
         else:

@@ -34,9 +34,13 @@ from engines.base import (
 )
 from engines.passport import Bindings, BuildFacts, EnginePassport, cpu_device, load_passport
 from engines.sample_inputs import sample_feeds
+from nxm_export.contract.plan import CompressionPlan
+from nxm_export.contract.quantizer_placement import names_in_graph
 from nxm_export.errors import EngineError, EngineUnavailable
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from engines.openvino.bindings import CompiledModel, Port, Request, RuntimeInfo
 
 NAME = "openvino"
@@ -102,7 +106,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     copy_companions(onnx.parent, out)
     compiled = _compile(onnx, (out / ENGINE_FILE).read_bytes(), options.threads)
     plan = embedded_plan(model, str(onnx))
-    planned = [name for name, spec in plan.weights.items() if spec.weight_bits] if plan else []
+    planned = _planned(model, plan) if plan else []
     integer, in_float = _split(planned, products(compiled))
     facts = BuildFacts(
         device=cpu_device(),
@@ -217,6 +221,13 @@ def _layers(compiled: CompiledModel) -> list[_Layer]:
             _Layer(text("layerType"), text("runtimePrecision"), text("primitiveType"), text("originalLayersNames"))
         )
     return layers
+
+
+def _planned(model: ir.Model, plan: CompressionPlan) -> list[str]:
+    """The matrices of a graph that are planned in integers: the plan's, and of a fused one that is split its parts."""
+    present = {f"{node.name}.weight" for node in model.graph}
+    whole = [name for name, spec in plan.weights.items() if spec.weight_bits]
+    return [part for name in whole for part in names_in_graph(plan, name, present)]
 
 
 def _split(planned: list[str], multiplied: list[MatrixProduct]) -> tuple[list[str], list[str]]:

@@ -10,6 +10,7 @@ that costs more than it saves is left out (`SLOW_FUSIONS`). What each is worth w
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from engines.base import (
     require_within,
     spec_of,
 )
-from engines.ort.graph_rewrites import fused_attention, integer_products
+from engines.ort.graph_rewrites import fused_attention, integer_products, plain_attention
 from engines.passport import Bindings, BuildFacts, EnginePassport, cpu_device, load_passport
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 
@@ -42,6 +43,7 @@ ENGINE_FILE = "model.onnx"
 # ONNX Runtime 1.32 on x86-64: SkipLayerNormalization takes three times as long as the Add and the LayerNormalization
 # that it replaces, and BiasGelu twice as long as Add and Gelu.
 SLOW_FUSIONS = ("SkipLayerNormFusion", "BiasGeluFusion")
+FUSED_ATTENTION = ("MultiHeadAttention", "Attention")
 INTEGER_PRODUCTS = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulInteger")
 
 
@@ -71,10 +73,13 @@ class Session(Protocol):
 
 @dataclass(frozen=True)
 class OrtFacts:
-    """The operators that ONNX Runtime makes of a graph, by type, and how many of them multiply integers."""
+    """The operators that ONNX Runtime makes of a graph, by type, how many of them multiply integers, and how many
+    attentions run as one operator and as operators of their own."""
 
     backend: str
     integer_products: int
+    fused_attention: int
+    plain_attention: int
     operators: Mapping[str, int]
     task: str | None
 
@@ -95,10 +100,13 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     onnx = Path(onnx)
     model = load_graph(onnx)
     source = graph_files(model, onnx)
+    activations, products, attention = unsigned_activations(model), integer_products(model), fused_attention(model)
     rewrites = {
-        "unsigned_activations": unsigned_activations(model),
-        "integer_products": integer_products(model),
-        "fused_attention": fused_attention(model),
+        "unsigned_activations": activations,
+        "integer_products": products,
+        "fused_attention": attention.fused,
+        "rotary_attention": attention.rotary,  # of the fused ones
+        "plain_attention": attention.plain,
     }
     save_in_one_file(model, out / ENGINE_FILE, onnx)
     copy_companions(onnx.parent, out)
@@ -171,26 +179,36 @@ def inspect(directory: str | Path) -> OrtFacts:
     directory = Path(directory)
     passport, spec = load_passport(directory), spec_of(directory)
     passport.require_here(directory, {})
-    counts = operators(directory / ENGINE_FILE, passport)
+    graph = optimized_graph(directory / ENGINE_FILE, passport)
+    counts = _by_type(graph)
     integer = sum(counts.get(operator, 0) for operator in INTEGER_PRODUCTS)
-    return OrtFacts(NAME, integer, dict(sorted(counts.items())), spec.task if spec else None)
+    fused = sum(counts.get(operator, 0) for operator in FUSED_ATTENTION)
+    by_type = dict(sorted(counts.items()))
+    return OrtFacts(NAME, integer, fused, plain_attention(graph), by_type, spec.task if spec else None)
 
 
 def operators(file: Path, passport: EnginePassport, *, level: str | None = None) -> dict[str, int]:
     """How many operators of each type ONNX Runtime runs for an ONNX file, loaded as an engine of `passport`, or with
     every optimizer of a `level`."""
+    return _by_type(optimized_graph(file, passport, level=level))
+
+
+def _by_type(graph: ir.Graph) -> dict[str, int]:
+    return dict(Counter(node.op_type for node in graph))
+
+
+def optimized_graph(file: Path, passport: EnginePassport, *, level: str | None = None) -> ir.Graph:
+    """What ONNX Runtime runs for an ONNX file, loaded as an engine of `passport`, or with every optimizer of a
+    `level`."""
     import tempfile
 
     from nxm_export.graph.reading.graph_weights import load_graph
 
-    counts: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as scratch:
         optimized = Path(scratch) / "optimized.onnx"
         without = left_out(passport) if level is None else ()
         open_session(file, passport.threads, without, optimized=optimized, level=level)
-        for node in load_graph(optimized).graph:
-            counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    return counts
+        return load_graph(optimized).graph
 
 
 def left_out(passport: EnginePassport) -> list[str]:

@@ -4,8 +4,9 @@
   is what ONNX Runtime's own optimizer makes of the pairs, but for the bias: the sum of products is exact in INT32 here
   and is rounded term by term in float there, so results differ by float rounding alone, and for the better.
 * `fused_attention`: the scores, mask, softmax and context of a head become ``MultiHeadAttention`` in float32, the mask
-  its ``key_padding_mask``, a bias of relative positions its ``attention_bias``. Same formula, other order of summation:
-  float rounding again. Masks must be 0 or 1.
+  its ``key_padding_mask``, a bias of relative positions or a mask of windows its ``attention_bias``. Queries and
+  keys that are rotated in between become ``RotaryEmbedding`` (`engines.ort.attention_operands`). Same formula, other
+  order of summation: float rounding again. Masks must be 0 or 1.
 
 Both look for exactly the form that `nxm_export.graph.exporter` writes, by structure, and leave alone what differs in
 anything.
@@ -18,33 +19,36 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engines.ort.attention_operands import CONTRIB, Heads, OperandWriter, key, query_or_value
+from engines.ort.node_forms import axis, constant, only, perm, producer, reader, same_size, scalar
 from nxm_export.hf.finite_masks import MASKED  # the fused operator is told what padding gets in the graph
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-CONTRIB = "com.microsoft"
+PRODUCTS = ("MatMul", "MatMulInteger", "MatMulIntegerToFloat", "QLinearMatMul", "FusedMatMul")  # that attention may run
 
 
 @dataclass(frozen=True)
-class _Heads:
-    """A tensor (batch, sequence, features) that is split into `count` heads."""
+class FusedAttention:
+    """How many attentions of a graph became one operator, in how many of those its queries and keys are rotated by
+    operators of their own, and how many were left as they are."""
 
-    value: ir.Value
-    count: int
+    fused: int
+    rotary: int
+    plain: int
 
 
 @dataclass(frozen=True)
 class _Attention:
-    """The attention around a softmax: its inputs, the mask (batch, sequence), the bias that its scores get (batch or 1,
-    heads or 1, sequence, sequence), None without, and the last of its nodes."""
+    """The attention around a softmax: its operands, the mask (batch, sequence) and the bias that its scores get (batch
+    or 1, heads or 1, sequence, sequence), each None without, and the last of its nodes."""
 
-    query: ir.Value
-    key: ir.Value
-    value: ir.Value
-    heads: int
+    query: Heads
+    key: Heads
+    value: Heads
     scale: float
-    mask: ir.Value
+    mask: ir.Value | None
     bias: ir.Value | None
     last: ir.Node
 
@@ -75,146 +79,164 @@ def integer_products(model: ir.Model) -> int:
     return count
 
 
-def fused_attention(model: ir.Model) -> int:
-    """Put ``MultiHeadAttention`` for every attention in float, in place; returns how many."""
+def fused_attention(model: ir.Model) -> FusedAttention:
+    """Put ``MultiHeadAttention`` for every attention in float, in place."""
     import onnx_ir as ir
 
-    graph, count = model.graph, 0
+    graph, fused, rotary = model.graph, 0, 0
     masks: dict[ir.Value, ir.Value] = {}
+    operands = OperandWriter(graph)
     for softmax in [node for node in graph if node.op_type == "Softmax"]:
         attention = _attention_around(softmax)
         if attention is None:
             continue
         mask = attention.mask
-        if mask not in masks:
+        if mask is not None and mask not in masks:
             cast = ir.node("Cast", [mask], attributes={"to": int(ir.DataType.INT32)}, name=f"{mask.name}_int32")
             graph.insert_before(graph[0], cast)
             masks[mask] = cast.outputs[0]
         attributes = [
-            ir.AttrInt64("num_heads", attention.heads),
+            ir.AttrInt64("num_heads", attention.query.count),
             ir.AttrFloat32("scale", attention.scale),
             ir.AttrFloat32("mask_filter_value", MASKED),
         ]
-        inputs = [attention.query, attention.key, attention.value, None, masks[mask], attention.bias]
-        inputs = inputs if attention.bias is not None else inputs[:-1]
-        fused = ir.Node(CONTRIB, "MultiHeadAttention", inputs, attributes, name=softmax.name)
-        _replace(graph, attention.last, fused)
-        count += 1
-    if count:
+        heads = (attention.query, attention.key, attention.value)
+        inputs = [operands.written(one, attention.last) for one in heads]
+        optional = [None, None if mask is None else masks[mask], attention.bias]
+        while optional[-1] is None:
+            optional.pop()
+        _replace(
+            graph,
+            attention.last,
+            ir.Node(CONTRIB, "MultiHeadAttention", inputs + optional, attributes, name=softmax.name),
+        )
+        fused += 1
+        rotary += attention.query.rotation is not None
+    if fused:
         _declare(model)
-    return count
+    return FusedAttention(fused, rotary, plain_attention(graph))
+
+
+def plain_attention(graph: ir.Graph) -> int:
+    """How many attentions run as operators of their own: softmaxes that a product reads, be it through quantizers."""
+    found = 0
+    for node in graph:
+        if node.op_type != "Softmax":
+            continue
+        value = node.outputs[0]
+        while (behind := reader(value, "QuantizeLinear") or reader(value, "DequantizeLinear")) is not None:
+            value = behind.outputs[0]
+        found += any(user.op_type in PRODUCTS for user in value.consumers())
+    return found
 
 
 def _attention_around(softmax: ir.Node) -> _Attention | None:
     """The attention around a softmax; None for any other form."""
+    add, context = only(softmax.inputs[0], "Add"), reader(softmax.outputs[0], "MatMul")
+    if (
+        add is None
+        or context is None
+        or context.inputs[0] is not softmax.outputs[0]
+        or axis(softmax, -1) not in (-1, 3)
+    ):
+        return None
+    masking = _masking_of(add, softmax.inputs[0])
+    scaled = None if masking is None else only(masking.scores, "Mul") or only(masking.scores, "Div")
+    scores = None if scaled is None else only(scaled.inputs[0], "MatMul")
+    scale = None if scaled is None else scalar(scaled.inputs[1])
+    if masking is None or scaled is None or scores is None or not scale:
+        return None
+    operands = query_or_value(scores.inputs[0]), key(scores.inputs[1]), query_or_value(context.inputs[1])
+    last = _joined_heads(context)
+    if last is None or operands[0] is None or operands[1] is None or operands[2] is None:
+        return None
+    if not _go_together(operands[0], operands[1], operands[2]):
+        return None
+    scale = 1.0 / scale if scaled.op_type == "Div" else scale
+    return _Attention(operands[0], operands[1], operands[2], scale, masking.mask, masking.bias, last)
+
+
+def _go_together(query: Heads, key: Heads, value: Heads) -> bool:
+    """True for operands that the fused operator takes: in float32, which is the only type on the CPU, of as many heads,
+    with queries and keys rotated both or neither."""
     import onnx_ir as ir
 
-    add = _only(softmax.inputs[0], "Add")
-    if add is None or softmax.attributes["axis"].as_int() not in (-1, 3):
+    if not query.count == key.count == value.count or query.whole.dtype != ir.DataType.FLOAT:
+        return False
+    return (query.rotation is None) == (key.rotation is None) and value.rotation is None
+
+
+def _joined_heads(context: ir.Node) -> ir.Node | None:
+    """The node that puts the heads of a context side by side again, (batch, sequence, features)."""
+    turned = reader(context.outputs[0], "Transpose")
+    last = None if turned is None or perm(turned) != (0, 2, 1, 3) else reader(turned.outputs[0], "Reshape")
+    if last is None or last.outputs[0].shape is None or len(last.outputs[0].shape) != 3:
         return None
-    mask, biased = _mask_of(add.inputs[1]), _only(add.inputs[0], "Add")
-    bias = None if biased is None else _unexpanded(biased.inputs[1])
-    before = add.inputs[0] if biased is None else biased.inputs[0]
-    scaled = _only(before, "Mul") or _only(before, "Div")
-    if scaled is None or mask is None or (biased is not None and bias is None):
-        return None
-    scale = _scalar(scaled.inputs[1])
-    if scale and scaled.op_type == "Div":
-        scale = 1.0 / scale
-    scores = _only(scaled.inputs[0], "MatMul")
-    context = _reader(softmax.outputs[0], "MatMul")
-    if scale is None or scores is None or context is None or context.inputs[0] is not softmax.outputs[0]:
-        return None
-    query, key = _heads_of(scores.inputs[0], (0, 2, 1, 3)), _heads_of(scores.inputs[1], (0, 2, 3, 1))
-    value = _heads_of(context.inputs[1], (0, 2, 1, 3))
-    turned = _reader(context.outputs[0], "Transpose")
-    last = None if turned is None else _reader(turned.outputs[0], "Reshape")
-    if query is None or key is None or value is None or turned is None or last is None:
-        return None
-    if not query.count == key.count == value.count:
-        return None
-    if query.value.dtype != ir.DataType.FLOAT:  # there is no other on the CPU
-        return None
-    if _perm(turned) != (0, 2, 1, 3) or last.outputs[0].shape is None or len(last.outputs[0].shape) != 3:
-        return None
-    return _Attention(query.value, key.value, value.value, query.count, scale, mask, bias, last)
+    return last
+
+
+@dataclass(frozen=True)
+class _Masking:
+    """What is added to scores: a mask (batch, sequence) of ones and zeros, a bias, or both."""
+
+    scores: ir.Value | None
+    mask: ir.Value | None
+    bias: ir.Value | None
+
+
+def _masking_of(add: ir.Node, scores: ir.Value | None) -> _Masking | None:
+    """What the last Add in front of a softmax, and one before it, add to the scores (batch, heads, sequence, sequence);
+    None for what the fused operator cannot add."""
+    mask = _mask_of(add.inputs[1])
+    if mask is None:  # as windows have it: a bias for every pair of a query and a key
+        bias = add.inputs[1]
+        return _Masking(add.inputs[0], None, bias) if _is_bias_of(bias, scores) else None
+    biased = only(add.inputs[0], "Add")
+    if biased is None:
+        return _Masking(add.inputs[0], mask, None)
+    bias = _unexpanded(biased.inputs[1])
+    return None if bias is None else _Masking(biased.inputs[0], mask, bias)
+
+
+def _is_bias_of(bias: ir.Value | None, scores: ir.Value | None) -> bool:
+    """True for a value (batch or 1, heads or 1, sequence, sequence), of which nothing is left to repeat along the last
+    two axes."""
+    if bias is None or scores is None or bias.shape is None or scores.shape is None or len(bias.shape) != 4:
+        return False
+    broadcast = all(bias.shape[i] == 1 or same_size(bias.shape[i], scores.shape[i]) for i in (0, 1))
+    return broadcast and all(same_size(bias.shape[i], scores.shape[i]) for i in (2, 3))
 
 
 def _unexpanded(bias: ir.Value | None) -> ir.Value | None:
     """A bias of scores, which the fused operator repeats over the batch itself; None for one of another rank."""
-    expand = _producer(bias, "Expand")
+    expand = producer(bias, "Expand")
     source = bias if expand is None else expand.inputs[0]
     if source is None or source.shape is None or len(source.shape) != 4:
         return None
     return source
 
 
-def _heads_of(value: ir.Value | None, perm: tuple[int, ...]) -> _Heads | None:
-    """What a transpose of this permutation splits into heads."""
-    transpose = _only(value, "Transpose")
-    reshape = None if transpose is None or _perm(transpose) != perm else _only(transpose.inputs[0], "Reshape")
-    whole = None if reshape is None else reshape.inputs[0]
-    if reshape is None or whole is None or whole.shape is None or len(whole.shape) != 3:
-        return None
-    shape = reshape.outputs[0].shape
-    if shape is None or len(shape) != 4 or not isinstance(shape[2], int):
-        return None
-    return _Heads(whole, shape[2])
-
-
 def _mask_of(bias: ir.Value | None) -> ir.Value | None:
     """The input mask (batch, sequence) behind ``(1 - mask[:, None, None, :]) * MASKED``, else None."""
-    product = _producer(bias, "Mul")
-    if product is None or _scalar(product.inputs[1]) != MASKED:
+    product = producer(bias, "Mul")
+    if product is None or scalar(product.inputs[1]) != MASKED:
         return None
-    difference = _producer(product.inputs[0], "Sub")
-    if difference is None or _scalar(difference.inputs[0]) != 1.0:
+    difference = producer(product.inputs[0], "Sub")
+    if difference is None or scalar(difference.inputs[0]) != 1.0:
         return None
-    cast = _producer(difference.inputs[1], "Cast")
-    spread = None if cast is None else _producer(cast.inputs[0], "Unsqueeze")
-    axes = None if spread is None else _constant(spread.inputs[1])
+    cast = producer(difference.inputs[1], "Cast")
+    spread = None if cast is None else producer(cast.inputs[0], "Unsqueeze")
+    axes = None if spread is None else constant(spread.inputs[1])
     return spread.inputs[0] if spread is not None and axes is not None and axes.tolist() == [1, 2] else None
 
 
-def _constant(value: ir.Value | None) -> np.ndarray | None:
-    """The array of a constant value, None for others."""
-    return None if value is None or value.const_value is None else value.const_value.numpy()
-
-
-def _scalar(value: ir.Value | None) -> float | None:
-    array = _constant(value)
-    return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
-
-
-def _producer(value: ir.Value | None, op: str) -> ir.Node | None:
-    """The node of type `op` that made `value`."""
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == op else None
-
-
-def _only(value: ir.Value | None, op: str) -> ir.Node | None:
-    """The node of type `op` that made `value`, where nothing else reads it."""
-    alone = value is not None and len(value.consumers()) == 1 and not value.is_graph_output()
-    return _producer(value, op) if alone else None
-
-
-def _reader(value: ir.Value, op: str) -> ir.Node | None:
-    """The one node that reads `value`, where it is of type `op`."""
-    users = value.consumers()
-    return users[0] if len(users) == 1 and users[0].op_type == op and not value.is_graph_output() else None
-
-
-def _perm(node: ir.Node) -> tuple[int, ...]:
-    return tuple(node.attributes["perm"].as_ints()) if "perm" in node.attributes else ()
-
-
 def _dequantize(value: ir.Value | None) -> ir.Node | None:
-    node = _producer(value, "DequantizeLinear")
+    node = producer(value, "DequantizeLinear")
     return node if node is not None and len(node.inputs) == 3 else None
 
 
 def _is_activation(node: ir.Node) -> bool:
-    codes, scale, zero = node.inputs[0], _constant(node.inputs[1]), _constant(node.inputs[2])
+    codes, scale, zero = node.inputs[0], constant(node.inputs[1]), constant(node.inputs[2])
     if codes is None or codes.const_value is not None or scale is None or zero is None:
         return False
     return scale.size == zero.size == 1 and zero.dtype == np.uint8 and scale.dtype == np.float32
@@ -222,11 +244,11 @@ def _is_activation(node: ir.Node) -> bool:
 
 def _weight_features(node: ir.Node) -> int | None:
     """The output features N of a weight that a product of codes can take; None for others."""
-    shape, scale, zero = _codes_shape(node.inputs[0]), _constant(node.inputs[1]), _constant(node.inputs[2])
+    shape, scale, zero = _codes_shape(node.inputs[0]), constant(node.inputs[1]), constant(node.inputs[2])
     if shape is None or scale is None or zero is None or len(shape) != 2:
         return None
-    axis, features = node.attributes["axis"].as_int() if "axis" in node.attributes else 1, shape[1]
-    fits = scale.size == 1 or (axis in (1, -1) and scale.shape == (features,))
+    features = shape[1]
+    fits = scale.size == 1 or (axis(node, 1) in (1, -1) and scale.shape == (features,))
     return int(features) if fits and scale.dtype == np.float32 and not np.any(zero) else None
 
 
@@ -234,9 +256,9 @@ def _codes_shape(value: ir.Value | None) -> tuple[int, ...] | None:
     """The shape of a constant of INT8 codes, stored as such or as INT4 behind a Cast; None for others."""
     import onnx_ir as ir
 
-    cast = _producer(value, "Cast")
+    cast = producer(value, "Cast")
     if cast is None:
-        codes = _constant(value)
+        codes = constant(value)
         return codes.shape if codes is not None and codes.dtype == np.int8 else None
     stored = None if cast.inputs[0] is None else cast.inputs[0].const_value
     if stored is None or stored.dtype != ir.DataType.INT4 or cast.attributes["to"].as_int() != ir.DataType.INT8:
@@ -246,10 +268,10 @@ def _codes_shape(value: ir.Value | None) -> tuple[int, ...] | None:
 
 def _bias_behind(product: ir.Node, features: int) -> tuple[ir.Node, ir.Value | None]:
     """(last node, bias): the Add of a constant (N,) behind a product, or the product itself and None."""
-    add = _reader(product.outputs[0], "Add")
+    add = reader(product.outputs[0], "Add")
     if add is not None:
         other = next(value for value in add.inputs if value is not product.outputs[0])
-        bias = _constant(other)
+        bias = constant(other)
         if bias is not None and bias.shape == (features,):
             return add, other
     return product, None

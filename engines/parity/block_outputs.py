@@ -25,18 +25,20 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class BlockBoundaries:
     """Where the blocks of a family's graphs end: the names of all runs of blocks, in order, with the block that each of
-    them runs, and the linear layer that reads what the first one reads. `norms` are those that read what the
+    them runs, and the names that a linear layer that reads what the first one reads can have (a fused one is there as a
+    whole or in parts). `norms` are those that read what the
     runs write, and none where a block ends with a norm of its own."""
 
     runs: Sequence[tuple[str, str]]
-    first: str
+    first: Sequence[str]
     norms: Sequence[str] = ()
 
     @classmethod
     def of(cls, family: Family, config: Mapping[str, object]) -> BlockBoundaries:
         """The boundaries of a model."""
         runs = list(zip(family.run_names(config), family.runs(config), strict=True))
-        first = family.readers(runs[0][1], BLOCK)[0].removesuffix(".weight")
+        reader = family.readers(runs[0][1], BLOCK)[0]
+        first = [name.removesuffix(".weight") for name in dict.fromkeys((reader, *family.parts(reader)))]
         if not family.pre_norm:
             return cls(runs, first)
         norms = [f"{block}.{family.block_norm}" for _, block in runs[1:]]
@@ -67,8 +69,8 @@ def add_block_outputs(model: ir.Model, boundaries: BlockBoundaries, source: str)
     without those names.
     """
     ends = (_read_by_norms if boundaries.norms else _block_ends)(model.graph, boundaries)
-    query = next((node for node in model.graph if node.name == boundaries.first), None)
-    missing = [name for name in boundaries.names if name not in ends] + ([] if query else [boundaries.first])
+    query = next((node for node in model.graph if node.name in boundaries.first), None)
+    missing = [name for name in boundaries.names if name not in ends] + ([] if query else [boundaries.first[0]])
     if query is None or missing:
         raise ArtifactError(
             f"{source}: it has no LayerNorm or product named {missing[0]}, so its blocks cannot be "

@@ -11,7 +11,7 @@ difference is what rounding alone does to this network, and `engines.parity.comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -176,17 +176,17 @@ class TorchEngine(Closing):
             if spec.input_bits:
                 _before(linear, self._fake_quantizer(float(rounded(checkpoint.input_scale(name)))))
             if spec.output_bits:
-                _behind(linear, self._fake_quantizer(float(rounded(checkpoint.output_scale(name)))))
+                scales = [checkpoint.output_scale(part) for part in checkpoint.family.parts(name)]
+                _behind(linear, self._part_quantizer([float(rounded(scale)) for scale in scales]))
         if plan.residual == "int8":
             self._quantize_residuals(
                 checkpoint, plan, lambda name: self._fake_quantizer(float(rounded(checkpoint.input_scale(name))))
             )
         if plan.attention == "int8":
             for block in checkpoint.family.blocks(checkpoint.config):
-                scales = {} if checkpoint.family.operands_are_outputs else checkpoint.operand_scales(block)
                 changes = {
                     operand: self._fake_quantizer(float(rounded(scale)))
-                    for operand, scale in {**scales, PROBABILITIES: 1.0 / 127.0}.items()
+                    for operand, scale in {**checkpoint.operand_scales(block), PROBABILITIES: 1.0 / 127.0}.items()
                 }
                 change_operands(model.get_submodule(f"{block}.{checkpoint.family.attention.path}"), changes)
 
@@ -212,6 +212,16 @@ class TorchEngine(Closing):
 
     def _fake_quantizer(self, scale: float) -> Change:
         return lambda x: self._fake_quantize(x, scale)
+
+    def _part_quantizer(self, scales: Sequence[float]) -> Change:
+        """Quantizes as many parts of the last axis, side by side and of one size, as there are scales."""
+        import torch
+
+        def change(x: Tensor) -> Tensor:
+            parts = x.chunk(len(scales), dim=-1)
+            return torch.cat([self._fake_quantize(part, s) for part, s in zip(parts, scales, strict=True)], dim=-1)
+
+        return change if len(scales) > 1 else self._fake_quantizer(scales[0])
 
     def _fake_quantize(self, x: Tensor, scale: float) -> Tensor:
         import torch

@@ -88,6 +88,11 @@ def target_problems(target: SparsityTarget) -> list[FileProblem]:
     ]
 
 
+def gpu_key(gpu: str) -> str:
+    """A GPU's name as it is compared: without its maker, spaces, hyphens and case."""
+    return re.sub(r"[\s_-]+", "", _MAKERS.sub("", gpu.strip().casefold()))
+
+
 def compute_capability_of(gpu: str) -> str:
     """The compute capability (``8.9``) of ``8.9``, ``89``, ``sm_89``, ``L4`` or ``NVIDIA GeForce RTX 4090``."""
     text = gpu.strip().casefold()
@@ -95,8 +100,7 @@ def compute_capability_of(gpu: str) -> str:
         capability = f"{match[1]}.{match[2]}"
         if capability in COMPUTE_CAPABILITIES:
             return capability
-    name = re.sub(r"[\s_-]+", "", _BUILDS.sub("", _MAKERS.sub("", text)))
-    capability = _BY_NAME.get(name, "")
+    capability = _BY_NAME.get(gpu_key(_BUILDS.sub("", text)), "")
     if not capability:
         names = ", ".join(f"{capability} ({names[0]})" for capability, names in _GPUS.items())
         raise EngineError(

@@ -317,9 +317,10 @@ def build(
 ) -> EnginePassport:
     """Build the engine directory `out` from an ONNX file or a graph directory; returns its passport.
 
-    `backend` is ``ort``, ``openvino``, ``trt``, ``trt_rtx``, or ``auto``: the fastest of those on this CPU, at
-    `shapes` of (batch, sequence). With `data`, labelled samples, ``auto`` keeps only an engine that passes `compare`,
-    with the checkpoint that is recorded beside the graph, or with `reference`.
+    `backend` is ``ort``, ``openvino``, ``trt``, ``trt_rtx``, ``cusparselt``, or ``auto``: the fastest of those for the
+    CPU, and of ``cusparselt`` where there is a GPU for it, at `shapes` of (batch, sequence). With `data`, labelled
+    samples, ``auto`` keeps only an engine that passes `compare`, with the checkpoint that is recorded beside the graph,
+    or with `reference`.
     """
     from nxm_export.pipeline.engine_commands import ParityCheck, build_engine, build_fastest
 

@@ -176,8 +176,8 @@ class Graph(Generic[P_co]):
     def build(
         self, out: str | Path, *, backend: str = BACKEND, options: BuildOptions | None = None
     ) -> EngineDirectory[P_co]:
-        """Build the engine directory `out`: ``ort``, ``openvino``, ``trt``, ``trt_rtx``, or ``auto``, the fastest on
-        this CPU."""
+        """Build the engine directory `out`: ``ort``, ``openvino``, ``trt``, ``trt_rtx``, ``cusparselt``, or ``auto``,
+        the fastest here (see `nxm_export.build`)."""
         functions.build(self.path, out, backend=backend, options=options)
         return EngineDirectory(out)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from engines.benchmark.http_load import LoadReport
     from engines.benchmark.latency import BenchReport
     from engines.benchmark.text_throughput import TextReport
+    from engines.cusparselt.program import Choice as ProductChoice
     from nxm_export.pipeline.inspection import EngineInspection, Inspection
 
 
@@ -67,15 +68,39 @@ def print_inspection(title: str, facts: Inspection, everything: bool = False) ->
 
 
 def _print_engine(title: str, facts: EngineInspection, everything: bool) -> None:
+    from engines.cusparselt.backend import CusparseltFacts
+
     _print_facts(title, facts.to_dict())
     if facts.sparsity is not None:
         print_sparsity(facts.sparsity, everything)
+    if isinstance(facts.facts, CusparseltFacts):
+        _print_choices(facts.facts.choices)
 
 
 def _print_facts(title: str, facts: Mapping[str, object]) -> None:
-    apart = ("weights", "passport", "schema", "counts", "products", "unread", "sparse_share")
+    apart = ("choices", "profiled", "weights", "passport", "schema", "counts", "products", "unread", "sparse_share")
     rows = [(key, value) for key, value in facts.items() if key not in apart]
     print_table(title, ("what", "value"), rows)
+
+
+def _print_choices(choices: Sequence[ProductChoice]) -> None:
+    """Both times of products of equal sizes, and the form that was chosen."""
+    from engines.cusparselt.report import dense_time, sparse_time
+
+    rows = [
+        (
+            f"{choice.k}x{choice.n} to {choice.output}",
+            str(choice.rows),
+            *(
+                ("none is right" if time is None else f"{time:.1f}")
+                for time in (sparse_time(choice), dense_time(choice))
+            ),
+            choice.form,
+        )
+        for choice in choices
+    ]
+    if rows:
+        print_table("products, measured when it was built", ("K x N", "rows", "sparse, us", "dense, us", "runs"), rows)
 
 
 def print_latency(report: BenchReport) -> None:

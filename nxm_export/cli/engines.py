@@ -16,6 +16,7 @@ from nxm_export.cli.engine_tables import (
     print_load,
     print_text_throughput,
 )
+from nxm_export.cli.gain import asks_for_gain, show_gain
 from nxm_export.cli.group import command
 from nxm_export.cli.options import (
     LABELLED_COLUMN_OPTIONS,
@@ -74,6 +75,8 @@ class _BuildOptions:
     max_profiles: int
     max_batch_tokens: int
     sparse: bool
+    always_sparse: bool
+    fuse: bool
     level: int | None
     workspace: int | None
     timing_cache: Path | None
@@ -87,7 +90,8 @@ class _BuildOptions:
 
     def require_usage(self, backend: str) -> None:
         """Raise wrong usage for options that do not go together."""
-        from engines.base import cpu_backends
+        from engines.base import BACKENDS, cpu_backends
+        from engines.base import backend as backend_of
 
         of_auto = (("--shape", self.shapes), ("--checkpoint", self.checkpoint), ("--data", self.data))
         automatic = [flag for flag, value in of_auto if value]
@@ -95,12 +99,17 @@ class _BuildOptions:
             raise click.UsageError(f"{automatic[0]} is for --backend auto")
         if backend == AUTO_BACKEND and (self.twins or self.lengths or self.profiles):
             raise click.UsageError(
-                "--twins, --lengths and --profile are for TensorRT; --backend auto builds for the CPU"
+                "--twins, --lengths and --profile are for engines on a GPU; --backend auto takes none of them"
             )
         if bool(self.checkpoint) != bool(self.data):
             raise click.UsageError("--checkpoint and --data belong together")
         if self.threads and backend not in (*cpu_backends(), AUTO_BACKEND):
             raise click.UsageError(f"--threads is for engines on the CPU; {backend} has no use for it")
+        for flag, given in (("--always-sparse", self.always_sparse), ("--fuse", self.fuse)):
+            if given and (backend not in BACKENDS or not backend_of(backend).CAPABILITIES.always_sparse):
+                raise click.UsageError(f"{flag} is for --backend cusparselt")
+        if self.always_sparse and not self.sparse:
+            raise click.UsageError("--always-sparse and --no-sparse contradict each other; give one of them")
         if self.lengths and self.profiles:
             raise click.UsageError("--lengths and --profile are two ways to say the same; give one of them")
         if self.timing_cache is not None and not self.timing_cache.is_file():
@@ -116,6 +125,8 @@ class _BuildOptions:
             profiles=[parse_profile(text) for text in self.profiles],
             max_batch_tokens=self.max_batch_tokens,
             sparse=self.sparse,
+            always_sparse=self.always_sparse,
+            fuse=self.fuse,
             level=self.level,
             workspace_bytes=self.workspace * 2**20 if self.workspace else None,
             build_route=self.build_route,
@@ -160,7 +171,7 @@ class _BenchOptions:
     type=click.Choice([*BACKEND_NAMES, AUTO_BACKEND]),
     default=BACKEND,
     show_default=True,
-    help="auto: the fastest on this CPU.",
+    help="auto: the fastest of ort, openvino and, on a GPU, cusparselt.",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Engine directory.")
 @click.option("--threads", type=Whole(min=1), help="Threads of a CPU engine.  [default: all cores]")
@@ -183,6 +194,10 @@ class _BenchOptions:
 @click.option(
     "--sparse/--no-sparse", default=SPARSE_KERNELS, show_default=True, help="Let the builder use 2:4 kernels."
 )
+@click.option(
+    "--always-sparse", is_flag=True, help="cusparselt: 2:4 kernels even where dense ones are faster; for measurements."
+)
+@click.option("--fuse", is_flag=True, help="cusparselt: compile what lies between products, at every load.")
 @click.option("--level", type=Whole(0, 5), help="Builder optimization level.  [default: TensorRT's]")
 @click.option("--workspace", type=Whole(min=1), metavar="MIB", help="Limit of scratch memory.  [default: TensorRT's]")
 @click.option(
@@ -205,7 +220,11 @@ class _BenchOptions:
     "--target", type=click.Choice(TARGETS), help="Graph target, with --twins.  [default: trt; trt8 for TensorRT 8.6]"
 )
 @click.option(
-    "--shape", "shapes", multiple=True, help="With --backend auto: batch x sequence to be fast at; may be repeated."
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="BATCHxLENGTH",
+    help="With --backend auto: a shape to be fast at; may be repeated.",
 )
 @click.option(
     "--checkpoint",
@@ -255,7 +274,7 @@ def build(source: Path, backend: str, out: Path, json: bool, **values: object) -
 @click.option(
     "--kernels", type=click.Path(path_type=Path), help="Names of kernels that ran, one a line, from any profiler."
 )
-@click.option("--measure", is_flag=True, help="Time every layer now (needs the GPU).")
+@click.option("--measure", is_flag=True, help="Time every layer, or profile kernels, now (needs the GPU).")
 @click.option(
     "--require-sparse",
     metavar="SHARE",
@@ -268,7 +287,7 @@ def inspect(
 ) -> None:
     """Say what a graph, engine or run holds, and what runs sparse.
 
-    PATH is one of those, a checkpoint, or an ONNX file. Which matrices run sparse is known of TensorRT engines.
+    PATH is one of those, a checkpoint, or an ONNX file. Which matrices run sparse is known of engines on a GPU.
     """
     from nxm_export.pipeline import inspection
 
@@ -359,7 +378,8 @@ def compare(
     "--shape",
     "shapes",
     multiple=True,
-    help="batch x sequence; may be repeated.  "
+    metavar="BATCHxLENGTH",
+    help="May be repeated.  "
     f"[default: {', '.join(f'{batch}x{sequence}' for batch, sequence in BENCH_SHAPES)}, or what ENGINEs have fixed]",
 )
 @click.option("--rounds", type=Whole(min=1), help=f"[default: {BENCH_ROUNDS}; {LOAD_ROUNDS} with --serve]")
@@ -435,14 +455,14 @@ def _bench_servers(engines: tuple[Path, ...], options: _BenchOptions, json: bool
         print_next(f"curl {options.urls[0].rstrip('/')}/metrics", "what the server counted")
 
 
-@command("nxm doctor", "nxm doctor anybodys.onnx --gpu L4 --version 10.3")
-@click.argument("file", metavar="[GRAPH]", type=click.Path(path_type=Path), required=False)
+@command("nxm doctor anybodys.onnx --gpu L4 --version 10.3", "nxm doctor my-model --gpu L4 --shape 32x128")
+@click.argument("file", metavar="[PATH]", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--backend",
     type=click.Choice(TENSORRT_BACKENDS),
     default=TENSORRT_BACKENDS[0],
     show_default=True,
-    help="Judge GRAPH for it.",
+    help="Judge PATH for it.",
 )
 @click.option(
     "--version",
@@ -458,15 +478,28 @@ def _bench_servers(engines: tuple[Path, ...], options: _BenchOptions, json: bool
     help="Its compute capability or name: 8.9, 89, sm_89, L4, 'RTX 4090'.",
 )
 @click.option("--parse", is_flag=True, help="Ask the parser of the installed TensorRT-RTX, too.")
+@click.option(
+    "--shape",
+    metavar="BATCHxLENGTH",
+    help="Say what 2:4 can gain at this shape, such as 32x128, on a --gpu by name (or cpu).  [default: 32x128 for a "
+    "model]",
+)
 @all_option
 @json_option
-def doctor(  # one parameter an option
-    file: Path | None, backend: str, trt_version: str | None, gpu: str, parse: bool, everything: bool, json: bool
+def doctor(
+    file: Path | None, backend: str, trt_version: str | None, gpu: str, parse: bool, json: bool, **more: object
 ) -> None:
     """Say what this machine can do, or what of a graph can run sparse.
 
-    GRAPH is any ONNX file, or a graph directory: for each matrix it says what to fix.
+    PATH is any ONNX file, or a graph directory: for each matrix it says what to fix. With --shape, or for the directory
+    of a Hugging Face model (its config.json is enough): what 2:4 can gain at most on a GPU, by arithmetic.
     """
+    everything, shape = bool(more["everything"]), None if more["shape"] is None else str(more["shape"])
+    if file is not None and asks_for_gain(file, shape):
+        show_gain(file, shape, gpu, backend, trt_version, parse=parse, json=json)
+        return
+    if shape is not None:
+        raise click.UsageError("--shape needs PATH: the directory of a model, or an ONNX file")
     if file is None:
         from nxm_export.pipeline.environment import report
 

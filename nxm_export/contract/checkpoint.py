@@ -7,7 +7,8 @@
       model.safetensors                baked float32 weights: already N:M, already code * scale
       nxm_plan.json                    the plan (schema nxm-plan/1)
       nxm_scales.safetensors           "<param>_scale" (out,), "<module>.input_scale" (), "<module>.output_scale" (),
-                                       and of attention behind a rotation "<module>.query_scale" () and its like
+                                       of a part of a fused matrix "<module>.query.output_scale" (), and of attention
+                                       behind a rotation "<module>.query_scale" () and its like
 
 Because the weights are baked, plain ``from_pretrained`` gives the compressed model (without activation quantizers).
 Everything here needs numpy and safetensors only; safetensors is imported when a file is opened.
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nxm_export.contract.encoder_family import OPERANDS, Family
+from nxm_export.contract.encoder_family import Family
 from nxm_export.contract.families import family_of
 from nxm_export.contract.plan import CompressionPlan, NMPattern
 from nxm_export.contract.pooling import is_embedding
@@ -67,13 +68,13 @@ class Checkpoint:
         return self._activation_scale(name, "input_scale")
 
     def output_scale(self, name: str) -> float:
-        """Scale of the tensor that the linear layer of weight `name` writes."""
+        """Scale of the tensor that the linear layer of weight `name`, or of a part of a fused weight, writes."""
         return self._activation_scale(name, "output_scale")
 
     def operand_scales(self, block: str) -> dict[str, float]:
-        """Scales of what the attention of a block multiplies, by operand, where no linear layer writes it as it is."""
-        path = f"{block}.{self.family.attention.path}"
-        return {operand: self._activation_scale(path, f"{operand}_scale") for operand in OPERANDS}
+        """Scales of what the attention of a block quantizes itself, by operand (`Family.own_operands`)."""
+        path, operands = f"{block}.{self.family.attention.path}", self.family.own_operands(self.plan, block)
+        return {operand: self._activation_scale(path, f"{operand}_scale") for operand in operands}
 
     def _activation_scale(self, name: str, kind: str) -> float:
         scale = self._scale(f"{name.removesuffix('.weight')}.{kind}")
@@ -116,9 +117,10 @@ class Checkpoint:
             if spec.input_bits:
                 self.input_scale(name)
             if spec.output_bits:
-                self.output_scale(name)
+                for part in self.family.parts(name):
+                    self.output_scale(part)
         self._require_shared_inputs()
-        if self.plan.attention == "int8" and not self.family.operands_are_outputs:
+        if self.plan.attention == "int8":
             for block in self.family.blocks(self.config):
                 self.operand_scales(block)
         if self.plan.embedding == "int8":
@@ -174,6 +176,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             "first"
         )
     plan = CompressionPlan.load(plan_file)
+    family.require_own_positions(config, str(path / "config.json"))
     plan.require_fits(family.model_type, family.weights(config))
     family.require_placement(plan)
     return Checkpoint(path, config, family, plan, _load(path / SCALES_FILE))
@@ -195,6 +198,11 @@ def read_config(path: Path) -> dict[str, object]:
     if not (path / "config.json").is_file():
         raise ArtifactError(f"{path} has no config.json: not a Hugging Face model directory")
     require_safetensors(path)
+    return read_config_file(path)
+
+
+def read_config_file(path: Path) -> dict[str, object]:
+    """``config.json`` of a directory, whether its weights are there or not."""
     config = read_foreign_json(path / "config.json", "restore it from the model")
     if not isinstance(config, dict):
         raise ArtifactError(f"{path / 'config.json'}: not a JSON object")

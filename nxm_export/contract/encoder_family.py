@@ -23,10 +23,19 @@ _TANH_GELUS = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate", "g
 # quantizer.
 BLOCK, CONTEXT, FFN, WIDE = "block", "context", "ffn", "wide"
 # What reads a linear layer's result. An ``operand`` is one of the three that attention multiplies, as it is;
-# ``residual`` is added to the residual stream; ``inside`` goes through something else first (GELU, a gate, a rotation,
-# a split), so that a quantizer right behind the layer would be at no product's input.
-OPERAND, RESIDUAL, INSIDE = "operand", "residual", "inside"
+# ``residual`` is added to the residual stream; ``rotated`` is a query or key that is rotated first, ``gated`` one of
+# two that are multiplied in a gated FFN. All of these can leave the product in INT8. ``inside`` cannot: GELU comes
+# next, which the product's kernel computes on its way out, and the quantizer belongs behind that.
+OPERAND, RESIDUAL, ROTATED, GATED, INSIDE = "operand", "residual", "rotated", "gated", "inside"
 OPERANDS = ("query", "key", "value")  # of attention's two products
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a fused matrix, and so some channels of what it writes; `writes` is as in `Linear`."""
+
+    name: str
+    writes: str
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,8 @@ class Linear:
     """One compressible linear layer of a block.
 
     `role` names it in tables and in candidate rules, `path` is its module inside the block, `out` and `in_` name its
-    sizes (see `Family.sizes`), `reads` and `writes` are as above.
+    sizes (see `Family.sizes`), `reads` and `writes` are as above. A fused matrix has `parts`, of as many rows each, in
+    the order of its rows; it is one matrix for training and in plans, and one product or one for each part in a graph.
     """
 
     role: str
@@ -43,6 +53,14 @@ class Linear:
     in_: str
     reads: str
     writes: str
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Which of attention's `OPERANDS` it writes, as they are multiplied."""
+        if self.parts:
+            return tuple(part.name for part in self.parts if part.writes == OPERAND)
+        return (self.role,) if self.writes == OPERAND else ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +76,15 @@ class Attention:
     path: str
     interface: bool = True
     takes_bias_mask: bool = True
+
+
+@dataclass(frozen=True)
+class OnlyValue:
+    """The one value that a key of ``config.json`` may have, and why: a number, or ``hidden`` or ``head`` for the size
+    of the residual stream or of a head."""
+
+    value: int | str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -100,6 +127,7 @@ class Family:
     position_readers: tuple[str, ...] = ()  # linear layers of a block that read embeddings of relative positions
     missing_heads: frozenset[str] = frozenset()  # tasks for which transformers has no head
     refused_keys: Mapping[str, str] = field(default_factory=dict)  # of config.json, with why a value there is refused
+    only_values: Mapping[str, OnlyValue] = field(default_factory=dict)  # of keys of config.json
 
     def __post_init__(self) -> None:
         assert len({linear.role for linear in self.linears}) == len(self.linears)
@@ -127,7 +155,18 @@ class Family:
     @property
     def operands_are_outputs(self) -> bool:
         """True where attention multiplies what linear layers write, so that their output quantizers are its own."""
-        return any(linear.writes == OPERAND for linear in self.linears)
+        return {operand for linear in self.linears for operand in linear.operands} == set(OPERANDS)
+
+    def own_operands(self, plan: CompressionPlan, block: str) -> tuple[str, ...]:
+        """The `OPERANDS` that the attention of a block quantizes itself where it is planned INT8: all but those that a
+        linear layer with an output quantizer writes as they are."""
+        written = [
+            operand
+            for linear in self.linears
+            if plan.weights[self.weight(block, linear)].output_bits
+            for operand in linear.operands
+        ]
+        return tuple(operand for operand in OPERANDS if operand not in written)
 
     def of_config(self, config: Mapping[str, object], source: str) -> Family:
         """This family as one model of it is: without the kinds of tokens where the model tells none apart. Raises
@@ -135,6 +174,16 @@ class Family:
         for key, reason in self.refused_keys.items():
             if config.get(key):
                 raise ArtifactError(f"{source}: {key} {config[key]!r} is not supported: {reason}")
+        if self.positions_after_padding and config.get("pad_token_id") is None:
+            raise ArtifactError(
+                f"{source}: pad_token_id is missing, and {self.model_type} counts positions from it; set it to the "
+                "tokenizer's padding id"
+            )
+        for key, only in self.only_values.items():
+            if config.get(key) is not None and config[key] != (expected := self._expected(config, only)):
+                raise ArtifactError(
+                    f"{source}: {key} {config[key]!r} is not supported, only {expected} is: {only.reason}"
+                )
         types = config.get("type_vocab_size")
         if self.fewest_types and (type(types) is not int or types < self.fewest_types):
             return replace(self, inputs=tuple(name for name in self.inputs if name != "token_type_ids"))
@@ -177,6 +226,23 @@ class Family:
         """Parameter names of the linear layers of a block that read one of its tensors, such as `BLOCK`."""
         return [self.weight(block, linear) for linear in self.linears if linear.reads == tensor]
 
+    def _expected(self, config: Mapping[str, object], only: OnlyValue) -> int:
+        if isinstance(only.value, int):
+            return only.value
+        hidden = size_of(config, self.hidden_key)
+        return hidden // self.heads(config) if only.value == "head" else hidden
+
+    def require_own_positions(self, config: Mapping[str, object], source: str) -> None:
+        """Raise `ArtifactError` where query and key matrices multiply the embeddings of positions, too: quantizers and
+        masks are trained for what a block reads."""
+        kinds = config.get("pos_att_type")
+        if self.position_readers and config.get("share_att_key") and config.get("relative_attention") and kinds:
+            raise ArtifactError(
+                f"{source}: share_att_key true is not supported in a compressed checkpoint: its query and key matrices "
+                "would multiply the embeddings of positions as well. Compress the dense model with `nxm compress`, "
+                "which gives the positions matrices of their own"
+            )
+
     def tensors(self) -> list[str]:
         """The tensors that a block's linear layers read, each once, in the order in which they are first read."""
         return list(dict.fromkeys(linear.reads for linear in self.linears))
@@ -213,6 +279,11 @@ class Family:
         if not found:
             raise PlanError(f"{weight} is not a compressible weight of the {self.model_type} family")
         return max(found, key=lambda linear: len(linear.path))  # output.dense ends attention.output.dense, too
+
+    def parts(self, weight: str) -> tuple[str, ...]:
+        """The names of the parts of a weight, in the order of their rows; of one that is not fused, its own name."""
+        parts = self.linear(weight).parts
+        return tuple(part_name(weight, part.name) for part in parts) or (weight,)
 
     def role(self, weight: str) -> str:
         """The role of a weight of this family, such as ``ffn_up``."""
@@ -263,7 +334,7 @@ class Family:
         linear = self.linear(weight)
         if placement == "ffn-only" and linear.reads in (BLOCK, CONTEXT):
             return WeightSpec(spec.pattern)
-        behind = {"inputs": (), "products": (OPERAND,)}.get(placement, (OPERAND, RESIDUAL))
+        behind = {"inputs": (), "products": (OPERAND,)}.get(placement, (OPERAND, RESIDUAL, ROTATED, GATED))
         outputs = spec.weight_bits and linear.writes in behind
         return replace(spec, output_bits=8 if outputs else None)
 
@@ -279,10 +350,11 @@ class Family:
             writes = self.linear(name).writes
             if spec.output_bits and writes == INSIDE:
                 raise PlanError(
-                    f"{name}: no output quantizer belongs behind this layer: what it writes goes through a function "
-                    "before any product reads it; drop its output_bits"
+                    f"{name}: no output quantizer belongs behind this layer: the activation comes next, and the "
+                    "quantizer belongs behind that; drop its output_bits"
                 )
-            if plan.attention == "int8" and writes == OPERAND and not spec.output_bits:
+            own = self.operands_are_outputs  # elsewhere attention has quantizers for what no layer quantizes
+            if plan.attention == "int8" and own and writes == OPERAND and not spec.output_bits:
                 raise PlanError(
                     f"{name}: attention int8 needs output_bits 8 on every query, key and value; this one has none. "
                     "Quantize it, or plan attention float"
@@ -308,3 +380,8 @@ class Family:
         """Longest sequence, in tokens, that the positions allow."""
         reserved = pad_id_of(config) + 1 if self.positions_after_padding else 0
         return size_of(config, "max_position_embeddings") - reserved
+
+
+def part_name(weight: str, part: str) -> str:
+    """The name in graphs and among scales of some rows of a fused weight: ``...attn.Wqkv.query.weight``."""
+    return f"{weight.removesuffix('.weight')}.{part}.weight"

@@ -13,25 +13,30 @@ from nxm_export.contract.encoder_family import (
     BLOCK,
     CONTEXT,
     FFN,
+    GATED,
     INSIDE,
     OPERAND,
     RESIDUAL,
+    ROTATED,
     WIDE,
     Attention,
     Family,
     Linear,
+    OnlyValue,
+    Part,
 )
 from nxm_export.errors import ArtifactError
 
 
 def _separate(
-    query: str, key: str, value: str, output: str, *, operands: str = OPERAND, across: str = "hidden"
+    query: str, key: str, value: str, output: str, *, matched: str = OPERAND, across: str = "hidden"
 ) -> tuple[Linear, ...]:
-    """Attention with a matrix for each operand, by module path; `across` names the size of all heads together."""
+    """Attention with a matrix for each operand, by module path; `matched` is what query and key write, and `across`
+    names the size of all heads together."""
     return (
-        Linear("query", query, across, "hidden", BLOCK, operands),
-        Linear("key", key, across, "hidden", BLOCK, operands),
-        Linear("value", value, across, "hidden", BLOCK, operands),
+        Linear("query", query, across, "hidden", BLOCK, matched),
+        Linear("key", key, across, "hidden", BLOCK, matched),
+        Linear("value", value, across, "hidden", BLOCK, OPERAND),
         Linear("attention_output", output, "hidden", across, CONTEXT, RESIDUAL),
     )
 
@@ -49,13 +54,15 @@ _BERT_BLOCK = (
     *_ffn("intermediate.dense", "output.dense"),
 )
 _ROTARY_ATTENTION = _separate(  # query and key are rotated before they are multiplied
-    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"), operands=INSIDE, across="heads"
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"), matched=ROTATED, across="heads"
 )
 _GATED_FFN = (
-    Linear("ffn_gate", "mlp.gate_proj", "wide", "hidden", FFN, INSIDE),
-    Linear("ffn_up", "mlp.up_proj", "wide", "hidden", FFN, INSIDE),
+    Linear("ffn_gate", "mlp.gate_proj", "wide", "hidden", FFN, GATED),
+    Linear("ffn_up", "mlp.up_proj", "wide", "hidden", FFN, GATED),
     Linear("ffn_down", "mlp.down_proj", "hidden", "wide", WIDE, RESIDUAL),
 )
+_QUERY_KEY_VALUE = (Part("query", ROTATED), Part("key", ROTATED), Part("value", OPERAND))
+_INPUT_GATE = (Part("input", GATED), Part("gate", GATED))  # the activation is of the first
 _TWO_INPUTS = ("input_ids", "attention_mask")
 _WITH_TYPES = (*_TWO_INPUTS, "token_type_ids")
 _SELF_ATTENTION = Attention("attention.self")
@@ -137,15 +144,19 @@ FAMILIES: dict[str, Family] = {
             "attention.LayerNorm",
             positions_after_padding=True,
             block_returns=1,
+            only_values={
+                "relative_attention_num_buckets": OnlyValue(32, "transformers tells so many apart, whatever this says"),
+                "pad_token_id": OnlyValue(1, "transformers counts positions from there, whatever this says"),
+            },
         ),
         Family(
             "modernbert",
             "model",
             "layers.{i}",
             (
-                Linear("qkv", "attn.Wqkv", "3 heads", "hidden", BLOCK, INSIDE),
+                Linear("qkv", "attn.Wqkv", "3 heads", "hidden", BLOCK, ROTATED, _QUERY_KEY_VALUE),
                 Linear("attention_output", "attn.Wo", "hidden", "heads", CONTEXT, RESIDUAL),
-                Linear("ffn_up", "mlp.Wi", "2 wide", "hidden", FFN, INSIDE),
+                Linear("ffn_up", "mlp.Wi", "2 wide", "hidden", FFN, GATED, _INPUT_GATE),
                 Linear("ffn_down", "mlp.Wo", "hidden", "wide", WIDE, RESIDUAL),
             ),
             _TWO_INPUTS,
@@ -155,6 +166,7 @@ FAMILIES: dict[str, Family] = {
             final_norm="final_norm",
             activation_key="hidden_activation",
             words="embeddings.tok_embeddings",
+            only_values={"head_dim": OnlyValue("head", "transformers splits its fused matrix into heads of that size")},
         ),
         Family(
             "nomic_bert",
@@ -207,6 +219,10 @@ FAMILIES: dict[str, Family] = {
             block_returns=2,
             position_readers=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
             refused_keys={"conv_kernel_size": "its convolution reads across the end of the first block"},
+            only_values={
+                "attention_head_size": OnlyValue("head", "all heads together are as wide as the residual stream"),
+                "pooler_hidden_size": OnlyValue("hidden", "its pooler reads the residual stream"),
+            },
         ),
     )
 }

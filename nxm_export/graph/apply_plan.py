@@ -3,13 +3,16 @@ INT8."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
 from nxm_export.contract.checkpoint import Checkpoint
-from nxm_export.contract.encoder_family import BLOCK, FFN, OPERANDS
-from nxm_export.contract.plan import CompressionPlan
+from nxm_export.contract.encoder_family import BLOCK, FFN, OPERANDS, Family
+from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.errors import ExportError
+from nxm_export.graph.fused_parts import split_products
 from nxm_export.graph.linear_forms import Lowering, cancel_reshapes
 from nxm_export.graph.qdq import (
     Linear,
@@ -24,11 +27,20 @@ SOFTMAX_SCALE = 1.0 / 127.0
 _BEFORE_SOFTMAX = ("Add", "Mul", "Div", "Cast", "MatMul")  # on the way from the scores
 
 
+@dataclass(frozen=True)
+class WeightForm:
+    """How a target wants its weights: `stored` as `fold_weight_qdq` takes it, and fused ones whole or `split` into
+    their parts. Those whose outputs are quantized are split in any case: a part has a scale of its own."""
+
+    stored: str
+    split: bool
+
+
 def quantize(
-    model: ir.Model, checkpoint: Checkpoint, plan: CompressionPlan, *, dtype: str, lower: Lowering, stored: str
+    model: ir.Model, checkpoint: Checkpoint, plan: CompressionPlan, *, dtype: str, lower: Lowering, form: WeightForm
 ) -> float:
-    """Put `plan` into the traced `model`, from the codes and scales of `checkpoint`; weights are `stored` as the target
-    wants.
+    """Put `plan` into the traced `model`, from the codes and scales of `checkpoint`; weights are in the `form` that the
+    target wants.
 
     Returns the largest relative change of a scale by rounding it to `dtype`. Raises `ExportError` for a scale that does
     not fit `dtype`, and for a graph that computes attention in another way than this function knows.
@@ -43,25 +55,34 @@ def quantize(
         # One pair per tensor, however many layers read it.
         pairs: dict[int, ir.Value] = {}
         for name in (name for name in names if not plan.weights[name].is_dense):
-            for use, traced in enumerate(linears_of(graph, name)):
-                traced.product.name = use_name(name.removesuffix(".weight"), use)
-                linear = lower(traced, name)
-                if plan.weights[name].weight_bits is None:
-                    continue
-                fold_weight_qdq(graph, linear, name, checkpoint.codes(name), scales.weight(name), stored=stored)
-                _quantize_input(graph, linear, name, use, scales, pairs)
-                if plan.weights[name].output_bits:
-                    behind.append((linear, name, use))
-    for (
-        linear,
-        name,
-        use,
-    ) in behind:  # when every product has its input: a pair behind one may be a pair before the next
-        insert_activation_qdq(graph, linear.output, scales.output(name), _path(name, "output"), use=use)
+            parts = graph_names(family, name, plan.weights[name], form)
+            if len(parts) > 1:
+                split_products(graph, name, parts)
+            for number, part in enumerate(parts):
+                for use, traced in enumerate(linears_of(graph, part)):
+                    traced.product.name = use_name(part.removesuffix(".weight"), use)
+                    linear = lower(traced, part)
+                    if plan.weights[name].weight_bits is None:
+                        continue
+                    codes, scale = (
+                        np.split(whole, len(parts))[number] for whole in (checkpoint.codes(name), scales.weight(name))
+                    )
+                    fold_weight_qdq(graph, linear, part, codes, scale, stored=form.stored)
+                    _quantize_input(graph, linear, name, use, scales, pairs)
+                    if plan.weights[name].output_bits:
+                        behind.append((linear, part, use))
+    # When every product has its input: a pair behind one may be a pair before the next.
+    for linear, part, use in behind:
+        insert_activation_qdq(graph, linear.output, scales.output(part), _path(part, "output"), use=use)
     if plan.attention == "int8":
         _quantize_attention(graph, checkpoint, scales)
     cancel_reshapes(graph)
     return scales.rounding
+
+
+def graph_names(family: Family, name: str, spec: WeightSpec, form: WeightForm) -> tuple[str, ...]:
+    """The names of the matrices that a graph holds for weight `name`: its own, or those of its parts."""
+    return family.parts(name) if spec.weight_bits and (form.split or spec.output_bits) else (name,)
 
 
 class _Scales:
@@ -80,7 +101,7 @@ class _Scales:
         return self.rounded(self.checkpoint.input_scale(name), _path(name, "input"))
 
     def output(self, name: str) -> np.ndarray:
-        """Of what the linear layer of weight `name` writes."""
+        """Of what the linear layer of weight `name`, or of a part of a fused weight, writes."""
         return self.rounded(self.checkpoint.output_scale(name), _path(name, "output"))
 
     def rounded(self, scale: np.ndarray | float, name: str) -> np.ndarray:
@@ -131,19 +152,19 @@ def _is_dequantized(value: ir.Value) -> bool:
 
 
 def _quantize_attention(graph: ir.Graph, checkpoint: Checkpoint, scales: _Scales) -> None:
-    """A pair behind every softmax of attention, and one before each operand that no linear layer writes as it is."""
+    """A pair behind every softmax of attention, and one before each operand that no linear layer quantizes."""
     family, runs = checkpoint.family, checkpoint.family.runs(checkpoint.config)
     nodes = [node for node in graph if node.op_type == "Softmax"]
     if len(nodes) != len(runs):
         raise _other_attention(f"has {len(nodes)} Softmax nodes for {len(runs)} runs of encoder blocks")
     probabilities = scales.rounded(SOFTMAX_SCALE, "softmax")
     for number, (block, node) in enumerate(zip(runs, nodes, strict=True)):
-        if not family.operands_are_outputs:
+        if own := checkpoint.operand_scales(block):
             use, path = runs[:number].count(block), f"{block}.{family.attention.path}"
-            operands = zip(OPERANDS, _operands(node), checkpoint.operand_scales(block).values(), strict=True)
-            for operand, (product, value), scale in operands:
-                name = f"{path}.{operand}"
-                insert_activation_qdq(graph, value, scales.rounded(scale, name), name, [product], use=use)
+            for operand, (product, value) in zip(OPERANDS, _operands(node), strict=True):
+                if operand in own:
+                    name = f"{path}.{operand}"
+                    insert_activation_qdq(graph, value, scales.rounded(own[operand], name), name, [product], use=use)
         insert_activation_qdq(graph, node.outputs[0], probabilities, f"attention.{number}.probabilities")
 
 

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -45,7 +47,7 @@ from nxm_export.contract.records.verify_report import VERIFY_FILE, VerifyReport
 from nxm_export.contract.tasks import Task, labels_of, task_named
 from nxm_export.data.tokenization import copy_tokenizer
 from nxm_export.errors import ExportError
-from nxm_export.graph.apply_plan import numpy_dtype, quantize
+from nxm_export.graph.apply_plan import WeightForm, graph_names, numpy_dtype, quantize
 from nxm_export.graph.implied_zero_points import imply_zero_points
 from nxm_export.graph.int4_storage import CAST, DIRECT, INT4_OPSET, require_int4, store_int4
 from nxm_export.graph.int8_embedding import fold_int8_embedding
@@ -60,6 +62,9 @@ from nxm_export.hf.model_loading import load_task_model
 from nxm_export.storage.atomic import atomic_dir, require_apart, require_replaceable
 from nxm_export.storage.json_files import encode
 
+if TYPE_CHECKING:
+    import torch
+
 INT8_ATTENTION_TOKENS = 512  # TensorRT has no fused INT8 attention beyond (NVIDIA/TensorRT issue 3724)
 OVERRIDABLE = ("LayerNormalization", "Softmax")
 METADATA = "nxm."  # prefix of our entries in the ONNX metadata
@@ -69,8 +74,8 @@ METADATA_SCHEMA = "nxm-onnx/2"
 @dataclass(frozen=True)
 class GraphTarget:
     """What a graph is made for: float dtype of the graph, opset, how weights are stored, which quantizers stay (None:
-    all that were trained), how an embedding table that is planned INT8 is stored, and in which form INT4 weights are
-    (None: not at all)."""
+    all that were trained), how an embedding table that is planned INT8 is stored, in which form INT4 weights are (None:
+    not at all), and whether fused matrices are split."""
 
     name: str
     dtype: str
@@ -79,6 +84,12 @@ class GraphTarget:
     stored: str = "int8"
     embedding: str = "float"  # TensorRT takes integer constants in front of DequantizeLinear alone
     int4: str | None = None
+    splits_fused: bool = False  # a fused matrix is a product for each of its parts
+
+    @property
+    def weight_form(self) -> WeightForm:
+        """How its quantized weights are written."""
+        return WeightForm(self.stored, self.splits_fused)
 
     def for_int4(self) -> GraphTarget:
         """The target of a graph with INT4 weights."""
@@ -87,8 +98,8 @@ class GraphTarget:
 
 TARGETS = {
     "cpu": GraphTarget("cpu", "float32", 20, "inputs", embedding="int8", int4=CAST),  # below 20 there is no Gelu
-    "trt": GraphTarget("trt", "float16", 21, None, int4=DIRECT),
-    "trt8": GraphTarget("trt8", "float32", 17, None, stored="float"),
+    "trt": GraphTarget("trt", "float16", 21, None, int4=DIRECT, splits_fused=True),
+    "trt8": GraphTarget("trt8", "float32", 17, None, stored="float", splits_fused=True),
 }
 
 
@@ -213,7 +224,7 @@ def _made(opened: _OpenedModel, settings: _GraphSettings) -> tuple[ir.Model, flo
     rounding, hashes = 0.0, {}
     if checkpoint and plan:
         lower = Lowering(model.graph, settings.lowering)
-        rounding = quantize(model, checkpoint, plan, dtype=dtype, lower=lower, stored=settings.target.stored)
+        rounding = quantize(model, checkpoint, plan, dtype=dtype, lower=lower, form=settings.target.weight_form)
         for name in int8_embedding:
             codes, scale = checkpoint.codes(name), checkpoint.weight_scale(name)
             digest = fold_int8_embedding(model.graph, name, codes, scale, numpy_dtype(dtype))
@@ -226,7 +237,10 @@ def _made(opened: _OpenedModel, settings: _GraphSettings) -> tuple[ir.Model, flo
     if settings.target.opset < 18:
         lower_opset(model, settings.target.opset)
     if settings.int4 and settings.target.int4:
-        store_int4(model.graph, settings.int4, settings.target.int4)
+        assert plan
+        form = settings.target.weight_form
+        parts = [graph_names(opened.family, name, plan.weights[name], form) for name in settings.int4]
+        store_int4(model.graph, itertools.chain.from_iterable(parts), settings.target.int4)
         if settings.target.int4 == CAST:  # for ONNX Runtime, and of opset 21
             imply_zero_points(model.graph)
     _name_axes(model, opened.task)
@@ -285,8 +299,9 @@ def _task_of(path: Path, config: Mapping[str, object]) -> str:
     return task
 
 
-def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> ir.Model:
-    """The float graph, not yet optimized, its initializers under the parameters' own names."""
+def traced_module(path: Path, task: Task, family: Family, dtype: str) -> torch.nn.Module:
+    """The model of a directory with the inputs and outputs of an engine, in the form in which it is traced; it returns
+    a tuple of the task's outputs in float32. Raises `ExportError` for an unknown dtype."""
     import torch
 
     floats = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -294,8 +309,6 @@ def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> ir
         raise ExportError(f"unknown dtype {dtype!r}; choose one of {', '.join(floats)}")
 
     class Traced(torch.nn.Module):
-        """The model with the inputs and outputs of an engine."""
-
         def __init__(self, model: torch.nn.Module) -> None:
             super().__init__()
             self.model = model
@@ -312,13 +325,28 @@ def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> ir
     if family.attention.interface and not family.attention.takes_bias_mask:
         use_finite_masks(model)
     write_out_attention(model, fixed_positions=True)
-    with _silence():
+    return Traced(model)
+
+
+def _trace(path: Path, task: Task, family: Family, dtype: str, opset: int) -> ir.Model:
+    """The float graph, not yet optimized, its initializers under the parameters' own names."""
+    import torch
+
+    module = traced_module(path, task, family, dtype)
+    # One object twice would be traced as one input.
+    examples = tuple(torch.ones(2, 7, dtype=torch.long) for _ in family.inputs)
+    with _silence(), torch.no_grad():
+        try:
+            module(*examples)
+        except Exception as error:  # of any kind: the model is of transformers, and runs on what config.json says
+            raise ExportError(
+                f"{path}: the model that config.json describes does not run ({error}); restore config.json from the "
+                "model"
+            ) from error
         batch = torch.export.Dim("batch")
         sequence = torch.export.Dim("sequence", max=family.max_positions(read_config(path)))
-        # One object twice would be traced as one input.
-        examples = tuple(torch.ones(2, 7, dtype=torch.long) for _ in family.inputs)
         program = torch.onnx.export(
-            Traced(model),
+            module,
             examples,
             input_names=list(family.inputs),
             output_names=list(task.outputs),

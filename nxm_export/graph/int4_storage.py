@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nxm_export.contract.choices import INT4_BITS, LOWERING
+from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.errors import ExportError
 from nxm_export.graph.qdq import add_initializer
@@ -94,5 +95,6 @@ def _of_4_bits(plan: CompressionPlan) -> list[str]:
 
 def _fits_direct(spec: WeightSpec, plan: CompressionPlan, name: str, lowering: str) -> bool:
     out, in_ = plan.shapes[name]
+    out //= len(FAMILIES[plan.model_type].parts(name))  # the graph of a target that takes this form has parts
     row = {"matmul": out, "gemm": in_}.get(lowering, 1)  # as `fold_weight_qdq` lays it; a 1x1 kernel's is 1
     return spec.pattern is None and row % 2 == 0

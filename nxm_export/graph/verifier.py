@@ -8,7 +8,7 @@ into an `ExportError`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import onnx_ir as ir
 from nxm_export.contract.checkpoint import EMBEDDING_QMAX
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import CompressionPlan, NMPattern
+from nxm_export.contract.quantizer_placement import names_in_graph, planned_spec
 from nxm_export.contract.records.matrix_facts import UnreadProduct
 from nxm_export.contract.records.verify_report import VerifyReport, WeightReport
 from nxm_export.graph.external_data import graph_files
@@ -92,8 +93,7 @@ def verify_model(
         problems += [str(product) for product in unread]
     if plan:
         present = {report.name for report in reports}
-        missing = [name for name, spec in plan.weights.items() if not spec.is_dense and name not in present]
-        problems += [f"{name} is planned and not in the graph under its name" for name in missing]
+        problems += [f"{name} is planned and not in the graph under its name" for name in _missing(plan, present)]
         if plan.embedding == "int8":
             if (family := FAMILIES.get(plan.model_type)) is None:
                 problems.append(
@@ -110,6 +110,13 @@ def verify_model(
     size = None if stored is None else (stored[0].shape[0], stored[0].shape[1])
     pairs = count["QuantizeLinear"], count["DequantizeLinear"]
     return VerifyReport(source, reports, tuple(problems), *pairs, size, unread)
+
+
+def _missing(plan: CompressionPlan, present: Container[str]) -> Iterator[str]:
+    """Planned matrices that a graph with the matrices `present` lacks: a fused one is there as a whole or in parts."""
+    for name, spec in plan.weights.items():
+        if not spec.is_dense:
+            yield from (part for part in names_in_graph(plan, name, present) if part not in present)
 
 
 def embedded_plan(model: ir.Model, source: str) -> CompressionPlan | None:
@@ -138,7 +145,7 @@ def _check_products(
 
 def _check_weight(weight: GraphWeight, plan: CompressionPlan | None, pattern: NMPattern | None) -> WeightReport:
     name = parameter_of(weight.name)
-    spec = plan.weights.get(name) if plan else None
+    spec = planned_spec(plan, name) if plan else None
     required = spec.pattern if spec else pattern if weight.quantized else None
     problems = []
     if required and not weight.follows(required):

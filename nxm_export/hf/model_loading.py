@@ -97,7 +97,8 @@ def load_pretrained(
                 attn_implementation=loading.attention,
                 ignore_mismatched_sizes=loading.new_head,
                 output_loading_info=True,
-                **loading.changes,
+                # A configuration may ask for tuples, which change no result; outputs are read by name here.
+                **{"return_dict": True, **loading.changes},
             )
         except Exception as error:  # transformers and safetensors raise many kinds for damaged or foreign files
             damaged = type(error).__name__ == "SafetensorError"

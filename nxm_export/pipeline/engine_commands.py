@@ -132,8 +132,8 @@ def build_fastest(
     check: ParityCheck | None = None,
     measure: Measure | None = None,
 ) -> FastestBuild:
-    """Build an ONNX file, or a graph directory's, with every CPU backend, time them, and keep the fastest as the
-    engine directory `out`.
+    """Build an ONNX file, or a graph directory's, with every backend that ``auto`` tries, time them, and keep the
+    fastest as the engine directory `out`.
 
     With `check` only engines that pass the comparison are candidates, and the parity report comes with the engine.
     `measure` times loaded engines (see `engines.benchmark.fastest_backend.choose`); by default

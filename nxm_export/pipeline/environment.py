@@ -93,6 +93,7 @@ def report() -> MachineReport:
             "openvino": _needs(("openvino", "onnx", "onnx-ir"), "openvino"),
             "trt": _trt(),
             "trt_rtx": _needs(("tensorrt-rtx-cu13", "polygraphy"), "trt-rtx") + _rtx_note(),
+            "cusparselt": _cusparselt(),
         },
         serve=_needs(("starlette", "uvicorn", "httptools", "prometheus-client"), "serve"),
     )
@@ -130,6 +131,13 @@ def _trt() -> str:
     if shutil.which("nvidia-smi") is None:
         return "installed, and neither builds nor runs without an NVIDIA GPU"
     return "ready"
+
+
+def _cusparselt() -> str:
+    from engines.cusparselt.machine import what_is_missing
+
+    missing = what_is_missing()
+    return "ready (docs/cusparselt.md says what it has run on)" if missing is None else missing
 
 
 def _rtx_note() -> str:

@@ -131,7 +131,8 @@ def inspect_path(
         if measure:
             measure_layers(dense)
             measure_layers(other)
-        return inspect_engine(sparse, twin=dense, kernels=kernels, measure=measure)
+        compared = None if _profiles_kernels(sparse) else dense  # such an engine has both times in itself
+        return inspect_engine(sparse, twin=compared, kernels=kernels, measure=measure)
     if _is_model(path):
         _require_no_sparsity_options(path, twin, kernels, measure=measure)
         return _checkpoint_facts(path)
@@ -167,7 +168,9 @@ def _require_no_sparsity_options(path: Path, twin: Path | None, kernels: Path | 
     options = {"--twin": twin is not None, "--kernels": kernels is not None, "--measure": measure}
     given = [name for name, was_given in options.items() if was_given]
     if given:
-        raise EngineError(f"{path}: {', '.join(given)} asks of a TensorRT engine's sparse kernels; leave it out here")
+        raise EngineError(
+            f"{path}: {', '.join(given)} asks of sparse kernels, which only engines for GPUs have; leave it out here"
+        )
 
 
 def inspect_engine(
@@ -213,7 +216,7 @@ def require_sparse(path: Path, share: float, *, twin: Path | None = None, kernel
         path = twin_directories(path)[1]
     if not path.is_dir() or not backend(load_passport(path).backend).CAPABILITIES.sparse_kernels:
         raise EngineError(
-            f"{path}: only TensorRT engines run sparse kernels; give an engine directory of --backend trt"
+            f"{path}: only engines for GPUs run sparse kernels; give an engine directory of --backend trt or cusparselt"
         )
     sparsity_of(path, twin, kernels).require_sparse(share)
 
@@ -221,10 +224,22 @@ def require_sparse(path: Path, share: float, *, twin: Path | None = None, kernel
 def sparsity_of(directory: Path, twin: Path | None = None, kernels: Path | None = None) -> SparsityReport:
     """The sparsity report of an engine directory (see `engines.sparsity.judgement`).
 
-    `kernels` is a file with one name of a kernel a line; `ArtifactError` where it is missing.
+    `kernels` is a file with one name of a kernel a line; `ArtifactError` where it is missing. Raises `EngineError` for
+    it and for `twin` where the engine's backend profiles its kernels itself.
     """
+    from engines.base import ProfiledFacts, backend
+    from engines.passport import load_passport
     from engines.sparsity.judgement import read_sparsity_report
 
+    if _profiles_kernels(directory):
+        if twin is not None or kernels is not None:
+            raise EngineError(
+                f"{directory}: leave --twin and --kernels out: this engine has the times of both kinds of kernels from "
+                "its build, and the names of kernels from `nxm inspect --measure`"
+            )
+        facts = backend(load_passport(directory).backend).inspect(directory)
+        assert isinstance(facts, ProfiledFacts)
+        return facts.sparsity
     running = None
     if kernels is not None:
         if not kernels.is_file():
@@ -234,15 +249,20 @@ def sparsity_of(directory: Path, twin: Path | None = None, kernels: Path | None 
 
 
 def measure_layers(directory: Path, rounds: int = 20) -> None:
-    """Time every layer of an engine at its first profile's best shape, and write ``measured.json`` beside it."""
-    from engines.base import LayerTimedEngine, backend
+    """Time every layer of an engine at its first profile's best shape, and write ``measured.json`` beside it; for a
+    backend that profiles kernels, write what it says of them."""
+    from engines.base import LayerTimedEngine, ProfiledBackend, backend
     from engines.benchmark.latency import feeds_for
     from engines.passport import load_passport
     from engines.sample_inputs import nearest_shape
     from engines.sparsity.build_evidence import MEASURED_FILE, MEASURED_SCHEMA, MeasuredLayers
 
     passport = load_passport(directory)
-    with backend(passport.backend).load(directory) as engine:
+    runtime = backend(passport.backend)
+    if isinstance(runtime, ProfiledBackend):
+        runtime.profile(directory)
+        return
+    with runtime.load(directory) as engine:
         if not isinstance(engine, LayerTimedEngine) or not passport.profiles:
             raise EngineError(
                 f"{directory}: engines of {passport.backend} do not time their layers; leave --measure out"
@@ -251,6 +271,14 @@ def measure_layers(directory: Path, rounds: int = 20) -> None:
         times = engine.layer_times(feeds_for(engine, batch, sequence, 1000, 0), rounds)
     measured = MeasuredLayers(passport.engine_sha256, (batch, sequence), rounds, times)
     write_atomic(directory / MEASURED_FILE, encode(measured, MEASURED_SCHEMA))
+
+
+def _profiles_kernels(directory: Path) -> bool:
+    """Whether the backend of an engine directory profiles kernels itself."""
+    from engines.base import backend
+    from engines.passport import load_passport
+
+    return backend(load_passport(directory).backend).CAPABILITIES.profiled_kernels
 
 
 def doctor_file(

@@ -63,6 +63,7 @@ _ENGINES = {
     "ort-cpu-{}-outputs": ("cpu-outputs", "ort"),
     "trt_rtx-fp16-{}": ("trt", "trt_rtx"),
 }
+_ON_A_GPU = {"cusparselt-fp16-{}": ("trt", "cusparselt")}  # where nothing that it needs is missing
 _NEEDED = ("torch", "transformers", "accelerate", "sklearn", "scipy", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
@@ -419,17 +420,19 @@ def _export(directory: RunDir, request: Request, plan: CompressionPlan, progress
 def _build(directory: RunDir, graphs: Sequence[str], plan: CompressionPlan, progress: Progress) -> BuildResults:
     """Build every engine of the run that this machine can build."""
     from engines.base import backend
+    from engines.cusparselt.machine import what_is_missing
     from engines.sparsity.build_evidence import LOG_FILE
 
     kind = kind_of(plan)
+    engines = _ENGINES if what_is_missing() is not None else {**_ENGINES, **_ON_A_GPU}
     made: dict[str, str] = {}
     missing: dict[str, str] = {}
     failed: dict[str, str] = {}
-    for number, (template, (graph, runtime)) in enumerate(_ENGINES.items()):
+    for number, (template, (graph, runtime)) in enumerate(engines.items()):
         if graph not in graphs:
             continue
         name = template.format(kind)
-        progress("build", number, len(_ENGINES))
+        progress("build", number, len(engines))
         try:
             directory.stage(
                 f"build {name}",
@@ -446,7 +449,7 @@ def _build(directory: RunDir, graphs: Sequence[str], plan: CompressionPlan, prog
             if runtime == "ort":  # without which there is nothing to show
                 raise
             failed[name] = str(error)
-    progress("build", len(_ENGINES), len(_ENGINES))
+    progress("build", len(engines), len(engines))
     return BuildResults(made, missing, failed)
 
 

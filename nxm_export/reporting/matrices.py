@@ -22,8 +22,9 @@ SAMPLE_ROWS, SAMPLE_COLUMNS = 32, 64  # of the picture of one matrix
 @dataclass(frozen=True)
 class Matrix:
     """One weight matrix of the plan. `stored`, `pattern` and `zeros` are by graph, as `nxm verify` found them in the
-    file; `sensitivity` is the search's divergence of the planned option, `projection` what the projection of the dense
-    weights onto the plan loses: ``|W - P(W)|^2 / |W|^2``."""
+    file, or by graph and part (``trt query``) where a graph has a fused one in `parts`; `sensitivity` is the search's
+    divergence of the planned option, `projection` what the projection of the dense weights onto the plan loses: ``|W -
+    P(W)|^2 / |W|^2``."""
 
     name: str
     block: int | None
@@ -36,6 +37,12 @@ class Matrix:
     problems: tuple[str, ...]
     sensitivity: float | None
     projection: float | None
+    parts: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it may be called in graphs and engines: by its own name, and by those of its parts."""
+        return (self.name, *self.parts)
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,12 @@ def matrices(
     }
     by_name = {graph: _by_name(report) for graph, report in verified.items() if report is not None}
     for name, spec in checkpoint.plan.weights.items():
+        parts = tuple(part for part in checkpoint.family.parts(name) if part != name)
         reports = {
-            graph: weights[name] for graph, weights in by_name.items() if name in weights and weights[name][0].planned
+            _where(graph, name, found): weights[found]
+            for graph, weights in by_name.items()
+            for found in (name, *parts)
+            if found in weights and weights[found][0].planned
         }
         block, role = places.get(name, (None, None))
         yield Matrix(
@@ -79,7 +90,13 @@ def matrices(
             tuple(dict.fromkeys(problem for report, _ in reports.values() for problem in report.problems)),
             None if sensitivity is None else sensitivity.get((name, str(spec))),
             None if sensitivity else _projection(root / "dense", name, spec),
+            parts,
         )
+
+
+def _where(graph: str, name: str, found: str) -> str:
+    """The graph, and of a matrix that it has in parts which one: ``trt query``."""
+    return graph if found == name else f"{graph} {found.removesuffix('.weight').rpartition('.')[2]}"
 
 
 def _by_name(verified: RunFile[VerifyReport]) -> dict[str, tuple[WeightReport, Figure]]:

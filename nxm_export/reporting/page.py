@@ -10,19 +10,18 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from importlib.resources import files
-from typing import TYPE_CHECKING
 
 import jinja2
 from markupsafe import Markup
 
 from nxm_export import __version__
-from nxm_export.contract.plan import COUNTINGS, NMPattern
+from nxm_export.contract.plan import COUNTINGS
 from nxm_export.contract.records.run_summary import TrainingFacts
-from nxm_export.errors import PlanError
+from nxm_export.reporting.conclusion import conclude
+from nxm_export.reporting.drawing import Picture
 from nxm_export.reporting.figures import Figure, RunFile, Shown, pointer
-from nxm_export.reporting.matrices import Matrix
+from nxm_export.reporting.matrix_tables import matrix_tables
 from nxm_export.reporting.parity_tables import parity_tables
-from nxm_export.reporting.plots import Picture
 from nxm_export.reporting.run_facts import Run
 from nxm_export.reporting.tables import Cell, Code, PageTable, or_dash, pair
 from nxm_export.reporting.verdicts import (
@@ -37,10 +36,6 @@ from nxm_export.reporting.verdicts import (
     verdicts,
 )
 from nxm_export.storage.run_dir import MANIFEST
-
-if TYPE_CHECKING:
-    from engines.sparsity.judgement import WeightSparsity
-
 
 _TRAINING_KEYS = (
     "recipe", "admm", "admm_steps", "qat_steps", "steps", "train_samples", "held_out_samples", "residual",
@@ -77,6 +72,7 @@ def render(run: Run, pictures: Mapping[str, Picture]) -> str:
             style=Markup(style),
             policy="default-src 'none'; "
             f"style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'",
+            conclusion=conclude(run),
             verdicts=verdicts(run),
             pictures=pictures,
             drawn=drawn,
@@ -90,17 +86,17 @@ def render(run: Run, pictures: Mapping[str, Picture]) -> str:
                 "files": _sizes(run),
                 "latency": _latency(run),
                 "training": _training(run),
-                "matrices": _matrices(run),
                 "stages": _stages(run),
                 "versions": _versions(run),
                 "engines": _engines(run),
-                "reasons": _reasons(run),
                 "hashes": PageTable(
                     "Files that this page was made from",
                     ("file", "sha256"),
                     [(Code(file), Code(digest)) for file, digest in sorted(run.files.items())],
+                    folded=f"Files that this page was made from ({len(run.files)})",
                 ),
             },
+            matrices=[table for table in matrix_tables(run) if table.rows],
             parity=[table for table in parity_tables(run) if table.rows],
             reasons=dict.fromkeys(
                 engine.parity.content.reason for engine in run.engines if engine.parity and engine.parity.content.reason
@@ -224,75 +220,6 @@ def _training(run: Run) -> PageTable:
     return PageTable("Compression training", ("what", "value"), rows)
 
 
-def _matrices(run: Run) -> PageTable:
-    engines = [engine for engine in run.engines if engine.matrices]
-    kernels = {engine.name: {matrix.name: matrix for matrix in engine.matrices} for engine in engines}
-    measured = any(matrix.sensitivity is not None for matrix in run.matrices)
-    error_column = "#sensitivity" if measured else "#projection error"
-    columns = ("matrix", "#out x in", "planned", "stored as", "N:M found", "#zeros", "2:4 along K", error_column)
-    rows = []
-    for matrix in run.matrices:
-        error = matrix.sensitivity if measured else matrix.projection
-        zeros = next(iter(matrix.zeros.values()), None)
-        rows.append(
-            (
-                Code(matrix.name.removesuffix(".weight")),
-                f"{matrix.shape[0]}x{matrix.shape[1]}",
-                str(matrix.spec),
-                _agreed(matrix.stored),
-                _agreed({graph: pattern or "dense" for graph, pattern in matrix.pattern.items()}),
-                or_dash(zeros, "share"),
-                _sparse_along_k(matrix),
-                "-" if error is None else f"{error:.2g}" if measured else f"{error:.2%}",
-                *(_kernel(kernels[engine.name].get(matrix.name)) for engine in engines),
-                "; ".join(matrix.problems) or "none",
-            )
-        )
-    return PageTable(
-        "Every matrix: planned, and found on the stored numbers of the graphs",
-        (*columns, *(f"kernel, {engine.name}" for engine in engines), "problems"),
-        rows,
-    )
-
-
-def _agreed(by_graph: Mapping[str, str]) -> str:
-    values = list(dict.fromkeys(by_graph.values()))
-    if len(values) <= 1:
-        return values[0] if values else "not exported"
-    return ", ".join(f"{graph} {value}" for graph, value in by_graph.items())
-
-
-def _sparse_along_k(matrix: Matrix) -> str:
-    if not matrix.pattern:
-        return "unknown"
-    try:
-        sparse = [pattern is not None and NMPattern.parse(pattern).implies_2_4 for pattern in matrix.pattern.values()]
-    except PlanError:
-        return "unknown"
-    return "yes" if all(sparse) else "no"
-
-
-def _kernel(matrix: WeightSparsity | None) -> str:
-    if matrix is None:
-        return "unknown"
-    kernel = (matrix.kernel or "").split("_tilesize")[0]
-    if matrix.chosen is True:
-        return f"sparse: {kernel}" if kernel else "sparse"
-    word = "unknown" if matrix.chosen is None else f"dense: {kernel}" if kernel else "dense"
-    return f"{word} ({matrix.reason})" if matrix.reason else word
-
-
-def _reasons(run: Run) -> PageTable:
-    """What the reasons in the kernel columns mean."""
-    from engines.sparsity.judgement import REASONS
-
-    planned = {matrix.name for matrix in run.matrices}
-    rows_of = [row for engine in run.engines for row in engine.matrices if row.name in planned]
-    used = {row.reason for row in rows_of if row.reason}
-    rows = [(Code(reason), REASONS.get(reason, "")) for reason in sorted(used)]
-    return PageTable("Why a matrix is not known to run sparse", ("reason", "means"), rows)
-
-
 def _stages(run: Run) -> PageTable:
     rows = []
     for name, record in run.stages.items():
@@ -306,7 +233,8 @@ def _stages(run: Run) -> PageTable:
                 Code(", ".join(hashes) or "none"),
             )
         )
-    return PageTable("Stages of the run", ("stage", "#seconds", "#seed", "command", "inputs, sha256"), rows)
+    columns = ("stage", "#seconds", "#seed", "command", "inputs, sha256")
+    return PageTable("Stages of the run", columns, rows, folded=f"Stages of the run ({len(rows)})")
 
 
 def _versions(run: Run) -> PageTable:
@@ -323,7 +251,7 @@ def _versions(run: Run) -> PageTable:
         )
         for package, versions in stages_by.items()
     ]
-    return PageTable("Versions", ("package", "version"), rows)
+    return PageTable("Versions", ("package", "version"), rows, folded=f"Versions of packages ({len(rows)})")
 
 
 def _engines(run: Run) -> PageTable:
@@ -350,4 +278,5 @@ def _engines(run: Run) -> PageTable:
             "engine", "backend, dtype, placement", "built on", "created", "engine sha256", "ONNX sha256", "options",
         ),
         rows,
+        folded=f"Engines, from their passports ({len(rows)})",
     )  # fmt: skip

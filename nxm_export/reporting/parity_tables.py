@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from nxm_export.reporting.figures import Figure, Key, RunFile
@@ -61,11 +61,7 @@ def parity_tables(run: Run) -> Iterator[PageTable]:
         for name in report.content.secondary_metrics
     ]
     yield PageTable("Other metrics of the task", ("engine", "metric", "#checkpoint", "#engine"), secondary)
-    yield PageTable(
-        "Probes: inputs that break engines",
-        ("engine", "probe", "#actual", "#tolerated", "verdict", "what is asked"),
-        [row for engine, report in compared for row in _probes(engine.name, report)],
-    )
+    yield from _probe_tables([row for engine, report in compared for row in _probes(engine.name, report)])
     yield PageTable(
         "Gates that were asked for",
         ("engine", "gate", "#actual", "#limit", "verdict", "what is asked"),
@@ -73,7 +69,8 @@ def parity_tables(run: Run) -> Iterator[PageTable]:
     )
     for engine, report in compared:
         rest = list(_rest(report))[:_REST_ROWS]
-        yield PageTable(f"{engine.name}: what else its parity.json says", ("what", "value"), rest)
+        caption = f"{engine.name}: what else its parity.json says"
+        yield PageTable(caption, ("what", "value"), rest, folded=f"{caption} ({len(rest)} values)")
 
 
 def _outputs(run: Run, name: str, report: RunFile[ParityReport]) -> Iterator[tuple[Cell, ...]]:
@@ -146,10 +143,23 @@ def _blocks(engine: EngineEntry) -> Iterator[tuple[Cell, ...]]:
         )
 
 
-def _probes(name: str, report: RunFile[ParityReport]) -> Iterator[tuple[Cell, ...]]:
+def _probe_tables(rows: Sequence[tuple[bool | None, tuple[Cell, ...]]]) -> Iterator[PageTable]:
+    """Probes that failed, for all to see, and the others, folded."""
+    columns = ("engine", "probe", "#actual", "#tolerated", "verdict", "what is asked")
+    yield PageTable("Probes that failed", columns, [row for passed, row in rows if passed is False])
+    passing, idle = (sum(passed is verdict for passed, _ in rows) for verdict in (True, None))
+    counts = f"{passing} of {len(rows)} pass" + (f", {idle} do not apply" if idle else "")
+    rest = [row for passed, row in rows if passed is not False]
+    yield PageTable(
+        "Probes: inputs that break engines", columns, rest, folded=f"Probes, inputs that break engines: {counts}"
+    )
+
+
+def _probes(name: str, report: RunFile[ParityReport]) -> Iterator[tuple[bool | None, tuple[Cell, ...]]]:
+    """(whether it passed, row) of every probe."""
     for number, probe in enumerate(report.content.probes):
         applies = probe.passed is not None
-        yield (
+        row: tuple[Cell, ...] = (
             Code(name),
             probe.name,
             or_dash(report.figure("probes", number, "actual"), "error") if applies else "-",
@@ -157,6 +167,7 @@ def _probes(name: str, report: RunFile[ParityReport]) -> Iterator[tuple[Cell, ..
             _VERDICTS[probe.passed],
             probe.reason,
         )
+        yield probe.passed, row
 
 
 def _gates(name: str, report: RunFile[ParityReport]) -> Iterator[tuple[Cell, ...]]:

@@ -1,16 +1,9 @@
-"""Pictures of a run as inline SVG: drawn by matplotlib, then made fit for a page with a strict content security policy.
-
-matplotlib writes inline styles, which such a policy refuses, and fixed colours, which suit one theme. `svg.inline`
-turns styles into attributes, and the placeholder colours below into classes that the page's style sheet colours in both
-themes. Text stays text, ids are unique within the page, and every picture carries a title and a description for who
-cannot see it.
-"""
+"""Pictures of a run as inline SVG: accuracy against compression, the plan, its weights, and training; those of engines
+are in `engine_plots`."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
@@ -18,75 +11,34 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap, TwoSlopeNorm, to_rgb
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
-from nxm_export.reporting.figures import FORMATS
+from nxm_export.contract.tasks import TASKS
+from nxm_export.reporting import engine_plots
+from nxm_export.reporting.drawing import STYLE, WIDTH, Picture, logarithmic, picture
 from nxm_export.reporting.matrices import Matrix
 from nxm_export.reporting.run_facts import Run
-from nxm_export.reporting.svg import INK, LINE, MUTED, SERIES, inline
+from nxm_export.reporting.svg import INK, LINE, MUTED, SERIES
 from nxm_export.reporting.verdicts import compressed_value, compression, dense_value, main_engine, metric
 
 if TYPE_CHECKING:
-    from matplotlib.typing import ColorType, RcKeyType
+    from matplotlib.typing import ColorType
 
-    from engines.benchmark.latency import Timing
-    from engines.parity.tolerance import OutputParity
-
-_STYLE: dict[RcKeyType, object] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "nxm-report",
-    "text.parse_math": False,  # names come from users, and may hold dollar signs
-    "font.family": "sans-serif",
-    "font.size": 8.5,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.labelcolor": INK,
-    "axes.edgecolor": LINE,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.unicode_minus": False,
-    "grid.color": LINE,
-    "grid.linewidth": 0.5,
-    "text.color": INK,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "legend.frameon": False,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-}
+# What a divergence of a model's outputs is measured in, by the task's kind of output.
+_UNITS = {"softmax": "nats", "sigmoid": "nats", "span": "nats", "vector": "share of |v|^2", "identity": "score^2"}
 # Signed codes, with a step at zero: the smallest must not look like the empty cells beside them, on white or on black.
 _SIGNED = LinearSegmentedColormap.from_list(
     "signed", [(0.0, "#8c2d04"), (0.4999, "#fdbe85"), (0.5, "#9ecae1"), (1.0, "#08519c")]
 )
-WIDTH = 5.4  # inches; a page shows a picture between 0.9 and 1.6 times as large
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One SVG with what it shows in words: `title`, `description` for who cannot see it, `caption` below it."""
-
-    key: str
-    title: str
-    description: str
-    caption: str
-    svg: str
 
 
 def pictures(run: Run) -> dict[str, Picture]:
     """Every picture that the run has the numbers for, by key."""
-    makers = (_tradeoff, _sensitivity, _plan_map, _sample, _latency, _parity, _blocks, _curves)
-    with mpl.rc_context(_STYLE):
+    of_engines = (engine_plots.differences, engine_plots.latency, engine_plots.parity, engine_plots.blocks)
+    makers = (_tradeoff, _sensitivity, _plan_map, _sample, *of_engines, _curves)
+    with mpl.rc_context(STYLE):
         made = [maker(run) for maker in makers]
-    return {picture.key: picture for picture in made if picture is not None}
+    return {drawn.key: drawn for drawn in made if drawn is not None}
 
 
 def _tradeoff(run: Run) -> Picture | None:
@@ -96,7 +48,7 @@ def _tradeoff(run: Run) -> Picture | None:
     if dense.number is None or compressed.number is None or hw.number is None:
         return None  # a metric that is NaN has no place in a picture
     name, front = metric(run), _front(run)
-    canvas = Canvas(figsize=(WIDTH, 4.6 if front else 2.9), layout="constrained")
+    canvas = Canvas(figsize=(WIDTH, 4.6 if front else 2.3), layout="constrained")
     panels = canvas.subplots(2 if front else 1, 1, squeeze=False)[:, 0]
     points = [
         ("dense, FP32", 0.0, dense.number, dense.shown("score").text, _interval(run, False)),
@@ -105,22 +57,29 @@ def _tradeoff(run: Run) -> Picture | None:
     for number, (label, x, y, text, bounds) in enumerate(points):
         if bounds:
             panels[0].vlines(x * 100, bounds[0], bounds[1], color=SERIES[number], linewidth=1.6)
-        panels[0].plot([x * 100], [y], "os"[number], color=SERIES[number], markersize=7, label=label)
-        panels[0].annotate(text, (x * 100, y), xytext=(8, 5), textcoords="offset points", color=INK)
+        panels[0].plot([x * 100], [y], "os"[number], color=SERIES[number], markersize=7)
+        side = -1 if x > 0.5 else 1  # the name stands on the side with room
+        panels[0].annotate(
+            f"{label}\n{text}",
+            (x * 100, y),
+            xytext=(8 * side, 5),
+            textcoords="offset points",
+            ha="left" if side == 1 else "right",
+            color=INK,
+        )
     panels[0].axhline(dense.number, color=SERIES[0], linewidth=0.8, linestyle=(0, (4, 3)))
-    panels[0].set(ylabel=f"{name}, 95 % interval", xlim=(-6, 108))
-    panels[0].margins(y=0.25)
-    panels[0].legend(loc="lower left", ncols=2, handletextpad=0.3)
+    panels[0].set(ylabel=f"{name} (no unit)", xlim=(-6, 108))
+    panels[0].margins(y=0.15)
     description = "; ".join(f"{label}: {text} at {x:.2%} compression" for label, x, _, text, _ in points)
     if front:
         _draw_front(panels[1], run, front)
         description += f"; below, {len(front)} plans of the search, by divergence from the dense model without training"
-    panels[-1].set_xlabel("compression of the encoder's matrices against FP32 (hw), %")
+    panels[-1].set_xlabel("compression of the matrices (hw), %")
     caption = "The dense model and the plan of this run. Bars are 95 % intervals of each model by itself; the paired "
     caption += "interval of the difference is tighter and stands in the table."
     if front:
         caption += " Below, the plans of the search, compressed one-shot: it ranks them, and says nothing of accuracy."
-    return _picture("tradeoff", f"{name.capitalize()} against compression", description, caption, canvas)
+    return picture("tradeoff", f"{name.capitalize()} against compression", description, caption, canvas)
 
 
 def _front(run: Run) -> list[tuple[float, float, bool]]:
@@ -154,18 +113,15 @@ def _draw_front(axes: Axes, run: Run, front: Sequence[tuple[float, float, bool]]
     hw = compression(run, "hw")
     if hw is not None and hw.number is not None and not planned:
         axes.axvline(hw.number * 100, color=SERIES[1], linewidth=0.9, linestyle=(0, (4, 3)), label="this run's plan")
-    axes.set(ylabel="divergence, one-shot")
+    axes.set(ylabel=f"divergence, {_divergence_unit(run)}")
     if all(y > 0 for _, y, _ in front):
-        _logarithmic(axes, "y")
-    axes.legend(loc="best", handletextpad=0.3)
+        logarithmic(axes, "y")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, handletextpad=0.2, columnspacing=1)
 
 
-def _logarithmic(axes: Axes, which: str) -> None:
-    """A logarithmic axis with plain labels: matplotlib's own are formulas."""
-    axes.set(**{f"{which}scale": "log"})
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}" if value < 1e-3 else f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+def _divergence_unit(run: Run) -> str:
+    task = TASKS.get(run.spec.task) if run.spec else None
+    return _UNITS.get(task.output_kind, "no unit") if task else "unit not known"
 
 
 def _interval(run: Run, compressed: bool) -> tuple[float, float] | None:
@@ -212,8 +168,10 @@ def _sensitivity(run: Run) -> Picture | None:
     for row, column in np.argwhere(np.isfinite(grid_values)):
         value = grid_values[row, column]
         ink = _contrast(colors(float(norm(value))))
-        text = f"{value:.2g}" if measured else f"{value:.1%}"
-        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink)
+        text = _short(value) if measured else f"{value * 100:.1f}"
+        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=_cell_size(roles))
+    unit = f"divergence, {_divergence_unit(run)}" if measured else "squared weights lost, %"
+    axes.set_xlabel(f"number and colour: {unit}{', log scale' if spread else ''}")
     worst = max(known, key=lambda key: known[key])
     what = "measured sensitivity" if measured else "projection error"
     description = f"Heat map of {what}, one row per encoder block, one column per matrix; "
@@ -225,7 +183,7 @@ def _sensitivity(run: Run) -> Picture | None:
         else "Not a sensitivity: the share of each dense matrix's squared weights that its planned N:M and bits lose, "
         "when projected without training. A search measures what that does to the outputs."
     )
-    return _picture("sensitivity", f"{what.capitalize()} by layer and matrix", description, caption, canvas)
+    return picture("sensitivity", f"{what.capitalize()} by layer and matrix", description, caption, canvas)
 
 
 def _plan_map(run: Run) -> Picture | None:
@@ -255,17 +213,30 @@ def _plan_map(run: Run) -> Picture | None:
         linewidth=1.5,
     )
     for (block, role), matrix in cells.items():
-        text = str(matrix.spec)
-        axes.text(roles.index(role) + 0.5, blocks.index(block) + 0.5, text, ha="center", va="center", color="#111111")
+        place = (roles.index(role) + 0.5, blocks.index(block) + 0.5)
+        size = _cell_size(roles, max(len(option) for option in options))
+        axes.text(*place, str(matrix.spec), ha="center", va="center", color="#111111", fontsize=size)
+    axes.set_xlabel("N:M pattern and bits of the weights")
     description = f"The plan of every matrix, one row per encoder block, one column per matrix: {_plan_text(run)}."
-    return _picture("plan", "The plan, matrix by matrix", description, "N:M pattern and bits of the weights.", canvas)
+    return picture("plan", "The plan, matrix by matrix", description, "N:M pattern and bits of the weights.", canvas)
+
+
+def _short(value: float) -> str:
+    """Two digits in the fewest characters, as in ``3e-5``."""
+    return f"{value:.0e}".replace("e-0", "e-") if 0 < abs(value) < 1e-3 else f"{value:.2g}"
+
+
+def _cell_size(roles: Sequence[str], characters: int = 6) -> float:
+    """The size of text that fits into a cell, in points: a character is about 0.6 of it wide."""
+    return min(7.5, 0.87 * WIDTH * 72 / len(roles) / (0.66 * characters))
 
 
 def _map_axes(blocks: Sequence[int], roles: Sequence[str]) -> tuple[Canvas, Axes]:
-    canvas = Canvas(figsize=(WIDTH, 0.7 + 0.27 * len(blocks)), layout="constrained")
+    canvas = Canvas(figsize=(WIDTH, 0.85 + 0.22 * len(blocks)), layout="constrained")
     axes = canvas.subplots()
     axes.set(xlim=(0, len(roles)), ylim=(len(blocks), 0), ylabel="block")
-    axes.set_xticks(np.arange(len(roles)) + 0.5, [role.replace("_", "\n") for role in roles])
+    names = [role.replace("_", "\n") for role in roles]
+    axes.set_xticks(np.arange(len(roles)) + 0.5, names, fontsize=_cell_size(roles, 8))
     axes.set_yticks(np.arange(len(blocks)) + 0.5, [str(block) for block in blocks])
     axes.xaxis.tick_top()
     axes.grid(False)
@@ -287,15 +258,16 @@ def _sample(run: Run) -> Picture | None:
     canvas = Canvas(figsize=(WIDTH, 0.9 + 2 * WIDTH * 0.82 * rows / columns), layout="constrained")
     above, below = canvas.subplots(2, 1)
     largest = float(np.abs(values).max()) or 1.0
-    picture = above.imshow(
+    codes = above.imshow(
         np.ma.masked_equal(values, 0),
         cmap=_SIGNED,
         norm=TwoSlopeNorm(0, -largest, largest),
         interpolation="none",
         aspect="equal",
     )
-    bar = canvas.colorbar(picture, ax=[above, below], shrink=0.5, pad=0.015)
+    bar = canvas.colorbar(codes, ax=[above, below], shrink=0.5, pad=0.015)
     bar.outline.set_visible(False)
+    bar.set_label("integer code" if spec.weight_bits else "weight (no unit)")
     what = "integer codes" if spec.weight_bits else "values"
     above.set_title(f"stored {what}; empty is zero")
     below.imshow(
@@ -309,141 +281,25 @@ def _sample(run: Run) -> Picture | None:
     below.set_title(f"what is kept{f'; lines every {spec.pattern.m} along K' if spec.pattern else ''}")
     for axes in (above, below):
         axes.grid(False)
-        axes.set(ylabel="output channel")
+        axes.set(ylabel="output, index")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         if spec.pattern:
             for edge in range(0, columns + 1, spec.pattern.m):
                 axes.axvline(edge - 0.5, color=LINE, linewidth=0.5)
-    below.set_xlabel("input, along K")
+    below.set_xlabel("input along K, index")
     zeros = int((values == 0).sum())
     description = f"The first {rows} output channels and {columns} inputs of {run.sample.name}: "
     description += f"{zeros} of {values.size} stored {what} are zero."
     caption = f"{run.sample.name}, planned {spec}: read back from the checkpoint, rows are output channels."
-    return _picture("sample", "Weights and mask of one matrix", description, caption, canvas)
-
-
-def _latency(run: Run) -> Picture | None:
-    timings = [(bench.file, timing) for bench in run.benches for timing in bench.content.timings]
-    if not timings:
-        return None
-    shapes = list(dict.fromkeys((file, timing.batch, timing.sequence) for file, timing in timings))
-    names = list(dict.fromkeys(timing.name for _, timing in timings))
-    several = len({file for file, _ in timings}) > 1
-    canvas = Canvas(figsize=(WIDTH, 0.55 + len(shapes) * (0.3 + 0.2 * len(names))), layout="constrained")
-    panels = canvas.subplots(len(shapes), 1, squeeze=False)[:, 0]
-    for axes, shape in zip(panels, shapes, strict=True):
-        file, batch, sequence = shape
-        _draw_latency(axes, [t for f, t in timings if (f, t.batch, t.sequence) == shape], names)
-        axes.set_title(f"batch {batch} x {sequence} tokens" + (f", {file}" if several else ""))
-    panels[-1].set_xlabel("milliseconds, median and middle half")
-    clocks = sorted({timing.clock for _, timing in timings})
-    description = "Bars of median milliseconds by shape and engine: " + "; ".join(
-        f"{timing.name} {timing.batch}x{timing.sequence} {FORMATS['milliseconds'](timing.median)}"
-        for _, timing in timings
-    )
-    caption = f"Engines take turns in every round, so that slow spells hit all alike. Clock: {', '.join(clocks)}."
-    return _picture("latency", "Latency by shape and engine", description, caption, canvas)
-
-
-def _draw_latency(axes: Axes, timings: Sequence[Timing], names: Sequence[str]) -> None:
-    """The bars of one shape; an engine has the same colour at every shape."""
-    for at, timing in enumerate(timings):
-        axes.barh([at], [timing.median], color=SERIES[names.index(timing.name) % len(SERIES)], height=0.62)
-        low, high = timing.quartiles
-        axes.hlines([at], low, high, color=INK, linewidth=1.2)
-        text = f"{FORMATS['milliseconds'](timing.median)} ms"
-        axes.annotate(text, (max(high, timing.median), at), xytext=(4, -3), textcoords="offset points")
-    axes.set_yticks(range(len(timings)), [timing.name for timing in timings])
-    axes.set_xlim(0, 1.25 * max(max(timing.quartiles) for timing in timings))
-    axes.invert_yaxis()
-    axes.grid(False, axis="y")
-
-
-def _parity(run: Run) -> Picture | None:
-    outputs = [
-        (f"{engine.name}, {output.output}", errors)
-        for engine in run.engines
-        if engine.parity
-        for output in engine.parity.content.outputs
-        if (errors := _errors(output))
-    ]
-    if not outputs:
-        return None
-    canvas = Canvas(figsize=(WIDTH, 0.8 + 0.42 * len(outputs)), layout="constrained")
-    axes = canvas.subplots()
-    for at, (_, errors) in enumerate(outputs):
-        for shift, (kind, actual, tolerated), color in zip((-0.16, 0.16), errors, SERIES, strict=False):
-            axes.hlines(at + shift, actual, tolerated, color=LINE, linewidth=1)
-            label = f"{kind} error" if at == 0 else None
-            axes.plot([actual], [at + shift], "o", color=color, markersize=5, label=label)
-            label = f"{kind}, tolerated" if at == 0 else None
-            axes.plot([tolerated], [at + shift], "|", color=color, markersize=10, markeredgewidth=2, label=label)
-    axes.set_yticks(range(len(outputs)), [label for label, _ in outputs])
-    _logarithmic(axes, "x")
-    axes.set(xlabel="|engine - checkpoint|, logarithmic")
-    axes.invert_yaxis()
-    canvas.legend(loc="outside upper left", ncols=4, handletextpad=0.2, columnspacing=1)
-    description = "Largest and mean error of every output against its tolerance: " + "; ".join(
-        f"{label} {actual:.2g} of {tolerated:.2g}" for label, ((_, actual, tolerated), _) in outputs
-    )
-    return _picture(
-        "parity",
-        "Parity error and tolerance by output",
-        description,
-        "A dot left of its bar of the same colour is within the tolerance.",
-        canvas,
-    )
-
-
-ErrorAndLimit = tuple[str, float, float]  # (kind, error, tolerated)
-
-
-def _errors(output: OutputParity) -> tuple[ErrorAndLimit, ErrorAndLimit] | None:
-    """The largest and the mean error, each with what is tolerated; None where a logarithmic axis has no place for
-    them."""
-    largest, mean = output.max_abs, output.mean_abs
-    if not (largest and mean and output.max_tolerance and output.mean_tolerance):
-        return None
-    return ("max", largest, output.max_tolerance), ("mean", mean, output.mean_tolerance)
-
-
-def _blocks(run: Run) -> Picture | None:
-    """Accumulated error by block. A block without an error is not drawn: the axis is logarithmic."""
-    engines = [(engine, [b for b in engine.blocks if b.accumulated_max_abs]) for engine in run.engines]
-    engines = [(engine, blocks) for engine, blocks in engines if blocks]
-    if not engines:
-        return None
-    canvas = Canvas(figsize=(WIDTH, 2.8), layout="constrained")
-    axes = canvas.subplots()
-    names = list(dict.fromkeys(block.block for engine in run.engines for block in engine.blocks))
-    for number, (engine, blocks) in enumerate(engines):
-        color = SERIES[number % len(SERIES)]
-        xs = [names.index(block.block) for block in blocks]
-        ys = [block.accumulated_max_abs or 0.0 for block in blocks]
-        axes.plot(xs, ys, "o-", color=color, label=engine.name, markersize=4)
-        tolerances = [(x, b.accumulated_max_tolerance) for x, b in zip(xs, blocks, strict=True)]
-        drawn = [(x, tolerance) for x, tolerance in tolerances if tolerance]
-        if drawn:
-            axes.plot(*zip(*drawn, strict=True), "_", color=color, markersize=10, markeredgewidth=1.5)
-    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    _logarithmic(axes, "y")
-    axes.set(ylabel="largest |difference|")
-    axes.legend(loc="best")
-    description = "Largest difference behind each block: " + "; ".join(
-        f"{engine.name} {block.block} {FORMATS['error'](block.accumulated_max_abs or 0.0)}"
-        for engine, blocks in engines
-        for block in blocks
-    )
-    caption = "Where two backends part; a dash is what is tolerated there."
-    return _picture("blocks", "Parity error by block", description, caption, canvas)
+    return picture("sample", "Weights and mask of one matrix", description, caption, canvas)
 
 
 def _curves(run: Run) -> Picture | None:
     series, phases, end = _training_series(run)
     if "loss" not in series:
         return None
-    labels = {"loss": "training loss", "residual": "ADMM residual", "flips": "mask flips, %"}
+    labels = {"loss": "loss (no unit)", "residual": "|W - Z| / |W|", "flips": "mask flips, %"}
     canvas = Canvas(figsize=(WIDTH, 1.0 + 1.15 * len(series)), layout="constrained")
     panels = canvas.subplots(len(series), 1, sharex=True, squeeze=False)[:, 0]
     for number, (axes, (key, points)) in enumerate(zip(panels, series.items(), strict=True)):
@@ -466,9 +322,9 @@ def _curves(run: Run) -> Picture | None:
         if key != "flips"
     )
     caption = "The loss of each phase is a sum of its own terms, so levels of two phases do not compare. "
-    caption += "The residual is how far the weights are from their projection, flips the share of mask entries that "
+    caption += "|W - Z| / |W| is how far the weights are from their projection, flips the share of mask entries that "
     caption += "changed at a dual update."
-    return _picture("curves", "Training", description, caption, canvas)
+    return picture("curves", "Training", description, caption, canvas)
 
 
 def _training_series(run: Run) -> tuple[dict[str, list[tuple[float, float]]], list[tuple[float, str]], float]:
@@ -499,9 +355,3 @@ def _apart(phases: Sequence[tuple[float, str]], end: float) -> list[tuple[float,
         if all(at + width * len(name) < other or other + width * len(text) < at for other, text in chosen):
             chosen.append((at, name))
     return chosen
-
-
-def _picture(key: str, title: str, description: str, caption: str, canvas: Canvas) -> Picture:
-    buffer = io.StringIO()
-    canvas.savefig(buffer, format="svg", metadata={"Date": None})
-    return Picture(key, title, description, caption, inline(buffer.getvalue(), key, title, description))

@@ -7,10 +7,16 @@ import re
 from collections.abc import Mapping
 from xml.etree import ElementTree
 
-# Placeholders: what the style sheet calls ink, muted, line and s1 to s6.
-INK, MUTED, LINE = "#010101", "#020202", "#030303"
+# Placeholders: what the style sheet calls ink, muted, line, panel (what a picture stands on) and s1 to s6.
+INK, MUTED, LINE, PANEL = "#010101", "#020202", "#030303", "#040404"
 SERIES = ("#0a0101", "#0a0202", "#0a0303", "#0a0404", "#0a0505", "#0a0606")
-_CLASSES = {INK: "ink", MUTED: "muted", LINE: "line", **{color: f"s{i + 1}" for i, color in enumerate(SERIES)}}
+_CLASSES = {
+    INK: "ink",
+    MUTED: "muted",
+    LINE: "line",
+    PANEL: "panel",
+    **{color: f"s{i + 1}" for i, color in enumerate(SERIES)},
+}
 
 
 def inline(svg: str, key: str, title: str, description: str) -> str:

@@ -22,11 +22,12 @@ Cell = Piece | Code | tuple[Piece | Code, ...]
 @dataclass(frozen=True)
 class PageTable:
     """A table of the page: its caption, column titles (a leading ``#`` aligns to the right) and rows; the first cell
-    heads its row."""
+    heads its row. With `folded`, the line that a reader sees, it is closed until it is asked for."""
 
     caption: str
     columns: tuple[str, ...]
     rows: Sequence[Sequence[Cell]]
+    folded: str = ""
 
 
 def pair(low: Figure | None, high: Figure | None, kind: str) -> Cell:

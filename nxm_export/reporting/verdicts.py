@@ -7,7 +7,7 @@ what nobody saw is called unknown.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nxm_export.contract.records.run_summary import Speedup
 
 GOOD, BAD, OPEN, ABSENT = "good", "bad", "open", "absent"
+NO_DIFFERENCE = "no difference found"
 Piece = str | Shown
 COUNTED = {
     "hw": "2:4 as tensor cores store it, index and scales included",
@@ -111,8 +112,8 @@ def _accuracy(run: Run) -> Verdict:
     elif low.number > 0:
         state, word, note = GOOD, "better than dense", "The whole interval lies above 0."
     else:
-        state, word = OPEN, "not told apart"
-        note = "The interval holds 0: these samples cannot tell the two models apart. "
+        state, word = OPEN, NO_DIFFERENCE
+        note = "The interval holds 0: these samples show no difference between the two models. "
         note += "That is not proof that they are equal."
     return Verdict("accuracy", title, state, word, tuple(rows), note, lead)
 
@@ -201,14 +202,7 @@ def _speed(run: Run) -> Verdict:
     if engine is None or not measured:
         return Verdict("speed", title, ABSENT, "not timed", note="No engine of this run was timed against another.")
     rows = tuple(VerdictRow(f"batch {ratio.batch} x {ratio.sequence} tokens", ratio.pieces) for ratio in measured)
-    if all(low > 1 for low, _ in (ratio.interval for ratio in measured)):
-        state, word = GOOD, "faster"
-    elif all(high < 1 for _, high in (ratio.interval for ratio in measured)):
-        state, word = BAD, "slower"
-    elif any(low > 1 for low, _ in (ratio.interval for ratio in measured)):
-        state, word = OPEN, "not everywhere"
-    else:
-        state, word = OPEN, "not told apart"
+    state, word = _word_of_speed([ratio.interval for ratio in measured])
     slowest = min(measured, key=lambda ratio: ratio.speedup.number or 0.0)
     shape = f"{slowest.batch}x{slowest.sequence}"
     least = f", the least of {len(measured)} shapes" if measured[1:] else ""
@@ -217,6 +211,22 @@ def _speed(run: Run) -> Verdict:
     note = f"{engine.name} against {slowest.reference}, 95 % intervals of paired rounds"
     note += f", on {device}." if device else "."
     return Verdict("speed", title, state, word, rows, note, lead)
+
+
+def _word_of_speed(intervals: Sequence[tuple[float, float]]) -> tuple[str, str]:
+    """(state, word) of the intervals of all shapes. One that lies below 1 is a difference that was found."""
+    faster, slower = sum(low > 1 for low, _ in intervals), sum(high < 1 for _, high in intervals)
+    if faster == len(intervals):
+        return GOOD, "faster"
+    if slower == len(intervals):
+        return BAD, "slower"
+    if faster and slower:
+        return OPEN, "faster or slower, by shape"
+    if faster:
+        return OPEN, "faster at some shapes"
+    if slower:
+        return OPEN, "slower at some shapes"
+    return OPEN, NO_DIFFERENCE
 
 
 def _sparse(run: Run) -> Verdict:
@@ -243,10 +253,22 @@ def _sparse(run: Run) -> Verdict:
             "sparse", title, BAD, "pattern broken", tuple(rows), "A stored matrix breaks the pattern of its plan."
         )
     lead = (f"{len(stored)} of {len(planned)} stored N:M",)
-    if any(row.planned_sparse and row.chosen is True for engine in run.engines for row in engine.matrices):
+    proved, of_engine = max((proved_sparse(engine) for engine in run.engines), default=(0, 0))
+    if proved == of_engine > 0 and checked:
         return Verdict("sparse", title, GOOD, "stored and run", tuple(rows), "", lead)
+    if proved:
+        if not checked:
+            return Verdict("sparse", title, OPEN, "run; stored not checked", tuple(rows), "No graph was checked.", lead)
+        note = "The other matrices run dense, or their kernel was not seen."
+        return Verdict("sparse", title, OPEN, "stored; run in part", tuple(rows), note, lead)
     note = "Whether a 2:4 kernel runs is only known on the GPU. Until an engine proves it, it is called unknown."
     return Verdict("sparse", title, OPEN, "stored; running unknown", tuple(rows), note, lead)
+
+
+def proved_sparse(engine: EngineEntry) -> tuple[int, int]:
+    """(planned-sparse matrices that are proved to run on sparse kernels, all planned-sparse ones) of an engine."""
+    planned = [row for row in engine.matrices if row.planned_sparse]
+    return sum(row.chosen is True for row in planned), len(planned)
 
 
 def _kernel_rows(run: Run, engine: EngineEntry) -> Iterator[VerdictRow]:

@@ -114,7 +114,8 @@ def _export(target: str) -> Callable[[Family, Path], None]:
     def stage(family: Family, scratch: Path) -> None:
         report = nxm.verify(family.graph(target) / "model.onnx")
         report.require()
-        assert len([weight for weight in report.weights if weight.planned]) == tiny.matrices(family.name)
+        planned = [weight for weight in report.weights if weight.planned]
+        assert len(planned) == tiny.matrices(family.name, split=True)  # a part has an output quantizer of its own
 
     return stage
 
@@ -123,8 +124,7 @@ def _build(backend: str) -> Callable[[Family, Path], None]:
     def stage(family: Family, scratch: Path) -> None:
         directory = family.engine(backend)
         if backend == "trt_rtx":  # which runs on a GPU alone
-            in_float = load_passport(directory).options["float_products"]
-            assert list(in_float) == tiny.float_on_rtx(family.name)  # type: ignore[call-overload]
+            assert load_passport(directory).options["float_products"] == []
         else:
             nxm.compare(directory, family.dev).require()
 

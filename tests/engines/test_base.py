@@ -14,10 +14,12 @@ from engines.base import (
     Backend,
     LayerTimedEngine,
     Profile,
+    ProfiledBackend,
     backend,
     cpu_backends,
     module_command,
 )
+from engines.cusparselt import backend as cusparselt_backend
 from engines.openvino import backend as openvino_backend
 from engines.ort import backend as ort_backend
 from engines.tensorrt import backend as tensorrt_backend
@@ -26,12 +28,12 @@ from engines.tensorrt.runtime import TensorRTEngine
 from nxm_export.errors import EngineError
 
 if TYPE_CHECKING:  # what `backend` promises of the modules of `BACKENDS`, held by mypy
-    _MODULES: tuple[Backend, ...] = (ort_backend, openvino_backend, tensorrt_backend, rtx_backend)
+    _MODULES: tuple[Backend, ...] = (ort_backend, openvino_backend, tensorrt_backend, rtx_backend, cusparselt_backend)
 
 
 class TestProtocol:
     def test_mypy_holds_every_backend_against_the_protocol(self) -> None:
-        modules = (ort_backend, openvino_backend, tensorrt_backend, rtx_backend)
+        modules = (ort_backend, openvino_backend, tensorrt_backend, rtx_backend, cusparselt_backend)
         assert {module.NAME: module.__name__ for module in modules} == BACKENDS
 
     @pytest.mark.parametrize("name", BACKENDS)
@@ -46,7 +48,10 @@ class TestProtocol:
             capabilities = backend(name).CAPABILITIES
             on_cpu = name in cpu_backends()
             assert capabilities.threads == capabilities.runs_onnx == on_cpu
-            assert capabilities.layer_times == capabilities.sparse_kernels == (not on_cpu)
+            assert capabilities.sparse_kernels == (not on_cpu)
+            assert capabilities.layer_times == (name in ("trt", "trt_rtx"))
+            assert capabilities.profiled_kernels == capabilities.always_sparse == (name == "cusparselt")
+        assert isinstance(cusparselt_backend, ProfiledBackend)
         assert issubclass(TensorRTEngine, LayerTimedEngine)
         assert not issubclass(ort_backend.OrtEngine, LayerTimedEngine)
 

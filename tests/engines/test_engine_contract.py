@@ -216,11 +216,9 @@ def test_tensorrt_rtx_builds_every_family_with_all_products_in_int8(
         pytest.skip(str(error))
     passport = load_passport(directory)
     assert (directory / "model.engine").stat().st_size > 100_000
-    planned = len(FAMILIES[family].linears) * tiny.LAYERS  # each run of a shared block by itself
-    in_float = tiny.float_on_rtx(family)
-    assert passport.options["planned_products"] == planned
-    assert list(passport.options["float_products"]) == in_float  # type: ignore[call-overload]
-    assert passport.options["integer_products"] == planned - len(in_float), passport.options["float_products"]
+    planned = tiny.matrices(family, 1, split=True) * tiny.LAYERS  # each run of a shared block by itself
+    assert passport.options["float_products"] == []
+    assert passport.options["planned_products"] == passport.options["integer_products"] == planned
     assert passport.profiles[0].maximum == (32, tiny.POSITIONS)
 
 
@@ -234,7 +232,8 @@ def test_every_planned_product_runs_on_integers(
         facts = backend(name).inspect(tiny_engine(name, family, placement)).to_dict()
     except EngineUnavailable as error:
         pytest.skip(str(error))
-    assert facts["integer_products"] == len(FAMILIES[family].linears) * tiny.LAYERS, facts["operators"]
+    split = placement == "inputs-outputs"  # a part has an output quantizer of its own
+    assert facts["integer_products"] == tiny.matrices(family, 1, split=split) * tiny.LAYERS, facts["operators"]
 
 
 class TestForeign:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nxm_export.contract.checkpoint import read_config, save_plan
-from nxm_export.contract.encoder_family import Family
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.data.examples import Features, sample_of
@@ -124,11 +123,17 @@ def _ranges(path: Path, plan: CompressionPlan, task: str) -> dict[str, np.ndarra
 
     model = load_task_model(path, TASKS[task])
     largest: dict[str, float] = {}
+    kind = FAMILIES[plan.model_type]
 
     def watch(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
         def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            for kind, tensor in (("input_scale", args[0]), ("output_scale", output)):
-                largest[f"{name}.{kind}"] = max(largest.get(f"{name}.{kind}", 0.0), float(tensor.abs().max()))
+            parts = [path.removesuffix(".weight") for path in kind.parts(f"{name}.weight")]
+            written = zip(parts, output.chunk(len(parts), dim=-1), strict=True)
+            for key, tensor in (
+                (f"{name}.input_scale", args[0]),
+                *((f"{part}.output_scale", x) for part, x in written),
+            ):
+                largest[key] = max(largest.get(key, 0.0), float(tensor.abs().max()))
 
         return hook
 
@@ -136,23 +141,21 @@ def _ranges(path: Path, plan: CompressionPlan, task: str) -> dict[str, np.ndarra
         module = name.removesuffix(".weight")
         model.get_submodule(module).register_forward_hook(watch(module))
     family = plan.model_type
-    operands = _watch_operands(model, largest) if plan.attention == "int8" else set()
+    operands = _watch_operands(model, plan, largest) if plan.attention == "int8" else set()
     with torch.no_grad():
         for seed in range(3):
             batch = feeds(family, 8, tiny.POSITIONS, padding=5, seed=seed + 100)
             model(**{key: torch.from_numpy(value) for key, value in batch.items()})
-    quantized = {
-        f"{name.removesuffix('.weight')}.{kind}"
-        for name, spec in plan.weights.items()
-        for kind, bits in (("input_scale", spec.input_bits), ("output_scale", spec.output_bits))
-        if bits
-    }
+    inputs = [name for name, spec in plan.weights.items() if spec.input_bits]
+    outputs = [part for name, spec in plan.weights.items() if spec.output_bits for part in kind.parts(name)]
+    quantized = {f"{name.removesuffix('.weight')}.input_scale" for name in inputs}
+    quantized |= {f"{name.removesuffix('.weight')}.output_scale" for name in outputs}
     quantized |= operands
     return {key: np.asarray(value / 127.0, np.float32) for key, value in largest.items() if key in quantized}
 
 
-def _watch_operands(model: torch.nn.Module, largest: dict[str, float]) -> set[str]:
-    """Let `largest` have the range of what attention multiplies where no linear layer writes it; returns its keys."""
+def _watch_operands(model: torch.nn.Module, plan: CompressionPlan, largest: dict[str, float]) -> set[str]:
+    """Let `largest` have the range of what attention multiplies; returns the keys of what no linear layer quantizes."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
@@ -160,7 +163,9 @@ def _watch_operands(model: torch.nn.Module, largest: dict[str, float]) -> set[st
     family = FAMILIES[config["model_type"]]
     if family.operands_are_outputs:
         return set()
-    paths = {id(model.get_submodule(path)): path for path in _attentions(family, config)}
+    blocks = family.blocks(config)
+    attentions = [f"{block}.{family.attention.path}" for block in blocks]
+    paths = {id(model.get_submodule(path)): path for path in attentions}
 
     def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any) -> Any:
         for name, x in (("query", query), ("key", key), ("value", value)):
@@ -172,8 +177,6 @@ def _watch_operands(model: torch.nn.Module, largest: dict[str, float]) -> set[st
     AttentionInterface.register("test_watch", attention)
     AttentionMaskInterface.register("test_watch", eager_mask)
     model.set_attn_implementation("test_watch")  # type: ignore[operator]
-    return {f"{path}.{name}_scale" for path in paths.values() for name in ("query", "key", "value")}
-
-
-def _attentions(family: Family, config: Mapping[str, object]) -> list[str]:
-    return [f"{block}.{family.attention.path}" for block in family.blocks(config)]
+    return {
+        f"{block}.{family.attention.path}.{name}_scale" for block in blocks for name in family.own_operands(plan, block)
+    }

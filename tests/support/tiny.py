@@ -114,21 +114,12 @@ def write_model(
     return out
 
 
-def matrices(family: str, layers: int = LAYERS) -> int:
-    """How many compressible matrices a family's tiny models have."""
+def matrices(family: str, layers: int = LAYERS, *, split: bool = False) -> int:
+    """How many compressible matrices a family's tiny models have; `split`: with each part of a fused one for itself."""
     from nxm_export.contract.families import FAMILIES as KNOWN
 
-    return len(KNOWN[family].linears) * (1 if family == "albert" else layers)
-
-
-def float_on_rtx(family: str, layers: int = LAYERS) -> list[str]:
-    """The planned products that TensorRT-RTX 1.7 runs in float: of a fused matrix of query, key and value it takes the
-    three parts of the dequantized weight."""
-    from nxm_export.contract.families import FAMILIES as KNOWN
-
-    kind = KNOWN[family]
-    paths = [linear.path for linear in kind.linears if linear.role == "qkv"]
-    return [f"{kind.base}.{kind.block.format(i=i)}.{path}" for i in range(layers) for path in paths]
+    parts = sum(len(linear.parts) - 1 for linear in KNOWN[family].linears if linear.parts) if split else 0
+    return (len(KNOWN[family].linears) + parts) * (1 if family == "albert" else layers)
 
 
 def pad_id(family: str) -> int:

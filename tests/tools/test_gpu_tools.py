@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 
+from nxm_export.storage.json_files import read_record
 from tools import ROOT
-from tools.gpu import training_probe
+from tools.gpu import engine_twins, training_probe
 from tools.gpu.cusparselt import __main__ as cusparselt
 from tools.gpu.tensorrt86 import LIBRARIES, VERSION, evidence, pack, unpack
 from tools.gpu.tensorrt86.manifest import Manifest
@@ -30,6 +31,7 @@ COMMANDS = (
     "sparse_kernels",
     "training_probe",
     "cusparselt.__main__",
+    "engine_twins",
     "fake_accelerator.__main__",
     "tensorrt86.pack",
     "tensorrt86.unpack",
@@ -56,6 +58,7 @@ def test_every_command_says_what_it_does(command: str, capsys: pytest.CaptureFix
     [
         ("evidence", ["--work", "{}"], "needs an NVIDIA GPU and its driver"),
         ("cusparselt.__main__", ["--out", "{}/x.json"], "no CUDA device here; --rehearse"),
+        ("engine_twins", ["--out", "{}/twins"], "no engine of cusparselt can be built or run here"),
         ("training_probe", ["run", "{}", "--out", "{}"], "no CUDA device here; --cpu-only"),
         ("tensorrt86.unpack", ["--folder", "{}"], "manifest.json is missing"),
         ("tensorrt86.engines", ["{}", "{}", "a:b:1x8"], "TensorRT is not installed"),
@@ -117,10 +120,54 @@ def test_the_most_telling_products_come_first() -> None:
     assert names.index("minilm layer 4096") < names.index("bert-base ffn-up 1024")
 
 
+# The engine's twins
+
+
+def test_the_first_model_comes_first_then_trained_checkpoints() -> None:
+    ordered = [subject.name for subject in engine_twins.subjects(["bert-base", "minilm"], ["runs/a/film"], None)]
+    assert ordered == [
+        "bert-base-inputs-outputs", "bert-base-inputs", "film-as-trained", "minilm-inputs-outputs", "minilm-inputs",
+    ]  # fmt: skip
+    assert engine_twins.Subject("minilm", "inputs", layers=2).name == "minilm-2-inputs"
+
+
+def test_twins_are_rehearsed_to_the_end_and_say_that_no_gpu_was_there(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--rehearse", "--models", "", "--checkpoint", str(tiny_checkpoint("bert")), "--rounds", "2"]
+    arguments += ["--shapes", "2x8,1x4,1x512", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    assert engine_twins.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "A STAND-IN: nothing of this is about a GPU" in shown
+    assert "no sparse kernel is proven to run on stand-in" in shown
+    assert "| 2x8 |" in shown
+    file = tmp_path / "out" / "checkpoint-as-trained.json"
+    result = read_record(file, engine_twins.Result, schema=engine_twins.SCHEMA, way_out="")
+    assert result.complete
+    assert result.kind == "stand-in"
+    assert result.error is None
+    assert [report.timings[0].batch for report in result.bench] == [2, 1]  # 512 is more than the model takes
+    assert result.parity is not None
+    assert {name: entry.passed for name, entry in result.parity.items()} == {"int8-sparse": True, "int8-dense": True}
+    assert result.sparsity is not None
+    assert result.sparsity.chosen == 0
+    written = file.stat().st_mtime_ns
+    assert engine_twins.main(arguments) == 0  # what is complete is not measured again
+    assert file.stat().st_mtime_ns == written
+
+
+def test_twins_stop_at_the_budget_and_list_what_was_not_reached(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert engine_twins.main(["--rehearse", "--models", "tiny", "--budget", "-1", "--out", str(out)]) == 1
+    assert "not reached: tiny-inputs-outputs, tiny-inputs" in capsys.readouterr().out
+    assert (out / "stand-in-cusparselt.md").is_file()
+
+
 # Training
 
 
-@pytest.mark.slow
 def test_training_is_rehearsed_on_the_cpu(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     run = tiny_checkpoint("bert").parent
     assert training_probe.main(["pack", str(run), "--data", str(run), "--out", str(tmp_path / "data")]) == 0

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import numpy as np
 
@@ -45,6 +45,11 @@ from tools.benchmarks.measuring import (
     where_and_when,
 )
 from tools.rendering import render, write_section
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from nxm_export.hf.protocols import AutoClass
 
 TOOL, TOOL_MODULE = "tools/benchmarks/scaling.py", "tools.benchmarks.scaling"
 FILE = RECORDS / "scaling.json"
@@ -129,12 +134,7 @@ def write_checkpoint(
 
     `weights` is their spec, of 4 bits; they lie on 2:4 whether it says so or not.
     """
-    import torch
     import transformers
-    from safetensors.numpy import save_file
-
-    from nxm_export.contract.checkpoint import save_plan
-    from nxm_export.contract.families import FAMILIES
 
     config = transformers.BertConfig(
         vocab_size=VOCABULARY,
@@ -143,10 +143,23 @@ def write_checkpoint(
         num_hidden_layers=layers,
         num_attention_heads=heads,
     )
-    config.architectures = ["BertForSequenceClassification"]
+    write_random(out, config, weights=weights, embedding=embedding)
+
+
+def write_random(out: Path, config: PreTrainedConfig, *, weights: str = "2:4+W4", embedding: str = "float") -> None:
+    """A compressed checkpoint of a classifier of any family, as `write_checkpoint` makes it."""
+    import torch
+    import transformers
+    from safetensors.numpy import save_file
+
+    from nxm_export.contract.checkpoint import save_plan
+    from nxm_export.contract.families import family_of
+
     with torch.device("meta"):
-        shapes = {k: tuple(v.shape) for k, v in transformers.BertForSequenceClassification(config).state_dict().items()}
-    family, rng = FAMILIES["bert"], np.random.default_rng(0)
+        model = cast("AutoClass", transformers.AutoModelForSequenceClassification).from_config(config)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    config.architectures = [type(model).__name__]
+    family, rng = family_of(config.to_dict()), np.random.default_rng(0)
     plan = family.uniform_plan(config.to_dict(), WeightSpec.parse(weights), embedding=embedding)
     tensors: dict[str, np.ndarray] = {}
     scales: dict[str, np.ndarray] = {}

@@ -25,7 +25,11 @@ START_SECONDS = 60.0
 
 
 class CannotStart(Exception):
-    """A server that did not become ready; the text holds the end of its log."""
+    """A server that ended before it was ready; the text holds the end of its log."""
+
+
+class TooSlow(CannotStart):
+    """A server that still runs and is not ready in `START_SECONDS`."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,11 @@ def nxm_serve(log: Path, *arguments: str) -> Iterator[Running]:
 
 @contextlib.contextmanager
 def triton(repository: Path, log: Path, venv: Path) -> Iterator[Running]:
-    """The real Triton server on a model repository, with the doubles as its onnxruntime and tensorrt backends."""
+    """The real Triton server on a model repository, with the doubles as its onnxruntime and tensorrt backends.
+
+    One start in some hundreds hung behind "models READY", where the next line of the log is about NVIDIA's library for
+    GPU metrics. There is no GPU here: those metrics are off, and a server that hangs is started once more.
+    """
     server, environment, backends = _triton_parts(venv, log.parent)
     ports = {"http": free_port(), "grpc": free_port(), "metrics": free_port()}
     command = [
@@ -88,11 +96,20 @@ def triton(repository: Path, log: Path, venv: Path) -> Iterator[Running]:
         f"--backend-directory={backends}",
         "--disable-auto-complete-config",
         "--exit-timeout-secs=5",
+        "--allow-gpu-metrics=false",
         *(f"--{kind}-address=127.0.0.1" for kind in ports),
         *(f"--{kind}-port={port}" for kind, port in ports.items()),
     ]
     # The stub looks for packages in its working directory first, and where that is not enough, in PYTHONPATH.
-    with started(command, environment, ports["http"], log, cwd=_site(venv), grpc_port=ports["grpc"]) as running:
+    with contextlib.ExitStack() as stack:
+        for attempts_left in (1, 0):
+            start = started(command, environment, ports["http"], log, cwd=_site(venv), grpc_port=ports["grpc"])
+            try:
+                running = stack.enter_context(start)
+                break
+            except TooSlow:
+                if not attempts_left:
+                    raise
         yield running
 
 
@@ -151,9 +168,13 @@ def started(
     try:
         deadline = time.monotonic() + START_SECONDS
         while get(f"{running.url}/v2/health/ready") != 200:
-            if process.poll() is not None or time.monotonic() > deadline:
+            status, late = process.poll(), time.monotonic() > deadline
+            if status is not None or late:
                 tail = log.read_text(encoding="utf-8", errors="replace")[-3000:]
-                raise CannotStart(f"{command[0]} exited with {process.poll()}:\n{tail}")
+                if status is not None:
+                    raise CannotStart(f"{command[0]} exited with {status}:\n{tail}")
+                process.kill()  # it may not hear a signal, either
+                raise TooSlow(f"{command[0]} is not ready after {START_SECONDS:.0f} s:\n{tail}")
             time.sleep(0.05)
         yield running
     finally:

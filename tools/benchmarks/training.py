@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 
 from compressors.freed_memory import keep_freed_memory
 from compressors.pruning.admm import Admm
-from compressors.quantization.fake_quant import quant_linears
+from compressors.quantization.fake_quant import activation_quantizers, quant_linears
 from compressors.quantization.prepare_bake import prepare
 from compressors.settings import Losses, Settings
 from compressors.training.admm_schedule import MAX_DUAL_UPDATES, WATCH_EVERY, WATCHED_SAMPLES
@@ -216,10 +216,8 @@ def prepared(name: str) -> nn.Module:
     plan = family.uniform_plan(config, WeightSpec.parse(OPTION))
     prepare(model, plan, family, config)
     freeze_embeddings(model)
-    for layer in quant_linears(model).values():
-        for quantizer in (layer.input_quantizer, layer.output_quantizer):
-            if quantizer is not None:
-                quantizer.set_scale(4.0 / 127)  # inputs of unit variance, and few are clipped
+    for quantizer in activation_quantizers(model):
+        quantizer.set_scale(4.0 / 127)  # inputs of unit variance, and few are clipped
     return model
 
 

@@ -223,8 +223,9 @@ def _sparsity(report: SparsityReport | None) -> Sparsity:
     return Sparsity(len(planned), chosen, report.sparse_share, report.counts)
 
 
-def one_shot(variant: Variant, directory: Path) -> Path:
-    """A checkpoint of the model's shape: random weights, calibrated on random tokens, pruned by magnitude, baked."""
+def one_shot(variant: Variant, directory: Path, layers: int | None = None) -> Path:
+    """A checkpoint of the model's shape: random weights, calibrated on random tokens, pruned by magnitude, baked; with
+    another number of `layers`, where one is given."""
     import torch
     import transformers
 
@@ -235,10 +236,12 @@ def one_shot(variant: Variant, directory: Path) -> Path:
     from nxm_export.contract.families import FAMILIES
     from nxm_export.contract.plan import WeightSpec
 
-    out = directory / f"{variant.model}-{variant.gelu}"
+    hidden, own, heads, positions = MODELS[variant.model]
+    layers = layers or own
+    shortened = "" if layers == own else f"-{layers}"
+    out = directory / f"{variant.model}{shortened}-{variant.gelu}"
     if out.is_dir():
         return out
-    hidden, layers, heads, positions = MODELS[variant.model]
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=30522,
@@ -267,7 +270,7 @@ def one_shot(variant: Variant, directory: Path) -> Path:
     return out
 
 
-def parity(checkpoint: Path, work: Path, longest: int) -> dict[str, Parity]:
+def parity(checkpoint: Path, work: Path, longest: int, vocabulary: int = 30522) -> dict[str, Parity]:
     """The INT8 engines against PyTorch on 32 random sentences: the same tolerance as for everything else."""
     import numpy as np
 
@@ -277,7 +280,7 @@ def parity(checkpoint: Path, work: Path, longest: int) -> dict[str, Parity]:
     features: list[Features] = []
     for _ in range(32):
         length = int(rng.integers(4, min(48, longest) + 1))
-        ids = [int(token) for token in rng.integers(5, 30522, size=length)]
+        ids = [int(token) for token in rng.integers(5, vocabulary, size=length)]
         features.append({"input_ids": ids, "attention_mask": [1] * length, "token_type_ids": [0] * length, "labels": 0})
     results = {}
     for name in (SPARSE, DENSE):

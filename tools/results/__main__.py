@@ -135,14 +135,18 @@ def _protocol(task: tasks.Task, options: RunOptions) -> Protocol:
 @cli.command()
 @_RESULTS
 @click.option("--document", type=_PATH, default=ROOT / "docs" / "results.md")
-def render(results: Path, document: Path) -> None:
-    """Write docs/results.md and its pictures from the records, without training."""
+@click.option("--readme", type=_PATH, default=ROOT / "README.md", help="Where the short table goes.")
+def render(results: Path, document: Path, readme: Path) -> None:
+    """Write docs/results.md, its pictures and the README's table from the records, without training."""
     from importlib.util import find_spec
 
+    from tools.rendering import write_section
     from tools.results.page import render as write
+    from tools.results.readme import SECTION, results_table
 
     rendered = write(results, document)
-    click.echo(f"{document}, {len(rendered.images)} pictures")
+    write_section(readme, SECTION, results_table(results))
+    click.echo(f"{document}, {len(rendered.images)} pictures, and the table in {readme}")
     if find_spec("matplotlib") is None:
         click.echo("matplotlib is not installed: pictures are as they were; pip install 'nxm-export[report]'", err=True)
 

@@ -21,10 +21,11 @@ from tools.results.pooled import CHOSEN_ON, MARGIN, Cell, Comparison, Estimate, 
 from tools.results.records import CompressionFacts, Interval, Machine, Record
 from tools.results.rows import DEFAULT_RECIPE, RECIPE_TITLES, Row, position, row_named
 from tools.results.statistics import Difference, Retention, TaskStatistics, deviation, overall
-from tools.results.store import TaskStore, stores
+from tools.results.store import ENCODERS, TaskStore, stores
 from tools.results.tasks import TASKS
 
 GAP = "–"
+FIRST = next(iter(ENCODERS))  # all rows are of it; others have a few
 Cells = list[list[str]]
 
 
@@ -101,15 +102,20 @@ class Starts:
 
 def render(results: Path, document: Path) -> Rendered:
     """Write `document` and, where matplotlib is installed, pictures to ``images`` beside it."""
-    measured = [(store, TaskStatistics(store.task, store.labelled_records())) for store in stores(results)]
     images: list[Path] = []
-    sections = []
-    for store, statistics in measured:
-        drawn = _draw(statistics, store, document.parent / "images")
-        images += drawn
-        sections.append(_section(statistics, store, drawn))
-    together = _together([statistics for _, statistics in measured if statistics.task.glue])
-    starts = _starts([statistics for _, statistics in measured])
+    sections: list[TaskSection] = []
+    by_encoder: dict[str, list[TaskStatistics]] = {}
+    for encoder in ENCODERS:
+        for store in stores(results, encoder):
+            statistics = TaskStatistics(store.task, store.labelled_records())
+            by_encoder.setdefault(encoder, []).append(statistics)
+            name = store.task.name if encoder == FIRST else f"{ENCODERS[encoder]}-{store.task.name}"
+            drawn = _draw(statistics, store, document.parent / "images", name)
+            images += drawn
+            sections.append(_section(statistics, store, encoder, drawn))
+    measured = by_encoder.get(FIRST, [])
+    together = _together([statistics for statistics in measured if statistics.task.glue])
+    starts = _starts(measured)
     page = rendering.render("results/page.md.j2", resamples=RESAMPLES, starts=starts, together=together, tasks=sections)
     text = f"{page}\n"
     make_directory(document.parent)
@@ -117,12 +123,12 @@ def render(results: Path, document: Path) -> Rendered:
     return Rendered(text, images)
 
 
-def _section(statistics: TaskStatistics, store: TaskStore, images: Sequence[Path]) -> TaskSection:
+def _section(statistics: TaskStatistics, store: TaskStore, encoder: str, images: Sequence[Path]) -> TaskSection:
     first = next(iter(statistics.records.values()))
     changed = [row for row in statistics.rows if row_named(row).changes]
     unchanged = [row for row in statistics.rows if row not in changed]
     return TaskSection(
-        title=statistics.task.title,
+        title=statistics.task.title if encoder == FIRST else f"{encoder}: {statistics.task.title}",
         sentences=len(first.labels),
         metric=statistics.task.metric_title,
         model=first.record.model,
@@ -347,11 +353,11 @@ def _estimate(estimate: Estimate) -> str:
     return f"{100 * estimate.value:.2f}" + (f" ({_span(estimate.interval)})" if estimate.interval else "")
 
 
-def _draw(statistics: TaskStatistics, store: TaskStore, directory: Path) -> list[Path]:
-    """Pictures of a task; those already there when matplotlib is not installed."""
-    curve = directory / f"{store.task.name}-compression.svg"
+def _draw(statistics: TaskStatistics, store: TaskStore, directory: Path, name: str) -> list[Path]:
+    """Pictures of a task, whose files begin with `name`; those already there when matplotlib is not installed."""
+    curve = directory / f"{name}-compression.svg"
     sensitivities = store.sensitivity_files()
-    heat = directory / f"{store.task.name}-sensitivity.svg"
+    heat = directory / f"{name}-sensitivity.svg"
     if find_spec("matplotlib") is None:
         return [file for file in (curve, heat) if file.is_file()]
     drawn = [curve] if plots.accuracy_against_compression(statistics, "hw", curve) else []

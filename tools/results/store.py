@@ -25,6 +25,7 @@ from tools.results.tasks import TASKS, Task
 
 SCHEMA, LABELS_SCHEMA, GRID_SCHEMA = "nxm-result/2", "nxm-result-labels/1", "nxm-result-grid/1"
 RESULTS = ROOT / "results"
+ENCODERS = {"MiniLM-L6": ".", "MPNet-base": "mpnet-base"}  # where the records of an encoder lie, under `RESULTS`
 
 
 class TaskStore:
@@ -132,6 +133,7 @@ class TaskStore:
             os.close(handle)
 
 
-def stores(results: Path) -> list[TaskStore]:
-    """The tasks that have records."""
+def stores(results: Path, encoder: str = "MiniLM-L6") -> list[TaskStore]:
+    """The tasks that have records of this encoder."""
+    results = results / ENCODERS[encoder]
     return [store for task in TASKS.values() if (store := TaskStore(results, task)).file.is_file()]

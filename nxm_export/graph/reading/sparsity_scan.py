@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nxm_export.contract.plan import CompressionPlan, NMPattern
+from nxm_export.contract.quantizer_placement import planned_spec
 from nxm_export.contract.records.matrix_facts import MatrixFacts, ScannedProducts, UnreadProduct
 from nxm_export.contract.records.verify_report import VerifyReport
 from nxm_export.graph.quantized_values import input_codes, output_type, reads_an_input
@@ -71,7 +72,7 @@ def matrix_facts(model: ir.Model, source: str) -> list[MatrixFacts]:
 
 def _facts(weight: GraphWeight, plan: CompressionPlan | None) -> MatrixFacts:
     name = parameter_of(weight.name)
-    spec = plan.weights.get(name) if plan else None
+    spec = planned_spec(plan, name) if plan else None
     output, epilogue = output_type(weight.node)
     form = _FORMS.get(weight.node.op_type, weight.node.op_type)
     if weight.node.op_type == "Conv" and weight.axes == 4:

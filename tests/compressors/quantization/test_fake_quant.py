@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -10,14 +11,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from compressors.models import load_model, resolve
 from compressors.projections import nm_mask
 from compressors.quantization.autograd import fake_quantize
-from compressors.quantization.fake_quant import ActivationQuantizer, QuantLinear, activation_quantizers, quant_linears
+from compressors.quantization.fake_quant import (
+    ActivationQuantizer,
+    PartQuantizers,
+    QuantLinear,
+    activation_quantizers,
+    quant_linears,
+)
 from compressors.quantization.observers import HistogramObserver
 from compressors.quantization.prepare_bake import bake, calibrate, prepare, require_invariants
+from nxm_export.contract.checkpoint import read_config
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import NMPattern, WeightSpec
+from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError, DataError, PlanError
+from tests.support import tiny
 
 W4 = WeightSpec(NMPattern(2, 4), 4, 8)
 
@@ -327,3 +338,47 @@ def test_int8_attention_needs_quantized_queries_keys_and_values() -> None:
     plan = replace(FAMILY.uniform_plan(CONFIG, W4, placement="inputs"), attention="int8")
     with pytest.raises(PlanError, match="needs output_bits 8 on every query, key and value"):
         prepare(Block(), plan, FAMILY, CONFIG)
+
+
+def test_every_part_of_a_fused_matrix_is_rounded_by_a_scale_of_its_own() -> None:
+    torch.manual_seed(0)
+    parts = ("query", "key", "value")
+    layer = QuantLinear(nn.Linear(8, 12), WeightSpec(weight_bits=8, input_bits=8, output_bits=8), "a.b.weight", parts)
+    layer.input_quantizer = ActivationQuantizer()
+    layer.input_quantizer.set_scale(0.02)
+    assert isinstance(layer.output_quantizer, PartQuantizers)
+    quantizers, scales = activation_quantizers(layer.output_quantizer), (0.5, 0.03, 0.004)
+    for quantizer, scale in zip(quantizers, scales, strict=True):
+        quantizer.set_scale(scale)
+    x = randn(2, 5, 8, seed=1)
+    y = layer(x)
+    layer.output_quantizer = None
+    expected = [
+        definition(part, torch.tensor(scale), -128, 127) * scale
+        for part, scale in zip(layer(x).split(4, dim=-1), scales, strict=True)
+    ]
+    torch.testing.assert_close(y, torch.cat(expected, dim=-1), rtol=1e-6, atol=1e-6)
+    assert len({float(part.abs().max()) for part in expected}) == 3  # the scales are too unlike to be mixed up
+    torch.autograd.backward(y.square().sum())
+    assert all(quantizer.log_scale.grad is not None for quantizer in quantizers)
+
+
+def test_a_fused_matrix_leaves_a_scale_for_each_part_and_attention_quantizes_what_is_rotated(tmp_path: Path) -> None:
+    path = tiny.write_model("modernbert", tmp_path, head="classification", layers=1)
+    model = load_model(resolve(path), TASKS["classification"])
+    family, config = FAMILIES["modernbert"], read_config(tmp_path)
+    plan = family.uniform_plan(config, WeightSpec.parse("W8"), placement="attention")
+    prepare(model, plan, family, config)
+    ids = torch.randint(5, 20, (4, 9), generator=torch.Generator().manual_seed(0))
+    calibrate(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], 100.0)
+    scales = bake(model, plan)
+    block = "model.layers.0"
+    written = {name.removeprefix(f"{block}.") for name in scales if not name.endswith((".input_scale", "weight_scale"))}
+    assert written == {
+        *(f"attn.Wqkv.{part}.output_scale" for part in ("query", "key", "value")),
+        *(f"mlp.Wi.{part}.output_scale" for part in ("input", "gate")),
+        *("attn.Wo.output_scale", "mlp.Wo.output_scale", "attn.query_scale", "attn.key_scale"),
+    }
+    assert all(scale.shape == () and scale > 0 for name, scale in scales.items() if not name.endswith("weight_scale"))
+    assert not quant_linears(model)
+    assert not activation_quantizers(model)

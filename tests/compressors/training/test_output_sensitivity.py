@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from compressors.models import load_model, load_tokenizer, resolve
-from compressors.quantization.fake_quant import quant_linears
+from compressors.quantization.fake_quant import ActivationQuantizer, quant_linears
 from compressors.quantization.prepare_bake import calibrate, prepare
 from compressors.settings import Settings
 from compressors.training.output_sensitivity import output_costs
@@ -19,7 +19,7 @@ from nxm_export.cli import main
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import WeightSpec
-from nxm_export.contract.quantizer_placement import residual_output_weights
+from nxm_export.contract.quantizer_placement import droppable_outputs, residual_output_weights
 from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.tasks import TASKS
 from nxm_export.graph.exporter import export
@@ -51,7 +51,7 @@ def test_an_output_whose_step_is_coarse_costs_most(task: str, tmp_path: Path) ->
     assert set(fine) == set(outputs)
     assert min(fine.values()) > 0
     quantizer = quantizers[COARSE]
-    assert quantizer is not None
+    assert isinstance(quantizer, ActivationQuantizer)
     quantizer.set_scale(100 * float(quantizer.scale))
     coarse = costs()
     assert coarse[COARSE] > 100 * fine[COARSE]
@@ -61,19 +61,21 @@ def test_an_output_whose_step_is_coarse_costs_most(task: str, tmp_path: Path) ->
     assert {name: layer.output_quantizer for name, layer in quant_linears(model).items()} == quantizers  # as it was
 
 
-def test_costly_outputs_are_float_in_the_checkpoint_and_in_its_graphs(tmp_path: Path) -> None:
-    checkpoint = tiny.compress_tiny("bert", tmp_path, dense_steps=4, settings={"output_limit": 0.0})
+@pytest.mark.parametrize(
+    ("family", "kept"), variants([("bert", "query key value"), ("nomic_bert", "value")], lambda case: case[0] == "bert")
+)
+def test_costly_outputs_are_float_in_the_checkpoint_and_in_its_graphs(family: str, kept: str, tmp_path: Path) -> None:
+    """All but those of what attention multiplies."""
+    checkpoint = tiny.compress_tiny(family, tmp_path, dense_steps=4, settings={"output_limit": 0.0})
     opened = open_checkpoint(checkpoint)
     opened.require_valid()
-    names = residual_output_weights(opened.plan)
+    names = droppable_outputs(opened.plan)
     metrics = read_metrics(checkpoint)
     assert isinstance(metrics, CompressionMetrics)
     assert sorted(metrics.outputs_in_float) == sorted(names)
     assert all(cost > 0 for cost in metrics.outputs_in_float.values())
     with_output = {name for name, spec in opened.plan.weights.items() if spec.output_bits}
-    assert with_output == {
-        name for name in opened.plan.weights if FAMILIES["bert"].role(name) in ("query", "key", "value")
-    }
+    assert with_output == {name for name in opened.plan.weights if FAMILIES[family].role(name) in kept.split()}
     for target in ("cpu", "trt"):
         verify(export(checkpoint, tmp_path / target, target=target, placement="inputs-outputs").path).require()
 

@@ -179,9 +179,12 @@ def test_the_command_prints_the_candidates_and_writes_one_engine(graph: Path, tm
     ("arguments", "message"),
     [
         (["--backend", "ort", "--shape", "1x4"], "--shape is for --backend auto"),
-        (["--backend", "auto", "--twins"], "are for TensorRT"),
+        (["--backend", "auto", "--twins"], "are for engines on a GPU"),
         (["--backend", "auto", "--checkpoint", "somewhere"], "--checkpoint and --data belong together"),
         (["--backend", "auto", "--shape", "4"], "is not a shape"),
+        (["--backend", "trt", "--always-sparse"], "--always-sparse is for --backend cusparselt"),
+        (["--backend", "ort", "--fuse"], "--fuse is for --backend cusparselt"),
+        (["--backend", "cusparselt", "--always-sparse", "--no-sparse"], "contradict each other"),
     ],
 )
 def test_wrong_usage_is_told(arguments: list[str], message: str, graph: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -12,13 +13,16 @@ import pytest
 
 from engines.ort import backend as ort
 from engines.ort.backend import SLOW_FUSIONS, unsigned_activations
-from engines.ort.graph_rewrites import fused_attention, integer_products
+from engines.ort.graph_rewrites import FusedAttention, fused_attention, integer_products
 from engines.passport import load_passport
+from nxm_export.graph.exporter import export
 from nxm_export.graph.int4_storage import CAST, store_int4
 from nxm_export.graph.reading.graph_weights import load_graph, save_graph
+from nxm_export.pipeline.engine_commands import build_engine
 from tests.support import baked, onnx_text
 from tests.support.variants import variants
 
+T = TypeVar("T")
 PLACEMENTS = ["inputs", "inputs-outputs"]
 # Activations u8 (batch, 2) with scale 0.5 and zero point 128, weights s8 (2, 3) with a scale per column, a bias.
 PRODUCT = """
@@ -37,8 +41,8 @@ X = {"x": np.array([[1.0, -3.5], [70.0, 0.24], [-64.0, 63.5]], np.float32)}
 
 
 def run_rewritten(
-    graph: Path, feeds: Mapping[str, np.ndarray], rewrites: list[Callable[[ir.Model], int]], scratch: Path
-) -> tuple[np.ndarray, list[int]]:
+    graph: Path, feeds: Mapping[str, np.ndarray], rewrites: list[Callable[[ir.Model], T]], scratch: Path
+) -> tuple[np.ndarray, list[T]]:
     """Logits after `rewrites` were applied to the graph, run node by node, and what each of them counted."""
     model = load_graph(graph)
     counts = [rewrite(model) for rewrite in rewrites]
@@ -64,10 +68,9 @@ def test_integer_products_and_fused_attention_differ_by_float_rounding_alone(
     plain, _ = run_rewritten(graph, feeds, [unsigned_activations], tmp_path)
     products, counts = run_rewritten(graph, feeds, [unsigned_activations, integer_products], tmp_path)
     assert counts[1] == 12
-    everything, counts = run_rewritten(
-        graph, feeds, [unsigned_activations, integer_products, fused_attention], tmp_path
-    )
-    assert counts[2] == 2
+    rewrites: list[Callable[[ir.Model], object]] = [unsigned_activations, integer_products, fused_attention]
+    everything, found = run_rewritten(graph, feeds, rewrites, tmp_path)
+    assert found[2] == FusedAttention(2, 0, 0)
     for actual in (products, everything):
         # Rounding leaves most samples alone; where it moves a code by one step, these logits move by some 0.05 at most.
         close = np.abs(actual - plain).max(axis=1) < 1e-5
@@ -141,15 +144,27 @@ def test_attention_with_another_mask_is_left_alone(tiny_graph: Callable[..., Pat
                 new = ir.Value(name="half", const_value=half, type=value.type, shape=ir.Shape([]))
                 model.graph.register_initializer(new)
                 node.replace_input_with(index, new)
-    assert fused_attention(model) == 0
+    assert fused_attention(model) == FusedAttention(0, 0, 2)
 
 
 def test_the_engine_says_what_was_done_to_its_graph(tiny_engine: Callable[..., Path]) -> None:
     directory = tiny_engine("ort")
     options = load_passport(directory).options
     assert options["integer_products"] == 12
-    assert options["fused_attention"] == 2
+    assert (options["fused_attention"], options["rotary_attention"], options["plain_attention"]) == (2, 0, 0)
     assert options["disabled_optimizers"] == list(SLOW_FUSIONS)
-    operators = ort.inspect(directory).operators
-    assert operators["MultiHeadAttention"] == 2
+    facts = ort.inspect(directory)
+    operators = facts.operators
+    assert operators["MultiHeadAttention"] == facts.fused_attention == 2
+    assert facts.plain_attention == 0
     assert not {"SkipLayerNormalization", "BiasGelu"} & set(operators)
+
+
+def test_attention_on_integers_is_said_to_be_plain(tmp_path: Path) -> None:
+    """Its products are between quantizers, which the fused operator has no place for."""
+    path = baked.write_checkpoint("bert", tmp_path / "c", placement="attention", attention="int8")
+    export(path, tmp_path / "graph", placement="attention")
+    build_engine(tmp_path / "graph", tmp_path / "engine", "ort")
+    options, facts = load_passport(tmp_path / "engine").options, ort.inspect(tmp_path / "engine")
+    assert (options["fused_attention"], options["plain_attention"]) == (0, 1)
+    assert (facts.fused_attention, facts.plain_attention) == (0, 1)

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from nxm_export.graph.exporter import export
 from nxm_export.graph.reading.graph_weights import load_graph
 from nxm_export.graph.reading.sparsity_scan import matrix_facts
 from nxm_export.pipeline.inspection import doctor_file
 from nxm_export.storage.json_files import as_objects
 from tests.engines.sparsity.foreign import pruned_model
+from tests.support import baked, tiny
 
 HERE = Path(__file__).parent
 
@@ -83,3 +85,25 @@ def test_a_file_of_modelopts_quantizer_gets_facts_and_advice(tmp_path: Path) -> 
     assert len(weights) == 3
     assert sorted(weight["sparse_along_k"] for weight in weights.values()) == [False, True, True]
     assert all(weight["chosen"] is not True for weight in weights.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family",
+    [
+        "modernbert",
+        "jina_embeddings_v3",
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("nomic_bert", "gte")),
+    ],
+)
+def test_fused_rotated_and_gated_matrices_have_integers_on_both_sides(family: str, tmp_path: Path) -> None:
+    checkpoint = baked.write_checkpoint(family, tmp_path / "c", placement="attention", attention="int8")
+    outcomes = {}
+    for placement in ("attention", "inputs"):
+        file = export(checkpoint, tmp_path / placement, target="trt8", placement=placement).path
+        planned = [weight for weight in weights_of(file).values() if weight["planned_sparse"]]
+        assert len(planned) == tiny.matrices(family, 1, split=True)
+        outcomes[placement] = {weight["reason"] for weight in planned}
+    # "no-engine": ready; GELU alone is followed by a quantizer where only inputs have one
+    behind_gelu = {"no-engine"} if family == "jina_embeddings_v3" else set()
+    assert outcomes == {"attention": {"no-engine"}, "inputs": {"float-output"} | behind_gelu}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -10,6 +11,7 @@ from nxm_export.contract.checkpoint import read_config
 from nxm_export.contract.encoder_family import INSIDE
 from nxm_export.contract.families import FAMILIES, family_of
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
+from nxm_export.contract.quantizer_placement import at_placement, droppable_outputs, names_in_graph, planned_spec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError, PlanError
 from nxm_export.hf.model_loading import load_pretrained
@@ -66,7 +68,7 @@ def test_other_families_are_refused_with_the_list(model_type: object) -> None:
 )
 def test_a_field_of_another_type_is_refused_by_file_and_key(change: dict[str, object], message: str) -> None:
     sizes = {"hidden_size": 4, "num_hidden_layers": 1, "intermediate_size": 8, "max_position_embeddings": 4}
-    config = {"model_type": "roberta", **sizes, **change}
+    config = {"model_type": "roberta", "pad_token_id": 1, **sizes, **change}
 
     def read() -> None:
         family = family_of(config)
@@ -127,6 +129,53 @@ def test_quantizers_stand_only_where_the_family_has_a_place_for_them() -> None:
     with pytest.raises(PlanError, match=r"query\.weight: attention int8 needs output_bits 8"):
         family.require_placement(CompressionPlan("bert", inputs, shapes, attention="int8"))
     assert {linear.role for linear in family.linears if linear.writes == INSIDE} == {"ffn_up"}
+
+
+_SEPARATE = "attention_output ffn_gate ffn_up ffn_down"
+
+
+@pytest.mark.parametrize(
+    ("name", "placement", "written", "droppable", "own"),
+    [
+        ("bert", "inputs-outputs", "query key value attention_output ffn_down", "attention_output ffn_down", ""),
+        ("nomic_bert", "inputs", "", "", "query key value"),
+        ("nomic_bert", "products", "value", "", "query key"),  # attention quantizes what is rotated, behind that
+        ("nomic_bert", "inputs-outputs", f"query key value {_SEPARATE}", f"query key {_SEPARATE}", "query key"),
+        ("nomic_bert", "ffn-only", "ffn_gate ffn_up ffn_down", "ffn_gate ffn_up ffn_down", "query key value"),
+        ("jina_embeddings_v3", "attention", "query key value attention_output ffn_down",
+         "query key attention_output ffn_down", "query key"),
+        ("modernbert", "products", "", "", "query key value"),
+        ("modernbert", "inputs-outputs", "qkv attention_output ffn_up ffn_down",
+         "qkv attention_output ffn_up ffn_down", "query key"),
+        ("modernbert", "attention", "qkv attention_output ffn_up ffn_down",
+         "attention_output ffn_up ffn_down", "query key"),  # what attention multiplies as a value is never dropped
+    ],
+)  # fmt: skip
+def test_what_leaves_a_product_in_int8(name: str, placement: str, written: str, droppable: str, own: str) -> None:
+    """Which roles have an output quantizer, which of them can lose it, and what INT8 attention quantizes itself."""
+    family, sizes = FAMILIES[name], {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    plan = family.uniform_plan({**sizes, "num_hidden_layers": 1}, WeightSpec.parse("W8"), placement=placement)
+    quantized = [name for name, spec in plan.weights.items() if spec.output_bits]
+    assert [family.role(name) for name in quantized] == written.split()
+    assert [family.role(name) for name in droppable_outputs(plan) if name in quantized] == droppable.split()
+    (block,) = family.blocks({"num_hidden_layers": 1})
+    assert family.own_operands(plan, block) == tuple(own.split())
+    if plan.attention == "int8":  # what is dropped leaves every operand its quantizer
+        assert family.own_operands(at_placement(plan, "products"), block) == tuple(own.split())
+
+
+def test_a_part_has_the_plan_of_its_matrix_and_no_other_name_has() -> None:
+    family, sizes = FAMILIES["modernbert"], {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    plan = family.uniform_plan({**sizes, "num_hidden_layers": 1}, WeightSpec.parse("W8"))
+    whole = "model.layers.0.attn.Wqkv.weight"
+    parts = tuple(f"model.layers.0.attn.Wqkv.{part}.weight" for part in ("query", "key", "value"))
+    assert family.parts(whole) == names_in_graph(plan, whole, parts[:1]) == parts
+    assert names_in_graph(plan, whole, ()) == names_in_graph(plan, whole, {whole, *parts}) == (whole,)
+    assert {planned_spec(plan, name) for name in (whole, *parts)} == {plan.weights[whole]}
+    for other in ("model.layers.0.attn.Wqkv.gate.weight", "model.layers.0.attn.Wo.query.weight", "query.weight", "w"):
+        assert planned_spec(plan, other) is None
+    unknown = replace(plan, model_type="unknown")
+    assert (planned_spec(unknown, whole), planned_spec(unknown, parts[0])) == (plan.weights[whole], None)
 
 
 def test_a_residual_stream_that_is_never_normalised_stays_in_float() -> None:

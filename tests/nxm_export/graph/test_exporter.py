@@ -81,6 +81,11 @@ def constant(value: ir.Value | None) -> np.ndarray:
     return value.const_value.numpy()
 
 
+def names(checkpoint: Checkpoint, weight: str) -> tuple[str, ...]:
+    """What a graph of these checkpoints calls a weight: a fused one has an output quantizer for each part, if any."""
+    return checkpoint.family.parts(weight) if checkpoint.plan.weights[weight].output_bits else (weight,)
+
+
 # Beside all of BERT's; the rest is for `make test-slow`.
 SHORT_PAIRS = (("roberta", "classification"), ("albert", "classification"))
 
@@ -104,18 +109,18 @@ class TestEveryFamilyAndTask:
         model = load_graph(graph / "model.onnx")
         verify(graph / "model.onnx", plan=checkpoint.plan).require()
         by_name = {weight.name.removesuffix("_quantized"): weight for weight in graph_weights(model)}
-        assert set(checkpoint.plan.weights) <= set(by_name)
         for name in checkpoint.plan.weights:
-            np.testing.assert_array_equal(by_name[name].matrix, checkpoint.codes(name).T)
-            np.testing.assert_array_equal(by_name[name].scale, checkpoint.weight_scale(name))
-            assert by_name[name].matrix.dtype == np.int8
-            assert by_name[name].scale_axis == "N"
+            parts = [by_name[part] for part in names(checkpoint, name)]
+            np.testing.assert_array_equal(np.concatenate([part.matrix for part in parts], 1), checkpoint.codes(name).T)
+            scales = [part.scale for part in parts if part.scale is not None]
+            np.testing.assert_array_equal(np.concatenate(scales), checkpoint.weight_scale(name))
+            assert {(part.matrix.dtype, part.scale_axis) for part in parts} == {(np.dtype(np.int8), "N")}
 
     def test_products_are_named_by_their_module(self, exported: tuple[Checkpoint, Path]) -> None:
         checkpoint, graph = exported
         model = load_graph(graph / "model.onnx")
         named = {weight.node.name: weight.name for weight in graph_weights(model)}
-        for name in checkpoint.plan.weights:
+        for name in (part for weight in checkpoint.plan.weights for part in names(checkpoint, weight)):
             assert named[name.removesuffix(".weight")] == f"{name}_quantized"
 
     def test_query_key_and_value_read_one_pair(self, exported: tuple[Checkpoint, Path]) -> None:
@@ -123,28 +128,27 @@ class TestEveryFamilyAndTask:
         model = load_graph(graph / "model.onnx")
         products = {node.name: node for node in nodes(model, "MatMul")}
         for block in checkpoint.family.blocks(checkpoint.config):
-            paths = [name.removesuffix(".weight") for name in checkpoint.family.readers(block, "block")]
+            readers = checkpoint.family.readers(block, "block")
+            paths = [part.removesuffix(".weight") for name in readers for part in names(checkpoint, name)]
             inputs = {id(products[path].inputs[0]) for path in paths}
             assert len(inputs) == 1
             (pair_,) = {products[path].inputs[0].producer() for path in paths}  # type: ignore[union-attr]
             assert pair_ is not None
             assert pair_.op_type == "DequantizeLinear"
-            assert float(constant(pair_.inputs[1])) == pytest.approx(
-                checkpoint.input_scale(f"{paths[0]}.weight"), rel=1e-7
-            )
+            assert float(constant(pair_.inputs[1])) == pytest.approx(checkpoint.input_scale(readers[0]), rel=1e-7)
 
     def test_every_planned_quantizer_is_there_once(self, exported: tuple[Checkpoint, Path]) -> None:
         checkpoint, graph = exported
         model = load_graph(graph / "model.onnx")
-        specs = checkpoint.plan.weights.values()
+        specs = checkpoint.plan.weights
         runs = len(checkpoint.family.runs(checkpoint.config))
         uses = runs // len(checkpoint.family.blocks(checkpoint.config))  # of a weight that its layers share
         family = checkpoint.family
         shared = len(family.linears) - len(family.tensors())  # as key and value share the pair of query
-        inputs = sum(spec.input_bits is not None for spec in specs) * uses - shared * runs
-        outputs = sum(spec.output_bits is not None for spec in specs) * uses
+        inputs = sum(spec.input_bits is not None for spec in specs.values()) * uses - shared * runs
+        outputs = sum(len(family.parts(name)) for name, spec in specs.items() if spec.output_bits) * uses
         softmax = runs if checkpoint.plan.attention == "int8" else 0
-        operands = 0 if family.operands_are_outputs else 3 * softmax
+        operands = 0 if family.operands_are_outputs else 2 * softmax  # the value leaves its layer in INT8
         assert len(nodes(model, "QuantizeLinear")) == inputs + outputs + softmax + operands
         scales = [float(constant(node.inputs[1])) for node in nodes(model, "QuantizeLinear")]
         assert sum(scale == np.float32(SOFTMAX_SCALE) for scale in scales) == softmax

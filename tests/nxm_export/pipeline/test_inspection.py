@@ -68,7 +68,7 @@ def test_an_engine_has_its_passport_and_a_run_its_engines_by_name(
 def test_what_needs_sparse_kernels_or_layer_times_is_refused_for_engines_without(
     tiny_engine: Callable[..., Path],
 ) -> None:
-    with pytest.raises(EngineError, match="only TensorRT engines run sparse kernels"):
+    with pytest.raises(EngineError, match="only engines for GPUs run sparse kernels"):
         require_sparse(tiny_engine("ort"), 0.5)
     with pytest.raises(EngineError, match="engines of ort do not time their layers; leave --measure out"):
         measure_layers(tiny_engine("ort"))
@@ -79,7 +79,7 @@ def test_a_machine_says_of_everything_that_it_is_ready_or_what_to_install(monkey
     ready = environment.report().to_dict()
     assert set(ready) == {
         "nxm-export", "python", "system", "cpu", "integer instructions", "gpu", "compress", "export", "backend ort",
-        "backend openvino", "backend trt", "backend trt_rtx", "serve",
+        "backend openvino", "backend trt", "backend trt_rtx", "backend cusparselt", "serve",
     }  # fmt: skip
     assert ready["backend ort"] == "ready: onnxruntime 1.0, onnx 1.0, onnx-ir 1.0"
 
@@ -106,6 +106,6 @@ def test_what_only_a_tensorrt_engine_answers_is_refused_elsewhere_and_not_droppe
     run = RunDir(tmp_path / "run").root
     for path in (tiny_engine("ort"), onnx_text.save(GRAPH, tmp_path / "graph.onnx"), run):
         with pytest.raises(
-            EngineError, match=rf"{option} asks of a TensorRT engine's sparse kernels; leave it out here"
+            EngineError, match=rf"{option} asks of sparse kernels, which only engines for GPUs have; leave it out here"
         ):
             inspect_path(path, **values)

@@ -24,7 +24,7 @@ from tests.nxm_export.reporting.conftest import CLASSES
 from tests.support.html_page import Page, follow, leaves
 
 pytestmark = pytest.mark.slow  # a whole run is made for them; `make test` makes a page of one in test_readme.py
-PICTURES = {"tradeoff", "plan", "sensitivity", "sample", "latency", "parity", "curves"}
+PICTURES = {"difference", "tradeoff", "plan", "sensitivity", "sample", "latency", "parity", "curves"}
 
 
 def test_every_number_of_the_page_is_the_one_of_the_file_that_it_names(page: Page, finished: Path) -> None:

@@ -25,7 +25,7 @@ from nxm_export.storage.run_dir import RunDir
 from tests.support.html_page import Page, follow
 
 pytestmark = pytest.mark.slow  # a whole run is made for them
-PICTURES = {"tradeoff", "plan", "sensitivity", "sample", "latency", "parity", "curves"}
+PICTURES = {"difference", "tradeoff", "plan", "sensitivity", "sample", "latency", "parity", "curves"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""The static site of the documentation: `make site` writes it to build/site. The pages are those that one reads beside
+the code; this adds the order (contents.rst), a search, and a dark page. Nothing is loaded from other hosts.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+DOCS = Path(__file__).resolve().parents[1]
+
+project = "nxm-export"
+author = "the nxm-export authors"
+copyright = f"2026, {author}"
+extensions = ["myst_parser"]
+root_doc = "site/contents"
+html_theme = "furo"
+html_title = "nxm-export"
+html_show_sphinx = False
+myst_heading_anchors = 3
+myst_enable_extensions = ["html_image"]
+suppress_warnings = ["myst.header"]  # headings of the changelog's kind may skip a level
+
+
+def point_outside_links_at_the_clone(app: Sphinx, document: str, source: list[str]) -> None:
+    """A link out of docs/ leads to a file of the clone, which the site does not hold: its name is shown as code."""
+    source[0] = re.sub(r"\[([^\]]*)\]\((?:\.\./)+([\w./-]+)\)", r"\1 (`\2`)", source[0])
+
+
+def copy_pictures(app: Sphinx, error: Exception | None) -> None:
+    """Pictures for a light and a dark page are HTML in the pages, which Sphinx does not look into."""
+    if error is None:
+        shutil.copytree(DOCS / "images", Path(app.outdir) / "images", dirs_exist_ok=True)
+
+
+def setup(app: Sphinx) -> None:
+    """What Sphinx calls."""
+    app.connect("source-read", point_outside_links_at_the_clone)
+    app.connect("build-finished", copy_pictures)

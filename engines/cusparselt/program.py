@@ -1,0 +1,128 @@
+"""The engine file: one safetensors file with the tensors, and in its header what is computed with them.
+
+A `Program` is the ONNX graph as a list of steps, with its quantized products in a form of their own. Weights are stored
+as INT8 codes (N, K); cuSPARSELt's compressed form is made from them on the GPU when the engine is loaded, since it
+depends on the GPU and the library.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engines.base import Binding
+from nxm_export.errors import ArtifactError
+from nxm_export.storage.json_files import decode, encode, parse_json
+
+if TYPE_CHECKING:
+    import torch
+
+ENGINE_FILE = "model.safetensors"
+SCHEMA = "nxm-cusparselt/1"
+PRODUCT, ATTENTION = "nxm.Product", "nxm.Attention"  # the operators of steps that are not ONNX's
+_BUILD_AGAIN = "build the engine again"
+Attribute = int | float | str | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation: an ONNX operator, `PRODUCT` or `ATTENTION`; an input that is left out is the empty name."""
+
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Attribute]
+
+
+@dataclass(frozen=True)
+class Product:
+    """INT8 codes (rows, K) times an INT8 matrix (N, K), times `alpha` (N,), plus `bias` (N,) in float32, as `output`:
+    ``int8`` (rounded to the nearest and clipped) or a float type. `name` is the parameter's; the others name tensors of
+    the file. `two_four` says that the codes are 2:4 along K."""
+
+    name: str
+    weight: str
+    alpha: str
+    bias: str | None
+    k: int
+    n: int
+    output: str
+    two_four: bool
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One form of a product, tried when the engine was built: microseconds, or why it cannot be used; `algorithm` is
+    cuSPARSELt's number."""
+
+    form: str
+    microseconds: float | None
+    algorithm: int = 0
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs products of these sizes at up to `rows` rows: the form, cuSPARSELt's algorithm, and what was
+    measured."""
+
+    n: int
+    k: int
+    output: str
+    bias: bool
+    rows: int
+    form: str
+    algorithm: int
+    measured: tuple[Measurement, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What an engine computes. `products` are by the name of their ONNX node; `attention` counts attentions: those
+    that are one fused operation, those in parts, and of both those with operands that were quantized: they are rounded
+    to their INT8 grid, and multiplied in float."""
+
+    inputs: tuple[Binding, ...]
+    outputs: tuple[str, ...]
+    steps: tuple[Step, ...]
+    products: Mapping[str, Product]
+    attention: Mapping[str, int]
+    choices: tuple[Choice, ...] = ()
+
+
+def to_bytes(program: Program, tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """The engine file of a program and the tensors that it names."""
+    from safetensors.torch import save
+
+    data: bytes = save(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, {"nxm": encode(program, SCHEMA)}
+    )
+    return data
+
+
+def program_of(data: bytes, source: str) -> Program:
+    """The program of an engine file, by its header alone; raises `ArtifactError`."""
+    try:
+        (size,) = struct.unpack_from("<Q", data)
+        text = data[8 : 8 + size].decode("utf-8")
+    except (struct.error, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{source}: no safetensors file; {_BUILD_AGAIN}") from error
+    header = parse_json(text, source, _BUILD_AGAIN, ArtifactError)
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    described = metadata.get("nxm") if isinstance(metadata, dict) else None
+    if not isinstance(described, str):
+        raise ArtifactError(f"{source}: its header has no program; {_BUILD_AGAIN}")
+    return decode(described, Program, schema=SCHEMA, source=source, way_out=_BUILD_AGAIN)
+
+
+def tensors_of(data: bytes, source: str) -> dict[str, torch.Tensor]:
+    """The tensors of an engine file, on the CPU; raises `ArtifactError`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return dict(load(data))
+    except SafetensorError as error:
+        raise ArtifactError(f"{source}: no safetensors file ({error}); {_BUILD_AGAIN}") from error

@@ -1,0 +1,138 @@
+"""The sparsity report of an engine: the graph's facts of every matrix, what was measured when the engine was built, and
+what the profiler saw.
+
+Only a profiled run makes a matrix sparse. Where the build chose a sparse form and nothing was profiled it is unknown,
+and a kernel whose name says nothing of sparsity leaves it unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from engines.cusparselt.kernels import DENSE
+from engines.cusparselt.products import sizes_of
+from engines.cusparselt.profiling import KernelRun, ProfiledRun
+from engines.cusparselt.program import Choice, Product, Program
+from engines.sparsity.judgement import FACTS_FILE, FACTS_SCHEMA, SparsityReport, WeightFacts, WeightSparsity, judge
+from engines.sparsity.kernel_names import kernel_named
+from nxm_export.contract.records.matrix_facts import MatrixFacts
+from nxm_export.errors import ArtifactError
+from nxm_export.storage.json_files import read_record
+
+_OPEN = ("no-engine", "kernel-unknown")  # of a graph alone: nothing in the file stands in the way
+
+
+def sparsity_report(directory: Path, program: Program, run: ProfiledRun | None) -> SparsityReport:
+    """What is known of every matrix of an engine directory; raises `ArtifactError` without its ``weights.json``."""
+    file, way_out = directory / FACTS_FILE, "build the engine again"
+    if not file.is_file():
+        raise ArtifactError(f"{file} is missing; {way_out}")
+    record = read_record(file, WeightFacts, schema=FACTS_SCHEMA, way_out=way_out)
+    judged = judge(record.facts, None, record.target)
+    rows = [_with_engine(weight, fact, program, run) for weight, fact in zip(judged.weights, record.facts, strict=True)]
+    return replace(judged, weights=tuple(rows), unread=record.unread)
+
+
+def _with_engine(
+    weight: WeightSparsity, fact: MatrixFacts, program: Program, run: ProfiledRun | None
+) -> WeightSparsity:
+    product = program.products.get(fact.node)
+    if weight.reason not in _OPEN:  # something in the file stands in the way, or sparse was not asked for
+        sparse = run is not None and _sparse_kernels(run.products.get(fact.node, ()))
+        if sparse:
+            return _unknown(weight, "contradiction", "the profiler saw a sparse kernel where none can run")
+        return replace(weight, chosen=False)
+    if product is None:
+        detail = (
+            "this engine multiplies INT8 in MatMul and Gemm of one INT8 pair and one INT8 matrix; this runs in float"
+        )
+        return replace(weight, eligible=False, chosen=False, reason="op-form", detail=detail)
+    choices = [choice for choice in program.choices if _is_of(choice, product)]
+    if not product.two_four or not choices:
+        return _unknown(weight, "contradiction", "2:4 in the graph, and not in the engine")
+    weight = replace(weight, saved_ms=_saved_ms(choices, run))
+    if all(choice.form == DENSE for choice in choices):
+        return _dense(weight, choices)
+    return _chosen(weight, fact.node, choices, run)
+
+
+def _is_of(choice: Choice, product: Product) -> bool:
+    return (choice.n, choice.k, choice.output, choice.bias) == sizes_of(product)
+
+
+def _dense(weight: WeightSparsity, choices: Sequence[Choice]) -> WeightSparsity:
+    """Dense at every number of rows: slower, or no sparse form is right here."""
+    sparse = [each for choice in choices for each in choice.measured if each.form != DENSE]
+    if any(each.microseconds is not None for each in sparse):
+        return replace(weight, eligible=True, chosen=False, reason="dense-faster", detail=times(choices))
+    problems = " | ".join(dict.fromkeys(f"{each.form}: {each.problem}" for each in sparse))
+    return replace(
+        weight, eligible=False, chosen=False, reason="no-kernel", detail=f"no sparse form is right here: {problems}"
+    )
+
+
+def _chosen(weight: WeightSparsity, node: str, choices: Sequence[Choice], run: ProfiledRun | None) -> WeightSparsity:
+    """Sparse at some number of rows."""
+    weight = replace(weight, eligible=True)
+    if run is None:
+        detail = f"a sparse form was chosen and no run was profiled (`nxm inspect --measure`); {times(choices)}"
+        return _unknown(weight, "unknown", detail)
+    kernels = run.products.get(node, ())
+    names = " | ".join(dict.fromkeys(kernel.name for kernel in kernels)) or None
+    weight = replace(weight, kernel=names)
+    sparse = _sparse_kernels(kernels)
+    if at_rows(choices, run.rows).form == DENSE:
+        if sparse:
+            return _unknown(weight, "contradiction", "a dense form was chosen, and the profiler saw a sparse kernel")
+        return replace(weight, chosen=False, reason="dense-faster", detail=f"at {run.rows} rows; {times(choices)}")
+    if not sparse:
+        return _unknown(weight, "unknown", f"no kernel of its run has a name that says sparse INT8; {times(choices)}")
+    if run.replayed is not None and not set(sparse) & set(run.replayed):
+        return _unknown(weight, "contradiction", "a sparse kernel runs step by step, and not in the CUDA graph")
+    return replace(weight, chosen=True, reason=None, detail=f"profiled at {run.rows} rows; {times(choices)}")
+
+
+def _unknown(weight: WeightSparsity, reason: str, detail: str) -> WeightSparsity:
+    return replace(weight, chosen=None, reason=reason, detail=detail)
+
+
+def _sparse_kernels(kernels: Sequence[KernelRun]) -> list[str]:
+    """The names that say a sparse product of integers."""
+    return [run.name for run in kernels if (named := kernel_named(run.name)) and named.sparse and named.integer]
+
+
+def at_rows(choices: Sequence[Choice], rows: int) -> Choice:
+    """The choice that decides at a number of rows."""
+    ordered = sorted(choices, key=lambda choice: choice.rows)
+    return next((choice for choice in ordered if rows <= choice.rows), ordered[-1])
+
+
+def times(choices: Sequence[Choice]) -> str:
+    """Both times at every number of rows, in words."""
+    parts = []
+    for choice in sorted(choices, key=lambda choice: choice.rows):
+        dense, sparse = dense_time(choice), sparse_time(choice)
+        shown = "none is right" if sparse is None else f"{sparse:.1f} us"
+        parts.append(f"{choice.rows} rows: sparse {shown}, dense {dense:.1f} us" if dense else f"{choice.rows} rows")
+    return "; ".join(parts)
+
+
+def dense_time(choice: Choice) -> float | None:
+    """Microseconds of the dense form."""
+    return next((each.microseconds for each in choice.measured if each.form == DENSE), None)
+
+
+def sparse_time(choice: Choice) -> float | None:
+    """Microseconds of the fastest sparse form that is right, None where none is."""
+    taken = [m.microseconds for m in choice.measured if m.form != DENSE and m.microseconds is not None]
+    return min(taken, default=None)
+
+
+def _saved_ms(choices: Sequence[Choice], run: ProfiledRun | None) -> float | None:
+    """What the chosen form saves against the dense one, at the profiled number of rows or at the most."""
+    choice = at_rows(choices, run.rows if run is not None else max(choice.rows for choice in choices))
+    dense = dense_time(choice)
+    mine = next((each.microseconds for each in choice.measured if each.form == choice.form), None)
+    return None if dense is None or mine is None else (dense - mine) / 1e3

@@ -1,0 +1,71 @@
+"""Stand-ins of a GPU machine: what runs on them ran on no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engines.cusparselt.machine import Machine
+from engines.cusparselt.stand_in import IntegerReferenceKernels
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+FACTS = {
+    "torch": "stand-in",
+    "cuda": "stand-in",
+    "cusparselt": "0.8.0",
+    "gpu": "stand-in of tests",
+    "compute_capability": "9.0",
+}
+
+
+def machine(kernels: IntegerReferenceKernels | None = None) -> Machine:
+    """A machine whose kernels are exact integers on the CPU."""
+    return Machine(kernels or IntegerReferenceKernels(), FACTS)
+
+
+class Priced(IntegerReferenceKernels):
+    """Kernels whose times are given: of products in int32, and of sparse ones by (output, transposed).
+
+    Outputs that are not named are refused, as a version that does not have them would do.
+    """
+
+    def __init__(self, dense: float, sparse: Mapping[tuple[str, bool], float], wrong: tuple[str, ...] = ()) -> None:
+        self._dense, self._sparse, self._wrong = dense, sparse, wrong
+        self._price = 0.0
+
+    def dense(self, x: Tensor, weight: Tensor) -> Tensor:
+        self._price = self._dense
+        return super().dense(x, weight)
+
+    def sparse(
+        self,
+        packed: Tensor,
+        x: Tensor,
+        out: torch.dtype,
+        alpha: Tensor | None,
+        bias: Tensor | None,
+        algorithm: int,
+        *,
+        transposed: bool,
+    ) -> Tensor:
+        name = str(out).removeprefix("torch.")
+        if (name, transposed) not in self._sparse:
+            raise RuntimeError(f"CUDA error: no {name} here\nwith a second line")
+        self._price = self._sparse[name, transposed]
+        y = super().sparse(packed, x, out, alpha, bias, algorithm, transposed=transposed)
+        return y * 0 if name in self._wrong else y
+
+    def microseconds(self, call: Callable[[], Tensor]) -> float:
+        call()
+        return self._price
+
+
+def write_graph(text: str, file: Path) -> Path:
+    """An ONNX file of a graph in ONNX text."""
+    from tests.support import onnx_text
+
+    return onnx_text.save(text, file)

@@ -1,0 +1,197 @@
+"""Which products become products of integers, and that what differs in anything is computed as the graph says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.cusparselt.executor import Executor
+from engines.cusparselt.lowering import Lowered, lowered
+from engines.cusparselt.program import PRODUCT, program_of, tensors_of, to_bytes
+from engines.cusparselt.stand_in import IntegerReferenceKernels
+from nxm_export.errors import ArtifactError, EngineError
+from nxm_export.graph.reading.graph_weights import load_graph
+from tests.support import baked, onnx_text, tiny
+from tests.support.variants import variants
+
+WEIGHT = "{1,0,2,0,0,-3,4,0,5,0,0,6,0,0,7,8,1,0,2,0,0,-3,4,0,5,0,0,6,0,0,7,8}"  # (8, 4), by rows
+HEAD = (
+    "g (float[2,s,8] x) => (float[2,s,4] y) <float s = {0.02}, int8 z = {0}, float[4] ws = {0.1,0.2,0.3,0.4},"
+    f" float[4] b = {{1,2,3,4}}, float o = {{0.05}}, int8[8,4] w = {WEIGHT}> "
+)
+PAIR = "q = QuantizeLinear(x, s, z) a = DequantizeLinear(q, s, z) v = DequantizeLinear<axis=1>(w, ws) "
+FORMS = {
+    "a product": ("{ " + PAIR + "y = MatMul(a, v) }", ("float32", False)),
+    "with a bias": ("{ " + PAIR + "p = MatMul(a, v) y = Add(b, p) }", ("float32", True)),
+    "to INT8": (
+        "{ " + PAIR + "p = MatMul(a, v) t = Add(p, b) r = QuantizeLinear(t, o, z) y = DequantizeLinear(r, o, z) }",
+        ("int8", True),
+    ),
+    "with an activation before the quantizer": (
+        "{ " + PAIR + "p = MatMul(a, v) t = Relu(p) r = QuantizeLinear(t, o, z) y = DequantizeLinear(r, o, z) }",
+        ("float32", False),
+    ),
+    "quantized, and read in float": (
+        "{ " + PAIR + "p = MatMul(a, v) r = QuantizeLinear(p, o, z) d = DequantizeLinear(r, o, z) y = Add(d, p) }",
+        ("float32", False),
+    ),
+    "with an addend of another shape": (
+        "{ " + PAIR + "p = MatMul(a, v) t = Add(p, o) y = Abs(t) }",
+        ("float32", False),
+    ),
+    "gemm": (
+        "<int64[2] n = {-1,8}, int64[3] m = {2,-1,4}> { f = Reshape(x, n) q = QuantizeLinear(f, s, z)"
+        " a = DequantizeLinear(q, s, z) v = DequantizeLinear<axis=1>(w, ws) p = Gemm(a, v, b) y = Reshape(p, m) }",
+        ("float32", True),
+    ),
+    "gemm with a turned weight": (
+        f"<int64[2] n = {{-1,8}}, int64[3] m = {{2,-1,4}}, int8[4,8] u = {WEIGHT}> {{ f = Reshape(x, n)"
+        " q = QuantizeLinear(f, s, z) a = DequantizeLinear(q, s, z) v = DequantizeLinear<axis=0>(u, ws)"
+        " p = Gemm<transB=1>(a, v, b) y = Reshape(p, m) }",
+        ("float32", True),
+    ),
+}
+FLOATS = {
+    "a float activation": "{ v = DequantizeLinear<axis=1>(w, ws) y = MatMul(x, v) }",
+    "an unsigned activation": "<uint8 u = {7}> { q = QuantizeLinear(x, s, u) a = DequantizeLinear(q, s, u)"
+    " v = DequantizeLinear<axis=1>(w, ws) y = MatMul(a, v) }",
+    "an activation with a zero point": "<int8 u = {7}> { q = QuantizeLinear(x, s, u) a = DequantizeLinear(q, s, u)"
+    " v = DequantizeLinear<axis=1>(w, ws) y = MatMul(a, v) }",
+    "a weight with a zero point": "<int8[4] u = {0,0,1,0}> { q = QuantizeLinear(x, s, z) a = DequantizeLinear(q, s, z)"
+    " v = DequantizeLinear<axis=1>(w, ws, u) y = MatMul(a, v) }",
+    "scales along K": "<float[8] k = {1,2,3,4,5,6,7,8}> { q = QuantizeLinear(x, s, z) a = DequantizeLinear(q, s, z)"
+    " v = DequantizeLinear<axis=0>(w, k) y = MatMul(a, v) }",
+    "a gemm with factors": "<int64[2] n = {-1,8}, int64[3] m = {2,-1,4}> { f = Reshape(x, n)"
+    " q = QuantizeLinear(f, s, z) a = DequantizeLinear(q, s, z) v = DequantizeLinear<axis=1>(w, ws)"
+    " p = Gemm<alpha=0.5>(a, v, b) y = Reshape(p, m) }",
+}
+
+
+def graph_of(text: str) -> str:
+    if not text.startswith("<"):
+        return HEAD + text
+    return HEAD.rstrip().removesuffix(">") + ", " + text[1 : text.index("> {")] + "> " + text[text.index("> {") + 2 :]
+
+
+def outputs(made: Lowered, x: np.ndarray) -> np.ndarray:
+    import torch
+
+    executor = Executor(made.program, made.tensors, IntegerReferenceKernels())
+    return executor.run({"x": torch.from_numpy(x)})["y"].numpy()
+
+
+@pytest.mark.parametrize("name", [*FORMS, *FLOATS])
+def test_a_graph_gives_what_onnx_runtime_gives(name: str) -> None:
+    text = graph_of(FORMS[name][0] if name in FORMS else FLOATS[name])
+    x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)
+    made = lowered(onnx_text.model(text), "g.onnx")
+    expected = onnx_text.run(onnx_text.model(text), {"x": x})["y"]
+    # Exact sums here, float32 ones there; a code that lies on a half may go one step (0.05) the other way.
+    off = np.abs(outputs(made, x) - expected)
+    assert off.max() <= 0.0501
+    assert (off > 1e-5).mean() <= 0.03
+    products = list(made.program.products.values())
+    if name in FORMS:
+        assert [(product.output, product.bias is not None) for product in products] == [FORMS[name][1]]
+    else:
+        assert not products
+
+
+def test_a_product_is_two_four_by_its_codes_along_k() -> None:
+    two_four = graph_of(FORMS["a product"][0])
+    assert not lowered(onnx_text.model(two_four), "g").program.products[next(iter(_names(two_four)))].two_four
+    columns = "{1,1,1,1,2,2,2,2,0,0,0,0,0,0,0,0,3,3,3,3,0,0,0,0,0,0,0,0,4,4,4,4}"
+    along_k = two_four.replace(WEIGHT, columns)
+    assert lowered(onnx_text.model(along_k), "g").program.products[next(iter(_names(along_k)))].two_four
+
+
+def _names(text: str) -> list[str]:
+    return list(lowered(onnx_text.model(text), "g").program.products)
+
+
+def test_control_flow_is_refused() -> None:
+    text = (
+        "g (float[2,s,8] x, bool c) => (float[2,s,8] y) { y = If(c) <then_branch = t () => (float[2,s,8] a)"
+        " { a = Abs(x) }, else_branch = e () => (float[2,s,8] d) { d = Neg(x) }> }"
+    )
+    with pytest.raises(EngineError, match="this engine does not know If"):
+        lowered(onnx_text.model(text), "g.onnx")
+
+
+@pytest.mark.parametrize("family", variants(tiny.FAMILIES, ("bert",)))
+def test_every_family_runs_all_planned_products_on_integers(family: str, tiny_graph: Callable[..., Path]) -> None:
+    """In float16 as ONNX Runtime computes the same graph, which rounds in other places."""
+    import torch
+
+    file = tiny_graph(family, "inputs-outputs", "trt") / "model.onnx"
+    made = lowered(load_graph(file), str(file))
+    products = made.program.products
+    per_block = len(set(products)) // tiny.LAYERS
+    assert len(products) == tiny.LAYERS * per_block > 0
+    assert all(product.two_four for product in products.values())
+    assert sum(step.op == PRODUCT for step in made.program.steps) == len(products)
+    executor = Executor(made.program, made.tensors, IntegerReferenceKernels())
+    for batch, sequence, padding in ((1, 1, 0), (3, 7, 3), (2, tiny.POSITIONS, 5)):
+        feeds = baked.feeds(family, batch, sequence, padding=padding)
+        given = {name: torch.from_numpy(array) for name, array in feeds.items()}
+        with torch.no_grad():
+            first = executor.run(given)["logits"].clone()
+            executor.run(given)
+            third = executor.run(given)["logits"]
+        assert torch.equal(first, third)
+        expected = onnx_text.run(file, feeds)["logits"]
+        # Logits below 1 in float16: some 2e-3 of rounding, and a code that moves by a step now and then.
+        np.testing.assert_allclose(first.numpy(), expected, atol=0.05)
+
+
+def test_int8_attention_is_rounded_to_its_grid_and_said_so(tmp_path: Path) -> None:
+    from nxm_export.graph.exporter import export
+
+    checkpoint = baked.write_checkpoint("bert", tmp_path / "c", placement="attention", attention="int8")
+    export(checkpoint, tmp_path / "g", target="trt")
+    made = lowered(load_graph(tmp_path / "g" / "model.onnx"), "g")
+    assert made.program.attention == {"fused": 0, "in parts": 1, "operands on their INT8 grid": 1}
+
+
+def test_weights_in_half_a_byte_are_read_as_their_codes(tmp_path: Path) -> None:
+    from nxm_export.graph.exporter import export
+
+    checkpoint = baked.write_checkpoint("bert", tmp_path / "c", spec="W4", task="classification")
+    for stored in ("int8", "int4"):
+        export(checkpoint, tmp_path / stored, target="trt", weights_stored=stored)
+    one, other = (lowered(load_graph(tmp_path / stored / "model.onnx"), stored) for stored in ("int8", "int4"))
+    assert one.program.products == other.program.products
+    names = [product.weight for product in one.program.products.values()]
+    assert len(names) == 6
+    for name in names:
+        np.testing.assert_array_equal(one.tensors[name].numpy(), other.tensors[name].numpy())
+
+
+class TestFile:
+    def test_a_program_comes_back_as_it_was(self, tiny_graph: Callable[..., Path]) -> None:
+        import torch
+
+        made = lowered(load_graph(tiny_graph("bert", "inputs-outputs", "trt") / "model.onnx"), "g")
+        data = to_bytes(made.program, made.tensors)
+        assert program_of(data, "x") == made.program
+        back = tensors_of(data, "x")
+        assert back.keys() == made.tensors.keys()
+        assert all(torch.equal(back[name], tensor) for name, tensor in made.tensors.items())
+        codes = [back[product.weight] for product in made.program.products.values()]
+        assert all(tensor.dtype is torch.int8 for tensor in codes)
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            (b"", "no safetensors file"),
+            (b"\xff" * 16, "no safetensors file|not JSON|header"),
+            (b"\x02\0\0\0\0\0\0\0{}", "its header has no program"),
+            (b'\x1f\0\0\0\0\0\0\0{"__metadata__": {"nxm": "{}"}}', "schema"),
+        ],
+    )
+    def test_a_damaged_file_is_refused(self, data: bytes, message: str) -> None:
+        with pytest.raises(ArtifactError, match=message):
+            program_of(data, "model.safetensors")

@@ -1,0 +1,108 @@
+"""The sentence over the verdicts, and when the command that serves an engine is given."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from nxm_export.contract.plan import CompressionPlan, WeightSpec
+from nxm_export.reporting.conclusion import Conclusion, conclude
+from nxm_export.reporting.figures import Shown
+from nxm_export.reporting.run_facts import Run
+from nxm_export.reporting.tables import Code
+from nxm_export.reporting.verdicts import verdicts
+from tests.support.made_runs import engine, made_run, matrix, on_kernels, parity
+from tests.support.records import SUMMARY
+
+SERVED = "nxm serve 'my runs/run/engines/ort-cpu-int8'"
+
+
+def text(conclusion: Conclusion) -> str:
+    return "".join(piece.text if isinstance(piece, Code | Shown) else piece for piece in conclusion.pieces)
+
+
+def sparse_word(run: Run) -> tuple[str, str]:
+    (verdict,) = [verdict for verdict in verdicts(run) if verdict.key == "sparse"]
+    return verdict.state, verdict.word
+
+
+def planned(run: Run) -> Run:
+    """The run with a plan and two matrices that are stored as planned."""
+    weights = {name: WeightSpec.parse("2:4+W8") for name in ("a", "b")}
+    plan = CompressionPlan("bert", weights, dict.fromkeys(weights, (64, 64)))
+    return replace(run, plan=plan, matrices=(matrix(0), matrix(1)))
+
+
+def test_a_run_that_went_well_is_one_sentence_and_the_command_that_serves_it() -> None:
+    made = conclude(made_run(engine(compared=parity())))
+    assert text(made) == (
+        "ort-cpu-int8 computes what its checkpoint computes, within the measured tolerance; no difference in accuracy "
+        "to the dense model was found on 64 samples (95 % interval -0.5000 to +0.0000); it is faster (1.50x of the "
+        "speed of ort-cpu-fp32); its matrices take 80.00% fewer bits than in FP32; no matrix is planned to be sparse."
+    )
+    assert made.command == SERVED
+
+
+def test_the_numbers_of_the_sentence_name_their_files() -> None:
+    pieces = conclude(made_run(engine(compared=parity()))).pieces
+    places = {piece.figure.pointer for piece in pieces if isinstance(piece, Shown)}
+    assert {"/difference_interval/0", "/speedup/0/speedup", "/compression/hw", "/dev_samples"} <= places
+
+
+def test_an_engine_that_failed_was_not_compared_or_is_not_there_has_no_command() -> None:
+    failed = conclude(made_run(engine(compared=parity(passed=False))))
+    assert (failed.state, failed.command) == ("bad", None)
+    assert "ort-cpu-int8 does not compute what its checkpoint computes" in text(failed)
+    assert "do not serve it" in failed.no_command
+    unknown = conclude(made_run(engine()))
+    assert unknown.command is None
+    assert "was not compared" in text(unknown)
+    gone = conclude(made_run(replace(engine(compared=parity()), bytes=None)))
+    assert (gone.command, gone.no_command) == (None, "The file of ort-cpu-int8 is not in this run.")
+    assert conclude(made_run()).command is None
+
+
+def test_files_that_contradict_each_other_give_no_verdict_and_no_command() -> None:
+    made = conclude(replace(made_run(engine(compared=parity())), doubts=("a file is another one",)))
+    assert (made.state, made.command) == ("bad", None)
+    assert text(made).startswith("Do not trust")
+
+
+def test_a_broken_pattern_gives_no_command() -> None:
+    run = planned(made_run(engine(compared=parity())))
+    run = replace(run, matrices=(matrix(0), matrix(1, problems=("row 3 has three of four",))))
+    made = conclude(run)
+    assert (made.state, made.command) == ("bad", None)
+    assert "breaks the pattern" in text(made)
+
+
+def test_a_difference_in_accuracy_is_said_and_makes_it_bad() -> None:
+    summary = replace(SUMMARY, difference_interval=(-0.5, -0.25))
+    made = conclude(made_run(engine(compared=parity()), summary=summary))
+    assert made.state == "bad"
+    assert "its accuracy is worse than the dense model's on 64 samples (95 % interval -0.5000 to -0.2500)" in text(made)
+    assert made.command == SERVED, "it computes what its checkpoint computes; whether that is enough is not ours to say"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "word", "said"),
+    [
+        ((None, None), ("open", "stored; running unknown"), "no engine of this run proves that sparse kernels run"),
+        ((True, None), ("open", "stored; run in part"), "trt runs 1 of 2 sparse matrices on sparse kernels"),
+        ((True, False), ("open", "stored; run in part"), "trt runs 1 of 2 sparse matrices on sparse kernels"),
+        ((True, True), ("good", "stored and run"), "trt runs 2 of 2 sparse matrices on sparse kernels"),
+    ],
+)
+def test_sparse_kernels_are_claimed_as_far_as_they_are_proved(
+    chosen: tuple[bool | None, ...], word: tuple[str, str], said: str
+) -> None:
+    run = planned(made_run(engine(compared=parity()), on_kernels(engine("trt"), chosen)))
+    assert sparse_word(run) == word
+    assert said in text(conclude(run))
+
+
+def test_kernels_are_no_proof_of_what_is_stored() -> None:
+    run = planned(made_run(on_kernels(engine("trt"), (True, True))))
+    unseen = replace(run, matrices=tuple(replace(m, pattern={}, stored={}, zeros={}) for m in run.matrices))
+    assert sparse_word(unseen) == ("open", "run; stored not checked")

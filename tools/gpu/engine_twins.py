@@ -1,0 +1,389 @@
+"""What does INT8 2:4 give in whole models, with the product's own engine of torch and cuSPARSELt? FP16, dense INT8 and
+sparse INT8 twins, and Hugging Face's model in FP16.
+
+    python3 -m tools.gpu.engine_twins --out $OUT/twins --budget 400      on the GPU machine
+    python3 -m tools.gpu.engine_twins --out $OUT/twins --checkpoint runs/a/checkpoint --shapes 32x128
+    python3 -m tools.gpu.engine_twins --out /tmp/twins --rehearse --models tiny --shapes 2x16 --rounds 2    anywhere
+
+Models are those of `tools.gpu.evidence`, with random weights: times do not depend on what weights say. Each subject is
+a model with quantizers in front of products alone (``inputs``) or behind them, too (``inputs-outputs``). After every
+shape the subject's JSON is written again; what is complete in ``--out`` is not measured again. Tables come last. A
+rehearsal runs on exact integers on the CPU: nothing it says is about a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, cast
+from unittest import mock
+
+import numpy as np
+
+from engines.base import BuildOptions, Engine
+from engines.benchmark.latency import BenchReport, bench, sparse_verdict
+from engines.cusparselt import backend
+from engines.cusparselt.machine import Machine, this_machine
+from engines.cusparselt.program import Choice
+from engines.cusparselt.report import dense_time, sparse_time
+from engines.cusparselt.stand_in import IntegerReferenceKernels
+from nxm_export.contract.checkpoint import read_config, task_at
+from nxm_export.contract.choices import TASK
+from nxm_export.contract.tasks import TASKS
+from nxm_export.errors import NxmError
+from nxm_export.hf.model_loading import load_task_model
+from nxm_export.hf.protocols import HasAttention
+from nxm_export.pipeline.inspection import inspect_engine, measure_layers
+from nxm_export.pipeline.sparsity_twins import DENSE, FLOAT, SPARSE, TWINS, TwinGraphs, build_twins
+from nxm_export.storage.atomic import make_directory, write_atomic
+from nxm_export.storage.json_files import encode, read_record
+from tools.gpu.evidence import MODELS, Parity, Sparsity, Variant, one_shot, parity, profiles_of, shape_of
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+SCHEMA = "nxm-gpu-engine-twins/1"
+PLACEMENTS = ("inputs-outputs", "inputs")
+SHAPES = ("32x128", "8x128", "128x128", "32x384", "1x128", "128x384")
+TABLE_CHARACTERS = 10_500  # of the output's end
+STAND_IN = {
+    "torch": "stand-in", "cuda": "stand-in", "cusparselt": "0.8.0", "gpu": "stand-in", "compute_capability": "9.0",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a model of `MODELS`, or a checkpoint; with which quantizers (None: those that were trained)."""
+
+    model: str
+    placement: str | None
+    checkpoint: str | None = None
+    layers: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of its files."""
+        return "-".join([self.model, *([str(self.layers)] if self.layers else []), self.placement or "as-trained"])
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a subject came to; written after every measurement. `hugging_face` are milliseconds by shape: of the model
+    as it is (``fp16``), and compiled. `complete` says that nothing of it is left to do."""
+
+    subject: Subject
+    machine: Mapping[str, str]
+    kind: str
+    seconds: Mapping[str, float]
+    sparsity: Sparsity | None = None
+    choices: tuple[Choice, ...] = ()
+    kernels: tuple[str, ...] = ()
+    bench: tuple[BenchReport, ...] = ()
+    parity: Mapping[str, Parity] | None = None
+    hugging_face: Mapping[str, Mapping[str, float]] | None = None
+    verdict: str | None = None
+    error: str | None = None
+    skipped: tuple[str, ...] = ()
+    complete: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How subjects are measured, and until when (`time.monotonic`)."""
+
+    shapes: tuple[tuple[int, int], ...]
+    rounds: int
+    out: Path
+    work: Path
+    until: float
+    compiled: bool
+    machine: Machine
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the budget is spent."""
+        return time.monotonic() > self.until
+
+
+def subjects(models: Sequence[str], checkpoints: Sequence[str], layers: int | None) -> list[Subject]:
+    """In order of value: the first model in both placements, checkpoints, the other models, then their second
+    placement."""
+    first, others = models[:1], models[1:]
+    ordered = [Subject(model, placement, layers=layers) for model in first for placement in PLACEMENTS]
+    ordered += [Subject(Path(path).name, None, path) for path in checkpoints]
+    ordered += [Subject(model, placement, layers=layers) for placement in PLACEMENTS for model in others]
+    return ordered
+
+
+class Measuring:
+    """One subject; `result` is written whenever something is added to it."""
+
+    def __init__(self, subject: Subject, plan: Plan) -> None:
+        self.plan, self.subject = plan, subject
+        self.file = plan.out / f"{subject.name}.json"
+        self.work = plan.work / subject.name
+        self.result = Result(subject, plan.machine.facts, plan.machine.kernels.kind, {})
+
+    def run(self) -> Result:
+        """Until all is measured or the budget is spent; an error is a result, too."""
+        if self.file.is_file():
+            known = read_record(self.file, Result, schema=SCHEMA, way_out="remove it, and it is measured again")
+            if known.complete:
+                return known
+        try:
+            self._measure()
+        except (NxmError, RuntimeError, ValueError) as error:
+            self._add(error=f"{type(error).__name__}: {error}"[:600])
+        return self.result
+
+    def _measure(self) -> None:
+        checkpoint = self._timed("checkpoint", self._checkpoint)
+        positions = int(cast(int, read_config(checkpoint)["max_position_embeddings"]))
+        shapes = [shape for shape in self.plan.shapes if shape[1] <= positions]
+        self._timed("twins", lambda: self._build(checkpoint, shapes))
+        self._timed("profile", self._inspect)
+        with ExitStack() as stack:
+            engines = {name: stack.enter_context(backend.load(self.work / name)) for name in TWINS}
+            vocabulary = int(cast(int, read_config(checkpoint)["vocab_size"]))
+            for shape in shapes:
+                if self.plan.is_over:
+                    self._add(skipped=(*self.result.skipped, "x".join(map(str, shape))))
+                    continue
+                self._bench(engines, shape, vocabulary)
+        self._timed("hugging face", lambda: self._hugging_face(checkpoint, shapes, vocabulary))
+        if self.plan.is_over:
+            self._add(skipped=(*self.result.skipped, "parity"))
+            return
+        longest = max(sequence for _, sequence in shapes)
+        self._add(parity=self._timed("parity", lambda: parity(checkpoint, self.work, longest, vocabulary)))
+        self._add(complete=not self.result.skipped)
+
+    def _checkpoint(self) -> Path:
+        if self.subject.checkpoint is not None:
+            return Path(self.subject.checkpoint)
+        variant = Variant(self.subject.model, self.subject.placement or "inputs", "erf", "matmul")
+        return one_shot(variant, self.plan.work / "checkpoints", self.subject.layers)
+
+    def _build(self, checkpoint: Path, shapes: Sequence[tuple[int, int]]) -> None:
+        settings = BuildOptions(profiles=profiles_of(shapes))
+        if self.work.is_dir():
+            shutil.rmtree(self.work)
+        build_twins(checkpoint, self.work, backend.NAME, settings, TwinGraphs(placement=self.subject.placement))
+
+    def _inspect(self) -> None:
+        sparse = self.work / SPARSE
+        for name in (SPARSE, DENSE):
+            measure_layers(self.work / name)
+        inspected = inspect_engine(sparse)
+        assert isinstance(inspected.facts, backend.CusparseltFacts)
+        report, run = inspected.facts.sparsity, inspected.facts.profiled
+        planned = [weight for weight in report.weights if weight.planned_sparse]
+        chosen = sum(weight.chosen is True for weight in planned)
+        names = {kernel.name for kernels in run.products.values() for kernel in kernels} if run is not None else set()
+        self._add(
+            sparsity=Sparsity(len(planned), chosen, report.sparse_share, report.counts),
+            choices=inspected.facts.choices,
+            kernels=tuple(sorted(names)),
+        )
+
+    def _bench(self, engines: Mapping[str, Engine], shape: tuple[int, int], vocabulary: int) -> None:
+        report = bench(engines, [shape], rounds=self.plan.rounds, vocabulary=vocabulary)
+        reports = (*self.result.bench, report)
+        together = BenchReport(
+            tuple(timing for each in reports for timing in each.timings),
+            tuple(ratio for each in reports for ratio in each.ratios),
+        )
+        share = None if self.result.sparsity is None else self.result.sparsity.share
+        verdict = sparse_verdict(together, SPARSE, DENSE, share, self.plan.machine.facts["gpu"])
+        self._add(bench=reports, verdict=verdict)
+        medians = {timing.name: round(timing.median, 4) for timing in report.timings}
+        print(f"{self.subject.name} {shape[0]}x{shape[1]}, ms: {medians}", flush=True)
+
+    def _hugging_face(self, checkpoint: Path, shapes: Sequence[tuple[int, int]], vocabulary: int) -> None:
+        ways = ("fp16", "compiled") if self.plan.compiled else ("fp16",)
+        taken: dict[str, dict[str, float]] = {}
+        for way in ways:
+            model = _model(checkpoint, self.plan.machine, compiled=way == "compiled")
+            for batch, sequence in shapes:
+                if self.plan.is_over:
+                    self._add(skipped=(*self.result.skipped, f"hugging face {way} {batch}x{sequence}"))
+                    continue
+                ms = _milliseconds(model, (batch, sequence), vocabulary, self.plan)
+                taken.setdefault(f"{batch}x{sequence}", {})[way] = ms
+                self._add(hugging_face=taken)
+
+    def _timed(self, what: str, work: Callable[[], T]) -> T:
+        began = time.monotonic()
+        made = work()
+        self._add(seconds={**self.result.seconds, what: round(time.monotonic() - began, 1)})
+        return made
+
+    def _add(self, **fields: object) -> None:
+        result = replace(self.result, **fields)  # type: ignore[arg-type]  # fields of `Result`
+        write_atomic(self.file, encode(result, SCHEMA))  # raises for NaN, which then is not in `result`
+        self.result = result
+
+
+def _model(checkpoint: Path, machine: Machine, *, compiled: bool) -> Callable[..., torch.Tensor]:
+    """Hugging Face's own model in FP16 with its fused attention: a function of the inputs that gives its
+    first output."""
+    import torch
+
+    task = TASKS[task_at(checkpoint, read_config(checkpoint)) or TASK]
+    module = load_task_model(checkpoint, task)
+    cast("HasAttention", module).set_attn_implementation("sdpa")
+    if machine.kernels.kind == "gpu":
+        module = module.half()
+    module = module.to(machine.kernels.device)
+    called = torch.compile(module, mode="max-autotune-no-cudagraphs", dynamic=False) if compiled else module
+    return lambda **feeds: cast(torch.Tensor, next(iter(called(**feeds).values())))
+
+
+def _milliseconds(model: Callable[..., torch.Tensor], shape: tuple[int, int], vocabulary: int, plan: Plan) -> float:
+    """The median of runs on the device, of a CUDA graph where there can be one."""
+    import torch
+
+    kernels = plan.machine.kernels
+    ids = torch.from_numpy(np.random.default_rng(0).integers(5, vocabulary, shape)).to(kernels.device)
+    feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def call() -> dict[str, torch.Tensor]:
+        return {"logits": model(**feeds)}
+
+    with torch.no_grad():
+        call()
+        captured = kernels.capture(call)
+        run: Callable[[], object] = captured[0] if captured is not None else call
+        return statistics.median(kernels.milliseconds(run) for _ in range(plan.rounds))
+
+
+def tables(results: Sequence[Result]) -> str:
+    """The end of the output: times and kernels of every subject, as many as fit."""
+    lines: list[str] = []
+    for result in results:
+        lines += _table(result)
+    return "\n".join(lines)[:TABLE_CHARACTERS]
+
+
+def _table(result: Result) -> Iterator[str]:
+    facts = result.machine
+    stand_in = "" if result.kind == "gpu" else " (A STAND-IN: nothing of this is about a GPU)"
+    versions = f"torch {facts['torch']}, cuSPARSELt {facts['cusparselt']}"
+    yield f"## {result.subject.name} on {facts['gpu']}{stand_in}, {versions}"
+    if result.error is not None:
+        yield f"error: {result.error}"
+    if result.sparsity is not None:
+        sparsity = result.sparsity
+        yield f"sparse kernels: {sparsity.chosen} of {sparsity.planned} planned matrices; {sparsity.counts}"
+    if result.bench:
+        yield "| shape | FP16, ms | INT8 dense | INT8 sparse | over dense | over FP16 | Hugging Face |"
+        yield "|---|---:|---:|---:|---:|---:|---|"
+    for report in result.bench:
+        yield _row(report, result)
+    if result.choices:
+        yield "K x N to output, rows: sparse and dense us -> form"
+    for choice in result.choices:
+        sparse, dense = sparse_time(choice), dense_time(choice)
+        yield f"{choice.k}x{choice.n} to {choice.output}, {choice.rows}: {sparse} {dense} -> {choice.form}"
+    for form, problem in dict.fromkeys((m.form, m.problem) for c in result.choices for m in c.measured if m.problem):
+        yield f"{form}: {problem}"
+    yield from (f"verdict: {result.verdict}", f"parity: {result.parity}", f"seconds: {dict(result.seconds)}")
+    if result.kernels:
+        yield f"kernels: {', '.join(result.kernels)}"
+    if result.skipped:
+        yield f"not reached: {', '.join(result.skipped)}"
+    yield ""
+
+
+def _row(report: BenchReport, result: Result) -> str:
+    times = {timing.name: timing.median for timing in report.timings}
+    ratio = next(ratio for ratio in report.ratios if ratio.name == SPARSE)
+    shape = f"{ratio.batch}x{ratio.sequence}"
+    low, high = ratio.interval
+    shown = [f"{times[name]:.4f}" for name in (FLOAT, DENSE, SPARSE)]
+    theirs = ", ".join(f"{way} {ms:.4f}" for way, ms in (result.hugging_face or {}).get(shape, {}).items()) or "-"
+    over = f"{times[FLOAT] / times[SPARSE]:.2f}"
+    return f"| {' | '.join([shape, *shown, f'{ratio.speedup:.2f} ({low:.2f} to {high:.2f})', over, theirs])} |"
+
+
+@contextmanager
+def rehearsal() -> Iterator[Machine]:
+    """The verbs of the backend run on exact integers on the CPU, and say "stand-in" wherever they say a GPU."""
+    stand_in = Machine(IntegerReferenceKernels(), STAND_IN)
+    with mock.patch.object(backend, "this_machine", return_value=stand_in):
+        yield stand_in
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.gpu.engine_twins",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the JSON files and the page")
+    parser.add_argument("--budget", type=float, default=400, help="seconds; what was not reached is listed")
+    parser.add_argument("--models", default="bert-base,minilm,bert-large", help=f"of {', '.join(MODELS)}; '' for none")
+    parser.add_argument("--checkpoint", action="append", default=[], help="a compressed checkpoint; may be repeated")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="batch x sequence; the first matter most")
+    parser.add_argument("--layers", type=int, help="of the models, fewer than they have: export takes less time")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--compile", action="store_true", help="Hugging Face's model compiled, too (minutes)")
+    parser.add_argument("--work", type=Path, default=Path("runs/gpu-engine-twins"), help="checkpoints, graphs, engines")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with exact integers: times mean nothing")
+    options = parser.parse_args(arguments)
+    if options.rehearse:
+        with rehearsal() as machine:
+            return measure_all(options, machine)
+    try:
+        machine = this_machine()
+    except NxmError as error:
+        print(f"tools.gpu.engine_twins: {error}; --rehearse runs on the CPU", file=sys.stderr)
+        return 1
+    return measure_all(options, machine)
+
+
+def measure_all(options: argparse.Namespace, machine: Machine) -> int:
+    """Every subject on a machine, until the budget is spent; 0 where anything was timed."""
+    began = time.monotonic()
+    make_directory(options.out)
+    shapes = tuple(shape_of(text) for text in options.shapes.split(","))
+    until = began + options.budget
+    plan = Plan(shapes, options.rounds, options.out, options.work, until, options.compile, machine)
+    results: list[Result] = []
+    skipped: list[str] = []
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)  # `timeout` ends the measuring; the tables are printed all the same
+    measuring = None
+    try:
+        models = [name for name in options.models.split(",") if name]
+        for subject in subjects(models, options.checkpoint, options.layers):
+            if plan.is_over:
+                skipped.append(subject.name)
+                continue
+            measuring = Measuring(subject, plan)
+            results.append(measuring.run())
+            measuring = None
+    except KeyboardInterrupt:
+        results += [measuring.result] if measuring is not None else []
+        skipped.append("what came after a signal")
+    signal.signal(signal.SIGTERM, before)
+    page = tables(results) + (f"\nnot reached: {', '.join(skipped)}" if skipped else "")
+    write_atomic(options.out / f"{machine.facts['gpu'].replace(' ', '-').lower()}-cusparselt.md", f"{page}\n")
+    print(page, flush=True)
+    return 0 if any(result.bench for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

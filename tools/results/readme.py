@@ -1,0 +1,69 @@
+"""The table of results in the README, from the records: what compression kept, pooled over tasks and seeds.
+
+Retention is that of docs/comparison.md: accuracy relative to the dense model of the same seed, mean over seeds, then
+over tasks. Which rows stand here was decided once; one that loses is among them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tools.rendering import table
+from tools.results.pooled import Cell, Pool
+from tools.results.statistics import TaskStatistics
+from tools.results.store import stores
+from tools.results.tasks import TASKS
+
+SECTION = "tools.results render"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A row of the README: of which encoder, which row of the results, and its words."""
+
+    encoder: str
+    row: str
+    words: str
+
+
+SHOWN = (
+    Shown("MiniLM-L6", "searched-hw-87.5", "a pattern and width per matrix, searched for 87.5 %"),
+    Shown("MiniLM-L6", "obs-2:4+W4", "2:4, 4-bit weights"),
+    Shown("MiniLM-L6", "admm-2:4+W4-untrained", "the same without training or labels (`--steps 0`)"),
+    Shown("MiniLM-L6", "paper-2:4+W4", "the same by the paper's recipe"),
+    Shown("MPNet-base", "obs-2:4+W8", "2:4, 8-bit weights"),
+)
+
+
+def results_table(results: Path) -> str:
+    """The Markdown table; a row without a record is left out."""
+    pools = {
+        encoder: Pool([TaskStatistics(s.task, s.labelled_records()) for s in stores(results, encoder)])
+        for encoder in dict.fromkeys(shown.encoder for shown in SHOWN)
+    }
+    rows = []
+    for shown in SHOWN:
+        pool = pools[shown.encoder]
+        kept, cells = pool.retention(shown.row), pool.cells(shown.row, "dense")
+        if kept is None or kept.interval is None:
+            continue
+        low, high = (100 * bound for bound in kept.interval)
+        saved = _bits_saved(pool, shown.row, cells)
+        span = f"{100 * kept.value:.1f} % ({low:.1f} to {high:.1f})"
+        rows.append([shown.encoder, shown.words, f"{100 * saved:.1f} %", span, _where(cells)])
+    return table(rows, ["encoder", "compression", "bits saved", "accuracy kept (95 %)", "tasks (seeds)"], "llrll")
+
+
+def _bits_saved(pool: Pool, row: str, cells: tuple[Cell, ...]) -> float:
+    """Mean compression by the counting of sparse tensor cores."""
+    shares = [fact.compression.by("hw") for task, _ in cells for fact in pool.tasks[task].compressed(row)]
+    return float(np.mean(shares))
+
+
+def _where(cells: tuple[Cell, ...]) -> str:
+    """Tasks with the number of their seeds."""
+    names = [task for task, _ in cells]
+    return ", ".join(f"{TASKS[name].title} ({names.count(name)})" for name in dict.fromkeys(names))

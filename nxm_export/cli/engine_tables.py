@@ -78,7 +78,7 @@ def _print_engine(title: str, facts: EngineInspection, everything: bool) -> None
 
 
 def _print_facts(title: str, facts: Mapping[str, object]) -> None:
-    apart = ("choices", "profiled", "weights", "passport", "schema", "counts", "products", "unread", "sparse_share")
+    apart = ("weights", "passport", "schema", "counts", "products", "unread", "sparse_share", "choices", "profiled")
     rows = [(key, value) for key, value in facts.items() if key not in apart]
     print_table(title, ("what", "value"), rows)
 

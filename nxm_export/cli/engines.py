@@ -90,8 +90,8 @@ class _BuildOptions:
 
     def require_usage(self, backend: str) -> None:
         """Raise wrong usage for options that do not go together."""
-        from engines.base import BACKENDS, cpu_backends
         from engines.base import backend as backend_of
+        from engines.base import cpu_backends
 
         of_auto = (("--shape", self.shapes), ("--checkpoint", self.checkpoint), ("--data", self.data))
         automatic = [flag for flag, value in of_auto if value]
@@ -106,7 +106,7 @@ class _BuildOptions:
         if self.threads and backend not in (*cpu_backends(), AUTO_BACKEND):
             raise click.UsageError(f"--threads is for engines on the CPU; {backend} has no use for it")
         for flag, given in (("--always-sparse", self.always_sparse), ("--fuse", self.fuse)):
-            if given and (backend not in BACKENDS or not backend_of(backend).CAPABILITIES.always_sparse):
+            if given and (backend == AUTO_BACKEND or not backend_of(backend).CAPABILITIES.always_sparse):
                 raise click.UsageError(f"{flag} is for --backend cusparselt")
         if self.always_sparse and not self.sparse:
             raise click.UsageError("--always-sparse and --no-sparse contradict each other; give one of them")
@@ -480,7 +480,6 @@ def _bench_servers(engines: tuple[Path, ...], options: _BenchOptions, json: bool
 @click.option("--parse", is_flag=True, help="Ask the parser of the installed TensorRT-RTX, too.")
 @click.option(
     "--shape",
-    metavar="BATCHxLENGTH",
     help="Say what 2:4 can gain at this shape, such as 32x128, on a --gpu by name (or cpu).  [default: 32x128 for a "
     "model]",
 )

@@ -16,7 +16,7 @@ from nxm_export.contract.records.verify_report import VerifyReport
 from nxm_export.graph.exporter import export
 from nxm_export.reporting.figures import RunFile
 from nxm_export.reporting.matrices import Matrix, matrices, projection_error
-from nxm_export.reporting.matrix_tables import _kernels_of
+from nxm_export.reporting.matrix_tables import _kernels_of as _kernels
 from tests.support import baked
 
 
@@ -75,10 +75,10 @@ def test_kernels_of_parts_stand_together_where_they_are_the_same() -> None:
         WeightSparsity(name, 4, 3, "matmul", "2:4+W8", True, "2:4", "2:4", True, True, None, None, "no-gpu", "")
         for name in fused.parts
     )
-    assert _kernels_of({query.name: query, key.name: key}, fused) == "unknown (no-gpu)"
+    assert _kernels({query.name: query, key.name: key}, fused) == "unknown (no-gpu)"
     query = replace(query, chosen=True, kernel="sparse_gemm", reason=None)
-    assert _kernels_of({query.name: query, key.name: key}, fused) == "query sparse: sparse_gemm, key unknown (no-gpu)"
-    assert _kernels_of({}, fused) == "unknown"
+    assert _kernels({query.name: query, key.name: key}, fused) == "query sparse: sparse_gemm, key unknown (no-gpu)"
+    assert _kernels({}, fused) == "unknown"
 
 
 def _read_as(file: str, report: VerifyReport) -> RunFile[VerifyReport]:

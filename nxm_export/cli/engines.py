@@ -480,6 +480,7 @@ def _bench_servers(engines: tuple[Path, ...], options: _BenchOptions, json: bool
 @click.option("--parse", is_flag=True, help="Ask the parser of the installed TensorRT-RTX, too.")
 @click.option(
     "--shape",
+    metavar="BATCHxLENGTH",
     help="Say what 2:4 can gain at this shape, such as 32x128, on a --gpu by name (or cpu).  [default: 32x128 for a "
     "model]",
 )

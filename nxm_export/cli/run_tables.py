@@ -137,7 +137,7 @@ def _verdict(summary: RunSummary) -> list[str]:
     if low is None or high is None:
         return [engines, f"{quality}."]
     found = "no difference found" if low <= 0 <= high else "better" if low > 0 else "worse"
-    return [engines, f"{quality}: {found} (paired 95 %: {low:+.4f} to {high:+.4f})."]
+    return [engines, f"{quality}: {found}."]  # the interval stands in the table below
 
 
 def _print_next(summary: RunSummary) -> None:
@@ -207,7 +207,7 @@ def _print_quality(summary: RunSummary) -> None:
         (
             "compressed, ONNX Runtime",
             score_text(summary.compressed),
-            f"to dense: {low:+.4f} to {high:+.4f} (95 %)" if known else "no interval",
+            f"to dense: {low:+.4f} to {high:+.4f} (paired 95 %)" if known else "no interval",
         ),
     ]
     if alike := summary.cosine_to_dense:

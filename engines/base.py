@@ -118,7 +118,7 @@ class BuildOptions:
     the builder lists its options as public. `timing_cache` is read and extended: a damaged or foreign one is an error
     with `require_timing_cache`, else a new one is begun; without one, ``timing.cache`` beside the engine is new.
     `always_sparse` is for backends with that capability: no dense kernel for a 2:4 matrix that has a sparse one, even
-    where it is faster; `fuse` lets ``cusparselt`` compile what lies between products (torch.compile), at every load.
+    where it is faster; `fuse` lets ``cusparselt`` compile what lies between products (torch.compile) when it is loaded.
     `twin` names the engine's part in a comparison (see `nxm build --twins`).
     """
 
@@ -127,7 +127,7 @@ class BuildOptions:
     max_batch_tokens: int = MAX_BATCH_TOKENS
     sparse: bool = SPARSE_KERNELS
     always_sparse: bool = False
-    fuse: bool = False
+    fuse: bool = True
     level: int | None = None
     workspace_bytes: int | None = None
     build_route: str | None = None

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 SCHEMA = "nxm-passport/2"
 _MOST_THREADS = 65536
-_FLAGS = {"always_sparse": "--always-sparse", "fuse": "--fuse"}  # options that are flags of `nxm build`
+_FLAGS = (("always_sparse", True, "--always-sparse"), ("fuse", False, "--no-fuse"))  # options that are flags
 PASSPORT_FILE = "passport.json"
 
 
@@ -294,7 +294,7 @@ class EnginePassport:
             parts += ["--profile", ",".join("x".join(map(str, shape)) for shape in shapes)]
         if self.options.get("sparse") is False:
             parts.append("--no-sparse")
-        parts += [flag for name, flag in _FLAGS.items() if self.options.get(name) is True]
+        parts += [flag for name, value, flag in _FLAGS if self.options.get(name) is value]
         workspace, route = self.whole_option("workspace_bytes"), self.text_option("build_route")
         numbers = {
             "--level": self.whole_option("level"),

@@ -7,7 +7,8 @@ rehearsals give them a stand-in, whose engines say so in their passport and are 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,10 +28,18 @@ from engines.base import (
     spec_of,
 )
 from engines.cusparselt.choosing import SparseUse, choices_for, rows_of
-from engines.cusparselt.executor import Executor
+from engines.cusparselt.executor import KNOWN, Executor, compiler
 from engines.cusparselt.machine import Machine, this_machine
 from engines.cusparselt.profiling import ProfiledRun, profiled, read_profile, save_profile
-from engines.cusparselt.program import ENGINE_FILE, Choice, Program, program_of, tensors_of, to_bytes
+from engines.cusparselt.program import (
+    ENGINE_FILE,
+    Choice,
+    Program,
+    program_of,
+    require_consistent,
+    tensors_of,
+    to_bytes,
+)
 from engines.cusparselt.report import sparsity_report
 from engines.passport import Bindings, BuildFacts, EnginePassport, load_passport
 from engines.sample_inputs import nearest_shape, sample_feeds
@@ -101,7 +110,8 @@ def build_on(machine: Machine, onnx: str | Path, out: Path, options: BuildOption
     profiles = profiles_for(options.profiles, onnx.parent, graph_inputs(model), options.max_batch_tokens)
     made, kernels = lowered(model, str(onnx)), machine.kernels
     use: SparseUse = "never" if not options.sparse else "always" if options.always_sparse else "auto"
-    choices = choices_for(made.program, made.tensors, kernels, rows_of(profiles), use, options.progress)
+    compiled = compiler(kernels, fuse=options.fuse)
+    choices = choices_for(made.program, made.tensors, kernels, rows_of(profiles), use, compiled, options.progress)
     program = made.with_choices(choices).program
     data = to_bytes(program, made.tensors)
     _require_running(program, data, machine, onnx)
@@ -139,7 +149,7 @@ def load_on(machine: Machine, directory: str | Path, passport: EnginePassport | 
     directory = Path(directory)
     passport = passport or load_passport(directory)
     data = passport.read_engine(directory, machine.facts)
-    return CusparseltEngine(directory, data, machine, fuse=passport.options.get("fuse") is True)
+    return CusparseltEngine(directory, data, machine, fuse=passport.options.get("fuse") is not False)
 
 
 def inspect(directory: str | Path) -> CusparseltFacts:
@@ -172,11 +182,12 @@ class CusparseltEngine(Closing):
 
     clock = "CUDA events"
 
-    def __init__(self, directory: Path, data: bytes, machine: Machine, *, fuse: bool = False) -> None:
+    def __init__(self, directory: Path, data: bytes, machine: Machine, *, fuse: bool = True) -> None:
         file = directory / ENGINE_FILE
-        program = program_of(data, str(file))
+        program, tensors = program_of(data, str(file)), tensors_of(data, str(file))
+        require_consistent(program, tensors, KNOWN, str(file))
         self.directory, self._spec, self._kernels = directory, spec_of(directory), machine.kernels
-        self._executor: Executor | None = Executor(program, tensors_of(data, str(file)), machine.kernels, fuse=fuse)
+        self._executor: Executor | None = Executor(program, tensors, machine.kernels, fuse=fuse)
         self._one_at_a_time = threading.Lock()
         self._bindings = program.inputs
         self.inputs = tuple(binding.name for binding in program.inputs)
@@ -189,42 +200,47 @@ class CusparseltEngine(Closing):
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name, float32."""
-        import torch
-
         executor = self._open()
         self._require(feeds)
-        with self._one_at_a_time, torch.no_grad():
+        with self._working():
             outputs = executor.run(self._on_device(feeds))
             return {name: tensor.cpu().numpy().copy() for name, tensor in outputs.items()}
 
     def timer(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], float]:
         """A function that runs `feeds`, already on the GPU, and returns the milliseconds between two CUDA events."""
-        import torch
-
         executor = self._open()
         self._require(feeds)
-        with self._one_at_a_time, torch.no_grad():
+        with self._working():
             replay = executor.replayer(self._on_device(feeds))
 
         def once() -> float:
-            with self._one_at_a_time, torch.no_grad():
+            with self._working():
                 return self._kernels.milliseconds(replay)
 
         return once
 
     def profiled(self, shape: tuple[int, int], sha256: str) -> ProfiledRun:
         """The kernels of a run at a shape (batch, sequence), of made-up inputs."""
-        import torch
-
         executor = self._open()
         vocabulary = min(_VOCABULARY, self._spec.limits.get("input_ids", _VOCABULARY)) if self._spec else None
         feeds = sample_feeds(self._bindings, *shape, vocabulary)
-        with self._one_at_a_time, torch.no_grad():
+        with self._working():
             return profiled(executor, self._on_device(feeds), shape, sha256)
 
     def close(self) -> None:
         """Let go of what is on the GPU."""
         self._executor = None
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """One run at a time; what torch says of a failure, such as too little memory, is an `EngineError`."""
+        import torch
+
+        with self._one_at_a_time, torch.no_grad():
+            try:
+                yield
+            except (RuntimeError, IndexError, TypeError, ValueError) as error:
+                raise EngineError(f"{self.directory}: torch failed: {str(error).strip()[:300]}") from error
 
     def _open(self) -> Executor:
         if self._executor is None:

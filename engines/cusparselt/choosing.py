@@ -6,12 +6,13 @@ The nearest larger number of rows that was measured decides at run time. Product
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from engines.base import Profile
+from engines.cusparselt.fusing import Compile, Function
 from engines.cusparselt.kernels import DENSE, FORMS, ROWS_STEP, Call, Form, Kernels, raise_if_lost
-from engines.cusparselt.products import Epilogue, Matrix, multiply, padded, sizes_of, sparse_arguments
+from engines.cusparselt.products import Epilogue, Matrix, afters, multiply, padded, sizes_of, sparse_arguments
 from engines.cusparselt.program import Choice, Measurement, Product, Program
 from nxm_export.errors import EngineError
 from nxm_export.progress import Progress, silent
@@ -38,6 +39,7 @@ def choices_for(
     kernels: Kernels,
     rows: Sequence[int],
     use: SparseUse,
+    compile_: Compile,
     progress: Progress = silent,
 ) -> tuple[Choice, ...]:
     """A choice for every size of product that is 2:4, at every number of rows; none where sparse is never used."""
@@ -47,10 +49,11 @@ def choices_for(
     for product in program.products.values():
         if product.two_four:
             sizes.setdefault(sizes_of(product), product)
-    choices = []
+    choices: list[Choice] = []
+    after = afters(compile_)
     for done, product in enumerate(sizes.values()):
         progress(f"products of {product.n} x {product.k}", done, len(sizes))
-        trial = Trial(kernels, product, tensors)
+        trial = Trial(kernels, product, tensors, after)
         choices += [trial.choice(count, use) for count in rows]
     return tuple(choices)
 
@@ -58,10 +61,12 @@ def choices_for(
 class Trial:
     """One product, tried in every form with random codes."""
 
-    def __init__(self, kernels: Kernels, product: Product, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, kernels: Kernels, product: Product, tensors: Mapping[str, Tensor], after: Callable[[str], Function]
+    ) -> None:
         self._kernels, self._product = kernels, product
         self._matrix = Matrix(tensors[product.weight], kernels, two_four=True)
-        self._epilogue = Epilogue(product, tensors, kernels)
+        self._epilogue = Epilogue(product, tensors, kernels, after)
 
     def choice(self, rows: int, use: SparseUse) -> Choice:
         """What runs at so many rows: the fastest form that is right, of the sparse ones alone for ``always``."""

@@ -10,38 +10,47 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from engines.cusparselt.kernels import Kernels
-from engines.cusparselt.operators import HOST, Numbers, compute
+from engines.cusparselt.fusing import FUSED, Compile, Fuser, fused_run
+from engines.cusparselt.kernels import DENSE, FORMS, Kernels
+from engines.cusparselt.operators import HOST, Numbers, compute, known
 from engines.cusparselt.products import Products
-from engines.cusparselt.program import PRODUCT, Program, Step
+from engines.cusparselt.program import PRODUCT, Known, Program, Step
 from nxm_export.errors import EngineError, notice
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_SHAPES = 24
+KNOWN = Known(
+    operator=lambda op: op in (PRODUCT, "Shape") or known(op), form=lambda form: form == DENSE or form in FORMS
+)
 _HOST_ALONE = ("Range",)  # its size is what its inputs say
 Around = Callable[[str], AbstractContextManager[object]]  # of a product, by its name: what a profiler sees it in
 
 
-@dataclass(frozen=True)
-class BoundStep:
-    """A step that runs on the device: each input is a name, a constant, or numbers; `freed` is read no more after
-    it."""
+Bound = tuple[Step, "tuple[str | Tensor | Numbers | None, ...]"]
 
-    step: Step
+
+@dataclass(frozen=True)
+class BoundCall:
+    """Something that runs on the device: a function of inputs, each a name, a constant, or numbers; `freed` is read no
+    more after it, and `product` names the product that it is."""
+
+    function: Callable[..., tuple[Tensor, ...]]
     inputs: tuple[str | Tensor | Numbers | None, ...]
+    outputs: tuple[str, ...]
     freed: tuple[str, ...]
+    product: str | None = None
 
 
 @dataclass
 class ShapePlan:
     """What is left to do at one shape; `constants` are outputs that depend on shapes alone."""
 
-    steps: tuple[BoundStep, ...]
+    calls: tuple[BoundCall, ...]
     constants: Mapping[str, Tensor]
     captured: CapturedRun | None = None
     refused: bool = False
@@ -62,12 +71,13 @@ class Executor:
     def __init__(
         self, program: Program, tensors: Mapping[str, Tensor], kernels: Kernels, *, fuse: bool = False
     ) -> None:
-        self.program, self.kernels, self._fuse = program, kernels, fuse
-        self.products = Products(program, tensors, kernels)
+        self.program, self.kernels = program, kernels
+        compile_ = compiler(kernels, fuse=fuse)
+        self.products, self._fuser = Products(program, tensors, kernels, compile_), Fuser(compile_)
         own = {name for part in program.products.values() for name in (part.weight, part.alpha, part.bias)}
         self._constants = {name: tensor for name, tensor in tensors.items() if name not in own}
         self._steps = self._without_constant_steps()
-        self._frees = _last_reads(self._steps, program.outputs)
+        self._frees = last_reads([(*step.outputs, *step.inputs) for step in self._steps], program.outputs)
         self._on_device: dict[str, Tensor] = {}
         self._plans: OrderedDict[tuple[tuple[int, ...], ...], ShapePlan] = OrderedDict()
 
@@ -113,8 +123,7 @@ class Executor:
 
     def _capture(self, plan: ShapePlan, feeds: Mapping[str, Tensor]) -> None:
         inputs = {name: tensor.clone() for name, tensor in feeds.items()}
-        call = self._call(plan, inputs)
-        captured = self.kernels.capture(call)
+        captured = self.kernels.capture(lambda: self._eager(plan, inputs))
         if captured is None:
             plan.refused = True
             notice(
@@ -123,50 +132,34 @@ class Executor:
         else:
             plan.captured = CapturedRun(inputs, *captured)
 
-    def _call(self, plan: ShapePlan, inputs: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-        def call() -> dict[str, Tensor]:
-            return self._eager(plan, inputs)
-
-        if not self._fuse:
-            return call
-        import torch
-
-        compiled: Callable[[], dict[str, Tensor]] = torch.compile(call, dynamic=False)
-        compiled()  # compiling is nothing that a CUDA graph can hold
-        return compiled
-
     def _eager(self, plan: ShapePlan, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self._run_steps(plan, feeds, None)
 
     def _run_steps(self, plan: ShapePlan, feeds: Mapping[str, Tensor], around: Around | None) -> dict[str, Tensor]:
         values: dict[str, Tensor] = dict(feeds)
-        for bound in plan.steps:
-            given = [values[value] if isinstance(value, str) else value for value in bound.inputs]
-            for name, made in zip(bound.step.outputs, self._computed(bound.step, given, around), strict=True):
-                values[name] = made
-            for name in bound.freed:
+        for call in plan.calls:
+            given = [values[value] if isinstance(value, str) else value for value in call.inputs]
+            with around(call.product) if around is not None and call.product is not None else nullcontext():
+                values.update(zip(call.outputs, call.function(*given), strict=True))
+            for name in call.freed:
                 values.pop(name, None)
         return {name: self._output(values, plan.constants, name) for name in self.program.outputs}
 
     def _output(self, values: Mapping[str, Tensor], constants: Mapping[str, Tensor], name: str) -> Tensor:
         return (values[name] if name in values else constants[name]).float()
 
-    def _computed(
-        self, step: Step, given: Sequence[Tensor | Numbers | None], around: Around | None
-    ) -> tuple[Tensor, ...]:
-        if step.op != PRODUCT:
-            return compute(step.op, given, step.attributes)
-        x, node = given[0], str(step.attributes["product"])
-        assert x is not None
-        assert not isinstance(x, tuple)
-        with around(node) if around is not None else nullcontext():
-            return (self.products.run(node, x),)
+    def _function(self, step: Step) -> Callable[..., tuple[Tensor, ...]]:
+        """What a step does with its inputs."""
+        if step.op == PRODUCT:
+            node = str(step.attributes["product"])
+            return lambda x: (self.products.run(node, x),)
+        return lambda *given: compute(step.op, given, step.attributes)
 
     def _planned(self, feeds: Mapping[str, Tensor]) -> ShapePlan:
         """Run step by step; what depends on shapes alone is computed here and now."""
         values: dict[str, Tensor] = dict(feeds)
         host: dict[str, Tensor] = dict(self._constants)
-        left: list[tuple[Step, tuple[str | Tensor | Numbers | None, ...]]] = []
+        left: list[Bound] = []
         for step, freed in zip(self._steps, self._frees, strict=True):
             if step.op == "Shape":
                 source = values.get(step.inputs[0], host.get(step.inputs[0]))
@@ -177,19 +170,33 @@ class Executor:
             else:
                 inputs = tuple(self._bound(step, at, values, host) for at in range(len(step.inputs)))
                 given = [values[value] if isinstance(value, str) else value for value in inputs]
-                values.update(zip(step.outputs, self._computed(step, given, None), strict=True))
+                values.update(zip(step.outputs, self._function(step)(*given), strict=True))
                 left.append((step, inputs))
             for name in freed:
                 values.pop(name, None)
                 if name not in self._constants:
                     host.pop(name, None)
         constants = {name: host[name].to(self.kernels.device) for name in self.program.outputs if name in host}
-        reads = [
-            Step(step.op, tuple(x for x in inputs if isinstance(x, str)), step.outputs, {}) for step, inputs in left
-        ]
-        frees = _last_reads(reads, self.program.outputs)
-        steps = (BoundStep(step, inputs, freed) for (step, inputs), freed in zip(left, frees, strict=True))
-        return ShapePlan(tuple(steps), constants)
+        return ShapePlan(self._calls(left), constants)
+
+    def _calls(self, left: Sequence[Bound]) -> tuple[BoundCall, ...]:
+        """The calls of steps that run on the device, those of `FUSED` in a row as one."""
+        calls: list[BoundCall] = []
+        for segment in _segments(left):
+            first, inputs = segment[0]
+            if first.op not in FUSED:
+                product = str(first.attributes["product"]) if first.op == PRODUCT else None
+                calls.append(BoundCall(self._function(first), inputs, first.outputs, (), product))
+                continue
+            own = {id(step) for step, _ in segment}
+            others = (value for step, reads in left if id(step) not in own for value in reads)
+            later = frozenset(value for value in others if isinstance(value, str)) | frozenset(self.program.outputs)
+            run = fused_run(segment, later)
+            if run.outputs:
+                calls.append(BoundCall(self._fuser.function(run.form), run.arguments, run.outputs, ()))
+        names = [[*call.outputs, *(value for value in call.inputs if isinstance(value, str))] for call in calls]
+        freed = last_reads(names, self.program.outputs)
+        return tuple(replace(call, freed=gone) for call, gone in zip(calls, freed, strict=True))
 
     def _bound(
         self, step: Step, at: int, values: Mapping[str, Tensor], host: Mapping[str, Tensor]
@@ -249,11 +256,27 @@ def _numbers(tensor: Tensor) -> Numbers:
     return tuple(int(value) for value in tensor.reshape(-1).tolist())
 
 
-def _last_reads(steps: Sequence[Step], outputs: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """For each step the names that nothing reads after it."""
-    last = {name: at for at, step in enumerate(steps) for name in (*step.outputs, *step.inputs) if name}
-    freed: list[list[str]] = [[] for _ in steps]
+def last_reads(uses: Sequence[Sequence[str]], outputs: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """For each use of names those that are not used after it."""
+    last = {name: at for at, names in enumerate(uses) for name in names if name}
+    freed: list[list[str]] = [[] for _ in uses]
     for name, at in last.items():
         if name not in outputs:
             freed[at].append(name)
     return tuple(tuple(names) for names in freed)
+
+
+def compiler(kernels: Kernels, *, fuse: bool) -> Compile:
+    """What functions between products go through."""
+    return kernels.compile if fuse else lambda function: function
+
+
+def _segments(steps: Sequence[Bound]) -> list[list[Bound]]:
+    """Steps of `FUSED` in a row together, all others alone."""
+    segments: list[list[Bound]] = []
+    for bound in steps:
+        if segments and bound[0].op in FUSED and segments[-1][0][0].op in FUSED:
+            segments[-1].append(bound)
+        else:
+            segments.append([bound])
+    return segments

@@ -13,11 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from nxm_export.errors import EngineError
+from engines.cusparselt.fusing import Function
+from nxm_export.errors import EngineError, notice
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from torch.cuda import _POOL_HANDLE
 
 LEAST, ROWS_STEP, MATRIX_STEP = 32, 16, 32  # of a product's sizes
 CALLS, REPLAYS = 8, 9  # in a CUDA graph that is timed, and of it
@@ -113,6 +115,10 @@ class Kernels(Protocol):
         thing."""
         ...
 
+    def compile(self, function: Function) -> Function:
+        """The same function, in fewer kernels where that can be."""
+        ...
+
     def synchronize(self) -> None:
         """Wait for the device."""
         ...
@@ -123,6 +129,8 @@ class CudaKernels:
 
     device = "cuda"
     kind: Literal["gpu", "stand-in"] = "gpu"
+    _told = False
+    _handle: _POOL_HANDLE | None = None
 
     def compress(self, weight: Tensor) -> Tensor:
         """By cuSPARSELt."""
@@ -225,12 +233,49 @@ class CudaKernels:
                 call()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self._pool()):
                 made = call()
         except RuntimeError as error:
             raise_if_lost(error)
             return None
         return graph.replay, made
+
+    def compile(self, function: Function) -> Function:
+        """By torch.compile; what it cannot compile here runs as it is, and that is said once."""
+        import torch
+
+        compiled: Function | None = torch.compile(function)
+
+        def run(*arguments: Tensor) -> tuple[Tensor, ...]:
+            nonlocal compiled
+            if compiled is not None:
+                try:
+                    return compiled(*arguments)
+                except Exception as error:  # of compilers, as many types as there are
+                    raise_if_lost(error)
+                    compiled = None
+                    self._tell(error)
+            return function(*arguments)
+
+        return run
+
+    def _pool(self) -> _POOL_HANDLE:
+        """One pool of memory for all graphs: they run one after the other, and what one wrote is read before the
+        next."""
+        import torch
+
+        if self._handle is None:
+            self._handle = torch.cuda.graph_pool_handle()
+        return self._handle
+
+    def _tell(self, error: Exception) -> None:
+        if not self._told:
+            self._told = True
+            reason = str(error).strip().splitlines()
+            notice(
+                "torch cannot compile what lies between products here, so that it runs in more kernels "
+                f"({type(error).__name__}: {reason[0][:200] if reason else ''}); --no-fuse does not try"
+            )
 
     def synchronize(self) -> None:
         """Wait for the GPU."""

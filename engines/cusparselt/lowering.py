@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engines.cusparselt.operators import known
-from engines.cusparselt.program import ATTENTION, PRODUCT, Attribute, Choice, Product, Program, Step
+from engines.cusparselt.program import ATTENTION, LINEAR, PRODUCT, Attribute, Choice, Product, Program, Step
 from engines.tensorrt.profiles import graph_inputs
 from nxm_export.errors import EngineError
 
@@ -72,7 +72,10 @@ class _Lowering:
     def made(self) -> Lowered:
         products = {id(node): found for node in self._graph if (found := self._product(node)) is not None}
         attentions = {id(node): fused for node in self._graph if (fused := _attention_of(node)) is not None}
-        absorbed = {id(node) for part in products.values() for node in part.absorbed}
+        linears = {id(node): add for node in self._graph if id(node) not in products and (add := _bias_of(node))}
+        absorbed = {id(node) for part in products.values() for node in part.absorbed} | {
+            id(a) for a in linears.values()
+        }
         absorbed |= {id(node) for part in attentions.values() for node in part.absorbed}
         steps: list[Step] = []
         for node in self._graph:
@@ -80,6 +83,8 @@ class _Lowering:
                 steps.append(self._product_step(node, products[id(node)]))
             elif id(node) in attentions:
                 steps.append(self._attention_step(node, attentions[id(node)]))
+            elif id(node) in linears:
+                steps.append(_linear_step(node, linears[id(node)]))
             elif id(node) not in absorbed:
                 steps.append(self._step(node))
                 self._count_softmax(node)
@@ -267,6 +272,22 @@ def _attention_of(node: ir.Node) -> _Attention | None:
     if any(bias.dtype != query.dtype or _rank(bias) is None for bias in kept):
         return None
     return _Attention(query, key, context, scale, tuple(kept), tuple(absorbed))
+
+
+def _bias_of(node: ir.Node) -> ir.Node | None:
+    """The Add of a constant for each channel that alone reads a float product with a constant matrix."""
+    matrix = _numbers(node.inputs[1]) if node.op_type == "MatMul" and not node.domain else None
+    add = None if matrix is None or matrix.ndim != 2 else _reader(node.outputs[0], "Add")
+    if add is None or matrix is None:
+        return None
+    bias = _numbers(next(value for value in add.inputs if value is not node.outputs[0]))
+    return add if bias is not None and bias.shape == matrix.shape[1:] else None
+
+
+def _linear_step(node: ir.Node, add: ir.Node) -> Step:
+    bias = next(value for value in add.inputs if value is not node.outputs[0])
+    names = [str(value.name) for value in (*node.inputs, bias) if value is not None]
+    return Step(LINEAR, tuple(names), (str(add.outputs[0].name),), {})
 
 
 def _leads_to_scores(value: ir.Value | None) -> bool:

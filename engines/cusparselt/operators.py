@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
-from engines.cusparselt.program import ATTENTION, Attribute
+from engines.cusparselt.program import ATTENTION, LINEAR, Attribute
 from nxm_export.errors import EngineError
 
 if TYPE_CHECKING:
@@ -240,6 +240,15 @@ def _attention(inputs: Inputs) -> Tensor:
     return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=inputs.number("scale", 1.0))
 
 
+def _linear(inputs: Inputs) -> Tensor:
+    """(..., K) times (K, N) plus (N,): one kernel where the library can add a bias."""
+    import torch
+
+    x, weight = inputs.tensor(0), inputs.tensor(1)
+    y = torch.addmm(inputs.tensor(2), x.reshape(-1, weight.shape[0]), weight)
+    return y.reshape(*x.shape[:-1], weight.shape[1])
+
+
 def _divide(x: Tensor, y: Tensor) -> Tensor:
     import torch
 
@@ -382,4 +391,5 @@ def _numeric() -> dict[str, Operator]:
             inputs.tensor(0), inputs.tensor(1), inputs.maybe(2), inputs.whole("axis", 1)
         ),
         ATTENTION: _attention,
+        LINEAR: _linear,
     }

@@ -3,9 +3,11 @@ rows runs in."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING
 
+from engines.cusparselt.fusing import Compile, Function, with_own_code
 from engines.cusparselt.kernels import DENSE, FORMS, LEAST, MATRIX_STEP, ROWS_STEP, Form, Kernels
 from engines.cusparselt.operators import torch_type
 from engines.cusparselt.program import Choice, Product, Program
@@ -56,7 +58,10 @@ class Matrix:
 class Epilogue:
     """Scale, bias and output of one product, in the forms that kernels take."""
 
-    def __init__(self, product: Product, tensors: Mapping[str, Tensor], kernels: Kernels) -> None:
+    def __init__(
+        self, product: Product, tensors: Mapping[str, Tensor], kernels: Kernels, after: Callable[[str], Function]
+    ) -> None:
+        self._after = after(product.output)
         self.out = torch_type(product.output)
         self.n = product.n
         rows = padded(product.n, MATRIX_STEP)
@@ -68,12 +73,7 @@ class Epilogue:
 
     def after(self, sums: Tensor) -> Tensor:
         """What is left to do with int32 sums."""
-        import torch
-
-        y = sums.float() * self.alpha
-        if self.bias is not None:
-            y = y + self.bias
-        return y.round().clamp(-128, 127).to(torch.int8) if self.out is torch.int8 else y.to(self.out)
+        return self._after(sums, self.alpha, *(() if self.bias is None else (self.bias,)))[0]
 
 
 def _room(values: Tensor, size: int, dtype: str, device: str) -> Tensor:
@@ -108,17 +108,38 @@ def _sparse(kernels: Kernels, matrix: Matrix, epilogue: Epilogue, x: Tensor, for
     return y if form.fused else epilogue.after(y)
 
 
+def afters(compile_: Compile) -> Callable[[str], Function]:
+    """The function of (sums, scale, bias) behind int32 sums, by the type of its output; each is compiled once."""
+
+    @cache
+    def after(output: str) -> Function:
+        import torch
+
+        out = torch_type(output)
+
+        def scaled(sums: Tensor, alpha: Tensor, *bias: Tensor) -> tuple[Tensor, ...]:
+            y = sums.float() * alpha
+            for each in bias:
+                y = y + each
+            return (y.round().clamp(-128, 127).to(out) if out is torch.int8 else y.to(out),)
+
+        return compile_(with_own_code(scaled, f"nxm_after_{output}"))
+
+    return after
+
+
 class Products:
     """All products of a program, on the device."""
 
-    def __init__(self, program: Program, tensors: Mapping[str, Tensor], kernels: Kernels) -> None:
+    def __init__(self, program: Program, tensors: Mapping[str, Tensor], kernels: Kernels, compile_: Compile) -> None:
+        after = afters(compile_)
         self._kernels, self._products = kernels, program.products
         self._matrices: dict[str, Matrix] = {}
         self._epilogues: dict[str, Epilogue] = {}
         for node, product in program.products.items():
             if product.weight not in self._matrices:
                 self._matrices[product.weight] = Matrix(tensors[product.weight], kernels, two_four=product.two_four)
-            self._epilogues[node] = Epilogue(product, tensors, kernels)
+            self._epilogues[node] = Epilogue(product, tensors, kernels, after)
         self._choices: dict[SizeKey, list[Choice]] = {}
         for choice in sorted(program.choices, key=lambda choice: choice.rows):
             self._choices.setdefault((choice.n, choice.k, choice.output, choice.bias), []).append(choice)

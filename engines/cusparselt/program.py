@@ -8,7 +8,7 @@ depends on the GPU and the library.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,14 +21,26 @@ if TYPE_CHECKING:
 
 ENGINE_FILE = "model.safetensors"
 SCHEMA = "nxm-cusparselt/1"
-PRODUCT, ATTENTION = "nxm.Product", "nxm.Attention"  # the operators of steps that are not ONNX's
+# The operators of steps that are not ONNX's: a product of integers, fused attention, and a float product with a bias.
+PRODUCT, ATTENTION, LINEAR = "nxm.Product", "nxm.Attention", "nxm.Linear"
 _BUILD_AGAIN = "build the engine again"
 Attribute = int | float | str | tuple[int, ...]
 
 
+OUTPUTS = ("int8", "float16", "bfloat16", "float32")  # of products
+
+
+@dataclass(frozen=True)
+class Known:
+    """Which operators and which forms of products there are, for `require_consistent`."""
+
+    operator: Callable[[str], bool]
+    form: Callable[[str], bool]
+
+
 @dataclass(frozen=True)
 class Step:
-    """One operation: an ONNX operator, `PRODUCT` or `ATTENTION`; an input that is left out is the empty name."""
+    """One operation: an ONNX operator, or one of those above; an input that is left out is the empty name."""
 
     op: str
     inputs: tuple[str, ...]
@@ -115,6 +127,34 @@ def program_of(data: bytes, source: str) -> Program:
     if not isinstance(described, str):
         raise ArtifactError(f"{source}: its header has no program; {_BUILD_AGAIN}")
     return decode(described, Program, schema=SCHEMA, source=source, way_out=_BUILD_AGAIN)
+
+
+def require_consistent(program: Program, tensors: Mapping[str, torch.Tensor], known: Known, source: str) -> None:
+    """Raise `ArtifactError` unless a program reads only what is there: names, products, operators, forms, sizes."""
+    there = {*tensors, *(binding.name for binding in program.inputs)}
+    for step in program.steps:
+        missing = [name for name in step.inputs if name and name not in there]
+        if missing:
+            raise ArtifactError(f"{source}: a {step.op} reads {missing[0]!r}, which nothing makes; {_BUILD_AGAIN}")
+        if not known.operator(step.op) or (
+            step.op == PRODUCT and step.attributes.get("product") not in program.products
+        ):
+            raise ArtifactError(f"{source}: there is no {step.op} as its step {step.outputs} says; {_BUILD_AGAIN}")
+        there |= set(step.outputs)
+    absent = [name for name in program.outputs if name not in there]
+    if absent:
+        raise ArtifactError(f"{source}: nothing makes its output {absent[0]!r}; {_BUILD_AGAIN}")
+    for node, product in program.products.items():
+        sizes = {product.weight: (product.n, product.k), product.alpha: (product.n,)}
+        sizes |= {product.bias: (product.n,)} if product.bias is not None else {}
+        for name, size in sizes.items():
+            if name not in tensors or tuple(tensors[name].shape) != size:
+                raise ArtifactError(f"{source}: {node} has no tensor {name!r} of {size}; {_BUILD_AGAIN}")
+        if product.output not in OUTPUTS:
+            raise ArtifactError(f"{source}: {node} writes {product.output!r}, which no product does; {_BUILD_AGAIN}")
+    for choice in program.choices:
+        if not known.form(choice.form):
+            raise ArtifactError(f"{source}: {choice.form!r} is no form of a product; {_BUILD_AGAIN}")
 
 
 def tensors_of(data: bytes, source: str) -> dict[str, torch.Tensor]:

@@ -105,7 +105,7 @@ class _BuildOptions:
             raise click.UsageError("--checkpoint and --data belong together")
         if self.threads and backend not in (*cpu_backends(), AUTO_BACKEND):
             raise click.UsageError(f"--threads is for engines on the CPU; {backend} has no use for it")
-        for flag, given in (("--always-sparse", self.always_sparse), ("--fuse", self.fuse)):
+        for flag, given in (("--always-sparse", self.always_sparse), ("--no-fuse", not self.fuse)):
             if given and (backend == AUTO_BACKEND or not backend_of(backend).CAPABILITIES.always_sparse):
                 raise click.UsageError(f"{flag} is for --backend cusparselt")
         if self.always_sparse and not self.sparse:
@@ -197,7 +197,9 @@ class _BenchOptions:
 @click.option(
     "--always-sparse", is_flag=True, help="cusparselt: 2:4 kernels even where dense ones are faster; for measurements."
 )
-@click.option("--fuse", is_flag=True, help="cusparselt: compile what lies between products, at every load.")
+@click.option(
+    "--fuse/--no-fuse", default=True, help="cusparselt: compile what lies between products, when it is loaded."
+)
 @click.option("--level", type=Whole(0, 5), help="Builder optimization level.  [default: TensorRT's]")
 @click.option("--workspace", type=Whole(min=1), metavar="MIB", help="Limit of scratch memory.  [default: TensorRT's]")
 @click.option(

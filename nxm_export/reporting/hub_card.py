@@ -206,6 +206,7 @@ def _option_tags(run: Run, engine: EngineEntry | None) -> Iterator[str]:
 
 def _engine(engine: EngineEntry, passport: EnginePassport) -> dict[str, str]:
     packages = {"ort": "onnxruntime", "openvino": "openvino", "trt": "tensorrt", "trt_rtx": "tensorrt-rtx-cu13"}
+    packages["cusparselt"] = "torch"
     version = passport.versions.get(packages.get(passport.backend, ""), "")
     graph, device = passport.graph, passport.device
     return {

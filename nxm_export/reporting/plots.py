@@ -218,7 +218,7 @@ def _plan_map(run: Run) -> Picture | None:
         axes.text(*place, str(matrix.spec), ha="center", va="center", color="#111111", fontsize=size)
     axes.set_xlabel("N:M pattern and bits of the weights")
     description = f"The plan of every matrix, one row per encoder block, one column per matrix: {_plan_text(run)}."
-    return picture("plan", "The plan, matrix by matrix", description, "N:M pattern and bits of the weights.", canvas)
+    return picture("plan", "The plan, matrix by matrix", description, "A cell for every matrix.", canvas)
 
 
 def _short(value: float) -> str:

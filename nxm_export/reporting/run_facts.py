@@ -330,7 +330,7 @@ def read_engine(files: Files, name: str, directory: str, evidence: list[str]) ->
         bisections = [_of_this_engine(files, bisection, passport) for bisection in bisections]
         runtime = passport.content.backend
         sparse_kernels = runtime in BACKENDS and backend(runtime).CAPABILITIES.sparse_kernels
-        sparsity = _sparsity(files, directory) if sparse_kernels else None
+        sparsity = _sparsity(files, directory, runtime) if sparse_kernels else None
     bisection = next(filter(None, bisections), None)
     return EngineEntry(name, passport, size, parity, bisection, sparsity, sparse_kernels)
 
@@ -372,10 +372,14 @@ def _join(directory: str, name: str) -> str:
     return f"{directory}/{name}" if directory else name
 
 
-def _sparsity(files: Files, directory: str) -> SparsityReport | None:
+def _sparsity(files: Files, directory: str, runtime: str) -> SparsityReport | None:
+    from engines.base import ProfiledFacts, backend
     from engines.sparsity.judgement import read_sparsity_report
 
     try:
+        if backend(runtime).CAPABILITIES.profiled_kernels:
+            facts = backend(runtime).inspect(files.root / directory)
+            return facts.sparsity if isinstance(facts, ProfiledFacts) else None
         return read_sparsity_report(files.root / directory)
     except NxmError as error:
         files.doubts.append(f"{directory or '.'}: which kernels run cannot be read ({error})")

@@ -131,6 +131,7 @@ def test_the_first_model_comes_first_then_trained_checkpoints() -> None:
     assert engine_twins.Subject("minilm", "inputs", layers=2).name == "minilm-2-inputs"
 
 
+@pytest.mark.slow
 def test_twins_are_rehearsed_to_the_end_and_say_that_no_gpu_was_there(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -220,7 +220,8 @@ def test_a_change_of_the_search_reaches_it(place: Path, monkeypatch: pytest.Monk
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed (extra: report)")
 def test_pictures_are_drawn_and_the_same_each_time(place: Path) -> None:
     images = render(place / "results", place / "docs" / "results.md").images
-    assert [image.name for image in images] == ["cola-compression.svg", "cola-sensitivity.svg"]
+    names = [f"cola-{what}-{theme}.svg" for what in ("compression", "sensitivity") for theme in ("light", "dark")]
+    assert [image.name for image in images] == names
     first = [image.read_bytes() for image in images]
     render(place / "results", place / "docs" / "results.md")
     assert [image.read_bytes() for image in images] == first

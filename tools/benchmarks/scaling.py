@@ -44,6 +44,7 @@ from tools.benchmarks.measuring import (
     save_record,
     where_and_when,
 )
+from tools.benchmarks.scaling_chart import CHART, draw
 from tools.rendering import render, write_section
 
 if TYPE_CHECKING:
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
 
 TOOL, TOOL_MODULE = "tools/benchmarks/scaling.py", "tools.benchmarks.scaling"
 FILE = RECORDS / "scaling.json"
-PICTURE = "performance-scaling.svg"
 SIZES = {
     "MiniLM-L6": (384, 1536, 6, 12),
     "MiniLM-L12": (384, 1536, 12, 12),
@@ -432,7 +432,7 @@ def section(record: Record) -> str:
         stages=list(STAGES),
         sizes=[_size_cells(row) for row in record["sizes"]],
         exponents=[f"{name} {value:.2f}" for name, value in record["exponents"].items()],
-        picture=PICTURE,
+        picture=CHART.markup(),
         calibration=list(calibration),
         answers=[_answer_cells(key, answers[key]) for key in ("help", "first answer", "serve")],
         heavy_modules=answers["heavy_modules"],
@@ -455,33 +455,6 @@ def _answer_cells(key: str, median: Median) -> list[str]:
     low, high = median["interval"]
     limit = f"<= {LIMITS[key]:g}" if key in LIMITS else ""
     return [ANSWERS[key], f"{median['median']:.2f} ({low:.2f} to {high:.2f})", limit]
-
-
-def draw(record: Record, file: Path) -> None:
-    """The log-log plot."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "nxm"
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), width_ratios=(2, 1))
-    parameters = [row["parameters"] / 1e6 for row in record["sizes"]]
-    for stage in STAGES:
-        seconds = [row["stages"][stage]["seconds"] for row in record["sizes"]]
-        left.loglog(parameters, seconds, "o-", label=f"{stage} ({record['exponents'][stage]:.2f})")
-    left.set(xlabel="parameters, millions", ylabel="seconds")
-    counts = [row["sequences"] for row in record["calibration"]]
-    label = f"calibration ({record['exponents']['calibration']:.2f})"
-    right.loglog(counts, [row["seconds"] for row in record["calibration"]], "o-", label=label)
-    right.set(xlabel="sequences")
-    for axes in (left, right):
-        axes.legend(fontsize=8)
-        axes.grid(visible=True, which="both", alpha=0.2)
-    figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, metadata={"Date": None})
-    pyplot.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -513,7 +486,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(section(record))
         return
     save_record(FILE, record)
-    draw(record, DOCUMENT.parent / "images" / PICTURE)
+    draw(record, STAGES, DOCUMENT.parent / "images")
     write_section(DOCUMENT, TOOL, section(record))
 
 

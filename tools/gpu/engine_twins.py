@@ -5,8 +5,8 @@ sparse INT8 twins, and Hugging Face's model in FP16.
     python3 -m tools.gpu.engine_twins --out $OUT/twins --checkpoint runs/a/checkpoint --shapes 32x128
     python3 -m tools.gpu.engine_twins --out /tmp/twins --rehearse --models tiny --shapes 2x16 --rounds 2    anywhere
 
-Models are those of `tools.gpu.evidence`, with random weights: times do not depend on what weights say. Each subject is
-a model with quantizers in front of products alone (``inputs``) or behind them, too (``inputs-outputs``). After every
+Models have the shapes of `tools.gpu.evidence` and random weights: times do not depend on what weights say. Each subject
+is a model with quantizers in front of products alone (``inputs``) or behind them, too (``inputs-outputs``). After every
 shape the subject's JSON is written again; what is complete in ``--out`` is not measured again. Tables come last. A
 rehearsal runs on exact integers on the CPU: nothing it says is about a GPU.
 """
@@ -45,7 +45,8 @@ from nxm_export.pipeline.inspection import inspect_engine, measure_layers
 from nxm_export.pipeline.sparsity_twins import DENSE, FLOAT, SPARSE, TWINS, TwinGraphs, build_twins
 from nxm_export.storage.atomic import make_directory, write_atomic
 from nxm_export.storage.json_files import encode, read_record
-from tools.gpu.evidence import MODELS, Parity, Sparsity, Variant, one_shot, parity, profiles_of, shape_of
+from tools.gpu.evidence import MODELS, Parity, Sparsity, parity, profiles_of, shape_of
+from tools.gpu.random_checkpoint import write_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -170,8 +171,8 @@ class Measuring:
     def _checkpoint(self) -> Path:
         if self.subject.checkpoint is not None:
             return Path(self.subject.checkpoint)
-        variant = Variant(self.subject.model, self.subject.placement or "inputs", "erf", "matmul")
-        return one_shot(variant, self.plan.work / "checkpoints", self.subject.layers)
+        model, layers = self.subject.model, self.subject.layers
+        return write_checkpoint(model, self.plan.work / "checkpoints" / f"{model}-{layers or 'all'}", layers)
 
     def _build(self, checkpoint: Path, shapes: Sequence[tuple[int, int]]) -> None:
         settings = BuildOptions(profiles=profiles_of(shapes))

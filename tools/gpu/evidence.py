@@ -223,9 +223,8 @@ def _sparsity(report: SparsityReport | None) -> Sparsity:
     return Sparsity(len(planned), chosen, report.sparse_share, report.counts)
 
 
-def one_shot(variant: Variant, directory: Path, layers: int | None = None) -> Path:
-    """A checkpoint of the model's shape: random weights, calibrated on random tokens, pruned by magnitude, baked; with
-    another number of `layers`, where one is given."""
+def one_shot(variant: Variant, directory: Path) -> Path:
+    """A checkpoint of the model's shape: random weights, calibrated on random tokens, pruned by magnitude, baked."""
     import torch
     import transformers
 
@@ -236,12 +235,10 @@ def one_shot(variant: Variant, directory: Path, layers: int | None = None) -> Pa
     from nxm_export.contract.families import FAMILIES
     from nxm_export.contract.plan import WeightSpec
 
-    hidden, own, heads, positions = MODELS[variant.model]
-    layers = layers or own
-    shortened = "" if layers == own else f"-{layers}"
-    out = directory / f"{variant.model}{shortened}-{variant.gelu}"
+    out = directory / f"{variant.model}-{variant.gelu}"
     if out.is_dir():
         return out
+    hidden, layers, heads, positions = MODELS[variant.model]
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=30522,

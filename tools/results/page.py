@@ -16,6 +16,7 @@ import numpy as np
 from nxm_export.data.bootstrap_intervals import RESAMPLES
 from nxm_export.storage.atomic import make_directory, write_atomic
 from tools import rendering
+from tools.charts import Chart
 from tools.results import plots
 from tools.results.pooled import CHOSEN_ON, MARGIN, Cell, Comparison, Estimate, Pool
 from tools.results.records import CompressionFacts, Interval, Machine, Record
@@ -110,9 +111,10 @@ def render(results: Path, document: Path) -> Rendered:
             statistics = TaskStatistics(store.task, store.labelled_records())
             by_encoder.setdefault(encoder, []).append(statistics)
             name = store.task.name if encoder == FIRST else f"{ENCODERS[encoder]}-{store.task.name}"
-            drawn = _draw(statistics, store, document.parent / "images", name)
-            images += drawn
-            sections.append(_section(statistics, store, encoder, drawn))
+            title = statistics.task.title if encoder == FIRST else f"{encoder}: {statistics.task.title}"
+            drawn = _draw(statistics, store, document.parent / "images", name, title)
+            images += [file for chart in drawn for file in chart.files(document.parent / "images")]
+            sections.append(_section(statistics, store, title, drawn))
     measured = by_encoder.get(FIRST, [])
     together = _together([statistics for statistics in measured if statistics.task.glue])
     starts = _starts(measured)
@@ -123,19 +125,19 @@ def render(results: Path, document: Path) -> Rendered:
     return Rendered(text, images)
 
 
-def _section(statistics: TaskStatistics, store: TaskStore, encoder: str, images: Sequence[Path]) -> TaskSection:
+def _section(statistics: TaskStatistics, store: TaskStore, title: str, drawn: Sequence[Chart]) -> TaskSection:
     first = next(iter(statistics.records.values()))
     changed = [row for row in statistics.rows if row_named(row).changes]
     unchanged = [row for row in statistics.rows if row not in changed]
     return TaskSection(
-        title=statistics.task.title if encoder == FIRST else f"{encoder}: {statistics.task.title}",
+        title=title,
         sentences=len(first.labels),
         metric=statistics.task.metric_title,
         model=first.record.model,
         unchanged=_group(statistics, unchanged) if unchanged else None,
         changed=_group(statistics, changed) if changed else None,
         grid=_grid(statistics, store),
-        images=[image.stem for image in images],
+        images=[chart.markup() for chart in drawn],
     )
 
 
@@ -332,12 +334,12 @@ def _compared(comparison: Comparison) -> list[str]:
         f"`{comparison.other}`",
         _cells(comparison.cells),
         f"{100 * difference.value:+.2f} ({100 * bounds[0]:+.2f} to {100 * bounds[1]:+.2f})",
-        {1: "better", -1: "worse", 0: "undecided"}[difference.side(0.0)],
+        {1: "better", -1: "worse", 0: "no difference found"}[difference.side(0.0)],
     ]
     if ratio is None or ratio.interval is None:
         return [*cells, GAP if ratio is None else f"{ratio.value:.3f}", GAP]
     low, high = ratio.interval
-    nearer = {-1: "nearer", 1: "farther", 0: "undecided"}[ratio.side(1.0)]
+    nearer = {-1: "nearer", 1: "farther", 0: "no difference found"}[ratio.side(1.0)]
     return [*cells, f"{ratio.value:.3f} ({low:.3f} to {high:.3f})", nearer]
 
 
@@ -353,16 +355,15 @@ def _estimate(estimate: Estimate) -> str:
     return f"{100 * estimate.value:.2f}" + (f" ({_span(estimate.interval)})" if estimate.interval else "")
 
 
-def _draw(statistics: TaskStatistics, store: TaskStore, directory: Path, name: str) -> list[Path]:
-    """Pictures of a task, whose files begin with `name`; those already there when matplotlib is not installed."""
-    curve = directory / f"{name}-compression.svg"
-    sensitivities = store.sensitivity_files()
-    heat = directory / f"{name}-sensitivity.svg"
+def _draw(statistics: TaskStatistics, store: TaskStore, directory: Path, name: str, title: str) -> list[Chart]:
+    """Charts of a task, whose files begin with `name`; those already there when matplotlib is not installed."""
+    curve = Chart(f"{name}-compression", f"{title}: difference of every row to the dense model, against a line at zero")
+    heat = Chart(f"{name}-sensitivity", f"{title}: divergence from the dense model by weight and option")
     if find_spec("matplotlib") is None:
-        return [file for file in (curve, heat) if file.is_file()]
-    drawn = [curve] if plots.accuracy_against_compression(statistics, "hw", curve) else []
-    if sensitivities:
-        plots.sensitivity_map(sensitivities[0], heat)
+        return [chart for chart in (curve, heat) if all(file.is_file() for file in chart.files(directory))]
+    drawn = [curve] if plots.cost_of_compression(statistics, "hw", title, curve, directory) else []
+    if sensitivities := store.sensitivity_files():
+        plots.sensitivity_map(sensitivities[0], heat, directory)
         drawn.append(heat)
     return drawn
 

@@ -1,73 +1,83 @@
-"""Pictures of the results as SVG: accuracy against compression, and where compression hurts. Needs matplotlib."""
+"""Pictures of the results as SVG: what compression costs, and where it hurts. Needs matplotlib."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nxm_export.errors import ArtifactError
+from tools.charts import Chart, Theme
 from tools.results.rows import row_named
-from tools.results.statistics import TaskStatistics
+from tools.results.statistics import Difference, TaskStatistics
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = {
-    "obs": "#17becf",
-    "admm": "#8c564b",
-    "obs-refit": "#e377c2",
-    "nxm": "#1f77b4",
-    "magnitude": "#ff7f0e",
-    "sr-ste": "#2ca02c",
-    "one-shot": "#7f7f7f",
-    "paper": "#d62728",
-}
-SEARCHED = "#9467bd"
+
+@dataclass(frozen=True)
+class Bar:
+    """A row of the picture: its compression, and its paired difference to the dense row."""
+
+    row: str
+    compression: float
+    difference: Difference
 
 
-def accuracy_against_compression(statistics: TaskStatistics, counting: str, file: Path) -> bool:
-    """Mean score of every compressed row but ablations over its compression, with the 95 % interval.
-
-    The dense row is a line. Draws nothing, and says so by False, for fewer than two different compressions.
-    """
-    points = []
+def bars(statistics: TaskStatistics, counting: str) -> list[Bar]:
+    """Every compressed row but ablations that shares a seed with the dense row, the least compressed first."""
+    found = []
     for row in (row for row in statistics.rows if not row_named(row).changes):
         facts = statistics.compressed(row)
-        if facts:
-            sizes = [fact.compression.by(counting) for fact in facts]
-            points.append((100 * float(np.mean(sizes)), row, facts[0].recipe))
-    if len({round(size, 1) for size, _, _ in points}) < 2:
+        difference = statistics.difference(row, "dense") if facts else None
+        if difference:
+            found.append(Bar(row, float(np.mean([fact.compression.by(counting) for fact in facts])), difference))
+    return sorted(found, key=lambda bar: (bar.compression, bar.row))
+
+
+def cost_of_compression(statistics: TaskStatistics, counting: str, title: str, chart: Chart, directory: Path) -> bool:
+    """Paired difference of every row to the dense one, with its 95 % interval, against a line at zero.
+
+    Draws nothing, and says so by False, for fewer than two different compressions.
+    """
+    rows = bars(statistics, counting)
+    if len({round(bar.compression, 3) for bar in rows}) < 2:
         return False
-    figure, axes = _figure(7.2, 4.4)
-    if "dense" in statistics.rows:
-        low, high = (100 * bound for bound in statistics.interval("dense"))
-        mean = 100 * float(np.mean(statistics.scores("dense")))
-        axes.axhline(mean, color="black", linewidth=1, label="dense")
-        axes.axhspan(low, high, color="black", alpha=0.06, linewidth=0)
-    for number, (size, row, recipe) in enumerate(points):
-        mean = 100 * float(np.mean(statistics.scores(row)))
-        low, high = (100 * bound for bound in statistics.interval(row))
-        color = SEARCHED if "search" in row else COLORS.get(recipe, "black")
-        shift = 0.12 * ((number % 5) - 2)  # rows of one size would hide each other
-        axes.errorbar(size + shift, mean, yerr=[[max(0, mean - low)], [max(0, high - mean)]], fmt="o", color=color)
-        axes.annotate(row, (size + shift, mean), textcoords="offset points", xytext=(5, 4), fontsize=7, color=color)
-    axes.margins(x=0.16)  # names stand to the right of their points
-    axes.set_xlabel(f"encoder compression by `{counting}`, %")
-    axes.set_ylabel(f"{statistics.task.metric_title} x 100, dev")
-    axes.set_title(f"{statistics.task.title}: mean over seeds, 95 % intervals")
-    axes.grid(alpha=0.25)
-    _save(figure, file)
+    unit = f"{statistics.task.metric_title} x 100"
+    chart.write(directory, lambda theme: draw_bars(rows, title, unit, theme))
     return True
 
 
-def sensitivity_map(sensitivities: Path, file: Path) -> None:
-    """Heat map of a search's sensitivities: one line per weight, one column per option, log10 of the KL to the dense
-    model."""
+def draw_bars(rows: Sequence[Bar], title: str, unit: str, theme: Theme) -> Figure:
+    """A line for each row with its name and compression at the left; what crosses the line at zero is grey."""
+    figure = _figure(7.6, 1.3 + 0.27 * len(rows))
+    axes = figure.subplots()
+    axes.axvline(0, color=theme.text, linewidth=1.2)
+    for at, bar in enumerate(rows):
+        low, high = (100 * bound for bound in bar.difference.interval)
+        color = theme.series[1] if high < 0 else theme.series[2] if low > 0 else theme.series[5]
+        axes.hlines([at], low, high, color=color, linewidth=2.4)
+        axes.plot([100 * bar.difference.value], [at], "o", color=color, markersize=6)
+    axes.set_yticks(range(len(rows)), [f"{bar.row}, {bar.compression:.1%}" for bar in rows])
+    axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel=f"difference in {unit}")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    figure.suptitle(
+        f"{title}, dev: score minus that of the dense model, mean over seeds, 95 % interval\n"
+        "by compression; orange: worse, green: better, grey: no difference found",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+    )
+    return figure
+
+
+def sensitivity_map(sensitivities: Path, chart: Chart, directory: Path) -> None:
+    """Heat map of a search's sensitivities: one line per weight, one column per option."""
     with sensitivities.open(encoding="utf-8", newline="") as stream:
         rows = [(row["weight"], row["option"], float(row["kl"])) for row in csv.DictReader(stream)]
     if not rows:
@@ -76,13 +86,24 @@ def sensitivity_map(sensitivities: Path, file: Path) -> None:
     options = list(dict.fromkeys(option for _, option, _ in rows))
     values = np.full((len(weights), len(options)), np.nan)
     for weight, option, kl in rows:
-        values[weights.index(weight), options.index(option)] = np.log10(max(kl, 1e-9))
-    figure, axes = _figure(2.6 + 0.8 * len(options), 1.2 + 0.17 * len(weights))
-    image = axes.imshow(values, aspect="auto", cmap="viridis")
-    axes.set_xticks(range(len(options)), options)
-    axes.set_yticks(range(len(weights)), _short(weights), fontsize=6)
-    figure.colorbar(image, label="log10 KL(dense || one weight compressed)")
-    _save(figure, file)
+        values[weights.index(weight), options.index(option)] = max(kl, 1e-9)
+
+    def draw(theme: Theme) -> Figure:
+        from matplotlib.colors import LogNorm
+
+        figure = _figure(2.8 + 0.9 * len(options), 1.2 + 0.2 * len(weights))
+        axes = figure.subplots()
+        image = axes.imshow(values, aspect="auto", cmap="viridis", norm=LogNorm(np.nanmin(values), np.nanmax(values)))
+        axes.set_xticks(range(len(options)), options)
+        axes.set_yticks(range(len(weights)), _short(weights), fontsize=8)
+        axes.tick_params(length=0)
+        axes.set_xlabel("this weight's N:M pattern and bits, all others dense")
+        bar = figure.colorbar(image, format=lambda value, _: f"{value:.0e}")
+        bar.ax.minorticks_off()
+        bar.set_label("divergence from the dense model, nats, log scale")
+        return figure
+
+    chart.write(directory, draw)
 
 
 def _short(weights: Sequence[str]) -> list[str]:
@@ -94,15 +115,7 @@ def _short(weights: Sequence[str]) -> list[str]:
     return [".".join(part[shared:]) for part in parts]
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    from matplotlib import rcParams
+def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
-    rcParams["svg.hashsalt"] = "nxm"  # the same picture is the same file
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _save(figure: Figure, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, format="svg", metadata={"Date": None})
+    return Figure(figsize=(width, height), layout="constrained")

@@ -183,7 +183,7 @@ def test_the_command_prints_the_candidates_and_writes_one_engine(graph: Path, tm
         (["--backend", "auto", "--checkpoint", "somewhere"], "--checkpoint and --data belong together"),
         (["--backend", "auto", "--shape", "4"], "is not a shape"),
         (["--backend", "trt", "--always-sparse"], "--always-sparse is for --backend cusparselt"),
-        (["--backend", "ort", "--fuse"], "--fuse is for --backend cusparselt"),
+        (["--backend", "ort", "--no-fuse"], "--no-fuse is for --backend cusparselt"),
         (["--backend", "cusparselt", "--always-sparse", "--no-sparse"], "contradict each other"),
     ],
 )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engines.cusparselt.fusing import Function
 from engines.cusparselt.machine import Machine
 from engines.cusparselt.stand_in import IntegerReferenceKernels
 
@@ -64,8 +64,22 @@ class Priced(IntegerReferenceKernels):
         return self._price
 
 
-def write_graph(text: str, file: Path) -> Path:
-    """An ONNX file of a graph in ONNX text."""
-    from tests.support import onnx_text
+class Named(IntegerReferenceKernels):
+    """Kernels that compile nothing; `compiled` are the names of the functions that came to be compiled."""
 
-    return onnx_text.save(text, file)
+    def __init__(self) -> None:
+        self.compiled: list[str] = []
+
+    def compile(self, function: Function) -> Function:
+        self.compiled.append(function.__name__)
+        return function
+
+
+class Compiling(Named):
+    """Kernels that trace with torch's own tracer, all of a function or it is an error, and run what was traced."""
+
+    def compile(self, function: Function) -> Function:
+        import torch
+
+        traced: Function = torch.compile(super().compile(function), backend="eager", fullgraph=True)
+        return traced

@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -21,8 +22,12 @@ from engines.sparsity.judgement import SparsityReport, WeightSparsity
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.pipeline.inspection import inspect_path, require_sparse
-from tests.engines.cusparselt.machines import Priced, machine
+from nxm_export.storage.hashing import file_hash
+from tests.engines.cusparselt.machines import Named, Priced, machine
 from tests.support import baked, onnx_text, tiny
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SPARSE_KERNEL = "sm90_xmma_sparse_gemm_i8i8_i8i32_tn_n_tilesize128x128x128_gmmastage"
 DENSE_KERNEL = "sm90_xmma_gemm_i8i32_i8i32_i32_tn_n_tilesize128x128x128"
@@ -166,6 +171,47 @@ def test_what_torch_cannot_run_is_refused_when_it_is_built(tmp_path: Path) -> No
         build_on(machine(), file, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("input_ids", "other_ids", "reads 'input_ids', which nothing makes|reads 'other_ids'"),
+        ("LayerNormalization", "LayerNormalizatioN", "there is no LayerNormalizatioN"),
+        ('\\"output\\": \\"int8\\"', '\\"output\\": \\"int9\\"', "writes 'int9'"),
+        ("sparse fused (M, N)", "sparse fused (N, N)", "'sparse fused .N, N.' is no form"),
+        ('\\"k\\": 32', '\\"k\\": 33', r"has no tensor .* of \(32, 33\)|of \(64, 33\)"),
+        ('\\"logits\\"', '\\"digits\\"', "nothing makes its output 'digits'|no tensor|reads"),
+    ],
+)
+def test_a_program_that_does_not_fit_is_refused(
+    directory: Path, tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    """With a passport that says it is the right one: what is written in an engine file is never taken on trust."""
+    copied = shutil.copytree(directory, tmp_path / "copy")
+    file = copied / "model.safetensors"
+    data = file.read_bytes()
+    assert old.encode() in data
+    assert len(old) == len(new)
+    file.write_bytes(data.replace(old.encode(), new.encode(), 1))
+    passport = dataclasses.replace(load_passport(copied), engine_sha256=file_hash(file))
+    passport.save(copied)
+    with pytest.raises(ArtifactError, match=message):
+        load_on(machine(), copied)
+
+
+def test_what_torch_says_of_a_failure_is_an_error_of_ours(directory: Path) -> None:
+    class Full(IntegerReferenceKernels):
+        def dense(self, x: Tensor, weight: Tensor) -> Tensor:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+        def sparse(self, *arguments: object, **options: object) -> Tensor:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    with load_on(machine(Full()), directory) as engine:
+        for run in (engine.run, engine.timer):
+            with pytest.raises(EngineError, match="torch failed: CUDA out of memory"):
+                run(baked.feeds("bert", 1, 4))
+
+
 class TestSparsity:
     """What is sparse is what the profiler saw."""
 
@@ -284,26 +330,14 @@ class TestSparsity:
         assert inspect_path(directory).to_dict()["backend"] == "cusparselt"
 
 
-def test_compiling_what_lies_between_products_changes_no_number(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_graph: Callable[..., Path]
-) -> None:
-    """With torch's own tracing, and no compiler behind it: what would be compiled is what runs."""
-    import torch
-
-    compiled = []
-    real = torch.compile
-
-    def traced(call: Callable[..., object], **options: object) -> object:
-        compiled.append(options)
-        return real(call, backend="eager", **options)  # type: ignore[call-overload]
-
-    monkeypatch.setattr(torch, "compile", traced)
-    build_on(machine(), tiny_graph("bert", "inputs-outputs", "trt") / "model.onnx", tmp_path, BuildOptions(fuse=True))
-    feeds = baked.feeds("bert", 2, 9, padding=2)
-    with load_on(machine(), tmp_path) as fused:
-        first, second = fused.run(feeds)["logits"], fused.run(feeds)["logits"]
-    np.testing.assert_allclose(first, second, atol=1e-3)
-    assert compiled == [{"dynamic": False}]
+def test_no_fuse_compiles_nothing(tmp_path: Path, tiny_graph: Callable[..., Path]) -> None:
+    kernels = Named()
+    graph = tiny_graph("bert", "inputs-outputs", "trt") / "model.onnx"
+    passport = build_on(machine(kernels), graph, tmp_path, BuildOptions(fuse=False))
+    with load_on(machine(kernels), tmp_path) as engine:
+        engine.run(baked.feeds("bert", 1, 4))
+    assert not kernels.compiled
+    assert "--no-fuse" in passport.rebuild_command()
 
 
 def test_facts_are_a_frozen_record(directory: Path) -> None:

@@ -16,6 +16,8 @@ from engines.cusparselt.stand_in import IntegerReferenceKernels
 from tests.engines.cusparselt.machines import Priced
 from tests.engines.cusparselt.test_stand_in import two_four
 
+KERNELS = IntegerReferenceKernels()
+PLAIN = KERNELS.compile  # as it is
 ALL = {("int8", True): 5.0, ("int8", False): 6.0, ("float16", True): 5.0, ("float16", False): 6.0}
 ALL |= {("int32", True): 7.0, ("int32", False): 8.0}
 
@@ -36,7 +38,7 @@ def program(n: int = 40, k: int = 72, output: str = "int8", bias: bool = True) -
 
 def choose(kernels: IntegerReferenceKernels, use: SparseUse = "auto", output: str = "int8") -> Choice:
     made, tensors = program(output=output)
-    (choice,) = choices_for(made, tensors, kernels, (64,), use)  # type: ignore[arg-type]
+    (choice,) = choices_for(made, tensors, kernels, (64,), use, PLAIN)  # type: ignore[arg-type]
     return choice
 
 
@@ -94,7 +96,7 @@ def test_a_lost_gpu_ends_the_build() -> None:
 
 def test_never_measures_nothing() -> None:
     made, tensors = program()
-    assert choices_for(made, tensors, IntegerReferenceKernels(), (64,), "never") == ()  # type: ignore[arg-type]
+    assert choices_for(made, tensors, IntegerReferenceKernels(), (64,), "never", PLAIN) == ()  # type: ignore[arg-type]
 
 
 def test_rows_go_as_far_as_the_profiles() -> None:
@@ -114,7 +116,7 @@ def test_sizes_are_padded_and_the_next_larger_rows_decide(rows: int, output: str
     made, tensors = program(n=40, k=72, output=output)
     forms = ("sparse fused (M, N)", "sparse int32 (N, M)", DENSE)
     choices = tuple(Choice(40, 72, output, True, r, form, 0, ()) for r, form in zip((32, 64, 128), forms, strict=True))
-    products = Products(replace(made, choices=choices), tensors, IntegerReferenceKernels())  # type: ignore[arg-type]
+    products = Products(replace(made, choices=choices), tensors, KERNELS, PLAIN)  # type: ignore[arg-type]
     expected = forms[0] if rows <= 32 else forms[1] if rows <= 64 else DENSE
     assert products.form_at("node", rows) == (expected, 0)
     x = torch.randint(-127, 128, (1, rows, 72), dtype=torch.int8)

@@ -10,7 +10,7 @@ import pytest
 
 from engines.cusparselt.executor import Executor
 from engines.cusparselt.lowering import Lowered, lowered
-from engines.cusparselt.program import PRODUCT, program_of, tensors_of, to_bytes
+from engines.cusparselt.program import LINEAR, PRODUCT, program_of, tensors_of, to_bytes
 from engines.cusparselt.stand_in import IntegerReferenceKernels
 from nxm_export.errors import ArtifactError, EngineError
 from nxm_export.graph.reading.graph_weights import load_graph
@@ -110,6 +110,26 @@ def test_a_product_is_two_four_by_its_codes_along_k() -> None:
 
 def _names(text: str) -> list[str]:
     return list(lowered(onnx_text.model(text), "g").program.products)
+
+
+@pytest.mark.parametrize(
+    ("body", "fused"),
+    [
+        ("p = MatMul(x, m) y = Add(p, b)", True),
+        ("p = MatMul(x, m) y = Add(b, p)", True),
+        ("p = MatMul(x, m) y = Add(p, s)", False),
+        ("p = MatMul(x, m) t = Add(p, b) y = Add(t, p)", False),
+        ("t = Transpose<perm=[0,2,1]>(x) q = MatMul(x, t) p = MatMul(q, x) r = MatMul(p, m) y = Add(r, b)", True),
+    ],
+)
+def test_a_float_product_adds_its_bias_itself(body: str, fused: bool) -> None:
+    """As Hugging Face's model does it: what INT8 is compared with is not made slower than it need be."""
+    text = HEAD.rstrip().removesuffix(">") + ", float[8,4] m = {" + ",".join(map(str, range(32))) + "}> {" + body + "}"
+    x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)
+    made = lowered(onnx_text.model(text), "g.onnx")
+    assert any(step.op == LINEAR for step in made.program.steps) is fused
+    expected = onnx_text.run(onnx_text.model(text), {"x": x})["y"]
+    np.testing.assert_allclose(outputs(made, x), expected, rtol=1e-5, atol=1e-4)  # sums of some thousands in float32
 
 
 def test_control_flow_is_refused() -> None:

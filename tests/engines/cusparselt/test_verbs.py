@@ -13,13 +13,19 @@ from engines.benchmark import fastest_backend
 from engines.cusparselt import backend as cusparselt
 from engines.cusparselt import machine as machines
 from engines.cusparselt.machine import Machine
+from engines.cusparselt.profiling import KernelRun, ProfiledRun, save_profile
 from engines.parity.reports import PARITY_FILE, read_parity_report
 from engines.passport import load_passport
+from engines.predictor import Predictor
+from engines.serving.model import open_model
+from engines.serving.settings import ModelOptions
 from nxm_export.cli import main
 from nxm_export.pipeline.sparsity_twins import TWINS
+from nxm_export.reporting.run_facts import read_engine
+from nxm_export.reporting.run_files import Files
 from nxm_export.storage.json_files import as_object, as_objects, entry_at
 from tests.engines.cusparselt.machines import FACTS, Priced
-from tests.engines.cusparselt.test_backend import FASTER
+from tests.engines.cusparselt.test_backend import FASTER, SPARSE_KERNEL
 from tests.support import tiny
 
 
@@ -59,6 +65,7 @@ def test_build_compare_and_inspect(
     assert "0.0% of the planned-sparse weights" in nxm(["inspect", engine, "--require-sparse", "60%"], code=3).output
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gpu")
 def test_twins_are_built_timed_and_judged(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
     twins = tmp_path / "twins"
@@ -98,3 +105,45 @@ def test_without_a_gpu_the_command_and_the_doctor_say_what_is_missing(
     assert missing in " ".join(refused.output.split())
     assert not (tmp_path / "engine").exists()
     assert answer(["doctor"])["backend cusparselt"] == missing
+
+
+@pytest.mark.usefixtures("gpu")
+def test_texts_are_answered_and_an_engine_is_served(tmp_path: Path, tiny_graph: Callable[..., Path]) -> None:
+    graph, engine = tiny_graph("bert", "inputs-outputs", "trt"), tmp_path / "engine"
+    engine.mkdir()
+    cusparselt.build(graph / "model.onnx", engine)
+    with Predictor(engine) as predictor:
+        assert len(predictor.predict(["a good film", "a very dull story", "warm"])) == 3
+    model = open_model("m", "1", engine, ModelOptions(instances=1, text=True))
+    assert [spec.name for spec in model.endpoints[1].outputs] == ["logits", "label"]
+    model.close()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_report_takes_what_the_profiler_saw_and_nothing_else(tmp_path: Path, tiny_graph: Callable[..., Path]) -> None:
+    engine = tmp_path / "engine"
+    engine.mkdir()
+    cusparselt.build(tiny_graph("bert", "inputs-outputs", "trt") / "model.onnx", engine)
+
+    def share() -> float | None:
+        entry = read_engine(Files(tmp_path, {}), "engine", "engine", [])
+        assert entry.sparsity is not None
+        return entry.sparsity.sparse_share
+
+    assert share() == 0.0
+    nodes = [weight.node for weight in cusparselt.inspect(engine).sparsity.weights]
+    runs = {node: (KernelRun(SPARSE_KERNEL, 1.0),) for node in nodes if "encoder" in node}
+    save_profile(engine, ProfiledRun(load_passport(engine).engine_sha256, (8, 48), runs, None))
+    assert share() == 1.0
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_block_that_parts_can_be_asked_for(
+    tmp_path: Path, tiny_graph: Callable[..., Path], tiny_checkpoint: Callable[..., Path]
+) -> None:
+    """It is built again with outputs in its middle, which no product or attention may then hide."""
+    engine, graph = tmp_path / "engine", tiny_graph("bert", "inputs-outputs", "trt")
+    nxm(["build", graph, "--backend", "cusparselt", "--profile", "4x48", "--out", engine])
+    _, dev = tiny.write_data(tmp_path / "data")
+    shown = nxm(["compare", tiny_checkpoint("bert"), engine, "--data", dev, "--bisect"])
+    assert "Traceback" not in shown.output

@@ -253,3 +253,22 @@ def test_chromium_would_complain_about_what_the_policy_refuses(page: Page, tmp_p
     _, messages = visit(file, tmp_path, "--dump-dom")
     assert len(messages) == 1
     assert "Content Security Policy" in messages[0]
+
+
+WIDER = """<script>
+const wide = [...document.querySelectorAll('body *')].filter(
+  e => !e.closest('thead, svg, .skip') && e.getBoundingClientRect().right > 391);
+document.title = 'wider: ' + wide.map(e => e.tagName + ' ' + e.textContent.slice(0, 40)).join('; ');
+</script>"""
+
+
+@needs_browser
+def test_nothing_is_wider_than_a_telephone(page: Page, tmp_path: Path) -> None:
+    """All that is folded is opened. Chromium's own windows are 500 px wide at least, so the page is made 390 px wide;
+    its policy is taken out for the script that measures."""
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.text)
+    text = text.replace("<details>", "<details open>").replace("</style>", "html { width: 390px; }</style>", 1)
+    file = tmp_path / "page.html"
+    file.write_text(text.replace("</body>", f"{WIDER}</body>"), encoding="utf-8")
+    dom, _ = visit(file, tmp_path, "--window-size=500,2000", "--dump-dom")
+    assert Page(dom).all("title")[0].text == "wider: "

@@ -22,13 +22,13 @@ BEGIN, END = "<!-- result table -->\n", "<!-- end of result table -->\n"
 
 @dataclass(frozen=True)
 class Latency:
-    """Median milliseconds of both ONNX Runtime engines at one shape, and the paired speed-up with its interval."""
+    """Median milliseconds of both ONNX Runtime engines at one shape, and the 95 % interval of their ratio in paired
+    rounds."""
 
     batch: int
     tokens: int
     fp32_ms: float
     int8_ms: float
-    speedup: float
     low: float
     high: float
 
@@ -56,7 +56,7 @@ def _latencies(summary: RunSummary) -> Iterator[Latency]:
         batch, tokens = timings[name].batch, timings[name].seq
         ratio = ratios["ort-cpu-int8", batch, tokens]
         int8 = timings[name.replace("fp32", "int8")].median
-        yield Latency(batch, tokens, timings[name].median, int8, ratio.speedup, *ratio.interval)
+        yield Latency(batch, tokens, timings[name].median, int8, *ratio.interval)
 
 
 def main() -> None:

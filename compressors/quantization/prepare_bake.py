@@ -142,8 +142,9 @@ def calibrate(
     batches: Iterable[Mapping[str, Tensor]],
     percentile: float,
     advance: Callable[[], None] = lambda: None,
-) -> None:
-    """Set every activation scale from the `percentile` of |x| over `batches`, padding excluded, in constant memory."""
+) -> list[float]:
+    """Set every activation scale from the `percentile` of |x| over `batches`, padding excluded, in constant memory;
+    returns them, in the order of `activation_quantizers`."""
     quantizers = activation_quantizers(model)
     device = next(model.parameters()).device
     with _observing(quantizers), torch.no_grad():
@@ -156,7 +157,13 @@ def calibrate(
         scales = [
             quantizer.observer.scale(ACTIVATION_QMAX, percentile) for quantizer in quantizers if quantizer.observer
         ]
-    for quantizer, scale in zip(quantizers, scales, strict=True):
+    set_scales(model, scales)
+    return scales
+
+
+def set_scales(model: nn.Module, scales: Iterable[float]) -> None:
+    """Set every activation scale as `calibrate` returned it."""
+    for quantizer, scale in zip(activation_quantizers(model), scales, strict=True):
         quantizer.set_scale(scale)
 
 

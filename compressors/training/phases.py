@@ -27,12 +27,13 @@ from compressors.pruning.layerwise import SOLVERS, solve_layers
 from compressors.pruning.permutation import permute_channels, permute_residual, require_unchanged, residual_order
 from compressors.pruning.solved_blocks import SolvedBlocks
 from compressors.quantization.fake_quant import QuantLinear, quant_linears
-from compressors.quantization.prepare_bake import calibrate, in_float, prepare, require_invariants
+from compressors.quantization.prepare_bake import calibrate, in_float, prepare, require_invariants, set_scales
 from compressors.settings import Settings
 from compressors.training.admm_schedule import WATCHED_SAMPLES, AdmmCallback, PaperSchedule, Ramp, Schedule
 from compressors.training.augmentation import require_augmentable
 from compressors.training.callbacks import JsonLog
 from compressors.training.default_recipe import training_of
+from compressors.training.kept_measurements import kept
 from compressors.training.output_divergence import real_logits
 from compressors.training.output_sensitivity import output_costs
 from compressors.training.task_data import TaskData
@@ -153,7 +154,11 @@ class Job:
         _without_dropout(student)
         prepare(student, self.plan, self.source.family, self.source.config)
         self._freeze(student)
-        self._calibrate(student)
+
+        def measure() -> dict[str, float]:
+            return {str(number): scale for number, scale in enumerate(self._calibrate(student))}
+
+        set_scales(student, kept(self.work_dir / "calibration.json", measure).values())
         return student
 
     def _teacher(self) -> nn.Module | None:
@@ -250,7 +255,11 @@ class Job:
         if limit is None:
             return {}
         outputs, kind = droppable_outputs(self.plan), self.data.task.output_kind
-        costs = output_costs(student, outputs, self.train, self.data.pad_id, kind, self.settings.seed, self.progress)
+        seed, pad_id = self.settings.seed, self.data.pad_id
+        costs = kept(
+            self.work_dir / "output-costs.json",
+            lambda: output_costs(student, outputs, self.train, pad_id, kind, seed, self.progress),
+        )
         costly = {name: cost for name, cost in costs.items() if cost > limit}
         layers = quant_linears(student)
         for name in costly:
@@ -308,11 +317,11 @@ class Job:
         batches = sorted_batches(samples, 32)
         return [collate([samples[i] for i in batch], self.data.pad_id) for batch in batches]
 
-    def _calibrate(self, student: nn.Module) -> None:
+    def _calibrate(self, student: nn.Module) -> list[float]:
         batches = self.calibration_batches()
         done = iter(range(1, len(batches) + 1))
         student.eval()
-        calibrate(
+        return calibrate(
             student,
             batches,
             self.settings.percentile,

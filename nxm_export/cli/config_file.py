@@ -15,7 +15,6 @@ from nxm_export.errors import ArtifactError, NxmError, PlanError
 CONFIG_FILE = "nxm.toml"
 # What a file need not say: what asks for help, for another file, or for another form of the answer.
 _NOT_KEYS = ("help", "help_all", "config", "json", "demo", "dry_run")
-Value = bool | int | float | str | list[str]
 
 
 def key_of(parameter: click.Parameter) -> str | None:
@@ -118,7 +117,7 @@ def _is_value(default: object) -> bool:
 
 def _placeholder(parameter: click.Parameter) -> object:
     """What stands for a default that is none: an empty list, or a text in the option's own words."""
-    return [] if getattr(parameter, "multiple", False) else parameter.make_metavar(click.Context(click.Command("nxm")))
+    return [] if getattr(parameter, "multiple", False) else parameter.metavar or parameter.type.name.upper()
 
 
 def _toml(value: object) -> str:

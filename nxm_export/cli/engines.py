@@ -222,7 +222,11 @@ class _BenchOptions:
     "--target", type=click.Choice(TARGETS), help="Graph target, with --twins.  [default: trt; trt8 for TensorRT 8.6]"
 )
 @click.option(
-    "--shape", "shapes", multiple=True, help="With --backend auto: batch x sequence to be fast at; may be repeated."
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="BATCHxLENGTH",
+    help="With --backend auto: a shape to be fast at; may be repeated.",
 )
 @click.option(
     "--checkpoint",
@@ -376,7 +380,8 @@ def compare(
     "--shape",
     "shapes",
     multiple=True,
-    help="batch x sequence; may be repeated.  "
+    metavar="BATCHxLENGTH",
+    help="May be repeated.  "
     f"[default: {', '.join(f'{batch}x{sequence}' for batch, sequence in BENCH_SHAPES)}, or what ENGINEs have fixed]",
 )
 @click.option("--rounds", type=Whole(min=1), help=f"[default: {BENCH_ROUNDS}; {LOAD_ROUNDS} with --serve]")
@@ -452,14 +457,14 @@ def _bench_servers(engines: tuple[Path, ...], options: _BenchOptions, json: bool
         print_next(f"curl {options.urls[0].rstrip('/')}/metrics", "what the server counted")
 
 
-@command("nxm doctor", "nxm doctor anybodys.onnx --gpu L4 --version 10.3")
-@click.argument("file", metavar="[GRAPH]", type=click.Path(path_type=Path), required=False)
+@command("nxm doctor anybodys.onnx --gpu L4 --version 10.3", "nxm doctor my-model --gpu L4 --shape 32x128")
+@click.argument("file", metavar="[PATH]", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--backend",
     type=click.Choice(TENSORRT_BACKENDS),
     default=TENSORRT_BACKENDS[0],
     show_default=True,
-    help="Judge GRAPH for it.",
+    help="Judge PATH for it.",
 )
 @click.option(
     "--version",
@@ -477,31 +482,26 @@ def _bench_servers(engines: tuple[Path, ...], options: _BenchOptions, json: bool
 @click.option("--parse", is_flag=True, help="Ask the parser of the installed TensorRT-RTX, too.")
 @click.option(
     "--shape",
+    metavar="BATCHxLENGTH",
     help="Say what 2:4 can gain at this shape, such as 32x128, on a --gpu by name (or cpu).  [default: 32x128 for a "
     "model]",
 )
 @all_option
 @json_option
-def doctor(  # one parameter an option
-    file: Path | None,
-    backend: str,
-    trt_version: str | None,
-    gpu: str,
-    parse: bool,
-    shape: str | None,
-    everything: bool,
-    json: bool,
+def doctor(
+    file: Path | None, backend: str, trt_version: str | None, gpu: str, parse: bool, json: bool, **more: object
 ) -> None:
     """Say what this machine can do, or what of a graph can run sparse.
 
-    GRAPH is any ONNX file, or a graph directory: for each matrix it says what to fix. With --shape, or for a model's
-    directory (its config.json is enough): what 2:4 can gain at most on a GPU.
+    PATH is any ONNX file, or a graph directory: for each matrix it says what to fix. With --shape, or for the directory
+    of a Hugging Face model (its config.json is enough): what 2:4 can gain at most on a GPU, by arithmetic.
     """
+    everything, shape = bool(more["everything"]), None if more["shape"] is None else str(more["shape"])
     if file is not None and asks_for_gain(file, shape):
         show_gain(file, shape, gpu, backend, trt_version, parse=parse, json=json)
         return
     if shape is not None:
-        raise click.UsageError("--shape needs FILE: the directory of a model, or an ONNX file")
+        raise click.UsageError("--shape needs PATH: the directory of a model, or an ONNX file")
     if file is None:
         from nxm_export.pipeline.environment import report
 

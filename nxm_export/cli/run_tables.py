@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 
 def print_estimate(estimate: RunEstimate) -> None:
-    """What a run would do."""
+    """What a run would do, the time of all of it first."""
+    seconds = (estimate.dense_seconds, estimate.search_seconds, estimate.prepare_seconds, estimate.seconds)
+    click.echo(f"about {_duration(sum(seconds) + estimate.other_seconds)}, good to a factor of two")
     rows = [
         ("training samples", str(estimate.train_samples)),
         ("held-out samples", str(estimate.dev_samples)),
@@ -38,6 +40,8 @@ def print_estimate(estimate: RunEstimate) -> None:
             "dense fine-tuning",
             _steps(estimate.dense_steps, estimate.dense_seconds, "the model has a head for this task"),
         ),
+        *([("search", f"about {_duration(estimate.search_seconds)}")] if estimate.search_seconds else []),
+        ("calibration, output costs, masks", f"about {_duration(estimate.prepare_seconds)}"),
         ("compression training", _steps(estimate.steps, estimate.seconds, "one-shot")),
         ("export, build, compare, time", f"about {_duration(estimate.other_seconds)}"),
         ("dense model and checkpoint", f"about {estimate.checkpoint_bytes / 1e6:.0f} MB"),
@@ -133,7 +137,7 @@ def _verdict(summary: RunSummary) -> list[str]:
     if low is None or high is None:
         return [engines, f"{quality}."]
     found = "no difference found" if low <= 0 <= high else "better" if low > 0 else "worse"
-    return [engines, f"{quality}: {found} (paired 95 %: {low:+.4f} to {high:+.4f})."]
+    return [engines, f"{quality}: {found}."]  # the interval stands in the table below
 
 
 def _print_next(summary: RunSummary) -> None:
@@ -203,7 +207,7 @@ def _print_quality(summary: RunSummary) -> None:
         (
             "compressed, ONNX Runtime",
             score_text(summary.compressed),
-            f"to dense: {low:+.4f} to {high:+.4f} (95 %)" if known else "no interval",
+            f"to dense: {low:+.4f} to {high:+.4f} (paired 95 %)" if known else "no interval",
         ),
     ]
     if alike := summary.cosine_to_dense:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from json import dumps as json_text
 from pathlib import Path
@@ -33,6 +34,7 @@ from nxm_export.cli.output import print_next, quoted, show_result
 from nxm_export.cli.tables import print_table
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.tasks import TASKS
+from nxm_export.errors import NxmError
 
 if TYPE_CHECKING:
     from engines.serving.repository import EngineSource
@@ -97,7 +99,8 @@ def serve(engines: tuple[str, ...], **values: object) -> None:
     )
     sources = [EngineSource.parse(text) for text in engines]
     if server.port and sys.stderr.isatty():  # for people; a log has JSON alone
-        print_next(curl_of(sources[0], server, text=models.text), "once it listens")
+        with suppress(NxmError):  # which the server raises itself
+            print_next(curl_of(sources[0], server, text=models.text), "once it listens")
     serve_engines(sources, models, server)
 
 

@@ -303,7 +303,8 @@ def bench_engines(
     threads: int | None = None,
 ) -> BenchReport:
     """Time engine directories (a twins directory stands for its three) against each other, at `shapes` of (batch,
-    sequence); without any at `BENCH_SHAPES`, with the batch or length that the engines have fixed.
+    sequence); without any at `BENCH_SHAPES`, with the batch or length that the engines have fixed, and no longer than
+    their models take.
 
     Engines that this machine cannot run are named in the report with the reason, unless none is left.
     """
@@ -333,13 +334,21 @@ def bench_engines(
                     twins[twin] = (name, path)
         if not loaded:
             raise EngineUnavailable(f"nothing could be timed here: {'; '.join(dict.fromkeys(unmeasured.values()))}")
-        shapes = shapes or fitted_shapes(loaded.values(), BENCH_SHAPES)
+        shapes = shapes or fitted_shapes(loaded.values(), _default_shapes(paths))
         for path, name in zip(paths, _names(paths), strict=True):
             if name in loaded:
                 require_room(path, shapes, "timing it at", way_out="give a --shape of fewer rows or shorter texts")
         report = bench(loaded, shapes, rounds=rounds, vocabulary=_vocabulary(paths))
     absent = tuple(f"{name}: {why}" for name, why in unmeasured.items())
     return replace(report, verdict=_verdict(report, twins, passports), unmeasured=absent)
+
+
+def _default_shapes(engines: Sequence[Path]) -> list[tuple[int, int]]:
+    """`BENCH_SHAPES`, no longer than the shortest of the engines' longest inputs."""
+    from engines.base import spec_of
+
+    specs = [spec for spec in map(spec_of, engines) if spec is not None]
+    return [(batch, min([sequence, *(spec.max_length for spec in specs)])) for batch, sequence in BENCH_SHAPES]
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

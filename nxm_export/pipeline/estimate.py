@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from nxm_export.contract.choices import INT4_BITS
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
+from nxm_export.contract.quantizer_placement import placement_of, residual_output_weights
 from nxm_export.contract.token_budget import DEFAULT_MAX_LENGTH
 from nxm_export.data.label_kinds import classes_of, labelled, load_labelled, read_by_model
 from nxm_export.data.scorable import require_scorable_examples
@@ -17,12 +18,20 @@ from nxm_export.pipeline.plan_choice import PlanChoice, first_plan
 
 if TYPE_CHECKING:
     from compressors.models import ModelSource
+    from compressors.settings import Settings
     from nxm_export.contract.tasks import Task
     from nxm_export.pipeline.run import Request
 
 # Work of one training step in units of a plain forward and backward pass: the dense model once; the compressed model
 # with fake quantization, and a forward pass of the teacher.
 _COMPRESS_FACTOR = 1.9
+# Work before the first step, in forward passes of a sample. Measured with MiniLM-L6 on two busy cores: calibration on
+# 512 samples took 11 s, what outputs cost on 13 x 128 took 31 s, and second-order pruning on 512 took 45 s.
+_CALIBRATION_FACTOR = 1.5
+_OUTPUTS_FACTOR = 1.3
+_SOLVER_PASSES = 6.0  # over the calibration samples, the solving included
+_SEARCH_SHARE = 0.1  # of a compression run, by which its number of samples is chosen
+_SCORED = 2  # the dense and the compressed model, on the held-out samples
 _WORDS_TO_TOKENS = 1.35  # of English under a BERT vocabulary
 _GRAPHS = 4  # exported, built and compared
 _SECONDS_PER_GRAPH = 12.0  # tracing, mostly
@@ -33,8 +42,10 @@ _PASSES = 4  # over the held-out data for every compared engine: itself and the 
 class RunEstimate:
     """What a run would do: samples, the plan, optimizer steps, seconds by stage, and bytes of what it writes.
 
-    `dense_steps` is 0 where the model has a head for the task already. `other_seconds` are of export, build, comparison
-    and timing. Seconds are good to a factor of two.
+    `dense_steps` is 0 where the model has a head for the task already. `search_seconds` are of a search for the plan,
+    which then is not known: `plan` and `compression` are those of the request. `prepare_seconds` are of calibration,
+    of what INT8 outputs cost, and of masks that are found before the first step. `other_seconds` are of export, build,
+    comparison and timing. Seconds are good to a factor of two.
     """
 
     train_samples: int
@@ -50,6 +61,8 @@ class RunEstimate:
     checkpoint_bytes: int
     fp32_onnx_bytes: int
     onnx_bytes: int
+    prepare_seconds: float
+    search_seconds: float
 
     def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
@@ -77,6 +90,7 @@ def estimate(request: Request, choice: PlanChoice = PlanChoice()) -> RunEstimate
     dense_steps = 0 if fits else settings.dense_steps or round(settings.dense_epochs * count / settings.batch_size)
     steps = settings.steps if settings.steps is not None else round(settings.epochs * count / settings.batch_size)
     steps = steps if settings.trains else 0
+    seconds, forward = steps * step * _COMPRESS_FACTOR, flops_per_sample / speed
     weights = sum(file.stat().st_size for file in Path(source.path).glob("*.safetensors"))
     return RunEstimate(
         train_samples=count,
@@ -87,12 +101,29 @@ def estimate(request: Request, choice: PlanChoice = PlanChoice()) -> RunEstimate
         dense_steps=dense_steps,
         dense_seconds=round(dense_steps * step, 1),
         steps=steps,
-        seconds=round(steps * step * _COMPRESS_FACTOR, 1),
-        other_seconds=round(_GRAPHS * (_SECONDS_PER_GRAPH + _PASSES * dev_samples * flops_per_sample / speed), 1),
+        seconds=round(seconds, 1),
+        other_seconds=round(_GRAPHS * _SECONDS_PER_GRAPH + (_GRAPHS * _PASSES + _SCORED) * dev_samples * forward, 1),
         checkpoint_bytes=2 * weights,
         fp32_onnx_bytes=weights,
         onnx_bytes=weights - saved_bytes(plan, source, request.weights_stored),
+        prepare_seconds=round(forward * passes_before_training(settings, plan, count), 1),
+        search_seconds=round(_SEARCH_SHARE * seconds, 1) if choice.search is not None else 0.0,
     )
+
+
+def passes_before_training(settings: Settings, plan: CompressionPlan, samples: int) -> float:
+    """Forward passes of a sample that the work before the first step is worth."""
+    from compressors.settings import SECOND_ORDER
+    from compressors.training.output_sensitivity import SAMPLES
+
+    calibrated = min(settings.calibration_samples, samples)
+    passes = calibrated * _CALIBRATION_FACTOR * (1 if settings.trains else 2)
+    if settings.output_limit is not None and placement_of(plan) not in ("float", "inputs", "products"):
+        outputs = len(residual_output_weights(plan))
+        passes += (outputs + 1) * min(SAMPLES, samples) * _OUTPUTS_FACTOR
+    if settings.recipe in SECOND_ORDER:
+        passes += calibrated * _SOLVER_PASSES
+    return passes
 
 
 def _data(request: Request, source: ModelSource, task: Task) -> tuple[list[str], int, bool]:

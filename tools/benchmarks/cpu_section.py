@@ -39,11 +39,7 @@ def section(record: Record) -> str:
         text_peers=record["text_peers"],
         profile=[_profile(entry) for entry in record["profile"]],
         peaks=record["peaks"],
-        roofline=[
-            _roofline(entry, reached, record["peaks"]["int8_gops"])
-            for entry in record["profile"]
-            if (reached := entry.get("int8_gops"))
-        ],
+        products=[_products(entry, reached) for entry in record["profile"] if (reached := entry.get("int8_gops"))],
     )
 
 
@@ -129,19 +125,10 @@ def _profile(entry: ProfileRow) -> list[str]:
     return [entry["engine"], f"{entry['batch']}x{entry['sequence']}", f"{total:.2f}", shares]
 
 
-def _roofline(entry: ProfileRow, reached: float, peak: float) -> list[str]:
-    total, products = (
-        sum(entry["milliseconds"].values()),
-        entry["milliseconds"]["MatMulIntegerToFloat"],
-    )
-    share = products / total
-    return [
-        f"{entry['batch']}x{entry['sequence']}",
-        f"{reached:.0f}",
-        f"{reached / peak:.0%}",
-        f"{share:.0%}",
-        f"{products * reached / peak + total * (1 - share):.2f}",
-    ]
+def _products(entry: ProfileRow, reached: float) -> list[str]:
+    """GOPS of the INT8 products of a profile, and their share of its time."""
+    share = entry["milliseconds"]["MatMulIntegerToFloat"] / sum(entry["milliseconds"].values())
+    return [f"{entry['batch']}x{entry['sequence']}", f"{reached:.0f}", f"{share:.0%}"]
 
 
 def _holds(holds: bool) -> str:

@@ -368,6 +368,7 @@ def test_killed_and_resumed_gives_what_an_uninterrupted_run_gives(prepared: Path
     assert again.returncode == 0, stderr
     first = next(line for line in stdout.splitlines() if line.startswith(moment.split()[0]))
     assert int(first.split()[1]) > 0  # it went on, it did not start again
+    assert not [line for line in stdout.splitlines() if line.startswith(("calibrate", "outputs"))]  # nor measured again
     resumed = json.loads(stdout.splitlines()[-1])
     assert resumed["mask_hash"] == whole["mask_hash"]
     assert resumed["value"] == whole["value"]

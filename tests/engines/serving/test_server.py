@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -28,7 +29,10 @@ from engines.benchmark.http_load import InferenceRequest, ServedModel, run_round
 from engines.ort import backend as ort
 from engines.passport import load_passport
 from engines.serving.app import OPENAPI_FILE
+from engines.serving.repository import EngineSource
+from engines.serving.settings import ServerOptions
 from nxm_export.cli import main
+from nxm_export.cli.serving import curl_of
 from nxm_export.storage.json_files import as_object, as_objects, entry_at
 from tests.support import exact_engine
 from tests.support.exact_engine import expected, feeds_of
@@ -166,6 +170,18 @@ def test_an_engine_of_32_bit_tokens_is_served_like_one_of_64(tmp_path: Path) -> 
         text = {"name": "text", "datatype": "BYTES", "shape": [1, 1], "data": ["a good film"]}
         answer = send(server.port, "POST", "/v2/models/exact_text/infer", json.dumps({"inputs": [text]}).encode())
         assert answer.status == 200, answer.body
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_the_request_that_nxm_serve_names_is_answered(ours: Running, engine: Path, text: bool) -> None:
+    """As a shell splits it; what curl would post is posted here."""
+    line = curl_of(EngineSource("exact", "1", engine), ServerOptions(port=ours.port), text=text)
+    program, url, flag, body = shlex.split(line)
+    assert (program, flag) == ("curl", "-d")
+    host, _, path = url.removeprefix("http://").partition("/")
+    assert host == f"127.0.0.1:{ours.port}"
+    answer = send(ours.port, "POST", f"/{path}", body.encode())
+    assert answer.status == 200, answer.body
 
 
 def test_a_request_id_is_kept_if_it_is_sane_and_made_up_if_not(ours: Running) -> None:

@@ -134,7 +134,7 @@ def test_what_cannot_be_is_wrong_usage(model: Path, arguments: list[str], messag
 def test_a_shape_without_a_file_is_wrong_usage() -> None:
     result = CliRunner().invoke(main, ["doctor", "--shape", "1x1"])
     assert result.exit_code == 2
-    assert "--shape needs FILE" in result.output
+    assert "--shape needs PATH" in result.output
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_a_run_says_what_it_keeps_and_what_is_missing(capsys: Capture) -> None:
     print_summary(SUMMARY, everything=True)
     printed = lines(capsys)
     assert "dense, FP32 0.7500" in printed
-    assert "compressed, ONNX Runtime 0.5000 to dense: -0.5000 to +0.0000 (95 %)" in printed
+    assert "compressed, ONNX Runtime 0.5000 to dense: -0.5000 to +0.0000 (paired 95 %)" in printed
     assert "ort-cpu-int8 1x32 0.25 1.50x (paired 1.25 to 1.75)" in printed
     assert "INT8 matrix products 11 of 12 planned" in printed
     assert "run here no GPU" in printed
@@ -143,6 +143,7 @@ def test_a_run_begins_with_its_verdict_and_ends_with_what_to_type(
     print_summary(SUMMARY)
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) <= 24
+    assert max(map(len, captured.out.splitlines())) <= 80
     differing = [name for name, parity in SUMMARY.parity.items() if not parity.passed]
     assert captured.out.startswith("FAILED" if differing or SUMMARY.failed else "Passed")
     failed = replace(SUMMARY, parity={"ort-cpu-int8": replace(SUMMARY.parity["ort-cpu-int8"], passed=False)})

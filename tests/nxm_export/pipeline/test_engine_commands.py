@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nxm_export.contract.io_spec import load_spec
 from nxm_export.pipeline import engine_commands
 
 
@@ -35,3 +36,11 @@ def test_a_new_export_has_the_precision_overrides_of_the_passport(
     with pytest.raises(InterruptedError):
         engine_commands._export_again(tmp_path / "checkpoint", engine, tmp_path / "graph")
     assert given["precision_overrides"] == asked
+
+
+def test_a_bench_without_shapes_stays_within_what_the_model_takes(tiny_engine: Callable[..., Path]) -> None:
+    engine = tiny_engine("ort")
+    limit = load_spec(engine).max_length
+    assert limit < 64, "one of the usual shapes would be refused"
+    report = engine_commands.bench_engines([engine], rounds=1)
+    assert [(timing.batch, timing.sequence) for timing in report.timings] == [(1, 32), (8, limit)]

@@ -15,14 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from click.testing import CliRunner, Result
 
+from compressors.settings import Settings
 from nxm_export.cli import main
 from nxm_export.contract.checkpoint import open_checkpoint
+from nxm_export.contract.families import family_of
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics_of
 from nxm_export.contract.records.run_summary import SCHEMA, RunSummary
 from nxm_export.contract.records.verify_report import read_verify_report
+from nxm_export.pipeline.estimate import passes_before_training
 from nxm_export.storage.json_files import decode, entry_at
 from tests.support import tiny
 from tests.support.variants import variants
@@ -215,12 +219,26 @@ def test_a_dry_run_counts_half_a_byte_for_a_weight_of_4_bits(desk: Desk, tmp_pat
 def test_dry_run_estimates_and_writes_nothing(desk: Desk, tmp_path: Path) -> None:
     result = desk.nxm(*desk.arguments(tmp_path / "run", "--dry-run", "--json"))
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)
+    assert json.loads(result.stdout)["search_seconds"] == 0
     assert list(tmp_path.iterdir()) == []
 
 
 class _Compressed(Exception):
     """The checkpoint is there, and the stages behind it need not run."""
+
+
+def test_the_estimate_counts_what_comes_before_the_first_step() -> None:
+    """In forward passes of a sample: calibration, two outputs a block that are left out in turn, masks."""
+    config = transformers.BertConfig(num_hidden_layers=12, hidden_size=32, intermediate_size=64, num_attention_heads=2)
+    family = family_of(config.to_dict(), source="test")
+    plan = family.uniform_plan(config.to_dict(), WeightSpec.parse("2:4+W8"), placement="inputs-outputs")
+    calibration, outputs, masks = 512 * 1.5, 25 * 128 * 1.3, 512 * 6.0
+    assert passes_before_training(Settings(), plan, 10000) == calibration + outputs + masks
+    assert passes_before_training(Settings(output_limit=None), plan, 10000) == calibration + masks
+    assert passes_before_training(Settings(recipe="magnitude", output_limit=None), plan, 100) == 100 * 1.5
+    assert passes_before_training(Settings(recipe="magnitude", steps=0), plan, 10000) == 2 * calibration + outputs
+    inputs = family.uniform_plan(config.to_dict(), WeightSpec.parse("2:4+W8"), placement="inputs")
+    assert passes_before_training(Settings(), inputs, 10000) == calibration + masks
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[...
     return home
 
 
-FEWER = {"200": "6", "180": "6"}  # steps of training: what the model learns is nothing that is looked at here
+FEWER = {"120": "6", "180": "6"}  # steps of training: what the model learns is nothing that is looked at here
 
 
 def serves_until_stopped(arguments: list[str], desk: Path) -> None:

@@ -81,7 +81,7 @@ def run(command: Sequence[str], desk: Path) -> str:
     environment = {**os.environ, "COLUMNS": str(COLUMNS), "PYTHONPATH": str(ROOT)}
     arguments = [sys.executable, "-m", "nxm_export", *rest]
     done = subprocess.run(arguments, cwd=desk, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return done.stdout.rstrip()
+    return "\n".join(line.rstrip() for line in done.stdout.rstrip().splitlines())
 
 
 if __name__ == "__main__":

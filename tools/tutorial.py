@@ -28,7 +28,9 @@ from tools.provenance import versions
 from tools.rendering import write_section
 
 PAGE = ROOT / "docs" / "tutorial.md"
-STEP = re.compile(r"^```sh\n(?P<commands>(?:(?!```).*\n)+)```\n\n```text\n(?P<shown>(?:(?!```).*\n)*)```$", re.MULTILINE)
+STEP = re.compile(
+    r"^```sh\n(?P<commands>(?:(?!```).*\n)+)```\n\n```text\n(?P<shown>(?:(?!```).*\n)*)```$", re.MULTILINE
+)
 COLUMNS = 100
 
 

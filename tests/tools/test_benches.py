@@ -41,7 +41,9 @@ def test_a_bench_runs_to_its_end(tool: str, row: str) -> None:
     assert row in child.stdout
 
 
-@pytest.mark.parametrize("tool", [attention, base_size, cpu, training, scaling, int4], ids=lambda tool: str(tool.__name__))
+@pytest.mark.parametrize(
+    "tool", [attention, base_size, cpu, training, scaling, int4], ids=lambda tool: str(tool.__name__)
+)
 def test_the_committed_section_is_that_of_the_committed_record(tool: ModuleType) -> None:
     assert read_section(DOCUMENT, tool.TOOL) == tool.section(load_record(tool.FILE, tool.Record))
 

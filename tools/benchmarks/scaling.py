@@ -181,10 +181,10 @@ def write_random(out: Path, config: PreTrainedConfig, *, weights: str = "2:4+W4"
         codes.reshape(-1, 4)[:, 1::2] = 0
         scale = np.full(shape[0], 0.01, np.float32)
         tensors[name], scales[f"{name}_scale"] = codes * scale[:, None] + np.float32(0), scale
-        path = name.removesuffix(".weight")
-        for kind, bits in (("input_scale", spec.input_bits), ("output_scale", spec.output_bits)):
-            if bits:
-                scales[f"{path}.{kind}"] = np.array(0.03, np.float32)
+        if spec.input_bits:
+            scales[f"{name.removesuffix('.weight')}.input_scale"] = np.array(0.03, np.float32)
+        for part in family.parts(name) if spec.output_bits else ():
+            scales[f"{part.removesuffix('.weight')}.output_scale"] = np.array(0.03, np.float32)
     out.mkdir(parents=True)
     config.save_pretrained(out)
     save_file(tensors, out / "model.safetensors", {"format": "pt"})

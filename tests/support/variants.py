@@ -1,4 +1,4 @@
-"""Parameters of which `make test` runs some and `make test-slow` the others."""
+"""Parameters of which `make test` runs some, `make test-slow` others, and `pytest -m exhaustive` the rest."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 
 
-def variants(values: Iterable[Any], fast: Callable[[Any], bool] | tuple[Any, ...]) -> list[Any]:
-    """`values` as parameters, marked slow but for those that `fast` names or accepts."""
+def variants(
+    values: Iterable[Any], fast: Callable[[Any], bool] | tuple[Any, ...], slow: tuple[Any, ...] | None = None
+) -> list[Any]:
+    """`values` as parameters, marked slow but for those that `fast` names or accepts; with `slow`, those that neither
+    names are marked exhaustive."""
     is_fast = fast if callable(fast) else lambda value: value in fast
     marked = []
     for value in values:
-        marks = [] if is_fast(value) else [pytest.mark.slow]
+        later = pytest.mark.slow if slow is None or value in slow else pytest.mark.exhaustive
+        marks = [] if is_fast(value) else [later]
         marked.append(pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=marks))
     return marked

@@ -141,7 +141,7 @@ def test_control_flow_is_refused() -> None:
         lowered(onnx_text.model(text), "g.onnx")
 
 
-@pytest.mark.parametrize("family", variants(tiny.FAMILIES, ("bert",)))
+@pytest.mark.parametrize("family", variants(tiny.FAMILIES, ("bert",), ("albert", "mpnet", "modernbert", "deberta-v2")))
 def test_every_family_runs_all_planned_products_on_integers(family: str, tiny_graph: Callable[..., Path]) -> None:
     """In float16 as ONNX Runtime computes the same graph, which rounds in other places."""
     import torch

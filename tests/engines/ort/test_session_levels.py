@@ -20,7 +20,7 @@ from nxm_export.errors import EngineError
 from tests.support import baked, tiny
 from tests.support.variants import variants
 
-FAMILIES = variants(tiny.FAMILIES, ("bert",))
+FAMILIES = variants(tiny.FAMILIES, ("bert",), ("albert", "mpnet", "modernbert", "nomic_bert"))
 
 
 def opened(directory: Path) -> tuple[EnginePassport, IOSpec]:

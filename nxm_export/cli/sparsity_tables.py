@@ -44,6 +44,7 @@ def print_diagnosis(diagnosis: FileDiagnosis, everything: bool = False) -> None:
         _print_all_advice(advice)
     else:
         _print_folded(report.weights)
+        click.echo(str(report.products))
         _print_unread(report.unread)
         if advice:
             click.echo()
@@ -86,6 +87,7 @@ def print_sparsity(report: SparsityReport, everything: bool = False) -> None:
         print_all_matrices(report)
         return
     _print_folded(report.weights)
+    click.echo(str(report.products))
     _print_unread(report.unread)
     details = {weight.reason: weight.detail for weight in report.weights if weight.reason}
     _print_some([f"{reason}: {detail}" for reason, detail in details.items()], "", FIXES)
@@ -112,7 +114,9 @@ def _pattern(weight: WeightSparsity) -> str:
 
 
 def _print_groups(columns: Row, names: Sequence[str], rows: Sequence[Row]) -> None:
-    """A table of the largest groups of equal rows, a line each, as wide as the terminal."""
+    """A table of the largest groups of equal rows, a line each, as wide as the terminal; of no rows, nothing."""
+    if not rows:
+        return
     groups = folded([name.removesuffix(".weight") for name in names], rows)
     shown = groups[:ROWS]
     others = [(str(count), *row) for _, count, row in shown]
@@ -133,10 +137,11 @@ def _print_some(texts: Sequence[str], word: str, limit: int) -> None:
 
 
 def _print_unread(unread: Sequence[UnreadProduct]) -> None:
-    """Of how many products nothing is said."""
+    """The first product that was not read, with the reason, and how many more there are."""
     if unread:
-        count = f"{len(unread)} product{'s' if len(unread) > 1 else ''}"
-        click.echo(shortened(f"not read, so nothing is said of {count} (--all): {unread[0]}", terminal_width()))
+        click.echo(shortened(f"not read: {unread[0]}", terminal_width()))
+    if len(unread) > 1:
+        click.echo(f"and {len(unread) - 1} more not read: --all")
 
 
 def _echo(text: str, everything: bool) -> None:

@@ -85,8 +85,9 @@ def nxm_serve(log: Path, *arguments: str) -> Iterator[Running]:
 def triton(repository: Path, log: Path, venv: Path) -> Iterator[Running]:
     """The real Triton server on a model repository, with the doubles as its onnxruntime and tensorrt backends.
 
-    One start in some hundreds hung behind "models READY", where the next line of the log is about NVIDIA's library for
-    GPU metrics. There is no GPU here: those metrics are off, and a server that hangs is started once more.
+    One start in continuous integration hung behind "models READY", where the next line of the log is about NVIDIA's
+    library for GPU metrics; 60 starts made to find it again did not. There is no GPU here: those metrics are
+    off, and a server that hangs is started once more.
     """
     server, environment, backends = _triton_parts(venv, log.parent)
     ports = {"http": free_port(), "grpc": free_port(), "metrics": free_port()}

@@ -46,6 +46,7 @@ from engines.compiled_shapes import (
 from engines.memory import tell_compiled_shapes
 from engines.passport import Bindings, BuildFacts, EnginePassport, cpu_device, load_passport
 from engines.sample_inputs import sample_feeds, shape_at
+from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.quantizer_placement import names_in_graph
 from nxm_export.errors import EngineError, EngineUnavailable
@@ -121,7 +122,7 @@ class _Layer:
 
 
 @dataclass(frozen=True)
-class _Compiled:
+class CompiledModels:
     """A model that takes what the graph takes, and one for every shape known ahead."""
 
     free: CompiledModel
@@ -149,10 +150,10 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         shutil.copyfile(onnx, out / ENGINE_FILE)
     copy_companions(onnx.parent, out)
     names = [value.name for value in model.graph.inputs]
-    graph = _read(onnx, (out / ENGINE_FILE).read_bytes())
+    graph = read_model(onnx, (out / ENGINE_FILE).read_bytes())
     shapes = shapes_to_compile(options.shapes, _bindings(graph.inputs, names), spec_of(out))
     shapes_bytes = tell_compiled_shapes(onnx, model, shapes)
-    models = _compile(onnx, graph, options.threads, shapes)
+    models = compile_models(onnx, graph, options.threads, shapes)
     plan = embedded_plan(model, str(onnx))
     planned = _planned(model, plan) if plan else []
     integer, in_float = _split(planned, [products(compiled) for compiled in (models.free, *models.shapes.values())])
@@ -182,19 +183,16 @@ def load(directory: str | Path, options: LoadOptions = LoadOptions()) -> OpenVin
     """Load an engine directory; without a number of threads anywhere all cores of this process work."""
     directory = Path(directory)
     passport = load_passport(directory)
-    return OpenVinoEngine(directory, passport.read_engine(directory, {}), passport, options)
+    models = _load(directory, passport, passport.read_engine(directory, {}), options.threads)
+    return OpenVinoEngine(directory, models, spec_of(directory), passport.bindings)
 
 
 class OpenVinoEngine(Closing):
     """A compiled model with one inference request, and such for shapes known ahead. See `engines.base.Engine`."""
 
-    def __init__(
-        self, directory: Path, model: bytes, passport: EnginePassport, options: LoadOptions = LoadOptions()
-    ) -> None:
-        self.directory = directory
-        self._spec = spec_of(directory)
-        models = _load(directory, passport, model, options.threads)
-        recorded = passport.bindings
+    def __init__(self, directory: Path, models: CompiledModels, spec: IOSpec | None, recorded: Bindings) -> None:
+        """`recorded` are the inputs and outputs of the graph, whose names count where the runtime has several."""
+        self.directory, self._spec = directory, spec
         self._bindings = _bindings(models.free.inputs, [binding.name for binding in recorded.inputs])
         self.inputs = tuple(binding.name for binding in self._bindings)
         outputs = _bindings(models.free.outputs, [binding.name for binding in recorded.outputs])
@@ -340,7 +338,7 @@ def settings(threads: int | None) -> dict[str, str | int | bool]:
     }
 
 
-def _load(directory: Path, passport: EnginePassport, model: bytes, threads: int | None) -> _Compiled:
+def _load(directory: Path, passport: EnginePassport, model: bytes, threads: int | None) -> CompiledModels:
     """The models of an engine directory, from the bytes of its file."""
     if passport.shapes:
         require_memory(
@@ -349,15 +347,16 @@ def _load(directory: Path, passport: EnginePassport, model: bytes, threads: int 
             "build it with fewer of --shape",
         )
     file = directory / ENGINE_FILE
-    return _compile(file, _read(file, model), threads or passport.threads, passport.shapes)
+    return compile_models(file, read_model(file, model), threads or passport.threads, passport.shapes)
 
 
-def _read(file: Path, model: bytes) -> Model:
+def read_model(file: Path, model: bytes | Path) -> Model:
+    """The graph of an ONNX file's bytes, or of a file of OpenVINO's own; `file` is what errors name."""
     _require_runtime()
     import openvino
 
     try:
-        graph: Model = openvino.Core().read_model(model, b"")
+        graph: Model = openvino.Core().read_model(*((str(model),) if isinstance(model, Path) else (model, b"")))
     except RuntimeError as error:
         raise EngineError(f"{file}: OpenVINO cannot load it: {_in_a_line(error)}") from error
     for port in graph.inputs:
@@ -369,7 +368,8 @@ def _read(file: Path, model: bytes) -> Model:
     return graph
 
 
-def _compile(file: Path, graph: Model, threads: int | None, shapes: Sequence[Shape] = ()) -> _Compiled:
+def compile_models(file: Path, graph: Model, threads: int | None, shapes: Sequence[Shape] = ()) -> CompiledModels:
+    """`graph` compiled as it is, and for each of `shapes`, with `settings`; `file` is what errors name."""
     import openvino
 
     core = openvino.Core()
@@ -385,7 +385,7 @@ def _compile(file: Path, graph: Model, threads: int | None, shapes: Sequence[Sha
             compiled[shape] = core.compile_model(fixed, "CPU", settings(threads))
     except RuntimeError as error:
         raise EngineError(f"{file}: OpenVINO cannot load it{at}: {_in_a_line(error)}") from error
-    return _Compiled(free, compiled)
+    return CompiledModels(free, compiled)
 
 
 def _in_a_line(error: RuntimeError) -> str:

@@ -11,12 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from engines.base import BuildOptions, Engine, backend
 from engines.openvino import backend as openvino_backend
+from engines.openvino.backend import OpenVinoEngine
+from engines.parity.compare import compare
 from engines.passport import load_passport
+from engines.serving.batching import QueuedRequest, run_batch
+from engines.serving.model import open_model
+from engines.serving.settings import ModelOptions
+from nxm_export.cli import main
+from nxm_export.data.examples import Columns
 from nxm_export.errors import ArtifactError, EngineError
-from nxm_export.pipeline.engine_commands import build_engine
+from nxm_export.pipeline.engine_commands import build_engine, features_of
 from tests.support import baked, onnx_text
 from tests.support.tiny import FAMILIES
 from tests.support.variants import variants
@@ -155,6 +163,51 @@ def test_a_passport_of_before_has_no_shapes(tiny_engine: Callable[..., Path], tm
     assert load_passport(copy).shapes == ()
     with backend("openvino").load(copy) as engine:
         assert engine.run(baked.feeds("bert", 1, 4))["logits"].shape == (1, 2)
+
+
+def test_a_comparison_holds_every_compiled_shape_against_another_model(
+    compiled: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(compiled, tmp_path / "copy")  # the report is written beside it
+    checkpoint = tiny_checkpoint("bert")
+    report = compare(checkpoint, copy, features_of(copy, str(checkpoint.parent / "dev.tsv"), Columns()))
+    verdicts = {probe.name: probe.passed for probe in report.probes}
+    assert (verdicts["compiled shape 1x16"], verdicts["compiled shape 4x12"]) == (True, True)
+    assert report.passed
+
+
+def test_a_server_warms_compiled_shapes_up_and_answers_through_them(compiled: Path) -> None:
+    ran: list[tuple[int, int] | None] = []
+    run = OpenVinoEngine.run
+
+    def recorded(engine: OpenVinoEngine, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        ran.append(engine.compiled_shape(feeds))
+        return run(engine, feeds)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OpenVinoEngine, "run", recorded)
+        model = open_model("m", "1", compiled, ModelOptions(instances=1))
+        assert set(SHAPES) <= set(ran)
+        ran.clear()
+        request = QueuedRequest(baked.feeds("bert", 1, 14), float("inf"))
+        bucket = model.buckets.buckets[model.buckets.index(1, 14)]
+        run_batch(model._engines[0], bucket, [request], model._pads, {})
+        assert ran == [(1, 16)]
+        assert request.outputs["logits"].shape == (1, 2)
+        model.close()
+
+
+def test_the_command_takes_shapes_from_the_lengths_of_data(tiny_graph: Callable[..., Path], tmp_path: Path) -> None:
+    graph, data = tiny_graph("bert", "inputs"), tmp_path / "train.tsv"
+    data.write_text("sentence\tlabel\n" + 20 * "a good film\t1\n" + 16 * "bad " + "\t0\n")
+    out = tmp_path / "engine"
+    asked = ["--backend", "openvino", "--lengths", str(data), "--max-profiles", "1", "--shape", "2x8"]
+    done = CliRunner().invoke(main, ["build", str(graph), "--out", str(out), *asked])
+    assert done.exit_code == 0, done.output
+    assert load_passport(out).shapes == ((2, 8), (1, 8))  # five tokens; a longer shape would run no more of them
+    assert "compiled shapes add about" in done.stderr
+    shown = CliRunner().invoke(main, ["inspect", str(out), "--json"])
+    assert [shape["sequence"] for shape in json.loads(shown.stdout)["shapes"]] == [8, 8]
 
 
 def test_a_graph_of_other_inputs_runs_a_shape_of_just_its_sizes(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from engines.serving.settings import ModelOptions
 from nxm_export.cli import main
 from nxm_export.data.examples import Columns
 from nxm_export.errors import ArtifactError, EngineError
+from nxm_export.graph.exporter import export
 from nxm_export.pipeline.engine_commands import build_engine, features_of
 from tests.support import baked, onnx_text
 from tests.support.tiny import FAMILIES
@@ -232,16 +233,15 @@ def test_a_graph_of_fixed_sizes_is_compiled_as_it_stands(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("family", variants(FAMILIES, (), ("modernbert",)))
-def test_padded_answers_of_every_family_are_those_of_the_free_model(
-    family: str, tiny_engine: Callable[..., Path], tiny_graph: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_padded_answers_of_every_family_are_those_of_the_free_model(family: str, tmp_path: Path) -> None:
     """Positions, windows and masks of each family, with padding that nobody asked for."""
-    graph = tiny_graph(family, "inputs-outputs") / "model.onnx"
-    passport = build_engine(graph, tmp_path / "engine", "openvino", BuildOptions(threads=1, shapes=[(3, 16)]))
-    plain = tiny_engine("openvino", family)
-    assert passport.options["integer_products"] == load_passport(plain).options["integer_products"]
+    graph = export(baked.write_checkpoint(family, tmp_path / "checkpoint"), tmp_path / "graph").path
+    ours = build_engine(graph, tmp_path / "ours", "openvino", BuildOptions(threads=1, shapes=[(3, 16)]))
+    free = build_engine(graph, tmp_path / "free", "openvino", BuildOptions(threads=1))
+    names = ("planned_products", "integer_products", "float_products")
+    assert [ours.options[name] for name in names] == [free.options[name] for name in names]
     feeds = baked.feeds(family, 3, 14, padding=3)
-    with openvino_backend.load(tmp_path / "engine") as ours, backend("openvino").load(plain) as other:
-        assert ours.compiled_shape(feeds) == (3, 16)
+    with openvino_backend.load(tmp_path / "ours") as engine, openvino_backend.load(tmp_path / "free") as other:
+        assert engine.compiled_shape(feeds) == (3, 16)
         # Codes may move by a step.
-        np.testing.assert_allclose(ours.run(feeds)["logits"], other.run(feeds)["logits"], atol=0.1)
+        np.testing.assert_allclose(engine.run(feeds)["logits"], other.run(feeds)["logits"], atol=0.1)

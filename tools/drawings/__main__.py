@@ -165,8 +165,8 @@ def drawn() -> dict[Path, str]:
         for name, draw in DRAWINGS.items()
         for theme, colours in THEMES.items()
     } | {
-        IMAGES / f"terminal-{scene}-{theme}.svg": f"{picture(scene, colours)}\n"
-        for scene in SCENES
+        IMAGES / f"terminal-{name}-{theme}.svg": f"{picture(scene, colours)}\n"
+        for name, scene in SCENES.items()
         for theme, colours in THEMES.items()
     }
 

@@ -1,112 +1,38 @@
-"""Pictures of a terminal of 80 columns, from what commands really printed.
-
-    python -m tools.tutorial --data DESK        # my-model, train.tsv, dev.tsv
-    python -m tools.drawings.terminal DESK      # runs the commands there, and keeps what they print
-    python -m tools.drawings                    # draws it
-
-The texts lie in ``tools/drawings/terminal``; a line that begins with ``$`` was typed. DESK keeps its run, so
-that a second call is quick.
-"""
+"""Pictures of a terminal, from what commands really printed: the outputs that docs/tutorial.md shows."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import shlex
-import subprocess
-import sys
 import textwrap
-import urllib.request
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from nxm_export.storage.atomic import write_atomic
-from tools.benchmarks.servers import free_port, started
 from tools.drawings.colours import Colours
 from tools.rendering import render
+from tools.tutorial import PAGE, STEP
 
-TEXTS = Path(__file__).parent / "terminal"
-COLUMNS = 80
+COLUMNS = 80  # at least
 CHARACTER, LINE, MARGIN = 7.8, 18, 16  # pixels, at a font of 13
-PORT = 8000
 
-RUN = "nxm run my-model --train train.tsv --dev dev.tsv --dense-steps 180 --steps 120 --out runs/mine"
-ENGINES = "runs/mine/engines"
+
+@dataclass(frozen=True)
+class Scene:
+    """A command of the tutorial, and how the part of its step's output that it printed begins.
+
+    The part ends where a line begins in the same way again, or with the step.
+    """
+
+    command: str
+    begins: str
+
+
 SCENES = {
-    "run": RUN,
-    "doctor": "nxm doctor runs/mine/onnx/trt/model.onnx --gpu L4 --version 10.3",
-    "verify": "nxm verify runs/mine/onnx/cpu/model.onnx --pattern 2:4",
-    "bench": f"nxm bench {ENGINES}/ort-cpu-fp32 {ENGINES}/ort-cpu-int8 --shape 1x32 --shape 8x64",
-    "serve": f"nxm serve film={ENGINES}/ort-cpu-int8 --text --port {PORT}",
+    "run": Scene("nxm run my-model --train train.tsv --dev dev.tsv --dense-steps", "Passed:"),
+    "verify": Scene("nxm verify", "graph/model.onnx"),
 }
-BODY = '{"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1, 1], "data": ["a good film"]}]}'
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description="Run the commands of the terminal pictures, and keep what they print.")
-    parser.add_argument("desk", type=Path, help="directory with my-model, train.tsv and dev.tsv")
-    parser.add_argument("--scene", choices=SCENES, action="append", help="only this one")
-    options = parser.parse_args(arguments)
-    TEXTS.mkdir(exist_ok=True)
-    for name in options.scene or SCENES:
-        made = (
-            _served(options.desk)
-            if name == "serve"
-            else f"{typed(SCENES[name])}\n{_printed(SCENES[name], options.desk)}"
-        )
-        write_atomic(TEXTS / f"{name}.txt", "".join(f"{line.rstrip()}\n" for line in made.splitlines()))
-        print(TEXTS / f"{name}.txt")
-
-
-def typed(command: str) -> str:
-    """A command as it is typed into 80 columns."""
-    lines = textwrap.wrap(f"$ {command}", COLUMNS - 2, subsequent_indent="    ", break_on_hyphens=False)
-    return " \\\n".join(lines)
-
-
-def _printed(command: str, desk: Path) -> str:
-    """What an `nxm` command prints for people: its result, and the command to type next."""
-    done = subprocess.run(
-        _arguments(command), cwd=desk, env=_environment(), capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-    following = [line for line in done.stderr.splitlines() if line.startswith("next:")]
-    return "\n".join([done.stdout.strip(), *(folded for line in following for folded in _folded(line))])
-
-
-def _served(desk: Path) -> str:
-    """What a server logs while it starts, and what it answers."""
-    port, log = free_port(), desk / "serve.log"
-    command = _arguments(SCENES["serve"].replace(str(PORT), str(port)))
-    with started(command, _environment(), port, log, cwd=desk):
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/v2/models/film_text/infer", BODY.encode())
-        with urllib.request.urlopen(request, timeout=30) as response:
-            answer = response.read().decode()
-        logged = log.read_text(encoding="utf-8").strip()
-    asked = f"$ curl localhost:{PORT}/v2/models/film_text/infer -d \\\n    '{BODY}'"
-    lines = [folded for line in (logged.replace(str(port), str(PORT))).splitlines() for folded in _folded(line)]
-    return "\n".join([f"{typed(SCENES['serve'])} &", *lines, *_folded(asked), *_folded(answer)])
-
-
-def _arguments(command: str) -> list[str]:
-    return [sys.executable, "-m", "nxm_export", *shlex.split(command)[1:]]
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "COLUMNS": str(COLUMNS), "PYTHONPATH": str(Path.cwd())}
-
-
-def _folded(line: str) -> list[str]:
-    """A line as a terminal breaks it."""
-    return [part[i : i + COLUMNS] for part in line.splitlines() for i in range(0, max(len(part), 1), COLUMNS)]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the picture."""
+    """A line of the picture, in pixels."""
 
     y: float
     text: str
@@ -115,29 +41,38 @@ class Row:
     weight: int
 
 
-def picture(scene: str, colours: Colours) -> str:
-    """The SVG of what `scene` printed."""
-    lines = (TEXTS / f"{scene}.txt").read_text(encoding="utf-8").splitlines()
-    rows, continued, after_command = [], False, False
-    for number, line in enumerate(lines):
-        command = continued or line.startswith("$ ")
-        continued = command and line.endswith("\\")
-        colour = colours.command if command else colours.muted if line.startswith("next:") else colours.text
-        verdict = after_command and not command
-        if line:
-            y = MARGIN + LINE * (number + 0.75)
-            rows.append(Row(round(y, 1), line, round(len(line) * CHARACTER, 1), colour, 600 if verdict else 400))
-        after_command = command
+def picture(scene: Scene, colours: Colours) -> str:
+    """The SVG of what `scene` printed. The tutorial is read again each time."""
+    command, printed = shown(scene, PAGE.read_text(encoding="utf-8"))
+    columns = max(COLUMNS, *map(len, printed))
+    typed = textwrap.wrap(f"$ {command}", columns - 2, subsequent_indent="    ", break_on_hyphens=False)
+    lines = [(line, colours.command, 400) for line in [*(f"{line} \\" for line in typed[:-1]), typed[-1]]]
+    lines += [(line, colours.text, 400 if number else 600) for number, line in enumerate(printed)]
+    rows = [
+        Row(round(MARGIN + LINE * (number + 0.75), 1), line, round(len(line) * CHARACTER, 1), colour, weight)
+        for number, (line, colour, weight) in enumerate(lines)
+        if line
+    ]
     return render(
         "drawings/terminal.svg.j2",
         rows=rows,
-        title=f"What {SCENES[scene].split(' -')[0]} prints",
-        width=round(COLUMNS * CHARACTER + 2 * MARGIN),
+        title=f"What {' '.join(command.split()[:2])} prints",
+        width=round(columns * CHARACTER + 2 * MARGIN),
         height=LINE * len(lines) + 2 * MARGIN,
         margin=MARGIN,
         colours=colours,
     )
 
 
-if __name__ == "__main__":
-    main()
+def shown(scene: Scene, page: str) -> tuple[str, list[str]]:
+    """The whole command of a scene and the lines that it printed; raises `LookupError` where the page lacks one."""
+    for step in STEP.finditer(page):
+        typed = [line for line in step["commands"].replace("\\\n", " ").splitlines() if line.startswith(scene.command)]
+        lines = step["shown"].splitlines()
+        starts = [number for number, line in enumerate(lines) if line.startswith(scene.begins)]
+        if typed and starts:
+            printed = lines[starts[0] : starts[1] if len(starts) > 1 else None]
+            while not printed[-1].strip():
+                printed.pop()
+            return " ".join(typed[-1].split()), [line.rstrip() for line in printed]
+    raise LookupError(f"no step of the tutorial types {scene.command!r} and prints a line with {scene.begins!r}")

@@ -152,7 +152,7 @@ def build_fastest(
     from engines.passport import load_passport
 
     source, out, options = onnx_file(source), Path(out), options or BuildOptions()
-    options = replace(options, shapes=tuple(dict.fromkeys(shapes or ())))
+    options = replace(options, shapes=tuple(dict.fromkeys((*options.shapes, *(shapes or ())))))
     require_apart(out, source, *([] if check is None else [check.checkpoint, check.data]))
     with atomic_dir(out) as scratch, TemporaryDirectory() as work:
         engines, left_out = fastest_backend.build_candidates(source, Path(work), options)

@@ -82,6 +82,11 @@ def test_json_keeps_bound_and_estimate_apart(model: Path) -> None:
     assert (cannot["can_pay"], cannot["bound"], cannot["estimate"]) == (False, None, None)
 
 
+def test_a_gpu_without_sparse_kernels_is_told_what_needs_none(model: Path) -> None:
+    assert "--pattern none" in doctor(model, "--gpu", "T4").stdout
+    assert "--pattern none" not in doctor(model, "--gpu", "L4").stdout
+
+
 def test_a_graph_has_a_bound_and_its_products_alone(graph: Path) -> None:
     result = doctor(graph, "--gpu", "A100", "--shape", "32x128", "--json")
     assert result.exit_code == 0, result.output

@@ -2,8 +2,9 @@
 lie in files beside it are taken in).
 
 Everything that OpenVINO would choose by the machine is said: float layers run in float32 (its default is bfloat16
-where the CPU has it, which is another network than the checkpoint's), one stream with a stated number of threads, not
-pinned to cores (several engines in one server would be pinned to the same ones). Shapes stay free.
+where the CPU has it, which is another network than the checkpoint's), one stream with a stated number of threads, or
+as many streams of one thread, not pinned to cores (several engines in one server would be pinned to the same ones).
+Shapes stay free.
 
 Which products ran on integers is read off its execution graph, layer by layer: `products`.
 """
@@ -32,6 +33,7 @@ from engines.base import (
     require_within,
     spec_of,
 )
+from engines.openvino.requests import RequestPool
 from engines.passport import Bindings, BuildFacts, EnginePassport, cpu_device, load_passport
 from engines.sample_inputs import sample_feeds
 from nxm_export.contract.plan import CompressionPlan
@@ -41,10 +43,10 @@ from nxm_export.errors import EngineError, EngineUnavailable
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from engines.openvino.bindings import CompiledModel, Port, Request, RuntimeInfo
+    from engines.openvino.bindings import CompiledModel, Port, RuntimeInfo
 
 NAME = "openvino"
-CAPABILITIES = BackendCapabilities("cpu", threads=True, runs_onnx=True)
+CAPABILITIES = BackendCapabilities("cpu", threads=True, throughput=True, runs_onnx=True)
 ENGINE_FILE = "model.onnx"
 PRECISION = "f32"
 _PRODUCTS = ("FullyConnected", "MatMul")
@@ -136,20 +138,21 @@ def load(directory: str | Path, options: LoadOptions = LoadOptions()) -> OpenVin
 
 
 class OpenVinoEngine(Closing):
-    """A compiled model with one inference request. See `engines.base.Engine`."""
+    """A compiled model with an inference request for every run at once. See `engines.base.Engine`."""
 
     def __init__(
         self, directory: Path, model: bytes, passport: EnginePassport, options: LoadOptions = LoadOptions()
     ) -> None:
         self.directory = directory
         self._spec = spec_of(directory)
-        compiled = _compile(directory / ENGINE_FILE, model, options.threads or passport.threads)
+        self.runs_at_once, threads = options.runs(passport.threads)
+        compiled = _compile(directory / ENGINE_FILE, model, self.runs_at_once * threads, self.runs_at_once)
         recorded = passport.bindings
         self._bindings = _bindings(compiled.inputs, [binding.name for binding in recorded.inputs])
         self.inputs = tuple(binding.name for binding in self._bindings)
         outputs = _bindings(compiled.outputs, [binding.name for binding in recorded.outputs])
         self.outputs = tuple(binding.name for binding in outputs)
-        self._request: Request | None = compiled.create_infer_request()
+        self._requests: RequestPool | None = RequestPool(compiled, self.runs_at_once)
 
     @property
     def input_bindings(self) -> tuple[Binding, ...]:
@@ -158,8 +161,8 @@ class OpenVinoEngine(Closing):
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name."""
-        request = self._request
-        if request is None:
+        requests = self._requests
+        if requests is None:
             raise EngineError(f"{self.directory}: this engine was closed")
         require_feeds(self, feeds)
         require_within(self._spec, feeds)
@@ -167,17 +170,18 @@ class OpenVinoEngine(Closing):
             binding.name: np.ascontiguousarray(as_bound(binding, feeds[binding.name])) for binding in self._bindings
         }
         try:
-            request.infer(contiguous, share_inputs=True)
-            return {  # copies: the next run writes there
-                name: np.array(request.get_output_tensor(index).data, np.float32)
-                for index, name in enumerate(self.outputs)
-            }
+            with requests.free() as request:
+                request.infer(contiguous, share_inputs=True)
+                return {  # copies: the next run writes there
+                    name: np.array(request.get_output_tensor(index).data, np.float32)
+                    for index, name in enumerate(self.outputs)
+                }
         except RuntimeError as error:
             raise EngineError(f"{self.directory}: OpenVINO failed: {_in_a_line(error)}") from error
 
     def close(self) -> None:
-        """Drop the request and with it the model."""
-        self._request = None
+        """Drop the requests and with them the model."""
+        self._requests = None
 
 
 def inspect(directory: str | Path) -> OpenVinoFacts:
@@ -244,18 +248,19 @@ def _require_runtime() -> None:
         raise EngineUnavailable("OpenVINO is not installed; pip install 'nxm-export[openvino]'") from error
 
 
-def settings(threads: int | None) -> dict[str, str | int | bool]:
-    """What every model is compiled with; None is all cores of this process."""
+def settings(threads: int | None, streams: int = 1) -> dict[str, str | int | bool]:
+    """What every model is compiled with: the threads of all streams (None: all cores of this process), and the streams,
+    which are the requests that run at once."""
     return {
         "INFERENCE_PRECISION_HINT": PRECISION,
         "INFERENCE_NUM_THREADS": threads or len(os.sched_getaffinity(0)),
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
+        "NUM_STREAMS": streams,
         "ENABLE_CPU_PINNING": False,
     }
 
 
-def _compile(file: Path, model: bytes, threads: int | None) -> CompiledModel:
+def _compile(file: Path, model: bytes, threads: int | None, streams: int = 1) -> CompiledModel:
     _require_runtime()
     import openvino
 
@@ -266,7 +271,7 @@ def _compile(file: Path, model: bytes, threads: int | None) -> CompiledModel:
             shape = port.partial_shape
             if shape.is_static and 0 in [length.get_length() for length in shape]:  # it divides by it, and dies
                 raise EngineError(f"{file}: input {port.any_name} has the fixed shape {shape}: there is nothing to run")
-        compiled: CompiledModel = core.compile_model(graph, "CPU", settings(threads))
+        compiled: CompiledModel = core.compile_model(graph, "CPU", settings(threads, streams))
     except RuntimeError as error:
         raise EngineError(f"{file}: OpenVINO cannot load it: {_in_a_line(error)}") from error
     return compiled

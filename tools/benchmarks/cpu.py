@@ -32,6 +32,7 @@ import numpy as np
 from engines.base import BuildOptions, Engine, LoadOptions, backend
 from engines.benchmark.latency import feeds_for, interleaved, paired
 from engines.openvino.backend import OpenVinoEngine
+from engines.openvino.requests import RequestPool
 from engines.ort.backend import ENGINE_FILE
 from engines.passport import companion_hashes, cpu_device, load_passport
 from nxm_export.contract.checkpoint import open_checkpoint
@@ -199,7 +200,7 @@ class Peer(OpenVinoEngine):
         self.bytes = sum(part.stat().st_size for part in (model, model.with_suffix(".bin")))
         self.inputs = tuple(port.get_any_name() for port in compiled.inputs)
         self.outputs = tuple(port.get_any_name() for port in compiled.outputs)
-        self._request = compiled.create_infer_request()
+        self.runs_at_once, self._requests = 1, RequestPool(compiled, 1)
 
 
 def _peer(directories: Mapping[str, Path], data: Path, work: Path, threads: int) -> Peer | None:

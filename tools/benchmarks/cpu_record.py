@@ -80,6 +80,7 @@ class TextRecord(TypedDict):
     sentences: int
     batch: int
     fixed: int
+    runs_at_once: NotRequired[int]
     tokens: tuple[float, int]
     tokenised_per_second: float
     rounds: int

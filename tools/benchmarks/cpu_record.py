@@ -88,6 +88,14 @@ class TextRecord(TypedDict):
     seconds: dict[str, list[float]]
 
 
+class EmbeddingRecord(TypedDict):
+    """Sentence embeddings of one model, of peers, too; `cosine` is each one's mean with the model in FP32."""
+
+    text: TextRecord
+    cosine: dict[str, float]
+    peers: str | None
+
+
 class ProfileRow(TypedDict):
     """Milliseconds by operator, with the INT8 products a second of ONNX Runtime, or the nodes that ran of OpenVINO."""
 
@@ -115,6 +123,7 @@ class Record(TypedDict):
     parity: list[ParityRow]
     latency: list[LatencyRow]
     text: TextRecord
+    embeddings: NotRequired[EmbeddingRecord]
     profile: list[ProfileRow]
     peaks: dict[str, float]
     seconds: int

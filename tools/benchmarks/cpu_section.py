@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from engines.benchmark.latency import paired
-from tools.benchmarks.cpu_record import LatencyRow, ParityRow, ProfileRow, Record, TextRecord
+from tools.benchmarks.cpu_record import EmbeddingRecord, LatencyRow, ParityRow, ProfileRow, Record, TextRecord
 from tools.benchmarks.measuring import Ratio
 from tools.rendering import render
 
@@ -37,6 +37,7 @@ def section(record: Record) -> str:
         text=record["text"],
         texts=_texts(record["text"]),
         text_peers=record["text_peers"],
+        embeddings=_embeddings(record["embeddings"]) if "embeddings" in record else [],
         profile=[_profile(entry) for entry in record["profile"]],
         peaks=record["peaks"],
         products=[_products(entry, reached) for entry in record["profile"] if (reached := entry.get("int8_gops"))],
@@ -145,6 +146,12 @@ def _texts(text: TextRecord) -> Cells:
         ahead = f"{best} is {_middle(ratio, *interval)} times as fast"
         rows.append([name, "its own", "–", _middle(middle, low, high, digits=0), ahead, "–"])
     return rows
+
+
+def _embeddings(record: EmbeddingRecord) -> Cells:
+    """The rows of `_texts`, with the cosine of each engine in front of what only ours have."""
+    rows = _texts(record["text"])
+    return [[*row[:2], f"{record['cosine'][row[0]]:.4f}", *row[3:5]] for row in rows if not row[1].startswith("fixed")]
 
 
 def _profile(entry: ProfileRow) -> list[str]:

@@ -4,9 +4,10 @@ to.
     PYTHON tools/experiments/st_peer.py MODEL SENTENCES WORK
 
 MODEL is a directory of a sentence-transformers model, SENTENCES a text file with one a line; quantized models are
-written to WORK. It says ``ready`` with a JSON list of [name, versions] on one line, then reads names from stdin and
-answers each with the seconds that tokenising and encoding took. Run by `tools/benchmarks/cpu.py` in an environment with
-sentence-transformers, optimum-onnx and optimum-intel, so that its rounds stand between ours.
+written to WORK. It says ``ready`` with a JSON list of [name, versions, mean cosine with FP32] on one line, then reads
+names from stdin and answers each with the seconds that tokenising and encoding took. Run by
+`tools/benchmarks/cpu_embeddings.py` in an environment with sentence-transformers, optimum-onnx and optimum-intel, so
+that its rounds stand between ours.
 """
 
 from __future__ import annotations
@@ -67,7 +68,12 @@ def main(model: str, file: str, work: str) -> None:
     versions = ", ".join(
         f"{name} {version(name)}" for name in ("sentence-transformers", "optimum", "onnxruntime", "openvino")
     )
-    print("ready " + json.dumps([[name, versions] for name in made]), flush=True)
+    dense = SentenceTransformer(model, device="cpu").encode(sentences, normalize_embeddings=True)
+    cosines = {
+        name: float((dense * encoder.encode(sentences, normalize_embeddings=True)).sum(axis=1).mean())
+        for name, encoder in made.items()
+    }
+    print("ready " + json.dumps([[name, versions, cosines[name]] for name in made]), flush=True)
     for line in sys.stdin:
         began = time.perf_counter()
         made[line.strip()].encode(sentences, batch_size=BATCH, show_progress_bar=False)

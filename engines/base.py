@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from engines.passport import EnginePassport
     from engines.sparsity.judgement import SparsityReport
 
+MOST_SHAPES = 16  # that an engine keeps compiled: each takes memory and time to load
 COMPANIONS = (SPEC_FILE, TOKENIZER_FILE)  # what is served beside the engine: the passport has their hashes
 BACKENDS = {
     "ort": "engines.ort.backend",
@@ -58,7 +59,8 @@ class BackendCapabilities:
     `optimization_profiles`: engines are built for ranges of shapes. `sparse_kernels`: 2:4 weights can run on sparse
     kernels, and an engine directory has the facts of a sparsity report. `layer_times`: a loaded engine is a
     `LayerTimedEngine`. `profiled_kernels`: the module is a `ProfiledBackend`, and its facts have the sparsity report.
-    `always_sparse`: a build can be told to use sparse kernels even where dense ones are faster.
+    `always_sparse`: a build can be told to use sparse kernels even where dense ones are faster. `compiled_shapes`:
+    engines can keep models compiled for shapes known ahead (`BuildOptions.shapes`).
     """
 
     device: Literal["cpu", "gpu"]
@@ -71,6 +73,7 @@ class BackendCapabilities:
     layer_times: bool = False
     profiled_kernels: bool = False
     always_sparse: bool = False
+    compiled_shapes: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,11 @@ class Binding:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a build may be told. `threads` is for backends with `BackendCapabilities.threads`, the rest for TensorRT.
+    """What a build may be told. `threads` is for backends with `BackendCapabilities.threads`, `shapes` for those with
+    `BackendCapabilities.compiled_shapes`, the rest for TensorRT.
 
+    `shapes` are those (batch, sequence) that matter: the engine keeps a model compiled for each, beside the one that
+    takes any. Raises `EngineError` for sizes below 1, and for more than `MOST_SHAPES`.
     `profiles` default to some that together take every length, with at most `max_batch_tokens` (rows x tokens) in a
     batch; `sparse` allows sparse kernels; `level` is the builder's optimization
     level (0 to 5, None = TensorRT's own); `workspace_bytes` limits scratch memory; `build_route` is passed on where
@@ -126,6 +132,7 @@ class BuildOptions:
     """
 
     threads: int | None = None
+    shapes: Sequence[tuple[int, int]] = ()
     profiles: Sequence[Profile] = ()
     max_batch_tokens: int = MAX_BATCH_TOKENS
     sparse: bool = SPARSE_KERNELS
@@ -138,6 +145,17 @@ class BuildOptions:
     require_timing_cache: bool = False
     twin: str | None = None
     progress: Progress = silent
+
+    def __post_init__(self) -> None:
+        different = dict.fromkeys(self.shapes)
+        empty = next((shape for shape in different if min(shape) < 1), None)
+        if empty is not None:
+            raise EngineError(f"the shape {empty[0]}x{empty[1]} holds nothing; sizes begin at 1")
+        if len(different) > MOST_SHAPES:
+            raise EngineError(
+                f"{len(different)} shapes were given, and an engine keeps {MOST_SHAPES} compiled at most, since each "
+                "takes memory and time to load; give those that are run most (any other shape runs, too)"
+            )
 
 
 @dataclass(frozen=True)

@@ -70,16 +70,34 @@ def print_inspection(title: str, facts: Inspection, everything: bool = False) ->
 
 def _print_engine(title: str, facts: EngineInspection, everything: bool) -> None:
     from engines.cusparselt.backend import CusparseltFacts
+    from engines.openvino.backend import OpenVinoFacts
 
     _print_facts(title, facts.to_dict())
     if facts.sparsity is not None:
         print_sparsity(facts.sparsity, everything)
     if isinstance(facts.facts, CusparseltFacts):
         _print_choices(facts.facts.choices)
+    if isinstance(facts.facts, OpenVinoFacts) and facts.facts.shapes:
+        rows = [
+            (f"{shape.batch}x{shape.sequence}", str(shape.integer_products), str(shape.layers))
+            for shape in facts.facts.shapes
+        ]
+        print_table("compiled shapes", ("batch x length", "integer products", "layers"), rows)
 
 
 def _print_facts(title: str, facts: Mapping[str, object]) -> None:
-    apart = ("weights", "passport", "schema", "counts", "products", "unread", "sparse_share", "choices", "profiled")
+    apart = (
+        "weights",
+        "passport",
+        "schema",
+        "counts",
+        "products",
+        "unread",
+        "sparse_share",
+        "choices",
+        "profiled",
+        "shapes",
+    )
     rows = [(key, value) for key, value in facts.items() if key not in apart]
     print_table(title, ("what", "value"), rows)
 

@@ -13,7 +13,7 @@ from tools.benchmarks import cpu
 from tools.benchmarks.cpu import OPENVINO, ORT
 from tools.benchmarks.cpu_embeddings import write_pairs
 from tools.benchmarks.cpu_record import LatencyRow, Record, TextTimings
-from tools.benchmarks.cpu_section import PEER, section, summary
+from tools.benchmarks.cpu_section import PEER, PEER_FIXED, section, summary
 
 
 def latency(batch: int, sequence: int, over_float: float, over_peer: tuple[float, float, float]) -> LatencyRow:
@@ -36,6 +36,18 @@ def latency(batch: int, sequence: int, over_float: float, over_peer: tuple[float
             "our fastest over NNCF": {"of": OPENVINO, "against": PEER, "ratio": ratio, "interval": interval},
         },
     }
+
+
+def test_fixed_shapes_and_loading_are_explained_where_they_were_measured(record: Record) -> None:
+    plain = section(record)
+    assert "*Fixed shapes*" not in plain
+    assert "### Loading" not in plain
+    for row in record["latency"]:
+        row["median_ms"][PEER_FIXED], row["quartiles_ms"][PEER_FIXED] = 8.0, [7.5, 8.5]
+    shown = section({**record, "loads": {ORT: {"seconds": 0.5, "bytes": 90_000_000}}})
+    assert "*Fixed shapes*" in shown
+    assert f"| {PEER_FIXED} | – | 8.00 (7.50 to 8.50) |" in shown
+    assert f"| {ORT} | 0.50 | 90 |" in shown
 
 
 @pytest.fixture

@@ -21,19 +21,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from engines.base import BuildOptions, Engine, LoadOptions, backend
+from engines.base import BuildOptions, Engine, LoadOptions, backend, spec_of
 from engines.benchmark.latency import feeds_for, interleaved, paired
-from engines.openvino.backend import OpenVinoEngine
-from engines.openvino.requests import RequestPool
+from engines.openvino.backend import OpenVinoEngine, compile_models, read_model
 from engines.ort.backend import ENGINE_FILE
-from engines.passport import companion_hashes, cpu_device, load_passport
+from engines.passport import Bindings, companion_hashes, cpu_device, load_passport
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.quantizer_placement import placement_of
@@ -45,9 +44,9 @@ from nxm_export.storage.json_files import convert
 from tools import ROOT
 from tools.benchmarks.cpu_embeddings import measure_embeddings
 from tools.benchmarks.cpu_profile import onnxruntime_profile, openvino_profiles, peaks
-from tools.benchmarks.cpu_record import LatencyRow, MachineFacts, ModelFacts, ParityRow, Record, TextRecord
-from tools.benchmarks.cpu_section import PEER, section, summary
-from tools.benchmarks.measuring import DOCUMENT, RECORDS, load_record, save_record
+from tools.benchmarks.cpu_record import LatencyRow, Load, MachineFacts, ModelFacts, ParityRow, Record, TextRecord
+from tools.benchmarks.cpu_section import PEER, PEER_FIXED, section, summary
+from tools.benchmarks.measuring import DOCUMENT, RECORDS, in_child, load_record, save_record
 from tools.provenance import versions
 from tools.rendering import write_section
 
@@ -71,10 +70,14 @@ ENGINES = {
     "INT8 2:4, all products, openvino": ("compressed", "products", "openvino"),
     "INT8 2:4, attention too, ort": ("compressed", "attention", "ort"),
     "INT8 2:4, attention too, openvino": ("compressed", "attention", "openvino"),
+    "FP32, openvino, fixed shapes": ("dense", None, "openvino"),
+    "INT8 2:4, all products, openvino, fixed shapes": ("compressed", "products", "openvino"),
+    "INT8 2:4, attention too, openvino, fixed shapes": ("compressed", "attention", "openvino"),
 }
+FIXED = tuple(name for name in ENGINES if name.endswith("fixed shapes"))  # built with a model for each of SHAPES
 OURS = tuple(name for name, (which, _, _) in ENGINES.items() if which == "compressed")
 ORT, OPENVINO, BOTH, PRODUCTS, ATTENTION = OURS[0], OURS[1], OURS[3], OURS[5], OURS[7]
-COMPARED = (ORT, OPENVINO, BOTH, PRODUCTS, ATTENTION)
+COMPARED = (ORT, OPENVINO, BOTH, PRODUCTS, ATTENTION, *FIXED[1:])
 CALIBRATION = 100  # sentences for NNCF, which needs some and learns nothing from more here
 
 
@@ -91,6 +94,11 @@ def run(args: argparse.Namespace) -> None:
         _say("built", began)
         parity = [] if args.no_compare else _compare(args.checkpoint, directories, args.data)
         _say("compared", began)
+        loads = {
+            name: in_child(Load, "tools.benchmarks.cpu_load", str(directory), str(threads))
+            for name, directory in directories.items()
+        }
+        _say("loaded each by itself", began)
         for directory in directories.values():  # the tokenizer may stop earlier than the model has positions
             replace(load_spec(directory), max_length=LONGEST).save(directory)
             replace(load_passport(directory), companions=companion_hashes(directory)).save(directory)
@@ -101,6 +109,7 @@ def run(args: argparse.Namespace) -> None:
         peer = _peer(directories, args.data, work, threads)
         if peer is not None:
             loaded[PEER] = stack.enter_context(peer)
+            loaded[PEER_FIXED] = stack.enter_context(Peer(peer.model, threads, peer.made_by, SHAPES))
         _say("peer made" if peer else f"no peer: {PEERS} is not set", began)
         latency = [_latency(loaded, shape, max(3, int(ROUNDS[shape] * args.scale))) for shape in SHAPES]
         _say("timed shapes", began)
@@ -134,10 +143,11 @@ def run(args: argparse.Namespace) -> None:
             "text_peers": embedded["peers"],
             "model": _model(args.checkpoint),
             "bytes": {name: (directory / ENGINE_FILE).stat().st_size for name, directory in directories.items()}
-            | ({PEER: peer.bytes} if peer else {}),
+            | ({PEER: peer.bytes, PEER_FIXED: peer.bytes} if peer else {}),
             "data_sha256": file_hash(args.data),
             "parity": parity,
             "latency": latency,
+            "loads": loads,
             "text": convert(texts.to_dict(), TextRecord, source="text", way_out="measure again"),
             "embeddings": embedded,
             "profile": profile,
@@ -163,7 +173,8 @@ def _build(args: argparse.Namespace, work: Path, threads: int) -> dict[str, Path
             out = work / f"graph{number}"
             graphs[which, placement] = export(checkpoints[which], out, target="cpu", placement=placement).path
         directories[name] = work / name.replace(" ", "-").replace(",", "").replace(":", "of")
-        build_engine(graphs[which, placement], directories[name], runtime, BuildOptions(threads=threads))
+        options = BuildOptions(threads=threads, shapes=SHAPES if name in FIXED else ())
+        build_engine(graphs[which, placement], directories[name], runtime, options)
     return directories
 
 
@@ -189,19 +200,13 @@ def _compare(checkpoint: Path, directories: Mapping[str, Path], data: Path) -> l
 
 
 class Peer(OpenVinoEngine):
-    """A model that OpenVINO wrote, run with the same settings as ours."""
+    """A model that OpenVINO wrote, run with the same settings as ours, at `shapes` by models compiled for them."""
 
-    def __init__(self, model: Path, threads: int, made_by: str) -> None:
-        import openvino
-
-        from engines.openvino.backend import settings
-
-        compiled = openvino.Core().compile_model(str(model), "CPU", settings(threads))
-        self.directory, self._spec, self.made_by, self.model = model.parent, None, made_by, model
+    def __init__(self, model: Path, threads: int, made_by: str, shapes: Sequence[tuple[int, int]] = ()) -> None:
+        models = compile_models(model, read_model(model, model), threads, shapes)
+        super().__init__(model.parent, models, spec_of(model.parent), Bindings())
+        self.made_by, self.model = made_by, model
         self.bytes = sum(part.stat().st_size for part in (model, model.with_suffix(".bin")))
-        self.inputs = tuple(port.get_any_name() for port in compiled.inputs)
-        self.outputs = tuple(port.get_any_name() for port in compiled.outputs)
-        self.runs_at_once, self._requests = 1, RequestPool(compiled, 1)
 
 
 def _peer(directories: Mapping[str, Path], data: Path, work: Path, threads: int) -> Peer | None:
@@ -231,10 +236,12 @@ def _latency(loaded: Mapping[str, Engine], shape: tuple[int, int], rounds: int) 
     medians = {name: float(np.median(times)) for name, times in taken.items()}
     best_float = min((name for name in taken if name.startswith("FP32")), key=medians.__getitem__)
     best = min(OURS, key=medians.__getitem__)
+    peer = min((name for name in (PEER, PEER_FIXED) if name in taken), key=medians.__getitem__, default=None)
     pairs = {
         "ort over its own FP32": ("FP32, ort", ORT),
         "our fastest over the best FP32": (best_float, best),
-        **({"our fastest over NNCF": (PEER, best), "ort over NNCF": (PEER, ORT)} if PEER in taken else {}),
+        "all products, fixed shapes over free ones": (PRODUCTS, FIXED[1]),
+        **({"our fastest over NNCF": (peer, best), "ort over NNCF": (peer, ORT)} if peer else {}),
     }
     return {
         "batch": shape[0],

@@ -60,6 +60,13 @@ class LatencyRow(TypedDict):
     ratios: dict[str, EngineRatio]
 
 
+class Load(TypedDict):
+    """Seconds that loading an engine takes, and the bytes of memory that stay."""
+
+    seconds: float
+    bytes: int
+
+
 class TextTimings(TypedDict):
     """One engine over the sentences of the data file, in one order."""
 
@@ -108,7 +115,7 @@ class ProfileRow(TypedDict):
 
 
 class Record(TypedDict):
-    """The file. `bytes` are by engine, `peaks` the operations that a large product reaches."""
+    """The file. `bytes` and `loads` are by engine, `peaks` the operations that a large product reaches."""
 
     schema: str
     date: NotRequired[str]
@@ -122,6 +129,7 @@ class Record(TypedDict):
     data_sha256: NotRequired[str]
     parity: list[ParityRow]
     latency: list[LatencyRow]
+    loads: NotRequired[dict[str, Load]]
     text: TextRecord
     embeddings: NotRequired[EmbeddingRecord]
     profile: list[ProfileRow]

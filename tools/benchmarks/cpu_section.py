@@ -13,6 +13,7 @@ from tools.benchmarks.measuring import Ratio
 from tools.rendering import render
 
 PEER = "INT8 dense by NNCF, openvino"
+PEER_FIXED = f"{PEER}, fixed shapes"
 Cells = list[list[str]]
 
 
@@ -31,6 +32,11 @@ def section(record: Record) -> str:
         shapes=[f"{row['batch']}x{row['sequence']}" for row in latency],
         latencies=_latencies(record),
         speedups=[[what, *(_ratio(row["ratios"][what]) for row in latency)] for what in latency[0]["ratios"]],
+        fixed=any(name.endswith("fixed shapes") for name in latency[0]["median_ms"]),
+        loads=[
+            [name, f"{load['seconds']:.2f}", f"{load['bytes'] / 1e6:.0f}"]
+            for name, load in record.get("loads", {}).items()
+        ],
         aims=[[what, *map(verdict, latency)] for what, verdict in _aims(bool(record["peer"])).items()],
         parity=[_parity(entry) for entry in record["parity"]],
         parity_of=record["parity"][0] if record["parity"] else {},

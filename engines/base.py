@@ -13,6 +13,7 @@ alone::
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import sys
 import time
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
 
-from nxm_export.contract.choices import SPARSE_KERNELS
+from nxm_export.contract.choices import HINT, HINTS, SPARSE_KERNELS
 from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec
 from nxm_export.contract.origin import ORIGIN_FILE
 from nxm_export.contract.token_budget import MAX_BATCH_TOKENS
@@ -53,6 +54,7 @@ class BackendCapabilities:
     """What a backend's engines run on, and which optional powers it has.
 
     `threads`: building and loading take a number of CPU threads. `runs_onnx`: the engine file is an ONNX graph.
+    `throughput`: engines can be loaded for throughput (see `LoadOptions`), and are a `ParallelEngine` then.
     `holds_scores`: a run holds attention's scores, which grow with the square of the length.
     `optimization_profiles`: engines are built for ranges of shapes. `sparse_kernels`: 2:4 weights can run on sparse
     kernels, and an engine directory has the facts of a sparsity report. `layer_times`: a loaded engine is a
@@ -63,6 +65,7 @@ class BackendCapabilities:
 
     device: Literal["cpu", "gpu"]
     threads: bool = False
+    throughput: bool = False
     runs_onnx: bool = False
     holds_scores: bool = False
     optimization_profiles: bool = False
@@ -158,9 +161,25 @@ class BuildOptions:
 @dataclass(frozen=True)
 class LoadOptions:
     """How an engine is loaded. `threads` overrides the number that it was built with, where its backend has
-    `BackendCapabilities.threads`; on a GPU there are none to choose."""
+    `BackendCapabilities.threads`; on a GPU there are none to choose.
+
+    `hint` is what the threads are for: ``latency`` is one run at a time, on all of them; ``throughput`` is as many runs
+    at a time as threads, each on one, where the backend has `BackendCapabilities.throughput`. Raises `EngineError` for
+    another hint.
+    """
 
     threads: int | None = None
+    hint: str = HINT
+
+    def __post_init__(self) -> None:
+        if self.hint not in HINTS:
+            raise EngineError(f"unknown hint {self.hint!r}; choose one of {', '.join(HINTS)}")
+
+    def runs(self, built_with: int | None) -> tuple[int, int]:
+        """(runs at once, threads of each) of an engine on the CPU that was built with a number of threads; without any
+        number, all cores of this process."""
+        threads = self.threads or built_with or len(os.sched_getaffinity(0))
+        return (threads, 1) if self.hint == "throughput" else (1, threads)
 
 
 class Engine(Protocol):
@@ -192,6 +211,13 @@ class Engine(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+@runtime_checkable
+class ParallelEngine(Protocol):
+    """A loaded engine whose `Engine.run` may be called in `runs_at_once` threads at a time, which keep it busy."""
+
+    runs_at_once: int
 
 
 @runtime_checkable

@@ -2,8 +2,9 @@
 lie in files beside it are taken in).
 
 Everything that OpenVINO would choose by the machine is said: float layers run in float32 (its default is bfloat16
-where the CPU has it, which is another network than the checkpoint's), one stream with a stated number of threads, not
-pinned to cores (several engines in one server would be pinned to the same ones). Shapes stay free; beside that model
+where the CPU has it, which is another network than the checkpoint's), one stream with a stated number of threads, or
+as many streams of one thread, not pinned to cores (several engines in one server would be pinned to the same ones).
+Shapes stay free; beside that model
 the engine keeps one for every shape that it was built for (`engines.compiled_shapes`). All share the tables that are
 only looked up.
 
@@ -44,6 +45,7 @@ from engines.compiled_shapes import (
     smallest_holding,
 )
 from engines.memory import tell_compiled_shapes
+from engines.openvino.requests import RequestPool
 from engines.passport import Bindings, BuildFacts, EnginePassport, cpu_device, load_passport
 from engines.sample_inputs import sample_feeds, shape_at
 from nxm_export.contract.io_spec import IOSpec
@@ -55,10 +57,10 @@ from nxm_export.storage.memory import require_memory
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from engines.openvino.bindings import CompiledModel, Model, Port, Request, RuntimeInfo
+    from engines.openvino.bindings import CompiledModel, Model, Port, RuntimeInfo
 
 NAME = "openvino"
-CAPABILITIES = BackendCapabilities("cpu", threads=True, runs_onnx=True, compiled_shapes=True)
+CAPABILITIES = BackendCapabilities("cpu", threads=True, throughput=True, runs_onnx=True, compiled_shapes=True)
 ENGINE_FILE = "model.onnx"
 PRECISION = "f32"
 _PRODUCTS = ("FullyConnected", "MatMul")
@@ -123,10 +125,12 @@ class _Layer:
 
 @dataclass(frozen=True)
 class CompiledModels:
-    """A model that takes what the graph takes, and one for every shape known ahead."""
+    """A model that takes what the graph takes, and one for every shape known ahead; `streams` requests of each run at
+    once."""
 
     free: CompiledModel
     shapes: Mapping[Shape, CompiledModel] = field(default_factory=dict)
+    streams: int = 1
 
 
 def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -> EnginePassport:
@@ -183,12 +187,13 @@ def load(directory: str | Path, options: LoadOptions = LoadOptions()) -> OpenVin
     """Load an engine directory; without a number of threads anywhere all cores of this process work."""
     directory = Path(directory)
     passport = load_passport(directory)
-    models = _load(directory, passport, passport.read_engine(directory, {}), options.threads)
+    models = _load(directory, passport, passport.read_engine(directory, {}), options)
     return OpenVinoEngine(directory, models, spec_of(directory), passport.bindings)
 
 
 class OpenVinoEngine(Closing):
-    """A compiled model with one inference request, and such for shapes known ahead. See `engines.base.Engine`."""
+    """A compiled model with an inference request for every run at once, and such for shapes known ahead. See
+    `engines.base.Engine`."""
 
     def __init__(self, directory: Path, models: CompiledModels, spec: IOSpec | None, recorded: Bindings) -> None:
         """`recorded` are the inputs and outputs of the graph, whose names count where the runtime has several."""
@@ -197,8 +202,9 @@ class OpenVinoEngine(Closing):
         self.inputs = tuple(binding.name for binding in self._bindings)
         outputs = _bindings(models.free.outputs, [binding.name for binding in recorded.outputs])
         self.outputs = tuple(binding.name for binding in outputs)
-        self._request: Request | None = models.free.create_infer_request()
-        self._compiled = {shape: compiled.create_infer_request() for shape, compiled in models.shapes.items()}
+        self.runs_at_once = models.streams
+        self._requests: RequestPool | None = RequestPool(models.free, models.streams)
+        self._compiled = {shape: RequestPool(compiled, models.streams) for shape, compiled in models.shapes.items()}
         self._pads = padding_values(self._bindings, self._spec, self.outputs) if self._compiled else None
 
     @property
@@ -208,20 +214,20 @@ class OpenVinoEngine(Closing):
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name, of the compiled shape that `compiled_shape` names or of the model that takes any."""
-        request = self._request
-        if request is None:
+        requests, compiled = self._requests, self._compiled
+        if requests is None:
             raise EngineError(f"{self.directory}: this engine was closed")
         require_feeds(self, feeds)
         require_within(self._spec, feeds)
         shape = self.compiled_shape(feeds)
         if shape is None:
-            return self._infer(request, feeds)
+            return self._infer(requests, feeds)
         if self._pads is None:
-            return self._infer(self._compiled[shape], feeds)
+            return self._infer(compiled[shape], feeds)
         rows, length = next(iter(feeds.values())).shape
         if shape == (rows, length):
-            return self._infer(self._compiled[shape], feeds)
-        outputs = self._infer(self._compiled[shape], padded(feeds, shape, self._pads))
+            return self._infer(compiled[shape], feeds)
+        outputs = self._infer(compiled[shape], padded(feeds, shape, self._pads))
         axes = {} if self._spec is None else self._spec.outputs
         return {name: cut(array, axes[name], rows, length) for name, array in outputs.items()}
 
@@ -232,22 +238,23 @@ class OpenVinoEngine(Closing):
             return exact_shape(self._compiled, self._bindings, feeds)
         return smallest_holding(self._compiled, *next(iter(feeds.values())).shape)
 
-    def _infer(self, request: Request, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _infer(self, requests: RequestPool, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         contiguous = {
             binding.name: np.ascontiguousarray(as_bound(binding, feeds[binding.name])) for binding in self._bindings
         }
         try:
-            request.infer(contiguous, share_inputs=True)
-            return {  # copies: the next run writes there
-                name: np.array(request.get_output_tensor(index).data, np.float32)
-                for index, name in enumerate(self.outputs)
-            }
+            with requests.free() as request:
+                request.infer(contiguous, share_inputs=True)
+                return {  # copies: the next run writes there
+                    name: np.array(request.get_output_tensor(index).data, np.float32)
+                    for index, name in enumerate(self.outputs)
+                }
         except RuntimeError as error:
             raise EngineError(f"{self.directory}: OpenVINO failed: {_in_a_line(error)}") from error
 
     def close(self) -> None:
         """Drop the requests and with them the models."""
-        self._request = None
+        self._requests = None
         self._compiled = {}
 
 
@@ -255,7 +262,7 @@ def inspect(directory: str | Path) -> OpenVinoFacts:
     """Facts of an engine directory: every matrix product with the precision it runs in here, and all layers by type."""
     directory = Path(directory)
     passport, spec = load_passport(directory), spec_of(directory)
-    models = _load(directory, passport, passport.read_engine(directory, {}), None)
+    models = _load(directory, passport, passport.read_engine(directory, {}))
     multiplied = tuple(products(models.free))
     counts: dict[str, int] = {}
     for layer in _layers(models.free):
@@ -327,18 +334,21 @@ def _require_runtime() -> None:
         raise EngineUnavailable("OpenVINO is not installed; pip install 'nxm-export[openvino]'") from error
 
 
-def settings(threads: int | None) -> dict[str, str | int | bool]:
-    """What every model is compiled with; None is all cores of this process."""
+def settings(threads: int | None, streams: int = 1) -> dict[str, str | int | bool]:
+    """What every model is compiled with: the threads of all streams (None: all cores of this process), and the streams,
+    which are the requests that run at once."""
     return {
         "INFERENCE_PRECISION_HINT": PRECISION,
         "INFERENCE_NUM_THREADS": threads or len(os.sched_getaffinity(0)),
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
+        "NUM_STREAMS": streams,
         "ENABLE_CPU_PINNING": False,
     }
 
 
-def _load(directory: Path, passport: EnginePassport, model: bytes, threads: int | None) -> CompiledModels:
+def _load(
+    directory: Path, passport: EnginePassport, model: bytes, options: LoadOptions = LoadOptions()
+) -> CompiledModels:
     """The models of an engine directory, from the bytes of its file."""
     if passport.shapes:
         require_memory(
@@ -346,8 +356,8 @@ def _load(directory: Path, passport: EnginePassport, model: bytes, threads: int 
             f"{directory}: loading it with its {len(passport.shapes)} compiled shapes",
             "build it with fewer of --shape",
         )
-    file = directory / ENGINE_FILE
-    return compile_models(file, read_model(file, model), threads or passport.threads, passport.shapes)
+    file, (streams, threads) = directory / ENGINE_FILE, options.runs(passport.threads)
+    return compile_models(file, read_model(file, model), streams * threads, passport.shapes, streams)
 
 
 def read_model(file: Path, model: bytes | Path) -> Model:
@@ -368,7 +378,9 @@ def read_model(file: Path, model: bytes | Path) -> Model:
     return graph
 
 
-def compile_models(file: Path, graph: Model, threads: int | None, shapes: Sequence[Shape] = ()) -> CompiledModels:
+def compile_models(
+    file: Path, graph: Model, threads: int | None, shapes: Sequence[Shape] = (), streams: int = 1
+) -> CompiledModels:
     """`graph` compiled as it is, and for each of `shapes`, with `settings`; `file` is what errors name."""
     import openvino
 
@@ -376,16 +388,16 @@ def compile_models(file: Path, graph: Model, threads: int | None, shapes: Sequen
     bindings = _bindings(graph.inputs, ())
     at = ""
     try:
-        free: CompiledModel = core.compile_model(graph, "CPU", settings(threads))
+        free: CompiledModel = core.compile_model(graph, "CPU", settings(threads, streams))
         compiled: dict[Shape, CompiledModel] = {}
         for shape in shapes:
             at = f" for the shape {shape[0]}x{shape[1]}"
             fixed = graph.clone()
             fixed.reshape({each.name: list(shape_at(each, *shape)) for each in bindings if each.shape})
-            compiled[shape] = core.compile_model(fixed, "CPU", settings(threads))
+            compiled[shape] = core.compile_model(fixed, "CPU", settings(threads, streams))
     except RuntimeError as error:
         raise EngineError(f"{file}: OpenVINO cannot load it{at}: {_in_a_line(error)}") from error
-    return CompiledModels(free, compiled)
+    return CompiledModels(free, compiled, streams)
 
 
 def _in_a_line(error: RuntimeError) -> str:

@@ -10,6 +10,7 @@ import click
 from nxm_export.cli.output import print_next, quoted
 from nxm_export.cli.sparsity_tables import print_sparsity
 from nxm_export.cli.tables import busy_note, print_facts, print_rows, print_table, speed_text
+from nxm_export.contract.token_budget import THREAD_BATCH_TOKENS
 
 if TYPE_CHECKING:
     from engines.benchmark.fastest_backend import Choice
@@ -169,6 +170,7 @@ def print_text_throughput(report: TextReport) -> None:
     print_table(f"{report.sentences} sentences in batches of {report.batch}", columns, rows)
     click.echo(
         f"{report.tokens[0]:.1f} tokens a sentence, at most {report.tokens[1]}; fixed pads to {report.fixed}; "
+        f"throughput runs {report.runs_at_once} batches at once, of at most {THREAD_BATCH_TOKENS} tokens; "
         f"the tokenizer alone: {report.tokenised_per_second:.0f} sentences a second"
     )
 

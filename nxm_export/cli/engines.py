@@ -398,8 +398,8 @@ def compare(
 @click.option(
     "--data",
     metavar="FILE",
-    help="Time ENGINEs over this text, tokenisation included. With --serve: samples to send, as tokens of ENGINE's "
-    "tokenizer, else as text.",
+    help="Time ENGINEs over this text, tokenisation included, loaded for latency and for throughput. With --serve: "
+    "samples to send, as tokens of ENGINE's tokenizer, else as text.",
 )
 @click.option(
     "--task",

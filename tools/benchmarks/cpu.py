@@ -9,20 +9,19 @@ CHECKPOINT was compressed with `--placement attention`: graphs of fewer quantize
 and builds everything, holds compressed engines against their checkpoint (`nxm compare`), times all engines at fixed
 shapes and over the text of the data file, profiles operators, and measures what large matrix products reach on this
 machine. With NXM_PEERS_PYTHON, an interpreter with openvino and nncf, OpenVINO's own INT8 model of the dense checkpoint
-takes part; with NXM_TEXT_PEERS_PYTHON, one with sentence-transformers, optimum-onnx, optimum-intel and datasets, so do
-its INT8 backends.
+takes part; with NXM_TEXT_PEERS_PYTHON, one with sentence-transformers, optimum-onnx, optimum-intel and datasets, its
+INT8 backends are timed beside engines of the same model (`tools.benchmarks.cpu_embeddings`).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -37,13 +36,13 @@ from engines.passport import Bindings, companion_hashes, cpu_device, load_passpo
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.quantizer_placement import placement_of
-from nxm_export.data.examples import Columns, load_raw, pad
+from nxm_export.data.examples import Columns, pad
 from nxm_export.graph.exporter import export
-from nxm_export.pipeline.demo import model_directory
 from nxm_export.pipeline.engine_commands import bench_text, build_engine, compare_engines, features_of
 from nxm_export.storage.hashing import file_hash
 from nxm_export.storage.json_files import convert
 from tools import ROOT
+from tools.benchmarks.cpu_embeddings import measure_embeddings
 from tools.benchmarks.cpu_profile import onnxruntime_profile, openvino_profiles, peaks
 from tools.benchmarks.cpu_record import LatencyRow, Load, MachineFacts, ModelFacts, ParityRow, Record, TextRecord
 from tools.benchmarks.cpu_section import PEER, PEER_FIXED, section, summary
@@ -55,7 +54,7 @@ README = ROOT / "README.md"
 FILE, TOOL = RECORDS / "cpu.json", "tools/benchmarks/cpu.py"
 SCHEMA = "nxm-cpu-bench/1"
 EXPERIMENTS = ROOT / "tools" / "experiments"
-PEERS, TEXT_PEERS = "NXM_PEERS_PYTHON", "NXM_TEXT_PEERS_PYTHON"
+PEERS = "NXM_PEERS_PYTHON"
 LONGEST = 128
 SHAPES = ((1, 32), (1, 128), (8, 32), (8, 128))
 ROUNDS = {(1, 32): 500, (1, 128): 100, (8, 32): 80, (8, 128): 40}
@@ -114,15 +113,15 @@ def run(args: argparse.Namespace) -> None:
         _say("peer made" if peer else f"no peer: {PEERS} is not set", began)
         latency = [_latency(loaded, shape, max(3, int(ROUNDS[shape] * args.scale))) for shape in SHAPES]
         _say("timed shapes", began)
-        workers, made_by = _workers(args, work, stack)
         texts = bench_text(
             [directories[ORT], directories[PRODUCTS]],
             str(args.data),
             threads=threads,
             rounds=max(3, int(7 * args.scale)),
-            others=workers,
         )
         _say("timed text", began)
+        embedded = measure_embeddings(args.data, work / "embeddings", threads, max(3, int(7 * args.scale)))
+        _say("timed embeddings", began)
         profile = [
             onnxruntime_profile(directories[name], name, shape, threads)
             for name in ("FP32, ort", ORT)
@@ -141,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
             "load_average_before": args.load_average,
             "versions": versions(("onnxruntime", "openvino", "onnx", "torch", "transformers", "numpy", "tokenizers")),
             "peer": peer.made_by if peer else None,
-            "text_peers": made_by,
+            "text_peers": embedded["peers"],
             "model": _model(args.checkpoint),
             "bytes": {name: (directory / ENGINE_FILE).stat().st_size for name, directory in directories.items()}
             | ({PEER: peer.bytes, PEER_FIXED: peer.bytes} if peer else {}),
@@ -150,6 +149,7 @@ def run(args: argparse.Namespace) -> None:
             "latency": latency,
             "loads": loads,
             "text": convert(texts.to_dict(), TextRecord, source="text", way_out="measure again"),
+            "embeddings": embedded,
             "profile": profile,
             "peaks": reached,
             "seconds": round(time.monotonic() - began),
@@ -227,47 +227,6 @@ def _peer(directories: Mapping[str, Path], data: Path, work: Path, threads: int)
     if done.returncode:
         raise SystemExit(f"{PEERS}: the peer could not be made:\n{done.stderr[-2000:]}")
     return Peer(work / "peer.xml", threads, done.stdout.strip().splitlines()[-1])
-
-
-def _workers(
-    args: argparse.Namespace, work: Path, stack: ExitStack
-) -> tuple[dict[str, Callable[[], float]], str | None]:
-    """sentence-transformers' INT8 backends as workers that encode the same sentences, and their versions."""
-    python = os.environ.get(TEXT_PEERS)
-    if not python:
-        return {}, None
-    sentences, scratch = work / "sentences.txt", work / "text-peers"
-    scratch.mkdir()
-    sentences.write_text("\n".join(" ".join(text.split()) for text in load_raw(str(args.data), "dev").texts), "utf-8")
-    command = [python, str(EXPERIMENTS / "st_peer.py"), str(model_directory()), str(sentences), str(scratch)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    environment.pop("OMP_NUM_THREADS", None)
-    log = stack.enter_context((work / "text-peers.log").open("w", encoding="utf-8"))
-    worker = stack.enter_context(
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1, env=environment
-        )
-    )
-    assert worker.stdin is not None
-    assert worker.stdout is not None
-    answers, questions = worker.stdout, worker.stdin
-    stack.callback(questions.close)
-    line = next((line for line in answers if line.startswith("ready ")), "ready []")
-    made = json.loads(line.removeprefix("ready "))
-
-    def ask(name: str) -> Callable[[], float]:
-        def seconds() -> float:
-            questions.write(f"{name}\n")
-            questions.flush()
-            return float(answers.readline())
-
-        seconds()  # warm-up
-        return seconds
-
-    for reason in (work / "text-peers.log").read_text(encoding="utf-8").splitlines():
-        if "INT8: " in reason:
-            print(reason, file=sys.stderr)
-    return {f"sentence-transformers, {name}": ask(name) for name, _ in made}, made[0][1] if made else None
 
 
 def _latency(loaded: Mapping[str, Engine], shape: tuple[int, int], rounds: int) -> LatencyRow:

@@ -87,11 +87,20 @@ class TextRecord(TypedDict):
     sentences: int
     batch: int
     fixed: int
+    runs_at_once: NotRequired[int]
     tokens: tuple[float, int]
     tokenised_per_second: float
     rounds: int
     timings: list[TextTimings]
     seconds: dict[str, list[float]]
+
+
+class EmbeddingRecord(TypedDict):
+    """Sentence embeddings of one model, of peers, too; `cosine` is each one's mean with the model in FP32."""
+
+    text: TextRecord
+    cosine: dict[str, float]
+    peers: str | None
 
 
 class ProfileRow(TypedDict):
@@ -122,6 +131,7 @@ class Record(TypedDict):
     latency: list[LatencyRow]
     loads: NotRequired[dict[str, Load]]
     text: TextRecord
+    embeddings: NotRequired[EmbeddingRecord]
     profile: list[ProfileRow]
     peaks: dict[str, float]
     seconds: int

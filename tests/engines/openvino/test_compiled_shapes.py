@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from engines.base import BuildOptions, Engine, backend
+from engines.base import BuildOptions, Engine, LoadOptions, backend
 from engines.openvino import backend as openvino_backend
 from engines.openvino.backend import OpenVinoEngine
+from engines.parallel_runs import run_batches
 from engines.parity.compare import compare
 from engines.passport import load_passport
 from engines.serving.batching import QueuedRequest, run_batch
@@ -77,29 +78,35 @@ def test_answers_are_those_of_the_free_model(
 
 
 def test_a_compiled_shape_is_run_by_its_own_model(compiled: Path) -> None:
-    """Each model's request is counted: a fall-back to the free one would show in no answer."""
+    """Each model's runs are counted: a fall-back to the free one would show in no answer."""
     ran: list[str] = []
 
     class Counted:
-        def __init__(self, name: str, request: Any) -> None:
-            self.name, self.request = name, request
+        def __init__(self, name: str, requests: Any) -> None:
+            self.name, self.requests = name, requests
 
-        def infer(self, inputs: Mapping[str, np.ndarray], share_inputs: bool = False) -> object:
+        def free(self) -> Any:
             ran.append(self.name)
-            return self.request.infer(inputs, share_inputs=share_inputs)
-
-        def get_output_tensor(self, index: int) -> Any:
-            return self.request.get_output_tensor(index)
+            return self.requests.free()
 
     engine: Any = openvino_backend.load(compiled)
     with engine:
-        engine._request = Counted("free", engine._request)
-        engine._compiled = {shape: Counted(str(shape), request) for shape, request in engine._compiled.items()}
+        engine._requests = Counted("free", engine._requests)
+        engine._compiled = {shape: Counted(str(shape), requests) for shape, requests in engine._compiled.items()}
         for shape in ((1, 16), (2, 16), (4, 12), (1, 14)):
             engine.run(baked.feeds("bert", *shape))
     assert ran == ["(1, 16)", "free", "(4, 12)", "(1, 16)"]
     with pytest.raises(EngineError, match="was closed"):
         engine.run(baked.feeds("bert", 1, 16))
+
+
+def test_compiled_shapes_run_several_batches_at_once(compiled: Path) -> None:
+    feeds = [baked.feeds("bert", *shape, seed=seed) for seed, shape in enumerate([(1, 16), (4, 12), (2, 9)] * 4)]
+    with openvino_backend.load(compiled, LoadOptions(2, "throughput")) as engine:
+        alone = [engine.run(each)["logits"] for each in feeds]
+        together = [made["logits"] for _, made in run_batches(engine, feeds, lambda each: each, lambda _: 16)]
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_every_compiled_shape_is_counted_with_what_runs_in_it(compiled: Path) -> None:

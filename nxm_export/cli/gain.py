@@ -47,6 +47,8 @@ def show_gain(
 def _print(report: GainReport) -> None:
     click.echo(f"verdict: {report.verdict}")
     if report.gain is None:
+        if report.target is not None:  # the verdict for a CPU says it
+            click.echo("INT8 without a pattern needs no sparse kernel: --pattern none")
         return
     click.echo("Nothing here is measured (docs/will-it-pay.md: what it assumes). `nxm bench` measures engines.")
     title = f"{report.model} on {report.gpu} at {report.batch}x{report.sequence}"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 import numpy as np
 
 from nxm_export.contract.token_budget import MAX_BATCH_TOKENS, rows_within
-from nxm_export.data.readers import FORMATS, TOKEN_FORMATS, format_of, read_rows
+from nxm_export.data.readers import FORMATS, read_rows, read_table
 from nxm_export.data.token_labels import NO_LABEL, erased_tokens, joined, piece_labels
 from nxm_export.data.tokenization import Encoding, Tokenizer, TokenLists, cut_at
 from nxm_export.errors import DataError, notice
@@ -199,7 +199,7 @@ def load_raw(
         raise DataError(
             f"{source}: no such file; give a {', '.join(FORMATS)} file or a GLUE task ({', '.join(GLUE_TASKS)})"
         )
-    rows = list(read_rows(path))
+    rows = list(read_rows(path) if tokens is not None else read_table(path))
     if not rows:
         raise DataError(f"{path}: no examples in it; the file is empty or has only a header")
     names, places, read_label = column_names(rows), [place for place, _ in rows], label or label_text
@@ -209,7 +209,6 @@ def load_raw(
         split_texts = [tokens(row, first, place) for place, row in rows]
         tags = [read_label(row, third, place) for place, row in rows]
         return RawExamples([joined(text) for text in split_texts], None, tags, places, str(path), split_texts)
-    require_table(path)
     first, second = text_columns(columns, names, path)
     labelled = not unlabelled or columns.label or set(LABEL_COLUMNS) & set(names)
     third_ = _only_column(columns.label, LABEL_COLUMNS, names, path, "label", "--label-column") if labelled else None
@@ -223,15 +222,6 @@ def load_raw(
 def column_names(rows: Sequence[tuple[str, DataRow]]) -> list[str]:
     """The columns of all rows: those of JSON need not have the same."""
     return list(dict.fromkeys(name for _, row in rows for name in row))
-
-
-def require_table(path: Path) -> None:
-    """Raise `DataError` for a file of tokens and tags, where whole texts are wanted."""
-    if format_of(path) in TOKEN_FORMATS:
-        raise DataError(
-            f"{path}: {format_of(path)} is a token and its tag a line, for --task token-classification; name a table "
-            "of texts .tsv or .csv"
-        )
 
 
 def class_names(train: RawExamples) -> list[str]:

@@ -28,7 +28,7 @@ import numpy as np
 
 from nxm_export.data.answer_spans import NO_ANSWER, Window, best_answer, context_windows, window_of
 from nxm_export.data.examples import Columns, DataRow, Examples, Features, RawExamples, members, text_of, tokens_of
-from nxm_export.data.readers import format_of, opened, read_rows
+from nxm_export.data.readers import format_of, opened, read_table
 from nxm_export.data.tokenization import Encoding, Tokenizer
 from nxm_export.errors import DataError, notice
 from nxm_export.storage.json_files import parse_json
@@ -50,7 +50,7 @@ def load_questions(source: str, columns: Columns) -> RawExamples:
         raise DataError(f"{source}: no such file; give SQuAD's JSON, or a row for every question (docs/tasks.md)")
     rows = _squad_rows(path) if format_of(path) == ".json" else None
     if rows is None:
-        rows = [_question_in(row, columns, place) for place, row in read_rows(path)]
+        rows = [_question_in(row, columns, place) for place, row in read_table(path)]
     if not rows:
         raise DataError(f"{path}: no questions in it; the file is empty or has only a header")
     for place, question, context, answers in rows:

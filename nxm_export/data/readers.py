@@ -1,8 +1,9 @@
 """Rows of data files: TSV, CSV, JSON, Parquet or CoNLL, each row with the place that a complaint about it names.
 
 TSV is read as GLUE writes it: no quoting, a tab always separates. CSV follows the usual quoting rules. JSON is an
-object a line, or one array of objects. CoNLL has several names (`TOKEN_FORMATS`). Files are UTF-8, with or without a
-byte order mark, with Unix or Windows line ends, and any of them may be packed by gzip (``.csv.gz``).
+object a line, or one array of objects. CoNLL has several names (`TOKEN_FORMATS`); where whole texts are wanted,
+``.txt`` is a text a line (`read_table`). Files are UTF-8, with or without a byte order mark, with Unix or Windows line
+ends, and any of them may be packed by gzip (``.csv.gz``).
 """
 
 from __future__ import annotations
@@ -67,6 +68,37 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
                 yield from _delimited_rows(path, _csv_lines(path, stream))
             else:
                 yield from _conll_rows(path, stream)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{_undecodable(path)}: not UTF-8; convert the file, for example with iconv") from error
+
+
+def read_table(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
+    """(place, row) of a file of whole texts: as `read_rows`, but ``.txt`` is a text a line, in the column ``text``, and
+    the other `TOKEN_FORMATS` are refused. Raises `DataError`."""
+    suffix = format_of(path)
+    if suffix == ".txt":
+        yield from _text_rows(path)
+        return
+    if suffix in TOKEN_FORMATS:
+        raise DataError(
+            f"{path}: {suffix} is a token and its tag a line, for --task token-classification; name a table of texts "
+            ".tsv or .csv, and texts alone .txt"
+        )
+    yield from read_rows(path)
+
+
+def _text_rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
+    """The lines of a file of texts that hold any; a tab would be a table's."""
+    try:
+        with opened(path) as packed:
+            for number, line in enumerate(io.TextIOWrapper(packed, encoding="utf-8-sig", newline="\n"), start=1):
+                if "\t" in line:
+                    raise DataError(
+                        f"{path}:{number}: a tab in a text; .txt is one text a line. Name a table .tsv, and a file of "
+                        "tokens and tags .conll"
+                    )
+                if line.strip():
+                    yield f"{path}:{number}", {"text": line.strip("\r\n")}
     except UnicodeDecodeError as error:
         raise DataError(f"{_undecodable(path)}: not UTF-8; convert the file, for example with iconv") from error
 

@@ -9,13 +9,12 @@ from nxm_export.data.examples import (
     TOKEN_COLUMNS,
     Columns,
     column_names,
-    require_table,
     second_text_of,
     text_columns,
     text_of,
 )
 from nxm_export.data.question_answering import load_questions
-from nxm_export.data.readers import FORMATS, format_of, read_rows
+from nxm_export.data.readers import FORMATS, format_of, read_rows, read_table
 from nxm_export.data.token_labels import joined
 from nxm_export.errors import DataError
 
@@ -33,14 +32,13 @@ def read_texts(source: str | Path, columns: Columns, task: Task) -> list[Text]:
         raise DataError(f"{source}: no such file; give a {', '.join(FORMATS)} file with the texts")
     if task.output_kind == "span":
         return _questions(path, columns)
-    rows = list(read_rows(path))
+    rows = list(read_rows(path) if task.label == "tags" else read_table(path))
     if not rows:
         raise DataError(f"{path}: no texts in it; the file is empty or has only a header")
     names = column_names(rows)
     tokens = next((name for name in TOKEN_COLUMNS if name in names), None)
     if task.label == "tags" and columns.text is None and tokens is not None:
         return [_joined(row.get(tokens), tokens, place) for place, row in rows]
-    require_table(path)
     first, second = text_columns(columns, names, path)
     if second is None or task.texts == "one" or task.label == "tags":
         return [text_of(row, first, place) for place, row in rows]
@@ -58,7 +56,7 @@ def _questions(path: Path, columns: Columns) -> list[Text]:
         raw = load_questions(str(path), columns)
         return list(zip(raw.texts, raw.pairs or [], strict=True))
     pairs: list[Text] = []
-    for place, row in read_rows(path):
+    for place, row in read_table(path):
         for column, flag in ((question, "--text-column"), (context, "--pair-column")):
             if column not in row:
                 raise DataError(f"{place}: no column {column!r}; it has {', '.join(row)}; name it with {flag}")

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nxm_export.data.readers import FORMATS, TOKEN_FORMATS, read_rows
+from nxm_export.data.readers import FORMATS, TOKEN_FORMATS, read_rows, read_table
 from nxm_export.errors import DataError
 
 Row = dict[str, str]
@@ -131,3 +131,12 @@ def test_a_csv_field_may_be_longer_than_128_kilobytes(tmp_path: Path) -> None:
 def test_a_packed_file_that_is_not_utf_8_is_named_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"t\.tsv\.gz:2: not UTF-8"):
         rows_of(tmp_path, "t.tsv.gz", b"text\tlabel\ncaf\xe9\t1\n")
+
+
+def test_a_text_file_of_whole_texts_is_a_text_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "t.txt.gz"
+    file.write_bytes(gzip.compress("\ufeffa warm film\r\n\n  a cold one \u2028 and on\n".encode()))
+    assert list(read_table(file)) == [
+        (f"{file}:1", {"text": "a warm film"}),
+        (f"{file}:3", {"text": "  a cold one \u2028 and on"}),
+    ], "as editors count lines, and no other line ends than theirs"

@@ -124,7 +124,7 @@ def print_latency(report: BenchReport) -> None:
         print_rows(("engine", "median", "p95", "p99", "sentences/s", "speed, 95 %"), rows)
         click.echo()
     click.echo(f"clock: {report.timings[0].clock}")
-    for note in dict.fromkeys(filter(None, (busy_note(ratio.interval) for ratio in report.ratios))):
+    if note := busy_note([timing.quartiles for timing in report.timings]):
         click.echo(note)
     for missing in report.unmeasured:
         click.echo(f"not measured: {missing}")

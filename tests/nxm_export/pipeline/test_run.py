@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -19,6 +21,10 @@ import transformers
 from click.testing import CliRunner, Result
 
 from compressors.settings import Settings
+from engines.benchmark import fastest_backend
+from engines.cusparselt import backend as cusparselt
+from engines.cusparselt import machine as machines
+from engines.cusparselt.machine import Machine
 from nxm_export.cli import main
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.families import family_of
@@ -26,8 +32,11 @@ from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics_of
 from nxm_export.contract.records.run_summary import SCHEMA, RunSummary
 from nxm_export.contract.records.verify_report import read_verify_report
+from nxm_export.pipeline import engine_stages
 from nxm_export.pipeline.estimate import passes_before_training
 from nxm_export.storage.json_files import decode, entry_at
+from tests.engines.cusparselt.machines import FACTS, Priced
+from tests.engines.cusparselt.test_backend import FASTER
 from tests.support import tiny
 from tests.support.variants import variants
 
@@ -141,6 +150,87 @@ def test_other_options_are_worked_out_again_from_the_stage_that_they_touch(
     assert untouched
     assert {file for file in untouched if after[file] != before[file]} == set()
     assert after["checkpoint/model.safetensors"] != before["checkpoint/model.safetensors"]
+
+
+def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_made(desk: Desk, tmp_path: Path) -> None:
+    for more in ([], ["--dry-run"]):
+        result = desk.nxm(*desk.arguments(tmp_path / "run", "--backend=openvino,cusparselt", *more))
+        _refused(result, r"backend cusparselt cannot run here: .*(pip install|no NVIDIA driver|no GPU)")
+    _refused(desk.nxm(*desk.arguments(tmp_path / "run", "--backend=tpu")), "'tpu' is not one of auto, ort", (2,))
+    assert not (tmp_path / "run").exists()
+
+
+def _few_rounds(monkeypatch: pytest.MonkeyPatch, desk: Desk) -> None:
+    """Engines are timed in this process, a few times: what is measured is nothing that is looked at."""
+
+    def here(module: str, *arguments: str) -> str:
+        if module == "nxm_export":
+            return desk.nxm(*arguments).stdout
+        with io.StringIO() as told, contextlib.redirect_stdout(told):
+            engine_stages.print_fastest(arguments)
+            return told.getvalue()
+
+    monkeypatch.setattr(engine_stages, "in_own_process", here)
+    monkeypatch.setattr(engine_stages, "ROUNDS", 1)
+    monkeypatch.setattr(engine_stages, "_GPU_SHAPES", ((1, 8),))
+    monkeypatch.setattr(fastest_backend, "ROUNDS", 1)
+
+
+@pytest.mark.parametrize(
+    "rounds", [pytest.param("few", marks=pytest.mark.slow), pytest.param("all", marks=pytest.mark.exhaustive)]
+)
+def test_auto_keeps_the_fastest_of_this_machine(
+    desk: Desk, finished: Finished, tmp_path: Path, rounds: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is trained again; what a GPU took in the run before goes away, as auto has what runs here alone."""
+    if rounds == "few":
+        _few_rounds(monkeypatch, desk)
+    pytest.importorskip("openvino", reason="OpenVINO is not installed; pip install 'nxm-export[openvino]'")
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    before = states(run)
+    result = desk.nxm(*desk.arguments(run, "--json", "--backend=auto"))
+    assert result.exit_code == 0, result.output
+    summary = decode(result.stdout, RunSummary, schema=SCHEMA, source="--json", way_out="run again")
+    assert {*summary.parity} == {"ort-cpu-fp32", "ort-cpu-int8", "ort-cpu-int8-outputs", "openvino-cpu-int8"}
+    assert summary.chosen is not None
+    assert summary.chosen.name == f"{summary.chosen.backend}-cpu-int8"
+    assert "left out: trt" in summary.chosen.why
+    assert summary.compressed == summary.parity[summary.chosen.name].value
+    assert {ratio.name for ratio in summary.speedup} >= {"ort-cpu-int8", "openvino-cpu-int8"}
+    assert not (run / "onnx" / "trt").exists()
+    assert {file: when for file, when in states(run).items() if file.startswith("checkpoint/")} == {
+        file: when for file, when in before.items() if file.startswith("checkpoint/")
+    }
+    shown = desk.nxm("show", str(run)).stdout
+    assert f"Kept: {summary.chosen.name}, of backend {summary.chosen.backend}." in " ".join(shown.split())
+    page = desk.nxm("report", str(run))
+    assert page.exit_code == 0, page.output
+    assert f"backend {summary.chosen.backend} was kept" in (run / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_gpu_s_run_builds_compares_and_times_its_twins(
+    desk: Desk, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the stand-in of the GPU's products, in this process."""
+    monkeypatch.setattr(cusparselt, "this_machine", lambda: Machine(Priced(2.0, FASTER), FACTS))
+    monkeypatch.setattr(machines, "what_is_missing", lambda: None)
+    _few_rounds(monkeypatch, desk)
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    result = desk.nxm(*desk.arguments(run, "--json", "--backend=cusparselt"))
+    assert result.exit_code == 0, result.output
+    summary = decode(result.stdout, RunSummary, schema=SCHEMA, source="--json", way_out="run again")
+    twins = ["cusparselt-fp16-int8-dense", "cusparselt-fp16-int8", "cusparselt-fp16-float"]
+    assert list(summary.parity) == ["ort-cpu-fp32", *twins[:2]], "FP16 says how fast it is, and nothing else"
+    assert all(report.passed for report in summary.parity.values())
+    assert summary.chosen is not None
+    assert (summary.chosen.name, summary.chosen.backend) == (twins[1], "cusparselt")
+    assert "no sparse kernel is proven to run" in summary.sparse_verdicts["cusparselt"]
+    assert {ratio.reference for ratio in summary.speedup if ratio.name in twins} == {twins[0]}
+    shown = desk.nxm("show", str(run), "--all").stdout
+    assert "2:4 on cusparselt: do not use 2:4 here" in " ".join(shown.split())
 
 
 @pytest.mark.slow

@@ -322,24 +322,24 @@ def build(
     options: BuildOptions | None = None,
     shapes: Sequence[tuple[int, int]] | None = None,
     data: str | Path | None = None,
-    reference: str | Path | None = None,
+    checkpoint: str | Path | None = None,
 ) -> EnginePassport:
     """Build the engine directory `out` from an ONNX file or a graph directory; returns its passport.
 
     `backend` is ``ort``, ``openvino``, ``trt``, ``trt_rtx``, ``cusparselt``, or ``auto``: the fastest of those for the
     CPU, and of ``cusparselt`` where there is a GPU for it, at `shapes` of (batch, sequence). With `data`, labelled
     samples, ``auto`` keeps only an engine that passes `compare`, with the checkpoint that is recorded beside the graph,
-    or with `reference`.
+    or with `checkpoint`.
     """
     from nxm_export.pipeline.engine_commands import ParityCheck, build_engine, build_fastest
 
     if backend != "auto":
-        if shapes is not None or data is not None or reference is not None:
-            raise EngineError(f"shapes, data and reference are for backend='auto'; {backend} is built without them")
+        if shapes is not None or data is not None or checkpoint is not None:
+            raise EngineError(f"shapes, data and checkpoint are for backend='auto'; {backend} is built without them")
         return build_engine(graph, out, backend, options)
     check = None
     if data is not None:
-        check = ParityCheck(reference or recorded_checkpoint(onnx_file(graph).parent), str(data))
+        check = ParityCheck(checkpoint or recorded_checkpoint(onnx_file(graph).parent), str(data))
     return build_fastest(graph, out, options, shapes=shapes, check=check).passport
 
 
@@ -347,20 +347,20 @@ def compare(
     engines: str | Path | Sequence[str | Path],
     data: str | Path,
     *,
-    reference: str | Path | None = None,
+    checkpoint: str | Path | None = None,
     gates: Sequence[str] = (),
     columns: Columns = Columns(),
 ) -> Comparison:
     """Run engine directories and the checkpoint that they were made from on the same labelled data, and compare them.
 
     The checkpoint is the one that the first engine records; where that is gone, or the directory was copied alone,
-    name it as `reference`. `gates` are such as ``drop<=0.5`` (docs/parity.md). `require` of the result raises
+    name it as `checkpoint`. `gates` are such as ``drop<=0.5`` (docs/parity.md). `require` of the result raises
     `ParityError` for an engine that differs and for a gate that does not hold.
     """
     from nxm_export.pipeline.engine_commands import compare_engines
 
     paths = _paths(engines)
-    return compare_engines(reference or recorded_checkpoint(paths[0]), paths, str(data), columns, gates)
+    return compare_engines(checkpoint or recorded_checkpoint(paths[0]), paths, str(data), columns, gates)
 
 
 def predict(

@@ -366,7 +366,8 @@ SEARCH_TRAINING_OPTIONS = options(
 
 
 def columns_of(text: str | None, pair: str | None, label: str | None, label_map: str | None = None) -> Columns:
-    """The columns of a data file, as --text, --text-pair and --label name them, and what --label-map says of labels."""
+    """The columns of a data file, as --text-column, --pair-column and --label-column name them, and what --label-map
+    says of labels."""
     from nxm_export.data.examples import Columns
 
     return Columns(text, pair, label, _label_map(label_map or ""))

@@ -162,7 +162,8 @@ def _print_next(summary: RunSummary) -> None:
     if summary.parity[engine].passed:
         print_next(f"nxm serve {quoted(path)} --text", "or: nxm report, a page")
     else:
-        print_next(f"nxm compare {quoted(checkpoint)} {quoted(path)} --data DEV --bisect", "the block that parts")
+        command = f"nxm compare {quoted(path)} --checkpoint {quoted(checkpoint)} --data DEV --bisect"
+        print_next(command, "the block that parts")
 
 
 def _print_speed(summary: RunSummary) -> None:

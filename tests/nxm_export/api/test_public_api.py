@@ -272,7 +272,7 @@ def test_compare_uses_the_recorded_checkpoint_and_says_when_it_is_gone(small: Pa
     (tmp_path / "engine" / "origin.json").unlink()
     with pytest.raises(nxm.ArtifactError, match="does not record the checkpoint"):
         nxm.compare(tmp_path / "engine", small / "dev.tsv")
-    nxm.compare(tmp_path / "engine", small / "dev.tsv", reference=small / "checkpoint").require()
+    nxm.compare(tmp_path / "engine", small / "dev.tsv", checkpoint=small / "checkpoint").require()
     moved = {"schema": "nxm-origin/1", "checkpoint": str(tmp_path / "gone")}
     (tmp_path / "engine" / "origin.json").write_text(json.dumps(moved))
     with pytest.raises(nxm.ArtifactError, match=r"gone, which is not there \(any more\); name the checkpoint"):
@@ -282,7 +282,7 @@ def test_compare_uses_the_recorded_checkpoint_and_says_when_it_is_gone(small: Pa
 def test_a_wrong_reference_is_refused(small: Path, tmp_path: Path) -> None:
     other = baked.write_checkpoint("bert", tmp_path / "other", seed=1)
     with pytest.raises(nxm.ArtifactError, match="was built from other weights"):
-        nxm.compare(small / "engine", small / "dev.tsv", reference=other)
+        nxm.compare(small / "engine", small / "dev.tsv", checkpoint=other)
 
 
 def test_the_task_of_an_engine_is_checked(small: Path) -> None:

@@ -21,6 +21,7 @@ import transformers
 from click.testing import CliRunner, Result
 
 from compressors.settings import Settings
+from engines.base import Profile
 from engines.benchmark import fastest_backend
 from engines.cusparselt import backend as cusparselt
 from engines.cusparselt import machine as machines
@@ -216,6 +217,7 @@ def test_a_gpu_s_run_builds_compares_and_times_its_twins(
     """On the stand-in of the GPU's products, in this process."""
     monkeypatch.setattr(cusparselt, "this_machine", lambda: Machine(Priced(2.0, FASTER), FACTS))
     monkeypatch.setattr(machines, "what_is_missing", lambda: None)
+    monkeypatch.setattr(cusparselt, "profiles_for", lambda *_: (Profile((1, 1), (2, 8), (32, 48)),))
     _few_rounds(monkeypatch, desk)
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
@@ -435,9 +437,12 @@ def test_an_engine_of_another_checkpoint_fails_the_gate(desk: Desk, finished: Fi
     name = "bert.encoder.layer.1.output.dense.input_scale"
     scales[name] = np.asarray(scales[name] * 2)
     save_file(scales, checkpoint / "nxm_scales.safetensors")
-    result = desk.nxm("compare", str(checkpoint), str(engine), f"--data={desk.dev}")
+    result = desk.nxm("compare", str(engine), f"--checkpoint={checkpoint}", f"--data={desk.dev}")
     assert result.exit_code == 3, result.output
-    assert desk.nxm("compare", str(finished[0] / "checkpoint"), str(engine), f"--data={desk.dev}").exit_code == 0
+    assert (
+        desk.nxm("compare", str(engine), f"--data={desk.dev}", f"--checkpoint={finished[0] / 'checkpoint'}").exit_code
+        == 0
+    )
 
 
 def _refused(result: Result, message: str, codes: tuple[int, ...] = (1,)) -> None:

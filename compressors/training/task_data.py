@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compressors.models import ModelSource, max_length
+from compressors.models import ModelSource, cut_notice, max_length
 from compressors.settings import Settings
 from nxm_export.contract.config_values import size_of
 from nxm_export.contract.no_answer import THRESHOLD, no_answer_threshold
@@ -13,7 +13,7 @@ from nxm_export.data.examples import Columns, Examples, Features, encode, index_
 from nxm_export.data.label_kinds import LABELS, Classes, classes_of, has_labels, labelled, load_labelled
 from nxm_export.data.question_answering import answering
 from nxm_export.data.scorable import require_scorable_examples
-from nxm_export.errors import ArtifactError, DataError, some
+from nxm_export.errors import ArtifactError, DataError, notice, some
 from nxm_export.hf.protocols import FastTokenizer
 
 
@@ -63,6 +63,8 @@ def read_task_data(
     else:
         classes = dev_classes = classes_of(raw, task, head)
         examples = labelled(raw, task, classes)
+    if (cut := cut_notice(source, tokenizer, task, settings.max_length)) is not None:
+        notice(cut)
     length = tokenizer.model_max_length = max_length(source, tokenizer, task, settings.max_length)
 
     scored = None

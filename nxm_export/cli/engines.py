@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nxm_export.cli import first_lines
 from nxm_export.cli.engine_tables import (
     print_built,
     print_choice,
@@ -513,7 +514,12 @@ def doctor(
         from nxm_export.pipeline.environment import report
 
         machine = report()
-        show_result(machine.to_dict, json, lambda: print_facts("this machine", machine.to_dict()))
+
+        def show() -> None:
+            click.echo(first_lines.of_machine(machine))
+            print_facts("this machine", machine.to_dict())
+
+        show_result(machine.to_dict, json, show)
         if not json:
             print_next("nxm init my-model", "then nxm run --config nxm.toml")
         return

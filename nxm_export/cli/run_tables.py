@@ -35,6 +35,7 @@ def print_estimate(estimate: RunEstimate) -> None:
     rows = [
         ("training samples", str(estimate.train_samples)),
         ("held-out samples", str(estimate.dev_samples)),
+        ("longest input", f"{estimate.max_length} tokens"),
         ("plan", _counts(estimate.plan, estimate.embedding)),
         ("compression", ", ".join(f"{counting} {value:.2%}" for counting, value in estimate.compression.items())),
         (

@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 from compressors.search.settings import SearchSettings, read_latencies
 from compressors.settings import Settings
+from nxm_export.cli import first_lines
 from nxm_export.cli.config_file import CONFIG_FILE, config_text, load_config
 from nxm_export.cli.group import command
 from nxm_export.cli.options import (
@@ -247,7 +248,8 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values
     facts = {**metrics.to_dict(), "head": head, "path": str(out)}
 
     def show() -> None:
-        print_facts("compressed", {key: value for key, value in facts.items() if value is not None})
+        click.echo(first_lines.of_compression(metrics))
+        print_facts(str(out), {key: value for key, value in facts.items() if value is not None})
         print_next(f"nxm export {quoted(out)} --target cpu --out graph")
 
     show_result(lambda: facts, json, show)
@@ -295,6 +297,7 @@ def search(model: str, task: str, train: str, out: Path, json: bool, **values: o
         )
 
     def show() -> None:
+        click.echo(first_lines.of_search(result))
         print_search(result)
         plan = quoted(out / "plan.json")
         print_next(f"nxm run {quoted(model)} --plan {plan} --train {quoted(train)} --dev DEV --out RUN")
@@ -313,13 +316,14 @@ def pack(checkpoint: Path, out: Path, json: bool) -> None:
     """
     from nxm_export.contract.packed_checkpoint import pack as pack_checkpoint
 
-    sizes = pack_checkpoint(checkpoint, out).to_dict()
+    sizes = pack_checkpoint(checkpoint, out)
 
     def show() -> None:
-        print_table(str(out), ("what", "bytes"), list(sizes.items()))
+        click.echo(first_lines.of_packing(sizes, checkpoint))
+        print_table(str(out), ("what", "bytes"), list(sizes.to_dict().items()))
         print_next(f"nxm unpack {quoted(out)} --out DIR", "the checkpoint again, bit by bit")
 
-    show_result(lambda: sizes, json, show)
+    show_result(sizes.to_dict, json, show)
 
 
 @command("nxm unpack checkpoint.safetensors --out checkpoint", "nxm unpack mixed.safetensors --out mixed --json")
@@ -336,7 +340,7 @@ def unpack(file: Path, out: Path, json: bool) -> None:
     written = unpack_file(file, out)
 
     def show() -> None:
-        click.echo(written)
+        click.echo(f"Unpacked, bit by bit the checkpoint that was packed: {written}")
         print_next(f"nxm export {quoted(written)} --out DIR", "its ONNX graph")
 
     show_result(lambda: {"path": str(written)}, json, show)

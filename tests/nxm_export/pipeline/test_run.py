@@ -311,7 +311,10 @@ def test_a_dry_run_counts_half_a_byte_for_a_weight_of_4_bits(desk: Desk, tmp_pat
 def test_dry_run_estimates_and_writes_nothing(desk: Desk, tmp_path: Path) -> None:
     result = desk.nxm(*desk.arguments(tmp_path / "run", "--dry-run", "--json"))
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["search_seconds"] == 0
+    estimated = json.loads(result.stdout)
+    assert estimated["search_seconds"] == 0
+    assert estimated["max_length"] == tiny.POSITIONS
+    assert estimated["engines"][:2] == ["ort-cpu-fp32", "ort-cpu-int8"]
     assert list(tmp_path.iterdir()) == []
 
 

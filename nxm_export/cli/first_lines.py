@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nxm_export.cli.tables import score_text
+from nxm_export.contract.checkpoint import WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from engines.benchmark.http_load import LoadReport
@@ -35,8 +36,8 @@ def of_search(result: SearchResult) -> str:
 
 def of_packing(sizes: PackedSizes, checkpoint: Path) -> str:
     """The packed file beside the weights that it was made from."""
-    weights = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    return f"Packed: {sizes.file_bytes / 1e6:.1f} MB, from {weights / 1e6:.1f} MB of weights and scales."
+    weights = (checkpoint / WEIGHTS_FILE).stat().st_size
+    return f"Packed: {sizes.file_bytes / 1e6:.1f} MB, from {weights / 1e6:.1f} MB of weights."
 
 
 def of_checkpoint(facts: CheckpointFacts) -> str:
@@ -69,10 +70,14 @@ def of_build(facts: Mapping[str, object], *, twins: bool) -> str:
 
 
 def of_machine(machine: MachineReport) -> str:
-    """Which backends run here."""
-    ready = [name for name, state in machine.backends.items() if state.startswith("ready")]
-    others = [name for name in machine.backends if name not in ready]
-    return f"Ready here: {', '.join(ready) or 'no backend'}. Not: {', '.join(others) or 'none'}."
+    """Which backends run here; one that only builds is not called ready."""
+    from nxm_export.pipeline.environment import missing_for
+
+    run = [name for name in machine.backends if missing_for(name) is None]
+    build = [name for name, state in machine.backends.items() if name not in run and state.startswith("ready")]
+    others = [name for name in machine.backends if name not in (*run, *build)]
+    only = f" Build here, and run elsewhere: {', '.join(build)}." if build else ""
+    return f"Run here: {', '.join(run) or 'no backend'}.{only} Missing: {', '.join(others) or 'none'}."
 
 
 def of_bench(report: BenchReport) -> str:

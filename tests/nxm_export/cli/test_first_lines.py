@@ -11,6 +11,8 @@ from click.testing import CliRunner, Result
 from engines.benchmark.latency import BenchReport, Ratio, Timing
 from nxm_export.cli import main
 from nxm_export.cli.first_lines import of_bench
+from nxm_export.contract.choices import BACKEND_NAMES
+from nxm_export.pipeline.environment import missing_for
 
 
 def nxm(*arguments: object, code: int = 0) -> Result:
@@ -38,7 +40,10 @@ def test_the_first_line_says_what_it_came_to(
     )
     assert first_line("inspect", engine).startswith("An engine of backend ort, built on ")
     assert first_line("export", checkpoint, "--out", tmp_path / "graph").startswith("Exported for cpu")
-    assert first_line("doctor").startswith("Ready here: ort")
+    told = first_line("doctor")
+    assert told.startswith("Run here: ort")
+    runs = told.partition("Run here: ")[2].partition(".")[0].split(", ")
+    assert {name for name in BACKEND_NAMES if missing_for(name) is None} == {*runs}, "what only builds is not ready"
 
 
 def test_a_directory_of_another_kind_is_named_with_what_to_do(

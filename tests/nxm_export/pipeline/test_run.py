@@ -21,6 +21,7 @@ import transformers
 from click.testing import CliRunner, Result
 
 from compressors.settings import Settings
+from compressors.training.task_data import TaskDataRequest
 from engines.base import Profile
 from engines.benchmark import fastest_backend
 from engines.cusparselt import backend as cusparselt
@@ -334,6 +335,25 @@ def test_the_estimate_counts_what_comes_before_the_first_step() -> None:
     assert passes_before_training(Settings(recipe="magnitude", steps=0), plan, 10000) == 2 * calibration + outputs
     inputs = family.uniform_plan(config.to_dict(), WeightSpec.parse("2:4+W8"), placement="inputs")
     assert passes_before_training(Settings(), inputs, 10000) == calibration + masks
+
+
+def test_a_search_in_a_run_takes_no_more_samples_than_training(
+    desk: Desk, finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What reads the data is asked for as many; nothing is trained or written."""
+    limits: list[int | None] = []
+
+    def read(_: object, request: TaskDataRequest, *__: object) -> None:
+        limits.append(request.train_limit)
+        raise _Compressed
+
+    monkeypatch.setattr("nxm_export.pipeline.run._finetune", lambda *_: None)
+    monkeypatch.setattr("compressors.search.plan_search.read_task_data", read)
+    result = desk.nxm(*desk.arguments(finished[0], "--search=0.8", "--train-limit=100"))
+    assert isinstance(result.exception, _Compressed), result.output
+    alone = ("search", str(finished[0] / "dense"), f"--train={desk.train}", f"--out={desk.home / 'searched'}")
+    assert isinstance(desk.nxm(*alone, "--train-limit=64").exception, _Compressed)
+    assert limits == [100, 64]
 
 
 @pytest.mark.slow

@@ -217,7 +217,7 @@ class _BenchOptions:
     type=click.Choice(LOWERINGS),
     default=LOWERING,
     show_default=True,
-    help="Of linear layers, with --twins.",
+    help="Form of the products, with --twins.",
 )
 @click.option(
     "--target", type=click.Choice(TARGETS), help="Graph target, with --twins.  [default: trt; trt8 for TensorRT 8.6]"
@@ -322,7 +322,7 @@ def inspect(
     help="Exit 3 unless it holds: 'drop<=0.5' (metric points), 'drop(mcc)<=0.5' (of another metric), 'flips<=0.5%', "
     "'max_abs<=0.1', 'cosine>=0.99' (embeddings) or 'embedding_table<=0.5' (an INT8 embedding table); may be repeated.",
 )
-@click.option("--bisect", is_flag=True, help="Find the first encoder block that parts from the checkpoint.")
+@click.option("--bisect", is_flag=True, help="Find the first encoder block that differs from the checkpoint.")
 @all_option
 @json_option
 def compare(
@@ -414,13 +414,13 @@ def compare(
 @click.option(
     "--clients", default="1,8,32", show_default=True, metavar="N,N,...", help="With --serve: clients at once."
 )
-@click.option("--seconds", type=Real(min=0.1), default=5.0, show_default=True, help="With --serve: of a round.")
+@click.option("--seconds", type=Real(min=0.1), default=5.0, show_default=True, help="With --serve: length of a round.")
 @click.option(
     "--encoding",
     type=click.Choice(TOKEN_ENCODINGS),
     default=TOKEN_ENCODING,
     show_default=True,
-    help="With --serve: of tokens.",
+    help="With --serve: how tokens are sent.",
 )
 @json_option
 def bench(engines: tuple[Path, ...], json: bool, **values: object) -> None:

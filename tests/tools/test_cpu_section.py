@@ -7,7 +7,7 @@ import pytest
 from tools.benchmarks import cpu
 from tools.benchmarks.cpu import OPENVINO, ORT
 from tools.benchmarks.cpu_record import LatencyRow, Record, TextTimings
-from tools.benchmarks.cpu_section import PEER, section
+from tools.benchmarks.cpu_section import PEER, section, summary
 
 
 def latency(batch: int, sequence: int, over_float: float, over_peer: tuple[float, float, float]) -> LatencyRow:
@@ -145,3 +145,12 @@ def test_the_speed_of_products_is_shown_with_their_share_and_no_percentage_of_a_
     text = section(record)
     assert row_of(text, "1x32 | 400")[1:] == ["400", "75%"], "3 of 4 ms"
     assert "peak" not in text
+
+
+def test_the_summary_names_the_slowest_and_the_fastest_shape(record: Record) -> None:
+    text = summary(record)
+    assert "MiniLM-L6 2.00 to 2.00 times as fast as FP32" in text
+    assert "measured at 2 shapes" in text
+    assert "between 4 % slower (8x128) and 2 % faster (1x32)" in text
+    record["peer"] = None
+    assert "slower" not in summary(record)

@@ -3,7 +3,7 @@
     python -m tools.benchmarks.cpu run CHECKPOINT --dense DENSE --data dev.tsv    the record and the document
     python -m tools.benchmarks.cpu render                                         the document again
 
-The record is results/performance/cpu.json, the document a section of docs/performance.md.
+The record is results/performance/cpu.json, the document a section of docs/performance.md and one of README.md.
 
 CHECKPOINT was compressed with `--placement attention`: graphs of fewer quantizers come out of it, too. One run exports
 and builds everything, holds compressed engines against their checkpoint (`nxm compare`), times all engines at fixed
@@ -46,11 +46,12 @@ from nxm_export.storage.json_files import convert
 from tools import ROOT
 from tools.benchmarks.cpu_profile import onnxruntime_profile, openvino_profiles, peaks
 from tools.benchmarks.cpu_record import LatencyRow, MachineFacts, ModelFacts, ParityRow, Record, TextRecord
-from tools.benchmarks.cpu_section import PEER, section
+from tools.benchmarks.cpu_section import PEER, section, summary
 from tools.benchmarks.measuring import DOCUMENT, RECORDS, load_record, save_record
 from tools.provenance import versions
 from tools.rendering import write_section
 
+README = ROOT / "README.md"
 FILE, TOOL = RECORDS / "cpu.json", "tools/benchmarks/cpu.py"
 SCHEMA = "nxm-cpu-bench/1"
 EXPERIMENTS = ROOT / "tools" / "experiments"
@@ -304,8 +305,10 @@ def _say(what: str, began: float) -> None:
 
 
 def render(args: argparse.Namespace) -> None:
-    """Write the section of a record."""
-    write_section(args.document, TOOL, section(load_record(args.record, Record)))
+    """Write the sections of a record."""
+    record = load_record(args.record, Record)
+    write_section(args.document, TOOL, section(record))
+    write_section(args.readme, TOOL, summary(record))
 
 
 def main() -> None:
@@ -326,6 +329,7 @@ def main() -> None:
     for command in (measure, write):
         command.add_argument("--record", type=Path, default=FILE)
         command.add_argument("--document", type=Path, default=DOCUMENT)
+        command.add_argument("--readme", type=Path, default=README, help="where the summary goes")
     args = parser.parse_args()
     args.load_average = os.getloadavg()[0]
     args.call(args)

@@ -43,6 +43,35 @@ def section(record: Record) -> str:
     )
 
 
+def summary(record: Record) -> str:
+    """What the README says of speed on a CPU; the text stands in ``cpu_summary.md.j2``."""
+    return render(
+        "benchmarks/cpu_summary.md.j2",
+        shapes=len(record["latency"]),
+        over_float=float_span(record),
+        peer=_peer_span(record) if record["peer"] else None,
+    )
+
+
+def float_span(record: Record) -> str:
+    """The lowest and the highest speed of the ONNX Runtime engine over FP32 at the measured shapes."""
+    ratios = [row["ratios"]["ort over its own FP32"]["ratio"] for row in record["latency"]]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+
+def _peer_span(record: Record) -> str:
+    """How our fastest engine's time compares with the peer's, at the worst shape and at the best."""
+    times = {
+        f"{row['batch']}x{row['sequence']}": 1.0 / row["ratios"]["our fastest over NNCF"]["ratio"]
+        for row in record["latency"]
+    }
+    ends = (max(times, key=times.__getitem__), min(times, key=times.__getitem__))
+    return " and ".join(
+        f"{100 * abs(times[shape] - 1.0):.0f} % {'slower' if times[shape] > 1.0 else 'faster'} ({shape})"
+        for shape in ends
+    )
+
+
 def _latencies(record: Record) -> Cells:
     latency, sizes = record["latency"], record["bytes"]
     return [

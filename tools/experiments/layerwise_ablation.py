@@ -34,12 +34,17 @@ def main() -> None:
     arguments = _parser().parse_args()
     prepare_process(arguments.threads)
     keep_freed_memory()
-    dense = Dense.of(arguments)
+    with tempfile.TemporaryDirectory() as work:  # a job keeps what it has measured there, for this model and no other
+        _compare(Dense.of(arguments), arguments, Path(work))
+
+
+def _compare(dense: Dense, arguments: argparse.Namespace, work: Path) -> None:
+    """Print the line of every option and variant."""
     in_float: list[str] | None = None
     inputs = Inputs()
     for option in arguments.options.split(","):
         for name in arguments.variants.split(";"):
-            job = _job(dense, WeightSpec.parse(option), arguments)
+            job = _job(dense, WeightSpec.parse(option), arguments, work)
             student = job.prepared().eval()
             in_float = _leave_in_float(job, student, in_float)
             blocks = by_block(quant_linears(student), dense.source.family.blocks(dense.source.config))
@@ -66,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     return made
 
 
-def _job(dense: Dense, spec: WeightSpec, arguments: argparse.Namespace) -> Job:
+def _job(dense: Dense, spec: WeightSpec, arguments: argparse.Namespace, work: Path) -> Job:
     settings = Settings(
         recipe="admm",
         steps=0,
@@ -75,7 +80,7 @@ def _job(dense: Dense, spec: WeightSpec, arguments: argparse.Namespace) -> Job:
         max_length=arguments.max_length,
     )
     plan = dense.source.family.uniform_plan(dense.source.config, spec)
-    return Job(dense.source, dense.data, plan, settings, Path(tempfile.gettempdir()), silent)
+    return Job(dense.source, dense.data, plan, settings, work, silent)
 
 
 def _leave_in_float(job: Job, student: nn.Module, known: list[str] | None) -> list[str]:

@@ -139,8 +139,24 @@ def max_length(source: ModelSource, tokenizer: FastTokenizer, task: Task, reques
         if not 2 <= requested <= limit:
             raise DataError(f"max length {requested} is outside 2..{limit}, the positions of {source.path}")
         return requested
-    made_for = read_pooling(source.path).max_length if task.auto_class is None else None
-    return min(limit, int(tokenizer.model_max_length), made_for or DEFAULT_MAX_LENGTH)
+    return min(limit, int(tokenizer.model_max_length), _made_for(source, task) or DEFAULT_MAX_LENGTH)
+
+
+def _made_for(source: ModelSource, task: Task) -> int | None:
+    """The longest input that the files of an embedding model say it was made for."""
+    return read_pooling(source.path).max_length if task.auto_class is None else None
+
+
+def cut_notice(source: ModelSource, tokenizer: FastTokenizer, task: Task, requested: int | None = None) -> str | None:
+    """What is said where texts are cut shorter in training than the model could take, and nobody asked for that: the
+    checkpoint, and whatever is made of it, takes no more either. None where nothing is lost."""
+    possible = min(source.family.max_positions(source.config), int(tokenizer.model_max_length))
+    if requested is not None or _made_for(source, task) or possible <= DEFAULT_MAX_LENGTH:
+        return None
+    return (
+        f"texts are cut at {DEFAULT_MAX_LENGTH} tokens, in training and by all that is made of it, and {source.path} "
+        f"can take {possible}; give --max-length {possible} (Settings.max_length in Python): it costs time and memory"
+    )
 
 
 PADDED = -1e4  # the logit of padding, where logits compete along the sequence

@@ -73,12 +73,14 @@ def search(
     settings: SearchSettings = SearchSettings(),
     training: Settings = Settings(),
     columns: Columns = Columns(),
+    train_limit: int | None = None,
     work_dir: Path | None = None,
     progress: Progress = silent,
 ) -> SearchResult:
     """Search a plan for a dense task model and write ``plan.json`` and its evidence to the directory `out`.
 
-    `training` is how the plan is going to be trained: short runs use it, and the cost is compared with it. Interrupted
+    `training` is how the plan is going to be trained: short runs use it, and the cost is compared with it. It takes at
+    most `train_limit` samples, those that training takes. Interrupted
     work resumes from `work_dir` where model, data and settings are the same. Every argument but `model` is by keyword,
     as a command line has it. Returns what ``search.json`` holds.
     """
@@ -90,7 +92,8 @@ def search(
     replace_any = _require_replaceable(out)
     require_apart(out, source.path, train, within=False)
     work_dir = work_dir or out.with_name(f".{out.name}.work")
-    data = read_task_data(source, TaskDataRequest(kind, train, columns=columns), load_tokenizer(source), training)
+    request = TaskDataRequest(kind, train, columns=columns, train_limit=train_limit)
+    data = read_task_data(source, request, load_tokenizer(source), training)
     full_steps = training.steps or steps_of(data.train, training.epochs, training.batch_size)
     settings = _sized(settings, source, data, training.recipe, full_steps * training.batch_size)
     held_out, rest = _cut(data.train, settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import repeat
 
-from compressors.models import ModelSource, max_length
+from compressors.models import ModelSource, cut_notice, max_length
 from compressors.settings import Settings
 from nxm_export.contract.config_values import size_of
 from nxm_export.contract.no_answer import THRESHOLD, no_answer_threshold
@@ -64,6 +64,8 @@ def read_task_data(
     else:
         classes = dev_classes = classes_of(raw, task, head)
         examples = labelled(raw, task, classes)
+    if (cut := cut_notice(source, tokenizer, task, settings.max_length)) is not None:
+        notice(cut)
     length = tokenizer.model_max_length = max_length(source, tokenizer, task, settings.max_length)
 
     scored = None

@@ -2,7 +2,7 @@
 
 The socket is bound and listens before the engines are loaded, so a taken port fails in a moment, and whoever asks
 meanwhile is told: alive, not ready, 503 for a request. After SIGTERM the server may go on for a while, not ready, until
-balancers have learnt that (``--shutdown-delay``). Stopping loses nothing that has arrived: connections that
+balancers have learnt that (``--shutdown-delay-seconds``). Stopping loses nothing that has arrived: connections that
 the kernel accepted are taken over, every request on an open connection is answered, and only then the engines go.
 """
 

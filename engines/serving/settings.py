@@ -100,7 +100,9 @@ class ServerOptions:
     )
     shutdown_delay: float = field(
         default=0.0,
-        metadata={OPTION: Option("Seconds to go on, not ready, after SIGTERM.", flag="--shutdown-delay", least=0)},
+        metadata={
+            OPTION: Option("Seconds to go on, not ready, after SIGTERM.", flag="--shutdown-delay-seconds", least=0)
+        },
     )
     watch: float = field(
         default=2.0, metadata={OPTION: Option("Look for changed engines; 0 never.", flag="--watch-seconds", least=0)}
@@ -123,7 +125,7 @@ class TritonOptions:
     expect_sha256: frozenset[str] = frozenset()
     text: bool = field(default=False, metadata={OPTION: Option("Add NAME_text: sentences in, class names out.")})
     pair: bool = field(
-        default=False, metadata={OPTION: Option("The same, and text_pair must be there.", flag="--text-pair")}
+        default=False, metadata={OPTION: Option("The same, and text_pair must be there.", flag="--pairs")}
     )
     kind: str | None = field(
         default=None, metadata={OPTION: Option("Where instances run.  [default: as built]", choices=INSTANCE_KINDS)}

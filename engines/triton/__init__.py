@@ -202,10 +202,10 @@ def _write_text_frontend(repository: Path, model: _Model, options: TritonOptions
     parse_tokenizer(text, directory / TOKENIZER_FILE)  # what cannot be read is refused here, not in the container
     wants = TASKS[spec.task].texts
     if options.pair and wants == "one":
-        raise ServeError(f"{directory}: {spec.task} reads one text at a time; use --text, not --text-pair")
+        raise ServeError(f"{directory}: {spec.task} reads one text at a time; use --text, not --pairs")
     if not options.pair and wants == "two":
         both = "a question and its context" if TASKS[spec.task].output_kind == "span" else "a query and a document"
-        raise ServeError(f"{directory}: {spec.task} reads {both} at once; use --text-pair")
+        raise ServeError(f"{directory}: {spec.task} reads {both} at once; use --pairs")
     last = _last_step(spec, [binding.name for binding in first.tensors("outputs")])
     buckets = plan_buckets(
         spec.max_length, options.max_batch, first.profiles, max_batch_tokens=options.max_batch_tokens

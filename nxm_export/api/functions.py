@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         GraphFacts,
         RunInspection,
     )
+    from nxm_export.pipeline.plan_choice import PlanChoice
     from nxm_export.pipeline.run import Request
 
 
@@ -103,27 +104,35 @@ def run(
     dev: str | Path,
     out: str | Path,
     task: str = TASK,
-    pattern: str | NMPattern | None = PATTERN,
-    weight_bits: int | None = WEIGHT_BITS,
+    pattern: str | NMPattern | Default | None = DEFAULT,
+    weight_bits: int | Default | None = DEFAULT,
+    plan: CompressionPlan | str | Path | None = None,
+    search: float | SearchSettings | None = None,
     settings: Settings | None = None,
     columns: Columns = Columns(),
     options: PlanOptions = PlanOptions(),
     revision: str | None = None,
     train_limit: int | None = None,
     weights_stored: str = WEIGHT_STORAGE,
+    backend: str | Sequence[str] = (),
     progress: Progress = silent,
 ) -> RunSummary:
     """Compress, export, build, compare and time a model, into the run directory `out`; stages that are up to date are
     skipped.
 
     `require_passed` of the summary raises where an engine differs from its checkpoint. Parameters are those of
-    `compress`, and `weights_stored` as `export` has it, for the graphs that can store weights so.
+    `compress`, and `weights_stored` as `export` has it, for the graphs that can store weights so. `search` finds the
+    plan: the share of bits that it saves, such as 0.875, or all settings of a search. `backend` is a backend, several,
+    or ``auto`` (all that run here): their engines are built, and the fastest that passes is kept; by default those of
+    ONNX Runtime and for GPUs. Raises `EngineUnavailable` before anything is trained for a backend that cannot run here.
     """
     from nxm_export.pipeline.run import run as run_all
 
-    request = _request(model, train, dev, task, _spec(pattern, weight_bits), settings, columns, options)
-    request = replace(_with(request, revision, train_limit), weights_stored=weights_stored)
-    return run_all(request, out, progress=progress)
+    request, choice = _planned(
+        _Asked(pattern, weight_bits, plan, search, options), model, train, dev, task, settings, columns
+    )
+    request = replace(_with(request, revision, train_limit), weights_stored=weights_stored, backends=_names(backend))
+    return run_all(request, out, choice, progress=progress)
 
 
 def estimate(
@@ -132,20 +141,26 @@ def estimate(
     train: str | Path,
     dev: str | Path,
     task: str = TASK,
-    pattern: str | NMPattern | None = PATTERN,
-    weight_bits: int | None = WEIGHT_BITS,
+    pattern: str | NMPattern | Default | None = DEFAULT,
+    weight_bits: int | Default | None = DEFAULT,
+    plan: CompressionPlan | str | Path | None = None,
+    search: float | SearchSettings | None = None,
     settings: Settings | None = None,
     columns: Columns = Columns(),
     options: PlanOptions = PlanOptions(),
     revision: str | None = None,
     train_limit: int | None = None,
     weights_stored: str = WEIGHT_STORAGE,
+    backend: str | Sequence[str] = (),
 ) -> RunEstimate:
     """What `run` would do, how long it would take here, roughly, and how large the results are; writes nothing."""
     from nxm_export.pipeline.estimate import estimate as estimate_run
 
-    request = _request(model, train, dev, task, _spec(pattern, weight_bits), settings, columns, options)
-    return estimate_run(replace(_with(request, revision, train_limit), weights_stored=weights_stored))
+    request, choice = _planned(
+        _Asked(pattern, weight_bits, plan, search, options), model, train, dev, task, settings, columns
+    )
+    request = replace(_with(request, revision, train_limit), weights_stored=weights_stored, backends=_names(backend))
+    return estimate_run(request, choice)
 
 
 def finetune(
@@ -210,19 +225,12 @@ def compress(
     file says, which stands instead of pattern, bits and `options`. `settings` say how to train. Raises `DataError`,
     `PlanError` and `ArtifactError` before anything is trained.
     """
-    from nxm_export.pipeline.run import compress_model, require_plan_alone
+    from nxm_export.pipeline.run import compress_model
 
-    given = {"pattern": pattern, "weight_bits": weight_bits}
-    names = [name for name, value in given.items() if not isinstance(value, Default)]
-    require_plan_alone(plan, [*names, *(["options"] if options != PlanOptions() else [])])
-    spec = WeightSpec()  # a plan's, which says more
-    if plan is None:
-        spec = _spec(
-            PATTERN if isinstance(pattern, Default) else pattern,
-            WEIGHT_BITS if isinstance(weight_bits, Default) else weight_bits,
-        )
-    request = _request(model, train, dev, task, spec, settings, columns, options)
-    return compress_model(_with(request, revision, train_limit), out, plan=plan, progress=progress)
+    request, choice = _planned(
+        _Asked(pattern, weight_bits, plan, None, options), model, train, dev, task, settings, columns
+    )
+    return compress_model(_with(request, revision, train_limit), out, plan=choice.file, progress=progress)
 
 
 def search(
@@ -234,6 +242,7 @@ def search(
     settings: SearchSettings | None = None,
     training: Settings | None = None,
     columns: Columns = Columns(),
+    train_limit: int | None = None,
     progress: Progress = silent,
 ) -> SearchResult:
     """Search a different (pattern, bits) for every weight of a model with its task head; ``out/plan.json`` is the best
@@ -313,24 +322,24 @@ def build(
     options: BuildOptions | None = None,
     shapes: Sequence[tuple[int, int]] | None = None,
     data: str | Path | None = None,
-    reference: str | Path | None = None,
+    checkpoint: str | Path | None = None,
 ) -> EnginePassport:
     """Build the engine directory `out` from an ONNX file or a graph directory; returns its passport.
 
     `backend` is ``ort``, ``openvino``, ``trt``, ``trt_rtx``, ``cusparselt``, or ``auto``: the fastest of those for the
     CPU, and of ``cusparselt`` where there is a GPU for it, at `shapes` of (batch, sequence). With `data`, labelled
     samples, ``auto`` keeps only an engine that passes `compare`, with the checkpoint that is recorded beside the graph,
-    or with `reference`.
+    or with `checkpoint`.
     """
     from nxm_export.pipeline.engine_commands import ParityCheck, build_engine, build_fastest
 
     if backend != "auto":
-        if shapes is not None or data is not None or reference is not None:
-            raise EngineError(f"shapes, data and reference are for backend='auto'; {backend} is built without them")
+        if shapes is not None or data is not None or checkpoint is not None:
+            raise EngineError(f"shapes, data and checkpoint are for backend='auto'; {backend} is built without them")
         return build_engine(graph, out, backend, options)
     check = None
     if data is not None:
-        check = ParityCheck(reference or recorded_checkpoint(onnx_file(graph).parent), str(data))
+        check = ParityCheck(checkpoint or recorded_checkpoint(onnx_file(graph).parent), str(data))
     return build_fastest(graph, out, options, shapes=shapes, check=check).passport
 
 
@@ -338,20 +347,20 @@ def compare(
     engines: str | Path | Sequence[str | Path],
     data: str | Path,
     *,
-    reference: str | Path | None = None,
+    checkpoint: str | Path | None = None,
     gates: Sequence[str] = (),
     columns: Columns = Columns(),
 ) -> Comparison:
     """Run engine directories and the checkpoint that they were made from on the same labelled data, and compare them.
 
     The checkpoint is the one that the first engine records; where that is gone, or the directory was copied alone,
-    name it as `reference`. `gates` are such as ``drop<=0.5`` (docs/parity.md). `require` of the result raises
+    name it as `checkpoint`. `gates` are such as ``drop<=0.5`` (docs/parity.md). `require` of the result raises
     `ParityError` for an engine that differs and for a gate that does not hold.
     """
     from nxm_export.pipeline.engine_commands import compare_engines
 
     paths = _paths(engines)
-    return compare_engines(reference or recorded_checkpoint(paths[0]), paths, str(data), columns, gates)
+    return compare_engines(checkpoint or recorded_checkpoint(paths[0]), paths, str(data), columns, gates)
 
 
 def predict(
@@ -549,6 +558,63 @@ def _spec(pattern: str | NMPattern | None, weight_bits: int | None) -> WeightSpe
     if spec.is_dense:
         raise PlanError("pattern None and weight_bits None leave nothing to compress; give one of them")
     return spec
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What `run`, `estimate` and `compress` were told about the plan, as they got it."""
+
+    pattern: str | NMPattern | Default | None
+    weight_bits: int | Default | None
+    plan: CompressionPlan | str | Path | None
+    search: float | SearchSettings | None
+    options: PlanOptions
+
+    def require_one(self) -> None:
+        """Raise `PlanError` where two of these say what a weight gets: one would win silently."""
+        from nxm_export.pipeline.run import require_plan_alone
+
+        uniform = {"pattern": self.pattern, "weight_bits": self.weight_bits}
+        given = [name for name, value in uniform.items() if not isinstance(value, Default)]
+        if self.search is not None:
+            require_plan_alone(self.search, [*(["plan"] if self.plan is not None else []), *given])
+            # A search takes places and table as they are asked for, where its settings do not say them.
+            whole = not isinstance(self.search, float) and self.options != PlanOptions()
+            partly = self.options.residual != STORAGE or bool(self.options.keep_dense)
+            require_plan_alone(self.search, ["options"] if whole or partly else [])
+        require_plan_alone(self.plan, [*given, *(["options"] if self.options != PlanOptions() else [])])
+
+    def spec(self) -> WeightSpec:
+        """What every weight gets where neither plan nor search says it; then nothing reads it."""
+        if self.plan is not None:
+            return WeightSpec()
+        return _spec(
+            PATTERN if isinstance(self.pattern, Default) else self.pattern,
+            WEIGHT_BITS if isinstance(self.weight_bits, Default) else self.weight_bits,
+        )
+
+
+def _planned(
+    asked: _Asked,
+    model: str | Path,
+    train: str | Path,
+    dev: str | Path,
+    task: str,
+    settings: Settings | None,
+    columns: Columns,
+) -> tuple[Request, PlanChoice]:
+    """The request, and where its plan comes from."""
+    from nxm_export.pipeline.plan_choice import PlanChoice, search_for
+
+    asked.require_one()
+    request = _request(model, train, dev, task, asked.spec(), settings, columns, asked.options)
+    search = search_for(request, asked.search) if isinstance(asked.search, float) else asked.search
+    choice = PlanChoice(asked.plan, search)
+    return replace(request, planned=choice.given), choice
+
+
+def _names(backend: str | Sequence[str]) -> tuple[str, ...]:
+    return (backend,) if isinstance(backend, str) else tuple(backend)
 
 
 def _request(

@@ -198,12 +198,12 @@ class EngineDirectory(Generic[P_co]):
         self,
         data: str | Path,
         *,
-        reference: str | Path | None = None,
+        checkpoint: str | Path | None = None,
         gates: Sequence[str] = (),
         columns: Columns = Columns(),
     ) -> Comparison:
         """Compare with the checkpoint on labelled data; see `nxm_export.compare`."""
-        return functions.compare([self.path], data, reference=reference, gates=gates, columns=columns)
+        return functions.compare([self.path], data, checkpoint=checkpoint, gates=gates, columns=columns)
 
     def predict(
         self,

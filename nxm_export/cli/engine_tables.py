@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nxm_export.cli import first_lines
 from nxm_export.cli.output import print_next, quoted
 from nxm_export.cli.sparsity_tables import print_sparsity
 from nxm_export.cli.tables import busy_note, print_facts, print_rows, print_table, speed_text
@@ -32,15 +33,16 @@ def print_choice(choice: Choice, facts: Mapping[str, object]) -> None:
         )
         for number, candidate in enumerate(choice.candidates)
     ]
+    click.echo(f"kept {choice.backend}: {choice.why}")
     print_table("candidates, medians of interleaved rounds", ("backend", *shapes, "speed"), rows)
     for name, why in choice.left_out.items():
         click.echo(f"left out: {name}: {why}")
-    click.echo(f"kept {choice.backend}: {choice.why}")
     print_built(facts)
 
 
 def print_built(facts: Mapping[str, object], *, twins: bool = False) -> None:
     """What a build made: the parts of the passport that people ask for; ``--json`` and the file have all of it."""
+    click.echo(first_lines.of_build(facts, twins=twins))
     told = ("backend", "engine", "graph", "plan", "profiles", "requires", "path")
     print_facts("built", facts if twins else {key: facts[key] for key in told if facts.get(key)})
     path = quoted(facts["path"])
@@ -54,10 +56,13 @@ def print_inspection(title: str, facts: Inspection, everything: bool = False) ->
 
     path = quoted(title)
     if isinstance(facts, GraphFacts):
+        click.echo(first_lines.of_graph(facts))
         print_facts(title, facts.to_dict())
         print_next(f"nxm doctor {path}", "which of its matrices can run sparse")
     elif isinstance(facts, CheckpointFacts):
-        print_facts(title, facts.to_dict())
+        click.echo(first_lines.of_checkpoint(facts))
+        metrics = {key: value for key, value in facts.metrics.items() if value is not None}
+        print_facts(title, {**facts.to_dict(), "metrics": metrics})
         print_next(f"nxm export {path} --out graph")
     elif isinstance(facts, EngineInspection):
         _print_engine(title, facts, everything)
@@ -72,6 +77,7 @@ def _print_engine(title: str, facts: EngineInspection, everything: bool) -> None
     from engines.cusparselt.backend import CusparseltFacts
     from engines.openvino.backend import OpenVinoFacts
 
+    click.echo(first_lines.of_engine(facts))
     _print_facts(title, facts.to_dict())
     if facts.sparsity is not None:
         print_sparsity(facts.sparsity, everything)
@@ -124,8 +130,7 @@ def _print_choices(choices: Sequence[ProductChoice]) -> None:
 
 def print_latency(report: BenchReport) -> None:
     """The verdict, then timings with speeds, the clock and what was not measured."""
-    if report.verdict:
-        click.echo(f"{report.verdict}\n")
+    click.echo(f"{report.verdict or first_lines.of_bench(report)}\n")
     medians = {(timing.name, timing.batch, timing.sequence): timing.median for timing in report.timings}
     ratios = {(ratio.name, ratio.batch, ratio.sequence): ratio for ratio in report.ratios}
     for batch, sequence in dict.fromkeys((timing.batch, timing.sequence) for timing in report.timings):
@@ -143,7 +148,7 @@ def print_latency(report: BenchReport) -> None:
         print_rows(("engine", "median", "p95", "p99", "sentences/s", "speed, 95 %"), rows)
         click.echo()
     click.echo(f"clock: {report.timings[0].clock}")
-    for note in dict.fromkeys(filter(None, (busy_note(ratio.interval) for ratio in report.ratios))):
+    if note := busy_note([timing.quartiles for timing in report.timings]):
         click.echo(note)
     for missing in report.unmeasured:
         click.echo(f"not measured: {missing}")
@@ -167,6 +172,7 @@ def print_text_throughput(report: TextReport) -> None:
         for timing in report.timings
     ]
     columns = ("engine", "order", "padding", "sentences a second", "middle half", "engine alone", "speed")
+    click.echo(first_lines.of_text(report))
     print_table(f"{report.sentences} sentences in batches of {report.batch}", columns, rows)
     click.echo(
         f"{report.tokens[0]:.1f} tokens a sentence, at most {report.tokens[1]}; fixed pads to {report.fixed}; "
@@ -191,4 +197,5 @@ def print_load(report: LoadReport, model: str, rounds: int) -> None:
         )
         for result in report.results
     ]
+    click.echo(first_lines.of_load(report))
     print_table(f"load on {model}, medians of {rounds} rounds", columns, rows)

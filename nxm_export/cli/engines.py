@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nxm_export.cli import first_lines
 from nxm_export.cli.engine_tables import (
     print_built,
     print_choice,
@@ -309,11 +310,16 @@ def inspect(
 
 
 @command(
-    "nxm compare checkpoint engine --data dev.tsv",
+    "nxm compare engine --checkpoint checkpoint --data dev.tsv",
     "nxm compare engine --data dev.tsv --gate 'drop<=0.5' --gate 'flips<=0.5%'",
 )
-@click.argument("paths", metavar="[CHECKPOINT] ENGINE...", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("engines", metavar="ENGINE...", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--data", required=True, metavar="FILE", help="Labelled samples to compare on.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="Compare with this one.  [default: the one that the first ENGINE records]",
+)
 @LABELLED_COLUMN_OPTIONS
 @click.option(
     "--gate",
@@ -327,8 +333,9 @@ def inspect(
 @all_option
 @json_option
 def compare(
-    paths: tuple[Path, ...],
+    engines: tuple[Path, ...],
     data: str,
+    checkpoint: Path | None,
     gates: tuple[str, ...],
     bisect: bool,
     everything: bool,
@@ -337,8 +344,7 @@ def compare(
 ) -> None:
     """Compare engines with their checkpoint, on real samples.
 
-    ENGINEs are compared with the CHECKPOINT that they were made from, and with each other. Without CHECKPOINT it is
-    the one that the first engine records, where that is still there.
+    ENGINEs are compared with the checkpoint that they were made from, and with each other.
 
     Exits with 3 when one differs, a probe fails or a gate does not hold. An engine that cannot run here (its runtime or
     GPU is missing) is skipped with the reason; that fails the command only with --gate, since the gate was not checked
@@ -354,9 +360,11 @@ def compare(
             raise click.BadParameter(str(error), param_hint="--gate") from error
     if bisect and gates:
         raise click.UsageError("--bisect compares blocks, and --gate whole engines; give one of them")
-    checkpoint, engines = _checkpoint_and_engines(paths)
     if len({engine.resolve() for engine in engines}) < len(engines):
         raise click.UsageError("the same engine is given twice")
+    for engine in engines:
+        if (engine / "config.json").is_file():
+            raise click.UsageError(f"{engine} is a model, not an engine directory; name it by --checkpoint")
     if checkpoint is None:
         checkpoint = recorded_checkpoint(engines[0])
         click.echo(f"the checkpoint is {checkpoint}, which {engines[0]} records", err=True)
@@ -373,7 +381,7 @@ def compare(
     show_result(comparison.to_list, json, lambda: print_comparison(comparison, everything))
     if not json:
         following = f"nxm serve {quoted(engines[0])} --text"
-        parts = f"nxm compare {quoted(checkpoint)} {quoted(engines[0])} --data {quoted(data)} --bisect"
+        parts = f"nxm compare {quoted(engines[0])} --checkpoint {quoted(checkpoint)} --data {quoted(data)} --bisect"
         print_next(following if comparison.passed else parts)
     comparison.require()
 
@@ -513,7 +521,12 @@ def doctor(
         from nxm_export.pipeline.environment import report
 
         machine = report()
-        show_result(machine.to_dict, json, lambda: print_facts("this machine", machine.to_dict()))
+
+        def show() -> None:
+            click.echo(first_lines.of_machine(machine))
+            print_facts("this machine", machine.to_dict())
+
+        show_result(machine.to_dict, json, show)
         if not json:
             print_next("nxm init my-model", "then nxm run --config nxm.toml")
         return
@@ -526,17 +539,6 @@ def doctor(
         raise click.UsageError(str(error)) from error
     diagnosis = doctor_file(file, backend, trt_version, gpu, parse=parse)
     show_result(diagnosis.to_dict, json, lambda: print_diagnosis(diagnosis, everything))
-
-
-def _checkpoint_and_engines(paths: tuple[Path, ...]) -> tuple[Path | None, tuple[Path, ...]]:
-    """The checkpoint, None where the first path is an engine directory, and the engines."""
-    from engines.passport import PASSPORT_FILE
-
-    if (paths[0] / PASSPORT_FILE).is_file():
-        return None, paths
-    if len(paths) == 1:
-        raise click.UsageError(f"{paths[0]} has no {PASSPORT_FILE}: name an engine directory, behind the checkpoint")
-    return paths[0], paths[1:]
 
 
 def _share(text: str) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from nxm_export.contract.block_ranges import ranges
+
 _FILLERS = {"weight", "dense", "self", "linear", "encoder", "layers", "layer", "matmul"}
 _READS = {"query", "key", "value", "q", "k", "v", "q_proj", "k_proj", "v_proj", "query_proj", "key_proj", "value_proj"}
 _ATTENTION = {"attention", "attn", "self_attn"}
@@ -56,20 +58,9 @@ def joined(names: Sequence[str]) -> str:
             others.append(name)
     by_layers: dict[str, list[str]] = {}
     for role, layers in roles.items():
-        by_layers.setdefault(_ranges(layers), []).append(role)
+        by_layers.setdefault(ranges(layers), []).append(role)
     parts = [f"L{layers} {', '.join(same)}" for layers, same in by_layers.items()]
     return "; ".join([*parts, *others])
-
-
-def _ranges(layers: Sequence[int]) -> str:
-    """``0-2,5`` for 0, 1, 2 and 5."""
-    runs: list[list[int]] = []
-    for layer in sorted(set(layers)):
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def shortened(text: str, width: int) -> str:

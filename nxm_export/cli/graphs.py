@@ -108,7 +108,8 @@ def export(checkpoint: Path, out: Path, json: bool, **values: object) -> None:
     )
 
     def show() -> None:
-        print_facts("exported", exported.to_dict())
+        click.echo(f"Exported for {options.target}; `nxm verify` checks the stored numbers.")
+        print_facts(str(out), exported.to_dict())
         print_next(f"nxm verify {quoted(out)}")
 
     show_result(exported.to_dict, json, show)

@@ -9,10 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import click
+from click.shell_completion import CompletionItem
 
 from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
-from nxm_export.contract.choices import PATTERN, PLACEMENT, STORAGE, STORAGES, TASK, WEIGHT_BITS
+from nxm_export.contract.choices import (
+    AUTO_BACKEND,
+    BACKEND_NAMES,
+    PATTERN,
+    PLACEMENT,
+    STORAGE,
+    STORAGES,
+    TASK,
+    WEIGHT_BITS,
+)
 from nxm_export.contract.options import Option, options_of
 from nxm_export.contract.plan import PLACEMENTS, NMPattern
 from nxm_export.contract.tasks import TASKS
@@ -25,10 +35,12 @@ if TYPE_CHECKING:
     from nxm_export.data.examples import Columns
 
     FloatType = click.ParamType[float]
+    TextType = click.ParamType[str]
     OptionType = click.ParamType[str] | click.ParamType[int] | click.ParamType[float]
 else:
-    FloatType = click.ParamType  # which older versions of click do not parametrize
+    FloatType = TextType = click.ParamType  # which older versions of click do not parametrize
 
+RUN_BACKENDS = (AUTO_BACKEND, *BACKEND_NAMES)  # of a run
 Command = TypeVar("Command", bound=Callable[..., object])
 Record = TypeVar("Record", bound="DataclassInstance")
 
@@ -66,6 +78,27 @@ class Positive(FloatType):
         if not (math.isfinite(number) and number > 0):
             self.fail(f"{value} is not a positive number", param, ctx)
         return number
+
+
+class Backends(TextType):
+    """Names of backends, separated by commas, or ``auto`` alone; click's Choice takes one."""
+
+    name = "backends"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text, each of its names looked at, or wrong usage."""
+        names = [name.strip() for name in value.split(",")]
+        for name in names:
+            if name not in RUN_BACKENDS:
+                self.fail(f"{name!r} is not one of {', '.join(RUN_BACKENDS)}", param, ctx)
+        if AUTO_BACKEND in names and len(names) > 1:
+            self.fail(f"{AUTO_BACKEND} takes all that run here; give it alone", param, ctx)
+        return ",".join(names)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The names, behind those that stand there."""
+        before, comma, last = incomplete.rpartition(",")
+        return [CompletionItem(f"{before}{comma}{name}") for name in RUN_BACKENDS if name.startswith(last)]
 
 
 def json_option(command: Command) -> Command:
@@ -190,6 +223,9 @@ TASK_OPTION = click.option(
     metavar="TASK",
     help=f"{', '.join(TASKS)}.",
 )
+TRAIN_LIMIT_OPTION = click.option(
+    "--train-limit", type=Whole(min=1), help="Use a sample of this many training examples."
+)
 DATA_OPTIONS = options(
     TASK_OPTION,
     click.option(
@@ -199,7 +235,7 @@ DATA_OPTIONS = options(
     ),
     click.option("--dev", metavar="FILE", help="Held-out data, or the same GLUE task name."),
     LABELLED_COLUMN_OPTIONS,
-    click.option("--train-limit", type=Whole(min=1), help="Use a sample of this many training examples."),
+    TRAIN_LIMIT_OPTION,
     click.option("--revision", help="Branch, tag or commit of a hub model."),
 )
 
@@ -332,7 +368,8 @@ SEARCH_TRAINING_OPTIONS = options(
 
 
 def columns_of(text: str | None, pair: str | None, label: str | None, label_map: str | None = None) -> Columns:
-    """The columns of a data file, as --text, --text-pair and --label name them, and what --label-map says of labels."""
+    """The columns of a data file, as --text-column, --pair-column and --label-column name them, and what --label-map
+    says of labels."""
     from nxm_export.data.examples import Columns
 
     return Columns(text, pair, label, _label_map(label_map or ""))

@@ -20,6 +20,7 @@ from nxm_export.cli.tables import (
     terminal_width,
 )
 from nxm_export.contract.plan import COUNTINGS
+from nxm_export.contract.records.run_summary import NO_CHOICE
 
 if TYPE_CHECKING:
     from nxm_export.contract.records.run_summary import RunSummary
@@ -34,6 +35,7 @@ def print_estimate(estimate: RunEstimate) -> None:
     rows = [
         ("training samples", str(estimate.train_samples)),
         ("held-out samples", str(estimate.dev_samples)),
+        ("longest input", f"{estimate.max_length} tokens"),
         ("plan", _counts(estimate.plan, estimate.embedding)),
         ("compression", ", ".join(f"{counting} {value:.2%}" for counting, value in estimate.compression.items())),
         (
@@ -43,6 +45,7 @@ def print_estimate(estimate: RunEstimate) -> None:
         *([("search", f"about {_duration(estimate.search_seconds)}")] if estimate.search_seconds else []),
         ("calibration, output costs, masks", f"about {_duration(estimate.prepare_seconds)}"),
         ("compression training", _steps(estimate.steps, estimate.seconds, "one-shot")),
+        ("engines", ", ".join(estimate.engines)),
         ("export, build, compare, time", f"about {_duration(estimate.other_seconds)}"),
         ("dense model and checkpoint", f"about {estimate.checkpoint_bytes / 1e6:.0f} MB"),
         ("FP32 graph", f"about {estimate.fp32_onnx_bytes / 1e6:.0f} MB"),
@@ -112,10 +115,12 @@ def print_summary(summary: RunSummary, everything: bool = False) -> None:
         )
         click.echo(f"graphs, MB: {', '.join(f'{name} {size:.1f}' for name, size in megabytes.items())}\n")
         _print_speed(summary)
+        for line in _about_engines(summary):
+            click.echo(shortened(line, terminal_width()))
         for name, why in {**summary.missing, **summary.failed}.items():
             click.echo(f"{name}: {shortened(why, max(20, terminal_width() - len(name) - 2))}")
-    if notes := dict.fromkeys(filter(None, (busy_note(ratio.interval) for ratio in summary.speedup))):
-        click.echo("\n".join(notes))
+    if note := busy_note([timing.quartiles for timing in summary.latency_ms.values() if timing.quartiles]):
+        click.echo(note)
     _print_next(summary)
 
 
@@ -133,6 +138,8 @@ def _verdict(summary: RunSummary) -> list[str]:
     else:
         engines = f"Passed: {len(summary.parity)} engines compute what their checkpoints compute."
     low, high = summary.difference_interval
+    if (chosen := summary.chosen) is not None:
+        engines += f" Kept: {chosen.name}, of backend {chosen.backend}."
     quality = f"{summary.metric} {score_text(summary.dense)} dense, {score_text(summary.compressed)} compressed"
     if low is None or high is None:
         return [engines, f"{quality}."]
@@ -140,23 +147,34 @@ def _verdict(summary: RunSummary) -> list[str]:
     return [engines, f"{quality}: {found}."]  # the interval stands in the table below
 
 
+def _about_engines(summary: RunSummary) -> list[str]:
+    """Why the engine was kept, where there was a choice, and what twins say about 2:4."""
+    verdicts = [f"2:4 on {backend}: {verdict}" for backend, verdict in summary.sparse_verdicts.items()]
+    chosen = summary.chosen
+    return verdicts if chosen is None or chosen.why == NO_CHOICE else [f"kept {chosen.name}: {chosen.why}", *verdicts]
+
+
 def _print_next(summary: RunSummary) -> None:
-    engine = next((name for name in summary.parity if name.startswith("ort-cpu-") and name != "ort-cpu-fp32"), None)
+    of_ort = (name for name in summary.parity if name.startswith("ort-cpu-") and name != "ort-cpu-fp32")
+    engine = summary.chosen.name if summary.chosen is not None else next(of_ort, None)
     if engine is None or f"engine {engine}" not in summary.artifacts:
         return
     path, checkpoint = summary.artifacts[f"engine {engine}"], summary.artifacts["checkpoint"]
     if summary.parity[engine].passed:
         print_next(f"nxm serve {quoted(path)} --text", "or: nxm report, a page")
     else:
-        print_next(f"nxm compare {quoted(checkpoint)} {quoted(path)} --data DEV --bisect", "the block that parts")
+        command = f"nxm compare {quoted(path)} --checkpoint {quoted(checkpoint)} --data DEV --bisect"
+        print_next(command, "the block that parts")
 
 
 def _print_speed(summary: RunSummary) -> None:
     """Engines by parity and by their latency at every shape."""
     shapes = list(dict.fromkeys((timing.batch, timing.seq) for timing in summary.latency_ms.values()))
     rows = []
-    for name, report in summary.parity.items():
-        row = [name, "pass" if report.passed else "FAIL"]
+    timed = {name.rpartition(" ")[0] for name in summary.latency_ms}
+    for name in [*summary.parity, *sorted(timed - summary.parity.keys())]:
+        report = summary.parity.get(name)
+        row = [name, "not compared" if report is None else "pass" if report.passed else "FAIL"]
         for batch, sequence in shapes:
             timing = summary.latency_ms.get(f"{name} {batch}x{sequence}")
             row.append("-" if timing is None else f"{timing.median:.2f}{_times(summary, name, batch, sequence)}")
@@ -205,7 +223,7 @@ def _print_quality(summary: RunSummary) -> None:
         ("dense, FP32", score_text(summary.dense), ""),
         ("compressed, PyTorch", score_text(summary.checkpoint), _counts(summary.plan, summary.embedding)),
         (
-            "compressed, ONNX Runtime",
+            f"compressed, {summary.chosen.name if summary.chosen else 'ONNX Runtime'}",
             score_text(summary.compressed),
             f"to dense: {low:+.4f} to {high:+.4f} (paired 95 %)" if known else "no interval",
         ),
@@ -242,8 +260,10 @@ def _print_latency(summary: RunSummary) -> None:
         ratio = speedups.get((engine, timing.batch, timing.seq))
         note = speed_text(ratio.speedup, ratio.interval) if ratio else "reference"
         rows.append((engine, shape, f"{timing.median:.2f}", note))
-    columns = ("engine", "batch x seq", "median ms", "paired rounds against FP32 (95 %)")
-    print_table("latency on this CPU, interleaved", columns, rows)
+    columns = ("engine", "batch x seq", "median ms", "paired rounds against the first (95 %)")
+    print_table("latency, engines interleaved", columns, rows)
+    for line in _about_engines(summary):
+        click.echo(line)
 
 
 def _rtx_rows(summary: RunSummary) -> list[tuple[str, str]]:

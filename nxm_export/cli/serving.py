@@ -159,6 +159,7 @@ def triton(engines: tuple[str, ...], out: Path, image: str | None, json: bool, *
     files = list(manifest.files.items())
 
     def show() -> None:
+        click.echo(f"Written: {', '.join(manifest.models)} for {manifest.image}.")
         print_table(str(out), ("file", "sha256"), files)
         print_next(f"docker compose -f {quoted(out / 'compose.yaml')} up --build")
 

@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 from compressors.search.settings import SearchSettings, read_latencies
 from compressors.settings import Settings
+from nxm_export.cli import first_lines
 from nxm_export.cli.config_file import CONFIG_FILE, config_text, load_config
 from nxm_export.cli.group import command
 from nxm_export.cli.options import (
@@ -25,7 +26,9 @@ from nxm_export.cli.options import (
     SEARCH_OPTIONS,
     SEARCH_TRAINING_OPTIONS,
     TASK_OPTION,
+    TRAIN_LIMIT_OPTION,
     TRAINING_OPTIONS,
+    Backends,
     Real,
     all_option,
     columns_of,
@@ -38,7 +41,7 @@ from nxm_export.cli.output import print_next, quoted, show_result
 from nxm_export.cli.progress_bars import progress_bars
 from nxm_export.cli.run_tables import print_estimate, print_search, print_summary
 from nxm_export.cli.tables import print_facts, print_table
-from nxm_export.contract.choices import PLACEMENT, WEIGHT_STORAGE, WEIGHT_STORAGES
+from nxm_export.contract.choices import AUTO_BACKEND, BACKEND, BACKEND_NAMES, WEIGHT_STORAGE, WEIGHT_STORAGES
 from nxm_export.contract.plan import WeightSpec
 
 if TYPE_CHECKING:
@@ -75,21 +78,16 @@ class _RunOptions:
     plan_file: Path | None
     search: float | None
     weights_stored: str
+    backend: str | None
     out: Path | None
 
     def plan_choice(self, request: Request) -> PlanChoice:
         """Which plan the run is told to use."""
-        from nxm_export.pipeline.plan_choice import PlanChoice
+        from nxm_export.pipeline.plan_choice import PlanChoice, search_for
 
         if self.search is None:
             return PlanChoice(file=self.plan_file)
-        settings = SearchSettings(
-            compression=self.search,
-            embedding=request.embedding,
-            placement=request.placement or PLACEMENT,
-            seed=request.settings.seed,
-        )
-        return PlanChoice(search=settings)
+        return PlanChoice(search=search_for(request, self.search))
 
 
 @dataclass(frozen=True)
@@ -98,6 +96,7 @@ class _SearchOptions:
 
     bytes: int | None
     latency_table: Path | None
+    train_limit: int | None
     text: str | None
     text_pair: str | None
     label: str | None
@@ -109,11 +108,11 @@ class _SearchOptions:
     "nxm run --demo --dry-run",
     common=(
         *("demo", "config", "train", "dev", "out", "task", "pattern", "weight_bits", "plan_file", "search"),
-        *("recipe", "epochs", "steps", "dry_run"),
+        *("recipe", "epochs", "steps", "backend", "dry_run"),
     ),
 )
 @click.argument("model", required=False)
-@click.option("--demo", is_flag=True, help="MiniLM-L6 on rotten tomatoes, out of installed packages.")
+@click.option("--demo", is_flag=True, help="MiniLM-L6 on rotten tomatoes, out of packages.")
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
@@ -129,7 +128,7 @@ class _SearchOptions:
     "--search",
     type=Real(0, 1, min_open=True, max_open=True),
     metavar="SHARE",
-    help="Search a plan that saves this share, as in 0.875.",
+    help="Search a plan that saves this share: 0.875.",
 )
 @TRAINING_OPTIONS
 @click.option(
@@ -138,6 +137,12 @@ class _SearchOptions:
     default=WEIGHT_STORAGE,
     show_default=True,
     help="int4: graphs that can store weights of 4 bits or fewer in half a byte each do; see `nxm export`.",
+)
+@click.option(
+    "--backend",
+    type=Backends(),
+    metavar="NAME,...",
+    help=f"{AUTO_BACKEND}, or of {', '.join(BACKEND_NAMES)}: the fastest that passes is kept.  [default: {BACKEND}]",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: runs/demo with --demo]")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, in what time and size.")
@@ -160,7 +165,8 @@ def run(demo: bool, dry_run: bool, json: bool, **values: object) -> None:
         else:
             request = _request(str(options.model), data, settings_of(Settings, values))
         chosen = options.plan_choice(request)
-        request = replace(request, weights_stored=options.weights_stored, planned=chosen.given)
+        backends = tuple(options.backend.split(",")) if options.backend else ()
+        request = replace(request, weights_stored=options.weights_stored, planned=chosen.given, backends=backends)
         if dry_run:
             from nxm_export.pipeline.estimate import estimate
 
@@ -242,7 +248,8 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values
     facts = {**metrics.to_dict(), "head": head, "path": str(out)}
 
     def show() -> None:
-        print_facts("compressed", {key: value for key, value in facts.items() if value is not None})
+        click.echo(first_lines.of_compression(metrics))
+        print_facts(str(out), {key: value for key, value in facts.items() if value is not None})
         print_next(f"nxm export {quoted(out)} --target cpu --out graph")
 
     show_result(lambda: facts, json, show)
@@ -257,6 +264,7 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values
 @TASK_OPTION
 @click.option("--train", required=True, metavar="FILE", help="Training data; the search never reads dev data.")
 @LABELLED_COLUMN_OPTIONS
+@TRAIN_LIMIT_OPTION
 @SEARCH_OPTIONS
 @click.option("--latency-table", type=click.Path(path_type=Path), help="JSON: {role: {option: milliseconds}}.")
 @SEARCH_TRAINING_OPTIONS
@@ -284,10 +292,12 @@ def search(model: str, task: str, train: str, out: Path, json: bool, **values: o
             settings=settings_of(SearchSettings, values, **changes),
             training=settings_of(Settings, values),
             columns=columns_of(options.text, options.text_pair, options.label, options.label_map),
+            train_limit=options.train_limit,
             progress=progress,
         )
 
     def show() -> None:
+        click.echo(first_lines.of_search(result))
         print_search(result)
         plan = quoted(out / "plan.json")
         print_next(f"nxm run {quoted(model)} --plan {plan} --train {quoted(train)} --dev DEV --out RUN")
@@ -306,13 +316,14 @@ def pack(checkpoint: Path, out: Path, json: bool) -> None:
     """
     from nxm_export.contract.packed_checkpoint import pack as pack_checkpoint
 
-    sizes = pack_checkpoint(checkpoint, out).to_dict()
+    sizes = pack_checkpoint(checkpoint, out)
 
     def show() -> None:
-        print_table(str(out), ("what", "bytes"), list(sizes.items()))
+        click.echo(first_lines.of_packing(sizes, checkpoint))
+        print_table(str(out), ("what", "bytes"), list(sizes.to_dict().items()))
         print_next(f"nxm unpack {quoted(out)} --out DIR", "the checkpoint again, bit by bit")
 
-    show_result(lambda: sizes, json, show)
+    show_result(sizes.to_dict, json, show)
 
 
 @command("nxm unpack checkpoint.safetensors --out checkpoint", "nxm unpack mixed.safetensors --out mixed --json")
@@ -329,7 +340,7 @@ def unpack(file: Path, out: Path, json: bool) -> None:
     written = unpack_file(file, out)
 
     def show() -> None:
-        click.echo(written)
+        click.echo(f"Unpacked, bit by bit the checkpoint that was packed: {written}")
         print_next(f"nxm export {quoted(written)} --out DIR", "its ONNX graph")
 
     show_result(lambda: {"path": str(written)}, json, show)

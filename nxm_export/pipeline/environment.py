@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
+from nxm_export.errors import EngineUnavailable
+
 # The smallest extra that brings a module of somebody else's.
 _EXTRAS = {
     "train": ("torch", "transformers", "accelerate", "sklearn", "scipy", "huggingface_hub"),
@@ -22,6 +24,12 @@ _EXTRAS = {
     "serve": ("starlette", "uvicorn", "httptools", "prometheus_client"),
     "parquet": ("pyarrow",),
     "report": ("jinja2", "markupsafe", "matplotlib"),
+}
+# What a backend needs, and the extra that brings it.
+_PACKAGES = {
+    "ort": (("onnxruntime", "onnx", "onnx-ir"), "ort"),
+    "openvino": (("openvino", "onnx", "onnx-ir"), "openvino"),
+    "trt_rtx": (("tensorrt-rtx-cu13", "polygraphy"), "trt-rtx"),
 }
 _NEED_311 = ("train", "export")  # as their markers in pyproject.toml say
 
@@ -89,10 +97,10 @@ def report() -> MachineReport:
         compress=_needs(("torch", "transformers", "accelerate", "scikit-learn"), "train"),
         export=_needs(("torch", "transformers", "onnx", "onnxscript", "onnx-ir"), "export"),
         backends={
-            "ort": _needs(("onnxruntime", "onnx", "onnx-ir"), "ort"),
-            "openvino": _needs(("openvino", "onnx", "onnx-ir"), "openvino"),
-            "trt": _trt(),
-            "trt_rtx": _needs(("tensorrt-rtx-cu13", "polygraphy"), "trt-rtx") + _rtx_note(),
+            "ort": _needs(*_PACKAGES["ort"]),
+            "openvino": _needs(*_PACKAGES["openvino"]),
+            "trt": _missing_of_trt() or "ready",
+            "trt_rtx": _needs(*_PACKAGES["trt_rtx"]) + _rtx_note(),
             "cusparselt": _cusparselt(),
         },
         serve=_needs(("starlette", "uvicorn", "httptools", "prometheus-client"), "serve"),
@@ -106,11 +114,26 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def missing_for(backend: str) -> str | None:
+    """What is missing before engines of a backend run here, with what to install; None where nothing is."""
+    if backend == "trt":
+        return _missing_of_trt()
+    if backend == "cusparselt":
+        from engines.cusparselt.machine import what_is_missing
+
+        return what_is_missing()
+    absent = _absent(*_PACKAGES[backend])
+    return _missing_of_rtx() if absent is None and backend == "trt_rtx" else absent
+
+
 def _needs(distributions: tuple[str, ...], extra: str) -> str:
+    ready = "ready: " + ", ".join(f"{name} {_version(name)}" for name in distributions)
+    return _absent(distributions, extra) or ready
+
+
+def _absent(distributions: tuple[str, ...], extra: str) -> str | None:
     missing = [name for name in distributions if _version(name) is None]
-    if missing:
-        return f"missing {', '.join(missing)}: {install_advice(extra)}"
-    return "ready: " + ", ".join(f"{name} {_version(name)}" for name in distributions)
+    return f"missing {', '.join(missing)}: {install_advice(extra)}" if missing else None
 
 
 def _gpu() -> str:
@@ -122,7 +145,7 @@ def _gpu() -> str:
     return "; ".join(answer.stdout.strip().splitlines()) or f"nvidia-smi failed: {answer.stderr.strip()[:200]}"
 
 
-def _trt() -> str:
+def _missing_of_trt() -> str | None:
     """TensorRT comes under many distribution names and from system packages, so it is found by its module."""
     if find_spec("tensorrt") is None:
         return "missing TensorRT: docs/tensorrt.md says which one fits your driver"
@@ -130,7 +153,22 @@ def _trt() -> str:
         return "TensorRT is here; to build, pip install 'nxm-export[trt]'"
     if shutil.which("nvidia-smi") is None:
         return "installed, and neither builds nor runs without an NVIDIA GPU"
-    return "ready"
+    return None
+
+
+def _missing_of_rtx() -> str | None:
+    """What its engines need beside packages: a GPU of a kind that it runs on."""
+    from engines.tensorrt.cuda_driver import device_facts
+    from engines.tensorrt.rtx_backend import COMPUTE_CAPABILITIES
+
+    try:
+        capability = device_facts()["compute_capability"]
+    except EngineUnavailable as error:
+        return str(error)
+    runs_on = [f"{major}.{minor}" for major, minor in COMPUTE_CAPABILITIES]
+    if capability in runs_on:
+        return None
+    return f"TensorRT-RTX runs on compute capability {', '.join(runs_on)}, and this GPU has {capability}"
 
 
 def _cusparselt() -> str:

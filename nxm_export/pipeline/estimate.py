@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 from nxm_export.contract.choices import INT4_BITS
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.contract.quantizer_placement import placement_of, residual_output_weights
-from nxm_export.contract.token_budget import DEFAULT_MAX_LENGTH
 from nxm_export.data.label_kinds import classes_of, labelled, load_labelled, read_by_model
 from nxm_export.data.scorable import require_scorable_examples
+from nxm_export.errors import notice
 from nxm_export.pipeline.plan_choice import PlanChoice, first_plan
+from nxm_export.pipeline.run_engines import engines_of, graphs_of, run_backends
+from nxm_export.pipeline.summary import kind_of
 
 if TYPE_CHECKING:
     from compressors.models import ModelSource
@@ -33,7 +35,6 @@ _SOLVER_PASSES = 6.0  # over the calibration samples, the solving included
 _SEARCH_SHARE = 0.1  # of a compression run, by which its number of samples is chosen
 _SCORED = 2  # the dense and the compressed model, on the held-out samples
 _WORDS_TO_TOKENS = 1.35  # of English under a BERT vocabulary
-_GRAPHS = 4  # exported, built and compared
 _SECONDS_PER_GRAPH = 12.0  # tracing, mostly
 _PASSES = 4  # over the held-out data for every compared engine: itself and the reference, which runs in float64
 
@@ -45,7 +46,8 @@ class RunEstimate:
     `dense_steps` is 0 where the model has a head for the task already. `search_seconds` are of a search for the plan,
     which then is not known: `plan` and `compression` are those of the request. `prepare_seconds` are of calibration,
     of what INT8 outputs cost, and of masks that are found before the first step. `other_seconds` are of export, build,
-    comparison and timing. Seconds are good to a factor of two.
+    comparison and timing. Seconds are good to a factor of two. `engines` are those that it would build, by name.
+    `max_length` is the longest input in tokens; longer texts are cut.
     """
 
     train_samples: int
@@ -63,6 +65,8 @@ class RunEstimate:
     onnx_bytes: int
     prepare_seconds: float
     search_seconds: float
+    engines: tuple[str, ...]
+    max_length: int
 
     def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
@@ -75,15 +79,22 @@ def estimate(request: Request, choice: PlanChoice = PlanChoice()) -> RunEstimate
     Data is read and the plan made, so that their mistakes show here. Seconds come from a matrix product timed on this
     machine.
     """
-    from compressors.models import resolve
+    from compressors.models import cut_notice, load_tokenizer, max_length, resolve
     from nxm_export.contract.tasks import task_named
 
+    backends = run_backends(request.backends)
     source = resolve(request.model, request.revision)
     plan = first_plan(request, source, choice.file)
+    graphs = graphs_of(backends, kind_of(plan))
+    engines = engines_of(backends, kind_of(plan), [*graphs])
     task = task_named(request.task)
     texts, dev_samples, fits = _data(request, source, task)
+    tokenizer = load_tokenizer(source)
+    if (cut := cut_notice(source, tokenizer, task, request.settings.max_length)) is not None:
+        notice(cut)
+    longest = max_length(source, tokenizer, task, request.settings.max_length)
     settings, count = request.settings, min(len(texts), request.train_limit or len(texts))
-    tokens = min(settings.max_length or DEFAULT_MAX_LENGTH, _mean_words(texts) * _WORDS_TO_TOKENS + 2)
+    tokens = min(longest, _mean_words(texts) * _WORDS_TO_TOKENS + 2)
     flops_per_sample = tokens * 2 * sum(out * in_ for out, in_ in plan.shapes.values())
     speed = _flops()
     step = settings.batch_size * flops_per_sample * 3 / speed  # forward once, backward twice
@@ -102,12 +113,16 @@ def estimate(request: Request, choice: PlanChoice = PlanChoice()) -> RunEstimate
         dense_seconds=round(dense_steps * step, 1),
         steps=steps,
         seconds=round(seconds, 1),
-        other_seconds=round(_GRAPHS * _SECONDS_PER_GRAPH + (_GRAPHS * _PASSES + _SCORED) * dev_samples * forward, 1),
+        other_seconds=round(
+            len(graphs) * _SECONDS_PER_GRAPH + (len(engines) * _PASSES + _SCORED) * dev_samples * forward, 1
+        ),
         checkpoint_bytes=2 * weights,
         fp32_onnx_bytes=weights,
         onnx_bytes=weights - saved_bytes(plan, source, request.weights_stored),
         prepare_seconds=round(forward * passes_before_training(settings, plan, count), 1),
         search_seconds=round(_SEARCH_SHARE * seconds, 1) if choice.search is not None else 0.0,
+        engines=tuple(engine.name for engine in engines),
+        max_length=longest,
     )
 
 

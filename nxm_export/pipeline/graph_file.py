@@ -27,7 +27,17 @@ def onnx_file(graph: str | Path) -> Path:
     if not path.is_dir():
         return path
     if not (path / GRAPH_FILE).is_file():
-        raise ArtifactError(f"{path} has no {GRAPH_FILE}: it is not a graph directory; make one with `nxm export`")
+        raise ArtifactError(f"{path} has no {GRAPH_FILE}: it is not a graph directory; {_way_out(path)}")
     if not is_graph_directory(path):
         raise ArtifactError(f"{path} is an engine directory; give the graph that it was built from")
     return path / GRAPH_FILE
+
+
+def _way_out(path: Path) -> str:
+    """How to get the graph of a directory that holds something else."""
+    if (path / "config.json").is_file():
+        return f"it is a model: `nxm export {path} --out GRAPH` makes its graph"
+    graphs = sorted(graph.parent for graph in path.glob(f"onnx/*/{GRAPH_FILE}"))
+    if graphs:
+        return f"it is a run: give one of its graphs, {', '.join(map(str, graphs))}"
+    return "make one with `nxm export`"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nxm_export.contract.choices import PLACEMENT
 from nxm_export.contract.plan import CompressionPlan
 
 if TYPE_CHECKING:
@@ -35,3 +36,16 @@ def first_plan(request: Request, source: ModelSource, file: CompressionPlan | st
     plan = file if isinstance(file, CompressionPlan) else CompressionPlan.load(file)
     plan.require_fits(source.family.model_type, source.family.weights(source.config))
     return plan
+
+
+def search_for(request: Request, compression: float) -> SearchSettings:
+    """The search of a plan that saves this share of the matrices' bits, with the places, table and seed of the
+    request."""
+    from compressors.search.settings import SearchSettings
+
+    return SearchSettings(
+        compression=compression,
+        embedding=request.embedding,
+        placement=request.placement or PLACEMENT,
+        seed=request.settings.seed,
+    )

@@ -2,7 +2,7 @@
 
 ::
 
-    RUN/dense  ->  RUN/checkpoint  ->  RUN/onnx/*  ->  RUN/engines/*  ->  RUN/compare/*, RUN/bench  ->  RUN/summary
+    RUN/dense -> RUN/checkpoint -> RUN/onnx/* -> RUN/engines/* -> RUN/compare/*, RUN/bench, RUN/choice -> RUN/summary
 
 A stage whose inputs, options and outputs are unchanged is skipped (see `nxm_export.storage.run_dir`). Every number of
 the summary is read back from the file of the stage that measured it.
@@ -10,11 +10,8 @@ the summary is read back from the file of the stage that measured it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -22,21 +19,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nxm_export.contract.checkpoint import open_checkpoint, read_config, task_at
-from nxm_export.contract.choices import BENCH_SHAPES, INT4_BITS, PLACEMENT, STORAGE, WEIGHT_STORAGE, WEIGHT_STORAGES
+from nxm_export.contract.choices import INT4_BITS, PLACEMENT, STORAGE, WEIGHT_STORAGE, WEIGHT_STORAGES
 from nxm_export.contract.families import family_of
-from nxm_export.contract.io_spec import IOSpec, load_spec
+from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.quantizer_placement import placement_of
 from nxm_export.contract.records.run_summary import DIRECTORY as SUMMARY_DIRECTORY
 from nxm_export.contract.records.run_summary import SUMMARY_FILE, RunSummary, read_summary
 from nxm_export.contract.tasks import task_named
 from nxm_export.contract.token_budget import DEFAULT_MAX_LENGTH
-from nxm_export.data.examples import Columns, Features
-from nxm_export.errors import DataError, EngineError, EngineUnavailable, PlanError, notice
+from nxm_export.data.examples import Columns
+from nxm_export.errors import DataError, EngineUnavailable, PlanError, notice
 from nxm_export.pipeline.engine_commands import features_of
+from nxm_export.pipeline.engine_stages import bench_built, build_engines, choose_engine, compare_built, drop_others
 from nxm_export.pipeline.estimate import saved_bytes
 from nxm_export.pipeline.plan_choice import PlanChoice, first_plan
-from nxm_export.pipeline.summary import BuildResults, kind_of, summarize
+from nxm_export.pipeline.run_engines import RunBackends, RunGraph, engines_of, graphs_of, run_backends
+from nxm_export.pipeline.summary import kind_of, summarize
 from nxm_export.progress import Progress, silent
 from nxm_export.storage.atomic import require_apart, require_replaceable, write_atomic
 from nxm_export.storage.disk_space import require_space, written_in
@@ -48,22 +47,6 @@ if TYPE_CHECKING:
     from compressors.settings import Settings
     from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics
 
-ROUNDS = 20
-# graph directory -> (source, target, placement); the dense model's float graph is what INT8 is compared with
-_GRAPHS = {
-    "dense": ("dense", "cpu", None),
-    "cpu": ("checkpoint", "cpu", "inputs"),
-    "cpu-outputs": ("checkpoint", "cpu", "inputs-outputs"),
-    "trt": ("checkpoint", "trt", None),
-}
-# engine directory -> (graph, backend); {} is int8, or sparse where a plan leaves all weights in float
-_ENGINES = {
-    "ort-cpu-fp32": ("dense", "ort"),
-    "ort-cpu-{}": ("cpu", "ort"),
-    "ort-cpu-{}-outputs": ("cpu-outputs", "ort"),
-    "trt_rtx-fp16-{}": ("trt", "trt_rtx"),
-}
-_ON_A_GPU = {"cusparselt-fp16-{}": ("trt", "cusparselt")}  # where nothing that it needs is missing
 _NEEDED = ("torch", "transformers", "accelerate", "sklearn", "scipy", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
@@ -73,7 +56,8 @@ class Request:
 
     `placement` None is ``inputs-outputs``, or ``inputs`` where weights are not quantized. `weights_stored` is that of
     the graphs, where their target can have it. `planned`: the plan comes from elsewhere, and `spec` is not used
-    (`PlanChoice`). Raises `PlanError` for a placement or residual that only quantized
+    (`PlanChoice`). `backends` are those whose engines are built and of which the fastest is kept (see
+    `nxm_export.pipeline.run_engines.run_backends`). Raises `PlanError` for a placement or residual that only quantized
     weights can have, where they are not, and for weights stored as INT4 that have more bits.
     """
 
@@ -92,6 +76,7 @@ class Request:
     train_limit: int | None = None
     weights_stored: str = WEIGHT_STORAGE
     planned: bool = False
+    backends: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.weights_stored not in WEIGHT_STORAGES:
@@ -150,24 +135,29 @@ def run(
         raise EngineUnavailable(f"`nxm run` needs {', '.join(absent)}; pip install 'nxm-export[all]'")
     from compressors.models import resolve
 
+    backends = run_backends(request.backends)
     directory = RunDir(out)
     with directory.lock():
         source = resolve(request.model, request.revision)
         require_apart(directory.root, source.path)
         plan = first_plan(request, source, choice.file)
-        _require_space(directory.root, source, plan)
+        _require_space(directory.root, source, plan, backends)
         _say(_head_notice(request, source))
         _finetune(directory, request, source.path, progress)
         if choice.search is not None:
             plan = _search(directory, request, choice.search, progress)
         _compress(directory, request, plan, progress)
         plan = open_checkpoint(directory.path("checkpoint")).plan  # outputs that cost too much are no longer in it
-        graphs = _export(directory, request, plan, progress)
-        built = _build(directory, graphs, plan, progress)
+        graphs = _export(directory, request, plan, graphs_of(backends, kind_of(plan)), progress)
+        engines = engines_of(backends, kind_of(plan), graphs)
+        drop_others(directory, engines, graphs)
+        built = build_engines(directory, engines, progress)
         features = features_of(directory.path("onnx", "cpu"), request.dev, request.columns)
-        built = _compare(directory, built, features, progress)
-        _bench(directory, built.graphs, progress)
-        summary = summarize(directory, plan, graphs, built)
+        built = compare_built(directory, engines, built, features, progress)
+        running = [engine for engine in engines if engine.name in built.graphs and engine.name not in built.missing]
+        bench_built(directory, running, progress)
+        chosen = choose_engine(directory, engines, built, backends)
+        summary = summarize(directory, plan, graphs, built, chosen)
         directory.stage(
             "summary",
             SUMMARY_DIRECTORY,
@@ -247,11 +237,14 @@ def _say(text: str | None) -> None:
         notice(text)
 
 
-def _require_space(root: Path, source: ModelSource, plan: CompressionPlan) -> None:
+def _require_space(root: Path, source: ModelSource, plan: CompressionPlan, backends: RunBackends) -> None:
     """Raise `ArtifactError` where the disk has no room for what a run keeps: two models, its graphs and its engines."""
     weights = sum(file.stat().st_size for file in source.path.glob("*.safetensors"))
-    graph = weights - saved_bytes(plan, source, WEIGHT_STORAGE)  # that of trt may have INT8
-    needed = 4 * weights + 4 * graph  # dense and compressed, the dense graph and engine; two graphs and their engines
+    compressed = weights - saved_bytes(plan, source, WEIGHT_STORAGE)  # that of trt may have INT8
+    graphs = graphs_of(backends, kind_of(plan))
+    files = [*graphs, *(engine.graph for engine in engines_of(backends, kind_of(plan), [*graphs]))]
+    sizes = [weights if graphs[name].source == "dense" else compressed for name in files]
+    needed = 2 * weights + sum(sizes)  # the dense model and the checkpoint
     require_space(root, needed - written_in(root), "a run, with its models, graphs and engines,")
 
 
@@ -271,6 +264,7 @@ def _search(directory: RunDir, request: Request, settings: SearchSettings, progr
             settings=settings,
             training=training,
             columns=request.columns,
+            train_limit=request.train_limit,
             work_dir=directory.path("work", "search"),
             progress=progress,
         )
@@ -379,18 +373,26 @@ def _into(scratch: Path, work: Callable[[Path], object]) -> None:
     (scratch / "result").rmdir()
 
 
-def _export(directory: RunDir, request: Request, plan: CompressionPlan, progress: Progress) -> list[str]:
+def _export(
+    directory: RunDir,
+    request: Request,
+    plan: CompressionPlan,
+    graphs: Mapping[str, RunGraph],
+    progress: Progress,
+) -> list[str]:
     """Export every graph of the run that the plan allows; returns their names."""
     from nxm_export.graph.exporter import export, target_named
     from nxm_export.graph.int4_storage import int4_weights
 
     made = []
-    for number, (name, (source, target, placement)) in enumerate(_GRAPHS.items()):
+    for number, (name, graph) in enumerate(graphs.items()):
+        source, target, placement = graph.source, graph.target, graph.placement
         if placement == "inputs-outputs" and placement_of(plan) in ("float", "inputs", "products"):
             continue
         placed = placement or (placement_of(plan) if source == "checkpoint" else None)
-        progress("export", number, len(_GRAPHS))
-        stored = request.weights_stored if source == "checkpoint" else WEIGHT_STORAGE
+        progress("export", number, len(graphs))
+        integers = source == "checkpoint" and placement != "float"
+        stored = request.weights_stored if integers else WEIGHT_STORAGE
         if stored == "int4" and not int4_weights(plan, target_named(target).int4):
             notice(f"onnx/{name} keeps its weights in INT8: target {target} takes none of this plan's as INT4")
             stored = WEIGHT_STORAGE
@@ -413,93 +415,5 @@ def _export(directory: RunDir, request: Request, plan: CompressionPlan, progress
             options=options,
         )
         made.append(name)
-    progress("export", len(_GRAPHS), len(_GRAPHS))
+    progress("export", len(graphs), len(graphs))
     return made
-
-
-def _build(directory: RunDir, graphs: Sequence[str], plan: CompressionPlan, progress: Progress) -> BuildResults:
-    """Build every engine of the run that this machine can build."""
-    from engines.base import backend
-    from engines.cusparselt.machine import what_is_missing
-    from engines.sparsity.build_evidence import LOG_FILE
-
-    kind = kind_of(plan)
-    engines = _ENGINES if what_is_missing() is not None else {**_ENGINES, **_ON_A_GPU}
-    made: dict[str, str] = {}
-    missing: dict[str, str] = {}
-    failed: dict[str, str] = {}
-    for number, (template, (graph, runtime)) in enumerate(engines.items()):
-        if graph not in graphs:
-            continue
-        name = template.format(kind)
-        progress("build", number, len(engines))
-        try:
-            directory.stage(
-                f"build {name}",
-                f"engines/{name}",
-                partial(backend(runtime).build, directory.path("onnx", graph, "model.onnx")),
-                inputs={"onnx": directory.path("onnx", graph)},
-                options={"backend": runtime},
-                kept_log=LOG_FILE,
-            )
-            made[name] = graph
-        except EngineUnavailable as error:
-            missing[name] = str(error)
-        except EngineError as error:
-            if runtime == "ort":  # without which there is nothing to show
-                raise
-            failed[name] = str(error)
-    progress("build", len(engines), len(engines))
-    return BuildResults(made, missing, failed)
-
-
-def _compare(directory: RunDir, built: BuildResults, features: Sequence[Features], progress: Progress) -> BuildResults:
-    """Compare every engine with its checkpoint; what cannot run here is `missing` in what is returned."""
-    from engines.parity.compare import OUTPUTS_FILE, compare
-    from engines.parity.reports import PARITY_FILE
-
-    samples = hashlib.sha256(json.dumps(features).encode()).hexdigest()
-    missing = dict(built.missing)
-    for number, (name, graph) in enumerate(built.graphs.items()):
-        progress("compare", number, len(built.graphs))
-        source, engine = _GRAPHS[graph][0], directory.path("engines", name)
-
-        def work(scratch: Path, source: str = source, engine: Path = engine) -> None:
-            compare(directory.path(source), engine, features)
-            for file in (PARITY_FILE, OUTPUTS_FILE):
-                shutil.copyfile(engine / file, scratch / file)
-
-        try:
-            directory.stage(
-                f"compare {name}",
-                f"compare/{name}",
-                work,
-                inputs={source: directory.path(source), "passport": engine / "passport.json"},
-                options={"samples": samples},
-            )
-        except EngineUnavailable as error:
-            missing[name] = f"built, not run: {error}"
-    progress("compare", len(built.graphs), len(built.graphs))
-    return replace(built, missing=missing)
-
-
-def _bench(directory: RunDir, engines: Iterable[str], progress: Progress) -> None:
-    from engines.base import module_command
-
-    names = [name for name in engines if name.startswith("ort-")]
-    limit = load_spec(directory.path("onnx", "cpu")).max_length
-    shapes = list(dict.fromkeys((batch, min(sequence, limit)) for batch, sequence in BENCH_SHAPES))
-
-    def work(scratch: Path) -> None:
-        progress("bench", 0, 1)
-        # In a process of its own: the thread pool that training left behind would slow the engines down.
-        arguments = ["bench", *(str(directory.path("engines", name)) for name in names), f"--rounds={ROUNDS}", "--json"]
-        arguments += [f"--shape={batch}x{sequence}" for batch, sequence in shapes]
-        child = subprocess.run(module_command("nxm_export", *arguments), capture_output=True, text=True, check=False)
-        if child.returncode:
-            raise EngineError(f"timing the engines failed: {child.stderr.strip()}")
-        (scratch / "latency.json").write_text(child.stdout, encoding="utf-8")
-        progress("bench", 1, 1)
-
-    inputs = {name: directory.path("engines", name, "passport.json") for name in names}
-    directory.stage("bench", "bench", work, inputs=inputs, options={"shapes": shapes, "rounds": ROUNDS})

@@ -13,6 +13,7 @@ from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, DenseMetrics, finite, read_metrics_of
 from nxm_export.contract.records.run_summary import (
+    ChosenEngine,
     EngineParity,
     Likeness,
     RtxBuild,
@@ -22,6 +23,7 @@ from nxm_export.contract.records.run_summary import (
     TrainingFacts,
 )
 from nxm_export.contract.tasks import TASKS
+from nxm_export.pipeline.run_engines import AHEAD_OF_TIME, QUANTIZED, YARDSTICK
 from nxm_export.storage.json_files import convert
 from nxm_export.storage.run_dir import RunDir
 
@@ -29,40 +31,45 @@ if TYPE_CHECKING:
     from engines.benchmark.latency import BenchReport
     from engines.parity.reports import ParityReport
 
+BENCH_FILE = "latency.json"  # in bench/: of engines on the CPU; beside it one of each backend on a GPU
+
 
 def kind_of(plan: CompressionPlan) -> str:
     """What the engines of the plan are called: ``int8``, or ``sparse`` where it leaves all weights in float."""
-    return "int8" if any(spec.weight_bits for spec in plan.weights.values()) else "sparse"
+    return QUANTIZED if any(spec.weight_bits for spec in plan.weights.values()) else "sparse"
 
 
 @dataclass(frozen=True)
 class BuildResults:
     """What became of the engines of a run: `graphs` holds the graph of each that was built, `missing` why others cannot
-    be built or run here, `failed` why others could not be built."""
+    be built or run here, `failed` why others could not be built, `compared` which were compared with their
+    checkpoint."""
 
     graphs: Mapping[str, str]
     missing: Mapping[str, str]
     failed: Mapping[str, str]
+    compared: tuple[str, ...] = ()
 
 
-def summarize(directory: RunDir, plan: CompressionPlan, graphs: Sequence[str], engines: BuildResults) -> RunSummary:
+def summarize(
+    directory: RunDir, plan: CompressionPlan, graphs: Sequence[str], engines: BuildResults, chosen: ChosenEngine
+) -> RunSummary:
     """The numbers of the run; paths are relative to it."""
     from engines.benchmark.latency import read_bench_report
     from engines.parity.reports import PARITY_FILE, read_parity_report
 
     dense = read_metrics_of(DenseMetrics, directory.path("dense"))
     compressed = read_metrics_of(CompressionMetrics, directory.path("checkpoint"))
-    latency = read_bench_report(directory.path("bench", "latency.json"))
-    compared = [name for name in engines.graphs if name not in engines.missing]
-    reports = {name: read_parity_report(directory.path("compare", name, PARITY_FILE)) for name in compared}
-    main, reference = f"ort-cpu-{kind_of(plan)}", "ort-cpu-fp32"
-    interval, likeness = _against_dense(directory, dense.metric, main, reference)
-    rtx = next((name for name in engines.graphs if name.startswith("trt_rtx")), None)
+    files = sorted(directory.path("bench").glob("*.json"), key=lambda file: file.name != BENCH_FILE)
+    benches = {file.stem: read_bench_report(file) for file in files}
+    reports = {name: read_parity_report(directory.path("compare", name, PARITY_FILE)) for name in engines.compared}
+    interval, likeness = _against_dense(directory, dense.metric, chosen.name, YARDSTICK)
+    rtx = next((name for name in engines.graphs if name == f"{AHEAD_OF_TIME}-fp16-{kind_of(plan)}"), None)
     return RunSummary(
         metric=dense.metric,
         dev_samples=dense.dev_samples,
         dense=dense.value,
-        compressed=reports[main].engine_value,
+        compressed=reports[chosen.name].engine_value,
         difference_interval=interval,
         cosine_to_dense=likeness,
         checkpoint=compressed.value,
@@ -70,19 +77,21 @@ def summarize(directory: RunDir, plan: CompressionPlan, graphs: Sequence[str], e
         plan=plan.pattern_counts,
         embedding=plan.embedding,
         parity={name: _parity(report) for name, report in reports.items()},
-        latency_ms=_latency(latency),
-        speedup=_speedup(latency),
+        latency_ms={name: timing for bench in benches.values() for name, timing in _latency(bench).items()},
+        speedup=tuple(ratio for bench in benches.values() for ratio in _speedup(bench)),
         onnx_bytes={name: directory.path("onnx", name, "model.onnx").stat().st_size for name in graphs},
         trt_rtx=_rtx_build(directory.path("engines", rtx)) if rtx else None,
         missing=dict(engines.missing),
         failed=dict(engines.failed),
+        chosen=chosen,
+        sparse_verdicts={backend: bench.verdict for backend, bench in benches.items() if bench.verdict},
         training=_training(compressed),
         artifacts={
             "dense": "dense",
             "checkpoint": "checkpoint",
             **{f"onnx {name}": f"onnx/{name}/model.onnx" for name in graphs},
             **{f"engine {name}": f"engines/{name}" for name in engines.graphs},
-            **{f"parity {name}": f"compare/{name}/{PARITY_FILE}" for name in compared},
+            **{f"parity {name}": f"compare/{name}/{PARITY_FILE}" for name in engines.compared},
         },
     )
 
@@ -139,7 +148,9 @@ def _worst(values: Sequence[float | None], choose: Callable[[Sequence[float]], f
 
 def _latency(report: BenchReport) -> dict[str, ShapeLatency]:
     return {
-        f"{timing.name} {timing.batch}x{timing.sequence}": ShapeLatency(timing.batch, timing.sequence, timing.median)
+        f"{timing.name} {timing.batch}x{timing.sequence}": ShapeLatency(
+            timing.batch, timing.sequence, timing.median, timing.quartiles
+        )
         for timing in report.timings
     }
 

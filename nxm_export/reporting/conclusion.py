@@ -90,11 +90,14 @@ def _why_not_served(run: Run, engine: EngineEntry, answers: dict[str, Verdict]) 
 
 
 def _parity(engine: EngineEntry) -> Clause:
+    name: Clause = (Code(engine.name),)
+    if engine.passport is not None:
+        name = (*name, f" (backend {engine.passport.content.backend})")
     if engine.parity is None:
-        return (Code(engine.name), " was not compared with its checkpoint")
+        return (*name, " was not compared with its checkpoint")
     if engine.parts_in or not engine.parity.content.passed:
-        return (Code(engine.name), " does not compute what its checkpoint computes")
-    return (Code(engine.name), " computes what its checkpoint computes, within the measured tolerance")
+        return (*name, " does not compute what its checkpoint computes")
+    return (*name, " computes what its checkpoint computes, within the measured tolerance")
 
 
 def _accuracy(run: Run, verdict: Verdict) -> Clause:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from nxm_export.contract.block_ranges import ranges
 from nxm_export.contract.plan import NMPattern
 from nxm_export.errors import PlanError
 from nxm_export.reporting.figures import Figure
@@ -29,7 +30,7 @@ def matrix_tables(run: Run) -> Iterator[PageTable]:
             f"{_TITLE}; equal rows of several blocks as one",
             ("matrix", "#blocks", *columns[1:]),
             [
-                (head, _ranges(matrix.block for matrix in rows), *cells)
+                (head, ranges((m.block for m in rows if m.block is not None), ", ") or "-", *cells)
                 for name, rows in groups
                 for head, *cells in [_row(run, rows, name)]
             ],
@@ -52,18 +53,6 @@ def _equal_rows(run: Run) -> list[tuple[str, list[Matrix]]]:
         key = (name, *map(str, (matrix.shape, matrix.spec, dict(matrix.stored), dict(matrix.pattern))))
         groups.setdefault((*key, *_kernels(run, matrix), *matrix.problems), []).append(matrix)
     return [(rows[0].name if len(rows) == 1 else key[0], rows) for key, rows in groups.items()]
-
-
-def _ranges(blocks: Iterator[int | None]) -> str:
-    """Block numbers as in ``0-3, 5``."""
-    numbers = sorted({block for block in blocks if block is not None})
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and spans[-1][1] == number - 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans) or "-"
 
 
 def _columns(run: Run) -> tuple[str, ...]:

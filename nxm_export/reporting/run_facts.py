@@ -194,8 +194,11 @@ def read_engine_directory(directory: Path) -> Run:
     files = Files(directory, {})
     engine = read_engine(files, directory.resolve().name, "", [""])
     if engine.passport is None:
-        reason = files.doubts[0] if files.doubts else f"it has no {PASSPORT} and no {MANIFEST}"
-        raise ArtifactError(f"{directory} is neither an engine directory nor a run: {reason}")
+        reason = files.doubts[0] if files.doubts else f"it has no {PASSPORT}, no {PLAN_FILE} and no {MANIFEST}"
+        raise ArtifactError(
+            f"{directory} is neither a run, a compressed checkpoint nor an engine directory: {reason}; dense models "
+            "and graphs have no card: `nxm compress` and `nxm build` make what has one"
+        )
     spec = _spec(files, "")
     return Run(
         root=directory,

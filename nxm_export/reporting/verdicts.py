@@ -55,7 +55,11 @@ def verdicts(run: Run) -> list[Verdict]:
 
 
 def main_engine(run: Run) -> EngineEntry | None:
-    """The compressed engine that the summary's numbers are about: the first one of ONNX Runtime with a plan."""
+    """The compressed engine that the summary's numbers are about; without a summary the first one of ONNX Runtime with
+    a plan."""
+    chosen = run.summary.content.chosen if run.summary else None
+    if chosen is not None:
+        return next((engine for engine in run.engines if engine.name == chosen.name), None)
     engines = [engine for engine in run.engines if engine.passport and engine.passport.content.plan]
     exact = [engine for engine in engines if engine.name in ("ort-cpu-int8", "ort-cpu-sparse")]
     return next(iter([*exact, *engines]), None)
@@ -202,6 +206,8 @@ def _speed(run: Run) -> Verdict:
     if engine is None or not measured:
         return Verdict("speed", title, ABSENT, "not timed", note="No engine of this run was timed against another.")
     rows = tuple(VerdictRow(f"batch {ratio.batch} x {ratio.sequence} tokens", ratio.pieces) for ratio in measured)
+    if chosen := run.summary.content.chosen if run.summary else None:
+        rows = (*rows, VerdictRow(f"backend {chosen.backend} was kept", (chosen.why,)))
     state, word = _word_of_speed([ratio.interval for ratio in measured])
     slowest = min(measured, key=lambda ratio: ratio.speedup.number or 0.0)
     shape = f"{slowest.batch}x{slowest.sequence}"

@@ -11,6 +11,7 @@ directory itself, so it ends with its process, however that ends. On file system
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -130,6 +131,17 @@ class RunDir:
             self.manifest = replace(self.manifest, stages={**self.manifest.stages, name: record})
             write_atomic(self._manifest_file, encode(self.manifest, SCHEMA))
         return True
+
+    def drop(self, name: str, output: str) -> None:
+        """Forget a stage of an earlier run into this directory, and remove ``root/output``."""
+        with self.lock():
+            if name not in self.manifest.stages:
+                return
+            # First what it wrote: a process that is killed in between leaves a stage without its outputs.
+            shutil.rmtree(self.root / output, ignore_errors=True)
+            kept = {stage: record for stage, record in self.manifest.stages.items() if stage != name}
+            self.manifest = replace(self.manifest, stages=kept)
+            write_atomic(self._manifest_file, encode(self.manifest, SCHEMA))
 
     @property
     def _manifest_file(self) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from compressors.models import load_model, load_tokenizer, max_length, resolve
+from compressors.models import cut_notice, load_model, load_tokenizer, max_length, resolve
 from compressors.settings import Settings
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.contract.tasks import task_named
@@ -85,6 +85,13 @@ def test_inputs_are_512_tokens_long_unless_somebody_asks_for_more(
     tokenizer = load_tokenizer(source)
     tokenizer.model_max_length = tokenizers
     assert max_length(source, tokenizer, task_named(task), requested) == expected
+    told = cut_notice(source, tokenizer, task_named(task), requested)
+    possible = min(positions, tokenizers)
+    if requested is None and made_for is None and possible > 512:
+        assert told is not None
+        assert f"give --max-length {possible} " in told
+    else:
+        assert told is None, "nothing is lost, or somebody chose it"
 
 
 @pytest.mark.parametrize(("length", "expected"), [(64, None), (512, None), (2048, 2048)])

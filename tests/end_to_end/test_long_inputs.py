@@ -107,7 +107,7 @@ def test_a_document_of_4096_tokens_is_exported_built_compared_predicted_and_serv
 
     engine = tmp_path / "engine"
     nxm("build", tmp_path / "graph", "--backend", backend, "--out", engine)
-    (report,) = json.loads(nxm("compare", model, engine, f"--data={data}", "--json"))
+    (report,) = json.loads(nxm("compare", engine, f"--checkpoint={model}", f"--data={data}", "--json"))
     probes = {probe["name"]: probe["passed"] for probe in report["probes"]}
     assert report["passed"] is True
     assert set(probes.values()) == {True}

@@ -183,7 +183,9 @@ class TestOneCandidateAQuery:
     ) -> None:
         checkpoint = tiny_checkpoint("bert", task="reranking")
         build_engine(export(checkpoint, tmp_path / "graph").path, tmp_path / "engine", "ort")
-        result = CliRunner().invoke(main, ["compare", str(checkpoint), str(tmp_path / "engine"), "--data", str(single)])
+        result = CliRunner().invoke(
+            main, ["compare", str(tmp_path / "engine"), f"--checkpoint={checkpoint}", "--data", str(single)]
+        )
         assert result.exit_code == 1, result.output
         assert "no query has two candidates of different relevance" in result.stderr
         assert not (tmp_path / "engine" / "parity.json").exists()

@@ -113,7 +113,10 @@ def measure(scratch: Path, sizes: _Sizes, *, smoke: bool) -> Found:
         engine = scratch / f"engine-{name}"
         nxm(f"{name}: build", "build", scratch / "graph", "--backend", name, "--out", engine)
         compared.append(
-            _compared(name, nxm(f"{name}: compare", "compare", checkpoint, engine, f"--data={data}", "--json"))
+            _compared(
+                name,
+                nxm(f"{name}: compare", "compare", engine, f"--checkpoint={checkpoint}", f"--data={data}", "--json"),
+            )
         )
         nxm(f"{name}: predict", "predict", engine, f"--data={data}", "--json")
         stages.append(_serve(name, engine, data, scratch / f"{name}.log"))

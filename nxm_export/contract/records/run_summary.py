@@ -7,7 +7,7 @@ can be moved; in a `RunSummary` that was read they are paths from here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nxm_export.errors import ArtifactError, EngineError, ParityError
@@ -17,6 +17,7 @@ from nxm_export.storage.run_dir import RunDir
 SCHEMA = "nxm-summary/1"
 SUMMARY_FILE = "summary.json"
 DIRECTORY = "summary"  # of the run
+NO_CHOICE = "no other backend was asked for"  # why an engine was kept, where there was none to choose from
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class EngineParity:
 
 @dataclass(frozen=True)
 class ShapeLatency:
-    """Median milliseconds of one engine at one shape (`batch`, `seq`)."""
+    """Median milliseconds of one engine at one shape (`batch`, `seq`), and the middle half of its rounds; None in
+    summaries of older versions."""
 
     batch: int
     seq: int
     median: float
+    quartiles: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,15 @@ class RtxBuild:
 
 
 @dataclass(frozen=True)
+class ChosenEngine:
+    """The engine that a run's numbers are about: its name, its backend, and why it was kept."""
+
+    name: str
+    backend: str
+    why: str
+
+
+@dataclass(frozen=True)
 class TrainingFacts:
     """What compression training did; None where the recipe has no such thing."""
 
@@ -95,9 +107,9 @@ class RunSummary:
     """The numbers of one finished run.
 
     `dense`, `checkpoint` and `compressed` are the metric of the dense model, of the compressed checkpoint in PyTorch,
-    and of the compressed ONNX Runtime engine; None stands for NaN. `difference_interval` is the paired 95 % interval of
-    compressed - dense, None where one sample or a NaN allows none. `compression` is by counting, `plan` the number of
-    matrices by option, `latency_ms` by ``ENGINE BATCHxSEQUENCE``, `onnx_bytes` by graph. `trt_rtx` is the
+    and of the compressed engine that is `chosen`; None stands for NaN. `difference_interval` is the paired 95 %
+    interval of compressed - dense, None where one sample or a NaN allows none. `compression` is by counting, `plan` the
+    number of matrices by option, `latency_ms` by ``ENGINE BATCHxSEQUENCE``, `onnx_bytes` by graph. `trt_rtx` is the
     TensorRT-RTX build. `missing` says which engines were not built or not run and why, `failed` which could not be
     built.
     """
@@ -120,6 +132,8 @@ class RunSummary:
     training: TrainingFacts
     artifacts: Mapping[str, str]
     embedding: str = "float"
+    chosen: ChosenEngine | None = None  # in summaries of older versions the one of ONNX Runtime
+    sparse_verdicts: Mapping[str, str] = field(default_factory=dict)  # by backend: what its twins say about 2:4
     cosine_to_dense: Likeness | None = None  # of embedding models
 
     def to_dict(self) -> dict[str, object]:

@@ -121,7 +121,7 @@ def test_an_engine_with_some_outputs_in_float_agrees_with_its_checkpoint(backend
     for command in (
         ["export", checkpoint, "--target", "cpu", "--placement", "inputs-outputs", "--out", graph],
         ["build", graph / "model.onnx", "--backend", backend, "--out", engine],
-        ["compare", checkpoint, engine, "--data", tmp_path / "dev.tsv"],
+        ["compare", engine, "--checkpoint", checkpoint, "--data", tmp_path / "dev.tsv"],
     ):
         result = CliRunner().invoke(main, [str(part) for part in command])
         assert result.exit_code == 0, result.output

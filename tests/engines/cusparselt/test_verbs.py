@@ -57,7 +57,7 @@ def test_build_compare_and_inspect(
     assert entry_at(built, "device", "kind") == "stand-in"
     checkpoint = tiny_checkpoint("bert")
     _, dev = tiny.write_data(tmp_path / "data")
-    nxm(["compare", checkpoint, engine, "--data", dev])
+    nxm(["compare", engine, "--checkpoint", checkpoint, "--data", dev])
     assert read_parity_report(engine / PARITY_FILE).passed
     shown = nxm(["inspect", engine, "--measure"]).stdout
     assert "products, measured when it was built" in shown
@@ -145,5 +145,5 @@ def test_the_block_that_parts_can_be_asked_for(
     engine, graph = tmp_path / "engine", tiny_graph("bert", "inputs-outputs", "trt")
     nxm(["build", graph, "--backend", "cusparselt", "--profile", "4x48", "--out", engine])
     _, dev = tiny.write_data(tmp_path / "data")
-    shown = nxm(["compare", tiny_checkpoint("bert"), engine, "--data", dev, "--bisect"])
+    shown = nxm(["compare", engine, "--checkpoint", tiny_checkpoint("bert"), "--data", dev, "--bisect"])
     assert "Traceback" not in shown.output

@@ -38,7 +38,9 @@ def test_two_engines_and_their_checkpoint(
         for placement in ("inputs", "inputs-outputs")
     ]
     data = checkpoint.parent / "dev.tsv"
-    result = nxm("compare", checkpoint, *engines, f"--data={data}", "--gate=drop<=0", "--gate=flips<=0%")
+    result = nxm(
+        "compare", *engines, f"--checkpoint={checkpoint}", f"--data={data}", "--gate=drop<=0", "--gate=flips<=0%"
+    )
     assert result.exit_code == 0, result.output
     for engine, other in (engines, engines[::-1]):
         report = json.loads((engine / "parity.json").read_text())
@@ -51,7 +53,7 @@ def test_two_engines_and_their_checkpoint(
         assert pair["max_abs"] == float(np.abs(outputs[0] - outputs[1]).max())
         (logits,) = report["outputs"]
         assert logits["max_steps"] == pytest.approx(logits["max_abs"] / logits["one_step_shift"])
-    failed = nxm("compare", checkpoint, engines[0], f"--data={data}", "--gate=max_abs<=0")
+    failed = nxm("compare", engines[0], f"--checkpoint={checkpoint}", f"--data={data}", "--gate=max_abs<=0")
     assert failed.exit_code == 3
     assert "the gate max_abs<=0 failed: largest |difference| of any output: " in failed.stderr
     assert json.loads((engines[0] / "parity.json").read_text())["passed"] is False
@@ -78,7 +80,7 @@ def test_without_a_checkpoint_it_is_the_one_that_the_first_engine_records(
     assert "gone, which is not there (any more); name the checkpoint" in gone.stderr
     alone = nxm("compare", checkpoint, data)
     assert alone.exit_code == 2
-    assert "has no passport.json: name an engine directory, behind the checkpoint" in alone.stderr
+    assert "is a model, not an engine directory; name it by --checkpoint" in " ".join(alone.stderr.split())
 
 
 class TestMemory:
@@ -252,7 +254,7 @@ class TestSkipped:
         here, elsewhere = engines
         checkpoint = tiny_checkpoint("bert")
         data = f"--data={checkpoint.parent / 'dev.tsv'}"
-        result = nxm("compare", checkpoint, elsewhere, here, data, "--json")
+        result = nxm("compare", elsewhere, here, f"--checkpoint={checkpoint}", data, "--json")
         assert result.exit_code == 0, result.output
         ours, theirs = json.loads(result.stdout)
         assert (ours["engine"], ours["passed"]) == (str(here), True)
@@ -263,7 +265,7 @@ class TestSkipped:
         )
         assert theirs["engine_sha256"] == ours["engine_sha256"]
         assert not (elsewhere / "parity.json").exists()
-        shown = nxm("compare", checkpoint, here, elsewhere, data)
+        shown = nxm("compare", here, elsewhere, f"--checkpoint={checkpoint}", data)
         assert "skipped: not run here" in shown.stdout
         assert "needs an NVIDIA GPU" in shown.stdout
 
@@ -271,7 +273,13 @@ class TestSkipped:
         self, tiny_checkpoint: Callable[..., Path], engines: tuple[Path, Path]
     ) -> None:
         checkpoint = tiny_checkpoint("bert")
-        result = nxm("compare", checkpoint, *engines, f"--data={checkpoint.parent / 'dev.tsv'}", "--gate=drop<=5")
+        result = nxm(
+            "compare",
+            *engines,
+            f"--checkpoint={checkpoint}",
+            f"--data={checkpoint.parent / 'dev.tsv'}",
+            "--gate=drop<=5",
+        )
         assert result.exit_code == 3
         assert "elsewhere: the gate drop<=5 could not be checked" in result.stderr
 
@@ -280,10 +288,10 @@ class TestSkipped:
     ) -> None:
         checkpoint = tiny_checkpoint("bert")
         data = f"--data={checkpoint.parent / 'dev.tsv'}"
-        alone = nxm("compare", checkpoint, engines[1], data)
+        alone = nxm("compare", engines[1], f"--checkpoint={checkpoint}", data)
         assert (alone.exit_code, alone.stderr) == (1, "nxm: TensorRT-RTX needs an NVIDIA GPU, and there is none here\n")
         other = shutil.copytree(engines[1], tmp_path / "other")
-        both = nxm("compare", checkpoint, engines[1], other, data)
+        both = nxm("compare", engines[1], other, f"--checkpoint={checkpoint}", data)
         assert both.exit_code == 1
         assert f"nothing could be compared here: {engines[1]}: TensorRT-RTX needs" in both.stderr
 
@@ -310,7 +318,7 @@ class TestRefused:
         self.refused(
             "dev.tsv:2: label 'maybe' is none of the model's classes",
             1,
-            checkpoint,
+            f"--checkpoint={checkpoint}",
             engine,
             f"--data={tmp_path / 'dev.tsv'}",
             engine=engine,
@@ -318,7 +326,14 @@ class TestRefused:
 
     def test_an_empty_dev_set(self, checkpoint: Path, engine: Path, tmp_path: Path) -> None:
         (tmp_path / "dev.tsv").write_text("sentence\tlabel\n")
-        self.refused("no examples in it", 1, checkpoint, engine, f"--data={tmp_path / 'dev.tsv'}", engine=engine)
+        self.refused(
+            "no examples in it",
+            1,
+            f"--checkpoint={checkpoint}",
+            engine,
+            f"--data={tmp_path / 'dev.tsv'}",
+            engine=engine,
+        )
 
     @pytest.mark.parametrize(
         ("file", "change", "message"),
@@ -341,12 +356,22 @@ class TestRefused:
             data[key] = {**data[key], **value} if key == "graph" else value
         (engine / file).write_text(json.dumps(data))
         exact_engine.cover(engine)
-        self.refused(message, 1, checkpoint, engine, f"--data={checkpoint.parent / 'dev.tsv'}", engine=engine)
+        self.refused(
+            message, 1, f"--checkpoint={checkpoint}", engine, f"--data={checkpoint.parent / 'dev.tsv'}", engine=engine
+        )
 
     def test_a_gate_on_a_metric_that_the_task_has_not(self, checkpoint: Path, engine: Path) -> None:
         data = checkpoint.parent / "dev.tsv"
         message = "drop(spearman)<=1: classification has the metrics accuracy, f1, mcc"
-        self.refused(message, 1, checkpoint, engine, f"--data={data}", "--gate=drop(spearman)<=1", engine=engine)
+        self.refused(
+            message,
+            1,
+            f"--checkpoint={checkpoint}",
+            engine,
+            f"--data={data}",
+            "--gate=drop(spearman)<=1",
+            engine=engine,
+        )
 
     def test_outputs_of_the_engine_file_under_another_name(
         self, checkpoint: Path, engine: Path, tmp_path: Path
@@ -369,7 +394,7 @@ class TestRefused:
         self.refused(
             "reads the data in other tokens",
             1,
-            checkpoint,
+            f"--checkpoint={checkpoint}",
             engine,
             other,
             f"--data={checkpoint.parent / 'dev.tsv'}",
@@ -378,4 +403,4 @@ class TestRefused:
         assert load_spec(other) == load_spec(engine)
 
     def test_the_same_engine_twice(self, checkpoint: Path, engine: Path) -> None:
-        self.refused("given twice", 2, checkpoint, engine, engine, "--data=x.tsv", engine=engine)
+        self.refused("given twice", 2, f"--checkpoint={checkpoint}", engine, engine, "--data=x.tsv", engine=engine)

@@ -294,7 +294,7 @@ def test_triton_is_handed_tokens_alone_or_with_the_answers(engine: Path, tmp_pat
     assert models == {"qa", "qa_tokenizer", "qa_answers", "qa_text"}
     ensemble = (tmp_path / "text" / "qa_text" / "config.pbtxt").read_text()
     assert [ensemble.count(f'name: "{name}"') for name in ("start_logits", "end_logits", "answer")] == [1, 1, 1]
-    with pytest.raises(ServeError, match="reads a question and its context at once; use --text-pair"):
+    with pytest.raises(ServeError, match="reads a question and its context at once; use --pairs"):
         export_repository([EngineSource("qa", "1", engine)], tmp_path / "one", TritonOptions(text=True))
 
 

@@ -74,6 +74,8 @@ def test_the_deployment_of_the_kubernetes_page_is_understood(ours: Running) -> N
     assert result.exit_code == 1, result.output  # no such engine here; 2 would be wrong usage
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
         assert send(ours.port, "GET", container[probe]["httpGet"]["path"]).status == 200
-    seconds = [float(number) for number in re.findall(r"--(?:shutdown-delay|drain-seconds)=(\d+)", str(container))]
+    seconds = [
+        float(number) for number in re.findall(r"--(?:shutdown-delay-seconds|drain-seconds)=(\d+)", str(container))
+    ]
     assert len(seconds) == 2
     assert spec["terminationGracePeriodSeconds"] > sum(seconds)

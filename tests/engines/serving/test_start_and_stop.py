@@ -69,7 +69,7 @@ def test_sigterm_while_it_loads_ends_it_with_0(slow_engine: Path, tmp_path: Path
 
 def test_connections_are_taken_for_the_shutdown_delay(engine: Path, tmp_path: Path) -> None:
     feeds = feeds_of([5])
-    with nxm_serve(tmp_path / "log", f"exact={engine}", "--shutdown-delay", "1") as server:
+    with nxm_serve(tmp_path / "log", f"exact={engine}", "--shutdown-delay-seconds", "1") as server:
         began = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert eventually(lambda: send(server.port, "GET", "/v2/health/ready").status == 503)
@@ -87,7 +87,7 @@ def test_connections_are_taken_for_the_shutdown_delay(engine: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_told_again_it_waits_no_longer(engine: Path, tmp_path: Path) -> None:
-    with nxm_serve(tmp_path / "log", f"exact={engine}", "--shutdown-delay", "600") as server:
+    with nxm_serve(tmp_path / "log", f"exact={engine}", "--shutdown-delay-seconds", "600") as server:
         server.process.send_signal(signal.SIGTERM)
         assert eventually(lambda: send(server.port, "GET", "/v2/health/ready").status == 503)
         assert server.stop() == 0

@@ -130,6 +130,6 @@ def test_triton_has_the_outputs_and_the_texts(
     text = (tmp_path / "repo" / "m_text" / "config.pbtxt").read_text()
     assert (f'"{SHAPES[task].name}"' in text, '"text_pair"' in text, '"label"' in text) == (True, pair, False)
     assert dims in text.split(f'"{SHAPES[task].name}"')[1].split("]")[0]
-    with pytest.raises(ServeError, match="--text-pair"):
+    with pytest.raises(ServeError, match="--pairs"):
         export_repository(sources, tmp_path / "other", TritonOptions(text=True, pair=not pair, threads=1))
     assert not (tmp_path / "other").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import os
 import pkgutil
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ import pytest
 from click.testing import CliRunner
 
 import nxm_export as nxm
+from compressors.settings import Settings
 from nxm_export.cli import main
+from nxm_export.contract.options import options_of
 from tests.conftest import ROOT
 from tests.support import baked, tiny
 
@@ -268,7 +272,7 @@ def test_compare_uses_the_recorded_checkpoint_and_says_when_it_is_gone(small: Pa
     (tmp_path / "engine" / "origin.json").unlink()
     with pytest.raises(nxm.ArtifactError, match="does not record the checkpoint"):
         nxm.compare(tmp_path / "engine", small / "dev.tsv")
-    nxm.compare(tmp_path / "engine", small / "dev.tsv", reference=small / "checkpoint").require()
+    nxm.compare(tmp_path / "engine", small / "dev.tsv", checkpoint=small / "checkpoint").require()
     moved = {"schema": "nxm-origin/1", "checkpoint": str(tmp_path / "gone")}
     (tmp_path / "engine" / "origin.json").write_text(json.dumps(moved))
     with pytest.raises(nxm.ArtifactError, match=r"gone, which is not there \(any more\); name the checkpoint"):
@@ -278,7 +282,7 @@ def test_compare_uses_the_recorded_checkpoint_and_says_when_it_is_gone(small: Pa
 def test_a_wrong_reference_is_refused(small: Path, tmp_path: Path) -> None:
     other = baked.write_checkpoint("bert", tmp_path / "other", seed=1)
     with pytest.raises(nxm.ArtifactError, match="was built from other weights"):
-        nxm.compare(small / "engine", small / "dev.tsv", reference=other)
+        nxm.compare(small / "engine", small / "dev.tsv", checkpoint=other)
 
 
 def test_the_task_of_an_engine_is_checked(small: Path) -> None:
@@ -429,3 +433,66 @@ def test_finetune_makes_the_dense_model(tmp_path: Path) -> None:
 def test_nothing_to_compress_is_an_error_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(nxm.PlanError, match="nothing to compress"):
         nxm.compress(tmp_path, train="a", dev="b", out=tmp_path / "c", pattern=None, weight_bits=None)
+
+
+# What `nxm run` asks for where Python has another place for it, or none.
+OF_RUN = {
+    **dict.fromkeys(("placement", "residual", "embedding", "keep_dense"), "options"),
+    **dict.fromkeys(("text", "text_pair", "label", "label_map"), "columns"),
+    **{name: "settings" for name, _ in options_of(Settings)},
+    "plan_file": "plan",
+    "dry_run": None,  # `estimate`, below
+    **dict.fromkeys(("demo", "config", "json"), None),  # for a terminal alone
+}
+
+
+@pytest.mark.parametrize("function", [nxm.run, nxm.estimate])
+def test_every_option_of_a_run_has_its_parameter_in_python(function: Callable[..., object]) -> None:
+    parameters = {str(parameter.name) for parameter in main.commands["run"].params} - {"help_all"}
+    assert OF_RUN.keys() <= parameters, "an exception that is none"
+    wanted = {OF_RUN.get(name, name) for name in parameters} - {None}
+    beside = {"progress"} if function is nxm.run else set()
+    without = {"out"} if function is nxm.estimate else set()  # it writes nothing
+    assert set(inspect.signature(function).parameters) == {*wanted, *beside} - without
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"plan": "p.json", "search": 0.8}, "so plan would be dropped"),
+        ({"plan": "p.json", "pattern": "2:4"}, "so pattern would be dropped"),
+        ({"search": 0.8, "weight_bits": 4}, "so weight_bits would be dropped"),
+        ({"search": 0.8, "options": nxm.PlanOptions(residual="int8")}, "so options would be dropped"),
+        ({"search": nxm.SearchSettings(), "options": nxm.PlanOptions(embedding="int8")}, "so options would be dropped"),
+    ],
+    ids=str,
+)
+def test_a_run_in_python_is_told_one_plan(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(nxm.PlanError, match=message):
+        nxm.run("m", train="t", dev="d", out=tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_in_python_takes_plan_search_and_backends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the pipeline gets is what the command gives it."""
+    from nxm_export.pipeline.plan_choice import PlanChoice
+    from nxm_export.pipeline.run import Request
+
+    got: list[tuple[Request, PlanChoice]] = []
+    monkeypatch.setattr(
+        "nxm_export.pipeline.run.run", lambda request, out, choice, progress: got.append((request, choice))
+    )
+    nxm.run("m", train="t", dev="d", out=tmp_path, plan="p.json", backend="auto")
+    options = nxm.PlanOptions(embedding="int8", placement="attention")
+    nxm.run("m", train="t", dev="d", out=tmp_path, search=0.9, options=options, backend=["ort", "openvino"])
+    common = ["run", "m", "--train=t", "--dev=d", f"--out={tmp_path}"]
+    for more in (
+        ["--plan=p.json", "--backend=auto"],
+        ["--search=0.9", "--embedding=int8", "--placement=attention", "--backend=ort,openvino"],
+    ):
+        CliRunner().invoke(main, [*common, *more])
+    assert [choice.search and choice.search.compression for _, choice in got] == [None, 0.9, None, 0.9]
+    for ours, theirs in zip(got[:2], got[2:], strict=True):
+        assert str(ours[1].file) == str(theirs[1].file)
+        assert ours[1].search == theirs[1].search
+        assert replace(ours[0], spec=theirs[0].spec) == theirs[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -19,6 +21,12 @@ import transformers
 from click.testing import CliRunner, Result
 
 from compressors.settings import Settings
+from compressors.training.task_data import TaskDataRequest
+from engines.base import Profile
+from engines.benchmark import fastest_backend
+from engines.cusparselt import backend as cusparselt
+from engines.cusparselt import machine as machines
+from engines.cusparselt.machine import Machine
 from nxm_export.cli import main
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.families import family_of
@@ -26,8 +34,11 @@ from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics_of
 from nxm_export.contract.records.run_summary import SCHEMA, RunSummary
 from nxm_export.contract.records.verify_report import read_verify_report
+from nxm_export.pipeline import engine_stages
 from nxm_export.pipeline.estimate import passes_before_training
 from nxm_export.storage.json_files import decode, entry_at
+from tests.engines.cusparselt.machines import FACTS, Priced
+from tests.engines.cusparselt.test_backend import FASTER
 from tests.support import tiny
 from tests.support.variants import variants
 
@@ -143,6 +154,88 @@ def test_other_options_are_worked_out_again_from_the_stage_that_they_touch(
     assert after["checkpoint/model.safetensors"] != before["checkpoint/model.safetensors"]
 
 
+def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_made(desk: Desk, tmp_path: Path) -> None:
+    for more in ([], ["--dry-run"]):
+        result = desk.nxm(*desk.arguments(tmp_path / "run", "--backend=openvino,cusparselt", *more))
+        _refused(result, r"backend cusparselt cannot run here: .*(pip install|no NVIDIA driver|no GPU)")
+    _refused(desk.nxm(*desk.arguments(tmp_path / "run", "--backend=tpu")), "'tpu' is not one of auto, ort", (2,))
+    assert not (tmp_path / "run").exists()
+
+
+def _few_rounds(monkeypatch: pytest.MonkeyPatch, desk: Desk) -> None:
+    """Engines are timed in this process, a few times: what is measured is nothing that is looked at."""
+
+    def here(module: str, *arguments: str) -> str:
+        if module == "nxm_export":
+            return desk.nxm(*arguments).stdout
+        with io.StringIO() as told, contextlib.redirect_stdout(told):
+            engine_stages.print_fastest(arguments)
+            return told.getvalue()
+
+    monkeypatch.setattr(engine_stages, "in_own_process", here)
+    monkeypatch.setattr(engine_stages, "ROUNDS", 1)
+    monkeypatch.setattr(engine_stages, "_GPU_SHAPES", ((1, 8),))
+    monkeypatch.setattr(fastest_backend, "ROUNDS", 1)
+
+
+@pytest.mark.parametrize(
+    "rounds", [pytest.param("few", marks=pytest.mark.slow), pytest.param("all", marks=pytest.mark.exhaustive)]
+)
+def test_auto_keeps_the_fastest_of_this_machine(
+    desk: Desk, finished: Finished, tmp_path: Path, rounds: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is trained again; what a GPU took in the run before goes away, as auto has what runs here alone."""
+    if rounds == "few":
+        _few_rounds(monkeypatch, desk)
+    pytest.importorskip("openvino", reason="OpenVINO is not installed; pip install 'nxm-export[openvino]'")
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    before = states(run)
+    result = desk.nxm(*desk.arguments(run, "--json", "--backend=auto"))
+    assert result.exit_code == 0, result.output
+    summary = decode(result.stdout, RunSummary, schema=SCHEMA, source="--json", way_out="run again")
+    assert {*summary.parity} == {"ort-cpu-fp32", "ort-cpu-int8", "ort-cpu-int8-outputs", "openvino-cpu-int8"}
+    assert summary.chosen is not None
+    assert summary.chosen.name == f"{summary.chosen.backend}-cpu-int8"
+    assert "left out: trt" in summary.chosen.why
+    assert summary.compressed == summary.parity[summary.chosen.name].value
+    assert {ratio.name for ratio in summary.speedup} >= {"ort-cpu-int8", "openvino-cpu-int8"}
+    assert not (run / "onnx" / "trt").exists()
+    assert {file: when for file, when in states(run).items() if file.startswith("checkpoint/")} == {
+        file: when for file, when in before.items() if file.startswith("checkpoint/")
+    }
+    shown = desk.nxm("show", str(run)).stdout
+    assert f"Kept: {summary.chosen.name}, of backend {summary.chosen.backend}." in " ".join(shown.split())
+    page = desk.nxm("report", str(run))
+    assert page.exit_code == 0, page.output
+    assert f"backend {summary.chosen.backend} was kept" in (run / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_gpu_s_run_builds_compares_and_times_its_twins(
+    desk: Desk, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the stand-in of the GPU's products, in this process."""
+    monkeypatch.setattr(cusparselt, "this_machine", lambda: Machine(Priced(2.0, FASTER), FACTS))
+    monkeypatch.setattr(machines, "what_is_missing", lambda: None)
+    monkeypatch.setattr(cusparselt, "profiles_for", lambda *_: (Profile((1, 1), (2, 8), (32, 48)),))
+    _few_rounds(monkeypatch, desk)
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    result = desk.nxm(*desk.arguments(run, "--json", "--backend=cusparselt"))
+    assert result.exit_code == 0, result.output
+    summary = decode(result.stdout, RunSummary, schema=SCHEMA, source="--json", way_out="run again")
+    twins = ["cusparselt-fp16-int8-dense", "cusparselt-fp16-int8", "cusparselt-fp16-float"]
+    assert list(summary.parity) == ["ort-cpu-fp32", *twins[:2]], "FP16 says how fast it is, and nothing else"
+    assert all(report.passed for report in summary.parity.values())
+    assert summary.chosen is not None
+    assert (summary.chosen.name, summary.chosen.backend) == (twins[1], "cusparselt")
+    assert "no sparse kernel is proven to run" in summary.sparse_verdicts["cusparselt"]
+    assert {ratio.reference for ratio in summary.speedup if ratio.name in twins} == {twins[0]}
+    shown = desk.nxm("show", str(run), "--all").stdout
+    assert "2:4 on cusparselt: do not use 2:4 here" in " ".join(shown.split())
+
+
 @pytest.mark.slow
 def test_a_placement_that_no_graph_with_outputs_can_hold_leaves_that_engine_out(desk: Desk, tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -219,7 +312,10 @@ def test_a_dry_run_counts_half_a_byte_for_a_weight_of_4_bits(desk: Desk, tmp_pat
 def test_dry_run_estimates_and_writes_nothing(desk: Desk, tmp_path: Path) -> None:
     result = desk.nxm(*desk.arguments(tmp_path / "run", "--dry-run", "--json"))
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["search_seconds"] == 0
+    estimated = json.loads(result.stdout)
+    assert estimated["search_seconds"] == 0
+    assert estimated["max_length"] == tiny.POSITIONS
+    assert estimated["engines"][:2] == ["ort-cpu-fp32", "ort-cpu-int8"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -239,6 +335,25 @@ def test_the_estimate_counts_what_comes_before_the_first_step() -> None:
     assert passes_before_training(Settings(recipe="magnitude", steps=0), plan, 10000) == 2 * calibration + outputs
     inputs = family.uniform_plan(config.to_dict(), WeightSpec.parse("2:4+W8"), placement="inputs")
     assert passes_before_training(Settings(), inputs, 10000) == calibration + masks
+
+
+def test_a_search_in_a_run_takes_no_more_samples_than_training(
+    desk: Desk, finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What reads the data is asked for as many; nothing is trained or written."""
+    limits: list[int | None] = []
+
+    def read(_: object, request: TaskDataRequest, *__: object) -> None:
+        limits.append(request.train_limit)
+        raise _Compressed
+
+    monkeypatch.setattr("nxm_export.pipeline.run._finetune", lambda *_: None)
+    monkeypatch.setattr("compressors.search.plan_search.read_task_data", read)
+    result = desk.nxm(*desk.arguments(finished[0], "--search=0.8", "--train-limit=100"))
+    assert isinstance(result.exception, _Compressed), result.output
+    alone = ("search", str(finished[0] / "dense"), f"--train={desk.train}", f"--out={desk.home / 'searched'}")
+    assert isinstance(desk.nxm(*alone, "--train-limit=64").exception, _Compressed)
+    assert limits == [100, 64]
 
 
 @pytest.mark.slow
@@ -345,9 +460,12 @@ def test_an_engine_of_another_checkpoint_fails_the_gate(desk: Desk, finished: Fi
     name = "bert.encoder.layer.1.output.dense.input_scale"
     scales[name] = np.asarray(scales[name] * 2)
     save_file(scales, checkpoint / "nxm_scales.safetensors")
-    result = desk.nxm("compare", str(checkpoint), str(engine), f"--data={desk.dev}")
+    result = desk.nxm("compare", str(engine), f"--checkpoint={checkpoint}", f"--data={desk.dev}")
     assert result.exit_code == 3, result.output
-    assert desk.nxm("compare", str(finished[0] / "checkpoint"), str(engine), f"--data={desk.dev}").exit_code == 0
+    assert (
+        desk.nxm("compare", str(engine), f"--data={desk.dev}", f"--checkpoint={finished[0] / 'checkpoint'}").exit_code
+        == 0
+    )
 
 
 def _refused(result: Result, message: str, codes: tuple[int, ...] = (1,)) -> None:

@@ -37,9 +37,10 @@ def planned(run: Run) -> Run:
 def test_a_run_that_went_well_is_one_sentence_and_the_command_that_serves_it() -> None:
     made = conclude(made_run(engine(compared=parity())))
     assert text(made) == (
-        "ort-cpu-int8 computes what its checkpoint computes, within the measured tolerance; no difference in accuracy "
-        "to the dense model was found on 64 samples (95 % interval -0.5000 to +0.0000); it is faster (1.50x of the "
-        "speed of ort-cpu-fp32); its matrices take 80.00% fewer bits than in FP32; no matrix is planned to be sparse."
+        "ort-cpu-int8 (backend ort) computes what its checkpoint computes, within the measured tolerance; no "
+        "difference in accuracy to the dense model was found on 64 samples (95 % interval -0.5000 to +0.0000); it is "
+        "faster (1.50x of the speed of ort-cpu-fp32); its matrices take 80.00% fewer bits than in FP32; no matrix is "
+        "planned to be sparse."
     )
     assert made.command == SERVED
 
@@ -53,7 +54,7 @@ def test_the_numbers_of_the_sentence_name_their_files() -> None:
 def test_an_engine_that_failed_was_not_compared_or_is_not_there_has_no_command() -> None:
     failed = conclude(made_run(engine(compared=parity(passed=False))))
     assert (failed.state, failed.command) == ("bad", None)
-    assert "ort-cpu-int8 does not compute what its checkpoint computes" in text(failed)
+    assert "ort-cpu-int8 (backend ort) does not compute what its checkpoint computes" in text(failed)
     assert "do not serve it" in failed.no_command
     unknown = conclude(made_run(engine()))
     assert unknown.command is None

@@ -99,6 +99,6 @@ def test_names_cannot_break_out_of_the_card(finished: Path, tmp_path: Path) -> N
 
 
 def test_a_directory_that_is_neither_makes_no_card(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="neither an engine directory nor a run"):
+    with pytest.raises(ArtifactError, match="neither a run, a compressed checkpoint nor an engine directory"):
         card(tmp_path, tmp_path / "README.md")
     assert not (tmp_path / "README.md").exists()

@@ -156,7 +156,7 @@ def test_the_commands_print_the_path_or_json(finished: Path, tmp_path: Path) -> 
     ("arguments", "message"),
     [
         (["report", "."], "not a run directory"),
-        (["card", ".", "--out", "README.md"], "neither an engine directory nor a run"),
+        (["card", ".", "--out", "README.md"], "neither a run, a compressed checkpoint nor an engine directory"),
         (["report", "RUN", "--out", "no/such/page.html"], "no: no such directory"),
         (["report", "RUN", "--searched", "."], "has no search.json"),
     ],

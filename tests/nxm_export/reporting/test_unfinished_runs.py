@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from nxm_export.cli import main
 from nxm_export.contract.checkpoint import open_checkpoint
+from nxm_export.contract.records.run_summary import ChosenEngine
 from nxm_export.errors import ArtifactError
 from nxm_export.pipeline.summary import BuildResults, summarize
 from nxm_export.reporting import card, report
@@ -173,8 +174,9 @@ def test_a_run_whose_metrics_a_former_version_wrote_is_summed_up_and_shown(copie
     (copied / "dense" / "metrics.json").write_text(old, encoding="utf-8")
     plan = open_checkpoint(copied / "checkpoint").plan
     names = ("ort-cpu-fp32", "ort-cpu-int8")
-    engines = BuildResults(dict.fromkeys(names, "cpu"), {}, {})
-    summary = summarize(RunDir.open(copied), plan, ["cpu"], engines)
+    engines = BuildResults(dict.fromkeys(names, "cpu"), {}, {}, names)
+    chosen = ChosenEngine(names[1], "ort", "no other backend was asked for")
+    summary = summarize(RunDir.open(copied), plan, ["cpu"], engines, chosen)
     assert (summary.dense, summary.dev_samples) == (1.0, 1)
     run = read_run(copied)
     assert run.dense is not None

@@ -1,0 +1,77 @@
+"""What a command came to stands in its first line; a directory of another kind is named, with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from engines.benchmark.latency import BenchReport, Ratio, Timing
+from nxm_export.cli import main
+from nxm_export.cli.first_lines import of_bench
+from nxm_export.contract.choices import BACKEND_NAMES
+from nxm_export.pipeline.environment import missing_for
+
+
+def nxm(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def first_line(*arguments: object) -> str:
+    return nxm(*arguments).stdout.splitlines()[0]
+
+
+def test_the_first_line_says_what_it_came_to(
+    tiny_checkpoint: Callable[..., Path], tiny_graph: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint, graph = tiny_checkpoint("bert"), tiny_graph("bert", "inputs")
+    packed, engine = tmp_path / "packed.safetensors", tmp_path / "engine"
+    assert first_line("inspect", checkpoint).startswith("A compressed checkpoint: bert for classification, ")
+    assert first_line("inspect", checkpoint.parent / "dense").startswith("A dense model: bert for classification, ")
+    assert first_line("inspect", graph).startswith("An ONNX graph: opset 20, ")
+    assert first_line("pack", checkpoint, "--out", packed).startswith("Packed: 0.")
+    assert first_line("unpack", packed, "--out", tmp_path / "again").startswith("Unpacked, bit by bit the checkpoint")
+    assert first_line("build", graph, "--out", engine) == (
+        f"Built an engine of backend ort in {engine}; not compared with its checkpoint yet."
+    )
+    assert first_line("inspect", engine).startswith("An engine of backend ort, built on ")
+    assert first_line("export", checkpoint, "--out", tmp_path / "graph").startswith("Exported for cpu")
+    told = first_line("doctor")
+    assert told.startswith("Run here: ort")
+    runs = told.partition("Run here: ")[2].partition(".")[0].split(", ")
+    assert {name for name in BACKEND_NAMES if missing_for(name) is None} == {*runs}, "what only builds is not ready"
+
+
+def test_a_directory_of_another_kind_is_named_with_what_to_do(
+    tiny_checkpoint: Callable[..., Path], tiny_graph: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint, graph = tiny_checkpoint("bert"), tiny_graph("bert", "inputs")
+    for command in ("build", "verify"):
+        out = ["--out", tmp_path / "out"] if command == "build" else []
+        told = nxm(command, checkpoint, *out, code=1).stderr
+        assert f"it is a model: `nxm export {checkpoint} --out GRAPH` makes its graph" in told
+    run = tmp_path / "run"
+    (run / "onnx").mkdir(parents=True)
+    (run / "onnx" / "cpu").symlink_to(graph)
+    assert f"it is a run: give one of its graphs, {run / 'onnx' / 'cpu'}" in nxm("verify", run, code=1).stderr
+    told = nxm("card", graph, "--out", tmp_path / "card.md", code=1).stderr
+    assert "neither a run, a compressed checkpoint nor an engine directory" in told
+
+
+@pytest.mark.parametrize(
+    ("intervals", "word"),
+    [
+        ([(1.2, 1.4), (1.01, 1.1)], "faster"),
+        ([(0.8, 0.9)], "slower"),
+        ([(0.9, 1.1)], "no difference found"),
+        ([(1.2, 1.4), (0.9, 1.1)], "faster or slower, by shape"),
+    ],
+)
+def test_a_speed_is_called_what_its_intervals_show(intervals: list[tuple[float, float]], word: str) -> None:
+    timing = Timing("a", 1, 32, 2.0, (1.9, 2.1), 5)
+    ratios = tuple(Ratio("b", "a", 1, at + 1, 1.0, interval) for at, interval in enumerate(intervals))
+    assert of_bench(BenchReport((timing,), ratios)) == f"Against a: b: {word}."

@@ -44,7 +44,7 @@ from nxm_export.pipeline.engine_commands import bench_text, build_engine, compar
 from nxm_export.storage.hashing import file_hash
 from nxm_export.storage.json_files import convert
 from tools import ROOT
-from tools.benchmarks.cpu_profile import onnxruntime_profile, openvino_profiles, peaks
+from tools.benchmarks.cpu_profile import onnxruntime_profile, openvino_profiles
 from tools.benchmarks.cpu_record import LatencyRow, MachineFacts, ModelFacts, ParityRow, Record, TextRecord
 from tools.benchmarks.cpu_section import PEER, section
 from tools.benchmarks.measuring import DOCUMENT, RECORDS, load_record, save_record
@@ -121,7 +121,6 @@ def run(args: argparse.Namespace) -> None:
         if peer is not None:
             models[PEER] = peer.model
         profile += openvino_profiles(models, SHAPES[0], threads)
-        reached = peaks(threads, work)
         _say("profiled", began)
         record: Record = {
             "schema": SCHEMA,
@@ -139,7 +138,6 @@ def run(args: argparse.Namespace) -> None:
             "latency": latency,
             "text": convert(texts.to_dict(), TextRecord, source="text", way_out="measure again"),
             "profile": profile,
-            "peaks": reached,
             "seconds": round(time.monotonic() - began),
         }
     save_record(args.record, record)

@@ -13,6 +13,7 @@ alone::
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import sys
 import time
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
 
-from nxm_export.contract.choices import SPARSE_KERNELS
+from nxm_export.contract.choices import HINT, HINTS, SPARSE_KERNELS
 from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec
 from nxm_export.contract.origin import ORIGIN_FILE
 from nxm_export.contract.token_budget import MAX_BATCH_TOKENS
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from engines.passport import EnginePassport
     from engines.sparsity.judgement import SparsityReport
 
+MOST_SHAPES = 16  # that an engine keeps compiled: each takes memory and time to load
 COMPANIONS = (SPEC_FILE, TOKENIZER_FILE)  # what is served beside the engine: the passport has their hashes
 BACKENDS = {
     "ort": "engines.ort.backend",
@@ -52,15 +54,18 @@ class BackendCapabilities:
     """What a backend's engines run on, and which optional powers it has.
 
     `threads`: building and loading take a number of CPU threads. `runs_onnx`: the engine file is an ONNX graph.
+    `throughput`: engines can be loaded for throughput (see `LoadOptions`), and are a `ParallelEngine` then.
     `holds_scores`: a run holds attention's scores, which grow with the square of the length.
     `optimization_profiles`: engines are built for ranges of shapes. `sparse_kernels`: 2:4 weights can run on sparse
     kernels, and an engine directory has the facts of a sparsity report. `layer_times`: a loaded engine is a
     `LayerTimedEngine`. `profiled_kernels`: the module is a `ProfiledBackend`, and its facts have the sparsity report.
-    `always_sparse`: a build can be told to use sparse kernels even where dense ones are faster.
+    `always_sparse`: a build can be told to use sparse kernels even where dense ones are faster. `compiled_shapes`:
+    engines can keep models compiled for shapes known ahead (`BuildOptions.shapes`).
     """
 
     device: Literal["cpu", "gpu"]
     threads: bool = False
+    throughput: bool = False
     runs_onnx: bool = False
     holds_scores: bool = False
     optimization_profiles: bool = False
@@ -68,6 +73,7 @@ class BackendCapabilities:
     layer_times: bool = False
     profiled_kernels: bool = False
     always_sparse: bool = False
+    compiled_shapes: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,11 @@ class Binding:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a build may be told. `threads` is for backends with `BackendCapabilities.threads`, the rest for TensorRT.
+    """What a build may be told. `threads` is for backends with `BackendCapabilities.threads`, `shapes` for those with
+    `BackendCapabilities.compiled_shapes`, the rest for TensorRT.
 
+    `shapes` are those (batch, sequence) that matter: the engine keeps a model compiled for each, beside the one that
+    takes any. Raises `EngineError` for sizes below 1, and for more than `MOST_SHAPES`.
     `profiles` default to some that together take every length, with at most `max_batch_tokens` (rows x tokens) in a
     batch; `sparse` allows sparse kernels; `level` is the builder's optimization
     level (0 to 5, None = TensorRT's own); `workspace_bytes` limits scratch memory; `build_route` is passed on where
@@ -123,6 +132,7 @@ class BuildOptions:
     """
 
     threads: int | None = None
+    shapes: Sequence[tuple[int, int]] = ()
     profiles: Sequence[Profile] = ()
     max_batch_tokens: int = MAX_BATCH_TOKENS
     sparse: bool = SPARSE_KERNELS
@@ -136,13 +146,40 @@ class BuildOptions:
     twin: str | None = None
     progress: Progress = silent
 
+    def __post_init__(self) -> None:
+        different = dict.fromkeys(self.shapes)
+        empty = next((shape for shape in different if min(shape) < 1), None)
+        if empty is not None:
+            raise EngineError(f"the shape {empty[0]}x{empty[1]} holds nothing; sizes begin at 1")
+        if len(different) > MOST_SHAPES:
+            raise EngineError(
+                f"{len(different)} shapes were given, and an engine keeps {MOST_SHAPES} compiled at most, since each "
+                "takes memory and time to load; give those that are run most (any other shape runs, too)"
+            )
+
 
 @dataclass(frozen=True)
 class LoadOptions:
     """How an engine is loaded. `threads` overrides the number that it was built with, where its backend has
-    `BackendCapabilities.threads`; on a GPU there are none to choose."""
+    `BackendCapabilities.threads`; on a GPU there are none to choose.
+
+    `hint` is what the threads are for: ``latency`` is one run at a time, on all of them; ``throughput`` is as many runs
+    at a time as threads, each on one, where the backend has `BackendCapabilities.throughput`. Raises `EngineError` for
+    another hint.
+    """
 
     threads: int | None = None
+    hint: str = HINT
+
+    def __post_init__(self) -> None:
+        if self.hint not in HINTS:
+            raise EngineError(f"unknown hint {self.hint!r}; choose one of {', '.join(HINTS)}")
+
+    def runs(self, built_with: int | None) -> tuple[int, int]:
+        """(runs at once, threads of each) of an engine on the CPU that was built with a number of threads; without any
+        number, all cores of this process."""
+        threads = self.threads or built_with or len(os.sched_getaffinity(0))
+        return (threads, 1) if self.hint == "throughput" else (1, threads)
 
 
 class Engine(Protocol):
@@ -174,6 +211,13 @@ class Engine(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+@runtime_checkable
+class ParallelEngine(Protocol):
+    """A loaded engine whose `Engine.run` may be called in `runs_at_once` threads at a time, which keep it busy."""
+
+    runs_at_once: int
 
 
 @runtime_checkable

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from engines.base import COMPANIONS, Binding, Profile
+from engines.base import COMPANIONS, MOST_SHAPES, Binding, Profile
 from nxm_export.contract.io_spec import SPEC_FILE, TOKENIZER_FILE, IOSpec, load_spec, parse_spec
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.data.tokenization import load_tokenizer, parse_tokenizer
@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 SCHEMA = "nxm-passport/2"
 _MOST_THREADS = 65536
+_LARGEST = 2**20  # rows or tokens of a compiled shape
 _FLAGS = (("always_sparse", True, "--always-sparse"), ("fuse", False, "--no-fuse"))  # options that are flags
 PASSPORT_FILE = "passport.json"
 
@@ -166,6 +167,11 @@ class EnginePassport:
         return self.whole_option("threads")
 
     @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """The shapes (batch, sequence) that the engine keeps compiled, beside the model that takes any."""
+        return _known_options({"shapes": self.options.get("shapes", ())}, PASSPORT_FILE).shapes
+
+    @property
     def twin(self) -> str | None:
         """The engine's part in a comparison of twins (see `nxm build --twins`)."""
         return self.text_option("twin")
@@ -292,6 +298,8 @@ class EnginePassport:
         for profile in self.profiles:
             shapes = (profile.minimum, profile.optimum, profile.maximum)
             parts += ["--profile", ",".join("x".join(map(str, shape)) for shape in shapes)]
+        for batch, sequence in self.shapes:
+            parts += ["--shape", f"{batch}x{sequence}"]
         if self.options.get("sparse") is False:
             parts.append("--no-sparse")
         parts += [flag for name, value, flag in _FLAGS if self.options.get(name) is value]
@@ -360,6 +368,8 @@ class _KnownOptions:
     """The options that are read again, with their types; a backend may write more of its own."""
 
     threads: int | None = None
+    shapes: tuple[tuple[int, int], ...] = ()
+    shapes_bytes: int | None = None
     disabled_optimizers: tuple[str, ...] = ()
     sparse: bool | None = None
     always_sparse: bool | None = None
@@ -377,9 +387,22 @@ class _KnownOptions:
 def _require_options(passport: EnginePassport, file: Path) -> None:
     """Raise `ArtifactError` where an option has another type than it was written with."""
     way_out = "build the engine again"
-    options = convert(dict(passport.options), _KnownOptions, source=f"{file}: options", way_out=way_out, foreign=True)
+    options = _known_options(passport.options, str(file))
     if options.threads is not None and not 1 <= options.threads <= _MOST_THREADS:
         raise ArtifactError(f"{file}: options: threads is {options.threads}, and a machine has 1 or more; {way_out}")
+    if len(options.shapes) > MOST_SHAPES or any(
+        not 1 <= size <= _LARGEST for shape in options.shapes for size in shape
+    ):
+        raise ArtifactError(
+            f"{file}: options: {len(options.shapes)} shapes; an engine keeps {MOST_SHAPES} at most, of sizes from 1 "
+            f"to {_LARGEST}; {way_out}"
+        )
+
+
+def _known_options(options: Mapping[str, object], source: str) -> _KnownOptions:
+    """The options that are read again; raises `ArtifactError` where one has another type than it was written with."""
+    way_out = "build the engine again"
+    return convert(dict(options), _KnownOptions, source=f"{source}: options", way_out=way_out, foreign=True)
 
 
 def _of_first_schema(fields: dict[str, object]) -> dict[str, object]:

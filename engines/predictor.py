@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
@@ -22,11 +23,13 @@ import numpy.typing as npt
 
 from engines.admission import admitted, require_unchanged
 from engines.base import Engine, LoadOptions, Profile, backend
-from engines.passport import covered_spec, covered_tokenizer
+from engines.parallel_runs import run_batches
+from engines.passport import covered_spec, covered_tokenizer, load_passport
 from engines.serving.shapes import plan_buckets
-from nxm_export.contract.choices import GATE
+from nxm_export.contract.choices import GATE, HINT, HINTS
 from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
 from nxm_export.contract.tasks import TASKS
+from nxm_export.contract.token_budget import MAX_BATCH_TOKENS, THREAD_BATCH_TOKENS
 from nxm_export.data.answer_spans import Window
 from nxm_export.data.examples import Examples, Features, encode, label_array, pad, sorted_batches, tokens_of
 from nxm_export.data.metrics import scored_outputs
@@ -53,12 +56,14 @@ _PAIR = {"question-answering": "(question, context)", "reranking": "(query, docu
 class Predictor:
     """A loaded engine directory that answers texts. Close it, or use it as a context manager.
 
-    `threads` are those of an engine on the CPU; by default as it was built. `gate` is which ``parity.json`` the engine
+    `threads` are those of an engine on the CPU; by default as it was built. `hint` is what they are for: ``latency``
+    runs one batch at a time on all of them, ``throughput`` as many small batches at a time as threads, which answers
+    many texts sooner and one text later (CPU alone). `gate` is which ``parity.json`` the engine
     must have (one of `nxm_export.contract.choices.GATES`), `expect_sha256` the hashes of which its own, or that of all
     its contents, must be one. Raises `EngineUnavailable` where the engine cannot run here, `ArtifactError` for a
     directory that is none of ours or whose files are not those of its passport, `ParityError` for a parity that is not
     good enough for `gate`, `ServeError` for a hash that was not expected or a directory that is replaced meanwhile,
-    and `DataError` for less than one thread.
+    and `DataError` for less than one thread, an unknown hint, and throughput of an engine that is not on the CPU.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class Predictor:
         directory: str | Path,
         *,
         threads: int | None = None,
+        hint: str = HINT,
         gate: str = GATE,
         expect_sha256: Collection[str] = (),
     ) -> None:
@@ -73,15 +79,22 @@ class Predictor:
             raise DataError(
                 f"an engine runs on at least one thread, got {threads}; leave it out for those it was built with"
             )
+        if hint not in HINTS:
+            raise DataError(f"unknown hint {hint!r}; choose one of {', '.join(HINTS)}")
         self.directory = Path(directory)
         self.shortened = 0
         passport = admitted(self.directory, gate, expect_sha256)
+        if hint == "throughput" and not backend(passport.backend).CAPABILITIES.throughput:
+            raise DataError(
+                f"{self.directory}: an engine of {passport.backend} runs one batch at a time; leave the hint out"
+            )
+        self._batch_tokens = THREAD_BATCH_TOKENS if hint == "throughput" else MAX_BATCH_TOKENS
         passport.notice_coverage(self.directory)
         self.spec: IOSpec = covered_spec(self.directory, passport)
         self._task = TASKS[self.spec.task]
         self._tokenizer = covered_tokenizer(self.directory, passport)
         self._profiles: Sequence[Profile] = passport.profiles
-        self._engine: Engine = backend(passport.backend).load(self.directory, LoadOptions(threads))
+        self._engine: Engine = backend(passport.backend).load(self.directory, LoadOptions(threads, hint))
         try:
             require_unchanged(self.directory, passport)
         except NxmError:
@@ -92,7 +105,8 @@ class Predictor:
         """One result for every text, in order; its type is that of the engine's task (`nxm_export.data.predictions`).
 
         Pairs are tuples: a second text for classifiers of pairs, a document for a query, a context for a question.
-        `batch` texts run at once, fewer where they are long (`nxm_export.contract.token_budget`). Raises `DataError`
+        `batch` texts run at once, fewer where they are long (`nxm_export.contract.token_budget`), and with the hint
+        ``throughput`` several such batches, of fewer tokens, at a time. Raises `DataError`
         for input that the task does not read, with its position, and
         `EngineError` for an engine whose outputs are not finite, and `ArtifactError` for one that has not as many
         classes as labels.
@@ -194,10 +208,14 @@ class Predictor:
     def _run(self, features: Sequence[Features], batch: int) -> list[Array]:
         """What the task's metric reads, of every sample: logits (classes), (tokens, tags), (tokens, 2), or a vector."""
         results: list[Array | None] = [None] * len(features)
-        for indices, rows, length in self._batches(features, batch):
-            samples = [features[i] for i in indices]
-            feeds = _with_rows(pad(samples, self.spec.pad_id, length), rows)
-            outputs = scored_outputs(self._task, self._engine.run(feeds))
+        batches = [*self._batches(features, batch)]
+
+        def feeds_of(made: _Batch) -> Mapping[str, npt.NDArray[np.int64]]:
+            samples = [features[i] for i in made.indices]
+            return _with_rows(pad(samples, self.spec.pad_id, made.length), made.rows)
+
+        for made, raw in run_batches(self._engine, batches, feeds_of, lambda made: made.rows * made.length):
+            indices, outputs = made.indices, scored_outputs(self._task, raw)
             self._require_labelled(outputs)
             if not np.isfinite(outputs[: len(indices)]).all():
                 raise EngineError(f"{self.directory}: the engine gives NaN or infinity; run `nxm compare` on it")
@@ -219,11 +237,11 @@ class Predictor:
     def _first(self) -> str:
         return next(iter(self.spec.outputs))
 
-    def _batches(self, features: Sequence[Features], batch: int) -> Iterable[tuple[list[int], int, int | None]]:
-        """(samples, rows to run, length to pad to): as the engine's profiles have room, or by length without any."""
+    def _batches(self, features: Sequence[Features], batch: int) -> Iterable[_Batch]:
+        """As the engine's profiles have room, or by length without any."""
         if not self._profiles:
-            for indices in sorted_batches(features, batch):
-                yield indices, len(indices), None
+            for indices in sorted_batches(features, batch, self._batch_tokens):
+                yield _Batch(indices, len(indices), max(len(features[i]["input_ids"]) for i in indices))
             return
         least = min(profile.minimum[0] for profile in self._profiles)
         buckets = plan_buckets(self._longest(), max(batch, least), self._profiles)
@@ -233,7 +251,23 @@ class Predictor:
             members = [i for i, chosen in enumerate(place) if chosen == at]
             for start in range(0, len(members), bucket.most):
                 indices = members[start : start + bucket.most]
-                yield indices, max(len(indices), bucket.least), bucket.length
+                yield _Batch(indices, max(len(indices), bucket.least), bucket.length)
+
+
+def hint_for(directory: str | Path, texts: int, batch: int = BATCH) -> str:
+    """The hint that suits so many texts, `batch` of which run at once: ``throughput`` for more than one batch, where
+    the engine can be loaded for it. Raises `ArtifactError` for a directory that is no engine."""
+    able = backend(load_passport(Path(directory)).backend).CAPABILITIES.throughput
+    return "throughput" if able and texts > batch else HINT
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The indices of samples that run together, the rows to run and the length to pad to."""
+
+    indices: list[int]
+    rows: int
+    length: int
 
 
 def _with_rows(feeds: Mapping[str, npt.NDArray[np.int64]], rows: int) -> dict[str, npt.NDArray[np.int64]]:

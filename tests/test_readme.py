@@ -20,6 +20,10 @@ import nxm_export as nxm
 from nxm_export.cli import main
 from nxm_export.storage.json_files import as_objects, entry_at
 from tests.conftest import ROOT
+from tools.benchmarks import cpu
+from tools.benchmarks.cpu_record import Record
+from tools.benchmarks.cpu_section import float_span, summary
+from tools.benchmarks.measuring import load_record
 from tools.benchmarks.servers import free_port, started
 from tools.raw_http import send
 from tools.readme_table import BEGIN, END, table
@@ -175,6 +179,22 @@ def test_the_result_table_has_the_rows_that_its_tool_prints(commands_have_run: P
 
 def test_the_table_of_results_is_that_of_the_records() -> None:
     assert read_section(ROOT / "README.md", SECTION) == results_table(RESULTS), "python -m tools.results render"
+
+
+def test_the_speeds_are_those_of_the_record() -> None:
+    record = load_record(cpu.FILE, Record)
+    assert read_section(ROOT / "README.md", cpu.TOOL) == summary(record), "python -m tools.benchmarks.cpu render"
+    page = (ROOT / "docs" / "will-it-pay.md").read_text(encoding="utf-8")
+    assert f"{float_span(record)} times as fast in ONNX Runtime" in page
+
+
+def test_every_measured_number_is_placed_by_a_command() -> None:
+    """What stands between a tool's marks is made by it; 100 % and 95 % name the dense model and an interval."""
+    typed = re.sub(r"<!-- (.+?)(?:: begin)? -->\n.*?<!-- (?:end of )?\1(?:: end)? -->", "", README, flags=re.DOTALL)
+    assert "| encoder |" not in typed
+    assert "| TensorRT-RTX engine |" not in typed
+    measured = re.findall(r"\d[\d.]*(?: %|%| ms\b| MB\b| GB\b| points\b|x\b| times\b)", typed)
+    assert set(measured) <= {"100 %", "95 %"}
 
 
 def test_every_page_is_in_the_index() -> None:

@@ -1,4 +1,5 @@
-"""The tables of docs/will-it-pay.md: what 2:4 can gain for well-known models, and the peaks that this follows from.
+"""The tables of docs/will-it-pay.md: what 2:4 can gain for well-known models, and the peaks that this follows from; and
+what `nxm doctor` prints for one of them.
 
     python -m tools.gain_table --write
 
@@ -8,6 +9,9 @@ Arithmetic alone: the sizes of the models stand here, the peaks in ``engines/spa
 from __future__ import annotations
 
 import argparse
+import json
+import tempfile
+from pathlib import Path
 
 from engines.sparsity.gain import gain_bound, gain_estimate
 from engines.sparsity.gpu_figures import GpuFigures, all_figures, figures_of
@@ -19,7 +23,7 @@ from tools import ROOT
 from tools.rendering import table, write_section
 
 PAGE = ROOT / "docs/will-it-pay.md"
-SECTION = "tools.gain_table"
+SECTION, ANSWER = "tools.gain_table", "tools.gain_table answer"
 # Hidden size, FFN, layers, heads.
 MODELS = {
     "BERT-base": (768, 3072, 12, 12),
@@ -95,12 +99,40 @@ def _kernel(backend: str, version: str, figures: GpuFigures) -> str:
     return {True: "yes", False: "no", None: "unknown"}[found.exists]
 
 
+def answer() -> str:
+    """What `nxm doctor` prints for BERT-base on an L4, as a block of text."""
+    from click.testing import CliRunner
+
+    from nxm_export.cli import main as nxm
+
+    hidden, ffn, layers, heads = MODELS["BERT-base"]
+    config = {
+        "model_type": "bert",
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "vocab_size": 30522,
+        "max_position_embeddings": 512,
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        model = Path(directory) / "my-model"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        asked = ["doctor", str(model), "--gpu", "L4", "--shape", "32x128"]
+        printed = CliRunner().invoke(nxm, asked, env={"COLUMNS": "80"}, catch_exceptions=False).stdout
+        printed = printed.replace(str(model), model.name)
+    lines = "\n".join(line.rstrip() for line in printed.strip().splitlines())
+    return f"```text\n{lines}\n```"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"put the tables into docs/{PAGE.name}")
     made = section()
     if parser.parse_args().write:
         write_section(PAGE, SECTION, made)
+        write_section(PAGE, ANSWER, answer())
     else:
         print(made)
 

@@ -9,12 +9,15 @@ from importlib.metadata import version
 from tools import ROOT
 
 
-def versions(names: Sequence[str]) -> dict[str, str]:
+def versions(names: Sequence[str], commit: str | None = None) -> dict[str, str]:
     """Of these packages, and the commit of this tree; ``-dirty`` where more than records and documents were changed
-    since."""
+    since. A tree that lies somewhere without its history is of the `commit` that is given."""
+    known = {name: version(name) for name in names}
+    if commit is not None:
+        return known | {"commit": commit}
     commit = _git("describe", "--always", "--exclude=*")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!docs")
-    return {name: version(name) for name in names} | {"commit": f"{commit or 'unknown'}{'-dirty' if changed else ''}"}
+    return known | {"commit": f"{commit or 'unknown'}{'-dirty' if changed else ''}"}
 
 
 def _git(*arguments: str) -> str:

@@ -2,6 +2,7 @@
 
     python -m tools.tutorial --data DIR     # my-model, train.tsv and dev.tsv, out of the demo's packages
     python -m tools.tutorial --write        # runs every command, and writes its output into the page
+    python -m tools.drawings                # the terminal pictures, which show some of these outputs
 
 Every block of commands (``sh``) with a block of output (``text``) right behind it is run, in the order of the page,
 in a directory of its own.

@@ -83,7 +83,8 @@ class Selector:
     """Chooses over one dense model: statistics, then `run` (or its steps `measure_sensitivities`, `candidates`,
     `swaps`), or `paper`.
 
-    `solver` makes the weights of every candidate; method ``paper`` takes them by magnitude.
+    `solver` makes the weights of every candidate for what layers read on the batches `read` (None: those that
+    calibrate); method ``paper`` takes them by magnitude.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Selector:
         held_out: Batches,
         progress: Progress = silent,
         solver: Solver = SECOND_ORDER,
+        read: Batches | None = None,
     ) -> None:
         self.probe, self.family, self.settings, self.progress = probe, probe.family, settings, progress
         self.calibration, self.held_out = calibration, held_out
@@ -122,7 +124,9 @@ class Selector:
                 for name, options in zip(self.names, self.options, strict=True)
             }
             solver = MAGNITUDE if settings.method == "paper" else solver
-            self.one_shot = OneShot(probe, self.statistics, calibration, self.compressed, solver)
+            self.one_shot = OneShot(
+                probe, self.statistics, calibration if read is None else read, self.compressed, solver
+            )
             self.reference = [probe.outputs(batch) for batch in held_out]
         self.sensitivities: list[Sensitivity] = []
         self.losses: dict[str, np.ndarray] = {}  # by measure, (weights, options)

@@ -105,23 +105,28 @@ class SearchSettings:
         if self.pareto and self.method == "paper":
             raise PlanError("the paper's search has no table to take further compressions from; drop --pareto")
 
+    @property
+    def compressing(self) -> int:
+        """How many of the candidates change a weight."""
+        return sum(option.strip().lower() != "dense" for option in self.candidate_specs)
+
     def passes(self, blocks: int, matrices: int) -> float:
         """Forward passes per calibration and held-out sample that the search takes, for a model of that many blocks
         with that many matrices each."""
-        quantized = sum(option.strip().lower() != "dense" for option in self.candidate_specs)
-        table = matrices * quantized * (blocks + 1) / 2 + blocks  # an entry of block b runs the blocks from b on
+        table = matrices * self.compressing * (blocks + 1) / 2 + blocks  # an entry of block b runs the blocks from b on
         joint = MIXES + 2 * 3 + self.swaps
         return table + joint * (1 + len(self.pareto) / 2)
 
-    def sized(self, blocks: int, matrices: int, available: int, trained: int) -> SearchSettings:
+    def sized(self, blocks: int, matrices: int, available: int, trained: int, solving: float = 0.0) -> SearchSettings:
         """These settings with both numbers of samples, for a model of `blocks` with that many `matrices` each,
-        `available` samples and a run that trains on `trained` in all.
+        `available` samples and a run that trains on `trained` in all; `solving` the weights takes as long as that many
+        forward passes of a sample, whatever the number of samples.
 
         The paper's enumeration costs what it costs, and gets as many samples as allowed.
         """
         count = MAX_SAMPLES
         if self.method == "nxm":
-            count = min(count, int(COST_SHARE * trained * _TRAINING_PASSES / self.passes(blocks, matrices)))
+            count = min(count, int((COST_SHARE * trained * _TRAINING_PASSES - solving) / self.passes(blocks, matrices)))
         count = max(2 * MIN_SAMPLES, count)
         count = min(count, max(MIN_SAMPLES, available // 4))
         return replace(self, samples=self.samples or count, held_out=self.held_out or count)

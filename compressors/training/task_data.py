@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import repeat
 
 from compressors.models import ModelSource, max_length
 from compressors.settings import Settings
 from nxm_export.contract.config_values import size_of
 from nxm_export.contract.no_answer import THRESHOLD, no_answer_threshold
 from nxm_export.contract.tasks import Task
-from nxm_export.data.examples import Columns, Examples, Features, encode, index_of
+from nxm_export.data.examples import Columns, Examples, Features, RawExamples, encode, index_of
 from nxm_export.data.label_kinds import LABELS, Classes, classes_of, has_labels, labelled, load_labelled
 from nxm_export.data.question_answering import answering
 from nxm_export.data.scorable import require_scorable_examples
-from nxm_export.errors import ArtifactError, DataError, some
+from nxm_export.errors import ArtifactError, DataError, notice, some
 from nxm_export.hf.protocols import FastTokenizer
 
 
@@ -73,6 +74,7 @@ def read_task_data(
                 f"{raw.source} and {raw_dev.source} differ: only one of them has a second text; "
                 "name the columns with --text-column and --pair-column"
             )
+        _notice_shared_texts(raw, raw_dev)
         dev_classes = classes if head is None else classes_of(raw_dev, task, head)
         scored = labelled(raw_dev, task, dev_classes)
         require_scorable_examples(task, scored, None if dev_classes is None else dev_classes.names)
@@ -89,6 +91,20 @@ def read_task_data(
     data = TaskData(task, tokens(examples), held_out, int(tokenizer.pad_token_id or 0), names, numbered, threshold)
     _require_rows(source, data, tokenizer)
     return data
+
+
+SHARED = 0.1  # of the dev texts: published data sets have a few twins
+
+
+def _notice_shared_texts(train: RawExamples, dev: RawExamples) -> None:
+    """Say so where dev texts are trained on: their score is then no evidence for new texts."""
+    known = set(zip(train.texts, train.pairs or repeat(None), strict=False))
+    shared = sum(text in known for text in zip(dev.texts, dev.pairs or repeat(None), strict=False))
+    if shared > SHARED * len(dev.texts):
+        notice(
+            f"{dev.source}: {shared} of {len(dev.texts)} texts are in {train.source}, too; a score on texts that a "
+            "model was trained on says little about new ones"
+        )
 
 
 def _no_answer(source: ModelSource, task: Task, *parts: Examples | None) -> float | None:

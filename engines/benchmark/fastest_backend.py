@@ -4,7 +4,8 @@ The candidates are the installed ones of `cpu_backends()`, in that order, and ``
 it. With that one, all are timed by the wall clock between call and result, copies to the GPU and back included. The
 first is the reference; another wins only when it is faster beyond noise: when the geometric mean over the shapes of its
 speed-ups lies above 1, and that of the lower ends of their 95 % intervals, too. A shape that is given twice counts
-twice, so that a mix of shapes can be said.
+twice, so that a mix of shapes can be said. A backend that can keep models compiled for shapes does so for
+those that were asked for.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -90,8 +91,9 @@ def build_candidates(onnx: Path, work: Path, options: BuildOptions) -> tuple[dic
     for name in candidates():
         directory = work / name
         directory.mkdir()
+        able = backend(name).CAPABILITIES.compiled_shapes
         try:
-            backend(name).build(onnx, directory, options)
+            backend(name).build(onnx, directory, options if able else replace(options, shapes=()))
         except EngineError as error:
             errors.append(error)
             left_out[name] = str(error)

@@ -1,11 +1,13 @@
 """Sentences a second over real text: tokenisation, batching, padding and the engine, timed apart and together.
 
-A fixed shape says little about text of mixed lengths, because what is padded is computed, too. Three ways to make
-batches of the same sentences (`ORDERS`):
+A fixed shape says little about text of mixed lengths, because what is padded is computed, too. Ways to make batches of
+the same sentences (`ORDERS`):
 
 * ``arrival``: in the order of the file, each batch padded to its own longest sentence,
 * ``bucketed``: sorted by length first, so that a batch holds sentences of about one length,
-* ``fixed``: in the order of the file, each batch padded to one length, as engines with static shapes need it.
+* ``fixed``: in the order of the file, each batch padded to one length, as engines with static shapes need it,
+* ``throughput``: sorted by length, batches of at most `THREAD_BATCH_TOKENS`, as many at once as the engine has threads,
+  of engines that can be loaded for it.
 
 Every round times every engine with every order once, and the order of those rotates. Ratios are paired within rounds.
 """
@@ -21,13 +23,15 @@ import numpy as np
 
 from engines.base import Engine
 from engines.benchmark.latency import paired, rotated
+from engines.parallel_runs import run_batches, runs_at_once
 from nxm_export.contract.choices import TEXT_BATCH
-from nxm_export.data.examples import Features, pad
+from nxm_export.contract.token_budget import THREAD_BATCH_TOKENS
+from nxm_export.data.examples import Features, length_batches, pad
 from nxm_export.errors import EngineError
 from nxm_export.storage.json_files import to_json_object
 
 SCHEMA = "nxm-text-bench/1"
-ORDERS = ("arrival", "bucketed", "fixed")
+ORDERS = ("arrival", "bucketed", "fixed", "throughput")
 FIXED = 128
 ROUNDS = 7
 
@@ -50,8 +54,9 @@ class TextTiming:
 
 @dataclass(frozen=True)
 class TextReport:
-    """All timings; `tokens` are the mean and the longest sentence, `tokenised_per_second` is the tokenizer's rate
-    alone.
+    """All timings; `batch` is how many sentences a batch has at most, `runs_at_once` how many batches ran at a time
+    with ``throughput`` (0: nothing was loaded for it), `tokens` are the mean and the longest sentence,
+    `tokenised_per_second` is the tokenizer's rate alone.
 
     `seconds` are those of every round, tokenisation included, by engine and order (``ort bucketed``) and by what else
     took part: ratios of any two are to be paired by round.
@@ -60,6 +65,7 @@ class TextReport:
     sentences: int
     batch: int
     fixed: int
+    runs_at_once: int
     tokens: tuple[float, int]
     tokenised_per_second: float
     rounds: int
@@ -72,12 +78,14 @@ class TextReport:
 
 
 def batches(lengths: Sequence[int], order: str, size: int) -> list[list[int]]:
-    """Index batches of `size` sentences by one of `ORDERS`; bucketed ones run from long to short, so that memory is
-    taken once."""
+    """Index batches of `size` sentences (``throughput``: at most) by one of `ORDERS`; sorted ones run from long to
+    short, so that memory is taken once."""
     if order not in ORDERS or size < 1:
         raise EngineError(
             f"unknown order {order!r} or batch of {size}; choose one of {', '.join(ORDERS)}, and 1 or more"
         )
+    if order == "throughput":
+        return length_batches(lengths, size, THREAD_BATCH_TOKENS)
     picked = list(range(len(lengths)))
     if order == "bucketed":
         picked.sort(key=lambda i: -lengths[i])
@@ -91,10 +99,19 @@ def run_text(
 
     Outputs must have one row a sentence (no axis over tokens).
     """
+    lengths = [_length(sample) for sample in features]
+
+    def padded_to(indices: Sequence[int]) -> int:
+        return fixed if order == "fixed" else max(lengths[i] for i in indices)
+
     computed: dict[str, dict[int, np.ndarray]] = {name: {} for name in engine.outputs}
-    for indices in batches([_length(sample) for sample in features], order, batch):
-        feeds = pad([features[i] for i in indices], pad_id, fixed if order == "fixed" else None)
-        for name, values in engine.run(feeds).items():
+    for indices, outputs in run_batches(
+        engine,
+        batches(lengths, order, batch),
+        lambda indices: pad([features[i] for i in indices], pad_id, padded_to(indices)),
+        lambda indices: len(indices) * padded_to(indices),
+    ):
+        for name, values in outputs.items():
             computed[name].update(zip(indices, values, strict=True))
     return {name: np.stack([values[i] for i in range(len(features))]) for name, values in computed.items()}
 
@@ -107,20 +124,29 @@ def bench_text(
     limit: int,
     batch: int = TEXT_BATCH,
     rounds: int = ROUNDS,
+    for_throughput: Mapping[str, Engine] = MappingProxyType({}),
     others: Mapping[str, Callable[[], float]] = MappingProxyType({}),
 ) -> TextReport:
     """Time `engines` over the sentences that `tokenise` makes features of (at most `limit` tokens each).
 
-    `others` are timed between them, once a round: each does the same work by other means, from text to answers, and
-    returns the seconds that it took. Raises `EngineError` for no engines, sentences or rounds.
+    `for_throughput` are those of them that were loaded a second time, with that hint. `others` are timed between them,
+    once a round: each does the same work by other means, from text to answers, and returns the seconds that it took.
+    Raises `EngineError` for no engines, sentences or rounds.
     """
     features = tokenise()
     if not engines or not features or rounds < 1 or batch < 1:
         raise EngineError("a bench of text needs at least one engine, one sentence, a batch of 1 and one round")
     text = _Text(features, batch, max(min(FIXED, limit), *map(_length, features)), pad_id)
-    for engine in engines.values():  # warm-up: kernels for every shape, pages of memory
-        text.seconds(engine, "bucketed")
-    taken: dict[tuple[str, str], list[float]] = {(name, order): [] for name in engines for order in ORDERS}
+    run = {
+        (name, order): for_throughput[name] if order == "throughput" else engine
+        for name, engine in engines.items()
+        for order in ORDERS
+        if order != "throughput" or name in for_throughput
+    }
+    for (_, order), engine in run.items():  # warm-up: kernels for every shape, pages of memory
+        if order in ("bucketed", "throughput"):
+            text.seconds(engine, order)
+    taken: dict[tuple[str, str], list[float]] = {what: [] for what in run}
     theirs: dict[str, list[float]] = {name: [] for name in others}
     tokenising: list[float] = []
     for number in range(rounds):
@@ -130,13 +156,14 @@ def bench_text(
         for name, work in rotated(list(others.items()), number):
             theirs[name].append(work())
         for name, order in rotated(list(taken), number):
-            taken[name, order].append(text.seconds(engines[name], order))
+            taken[name, order].append(text.seconds(run[name, order], order))
     tokenised = np.array(tokenising)
     seconds = {f"{name} {order}": (np.array(times) + tokenised).tolist() for (name, order), times in taken.items()}
     return TextReport(
         sentences=len(features),
         batch=batch,
         fixed=text.fixed,
+        runs_at_once=max(map(runs_at_once, for_throughput.values()), default=0),
         tokens=(float(np.mean(text.lengths)), max(text.lengths)),
         tokenised_per_second=float(np.median(len(features) / tokenised)),
         rounds=rounds,

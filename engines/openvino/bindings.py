@@ -28,6 +28,7 @@ class Shape(Protocol):
     """A shape, some of whose sizes may be free."""
 
     rank: Rank
+    is_static: bool
 
     def __len__(self) -> int: ...
 
@@ -62,6 +63,20 @@ class Port(Protocol):
         ...
 
 
+class Model(Protocol):
+    """A graph that was read, not yet compiled."""
+
+    inputs: Sequence[Port]
+
+    def clone(self) -> Model:
+        """Another graph with the same constants."""
+        ...
+
+    def reshape(self, sizes: Mapping[str, Sequence[int]]) -> None:
+        """Give inputs, by name, other sizes."""
+        ...
+
+
 class Tensor(Protocol):
     """A tensor whose `data` is memory of the runtime's."""
 
@@ -88,8 +103,24 @@ class RuntimeInfo(Protocol):
     def __getitem__(self, key: str) -> object: ...
 
 
+class Output(Protocol):
+    """What a layer writes."""
+
+    def get_node(self) -> Operation:
+        """The layer."""
+        ...
+
+
 class Operation(Protocol):
     """A layer of an execution graph."""
+
+    def get_friendly_name(self) -> str:
+        """Its name, which is no other's."""
+        ...
+
+    def input_values(self) -> Sequence[Output]:
+        """What it reads."""
+        ...
 
     def get_rt_info(self) -> RuntimeInfo:
         """What the runtime made of it."""

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 NAME = "ort"
-CAPABILITIES = BackendCapabilities("cpu", threads=True, runs_onnx=True, holds_scores=True)
+CAPABILITIES = BackendCapabilities("cpu", threads=True, throughput=True, runs_onnx=True, holds_scores=True)
 ENGINE_FILE = "model.onnx"
 # ONNX Runtime 1.32 on x86-64: SkipLayerNormalization takes three times as long as the Add and the LayerNormalization
 # that it replaces, and BiasGelu twice as long as Add and Gelu.
@@ -147,7 +147,8 @@ class OrtEngine(Closing):
     ) -> None:
         self.directory = directory
         self._spec = spec_of(directory)
-        threads = options.threads or passport.threads
+        # A session of one thread computes in the thread that calls it, so one session serves them all.
+        self.runs_at_once, threads = options.runs(passport.threads)
         session = open_session(directory / ENGINE_FILE, threads, left_out(passport), model=model)
         self._session: Session | None = session
         self._bindings = tuple(_binding(value) for value in session.get_inputs())
@@ -161,13 +162,14 @@ class OrtEngine(Closing):
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name."""
-        if self._session is None:
+        session = self._session
+        if session is None:
             raise EngineError(f"{self.directory}: this engine was closed")
         require_feeds(self, feeds)
         require_within(self._spec, feeds)
         bound = {binding.name: as_bound(binding, feeds[binding.name]) for binding in self._bindings}
         try:
-            outputs = self._session.run(None, bound)
+            outputs = session.run(None, bound)
         except Exception as error:  # onnxruntime raises its own types, which are no stable API
             raise EngineError(f"{self.directory}: ONNX Runtime failed: {error}") from error
         return {name: array.astype(np.float32, copy=False) for name, array in zip(self.outputs, outputs, strict=True)}

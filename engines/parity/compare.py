@@ -478,7 +478,7 @@ def _run(part: Part, reference: _Reference, samples: _Samples) -> _Run:
                     f"{expected.shape[1:]}; it was built from another checkpoint"
                 )
         tolerances = {name: expectation.max_tolerance for name, expectation in reference.expectations.items()}
-        loaded = Loaded(engine, part.spec, part.passport.profiles)
+        loaded = Loaded(engine, part.spec, part.passport.profiles, part.passport.shapes)
         longest = loaded.longest_sequence
         beyond = reference.probes.beyond or _beyond_memory(longest, part.memory(1, longest))
         probes = probe(loaded, samples.features, tolerances, replace(reference.probes, beyond=beyond))

@@ -2,7 +2,9 @@
 reason.
 
 *Against the checkpoint*: one token, and the maximum length. *Against itself*: the same sample alone, in a batch, in
-another order, with more padding, and beside a row that is all padding. *By itself*: no NaN and no infinity, anywhere.
+another order, with more padding, and beside a row that is all padding; and of an engine that keeps models compiled for
+some shapes, samples in each of these and at another shape, which another model runs. *By itself*: no NaN and no
+infinity, anywhere.
 A row of padding is meaningless to a model (there is nothing to attend to), so it must be finite, and must not touch its
 neighbours.
 
@@ -22,6 +24,7 @@ from functools import partial
 import numpy as np
 
 from engines.base import Engine, Profile
+from engines.compiled_shapes import smallest_holding
 from engines.parity.decisions import apart, nonfinite_values
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.token_budget import MAX_BATCH_TOKENS
@@ -71,6 +74,7 @@ class Loaded:
     engine: Engine
     spec: IOSpec
     profiles: Sequence[Profile] = ()
+    shapes: Sequence[tuple[int, int]] = ()  # that it keeps compiled
 
     @property
     def longest_sequence(self) -> int:
@@ -135,7 +139,38 @@ def probe(
             for name, (size, about) in single.items()
         ),
         *_batch_probes(loaded, features, tolerances),
+        *(_compiled_probe(loaded, features, tolerances, shape) for shape in loaded.shapes),
     ]
+
+
+def _compiled_probe(
+    loaded: Loaded, features: Sequence[Features], tolerances: Mapping[str, float], shape: tuple[int, int]
+) -> ProbeResult:
+    """Samples in a compiled shape, filled with them, and the same ones at a length that no compiled shape has."""
+    batch, sequence = shape
+    picks = np.linspace(0, len(features) - 1, batch).astype(int)
+    samples = [_cut(features[i], min(len(features[i]["input_ids"]), sequence)) for i in picks]
+    longest = max(range(batch), key=lambda row: len(samples[row]["input_ids"]))
+    samples[longest] = _cut(samples[longest], sequence)
+    other = _uncompiled(loaded, batch, sequence)
+    name, about = f"compiled shape {batch}x{sequence}", f"the same samples at {other[0]}x{other[1]}"
+
+    def elsewhere() -> Rows:
+        added = [samples[0]] * (other[0] - batch)
+        return loaded.rows([*samples, *added], other[1])[:batch]
+
+    return _judged(
+        loaded, name, [shape], lambda: _Contrast(loaded.rows(samples, sequence), elsewhere(), tolerances), about
+    )
+
+
+def _uncompiled(loaded: Loaded, batch: int, sequence: int) -> tuple[int, int]:
+    """A shape that holds (batch, sequence) and that no compiled shape runs, not even padded: longer where the model
+    takes that, of more rows otherwise."""
+    longest = loaded.longest_sequence
+    longer = ((batch, length) for length in range(sequence + 1, longest + 1))
+    larger = ((rows, sequence) for rows in range(batch + 1, 2 * max(shape[0] for shape in loaded.shapes) + 2))
+    return next(shape for shape in (*longer, *larger) if smallest_holding(loaded.shapes, *shape) is None)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Nothing is served that was not checked: the passport's hash and machine, the hash that the caller expects, and the
 parity gate. Warm-up runs every length bucket once (of engines that take any length, those of short texts and the
-longest) and the largest batch once, so what would not fit the memory fails
+longest), every compiled shape and the largest batch once, so what would not fit the memory fails
 before the first client comes, and the shapes of the outputs are known, not guessed.
 """
 
@@ -92,6 +92,7 @@ class Model:
             passport.profiles,
             options.lengths,
             max_batch_tokens=options.max_batch_tokens,
+            compiled=passport.shapes,
         )
         self.queue = BatchQueue(self.buckets, _limits(options, passport))
         self.withdrawn: str | None = None  # why it must not answer any more; set on the event loop alone
@@ -172,6 +173,9 @@ class Model:
         """Run every bucket on every engine; returns the outputs' shapes with -1 where they depend on the input."""
         shapes = {}
         for engine in self._engines:
+            for batch, sequence in self.passport.shapes:
+                if batch <= self.buckets.most and sequence <= self.buckets.longest.length:  # no request has more
+                    self._try(engine, Bucket(sequence, batch, batch), batch)
             for bucket in self.buckets.buckets:
                 longest = bucket is self.buckets.longest
                 if not (bucket.fixed or longest) and bucket.length > _WARMED:

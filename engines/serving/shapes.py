@@ -5,7 +5,8 @@ ones. So only requests of one bucket are batched, and buckets grow with the leng
 eighth of a sequence. A batch has as many rows as a budget of tokens holds: a long document is not joined by as many
 others as a sentence is. An engine that was built for profiles gets only buckets that one of them has room for, and
 every batch is padded to its bucket: TensorRT prefers few different shapes. An engine without profiles takes any shape,
-so its batches are as long as their longest request.
+so its batches are as long as their longest request. Where it keeps models compiled for some shapes, their lengths are
+buckets, too: what a bucket holds then nearly fills that shape, and the engine pads it (`engines.compiled_shapes`).
 """
 
 from __future__ import annotations
@@ -68,15 +69,18 @@ def plan_buckets(
     lengths: Sequence[int] | None = None,
     *,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
+    compiled: Sequence[tuple[int, int]] = (),
 ) -> Buckets:
-    """The buckets of an engine: of `lengths` (by default `usual_lengths`), those that its `profiles` have room for,
-    with at most `max_batch` rows and `max_batch_tokens` (or the least batch of its profile).
+    """The buckets of an engine: of `lengths` (by default `usual_lengths`, and those of its `compiled` shapes), those
+    that its `profiles` have room for, with at most `max_batch` rows and `max_batch_tokens` (or the least batch of its
+    profile).
 
     The longest length that fits is always a bucket, so nothing that the engine can run is refused. Raises `ServeError`
     when `lengths` are no lengths of this engine.
     """
     longest = min(max_length, max((p.maximum[1] for p in profiles), default=max_length))
-    requested = sorted({*(usual_lengths(longest) if lengths is None else lengths), longest})
+    usual = {*usual_lengths(longest), *(length for _, length in compiled if length <= longest)}
+    requested = sorted({*(usual if lengths is None else lengths), longest})
     if requested[0] < 1 or requested[-1] > longest:
         raise ServeError(f"--buckets must be lengths from 1 to {longest}, the longest that this engine takes")
     buckets = []

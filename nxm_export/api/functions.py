@@ -360,19 +360,24 @@ def predict(
     *,
     batch: int = 32,
     threads: int | None = None,
+    hint: str | None = None,
     gate: str = GATE,
     expect_sha256: Collection[str] = (),
 ) -> list[AnyPrediction]:
     """What an engine directory says about texts, or pairs of them: one typed result each, in order.
 
-    `gate` is which ``parity.json`` it must have: ``not-failed``, ``passed`` or ``off`` (any); `expect_sha256` are the
+    `hint` is what the threads of an engine on the CPU are for, see `Predictor`; by default ``throughput`` for more
+    texts than one batch. `gate` is which ``parity.json`` it must have: ``not-failed``, ``passed`` or ``off`` (any);
+    `expect_sha256` are the
     hashes of which its own, or that of all its contents, must be one. Needs neither torch nor transformers. The engine
     is loaded for this call; to answer many calls, keep a `Predictor`, or serve it.
     """
-    from engines.predictor import Predictor
+    from engines.predictor import Predictor, hint_for
 
-    with Predictor(engine, threads=threads, gate=gate, expect_sha256=expect_sha256) as predictor:
-        return predictor.predict(texts, batch=batch)
+    rows = texts if isinstance(texts, str) else list(texts)
+    hint = hint or hint_for(engine, len(rows), batch)
+    with Predictor(engine, threads=threads, hint=hint, gate=gate, expect_sha256=expect_sha256) as predictor:
+        return predictor.predict(rows, batch=batch)
 
 
 def bench(
@@ -399,7 +404,8 @@ def bench_text(
     threads: int | None = None,
     columns: Columns = Columns(),
 ) -> TextReport:
-    """Sentences a second of CPU engine directories over the text of a data file, tokenisation included."""
+    """Sentences a second of CPU engine directories over the text of a data file, tokenisation included; each is loaded
+    twice, with either hint."""
     from nxm_export.pipeline.engine_commands import bench_text as bench_engines
 
     _require_threads(threads)

@@ -211,13 +211,14 @@ class EngineDirectory(Generic[P_co]):
         *,
         batch: int = 32,
         threads: int | None = None,
+        hint: str | None = None,
         gate: str = GATE,
         expect_sha256: Collection[str] = (),
     ) -> list[P_co]:
         """One typed result for every text or pair of texts; see `nxm_export.predict`. Loads the engine each time: to
         answer many calls, keep a `Predictor`."""
         predicted = functions.predict(
-            self.path, texts, batch=batch, threads=threads, gate=gate, expect_sha256=expect_sha256
+            self.path, texts, batch=batch, threads=threads, hint=hint, gate=gate, expect_sha256=expect_sha256
         )
         return cast("list[P_co]", predicted)
 

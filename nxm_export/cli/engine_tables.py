@@ -10,6 +10,7 @@ import click
 from nxm_export.cli.output import print_next, quoted
 from nxm_export.cli.sparsity_tables import print_sparsity
 from nxm_export.cli.tables import busy_note, print_facts, print_rows, print_table, speed_text
+from nxm_export.contract.token_budget import THREAD_BATCH_TOKENS
 
 if TYPE_CHECKING:
     from engines.benchmark.fastest_backend import Choice
@@ -69,16 +70,34 @@ def print_inspection(title: str, facts: Inspection, everything: bool = False) ->
 
 def _print_engine(title: str, facts: EngineInspection, everything: bool) -> None:
     from engines.cusparselt.backend import CusparseltFacts
+    from engines.openvino.backend import OpenVinoFacts
 
     _print_facts(title, facts.to_dict())
     if facts.sparsity is not None:
         print_sparsity(facts.sparsity, everything)
     if isinstance(facts.facts, CusparseltFacts):
         _print_choices(facts.facts.choices)
+    if isinstance(facts.facts, OpenVinoFacts) and facts.facts.shapes:
+        rows = [
+            (f"{shape.batch}x{shape.sequence}", str(shape.integer_products), str(shape.layers))
+            for shape in facts.facts.shapes
+        ]
+        print_table("compiled shapes", ("batch x length", "integer products", "layers"), rows)
 
 
 def _print_facts(title: str, facts: Mapping[str, object]) -> None:
-    apart = ("weights", "passport", "schema", "counts", "products", "unread", "sparse_share", "choices", "profiled")
+    apart = (
+        "weights",
+        "passport",
+        "schema",
+        "counts",
+        "products",
+        "unread",
+        "sparse_share",
+        "choices",
+        "profiled",
+        "shapes",
+    )
     rows = [(key, value) for key, value in facts.items() if key not in apart]
     print_table(title, ("what", "value"), rows)
 
@@ -151,6 +170,7 @@ def print_text_throughput(report: TextReport) -> None:
     print_table(f"{report.sentences} sentences in batches of {report.batch}", columns, rows)
     click.echo(
         f"{report.tokens[0]:.1f} tokens a sentence, at most {report.tokens[1]}; fixed pads to {report.fixed}; "
+        f"throughput runs {report.runs_at_once} batches at once, of at most {THREAD_BATCH_TOKENS} tokens; "
         f"the tokenizer alone: {report.tokenised_per_second:.0f} sentences a second"
     )
 

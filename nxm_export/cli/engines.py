@@ -93,13 +93,14 @@ class _BuildOptions:
         from engines.base import backend as backend_of
         from engines.base import cpu_backends
 
-        of_auto = (("--shape", self.shapes), ("--checkpoint", self.checkpoint), ("--data", self.data))
-        automatic = [flag for flag, value in of_auto if value]
+        automatic = [flag for flag, value in (("--checkpoint", self.checkpoint), ("--data", self.data)) if value]
         if automatic and backend != AUTO_BACKEND:
             raise click.UsageError(f"{automatic[0]} is for --backend auto")
+        if self.shapes and backend != AUTO_BACKEND and not backend_of(backend).CAPABILITIES.compiled_shapes:
+            raise click.UsageError(f"--shape is for --backend openvino and auto; {backend} compiles no shapes")
         if backend == AUTO_BACKEND and (self.twins or self.lengths or self.profiles):
             raise click.UsageError(
-                "--twins, --lengths and --profile are for engines on a GPU; --backend auto takes none of them"
+                "--backend auto takes no --twins, --lengths and --profile; name the backend that they are for"
             )
         if bool(self.checkpoint) != bool(self.data):
             raise click.UsageError("--checkpoint and --data belong together")
@@ -115,13 +116,14 @@ class _BuildOptions:
         if self.timing_cache is not None and not self.timing_cache.is_file():
             raise click.BadParameter(f"{self.timing_cache}: no such file", param_hint="--timing-cache")
 
-    def of_engine(self, progress: Progress) -> BuildOptions:
+    def of_engine(self, backend: str, progress: Progress) -> BuildOptions:
         """What the build itself is told."""
         from engines.base import BuildOptions
         from engines.tensorrt.profiles import parse_profile
 
         return BuildOptions(
             threads=self.threads,
+            shapes=[] if backend == AUTO_BACKEND else [shape_of(text) for text in self.shapes],
             profiles=[parse_profile(text) for text in self.profiles],
             max_batch_tokens=self.max_batch_tokens,
             sparse=self.sparse,
@@ -182,7 +184,11 @@ class _BenchOptions:
     metavar="SHAPES",
     help="Shapes to tune for: 8x128, or 1x1,8x128,32x512 as minimum, optimum, maximum; may be repeated.",
 )
-@click.option("--lengths", metavar="FILE", help="Choose the profiles from the token lengths of this data file.")
+@click.option(
+    "--lengths",
+    metavar="FILE",
+    help="Choose the profiles (of openvino the shapes, of one text) from the token lengths of this data file.",
+)
 @click.option(
     "--max-profiles",
     type=Whole(min=1),
@@ -216,7 +222,7 @@ class _BenchOptions:
     type=click.Choice(LOWERINGS),
     default=LOWERING,
     show_default=True,
-    help="Of linear layers, with --twins.",
+    help="Form of the products, with --twins.",
 )
 @click.option(
     "--target", type=click.Choice(TARGETS), help="Graph target, with --twins.  [default: trt; trt8 for TensorRT 8.6]"
@@ -226,7 +232,8 @@ class _BenchOptions:
     "shapes",
     multiple=True,
     metavar="BATCHxLENGTH",
-    help="With --backend auto: a shape to be fast at; may be repeated.",
+    help="A shape to be fast at; may be repeated. openvino compiles a model for each, which takes memory; auto "
+    "times them, too.",
 )
 @click.option(
     "--checkpoint",
@@ -252,7 +259,7 @@ def build(source: Path, backend: str, out: Path, json: bool, **values: object) -
     options.require_usage(backend)
     profiles_from = DataProfiles(options.lengths, options.max_profiles) if options.lengths else None
     with progress_bars(enabled=not json) as progress:
-        settings = options.of_engine(progress)
+        settings = options.of_engine(backend, progress)
         if backend == AUTO_BACKEND:
             shapes = [shape_of(text) for text in options.shapes] or None
             check = ParityCheck(options.checkpoint, options.data) if options.checkpoint and options.data else None
@@ -316,7 +323,7 @@ def inspect(
     help="Exit 3 unless it holds: 'drop<=0.5' (metric points), 'drop(mcc)<=0.5' (of another metric), 'flips<=0.5%', "
     "'max_abs<=0.1', 'cosine>=0.99' (embeddings) or 'embedding_table<=0.5' (an INT8 embedding table); may be repeated.",
 )
-@click.option("--bisect", is_flag=True, help="Find the first encoder block that parts from the checkpoint.")
+@click.option("--bisect", is_flag=True, help="Find the first encoder block that differs from the checkpoint.")
 @all_option
 @json_option
 def compare(
@@ -391,8 +398,8 @@ def compare(
 @click.option(
     "--data",
     metavar="FILE",
-    help="Time ENGINEs over this text, tokenisation included. With --serve: samples to send, as tokens of ENGINE's "
-    "tokenizer, else as text.",
+    help="Time ENGINEs over this text, tokenisation included, loaded for latency and for throughput. With --serve: "
+    "samples to send, as tokens of ENGINE's tokenizer, else as text.",
 )
 @click.option(
     "--task",
@@ -406,13 +413,13 @@ def compare(
 @click.option(
     "--clients", default="1,8,32", show_default=True, metavar="N,N,...", help="With --serve: clients at once."
 )
-@click.option("--seconds", type=Real(min=0.1), default=5.0, show_default=True, help="With --serve: of a round.")
+@click.option("--seconds", type=Real(min=0.1), default=5.0, show_default=True, help="With --serve: length of a round.")
 @click.option(
     "--encoding",
     type=click.Choice(TOKEN_ENCODINGS),
     default=TOKEN_ENCODING,
     show_default=True,
-    help="With --serve: of tokens.",
+    help="With --serve: how tokens are sent.",
 )
 @json_option
 def bench(engines: tuple[Path, ...], json: bool, **values: object) -> None:

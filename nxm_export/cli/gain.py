@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ import click
 
 from nxm_export.cli.options import shape_of
 from nxm_export.cli.output import show_result
-from nxm_export.cli.tables import print_table
+from nxm_export.cli.tables import print_table, terminal_width
 from nxm_export.errors import EngineError
 
 if TYPE_CHECKING:
@@ -45,16 +46,22 @@ def show_gain(
 
 
 def _print(report: GainReport) -> None:
-    click.echo(f"verdict: {report.verdict}")
+    _say(f"verdict: {report.verdict}")
     if report.gain is None:
+        if report.target is not None:  # the verdict for a CPU says it
+            click.echo("INT8 without a pattern needs no sparse kernel: --pattern none")
         return
-    click.echo("Nothing here is measured (docs/will-it-pay.md: what it assumes). `nxm bench` measures engines.")
+    _say("Nothing here is measured; docs/will-it-pay.md has the assumptions.")
     title = f"{report.model} on {report.gpu} at {report.batch}x{report.sequence}"
     print_table(title, ("what", "value"), list(_facts(report, report.gain)))
     columns = ("product", "K x N", "runs", "from memory", "from cache", "limit from memory")
     print_table("INT8 > 2:4, us a run at the limits (estimate)", columns, list(_products(report.gain.estimate)))
     for note in report.notes:
-        click.echo(f"note: {note}")
+        _say(f"note: {note}")
+
+
+def _say(sentence: str) -> None:
+    click.echo(textwrap.fill(sentence, terminal_width(), break_long_words=False, break_on_hyphens=False))
 
 
 def _facts(report: GainReport, gain: Gain) -> Iterator[tuple[str, str]]:

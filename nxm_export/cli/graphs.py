@@ -52,7 +52,7 @@ class _ExportOptions:
     show_default=True,
     help="cpu (FP32 graph), trt (FP16 graph, opset 21) or trt8 (FP32 graph, opset 17, for TensorRT 8.6).",
 )
-@click.option("--dtype", type=click.Choice(FLOAT_TYPES), help="Of the graph.  [default: the target's]")
+@click.option("--dtype", type=click.Choice(FLOAT_TYPES), help="Float type of the graph.  [default: the target's]")
 @click.option(
     "--placement",
     type=click.Choice(GRAPH_PLACEMENTS),
@@ -63,12 +63,12 @@ class _ExportOptions:
     type=click.Choice(LOWERINGS),
     default=LOWERING,
     show_default=True,
-    help="Of linear layers.",
+    help="Form of the products.",
 )
 @click.option(
     "--precision-overrides",
     type=click.Choice(FLOAT_TYPES),
-    help="Of LayerNorm and softmax.  [default: the graph's]",
+    help="Float type of LayerNorm and softmax.  [default: the graph's]",
 )
 @click.option("--max-length", type=Whole(min=2), help="Longest input in tokens.  [default: what the model allows]")
 @click.option(

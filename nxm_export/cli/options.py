@@ -145,7 +145,7 @@ PLAN_OPTIONS = options(
         type=click.Choice(STORAGES),
         default=STORAGE,
         show_default=True,
-        help="What goes around the layers.",
+        help="Whether residual connections read quantized values.",
     ),
     click.option(
         "--embedding",
@@ -172,12 +172,14 @@ LABEL_MAP_OPTION = click.option(
     help="Which class of the model a label of the data stands for, where it is not the class's name.",
 )
 COLUMN_OPTIONS = options(
-    click.option("--text-column", "text", metavar="NAME", help="Of the text.  [default: sentence, text, ...]"),
-    click.option("--pair-column", "text_pair", metavar="NAME", help="Of the second text.  [default: sentence2, ...]"),
+    click.option("--text-column", "text", metavar="NAME", help="Column of the text.  [default: sentence, text, ...]"),
+    click.option(
+        "--pair-column", "text_pair", metavar="NAME", help="Column of the second text.  [default: sentence2, ...]"
+    ),
 )
 LABELLED_COLUMN_OPTIONS = options(
     COLUMN_OPTIONS,
-    click.option("--label-column", "label", metavar="NAME", help="Of the label.  [default: label, labels, ...]"),
+    click.option("--label-column", "label", metavar="NAME", help="Column of the label.  [default: label, labels, ...]"),
     LABEL_MAP_OPTION,
 )
 TASK_OPTION = click.option(
@@ -321,9 +323,9 @@ SEARCH_TRAINING_OPTIONS = options(
     setting_option(
         Settings,
         "recipe",
-        help="Of the short runs, and of the compression run that the cost is compared with; nxm is ADMM.",
+        help="Recipe of the short runs, and of the compression run that the cost is compared with; nxm is ADMM.",
     ),
-    setting_option(Settings, "epochs", help="Of that compression run."),
+    setting_option(Settings, "epochs", help="Epochs of that compression run."),
     setting_option(Settings, "seed"),
     setting_option(Settings, "threads", help=None),
 )

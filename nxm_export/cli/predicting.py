@@ -21,6 +21,7 @@ from nxm_export.cli.options import (
     settings_of,
 )
 from nxm_export.cli.output import print_next, quoted, show_result
+from nxm_export.contract.choices import HINTS
 
 if TYPE_CHECKING:
     from nxm_export.contract.tasks import Task
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
 )
 @click.option("--batch", type=Whole(min=1), default=32, show_default=True, help="Texts that run at once.")
 @click.option("--threads", type=Whole(min=1), help="CPU threads.  [default: as built]")
+@click.option(
+    "--hint",
+    type=click.Choice(HINTS),
+    help="What the threads are for: one batch at a time, or many.  [default: throughput for more than one batch]",
+)
 @setting_option(ModelOptions, "gate")
 @expect_sha256_option
 @json_option
@@ -47,7 +53,7 @@ def predict(engine: Path, texts: tuple[str, ...], data: str | None, pairs: bool,
     The answer to a TEXT is a class, labels, a score, entities, an answer or a vector, as the engine's task has it. It
     takes the directory ENGINE alone, neither torch nor transformers.
     """
-    from engines.predictor import Predictor
+    from engines.predictor import Predictor, hint_for
     from nxm_export.contract.io_spec import load_spec
     from nxm_export.contract.tasks import TASKS
     from nxm_export.data.texts import read_texts
@@ -60,10 +66,15 @@ def predict(engine: Path, texts: tuple[str, ...], data: str | None, pairs: bool,
     columns = columns_of(_text(options["text"]), _text(options["text_pair"]), None)
     rows = read_texts(data, columns, task) if data else _rows(texts, pairs or task.texts == "two", task)
     proof = settings_of(ModelOptions, options)
+    batch = _number(options["batch"]) or 1
     with Predictor(
-        engine, threads=_number(options["threads"]), gate=proof.gate, expect_sha256=expected_hashes(options)
+        engine,
+        threads=_number(options["threads"]),
+        hint=_text(options["hint"]) or hint_for(engine, len(rows), batch),
+        gate=proof.gate,
+        expect_sha256=expected_hashes(options),
     ) as predictor:
-        results = predictor.predict(rows, batch=_number(options["batch"]) or 1)
+        results = predictor.predict(rows, batch=batch)
         shortened = predictor.shortened
     answers = [{"input": row, **result.to_dict()} for row, result in zip(rows, results, strict=True)]
     show_result(lambda: answers, json, lambda: _print(rows, results))

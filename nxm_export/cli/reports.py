@@ -37,7 +37,7 @@ def report_page(run_directory: Path, out: Path | None, search: Path | None, forc
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The model card, as in README.md.")
 @click.option("--base-model", metavar="ID", help="Hub id of the model that was compressed, for the card's head.")
-@click.option("--license", metavar="ID", help="The hub's word for the licence of the result, as in apache-2.0.")
+@click.option("--license", metavar="ID", help="Licence of the result as the hub writes it: apache-2.0.")
 @FORCE_OPTION
 @json_option
 def card(path: Path, out: Path, base_model: str | None, license: str | None, force: bool, json: bool) -> None:

@@ -11,6 +11,8 @@ from nxm_export.errors import DataError
 
 MAX_BATCH_TOKENS = 16_384
 MAX_ROWS = 32
+# Of a batch that one thread runs beside others. Fewer or many more tokens cost more for each (docs/performance.md).
+THREAD_BATCH_TOKENS = 512
 DEFAULT_MAX_LENGTH = 512  # tokens of a text in training, where nobody asks for more
 BATCH_TOKENS_HELP = (
     f"Rows x tokens of a batch at most, at least one row: with {MAX_BATCH_TOKENS} that is 32x512, 8x2048 or 2x8192."

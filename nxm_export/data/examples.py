@@ -444,8 +444,12 @@ def sorted_batches(
 ) -> list[list[int]]:
     """Index batches by length, longest first: little padding, and running out of memory happens at once. Each has at
     most `batch_size` samples, and as many of its longest as `batch_tokens` hold."""
-    lengths = [len(sample["input_ids"]) for sample in features]
-    order = sorted(range(len(features)), key=lambda i: -lengths[i])
+    return length_batches([len(sample["input_ids"]) for sample in features], batch_size, batch_tokens)
+
+
+def length_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[list[int]]:
+    """`sorted_batches` of samples of these lengths in tokens."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches, start = [], 0
     while start < len(order):
         rows = rows_within(max(1, lengths[order[start]]), batch_tokens, batch_size)

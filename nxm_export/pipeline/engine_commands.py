@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataProfiles:
-    """Optimization profiles, at most `count`, that come from the token lengths of a data file."""
+    """Optimization profiles, at most `count`, that come from the token lengths of a data file; of a backend that
+    compiles shapes, as many of those."""
 
     data: str
     count: int = MAX_PROFILES
@@ -78,13 +79,19 @@ def build_engine(
 ) -> EnginePassport:
     """Build the engine directory `out` from an ONNX file or a graph directory by the backend `name`; its passport is
     returned."""
-    from engines.base import backend
+    from engines.base import BuildOptions, backend
     from engines.memory import tell_memory
     from engines.sparsity.build_evidence import LOG_FILE
 
     source, out = onnx_file(source), Path(out)
     require_apart(out, source)
-    options = _build_options(options, out, source.parent, profiles_from)
+    capabilities = backend(name).CAPABILITIES
+    if options is not None and options.shapes and not capabilities.compiled_shapes:
+        raise EngineError(f"{name} keeps no models compiled for shapes; openvino does. Leave the shapes out")
+    if capabilities.compiled_shapes and profiles_from is not None:
+        options = _with_shapes(options or BuildOptions(), source.parent, profiles_from)
+    else:
+        options = _build_options(options, out, source.parent, profiles_from)
     tell_memory(source, name, options)
     with atomic_dir(out, kept_log=LOG_FILE) as scratch:
         return backend(name).build(source, scratch, options)
@@ -135,7 +142,8 @@ def build_fastest(
     """Build an ONNX file, or a graph directory's, with every backend that ``auto`` tries, time them, and keep the
     fastest as the engine directory `out`.
 
-    With `check` only engines that pass the comparison are candidates, and the parity report comes with the engine.
+    `shapes` are also compiled by backends that can (`BuildOptions.shapes`). With `check` only engines that pass the
+    comparison are candidates, and the parity report comes with the engine.
     `measure` times loaded engines (see `engines.benchmark.fastest_backend.choose`); by default
     `engines.benchmark.latency` does. Raises `EngineError` where no engine is left.
     """
@@ -144,6 +152,7 @@ def build_fastest(
     from engines.passport import load_passport
 
     source, out, options = onnx_file(source), Path(out), options or BuildOptions()
+    options = replace(options, shapes=tuple(dict.fromkeys((*options.shapes, *(shapes or ())))))
     require_apart(out, source, *([] if check is None else [check.checkpoint, check.data]))
     with atomic_dir(out) as scratch, TemporaryDirectory() as work:
         engines, left_out = fastest_backend.build_candidates(source, Path(work), options)
@@ -171,6 +180,22 @@ def _profiles(directory: Path, source: DataProfiles, batch_tokens: int) -> list[
     """Optimization profiles of at most `batch_tokens` from the token lengths of a data file, by the tokenizer of a
     directory."""
     from engines.tensorrt.profiles import profiles_from_lengths
+
+    lengths, limit = _token_lengths(directory, source)
+    return profiles_from_lengths(lengths, limit, count=source.count, batch_tokens=batch_tokens)
+
+
+def _with_shapes(options: BuildOptions, directory: Path, source: DataProfiles) -> BuildOptions:
+    """`options` with the shapes of single texts that run most of a data file, beside those that they have."""
+    from engines.compiled_shapes import shapes_of_lengths
+    from engines.serving.shapes import usual_lengths
+
+    lengths, limit = _token_lengths(directory, source)
+    return replace(options, shapes=(*options.shapes, *shapes_of_lengths(lengths, usual_lengths(limit), source.count)))
+
+
+def _token_lengths(directory: Path, source: DataProfiles) -> tuple[list[int], int]:
+    """(tokens of every text of a data file by the tokenizer of a directory, tokens that its model takes at most)."""
     from nxm_export.contract.tasks import task_named
     from nxm_export.data.examples import encode
     from nxm_export.data.label_kinds import LABELS, load_labelled, read_by_model
@@ -185,7 +210,7 @@ def _profiles(directory: Path, source: DataProfiles, batch_tokens: int) -> list[
     else:
         cut_at(tokenizer, limit)
         lengths = [len(encoding.ids) for encoding in tokenizer.encode_batch(read_by_model(raw, kind))]
-    return profiles_from_lengths(lengths, limit, count=source.count, batch_tokens=batch_tokens)
+    return lengths, limit
 
 
 def _limit_and_task(directory: Path) -> tuple[int, str]:
@@ -383,7 +408,8 @@ def bench_text(
 ) -> TextReport:
     """Sentences a second of CPU engine directories over the text of a data file.
 
-    All engines must read the text in the same tokens and give one answer a sentence. `others` are timed between them
+    All engines must read the text in the same tokens and give one answer a sentence. Those that can are loaded a second
+    time, for throughput. `others` are timed between them
     (see `engines.benchmark.text_throughput`).
     """
     from engines.base import LoadOptions, backend, cpu_backends
@@ -411,6 +437,13 @@ def bench_text(
             name: stack.enter_context(backend(load_passport(path).backend).load(path, LoadOptions(threads)))
             for name, path in zip(_names(paths), paths, strict=True)
         }
+        for_throughput = {
+            name: stack.enter_context(
+                backend(load_passport(path).backend).load(path, LoadOptions(threads, hint="throughput"))
+            )
+            for name, path in zip(_names(paths), paths, strict=True)
+            if backend(load_passport(path).backend).CAPABILITIES.throughput
+        }
         return text_throughput.bench_text(
             loaded,
             _labelled_texts(paths[0], data, columns, limit).tokens,
@@ -418,6 +451,7 @@ def bench_text(
             limit=limit,
             batch=batch or TEXT_BATCH,
             rounds=rounds or text_throughput.ROUNDS,
+            for_throughput=for_throughput,
             others=others or {},
         )
 

@@ -205,8 +205,8 @@ def _speed(run: Run) -> Verdict:
     state, word = _word_of_speed([ratio.interval for ratio in measured])
     slowest = min(measured, key=lambda ratio: ratio.speedup.number or 0.0)
     shape = f"{slowest.batch}x{slowest.sequence}"
-    least = f", the least of {len(measured)} shapes" if measured[1:] else ""
-    lead: tuple[Piece, ...] = (slowest.speedup.shown("ratio"), f"x at {shape}{least}")
+    among = f", the slowest of {len(measured)} shapes" if measured[1:] else ""
+    lead: tuple[Piece, ...] = (slowest.speedup.shown("ratio"), f"x at {shape}{among}")
     device = engine.passport.content.device.get("name") if engine.passport else None
     note = f"{engine.name} against {slowest.reference}, 95 % intervals of paired rounds"
     note += f", on {device}." if device else "."

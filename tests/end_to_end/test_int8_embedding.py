@@ -356,7 +356,7 @@ class TestGraph:
         from engines.openvino import backend as openvino
 
         file = graphs()
-        layers = openvino._layers(openvino._compile(file, file.read_bytes(), 1))
+        layers = openvino._layers(openvino.compile_models(file, openvino.read_model(file, file.read_bytes()), 1).free)
         (codes,) = [layer for layer in layers if layer.names == f"{TABLE}_quantized"]
         assert (codes.kind, codes.precision) == ("Const", "i8")
 

@@ -8,11 +8,15 @@ import numpy as np
 import onnx
 import pytest
 
+from nxm_export.contract.tasks import TASKS
+from nxm_export.data.examples import Columns
+from nxm_export.data.texts import read_texts
 from tools.benchmarks import cpu
 from tools.benchmarks.cpu import OPENVINO, ORT
+from tools.benchmarks.cpu_embeddings import write_pairs
 from tools.benchmarks.cpu_profile import _integer_product, _milliseconds_alone, _planned_sizes
 from tools.benchmarks.cpu_record import LatencyRow, Record, TextTimings
-from tools.benchmarks.cpu_section import PEER, section
+from tools.benchmarks.cpu_section import PEER, PEER_FIXED, section, summary
 
 
 def latency(batch: int, sequence: int, over_float: float, over_peer: tuple[float, float, float]) -> LatencyRow:
@@ -35,6 +39,18 @@ def latency(batch: int, sequence: int, over_float: float, over_peer: tuple[float
             "our fastest over NNCF": {"of": OPENVINO, "against": PEER, "ratio": ratio, "interval": interval},
         },
     }
+
+
+def test_fixed_shapes_and_loading_are_explained_where_they_were_measured(record: Record) -> None:
+    plain = section(record)
+    assert "*Fixed shapes*" not in plain
+    assert "### Loading" not in plain
+    for row in record["latency"]:
+        row["median_ms"][PEER_FIXED], row["quartiles_ms"][PEER_FIXED] = 8.0, [7.5, 8.5]
+    shown = section({**record, "loads": {ORT: {"seconds": 0.5, "bytes": 90_000_000}}})
+    assert "*Fixed shapes*" in shown
+    assert f"| {PEER_FIXED} | – | 8.00 (7.50 to 8.50) |" in shown
+    assert f"| {ORT} | 0.50 | 90 |" in shown
 
 
 @pytest.fixture
@@ -156,3 +172,37 @@ def test_what_products_reach_alone_is_measured_for_the_sizes_of_the_engine(tmp_p
     onnx.save(_integer_product(np.ones((32, 64), np.int8)), tmp_path / "model.onnx")
     assert _planned_sizes(tmp_path) == {(32, 64): 1}
     assert _milliseconds_alone((32, 64), tokens=8, threads=1, rounds=3) > 0
+
+
+def test_the_summary_names_the_slowest_and_the_fastest_shape(record: Record) -> None:
+    text = summary(record)
+    assert "MiniLM-L6 2.00 to 2.00 times as fast as FP32" in text
+    assert "measured at 2 shapes" in text
+    assert "between 4 % slower (8x128) and 2 % faster (1x32)" in text
+    record["peer"] = None
+    assert "slower" not in summary(record)
+
+
+def test_embeddings_of_one_model_stand_beside_those_of_peers_with_what_int8_changes(record: Record) -> None:
+    text = record["text"]
+    record["embeddings"] = {
+        "text": text,
+        "cosine": {"INT8-2of4-ort": 0.99, "sentence-transformers, ONNX INT8": 0.98},
+        "peers": "sentence-transformers 5.7.0",
+    }
+    record["text"] = {**text, "seconds": {name: text["seconds"][name] for name in list(text["seconds"])[:2]}}
+    page = section(record)
+    assert row_of(page, "INT8-2of4-ort | bucketed | 0.9900")[3:] == ["150 (90 to 110)", "1.50 (1.40 to 1.60)"]
+    peers = row_of(page, "sentence-transformers, ONNX INT8")
+    assert peers[2:4] == ["0.9800", "75 (75 to 75)"]
+    assert peers[4] == "INT8-2of4-ort bucketed is 2.00 (2.00 to 2.00) times as fast"
+    assert "which has no classifier" not in page
+
+
+def test_peers_read_the_same_sentences_in_the_same_order(tmp_path: Path) -> None:
+    data = tmp_path / "dev.tsv"
+    data.write_text("sentence\tlabel\n" + "".join(f"film  number {i}\t{i % 2}\n" for i in range(5)), encoding="utf-8")
+    pairs, sentences = write_pairs(data, tmp_path)
+    ours = read_texts(str(pairs), Columns(), TASKS["classification"])
+    assert [text for pair in ours for text in pair] == sentences.read_text(encoding="utf-8").splitlines()
+    assert ours[1] == ("film number 2", "film number 3")

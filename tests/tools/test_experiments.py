@@ -34,9 +34,14 @@ from tools.experiments import (
             layerwise_ablation,
             [
                 *["--options", "2:4+W4", "--threads", "1", "--samples", "64", "--variants"],
-                "admm, joint;admm, sequential, corrected",
+                "admm, joint;admm, sequential, corrected;admm, in nested rounds;admm, half by gradients;"
+                "obs-refit, biases corrected;admm, scales searched",
             ],
-            ["2:4+W4, admm, joint: KL ", "2:4+W4, admm, sequential, corrected: KL "],
+            [
+                *["2:4+W4, admm, joint: KL ", "2:4+W4, admm, sequential, corrected: KL "],
+                *["2:4+W4, admm, in nested rounds: KL ", "2:4+W4, admm, half by gradients: KL "],
+                *["2:4+W4, obs-refit, biases corrected: KL ", "2:4+W4, admm, scales searched: KL "],
+            ],
         ),
         (output_ablation, [], ["dense: MCC ", "all outputs: KL ", "no output: KL ", "on distorted sentences, "]),
     ],

@@ -14,22 +14,30 @@ import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 
+from engines.sparsity.build_evidence import LayerInfo
+from engines.sparsity.judgement import SparsityReport, SparsityTarget, WeightSparsity
 from nxm_export.storage.json_files import read_record
+from tests.support import tiny
 from tools import ROOT
-from tools.gpu import engine_twins, training_probe
+from tools.gpu import engine_twins, glue_rows, issue4694, training_probe
 from tools.gpu.cusparselt import __main__ as cusparselt
 from tools.gpu.tensorrt86 import LIBRARIES, VERSION, evidence, pack, unpack
 from tools.gpu.tensorrt86.manifest import Manifest
+from tools.results import run, tasks
+from tools.results.store import TaskStore
 
 COMMANDS = (
     "evidence",
     "sparse_kernels",
     "training_probe",
+    "glue_rows",
+    "issue4694",
     "cusparselt.__main__",
     "engine_twins",
     "fake_accelerator.__main__",
@@ -60,6 +68,7 @@ def test_every_command_says_what_it_does(command: str, capsys: pytest.CaptureFix
         ("cusparselt.__main__", ["--out", "{}/x.json"], "no CUDA device here; --rehearse"),
         ("engine_twins", ["--out", "{}/twins"], "no engine of cusparselt can be built or run here"),
         ("training_probe", ["run", "{}", "--out", "{}"], "no CUDA device here; --cpu-only"),
+        ("glue_rows", ["run", "{}", "--out", "{}"], "no CUDA device here; --cpu-only"),
         ("tensorrt86.unpack", ["--folder", "{}"], "manifest.json is missing"),
         ("tensorrt86.engines", ["{}", "{}", "a:b:1x8"], "TensorRT is not installed"),
         ("tensorrt86.evidence", ["--out", "{}", "--place", "{}"], "python310 is missing"),
@@ -166,6 +175,46 @@ def test_twins_stop_at_the_budget_and_list_what_was_not_reached(
     assert (out / "stand-in-cusparselt.md").is_file()
 
 
+# Issue 4694
+
+
+def test_the_forms_of_products_are_counted_by_types_kernel_and_outcome() -> None:
+    def weight(node: str, reason: str | None, *, planned_sparse: bool = True) -> WeightSparsity:
+        planned = "2:4+W8" if planned_sparse else "W8"
+        return WeightSparsity(
+            *(node, 64, 64, "MatMul", planned, planned_sparse, "2:4", "2:4", True, True, reason is None),
+            *("sp_kernel" if reason is None else None, reason, ""),
+            node=node,
+        )
+
+    def layer(nodes: tuple[str, ...], output: str, kernel: str) -> LayerInfo:
+        return LayerInfo("+".join(nodes), "gemm", ("Int8", "Int8"), ("Int8",), (output,), kernel, nodes)
+
+    target = SparsityTarget("trt", "10.3", "8.0", sparse_flag=True, has_gpu=True)
+    weights = (weight("a", "dense-kernel"), weight("b", "dense-kernel"), weight("c", None))
+    report = SparsityReport(target, (*weights, weight("d", "no-gpu"), weight("e", None, planned_sparse=False)))
+    counted = issue4694.forms(report, [layer(("a", "b"), "Half", "dense"), layer(("c", "e"), "Int8", "sp_kernel")])
+    assert issue4694.table({"int8-out": counted}).splitlines()[2:] == [
+        "| int8-out | 2 | Int8 | Half | dense | dense-kernel |",
+        "| int8-out | 1 | Int8 | Int8 | sp_kernel | sparse |",
+        "| int8-out | 1 | ? | ? | ? | no-gpu |",
+    ]
+
+
+@pytest.mark.slow
+def test_both_presets_of_issue_4694_are_built_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'nxm-export[trt-rtx]'")
+    out = tmp_path / "table.md"
+    options = ["--model", "tiny", "--shape", "2x16", "--level", "0", "--work", str(tmp_path), "--out", str(out)]
+    assert issue4694.main(options) == 0
+    rows = [line.split(" | ") for line in out.read_text(encoding="utf-8").splitlines()[2:]]
+    assert {row[0] for row in rows} == {"| float-out", "| int8-out"}
+    assert sum(int(row[1]) for row in rows) == 2 * 6
+    assert {row[2] for row in rows} == {"Int8"}
+    assert not any(row[-1].startswith("sparse") for row in rows), "no GPU has chosen a kernel"
+    assert out.read_text(encoding="utf-8") in capsys.readouterr().out
+
+
 # Training
 
 
@@ -194,6 +243,72 @@ def test_equal_checkpoints_are_alike_and_others_are_not(tmp_path: Path) -> None:
     assert same == training_probe.Alike(1.0, 1.0, 0.0)
     other = training_probe.alike(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert other == training_probe.Alike(equal_masks=0.5, equal_weights=0.5, largest_difference=1.0)
+
+
+# Rows of results
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """What travels for one unit: a tiny encoder, its data as CoLA, a dense and a compressed row."""
+    tiny.write_model("bert", tmp_path / "encoder")
+    tiny.write_data(tmp_path / "glue" / "CoLA")
+    options = ["--data", str(tmp_path / "glue"), "--model", str(tmp_path / "encoder"), "--seeds", "1"]
+    options += ["--tasks", "cola:3e-3:1", "--rows", "dense,magnitude-2:4+W4", "--out", str(tmp_path / "packed")]
+    assert glue_rows.main(["pack", *options]) == 0
+    return tmp_path / "packed"
+
+
+def rehearse(packed: Path, work: str, *more: str) -> int:
+    place = ["--work", str(packed.parent / work), "--out", str(packed.parent / "out")]
+    return glue_rows.main(
+        ["run", str(packed), "--cpu-only", "--steps", "2", "--max-length", "48", *place, "--budget", "600", *more]
+    )
+
+
+def archived(packed: Path) -> list[str]:
+    with tarfile.open(packed.parent / "out" / glue_rows.ARCHIVE) as archive:
+        return [name for name in archive.getnames() if name.endswith(".jsonl")]
+
+
+def test_rows_that_are_cut_off_go_on_and_whole_units_travel_with_the_next_call(
+    packed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("nxm_export.data.bootstrap_intervals", "tools.results.bootstrap"):
+        monkeypatch.setattr(f"{module}.RESAMPLES", 20)
+    assert rehearse(packed, "work", "--budget", "-1") == 1
+    assert "not reached: cola-s0" in capsys.readouterr().out
+    with monkeypatch.context() as cut:
+        cut.setattr(run, "compress", MagicMock(side_effect=RuntimeError("the device is gone")))
+        assert rehearse(packed, "work") == 1
+    assert "cola-s0: RuntimeError: the device is gone" in capsys.readouterr().err
+    assert archived(packed) == ["unfinished/cola-s0/cola.jsonl"]
+    with monkeypatch.context() as kept:
+        kept.setattr(run, "finetune", MagicMock(side_effect=AssertionError("the dense model is there")))
+        assert rehearse(packed, "work") == 0
+    assert archived(packed) == ["results/cola.jsonl"]
+    with tarfile.open(packed.parent / "out" / glue_rows.ARCHIVE) as archive:
+        archive.extractall(packed, filter="data")
+    records = TaskStore(packed / "results", tasks.task_named("cola")).records()
+    assert [record.row for record in records] == ["dense", "magnitude-2:4+W4"]
+    assert records[1].teacher_sha256 == records[0].weights_sha256
+    assert records[0].model == "encoder, stored as FP16"
+    assert rehearse(packed, "another-machine") == 0  # all is there: nothing is measured
+    assert not (packed.parent / "another-machine" / "unfinished").exists()
+
+
+def test_rows_that_do_not_fit_into_a_transfer_and_unknown_tasks_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert glue_rows.main(["pack", "--tasks", "rte", "--out", str(tmp_path / "packed")]) == 1
+    assert "give NAME, or NAME:RATE:EPOCHS" in capsys.readouterr().err
+    tiny.write_model("bert", tmp_path / "encoder")
+    tiny.write_data(tmp_path / "CoLA")
+    monkeypatch.setattr(glue_rows, "MOST_MIB", 0)
+    options = ["--data", str(tmp_path), "--model", str(tmp_path / "encoder"), "--tasks", "cola"]
+    assert glue_rows.main(["pack", *options, "--out", str(tmp_path / "packed")]) == 1
+    assert "travel at a time; give fewer --tasks" in capsys.readouterr().err
+    assert not (tmp_path / "packed").exists()
 
 
 # The fake accelerator

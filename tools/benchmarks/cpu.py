@@ -3,58 +3,58 @@
     python -m tools.benchmarks.cpu run CHECKPOINT --dense DENSE --data dev.tsv    the record and the document
     python -m tools.benchmarks.cpu render                                         the document again
 
-The record is results/performance/cpu.json, the document a section of docs/performance.md.
+The record is results/performance/cpu.json, the document a section of docs/performance.md and one of README.md.
 
 CHECKPOINT was compressed with `--placement attention`: graphs of fewer quantizers come out of it, too. One run exports
 and builds everything, holds compressed engines against their checkpoint (`nxm compare`), times all engines at fixed
 shapes and over the text of the data file, profiles operators, and measures what large matrix products reach on this
 machine. With NXM_PEERS_PYTHON, an interpreter with openvino and nncf, OpenVINO's own INT8 model of the dense checkpoint
-takes part; with NXM_TEXT_PEERS_PYTHON, one with sentence-transformers, optimum-onnx, optimum-intel and datasets, so do
-its INT8 backends.
+takes part; with NXM_TEXT_PEERS_PYTHON, one with sentence-transformers, optimum-onnx, optimum-intel and datasets, its
+INT8 backends are timed beside engines of the same model (`tools.benchmarks.cpu_embeddings`).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from engines.base import BuildOptions, Engine, LoadOptions, backend
+from engines.base import BuildOptions, Engine, LoadOptions, backend, spec_of
 from engines.benchmark.latency import feeds_for, interleaved, paired
-from engines.openvino.backend import OpenVinoEngine
+from engines.openvino.backend import OpenVinoEngine, compile_models, read_model
 from engines.ort.backend import ENGINE_FILE
-from engines.passport import companion_hashes, cpu_device, load_passport
+from engines.passport import Bindings, companion_hashes, cpu_device, load_passport
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.quantizer_placement import placement_of
-from nxm_export.data.examples import Columns, load_raw, pad
+from nxm_export.data.examples import Columns, pad
 from nxm_export.graph.exporter import export
-from nxm_export.pipeline.demo import model_directory
 from nxm_export.pipeline.engine_commands import bench_text, build_engine, compare_engines, features_of
 from nxm_export.storage.hashing import file_hash
 from nxm_export.storage.json_files import convert
 from tools import ROOT
+from tools.benchmarks.cpu_embeddings import measure_embeddings
 from tools.benchmarks.cpu_profile import onnxruntime_profile, openvino_profiles
-from tools.benchmarks.cpu_record import LatencyRow, MachineFacts, ModelFacts, ParityRow, Record, TextRecord
-from tools.benchmarks.cpu_section import PEER, section
-from tools.benchmarks.measuring import DOCUMENT, RECORDS, load_record, save_record
+from tools.benchmarks.cpu_record import LatencyRow, Load, MachineFacts, ModelFacts, ParityRow, Record, TextRecord
+from tools.benchmarks.cpu_section import PEER, PEER_FIXED, section, summary
+from tools.benchmarks.measuring import DOCUMENT, RECORDS, in_child, load_record, save_record
 from tools.provenance import versions
 from tools.rendering import write_section
 
+README = ROOT / "README.md"
 FILE, TOOL = RECORDS / "cpu.json", "tools/benchmarks/cpu.py"
 SCHEMA = "nxm-cpu-bench/1"
 EXPERIMENTS = ROOT / "tools" / "experiments"
-PEERS, TEXT_PEERS = "NXM_PEERS_PYTHON", "NXM_TEXT_PEERS_PYTHON"
+PEERS = "NXM_PEERS_PYTHON"
 LONGEST = 128
 SHAPES = ((1, 32), (1, 128), (8, 32), (8, 128))
 ROUNDS = {(1, 32): 500, (1, 128): 100, (8, 32): 80, (8, 128): 40}
@@ -70,10 +70,14 @@ ENGINES = {
     "INT8 2:4, all products, openvino": ("compressed", "products", "openvino"),
     "INT8 2:4, attention too, ort": ("compressed", "attention", "ort"),
     "INT8 2:4, attention too, openvino": ("compressed", "attention", "openvino"),
+    "FP32, openvino, fixed shapes": ("dense", None, "openvino"),
+    "INT8 2:4, all products, openvino, fixed shapes": ("compressed", "products", "openvino"),
+    "INT8 2:4, attention too, openvino, fixed shapes": ("compressed", "attention", "openvino"),
 }
+FIXED = tuple(name for name in ENGINES if name.endswith("fixed shapes"))  # built with a model for each of SHAPES
 OURS = tuple(name for name, (which, _, _) in ENGINES.items() if which == "compressed")
 ORT, OPENVINO, BOTH, PRODUCTS, ATTENTION = OURS[0], OURS[1], OURS[3], OURS[5], OURS[7]
-COMPARED = (ORT, OPENVINO, BOTH, PRODUCTS, ATTENTION)
+COMPARED = (ORT, OPENVINO, BOTH, PRODUCTS, ATTENTION, *FIXED[1:])
 CALIBRATION = 100  # sentences for NNCF, which needs some and learns nothing from more here
 
 
@@ -90,6 +94,11 @@ def run(args: argparse.Namespace) -> None:
         _say("built", began)
         parity = [] if args.no_compare else _compare(args.checkpoint, directories, args.data)
         _say("compared", began)
+        loads = {
+            name: in_child(Load, "tools.benchmarks.cpu_load", str(directory), str(threads))
+            for name, directory in directories.items()
+        }
+        _say("loaded each by itself", began)
         for directory in directories.values():  # the tokenizer may stop earlier than the model has positions
             replace(load_spec(directory), max_length=LONGEST).save(directory)
             replace(load_passport(directory), companions=companion_hashes(directory)).save(directory)
@@ -100,18 +109,19 @@ def run(args: argparse.Namespace) -> None:
         peer = _peer(directories, args.data, work, threads)
         if peer is not None:
             loaded[PEER] = stack.enter_context(peer)
+            loaded[PEER_FIXED] = stack.enter_context(Peer(peer.model, threads, peer.made_by, SHAPES))
         _say("peer made" if peer else f"no peer: {PEERS} is not set", began)
         latency = [_latency(loaded, shape, max(3, int(ROUNDS[shape] * args.scale))) for shape in SHAPES]
         _say("timed shapes", began)
-        workers, made_by = _workers(args, work, stack)
         texts = bench_text(
             [directories[ORT], directories[PRODUCTS]],
             str(args.data),
             threads=threads,
             rounds=max(3, int(7 * args.scale)),
-            others=workers,
         )
         _say("timed text", began)
+        embedded = measure_embeddings(args.data, work / "embeddings", threads, max(3, int(7 * args.scale)))
+        _say("timed embeddings", began)
         profile = [
             onnxruntime_profile(directories[name], name, shape, threads)
             for name in ("FP32, ort", ORT)
@@ -129,14 +139,16 @@ def run(args: argparse.Namespace) -> None:
             "load_average_before": args.load_average,
             "versions": versions(("onnxruntime", "openvino", "onnx", "torch", "transformers", "numpy", "tokenizers")),
             "peer": peer.made_by if peer else None,
-            "text_peers": made_by,
+            "text_peers": embedded["peers"],
             "model": _model(args.checkpoint),
             "bytes": {name: (directory / ENGINE_FILE).stat().st_size for name, directory in directories.items()}
-            | ({PEER: peer.bytes} if peer else {}),
+            | ({PEER: peer.bytes, PEER_FIXED: peer.bytes} if peer else {}),
             "data_sha256": file_hash(args.data),
             "parity": parity,
             "latency": latency,
+            "loads": loads,
             "text": convert(texts.to_dict(), TextRecord, source="text", way_out="measure again"),
+            "embeddings": embedded,
             "profile": profile,
             "seconds": round(time.monotonic() - began),
         }
@@ -159,7 +171,8 @@ def _build(args: argparse.Namespace, work: Path, threads: int) -> dict[str, Path
             out = work / f"graph{number}"
             graphs[which, placement] = export(checkpoints[which], out, target="cpu", placement=placement).path
         directories[name] = work / name.replace(" ", "-").replace(",", "").replace(":", "of")
-        build_engine(graphs[which, placement], directories[name], runtime, BuildOptions(threads=threads))
+        options = BuildOptions(threads=threads, shapes=SHAPES if name in FIXED else ())
+        build_engine(graphs[which, placement], directories[name], runtime, options)
     return directories
 
 
@@ -185,19 +198,13 @@ def _compare(checkpoint: Path, directories: Mapping[str, Path], data: Path) -> l
 
 
 class Peer(OpenVinoEngine):
-    """A model that OpenVINO wrote, run with the same settings as ours."""
+    """A model that OpenVINO wrote, run with the same settings as ours, at `shapes` by models compiled for them."""
 
-    def __init__(self, model: Path, threads: int, made_by: str) -> None:
-        import openvino
-
-        from engines.openvino.backend import settings
-
-        compiled = openvino.Core().compile_model(str(model), "CPU", settings(threads))
-        self.directory, self._spec, self.made_by, self.model = model.parent, None, made_by, model
+    def __init__(self, model: Path, threads: int, made_by: str, shapes: Sequence[tuple[int, int]] = ()) -> None:
+        models = compile_models(model, read_model(model, model), threads, shapes)
+        super().__init__(model.parent, models, spec_of(model.parent), Bindings())
+        self.made_by, self.model = made_by, model
         self.bytes = sum(part.stat().st_size for part in (model, model.with_suffix(".bin")))
-        self.inputs = tuple(port.get_any_name() for port in compiled.inputs)
-        self.outputs = tuple(port.get_any_name() for port in compiled.outputs)
-        self._request = compiled.create_infer_request()
 
 
 def _peer(directories: Mapping[str, Path], data: Path, work: Path, threads: int) -> Peer | None:
@@ -220,47 +227,6 @@ def _peer(directories: Mapping[str, Path], data: Path, work: Path, threads: int)
     return Peer(work / "peer.xml", threads, done.stdout.strip().splitlines()[-1])
 
 
-def _workers(
-    args: argparse.Namespace, work: Path, stack: ExitStack
-) -> tuple[dict[str, Callable[[], float]], str | None]:
-    """sentence-transformers' INT8 backends as workers that encode the same sentences, and their versions."""
-    python = os.environ.get(TEXT_PEERS)
-    if not python:
-        return {}, None
-    sentences, scratch = work / "sentences.txt", work / "text-peers"
-    scratch.mkdir()
-    sentences.write_text("\n".join(" ".join(text.split()) for text in load_raw(str(args.data), "dev").texts), "utf-8")
-    command = [python, str(EXPERIMENTS / "st_peer.py"), str(model_directory()), str(sentences), str(scratch)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    environment.pop("OMP_NUM_THREADS", None)
-    log = stack.enter_context((work / "text-peers.log").open("w", encoding="utf-8"))
-    worker = stack.enter_context(
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1, env=environment
-        )
-    )
-    assert worker.stdin is not None
-    assert worker.stdout is not None
-    answers, questions = worker.stdout, worker.stdin
-    stack.callback(questions.close)
-    line = next((line for line in answers if line.startswith("ready ")), "ready []")
-    made = json.loads(line.removeprefix("ready "))
-
-    def ask(name: str) -> Callable[[], float]:
-        def seconds() -> float:
-            questions.write(f"{name}\n")
-            questions.flush()
-            return float(answers.readline())
-
-        seconds()  # warm-up
-        return seconds
-
-    for reason in (work / "text-peers.log").read_text(encoding="utf-8").splitlines():
-        if "INT8: " in reason:
-            print(reason, file=sys.stderr)
-    return {f"sentence-transformers, {name}": ask(name) for name, _ in made}, made[0][1] if made else None
-
-
 def _latency(loaded: Mapping[str, Engine], shape: tuple[int, int], rounds: int) -> LatencyRow:
     """Median milliseconds by engine, and the paired ratios that the tables need; larger is faster."""
     timers = {name: engine.timer(feeds_for(engine, *shape, 1000, 0)) for name, engine in loaded.items()}
@@ -268,10 +234,12 @@ def _latency(loaded: Mapping[str, Engine], shape: tuple[int, int], rounds: int) 
     medians = {name: float(np.median(times)) for name, times in taken.items()}
     best_float = min((name for name in taken if name.startswith("FP32")), key=medians.__getitem__)
     best = min(OURS, key=medians.__getitem__)
+    peer = min((name for name in (PEER, PEER_FIXED) if name in taken), key=medians.__getitem__, default=None)
     pairs = {
         "ort over its own FP32": ("FP32, ort", ORT),
         "our fastest over the best FP32": (best_float, best),
-        **({"our fastest over NNCF": (PEER, best), "ort over NNCF": (PEER, ORT)} if PEER in taken else {}),
+        "all products, fixed shapes over free ones": (PRODUCTS, FIXED[1]),
+        **({"our fastest over NNCF": (peer, best), "ort over NNCF": (peer, ORT)} if peer else {}),
     }
     return {
         "batch": shape[0],
@@ -302,8 +270,10 @@ def _say(what: str, began: float) -> None:
 
 
 def render(args: argparse.Namespace) -> None:
-    """Write the section of a record."""
-    write_section(args.document, TOOL, section(load_record(args.record, Record)))
+    """Write the sections of a record."""
+    record = load_record(args.record, Record)
+    write_section(args.document, TOOL, section(record))
+    write_section(args.readme, TOOL, summary(record))
 
 
 def main() -> None:
@@ -324,6 +294,7 @@ def main() -> None:
     for command in (measure, write):
         command.add_argument("--record", type=Path, default=FILE)
         command.add_argument("--document", type=Path, default=DOCUMENT)
+        command.add_argument("--readme", type=Path, default=README, help="where the summary goes")
     args = parser.parse_args()
     args.load_average = os.getloadavg()[0]
     args.call(args)

@@ -60,6 +60,13 @@ class LatencyRow(TypedDict):
     ratios: dict[str, EngineRatio]
 
 
+class Load(TypedDict):
+    """Seconds that loading an engine takes, and the bytes of memory that stay."""
+
+    seconds: float
+    bytes: int
+
+
 class TextTimings(TypedDict):
     """One engine over the sentences of the data file, in one order."""
 
@@ -80,11 +87,20 @@ class TextRecord(TypedDict):
     sentences: int
     batch: int
     fixed: int
+    runs_at_once: NotRequired[int]
     tokens: tuple[float, int]
     tokenised_per_second: float
     rounds: int
     timings: list[TextTimings]
     seconds: dict[str, list[float]]
+
+
+class EmbeddingRecord(TypedDict):
+    """Sentence embeddings of one model, of peers, too; `cosine` is each one's mean with the model in FP32."""
+
+    text: TextRecord
+    cosine: dict[str, float]
+    peers: str | None
 
 
 class ProfileRow(TypedDict):
@@ -101,7 +117,7 @@ class ProfileRow(TypedDict):
 
 
 class Record(TypedDict):
-    """The file. `bytes` are by engine, `peaks` in older records what one product of 2048 x 2048 reached."""
+    """The file. `bytes` and `loads` are by engine, `peaks` in older records what one product of 2048 x 2048 reached."""
 
     schema: str
     date: NotRequired[str]
@@ -115,7 +131,9 @@ class Record(TypedDict):
     data_sha256: NotRequired[str]
     parity: list[ParityRow]
     latency: list[LatencyRow]
+    loads: NotRequired[dict[str, Load]]
     text: TextRecord
+    embeddings: NotRequired[EmbeddingRecord]
     profile: list[ProfileRow]
     peaks: NotRequired[dict[str, float]]
     seconds: int

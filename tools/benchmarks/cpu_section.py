@@ -8,11 +8,12 @@ from collections.abc import Callable
 import numpy as np
 
 from engines.benchmark.latency import paired
-from tools.benchmarks.cpu_record import LatencyRow, ParityRow, ProfileRow, Record, TextRecord
+from tools.benchmarks.cpu_record import EmbeddingRecord, LatencyRow, ParityRow, ProfileRow, Record, TextRecord
 from tools.benchmarks.measuring import Ratio
 from tools.rendering import render
 
 PEER = "INT8 dense by NNCF, openvino"
+PEER_FIXED = f"{PEER}, fixed shapes"
 Cells = list[list[str]]
 
 
@@ -31,14 +32,49 @@ def section(record: Record) -> str:
         shapes=[f"{row['batch']}x{row['sequence']}" for row in latency],
         latencies=_latencies(record),
         speedups=[[what, *(_ratio(row["ratios"][what]) for row in latency)] for what in latency[0]["ratios"]],
+        fixed=any(name.endswith("fixed shapes") for name in latency[0]["median_ms"]),
+        loads=[
+            [name, f"{load['seconds']:.2f}", f"{load['bytes'] / 1e6:.0f}"]
+            for name, load in record.get("loads", {}).items()
+        ],
         aims=[[what, *map(verdict, latency)] for what, verdict in _aims(bool(record["peer"])).items()],
         parity=[_parity(entry) for entry in record["parity"]],
         parity_of=record["parity"][0] if record["parity"] else {},
         text=record["text"],
         texts=_texts(record["text"]),
         text_peers=record["text_peers"],
+        embeddings=_embeddings(record["embeddings"]) if "embeddings" in record else [],
         profile=[_profile(entry) for entry in record["profile"]],
         products=[_products(entry, reached) for entry in record["profile"] if (reached := entry.get("int8_gops"))],
+    )
+
+
+def summary(record: Record) -> str:
+    """What the README says of speed on a CPU; the text stands in ``cpu_summary.md.j2``."""
+    return render(
+        "benchmarks/cpu_summary.md.j2",
+        shapes=len(record["latency"]),
+        over_float=float_span(record),
+        peer=_peer_span(record) if record["peer"] else None,
+    )
+
+
+def float_span(record: Record) -> str:
+    """The lowest and the highest speed of the ONNX Runtime engine over FP32 at the measured shapes."""
+    ratios = [row["ratios"]["ort over its own FP32"]["ratio"] for row in record["latency"]]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+
+def _peer_span(record: Record) -> str:
+    """How our fastest engine's time compares with the peer's, at the worst shape and at the best."""
+    times = {
+        f"{row['batch']}x{row['sequence']}": 1.0 / row["ratios"]["our fastest over NNCF"]["ratio"]
+        for row in record["latency"]
+    }
+    ends = (max(times, key=times.__getitem__), min(times, key=times.__getitem__))
+    return " and ".join(
+        f"{100 * abs(times[shape] - 1.0):.0f} % {'slower' if times[shape] > 1.0 else 'faster'} ({shape})"
+        for shape in ends
     )
 
 
@@ -94,7 +130,7 @@ def _parity(entry: ParityRow) -> list[str]:
 
 
 def _texts(text: TextRecord) -> Cells:
-    """A row for every engine and order, and one for every peer, which is paired with our fastest bucketed engine."""
+    """A row for every engine and order, and one for every peer, which is paired with our fastest engine and order."""
     rows = [
         [
             row["name"],
@@ -108,13 +144,19 @@ def _texts(text: TextRecord) -> Cells:
     ]
     seconds = {name: np.array(taken) for name, taken in text["seconds"].items()}
     ours = [f"{row['name']} {row['order']}" for row in text["timings"]]
-    best = min((name for name in ours if name.endswith(" bucketed")), key=lambda name: float(np.median(seconds[name])))
+    best = min(ours, key=lambda name: float(np.median(seconds[name])))
     for name in (name for name in seconds if name not in ours):
         low, middle, high = np.percentile(text["sentences"] / seconds[name], [25, 50, 75])
         ratio, interval = paired(seconds[name], seconds[best])
         ahead = f"{best} is {_middle(ratio, *interval)} times as fast"
         rows.append([name, "its own", "–", _middle(middle, low, high, digits=0), ahead, "–"])
     return rows
+
+
+def _embeddings(record: EmbeddingRecord) -> Cells:
+    """The rows of `_texts`, with the cosine of each engine in front of what only ours have."""
+    rows = _texts(record["text"])
+    return [[*row[:2], f"{record['cosine'][row[0]]:.4f}", *row[3:5]] for row in rows if not row[1].startswith("fixed")]
 
 
 def _profile(entry: ProfileRow) -> list[str]:

@@ -1,4 +1,4 @@
-"""Write the drawings of README and docs/how-it-works.md: ``docs/images/NAME-light.svg`` and ``NAME-dark.svg``.
+"""Write the drawings of README and docs: ``docs/images/NAME-light.svg`` and ``NAME-dark.svg``.
 
 python -m tools.drawings
 """
@@ -13,28 +13,11 @@ import numpy as np
 
 from nxm_export.storage.atomic import write_atomic
 from tools import ROOT
+from tools.drawings.colours import THEMES, Colours
+from tools.drawings.terminal import SCENES, picture
 from tools.rendering import render
 
 IMAGES = ROOT / "docs" / "images"
-
-
-@dataclass(frozen=True)
-class Colours:
-    """Of a page: text, lines, what is proved, what is typed."""
-
-    background: str
-    box: str
-    line: str
-    text: str
-    muted: str
-    command: str
-    proof: str
-
-
-THEMES = {
-    "light": Colours("#ffffff", "#f6f8fa", "#57606a", "#1f2328", "#59636e", "#0550ae", "#1a7f37"),
-    "dark": Colours("#0d1117", "#161b22", "#8b949e", "#e6edf3", "#9198a1", "#79c0ff", "#56d364"),
-}
 
 
 @dataclass(frozen=True)
@@ -180,6 +163,10 @@ def drawn() -> dict[Path, str]:
     return {
         IMAGES / f"{name}-{theme}.svg": f"{draw(colours)}\n"
         for name, draw in DRAWINGS.items()
+        for theme, colours in THEMES.items()
+    } | {
+        IMAGES / f"terminal-{name}-{theme}.svg": f"{picture(scene, colours)}\n"
+        for name, scene in SCENES.items()
         for theme, colours in THEMES.items()
     }
 

@@ -4,9 +4,10 @@ to.
     PYTHON tools/experiments/st_peer.py MODEL SENTENCES WORK
 
 MODEL is a directory of a sentence-transformers model, SENTENCES a text file with one a line; quantized models are
-written to WORK. It says ``ready`` with a JSON list of [name, versions] on one line, then reads names from stdin and
-answers each with the seconds that tokenising and encoding took. Run by `tools/benchmarks/cpu.py` in an environment with
-sentence-transformers, optimum-onnx and optimum-intel, so that its rounds stand between ours.
+written to WORK. It says ``ready`` with a JSON list of [name, versions, mean cosine with FP32] on one line, then reads
+names from stdin and answers each with the seconds that tokenising and encoding took. Run by
+`tools/benchmarks/cpu_embeddings.py` in an environment with sentence-transformers, optimum-onnx and optimum-intel, so
+that its rounds stand between ours.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ def onnx_int8(model: str, work: Path, sentences: list[str]) -> SentenceTransform
     """Dynamic INT8, as its documentation recommends for AVX512-VNNI."""
     encoder = SentenceTransformer(model, backend="onnx", device="cpu")
     export_dynamic_quantized_onnx_model(encoder, "avx512_vnni", str(work / "onnx"))
-    options = {"file_name": "onnx/encoderqint8_avx512_vnni.onnx", "provider": "CPUExecutionProvider"}
+    options = {"file_name": "onnx/model_qint8_avx512_vnni.onnx", "provider": "CPUExecutionProvider"}
     encoder.save_pretrained(str(work / "onnx"))
-    return SentenceTransformer(str(work / "onnx"), backend="onnx", device="cpu", encoderkwargs=options)
+    return SentenceTransformer(str(work / "onnx"), backend="onnx", device="cpu", model_kwargs=options)
 
 
 def openvino_int8(model: str, work: Path, sentences: list[str]) -> SentenceTransformer:
@@ -47,12 +48,12 @@ def openvino_int8(model: str, work: Path, sentences: list[str]) -> SentenceTrans
     encoder = SentenceTransformer(model, backend="openvino", device="cpu")
     encoder.save_pretrained(str(work / "openvino"))
     export_static_quantized_openvino_model(
-        encoder, OVQuantizationConfig(num_samples=100), str(work / "openvino"),
+        encoder, OVQuantizationConfig(num_samples=min(100, len(sentences))), str(work / "openvino"),
         dataset_name=str(data), dataset_config_name="default", dataset_split="train", column_name="text",
     )  # fmt: skip
     config = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    options = {"file_name": "openvino/openvino_encoderqint8_quantized.xml", "ov_config": config}
-    return SentenceTransformer(str(work / "openvino"), backend="openvino", device="cpu", encoderkwargs=options)
+    options = {"file_name": "openvino/openvino_model_qint8_quantized.xml", "ov_config": config}
+    return SentenceTransformer(str(work / "openvino"), backend="openvino", device="cpu", model_kwargs=options)
 
 
 def main(model: str, file: str, work: str) -> None:
@@ -67,7 +68,12 @@ def main(model: str, file: str, work: str) -> None:
     versions = ", ".join(
         f"{name} {version(name)}" for name in ("sentence-transformers", "optimum", "onnxruntime", "openvino")
     )
-    print("ready " + json.dumps([[name, versions] for name in made]), flush=True)
+    dense = SentenceTransformer(model, device="cpu").encode(sentences, normalize_embeddings=True)
+    cosines = {
+        name: float((dense * encoder.encode(sentences, normalize_embeddings=True)).sum(axis=1).mean())
+        for name, encoder in made.items()
+    }
+    print("ready " + json.dumps([[name, versions, cosines[name]] for name in made]), flush=True)
     for line in sys.stdin:
         began = time.perf_counter()
         made[line.strip()].encode(sentences, batch_size=BATCH, show_progress_bar=False)

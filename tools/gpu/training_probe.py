@@ -27,9 +27,9 @@ from unittest import mock
 
 from nxm_export.storage.atomic import atomic_dir, make_directory, write_atomic
 from nxm_export.storage.json_files import convert, to_json_object
+from tools.gpu.half_precision import WEIGHTS, as_float, as_half
 
-DATA, MODEL = ("train.tsv", "dev.tsv"), ("config.json", "tokenizer.json", "tokenizer_config.json")
-WEIGHTS = "model.safetensors"
+DATA = ("train.tsv", "dev.tsv")
 
 
 @dataclass(frozen=True)
@@ -122,17 +122,14 @@ class Probe:
 
     def __init__(self, data: Path, out: Path, options: argparse.Namespace) -> None:
         import torch
-        from safetensors.torch import load_file, save_file
 
         self.began, self.options, self.data, self.out = time.monotonic(), options, data, out
         self.has_gpu = torch.cuda.is_available()
         gpu = torch.cuda.get_device_name(0) if self.has_gpu else None
         self.report = Report(torch=torch.__version__, gpu=gpu)
         self.work = Path(tempfile.mkdtemp(prefix="nxm-training-probe-"))
-        self.dense = Path(shutil.copytree(data / "dense", self.work / "dense"))
-        # Carried as FP16: what is compared is compared with this model on both devices.
-        weights = {name: value.float().contiguous() for name, value in load_file(self.dense / WEIGHTS).items()}
-        save_file(weights, self.dense / WEIGHTS, metadata={"format": "pt"})
+        self.dense = self.work / "dense"
+        as_float(data / "dense", self.dense)  # what is compared is compared with this model on both devices
 
     def run(self) -> None:
         """Everything, in order of value."""
@@ -275,19 +272,10 @@ def alike(ours: Path, theirs: Path) -> Alike:
 
 def pack(run: Path, data: Path, out: Path) -> Path:
     """A directory that fits into a transfer: a finished run's dense model, as FP16, and its data."""
-    from safetensors.torch import load_file, save_file
-
     with atomic_dir(out, replace_any=True) as scratch:
-        (scratch / "dense").mkdir()
         for name in DATA:
             shutil.copy(data / name, scratch / name)
-        for name in MODEL:
-            shutil.copy(run / "dense" / name, scratch / "dense" / name)
-        state = load_file(run / "dense" / WEIGHTS)
-        halves = {
-            name: value.half().contiguous() if value.is_floating_point() else value for name, value in state.items()
-        }
-        save_file(halves, scratch / "dense" / WEIGHTS, metadata={"format": "pt"})
+        as_half(run / "dense", scratch / "dense")
     return out
 
 

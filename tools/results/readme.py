@@ -53,14 +53,22 @@ def results_table(results: Path) -> str:
         low, high = (100 * bound for bound in kept.interval)
         saved = _bits_saved(pool, shown.row, cells)
         span = f"{100 * kept.value:.1f} % ({low:.1f} to {high:.1f})"
-        rows.append([shown.encoder, shown.words, f"{100 * saved:.1f} %", span, _where(cells)])
-    return table(rows, ["encoder", "compression", "bits saved", "accuracy kept (95 %)", "tasks (seeds)"], "llrll")
+        epochs = _epochs(pool, shown.row, cells)
+        rows.append([shown.encoder, shown.words, f"{100 * saved:.1f} %", span, epochs, _where(cells)])
+    head = ["encoder", "compression", "bits saved", "accuracy kept (95 %)", "epochs", "tasks (seeds)"]
+    return table(rows, head, "llrlrl")
 
 
 def _bits_saved(pool: Pool, row: str, cells: tuple[Cell, ...]) -> float:
     """Mean compression by the counting of sparse tensor cores."""
     shares = [fact.compression.by("hw") for task, _ in cells for fact in pool.tasks[task].compressed(row)]
     return float(np.mean(shares))
+
+
+def _epochs(pool: Pool, row: str, cells: tuple[Cell, ...]) -> str:
+    """Epochs that compression trained for, without those of the dense model."""
+    trained = {f"{pool.tasks[task].records[row, seed].record.epochs:.0f}" for task, seed in cells}
+    return " or ".join(sorted(trained))
 
 
 def _where(cells: tuple[Cell, ...]) -> str:

@@ -70,7 +70,8 @@ Bars = Callable[[], contextlib.AbstractContextManager[Progress]]
 
 @dataclass(frozen=True)
 class Protocol:
-    """How rows are measured. `grid` holds the dense (learning rate, epochs) to choose from; one entry is not chosen."""
+    """How rows are measured. `grid` holds the dense (learning rate, epochs) to choose from; one entry is not chosen.
+    `commit` is of this tree, where it lies without its history."""
 
     model: Path
     model_name: str
@@ -79,6 +80,7 @@ class Protocol:
     held_out: int = 512
     search: SearchSettings = field(default_factory=SearchSettings)
     discard: bool = False
+    commit: str | None = None
 
 
 class Measure:
@@ -255,7 +257,7 @@ class Measure:
             epochs=round(metrics.steps * settings.batch_size / trained, 3),
             seconds=round(seconds, 1),
             dev_reads=2 if twice else 1,  # the second time without the INT8 table
-            versions=provenance.versions(PACKAGES),
+            versions=provenance.versions(PACKAGES, self.protocol.commit),
             machine=machine(),
             classes=answers.classes,
             labels_sha256=digest(answers.labels),

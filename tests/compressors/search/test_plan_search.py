@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from torch import nn
 
 from compressors.pruning.layerwise import ADMM, MAGNITUDE, REFITTED, SECOND_ORDER, Solver
-from compressors.search.plan_search import _typical_batches, solver_of
+from compressors.search.plan_search import _enough, _typical_batches, solver_of
 from compressors.search.plan_search import search as search_plan
 from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
@@ -27,6 +28,7 @@ from nxm_export.cli import main
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.contract.tasks import TASKS
+from nxm_export.data.examples import Features
 from tests.support import tiny
 from tests.support.variants import variants
 
@@ -127,6 +129,23 @@ def test_a_search_for_another_recipe_has_another_table(desk: Path, tmp_path: Pat
         with (out / "sensitivity.csv").open(newline="") as stream:
             costs.append(sum(float(row["fisher"]) for row in csv.DictReader(stream)))
     assert costs[1] < 0.95 * costs[0], "ADMM's weights have less error than those of second-order pruning"
+
+
+@pytest.mark.parametrize(("samples", "taken"), [(8, 13), (16, 16), (90, 40)])
+def test_weights_are_fitted_to_twice_as_many_tokens_as_the_widest_layer_reads_values(samples: int, taken: int) -> None:
+    sentences: list[Features] = [{"input_ids": [1] * 10, "attention_mask": [1] * 10, "labels": 0} for _ in range(40)]
+    layers = {"narrow": nn.Linear(8, 4), "wide": nn.Linear(64, 4)}  # 128 tokens: 13 sentences
+    assert len(_enough(sentences, SearchSettings(samples=samples), layers)) == taken
+
+
+def test_texts_too_short_to_fit_weights_to_are_refused_as_compression_refuses_them(desk: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.tsv"
+    short.write_text("sentence\tlabel\n" + "good\t1\nbad\t0\n" * 20)
+    options = ("--samples", "8", "--held-out", "24", "--recipe", "obs-refit")
+    result = nxm("search", desk / "dense", "--train", short, "--out", tmp_path / "out", *options)
+    assert result.exit_code == 1
+    assert "needs at least as many tokens: give about" in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_says_what_it_cost(searched: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from compressors.search.settings import read_latencies
+from compressors.search.settings import MIN_SAMPLES, SearchSettings, read_latencies
 from nxm_export.errors import ArtifactError
 
 
@@ -31,3 +31,12 @@ def test_another_table_is_refused(text: str, message: str, tmp_path: Path) -> No
     (tmp_path / "ms.json").write_text(text, encoding="utf-8")
     with pytest.raises(ArtifactError, match=rf"{message}.*a latency table is JSON, \{{role: "):
         read_latencies(tmp_path / "ms.json")
+
+
+def test_what_solving_takes_is_taken_from_the_samples() -> None:
+    """CoLA, six epochs, MiniLM-L6: 147 passes for each of the samples, of a tenth of the run."""
+    whole = SearchSettings().sized(6, 6, 8551, 51_000)
+    assert whole.samples == int(0.11 * 51_000 / 147) == 38
+    fewer = SearchSettings().sized(6, 6, 8551, 51_000, solving=147 * 10)
+    assert (fewer.samples, fewer.held_out) == (28, 28)
+    assert SearchSettings().sized(6, 6, 8551, 51_000, solving=1e6).samples == 2 * MIN_SAMPLES

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from engines.base import Engine
+from engines.base import BuildOptions, Engine, backend, cpu_backends
 from engines.benchmark.latency import BenchReport, bench
 from engines.passport import load_passport
 from nxm_export.cli import main
@@ -175,11 +175,27 @@ def test_the_command_prints_the_candidates_and_writes_one_engine(graph: Path, tm
     assert json.loads(machine.stdout)["options"]["auto"]["shapes"] == [[1, 4]]
 
 
+def test_shapes_that_are_timed_are_compiled_by_the_backend_that_can(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {}
+
+    def build(onnx: Path, out: Path, options: BuildOptions) -> None:
+        asked[out.name] = options.shapes
+        raise EngineError("not here")
+
+    for name in cpu_backends():
+        monkeypatch.setattr(backend(name), "build", build)
+    with pytest.raises(EngineError, match="not here"):
+        build_fastest(graph, tmp_path / "engine", shapes=[(1, 4), (2, 8), (1, 4)])
+    assert asked == {"ort": (), "openvino": ((1, 4), (2, 8))}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--backend", "ort", "--shape", "1x4"], "--shape is for --backend auto"),
-        (["--backend", "auto", "--twins"], "are for engines on a GPU"),
+        (["--backend", "ort", "--shape", "1x4"], "--shape is for --backend openvino and auto; ort compiles no shapes"),
+        (["--backend", "auto", "--twins"], "--backend auto takes no --twins"),
         (["--backend", "auto", "--checkpoint", "somewhere"], "--checkpoint and --data belong together"),
         (["--backend", "auto", "--shape", "4"], "is not a shape"),
         (["--backend", "trt", "--always-sparse"], "--always-sparse is for --backend cusparselt"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from engines.base import backend
+from engines.base import LoadOptions, backend
 from engines.benchmark.latency import WARMUP, interleaved
 from engines.benchmark.text_throughput import ORDERS, batches, bench_text, run_text
 from nxm_export.cli import main
@@ -28,6 +28,11 @@ def test_every_sentence_is_in_one_batch(order: str, size: int) -> None:
     made = batches(LENGTHS, order, size)
     assert sorted(i for batch in made for i in batch) == list(range(len(LENGTHS)))
     assert all(len(batch) == size for batch in made[:-1])
+
+
+def test_a_batch_for_throughput_is_bounded_by_tokens() -> None:
+    assert [len(batch) for batch in batches([128] * 9, "throughput", 32)] == [4, 4, 1]
+    assert [len(batch) for batch in batches([8] * 40, "throughput", 32)] == [32, 8]
 
 
 def test_buckets_hold_sentences_of_about_one_length() -> None:
@@ -57,13 +62,26 @@ def test_padding_rates_and_ratios_are_reported(tiny_engine: Callable[..., Path])
         sample_of({name: (values * 8)[:length] for name, values in inputs_of(sample).items()})
         for sample, length in zip(baked.features(len(LENGTHS)), LENGTHS, strict=True)
     ]
-    with backend("ort").load(tiny_engine("ort")) as engine:
-        report = bench_text({"one": engine}, lambda: features, pad_id=0, limit=10, batch=2, rounds=3)
+    with (
+        backend("ort").load(tiny_engine("ort")) as engine,
+        backend("ort").load(tiny_engine("ort"), LoadOptions(2, "throughput")) as parallel,
+    ):
+        report = bench_text(
+            {"one": engine},
+            lambda: features,
+            pad_id=0,
+            limit=10,
+            batch=2,
+            rounds=3,
+            for_throughput={"one": parallel},
+        )
     rows = {row.order: row for row in report.timings}
     assert [row.order for row in report.timings] == list(ORDERS)
     assert rows["arrival"].padding == pytest.approx(1 - 23 / (2 * 8 + 2 * 8 + 2))
     assert rows["bucketed"].padding == pytest.approx(1 - 23 / (2 * 8 + 2 * 3 + 2))
     assert rows["fixed"].padding == pytest.approx(1 - 23 / (5 * 10))
+    assert rows["throughput"].padding == rows["bucketed"].padding, "few tokens: the same batches"
+    assert report.runs_at_once == 2
     assert rows["arrival"].speedup is None
     assert rows["bucketed"].interval is not None
     assert (report.sentences, report.fixed, report.tokens) == (5, 10, (23 / 5, 8))
@@ -84,7 +102,9 @@ def test_other_means_of_the_same_work_take_part_in_every_round(tiny_engine: Call
     assert asked == ["one", "two", "two", "one", "one", "two"]  # who begins rotates
     assert report.seconds["one peer"] == [2.0] * 3
     assert {len(seconds) for seconds in report.seconds.values()} == {3}
-    assert set(report.seconds) == {f"ours {order}" for order in ORDERS} | set(others)
+    own = {f"ours {order}" for order in ORDERS if order != "throughput"}  # for which nothing was loaded
+    assert set(report.seconds) == own | set(others)
+    assert report.runs_at_once == 0
 
 
 def test_on_a_cpu_every_timed_run_follows_an_untimed_one_of_the_same_engine(monkeypatch: pytest.MonkeyPatch) -> None:

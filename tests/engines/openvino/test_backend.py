@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -168,10 +168,18 @@ def test_its_blocks_can_be_compared(
 def test_threads_are_recorded_and_used(tmp_path: Path, tiny_graph: Callable[..., Path]) -> None:
     passport = build_engine(tiny_graph() / "model.onnx", tmp_path / "engine", "openvino", BuildOptions(threads=1))
     assert passport.threads == 1
-    for threads, expected in ((None, 1), (2, 2)):
-        with openvino_backend.load(tmp_path / "engine", LoadOptions(threads)) as engine:
-            request: Any = engine._request
-            assert request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == expected
+    for options, threads, streams in (
+        (LoadOptions(), 1, 1),
+        (LoadOptions(2), 2, 1),
+        (LoadOptions(2, "throughput"), 2, 2),
+    ):
+        with openvino_backend.load(tmp_path / "engine", options) as engine:
+            requests = engine._requests
+            assert requests is not None
+            with requests.free() as request:
+                compiled = cast(Any, request).get_compiled_model()
+                assert compiled.get_property("INFERENCE_NUM_THREADS") == threads
+                assert compiled.get_property("NUM_STREAMS") == streams == engine.runs_at_once
 
 
 def test_inspection_is_json(tiny_engine: Callable[..., Path]) -> None:

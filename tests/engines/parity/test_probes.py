@@ -74,6 +74,27 @@ def test_each_probe_catches_the_fault_it_is_for(fault: str | None) -> None:
         assert verdicts[fault] is False
 
 
+@pytest.mark.parametrize("wrong", [None, (2, 16), (1, 40)])
+def test_a_compiled_shape_that_computes_something_else_is_found(wrong: tuple[int, int] | None) -> None:
+    """Against a shape that another model runs, also where the compiled one is as long as the model."""
+    features = [
+        sample_of({name: values[:7] for name, values in inputs_of(sample).items()})
+        for sample in baked.features(8, family="distilbert")
+    ]
+    spec = IOSpec("distilbert", "classification", Exact.inputs, {"logits": ("batch", "classes")}, ("0", "1"), 40, 0)
+    engine: Any = Exact(lambda sums, mask: sums + (mask.shape == wrong))
+    samples = probe_samples(features, spec, ())
+    answers = {
+        name: engine.run({key: np.array([values]) for key, values in inputs_of(sample).items()})
+        for name, sample in samples.items()
+    }
+    tolerances = {"logits": 0.5}
+    loaded = Loaded(engine, spec, shapes=[(2, 16), (1, 40)])
+    results = probe(loaded, features, tolerances, Expected(samples, answers, dict.fromkeys(samples, tolerances)))
+    verdicts = {result.name: result.passed for result in results if result.name.startswith("compiled")}
+    assert verdicts == {"compiled shape 2x16": wrong != (2, 16), "compiled shape 1x40": wrong != (1, 40)}
+
+
 def test_batch_probes_of_documents_keep_to_the_budget_of_tokens() -> None:
     """Eight samples of 8192 tokens and a row of padding would be 73,728 tokens at once."""
     spec = IOSpec("distilbert", "classification", Exact.inputs, {"logits": ("batch", "classes")}, ("0", "1"), 8192, 0)

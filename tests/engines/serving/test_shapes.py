@@ -29,6 +29,13 @@ def test_an_engine_without_profiles_takes_every_length_and_pads_to_the_batch() -
     assert buckets.buckets[buckets.index(3, 33)].length == 40
 
 
+def test_lengths_of_compiled_shapes_are_buckets_unless_lengths_are_given() -> None:
+    compiled = [(1, 30), (4, 43), (1, 600)]
+    lengths = [bucket.length for bucket in plan_buckets(64, 16, (), compiled=compiled).buckets]
+    assert lengths == sorted({*usual_lengths(64), 30, 43})
+    assert [bucket.length for bucket in plan_buckets(64, 16, (), (16,), compiled=compiled).buckets] == [16, 64]
+
+
 def test_profiles_limit_lengths_and_rows_and_fix_the_shape() -> None:
     profiles = [Profile((1, 1), (1, 32), (4, 64)), Profile((8, 64), (16, 128), (32, 128))]
     buckets = plan_buckets(512, 16, profiles, lengths=(16, 64, 128))

@@ -60,13 +60,14 @@ def doctor(path: Path, *arguments: str) -> Result:
 def test_the_verdict_comes_first_and_all_of_it_fits_a_terminal(model: Path) -> None:
     result = doctor(model, "--gpu", "A100", "--version", "8.6")
     assert result.exit_code == 0, result.output
-    first, second, *_ = lines = result.stdout.splitlines()
-    assert first == (
+    first, second, third, *_ = lines = result.stdout.splitlines()
+    assert f"{first} {second}" == (
         "verdict: 2:4 can gain at most 2.00x over dense INT8 here (bound), and 1.65x to 1.90x if every step ran at its "
         "limit (estimate)"
     )
-    assert second.startswith("Nothing here is measured")
+    assert third.startswith("Nothing here is measured")
     assert len(lines) <= 25
+    assert max(map(len, lines)) <= 80
     assert "INT8 out yes; FP16 out no" in result.stdout
     assert "192 tokens (2x128)" in result.stdout
 
@@ -80,6 +81,11 @@ def test_json_keeps_bound_and_estimate_apart(model: Path) -> None:
     assert {kernel["exists"] for kernel in as_objects(answer["kernels"])} == {None}
     cannot = as_object(json.loads(doctor(model, "--gpu", "T4", "--json").stdout))
     assert (cannot["can_pay"], cannot["bound"], cannot["estimate"]) == (False, None, None)
+
+
+def test_a_gpu_without_sparse_kernels_is_told_what_needs_none(model: Path) -> None:
+    assert "--pattern none" in doctor(model, "--gpu", "T4").stdout
+    assert "--pattern none" not in doctor(model, "--gpu", "L4").stdout
 
 
 def test_a_graph_has_a_bound_and_its_products_alone(graph: Path) -> None:

@@ -6,6 +6,7 @@ who adds a pass should know it, and who saves one lowers the number.
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -13,6 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
 import pytest
 import torch
 from safetensors import safe_open
@@ -22,8 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from compressors.projections import PROJECTIONS
 from compressors.pruning.admm import Admm
 from compressors.quantization.fake_quant import ActivationQuantizer, QuantLinear
+from engines.ort.backend import unsigned_activations
+from engines.ort.graph_rewrites import fused_attention, integer_products
 from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.graph.exporter import export
+from nxm_export.graph.reading.graph_weights import load_graph
+from tests.support import onnx_text
 from tests.support.baked import write_checkpoint
 
 TOKENS, OUT, IN = 256, 64, 128
@@ -168,6 +175,45 @@ def test_a_block_more_is_as_many_nodes_and_bytes_more(tmp_path: Path) -> None:
     assert nodes[1] - nodes[0] == 44
     named = (sizes[1] - sizes[0]) - (stored[1] - stored[0])
     assert 0 <= named <= 44 * 400  # a node's names, shapes and attributes, and its part of the plan in the metadata
+
+
+def bytes_moved(model: ir.Model, batch: int, sequence: int) -> int:
+    """What the nodes of a graph read and write, constants among it, each node by itself. Every size must be known."""
+    sizes = {"batch": batch, "sequence": sequence}
+    total = 0
+    for node in model.graph:
+        for value in (value for value in (*node.inputs, *node.outputs) if value is not None):
+            assert value.shape is not None, f"{value.name} has no shape"
+            assert value.dtype is not None, f"{value.name} has no type"
+            axes = [axis if isinstance(axis, int) else sizes[axis.value or ""] for axis in value.shape]
+            total += int(math.prod(axes) * value.dtype.itemsize)
+    return total
+
+
+# Placement -> bytes at 2 x 8 of the exported graph, and of what ONNX Runtime is given.
+BYTES_MOVED = {"inputs": (287_060, 122_738), "products": (307_580, 189_606)}
+
+
+def test_a_graph_moves_no_more_bytes_than_were_recorded(tmp_path: Path) -> None:
+    """One block of hidden size 32, its vocabulary and positions; who moves fewer lowers the number."""
+    checkpoint = write_checkpoint("bert", tmp_path / "checkpoint", placement="attention", attention="int8")
+    found = {}
+    for placement in BYTES_MOVED:
+        model = load_graph(export(checkpoint, tmp_path / placement, placement=placement).path)
+        exported = bytes_moved(model, 2, 8)
+        unsigned_activations(model)
+        integer_products(model)
+        fused_attention(model)
+        found[placement] = exported, bytes_moved(model, 2, 8)
+    assert found == BYTES_MOVED
+
+
+def test_the_bytes_that_a_node_moves_are_counted_by_its_shapes() -> None:
+    """A product of (2 * 3, 4) and (4, 5) in float32 and a copy of it: 24 + 20 + 30 elements, and 30 + 30."""
+    head = "g (float[batch, sequence, 4] x, float[4, 5] w) => (float[batch, sequence, 5] y)"
+    model = onnx_text.model(head + " { p = MatMul(x, w) y = Abs(p) }")
+    passes.ShapeInferencePass()(model)
+    assert bytes_moved(model, 2, 3) == 4 * (24 + 20 + 30 + 30 + 30)
 
 
 def test_an_export_reads_each_weight_thrice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

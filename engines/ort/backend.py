@@ -32,7 +32,7 @@ from engines.base import (
 )
 from engines.ort.graph_rewrites import fused_attention, integer_products, plain_attention
 from engines.passport import Bindings, BuildFacts, EnginePassport, cpu_device, load_passport
-from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
+from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable, notice
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -44,6 +44,7 @@ ENGINE_FILE = "model.onnx"
 # that it replaces, and BiasGelu twice as long as Add and Gelu.
 SLOW_FUSIONS = ("SkipLayerNormFusion", "BiasGeluFusion")
 FUSED_ATTENTION = ("MultiHeadAttention", "Attention")
+ONNX_ATTENTION_SINCE = (1, 24)  # the runtime whose ``Attention`` of ONNX was tried here
 INTEGER_PRODUCTS = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulInteger")
 
 
@@ -100,13 +101,15 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     onnx = Path(onnx)
     model = load_graph(onnx)
     source = graph_files(model, onnx)
-    activations, products, attention = unsigned_activations(model), integer_products(model), fused_attention(model)
+    activations, products = unsigned_activations(model), integer_products(model)
+    attention = fused_attention(model, onnx_attention=_has_onnx_attention())
     rewrites = {
         "unsigned_activations": activations,
         "integer_products": products,
         "fused_attention": attention.fused,
         "rotary_attention": attention.rotary,  # of the fused ones
         "plain_attention": attention.plain,
+        "onnx_attention": sum(node.op_type == "Attention" and not node.domain for node in model.graph),
     }
     save_in_one_file(model, out / ENGINE_FILE, onnx)
     copy_companions(onnx.parent, out)
@@ -117,7 +120,7 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
         raise EngineError(str(error).replace(str(out / ENGINE_FILE), str(onnx))) from error
     facts = BuildFacts(
         device=cpu_device(),
-        requires={},  # ONNX files run on any machine and version
+        requires={},  # ONNX files run on any machine, and on any version that has their operators
         options={"threads": options.threads, **rewrites, "disabled_optimizers": list(SLOW_FUSIONS)},
         graph=model.metadata_props,
         source=source,
@@ -268,6 +271,21 @@ def _require_runtime() -> None:
         import onnxruntime  # noqa: F401
     except ImportError as error:
         raise EngineUnavailable("ONNX Runtime is not installed; pip install 'nxm-export[ort]'") from error
+
+
+def notice_runtime(directory: Path, passport: EnginePassport) -> None:
+    """Say so where an engine that goes to another place wants a newer ONNX Runtime there than it may have."""
+    if passport.whole_option("onnx_attention"):
+        notice(
+            f"{directory}: wants onnxruntime {'.'.join(map(str, ONNX_ATTENTION_SINCE))} or later where it runs, which "
+            "Triton's containers have from some release on; for an older one, build it with that onnxruntime installed"
+        )
+
+
+def _has_onnx_attention() -> bool:
+    import onnxruntime
+
+    return tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) >= ONNX_ATTENTION_SINCE
 
 
 def _binding(value: SessionValue) -> Binding:

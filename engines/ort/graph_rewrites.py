@@ -3,10 +3,12 @@
 * `integer_products`: ``MatMul(DQ(a), DQ(w)) + bias`` becomes ``MatMulIntegerToFloat`` of the codes, bias included. It
   is what ONNX Runtime's own optimizer makes of the pairs, but for the bias: the sum of products is exact in INT32 here
   and is rounded term by term in float there, so results differ by float rounding alone, and for the better.
-* `fused_attention`: the scores, mask, softmax and context of a head become ``MultiHeadAttention`` in float32, the mask
-  its ``key_padding_mask``, a bias of relative positions or a mask of windows its ``attention_bias``. Queries and
-  keys that are rotated in between become ``RotaryEmbedding`` (`engines.ort.attention_operands`). Same formula, other
-  order of summation: float rounding again. Masks must be 0 or 1.
+* `fused_attention`: the scores, mask, softmax and context of a head become one operator in float32. It is ONNX's
+  ``Attention``, which takes what is added to the scores as the graph computed it, or where the graph or the runtime is
+  too old for that ONNX Runtime's ``MultiHeadAttention``, slower, with the mask as its ``key_padding_mask`` and a bias
+  of relative positions or a mask of windows as its ``attention_bias``. Queries and keys that are rotated in between
+  become ``RotaryEmbedding`` (`engines.ort.attention_operands`). Same formula, other order of summation: float rounding
+  again. Masks must be 0 or 1.
 
 Both look for exactly the form that `nxm_export.graph.exporter` writes, by structure, and leave alone what differs in
 anything.
@@ -26,6 +28,9 @@ from nxm_export.hf.finite_masks import MASKED  # the fused operator is told what
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+ATTENTION_OPSET, _ATTENTION_IR = 23, 11  # the first with ``Attention``, and its format
+# From these opsets a graph can be said to be of `ATTENTION_OPSET`: all operators but one read the same there.
+_RAISED_FROM, _CHANGED_SINCE = 20, "GroupNormalization"
 PRODUCTS = ("MatMul", "MatMulInteger", "MatMulIntegerToFloat", "QLinearMatMul", "FusedMatMul")  # that attention may run
 
 
@@ -41,15 +46,13 @@ class FusedAttention:
 
 @dataclass(frozen=True)
 class _Attention:
-    """The attention around a softmax: its operands, the mask (batch, sequence) and the bias that its scores get (batch
-    or 1, heads or 1, sequence, sequence), each None without, and the last of its nodes."""
+    """The attention around a softmax: its operands, what its scores get, and the last of its nodes."""
 
     query: Heads
     key: Heads
     value: Heads
     scale: float
-    mask: ir.Value | None
-    bias: ir.Value | None
+    masking: _Masking
     last: ir.Node
 
 
@@ -79,42 +82,138 @@ def integer_products(model: ir.Model) -> int:
     return count
 
 
-def fused_attention(model: ir.Model) -> FusedAttention:
-    """Put ``MultiHeadAttention`` for every attention in float, in place."""
-    import onnx_ir as ir
+def fused_attention(model: ir.Model, *, onnx_attention: bool = True) -> FusedAttention:
+    """Put one operator for every attention in float, in place.
 
+    It is ONNX's ``Attention``, and the graph then of opset 23, unless `onnx_attention` is false (the runtime does not
+    have it) or the graph's opset is not one that can be raised; else ``MultiHeadAttention``.
+    """
     graph, fused, rotary = model.graph, 0, 0
-    masks: dict[ir.Value, ir.Value] = {}
+    standard = onnx_attention and _can_be_raised(model)
+    masks = _MaskWriter(graph)
     operands = OperandWriter(graph)
     for softmax in [node for node in graph if node.op_type == "Softmax"]:
         attention = _attention_around(softmax)
         if attention is None:
             continue
-        mask = attention.mask
-        if mask is not None and mask not in masks:
-            cast = ir.node("Cast", [mask], attributes={"to": int(ir.DataType.INT32)}, name=f"{mask.name}_int32")
-            graph.insert_before(graph[0], cast)
-            masks[mask] = cast.outputs[0]
-        attributes = [
-            ir.AttrInt64("num_heads", attention.query.count),
-            ir.AttrFloat32("scale", attention.scale),
-            ir.AttrFloat32("mask_filter_value", MASKED),
-        ]
         heads = (attention.query, attention.key, attention.value)
         inputs = [operands.written(one, attention.last) for one in heads]
-        optional = [None, None if mask is None else masks[mask], attention.bias]
-        while optional[-1] is None:
-            optional.pop()
-        _replace(
-            graph,
-            attention.last,
-            ir.Node(CONTRIB, "MultiHeadAttention", inputs + optional, attributes, name=softmax.name),
-        )
+        form = _onnx_attention if standard else _multi_head_attention
+        _replace(graph, attention.last, form(attention, inputs, masks, str(softmax.name)))
         fused += 1
         rotary += attention.query.rotation is not None
     if fused:
         _declare(model)
+        if standard:
+            model.opset_imports[""] = ATTENTION_OPSET
+            model.ir_version = max(model.ir_version, _ATTENTION_IR)
     return FusedAttention(fused, rotary, plain_attention(graph))
+
+
+def _can_be_raised(model: ir.Model) -> bool:
+    """True for a graph whose operators mean the same at `ATTENTION_OPSET`."""
+    opset = model.opset_imports.get("", 0)
+    same = all(node.op_type != _CHANGED_SINCE for node in model.graph.all_nodes())
+    return _RAISED_FROM <= opset <= ATTENTION_OPSET and not model.functions and same
+
+
+def _onnx_attention(attention: _Attention, inputs: list[ir.Value], masks: _MaskWriter, name: str) -> ir.Node:
+    import onnx_ir as ir
+
+    count = attention.query.count
+    attributes = [
+        ir.AttrInt64("q_num_heads", count),
+        ir.AttrInt64("kv_num_heads", count),
+        ir.AttrFloat32("scale", attention.scale),
+    ]
+    return ir.Node("", "Attention", [*inputs, masks.added(attention)], attributes, name=name)
+
+
+def _multi_head_attention(attention: _Attention, inputs: list[ir.Value], masks: _MaskWriter, name: str) -> ir.Node:
+    import onnx_ir as ir
+
+    attributes = [
+        ir.AttrInt64("num_heads", attention.query.count),
+        ir.AttrFloat32("scale", attention.scale),
+        ir.AttrFloat32("mask_filter_value", MASKED),
+    ]
+    mask, bias = attention.masking.mask, attention.masking.bias
+    optional = [None, None if mask is None else masks.in_int32(mask), bias]
+    while optional[-1] is None:
+        optional.pop()
+    return ir.Node(CONTRIB, "MultiHeadAttention", [*inputs, *optional], attributes, name=name)
+
+
+class _MaskWriter:
+    """Puts masks into a graph as the fused operators take them, each once."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._made: dict[tuple[ir.Value | None, ...], ir.Value] = {}
+
+    def in_int32(self, mask: ir.Value) -> ir.Value:
+        """A mask (batch, sequence) of ones and zeros."""
+        import onnx_ir as ir
+
+        if (mask,) not in self._made:
+            cast = ir.node("Cast", [mask], attributes={"to": int(ir.DataType.INT32)}, name=f"{mask.name}_int32")
+            self._graph.insert_before(self._graph[0], cast)
+            self._made[mask,] = cast.outputs[0]
+        return self._made[mask,]
+
+    def added(self, attention: _Attention) -> ir.Value:
+        """All that scores get, (batch or 1, heads or 1, sequence, sequence): ``Attention`` repeats no mask for every
+        query by itself."""
+        masking = attention.masking
+        if masking.added is None:
+            assert masking.bias is not None
+            return masking.bias
+        key = (masking.added, masking.bias)
+        if key not in self._made:
+            nodes = self._sum(masking) if masking.bias is not None else self._repeated(attention)
+            self._graph.insert_before(attention.last, nodes)
+            self._made[key] = nodes[-1].outputs[0]
+        return self._made[key]
+
+    def _sum(self, masking: _Masking) -> list[ir.Node]:
+        import onnx_ir as ir
+
+        node = ir.node("Add", [masking.bias, masking.added], name="nxm_attention_bias")
+        self._describe(node, masking)
+        return [node]
+
+    def _repeated(self, attention: _Attention) -> list[ir.Node]:
+        import onnx_ir as ir
+
+        one = self._ones()
+        length = ir.node("Shape", [attention.query.whole], attributes={"start": 1, "end": 2}, name="nxm_queries")
+        shape = ir.node("Concat", [one, one, length.outputs[0], one], attributes={"axis": 0}, name="nxm_mask_shape")
+        node = ir.node("Expand", [attention.masking.added, shape.outputs[0]], name="nxm_attention_mask")
+        length.outputs[0].type = shape.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+        length.outputs[0].shape, shape.outputs[0].shape = ir.Shape([1]), ir.Shape([4])
+        self._describe(node, attention.masking)
+        return [length, shape, node]
+
+    def _describe(self, node: ir.Node, masking: _Masking) -> None:
+        """Type and sizes of what `node` writes, as far as they are known."""
+        import onnx_ir as ir
+
+        assert masking.added is not None
+        out, sizes = node.outputs[0], masking.added.shape
+        out.type = masking.added.type
+        if sizes is not None and len(sizes) == 4:
+            bias = None if masking.bias is None else masking.bias.shape
+            out.shape = ir.Shape([sizes[0], 1 if bias is None else bias[1], sizes[3], sizes[3]])
+
+    def _ones(self) -> ir.Value:
+        import onnx_ir as ir
+
+        tensor = ir.tensor(np.array([1], np.int64), name="nxm_attention_one")
+        value = ir.Value(
+            name=tensor.name, const_value=tensor, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1])
+        )
+        self._graph.register_initializer(value)
+        return value
 
 
 def plain_attention(graph: ir.Graph) -> int:
@@ -153,7 +252,7 @@ def _attention_around(softmax: ir.Node) -> _Attention | None:
     if not _go_together(operands[0], operands[1], operands[2]):
         return None
     scale = 1.0 / scale if scaled.op_type == "Div" else scale
-    return _Attention(operands[0], operands[1], operands[2], scale, masking.mask, masking.bias, last)
+    return _Attention(operands[0], operands[1], operands[2], scale, masking, last)
 
 
 def _go_together(query: Heads, key: Heads, value: Heads) -> bool:
@@ -177,10 +276,12 @@ def _joined_heads(context: ir.Node) -> ir.Node | None:
 
 @dataclass(frozen=True)
 class _Masking:
-    """What is added to scores: a mask (batch, sequence) of ones and zeros, a bias, or both."""
+    """What is added to `scores`: a mask, a bias (batch or 1, heads or 1, sequence, sequence), or both. `mask` is that
+    of ones and zeros (batch, sequence), `added` what the graph makes of it, (batch, 1, 1, sequence)."""
 
     scores: ir.Value | None
     mask: ir.Value | None
+    added: ir.Value | None
     bias: ir.Value | None
 
 
@@ -190,12 +291,12 @@ def _masking_of(add: ir.Node, scores: ir.Value | None) -> _Masking | None:
     mask = _mask_of(add.inputs[1])
     if mask is None:  # as windows have it: a bias for every pair of a query and a key
         bias = add.inputs[1]
-        return _Masking(add.inputs[0], None, bias) if _is_bias_of(bias, scores) else None
+        return _Masking(add.inputs[0], None, None, bias) if _is_bias_of(bias, scores) else None
     biased = only(add.inputs[0], "Add")
     if biased is None:
-        return _Masking(add.inputs[0], mask, None)
+        return _Masking(add.inputs[0], mask, add.inputs[1], None)
     bias = _unexpanded(biased.inputs[1])
-    return None if bias is None else _Masking(biased.inputs[0], mask, bias)
+    return None if bias is None else _Masking(biased.inputs[0], mask, add.inputs[1], bias)
 
 
 def _is_bias_of(bias: ir.Value | None, scores: ir.Value | None) -> bool:

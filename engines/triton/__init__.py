@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 
 from engines.admission import admitted
+from engines.ort.backend import notice_runtime
 from engines.ort.session_levels import SessionLevel, closest_level
 from engines.passport import EnginePassport, PlanSummary, companion_hashes, covered_spec
 from engines.serving import long_texts
@@ -160,7 +161,10 @@ def _model_of(name: str, sources: Sequence[EngineSource], options: TritonOptions
                     "them from one graph directory"
                 )
     spec = covered_spec(directories[0], first)
-    session = closest_level(directories[0], first, spec) if first.backend == "ort" else None
+    session = None
+    if first.backend == "ort":
+        notice_runtime(directories[0], first)
+        session = closest_level(directories[0], first, spec)
     return _Model(name, directories, passports, spec, session)
 
 

@@ -21,7 +21,8 @@ _PRODUCTS = (
     "MatMul", "Gemm", "Conv", "Einsum", "MatMulInteger", "MatMulIntegerToFloat", "QLinearMatMul", "QGemm",
     "MultiHeadAttention", "Attention",
 )  # fmt: skip
-_FUSED_ATTENTION = "MultiHeadAttention"  # of ONNX Runtime: its scores are no value of the graph
+# Attention as one operator, whose scores are no value of the graph, and its attribute with the number of heads.
+_FUSED_ATTENTION = {"MultiHeadAttention": "num_heads", "Attention": "q_num_heads"}
 
 
 def run_memory(model: ir.Model, batch: int, sequence: int, *, scores: bool) -> int:
@@ -83,7 +84,7 @@ class _Sizes:
 
     def inside(self, node: ir.Node) -> int:
         """Bytes that an operator needs for itself."""
-        heads = node.attributes.get("num_heads")
-        if node.op_type != _FUSED_ATTENTION or heads is None or not self._scores:
+        heads = node.attributes.get(_FUSED_ATTENTION.get(node.op_type, ""))
+        if heads is None or not self._scores:
             return 0
         return 4 * self._batch * heads.as_int() * self._sequence**2

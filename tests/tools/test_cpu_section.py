@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
 from nxm_export.contract.tasks import TASKS
@@ -12,6 +14,7 @@ from nxm_export.data.texts import read_texts
 from tools.benchmarks import cpu
 from tools.benchmarks.cpu import OPENVINO, ORT
 from tools.benchmarks.cpu_embeddings import write_pairs
+from tools.benchmarks.cpu_profile import _integer_product, _milliseconds_alone, _planned_sizes
 from tools.benchmarks.cpu_record import LatencyRow, Record, TextTimings
 from tools.benchmarks.cpu_section import PEER, PEER_FIXED, section, summary
 
@@ -110,9 +113,9 @@ def record() -> Record:
                 "sequence": 32,
                 "milliseconds": {"MatMulIntegerToFloat": 3.0, "Gelu": 1.0},
                 "int8_gops": 400.0,
+                "int8_gops_alone": 800.0,
             }
         ],
-        "peaks": {"int8_gops": 800.0, "fp32_gops": 150.0},
         "seconds": 300,
     }
 
@@ -159,10 +162,16 @@ def test_without_peers_the_page_says_so(record: Record) -> None:
     assert "NXM_TEXT_PEERS_PYTHON" in text
 
 
-def test_the_speed_of_products_is_shown_with_their_share_and_no_percentage_of_a_peak(record: Record) -> None:
-    text = section(record)
-    assert row_of(text, "1x32 | 400")[1:] == ["400", "75%"], "3 of 4 ms"
-    assert "peak" not in text
+def test_the_speed_of_products_is_shown_with_their_own_peak_and_their_share(record: Record) -> None:
+    assert row_of(section(record), "1x32 | 400")[1:] == ["400", "800", "50%", "75%"], "3 of 4 ms"
+    del record["profile"][0]["int8_gops_alone"]
+    assert row_of(section(record), "1x32 | 400")[1:] == ["400", "not measured", "–", "75%"]
+
+
+def test_what_products_reach_alone_is_measured_for_the_sizes_of_the_engine(tmp_path: Path) -> None:
+    onnx.save(_integer_product(np.ones((32, 64), np.int8)), tmp_path / "model.onnx")
+    assert _planned_sizes(tmp_path) == {(32, 64): 1}
+    assert _milliseconds_alone((32, 64), tokens=8, threads=1, rounds=3) > 0
 
 
 def test_the_summary_names_the_slowest_and_the_fastest_shape(record: Record) -> None:

@@ -8,10 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from tests.support import onnx_text
-from tools.experiments import layerwise_ablation, long_document, mask_ablation, output_ablation, polygraphy_peer
+from tools.experiments import (
+    graph_forms,
+    layerwise_ablation,
+    long_document,
+    mask_ablation,
+    output_ablation,
+    polygraphy_peer,
+)
 
 
 @pytest.mark.parametrize(
@@ -74,3 +82,33 @@ def test_a_long_document_goes_through_every_stage(capsys: pytest.CaptureFixture[
     assert [stage["stage"] for stage in found["stages"]][:4] == ["make the model", "compress", "export", "ort: build"]
     assert {entry["backend"]: entry["passed"] for entry in found["compared"]} == {"ort": True, "openvino": True}
     assert all(0.05 < stage["peak_gb"] < 8 for stage in found["stages"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["query-key-value", "affine", "context", "one-table"])
+def test_forms_of_a_graph_that_should_change_nothing_change_no_answer(
+    form: str, tiny_graph: Callable[..., Path], tmp_path: Path
+) -> None:
+    graph = tiny_graph("bert", "inputs") / "model.onnx"
+    ids = np.arange(5, 29).reshape(3, 8)
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    plain = onnx_text.run(graph, feeds)["logits"]
+    written = graph_forms.write_form(graph, form, "openvino", tmp_path / "form.onnx")
+    assert written.read_bytes() != graph.read_bytes()
+    # A code that moves by one step changes these logits by some 0.05.
+    np.testing.assert_allclose(onnx_text.run(written, feeds)["logits"], plain, atol=0.1)
+
+
+@pytest.mark.slow
+def test_all_forms_are_timed_against_the_graph_as_it_is(
+    tiny_graph: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph = str(tiny_graph("bert", "inputs") / "model.onnx")
+    graph_forms.main([graph, "--runtime", "ort", "--shapes", "1x8", "--seconds", "0"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[7:23].strip() for line in lines] == [
+        *("as it is", "as it is, again"),
+        *graph_forms.FORMS,
+        graph_forms.LAST,
+    ]
+    assert " 1.000 (1.000 to 1.000)" in lines[0]

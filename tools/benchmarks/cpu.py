@@ -43,7 +43,7 @@ from nxm_export.storage.hashing import file_hash
 from nxm_export.storage.json_files import convert
 from tools import ROOT
 from tools.benchmarks.cpu_embeddings import measure_embeddings
-from tools.benchmarks.cpu_profile import onnxruntime_profile, openvino_profiles, peaks
+from tools.benchmarks.cpu_profile import onnxruntime_profile, openvino_profiles
 from tools.benchmarks.cpu_record import LatencyRow, Load, MachineFacts, ModelFacts, ParityRow, Record, TextRecord
 from tools.benchmarks.cpu_section import PEER, PEER_FIXED, section, summary
 from tools.benchmarks.measuring import DOCUMENT, RECORDS, in_child, load_record, save_record
@@ -131,7 +131,6 @@ def run(args: argparse.Namespace) -> None:
         if peer is not None:
             models[PEER] = peer.model
         profile += openvino_profiles(models, SHAPES[0], threads)
-        reached = peaks(threads, work)
         _say("profiled", began)
         record: Record = {
             "schema": SCHEMA,
@@ -151,7 +150,6 @@ def run(args: argparse.Namespace) -> None:
             "text": convert(texts.to_dict(), TextRecord, source="text", way_out="measure again"),
             "embeddings": embedded,
             "profile": profile,
-            "peaks": reached,
             "seconds": round(time.monotonic() - began),
         }
     save_record(args.record, record)

@@ -104,18 +104,20 @@ class EmbeddingRecord(TypedDict):
 
 
 class ProfileRow(TypedDict):
-    """Milliseconds by operator, with the INT8 products a second of ONNX Runtime, or the nodes that ran of OpenVINO."""
+    """Milliseconds by operator, with the INT8 products a second of ONNX Runtime and what they reach alone, or the nodes
+    that ran of OpenVINO."""
 
     engine: str
     batch: int
     sequence: int
     milliseconds: dict[str, float]
     int8_gops: NotRequired[float | None]
+    int8_gops_alone: NotRequired[float | None]
     nodes: NotRequired[int]
 
 
 class Record(TypedDict):
-    """The file. `bytes` and `loads` are by engine, `peaks` the operations that a large product reaches."""
+    """The file. `bytes` and `loads` are by engine, `peaks` in older records what one product of 2048 x 2048 reached."""
 
     schema: str
     date: NotRequired[str]
@@ -133,5 +135,5 @@ class Record(TypedDict):
     text: TextRecord
     embeddings: NotRequired[EmbeddingRecord]
     profile: list[ProfileRow]
-    peaks: dict[str, float]
+    peaks: NotRequired[dict[str, float]]
     seconds: int

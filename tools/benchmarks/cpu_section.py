@@ -45,7 +45,6 @@ def section(record: Record) -> str:
         text_peers=record["text_peers"],
         embeddings=_embeddings(record["embeddings"]) if "embeddings" in record else [],
         profile=[_profile(entry) for entry in record["profile"]],
-        peaks=record["peaks"],
         products=[_products(entry, reached) for entry in record["profile"] if (reached := entry.get("int8_gops"))],
     )
 
@@ -168,9 +167,12 @@ def _profile(entry: ProfileRow) -> list[str]:
 
 
 def _products(entry: ProfileRow, reached: float) -> list[str]:
-    """GOPS of the INT8 products of a profile, and their share of its time."""
+    """GOPS of the INT8 products of a profile, those that they reach alone and the share of it, and their share of the
+    profile's time."""
     share = entry["milliseconds"]["MatMulIntegerToFloat"] / sum(entry["milliseconds"].values())
-    return [f"{entry['batch']}x{entry['sequence']}", f"{reached:.0f}", f"{share:.0%}"]
+    alone = entry.get("int8_gops_alone")
+    of_peak = ["not measured", "–"] if alone is None else [f"{alone:.0f}", f"{reached / alone:.0%}"]
+    return [f"{entry['batch']}x{entry['sequence']}", f"{reached:.0f}", *of_peak, f"{share:.0%}"]
 
 
 def _holds(holds: bool) -> str:

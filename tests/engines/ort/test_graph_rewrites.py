@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 import pytest
 
 from engines.ort import backend as ort
@@ -35,6 +36,29 @@ g (float[batch, 2] x) => (float[batch, 3] y)
   m = DequantizeLinear<axis = 1>(w, ws, wz)
   p = MatMul(a, m)
   y = Add(p, bias)
+}
+"""
+# Two heads of 4 features, queries, keys and values alike, with a mask of padding and a bias.
+MASKED_ATTENTION = """
+g (float[batch, sequence, 8] x, int64[batch, sequence] mask, BIAS bias) => (float[batch, sequence, 8] y)
+<int64[4] split = {0, 0, 2, 4}, int64[3] joined = {0, 0, 8}, int64[2] axes = {1, 2}, float one = {1},
+ float padding = {-10000}, float scale = {0.5}>
+{
+  spread = Unsqueeze(mask, axes)
+  ones = Cast<to = 1>(spread)
+  inverse = Sub(one, ones)
+  added = Mul(inverse, padding)
+  xs = Reshape(x, split)
+  q = Transpose<perm = [0, 2, 1, 3]>(xs)
+  k = Transpose<perm = [0, 2, 3, 1]>(xs)
+  s = MatMul(q, k)
+  sc = Mul(s, scale)
+  sb = Add(sc, bias)
+  sm = Add(sb, added)
+  p = Softmax<axis = -1>(sm)
+  c = MatMul(p, q)
+  ct = Transpose<perm = [0, 2, 1, 3]>(c)
+  y = Reshape(ct, joined)
 }
 """
 X = {"x": np.array([[1.0, -3.5], [70.0, 0.24], [-64.0, 63.5]], np.float32)}
@@ -147,15 +171,78 @@ def test_attention_with_another_mask_is_left_alone(tiny_graph: Callable[..., Pat
     assert fused_attention(model) == FusedAttention(0, 0, 2)
 
 
+@pytest.mark.parametrize("bias", ["float[1, 2, sequence, sequence]", "float[batch, 1, sequence, sequence]", None])
+@pytest.mark.parametrize("onnx_attention", [True, False])
+def test_fused_attention_gives_padding_and_biases_what_the_plain_operators_do(
+    bias: str | None, onnx_attention: bool
+) -> None:
+    text = MASKED_ATTENTION.replace("BIAS", bias or "float[1, 1, 1, 1]")
+    text = text if bias else text.replace("sb = Add(sc, bias)", "sb = Identity(sc)")
+    plain, fused = onnx_text.model(text, opset=20), onnx_text.model(text, opset=20)
+    for model in (plain, fused):
+        passes.IdentityEliminationPass()(model)
+        passes.ShapeInferencePass()(model)
+    assert fused_attention(fused, onnx_attention=onnx_attention) == FusedAttention(1, 0, 0)
+    rng = np.random.default_rng(0)
+    mask = np.array([[1, 1, 1, 0, 0], [0] * 5, [1] * 5])  # of one row everything is padding
+    sizes = {"float[1, 2, sequence, sequence]": (1, 2, 5, 5), "float[batch, 1, sequence, sequence]": (3, 1, 5, 5)}
+    feeds = {
+        "x": rng.standard_normal((3, 5, 8)).astype(np.float32),
+        "mask": mask,
+        "bias": rng.standard_normal(sizes.get(bias or "", (1, 1, 1, 1))).astype(np.float32),
+    }
+    actual, expected = (onnx_text.run(model, feeds)["y"] for model in (fused, plain))
+    np.testing.assert_allclose(actual[[0, 2]], expected[[0, 2]], atol=2e-6)  # float rounding, values of about 1
+    np.testing.assert_allclose(
+        actual[1], expected[1], atol=2e-3
+    )  # its scores are -1e4 and what is left of a bias there
+    assert not np.allclose(onnx_text.run(plain, {**feeds, "mask": np.ones_like(mask)})["y"], expected, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("opset", "also", "operator"),
+    [
+        (20, "", "Attention"),
+        (22, "", "Attention"),
+        (19, "", "MultiHeadAttention"),
+        (20, "GroupNormalization", "MultiHeadAttention"),
+    ],
+)
+def test_a_graph_gets_the_operator_that_its_opset_can_be_raised_to(opset: int, also: str, operator: str) -> None:
+    """GroupNormalization is what reads otherwise in opset 21."""
+    model = onnx_text.model(MASKED_ATTENTION.replace("BIAS", "float[1, 2, sequence, sequence]"), opset=20)
+    passes.ShapeInferencePass()(model)
+    model.opset_imports[""] = opset
+    if also:
+        x = model.graph.inputs[0]
+        model.graph.append(ir.node(also, [x, x, x], attributes={"num_groups": 1}))
+        model.graph.outputs.append(model.graph[-1].outputs[0])
+    assert fused_attention(model) == FusedAttention(1, 0, 0)
+    assert [node.op_type for node in model.graph if "Attention" in node.op_type] == [operator]
+    assert model.opset_imports[""] == (23 if operator == "Attention" else opset)
+
+
+def test_a_runtime_without_the_operator_gets_its_own(
+    tiny_graph: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "__version__", "1.22.1")
+    build_engine(tiny_graph("bert", "inputs") / "model.onnx", tmp_path / "engine", "ort")
+    assert ort.inspect(tmp_path / "engine").operators["MultiHeadAttention"] == 2
+    assert load_passport(tmp_path / "engine").options["onnx_attention"] == 0
+
+
 def test_the_engine_says_what_was_done_to_its_graph(tiny_engine: Callable[..., Path]) -> None:
     directory = tiny_engine("ort")
     options = load_passport(directory).options
     assert options["integer_products"] == 12
     assert (options["fused_attention"], options["rotary_attention"], options["plain_attention"]) == (2, 0, 0)
+    assert options["onnx_attention"] == 2
     assert options["disabled_optimizers"] == list(SLOW_FUSIONS)
     facts = ort.inspect(directory)
     operators = facts.operators
-    assert operators["MultiHeadAttention"] == facts.fused_attention == 2
+    assert operators["Attention"] == facts.fused_attention == 2
     assert facts.plain_attention == 0
     assert not {"SkipLayerNormalization", "BiasGelu"} & set(operators)
 

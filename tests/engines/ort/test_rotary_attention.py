@@ -113,14 +113,16 @@ def test_a_rotary_family_runs_fused_with_the_numbers_of_the_plain_graph_and_of_t
     assert np.ptp(theirs[read]) > 0.05  # the rows say something
 
 
-def test_a_fused_rotation_computes_what_the_plain_operators_do() -> None:
+@pytest.mark.parametrize(("onnx_attention", "operator"), [(True, "Attention"), (False, "MultiHeadAttention")])
+def test_a_fused_rotation_computes_what_the_plain_operators_do(onnx_attention: bool, operator: str) -> None:
     plain, fused = attention(ATTENTION), attention(ATTENTION)
-    assert fused_attention(fused) == FusedAttention(1, 1, 0)
+    assert fused_attention(fused, onnx_attention=onnx_attention) == FusedAttention(1, 1, 0)
     assert sorted({node.op_type for node in fused.graph} - {"Cos", "Sin", "Slice", "Squeeze", "Concat"}) == [
-        "MultiHeadAttention",
+        operator,
         "RotaryEmbedding",
         "Split",
     ]
+    assert fused.opset_imports[""] == (23 if onnx_attention else 20)
     feeds = feeds_of(3, 7)
     expected = onnx_text.run(plain, feeds)["y"]
     np.testing.assert_allclose(onnx_text.run(fused, feeds)["y"], expected, atol=2e-6)

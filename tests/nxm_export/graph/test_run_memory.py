@@ -37,6 +37,7 @@ m (float[batch, sequence, 8] x) => (float[batch, sequence, 8] y)
     y = com.microsoft.MultiHeadAttention <num_heads = 2> (x, x, x)
 }
 """
+ONNX_ATTENTION = ("com.microsoft.MultiHeadAttention <num_heads = 2>", "Attention <q_num_heads = 2>")
 QUANTIZED = """
 m (float[batch, sequence, 8] x) => (float[batch, sequence, 8] y)
     <float scale = {1}, int8 zero = {0}, float[batch, sequence, 8] a, int8[batch, sequence, 8] codes,
@@ -65,6 +66,7 @@ def graph(text: str) -> ir.Model:
         # the result, and the scores of two heads inside the operator
         (FUSED, True, 4 * (4 * 40 + 4 * 2 * 25)),
         (FUSED, False, 4 * 4 * 40),
+        (FUSED.replace(*ONNX_ATTENTION), True, 4 * (4 * 40 + 4 * 2 * 25)),
         # `a` is the most: its codes take a quarter, and are read where they lie
         (QUANTIZED, True, 4 * 4 * 40),
     ],

@@ -128,6 +128,8 @@ class BuildOptions:
     with `require_timing_cache`, else a new one is begun; without one, ``timing.cache`` beside the engine is new.
     `always_sparse` is for backends with that capability: no dense kernel for a 2:4 matrix that has a sparse one, even
     where it is faster; `fuse` lets ``cusparselt`` compile what lies between products (torch.compile) when it is loaded.
+    `oldest_onnxruntime` is for ``ort``: the oldest version, such as ``1.19``, that is to load the engine (None = the
+    installed one).
     `twin` names the engine's part in a comparison (see `nxm build --twins`).
     """
 
@@ -138,6 +140,7 @@ class BuildOptions:
     sparse: bool = SPARSE_KERNELS
     always_sparse: bool = False
     fuse: bool = True
+    oldest_onnxruntime: str | None = None
     level: int | None = None
     workspace_bytes: int | None = None
     build_route: str | None = None

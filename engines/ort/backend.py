@@ -10,6 +10,7 @@ that costs more than it saves is left out (`SLOW_FUSIONS`). What each is worth w
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -45,6 +46,7 @@ ENGINE_FILE = "model.onnx"
 SLOW_FUSIONS = ("SkipLayerNormFusion", "BiasGeluFusion")
 FUSED_ATTENTION = ("MultiHeadAttention", "Attention")
 ONNX_ATTENTION_SINCE = (1, 24)  # the runtime whose ``Attention`` of ONNX was tried here
+_SINCE = ".".join(map(str, ONNX_ATTENTION_SINCE))
 INTEGER_PRODUCTS = ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "MatMulInteger")
 
 
@@ -102,7 +104,8 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     model = load_graph(onnx)
     source = graph_files(model, onnx)
     activations, products = unsigned_activations(model), integer_products(model)
-    attention = fused_attention(model, onnx_attention=_has_onnx_attention())
+    oldest = _oldest(options.oldest_onnxruntime)
+    attention = fused_attention(model, onnx_attention=oldest >= ONNX_ATTENTION_SINCE)
     rewrites = {
         "unsigned_activations": activations,
         "integer_products": products,
@@ -136,6 +139,8 @@ def load(directory: str | Path, options: LoadOptions = LoadOptions()) -> OrtEngi
     """Load an engine directory; without a number of threads anywhere all cores of this process work."""
     directory = Path(directory)
     passport = load_passport(directory)
+    _require_runtime()
+    _require_attention(directory, passport)
     return OrtEngine(directory, passport.read_engine(directory, {}), passport, options)
 
 
@@ -184,6 +189,8 @@ def inspect(directory: str | Path) -> OrtFacts:
     directory = Path(directory)
     passport, spec = load_passport(directory), spec_of(directory)
     passport.require_here(directory, {})
+    _require_runtime()
+    _require_attention(directory, passport)
     graph = optimized_graph(directory / ENGINE_FILE, passport)
     counts = _by_type(graph)
     integer = sum(counts.get(operator, 0) for operator in INTEGER_PRODUCTS)
@@ -277,15 +284,38 @@ def notice_runtime(directory: Path, passport: EnginePassport) -> None:
     """Say so where an engine that goes to another place wants a newer ONNX Runtime there than it may have."""
     if passport.whole_option("onnx_attention"):
         notice(
-            f"{directory}: wants onnxruntime {'.'.join(map(str, ONNX_ATTENTION_SINCE))} or later where it runs, which "
-            "Triton's containers have from some release on; for an older one, build it with that onnxruntime installed"
+            f"{directory}: wants onnxruntime {_SINCE} or later in Triton's container, which 24.10 does not have; for "
+            "an older one, build the engine with --onnxruntime 1.19"
         )
 
 
-def _has_onnx_attention() -> bool:
+def _oldest(asked: str | None) -> tuple[int, int]:
+    """(major, minor) of the oldest ONNX Runtime that an engine is for: the installed one, or one that is `asked` for
+    and older; raises `EngineError` for what is no version."""
+    if asked is None:
+        return _installed()
+    version = re.fullmatch(r"(\d{1,4})\.(\d{1,4})(\.\d{1,9})?", asked)
+    if version is None:
+        raise EngineError(f"{asked!r} is no version of onnxruntime; give it as 1.19 or 1.19.2")
+    return min(_installed(), (int(version[1]), int(version[2])))
+
+
+def _installed() -> tuple[int, int]:
+    """(major, minor) of the ONNX Runtime that is installed here."""
     import onnxruntime
 
-    return tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) >= ONNX_ATTENTION_SINCE
+    major, minor = onnxruntime.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _require_attention(directory: Path, passport: EnginePassport) -> None:
+    """Raise `EngineUnavailable` where an engine has operators that came after the ONNX Runtime here."""
+    if passport.whole_option("onnx_attention") and _installed() < ONNX_ATTENTION_SINCE:
+        here = ".".join(map(str, _installed()))
+        raise EngineUnavailable(
+            f"{directory}: wants onnxruntime {_SINCE} or later, and {here} is installed; upgrade it, or build the "
+            f"engine with --onnxruntime {here}"
+        )
 
 
 def _binding(value: SessionValue) -> Binding:

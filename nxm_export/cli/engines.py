@@ -78,6 +78,7 @@ class _BuildOptions:
     sparse: bool
     always_sparse: bool
     fuse: bool
+    onnxruntime: str | None
     level: int | None
     workspace: int | None
     timing_cache: Path | None
@@ -110,6 +111,8 @@ class _BuildOptions:
         for flag, given in (("--always-sparse", self.always_sparse), ("--no-fuse", not self.fuse)):
             if given and (backend == AUTO_BACKEND or not backend_of(backend).CAPABILITIES.always_sparse):
                 raise click.UsageError(f"{flag} is for --backend cusparselt")
+        if self.onnxruntime and backend not in ("ort", AUTO_BACKEND):
+            raise click.UsageError(f"--onnxruntime is for --backend ort and auto; {backend} does without it")
         if self.always_sparse and not self.sparse:
             raise click.UsageError("--always-sparse and --no-sparse contradict each other; give one of them")
         if self.lengths and self.profiles:
@@ -130,6 +133,7 @@ class _BuildOptions:
             sparse=self.sparse,
             always_sparse=self.always_sparse,
             fuse=self.fuse,
+            oldest_onnxruntime=self.onnxruntime,
             level=self.level,
             workspace_bytes=self.workspace * 2**20 if self.workspace else None,
             build_route=self.build_route,
@@ -206,6 +210,9 @@ class _BenchOptions:
 )
 @click.option(
     "--fuse/--no-fuse", default=True, help="cusparselt: compile what lies between products, when it is loaded."
+)
+@click.option(
+    "--onnxruntime", metavar="VERSION", help="The oldest that is to load an ort engine.  [default: the installed one]"
 )
 @click.option("--level", type=Whole(0, 5), help="Builder optimization level.  [default: TensorRT's]")
 @click.option("--workspace", type=Whole(min=1), metavar="MIB", help="Limit of scratch memory.  [default: TensorRT's]")

@@ -12,10 +12,12 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import pytest
 
+from engines.base import BuildOptions
 from engines.ort import backend as ort
 from engines.ort.backend import SLOW_FUSIONS, unsigned_activations
 from engines.ort.graph_rewrites import FusedAttention, fused_attention, integer_products
 from engines.passport import load_passport
+from nxm_export.errors import EngineError, EngineUnavailable
 from nxm_export.graph.exporter import export
 from nxm_export.graph.int4_storage import CAST, store_int4
 from nxm_export.graph.reading.graph_weights import load_graph, save_graph
@@ -222,15 +224,48 @@ def test_a_graph_gets_the_operator_that_its_opset_can_be_raised_to(opset: int, a
     assert model.opset_imports[""] == (23 if operator == "Attention" else opset)
 
 
+@pytest.mark.parametrize(("installed", "asked"), [("1.22.1", None), ("1.32.0", "1.19"), ("1.32.0", "1.19.2")])
 def test_a_runtime_without_the_operator_gets_its_own(
-    tiny_graph: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    installed: str,
+    asked: str | None,
+    tiny_graph: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import onnxruntime
 
-    monkeypatch.setattr(onnxruntime, "__version__", "1.22.1")
-    build_engine(tiny_graph("bert", "inputs") / "model.onnx", tmp_path / "engine", "ort")
+    monkeypatch.setattr(onnxruntime, "__version__", installed)
+    graph, options = tiny_graph("bert", "inputs") / "model.onnx", BuildOptions(oldest_onnxruntime=asked)
+    build_engine(graph, tmp_path / "engine", "ort", options=options)
+    monkeypatch.setattr(onnxruntime, "__version__", "1.19.2")
     assert ort.inspect(tmp_path / "engine").operators["MultiHeadAttention"] == 2
     assert load_passport(tmp_path / "engine").options["onnx_attention"] == 0
+    ort.load(tmp_path / "engine").close()
+
+
+def test_an_older_runtime_is_told_what_the_engine_wants(
+    tiny_engine: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    directory = tiny_engine("ort")
+    monkeypatch.setattr(onnxruntime, "__version__", "1.19.2")
+    for use in (ort.load, ort.inspect):
+        with pytest.raises(
+            EngineUnavailable, match=r"wants onnxruntime 1\.24 or later, and 1\.19 is installed; upgrade"
+        ):
+            use(directory)
+
+
+@pytest.mark.parametrize("version", ["", "1", "new", "1.19.2.3", "-1.2"])
+def test_what_is_no_version_of_a_runtime_is_refused(
+    version: str, tiny_graph: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(EngineError, match="is no version of onnxruntime; give it as"):
+        build_engine(
+            tiny_graph("bert", "inputs"), tmp_path / "e", "ort", options=BuildOptions(oldest_onnxruntime=version)
+        )
+    assert not (tmp_path / "e").exists()
 
 
 def test_the_engine_says_what_was_done_to_its_graph(tiny_engine: Callable[..., Path]) -> None:

@@ -127,7 +127,7 @@ class _BuildOptions:
 
         return BuildOptions(
             threads=self.threads,
-            shapes=[] if backend == AUTO_BACKEND else [shape_of(text) for text in self.shapes],
+            shapes=() if backend == AUTO_BACKEND else tuple(shape_of(text) for text in self.shapes),
             profiles=[parse_profile(text) for text in self.profiles],
             max_batch_tokens=self.max_batch_tokens,
             sparse=self.sparse,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nxm_export.cli.tables import score_text
-from nxm_export.contract.checkpoint import WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from engines.benchmark.http_load import LoadReport
@@ -36,6 +35,8 @@ def of_search(result: SearchResult) -> str:
 
 def of_packing(sizes: PackedSizes, checkpoint: Path) -> str:
     """The packed file beside the weights that it was made from."""
+    from nxm_export.contract.checkpoint import WEIGHTS_FILE
+
     weights = (checkpoint / WEIGHTS_FILE).stat().st_size
     return f"Packed: {sizes.file_bytes / 1e6:.1f} MB, from {weights / 1e6:.1f} MB of weights."
 

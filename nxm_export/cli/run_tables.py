@@ -20,7 +20,6 @@ from nxm_export.cli.tables import (
     terminal_width,
 )
 from nxm_export.contract.plan import COUNTINGS
-from nxm_export.contract.records.run_summary import NO_CHOICE
 
 if TYPE_CHECKING:
     from nxm_export.contract.records.run_summary import RunSummary
@@ -151,6 +150,8 @@ def _about_engines(summary: RunSummary) -> list[str]:
     """Why the engine was kept, where there was a choice, and what twins say about 2:4."""
     verdicts = [f"2:4 on {backend}: {verdict}" for backend, verdict in summary.sparse_verdicts.items()]
     chosen = summary.chosen
+    from nxm_export.contract.records.run_summary import NO_CHOICE
+
     return verdicts if chosen is None or chosen.why == NO_CHOICE else [f"kept {chosen.name}: {chosen.why}", *verdicts]
 
 

@@ -23,6 +23,7 @@ from nxm_export.cli import main
 from nxm_export.errors import NxmError
 from nxm_export.storage.hashing import file_hash
 from tests.support import exact_engine
+from tests.support.variants import variants
 
 FILES = ("spec.json", "tokenizer.json", "passport.json", "parity.json", "model.onnx")
 CASES = 300
@@ -139,8 +140,7 @@ def refusal_of(arguments: list[str]) -> str | None:
     return lines[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", range(10))
+@pytest.mark.parametrize("part", variants(range(10), (), slow=(0, 1, 2, 3)))
 def test_a_damaged_directory_is_refused_in_one_line_or_answers(engine: Path, tmp_path: Path, part: int) -> None:
     refused = 0
     for number in range(part, CASES, 10):

@@ -31,6 +31,7 @@ import pytest
 from tests.engines.serving.test_hostile import INFER, TEXT, framed, good, good_text, requests, resident_bytes
 from tests.engines.serving.test_server import logits
 from tests.support.exact_engine import expected, feeds_of
+from tests.support.variants import variants
 from tools.benchmarks.servers import Running, nxm_serve
 from tools.raw_http import connect, request, send
 
@@ -419,6 +420,6 @@ def run(engine: Path, log: Path, count: int) -> None:
     assert [line for line in lines if line["level"] == "error" or "traceback" in line] == []
 
 
-@pytest.mark.slow
-def test_a_thousand_hostile_requests_leave_a_server_as_it_was(engine: Path, tmp_path: Path) -> None:
-    run(engine, tmp_path / "log", COUNT)
+@pytest.mark.parametrize("count", variants((250, COUNT), (), slow=(250,)))
+def test_many_hostile_requests_leave_a_server_as_it_was(count: int, engine: Path, tmp_path: Path) -> None:
+    run(engine, tmp_path / "log", count)

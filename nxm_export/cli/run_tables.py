@@ -148,10 +148,10 @@ def _verdict(summary: RunSummary) -> list[str]:
 
 def _about_engines(summary: RunSummary) -> list[str]:
     """Why the engine was kept, where there was a choice, and what twins say about 2:4."""
-    verdicts = [f"2:4 on {backend}: {verdict}" for backend, verdict in summary.sparse_verdicts.items()]
-    chosen = summary.chosen
     from nxm_export.contract.records.run_summary import NO_CHOICE
 
+    verdicts = [f"2:4 on {backend}: {verdict}" for backend, verdict in summary.sparse_verdicts.items()]
+    chosen = summary.chosen
     return verdicts if chosen is None or chosen.why == NO_CHOICE else [f"kept {chosen.name}: {chosen.why}", *verdicts]
 
 

@@ -53,21 +53,28 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
         raise DataError(
             f"{path}: unknown format {suffix or 'without suffix'}; use {', '.join(FORMATS)}, packed ({_PACKED}) or not"
         )
+    if suffix == ".parquet":
+        with opened(path) as packed:
+            yield from _parquet_rows(path, packed)
+        return
+    with _text_of(path, newline="" if suffix == ".csv" else "\n") as stream:
+        if suffix in (".jsonl", ".json"):
+            yield from _json_rows(path, stream)
+        elif suffix == ".tsv":
+            yield from _delimited_rows(path, _tsv_lines(stream))
+        elif suffix == ".csv":
+            yield from _delimited_rows(path, _csv_lines(path, stream))
+        else:
+            yield from _conll_rows(path, stream)
+
+
+@contextmanager
+def _text_of(path: Path, newline: str = "\n") -> Iterator[io.TextIOWrapper]:
+    """A data file as text. Lines end at \\n, as editors count them; a \\r before it belongs to the line end. Raises
+    `DataError` with the line that is not UTF-8."""
     try:
         with opened(path) as packed:
-            if suffix == ".parquet":
-                yield from _parquet_rows(path, packed)
-                return
-            # Lines end at \n, as editors count them; a \r before it belongs to the line end.
-            stream = io.TextIOWrapper(packed, encoding="utf-8-sig", newline="" if suffix == ".csv" else "\n")
-            if suffix in (".jsonl", ".json"):
-                yield from _json_rows(path, stream)
-            elif suffix == ".tsv":
-                yield from _delimited_rows(path, _tsv_lines(stream))
-            elif suffix == ".csv":
-                yield from _delimited_rows(path, _csv_lines(path, stream))
-            else:
-                yield from _conll_rows(path, stream)
+            yield io.TextIOWrapper(packed, encoding="utf-8-sig", newline=newline)
     except UnicodeDecodeError as error:
         raise DataError(f"{_undecodable(path)}: not UTF-8; convert the file, for example with iconv") from error
 
@@ -89,18 +96,15 @@ def read_table(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
 
 def _text_rows(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
     """The lines of a file of texts that hold any; a tab would be a table's."""
-    try:
-        with opened(path) as packed:
-            for number, line in enumerate(io.TextIOWrapper(packed, encoding="utf-8-sig", newline="\n"), start=1):
-                if "\t" in line:
-                    raise DataError(
-                        f"{path}:{number}: a tab in a text; .txt is one text a line. Name a table .tsv, and a file of "
-                        "tokens and tags .conll"
-                    )
-                if line.strip():
-                    yield f"{path}:{number}", {"text": line.strip("\r\n")}
-    except UnicodeDecodeError as error:
-        raise DataError(f"{_undecodable(path)}: not UTF-8; convert the file, for example with iconv") from error
+    with _text_of(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            if "\t" in line:
+                raise DataError(
+                    f"{path}:{number}: a tab in a text; .txt is one text a line. Name a table .tsv, and a file of "
+                    "tokens and tags .conll"
+                )
+            if line.strip():
+                yield f"{path}:{number}", {"text": line.strip("\r\n")}
 
 
 def _undecodable(path: Path) -> str:

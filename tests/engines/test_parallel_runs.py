@@ -90,7 +90,12 @@ def test_the_first_batch_in_order_that_fails_is_the_error_and_the_rest_does_not_
 
 def test_an_engine_of_one_run_at_a_time_takes_no_threads() -> None:
     seen: list[str] = []
-    engine = Squares(1, lambda _: seen.append(threading.current_thread().name) or 0.0)  # type: ignore[func-returns-value]
+
+    def note_thread(_: int) -> float:
+        seen.append(threading.current_thread().name)
+        return 0.0
+
+    engine = Squares(1, note_thread)
     assert squares(engine, [3, 1]) == [(3, 9), (1, 1)]
     assert set(seen) == {threading.current_thread().name}
 

@@ -11,12 +11,14 @@ import pytest
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.examples import Columns
 from nxm_export.data.texts import read_texts
+from tools import ROOT
 from tools.benchmarks import cpu
 from tools.benchmarks.cpu import OPENVINO, ORT
 from tools.benchmarks.cpu_embeddings import write_pairs
 from tools.benchmarks.cpu_profile import _integer_product, _milliseconds_alone, _planned_sizes
 from tools.benchmarks.cpu_record import LatencyRow, Record, TextRecord, TextTimings
-from tools.benchmarks.cpu_section import PEER, PEER_FIXED, section, summary
+from tools.benchmarks.cpu_section import PEER, PEER_FIXED, float_span, section, summary
+from tools.benchmarks.measuring import load_record
 
 
 def latency(batch: int, sequence: int, over_float: float, over_peer: tuple[float, float, float]) -> LatencyRow:
@@ -180,6 +182,12 @@ def test_the_summary_names_the_slowest_and_the_fastest_shape(record: Record) -> 
     assert "between 4 % slower (8x128) and 2 % faster (1x32)" in text
     record["peer"] = None
     assert "slower" not in summary(record)
+
+
+def test_the_page_on_gains_repeats_the_measured_span() -> None:
+    record = load_record(cpu.FILE, Record)
+    page = (ROOT / "docs" / "will-it-pay.md").read_text(encoding="utf-8")
+    assert f"| INT8 in place of FP32 or FP16 | {float_span(record)} times as fast in ONNX Runtime" in page
 
 
 def test_embeddings_of_one_model_stand_beside_those_of_peers_with_what_int8_changes(record: Record) -> None:

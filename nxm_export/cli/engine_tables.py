@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nxm_export.cli import first_lines
-from nxm_export.cli.folding import counted
+from nxm_export.cli.folding import counted, shortened
 from nxm_export.cli.output import print_next, quoted
 from nxm_export.cli.sparsity_tables import print_sparsity
 from nxm_export.cli.tables import busy_note, print_facts, print_rows, print_table, speed_text
@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from engines.benchmark.text_throughput import TextReport
     from engines.cusparselt.program import Choice as ProductChoice
     from engines.sparsity.judgement import SparsityReport
-    from nxm_export.pipeline.inspection import EngineInspection, Inspection
+    from nxm_export.pipeline.inspection import EngineInspection, GraphFacts, Inspection
+
+# What `nxm inspect` shows without --all: no hashes and names of formats, notes of a graph as long as two lines.
+_UNASKED_METRICS = ("schema", "kind", "mask_hash", "qat_steps", "held_out_samples")
+_UNASKED_NOTES = ("nxm.schema", "nxm.weights", "nxm.gelu", "nxm.lowering", "nxm.precision_overrides")
+_NOTE, _NOTES = 100, 6
 
 
 def print_machine(facts: Mapping[str, str], everything: bool) -> None:
@@ -78,11 +83,12 @@ def print_inspection(title: str, facts: Inspection, everything: bool = False) ->
     path = quoted(title)
     if isinstance(facts, GraphFacts):
         click.echo(first_lines.of_graph(facts))
-        print_facts(title, facts.to_dict())
+        _print_graph(title, facts, everything)
         print_next(f"nxm doctor {path}", "which of its matrices can run sparse")
     elif isinstance(facts, CheckpointFacts):
         click.echo(first_lines.of_checkpoint(facts))
-        metrics = {key: value for key, value in facts.metrics.items() if value is not None}
+        known = {key: value for key, value in facts.metrics.items() if value is not None}
+        metrics = {key: value for key, value in known.items() if everything or key not in _UNASKED_METRICS}
         print_facts(title, {**facts.to_dict(), "metrics": metrics})
         print_next(f"nxm export {path} --out graph")
     elif isinstance(facts, EngineInspection):
@@ -98,6 +104,18 @@ def print_inspection(title: str, facts: Inspection, everything: bool = False) ->
             print_next(
                 f"nxm inspect {quoted(Path(title) / 'engines' / next(iter(facts.engines)))}", "what one is made of"
             )
+
+
+def _print_graph(title: str, facts: GraphFacts, everything: bool) -> None:
+    """Every fact of a graph in a row of its own; without `everything` operators in one, and no hashes."""
+    if everything:
+        print_facts(title, facts.to_dict())
+        return
+    noted = {key: shortened(value, _NOTE) for key, value in facts.metadata.items() if key not in _UNASKED_NOTES}
+    rows = [(key, facts.to_dict()[key]) for key in ("opset", "inputs", "outputs", "operators")]
+    print_table(title, ("what", "value"), [*rows, *list(noted.items())[:_NOTES]])
+    if len(noted) > _NOTES:
+        click.echo(f"and {len(noted) - _NOTES} more: --all")
 
 
 def _print_engines(engines: Mapping[str, EngineInspection]) -> None:

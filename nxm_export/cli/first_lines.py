@@ -48,7 +48,7 @@ def of_checkpoint(facts: CheckpointFacts) -> str:
     if not facts.plan:
         return f"A dense model: {model}."
     counts = ", ".join(f"{count} x {name}" for name, count in facts.plan.items())
-    return f"A compressed checkpoint: {model}; {counts}, {facts.compression['hw']:.2%} of these matrices' bits saved."
+    return f"A compressed checkpoint: {model}.\n{counts}: {facts.compression['hw']:.2%} of these matrices' bits saved."
 
 
 def of_graph(facts: GraphFacts) -> str:

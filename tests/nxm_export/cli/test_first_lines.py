@@ -54,6 +54,18 @@ def test_the_first_line_says_what_it_came_to(
     assert {name for name in BACKEND_NAMES if missing_for(name) is None} == {*runs}, "what only builds is not ready"
 
 
+def test_what_is_inspected_is_a_screen(
+    tiny_checkpoint: Callable[..., Path], tiny_graph: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for path, left_out in ((tiny_checkpoint("bert"), "mask_hash"), (tiny_graph("bert", "inputs"), "nxm.weights")):
+        lines = nxm("inspect", path).stdout.splitlines()
+        assert len(lines) <= 25
+        assert max(map(len, lines)) <= 80
+        assert left_out not in " ".join(lines)
+        assert left_out in nxm("inspect", path, "--all").stdout
+
+
 def test_an_engine_without_its_file_is_refused_with_what_to_do(
     tiny_engine: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -49,7 +49,7 @@ def section(record: Record) -> str:
 
 
 def summary(record: Record) -> str:
-    """What the README says of speed on a CPU; the text stands in ``cpu_summary.md.j2``."""
+    """The README's summary of speed on a CPU; the text stands in ``cpu_summary.md.j2``."""
     return render(
         "benchmarks/cpu_summary.md.j2",
         shapes=len(record["latency"]),

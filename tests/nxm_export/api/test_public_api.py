@@ -331,7 +331,7 @@ def test_a_graph_directory_stands_for_its_file_everywhere(small: Path, tmp_path:
 
 
 def compressed(tmp_path: Path, **choices: Any) -> None:
-    """What `compress` says of its choices, before it looks for the model."""
+    """What `compress` reports about its choices, before it looks for the model."""
     nxm.compress(tmp_path / "none", train="a", dev="b", out=tmp_path / "c", **choices)
 
 

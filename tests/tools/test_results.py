@@ -700,7 +700,7 @@ def test_all_is_every_standard_row_once() -> None:
         ("nxm-2:4+W4-alone", Losses()),
     ):
         assert changed(Settings(), row_named(name), 384).losses == losses, name
-    assert row_named("searched-hw-90").recipe == Settings().recipe
+    assert row_named("searched-hw-90").recipe == "obs"
     untrained = row_named("obs-refit-2:4+W4-untrained")
     assert (untrained.settings, untrained.option) == ({"recipe": "obs-refit", "steps": 0}, "2:4+W4")
     assert untrained.baseline == "magnitude-2:4+W4-untrained"

@@ -30,11 +30,12 @@ class Shown:
 
 
 SHOWN = (
-    Shown("MiniLM-L6", "searched-hw-87.5", "a pattern and width per matrix, searched for 87.5 %"),
-    Shown("MiniLM-L6", "obs-2:4+W4", "2:4, 4-bit weights"),
-    Shown("MiniLM-L6", "admm-2:4+W4-untrained", "the same without training (`--recipe admm --steps 0`)"),
+    Shown("MiniLM-L6", "searched-hw-87.5", "a pattern and width per matrix, searched for 87.5 % (`--recipe obs`)"),
+    Shown("MiniLM-L6", "admm-2:4+W4", "2:4, 4-bit weights: the default, `admm`"),
+    Shown("MiniLM-L6", "obs-2:4+W4", "the same by `--recipe obs`"),
+    Shown("MiniLM-L6", "admm-2:4+W4-untrained", "the same by `admm` without training (`--steps 0`)"),
     Shown("MiniLM-L6", "paper-2:4+W4", "the same by the paper's recipe"),
-    Shown("MPNet-base", "obs-2:4+W8", "2:4, 8-bit weights"),
+    Shown("MPNet-base", "obs-2:4+W8", "2:4, 8-bit weights (`--recipe obs`)"),
 )
 
 

@@ -49,10 +49,13 @@ def shown_commands(*documents: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> Path:
-    """A directory with what the README calls ``my-model``, ``train.tsv`` and ``dev.tsv``."""
+    """A directory with what the README calls ``my-model`` (without a head), ``train.tsv`` and ``dev.tsv``."""
+    import transformers
+
     made = tiny_checkpoint("bert").parent
     home = tmp_path_factory.mktemp("readme")
     shutil.copytree(made / "dense", home / "my-model")
+    transformers.AutoModel.from_pretrained(made / "dense").save_pretrained(home / "my-model")
     for name in ("train.tsv", "dev.tsv"):
         shutil.copyfile(made / name, home / name)
     return home

@@ -195,8 +195,8 @@ class TestNotFinite:
     def test_a_checkpoint_is_refused_wherever_it_is_run(
         self, checkpoint: Path, engine: Path, run: int, rows: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Of one sample and two probes: what it gives for all, for each probe, as much again in the engine's float type,
-        and with moved codes, of which every copy of a probe's sample has others."""
+        """Of one sample and two probes: what it gives for all, for each probe, as much again in the engine's
+        float type, and with moved codes, of which every copy of a probe's sample has others."""
         given: list[int] = []
 
         def change(logits: np.ndarray) -> np.ndarray:

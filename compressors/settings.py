@@ -12,17 +12,17 @@ from nxm_export.contract.options import OPTION, Option, options_of
 from nxm_export.contract.token_budget import DEFAULT_MAX_LENGTH
 from nxm_export.errors import DataError, PlanError
 
-# ``obs``, the default, fixes mask and weights by second-order pruning (`compressors.pruning.sparsegpt`) and spends all
-# steps on masked QAT; ``admm`` does so with the masks, weights and scales of layer-wise ADMM
-# (`compressors.pruning.layerwise`), ``obs-refit`` with the masks of second-order pruning and the rest of that solver,
-# ``magnitude`` with the mask by magnitude; ``nxm`` looks for the mask by ADMM on the loss of the task first, ours
-# (damped, distilled); ``sr-ste`` lets the mask follow the weight through most of the steps (Zhou et al. 2021, arXiv
-# 2102.04010), then fixes it; ``one-shot`` is magnitude and calibration alone, no training; ``paper`` follows what is
-# known of the authors' recipe (docs/recipes.md says where it differs).
-RECIPES = ("obs", "admm", "obs-refit", "nxm", "magnitude", "sr-ste", "one-shot", "paper")
-# What masks are chosen by: |W|, or |W| times the root mean square of each input over the calibration samples.
+# ``admm``, the default, fixes masks, weights and scales by layer-wise ADMM (`compressors.pruning.layerwise`) and spends
+# all steps on masked QAT; ``obs-refit`` does so with the masks of second-order pruning and the rest of that solver,
+# ``obs`` with second-order pruning alone (`compressors.pruning.sparsegpt`), ``magnitude`` with the mask by magnitude;
+# ``nxm`` looks for the mask by ADMM on the loss of the task first, ours (damped, distilled); ``sr-ste`` lets the mask
+# follow the weight through most of the steps (Zhou et al. 2021, arXiv 2102.04010), then fixes it; ``one-shot`` is
+# magnitude and calibration alone, no training; ``paper`` follows what is known of the authors' recipe (docs/recipes.md
+# says where it differs).
+RECIPES = ("admm", "obs-refit", "obs", "nxm", "magnitude", "sr-ste", "one-shot", "paper")
 # Those that look at the inputs of layers to choose masks, and start near the dense model.
-SECOND_ORDER = ("obs", "admm", "obs-refit")
+SECOND_ORDER = ("admm", "obs-refit", "obs")
+# What masks are chosen by: |W|, or |W| times the root mean square of each input over the calibration samples.
 MASK_SCORES = ("magnitude", "activation")
 # ADMM's constraint set: the pattern, or pattern and grid together (without and with fake quantization in the forward
 # pass).
@@ -56,10 +56,10 @@ class Settings:
     """
 
     recipe: str = field(
-        default="obs",
+        default="admm",
         metadata={
             OPTION: Option(
-                "Where masks come from: second-order pruning, layer-wise ADMM, magnitude, ... (docs/recipes.md).",
+                "Where masks come from: layer-wise ADMM, second-order pruning, magnitude, ... (docs/recipes.md).",
                 choices=RECIPES,
             )
         },

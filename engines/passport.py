@@ -66,7 +66,7 @@ class Bindings:
 
 @dataclass(frozen=True)
 class BuildFacts:
-    """What a build says of its engine.
+    """What a build records about its engine.
 
     `requires` are facts of the machine that must be equal where the engine is loaded; `options` are what the build was
     told and what it did, by names of each backend's own; `graph` is the metadata of the ONNX file, and `source` that
@@ -209,7 +209,7 @@ class EnginePassport:
         """
         file = directory / self.engine
         if not file.is_file():
-            raise ArtifactError(f"{file} is missing: the passport beside it names it")
+            raise ArtifactError(f"{file} is missing: the passport beside it names it; restore it, or build again")
         actual = file_hash(file)
         if actual != self.engine_sha256:
             raise ArtifactError(

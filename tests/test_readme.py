@@ -219,5 +219,20 @@ def test_links_between_documents_lead_somewhere(document: str) -> None:
             assert (file.parent / target).exists(), f"{document} links to {target}"
 
 
+def anchors(document: Path) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_to_sections_lead_to_headings() -> None:
+    for document in DOCUMENTS:
+        file = ROOT / document
+        for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", file.read_text(encoding="utf-8")):
+            page = file.parent / target if target else file
+            assert anchor in anchors(page), f"{document} links to {target}#{anchor}"
+
+
 def test_the_entry_point_is_installed() -> None:
     assert (Path(sys.executable).parent / "nxm").is_file(), "pip install -e . puts nxm beside python"

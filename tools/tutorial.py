@@ -5,20 +5,23 @@
     python -m tools.drawings                # the terminal pictures, which show some of these outputs
 
 Every block of commands (``sh``) with a block of output (``text``) right behind it is run, in the order of the page,
-in a directory of its own.
+in a directory of its own. A server runs in a terminal of its own until it has answered the request that it prints.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import pty
 import re
+import select
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engines.passport import cpu_device
@@ -32,7 +35,9 @@ PAGE = ROOT / "docs" / "tutorial.md"
 STEP = re.compile(
     r"^```sh\n(?P<commands>(?:(?!```).*\n)+)```\n\n```text\n(?P<shown>(?:(?!```).*\n)*)```$", re.MULTILINE
 )
-COLUMNS = 100
+COLUMNS = 80
+SERVER_SECONDS = 120.0
+QUIET = {"curl": ("-s",)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,8 +88,57 @@ def run(command: Sequence[str], desk: Path) -> str:
     print("nxm", *rest, file=sys.stderr)
     environment = {**os.environ, "COLUMNS": str(COLUMNS), "PYTHONPATH": str(ROOT)}
     arguments = [sys.executable, "-m", "nxm_export", *rest]
+    if rest[0] == "serve":
+        return served(arguments, desk, environment)
     done = subprocess.run(arguments, cwd=desk, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return "\n".join(line.rstrip() for line in done.stdout.rstrip().splitlines())
+
+
+def served(arguments: Sequence[str], desk: Path, environment: Mapping[str, str]) -> str:
+    """What a server prints on a terminal until it is ready, then the request that it proposes and its answer.
+
+    SIGTERM ends it. Raises `RuntimeError` where it is not ready in time.
+    """
+    ours, terminal = pty.openpty()
+    with subprocess.Popen(
+        arguments, cwd=desk, env=environment, stdin=terminal, stdout=terminal, stderr=terminal
+    ) as server:
+        os.close(terminal)
+        try:
+            printed = _until_ready(ours)
+            proposed = printed.partition("next: ")[2].partition("#")[0].strip()
+            program, *rest = shlex.split(proposed)
+            answer = subprocess.run(
+                [program, *rest, *QUIET.get(program, ())],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+                timeout=SERVER_SECONDS,
+            )
+        finally:
+            server.terminate()
+            os.close(ours)
+    shown = [*printed.splitlines(), "", f"$ {proposed}", *answer.stdout.splitlines()]
+    return "\n".join(map(as_wide_as_a_terminal, shown))
+
+
+def _until_ready(terminal: int) -> str:
+    printed, late = b"", time.monotonic() + SERVER_SECONDS
+    while b"  ready" not in printed:
+        if not select.select([terminal], [], [], max(0.0, late - time.monotonic()))[0]:
+            raise RuntimeError(f"the server is not ready in {SERVER_SECONDS:.0f} seconds:\n{printed.decode()}")
+        try:
+            printed += os.read(terminal, 4096)
+        except OSError as error:  # nobody holds the other end any more
+            raise RuntimeError(f"the server ended:\n{printed.decode()}") from error
+    while select.select([terminal], [], [], 0.2)[0]:  # the rest of that line
+        printed += os.read(terminal, 4096)
+    return printed.decode().replace("\r\n", "\n")
+
+
+def as_wide_as_a_terminal(line: str) -> str:
+    """A line that a terminal of `COLUMNS` shows in several."""
+    return "\n".join(line[start : start + COLUMNS].rstrip() for start in range(0, max(1, len(line)), COLUMNS))
 
 
 if __name__ == "__main__":

@@ -233,7 +233,7 @@ class CusparseltEngine(Closing):
 
     @contextmanager
     def _working(self) -> Iterator[None]:
-        """One run at a time; what torch says of a failure, such as too little memory, is an `EngineError`."""
+        """One run at a time; a failure in torch, such as too little memory, is an `EngineError`."""
         import torch
 
         with self._one_at_a_time, torch.no_grad():

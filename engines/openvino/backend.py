@@ -117,7 +117,7 @@ class _Layer:
 
     @property
     def name(self) -> str:
-        """The graph's name of it: of a product with a weight that of the weight's transpose, which bears the product's
+        """The graph's name of it: of a product with a weight that of the weight's transpose, which has the product's
         own name where a fusion took it from the product itself."""
         transposed = next((name for name in self.reads[1:2] if name.endswith(_TRANSPOSED)), None)
         return self.names.partition(",")[0] if transposed is None else transposed.removesuffix(_TRANSPOSED)

@@ -182,6 +182,12 @@ class Part:
         return max(DTYPE_ROUNDING[self.dtype], of_quantizer)
 
     @property
+    def rounding_noise(self) -> Perturbation:
+        """`rounding` where this engine rounds: in a shorter float type behind every operator, in float32 where its
+        quantizers read."""
+        return Perturbation(self.rounding, everywhere=DTYPE_ROUNDING[self.dtype] > 0.0)
+
+    @property
     def rounding_text(self) -> str:
         """`rounding` in words."""
         backend_rounds = self.passport.backend in QUANTIZER_ROUNDING
@@ -426,7 +432,7 @@ def _measure(checkpoint: Path, part: Part, samples: _Samples) -> _Reference:
             },
         )
 
-    noise = change(Perturbation(part.rounding), NOISE_SAMPLES)
+    noise = change(part.rounding_noise, NOISE_SAMPLES)
     shift = change(Perturbation(one_step_shift=True), SHIFT_SAMPLES) if part.plan else noise
     expectations = {
         name: Expectation(expected[name], noise.samples[name], shift.samples[name]) for name in spec.outputs

@@ -248,10 +248,12 @@ def _before(module: nn.Module, change: Change) -> None:
 
 
 def _behind(module: nn.Module, change: Change) -> None:
-    """Let `change` make what a module writes."""
+    """Let `change` make what a module writes: a tensor, or several, as the cosines and sines of rotary positions."""
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return change(output)
+    def hook(
+        module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]
+    ) -> Tensor | tuple[Tensor, ...]:
+        return tuple(map(change, output)) if isinstance(output, tuple) else change(output)
 
     module.register_forward_hook(hook)
 

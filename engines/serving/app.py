@@ -467,7 +467,7 @@ def _judge(model: Model, objection: str | None) -> None:
 
 
 def _facts_of(model: Model) -> dict[str, object]:
-    """What the log says of a model that begins to serve."""
+    """The log's facts about a model that begins to serve."""
     return {
         "model": model.name,
         "version": model.version,

@@ -16,10 +16,13 @@ import json
 import logging
 import math
 import os
+import re
+import shutil
 import signal
 import socket
 import struct
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from types import FrameType
@@ -208,10 +211,31 @@ class _JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+class _TerminalLines(logging.Formatter):
+    """The same for somebody who watches: time of day, event, facts, as wide as the terminal, hashes cut; in ASCII."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        facts = [f"{name} {_plain(fact)}" for name, fact in getattr(record, "facts", {}).items()]
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        event = f"{time.strftime('%H:%M:%S', time.localtime(record.created))}  {level}{_plain(record.getMessage())}"
+        line = f"{event}: {', '.join(facts)}" if facts else event
+        width = shutil.get_terminal_size((80, 24)).columns
+        folded = textwrap.fill(line, width, subsequent_indent=" " * 10, break_on_hyphens=False)
+        traceback = self.formatException(record.exc_info).splitlines() if record.exc_info else []
+        return "\n".join([folded, *map(_plain, traceback)])
+
+
+def _plain(fact: object) -> str:
+    """A fact of a log as ASCII without control characters."""
+    text = json.dumps(fact, default=str)
+    text = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1...", text).replace("\x7f", "\\u007f")
+    return text[1:-1] if isinstance(fact, str) else text
+
+
 def _configure_log() -> None:
-    """JSON lines on stderr, of this package and of uvicorn's warnings."""
+    """Lines on stderr, of this package and of uvicorn's warnings: JSON, but on a terminal words."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonLines())
+    handler.setFormatter(_TerminalLines() if sys.stderr.isatty() else _JsonLines())
     for name, level in (("nxm.serve", logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False

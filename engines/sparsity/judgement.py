@@ -87,8 +87,8 @@ class SparsityTarget:
 
 
 def _kernel_form(fact: MatrixFacts, form: str) -> str:
-    """The form in the words of the catalogue, which knows of one matrix on the right; others have names of their
-    own, of which it knows nothing."""
+    """The form in the words of the catalogue, which has names for one matrix on the right alone; others have names
+    that it lacks."""
     if fact.groups_of_channels > 1:
         return f"grouped {form}"
     if fact.stack > 1:
@@ -378,7 +378,7 @@ def _of_numbers(fact: MatrixFacts) -> tuple[str, str] | None:
 def _with_evidence(
     weight: WeightSparsity, fact: MatrixFacts, evidence: Evidence, obstacle: str | None, target: SparsityTarget
 ) -> WeightSparsity:
-    """What an engine's evidence says of one matrix; one function, because the order of the cases is the rule."""
+    """The verdict of an engine's evidence on one matrix; one function, because the order of the cases is the rule."""
     layers = [layer for layer in evidence.layers if fact.node and fact.node in layer.onnx]
     products = [layer for layer in layers if layer.is_product]
     kernels = [kernel_named(layer.kernel) for layer in products]

@@ -26,7 +26,7 @@ _SECONDS = 600  # more than a file of 2 GB takes
 
 @dataclass(frozen=True)
 class ParserAnswer:
-    """What a `parser` (name and version) says of a file: it took it, or its errors by node; and its warnings."""
+    """What a `parser` (name and version) reports about a file: it took it, or its errors by node; and its warnings."""
 
     parser: str
     accepted: bool
@@ -35,7 +35,7 @@ class ParserAnswer:
 
 
 def ask_parser(onnx: Path) -> ParserAnswer:
-    """What the parser says of a file. Raises `EngineUnavailable` without TensorRT-RTX.
+    """What the parser reports about a file. Raises `EngineUnavailable` without TensorRT-RTX.
 
     A parser that crashes, or does not end, has refused the file.
     """

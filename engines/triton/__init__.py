@@ -54,7 +54,7 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What a manifest says of one engine; the words are those of its passport. `session` is how its ONNX Runtime
+    """What a manifest records about one engine; the words are those of its passport. `session` is how its ONNX Runtime
     session in Triton stands to the proven one, None for other engines."""
 
     engine_sha256: str

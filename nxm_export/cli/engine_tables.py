@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from nxm_export.cli import first_lines
+from nxm_export.cli.folding import counted, shortened
 from nxm_export.cli.output import print_next, quoted
 from nxm_export.cli.sparsity_tables import print_sparsity
 from nxm_export.cli.tables import busy_note, print_facts, print_rows, print_table, speed_text
@@ -19,7 +22,22 @@ if TYPE_CHECKING:
     from engines.benchmark.latency import BenchReport
     from engines.benchmark.text_throughput import TextReport
     from engines.cusparselt.program import Choice as ProductChoice
-    from nxm_export.pipeline.inspection import EngineInspection, Inspection
+    from engines.sparsity.judgement import SparsityReport
+    from nxm_export.pipeline.inspection import EngineInspection, GraphFacts, Inspection
+
+# What `nxm inspect` shows without --all: no hashes and names of formats, notes of a graph as long as two lines.
+_UNASKED_METRICS = ("schema", "kind", "mask_hash", "qat_steps", "held_out_samples")
+_UNASKED_NOTES = ("nxm.schema", "nxm.weights", "nxm.gelu", "nxm.lowering", "nxm.precision_overrides")
+_NOTE, _NOTES = 100, 6
+
+
+def print_machine(facts: Mapping[str, str], everything: bool) -> None:
+    """Every fact of a machine; without `everything` the version of the first package alone, of what is ready."""
+    rows = [
+        (what, said if everything or not said.startswith("ready: ") else re.sub(r", .*?(?=$| \()", "", said))
+        for what, said in facts.items()
+    ]
+    print_rows(("this machine", ""), rows)
 
 
 def print_choice(choice: Choice, facts: Mapping[str, object]) -> None:
@@ -43,10 +61,18 @@ def print_choice(choice: Choice, facts: Mapping[str, object]) -> None:
 def print_built(facts: Mapping[str, object], *, twins: bool = False) -> None:
     """What a build made: the parts of the passport that people ask for; ``--json`` and the file have all of it."""
     click.echo(first_lines.of_build(facts, twins=twins))
-    told = ("backend", "engine", "graph", "plan", "profiles", "requires", "path")
-    print_facts("built", facts if twins else {key: facts[key] for key in told if facts.get(key)})
+    print_facts("built", facts if twins else _told(facts))
     path = quoted(facts["path"])
     print_next(f"nxm bench {path}" if twins else f"nxm compare {path} --data DEV")
+
+
+def _told(facts: Mapping[str, object]) -> dict[str, object]:
+    """What people ask of a passport: no hashes, and nothing that the first line says."""
+    told = {key: facts[key] for key in ("engine", "graph", "plan", "profiles", "requires") if facts.get(key)}
+    for part, kept in (("graph", ("task", "target", "placement")), ("plan", ("options", "compression"))):
+        if isinstance(facts_of := told.get(part), Mapping):
+            told[part] = {key: facts_of[key] for key in kept if key in facts_of}
+    return told
 
 
 def print_inspection(title: str, facts: Inspection, everything: bool = False) -> None:
@@ -57,20 +83,60 @@ def print_inspection(title: str, facts: Inspection, everything: bool = False) ->
     path = quoted(title)
     if isinstance(facts, GraphFacts):
         click.echo(first_lines.of_graph(facts))
-        print_facts(title, facts.to_dict())
+        _print_graph(title, facts, everything)
         print_next(f"nxm doctor {path}", "which of its matrices can run sparse")
     elif isinstance(facts, CheckpointFacts):
         click.echo(first_lines.of_checkpoint(facts))
-        metrics = {key: value for key, value in facts.metrics.items() if value is not None}
+        known = {key: value for key, value in facts.metrics.items() if value is not None}
+        metrics = {key: value for key, value in known.items() if everything or key not in _UNASKED_METRICS}
         print_facts(title, {**facts.to_dict(), "metrics": metrics})
         print_next(f"nxm export {path} --out graph")
     elif isinstance(facts, EngineInspection):
         _print_engine(title, facts, everything)
         print_next(f"nxm bench {path}")
-    else:
+    elif everything:
         for name, engine in facts.engines.items():
             _print_engine(f"{title}: {name}", engine, everything)
         print_next(f"nxm show {path}")
+    else:
+        _print_engines(facts.engines)
+        if facts.engines:
+            print_next(
+                f"nxm inspect {quoted(Path(title) / 'engines' / next(iter(facts.engines)))}", "what one is made of"
+            )
+
+
+def _print_graph(title: str, facts: GraphFacts, everything: bool) -> None:
+    """Every fact of a graph in a row of its own; without `everything` operators in one, and no hashes."""
+    if everything:
+        print_facts(title, facts.to_dict())
+        return
+    noted = {key: shortened(value, _NOTE) for key, value in facts.metadata.items() if key not in _UNASKED_NOTES}
+    rows = [(key, facts.to_dict()[key]) for key in ("opset", "inputs", "outputs", "operators")]
+    print_table(title, ("what", "value"), [*rows, *list(noted.items())[:_NOTES]])
+    if len(noted) > _NOTES:
+        click.echo(f"and {len(noted) - _NOTES} more: --all")
+
+
+def _print_engines(engines: Mapping[str, EngineInspection]) -> None:
+    """A row for each engine, and of those with sparse kernels how much is proven."""
+    click.echo(f"{len(engines)} engines.\n" if len(engines) != 1 else "1 engine.\n")
+    rows = [
+        (
+            name,
+            engine.passport.backend,
+            engine.facts.to_dict().get("integer_products"),
+            "no sparse kernels" if engine.sparsity is None else _proven(engine.sparsity),
+        )
+        for name, engine in engines.items()
+    ]
+    print_rows(("engine", "backend", "INT8 products", "2:4"), rows)
+
+
+def _proven(report: SparsityReport) -> str:
+    share = report.sparse_share
+    why = counted([weight.reason or "sparse" for weight in report.weights])
+    return f"nothing was planned sparse ({why})" if share is None else f"{share:.1%} proven to run sparse ({why})"
 
 
 def _print_engine(title: str, facts: EngineInspection, everything: bool) -> None:

@@ -15,6 +15,7 @@ from nxm_export.cli.engine_tables import (
     print_inspection,
     print_latency,
     print_load,
+    print_machine,
     print_text_throughput,
 )
 from nxm_export.cli.gain import asks_for_gain, show_gain
@@ -35,7 +36,6 @@ from nxm_export.cli.output import print_next, quoted, show_result
 from nxm_export.cli.parity_tables import print_bisects, print_comparison
 from nxm_export.cli.progress_bars import progress_bars
 from nxm_export.cli.sparsity_tables import print_diagnosis
-from nxm_export.cli.tables import print_facts
 from nxm_export.contract.choices import (
     AUTO_BACKEND,
     BACKEND,
@@ -530,8 +530,8 @@ def doctor(
         machine = report()
 
         def show() -> None:
-            click.echo(first_lines.of_machine(machine))
-            print_facts("this machine", machine.to_dict())
+            click.echo(f"{first_lines.of_machine(machine)}\n")
+            print_machine(machine.to_dict(), everything)
 
         show_result(machine.to_dict, json, show)
         if not json:

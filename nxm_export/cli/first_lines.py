@@ -28,9 +28,9 @@ def of_compression(metrics: CompressionMetrics) -> str:
 
 def of_search(result: SearchResult) -> str:
     """What the best plan saves, and how far it is from the dense model before training."""
-    saved = f"{result.best.hw:.2%} of the matrices' bits, as tensor cores store them"
+    saved = f"{result.best.hw:.2%} of the bits, as tensor cores store them"
     apart = "no number" if result.best.joint is None else f"{result.best.joint:.4g}"
-    return f"Found a plan that saves {saved}; its divergence without training is {apart}."
+    return f"Found a plan that saves {saved}.\nIts divergence without training is {apart}."
 
 
 def of_packing(sizes: PackedSizes, checkpoint: Path) -> str:
@@ -48,7 +48,7 @@ def of_checkpoint(facts: CheckpointFacts) -> str:
     if not facts.plan:
         return f"A dense model: {model}."
     counts = ", ".join(f"{count} x {name}" for name, count in facts.plan.items())
-    return f"A compressed checkpoint: {model}; {counts}, {facts.compression['hw']:.2%} of these matrices' bits saved."
+    return f"A compressed checkpoint: {model}.\n{counts}: {facts.compression['hw']:.2%} of these matrices' bits saved."
 
 
 def of_graph(facts: GraphFacts) -> str:
@@ -66,8 +66,8 @@ def of_engine(facts: EngineInspection) -> str:
 
 def of_build(facts: Mapping[str, object], *, twins: bool) -> str:
     """What was built, and that nothing of it is proven yet."""
-    what = "three engines, FP16, dense INT8 and sparse INT8," if twins else "an engine"
-    return f"Built {what} of backend {facts['backend']} in {facts['path']}; not compared with its checkpoint yet."
+    what = f"three {facts['backend']} engines (FP16, dense, sparse)" if twins else f"{facts['backend']} engine"
+    return f"Built {what} {facts['path']}; not compared with its checkpoint yet."
 
 
 def of_machine(machine: MachineReport) -> str:
@@ -77,8 +77,8 @@ def of_machine(machine: MachineReport) -> str:
     run = [name for name in machine.backends if missing_for(name) is None]
     build = [name for name, state in machine.backends.items() if name not in run and state.startswith("ready")]
     others = [name for name in machine.backends if name not in (*run, *build)]
-    only = f" Build here, and run elsewhere: {', '.join(build)}." if build else ""
-    return f"Run here: {', '.join(run) or 'no backend'}.{only} Missing: {', '.join(others) or 'none'}."
+    only = f"Build here, and run elsewhere: {', '.join(build)}. " if build else ""
+    return f"Run here: {', '.join(run) or 'no backend'}.\n{only}Missing: {', '.join(others) or 'none'}."
 
 
 def of_bench(report: BenchReport) -> str:

@@ -108,7 +108,9 @@ def json_option(command: Command) -> Command:
 
 def all_option(command: Command) -> Command:
     """The option --all."""
-    return click.option("--all", "everything", is_flag=True, help="Every row; equal ones are one otherwise.")(command)
+    return click.option(
+        "--all", "everything", is_flag=True, help="Every row; otherwise equal ones are one, and the rest is left out."
+    )(command)
 
 
 def options(*options: Decorator) -> Decorator:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nxm_export.cli.tables import print_table, score_text, share_text
+from nxm_export.cli.tables import print_rows, print_table, score_text, share_text
 
 if TYPE_CHECKING:
     from engines.parity.bisect_reports import BisectReport
@@ -18,17 +19,51 @@ _VERDICTS = {True: "pass", False: "FAIL", None: "does not apply"}
 
 def print_comparison(comparison: Comparison, everything: bool = False) -> None:
     """The verdict on every engine, outputs, probes and gates, then the engines in pairs, and those that could not run
-    here. Probes that pass are counted, unless `everything` is asked for."""
+    here. Probes that pass are counted, and outputs that pass are a row each where there are several engines, unless
+    `everything` is asked for."""
     for report in comparison.reports:
         print(_verdict(report))
+    together = len(comparison.reports) > 1 and not everything
+    if together:
+        _print_together(comparison.reports)
     for report in comparison.reports:
         for output in report.outputs:
-            _print_output(report, output)
-        _print_checks(report, everything)
+            if not (together and output.passed):
+                _print_output(report, output)
+        _print_checks(report, everything, counted=not together)
         if everything:
             print(f"tolerance: {report.reason}")
-    _print_pairs(comparison.reports)
+    _print_pairs(comparison.reports, everything)
     _print_skipped(comparison.skipped)
+
+
+def _print_together(reports: Sequence[ParityReport]) -> None:
+    """A row for every output of every engine."""
+    names = _short_names(reports)
+    rows = [
+        (
+            names[report.engine],
+            output.output,
+            f"{_error(output.max_abs)} of {output.max_tolerance:.3g}",
+            share_text(output.agreement),
+            score_text(report.engine_value),
+            f"{sum(passed is True for passed in checks)} of {len(checks)}",
+        )
+        for report in reports
+        for checks in [[*(probe.passed for probe in report.probes), *(gate.passed for gate in report.gates)]]
+        for output in report.outputs
+    ]
+    print()
+    print_rows(("engine", "output", "max |diff|", "equal argmax", reports[0].metric, "checks pass"), rows)
+    values = dict.fromkeys(f"{report.metric} {report.reference_value:.4f}" for report in reports)
+    print(f"in PyTorch the checkpoint has {', '.join(values)}; every number: --all")
+
+
+def _short_names(reports: Sequence[ParityReport]) -> dict[str, str]:
+    """The last part of each engine's path, if that tells all of them apart."""
+    paths = [report.engine for report in reports]
+    short = [Path(path).name for path in paths]
+    return dict(zip(paths, short if len(set(short)) == len(set(paths)) else paths, strict=True))
 
 
 def _print_output(report: ParityReport, output: OutputParity) -> None:
@@ -41,7 +76,7 @@ def _print_output(report: ParityReport, output: OutputParity) -> None:
         ("cosine", "-" if output.cosine is None else f"{output.cosine:.8f}", ""),
         ("NaN or infinity", output.nonfinite, "none"),
         ("equal argmax", share_text(output.agreement), ""),
-        ("classes changed beyond the tolerance", output.unexcused_flips, "none"),
+        ("changes not excused", output.unexcused_flips, "none"),
         *[
             (
                 "changed class",
@@ -52,15 +87,15 @@ def _print_output(report: ParityReport, output: OutputParity) -> None:
         ],
         ("worst sample", output.worst_sample, ""),
         (
-            f"{report.metric} of the engine, 95 % interval",
+            f"{report.metric}, 95 %",
             f"{score_text(report.engine_value)}{_bounds(report.engine_interval)}",
             f"checkpoint {report.reference_value:.4f}",
         ),
         *[
-            (f"{name} of the engine", score_text(ours), f"checkpoint {score_text(theirs)}")
+            (name, score_text(ours), f"checkpoint {score_text(theirs)}")
             for name, (theirs, ours) in report.secondary_metrics.items()
         ],
-        ("engine - checkpoint, 95 %, paired", _difference(report), ""),
+        ("difference, 95 %", _difference(report), ""),
         ("verdict", "pass" if output.passed else "FAIL", ""),
     ]
     title = f"{report.engine}: {output.output} of {report.samples} samples against the checkpoint in PyTorch"
@@ -77,9 +112,9 @@ def _verdict(report: ParityReport) -> str:
     return f"FAIL: {report.engine} on {report.samples} samples: {', '.join(failed)}"
 
 
-def _print_checks(report: ParityReport, everything: bool) -> None:
+def _print_checks(report: ParityReport, everything: bool, *, counted: bool) -> None:
     probes = [probe for probe in report.probes if everything or not probe.passed]
-    if passing := len(report.probes) - len(probes):
+    if (passing := len(report.probes) - len(probes)) and counted:
         print(f"probes: {passing} pass")
     rows = [
         (
@@ -90,21 +125,22 @@ def _print_checks(report: ParityReport, everything: bool) -> None:
         )
         for check in probes
     ]
-    rows += [(f"gate {gate.gate}", _VERDICTS[gate.passed], "", gate.reason) for gate in report.gates]
+    gates = [gate for gate in report.gates if counted or everything or not gate.passed]
+    rows += [(f"gate {gate.gate}", _VERDICTS[gate.passed], "", gate.reason) for gate in gates]
     if rows:
         print_table(f"{report.engine}: probes and gates", ("what", "verdict", "actual", "about"), rows)
 
 
-def _print_pairs(reports: Sequence[ParityReport]) -> None:
-    """Every two engines once; nothing for a single engine."""
+def _print_pairs(reports: Sequence[ParityReport], everything: bool) -> None:
+    """Every two engines once; nothing for a single engine. Mean and cosine are shown where `everything` is."""
+    names = _short_names(reports)
     rows = [
         (
-            report.engine,
-            pair.other,
+            names[report.engine],
+            names[pair.other],
             pair.output,
             _error(pair.max_abs),
-            _error(pair.mean_abs),
-            "-" if pair.cosine is None else f"{pair.cosine:.6f}",
+            *([_error(pair.mean_abs), "-" if pair.cosine is None else f"{pair.cosine:.6f}"] if everything else []),
             share_text(pair.agreement),
             _difference(pair),
         )
@@ -113,8 +149,10 @@ def _print_pairs(reports: Sequence[ParityReport]) -> None:
         if pair.other in [later.engine for later in reports[number + 1 :]]
     ]
     if rows:
-        columns = ("engine", "and", "output", "max", "mean", "cosine", "equal argmax", "metric difference, 95 %")
-        print_table("engines against each other", columns, rows)
+        more = ("mean", "cosine") if everything else ()
+        columns = ("engine", "and", "output", "max |diff|", *more, "equal argmax", "metric difference, 95 %")
+        print("\nengines against each other")
+        print_rows(columns, rows)
 
 
 def _print_skipped(skipped: Sequence[Skipped]) -> None:
@@ -143,10 +181,15 @@ def _print_bisect(report: BisectReport) -> None:
         )
         for block in report.blocks
     ]
+    first = report.first_diverging
+    print(
+        f"FAIL: {report.engine} parts from its checkpoint: {first}"
+        if first
+        else f"pass: no block of {report.engine} parts"
+    )
     columns = ("behind", "accumulated max", "steps", "isolated max", "steps", "tokens equal", "verdict", "why")
     print_table(f"{report.engine}: {report.tokens} tokens against the checkpoint, block by block", columns, rows)
     print(f"tolerance: {report.reason}")
-    print(f"first block that parts: {report.first_diverging or 'none'}")
     if report.kernels is None:
         print("whether block outputs changed kernels is not known for this backend")
     else:

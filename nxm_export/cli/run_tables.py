@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nxm_export.cli.folding import shortened
+from nxm_export.cli.folding import joined, short_names, shortened
 from nxm_export.cli.output import print_next, quoted
 from nxm_export.cli.tables import (
     busy_note,
@@ -22,6 +22,9 @@ from nxm_export.cli.tables import (
 from nxm_export.contract.plan import COUNTINGS
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics
     from nxm_export.contract.records.run_summary import RunSummary
     from nxm_export.contract.records.search_result import PlanScore, SearchResult
     from nxm_export.pipeline.estimate import RunEstimate
@@ -66,18 +69,43 @@ def _counts(plan: Mapping[str, int], embedding: str = "float") -> str:
     return ", ".join([*counts, *(["INT8 embedding table"] if embedding == "int8" else [])])
 
 
-def print_search(result: SearchResult) -> None:
-    """The finalists of a search, its Pareto front and its cost."""
+def print_compression(title: str, metrics: CompressionMetrics, head: str) -> None:
+    """What a compression did beside its verdict. Hashes and the rest are in ``metrics.json``."""
+    rows: list[tuple[str, object]] = [
+        *((name, score_text(value)) for name, value in metrics.secondary_metrics.items()),
+        ("recipe", metrics.recipe),
+        ("head", "the model's" if head == "kept" else "fine-tuned first"),
+        ("training steps", metrics.steps),
+        ("training samples", metrics.train_samples),
+        ("held out of them", metrics.held_out_samples),
+    ]
+    if metrics.outputs_in_float:
+        rows.append(("outputs in float", joined(short_names(list(metrics.outputs_in_float)))))
+    if metrics.embedding_table_drop is not None:
+        rows.append(("the INT8 table costs", f"{metrics.embedding_table_drop:.2f} points"))
+    if metrics.residual_gate_passed is not None:
+        rows.append(("ADMM converged", "yes" if metrics.residual_gate_passed else "no"))
+    print_table(title, ("what", "value"), rows)
+
+
+def print_search(result: SearchResult, out: Path, *, everything: bool) -> None:
+    """The finalists of a search and its cost; with `everything` also tied plans, its Pareto front and the cost of each
+    step."""
+    from nxm_export.contract.records.search_result import SEARCH_FILE
+
     timed = result.best.milliseconds is not None
     _print_plans("finalists", [(plan.origin, plan) for plan in result.finalists], timed)
-    _print_plans("tied", [(f"{tie}: {plan.origin}", plan) for tie, plan in result.tied.items()], timed)
-    _print_plans("at other compressions", [(plan.origin, plan) for plan in result.pareto], timed)
     cost = result.cost
-    print_table("cost", ("step", "seconds"), list(cost.seconds.items()))
+    if everything:
+        _print_plans("tied", [(f"{tie}: {plan.origin}", plan) for tie, plan in result.tied.items()], timed)
+        _print_plans("at other compressions", [(plan.origin, plan) for plan in result.pareto], timed)
+        print_table("cost", ("step", "seconds"), list(cost.seconds.items()))
+    elif others := len(result.tied) + len(result.pareto):
+        print(f"and {others} more, tied or at other compressions: --all, or {out / SEARCH_FILE}")
     share = "an unknown part (resumed)" if cost.share_of_full_run is None else f"{cost.share_of_full_run:.1%}"
     print(
-        f"that is {share} of a compression run of {cost.full_run.steps} steps, which takes about "
-        f"{cost.full_run.estimated_seconds:.0f} seconds here"
+        f"The search took {cost.seconds['all']:.0f} seconds, {share} of a compression run\n"
+        f"({cost.full_run.steps} steps, about {cost.full_run.estimated_seconds:.0f} seconds here)."
     )
 
 
@@ -138,7 +166,7 @@ def _verdict(summary: RunSummary) -> list[str]:
         engines = f"Passed: {len(summary.parity)} engines compute what their checkpoints compute."
     low, high = summary.difference_interval
     if (chosen := summary.chosen) is not None:
-        engines += f" Kept: {chosen.name}, of backend {chosen.backend}."
+        engines += f" Kept: {chosen.name}."
     quality = f"{summary.metric} {score_text(summary.dense)} dense, {score_text(summary.compressed)} compressed"
     if low is None or high is None:
         return [engines, f"{quality}."]

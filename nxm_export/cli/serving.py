@@ -156,11 +156,11 @@ def triton(engines: tuple[str, ...], out: Path, image: str | None, json: bool, *
         for facts in engines_of_it:
             if facts.session is not None and facts.session.difference != 0:
                 click.echo(f"nxm: {name}: its session in Triton: {facts.session.words}", err=True)
-    files = list(manifest.files.items())
+    files = [(file, digest[:12]) for file, digest in manifest.files.items()]
 
     def show() -> None:
         click.echo(f"Written: {', '.join(manifest.models)} for {manifest.image}.")
-        print_table(str(out), ("file", "sha256"), files)
+        print_table(str(out), ("file", "sha256 begins"), files)
         print_next(f"docker compose -f {quoted(out / 'compose.yaml')} up --build")
 
     show_result(manifest.to_dict, json, show)

@@ -1,5 +1,5 @@
-"""What `nxm doctor`, `nxm inspect` and `nxm verify` say of matrices: the verdict, then the matrices, equal ones in one
-row; with ``--all`` every one."""
+"""What `nxm doctor`, `nxm inspect` and `nxm verify` print about matrices: the verdict, then the matrices, equal ones in
+one row; with ``--all`` every one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROWS, FIXES, PROBLEMS = 5, 2, 2
 
 
 def print_diagnosis(diagnosis: FileDiagnosis, everything: bool = False) -> None:
-    """What `nxm doctor` says of a file."""
+    """What `nxm doctor` reports about a file."""
     report, advice = diagnosis.sparsity, diagnosis.advice
     target = report.target
     click.echo(
@@ -77,7 +77,7 @@ def _readiness(diagnosis: FileDiagnosis) -> str:
 
 
 def print_sparsity(report: SparsityReport, everything: bool = False) -> None:
-    """What `nxm inspect` says of the matrices of an engine."""
+    """What `nxm inspect` reports about the matrices of an engine."""
     share = report.sparse_share
     proven = "nothing was planned sparse" if share is None else f"{share:.1%} of the planned-sparse weights"
     why = counted([weight.reason or "sparse" for weight in report.weights])

@@ -93,7 +93,7 @@ def speed_text(ratio: float, interval: tuple[float, float]) -> str:
 
 
 def busy_note(quartiles: Sequence[tuple[float, float]]) -> str:
-    """What timings say of the machine: nothing, or that other work ran beside them. `quartiles` are milliseconds, the
+    """A warning if timings show that other work ran beside them, else nothing. `quartiles` are milliseconds, the
     middle half of the rounds of each engine and shape.
 
     Half of them must be wide: a single wide one is common where nothing else runs. Intervals of ratios are no sign, as

@@ -39,8 +39,8 @@ from nxm_export.cli.options import (
 )
 from nxm_export.cli.output import print_next, quoted, show_result
 from nxm_export.cli.progress_bars import progress_bars
-from nxm_export.cli.run_tables import print_estimate, print_search, print_summary
-from nxm_export.cli.tables import print_facts, print_table
+from nxm_export.cli.run_tables import print_compression, print_estimate, print_search, print_summary
+from nxm_export.cli.tables import print_table
 from nxm_export.contract.choices import AUTO_BACKEND, BACKEND, BACKEND_NAMES, WEIGHT_STORAGE, WEIGHT_STORAGES
 from nxm_export.contract.plan import WeightSpec
 
@@ -101,6 +101,7 @@ class _SearchOptions:
     text_pair: str | None
     label: str | None
     label_map: str | None
+    everything: bool
 
 
 @command(
@@ -249,7 +250,7 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values
 
     def show() -> None:
         click.echo(first_lines.of_compression(metrics))
-        print_facts(str(out), {key: value for key, value in facts.items() if value is not None})
+        print_compression(str(out), metrics, head)
         print_next(f"nxm export {quoted(out)} --target cpu --out graph")
 
     show_result(lambda: facts, json, show)
@@ -269,6 +270,7 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values
 @click.option("--latency-table", type=click.Path(path_type=Path), help="JSON: {role: {option: milliseconds}}.")
 @SEARCH_TRAINING_OPTIONS
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory of plan.json and the evidence.")
+@all_option
 @json_option
 def search(model: str, task: str, train: str, out: Path, json: bool, **values: object) -> None:
     """Find a pattern and a width for every matrix, under a budget.
@@ -298,7 +300,7 @@ def search(model: str, task: str, train: str, out: Path, json: bool, **values: o
 
     def show() -> None:
         click.echo(first_lines.of_search(result))
-        print_search(result)
+        print_search(result, out, everything=options.everything)
         plan = quoted(out / "plan.json")
         print_next(f"nxm run {quoted(model)} --plan {plan} --train {quoted(train)} --dev DEV --out RUN")
 
@@ -347,7 +349,7 @@ def unpack(file: Path, out: Path, json: bool) -> None:
 
 
 def _head_of(request: Request) -> str:
-    """What ``--json`` says of the head: ``kept``, or ``new`` where one is trained first."""
+    """The head in ``--json``: ``kept``, or ``new`` where one is trained first."""
     from nxm_export.pipeline.run import head_notice
 
     return "kept" if head_notice(request) is None else "new"

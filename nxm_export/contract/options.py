@@ -1,4 +1,4 @@
-"""What the field of a settings class says of itself as an option: help, choices, range. Loads nothing.
+"""The field of a settings class as an option: help, choices, range. Loads nothing.
 
 A field with an `Option` in its metadata is an option of the command line, too; its choices, range, default and help
 stand there alone (`nxm_export.cli.options` makes the options from them).

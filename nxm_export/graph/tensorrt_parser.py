@@ -1,8 +1,8 @@
 """What TensorRT's ONNX parser refuses, and what it takes and computes otherwise, read from a graph without TensorRT.
 
 A rule holds for versions, and names where that is known from: the sources of onnx-tensorrt for 8.6 and 10.1, the parser
-of TensorRT-RTX 1.7.1 (of the generation of TensorRT 11) where it was asked. What `nxm verify` says of scales, zero
-points and pairs is not said again here. That no rule speaks is no promise: a parser knows more than these rules.
+of TensorRT-RTX 1.7.1 (of the generation of TensorRT 11) where it was asked. What `nxm verify` checks (scales, zero
+points, pairs) is not checked again here. A file that keeps all rules may still be refused: a parser has more of them.
 """
 
 from __future__ import annotations

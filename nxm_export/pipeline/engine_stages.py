@@ -100,14 +100,13 @@ def compare_built(
     features: Sequence[Features],
     progress: Progress,
 ) -> BuildResults:
-    """Compare every engine that makes a claim with its checkpoint; what cannot run here is `missing` in what is
-    returned, and its float twin, which is timed alone, with it."""
+    """Compare every engine with its checkpoint; what cannot run here is `missing` in what is returned."""
     from engines.parity.compare import OUTPUTS_FILE, compare
     from engines.parity.reports import PARITY_FILE
 
     samples = hashlib.sha256(json.dumps(features).encode()).hexdigest()
     missing = dict(built.missing)
-    compared = [engine for engine in engines if engine.name in built.graphs and engine.compared]
+    compared = [engine for engine in engines if engine.name in built.graphs]
     for number, entry in enumerate(compared):
         progress("compare", number, len(compared))
         name, source = entry.name, GRAPHS[entry.graph].source
@@ -127,9 +126,7 @@ def compare_built(
                 options={"samples": samples},
             )
         except EngineUnavailable as error:
-            why = f"built, not run: {error}"
-            missing |= {other.name: why for other in engines if other.backend == entry.backend and not other.compared}
-            missing[name] = why
+            missing[name] = f"built, not run: {error}"
     progress("compare", len(compared), len(compared))
     names = tuple(entry.name for entry in compared if entry.name not in missing)
     return replace(built, missing=missing, compared=names)

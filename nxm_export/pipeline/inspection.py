@@ -69,7 +69,7 @@ class RunInspection:
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """What a model directory says of itself: `plan` is the number of matrices by option, and `compression` by
+    """The facts of a model directory: `plan` is the number of matrices by option, and `compression` by
     counting, both empty for a dense model; `metrics` are those of its ``metrics.json``, where there is one."""
 
     model_type: str
@@ -250,7 +250,7 @@ def sparsity_of(directory: Path, twin: Path | None = None, kernels: Path | None 
 
 def measure_layers(directory: Path, rounds: int = 20) -> None:
     """Time every layer of an engine at its first profile's best shape, and write ``measured.json`` beside it; for a
-    backend that profiles kernels, write what it says of them."""
+    backend that profiles kernels, write what it finds."""
     from engines.base import LayerTimedEngine, ProfiledBackend, backend
     from engines.benchmark.latency import feeds_for
     from engines.passport import load_passport

@@ -60,11 +60,6 @@ class RunEngine:
     twin: str | None = None
     main: bool = False
 
-    @property
-    def compared(self) -> bool:
-        """Whether it is compared with its checkpoint: the float twin says how fast FP16 is, and nothing else."""
-        return self.twin != FLOAT
-
 
 @dataclass(frozen=True)
 class RunBackends:

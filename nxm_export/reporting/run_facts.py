@@ -113,7 +113,7 @@ class SearchEntry:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a report or a card can say of a run."""
+    """All facts of a run for a report or a card."""
 
     root: Path
     stages: Mapping[str, StageRecord]

@@ -40,7 +40,7 @@ class Files:
             )
 
     def doubt(self, error: Exception) -> None:
-        """Remember what a reader says of a file, which it names by its path."""
+        """Remember what a reader reports about a file, which it names by its path."""
         self.doubts.append(str(error).removeprefix(f"{self.root}/"))
 
     def decoded(self, file: str, read: Callable[[Path], T]) -> RunFile[T] | None:

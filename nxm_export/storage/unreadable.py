@@ -1,5 +1,5 @@
-"""What to say of a file that cannot be read: nothing against the file where the process or the machine had no room to
-open it.
+"""What to say about a file that cannot be read: nothing against the file where the process or the machine had no room
+to open it.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def other_tokenizer(directory: Path) -> None:
 
 
 def covering_the_engine_alone(directory: Path) -> None:
-    """As nxm-export wrote it before: passport and report know nothing of what lies beside the engine."""
+    """As nxm-export wrote it before: passport and report do not name the files beside the engine."""
     replace(load_passport(directory), companions=None).save(directory)
     exact_engine.write_parity(directory, passed=True)
 

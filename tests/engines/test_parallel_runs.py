@@ -1,4 +1,4 @@
-"""Batches that run at once: their outputs come in order, no more are on their way than memory has room for, and the
+"""Batches that run at once: their outputs come in order, no more are on their way than fit into memory, and the
 first that fails says so."""
 
 from __future__ import annotations

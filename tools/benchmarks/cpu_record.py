@@ -117,7 +117,7 @@ class ProfileRow(TypedDict):
 
 
 class Record(TypedDict):
-    """The file. `bytes` and `loads` are by engine, `peaks` in older records what one product of 2048 x 2048 reached."""
+    """The file. `bytes` and `loads` are by engine."""
 
     schema: str
     date: NotRequired[str]
@@ -128,12 +128,11 @@ class Record(TypedDict):
     text_peers: str | None
     model: ModelFacts
     bytes: dict[str, int]
-    data_sha256: NotRequired[str]
+    data_sha256: str
     parity: list[ParityRow]
     latency: list[LatencyRow]
-    loads: NotRequired[dict[str, Load]]
+    loads: dict[str, Load]
     text: TextRecord
-    embeddings: NotRequired[EmbeddingRecord]
+    embeddings: EmbeddingRecord
     profile: list[ProfileRow]
-    peaks: NotRequired[dict[str, float]]
     seconds: int

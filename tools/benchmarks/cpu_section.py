@@ -34,8 +34,7 @@ def section(record: Record) -> str:
         speedups=[[what, *(_ratio(row["ratios"][what]) for row in latency)] for what in latency[0]["ratios"]],
         fixed=any(name.endswith("fixed shapes") for name in latency[0]["median_ms"]),
         loads=[
-            [name, f"{load['seconds']:.2f}", f"{load['bytes'] / 1e6:.0f}"]
-            for name, load in record.get("loads", {}).items()
+            [name, f"{load['seconds']:.2f}", f"{load['bytes'] / 1e6:.0f}"] for name, load in record["loads"].items()
         ],
         aims=[[what, *map(verdict, latency)] for what, verdict in _aims(bool(record["peer"])).items()],
         parity=[_parity(entry) for entry in record["parity"]],
@@ -43,14 +42,14 @@ def section(record: Record) -> str:
         text=record["text"],
         texts=_texts(record["text"]),
         text_peers=record["text_peers"],
-        embeddings=_embeddings(record["embeddings"]) if "embeddings" in record else [],
+        embeddings=_embeddings(record["embeddings"]),
         profile=[_profile(entry) for entry in record["profile"]],
         products=[_products(entry, reached) for entry in record["profile"] if (reached := entry.get("int8_gops"))],
     )
 
 
 def summary(record: Record) -> str:
-    """What the README says of speed on a CPU; the text stands in ``cpu_summary.md.j2``."""
+    """The README's summary of speed on a CPU; the text stands in ``cpu_summary.md.j2``."""
     return render(
         "benchmarks/cpu_summary.md.j2",
         shapes=len(record["latency"]),
@@ -101,20 +100,28 @@ def _aims(with_peer: bool) -> dict[str, Callable[[LatencyRow], str]]:
         return verdict
 
     def best(row: LatencyRow) -> str:
-        limit = 2.7 if row["batch"] > 1 else 2.2
+        limit = 3.0 if row["batch"] > 1 else 2.2
         return at_least("our fastest over the best FP32", limit)(row) + f" of {limit}"
 
-    def peer(row: LatencyRow) -> str:
+    def of_peer(row: LatencyRow) -> tuple[float, float, float]:
         ratio = row["ratios"]["our fastest over NNCF"]
-        time, low, high = 1.0 / ratio["ratio"], 1.0 / ratio["interval"][1], 1.0 / ratio["interval"][0]
+        return 1.0 / ratio["ratio"], 1.0 / ratio["interval"][1], 1.0 / ratio["interval"][0]
+
+    def level(row: LatencyRow) -> str:
+        time, low, high = of_peer(row)
         return f"{_holds(time <= 1.0 or low <= 1.0 <= high <= 1.05)}: {_middle(time, low, high)}"
+
+    def ahead(row: LatencyRow) -> str:
+        time, low, high = of_peer(row)
+        return f"{_holds(time <= 0.85)}: {_middle(time, low, high)}"
 
     aims: dict[str, Callable[[LatencyRow], str]] = {
         "ort >= 2x its own FP32": at_least("ort over its own FP32", 2.0),
-        "our fastest >= 2.2x the best FP32 (2.7x at batch 8)": best,
+        "our fastest >= 2.2x the best FP32 (3x at batch 8)": best,
     }
     if with_peer:
-        aims["time of our fastest over NNCF's <= 1.00, or an interval that holds 1.00 and ends by 1.05"] = peer
+        aims["time of our fastest over NNCF's <= 1.00, or an interval that holds 1.00 and ends by 1.05"] = level
+        aims["time of our fastest over NNCF's <= 0.85"] = ahead
     return aims
 
 

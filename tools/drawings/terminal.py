@@ -17,16 +17,20 @@ CHARACTER, LINE, MARGIN = 7.8, 18, 16  # pixels, at a font of 13
 class Scene:
     """A command of the tutorial, and how the part of its step's output that it printed begins.
 
-    The part ends where a line begins in the same way again, or with the step.
+    The part ends where a line begins in the same way again or with `until`, or with the step.
     """
 
     command: str
     begins: str
+    until: str = ""
 
 
 SCENES = {
     "run": Scene("nxm run my-model --train train.tsv --dev dev.tsv --dense-steps", "Passed:"),
     "verify": Scene("nxm verify", "graph/model.onnx"),
+    "doctor": Scene("nxm doctor", "Run here:"),
+    "bench": Scene("nxm bench engine-dense", "Against ", until="An engine of"),
+    "serve": Scene("nxm serve", "next:"),
 }
 
 
@@ -71,7 +75,8 @@ def shown(scene: Scene, page: str) -> tuple[str, list[str]]:
         lines = step["shown"].splitlines()
         starts = [number for number, line in enumerate(lines) if line.startswith(scene.begins)]
         if typed and starts:
-            printed = lines[starts[0] : starts[1] if len(starts) > 1 else None]
+            ends = [n for n, line in enumerate(lines) if scene.until and line.startswith(scene.until)]
+            printed = lines[starts[0] : min((n for n in (*starts, *ends) if n > starts[0]), default=None)]
             while not printed[-1].strip():
                 printed.pop()
             return " ".join(typed[-1].split()), [line.rstrip() for line in printed]

@@ -58,7 +58,7 @@ class Stage(TypedDict):
 
 
 class Compared(TypedDict):
-    """What `nxm compare` says of an engine: whether it passed, and the mean difference of its outputs."""
+    """The verdict of `nxm compare` on an engine: whether it passed, and the mean difference of its outputs."""
 
     backend: str
     passed: bool

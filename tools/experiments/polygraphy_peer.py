@@ -51,7 +51,7 @@ def row(file: Path) -> tuple[list[str], bool]:
 
 
 def _rows(scanned: ScannedProducts) -> list[tuple[str, str, str]]:
-    """(constant, product, what ours says of it); an empty matrix, which polygraphy calls sparse, is neither."""
+    """(constant, product, our verdict); an empty matrix, which polygraphy calls sparse, is neither."""
     read = [
         (fact.name, fact.node, "2:4" if fact.sparse_along_k else "dense" if fact.k and fact.n else "empty")
         for fact in scanned.facts

@@ -73,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     keep_freed_memory()
     settings = Settings(
+        recipe="obs",
         steps=options.steps,
         dense_steps=options.dense_steps,
         dense_learning_rate=5e-4,

@@ -66,7 +66,7 @@ class TaskStatistics:
         return [self.records[row, seed].record for seed in self.seeds(row)]
 
     def compressed(self, row: str) -> list[CompressionFacts]:
-        """What the records of a row say of compression; none for a dense row."""
+        """The compression in the records of a row; none for a dense row."""
         return [record.compressed for record in self.of(row) if record.compressed is not None]
 
     def score(self, row: str, seed: int) -> float:

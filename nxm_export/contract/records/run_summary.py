@@ -66,7 +66,7 @@ class Likeness:
 
 @dataclass(frozen=True)
 class RtxBuild:
-    """What the passport of the TensorRT-RTX engine says of its build (see `engines.tensorrt.rtx_backend`).
+    """What the passport of the TensorRT-RTX engine records about its build (see `engines.tensorrt.rtx_backend`).
 
     `integer_products` of `planned_products` quantized matrix products run on integers, `float_products` do not.
     """

@@ -38,7 +38,7 @@ def malformed_nodes(model: ir.Model) -> Iterator[str]:
 
 @cache
 def _schema(op: str, opset: int) -> onnx.defs.OpSchema | None:
-    """What ONNX says of an operator in this version, or in its newest where it came later; None for none of ONNX's."""
+    """ONNX's definition of an operator in this version, or in its newest where it came later; None for others."""
     import onnx.defs
 
     if not onnx.defs.has(op):

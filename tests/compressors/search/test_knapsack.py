@@ -19,7 +19,7 @@ CASES = 200
 
 @dataclass(frozen=True)
 class Problem:
-    """A small knapsack, and what enumeration says of it."""
+    """A small knapsack, and its solution by enumeration."""
 
     losses: list[list[float]]
     bits: list[list[int]]

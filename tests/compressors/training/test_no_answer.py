@@ -92,7 +92,7 @@ def test_the_threshold_goes_from_the_data_into_every_file_and_is_compared(model:
     plan = source.family.uniform_plan(source.config, WeightSpec.parse("2:4+W8"))
     compress(
         tmp_path / "dense", task=TASK.name, train=answered, dev=answered, plan=plan,
-        out=tmp_path / "compressed", settings=Settings(steps=1),
+        out=tmp_path / "compressed", settings=Settings(steps=1, recipe="obs"),
     )  # fmt: skip
     assert json.loads((tmp_path / "compressed" / "config.json").read_text())[THRESHOLD_KEY] == 0.0
     build_engine(export(tmp_path / "compressed", tmp_path / "graph").path, tmp_path / "engine", "ort")

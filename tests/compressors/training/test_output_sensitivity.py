@@ -1,4 +1,4 @@
-"""INT8 outputs that a model cannot bear: found by measurement, left in float, and the rest of the chain knows."""
+"""INT8 outputs that cost too much: found by measurement, left in float, and so in the rest of the chain."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,8 @@ def test_two_engines_and_their_checkpoint(
         "compare", *engines, f"--checkpoint={checkpoint}", f"--data={data}", "--gate=drop<=0", "--gate=flips<=0%"
     )
     assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) <= 25, "a row for each engine; --all has a table for each"
+    assert len(re.findall(r"^inputs(-outputs)? +logits +\S+ of .* 9 of 9", result.stdout, re.MULTILINE)) == 2
     for engine, other in (engines, engines[::-1]):
         report = json.loads((engine / "parity.json").read_text())
         assert report["passed"] is True

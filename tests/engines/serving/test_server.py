@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import logging
 import os
 import re
 import shlex
@@ -30,6 +31,7 @@ from engines.ort import backend as ort
 from engines.passport import load_passport
 from engines.serving.app import OPENAPI_FILE
 from engines.serving.repository import EngineSource
+from engines.serving.server import _TerminalLines
 from engines.serving.settings import ServerOptions
 from nxm_export.cli import main
 from nxm_export.cli.serving import curl_of
@@ -642,3 +644,19 @@ def test_serving_processes_leave_nothing_behind(engine: Path, tmp_path: Path) ->
         "spec.json",
         "tokenizer.json",
     ]
+
+
+def test_a_line_for_a_terminal_fits_it_and_controls_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    facts = {"model": "a\x1b[2J\n\x7f\u202e", "sha256": "0123456789ab" + "0" * 52, "lengths": [8, 16], "rows": 4096}
+    record = logging.makeLogRecord(
+        {"msg": "loaded", "levelno": logging.WARNING, "levelname": "WARNING", "facts": facts}
+    )
+    lines = _TerminalLines().format(record).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(line.isascii() and line.isprintable() for line in lines)
+    told = " ".join(" ".join(lines).split())
+    assert (
+        "warning: loaded: model a\\u001b[2J\\n\\u007f\\u202e, sha256 0123456789ab..., lengths [8, 16], rows 4096"
+        in told
+    )

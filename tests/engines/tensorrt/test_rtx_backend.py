@@ -57,7 +57,7 @@ def test_every_planned_product_runs_on_integers_and_attention_is_fused_as_planne
     assert passport.options["planned_products"] == passport.options["integer_products"] == planned
     assert passport.options["float_products"] == ()
     integer = [layer for layer in layers_of(tmp_path) if layer.is_integer_product and "mha" not in layer.kernel]
-    # As docs/tensorrt.md says of plans made without a GPU; Int8 where quantizers stand behind would be so much better.
+    # As docs/tensorrt.md has it, without a GPU; Int8 where quantizers stand behind would be so much better.
     assert {layer.outputs for layer in integer} == {("Half",)}
     fused = [layer for layer in layers_of(tmp_path) if "mha" in layer.kernel or "mha" in layer.name]
     expected = {"inputs": "Half", "ffn-only": "Half", "products": "Int8", "attention": "Int8"}.get(placement)

@@ -65,7 +65,7 @@ def test_the_configuration_of_plans_says_everything_that_the_passport_knows(
         "name": "planned",
         "backend": "tensorrt",
         "platform": "tensorrt_plan",
-        "max_batch_size": 4,  # what the profile of the long sequences has room for
+        "max_batch_size": 4,  # what fits into the profile of the long sequences
         "default_model_filename": "model_sm80.plan",
         "cc_model_filenames": {"8.0": "model_sm80.plan", "9.0": "model_sm90.plan"},
         "input": [{"name": name, "data_type": "TYPE_INT32", "dims": ["-1"]} for name in names],

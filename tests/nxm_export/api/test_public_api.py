@@ -252,7 +252,7 @@ def test_objects_take_a_model_all_the_way(tmp_path: Path) -> None:
     model = nxm.load(tmp_path / "model", task="classification")
     settings = nxm.Settings(steps=4, calibration_samples=64, batch_size=16)
     compressed = model.compress(train, dev=dev, out=tmp_path / "small", settings=settings)
-    assert compressed.metrics.recipe == "obs"
+    assert compressed.metrics.recipe == "admm"
     assert compressed.plan.pattern_counts == {"2:4+W8": 6}
     graph = compressed.export(tmp_path / "graph")
     assert graph.verify().passed
@@ -331,7 +331,7 @@ def test_a_graph_directory_stands_for_its_file_everywhere(small: Path, tmp_path:
 
 
 def compressed(tmp_path: Path, **choices: Any) -> None:
-    """What `compress` says of its choices, before it looks for the model."""
+    """What `compress` reports about its choices, before it looks for the model."""
     nxm.compress(tmp_path / "none", train="a", dev="b", out=tmp_path / "c", **choices)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,14 +37,44 @@ def test_the_first_line_says_what_it_came_to(
     assert first_line("pack", checkpoint, "--out", packed).startswith("Packed: 0.")
     assert first_line("unpack", packed, "--out", tmp_path / "again").startswith("Unpacked, bit by bit the checkpoint")
     assert first_line("build", graph, "--out", engine) == (
-        f"Built an engine of backend ort in {engine}; not compared with its checkpoint yet."
+        f"Built ort engine {engine}; not compared with its checkpoint yet."
     )
     assert first_line("inspect", engine).startswith("An engine of backend ort, built on ")
+    (tmp_path / "run" / "engines").mkdir(parents=True)
+    (tmp_path / "run" / "manifest.json").write_text("{}")
+    (tmp_path / "run" / "engines" / "int8").symlink_to(engine)
+    assert nxm("inspect", tmp_path / "run").stdout.splitlines()[0:4:3] == [
+        "1 engine.",
+        "int8    ort      12             no sparse kernels",
+    ]
     assert first_line("export", checkpoint, "--out", tmp_path / "graph").startswith("Exported for cpu")
     told = first_line("doctor")
     assert told.startswith("Run here: ort")
     runs = told.partition("Run here: ")[2].partition(".")[0].split(", ")
     assert {name for name in BACKEND_NAMES if missing_for(name) is None} == {*runs}, "what only builds is not ready"
+
+
+def test_what_is_inspected_is_a_screen(
+    tiny_checkpoint: Callable[..., Path], tiny_graph: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for path, left_out in ((tiny_checkpoint("bert"), "mask_hash"), (tiny_graph("bert", "inputs"), "nxm.weights")):
+        lines = nxm("inspect", path).stdout.splitlines()
+        assert len(lines) <= 25
+        assert max(map(len, lines)) <= 80
+        assert left_out not in " ".join(lines)
+        assert left_out in nxm("inspect", path, "--all").stdout
+
+
+def test_an_engine_without_its_file_is_refused_with_what_to_do(
+    tiny_engine: Callable[..., Path], tmp_path: Path
+) -> None:
+    engine = shutil.copytree(tiny_engine("ort", "bert", "inputs"), tmp_path / "engine")
+    (engine / "model.onnx").unlink()
+    for arguments in (("predict", engine, "a film"), ("bench", engine), ("inspect", engine)):
+        assert nxm(*arguments, code=1).stderr.splitlines()[-1] == (
+            f"nxm: {engine / 'model.onnx'} is missing: the passport beside it names it; restore it, or build again"
+        )
 
 
 def test_a_directory_of_another_kind_is_named_with_what_to_do(

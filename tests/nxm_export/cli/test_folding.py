@@ -123,5 +123,5 @@ def test_the_option_all_is_where_rows_are_folded() -> None:
     from nxm_export.cli import main
 
     having = {name for name, command in main.commands.items() if any("--all" in p.opts for p in command.params)}
-    assert having == {"doctor", "verify", "inspect", "show", "compare"}
+    assert having == {"doctor", "verify", "inspect", "show", "compare", "search"}
     assert "--all" in CliRunner().invoke(main, ["doctor", "--help"]).output

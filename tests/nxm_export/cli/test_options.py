@@ -228,7 +228,7 @@ def test_a_run_without_options_asks_for_what_a_caller_without_arguments_asks_for
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("--recipe", "asp"), "'asp' is not one of 'obs', 'admm'"),
+        (("--recipe", "asp"), "'asp' is not one of 'admm', 'obs-refit'"),
         (("--batch-size", "0"), "0 is not in the range x>=1"),
         (("--augment", "1"), "1.0 is not in the range 0<=x<1"),
         (("--learning-rate", "0"), "0 is not a positive number"),

@@ -27,6 +27,6 @@ def test_any_number_of_matrices_is_counted(kind: str, command: str, more: list[s
     save_graph(onnx_text.model(f"g (float[b, 2] x) => (float[b, 2] y) <{initializers}> {body}"), file)
     done = CliRunner().invoke(main, [command, str(file), *more])
     assert done.exit_code == 0, (done.output, done.exception)
-    if command != "inspect":  # which says of a graph what is in it, not what can run sparse
+    if command != "inspect":  # which lists what is in a graph, not what can run sparse
         assert counts in done.output
         assert ("not read: " in done.output) == (kind == "unread")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ import pytest
 from engines.benchmark.latency import BenchReport, Ratio, Timing
 from engines.sparsity.advice import Advice
 from engines.sparsity.judgement import SparsityReport, SparsityTarget, WeightSparsity
-from nxm_export.cli.engine_tables import print_latency
+from nxm_export.cli.engine_tables import print_latency, print_machine
 from nxm_export.cli.output import show_result
-from nxm_export.cli.run_tables import print_search, print_summary
+from nxm_export.cli.run_tables import print_compression, print_search, print_summary
 from nxm_export.cli.sparsity_tables import print_diagnosis
 from nxm_export.cli.tables import busy_note, print_facts, print_table
+from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, Scores, TrainingFacts
 from nxm_export.contract.records.search_result import (
     FullRun,
     PlanScore,
@@ -24,6 +26,7 @@ from nxm_export.contract.records.search_result import (
     SearchCost,
     SearchResult,
 )
+from nxm_export.pipeline.environment import report
 from nxm_export.pipeline.inspection import FileDiagnosis
 from tests.support.records import SUMMARY
 
@@ -91,26 +94,65 @@ def test_a_search_names_ties_and_says_what_it_cost(capsys: Capture) -> None:
         )  # fmt: skip
 
     best = plan("swapped", 1.5)
-    print_search(
-        SearchResult(
-            method="nxm",
-            budget=SearchBudget("hw", 0.875, None, None),
-            best=best,
-            finalists=(best,),
-            rounds=(),
-            plans_evaluated=3,
-            samples=SampleCounts(8, 8),
-            seed=0,
-            cost=SearchCost({"all": 3.0}, FullRun(100, 40.0), resumed=True, share_of_full_run=None),
-            tied={"sensitivity": plan("greedy", 2.5)},
-        )
+    result = SearchResult(
+        method="nxm",
+        budget=SearchBudget("hw", 0.875, None, None),
+        best=best,
+        finalists=(best,),
+        rounds=(),
+        plans_evaluated=3,
+        samples=SampleCounts(8, 8),
+        seed=0,
+        cost=SearchCost({"all": 3.0}, FullRun(100, 40.0), resumed=True, share_of_full_run=None),
+        tied={"sensitivity": plan("greedy", 2.5)},
     )
+    print_search(result, Path("found"), everything=False)
+    printed = lines(capsys)
+    assert "swapped 0.25 87.50% 88.00% 90.00% 1.5 2 x 2:4+W8, 1 x dense" in printed
+    assert "and 1 more, tied or at other compressions: --all, or found/search.json" in printed
+    assert "greedy" not in " ".join(printed)
+    print_search(result, Path("found"), everything=True)
     printed = lines(capsys)
     assert "swapped 0.25 87.50% 88.00% 90.00% 1.5 2 x 2:4+W8, 1 x dense" in printed
     assert "sensitivity: greedy 0.25 87.50% 88.00% 90.00% 2.5 2 x 2:4+W8, 1 x dense" in printed
-    assert any(
-        line.startswith("that is an unknown part (resumed) of a compression run of 100 steps") for line in printed
-    )
+    assert printed[-2:] == [
+        "The search took 3 seconds, an unknown part (resumed) of a compression run",
+        "(100 steps, about 40 seconds here).",
+    ]
+
+
+def test_a_compression_says_what_it_did_and_no_hash(capsys: Capture) -> None:
+    scores = Scores(metric="accuracy", value=0.8, interval=None, dev_samples=9, secondary_metrics={"mcc": 0.61449})
+    facts = TrainingFacts(
+        recipe="obs", steps=120, train_samples=800, held_out_samples=80, qat_steps=120, mask_hash="abc",
+        outputs_in_float={f"bert.encoder.layer.{n}.output.dense.weight": 0.01 for n in (1, 2)},
+    )  # fmt: skip
+    metrics = CompressionMetrics.of(scores, facts, embedding_table_drop=0.5, embedding_table_drop_interval=None)
+    print_compression("made", metrics, "new")
+    assert lines(capsys)[4:-1] == [
+        "mcc 0.6145",
+        "recipe obs",
+        "head fine-tuned first",
+        "training steps 120",
+        "training samples 800",
+        "held out of them 80",
+        "outputs in float L1-2 output",
+        "the INT8 table costs 0.50 points",
+    ]
+
+
+def test_a_machine_is_a_screen_with_the_versions_of_all_packages_under_all(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    machine = report()
+    print_machine(machine.to_dict(), everything=False)
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) <= 25 - 5, "the verdict and the next command stand around it"
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "transformers 5" not in shown
+    print_machine(machine.to_dict(), everything=True)
+    assert "transformers 5" in capsys.readouterr().out
 
 
 def test_latency_names_the_clock_and_what_was_not_measured(capsys: Capture) -> None:

@@ -1,4 +1,4 @@
-"""Generated graphs: what the reader says of a weight is what ONNX's reference evaluator makes of the whole file.
+"""Generated graphs: the weight that the reader reports is the one that ONNX's reference evaluator computes.
 
 The left operand of every product is the identity, so that the product's output is its weight, as the operators compute
 it. The first test generates quantizers, the second what lies between constants and products, and where products stand.

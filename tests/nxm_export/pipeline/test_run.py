@@ -205,7 +205,7 @@ def test_auto_keeps_the_fastest_of_this_machine(
         file: when for file, when in before.items() if file.startswith("checkpoint/")
     }
     shown = desk.nxm("show", str(run)).stdout
-    assert f"Kept: {summary.chosen.name}, of backend {summary.chosen.backend}." in " ".join(shown.split())
+    assert f"Kept: {summary.chosen.name}." in " ".join(shown.split())
     page = desk.nxm("report", str(run))
     assert page.exit_code == 0, page.output
     assert f"backend {summary.chosen.backend} was kept" in (run / "report.html").read_text(encoding="utf-8")
@@ -226,7 +226,7 @@ def test_a_gpu_s_run_builds_compares_and_times_its_twins(
     assert result.exit_code == 0, result.output
     summary = decode(result.stdout, RunSummary, schema=SCHEMA, source="--json", way_out="run again")
     twins = ["cusparselt-fp16-int8-dense", "cusparselt-fp16-int8", "cusparselt-fp16-float"]
-    assert list(summary.parity) == ["ort-cpu-fp32", *twins[:2]], "FP16 says how fast it is, and nothing else"
+    assert list(summary.parity) == ["ort-cpu-fp32", *twins]
     assert all(report.passed for report in summary.parity.values())
     assert summary.chosen is not None
     assert (summary.chosen.name, summary.chosen.backend) == (twins[1], "cusparselt")

@@ -1,4 +1,4 @@
-"""Numbers of a page and what is said of them: places in files, and words that do not flatter."""
+"""Numbers of a page and the words about them: places in files, and words that do not flatter."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from compressors.quantization.observers import HistogramObserver
 from nxm_export.contract.encoder_family import BLOCK, FFN, OPERANDS, Family
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.errors import ArtifactError
-from nxm_export.hf.protocols import HasAttention
+from nxm_export.hf.attention_choice import choose_attention
 
 SOFTMAX_SCALE = 1.0 / 127.0  # probabilities lie in [0, 1], so the scale needs no calibration
 _INT8_ATTENTION = "nxm_int8"  # the name of our attention function in transformers
@@ -222,7 +222,7 @@ def use_int8_attention(model: nn.Module, family: Family, plan: CompressionPlan, 
 
     AttentionInterface.register(_INT8_ATTENTION, _int8_attention)
     AttentionMaskInterface.register(_INT8_ATTENTION, eager_mask)
-    cast(HasAttention, model).set_attn_implementation(_INT8_ATTENTION)
+    choose_attention(model, _INT8_ATTENTION)
     for block in family.blocks(config):
         if operands := family.own_operands(plan, block):
             setattr(model.get_submodule(f"{block}.{family.attention.path}"), _OPERANDS, OperandQuantizers(operands))

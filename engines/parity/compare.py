@@ -86,7 +86,7 @@ OUTPUTS_FILE = (
     "outputs.npz"  # what the engine gave for every sample, labels and groups: paired statistics need them all
 )
 NOISE_SAMPLES, SHIFT_SAMPLES = 256, 64
-PROBE_COPIES = 4  # of a probe's sample: its tolerance is measured on as many draws
+PROBE_COPIES = 4  # of a probe's sample: its tolerance is measured on as many draws of what is random
 
 
 def compare(
@@ -412,12 +412,13 @@ def _measure(checkpoint: Path, part: Part, samples: _Samples) -> _Reference:
     for outputs in (expected, *answers.values()):
         _require_finite(checkpoint, outputs)
 
-    def change(changed: pytorch.TorchEngine, count: int) -> _Change:
+    def change(perturbation: Perturbation, count: int) -> _Change:
         """By at most `count` samples, spread over all."""
         picks = spread(len(samples.features), count)
-        with changed:
+        draws = 1 if perturbation == Perturbation() else PROBE_COPIES  # float32 alone rounds every copy alike
+        with part.load_reference(checkpoint, perturbation=perturbation) as changed:
             outputs = samples.run(changed, [samples.features[i] for i in picks])
-            copies = {name: samples.run(changed, [sample] * PROBE_COPIES) for name, sample in probed.items()}
+            copies = {name: samples.run(changed, [sample] * draws) for name, sample in probed.items()}
         for given in (outputs, *copies.values()):
             _require_finite(checkpoint, given)
         return _Change(
@@ -431,12 +432,8 @@ def _measure(checkpoint: Path, part: Part, samples: _Samples) -> _Reference:
             },
         )
 
-    noise = change(part.load_reference(checkpoint, perturbation=part.rounding_noise), NOISE_SAMPLES)
-    shift = (
-        change(part.load_reference(checkpoint, perturbation=Perturbation(one_step_shift=True)), SHIFT_SAMPLES)
-        if part.plan
-        else noise
-    )
+    noise = change(part.rounding_noise, NOISE_SAMPLES)
+    shift = change(Perturbation(one_step_shift=True), SHIFT_SAMPLES) if part.plan else noise
     expectations = {
         name: Expectation(expected[name], noise.samples[name], shift.samples[name]) for name in spec.outputs
     }

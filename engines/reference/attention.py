@@ -2,16 +2,19 @@
 
 The scores of all queries at once are rows x heads x length^2 numbers: 6.4 GB in float64 for one row of 8192 tokens and
 12 heads. A query's probabilities depend on its own scores alone, so blocks of queries give the same values in memory
-that does not grow with the length. All is computed in the type of the operands: some families compute softmax in
-float32 whatever the type. INT8 attention multiplies what `change_operands` makes of each operand.
+that does not grow with the length. Where a boolean mask leaves a block of queries only keys side by side, as a window
+does, no other key is multiplied: its probability would be exactly 0. All is computed in the type of the operands: some
+families compute softmax in float32 whatever the type. INT8 attention multiplies what `change_operands` makes of each
+operand.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+import math
+from typing import TYPE_CHECKING
 
 from nxm_export.contract.encoder_family import OPERANDS
-from nxm_export.hf.protocols import HasAttention
+from nxm_export.hf.attention_choice import choose_attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -33,7 +36,7 @@ def use_blocked_attention(model: nn.Module) -> None:
 
     AttentionInterface.register(NAME, blocked_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)  # boolean, an eighth of the additive ones in float64
-    cast("HasAttention", model).set_attn_implementation(NAME)
+    choose_attention(model, NAME)
 
 
 def change_operands(attention: nn.Module, changes: Mapping[str, Change]) -> None:
@@ -68,18 +71,31 @@ def blocked_attention(
     keys, values, read = key.contiguous().transpose(-1, -2), value.contiguous(), key.shape[2]
     step = min(length, max(1, SCORES // (rows * heads * read)))
     # Written to the same memory every time: of what is freed between small results, the C library gives little back.
-    all_scores, all_probabilities = (query.new_empty((rows, heads, step, read)) for _ in range(2))
+    all_scores, all_probabilities = (query.new_empty(rows * heads * step * read) for _ in range(2))
     context = query.new_empty((rows, heads, length, value.shape[-1]))
     for start in range(0, length, step):
         size = min(step, length - start)
-        scores, probabilities = all_scores[:, :, :size], all_probabilities[:, :, :size]
-        torch.matmul(query[:, :, start : start + size], keys, out=scores).mul_(scale)
-        if attention_mask is not None:
-            mask = attention_mask[:, :, start : start + size]
+        mask = None if attention_mask is None else attention_mask[:, :, start : start + size]
+        seen = _seen(mask, read)
+        shape = (rows, heads, size, seen.stop - seen.start)
+        scores, probabilities = (memory[: math.prod(shape)].view(shape) for memory in (all_scores, all_probabilities))
+        torch.matmul(query[:, :, start : start + size], keys[..., seen], out=scores).mul_(scale)
+        if mask is not None:
             if mask.dtype == torch.bool:
-                scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+                scores.masked_fill_(~mask[..., seen], torch.finfo(scores.dtype).min)
             else:
                 scores += mask
         torch.softmax(scores, -1, out=probabilities)
-        context[:, :, start : start + size] = changed(PROBABILITIES, probabilities) @ values
+        context[:, :, start : start + size] = changed(PROBABILITIES, probabilities) @ values[:, :, seen]
     return context.transpose(1, 2).contiguous(), None
+
+
+def _seen(mask: Tensor | None, read: int) -> slice:
+    """The keys, of `read`, from the first to the last that any query of a block may see; all of them where a query may
+    see none, whose probabilities are then all alike."""
+    import torch
+
+    if mask is None or mask.dtype != torch.bool or not bool(mask.any(-1).all()):
+        return slice(0, read)
+    columns = mask.flatten(0, -2).any(0).nonzero()
+    return slice(int(columns[0]), int(columns[-1]) + 1)

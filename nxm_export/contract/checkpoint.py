@@ -273,6 +273,18 @@ def read_tensor(path: Path, name: str) -> np.ndarray:
     return tensor.astype(np.float32, copy=False)
 
 
+def holds_tensor(path: Path, name: str) -> bool:
+    """Whether a (possibly sharded) safetensors model has a tensor under that name, as `read_tensor` looks it up. Files
+    as their authors published them may have other names and forms, which transformers translates."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(_shard_of(path, name), framework="numpy") as tensors:
+            return bool({name, _own_name(name)} & set(tensors.keys()))
+    except (ArtifactError, SafetensorError, OSError):
+        return False
+
+
 def task_at(path: Path, config: Mapping[str, object]) -> str | None:
     """The task of a model directory: that of its head, or ``embedding`` where sentence-transformers' files say how to
     pool."""

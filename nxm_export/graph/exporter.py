@@ -18,8 +18,9 @@ import itertools
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ import onnx_ir as ir
 from nxm_export.contract.checkpoint import (
     PLAN_FILE,
     Checkpoint,
+    holds_tensor,
     open_checkpoint,
     read_config,
     read_tensor,
@@ -220,7 +222,7 @@ def _made(opened: _OpenedModel, settings: _GraphSettings) -> tuple[ir.Model, flo
     model = _trace(opened.path, opened.task, opened.family, dtype, max(settings.target.opset, 18))
     matrices = opened.family.weights(opened.config)
     int8_embedding = [opened.family.word_embedding] if plan and plan.embedding == "int8" else []
-    _require_same_weights(model, opened.path, [*matrices, *int8_embedding], dtype)
+    _require_same_weights(model, opened, [*matrices, *int8_embedding], dtype)
     rounding, hashes = 0.0, {}
     if checkpoint and plan:
         lower = Lowering(model.graph, settings.lowering)
@@ -384,11 +386,17 @@ def _name_float_weights(model: ir.Model, names: Iterable[str]) -> None:
         fold_float_weight(model.graph, name)
 
 
-def _require_same_weights(model: ir.Model, path: Path, names: Iterable[str], dtype: str) -> None:
-    """The traced weights are the checkpoint's, bit for bit, rounded to the dtype of the graph."""
+def _require_same_weights(model: ir.Model, opened: _OpenedModel, names: Sequence[str], dtype: str) -> None:
+    """The traced weights are the checkpoint's, bit for bit, rounded to the dtype of the graph; of a file under names
+    of its authors' own, those that transformers makes of it."""
+    path = opened.path
+    read: Callable[[str], np.ndarray] = partial(read_tensor, path)
+    if not all(holds_tensor(path, name) for name in names):
+        translated = load_task_model(path, opened.task).state_dict()
+        read = lambda name: translated[name].numpy()  # noqa: E731
     for name in names:
         traced = model.graph.initializers.get(name)
-        expected = read_tensor(path, name).astype(numpy_dtype(dtype))
+        expected = read(name).astype(numpy_dtype(dtype))
         values = None if traced is None else array_of(traced)
         if values is not None and not np.array_equal(values, expected):
             raise ExportError(

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
+from nxm_export.hf.attention_choice import choose_attention
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from nxm_export.hf.protocols import HasAttention
 
 MASKED = -1e4  # added to the attention scores of padding: finite in float16, and exp() of it is 0
 _NAME = "nxm_finite"  # of both functions in transformers
@@ -27,7 +27,7 @@ def use_finite_masks(model: torch.nn.Module) -> None:
 
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, cast("Callable[..., object]", _mask))
-    cast("HasAttention", model).set_attn_implementation(_NAME)
+    choose_attention(model, _NAME)
 
 
 def read_rows_of_padding(model: torch.nn.Module) -> None:

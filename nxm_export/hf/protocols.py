@@ -13,11 +13,23 @@ if TYPE_CHECKING:
     from nxm_export.data.tokenization import Tokenizer
 
 
+class AttentionConfig(Protocol):
+    """A configuration of transformers, as far as attention goes."""
+
+    _attn_implementation: str
+
+
 class HasAttention(Protocol):
     """A model of transformers whose attention can be chosen by a registered name."""
 
+    config: AttentionConfig
+
     def set_attn_implementation(self, name: str) -> None:
         """Use it in every layer; a family without that choice logs a warning and keeps its own."""
+        ...
+
+    def _can_set_attn_implementation(self) -> bool:
+        """Whether its layers look the function up, as its source says."""
         ...
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nxm_export.contract.choices import INT4_BITS
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
-from nxm_export.contract.quantizer_placement import placement_of, residual_output_weights
+from nxm_export.contract.quantizer_placement import droppable_outputs
 from nxm_export.data.label_kinds import classes_of, labelled, load_labelled, read_by_model
 from nxm_export.data.scorable import require_scorable_examples
 from nxm_export.errors import notice
@@ -133,8 +133,8 @@ def passes_before_training(settings: Settings, plan: CompressionPlan, samples: i
 
     calibrated = min(settings.calibration_samples, samples)
     passes = calibrated * _CALIBRATION_FACTOR * (1 if settings.trains else 2)
-    if settings.output_limit is not None and placement_of(plan) not in ("float", "inputs", "products"):
-        outputs = len(residual_output_weights(plan))
+    outputs = sum(plan.weights[name].output_bits is not None for name in droppable_outputs(plan))
+    if settings.output_limit is not None and outputs:
         passes += (outputs + 1) * min(SAMPLES, samples) * _OUTPUTS_FACTOR
     if settings.recipe in SECOND_ORDER:
         passes += calibrated * _SOLVER_PASSES

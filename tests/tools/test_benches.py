@@ -13,7 +13,7 @@ import pytest
 from nxm_export.errors import ArtifactError
 from nxm_export.storage.json_files import as_object, as_objects
 from tools import ROOT
-from tools.benchmarks import attention, base_size, cpu, int4, scaling, training
+from tools.benchmarks import attention, base_size, cpu, file_sizes, int4, scaling, training
 from tools.benchmarks.measuring import DOCUMENT, fitted_exponent, load_record, paired_ratio
 from tools.rendering import read_section, write_section
 
@@ -27,6 +27,7 @@ from tools.rendering import read_section, write_section
         ("int4", "| ort, target `cpu`, 2:4+W4 |"),
         ("base_size", "| INT8 2:4, openvino |"),
         ("attention", "| small | 4 of 4 |"),
+        ("file_sizes", "| W4, stored as INT4 | INT8, FP16 in `trt` | 1.2 | 2.0 |"),
     ],
 )
 def test_a_bench_runs_to_its_end(tool: str, row: str) -> None:
@@ -42,7 +43,7 @@ def test_a_bench_runs_to_its_end(tool: str, row: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "tool", [attention, base_size, cpu, training, scaling, int4], ids=lambda tool: str(tool.__name__)
+    "tool", [attention, base_size, cpu, file_sizes, training, scaling, int4], ids=lambda tool: str(tool.__name__)
 )
 def test_the_committed_section_is_that_of_the_committed_record(tool: ModuleType) -> None:
     assert read_section(DOCUMENT, tool.TOOL) == tool.section(load_record(tool.FILE, tool.Record))

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools.experiments.embedding_transfer import nearness, read_pairs
+from nxm_export.data.predictions import Embedding
+from tools.experiments import embedding_transfer
+from tools.experiments.embedding_transfer import embeddings, nearness, read_pairs
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -38,6 +40,26 @@ def test_one_sentence_that_moved_is_seen() -> None:
     moved = vectors.copy()
     moved[7] = -moved[7]
     assert nearness(vectors, moved)["least_cosine"] == pytest.approx(-1.0, abs=1e-6)
+
+
+def test_vectors_of_an_engine_have_the_length_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Engine:
+        """Stands in for a predictor of an engine directory."""
+
+        def __init__(self, directory: Path) -> None:
+            assert directory == tmp_path
+
+        def __enter__(self) -> Engine:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def predict(self, texts: list[str]) -> list[Embedding]:
+            return [Embedding(np.array([3.0, 4.0], np.float32)) for _ in texts]
+
+    monkeypatch.setattr(embedding_transfer, "Predictor", Engine)
+    assert embeddings(tmp_path, ["a", "b"]).tolist() == [pytest.approx([0.6, 0.8])] * 2
 
 
 def test_quotes_are_text(tmp_path: Path) -> None:

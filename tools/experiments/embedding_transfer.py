@@ -60,7 +60,7 @@ def read_pairs(file: Path) -> list[tuple[str, str]]:
 def embeddings(engine: Path, texts: Sequence[str]) -> Vectors:
     """Embeddings (texts, hidden) of length 1."""
     with Predictor(engine) as predictor:
-        vectors = np.array([answer.to_dict()["embedding"] for answer in predictor.predict(list(texts))], np.float32)
+        vectors = np.array([answer.to_dict()["vector"] for answer in predictor.predict(list(texts))], np.float32)
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
 
 

@@ -15,7 +15,7 @@ from compressors.quantization.prepare_bake import calibrate, prepare
 from compressors.settings import Settings
 from compressors.training.output_sensitivity import output_costs
 from nxm_export.contract.plan import WeightSpec
-from nxm_export.contract.quantizer_placement import residual_output_weights
+from nxm_export.contract.quantizer_placement import droppable_outputs
 from nxm_export.data.metrics import mcc
 from tools.experiments.one_shot import Dense, parser
 
@@ -30,14 +30,14 @@ def main() -> None:
     settings = Settings()
     calibrate(model, dense.batches(settings.calibration_samples), settings.percentile)
     print(f"dense: MCC {mcc(dense.logits, dense.labels):.4f}", flush=True)
-    residual, data = residual_output_weights(plan), dense.data
-    costs = output_costs(model, residual, data.train, data.pad_id, dense.task.output_kind, seed=0)
+    droppable, data = droppable_outputs(plan), dense.data
+    costs = output_costs(model, droppable, data.train, data.pad_id, dense.task.output_kind, seed=0)
     layers = quant_linears(model)
     quantizers = {name: layer.output_quantizer for name, layer in layers.items() if layer.output_quantizer is not None}
     groups: dict[str, list[str]] = {"all outputs": list(quantizers), "no output": []}
     for name in quantizers:
         groups.setdefault(f"outputs of {family.role(name)}", []).append(name)
-    groups |= {f"output of {name}": [name] for name in residual}
+    groups |= {f"output of {name}": [name] for name in droppable}
     for title, names in groups.items():
         for name in quantizers:
             layers[name].output_quantizer = quantizers[name] if name in names else None

@@ -19,10 +19,13 @@ from engines.parity.compare import open_part
 from engines.parity.tolerance import QUANTIZER_ROUNDING
 from engines.passport import load_passport
 from engines.reference import pytorch
+from nxm_export.contract.families import FAMILIES
+from nxm_export.contract.plan import INT8_ATTENTION
 from nxm_export.contract.quantizer_placement import placement_of
 from nxm_export.data.examples import Columns
 from nxm_export.pipeline.engine_commands import build_engine, features_of
 from tests.support import baked, onnx_text
+from tests.support.variants import variants
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed; pip install 'nxm-export[openvino]'")
 
@@ -92,17 +95,29 @@ def test_it_agrees_with_onnx_runtime_and_with_pytorch(
         np.testing.assert_allclose(actual, reference.run(feeds)["logits"], atol=0.1)
 
 
-@pytest.mark.parametrize("placement", ["products", "attention"])
-def test_int8_attention_agrees_with_pytorch(placement: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "placement"),
+    variants(
+        [
+            (name, placement)
+            for name, family in FAMILIES.items()
+            for placement in INT8_ATTENTION
+            if placement in family.placements
+        ],
+        lambda pair: pair[0] == "bert",
+        (),
+    ),
+)
+def test_int8_attention_agrees_with_pytorch(family: str, placement: str, tmp_path: Path) -> None:
     from nxm_export.graph.exporter import export
 
-    checkpoint = baked.write_checkpoint("bert", tmp_path / "checkpoint", attention="int8")
+    checkpoint = baked.write_checkpoint(family, tmp_path / "checkpoint", attention="int8", placement="attention")
     graph = export(checkpoint, tmp_path / "graph", placement=placement).path
     build_engine(graph, tmp_path / "engine", "openvino")
     plan = open_part(checkpoint, tmp_path / "engine").plan
     assert plan is not None
     assert placement_of(plan) == placement
-    feeds = baked.feeds("bert", 8, 12, padding=4)
+    feeds = baked.feeds(family, 8, 12, padding=4)
     with (
         backend("openvino").load(tmp_path / "engine") as ours,
         pytorch.load(checkpoint, task="classification", plan=plan, exact=True) as reference,

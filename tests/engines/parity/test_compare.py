@@ -192,11 +192,14 @@ class TestNotFinite:
         assert alone.passed is False
         assert alone.actual == pytest.approx(6e38)
 
-    @pytest.mark.parametrize(("run", "rows"), [(2, 1), (4, 1), (5, 4)], ids=["answer", "change", "copies"])
+    @pytest.mark.parametrize(
+        ("run", "rows"), [(2, 1), (4, 1), (5, 1), (8, 4)], ids=["answer", "change", "probe", "copies"]
+    )
     def test_a_checkpoint_is_refused_wherever_it_is_run(
         self, checkpoint: Path, engine: Path, run: int, rows: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Of one sample and two probes: what it gives for all, for each probe, and as much again with noise."""
+        """Of one sample and two probes: what it gives for all, for each probe, as much again in the engine's
+        float type, and with moved codes, of which every copy of a probe's sample has others."""
         given: list[int] = []
 
         def change(logits: np.ndarray) -> np.ndarray:

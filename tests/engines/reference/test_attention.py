@@ -50,6 +50,46 @@ def test_blocks_of_queries_give_what_all_at_once_give(
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
 
 
+@given(
+    sizes=st.tuples(*(st.integers(1, high) for high in (3, 3, 17, 5))),
+    scores=st.integers(1, 400),
+    window=st.integers(0, 5),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_keys_outside_of_windows_are_left_out_and_change_nothing(
+    sizes: tuple[int, int, int, int], scores: int, window: int, dtype: torch.dtype, seed: int
+) -> None:
+    """Rows of all lengths: a query of padding, which may see no key at all, reads them all alike."""
+    rows, heads, length, features = sizes
+    torch.manual_seed(seed)
+    query, key, value = torch.randn(3, rows, length, heads, features, dtype=dtype).transpose(2, 3)
+    at = torch.arange(length)
+    real = at[None] < torch.randint(1, length + 1, (rows, 1))
+    allowed = ((at[:, None] - at[None]).abs() <= window) & real[:, None, None, :]
+    widths: list[int] = []
+
+    def watched(probabilities: torch.Tensor) -> torch.Tensor:
+        widths.append(probabilities.shape[-1])
+        return probabilities
+
+    module = torch.nn.Module()
+    attention.change_operands(module, {attention.PROBABILITIES: watched})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "SCORES", scores)
+        actual, _ = attention.blocked_attention(module, query, key, value, allowed)
+    added = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+    expected = plain(query, key, value, added)
+    seen = allowed.any(-1)[:, 0, :, None, None]
+    mean = value.mean(2)[:, None].expand(expected.shape)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(actual, torch.where(seen, expected, mean), rtol=tolerance, atol=tolerance)
+    step = min(length, max(1, scores // (rows * heads * length)))
+    if real.all():
+        assert max(widths) <= step + 2 * window
+
+
 def feeds(inputs: Sequence[str], length: int) -> dict[str, np.ndarray]:
     ids = np.random.default_rng(0).integers(5, 20, (3, length))
     given = {"input_ids": ids, "attention_mask": np.ones_like(ids)}

@@ -16,6 +16,7 @@ from nxm_export.contract.tasks import TASKS
 from nxm_export.errors import ArtifactError, PlanError
 from nxm_export.hf.model_loading import load_pretrained
 from nxm_export.hf.protocols import AutoClass
+from tests.conftest import ROOT
 from tests.support import tiny
 
 
@@ -189,6 +190,21 @@ def test_a_head_that_transformers_lacks_is_refused_by_name(name: str, tmp_path: 
     path = tiny.write_model(name, tmp_path, layers=1)
     with pytest.raises(ArtifactError, match=f"no head for question-answering in the {name} family"):
         load_pretrained(path, read_config(path), TASKS["question-answering"])
+
+
+def test_the_change_that_brought_a_family_is_as_contributing_shows_it() -> None:
+    """Of at most 25 lines, all of which stand in the files that it names."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = page.partition("```diff\n")[2].partition("```")[0].splitlines()
+    assert len(shown) <= 25
+    added = 0
+    for line in shown:
+        if line.startswith("--- a/"):
+            there = (ROOT / line.removeprefix("--- a/")).read_text(encoding="utf-8").splitlines()
+        elif line.startswith("+"):
+            assert line[1:].partition("  # ")[0] in [known.partition("  # ")[0] for known in there]
+            added += 1
+    assert added >= 10
 
 
 def test_a_name_of_no_role_is_refused() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import onnx
 import pytest
 
 from compressors.models import load_model, resolve
@@ -15,6 +16,7 @@ from nxm_export.contract.checkpoint import read_config
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.tasks import TASKS, labels_of, task_of
 from nxm_export.errors import ArtifactError
+from nxm_export.graph.exporter import export
 from nxm_export.hf.model_loading import load_task_model
 from nxm_export.hf.protocols import AutoClass
 from tests.support import tiny
@@ -140,3 +142,26 @@ def test_a_number_of_labels_without_names_is_as_transformers_reads_it(tmp_path: 
 def test_a_number_of_labels_that_is_none_is_refused(count: object) -> None:
     with pytest.raises(ArtifactError, match="num_labels must be a number of classes"):
         labels_of({"num_labels": count})
+
+
+@pytest.mark.parametrize("family", variants(["nomic_bert", "gte", "jina_embeddings_v3"], ("nomic_bert",)))
+def test_a_model_under_the_names_of_its_hub_is_the_same_model(family: str, tmp_path: Path) -> None:
+    """Published files of these families have other names, and one matrix for query, key and value."""
+    import transformers
+    from safetensors.torch import load_file
+
+    ours, hub = tiny.write_model(family, tmp_path / "ours", head="classification"), tmp_path / "hub"
+    model = load_task_model(ours, CLASSIFICATION)
+    config = transformers.AutoConfig.from_pretrained(ours)
+    made = cast("AutoClass", transformers.AutoModelForSequenceClassification).from_config(config)
+    made.load_state_dict(model.state_dict())
+    made.save_pretrained(hub)  # a model that no file of ours was loaded into: under the names of the hub
+    tiny.write_tokenizer(family, hub)
+    assert not set(FAMILIES[family].weights(read_config(hub))) & set(load_file(hub / "model.safetensors"))
+    loaded = load_task_model(hub, CLASSIFICATION).state_dict()
+    assert {name: value.tolist() for name, value in loaded.items()} == {
+        name: value.tolist() for name, value in model.state_dict().items()
+    }
+    graphs = [export(path, tmp_path / f"{path.name}-graph").path for path in (ours, hub)]
+    initializers = [{value.name: value.raw_data for value in onnx.load(graph).graph.initializer} for graph in graphs]
+    assert initializers[0] == initializers[1]

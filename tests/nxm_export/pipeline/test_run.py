@@ -29,7 +29,7 @@ from engines.cusparselt import machine as machines
 from engines.cusparselt.machine import Machine
 from nxm_export.cli import main
 from nxm_export.contract.checkpoint import open_checkpoint
-from nxm_export.contract.families import family_of
+from nxm_export.contract.families import FAMILIES, family_of
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics_of
 from nxm_export.contract.records.run_summary import SCHEMA, RunSummary
@@ -335,6 +335,9 @@ def test_the_estimate_counts_what_comes_before_the_first_step() -> None:
     assert passes_before_training(Settings(recipe="magnitude", steps=0), plan, 10000) == 2 * calibration + outputs
     inputs = family.uniform_plan(config.to_dict(), WeightSpec.parse("2:4+W8"), placement="inputs")
     assert passes_before_training(Settings(), inputs, 10000) == calibration + masks
+    modern = FAMILIES["modernbert"].uniform_plan(config.to_dict(), WeightSpec.parse("2:4+W8"))
+    four_a_block = (12 * 4 + 1) * 128 * 1.3  # what is rotated and what is gated, too
+    assert passes_before_training(Settings(), modern, 10000) == calibration + four_a_block + masks
 
 
 def test_a_search_in_a_run_takes_no_more_samples_than_training(

@@ -20,7 +20,7 @@ from tools.charts import Chart
 from tools.results import plots
 from tools.results.pooled import CHOSEN_ON, MARGIN, Cell, Comparison, Estimate, Pool
 from tools.results.records import CompressionFacts, Interval, Machine, Record
-from tools.results.rows import DEFAULT_RECIPE, RECIPE_TITLES, Row, position, row_named
+from tools.results.rows import RECIPE_TITLES, Row, position, row_named
 from tools.results.statistics import Difference, Retention, TaskStatistics, deviation, overall
 from tools.results.store import ENCODERS, TaskStore, stores
 from tools.results.tasks import TASKS
@@ -194,8 +194,8 @@ def _differences(statistics: TaskStatistics, rows: Sequence[str]) -> Iterable[li
 
 
 def _rivals(statistics: TaskStatistics, rows: Sequence[str]) -> Iterable[list[str]]:
-    """The default recipe and ADMM against every other at their option, searched plans against the nearest uniform one
-    and the paper's search."""
+    """Layer-wise ADMM, second-order pruning and ADMM on the loss against every other at their option, searched plans
+    against the nearest uniform one and the paper's search."""
     for row in rows:
         for other in _others(statistics, row_named(row)):
             difference = statistics.difference(row, other)
@@ -204,7 +204,7 @@ def _rivals(statistics: TaskStatistics, rows: Sequence[str]) -> Iterable[list[st
 
 
 def _others(statistics: TaskStatistics, row: Row) -> list[str]:
-    if row.recipe not in (DEFAULT_RECIPE, "nxm") or not row.is_plain:
+    if row.recipe not in ("admm", "obs", "nxm") or not row.is_plain:
         return []
     if row.option is not None:
         rivals = ["-".join([recipe, row.option, *row.training]) for recipe in RECIPE_TITLES if recipe != row.recipe]

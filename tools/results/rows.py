@@ -15,7 +15,7 @@ from typing import TypedDict
 from nxm_export.contract.plan import COUNTINGS, WeightSpec
 from nxm_export.errors import NxmError, PlanError
 
-DEFAULT_RECIPE = "obs"
+SEARCHED_RECIPE = "obs"  # by which plans that were searched for are trained
 RECIPE_TITLES = {
     "obs": "second-order mask and start + masked QAT",
     "admm": "layer-wise ADMM: mask, start and scales + masked QAT",
@@ -209,7 +209,7 @@ def row_named(name: str) -> Row:
         if plain.startswith(prefix) and counting in COUNTINGS and _is_percent(percent):
             by = "the paper's search" if method == "paper" else "searched"
             title = ", ".join([by, f"{percent} % by `{counting}`", *titles])
-            recipe = "nxm" if "admm" in changes else DEFAULT_RECIPE
+            recipe = "nxm" if "admm" in changes else SEARCHED_RECIPE
             return Row(name, title, recipe, None, (method, counting, float(percent) / 100), tuple(changes))
     for recipe in sorted(RECIPE_TITLES, key=len, reverse=True):
         if plain.startswith(f"{recipe}-"):

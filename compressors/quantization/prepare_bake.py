@@ -140,11 +140,11 @@ def bake(model: nn.Module, plan: CompressionPlan) -> dict[str, np.ndarray]:
 def calibrate(
     model: nn.Module,
     batches: Iterable[Mapping[str, Tensor]],
-    percentile: float,
+    percentile: float | None,
     advance: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """Set every activation scale from the `percentile` of |x| over `batches`, padding excluded, in constant memory;
-    returns them, in the order of `activation_quantizers`."""
+    """Set every activation scale from the `percentile` of |x| over `batches`, or, where that is None, to that of least
+    squared error, padding excluded, in constant memory; returns them, in the order of `activation_quantizers`."""
     quantizers = activation_quantizers(model)
     device = next(model.parameters()).device
     with _observing(quantizers), torch.no_grad():

@@ -324,7 +324,7 @@ class Job:
         return calibrate(
             student,
             batches,
-            self.settings.percentile,
+            self.settings.range_percentile,
             lambda: self.progress("calibrate", next(done), len(batches)),
         )
 

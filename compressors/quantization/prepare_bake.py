@@ -120,6 +120,9 @@ def bake(model: nn.Module, plan: CompressionPlan) -> dict[str, np.ndarray]:
         weight, scale = layer.baked()
         if scale is not None:
             scales[f"{name}_scale"] = scale.cpu().numpy()
+        if layer.input_factors is not None:
+            scales[f"{path}.input_factors"] = layer.input_factors.cpu().numpy()
+            weight = weight / layer.input_factors
         if layer.reads is not None:
             scales[f"{path}.input_scale"] = layer.reads.scale.cpu().numpy().reshape(())
         for written, output_scale in layer.output_scales().items():

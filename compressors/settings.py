@@ -28,6 +28,7 @@ MASK_SCORES = ("magnitude", "activation")
 # pass).
 ADMM_KINDS = ("mask", "joint", "joint-ste")
 PRECISIONS = ("auto", "fp32", "bf16")
+START_PERCENTILE = 99.99  # of |x|: where the ranges of activations that training moves begin
 # The settings that change the dense model, and those that dense fine-tuning and compression share.
 DENSE_FIELDS = ("dense_epochs", "dense_steps", "dense_learning_rate", "dense_freeze_embeddings")
 _MAX_LENGTH_HELP = (
@@ -159,7 +160,7 @@ class Settings:
     sr_ste_decay: float = 2e-4  # the regulariser's weight, as in the authors' experiments
     losses: Losses | None = None
     calibration_samples: int = 512
-    percentile: float = 99.99
+    percentile: float | None = None  # of |x|, that ranges reach to
 
     def __post_init__(self) -> None:
         for name, entry in options_of(self):
@@ -178,8 +179,17 @@ class Settings:
             raise DataError("sr-ste needs a share of the steps in (0, 1] and a decay of at least 0")
         if self.augment and (not self.distill or self.recipe == "paper"):
             raise DataError("augmented samples have no labels, and nothing is distilled; leave --augment out")
-        if not 0 < self.percentile <= 100:
+        if self.percentile is not None and not 0 < self.percentile <= 100:
             raise DataError(f"the calibration percentile must be in (0, 100], got {self.percentile}")
+
+    @property
+    def range_percentile(self) -> float | None:
+        """The percentile of |x| that activations' ranges reach to at first; None: those of least squared error.
+
+        Training moves ranges, and its defaults were found from `START_PERCENTILE`. Without it they stay, and what that
+        percentile cuts off is what a few tokens carry: it cost more than all else (docs/research-notes.md).
+        """
+        return START_PERCENTILE if self.percentile is None and self.trains else self.percentile
 
     @property
     def trains(self) -> bool:

@@ -168,6 +168,8 @@ def _move_inputs(layer: nn.Linear, order: Tensor) -> None:
     layer.weight.copy_(layer.weight[:, order])
     if isinstance(layer, QuantLinear) and layer.importance is not None:
         layer.importance = layer.importance[order.to(layer.importance.device)]
+    if isinstance(layer, QuantLinear) and layer.input_factors is not None:
+        layer.input_factors = layer.input_factors[order.to(layer.input_factors.device)]
 
 
 def _move_outputs(layer: nn.Linear, order: Tensor) -> None:

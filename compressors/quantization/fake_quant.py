@@ -111,6 +111,7 @@ class QuantLinear(nn.Linear):
     """
 
     mask: Tensor | None
+    input_factors: Tensor | None
 
     output_quantizer: ActivationQuantizer | PartQuantizers | None
 
@@ -132,6 +133,7 @@ class QuantLinear(nn.Linear):
         self.output_quantizer = None
         if spec.output_bits:
             self.output_quantizer = PartQuantizers(parts) if parts else ActivationQuantizer()
+        self.register_buffer("input_factors", None)  # (in,), see `even_out`
         self.residual_hooks: list[
             RemovableHandle
         ] = []  # handles of hooks outside this layer that use its input quantizer
@@ -163,6 +165,16 @@ class QuantLinear(nn.Linear):
         """Set the weight scales to those of least squared error for the weight as it is."""
         assert self.spec.qmax is not None
         self.log_scale.copy_(mse_scale(self.weight.float(), self.spec.qmax).log())
+
+    @torch.no_grad()
+    def even_out(self, factors: Tensor) -> None:
+        """Divide the channels of what this layer reads by `factors` (in,), and multiply its weight by them: it computes
+        the same, until both are rounded. A hook divides, so that whatever watches the layer sees what it multiplies."""
+        self.input_factors = factors
+        self.weight.mul_(factors)
+        if self.spec.weight_bits:
+            self.reset_scale()
+        self.register_forward_pre_hook(_divide)
 
     @torch.no_grad()
     def freeze_mask(self, scores: Tensor | None = None) -> None:
@@ -247,6 +259,13 @@ class QuantLinear(nn.Linear):
         scale = self.weight_scale
         codes = torch.div(weight, scale).round_().clamp_(-self.spec.qmax, self.spec.qmax)
         return codes.add_(0.0) * scale, scale.squeeze(-1)  # + 0.0 turns -0.0 into 0.0: a code has no sign of zero
+
+
+def _divide(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What an evened-out layer reads, divided."""
+    factors = cast(QuantLinear, layer).input_factors
+    assert factors is not None
+    return (args[0] / factors, *args[1:])
 
 
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:

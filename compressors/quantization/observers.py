@@ -12,6 +12,7 @@ from torch import Tensor
 from nxm_export.errors import DataError
 
 BINS = 4096
+_LEAST_RANGE, _RANGES = 0.1, 91  # of the largest |x|: where ranges that cut something off begin, and how many are tried
 
 
 class HistogramObserver:
@@ -49,6 +50,17 @@ class HistogramObserver:
         bin_ = int(torch.searchsorted(total, total[-1] * (q / 100.0)))
         return min((min(bin_, BINS - 1) + 1) * self.limit / BINS, self.largest) or self.limit / BINS
 
-    def scale(self, qmax: int, q: float = 99.99) -> float:
-        """Static symmetric scale: the `q`-th percentile of |x| maps to `qmax`."""
-        return self.percentile(q) / qmax
+    def scale(self, qmax: int, q: float | None) -> float:
+        """Static symmetric scale: the `q`-th percentile of |x| maps to `qmax`; None: the scale of least squared
+        error."""
+        return self._least_error_scale(qmax) if q is None else self.percentile(q) / qmax
+
+    def _least_error_scale(self, qmax: int) -> float:
+        """The scale, of `_RANGES` that map the largest |x| or less to `qmax`, whose rounding and clipping together have
+        the least squared error over all that was observed."""
+        scales = torch.linspace(_LEAST_RANGE, 1.0, _RANGES, dtype=torch.float64) * (self.percentile(100.0) / qmax)
+        assert self.counts is not None
+        values = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (self.limit / BINS)
+        restored = torch.round(values / scales[:, None]).clamp_(max=qmax) * scales[:, None]
+        errors = (restored - values).square() @ self.counts.cpu()  # (ranges,)
+        return float(scales[errors.argmin()])

@@ -120,6 +120,9 @@ def bake(model: nn.Module, plan: CompressionPlan) -> dict[str, np.ndarray]:
         weight, scale = layer.baked()
         if scale is not None:
             scales[f"{name}_scale"] = scale.cpu().numpy()
+        if layer.input_factors is not None:
+            scales[f"{path}.input_factors"] = layer.input_factors.cpu().numpy()
+            weight = weight / layer.input_factors
         if layer.reads is not None:
             scales[f"{path}.input_scale"] = layer.reads.scale.cpu().numpy().reshape(())
         for written, output_scale in layer.output_scales().items():
@@ -140,11 +143,11 @@ def bake(model: nn.Module, plan: CompressionPlan) -> dict[str, np.ndarray]:
 def calibrate(
     model: nn.Module,
     batches: Iterable[Mapping[str, Tensor]],
-    percentile: float,
+    percentile: float | None,
     advance: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """Set every activation scale from the `percentile` of |x| over `batches`, padding excluded, in constant memory;
-    returns them, in the order of `activation_quantizers`."""
+    """Set every activation scale from the `percentile` of |x| over `batches`, or, where that is None, to that of least
+    squared error, padding excluded, in constant memory; returns them, in the order of `activation_quantizers`."""
     quantizers = activation_quantizers(model)
     device = next(model.parameters()).device
     with _observing(quantizers), torch.no_grad():

@@ -26,6 +26,7 @@ from compressors.pruning.layer_inputs import by_block, require_enough_tokens, se
 from compressors.pruning.layerwise import SOLVERS, solve_layers
 from compressors.pruning.permutation import permute_channels, permute_residual, require_unchanged, residual_order
 from compressors.pruning.solved_blocks import SolvedBlocks
+from compressors.quantization.even_channels import even_out_channels
 from compressors.quantization.fake_quant import QuantLinear, quant_linears
 from compressors.quantization.prepare_bake import calibrate, in_float, prepare, require_invariants, set_scales
 from compressors.settings import Settings
@@ -154,6 +155,8 @@ class Job:
         _without_dropout(student)
         prepare(student, self.plan, self.source.family, self.source.config)
         self._freeze(student)
+        if not self.steps:  # training starts where its defaults were found, and moves weights and ranges itself
+            even_out_channels(student, self.plan, self.source.family, self.source.config, self.calibration_batches())
 
         def measure() -> dict[str, float]:
             return {str(number): scale for number, scale in enumerate(self._calibrate(student))}
@@ -324,7 +327,7 @@ class Job:
         return calibrate(
             student,
             batches,
-            self.settings.percentile,
+            self.settings.range_percentile,
             lambda: self.progress("calibrate", next(done), len(batches)),
         )
 

@@ -171,12 +171,17 @@ class TorchEngine(Closing):
 
         for name, spec in plan.weights.items():
             linear = model.get_submodule(name.removesuffix(".weight"))
+            factors = checkpoint.input_factors(name) if spec.input_bits else None
+            divisor = None if factors is None else torch.from_numpy(factors)
             if spec.weight_bits and (self._exact or dtype != torch.float32):
                 weight = linear.get_parameter("weight")
                 codes = torch.from_numpy(checkpoint.codes(name)).to(weight.dtype)
                 weight.data = codes * rounded(checkpoint.weight_scale(name)).to(codes.dtype)[:, None]
+                if divisor is not None:
+                    weight.data = weight.data / divisor.to(codes.dtype)
             if spec.input_bits:
-                _before(linear, self._fake_quantizer(float(rounded(checkpoint.input_scale(name)))))
+                quantizer = self._fake_quantizer(float(rounded(checkpoint.input_scale(name))))
+                _before(linear, quantizer if divisor is None else _evened_out(quantizer, divisor))
             if spec.output_bits:
                 scales = [checkpoint.output_scale(part) for part in checkpoint.family.parts(name)]
                 _behind(linear, self._part_quantizer([float(rounded(scale)) for scale in scales]))
@@ -236,6 +241,16 @@ class TorchEngine(Closing):
             channel = torch.randint(y.shape[-1], (len(y), 1), generator=self._noise)
             y[:, 0].scatter_add_(1, channel, torch.full((len(y), 1), scale, dtype=y.dtype))
         return y
+
+
+def _evened_out(change: Change, factors: Tensor) -> Change:
+    """`change` of what is divided by the factors (in,) of its channels, multiplied by them again."""
+
+    def changed(x: Tensor) -> Tensor:
+        divisor = factors.to(x.dtype)
+        return change(x / divisor) * divisor
+
+    return changed
 
 
 def _before(module: nn.Module, change: Change) -> None:

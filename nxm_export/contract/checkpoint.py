@@ -8,7 +8,8 @@
       nxm_plan.json                    the plan (schema nxm-plan/1)
       nxm_scales.safetensors           "<param>_scale" (out,), "<module>.input_scale" (), "<module>.output_scale" (),
                                        of a part of a fused matrix "<module>.query.output_scale" (), and of attention
-                                       behind a rotation "<module>.query_scale" () and its like
+                                       behind a rotation "<module>.query_scale" () and its like; where channels are
+                                       evened out "<module>.input_factors" (in,)
 
 Because the weights are baked, plain ``from_pretrained`` gives the compressed model (without activation quantizers).
 Everything here needs numpy and safetensors only; safetensors is imported when a file is opened.
@@ -41,6 +42,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"  # of PEFT
 EMBEDDING_QMAX = 127  # of an INT8 embedding table
+LEGAL_FACTORS = np.exp2(np.arange(11, dtype=np.float32))  # of a layer's input channels
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -67,6 +69,22 @@ class Checkpoint:
         """Scale of the tensor that the linear layer of weight `name` reads."""
         return self._activation_scale(name, "input_scale")
 
+    def input_factors(self, name: str) -> np.ndarray | None:
+        """Float32 powers of two (in,) that the channels of what the linear layer of weight `name` reads are divided by
+        before they are quantized; its integer weights are those of the weight times the factors. None: all 1."""
+        key = f"{name.removesuffix('.weight')}.input_factors"
+        if key not in self.scales:
+            return None
+        factors = self.scales[key]
+        (channels,) = self.plan.shapes[name][1:]
+        sane = factors.shape == (channels,) and np.isin(factors, LEGAL_FACTORS).all()
+        if not sane or not self.plan.weights[name].input_bits:
+            raise ArtifactError(
+                f"{self.path}: {key} must be {channels} powers of two from 1 to {LEGAL_FACTORS[-1]:.0f}, of an INT8 "
+                "layer; compress again"
+            )
+        return factors
+
     def output_scale(self, name: str) -> float:
         """Scale of the tensor that the linear layer of weight `name`, or of a part of a fused weight, writes."""
         return self._activation_scale(name, "output_scale")
@@ -91,8 +109,13 @@ class Checkpoint:
         """Integer codes int8 (out, in) of a quantized weight, or (tokens, features) of an embedding table that is
         planned INT8: dividing baked values by their scale gives them back exactly."""
         scale = self.weight_scale(name)
-        codes: np.ndarray = np.rint(self.weight(name) / scale[:, None]).astype(np.int8)
+        codes: np.ndarray = np.rint(self._multiplied(name, self.weight(name)) / scale[:, None]).astype(np.int8)
         return codes
+
+    def _multiplied(self, name: str, weight: np.ndarray) -> np.ndarray:
+        """The weight `name` (out, in) as it multiplies quantized inputs; exact, as factors are powers of two."""
+        factors = self.input_factors(name) if name in self.plan.weights else None
+        return weight if factors is None else weight * factors
 
     def require_valid(self) -> None:
         """Raise `ArtifactError` unless every planned weight keeps its pattern and lies on its integer grid, and so does
@@ -109,7 +132,7 @@ class Checkpoint:
             if spec.pattern:
                 require_pattern(weight, spec.pattern, name, f"{self.path}")
             if spec.qmax is not None:
-                self._require_grid(name, weight, spec.qmax)
+                self._require_grid(name, self._multiplied(name, weight), spec.qmax)
             elif not np.array_equal(weight.astype(np.float16).astype(np.float32), weight):
                 raise ArtifactError(
                     f"{self.path}: {name} is planned in 16 bit and holds values that float16 cannot; compress again"
@@ -141,7 +164,16 @@ class Checkpoint:
         family = self.family
         for block, tensor in itertools.product(family.blocks(self.config), family.tensors()):
             names = family.readers(block, tensor)
-            scales = {name: self.input_scale(name) for name in names if self.plan.weights[name].input_bits}
+            quantized = [name for name in names if self.plan.weights[name].input_bits]
+            scales = {name: self.input_scale(name) for name in quantized}
+            if (
+                len({None if factors is None else factors.tobytes() for factors in map(self.input_factors, quantized)})
+                > 1
+            ):
+                raise ArtifactError(
+                    f"{self.path}: {', '.join(scales)} read the same tensor with different input factors; make them "
+                    "equal, or compress again"
+                )
             if len(set(scales.values())) > 1:
                 raise ArtifactError(
                     f"{self.path}: {', '.join(scales)} read the same tensor with different input scales "

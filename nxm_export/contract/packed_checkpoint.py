@@ -119,7 +119,11 @@ def unpack(file: str | Path, out: str | Path) -> Path:
         shape = plan.shapes.get(name) or FAMILIES[plan.model_type].word_embedding_shape(
             _header_entry(file, metadata, "file/config.json", dict[str, object])
         )
-        weights[name] = _unpack_weight(tensors, name, spec, shape, scales.get(f"{name}_scale"), file)
+        weight = _unpack_weight(tensors, name, spec, shape, scales.get(f"{name}_scale"), file)
+        factors = scales.get(f"{name.removesuffix('.weight')}.input_factors")
+        if factors is not None and factors.shape != shape[1:]:
+            raise ArtifactError(f"{file}: input factors of {name} have the wrong size; the file is damaged")
+        weights[name] = weight if factors is None else weight / factors
     with atomic_dir(out) as scratch:
         save_file(weights, scratch / WEIGHTS_FILE, _header_entry(file, metadata, "weights_metadata", dict[str, str]))
         save_file(scales, scratch / SCALES_FILE)

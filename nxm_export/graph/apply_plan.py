@@ -16,6 +16,7 @@ from nxm_export.graph.fused_parts import split_products
 from nxm_export.graph.linear_forms import Lowering, cancel_reshapes
 from nxm_export.graph.qdq import (
     Linear,
+    add_initializer,
     fold_weight_qdq,
     insert_activation_qdq,
     linears_of,
@@ -54,6 +55,7 @@ def quantize(
             _quantize_residual(graph, plan, family.readers(block, BLOCK) + family.readers(block, FFN), scales)
         # One pair per tensor, however many layers read it.
         pairs: dict[int, ir.Value] = {}
+        divided: dict[int, ir.Value] = {}
         for name in (name for name in names if not plan.weights[name].is_dense):
             parts = graph_names(family, name, plan.weights[name], form)
             if len(parts) > 1:
@@ -61,6 +63,9 @@ def quantize(
             for number, part in enumerate(parts):
                 for use, traced in enumerate(linears_of(graph, part)):
                     traced.product.name = use_name(part.removesuffix(".weight"), use)
+                    factors = checkpoint.input_factors(name) if plan.weights[name].input_bits else None
+                    if factors is not None:
+                        traced = _divide_input(graph, traced, name, use, factors.astype(scales.dtype), divided)
                     linear = lower(traced, part)
                     if plan.weights[name].weight_bits is None:
                         continue
@@ -140,6 +145,25 @@ def _quantize_input(
         pairs[id(linear.x)] = insert_activation_qdq(
             graph, linear.x, scales.input(name), path, [linear.product], use=use
         )
+
+
+def _divide_input(
+    graph: ir.Graph, linear: Linear, name: str, use: int, factors: np.ndarray, divided: dict[int, ir.Value]
+) -> Linear:
+    """The layer behind a product of what it reads and the reciprocals of `factors` (in,); layers that read one tensor
+    share it."""
+    x = linear.x
+    if id(x) not in divided:
+        if _is_dequantized(x):
+            raise ExportError(f"{name}: its input is quantized for other readers, too, and cannot have factors")
+        reciprocals = add_initializer(graph, f"{_path(name, 'input')}_reciprocals", 1 / factors)
+        node = ir.node("Mul", [x, reciprocals], name=use_name(f"{_path(name, 'input')}_divide", use))
+        node.outputs[0].name = use_name(f"{_path(name, 'input')}_divided", use)
+        node.outputs[0].type, node.outputs[0].shape = x.type, x.shape
+        graph.insert_before(linear.product, node)
+        divided[id(x)] = node.outputs[0]
+    linear.product.replace_input_with(0, divided[id(x)])
+    return Linear(linear.product, divided[id(x)], linear.output)
 
 
 def _is_dequantized(value: ir.Value) -> bool:

@@ -705,6 +705,9 @@ def test_all_is_every_standard_row_once() -> None:
     assert (untrained.settings, untrained.option) == ({"recipe": "obs-refit", "steps": 0}, "2:4+W4")
     assert untrained.baseline == "magnitude-2:4+W4-untrained"
     assert not changed(Settings(epochs=6.0), untrained, 384).trains
+    # So what was measured of trained rows is still of today's settings, and what was of untrained ones is named.
+    assert changed(Settings(), untrained, 384).percentile is None
+    assert changed(Settings(), row_named("obs-refit-2:4+W4"), 384).percentile == 99.99
     assert row_named("searched-hw-90-admm-unaugmented").settings == {"recipe": "nxm", "augment": 0.0}
     former = row_named("searched-hw-90-unaugmented")
     assert (former.search, former.baseline) == (("nxm", "hw", 0.9), "magnitude-2:4+W4-unaugmented")

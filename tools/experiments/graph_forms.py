@@ -161,6 +161,26 @@ def quantized_residual(graph: ir.Graph) -> None:
             _redirect(norm.outputs[0], restored, but=quantizers)
 
 
+def equalized(graph: ir.Graph, tensors: Sequence[str] = ("intermediate.dense", "output.dense")) -> None:
+    """What the FFN's products read is multiplied, each channel by a factor of its own, in front of the quantizer."""
+    for node in [node for node in graph if node.op_type == "QuantizeLinear"]:
+        name = str(node.name).removesuffix(".input_quantize")
+        value = node.inputs[0]
+        if not name.endswith(tuple(tensors)) or name.endswith("attention.output.dense") or value is None:
+            continue
+        assert value.shape is not None
+        factors = np.ones(int(value.shape[-1]), np.float32)  # type: ignore[arg-type]  # features are a number
+        factors[0] = 0.25
+        scaled = _op(graph, node, "Mul", [value, add_initializer(graph, f"{name}.factors", factors)])
+        scaled.type, scaled.shape = value.type, value.shape
+        node.replace_input_with(0, scaled)
+
+
+def equalized_wide(graph: ir.Graph) -> None:
+    """The same of what the FFN's second product reads alone."""
+    equalized(graph, ["output.dense"])
+
+
 FORMS: dict[str, Callable[[ir.Graph], None]] = {
     "query-key-value": query_key_value,
     "affine": affine_for_each_reader,
@@ -168,6 +188,8 @@ FORMS: dict[str, Callable[[ir.Graph], None]] = {
     "one-table": one_table,
     "head": int8_head,
     "residual": quantized_residual,
+    "equalized": equalized,
+    "equalized-wide": equalized_wide,
 }
 
 

@@ -28,7 +28,7 @@ def main() -> None:
     model = dense.model()
     prepare(model, plan, family, config)
     settings = Settings()
-    calibrate(model, dense.batches(settings.calibration_samples), settings.percentile)
+    calibrate(model, dense.batches(settings.calibration_samples), settings.range_percentile)
     print(f"dense: MCC {mcc(dense.logits, dense.labels):.4f}", flush=True)
     droppable, data = droppable_outputs(plan), dense.data
     costs = output_costs(model, droppable, data.train, data.pad_id, dense.task.output_kind, seed=0)

@@ -22,7 +22,7 @@ import numpy as np
 from compressors.models import resolve
 from compressors.search.plan_search import SENSITIVITY_FILE, search
 from compressors.search.settings import SearchSettings
-from compressors.settings import DENSE_FIELDS, Settings
+from compressors.settings import DENSE_FIELDS, START_PERCENTILE, Settings
 from compressors.training.compress import compress, finetune
 from compressors.training.default_recipe import training_of
 from compressors.training.output_divergence import divergence
@@ -457,7 +457,13 @@ def changed(settings: Settings, row: Row, width: int) -> Settings:
     plain = replace(settings, **row.settings)
     training = training_of(plain, task_named("classification"), width)
     losses = replace(training.losses, **row.losses)
-    return replace(plain, learning_rate=training.learning_rate, losses=losses, augment=training.augment)
+    return replace(
+        plain,
+        learning_rate=training.learning_rate,
+        losses=losses,
+        augment=training.augment,
+        percentile=plain.range_percentile,
+    )
 
 
 def _compress_part(settings: Settings) -> dict[str, object]:
@@ -471,7 +477,9 @@ def _json(value: Mapping[str, object]) -> dict[str, object]:
 
 
 # Of compression. A record made before there was a setting was made without what it brought.
-DEFAULTS: dict[str, object] = _json(_compress_part(Settings(augment=0.0, output_limit=None)))
+DEFAULTS: dict[str, object] = _json(
+    _compress_part(Settings(augment=0.0, output_limit=None, percentile=START_PERCENTILE))
+)
 
 
 def _lines(file: Path) -> int:

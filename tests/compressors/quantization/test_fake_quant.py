@@ -9,6 +9,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compressors.models import load_model, resolve
@@ -23,6 +25,7 @@ from compressors.quantization.fake_quant import (
 )
 from compressors.quantization.observers import HistogramObserver
 from compressors.quantization.prepare_bake import bake, calibrate, prepare, require_invariants
+from compressors.settings import Settings
 from nxm_export.contract.checkpoint import read_config
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import NMPattern, WeightSpec
@@ -327,9 +330,55 @@ def test_percentile_of_a_stream_matches_numpy_and_needs_no_more_memory() -> None
         assert (values <= actual - 1.001 * observer.limit / 4096).mean() <= q / 100
 
 
+def squared_error(values: Tensor, scale: float) -> float:
+    codes = (values.double() / scale).round().clamp(-128, 127)
+    return float((codes * scale - values.double()).square().sum())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rare=st.integers(0, 40), size=st.floats(1.0, 500.0), chunks=st.integers(1, 5), seed=st.integers(0, 10)
+)  # some of 20,000 values are far larger than the others, as in what encoders compute
+def test_the_scale_of_least_error_is_that_of_a_search_over_the_values_themselves(
+    rare: int, size: float, chunks: int, seed: int
+) -> None:
+    values = randn(20_000, seed=seed)
+    values[torch.randperm(20_000, generator=torch.Generator().manual_seed(seed))[:rare]] *= size
+    observer = HistogramObserver()
+    for chunk in values.chunk(chunks):
+        observer.observe(chunk)
+    chosen = squared_error(values, observer.scale(127, None))
+    tried = np.linspace(0.1, 1.0, 200) * float(values.abs().max()) / 127
+    # The histogram has 2048 bins or more up to the largest value: at least 16 of them to a step.
+    assert chosen <= 1.05 * min(squared_error(values, float(scale)) for scale in tried)
+
+
+def test_a_percentile_cuts_off_what_a_few_tokens_carry_and_least_error_does_not() -> None:
+    values = randn(100_000)
+    values[:9] = 60.0  # fewer than one in ten thousand
+    observer = HistogramObserver()
+    observer.observe(values)
+    assert observer.scale(127, 99.99) * 127 < 6
+    assert observer.scale(127, None) * 127 > 55
+
+
+def test_zeros_alone_have_a_scale() -> None:
+    observer = HistogramObserver()
+    observer.observe(torch.zeros(4))
+    assert observer.scale(127, None) > 0
+
+
+def test_ranges_are_of_least_error_where_no_training_moves_them() -> None:
+    assert [Settings(steps=0).range_percentile, Settings(recipe="one-shot").range_percentile] == [None, None]
+    assert Settings(steps=5).range_percentile == Settings().range_percentile == 99.99
+    assert Settings(steps=0, percentile=99.0).range_percentile == Settings(percentile=99.0).range_percentile == 99.0
+
+
 def test_calibration_says_what_is_wrong() -> None:
     with pytest.raises(DataError, match="saw no activation"):
-        HistogramObserver().percentile(99)
+        HistogramObserver().scale(127, 99)
+    with pytest.raises(DataError, match="saw no activation"):
+        HistogramObserver().scale(127, None)
     with pytest.raises(DataError, match="NaN or infinite"):
         HistogramObserver().observe(torch.tensor([1.0, float("nan")]))
 

@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 # with fake quantization, and a forward pass of the teacher.
 _COMPRESS_FACTOR = 1.9
 # Work before the first step, in forward passes of a sample. Measured with MiniLM-L6 on two busy cores: calibration on
-# 512 samples took 11 s, what outputs cost on 13 x 128 took 31 s, and second-order pruning on 512 took 45 s.
+# 512 samples took 11 s, what outputs cost on 13 x 128 took 31 s, and second-order pruning on 512 took 45 s; layer-wise
+# ADMM takes 2.2 times its processor time.
 _CALIBRATION_FACTOR = 1.5
 _OUTPUTS_FACTOR = 1.3
-_SOLVER_PASSES = 6.0  # over the calibration samples, the solving included
+_SOLVER_PASSES = {"obs": 6.0, "obs-refit": 13.0, "admm": 13.0}  # over the calibration samples, the solving included
 _SEARCH_SHARE = 0.1  # of a compression run, by which its number of samples is chosen
 _SCORED = 2  # the dense and the compressed model, on the held-out samples
 _WORDS_TO_TOKENS = 1.35  # of English under a BERT vocabulary
@@ -128,7 +129,6 @@ def estimate(request: Request, choice: PlanChoice = PlanChoice()) -> RunEstimate
 
 def passes_before_training(settings: Settings, plan: CompressionPlan, samples: int) -> float:
     """Forward passes of a sample that the work before the first step is worth."""
-    from compressors.settings import SECOND_ORDER
     from compressors.training.output_sensitivity import SAMPLES
 
     calibrated = min(settings.calibration_samples, samples)
@@ -136,9 +136,7 @@ def passes_before_training(settings: Settings, plan: CompressionPlan, samples: i
     outputs = sum(plan.weights[name].output_bits is not None for name in droppable_outputs(plan))
     if settings.output_limit is not None and outputs:
         passes += (outputs + 1) * min(SAMPLES, samples) * _OUTPUTS_FACTOR
-    if settings.recipe in SECOND_ORDER:
-        passes += calibrated * _SOLVER_PASSES
-    return passes
+    return passes + calibrated * _SOLVER_PASSES.get(settings.recipe, 0.0)
 
 
 def _data(request: Request, source: ModelSource, task: Task) -> tuple[list[str], int, bool]:

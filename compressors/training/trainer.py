@@ -37,7 +37,7 @@ from compressors.training.callbacks import (
     JsonLog,
     ProgressCallback,
 )
-from compressors.training.distillation import Student
+from compressors.training.distillation import Student, lighten
 from compressors.training.task_data import TaskData
 from nxm_export.contract.records.train_log import TRAIN_LOG_FILE
 from nxm_export.data.examples import Features, filled, label_array, pad, sorted_batches
@@ -143,7 +143,7 @@ def run_phase(
     )
     student.to(arguments.device)
     if teacher is not None:
-        teacher.eval().to(arguments.device)
+        lighten(teacher.eval().to(arguments.device), model, arguments.bf16)
     _require_space(student, phase, data.work_dir)
     features, order = data.features, schedule(data.features, phase.steps, phase.batch_size, data.seed)
     if data.augment:

@@ -108,6 +108,9 @@ def record() -> Record:
         "loads": {ORT: {"seconds": 0.5, "bytes": 90_000_000}},
         "text": text,
         "embeddings": {
+            "date": "2026-11-28",
+            "machine": {"name": "a CPU", "threads": 2, "cores": 2},
+            "commit": "0123456",
             "text": {**text, "seconds": {**rounds, "sentence-transformers, ONNX INT8": [11.4, 11.4, 11.4]}},
             "cosine": {"INT8-2of4-ort": 0.99, "sentence-transformers, ONNX INT8": 0.98},
             "peers": "sentence-transformers 5.7.0",
@@ -193,6 +196,7 @@ def test_the_page_on_gains_repeats_the_measured_span() -> None:
 def test_embeddings_of_one_model_stand_beside_those_of_peers_with_what_int8_changes(record: Record) -> None:
     page = section(record)
     assert row_of(page, "INT8-2of4-ort | bucketed | 0.9900")[3:] == ["150 (90 to 110)", "1.50 (1.40 to 1.60)"]
+    assert "Measured\n2026-11-28 at commit 0123456." in page
     peers = row_of(page, "sentence-transformers, ONNX INT8")
     assert peers[2:4] == ["0.9800", "75 (75 to 75)"]
     assert peers[4] == "INT8-2of4-ort bucketed is 2.00 (2.00 to 2.00) times as fast"

@@ -1,6 +1,7 @@
 """Measure CPU engines of one checkpoint against FP32 and the strongest peer, all interleaved.
 
     python -m tools.benchmarks.cpu run CHECKPOINT --dense DENSE --data dev.tsv    the record and the document
+    python -m tools.benchmarks.cpu embeddings --data dev.tsv                      the embeddings of a record again
     python -m tools.benchmarks.cpu render                                         the document again
 
 The record is results/performance/cpu.json, the document a section of docs/performance.md and one of README.md.
@@ -44,7 +45,16 @@ from nxm_export.storage.json_files import convert
 from tools import ROOT
 from tools.benchmarks.cpu_embeddings import measure_embeddings
 from tools.benchmarks.cpu_profile import onnxruntime_profile, openvino_profiles
-from tools.benchmarks.cpu_record import LatencyRow, Load, MachineFacts, ModelFacts, ParityRow, Record, TextRecord
+from tools.benchmarks.cpu_record import (
+    EmbeddingRecord,
+    LatencyRow,
+    Load,
+    MachineFacts,
+    ModelFacts,
+    ParityRow,
+    Record,
+    TextRecord,
+)
 from tools.benchmarks.cpu_section import PEER, PEER_FIXED, section, summary
 from tools.benchmarks.measuring import DOCUMENT, RECORDS, in_child, load_record, save_record
 from tools.provenance import versions
@@ -120,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
             rounds=max(3, int(7 * args.scale)),
         )
         _say("timed text", began)
-        embedded = measure_embeddings(args.data, work / "embeddings", threads, max(3, int(7 * args.scale)))
+        embedded = _embeddings(args, work, threads)
         _say("timed embeddings", began)
         profile = [
             onnxruntime_profile(directories[name], name, shape, threads)
@@ -155,6 +165,25 @@ def run(args: argparse.Namespace) -> None:
     save_record(args.record, record)
     _say(f"wrote {args.record}", began)
     render(args)
+
+
+def embeddings(args: argparse.Namespace) -> None:
+    """Measure the embeddings of a record again."""
+    record = load_record(args.record, Record)
+    with tempfile.TemporaryDirectory(dir=args.work) as scratch:
+        measured = _embeddings(args, Path(scratch), args.threads or len(os.sched_getaffinity(0)))
+    save_record(args.record, {**record, "embeddings": measured, "text_peers": measured["peers"]})
+    render(args)
+
+
+def _embeddings(args: argparse.Namespace, work: Path, threads: int) -> EmbeddingRecord:
+    timed = measure_embeddings(args.data, work / "embeddings", threads, max(3, int(7 * args.scale)))
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": _machine(threads),
+        "commit": versions(())["commit"],
+        **timed,
+    }
 
 
 def _build(args: argparse.Namespace, work: Path, threads: int) -> dict[str, Path]:
@@ -283,15 +312,18 @@ def main() -> None:
     measure = commands.add_parser("run", help="measure, and write the record and the section of docs/performance.md")
     measure.add_argument("checkpoint", type=Path, help="compressed checkpoint")
     measure.add_argument("--dense", type=Path, required=True, help="the dense checkpoint that it was made from")
-    measure.add_argument("--data", type=Path, required=True, help="labelled sentences")
-    measure.add_argument("--threads", type=int, help="[default: all cores]")
-    measure.add_argument("--work", type=Path, help="directory for what is thrown away afterwards")
-    measure.add_argument("--scale", type=float, default=1.0, help="rounds times this, to try the command out")
     measure.add_argument("--no-compare", action="store_true", help="leave out the comparison with the checkpoint")
     measure.set_defaults(call=run)
+    again = commands.add_parser("embeddings", help="measure the embeddings of a record again, and nothing else")
+    again.set_defaults(call=embeddings)
+    for command in (measure, again):
+        command.add_argument("--data", type=Path, required=True, help="labelled sentences")
+        command.add_argument("--threads", type=int, help="[default: all cores]")
+        command.add_argument("--work", type=Path, help="directory for what is thrown away afterwards")
+        command.add_argument("--scale", type=float, default=1.0, help="rounds times this, to try the command out")
     write = commands.add_parser("render", help="write the section of docs/performance.md again, from the record")
     write.set_defaults(call=render)
-    for command in (measure, write):
+    for command in (measure, again, write):
         command.add_argument("--record", type=Path, default=FILE)
         command.add_argument("--document", type=Path, default=DOCUMENT)
         command.add_argument("--readme", type=Path, default=README, help="where the summary goes")

@@ -29,7 +29,7 @@ from nxm_export.pipeline.demo import model_directory
 from nxm_export.pipeline.engine_commands import bench_text, build_engine, features_of
 from nxm_export.storage.json_files import convert
 from tools import ROOT
-from tools.benchmarks.cpu_record import EmbeddingRecord, TextRecord
+from tools.benchmarks.cpu_record import TextRecord, TimedEmbeddings
 
 TEXT_PEERS = "NXM_TEXT_PEERS_PYTHON"
 PEER = ROOT / "tools" / "experiments" / "st_peer.py"
@@ -42,7 +42,7 @@ ENGINES = {
 }
 
 
-def measure_embeddings(data: Path, work: Path, threads: int, rounds: int) -> EmbeddingRecord:
+def measure_embeddings(data: Path, work: Path, threads: int, rounds: int) -> TimedEmbeddings:
     """Time the sentences of a data file, ours and theirs in turns, in the directory `work`."""
     work.mkdir()
     pairs, sentences = write_pairs(data, work)

@@ -95,12 +95,20 @@ class TextRecord(TypedDict):
     seconds: dict[str, list[float]]
 
 
-class EmbeddingRecord(TypedDict):
+class TimedEmbeddings(TypedDict):
     """Sentence embeddings of one model, of peers, too; `cosine` is each one's mean with the model in FP32."""
 
     text: TextRecord
     cosine: dict[str, float]
     peers: str | None
+
+
+class EmbeddingRecord(TimedEmbeddings):
+    """They can be measured again without the rest, and have a date, a machine and a commit of their own."""
+
+    date: str
+    machine: MachineFacts
+    commit: str
 
 
 class ProfileRow(TypedDict):

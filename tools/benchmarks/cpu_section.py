@@ -43,6 +43,7 @@ def section(record: Record) -> str:
         texts=_texts(record["text"]),
         text_peers=record["text_peers"],
         embeddings=_embeddings(record["embeddings"]),
+        embedded=record["embeddings"],
         profile=[_profile(entry) for entry in record["profile"]],
         products=[_products(entry, reached) for entry in record["profile"] if (reached := entry.get("int8_gops"))],
     )

@@ -105,7 +105,18 @@ def measure(scratch: Path, sizes: _Sizes, *, smoke: bool) -> Found:
     model, checkpoint, data = scratch / "model", scratch / "checkpoint", scratch / "document.tsv"
     files = ("--train", scratch / "train.tsv", "--dev", scratch / "dev.tsv")
     # Without a length of its own `nxm compress` cuts at 512 tokens, and the checkpoint keeps that limit.
-    nxm("compress", "compress", model, *files, "--steps", 0, "--max-length", sizes.tokens, "--out", checkpoint)
+    nxm(
+        "compress",
+        "compress",
+        model,
+        *files,
+        "--recipe=obs",
+        "--steps",
+        0,
+        f"--max-length={sizes.tokens}",
+        "--out",
+        checkpoint,
+    )
     nxm("export", "export", checkpoint, "--out", scratch / "graph")
     assert json.loads((scratch / "graph/spec.json").read_text(encoding="utf-8"))["max_length"] == sizes.tokens
     compared: list[Compared] = []

@@ -328,8 +328,9 @@ def test_the_estimate_counts_what_comes_before_the_first_step() -> None:
     config = transformers.BertConfig(num_hidden_layers=12, hidden_size=32, intermediate_size=64, num_attention_heads=2)
     family = family_of(config.to_dict(), source="test")
     plan = family.uniform_plan(config.to_dict(), WeightSpec.parse("2:4+W8"), placement="inputs-outputs")
-    calibration, outputs, masks = 512 * 1.5, 25 * 128 * 1.3, 512 * 6.0
+    calibration, outputs, masks = 512 * 1.5, 25 * 128 * 1.3, 512 * 13.0
     assert passes_before_training(Settings(), plan, 10000) == calibration + outputs + masks
+    assert passes_before_training(Settings(recipe="obs"), plan, 10000) == calibration + outputs + 512 * 6.0
     assert passes_before_training(Settings(output_limit=None), plan, 10000) == calibration + masks
     assert passes_before_training(Settings(recipe="magnitude", output_limit=None), plan, 100) == 100 * 1.5
     assert passes_before_training(Settings(recipe="magnitude", steps=0), plan, 10000) == 2 * calibration + outputs

@@ -14,7 +14,7 @@ import pytest
 
 import nxm_export as nxm
 from compressors.search.settings import SearchSettings
-from compressors.settings import Settings
+from compressors.settings import RECIPES, Settings
 from engines.passport import load_passport
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.families import FAMILIES
@@ -208,6 +208,21 @@ def test_a_family_passes_a_stage(
     family: str, stage: str, tmp_path: Path, tiny_checkpoint: Graphs, tiny_graph: Graphs, tiny_engine: Graphs
 ) -> None:
     STAGES[stage](Family(family, tiny_checkpoint(family), tiny_graph, tiny_engine), tmp_path)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe not in STAGES])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_family_is_compressed_by_the_other_recipes(
+    family: str, recipe: str, tmp_path: Path, tiny_checkpoint: Graphs
+) -> None:
+    root = tiny_checkpoint(family).parent
+    steps = 0 if recipe == "one-shot" else 6
+    settings = Settings(recipe=recipe, steps=steps, batch_size=16, calibration_samples=32, precision="fp32")
+    train, dev = root / "train.tsv", root / "dev.tsv"
+    done = nxm.compress(root / "dense", train=train, dev=dev, out=tmp_path / "checkpoint", settings=settings)
+    assert done.recipe == recipe
+    open_checkpoint(tmp_path / "checkpoint").require_valid()
 
 
 def test_every_registered_family_is_tried() -> None:

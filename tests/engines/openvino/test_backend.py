@@ -105,7 +105,6 @@ def test_it_agrees_with_onnx_runtime_and_with_pytorch(
             if placement in family.placements
         ],
         lambda pair: pair[0] == "bert",
-        (),
     ),
 )
 def test_int8_attention_agrees_with_pytorch(family: str, placement: str, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from engines.parity.decisions import (
 
 # How the reference is made to round as the engine's float type does: float32 it computes in itself; of the shorter
 # types, half a unit in the last place of what every module reads and writes. At the inputs of linear layers alone it
-# is too little: PyTorch in float16 is 2.4 times as far off (trained MiniLM-L6, not quantized).
+# is too little: PyTorch in float16 is 2.4 times as far off (trained MiniLM-L6, not quantized; by hand).
 DTYPE_ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 # Backends whose quantizer rounds before it rounds to a code: OpenVINO computes x * (1/s) + 128 in float32, whose sum
 # errs by up to 2**-17 of a code however small the value, where a division errs by 2**-21 at 8 codes. 2**-17 of a code

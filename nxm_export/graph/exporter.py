@@ -386,14 +386,18 @@ def _name_float_weights(model: ir.Model, names: Iterable[str]) -> None:
         fold_float_weight(model.graph, name)
 
 
+def _reader(opened: _OpenedModel, names: Sequence[str]) -> Callable[[str], np.ndarray]:
+    """What gives a weight by its name: the file, or, of one under names of its authors' own, what transformers makes of
+    it."""
+    if all(holds_tensor(opened.path, name) for name in names):
+        return partial(read_tensor, opened.path)
+    translated = load_task_model(opened.path, opened.task).state_dict()
+    return lambda name: translated[name].numpy()
+
+
 def _require_same_weights(model: ir.Model, opened: _OpenedModel, names: Sequence[str], dtype: str) -> None:
-    """The traced weights are the checkpoint's, bit for bit, rounded to the dtype of the graph; of a file under names
-    of its authors' own, those that transformers makes of it."""
-    path = opened.path
-    read: Callable[[str], np.ndarray] = partial(read_tensor, path)
-    if not all(holds_tensor(path, name) for name in names):
-        translated = load_task_model(path, opened.task).state_dict()
-        read = lambda name: translated[name].numpy()  # noqa: E731
+    """The traced weights are the checkpoint's, bit for bit, rounded to the dtype of the graph."""
+    read = _reader(opened, names)
     for name in names:
         traced = model.graph.initializers.get(name)
         expected = read(name).astype(numpy_dtype(dtype))

@@ -10,7 +10,6 @@ each once in an order that turns. Tokens are random, without padding: kernels ta
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
@@ -29,6 +28,7 @@ from tools.benchmarks.measuring import (
     RECORDS,
     Circumstances,
     Ratio,
+    bench_parser,
     circumstances,
     load_record,
     paired_ratio,
@@ -210,10 +210,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--render", action="store_true", help="only write the document again")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model: whether the bench runs; prints the section")
-    chosen = parser.parse_args(arguments)
+    chosen = bench_parser(__doc__).parse_args(arguments)
     if chosen.smoke:
         print(section(measure(SMOKE_MODELS, SHAPES[:1], 3)))
         return

@@ -9,7 +9,6 @@ shape are timed in one run, each round in an order that turns.
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from tools.benchmarks.measuring import (
     RECORDS,
     Circumstances,
     Ratio,
+    bench_parser,
     circumstances,
     load_record,
     paired_ratio,
@@ -171,12 +171,10 @@ def _cell(entry: Timed) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench_parser(__doc__)
     parser.add_argument("dense", nargs="?", type=Path)
     parser.add_argument("checkpoint", nargs="?", type=Path)
     parser.add_argument("--model", default="MPNet-base (all-mpnet-base-v2), classifier of MRPC")
-    parser.add_argument("--render", action="store_true", help="only write the document again")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model: whether the bench runs; prints the section")
     chosen = parser.parse_args(arguments)
     if chosen.smoke:
         with tempfile.TemporaryDirectory() as scratch:

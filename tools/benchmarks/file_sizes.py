@@ -9,7 +9,6 @@ built and not run; where it is not installed, its column is empty.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, TypedDict
 from engines.base import BuildOptions, backend
 from nxm_export.contract.packed_checkpoint import pack
 from nxm_export.errors import EngineUnavailable
-from tools.benchmarks.measuring import DOCUMENT, RECORDS, load_record, save_record
+from tools.benchmarks.measuring import DOCUMENT, RECORDS, bench_parser, load_record, save_record
 from tools.benchmarks.scaling import write_random
 from tools.provenance import versions
 from tools.rendering import render, write_section
@@ -140,10 +139,7 @@ def _cells(row: Row) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     import transformers
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--render", action="store_true", help="only write the document again")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model: whether the bench runs; prints the section")
-    chosen = parser.parse_args(arguments)
+    chosen = bench_parser(__doc__).parse_args(arguments)
     if chosen.smoke:
         small = transformers.MPNetConfig(
             hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2

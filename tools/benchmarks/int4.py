@@ -10,7 +10,6 @@ out; engines of TensorRT-RTX are built and not run.
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
@@ -30,6 +29,7 @@ from tools.benchmarks.measuring import (
     RECORDS,
     Circumstances,
     Ratio,
+    bench_parser,
     circumstances,
     load_record,
     paired_ratio,
@@ -192,10 +192,7 @@ def _time_cells(row: Row) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--render", action="store_true", help="only write the document again")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model: whether the bench runs; prints the section")
-    chosen = parser.parse_args(arguments)
+    chosen = bench_parser(__doc__).parse_args(arguments)
     if chosen.smoke:
         print(section(measure(_Sizes("small", SMOKE_SIZES["small"], SHAPES[:1], 3, 2))))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -24,6 +25,14 @@ from tools.provenance import versions
 RECORDS = ROOT / "results" / "performance"
 DOCUMENT = ROOT / "docs" / "performance.md"
 T = TypeVar("T")
+
+
+def bench_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the two options that most benchmarks take."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--render", action="store_true", help="only write the document again")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model: whether the bench runs; prints the section")
+    return parser
 
 
 class Ratio(TypedDict):

@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 from torch import nn
 
-from compressors.pruning.layerwise import ADMM, MAGNITUDE, REFITTED, SECOND_ORDER, Solver
+from compressors.pruning.layerwise import DRAFTS, MAGNITUDE, SECOND_ORDER, Solver
 from compressors.search.plan_search import _enough, _typical_batches, solver_of
 from compressors.search.plan_search import search as search_plan
 from compressors.search.settings import SearchSettings
@@ -100,8 +100,8 @@ def test_it_writes_the_plan_and_its_evidence(searched: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "solver"),
     [
-        ("admm", ADMM),
-        ("obs-refit", REFITTED),
+        ("admm", DRAFTS["admm"]),
+        ("obs-refit", DRAFTS["obs-refit"]),
         ("obs", SECOND_ORDER),
         ("nxm", SECOND_ORDER),
         ("magnitude", MAGNITUDE),

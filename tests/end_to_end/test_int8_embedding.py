@@ -50,7 +50,7 @@ from tests.support import baked, onnx_text, tiny
 from tests.support.variants import variants
 
 TABLE = FAMILIES["bert"].word_embedding
-EVERY_FAMILY = variants(FAMILIES, ("bert",))
+EVERY_FAMILY = variants(FAMILIES, ("bert",), slow=tiny.DISTINCT)
 SMALLEST = np.finfo(np.float32).smallest_normal
 # Rows of any size that training could leave, and all the odd ones: zeros, subnormal numbers, one value among zeros.
 ROWS = arrays.arrays(

@@ -36,12 +36,16 @@ NEUTRAL = (
 WORDS = (*GOOD, *BAD, *NEUTRAL)
 # Of the families that `make test` runs wherever all of them are tried: those with a block of another form each.
 SHORT = ("bert", "roberta", "distilbert", "electra", "albert", "modernbert")
+# Families whose blocks, masks and heads are those of another one: what takes long is not tried with them but by
+# `pytest -m exhaustive`.
+ALIKE = ("xlm-roberta", "camembert", "gte", "jina_embeddings_v3")
 LIKE_ROBERTA = ("roberta", "xlm-roberta", "camembert", "mpnet")  # in special tokens, and positions behind padding
 FAMILIES = (
     *("bert", "roberta", "distilbert", "electra", "albert"),
     *("xlm-roberta", "camembert", "mpnet", "modernbert", "nomic_bert", "gte", "jina_embeddings_v3"),
     "deberta-v2",
 )
+DISTINCT = tuple(family for family in FAMILIES if family not in ALIKE)
 LIKE_DEBERTA_V3 = {  # but for its sizes; there are more distances than buckets for them
     "relative_attention": True,
     "position_buckets": 8,

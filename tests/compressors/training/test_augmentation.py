@@ -81,7 +81,11 @@ def test_every_batch_keeps_a_label_and_the_samples_that_were_there_are_untouched
     assert places != augmented(features, order, 4, 0.7, seed=6)[1]
 
 
-@pytest.mark.parametrize("task", variants(TASKS, ("classification",)))
+# By what a sample's labels are; the others have those of classification, or one number as regression does.
+LABELS = ("token-classification", "question-answering", "embedding", "regression")
+
+
+@pytest.mark.parametrize("task", variants(TASKS, ("classification",), slow=LABELS))
 def test_a_compression_with_distorted_samples_and_other_texts_gives_a_valid_checkpoint(
     task: str, tmp_path: Path
 ) -> None:

@@ -549,6 +549,8 @@ def test_several_models_and_versions_serve_side_by_side(engine: Path, tmp_path: 
         (["{failed}"], "parity with its checkpoint failed", 3),
         (["{engine}", "--parity", "passed", "m={unchecked}"], "never checked", 3),
         (["/nowhere"], "has no passport.json", 1),
+        (["{empty}"], "model.onnx is missing: the passport beside it names it", 1),
+        (["{other}"], "tokenizer.json is not the one that the engine was built with", 1),
         (["a/../../b=/nowhere"], "cannot be a model's name", 1),
         (["{engine}", "--buckets", "8,0"], "are no lengths", 2),
         (["{engine}", "--buckets", "9999"], "from 1 to 48", 1),
@@ -564,6 +566,9 @@ def test_what_cannot_be_served_is_one_line_and_an_exit_code(
         (tmp_path / name / "parity.json").unlink()
         if parity is not None:
             exact_engine.write_parity(tmp_path / name, passed=parity)
+    places["empty"], places["other"] = (Path(shutil.copytree(engine, tmp_path / name)) for name in ("empty", "other"))
+    (tmp_path / "empty" / "model.onnx").unlink()
+    (tmp_path / "other" / "tokenizer.json").write_text("{}")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -573,6 +578,7 @@ def test_what_cannot_be_served_is_one_line_and_an_exit_code(
     assert result.exit_code == status, result.output
     assert complaint in result.output
     assert "Traceback" not in result.output
+    assert "listening" not in result.output  # said by a server that is there for what it serves
 
 
 def test_a_bind_beyond_this_machine_says_that_there_is_no_authentication(engine: Path, tmp_path: Path) -> None:

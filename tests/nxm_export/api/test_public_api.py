@@ -424,6 +424,7 @@ OF_RUN = {
     **dict.fromkeys(("text", "text_pair", "label", "label_map"), "columns"),
     **{name: "settings" for name, _ in options_of(Settings)},
     "plan_file": "plan",
+    "more_text_share": "more_text",
     "dry_run": None,  # `estimate`, below
     **dict.fromkeys(("demo", "config", "json"), None),  # for a terminal alone
 }

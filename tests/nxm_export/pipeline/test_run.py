@@ -32,6 +32,7 @@ from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, r
 from nxm_export.contract.records.run_summary import SCHEMA, RunSummary
 from nxm_export.contract.records.verify_report import read_verify_report
 from nxm_export.pipeline.estimate import passes_before_training
+from nxm_export.pipeline.run import Request, _more_text
 from nxm_export.storage.json_files import decode, entry_at
 from tests.engines.cusparselt.machines import FACTS, Priced
 from tests.engines.cusparselt.test_backend import FASTER
@@ -304,11 +305,48 @@ def test_dry_run_estimates_and_writes_nothing(desk: Desk, tmp_path: Path) -> Non
     assert estimated["search_seconds"] == 0
     assert estimated["max_length"] == tiny.POSITIONS
     assert estimated["engines"][:2] == ["ort-cpu-fp32", "ort-cpu-int8"]
+    assert estimated["more_texts"] == 0
     assert list(tmp_path.iterdir()) == []
 
 
 class _Compressed(Exception):
     """The checkpoint is there, and the stages behind it need not run."""
+
+
+def test_more_text_is_counted_and_its_files_decide_what_is_made_again(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a film\nthe film\n")
+    more = ("--more-text", str(texts), "--more-text-share=0.25")
+    result = desk.nxm(*desk.arguments(tmp_path / "run", "--dry-run", "--json", *more))
+    assert json.loads(result.stdout)["more_texts"] == 2
+    requests: list[Request] = []
+
+    def keep(request: Request, *_: object, **__: object) -> None:
+        requests.append(request)
+        raise _Compressed
+
+    monkeypatch.setattr("nxm_export.pipeline.run.run", keep)
+    assert isinstance(desk.nxm(*desk.arguments(tmp_path / "run", *more)).exception, _Compressed)
+    assert _more_text(requests[0]) == ({"more text 1": texts}, {"more_text_share": 0.25})
+    assert _more_text(replace(requests[0], more_text=None)) == ({}, {})
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message"),
+    [
+        (["--more-text-share=0.5"], 2, "is the share of --more-text"),
+        (["--more-text=none.txt", "--steps=0"], 1, "nothing is trained"),
+        (["--more-text=none.txt"], 1, "none.txt: no such file"),
+    ],
+)
+def test_more_text_that_cannot_be_used_is_refused(
+    desk: Desk, tmp_path: Path, more: list[str], code: int, message: str
+) -> None:
+    result = desk.nxm(*desk.arguments(tmp_path / "run", "--dry-run", *more))
+    assert (result.exit_code, list(tmp_path.iterdir())) == (code, [])
+    assert message in result.stderr
 
 
 def test_the_estimate_counts_what_comes_before_the_first_step() -> None:

@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from engines.parity.bisect import bisect
-from engines.parity.compare import Part, compare, compare_all
+from engines.parity.compare import compare, compare_all
+from engines.parity.parts import Part
 from engines.parity.reports import ParityReport
 from engines.reference.pytorch import TorchEngine
 from nxm_export.cli import main

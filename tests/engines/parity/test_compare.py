@@ -102,7 +102,7 @@ class TestMemory:
 
         monkeypatch.setattr(TorchEngine, "run", recorded)
         monkeypatch.setattr("engines.parity.compare.reference_memory", lambda _, tokens: 1000 * tokens)
-        monkeypatch.setattr("engines.parity.compare.engine_memory", lambda *_: None)
+        monkeypatch.setattr("engines.parity.parts.engine_memory", lambda *_: None)
         return seen
 
     def compared(

@@ -54,7 +54,7 @@ LONGEST = (
     "compressors/training/test_augmentation.py",
     "compressors/training/test_output_sensitivity.py",
     "engines/serving/test_hostile_traffic.py",
-    "engines/serving/test_server.py",
+    "engines/serving/test_server_under_load.py",
     "engines/tensorrt/test_rtx_backend.py",
     "nxm_export/reporting/test_hub_card.py",
     "nxm_export/reporting/test_unfinished_runs.py",

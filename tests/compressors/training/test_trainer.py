@@ -449,7 +449,7 @@ def test_threads_setting_is_obeyed(prepared: Path, tmp_path: Path) -> None:
 
 def test_what_is_scored_is_what_is_saved(prepared: Path, tmp_path: Path) -> None:
     """Weights that are not quantized are stored in 16 bit; half of them are planned dense here."""
-    from engines.parity.compare import run_all
+    from engines.parity.parts import run_all
     from engines.reference.pytorch import load
     from nxm_export.contract.io_spec import IOSpec
     from nxm_export.contract.tasks import TASKS

@@ -16,7 +16,7 @@ import pytest
 from engines.base import BuildOptions, LoadOptions, backend
 from engines.openvino import backend as openvino_backend
 from engines.parity.bisect import bisect
-from engines.parity.compare import open_part
+from engines.parity.parts import open_part
 from engines.parity.tolerance import QUANTIZER_ROUNDING
 from engines.passport import load_passport
 from engines.reference import pytorch

@@ -221,7 +221,7 @@ def test_a_trained_model_of_each_family_runs_alike_in_both_runtimes(
     tiny_graph: Callable[..., Path],
 ) -> None:
     """On its real dev sentences, as ONNX Runtime optimizes the plain file."""
-    from engines.parity.compare import run_all
+    from engines.parity.parts import run_all
     from nxm_export.data.examples import encode, index_of, load_raw, with_classes
     from nxm_export.data.tokenization import load_tokenizer
 

@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip
 INSTALL := $(PIP) install --quiet --disable-pip-version-check $(PIP_ARGS)
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-slow static check coverage site clean
+.PHONY: help setup demo test test-slow test-all static check coverage site clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -42,6 +42,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Both in one: what tests of both kinds need is made once.
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m 'not exhaustive'
 
 static: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" tools/check --static

@@ -196,6 +196,14 @@ class Settings:
         """Whether compression takes optimizer steps at all."""
         return self.recipe != "one-shot" and self.steps != 0
 
+    def require_taught(self, option: str) -> None:
+        """Raise `DataError` where no teacher answers the texts without labels that `option` brings."""
+        if not self.trains or not self.distill or self.recipe == "paper":
+            why = "nothing is distilled" if self.trains else "nothing is trained"
+            raise DataError(
+                f"{option} brings texts without labels for the dense model to answer, and {why}; leave it out"
+            )
+
     def dense_part(self) -> dict[str, object]:
         """The settings that the dense model depends on, by name: compressing in another way must not train it again."""
         return {name: getattr(self, name) for name in (*DENSE_FIELDS, *SHARED_FIELDS)}

@@ -207,9 +207,7 @@ class EnginePassport:
 
         `facts` are this machine's values of `requires`; both sides are named, and the command that rebuilds.
         """
-        file = directory / self.engine
-        if not file.is_file():
-            raise ArtifactError(f"{file} is missing: the passport beside it names it; restore it, or build again")
+        file = self.require_engine(directory)
         actual = file_hash(file)
         if actual != self.engine_sha256:
             raise ArtifactError(
@@ -224,6 +222,13 @@ class EnginePassport:
             raise ArtifactError(
                 f"{file} was built for {built}, and this machine has {here}; rebuild it here: {self.rebuild_command()}"
             )
+
+    def require_engine(self, directory: Path) -> Path:
+        """The engine file; raises `ArtifactError` where there is none."""
+        file = directory / self.engine
+        if not file.is_file():
+            raise ArtifactError(f"{file} is missing: the passport beside it names it; restore it, or build again")
+        return file
 
     def require_companions(self, directory: Path) -> None:
         """Raise `ArtifactError` unless the companions in `directory` are those that the engine was built with; of a

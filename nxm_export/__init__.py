@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from nxm_export.contract.records.search_result import SearchResult
     from nxm_export.contract.records.verify_report import VerifyReport
     from nxm_export.data.examples import Columns
+    from nxm_export.data.more_text import MoreText
     from nxm_export.data.predictions import (
         Answer,
         AnyPrediction,
@@ -161,6 +162,7 @@ _HOMES = {
     ),
     "Progress": "nxm_export.progress",
     "Columns": "nxm_export.data.examples",
+    "MoreText": "nxm_export.data.more_text",
     **dict.fromkeys(("Settings", "Losses"), "compressors.settings"),
     "SearchSettings": "compressors.search.settings",
     "SearchResult": "nxm_export.contract.records.search_result",
@@ -216,6 +218,7 @@ __all__ = [  # noqa: RUF022  (in the order in which one meets them)
     "ConnectionLimits",
     "TritonOptions",
     "Columns",
+    "MoreText",
     "Progress",
     "WeightSpec",
     "NMPattern",

@@ -37,6 +37,37 @@ sitecustomize.block_network()
 hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("suite")
 
+# The files that take longest start first: one that came last would have one worker busy and leave the others idle.
+LONGEST = (
+    "nxm_export/graph/test_exporter.py",
+    "nxm_export/pipeline/test_run.py",
+    "tools/test_benches.py",
+    "test_readme.py",
+    "compressors/training/test_trainer.py",
+    "compressors/search/test_plan_search.py",
+    "compressors/training/test_torchrun.py",
+    "end_to_end/test_long_inputs.py",
+    "end_to_end/test_family_stages.py",
+    "engines/tensorrt/test_rehearsal.py",
+    "end_to_end/test_tasks.py",
+    "engines/test_hostile_directories.py",
+    "compressors/training/test_augmentation.py",
+    "compressors/training/test_output_sensitivity.py",
+    "engines/serving/test_hostile_traffic.py",
+    "engines/serving/test_server_under_load.py",
+    "engines/tensorrt/test_rtx_backend.py",
+    "nxm_export/reporting/test_hub_card.py",
+    "nxm_export/reporting/test_unfinished_runs.py",
+    "engines/serving/test_soak.py",
+    "engines/test_sample_inputs.py",
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {ROOT / "tests" / name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

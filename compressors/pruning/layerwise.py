@@ -14,8 +14,9 @@ E, all rows of a matrix at once:
 
 Inputs are normalised to unit mean square in step 1: it makes a fixed schedule of penalties fit every layer.
 
-`SOLVERS` has this and its rivals under one signature. Training starts from what they find, ``--steps 0`` saves it, and
-the search's table (`compressors.search.sensitivity`) asks what it costs.
+`SOLVERS` has this and its rivals under one signature. Training starts from what they find, and ``--steps 0`` saves it.
+`DRAFTS` has the same with less `Effort`: the search's table (`compressors.search.sensitivity`) asks what each of many
+options costs, of which one is chosen.
 """
 
 from __future__ import annotations
@@ -37,16 +38,33 @@ from nxm_export.contract.plan import NMPattern, WeightSpec
 from nxm_export.errors import DataError
 
 DAMPING = 0.01  # of the mean diagonal of H: keeps its inverse finite for inputs that hardly vary
-_PENALTY, _GROWTH = (
-    0.1,
-    1.1,
-)  # rho and its growth per iteration; .01 to .1 and 1.1 to 1.3 every third agree within 0.5 %
-_MOST_ITERATIONS = 100
+_PENALTY = 0.1  # rho at first; .01 to .1 agree within 0.5 %
 _SETTLED_AFTER, _SETTLED_SHARE = 20, 3e-4  # stop once so few kept entries change
-_REFIT_STEPS, _REFIT_TOLERANCE = 60, 1e-5  # of conjugate gradients; residual relative to the first
-_SCALE_POINTS, _LOWEST_SCALE, _SCALE_REFINEMENTS = 36, 0.3, 10
-_SWEEPS = 3  # of coordinate descent
+_REFIT_TOLERANCE = 1e-5  # of conjugate gradients; residual relative to the first
+_LOWEST_SCALE, _SCALE_REFINEMENTS = 0.3, 10
 _BLOCK = 128  # columns whose updates to the rest are applied together, for speed only
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How far the steps of a solver go.
+
+    `growth` is that of ADMM's penalty per iteration (1.1, and 1.1 to 1.3 every third, agree within 0.5 %), `sweeps` are
+    of coordinate descent. From `nearest_from` on, the largest code, each weight is rounded for itself.
+    """
+
+    iterations: int = 100  # at most; they settle after 21 to 23
+    growth: float = 1.1
+    refit_steps: int = 60
+    scale_points: int = 36
+    sweeps: int = 3
+    nearest_from: int | None = None
+
+
+WHOLE = Effort()
+# Two fifths of the time. Of MiniLM-L6's matrices E is 5 to 12 % above that of the whole effort, all of them alike. For
+# 8 bits rounding is a hundredth of what pruning costs, and the grid is not worth its time.
+DRAFT = Effort(iterations=8, growth=1.3, refit_steps=16, scale_points=12, sweeps=1, nearest_from=127)
 
 
 @dataclass(frozen=True)
@@ -111,7 +129,7 @@ MaskOf = Callable[[Tensor, OutputMetric, NMPattern], Tensor]
 
 
 @torch.no_grad()
-def admm_mask(weight: Tensor, metric: OutputMetric, pattern: NMPattern) -> Tensor:
+def admm_mask(weight: Tensor, metric: OutputMetric, pattern: NMPattern, effort: Effort = WHOLE) -> Tensor:
     """The N:M mask (out, in) that ADMM finds for `weight`; see the module's text, step 1."""
     values, vectors = metric.eigen
     dense = weight.float() * metric.norms
@@ -121,13 +139,13 @@ def admm_mask(weight: Tensor, metric: OutputMetric, pattern: NMPattern) -> Tenso
     dual = torch.zeros_like(dense)
     penalty = _PENALTY
     kept = max(1, int(mask.sum()))
-    for iteration in range(1, _MOST_ITERATIONS + 1):
+    for iteration in range(1, effort.iterations + 1):
         x = ((target + (penalty * z - dual) @ vectors) / (values + penalty)) @ vectors.T
         candidate = x + dual / penalty
         previous, mask = mask, nm_mask(candidate.abs(), pattern)
         z = candidate * mask
         dual += penalty * (x - z)
-        penalty *= _GROWTH
+        penalty *= effort.growth
         changed = int((mask & ~previous).sum())
         if iteration > 1 and (changed == 0 or (iteration >= _SETTLED_AFTER and changed < _SETTLED_SHARE * kept)):
             break
@@ -142,7 +160,7 @@ def second_order_mask(weight: Tensor, metric: OutputMetric, pattern: NMPattern) 
 
 
 @torch.no_grad()
-def refit(weight: Tensor, metric: OutputMetric, mask: Tensor) -> Tensor:
+def refit(weight: Tensor, metric: OutputMetric, mask: Tensor, effort: Effort = WHOLE) -> Tensor:
     """argmin of ``E(R)`` over R with its non-zeros in `mask`; conjugate gradients, diagonal preconditioner, row by row.
 
     It starts at the masked weight, and every step lowers E.
@@ -155,7 +173,7 @@ def refit(weight: Tensor, metric: OutputMetric, mask: Tensor) -> Tensor:
     direction = z.clone()
     energy = (residual * z).sum(dim=1, keepdim=True)
     first = energy.clamp(min=1e-30)
-    for _ in range(_REFIT_STEPS):
+    for _ in range(effort.refit_steps):
         product = (direction @ metric.h) * keep
         curvature = (direction * product).sum(dim=1, keepdim=True)
         step = torch.where(curvature > 0, energy / curvature.clamp(min=1e-30), 0.0)
@@ -172,22 +190,25 @@ def refit(weight: Tensor, metric: OutputMetric, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def round_to_least_error(
-    weight: Tensor, latent: Tensor, metric: OutputMetric, mask: Tensor | None, qmax: int
+    weight: Tensor, latent: Tensor, metric: OutputMetric, mask: Tensor | None, qmax: int, effort: Effort = WHOLE
 ) -> tuple[Tensor, Tensor]:
     """(codes (out, in) in [-qmax, qmax], scale (out, 1)) of small ``E(codes * scale)``; zero outside `mask`."""
-    scale = weighted_scale(latent, metric.h.diagonal(), qmax)
+    scale = weighted_scale(latent, metric.h.diagonal(), qmax, effort.scale_points)
+    if effort.nearest_from is not None and qmax >= effort.nearest_from:
+        codes = torch.round(latent / scale).clamp_(-qmax, qmax)  # 0 where the mask is
+        return codes, _fitted_scale(codes, weight, metric, scale)
     keep = None if mask is None else mask.float()
     codes = _compensated_codes(latent, metric.inverse_factor, scale, keep, qmax)
     scale = _fitted_scale(codes, weight, metric, scale)
-    for _ in range(_SWEEPS):
+    for _ in range(effort.sweeps):
         codes = _descend(weight, codes, scale, metric, keep, qmax)
         scale = _fitted_scale(codes, weight, metric, scale)
     return codes, scale
 
 
-def weighted_scale(weight: Tensor, importance: Tensor, qmax: int) -> Tensor:
-    """Scale (out, 1) of least rounding error ``sum_j importance_j (w_j - Q(w_j))^2`` among points from 0.3 to 1 of the
-    max-abs scale, refined by least squares. Rows of zeros get 1."""
+def weighted_scale(weight: Tensor, importance: Tensor, qmax: int, points: int = WHOLE.scale_points) -> Tensor:
+    """Scale (out, 1) of least rounding error ``sum_j importance_j (w_j - Q(w_j))^2`` among `points` from 0.3 to 1 of
+    the max-abs scale, refined by least squares. Rows of zeros get 1."""
     largest = weight.abs().amax(dim=1, keepdim=True) / qmax
     largest = torch.where(largest > 0, largest, torch.ones_like(largest))
 
@@ -196,8 +217,8 @@ def weighted_scale(weight: Tensor, importance: Tensor, qmax: int) -> Tensor:
         return ((weight - codes * scale).square() * importance).sum(dim=1, keepdim=True), codes
 
     best, (least, codes) = largest, cost(largest)
-    points = torch.linspace(_LOWEST_SCALE, 1.0, _SCALE_POINTS)[:-1].tolist() if qmax < 127 else []
-    candidates: list[Tensor | None] = [largest * point for point in points]
+    shares = torch.linspace(_LOWEST_SCALE, 1.0, points)[:-1].tolist() if qmax < 127 else []
+    candidates: list[Tensor | None] = [largest * share for share in shares]
     for candidate in [*candidates, *[None] * _SCALE_REFINEMENTS]:
         if candidate is None:  # refine the best so far
             power = (codes.square() * importance).sum(dim=1, keepdim=True)
@@ -284,6 +305,7 @@ class Solver:
         """The weight under each of several specs; those with one pattern share their start."""
         dense = weight.float()
         starts: dict[NMPattern, Start] = {}
+        whole = float(metric.error(dense).sum())
         solutions = []
         for spec in specs:
             mask, latent, scale = None, dense, None
@@ -295,15 +317,19 @@ class Solver:
             if spec.qmax is not None:
                 codes, scale = self.grid(dense, latent, metric, mask, spec.qmax)
                 deployed = codes * scale
-            whole = float(metric.error(dense).sum())
             error = float(metric.error(dense - deployed).sum()) / whole if whole > 0 else 0.0
             solutions.append(Solution(latent.to(weight.dtype), deployed.to(weight.dtype), mask, scale, error))
         return solutions
 
 
-def _refitted(weight: Tensor, metric: OutputMetric, pattern: NMPattern, mask_of: MaskOf) -> Start:
+def _refitted(weight: Tensor, metric: OutputMetric, pattern: NMPattern, mask_of: MaskOf, effort: Effort) -> Start:
     mask = mask_of(weight, metric, pattern)
-    return mask, refit(weight, metric, mask)
+    return mask, refit(weight, metric, mask, effort)
+
+
+def _refitting(mask_of: MaskOf, effort: Effort) -> Solver:
+    start = partial(_refitted, mask_of=mask_of, effort=effort)
+    return Solver(start, partial(round_to_least_error, effort=effort))
 
 
 def _pruned(weight: Tensor, metric: OutputMetric, pattern: NMPattern) -> Start:
@@ -323,11 +349,16 @@ def _nearest(_: Tensor, latent: Tensor, __: OutputMetric, ___: Tensor | None, qm
     return torch.round(latent / scale).clamp_(-qmax, qmax), scale
 
 
-ADMM = Solver(partial(_refitted, mask_of=admm_mask), round_to_least_error)
-REFITTED = Solver(partial(_refitted, mask_of=second_order_mask), round_to_least_error)  # the control for `ADMM`
+ADMM = _refitting(admm_mask, WHOLE)
+REFITTED = _refitting(second_order_mask, WHOLE)  # the control for `ADMM`
 SECOND_ORDER = Solver(_pruned, _nearest)  # `compressors.pruning.sparsegpt` alone
 MAGNITUDE = Solver(_largest, _nearest)  # asks nothing of the inputs
 SOLVERS: Mapping[str, Solver] = {"admm": ADMM, "obs-refit": REFITTED, "obs": SECOND_ORDER}  # by recipe
+DRAFTS: Mapping[str, Solver] = {
+    "admm": _refitting(partial(admm_mask, effort=DRAFT), DRAFT),
+    "obs-refit": _refitting(second_order_mask, DRAFT),
+    "obs": SECOND_ORDER,
+}
 
 
 class Finished(Protocol):

@@ -22,10 +22,16 @@ from compressors import distributed
 from compressors.models import ModelSource, load_model, load_tokenizer, resolve
 from compressors.process_setup import prepare_process
 from compressors.pruning.layer_inputs import require_enough_tokens
-from compressors.pruning.layerwise import MAGNITUDE, SECOND_ORDER, SOLVERS, Solver
+from compressors.pruning.layerwise import DRAFTS, MAGNITUDE, SECOND_ORDER, Solver
 from compressors.quantization.prepare_bake import prepare
 from compressors.search.plan_selection import Selection, Selector, Trial, write_trials
-from compressors.search.sensitivity import Batches, Sensitivity, SensitivityProbe, write_sensitivities
+from compressors.search.sensitivity import (
+    MOMENTS_IN_MEMORY,
+    Batches,
+    Sensitivity,
+    SensitivityProbe,
+    write_sensitivities,
+)
 from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
 from compressors.training.default_recipe import training_of
@@ -59,9 +65,10 @@ _MARKS = {"plan.json", SEARCH_FILE}  # that make a directory one of a search
 _TIMED_STEPS = 5
 REFITTING = ("admm", "obs-refit")  # recipes whose weights are fitted to what layers read
 TOKENS_PER_INPUT = 2
-# A weight that reads n values is solved for one option in the time in which it multiplies 55 n tokens: 52 to 58 at 11
-# to 53 tokens a sentence (CPU time on one thread, shapes of MiniLM-L6, against forward passes of the dense model).
-SOLVED_TOKENS = 55
+# A weight that reads n values is solved for one option in the time in which it multiplies so many times n tokens. The
+# whole solver takes 55 n: 52 to 58 at 11 to 53 tokens a sentence (CPU time on one thread, shapes of MiniLM-L6, against
+# forward passes of the dense model). A draft takes two fifths of that.
+SOLVED_TOKENS = 22
 
 
 def search(
@@ -127,9 +134,9 @@ def search(
 
 
 def solver_of(recipe: str) -> Solver:
-    """What makes the weights that a candidate is judged by: the recipe's own start; for recipes that find masks in
-    training, second-order pruning stands for what they will find."""
-    return MAGNITUDE if recipe in ("magnitude", "one-shot") else SOLVERS.get(recipe, SECOND_ORDER)
+    """What makes the weights that a candidate is judged by: a draft of the recipe's own start; for recipes that find
+    masks in training, second-order pruning stands for what they will find."""
+    return MAGNITUDE if recipe in ("magnitude", "one-shot") else DRAFTS.get(recipe, SECOND_ORDER)
 
 
 def _sized(settings: SearchSettings, source: ModelSource, data: TaskData, recipe: str, trained: int) -> SearchSettings:
@@ -138,7 +145,8 @@ def _sized(settings: SearchSettings, source: ModelSource, data: TaskData, recipe
     solving = 0.0
     if recipe in REFITTING and data.train:
         tokens = float(np.mean([len(sample["input_ids"]) for sample in data.train]))
-        read = TOKENS_PER_INPUT * max(wide for _, wide in shapes) * (blocks + 1)  # each block anew, and their products
+        passes = min(blocks, -(-4 * sum(wide**2 for _, wide in shapes) // MOMENTS_IN_MEMORY))
+        read = TOKENS_PER_INPUT * max(wide for _, wide in shapes) * (passes + 1)  # and their products
         width = sum(out * wide * wide for out, wide in shapes) / sum(out * wide for out, wide in shapes)
         solving = (read + SOLVED_TOKENS * settings.compressing * width) / tokens
     return settings.sized(blocks, len(source.family.linears), len(data.train), trained, solving)

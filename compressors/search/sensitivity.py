@@ -1,16 +1,16 @@
 """How much each (weight, option) hurts on its own: the table that the search decides from.
 
 Two measures, both with the weight compressed as the recipe would make it before training
-(`compressors.pruning.layerwise.SOLVERS`) and its input quantized, everything else dense:
+(`compressors.pruning.layerwise.DRAFTS`) and its input quantized, everything else dense:
 
 ``kl``      divergence of the model's outputs from the dense model's on calibration samples;
 ``fisher``  ``sum_o f_o (w_o - z_o)^T E[x x^T] (w_o - z_o)`` with f_o the mean squared gradient of the loss at output o:
             the second-order estimate of the loss, without a forward pass per entry.
 
-Memory does not depend on the number of samples, and holds the second moments of one block: statistics are streamed, and
-for each encoder block the samples pass in chunks through the blocks before it twice, and through the rest once per
-entry. Finished blocks are kept on disk, so an interrupted table goes on where it was. Under ``torchrun`` each process
-measures some of the blocks.
+Memory does not depend on the number of samples, and holds the second moments of one block, or of several that together
+take no more than `MOMENTS_IN_MEMORY`: statistics are streamed, and for each encoder block the samples pass in chunks
+through the blocks before it twice, and through the rest once per entry. Finished blocks are kept on disk, so an
+interrupted table goes on where it was. Under ``torchrun`` each process measures some of the blocks.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from nxm_export.hf.protocols import TaskOutput
 
 Batches = Sequence[Mapping[str, Tensor]]
 COLUMNS = ("weight", "option", "kl", "fisher")
+MOMENTS_IN_MEMORY = 2**28  # bytes, at most: layers that read one tensor share its moments
 _LEAST = -1e-9  # no divergence is negative but by rounding
 Options = Mapping[str, Sequence[WeightSpec]]  # what to measure, by weight
 
@@ -197,8 +198,8 @@ class OneShot:
     """Every (weight, option) compressed without training, by `solver`, for what the layers of the dense model read on
     `batches`.
 
-    All `options` of a block are made when the first of them is asked for: one pass over the samples gives the second
-    moments of the block, and they are not kept.
+    All `options` of a block are made when the first of them is asked for. One pass over the samples gives its second
+    moments, and those of blocks behind it that fit into memory, too; they are not kept.
     """
 
     def __init__(
@@ -214,6 +215,7 @@ class OneShot:
             weight: {replace(option, output_bits=None) for option in specs} for weight, specs in options.items()
         }
         self._made: dict[tuple[str, WeightSpec], Candidate] = {}
+        self._moments: dict[str, Tensor] = {}  # of blocks that the last pass read, too
 
     def __call__(self, weight: str, option: WeightSpec) -> tuple[Tensor, float | None]:
         """(weight (out, in) float32, input scale or None)."""
@@ -236,18 +238,32 @@ class OneShot:
         """Every option of every weight of a block."""
         layers = {weight: self.probe.layer(weight) for weight in self.probe.weights if self.options.get(weight)}
         (inside,) = by_block(layers, [block])
-        for weight, metric in metrics(second_moments(self.probe.model, inside, self.batches)):
+        if not inside.keys() <= self._moments.keys():
+            together = by_block(layers, self.probe.blocks[self.probe.blocks.index(block) :])
+            self._moments = second_moments(self.probe.model, _fitting(together), self.batches)
+        for weight, metric in metrics({weight: self._moments.pop(weight) for weight in inside}):
             dense, options = inside[weight].weight.detach().float(), sorted(self.options[weight], key=str)
             for option, solution in zip(options, self.solver.all(dense, metric, options), strict=True):
                 self._made[weight, option] = _candidate(dense, metric, solution)
+
+
+def _fitting(parts: Sequence[Mapping[str, nn.Linear]]) -> dict[str, nn.Linear]:
+    """The layers of the first part, and of those behind it as long as all moments fit into memory."""
+    taken, size = dict[str, nn.Linear](), 0
+    for part in parts:
+        size += sum(4 * layer.in_features**2 for layer in part.values())
+        if taken and size > MOMENTS_IN_MEMORY:
+            break
+        taken |= part
+    return taken
 
 
 def _candidate(dense: Tensor, metric: OutputMetric, solution: Solution) -> Candidate:
     values, scale = solution.weight.half(), None
     if solution.scale is not None:
         values, scale = torch.round(solution.weight / solution.scale).to(torch.int8), solution.scale
-    difference = (dense - (values.float() if scale is None else values.float() * scale)).double()
-    return Candidate(values, scale, ((difference @ metric.raw.double()) * difference).sum(dim=1))
+    difference = dense - (values.float() if scale is None else values.float() * scale)
+    return Candidate(values, scale, ((difference @ metric.raw) * difference).double().sum(dim=1))
 
 
 class _Sums:

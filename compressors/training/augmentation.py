@@ -1,31 +1,37 @@
-"""More text for the teacher to answer: training samples with some tokens dropped, replaced and swapped.
+"""More text for the teacher to answer: training samples with some tokens dropped, replaced and swapped; and texts from
+elsewhere, which have no labels.
 
 A small training set is learned by heart, and a compressed model that has done so agrees with its teacher on nothing
 else. What a distorted sentence means is not known, so its label is left out; the teacher's answer and hidden states are
-all it is trained on. Distilling into small models on changed sentences is TinyBERT's idea (Jiao et al. 2020, arXiv
-1909.10351), which replaces words by what a language model proposes; here they come from the training set.
+all it is trained on, as they are of other texts. Distilling into small models on changed sentences is TinyBERT's idea
+(Jiao et al. 2020, arXiv 1909.10351), which replaces words by what a language model proposes; here they come from the
+training set.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
+from itertools import groupby
 from numbers import Integral
 
 from nxm_export.contract.tasks import Task
-from nxm_export.data.examples import Features, inputs_of, sample_of
+from nxm_export.data.examples import Features, Label, inputs_of, sample_of
 from nxm_export.data.token_labels import NO_LABEL
 from nxm_export.errors import DataError
 
 DROPPED, REPLACED, SWAPPED = 0.10, 0.15, 0.10  # shares of a sample's tokens
+WINDOW = 50  # batches among which samples are sorted by length
 
 
-def require_augmentable(task: Task) -> None:
-    """Raise `DataError` for a task whose own loss, where it has a part in training, cannot leave a sample out."""
+def require_augmentable(task: Task, option: str = "--augment") -> None:
+    """Raise `DataError` for a task whose own loss, where it has a part in training, cannot leave a sample out; `option`
+    is what brings such samples."""
     if task.own_loss and (task.output_kind != "softmax"):
         raise DataError(
             f"task {task.name} has a loss of its own that cannot leave samples without labels out; set its weight to "
-            "0, or leave --augment out"
+            f"0, or leave {option} out"
         )
 
 
@@ -47,6 +53,44 @@ def augmented(
     return samples, places
 
 
+def mixed(
+    samples: Sequence[Features],
+    order: Sequence[int],
+    more: Sequence[Features],
+    batch_size: int,
+    share: float,
+    seed: int,
+) -> tuple[list[Features], list[int]]:
+    """(samples with `more` behind them, order) in which about `share` of the places of `order` hold one of `more`.
+
+    All of `more` come once before any comes again. The first of every batch stays as it is, and in each stretch of
+    `WINDOW` batches a longer text takes the place of a longer sample: batches are still of similar length. The result
+    depends on the arguments only.
+    """
+    rng = random.Random(f"more text {seed}")
+    chosen = [at for at in range(len(order)) if at % batch_size and rng.random() < share]
+    drawn = list[int]()
+    while len(drawn) < len(chosen):
+        drawn += rng.sample(range(len(more)), len(more))
+    places, start = list(order), 0
+    for _, stretch in groupby(chosen, key=lambda at: at // (WINDOW * batch_size)):
+        by_length = sorted(stretch, key=lambda at: len(samples[order[at]]["input_ids"]))
+        texts = drawn[start : start + len(by_length)]
+        start += len(by_length)
+        for at, text in zip(by_length, sorted(texts, key=lambda i: len(more[i]["input_ids"])), strict=True):
+            places[at] = len(samples) + text
+    return [*samples, *more], places
+
+
+def without_label(label: Label | str, tokens: int) -> Label | str:
+    """What stands for no label in place of this one, in a sample of so many tokens; answers (a text) stay."""
+    if isinstance(label, list):
+        return [math.nan] * len(label) if label and isinstance(label[0], float) else [NO_LABEL] * tokens
+    if isinstance(label, float):
+        return math.nan
+    return NO_LABEL if isinstance(label, Integral) else label
+
+
 def distorted(sample: Features, pool: Sequence[int], rng: random.Random) -> Features:
     """`sample` without its label, some tokens dropped, replaced by one of `pool`, or swapped with the next.
 
@@ -65,9 +109,4 @@ def distorted(sample: Features, pool: Sequence[int], rng: random.Random) -> Feat
     changed["input_ids"] = [
         token if token in fixed or rng.random() >= REPLACED else rng.choice(pool) for token in changed["input_ids"]
     ]
-    labels = sample["labels"]
-    if isinstance(labels, list):
-        labels = [NO_LABEL] * len(places)
-    elif isinstance(labels, Integral):
-        labels = NO_LABEL
-    return {**sample, **sample_of(changed), "labels": labels}
+    return {**sample, **sample_of(changed), "labels": without_label(sample["labels"], len(places))}

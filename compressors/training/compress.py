@@ -43,6 +43,7 @@ from nxm_export.contract.records.train_log import TRAIN_LOG_FILE
 from nxm_export.contract.tasks import Task, task_named
 from nxm_export.data.examples import Columns, group_array, label_array
 from nxm_export.data.metrics import interval, metric_named, paired_interval
+from nxm_export.data.more_text import MoreText
 from nxm_export.errors import DataError
 from nxm_export.hf.model_loading import quiet_transformers
 from nxm_export.hf.protocols import FastTokenizer, SavedModel
@@ -142,6 +143,7 @@ def compress(
     settings: Settings = Settings(),
     columns: Columns = Columns(),
     train_limit: int | None = None,
+    more_text: MoreText | None = None,
     work_dir: Path | None = None,
     outputs: Path | None = None,
     progress: Progress = silent,
@@ -149,16 +151,19 @@ def compress(
     """Compress a dense task model under `plan` and save the checkpoint to `out` with ``metrics.json``.
 
     `model` is a directory whose head fits the task (see `finetune`); it is also the teacher. Where nothing trains
-    (``steps=0``), `train` is calibration text and needs no labels. Interrupted work resumes from `work_dir`. `outputs`
+    (``steps=0``), `train` is calibration text and needs no labels. `more_text` has no labels; the dense model answers
+    it in training. Interrupted work resumes from `work_dir`. `outputs`
     is as in `finetune`. Every argument but `model` is by keyword, as a command line has it.
     """
     prepare_process(settings.threads)
     source, kind, result = resolve(model), task_named(task), Result.at(out, work_dir, outputs)
-    require_apart(result.directory, source.path, train, dev, within=False)
+    require_apart(result.directory, source.path, train, dev, *(more_text.files if more_text else ()), within=False)
+    if more_text is not None:
+        settings.require_taught("--more-text")
     _require_trainable(source, kind, settings, str(model))
     plan.require_fits(source.family.model_type, source.family.weights(source.config))
     tokenizer = load_tokenizer(source)
-    request = TaskDataRequest(kind, train, dev, columns, train_limit, texts_alone=not settings.trains)
+    request = TaskDataRequest(kind, train, dev, columns, train_limit, not settings.trains, more_text)
     data = read_task_data(source, request, tokenizer, settings)
     if data.numbered:
         require_counted_alike(load_model(source, kind), data, dev)
@@ -197,7 +202,9 @@ def _take_ownership(
 ) -> None:
     """Keep what an interrupted run left in `work_dir` if it was of the same model, samples, settings and plan; how many
     threads it had makes no difference."""
-    take_ownership(work_dir, request_hash(source, data.train, replace(settings, threads=None), *plan))
+    more = [] if data.more_text_facts is None else [data.more_text_facts]
+    samples = [*data.train, *data.more_text]
+    take_ownership(work_dir, request_hash(source, samples, replace(settings, threads=None), *plan, *more))
 
 
 def _dev_logits(model: nn.Module, data: TaskData, progress: Progress) -> np.ndarray:

@@ -89,7 +89,7 @@ class Job:
         self.source, self.data, self.plan = source, data, plan
         self.settings, self.work_dir, self.progress = settings, work_dir, progress
         width = size_of(source.config, source.family.hidden_key)
-        self.training = training_of(settings, data.task, width)
+        self.training = training_of(settings, data.task, width, more_text=bool(data.more_text))
         # A slice of train that no phase trains on: it tells what fixing the masks would cost, and dev is never asked.
         held_out, rest = split_indices(data.train, min(256, len(data.train) // 20), settings.seed)
         self.held_out = [data.train[i] for i in sorted(held_out)]
@@ -105,6 +105,8 @@ class Job:
             settings.precision,
             data.task.output_kind,
             self.training.augment,
+            data.more_text,
+            data.more_share,
             progress,
         )
 
@@ -112,8 +114,10 @@ class Job:
         """Calibrate, find the masks, fix them, masked QAT; returns the trained student (not yet baked) and what was
         done."""
         settings = self.settings
-        if self.training.augment and self.training.losses.task:
-            require_augmentable(self.data.task)
+        if self.training.losses.task:
+            for option, share in (("--augment", self.training.augment), ("--more-text", self.data.more_share)):
+                if share:
+                    require_augmentable(self.data.task, option)
         set_seed(settings.seed)
         student, teacher = self.prepared(), self._teacher()
         in_float = self._leave_in_float(student)
@@ -142,6 +146,7 @@ class Job:
             mask_hash=mask_hash(layers),
             outputs_in_float=in_float,
             permutation=permutation,
+            more_text=self.data.more_text_facts,
             admm=None if residual is None else settings.admm,
             admm_steps=searched.admm_steps,
             residual=residual,

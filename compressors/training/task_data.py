@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
 from compressors.models import ModelSource, cut_notice, max_length
 from compressors.settings import Settings
+from compressors.training.augmentation import without_label
 from nxm_export.contract.config_values import size_of
 from nxm_export.contract.no_answer import THRESHOLD, no_answer_threshold
+from nxm_export.contract.records.checkpoint_metrics import MoreTextFacts
 from nxm_export.contract.tasks import Task
-from nxm_export.data.examples import Columns, Examples, Features, RawExamples, encode, index_of
+from nxm_export.data.examples import Columns, Examples, Features, Label, RawExamples, encode, index_of
 from nxm_export.data.label_kinds import LABELS, Classes, classes_of, has_labels, labelled, load_labelled
+from nxm_export.data.more_text import MoreText, read_more_text, text_hash
 from nxm_export.data.question_answering import answering
 from nxm_export.data.scorable import require_scorable_examples
 from nxm_export.errors import ArtifactError, DataError, notice, some
@@ -21,7 +25,8 @@ from nxm_export.hf.protocols import FastTokenizer
 @dataclass(frozen=True)
 class TaskDataRequest:
     """Which data: files or names of train and, where there is one, dev; their columns; at most `train_limit` samples of
-    train. Train may be `texts_alone` where nothing learns from labels: samples without one then have NaN."""
+    train; what else is trained on, without labels. Train may be `texts_alone` where nothing learns from labels: samples
+    without one then have NaN."""
 
     task: Task
     train: str
@@ -29,13 +34,14 @@ class TaskDataRequest:
     columns: Columns = Columns()
     train_limit: int | None = None
     texts_alone: bool = False
+    more_text: MoreText | None = None
 
 
 @dataclass(frozen=True)
 class TaskData:
     """Training and evaluation data of one task, tokenized. `numbered`: labels are numbers, which are taken for indices
     of the head's `classes`. `no_answer_threshold` is what the model's contract will say
-    (`nxm_export.contract.no_answer`)."""
+    (`nxm_export.contract.no_answer`). `more_text` are samples without labels."""
 
     task: Task
     train: list[Features]
@@ -44,6 +50,13 @@ class TaskData:
     classes: list[str] | None
     numbered: bool = False
     no_answer_threshold: float | None = None
+    more_text: Sequence[Features] = ()
+    more_text_facts: MoreTextFacts | None = None
+
+    @property
+    def more_share(self) -> float:
+        """Which share of what is trained on `more_text` makes up."""
+        return 0.0 if self.more_text_facts is None else self.more_text_facts.share
 
 
 def read_task_data(
@@ -68,7 +81,7 @@ def read_task_data(
         notice(cut)
     length = tokenizer.model_max_length = max_length(source, tokenizer, task, settings.max_length)
 
-    scored = None
+    scored = raw_dev = None
     if request.dev is not None:
         raw_dev = load_labelled(request.dev, "dev", columns, task, head)
         if not LABELS[task.label].separate and (raw.pairs is None) != (raw_dev.pairs is None):
@@ -87,12 +100,25 @@ def read_task_data(
     def tokens(examples: Examples) -> list[Features]:
         return encode(tokenizer.backend_tokenizer, answering(examples, threshold), length, source.family.inputs)
 
+    more, facts = list[Features](), None
+    if request.more_text is not None:
+        unlabelled = read_more_text(request.more_text, columns, task, raw, raw_dev)
+        more = [_without_label(sample, examples.labels[0]) for sample in tokens(unlabelled)]
+        facts = MoreTextFacts(len(unlabelled), request.more_text.share, text_hash(unlabelled))
     held_out = [] if scored is None else tokens(scored)
     names = None if classes is None else list(classes.names)
     numbered = any(found is not None and found.numbered for found in (classes, dev_classes))
-    data = TaskData(task, tokens(examples), held_out, int(tokenizer.pad_token_id or 0), names, numbered, threshold)
+    data = TaskData(
+        task, tokens(examples), held_out, int(tokenizer.pad_token_id or 0), names, numbered, threshold, more, facts
+    )
     _require_rows(source, data, tokenizer)
     return data
+
+
+def _without_label(sample: Features, like: Label) -> Features:
+    """A sample of more text, with what stands for no label in place of one `like` those of the task."""
+    label = sample["labels"]
+    return {**sample, "labels": label if isinstance(label, str) else without_label(like, len(sample["input_ids"]))}
 
 
 SHARED = 0.1  # of the dev texts: published data sets have a few twins
@@ -120,7 +146,7 @@ def _no_answer(source: ModelSource, task: Task, *parts: Examples | None) -> floa
 def _require_rows(source: ModelSource, data: TaskData, tokenizer: FastTokenizer) -> None:
     """Raise `ArtifactError` where the tokenizer gives tokens that the model's table has no row for."""
     rows = size_of(source.config, "vocab_size")
-    samples = (*data.train, *data.dev)
+    samples = (*data.train, *data.dev, *data.more_text)
     if max([data.pad_id, *(max(sample["input_ids"], default=0) for sample in samples)]) < rows:
         return
     beyond = {token for sample in samples for token in sample["input_ids"] if token >= rows} | (

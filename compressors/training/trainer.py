@@ -30,7 +30,7 @@ from compressors.distributed import world_size
 from compressors.pruning.admm import Admm
 from compressors.quantization.fake_quant import quant_linears
 from compressors.settings import PRECISIONS, Losses
-from compressors.training.augmentation import augmented
+from compressors.training.augmentation import WINDOW, augmented, mixed
 from compressors.training.callbacks import (
     COMPLETE,
     CompleteCallback,
@@ -69,14 +69,14 @@ class Phase:
 def schedule(features: Sequence[Features], steps: int, batch_size: int, seed: int) -> list[int]:
     """The order of samples for a whole phase: shuffled per epoch, batches of similar length, as indices.
 
-    Within a window of 50 batches samples are sorted by length, then the batches are shuffled again: little padding, and
-    still random. The order depends on the data, the sizes and the seed only.
+    Among `WINDOW` batches samples are sorted by length, then the batches are shuffled again: little padding, and still
+    random. The order depends on the data, the sizes and the seed only.
     """
     rng = random.Random(seed)
     order: list[int] = []
     while len(order) < steps * batch_size:
         epoch = rng.sample(range(len(features)), len(features))
-        window = 50 * batch_size
+        window = WINDOW * batch_size
         batches = []
         for start in range(0, len(epoch), window):
             chunk = sorted(epoch[start : start + window], key=lambda i: (len(features[i]["input_ids"]), i))
@@ -102,7 +102,8 @@ class PhaseData:
     """What the phases of a run share: the samples, and where and how they are trained on.
 
     Results and training checkpoints lie in `work_dir`. `output_kind` is the task's (`nxm_export.contract.tasks.Task`),
-    `augment` the share of distorted samples (`compressors.training.augmentation`).
+    `augment` the share of distorted samples, `more_share` that of `more_text`, which have no labels
+    (`compressors.training.augmentation`).
     """
 
     features: Sequence[Features]
@@ -112,6 +113,8 @@ class PhaseData:
     precision: str = "auto"
     output_kind: str = "softmax"
     augment: float = 0.0
+    more_text: Sequence[Features] = ()
+    more_share: float = 0.0
     progress: Progress = silent
 
 
@@ -148,6 +151,8 @@ def run_phase(
     features, order = data.features, schedule(data.features, phase.steps, phase.batch_size, data.seed)
     if data.augment:
         features, order = augmented(features, order, phase.batch_size, data.augment, data.seed)
+    if data.more_text:
+        features, order = mixed(features, order, data.more_text, phase.batch_size, data.more_share, data.seed)
     log = JsonLog(data.work_dir / TRAIN_LOG_FILE, phase.name)
     trainer = Trainer(
         model=student,

@@ -28,9 +28,9 @@ from engines.parity.block_outputs import (
     built_with_block_outputs,
     ort_with_block_outputs,
 )
-from engines.parity.compare import Part, open_part
 from engines.parity.compatibility import require_outputs
 from engines.parity.decisions import spread
+from engines.parity.parts import Part, open_part
 from engines.parity.tolerance import MAX_FACTOR, MEAN_FACTOR, UNCHANGED, UNCHANGED_FACTOR, UNCHANGED_SAMPLES
 from engines.reference.pytorch import EMBEDDINGS, Perturbation, TorchEngine
 from nxm_export.contract.checkpoint import read_config

@@ -30,9 +30,9 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.base import Engine, backend
-from engines.memory import engine_memory, reference_memory
-from engines.parity.compatibility import plan_of, require_alike, require_from, require_outputs
+from engines.base import Engine
+from engines.memory import reference_memory
+from engines.parity.compatibility import require_alike, require_outputs
 from engines.parity.decisions import (
     DECIDING,
     Pair,
@@ -45,6 +45,7 @@ from engines.parity.decisions import (
     spread,
 )
 from engines.parity.gates import Gate, check_gate, embedding_table_drop
+from engines.parity.parts import Part, open_part, per_token, run_all
 from engines.parity.probes import (
     Expected,
     Loaded,
@@ -56,10 +57,8 @@ from engines.parity.probes import (
 )
 from engines.parity.reports import PARITY_FILE, Comparison, ParityReport, Skipped, report_text, verdict
 from engines.parity.tolerance import (
-    DTYPE_ROUNDING,
     MAX_FACTOR,
     MEAN_FACTOR,
-    QUANTIZER_ROUNDING,
     UNCHANGED_FACTOR,
     Expectation,
     OutputParity,
@@ -67,14 +66,11 @@ from engines.parity.tolerance import (
     floor,
     largest,
 )
-from engines.passport import EnginePassport, covered_spec, load_passport
-from engines.reference import pytorch
 from engines.reference.pytorch import Perturbation
 from nxm_export.contract.io_spec import IOSpec
-from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.tasks import TASKS, Task
 from nxm_export.contract.token_budget import MAX_BATCH_TOKENS, MAX_ROWS, rows_within
-from nxm_export.data.examples import Features, filled, group_array, label_array, pad, sorted_batches
+from nxm_export.data.examples import Features, group_array, label_array
 from nxm_export.data.label_order import require_label_order, rows_to_look_at
 from nxm_export.data.metrics import interval, metric_named, paired_interval, require_scorable, scored_outputs
 from nxm_export.data.question_answering import context_mask
@@ -154,103 +150,6 @@ def compare_all(
     return Comparison(tuple(reports), tuple(skipped), tuple(map(str, gates)))
 
 
-@dataclass(frozen=True)
-class Part:
-    """An engine directory that belongs to the checkpoint it is compared with; `plan` is that of its graph, None for
-    dense."""
-
-    directory: Path
-    passport: EnginePassport
-    spec: IOSpec
-    plan: CompressionPlan | None
-
-    @property
-    def dtype(self) -> str:
-        """Float dtype of its graph."""
-        return str(self.passport.graph.get("dtype", "float32"))
-
-    @property
-    def key(self) -> str:
-        """Engines with the same key have the same reference."""
-        return f"{self.dtype} {self.passport.graph['placement']} {self.spec.max_length} {self.rounding}"
-
-    @property
-    def rounding(self) -> float:
-        """The relative error by which the reference is made to round as this engine does: that of its float type, or of
-        its backend's quantizer."""
-        of_quantizer = QUANTIZER_ROUNDING.get(self.passport.backend, 0.0) if self.plan else 0.0
-        return max(DTYPE_ROUNDING[self.dtype], of_quantizer)
-
-    @property
-    def rounding_noise(self) -> Perturbation:
-        """`rounding` where this engine rounds: in a shorter float type behind every operator, in float32 where its
-        quantizers read."""
-        return Perturbation(self.rounding, everywhere=DTYPE_ROUNDING[self.dtype] > 0.0)
-
-    @property
-    def rounding_text(self) -> str:
-        """`rounding` in words."""
-        backend_rounds = self.passport.backend in QUANTIZER_ROUNDING
-        return f"{self.dtype} as {self.passport.backend} rounds" if backend_rounds else self.dtype
-
-    def load_reference(
-        self,
-        checkpoint: Path,
-        *,
-        exact: bool = False,
-        perturbation: Perturbation = Perturbation(),
-    ) -> pytorch.TorchEngine:
-        """Its checkpoint in PyTorch, in one of the arithmetics that `engines.reference.pytorch.load` describes."""
-        return pytorch.load(
-            checkpoint,
-            task=self.spec.task,
-            scale_dtype=self.dtype,
-            plan=self.plan,
-            exact=exact,
-            perturbation=perturbation,
-        )
-
-    def memory(self, batch: int, sequence: int) -> int:
-        """Bytes of this machine's memory that the engine needs at least for a batch; 0 where that is on its GPU."""
-        shape = (batch, sequence)
-        needed = engine_memory(self.directory, self.passport, [shape])
-        return 0 if needed is None else needed[shape] + (self.directory / self.passport.engine).stat().st_size
-
-    def load(self) -> Engine:
-        """The engine itself."""
-        return backend(self.passport.backend).load(self.directory)
-
-
-def open_part(checkpoint: Path, directory: Path) -> Part:
-    """An engine directory, checked against its checkpoint; raises `ArtifactError`."""
-    passport = load_passport(directory)
-    spec = covered_spec(directory, passport)
-    plan = plan_of(checkpoint, directory, passport)
-    require_from(checkpoint, directory, passport, spec)
-    return Part(directory, passport, spec, plan)
-
-
-def run_all(
-    engine: Engine,
-    features: Sequence[Features],
-    spec: IOSpec,
-    batch_size: int = MAX_ROWS,
-    batch_tokens: int = MAX_BATCH_TOKENS,
-) -> dict[str, np.ndarray]:
-    """Outputs of every sample, in the order of `features`; batches are by length, so that little is padding, and of at
-    most so many rows and tokens.
-
-    Outputs with a row for every token are (samples, longest sequence, ...), 0 for padding.
-    """
-    rows: dict[str, dict[int, np.ndarray]] = {name: {} for name in engine.outputs}
-    for indices in sorted_batches(features, batch_size, batch_tokens):
-        outputs = engine.run(pad([features[i] for i in indices], spec.pad_id))
-        for name, values in outputs.items():
-            for i, value in zip(indices, values, strict=True):
-                rows[name][i] = value[: len(features[i]["input_ids"])] if _per_token(spec, name) else value
-    return {name: filled([values[i] for i in range(len(features))], 0.0) for name, values in rows.items()}
-
-
 def _batch_tokens(checkpoint: Path, parts: Sequence[Part], samples: _Samples) -> int:
     """Tokens of a batch at most: the usual budget, or half of it, and so on, where the memory of this machine asks for
     less; raises `EngineError` where not even the longest sample fits alone."""
@@ -322,7 +221,7 @@ class _Samples:
         return {"labels": self.labels} | ({} if self.groups is None else {"groups": self.groups})
 
     def reading(self, output: str) -> Reading:
-        lengths = self.lengths if _per_token(self.spec, output) else None
+        lengths = self.lengths if per_token(self.spec, output) else None
         return Reading(self.task.output_kind, lengths, self.allowed)
 
     def scored(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -583,11 +482,7 @@ def _tolerance_text(part: Part) -> str:
 
 def _cut_to(spec: IOSpec, name: str, expected: np.ndarray, changed: np.ndarray) -> np.ndarray:
     """`expected` as long as `changed`: per token, the longest sample may not be among those that were run again."""
-    return expected[:, : changed.shape[1]] if _per_token(spec, name) else expected
-
-
-def _per_token(spec: IOSpec, name: str) -> bool:
-    return "sequence" in spec.outputs.get(name, ())
+    return expected[:, : changed.shape[1]] if per_token(spec, name) else expected
 
 
 def _number(value: float) -> float | None:

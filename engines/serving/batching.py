@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from engines.base import Engine
+from engines.base import Engine, ShapedEngine
 from engines.serving.shapes import Bucket, Buckets
 from nxm_export.contract.token_budget import MAX_BATCH_TOKENS, rows_within
 from nxm_export.errors import RequestRefused
@@ -196,7 +196,8 @@ def run_batch(
     pads: Mapping[str, int],
     sequence_axes: Mapping[str, int],
 ) -> tuple[int, int]:
-    """Run `batch` as one rectangle and give every request its own rows; returns (rows of requests, tokens computed)."""
+    """Run `batch` as one rectangle and give every request its own rows; returns (rows of requests, tokens computed, in
+    the shape that the engine pads to by itself)."""
     rows = sum(request.rows for request in batch)
     length = bucket.length if bucket.fixed else max(request.length for request in batch)
     feeds = {}
@@ -219,4 +220,6 @@ def run_batch(
             axis = sequence_axes.get(name)
             request.outputs[name] = part if axis is None else part.take(range(request.length), axis=axis)
         start += request.rows
-    return rows, max(rows, bucket.least) * length
+    shape = engine.compiled_shape(feeds) if isinstance(engine, ShapedEngine) else None
+    computed_rows, computed_length = shape or (max(rows, bucket.least), length)
+    return rows, computed_rows * computed_length

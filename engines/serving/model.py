@@ -25,7 +25,7 @@ from engines.serving.batching import BatchQueue, Deliver, Limits, Observer, run_
 from engines.serving.memory import return_freed
 from engines.serving.protocol import InferRequest, TensorSpec
 from engines.serving.settings import ModelOptions
-from engines.serving.shapes import Bucket, plan_buckets
+from engines.serving.shapes import Bucket, Buckets, plan_buckets
 from engines.serving.text import TextFrontend
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.tasks import TASKS
@@ -86,14 +86,7 @@ class Model:
         self.name, self.version, self.directory = name, version, directory
         self.passport = passport
         self.spec = covered_spec(directory, passport)
-        self.buckets = plan_buckets(
-            self.spec.max_length,
-            options.max_batch,
-            passport.profiles,
-            options.lengths,
-            max_batch_tokens=options.max_batch_tokens,
-            compiled=passport.shapes,
-        )
+        self.buckets = buckets_of(self.spec, passport, options)
         self.queue = BatchQueue(self.buckets, _limits(options, passport))
         self.withdrawn: str | None = None  # why it must not answer any more; set on the event loop alone
         self.users = 0  # requests between look-up and answer; counted on the event loop alone
@@ -209,6 +202,18 @@ class Model:
             raise ServeError(
                 f"{self.directory}: the engine fails at batch {shape[0]} and length {shape[1]}: {error}"
             ) from error
+
+
+def buckets_of(spec: IOSpec, passport: EnginePassport, options: ModelOptions) -> Buckets:
+    """The buckets of an engine as it is served; raises what `plan_buckets` raises."""
+    return plan_buckets(
+        spec.max_length,
+        options.max_batch,
+        passport.profiles,
+        options.lengths,
+        max_batch_tokens=options.max_batch_tokens,
+        compiled=passport.shapes,
+    )
 
 
 def _limits(options: ModelOptions, passport: EnginePassport) -> Limits:

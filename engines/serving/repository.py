@@ -20,7 +20,7 @@ from engines.admission import admitted, require_gate
 from engines.base import COMPANIONS
 from engines.parity.reports import PARITY_FILE
 from engines.passport import PASSPORT_FILE, covered_spec, load_passport
-from engines.serving.model import TEXT_SUFFIX, Endpoint, Model, open_model
+from engines.serving.model import TEXT_SUFFIX, Endpoint, Model, buckets_of, open_model
 from engines.serving.settings import ModelOptions
 from nxm_export.errors import NxmError, ParityError, RequestRefused, ServeError
 from nxm_export.storage.unreadable import is_without_room
@@ -107,7 +107,9 @@ class Repository:
         self._require_distinct_names()
         for source in self._sources.values():
             passport = admitted(source.directory, self._options.gate, self._options.expect_sha256)
-            covered_spec(source.directory, passport)
+            passport.require_engine(source.directory)
+            passport.require_companions(source.directory)
+            buckets_of(covered_spec(source.directory, passport), passport, self._options)
 
     def _require_distinct_names(self) -> None:
         if self._options.text:

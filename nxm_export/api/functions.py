@@ -30,6 +30,7 @@ from nxm_export.contract.choices import (
 from nxm_export.contract.origin import recorded_checkpoint
 from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
 from nxm_export.data.examples import Columns
+from nxm_export.data.more_text import MoreText
 from nxm_export.data.predictions import AnyPrediction
 from nxm_export.errors import EngineError, PlanError
 from nxm_export.pipeline.graph_file import onnx_file
@@ -113,6 +114,7 @@ def run(
     options: PlanOptions = PlanOptions(),
     revision: str | None = None,
     train_limit: int | None = None,
+    more_text: MoreText | None = None,
     weights_stored: str = WEIGHT_STORAGE,
     backend: str | Sequence[str] = (),
     progress: Progress = silent,
@@ -131,7 +133,9 @@ def run(
     request, choice = _planned(
         _Asked(pattern, weight_bits, plan, search, options), model, train, dev, task, settings, columns
     )
-    request = replace(_with(request, revision, train_limit), weights_stored=weights_stored, backends=_names(backend))
+    request = replace(
+        _with(request, revision, train_limit, more_text), weights_stored=weights_stored, backends=_names(backend)
+    )
     return run_all(request, out, choice, progress=progress)
 
 
@@ -150,6 +154,7 @@ def estimate(
     options: PlanOptions = PlanOptions(),
     revision: str | None = None,
     train_limit: int | None = None,
+    more_text: MoreText | None = None,
     weights_stored: str = WEIGHT_STORAGE,
     backend: str | Sequence[str] = (),
 ) -> RunEstimate:
@@ -159,7 +164,9 @@ def estimate(
     request, choice = _planned(
         _Asked(pattern, weight_bits, plan, search, options), model, train, dev, task, settings, columns
     )
-    request = replace(_with(request, revision, train_limit), weights_stored=weights_stored, backends=_names(backend))
+    request = replace(
+        _with(request, revision, train_limit, more_text), weights_stored=weights_stored, backends=_names(backend)
+    )
     return estimate_run(request, choice)
 
 
@@ -215,6 +222,7 @@ def compress(
     options: PlanOptions = PlanOptions(),
     revision: str | None = None,
     train_limit: int | None = None,
+    more_text: MoreText | None = None,
     progress: Progress = silent,
 ) -> CompressionMetrics:
     """Compress a model (a directory or hub id) to the checkpoint directory `out`, fine-tuning it first where it has no
@@ -222,7 +230,8 @@ def compress(
 
     `train` and `dev` are data files (docs/tasks.md). Every weight gets `pattern` (N kept of every M, by default 2:4;
     None: dense) and `weight_bits` (2 to 8, by default 8; None: unquantized) with INT8 inputs, or what a `plan` or its
-    file says, which stands instead of pattern, bits and `options`. `settings` say how to train. Raises `DataError`,
+    file says, which stands instead of pattern, bits and `options`. `settings` say how to train; `more_text` names files
+    without labels, which the dense model answers in training. Raises `DataError`,
     `PlanError` and `ArtifactError` before anything is trained.
     """
     from nxm_export.pipeline.run import compress_model
@@ -230,7 +239,7 @@ def compress(
     request, choice = _planned(
         _Asked(pattern, weight_bits, plan, None, options), model, train, dev, task, settings, columns
     )
-    return compress_model(_with(request, revision, train_limit), out, plan=choice.file, progress=progress)
+    return compress_model(_with(request, revision, train_limit, more_text), out, plan=choice.file, progress=progress)
 
 
 def search(
@@ -647,5 +656,5 @@ def _request(
     )
 
 
-def _with(request: Request, revision: str | None, train_limit: int | None) -> Request:
-    return replace(request, revision=revision, train_limit=train_limit)
+def _with(request: Request, revision: str | None, train_limit: int | None, more_text: MoreText | None) -> Request:
+    return replace(request, revision=revision, train_limit=train_limit, more_text=more_text)

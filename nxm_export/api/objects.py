@@ -16,6 +16,7 @@ from nxm_export.contract.choices import BACKEND, BENCH_ROUNDS, GATE, LOWERING, T
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.examples import Columns
+from nxm_export.data.more_text import MoreText
 from nxm_export.data.predictions import Answer, AnyPrediction, Embedding, LabelSet, Prediction, Score, TaggedText
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.progress import Progress, silent
@@ -59,6 +60,7 @@ class Model(Generic[P_co]):
         columns: Columns = Columns(),
         options: functions.PlanOptions = functions.PlanOptions(),
         train_limit: int | None = None,
+        more_text: MoreText | None = None,
         progress: Progress = silent,
     ) -> CompressedModel[P_co]:
         """Compress to the checkpoint directory `out`; see `nxm_export.compress` for the parameters, which are as many
@@ -77,6 +79,7 @@ class Model(Generic[P_co]):
             options=options,
             revision=self.revision,
             train_limit=train_limit,
+            more_text=more_text,
             progress=progress,
         )
         return CompressedModel(out, metrics)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     from nxm_export.data.examples import Columns
+    from nxm_export.data.more_text import MoreText
 
     FloatType = click.ParamType[float]
     TextType = click.ParamType[str]
@@ -228,6 +229,20 @@ TASK_OPTION = click.option(
 TRAIN_LIMIT_OPTION = click.option(
     "--train-limit", type=Whole(min=1), help="Use a sample of this many training examples."
 )
+MORE_TEXT_OPTIONS = options(
+    click.option(
+        "--more-text",
+        multiple=True,
+        metavar="FILE",
+        help="Texts without labels, as --train has them; the dense model answers them in training. May be repeated.",
+    ),
+    click.option(
+        "--more-text-share",
+        type=Real(0, 1, min_open=True, max_open=True),
+        metavar="SHARE",
+        help="Share of the samples of training that --more-text makes up.  [default: 0.5]",
+    ),
+)
 DATA_OPTIONS = options(
     TASK_OPTION,
     click.option(
@@ -238,6 +253,7 @@ DATA_OPTIONS = options(
     click.option("--dev", metavar="FILE", help="Held-out data, or the same GLUE task name."),
     LABELLED_COLUMN_OPTIONS,
     TRAIN_LIMIT_OPTION,
+    MORE_TEXT_OPTIONS,
     click.option("--revision", help="Branch, tag or commit of a hub model."),
 )
 
@@ -367,6 +383,17 @@ SEARCH_TRAINING_OPTIONS = options(
     setting_option(Settings, "seed"),
     setting_option(Settings, "threads", help=None),
 )
+
+
+def more_text_of(files: tuple[str, ...], share: float | None) -> MoreText | None:
+    """What --more-text and --more-text-share say together; wrong usage for a share of nothing."""
+    from nxm_export.data.more_text import MoreText
+
+    if not files and share is not None:
+        raise click.UsageError("--more-text-share is the share of --more-text; name its file, or leave the share out")
+    if not files:
+        return None
+    return MoreText(files) if share is None else MoreText(files, share)
 
 
 def columns_of(text: str | None, pair: str | None, label: str | None, label_map: str | None = None) -> Columns:

@@ -36,6 +36,7 @@ def print_estimate(estimate: RunEstimate) -> None:
     click.echo(f"about {_duration(sum(seconds) + estimate.other_seconds)}, good to a factor of two")
     rows = [
         ("training samples", str(estimate.train_samples)),
+        *([("texts without labels", str(estimate.more_texts))] if estimate.more_texts else []),
         ("held-out samples", str(estimate.dev_samples)),
         ("longest input", f"{estimate.max_length} tokens"),
         ("plan", _counts(estimate.plan, estimate.embedding)),
@@ -79,6 +80,9 @@ def print_compression(title: str, metrics: CompressionMetrics, head: str) -> Non
         ("training samples", metrics.train_samples),
         ("held out of them", metrics.held_out_samples),
     ]
+    if metrics.more_text is not None:
+        more = metrics.more_text
+        rows.append(("texts without labels", f"{more.texts}, in {more.share:.0%} of the places"))
     if metrics.outputs_in_float:
         rows.append(("outputs in float", joined(short_names(list(metrics.outputs_in_float)))))
     if metrics.embedding_table_drop is not None:

@@ -33,6 +33,7 @@ from nxm_export.cli.options import (
     all_option,
     columns_of,
     json_option,
+    more_text_of,
     pattern_of,
     settings_of,
     typed,
@@ -67,6 +68,8 @@ class _PlanAndData:
     label: str | None
     label_map: str | None
     train_limit: int | None
+    more_text: tuple[str, ...]
+    more_text_share: float | None
     revision: str | None
 
 
@@ -417,6 +420,7 @@ def _request(model: str, options: _PlanAndData, settings: Settings) -> Request:
         keep_dense=options.keep_dense,
         revision=options.revision,
         train_limit=options.train_limit,
+        more_text=more_text_of(options.more_text, options.more_text_share),
     )
 
 

@@ -205,9 +205,12 @@ def load_raw(
     names, places, read_label = column_names(rows), [place for place, _ in rows], label or label_text
     if tokens is not None:
         first = _only_column(columns.text, TOKEN_COLUMNS, names, path, "token", "--text-column")
-        third = _only_column(columns.label, TAG_COLUMNS, names, path, "tag", "--label-column")
         split_texts = [tokens(row, first, place) for place, row in rows]
-        tags = [read_label(row, third, place) for place, row in rows]
+        if unlabelled:
+            tags: list[RawLabel] = [None] * len(rows)
+        else:
+            third = _only_column(columns.label, TAG_COLUMNS, names, path, "tag", "--label-column")
+            tags = [read_label(row, third, place) for place, row in rows]
         return RawExamples([joined(text) for text in split_texts], None, tags, places, str(path), split_texts)
     first, second = text_columns(columns, names, path)
     labelled = not unlabelled or columns.label or set(LABEL_COLUMNS) & set(names)

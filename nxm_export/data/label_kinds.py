@@ -113,6 +113,19 @@ def load_labelled(
     return _mapped(_aligned(load_raw(source, split, columns, label=kind.cell, tokens=_tokens)), columns.label_map)
 
 
+def load_unlabelled(source: str, columns: Columns, task: Task) -> RawExamples:
+    """The texts of a data file (or a GLUE task) as this task's model reads them; labels are not read, and need not be
+    there. Raises `DataError` with file and line."""
+    kind, columns = LABELS[task.label], replace(columns, label=None)
+    if kind.load is not None:
+        return load_questions(source, columns, answered=False)
+    if kind.per_token:
+        raw = load_raw(source, "train", columns, label=_none, tokens=_tokens, unlabelled=True)
+        return raw.kept([bool(tokens) for tokens in raw.tokens or ()])
+    raw = load_raw(source, "train", columns, label=_none, unlabelled=True)
+    return _require_pairs(raw, task, kind.separate) if kind.pairs else raw
+
+
 def has_labels(raw: RawExamples) -> bool:
     """Whether any row of a file has a label."""
     return any(label is not None for label in raw.labels)
@@ -303,6 +316,10 @@ def _strings(row: DataRow, column: str, place: str, what: str) -> tuple[str, ...
     if not isinstance(value, (list, tuple)):
         raise DataError(f"{place}: column {column!r} holds {value!r}; {what} are a list, one entry a token")
     return tuple(text_of({column: item}, column, place) if isinstance(item, str) else str(item) for item in value)
+
+
+def _none(_: DataRow, __: str, ___: str) -> None:
+    """A label that is not read."""
 
 
 def _tokens(row: DataRow, column: str, place: str) -> tuple[str, ...]:

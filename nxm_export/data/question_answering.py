@@ -39,24 +39,27 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 Answer = tuple[str, int]  # its text, and the character of the context at which it begins
 
 
-def load_questions(source: str, columns: Columns) -> RawExamples:
+def load_questions(source: str, columns: Columns, *, answered: bool = True) -> RawExamples:
     """Questions (texts), contexts (pairs) and gold answers (labels: tuples of `Answer`) of a file; raises `DataError`.
 
     The file is SQuAD's own JSON, or has a row for every question: its text, the context, and ``answers`` (``{"text":
-    [...], "answer_start": [...]}``, or a list of such with one answer each) or ``answer`` and ``answer_start``.
+    [...], "answer_start": [...]}``, or a list of such with one answer each) or ``answer`` and ``answer_start``. Unless
+    they are wanted `answered`, rows need no answers, and have none.
     """
     path = Path(source)
     if not path.is_file():
         raise DataError(f"{source}: no such file; give SQuAD's JSON, or a row for every question (docs/tasks.md)")
     rows = _squad_rows(path) if format_of(path) == ".json" else None
     if rows is None:
-        rows = [_question_in(row, columns, place) for place, row in read_table(path)]
+        rows = [_question_in(row, columns, place, answered) for place, row in read_table(path)]
     if not rows:
         raise DataError(f"{path}: no questions in it; the file is empty or has only a header")
+    if not answered:
+        rows = [(place, question, context, ()) for place, question, context, _ in rows]
     for place, question, context, answers in rows:
         _require_answered(question, context, answers, place)
     unanswered = sum(not answers for _, _, _, answers in rows)
-    if unanswered:
+    if unanswered and answered:
         notice(f"{path}: {unanswered} of {len(rows)} questions have no answer; all are scored as in SQuAD 2.0")
     return RawExamples(
         [question for _, question, _, _ in rows],
@@ -97,13 +100,15 @@ def _squad_rows(path: Path) -> list[_Question] | None:
     return questions
 
 
-def _question_in(row: DataRow, columns: Columns, place: str) -> _Question:
+def _question_in(row: DataRow, columns: Columns, place: str, answered: bool) -> _Question:
     label = columns.label or ("answers" if "answers" in row else "answer")
     question, context = columns.text or "question", columns.pair or "context"
-    for column, flag in ((question, "--text-column"), (context, "--pair-column"), (label, "--label-column")):
+    needed = [(question, "--text-column"), (context, "--pair-column")]
+    for column, flag in [*needed, *([(label, "--label-column")] if answered else [])]:
         if column not in row:
             raise DataError(f"{place}: no column {column!r}; it has {', '.join(map(str, row))}; name it with {flag}")
-    return place, text_of(row, question, place), text_of(row, context, place), answers_of(row, label, place)
+    answers = answers_of(row, label, place) if answered else ()
+    return place, text_of(row, question, place), text_of(row, context, place), answers
 
 
 def answers_of(row: DataRow, column: str, place: str) -> tuple[Answer, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from nxm_export.contract.choices import INT4_BITS
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.contract.quantizer_placement import droppable_outputs
 from nxm_export.data.label_kinds import classes_of, labelled, load_labelled, read_by_model
+from nxm_export.data.more_text import read_more_text
 from nxm_export.data.scorable import require_scorable_examples
 from nxm_export.errors import notice
 from nxm_export.pipeline.plan_choice import PlanChoice, first_plan
@@ -48,7 +50,7 @@ class RunEstimate:
     which then is not known: `plan` and `compression` are those of the request. `prepare_seconds` are of calibration,
     of what INT8 outputs cost, and of masks that are found before the first step. `other_seconds` are of export, build,
     comparison and timing. Seconds are good to a factor of two. `engines` are those that it would build, by name.
-    `max_length` is the longest input in tokens; longer texts are cut.
+    `max_length` is the longest input in tokens; longer texts are cut. `more_texts` are those without labels.
     """
 
     train_samples: int
@@ -68,6 +70,7 @@ class RunEstimate:
     search_seconds: float
     engines: tuple[str, ...]
     max_length: int
+    more_texts: int = 0
 
     def to_dict(self) -> dict[str, object]:
         """The form of ``--json``."""
@@ -89,13 +92,16 @@ def estimate(request: Request, choice: PlanChoice = PlanChoice()) -> RunEstimate
     graphs = graphs_of(backends, kind_of(plan))
     engines = engines_of(backends, kind_of(plan), [*graphs])
     task = task_named(request.task)
-    texts, dev_samples, fits = _data(request, source, task)
+    texts, more, dev_samples, fits = _data(request, source, task)
     tokenizer = load_tokenizer(source)
     if (cut := cut_notice(source, tokenizer, task, request.settings.max_length)) is not None:
         notice(cut)
     longest = max_length(source, tokenizer, task, request.settings.max_length)
     settings, count = request.settings, min(len(texts), request.train_limit or len(texts))
     tokens = min(longest, _mean_words(texts) * _WORDS_TO_TOKENS + 2)
+    if request.more_text is not None:  # a little too much: before the first step no other text is read
+        share, others = request.more_text.share, min(longest, _mean_words(more) * _WORDS_TO_TOKENS + 2)
+        tokens = (1 - share) * tokens + share * others
     flops_per_sample = tokens * 2 * sum(out * in_ for out, in_ in plan.shapes.values())
     speed = _flops()
     step = settings.batch_size * flops_per_sample * 3 / speed  # forward once, backward twice
@@ -124,6 +130,7 @@ def estimate(request: Request, choice: PlanChoice = PlanChoice()) -> RunEstimate
         search_seconds=round(_SEARCH_SHARE * seconds, 1) if choice.search is not None else 0.0,
         engines=tuple(engine.name for engine in engines),
         max_length=longest,
+        more_texts=len(more),
     )
 
 
@@ -139,9 +146,9 @@ def passes_before_training(settings: Settings, plan: CompressionPlan, samples: i
     return passes + calibrated * _SOLVER_PASSES.get(settings.recipe, 0.0)
 
 
-def _data(request: Request, source: ModelSource, task: Task) -> tuple[list[str], int, bool]:
-    """(texts that are trained on, held-out samples, whether the model has a head for the task); raises `DataError` for
-    data that does not fit the task or the head."""
+def _data(request: Request, source: ModelSource, task: Task) -> tuple[list[str], list[str], int, bool]:
+    """(texts that are trained on, those without labels, held-out samples, whether the model has a head for the task);
+    raises `DataError` for data that does not fit the task or the head."""
     fits = source.head_fits(task)
     head = source.classes() if fits else None
     train, dev = (
@@ -155,7 +162,11 @@ def _data(request: Request, source: ModelSource, task: Task) -> tuple[list[str],
         task, labelled(dev, task, dev_classes), None if dev_classes is None else dev_classes.names
     )
     texts = [text if isinstance(text, str) else " ".join(text) for text in read_by_model(train, task)]
-    return texts, len(dev.texts), fits
+    more = list[str]()
+    if request.more_text is not None:
+        found = read_more_text(request.more_text, request.columns, task, train, dev)
+        more = [" ".join(pair) for pair in zip(found.texts, found.pairs or repeat(""), strict=False)]
+    return texts, more, len(dev.texts), fits
 
 
 def _mean_words(texts: Sequence[str]) -> float:

@@ -29,6 +29,7 @@ from nxm_export.contract.records.run_summary import SUMMARY_FILE, RunSummary, re
 from nxm_export.contract.tasks import task_named
 from nxm_export.contract.token_budget import DEFAULT_MAX_LENGTH
 from nxm_export.data.examples import Columns
+from nxm_export.data.more_text import MoreText
 from nxm_export.errors import DataError, EngineUnavailable, PlanError, notice
 from nxm_export.pipeline.engine_commands import features_of
 from nxm_export.pipeline.engine_stages import bench_built, build_engines, choose_engine, compare_built, drop_others
@@ -54,11 +55,11 @@ _NEEDED = ("torch", "transformers", "accelerate", "sklearn", "scipy", "onnx", "o
 class Request:
     """What to run: a model (directory or hub id), a task, its data, how to compress and how to train.
 
-    `placement` None is ``inputs-outputs``, or ``inputs`` where weights are not quantized. `weights_stored` is that of
-    the graphs, where their target can have it. `planned`: the plan comes from elsewhere, and `spec` is not used
-    (`PlanChoice`). `backends` are those whose engines are built and of which the fastest is kept (see
-    `nxm_export.pipeline.run_engines.run_backends`). Raises `PlanError` for a placement or residual that only quantized
-    weights can have, where they are not, and for weights stored as INT4 that have more bits.
+    `more_text` has no labels. `placement` None is ``inputs-outputs``, or ``inputs`` where weights are not quantized.
+    `weights_stored` is that of the graphs, where their target can have it. `planned`: the plan comes from elsewhere,
+    and `spec` is not used (`PlanChoice`). `backends` are those whose engines are built and of which the fastest is kept
+    (see `nxm_export.pipeline.run_engines.run_backends`). Raises `PlanError` for a placement or residual that only
+    quantized weights can have, where they are not, and for weights stored as INT4 that have more bits.
     """
 
     model: str
@@ -74,11 +75,14 @@ class Request:
     keep_dense: Sequence[str] = ()
     revision: str | None = None
     train_limit: int | None = None
+    more_text: MoreText | None = None
     weights_stored: str = WEIGHT_STORAGE
     planned: bool = False
     backends: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if self.more_text is not None:
+            self.settings.require_taught("--more-text")
         if self.weights_stored not in WEIGHT_STORAGES:
             raise PlanError(
                 f"unknown weights stored {self.weights_stored!r}; choose one of {', '.join(WEIGHT_STORAGES)}"
@@ -187,6 +191,7 @@ def compress_model(
 
     source = resolve(request.model, request.revision)
     files = [] if plan is None or isinstance(plan, CompressionPlan) else [plan]
+    files += request.more_text.files if request.more_text else ()
     require_apart(out, source.path, request.train, request.dev, *files, within=False)
     plan = first_plan(request, source, plan)
     model = source.path
@@ -212,6 +217,7 @@ def compress_model(
         dev=request.dev,
         columns=request.columns,
         train_limit=request.train_limit,
+        more_text=request.more_text,
         progress=progress,
     )
 
@@ -290,6 +296,7 @@ def _compress(directory: RunDir, request: Request, plan: CompressionPlan, progre
 
     settings = _with_length_of(directory.path("dense"), request)
     files, names = _data(request)
+    more, more_names = _more_text(request)
 
     def work(out: Path) -> None:
         compress(
@@ -303,6 +310,7 @@ def _compress(directory: RunDir, request: Request, plan: CompressionPlan, progre
             dev=request.dev,
             columns=request.columns,
             train_limit=request.train_limit,
+            more_text=request.more_text,
             progress=progress,
         )
 
@@ -310,8 +318,8 @@ def _compress(directory: RunDir, request: Request, plan: CompressionPlan, progre
         "compress",
         "checkpoint",
         lambda scratch: _into(scratch, work),
-        inputs={"dense": directory.path("dense"), **files},
-        options={**names, "plan": plan.to_dict(), "settings": asdict(settings)},
+        inputs={"dense": directory.path("dense"), **files, **more},
+        options={**names, **more_names, "plan": plan.to_dict(), "settings": asdict(settings)},
         seed=request.settings.seed,
     )
     shutil.rmtree(directory.path("work"), ignore_errors=True)
@@ -363,6 +371,17 @@ def _data(request: Request) -> tuple[dict[str, Path], dict[str, object]]:
     files = {label: Path(source) for label, source in sources.items() if Path(source).is_file()}
     names = {label: source for label, source in sources.items() if label not in files}
     return files, {**names, "train_limit": request.train_limit, "columns": asdict(request.columns)}
+
+
+def _more_text(request: Request) -> tuple[dict[str, Path], dict[str, object]]:
+    """(files of more text, which are hashed; its share and names that are no file). Nothing where there is none: runs
+    from before it need not be made again."""
+    if request.more_text is None:
+        return {}, {}
+    sources = {f"more text {number}": source for number, source in enumerate(request.more_text.files, start=1)}
+    files = {label: Path(source) for label, source in sources.items() if Path(source).is_file()}
+    names = {label: source for label, source in sources.items() if label not in files}
+    return files, {**names, "more_text_share": request.more_text.share}
 
 
 def _into(scratch: Path, work: Callable[[Path], object]) -> None:

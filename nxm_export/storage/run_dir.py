@@ -53,11 +53,16 @@ class Manifest:
 
 
 class RunDir:
-    """A run directory and its manifest. Opening one creates it; an existing directory that is no run is refused."""
+    """A run directory and its manifest. Opening one creates it; an existing directory that is no run is refused.
+
+    One that was created here goes away when a locked block fails before there is anything in it.
+    """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self._locked = False
+        self._new = self._removed = False
+        self._new_root = not self.root.exists()
         if not self._manifest_file.is_file():
             self._create()
         self.manifest = _read_manifest(self._manifest_file)
@@ -79,6 +84,8 @@ class RunDir:
         if self._locked:
             yield
             return
+        if self._removed:
+            self._create()
         with exclusive(
             self.root, f"{self.root} is in use by another nxm process; wait for it, or choose another --out"
         ):
@@ -88,8 +95,20 @@ class RunDir:
             self._locked = True
             try:
                 yield
+            except BaseException:
+                self._remove_empty()
+                raise
             finally:
                 self._locked = False
+
+    def _remove_empty(self) -> None:
+        if not self._new or [file.name for file in self.root.iterdir()] != [MANIFEST]:
+            return
+        with contextlib.suppress(OSError):  # the error under way is worth more
+            self._manifest_file.unlink()
+            self._removed = True
+            if self._new_root:
+                self.root.rmdir()
 
     def stage(
         self,
@@ -165,6 +184,7 @@ class RunDir:
         with exclusive(self.root, f"{self.root} is in use by another nxm process; choose another --out"):
             if not self._manifest_file.is_file():
                 write_atomic(self._manifest_file, encode(Manifest({}), SCHEMA))
+                self._new, self._removed = True, False
 
 
 def _read_manifest(file: Path) -> Manifest:

@@ -22,6 +22,7 @@ from nxm_export.contract.plan import INT8_ATTENTION
 from nxm_export.errors import EngineUnavailable, PlanError
 from nxm_export.pipeline.engine_commands import bisect_engines, build_engine
 from tests.support import baked, tiny
+from tests.support.few_rounds import time_few_rounds_here
 
 Graphs = Callable[..., Path]
 
@@ -105,7 +106,9 @@ def run(family: Family, scratch: Path) -> None:
     """One command for all of it, with its report."""
     root = family.checkpoint.parent
     settings = Settings(steps=6, batch_size=16, calibration_samples=32, precision="fp32")
-    nxm.run(root / "dense", train=root / "train.tsv", dev=family.dev, out=scratch / "run", settings=settings)
+    with pytest.MonkeyPatch.context() as patch:
+        time_few_rounds_here(patch)
+        nxm.run(root / "dense", train=root / "train.tsv", dev=family.dev, out=scratch / "run", settings=settings)
     page = Path(nxm.report(scratch / "run", out=scratch / "report.html")).read_text(encoding="utf-8")
     assert all(linear.role.replace("_", "\n").split("\n")[0] in page for linear in FAMILIES[family.name].linears)
 

@@ -205,7 +205,7 @@ except EngineUnavailable as error:
         assert done.stdout == "ran (1, 2)\n", done.stderr
 
 
-@pytest.mark.parametrize("family", variants(FAMILIES, ("bert",)))
+@pytest.mark.parametrize("family", variants(FAMILIES, ("bert",), slow=tiny.DISTINCT))
 def test_tensorrt_rtx_builds_every_family_with_all_products_in_int8(
     family: str, tiny_engine: Callable[..., Path]
 ) -> None:
@@ -222,7 +222,7 @@ def test_tensorrt_rtx_builds_every_family_with_all_products_in_int8(
     assert passport.profiles[0].maximum == (32, tiny.POSITIONS)
 
 
-@pytest.mark.parametrize("family", variants(FAMILIES, ("bert",)))
+@pytest.mark.parametrize("family", variants(FAMILIES, ("bert",), slow=tiny.DISTINCT))
 @pytest.mark.parametrize("placement", ["inputs", "inputs-outputs"])
 @pytest.mark.parametrize("name", cpu_backends())
 def test_every_planned_product_runs_on_integers(

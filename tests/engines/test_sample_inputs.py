@@ -258,7 +258,7 @@ def bindings(draw: st.DrawFn) -> list[Binding]:
 
 
 @pytest.mark.slow
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(bindings())
 def test_no_graph_of_any_inputs_is_more_than_an_error_in_one_line(inputs: list[Binding]) -> None:
     with TemporaryDirectory() as scratch:

@@ -17,7 +17,7 @@ from tests.support import tiny
 from tests.support.variants import variants
 
 
-@pytest.mark.parametrize("family", variants(tiny.FAMILIES, ("bert", "albert")))
+@pytest.mark.parametrize("family", variants(tiny.FAMILIES, ("bert", "albert"), slow=tiny.DISTINCT))
 def test_a_tiny_checkpoint_has_learned_its_task_and_keeps_its_plan(
     family: str, tiny_checkpoint: Callable[..., Path]
 ) -> None:

@@ -36,12 +36,16 @@ NEUTRAL = (
 WORDS = (*GOOD, *BAD, *NEUTRAL)
 # Of the families that `make test` runs wherever all of them are tried: those with a block of another form each.
 SHORT = ("bert", "roberta", "distilbert", "electra", "albert", "modernbert")
+# Families whose blocks, masks and heads are those of another one: what takes long is not tried with them but by
+# `pytest -m exhaustive`.
+ALIKE = ("xlm-roberta", "camembert", "gte", "jina_embeddings_v3")
 LIKE_ROBERTA = ("roberta", "xlm-roberta", "camembert", "mpnet")  # in special tokens, and positions behind padding
 FAMILIES = (
     *("bert", "roberta", "distilbert", "electra", "albert"),
     *("xlm-roberta", "camembert", "mpnet", "modernbert", "nomic_bert", "gte", "jina_embeddings_v3"),
     "deberta-v2",
 )
+DISTINCT = tuple(family for family in FAMILIES if family not in ALIKE)
 LIKE_DEBERTA_V3 = {  # but for its sizes; there are more distances than buckets for them
     "relative_attention": True,
     "position_buckets": 8,
@@ -267,16 +271,19 @@ def compress_tiny(
     steps: int = 8,
     dense_steps: int = 60,
     settings: Mapping[str, Any] | None = None,
+    more_text: float | None = None,
 ) -> Path:
     """Fine-tune and compress a tiny model for real, into ``out/dense`` and ``out/checkpoint``; returns the checkpoint.
 
     ``out/encoder`` is the model it started from, ``out/train.tsv`` and ``out/dev.tsv`` its data. `settings` are more
-    fields of `compressors.training.compress.Settings`.
+    fields of `compressors.training.compress.Settings`; with a share of `more_text`, other texts are trained on without
+    their labels.
     """
     from compressors.models import resolve
     from compressors.settings import Settings
     from compressors.training.compress import compress, finetune
     from nxm_export.contract.plan import WeightSpec
+    from nxm_export.data.more_text import MoreText
 
     encoder = write_model(family, out / "encoder", head="embedding" if task == "embedding" else None)
     train, dev = write_data(out, task)
@@ -296,7 +303,8 @@ def compress_tiny(
     finetune(encoder, out=out / "dense", **data)
     source = resolve(out / "dense")
     plan = source.family.uniform_plan(source.config, WeightSpec.parse(spec), placement=placement, embedding=embedding)
-    compress(out / "dense", plan=plan, out=out / "checkpoint", **data)
+    other = None if more_text is None else MoreText((str(write_data(out / "other", task, seed=9)[0]),), more_text)
+    compress(out / "dense", plan=plan, out=out / "checkpoint", more_text=other, **data)
     return out / "checkpoint"
 
 

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 from tests.support import onnx_text
 from tools.experiments import (
@@ -20,6 +21,7 @@ from tools.experiments import (
     output_ablation,
     padding_share,
     polygraphy_peer,
+    training_variants,
 )
 
 
@@ -73,6 +75,39 @@ def test_what_polygraphy_reads_is_set_beside_ours(tmp_path: Path, capsys: pytest
     file = onnx_text.save(text, tmp_path / "model.onnx")
     assert polygraphy_peer.main([str(file)]) == 0
     assert capsys.readouterr().out.splitlines()[2:] == ["| model | w: 2:4 | w (one): 2:4, v (two): dense | none |"]
+
+
+@pytest.mark.slow
+def test_every_way_to_train_runs_to_its_end(
+    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tiny_checkpoint("bert").parent
+    data = ["--train", str(made / "train.tsv"), "--dev", str(made / "dev.tsv"), "--max-length", "48"]
+    more = ["--steps", "5", "--threads", "1", "--variants", "default,relations,rounds"]
+    monkeypatch.setattr(sys, "argv", ["ablation", str(made / "dense"), *data, *more])
+    training_variants.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(": KL ")[0] for line in lines] == [
+        f"2:4+W4, {name}{average}"
+        for name in ("default", "relations", "rounds")
+        for average in ("", *(f", average of {decay}" for decay in training_variants.DECAYS))
+    ]
+    assert len({line.partition(": ")[2] for line in lines}) > 3  # they are not one run
+
+
+def test_relations_are_those_of_each_head_over_real_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.randn(2, 3, 4, generator=generator) for _ in range(2))
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    expected = []
+    for row, length in enumerate((3, 2)):
+        for head in (slice(0, 2), slice(2, 4)):
+            a, b = (states[row, :length, head].double() for states in (ours, theirs))
+            p, q = ((x @ x.T / 2**0.5).softmax(dim=-1) for x in (a, b))
+            expected += [float((q[token] * (q[token] / p[token]).log()).sum()) for token in range(length)]
+    found = float(training_variants.relation_loss(ours, theirs, mask, heads=2))
+    assert found == pytest.approx(np.mean(expected), rel=1e-5)  # float32 against float64
+    assert float(training_variants.relation_loss(ours, ours, mask, heads=2)) == 0
 
 
 @pytest.mark.exhaustive

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nxm_export.errors import DataError
 from tools.results import tasks
-from tools.results.phrases import held_out, whole_texts
+from tools.results.phrases import held_out, unrelated, whole_texts
 
 TEXTS = st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=5).map(" ".join), min_size=1, max_size=12)
 
@@ -19,6 +19,25 @@ def contains(text: str, part: str) -> bool:
     """Word for word, the slow way."""
     words, wanted = text.split(), part.split()
     return any(words[start : start + len(wanted)] == wanted for start in range(len(words) - len(wanted) + 1))
+
+
+@given(TEXTS, TEXTS)
+@settings(max_examples=100, deadline=None)
+def test_unrelated_is_what_neither_contains_nor_is_contained(texts: list[str], judged: list[str]) -> None:
+    bare = [text.replace(" ", "") for text in judged]
+    expected = [
+        text
+        for text in dict.fromkeys(texts)
+        if not any(one in (word := text.replace(" ", "")) or word in one for one in bare)
+    ]
+    assert unrelated(texts, judged) == expected
+
+
+def test_sets_that_part_words_and_write_brackets_in_another_way_are_seen_through() -> None:
+    judged = ["It doesn't (really) work."]
+    assert unrelated(["does n't -lrb- really -rrb-", "Yes , it does n't really work . So", "a film", "--"], judged) == [
+        "a film"
+    ]
 
 
 @given(TEXTS)

@@ -15,6 +15,7 @@ from compressors.search.settings import SearchSettings
 from compressors.settings import Losses, Settings
 from nxm_export.contract.records.search_result import FullRun, PlanScore, SampleCounts, SearchBudget, SearchCost
 from nxm_export.data.metrics import interval, mcc, metric_named, paired_interval
+from nxm_export.data.more_text import MoreText
 from nxm_export.errors import ArtifactError, DataError, NxmError, PlanError
 from tests.support import tiny
 from tools import ROOT
@@ -202,6 +203,26 @@ def test_render_makes_a_document_from_real_records(place: Path) -> None:
     assert "### Searched plans" in rendered.text
     assert str(place) not in rendered.text
     assert render(place / "results", place / "docs" / "results.md").text == rendered.text
+
+
+def test_texts_of_other_sets_reach_training_and_are_recorded(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, texts = tiny.write_data(tmp_path, seed=9)[0], tmp_path / "texts.txt"
+    common = ("--task", "cola", "--data", str(place / "glue"))
+    assert main(["texts", *common, "--from", str(other), "--out", str(texts), "--work", str(tmp_path / "work")]) == 0
+    given: list[MoreText | None] = []
+
+    def stop(*_: object, more_text: MoreText | None, **__: object) -> None:
+        given.append(more_text)
+        raise DataError("enough")
+
+    monkeypatch.setattr("tools.results.run.compress", stop)
+    assert measure(place, "admm-2:4+W4-more-text", "--more-text", str(texts)) == 1
+    assert measure(place, "admm-2:4+W4") == 1
+    assert given == [MoreText((str(texts),), 0.5), None]
+    assert measure(place, "admm-2:4+W4-more-text") == 1
+    assert len(given) == 2
 
 
 def test_a_change_of_the_search_reaches_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -700,6 +721,13 @@ def test_all_is_every_standard_row_once() -> None:
         ("nxm-2:4+W4-alone", Losses()),
     ):
         assert changed(Settings(), row_named(name), 384).losses == losses, name
+    more = row_named("admm-2:4+W4-much-more-text")
+    assert (more.more_text, more.settings, row_named("admm-2:4+W4-more-text").more_text) == (
+        0.8,
+        {"recipe": "admm"},
+        0.5,
+    )
+    assert changed(Settings(augment=0.0), more, 384).losses == Losses(0.0, 1.0, 10.0)
     assert row_named("searched-hw-90").recipe == "obs"
     untrained = row_named("obs-refit-2:4+W4-untrained")
     assert (untrained.settings, untrained.option) == ({"recipe": "obs-refit", "steps": 0}, "2:4+W4")

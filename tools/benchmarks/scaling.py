@@ -303,11 +303,11 @@ def calibrate_here(sequences: int) -> Calibrated:
     return {"seconds": time.perf_counter() - began, "before": before, "peak": peak_bytes()}
 
 
-def measure_answers(engine: Path) -> Answers:
+def measure_answers(engine: Path, repeats: int) -> Answers:
     """Seconds to the help text, to the first answer of an engine in a fresh process, and to that of ``nxm serve``."""
     help_seconds, first_seconds, serve_seconds = [], [], []
     modules: list[str] = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         began = time.perf_counter()
         subprocess.run([sys.executable, "-m", "nxm_export", "--help"], cwd=ROOT, capture_output=True, check=True)
         help_seconds.append(time.perf_counter() - began)
@@ -380,13 +380,13 @@ def build_engine(graph: Path, out: Path) -> None:
         raise RuntimeError(f"nxm build failed:\n{done.stderr[-2000:]}")
 
 
-def measure(names: Sequence[str], sequences: Sequence[int]) -> Record:
+def measure(names: Sequence[str], sequences: Sequence[int], repeats: int) -> Record:
     """The record; the engine that answers is of the first size."""
     with tempfile.TemporaryDirectory() as scratch:
         rows = measure_sizes(names, Path(scratch))
         engine = Path(scratch) / "engine"
         build_engine(Path(scratch) / names[0] / "onnx" / "model.onnx", engine)
-        answers = measure_answers(engine)
+        answers = measure_answers(engine, repeats)
     calibration: list[Calibration] = [
         {"sequences": count, **in_child(Calibrated, TOOL_MODULE, "--child", "calibrate", "--sequences", str(count))}
         for count in sequences
@@ -478,10 +478,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(result))
         return
     names = [list(SIZES)[int(number) - 1] for number in chosen.sizes.split(",")]
-    sequences = SEQUENCES
+    sequences, repeats = SEQUENCES, REPEATS
     if chosen.smoke:
-        names, sequences = list(SMOKE_SIZES), (32, 64)
-    record = load_record(FILE, Record) if chosen.render else measure(names, sequences)
+        names, sequences, repeats = list(SMOKE_SIZES), (32, 64), 1
+    record = load_record(FILE, Record) if chosen.render else measure(names, sequences, repeats)
     if chosen.print or chosen.smoke:
         print(section(record))
         return

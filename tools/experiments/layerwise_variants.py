@@ -184,7 +184,7 @@ def joint(weight: Tensor, metric: OutputMetric, spec: WeightSpec) -> Solution:
         codes.abs() + 1e-3 * (weight * metric.norms).abs() / (weight * metric.norms).abs().max(), spec.pattern
     )
     keep = mask.float()
-    for _ in range(2 * layerwise._SWEEPS):
+    for _ in range(2 * layerwise.WHOLE.sweeps):
         codes = layerwise._descend(weight, codes, scale, metric, keep, spec.qmax)
         scale = layerwise._fitted_scale(codes, weight, metric, scale)
     better = (metric.error(weight - codes * scale) < metric.error(weight - usual.weight))[:, None]
@@ -235,7 +235,7 @@ def scales_searched(
     for factor in factors:
         scale = factor * usual
         codes = layerwise._compensated_codes(best.latent, metric.inverse_factor, scale, keep, spec.qmax)
-        for _ in range(layerwise._SWEEPS):
+        for _ in range(layerwise.WHOLE.sweeps):
             scale = layerwise._fitted_scale(codes, weight, metric, scale)
             codes = layerwise._descend(weight, codes, scale, metric, keep, spec.qmax)
         better = (metric.error(weight - codes * scale) < metric.error(weight - best.weight))[:, None]

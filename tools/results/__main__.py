@@ -49,6 +49,7 @@ class RunOptions(TypedDict):
     search_samples: int | None
     search_held_out: int | None
     discard: bool
+    more_text: tuple[str, ...]
     threads: int | None
     work: Path
     results: Path
@@ -81,6 +82,7 @@ def cli() -> None: ...
     "--search-samples", type=click.IntRange(1), help="Calibration sentences of a search [a tenth of a run's cost]."
 )
 @click.option("--search-held-out", type=click.IntRange(1), help="Train sentences that judge a search [as many].")
+@click.option("--more-text", multiple=True, help="Files of the rows -more-text; `texts` makes one. May be repeated.")
 @click.option("--discard", is_flag=True, help="Remove every compressed checkpoint once its record is written.")
 @_THREADS
 @_WORK
@@ -129,7 +131,23 @@ def _protocol(task: tasks.Task, options: RunOptions) -> Protocol:
         held_out=options["held_out"],
         search=replace(searching, samples=options["search_samples"], held_out=options["search_held_out"]),
         discard=options["discard"],
+        more_text=options["more_text"],
     )
+
+
+@cli.command()
+@_TASK
+@_DATA
+@click.option("--from", "sources", multiple=True, required=True, type=_PATH, help="Data files; both texts of a pair.")
+@click.option("--whole", is_flag=True, help="Without phrases that another text contains.")
+@click.option("--out", type=_PATH, required=True, help="The file, a text a line.")
+@_WORK
+def texts(task_name: str, data: Path | None, sources: tuple[Path, ...], whole: bool, out: Path, work: Path) -> None:
+    """Collect texts of other sets for --more-text: none has to do with what the task is judged on, or is known."""
+    task = tasks.task_named(task_name)
+    files = tasks.prepare(task, data, work / task.name / "data")
+    left, all_ = tasks.other_texts(files, sources, out, whole=whole)
+    click.echo(f"{out}: {left} of {all_} texts")
 
 
 @cli.command()

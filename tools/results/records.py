@@ -14,7 +14,7 @@ from hashlib import sha256
 import numpy as np
 import numpy.typing as npt
 
-from nxm_export.contract.records.checkpoint_metrics import PermutationFacts
+from nxm_export.contract.records.checkpoint_metrics import MoreTextFacts, PermutationFacts
 from nxm_export.contract.records.search_result import PlanScore, SampleCounts, SearchBudget, SearchCost
 from nxm_export.errors import DataError
 
@@ -97,6 +97,7 @@ class TrainingFacts:
     permutation: PermutationFacts | None = None
     embedding_table_drop: float | None = None
     embedding_table_drop_interval: Interval | None = None
+    more_text: MoreTextFacts | None = None
 
 
 @dataclass(frozen=True)

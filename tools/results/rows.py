@@ -60,13 +60,14 @@ class SearchChanges(TypedDict, total=False):
 @dataclass(frozen=True)
 class Change:
     """An ablation: its title, which `Settings` differ, which terms of the loss, which arguments of
-    `Family.uniform_plan`, which `SearchSettings`."""
+    `Family.uniform_plan`, which `SearchSettings`, and which share of all samples has no labels."""
 
     title: str
     settings: SettingChanges = field(default_factory=SettingChanges)
     losses: LossChanges = field(default_factory=LossChanges)
     plan: Mapping[str, str] = field(default_factory=dict)
     search: SearchChanges = field(default_factory=SearchChanges)
+    more_text: float | None = None
 
 
 CHANGES = {  # by what a row's name ends in
@@ -87,6 +88,8 @@ CHANGES = {  # by what a row's name ends in
     "18-epochs": Change("18 epochs", {"epochs": 18.0}),
     "untrained": Change("not trained", {"steps": 0}),
     "thorough": Change("searched with 256 sentences, judged on 256", search={"samples": 256, "held_out": 256}),
+    "more-text": Change("half of the samples are texts of other sets, without labels", more_text=0.5),
+    "much-more-text": Change("80 % of the samples are texts of other sets, without labels", more_text=0.8),
     "attention": Change("products inside attention in INT8, too", plan={"placement": "attention"}),
     "table": Change("word-embedding table in INT8, too", plan={"embedding": "int8"}),
 }
@@ -161,6 +164,11 @@ class Row:
         for change in self.changes:
             changed.update(CHANGES[change].search)
         return changed
+
+    @property
+    def more_text(self) -> float | None:
+        """The share of its samples that has no labels; None where all have one."""
+        return next((CHANGES[change].more_text for change in self.changes if CHANGES[change].more_text), None)
 
     @property
     def training(self) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, r
 from nxm_export.contract.records.search_result import SEARCH_FILE, read_search_result
 from nxm_export.contract.tasks import task_named
 from nxm_export.data.metrics import metric_named
+from nxm_export.data.more_text import MoreText
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.progress import Progress
 from nxm_export.storage.atomic import write_atomic
@@ -71,7 +72,8 @@ Bars = Callable[[], contextlib.AbstractContextManager[Progress]]
 @dataclass(frozen=True)
 class Protocol:
     """How rows are measured. `grid` holds the dense (learning rate, epochs) to choose from; one entry is not chosen.
-    `commit` is of this tree, where it lies without its history."""
+    `commit` is of this tree, where it lies without its history; `more_text` are the files of rows that train on texts
+    without labels."""
 
     model: Path
     model_name: str
@@ -81,6 +83,7 @@ class Protocol:
     search: SearchSettings = field(default_factory=SearchSettings)
     discard: bool = False
     commit: str | None = None
+    more_text: Sequence[str] = ()
 
 
 class Measure:
@@ -93,6 +96,8 @@ class Measure:
     def run(self, rows: Sequence[Row], seeds: Sequence[int]) -> int:
         """Measure the rows whose records are missing; returns how many there were."""
         written = 0
+        if not self.protocol.more_text and (lacking := [row.name for row in rows if row.more_text]):
+            raise DataError(f"{', '.join(lacking)} train on texts without labels; name their file with --more-text")
         for seed in seeds:
             for row in rows:
                 known = self.store.find(row.name, seed)
@@ -128,7 +133,13 @@ class Measure:
         out = self._directory(seed) / row.slug
         with self._timed(out, seed) as (clock, progress):
             metrics = compress(
-                teacher.path, plan=plan, out=out, settings=settings, progress=progress, **self._data(out)
+                teacher.path,
+                plan=plan,
+                out=out,
+                settings=settings,
+                more_text=None if row.more_text is None else MoreText(tuple(self.protocol.more_text), row.more_text),
+                progress=progress,
+                **self._data(out),
             )
         record, labels = self._record(row, seed, out, settings, clock.seconds)
         divergences = _divergences(teacher.path, out)
@@ -435,6 +446,7 @@ def _training(metrics: CompressionMetrics) -> TrainingFacts:
         permutation=metrics.permutation,
         embedding_table_drop=metrics.embedding_table_drop,
         embedding_table_drop_interval=metrics.embedding_table_drop_interval,
+        more_text=metrics.more_text,
     )
 
 
@@ -455,7 +467,7 @@ def _bytes(plan: CompressionPlan, checkpoint: Path) -> Sizes:
 def changed(settings: Settings, row: Row, width: int) -> Settings:
     """`settings` with a row's changes, and with what both leave open for a model of this hidden size."""
     plain = replace(settings, **row.settings)
-    training = training_of(plain, task_named("classification"), width)
+    training = training_of(plain, task_named("classification"), width, more_text=row.more_text is not None)
     losses = replace(training.losses, **row.losses)
     return replace(
         plain,

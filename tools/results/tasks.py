@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nxm_export.data.examples import Columns, RawExamples, load_raw
 from nxm_export.errors import DataError
 from nxm_export.pipeline.demo import SETTINGS, write_data
-from nxm_export.storage.atomic import atomic_dir
-from tools.results.phrases import held_out
+from nxm_export.storage.atomic import atomic_dir, write_atomic
+from tools.results.phrases import held_out, unrelated, whole_texts
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,22 @@ def files(out: Path) -> TaskFiles:
     for split in SPLITS:
         digest.update((out / f"{split}.tsv").read_bytes())
     return TaskFiles(out / "train.tsv", out / "dev.tsv", digest.hexdigest())
+
+
+def other_texts(files: TaskFiles, sources: Sequence[Path], out: Path, *, whole: bool = False) -> tuple[int, int]:
+    """Write the texts of data files of other sets to `out`, one a line, but for those that a dev text contains or that
+    contain one, and those of train; returns how many are written and how many different ones there were. `whole`:
+    without phrases that another text contains."""
+    train, dev = (load_raw(str(file), split) for file, split in ((files.train, "train"), (files.dev, "dev")))
+    found: dict[str, None] = {}
+    for source in sources:
+        raw = _read(TASKS["mrpc"], source, "train")  # which reads common columns, and those of its own
+        found |= dict.fromkeys(" ".join(text.split()) for text in [*raw.texts, *(raw.pairs or ())])
+    found = dict.fromkeys(whole_texts(list(found))) if whole else found
+    known = {" ".join(text.split()).lower() for text in train.texts}
+    left = [text for text in unrelated(list(found), dev.texts) if text.lower() not in known]
+    write_atomic(out, "\n".join(left) + "\n")
+    return len(left), len(found)
 
 
 def cut(whole: Path, out: Path, held_out: int, seed: int) -> TaskFiles:

@@ -89,6 +89,15 @@ class PermutationFacts:
     retained_after: float
 
 
+@dataclass(frozen=True)
+class MoreTextFacts:
+    """Texts without labels that were trained on, too: how many, which share of all samples, sha256 over them."""
+
+    texts: int
+    share: float
+    sha256: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingFacts:
     """How a checkpoint was compressed.
@@ -96,7 +105,7 @@ class TrainingFacts:
     `steps` are all optimizer steps, `qat_steps` those with fixed masks. `admm`, `admm_steps`, `residual` (||W - Z|| /
     ||W|| before masks were fixed) and `residual_gate_passed` are of recipes with ADMM; `sr_ste_steps` is of SR-STE.
     `outputs_in_float` has the divergence that each output quantizer would have cost which was left out for it, by
-    weight. `mask_hash` is the sha256 over all masks.
+    weight. `mask_hash` is the sha256 over all masks. `more_text` is None where only `train_samples` were trained on.
     """
 
     recipe: str
@@ -112,6 +121,7 @@ class TrainingFacts:
     residual: float | None = None
     residual_gate_passed: bool | None = None
     sr_ste_steps: int | None = None
+    more_text: MoreTextFacts | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +165,7 @@ class CompressionMetrics(TrainingFacts, Scores):
             residual=facts.residual,
             residual_gate_passed=facts.residual_gate_passed,
             sr_ste_steps=facts.sr_ste_steps,
+            more_text=facts.more_text,
             embedding_table_drop=embedding_table_drop,
             embedding_table_drop_interval=embedding_table_drop_interval,
         )

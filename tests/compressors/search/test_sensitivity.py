@@ -199,9 +199,11 @@ def test_what_a_candidate_costs_is_what_its_recipe_makes_of_it(models: Callable[
     assert sum(entry.fisher for entry in table.values()) < 0.95 * sum(entry.fisher for entry in other.values())
 
 
+@pytest.mark.parametrize("fit", [True, False])
 def test_the_weights_of_a_block_are_made_together_and_its_moments_let_go(
-    models: Callable[[str], Probed], monkeypatch: pytest.MonkeyPatch
+    fit: bool, models: Callable[[str], Probed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where the moments of both blocks fit into memory, the samples pass once."""
     opened, asked = models("bert"), list[list[str]]()
     plain = layer_inputs.second_moments
 
@@ -210,12 +212,16 @@ def test_the_weights_of_a_block_are_made_together_and_its_moments_let_go(
         return plain(model, layers, batches)
 
     monkeypatch.setattr(sensitivity, "second_moments", counting)
+    if not fit:
+        monkeypatch.setattr(sensitivity, "MOMENTS_IN_MEMORY", 1)
     one_shot = opened.one_shot(opened.batches(0, 8), SPECS)
     for _ in range(2):
         for option in SPECS:
             for weight in opened.probe.weights:
                 one_shot(weight, option)
-    assert asked == [opened.probe.weights[:6], opened.probe.weights[6:12]]
+    weights = opened.probe.weights
+    assert asked == ([weights] if fit else [weights[:6], weights[6:]])
+    assert not one_shot._moments
 
 
 def test_a_broken_weight_is_named(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from compressors.settings import Losses, Settings
 from compressors.training.augmentation import DROPPED, REPLACED, augmented, distorted, require_augmentable
 from compressors.training.default_recipe import Training, training_of
 from nxm_export.contract.checkpoint import open_checkpoint
+from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics_of
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.examples import Features, Label
 from nxm_export.data.token_labels import NO_LABEL
@@ -80,11 +81,22 @@ def test_every_batch_keeps_a_label_and_the_samples_that_were_there_are_untouched
     assert places != augmented(features, order, 4, 0.7, seed=6)[1]
 
 
-@pytest.mark.parametrize("task", variants(TASKS, ("classification",)))
-def test_a_compression_with_distorted_samples_gives_a_valid_checkpoint(task: str, tmp_path: Path) -> None:
+# By what a sample's labels are; the others have those of classification, or one number as regression does.
+LABELS = ("token-classification", "question-answering", "embedding", "regression")
+
+
+@pytest.mark.parametrize("task", variants(TASKS, ("classification",), slow=LABELS))
+def test_a_compression_with_distorted_samples_and_other_texts_gives_a_valid_checkpoint(
+    task: str, tmp_path: Path
+) -> None:
     """Every task: the teacher alone is learned from, so that no label is missing."""
-    checkpoint = tiny.compress_tiny("bert", tmp_path, task=task, dense_steps=4, settings={"augment": 0.7})
+    checkpoint = tiny.compress_tiny(
+        "bert", tmp_path, task=task, dense_steps=4, settings={"augment": 0.7}, more_text=0.5
+    )
     open_checkpoint(checkpoint).require_valid()
+    facts = read_metrics_of(CompressionMetrics, checkpoint).more_text
+    assert facts is not None
+    assert (facts.share, len(facts.sha256)) == (0.5, 64)
     logged = [json.loads(line) for line in (checkpoint / "train_log.jsonl").read_text().splitlines()]
     assert all(line["loss"] == line["loss"] for line in logged if "loss" in line)
 

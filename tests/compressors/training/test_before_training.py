@@ -85,6 +85,14 @@ def test_a_disk_that_fills_up_at_a_training_checkpoint_is_an_error_that_names_it
     assert not (tmp_path / "out").exists()
 
 
+def test_a_compression_that_fails_before_its_head_is_trained_leaves_nothing(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.tsv").write_text("text\tlabel\n" + "good film\t1\n" * 8)
+    arguments = ["compress", home / "model", "--train", tmp_path / "bad.tsv", "--dev", home / "dev.tsv"]
+    done = CliRunner().invoke(main, [*map(str, arguments), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 1, done.output
+    assert [file.name for file in tmp_path.iterdir()] == ["bad.tsv"]
+
+
 def test_a_head_that_is_made_anew_is_said_before_training_and_in_json(home: Path, tmp_path: Path) -> None:
     arguments = ["compress", str(home / "model"), "--train", str(home / "train.tsv"), "--dev", str(home / "dev.tsv")]
     settings = ["--steps", "2", "--dense-steps", "2", "--batch-size", "8", "--recipe", "one-shot", "--json"]

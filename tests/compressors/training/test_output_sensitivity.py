@@ -25,6 +25,7 @@ from nxm_export.contract.tasks import TASKS
 from nxm_export.graph.exporter import export
 from nxm_export.graph.verifier import verify
 from tests.support import tiny
+from tests.support.few_rounds import time_few_rounds_here
 from tests.support.variants import variants
 
 COARSE = "bert.encoder.layer.0.output.dense.weight"
@@ -94,9 +95,10 @@ def test_a_matrix_that_is_left_dense_has_no_output_to_measure(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_run_of_which_no_output_is_left_goes_through(tmp_path: Path) -> None:
+def test_a_run_of_which_no_output_is_left_goes_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Placement ffn-only has outputs behind the FFN alone; when they all stay in float, no graph with outputs can be
     made."""
+    time_few_rounds_here(monkeypatch)
     model, (train, dev) = tiny.write_model("bert", tmp_path / "encoder"), tiny.write_data(tmp_path)
     run = tmp_path / "run"
     result = CliRunner().invoke(
@@ -104,7 +106,7 @@ def test_a_run_of_which_no_output_is_left_goes_through(tmp_path: Path) -> None:
         [
             "run", str(model), f"--train={train}", f"--dev={dev}", f"--out={run}", "--json",
             "--placement=ffn-only", "--output-limit=0",
-            "--dense-steps=20", "--steps=4", "--batch-size=16", "--learning-rate=1e-3", "--dense-learning-rate=3e-3",
+            "--dense-steps=4", "--steps=4", "--batch-size=16", "--learning-rate=1e-3", "--dense-learning-rate=3e-3",
         ],
     )  # fmt: skip
     assert result.exit_code == 0, result.output

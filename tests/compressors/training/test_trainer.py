@@ -346,13 +346,19 @@ def start(prepared: Path, out: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
 
 
+@pytest.fixture(scope="module")
+def whole(prepared: Path) -> tuple[Path, dict[str, object]]:
+    """(checkpoint, metrics) of an uninterrupted run."""
+    stdout, stderr = start(prepared, prepared / "whole").communicate(timeout=300)
+    assert stdout.strip(), stderr
+    return prepared / "whole", json.loads(stdout.splitlines()[-1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["admm 15", "qat 20"])
-def test_killed_and_resumed_gives_what_an_uninterrupted_run_gives(prepared: Path, tmp_path: Path, moment: str) -> None:
-    stdout, stderr = start(prepared, tmp_path / "whole").communicate(timeout=300)
-    assert stdout.strip(), stderr
-    whole = json.loads(stdout.splitlines()[-1])
-
+def test_killed_and_resumed_gives_what_an_uninterrupted_run_gives(
+    prepared: Path, whole: tuple[Path, dict[str, object]], tmp_path: Path, moment: str
+) -> None:
     child = start(prepared, tmp_path / "killed")
     assert child.stdout is not None
     for line in child.stdout:
@@ -370,10 +376,10 @@ def test_killed_and_resumed_gives_what_an_uninterrupted_run_gives(prepared: Path
     assert int(first.split()[1]) > 0  # it went on, it did not start again
     assert not [line for line in stdout.splitlines() if line.startswith(("calibrate", "outputs"))]  # nor measured again
     resumed = json.loads(stdout.splitlines()[-1])
-    assert resumed["mask_hash"] == whole["mask_hash"]
-    assert resumed["value"] == whole["value"]
+    assert resumed["mask_hash"] == whole[1]["mask_hash"]
+    assert resumed["value"] == whole[1]["value"]
     for name in ("model.safetensors", "nxm_scales.safetensors"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == (whole[0] / name).read_bytes()
     lines = [json.loads(line) for line in (tmp_path / "killed" / "train_log.jsonl").read_text().splitlines()]
     assert len({(line["phase"], line["step"], "residual" in line) for line in lines}) == len(lines)  # nothing twice
     assert not (tmp_path / ".killed.work").exists()
@@ -443,7 +449,7 @@ def test_threads_setting_is_obeyed(prepared: Path, tmp_path: Path) -> None:
 
 def test_what_is_scored_is_what_is_saved(prepared: Path, tmp_path: Path) -> None:
     """Weights that are not quantized are stored in 16 bit; half of them are planned dense here."""
-    from engines.parity.compare import run_all
+    from engines.parity.parts import run_all
     from engines.reference.pytorch import load
     from nxm_export.contract.io_spec import IOSpec
     from nxm_export.contract.tasks import TASKS

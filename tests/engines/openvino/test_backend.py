@@ -3,6 +3,7 @@ rest."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 from engines.base import BuildOptions, LoadOptions, backend
 from engines.openvino import backend as openvino_backend
 from engines.parity.bisect import bisect
-from engines.parity.compare import open_part
+from engines.parity.parts import open_part
 from engines.parity.tolerance import QUANTIZER_ROUNDING
 from engines.passport import load_passport
 from engines.reference import pytorch
@@ -24,7 +25,7 @@ from nxm_export.contract.plan import INT8_ATTENTION
 from nxm_export.contract.quantizer_placement import placement_of
 from nxm_export.data.examples import Columns
 from nxm_export.pipeline.engine_commands import build_engine, features_of
-from tests.support import baked, onnx_text
+from tests.support import baked, onnx_text, tiny
 from tests.support.variants import variants
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed; pip install 'nxm-export[openvino]'")
@@ -105,6 +106,7 @@ def test_it_agrees_with_onnx_runtime_and_with_pytorch(
             if placement in family.placements
         ],
         lambda pair: pair[0] == "bert",
+        slow=tuple(itertools.product(tiny.DISTINCT, INT8_ATTENTION)),
     ),
 )
 def test_int8_attention_agrees_with_pytorch(family: str, placement: str, tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_a_server_warms_compiled_shapes_up_and_answers_through_them(compiled: Pa
         ran.clear()
         request = QueuedRequest(baked.feeds("bert", 1, 14), float("inf"))
         bucket = model.buckets.buckets[model.buckets.index(1, 14)]
-        run_batch(model._engines[0], bucket, [request], model._pads, {})
+        assert run_batch(model._engines[0], bucket, [request], model._pads, {}) == (1, 16)  # as it computes them
         assert ran == [(1, 16)]
         assert request.outputs["logits"].shape == (1, 2)
         model.close()

@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from engines.parity.bisect import bisect
-from engines.parity.compare import Part, compare, compare_all
+from engines.parity.compare import compare, compare_all
+from engines.parity.parts import Part
 from engines.parity.reports import ParityReport
 from engines.reference.pytorch import TorchEngine
 from nxm_export.cli import main
@@ -101,7 +102,7 @@ class TestMemory:
 
         monkeypatch.setattr(TorchEngine, "run", recorded)
         monkeypatch.setattr("engines.parity.compare.reference_memory", lambda _, tokens: 1000 * tokens)
-        monkeypatch.setattr("engines.parity.compare.engine_memory", lambda *_: None)
+        monkeypatch.setattr("engines.parity.parts.engine_memory", lambda *_: None)
         return seen
 
     def compared(

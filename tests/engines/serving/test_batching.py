@@ -272,6 +272,22 @@ def test_an_output_along_the_sequence_is_cut_to_each_request() -> None:
         np.testing.assert_array_equal(one.outputs["hidden"][..., 0], one.feeds["input_ids"])
 
 
+def test_what_an_engine_pads_by_itself_counts_as_padding() -> None:
+    class Shaped(Poisoned):
+        def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {"logits": np.zeros((len(feeds["input_ids"]), 2), np.float32)}
+
+        def compiled_shape(self, feeds: Mapping[str, np.ndarray]) -> tuple[int, int] | None:
+            return (4, 8) if feeds["input_ids"].shape == (3, 7) else None
+
+    for lengths, padding in (([7, 7, 7], 1 - 21 / 32), ([7, 7], 0.0)):
+        queue = BatchQueue(plan_buckets(MAX_LENGTH, 8, ()), Limits(merge=8))
+        for length in lengths:
+            queue.submit(queued([length]))
+        _, seen = run_all(Shaped(None), queue)
+        assert seen.paddings == [pytest.approx(padding)]
+
+
 def test_many_submitters_and_two_engines_lose_and_double_nothing(engine: Path) -> None:
     queue = BatchQueue(plan_buckets(MAX_LENGTH, 8, ()), Limits(max_rows=10_000))
     delivered: list[QueuedRequest] = []

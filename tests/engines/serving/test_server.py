@@ -1,18 +1,14 @@
-"""The running server: limits, operations, stop, reload. Each test talks to `nxm serve` as a child process."""
+"""The running server: routes, limits, operations. Each test talks to `nxm serve` as a child process."""
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import logging
 import os
-import re
 import shlex
 import shutil
-import signal
 import socket
-import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -40,7 +36,7 @@ from tests.support import exact_engine
 from tests.support.exact_engine import expected, feeds_of
 from tests.support.infer_answers import outputs_of
 from tools.benchmarks.servers import Running, free_port, nxm_serve
-from tools.raw_http import Answer, connect, read, request, send
+from tools.raw_http import Answer, connect, request, send
 
 INFER = "/v2/models/exact/infer"
 LENGTHS = (3, 9, 21, 40)
@@ -279,248 +275,10 @@ def test_requests_on_one_connection_are_answered_in_order_even_when_pipelined(ou
             np.testing.assert_array_equal(logits(answer), expected(one))
 
 
-@pytest.fixture(scope="module")
-def busy(slow_engine: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
-    """A server whose engine takes its time, with a short queue and tight limits."""
-    arguments = (
-        f"exact={slow_engine}", "--instances", "1", "--max-queue", "3", "--merge", "1", "--timeout-ms", "4000",
-        "--max-connections", "12", "--read-timeout-ms", "700",
-    )  # fmt: skip
-    with nxm_serve(tmp_path_factory.mktemp("busy") / "log", *arguments) as running:
-        yield running
-
-
-def in_background(port: int, count: int, body: bytes) -> list[socket.socket]:
-    """Connections that have sent a request each and wait."""
-    connections = [connect(port) for _ in range(count)]
-    for connection in connections:
-        connection.sendall(request("POST", INFER, body))
-    return connections
-
-
-def test_a_full_queue_answers_503_with_retry_after_and_only_that(busy: Running) -> None:
-    waiting = in_background(busy.port, 10, body_of(feeds_of([3])))
-    answers = [read(connection) for connection in waiting]
-    for connection in waiting:
-        connection.close()
-    statuses = [answer.status for answer in answers]
-    assert set(statuses) == {200, 503}
-    assert statuses.count(200) >= 3  # as many as may wait, and one more when the engine took its first in time
-    refused = next(answer for answer in answers if answer.status == 503)
-    assert int(refused.headers["retry-after"]) >= 1
-    assert "waiting already" in str(entry_at(refused.json(), "error"))
-
-
-def test_a_deadline_of_the_request_is_504_and_the_server_goes_on(busy: Running) -> None:
-    body = body_of(feeds_of([3]), parameters={"timeout": 1000})
-    answer = send(busy.port, "POST", INFER, body)
-    assert answer.status == 504
-    # It passes while the request waits, or on a slow machine before it is even queued.
-    assert re.search(r"0\.001 seconds|deadline passed", str(entry_at(answer.json(), "error")))
-    assert send(busy.port, "POST", INFER, body_of(feeds_of([3]))).status == 200
-
-
-def test_a_client_that_goes_away_costs_no_engine_time(busy: Running) -> None:
-    assert eventually(lambda: metric(busy, "nxm_queue_rows") == 0)
-    rows, gone = (
-        metric(busy, "nxm_batch_rows_sum"),
-        metric(busy, 'nxm_rejected_total{model="exact",reason="disconnected"'),
-    )
-    for connection in in_background(busy.port, 3, body_of(feeds_of([3]))):
-        connection.close()
-    assert eventually(lambda: metric(busy, 'nxm_rejected_total{model="exact",reason="disconnected"') == gone + 3)
-    assert eventually(lambda: metric(busy, "nxm_queue_rows") == 0)
-    assert send(busy.port, "POST", INFER, body_of(feeds_of([3]))).status == 200
-    assert metric(busy, "nxm_batch_rows_sum") <= rows + 2  # the one that had begun, and the last
-
-
-def test_half_closed_connections_are_let_go(busy: Running) -> None:
-    before = metric(busy, "nxm_connections")
-    for whole in (True, False):
-        with connect(busy.port) as connection:
-            message = request("POST", INFER, body_of(feeds_of([3])))
-            connection.sendall(message if whole else message[:40])
-            connection.shutdown(socket.SHUT_WR)
-            connection.settimeout(10)
-            while connection.recv(1 << 16):  # an answer, or nothing: but the end comes
-                pass
-    assert eventually(lambda: metric(busy, "nxm_connections") <= before)
-
-
-def test_a_request_that_never_arrives_whole_is_408_and_an_idle_connection_is_closed(busy: Running) -> None:
-    message = request("POST", INFER, body_of(feeds_of([3])))
-    with connect(busy.port) as in_head, connect(busy.port) as in_body, connect(busy.port) as idle:
-        in_head.sendall(message[:10])
-        in_body.sendall(message[:-5])
-        for connection in (in_head, in_body):
-            answer = read(connection)
-            assert (answer.status, answer.headers["connection"]) == (408, "close")
-        assert idle.recv(1) == b""
-
-
-def test_slow_loris_clients_do_not_keep_others_out_for_long(busy: Running) -> None:
-    slow = [connect(busy.port) for _ in range(12)]
-    for connection in slow:
-        connection.sendall(b"POST /v2/models/exact/infer HTTP/1.1\r\nHost: a\r\nX-Slow: ")
-    body = body_of(feeds_of([3]))
-    refused = send(busy.port, "POST", INFER, body)
-    assert refused.status == 503
-    assert "12 connections are open already" in str(entry_at(refused.json(), "error"))
-
-    def let_in() -> bool:  # a byte now and then does not buy more time
-        for connection in slow:
-            with contextlib.suppress(OSError):  # closed by then
-                connection.sendall(b"a")
-        return send(busy.port, "POST", INFER, body).status == 200
-
-    assert eventually(let_in, 5)
-    for connection in slow:
-        connection.close()
-
-
-def test_endless_headers_are_431(busy: Running) -> None:
-    with connect(busy.port) as connection:
-        connection.sendall(b"GET /v2 HTTP/1.1\r\nHost: a\r\nX-Large: ")
-        connection.sendall(b"a" * (33 << 10))
-        assert read(connection).status == 431
-
-
-def test_what_is_not_http_is_400_in_json(busy: Running) -> None:
-    for garbage in (b"\x16\x03\x01\x02\x00\x01\x00", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\r\n\r\n \x00\r\n"):
-        with connect(busy.port) as connection:
-            connection.sendall(garbage + b"\r\n\r\n")
-            answer = read(connection)
-            assert answer.status in (400, 505)
-            assert set(as_object(answer.json())) == {"error"}
-
-
-def test_the_busy_server_never_failed(busy: Running) -> None:
-    """Runs after the tests above: whatever they did, nothing was an error of ours."""
-    assert metric(busy, 'nxm_requests_total{code="500"') == 0
-    assert [line for line in log_lines(busy) if line["level"] == "error"] == []
-    assert busy.process.poll() is None
-
-
 def served_model(server: Running, *bodies: bytes) -> ServedModel:
     """The exact model of a server, to be sent `bodies`, or, without, four of different lengths."""
     requests = [InferenceRequest({}, body) for body in bodies or [body_of(feeds_of([n], n)) for n in LENGTHS]]
     return ServedModel("under test", "127.0.0.1", server.port, INFER, requests)
-
-
-class ClosedLoop(threading.Thread):
-    """A client that knows what it sent: an answer that does not come for a request that went out is counted as lost."""
-
-    def __init__(self, server: Running, index: int) -> None:
-        super().__init__()
-        self.server, self.index = server, index
-        self.answered = 0
-        self.lost: list[str] = []
-        self.stop = threading.Event()
-
-    def run(self) -> None:
-        length = LENGTHS[self.index % len(LENGTHS)]
-        message = request("POST", INFER, body_of(feeds_of([length], length)))
-        connection: socket.socket | None = None
-        while not self.stop.is_set():
-            if connection is None:
-                try:
-                    connection = connect(self.server.port)
-                except ConnectionRefusedError:
-                    return  # the server takes no more connections: nothing was sent, nothing is lost
-            try:
-                connection.sendall(message)
-                answer = read(connection)
-            except OSError as error:
-                self.lost.append(repr(error))
-                return
-            if answer.status != 200:
-                self.lost.append(f"status {answer.status}")
-            self.answered += 1
-            if not answer.stays_open:
-                connection.close()
-                connection = None
-
-
-@pytest.mark.parametrize("repetition", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
-def test_sigterm_in_mid_load_loses_no_request_and_exits_with_0(engine: Path, tmp_path: Path, repetition: int) -> None:
-    with nxm_serve(tmp_path / "log", f"exact={engine}") as server:
-        clients = [ClosedLoop(server, i) for i in range(16)]
-        for client in clients:
-            client.start()
-        assert eventually(lambda: all(client.answered > 5 for client in clients))
-        idle = connect(server.port)
-        idle.sendall(request("GET", "/v2/health/live"))
-        assert read(idle).status == 200
-        status = server.stop()
-        for client in clients:
-            client.join(10)
-        assert [client.lost for client in clients if client.lost] == []
-        assert status == 0
-        assert idle.recv(1) == b""
-        idle.close()
-    events = [line["event"] for line in log_lines(server)]
-    assert events[-1] == "draining"
-    assert "Traceback" not in server.log.read_text()
-
-
-def test_a_draining_server_finishes_what_it_has_and_is_not_ready(slow_engine: Path, tmp_path: Path) -> None:
-    with nxm_serve(tmp_path / "log", f"exact={slow_engine}", "--instances", "1", "--merge", "1") as server:
-        feeds = feeds_of([5])
-        probe = connect(server.port)
-        waiting = in_background(server.port, 8, body_of(feeds))
-        assert eventually(lambda: metric(server, "nxm_queue_rows") > 0)
-        server.process.send_signal(signal.SIGTERM)
-        assert eventually(lambda: "draining" in server.log.read_text())
-        probe.sendall(request("GET", "/v2/health/ready"))
-        assert read(probe).status == 503
-        answers = [read(connection) for connection in waiting]
-        for answer in answers:
-            np.testing.assert_array_equal(logits(answer), expected(feeds))
-        assert answers[-1].headers["connection"] == "close"
-        assert server.process.wait(20) == 0
-
-
-def test_a_changed_engine_directory_is_reloaded_under_load_without_a_lost_request(engine: Path, tmp_path: Path) -> None:
-    served = shutil.copytree(engine, tmp_path / "served")
-    newer = exact_engine.build(tmp_path / "newer", seed=1)
-    feeds = feeds_of([12])
-    with nxm_serve(tmp_path / "log", f"exact={served}", "--watch-seconds", "0.1") as server:
-        np.testing.assert_array_equal(logits(send(server.port, "POST", INFER, body_of(feeds))), expected(feeds, 0))
-        clients = [ClosedLoop(server, i) for i in range(8)]
-        for client in clients:
-            client.start()
-        served.rename(tmp_path / "old")
-        newer.rename(served)
-        new = load_passport(served).engine_sha256
-
-        def serving() -> object:
-            return entry_at(send(server.port, "GET", "/v2/models/exact").json(), "parameters", "engine_sha256")
-
-        assert eventually(lambda: serving() == new)
-        np.testing.assert_array_equal(logits(send(server.port, "POST", INFER, body_of(feeds))), expected(feeds, 1))
-        for client in clients:
-            client.stop.set()
-        for client in clients:
-            client.join(10)
-        assert [client.lost for client in clients if client.lost] == []
-        assert all(client.answered for client in clients)
-        assert metric(server, "nxm_reloads_total") == 1
-        assert metric(server, "nxm_engine_info") == 1
-
-
-def test_a_swapped_engine_file_is_noticed_and_the_verified_engine_goes_on(engine: Path, tmp_path: Path) -> None:
-    served = Path(shutil.copytree(engine, tmp_path / "served"))
-    evil = exact_engine.build(tmp_path / "evil", seed=1)
-    feeds = feeds_of([12])
-    with nxm_serve(tmp_path / "log", f"exact={served}", "--watch-seconds", "0.1") as server:
-        (served / "model.onnx").unlink()
-        (served / "model.onnx").symlink_to(evil / "model.onnx")
-        assert eventually(lambda: metric(server, 'nxm_reloads_total{model="exact",result="refused"') == 1)
-        (reason,) = [line["reason"] for line in log_lines(server) if line["event"].startswith("reload refused")]  # type: ignore[attr-defined]
-        assert "leads out of its directory" in str(reason)
-        np.testing.assert_array_equal(logits(send(server.port, "POST", INFER, body_of(feeds))), expected(feeds, 0))
-        time.sleep(0.5)  # five looks of the watch, which leave no trace
-        assert metric(server, "nxm_reloads_total") == 1  # refused once, not again and again
 
 
 def test_several_models_and_versions_serve_side_by_side(engine: Path, tmp_path: Path) -> None:
@@ -549,6 +307,8 @@ def test_several_models_and_versions_serve_side_by_side(engine: Path, tmp_path: 
         (["{failed}"], "parity with its checkpoint failed", 3),
         (["{engine}", "--parity", "passed", "m={unchecked}"], "never checked", 3),
         (["/nowhere"], "has no passport.json", 1),
+        (["{empty}"], "model.onnx is missing: the passport beside it names it", 1),
+        (["{other}"], "tokenizer.json is not the one that the engine was built with", 1),
         (["a/../../b=/nowhere"], "cannot be a model's name", 1),
         (["{engine}", "--buckets", "8,0"], "are no lengths", 2),
         (["{engine}", "--buckets", "9999"], "from 1 to 48", 1),
@@ -564,6 +324,9 @@ def test_what_cannot_be_served_is_one_line_and_an_exit_code(
         (tmp_path / name / "parity.json").unlink()
         if parity is not None:
             exact_engine.write_parity(tmp_path / name, passed=parity)
+    places["empty"], places["other"] = (Path(shutil.copytree(engine, tmp_path / name)) for name in ("empty", "other"))
+    (tmp_path / "empty" / "model.onnx").unlink()
+    (tmp_path / "other" / "tokenizer.json").write_text("{}")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -573,6 +336,7 @@ def test_what_cannot_be_served_is_one_line_and_an_exit_code(
     assert result.exit_code == status, result.output
     assert complaint in result.output
     assert "Traceback" not in result.output
+    assert "listening" not in result.output  # said by a server that is there for what it serves
 
 
 def test_a_bind_beyond_this_machine_says_that_there_is_no_authentication(engine: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from nxm_export.graph.int4_storage import CAST, DIRECT, store_int4
 from nxm_export.graph.qdq import Linear, fold_weight_qdq
 from nxm_export.graph.reading.graph_weights import GraphWeight, graph_weights, load_graph, parameter_of, save_graph
 from nxm_export.graph.verifier import verify, verify_model
-from tests.support import baked, onnx_text
+from tests.support import baked, onnx_text, tiny
 from tests.support.variants import variants
 
 BITS = {"*query*": "W2", "*key*": "2:4+W3", "*value*": "2:4+W4", "*intermediate*": "1:4+W5", "*.output.dense*": "W4"}
@@ -105,8 +105,7 @@ class TestOnnxRuntimeLoadsThePlainFile:
         ]
         np.testing.assert_array_equal(logits[1], logits[0])
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "bert"])
+    @pytest.mark.parametrize("family", variants([name for name in FAMILIES if name != "bert"], (), slow=tiny.DISTINCT))
     def test_of_every_family(self, tmp_path: Path, family: str) -> None:
         quantized = "attention" in FAMILIES[family].placements
         attention, placement = ("int8", "attention") if quantized else ("float", "inputs-outputs")
@@ -176,8 +175,6 @@ class TestRefused:
             export(checkpoint, tmp_path / "out", target=target, weights_stored="int4")
 
     def test_so_is_a_dense_model(self, mixed: Path, tmp_path: Path) -> None:
-        from tests.support import tiny
-
         model = tiny.write_model("bert", tmp_path / "m", head="classification")
         with pytest.raises(ExportError, match="no weight of this graph is an integer of 4 bits or fewer"):
             export(model, tmp_path / "out", weights_stored="int4")

@@ -1,6 +1,7 @@
 """Graphs for TensorRT mean what was trained: every preset, family and lowering gives the numbers of PyTorch's fake
 quantizers."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def nodes(file: Path) -> list[str]:
     variants(
         [(name, placement) for name, family in FAMILIES.items() for placement in family.placements],
         lambda pair: pair[0] == "bert",
+        slow=tuple(itertools.product(tiny.DISTINCT, PLACEMENTS)),
     ),
 )
 def test_every_preset_of_every_family_means_the_same_in_pytorch_and_onnx(

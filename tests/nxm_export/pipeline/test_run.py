@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -23,7 +21,6 @@ from click.testing import CliRunner, Result
 from compressors.settings import Settings
 from compressors.training.task_data import TaskDataRequest
 from engines.base import Profile
-from engines.benchmark import fastest_backend
 from engines.cusparselt import backend as cusparselt
 from engines.cusparselt import machine as machines
 from engines.cusparselt.machine import Machine
@@ -34,12 +31,13 @@ from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics_of
 from nxm_export.contract.records.run_summary import SCHEMA, RunSummary
 from nxm_export.contract.records.verify_report import read_verify_report
-from nxm_export.pipeline import engine_stages
 from nxm_export.pipeline.estimate import passes_before_training
+from nxm_export.pipeline.run import Request, _more_text
 from nxm_export.storage.json_files import decode, entry_at
 from tests.engines.cusparselt.machines import FACTS, Priced
 from tests.engines.cusparselt.test_backend import FASTER
 from tests.support import tiny
+from tests.support.few_rounds import time_few_rounds_here
 from tests.support.variants import variants
 
 Finished = tuple[Path, dict[str, object], str]
@@ -138,8 +136,9 @@ def test_a_moved_run_shows_its_table_from_where_it_lies(desk: Desk, finished: Fi
 
 @pytest.mark.slow
 def test_other_options_are_worked_out_again_from_the_stage_that_they_touch(
-    desk: Desk, finished: Finished, tmp_path: Path
+    desk: Desk, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    time_few_rounds_here(monkeypatch)
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
     before = states(run)
@@ -162,22 +161,6 @@ def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_made(desk:
     assert not (tmp_path / "run").exists()
 
 
-def _few_rounds(monkeypatch: pytest.MonkeyPatch, desk: Desk) -> None:
-    """Engines are timed in this process, a few times: what is measured is nothing that is looked at."""
-
-    def here(module: str, *arguments: str) -> str:
-        if module == "nxm_export":
-            return desk.nxm(*arguments).stdout
-        with io.StringIO() as told, contextlib.redirect_stdout(told):
-            engine_stages.print_fastest(arguments)
-            return told.getvalue()
-
-    monkeypatch.setattr(engine_stages, "in_own_process", here)
-    monkeypatch.setattr(engine_stages, "ROUNDS", 1)
-    monkeypatch.setattr(engine_stages, "_GPU_SHAPES", ((1, 8),))
-    monkeypatch.setattr(fastest_backend, "ROUNDS", 1)
-
-
 @pytest.mark.parametrize(
     "rounds", [pytest.param("few", marks=pytest.mark.slow), pytest.param("all", marks=pytest.mark.exhaustive)]
 )
@@ -186,7 +169,7 @@ def test_auto_keeps_the_fastest_of_this_machine(
 ) -> None:
     """Nothing is trained again; what a GPU took in the run before goes away, as auto has what runs here alone."""
     if rounds == "few":
-        _few_rounds(monkeypatch, desk)
+        time_few_rounds_here(monkeypatch)
     pytest.importorskip("openvino", reason="OpenVINO is not installed; pip install 'nxm-export[openvino]'")
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
@@ -219,7 +202,7 @@ def test_a_gpu_s_run_builds_compares_and_times_its_twins(
     monkeypatch.setattr(cusparselt, "this_machine", lambda: Machine(Priced(2.0, FASTER), FACTS))
     monkeypatch.setattr(machines, "what_is_missing", lambda: None)
     monkeypatch.setattr(cusparselt, "profiles_for", lambda *_: (Profile((1, 1), (2, 8), (32, 48)),))
-    _few_rounds(monkeypatch, desk)
+    time_few_rounds_here(monkeypatch)
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)
     result = desk.nxm(*desk.arguments(run, "--json", "--backend=cusparselt"))
@@ -237,7 +220,10 @@ def test_a_gpu_s_run_builds_compares_and_times_its_twins(
 
 
 @pytest.mark.slow
-def test_a_placement_that_no_graph_with_outputs_can_hold_leaves_that_engine_out(desk: Desk, tmp_path: Path) -> None:
+def test_a_placement_that_no_graph_with_outputs_can_hold_leaves_that_engine_out(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    time_few_rounds_here(monkeypatch)
     run = tmp_path / "run"
     result = desk.nxm(*desk.arguments(run, "--json", "--placement=products", "--steps=4"))
     assert result.exit_code == 0, result.output
@@ -249,7 +235,10 @@ def test_a_placement_that_no_graph_with_outputs_can_hold_leaves_that_engine_out(
 
 
 @pytest.mark.slow
-def test_weights_of_4_bits_are_stored_so_where_the_target_can(desk: Desk, tmp_path: Path) -> None:
+def test_weights_of_4_bits_are_stored_so_where_the_target_can(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    time_few_rounds_here(monkeypatch)
     run = tmp_path / "run"
     result = desk.nxm(*desk.arguments(run, "--json", "--weight-bits=4", "--weights-stored=int4", "--steps=4"))
     assert result.exit_code == 0, result.output
@@ -316,11 +305,48 @@ def test_dry_run_estimates_and_writes_nothing(desk: Desk, tmp_path: Path) -> Non
     assert estimated["search_seconds"] == 0
     assert estimated["max_length"] == tiny.POSITIONS
     assert estimated["engines"][:2] == ["ort-cpu-fp32", "ort-cpu-int8"]
+    assert estimated["more_texts"] == 0
     assert list(tmp_path.iterdir()) == []
 
 
 class _Compressed(Exception):
     """The checkpoint is there, and the stages behind it need not run."""
+
+
+def test_more_text_is_counted_and_its_files_decide_what_is_made_again(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a film\nthe film\n")
+    more = ("--more-text", str(texts), "--more-text-share=0.25")
+    result = desk.nxm(*desk.arguments(tmp_path / "run", "--dry-run", "--json", *more))
+    assert json.loads(result.stdout)["more_texts"] == 2
+    requests: list[Request] = []
+
+    def keep(request: Request, *_: object, **__: object) -> None:
+        requests.append(request)
+        raise _Compressed
+
+    monkeypatch.setattr("nxm_export.pipeline.run.run", keep)
+    assert isinstance(desk.nxm(*desk.arguments(tmp_path / "run", *more)).exception, _Compressed)
+    assert _more_text(requests[0]) == ({"more text 1": texts}, {"more_text_share": 0.25})
+    assert _more_text(replace(requests[0], more_text=None)) == ({}, {})
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message"),
+    [
+        (["--more-text-share=0.5"], 2, "is the share of --more-text"),
+        (["--more-text=none.txt", "--steps=0"], 1, "nothing is trained"),
+        (["--more-text=none.txt"], 1, "none.txt: no such file"),
+    ],
+)
+def test_more_text_that_cannot_be_used_is_refused(
+    desk: Desk, tmp_path: Path, more: list[str], code: int, message: str
+) -> None:
+    result = desk.nxm(*desk.arguments(tmp_path / "run", "--dry-run", *more))
+    assert (result.exit_code, list(tmp_path.iterdir())) == (code, [])
+    assert message in result.stderr
 
 
 def test_the_estimate_counts_what_comes_before_the_first_step() -> None:
@@ -409,7 +435,7 @@ def test_bad_training_data_is_named_and_nothing_is_left(desk: Desk, tmp_path: Pa
     train = _lines(tmp_path / "bad.tsv", *lines)
     result = desk.nxm(*desk.arguments(tmp_path / "run", train=train))
     _refused(result, message)
-    assert not (tmp_path / "run" / "dense").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dev_label_outside_the_classes_is_named(desk: Desk, tmp_path: Path) -> None:

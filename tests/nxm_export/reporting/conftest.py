@@ -4,6 +4,7 @@ attacker would call them."""
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,15 @@ CLASSES = ("<script>alert(1)</script>", "a \"b\" & 'c' | $x$ </style>")
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """A finished run of a tiny model, read only."""
+    return made_once("finished run", _finish) / "run"
+
+
+def _finish(home: Path) -> None:
     from compressors.settings import Settings
     from nxm_export.pipeline.run import Request, run
 
-    home = tmp_path_factory.mktemp("report")
     tiny.write_model("bert", home / "model", head="classification", classes=CLASSES)
     for file in tiny.write_data(home):
         rows = [line.rpartition("\t") for line in file.read_text(encoding="utf-8").splitlines()]
@@ -38,16 +42,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         settings,
     )
     run(request, home / "run")
-    return home / "run"
 
 
 @pytest.fixture(scope="session")
-def searched(finished: Path) -> Path:
+def searched(made_once: Callable[[str, Callable[[Path], object]], Path], finished: Path) -> Path:
     """What `nxm search` found on the dense model of the run."""
     from compressors.search.plan_search import search
     from compressors.search.settings import SearchSettings
 
-    out = finished.parent / "searched"
     settings = SearchSettings(
         candidate_specs=("2:4+W8", "W8", "dense"),
         compression=0.8,
@@ -57,15 +59,17 @@ def searched(finished: Path) -> Path:
         finalists=2,
         pareto=(0.7, 0.75),
     )
-    search(
-        finished / "dense", task="classification", train=str(finished.parent / "train.tsv"), out=out, settings=settings
+    dense, train = finished / "dense", str(finished.parent / "train.tsv")
+    return made_once(
+        "search of the finished run",
+        lambda out: search(dense, task="classification", train=train, out=out, settings=settings),
     )
-    return out
 
 
 @pytest.fixture(scope="session")
-def page(finished: Path, searched: Path) -> Page:
-    return Page(report(finished, finished.parent / "page.html", search=searched).read_text(encoding="utf-8"))
+def page(finished: Path, searched: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    out = tmp_path_factory.mktemp("page") / "page.html"
+    return Page(report(finished, out, search=searched).read_text(encoding="utf-8"))
 
 
 @pytest.fixture

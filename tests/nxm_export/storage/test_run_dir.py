@@ -49,6 +49,37 @@ def run(tmp_path: Path) -> RunDir:
     return RunDir(tmp_path / "run")
 
 
+def fail(run: RunDir, work: Callable[[], object] = lambda: None) -> None:
+    """Do `work` in a locked run that then fails."""
+    with run.lock():
+        work()
+        raise ArtifactError("bad data")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_run_that_fails_before_anything_is_made_leaves_what_was_there(tmp_path: Path, there: bool) -> None:
+    if there:
+        (tmp_path / "run").mkdir()
+    before = [*tmp_path.iterdir()]
+    run = RunDir(tmp_path / "run")
+    with pytest.raises(ArtifactError, match="bad data"):
+        fail(run)
+    assert [*tmp_path.rglob("*")] == before
+    assert run.stage("make", "out", Work())  # the same object goes on
+
+
+def test_a_run_that_fails_keeps_finished_stages_and_unfinished_work(tmp_path: Path, source: Path) -> None:
+    begun, made = RunDir(tmp_path / "begun"), RunDir(tmp_path / "made")
+    with pytest.raises(ArtifactError, match="bad data"):
+        fail(begun, lambda: begun.path("work").mkdir())
+    with pytest.raises(ArtifactError, match="bad data"):
+        fail(made, lambda: made.stage("make", "out", Work(), inputs={"source": source}))
+    with pytest.raises(ArtifactError, match="bad data"):
+        fail(RunDir(begun.root))
+    assert RunDir.open(begun.root).path("work").is_dir()
+    assert [*RunDir.open(made.root).manifest.stages] == ["make"]
+
+
 def test_an_unchanged_stage_is_skipped_also_by_a_later_process(run: RunDir, source: Path) -> None:
     work = Work()
     arguments: dict[str, Any] = {"inputs": {"source": source}, "options": {"x": 1, "path": Path("a")}, "seed": 3}
@@ -266,7 +297,7 @@ class TestDeath:
             process.send_signal(signal.SIGINT)
             _, error = process.communicate(timeout=30)
         assert "KeyboardInterrupt" in error
-        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["manifest.json"]
+        assert not (tmp_path / "run").exists()  # nothing else was in it
         assert RunDir(tmp_path / "run").stage("make", "out", Work())
 
     def test_two_processes_do_not_share_a_run_and_a_dead_one_holds_nothing(self, tmp_path: Path) -> None:
@@ -319,7 +350,7 @@ class TestDisk:
         output, error = child(tmp_path, self.BIG.format(write=write)).communicate()
         assert "cannot be written" in output, error
         assert "free the space or choose another place" in output
-        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["manifest.json"]
+        assert not (tmp_path / "run").exists()  # nothing else was in it
 
     def test_a_full_disk_leaves_a_run_that_goes_on_when_there_is_space(self, tmp_path: Path) -> None:
         disk = tmp_path / "disk"

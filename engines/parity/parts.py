@@ -1,0 +1,126 @@
+"""One side of a comparison: an engine directory with the reference it is held against, and its outputs for samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from engines.base import Engine, backend
+from engines.memory import engine_memory
+from engines.parity.compatibility import plan_of, require_from
+from engines.parity.tolerance import (
+    DTYPE_ROUNDING,
+    QUANTIZER_ROUNDING,
+)
+from engines.passport import EnginePassport, covered_spec, load_passport
+from engines.reference import pytorch
+from engines.reference.pytorch import Perturbation
+from nxm_export.contract.io_spec import IOSpec
+from nxm_export.contract.plan import CompressionPlan
+from nxm_export.contract.token_budget import MAX_BATCH_TOKENS, MAX_ROWS
+from nxm_export.data.examples import Features, filled, pad, sorted_batches
+
+
+@dataclass(frozen=True)
+class Part:
+    """An engine directory that belongs to the checkpoint it is compared with; `plan` is that of its graph, None for
+    dense."""
+
+    directory: Path
+    passport: EnginePassport
+    spec: IOSpec
+    plan: CompressionPlan | None
+
+    @property
+    def dtype(self) -> str:
+        """Float dtype of its graph."""
+        return str(self.passport.graph.get("dtype", "float32"))
+
+    @property
+    def key(self) -> str:
+        """Engines with the same key have the same reference."""
+        return f"{self.dtype} {self.passport.graph['placement']} {self.spec.max_length} {self.rounding}"
+
+    @property
+    def rounding(self) -> float:
+        """The relative error by which the reference is made to round as this engine does: that of its float type, or of
+        its backend's quantizer."""
+        of_quantizer = QUANTIZER_ROUNDING.get(self.passport.backend, 0.0) if self.plan else 0.0
+        return max(DTYPE_ROUNDING[self.dtype], of_quantizer)
+
+    @property
+    def rounding_noise(self) -> Perturbation:
+        """`rounding` where this engine rounds: in a shorter float type behind every operator, in float32 where its
+        quantizers read."""
+        return Perturbation(self.rounding, everywhere=DTYPE_ROUNDING[self.dtype] > 0.0)
+
+    @property
+    def rounding_text(self) -> str:
+        """`rounding` in words."""
+        backend_rounds = self.passport.backend in QUANTIZER_ROUNDING
+        return f"{self.dtype} as {self.passport.backend} rounds" if backend_rounds else self.dtype
+
+    def load_reference(
+        self,
+        checkpoint: Path,
+        *,
+        exact: bool = False,
+        perturbation: Perturbation = Perturbation(),
+    ) -> pytorch.TorchEngine:
+        """Its checkpoint in PyTorch, in one of the arithmetics that `engines.reference.pytorch.load` describes."""
+        return pytorch.load(
+            checkpoint,
+            task=self.spec.task,
+            scale_dtype=self.dtype,
+            plan=self.plan,
+            exact=exact,
+            perturbation=perturbation,
+        )
+
+    def memory(self, batch: int, sequence: int) -> int:
+        """Bytes of this machine's memory that the engine needs at least for a batch; 0 where that is on its GPU."""
+        shape = (batch, sequence)
+        needed = engine_memory(self.directory, self.passport, [shape])
+        return 0 if needed is None else needed[shape] + (self.directory / self.passport.engine).stat().st_size
+
+    def load(self) -> Engine:
+        """The engine itself."""
+        return backend(self.passport.backend).load(self.directory)
+
+
+def open_part(checkpoint: Path, directory: Path) -> Part:
+    """An engine directory, checked against its checkpoint; raises `ArtifactError`."""
+    passport = load_passport(directory)
+    spec = covered_spec(directory, passport)
+    plan = plan_of(checkpoint, directory, passport)
+    require_from(checkpoint, directory, passport, spec)
+    return Part(directory, passport, spec, plan)
+
+
+def run_all(
+    engine: Engine,
+    features: Sequence[Features],
+    spec: IOSpec,
+    batch_size: int = MAX_ROWS,
+    batch_tokens: int = MAX_BATCH_TOKENS,
+) -> dict[str, np.ndarray]:
+    """Outputs of every sample, in the order of `features`; batches are by length, so that little is padding, and of at
+    most so many rows and tokens.
+
+    Outputs with a row for every token are (samples, longest sequence, ...), 0 for padding.
+    """
+    rows: dict[str, dict[int, np.ndarray]] = {name: {} for name in engine.outputs}
+    for indices in sorted_batches(features, batch_size, batch_tokens):
+        outputs = engine.run(pad([features[i] for i in indices], spec.pad_id))
+        for name, values in outputs.items():
+            for i, value in zip(indices, values, strict=True):
+                rows[name][i] = value[: len(features[i]["input_ids"])] if per_token(spec, name) else value
+    return {name: filled([values[i] for i in range(len(features))], 0.0) for name, values in rows.items()}
+
+
+def per_token(spec: IOSpec, name: str) -> bool:
+    """Whether an output has a row for every token."""
+    return "sequence" in spec.outputs.get(name, ())

@@ -220,15 +220,23 @@ class OperandQuantizers(nn.ModuleDict):
 def use_int8_attention(model: nn.Module, family: Family, plan: CompressionPlan, config: Mapping[str, object]) -> None:
     """Route attention through quantized probabilities. Query, key and value are quantized at their layers' outputs, or
     by `OperandQuantizers` where those are not what is multiplied."""
+    if family.attention.interface:
+        _choose_int8_attention(model)
+    for block in family.blocks(config):
+        if family.attention.dropout:
+            dropout = model.get_submodule(f"{block}.{family.attention.path}.{family.attention.dropout}")
+            dropout.register_forward_pre_hook(_quantized_first)
+        if operands := family.own_operands(plan, block):
+            setattr(model.get_submodule(f"{block}.{family.attention.path}"), _OPERANDS, OperandQuantizers(operands))
+
+
+def _choose_int8_attention(model: nn.Module) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
     AttentionInterface.register(_INT8_ATTENTION, _int8_attention)
     AttentionMaskInterface.register(_INT8_ATTENTION, eager_mask)
     choose_attention(model, _INT8_ATTENTION)
-    for block in family.blocks(config):
-        if operands := family.own_operands(plan, block):
-            setattr(model.get_submodule(f"{block}.{family.attention.path}"), _OPERANDS, OperandQuantizers(operands))
 
 
 def _take_operands(model: nn.Module) -> dict[str, np.ndarray]:
@@ -264,12 +272,20 @@ def _int8_attention(
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    probabilities = scores.softmax(dim=-1)
-    scale = torch.tensor([SOFTMAX_SCALE], device=query.device)
-    probabilities = fake_quantize(probabilities, scale, ACTIVATION_QMIN, ACTIVATION_QMAX)
+    probabilities = _quantized(scores.softmax(dim=-1))
     probabilities = functional.dropout(probabilities.to(compute_dtype(query)), dropout, module.training)
     context = torch.matmul(probabilities, value.to(probabilities.dtype)).transpose(1, 2).contiguous()
     return context, probabilities
+
+
+def _quantized_first(dropout: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+    """For the dropout of attention without an interface, which reads the probabilities."""
+    return (_quantized(args[0]),)
+
+
+def _quantized(probabilities: Tensor) -> Tensor:
+    scale = torch.tensor([SOFTMAX_SCALE], device=probabilities.device)
+    return fake_quantize(probabilities, scale, ACTIVATION_QMIN, ACTIVATION_QMAX)
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

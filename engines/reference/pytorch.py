@@ -190,12 +190,17 @@ class TorchEngine(Closing):
                 checkpoint, plan, lambda name: self._fake_quantizer(float(rounded(checkpoint.input_scale(name))))
             )
         if plan.attention == "int8":
+            kind = checkpoint.family.attention
             for block in checkpoint.family.blocks(checkpoint.config):
                 changes = {
                     operand: self._fake_quantizer(float(rounded(scale)))
                     for operand, scale in {**checkpoint.operand_scales(block), PROBABILITIES: 1.0 / 127.0}.items()
                 }
-                change_operands(model.get_submodule(f"{block}.{checkpoint.family.attention.path}"), changes)
+                attention = model.get_submodule(f"{block}.{kind.path}")
+                if kind.dropout:
+                    _before(attention.get_submodule(kind.dropout), changes[PROBABILITIES])
+                else:
+                    change_operands(attention, changes)
 
     def _opened(self) -> nn.Module:
         if self._model is None:

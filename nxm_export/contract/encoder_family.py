@@ -68,14 +68,21 @@ class Attention:
     """How the blocks of a family attend.
 
     `path` is the module inside a block whose operands are multiplied. With `interface` it takes the attention functions
-    of transformers; without, it multiplies by itself: no quantizer reaches its probabilities, and there is no fused
-    kernel to ask for. `takes_bias_mask` says that a (batch, 1, 1, sequence) mask is added to all scores as it is; a
-    model with windows, or one that multiplies its mask, has to make its masks itself, from a (batch, sequence) one.
+    of transformers; without, it multiplies by itself, and there is no fused kernel to ask for. Quantizers reach its
+    probabilities then only in front of `dropout`, a module inside it that reads them. `takes_bias_mask` says that a
+    (batch, 1, 1, sequence) mask is added to all scores as it is; a model with windows, or one that multiplies its mask,
+    has to make its masks itself, from a (batch, sequence) one.
     """
 
     path: str
     interface: bool = True
+    dropout: str | None = None
     takes_bias_mask: bool = True
+
+    @property
+    def quantizable(self) -> bool:
+        """True where a quantizer reaches the probabilities."""
+        return self.interface or self.dropout is not None
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,7 @@ class Family:
     @property
     def placements(self) -> tuple[str, ...]:
         """Those of `PLACEMENTS` that this family can train."""
-        return tuple(name for name in PLACEMENTS if self.attention.interface or name not in INT8_ATTENTION)
+        return tuple(name for name in PLACEMENTS if self.attention.quantizable or name not in INT8_ATTENTION)
 
     @property
     def values(self) -> str:
@@ -341,7 +348,7 @@ class Family:
     def require_placement(self, plan: CompressionPlan) -> None:
         """Raise `PlanError` when a plan puts a quantizer where this family has no place for one, or leaves half of
         attention in float."""
-        if plan.attention == "int8" and not self.attention.interface:
+        if plan.attention == "int8" and not self.attention.quantizable:
             raise PlanError(
                 f"attention int8: transformers computes the attention of {self.model_type} inside its own module, "
                 "where quantizers of the probabilities would not train; choose placement inputs or inputs-outputs"

@@ -140,7 +140,7 @@ FAMILIES: dict[str, Family] = {
                 *_ffn("intermediate.dense", "output.dense"),
             ),
             _TWO_INPUTS,
-            Attention("attention.attn", interface=False),
+            Attention("attention.attn", interface=False, dropout="dropout"),
             "attention.LayerNorm",
             positions_after_padding=True,
             block_returns=1,

@@ -19,6 +19,7 @@ from tools.experiments import (
     long_document,
     mask_ablation,
     output_ablation,
+    padding_share,
     polygraphy_peer,
     training_variants,
 )
@@ -147,3 +148,10 @@ def test_all_forms_are_timed_against_the_graph_as_it_is(
         graph_forms.LAST,
     ]
     assert " 1.000 (1.000 to 1.000)" in lines[0]
+
+
+def test_padding_is_the_share_of_tokens_beyond_the_samples_own() -> None:
+    lengths = np.array([1, 3] * 32)
+    in_pairs, sorted_by_length = list(range(64)), [*range(0, 64, 2), *range(1, 64, 2)]
+    assert padding_share.padding(lengths, in_pairs) == pytest.approx(1 - 128 / 192)
+    assert padding_share.padding(lengths, sorted_by_length) == 0.0

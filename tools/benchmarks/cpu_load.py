@@ -1,4 +1,4 @@
-"""What loading an engine takes: run in a process of its own by `tools.benchmarks.cpu`.
+"""What loading an engine takes: run in a process of its own by `tools.benchmarks.cpu_engines`.
 
 python -m tools.benchmarks.cpu_load ENGINE THREADS
 """

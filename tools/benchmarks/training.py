@@ -529,7 +529,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = (
         load_record(FILE, Record)
         if chosen.render
-        else measure(chosen.rounds, chosen.precision, chosen.threads, shapes, chosen.compile)
+        else measure(1 if chosen.smoke else chosen.rounds, chosen.precision, chosen.threads, shapes, chosen.compile)
     )
     if chosen.print or chosen.smoke:
         print(section(record))

@@ -2,8 +2,8 @@
 
     NXM_PEERS_PYTHON/bin/python tools/experiments/nncf_peer.py dense/model.onnx batches.npz out/model.xml
 
-`batches.npz` holds calibration inputs, arrays named ``0/input_ids`` and so on. Run by `tools/benchmarks/cpu.py` in an
-environment with openvino and nncf; the model that it writes is timed in ours.
+`batches.npz` holds calibration inputs, arrays named ``0/input_ids`` and so on. Run by `tools/benchmarks/cpu_engines.py`
+in an environment with openvino and nncf; the model that it writes is timed in ours.
 """
 
 from __future__ import annotations

@@ -431,3 +431,23 @@ def test_a_fused_matrix_leaves_a_scale_for_each_part_and_attention_quantizes_wha
     assert all(scale.shape == () and scale > 0 for name, scale in scales.items() if not name.endswith("weight_scale"))
     assert not quant_linears(model)
     assert not activation_quantizers(model)
+
+
+def test_attention_inside_a_module_of_its_own_multiplies_quantized_probabilities(tmp_path: Path) -> None:
+    path = tiny.write_model("mpnet", tmp_path, head="classification", layers=1)
+    model = load_model(resolve(path), TASKS["classification"])
+    family, config = FAMILIES["mpnet"], read_config(tmp_path)
+    prepare(model, family.uniform_plan(config, WeightSpec.parse("W8"), placement="products"), family, config)
+    ids = torch.randint(5, 20, (4, 9), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    calibrate(model, [batch], 100.0)
+    read: list[Tensor] = []
+    dropout = model.get_submodule("mpnet.encoder.layer.0.attention.attn.dropout")
+    dropout.register_forward_hook(lambda module, args, output: read.append(args[0]))
+    model(**batch).logits.square().sum().backward()
+    codes = 127 * read[0].detach().numpy()
+    np.testing.assert_allclose(codes, codes.round(), rtol=0, atol=1e-4)
+    assert len(np.unique(codes.round())) > 3
+    gradient = quant_linears(model)["mpnet.encoder.layer.0.attention.attn.q.weight"].weight.grad
+    assert gradient is not None
+    assert float(gradient.abs().max()) > 0  # they have a gradient

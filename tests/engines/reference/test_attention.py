@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from engines.reference import attention, pytorch
 from nxm_export.contract.families import FAMILIES
-from tests.support import tiny
+from tests.support import baked, tiny
 
 
 def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
@@ -128,3 +128,16 @@ def test_references_that_are_loaded_together_quantize_their_own_probabilities() 
         attention.change_operands(model, {attention.PROBABILITIES: change})
     results = [attention.blocked_attention(model, query, key, value, None)[0] for model in models]
     assert [float(result[0, 0, 0, 0]) for result in results] == [2.0, 3.0, 1.0]
+
+
+def test_a_module_that_attends_by_itself_multiplies_quantized_probabilities(tmp_path: Path) -> None:
+    path = baked.write_checkpoint("mpnet", tmp_path / "c", attention="int8", placement="products")
+    read: list[torch.Tensor] = []
+    with pytorch.load(path, task="classification", exact=True) as engine:
+        model = engine._opened()
+        dropout = model.get_submodule("mpnet.encoder.layer.0.attention.attn.dropout")
+        dropout.register_forward_hook(lambda module, args, output: read.append(args[0]))
+        engine.run(feeds(engine.inputs, 9))
+    codes = 127 * read[0].numpy()
+    np.testing.assert_allclose(codes, codes.round(), rtol=0, atol=1e-6)  # the scale is the float32 next to 1 / 127
+    assert len(np.unique(codes.round())) > 1

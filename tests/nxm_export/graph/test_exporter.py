@@ -65,7 +65,7 @@ def exported(
     task with INT8 attention, so that every family that can have it has both."""
     if task == "classification":
         return open_checkpoint(tiny_checkpoint(family)), tiny_graph(family, "inputs-outputs")
-    int8 = FAMILIES[family].attention.interface
+    int8 = FAMILIES[family].attention.quantizable
     options = {"placement": "attention" if int8 else "inputs-outputs"}
     path, graph = made(family, task=task, attention="int8" if int8 else "float", options=options)
     return open_checkpoint(path), graph

@@ -29,7 +29,8 @@ def of_compression(metrics: CompressionMetrics) -> str:
 def of_search(result: SearchResult) -> str:
     """What the best plan saves, and how far it is from the dense model before training."""
     saved = f"{result.best.hw:.2%} of the bits, as tensor cores store them"
-    apart = "no number" if result.best.joint is None else f"{result.best.joint:.4g}"
+    chosen_by = f"on the {result.samples.held_out} samples that it was chosen by"
+    apart = "no number" if result.best.joint is None else f"{result.best.joint:.4g}, {chosen_by}"
     return f"Found a plan that saves {saved}.\nIts divergence without training is {apart}."
 
 

@@ -62,7 +62,7 @@ class Effort:
 
 
 WHOLE = Effort()
-# Two fifths of the time. Of MiniLM-L6's matrices E is 3 to 19 % above that of the whole effort with 4 bits. For 8 bits it
+# Two fifths of the time. E of MiniLM-L6 is 3 to 19 % above that of the whole effort with 4 bits. For 8 bits it
 # is a few times as large, but rounding is a hundredth of what pruning costs, and the grid is not worth its time.
 DRAFT = Effort(iterations=8, growth=1.3, refit_steps=16, scale_points=12, sweeps=1, nearest_from=127)
 

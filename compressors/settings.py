@@ -130,6 +130,14 @@ class Settings:
             )
         },
     )
+    average: float = field(
+        default=0.1,
+        metadata={
+            OPTION: Option(
+                "Share of the last steps whose weights are averaged. 0: the weights of the last step.", least=0, most=1
+            )
+        },
+    )
     dense_learning_rate: float = field(default=5e-5, metadata={OPTION: Option(above=0)})
     batch_size: int = field(default=32, metadata={OPTION: Option("Samples per optimizer step.", least=1)})
     max_length: int | None = field(default=None, metadata={OPTION: Option(_MAX_LENGTH_HELP, least=2)})

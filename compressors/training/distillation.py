@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from compressors.distributed import summed, world_size
 from compressors.pruning.admm import Admm
 from compressors.settings import Losses
+from compressors.training.averaged_weights import AveragedWeights
 from compressors.training.output_divergence import OUTPUT_LOSSES
 from nxm_export.hf.protocols import TaskOutput
 
 
 class Student(nn.Module):
-    """A model with its losses, which the Trainer sees as an ordinary module: its state includes ADMM's Z and U.
+    """A model with its losses, which the Trainer sees as an ordinary module: its state includes ADMM's Z and U, and
+    `averages` where there are any.
 
     `teacher` is held outside the module tree: it is neither trained nor saved.
     """
@@ -36,6 +38,7 @@ class Student(nn.Module):
         self._output_loss, self._by_token = OUTPUT_LOSSES[output_kind], output_kind != "span"
         self.model, self.losses, self.admm = model, losses, admm
         self._teacher = [teacher] if teacher is not None else []
+        self.averages: AveragedWeights | None = None
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         """Loss and logits of a padded batch with ``labels``."""
@@ -56,6 +59,12 @@ class Student(nn.Module):
             if deep:
                 loss = loss + self.losses.hidden * hidden_loss(output.hidden_states, taught.hidden, taught.rows)
         return {"loss": loss, "logits": output.logits}
+
+    def settle(self) -> None:
+        """Training is over: give the model its averaged weights, where there are any."""
+        if self.averages is not None:
+            self.averages.put()
+            self.averages = None
 
     def _asked(self, inputs: Mapping[str, Tensor]) -> Taught:
         deep = self.losses.hidden > 0

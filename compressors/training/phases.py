@@ -134,7 +134,7 @@ class Job:
             self._calibrate(student)  # again: nothing else will fit the ranges to the weights as they are now
         qat_steps = 0 if settings.recipe == "paper" else self.steps - searched.steps
         if qat_steps > 0:
-            self._run(student, self._phase("qat", qat_steps), teacher)
+            self._run(student, replace(self._phase("qat", qat_steps), average=settings.average), teacher)
         require_invariants(student)
         residual = searched.residual
         return student, TrainingFacts(
@@ -143,6 +143,7 @@ class Job:
             train_samples=len(self.train),
             held_out_samples=len(self.held_out),
             qat_steps=qat_steps,
+            average=settings.average if qat_steps else None,
             mask_hash=mask_hash(layers),
             outputs_in_float=in_float,
             permutation=permutation,

@@ -31,6 +31,7 @@ from compressors.pruning.admm import Admm
 from compressors.quantization.fake_quant import quant_linears
 from compressors.settings import PRECISIONS, Losses
 from compressors.training.augmentation import WINDOW, augmented, mixed
+from compressors.training.averaged_weights import AverageCallback, AveragedWeights
 from compressors.training.callbacks import (
     COMPLETE,
     CompleteCallback,
@@ -64,6 +65,7 @@ class Phase:
     losses: Losses = Losses()
     scale_learning_rate: float | None = None  # of quantizers' scales; None = learning_rate
     save_every: int | None = None  # steps between training checkpoints; None = a tenth of the phase
+    average: float = 0.0  # share of the steps over which weights are averaged; 0: those of the last step are kept
 
 
 def schedule(features: Sequence[Features], steps: int, batch_size: int, seed: int) -> list[int]:
@@ -147,6 +149,10 @@ def run_phase(
     student.to(arguments.device)
     if teacher is not None:
         lighten(teacher.eval().to(arguments.device), model, arguments.bf16)
+    callbacks = list(callbacks)
+    if phase.average:
+        student.averages = AveragedWeights(model, phase.average * phase.steps)
+        callbacks.append(AverageCallback(student.averages))
     _require_space(student, phase, data.work_dir)
     features, order = data.features, schedule(data.features, phase.steps, phase.batch_size, data.seed)
     if data.augment:
@@ -167,6 +173,7 @@ def run_phase(
     with quiet_log(), disk_errors(data.work_dir):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.accelerator.wait_for_everyone()  # each lists the directory as its training ends
+    student.settle()
     if trainer.is_world_process_zero():
         partial = finished.with_suffix(".partial")
         with disk_errors(finished):

@@ -736,6 +736,10 @@ def test_all_is_every_standard_row_once() -> None:
     # So what was measured of trained rows is still of today's settings, and what was of untrained ones is named.
     assert changed(Settings(), untrained, 384).percentile is None
     assert changed(Settings(), row_named("obs-refit-2:4+W4"), 384).percentile == 99.99
+    assert changed(Settings(), row_named("obs-refit-2:4+W4"), 384).average == 0.0
+    averaged = row_named("admm-2:4+W4-averaged")
+    assert changed(Settings(), averaged, 384).average == Settings().average, "the rows that have the default"
+    assert averaged.baseline == "magnitude-2:4+W4-averaged"
     assert row_named("searched-hw-90-admm-unaugmented").settings == {"recipe": "nxm", "augment": 0.0}
     former = row_named("searched-hw-90-unaugmented")
     assert (former.search, former.baseline) == (("nxm", "hw", 0.9), "magnitude-2:4+W4-unaugmented")

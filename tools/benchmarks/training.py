@@ -31,6 +31,7 @@ from compressors.quantization.fake_quant import activation_quantizers, quant_lin
 from compressors.quantization.prepare_bake import prepare
 from compressors.settings import Losses, Settings
 from compressors.training.admm_schedule import MAX_DUAL_UPDATES, WATCH_EVERY, WATCHED_SAMPLES
+from compressors.training.averaged_weights import AveragedWeights
 from compressors.training.default_recipe import MEASURED_WIDTH, training_of
 from compressors.training.distillation import Student, lighten
 from compressors.training.phases import freeze_embeddings
@@ -93,6 +94,7 @@ TITLES = {  # of arms and phases, in the document
     "qat": "masked QAT",
     "qat with teacher": "masked QAT with the teacher",
 }
+SPAN = 200.0  # steps that the average of a usual run reaches back
 AIMS = {"admm": "<= 1.10", "qat": "<= 1.35", "qat with teacher": "<= 1.25"}
 MEMORY_AIM = 1.4  # of a phase with a teacher, the whole process against that of plain fine-tuning
 AGAINST = {
@@ -177,13 +179,14 @@ class Record(Circumstances):
 
 @dataclass
 class Arm:
-    """One way to train: `step` takes a batch through forward, backward, clipping, `before` (a penalty) and the
-    optimizer."""
+    """One way to train: `step` takes a batch through forward, backward, clipping, `before` (a penalty), the optimizer
+    and the average of the weights."""
 
     student: Student
     optimizer: torch.optim.Optimizer
     bf16: bool
     before: Callable[[], None] = lambda: None
+    averages: AveragedWeights | None = None
 
     def step(self, batch: dict[str, Tensor]) -> None:
         self.optimizer.zero_grad()
@@ -193,6 +196,8 @@ class Arm:
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         self.before()
         self.optimizer.step()
+        if self.averages is not None:
+            self.averages.update()
 
 
 def model_of(name: str) -> nn.Module:
@@ -256,6 +261,8 @@ def arm(kind: str, name: str, bf16: bool, mode: str = "mask") -> tuple[Arm, Admm
         lighten(teacher, model, bf16)
     student = Student(model, losses, teacher, admm).train()
     made = Arm(student, optimizer_of(student, Phase("bench", 1, training.learning_rate)), bf16)
+    if kind.startswith("qat"):
+        made.averages = AveragedWeights(model, SPAN)
     if admm is not None and kind != "admm without penalty":
         admm.set_rho(1e-3)
         made.before = admm.add_penalty
@@ -361,15 +368,15 @@ def train_in_this_process(kind: str, name: str, batch: int, sequence: int, preci
     keep_freed_memory()
     before = resident_bytes()
     built, admm = arm(kind, name, False)
-    del built.optimizer  # `run_phase` makes its own
-    student = built.student
+    del built.optimizer, built.averages  # `run_phase` makes its own
+    student, average = built.student, Settings().average if kind.startswith("qat") else 0.0
     features = [
         sample for made, _ in zip(batches(batch, sequence), range(3), strict=False) for sample in samples_of(made)
     ]
     with tempfile.TemporaryDirectory() as scratch:
         run_phase(
             student.model,
-            Phase("bench", 3, 1e-4, batch, losses=student.losses, save_every=2),
+            Phase("bench", 3, 1e-4, batch, losses=student.losses, save_every=2, average=average),
             PhaseData(features, 0, Path(scratch), seed=0, precision=precision),
             teacher=student._teacher[0] if student._teacher else None,
             admm=admm,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from compressors.pruning.admm import Admm
 from compressors.quantization.fake_quant import quant_linears
 from compressors.settings import Losses, Settings
 from compressors.training import trainer
+from compressors.training.averaged_weights import AveragedWeights
 from compressors.training.distillation import Student
 from compressors.training.phases import Job
 from compressors.training.trainer import Phase
@@ -47,33 +48,15 @@ WEAKER = {"1:4": "2:4", "2:4": "4:8"}
 
 
 class Averages(TrainerCallback):
-    """Exponential averages of all trained parameters over the steps, one of each decay."""
+    """Averages of all trained parameters over the steps, one of each decay."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.kept = {decay: [p.detach().clone() for p in self.trained] for decay in DECAYS}
+        self.kept = {decay: AveragedWeights(model, 1 / (1 - decay)) for decay in DECAYS}
 
-    @torch.no_grad()
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Move each average towards the weights as they are."""
-        for decay, kept in self.kept.items():
-            for average, parameter in zip(kept, self.trained, strict=True):
-                average.lerp_(parameter, 1 - decay)
-
-    @contextmanager
-    def used(self, decay: float) -> Iterator[None]:
-        """Inside, the model has the average's weights."""
-        last = [parameter.detach().clone() for parameter in self.trained]
-        self._set(self.kept[decay])
-        try:
-            yield
-        finally:
-            self._set(last)
-
-    @torch.no_grad()
-    def _set(self, values: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self.trained, values, strict=True):
-            parameter.copy_(value)
+        for averages in self.kept.values():
+            averages.update()
 
 
 class RelationStudent(Student):
@@ -210,6 +193,7 @@ def _lines(dense: Dense, name: str, arguments: argparse.Namespace, work: Path, p
         epochs=arguments.epochs,
         steps=arguments.steps,
         learning_rate=variant.learning_rate,
+        average=0,
         seed=arguments.seed,
         max_length=arguments.max_length,
         threads=arguments.threads,
@@ -230,10 +214,10 @@ def _lines(dense: Dense, name: str, arguments: argparse.Namespace, work: Path, p
     with _student_of(variant.student):
         student, _ = job.run()
     yield f"{arguments.option}, {name}: {_score(dense, student, arguments.metric)}"
-    for decay in DECAYS:
-        assert job.averages is not None
-        with job.averages.used(decay):
-            yield f"{arguments.option}, {name}, average of {decay}: {_score(dense, student, arguments.metric)}"
+    assert job.averages is not None
+    for decay, averages in job.averages.kept.items():
+        averages.put()
+        yield f"{arguments.option}, {name}, average of {decay}: {_score(dense, student, arguments.metric)}"
 
 
 @contextmanager

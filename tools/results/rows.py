@@ -3,7 +3,8 @@
 A row's name says all about it: ``dense``, ``dense-longer``, ``RECIPE-OPTION`` as in ``nxm-2:4+W8``, the same with
 changes (`CHANGES`) behind it as in ``nxm-2:4+W4-permuted-activation``, or ``searched-COUNTING-PERCENT`` and
 ``paper-search-COUNTING-PERCENT`` as in ``searched-hw-87.5``. So every recipe can be measured at every option;
-`STANDARD` are those that the table is about, in its order.
+`STANDARD` are those that the table is about, in its order. Weights are those of the last step, but for rows
+``-averaged``, which have what `nxm compress` does by itself.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class SettingChanges(TypedDict, total=False):
     mask_scores: str
     permute: bool
     augment: float
+    average: float
     output_limit: float | None
     learning_rate: float
     epochs: float
@@ -73,6 +75,7 @@ class Change:
 CHANGES = {  # by what a row's name ends in
     "admm": Change("masks by ADMM", {"recipe": "nxm"}),
     "unaugmented": Change("no distorted sentences", {"augment": 0.0}),
+    "averaged": Change("weights averaged over the last tenth of the steps", {"average": 0.1}),
     "int8-outputs": Change("every output in INT8, whatever it costs", {"output_limit": None}),
     "slow": Change("learning rate 1e-4", {"learning_rate": 1e-4}),
     "fast": Change("learning rate 3e-4", {"learning_rate": 3e-4}),
@@ -93,7 +96,7 @@ CHANGES = {  # by what a row's name ends in
     "attention": Change("products inside attention in INT8, too", plan={"placement": "attention"}),
     "table": Change("word-embedding table in INT8, too", plan={"embedding": "int8"}),
 }
-_TRAINING = ("unaugmented", "int8-outputs", "untrained")  # changes that baselines are measured with, too
+_TRAINING = ("unaugmented", "averaged", "int8-outputs", "untrained")  # changes that baselines are measured with, too
 STANDARD = (
     "dense",
     "dense-longer",

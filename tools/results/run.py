@@ -466,7 +466,7 @@ def _bytes(plan: CompressionPlan, checkpoint: Path) -> Sizes:
 
 def changed(settings: Settings, row: Row, width: int) -> Settings:
     """`settings` with a row's changes, and with what both leave open for a model of this hidden size."""
-    plain = replace(settings, **row.settings)
+    plain = replace(replace(settings, average=0.0), **row.settings)  # rows say it where weights are averaged
     training = training_of(plain, task_named("classification"), width, more_text=row.more_text is not None)
     losses = replace(training.losses, **row.losses)
     return replace(
@@ -490,7 +490,7 @@ def _json(value: Mapping[str, object]) -> dict[str, object]:
 
 # Of compression. A record made before there was a setting was made without what it brought.
 DEFAULTS: dict[str, object] = _json(
-    _compress_part(Settings(augment=0.0, output_limit=None, percentile=START_PERCENTILE))
+    _compress_part(Settings(average=0.0, augment=0.0, output_limit=None, percentile=START_PERCENTILE))
 )
 
 

@@ -102,8 +102,10 @@ class MoreTextFacts:
 class TrainingFacts:
     """How a checkpoint was compressed.
 
-    `steps` are all optimizer steps, `qat_steps` those with fixed masks. `admm`, `admm_steps`, `residual` (||W - Z|| /
-    ||W|| before masks were fixed) and `residual_gate_passed` are of recipes with ADMM; `sr_ste_steps` is of SR-STE.
+    `steps` are all optimizer steps, `qat_steps` those with fixed masks. `average` is the share of these over which the
+    saved weights are averaged; None where there are none, and in files from before there was one. `admm`, `admm_steps`,
+    `residual` (||W - Z|| / ||W|| before masks were fixed) and `residual_gate_passed` are of recipes with ADMM;
+    `sr_ste_steps` is of SR-STE.
     `outputs_in_float` has the divergence that each output quantizer would have cost which was left out for it, by
     weight. `mask_hash` is the sha256 over all masks. `more_text` is None where only `train_samples` were trained on.
     """
@@ -114,6 +116,7 @@ class TrainingFacts:
     held_out_samples: int
     qat_steps: int
     mask_hash: str
+    average: float | None = None
     outputs_in_float: Mapping[str, float] = field(default_factory=dict)
     permutation: PermutationFacts | None = None
     admm: str | None = None
@@ -158,6 +161,7 @@ class CompressionMetrics(TrainingFacts, Scores):
             held_out_samples=facts.held_out_samples,
             qat_steps=facts.qat_steps,
             mask_hash=facts.mask_hash,
+            average=facts.average,
             outputs_in_float=facts.outputs_in_float,
             permutation=facts.permutation,
             admm=facts.admm,

@@ -1,0 +1,62 @@
+"""An exponential average of the trained weights over the steps of a phase, which is saved in their place.
+
+The weights of single steps lie around where they are going, as far off as the learning rate and the scatter of the
+batches take them; their average lies nearer (Polyak and Juditsky 1992; Izmailov et al. 2018, arXiv 1803.05407). It is
+taken of everything that is trained, the logarithms of the quantizers' scales among it. What a mask has dropped is zero
+at every step, and so on average.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+
+class AveragedWeights(nn.Module):
+    """The average of the trained parameters of `model`, as buffers: part of a training checkpoint, on one device with
+    them.
+
+    `span` is over how many steps it reaches back: weights of that many steps ago count for about 1 / e of the newest.
+    Of a single step or less, it is the weights of the last. The model is held outside the module tree.
+    """
+
+    def __init__(self, model: nn.Module, span: float) -> None:
+        super().__init__()
+        self._trained = [[parameter for parameter in model.parameters() if parameter.requires_grad]]
+        self.weight = 1 / max(span, 1.0)  # of the newest
+        for number, parameter in enumerate(self.trained):
+            self.register_buffer(str(number), parameter.detach().clone())
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that are averaged."""
+        return self._trained[0]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the parameters as they are: (1 - weight) * average + weight * parameter."""
+        for parameter, average in zip(self.trained, self.buffers(), strict=True):
+            average.lerp_(parameter, self.weight)
+
+    @torch.no_grad()
+    def put(self) -> None:
+        """Make the average the parameters."""
+        for parameter, average in zip(self.trained, self.buffers(), strict=True):
+            parameter.copy_(average)
+
+
+class AverageCallback(TrainerCallback):
+    """Takes the weights of every step into their average, before a training checkpoint is written."""
+
+    def __init__(self, averages: AveragedWeights) -> None:
+        self.averages = averages
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Take in the weights after this step."""
+        self.averages.update()

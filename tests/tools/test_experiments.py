@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,6 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-import torch
 
 from tests.support import onnx_text
 from tools.experiments import (
@@ -21,6 +21,8 @@ from tools.experiments import (
     output_ablation,
     padding_share,
     polygraphy_peer,
+    silver_tags,
+    silver_tasks,
     training_variants,
 )
 
@@ -83,31 +85,16 @@ def test_every_way_to_train_runs_to_its_end(
 ) -> None:
     made = tiny_checkpoint("bert").parent
     data = ["--train", str(made / "train.tsv"), "--dev", str(made / "dev.tsv"), "--max-length", "48"]
-    more = ["--steps", "5", "--threads", "1", "--variants", "default,relations,rounds"]
+    more = ["--steps", "5", "--threads", "1", "--variants", "default;rounds;distorted, 2e-4"]
     monkeypatch.setattr(sys, "argv", ["ablation", str(made / "dense"), *data, *more])
     training_variants.main()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(": KL ")[0] for line in lines] == [
+    assert [line.partition(": distance ")[0] for line in lines] == [
         f"2:4+W4, {name}{average}"
-        for name in ("default", "relations", "rounds")
+        for name in ("default", "rounds", "distorted, 2e-4")
         for average in ("", *(f", average of {decay}" for decay in training_variants.DECAYS))
     ]
     assert len({line.partition(": ")[2] for line in lines}) > 3  # they are not one run
-
-
-def test_relations_are_those_of_each_head_over_real_tokens() -> None:
-    generator = torch.Generator().manual_seed(0)
-    ours, theirs = (torch.randn(2, 3, 4, generator=generator) for _ in range(2))
-    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    expected = []
-    for row, length in enumerate((3, 2)):
-        for head in (slice(0, 2), slice(2, 4)):
-            a, b = (states[row, :length, head].double() for states in (ours, theirs))
-            p, q = ((x @ x.T / 2**0.5).softmax(dim=-1) for x in (a, b))
-            expected += [float((q[token] * (q[token] / p[token]).log()).sum()) for token in range(length)]
-    found = float(training_variants.relation_loss(ours, theirs, mask, heads=2))
-    assert found == pytest.approx(np.mean(expected), rel=1e-5)  # float32 against float64
-    assert float(training_variants.relation_loss(ours, ours, mask, heads=2)) == 0
 
 
 @pytest.mark.exhaustive
@@ -155,3 +142,30 @@ def test_padding_is_the_share_of_tokens_beyond_the_samples_own() -> None:
     in_pairs, sorted_by_length = list(range(64)), [*range(0, 64, 2), *range(1, 64, 2)]
     assert padding_share.padding(lengths, in_pairs) == pytest.approx(1 - 128 / 192)
     assert padding_share.padding(lengths, sorted_by_length) == 0.0
+
+
+def test_silver_answers_stand_where_they_are_said_to() -> None:
+    tokens = ["He", "left", "New", "York", "for", "France", ",", "then", "Texas", "."]
+    known = {("New", "York"): "STATE", ("France",): "COUNTRY", ("Texas",): "STATE"}
+    row = silver_tags.tagged(" ".join(tokens), known)
+    found = [dict(entry) for entry in silver_tasks.asked([row, {"tokens": ["No"], "tags": ["O"]}])]
+    assert [entry["question"] for entry in found] == ["Which country is named?", "Which state is named?"]
+    for entry, expected in zip(found, ("France", "New York"), strict=True):
+        answers, context = entry["answers"], entry["context"]
+        assert isinstance(answers, dict)
+        assert isinstance(context, str)
+        assert answers["text"] == [expected]
+        assert context[answers["answer_start"][0] :].startswith(expected)
+    assert [dict(entry)["labels"] for entry in silver_tasks.labelled([row])] == [["COUNTRY", "STATE"]]
+
+
+def test_a_silver_query_has_one_document_that_answers_it() -> None:
+    pairs = [(f"question {number}", f"sentence {number}", str(number % 2)) for number in range(8)]
+    found = [dict(entry) for entry in silver_tasks.candidates(pairs, random.Random(0))]
+    assert {entry["query"] for entry in found} == {f"question {number}" for number in (0, 2, 4, 6)}
+    for number in (0, 2, 4, 6):
+        mine = [entry for entry in found if entry["query"] == f"question {number}"]
+        assert [entry["document"] for entry in mine if entry["relevance"]] == [f"sentence {number}"]
+        assert len({entry["document"] for entry in mine}) == len(mine)
+    share = [dict(entry) for entry in silver_tasks.overlaps([("What is it?", "it is red", "0")])]
+    assert share == [{"text": "What is it?", "text_pair": "it is red", "score": 0.6667}]

@@ -1,4 +1,4 @@
-"""What the ablations share: a dense classifier, its data, and how far another model is from it on dev."""
+"""What the ablations share: a dense model, its data, and how far another model is from it on dev."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from compressors.training.output_divergence import divergence
 from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
 from compressors.training.trainer import collate, predict
 from nxm_export.contract.tasks import Task, task_named
-from nxm_export.data.examples import label_array, sorted_batches
+from nxm_export.data.examples import group_array, label_array, sorted_batches
+from nxm_export.data.metrics import metric_named
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A dense classifier with its training and dev data."""
+    """A dense model with its training and dev data."""
 
     source: ModelSource
     task: Task
     data: TaskData
 
     @classmethod
-    def of(cls, arguments: argparse.Namespace) -> Dense:
-        """From the arguments of `parser`."""
-        source, task = resolve(arguments.dense), task_named("classification")
+    def of(cls, arguments: argparse.Namespace, name: str = "classification") -> Dense:
+        """From the arguments of `parser`, for a task by its name."""
+        source, task = resolve(arguments.dense), task_named(name)
         settings = Settings(max_length=arguments.max_length)
         request = TaskDataRequest(task, arguments.train, arguments.dev)
         data = read_task_data(source, request, load_tokenizer(source), settings)
@@ -50,17 +51,28 @@ class Dense:
 
     @cached_property
     def labels(self) -> npt.NDArray[np.int64]:
-        """Class of every dev sample."""
+        """Label of every dev sample: for a classifier its class."""
         return np.asarray(label_array(self.data.dev))
 
     @cached_property
     def logits(self) -> npt.NDArray[np.float32]:
-        """What the dense model says on dev, (samples, classes)."""
+        """What the dense model says on dev: of a classifier (samples, classes)."""
         return self.predict(self.model())
 
     def predict(self, model: nn.Module) -> npt.NDArray[np.float32]:
-        """What a model says on dev, (samples, classes)."""
+        """What a model says on dev: of a classifier (samples, classes)."""
         return np.asarray(predict(model, self.data.dev, self.data.pad_id))
+
+    def distance(self, outputs: npt.NDArray[np.float32]) -> float:
+        """Mean divergence of a dev sample's outputs from the dense model's, by what the task's outputs mean
+        (`compressors.training.output_divergence.divergence`)."""
+        reference, actual = torch.from_numpy(self.logits), torch.from_numpy(outputs)
+        return float(divergence(reference, actual, self.task.output_kind) / len(outputs))
+
+    def metric(self, name: str, outputs: npt.NDArray[np.float32]) -> float:
+        """A metric of outputs on dev, by its name."""
+        groups = group_array(self.data.dev)
+        return metric_named(name, self.data.classes or (), groups)(outputs, self.labels)
 
     def kl(self, logits: npt.NDArray[np.float32]) -> float:
         """Mean KL(dense || other) over dev, in nats."""

@@ -1,25 +1,23 @@
-"""What masked training from layer-wise ADMM gains by weights that are averaged, by attention relations, by rounds.
+"""What masked training from layer-wise ADMM gains by weights that are averaged, by rounds, by what it learns from.
 
     python -m tools.experiments.training_variants DENSE --train train.tsv --dev dev.tsv --option 2:4+W4
 
-One line per variant: mean KL(dense || compressed) in nats, agreement with the dense model and the task's metric over
-dev. Behind each stand the same for averages of the weights over the steps of the same run, by their decay. An
-experiment keeps nothing: a run that was interrupted begins anew.
+One line per variant: how far the compressed model is from the dense one on dev (mean KL in nats; of scores the squared
+error, of embeddings the squared distance), the share of samples that both put in the same class where it is one class
+a sample, and the metric. Behind each stand the same for averages of the weights over the steps of the same run, by
+their decay. An experiment keeps nothing: a run that was interrupted begins anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 from transformers import TrainerCallback
 
 from compressors.freed_memory import keep_freed_memory
@@ -27,14 +25,12 @@ from compressors.process_setup import prepare_process
 from compressors.pruning.admm import Admm
 from compressors.quantization.fake_quant import quant_linears
 from compressors.settings import Losses, Settings
-from compressors.training import trainer
 from compressors.training.averaged_weights import AveragedWeights
-from compressors.training.distillation import Student
 from compressors.training.phases import Job
 from compressors.training.trainer import Phase
 from nxm_export.cli.progress_bars import progress_bars
 from nxm_export.contract.plan import NMPattern, WeightSpec
-from nxm_export.data.metrics import metric_named
+from nxm_export.contract.tasks import TASKS
 from nxm_export.progress import Progress
 from tools.experiments.one_shot import Dense, parser
 
@@ -42,7 +38,6 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 DECAYS = (0.99, 0.995, 0.998)
-RELATION_WEIGHT = 1.0
 FIRST_SHARE = 0.4  # of the steps, for the weaker pattern of `rounds`
 WEAKER = {"1:4": "2:4", "2:4": "4:8"}
 
@@ -57,62 +52,6 @@ class Averages(TrainerCallback):
         """Move each average towards the weights as they are."""
         for averages in self.kept.values():
             averages.update()
-
-
-class RelationStudent(Student):
-    """A student that learns the last block's relations, too: which tokens' queries, keys and values are alike.
-
-    MiniLMv2's loss (Wang et al. 2021, arXiv 2012.15828): KL of softmax(A A^T / sqrt(d)) for A of queries, keys and
-    values, heads apart; the mean over heads and real tokens.
-    """
-
-    heads = 0
-    operands: tuple[str, ...] = ()
-
-    def __init__(
-        self,
-        model: nn.Module,
-        losses: Losses,
-        teacher: nn.Module | None,
-        admm: Admm | None,
-        output_kind: str = "softmax",
-    ) -> None:
-        super().__init__(model, losses, teacher, admm, output_kind)
-        self._seen: dict[bool, list[Tensor]] = {False: [], True: []}
-        for taught, network in ((False, model), (True, teacher)):
-            for name in self.operands:
-                assert network is not None
-                network.get_submodule(name).register_forward_hook(self._keep(self._seen[taught]))
-
-    @staticmethod
-    def _keep(kept: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            kept.append(output)
-
-        return hook
-
-    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        """Loss and logits of a padded batch, the relations' loss among it."""
-        for kept in self._seen.values():
-            kept.clear()
-        output = super().forward(**batch)
-        pairs = zip(self._seen[False], self._seen[True], strict=True)
-        relations = [relation_loss(ours, theirs, batch["attention_mask"], self.heads) for ours, theirs in pairs]
-        return {**output, "loss": output["loss"] + RELATION_WEIGHT * torch.stack(relations).mean()}
-
-
-def relation_loss(student: Tensor, teacher: Tensor, attention_mask: Tensor, heads: int) -> Tensor:
-    """Mean KL(teacher || student) of the relations of (batch, sequence, features) over heads and real tokens."""
-    hidden = ~attention_mask.bool()[:, None, None, :]
-
-    def relations(states: Tensor) -> Tensor:
-        split = states.float().reshape(*states.shape[:2], heads, -1).transpose(1, 2)
-        scores: Tensor = split @ split.transpose(-1, -2) / split.shape[-1] ** 0.5
-        return scores.masked_fill(hidden, -1e4).log_softmax(dim=-1)
-
-    apart = functional.kl_div(relations(student), relations(teacher), log_target=True, reduction="none").sum(-1)
-    real = attention_mask[:, None, :].float()
-    return (apart * real).sum() / (real.sum() * heads)
 
 
 class VariantJob(Job):
@@ -150,39 +89,46 @@ class VariantJob(Job):
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs from the default."""
+    """What differs from the task's default."""
 
-    student: type[Student] = Student
     rounds: bool = False
     learning_rate: float | None = None
+    losses: Losses | None = None
+    augment: float | None = None
 
 
+_TAUGHT, _LAYERS = Losses(task=0.0, logits=1.0, hidden=1.0), Losses(task=0.0, logits=1.0, hidden=10.0)
 VARIANTS = {
     "default": Variant(),
-    "relations": Variant(student=RelationStudent),
     "rounds": Variant(rounds=True),
     "5e-5": Variant(learning_rate=5e-5),
     "2e-4": Variant(learning_rate=2e-4),
     "3e-4": Variant(learning_rate=3e-4),
+    # By the teacher alone; hidden states with ten times the weight; and most samples distorted.
+    "taught": Variant(losses=_TAUGHT, augment=0.0),
+    "layers": Variant(losses=_LAYERS, augment=0.0),
+    "distorted": Variant(losses=_LAYERS, augment=0.7),
+    "distorted, 2e-4": Variant(losses=_LAYERS, augment=0.7, learning_rate=2e-4),
 }
 
 
 def main() -> None:
     made = parser(__doc__, max_length=128)
+    made.add_argument("--task", choices=tuple(TASKS), default="classification")
     made.add_argument("--option", default="2:4+W4", help="Pattern and bits of every matrix.")
-    made.add_argument("--variants", default=",".join(VARIANTS), help="Separated by commas.")
+    made.add_argument("--variants", default=";".join(VARIANTS), help="Separated by semicolons.")
     made.add_argument("--epochs", type=float, default=6.0)
     made.add_argument("--steps", type=int, help="Instead of --epochs.")
-    made.add_argument("--metric", default="accuracy")
+    made.add_argument("--metric", help="In place of the task's own.")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--threads", type=int)
     arguments = made.parse_args()
     prepare_process(arguments.threads)
     keep_freed_memory()
-    dense = Dense.of(arguments)
-    for name in arguments.variants.split(","):
+    dense = Dense.of(arguments, arguments.task)
+    for name in arguments.variants.split(";"):
         with tempfile.TemporaryDirectory() as work, progress_bars() as progress:
-            for line in _lines(dense, name, arguments, Path(work), progress):
+            for line in _lines(dense, name.strip(), arguments, Path(work), progress):
                 print(line, flush=True)
 
 
@@ -193,6 +139,8 @@ def _lines(dense: Dense, name: str, arguments: argparse.Namespace, work: Path, p
         epochs=arguments.epochs,
         steps=arguments.steps,
         learning_rate=variant.learning_rate,
+        losses=variant.losses,
+        augment=variant.augment,
         average=0,
         seed=arguments.seed,
         max_length=arguments.max_length,
@@ -204,15 +152,7 @@ def _lines(dense: Dense, name: str, arguments: argparse.Namespace, work: Path, p
         spec = replace(spec, pattern=NMPattern.parse(WEAKER[str(spec.pattern)]))
     job = VariantJob(dense.source, dense.data, family.uniform_plan(config, spec), settings, work, progress)
     job.rounds = variant.rounds
-    last = family.blocks(config)[-1]
-    RelationStudent.heads = int(str(config["num_attention_heads"]))
-    RelationStudent.operands = tuple(
-        weight.removesuffix(".weight")
-        for weight in family.weights(config)
-        if weight.startswith(f"{last}.") and family.role(weight) in ("query", "key", "value")
-    )
-    with _student_of(variant.student):
-        student, _ = job.run()
+    student, _ = job.run()
     yield f"{arguments.option}, {name}: {_score(dense, student, arguments.metric)}"
     assert job.averages is not None
     for decay, averages in job.averages.kept.items():
@@ -220,20 +160,12 @@ def _lines(dense: Dense, name: str, arguments: argparse.Namespace, work: Path, p
         yield f"{arguments.option}, {name}, average of {decay}: {_score(dense, student, arguments.metric)}"
 
 
-@contextmanager
-def _student_of(kind: type[Student]) -> Iterator[None]:
-    """Inside, phases train students of this class."""
-    setattr(trainer, "Student", kind)  # noqa: B010 - the name that `run_phase` looks up
-    try:
-        yield
-    finally:
-        setattr(trainer, "Student", Student)  # noqa: B010
-
-
-def _score(dense: Dense, model: nn.Module, metric: str) -> str:
-    logits = dense.predict(model)
-    value = metric_named(metric)(logits, dense.labels)
-    return f"KL {dense.kl(logits):.4f}, agreement {100 * dense.agreement(logits):.1f}, {metric} {100 * value:.2f}"
+def _score(dense: Dense, model: nn.Module, metric: str | None) -> str:
+    outputs = dense.predict(model)
+    one_class = dense.task.output_kind == "softmax" and outputs.ndim == 2
+    same = f", agreement {100 * dense.agreement(outputs):.1f}" if one_class else ""
+    name = metric or dense.task.metric
+    return f"distance {dense.distance(outputs):.4f}{same}, {name} {100 * dense.metric(name, outputs):.2f}"
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ from nxm_export.contract.io_spec import TOKENIZER_FILE, IOSpec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.contract.token_budget import MAX_BATCH_TOKENS, THREAD_BATCH_TOKENS
 from nxm_export.data.answer_spans import Window
-from nxm_export.data.examples import Examples, Features, encode, label_array, pad, sorted_batches, tokens_of
+from nxm_export.data.examples import Examples, encode
+from nxm_export.data.features import Features, label_array, pad, sorted_batches, tokens_of
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.predictions import (
     AnyPrediction,

@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from nxm_export.contract.records.run_summary import RunSummary
     from nxm_export.contract.records.search_result import SearchResult
     from nxm_export.contract.records.verify_report import VerifyReport
-    from nxm_export.data.examples import Columns
+    from nxm_export.data.columns import Columns
     from nxm_export.data.more_text import MoreText
     from nxm_export.data.predictions import (
         Answer,
@@ -161,7 +161,7 @@ _HOMES = {
         "nxm_export.pipeline.inspection",
     ),
     "Progress": "nxm_export.progress",
-    "Columns": "nxm_export.data.examples",
+    "Columns": "nxm_export.data.columns",
     "MoreText": "nxm_export.data.more_text",
     **dict.fromkeys(("Settings", "Losses"), "compressors.settings"),
     "SearchSettings": "compressors.search.settings",

@@ -54,7 +54,8 @@ from nxm_export.contract.records.search_result import (
     SearchResult,
 )
 from nxm_export.contract.tasks import task_named
-from nxm_export.data.examples import Columns, Features, sorted_batches, split_indices
+from nxm_export.data.columns import Columns
+from nxm_export.data.features import Features, sorted_batches, split_indices
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.progress import Progress, silent
 from nxm_export.storage.atomic import require_apart

@@ -34,7 +34,7 @@ from nxm_export.contract.encoder_family import OPERAND
 from nxm_export.contract.plan import COUNTINGS, INT8_ATTENTION, REFERENCE_BITS, CompressionPlan, WeightSpec
 from nxm_export.contract.records.checkpoint_metrics import finite
 from nxm_export.contract.records.search_result import PlanScore
-from nxm_export.data.examples import Features, filled, group_array, label_array
+from nxm_export.data.features import Features, filled, group_array, label_array
 from nxm_export.data.metrics import metric_named
 from nxm_export.errors import PlanError
 from nxm_export.progress import Progress, silent

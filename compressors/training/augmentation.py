@@ -17,7 +17,7 @@ from itertools import groupby
 from numbers import Integral
 
 from nxm_export.contract.tasks import Task
-from nxm_export.data.examples import Features, Label, inputs_of, sample_of
+from nxm_export.data.features import Features, Label, inputs_of, sample_of
 from nxm_export.data.token_labels import NO_LABEL
 from nxm_export.errors import DataError
 

@@ -41,7 +41,8 @@ from nxm_export.contract.records.checkpoint_metrics import (
 )
 from nxm_export.contract.records.train_log import TRAIN_LOG_FILE
 from nxm_export.contract.tasks import Task, task_named
-from nxm_export.data.examples import Columns, group_array, label_array
+from nxm_export.data.columns import Columns
+from nxm_export.data.features import group_array, label_array
 from nxm_export.data.metrics import interval, metric_named, paired_interval
 from nxm_export.data.more_text import MoreText
 from nxm_export.errors import DataError

@@ -18,7 +18,7 @@ from compressors.quantization.fake_quant import quant_linears
 from compressors.training.augmentation import distorted
 from compressors.training.output_divergence import divergence, real_logits
 from compressors.training.trainer import collate
-from nxm_export.data.examples import Features, sorted_batches
+from nxm_export.data.features import Features, sorted_batches
 from nxm_export.progress import Progress, silent
 
 SAMPLES = 128

@@ -52,7 +52,7 @@ from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.quantizer_placement import droppable_outputs
 from nxm_export.contract.records.checkpoint_metrics import PermutationFacts, TrainingFacts
 from nxm_export.contract.records.train_log import TRAIN_LOG_FILE
-from nxm_export.data.examples import sorted_batches, split_indices
+from nxm_export.data.features import sorted_batches, split_indices
 from nxm_export.hf.protocols import TaskOutput
 from nxm_export.progress import Progress
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from compressors import distributed
 from compressors.models import ModelSource
-from nxm_export.data.examples import Features
+from nxm_export.data.features import Features
 from nxm_export.storage.atomic import atomic_dir, make_directory, write_atomic
 from nxm_export.storage.hashing import file_hash
 

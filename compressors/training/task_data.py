@@ -13,7 +13,9 @@ from nxm_export.contract.config_values import size_of
 from nxm_export.contract.no_answer import THRESHOLD, no_answer_threshold
 from nxm_export.contract.records.checkpoint_metrics import MoreTextFacts
 from nxm_export.contract.tasks import Task
-from nxm_export.data.examples import Columns, Examples, Features, Label, RawExamples, encode, index_of
+from nxm_export.data.columns import Columns
+from nxm_export.data.examples import Examples, RawExamples, encode, index_of
+from nxm_export.data.features import Features, Label
 from nxm_export.data.label_kinds import LABELS, Classes, classes_of, has_labels, labelled, load_labelled
 from nxm_export.data.more_text import MoreText, read_more_text, text_hash
 from nxm_export.data.question_answering import answering

@@ -41,7 +41,7 @@ from compressors.training.callbacks import (
 from compressors.training.distillation import Student, lighten
 from compressors.training.task_data import TaskData
 from nxm_export.contract.records.train_log import TRAIN_LOG_FILE
-from nxm_export.data.examples import Features, filled, label_array, pad, sorted_batches
+from nxm_export.data.features import Features, filled, label_array, pad, sorted_batches
 from nxm_export.data.label_order import require_label_order, rows_to_look_at
 from nxm_export.data.token_labels import training_labels
 from nxm_export.errors import DataError

@@ -26,7 +26,7 @@ import numpy as np
 from engines.benchmark.latency import rotated
 from nxm_export.contract.choices import TOKEN_ENCODING, TOKEN_ENCODINGS
 from nxm_export.contract.io_spec import IOSpec
-from nxm_export.data.examples import Features, pad
+from nxm_export.data.features import Features, pad
 from nxm_export.errors import DataError, ServeError
 from nxm_export.storage.json_files import to_json_object
 

@@ -26,7 +26,7 @@ from engines.benchmark.latency import paired, rotated
 from engines.parallel_runs import run_batches, runs_at_once
 from nxm_export.contract.choices import TEXT_BATCH
 from nxm_export.contract.token_budget import THREAD_BATCH_TOKENS
-from nxm_export.data.examples import Features, length_batches, pad
+from nxm_export.data.features import Features, length_batches, pad
 from nxm_export.errors import EngineError
 from nxm_export.storage.json_files import to_json_object
 

@@ -35,7 +35,7 @@ from engines.parity.tolerance import MAX_FACTOR, MEAN_FACTOR, UNCHANGED, UNCHANG
 from engines.reference.pytorch import EMBEDDINGS, Perturbation, TorchEngine
 from nxm_export.contract.checkpoint import read_config
 from nxm_export.contract.families import FAMILIES
-from nxm_export.data.examples import Features, pad, sorted_batches
+from nxm_export.data.features import Features, pad, sorted_batches
 from nxm_export.errors import DataError
 from nxm_export.storage.atomic import write_atomic
 from nxm_export.storage.json_files import encode

@@ -70,7 +70,7 @@ from engines.reference.pytorch import Perturbation
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.tasks import TASKS, Task
 from nxm_export.contract.token_budget import MAX_BATCH_TOKENS, MAX_ROWS, rows_within
-from nxm_export.data.examples import Features, group_array, label_array
+from nxm_export.data.features import Features, group_array, label_array
 from nxm_export.data.label_order import require_label_order, rows_to_look_at
 from nxm_export.data.metrics import interval, metric_named, paired_interval, require_scorable, scored_outputs
 from nxm_export.data.question_answering import context_mask

@@ -21,7 +21,7 @@ from engines.reference.pytorch import Perturbation
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.plan import CompressionPlan
 from nxm_export.contract.token_budget import MAX_BATCH_TOKENS, MAX_ROWS
-from nxm_export.data.examples import Features, filled, pad, sorted_batches
+from nxm_export.data.features import Features, filled, pad, sorted_batches
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from engines.compiled_shapes import smallest_holding
 from engines.parity.decisions import apart, nonfinite_values
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.token_budget import MAX_BATCH_TOKENS
-from nxm_export.data.examples import Features, inputs_of, pad, sample_of
+from nxm_export.data.features import Features, inputs_of, pad, sample_of
 from nxm_export.errors import EngineError
 
 ONE_TOKEN, MAXIMUM = "one token", "maximum length"

@@ -18,7 +18,8 @@ from engines.serving.protocol import TensorSpec
 from nxm_export.contract.io_spec import IOSpec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.answer_spans import Window, best_answer, takes_more_than_one_window
-from nxm_export.data.examples import Examples, Features, Label, as_read, encode, label_array, pad, tokens_of
+from nxm_export.data.examples import Examples, as_read, encode
+from nxm_export.data.features import Features, Label, label_array, pad, tokens_of
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.question_answering import answering, windows
 from nxm_export.data.tokenization import Tokenizer, twin_of

@@ -29,7 +29,7 @@ from nxm_export.contract.choices import (
 )
 from nxm_export.contract.origin import recorded_checkpoint
 from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
-from nxm_export.data.examples import Columns
+from nxm_export.data.columns import Columns
 from nxm_export.data.more_text import MoreText
 from nxm_export.data.predictions import AnyPrediction
 from nxm_export.errors import EngineError, PlanError

@@ -15,7 +15,7 @@ from nxm_export.api import functions
 from nxm_export.contract.choices import BACKEND, BENCH_ROUNDS, GATE, LOWERING, TARGET, WEIGHT_STORAGE
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.tasks import task_named
-from nxm_export.data.examples import Columns
+from nxm_export.data.columns import Columns
 from nxm_export.data.more_text import MoreText
 from nxm_export.data.predictions import Answer, AnyPrediction, Embedding, LabelSet, Prediction, Score, TaggedText
 from nxm_export.errors import ArtifactError, DataError

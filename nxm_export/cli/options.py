@@ -32,7 +32,7 @@ from nxm_export.errors import PlanError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    from nxm_export.data.examples import Columns
+    from nxm_export.data.columns import Columns
     from nxm_export.data.more_text import MoreText
 
     FloatType = click.ParamType[float]
@@ -399,7 +399,7 @@ def more_text_of(files: tuple[str, ...], share: float | None) -> MoreText | None
 def columns_of(text: str | None, pair: str | None, label: str | None, label_map: str | None = None) -> Columns:
     """The columns of a data file, as --text-column, --pair-column and --label-column name them, and what --label-map
     says of labels."""
-    from nxm_export.data.examples import Columns
+    from nxm_export.data.columns import Columns
 
     return Columns(text, pair, label, _label_map(label_map or ""))
 

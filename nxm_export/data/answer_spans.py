@@ -50,7 +50,7 @@ class Window:
 
     @classmethod
     def unpack(cls, label: np.ndarray) -> Window:
-        """From a row of `nxm_export.data.examples.label_array`: the bytes of the string, filled up with 0."""
+        """From a row of `nxm_export.data.features.label_array`: the bytes of the string, filled up with 0."""
         return cls(**json.loads(zlib.decompress(base64.b64decode(label.astype(np.uint8).tobytes().rstrip(b"\0")))))
 
     def answer(self, start: int, end: int) -> str:

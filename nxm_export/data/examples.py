@@ -1,7 +1,6 @@
 """Task data: local files (`nxm_export.data.readers`) or a GLUE task from the hub, to token batches.
 
-A file is read once into `Examples` (texts and labels, in file order), with every complaint naming the file and line. A
-label counts without the spaces around it, and a whole number is the same class however it is written (1 and 1.0).
+A file is read once into `Examples` (texts and labels, in file order), with every complaint naming the file and line.
 """
 
 from __future__ import annotations
@@ -9,80 +8,35 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import cast
 
-import numpy as np
-
-from nxm_export.contract.token_budget import MAX_BATCH_TOKENS, rows_within
+from nxm_export.data.columns import (
+    LABEL_COLUMNS,
+    TAG_COLUMNS,
+    TOKEN_COLUMNS,
+    Columns,
+    DataRow,
+    is_integer,
+    label_text,
+    only_column,
+    second_text_of,
+    text_columns,
+    text_of,
+)
+from nxm_export.data.features import Features, Label, members, tokens_of
 from nxm_export.data.readers import FORMATS, read_rows, read_table
-from nxm_export.data.token_labels import NO_LABEL, erased_tokens, joined, piece_labels
-from nxm_export.data.tokenization import Encoding, Tokenizer, TokenLists, cut_at
+from nxm_export.data.token_labels import erased_tokens, joined, piece_labels
+from nxm_export.data.tokenization import Encoding, Tokenizer, cut_at
 from nxm_export.errors import DataError, notice
 
-if TYPE_CHECKING:
-    pass
-
-DataRow = Mapping[str, object]  # of a data file: cells by column
 Cell = Callable[[DataRow, str, str], "RawLabel"]  # row, column and place to what the cell holds
 # A label as the file has it: text, several texts, or answers (text and where it begins); None where the file has none.
 RawLabel = str | tuple[str, ...] | tuple[tuple[str, int], ...] | None
-# A label as a number: class, score, a row of 0 and 1 or of shares, tags by token; answers stay as they are.
-Label = int | float | list[int] | list[float] | tuple[tuple[str, int], ...]
-
-
-class _TokenIds(TypedDict):
-    input_ids: list[int]
-
-
-class Features(_TokenIds, total=False):
-    """One sample: the tokens that a model reads, and what else is known of it.
-
-    `labels` is its label (a text for answers, see `nxm_export.data.question_answering`), `group` the number of the
-    group that it is scored with, `span` its answer's first and last token, `pad_to` the length of its whole batch, of
-    which this process may have a part.
-    """
-
-    attention_mask: list[int]
-    token_type_ids: list[int]
-    labels: Label | str
-    group: int
-    span: list[int]
-    pad_to: int
-
-
-# The usual columns of text and second text, in order of preference: GLUE's own, then what else is common.
-TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (
-    ("sentence1", "sentence2"),
-    ("question", "sentence"),
-    ("question1", "question2"),
-    ("premise", "hypothesis"),
-    ("text1", "text2"),
-    ("query", "document"),
-    ("query", "passage"),
-    ("text", "text2"),
-    ("sentence", "sentence2"),
-    ("sentence", None),
-    ("text", None),
-    ("sentence1", None),
-)
-LABEL_COLUMNS = ("label", "labels", "score", "relevance")
-TOKEN_COLUMNS, TAG_COLUMNS = ("tokens", "words"), ("tags", "ner_tags", "labels")
 _MANY_CLASSES = 100  # more of them are believed where each has two samples, and none is a fraction
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns hold the text, the second text and the label; None means the usual names. `label_map` says which
-    class a label of the file stands for, where it is not the class's own name."""
-
-    text: str | None = None
-    pair: str | None = None
-    label: str | None = None
-    label_map: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -204,17 +158,17 @@ def load_raw(
         raise DataError(f"{path}: no examples in it; the file is empty or has only a header")
     names, places, read_label = column_names(rows), [place for place, _ in rows], label or label_text
     if tokens is not None:
-        first = _only_column(columns.text, TOKEN_COLUMNS, names, path, "token", "--text-column")
+        first = only_column(columns.text, TOKEN_COLUMNS, names, path, "token", "--text-column")
         split_texts = [tokens(row, first, place) for place, row in rows]
         if unlabelled:
             tags: list[RawLabel] = [None] * len(rows)
         else:
-            third = _only_column(columns.label, TAG_COLUMNS, names, path, "tag", "--label-column")
+            third = only_column(columns.label, TAG_COLUMNS, names, path, "tag", "--label-column")
             tags = [read_label(row, third, place) for place, row in rows]
         return RawExamples([joined(text) for text in split_texts], None, tags, places, str(path), split_texts)
     first, second = text_columns(columns, names, path)
     labelled = not unlabelled or columns.label or set(LABEL_COLUMNS) & set(names)
-    third_ = _only_column(columns.label, LABEL_COLUMNS, names, path, "label", "--label-column") if labelled else None
+    third_ = only_column(columns.label, LABEL_COLUMNS, names, path, "label", "--label-column") if labelled else None
     texts = [text_of(row, first, place) for place, row in rows]
     pairs = [second_text_of(row, second, place) for place, row in rows] if second else None
     labels = [read_label(row, third_, place) if third_ else None for place, row in rows]
@@ -230,13 +184,13 @@ def column_names(rows: Sequence[tuple[str, DataRow]]) -> list[str]:
 def class_names(train: RawExamples) -> list[str]:
     """The class labels of a training file, sorted (numerically when all are integers); at least two."""
     texts = {_one_text(label) for label in train.labels}
-    names = sorted(texts, key=lambda label: (0, int(label), label) if _is_integer(label) else (1, 0, label))
+    names = sorted(texts, key=lambda label: (0, int(label), label) if is_integer(label) else (1, 0, label))
     if len(names) < 2:
         raise DataError(
             f"{train.source}: only one class, {names[0]!r}; a classifier needs at least two. Is --label-column "
             "the right one?"
         )
-    fractions = all(_is_number(name) for name in names) and not all(_is_integer(name) for name in names)
+    fractions = all(_is_number(name) for name in names) and not all(is_integer(name) for name in names)
     if len(names) > _MANY_CLASSES and (fractions or len(train.labels) < 2 * len(names)):
         raise DataError(
             f"{train.source}: {len(names)} different labels in {len(train.labels)} rows; is this a regression (--task "
@@ -345,197 +299,12 @@ def _token_labels(
     return made
 
 
-def members(groups: Iterable[int] | None, samples: int) -> list[list[int]]:
-    """The indices of the samples of each group, in order of its first; without groups every sample is one of its
-    own."""
-    if groups is None:
-        return [[i] for i in range(samples)]
-    indices: dict[int, list[int]] = {}
-    for i, group in enumerate(groups):
-        indices.setdefault(int(group), []).append(i)
-    return list(indices.values())
-
-
-def group_array(features: Sequence[Features]) -> np.ndarray | None:
-    """The group of every sample (samples,) int64, or None where samples are scored by themselves."""
-    return np.array([sample["group"] for sample in features], np.int64) if "group" in features[0] else None
-
-
-def split_indices(features: Sequence[Features], count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Indices in an order drawn by `seed`: (`count` of them and the rest of their last group, all others)."""
-    units = members(group_array(features), len(features)) if features else []
-    order, picked = list(np.random.default_rng(seed).permutation(len(units))), list[int]()
-    while order and len(picked) < count:
-        picked += units[order.pop(0)]
-    return picked, [i for unit in order for i in units[unit]]
-
-
-def tokens_of(encoding: TokenLists, inputs: Sequence[str]) -> Features:
-    """A sample of the `inputs` of an encoding, without a label."""
-    named = {
-        "input_ids": encoding.ids,
-        "attention_mask": encoding.attention_mask,
-        "token_type_ids": encoding.type_ids,
-    }
-    return sample_of({name: named[name] for name in inputs})
-
-
-def sample_of(inputs: Mapping[str, list[int]]) -> Features:
-    """A sample of what a model reads, by the names of its inputs, without a label."""
-    sample: Features = {"input_ids": inputs["input_ids"]}
-    if "attention_mask" in inputs:
-        sample["attention_mask"] = inputs["attention_mask"]
-    if "token_type_ids" in inputs:
-        sample["token_type_ids"] = inputs["token_type_ids"]
-    return sample
-
-
-def inputs_of(sample: Features) -> dict[str, list[int]]:
-    """What a model reads of a sample, by the names of its inputs."""
-    inputs = {"input_ids": sample["input_ids"]}
-    if "attention_mask" in sample:
-        inputs["attention_mask"] = sample["attention_mask"]
-    if "token_type_ids" in sample:
-        inputs["token_type_ids"] = sample["token_type_ids"]
-    return inputs
-
-
-def label_array(features: Sequence[Features]) -> np.ndarray:
-    """The labels of samples in one array (samples, ...); those of tokens are filled up with `NO_LABEL`, and texts are
-    bytes filled up with 0."""
-    labels = [sample["labels"] for sample in features]
-    if isinstance(labels[0], str):
-        return filled([np.frombuffer(str(text).encode(), np.uint8) for text in labels], 0)
-    return filled([np.asarray(label) for label in labels], NO_LABEL)
-
-
-def filled(arrays: Sequence[np.ndarray], fill: float) -> np.ndarray:
-    """Arrays stacked to one (samples, ...), the shorter ones filled up along their first axis."""
-    if not arrays or arrays[0].ndim == 0 or len({len(array) for array in arrays}) == 1:
-        return np.stack(arrays)
-    made = np.full((len(arrays), max(len(array) for array in arrays), *arrays[0].shape[1:]), fill, arrays[0].dtype)
-    for row, array in zip(made, arrays, strict=True):
-        row[: len(array)] = array
-    return made
-
-
-def pad(samples: Sequence[Features], pad_id: int, length: int | None = None) -> dict[str, np.ndarray]:
-    """One batch: every input as int64 (batch, sequence), padded on the right to the longest sample or to `length`."""
-    longest = length or max(len(sample["input_ids"]) for sample in samples)
-    inputs = [inputs_of(sample) for sample in samples]
-    batch = {}
-    for name in inputs[0]:
-        array = np.full((len(samples), longest), pad_id if name == "input_ids" else 0, np.int64)
-        for row, values in zip(array, inputs, strict=True):
-            row[: len(values[name])] = values[name]
-        batch[name] = array
-    return batch
-
-
-def sorted_batches(
-    features: Sequence[Features], batch_size: int, batch_tokens: int = MAX_BATCH_TOKENS
-) -> list[list[int]]:
-    """Index batches by length, longest first: little padding, and running out of memory happens at once. Each has at
-    most `batch_size` samples, and as many of its longest as `batch_tokens` hold."""
-    return length_batches([len(sample["input_ids"]) for sample in features], batch_size, batch_tokens)
-
-
-def length_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[list[int]]:
-    """`sorted_batches` of samples of these lengths in tokens."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    batches, start = [], 0
-    while start < len(order):
-        rows = rows_within(max(1, lengths[order[start]]), batch_tokens, batch_size)
-        batches.append(order[start : start + rows])
-        start += rows
-    return batches
-
-
-def text_columns(asked: Columns, names: list[str], path: Path) -> tuple[str, str | None]:
-    """The columns of text and second text: as asked, else the first usual ones that are all there."""
-    for column in filter(None, (asked.text, asked.pair)):
-        _require_column(column, names, path)
-    if asked.text:
-        usual = next((second for first, second in TEXT_COLUMNS if first == asked.text and second in names), None)
-        return asked.text, asked.pair or usual
-    for first, second in TEXT_COLUMNS:
-        if first in names and (second is None or second in names):
-            return first, asked.pair or second
-    usual_names = ", ".join(dict.fromkeys(first for first, _ in TEXT_COLUMNS))
-    raise DataError(
-        f"{path}: none of the usual text columns ({usual_names}) among {', '.join(names)}; name it with --text-column"
-    )
-
-
-def _only_column(asked: str | None, usual: Sequence[str], names: list[str], path: Path, what: str, flag: str) -> str:
-    if asked is not None:
-        _require_column(asked, names, path)
-        return asked
-    for name in usual:
-        if name in names:
-            return name
-    raise DataError(
-        f"{path}: none of the usual {what} columns ({', '.join(usual)}) among {', '.join(names)}; name it with {flag}"
-    )
-
-
-def _require_column(name: str, names: list[str], path: Path) -> None:
-    if name not in names:
-        raise DataError(f"{path}: no column {name!r}; it has {', '.join(names)}")
-
-
-def text_of(row: DataRow, column: str, place: str) -> str:
-    """A cell that holds text; raises `DataError`."""
-    value = value_of(row, column, place)
-    if not isinstance(value, str):
-        raise DataError(f"{place}: column {column!r} holds {value!r}, which is no text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place}: column {column!r} holds half a surrogate pair, which is no text; fix the row"
-        ) from error
-    return value
-
-
-def second_text_of(row: DataRow, column: str, place: str) -> str:
-    """A cell that holds a second text, which a row need not have."""
-    return "" if row.get(column) is None else text_of(row, column, place)
-
-
-def label_text(row: DataRow, column: str, place: str) -> str:
-    """The label as text; whole numbers without the point that some tools write."""
-    value = value_of(row, column, place)
-    if not isinstance(value, (str, int, float)):
-        raise DataError(f"{place}: label {value!r} is neither a name nor a number")
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    text = str(value).strip()
-    if text.endswith(".0") and _is_integer(text[:-2]):
-        text = text[:-2]
-    if not text or text.lower() == "nan":
-        raise DataError(f"{place}: the label is missing ({value!r}); fix the row or remove it")
-    return text
-
-
-def value_of(row: DataRow, column: str, place: str) -> object:
-    """What a cell holds; a missing one is a `DataError`."""
-    if row.get(column) is None:
-        raise DataError(f"{place}: column {column!r} is missing in this row; every row needs it")
-    return row[column]
-
-
 def _is_number(text: str) -> bool:
     try:
         float(text)
     except ValueError:
         return False
     return True
-
-
-def _is_integer(text: str) -> bool:
-    digits = text.removeprefix("-")
-    return digits.isascii() and digits.isdecimal()
 
 
 def _glue_file(task: str, split: str) -> Path:

@@ -15,22 +15,18 @@ from functools import partial
 from typing import cast
 
 from nxm_export.contract.tasks import Task
+from nxm_export.data.columns import Columns, DataRow, label_text, text_of, value_of
 from nxm_export.data.examples import (
     Cell,
-    Columns,
-    DataRow,
     Examples,
     RawExamples,
     RawLabel,
     as_read,
     class_names,
     index_of,
-    label_text,
     load_raw,
     scores_of,
-    text_of,
     unknown_label,
-    value_of,
     with_classes,
     with_scores,
 )

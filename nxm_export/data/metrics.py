@@ -15,13 +15,13 @@ import numpy as np
 
 from nxm_export.contract.tasks import Task
 from nxm_export.data.bootstrap_intervals import bootstrap_interval
-from nxm_export.data.examples import members
+from nxm_export.data.features import members
 from nxm_export.data.question_answering import answer_scores
 from nxm_export.data.token_labels import OUTSIDE, scored_tags
 from nxm_export.errors import DataError
 
 RANKS = 10  # of a ranking that count
-# The group of every sample (samples,), see `nxm_export.data.examples.group_array`; None: each its own.
+# The group of every sample (samples,), see `nxm_export.data.features.group_array`; None: each its own.
 Groups = np.ndarray | None
 
 

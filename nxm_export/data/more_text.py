@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import repeat
 
 from nxm_export.contract.tasks import Task
-from nxm_export.data.examples import Columns, Examples, RawExamples
+from nxm_export.data.columns import Columns
+from nxm_export.data.examples import Examples, RawExamples
 from nxm_export.data.label_kinds import LABELS, load_unlabelled, read_by_model
 from nxm_export.errors import DataError, notice
 

@@ -27,7 +27,9 @@ from typing import cast
 import numpy as np
 
 from nxm_export.data.answer_spans import NO_ANSWER, Window, best_answer, context_windows, window_of
-from nxm_export.data.examples import Columns, DataRow, Examples, Features, RawExamples, members, text_of, tokens_of
+from nxm_export.data.columns import Columns, DataRow, text_of
+from nxm_export.data.examples import Examples, RawExamples
+from nxm_export.data.features import Features, members, tokens_of
 from nxm_export.data.readers import format_of, opened, read_table
 from nxm_export.data.tokenization import Encoding, Tokenizer
 from nxm_export.errors import DataError, notice

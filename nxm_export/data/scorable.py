@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from nxm_export.contract.tasks import Task
-from nxm_export.data.examples import Examples, members
+from nxm_export.data.examples import Examples
+from nxm_export.data.features import members
 from nxm_export.data.metrics import require_scorable
 from nxm_export.errors import DataError
 

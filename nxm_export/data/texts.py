@@ -5,14 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from nxm_export.contract.tasks import Task
-from nxm_export.data.examples import (
-    TOKEN_COLUMNS,
-    Columns,
-    column_names,
-    second_text_of,
-    text_columns,
-    text_of,
-)
+from nxm_export.data.columns import TOKEN_COLUMNS, Columns, second_text_of, text_columns, text_of
+from nxm_export.data.examples import column_names
 from nxm_export.data.question_answering import load_questions
 from nxm_export.data.readers import FORMATS, format_of, read_rows, read_table
 from nxm_export.data.token_labels import joined

@@ -23,7 +23,9 @@ from nxm_export.contract.choices import (
     WEIGHT_STORAGE,
 )
 from nxm_export.contract.io_spec import load_spec
-from nxm_export.data.examples import Columns, Examples, Features
+from nxm_export.data.columns import Columns
+from nxm_export.data.examples import Examples
+from nxm_export.data.features import Features
 from nxm_export.data.tokenization import Tokenizer
 from nxm_export.errors import ArtifactError, EngineError, EngineUnavailable
 from nxm_export.pipeline.graph_file import onnx_file

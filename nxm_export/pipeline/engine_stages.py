@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from nxm_export.contract.choices import BENCH_SHAPES
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.records.run_summary import NO_CHOICE, ChosenEngine
-from nxm_export.data.examples import Features
+from nxm_export.data.features import Features
 from nxm_export.errors import EngineError, EngineUnavailable
 from nxm_export.pipeline.run_engines import GRAPHS, RunBackends, RunEngine
 from nxm_export.pipeline.summary import BENCH_FILE, BuildResults

@@ -28,7 +28,7 @@ from nxm_export.contract.records.run_summary import DIRECTORY as SUMMARY_DIRECTO
 from nxm_export.contract.records.run_summary import SUMMARY_FILE, RunSummary, read_summary
 from nxm_export.contract.tasks import task_named
 from nxm_export.contract.token_budget import DEFAULT_MAX_LENGTH
-from nxm_export.data.examples import Columns
+from nxm_export.data.columns import Columns
 from nxm_export.data.more_text import MoreText
 from nxm_export.errors import DataError, EngineUnavailable, PlanError, notice
 from nxm_export.pipeline.engine_commands import features_of

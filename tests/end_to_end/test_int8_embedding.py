@@ -28,7 +28,7 @@ from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.quantizer_placement import at_placement
 from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics, read_metrics_of
-from nxm_export.data.examples import Features
+from nxm_export.data.features import Features
 from nxm_export.errors import ArtifactError, DataError
 from nxm_export.graph.exporter import export
 from nxm_export.graph.int8_embedding import embedding_hash

@@ -21,7 +21,8 @@ from nxm_export.cli import main
 from nxm_export.contract.checkpoint import has_head, read_config
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.tasks import TASKS, task_of
-from nxm_export.data.examples import Columns, Examples
+from nxm_export.data.columns import Columns
+from nxm_export.data.examples import Examples
 from nxm_export.data.label_kinds import labelled, load_labelled
 from nxm_export.data.metrics import interval, metric_named
 from nxm_export.errors import DataError

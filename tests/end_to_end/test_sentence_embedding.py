@@ -25,7 +25,9 @@ from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.pooling import Pooling, write_pooling
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import Columns, Examples, encode, label_array, pad
+from nxm_export.data.columns import Columns
+from nxm_export.data.examples import Examples, encode
+from nxm_export.data.features import label_array, pad
 from nxm_export.data.label_kinds import labelled, load_labelled
 from nxm_export.data.metrics import interval, metric_named
 from nxm_export.data.tokenization import load_tokenizer

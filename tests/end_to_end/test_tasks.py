@@ -20,7 +20,9 @@ from engines.parity.decisions import DECIDING
 from engines.parity.gates import Gate
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import Columns, Examples, Features, encode, label_array, pad
+from nxm_export.data.columns import Columns
+from nxm_export.data.examples import Examples, encode
+from nxm_export.data.features import Features, label_array, pad
 from nxm_export.data.label_kinds import LABELS, classes_of, labelled, load_labelled
 from nxm_export.data.metrics import (
     METRICS,

@@ -182,7 +182,9 @@ for name in ("torch", "transformers", "sklearn", "scipy", "onnxscript"):
 import numpy as np
 from engines.base import backend
 from engines.passport import load_passport
-from nxm_export.data.examples import Columns, Examples, encode, pad
+from nxm_export.data.columns import Columns
+from nxm_export.data.examples import Examples, encode
+from nxm_export.data.features import pad
 from nxm_export.data.tokenization import load_tokenizer
 from nxm_export.errors import EngineUnavailable
 from nxm_export.contract.io_spec import load_spec

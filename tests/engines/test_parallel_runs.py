@@ -17,7 +17,7 @@ from engines.base import Closing, LoadOptions, backend, cpu_backends
 from engines.parallel_runs import run_batches, runs_at_once
 from engines.predictor import Predictor, hint_for
 from nxm_export.contract.token_budget import MAX_BATCH_TOKENS
-from nxm_export.data.examples import length_batches
+from nxm_export.data.features import length_batches
 from nxm_export.errors import DataError, EngineError
 
 TEXTS = ["a good film", "the dull story with the very cold actor", "superb", "", "two long scene", "a warm plot"] * 3

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nxm_export.data.examples import Features, sample_of
+from nxm_export.data.features import Features, sample_of
 from nxm_export.errors import EngineUnavailable
 from tests.support.trt_models import compressed, feeds_for, tiny_config
 

@@ -16,7 +16,7 @@ import numpy as np
 from nxm_export.contract.checkpoint import read_config, save_plan
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
-from nxm_export.data.examples import Features, sample_of
+from nxm_export.data.features import Features, sample_of
 from tests.support import tiny
 
 if TYPE_CHECKING:

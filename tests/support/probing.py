@@ -17,7 +17,7 @@ from compressors.settings import Settings
 from compressors.training.task_data import TaskDataRequest, read_task_data
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.tasks import task_named
-from nxm_export.data.examples import Features
+from nxm_export.data.features import Features
 from tests.support import tiny
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from nxm_export.contract.checkpoint import open_checkpoint
-from nxm_export.data.examples import Columns, load_raw
+from nxm_export.data.columns import Columns
+from nxm_export.data.examples import load_raw
 from tests.support import tiny
 from tests.support.variants import variants
 

@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import Columns
+from nxm_export.data.columns import Columns
 from nxm_export.data.texts import read_texts
 from tools import ROOT
 from tools.benchmarks import cpu

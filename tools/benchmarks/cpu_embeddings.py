@@ -23,7 +23,8 @@ from engines.base import BuildOptions, LoadOptions, backend
 from engines.benchmark.text_throughput import run_text
 from engines.passport import load_passport
 from nxm_export.contract.io_spec import load_spec
-from nxm_export.data.examples import Columns, load_raw
+from nxm_export.data.columns import Columns
+from nxm_export.data.examples import load_raw
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.demo import model_directory
 from nxm_export.pipeline.engine_commands import bench_text, build_engine, features_of

@@ -18,7 +18,8 @@ from engines.openvino.backend import OpenVinoEngine, compile_models, read_model
 from engines.ort.backend import ENGINE_FILE
 from engines.passport import Bindings
 from nxm_export.contract.io_spec import load_spec
-from nxm_export.data.examples import Columns, pad
+from nxm_export.data.columns import Columns
+from nxm_export.data.features import pad
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.engine_commands import build_engine, compare_engines, features_of
 from tools import ROOT

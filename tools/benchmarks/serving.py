@@ -34,7 +34,8 @@ from engines.serving.repository import EngineSource
 from engines.serving.settings import TritonOptions
 from engines.triton import export_repository
 from nxm_export.contract.io_spec import IOSpec, load_spec
-from nxm_export.data.examples import Examples, Features, encode, index_of, load_raw, pad, with_classes
+from nxm_export.data.examples import Examples, encode, index_of, load_raw, with_classes
+from nxm_export.data.features import Features, pad
 from nxm_export.data.tokenization import load_tokenizer
 from nxm_export.storage.atomic import write_atomic
 from nxm_export.storage.json_files import encode as encode_json

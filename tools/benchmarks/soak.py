@@ -23,7 +23,8 @@ import numpy.typing as npt
 from engines.base import backend
 from engines.passport import load_passport
 from nxm_export.contract.io_spec import load_spec
-from nxm_export.data.examples import Examples, encode, load_raw, pad
+from nxm_export.data.examples import Examples, encode, load_raw
+from nxm_export.data.features import pad
 from nxm_export.data.tokenization import load_tokenizer
 from tools.benchmarks.servers import nxm_serve
 from tools.benchmarks.soak_load import Load, reloads_done, soak

@@ -39,7 +39,7 @@ from compressors.training.trainer import Phase, PhaseData, mean_loss, optimizer_
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.tasks import task_named
-from nxm_export.data.examples import Features
+from nxm_export.data.features import Features
 from tools.benchmarks.measuring import (
     DOCUMENT,
     RECORDS,

@@ -20,7 +20,8 @@ import numpy as np
 
 from engines.base import backend
 from nxm_export.contract.pooling import read_pooling
-from nxm_export.data.examples import Examples, encode, pad
+from nxm_export.data.examples import Examples, encode
+from nxm_export.data.features import pad
 from nxm_export.data.tokenization import load_tokenizer
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.demo import write_data

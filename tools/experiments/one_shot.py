@@ -17,7 +17,7 @@ from compressors.training.output_divergence import divergence
 from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
 from compressors.training.trainer import collate, predict
 from nxm_export.contract.tasks import Task, task_named
-from nxm_export.data.examples import group_array, label_array, sorted_batches
+from nxm_export.data.features import group_array, label_array, sorted_batches
 from nxm_export.data.metrics import metric_named
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nxm_export.data.examples import Columns, RawExamples, load_raw
+from nxm_export.data.columns import Columns
+from nxm_export.data.examples import RawExamples, load_raw
 from nxm_export.errors import DataError
 from nxm_export.pipeline.demo import SETTINGS, write_data
 from nxm_export.storage.atomic import atomic_dir, write_atomic

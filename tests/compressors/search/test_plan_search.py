@@ -28,7 +28,7 @@ from nxm_export.cli import main
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import Features
+from nxm_export.data.features import Features
 from tests.support import tiny
 from tests.support.variants import variants
 

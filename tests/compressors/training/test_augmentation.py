@@ -15,7 +15,7 @@ from compressors.training.default_recipe import Training, training_of
 from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics_of
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import Features, Label
+from nxm_export.data.features import Features, Label
 from nxm_export.data.token_labels import NO_LABEL
 from nxm_export.errors import DataError
 from tests.support import tiny

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from compressors.settings import Settings
 from compressors.training.trainer import Phase, PhaseData, run_phase
-from nxm_export.data.examples import Features
+from nxm_export.data.features import Features
 from nxm_export.errors import DataError
 
 

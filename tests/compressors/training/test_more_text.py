@@ -21,7 +21,8 @@ from compressors.training.task_data import TaskData, TaskDataRequest, read_task_
 from compressors.training.trainer import collate, schedule
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.tasks import TASKS, task_named
-from nxm_export.data.examples import Columns, Features
+from nxm_export.data.columns import Columns
+from nxm_export.data.features import Features
 from nxm_export.data.more_text import MoreText
 from nxm_export.data.token_labels import NO_LABEL
 from nxm_export.errors import DataError, Notice

@@ -18,7 +18,7 @@ from nxm_export.contract.no_answer import THRESHOLD_KEY
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.answer_spans import Window
-from nxm_export.data.examples import label_array
+from nxm_export.data.features import label_array
 from nxm_export.errors import ArtifactError
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.engine_commands import build_engine

@@ -28,7 +28,8 @@ from nxm_export.contract.checkpoint import open_checkpoint
 from nxm_export.contract.plan import CompressionPlan, WeightSpec
 from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, read_metrics
 from nxm_export.contract.tasks import task_named
-from nxm_export.data.examples import Columns, Features
+from nxm_export.data.columns import Columns
+from nxm_export.data.features import Features
 from nxm_export.errors import ArtifactError, DataError, Notice, PlanError
 from nxm_export.progress import Progress
 from tests.support import tiny

@@ -15,7 +15,7 @@ from engines.base import LoadOptions, backend
 from engines.benchmark.latency import WARMUP, interleaved
 from engines.benchmark.text_throughput import ORDERS, batches, bench_text, run_text
 from nxm_export.cli import main
-from nxm_export.data.examples import inputs_of, pad, sample_of
+from nxm_export.data.features import inputs_of, pad, sample_of
 from nxm_export.errors import EngineError
 from tests.support import baked, tiny
 

@@ -23,7 +23,7 @@ from engines.serving.batching import QueuedRequest, run_batch
 from engines.serving.model import open_model
 from engines.serving.settings import ModelOptions
 from nxm_export.cli import main
-from nxm_export.data.examples import Columns
+from nxm_export.data.columns import Columns
 from nxm_export.errors import ArtifactError, EngineError
 from nxm_export.graph.exporter import export
 from nxm_export.pipeline.engine_commands import build_engine, features_of

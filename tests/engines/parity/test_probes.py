@@ -10,7 +10,7 @@ import pytest
 
 from engines.parity.probes import Expected, Loaded, _Contrast, _judged, probe, probe_samples
 from nxm_export.contract.io_spec import IOSpec
-from nxm_export.data.examples import inputs_of, sample_of
+from nxm_export.data.features import inputs_of, sample_of
 from tests.support import baked
 
 

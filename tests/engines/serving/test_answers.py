@@ -28,7 +28,8 @@ from nxm_export.contract.io_spec import IOSpec, load_spec
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data import answer_spans
 from nxm_export.data.answer_spans import Window, best_span
-from nxm_export.data.examples import Examples, label_array, pad
+from nxm_export.data.examples import Examples
+from nxm_export.data.features import label_array, pad
 from nxm_export.data.metrics import scored_outputs
 from nxm_export.data.predictions import Answer
 from nxm_export.data.question_answering import answer_scores, windows

@@ -19,7 +19,8 @@ from engines.serving.text import TextFrontend
 from engines.triton import export_repository
 from nxm_export.cli import main
 from nxm_export.contract.io_spec import load_spec
-from nxm_export.data.examples import Columns, pad
+from nxm_export.data.columns import Columns
+from nxm_export.data.features import pad
 from nxm_export.data.tokenization import load_tokenizer
 from nxm_export.errors import RequestRefused, ServeError
 from nxm_export.graph.exporter import export

@@ -14,17 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nxm_export.data.examples import (
-    Columns,
-    Examples,
-    class_names,
-    encode,
-    load_raw,
-    pad,
-    sorted_batches,
-    with_classes,
-    with_scores,
-)
+from nxm_export.data.columns import Columns
+from nxm_export.data.examples import Examples, class_names, encode, load_raw, with_classes, with_scores
+from nxm_export.data.features import pad, sorted_batches
 from nxm_export.data.tokenization import load_tokenizer
 from nxm_export.errors import ArtifactError, DataError
 from tests.support import tiny

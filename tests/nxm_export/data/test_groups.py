@@ -7,17 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from nxm_export.data.examples import (
-    Examples,
-    Features,
-    encode,
-    group_array,
-    inputs_of,
-    members,
-    pad,
-    sample_of,
-    split_indices,
-)
+from nxm_export.data.examples import Examples, encode
+from nxm_export.data.features import Features, group_array, inputs_of, members, pad, sample_of, split_indices
 from nxm_export.data.metrics import accuracy, interval, paired_interval
 from nxm_export.errors import DataError
 from tests.support import tiny

@@ -16,7 +16,9 @@ from scipy.stats import binom
 from seqeval.metrics import f1_score as seqeval_f1
 
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import Columns, Examples, encode, label_array
+from nxm_export.data.columns import Columns
+from nxm_export.data.examples import Examples, encode
+from nxm_export.data.features import label_array
 from nxm_export.data.label_kinds import Classes, classes_of, labelled, load_labelled
 from nxm_export.data.label_order import require_label_order
 from nxm_export.data.metrics import metric_named

@@ -18,7 +18,9 @@ from engines.parity.decisions import Reading
 from engines.parity.tolerance import Expectation, compare_output
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.answer_spans import MAX_ANSWER, NO_ANSWER, Window, best_answer, best_span
-from nxm_export.data.examples import Columns, Examples, Features, encode, label_array
+from nxm_export.data.columns import Columns
+from nxm_export.data.examples import Examples, encode
+from nxm_export.data.features import Features, label_array
 from nxm_export.data.label_kinds import labelled, load_labelled
 from nxm_export.data.metrics import interval, metric_named
 from nxm_export.data.question_answering import (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import Columns
+from nxm_export.data.columns import Columns
 from nxm_export.data.label_kinds import classes_of, labelled, load_labelled
 from nxm_export.data.scorable import require_scorable_examples
 from nxm_export.errors import DataError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nxm_export.contract.tasks import TASKS
-from nxm_export.data.examples import Columns
+from nxm_export.data.columns import Columns
 from nxm_export.data.texts import Text, read_texts
 from nxm_export.errors import DataError
 from tests.support import tiny

@@ -1,0 +1,123 @@
+"""Which columns of a data file hold what, and the cells in them.
+
+A label counts without the spaces around it, and a whole number is the same class however it is written (1 and 1.0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nxm_export.errors import DataError
+
+DataRow = Mapping[str, object]  # of a data file: cells by column
+# The usual columns of text and second text, in order of preference: GLUE's own, then what else is common.
+TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (
+    ("sentence1", "sentence2"),
+    ("question", "sentence"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("text1", "text2"),
+    ("query", "document"),
+    ("query", "passage"),
+    ("text", "text2"),
+    ("sentence", "sentence2"),
+    ("sentence", None),
+    ("text", None),
+    ("sentence1", None),
+)
+LABEL_COLUMNS = ("label", "labels", "score", "relevance")
+TOKEN_COLUMNS, TAG_COLUMNS = ("tokens", "words"), ("tags", "ner_tags", "labels")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold the text, the second text and the label; None means the usual names. `label_map` says which
+    class a label of the file stands for, where it is not the class's own name."""
+
+    text: str | None = None
+    pair: str | None = None
+    label: str | None = None
+    label_map: Mapping[str, str] = field(default_factory=dict)
+
+
+def text_columns(asked: Columns, names: list[str], path: Path) -> tuple[str, str | None]:
+    """The columns of text and second text: as asked, else the first usual ones that are all there."""
+    for column in filter(None, (asked.text, asked.pair)):
+        _require_column(column, names, path)
+    if asked.text:
+        usual = next((second for first, second in TEXT_COLUMNS if first == asked.text and second in names), None)
+        return asked.text, asked.pair or usual
+    for first, second in TEXT_COLUMNS:
+        if first in names and (second is None or second in names):
+            return first, asked.pair or second
+    usual_names = ", ".join(dict.fromkeys(first for first, _ in TEXT_COLUMNS))
+    raise DataError(
+        f"{path}: none of the usual text columns ({usual_names}) among {', '.join(names)}; name it with --text-column"
+    )
+
+
+def only_column(asked: str | None, usual: Sequence[str], names: list[str], path: Path, what: str, flag: str) -> str:
+    """The column of one thing: as asked, else the first usual one that is there; `flag` names it in an error."""
+    if asked is not None:
+        _require_column(asked, names, path)
+        return asked
+    for name in usual:
+        if name in names:
+            return name
+    raise DataError(
+        f"{path}: none of the usual {what} columns ({', '.join(usual)}) among {', '.join(names)}; name it with {flag}"
+    )
+
+
+def _require_column(name: str, names: list[str], path: Path) -> None:
+    if name not in names:
+        raise DataError(f"{path}: no column {name!r}; it has {', '.join(names)}")
+
+
+def text_of(row: DataRow, column: str, place: str) -> str:
+    """A cell that holds text; raises `DataError`."""
+    value = value_of(row, column, place)
+    if not isinstance(value, str):
+        raise DataError(f"{place}: column {column!r} holds {value!r}, which is no text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: column {column!r} holds half a surrogate pair, which is no text; fix the row"
+        ) from error
+    return value
+
+
+def second_text_of(row: DataRow, column: str, place: str) -> str:
+    """A cell that holds a second text, which a row need not have."""
+    return "" if row.get(column) is None else text_of(row, column, place)
+
+
+def label_text(row: DataRow, column: str, place: str) -> str:
+    """The label as text; whole numbers without the point that some tools write."""
+    value = value_of(row, column, place)
+    if not isinstance(value, (str, int, float)):
+        raise DataError(f"{place}: label {value!r} is neither a name nor a number")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value).strip()
+    if text.endswith(".0") and is_integer(text[:-2]):
+        text = text[:-2]
+    if not text or text.lower() == "nan":
+        raise DataError(f"{place}: the label is missing ({value!r}); fix the row or remove it")
+    return text
+
+
+def value_of(row: DataRow, column: str, place: str) -> object:
+    """What a cell holds; a missing one is a `DataError`."""
+    if row.get(column) is None:
+        raise DataError(f"{place}: column {column!r} is missing in this row; every row needs it")
+    return row[column]
+
+
+def is_integer(text: str) -> bool:
+    """Whether a text is a whole number in digits, with a minus or not."""
+    digits = text.removeprefix("-")
+    return digits.isascii() and digits.isdecimal()

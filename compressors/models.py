@@ -176,7 +176,7 @@ def _as_spans(model: nn.Module) -> nn.Module:
             inputs["start_positions"], inputs["end_positions"] = labels.unbind(-1)
         return args, inputs
 
-    def join_logits(_: nn.Module, args: Arguments, inputs: Keywords, output: SpanOutput) -> SpanOutput:
+    def join_logits(_: nn.Module, __: Arguments, inputs: Keywords, output: SpanOutput) -> SpanOutput:
         padding = ~inputs["attention_mask"].bool()[..., None]
         output.logits = torch.stack([output.start_logits, output.end_logits], -1).float().masked_fill(padding, PADDED)
         if inputs.get("start_positions") is not None:

@@ -76,12 +76,12 @@ def _quantize_residuals(model: nn.Module, block: str, family: Family, owners: Ma
     nothing."""
     attention, ffn = owners.get(BLOCK), owners.get(FFN)
 
-    def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         assert attention is not None
         assert attention.input_quantizer is not None
         return attention.input_quantizer(args[0]), *args[1:]
 
-    def behind(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def behind(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
         assert ffn is not None
         assert ffn.input_quantizer is not None
         return cast(Tensor, ffn.input_quantizer(output))
@@ -278,7 +278,7 @@ def _int8_attention(
     return context, probabilities
 
 
-def _quantized_first(dropout: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+def _quantized_first(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
     """For the dropout of attention without an interface, which reads the probabilities."""
     return (_quantized(args[0]),)
 

@@ -25,7 +25,7 @@ myst_enable_extensions = ["html_image"]
 suppress_warnings = ["myst.header"]  # headings of the changelog's kind may skip a level
 
 
-def point_outside_links_at_the_clone(app: Sphinx, document: str, source: list[str]) -> None:
+def point_outside_links_at_the_clone(_: Sphinx, __: str, source: list[str]) -> None:
     """A link out of docs/ leads to a file of the clone, which the site does not hold: its name is shown as code."""
     source[0] = re.sub(r"\[([^\]]*)\]\((?:\.\./)+([\w./-]+)\)", r"\1 (`\2`)", source[0])
 

@@ -138,12 +138,12 @@ class TorchEngine(Closing):
             crossings[name] = value.float().numpy().copy()
             return value if given is None else torch.from_numpy(given[name]).to(value.dtype)
 
-        def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             return None if crossings else (passed(EMBEDDINGS, args[0]), *args[1:])  # the first of its runs only
 
         names = iter(self.blocks)  # a block that is shared runs under several of them
 
-        def behind(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> object:
+        def behind(_: nn.Module, __: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> object:
             name = next(names)
             return (passed(name, output[0]), *output[1:]) if isinstance(output, tuple) else passed(name, output)
 
@@ -261,7 +261,7 @@ def _evened_out(change: Change, factors: Tensor) -> Change:
 def _before(module: nn.Module, change: Change) -> None:
     """Let `change` make what a module reads first."""
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (change(args[0]), *args[1:])
 
     module.register_forward_pre_hook(hook)
@@ -270,9 +270,7 @@ def _before(module: nn.Module, change: Change) -> None:
 def _behind(module: nn.Module, change: Change) -> None:
     """Let `change` make what a module writes: a tensor, or several, as the cosines and sines of rotary positions."""
 
-    def hook(
-        module: nn.Module, args: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]
-    ) -> Tensor | tuple[Tensor, ...]:
+    def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         return tuple(map(change, output)) if isinstance(output, tuple) else change(output)
 
     module.register_forward_hook(hook)

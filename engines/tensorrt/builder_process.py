@@ -229,7 +229,7 @@ def run_build(request: BuildRequest, report: Report) -> None:
     network, directory = loaded[1], Path(request.directory)
     refusals: list[str] = []
 
-    def finish(builder: object, network: object, config: BuilderConfig) -> None:
+    def finish(_: object, __: object, config: BuilderConfig) -> None:
         _set_cache(config, request.timing_cache, refusals)
         _set_route(config, request.build_route)
 

@@ -271,6 +271,7 @@ def search(
         settings=settings or SearchSettings(),
         training=training or Settings(),
         columns=columns,
+        train_limit=train_limit,
         progress=progress,
     )
 

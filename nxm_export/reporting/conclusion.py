@@ -64,7 +64,7 @@ def conclude(run: Run) -> Conclusion:
     pieces: list[Piece | Code] = []
     for number, clause in enumerate(clauses):
         pieces += [*(["; "] if number else []), *clause]
-    reason = _why_not_served(run, engine, answers)
+    reason = _why_not_served(engine, answers)
     command = None if reason else shlex.join(["nxm", "serve", str(run.root / "engines" / engine.name)])
     return Conclusion(_state(answers), (*pieces, "."), command, reason)
 
@@ -77,7 +77,7 @@ def _state(answers: dict[str, Verdict]) -> str:
     return OPEN if OPEN in states or ABSENT in states else GOOD
 
 
-def _why_not_served(run: Run, engine: EngineEntry, answers: dict[str, Verdict]) -> str:
+def _why_not_served(engine: EngineEntry, answers: dict[str, Verdict]) -> str:
     if engine.parity is None:
         return f"{engine.name} was not compared with its checkpoint: compare it before you serve it."
     if engine.parts_in or not engine.parity.content.passed:

@@ -5,7 +5,6 @@ python -m tools.drawings
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,7 +170,7 @@ def drawn() -> dict[Path, str]:
     }
 
 
-def main(arguments: Sequence[str] = ()) -> None:
+def main() -> None:
     """The command."""
     for path, text in drawn().items():
         write_atomic(path, text)

@@ -28,7 +28,7 @@ from sentence_transformers import (
 BATCH = 32
 
 
-def onnx_int8(model: str, work: Path, sentences: list[str]) -> SentenceTransformer:
+def onnx_int8(model: str, work: Path, _: list[str]) -> SentenceTransformer:
     """Dynamic INT8, as its documentation recommends for AVX512-VNNI."""
     encoder = SentenceTransformer(model, backend="onnx", device="cpu")
     export_dynamic_quantized_onnx_model(encoder, "avx512_vnni", str(work / "onnx"))

@@ -88,7 +88,7 @@ def sensitivity_map(sensitivities: Path, chart: Chart, directory: Path) -> None:
     for weight, option, kl in rows:
         values[weights.index(weight), options.index(option)] = max(kl, 1e-9)
 
-    def draw(theme: Theme) -> Figure:
+    def draw(_: Theme) -> Figure:  # the map is readable on either ground
         from matplotlib.colors import LogNorm
 
         figure = _figure(2.8 + 0.9 * len(options), 1.2 + 0.2 * len(weights))

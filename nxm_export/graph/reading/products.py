@@ -194,7 +194,7 @@ def _einsum(node: ir.Node, index: int, array: np.ndarray) -> Matrix:
 
 
 def _unread(reason: str) -> Layout:
-    def layout(node: ir.Node, index: int, array: np.ndarray) -> Matrix:
+    def layout(_: ir.Node, __: int, ___: np.ndarray) -> Matrix:
         raise NotRead(reason)
 
     return layout

@@ -186,6 +186,13 @@ def test_what_a_function_returns_has_a_record(name: str) -> None:
         assert callable(getattr(getattr(nxm, kind), "to_dict", None)), f"{name} returns {kind}"
 
 
+def test_a_search_takes_as_many_samples_as_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, object] = {}
+    monkeypatch.setattr("compressors.search.plan_search.search", lambda model, **given: asked.update(given))
+    nxm.search("dense", train="train.tsv", out=tmp_path, train_limit=7)
+    assert asked["train_limit"] == 7
+
+
 def test_importing_loads_nothing_and_no_submodule_changes_a_public_name() -> None:
     code = f"""
 import sys

@@ -153,7 +153,7 @@ def _check_weight(weight: GraphWeight, plan: CompressionPlan | None, pattern: NM
     if spec and spec.qmax is not None:
         if not weight.is_quantized:
             problems.append(f"planned {spec}, and stored as {weight.stored}")
-        elif np.abs(weight.matrix.astype(np.int16)).max(initial=0) > spec.qmax:
+        elif np.abs(weight.matrix.astype(np.int64)).max(initial=0) > spec.qmax:
             problems.append(f"a code exceeds {spec.qmax}, the planned {spec.weight_bits} bits")
         if spec.input_bits and not _comes_from_pair(weight.node.inputs[0]):
             problems.append("its input is planned INT8, and no QuantizeLinear and DequantizeLinear stand before it")

@@ -140,7 +140,8 @@ class GraphWeight:
         tail = -self.run % pattern.m
         if tail:
             mask = np.concatenate([mask, np.zeros((len(mask), tail, self.n), bool)], axis=1)
-        return int((mask.reshape(-1, pattern.m, self.n).sum(axis=1, dtype=np.uint8) > pattern.n).sum())
+        kept = np.min_scalar_type(pattern.m)  # the smallest type that holds a count: the larger, the slower
+        return int((mask.reshape(-1, pattern.m, self.n).sum(axis=1, dtype=kept) > pattern.n).sum())
 
     def pattern(self) -> NMPattern | None:
         """The tightest well-known pattern that the weight follows along K, or None when it is dense."""

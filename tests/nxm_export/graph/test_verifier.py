@@ -129,6 +129,22 @@ def test_one_thing_wrong_is_found_and_named(tmp_path: Path, old: str, new: str, 
         report.require()
 
 
+@pytest.mark.parametrize("kept", [255, 256, 257, 512])
+def test_wide_groups_are_counted_in_full(tmp_path: Path, kept: int) -> None:
+    """A count of 256 kept weights is none in 8 bits."""
+    values = ",".join("1" if i < kept else "0" for i in range(512))
+    text = f"""
+        g (float[batch, 512] x) => (float[batch, 1] y)
+        <int8[512, 1] w = {{{values}}}, float[1] s = {{0.5}}>
+        {{ wd = DequantizeLinear <axis = 1>(w, s)  y = MatMul(x, wd) }}
+    """
+    assert not check(tmp_path, text, pattern="254:512").passed
+    assert check(tmp_path, text, pattern="1:512").all_problems == [
+        "w: not 1:512 along K: 1 of 1 groups keep more than 1"
+    ]
+    assert check(tmp_path, text, pattern=f"{min(kept, 511)}:512").passed == (kept < 512)
+
+
 def test_scales_along_k_are_found_where_k_and_n_are_equal(tmp_path: Path) -> None:
     """The shapes fit either way there, and TensorRT would run the product in float without a word."""
     text = """
@@ -202,6 +218,12 @@ class TestAgainstAPlan:
     def test_a_code_beyond_the_planned_bits_is_found(self, tmp_path: Path) -> None:
         four = WeightSpec(NMPattern(2, 4), 4, 8, 8)
         assert check(tmp_path, planned=plan(four)).all_problems == ["w: a code exceeds 7, the planned 4 bits"]
+
+    @pytest.mark.parametrize(("stored", "code"), [("int32", 65537), ("int32", -65536), ("int16", -32768)])
+    def test_a_code_beyond_16_bits_is_found(self, tmp_path: Path, stored: str, code: int) -> None:
+        text = GOOD.replace("int8[8, 2] w_quantized", f"{stored}[8, 2] w_quantized").replace("{1,0,", f"{{{code},0,")
+        text = text.replace("int8[2] zw", f"{stored}[2] zw")
+        assert check(tmp_path, text, planned=plan()).all_problems == ["w: a code exceeds 127, the planned 8 bits"]
 
     def test_a_weight_in_float_that_was_planned_in_integers_is_found(self, tmp_path: Path) -> None:
         text = "g (float[b, 4] x) => (float[b, 1] y) <float[4, 1] w = {1,0,0,2}> { y = MatMul(x, w) }"

@@ -48,9 +48,11 @@ def text_columns(asked: Columns, names: list[str], path: Path) -> tuple[str, str
         _require_column(column, names, path)
     if asked.text:
         usual = next((second for first, second in TEXT_COLUMNS if first == asked.text and second in names), None)
+        require_distinct((asked.text, asked.pair), path)
         return asked.text, asked.pair or usual
     for first, second in TEXT_COLUMNS:
         if first in names and (second is None or second in names):
+            require_distinct((first, asked.pair), path)
             return first, asked.pair or second
     usual_names = ", ".join(dict.fromkeys(first for first, _ in TEXT_COLUMNS))
     raise DataError(
@@ -69,6 +71,18 @@ def only_column(asked: str | None, usual: Sequence[str], names: list[str], path:
     raise DataError(
         f"{path}: none of the usual {what} columns ({', '.join(usual)}) among {', '.join(names)}; name it with {flag}"
     )
+
+
+def require_distinct(columns: Sequence[str | None], place: Path | str) -> None:
+    """Raise `DataError` where one column is to be two of text, second text and label: it would be read twice without a
+    word."""
+    named = [column for column in columns if column is not None]
+    twice = next((column for column in named if named.count(column) > 1), None)
+    if twice is not None:
+        raise DataError(
+            f"{place}: column {twice!r} cannot be two of text, second text and label; name others with --text-column, "
+            "--pair-column and --label-column"
+        )
 
 
 def _require_column(name: str, names: list[str], path: Path) -> None:

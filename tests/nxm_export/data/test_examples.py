@@ -245,6 +245,12 @@ def test_a_column_that_is_asked_for_and_missing_is_named(tmp_path: Path, asked: 
         load_raw(write(tmp_path, "d.tsv", "sentence\tlabel\na\t1\n"), "train", asked)
 
 
+@pytest.mark.parametrize("asked", [Columns(text="label"), Columns(pair="label"), Columns(label="sentence")])
+def test_a_column_is_no_label_and_text_at_once(tmp_path: Path, asked: Columns) -> None:
+    with pytest.raises(DataError, match="cannot be two of text, second text and label"):
+        load_raw(write(tmp_path, "d.tsv", "sentence\tlabel\na\t1\n"), "train", asked)
+
+
 def test_an_empty_second_column_is_no_pair(tmp_path: Path) -> None:
     """Mirrors of GLUE write single-sentence tasks with an empty sentence2."""
     raw = load_raw(write(tmp_path, "d.tsv", "sentence1\tsentence2\tlabel\na\t\t1\nb\t\t0\n"), "train")

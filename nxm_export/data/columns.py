@@ -29,6 +29,7 @@ TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (
 )
 LABEL_COLUMNS = ("label", "labels", "score", "relevance")
 TOKEN_COLUMNS, TAG_COLUMNS = ("tokens", "words"), ("tags", "ner_tags", "labels")
+_MOST_DIGITS = 400  # the largest float has 309
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,17 @@ def text_of(row: DataRow, column: str, place: str) -> str:
     value = value_of(row, column, place)
     if not isinstance(value, str):
         raise DataError(f"{place}: column {column!r} holds {value!r}, which is no text")
+    _require_characters(value, column, place)
+    return value
+
+
+def _require_characters(text: str, column: str, place: str) -> None:
     try:
-        value.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
             f"{place}: column {column!r} holds half a surrogate pair, which is no text; fix the row"
         ) from error
-    return value
 
 
 def second_text_of(row: DataRow, column: str, place: str) -> str:
@@ -117,6 +122,7 @@ def label_text(row: DataRow, column: str, place: str) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = str(value).strip()
+    _require_characters(text, column, place)
     if text.endswith(".0") and is_integer(text[:-2]):
         text = text[:-2]
     if not text or text.lower() == "nan":
@@ -132,6 +138,7 @@ def value_of(row: DataRow, column: str, place: str) -> object:
 
 
 def is_integer(text: str) -> bool:
-    """Whether a text is a whole number in digits, with a minus or not."""
+    """Whether a text is a whole number in digits, with a minus or not; so many that Python makes no number of them are
+    none."""
     digits = text.removeprefix("-")
-    return digits.isascii() and digits.isdecimal()
+    return digits.isascii() and digits.isdecimal() and len(digits) <= _MOST_DIGITS

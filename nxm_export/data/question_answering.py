@@ -27,7 +27,7 @@ from typing import cast
 import numpy as np
 
 from nxm_export.data.answer_spans import NO_ANSWER, Window, best_answer, context_windows, window_of
-from nxm_export.data.columns import Columns, DataRow, require_distinct, text_of
+from nxm_export.data.columns import Columns, DataRow, is_integer, require_distinct, text_of
 from nxm_export.data.examples import Examples, RawExamples
 from nxm_export.data.features import Features, members, tokens_of
 from nxm_export.data.readers import format_of, opened, read_table
@@ -135,7 +135,7 @@ def answers_of(row: DataRow, column: str, place: str) -> tuple[Answer, ...]:
 
 def _start(value: object, place: str) -> int:
     text = str(value).strip()
-    if isinstance(value, bool) or not (text.isascii() and text.isdecimal()):
+    if isinstance(value, bool) or text.startswith("-") or not is_integer(text):
         raise DataError(
             f"{place}: answer_start {value!r} is no character number; it says where in the context the answer begins"
         )

@@ -208,12 +208,40 @@ class TestAgainstAPlan:
                 "w: its output is planned INT8",
             ),
             ("w_quantized", "other_quantized", "w is planned and not in the graph under its name"),
+            ("int8 zx = {0}", "uint8 zx = {0}", "w: its input is planned INT8, and x_q quantizes it to UINT8"),
+            ("int8 zx = {0}", "int16 zx = {0}", "w: its input is planned INT8, and x_q quantizes it to INT16"),
+            ("int8 zy = {0}", "uint8 zy = {0}", "w: its output is planned INT8, and y_q quantizes it to UINT8"),
+            (
+                "zq = QuantizeLinear(z, sy, zy)\n      [y_dq] y = DequantizeLinear(zq, sy, zy)",
+                "zq = QuantizeLinear(z, sy)\n      [y_dq] y = DequantizeLinear(zq, sy)",
+                "w: its output is planned INT8, and y_q quantizes it to UINT8",
+            ),
+            (
+                "x, sx, zx)\n      [x_dq] xd = DequantizeLinear(xq, sx, zx)",
+                "x, sx)\n      [x_dq] xd = DequantizeLinear(xq, sx)",
+                "w: its input is planned INT8, and x_q quantizes it to UINT8",
+            ),
         ],
     )
     def test_a_missing_quantizer_or_weight_is_found(self, tmp_path: Path, old: str, new: str, message: str) -> None:
         assert old in GOOD
         report = check(tmp_path, GOOD.replace(old, new), pattern=None, planned=plan())
         assert any(message in problem for problem in report.all_problems), report.all_problems
+
+    def test_a_matrix_of_another_shape_is_found(self, tmp_path: Path) -> None:
+        other = CompressionPlan("bert", {"w": SPEC}, {"w": (8, 8)})
+        assert check(tmp_path, planned=other).all_problems == ["w: planned 8 x 8 (out, in), and is 2 x 8"]
+
+    def test_the_quantizers_of_a_weight_on_the_left_are_none_of_its_input(self, tmp_path: Path) -> None:
+        text = """
+            g (float[4, n] x) => (float[1, n] y)
+            <float[1, 4] w_dense = {1,0,3,0}, float[1] sw = {1.0}, int8[1] zw = {0}>
+            { wq = QuantizeLinear <axis = 0>(w_dense, sw, zw) wd = DequantizeLinear <axis = 0>(wq, sw, zw)
+              y = MatMul(wd, x) }
+        """
+        planned = CompressionPlan("bert", {"w": WeightSpec(None, 8, 8)}, {"w": (1, 4)})
+        (problem,) = check(tmp_path, text, pattern=None, planned=planned).all_problems
+        assert problem.startswith("w: its input is planned INT8, and no QuantizeLinear")
 
     def test_a_code_beyond_the_planned_bits_is_found(self, tmp_path: Path) -> None:
         four = WeightSpec(NMPattern(2, 4), 4, 8, 8)

@@ -68,8 +68,11 @@ def verify(file: str | Path, *, plan: CompressionPlan | None = None, pattern: NM
     cannot be read, and `PlanError` for a plan inside it that cannot.
     """
     model = load_graph(file)
-    hashes = graph_files(model, Path(file)).hashes
-    return replace(verify_model(model, str(file), plan=plan, pattern=pattern), hashes=hashes)
+    files = graph_files(model, Path(file))
+    report = replace(verify_model(model, str(file), plan=plan, pattern=pattern), hashes=files.hashes)
+    if len(files.hashes) > 1:  # what lies beside the file was read only now
+        files.require_unchanged()
+    return report
 
 
 def verify_model(

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
 from nxm_export.contract.records.verify_report import VerifyReport, read_verify_report
 from nxm_export.errors import ArtifactError, ExportError, PlanError
+from nxm_export.graph import verifier
+from nxm_export.graph.reading.graph_weights import load_graph
 from nxm_export.graph.verifier import verify
 from nxm_export.storage.json_files import encode
 from tests.support import onnx_text
@@ -348,6 +351,21 @@ def test_weights_in_another_file_that_is_missing_are_named(tmp_path: Path) -> No
             ArtifactError, match=r"the file is truncated, or its \.data file is missing|not a readable ONNX"
         ):
             verify(tmp_path / "model.onnx")
+
+
+def test_a_file_that_is_replaced_while_it_is_read_gets_no_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report names the file that it is about by its sha256."""
+
+    def replaced(file: Path) -> ir.Model:
+        model = load_graph(file)
+        onnx_text.save(GOOD.replace("-7,0, 0,8", "-7,1, 1,8"), tmp_path / "model.onnx")
+        return model
+
+    monkeypatch.setattr(verifier, "load_graph", replaced)
+    with pytest.raises(ArtifactError, match=r"model\.onnx changed while it was read"):
+        check(tmp_path)
 
 
 class TestReport:

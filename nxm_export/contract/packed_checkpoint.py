@@ -8,9 +8,10 @@ A planned weight is stored as
 
 A word-embedding table that is planned INT8 is stored like a dense 8-bit weight, with a scale per row (token).
 Everything else of the model (other embeddings, biases, norms, head) is stored as it is, and the directory's other files
-(config, plan, tokenizer) travel in the header, with a sha256 of all tensors; further safetensors files are not part of
-the model and stay behind. The payload is ``plan.stored_bits("packed")`` for the planned weights plus the table and the
-rest, to within the byte that each tensor is rounded up to. A support of fewer than N non-zeros is filled up with zeros.
+(config, plan, tokenizer, and the folders of a sentence-transformers model) travel in the header, with a sha256 of all
+tensors; further safetensors files are not part of the model and stay behind, and so do other folders. The payload is
+``plan.stored_bits("packed")`` for the planned weights plus the table and the rest, to within the byte that each tensor
+is rounded up to. A support of fewer than N non-zeros is filled up with zeros.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import numpy as np
@@ -33,6 +35,7 @@ import numpy.typing as npt
 from nxm_export.contract.checkpoint import SCALES_FILE, WEIGHTS_FILE, Checkpoint, open_checkpoint
 from nxm_export.contract.families import FAMILIES
 from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
+from nxm_export.contract.pooling import is_embedding, module_folders, read_pooling
 from nxm_export.errors import ArtifactError
 from nxm_export.storage.atomic import atomic_dir, disk_errors, make_directory
 from nxm_export.storage.json_files import convert, parse_json, require_schema, to_json_object
@@ -41,6 +44,8 @@ T = TypeVar("T")
 
 SCHEMA = "nxm-packed/1"
 _INT8_EMBEDDING = WeightSpec(None, 8, 8)  # what an INT8 embedding table is stored like
+_WIDEST_GROUP = 64  # a support is a mask of as many bits
+_MOST_SUPPORTS = 2**16  # an index has as many bits
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,10 @@ def pack(checkpoint: str | Path, out: str | Path) -> PackedSizes:
 
     opened, out = open_checkpoint(checkpoint), Path(out)
     _require_packed_or_new(out)
+    _require_indexable(opened.plan, f"{opened.path}")
     opened.require_valid()
+    if is_embedding(opened.path):
+        read_pooling(opened.path)
     source = opened.path / WEIGHTS_FILE
     if not source.is_file():
         raise ArtifactError(f"{opened.path} has no {WEIGHTS_FILE}; sharded models are not packed: save it in one file")
@@ -81,7 +89,7 @@ def pack(checkpoint: str | Path, out: str | Path) -> PackedSizes:
         "sha256": _digest(tensors),
         "weights_metadata": json.dumps(weights_metadata),
         "scale_shapes": json.dumps({name: list(scale.shape) for name, scale in opened.scales.items()}),
-        **dict(_as_text(file) for file in _companions(opened.path)),
+        **dict(_as_text(file, opened.path) for file in _companions(opened.path)),
     }
     scratch = out.with_name(f".{out.name}.{os.getpid()}.partial")
     make_directory(out.parent)
@@ -109,6 +117,7 @@ def unpack(file: str | Path, out: str | Path) -> Path:
         raise ArtifactError(f"{out} exists; choose a directory that does not")
     tensors, metadata = _read_packed(file)
     plan = CompressionPlan.from_json(metadata.get("file/nxm_plan.json", ""), source=f"{file} (nxm_plan.json)")
+    _require_indexable(plan, f"{file}")
     shapes = _header_entry(file, metadata, "scale_shapes", dict[str, tuple[int, ...]])
     try:
         scales = {name: tensors[f"scale/{name}"].reshape(shape) for name, shape in shapes.items()}
@@ -127,13 +136,29 @@ def unpack(file: str | Path, out: str | Path) -> Path:
     with atomic_dir(out) as scratch:
         save_file(weights, scratch / WEIGHTS_FILE, _header_entry(file, metadata, "weights_metadata", dict[str, str]))
         save_file(scales, scratch / SCALES_FILE)
-        for key, text in metadata.items():
-            kind, separator, name = key.partition("/")
-            if separator and kind in ("file", "bytes"):
-                content = text.encode() if kind == "file" else base64.b64decode(text)
-                (scratch / Path(name).name).write_bytes(content)
+        _write_companions(file, metadata, scratch)
         open_checkpoint(scratch).require_valid()
     return out
+
+
+def _write_companions(file: Path, metadata: Mapping[str, str], out: Path) -> None:
+    """The files that travel in the header of a packed file, and the folders that they say a model has."""
+    for key, text in metadata.items():
+        kind, separator, name = key.partition("/")
+        if not separator or kind not in ("file", "bytes"):
+            continue
+        written = out / _inside(name, file)
+        written.parent.mkdir(parents=True, exist_ok=True)
+        written.write_bytes(text.encode() if kind == "file" else base64.b64decode(text))
+    for folder in module_folders(out):
+        (out / _inside(folder, file)).mkdir(parents=True, exist_ok=True)
+    if is_embedding(out):
+        try:
+            read_pooling(out)
+        except ArtifactError as error:
+            raise ArtifactError(
+                f"{file}: it does not say how its tokens become one embedding; pack the checkpoint again"
+            ) from error
 
 
 def _read_packed(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -276,6 +301,25 @@ def _packed_specs(plan: CompressionPlan) -> dict[str, WeightSpec]:
     return {**plan.weights, **({family.word_embedding: _INT8_EMBEDDING} if family and plan.embedding == "int8" else {})}
 
 
+def _require_indexable(plan: CompressionPlan, source: str) -> None:
+    """Raise `ArtifactError` for a pattern whose supports have no number here."""
+    for name, spec in plan.weights.items():
+        pattern = spec.pattern
+        if pattern and (pattern.m > _WIDEST_GROUP or math.comb(pattern.m, pattern.n) > _MOST_SUPPORTS):
+            raise ArtifactError(
+                f"{source}: {name} is planned {pattern}, and a packed file has groups of at most {_WIDEST_GROUP} "
+                f"weights with at most {_MOST_SUPPORTS} choices of the kept ones; keep the directory"
+            )
+
+
+def _inside(name: str, source: Path) -> PurePosixPath:
+    """A path that stays below the directory of a model; `source` names it otherwise."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ArtifactError(f"{source}: {name!r} is no path below the directory of a model")
+    return path
+
+
 def _pack_weight(checkpoint: Checkpoint, name: str, spec: WeightSpec) -> dict[str, np.ndarray]:
     weight = checkpoint.weight(name)
     if not spec.is_dense and np.signbit(weight[weight == 0]).any():
@@ -339,19 +383,23 @@ def _unpack_weight(
     return weight
 
 
-def _as_text(file: Path) -> tuple[str, str]:
-    """(key, text) of a file in the header: as it is, or in base64 where it is no text."""
-    content = file.read_bytes()
+def _as_text(file: Path, directory: Path) -> tuple[str, str]:
+    """(key, text) of a file of a directory in the header: as it is, or in base64 where it is no text."""
+    content, name = file.read_bytes(), file.relative_to(directory).as_posix()
     try:
-        return f"file/{file.name}", content.decode()
+        return f"file/{name}", content.decode()
     except UnicodeDecodeError:
-        return f"bytes/{file.name}", base64.b64encode(content).decode()
+        return f"bytes/{name}", base64.b64encode(content).decode()
 
 
 def _companions(directory: Path) -> list[Path]:
-    """The files that make the directory a model: everything but tensor files and hidden ones."""
+    """The files that make the directory a model: everything but tensor files and hidden ones, in the directory itself
+    and in the folders of the modules behind an encoder."""
+    folders = [directory, *(directory / _inside(folder, directory) for folder in module_folders(directory))]
     return sorted(
         file
-        for file in directory.iterdir()
+        for folder in folders
+        if folder.is_dir()
+        for file in folder.iterdir()
         if file.is_file() and file.suffix != ".safetensors" and not file.name.startswith(".")
     )

@@ -39,6 +39,11 @@ DENSE_BITS = 16  # an unquantized weight is deployed in 16 bit
 REFERENCE_BITS = 32  # ratios are against the FP32 checkpoint, as in the literature
 
 
+def _is_size(text: str) -> bool:
+    """Whether a text is a number in few enough digits to be the size of anything."""
+    return text.isascii() and text.isdecimal() and len(text) <= 18
+
+
 @dataclass(frozen=True, order=True)
 class NMPattern:
     """At most `n` non-zeros in every `m` consecutive weights along the input axis (K).
@@ -60,8 +65,8 @@ class NMPattern:
     def parse(cls, text: str) -> NMPattern:
         """``"2:4"`` -> ``NMPattern(2, 4)``; anything else is a `PlanError`."""
         n, separator, m = text.partition(":")
-        if not separator or not (n.isascii() and n.isdecimal() and m.isascii() and m.isdecimal()):
-            raise PlanError(f"not an N:M pattern: {text!r}; write N kept of every M, as in 2:4")
+        if not separator or not (_is_size(n) and _is_size(m)):
+            raise PlanError(f"not an N:M pattern: {text!r:.80}; write N kept of every M, as in 2:4")
         return cls(int(n), int(m))
 
     @property
@@ -131,10 +136,10 @@ class WeightSpec:
             part = part.strip()
             if ":" in part and pattern is None:
                 pattern = NMPattern.parse(part)
-            elif part[:1] in ("W", "w") and part[1:].isdecimal() and bits is None:
+            elif part[:1] in ("W", "w") and _is_size(part[1:]) and bits is None:
                 bits = int(part[1:])
             else:
-                raise PlanError(f"not a weight option: {text!r}; write 2:4+W8, W4, 2:4 or dense")
+                raise PlanError(f"not a weight option: {text!r:.80}; write 2:4+W8, W4, 2:4 or dense")
         return cls(pattern, bits, 8 if bits else None, output_bits if bits else None)
 
     @property

@@ -92,6 +92,14 @@ def is_embedding(directory: Path) -> bool:
     return (directory / MODULES_FILE).is_file()
 
 
+def module_folders(directory: Path) -> list[str]:
+    """Where the modules behind the encoder have their settings: folders below the directory, those without any file
+    among them. None where it is no sentence-transformers model."""
+    if not is_embedding(directory):
+        return []
+    return [module.path for module in _read(directory / MODULES_FILE, list[_Module]) if module.path]
+
+
 def read_pooling(directory: Path) -> Pooling:
     """The pooling that a sentence-transformers directory describes; `ArtifactError` for what cannot be computed
     here."""

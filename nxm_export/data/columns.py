@@ -29,6 +29,7 @@ TEXT_COLUMNS: tuple[tuple[str, str | None], ...] = (
 )
 LABEL_COLUMNS = ("label", "labels", "score", "relevance")
 TOKEN_COLUMNS, TAG_COLUMNS = ("tokens", "words"), ("tags", "ner_tags", "labels")
+_MOST_DIGITS = 400  # the largest float has 309
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,11 @@ def text_columns(asked: Columns, names: list[str], path: Path) -> tuple[str, str
         _require_column(column, names, path)
     if asked.text:
         usual = next((second for first, second in TEXT_COLUMNS if first == asked.text and second in names), None)
+        require_distinct((asked.text, asked.pair), path)
         return asked.text, asked.pair or usual
     for first, second in TEXT_COLUMNS:
         if first in names and (second is None or second in names):
+            require_distinct((first, asked.pair), path)
             return first, asked.pair or second
     usual_names = ", ".join(dict.fromkeys(first for first, _ in TEXT_COLUMNS))
     raise DataError(
@@ -71,6 +74,18 @@ def only_column(asked: str | None, usual: Sequence[str], names: list[str], path:
     )
 
 
+def require_distinct(columns: Sequence[str | None], place: Path | str) -> None:
+    """Raise `DataError` where one column is to be two of text, second text and label: it would be read twice without a
+    word."""
+    named = [column for column in columns if column is not None]
+    twice = next((column for column in named if named.count(column) > 1), None)
+    if twice is not None:
+        raise DataError(
+            f"{place}: column {twice!r} cannot be two of text, second text and label; name others with --text-column, "
+            "--pair-column and --label-column"
+        )
+
+
 def _require_column(name: str, names: list[str], path: Path) -> None:
     if name not in names:
         raise DataError(f"{path}: no column {name!r}; it has {', '.join(names)}")
@@ -81,13 +96,17 @@ def text_of(row: DataRow, column: str, place: str) -> str:
     value = value_of(row, column, place)
     if not isinstance(value, str):
         raise DataError(f"{place}: column {column!r} holds {value!r}, which is no text")
+    _require_characters(value, column, place)
+    return value
+
+
+def _require_characters(text: str, column: str, place: str) -> None:
     try:
-        value.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
             f"{place}: column {column!r} holds half a surrogate pair, which is no text; fix the row"
         ) from error
-    return value
 
 
 def second_text_of(row: DataRow, column: str, place: str) -> str:
@@ -103,6 +122,7 @@ def label_text(row: DataRow, column: str, place: str) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = str(value).strip()
+    _require_characters(text, column, place)
     if text.endswith(".0") and is_integer(text[:-2]):
         text = text[:-2]
     if not text or text.lower() == "nan":
@@ -118,6 +138,7 @@ def value_of(row: DataRow, column: str, place: str) -> object:
 
 
 def is_integer(text: str) -> bool:
-    """Whether a text is a whole number in digits, with a minus or not."""
+    """Whether a text is a whole number in digits, with a minus or not; so many that Python makes no number of them are
+    none."""
     digits = text.removeprefix("-")
-    return digits.isascii() and digits.isdecimal()
+    return digits.isascii() and digits.isdecimal() and len(digits) <= _MOST_DIGITS

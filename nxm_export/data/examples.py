@@ -22,6 +22,7 @@ from nxm_export.data.columns import (
     is_integer,
     label_text,
     only_column,
+    require_distinct,
     second_text_of,
     text_columns,
     text_of,
@@ -164,11 +165,13 @@ def load_raw(
             tags: list[RawLabel] = [None] * len(rows)
         else:
             third = only_column(columns.label, TAG_COLUMNS, names, path, "tag", "--label-column")
+            require_distinct((first, third), path)
             tags = [read_label(row, third, place) for place, row in rows]
         return RawExamples([joined(text) for text in split_texts], None, tags, places, str(path), split_texts)
     first, second = text_columns(columns, names, path)
     labelled = not unlabelled or columns.label or set(LABEL_COLUMNS) & set(names)
     third_ = only_column(columns.label, LABEL_COLUMNS, names, path, "label", "--label-column") if labelled else None
+    require_distinct((first, second, third_), path)
     texts = [text_of(row, first, place) for place, row in rows]
     pairs = [second_text_of(row, second, place) for place, row in rows] if second else None
     labels = [read_label(row, third_, place) if third_ else None for place, row in rows]

@@ -7,7 +7,6 @@ and what it becomes in `Examples`. A task names its kind (`nxm_export.contract.t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from nxm_export.data.question_answering import Answer, answers_of, load_question
 from nxm_export.data.readers import TAG
 from nxm_export.data.token_labels import NO_LABEL, OUTSIDE
 from nxm_export.errors import DataError, notice, some
+from nxm_export.storage.json_files import parse_json
 
 SPAN_ENDS = ("start", "end")  # what the two outputs of a head for answers stand for
 NO_CLASS = ("-1", str(NO_LABEL))  # what stands for a missing label, in GLUE's test data and in tensors
@@ -266,10 +266,7 @@ def _several(row: DataRow, column: str, place: str) -> tuple[str, ...]:
     too."""
     value = value_of(row, column, place)
     if isinstance(value, str) and value.strip().startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise DataError(f"{place}: labels {value!r} are no JSON list ({error}); fix the row") from error
+        value = parse_json(value, f"{place}: labels {value!r:.80}", "fix the row", DataError, foreign=True)
     parts: list[object]
     if isinstance(value, str):
         parts = [*value.split(";" if ";" in value else ",")] if value.strip() else []
@@ -311,7 +308,9 @@ def _strings(row: DataRow, column: str, place: str, what: str) -> tuple[str, ...
     value = value_of(row, column, place)
     if not isinstance(value, (list, tuple)):
         raise DataError(f"{place}: column {column!r} holds {value!r}; {what} are a list, one entry a token")
-    return tuple(text_of({column: item}, column, place) if isinstance(item, str) else str(item) for item in value)
+    return tuple(  # texts as they are; numbers as labels are written
+        (text_of if isinstance(item, str) else label_text)({column: item}, column, place) for item in value
+    )
 
 
 def _none(_: DataRow, __: str, ___: str) -> None:

@@ -238,6 +238,10 @@ def require_scorable(name: str, labels: np.ndarray, classes: Sequence[str] = (),
     nothing."""
     if name in ("pearson", "spearman", "cosine_spearman") and _constant(labels):
         raise DataError(f"{source}: every label is {labels.flat[0]:g}, so there is no correlation to score")
+    if name == "mcc" and _constant(labels):
+        raise DataError(f"{source}: every label is the same class, so MCC is 0 whatever is predicted")
+    if name == "f1" and len(classes) == 2 and not (labels == 1).any():
+        raise DataError(f"{source}: no label is {classes[1]!r}, so its F1 is 0 whatever is predicted")
     if name == "micro_f1" and not (labels > 0).any():
         raise DataError(f"{source}: no sample has a label, so micro F1 is 0 whatever is predicted")
     outside = classes.index(OUTSIDE) if OUTSIDE in classes else -1

@@ -23,10 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from nxm_export.data.answer_spans import NO_ANSWER, Window, best_answer
+from nxm_export.data.token_labels import OUTSIDE, bioes
 from nxm_export.storage.json_files import to_json_object
 
 Array = npt.NDArray[np.float32]
-OUTSIDE = "O"  # the tag of a word that belongs to no entity
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def of_tags(logits: Array, words: Sequence[Word], text: str, labels: Sequence[st
     """The entities of one text, from its tokens' logits (sequence, tags): a word has the tag of its first token.
 
     Tags are those of the IOB schemes. ``B-`` and ``S-`` begin an entity; ``I-`` and ``E-`` go on with one of the same
-    name, and begin one where there is none; ``E-`` and ``S-`` end it.
+    name, and begin one where there is none; ``E-`` and ``S-`` end it. BILOU's ``L-`` and ``U-`` mean ``E-`` and ``S-``.
     """
     probabilities = _softmax(logits)
     groups: list[tuple[str, list[Word], list[float]]] = []
@@ -165,12 +165,13 @@ def of_tags(logits: Array, words: Sequence[Word], text: str, labels: Sequence[st
     for word in words:
         row = probabilities[word.token]
         at = int(row.argmax())
-        mark, _, name = labels[at].partition("-")
-        if labels[at] == OUTSIDE:
+        tag = bioes(labels[at])
+        mark, _, name = tag.partition("-")
+        if tag == OUTSIDE:
             open_ = False
             continue
         if not (open_ and mark in ("I", "E") and groups[-1][0] == name):
-            groups.append((name or labels[at], [], []))
+            groups.append((name or tag, [], []))
         groups[-1][1].append(word)
         groups[-1][2].append(float(row[at]))
         open_ = mark in ("B", "I")

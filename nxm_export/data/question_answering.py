@@ -27,7 +27,7 @@ from typing import cast
 import numpy as np
 
 from nxm_export.data.answer_spans import NO_ANSWER, Window, best_answer, context_windows, window_of
-from nxm_export.data.columns import Columns, DataRow, text_of
+from nxm_export.data.columns import Columns, DataRow, is_integer, require_distinct, text_of
 from nxm_export.data.examples import Examples, RawExamples
 from nxm_export.data.features import Features, members, tokens_of
 from nxm_export.data.readers import format_of, opened, read_table
@@ -46,18 +46,16 @@ def load_questions(source: str, columns: Columns, *, answered: bool = True) -> R
 
     The file is SQuAD's own JSON, or has a row for every question: its text, the context, and ``answers`` (``{"text":
     [...], "answer_start": [...]}``, or a list of such with one answer each) or ``answer`` and ``answer_start``. Unless
-    they are wanted `answered`, rows need no answers, and have none.
+    they are wanted `answered`, none needs answers, and they are not read.
     """
     path = Path(source)
     if not path.is_file():
         raise DataError(f"{source}: no such file; give SQuAD's JSON, or a row for every question (docs/tasks.md)")
-    rows = _squad_rows(path) if format_of(path) == ".json" else None
+    rows = _squad_rows(path, answered) if format_of(path) == ".json" else None
     if rows is None:
         rows = [_question_in(row, columns, place, answered) for place, row in read_table(path)]
     if not rows:
         raise DataError(f"{path}: no questions in it; the file is empty or has only a header")
-    if not answered:
-        rows = [(place, question, context, ()) for place, question, context, _ in rows]
     for place, question, context, answers in rows:
         _require_answered(question, context, answers, place)
     unanswered = sum(not answers for _, _, _, answers in rows)
@@ -75,7 +73,7 @@ def load_questions(source: str, columns: Columns, *, answered: bool = True) -> R
 _Question = tuple[str, str, str, tuple[Answer, ...]]  # place, question, context, answers
 
 
-def _squad_rows(path: Path) -> list[_Question] | None:
+def _squad_rows(path: Path, answered: bool) -> list[_Question] | None:
     """The questions of SQuAD's JSON; None for a file that is JSON lines."""
     try:
         with opened(path) as stream:
@@ -91,7 +89,7 @@ def _squad_rows(path: Path) -> list[_Question] | None:
             for p, paragraph in enumerate(article["paragraphs"]):
                 for q, entry in enumerate(paragraph["qas"]):
                     place = f"{path}: data[{a}].paragraphs[{p}].qas[{q}]"
-                    answers = answers_of({**entry, "answers": entry["answers"]}, "answers", place)
+                    answers = answers_of({**entry, "answers": entry["answers"]}, "answers", place) if answered else ()
                     texts = (text_of(entry, "question", place), text_of(paragraph, "context", place))
                     questions.append((place, *texts, answers))
     except (KeyError, TypeError, AttributeError) as error:
@@ -109,6 +107,7 @@ def _question_in(row: DataRow, columns: Columns, place: str, answered: bool) -> 
     for column, flag in [*needed, *([(label, "--label-column")] if answered else [])]:
         if column not in row:
             raise DataError(f"{place}: no column {column!r}; it has {', '.join(map(str, row))}; name it with {flag}")
+    require_distinct((question, context, label if answered else None), place)
     answers = answers_of(row, label, place) if answered else ()
     return place, text_of(row, question, place), text_of(row, context, place), answers
 
@@ -136,7 +135,7 @@ def answers_of(row: DataRow, column: str, place: str) -> tuple[Answer, ...]:
 
 def _start(value: object, place: str) -> int:
     text = str(value).strip()
-    if isinstance(value, bool) or not (text.isascii() and text.isdecimal()):
+    if isinstance(value, bool) or text.startswith("-") or not is_integer(text):
         raise DataError(
             f"{place}: answer_start {value!r} is no character number; it says where in the context the answer begins"
         )

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from nxm_export.contract.tasks import Task
-from nxm_export.data.columns import TOKEN_COLUMNS, Columns, second_text_of, text_columns, text_of
+from nxm_export.data.columns import (
+    TOKEN_COLUMNS,
+    Columns,
+    require_distinct,
+    second_text_of,
+    text_columns,
+    text_of,
+)
 from nxm_export.data.examples import column_names
 from nxm_export.data.question_answering import load_questions
 from nxm_export.data.readers import FORMATS, format_of, read_rows, read_table
@@ -47,13 +54,14 @@ def read_texts(source: str | Path, columns: Columns, task: Task) -> list[Text]:
 def _questions(path: Path, columns: Columns) -> list[Text]:
     question, context = columns.text or "question", columns.pair or "context"
     if format_of(path) == ".json":  # SQuAD's own form
-        raw = load_questions(str(path), columns)
+        raw = load_questions(str(path), columns, answered=False)
         return list(zip(raw.texts, raw.pairs or [], strict=True))
     pairs: list[Text] = []
     for place, row in read_table(path):
         for column, flag in ((question, "--text-column"), (context, "--pair-column")):
             if column not in row:
                 raise DataError(f"{place}: no column {column!r}; it has {', '.join(row)}; name it with {flag}")
+        require_distinct((question, context), place)
         pairs.append((text_of(row, question, place), text_of(row, context, place)))
     if not pairs:
         raise DataError(f"{path}: no questions in it; the file is empty or has only a header")

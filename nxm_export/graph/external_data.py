@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from nxm_export.errors import ArtifactError, EngineError
+from nxm_export.graph.reading.graph_weights import hash_before_reading
 from nxm_export.storage.hashing import HashedFiles
 
 _PROTOBUF_LIMIT = 1_800_000_000  # bytes; protobuf itself ends at 2 GB
@@ -21,7 +22,8 @@ def has_external_data(model: ir.Model) -> bool:
 def graph_files(model: ir.Model, file: Path) -> HashedFiles:
     """An ONNX file and those beside it that hold its weights, hashed; `model` was read from `file`.
 
-    Raises `ArtifactError` when one of them cannot be read, or does not lie below the directory of `file`.
+    Raises `ArtifactError` when one of them cannot be read, or does not lie below the directory of `file`, and when
+    `file` is no longer what `load_graph` read.
     """
     beside = {str(tensor.location) for tensor in _tensors(model) if isinstance(tensor, ir.ExternalTensor)}
     for location in sorted(beside):
@@ -30,9 +32,12 @@ def graph_files(model: ir.Model, file: Path) -> HashedFiles:
                 f"{file}: its weights cannot be read from outside of its directory ({location}); move them there"
             )
     try:
-        return HashedFiles.of(file.parent, [file.name, *sorted(beside)])
+        files = HashedFiles.of(file.parent, [file.name, *sorted(beside)])
     except ArtifactError as error:
         raise ArtifactError(f"{file}: {error}; the file is truncated, or its .data file is missing") from error
+    if hash_before_reading(model) not in (None, files.hashes[file.name]):
+        raise ArtifactError(f"{file} changed while it was read; do it again when it is written")
+    return files
 
 
 def save_in_one_file(model: ir.Model, file: Path, source: Path) -> None:

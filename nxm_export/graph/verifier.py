@@ -17,13 +17,13 @@ import onnx_ir as ir
 
 from nxm_export.contract.checkpoint import EMBEDDING_QMAX
 from nxm_export.contract.families import FAMILIES
-from nxm_export.contract.plan import CompressionPlan, NMPattern
+from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
 from nxm_export.contract.quantizer_placement import names_in_graph, planned_spec
 from nxm_export.contract.records.matrix_facts import UnreadProduct
 from nxm_export.contract.records.verify_report import VerifyReport, WeightReport
 from nxm_export.graph.external_data import graph_files
 from nxm_export.graph.int8_embedding import embedding_hash, misread, stored_embedding
-from nxm_export.graph.quantized_values import values_behind
+from nxm_export.graph.quantized_values import codes_type, values_behind
 from nxm_export.graph.reading.graph_weights import (
     GraphWeight,
     array_of,
@@ -68,8 +68,11 @@ def verify(file: str | Path, *, plan: CompressionPlan | None = None, pattern: NM
     cannot be read, and `PlanError` for a plan inside it that cannot.
     """
     model = load_graph(file)
-    hashes = graph_files(model, Path(file)).hashes
-    return replace(verify_model(model, str(file), plan=plan, pattern=pattern), hashes=hashes)
+    files = graph_files(model, Path(file))
+    report = replace(verify_model(model, str(file), plan=plan, pattern=pattern), hashes=files.hashes)
+    if len(files.hashes) > 1:  # what lies beside the file was read only now
+        files.require_unchanged()
+    return report
 
 
 def verify_model(
@@ -150,15 +153,10 @@ def _check_weight(weight: GraphWeight, plan: CompressionPlan | None, pattern: NM
     problems = []
     if required and not weight.follows(required):
         problems.append(f"not {required} along K: {_why_not(weight, required)}")
+    if plan and plan.shapes.get(name, (weight.n, weight.k)) != (weight.n, weight.k):
+        problems.append(f"planned {' x '.join(map(str, plan.shapes[name]))} (out, in), and is {weight.n} x {weight.k}")
     if spec and spec.qmax is not None:
-        if not weight.is_quantized:
-            problems.append(f"planned {spec}, and stored as {weight.stored}")
-        elif np.abs(weight.matrix.astype(np.int16)).max(initial=0) > spec.qmax:
-            problems.append(f"a code exceeds {spec.qmax}, the planned {spec.weight_bits} bits")
-        if spec.input_bits and not _comes_from_pair(weight.node.inputs[0]):
-            problems.append("its input is planned INT8, and no QuantizeLinear and DequantizeLinear stand before it")
-        if spec.output_bits and not _goes_into_pair(weight.node.outputs[0]):
-            problems.append("its output is planned INT8, and no QuantizeLinear stands behind it")
+        problems += _quantization_problems(weight, spec, spec.qmax)
     problems += scale_problems(weight)
     return WeightReport(
         name=name,
@@ -173,6 +171,23 @@ def _check_weight(weight: GraphWeight, plan: CompressionPlan | None, pattern: NM
         problems=tuple(problems),
         sparse=weight.follows(_SPARSE),
     )
+
+
+def _quantization_problems(weight: GraphWeight, spec: WeightSpec, qmax: int) -> Iterator[str]:
+    """What is not as planned of a weight in integers up to `qmax`, and of the quantizers around its product."""
+    if not weight.is_quantized:
+        yield f"planned {spec}, and stored as {weight.stored}"
+    elif np.abs(weight.matrix.astype(np.int64)).max(initial=0) > qmax:
+        yield f"a code exceeds {qmax}, the planned {spec.weight_bits} bits"
+    multiplied = 1 if weight.operand == "input 0" else 0
+    before, behind = _pair_before(weight.node.inputs[multiplied]), _pair_behind(weight.node.outputs[0])
+    if spec.input_bits and before is None:
+        yield "its input is planned INT8, and no QuantizeLinear and DequantizeLinear stand before it"
+    if spec.output_bits and behind is None:
+        yield "its output is planned INT8, and no QuantizeLinear stands behind it"
+    for planned, what, quantizer in ((spec.input_bits, "input", before), (spec.output_bits, "output", behind)):
+        if planned and quantizer is not None and (kind := codes_type(quantizer.outputs[0])) != "INT8":
+            yield f"its {what} is planned INT8, and {name_of(quantizer)} quantizes it to {kind}"
 
 
 def _why_not(weight: GraphWeight, pattern: NMPattern) -> str:
@@ -320,20 +335,21 @@ def _from_codes(value: ir.Value | None) -> bool:
     return node is None or node.op_type.startswith(("Quantize", "QLinear", "QGemm", "DynamicQuantize"))
 
 
-def _comes_from_pair(value: ir.Value | None) -> bool:
+def _pair_before(value: ir.Value | None) -> ir.Node | None:
+    """The QuantizeLinear of the pair that a value comes out of."""
     node = _behind(value)
     if node is None or node.op_type != "DequantizeLinear":
-        return False
+        return None
     source = _behind(node.inputs[0])
-    return source is not None and source.op_type == "QuantizeLinear"
+    return source if source is not None and source.op_type == "QuantizeLinear" else None
 
 
-def _goes_into_pair(value: ir.Value) -> bool:
-    """True when everything that reads the product, behind its bias, reads it through one QuantizeLinear."""
+def _pair_behind(value: ir.Value) -> ir.Node | None:
+    """The QuantizeLinear through which everything reads the product, behind its bias."""
     users = value.consumers()
     if len(users) == 1 and users[0].op_type == "Add" and any(_is_constant(other) for other in users[0].inputs):
         users = users[0].outputs[0].consumers()
-    return len(users) == 1 and users[0].op_type == "QuantizeLinear"
+    return users[0] if len(users) == 1 and users[0].op_type == "QuantizeLinear" else None
 
 
 def _behind(value: ir.Value | None) -> ir.Node | None:

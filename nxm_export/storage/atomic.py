@@ -85,13 +85,18 @@ def atomic_dir(target: Path, *, replace_any: bool = False, kept_log: str | None 
             stack.enter_context(exclusive(scratch, f"{target} is being written by another nxm process; wait for it"))
             for leftover in scratch.iterdir():  # of a process that was killed
                 shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+            _put_back(old, target)  # it was killed while it replaced the one by the other
         try:
             with disk_errors(target):
                 yield scratch
                 shutil.rmtree(old, ignore_errors=True)
                 if os.path.lexists(target):
                     target.rename(old)
-                scratch.rename(target)
+                try:
+                    scratch.rename(target)
+                except OSError:
+                    _put_back(old, target)
+                    raise
                 shutil.rmtree(old, ignore_errors=True)
         except NxmError as error:
             if kept_log is not None:
@@ -99,6 +104,12 @@ def atomic_dir(target: Path, *, replace_any: bool = False, kept_log: str | None 
             raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put_back(old: Path, target: Path) -> None:
+    """Give what was at `target` its name again, where nothing took its place."""
+    if os.path.lexists(old) and not os.path.lexists(target):
+        old.rename(target)
 
 
 def _keep_log(error: NxmError, scratch: Path, name: str, target: Path) -> None:

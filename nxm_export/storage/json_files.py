@@ -164,10 +164,10 @@ def read_lines(file: Path, kind: type[T], *, way_out: str) -> tuple[T, ...]:
     A last line that was cut, as its writer was killed, is left out. NaN and infinity are None: former versions wrote
     them for a number that could not be computed.
     """
-    text = read_text(file, way_out)
+    lines = read_text(file, way_out).split("\n")
     records = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        source, is_cut = f"{file}:{number}", number == text.count("\n") + 1
+    for number, line in enumerate(lines, start=1):
+        source, is_cut = f"{file}:{number}", number == len(lines)
         if is_cut and not line:
             continue
         try:

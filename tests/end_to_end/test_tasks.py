@@ -195,7 +195,7 @@ class TestSeveralLabels:
         [
             ("text\tlabels\na\tx;y\nb\tx;x\n", None, r"data\.tsv:3: labels \['x', 'x'\] name a class twice"),
             ("text\tlabels\na\tx;;y\n", None, r"data\.tsv:2: the label is missing"),
-            ("text\tlabels\na\t[x\n", None, r"data\.tsv:2: labels '\[x' are no JSON list"),
+            ("text\tlabels\na\t[x\n", None, r"data\.tsv:2: labels '\[x': not valid JSON"),
             ("text\tlabels\na\t\n", None, r"no example has a label"),
             ("text\tlabels\na\tx\n", None, r"only one class"),
             ("text\tlabels\na\tx\nb\tz\n", ["x", "y"], r"data\.tsv:\d: label '[xz]' is none of the model's classes"),

@@ -29,10 +29,11 @@ from nxm_export.graph.reading.node_checks import malformed_nodes
 from nxm_export.graph.reading.products import NotRead, Operand, name_of, operands
 from nxm_export.graph.reading.sparse_tensors import densify
 from nxm_export.graph.reading.weight_codes import Codes, Origins, dequantized, origins_of, scaled_by_operator, type_name
+from nxm_export.storage.hashing import file_hash
 
 _DETECTED = (NMPattern(1, 4), NMPattern(2, 8), NMPattern(1, 2), NMPattern(2, 4), NMPattern(4, 8))
 _PROTOBUF_LIMIT = 1_800_000_000  # bytes; protobuf itself ends at 2 GB
-_SPARSE_TENSORS = "nxm.sparse_tensors"
+_SPARSE_TENSORS, _HASH = "nxm.sparse_tensors", "nxm.sha256"  # in a model's `meta`, which no file has
 _LONGEST_BIAS = 16384  # the widest FFN that encoders have; a packed matrix of 256 by 256 codes of 4 bits is longer
 
 
@@ -140,7 +141,8 @@ class GraphWeight:
         tail = -self.run % pattern.m
         if tail:
             mask = np.concatenate([mask, np.zeros((len(mask), tail, self.n), bool)], axis=1)
-        return int((mask.reshape(-1, pattern.m, self.n).sum(axis=1, dtype=np.uint8) > pattern.n).sum())
+        kept = np.min_scalar_type(pattern.m)  # the smallest type that holds a count: the larger, the slower
+        return int((mask.reshape(-1, pattern.m, self.n).sum(axis=1, dtype=kept) > pattern.n).sum())
 
     def pattern(self) -> NMPattern | None:
         """The tightest well-known pattern that the weight follows along K, or None when it is dense."""
@@ -186,12 +188,20 @@ def _loaded(file: Path) -> ir.Model:
     """As onnx_ir loads a file, but for sparse tensors, which it does not know."""
     import onnx
 
+    before = file_hash(file)
     proto = onnx.load(file, load_external_data=False)
     sparse = densify(proto)
     model = ir.from_proto(proto)
     ir.external_data.set_base_dir(model.graph, file.parent)
-    model.meta[_SPARSE_TENSORS] = tuple(sparse)
+    model.meta[_SPARSE_TENSORS], model.meta[_HASH] = tuple(sparse), before
     return model
+
+
+def hash_before_reading(model: ir.Model) -> str | None:
+    """sha256 of the file of a model that `load_graph` read, as it was before; None for another model. A file that has
+    it still is the one that was read."""
+    value = model.meta.get(_HASH)
+    return value if isinstance(value, str) else None
 
 
 def sparse_tensors(model: ir.Model) -> tuple[str, ...]:

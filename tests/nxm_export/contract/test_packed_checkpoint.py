@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 from nxm_export.cli import main
 from nxm_export.contract import packed_checkpoint
 from nxm_export.contract.checkpoint import SCALES_FILE, WEIGHTS_FILE, open_checkpoint, save_plan
-from nxm_export.contract.plan import NMPattern, WeightSpec
+from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
+from nxm_export.contract.pooling import read_pooling
 from nxm_export.errors import ArtifactError, PlanError
 from tests.support.baked import baked, write_checkpoint
 from tests.support.variants import variants
@@ -262,3 +263,56 @@ def test_only_a_packed_file_is_ever_replaced(tiny_checkpoint: Callable[..., Path
     packed_checkpoint.pack(tiny_checkpoint("bert"), tmp_path / "packed")
     packed_checkpoint.pack(tiny_checkpoint("bert"), tmp_path / "packed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "train.tsv"]
+
+
+def everything(directory: Path) -> dict[str, bytes | None]:
+    """Every file below a directory with its bytes, and every folder."""
+    return {f"{p.relative_to(directory)}": p.read_bytes() if p.is_file() else None for p in directory.rglob("*")}
+
+
+def test_a_sentence_embedding_comes_back_with_its_pooling(tmp_path: Path) -> None:
+    """Its settings lie in folders of their own."""
+    model = write_checkpoint("bert", tmp_path / "model", task="embedding", placement="inputs")
+    write_mixed(model, tmp_path / "again", [WeightSpec()] * 6, 0)
+    (tmp_path / "again" / "1_Pooling" / "vocabulary.bin").write_bytes(b"\xff\x00")
+    packed_checkpoint.pack(tmp_path / "again", tmp_path / "packed.safetensors")
+    unpacked = packed_checkpoint.unpack(tmp_path / "packed.safetensors", tmp_path / "unpacked")
+    assert everything(unpacked) == everything(tmp_path / "again")
+    assert {"1_Pooling/config.json", "2_Normalize"} <= everything(unpacked).keys()
+    assert str(read_pooling(unpacked)) == "mean, normalized"
+
+
+def test_a_packed_file_without_a_pooling_or_with_paths_that_lead_away_is_refused(tmp_path: Path) -> None:
+    packed_checkpoint.pack(
+        write_checkpoint("bert", tmp_path / "model", task="embedding", spec="W8", placement="inputs"),
+        tmp_path / "packed",
+    )
+    with safe_open(tmp_path / "packed", framework="numpy") as file:
+        metadata = dict(file.metadata())
+    tensors, name = load_file(tmp_path / "packed"), "file/1_Pooling/config.json"
+    text = metadata.pop(name)
+    for extra, message in (({}, "does not say how its tokens"), ({"file/../away.json": text}, "no path below")):
+        save_file(tensors, tmp_path / "other", {**metadata, **extra})
+        with pytest.raises(ArtifactError, match=message):
+            packed_checkpoint.unpack(tmp_path / "other", tmp_path / "unpacked")
+        assert not (tmp_path / "unpacked").exists()
+    assert not (tmp_path / "away.json").exists()
+
+
+@pytest.mark.parametrize("pattern", ["1:64", "2:64", "4:32", "8:16"])
+def test_every_support_of_a_wide_group_has_a_number_of_its_own(pattern: str) -> None:
+    chosen, rng = NMPattern.parse(pattern), np.random.default_rng(0)
+    mask = np.array([rng.permutation(np.arange(chosen.m) < chosen.n) for _ in range(200)])
+    index = packed_checkpoint.support_index(mask, chosen)
+    stored = packed_checkpoint.pack_bits(index, chosen.index_bits)
+    back = packed_checkpoint.unpack_bits(stored, chosen.index_bits, len(index))
+    assert [list(np.flatnonzero(row)) for row in mask] == packed_checkpoint.supports(chosen)[back].tolist()
+
+
+@pytest.mark.parametrize("pattern", ["1:128", "6:24", "16:32"])
+def test_a_pattern_with_more_supports_than_an_index_holds_is_refused(tmp_path: Path, pattern: str) -> None:
+    """It came back with its weights at other places, or took all memory."""
+    chosen = NMPattern.parse(pattern)
+    plan = CompressionPlan("bert", {"w": WeightSpec(chosen, 8, 8)}, {"w": (4, chosen.m)})
+    with pytest.raises(ArtifactError, match=f"model: w is planned {pattern}, and a packed file has groups of at most"):
+        packed_checkpoint._require_indexable(plan, "model")

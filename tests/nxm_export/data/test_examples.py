@@ -14,9 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nxm_export.contract.tasks import TASKS
 from nxm_export.data.columns import Columns
 from nxm_export.data.examples import Examples, class_names, encode, load_raw, with_classes, with_scores
 from nxm_export.data.features import pad, sorted_batches
+from nxm_export.data.label_kinds import load_labelled
 from nxm_export.data.tokenization import load_tokenizer
 from nxm_export.errors import ArtifactError, DataError
 from tests.support import tiny
@@ -245,6 +247,12 @@ def test_a_column_that_is_asked_for_and_missing_is_named(tmp_path: Path, asked: 
         load_raw(write(tmp_path, "d.tsv", "sentence\tlabel\na\t1\n"), "train", asked)
 
 
+@pytest.mark.parametrize("asked", [Columns(text="label"), Columns(pair="label"), Columns(label="sentence")])
+def test_a_column_is_no_label_and_text_at_once(tmp_path: Path, asked: Columns) -> None:
+    with pytest.raises(DataError, match="cannot be two of text, second text and label"):
+        load_raw(write(tmp_path, "d.tsv", "sentence\tlabel\na\t1\n"), "train", asked)
+
+
 def test_an_empty_second_column_is_no_pair(tmp_path: Path) -> None:
     """Mirrors of GLUE write single-sentence tasks with an empty sentence2."""
     raw = load_raw(write(tmp_path, "d.tsv", "sentence1\tsentence2\tlabel\na\t\t1\nb\t\t0\n"), "train")
@@ -355,3 +363,38 @@ def test_a_missing_or_foreign_tokenizer_is_named(tmp_path: Path, content: str | 
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ArtifactError, match=message):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("classification", {"text": "a", "label": "\ud800"}, "column 'label' holds half a surrogate pair"),
+        ("multi-label", {"text": "a", "label": ["\ud800"]}, "column 'label' holds half a surrogate pair"),
+        ("multi-label", {"text": "a", "label": "[" * 3000}, r"labels '\[+'?: not valid JSON"),
+        ("multi-label", {"text": "a", "label": "[1]x"}, "not valid JSON"),
+        ("token-classification", {"tokens": ["a", None], "tags": ["O", "B-X"]}, "column 'tokens' is missing"),
+        ("token-classification", {"tokens": ["a", ["b"]], "tags": ["O", "B-X"]}, "neither a name nor a number"),
+        (
+            "question-answering",
+            {"question": "a", "context": "b", "answers": [{"text": "b", "answer_start": "9" * 5000}]},
+            "is no character number",
+        ),
+    ],
+)
+def test_cells_that_hold_no_label_are_refused_with_their_line(
+    tmp_path: Path, task: str, row: dict[str, object], message: str
+) -> None:
+    file = write(tmp_path, "d.jsonl", json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=rf"d\.jsonl:1: .*{message}"):
+        load_labelled(file, "train", Columns(), TASKS[task])
+
+
+def test_numbers_among_tokens_and_tags_are_written_as_labels_are(tmp_path: Path) -> None:
+    """Parquet made by other tools has floats for whole numbers."""
+    file = write(tmp_path, "d.jsonl", json.dumps({"tokens": ["a", 7], "tags": [0, 1.0]}) + "\n")
+    raw = load_labelled(file, "train", Columns(), TASKS["token-classification"])
+    assert (raw.tokens, raw.labels) == ([("a", "7")], [("0", "1")])
+
+
+def test_a_label_with_more_digits_than_a_number_has_is_a_name(tmp_path: Path) -> None:
+    assert class_names(labels(tmp_path, "9" * 5000, "2", "1")) == ["1", "2", "9" * 5000]

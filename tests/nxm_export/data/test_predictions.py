@@ -23,7 +23,7 @@ from nxm_export.data.predictions import (
     of_vectors,
 )
 
-TAGS = ("O", "B-PER", "I-PER", "E-PER", "S-PER", "B-LOC", "I-LOC")
+TAGS = ("O", "B-PER", "I-PER", "E-PER", "S-PER", "L-PER", "U-PER", "B-LOC", "I-LOC", "L-LOC", "U-LOC")
 TEXT = "Anna Maria lives in New York"
 
 
@@ -52,6 +52,7 @@ def entities(tags: str) -> list[tuple[str, str]]:
         ("B-PER I-LOC O O O O", [("PER", "Anna"), ("LOC", "Maria")]),
         ("S-PER S-PER O O O O", [("PER", "Anna"), ("PER", "Maria")]),
         ("B-PER E-PER I-PER O O O", [("PER", "Anna Maria"), ("PER", "lives")]),
+        ("B-PER L-PER U-PER O U-LOC L-LOC", [("PER", "Anna Maria"), ("PER", "lives"), ("LOC", "New"), ("LOC", "York")]),
         ("O O O O O O", []),
     ],
 )

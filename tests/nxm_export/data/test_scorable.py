@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nxm_export.contract.tasks import TASKS
 from nxm_export.data.columns import Columns
 from nxm_export.data.label_kinds import classes_of, labelled, load_labelled
+from nxm_export.data.metrics import metric_named, require_scorable
 from nxm_export.data.scorable import require_scorable_examples
 from nxm_export.errors import DataError
 from tests.support import tiny
@@ -92,3 +95,28 @@ def test_the_usual_data_of_every_task_can_be_scored(task: str, tmp_path: Path) -
     raw = load_labelled(str(dev), "dev", Columns(), kind)
     classes = classes_of(raw, kind, None)
     require_scorable_examples(kind, labelled(raw, kind, classes), None if classes is None else classes.names)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "bad", "good"),
+    [
+        ("mcc", ("a", "b"), (1, 1), (0, 1)),
+        ("mcc", ("a", "b", "c"), (2, 2), (0, 2)),
+        ("f1", ("a", "b"), (0, 0), (1, 1)),
+    ],
+)
+def test_a_metric_that_is_the_same_for_every_model_is_refused(
+    name: str, classes: tuple[str, ...], bad: tuple[int, int], good: tuple[int, int]
+) -> None:
+    """By trying all predictions: the refused labels give one value, the others give several."""
+
+    def values(labels: tuple[int, int]) -> set[float]:
+        logits = np.eye(len(classes))
+        predictions = itertools.product(range(len(classes)), repeat=2)
+        return {metric_named(name)(logits[list(predicted)], np.array(labels)) for predicted in predictions}
+
+    assert len(values(bad)) == 1
+    assert len(values(good)) > 1
+    require_scorable(name, np.array(good), classes)
+    with pytest.raises(DataError, match="is 0 whatever is predicted"):
+        require_scorable(name, np.array(bad), classes)

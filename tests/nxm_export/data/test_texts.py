@@ -78,3 +78,28 @@ def test_what_is_no_text_is_refused_with_its_line(
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.tsv: no such file"):
         read_texts(tmp_path / "nowhere.tsv", Columns(), CLASSIFICATION)
+
+
+@pytest.mark.parametrize("answers", [None, {"text": ["nowhere"], "answer_start": [3]}, "malformed"])
+def test_questions_in_json_need_no_answers_and_those_that_they_have_are_not_read(
+    tmp_path: Path, answers: object
+) -> None:
+    row = {"question": "who?", "context": "me and you"} | ({} if answers is None else {"answers": answers})
+    squad = {"data": [{"paragraphs": [{"context": row["context"], "qas": [row]}]}]}
+    for number, content in enumerate(([row], squad, row)):
+        file = write(tmp_path / f"{number}.json", json.dumps(content))
+        assert read_texts(file, Columns(), TASKS["question-answering"]) == [("who?", "me and you")]
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "twice"),
+    [
+        ("classification", Columns(pair="sentence1"), "sentence1"),
+        ("classification", Columns("sentence2", "sentence2"), "sentence2"),
+        ("question-answering", Columns("sentence1", "sentence1"), "sentence1"),
+    ],
+)
+def test_no_column_is_read_as_both_texts(tmp_path: Path, name: str, columns: Columns, twice: str) -> None:
+    file = write(tmp_path / "a.csv", "sentence1,sentence2", "a,b")
+    with pytest.raises(DataError, match=f"column '{twice}' cannot be two of text, second text and label"):
+        read_texts(file, columns, TASKS[name])

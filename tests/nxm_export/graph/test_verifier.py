@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from nxm_export.contract.plan import CompressionPlan, NMPattern, WeightSpec
 from nxm_export.contract.records.verify_report import VerifyReport, read_verify_report
 from nxm_export.errors import ArtifactError, ExportError, PlanError
+from nxm_export.graph import verifier
+from nxm_export.graph.reading.graph_weights import load_graph
 from nxm_export.graph.verifier import verify
 from nxm_export.storage.json_files import encode
 from tests.support import onnx_text
@@ -129,6 +132,22 @@ def test_one_thing_wrong_is_found_and_named(tmp_path: Path, old: str, new: str, 
         report.require()
 
 
+@pytest.mark.parametrize("kept", [255, 256, 257, 512])
+def test_wide_groups_are_counted_in_full(tmp_path: Path, kept: int) -> None:
+    """A count of 256 kept weights is none in 8 bits."""
+    values = ",".join("1" if i < kept else "0" for i in range(512))
+    text = f"""
+        g (float[batch, 512] x) => (float[batch, 1] y)
+        <int8[512, 1] w = {{{values}}}, float[1] s = {{0.5}}>
+        {{ wd = DequantizeLinear <axis = 1>(w, s)  y = MatMul(x, wd) }}
+    """
+    assert not check(tmp_path, text, pattern="254:512").passed
+    assert check(tmp_path, text, pattern="1:512").all_problems == [
+        "w: not 1:512 along K: 1 of 1 groups keep more than 1"
+    ]
+    assert check(tmp_path, text, pattern=f"{min(kept, 511)}:512").passed == (kept < 512)
+
+
 def test_scales_along_k_are_found_where_k_and_n_are_equal(tmp_path: Path) -> None:
     """The shapes fit either way there, and TensorRT would run the product in float without a word."""
     text = """
@@ -192,6 +211,19 @@ class TestAgainstAPlan:
                 "w: its output is planned INT8",
             ),
             ("w_quantized", "other_quantized", "w is planned and not in the graph under its name"),
+            ("int8 zx = {0}", "uint8 zx = {0}", "w: its input is planned INT8, and x_q quantizes it to UINT8"),
+            ("int8 zx = {0}", "int16 zx = {0}", "w: its input is planned INT8, and x_q quantizes it to INT16"),
+            ("int8 zy = {0}", "uint8 zy = {0}", "w: its output is planned INT8, and y_q quantizes it to UINT8"),
+            (
+                "zq = QuantizeLinear(z, sy, zy)\n      [y_dq] y = DequantizeLinear(zq, sy, zy)",
+                "zq = QuantizeLinear(z, sy)\n      [y_dq] y = DequantizeLinear(zq, sy)",
+                "w: its output is planned INT8, and y_q quantizes it to UINT8",
+            ),
+            (
+                "x, sx, zx)\n      [x_dq] xd = DequantizeLinear(xq, sx, zx)",
+                "x, sx)\n      [x_dq] xd = DequantizeLinear(xq, sx)",
+                "w: its input is planned INT8, and x_q quantizes it to UINT8",
+            ),
         ],
     )
     def test_a_missing_quantizer_or_weight_is_found(self, tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -199,9 +231,30 @@ class TestAgainstAPlan:
         report = check(tmp_path, GOOD.replace(old, new), pattern=None, planned=plan())
         assert any(message in problem for problem in report.all_problems), report.all_problems
 
+    def test_a_matrix_of_another_shape_is_found(self, tmp_path: Path) -> None:
+        other = CompressionPlan("bert", {"w": SPEC}, {"w": (8, 8)})
+        assert check(tmp_path, planned=other).all_problems == ["w: planned 8 x 8 (out, in), and is 2 x 8"]
+
+    def test_the_quantizers_of_a_weight_on_the_left_are_none_of_its_input(self, tmp_path: Path) -> None:
+        text = """
+            g (float[4, n] x) => (float[1, n] y)
+            <float[1, 4] w_dense = {1,0,3,0}, float[1] sw = {1.0}, int8[1] zw = {0}>
+            { wq = QuantizeLinear <axis = 0>(w_dense, sw, zw) wd = DequantizeLinear <axis = 0>(wq, sw, zw)
+              y = MatMul(wd, x) }
+        """
+        planned = CompressionPlan("bert", {"w": WeightSpec(None, 8, 8)}, {"w": (1, 4)})
+        (problem,) = check(tmp_path, text, pattern=None, planned=planned).all_problems
+        assert problem.startswith("w: its input is planned INT8, and no QuantizeLinear")
+
     def test_a_code_beyond_the_planned_bits_is_found(self, tmp_path: Path) -> None:
         four = WeightSpec(NMPattern(2, 4), 4, 8, 8)
         assert check(tmp_path, planned=plan(four)).all_problems == ["w: a code exceeds 7, the planned 4 bits"]
+
+    @pytest.mark.parametrize(("stored", "code"), [("int32", 65537), ("int32", -65536), ("int16", -32768)])
+    def test_a_code_beyond_16_bits_is_found(self, tmp_path: Path, stored: str, code: int) -> None:
+        text = GOOD.replace("int8[8, 2] w_quantized", f"{stored}[8, 2] w_quantized").replace("{1,0,", f"{{{code},0,")
+        text = text.replace("int8[2] zw", f"{stored}[2] zw")
+        assert check(tmp_path, text, planned=plan()).all_problems == ["w: a code exceeds 127, the planned 8 bits"]
 
     def test_a_weight_in_float_that_was_planned_in_integers_is_found(self, tmp_path: Path) -> None:
         text = "g (float[b, 4] x) => (float[b, 1] y) <float[4, 1] w = {1,0,0,2}> { y = MatMul(x, w) }"
@@ -298,6 +351,21 @@ def test_weights_in_another_file_that_is_missing_are_named(tmp_path: Path) -> No
             ArtifactError, match=r"the file is truncated, or its \.data file is missing|not a readable ONNX"
         ):
             verify(tmp_path / "model.onnx")
+
+
+def test_a_file_that_is_replaced_while_it_is_read_gets_no_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report names the file that it is about by its sha256."""
+
+    def replaced(file: Path) -> ir.Model:
+        model = load_graph(file)
+        onnx_text.save(GOOD.replace("-7,0, 0,8", "-7,1, 1,8"), tmp_path / "model.onnx")
+        return model
+
+    monkeypatch.setattr(verifier, "load_graph", replaced)
+    with pytest.raises(ArtifactError, match=r"model\.onnx changed while it was read"):
+        check(tmp_path)
 
 
 class TestReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -56,6 +57,35 @@ class TestAtomicDir:
         with atomic_dir(tmp_path / "out") as scratch:
             assert list(scratch.iterdir()) == []
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_what_a_killed_process_was_replacing_is_not_lost(self, tmp_path: Path) -> None:
+        """It may be killed when the old directory has left its place, and the new one has not taken it."""
+        (tmp_path / ".out.partial").mkdir()
+        (tmp_path / ".out.old").mkdir()
+        (tmp_path / ".out.old" / "passport.json").write_text("old")
+        with pytest.raises(ZeroDivisionError), atomic_dir(tmp_path / "out"):
+            1 / 0  # noqa: B018
+        assert (tmp_path / "out" / "passport.json").read_text() == "old"
+        with atomic_dir(tmp_path / "out") as scratch:
+            (scratch / "new").write_text("new")
+        assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+    def test_the_old_one_comes_back_where_the_new_one_cannot_take_its_place(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "passport.json").write_text("old")
+        rename = Path.rename
+
+        def failing(path: Path, target: Path) -> Path:
+            if path.name == ".out.partial":
+                raise OSError(errno.EIO, "Input/output error")
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", failing)
+        with pytest.raises(ArtifactError, match="cannot be written"), atomic_dir(tmp_path / "out"):
+            pass
+        assert (tmp_path / "out" / "passport.json").read_text() == "old"
 
     def test_two_writers_of_one_directory_are_told_apart(self, tmp_path: Path) -> None:
         with atomic_dir(tmp_path / "out") as scratch:

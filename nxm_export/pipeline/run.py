@@ -36,7 +36,7 @@ from nxm_export.pipeline.engine_stages import bench_built, build_engines, choose
 from nxm_export.pipeline.estimate import saved_bytes
 from nxm_export.pipeline.plan_choice import PlanChoice, first_plan
 from nxm_export.pipeline.run_engines import RunBackends, RunGraph, engines_of, graphs_of, run_backends
-from nxm_export.pipeline.summary import kind_of, summarize
+from nxm_export.pipeline.summary import kind_of, summarize, summarized_files
 from nxm_export.progress import Progress, silent
 from nxm_export.storage.atomic import require_apart, require_replaceable, write_atomic
 from nxm_export.storage.disk_space import require_space, written_in
@@ -166,6 +166,7 @@ def run(
             "summary",
             SUMMARY_DIRECTORY,
             lambda scratch: write_atomic(scratch / SUMMARY_FILE, summary.to_json()),
+            inputs=summarized_files(directory, built),
             options=summary.to_dict(),
         )
     return read_summary(directory.root)  # as JSON gives it back: what run returns is what show reads

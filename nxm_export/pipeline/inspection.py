@@ -128,6 +128,8 @@ def inspect_path(
         return RunInspection(str(path), {directory.name: inspect_engine(directory) for directory in directories})
     if is_twins(path):
         dense, sparse, other = twin_directories(path)
+        if twin is not None:
+            raise EngineError(f"{path}: its sparse engine is held against the dense one beside it; leave --twin out")
         if measure:
             measure_layers(dense)
             measure_layers(other)

@@ -29,11 +29,10 @@ from nxm_export.storage.json_files import read_record, to_json_object
 SCHEMA = "nxm-bench/1"
 T = TypeVar("T")
 WARMUP = 3
-# All of five rounds lie on one side of their median in 1 case of 16, of six in 1 of 32: only from here on do any two of
-# them hold it with 95 %.
-FEWEST_ROUNDS = 6
 # ONNX Runtime's threads were seen to slow another runtime on two cores for 45 ms after their last run.
 SETTLE_S = 0.06
+# The median of fewer rounds has no 95 % interval: not even from the least of five ratios to the largest (94 %).
+LEAST_ROUNDS = 6
 VOCABULARY = 1000  # token ids are drawn below; no encoder's embedding is smaller, but for tests
 
 
@@ -210,10 +209,10 @@ def rotated(items: list[T], number: int) -> list[T]:
 def paired(reference: np.ndarray, other: np.ndarray, seed: int = 0) -> tuple[float, tuple[float, float]]:
     """How many times faster `other` is: the median of the rounds' ratios, with its 95 % bootstrap interval.
 
-    Fewer than `FEWEST_ROUNDS` have no such interval: theirs holds all ratios and 1, so that no difference is found.
+    Fewer than `LEAST_ROUNDS` have no such interval: theirs holds all ratios and 1, so that no difference is found.
     """
     ratios = reference / other
-    if len(ratios) < FEWEST_ROUNDS:
+    if len(ratios) < LEAST_ROUNDS:
         return float(np.median(ratios)), (float(min(ratios.min(), 1.0)), float(max(ratios.max(), 1.0)))
     interval = bootstrap_interval(len(ratios), lambda picks: float(np.median(ratios[picks])), seed)
     return float(np.median(ratios)), interval

@@ -196,8 +196,6 @@ def _print_choices(choices: Sequence[ProductChoice]) -> None:
 
 def print_latency(report: BenchReport) -> None:
     """The verdict, then timings with speeds, the clock and what was not measured."""
-    from engines.benchmark.latency import FEWEST_ROUNDS
-
     click.echo(f"{report.verdict or first_lines.of_bench(report)}\n")
     medians = {(timing.name, timing.batch, timing.sequence): timing.median for timing in report.timings}
     ratios = {(ratio.name, ratio.batch, ratio.sequence): ratio for ratio in report.ratios}
@@ -216,8 +214,6 @@ def print_latency(report: BenchReport) -> None:
         print_rows(("engine", "median", "p95", "p99", "sentences/s", "speed, 95 %"), rows)
         click.echo()
     click.echo(f"clock: {report.timings[0].clock}")
-    if report.ratios and report.timings[0].rounds < FEWEST_ROUNDS:
-        click.echo(f"no difference is found in fewer than {FEWEST_ROUNDS} rounds: intervals hold every round and 1")
     if note := busy_note([timing.quartiles for timing in report.timings]):
         click.echo(note)
     for missing in report.unmeasured:

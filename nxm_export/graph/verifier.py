@@ -64,7 +64,7 @@ _DYNAMIC = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLS
 
 def verify(file: str | Path, *, plan: CompressionPlan | None = None, pattern: NMPattern | None = None) -> VerifyReport:
     """Check an ONNX file. The plan inside the file, or `plan`, says what each weight must follow; `pattern` says it for
-    every quantized weight of a file without plan, which must then hold some. Raises `ArtifactError` when the file
+    every quantized weight, planned or not, of which the file must then hold some. Raises `ArtifactError` when the file
     cannot be read, and `PlanError` for a plan inside it that cannot.
     """
     model = load_graph(file)
@@ -104,7 +104,7 @@ def verify_model(
                     f"{family.word_embedding}: {problem}" for problem in _check_embedding(model, family.word_embedding)
                 ]
                 stored = stored_embedding(model.graph, family.word_embedding)
-    elif pattern and not quantized and not unread:
+    if pattern and not quantized and not unread:
         problems.append(f"{pattern} is required of quantized weights, and the graph has none")
     count = Counter(node.op_type for node in model.graph.all_nodes())
     size = None if stored is None else (stored[0].shape[0], stored[0].shape[1])
@@ -146,10 +146,10 @@ def _check_products(
 def _check_weight(weight: GraphWeight, plan: CompressionPlan | None, pattern: NMPattern | None) -> WeightReport:
     name = parameter_of(weight.name)
     spec = planned_spec(plan, name) if plan else None
-    required = spec.pattern if spec else pattern if weight.quantized else None
-    problems = []
-    if required and not weight.follows(required):
-        problems.append(f"not {required} along K: {_why_not(weight, required)}")
+    required = dict.fromkeys([spec.pattern if spec else None, pattern if weight.quantized else None])
+    problems = [
+        f"not {form} along K: {_why_not(weight, form)}" for form in required if form and not weight.follows(form)
+    ]
     if spec and spec.qmax is not None:
         if not weight.is_quantized:
             problems.append(f"planned {spec}, and stored as {weight.stored}")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engines.benchmark.latency import (
-    FEWEST_ROUNDS,
+    LEAST_ROUNDS,
     SCHEMA,
     BenchReport,
     Ratio,
@@ -61,10 +61,10 @@ def test_a_damaged_one_is_refused_by_file_and_field(change: dict[str, object], c
 
 def test_so_few_rounds_that_chance_alone_agrees_find_no_difference() -> None:
     """Of one round a percentile bootstrap draws the same ratio a thousand times, and any two engines would differ."""
-    for rounds in range(1, FEWEST_ROUNDS):
+    for rounds in range(1, LEAST_ROUNDS):
         ratio, (low, high) = paired(np.linspace(2, 3, rounds), np.ones(rounds))
         assert low <= 1 <= high
         assert high >= ratio >= 2
     assert paired(np.ones(1), np.full(1, 4.0)) == (0.25, (0.25, 1.0))
-    assert paired(np.linspace(2, 3, FEWEST_ROUNDS), np.ones(FEWEST_ROUNDS))[1][0] > 1
-    assert 2 * 0.5**FEWEST_ROUNDS < 0.05 < 2 * 0.5 ** (FEWEST_ROUNDS - 1)
+    assert paired(np.linspace(2, 3, LEAST_ROUNDS), np.ones(LEAST_ROUNDS))[1][0] > 1
+    assert 2 * 0.5**LEAST_ROUNDS < 0.05 < 2 * 0.5 ** (LEAST_ROUNDS - 1)

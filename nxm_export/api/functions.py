@@ -316,8 +316,8 @@ def verify(graph: str | Path, *, pattern: str | NMPattern | None = None) -> Veri
     """Check an ONNX file, or the one in a graph directory, by itself: N:M along K on the stored integers, scales, Q/DQ
     pairs.
 
-    `pattern` is required of every quantized weight, beside what a plan in the file says. `require` of the report raises for
-    problems.
+    `pattern` is required of every quantized weight, beside what a plan in the file says. `require` of the report raises
+    for problems.
     """
     from nxm_export.graph.verifier import verify as verify_graph
 

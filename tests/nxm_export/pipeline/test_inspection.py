@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError
@@ -109,3 +110,26 @@ def test_what_only_a_tensorrt_engine_answers_is_refused_elsewhere_and_not_droppe
             EngineError, match=rf"{option} asks of sparse kernels, which only engines for GPUs have; leave it out here"
         ):
             inspect_path(path, **values)
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("#!/bin/sh\nexec sleep 20\n", "nvidia-smi did not answer in 0.5 seconds"),
+        ("no program", "nvidia-smi failed: "),
+        ("#!/bin/sh\necho no devices >&2; exit 9\n", "nvidia-smi failed: no devices"),
+    ],
+)
+def test_a_driver_s_tool_without_a_driver_is_no_gpu(
+    script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers have the tool where they have no GPU, and a broken driver lets it hang."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(script)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(environment, "_PATIENCE", 0.5)
+    monkeypatch.setattr(environment, "find_spec", lambda _: True)
+    assert environment._gpu().startswith(said)
+    if shutil.which("nvidia-smi", path=os.defpath) is None:
+        assert "without an NVIDIA GPU (" in str(environment.missing_for("trt"))

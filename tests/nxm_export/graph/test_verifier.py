@@ -203,6 +203,11 @@ class TestAgainstAPlan:
         four = WeightSpec(NMPattern(2, 4), 4, 8, 8)
         assert check(tmp_path, planned=plan(four)).all_problems == ["w: a code exceeds 7, the planned 4 bits"]
 
+    def test_a_weight_in_float_that_was_planned_in_integers_is_found(self, tmp_path: Path) -> None:
+        text = "g (float[b, 4] x) => (float[b, 1] y) <float[4, 1] w = {1,0,0,2}> { y = MatMul(x, w) }"
+        problems = check(tmp_path, text, pattern=None, planned=plan(WeightSpec(None, 8, 8))).all_problems
+        assert "w: planned W8, and stored as FLOAT" in problems
+
     def test_a_pattern_that_is_asked_for_is_required_of_planned_weights_too(self, tmp_path: Path) -> None:
         assert check(tmp_path, planned=plan(), pattern="1:2").passed is False
         found = check(tmp_path, planned=plan(), pattern="1:4").all_problems
@@ -212,11 +217,6 @@ class TestAgainstAPlan:
         unplanned = "g (float[b, 4] x) => (float[b, 1] y) <float[4, 1] w = {1,0,0,2}> { y = MatMul(x, w) }"
         required = check(tmp_path, unplanned, pattern="2:4", planned=plan(WeightSpec(NMPattern(2, 4))))
         assert required.all_problems == ["2:4 is required of quantized weights, and the graph has none"]
-
-    def test_a_weight_in_float_that_was_planned_in_integers_is_found(self, tmp_path: Path) -> None:
-        text = "g (float[b, 4] x) => (float[b, 1] y) <float[4, 1] w = {1,0,0,2}> { y = MatMul(x, w) }"
-        problems = check(tmp_path, text, pattern=None, planned=plan(WeightSpec(None, 8, 8))).all_problems
-        assert "w: planned W8, and stored as FLOAT" in problems
 
     def test_k_that_m_does_not_divide_is_said(self, tmp_path: Path) -> None:
         declared = "g (float[b, 6] x) => (float[b, 1] y) <int8[6, 1] w = {1,0,0,0,0,0}, float s = {1.0}>"

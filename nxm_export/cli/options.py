@@ -442,8 +442,8 @@ def pattern_of(text: str) -> NMPattern:
 
 
 def numbers_of(text: str, option: str, what: str) -> tuple[int, ...]:
-    """Whole numbers above 0, separated by commas."""
+    """Whole numbers above 0, separated by commas; each once, as it was given first."""
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) for part in parts):
         raise click.BadParameter(f"{text!r} are no {what}; write them as in 8,16,32", param_hint=option)
-    return tuple(int(part) for part in parts)
+    return tuple(dict.fromkeys(int(part) for part in parts))

@@ -399,7 +399,8 @@ def bench_engines(
                     twins[twin] = (name, path)
         if not loaded:
             raise EngineUnavailable(f"nothing could be timed here: {'; '.join(dict.fromkeys(unmeasured.values()))}")
-        shapes = shapes or fitted_shapes(loaded.values(), _default_shapes(paths))
+        # Each once: a table by shape would hold the time of one round against that of the other.
+        shapes = tuple(dict.fromkeys(shapes or fitted_shapes(loaded.values(), _default_shapes(paths))))
         for path, name in zip(paths, _names(paths), strict=True):
             if name in loaded:
                 require_room(path, shapes, "timing it at", way_out="give a --shape of fewer rows or shorter texts")

@@ -17,7 +17,7 @@ from compressors.settings import Settings
 from engines.benchmark import fastest_backend
 from engines.serving.settings import ConnectionLimits, ModelOptions, RequestLimits, ServerOptions, TritonOptions
 from nxm_export.cli import main
-from nxm_export.cli.options import settings_of
+from nxm_export.cli.options import numbers_of, settings_of
 from nxm_export.contract.options import options_of
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.progress import silent
@@ -302,3 +302,7 @@ def test_twins_are_for_sparse_kernels() -> None:
     for given, message in (((), "ort has none"), (("--backend=trt", "--no-sparse"), "leave --no-sparse out")):
         result = CliRunner().invoke(main, ["build", "gone", "--twins", "--out=o", *given])
         assert (result.exit_code, message in result.output) == (1, True), result.output
+
+
+def test_a_number_that_is_given_twice_counts_once() -> None:
+    assert numbers_of("8,1, 8", "--clients", "numbers of clients") == (8, 1)

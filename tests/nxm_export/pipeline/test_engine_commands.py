@@ -42,5 +42,7 @@ def test_a_bench_without_shapes_stays_within_what_the_model_takes(tiny_engine: C
     engine = tiny_engine("ort")
     limit = load_spec(engine).max_length
     assert limit < 64, "one of the usual shapes would be refused"
+    twice = engine_commands.bench_engines([engine], [(2, 8), (1, 8), (2, 8)], rounds=1)
+    assert [(timing.batch, timing.sequence) for timing in twice.timings] == [(2, 8), (1, 8)]
     report = engine_commands.bench_engines([engine], rounds=1)
     assert [(timing.batch, timing.sequence) for timing in report.timings] == [(1, 32), (8, limit)]

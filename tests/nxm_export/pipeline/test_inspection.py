@@ -14,12 +14,13 @@ import pytest
 from click.testing import CliRunner
 
 from nxm_export.cli import main
-from nxm_export.errors import EngineError
+from nxm_export.errors import ArtifactError, EngineError
 from nxm_export.pipeline import environment
 from nxm_export.pipeline.inspection import (
     EngineInspection,
     GraphFacts,
     RunInspection,
+    _kernel_names,
     inspect_path,
     measure_layers,
     require_sparse,
@@ -133,3 +134,12 @@ def test_a_driver_s_tool_without_a_driver_is_no_gpu(
     assert environment._gpu().startswith(said)
     if shutil.which("nvidia-smi", path=os.defpath) is None:
         assert "without an NVIDIA GPU (" in str(environment.missing_for("trt"))
+
+
+def test_names_of_kernels_that_are_no_text_are_refused_by_file(tmp_path: Path) -> None:
+    """As UTF-16, which some profilers write."""
+    (tmp_path / "kernels.txt").write_text("a\n\n b \n", encoding="utf-8")
+    assert _kernel_names(tmp_path / "kernels.txt") == ["a", "b"]
+    (tmp_path / "kernels.txt").write_text("a\nb\n", encoding="utf-16")
+    with pytest.raises(ArtifactError, match=r"kernels\.txt: cannot be read .*; give a text file with one kernel name"):
+        _kernel_names(tmp_path / "kernels.txt")

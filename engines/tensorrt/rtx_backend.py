@@ -81,8 +81,6 @@ def build(onnx: str | Path, out: Path, options: BuildOptions = BuildOptions()) -
     require_read_right(model, parser_of(NAME, version(PACKAGE)), str(onnx))
     if options.build_route is not None:
         raise EngineError("TensorRT-RTX has no build routes; leave --build-route out, or build with --backend trt")
-    if options.timing_cache is not None:
-        raise EngineError("TensorRT-RTX has no timing caches; leave --timing-cache out, or build with --backend trt")
     profiles = profiles_for(options.profiles, onnx.parent, graph_inputs(model), options.max_batch_tokens)
     request = BuildRequest(  # without a timing cache: kernels are timed where the engine runs
         MODULE,

@@ -90,46 +90,42 @@ def build_engine(
     source, out, options = onnx_file(source), Path(out), options or BuildOptions()
     require_apart(out, source)
     capabilities = backend(name).CAPABILITIES
-    _require_read(options, [name], lengths=profiles_from is not None)
+    _require_heeded(options, [name], lengths=profiles_from is not None)
     if capabilities.compiled_shapes and profiles_from is not None:
         options = _with_shapes(options, source.parent, profiles_from)
     else:
-        options = _build_options(options, out, source.parent, profiles_from)
+        options = _build_options(name, options, out, source.parent, profiles_from)
     tell_memory(source, name, options)
     with atomic_dir(out, kept_log=LOG_FILE) as scratch:
         return backend(name).build(source, scratch, options)
 
 
-def _require_read(options: BuildOptions, backends: Sequence[str], *, lengths: bool = False) -> None:
-    """Raise `EngineError` for options that none of the backends reads, which a build would drop silently; `lengths`:
-    profiles are to come from data."""
+def _require_heeded(options: BuildOptions, backends: Sequence[str], *, lengths: bool = False) -> None:
+    """Raise `EngineError` for options that none of the backends has a use for: they would be left out without a word.
+    `lengths`: profiles are to come from data."""
     from engines.base import backend
 
-    known = [backend(name).CAPABILITIES for name in backends]
-    profiles, shapes = (
-        any(getattr(one, power) for one in known) for power in ("optimization_profiles", "compiled_shapes")
-    )
-    tensorrt, always = any(name in TENSORRT_BACKENDS for name in backends), any(one.always_sparse for one in known)
-    unread = {
-        "--shape": bool(options.shapes) and not shapes,
-        "--lengths": lengths and not (profiles or shapes),
-        "--profile": bool(options.profiles) and not profiles,
-        "--max-batch-tokens": options.max_batch_tokens != MAX_BATCH_TOKENS and not profiles,
-        "--threads": options.threads is not None and not any(one.threads for one in known),
-        "--no-sparse": not options.sparse and not any(one.sparse_kernels for one in known),
-        "--always-sparse": options.always_sparse and not always,
-        "--no-fuse": not options.fuse and not always,
-        "--onnxruntime": options.oldest_onnxruntime is not None and "ort" not in backends,
-        "--level": options.level is not None and not tensorrt,
-        "--workspace": options.workspace_bytes is not None and not tensorrt,
-        "--build-route": options.build_route is not None and not tensorrt,
-        "--timing-cache": options.timing_cache is not None and not tensorrt,
+    able = [backend(name).CAPABILITIES for name in backends]
+    profiles, shapes = any(one.optimization_profiles for one in able), any(one.compiled_shapes for one in able)
+    tensorrt, always = any(name in TENSORRT_BACKENDS for name in backends), any(one.always_sparse for one in able)
+    unheeded = {
+        "shapes (--shape)": bool(options.shapes) and not shapes,
+        "threads": options.threads is not None and not any(one.threads for one in able),
+        "profiles (--profile, --lengths)": not profiles and (bool(options.profiles) or (lengths and not shapes)),
+        "max_batch_tokens": options.max_batch_tokens != MAX_BATCH_TOKENS and not profiles,
+        "no sparse kernels (--no-sparse)": not options.sparse and not any(one.sparse_kernels for one in able),
+        "always_sparse": options.always_sparse and not always,
+        "no fusion (--no-fuse)": not options.fuse and not always,
+        "oldest_onnxruntime (--onnxruntime)": options.oldest_onnxruntime is not None and "ort" not in backends,
+        "level": options.level is not None and not tensorrt,
+        "workspace_bytes (--workspace)": options.workspace_bytes is not None and not tensorrt,
+        "build_route": options.build_route is not None and not tensorrt,
+        "timing_cache": options.timing_cache is not None and "trt" not in backends,
     }
-    if given := [flag for flag, dropped in unread.items() if dropped]:
-        raise EngineError(
-            f"a build by {' or '.join(backends)} does not read {', '.join(given)}; leave that out, or name the "
-            "--backend that it is for"
-        )
+    if wrong := [what for what, given in unheeded.items() if given]:
+        raise EngineError(f"a build for {' or '.join(backends)} has no use for {', '.join(wrong)}; leave it out")
+    if options.always_sparse and not options.sparse:
+        raise EngineError("always_sparse and no sparse kernels contradict each other; give one of them")
 
 
 def build_twin_engines(
@@ -151,18 +147,19 @@ def build_twin_engines(
         raise EngineError(f"twins say what sparse kernels are worth, and {name} has none; build them for a GPU")
     if not options.sparse:
         raise EngineError("of twins one has sparse kernels and one has not; leave --no-sparse out, or --twins")
-    _require_read(options, [name], lengths=profiles_from is not None)
-    options = _build_options(options, out, checkpoint, profiles_from)
+    _require_heeded(options, [name], lengths=profiles_from is not None)
+    options = _build_options(name, options, out, checkpoint, profiles_from)
     return build_twins(checkpoint, out, name, options, graphs or TwinGraphs())
 
 
 def _build_options(
-    options: BuildOptions, out: Path, tokenizer: Path, profiles_from: DataProfiles | None
+    name: str, options: BuildOptions, out: Path, tokenizer: Path, profiles_from: DataProfiles | None
 ) -> BuildOptions:
-    """The options with the timing cache that lies in `out`, and with profiles by the tokenizer in a directory."""
+    """The options with the timing cache that lies in `out`, for the backend that reads one, and with profiles by the
+    tokenizer in a directory."""
     from engines.tensorrt.builder_process import CACHE_FILE
 
-    if options.timing_cache is None and (out / CACHE_FILE).is_file():
+    if name == "trt" and options.timing_cache is None and (out / CACHE_FILE).is_file():
         options = replace(options, timing_cache=out / CACHE_FILE)
     if profiles_from is not None:
         options = replace(options, profiles=_profiles(tokenizer, profiles_from, options.max_batch_tokens))
@@ -191,7 +188,7 @@ def build_fastest(
     from engines.passport import load_passport
 
     source, out, options = onnx_file(source), Path(out), options or BuildOptions()
-    _require_read(options, fastest_backend.candidates())
+    _require_heeded(options, fastest_backend.candidates())
     options = replace(options, shapes=tuple(dict.fromkeys((*options.shapes, *(shapes or ())))))
     require_apart(out, source, *([] if check is None else [check.checkpoint, check.data]))
     with atomic_dir(out) as scratch, TemporaryDirectory() as work:

@@ -294,7 +294,7 @@ def test_a_build_refuses_what_its_backend_does_not_read(
     monkeypatch.setattr(fastest_backend, "candidates", lambda: ("ort", "openvino"))  # as where there is no GPU
     result = CliRunner().invoke(main, ["build", "gone.onnx", "--out=o", f"--backend={backend}", given])
     assert result.exit_code in (1, 2)
-    assert given.partition("=")[0] in " ".join(result.output.split())
+    assert "has no use for" in result.output or "--backend auto takes no" in result.output
     assert "gone.onnx" not in result.output
 
 

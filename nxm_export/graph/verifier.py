@@ -146,10 +146,10 @@ def _check_products(
 def _check_weight(weight: GraphWeight, plan: CompressionPlan | None, pattern: NMPattern | None) -> WeightReport:
     name = parameter_of(weight.name)
     spec = planned_spec(plan, name) if plan else None
-    required = dict.fromkeys([spec.pattern if spec else None, pattern if weight.quantized else None])
-    problems = [
-        f"not {form} along K: {_why_not(weight, form)}" for form in required if form and not weight.follows(form)
-    ]
+    required = spec.pattern if spec else pattern if weight.quantized else None
+    problems = []
+    if required and not weight.follows(required):
+        problems.append(f"not {required} along K: {_why_not(weight, required)}")
     if spec and spec.qmax is not None:
         if not weight.is_quantized:
             problems.append(f"planned {spec}, and stored as {weight.stored}")
@@ -160,6 +160,8 @@ def _check_weight(weight: GraphWeight, plan: CompressionPlan | None, pattern: NM
         if spec.output_bits and not _goes_into_pair(weight.node.outputs[0]):
             problems.append("its output is planned INT8, and no QuantizeLinear stands behind it")
     problems += scale_problems(weight)
+    if pattern and pattern != required and weight.quantized and not weight.follows(pattern):
+        problems.append(f"not {pattern} along K, which is asked for: {_why_not(weight, pattern)}")
     return WeightReport(
         name=name,
         op=weight.node.op_type,

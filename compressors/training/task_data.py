@@ -96,7 +96,7 @@ def read_task_data(
         scored = labelled(raw_dev, task, dev_classes)
         require_scorable_examples(task, scored, None if dev_classes is None else dev_classes.names)
     threshold = _no_answer(source, task, examples, scored)
-    if request.train_limit:
+    if request.train_limit is not None:
         examples = examples.sample(request.train_limit, settings.seed)
 
     def tokens(examples: Examples) -> list[Features]:

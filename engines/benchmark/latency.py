@@ -31,6 +31,8 @@ T = TypeVar("T")
 WARMUP = 3
 # ONNX Runtime's threads were seen to slow another runtime on two cores for 45 ms after their last run.
 SETTLE_S = 0.06
+# The median of fewer rounds has no 95 % interval: not even from the least of five ratios to the largest (94 %).
+LEAST_ROUNDS = 6
 VOCABULARY = 1000  # token ids are drawn below; no encoder's embedding is smaller, but for tests
 
 
@@ -57,7 +59,8 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster `name` is than `reference` at one shape: median of paired ratios with its 95 % interval."""
+    """How many times faster `name` is than `reference` at one shape: median of paired ratios with its 95 % interval
+    (see `paired`)."""
 
     name: str
     reference: str
@@ -204,7 +207,12 @@ def rotated(items: list[T], number: int) -> list[T]:
 
 
 def paired(reference: np.ndarray, other: np.ndarray, seed: int = 0) -> tuple[float, tuple[float, float]]:
-    """How many times faster `other` is: the median of the rounds' ratios, with its 95 % bootstrap interval."""
+    """How many times faster `other` is: the median of the rounds' ratios, with its 95 % bootstrap interval.
+
+    Fewer than `LEAST_ROUNDS` have no such interval: theirs holds all ratios and 1, so that no difference is found.
+    """
     ratios = reference / other
+    if len(ratios) < LEAST_ROUNDS:
+        return float(np.median(ratios)), (float(min(ratios.min(), 1.0)), float(max(ratios.max(), 1.0)))
     interval = bootstrap_interval(len(ratios), lambda picks: float(np.median(ratios[picks])), seed)
     return float(np.median(ratios)), interval

@@ -316,8 +316,8 @@ def verify(graph: str | Path, *, pattern: str | NMPattern | None = None) -> Veri
     """Check an ONNX file, or the one in a graph directory, by itself: N:M along K on the stored integers, scales, Q/DQ
     pairs.
 
-    `pattern` is required of every quantized weight of a file without a plan. `require` of the report raises for
-    problems.
+    `pattern` is required of every quantized weight, beside what a plan in the file says. `require` of the report raises
+    for problems.
     """
     from nxm_export.graph.verifier import verify as verify_graph
 
@@ -347,6 +347,8 @@ def build(
         if shapes is not None or data is not None or checkpoint is not None:
             raise EngineError(f"shapes, data and checkpoint are for backend='auto'; {backend} is built without them")
         return build_engine(graph, out, backend, options)
+    if data is None and checkpoint is not None:
+        raise EngineError("a checkpoint is compared on data; give data, or leave the checkpoint out")
     check = None
     if data is not None:
         check = ParityCheck(checkpoint or recorded_checkpoint(onnx_file(graph).parent), str(data))
@@ -589,7 +591,7 @@ class _Asked:
         if self.search is not None:
             require_plan_alone(self.search, [*(["plan"] if self.plan is not None else []), *given])
             # A search takes places and table as they are asked for, where its settings do not say them.
-            whole = not isinstance(self.search, float) and self.options != PlanOptions()
+            whole = not _is_share(self.search) and self.options != PlanOptions()
             partly = self.options.residual != STORAGE or bool(self.options.keep_dense)
             require_plan_alone(self.search, ["options"] if whole or partly else [])
         require_plan_alone(self.plan, [*given, *(["options"] if self.options != PlanOptions() else [])])
@@ -614,13 +616,32 @@ def _planned(
     columns: Columns,
 ) -> tuple[Request, PlanChoice]:
     """The request, and where its plan comes from."""
-    from nxm_export.pipeline.plan_choice import PlanChoice, search_for
+    from nxm_export.pipeline.plan_choice import PlanChoice
 
     asked.require_one()
     request = _request(model, train, dev, task, asked.spec(), settings, columns, asked.options)
-    search = search_for(request, asked.search) if isinstance(asked.search, float) else asked.search
-    choice = PlanChoice(asked.plan, search)
+    choice = PlanChoice(asked.plan, _search_of(request, asked.search))
     return replace(request, planned=choice.given), choice
+
+
+def _is_share(search: float | SearchSettings | None) -> bool:
+    return isinstance(search, (int, float)) and not isinstance(search, bool)
+
+
+def _search_of(request: Request, search: float | SearchSettings | None) -> SearchSettings | None:
+    """The settings of a search: those that were given, or of a share of bits that it saves.
+
+    Raises `PlanError` for anything else: it would be found out after fine-tuning alone."""
+    from compressors.search.settings import SearchSettings
+    from nxm_export.pipeline.plan_choice import search_for
+
+    if search is None or isinstance(search, SearchSettings):
+        return search
+    if not _is_share(search):
+        raise PlanError(
+            f"search is the share of bits that a plan saves, such as 0.875, or a SearchSettings; got {search!r}"
+        )
+    return search_for(request, search)
 
 
 def _names(backend: str | Sequence[str]) -> tuple[str, ...]:

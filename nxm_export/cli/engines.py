@@ -27,6 +27,7 @@ from nxm_export.cli.options import (
     all_option,
     batch_tokens_option,
     columns_of,
+    given_options,
     json_option,
     numbers_of,
     shape_of,
@@ -104,6 +105,11 @@ class _BuildOptions:
             raise click.UsageError(
                 "--backend auto takes no --twins, --lengths and --profile; name the backend that they are for"
             )
+        alone = [] if self.twins else given_options(("lowering", "target"))
+        if alone:
+            raise click.UsageError(f"{alone[0]} is of the graphs of --twins; GRAPH has its own: see `nxm export`")
+        if not self.lengths and given_options(("max_profiles",)):
+            raise click.UsageError("--max-profiles is for --lengths")
         if bool(self.checkpoint) != bool(self.data):
             raise click.UsageError("--checkpoint and --data belong together")
         if self.threads and backend not in (*cpu_backends(), AUTO_BACKEND):
@@ -445,13 +451,12 @@ def bench(engines: tuple[Path, ...], json: bool, **values: object) -> None:
     from nxm_export.pipeline.engine_commands import bench_engines, bench_text
 
     options = typed(_BenchOptions, values)
+    _require_bench_usage(options, with_engine=bool(engines))
     if options.urls:
         _bench_servers(engines, options, json)
         return
     if not engines:
         raise click.UsageError("missing ENGINE (or --serve URL)")
-    if options.batch and not options.data:
-        raise click.UsageError("--batch is for --data")
     if options.data:
         text = bench_text(engines, options.data, batch=options.batch, rounds=options.rounds, threads=options.threads)
         show_result(text.to_dict, json, lambda: print_text_throughput(text))
@@ -463,6 +468,24 @@ def bench(engines: tuple[Path, ...], json: bool, **values: object) -> None:
     show_result(report.to_dict, json, lambda: print_latency(report))
     if not json:
         print_next(f"nxm serve {quoted(engines[0])} --text")
+
+
+def _require_bench_usage(options: _BenchOptions, *, with_engine: bool) -> None:
+    """Raise wrong usage for options that this kind of timing does not read."""
+    if options.urls:
+        told = dict.fromkeys(("shapes", "threads", "batch"), "is for ENGINEs that are timed here, not for --serve")
+        told["task" if with_engine else "encoding"] = (
+            "is that of ENGINE; leave it out"
+            if with_engine
+            else "is for tokens, which need an ENGINE for its tokenizer"
+        )
+    else:
+        told = dict.fromkeys(("name", "task", "clients", "seconds", "encoding"), "is for --serve")
+        told |= {"shapes": "is not for --data: texts have lengths of their own"} if options.data else {}
+        told |= {} if options.data else {"batch": "is for --data"}
+    for name, why in told.items():
+        if given := given_options((name,)):
+            raise click.UsageError(f"{given[0]} {why}")
 
 
 def _bench_servers(engines: tuple[Path, ...], options: _BenchOptions, json: bool) -> None:
@@ -525,6 +548,8 @@ def doctor(
     if shape is not None:
         raise click.UsageError("--shape needs PATH: the directory of a model, or an ONNX file")
     if file is None:
+        if given := given_options(("backend", "trt_version", "gpu", "parse")):
+            raise click.UsageError(f"{given[0]} needs PATH: without one this machine is looked at")
         from nxm_export.pipeline.environment import report
 
         machine = report()

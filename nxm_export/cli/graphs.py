@@ -118,7 +118,9 @@ def export(checkpoint: Path, out: Path, json: bool, **values: object) -> None:
 @command("nxm verify graph", "nxm verify anybodys.onnx --pattern 2:4")
 @click.argument("onnx", metavar="GRAPH", type=click.Path(path_type=Path))
 @click.option(
-    "--pattern", metavar="N:M", help="Require this N:M of every quantized weight (files of ours carry their plan)."
+    "--pattern",
+    metavar="N:M",
+    help="Require this N:M of every quantized weight, beside what the plan in a file of ours says.",
 )
 @all_option
 @json_option

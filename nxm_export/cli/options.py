@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from compressors.search.settings import SearchSettings
@@ -144,6 +145,14 @@ def expect_sha256_option(command: Command) -> Command:
         metavar="HEX",
         help="Take only engines whose file, or whose contents, have this hash; may be repeated.",
     )(command)
+
+
+def given_options(names: Sequence[str]) -> list[str]:
+    """Those of the running command's options that were given to it, by the command line or a file, as they are
+    written."""
+    context = click.get_current_context()
+    flags = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
+    return [flags[name] for name in names if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
 
 
 def expected_hashes(values: Mapping[str, object]) -> frozenset[str]:
@@ -433,8 +442,8 @@ def pattern_of(text: str) -> NMPattern:
 
 
 def numbers_of(text: str, option: str, what: str) -> tuple[int, ...]:
-    """Whole numbers above 0, separated by commas."""
+    """Whole numbers above 0, separated by commas; each once, as it was given first."""
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) for part in parts):
         raise click.BadParameter(f"{text!r} are no {what}; write them as in 8,16,32", param_hint=option)
-    return tuple(int(part) for part in parts)
+    return tuple(dict.fromkeys(int(part) for part in parts))

@@ -63,6 +63,8 @@ def predict(engine: Path, texts: tuple[str, ...], data: str | None, pairs: bool,
         raise click.UsageError("give TEXTs, or --data with a file of them")
     if data is None and (options["text"] or options["text_pair"]):
         raise click.UsageError("--text-column and --pair-column name columns of --data")
+    if data is not None and pairs:
+        raise click.UsageError("--pairs is for TEXTs; the columns of --data say what is a pair (--pair-column)")
     columns = columns_of(_text(options["text"]), _text(options["text_pair"]), None)
     rows = read_texts(data, columns, task) if data else _rows(texts, pairs or task.texts == "two", task)
     proof = settings_of(ModelOptions, options)

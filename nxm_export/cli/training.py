@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from nxm_export.cli.options import (
     Real,
     all_option,
     columns_of,
+    given_options,
     json_option,
     more_text_of,
     pattern_of,
@@ -48,6 +49,8 @@ from nxm_export.contract.plan import WeightSpec
 if TYPE_CHECKING:
     from nxm_export.pipeline.plan_choice import PlanChoice
     from nxm_export.pipeline.run import Request
+
+_OF_PLANS = ("pattern", "weight_bits", "placement", "residual", "embedding", "keep_dense")  # `PLAN_OPTIONS`
 
 
 @dataclass(frozen=True)
@@ -244,7 +247,7 @@ def compress(model: str, plan_file: Path | None, out: Path, json: bool, **values
     options = typed(_PlanAndData, values)
     if not options.train or not options.dev:
         raise click.UsageError("missing --train or --dev")
-    require_plan_alone(plan_file, _given_plan_options())
+    require_plan_alone(plan_file, given_options(_OF_PLANS))
     request = _request(model, options, settings_of(Settings, values))
     head = _head_of(request)
     with progress_bars(enabled=not json) as progress:
@@ -382,21 +385,9 @@ def _require_run_usage(demo: bool, options: _RunOptions, data: _PlanAndData) -> 
         raise click.UsageError(f"missing {', '.join(missing)} (or use --demo, or --config)")
     if options.plan_file is not None and options.search is not None:
         raise click.UsageError("--plan and --search both say what every weight gets; give one of them")
-    require_plan_alone(options.plan_file, _given_plan_options())
+    require_plan_alone(options.plan_file, given_options(_OF_PLANS))
     if options.search is not None:  # which takes the places and the table as they are asked for
-        require_plan_alone(options.search, _given_plan_options(("pattern", "weight_bits", "residual", "keep_dense")))
-
-
-def _given_plan_options(
-    names: Sequence[str] = ("pattern", "weight_bits", "placement", "residual", "embedding", "keep_dense"),
-) -> list[str]:
-    """Those of `PLAN_OPTIONS` that the command line gives, as it writes them."""
-    context = click.get_current_context()
-    return [
-        f"--{name.replace('_', '-')}"
-        for name in names
-        if context.get_parameter_source(name) is not ParameterSource.DEFAULT
-    ]
+        require_plan_alone(options.search, given_options(("pattern", "weight_bits", "residual", "keep_dense")))
 
 
 def _request(model: str, options: _PlanAndData, settings: Settings) -> Request:

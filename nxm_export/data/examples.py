@@ -91,8 +91,10 @@ class Examples:
         return self.subset([i for unit in order for i in units[unit]]), self.subset(sorted(slice_))
 
     def sample(self, count: int, seed: int) -> Examples:
-        """At most `count` examples (whole groups), drawn by `seed`, in file order; `DataError` where no group is that
-        small."""
+        """At most `count` examples (whole groups), drawn by `seed`, in file order; `DataError` for a count below 1, and
+        where no group is that small."""
+        if count < 1:
+            raise DataError(f"{self.source}: a sample has at least one example, got a limit of {count}")
         if count >= len(self):
             return self
         if self.groups is None:

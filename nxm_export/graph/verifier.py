@@ -64,7 +64,7 @@ _DYNAMIC = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLS
 
 def verify(file: str | Path, *, plan: CompressionPlan | None = None, pattern: NMPattern | None = None) -> VerifyReport:
     """Check an ONNX file. The plan inside the file, or `plan`, says what each weight must follow; `pattern` says it for
-    every quantized weight of a file without plan, which must then hold some. Raises `ArtifactError` when the file
+    every quantized weight, planned or not, of which the file must then hold some. Raises `ArtifactError` when the file
     cannot be read, and `PlanError` for a plan inside it that cannot.
     """
     model = load_graph(file)
@@ -107,7 +107,7 @@ def verify_model(
                     f"{family.word_embedding}: {problem}" for problem in _check_embedding(model, family.word_embedding)
                 ]
                 stored = stored_embedding(model.graph, family.word_embedding)
-    elif pattern and not quantized and not unread:
+    if pattern and not quantized and not unread:
         problems.append(f"{pattern} is required of quantized weights, and the graph has none")
     count = Counter(node.op_type for node in model.graph.all_nodes())
     size = None if stored is None else (stored[0].shape[0], stored[0].shape[1])
@@ -158,6 +158,8 @@ def _check_weight(weight: GraphWeight, plan: CompressionPlan | None, pattern: NM
     if spec and spec.qmax is not None:
         problems += _quantization_problems(weight, spec, spec.qmax)
     problems += scale_problems(weight)
+    if pattern and pattern != required and weight.quantized and not weight.follows(pattern):
+        problems.append(f"not {pattern} along K, which is asked for: {_why_not(weight, pattern)}")
     return WeightReport(
         name=name,
         op=weight.node.op_type,

@@ -18,11 +18,13 @@ from nxm_export.contract.choices import (
     LOWERING,
     MAX_PROFILES,
     TASK,
+    TENSORRT_BACKENDS,
     TEXT_BATCH,
     TOKEN_ENCODING,
     WEIGHT_STORAGE,
 )
 from nxm_export.contract.io_spec import load_spec
+from nxm_export.contract.token_budget import MAX_BATCH_TOKENS
 from nxm_export.data.columns import Columns
 from nxm_export.data.examples import Examples
 from nxm_export.data.features import Features
@@ -85,18 +87,45 @@ def build_engine(
     from engines.memory import tell_memory
     from engines.sparsity.build_evidence import LOG_FILE
 
-    source, out = onnx_file(source), Path(out)
+    source, out, options = onnx_file(source), Path(out), options or BuildOptions()
     require_apart(out, source)
     capabilities = backend(name).CAPABILITIES
-    if options is not None and options.shapes and not capabilities.compiled_shapes:
-        raise EngineError(f"{name} keeps no models compiled for shapes; openvino does. Leave the shapes out")
+    _require_heeded(options, [name], lengths=profiles_from is not None)
     if capabilities.compiled_shapes and profiles_from is not None:
-        options = _with_shapes(options or BuildOptions(), source.parent, profiles_from)
+        options = _with_shapes(options, source.parent, profiles_from)
     else:
-        options = _build_options(options, out, source.parent, profiles_from)
+        options = _build_options(name, options, out, source.parent, profiles_from)
     tell_memory(source, name, options)
     with atomic_dir(out, kept_log=LOG_FILE) as scratch:
         return backend(name).build(source, scratch, options)
+
+
+def _require_heeded(options: BuildOptions, backends: Sequence[str], *, lengths: bool = False) -> None:
+    """Raise `EngineError` for options that none of the backends has a use for: they would be left out without a word.
+    `lengths`: profiles are to come from data."""
+    from engines.base import backend
+
+    able = [backend(name).CAPABILITIES for name in backends]
+    profiles, shapes = any(one.optimization_profiles for one in able), any(one.compiled_shapes for one in able)
+    tensorrt, always = any(name in TENSORRT_BACKENDS for name in backends), any(one.always_sparse for one in able)
+    unheeded = {
+        "shapes (--shape)": bool(options.shapes) and not shapes,
+        "threads": options.threads is not None and not any(one.threads for one in able),
+        "profiles (--profile, --lengths)": not profiles and (bool(options.profiles) or (lengths and not shapes)),
+        "max_batch_tokens": options.max_batch_tokens != MAX_BATCH_TOKENS and not profiles,
+        "no sparse kernels (--no-sparse)": not options.sparse and not any(one.sparse_kernels for one in able),
+        "always_sparse": options.always_sparse and not always,
+        "no fusion (--no-fuse)": not options.fuse and not always,
+        "oldest_onnxruntime (--onnxruntime)": options.oldest_onnxruntime is not None and "ort" not in backends,
+        "level": options.level is not None and not tensorrt,
+        "workspace_bytes (--workspace)": options.workspace_bytes is not None and not tensorrt,
+        "build_route": options.build_route is not None and not tensorrt,
+        "timing_cache": options.timing_cache is not None and "trt" not in backends,
+    }
+    if wrong := [what for what, given in unheeded.items() if given]:
+        raise EngineError(f"a build for {' or '.join(backends)} has no use for {', '.join(wrong)}; leave it out")
+    if options.always_sparse and not options.sparse:
+        raise EngineError("always_sparse and no sparse kernels contradict each other; give one of them")
 
 
 def build_twin_engines(
@@ -109,23 +138,28 @@ def build_twin_engines(
     graphs: TwinGraphs | None = None,
 ) -> BuiltTwins:
     """Export a checkpoint and build its FP16, dense INT8 and sparse INT8 engines below `out`."""
+    from engines.base import BuildOptions, backend
     from nxm_export.pipeline.sparsity_twins import TwinGraphs, build_twins
 
-    checkpoint, out = Path(checkpoint), Path(out)
+    checkpoint, out, options = Path(checkpoint), Path(out), options or BuildOptions()
     require_apart(out, checkpoint)
-    options = _build_options(options, out, checkpoint, profiles_from)
+    if not backend(name).CAPABILITIES.sparse_kernels:
+        raise EngineError(f"twins say what sparse kernels are worth, and {name} has none; build them for a GPU")
+    if not options.sparse:
+        raise EngineError("of twins one has sparse kernels and one has not; leave --no-sparse out, or --twins")
+    _require_heeded(options, [name], lengths=profiles_from is not None)
+    options = _build_options(name, options, out, checkpoint, profiles_from)
     return build_twins(checkpoint, out, name, options, graphs or TwinGraphs())
 
 
 def _build_options(
-    options: BuildOptions | None, out: Path, tokenizer: Path, profiles_from: DataProfiles | None
+    name: str, options: BuildOptions, out: Path, tokenizer: Path, profiles_from: DataProfiles | None
 ) -> BuildOptions:
-    """The options with the timing cache that lies in `out`, and with profiles by the tokenizer in a directory."""
-    from engines.base import BuildOptions
+    """The options with the timing cache that lies in `out`, for the backend that reads one, and with profiles by the
+    tokenizer in a directory."""
     from engines.tensorrt.builder_process import CACHE_FILE
 
-    options = options or BuildOptions()
-    if options.timing_cache is None and (out / CACHE_FILE).is_file():
+    if name == "trt" and options.timing_cache is None and (out / CACHE_FILE).is_file():
         options = replace(options, timing_cache=out / CACHE_FILE)
     if profiles_from is not None:
         options = replace(options, profiles=_profiles(tokenizer, profiles_from, options.max_batch_tokens))
@@ -154,6 +188,7 @@ def build_fastest(
     from engines.passport import load_passport
 
     source, out, options = onnx_file(source), Path(out), options or BuildOptions()
+    _require_heeded(options, fastest_backend.candidates())
     options = replace(options, shapes=tuple(dict.fromkeys((*options.shapes, *(shapes or ())))))
     require_apart(out, source, *([] if check is None else [check.checkpoint, check.data]))
     with atomic_dir(out) as scratch, TemporaryDirectory() as work:
@@ -361,7 +396,8 @@ def bench_engines(
                     twins[twin] = (name, path)
         if not loaded:
             raise EngineUnavailable(f"nothing could be timed here: {'; '.join(dict.fromkeys(unmeasured.values()))}")
-        shapes = shapes or fitted_shapes(loaded.values(), _default_shapes(paths))
+        # Each once: a table by shape would hold the time of one round against that of the other.
+        shapes = tuple(dict.fromkeys(shapes or fitted_shapes(loaded.values(), _default_shapes(paths))))
         for path, name in zip(paths, _names(paths), strict=True):
             if name in loaded:
                 require_room(path, shapes, "timing it at", way_out="give a --shape of fewer rows or shorter texts")
@@ -419,7 +455,7 @@ def bench_text(
     from engines.memory import require_room
     from engines.passport import load_passport
 
-    paths = [Path(path) for path in engines]
+    paths, batch = [Path(path) for path in engines], TEXT_BATCH if batch is None else batch
     for path in paths:
         name = load_passport(path).backend
         if name not in cpu_backends():
@@ -432,7 +468,7 @@ def bench_text(
     limit = min(load_spec(path).max_length for path in paths)
     longest = max([min(text_throughput.FIXED, limit), *(len(sample["input_ids"]) for sample in features)])
     for path in paths:  # batches in the order of the file hold as many long texts as there are
-        shape = (min(batch or TEXT_BATCH, max(1, len(features))), longest)
+        shape = (max(1, min(batch, len(features))), longest)
         require_room(path, [shape], "timing it at", way_out="lower --batch, or time it over shorter texts")
     with ExitStack() as stack:
         loaded = {
@@ -451,8 +487,8 @@ def bench_text(
             _labelled_texts(paths[0], data, columns, limit).tokens,
             pad_id=load_spec(paths[0]).pad_id,
             limit=limit,
-            batch=batch or TEXT_BATCH,
-            rounds=rounds or text_throughput.ROUNDS,
+            batch=batch,
+            rounds=text_throughput.ROUNDS if rounds is None else rounds,
             for_throughput=for_throughput,
             others=others or {},
         )

@@ -31,6 +31,7 @@ _PACKAGES = {
     "openvino": (("openvino", "onnx", "onnx-ir"), "openvino"),
     "trt_rtx": (("tensorrt-rtx-cu13", "polygraphy"), "trt-rtx"),
 }
+_PATIENCE = 30.0  # seconds
 _NEED_311 = ("train", "export")  # as their markers in pyproject.toml say
 
 
@@ -141,7 +142,12 @@ def _gpu() -> str:
     if tool is None:
         return "no NVIDIA driver found (nvidia-smi is not there)"
     query = ["--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader"]
-    answer = subprocess.run([tool, *query], capture_output=True, text=True, timeout=30, check=False)
+    try:
+        answer = subprocess.run([tool, *query], capture_output=True, text=True, timeout=_PATIENCE, check=False)
+    except subprocess.TimeoutExpired:  # a driver that hangs
+        return f"nvidia-smi did not answer in {_PATIENCE:g} seconds"
+    except (OSError, UnicodeDecodeError) as error:
+        return f"nvidia-smi failed: {str(error)[:200]}"
     return "; ".join(answer.stdout.strip().splitlines()) or f"nvidia-smi failed: {answer.stderr.strip()[:200]}"
 
 
@@ -151,8 +157,12 @@ def _missing_of_trt() -> str | None:
         return "missing TensorRT: docs/tensorrt.md says which one fits your driver"
     if find_spec("polygraphy") is None:
         return "TensorRT is here; to build, pip install 'nxm-export[trt]'"
-    if shutil.which("nvidia-smi") is None:
-        return "installed, and neither builds nor runs without an NVIDIA GPU"
+    from engines.tensorrt.cuda_driver import device_facts
+
+    try:  # the driver itself: nvidia-smi may be there where no GPU is
+        device_facts()
+    except EngineUnavailable as error:
+        return f"installed, and neither builds nor runs without an NVIDIA GPU ({error})"
     return None
 
 
@@ -181,8 +191,4 @@ def _cusparselt() -> str:
 def _rtx_note() -> str:
     if find_spec("tensorrt_rtx") is None:
         return ""
-    return (
-        " (builds here)"
-        if shutil.which("nvidia-smi") is None
-        else " (builds and runs on compute capability 8.6, 8.9 and 12.x)"
-    )
+    return " (builds here)" if _missing_of_rtx() is not None else " (builds and runs here)"

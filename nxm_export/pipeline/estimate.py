@@ -97,7 +97,8 @@ def estimate(request: Request, choice: PlanChoice = PlanChoice()) -> RunEstimate
     if (cut := cut_notice(source, tokenizer, task, request.settings.max_length)) is not None:
         notice(cut)
     longest = max_length(source, tokenizer, task, request.settings.max_length)
-    settings, count = request.settings, min(len(texts), request.train_limit or len(texts))
+    settings, limit = request.settings, request.train_limit
+    count = len(texts) if limit is None else min(len(texts), limit)
     tokens = min(longest, _mean_words(texts) * _WORDS_TO_TOKENS + 2)
     if request.more_text is not None:  # a little too much: before the first step no other text is read
         share, others = request.more_text.share, min(longest, _mean_words(more) * _WORDS_TO_TOKENS + 2)

@@ -15,6 +15,7 @@ from nxm_export.errors import ArtifactError, EngineError
 from nxm_export.pipeline.graph_file import is_graph_directory, onnx_file
 from nxm_export.storage.atomic import write_atomic
 from nxm_export.storage.json_files import encode, to_builtins
+from nxm_export.storage.unreadable import unreadable
 
 if TYPE_CHECKING:
     from engines.base import EngineFacts
@@ -128,6 +129,8 @@ def inspect_path(
         return RunInspection(str(path), {directory.name: inspect_engine(directory) for directory in directories})
     if is_twins(path):
         dense, sparse, other = twin_directories(path)
+        if twin is not None:
+            raise EngineError(f"{path}: its sparse engine is held against the dense one beside it; leave --twin out")
         if measure:
             measure_layers(dense)
             measure_layers(other)
@@ -244,8 +247,17 @@ def sparsity_of(directory: Path, twin: Path | None = None, kernels: Path | None 
     if kernels is not None:
         if not kernels.is_file():
             raise ArtifactError(f"{kernels}: no such file; give a text file with one kernel name per line")
-        running = [line.strip() for line in kernels.read_text(encoding="utf-8").splitlines() if line.strip()]
+        running = _kernel_names(kernels)
     return read_sparsity_report(directory, twin, running)
+
+
+def _kernel_names(file: Path) -> list[str]:
+    """The lines of a text file that are not empty."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{unreadable(file, error)}; give a text file with one kernel name per line") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def measure_layers(directory: Path, rounds: int = 20) -> None:

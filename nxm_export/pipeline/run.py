@@ -36,7 +36,7 @@ from nxm_export.pipeline.engine_stages import bench_built, build_engines, choose
 from nxm_export.pipeline.estimate import saved_bytes
 from nxm_export.pipeline.plan_choice import PlanChoice, first_plan
 from nxm_export.pipeline.run_engines import RunBackends, RunGraph, engines_of, graphs_of, run_backends
-from nxm_export.pipeline.summary import kind_of, summarize
+from nxm_export.pipeline.summary import kind_of, summarize, summarized_files
 from nxm_export.progress import Progress, silent
 from nxm_export.storage.atomic import require_apart, require_replaceable, write_atomic
 from nxm_export.storage.disk_space import require_space, written_in
@@ -59,7 +59,8 @@ class Request:
     `weights_stored` is that of the graphs, where their target can have it. `planned`: the plan comes from elsewhere,
     and `spec` is not used (`PlanChoice`). `backends` are those whose engines are built and of which the fastest is kept
     (see `nxm_export.pipeline.run_engines.run_backends`). Raises `PlanError` for a placement or residual that only
-    quantized weights can have, where they are not, and for weights stored as INT4 that have more bits.
+    quantized weights can have, where they are not, and for weights stored as INT4 that have more bits; `DataError` for
+    a limit below 1.
     """
 
     model: str
@@ -83,6 +84,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.more_text is not None:
             self.settings.require_taught("--more-text")
+        if self.train_limit is not None and self.train_limit < 1:
+            raise DataError(f"a limit of training samples is at least 1, got {self.train_limit}; or leave it out")
         if self.weights_stored not in WEIGHT_STORAGES:
             raise PlanError(
                 f"unknown weights stored {self.weights_stored!r}; choose one of {', '.join(WEIGHT_STORAGES)}"
@@ -166,6 +169,7 @@ def run(
             "summary",
             SUMMARY_DIRECTORY,
             lambda scratch: write_atomic(scratch / SUMMARY_FILE, summary.to_json()),
+            inputs=summarized_files(directory, built),
             options=summary.to_dict(),
         )
     return read_summary(directory.root)  # as JSON gives it back: what run returns is what show reads

@@ -11,7 +11,13 @@ import numpy as np
 
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.contract.plan import COUNTINGS, CompressionPlan
-from nxm_export.contract.records.checkpoint_metrics import CompressionMetrics, DenseMetrics, finite, read_metrics_of
+from nxm_export.contract.records.checkpoint_metrics import (
+    METRICS_FILE,
+    CompressionMetrics,
+    DenseMetrics,
+    finite,
+    read_metrics_of,
+)
 from nxm_export.contract.records.run_summary import (
     ChosenEngine,
     EngineParity,
@@ -94,6 +100,18 @@ def summarize(
             **{f"parity {name}": f"compare/{name}/{PARITY_FILE}" for name in engines.compared},
         },
     )
+
+
+def summarized_files(directory: RunDir, engines: BuildResults) -> dict[str, Path]:
+    """What the summary is read from, by label: with any of these, it goes."""
+    from engines.parity.reports import PARITY_FILE
+
+    return {
+        "dense": directory.path("dense", METRICS_FILE),
+        "checkpoint": directory.path("checkpoint", METRICS_FILE),
+        "bench": directory.path("bench"),
+        **{f"parity {name}": directory.path("compare", name, PARITY_FILE) for name in engines.compared},
+    }
 
 
 def _against_dense(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nxm_export.reporting.figures import Figure, RunFile, Shown
+from nxm_export.reporting.matrices import Matrix
 from nxm_export.reporting.run_facts import EngineEntry, Run, worst_output
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ def _word_of_speed(intervals: Sequence[tuple[float, float]]) -> tuple[str, str]:
 
 def _sparse(run: Run) -> Verdict:
     title = "Sparse"
-    planned = [matrix for matrix in run.matrices if matrix.spec.pattern is not None]
+    planned, for_kernels = planned_sparse(run)
     if run.plan is None:
         return Verdict("sparse", title, ABSENT, "no plan", note="Nothing has been compressed in this run yet.")
     if not planned:
@@ -260,7 +261,8 @@ def _sparse(run: Run) -> Verdict:
         )
     lead = (f"{len(stored)} of {len(planned)} stored N:M",)
     proved, of_engine = max((proved_sparse(engine) for engine in run.engines), default=(0, 0))
-    if proved == of_engine > 0 and checked:
+    # A plan of 4:8 is no 2:4, which sparse kernels need: such a matrix is none of those that an engine could prove.
+    if proved == of_engine >= len(planned) == len(for_kernels) == len(stored):
         return Verdict("sparse", title, GOOD, "stored and run", tuple(rows), "", lead)
     if proved:
         if not checked:
@@ -268,7 +270,18 @@ def _sparse(run: Run) -> Verdict:
         note = "The other matrices run dense, or their kernel was not seen."
         return Verdict("sparse", title, OPEN, "stored; run in part", tuple(rows), note, lead)
     note = "Whether a 2:4 kernel runs is only known on the GPU. Until an engine proves it, it is called unknown."
+    if not checked:
+        return Verdict(
+            "sparse", title, OPEN, "planned; stored not checked", tuple(rows), f"No graph was checked. {note}"
+        )
     return Verdict("sparse", title, OPEN, "stored; running unknown", tuple(rows), note, lead)
+
+
+def planned_sparse(run: Run) -> tuple[list[Matrix], list[Matrix]]:
+    """(matrices that the plan gives a pattern, those of them whose pattern sparse kernels can run) of a run."""
+    patterns = [(matrix, matrix.spec.pattern) for matrix in run.matrices]
+    planned = [(matrix, pattern) for matrix, pattern in patterns if pattern is not None]
+    return [matrix for matrix, _ in planned], [matrix for matrix, pattern in planned if pattern.implies_2_4]
 
 
 def proved_sparse(engine: EngineEntry) -> tuple[int, int]:

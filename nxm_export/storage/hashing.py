@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
 from nxm_export.errors import ArtifactError
@@ -80,4 +80,10 @@ def tree_hash(path: Path) -> str:
         return file_hash(path)
     if not path.is_dir():
         raise ArtifactError(f"{path}: no such file or directory")
-    return hashlib.sha256(json.dumps(file_hashes(path)).encode()).hexdigest()
+    return directory_hash(file_hashes(path))
+
+
+def directory_hash(hashes: Mapping[str, str]) -> str:
+    """The `tree_hash` of a directory whose files have these hashes (see `file_hashes`), in any order."""
+    in_order = {name: hashes[name] for name in sorted(hashes, key=PurePosixPath)}
+    return hashlib.sha256(json.dumps(in_order).encode()).hexdigest()

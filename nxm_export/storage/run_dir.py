@@ -3,6 +3,8 @@
 A stage is a function from input files and options to one output path. Its record in ``manifest.json`` holds the hashes
 of both sides, so a stage whose inputs, options and outputs are unchanged is skipped, and a changed one runs again.
 Outputs are written under another name and renamed when complete: a stage that is killed leaves nothing half-written.
+When a stage has other outputs than before, what was made of the old ones is removed first: a run that stops halfway
+holds no results of two states.
 
 A run directory, and a directory being written, belong to one process at a time. The lock is the kernel's, on the
 directory itself, so it ends with its process, however that ends. On file systems without locks nothing is locked.
@@ -16,11 +18,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from nxm_export.errors import ArtifactError
 from nxm_export.storage.atomic import atomic_dir, exclusive, write_atomic
-from nxm_export.storage.hashing import file_hash, file_hashes, tree_hash
+from nxm_export.storage.hashing import directory_hash, file_hash, file_hashes, tree_hash
 from nxm_export.storage.json_files import encode, read_record, to_json_object
 from nxm_export.storage.versions import installed_versions
 
@@ -31,7 +33,7 @@ MANIFEST = "manifest.json"
 @dataclass(frozen=True)
 class StageRecord:
     """What made the output of one stage: its options and seed, sha256 of inputs (by label) and outputs (by path in the
-    run), versions of packages, how many seconds it took, and the command line.
+    run), versions of packages, how many seconds it took, the command line, and the directory of the run that it wrote.
 
     `options` are the stage's own JSON: they are compared, never interpreted.
     """
@@ -43,6 +45,7 @@ class StageRecord:
     versions: dict[str, str]
     seconds: float
     command: tuple[str, ...]
+    output: str = ""  # in manifests of older versions
 
 
 @dataclass(frozen=True)
@@ -138,29 +141,54 @@ class RunDir:
             started = time.monotonic()
             with atomic_dir(target, replace_any=True, kept_log=kept_log) as scratch:
                 work(scratch)
+                made = {str(Path(output) / file): digest for file, digest in file_hashes(scratch).items()}
+                if previous and previous.outputs != made:
+                    self._drop_made_of(name, output)
             record = StageRecord(
                 options=chosen,
                 inputs=hashes,
                 seed=seed,
-                outputs={str(Path(output) / file): digest for file, digest in file_hashes(target).items()},
+                outputs=made,
                 versions=installed_versions(),
                 seconds=round(time.monotonic() - started, 3),
                 command=(Path(sys.argv[0]).name, *sys.argv[1:]),
+                output=output,
             )
             self.manifest = replace(self.manifest, stages={**self.manifest.stages, name: record})
             write_atomic(self._manifest_file, encode(self.manifest, SCHEMA))
         return True
 
     def drop(self, name: str, output: str) -> None:
-        """Forget a stage of an earlier run into this directory, and remove ``root/output``."""
+        """Forget a stage of an earlier run into this directory, and remove ``root/output`` and what was made of it."""
         with self.lock():
             if name not in self.manifest.stages:
                 return
-            # First what it wrote: a process that is killed in between leaves a stage without its outputs.
+            self._drop_made_of(name, output)
+            self._forget(name, output)
+
+    def _drop_made_of(self, name: str, output: str) -> None:
+        """Forget every stage that read what the stage `name` wrote to `output`, or what was made of that, the last
+        first; what they wrote goes."""
+        found = {name: output}
+        for stage in (behind := [name]):  # which grows
+            wrote = self.manifest.stages[stage].outputs
+            below = {file: digest for file, digest in wrote.items() if Path(found[stage]) in Path(file).parents}
+            whole = {Path(file).relative_to(found[stage]).as_posix(): digest for file, digest in below.items()}
+            read = {directory_hash(whole), *wrote.values()}
+            for other, record in self.manifest.stages.items():
+                if other not in found and not read.isdisjoint(record.inputs.values()):
+                    found[other] = record.output
+                    behind.append(other)
+        for stage in reversed(behind[1:]):
+            self._forget(stage, found[stage])
+
+    def _forget(self, name: str, output: str) -> None:
+        # First what it wrote: a process that is killed in between leaves a stage without its outputs.
+        if _lies_inside(output):
             shutil.rmtree(self.root / output, ignore_errors=True)
-            kept = {stage: record for stage, record in self.manifest.stages.items() if stage != name}
-            self.manifest = replace(self.manifest, stages=kept)
-            write_atomic(self._manifest_file, encode(self.manifest, SCHEMA))
+        kept = {stage: record for stage, record in self.manifest.stages.items() if stage != name}
+        self.manifest = replace(self.manifest, stages=kept)
+        write_atomic(self._manifest_file, encode(self.manifest, SCHEMA))
 
     @property
     def _manifest_file(self) -> Path:
@@ -189,6 +217,13 @@ class RunDir:
 
 def _read_manifest(file: Path) -> Manifest:
     return read_record(file, Manifest, schema=SCHEMA, way_out="restore it, or start a new run directory")
+
+
+def _lies_inside(output: str) -> bool:
+    """Whether a path is one below a run: a manifest that somebody wrote may say otherwise, and it is going to be
+    removed."""
+    path = PurePath(output)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def _outputs_hold(outputs: Mapping[str, str], root: Path) -> bool:

@@ -5,9 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from engines.benchmark.latency import SCHEMA, BenchReport, Ratio, Timing, read_bench_report
+from engines.benchmark.latency import (
+    LEAST_ROUNDS,
+    SCHEMA,
+    BenchReport,
+    Ratio,
+    Timing,
+    paired,
+    read_bench_report,
+)
 from nxm_export.errors import ArtifactError
 from nxm_export.storage.json_files import as_objects, encode
 
@@ -48,3 +57,14 @@ def test_a_damaged_one_is_refused_by_file_and_field(change: dict[str, object], c
     with pytest.raises(ArtifactError, match=complaint) as refused:
         read_bench_report(file)
     assert str(refused.value).startswith(str(file))
+
+
+def test_so_few_rounds_that_chance_alone_agrees_find_no_difference() -> None:
+    """Of one round a percentile bootstrap draws the same ratio a thousand times, and any two engines would differ."""
+    for rounds in range(1, LEAST_ROUNDS):
+        ratio, (low, high) = paired(np.linspace(2, 3, rounds), np.ones(rounds))
+        assert low <= 1 <= high
+        assert high >= ratio >= 2
+    assert paired(np.ones(1), np.full(1, 4.0)) == (0.25, (0.25, 1.0))
+    assert paired(np.linspace(2, 3, LEAST_ROUNDS), np.ones(LEAST_ROUNDS))[1][0] > 1
+    assert 2 * 0.5**LEAST_ROUNDS < 0.05 < 2 * 0.5 ** (LEAST_ROUNDS - 1)

@@ -293,6 +293,11 @@ def test_a_model_knows_its_task_from_its_head(small: Path, tmp_path: Path) -> No
 def test_options_of_auto_are_refused_elsewhere(small: Path, tmp_path: Path) -> None:
     with pytest.raises(nxm.EngineError, match="are for backend='auto'"):
         nxm.build(small / "graph", tmp_path / "engine", data=small / "dev.tsv")
+    with pytest.raises(nxm.EngineError, match="give data, or leave the checkpoint out"):  # it would not be compared
+        nxm.build(small / "graph", tmp_path / "engine", backend="auto", checkpoint=small / "checkpoint")
+    options = nxm.BuildOptions(level=3, timing_cache=tmp_path / "cache")
+    with pytest.raises(nxm.EngineError, match="ort has no use for level, timing_cache"):
+        nxm.build(small / "graph", tmp_path / "engine", options=options)
 
 
 def test_a_directory_without_a_graph_is_named(tmp_path: Path) -> None:
@@ -380,6 +385,18 @@ def test_no_threads_are_refused(small: Path) -> None:
         nxm.bench_text(small / "engine", small / "dev.tsv", threads=0)
 
 
+def test_nothing_of_a_thing_is_refused_and_no_default(small: Path, tmp_path: Path) -> None:
+    for batch, rounds in ((0, 1), (1, 0)):
+        with pytest.raises(nxm.EngineError, match="at least one engine, one sentence"):
+            nxm.bench_text(small / "engine", small / "dev.tsv", threads=1, batch=batch, rounds=rounds)
+    with pytest.raises(nxm.DataError, match="at least 1, got 0"):
+        nxm.estimate("m", train="t", dev="d", train_limit=0)
+    train, dev = tiny.write_data(tmp_path)
+    encoder = tiny.write_model("bert", tmp_path / "encoder", layers=1)
+    with pytest.raises(nxm.DataError, match="at least one example, got a limit of 0"):
+        nxm.finetune(encoder, train=train, dev=dev, out=tmp_path / "dense", train_limit=0)
+
+
 def test_only_an_expected_engine_predicts(tiny_engine: Callable[..., Path]) -> None:
     engine = nxm.open_engine(tiny_engine("ort"))
     assert engine.predict(["a film"], expect_sha256=[engine.passport.engine_sha256])
@@ -455,6 +472,9 @@ def test_every_option_of_a_run_has_its_parameter_in_python(function: Callable[..
         ({"search": 0.8, "weight_bits": 4}, "so weight_bits would be dropped"),
         ({"search": 0.8, "options": nxm.PlanOptions(residual="int8")}, "so options would be dropped"),
         ({"search": nxm.SearchSettings(), "options": nxm.PlanOptions(embedding="int8")}, "so options would be dropped"),
+        ({"search": 1}, "a share between 0 and 1, as in 0.875; got 1"),
+        ({"search": True}, "such as 0.875, or a SearchSettings; got True"),
+        ({"search": "0.9"}, "such as 0.875, or a SearchSettings; got '0.9'"),
     ],
     ids=str,
 )

@@ -14,9 +14,10 @@ from click.testing import CliRunner
 
 from compressors.search.settings import SearchSettings
 from compressors.settings import Settings
+from engines.benchmark import fastest_backend
 from engines.serving.settings import ConnectionLimits, ModelOptions, RequestLimits, ServerOptions, TritonOptions
 from nxm_export.cli import main
-from nxm_export.cli.options import settings_of
+from nxm_export.cli.options import numbers_of, settings_of
 from nxm_export.contract.options import options_of
 from nxm_export.contract.plan import WeightSpec
 from nxm_export.progress import silent
@@ -250,3 +251,58 @@ def test_quantized_activations_are_not_dropped_silently_where_weights_stay_unqua
     assert (
         f"{asked[0].removeprefix('--')} {asked[1]}: activations are quantized only where weights are" in result.output
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("build g --lowering gemm", "--lowering is of the graphs of --twins"),
+        ("build g --backend trt --target trt8", "--target is of the graphs of --twins"),
+        ("build g --backend trt --max-profiles 2", "--max-profiles is for --lengths"),
+        ("bench e --clients 8", "--clients is for --serve"),
+        ("bench e --data d --task reranking", "--task is for --serve"),
+        ("bench e --data d --shape 1x32", "--shape is not for --data"),
+        ("bench --serve u --name m --data d --shape 1x32", "--shape is for ENGINEs that are timed here"),
+        ("bench --serve u --name m --data d --threads 1", "--threads is for ENGINEs that are timed here"),
+        ("bench --serve u --name m --data d --encoding json", "--encoding is for tokens, which need an ENGINE"),
+        ("bench e --serve u --name m --data d --task reranking", "--task is that of ENGINE"),
+        ("doctor --gpu L4", "--gpu needs PATH"),
+        ("doctor --parse", "--parse needs PATH"),
+    ],
+)
+def test_an_option_that_nothing_would_read_is_wrong_usage(command: str, message: str) -> None:
+    words = command.split()
+    result = CliRunner().invoke(main, [*words, "--out=o"] if words[0] == "build" else words)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+OF_TENSORRT = ("--level=3", "--workspace=64", "--build-route=x")
+OF_GPUS = ("--profile=1x8", "--no-sparse", "--max-batch-tokens=64")
+
+
+@pytest.mark.parametrize(
+    ("backend", "given"),
+    [
+        *((backend, given) for backend in ("ort", "openvino", "auto") for given in (*OF_TENSORRT, *OF_GPUS)),
+        *(("cusparselt", given) for given in OF_TENSORRT),
+    ],
+)
+def test_a_build_refuses_what_its_backend_does_not_read(
+    backend: str, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fastest_backend, "candidates", lambda: ("ort", "openvino"))  # as where there is no GPU
+    result = CliRunner().invoke(main, ["build", "gone.onnx", "--out=o", f"--backend={backend}", given])
+    assert result.exit_code in (1, 2)
+    assert "has no use for" in result.output or "--backend auto takes no" in result.output
+    assert "gone.onnx" not in result.output
+
+
+def test_twins_are_for_sparse_kernels() -> None:
+    for given, message in (((), "ort has none"), (("--backend=trt", "--no-sparse"), "leave --no-sparse out")):
+        result = CliRunner().invoke(main, ["build", "gone", "--twins", "--out=o", *given])
+        assert (result.exit_code, message in result.output) == (1, True), result.output
+
+
+def test_a_number_that_is_given_twice_counts_once() -> None:
+    assert numbers_of("8,1, 8", "--clients", "numbers of clients") == (8, 1)

@@ -117,6 +117,7 @@ def test_a_text_that_was_cut_is_said(engine_for: Callable[[str], Path]) -> None:
         (("a", "--data", "dev.tsv"), "give TEXTs, or --data"),
         (("a", "--text-column", "x"), "name columns of --data"),
         (("a", "--pairs"), "are not pairs"),
+        (("--data", "dev.tsv", "--pairs"), "--pairs is for TEXTs"),
     ],
 )
 def test_wrong_usage_exits_with_two(

@@ -261,6 +261,16 @@ class TestAgainstAPlan:
         problems = check(tmp_path, text, pattern=None, planned=plan(WeightSpec(None, 8, 8))).all_problems
         assert "w: planned W8, and stored as FLOAT" in problems
 
+    def test_a_pattern_that_is_asked_for_is_required_of_planned_weights_too(self, tmp_path: Path) -> None:
+        assert check(tmp_path, planned=plan(), pattern="1:2").passed is False
+        found = check(tmp_path, planned=plan(), pattern="1:4").all_problems
+        assert [text for text in found if text.startswith("w: not 1:4 along K")] == found != []
+        dense = check(tmp_path, planned=plan(WeightSpec(None, 8, 8, 8)), pattern="1:4")
+        assert dense.all_problems == found
+        unplanned = "g (float[b, 4] x) => (float[b, 1] y) <float[4, 1] w = {1,0,0,2}> { y = MatMul(x, w) }"
+        required = check(tmp_path, unplanned, pattern="2:4", planned=plan(WeightSpec(NMPattern(2, 4))))
+        assert required.all_problems == ["2:4 is required of quantized weights, and the graph has none"]
+
     def test_k_that_m_does_not_divide_is_said(self, tmp_path: Path) -> None:
         declared = "g (float[b, 6] x) => (float[b, 1] y) <int8[6, 1] w = {1,0,0,0,0,0}, float s = {1.0}>"
         text = f"{declared} {{ d = DequantizeLinear(w, s) y = MatMul(x, d) }}"

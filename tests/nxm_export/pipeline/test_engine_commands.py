@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from engines.base import BuildOptions
 from nxm_export.contract.io_spec import load_spec
 from nxm_export.pipeline import engine_commands
 
@@ -42,5 +43,16 @@ def test_a_bench_without_shapes_stays_within_what_the_model_takes(tiny_engine: C
     engine = tiny_engine("ort")
     limit = load_spec(engine).max_length
     assert limit < 64, "one of the usual shapes would be refused"
+    twice = engine_commands.bench_engines([engine], [(2, 8), (1, 8), (2, 8)], rounds=1)
+    assert [(timing.batch, timing.sequence) for timing in twice.timings] == [(2, 8), (1, 8)]
     report = engine_commands.bench_engines([engine], rounds=1)
     assert [(timing.batch, timing.sequence) for timing in report.timings] == [(1, 32), (8, limit)]
+
+
+def test_a_timing_cache_that_another_backend_left_is_not_given_to_one_that_refuses_it(tmp_path: Path) -> None:
+    (tmp_path / "timing.cache").touch()
+    found = {
+        name: engine_commands._build_options(name, BuildOptions(), tmp_path, tmp_path, None).timing_cache
+        for name in ("trt", "trt_rtx", "cusparselt")
+    }
+    assert found == {"trt": tmp_path / "timing.cache", "trt_rtx": None, "cusparselt": None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError
@@ -13,12 +14,13 @@ import pytest
 from click.testing import CliRunner
 
 from nxm_export.cli import main
-from nxm_export.errors import EngineError
+from nxm_export.errors import ArtifactError, EngineError
 from nxm_export.pipeline import environment
 from nxm_export.pipeline.inspection import (
     EngineInspection,
     GraphFacts,
     RunInspection,
+    _kernel_names,
     inspect_path,
     measure_layers,
     require_sparse,
@@ -109,3 +111,35 @@ def test_what_only_a_tensorrt_engine_answers_is_refused_elsewhere_and_not_droppe
             EngineError, match=rf"{option} asks of sparse kernels, which only engines for GPUs have; leave it out here"
         ):
             inspect_path(path, **values)
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("#!/bin/sh\nexec sleep 20\n", "nvidia-smi did not answer in 0.5 seconds"),
+        ("no program", "nvidia-smi failed: "),
+        ("#!/bin/sh\necho no devices >&2; exit 9\n", "nvidia-smi failed: no devices"),
+    ],
+)
+def test_a_driver_s_tool_without_a_driver_is_no_gpu(
+    script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers have the tool where they have no GPU, and a broken driver lets it hang."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(script)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(environment, "_PATIENCE", 0.5)
+    monkeypatch.setattr(environment, "find_spec", lambda _: True)
+    assert environment._gpu().startswith(said)
+    if shutil.which("nvidia-smi", path=os.defpath) is None:
+        assert "without an NVIDIA GPU (" in str(environment.missing_for("trt"))
+
+
+def test_names_of_kernels_that_are_no_text_are_refused_by_file(tmp_path: Path) -> None:
+    """As UTF-16, which some profilers write."""
+    (tmp_path / "kernels.txt").write_text("a\n\n b \n", encoding="utf-8")
+    assert _kernel_names(tmp_path / "kernels.txt") == ["a", "b"]
+    (tmp_path / "kernels.txt").write_text("a\nb\n", encoding="utf-16")
+    with pytest.raises(ArtifactError, match=r"kernels\.txt: cannot be read .*; give a text file with one kernel name"):
+        _kernel_names(tmp_path / "kernels.txt")

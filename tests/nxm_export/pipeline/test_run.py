@@ -34,6 +34,7 @@ from nxm_export.contract.records.verify_report import read_verify_report
 from nxm_export.pipeline.estimate import passes_before_training
 from nxm_export.pipeline.run import Request, _more_text
 from nxm_export.storage.json_files import decode, entry_at
+from nxm_export.storage.run_dir import RunDir
 from tests.engines.cusparselt.machines import FACTS, Priced
 from tests.engines.cusparselt.test_backend import FASTER
 from tests.support import tiny
@@ -151,6 +152,20 @@ def test_other_options_are_worked_out_again_from_the_stage_that_they_touch(
     assert untouched
     assert {file for file in untouched if after[file] != before[file]} == set()
     assert after["checkpoint/model.safetensors"] != before["checkpoint/model.safetensors"]
+
+
+@pytest.mark.parametrize(("stage", "output", "kept"), [("dense", "dense", False), ("compress", "checkpoint", True)])
+def test_a_run_that_stops_behind_a_new_model_shows_nothing_of_the_old_one(
+    desk: Desk, finished: Finished, tmp_path: Path, stage: str, output: str, kept: bool
+) -> None:
+    """`kept`: what was made of the dense model is not touched."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    run = RunDir.open(tmp_path / "run")
+    run.stage(stage, output, lambda scratch: (scratch / "new").touch())
+    of_dense = {"export dense", "build ort-cpu-fp32", "compare ort-cpu-fp32"} if kept else set[str]()
+    assert {*run.manifest.stages} == {"dense", stage} | of_dense
+    assert sorted(engine.name for engine in run.root.glob("engines/*")) == (["ort-cpu-fp32"] if kept else [])
+    _refused(desk.nxm("show", str(run.root)), "this run has no summary yet; run the same `nxm run` again")
 
 
 def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_made(desk: Desk, tmp_path: Path) -> None:

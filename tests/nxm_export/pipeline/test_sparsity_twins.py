@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nxm_export.errors import ArtifactError
-from nxm_export.pipeline.sparsity_twins import BuiltTwins, TwinHashes, is_twins, twin_directories
+from nxm_export.errors import ArtifactError, EngineError
+from nxm_export.pipeline.inspection import inspect_path
+from nxm_export.pipeline.sparsity_twins import SCHEMA, BuiltTwins, TwinHashes, is_twins, twin_directories
 from nxm_export.storage.json_files import encode
 
 TWINS = BuiltTwins("trt", {name: TwinHashes("ab", "cd") for name in ("int8-dense", "int8-sparse", "fp16")})
@@ -36,3 +37,10 @@ def test_a_damaged_list_is_refused_by_file_and_field(tmp_path: Path, text: str, 
     (tmp_path / "twins.json").write_text(text)
     with pytest.raises(ArtifactError, match=message):
         twin_directories(tmp_path)
+
+
+def test_another_twin_than_the_one_beside_it_is_refused(tmp_path: Path) -> None:
+    """It would be left out silently: the times would be those of the dense engine in the directory."""
+    (tmp_path / "twins.json").write_text(encode(TWINS, SCHEMA))
+    with pytest.raises(EngineError, match="leave --twin out"):
+        inspect_path(tmp_path, twin=tmp_path / "dense")

@@ -103,7 +103,23 @@ def test_sparse_kernels_are_claimed_as_far_as_they_are_proved(
     assert said in text(conclude(run))
 
 
+def test_a_pattern_that_no_sparse_kernel_runs_is_not_claimed_to_run_on_one() -> None:
+    """An engine says that all of its 2:4 matrices run sparse; the plan has a 4:8 one beside them."""
+    run = planned(made_run(engine(compared=parity()), on_kernels(engine("trt"), (True,))))
+    dense_there = replace(matrix(1), spec=WeightSpec.parse("4:8+W8"), pattern={"cpu": "4:8"})
+    run = replace(run, matrices=(matrix(0), dense_there))
+    assert sparse_word(run) == ("open", "stored; run in part")
+    assert "trt runs 1 of 2 sparse matrices on sparse kernels" in text(conclude(run))
+
+
+def test_what_was_checked_in_part_is_not_called_stored() -> None:
+    run = planned(made_run(engine(compared=parity()), on_kernels(engine("trt"), (True, True))))
+    unseen = replace(run.matrices[1], pattern={}, stored={}, zeros={})
+    assert sparse_word(replace(run, matrices=(run.matrices[0], unseen))) == ("open", "stored; run in part")
+
+
 def test_kernels_are_no_proof_of_what_is_stored() -> None:
     run = planned(made_run(on_kernels(engine("trt"), (True, True))))
     unseen = replace(run, matrices=tuple(replace(m, pattern={}, stored={}, zeros={}) for m in run.matrices))
     assert sparse_word(unseen) == ("open", "run; stored not checked")
+    assert sparse_word(replace(unseen, engines=())) == ("open", "planned; stored not checked")

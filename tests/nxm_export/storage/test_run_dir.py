@@ -146,6 +146,86 @@ def test_a_stage_that_fails_leaves_the_old_output_and_no_scratch(run: RunDir) ->
     assert run.path("out", "deep", "file.txt").read_text() == "made"
 
 
+class Chain:
+    """Three stages, each of what the one before wrote, the second with a file that nobody recorded beside it."""
+
+    def __init__(self, run: RunDir) -> None:
+        self.run = run
+
+    def __call__(self, text: str = "made", last: int = 3, **first: object) -> list[bool]:
+        stages: tuple[tuple[str, str, dict[str, Path]], ...] = (
+            ("a", "a", {}),
+            ("b x", "b/x", {"a": self.path("a")}),
+            ("c", "c", {"file": self.path("b/x/deep/file.txt")}),
+        )
+        ran = []
+        for name, output, inputs in stages[:last]:
+            work = Work(f"{text} {name}")
+            ran.append(self.run.stage(name, output, work, inputs=inputs, options=first if name == "a" else {}))
+            (self.path("b") / "x" / "beside").write_text("") if name == "b x" else None
+        return ran
+
+    def path(self, name: str) -> Path:
+        return self.run.path(name)
+
+
+def test_what_was_made_of_an_output_goes_with_it(run: RunDir) -> None:
+    """A run that is killed behind its first stage would show the results of two states as one."""
+    chain = Chain(run)
+    assert chain() == [True] * 3
+    run.stage("other", "other", Work())
+    assert chain("new", last=1, x=2) == [True]
+    assert sorted(RunDir.open(run.root).manifest.stages) == ["a", "other"]
+    assert not chain.path("b/x").exists()
+    assert not chain.path("c").exists()
+    assert run.path("other", "deep", "file.txt").is_file()
+    assert chain("new", x=2) == [False, True, True]
+
+
+def test_what_was_made_of_an_output_stays_where_that_comes_out_the_same_or_not_at_all(run: RunDir) -> None:
+    chain = Chain(run)
+    chain()
+    chain.path("a/deep/file.txt").write_text("spoiled")
+    assert chain() == [True, False, False]
+
+    def fail(_: Path) -> None:
+        raise ArtifactError("bad data")
+
+    with pytest.raises(ArtifactError, match="bad data"):
+        run.stage("a", "a", fail, options={"x": 2})
+    assert chain() == [False] * 3
+
+
+def test_a_stage_that_is_dropped_takes_along_what_was_made_of_it(run: RunDir) -> None:
+    Chain(run)()
+    run.drop("b x", "b/x")
+    assert [*RunDir.open(run.root).manifest.stages] == ["a"]
+
+
+@pytest.mark.parametrize("output", ["../precious", ".", "{root}/precious", ""])
+def test_a_manifest_that_somebody_wrote_removes_nothing_outside_the_run(
+    run: RunDir, tmp_path: Path, output: str
+) -> None:
+    Chain(run)(last=2)
+    (tmp_path / "precious").mkdir()
+    manifest = json.loads((run.root / "manifest.json").read_text())
+    manifest["stages"]["b x"]["output"] = output.format(root=tmp_path)
+    (run.root / "manifest.json").write_text(json.dumps(manifest))
+    assert RunDir.open(run.root).stage("a", "a", Work("new"), options={"x": 2})
+    assert (tmp_path / "precious").is_dir()
+    assert run.path("b", "x", "deep", "file.txt").is_file()
+
+
+def test_a_manifest_in_which_stages_read_each_other_has_an_end(run: RunDir) -> None:
+    Chain(run)(last=2)
+    manifest = json.loads((run.root / "manifest.json").read_text())
+    manifest["stages"]["a"]["inputs"] = {"b": file_hash(run.path("b", "x", "deep", "file.txt"))}
+    (run.root / "manifest.json").write_text(json.dumps(manifest))
+    again = RunDir.open(run.root)
+    again.drop("b x", "b/x")
+    assert not again.manifest.stages
+
+
 def test_a_missing_input_is_named(run: RunDir, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="nowhere: no such file or directory"):
         run.stage("make", "out", Work(), inputs={"source": tmp_path / "nowhere"})

@@ -45,7 +45,7 @@ def claimed(out: Path, work_dir: Path, *, replace_any: bool = False) -> Iterator
     else:
         with atomic_dir(out, replace_any=replace_any) as scratch:
             yield scratch
-        shutil.rmtree(work_dir, ignore_errors=True)
+        _remove(work_dir)
     distributed.wait()
 
 
@@ -54,8 +54,14 @@ def take_ownership(work_dir: Path, request: str) -> bool:
     file = work_dir / REQUEST_FILE
     same = distributed.agreed(file.is_file() and file.read_text(encoding="utf-8") == request)
     if not same and not distributed.rank():
-        shutil.rmtree(work_dir, ignore_errors=True)
+        _remove(work_dir)
         make_directory(work_dir)
         write_atomic(file, request)
     distributed.wait()
     return same
+
+
+def _remove(work_dir: Path) -> None:
+    """Remove a work directory, first what says whose it is: half of one is nobody's."""
+    (work_dir / REQUEST_FILE).unlink(missing_ok=True)
+    shutil.rmtree(work_dir, ignore_errors=True)

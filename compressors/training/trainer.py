@@ -217,7 +217,6 @@ def training_arguments(phase: Phase, directory: Path, seed: int, precision: str)
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=phase.save_every or save_every(phase.steps),
-        save_total_limit=1,
         seed=seed,
         report_to=[],
         disable_tqdm=True,

@@ -111,9 +111,9 @@ def finetune(
     require_counted_alike(network, data, dev)
     with claimed(result.directory, result.work_dir) as scratch:
         steps = 0
+        _take_ownership(result.work_dir, source, data, settings)  # also of a log that another request left
         if further or not fits:
             steps = settings.dense_steps or steps_of(data.train, settings.dense_epochs, settings.batch_size)
-            _take_ownership(result.work_dir, source, data, settings)
             if settings.dense_freeze_embeddings:
                 freeze_embeddings(network)
             phase = Phase("dense", steps, settings.dense_learning_rate, settings.batch_size)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,8 @@ def test_dense_model_learns_and_keeps_its_metrics(prepared: Path) -> None:
 
 
 def test_a_model_whose_head_fits_is_not_trained_again(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / ".kept.work").mkdir()
+    (tmp_path / ".kept.work" / "train_log.jsonl").write_text('{"phase": "dense", "step": 7, "loss": 0.5}\n')
     metrics = finetune(
         prepared / "dense",
         task="classification",
@@ -140,6 +143,7 @@ def test_a_model_whose_head_fits_is_not_trained_again(prepared: Path, tmp_path: 
         settings=Settings(**FAST),
     )
     assert metrics.steps == 0
+    assert not (tmp_path / "kept" / "train_log.jsonl").exists(), "nor has it the log of what was trained there before"
     assert metrics.value == read_metrics(prepared / "dense").value
 
 
@@ -274,6 +278,36 @@ def test_too_little_text_to_calibrate_on_is_refused_with_how_much_is_needed(prep
             settings=Settings(**{**FAST, "steps": 0, "recipe": "admm"}),
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_short_texts_are_calibrated_on_until_there_are_enough_tokens(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.tsv").write_text("sentence\tlabel\n" + "good\t1\nbad\t0\n" * 40)
+    source = resolve(prepared / "dense")
+    request = TaskDataRequest(task_named("classification"), str(tmp_path / "short.tsv"))
+    settings = Settings(**{**FAST, "calibration_samples": 8})
+    data = read_task_data(source, request, load_tokenizer(source), settings)
+    job = Job(source, data, plan_for(prepared / "dense"), settings, tmp_path / "work", lambda *_: None)
+
+    def tokens(wanted: int) -> int:
+        return sum(int(batch["attention_mask"].sum()) for batch in job.calibration_batches(wanted))
+
+    # three tokens a text
+    assert [tokens(0), tokens(24), tokens(25), tokens(64), tokens(10**6)] == [24, 24, 27, 66, 3 * len(job.train)]
+
+
+@pytest.mark.parametrize("recipe", ["admm", "obs"])
+def test_a_plan_that_leaves_all_dense_is_followed(prepared: Path, tmp_path: Path, recipe: str) -> None:
+    plan = plan_for(prepared / "dense", "W8")
+    compress(
+        prepared / "dense",
+        task="classification",
+        train=str(prepared / "train.tsv"),
+        dev=str(prepared / "dev.tsv"),
+        plan=replace(plan, weights=dict.fromkeys(plan.weights, WeightSpec())),
+        out=tmp_path / "out",
+        settings=Settings(**{**FAST, "steps": 0, "recipe": recipe}),
+    )
+    open_checkpoint(tmp_path / "out").require_valid()
 
 
 @pytest.mark.parametrize("recipe", ["nxm", "sr-ste", "paper"])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from compressors import distributed
 from compressors.models import ModelSource
+from nxm_export.contract.pooling import MODULES_FILE
 from nxm_export.data.features import Features
 from nxm_export.storage.atomic import atomic_dir, make_directory, write_atomic
 from nxm_export.storage.hashing import file_hash
@@ -26,8 +27,10 @@ REQUEST_FILE = "request.sha256"
 def request_hash(source: ModelSource, samples: Iterable[Features], *settings: DataclassInstance) -> str:
     """sha256 of all that finished work depends on: the model's files, the samples, and `settings` (dataclasses)."""
     digest = hashlib.sha256()
-    for file in sorted([*source.path.glob("*.safetensors"), source.path / "config.json"]):
-        digest.update(file_hash(file).encode())
+    of_an_embedding = [source.path / MODULES_FILE, *source.path.glob("*/config.json")]  # how its tokens are pooled
+    for file in sorted([*source.path.glob("*.safetensors"), source.path / "config.json", *of_an_embedding]):
+        if file.is_file():
+            digest.update(file_hash(file).encode())
     digest.update(json.dumps([asdict(part) for part in settings], sort_keys=True).encode())
     for sample in samples:
         digest.update(repr(sorted(sample.items())).encode())

@@ -93,6 +93,8 @@ def search(
     as a command line has it. Returns what ``search.json`` holds.
     """
     began = time.monotonic()
+    if settings.halving and not training.trains:
+        raise DataError("short runs (--halving) train, and the compression that is asked for does not; leave them out")
     prepare_process(training.threads)
     source, kind, out = resolve(model), task_named(task), Path(out)
     if not source.head_fits(kind):
@@ -102,8 +104,9 @@ def search(
     work_dir = work_dir or out.with_name(f".{out.name}.work")
     request = TaskDataRequest(kind, train, columns=columns, train_limit=train_limit)
     data = read_task_data(source, request, load_tokenizer(source), training)
-    full_steps = training.steps or steps_of(data.train, training.epochs, training.batch_size)
-    settings = _sized(settings, source, data, training.recipe, full_steps * training.batch_size)
+    # Also where the plan is not going to be trained: then a search may take as long as one that is.
+    usual_steps = training.steps or steps_of(data.train, training.epochs, training.batch_size)
+    settings = _sized(settings, source, data, training.recipe, usual_steps * training.batch_size)
     held_out, rest = _cut(data.train, settings)
     data = replace(data, train=rest, dev=held_out)
     dense = load_model(source, kind).to(distributed.device())
@@ -123,10 +126,11 @@ def search(
         runs = _Runs(source, data, dense, training, work_dir, progress)
         seconds = dict(selection.seconds)
         finalists, rounds = runs.halved(selection.finalists, settings.halving, seconds)
-        full_seconds = full_steps * runs.step_seconds(finalists[0])
+        full_steps = usual_steps if training.trains else 0
+        full_seconds = full_steps * runs.step_seconds(finalists[0]) if full_steps else 0.0
         seconds["all"] = round(time.monotonic() - began, 3)
         # Of a resumed search, the seconds before it was interrupted are not counted.
-        share = None if resumed else round(seconds["all"] / full_seconds, 4)
+        share = None if resumed or not full_steps else round(seconds["all"] / full_seconds, 4)
         cost = SearchCost(seconds, FullRun(full_steps, round(full_seconds, 3)), resumed, share)
         result = _result(selection, finalists, rounds, settings, cost)
         if not distributed.rank():  # only the first process writes
@@ -258,6 +262,7 @@ class _Runs:
     def _short(self, trial: Trial, steps: int, work_dir: Path) -> float:
         """Divergence from the dense model on the held-out slice after a compression run of so many steps."""
         settings, data = replace(self.training, steps=steps), replace(self.data, dev=[])
+        take_ownership(work_dir, request_hash(self.source, data.train, settings, trial.plan))  # ranks may have changed
         student, _ = Job(self.source, data, trial.plan, settings, work_dir, self.progress).run()
         student.eval()
         device, kind, total = next(student.parameters()).device, self.data.task.output_kind, 0.0

@@ -22,7 +22,7 @@ import numpy as np
 from compressors.models import resolve
 from compressors.search.plan_search import SENSITIVITY_FILE, search
 from compressors.search.settings import SearchSettings
-from compressors.settings import DENSE_FIELDS, START_PERCENTILE, Settings
+from compressors.settings import Settings
 from compressors.training.compress import compress, finetune
 from compressors.training.default_recipe import training_of
 from compressors.training.output_divergence import divergence
@@ -43,6 +43,7 @@ from tools import provenance
 from tools.results import tasks
 from tools.results.bootstrap import resampled
 from tools.results.records import (
+    DEFAULTS,
     Classes,
     Compression,
     CompressionFacts,
@@ -56,6 +57,7 @@ from tools.results.records import (
     SearchFacts,
     Sizes,
     TrainingFacts,
+    compress_part,
     decode_classes,
     digest,
     encode_classes,
@@ -129,7 +131,7 @@ class Measure:
 
     def _compressed(self, row: Row, seed: int) -> tuple[Record, str]:
         teacher, settings = self._teacher(seed), self._settings(row, seed)
-        plan, searched = self._plan(row, seed, teacher.path)
+        plan, searched = self._plan(row, seed, teacher)
         out = self._directory(seed) / row.slug
         with self._timed(out, seed) as (clock, progress):
             metrics = compress(
@@ -162,26 +164,33 @@ class Measure:
         width = size_of(source.config, source.family.hidden_key)
         return changed(replace(self.protocol.settings, seed=seed), row, width)
 
-    def _plan(self, row: Row, seed: int, teacher: Path) -> tuple[CompressionPlan, SearchFacts | None]:
-        """The row's plan, and for a searched one what the search says."""
+    def _plan(self, row: Row, seed: int, teacher: Teacher) -> tuple[CompressionPlan, SearchFacts | None]:
+        """The row's plan, and for a searched one what the search says: an earlier one, where that asked the same of the
+        same model."""
         if row.option is not None:
-            source = resolve(teacher)
+            source = resolve(teacher.path)
             return source.family.uniform_plan(source.config, WeightSpec.parse(row.option), **row.plan), None
         assert row.search is not None
         method, counting, compression = row.search
         out = self._directory(seed) / f"{row.slug}.search"
-        if not (out / SEARCH_FILE).is_file():
-            asked = replace(self.protocol.search, method=method, counting=counting, compression=compression, seed=seed)
+        asked = replace(self.protocol.search, method=method, counting=counting, compression=compression, seed=seed)
+        asked, training = replace(asked, **row.searching), self._settings(row, seed)
+        note = out.with_name(f"{out.name}.json")
+        made_by = encode(SearchNote(teacher.sha256, self.files.digest, asdict(asked), compress_part(training)))
+        known = note.is_file() and note.read_text(encoding="utf-8") == made_by
+        if not (known and (out / SEARCH_FILE).is_file()):
+            note.unlink(missing_ok=True)
             with self.bars() as progress:
                 search(
-                    teacher,
+                    teacher.path,
                     task="classification",
                     train=str(self.files.train),
                     out=out,
-                    settings=replace(asked, **row.searching),
-                    training=self._settings(row, seed),
+                    settings=asked,
+                    training=training,
                     progress=progress,
                 )
+            write_atomic(note, made_by)
         if (out / SENSITIVITY_FILE).is_file():
             sensitivities = self.store.sensitivity_file(seed)
             sensitivities.parent.mkdir(parents=True, exist_ok=True)
@@ -261,7 +270,7 @@ class Measure:
             seed=seed,
             model=self.protocol.model_name,
             data_sha256=self.files.digest,
-            settings=_json(settings.dense_part() if row.is_dense else _compress_part(settings)),
+            settings=_json(settings.dense_part() if row.is_dense else compress_part(settings)),
             metrics={name: MetricValue(answers.metric(name), answers.interval(name)) for name in self.task.metrics},
             samples=Samples(trained, len(answers.labels)),
             steps=metrics.steps,
@@ -281,7 +290,7 @@ class Measure:
         if row.is_dense:
             return
         then = DEFAULTS | known.settings
-        asked = _json(_compress_part(self._settings(row, seed)))
+        asked = _json(compress_part(self._settings(row, seed)))
         differ = sorted(key for key in asked if then[key] != asked[key])
         if differ:
             say(f"left as it is, though measured with another {', '.join(differ)}: {self.store.file}, {row.name}")
@@ -367,6 +376,17 @@ class DenseNote:
     data_sha256: str
     settings: dict[str, object]
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class SearchNote:
+    """The file beside a search: sha256 of the dense model's weights, the data, and what was asked, for which
+    training."""
+
+    teacher_sha256: str
+    data_sha256: str
+    settings: dict[str, object]
+    training: dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -478,20 +498,9 @@ def changed(settings: Settings, row: Row, width: int) -> Settings:
     )
 
 
-def _compress_part(settings: Settings) -> dict[str, object]:
-    """The settings that compression reads; threads are told with the machine."""
-    return {key: value for key, value in asdict(settings).items() if key not in (*DENSE_FIELDS, "threads")}
-
-
 def _json(value: Mapping[str, object]) -> dict[str, object]:
     """As it comes back out of a JSON file."""
     return dict(json.loads(json.dumps(value)))
-
-
-# Of compression. A record made before there was a setting was made without what it brought.
-DEFAULTS: dict[str, object] = _json(
-    _compress_part(Settings(average=0.0, augment=0.0, output_limit=None, percentile=START_PERCENTILE))
-)
 
 
 def _lines(file: Path) -> int:

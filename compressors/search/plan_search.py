@@ -38,7 +38,7 @@ from compressors.training.default_recipe import training_of
 from compressors.training.distillation import Student
 from compressors.training.output_divergence import divergence, real_logits
 from compressors.training.phases import Job, freeze_embeddings
-from compressors.training.resume import claimed, request_hash, take_ownership
+from compressors.training.resume import claimed, request_hash, take_ownership, work_beside
 from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
 from compressors.training.trainer import collate, require_counted_alike, schedule, steps_of, wants_bf16
 from nxm_export.contract.config_values import size_of
@@ -101,13 +101,14 @@ def search(
         raise DataError(f"{model} has no {task} head; fine-tune it first (`nxm run` and `nxm compress` do)")
     replace_any = _require_replaceable(out)
     require_apart(out, source.path, train, within=False)
-    work_dir = work_dir or out.with_name(f".{out.name}.work")
+    work_dir = work_dir or work_beside(out)
     request = TaskDataRequest(kind, train, columns=columns, train_limit=train_limit)
     data = read_task_data(source, request, load_tokenizer(source), training)
     # Also where the plan is not going to be trained: then a search may take as long as one that is.
     usual_steps = training.steps or steps_of(data.train, training.epochs, training.batch_size)
     settings = _sized(settings, source, data, training.recipe, usual_steps * training.batch_size)
     held_out, rest = _cut(data.train, settings)
+    settings = replace(settings, held_out=len(held_out))  # more than were asked for, where groups stay together
     data = replace(data, train=rest, dev=held_out)
     dense = load_model(source, kind).to(distributed.device())
     require_counted_alike(dense, data, train)
@@ -211,7 +212,8 @@ def _write(
 
 
 def _cut(features: Sequence[Features], settings: SearchSettings) -> tuple[list[Features], list[Features]]:
-    """(held-out slice, rest in random order); with the same seed, the slice begins with what `compress` holds out."""
+    """(held-out slice, rest in random order), groups undivided; with the same seed, the slice begins with what
+    `compress` holds out."""
     assert settings.samples is not None
     assert settings.held_out is not None
     if len(features) < settings.samples + settings.held_out:
@@ -221,6 +223,11 @@ def _cut(features: Sequence[Features], settings: SearchSettings) -> tuple[list[F
             "lower --samples and --held-out, or give more data"
         )
     held_out, rest = split_indices(features, settings.held_out, settings.seed)
+    if len(rest) < settings.samples:
+        raise DataError(
+            f"{len(held_out)} training samples are held out, as groups are not divided, and {len(rest)} are too few "
+            f"for {settings.samples} calibration samples; lower --samples and --held-out, or give more groups"
+        )
     return [features[i] for i in held_out], [features[i] for i in rest]
 
 

@@ -23,7 +23,7 @@ from compressors.quantization.embedding import quant_embeddings
 from compressors.quantization.prepare_bake import bake, round_as_stored
 from compressors.settings import Settings
 from compressors.training.phases import Job, freeze_embeddings
-from compressors.training.resume import claimed, request_hash, take_ownership
+from compressors.training.resume import claimed, request_hash, take_ownership, work_beside
 from compressors.training.task_data import TaskData, TaskDataRequest, read_task_data
 from compressors.training.trainer import Phase, PhaseData, predict, require_counted_alike, run_phase, steps_of
 from nxm_export.contract.checkpoint import open_checkpoint, save_plan
@@ -69,7 +69,7 @@ class Result:
     def at(cls, out: str | Path, work_dir: Path | None, outputs: Path | None) -> Result:
         """A result in `out`, worked on beside it where no other directory is given."""
         out = Path(out)
-        return cls(out, work_dir or out.with_name(f".{out.name}.work"), outputs)
+        return cls(out, work_dir or work_beside(out), outputs)
 
 
 def finetune(

@@ -92,6 +92,8 @@ class Job:
         self.training = training_of(settings, data.task, width, more_text=bool(data.more_text))
         # A slice of train that no phase trains on: it tells what fixing the masks would cost, and dev is never asked.
         held_out, rest = split_indices(data.train, min(256, len(data.train) // 20), settings.seed)
+        if not rest:  # a single group, which is not divided
+            held_out, rest = [], held_out
         self.held_out = [data.train[i] for i in sorted(held_out)]
         self.train = [data.train[i] for i in sorted(rest)]
         self.steps = 0

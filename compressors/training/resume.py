@@ -15,6 +15,7 @@ from compressors import distributed
 from compressors.models import ModelSource
 from nxm_export.contract.pooling import MODULES_FILE
 from nxm_export.data.features import Features
+from nxm_export.errors import ArtifactError
 from nxm_export.storage.atomic import atomic_dir, make_directory, write_atomic
 from nxm_export.storage.hashing import file_hash
 
@@ -35,6 +36,13 @@ def request_hash(source: ModelSource, samples: Iterable[Features], *settings: Da
     for sample in samples:
         digest.update(repr(sorted(sample.items())).encode())
     return digest.hexdigest()
+
+
+def work_beside(out: Path) -> Path:
+    """The directory of unfinished work on `out`, beside it; raises `ArtifactError` where `out` has no name."""
+    if not out.name:
+        raise ArtifactError(f"{out} would be replaced as a whole; name a new directory as --out")
+    return out.with_name(f".{out.name}.work")
 
 
 @contextlib.contextmanager

@@ -316,6 +316,32 @@ def test_a_plan_that_nothing_is_trained_for_has_no_share_of_a_training_run(desk:
     assert "(--halving) train" in " ".join(refused.output.split())
 
 
+def test_groups_stay_together_and_what_was_held_out_is_what_is_said(desk: Path, tmp_path: Path) -> None:
+    model = tiny.write_model("bert", tmp_path / "model", head="reranking")
+    train, _ = tiny.write_data(tmp_path, "reranking")  # four samples a group
+    few = ("--samples", "8", "--held-out", "9", "--swaps", "0", "--candidates", "2:4+W8,W8", "--compression", "0.8")
+    command = ("search", model, "--task", "reranking", *few, "--recipe", "one-shot", "--threads", "1")
+    assert nxm(*command, "--train", train, "--out", tmp_path / "out").exit_code == 0
+    facts = json.loads((tmp_path / "out" / "search.json").read_text())
+    assert facts["samples"] == {"calibration": 8, "held_out": 12}
+    header, *rows = train.read_text().splitlines()
+    (tmp_path / "one.tsv").write_text(
+        "\n".join([header, *("film\t" + row.split("\t", 1)[1] for row in rows[:40])]) + "\n"
+    )
+    refused = nxm(*command, "--train", tmp_path / "one.tsv", "--out", tmp_path / "new")
+    assert refused.exit_code == 1
+    assert "groups are not divided, and 0 are too few" in " ".join(refused.output.split())
+
+
+def test_a_search_into_the_directory_that_one_stands_in_is_refused(
+    desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused = nxm("search", desk / "dense", "--train", desk / "train.tsv", "--out", ".")
+    assert refused.exit_code == 1
+    assert ". would be replaced as a whole; name a new directory as --out" in " ".join(refused.output.split())
+
+
 def test_a_short_run_takes_nothing_from_that_of_another_plan(
     desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -295,6 +295,38 @@ def test_short_texts_are_calibrated_on_until_there_are_enough_tokens(prepared: P
     assert [tokens(0), tokens(24), tokens(25), tokens(64), tokens(10**6)] == [24, 24, 27, 66, 3 * len(job.train)]
 
 
+def test_a_single_group_is_trained_on_and_none_is_held_out(tmp_path: Path) -> None:
+    source = resolve(tiny.write_model("bert", tmp_path / "model", head="reranking"))
+    train, _ = tiny.write_data(tmp_path, "reranking")
+    header, *rows = train.read_text().splitlines()
+    (tmp_path / "one.tsv").write_text(
+        "\n".join([header, *("film\t" + row.split("\t", 1)[1] for row in rows[:40])]) + "\n"
+    )
+    data = read_task_data(
+        source, TaskDataRequest(task_named("reranking"), str(tmp_path / "one.tsv")), load_tokenizer(source), Settings()
+    )
+    plan = source.family.uniform_plan(source.config, WeightSpec.parse("W8"))
+    job = Job(source, data, plan, Settings(), tmp_path / "work", lambda *_: None)
+    assert (len(job.train), len(job.held_out)) == (40, 0)
+
+
+def test_a_directory_without_a_name_and_a_limit_of_no_samples_are_refused(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, Any] = {
+        "task": "classification",
+        "train": str(prepared / "train.tsv"),
+        "dev": str(prepared / "dev.tsv"),
+    }
+    with pytest.raises(ArtifactError, match="would be replaced as a whole; name a new directory"):
+        finetune(prepared / "dense", out=".", **given)
+    for limit in (0, -3):
+        with pytest.raises(DataError, match=f"train limit is a number of samples, at least 1; got {limit}"):
+            finetune(prepared / "dense", out="new", train_limit=limit, **given)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("recipe", ["admm", "obs"])
 def test_a_plan_that_leaves_all_dense_is_followed(prepared: Path, tmp_path: Path, recipe: str) -> None:
     plan = plan_for(prepared / "dense", "W8")

@@ -40,7 +40,7 @@ from tools.results.records import (
     one_hot,
 )
 from tools.results.rows import STANDARD, row_named, rows_named
-from tools.results.run import changed
+from tools.results.run import Clock, changed
 from tools.results.statistics import TaskStatistics, overall
 from tools.results.store import RESULTS, TaskStore
 
@@ -614,6 +614,15 @@ def test_records_with_other_settings_are_named(book: Book) -> None:
     assert "`sr-ste-2:4+W4`, seed 0, was measured with other settings: epochs 9.0 (usual 6.0)." in text
     assert "`obs-2:4+W4`, seed 0, was measured with other settings: output_limit null (usual 0.005)." in text
     assert text.count("was measured with other settings") == 2
+
+
+def test_seconds_are_counted_on_for_the_same_work_alone(tmp_path: Path) -> None:
+    file = tmp_path / "seconds"
+    Clock(file, "one").keep()
+    file.write_text(f"70.0 {file.read_text().split()[1]}\n")
+    assert [int(Clock(file, work).seconds) for work in ("one", "other")] == [70, 0]
+    file.write_text("70.0\n")  # before it was said of what
+    assert int(Clock(file, "one").seconds) == 70
 
 
 def test_bits_saved_are_of_the_seeds_that_count(book: Book) -> None:

@@ -123,7 +123,7 @@ class Measure:
             dense_steps=self.protocol.settings.steps,
         )
         out = self._directory(seed) / row.slug
-        with self._timed(out, seed) as (clock, progress):
+        with self._timed(out, seed, longer) as (clock, progress):
             finetune(teacher.path, out=out, settings=longer, further=True, progress=progress, **self._data(out))
         record, labels = self._record(row, seed, out, longer, clock.seconds)
         self._drop(out)
@@ -133,7 +133,7 @@ class Measure:
         teacher, settings = self._teacher(seed), self._settings(row, seed)
         plan, searched = self._plan(row, seed, teacher)
         out = self._directory(seed) / row.slug
-        with self._timed(out, seed) as (clock, progress):
+        with self._timed(out, seed, settings) as (clock, progress):
             metrics = compress(
                 teacher.path,
                 plan=plan,
@@ -206,7 +206,7 @@ class Measure:
         out = self._directory(seed) / "dense"
         note = out.with_name("dense.json")
         if not (out / "metrics.json").is_file() or not note.is_file():
-            with self._timed(out, seed) as (clock, progress):
+            with self._timed(out, seed, settings) as (clock, progress):
                 finetune(self.protocol.model, out=out, settings=settings, progress=progress, **self._data(out))
             write_atomic(note, encode(replace(made_by, seconds=clock.seconds)))
         way_out = f"remove it and {out}"
@@ -243,7 +243,7 @@ class Measure:
         say(f"{self.task.name}: dense grid, learning rate {rate:g}, {epochs:g} epochs")
         settings = replace(self.protocol.settings, dense_learning_rate=rate, dense_epochs=epochs, seed=0)
         out = self.work / "grid" / f"{rate:g}-{epochs:g}"
-        with self._timed(out, 0) as (clock, progress):
+        with self._timed(out, 0, settings) as (clock, progress):
             finetune(
                 self.protocol.model,
                 task="classification",
@@ -296,11 +296,12 @@ class Measure:
             say(f"left as it is, though measured with another {', '.join(differ)}: {self.store.file}, {row.name}")
 
     @contextlib.contextmanager
-    def _timed(self, out: Path, seed: int) -> Iterator[tuple[Clock, Progress]]:
-        """A clock that counts on where a killed run stopped, and the progress that keeps it."""
+    def _timed(self, out: Path, seed: int, settings: Settings) -> Iterator[tuple[Clock, Progress]]:
+        """A clock that counts on where a killed run with these settings stopped, and the progress that keeps it."""
         self._directory(seed).mkdir(parents=True, exist_ok=True)
         out.parent.mkdir(parents=True, exist_ok=True)
-        clock = Clock(out.with_name(f".{out.name}.seconds"))
+        work = digest(f"{replace(settings, threads=None)} {self.files.digest}")
+        clock = Clock(out.with_name(f".{out.name}.seconds"), work)
         with self.bars() as progress:
 
             def both(what: str, done: int, total: int) -> None:
@@ -400,13 +401,15 @@ class Teacher:
 
 
 class Clock:
-    """Seconds of work on something, over all the processes that worked on it; kept in a file every few seconds."""
+    """Seconds of some `work`, which a text without white space stands for, over all the processes that did it; kept in
+    a file every few seconds. What is kept of other work does not count."""
 
     EVERY = 5.0
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.began, self.kept = file, time.monotonic(), 0.0
-        self.before = float(file.read_text(encoding="utf-8")) if file.is_file() else 0.0
+    def __init__(self, file: Path, work: str) -> None:
+        self.file, self.work, self.began, self.kept = file, work, time.monotonic(), 0.0
+        seconds, _, known = file.read_text(encoding="utf-8").strip().partition(" ") if file.is_file() else ("0", "", "")
+        self.before = float(seconds) if known in ("", work) else 0.0  # older files do not say of what
 
     @property
     def seconds(self) -> float:
@@ -417,7 +420,7 @@ class Clock:
         """Write the seconds down, if that was not done just now."""
         if time.monotonic() - self.kept > self.EVERY:
             self.kept = time.monotonic()
-            write_atomic(self.file, f"{self.seconds:.1f}\n")
+            write_atomic(self.file, f"{self.seconds:.1f} {self.work}\n")
 
     def stop(self) -> None:
         """The work is complete."""

@@ -1,7 +1,6 @@
 """Training phases: the order of the data, recipes, invariants, and a run that is killed and resumed."""
 
 import json
-import logging
 import os
 import shutil
 import signal
@@ -177,21 +176,6 @@ def test_every_recipe_gives_a_valid_checkpoint_and_logs_what_it_did(
     else:
         assert phases == {"admm"}
         assert metrics.qat_steps == 0
-
-
-def test_what_the_trainer_says_of_checkpoints_within_a_second_is_not_shown(prepared: Path, tmp_path: Path) -> None:
-    heard: list[str] = []
-    handler, logger = logging.Handler(), logging.getLogger("transformers.trainer_utils")
-    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
-    once = vars(logging.Logger)["warning_once"]
-    once.cache_clear()  # it speaks once a process
-    logger.addHandler(handler)
-    try:
-        run(prepared, tmp_path / "checkpoint", steps=20, recipe="magnitude")
-    finally:
-        logger.removeHandler(handler)
-    assert once.cache_info().currsize, "it had something to say"
-    assert heard == []
 
 
 def test_the_second_order_recipe_keeps_other_weights_than_magnitude(prepared: Path, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def run_phase(
         callbacks=[log, ProgressCallback(phase.name, phase.steps, data.progress), *callbacks, CompleteCallback()],
     )
     trainer.remove_callback(PrinterCallback)
-    # The Trainer shows, for one, a bar of its own for every training checkpoint.
+    # transformers logs by itself; what there is to know, progress and errors say.
     with quiet_log(), disk_errors(data.work_dir):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.accelerator.wait_for_everyone()  # each lists the directory as its training ends

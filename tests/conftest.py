@@ -66,6 +66,8 @@ LONGEST = (
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {ROOT / "tests" / name: at for at, name in enumerate(LONGEST)}
+    if moved := [str(file) for file in place if not file.is_file()]:
+        raise pytest.UsageError(f"LONGEST names what is not there: {', '.join(moved)}")
     items.sort(key=lambda item: place.get(item.path, len(place)))
 
 

@@ -95,6 +95,7 @@ class Variant:
     learning_rate: float | None = None
     losses: Losses | None = None
     augment: float | None = None
+    batch_size: int = 32
 
 
 _TAUGHT, _LAYERS = Losses(task=0.0, logits=1.0, hidden=1.0), Losses(task=0.0, logits=1.0, hidden=10.0)
@@ -104,6 +105,7 @@ VARIANTS = {
     "5e-5": Variant(learning_rate=5e-5),
     "2e-4": Variant(learning_rate=2e-4),
     "3e-4": Variant(learning_rate=3e-4),
+    "batch 16": Variant(batch_size=16),  # twice the steps
     # By the teacher alone; hidden states with ten times the weight; and most samples distorted.
     "taught": Variant(losses=_TAUGHT, augment=0.0),
     "layers": Variant(losses=_LAYERS, augment=0.0),
@@ -141,6 +143,7 @@ def _lines(dense: Dense, name: str, arguments: argparse.Namespace, work: Path, p
         learning_rate=variant.learning_rate,
         losses=variant.losses,
         augment=variant.augment,
+        batch_size=variant.batch_size,
         average=0,
         seed=arguments.seed,
         max_length=arguments.max_length,
